@@ -1,0 +1,164 @@
+"""Arithmetic problems with a written chain of thought and a checkable answer.
+
+Four task kinds, each small enough for a model of a few million parameters and long enough that the answer cannot be had
+without writing the steps down. They train the embedded reasoner, they are the problems that recipes use when none are
+named (no download), and they are what `rac eval` asks it.
+
+Problems are split by their *operands*, not by their wording: `split_of` hashes the task and its sorted operands, so no
+operand pair of the test split was ever seen in training, in any phrasing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "calibration", "test"]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One problem: the question, the chain of thought that solves it and the answer as text."""
+
+    task: str
+    operands: tuple[int, ...]
+    question: str
+    thinking: str
+    answer: str
+
+
+def split_of(task: str, operands: tuple[int, ...]) -> Split:
+    """Which split a problem belongs to: 5 % test, 10 % calibration, the rest training."""
+    key = f"{task}:{','.join(str(x) for x in sorted(operands))}"
+    bucket = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
+    return "test" if bucket < 5 else "calibration" if bucket < 15 else "train"
+
+
+def _column_sum(numbers: list[int]) -> str:
+    """Add numbers column by column from the right, one line a column, then read the result off."""
+    width = len(str(max(numbers)))
+    rows = [str(n).zfill(width) for n in numbers]
+    lines, carry, digits = [], 0, ""
+    for column in range(width - 1, -1, -1):
+        total, steps = carry, []
+        for row in rows:
+            digit = int(row[column])
+            steps.append(f"{total}+{digit}={total + digit}")
+            total += digit
+        carry, digit = divmod(total, 10)
+        digits = f"{digit}{digits}"
+        lines.append(f"{', '.join(steps)}, write {digit} carry {carry}")
+    if carry:
+        digits = f"{carry}{digits}"
+    return " ".join(rows) + "\n" + "\n".join(lines) + f"\n-> {digits}"
+
+
+def _addition(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
+    numbers = [rng.randint(100, 9999) for _ in range(rng.choice((2, 3)))]
+    plus = " + ".join(map(str, numbers))
+    question = rng.choice((f"What is {plus}?", f"Compute {plus}.", f"Find the sum {plus}."))
+    return tuple(numbers), question, _column_sum(numbers), str(sum(numbers))
+
+
+def _times_digit(number: int, digit: int) -> str:
+    carry, parts = 0, []
+    for d in reversed(str(number)):
+        product = int(d) * digit
+        total = product + carry
+        parts.append(f"{d}*{digit}={product}, {product}+{carry}={total}")
+        carry = total // 10
+    return f"{number}*{digit}: " + "; ".join(parts) + f" -> {number * digit}"
+
+
+def _multiplication(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
+    a, b = rng.randint(12, 999), rng.randint(12, 99)
+    question = rng.choice((f"What is {a} * {b}?", f"Compute {a} * {b}.", f"Multiply {a} by {b}."))
+    tens, ones = divmod(b, 10)
+    lines = [_times_digit(a, ones), _times_digit(a, tens), _column_sum([a * ones, a * tens * 10])]
+    return (a, b), question, "\n".join(lines), str(a * b)
+
+
+def _gcd(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
+    while True:
+        factor = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15))
+        a, b = factor * rng.randint(2, 199 // factor), factor * rng.randint(2, 199 // factor)
+        x, y, lines = max(a, b), min(a, b), []
+        while x != y and len(lines) <= 16:
+            lines.append(f"{x}-{y}={x - y}")
+            x, y = max(x - y, y), min(x - y, y)
+        if x == y and len(lines) >= 4:
+            break
+    question = rng.choice(
+        (f"What is gcd({a}, {b})?", f"Find the greatest common divisor of {a} and {b}.")
+    )
+    return (a, b), question, "\n".join(lines) + f"\n{x}={y}", str(math.gcd(a, b))
+
+
+def _division(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
+    a, b = rng.randint(1000, 99999), rng.randint(3, 9)
+    question = rng.choice(
+        (f"What is {a} // {b}?", f"Divide {a} by {b} and drop the remainder.", f"Compute {a} // {b}.")
+    )
+    rest, lines, digits = 0, [], ""
+    for d in str(a):
+        part = rest * 10 + int(d)
+        q, r = divmod(part, b)
+        lines.append(f"{part}: {b}*{q}={part - r}, {part}-{part - r}={r}, write {q}")
+        digits, rest = digits + str(q), r
+    return (a, b), question, "\n".join(lines) + f"\n-> {digits}", str(a // b)
+
+
+TASKS: dict[str, Callable[[random.Random], tuple[tuple[int, ...], str, str, str]]] = {
+    "addition": _addition,
+    "multiplication": _multiplication,
+    "gcd": _gcd,
+    "division": _division,
+}
+
+
+def generate(seed: int | str, split: Split, tasks: tuple[str, ...] | None = None) -> Iterator[Solved]:
+    """Problems of a split without end, tasks in turn, the same for the same seed on every machine.
+
+    Raises:
+        ValueError: an unknown task name.
+    """
+    names = tasks or tuple(TASKS)
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
+    rng = random.Random(f"{seed}/{split}")
+    while True:
+        for name in names:
+            while True:
+                operands, question, thinking, answer = TASKS[name](rng)
+                if split_of(name, operands) == split:
+                    break
+            yield Solved(name, operands, question, thinking, answer)
+
+
+def generate_distinct(seed: int | str, split: Split, count: int) -> list[Solved]:
+    """`count` problems of a split with no operands twice (up to order).
+
+    Raises:
+        ValueError: the split holds fewer distinct problems than asked for.
+    """
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    problems: list[Solved] = []
+    tries = 0
+    for problem in generate(seed, split):
+        tries += 1
+        key = (problem.task, tuple(sorted(problem.operands)))
+        if key not in seen:
+            seen.add(key)
+            problems.append(problem)
+        if len(problems) == count:
+            return problems
+        if tries > 50 * count + 1000:
+            raise ValueError(
+                f"the {split} split gave only {len(problems)} distinct problems of the {count} asked for; ask for fewer"
+            )
+    raise AssertionError("unreachable")
