@@ -1,0 +1,41 @@
+"""Reasoning-aware pruning: calibrate on the model's own chain of thought, save sparse, load and serve sparse.
+
+Importing this package is light and, whichever of the two is imported first, makes `ReasoningAwareSparseGPTModifier`
+known to llm-compressor's recipes:
+
+    import rac_modifier
+    from llmcompressor import oneshot
+
+    oneshot("path/or/id", recipe="recipes/rac_2of4.yaml", output_dir="out")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rac_modifier._llmcompressor import register_when_imported
+from rac_modifier.errors import RacError
+
+if TYPE_CHECKING:
+    from rac_modifier.checkpoint.load import load_model as load_model
+    from rac_modifier.modifier import ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier
+    from rac_modifier.reasoner import reasoner_path as reasoner_path
+
+__version__ = "0.1.0"
+__all__ = ["RacError", "ReasoningAwareSparseGPTModifier", "__version__", "load_model", "reasoner_path"]
+
+_LAZY = {
+    "ReasoningAwareSparseGPTModifier": "rac_modifier.modifier",
+    "load_model": "rac_modifier.checkpoint.load",
+    "reasoner_path": "rac_modifier.reasoner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_when_imported()

@@ -1,0 +1,110 @@
+"""From settings to the calibration loader: collect the traces, mix, say what was chosen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from loguru import logger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.generic import generic_token_sequences
+from rac_modifier.calibration.mixture import (
+    CalibrationSequence,
+    generic_sequence,
+    mix,
+    prompt_sequence,
+    require_traces,
+    trace_sequence,
+)
+from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
+from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.problems import load_problems
+from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.traces.store import TraceStore
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The loader and where its traces came from."""
+
+    loader: CalibrationLoader
+    store: TraceStore | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the run record: counts, and the trace store with its hash."""
+        record: dict[str, Any] = {"calibration": self.loader.composition.as_dict(), "trace_store": None}
+        if self.store is not None:
+            record["trace_store"] = {"path": str(self.store.path), "sha256": self.store.sha256()}
+        return record
+
+
+def build_calibration_set(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: TraceSettings,
+    calibration: CalibrationSettings,
+    progress: bool = True,
+) -> CalibrationSet:
+    """Sample what traces are missing, and mix the calibration set that `calibration` describes.
+
+    Raises:
+        RacError: see `collect_traces` and `mix`; a mixture with traces that ends up without any trace token.
+    """
+    candidates: dict[str, Iterable[CalibrationSequence]] = {}
+    store = None
+    share = calibration.mixture.get("traces", 0.0)
+    if share:
+        with on_accelerator(model):
+            store = collect_traces(
+                model,
+                tokenizer,
+                traces.store,
+                problems=traces.problems,
+                sampling=traces.sampling,
+                tokens=round(calibration.tokens * share),
+                allow_off_policy=traces.allow_off_policy,
+                progress=progress,
+            )
+        candidates["traces"] = [trace_sequence(trace) for trace in store]
+    if calibration.mixture.get("prompts"):
+        candidates["prompts"] = _prompts(tokenizer, traces)
+    if calibration.mixture.get("generic"):
+        candidates["generic"] = [
+            generic_sequence(ids) for ids in generic_token_sequences(tokenizer, calibration.generic, calibration.seed)
+        ]
+    sequences, composition = mix(candidates, calibration)
+    if share:
+        require_traces(composition)
+    logger.info(composition.describe())
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), store)
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, traces: TraceSettings) -> Iterator[CalibrationSequence]:
+    sampling = traces.sampling
+    for problem in load_problems(traces.problems, sampling.seed):
+        yield prompt_sequence(render_prompt(tokenizer, problem.question, sampling.system_prompt, sampling.template))
+
+
+@contextlib.contextmanager
+def on_accelerator(model: PreTrainedModel) -> Iterator[None]:
+    """Sample on the accelerator even though oneshot loads the model on the CPU; back afterwards.
+
+    A model that is placed already (device_map, offloading) stays where it is.
+    """
+    placed = hasattr(model, "hf_device_map") or any(p.device.type != "cpu" for p in model.parameters())
+    if placed or not torch.accelerator.is_available():
+        yield
+        return
+    device = torch.accelerator.current_accelerator()
+    logger.info(f"moving the model to {device} to sample traces")
+    model.to(device)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        model.to("cpu")  # type: ignore[arg-type]

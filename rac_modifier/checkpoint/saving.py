@@ -1,0 +1,95 @@
+"""Make a model's `save_pretrained` write a checked, packed sparse checkpoint with its record and its card."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from loguru import logger
+from transformers import PreTrainedModel
+
+from rac_modifier.checkpoint.card import model_card
+from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment, write_json_atomic, write_text_atomic
+from rac_modifier.errors import RacError
+from rac_modifier.pruning.patterns import Pattern, holds
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """What a pruned model must look like on disk.
+
+    `record` is the run's part of the record beside the weights; versions and the base model are added when it is written.
+    """
+
+    pattern: Pattern
+    modules: dict[str, torch.nn.Linear]
+    storage: Literal["packed", "dense"]
+    record: dict[str, Any]
+
+
+def save_sparse(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
+    """Replace `model.save_pretrained` by one that checks the pattern, saves as before, and packs the result.
+
+    `plan` is asked when saving, after all modifiers of a recipe have run. Wraps whatever `save_pretrained` is there, so
+    upstream's quantized saving goes on working; called again it only takes the new plan.
+    """
+    inner = getattr(model.save_pretrained, "_rac_inner", model.save_pretrained)
+
+    @functools.wraps(inner)
+    def save_pretrained(save_directory: str | Path, *args: Any, save_compressed: bool = True, **kwargs: Any) -> None:
+        current = plan()
+        check_pattern(current)
+        folder = _free_folder(Path(save_directory))
+        dense_linears = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name not in current.modules
+        ]
+        inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
+        structure = current.pattern.mask_structure if current.pattern.is_structured else "unstructured"
+        modules = dict.fromkeys(current.modules, structure)
+        if current.storage == "packed" and save_compressed:
+            pack_checkpoint(folder, modules, dense_linears=dense_linears)
+        else:
+            mark_dense(folder, modules)
+        record = {"base_model": model.config._name_or_path, **current.record, "versions": environment()}
+        write_json_atomic(folder / RUN_RECORD_NAME, record)
+        write_text_atomic(folder / "README.md", model_card(record))
+        logger.info(f"saved {len(modules)} pruned modules ({current.storage}) to {folder}")
+
+    save_pretrained._rac_inner = inner  # type: ignore[attr-defined]
+    # what llm-compressor asks before it wraps save_pretrained once more
+    save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
+    model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
+
+
+def check_pattern(plan: SavePlan) -> None:
+    """Check every pruned module against its pattern.
+
+    Raises:
+        RacError: naming the first module whose zeros are gone, as after a GPTQModifier, which does not keep them.
+    """
+    broken = [name for name, module in plan.modules.items() if not holds(module.weight.detach(), plan.pattern)]
+    if broken:
+        raise RacError(
+            f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: {plan.pattern.describe()}. "
+            "A modifier after pruning filled the zeros: llm-compressor's GPTQModifier does; QuantizationModifier keeps them. "
+            "Nothing was written"
+        )
+
+
+def _free_folder(folder: Path) -> Path:
+    """The folder, or when it holds weights already a new one beside it: hours of work are neither lost nor written over."""
+    if not any(folder.glob("*.safetensors")):
+        return folder
+    for number in range(1, 1000):
+        other = folder.with_name(f"{folder.name}-{number}")
+        if not any(other.glob("*.safetensors")):
+            logger.warning(f"{folder} holds a checkpoint already and is left as it is: saving to {other}")
+            return other
+    raise RacError(f"{folder} and 999 folders beside it hold checkpoints; name another output_dir")

@@ -1,0 +1,289 @@
+"""The trace store: an append-only JSONL file that survives a kill at any moment."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from loguru import logger
+from pydantic import ValidationError
+
+from rac_modifier.errors import RacError
+from rac_modifier.traces.records import StoreHeader, Trace, decode, decode_trace, encode, header_differences
+
+__all__ = ["StoreHeader", "Trace", "TraceCounts", "TraceStore", "read_header"]
+
+
+@dataclass(frozen=True)
+class TraceCounts:
+    """How much a store holds; `finished` counts the traces that ended by themselves (EOS)."""
+
+    traces: int
+    prompt_tokens: int
+    completion_tokens: int
+    finished: int
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class TraceStore:
+    """Traces of one model under one set of sampling settings and problems.
+
+    Open one with `TraceStore.read` or, to add to it, `TraceStore.open_append`, which locks the file. Opening reads the
+    file once and checks every line; iterating reads it again, one trace at a time. Memory holds an id and a token count
+    for each trace, not its tokens.
+    """
+
+    def __init__(self, path: Path, header: StoreHeader, fd: int | None = None):
+        self.path = path
+        self.header = header
+        self._fd = fd
+        self._end = 0
+        self._tokens: dict[str, int] = {}
+        self._counts = TraceCounts(0, 0, 0, 0)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> TraceStore:
+        """Open a store for reading; a torn last line (a run was killed, or is writing just now) is left out.
+
+        Raises:
+            RacError: no such file, no store, or a corrupt line.
+        """
+        path = Path(path)
+        header = read_header(path)
+        if header is None:
+            raise RacError(f"trace store {str(path)!r} does not exist or holds no header; collect traces first")
+        store = cls(path, header)
+        store._scan()
+        return store
+
+    @classmethod
+    def open_append(cls, path: str | os.PathLike[str], header: StoreHeader) -> TraceStore:
+        """Open a store to add to it, or create it; holds an exclusive lock until `close`.
+
+        A torn last line is cut off. Traces are only added to a store whose header agrees (`header_differences`).
+
+        Raises:
+            RacError: in use by another process, another header, a corrupt line, or the file cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RacError(f"trace store {str(path)!r} cannot be opened for writing: {error}") from error
+        store = cls(path, header, fd)
+        try:
+            store._lock()
+            store._open_locked(header)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def append_many(self, traces: Sequence[Trace]) -> None:
+        """Add traces with one write and one fsync: once this returns, they survive a crash.
+
+        Raises:
+            RacError: the disk is full or fails; the file is cut back to what it held before, which stays valid.
+        """
+        for trace in traces:
+            assert trace.id not in self._tokens, f"trace {trace.id} is stored already"
+        if traces:
+            self._write(b"".join(encode("trace", trace) for trace in traces))
+            for trace in traces:
+                self._count(trace)
+
+    def close(self) -> None:
+        """Release the lock; the store stays readable."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> TraceStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self._counts.traces
+
+    def __contains__(self, trace_id: object) -> bool:
+        return trace_id in self._tokens
+
+    def __iter__(self) -> Iterator[Trace]:
+        """The traces in the order of the file, read one at a time."""
+        with self.path.open("rb") as file:
+            file.readline()
+            number = 1
+            while file.tell() < self._end:
+                number += 1
+                yield self._decode(file.readline(), number)
+
+    def ids(self) -> set[str]:
+        """The ids of the stored traces."""
+        return set(self._tokens)
+
+    def tokens_of(self, trace_id: str) -> int:
+        """Prompt and completion tokens of one stored trace."""
+        return self._tokens[trace_id]
+
+    @property
+    def counts(self) -> TraceCounts:
+        """How much the store holds."""
+        return self._counts
+
+    def sha256(self) -> str:
+        """Hash of the file's valid part, for the run record."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            left = self._end
+            while left and (block := file.read(min(left, 1 << 20))):
+                digest.update(block)
+                left -= len(block)
+        return digest.hexdigest()
+
+    def _lock(self) -> None:
+        assert self._fd is not None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RacError(
+                f"trace store {str(self.path)!r} is in use by another process; wait for it to end, or name another path"
+            ) from error
+
+    def _open_locked(self, header: StoreHeader) -> None:
+        stored = read_header(self.path)
+        if stored is None:
+            self._truncate()  # a header cut short by a kill: nothing was stored behind it
+            self._write(encode("header", header))
+            self._sync_directory()
+            return
+        if differences := header_differences(stored, header):
+            raise RacError(
+                f"trace store {str(self.path)!r} was filled under other settings ({'; '.join(differences)}); "
+                "use the settings of the store, or name another path"
+            )
+        self.header = stored
+        torn = self._scan()
+        if torn:
+            logger.warning(
+                f"trace store {str(self.path)!r}: the last line was cut short ({torn} bytes; a run was killed while "
+                f"writing): removed it, {len(self)} traces kept"
+            )
+            self._truncate()
+
+    def _scan(self) -> int:
+        """Check every line and count; returns how many bytes of a torn last line follow the valid part."""
+        with self.path.open("rb") as file:
+            self._end = len(file.readline())
+            for number, line in enumerate(file, 2):
+                if not line.endswith(b"\n"):
+                    return len(line)
+                trace = self._decode(line, number)
+                if trace.id in self._tokens:
+                    raise self._corrupt(number, f"trace {trace.id!r} is there twice")
+                self._count(trace)
+                self._end += len(line)
+        return 0
+
+    def _decode(self, line: bytes, number: int) -> Trace:
+        try:
+            return decode_trace(line.rstrip(b"\n"))
+        except ValueError as error:
+            raise self._corrupt(number, str(error)) from error
+
+    def _corrupt(self, number: int, why: str) -> RacError:
+        return RacError(
+            f"trace store {str(self.path)!r}, line {number} is corrupt: {why}. Remove that line (`sed -i {number}d "
+            f"{self.path}`) and collect again: only what is missing is sampled"
+        )
+
+    def _count(self, trace: Trace) -> None:
+        self._tokens[trace.id] = trace.tokens
+        old = self._counts
+        self._counts = TraceCounts(
+            old.traces + 1,
+            old.prompt_tokens + len(trace.prompt_ids),
+            old.completion_tokens + len(trace.completion_ids),
+            old.finished + (trace.finish_reason == "stop"),
+        )
+
+    def _write(self, data: bytes) -> None:
+        if self._fd is None:
+            raise RacError(
+                f"trace store {str(self.path)!r} is open for reading only; open it with TraceStore.open_append"
+            )
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+        except OSError as error:
+            self._truncate()
+            raise RacError(
+                f"trace store {str(self.path)!r}: {len(data)} bytes could not be written ({error.strerror}); the "
+                f"{len(self)} traces stored before are kept and valid: make room, then run again to go on from there"
+            ) from error
+        self._end += len(data)
+
+    def _truncate(self) -> None:
+        assert self._fd is not None
+        os.ftruncate(self._fd, self._end)
+
+    def _sync_directory(self) -> None:
+        """Make the new file's name survive a crash too."""
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
+    """The header of a store; None if the file does not exist, is empty, or ends within its first line.
+
+    Raises:
+        RacError: the file is no trace store, or one of another version.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    line = _first_line(path)
+    if not line.endswith(b"\n"):
+        # Only what looks like our own beginning may be overwritten.
+        if line and not line.startswith(b'{"crc32":"'[: len(line)]) and line.strip(b"\0"):
+            raise RacError(f"{str(path)!r} is no trace store; name another path")
+        return None
+    try:
+        return StoreHeader(**decode("header", line[:-1]))
+    except ValidationError as error:
+        raise RacError(
+            f"trace store {str(path)!r} was written by another version of this package ({error.errors()[0]['msg']}); "
+            "name another path"
+        ) from error
+    except ValueError as error:
+        raise RacError(
+            f"{str(path)!r} is no trace store, or its first line is corrupt ({error}); name another path"
+        ) from error
+
+
+def _first_line(path: Path) -> bytes:
+    try:
+        file: BinaryIO
+        with path.open("rb") as file:
+            return file.readline()
+    except OSError as error:
+        raise RacError(f"trace store {str(path)!r} cannot be read: {error}") from error
