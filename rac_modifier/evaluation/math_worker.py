@@ -12,6 +12,7 @@ import signal
 import sys
 
 SECONDS_PER_ANSWER = 5
+READY = "ready\n"
 
 
 def equal(answer: str, reference: str) -> bool:
@@ -25,9 +26,10 @@ def equal(answer: str, reference: str) -> bool:
 
 
 def main() -> None:
-    """Answer requests `[answer, reference]` with `true` or `false` until standard input ends."""
+    """Say that it is ready, then answer `[answer, reference]` with `true` or `false` until standard input ends."""
     import math_verify  # noqa: F401  (its second of import time must not count against the first answer)
 
+    print(READY, end="", flush=True)
     for line in sys.stdin:
         answer, reference = json.loads(line)
         signal.alarm(SECONDS_PER_ANSWER)

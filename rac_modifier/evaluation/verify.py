@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.math_worker import READY
 
 THINK_END = "</think>"
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -76,7 +77,8 @@ def equal_answers(answer: str, reference: str) -> bool:
 def _bare(answer: str) -> str:
     r"""An answer without the `\boxed{}` or `$` that data sets leave around it."""
     boxed = extract_answer(answer)
-    return (answer if boxed is None else boxed).strip().strip("$").strip()
+    bare = (answer if boxed is None else boxed).strip()
+    return bare.strip("$").strip() if bare.startswith("$") and bare.endswith("$") else bare
 
 
 def _canonical(integer: re.Match[str]) -> str:
@@ -124,7 +126,7 @@ class _MathWorker:
                 "comparing answers that are not plain integers needs math-verify; pip install 'rac-modifier[eval]'"
             )
         # -P: the script's own folder must not shadow other modules.
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -132,6 +134,10 @@ class _MathWorker:
             text=True,
             encoding="utf-8",
         )
+        assert process.stdout is not None
+        if process.stdout.readline() != READY:
+            raise RacError(f"math-verify fails to start; see why with: {sys.executable} -c 'import math_verify'")
+        return process
 
 
 _worker = _MathWorker()
@@ -142,6 +148,6 @@ def equal_as_mathematics(answer: str, reference: str) -> bool:
     r"""Whether two bare LaTeX or plain expressions are equal, by math-verify, in any thread.
 
     Raises:
-        RacError: math-verify is not installed.
+        RacError: math-verify is not installed, or broken.
     """
     return _worker.ask(answer, reference)

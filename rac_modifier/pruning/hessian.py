@@ -11,8 +11,8 @@ class Hessian:
     """Accumulates H = 2 / sum(w) * X^T diag(w) X over calibration tokens, for inputs X [tokens, columns] and weights w.
 
     X^T X is symmetric, so only its lower block triangle is computed: a block row at a time, a quarter of the columns
-    each, which saves 3/8 of the work (measured on a CPU for 256, 768, 1536 and 8960 columns: more and smaller blocks save
-    more operations and lose it in slower matrix products). The sum is kept unscaled, so that the order of batches does
+    each, which saves 3/8 of the work (measured on a CPU for 256, 768, 1536 and 8960 columns: more and smaller blocks
+    save more operations and lose it in slower matrix products). The sum is kept unscaled, so that the order of batches does
     not matter beyond float32 rounding; narrower inputs are widened first.
 
     Attributes:
@@ -31,7 +31,7 @@ class Hessian:
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add a batch of inputs `x` [..., columns] with one weight >= 0 per token, `weights` [...].
 
-        Rows of weight 0 (padding) are dropped before anything is multiplied, so whatever they hold, nan too, is harmless.
+        Rows of weight 0 (padding) are dropped before anything is multiplied: what they hold, even nan, is harmless.
 
         Raises:
             RacError: shapes that do not fit, or a weight that is negative or not finite.
@@ -74,13 +74,13 @@ class Hessian:
         """
         if self.weight_sum == 0.0:
             raise RacError(
-                f"{name}: no calibration token reached it; use more traces, or add it to ignore (experts may stay unused)"
+                f"{name}: no calibration token reached it; use more traces, or add it to ignore (an unused expert)"
             )
         if not bool(self._sum.diagonal().isfinite().all()):  # an inf or nan input shows in its own square
             bad = int((~self._sum.diagonal().isfinite()).sum())
             raise RacError(
-                f"{name}: activations of {bad} of {self.columns} inputs are not finite; run the model in bfloat16 or float32, "
-                "or find the layer that overflows"
+                f"{name}: activations of {bad} of {self.columns} inputs are not finite; "
+                "run the model in bfloat16 or float32, or find the layer that overflows"
             )
         full = self._sum * (2.0 / self.weight_sum)
         for start in range(0, self.columns, self._block):

@@ -20,8 +20,9 @@ _BLOCK = 128
 class Pattern:
     """A sparsity pattern; build it with `parse` (recipe values), `n_of_m` or `unstructured`.
 
-    `n` of every `m` consecutive input weights of an output row are zero, counted as llm-compressor's `mask_structure` counts:
-    N is the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the share of zeros.
+    `n` of every `m` consecutive input weights of an output row are zero, counted as llm-compressor's `mask_structure`
+    counts: N is the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the share
+    of zeros.
     """
 
     sparsity: float
@@ -32,7 +33,7 @@ class Pattern:
     def unstructured(cls, sparsity: float) -> Pattern:
         """Any weights, a share `sparsity` of them, 0 < sparsity < 1."""
         if not 0.0 < sparsity < 1.0:  # also refuses nan
-            raise RacError(f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5 to prune half of the weights")
+            raise RacError(f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5 to prune half")
         return cls(sparsity=float(sparsity))
 
     @classmethod
@@ -61,7 +62,7 @@ class Pattern:
         n, m = int(found[1]), int(found[2])
         if n == m == 0:
             if sparsity is None:
-                raise RacError('mask_structure "0:0" is unstructured and needs a sparsity; add for example sparsity: 0.5')
+                raise RacError('mask_structure "0:0" with no sparsity: unstructured needs one; add "sparsity: 0.5"')
             return cls.unstructured(sparsity)
         pattern = cls.n_of_m(n, m)
         if sparsity is not None and not abs(sparsity - pattern.sparsity) <= _AGREEMENT:
@@ -84,8 +85,8 @@ class Pattern:
     def describe(self) -> str:
         """The pattern in words, for reports."""
         if self.is_structured:
-            return f"{self.n} of every {self.m} consecutive input weights are zero ({self.sparsity:.4g} of all)"
-        return f"a share of {self.sparsity:.4g} of the weights is zero, anywhere"
+            return f"{self.n} of every {self.m} consecutive input weights are zero ({100 * self.sparsity:.4g} %)"
+        return f"{100 * self.sparsity:.4g} % of the weights are zero, anywhere"
 
     def check_shape(self, name: str, rows: int, columns: int) -> None:
         """Refuse a module whose inputs do not divide into groups of M.
@@ -107,7 +108,7 @@ def broken_groups(weight: torch.Tensor, pattern: Pattern) -> int:
         RacError: an unstructured pattern (it has no groups), or columns that are no multiple of M.
     """
     if not pattern.is_structured:
-        raise RacError(f"broken_groups: {pattern.describe()}, so there are no groups to count; use holds")
+        raise RacError(f"broken_groups: an unstructured pattern has no groups to count; use holds")
     rows, columns = weight.shape
     pattern.check_shape("weight", rows, columns)
     zeros = (weight == 0).view(rows, columns // pattern.m, pattern.m).sum(dim=2)

@@ -16,7 +16,7 @@ from rac_modifier.pruning.scores import magnitude_mask, wanda_mask
 
 Method = Literal["sparsegpt", "wanda", "magnitude"]
 
-_ERROR_BLOCK = 512
+_QUADRATIC_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Solution:
     Attributes:
         weight: [rows, columns] in the dtype and on the device of the weight given.
         mask: bool [rows, columns], True = kept. What the method chose; a kept weight may still round to zero.
-        error: ||(W - W') X||^2 as the Hessian H has it, trace((W - W') H (W - W')^T), for W' as stored and W the target.
+        error: ||(W - W') X||^2 as the Hessian H has it, trace((W - W') H (W - W')^T), for W' as stored, W the target.
         relative_error: error / trace(W H W^T); 0 when both are 0.
         dampening_used: the dampening_frac that the factorisation took; 0 for methods that factor nothing.
         retries: how often the dampening was raised to get there.
@@ -67,39 +67,39 @@ def solve(
     names = [f"weight {i}" for i in range(len(weights))] if names is None else names
     targets = weights if target is None else target
     _check(method, weights, targets, hessian, pattern, names, block_size, dampening_frac)
-    rows = [w.shape[0] for w in weights]
+    rows, dtype = [w.shape[0] for w in weights], weights[0].dtype
     dead = hessian.diagonal() == 0
-    stacked = torch.cat([t.to(hessian) for t in targets]).T.contiguous()  # [d, sum(rows)]: see sparsegpt.py
+    working = hessian.new_empty(hessian.shape[0], sum(rows))  # transposed: sparsegpt.py says why
+    for part, t in zip(working.split(rows, dim=1), targets, strict=True):
+        part.copy_(t.T)
+    totals = quadratic_form(working, hessian)
 
     dampening, retries = 0.0, 0
     if method == "sparsegpt":
         factor = sparsegpt.factorise(hessian, dampening_frac, ", ".join(names))
         dampening, retries = factor.dampening_frac, factor.retries
-        start = stacked.masked_fill(dead.unsqueeze(1), 0.0)
-        pruned, mask = sparsegpt.prune(start, factor, rows, pattern, block_size)
-        mask |= dead.unsqueeze(1)
-        del factor, start
+        working[dead] = 0.0
+        mask, errors = sparsegpt.prune(working, factor, rows, pattern, block_size, dtype)
+        mask[dead] = True
+        del factor
     else:
-        split = [t.T for t in stacked.split(rows, 1)]
-        choose = magnitude_mask if method == "magnitude" else lambda w, p: wanda_mask(w, hessian, p)
-        mask = torch.cat([choose(w.contiguous(), pattern) for w in split]).T
-        pruned = stacked.masked_fill(mask, 0.0)
+        mask = _mask_by_score(method, working, rows, hessian, pattern)
+        kept = working.masked_fill(mask, 0.0).to(dtype).to(working.dtype)
+        errors = quadratic_form(working.sub_(kept), hessian)
+        working = kept
 
-    stored = [p.T.contiguous().to(w) for p, w in zip(pruned.split(rows, 1), weights, strict=True)]
-    for name, w in zip(names, stored, strict=True):
-        if not bool(w.isfinite().all()):
-            raise RacError(f"{name}: the pruned weight overflows {w.dtype}; raise dampening_frac ({dampening_frac})")
-    del pruned
-    back = torch.cat([w.to(hessian) for w in stored]).T
-    errors = quadratic_form(stacked - back, hessian).split(rows)
-    totals = quadratic_form(stacked, hessian).split(rows)
     solutions = []
-    for i, kept in enumerate((~mask).split(rows, 1)):
-        error, total = max(float(errors[i].sum()), 0.0), float(totals[i].sum())
+    for i, (name, w) in enumerate(zip(names, weights, strict=True)):
+        part = slice(sum(rows[:i]), sum(rows[: i + 1]))
+        stored = working[:, part].T.contiguous().to(w)
+        if not _finite(stored):
+            raise RacError(f"{name}: the pruned weight overflows {w.dtype}; raise dampening_frac ({dampening_frac})")
+        # rounding may leave an error of nothing just below 0
+        error, total = max(float(errors[part].sum()), 0.0), float(totals[part].sum())
         solutions.append(
             Solution(
-                weight=stored[i],
-                mask=kept.T.contiguous().to(weights[i].device),
+                weight=stored,
+                mask=mask[:, part].T.logical_not().contiguous().to(w.device),
                 error=error,
                 relative_error=error / total if total > 0 else 0.0,
                 dampening_used=dampening,
@@ -113,16 +113,32 @@ def solve(
 def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
 
-    Uses the lower triangle and counts what is left of the diagonal twice: half the work of a full product.
+    Uses the lower triangle and counts what is left of the diagonal blocks twice: half the work of a full product.
     """
     result = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    for start in range(0, vectors.shape[0], _ERROR_BLOCK):
-        rows = slice(start, start + _ERROR_BLOCK)
-        product = hessian[rows, rows] @ vectors[rows]
+    for start in range(0, vectors.shape[0], _QUADRATIC_BLOCK):
+        block = slice(start, start + _QUADRATIC_BLOCK)
+        product = hessian[block, block] @ vectors[block]
         if start:
-            product.addmm_(hessian[rows, :start], vectors[:start], alpha=2)
-        result += (product * vectors[rows]).sum(0)
+            product.addmm_(hessian[block, :start], vectors[:start], alpha=2)
+        result += product.mul_(vectors[block]).sum(0)
     return result
+
+
+def _mask_by_score(
+    method: str, working: torch.Tensor, rows: Sequence[int], hessian: torch.Tensor, pattern: Pattern
+) -> torch.Tensor:
+    """What Wanda or magnitude prunes of transposed weights [d, sum(rows)], each module by itself."""
+    masks = []
+    for part in working.split(list(rows), dim=1):
+        w = part.T.contiguous()
+        masks.append(wanda_mask(w, hessian, pattern) if method == "wanda" else magnitude_mask(w, pattern))
+    return torch.cat(masks).T
+
+
+def _finite(x: torch.Tensor) -> bool:
+    # the sum is far cheaper, and finite only if every element is; a sum that overflows settles nothing
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def _check(
@@ -142,7 +158,7 @@ def _check(
     if not (dampening_frac >= 0 and math.isfinite(dampening_frac)):
         raise RacError(f"dampening_frac {dampening_frac}: must be finite and >= 0; 0.01 is usual")
     if not weights or not len(weights) == len(targets) == len(names):
-        raise RacError(f"{len(weights)} weights, {len(targets)} targets, {len(names)} names: give one of each per module")
+        raise RacError(f"{len(weights)} weights, {len(targets)} targets, {len(names)} names: give one of each a module")
     label = ", ".join(names)
     d = hessian.shape[0]
     if hessian.shape != (d, d) or not hessian.is_floating_point() or hessian.element_size() < 4:
@@ -150,17 +166,19 @@ def _check(
     for name, w, t in zip(names, weights, targets, strict=True):
         if w.ndim != 2 or w.shape[1] != d or t.shape != w.shape:
             raise RacError(
-                f"{name}: weight {list(w.shape)}, target {list(t.shape)} and a Hessian of {d} inputs do not fit together; "
-                "only modules that read the same input share a Hessian"
+                f"{name}: weight {list(w.shape)}, target {list(t.shape)} and a Hessian of {d} inputs do not fit "
+                "together; only modules that read the same input share a Hessian"
             )
+        if w.dtype != weights[0].dtype:
+            raise RacError(f"{name}: {w.dtype} beside {weights[0].dtype}; solve modules of different dtypes apart")
         pattern.check_shape(name, *w.shape)
-        if not bool(w.isfinite().all() and t.isfinite().all()):
+        if not (_finite(w) and _finite(t)):
             raise RacError(f"{name}: the weight holds values that are not finite; check the checkpoint")
-    if not bool(hessian.isfinite().all()):
+    if not _finite(hessian):
         raise RacError(f"{label}: the Hessian holds values that are not finite; check the activations of this layer")
     diagonal = hessian.diagonal()
     if bool((diagonal < 0).any()) or not bool((diagonal > 0).any()):
         raise RacError(
-            f"{label}: the Hessian's diagonal runs from {float(diagonal.min()):.4g} to {float(diagonal.max()):.4g}; sums of "
-            "squares of inputs that saw some token are positive: check the calibration traces"
+            f"{label}: the Hessian's diagonal runs from {float(diagonal.min()):.4g} to {float(diagonal.max()):.4g}; "
+            "sums of squares of inputs are positive unless no token came by: check the calibration traces"
         )

@@ -61,11 +61,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Named parameters, a tied output embedding left out: offloading makes it look like a parameter of its own."""
-    tied = model.get_output_embeddings() if getattr(model.config, "tie_word_embeddings", False) else None
+    """Each module's own parameters; one shared by two modules comes twice, since offloading hides that it is shared."""
     for prefix, module in model.named_modules():
-        if module is tied:
-            continue
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
             yield full, _offloaded(module, name, full) if parameter.is_meta else parameter

@@ -41,15 +41,17 @@ class SamplingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    temperature: float | None = Field(None, ge=0, description="0 is greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, description="0 is off")
-    max_new_tokens: int = Field(8192, ge=1)
-    samples_per_problem: int = Field(1, ge=1)
-    batch_size: int = Field(64, ge=1, description="completions sampled together; does not change what is sampled")
+    temperature: float | None = Field(default=None, ge=0, description="0 is greedy")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, description="0 is off")
+    max_new_tokens: int = Field(default=8192, ge=1)
+    samples_per_problem: int = Field(default=1, ge=1)
+    batch_size: int = Field(
+        default=64, ge=1, description="completions sampled together; does not change what is sampled"
+    )
     seed: int = 0
     system_prompt: str | None = None
-    template: Template = Field("chat", description="'none' gives the model the bare question")
+    template: Template = Field(default="chat", description="'none' gives the model the bare question")
 
     @model_validator(mode="after")
     def _fits_together(self) -> SamplingSettings:

@@ -35,13 +35,15 @@ class ProblemSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
-        ARITHMETIC, min_length=1, description="arithmetic, reasoning-gym:<task>, a file, or a dataset id"
+        default=ARITHMETIC, min_length=1, description="arithmetic, reasoning-gym:<task>, a file, or a dataset id"
     )
-    column: str | None = Field(None, description="column of the question; needed unless one of problem/question/prompt")
-    answer_column: str | None = Field(None, description="column of the answer, kept for review")
-    split: str = Field("train", description="split of a Hugging Face dataset")
-    config: str | None = Field(None, description="configuration of a Hugging Face dataset")
-    limit: int | None = Field(None, ge=1, description="use at most this many problems")
+    column: str | None = Field(
+        default=None, description="column of the question; needed unless one of problem/question/prompt"
+    )
+    answer_column: str | None = Field(default=None, description="column of the answer, kept for review")
+    split: str = Field(default="train", description="split of a Hugging Face dataset")
+    config: str | None = Field(default=None, description="configuration of a Hugging Face dataset")
+    limit: int | None = Field(default=None, ge=1, description="use at most this many problems")
 
     @property
     def is_generator(self) -> bool:

@@ -63,16 +63,16 @@ def test_greedy_is_the_arg_max_of_a_plain_forward_pass(model, tokenizer):
 
 
 def test_first_tokens_follow_the_models_distribution(model, tokenizer):
-    how = SamplingSettings(temperature=0.05, top_p=0.9, top_k=5, max_new_tokens=1)
+    how = SamplingSettings(temperature=0.5, top_p=0.7, top_k=5, max_new_tokens=1)
     rows = 4000
     drawn = generate(model, tokenizer, [PROMPTS[0]] * rows, how, [f"k{i}" for i in range(rows)])
     frequencies = torch.bincount(torch.tensor([g.ids[0] for g in drawn]), minlength=128) / rows
-    logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.05
+    logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.5
     top, order = logits.softmax(-1).sort(descending=True)
     kept = top[:5] / top[:5].sum()  # top-p acts on what top-k left
-    kept = kept[: int((kept.cumsum(0) < 0.9).sum()) + 1]
+    kept = kept[: int((kept.cumsum(0) < 0.7).sum()) + 1]
     expected = torch.zeros(128).index_put((order[: len(kept)],), kept / kept.sum())
-    assert len(kept) > 1
+    assert 1 < len(kept) < 5
     torch.testing.assert_close(frequencies, expected, atol=0.03, rtol=0)
 
 

@@ -15,9 +15,9 @@ def mix(x):
 
 def reference(row, position, token):
     """The same noise with Python's unbounded integers."""
-    bits = mix(
-        mix(row + (position + 1) * 0x9E3779B1 & MASK) ^ mix((token + 1) * 0x9E3779B97F4A7C15 & MASK)
-    ) & (2**63 - 1)
+    bits = mix(mix(row + (position + 1) * 0x9E3779B1 & MASK) ^ mix((token + 1) * 0x9E3779B97F4A7C15 & MASK)) & (
+        2**63 - 1
+    )
     return -math.log(-math.log1p(-(bits + 0.5) / 2**63))
 
 

@@ -1,5 +1,6 @@
 import json
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -66,7 +67,7 @@ def test_json_and_parquet_hold_the_same_problems(tmp_path, questions):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [json.loads(line) for line in open(questions)]
+    rows = [json.loads(line) for line in Path(questions).read_text().splitlines()]
     (tmp_path / "set.json").write_text(json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
     expected = take(100, source=questions, answer_column="solution")
@@ -113,6 +114,7 @@ def test_reasoning_gym_runs_past_its_chunk_and_neighbouring_seeds_share_nothing(
     one = take(510, source="reasoning-gym:chain_sum")
     two = take(510, seed=1, source="reasoning-gym:chain_sum")
     assert len({p.id for p in one}) == 510
+    assert [p.question for p in one[:10]] != [p.question for p in one[500:]]
     assert len({p.question for p in one} & {p.question for p in two}) < 25
 
 

@@ -1,0 +1,36 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint schema results clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/reasoner_demo.py
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# the JSON Schema of the recipe entry, published in docs/
+schema: $(VENV)/.installed
+	$(BIN)/rac schema > docs/recipe.schema.json
+
+# every figure of docs/results.md (about 1.5 hours on 2 cores)
+results: $(VENV)/.installed
+	$(BIN)/python benchmarks/pruning_time.py
+	$(BIN)/python benchmarks/reasoner_table.py
+	$(BIN)/python benchmarks/smollm2.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo

@@ -1,0 +1,55 @@
+"""What the benchmarks share: quiet logs, fresh models, and recipes of the calibrations compared."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+from loguru import logger
+from transformers import AutoModelForCausalLM
+
+import rac_modifier
+
+logger.remove()
+logger.add(sys.stderr, level="WARNING")
+
+# One share of the token budget each; "RAC" is prompt + trace sequences as in the paper.
+CALIBRATIONS = {"generic text": "generic", "prompts only": "prompts", "RAC": "traces"}
+
+
+def fresh(path: str | Path) -> Any:
+    """The model in float32: the same function as in bfloat16 storage, and faster on a CPU without bf16 units."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def modifier(pattern: str | float, calibration: str, *, tokens: int, seed: int, store: Path, solver: str = "sparsegpt") -> Any:
+    """Our modifier for one cell of a comparison; `pattern` is "N:M" or a sparsity."""
+    return rac_modifier.ReasoningAwareSparseGPTModifier(
+        **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),
+        solver=solver,
+        traces={"store": str(store), "sampling": {"max_new_tokens": 512, "batch_size": 128, "seed": seed}},
+        calibration={"tokens": tokens, "mixture": {CALIBRATIONS[calibration]: 1.0}, "seed": seed},
+    )
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        flags = next(line for line in info.read_text().splitlines() if line.startswith("flags")).split()
+        cpu = lines[0].split(":")[1].strip()
+        cpu += f" ({', '.join(f for f in ('avx2', 'avx512f', 'amx_bf16') if f in flags)})"
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"load average {os.getloadavg()[0]:.1f} at the start"
+    )

@@ -1,0 +1,161 @@
+"""Pruning time, error and peak memory: ours against llm-compressor's SparseGPTModifier on the same batches.
+
+    python benchmarks/pruning_time.py                   # the embedded reasoner, then two layers of Qwen2-1.5B shape
+    python benchmarks/pruning_time.py --case reasoner
+
+Both go through upstream's `oneshot` on a fresh copy of the same model, in one process, in turn; the time is that of the
+whole call. The batches hold no padding, which upstream would count. The error compares the last hidden state with the
+dense model's on the calibration batches. Peak memory comes from one further process for each, over its size before the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import fresh, machine
+from llmcompressor import oneshot
+from llmcompressor.modifiers.pruning import SparseGPTModifier
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import rac_modifier
+from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.mixture import CalibrationSequence, compose
+from rac_modifier.calibration.settings import CalibrationSettings
+from rac_modifier.calibration.source import CalibrationSet
+
+BATCH_TOKENS = 4096
+
+
+def reasoner_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
+    """The embedded reasoner on its own traces, joined and cut into rows of 256 so that no row needs padding."""
+    from rac_modifier.calibration.settings import TraceSettings
+    from rac_modifier.calibration.source import build_calibration_set
+
+    model = fresh(rac_modifier.reasoner_path())
+    tokenizer = AutoTokenizer.from_pretrained(rac_modifier.reasoner_path())
+    store = Path(tempfile.gettempdir()) / "rac-benchmark-traces.jsonl"
+    traces = TraceSettings(store=str(store), sampling={"max_new_tokens": 512, "batch_size": 128})
+    loader = build_calibration_set(model, tokenizer, traces, CalibrationSettings(tokens=tokens)).loader
+    ids = [i for s in loader.sequences for i in s.ids]
+    return model, [CalibrationSequence(tuple(ids[at : at + 256]), 0, "traces") for at in range(0, len(ids) - 255, 256)]
+
+
+def qwen_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
+    """Two decoder layers of Qwen2-1.5B's shape with random weights, and random tokens in rows of 512."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=4096, hidden_size=1536, intermediate_size=8960, num_hidden_layers=2, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )
+    model = Qwen2ForCausalLM(config)
+    folder = Path(tempfile.mkdtemp())
+    config.save_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    model.name_or_path = str(folder)
+    ids = torch.randint(0, 4096, (tokens // 512, 512)).tolist()
+    return model, [CalibrationSequence(tuple(row), 0, "traces") for row in ids]
+
+
+CASES = {"reasoner": (reasoner_case, 32768), "qwen2-1.5b-2-layers": (qwen_case, 16384)}
+
+
+class Peer:
+    """One way to prune a fresh copy of the case's model."""
+
+    def __init__(self, case: str, pattern: str):
+        build, tokens = CASES[case]
+        self.model, sequences = build(tokens)
+        self.settings = {"sparsity": 0.5, "mask_structure": pattern}
+        self.calibration = CalibrationSet(
+            CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=BATCH_TOKENS), 0), None
+        )
+        self.dense = self.hidden(self.model)
+
+    def hidden(self, model: Any) -> torch.Tensor:
+        """Last hidden states of up to four batches."""
+        with torch.no_grad():
+            batches = [b["input_ids"] for b, _ in zip(self.calibration.loader, range(4), strict=False)]
+            return torch.cat([model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in batches])
+
+    def prune(self, who: str) -> tuple[float, Any]:
+        model = copy.deepcopy(self.model)
+        started = time.perf_counter()
+        if who == "ours":
+            recipe = rac_modifier.ReasoningAwareSparseGPTModifier(**self.settings)
+            recipe.use_calibration_set(self.calibration)
+            oneshot(model=model, recipe=recipe)
+        else:
+            recipe = SparseGPTModifier(**self.settings, ignore=["re:.*lm_head"], block_size=128, dampening_frac=0.01)
+            plain = torch.utils.data.DataLoader([dict(b) for b in self.calibration.loader], batch_size=None)
+            oneshot(model=model, recipe=recipe, dataset=plain)
+        return time.perf_counter() - started, model
+
+    def error(self, model: Any) -> float:
+        return float((self.hidden(model) - self.dense).square().sum() / self.dense.square().sum())
+
+
+def compare(case: str, pattern: str, rounds: int) -> dict[str, Any]:
+    peer = Peer(case, pattern)
+    seconds: dict[str, list[float]] = {"upstream": [], "ours": []}
+    errors: dict[str, float] = {}
+    for index in range(rounds):
+        for who in ("upstream", "ours") if index % 2 == 0 else ("ours", "upstream"):
+            took, model = peer.prune(who)
+            seconds[who].append(took)
+            errors[who] = peer.error(model)
+            del model
+    median = {who: statistics.median(s) for who, s in seconds.items()}
+    ratios = [o / u for o, u in zip(seconds["ours"], seconds["upstream"], strict=True)]
+    memory = {who: peak_memory(case, pattern, who) for who in seconds}
+    name = pattern if pattern != "0:0" else "50 %"
+    print(
+        f"{case:<20} {name:<5} upstream {median['upstream']:6.2f} s, ours {median['ours']:6.2f} s, ratio "
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}, {rounds} rounds); error {errors['upstream']:.5f} / "
+        f"{errors['ours']:.5f}; peak memory {memory['upstream']:.0f} / {memory['ours']:.0f} MiB over the start",
+        flush=True,
+    )
+    return {"case": case, "pattern": pattern, "seconds": seconds, "errors": errors, "peak_mib": memory}
+
+
+def peak_memory(case: str, pattern: str, who: str) -> float:
+    """MiB that the call adds to a fresh process's peak."""
+    command = [sys.executable, __file__, "--case", case, "--pattern", pattern, "--memory-of", who]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--pattern", choices=("2:4", "0:0"), action="append")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--memory-of", choices=("upstream", "ours"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        peer = Peer(args.case[0], args.pattern[0])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peer.prune(args.memory_of)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        return
+    print(machine())
+    results = [
+        compare(case, pattern, args.rounds) for case in args.case or CASES for pattern in args.pattern or ("2:4", "0:0")
+    ]
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

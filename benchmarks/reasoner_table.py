@@ -1,0 +1,99 @@
+"""Accuracy and thinking of the embedded reasoner by sparsity and calibration: the table in docs/results.md.
+
+    python benchmarks/reasoner_table.py                # all cells; resumes from its rows
+    python benchmarks/reasoner_table.py --report-only  # table and plot from the rows that are there
+
+Each cell is upstream's `oneshot` with our modifier, calibrated on the same number of tokens, then greedy answers to the
+same held-out problems at the same cap. A calibration seed changes the traces, the problems prompted and the text drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from common import CALIBRATIONS, fresh, machine, modifier
+from llmcompressor import oneshot
+from transformers import AutoTokenizer
+
+import rac_modifier
+from rac_modifier.evaluation.accuracy import evaluate
+from rac_modifier.evaluation.plot import plot_accuracy
+from rac_modifier.evaluation.problems import held_out_problems
+from rac_modifier.evaluation.report import render_seed_table
+
+PATTERNS: list[str | float] = ["2:4", 0.5, 0.6, 0.4, 0.7]
+
+
+def run(args: argparse.Namespace, rows_path: Path) -> None:
+    path = rac_modifier.reasoner_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    problems = held_out_problems("arithmetic", args.problems)
+    done = {(r["pattern"], r["calibration"], r["seed"]) for r in read(rows_path)}
+
+    def record(pattern: str | float, calibration: str, seed: int, model: object, prune_seconds: float) -> None:
+        result = evaluate(
+            model, tokenizer, problems, label=f"{pattern} {calibration}", max_new_tokens=args.cap,
+            batch_size=args.problems, progress=False,
+        )
+        row = {
+            "pattern": pattern, "calibration": calibration, "seed": seed, "tokens": args.tokens,
+            "prune_seconds": prune_seconds, **result.as_dict(), "calibration_seed": seed,
+        }
+        with rows_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{pattern!s:>5} {calibration:<13} seed {seed}: {result.accuracy:.3f}, {result.mean_thinking_tokens:.0f} tokens, "
+            f"{result.unfinished_share:.1%} unfinished, pruned in {prune_seconds:.1f} s, evaluated in {result.seconds:.0f} s",
+            flush=True,
+        )
+
+    if ("dense", "dense", 0) not in done:
+        record("dense", "dense", 0, fresh(path), 0.0)
+    for seed in range(args.seeds):
+        for pattern in PATTERNS:
+            for calibration in CALIBRATIONS:
+                if (pattern, calibration, seed) in done:
+                    continue
+                model = fresh(path)
+                store = rows_path.parent / f"traces-{seed}.jsonl"
+                started = time.monotonic()
+                recipe = modifier(pattern, calibration, tokens=args.tokens, seed=seed, store=store)
+                oneshot(model=model, recipe=recipe)
+                record(pattern, calibration, seed, model, time.monotonic() - started)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def report(rows: list[dict], plot: Path) -> None:
+    dense = next(r for r in rows if r["pattern"] == "dense")
+    pruned = [{**r, "sparsity": r["pattern"], "seed": r["calibration_seed"]} for r in rows if r["pattern"] != "dense"]
+    print(render_seed_table(pruned, dense))
+    plot_accuracy(pruned, dense["accuracy"], plot)
+    print(f"plot: {plot}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/reasoner_table"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/accuracy.png"))
+    parser.add_argument("--problems", type=int, default=300)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cap", type=int, default=512)
+    parser.add_argument("--report-only", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows_path = args.out / "rows.jsonl"
+    print(machine())
+    if not args.report_only:
+        run(args, rows_path)
+    report(read(rows_path), args.plot)
+
+
+if __name__ == "__main__":
+    main()

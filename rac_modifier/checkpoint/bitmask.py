@@ -1,0 +1,224 @@
+"""The two bitmask layouts of a sparse matrix: pure functions from a dense [N, K] weight to named tensors and back.
+
+Both keep a row-major bitmask, uint8 [N, ceil(K/8)], where bit i of byte j is column 8j+i, and the kept values in
+row-major order. They are the layouts that compressed-tensors up to 0.14 called sparse-24-bitmask and sparse-bitmask.
+
+Zeros are told by their bits: -0.0 is a value to keep, so that unpacking returns the same bits. The one exception is a
+2:4 group that holds more -0.0 than it has room for: those that do not fit come back as +0.0. Weights are handled as
+integers of the same width, which moves NaN payloads untouched, and a chunk of rows at a time, which bounds the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from rac_modifier.errors import RacError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+# Weights expanded to a byte (and, in passing, to an int64) each at one time.
+_CHUNK = 1 << 20
+
+
+def pack_24(weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
+    """Pack a 2:4 weight [N, K]: `compressed` [N, K/2] of its dtype, `bitmask`, and `shape` int64 [2, 1].
+
+    Every group of four columns stores exactly two values; with fewer than two nonzeros, zeros fill up (first -0.0, then
+    the leftmost +0.0). `shape` is a column because vLLM up to 0.18 loads it into a [2, 1] parameter.
+
+    Raises:
+        RacError: not 2-D, an unsupported dtype, K no multiple of 4, or a group of more than two nonzeros.
+    """
+    rows, columns = _check_weight(weight, name)
+    if columns % 4:
+        raise RacError(
+            f"{name}: {columns} columns are no multiple of 4, so it cannot be packed as 2:4; pack as unstructured"
+        )
+    compressed = torch.empty(rows, columns // 2, dtype=weight.dtype, device=weight.device)
+    bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)
+    for part in row_chunks(rows, columns):
+        values = _as_integers(weight[part])
+        keep = _two_of_four(values, nonzero(weight[part]), name, part.start)
+        _as_integers(compressed)[part] = values[keep].view(-1, columns // 2)
+        bitmask[part] = _to_bitmask(keep)
+    shape = torch.tensor([[rows], [columns]], dtype=torch.int64)
+    return {"compressed": compressed, "bitmask": bitmask, "shape": shape}
+
+
+def unpack_24(tensors: Mapping[str, Tensor], name: str = "weight") -> Tensor:
+    """The dense weight [N, K] that `pack_24` was given, the same bits.
+
+    Raises:
+        RacError: naming `{name}.{part}`, where the parts are missing, malformed or contradict each other.
+    """
+    compressed, bitmask, rows, columns = _check_parts(tensors, name)
+    if columns % 4 or tuple(compressed.shape) != (rows, columns // 2):
+        raise RacError(
+            f"{name}.compressed: shape {list(compressed.shape)} does not fit a 2:4 weight [{rows}, {columns}], which "
+            f"stores [{rows}, {columns // 2}]; the checkpoint is damaged or not 2:4"
+        )
+    dense = torch.zeros(rows, columns, dtype=compressed.dtype, device=compressed.device)
+    for part in row_chunks(rows, columns):
+        mask = _from_bitmask(bitmask[part], columns)
+        if not bool((mask.view(-1, 4).sum(dim=1) == 2).all()):
+            raise RacError(
+                f"{name}.bitmask: a group of four columns does not keep exactly two; the checkpoint is damaged"
+            )
+        _as_integers(dense)[part].masked_scatter_(mask, _as_integers(compressed)[part].contiguous())
+    return dense
+
+
+def pack_unstructured(weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
+    """Pack any weight [N, K]: `compressed` 1-D values, `bitmask`, `row_offsets` int64 [N] and `shape` int64 [2].
+
+    `row_offsets[r]` is where row r starts in `compressed`.
+
+    Raises:
+        RacError: not 2-D, or an unsupported dtype.
+    """
+    rows, columns = _check_weight(weight, name)
+    bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)
+    for part in row_chunks(rows, columns):
+        bitmask[part] = _to_bitmask(_as_integers(weight[part]) != 0)
+    counts = _row_counts(bitmask)
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    compressed = torch.empty(int(ends[-1]), dtype=weight.dtype, device=weight.device)
+    for part in row_chunks(rows, columns):
+        values = _as_integers(weight[part])
+        _as_integers(compressed)[int(starts[part.start]) : int(ends[part.stop - 1])] = values[values != 0]
+    shape = torch.tensor([rows, columns], dtype=torch.int64)
+    return {"compressed": compressed, "bitmask": bitmask, "row_offsets": starts, "shape": shape}
+
+
+def unpack_unstructured(tensors: Mapping[str, Tensor], name: str = "weight") -> Tensor:
+    """The dense weight [N, K] that `pack_unstructured` was given, the same bits.
+
+    Raises:
+        RacError: naming `{name}.{part}`, where the parts are missing, malformed or contradict each other.
+    """
+    compressed, bitmask, rows, columns = _check_parts(tensors, name)
+    counts = _row_counts(bitmask)
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    if compressed.dim() != 1 or compressed.numel() != int(ends[-1]):
+        raise RacError(
+            f"{name}.compressed: shape {list(compressed.shape)}, but the bitmask keeps {int(ends[-1])} values; "
+            "the checkpoint is damaged"
+        )
+    offsets = _part(tensors, name, "row_offsets")
+    if offsets.dtype != torch.int64 or not torch.equal(offsets.to(starts.device), starts):
+        raise RacError(
+            f"{name}.row_offsets: not int64 [{rows}] row starts as the bitmask has them; the checkpoint is damaged"
+        )
+    dense = torch.zeros(rows, columns, dtype=compressed.dtype, device=compressed.device)
+    for part in row_chunks(rows, columns):
+        mask = _from_bitmask(bitmask[part], columns)
+        values = _as_integers(compressed)[int(starts[part.start]) : int(ends[part.stop - 1])]
+        _as_integers(dense)[part].masked_scatter_(mask, values)
+    return dense
+
+
+def nonzero(weight: Tensor) -> Tensor:
+    """Bool mask of the values other than 0.0 and -0.0, also for the 8-bit floats, which torch cannot compare."""
+    integers = _as_integers(weight)
+    # Shifting the sign out makes -0.0 a zero and nothing else.
+    return (integers << 1 if weight.is_floating_point() else integers) != 0
+
+
+def count_zeros(weight: Tensor) -> int:
+    """How many weights [N, K] are 0.0 or -0.0."""
+    rows, columns = weight.shape
+    return sum(int((~nonzero(weight[part])).sum()) for part in row_chunks(rows, columns))
+
+
+def _two_of_four(values: Tensor, kept: Tensor, name: str, first_row: int) -> Tensor:
+    """Choose exactly two of every four columns: the nonzeros `kept`, then -0.0, then +0.0, leftmost first."""
+    groups, keep = values.reshape(-1, 4), kept.reshape(-1, 4)
+    crowded = (keep.sum(dim=1) > 2).nonzero()
+    if len(crowded):
+        row, group = divmod(int(crowded[0]), values.shape[1] // 4)
+        raise RacError(
+            f"{name}: {len(crowded)} or more groups hold more than 2 nonzeros, the first in row {first_row + row}, "
+            f"columns {4 * group}-{4 * group + 3}; the weight is not 2:4: pack it as unstructured, or prune it again"
+        )
+    for candidates in (groups != 0, torch.ones_like(keep)):
+        free = candidates & ~keep
+        keep = keep | (free & (free.cumsum(dim=1) <= 2 - keep.sum(dim=1, keepdim=True)))
+    return keep.view(values.shape)
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows that together cover a matrix and each bound the memory of an elementwise step."""
+    step = max(1, _CHUNK // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    return tensor.view(_INTEGER[tensor.element_size()])
+
+
+def _to_bitmask(mask: Tensor) -> Tensor:
+    """Bool [r, K] to uint8 [r, ceil(K/8)]."""
+    columns = mask.shape[1]
+    eights = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8)).view(len(mask), -1, 8)
+    packed = eights[:, :, 0].clone()
+    for bit in range(1, 8):
+        packed |= eights[:, :, bit] << bit
+    return packed
+
+
+def _from_bitmask(bitmask: Tensor, columns: int) -> Tensor:
+    """Uint8 [r, ceil(K/8)] to bool [r, K]."""
+    bits = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    mask = (bitmask.unsqueeze(-1) >> bits) & 1
+    return mask.view(len(bitmask), -1)[:, :columns].contiguous().bool()
+
+
+def _row_counts(bitmask: Tensor) -> Tensor:
+    """Set bits of every row, int64 [N]."""
+    pairs = bitmask - ((bitmask >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)
+
+
+def _check_weight(weight: Tensor, name: str) -> tuple[int, int]:
+    if weight.dim() != 2 or not weight.numel():
+        raise RacError(
+            f"{name}: shape {list(weight.shape)}; only non-empty matrices [N, K] can be packed, so leave it dense"
+        )
+    if weight.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise RacError(
+            f"{name}: dtype {weight.dtype} cannot be packed; convert it to one of {known}, or leave it dense"
+        )
+    return weight.shape[0], weight.shape[1]
+
+
+def _part(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor:
+    if part not in tensors:
+        raise RacError(f"{name}.{part}: missing from the checkpoint; copy or save the checkpoint again")
+    return tensors[part]
+
+
+def _check_parts(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, int, int]:
+    """What both layouts need before anything is indexed: compressed, bitmask, N and K."""
+    compressed, bitmask, shape = (_part(tensors, name, part) for part in ("compressed", "bitmask", "shape"))
+    if shape.dtype != torch.int64 or shape.numel() != 2:
+        raise RacError(
+            f"{name}.shape: {shape.dtype} {list(shape.shape)} instead of two int64; the checkpoint is damaged"
+        )
+    rows, columns = shape.flatten().tolist()
+    if bitmask.dtype != torch.uint8 or rows < 1 or columns < 1 or tuple(bitmask.shape) != (rows, -(-columns // 8)):
+        raise RacError(
+            f"{name}.bitmask: {bitmask.dtype} {list(bitmask.shape)} is no uint8 bitmask of the [{rows}, {columns}] "
+            f"weight that {name}.shape says; the checkpoint is damaged"
+        )
+    if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
+        raise RacError(f"{name}.bitmask: bits are set beyond column {columns}; the checkpoint is damaged")
+    if compressed.dtype not in DTYPES:
+        raise RacError(f"{name}.compressed: dtype {compressed.dtype} is none that weights are packed in")
+    return compressed, bitmask, rows, columns

@@ -1,0 +1,163 @@
+"""The safetensors files of a checkpoint folder, read one tensor at a time by name."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rac_modifier.checkpoint.record import read_json
+from rac_modifier.errors import RacError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Left by a packing that was cut off while it put its finished files in place (see packing.py).
+JOURNAL_FILE = ".rac_packing.json"
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+
+
+class TensorFiles:
+    """All tensors of a folder by name; opening reads only the headers. A context manager.
+
+    `where` maps each tensor name to its file's name, and `index` is the parsed index file, None for a single file.
+
+    Raises:
+        RacError: no safetensors, a packing that was cut off, a malformed index or file, or a tensor that the index
+            promises and its file lacks.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise RacError(f"{self.folder}: no such folder; give the folder of a saved model (download it first)")
+        if (self.folder / JOURNAL_FILE).exists():
+            raise RacError(
+                f"{self.folder}: packing was cut off half way; run the packing of this folder again to finish it"
+            )
+        self.index: dict[str, Any] | None = None
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+        try:
+            self.where = self._locate()
+        except BaseException:
+            self.close()
+            raise
+
+    def _locate(self) -> dict[str, str]:
+        if (self.folder / INDEX_FILE).exists():
+            self.index = read_json(self.folder / INDEX_FILE)
+            where = _check_weight_map(self.index, self.folder / INDEX_FILE)
+        elif (self.folder / SINGLE_FILE).exists():
+            return dict.fromkeys(self._names_in(SINGLE_FILE), SINGLE_FILE)
+        else:
+            raise RacError(
+                f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; save the model as safetensors"
+            )
+        held = {file: set(self._names_in(file)) for file in sorted(set(where.values()))}
+        for name, file in where.items():
+            if name not in held[file]:
+                raise RacError(
+                    f"{name}: missing from {self.folder / file}, where the index says it is; copy the model again"
+                )
+        return where
+
+    def _names_in(self, file: str) -> list[str]:
+        try:
+            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            return list(self._open[file].keys())
+        except (SafetensorError, OSError) as error:
+            raise RacError(
+                f"{self.folder / file}: cannot be read as safetensors ({error}); copy the model again"
+            ) from error
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; tensors already read stay valid."""
+        self._open.clear()
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.where
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor (memory-mapped: its pages are read as they are used).
+
+        Raises:
+            RacError: no such tensor, or it cannot be read.
+        """
+        file = self._handle(name)
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, AttributeError, TypeError) as error:
+            raise RacError(f"{name}: cannot be read from {self.folder / self.where[name]} ({error})") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape in the file's header."""
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def dtype_name(self, name: str) -> str:
+        """The dtype in safetensors' spelling, such as "BF16"."""
+        return str(self._handle(name).get_slice(name).get_dtype())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype as torch has it.
+
+        Raises:
+            RacError: a dtype that no checkpoint of ours has.
+        """
+        spelt = self.dtype_name(name)
+        if spelt not in _DTYPES:
+            raise RacError(f"{name}: stored as {spelt}, which is not supported; known are {', '.join(_DTYPES)}")
+        return _DTYPES[spelt]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that the tensor takes in the file."""
+        count = 1
+        for size in self.shape(name):
+            count *= size
+        return count * self.dtype(name).itemsize
+
+    def metadata(self, file: str) -> dict[str, str]:
+        """The free text in a file's header, `{"format": "pt"}` where there is none."""
+        return self._open[file].metadata() or {"format": "pt"}
+
+    def _handle(self, name: str) -> Any:
+        if name not in self.where:
+            raise RacError(f"{name}: not in {self.folder}; copy or save the model again")
+        return self._open[self.where[name]]
+
+
+def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RacError(f"{path}: has no weight_map; save the model again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise RacError(f"{path}: {name} is said to be in {file!r}, which is no file of this folder")
+    return dict(weight_map)

@@ -1,0 +1,226 @@
+"""Look into a checkpoint: what each matrix is stored as, how many zeros it has, and what that can gain in decoding."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rac_modifier.checkpoint.bitmask import DTYPES, count_zeros
+from rac_modifier.checkpoint.config import (
+    CONFIG_FILE,
+    RAC_KEY,
+    ignored_modules,
+    packed_format,
+    recorded_structures,
+)
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.formats import (
+    FORMAT_24,
+    FORMAT_BITMASK,
+    PARTS,
+    UNSTRUCTURED,
+    packed_modules,
+    structure_of,
+    unpack,
+)
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME, read_json
+from rac_modifier.checkpoint.report import render
+from rac_modifier.checkpoint.structure import count_broken_groups
+from rac_modifier.errors import RacError
+
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$")
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """One weight matrix.
+
+    `stored` is a packed format, "dense", or the name of a quantised layout whose zeros are not counted. `structure` is
+    the recorded mask structure, `pattern_ok` whether the zeros still keep it (None: nothing is recorded, or not checked).
+    `problem` says what is damaged; `reason` why a matrix is not packed. `read_per_token` is False for a matrix of which
+    decoding reads one row.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    dtype: str
+    stored: str
+    sparsity: float | None
+    stored_bytes: int
+    dense_bytes: int
+    structure: str | None = None
+    pattern_ok: bool | None = None
+    reason: str | None = None
+    problem: str | None = None
+    read_per_token: bool = True
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes on disk by weight, mask and offsets counted."""
+        return self.stored_bytes / (self.rows * self.columns)
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What a folder holds; `format` is a packed format or "dense", `run_record` the parsed run record if there is one."""
+
+    folder: Path
+    format: str
+    modules: tuple[ModuleRow, ...]
+    other_bytes: int
+    run_record: dict[str, Any] | None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(row.stored_bytes for row in self.modules) + self.other_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all tensors with every matrix dense, in its own dtype."""
+        return sum(row.dense_bytes for row in self.modules) + self.other_bytes
+
+    @property
+    def sparse(self) -> tuple[ModuleRow, ...]:
+        """The matrices that are packed or recorded as pruned."""
+        return tuple(row for row in self.modules if row.structure is not None or row.stored in PARTS)
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of zeros in the sparse matrices, None without any."""
+        counted = [row for row in self.sparse if row.sparsity is not None]
+        weights = sum(row.rows * row.columns for row in counted)
+        return sum((row.sparsity or 0.0) * row.rows * row.columns for row in counted) / weights if weights else None
+
+    @property
+    def sound(self) -> bool:
+        """No matrix is damaged and every recorded pattern holds."""
+        return all(row.problem is None and row.pattern_ok is not False for row in self.modules)
+
+    def ceiling(self, only_sparse: bool = False) -> float | None:
+        """Most that decoding can gain over dense bf16 if it is bound by reading weights: 2 bytes a weight over those stored.
+
+        Over all matrices that a decode step reads whole (lm_head too), or over the sparse ones alone. None without any.
+        """
+        rows = self.sparse if only_sparse else tuple(row for row in self.modules if row.read_per_token)
+        stored = sum(row.stored_bytes for row in rows)
+        return sum(2 * row.rows * row.columns for row in rows) / stored if stored else None
+
+    def render(self) -> str:
+        """A plain text table with totals."""
+        return render(self)
+
+
+def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
+    """Read a packed, a dense-stored sparse or an ordinary checkpoint, a matrix at a time.
+
+    A damaged packed module becomes a row with a `problem`; what makes the whole folder unreadable raises.
+
+    Raises:
+        RacError: no checkpoint, a malformed config.json, index or file, or a packing that was cut off.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_FILE)
+    format = packed_format(config)
+    record = read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).exists() else None
+    with TensorFiles(folder) as files:
+        packed = packed_modules(files.where)
+        # Where config.json lost its sparsity_config, row_offsets still tell the two layouts apart.
+        offsets = any(f"{name}.row_offsets" in files for name in packed)
+        layout = format or (FORMAT_BITMASK if offsets else FORMAT_24)
+        rows = [_packed_row(files, name, layout, config, format) for name in packed]
+        rows += [_dense_row(files, name, config) for name in sorted(files.where) if _is_matrix(files, name, packed)]
+        of_rows = {f"{row.name}.{part}" for row in rows for part in (*PARTS[FORMAT_BITMASK], "weight", "weight_packed")}
+        other = sum(files.nbytes(name) for name in files.where if name not in of_rows)
+    return CheckpointReport(folder, format or "dense", tuple(sorted(rows, key=_natural_order)), other, record)
+
+
+def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in row.name.split(".")]
+
+
+def _is_matrix(files: TensorFiles, name: str, packed: list[str]) -> bool:
+    module, _, part = name.rpartition(".")
+    return part in ("weight", "weight_packed") and module not in packed and len(files.shape(name)) == 2
+
+
+def _packed_row(files: TensorFiles, name: str, layout: str, config: dict[str, Any], format: str | None) -> ModuleRow:
+    present = [part for part in PARTS[layout] if f"{name}.{part}" in files]
+    stored_bytes = sum(files.nbytes(f"{name}.{part}") for part in present)
+    structure = recorded_structures(config).get(name, "2:4" if layout == FORMAT_24 else UNSTRUCTURED)
+    try:
+        weight = unpack({part: files.tensor(f"{name}.{part}") for part in present}, layout, name)
+        ok, problem = _keeps(weight, structure, name)
+    except RacError as error:
+        return ModuleRow(name, 0, 0, "?", layout, None, stored_bytes, 0, structure, None, None, str(error))
+    if format is None:
+        problem = "packed, but config.json has no sparsity_config"
+    rows, columns = weight.shape
+    sparsity = count_zeros(weight) / weight.numel()
+    dtype = files.dtype_name(f"{name}.compressed")
+    return ModuleRow(
+        name, rows, columns, dtype, layout, sparsity, stored_bytes, weight.nbytes, structure, ok, None, problem
+    )
+
+
+def _dense_row(files: TensorFiles, tensor_name: str, config: dict[str, Any]) -> ModuleRow:
+    name, _, part = tensor_name.rpartition(".")
+    rows, columns = files.shape(tensor_name)
+    stored_bytes, dtype = files.nbytes(tensor_name), files.dtype_name(tensor_name)
+    structure = recorded_structures(config).get(name)
+    countable = part == "weight" and rows * columns > 0 and files.dtype(tensor_name) in DTYPES
+    sparsity, ok, problem = None, None, None
+    if countable:
+        weight = files.tensor(tensor_name)
+        sparsity = count_zeros(weight) / weight.numel()
+        if structure is not None:
+            ok, problem = _keeps(weight, structure, name)
+    embedding = bool(_EMBEDDING.search(name))
+    return ModuleRow(
+        name=name,
+        rows=rows,
+        columns=columns,
+        dtype=dtype,
+        stored="dense" if part == "weight" else "quantized",
+        sparsity=sparsity,
+        stored_bytes=stored_bytes,
+        dense_bytes=stored_bytes,
+        structure=structure,
+        pattern_ok=ok,
+        reason=_why_dense(name, structure, sparsity, embedding, countable, config),
+        problem=problem,
+        # A tied embedding is also the output matrix, which every step reads whole.
+        read_per_token=not embedding or "lm_head.weight" not in files and "lm_head.compressed" not in files,
+    )
+
+
+def _why_dense(
+    name: str, structure: str | None, sparsity: float | None, embedding: bool, countable: bool, config: dict[str, Any]
+) -> str:
+    if structure is not None:
+        storage = (config.get(RAC_KEY) or {}).get("storage")
+        return "pruned, stored dense so that stock loaders read it" if storage == "dense" else "pruned, but not packed"
+    if embedding:
+        return "an embedding, never pruned"
+    if not countable:
+        return "quantised to a layout whose zeros are not counted"
+    if name in ignored_modules(config):
+        return "left dense when the model was packed (in ignore)"
+    return "has zeros, but no record of pruning" if sparsity and sparsity >= 0.05 else "not pruned"
+
+
+def _keeps(weight: Tensor, structure: str, name: str) -> tuple[bool | None, str | None]:
+    """Whether the zeros keep the recorded structure, and what is wrong if not."""
+    try:
+        structure = structure_of(structure, name)
+        if structure == UNSTRUCTURED:
+            return None, None
+        broken = count_broken_groups(weight, structure, name)
+    except RacError as error:
+        return False, str(error)
+    return broken == 0, f"{broken} groups break {structure}" if broken else None

@@ -1,0 +1,211 @@
+"""The `rac` command: traces, prune, eval, inspect. It only wires; every error a user can cause ends in one message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rac_modifier.errors import RacError
+
+app = typer.Typer(
+    help="Make reasoning models sparse without breaking how they think.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+traces_app = typer.Typer(help="Collect a model's own chain-of-thought traces, and look at them.", no_args_is_help=True)
+app.add_typer(traces_app, name="traces")
+
+Model = Annotated[str, typer.Argument(help='a model folder, a Hugging Face id, or "reasoner" for the embedded one')]
+Recipe = Annotated[Path, typer.Option("--recipe", "-r", help="recipe file, such as recipes/rac_2of4.yaml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="change one of the recipe's settings: --set calibration.tokens=32768 (repeatable)"),
+]
+Precision = Annotated[
+    str, typer.Option(help='weights in memory: auto (as stored), bfloat16, float16 or float32; on a CPU without bf16 units '
+                           "float32 runs several times faster")
+]
+
+
+@traces_app.command("collect")
+def traces_collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Precision = "auto") -> None:
+    """Sample the traces that a recipe will calibrate on, without pruning. Killed and started again, it goes on."""
+    from rac_modifier.calibration.source import on_accelerator
+    from rac_modifier.recipe import check_entry, find_entry, load_recipe
+    from rac_modifier.traces.collect import collect_traces
+
+    content = load_recipe(recipe, set_)
+    settings = check_entry(find_entry(content, str(recipe)), str(recipe))
+    share = settings.calibration.mixture.get("traces", 0.0)
+    if not share:
+        raise RacError(f"{recipe} gives traces no share of its mixture, so there is nothing to collect")
+    loaded, tokenizer = _load(model, precision)
+    with on_accelerator(loaded):
+        store = collect_traces(
+            loaded,
+            tokenizer,
+            settings.traces.store,
+            problems=settings.traces.problems,
+            sampling=settings.traces.sampling,
+            tokens=round(settings.calibration.tokens * share),
+        )
+    typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
+
+
+@traces_app.command("inspect")
+def traces_inspect(
+    store: Annotated[Path, typer.Argument(help="trace store, a .jsonl file")],
+    samples: Annotated[int, typer.Option(help="traces to print whole")] = 1,
+) -> None:
+    """Say what a trace store holds."""
+    from rac_modifier.traces.store import TraceStore
+
+    opened = TraceStore.read(store)
+    counts = opened.counts
+    typer.echo(f"model       {opened.header.model} (fingerprint {opened.header.fingerprint[:12]})")
+    typer.echo(f"problems    {opened.header.problems.source}")
+    typer.echo(f"sampling    {opened.header.sampling.model_dump_json(exclude_none=True)}")
+    typer.echo(
+        f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} prompt and "
+        f"{counts.completion_tokens:,} completion tokens"
+    )
+    for trace, _ in zip(opened, range(samples), strict=False):
+        typer.echo(f"\n--- {trace.id} ({trace.finish_reason})\n{trace.question}\n{trace.text}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="folder of the sparse checkpoint; must not hold one already")],
+    recipe: Recipe,
+    set_: Overrides = None,
+    precision: Precision = "auto",
+) -> None:
+    """Sample, calibrate, prune and save: upstream's oneshot with a recipe that is checked first."""
+    import yaml
+
+    import rac_modifier  # noqa: F401 - registers the modifier
+    from rac_modifier.recipe import load_recipe
+
+    content = load_recipe(recipe, set_)
+    source = _resolve(model)
+    _check_output(output, source)
+    from llmcompressor import oneshot
+
+    oneshot(
+        model=source, recipe=yaml.safe_dump(content, sort_keys=False), precision=precision, output_dir=str(output)
+    )
+    typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="models side by side, the dense one first")],
+    problems: Annotated[int, typer.Option(help="held-out problems")] = 300,
+    source: Annotated[str, typer.Option(help='"arithmetic" (held-out), reasoning-gym:TASK, a file or a dataset')] = "arithmetic",
+    column: Annotated[str | None, typer.Option(help="column of the question")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="column of the answer")] = None,
+    cap: Annotated[int, typer.Option(help="tokens after which an answer counts as never finished")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="answers generated together")] = 128,
+    seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
+    precision: Precision = "auto",
+    json_out: Annotated[Path | None, typer.Option("--json", help="write the results here too")] = None,
+) -> None:
+    """Accuracy with its interval, thinking length, share that never finishes and speed, at one cap for all models."""
+    from rac_modifier.evaluation.accuracy import evaluate as run
+    from rac_modifier.evaluation.problems import held_out_problems
+    from rac_modifier.evaluation.report import render_table
+
+    chosen = held_out_problems(source, problems, seed, column, answer_column)
+    results = []
+    for name in models:
+        loaded, tokenizer = _load(name, precision)
+        results.append(
+            run(
+                loaded, tokenizer, chosen, label=name, max_new_tokens=cap, temperature=temperature,
+                batch_size=batch_size, seed=seed,
+            )
+        )
+    typer.echo(render_table(results))
+    if json_out is not None:
+        json_out.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, sparse or not")],
+) -> None:
+    """Say what a checkpoint holds: pattern, sparsity and bytes of each module, and what that can gain in decoding."""
+    from rac_modifier.checkpoint.inspect import inspect_checkpoint
+
+    typer.echo(inspect_checkpoint(checkpoint).render())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the recipe entry (docs/recipe.schema.json)."""
+    from rac_modifier.recipe import schema as text
+
+    typer.echo(text(), nl=False)
+
+
+def _resolve(model: str) -> str:
+    from rac_modifier.reasoner import reasoner_path
+
+    return str(reasoner_path()) if model == "reasoner" else model
+
+
+def _load(model: str, precision: str) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    from rac_modifier.checkpoint.load import load_model
+
+    source = _resolve(model)
+    try:
+        return load_model(source, dtype=precision), AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise RacError(f"no model at {model!r}: {str(error).splitlines()[0]}") from error
+
+
+def _check_output(output: Path, source: str) -> None:
+    """Find out before hours of work that the result could not be written."""
+    if output.exists() and not output.is_dir():
+        raise RacError(f"output {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise RacError(f"output folder {output} is in use; name an empty or a new one")
+    if Path(source).is_dir():
+        need = sum(f.stat().st_size for f in Path(source).glob("*.safetensors")) * 2
+        parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+        free = shutil.disk_usage(parent).free
+        if free < need:
+            raise RacError(
+                f"{output}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to {need / 2**30:.1f} GiB while it is "
+                "packed; free some or name a folder on another disk"
+            )
+
+
+def main() -> None:
+    """Entry point: a RacError becomes its message and exit code 2."""
+    from pydantic import ValidationError
+
+    try:
+        app()
+    except RacError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except ValidationError as error:
+        from rac_modifier.recipe import describe_errors
+
+        typer.secho(f"error: {describe_errors(error)}", fg="red", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Ask a model a list of problems and measure its answers; teacher-forced loss is the quick stand-in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.results import EvalResult, Row, summarise
+from rac_modifier.evaluation.verify import THINK_END, Verifier, is_correct
+
+if TYPE_CHECKING:
+    from rac_modifier.traces.generation import Generation, SamplingSettings
+    from rac_modifier.traces.problems import Problem
+
+# Only used when sampling; the reference evaluation samples at 0.6 with top_p 0.95 (arXiv 2509.12464).
+TOP_P = 0.95
+
+
+class Generate(Protocol):
+    """Completes prompts, as `traces.generation.generate` does; `keys` name the prompts for seeding."""
+
+    def __call__(
+        self, model: Any, tokenizer: Any, prompts: list[list[int]], settings: SamplingSettings, keys: list[str]
+    ) -> list[Generation]:
+        """One generation a prompt, in order."""
+        ...
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    label: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+    rows_path: str | os.PathLike[str] | None = None,
+    verifiers: Mapping[str, Verifier] | None = None,
+    render: Callable[[Any, str], list[int]] | None = None,
+    generate: Generate | None = None,
+) -> EvalResult:
+    """Zero-shot accuracy, thinking length, unfinished share and speed over `problems`.
+
+    Args:
+        model: a transformers causal LM, or whatever `generate` accepts.
+        tokenizer: the model's tokenizer.
+        problems: each with an answer; ids distinct.
+        label: the result's name in tables.
+        max_new_tokens: the cap. An answer cut off there counts as unfinished, and as wrong unless it was given before.
+        temperature: 0 is greedy.
+        batch_size: prompts generated at once.
+        seed: of the sampling; greedy ignores it.
+        progress: show a progress bar.
+        rows_path: write a JSON line for each problem (`results.Row`) here, in the order of `problems`.
+        verifiers: per task name, what replaces the mathematical comparison of answers.
+        render: question to prompt ids; by default the chat template with its generation prompt.
+        generate: by default transformers in batches (`traces.generation.generate`).
+
+    Raises:
+        RacError: no problems, a problem without an answer, an id twice.
+    """
+    _check(problems)
+    if render is None:
+        from rac_modifier.traces.prompts import render_prompt as render
+    if generate is None:
+        from rac_modifier.traces.generation import generate
+    from rac_modifier.traces.generation import SamplingSettings
+
+    settings = SamplingSettings(
+        temperature=temperature,
+        top_p=TOP_P,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    prompts = [render(tokenizer, problem.question) for problem in problems]
+    # Longest first: prompts of like length share a batch, and a batch too large for memory fails at once.
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]), reverse=True)
+    generations: dict[int, Generation] = {}
+    started = time.monotonic()
+    for batch in _chunks(order, batch_size, label if progress else None):
+        keys = [problems[i].id for i in batch]
+        outputs = generate(model, tokenizer, [prompts[i] for i in batch], settings, keys)
+        generations.update(zip(batch, outputs, strict=True))
+    seconds = time.monotonic() - started
+
+    rows = [
+        _row(tokenizer, problem, prompts[i], generations[i], (verifiers or {}).get(problem.task or ""))
+        for i, problem in enumerate(problems)
+    ]
+    if rows_path is not None:
+        save_rows(rows, rows_path)
+    return summarise(
+        rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed
+    )
+
+
+def _check(problems: Sequence[Problem]) -> None:
+    if not problems:
+        raise RacError("no problems to evaluate on; give at least one (check the problem source and its limit)")
+    without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
+    if without:
+        raise RacError(
+            f"{len(without)} of {len(problems)} problems have no answer to check against (first: {without[0]!r}); "
+            "name the column that holds the answers (answer_column), or leave these problems out"
+        )
+    seen: set[str] = set()
+    for p in problems:
+        if p.id in seen:
+            raise RacError(f"problem id {p.id!r} appears twice; give each problem once")
+        seen.add(p.id)
+
+
+def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int]]:
+    """Cut `order` into batches, with a progress bar if there is a label for it."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(order), desc=label, unit="problem", disable=label is None) as bar:
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+            bar.update(min(size, len(order) - start))
+
+
+def _row(
+    tokenizer: Any, problem: Problem, prompt: list[int], generation: Generation, verifier: Verifier | None
+) -> Row:
+    assert problem.answer is not None
+    # Special tokens are dropped for reading only; R1's and Qwen3's thinking tags are ordinary tokens and stay.
+    text = tokenizer.decode(list(generation.ids), skip_special_tokens=True)
+    return Row(
+        id=problem.id,
+        task=problem.task,
+        correct=is_correct(text, problem.answer, verifier),
+        finish=generation.finish_reason,
+        prompt_tokens=len(prompt),
+        tokens=len(generation.ids),
+        thinking_tokens=thinking_length(tokenizer, generation.ids),
+        text=text,
+    )
+
+
+def thinking_length(tokenizer: Any, ids: Sequence[int]) -> int:
+    """Tokens up to and including `</think>`; all of them where it never came, also where it is several tokens."""
+    tag = tokenizer.encode(THINK_END, add_special_tokens=False)
+    if len(tag) == 1:
+        return ids.index(tag[0]) + 1 if tag[0] in ids else len(ids)
+
+    def ended(length: int) -> bool:
+        return THINK_END in tokenizer.decode(list(ids[:length]))
+
+    low, high = 0, len(ids)
+    while low < high:  # the shortest prefix whose text holds the tag
+        middle = (low + high) // 2
+        low, high = (low, middle) if ended(middle) else (middle + 1, high)
+    return low
+
+
+def save_rows(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+@torch.no_grad()
+def trace_loss(model: Any, sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int = 4096) -> float:
+    """Mean teacher-forced negative log-likelihood of completion tokens, in nats a token.
+
+    It orders pruned models as their accuracy does, at the price of one forward pass.
+
+    Args:
+        model: a transformers causal LM; left in the mode (train or eval) it was in.
+        sequences: `(ids, prompt_length)`: prompt and completion in one, EOS kept; the first `prompt_length` ids are
+            context only.
+        batch_tokens: padded tokens a forward pass; the logits take `batch_tokens` x vocabulary floats.
+
+    Raises:
+        RacError: no sequences, or one without a prompt or without a completion.
+    """
+    if not sequences:
+        raise RacError("no sequences to measure the loss on; give at least one")
+    for ids, prompt_length in sequences:
+        if not 1 <= prompt_length < len(ids):
+            raise RacError(
+                f"prompt_length {prompt_length} of a sequence of {len(ids)} tokens leaves no prompt or no completion; "
+                "give sequences with at least one token of each"
+            )
+    was_training = model.training
+    model.eval()
+    try:
+        losses = [_batch_loss(model, batch) for batch in _batches(sequences, batch_tokens)]
+    finally:
+        model.train(was_training)
+    return sum(losses) / sum(len(ids) - prompt_length for ids, prompt_length in sequences)
+
+
+def _batches(
+    sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int
+) -> Iterator[list[tuple[Sequence[int], int]]]:
+    """Sequences of like length together, as many as fit `batch_tokens` once padded, at least one."""
+    batch: list[tuple[Sequence[int], int]] = []
+    for sequence in sorted(sequences, key=lambda s: len(s[0])):
+        if batch and (len(batch) + 1) * len(sequence[0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    yield batch
+
+
+def _batch_loss(model: Any, batch: list[tuple[Sequence[int], int]]) -> float:
+    """Summed loss of a batch. Padding is on the right, where a causal model's earlier positions cannot see it."""
+    length = max(len(ids) for ids, _ in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    real = torch.zeros_like(ids)
+    target = torch.full_like(ids, -100)
+    for i, (sequence, prompt_length) in enumerate(batch):
+        n = len(sequence)
+        ids[i, :n] = torch.tensor(sequence)
+        real[i, :n] = 1
+        target[i, prompt_length:n] = ids[i, prompt_length:n]
+    device = model.device
+    logits = model(input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False).logits
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten().to(device), ignore_index=-100, reduction="sum"
+    ).item()

@@ -1,0 +1,95 @@
+"""Read, change and check a recipe before llm-compressor gets it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rac_modifier.errors import RacError
+from rac_modifier.modifier import NAME, ReasoningAwareSparseGPTModifier
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The recipe's content with `key.sub=value` overrides applied to our modifier's entry, checked.
+
+    Raises:
+        RacError: no such file, not YAML, a layout in which llm-compressor would find no modifier, an entry that our
+            modifier refuses, or an override that is not `key=value`.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RacError(f"no recipe at {path}; the repository's recipes/ folder has some to start from") from None
+    except yaml.YAMLError as error:
+        raise RacError(f"{path} is not YAML: {error}") from error
+    recipe = copy.deepcopy(recipe)
+    entry = find_entry(recipe, str(path))
+    for override in overrides or []:
+        _apply(entry, override)
+    check_entry(entry, str(path))
+    return recipe
+
+
+def find_entry(recipe: Any, where: str) -> dict[str, Any]:
+    """Our modifier's settings inside a recipe, to read or to change in place.
+
+    llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}` and silently runs a recipe without any
+    modifier when those suffixes are missing; that is refused here.
+    """
+    layout = f"write it as pruning_stage: pruning_modifiers: {NAME}: {{...}}"
+    if not isinstance(recipe, dict):
+        raise RacError(f"{where} holds no recipe but {type(recipe).__name__}; {layout}")
+    for stage, groups in recipe.items():
+        if not isinstance(groups, dict):
+            continue
+        for group, modifiers in groups.items():
+            if isinstance(modifiers, dict) and NAME in modifiers:
+                if not (stage.endswith("_stage") and group.endswith("_modifiers")):
+                    raise RacError(f"{where}: llm-compressor would overlook {stage}: {group}: {NAME}; {layout}")
+                modifiers[NAME] = {} if modifiers[NAME] is None else modifiers[NAME]
+                return modifiers[NAME]
+    raise RacError(f"{where} has no {NAME}; {layout}")
+
+
+def check_entry(entry: dict[str, Any], where: str) -> ReasoningAwareSparseGPTModifier:
+    """Validate our modifier's settings; every problem in one message."""
+    try:
+        return ReasoningAwareSparseGPTModifier(**entry)
+    except ValidationError as error:
+        raise RacError(f"{where}: {describe_errors(error)}") from error
+
+
+def describe_errors(error: ValidationError) -> str:
+    """Pydantic's findings as `key.sub: what is wrong`, one a line."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"there is no such setting (value {item['input']!r}); see `rac schema`"
+        elif item["type"] != "value_error":
+            message = f"{message} (value {item['input']!r})"
+        lines.append(f"{key}: {message}" if key else message)
+    return "\n".join(lines)
+
+
+def schema() -> str:
+    """The JSON Schema of the modifier's recipe entry."""
+    return json.dumps(ReasoningAwareSparseGPTModifier.model_json_schema(), indent=2) + "\n"
+
+
+def _apply(entry: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RacError(f"--set {override!r} is not key=value, for example --set calibration.tokens=32768")
+    *parents, last = key.split(".")
+    for parent in parents:
+        entry = entry.setdefault(parent, {})
+        if not isinstance(entry, dict):
+            raise RacError(f"--set {override!r}: {parent} is not a group of settings")
+    entry[last] = yaml.safe_load(value)

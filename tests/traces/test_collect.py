@@ -1,0 +1,207 @@
+import pytest
+import torch
+from trace_fixtures import tiny_model, tiny_tokenizer
+
+from rac_modifier.errors import RacError
+from rac_modifier.traces import collect
+from rac_modifier.traces.collect import collect_traces, default_store_path
+from rac_modifier.traces.generation import SamplingSettings, generate
+from rac_modifier.traces.problems import ProblemSource, load_problems
+from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.traces.store import TraceStore
+
+SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=10, batch_size=4)
+ARITHMETIC = ProblemSource()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def run(model, tokenizer, tmp_path):
+    def run(name="store.jsonl", *, model=model, tokens=500, problems=ARITHMETIC, sampling=SAMPLING, **options):
+        return collect_traces(
+            model,
+            tokenizer,
+            tmp_path / name,
+            problems=problems,
+            sampling=sampling,
+            tokens=tokens,
+            progress=False,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """The number of rows of each call of `generate`."""
+    calls = []
+
+    def counting(model, tokenizer, prompts, settings, keys):
+        calls.append(len(prompts))
+        return generate(model, tokenizer, prompts, settings, keys)
+
+    monkeypatch.setattr(collect, "generate", counting)
+    return calls
+
+
+def test_the_budget_is_reached_by_the_shortest_run_of_problems(run, model, tokenizer):
+    store = run()
+    traces = list(store)
+    assert store.counts.tokens >= 500 > store.counts.tokens - traces[-1].tokens
+    problems = list(load_problems(ProblemSource(limit=len(traces)), 0))
+    assert [t.problem_id for t in traces] == [p.id for p in problems]
+    for one, problem in zip(traces, problems, strict=True):
+        assert one.id == f"{problem.id}#0"
+        assert list(one.prompt_ids) == render_prompt(tokenizer, problem.question)
+        expected = generate(model, tokenizer, [list(one.prompt_ids)], SAMPLING, [one.id])[0]
+        assert one.completion_ids == expected.ids
+        assert (one.question, one.answer) == (problem.question, problem.answer)
+
+
+def test_the_batch_size_does_not_change_the_traces(run):
+    one = list(run("a.jsonl"))
+    other = list(run("b.jsonl", sampling=SAMPLING.model_copy(update={"batch_size": 7})))
+    assert one == other
+
+
+def test_the_header_says_what_was_sampled_with(run):
+    assert run().header.sampling == SAMPLING.resolved(None)
+    assert run().header.model == "Qwen3ForCausalLM"
+
+
+def test_enough_already_samples_nothing(run, sampled):
+    before = run()
+    sampled.clear()
+    assert list(run()) == list(before)
+    assert list(run(tokens=100, sampling=SAMPLING.model_copy(update={"batch_size": 9}))) == list(before)
+    assert sampled == []
+
+
+def test_a_larger_budget_goes_on_where_the_store_ends(run):
+    run("a.jsonl", tokens=300)
+    assert list(run("a.jsonl", tokens=900)) == list(run("b.jsonl", tokens=900))
+
+
+@pytest.mark.parametrize("lost", [1, 3, 6])
+def test_lost_lines_are_sampled_again_and_come_out_the_same(run, tmp_path, sampled, lost):
+    run(tokens=700)
+    whole = (tmp_path / "store.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "store.jsonl").write_bytes(b"".join(lines[:-lost]) + lines[-lost][:40])
+    sampled.clear()
+    run(tokens=700)
+    assert (tmp_path / "store.jsonl").read_bytes() == whole
+    assert len(sampled) <= 1 + (lost + 3) // 4
+
+
+def test_several_samples_a_problem_differ(run):
+    traces = list(run(sampling=SAMPLING.model_copy(update={"samples_per_problem": 3})))
+    assert [t.id for t in traces[:3]] == [f"{traces[0].problem_id}#{i}" for i in range(3)]
+    assert len({t.completion_ids for t in traces[:3]}) == 3
+
+
+def test_problems_that_end_too_early_say_how_far_they_go(run, sampled):
+    few = ProblemSource(limit=6)
+    with pytest.raises(RacError, match=r"used up: (\d+) tokens in 6 traces, of 5,000 asked for.*ask for tokens=\1"):
+        run(problems=few, tokens=5000)
+    store = run(problems=ProblemSource(limit=9), tokens=300)
+    assert len(store) == 9 or store.counts.tokens >= 300
+    assert sampled[:2] == [4, 2]
+
+
+def test_a_smaller_limit_is_content_with_a_store_that_holds_enough(run, sampled):
+    before = run(tokens=600)
+    sampled.clear()
+    assert list(run(tokens=600, problems=ProblemSource(limit=3))) == list(before)
+    assert sampled == []
+
+
+def test_another_models_store_is_refused_with_the_reason(run, tmp_path):
+    run()
+    before = (tmp_path / "store.jsonl").read_bytes()
+    other = tiny_model(seed=1)
+    with pytest.raises(RacError, match=r"another model.*own traces.*\.900.*\.876.*allow_off_policy=True"):
+        run(model=other)
+    store = run(model=other, allow_off_policy=True)
+    assert store.counts.tokens >= 500
+    with pytest.raises(RacError, match=r"never added to"):
+        run(model=other, allow_off_policy=True, tokens=5000)
+    assert (tmp_path / "store.jsonl").read_bytes() == before
+
+
+def test_off_policy_needs_the_same_tokenizer(run, tmp_path):
+    run()
+    grown = tiny_tokenizer()
+    grown.add_tokens(["<tool>"])
+    with pytest.raises(RacError, match="another tokenizer"):
+        collect_traces(
+            tiny_model(seed=1),
+            grown,
+            tmp_path / "store.jsonl",
+            problems=ProblemSource(),
+            sampling=SAMPLING,
+            tokens=10,
+            allow_off_policy=True,
+            progress=False,
+        )
+
+
+def test_the_same_checkpoint_in_another_precision_shares_the_store(run, sampled):
+    model = tiny_model().to(torch.bfloat16)
+    before = run(model=model)
+    sampled.clear()
+    assert list(run(model=model.float())) == list(before)
+    assert sampled == []
+
+
+def test_other_settings_are_refused(run):
+    run()
+    with pytest.raises(RacError, match=r"sampling\.max_new_tokens: 10 in the store, 11 asked for"):
+        run(sampling=SAMPLING.model_copy(update={"max_new_tokens": 11}))
+
+
+def test_bad_input_makes_no_store(run, tmp_path):
+    with pytest.raises(RacError, match="tokens=0"):
+        run(tokens=0)
+    with pytest.raises(RacError, match="no such file"):
+        run(problems=ProblemSource(source="none.jsonl"))
+    assert not (tmp_path / "store.jsonl").exists()
+
+
+def test_the_default_path_follows_what_decides_the_sampling(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = collect_traces(
+        model, tokenizer, None, problems=ProblemSource(), sampling=SAMPLING, tokens=60, progress=False
+    )
+    path = default_store_path(store.header.fingerprint, SAMPLING.resolved(None), ProblemSource())
+    assert store.path == path
+    assert TraceStore.read(path).counts == store.counts
+    assert path.parent.name == "rac_traces"
+    free = default_store_path(
+        store.header.fingerprint,
+        SAMPLING.resolved(None).model_copy(update={"batch_size": 99}),
+        ProblemSource(limit=4),
+    )
+    assert free == path
+    reseeded = SAMPLING.resolved(None).model_copy(update={"seed": 1})
+    assert default_store_path(store.header.fingerprint, reseeded, ProblemSource()) != path
+    assert default_store_path("0" * 64, SAMPLING.resolved(None), ProblemSource()) != path
+
+
+def test_collecting_imports_neither_side():
+    import subprocess
+    import sys
+
+    code = "import sys, rac_modifier.traces.collect; print({'llmcompressor', 'vllm', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

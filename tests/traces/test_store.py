@@ -1,0 +1,236 @@
+import fcntl
+import os
+import resource
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rac_modifier.errors import RacError
+from rac_modifier.traces.generation import SamplingSettings
+from rac_modifier.traces.problems import ProblemSource
+from rac_modifier.traces.records import decode_trace, encode
+from rac_modifier.traces.store import StoreHeader, Trace, TraceCounts, TraceStore, read_header
+
+HEADER = StoreHeader(
+    fingerprint="f" * 64,
+    model="tiny",
+    tokenizer="t" * 64,
+    sampling=SamplingSettings().resolved(None),
+    problems=ProblemSource(),
+)
+
+
+def trace(i, finish="stop"):
+    return Trace(f"p{i}#0", f"p{i}", (1, 2, 3), tuple(range(i + 1)), finish, 0, "1 + 1 = ? é\n", None)
+
+
+def with_settings(**fields):
+    return HEADER.model_copy(update={"sampling": HEADER.sampling.model_copy(update=fields)})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "new" / "store.jsonl"
+
+
+@pytest.fixture
+def filled(path):
+    with TraceStore.open_append(path, HEADER) as store:
+        store.append_many([trace(0), trace(1, "length")])
+        store.append_many([trace(2)])
+    return path
+
+
+def test_what_is_appended_is_read_back_in_order(filled):
+    store = TraceStore.read(filled)
+    assert list(store) == list(store) == [trace(0), trace(1, "length"), trace(2)]
+    assert store.header == HEADER
+    assert store.ids() == {"p0#0", "p1#0", "p2#0"}
+    assert store.counts == TraceCounts(traces=3, prompt_tokens=9, completion_tokens=6, finished=2)
+    assert store.counts.tokens == 15
+    assert store.tokens_of("p1#0") == 5
+
+
+def test_a_store_is_one_json_object_a_line(filled):
+    import json
+
+    first, *others = [json.loads(line) for line in filled.read_text().splitlines()]
+    assert first["header"]["version"] == 1
+    assert [list(line) for line in others] == [["crc32", "trace"]] * 3
+
+
+def test_reopening_appends(filled):
+    with TraceStore.open_append(filled, HEADER) as store:
+        assert len(store) == 3
+        store.append_many([trace(3)])
+        assert len(store) == 4
+        assert list(store)[-1] == trace(3)
+    assert len(TraceStore.read(filled)) == 4
+
+
+def test_the_hash_is_of_the_file(filled):
+    import hashlib
+
+    assert TraceStore.read(filled).sha256() == hashlib.sha256(filled.read_bytes()).hexdigest()
+
+
+@given(st.builds(Trace, st.text(), st.text(), *[st.lists(st.integers(0, 2**31)).map(tuple)] * 2, st.just("stop"),
+                 st.integers(), st.text(), st.none() | st.text()))  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_trace_survives_its_line(one):
+    line = encode("trace", one)
+    assert line.count(b"\n") == 1
+    assert decode_trace(line[:-1]) == one
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_changed_byte_is_noticed(data):
+    line = bytearray(encode("trace", trace(5))[:-1])
+    line[data.draw(st.integers(0, len(line) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(ValueError):  # noqa: PT011
+        decode_trace(bytes(line))
+
+
+def test_a_line_cut_anywhere_is_removed_and_only_that(filled):
+    whole = filled.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for end in (*range(last + 1, len(whole), 17), len(whole) - 1):
+        filled.write_bytes(whole[:end])
+        reader = TraceStore.read(filled)  # a reader leaves the file alone: its writer may still be at it
+        assert [t.id for t in reader] == ["p0#0", "p1#0"]
+        assert len(filled.read_bytes()) == end
+        with TraceStore.open_append(filled, HEADER) as store:
+            assert store.ids() == {"p0#0", "p1#0"}
+            assert store.sha256() == reader.sha256()
+            store.append_many([trace(2)])
+        assert filled.read_bytes() == whole
+
+
+def test_a_header_cut_anywhere_means_a_new_store(filled):
+    whole = filled.read_bytes()
+    for end in range(0, whole.index(b"\n") + 1, 23):
+        filled.write_bytes(whole[:end])
+        assert read_header(filled) is None
+        with TraceStore.open_append(filled, HEADER) as store:
+            store.append_many([trace(0), trace(1, "length"), trace(2)])
+        assert filled.read_bytes() == whole
+
+
+def test_a_corrupt_line_is_named_with_the_way_out(filled):
+    lines = filled.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b"p1", b"p7")
+    filled.write_bytes(b"".join(lines))
+    for opened in (lambda: TraceStore.read(filled), lambda: TraceStore.open_append(filled, HEADER)):
+        with pytest.raises(RacError, match=r"store\.jsonl', line 3 is corrupt.*sed -i 3d"):
+            opened()
+    filled.write_bytes(b"".join(lines[:2] + lines[3:]))  # the way out works
+    assert TraceStore.read(filled).ids() == {"p0#0", "p2#0"}
+
+
+def test_a_doubled_line_is_corrupt(filled):
+    lines = filled.read_bytes().splitlines(keepends=True)
+    filled.write_bytes(b"".join([*lines, lines[1]]))
+    with pytest.raises(RacError, match=r"line 5 is corrupt: trace 'p0#0' is there twice"):
+        TraceStore.read(filled)
+
+
+def test_only_one_writer(filled):
+    with TraceStore.open_append(filled, HEADER):
+        with pytest.raises(RacError, match="in use by another process"):
+            TraceStore.open_append(filled, HEADER)
+        assert len(TraceStore.read(filled)) == 3
+    TraceStore.open_append(filled, HEADER).close()
+
+
+def test_a_failed_open_leaves_no_lock(filled):
+    with pytest.raises(RacError):
+        TraceStore.open_append(filled, with_settings(seed=1))
+    with filled.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_no_room_on_the_disk_keeps_what_was_stored(filled):
+    before = filled.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with TraceStore.open_append(filled, HEADER) as store:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
+        try:
+            with pytest.raises(RacError, match=r"could not be written \(File too large\); the 3 traces stored before"):
+                store.append_many([trace(3), trace(4)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert filled.read_bytes() == before
+        assert "p3#0" not in store
+        store.append_many([trace(3)])
+    assert list(TraceStore.read(filled))[-1] == trace(3)
+
+
+def test_a_failing_fsync_counts_as_not_stored(filled, monkeypatch):
+    before = filled.read_bytes()
+
+    def fail(_fd):
+        raise OSError(5, "Input/output error")
+
+    with TraceStore.open_append(filled, HEADER) as store:
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(RacError, match="Input/output error"):
+            store.append_many([trace(3)])
+    assert filled.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (with_settings(seed=1), r"sampling\.seed: 0 in the store, 1 asked for"),
+        (with_settings(max_new_tokens=9, top_p=0.5), r"top_p: 0\.95 in.*max_new_tokens: 8192 in the store, 9 asked"),
+        (HEADER.model_copy(update={"problems": ProblemSource(source="reasoning-gym:gcd")}), r"problems\.source"),
+        (HEADER.model_copy(update={"fingerprint": "0" * 64}), "fingerprint"),
+        (HEADER.model_copy(update={"tokenizer": "0" * 64}), "tokenizer"),
+        (HEADER.model_copy(update={"chat_template": "0"}), "chat_template"),
+    ],
+)
+def test_other_settings_are_refused_by_name(filled, header, words):
+    with pytest.raises(RacError, match=words):
+        TraceStore.open_append(filled, header)
+
+
+def test_batch_size_and_limit_may_differ(filled):
+    header = with_settings(batch_size=3).model_copy(update={"problems": ProblemSource(limit=5), "model": "copy"})
+    with TraceStore.open_append(filled, header) as store:
+        assert store.header == HEADER
+
+
+def test_files_that_are_no_store(tmp_path):
+    with pytest.raises(RacError, match="does not exist or holds no header"):
+        TraceStore.read(tmp_path / "none.jsonl")
+    for text in ('{"problem": "x"}\n', "notes", '{"crc32":"00000000","header":{}}\n'):
+        other = tmp_path / "other.jsonl"
+        other.write_text(text)
+        with pytest.raises(RacError, match="no trace store"):
+            TraceStore.open_append(other, HEADER)
+        assert other.read_text() == text
+    with pytest.raises(RacError, match="cannot be"):
+        TraceStore.open_append(tmp_path, HEADER)
+    with pytest.raises(RacError, match="cannot be opened for writing"):
+        TraceStore.open_append(tmp_path / "other.jsonl" / "below.jsonl", HEADER)
+
+
+def test_another_version_is_named(path):
+    path.parent.mkdir()
+    newer = HEADER.model_copy(update={"version": 2})
+    path.write_bytes(encode("header", newer))
+    with pytest.raises(RacError, match="another version"):
+        TraceStore.read(path)
+
+
+def test_a_reader_cannot_append(filled):
+    with pytest.raises(RacError, match="open for reading only"):
+        TraceStore.read(filled).append_many([trace(9)])
+
+
+def test_tokens_are_counted_per_trace():
+    assert trace(4).tokens == 8
+    assert replace(trace(4), completion_ids=()).tokens == 3
