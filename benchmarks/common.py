@@ -30,7 +30,9 @@ def fresh(path: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def modifier(pattern: str | float, calibration: str, *, tokens: int, seed: int, store: Path, solver: str = "sparsegpt") -> Any:
+def modifier(
+    pattern: str | float, calibration: str, *, tokens: int, seed: int, store: Path, solver: str = "sparsegpt"
+) -> Any:
     """Our modifier for one cell of a comparison; `pattern` is "N:M" or a sparsity."""
     return rac_modifier.ReasoningAwareSparseGPTModifier(
         **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),

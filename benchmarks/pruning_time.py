@@ -55,8 +55,13 @@ def qwen_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
     """Two decoder layers of Qwen2-1.5B's shape with random weights, and random tokens in rows of 512."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=4096, hidden_size=1536, intermediate_size=8960, num_hidden_layers=2, num_attention_heads=12,
-        num_key_value_heads=2, max_position_embeddings=4096,
+        vocab_size=4096,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
     )
     model = Qwen2ForCausalLM(config)
     folder = Path(tempfile.mkdtemp())
@@ -86,7 +91,9 @@ class Peer:
         """Last hidden states of up to four batches."""
         with torch.no_grad():
             batches = [b["input_ids"] for b, _ in zip(self.calibration.loader, range(4), strict=False)]
-            return torch.cat([model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in batches])
+            return torch.cat(
+                [model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in batches]
+            )
 
     def prune(self, who: str) -> tuple[float, Any]:
         model = copy.deepcopy(self.model)
@@ -121,8 +128,8 @@ def compare(case: str, pattern: str, rounds: int) -> dict[str, Any]:
     name = pattern if pattern != "0:0" else "50 %"
     print(
         f"{case:<20} {name:<5} upstream {median['upstream']:6.2f} s, ours {median['ours']:6.2f} s, ratio "
-        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}, {rounds} rounds); error {errors['upstream']:.5f} / "
-        f"{errors['ours']:.5f}; peak memory {memory['upstream']:.0f} / {memory['ours']:.0f} MiB over the start",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}, {rounds} rounds); "
+        f"error {errors['upstream']:.5f} / {errors['ours']:.5f}; peak memory {memory['upstream']:.0f} / {memory['ours']:.0f} MiB over the start",
         flush=True,
     )
     return {"case": case, "pattern": pattern, "seconds": seconds, "errors": errors, "peak_mib": memory}

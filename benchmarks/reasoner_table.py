@@ -35,12 +35,22 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
 
     def record(pattern: str | float, calibration: str, seed: int, model: object, prune_seconds: float) -> None:
         result = evaluate(
-            model, tokenizer, problems, label=f"{pattern} {calibration}", max_new_tokens=args.cap,
-            batch_size=args.problems, progress=False,
+            model,
+            tokenizer,
+            problems,
+            label=f"{pattern} {calibration}",
+            max_new_tokens=args.cap,
+            batch_size=args.problems,
+            progress=False,
         )
         row = {
-            "pattern": pattern, "calibration": calibration, "seed": seed, "tokens": args.tokens,
-            "prune_seconds": prune_seconds, **result.as_dict(), "calibration_seed": seed,
+            "pattern": pattern,
+            "calibration": calibration,
+            "seed": seed,
+            "tokens": args.tokens,
+            "prune_seconds": prune_seconds,
+            **result.as_dict(),
+            "calibration_seed": seed,
         }
         with rows_path.open("a") as file:
             file.write(json.dumps(row) + "\n")

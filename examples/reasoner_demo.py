@@ -60,9 +60,7 @@ def main() -> None:
         entry["traces"]["sampling"] |= {"max_new_tokens": 512, "batch_size": 128}
         entry["calibration"] = {"tokens": args.tokens, "mixture": {kind: 1.0}}
         output = args.out / f"reasoner-2of4-{kind}"
-        model = oneshot(
-            model=str(path), recipe=yaml.safe_dump(recipe), precision="float32", output_dir=str(output)
-        )
+        model = oneshot(model=str(path), recipe=yaml.safe_dump(recipe), precision="float32", output_dir=str(output))
         results.append(measured(model, label))
         if kind == "traces":
             loaded = rac_modifier.load_model(output, dtype="float32")

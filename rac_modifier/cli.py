@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +26,16 @@ Model = Annotated[str, typer.Argument(help='a model folder, a Hugging Face id, o
 Recipe = Annotated[Path, typer.Option("--recipe", "-r", help="recipe file, such as recipes/rac_2of4.yaml")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", help="change one of the recipe's settings: --set calibration.tokens=32768 (repeatable)"),
+    typer.Option(
+        "--set", "-s", help="change one of the recipe's settings: --set calibration.tokens=32768 (repeatable)"
+    ),
 ]
 Precision = Annotated[
-    str, typer.Option(help='weights in memory: auto (as stored), bfloat16, float16 or float32; on a CPU without bf16 units '
-                           "float32 runs several times faster")
+    str,
+    typer.Option(
+        help="weights in memory: auto (as stored), bfloat16, float16 or float32; on a CPU without bf16 units "
+        "float32 runs several times faster"
+    ),
 ]
 
 
@@ -75,8 +81,11 @@ def traces_inspect(
         f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} prompt and "
         f"{counts.completion_tokens:,} completion tokens"
     )
-    for trace, _ in zip(opened, range(samples), strict=False):
-        typer.echo(f"\n--- {trace.id} ({trace.finish_reason})\n{trace.question}\n{trace.text}")
+    if samples > 0:
+        tokenizer = _tokenizer_of(opened.header.model)
+        for trace in islice(opened, samples):
+            typer.echo(f"\n--- {trace.id} ({trace.finish_reason}, answer: {trace.answer})")
+            typer.echo(tokenizer.decode([*trace.prompt_ids, *trace.completion_ids]))
 
 
 @app.command()
@@ -98,9 +107,7 @@ def prune(
     _check_output(output, source)
     from llmcompressor import oneshot
 
-    oneshot(
-        model=source, recipe=yaml.safe_dump(content, sort_keys=False), precision=precision, output_dir=str(output)
-    )
+    oneshot(model=source, recipe=yaml.safe_dump(content, sort_keys=False), precision=precision, output_dir=str(output))
     typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
 
 
@@ -108,7 +115,9 @@ def prune(
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="models side by side, the dense one first")],
     problems: Annotated[int, typer.Option(help="held-out problems")] = 300,
-    source: Annotated[str, typer.Option(help='"arithmetic" (held-out), reasoning-gym:TASK, a file or a dataset')] = "arithmetic",
+    source: Annotated[
+        str, typer.Option(help='"arithmetic" (held-out), reasoning-gym:TASK, a file or a dataset')
+    ] = "arithmetic",
     column: Annotated[str | None, typer.Option(help="column of the question")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer")] = None,
     cap: Annotated[int, typer.Option(help="tokens after which an answer counts as never finished")] = 512,
@@ -129,8 +138,14 @@ def evaluate(
         loaded, tokenizer = _load(name, precision)
         results.append(
             run(
-                loaded, tokenizer, chosen, label=name, max_new_tokens=cap, temperature=temperature,
-                batch_size=batch_size, seed=seed,
+                loaded,
+                tokenizer,
+                chosen,
+                label=name,
+                max_new_tokens=cap,
+                temperature=temperature,
+                batch_size=batch_size,
+                seed=seed,
             )
         )
     typer.echo(render_table(results))
@@ -160,6 +175,17 @@ def _resolve(model: str) -> str:
     from rac_modifier.reasoner import reasoner_path
 
     return str(reasoner_path()) if model == "reasoner" else model
+
+
+def _tokenizer_of(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise RacError(
+            f"no tokenizer at {source!r}, so no text can be shown; pass --samples 0 for the counts"
+        ) from error
 
 
 def _load(model: str, precision: str) -> tuple[Any, Any]:

@@ -44,19 +44,26 @@ class ReasoningAwareSparseGPTModifier(Modifier):
 
     requires_calibration_data: bool = True
 
-    sparsity: float | None = Field(None, description="share of weights to prune; not needed beside an N:M mask_structure")
+    sparsity: float | None = Field(
+        None, description="share of weights to prune; not needed beside an N:M mask_structure"
+    )
     mask_structure: str = Field(
-        "0:0", description='"N:M" prunes N of every M consecutive inputs, as in SparseGPTModifier; "0:0" is unstructured'
+        "0:0",
+        description='"N:M" prunes N of every M consecutive inputs, as in SparseGPTModifier; "0:0" is unstructured',
     )
     solver: Method = Field("sparsegpt", description="how the pruned weights are found")
     block_size: int = Field(128, ge=1, description="columns that SparseGPT settles before it updates the rest")
-    dampening_frac: float = Field(0.01, gt=0, description="dampening added to the Hessian, as a share of its mean diagonal")
+    dampening_frac: float = Field(
+        0.01, gt=0, description="dampening added to the Hessian, as a share of its mean diagonal"
+    )
     targets: list[str] = Field(["Linear"], description="modules to prune: class names, names, or re: patterns")
     ignore: list[str] = Field(
-        [], description="modules to leave dense, beside lm_head and router gates, which are pruned only if targets name them"
+        [],
+        description="modules to leave dense, beside lm_head and router gates, which are pruned only if targets name them",
     )
     storage: Literal["packed", "dense"] = Field(
-        "packed", description="packed: sparse-24-bitmask for 2:4, else sparse-bitmask; dense: ordinary weights with zeros"
+        "packed",
+        description="packed: sparse-24-bitmask for 2:4, else sparse-bitmask; dense: ordinary weights with zeros",
     )
     tokenizer: str | None = Field(None, description="tokenizer to render and read with; default: the model's own")
     traces: TraceSettings = Field(TraceSettings(), description="where the chain-of-thought traces come from")
@@ -119,7 +126,7 @@ class ReasoningAwareSparseGPTModifier(Modifier):
             collector.observe(module, args[0], loader.token_weights[batch], batch)
 
         for module in self._names:
-            self.register_hook(module, hook, "forward_pre")
+            self.register_hook(module, hook, "forward_pre")  # type: ignore[arg-type]
 
     def on_subgraph_start(self, modules: list[torch.nn.Module]) -> None:
         """Called by the lean pipeline: these are the modules of the coming forward passes."""
@@ -183,7 +190,7 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         assert self._calibration is not None
         return SavePlan(
             pattern=self._pattern,
-            modules={name: module for module, name in self._names.items()},
+            modules={name: module for module, name in self._names.items() if isinstance(module, torch.nn.Linear)},
             storage=self.storage,
             record={
                 "method": self.solver,

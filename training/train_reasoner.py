@@ -3,7 +3,7 @@
     python training/train_reasoner.py --out rac_modifier/reasoner/assets
 
 Deterministic: the tokenizer, the weights' initial values and every batch follow from `--seed` and the step number, the
-schedule counts steps and not minutes, so the same machine gives the same model. Resumable: the run's state is written to
+schedule counts steps and not minutes, so the same machine gives the same model. Resumable: the state is written to
 `--work` every `--save-every` steps and picked up again; a resumed run equals an uninterrupted one bit by bit.
 """
 
@@ -119,7 +119,7 @@ class Muon:
     """Muon (momentum, then the nearest orthogonal matrix by Newton-Schulz), in float32.
 
     torch.optim.Muon iterates in bfloat16, which takes longer than the whole step on a CPU without bf16 units; here
-    matrices of one shape are iterated together in float32. The update's size matches AdamW's: 0.2 sqrt(max(rows, columns)).
+    matrices of one shape are iterated together in float32. An update is as large as AdamW's: 0.2 sqrt(max(shape)).
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.1):
@@ -261,7 +261,11 @@ def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
 
 def keep_freed_memory() -> None:
     """Restart under a malloc that does not give large blocks back: page faults cost a fifth of a step otherwise."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+    settings = {
+        "MALLOC_MMAP_THRESHOLD_": str(2**32),
+        "MALLOC_TRIM_THRESHOLD_": str(2**33),
+        "MALLOC_TOP_PAD_": str(2**28),
+    }
     if not settings.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
 

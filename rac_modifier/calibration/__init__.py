@@ -1,0 +1,1 @@
+"""What is calibrated on: settings, mixture, batches, and their way into llm-compressor's pipelines."""

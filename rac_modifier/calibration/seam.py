@@ -26,6 +26,7 @@ from llmcompressor.utils.dev import get_main_device
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from rac_modifier.calibration.batches import CalibrationLoader
 from rac_modifier.calibration.stop import StopForward
@@ -36,7 +37,7 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
     """Upstream's sequential pipeline, fed with the loader that RAC put into the session."""
 
     @staticmethod
-    def __call__(model: torch.nn.Module, dataloader: Any, dataset_args: Any) -> None:
+    def __call__(model: PreTrainedModel, dataloader: Any, dataset_args: Any) -> None:  # type: ignore[override]
         """Calibrate layer by layer.
 
         When every modifier of this pass can stop a forward early (`stops_forward`), the pass is the lean one below;
@@ -80,7 +81,7 @@ def _in_session(session: Any, loader: CalibrationLoader) -> Iterator[Calibration
         session.state.data.calib = before
 
 
-def _calibrate(model: torch.nn.Module, loader: CalibrationLoader, dataset_args: Any, session: Any) -> None:
+def _calibrate(model: PreTrainedModel, loader: CalibrationLoader, dataset_args: Any, session: Any) -> None:
     """Upstream's loop without the work whose result nobody reads.
 
     A subgraph's first pass ends at its last calibrated module (whose output the Hessians do not need), the last calibrated
@@ -91,7 +92,7 @@ def _calibrate(model: torch.nn.Module, loader: CalibrationLoader, dataset_args: 
     subgraphs = trace_subgraphs(
         model,
         next(iter(loader)),
-        infer_sequential_targets(model, dataset_args.sequential_targets),
+        infer_sequential_targets(model, dataset_args.sequential_targets),  # type: ignore[arg-type]
         dataset_args.tracing_ignore,
         dataset_args.sequential_targets_per_subgraph,
     )

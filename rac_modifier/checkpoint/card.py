@@ -22,14 +22,14 @@ def model_card(record: Mapping[str, Any]) -> str:
     parts = [
         _front_matter(record),
         f"# {title}",
-        "Weights were pruned after training with reasoning-aware compression (RAC, arXiv 2509.12464): each linear layer keeps "
-        "its output on calibration tokens, among them what the model itself wrote while thinking, where the table says so.",
+        "Weights were pruned after training with reasoning-aware compression (RAC, arXiv 2509.12464): each linear layer "
+        "keeps its output on the calibration tokens, which the table below counts by kind.",
         "## How it was pruned",
         _facts(record),
         _layers(record),
         "## What is measured",
-        "The reconstruction errors above are measured on the calibration tokens. Accuracy, thinking length and speed are "
-        "**not** measured by pruning: evaluate this model next to its base model, at the same token limit, before use.",
+        "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking length and speed are **not** "
+        "measured by pruning: evaluate this model next to its base model, at the same token limit, before use.",
         "## Load",
         "```python\nfrom rac_modifier import load_model\n\n"
         'model = load_model("path/to/this/folder", dtype="auto", device_map="auto")\n```',
@@ -80,7 +80,7 @@ def _modifier_seed(record: Mapping[str, Any]) -> Any:
 
 
 def _layers(record: Mapping[str, Any]) -> str:
-    """How many modules, and the worst of them: a card of hundreds of rows is read by nobody; the record has them all."""
+    """How many modules, and the worst of them: nobody reads a card of hundreds of rows, and the record has them all."""
     modules = [module for module in record.get("modules") or () if isinstance(module, Mapping)]
     if not modules:
         return ""
@@ -96,7 +96,8 @@ def _layers(record: Mapping[str, Any]) -> str:
     worst = sorted(measured, key=lambda module: -module["relative_error"])[:5]
     if worst:
         rows = "\n".join(f"| `{module.get('name', '?')}` | {module['relative_error']:.4g} |" for module in worst)
-        text += f"\n\nLargest relative errors of the outputs on the calibration tokens:\n\n| module | error |\n|---|---|\n{rows}"
+        text += "\n\nLargest relative errors of the outputs on the calibration tokens:\n\n"
+        text += f"| module | error |\n|---|---|\n{rows}"
     return text + "\n\nAll modules are in `rac_run.json`."
 
 

@@ -1,8 +1,8 @@
 """What config.json says about sparsity: pure functions on the parsed file.
 
 `quantization_config.sparsity_config` is compressed-tensors' place and means packed weights; stock vLLM from 0.19 on
-refuses it by a clear error. `rac_sparsity` is our own key, which nothing else reads: it names every pruned module and its
-mask structure, for packed and for dense-stored weights.
+refuses it by a clear error. `rac_sparsity` is our own key, which nothing else reads: it names every pruned module and
+its mask structure, for packed and for dense-stored weights.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    `stored` is a packed format, "dense", or the name of a quantised layout whose zeros are not counted. `structure` is
-    the recorded mask structure, `pattern_ok` whether the zeros still keep it (None: nothing is recorded, or not checked).
+    `stored` is a packed format, "dense", or "quantized" (to a layout whose zeros are not counted). `structure` is the
+    recorded mask structure, `pattern_ok` whether the zeros still keep it (None: nothing to keep, or not checked).
     `problem` says what is damaged; `reason` why a matrix is not packed. `read_per_token` is False for a matrix of which
     decoding reads one row.
     """
@@ -67,7 +67,7 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a folder holds; `format` is a packed format or "dense", `run_record` the parsed run record if there is one."""
+    """What a folder holds; `format` is a packed format or "dense", `run_record` the parsed run record or None."""
 
     folder: Path
     format: str
@@ -103,7 +103,7 @@ class CheckpointReport:
         return all(row.problem is None and row.pattern_ok is not False for row in self.modules)
 
     def ceiling(self, only_sparse: bool = False) -> float | None:
-        """Most that decoding can gain over dense bf16 if it is bound by reading weights: 2 bytes a weight over those stored.
+        """Most that decoding bound by reading weights can gain over dense bf16: 2 bytes a weight over the bytes stored.
 
         Over all matrices that a decode step reads whole (lm_head too), or over the sparse ones alone. None without any.
         """
@@ -195,7 +195,7 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: dict[str, Any]) -> 
         reason=_why_dense(name, structure, sparsity, embedding, countable, config),
         problem=problem,
         # A tied embedding is also the output matrix, which every step reads whole.
-        read_per_token=not embedding or "lm_head.weight" not in files and "lm_head.compressed" not in files,
+        read_per_token=not embedding or not {"lm_head.weight", "lm_head.compressed"} & files.where.keys(),
     )
 
 

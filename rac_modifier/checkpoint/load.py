@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format, without_sparsity
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.record import read_json
-from rac_modifier.checkpoint.sources import PackedWeight, StoredTensor, dense_sources, iter_dense_tensors
+from rac_modifier.checkpoint.sources import StoredTensor, dense_sources, iter_dense_tensors
 from rac_modifier.errors import RacError
 
 __all__ = ["iter_dense_tensors", "load_model"]

@@ -128,7 +128,7 @@ def _check_unpacked(files: TensorFiles, config: dict[str, Any], names: Iterable[
             continue
         if f"{name}.weight_packed" in files:
             raise RacError(
-                f"{name}: its weight is packed to few bits by quantisation and cannot be packed as sparse; store it dense"
+                f"{name}: quantised to a packed weight of few bits, which cannot be stored sparse; store it dense"
             )
         raise RacError(f"{name}.weight: not in {files.folder}; name modules as the saved files do")
 

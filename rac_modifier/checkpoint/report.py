@@ -43,7 +43,7 @@ def _totals(report: CheckpointReport) -> list[str]:
     whole, part = report.ceiling(), report.ceiling(only_sparse=True)
     if whole is not None:
         lines.append(
-            f"ceiling of decoding speed against dense bf16, from the bytes stored: {whole:.2f}x over all matrices of a step"
+            f"ceiling of decoding speed against dense bf16, from bytes alone: {whole:.2f}x over all matrices of a step"
             + (f", {part:.2f}x over the pruned ones" if part is not None else "")
         )
     if not report.sound:

@@ -103,9 +103,7 @@ def evaluate(
     ]
     if rows_path is not None:
         save_rows(rows, rows_path)
-    return summarise(
-        rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed
-    )
+    return summarise(rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed)
 
 
 def _check(problems: Sequence[Problem]) -> None:
@@ -134,9 +132,7 @@ def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int
             bar.update(min(size, len(order) - start))
 
 
-def _row(
-    tokenizer: Any, problem: Problem, prompt: list[int], generation: Generation, verifier: Verifier | None
-) -> Row:
+def _row(tokenizer: Any, problem: Problem, prompt: list[int], generation: Generation, verifier: Verifier | None) -> Row:
     assert problem.answer is not None
     # Special tokens are dropped for reading only; R1's and Qwen3's thinking tags are ordinary tokens and stay.
     text = tokenizer.decode(list(generation.ids), skip_special_tokens=True)

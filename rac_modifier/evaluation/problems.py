@@ -26,9 +26,7 @@ def held_out_problems(
             solved = generate_distinct(seed, "test", count)
         except ValueError as error:
             raise RacError(str(error)) from error
-        return [
-            Problem(f"{s.task}:{','.join(map(str, s.operands))}", s.question, s.answer, s.task) for s in solved
-        ]
+        return [Problem(f"{s.task}:{','.join(map(str, s.operands))}", s.question, s.answer, s.task) for s in solved]
     problems = list(
         islice(load_problems(ProblemSource(source=source, column=column, answer_column=answer_column), seed), count)
     )

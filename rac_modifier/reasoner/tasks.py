@@ -86,15 +86,14 @@ def _gcd(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
     while True:
         factor = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15))
         a, b = factor * rng.randint(2, 199 // factor), factor * rng.randint(2, 199 // factor)
-        x, y, lines = max(a, b), min(a, b), []
+        x, y = max(a, b), min(a, b)
+        lines: list[str] = []
         while x != y and len(lines) <= 16:
             lines.append(f"{x}-{y}={x - y}")
             x, y = max(x - y, y), min(x - y, y)
         if x == y and len(lines) >= 4:
             break
-    question = rng.choice(
-        (f"What is gcd({a}, {b})?", f"Find the greatest common divisor of {a} and {b}.")
-    )
+    question = rng.choice((f"What is gcd({a}, {b})?", f"Find the greatest common divisor of {a} and {b}."))
     return (a, b), question, "\n".join(lines) + f"\n{x}={y}", str(math.gcd(a, b))
 
 
@@ -148,9 +147,7 @@ def generate_distinct(seed: int | str, split: Split, count: int) -> list[Solved]
     """
     seen: set[tuple[str, tuple[int, ...]]] = set()
     problems: list[Solved] = []
-    tries = 0
-    for problem in generate(seed, split):
-        tries += 1
+    for tries, problem in enumerate(generate(seed, split), start=1):
         key = (problem.task, tuple(sorted(problem.operands)))
         if key not in seen:
             seen.add(key)

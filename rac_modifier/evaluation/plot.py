@@ -1,0 +1,132 @@
+"""Accuracy and unfinished answers by sparsity, one line a calibration set, dense as the reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.report import SeedSummary, Spread, sparsity_order, summarise_seeds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart under every common colour blindness; markers carry the identity too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_FORMATS = (".png", ".svg", ".pdf")
+_INK, _MUTED = "#222222", "#666666"
+
+
+def plot_accuracy(
+    rows: Iterable[Mapping[str, Any]],
+    dense_accuracy: float,
+    path: str | os.PathLike[str],
+    *,
+    dense_unfinished: float | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw accuracy (left) and the share of answers that never end (right) by sparsity, and return the file's path.
+
+    Each point is the mean over seeds, its bar reaches from the lowest to the highest seed. Patterns such as 2:4 have
+    a column of their own at the right: they are no point on the axis of shares.
+
+    Args:
+        rows: as `summarise_seeds` takes them, all with `unfinished_share`.
+        dense_accuracy: of the unpruned model, a share.
+        path: ends in .png, .svg or .pdf.
+        dense_unfinished: the unpruned model's share of unfinished answers, if known.
+        title: above both panels.
+
+    Raises:
+        RacError: unusable rows (see `summarise_seeds`), more calibration sets than colours, another file type,
+            matplotlib missing.
+    """
+    try:
+        from matplotlib.figure import Figure  # no pyplot: it would keep the figure and pick a backend for everyone
+    except ImportError as error:
+        raise RacError("plots need matplotlib; pip install 'rac-modifier[eval]'") from error
+
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise RacError(f"cannot write a plot to {str(path)!r}; end the name in {', '.join(_FORMATS)}")
+    summaries = summarise_seeds(rows)
+    names = list(dict.fromkeys(s.calibration for s in summaries))
+    if len(names) > len(_COLOURS):
+        raise RacError(f"{len(names)} calibration sets are too many for one plot; show at most {len(_COLOURS)}")
+    if any(s.unfinished_share is None for s in summaries):
+        raise RacError("the second panel needs unfinished_share in every row; take it from the evaluation results")
+
+    figure = Figure(figsize=(9.6, 4.0), dpi=160, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _panel(left, [(s, s.accuracy) for s in summaries], names, dense_accuracy)
+    unfinished = [(s, s.unfinished_share) for s in summaries if s.unfinished_share is not None]
+    _panel(right, unfinished, names, dense_unfinished)
+    left.set_title("Correct answers", loc="left", fontsize=10, color=_INK)
+    right.set_title("Answers that never end (cut off at the cap)", loc="left", fontsize=10, color=_INK)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _panel(axes: Axes, points: list[tuple[SeedSummary, Spread]], names: list[str], dense: float | None) -> None:
+    """One panel: lines over shares, lone markers over patterns, dashed line for dense."""
+    positions = _positions([s.sparsity for s, _ in points])
+    step = _smallest_gap(list(positions.values()))
+    for index, name in enumerate(names):
+        own = [(s.sparsity, spread) for s, spread in points if s.calibration == name]
+        # Side by side, so that the bars of calibration sets that perform alike do not hide each other.
+        shift = (index - (len(names) - 1) / 2) * 0.1 * step
+        label: str | None = name
+        for is_pattern in (False, True):
+            part = [(positions[x] + shift, y) for x, y in own if isinstance(x, str) == is_pattern]
+            if part:
+                axes.errorbar(
+                    [x for x, _ in part],
+                    [100 * y.mean for _, y in part],
+                    yerr=[[100 * (y.mean - y.low) for _, y in part], [100 * (y.high - y.mean) for _, y in part]],
+                    color=_COLOURS[index],
+                    marker=_MARKERS[index],
+                    linestyle="none" if is_pattern else "-",
+                    linewidth=1.8,
+                    markersize=6,
+                    elinewidth=1.2,
+                    capsize=2.5,
+                    label=label,
+                )
+                label = None
+    if dense is not None:
+        axes.axhline(100 * dense, color=_MUTED, linestyle=(0, (5, 3)), linewidth=1.2, label="dense", zorder=0)
+    axes.set_xticks(list(positions.values()), [x if isinstance(x, str) else f"{100 * x:.3g} %" for x in positions])
+    axes.set_xlabel("weights pruned in each layer", fontsize=9, color=_INK)
+    axes.set_ylim(-3, 103)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9, colors=_INK, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    shares = [x for key, x in positions.items() if not isinstance(key, str)]
+    patterns = [x for key, x in positions.items() if isinstance(key, str)]
+    axes.set_xlim(min(positions.values()) - 0.5 * step, max(positions.values()) + 0.5 * step)
+    if shares and patterns:
+        axes.axvline((max(shares) + min(patterns)) / 2, color="#BBBBBB", linewidth=0.8)
+
+
+def _positions(sparsities: list[float | str]) -> dict[float | str, float]:
+    """Where each sparsity stands: shares at their value, patterns in columns of their own to the right."""
+    ordered = sorted(set(sparsities), key=sparsity_order)
+    shares = [x for x in ordered if not isinstance(x, str)]
+    patterns = [x for x in ordered if isinstance(x, str)]
+    gap = (shares[-1] - shares[0]) / (len(shares) - 1) if len(shares) > 1 else 0.1
+    start = shares[-1] if shares else 0.0
+    return {x: x for x in shares} | {x: start + (i + 1) * gap for i, x in enumerate(patterns)}
+
+
+def _smallest_gap(positions: list[float]) -> float:
+    return min((b - a for a, b in zip(positions, positions[1:], strict=False)), default=0.1)
