@@ -127,9 +127,10 @@ def compare(case: str, pattern: str, rounds: int) -> dict[str, Any]:
     memory = {who: peak_memory(case, pattern, who) for who in seconds}
     name = pattern if pattern != "0:0" else "50 %"
     print(
-        f"{case:<20} {name:<5} upstream {median['upstream']:6.2f} s, ours {median['ours']:6.2f} s, ratio "
-        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}, {rounds} rounds); "
-        f"error {errors['upstream']:.5f} / {errors['ours']:.5f}; peak memory {memory['upstream']:.0f} / {memory['ours']:.0f} MiB over the start",
+        f"{case:<20} {name:<5} upstream {median['upstream']:6.2f} s, ours {median['ours']:6.2f} s, "
+        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}, {rounds} rounds); "
+        f"error {errors['upstream']:.5f} / {errors['ours']:.5f}; "
+        f"peak memory {memory['upstream']:.0f} / {memory['ours']:.0f} MiB over the start",
         flush=True,
     )
     return {"case": case, "pattern": pattern, "seconds": seconds, "errors": errors, "peak_mib": memory}

@@ -22,7 +22,7 @@ import rac_modifier
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.plot import plot_accuracy
 from rac_modifier.evaluation.problems import held_out_problems
-from rac_modifier.evaluation.report import render_seed_table
+from rac_modifier.evaluation.report import Spread, summarise_seeds
 
 PATTERNS: list[str | float] = ["2:4", 0.5, 0.6, 0.4, 0.7]
 
@@ -82,9 +82,25 @@ def read(path: Path) -> list[dict]:
 def report(rows: list[dict], plot: Path) -> None:
     dense = next(r for r in rows if r["pattern"] == "dense")
     pruned = [{**r, "sparsity": r["pattern"], "seed": r["calibration_seed"]} for r in rows if r["pattern"] != "dense"]
-    print(render_seed_table(pruned, dense))
+    print("| sparsity | calibration | accuracy | unfinished | thinking tokens |")
+    print("|---|---|---|---|---|")
+    print(
+        f"| dense | - | {dense['accuracy']:.1%} ({dense['ci_low']:.1%} to {dense['ci_high']:.1%}) | "
+        f"{dense['unfinished_share']:.1%} | {dense['mean_thinking_tokens']:.0f} |"
+    )
+    for s in summarise_seeds(pruned):
+        name = s.sparsity if isinstance(s.sparsity, str) else f"{s.sparsity:.0%}"
+        print(
+            f"| {name} | {s.calibration} | {spread(s.accuracy)} | {spread(s.unfinished_share)} | "
+            f"{s.mean_thinking_tokens.mean:.0f} |"
+        )
+    print(f"mean (lowest-highest) over {max(s.seeds for s in summarise_seeds(pruned))} calibration seeds")
     plot_accuracy(pruned, dense["accuracy"], plot)
     print(f"plot: {plot}")
+
+
+def spread(s: Spread) -> str:
+    return f"{100 * s.mean:.1f} ({100 * s.low:.1f}-{100 * s.high:.1f})"
 
 
 def main() -> None:

@@ -196,6 +196,7 @@ class ReasoningAwareSparseGPTModifier(Modifier):
                 "method": self.solver,
                 "pattern": self._pattern.describe(),
                 "mask_structure": self.mask_structure,
+                "seed": f"{self.traces.sampling.seed} for sampling, {self.calibration.seed} for the mixture",
                 "modifier": self.model_dump(mode="json", exclude=_UPSTREAM_STATE),
                 **self._calibration.as_dict(),
                 "modules": list(self._results.values()),

@@ -22,7 +22,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     parts = [
         _front_matter(record),
         f"# {title}",
-        "Weights were pruned after training with reasoning-aware compression (RAC, arXiv 2509.12464): each linear layer "
+        "Pruned after training with reasoning-aware compression (RAC, arXiv 2509.12464): each linear layer "
         "keeps its output on the calibration tokens, which the table below counts by kind.",
         "## How it was pruned",
         _facts(record),

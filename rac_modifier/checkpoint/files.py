@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,8 @@ class TensorFiles:
             )
         self.index: dict[str, Any] | None = None
         self._stack = ExitStack()
+        # transformers reads in threads, and after an error it returns while some still do: closing has to wait for them.
+        self._lock = threading.Lock()
         self._open: dict[str, Any] = {}
         try:
             self.where = self._locate()
@@ -99,8 +102,9 @@ class TensorFiles:
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""
-        self._open.clear()
-        self._stack.close()
+        with self._lock:
+            self._open.clear()
+            self._stack.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
@@ -111,9 +115,9 @@ class TensorFiles:
         Raises:
             RacError: no such tensor, or it cannot be read.
         """
-        file = self._handle(name)
         try:
-            return file.get_tensor(name)
+            with self._lock:
+                return self._handle(name).get_tensor(name)
         except (SafetensorError, OSError, ValueError, AttributeError, TypeError) as error:
             raise RacError(f"{name}: cannot be read from {self.folder / self.where[name]} ({error})") from error
 
@@ -150,6 +154,8 @@ class TensorFiles:
     def _handle(self, name: str) -> Any:
         if name not in self.where:
             raise RacError(f"{name}: not in {self.folder}; copy or save the model again")
+        if not self._open:
+            raise RacError(f"{name}: cannot be read any more, {self.folder} was closed")
         return self._open[self.where[name]]
 
 

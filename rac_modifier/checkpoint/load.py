@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format, without_sparsity
@@ -43,14 +49,14 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pre
     if not Path(model).is_dir():
         hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
         if packed_format(read_json(_from_hub(str(model), CONFIG_FILE, hub))) is None:
-            return _checked(str(model), str(model), trust_remote_code=trust_remote_code, **kwargs)
+            return _checked(AutoModelForCausalLM, str(model), str(model), trust_remote_code=trust_remote_code, **kwargs)
         model = _snapshot(str(model), hub)
     folder = Path(model)
     with TensorFiles(folder) as files:
         raw = read_json(folder / CONFIG_FILE)
         sources = dense_sources(files, packed_format(raw))
         if packed_format(raw) is None:
-            return _checked(str(folder), folder, trust_remote_code=trust_remote_code, **kwargs)
+            return _checked(AutoModelForCausalLM, str(folder), folder, trust_remote_code=trust_remote_code, **kwargs)
         return _load_packed(folder, raw, sources, kwargs)
 
 
@@ -63,6 +69,8 @@ def _load_packed(
             "save this model with storage: dense"
         )
     config = AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RacError(f"{folder}: model_type {raw.get('model_type')!r} is no causal LM of transformers")
     quantization = without_sparsity(raw["quantization_config"])
     if quantization is None:
         del config.quantization_config
@@ -70,7 +78,8 @@ def _load_packed(
         config.quantization_config = quantization
     state = {name: _LazyTensor(source) for name, source in sources.items()}
     try:
-        model = _checked(None, folder, config=config, state_dict=state, **kwargs)
+        # By its own class, since AutoModel insists on a path.
+        model = _checked(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, folder, config=config, state_dict=state, **kwargs)
     finally:
         # transformers reads in threads and turns some of their errors into warnings: ours comes first.
         for tensor in state.values():
@@ -114,10 +123,9 @@ class _LazyTensor:
         return self._source.dtype
 
 
-def _checked(path: str | None, shown: str | Path, **kwargs: Any) -> PreTrainedModel:
+def _checked(model_class: Any, path: str | None, shown: str | Path, **kwargs: Any) -> PreTrainedModel:
     """`from_pretrained`, with an error where it only warns that weights are missing or do not fit."""
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed as if it took no None and returned no pair
-    model, info = from_pretrained(path, output_loading_info=True, **kwargs)
+    model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     for kind, text in (
         ("missing_keys", "needed by the model but missing from"),
         ("mismatched_keys", "its shape does not fit the model's config.json in"),
@@ -125,7 +133,8 @@ def _checked(path: str | None, shown: str | Path, **kwargs: Any) -> PreTrainedMo
     ):
         found = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
         if found:
-            raise RacError(f"{found[0]}: {text} {shown}" + (f" (and {len(found) - 1} more)" if found[1:] else ""))
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise RacError(f"{', '.join(found[:3])}{more}: {text} {shown}")
     return model
 
 

@@ -75,8 +75,8 @@ def dense_sources(files: TensorFiles, format: str | None) -> dict[str, StoredTen
     if format is None:
         if modules:
             raise RacError(
-                f"{files.folder}: {modules[0]} is packed but config.json has no sparsity_config; restore the config.json"
-                " that packing wrote"
+                f"{files.folder}: {modules[0]} is packed but config.json has no sparsity_config; restore the "
+                "config.json that packing wrote"
             )
         return {name: StoredTensor(files, name) for name in files.where}
     if not modules:

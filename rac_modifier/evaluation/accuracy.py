@@ -8,18 +8,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
 from rac_modifier.evaluation.verify import THINK_END, Verifier, is_correct
-
-if TYPE_CHECKING:
-    from rac_modifier.traces.generation import Generation, SamplingSettings
-    from rac_modifier.traces.problems import Problem
+from rac_modifier.traces.generation import Generation, SamplingSettings
+from rac_modifier.traces.generation import generate as traces_generate
+from rac_modifier.traces.problems import Problem
+from rac_modifier.traces.prompts import render_prompt
 
 # Only used when sampling; the reference evaluation samples at 0.6 with top_p 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
@@ -48,8 +49,8 @@ def evaluate(
     progress: bool = True,
     rows_path: str | os.PathLike[str] | None = None,
     verifiers: Mapping[str, Verifier] | None = None,
-    render: Callable[[Any, str], list[int]] | None = None,
-    generate: Generate | None = None,
+    render: Callable[[Any, str], list[int]] = render_prompt,
+    generate: Generate = traces_generate,
 ) -> EvalResult:
     """Zero-shot accuracy, thinking length, unfinished share and speed over `problems`.
 
@@ -65,27 +66,14 @@ def evaluate(
         progress: show a progress bar.
         rows_path: write a JSON line for each problem (`results.Row`) here, in the order of `problems`.
         verifiers: per task name, what replaces the mathematical comparison of answers.
-        render: question to prompt ids; by default the chat template with its generation prompt.
-        generate: by default transformers in batches (`traces.generation.generate`).
+        render: tokenizer and question to prompt ids; by default the chat template with its generation prompt.
+        generate: by default transformers, a batch a call.
 
     Raises:
-        RacError: no problems, a problem without an answer, an id twice.
+        RacError: no problems, a problem without an answer, an id twice, a setting out of range.
     """
     _check(problems)
-    if render is None:
-        from rac_modifier.traces.prompts import render_prompt as render
-    if generate is None:
-        from rac_modifier.traces.generation import generate
-    from rac_modifier.traces.generation import SamplingSettings
-
-    settings = SamplingSettings(
-        temperature=temperature,
-        top_p=TOP_P,
-        top_k=0,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    settings = _settings(max_new_tokens, temperature, batch_size, seed)
     prompts = [render(tokenizer, problem.question) for problem in problems]
     # Longest first: prompts of like length share a batch, and a batch too large for memory fails at once.
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]), reverse=True)
@@ -120,6 +108,22 @@ def _check(problems: Sequence[Problem]) -> None:
         if p.id in seen:
             raise RacError(f"problem id {p.id!r} appears twice; give each problem once")
         seen.add(p.id)
+
+
+def _settings(max_new_tokens: int, temperature: float, batch_size: int, seed: int) -> SamplingSettings:
+    """Nothing is left to the model's generation_config: models compared must sample alike."""
+    try:
+        return SamplingSettings(
+            temperature=temperature,
+            top_p=TOP_P,
+            top_k=0,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise RacError(f"the evaluation cannot run with {wrong}") from error
 
 
 def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int]]:

@@ -1,8 +1,8 @@
 """Compare answers as mathematics, one JSON line in and one out, in a process that may be lost.
 
-Run by `verify.equal_as_mathematics` as a plain script. A pruned model can write `9^{9^{9^9}}`, and evaluating that blocks
-inside C code where no Python timeout reaches and, outside the main thread, no signal handler may be set. Here the alarm
-keeps its default action, which ends this process wherever it is.
+Run by `verify.equal_as_mathematics` as a plain script. A pruned model can write `9^{9^{9^9}}`, and evaluating that
+blocks inside C code where no Python timeout reaches and, outside the main thread, no signal handler may be set. Here the
+alarm keeps its default action, which ends this process wherever it is.
 """
 
 from __future__ import annotations

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.report import SeedSummary, Spread, sparsity_order, summarise_seeds
+from rac_modifier.evaluation.results import EvalResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart under every common colour blindness; markers carry the identity too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -44,14 +47,7 @@ def plot_accuracy(
         RacError: unusable rows (see `summarise_seeds`), more calibration sets than colours, another file type,
             matplotlib missing.
     """
-    try:
-        from matplotlib.figure import Figure  # no pyplot: it would keep the figure and pick a backend for everyone
-    except ImportError as error:
-        raise RacError("plots need matplotlib; pip install 'rac-modifier[eval]'") from error
-
-    path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise RacError(f"cannot write a plot to {str(path)!r}; end the name in {', '.join(_FORMATS)}")
+    path = _checked(path)
     summaries = summarise_seeds(rows)
     names = list(dict.fromkeys(s.calibration for s in summaries))
     if len(names) > len(_COLOURS):
@@ -59,7 +55,7 @@ def plot_accuracy(
     if any(s.unfinished_share is None for s in summaries):
         raise RacError("the second panel needs unfinished_share in every row; take it from the evaluation results")
 
-    figure = Figure(figsize=(9.6, 4.0), dpi=160, layout="constrained")
+    figure = _figure(9.6, 4.0)
     left, right = figure.subplots(1, 2)
     _panel(left, [(s, s.accuracy) for s in summaries], names, dense_accuracy)
     unfinished = [(s, s.unfinished_share) for s in summaries if s.unfinished_share is not None]
@@ -70,9 +66,65 @@ def plot_accuracy(
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
+
+
+def plot_bars(results: Sequence[EvalResult], path: str | os.PathLike[str]) -> Path:
+    """Draw accuracy with its 95 % interval and the unfinished share of a few models as bars, the first as reference.
+
+    Raises:
+        RacError: no results, results at different caps, another file type than .png, .svg or .pdf, matplotlib missing.
+    """
+    path = _checked(path)
+    if not results or len({r.cap for r in results}) > 1:
+        raise RacError(f"bars need results at one cap; these have {sorted({r.cap for r in results}) or 'none'}")
+    figure = _figure(9.6, 0.8 + 0.45 * len(results))
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = [_MUTED, *[_COLOURS[0]] * (len(results) - 1)]
+    shares = [r.accuracy for r in results]
+    below = [100 * (r.accuracy - r.ci_low) for r in results]
+    above = [100 * (r.ci_high - r.accuracy) for r in results]
+    _bars(left, shares, colours, ends=[100 * r.ci_high for r in results])
+    left.errorbar(
+        [100 * s for s in shares], range(len(results)), xerr=[below, above], fmt="none", ecolor=_INK, capsize=2.5
+    )
+    _bars(right, [r.unfinished_share for r in results], colours, ends=[100 * r.unfinished_share for r in results])
+    left.set_yticks(range(len(results)), [r.label for r in results])
+    left.invert_yaxis()
+    left.set_title("Correct answers (95 % interval)", loc="left", fontsize=10, color=_INK)
+    right.set_title(f"Never end within {results[0].cap} tokens", loc="left", fontsize=10, color=_INK)
+    figure.savefig(path)
+    return path
+
+
+def _bars(axes: Axes, shares: list[float], colours: list[str], ends: list[float]) -> None:
+    """Horizontal bars, each with its value written behind `ends`."""
+    axes.barh(range(len(shares)), [100 * s for s in shares], color=colours, height=0.6)
+    for y, (share, end) in enumerate(zip(shares, ends, strict=True)):
+        axes.text(end + 2, y, f"{share:.1%}", va="center", fontsize=9, color=_INK)
+    axes.set_xlim(0, 118)
+    axes.set_xticks([])
+    axes.tick_params(labelsize=9, colors=_INK, length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    """The path of a plot that can be written, its folder made."""
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise RacError(f"cannot write a plot to {str(path)!r}; end the name in {', '.join(_FORMATS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; without pyplot, which would keep it and pick a backend for the whole process."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RacError("plots need matplotlib; pip install 'rac-modifier[eval]'") from error
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
 def _panel(axes: Axes, points: list[tuple[SeedSummary, Spread]], names: list[str], dense: float | None) -> None:
@@ -129,4 +181,4 @@ def _positions(sparsities: list[float | str]) -> dict[float | str, float]:
 
 
 def _smallest_gap(positions: list[float]) -> float:
-    return min((b - a for a, b in zip(positions, positions[1:], strict=False)), default=0.1)
+    return min((b - a for a, b in itertools.pairwise(positions)), default=0.1)

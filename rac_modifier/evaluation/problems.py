@@ -14,7 +14,7 @@ def held_out_problems(
 ) -> list[Problem]:
     """`count` problems with answers: of "arithmetic" the test split, of any other source what it gives for this seed.
 
-    Only "arithmetic" is disjoint from calibration by construction; of a dataset name a split that was not calibrated on.
+    Only "arithmetic" is disjoint from calibration by construction; with another source, calibrate on other problems.
 
     Raises:
         RacError: fewer problems than asked for, or what `load_problems` raises.

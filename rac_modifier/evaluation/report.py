@@ -123,6 +123,45 @@ def summarise_seeds(rows: Iterable[Mapping[str, Any]]) -> list[SeedSummary]:
     return sorted(summaries, key=lambda s: (sparsity_order(s.sparsity), names.index(s.calibration)))
 
 
+def render_seed_table(rows: Iterable[Mapping[str, Any]], dense: Mapping[str, Any]) -> str:
+    """Mean and (lowest-highest) over seeds of each sparsity and calibration set, as Markdown, dense first.
+
+    Args:
+        rows: as `summarise_seeds` takes them; `cap` is compared where they have it.
+        dense: the unpruned model's row: `accuracy`, `unfinished_share`, `mean_thinking_tokens`.
+
+    Raises:
+        RacError: see `summarise_seeds`; a row measured at another cap than dense.
+    """
+    rows = list(rows)
+    caps = {row["cap"] for row in [dense, *rows] if "cap" in row}
+    if len(caps) > 1:
+        raise RacError(
+            f"rows at different caps ({', '.join(map(str, sorted(caps)))} new tokens) cannot be compared; "
+            "evaluate all at one cap"
+        )
+    reference = summarise_seeds([{**dense, "sparsity": 0.0, "calibration": "dense"}])
+    table = [["sparsity", "calibration", "accuracy", "unfinished", "thinking", "seeds"]]
+    for s in reference + summarise_seeds(rows):
+        sparsity = s.sparsity if isinstance(s.sparsity, str) else f"{s.sparsity:.3g}"
+        table.append(
+            [
+                "-" if s.calibration == "dense" else sparsity,
+                s.calibration,
+                _percent(s.accuracy),
+                _percent(s.unfinished_share) if s.unfinished_share else "-",
+                f"{s.mean_thinking_tokens.mean:.0f}" if s.mean_thinking_tokens else "-",
+                str(s.seeds),
+            ]
+        )
+    return "\n".join(_aligned(table, markdown=True))
+
+
+def _percent(spread: Spread) -> str:
+    mean = f"{100 * spread.mean:.1f} %"
+    return mean if spread.low == spread.high else f"{mean} ({100 * spread.low:.1f}-{100 * spread.high:.1f})"
+
+
 def parse_sparsity(value: float | str) -> float | str:
     """A share from 0 to 1 as a float, or a pattern such as "2:4" as it is."""
     if isinstance(value, str) and ":" in value:

@@ -58,7 +58,7 @@ def extract_answer(text: str) -> str | None:
 def is_correct(text: str, answer: str, verifier: Verifier | None = None) -> bool:
     """Whether a completion's final answer is right; no answer, or one that cannot be read, is wrong."""
     extracted = extract_answer(text)
-    return bool(extracted) and bool((verifier or equal_answers)(extracted, answer))
+    return extracted is not None and bool((verifier or equal_answers)(extracted, answer))
 
 
 def equal_answers(answer: str, reference: str) -> bool:
@@ -100,7 +100,8 @@ class _MathWorker:
             if self._process is None or self._process.poll() is not None:
                 self._process = self._start()
             process = self._process
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
                 process.stdin.write(json.dumps([answer, reference]) + "\n")
                 process.stdin.flush()

@@ -12,8 +12,8 @@ class Hessian:
 
     X^T X is symmetric, so only its lower block triangle is computed: a block row at a time, a quarter of the columns
     each, which saves 3/8 of the work (measured on a CPU for 256, 768, 1536 and 8960 columns: more and smaller blocks
-    save more operations and lose it in slower matrix products). The sum is kept unscaled, so that the order of batches does
-    not matter beyond float32 rounding; narrower inputs are widened first.
+    save more operations and lose it in slower matrix products). The sum is kept unscaled, so that the order of batches
+    does not matter beyond float32 rounding; narrower inputs are widened first.
 
     Attributes:
         tokens: rows that counted, i.e. with a weight above zero.

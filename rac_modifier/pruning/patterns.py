@@ -21,8 +21,8 @@ class Pattern:
     """A sparsity pattern; build it with `parse` (recipe values), `n_of_m` or `unstructured`.
 
     `n` of every `m` consecutive input weights of an output row are zero, counted as llm-compressor's `mask_structure`
-    counts: N is the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the share
-    of zeros.
+    counts: N is the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the
+    share of zeros.
     """
 
     sparsity: float
@@ -108,7 +108,7 @@ def broken_groups(weight: torch.Tensor, pattern: Pattern) -> int:
         RacError: an unstructured pattern (it has no groups), or columns that are no multiple of M.
     """
     if not pattern.is_structured:
-        raise RacError(f"broken_groups: an unstructured pattern has no groups to count; use holds")
+        raise RacError("broken_groups: an unstructured pattern has no groups to count; use holds")
     rows, columns = weight.shape
     pattern.check_shape("weight", rows, columns)
     zeros = (weight == 0).view(rows, columns // pattern.m, pattern.m).sum(dim=2)

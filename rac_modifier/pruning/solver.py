@@ -69,9 +69,7 @@ def solve(
     _check(method, weights, targets, hessian, pattern, names, block_size, dampening_frac)
     rows, dtype = [w.shape[0] for w in weights], weights[0].dtype
     dead = hessian.diagonal() == 0
-    working = hessian.new_empty(hessian.shape[0], sum(rows))  # transposed: sparsegpt.py says why
-    for part, t in zip(working.split(rows, dim=1), targets, strict=True):
-        part.copy_(t.T)
+    working = _stacked(targets, hessian)
     totals = quadratic_form(working, hessian)
 
     dampening, retries = 0.0, 0
@@ -79,27 +77,28 @@ def solve(
         factor = sparsegpt.factorise(hessian, dampening_frac, ", ".join(names))
         dampening, retries = factor.dampening_frac, factor.retries
         working[dead] = 0.0
-        mask, errors = sparsegpt.prune(working, factor, rows, pattern, block_size, dtype)
-        mask[dead] = True
+        pruned, errors = sparsegpt.prune(working, factor, rows, pattern, block_size)
+        pruned[dead] = True
         del factor
     else:
-        mask = _mask_by_score(method, working, rows, hessian, pattern)
-        kept = working.masked_fill(mask, 0.0).to(dtype).to(working.dtype)
-        errors = quadratic_form(working.sub_(kept), hessian)
-        working = kept
+        pruned, errors = _pruned_by_score(method, working, rows, hessian, pattern), None
+        working.masked_fill_(pruned, 0.0)
+    if errors is None or dtype != working.dtype:  # SparseGPT's own errors know nothing of rounding
+        stored = working.to(dtype).to(working.dtype)
+        errors = quadratic_form(_stacked(targets, hessian).sub_(stored), hessian)
 
     solutions = []
     for i, (name, w) in enumerate(zip(names, weights, strict=True)):
         part = slice(sum(rows[:i]), sum(rows[: i + 1]))
-        stored = working[:, part].T.contiguous().to(w)
-        if not _finite(stored):
+        weight = working[:, part].T.contiguous().to(w)
+        if not _finite(weight):
             raise RacError(f"{name}: the pruned weight overflows {w.dtype}; raise dampening_frac ({dampening_frac})")
         # rounding may leave an error of nothing just below 0
         error, total = max(float(errors[part].sum()), 0.0), float(totals[part].sum())
         solutions.append(
             Solution(
-                weight=stored,
-                mask=mask[:, part].T.logical_not().contiguous().to(w.device),
+                weight=weight,
+                mask=pruned[:, part].T.logical_not().contiguous().to(w.device),
                 error=error,
                 relative_error=error / total if total > 0 else 0.0,
                 dampening_used=dampening,
@@ -125,7 +124,15 @@ def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor
     return result
 
 
-def _mask_by_score(
+def _stacked(weights: Sequence[torch.Tensor], hessian: torch.Tensor) -> torch.Tensor:
+    """All weights side by side and transposed, [d, sum(rows)], in the Hessian's dtype; sparsegpt.py says why."""
+    stacked = hessian.new_empty(hessian.shape[0], sum(w.shape[0] for w in weights))
+    for part, w in zip(stacked.split([w.shape[0] for w in weights], dim=1), weights, strict=True):
+        part.copy_(w.T)
+    return stacked
+
+
+def _pruned_by_score(
     method: str, working: torch.Tensor, rows: Sequence[int], hessian: torch.Tensor, pattern: Pattern
 ) -> torch.Tensor:
     """What Wanda or magnitude prunes of transposed weights [d, sum(rows)], each module by itself."""

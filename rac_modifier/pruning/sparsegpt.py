@@ -7,9 +7,9 @@ Three things make it cheap here, and none changes the result beyond rounding:
 
 - *One Cholesky, no inverse.* U = R^-1 is the upper factor of H = U U^T, that is the Cholesky factor of H read from the
   last column to the first. The errors of all rows are E = D U, where D = W - W' is the change made, so when a block B
-  is reached the columns before it have turned its weights into W_B + (D_before U_before,B) R_BB, and R_BB is the inverse
-  of the small U_BB. d^3 / 3 operations, where forming H^-1 and factoring it takes 4 d^3 / 3, and better rounding. What
-  the layer loses comes with it: trace(D H D^T) = ||E||^2, less the dampening's share.
+  is reached the columns before it have turned its weights into W_B + (D_before U_before,B) R_BB, and R_BB is the
+  inverse of the small U_BB. d^3 / 3 operations, where forming H^-1 and factoring it takes 4 d^3 / 3, and better
+  rounding. What the layer loses comes with it: trace(D H D^T) = ||E||^2, less the dampening's share.
 - *Few, long kernels.* Weights are held transposed, [d, rows], so that a column is contiguous; a column costs one
   product and one rank-1 update inside a sub-block, and a sub-block one matrix product. (One batched triangular solve a
   sub-block, a system for each row's pruned columns, was slower on a CPU from 768 rows up, and 30 times at 8,960.)
@@ -50,7 +50,7 @@ class Factor:
 def factorise(hessian: torch.Tensor, dampening_frac: float, label: str) -> Factor:
     """Factor H + dampening_frac * mean(diag H) * I; inputs that never fired get a diagonal that leaves the rest alone.
 
-    The mean is over the Hessian as it is, so scaling H changes nothing. (llm-compressor sets dead diagonals to 1 first.)
+    The mean is over the Hessian as it is, so scaling H changes nothing (llm-compressor sets dead diagonals to 1 first).
 
     Raises:
         RacError: naming `label`, when it is not positive definite even with the largest dampening.
@@ -75,21 +75,13 @@ def factorise(hessian: torch.Tensor, dampening_frac: float, label: str) -> Facto
 
 
 def prune(
-    weight: torch.Tensor,
-    factor: Factor,
-    rows: Sequence[int],
-    pattern: Pattern,
-    block_size: int,
-    stored_dtype: torch.dtype = torch.float32,
+    weight: torch.Tensor, factor: Factor, rows: Sequence[int], pattern: Pattern, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune `weight` [d, sum(rows)] (transposed) in place, modules of `rows` rows each side by side.
 
     Unstructured: in each block of columns a module loses exactly its floor(block numel * sparsity) lowest scores
-    (llm-compressor's `score <= threshold` takes one more). N:M: the N lowest of each group, scored when the columns
-    before it are settled; blocks are cut to a multiple of M.
-
-    Settled columns are rounded to `stored_dtype` at once, so that later ones make up for the rounding too and the error
-    returned is that of the weight as stored.
+    (llm-compressor's `score <= threshold` takes one more, after which a row may go another way). N:M: the N lowest of
+    each group, scored when the columns before it are settled; blocks are cut to a multiple of M.
 
     Returns:
         The mask of what was pruned, [d, sum(rows)], and each row's error d H d^T, float64 [sum(rows)]. The error is a
@@ -99,6 +91,7 @@ def prune(
     step = max(block_size - block_size % pattern.m, pattern.m) if pattern.is_structured else block_size
     change = torch.empty_like(weight)  # D = W - W' of the settled columns, in reversed order like the factor
     pruned = torch.empty_like(weight, dtype=torch.bool)
+    dampening = float(factor.dampening)
     error = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for start in range(0, d, step):
         stop = min(start + step, d)
@@ -107,20 +100,18 @@ def prune(
         r = torch.linalg.solve_triangular(u, torch.eye(stop - start).to(u), upper=True)
         passed_on = (factor.reversed_lower[before, here].T @ change[before]).flip(0)
         block = torch.addmm(weight[start:stop], r.T, passed_on)
-        if pattern.is_structured:
-            mask = _settle_groups(block, r, pattern)
-        else:
-            mask = _settle_lowest(block, r, rows, pattern.sparsity)
-        block = block.masked_fill_(mask, 0.0).to(stored_dtype).to(weight.dtype)
+        choose = _settle_groups if pattern.is_structured else _settle_lowest
+        mask = choose(block, r, rows, pattern)
+        block.masked_fill_(mask, 0.0)
         moved = weight[start:stop] - block
-        error += passed_on.addmm_(u.T, moved).square_().sub_(moved.square(), alpha=factor.dampening.item()).sum(0)
+        error += passed_on.addmm_(u.T, moved).square_().sub_(moved.square(), alpha=dampening).sum(0)
         change[here] = moved.flip(0)
         weight[start:stop] = block
         pruned[start:stop] = mask
     return pruned, error.clamp_(min=0.0)
 
 
-def _settle_groups(block: torch.Tensor, r: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+def _settle_groups(block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], pattern: Pattern) -> torch.Tensor:
     """Choose and settle groups of M columns from left to right; returns the mask of what is pruned."""
     mask = torch.empty_like(block, dtype=torch.bool)
     for start in range(0, block.shape[0], pattern.m):
@@ -130,10 +121,10 @@ def _settle_groups(block: torch.Tensor, r: torch.Tensor, pattern: Pattern) -> to
     return mask
 
 
-def _settle_lowest(block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], sparsity: float) -> torch.Tensor:
+def _settle_lowest(block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], pattern: Pattern) -> torch.Tensor:
     """Choose the whole block's mask, each module with its own threshold, and settle it; returns the mask."""
     modules = _scores(block, r).split(list(rows), dim=1)
-    mask = torch.cat([lowest(scores, int(scores.numel() * sparsity)) for scores in modules], dim=1)
+    mask = torch.cat([lowest(scores, int(scores.numel() * pattern.sparsity)) for scores in modules], dim=1)
     for start in range(0, block.shape[0], _SUB_BLOCK):
         _settle(block, r, mask, start, min(start + _SUB_BLOCK, block.shape[0]))
     return mask

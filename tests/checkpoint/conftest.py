@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_helpers import PRUNERS, linears, tiny_model
+
+from rac_modifier.checkpoint.packing import pack_checkpoint
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]:
+    """Save a pruned tiny model, packed unless told otherwise: its folder, its state dict and the mask structures."""
+
+    def save(
+        structure: str = "2:4",
+        tied: bool = True,
+        shard: str | None = None,
+        packed: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
+        model = tiny_model(tied, dtype)
+        modules = {}
+        for name, linear in linears(model).items():
+            if name != "model.layers.0.self_attn.o_proj":  # one linear stays dense
+                PRUNERS[structure](linear.weight.data)
+                modules[name] = structure
+        folder = tmp_path / "model"
+        model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+        expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if packed:
+            pack_checkpoint(folder, modules, dense_linears=["model.layers.0.self_attn.o_proj", "lm_head"])
+        return folder, expected, modules
+
+    return save

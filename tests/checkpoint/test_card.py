@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import yaml
+
+from rac_modifier.checkpoint.card import model_card
+
+RECORD = {
+    "base_model": "org/Model: 1B",
+    "pattern": "2 of every 4 consecutive input weights are zero (0.5 of all)",
+    "method": "sparsegpt",
+    "calibration": {
+        "tokens": 32768,
+        "trace_tokens": 30000,
+        "prompt_tokens": 2768,
+        "generic_tokens": 0,
+        "sequences": 12,
+    },
+    "trace_store": {"path": "traces.jsonl", "sha256": "abc123"},
+    "modules": [
+        {"name": f"layers.{i}.q_proj", "sparsity": 0.5, "relative_error": i / 100, "dampening": 0.01, "retries": i == 3}
+        for i in range(9)
+    ],
+    "versions": {"torch": "2.13", "llmcompressor": None},
+    "seed": 0,
+}
+
+
+def front_matter(card: str) -> dict:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_full_record() -> None:
+    card = model_card(RECORD)
+    assert front_matter(card)["base_model"] == "org/Model: 1B"
+    assert front_matter(card)["library_name"] == "transformers"
+    for expected in (
+        "2 of every 4 consecutive",
+        "32,768 tokens in all; 30,000 of the model's own chain of thought; 2,768 of prompts; 0 of generic text; 12 sequences",
+        "`traces.jsonl`, sha256 `abc123`",
+        "| Seed | 0 |",
+        "9 linear modules were pruned, each to a sparsity of 0.5000 to 0.5000.",
+        "raised for 1 of them",
+        "| `layers.8.q_proj` | 0.08 |",
+        "load_model(",
+        "Made with torch 2.13.",
+    ):
+        assert expected in card
+    assert "layers.3.q_proj" not in card  # only the five worst
+    assert "not recorded" not in card
+
+
+def test_nothing_is_invented() -> None:
+    card = model_card({})
+    assert "base_model" not in front_matter(card)
+    assert card.count("not recorded") == 5
+    assert "linear modules" not in card
+    assert "accuracy" not in card.lower().replace("accuracy, thinking length and speed are **not**", "")
+
+
+def test_odd_records_do_not_fail() -> None:
+    for record in (
+        {"calibration": None, "trace_store": None, "modules": None, "versions": None},
+        {"modules": [{}, {"name": "a"}, {"relative_error": None}], "calibration": {"tokens": "many"}},
+        {"modules": ["x"], "recipe": {"a": [1]}, "pattern": "a | b\nc"},
+    ):
+        assert front_matter(model_card(record))["tags"]
+
+
+def test_cells_cannot_break_the_table() -> None:
+    assert "| Pattern | a \\| b c |" in model_card({"pattern": "a | b\nc"})
+
+
+def test_seed_of_the_modifier_is_found() -> None:
+    assert "| Seed | 11 |" in model_card({"modifier": {"seed": 11}})

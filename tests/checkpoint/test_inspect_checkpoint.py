@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.checkpoint.packing import mark_dense
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME, write_json_atomic
+from rac_modifier.errors import RacError
+
+Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
+Q = "model.layers.0.self_attn.q_proj"
+O = "model.layers.0.self_attn.o_proj"
+
+
+def total_bytes(folder: Path) -> int:
+    return sum(t.nbytes for file in folder.glob("*.safetensors") for t in load_file(file).values())
+
+
+@pytest.mark.parametrize("shard", [None, "60KB"])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_packed(saved: Saved, structure: str, shard: str | None) -> None:
+    folder, expected, modules = saved(structure, shard=shard)
+    report = inspect_checkpoint(folder)
+    assert report.format == ("sparse-24-bitmask" if structure == "2:4" else "sparse-bitmask")
+    assert {row.name for row in report.sparse} == set(modules)
+    rows = {row.name: row for row in report.modules}
+    for name in modules:
+        weight, row = expected[f"{name}.weight"], rows[name]
+        assert (row.rows, row.columns, row.dtype) == (*weight.shape, "BF16")
+        assert row.sparsity == float((weight == 0).double().mean())
+        assert row.structure == structure
+        assert row.pattern_ok is (True if structure == "2:4" else None)
+        assert row.dense_bytes == weight.nbytes
+        assert row.problem is None
+        kept = weight.numel() // 2 if structure == "2:4" else int((weight != 0).sum())
+        offsets = 0 if structure == "2:4" else 8 * len(weight)
+        assert row.stored_bytes == 2 * kept + len(weight) * (-(-weight.shape[1] // 8)) + offsets + 16
+    assert rows[O].stored == "dense"
+    assert "in ignore" in rows[O].reason
+    assert "embedding" in rows["model.embed_tokens"].reason
+    assert report.sound
+    assert report.stored_bytes == total_bytes(folder)
+    assert report.dense_bytes == sum(t.nbytes for n, t in expected.items() if n != "lm_head.weight")
+    if structure == "2:4":
+        weights = sum(row.rows * row.columns for row in report.sparse)
+        assert report.ceiling(only_sparse=True) == pytest.approx(2 * weights / (1.125 * weights + 16 * len(modules)))
+        assert 1 < report.ceiling() < report.ceiling(only_sparse=True) < 1.78
+
+
+def test_the_tied_embedding_is_read_each_step_and_an_untied_one_is_not(saved: Saved) -> None:
+    for tied in (True, False):
+        folder, _, _ = saved(tied=tied)
+        rows = {row.name: row for row in inspect_checkpoint(folder).modules}
+        assert rows["model.embed_tokens"].read_per_token is tied
+        assert ("lm_head" in rows) is not tied
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def test_dense_marked(saved: Saved) -> None:
+    folder, _, modules = saved(packed=False)
+    mark_dense(folder, modules)
+    report = inspect_checkpoint(folder)
+    assert report.format == "dense"
+    assert {row.name for row in report.sparse} == set(modules)
+    assert all(row.pattern_ok and "stock loaders" in row.reason for row in report.sparse)
+    assert report.sparsity == pytest.approx(0.5)
+    assert report.ceiling() == 1.0
+
+
+def test_ordinary(saved: Saved) -> None:
+    folder, _, _ = saved(packed=False)
+    report = inspect_checkpoint(folder)
+    assert report.format == "dense"
+    assert report.sparse == ()
+    assert report.sparsity is None
+    rows = {row.name: row for row in report.modules}
+    assert rows[Q].reason == "has zeros, but no record of pruning"
+    assert rows[O].reason == "not pruned"
+    assert "no matrix is recorded as pruned" in report.render()
+
+
+def test_a_pattern_that_broke_after_it_was_recorded(saved: Saved) -> None:
+    folder, _, modules = saved(packed=False)
+    mark_dense(folder, modules)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{Q}.weight"][0, :4] = 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = inspect_checkpoint(folder)
+    assert [row.name for row in report.modules if row.pattern_ok is False] == [Q]
+    assert not report.sound
+    assert "1 groups break 2:4" in report.render()
+    assert "NOT SOUND" in report.render()
+
+
+def test_a_damaged_module_is_one_bad_row(saved: Saved) -> None:
+    folder, _, modules = saved()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{Q}.bitmask"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = inspect_checkpoint(folder)
+    assert [row.name for row in report.modules if row.problem] == [Q]
+    assert len(report.sparse) == len(modules)
+    assert f"DAMAGED: {Q}.bitmask: missing" in report.render()
+    assert report.stored_bytes == total_bytes(folder)
+
+
+def test_lost_sparsity_config(saved: Saved) -> None:
+    for structure in ("2:4", "unstructured"):
+        folder, _, modules = saved(structure)
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(config))
+        report = inspect_checkpoint(folder)
+        assert {row.name for row in report.modules if row.problem} == set(modules)
+        assert "no sparsity_config" in report.render()
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def test_a_recorded_structure_that_is_nonsense_is_shown_not_raised(saved: Saved) -> None:
+    folder, _, modules = saved(packed=False)
+    for structure in ("9:4", "3:7", 5):
+        config = json.loads((folder / "config.json").read_text())
+        config["rac_sparsity"] = {"storage": "dense", "modules": dict.fromkeys(modules, structure)}
+        (folder / "config.json").write_text(json.dumps(config))
+        report = inspect_checkpoint(folder)
+        assert report.sound is (structure == 5)  # not even a string: as if nothing were recorded
+        report.render()
+
+
+def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight_packed": torch.zeros(4, 4, dtype=torch.int32),
+        "a.weight_scale": torch.ones(4, 1),
+        "b.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn),
+        "c.weight": torch.zeros(4, 4, dtype=torch.float64),
+        "norm.weight": torch.ones(4),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    report = inspect_checkpoint(tmp_path)
+    assert [(row.name, row.stored, row.sparsity) for row in report.modules] == [
+        ("a", "quantized", None),
+        ("b", "dense", 1.0),
+        ("c", "dense", None),
+    ]
+    assert report.stored_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_render_with_a_run_record(saved: Saved) -> None:
+    folder, _, _ = saved()
+    write_json_atomic(folder / RUN_RECORD_NAME, {"method": "sparsegpt", "calibration": {"trace_tokens": 5}})
+    text = inspect_checkpoint(folder).render()
+    assert "run record: sparsegpt on ?; calibration: trace_tokens 5" in text
+    lines = text.splitlines()
+    assert lines[2].split()[:5] == ["module", "shape", "dtype", "stored", "pattern"]
+    assert next(line for line in lines if line.startswith(Q)).split()[1:8] == [
+        "64x64",
+        "BF16",
+        "sparse-24-bitmask",
+        "2:4",
+        "ok",
+        "0.5000",
+        "1.1289",
+    ]
+    assert "1.77x over the pruned ones" in text
+
+
+def test_layers_are_in_their_natural_order(tmp_path: Path) -> None:
+    save_file({f"layers.{i}.weight": torch.ones(2, 2) for i in range(12)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert [row.name for row in inspect_checkpoint(tmp_path).modules] == [f"layers.{i}" for i in range(12)]
+
+
+def test_what_is_no_checkpoint_raises(tmp_path: Path) -> None:
+    with pytest.raises(RacError, match=r"config\.json: cannot be read as JSON"):
+        inspect_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(RacError, match="holds a list"):
+        inspect_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RacError, match="neither"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_closed_files_say_so(saved: Saved) -> None:
+    folder, _, _ = saved()
+    with TensorFiles(folder) as files:
+        kept = files.tensor("model.norm.weight")
+    assert kept.eq(1).all()
+    with pytest.raises(RacError, match="was closed"):
+        files.tensor("model.norm.weight")

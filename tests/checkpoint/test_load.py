@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_helpers import same_bits, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rac_modifier.checkpoint import bitmask
+from rac_modifier.checkpoint.files import INDEX_FILE
+from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.sources import iter_dense_tensors
+from rac_modifier.errors import RacError
+
+Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def assert_same_state(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert same_bits(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("shard", [None, "60KB"])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_bit_identical(saved: Saved, structure: str, shard: str | None, tied: bool, packed: bool) -> None:
+    folder, expected, _ = saved(structure, tied=tied, shard=shard, packed=packed)
+    model = load_model(folder)
+    assert_same_state(model, expected)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert not model.training
+    assert model.generation_config.eos_token_id == 7
+    assert model.config._name_or_path == model.name_or_path == str(folder)
+    assert getattr(model.config, "quantization_config", None) is None
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_minus_zeros_and_full_rows_survive(tmp_path: Path) -> None:
+    from rac_modifier.checkpoint.packing import pack_checkpoint
+
+    model = tiny_model()
+    weight = model.get_submodule(Q).weight.data
+    weight[0] = 0.0
+    weight[1] = 1.5
+    weight[2] = -0.0
+    weight[3, ::2] = -0.0
+    model.save_pretrained(tmp_path)
+    pack_checkpoint(tmp_path, {Q: "unstructured"})
+    assert_same_state(load_model(tmp_path), model.state_dict())
+
+
+@pytest.mark.parametrize("kwargs", [{"dtype": torch.float32}, {"dtype": "float16"}, {"device_map": "cpu"}])
+def test_from_pretrained_arguments(saved: Saved, kwargs: dict) -> None:
+    folder, expected, _ = saved()
+    model = load_model(folder, **kwargs)
+    wanted = {"float16": torch.float16}.get(kwargs.get("dtype"), kwargs.get("dtype", torch.bfloat16))
+    assert_same_state(model, {name: tensor.to(wanted) for name, tensor in expected.items()})
+
+
+def test_attention_implementation_is_passed_on(saved: Saved) -> None:
+    folder, _, _ = saved()
+    assert load_model(folder, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_dtype_is_found_without_one_in_the_config(saved: Saved) -> None:
+    folder, expected, _ = saved()
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same_state(load_model(folder), expected)
+
+
+def test_weights_are_unpacked_one_at_a_time(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither more reads than modules, nor any before transformers asks."""
+    folder, _, modules = saved()
+    seen: list[str] = []
+    inner = bitmask.unpack_24
+
+    def spy(parts: dict, name: str) -> torch.Tensor:
+        seen.append(name)
+        return inner(parts, name)
+
+    monkeypatch.setattr(bitmask, "unpack_24", spy)
+    tensors = iter_dense_tensors(folder)
+    next(tensors)
+    assert len(seen) <= 1
+    seen.clear()
+    load_model(folder)
+    assert sorted(seen) == sorted(modules)
+
+
+def test_saved_again_it_is_an_ordinary_checkpoint(saved: Saved, tmp_path: Path) -> None:
+    folder, expected, _ = saved()
+    load_model(folder).save_pretrained(tmp_path / "again")
+    assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), expected)
+
+
+def test_stock_transformers_refuses_a_packed_folder(saved: Saved) -> None:
+    """Not a wish but what is there: nobody gets random weights by surprise."""
+    folder, _, _ = saved()
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_legacy_checkpoint_without_our_key(saved: Saved) -> None:
+    """As compressed-tensors up to 0.14 wrote them: `shape` flat or a column, no rac_sparsity."""
+    folder, expected, modules = saved()
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(modules)[::2]:
+        tensors[f"{name}.shape"] = tensors[f"{name}.shape"].flatten()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["rac_sparsity"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same_state(load_model(folder), expected)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def without(*names: str) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        for name in names:
+            del tensors[name]
+
+    return damage
+
+
+def replaced(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        tensors[name] = make(tensors[name]).contiguous()
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("structure", "damage", "named"),
+    [
+        ("2:4", without(f"{Q}.compressed"), f"{Q}.compressed"),
+        ("2:4", without(f"{Q}.bitmask"), f"{Q}.bitmask"),
+        ("2:4", without(f"{Q}.shape"), f"{Q}.shape"),
+        ("2:4", without(f"{Q}.bitmask", f"{Q}.compressed", f"{Q}.shape"), f"{Q}.weight"),
+        ("unstructured", without(f"{Q}.row_offsets"), f"{Q}.row_offsets"),
+        ("2:4", without("model.norm.weight"), "model.norm.weight"),
+        ("2:4", without("model.embed_tokens.weight"), "model.embed_tokens.weight"),
+        ("2:4", replaced(f"{Q}.bitmask", torch.zeros_like), f"{Q}.bitmask"),
+        ("2:4", replaced(f"{Q}.bitmask", lambda t: t[:-1]), f"{Q}.bitmask"),
+        ("2:4", replaced(f"{Q}.compressed", lambda t: t[:, 1:]), f"{Q}.compressed"),
+        ("unstructured", replaced(f"{Q}.compressed", lambda t: t[1:]), f"{Q}.compressed"),
+        ("unstructured", replaced(f"{Q}.row_offsets", lambda t: t + 1), f"{Q}.row_offsets"),
+        ("2:4", replaced("model.norm.weight", lambda t: t[:3]), "model.norm.weight"),
+        ("2:4", lambda tensors: tensors.update({f"{Q}.weight": torch.zeros(64, 64)}), f"{Q}.weight"),
+    ],
+)
+def test_missing_or_damaged_tensors_are_errors(
+    saved: Saved, structure: str, damage: Callable[[Tensors], None], named: str
+) -> None:
+    folder, _, _ = saved(structure)
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RacError, match=rf"^(lm_head\.weight, )?{named}: "):
+        load_model(folder, ignore_mismatched_sizes=True)
+
+
+def test_a_missing_weight_of_an_ordinary_checkpoint_is_an_error(saved: Saved) -> None:
+    folder, _, _ = saved(packed=False)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{Q}.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RacError, match=f"^{Q}.weight: needed by the model but missing"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda config: config.pop("quantization_config"), "no sparsity_config"),
+        (lambda config: config["quantization_config"]["sparsity_config"].update(format="sparse-new"), "sparse-new"),
+        (lambda config: config["quantization_config"].update(sparsity_config=[1]), "not an object"),
+        (lambda config: config["quantization_config"]["sparsity_config"].update(format=["a"]), "format"),
+        (
+            lambda config: config["quantization_config"]["sparsity_config"].update(format="sparse-bitmask"),
+            "row_offsets",
+        ),
+        (lambda config: config.update(auto_map={"AutoModelForCausalLM": "modeling.X"}), "auto_map"),
+    ],
+)
+def test_config_that_contradicts_the_files(saved: Saved, edit: Callable[[dict], object], message: str) -> None:
+    folder, _, _ = saved()
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RacError, match=message):
+        load_model(folder)
+
+
+def test_packed_config_over_dense_files(saved: Saved, tmp_path: Path) -> None:
+    folder, _, _ = saved()
+    tiny_model().save_pretrained(tmp_path / "dense")
+    (folder / "model.safetensors").write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
+    with pytest.raises(RacError, match="no tensor is packed"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("target", ["../outside.safetensors", "/etc/passwd", "", ".", 3, None])
+def test_an_index_leads_nowhere_else(saved: Saved, target: object) -> None:
+    folder, _, _ = saved(shard="60KB")
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["weight_map"][f"{Q}.bitmask"] = target
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(RacError, match="is no file of this folder"):
+        load_model(folder)
+
+
+def test_an_index_that_promises_too_much(saved: Saved) -> None:
+    folder, _, _ = saved(shard="60KB")
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["weight_map"]["model.extra"] = next(iter(index["weight_map"].values()))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(RacError, match=r"^model\.extra: missing from"):
+        load_model(folder)
+
+
+def test_a_lost_shard_is_named(saved: Saved) -> None:
+    folder, _, _ = saved(shard="60KB")
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(RacError, match=lost.name):
+        load_model(folder)
+
+
+def test_folders_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RacError, match=r"neither model\.safetensors nor"):
+        load_model(tmp_path)
+    with pytest.raises(RacError, match="neither a folder nor a model"):
+        load_model(str(tmp_path / "nothing"), local_files_only=True)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 5)
+    with pytest.raises(RacError, match="cannot be read as safetensors"):
+        load_model(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(RacError, match=r"config\.json"):
+        load_model(tmp_path)
+
+
+def test_light_imports() -> None:
+    """The formats and the dense view serve engines that must not pay for transformers; nothing imports llm-compressor."""
+    code = (
+        "import sys, rac_modifier.checkpoint.sources, rac_modifier.checkpoint.card, rac_modifier.checkpoint.formats\n"
+        "assert 'transformers' not in sys.modules\n"
+        "import rac_modifier.checkpoint.load, rac_modifier.checkpoint.inspect, rac_modifier.checkpoint.packing\n"
+        "assert not {'llmcompressor', 'vllm'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,58 @@
+"""The plain algorithms, float64, one weight or one column at a time: what the fast ones are held to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+
+def random_problem(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and the Hessian of correlated inputs of unequal size, both float32."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=g) * torch.randn(columns, generator=g).exp()
+    x = x + 0.5 * x.roll(1, 1)
+    weight = torch.randn(rows, columns, generator=g) * 0.05
+    return weight, 2 / tokens * x.T @ x
+
+
+def trace_error(change: torch.Tensor, hessian: torch.Tensor) -> float:
+    change, hessian = change.double(), hessian.double()
+    return float(torch.trace(change @ hessian @ change.T))
+
+
+def column_loop(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    *,
+    n: int = 0,
+    m: int = 0,
+    sparsity: float = 0.0,
+    block: int = 128,
+    frac: float = 0.01,
+) -> torch.Tensor:
+    """SparseGPT as the paper's code has it: explicit inverse, one column after the other, exact counts."""
+    w, h = weight.double().clone(), hessian.double().clone()
+    rows, d = w.shape
+    h += frac * h.diagonal().mean() * torch.eye(d)
+    r = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    for start in range(0, d, block):
+        stop = min(start + block, d)
+        pruned = torch.zeros(rows, stop - start, dtype=torch.bool)
+        if not m:
+            scores = (w[:, start:stop] / r.diagonal()[start:stop]).square().flatten()
+            pruned.view(-1)[scores.argsort()[: math.floor(scores.numel() * sparsity)]] = True
+        for j in range(start, stop):
+            if m and j % m == 0:
+                scores = (w[:, j : j + m] / r.diagonal()[j : j + m]).square()
+                pruned[:, j - start : j - start + m].scatter_(1, scores.argsort(1)[:, :n], True)
+            error = torch.where(pruned[:, j - start], w[:, j] / r[j, j], 0.0)
+            w[:, j + 1 :] -= error[:, None] * r[j, j + 1 :]
+            w[pruned[:, j - start], j] = 0.0
+    return w
+
+
+def best_group(scores: list[float], n: int) -> tuple[int, ...]:
+    """The n positions of least total score, by trying all of them."""
+    return min(itertools.combinations(range(len(scores)), n), key=lambda chosen: sum(scores[i] for i in chosen))

@@ -1,0 +1,172 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import column_loop, random_problem, trace_error
+
+from rac_modifier.errors import RacError
+from rac_modifier.pruning import Pattern, broken_groups, solve
+
+
+def same_masks(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(((a != 0) == (b != 0)).float().mean())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 60),
+    structure=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (1, 3), (7, 16)]),
+    block=st.sampled_from([1, 16, 128]),
+    seed=st.integers(0, 50),
+)
+def test_groups_equal_the_column_loop(rows, groups, structure, block, seed):
+    n, m = structure
+    weight, hessian = random_problem(rows, groups * m, 200, seed)
+    (solution,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(n, m), block_size=block)
+    expected = column_loop(weight, hessian, n=n, m=m, block=m)
+    assert same_masks(solution.weight, expected) == 1.0
+    torch.testing.assert_close(solution.weight, expected.float(), rtol=1e-3, atol=1e-4)
+    assert (~solution.mask).view(rows, groups, m).sum(2).eq(n).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 290),
+    sparsity=st.floats(0.05, 0.95),
+    block=st.sampled_from([1, 40, 128, 512]),
+    seed=st.integers(0, 50),
+)
+def test_unstructured_equals_the_column_loop(rows, columns, sparsity, block, seed):
+    weight, hessian = random_problem(rows, columns, 200, seed)
+    (solution,) = solve("sparsegpt", [weight], hessian, Pattern.unstructured(sparsity), block_size=block)
+    expected = column_loop(weight, hessian, sparsity=sparsity, block=block)
+    assert same_masks(solution.weight, expected) == 1.0
+    torch.testing.assert_close(solution.weight, expected.float(), rtol=1e-3, atol=1e-4)
+    widths = [min(block, columns - start) for start in range(0, columns, block)]
+    assert int((~solution.mask).sum()) == sum(int(rows * width * sparsity) for width in widths)
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)])
+def test_agrees_with_llmcompressor(pattern):
+    upstream = pytest.importorskip("llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify")
+    rows, columns = 96, 512
+    weight, hessian = random_problem(rows, columns, 2000)
+
+    def theirs(sparsity: float) -> torch.Tensor:
+        module = torch.nn.Linear(columns, rows, bias=False).requires_grad_(False)
+        module.weight.data = weight.clone()
+        return upstream.sparsify_weight(
+            module, {module: hessian.clone()}, sparsity, pattern.n, pattern.m, 128, 0.01, False
+        )[1]
+
+    (solution,) = solve("sparsegpt", [weight], hessian, pattern)
+    # asked for half a weight less a block, their `score <= threshold` takes exactly our number
+    expected = theirs(pattern.sparsity - 0.5 / (rows * 128))
+    assert same_masks(solution.weight, expected) == 1.0
+    torch.testing.assert_close(solution.weight, expected, rtol=1e-4, atol=1e-5)
+    plain = theirs(pattern.sparsity)
+    assert same_masks(solution.weight, plain) >= 0.999
+    assert solution.error <= trace_error(weight - plain, hessian) * 1.001
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.37)])
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_stacked_equals_alone(method, pattern):
+    _, hessian = random_problem(1, 260, 500)
+    weights = [random_problem(rows, 260, 1, seed)[0] * 10**seed for seed, rows in enumerate((33, 1, 16))]
+    together = solve(method, weights, hessian, pattern)
+    for solution, weight in zip(together, weights, strict=True):
+        (alone,) = solve(method, [weight], hessian, pattern)
+        assert torch.equal(solution.mask, alone.mask)
+        torch.testing.assert_close(solution.weight, alone.weight, rtol=1e-4, atol=1e-4 * float(weight.abs().max()))
+        assert solution.error == pytest.approx(alone.error, rel=1e-4)
+        assert solution.relative_error == pytest.approx(alone.relative_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)])
+def test_errors_are_those_of_the_stored_weight(dtype, pattern):
+    weight, hessian = random_problem(40, 300, 120)  # fewer tokens than inputs: only the dampening makes it invertible
+    weight = weight.to(dtype)
+    (solution,) = solve("sparsegpt", [weight], hessian, pattern)
+    assert solution.weight.dtype == dtype
+    assert solution.weight.is_contiguous()
+    error = trace_error(weight.double() - solution.weight.double(), hessian)
+    assert solution.error == pytest.approx(error, rel=1e-3)
+    assert solution.relative_error == pytest.approx(error / trace_error(weight, hessian), rel=1e-3)
+    (wide,) = solve("sparsegpt", [weight.float()], hessian, pattern)
+    assert torch.equal(wide.mask, solution.mask)
+    assert torch.equal(wide.weight.to(dtype), solution.weight)
+
+
+def test_better_than_wanda_and_wanda_than_magnitude():
+    weight, hessian = random_problem(64, 256, 1000)
+    errors = [solve(m, [weight], hessian, Pattern.n_of_m(2, 4))[0].error for m in ("sparsegpt", "wanda", "magnitude")]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)])
+def test_scaling_the_hessian_changes_nothing(pattern):
+    weight, hessian = random_problem(8, 200, 300)
+    hessian[5], hessian[:, 5] = 0, 0
+    (one,), (other,) = (solve("sparsegpt", [weight], hessian * c, pattern) for c in (1.0, 2.0**-20))
+    assert torch.equal(one.weight, other.weight)
+    assert one.relative_error == pytest.approx(other.relative_error)
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(1, 4), Pattern.unstructured(0.25)])
+@pytest.mark.parametrize("frac", [0.0, 0.01])
+def test_dead_inputs_are_zeroed_and_disturb_nothing(pattern, frac):
+    weight, hessian = random_problem(6, 128, 400)
+    dead = torch.arange(0, 128, 4)  # one of each group, and as many as the pattern prunes
+    hessian[dead], hessian[:, dead] = 0, 0
+    (solution,) = solve("sparsegpt", [weight], hessian, pattern, dampening_frac=frac)
+    assert solution.dead_inputs == 32
+    assert not solution.weight[:, dead].any()
+    assert not solution.mask[:, dead].any()
+    alive = torch.ones(128, dtype=torch.bool).index_fill(0, dead, False)
+    assert torch.equal(solution.weight[:, alive], weight[:, alive])
+    assert solution.error == pytest.approx(0.0, abs=1e-6)
+
+
+def test_singular_hessian_is_dampened_harder_and_says_so():
+    column = torch.ones(1, 64)
+    hessian = 2 * column.T @ column + 0  # rank one
+    weight = torch.randn(4, 64)
+    (solution,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=0.0)
+    assert solution.retries >= 1
+    assert solution.dampening_used == pytest.approx(1e-4 * 10 ** (solution.retries - 1))
+    (same,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=solution.dampening_used)
+    assert torch.equal(same.weight, solution.weight)
+    assert same.retries == 0
+
+
+def test_indefinite_hessian_is_an_error_and_never_magnitude():
+    hessian = torch.eye(16)
+    hessian[0, 1] = hessian[1, 0] = 50.0
+    with pytest.raises(RacError, match=r"q_proj, k_proj: the Hessian is not positive definite.*dampening_frac 1;"):
+        solve("sparsegpt", [torch.ones(2, 16)] * 2, hessian, Pattern.n_of_m(2, 4), names=["q_proj", "k_proj"])
+
+
+def test_target_is_what_is_reconstructed():
+    weight, hessian = random_problem(8, 64, 300)
+    wanted = weight + 0.1 * torch.randn_like(weight)
+    (solution,) = solve("sparsegpt", [weight.bfloat16()], hessian, Pattern.n_of_m(2, 4), target=[wanted])
+    (plain,) = solve("sparsegpt", [wanted], hessian, Pattern.n_of_m(2, 4))
+    assert torch.equal(solution.weight, plain.weight.bfloat16())
+    assert solution.error == pytest.approx(trace_error(wanted - solution.weight.float(), hessian), rel=1e-3)
+
+
+def test_inputs_are_left_alone():
+    weight, hessian = random_problem(8, 64, 300)
+    parameter, before = torch.nn.Parameter(weight.clone()), hessian.clone()
+    hessian[3], hessian[:, 3] = 0, 0
+    before[3], before[:, 3] = 0, 0
+    for method in ("sparsegpt", "wanda", "magnitude"):
+        (solution,) = solve(method, [parameter], hessian, Pattern.n_of_m(2, 4))
+        assert torch.equal(parameter, weight)
+        assert torch.equal(hessian, before)
+        assert not solution.weight.requires_grad
+        assert broken_groups(solution.weight, Pattern.n_of_m(2, 4)) == 0

@@ -1,0 +1,88 @@
+"""A tiny random Qwen3 with a tokenizer that has a chat template, and what recipes for it look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+NAME = "ReasoningAwareSparseGPTModifier"
+SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<think>"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+)
+TOKENS = 1500
+
+
+def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    letters = SPECIAL + ["\n"] + [chr(c) for c in range(32, 127)] + ["<unk>"]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(letters)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", chat_template=chat_template
+    )
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        # large enough that logits differ and the activations of layers have a structure to calibrate on
+        "initializer_range": 0.1,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).eval()
+    model.generation_config.eos_token_id = 1
+    return model
+
+
+def save_tiny(folder: Path, chat_template: str | None = TEMPLATE, seed: int = 0, **changes: Any) -> Path:
+    tiny_model(seed, **changes).save_pretrained(folder)
+    tiny_tokenizer(chat_template).save_pretrained(folder)
+    return folder
+
+
+def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
+    """The settings of a small 2:4 run; `changes` replace whole settings."""
+    traces: dict[str, Any] = {"sampling": {"temperature": 1.0, "max_new_tokens": 40, "batch_size": 16}}
+    if store is not None:
+        traces["store"] = str(store)
+    settings: dict[str, Any] = {
+        "mask_structure": "2:4",
+        "traces": traces,
+        "calibration": {"tokens": TOKENS, "batch_tokens": 512},
+    }
+    return {**settings, **changes}
+
+
+def recipe(settings: dict[str, Any], **later: dict[str, Any]) -> str:
+    """Our modifier's entry, and `later` modifiers in a stage behind it, as YAML."""
+    stages: dict[str, Any] = {"pruning_stage": {"pruning_modifiers": {NAME: settings}}}
+    if later:
+        stages["quant_stage"] = {"quant_modifiers": later}
+    return yaml.safe_dump(stages, sort_keys=False)
+
+
+def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """The linear layers that are pruned by default."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+
+
+def is_2of4(weight: torch.Tensor) -> bool:
+    return bool(((weight.reshape(-1, 4) == 0).sum(dim=1) >= 2).all())
