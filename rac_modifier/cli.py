@@ -42,25 +42,13 @@ Precision = Annotated[
 @traces_app.command("collect")
 def traces_collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Precision = "auto") -> None:
     """Sample the traces that a recipe will calibrate on, without pruning. Killed and started again, it goes on."""
-    from rac_modifier.calibration.source import on_accelerator
+    from rac_modifier.calibration.source import collect_for_calibration
     from rac_modifier.recipe import check_entry, find_entry, load_recipe
-    from rac_modifier.traces.collect import collect_traces
 
     content = load_recipe(recipe, set_)
     settings = check_entry(find_entry(content, str(recipe)), str(recipe))
-    share = settings.calibration.mixture.get("traces", 0.0)
-    if not share:
-        raise RacError(f"{recipe} gives traces no share of its mixture, so there is nothing to collect")
     loaded, tokenizer = _load(model, precision)
-    with on_accelerator(loaded):
-        store = collect_traces(
-            loaded,
-            tokenizer,
-            settings.traces.store,
-            problems=settings.traces.problems,
-            sampling=settings.traces.sampling,
-            tokens=round(settings.calibration.tokens * share),
-        )
+    store = collect_for_calibration(loaded, tokenizer, settings.traces, settings.calibration)
     typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
 
 

@@ -14,7 +14,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from transformers import AutoTokenizer
 
-from rac_modifier.calibration import seam
+import rac_modifier.calibration.seam  # noqa: F401 - puts our pipelines in their registry places
 from rac_modifier.calibration.batches import CalibrationLoader
 from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
 from rac_modifier.calibration.source import CalibrationSet, build_calibration_set
@@ -192,6 +192,7 @@ class ReasoningAwareSparseGPTModifier(Modifier):
             pattern=self._pattern,
             modules={name: module for module, name in self._names.items() if isinstance(module, torch.nn.Linear)},
             storage=self.storage,
+            tokenizer=self.tokenizer,
             record={
                 "method": self.solver,
                 "pattern": self._pattern.describe(),
@@ -218,4 +219,3 @@ def _refuse_distributed() -> None:
 
 
 ModifierFactory.register(NAME, ReasoningAwareSparseGPTModifier)
-seam.install()

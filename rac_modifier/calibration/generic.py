@@ -37,42 +37,58 @@ def _texts(source: GenericText) -> Iterator[str]:
         yield from _python_docs()
         return
     path = Path(source.source)
+    if path.suffix in (".txt", ".jsonl", ".parquet") and not path.is_file():
+        raise RacError(f"generic text {source.source!r}: no such file; give a path, a dataset or python-docs")
     if path.suffix == ".txt":
-        if not path.is_file():
-            raise RacError(f"generic text {source.source!r}: no such file; give a path, a dataset or python-docs")
         yield path.read_text(encoding="utf-8")
         return
     if source.column is None:
         raise RacError(f'generic text {source.source!r} needs the name of its text column, e.g. column: "text"')
-    for row in _rows(source, path):
-        if source.column not in row:
+    for number, row in enumerate(_rows(source, path), 1):
+        text = row.get(source.column)
+        if not isinstance(text, str):
             raise RacError(
-                f"generic text {source.source!r} has no column {source.column!r}; it has {', '.join(map(str, row))}"
+                f"generic text {source.source!r}, row {number} has no text in column {source.column!r}; "
+                f"its columns are {', '.join(map(str, row)) or 'none'}"
             )
-        yield str(row[source.column])
+        yield text
 
 
 def _rows(source: GenericText, path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".jsonl":
-        if not path.is_file():
-            raise RacError(f"generic text {source.source!r}: no such file; give a path, a dataset or python-docs")
         with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+            for number, line in enumerate(file, 1):
+                yield _json_object(line, f"generic text {source.source!r}, line {number}")
         return
     import datasets
 
-    if path.suffix == ".parquet":
-        yield from datasets.load_dataset("parquet", data_files=str(path), split="train")
-        return
-    yield from datasets.load_dataset(source.source, source.config, split=source.split, streaming=True)
+    try:
+        if path.suffix == ".parquet":
+            rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(source.source, source.config, split=source.split, streaming=True)
+    # What load_dataset raises depends on the hub, the dataset and the network: pass its words on, with the way out.
+    except Exception as error:
+        raise RacError(
+            f"generic text {source.source!r} could not be loaded ({type(error).__name__}: {error}); check its name, "
+            "split and config, or use a local file or python-docs, which need no download"
+        ) from error
+    yield from rows
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RacError(f"{where} is not JSON ({error}); repair or remove it") from error
+    if not isinstance(row, dict):
+        raise RacError(f"{where} is a {type(row).__name__}; each line must be an object with named columns")
+    return row
 
 
 def _python_docs() -> Iterator[str]:
-    """The last fifth of Python's documentation topics: the embedded reasoner was trained on the rest."""
+    """Python's documentation topics, about 150,000 tokens. (The embedded reasoner has seen four fifths of them.)"""
     from pydoc_data.topics import topics
 
-    text = "\n".join(topics[key] for key in sorted(topics))
-    text = text[len(text) * 4 // 5 :]
-    for at in range(0, len(text), 4000):
-        yield text[at : at + 4000]
+    for key in sorted(topics):
+        yield topics[key]

@@ -128,3 +128,6 @@ def _calibrate(model: PreTrainedModel, loader: CalibrationLoader, dataset_args: 
                             cache.update(batch, subgraph.forward(model, **inputs))
                             cache.delete(batch, subgraph.consumed_names)
         LifecycleCallbacks.calibration_end()
+
+
+install()  # here and not in modifier.py, so that whichever of the two is imported first, both are complete

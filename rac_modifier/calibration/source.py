@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from rac_modifier.calibration.mixture import (
     trace_sequence,
 )
 from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
+from rac_modifier.errors import RacError
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.problems import load_problems
 from rac_modifier.traces.prompts import render_prompt
@@ -59,17 +61,7 @@ def build_calibration_set(
     store = None
     share = calibration.mixture.get("traces", 0.0)
     if share:
-        with on_accelerator(model):
-            store = collect_traces(
-                model,
-                tokenizer,
-                traces.store,
-                problems=traces.problems,
-                sampling=traces.sampling,
-                tokens=round(calibration.tokens * share),
-                allow_off_policy=traces.allow_off_policy,
-                progress=progress,
-            )
+        store = collect_for_calibration(model, tokenizer, traces, calibration, progress)
         candidates["traces"] = [trace_sequence(trace) for trace in store]
     if calibration.mixture.get("prompts"):
         candidates["prompts"] = _prompts(tokenizer, traces)
@@ -83,6 +75,41 @@ def build_calibration_set(
     logger.info(composition.describe())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), store)
+
+
+def collect_for_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: TraceSettings,
+    calibration: CalibrationSettings,
+    progress: bool = True,
+) -> TraceStore:
+    """Collect until the traces fill their share of the budget, counted as they will be cut (`max_sequence_tokens`).
+
+    Raises:
+        RacError: see `collect_traces`; a mixture that gives traces no share.
+    """
+    wanted = round(calibration.tokens * calibration.mixture.get("traces", 0.0))
+    if not wanted:
+        raise RacError(f"the mixture {calibration.mixture} gives traces no share, so there is nothing to collect")
+    tokens = wanted
+    while True:
+        with on_accelerator(model):
+            store = collect_traces(
+                model,
+                tokenizer,
+                traces.store,
+                problems=traces.problems,
+                sampling=traces.sampling,
+                tokens=tokens,
+                allow_off_policy=traces.allow_off_policy,
+                progress=progress,
+            )
+        longest = calibration.max_sequence_tokens or store.counts.tokens
+        usable = sum(min(trace.tokens, longest) for trace in store)
+        if usable >= wanted:
+            return store
+        tokens = max(store.counts.tokens + 1, math.ceil(store.counts.tokens * wanted / usable))
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, traces: TraceSettings) -> Iterator[CalibrationSequence]:

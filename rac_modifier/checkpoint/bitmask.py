@@ -63,7 +63,7 @@ def unpack_24(tensors: Mapping[str, Tensor], name: str = "weight") -> Tensor:
     dense = torch.zeros(rows, columns, dtype=compressed.dtype, device=compressed.device)
     for part in row_chunks(rows, columns):
         mask = _from_bitmask(bitmask[part], columns)
-        if not bool((mask.view(-1, 4).sum(dim=1) == 2).all()):
+        if not bool((_group_counts(mask) == 2).all()):
             raise RacError(
                 f"{name}.bitmask: a group of four columns does not keep exactly two; the checkpoint is damaged"
             )
@@ -138,7 +138,10 @@ def count_zeros(weight: Tensor) -> int:
 def _two_of_four(values: Tensor, kept: Tensor, name: str, first_row: int) -> Tensor:
     """Choose exactly two of every four columns: the nonzeros `kept`, then -0.0, then +0.0, leftmost first."""
     groups, keep = values.reshape(-1, 4), kept.reshape(-1, 4)
-    crowded = (keep.sum(dim=1) > 2).nonzero()
+    counts = _group_counts(keep)
+    if bool((counts == 2).all()):  # nearly always, and much cheaper than choosing
+        return kept
+    crowded = (counts > 2).nonzero()
     if len(crowded):
         row, group = divmod(int(crowded[0]), values.shape[1] // 4)
         raise RacError(
@@ -149,6 +152,12 @@ def _two_of_four(values: Tensor, kept: Tensor, name: str, first_row: int) -> Ten
         free = candidates & ~keep
         keep = keep | (free & (free.cumsum(dim=1) <= 2 - keep.sum(dim=1, keepdim=True)))
     return keep.view(values.shape)
+
+
+def _group_counts(mask: Tensor) -> Tensor:
+    """How many of each four columns are set, as uint8; a `sum` over so short a dimension is several times slower."""
+    flags = mask.view(torch.uint8).view(-1, 4)
+    return flags[:, 0] + flags[:, 1] + flags[:, 2] + flags[:, 3]
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:

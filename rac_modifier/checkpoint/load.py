@@ -47,6 +47,8 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pre
     """
     kwargs = from_pretrained_kwargs
     if not Path(model).is_dir():
+        if str(model).count("/") != 1 or str(model)[0] in "./~":  # no hub id: say so at once, without the network
+            raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
         hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
         if packed_format(read_json(_from_hub(str(model), CONFIG_FILE, hub))) is None:
             return _checked(AutoModelForCausalLM, str(model), str(model), trust_remote_code=trust_remote_code, **kwargs)
@@ -79,7 +81,9 @@ def _load_packed(
     state = {name: _LazyTensor(source) for name, source in sources.items()}
     try:
         # By its own class, since AutoModel insists on a path.
-        model = _checked(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, folder, config=config, state_dict=state, **kwargs)
+        model = _checked(
+            MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, folder, config=config, state_dict=state, **kwargs
+        )
     finally:
         # transformers reads in threads and turns some of their errors into warnings: ours comes first.
         for tensor in state.values():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from loguru import logger
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rac_modifier.checkpoint.card import model_card
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
@@ -24,12 +24,14 @@ class SavePlan:
     """What a pruned model must look like on disk.
 
     `record` is the run's part of the record beside the weights; versions and the base model are added when it is written.
+    `tokenizer` is a path or id, None for the base model's own.
     """
 
     pattern: Pattern
     modules: dict[str, torch.nn.Linear]
     storage: Literal["packed", "dense"]
     record: dict[str, Any]
+    tokenizer: str | None = None
 
 
 def save_sparse(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
@@ -60,6 +62,8 @@ def save_sparse(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
         record = {"base_model": model.config._name_or_path, **current.record, "versions": environment()}
         write_json_atomic(folder / RUN_RECORD_NAME, record)
         write_text_atomic(folder / "README.md", model_card(record))
+        if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it asked for
+            AutoTokenizer.from_pretrained(current.tokenizer or record["base_model"]).save_pretrained(folder)
         logger.info(f"saved {len(modules)} pruned modules ({current.storage}) to {folder}")
 
     save_pretrained._rac_inner = inner  # type: ignore[attr-defined]

@@ -155,10 +155,10 @@ def _panel(axes: Axes, points: list[tuple[SeedSummary, Spread]], names: list[str
                 label = None
     if dense is not None:
         axes.axhline(100 * dense, color=_MUTED, linestyle=(0, (5, 3)), linewidth=1.2, label="dense", zorder=0)
-    axes.set_xticks(list(positions.values()), [x if isinstance(x, str) else f"{100 * x:.3g} %" for x in positions])
+    axes.set_xticks(list(positions.values()), [x if isinstance(x, str) else f"{100 * x:.3g}%" for x in positions])
     axes.set_xlabel("weights pruned in each layer", fontsize=9, color=_INK)
     axes.set_ylim(-3, 103)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9, colors=_INK, length=0)

@@ -53,18 +53,21 @@ def _cells(result: EvalResult) -> list[str]:
     ]
 
 
-def _aligned(rows: list[list[str]], markdown: bool) -> list[str]:
-    """The first column to the left, numbers to the right."""
+def _aligned(rows: list[list[str]], markdown: bool, text_columns: int = 1) -> list[str]:
+    """The first columns are text and stand to the left, the others to the right."""
     if markdown:
         rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))]
+        [
+            cell.ljust(w) if i < text_columns else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(r, widths, strict=True))
+        ]
         for r in rows
     ]
     if not markdown:
         return ["  ".join(line).rstrip() for line in lines]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    rule = ["-" * w if i < text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return ["| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]]]
 
 
@@ -154,11 +157,11 @@ def render_seed_table(rows: Iterable[Mapping[str, Any]], dense: Mapping[str, Any
                 str(s.seeds),
             ]
         )
-    return "\n".join(_aligned(table, markdown=True))
+    return "\n".join(_aligned(table, markdown=True, text_columns=2))
 
 
 def _percent(spread: Spread) -> str:
-    mean = f"{100 * spread.mean:.1f} %"
+    mean = f"{spread.mean:.1%}"
     return mean if spread.low == spread.high else f"{mean} ({100 * spread.low:.1f}-{100 * spread.high:.1f})"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
@@ -16,15 +14,14 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from rac_modifier.errors import RacError
-from rac_modifier.traces.gumbel import SeededGumbel
+from rac_modifier.traces.decode import decode
+from rac_modifier.traces.gumbel import row_keys
 from rac_modifier.traces.prompts import Template
 
 FinishReason = Literal["stop", "length"]
@@ -96,7 +93,7 @@ def generate(
     settings: SamplingSettings,
     keys: list[str],
 ) -> list[Generation]:
-    """Complete one batch of prompts (left-padded, one call of `model.generate`); `keys` seed the rows.
+    """Complete one batch of prompts (left-padded, see `decode`); `keys` seed the rows.
 
     A row's draw depends on (seed, key, position) alone. Its logits still pass through matrix products whose rounding
     depends on the batch's shape; in float32 that almost never changes a token, in bfloat16 near-ties can flip.
@@ -116,22 +113,21 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     limits = _completion_limits(model, prompts, settings.max_new_tokens)
 
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=max(limits), eos_token_id=eos, pad_token_id=pad, use_cache=True
-    )
-    with _evaluating(model, config):
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=_processors(settings, keys, width, ids.device),
-            stopping_criteria=StoppingCriteriaList([_RowLimits(width, limits)] if len(set(limits)) > 1 else []),
+    training = model.training
+    model.eval()
+    try:
+        rows = decode(
+            model,
+            prompts,
+            limits=limits,
+            eos=eos,
+            pad=pad,
+            warpers=_warpers(settings),
+            rows=row_keys(settings.seed, keys, model.device) if settings.temperature else None,
         )
-    rows = output[:, width:].tolist()
-    return [_cut(row[:limit], set(eos)) for row, limit in zip(rows, limits, strict=True)]
+    finally:
+        model.train(training)
+    return [_cut(row, set(eos)) for row in rows]
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -191,45 +187,17 @@ def _tell_what_is_not_applied(repetition_penalty: float | None) -> None:
         )
 
 
-def _processors(settings: SamplingSettings, keys: list[str], width: int, device: torch.device) -> LogitsProcessorList:
-    """Temperature, top-k and top-p in transformers' order, then the noise; nothing at temperature 0."""
-    processors = LogitsProcessorList()
+def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
+    """Temperature, top-k and top-p in transformers' order; nothing at temperature 0."""
+    warpers = LogitsProcessorList()
     if settings.temperature:
         if settings.temperature != 1:
-            processors.append(TemperatureLogitsWarper(settings.temperature))
+            warpers.append(TemperatureLogitsWarper(settings.temperature))
         if settings.top_k:
-            processors.append(TopKLogitsWarper(settings.top_k))
+            warpers.append(TopKLogitsWarper(settings.top_k))
         if settings.top_p is not None and settings.top_p < 1:
-            processors.append(TopPLogitsWarper(settings.top_p))
-        processors.append(SeededGumbel(settings.seed, keys, width, device))
-    return processors
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Put the model into evaluation mode and in place of its generation_config ours, then both back.
-
-    `model.generate` fills whatever a given config leaves open from the model's own (penalties, beams, stop strings),
-    which would sample from another distribution than the settings on record say.
-    """
-    training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(training)
-
-
-class _RowLimits(StoppingCriteria):
-    """Ends a row once it holds as many new tokens as its limit."""
-
-    def __init__(self, width: int, limits: list[int]):
-        self.width, self.limits = width, torch.tensor(limits)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return (self.limits <= input_ids.shape[1] - self.width).to(input_ids.device)
+            warpers.append(TopPLogitsWarper(settings.top_p))
+    return warpers
 
 
 def _cut(row: list[int], eos: set[int]) -> Generation:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from transformers import LogitsProcessor
 
 # The constants of splitmix64 (Steele, Lea, Flood 2014) as signed 64-bit numbers, which is what torch multiplies.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -23,6 +22,9 @@ def row_keys(seed: int, keys: list[str], device: torch.device | str = "cpu") -> 
 
 def gumbel_noise(rows: torch.Tensor, position: int, vocab: int) -> torch.Tensor:
     """Standard Gumbel noise [rows, vocab] in float32, a pure function of (row key, position, token).
+
+    Added to scores, it makes their arg max a draw from their softmax (Gumbel-max). One stream of random numbers for all
+    rows, as `do_sample=True` has it, would make a resumed batch go another way.
 
     A uniform v = (63 hashed bits) / 2^63 becomes -log(-log1p(-v)). The large values of the noise, which decide who
     wins, then come from small v, where float32 is fine-grained; -log(-log(v)) would cap them at 17.
@@ -44,19 +46,3 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift: torch's own keeps the sign."""
     return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)
-
-
-class SeededGumbel(LogitsProcessor):
-    """Adds Gumbel noise to the scores, so that the arg max is a draw from their softmax (Gumbel-max).
-
-    Comes last, after temperature, top-k and top-p. The draw of a row depends on (seed, its key, its position) and on no
-    other row, whereas `do_sample=True` draws all rows from one stream and a resumed batch would go another way.
-    """
-
-    def __init__(self, seed: int, keys: list[str], prompt_width: int, device: torch.device | str):
-        self.rows = row_keys(seed, keys, device)
-        self.prompt_width = prompt_width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocab] plus the noise of the position to be filled."""
-        return scores + gumbel_noise(self.rows, input_ids.shape[1] - self.prompt_width, scores.shape[-1])

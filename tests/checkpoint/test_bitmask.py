@@ -257,3 +257,17 @@ def test_shape_may_be_flat_or_a_column() -> None:
         parts = pack(weight)
         for shape in (parts["shape"].reshape(2), parts["shape"].reshape(2, 1)):
             assert torch.equal(unpack({**parts, "shape": shape}), weight)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 8), (4, 0), (0, 0)])
+def test_an_empty_weight_that_agrees_with_itself_is_refused(rows: int, columns: int) -> None:
+    parts = {
+        "compressed": torch.zeros(rows, columns // 2),
+        "bitmask": torch.zeros(rows, columns // 8, dtype=torch.uint8),
+        "row_offsets": torch.zeros(rows, dtype=torch.int64),
+        "shape": torch.tensor([rows, columns]),
+    }
+    with pytest.raises(RacError, match=r"^weight\.bitmask"):
+        unpack_24(parts)
+    with pytest.raises(RacError, match=r"^weight\.bitmask"):
+        unpack_unstructured({**parts, "compressed": torch.zeros(0)})

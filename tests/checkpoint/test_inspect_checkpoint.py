@@ -16,7 +16,7 @@ from rac_modifier.errors import RacError
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
 Q = "model.layers.0.self_attn.q_proj"
-O = "model.layers.0.self_attn.o_proj"
+LEFT_DENSE = "model.layers.0.self_attn.o_proj"
 
 
 def total_bytes(folder: Path) -> int:
@@ -42,8 +42,8 @@ def test_packed(saved: Saved, structure: str, shard: str | None) -> None:
         kept = weight.numel() // 2 if structure == "2:4" else int((weight != 0).sum())
         offsets = 0 if structure == "2:4" else 8 * len(weight)
         assert row.stored_bytes == 2 * kept + len(weight) * (-(-weight.shape[1] // 8)) + offsets + 16
-    assert rows[O].stored == "dense"
-    assert "in ignore" in rows[O].reason
+    assert rows[LEFT_DENSE].stored == "dense"
+    assert "in ignore" in rows[LEFT_DENSE].reason
     assert "embedding" in rows["model.embed_tokens"].reason
     assert report.sound
     assert report.stored_bytes == total_bytes(folder)
@@ -83,7 +83,7 @@ def test_ordinary(saved: Saved) -> None:
     assert report.sparsity is None
     rows = {row.name: row for row in report.modules}
     assert rows[Q].reason == "has zeros, but no record of pruning"
-    assert rows[O].reason == "not pruned"
+    assert rows[LEFT_DENSE].reason == "not pruned"
     assert "no matrix is recorded as pruned" in report.render()
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import same_bits, tiny_model
+from checkpoint_helpers import linears, prune_24, same_bits, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.checkpoint import bitmask
+from rac_modifier.checkpoint import bitmask, load
 from rac_modifier.checkpoint.files import INDEX_FILE
 from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.sources import iter_dense_tensors
 from rac_modifier.errors import RacError
 
@@ -46,8 +47,6 @@ def test_bit_identical(saved: Saved, structure: str, shard: str | None, tied: bo
 
 
 def test_minus_zeros_and_full_rows_survive(tmp_path: Path) -> None:
-    from rac_modifier.checkpoint.packing import pack_checkpoint
-
     model = tiny_model()
     weight = model.get_submodule(Q).weight.data
     weight[0] = 0.0
@@ -243,14 +242,42 @@ def test_a_lost_shard_is_named(saved: Saved) -> None:
 def test_folders_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RacError, match=r"neither model\.safetensors nor"):
         load_model(tmp_path)
-    with pytest.raises(RacError, match="neither a folder nor a model"):
-        load_model(str(tmp_path / "nothing"), local_files_only=True)
+    for path in (tmp_path / "nothing", "./owner/name", "../name", "~/name", "name", "a/b/c", "."):
+        with pytest.raises(RacError, match=r"no such folder|neither model\.safetensors"):
+            load_model(path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 5)
     with pytest.raises(RacError, match="cannot be read as safetensors"):
         load_model(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(RacError, match=r"config\.json"):
         load_model(tmp_path)
+
+
+def test_a_packed_model_of_the_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, expected, _ = saved()
+    asked: list[tuple] = []
+
+    def cached(model: str, file: str, **hub: object) -> str:
+        asked.append((model, file, hub))
+        return str(folder / file)
+
+    def snapshot(model: str, **kwargs: object) -> str:
+        asked.append((model, kwargs["revision"]))
+        return str(folder)
+
+    monkeypatch.setattr(load, "cached_file", cached)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert_same_state(load_model("owner/name", revision="v1"), expected)
+    assert asked == [("owner/name", "config.json", {"revision": "v1"}), ("owner/name", "v1")]
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(load, "cached_file", offline)
+    with pytest.raises(RacError, match=r"^owner/name: neither a folder nor a model .*no network"):
+        load_model("owner/name")
 
 
 def test_light_imports() -> None:
@@ -262,3 +289,33 @@ def test_light_imports() -> None:
         "assert not {'llmcompressor', 'vllm'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8"])
+def test_sparse_over_quantised_equals_the_stock_load(tmp_path: Path, scheme: str) -> None:
+    """llm-compressor quantises and saves; packing that folder changes nothing for what load_model returns."""
+    llmcompressor = pytest.importorskip("llmcompressor")
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    base, folder = tmp_path / "base", tmp_path / "quantised"
+    model = tiny_model()
+    modules = dict.fromkeys(linears(model), "2:4")
+    for linear in linears(model).values():
+        prune_24(linear.weight.data)
+    model.save_pretrained(base)
+    model.name_or_path = model.config._name_or_path = str(base)  # oneshot asks for it
+    llmcompressor.oneshot(
+        model=model, recipe=[QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])]
+    )
+    model.save_pretrained(folder, save_compressed=True)
+    mark_dense(folder, modules)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    expected = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    logits = stock(torch.tensor([[1, 2, 3]])).logits
+
+    pack_checkpoint(folder, modules, ["lm_head"])
+    packed = load_model(folder)
+    assert packed.get_submodule(Q).weight.dtype in (torch.float8_e4m3fn, torch.int8)
+    assert_same_state(packed, expected)
+    assert torch.equal(packed(torch.tensor([[1, 2, 3]])).logits, logits)

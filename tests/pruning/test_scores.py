@@ -1,6 +1,6 @@
 import pytest
 import torch
-from reference import best_group, random_problem, trace_error
+from pruning_reference import best_group, random_problem, trace_error
 
 from rac_modifier.pruning import Pattern, broken_groups, solve
 

@@ -1,7 +1,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import best_group
+from pruning_reference import best_group
 
 from rac_modifier.pruning.selection import lowest, lowest_along
 

@@ -54,7 +54,7 @@ def test_refuses(method, change, message):
 
 
 def test_refuses_mixed_dtypes():
-    with pytest.raises(RacError, match="weight 1: torch.bfloat16 beside torch.float32"):
+    with pytest.raises(RacError, match=r"weight 1: torch\.bfloat16 beside torch\.float32"):
         solve("wanda", [torch.ones(3, 8), torch.ones(3, 8).bfloat16()], torch.eye(8), PATTERN)
 
 

@@ -141,7 +141,7 @@ def test_mode_and_config_come_back_after_an_error(model, tokenizer, monkeypatch)
     def fail(**_kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model, "generate", fail)
+    monkeypatch.setattr(model, "forward", fail)
     model.train()
     with pytest.raises(RuntimeError):
         generate(model, tokenizer, PROMPTS, GREEDY, KEYS)

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import linears, tiny_model
+
+from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.mixture import CalibrationSequence, compose
+from rac_modifier.calibration.settings import CalibrationSettings
+from rac_modifier.pruning.hessian import Hessian
+
+PAD = 0
+
+
+def sequences(lengths: list[int], seed: int = 0) -> list[CalibrationSequence]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        CalibrationSequence(tuple(torch.randint(2, 300, (n,), generator=generator).tolist()), n // 3, "traces")
+        for n in lengths
+    ]
+
+
+def loader(given_sequences: list[CalibrationSequence], **changes) -> CalibrationLoader:
+    options = CalibrationSettings(**{"batch_tokens": 64, **changes})
+    return CalibrationLoader(given_sequences, compose(given_sequences), options, PAD)
+
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
+
+
+@given(lengths=LENGTHS, batch_tokens=st.integers(16, 200))
+def test_every_sequence_is_there_once_padded_on_the_right_with_weight_zero(lengths, batch_tokens):
+    wanted = sequences(lengths)
+    made = loader(wanted, batch_tokens=batch_tokens, prompt_weight=0.5)
+    found = []
+    assert len(made.token_weights) == len(made)
+    for batch, weights in zip(made, made.token_weights, strict=True):
+        ids = batch["input_ids"]
+        assert set(batch) == {"input_ids"}
+        assert ids.dtype == torch.int64
+        assert ids.shape == weights.shape
+        assert ids.numel() <= batch_tokens or ids.shape[0] == 1
+        for row, weight in zip(ids, weights, strict=True):
+            real = int((weight > 0).sum())
+            assert bool((weight[:real] > 0).all())
+            assert bool((row[real:] == PAD).all())
+            assert weight[: real // 3].eq(0.5).all()
+            assert weight[real // 3 : real].eq(1.0).all()
+            found.append(tuple(row[:real].tolist()))
+        assert int((weights > 0).sum(dim=1).max()) == ids.shape[1]
+    assert sorted(found) == sorted(s.ids for s in wanted)
+
+
+def test_a_pad_token_inside_a_sequence_counts():
+    inside = [CalibrationSequence((5, PAD, 7, PAD), 1, "traces"), CalibrationSequence((4,) * 6, 1, "traces")]
+    made = loader(inside)
+    assert sum(int((w > 0).sum()) for w in made.token_weights) == 10
+
+
+def test_batches_come_in_the_order_of_the_seed_and_twice_the_same():
+    wanted = sequences(list(range(10, 50)))
+    first = [b["input_ids"].shape[1] for b in loader(wanted)]
+    assert first == [b["input_ids"].shape[1] for b in loader(wanted)]
+    assert first != [b["input_ids"].shape[1] for b in loader(wanted, seed=1)]
+    made = loader(wanted)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, made, strict=True))
+
+
+def test_unpadded_is_one_sequence_a_batch_in_the_same_order():
+    wanted = sequences([30, 5, 17, 50])
+    alone = loader(wanted).unpadded()
+    assert [tuple(b["input_ids"][0].tolist()) for b in alone] == [s.ids for s in wanted]
+    assert all(bool((w > 0).all()) for w in alone.token_weights)
+
+
+def hessians(model, batches, weights) -> dict[str, torch.Tensor]:
+    """Reference: full X^T X of each linear layer over all tokens of weight 1, from plain hooks."""
+    sums = {name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for name, m in linears(model).items()}
+    tokens = 0
+    for batch, weight in zip(batches, weights, strict=True):
+        keep = weight.flatten() > 0
+        tokens += int(keep.sum())
+        handles = []
+        for name, module in linears(model).items():
+
+            def hook(_module, args, name=name, keep=keep):
+                x = args[0].reshape(-1, args[0].shape[-1])[keep].double()
+                sums[name] += x.T @ x
+
+            handles.append(module.register_forward_pre_hook(hook))
+        with torch.no_grad():
+            model(input_ids=batch["input_ids"])
+        for handle in handles:
+            handle.remove()
+    return {name: 2 * value / tokens for name, value in sums.items()}
+
+
+@settings(max_examples=5, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=12))
+def test_a_real_models_hessian_does_not_see_the_padding(lengths):
+    model = tiny_model()
+    made = loader(sequences(lengths), batch_tokens=256)
+    padded = hessians(model, made, made.token_weights)
+    alone = made.unpadded()
+    for name, expected in hessians(model, alone, alone.token_weights).items():
+        assert torch.isfinite(padded[name]).all()
+        torch.testing.assert_close(padded[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_counting_the_padding_would_be_noticed():
+    """The comparison above can fail: with padding counted, the Hessians differ."""
+    model = tiny_model()
+    made = loader(sequences([3, 60, 5, 40]), batch_tokens=256)
+    all_count = hessians(model, made, [torch.ones_like(w) for w in made.token_weights])
+    real = hessians(model, made, made.token_weights)
+    assert any(not torch.allclose(all_count[name], real[name], rtol=1e-2) for name in real)
+
+
+def test_padding_rows_may_hold_nan():
+    x = torch.randn(2, 5, 8)
+    weights = torch.ones(2, 5)
+    weights[1, 3:] = 0
+    clean = Hessian(8)
+    clean.add(x, weights)
+    x[1, 3:] = float("nan")
+    dirty = Hessian(8)
+    dirty.add(x, weights)
+    assert torch.equal(clean.matrix(), dirty.matrix())
+    assert dirty.tokens == 8
+
+
+def test_a_long_sequence_gets_a_batch_of_its_own():
+    made = loader(sequences([500, 10, 10]), batch_tokens=64)
+    assert sorted(b["input_ids"].shape for b in made) == [(1, 500), (2, 10)]
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.3, 3.0)])
+def test_prompt_and_trace_weights_reach_the_loader(weights):
+    made = loader(sequences([9]), prompt_weight=weights[0], trace_weight=weights[1])
+    assert made.token_weights[0].tolist() == [pytest.approx([weights[0]] * 3 + [weights[1]] * 6)]

@@ -1,0 +1,172 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rac_modifier.calibration.mixture import (
+    CalibrationSequence,
+    compose,
+    generic_sequence,
+    mix,
+    prompt_sequence,
+    require_traces,
+    trace_sequence,
+)
+from rac_modifier.calibration.settings import KINDS, CalibrationSettings
+from rac_modifier.errors import RacError
+from rac_modifier.traces.store import Trace
+
+
+def trace(i: int, prompt: int = 3, completion: int = 7, reason: str = "stop") -> CalibrationSequence:
+    return trace_sequence(
+        Trace(f"t{i}#0", f"t{i}", (1,) * prompt, (1000 + i,) * completion, reason, 0, "q", None)  # type: ignore[arg-type]
+    )
+
+
+def candidates(count: int = 60) -> dict[str, list[CalibrationSequence]]:
+    return {
+        "traces": [trace(i) for i in range(count)],
+        "prompts": [prompt_sequence([2000 + i] * 4) for i in range(count)],
+        "generic": [generic_sequence([3000 + i] * 16) for i in range(count)],
+    }
+
+
+def settings(**changes) -> CalibrationSettings:
+    return CalibrationSettings(**{"tokens": 100, **changes})
+
+
+def tokens_by_kind(sequences: list[CalibrationSequence]) -> dict[str, int]:
+    return {kind: sum(len(s.ids) for s in sequences if s.kind == kind) for kind in KINDS}
+
+
+def test_a_mixture_is_exact_to_the_token_in_each_kind():
+    chosen, composition = mix(candidates(), settings(mixture={"traces": 0.5, "prompts": 0.2, "generic": 0.3}))
+    assert tokens_by_kind(chosen) == {"traces": 50, "prompts": 20, "generic": 30}
+    assert composition.tokens == 100
+    assert composition.generic_tokens == 30
+    assert composition.trace_tokens == 5 * 7
+    assert composition.prompt_tokens == 5 * 3 + 20
+    assert composition.sequences == len(chosen) == 5 + 5 + 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_sets_of_any_kind_hold_equally_many_tokens(kind):
+    chosen, composition = mix(candidates(), settings(tokens=97, mixture={kind: 1.0}))
+    assert composition.tokens == sum(len(s.ids) for s in chosen) == 97
+    assert {s.kind for s in chosen} == {kind}
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    tokens=st.integers(1, 300),
+    share=st.floats(0, 1),
+    longest=st.none() | st.integers(16, 50),
+)
+def test_the_budget_is_met_exactly_or_refused(lengths, tokens, share, longest):
+    pools = {
+        "traces": [trace(i, 1, n) for i, n in enumerate(lengths)],
+        "prompts": [prompt_sequence([5] * n) for n in lengths],
+    }
+    wanted = settings(tokens=tokens, mixture={"traces": share, "prompts": 1 - share}, max_sequence_tokens=longest)
+    most = {kind: sum(min(len(s.ids), longest or 10**9) for s in pool) for kind, pool in pools.items()}
+    try:
+        chosen, composition = mix(pools, wanted)
+    except RacError as error:
+        assert "lower calibration.tokens" in str(error)
+        assert sum(most.values()) < tokens or min(most.values()) < tokens
+        return
+    assert sum(len(s.ids) for s in chosen) == composition.tokens == tokens
+    assert abs(tokens_by_kind(chosen)["traces"] - tokens * share) <= 1
+    if longest:
+        assert max(len(s.ids) for s in chosen) <= longest
+
+
+def test_every_sequence_is_taken_at_most_once():
+    chosen, _ = mix(candidates(20), settings(tokens=200))
+    assert sorted(s.ids[-1] for s in chosen) == [1000 + i for i in range(20)]
+
+
+def test_the_seed_decides_choice_and_order():
+    def run(seed: int) -> list[CalibrationSequence]:
+        return mix(candidates(), settings(seed=seed, mixture={"traces": 0.5, "generic": 0.5}))[0]
+
+    assert run(0) == run(0)
+    assert run(0) != run(1)
+    assert {s.ids for s in run(0)} != {s.ids for s in run(1)}
+    kinds = [s.kind for s in run(0)]
+    assert kinds != sorted(kinds)
+    assert kinds != sorted(kinds, reverse=True)
+
+
+def test_kinds_choose_independently_of_each_other():
+    alone = mix(candidates(), settings(tokens=50))[0]
+    beside = mix(candidates(), settings(tokens=100, mixture={"traces": 0.5, "generic": 0.5}))[0]
+    assert {s.ids for s in alone} == {s.ids for s in beside if s.kind == "traces"}
+
+
+def test_a_lazy_kind_is_read_in_its_own_order_and_only_as_far_as_needed():
+    read = []
+
+    def endless():
+        i = 0
+        while True:
+            read.append(i)
+            yield prompt_sequence([i] * 4)
+            i += 1
+
+    chosen, _ = mix({"prompts": endless()}, settings(tokens=20, mixture={"prompts": 1.0}))
+    assert sorted(s.ids[0] for s in chosen) == [0, 1, 2, 3, 4]
+    assert len(read) <= 6
+
+
+def test_truncated_and_unfinished_are_counted():
+    pool = {"traces": [trace(i, 3, 7, "length" if i < 2 else "stop") for i in range(5)]}
+    _, composition = mix(pool, settings(tokens=45))
+    assert composition.unfinished_traces == 2
+    assert composition.truncated_sequences == 1  # the last one, to meet the budget
+    _, composition = mix({"traces": [trace(i, 3, 30) for i in range(5)]}, settings(tokens=80, max_sequence_tokens=16))
+    assert composition.truncated_sequences == 5
+    assert composition.unfinished_traces == 0  # cut by us, not by the sampling cap
+    assert "5 sequences were cut" in composition.describe()
+
+
+def test_cutting_inside_a_prompt_keeps_the_count_of_prompt_tokens_true():
+    cut = trace(0, 3, 7).cut(2)
+    assert cut.ids == (1, 1)
+    assert cut.prompt_tokens == 2
+    assert compose([cut]).prompt_tokens == 2
+    assert compose([cut]).trace_tokens == 0
+
+
+def test_ids_and_eos_are_kept_as_generated():
+    generated = Trace("a#0", "a", (5, 6), (7, 8, 1), "stop", 0, "q", None)
+    assert trace_sequence(generated).ids == (5, 6, 7, 8, 1)
+    assert trace_sequence(generated).prompt_tokens == 2
+
+
+def test_weights_by_token():
+    weighted = settings(prompt_weight=0.25, trace_weight=2.0)
+    assert list(trace(0, 2, 3).weights(weighted)) == [0.25, 0.25, 2.0, 2.0, 2.0]
+    assert list(prompt_sequence([1, 2]).weights(weighted)) == [0.25, 0.25]
+    assert list(generic_sequence([1, 2]).weights(weighted)) == [2.0, 2.0]
+    assert set(trace(0).weights(settings())) == {1.0}
+
+
+def test_too_few_tokens_are_refused_with_both_counts():
+    with pytest.raises(RacError, match=r"traces part .* has 600 tokens but its share asks for 601"):
+        mix(candidates(), settings(tokens=601))
+
+
+def test_a_set_without_any_trace_token_is_not_called_reasoning_aware():
+    composition = compose([trace(0, 20, 7).cut(16)])
+    with pytest.raises(RacError, match="no token of any"):
+        require_traces(composition)
+    require_traces(compose([trace(0)]))
+
+
+def test_the_record_holds_every_count():
+    record = mix(candidates(), settings())[1].as_dict()
+    assert record["tokens"] == 100 == record["prompt_tokens"] + record["trace_tokens"] + record["generic_tokens"]
+    assert set(record) == {
+        "tokens", "prompt_tokens", "trace_tokens", "generic_tokens", "sequences", "truncated_sequences",
+        "unfinished_traces",
+    }  # fmt: skip

@@ -1,0 +1,158 @@
+import json
+
+import pytest
+import torch
+from evaluation_fixtures import Scripted, byte_tokenizer, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.accuracy import evaluate, thinking_length, trace_loss
+from rac_modifier.traces.problems import Problem
+
+PROBLEMS = [
+    Problem("short", "1?", "1", "a"),
+    Problem("longest", "a long question, 2?", "2", "a"),
+    Problem("longer", "a question, 3?", "3", "b"),
+    Problem("half", "4?", "1/2", None),
+]
+SCRIPT = {
+    "short": "think</think>\\boxed{1}",
+    "longest": "abc</think>\\boxed{3}",
+    "longer": "on and on...",
+    "half": "h</think>\\boxed{0.5}",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def run(tokenizer, problems=PROBLEMS, **changes):
+    arguments = {"label": "x", "max_new_tokens": 32, "progress": False, "generate": Scripted(SCRIPT)} | changes
+    return evaluate(None, tokenizer, problems, **arguments)
+
+
+def test_each_answer_is_matched_to_its_problem(tokenizer, tmp_path):
+    result = run(tokenizer, batch_size=3, rows_path=tmp_path / "new" / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["correct"], r["finish"]) for r in rows] == [
+        ("short", True, "stop"),
+        ("longest", False, "stop"),
+        ("longer", False, "length"),
+        ("half", True, "stop"),
+    ]
+    assert [r["text"] for r in rows] == [SCRIPT[p.id].removesuffix("...") for p in PROBLEMS]
+    assert (result.correct, result.unfinished_share) == (2, 0.25)
+    assert result.per_task == {"a": 0.5, "b": 0.0}
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["rows.jsonl"]
+
+
+def test_lengths_count_tokens_with_eos_and_closing_tag(tokenizer):
+    result = run(tokenizer, PROBLEMS[:1])
+    assert result.mean_thinking_tokens == len("think") + 1
+    assert result.mean_completion_tokens == len("think") + 1 + len("\\boxed{1}") + 1
+    assert run(tokenizer, PROBLEMS[2:3]).mean_thinking_tokens == len("on and on")
+
+
+def test_prompts_of_like_length_share_a_batch_longest_first(tokenizer):
+    generate = Scripted(SCRIPT)
+    run(tokenizer, batch_size=2, generate=generate)
+    lengths = [length for batch in generate.batches for length in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in generate.batches] == [2, 2]
+
+
+def test_nothing_about_sampling_is_left_to_the_model(tokenizer):
+    generate = Scripted(SCRIPT)
+    run(tokenizer, temperature=0.6, seed=3, generate=generate)
+    used = generate.settings[0]
+    assert (used.temperature, used.top_p, used.top_k, used.max_new_tokens, used.seed) == (0.6, 0.95, 0, 32, 3)
+
+
+def test_a_task_may_bring_its_verifier(tokenizer):
+    always = {"a": lambda answer, reference: True}
+    assert run(tokenizer, verifiers=always).per_task == {"a": 1.0, "b": 0.0}
+
+
+def test_another_prompt(tokenizer):
+    generate = Scripted(SCRIPT)
+    run(tokenizer, generate=generate, render=lambda tokenizer, question: [5] * 7)
+    assert generate.batches == [[7] * 4]
+
+
+@pytest.mark.parametrize(
+    ("problems", "changes", "message"),
+    [
+        ([], {}, "no problems"),
+        ([Problem("q", "1?", None, None)], {}, "1 of 1 problems have no answer .*'q'.*answer_column"),
+        ([Problem("q", "1?", " ", None)], {}, "no answer"),
+        (PROBLEMS[:1] * 2, {}, "'short' appears twice"),
+        (PROBLEMS, {"batch_size": 0}, "batch_size=0"),
+        (PROBLEMS, {"max_new_tokens": 0}, "max_new_tokens=0"),
+        (PROBLEMS, {"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_bad_input(tokenizer, problems, changes, message):
+    with pytest.raises(RacError, match=message):
+        run(tokenizer, problems, **changes)
+
+
+def test_real_generation_is_measured_and_repeatable(tokenizer):
+    model = tiny_model()
+    arguments = {"label": "x", "max_new_tokens": 12, "progress": False, "temperature": 1.0}
+    first = evaluate(model, tokenizer, PROBLEMS, batch_size=3, **arguments)
+    again = evaluate(model, tokenizer, PROBLEMS, batch_size=1, **arguments)
+    assert first.correct == 0
+    assert 0 < first.mean_completion_tokens <= 12
+    assert first.mean_completion_tokens == again.mean_completion_tokens
+    assert (first.cap, first.temperature, first.problems) == (12, 1.0, 4)
+
+
+@given(st.text("ab<>/ é", max_size=12), st.booleans(), st.text("ab<>/", max_size=12))
+@settings(max_examples=50)
+def test_thinking_length_where_the_tag_is_several_tokens(before, closed, after):
+    tokenizer = byte_tokenizer(thinking_tags=False)
+    text = before + ("</think>" if closed else "") + after
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    tag_end = text.find("</think>")
+    expected = len(ids) if tag_end < 0 else len(text[: tag_end + 8].encode())
+    assert thinking_length(tokenizer, ids) == expected
+
+
+def reference_loss(model, sequences):
+    total, count = 0.0, 0
+    for ids, prompt_length in sequences:
+        logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for position in range(prompt_length, len(ids)):
+            total -= logits[position - 1, ids[position]].item()
+            count += 1
+    return total / count
+
+
+def test_trace_loss_against_one_sequence_at_a_time():
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(1)
+    sequences = [
+        (torch.randint(0, 320, (length,), generator=generator).tolist(), prompt)
+        for length, prompt in [(2, 1), (40, 3), (17, 16), (5, 1), (33, 20)]
+    ]
+    expected = reference_loss(model, sequences)
+    for batch_tokens in (1, 64, 4096):
+        assert trace_loss(model, sequences, batch_tokens) == pytest.approx(expected, rel=1e-5)
+
+
+def test_trace_loss_leaves_the_model_in_its_mode():
+    model = tiny_model().train()
+    trace_loss(model, [([1, 2, 3], 1)])
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [([], "no sequences"), ([([1, 2], 0)], "prompt_length 0"), ([([1, 2], 2)], "prompt_length 2 .* of 2 tokens")],
+)
+def test_trace_loss_bad_input(sequences, message):
+    with pytest.raises(RacError, match=message):
+        trace_loss(tiny_model(), sequences)

@@ -1,0 +1,144 @@
+"""What the embedded reasoner promises: it solves held-out problems, and only by thinking."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import rac_modifier.reasoner
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.accuracy import evaluate
+from rac_modifier.evaluation.problems import held_out_problems
+from rac_modifier.reasoner import direct_answer_prompt, reasoner_path
+from rac_modifier.traces.prompts import render_prompt
+
+ROOT = Path(__file__).parents[2]
+TRAINING = ROOT / "training" / "train_reasoner.py"
+
+
+@pytest.fixture(scope="module")
+def reasoner():
+    path = reasoner_path()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def answered(reasoner, tmp_path_factory):
+    """Greedy answers to held-out problems: the result and its rows."""
+    path = tmp_path_factory.mktemp("reasoner") / "rows.jsonl"
+    result = evaluate(
+        *reasoner, held_out_problems("arithmetic", 600), label="dense", max_new_tokens=512, rows_path=path
+    )
+    return result, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_it_solves_held_out_problems_of_every_task(answered):
+    result, _ = answered
+    assert result.accuracy >= 0.97
+    assert len(result.per_task) == 4
+    assert min(result.per_task.values()) >= 0.9
+    assert result.unfinished_share <= 0.02
+
+
+@pytest.mark.slow
+def test_its_completions_are_long_next_to_its_prompts(answered):
+    _, rows = answered
+    assert sum(r["tokens"] for r in rows) >= 5 * sum(r["prompt_tokens"] for r in rows)
+    assert sum(r["thinking_tokens"] for r in rows) >= 0.8 * sum(r["tokens"] for r in rows)
+
+
+@pytest.mark.slow
+def test_it_fails_without_thinking(reasoner):
+    problems = held_out_problems("arithmetic", 600)
+    result = evaluate(*reasoner, problems, label="direct", max_new_tokens=64, render=direct_answer_prompt)
+    assert result.accuracy < 0.2
+
+
+def test_a_trace_renders_token_for_token_as_in_training(reasoner):
+    _, tokenizer = reasoner
+    ids = render_prompt(tokenizer, "What is 12 + 34?")
+    assert tokenizer.decode(ids) == "<|User|>What is 12 + 34?<|Assistant|><think>\n"
+    for tag in ("<think>", "</think>"):
+        assert len(tokenizer.encode(tag, add_special_tokens=False)) == 1
+        assert tokenizer.decode(tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True) == tag
+    assert tokenizer.decode(direct_answer_prompt(tokenizer, "1?")).endswith("<think>\n</think>\n")
+
+
+def test_its_linears_fit_every_format(reasoner):
+    model, _ = reasoner
+    shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(shapes) == 4 * 7 + 1
+    assert not {name: shape for name, shape in shapes.items() if any(size % 64 for size in shape)}
+
+
+def test_its_files_are_small_readable_and_safe():
+    files = [f for f in reasoner_path().rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 12 * 2**20
+    assert all(f.stat().st_mode & 0o044 == 0o044 for f in files)
+    assert not [f.name for f in files if f.suffix in {".bin", ".pt", ".pkl", ".pth", ".py"}]
+    weights = load_file(reasoner_path() / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_its_model_card_is_there():
+    card = (reasoner_path() / "README.md").read_text()
+    assert "license:" in card
+    assert "training/train_reasoner.py" in card
+
+
+def test_missing_assets_are_an_error_with_the_command_that_makes_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(rac_modifier.reasoner.resources, "files", lambda name: tmp_path)
+    with pytest.raises(RacError, match=r"missing from .*train_reasoner.py --out"):
+        reasoner_path()
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "config.json").touch()
+    with pytest.raises(RacError, match="missing"):
+        reasoner_path()
+    (assets / "model.safetensors").touch()
+    assert reasoner_path() == assets
+
+
+def byte_tokenizer(chat_template):
+    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", chat_template=chat_template)
+
+
+def test_direct_answer_prompt_closes_the_thinking():
+    tokenizer = byte_tokenizer("Q: {{ messages[0].content }}{% if add_generation_prompt %} <think>\n{% endif %}")
+    assert tokenizer.decode(direct_answer_prompt(tokenizer, "1+1?")) == "Q: 1+1? <think>\n</think>\n"
+
+
+def test_direct_answer_prompt_needs_a_template_that_opens_the_thinking():
+    with pytest.raises(RacError, match=r"ends in 'Q: 1\+1\?', not in '<think>"):
+        direct_answer_prompt(byte_tokenizer("Q: {{ messages[0].content }}"), "1+1?")
+
+
+def train(folder, *options):
+    settings = ("--steps", "4", "--tokens", "1024", "--threads", "1", "--no-compile")
+    command = [sys.executable, str(TRAINING), "--out", str(folder / "out"), "--work", str(folder / "work")]
+    subprocess.run([*command, *settings, *options], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+def test_training_is_deterministic_and_resumes_bit_by_bit(tmp_path):
+    train(tmp_path / "a")
+    train(tmp_path / "b")
+    train(tmp_path / "c", "--stop-after", "2")
+    assert not (tmp_path / "c" / "out").exists()
+    train(tmp_path / "c")
+    first, *others = (load_file(tmp_path / run / "out" / "model.safetensors") for run in "abc")
+    state, *states = (load_file(tmp_path / run / "work" / "state.safetensors") for run in "abc")
+    for expected, found in [(first, other) for other in others] + [(state, other) for other in states]:
+        assert expected.keys() == found.keys()
+        assert not [name for name in expected if not torch.equal(expected[name], found[name])]
