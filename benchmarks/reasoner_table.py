@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
             problems,
             label=f"{pattern} {calibration}",
             max_new_tokens=args.cap,
-            batch_size=args.problems,
+            batch_size=args.batch_size,
             progress=False,
         )
         row = {
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
 
     if ("dense", "dense", 0) not in done:
         record("dense", "dense", 0, fresh(path), 0.0)
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for pattern in PATTERNS:
             for calibration in CALIBRATIONS:
                 if (pattern, calibration, seed) in done:
@@ -109,16 +109,18 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/accuracy.png"))
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--cap", type=int, default=512)
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows_path = args.out / "rows.jsonl"
+    # One file a set of seeds, so that several processes can share the work; the report reads all of them.
+    rows_path = args.out / f"rows-{'-'.join(map(str, args.seeds))}.jsonl"
     print(machine())
     if not args.report_only:
         run(args, rows_path)
-    report(read(rows_path), args.plot)
+    report([row for path in sorted(args.out.glob("rows-*.jsonl")) for row in read(path)], args.plot)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import sys
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,21 +28,34 @@ Recipe = Annotated[Path, typer.Option("--recipe", "-r", help="recipe file, such 
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-s", help="change one of the recipe's settings: --set calibration.tokens=32768 (repeatable)"
+        "--set", "-s", help="change one setting of the recipe, e.g. --set calibration.tokens=32768 (repeatable)"
     ),
 ]
+
+
+class Dtype(StrEnum):
+    """What `--precision` takes."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
 Precision = Annotated[
-    str,
-    typer.Option(
-        help="weights in memory: auto (as stored), bfloat16, float16 or float32; on a CPU without bf16 units "
-        "float32 runs several times faster"
-    ),
+    Dtype,
+    typer.Option(help="dtype of the weights (auto: as stored); float32 is faster on a CPU without bf16 units"),
 ]
 
 
 @traces_app.command("collect")
-def traces_collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Precision = "auto") -> None:
-    """Sample the traces that a recipe will calibrate on, without pruning. Killed and started again, it goes on."""
+def traces_collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Precision = Dtype.AUTO) -> None:
+    """Sample the traces that a recipe will calibrate on, without pruning.
+
+    Killed and started again, it goes on where it was. `rac prune` with the same recipe then finds them.
+
+    Example: rac traces collect reasoner --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
+    """
     from rac_modifier.calibration.source import collect_for_calibration
     from rac_modifier.recipe import check_entry, find_entry, load_recipe
 
@@ -55,9 +69,13 @@ def traces_collect(model: Model, recipe: Recipe, set_: Overrides = None, precisi
 @traces_app.command("inspect")
 def traces_inspect(
     store: Annotated[Path, typer.Argument(help="trace store, a .jsonl file")],
-    samples: Annotated[int, typer.Option(help="traces to print whole")] = 1,
+    samples: Annotated[int, typer.Option(min=0, help="traces to print whole")] = 1,
+    model: Annotated[
+        str | None, typer.Option(help="model whose tokenizer reads the traces; default: the one that the store names")
+    ] = None,
 ) -> None:
-    """Say what a trace store holds."""
+    """Say what a trace store holds: model, problems, sampling settings, counts, and the first traces as text."""
+    from rac_modifier.traces.fingerprint import tokenizer_fingerprint
     from rac_modifier.traces.store import TraceStore
 
     opened = TraceStore.read(store)
@@ -69,22 +87,32 @@ def traces_inspect(
         f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} prompt and "
         f"{counts.completion_tokens:,} completion tokens"
     )
-    if samples > 0:
-        tokenizer = _tokenizer_of(opened.header.model)
-        for trace in islice(opened, samples):
-            typer.echo(f"\n--- {trace.id} ({trace.finish_reason}, answer: {trace.answer})")
-            typer.echo(tokenizer.decode([*trace.prompt_ids, *trace.completion_ids]))
+    if samples == 0:
+        return
+    name = _resolve(model or opened.header.model)
+    tokenizer = _tokenizer(name, "name the store's model with --model, or give --samples 0 for the counts alone")
+    if tokenizer_fingerprint(tokenizer) != opened.header.tokenizer:
+        raise RacError(f"{name!r} has another tokenizer than the store's model; name that model with --model")
+    for trace in islice(opened, samples):
+        typer.echo(f"\n--- {trace.id} ({trace.finish_reason}, answer: {trace.answer})")
+        typer.echo(tokenizer.decode([*trace.prompt_ids, *trace.completion_ids]))
 
 
 @app.command()
 def prune(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="folder of the sparse checkpoint; must not hold one already")],
+    output: Annotated[Path, typer.Argument(help="folder for the sparse checkpoint; new or empty")],
     recipe: Recipe,
     set_: Overrides = None,
-    precision: Precision = "auto",
+    precision: Precision = Dtype.AUTO,
 ) -> None:
-    """Sample, calibrate, prune and save: upstream's oneshot with a recipe that is checked first."""
+    """Prune a model as a recipe says, and save it as a sparse checkpoint.
+
+    Samples the model's own chains of thought (or reads them from a store), calibrates on them and
+    prunes layer by layer: llm-compressor's oneshot, with recipe and output folder checked first.
+
+    Example: rac prune reasoner reasoner-2of4 --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
+    """
     import yaml
 
     import rac_modifier  # noqa: F401 - registers the modifier
@@ -92,34 +120,54 @@ def prune(
 
     content = load_recipe(recipe, set_)
     source = _resolve(model)
+    _check_model(source)
     _check_output(output, source)
     from llmcompressor import oneshot
 
-    oneshot(model=source, recipe=yaml.safe_dump(content, sort_keys=False), precision=precision, output_dir=str(output))
+    oneshot(
+        model=source,
+        recipe=yaml.safe_dump(content, sort_keys=False),
+        precision=precision.value,
+        output_dir=str(output),
+    )
     typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
 
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="models side by side, the dense one first")],
-    problems: Annotated[int, typer.Option(help="held-out problems")] = 300,
+    models: Annotated[list[str], typer.Argument(help='folders, Hugging Face ids or "reasoner"; the dense one first')],
+    problems: Annotated[int, typer.Option(min=1, help="how many problems")] = 300,
     source: Annotated[
-        str, typer.Option(help='"arithmetic" (held-out), reasoning-gym:TASK, a file or a dataset')
+        str,
+        typer.Option(
+            help='"arithmetic" (held out from calibration), reasoning-gym:TASK, a .jsonl, .json or .parquet file, '
+            "or a dataset id"
+        ),
     ] = "arithmetic",
-    column: Annotated[str | None, typer.Option(help="column of the question")] = None,
-    answer_column: Annotated[str | None, typer.Option(help="column of the answer")] = None,
-    cap: Annotated[int, typer.Option(help="tokens after which an answer counts as never finished")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="answers generated together")] = 128,
+    column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
+    cap: Annotated[int, typer.Option(min=1, help="new tokens after which an answer counts as never finished")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
     seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
-    precision: Precision = "auto",
-    json_out: Annotated[Path | None, typer.Option("--json", help="write the results here too")] = None,
+    precision: Precision = Dtype.AUTO,
+    json_out: Annotated[Path | None, typer.Option("--json", help="write the results to this file too")] = None,
 ) -> None:
-    """Accuracy with its interval, thinking length, share that never finishes and speed, at one cap for all models."""
+    """Compare models: accuracy with its interval, thinking length, share that never finishes, speed.
+
+    All get the same problems, asked zero-shot through the chat template, and the same cap.
+
+    Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
+    """
+    from rac_modifier.checkpoint.record import write_json_atomic
     from rac_modifier.evaluation.accuracy import evaluate as run
     from rac_modifier.evaluation.problems import held_out_problems
     from rac_modifier.evaluation.report import render_table
 
+    if json_out is not None and not json_out.absolute().parent.is_dir():
+        raise RacError(f"--json {json_out}: its folder does not exist; create it first")
+    for name in models:
+        _check_model(_resolve(name))
     chosen = held_out_problems(source, problems, seed, column, answer_column)
     results = []
     for name in models:
@@ -138,14 +186,14 @@ def evaluate(
         )
     typer.echo(render_table(results))
     if json_out is not None:
-        json_out.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
+        write_json_atomic(json_out, {"results": [result.as_dict() for result in results]})
 
 
 @app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, sparse or not")],
 ) -> None:
-    """Say what a checkpoint holds: pattern, sparsity and bytes of each module, and what that can gain in decoding."""
+    """Say what a checkpoint holds: pattern, sparsity and bytes of each matrix, and what decoding can gain by it."""
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
 
     typer.echo(inspect_checkpoint(checkpoint).render())
@@ -154,7 +202,8 @@ def inspect(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the recipe entry (docs/recipe.schema.json)."""
-    from rac_modifier.recipe import schema as text
+    with contextlib.redirect_stdout(sys.stderr):  # where llm-compressor logs to while it is imported
+        from rac_modifier.recipe import schema as text
 
     typer.echo(text(), nl=False)
 
@@ -165,27 +214,38 @@ def _resolve(model: str) -> str:
     return str(reasoner_path()) if model == "reasoner" else model
 
 
-def _tokenizer_of(source: str) -> Any:
+def _check_model(source: str) -> None:
+    """Find out before hours of work whether there is such a model."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise RacError(
+            f'no model at {source!r} ({_first_line(error)}); give a model folder, a Hugging Face id, or "reasoner"'
+        ) from error
+
+
+def _tokenizer(source: str, next_step: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise RacError(
-            f"no tokenizer at {source!r}, so no text can be shown; pass --samples 0 for the counts"
-        ) from error
+        raise RacError(f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); {next_step}") from error
 
 
-def _load(model: str, precision: str) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
 
+
+def _load(model: str, precision: Dtype) -> tuple[Any, Any]:
     from rac_modifier.checkpoint.load import load_model
 
     source = _resolve(model)
-    try:
-        return load_model(source, dtype=precision), AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise RacError(f"no model at {model!r}: {str(error).splitlines()[0]}") from error
+    _check_model(source)
+    tokenizer = _tokenizer(source, "save the model's tokenizer beside it")
+    return load_model(source, dtype=precision.value), tokenizer
 
 
 def _check_output(output: Path, source: str) -> None:

@@ -101,6 +101,8 @@ class ReasoningAwareSparseGPTModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything that can be checked, then sample and mix the calibration set."""
         _refuse_distributed()
+        if isinstance(state.data.calib, CalibrationLoader):
+            raise RacError(f"the recipe has two {NAME}; write one, with targets that cover both")
         if state.data.calib is not None:
             raise RacError(
                 f"oneshot was given a dataset, and {NAME} brings its own calibration set: leave the dataset argument out, "

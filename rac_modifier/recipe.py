@@ -25,6 +25,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RacError(f"no recipe at {path}; the repository's recipes/ folder has some to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RacError(f"recipe {path} cannot be read ({error}); name a YAML file") from error
     except yaml.YAMLError as error:
         raise RacError(f"{path} is not YAML: {error}") from error
     recipe = copy.deepcopy(recipe)
@@ -49,9 +51,11 @@ def find_entry(recipe: Any, where: str) -> dict[str, Any]:
             continue
         for group, modifiers in groups.items():
             if isinstance(modifiers, dict) and NAME in modifiers:
-                if not (stage.endswith("_stage") and group.endswith("_modifiers")):
+                if not (str(stage).endswith("_stage") and str(group).endswith("_modifiers")):
                     raise RacError(f"{where}: llm-compressor would overlook {stage}: {group}: {NAME}; {layout}")
                 modifiers[NAME] = {} if modifiers[NAME] is None else modifiers[NAME]
+                if not isinstance(modifiers[NAME], dict):
+                    raise RacError(f"{where}: {NAME} holds {modifiers[NAME]!r}, not settings; {layout}")
                 return modifiers[NAME]
     raise RacError(f"{where} has no {NAME}; {layout}")
 
@@ -92,4 +96,7 @@ def _apply(entry: dict[str, Any], override: str) -> None:
         entry = entry.setdefault(parent, {})
         if not isinstance(entry, dict):
             raise RacError(f"--set {override!r}: {parent} is not a group of settings")
-    entry[last] = yaml.safe_load(value)
+    try:
+        entry[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RacError(f"--set {override!r}: the value is not YAML ({error})") from error

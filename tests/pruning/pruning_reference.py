@@ -8,13 +8,16 @@ import math
 import torch
 
 
-def random_problem(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and the Hessian of correlated inputs of unequal size, both float32."""
+def random_problem(
+    rows: int, columns: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and the Hessian of correlated inputs of unequal size."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, columns, generator=g) * torch.randn(columns, generator=g).exp()
     x = x + 0.5 * x.roll(1, 1)
     weight = torch.randn(rows, columns, generator=g) * 0.05
-    return weight, 2 / tokens * x.T @ x
+    x = x.double()
+    return weight.to(dtype), (2 / tokens * x.T @ x).to(dtype)
 
 
 def trace_error(change: torch.Tensor, hessian: torch.Tensor) -> float:

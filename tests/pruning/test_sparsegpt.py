@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pruning_reference import column_loop, random_problem, trace_error
 
@@ -20,9 +20,10 @@ def same_masks(a: torch.Tensor, b: torch.Tensor) -> float:
     block=st.sampled_from([1, 16, 128]),
     seed=st.integers(0, 50),
 )
+@example(rows=3, groups=50, structure=(1, 3), block=128, seed=0)  # 128 is no multiple of 3
 def test_groups_equal_the_column_loop(rows, groups, structure, block, seed):
     n, m = structure
-    weight, hessian = (t.double() for t in random_problem(rows, groups * m, 200, seed))
+    weight, hessian = random_problem(rows, groups * m, 200, seed, torch.float64)
     (solution,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(n, m), block_size=block)
     expected = column_loop(weight, hessian, n=n, m=m, block=m)
     assert same_masks(solution.weight, expected) == 1.0
@@ -39,7 +40,7 @@ def test_groups_equal_the_column_loop(rows, groups, structure, block, seed):
     seed=st.integers(0, 50),
 )
 def test_unstructured_equals_the_column_loop(rows, columns, sparsity, block, seed):
-    weight, hessian = (t.double() for t in random_problem(rows, columns, 200, seed))
+    weight, hessian = random_problem(rows, columns, 200, seed, torch.float64)
     (solution,) = solve("sparsegpt", [weight], hessian, Pattern.unstructured(sparsity), block_size=block)
     expected = column_loop(weight, hessian, sparsity=sparsity, block=block)
     assert same_masks(solution.weight, expected) == 1.0
@@ -86,7 +87,7 @@ def test_stacked_equals_alone(method, pattern):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)])
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.02)])
 def test_errors_are_those_of_the_stored_weight(dtype, pattern):
     weight, hessian = random_problem(40, 300, 120)  # fewer tokens than inputs: only the dampening makes it invertible
     weight = weight.to(dtype)
@@ -94,8 +95,8 @@ def test_errors_are_those_of_the_stored_weight(dtype, pattern):
     assert solution.weight.dtype == dtype
     assert solution.weight.is_contiguous()
     error = trace_error(weight.double() - solution.weight.double(), hessian)
-    assert solution.error == pytest.approx(error, rel=1e-3)
-    assert solution.relative_error == pytest.approx(error / trace_error(weight, hessian), rel=1e-3)
+    assert solution.error == pytest.approx(error, rel=1e-4)
+    assert solution.relative_error == pytest.approx(error / trace_error(weight, hessian), rel=1e-4)
     (wide,) = solve("sparsegpt", [weight.float()], hessian, pattern)
     assert torch.equal(wide.mask, solution.mask)
     assert torch.equal(wide.weight.to(dtype), solution.weight)

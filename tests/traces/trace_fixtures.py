@@ -55,7 +55,7 @@ def collect_slowly(path: str, settings: dict[str, object], tokens: int) -> None:
     write = os.write
 
     def write_in_pieces(fd: int, data: memoryview) -> int:
-        time.sleep(0.002)
+        time.sleep(0.01)
         return write(fd, data[:200])
 
     os.write = write_in_pieces  # type: ignore[assignment]

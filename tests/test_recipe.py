@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from llmcompressor import oneshot
+from tiny import NAME, entry, is_2of4, linears, recipe
+
+from rac_modifier.errors import RacError
+from rac_modifier.recipe import check_entry, find_entry, load_recipe, schema
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SMALL = ["calibration.tokens=400", "traces.sampling.max_new_tokens=20", "traces.sampling.temperature=1.0"]
+
+
+def is_offline(path: Path) -> bool:
+    problems = find_entry(yaml.safe_load(path.read_text()), path.name)["traces"]["problems"]
+    return problems["source"] == "arithmetic" or problems["source"].startswith("reasoning-gym:")
+
+
+def test_there_are_recipes_for_every_setting_of_the_readme():
+    assert len(RECIPES) >= 5
+    assert sum(map(is_offline, RECIPES)) >= 3
+
+
+def test_the_published_schema_is_the_modifiers():
+    """If this fails: make schema."""
+    assert (ROOT / "docs" / "recipe.schema.json").read_text() == schema()
+
+
+def test_the_schema_is_a_json_schema_that_knows_no_other_keys():
+    parsed = json.loads(schema())
+    jsonschema.Draft202012Validator.check_schema(parsed)
+    validator = jsonschema.Draft202012Validator(parsed)
+    validator.validate(entry())
+    for wrong in ({"sparsty": 0.5}, {"traces": {"stor": "x"}}, {"calibration": {"tokens": "many"}}, {"solver": "x"}):
+        with pytest.raises(jsonschema.ValidationError):
+            validator.validate(wrong)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_shipped_recipe_is_valid(path):
+    settings = find_entry(load_recipe(path), str(path))
+    jsonschema.validate(settings, json.loads(schema()))
+    assert check_entry(settings, str(path)).calibration.mixture == {"traces": 1.0}
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if is_offline(p)], ids=lambda p: p.stem)
+def test_a_shipped_recipe_runs_without_download(path, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where relative stores go
+    content = load_recipe(path, SMALL)
+    model = oneshot(model=str(tiny_folder), recipe=yaml.safe_dump(content))
+    for name, module in linears(model).items():
+        assert float((module.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02), name
+    if "2of4" in path.stem:
+        assert all(is_2of4(module.weight) for module in linears(model).values())
+
+
+def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe(entry(), QuantizationModifier={"scheme": "FP8_DYNAMIC", "targets": ["Linear"]}))
+    overrides = ["calibration.tokens=7", "traces.store=a.jsonl", "ignore=[x, 're:y.*']", "sparsity=null"]
+    content = load_recipe(path, overrides)
+    settings = find_entry(content, "r")
+    assert settings["calibration"] == {"tokens": 7, "batch_tokens": 512}
+    assert settings["traces"]["store"] == "a.jsonl"
+    assert settings["traces"]["sampling"]["max_new_tokens"] == 40
+    assert settings["ignore"] == ["x", "re:y.*"]
+    assert settings["sparsity"] is None
+    assert content["quant_stage"]["quant_modifiers"]["QuantizationModifier"]["scheme"] == "FP8_DYNAMIC"
+
+
+def test_a_group_that_the_recipe_lacks_can_be_set(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe({"sparsity": 0.5}))
+    assert find_entry(load_recipe(path, ["calibration.generic.column=text"]), "r")["calibration"] == {
+        "generic": {"column": "text"}
+    }
+
+
+def test_every_mistake_is_in_one_message():
+    with pytest.raises(RacError) as caught:
+        check_entry({"sparsty": 0.5, "solver": "alps", "calibration": {"tokens": 0}}, "r.yaml")
+    for part in ("r.yaml", "sparsty: there is no such setting", "solver: ", "'alps'", "calibration.tokens: "):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"pruning: {{pruning_modifiers: {{{NAME}: {{sparsity: 0.5}}}}}}",
+        f"pruning_stage: {{pruning: {{{NAME}: {{sparsity: 0.5}}}}}}",
+        f"pruning_stage: {{1: {{{NAME}: {{sparsity: 0.5}}}}}}",
+        f"pruning_modifiers: {{{NAME}: {{sparsity: 0.5}}}}",
+        f"{NAME}: {{sparsity: 0.5}}",
+        f"pruning_stage: {{pruning_modifiers: [{NAME}]}}",
+        f"pruning_stage: {{pruning_modifiers: {{{NAME}: [0.5]}}}}",
+        "- a list",
+        "",
+    ],
+)
+def test_a_layout_in_which_llm_compressor_finds_nothing_is_refused(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RacError, match="write it as pruning_stage: pruning_modifiers: "):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_an_entry_without_settings_is_read_as_empty(tmp_path):
+    (tmp_path / "r.yaml").write_text(f"pruning_stage: {{pruning_modifiers: {{{NAME}: }}}}")
+    assert find_entry(load_recipe(tmp_path / "r.yaml", ["sparsity=0.5"]), "r") == {"sparsity": 0.5}
