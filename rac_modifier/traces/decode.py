@@ -59,7 +59,7 @@ def decode(
             use_cache=True,
             **only_last,
         ).logits[:, -1]
-        scores = warpers(inputs, logits.float())
+        scores: torch.Tensor = warpers(inputs, logits.float())  # type: ignore[arg-type]
         if rows is not None:
             scores = scores + gumbel_noise(rows, step, scores.shape[-1])
         tokens = scores.argmax(-1)
