@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import rac_modifier
 
 logger.remove()
-logger.add(sys.stderr, level="WARNING")
+logger.add(sys.stderr, level="WARNING", filter="rac_modifier")
 
 # One share of the token budget each; "RAC" is prompt + trace sequences as in the paper.
 CALIBRATIONS = {"generic text": "generic", "prompts only": "prompts", "RAC": "traces"}

@@ -22,7 +22,7 @@ import rac_modifier
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.plot import plot_accuracy
 from rac_modifier.evaluation.problems import held_out_problems
-from rac_modifier.evaluation.report import Spread, summarise_seeds
+from rac_modifier.evaluation.report import Spread, parse_sparsity, summarise_seeds
 
 PATTERNS: list[str | float] = ["2:4", 0.5, 0.6, 0.4, 0.7]
 
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
     if ("dense", "dense", 0) not in done:
         record("dense", "dense", 0, fresh(path), 0.0)
     for seed in args.seeds:
-        for pattern in PATTERNS:
-            for calibration in CALIBRATIONS:
+        for pattern in args.patterns:
+            for calibration in args.calibrations:
                 if (pattern, calibration, seed) in done:
                     continue
                 model = fresh(path)
@@ -110,6 +110,8 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--patterns", type=parse_sparsity, nargs="+", default=PATTERNS)
+    parser.add_argument("--calibrations", choices=CALIBRATIONS, nargs="+", default=list(CALIBRATIONS))
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--cap", type=int, default=512)
     parser.add_argument("--report-only", action="store_true")
