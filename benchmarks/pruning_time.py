@@ -119,6 +119,7 @@ def compare(case: str, pattern: str, rounds: int) -> dict[str, Any]:
         for who in ("upstream", "ours") if index % 2 == 0 else ("ours", "upstream"):
             took, model = peer.prune(who)
             seconds[who].append(took)
+            print(f"{case} {pattern} round {index + 1}: {who} {took:.2f} s", flush=True)
             errors[who] = peer.error(model)
             del model
     median = {who: statistics.median(s) for who, s in seconds.items()}
