@@ -21,7 +21,7 @@ lint: $(VENV)/.installed
 schema: $(VENV)/.installed
 	$(BIN)/rac schema > docs/recipe.schema.json
 
-# every figure of docs/results.md (about 1.5 hours on 2 cores)
+# the figures of docs/results.md; takes hours on 2 cores (smollm2.py says what it needs)
 results: $(VENV)/.installed
 	$(BIN)/python benchmarks/pruning_time.py
 	$(BIN)/python benchmarks/reasoner_table.py

@@ -21,7 +21,7 @@ def reasoner_path() -> Path:
     folder = Path(str(resources.files(__name__))) / "assets"
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise RacError(
-            f"the embedded reasoner is missing from {folder}; train it (about 20 minutes on two cores) with: "
+            f"the embedded reasoner is missing from {folder}; train it (about half an hour on two cores) with: "
             f"python training/train_reasoner.py --out {folder}"
         )
     return folder
