@@ -24,6 +24,18 @@ logger.add(sys.stderr, level="WARNING", filter="rac_modifier")
 # One share of the token budget each; "RAC" is prompt + trace sequences as in the paper.
 CALIBRATIONS = {"generic text": "generic", "prompts only": "prompts", "RAC": "traces"}
 
+# The presets, and what each of their parts does alone.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {"preset": "paper"},
+    "paper + group order": {"preset": "paper", "order": "auto"},
+    "paper + refit": {"preset": "paper", "refit": True},
+    "paper + dense target": {"preset": "paper", "order": "auto", "reconstruct": "dense"},
+    "fast": {"preset": "fast"},
+    "paper + alps": {"preset": "paper", "solver": "alps"},
+    "quality": {"preset": "quality"},
+    "quality + gradient": {"preset": "quality", "token_weights": "gradient"},
+}
+
 
 def fresh(path: str | Path) -> Any:
     """The model in float32: the same function as in bfloat16 storage, and faster on a CPU without bf16 units."""
@@ -31,12 +43,12 @@ def fresh(path: str | Path) -> Any:
 
 
 def modifier(
-    pattern: str | float, calibration: str, *, tokens: int, seed: int, store: Path, solver: str = "sparsegpt"
+    pattern: str | float, calibration: str, *, tokens: int, seed: int, store: Path, variant: str = "paper"
 ) -> Any:
     """Our modifier for one cell of a comparison; `pattern` is "N:M" or a sparsity."""
     return rac_modifier.ReasoningAwareSparseGPTModifier(
         **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),
-        solver=solver,
+        **VARIANTS[variant],
         traces={"store": str(store), "sampling": {"max_new_tokens": 512, "batch_size": 128, "seed": seed}},
         calibration={"tokens": tokens, "mixture": {CALIBRATIONS[calibration]: 1.0}, "seed": seed},
     )

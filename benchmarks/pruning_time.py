@@ -2,8 +2,10 @@
 
     python benchmarks/pruning_time.py                   # the embedded reasoner, then two layers of Qwen2-1.5B shape
     python benchmarks/pruning_time.py --case reasoner
+    python benchmarks/pruning_time.py --who paper quality
 
-Both go through upstream's `oneshot` on a fresh copy of the same model, in one process, in turn; the time is that of the
+`ours` is SparseGPT as upstream's, in our order (group by group); the presets can be compared with each other as well.
+All go through upstream's `oneshot` on a fresh copy of the same model, in one process, in turn; the time is that of the
 whole call. The batches hold no padding, which upstream would count. The error compares the last hidden state with the
 dense model's on the calibration batches. Peak memory comes from one further process for each, over its size before the call.
 """
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import fresh, machine
+from common import VARIANTS, fresh, machine
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -71,6 +73,11 @@ def qwen_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
     return model, [CalibrationSequence(tuple(row), 0, "traces") for row in ids]
 
 
+WHO: dict[str, dict[str, Any] | None] = {
+    "upstream": None,
+    "ours": VARIANTS["paper + group order"],
+    **{name: VARIANTS[name] for name in ("paper", "fast", "quality", "quality + gradient")},
+}
 CASES = {"reasoner": (reasoner_case, 32768), "qwen2-1.5b-2-layers": (qwen_case, 16384)}
 
 
@@ -97,8 +104,8 @@ class Peer:
     def prune(self, who: str) -> tuple[float, Any]:
         model = copy.deepcopy(self.model)
         started = time.perf_counter()
-        if who == "ours":
-            recipe = rac_modifier.ReasoningAwareSparseGPTModifier(**self.settings)
+        if WHO[who] is not None:
+            recipe = rac_modifier.ReasoningAwareSparseGPTModifier(**self.settings, **WHO[who])
             recipe.use_calibration_set(self.calibration)
             oneshot(model=model, recipe=recipe)
         else:
@@ -111,28 +118,26 @@ class Peer:
         return float((self.hidden(model) - self.dense).square().sum() / self.dense.square().sum())
 
 
-def compare(case: str, pattern: str, rounds: int) -> dict[str, Any]:
+def compare(case: str, pattern: str, rounds: int, who: list[str]) -> dict[str, Any]:
     peer = Peer(case, pattern)
-    seconds: dict[str, list[float]] = {"upstream": [], "ours": []}
+    seconds: dict[str, list[float]] = {name: [] for name in who}
     errors: dict[str, float] = {}
     for index in range(rounds):
-        for who in ("upstream", "ours") if index % 2 == 0 else ("ours", "upstream"):
-            took, model = peer.prune(who)
-            seconds[who].append(took)
-            print(f"{case} {pattern} round {index + 1}: {who} {took:.2f} s", flush=True)
-            errors[who] = peer.error(model)
+        for name in who if index % 2 == 0 else who[::-1]:
+            took, model = peer.prune(name)
+            seconds[name].append(took)
+            print(f"{case} {pattern} round {index + 1}: {name} {took:.2f} s", flush=True)
+            errors[name] = peer.error(model)
             del model
-    median = {who: statistics.median(s) for who, s in seconds.items()}
-    ratios = [o / u for o, u in zip(seconds["ours"], seconds["upstream"], strict=True)]
-    memory = {who: peak_memory(case, pattern, who) for who in seconds}
-    name = pattern if pattern != "0:0" else "50 %"
-    print(
-        f"{case:<20} {name:<5} upstream {median['upstream']:6.2f} s, ours {median['ours']:6.2f} s, "
-        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}, {rounds} rounds); "
-        f"error {errors['upstream']:.5f} / {errors['ours']:.5f}; "
-        f"peak memory {memory['upstream']:.0f} / {memory['ours']:.0f} MiB over the start",
-        flush=True,
-    )
+    memory = {name: peak_memory(case, pattern, name) for name in who}
+    for name in who:
+        ratios = [s / first for s, first in zip(seconds[name], seconds[who[0]], strict=True)]
+        print(
+            f"| {case} | {pattern if pattern != '0:0' else '50 %'} | {name} | {statistics.median(seconds[name]):.2f} s | "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {errors[name]:.5f} | "
+            f"{memory[name]:.0f} MiB |",
+            flush=True,
+        )
     return {"case": case, "pattern": pattern, "seconds": seconds, "errors": errors, "peak_mib": memory}
 
 
@@ -153,9 +158,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--pattern", choices=("2:4", "0:0"), action="append")
+    parser.add_argument(
+        "--who", choices=WHO, nargs="+", default=["upstream", "ours"], help="the first is what the ratios are to"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--memory-of", choices=("upstream", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=WHO, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
         peer = Peer(args.case[0], args.pattern[0])
@@ -165,8 +173,11 @@ def main() -> None:
         print(resident("VmHWM") - before)
         return
     print(machine())
+    print(f"| case | sparsity | who | time, median of {args.rounds} | ratio | error | peak memory over the start |")
     results = [
-        compare(case, pattern, args.rounds) for case in args.case or CASES for pattern in args.pattern or ("2:4", "0:0")
+        compare(case, pattern, args.rounds, args.who)
+        for case in args.case or CASES
+        for pattern in args.pattern or ("2:4", "0:0")
     ]
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -42,6 +42,14 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class PresetName(StrEnum):
+    """What `--preset` takes."""
+
+    QUALITY = "quality"
+    FAST = "fast"
+    PAPER = "paper"
+
+
 Precision = Annotated[
     Dtype,
     typer.Option(help="dtype of the weights (auto: as stored); float32 is faster on a CPU without bf16 units"),
@@ -103,6 +111,12 @@ def prune(
     model: Model,
     output: Annotated[Path, typer.Argument(help="folder for the sparse checkpoint; new or empty")],
     recipe: Recipe,
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(
+            help="in place of the recipe's: quality (the default), fast, or paper for the RAC paper's own way"
+        ),
+    ] = None,
     set_: Overrides = None,
     precision: Precision = Dtype.AUTO,
 ) -> None:
@@ -118,7 +132,7 @@ def prune(
     import rac_modifier  # noqa: F401 - registers the modifier
     from rac_modifier.recipe import load_recipe
 
-    content = load_recipe(recipe, set_)
+    content = load_recipe(recipe, [*(set_ or []), *([f"preset={preset}"] if preset else [])])
     source = _resolve(model)
     _check_model(source)
     _check_output(output, source)

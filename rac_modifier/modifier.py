@@ -14,15 +14,21 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from transformers import AutoTokenizer
 
-import rac_modifier.calibration.seam  # noqa: F401 - puts our pipelines in their registry places
+import rac_modifier.pipelines.seam  # noqa: F401 - puts our pipelines in their registry places
 from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.gradients import gradient_weights
 from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
-from rac_modifier.calibration.source import CalibrationSet, build_calibration_set
+from rac_modifier.calibration.source import CalibrationSet, build_calibration_set, on_accelerator
 from rac_modifier.checkpoint.saving import SavePlan, save_sparse
 from rac_modifier.errors import RacError
+from rac_modifier.presets import Order, Preset, with_preset
 from rac_modifier.pruning.collector import HessianCollector
+from rac_modifier.pruning.dense_target import target_weights
+from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.pruning.patterns import Pattern
 from rac_modifier.pruning.solver import Method, solve
+from rac_modifier.pruning.sparsegpt import factorise
+from rac_modifier.pruning.statistics import GroupStatistics
 from rac_modifier.pruning.targets import find_targets
 
 NAME = "ReasoningAwareSparseGPTModifier"
@@ -51,10 +57,37 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         "0:0",
         description='"N:M" prunes N of every M consecutive inputs, as in SparseGPTModifier; "0:0" is unstructured',
     )
-    solver: Method = Field("sparsegpt", description="how the pruned weights are found")
+    preset: Preset = Field(
+        "quality",
+        description="quality: alps towards the dense model's outputs; fast: sparsegpt with a refit towards them; "
+        "paper: sparsegpt as in the RAC paper. Whatever is set beside it wins over what it sets",
+    )
+    solver: Method = Field("alps", description="how the pruned weights are found (default: the preset's)")
+    refit: bool = Field(
+        False,
+        description="fit the kept weights anew once the mask is chosen (alps does so itself; default: the preset's)",
+    )
+    reconstruct: Literal["dense", "pruned"] = Field(
+        "dense",
+        description="the output that a pruned module aims at: dense: the dense model's, so that it makes up for what was lost "
+        "before it, which needs the activations of both models; pruned: its dense weights on the pruned model's activations, the "
+        "paper's way (default: the preset's)",
+    )
+    token_weights: Literal["uniform", "gradient"] = Field(
+        "uniform",
+        description="gradient: tokens count by the squared gradient of a softened Fisher loss; one backward pass over the "
+        "calibration set, with the whole model on one device",
+    )
     block_size: int = Field(128, ge=1, description="columns that SparseGPT settles before it updates the rest")
     dampening_frac: float = Field(
         0.01, gt=0, description="dampening added to the Hessian, as a share of its mean diagonal"
+    )
+    order: Order = Field(
+        "auto",
+        description="group: each group of modules that read the same input is pruned on what the already pruned model feeds it, "
+        "in one pass; layer: all Hessians of a decoder layer come from one pass, then it runs again, as in the paper's code; "
+        "auto: group where the model's code can be traced inside its layers, else layer, and the log and run record say which "
+        "(default: the preset's)",
     )
     targets: list[str] = Field(["Linear"], description="modules to prune: class names, names, or re: patterns")
     ignore: list[str] = Field(
@@ -73,6 +106,8 @@ class ReasoningAwareSparseGPTModifier(Modifier):
     _names: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
     _collector: HessianCollector | None = PrivateAttr(default=None)
     _calibration: CalibrationSet | None = PrivateAttr(default=None)
+    _token_weights: dict[torch.nn.Module, list[torch.Tensor]] = PrivateAttr(default_factory=dict)
+    _order: dict[str, str] = PrivateAttr(default_factory=dict)
     _results: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
 
     @field_validator("targets", "ignore", mode="before")
@@ -80,19 +115,55 @@ class ReasoningAwareSparseGPTModifier(Modifier):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_in(cls, values: Any) -> Any:
+        return with_preset(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
-    def _pattern_makes_sense(self) -> ReasoningAwareSparseGPTModifier:
+    def _settings_fit(self) -> ReasoningAwareSparseGPTModifier:
         self._pattern = Pattern.parse(self.mask_structure, self.sparsity)
+        if self.order == "layer" and self.reconstruct == "dense":
+            raise RacError("order: layer has no dense activations to aim at; set reconstruct: pruned, or order: auto")
+        if self.order == "layer" and self.token_weights == "gradient":
+            raise RacError(
+                "order: layer cannot weigh each module's tokens by itself; set token_weights: uniform, or order: auto"
+            )
         return self
 
-    @property
-    def stops_forward(self) -> bool:
-        """The hooks need no output, so the pipeline may end a pass at the last calibrated module."""
-        return True
+    def calibrated_modules(self) -> dict[torch.nn.Module, str]:
+        """The modules whose inputs are collected, and their names."""
+        return dict(self._names)
 
-    def calibrated_modules(self) -> list[torch.nn.Module]:
-        """The modules whose inputs are collected."""
-        return list(self._names)
+    def describe_modules(self, modules: list[torch.nn.Module]) -> str:
+        """Short names of modules that read the same input, for progress bars."""
+        return ", ".join(".".join(self._names[module].split(".")[-4:]) for module in modules[:1]) + (
+            f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        )
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model's activations have to be carried beside the pruned model's."""
+        return self.reconstruct == "dense"
+
+    def use_order(self, order: Literal["group", "layer"], why: str) -> None:
+        """The pipeline says how finely it goes.
+
+        Raises:
+            RacError: when the recipe asks for more.
+        """
+        if self.order == "group" and order != "group":
+            raise RacError(f"order: group is not possible here: {why}; set order: layer")
+        if self.token_weights == "gradient" and order != "group":
+            raise RacError(f"token_weights: gradient is not possible here: {why}; set token_weights: uniform")
+        self._order = {"order": order, "why": why, "reconstruct": self.reconstruct}
+        if order == "layer" and self.reconstruct == "dense":
+            self._order["reconstruct"] = "pruned"
+            logger.warning(
+                f"reconstruct: dense needs the model cut between its modules, which is not possible here ({why}): going layer by "
+                "layer towards the pruned model's own outputs instead, which keeps less accuracy"
+            )
+        logger.info(f"pruning {order} by {order} ({why})")
 
     def use_calibration_set(self, calibration: CalibrationSet) -> None:
         """Prune on a set that was built elsewhere, in place of the recipe's."""
@@ -113,6 +184,9 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         logger.info(f"pruning {len(self._names)} modules: {self._pattern.describe()}")
         if self._calibration is None:
             self._calibration = build_calibration_set(model, self._load_tokenizer(model), self.traces, self.calibration)
+        if self.token_weights == "gradient":
+            with on_accelerator(model):
+                self._token_weights = gradient_weights(model, self._calibration.loader, self._names)
         state.data.calib = self._calibration.loader
         save_sparse(model, self._plan)
         return True
@@ -141,33 +215,58 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         """Prune what the finished subgraph has calibrated."""
         assert self._collector is not None
         for group in self._collector.take(modules):
-            names = [self._names[module] for module in group.modules]
-            with contextlib.ExitStack() as stack:
-                for module in group.modules:
-                    stack.enter_context(align_module_device(module))
-                solutions = solve(
-                    self.solver,
-                    [module.weight for module in group.modules],  # type: ignore[misc]
-                    group.hessian.matrix(names[0]),
-                    self._pattern,
-                    names=names,
-                    block_size=self.block_size,
-                    dampening_frac=self.dampening_frac,
-                )
-            for module, name, solution in zip(group.modules, names, solutions, strict=True):
-                update_offload_parameter(module, "weight", solution.weight)
-                if solution.retries:
-                    logger.warning(f"{name}: dampening was raised to {solution.dampening_used:g} to invert its Hessian")
-                self._results[name] = {
-                    "name": name,
-                    "shape": list(solution.weight.shape),
-                    "sparsity": float((solution.weight == 0).float().mean()),
-                    "relative_error": solution.relative_error,
-                    "dampening": solution.dampening_used,
-                    "retries": solution.retries,
-                    "dead_inputs": solution.dead_inputs,
-                    "tokens": group.hessian.tokens,
-                }
+            self._prune(group.modules, group.hessian)
+
+    def weights_for(self, modules: list[torch.nn.Module], batch: int) -> torch.Tensor:
+        """The token weights [rows, length] of a batch for modules that read the same input: the mean of theirs."""
+        if not self._token_weights:
+            assert self._calibration is not None
+            return self._calibration.loader.token_weights[batch]
+        return torch.stack([self._token_weights[module][batch] for module in modules]).mean(0)
+
+    def prune_group(self, modules: list[torch.nn.Module], statistics: GroupStatistics) -> None:
+        """Prune modules that read the same input, on its statistics."""
+        self._prune(modules, statistics.hessian, statistics.drift())
+
+    def _prune(self, modules: list[torch.nn.Module], hessian: Hessian, drift: list[torch.Tensor] | None = None) -> None:
+        names = [self._names[module] for module in modules]
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(align_module_device(module))
+            weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
+            matrix = hessian.matrix(names[0])
+            factor, target = None, None
+            if drift is not None:
+                factor = factorise(matrix, self.dampening_frac, ", ".join(names))
+                target = target_weights(weights, drift, matrix, self.dampening_frac, names, factor=factor)
+            solutions = solve(
+                self.solver,
+                weights,
+                matrix,
+                self._pattern,
+                names=names,
+                block_size=self.block_size,
+                dampening_frac=self.dampening_frac,
+                target=target,
+                refit=self.refit,
+                factor=factor,
+            )
+        for module, name, solution in zip(modules, names, solutions, strict=True):
+            update_offload_parameter(module, "weight", solution.weight)
+            retries = max(solution.retries, factor.retries if factor else 0)
+            if retries:
+                logger.warning(f"{name}: dampening was raised {retries} times to factor its Hessian")
+            self._results[name] = {
+                "name": name,
+                "shape": list(solution.weight.shape),
+                "sparsity": float((solution.weight == 0).float().mean()),
+                "relative_error": solution.relative_error,
+                "dampening": max(solution.dampening_used, factor.dampening_frac if factor else 0.0),
+                "retries": retries,
+                "refit_steps": solution.refit_steps,
+                "dead_inputs": solution.dead_inputs,
+                "tokens": hessian.tokens,
+            }
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Stop watching; a module that no calibration token reached is an error, not a silent gap."""
@@ -197,6 +296,7 @@ class ReasoningAwareSparseGPTModifier(Modifier):
             tokenizer=self.tokenizer,
             record={
                 "method": self.solver,
+                "order": self._order,
                 "pattern": self._pattern.describe(),
                 "mask_structure": self.mask_structure,
                 "seed": f"{self.traces.sampling.seed} for sampling, {self.calibration.seed} for the mixture",

@@ -121,10 +121,10 @@ def test_schema_prints_the_published_file_and_nothing_else():
 
 
 def test_a_mistake_ends_in_one_message_and_exit_code_2(rac, tiny_folder, recipe_file, tmp_path):
-    code, stdout, stderr = rac("prune", tiny_folder, tmp_path / "out", "-r", recipe_file, "-s", "solver=alps")
+    code, stdout, stderr = rac("prune", tiny_folder, tmp_path / "out", "-r", recipe_file, "-s", "solver=admm")
     assert code == 2
     assert stderr.startswith("error: ")
-    assert "'alps'" in stderr
+    assert "'admm'" in stderr
     assert "Traceback" not in stderr + stdout
     assert not (tmp_path / "out").exists()
 

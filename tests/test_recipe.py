@@ -82,8 +82,8 @@ def test_a_group_that_the_recipe_lacks_can_be_set(tmp_path):
 
 def test_every_mistake_is_in_one_message():
     with pytest.raises(RacError) as caught:
-        check_entry({"sparsty": 0.5, "solver": "alps", "calibration": {"tokens": 0}}, "r.yaml")
-    for part in ("r.yaml", "sparsty: there is no such setting", "solver: ", "'alps'", "calibration.tokens: "):
+        check_entry({"sparsty": 0.5, "solver": "admm", "calibration": {"tokens": 0}}, "r.yaml")
+    for part in ("r.yaml", "sparsty: there is no such setting", "solver: ", "'admm'", "calibration.tokens: "):
         assert part in str(caught.value)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
-from tiny import NAME, entry, recipe, tiny_model
+from tiny import NAME, entry, linears, recipe, tiny_model
 
 import rac_modifier  # noqa: F401
-from rac_modifier.calibration import seam
 from rac_modifier.modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier.pipelines import seam
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
@@ -217,8 +217,35 @@ def test_seam_modifier_lifecycle_hooks(name, parameters):
 def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
     from llmcompressor.modifiers import Modifier
 
-    ours = {"stops_forward", "calibrated_modules", "on_subgraph_start", "use_calibration_set"}
+    ours = {"calibrated_modules", "describe_modules", "needs_dense_stream", "on_subgraph_start", "prune_group"}
+    ours |= {
+        "use_calibration_set",
+        "use_order",
+        "weights_for",
+        "order",
+        "preset",
+        "reconstruct",
+        "solver",
+        "token_weights",
+    }
     assert not ours & set(dir(Modifier))
+
+
+def test_seam_partition_starts_a_subgraph_at_each_target():
+    """Group order reads a target's input from the cache before its subgraph runs, so it must be one of its placeholders."""
+    from llmcompressor.args import DatasetArguments
+    from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
+
+    model = tiny_model()
+    targets = list(linears(model))
+    ids = torch.arange(2, 22).reshape(2, 10)
+    subgraphs = trace_subgraphs(model, {"input_ids": ids}, targets, DatasetArguments().tracing_ignore, 1)
+    assert len(subgraphs) == len(targets) + 1
+    for subgraph, target in zip(subgraphs[1:], targets, strict=True):
+        (node,) = [n for n in subgraph.graph.nodes if n.op == "call_module" and n.target in targets]
+        assert node.target == target
+        assert node.args[0].op == "placeholder"
+        assert node.args[0].name in subgraph.input_names
 
 
 def test_seam_lifecycle_callbacks():

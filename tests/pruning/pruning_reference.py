@@ -59,3 +59,30 @@ def column_loop(
 def best_group(scores: list[float], n: int) -> tuple[int, ...]:
     """The n positions of least total score, by trying all of them."""
     return min(itertools.combinations(range(len(scores)), n), key=lambda chosen: sum(scores[i] for i in chosen))
+
+
+def correlated_problem(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and the Hessian of inputs that a few directions explain, as a transformer's are."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.randn(max(columns // 4, 1), columns, generator=g)
+    x = torch.randn(tokens, len(directions), generator=g) @ directions
+    x = (x + torch.randn(tokens, columns, generator=g)) * torch.randn(columns, generator=g).exp()
+    weight = torch.randn(rows, columns, generator=g) * 0.05
+    return weight, (2 / tokens * x.double().T @ x.double()).float()
+
+
+def dampened(hessian: torch.Tensor, frac: float) -> torch.Tensor:
+    """What a solver minimises with, float64: dead inputs get the mean of the diagonal."""
+    h = hessian.double().clone()
+    mean = h.diagonal().mean()
+    h.diagonal().add_(torch.where(h.diagonal() == 0, mean, 0.0) + frac * mean)
+    return h
+
+
+def rowwise_refit(kept: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Least squares on each row's kept columns, by its own normal equations, float64."""
+    result = torch.zeros_like(target, dtype=torch.float64)
+    for i, (support, t) in enumerate(zip(kept, target.double(), strict=True)):
+        if support.any():
+            result[i, support] = torch.linalg.solve(hessian[support][:, support], hessian[support] @ t)
+    return result

@@ -1,12 +1,14 @@
 import math
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Pattern, solve
+from rac_modifier.pruning import Method, Pattern, solve
+from rac_modifier.pruning.methods import METHODS
 from rac_modifier.pruning.solver import quadratic_form
 
 PATTERN = Pattern.n_of_m(2, 4)
@@ -21,16 +23,19 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "obs"}, "'obs': unknown; choose from sparsegpt, wanda, magnitude"),
+        ({"method": "obs"}, "'obs': unknown; choose from sparsegpt, alps, wanda, magnitude"),
         ({"block_size": 0}, "block_size 0"),
         ({"dampening_frac": -0.1}, "dampening_frac -0.1"),
         ({"dampening_frac": math.nan}, "dampening_frac nan"),
+        ({"iterations": 0}, "iterations 0"),
+        ({"refit_steps": -1}, "refit_steps -1"),
         ({"weights": []}, "0 weights"),
         ({"names": ["a", "b"]}, "2 names"),
         ({"target": [torch.ones(2, 8)]}, r"q_proj: weight \[3, 8\], target \[2, 8\]"),
         ({"weights": [torch.ones(3, 12)]}, r"q_proj: weight \[3, 12\]"),
         ({"weights": [torch.ones(8)]}, r"q_proj: weight \[8\]"),
         ({"weights": [with_value(torch.ones(3, 8), math.nan)]}, "q_proj: the weight holds values that are not finite"),
+        ({"target": [with_value(torch.ones(3, 8), math.inf)]}, "q_proj: the target holds values that are not finite"),
         ({"hessian": torch.ones(8, 7)}, "must be square"),
         ({"hessian": torch.eye(8).bfloat16()}, "float32"),
         ({"hessian": with_value(torch.eye(8), math.inf)}, "q_proj: the Hessian holds values that are not finite"),
@@ -39,7 +44,7 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
         ({"pattern": Pattern.n_of_m(1, 3)}, "q_proj.*multiple of 3"),
     ],
 )
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", METHODS)
 def test_refuses(method, change, message):
     arguments = {
         "method": method,
@@ -51,6 +56,10 @@ def test_refuses(method, change, message):
     }
     with pytest.raises(RacError, match=message):
         solve(**arguments)
+
+
+def test_every_method_is_registered():
+    assert set(METHODS) == set(get_args(Method))
 
 
 def test_refuses_mixed_dtypes():
@@ -72,7 +81,7 @@ def test_large_half_weights_are_finite():
 
 
 def test_weights_of_zero():
-    for method in ("sparsegpt", "wanda", "magnitude"):
+    for method in METHODS:
         (solution,) = solve(method, [torch.zeros(2, 8)], torch.eye(8), PATTERN)
         assert (solution.error, solution.relative_error) == (0.0, 0.0)
         assert int(solution.mask.sum()) == 8

@@ -1,0 +1,131 @@
+"""Serve a pruned checkpoint with `vllm serve` and ask it problems over HTTP, as any client would.
+
+    make serve-demo      (or, in the serving environment: python examples/serve_demo.py CHECKPOINT)
+
+Starts the server on the loopback interface, waits until it is ready, asks held-out problems through the `openai` client,
+several at a time, checks the answers, and stops the server, whatever happens. The server finds the plugin by itself.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+
+from openai import OpenAI
+
+from rac_modifier.evaluation.verify import is_correct
+from rac_modifier.reasoner.tasks import Solved, generate_distinct
+
+NAME = "pruned"
+# A small machine: little memory for the cache, all cores (vLLM's "auto" leaves one out), threads that sleep as they wait.
+CORES = sorted(os.sched_getaffinity(0))
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, CORES)),
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@contextmanager
+def served(checkpoint: Path, options: list[str], log: Path, seconds: float = 600) -> Iterator[str]:
+    """Run `vllm serve` while inside; gives its URL. Raises with the end of its log if it does not become ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, *options]
+    with open(log, "wb") as output:
+        server = subprocess.Popen(
+            command, env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + seconds
+        while not is_ready(url):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the server did not get ready; the end of {log}:\n{log.read_text()[-3000:]}")
+            time.sleep(1)
+        yield url
+    finally:
+        stop(server)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return reply.status == 200
+    except (URLError, OSError):
+        return False
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server and the processes it started."""
+    for kind, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(server.pid, kind)
+            server.wait(seconds)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    server.wait(10)
+
+
+def ask(client: OpenAI, problem: Solved, max_tokens: int) -> tuple[bool, int]:
+    """Whether the answer is right, and how many tokens it took."""
+    reply = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": problem.question}],
+        temperature=0,
+        max_tokens=max_tokens,
+    )
+    text = reply.choices[0].message.content or ""
+    # The answers are integers, so text tells.
+    return is_correct(text, problem.answer, lambda a, b: a == b), reply.usage.completion_tokens if reply.usage else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--problems", type=int, default=60)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument(
+        "--dtype", default="float32", help="of the server; bfloat16 is slow on a CPU without bf16 units"
+    )
+    parser.add_argument("--log", type=Path, default=Path("serve_demo.log"))
+    parser.add_argument("serve_options", nargs="*", help="after --, options for vllm serve, such as -- --enforce-eager")
+    args = parser.parse_args()
+    options = ["--dtype", args.dtype, "--max-model-len", "1024", "--gpu-memory-utilization", "0.3", *args.serve_options]
+    problems = generate_distinct(0, "test", args.problems)
+
+    started = time.monotonic()
+    with served(args.checkpoint, options, args.log) as url:
+        print(f"vllm serve {args.checkpoint}: ready after {time.monotonic() - started:.0f} s at {url}")
+        for line in args.log.read_text(errors="replace").splitlines():
+            if "rac-sparse:" in line or "sparse kernel" in line or "dense because" in line:
+                print("  " + line.partition("] ")[2])
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+        started = time.monotonic()
+        with ThreadPoolExecutor(args.concurrency) as pool:
+            answers = list(pool.map(lambda problem: ask(client, problem, args.max_tokens), problems))
+        seconds = time.monotonic() - started
+    right, tokens = sum(ok for ok, _ in answers), sum(count for _, count in answers)
+    print(f"{right} of {len(problems)} held-out problems right ({right / len(problems):.1%})")
+    print(
+        f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s at {args.concurrency} requests at a time"
+    )
+
+
+if __name__ == "__main__":
+    main()

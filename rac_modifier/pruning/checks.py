@@ -1,0 +1,90 @@
+"""What a solver refuses, before it computes anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.pruning.methods import METHODS
+from rac_modifier.pruning.patterns import Pattern
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether every element is; the sum is far cheaper and settles it, unless it overflows itself."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def check_settings(method: str, block_size: int, dampening_frac: float, iterations: int, refit_steps: int) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        RacError: naming the setting and its value.
+    """
+    if method not in METHODS:
+        raise RacError(f"pruning method {method!r}: unknown; choose from {', '.join(METHODS)}")
+    if block_size < 1:
+        raise RacError(f"block_size {block_size}: must be at least 1; 128 is usual")
+    if iterations < 1:
+        raise RacError(f"iterations {iterations}: ALPS needs at least 1; 16 is usual")
+    if refit_steps < 0:
+        raise RacError(
+            f"refit_steps {refit_steps}: must not be negative; 20 is usual, refit=False leaves the refit out"
+        )
+    check_dampening(dampening_frac)
+
+
+def check_dampening(dampening_frac: float) -> None:
+    """Refuse a dampening that is negative or not finite (RacError)."""
+    if not (dampening_frac >= 0 and math.isfinite(dampening_frac)):
+        raise RacError(f"dampening_frac {dampening_frac}: must be finite and >= 0; 0.01 is usual")
+
+
+def check_weights(
+    weights: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], names: Sequence[str], d: int
+) -> None:
+    """Refuse weights and targets that are not all [rows_i, d], finite and of one dtype.
+
+    Raises:
+        RacError: naming the module.
+    """
+    if not weights or not len(weights) == len(targets) == len(names):
+        raise RacError(f"{len(weights)} weights, {len(targets)} targets, {len(names)} names: give one of each a module")
+    for name, w, t in zip(names, weights, targets, strict=True):
+        if w.ndim != 2 or w.shape[1] != d or t.shape != w.shape:
+            raise RacError(
+                f"{name}: weight {list(w.shape)}, target {list(t.shape)} and a Hessian of {d} inputs do not fit "
+                "together; only modules that read the same input share a Hessian"
+            )
+        if w.dtype != weights[0].dtype:
+            raise RacError(f"{name}: {w.dtype} beside {weights[0].dtype}; solve modules of different dtypes apart")
+        if not (is_finite(w) and is_finite(t)):
+            what = "weight" if not is_finite(w) else "target"
+            raise RacError(f"{name}: the {what} holds values that are not finite; check the checkpoint")
+
+
+def check_hessian(hessian: torch.Tensor, label: str) -> None:
+    """Refuse what is no second moment: not square or float32, not finite, a diagonal with negative values or all zero.
+
+    Raises:
+        RacError: naming `label`.
+    """
+    d = hessian.shape[0]
+    if hessian.shape != (d, d) or not hessian.is_floating_point() or hessian.element_size() < 4:
+        raise RacError(f"{label}: Hessian {list(hessian.shape)} of {hessian.dtype}; it must be square and float32")
+    if not is_finite(hessian):
+        raise RacError(f"{label}: the Hessian holds values that are not finite; check the activations of this layer")
+    diagonal = hessian.diagonal()
+    if bool((diagonal < 0).any()) or not bool((diagonal > 0).any()):
+        raise RacError(
+            f"{label}: the Hessian's diagonal runs from {float(diagonal.min()):.4g} to {float(diagonal.max()):.4g}; "
+            "sums of squares of inputs are positive unless no token came by: check the calibration traces"
+        )
+
+
+def check_shapes(weights: Sequence[torch.Tensor], names: Sequence[str], pattern: Pattern) -> None:
+    """Refuse modules that cannot hold the pattern (RacError)."""
+    for name, w in zip(names, weights, strict=True):
+        pattern.check_shape(name, *w.shape)

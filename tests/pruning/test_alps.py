@@ -1,0 +1,187 @@
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pruning_reference import correlated_problem, dampened, random_problem, trace_error
+
+from rac_modifier.errors import RacError
+from rac_modifier.pruning import Pattern, alps, broken_groups, solve
+
+
+def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern, iterations: int) -> torch.Tensor:
+    """The paper's form on columns scaled by sqrt(diag H), float64: explicit W, D and V, exact thresholds; D scaled back."""
+    h = dampened(hessian, 0.01)
+    scale = h.diagonal().sqrt()
+    h, t = h / scale[:, None] / scale, weight.double() * scale
+    rows, d = t.shape
+
+    def project(z: torch.Tensor) -> torch.Tensor:
+        scores = z.abs().view(-1, pattern.m) if pattern.is_structured else z.abs().view(1, -1)
+        count = pattern.n if pattern.is_structured else int(z.numel() * pattern.sparsity)
+        pruned = torch.zeros_like(scores).scatter_(1, scores.argsort(1)[:, :count], 1.0)
+        return z * (1 - pruned.view(rows, d))
+
+    z, v = t, torch.zeros_like(t)
+    kept = project(z)
+    for rho, repeats in alps._stages(iterations):
+        if z is t:
+            v = torch.zeros_like(t) + rho * (t - kept)
+        for _ in range(repeats):
+            w = torch.linalg.solve(h + rho * torch.eye(d), (t @ h - v + rho * kept).T).T
+            z = w + v / rho
+            kept = project(z)
+            v = v + rho * (w - kept)
+    return kept / scale
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.n_of_m(7, 16), Pattern.unstructured(0.6)])
+def test_is_the_papers_iteration(pattern):
+    weight, hessian = correlated_problem(20, 96, 400)
+    expected = admm(weight, hessian, pattern, 11)
+    (solution,) = solve("alps", [weight], hessian, pattern, iterations=11, refit_steps=0)
+    assert ((expected != 0) == solution.mask).float().mean() > 0.995  # near ties turn on rounding
+    same = (expected != 0) & solution.mask
+    assert torch.isclose(solution.weight[same].double(), expected[same], rtol=1e-2, atol=1e-3).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.6)])
+def test_triangular_solves_and_the_inverse_agree(pattern, monkeypatch):
+    weight, hessian = correlated_problem(20, 96, 400)
+    (inverse,) = solve("alps", [weight], hessian, pattern)
+    monkeypatch.setattr(alps, "_INVERSE_UP_TO", 0)
+    (solves,) = solve("alps", [weight], hessian, pattern)
+    assert (inverse.mask == solves.mask).float().mean() > 0.995
+    assert solves.error == pytest.approx(inverse.error, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [*(Pattern.unstructured(s) for s in (0.5, 0.6, 0.7, 0.8)), Pattern.n_of_m(2, 4), Pattern.n_of_m(4, 8)],
+    ids=lambda p: f"{p.mask_structure}-{p.sparsity}",
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_never_above_sparsegpt_with_a_refit(pattern, seed):
+    weight, hessian = correlated_problem(48, 192, 1000, seed)
+    (ours,) = solve("alps", [weight], hessian, pattern)
+    (refitted,) = solve("sparsegpt", [weight], hessian, pattern, refit=True)
+    (plain,) = solve("sparsegpt", [weight], hessian, pattern)
+    assert ours.error <= refitted.error
+    assert ours.error <= 0.6 * plain.error
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 30),
+    structure=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (1, 3), (7, 16)]),
+    seed=st.integers(0, 50),
+)
+def test_groups_are_exact(rows, groups, structure, seed):
+    n, m = structure
+    weight, hessian = random_problem(rows, groups * m, 100, seed)
+    (solution,) = solve("alps", [weight], hessian, Pattern.n_of_m(n, m))
+    assert (~solution.mask).view(rows, groups, m).sum(2).eq(n).all()
+    assert broken_groups(solution.weight, Pattern.n_of_m(n, m)) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    columns=st.integers(1, 130),
+    sparsity=st.floats(0.01, 0.99),
+    seed=st.integers(0, 50),
+)
+@example(rows=[1], columns=1, sparsity=0.99, seed=0)
+@example(rows=[300, 7], columns=131, sparsity=0.7, seed=0)  # thresholds come from samples
+def test_unstructured_counts_are_exact_in_each_module(rows, columns, sparsity, seed):
+    problems = [random_problem(r, columns, 100, seed + i) for i, r in enumerate(rows)]
+    weights = [w * 10.0**i for i, (w, _) in enumerate(problems)]
+    for solution in solve("alps", weights, problems[0][1], Pattern.unstructured(sparsity)):
+        assert int((~solution.mask).sum()) == int(solution.weight.numel() * sparsity)
+        assert not solution.weight[~solution.mask].any()
+        assert solution.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.37)])
+def test_stacked_is_as_good_as_alone(pattern):
+    _, hessian = correlated_problem(1, 260, 500)
+    weights = [random_problem(rows, 260, 1, seed)[0] * 10**seed for seed, rows in enumerate((33, 1, 16))]
+    for solution, weight in zip(solve("alps", weights, hessian, pattern), weights, strict=True):
+        (alone,) = solve("alps", [weight], hessian, pattern)
+        assert (solution.mask == alone.mask).float().mean() > 0.99
+        assert solution.error == pytest.approx(alone.error, rel=0.02)
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)])
+def test_ties(pattern):
+    (solution,) = solve("alps", [torch.ones(4, 64)], torch.eye(64), pattern)
+    assert int(solution.mask.sum()) == 128
+    (zero,) = solve("alps", [torch.zeros(4, 64)], torch.eye(64), pattern)
+    assert int(zero.mask.sum()) == 128
+    assert (zero.error, zero.relative_error, zero.refit_residual) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(1, 4), Pattern.unstructured(0.25)])
+@pytest.mark.parametrize("frac", [0.0, 0.01])
+def test_dead_inputs_are_zeroed_and_disturb_nothing(pattern, frac):
+    weight, hessian = random_problem(6, 128, 400)
+    dead = torch.arange(0, 128, 4)  # one of each group, and as many as the pattern prunes
+    hessian[dead], hessian[:, dead] = 0, 0
+    (solution,) = solve("alps", [weight], hessian, pattern, dampening_frac=frac)
+    assert solution.dead_inputs == 32
+    assert not solution.weight[:, dead].any()
+    assert not solution.mask[:, dead].any()
+    alive = torch.ones(128, dtype=torch.bool).index_fill(0, dead, False)
+    torch.testing.assert_close(solution.weight[:, alive], weight[:, alive], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_are_those_of_the_stored_weight(dtype):
+    weight, hessian = correlated_problem(40, 100, 500)
+    weight = weight.to(dtype)
+    (solution,) = solve("alps", [weight], hessian, Pattern.n_of_m(2, 4))
+    assert solution.weight.dtype == dtype
+    assert solution.weight.is_contiguous()
+    assert solution.error == pytest.approx(trace_error(weight.double() - solution.weight.double(), hessian), rel=1e-3)
+    assert broken_groups(solution.weight, Pattern.n_of_m(2, 4)) == 0
+
+
+def test_scaling_the_hessian_changes_nothing():
+    weight, hessian = correlated_problem(8, 200, 300)
+    (one,), (other,) = (solve("alps", [weight], hessian * c, Pattern.unstructured(0.5)) for c in (1.0, 2.0**-20))
+    assert torch.equal(one.mask, other.mask)
+    torch.testing.assert_close(one.weight, other.weight)
+
+
+def test_indefinite_hessian_is_an_error():
+    hessian = torch.eye(16)
+    hessian[0, 1] = hessian[1, 0] = 50.0
+    with pytest.raises(RacError, match=r"q_proj: the Hessian is not positive definite.*dampening_frac 1;"):
+        solve("alps", [torch.ones(2, 16)], hessian, Pattern.n_of_m(2, 4), names=["q_proj"])
+
+
+def test_a_raised_dampening_is_recorded():
+    hessian = torch.eye(16)
+    hessian[0, 1] = hessian[1, 0] = 1.5  # smallest eigenvalue -0.5
+    (solution,) = solve("alps", [torch.ones(2, 16)], hessian, Pattern.n_of_m(2, 4), dampening_frac=0.01)
+    assert solution.retries == 2
+    assert solution.dampening_used == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 4, 5, 16, 30])
+def test_stages_add_up(iterations):
+    stages = alps._stages(iterations)
+    assert sum(repeats for _, repeats in stages) == iterations
+    assert [rho for rho, _ in stages] == sorted(rho for rho, _ in stages)
+    (solution,) = solve("alps", [torch.randn(3, 8)], torch.eye(8), Pattern.n_of_m(2, 4), iterations=iterations)
+    assert solution.iterations == iterations
+
+
+def test_target_is_what_is_reconstructed():
+    weight, hessian = correlated_problem(8, 64, 300)
+    wanted = weight + 0.1 * torch.randn_like(weight)
+    before = hessian.clone()
+    (solution,) = solve("alps", [weight], hessian, Pattern.n_of_m(2, 4), target=[wanted])
+    (plain,) = solve("alps", [wanted], hessian, Pattern.n_of_m(2, 4))
+    assert torch.equal(solution.weight, plain.weight)
+    assert torch.equal(hessian, before)
