@@ -1,0 +1,189 @@
+// AMX: vpexpandw spreads a word into a row of a weight tile (16 pairs x 16 rows x 2, bf16), tdpbf16ps multiplies it.
+//
+// Two panels and up to 32 rows of x at a time: tiles 0-3 accumulate [row block][panel], 4-5 hold x, 6-7 the weights.
+// Up to 32 rows, the accumulators stay in their tiles over all columns, and expansion runs just ahead of the
+// multiplication. Above, 512 columns of the two panels are expanded once and serve every block of rows.
+#include "kernel.h"
+
+#if (defined(__x86_64__) && defined(__linux__) && \
+     (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)) || defined(RAC_EMULATE)
+#include <cstdlib>
+#if defined(RAC_EMULATE)
+#include "emulated_intrinsics.h"
+#else
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")
+#endif
+#endif
+
+namespace rac {
+namespace {
+
+constexpr int64_t AHEAD = 16;                 // tiles expanded before they are multiplied, at most
+constexpr int64_t TILE = TILE_WORDS * 32;     // bf16 values of a weight tile
+constexpr int64_t BLOCK = 32;                 // rows of x, and rows of the weight, in one set of accumulators
+
+// GCC's tile intrinsics do not tell it what memory they read: without this it may drop or move the stores before them.
+inline void settle(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64, "the operand of ldtilecfg");
+
+// Every tile has 64-byte rows; those of x and the accumulators are as high as there are rows of x.
+void configure(int64_t m) {
+    const uint8_t first = static_cast<uint8_t>(m < 16 ? m : 16);
+    const uint8_t second = static_cast<uint8_t>(m <= 16 ? 1 : m < BLOCK ? m - 16 : 16);
+    const uint8_t heights[8] = {first, first, second, second, first, second, 16, 16};
+    TileConfig config;
+    for (int tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = heights[tile];
+    }
+    settle(&config);
+    _tile_loadconfig(&config);
+}
+
+// `two_rows`: x has a second block of 16 rows here; `two_panels`: a second panel. Accumulators: [32][32] fp32.
+template <bool two_rows, bool two_panels>
+void start(const float* acc, bool resume) {
+    settle(acc);
+    if (!resume) {
+        _tile_zero(0);
+        if (two_panels) _tile_zero(1);
+        if (two_rows) _tile_zero(2);
+        if (two_rows && two_panels) _tile_zero(3);
+        return;
+    }
+    _tile_loadd(0, acc, 128);
+    if (two_panels) _tile_loadd(1, acc + 16, 128);
+    if (two_rows) _tile_loadd(2, acc + 16 * BLOCK, 128);
+    if (two_rows && two_panels) _tile_loadd(3, acc + 16 * BLOCK + 16, 128);
+}
+
+template <bool two_rows, bool two_panels>
+void finish(float* acc) {
+    _tile_stored(0, acc, 128);
+    if (two_panels) _tile_stored(1, acc + 16, 128);
+    if (two_rows) _tile_stored(2, acc + 16 * BLOCK, 128);
+    if (two_rows && two_panels) _tile_stored(3, acc + 16 * BLOCK + 16, 128);
+}
+
+template <bool two_rows, bool two_panels>
+void multiply(const uint16_t* x, int64_t stride, const uint16_t* weights) {
+    settle(weights);
+    _tile_loadd(6, weights, 64);
+    if (two_panels) _tile_loadd(7, weights + TILE, 64);
+    _tile_loadd(4, x, 2 * stride);
+    _tile_dpbf16ps(0, 4, 6);
+    if (two_panels) _tile_dpbf16ps(1, 4, 7);
+    if (two_rows) {
+        _tile_loadd(5, x + 16 * stride, 2 * stride);
+        _tile_dpbf16ps(2, 5, 6);
+        if (two_panels) _tile_dpbf16ps(3, 5, 7);
+    }
+    settle(weights);
+}
+
+struct Steps {
+    void (*start)(const float*, bool);
+    void (*multiply)(const uint16_t*, int64_t, const uint16_t*);
+    void (*finish)(float*);
+};
+template <bool two_rows, bool two_panels>
+constexpr Steps steps = {start<two_rows, two_panels>, multiply<two_rows, two_panels>, finish<two_rows, two_panels>};
+
+const char* expand_tile(const uint32_t* masks, const char* values, uint16_t* tile) {
+    for (int row = 0; row < TILE_WORDS; row++) {
+        const uint32_t mask = masks[row];
+        _mm_prefetch(values + 2048, _MM_HINT_T0);
+        _mm512_store_si512(tile + 32 * row, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)));
+        values += 2 * RAC_COUNT(mask);
+    }
+    return values;
+}
+
+}  // namespace
+
+bool amx_panels(const Product& product, int64_t first, int64_t last) {
+    const Weight& weight = product.weight;
+    const uint16_t* x = static_cast<const uint16_t*>(product.x);
+    const int64_t tiles = weight.words / TILE_WORDS, blocks = (product.m + BLOCK - 1) / BLOCK;
+    const int64_t ahead = blocks == 1 ? 1 : AHEAD;
+    float* acc = static_cast<float*>(std::aligned_alloc(64, blocks * BLOCK * BLOCK * sizeof(float)));
+    if (!acc) return false;
+    alignas(64) uint16_t ring[AHEAD * 2 * TILE];
+
+    configure(product.m);
+    for (int64_t panel = first; panel < last; panel += 2) {
+        const int panels = panel + 1 < last ? 2 : 1;
+        const char* values[2] = {weight.values_of(panel), panels == 2 ? weight.values_of(panel + 1) : nullptr};
+        for (int64_t at = 0; at < tiles; at += ahead) {
+            const int64_t end = at + ahead < tiles ? at + ahead : tiles;
+            for (int64_t tile = at; tile < end; tile++)
+                for (int p = 0; p < panels; p++)
+                    values[p] = expand_tile(weight.masks_of(panel + p) + tile * TILE_WORDS, values[p],
+                                            ring + (2 * (tile % AHEAD) + p) * TILE);
+            for (int64_t block = 0; block < blocks; block++) {
+                const bool two_rows = product.m - block * BLOCK > 16;
+                const Steps& step = two_rows ? (panels == 2 ? steps<true, true> : steps<true, false>)
+                                             : (panels == 2 ? steps<false, true> : steps<false, false>);
+                float* sums = acc + block * BLOCK * BLOCK;
+                if (at == 0 || blocks > 1) step.start(sums, at > 0);
+                for (int64_t tile = at; tile < end; tile++)
+                    step.multiply(x + block * BLOCK * product.stride + tile * TILE_COLUMNS, product.stride,
+                                  ring + 2 * (tile % AHEAD) * TILE);
+                if (end == tiles || blocks > 1) step.finish(sums);
+            }
+        }
+        for (int p = 0; p < panels; p++) {
+            for (int64_t line = 0; line < product.m; line += BLOCK) {
+                const int64_t lines = product.m - line < BLOCK ? product.m - line : BLOCK;
+                store(product, panel + p, line, lines, acc + line * BLOCK + 16 * p, BLOCK);
+            }
+        }
+    }
+    _tile_release();
+    std::free(acc);
+    return true;
+}
+
+}  // namespace rac
+RAC_TARGET_END
+
+namespace rac {
+
+#if defined(RAC_EMULATE)
+bool has_amx() { return true; }
+#else
+static bool ask_for_amx() {
+    unsigned a, b, c, d;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;          // amx-bf16, amx-tile
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;             // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+}
+
+bool has_amx() {
+    static const bool granted = ask_for_amx();
+    return granted;
+}
+#endif
+
+}  // namespace rac
+#else
+namespace rac {
+bool amx_panels(const Product&, int64_t, int64_t) { return false; }
+bool has_amx() { return false; }
+}  // namespace rac
+#endif

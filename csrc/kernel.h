@@ -1,0 +1,104 @@
+// What an instruction set provides, and the one product they all compute: out = x W^T + bias, accumulated in fp32.
+#pragma once
+#include "layout.h"
+
+namespace rac {
+
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
+
+// What a kernel multiplies: stored values of a Type behind masks, or a panel already expanded, fp32 [column][16].
+constexpr int DENSE = 2, FORMS = 3;
+
+// acc[m][n] += sum over the pairs of x[m][k] w[n][k], for one panel and a few rows of x (fp32, `stride` apart).
+using Dot = void (*)(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride,
+                     float* acc);
+
+// A panel as dense columns: out[k * stride + n] for k < columns, n < 16, of the type that the name says. Returns where
+// the values behind these columns start.
+using Expand = const char* (*)(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride);
+
+constexpr int MOST_ROWS = 8;
+
+struct Kernel {
+    int rows, dense_rows;        // how many of the entries of dot are there, for the Types and for DENSE
+    Dot dot[FORMS][MOST_ROWS];   // by form and rows of x minus one
+    Expand to_fp32[2];           // by Type
+    Expand bf16_to_bf16;
+};
+
+struct Product {
+    Weight weight;
+    const void* x;               // [m][stride], zeros behind the last column; fp32, for AMX bf16
+    int64_t m, stride;
+    const void* bias;            // [rows] or null
+    Type bias_type;
+    void* out;                   // [m][rows]
+    Type out_type;
+};
+
+extern const Kernel portable_kernel, avx2_kernel, avx512_kernel;
+
+// Panels [first, last) of a product on AMX tiles; x and the weight are bf16. False where memory ran out.
+bool amx_panels(const Product& product, int64_t first, int64_t last);
+
+bool has_avx2();
+bool has_avx512();
+bool has_amx();  // asks the operating system once for permission, which holds for the process
+
+// Bits set; unsigned, so that an address needs no sign extension.
+#define RAC_COUNT(mask) static_cast<uint64_t>(static_cast<unsigned>(__builtin_popcount(mask)))
+
+inline float from_bf16(uint16_t bits) {
+    union {
+        uint32_t integer;
+        float real;
+    } both = {static_cast<uint32_t>(bits) << 16};
+    return both.real;
+}
+
+inline uint32_t bits_of(float value) {
+    union {
+        float real;
+        uint32_t integer;
+    } both = {value};
+    return both.integer;
+}
+
+// Round to nearest even; a NaN stays one.
+inline uint16_t to_bf16(float value) {
+    const uint32_t bits = bits_of(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float read(const void* from, Type type, int64_t index) {
+    return type == BF16 ? from_bf16(static_cast<const uint16_t*>(from)[index]) : static_cast<const float*>(from)[index];
+}
+
+// Accumulators of one panel (`lines` rows of x, `stride` apart) into the output, with bias, without the tail's rows.
+inline void store(const Product& product, int64_t panel, int64_t first, int64_t lines, const float* acc, int64_t stride) {
+    const int64_t row = panel * PANEL, count = product.weight.rows - row < PANEL ? product.weight.rows - row : PANEL;
+    for (int64_t line = 0; line < lines; line++) {
+        const int64_t at = (first + line) * product.weight.rows + row;
+        for (int64_t n = 0; n < count; n++) {
+            float value = acc[line * stride + n];
+            if (product.bias) value += read(product.bias, product.bias_type, row + n);
+            if (product.out_type == BF16)
+                static_cast<uint16_t*>(product.out)[at + n] = to_bf16(value);
+            else
+                static_cast<float*>(product.out)[at + n] = value;
+        }
+    }
+}
+
+}  // namespace rac
+
+// A section compiled for an instruction set that the rest of the library may not use. Only code of our own goes in:
+// an inline function of the standard library compiled here could be the copy that the linker keeps for everyone.
+#if defined(RAC_EMULATE)
+#define RAC_TARGET_END
+#elif defined(__clang__)
+#define RAC_TARGET_END _Pragma("clang attribute pop")
+#else
+#define RAC_TARGET_END _Pragma("GCC pop_options")
+#endif

@@ -1,0 +1,74 @@
+// The packed layout of a sparse matrix [rows, columns], one for every pattern, and what reads it.
+//
+// Rows are cut into panels of 16, columns into pairs. A mask word tells which of the 16 x 2 weights of a panel and a
+// pair are stored; the stored values of a panel follow each other in the order of the words and, in a word, of the bits:
+//     bf16: bit 2n + k   (the order that AMX and vdpbf16ps multiply, and a shift or an AND away from fp32 lanes)
+//     fp32: bit 16k + n
+// for row n of the panel and column k of the pair. The number of words is rounded up to 16, the height of an AMX tile.
+//
+//     Header | offsets: u64[panels + 1], in values | pad to 64 | masks: u32[panels][words] | values | pad, >= 64 bytes
+//
+// The trailing pad lets a kernel load a whole vector at the last value.
+#pragma once
+#include <cstdint>
+
+namespace rac {
+
+enum Type : int32_t { BF16 = 0, FP32 = 1 };
+
+constexpr int64_t PANEL = 16;
+constexpr int64_t TILE_WORDS = 16;
+constexpr int64_t TILE_COLUMNS = 2 * TILE_WORDS;
+
+struct Header {
+    char magic[8];
+    int32_t type;
+    int32_t unused;
+    int64_t rows, columns, nonzeros;
+    char pad[24];
+};
+static_assert(sizeof(Header) == 64, "offsets start at a cache line");
+
+// Where the parts of a packed matrix lie, in bytes from its start.
+struct Layout {
+    int64_t panels, words, masks_at, values_at, bytes;
+};
+
+// A checked view of packed data.
+struct Weight {
+    int64_t rows, columns, nonzeros, panels, words;
+    Type type;
+    const uint64_t* offsets;
+    const uint32_t* masks;
+    const char* values;
+
+    int64_t pairs() const { return (columns + 1) / 2; }
+    int64_t value_bytes() const { return type == BF16 ? 2 : 4; }
+    const uint32_t* masks_of(int64_t panel) const { return masks + panel * words; }
+    const char* values_of(int64_t panel) const {
+        return values + static_cast<int64_t>(offsets[panel]) * value_bytes();
+    }
+};
+
+// False where a size is not positive, too large, or the type is unknown.
+bool layout_of(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, Layout* layout);
+
+void write_header(void* data, int64_t rows, int64_t columns, int64_t nonzeros, Type type);
+
+// Values [count] and a bitmask [rows][ceil(columns / 8)], both row-major, into `bytes` at `data`. Null, or what is wrong.
+const char* pack(const void* values, int64_t count, const uint8_t* bitmask, int64_t rows, int64_t columns, int32_t type,
+                 void* data, int64_t bytes, int threads);
+
+// Everything that costs no pass over the data: null, or what is wrong with it.
+const char* view(const void* data, int64_t bytes, Weight* weight);
+
+// That no kernel can leave the buffer: each panel's masks count exactly its values. Null, or what is wrong.
+const char* check(const Weight& weight);
+
+// A message in a buffer of the calling thread.
+const char* failure(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+inline int row_of(Type type, int bit) { return type == BF16 ? bit >> 1 : bit & 15; }
+inline int column_of(Type type, int bit) { return type == BF16 ? bit & 1 : bit >> 4; }
+
+}  // namespace rac

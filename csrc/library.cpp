@@ -1,0 +1,201 @@
+// The C interface, and the product: who multiplies which panels, and with what.
+//
+// Functions that can fail return null or a message, valid until the thread's next call.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel.h"
+
+#define RAC_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace rac {
+namespace {
+
+const Kernel* kernel_of(int32_t isa) {
+    return isa >= AVX512 ? &avx512_kernel : isa == AVX2 ? &avx2_kernel : &portable_kernel;
+}
+
+bool runs(int32_t isa) {
+    switch (isa) {
+        case PORTABLE: return true;
+        case AVX2: return has_avx2();
+        case AVX512: return has_avx512();
+        case AMX: return has_amx();
+        default: return false;
+    }
+}
+
+// x as a kernel reads it: `type`, rows padded to whole tiles with zeros. Null where memory ran out.
+void* padded(const void* x, Type from, Type to, int64_t m, int64_t lines, int64_t columns, int64_t stride) {
+    const int64_t size = to == BF16 ? 2 : 4;
+    char* copy = static_cast<char*>(std::aligned_alloc(64, lines * stride * size));
+    if (!copy) return nullptr;
+    for (int64_t line = 0; line < m; line++) {
+        char* at = copy + line * stride * size;
+        if (from == to) {
+            std::memcpy(at, static_cast<const char*>(x) + line * columns * size, columns * size);
+        } else {
+            const uint16_t* source = static_cast<const uint16_t*>(x) + line * columns;
+            for (int64_t column = 0; column < columns; column++)
+                reinterpret_cast<float*>(at)[column] = from_bf16(source[column]);
+        }
+        std::memset(at + columns * size, 0, (stride - columns) * size);
+    }
+    std::memset(copy + m * stride * size, 0, (lines - m) * stride * size);
+    return copy;
+}
+
+constexpr int64_t BLOCK_COLUMNS = 256;  // of a panel expanded at a time: 16 KiB, half a first-level cache
+
+// A few rows of x multiply a panel as it is stored. More multiply it expanded, a block of columns at a time.
+bool vector_panels(const Product& product, const Kernel& kernel, int64_t first, int64_t last) {
+    const Weight& weight = product.weight;
+    const float* x = static_cast<const float*>(product.x);
+    const int64_t m = product.m, sums = m * PANEL * static_cast<int64_t>(sizeof(float));
+    float* acc = static_cast<float*>(std::malloc(sums));
+    if (!acc) return false;
+    for (int64_t panel = first; panel < last; panel++) {
+        const uint32_t* masks = weight.masks_of(panel);
+        const char* values = weight.values_of(panel);
+        std::memset(acc, 0, sums);
+        if (m <= kernel.rows) {
+            kernel.dot[weight.type][m - 1](masks, values, weight.pairs(), x, product.stride, acc);
+        } else {
+            alignas(64) float block[BLOCK_COLUMNS * PANEL];
+            for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS) {
+                const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS) + 1) / 2;
+                values = kernel.to_fp32[weight.type](masks + column / 2, values, 2 * pairs, block, PANEL);
+                for (int64_t line = 0; line < m; line += kernel.dense_rows) {
+                    const int64_t lines = std::min<int64_t>(m - line, kernel.dense_rows);
+                    kernel.dot[DENSE][lines - 1](nullptr, reinterpret_cast<const char*>(block), pairs,
+                                                 x + line * product.stride + column, product.stride,
+                                                 acc + line * PANEL);
+                }
+            }
+        }
+        store(product, panel, 0, m, acc, PANEL);
+    }
+    std::free(acc);
+    return true;
+}
+
+// Each thread takes a contiguous share of the panels, an even number of them for the tiles of AMX.
+bool multiply(const Product& product, int32_t isa, int threads) {
+    const int64_t pairs = (product.weight.panels + 1) / 2;
+    if (threads > pairs) threads = static_cast<int>(pairs);
+    bool done = true;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : done) if (threads > 1)
+    for (int share = 0; share < threads; share++) {
+        int64_t first = 2 * (pairs * share / threads), last = 2 * (pairs * (share + 1) / threads);
+        if (last > product.weight.panels) last = product.weight.panels;
+        if (isa == AMX)
+            done = done && amx_panels(product, first, last);
+        else
+            done = done && vector_panels(product, *kernel_of(isa), first, last);
+    }
+    return done;
+}
+
+}  // namespace
+}  // namespace rac
+
+using namespace rac;
+
+// The best instruction set that this processor and operating system run.
+RAC_EXPORT int32_t rac_best_isa() {
+    for (int32_t isa = AMX; isa > PORTABLE; isa--)
+        if (runs(isa)) return isa;
+    return PORTABLE;
+}
+
+RAC_EXPORT const char* rac_compiler() {
+#if defined(_OPENMP)
+#define RAC_THREADS ", OpenMP"
+#else
+#define RAC_THREADS ", one thread: no OpenMP"
+#endif
+#if defined(__clang__)
+    return "Clang " __clang_version__ RAC_THREADS;
+#else
+    return "GCC " __VERSION__ RAC_THREADS;
+#endif
+}
+
+// Bytes of a packed weight, or -1 for sizes that there cannot be.
+RAC_EXPORT int64_t rac_bytes(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type) {
+    Layout layout;
+    return layout_of(rows, columns, nonzeros, type, &layout) ? layout.bytes : -1;
+}
+
+RAC_EXPORT const char* rac_pack(const void* values, int64_t count, const uint8_t* bitmask, int64_t rows,
+                                int64_t columns, int32_t type, void* data, int64_t bytes, int32_t threads) {
+    return pack(values, count, bitmask, rows, columns, type, data, bytes, threads < 1 ? 1 : threads);
+}
+
+// All of it, once, when a weight is made: after this no kernel leaves the buffer.
+RAC_EXPORT const char* rac_check(const void* data, int64_t bytes, int64_t rows, int64_t columns, int32_t type) {
+    Weight weight;
+    if (const char* wrong = view(data, bytes, &weight)) return wrong;
+    if (weight.rows != rows || weight.columns != columns || weight.type != type)
+        return failure("its header says [%lld, %lld] of type %d", (long long)weight.rows, (long long)weight.columns,
+                       weight.type);
+    return check(weight);
+}
+
+// The value type in the header: BF16 or FP32, or -1.
+RAC_EXPORT int32_t rac_type(const void* data, int64_t bytes) {
+    Weight weight;
+    return view(data, bytes, &weight) ? -1 : weight.type;
+}
+
+// Panels [first, last) as dense columns: out[columns][stride], 16 rows of the weight a panel, beginning at out[0][0].
+RAC_EXPORT const char* rac_expand(const void* data, int64_t bytes, int64_t first, int64_t last, void* out,
+                                  int32_t out_type, int64_t stride, int32_t isa, int32_t threads) {
+    Weight weight;
+    if (const char* wrong = view(data, bytes, &weight)) return wrong;
+    if (first < 0 || first > last || last > weight.panels || stride < PANEL * (last - first)) return "no such panels";
+    if (out_type != FP32 && !(out_type == BF16 && weight.type == BF16)) return "no such expansion";
+    if (!runs(isa)) return "this processor lacks the instruction set asked for";
+    const Kernel& kernel = *kernel_of(isa);
+    const Expand expand = out_type == FP32 ? kernel.to_fp32[weight.type] : kernel.bf16_to_bf16;
+    const int64_t size = out_type == BF16 ? 2 : 4;
+    (void)threads;
+#pragma omp parallel for num_threads(threads < 1 ? 1 : threads) schedule(static) if (threads > 1)
+    for (int64_t panel = first; panel < last; panel++)
+        expand(weight.masks_of(panel), weight.values_of(panel), weight.columns,
+               static_cast<char*>(out) + (panel - first) * PANEL * size, stride);
+    return nullptr;
+}
+
+// out[m][rows] = x[m][columns] W^T + bias, all contiguous; out is of x's type. On AMX, what is not bf16 takes AVX512.
+RAC_EXPORT const char* rac_linear(const void* data, int64_t bytes, int64_t rows, int64_t columns, const void* x,
+                                  int32_t x_type, int64_t m, const void* bias, int32_t bias_type, void* out,
+                                  int32_t isa, int32_t threads) {
+    Product product;
+    if (const char* wrong = view(data, bytes, &product.weight)) return wrong;
+    if (product.weight.rows != rows || product.weight.columns != columns) return "its header is of another shape";
+    if (x_type < BF16 || x_type > FP32 || bias_type < BF16 || bias_type > FP32) return "no such type";
+    if (m < 0 || m >= int64_t{1} << 31) return "no such number of rows of x";
+    if (!runs(isa)) return "this processor lacks the instruction set asked for";
+    if (m == 0) return nullptr;
+    if (isa == AMX && (product.weight.type != BF16 || x_type != BF16)) isa = AVX512;
+    const Type type = isa == AMX ? BF16 : FP32;
+    product.m = m;
+    product.bias = bias;
+    product.bias_type = static_cast<Type>(bias_type);
+    product.out = out;
+    product.out_type = static_cast<Type>(x_type);
+    product.stride = 2 * product.weight.words;
+    // AMX reads whole blocks of 16 rows once there are more than two.
+    const int64_t lines = isa == AMX && m > 32 ? (m + 15) / 16 * 16 : m;
+    void* copy = nullptr;
+    product.x = x;
+    if (x_type != type || product.stride != columns || lines != m) {
+        product.x = copy = padded(x, product.out_type, type, m, lines, columns, product.stride);
+        if (!copy) return "no memory for the activations";
+    }
+    const bool done = multiply(product, isa, threads < 1 ? 1 : threads);
+    std::free(copy);
+    return done ? nullptr : "no memory for the accumulators";
+}

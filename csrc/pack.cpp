@@ -1,0 +1,112 @@
+// From a row-major bitmask and its values to the packed layout.
+#include <cstdlib>
+#include <cstring>
+
+#include "layout.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace rac {
+namespace {
+
+// Huge pages spare address translations while a weight streams by; where the system has none, nothing is lost.
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t page = uintptr_t{1} << 21, begin = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+// 32 columns of a row's bitmask, zeros behind its end.
+uint32_t mask_word(const uint8_t* row, int64_t row_bytes, int64_t word) {
+    uint8_t bytes[4] = {};
+    const int64_t left = row_bytes - 4 * word;
+    std::memcpy(bytes, row + 4 * word, left < 4 ? left : 4);
+    return bytes[0] | uint32_t{bytes[1]} << 8 | uint32_t{bytes[2]} << 16 | uint32_t{bytes[3]} << 24;
+}
+
+template <class Value, Type type>
+void pack_panel(const uint8_t* bitmask, int64_t row_bytes, int64_t rows, const Value** from, int64_t tiles,
+                uint32_t* masks, Value* to) {
+    for (int64_t tile = 0; tile < tiles; tile++, masks += TILE_WORDS) {
+        Value dense[PANEL][TILE_COLUMNS];
+        std::memset(masks, 0, TILE_WORDS * sizeof *masks);
+        for (int n = 0; n < rows; n++)
+            for (uint32_t left = mask_word(bitmask + n * row_bytes, row_bytes, tile); left; left &= left - 1) {
+                const int column = __builtin_ctz(left);
+                dense[n][column] = *from[n]++;
+                masks[column / 2] |= uint32_t{1} << (type == BF16 ? 2 * n + column % 2 : 16 * (column % 2) + n);
+            }
+        for (int word = 0; word < TILE_WORDS; word++)
+            for (uint32_t left = masks[word]; left; left &= left - 1) {
+                const int bit = __builtin_ctz(left);
+                *to++ = dense[row_of(type, bit)][2 * word + column_of(type, bit)];
+            }
+    }
+}
+
+template <class Value, Type type>
+void pack_all(const Weight& weight, const void* values, const uint8_t* bitmask, const int64_t* starts, int threads) {
+    const int64_t row_bytes = (weight.columns + 7) / 8;
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < weight.panels; panel++) {
+        const int64_t row = panel * PANEL, rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
+        const Value* from[PANEL];
+        for (int64_t n = 0; n < rows; n++) from[n] = static_cast<const Value*>(values) + starts[row + n];
+        pack_panel<Value, type>(bitmask + row * row_bytes, row_bytes, rows, from, weight.words / TILE_WORDS,
+                                const_cast<uint32_t*>(weight.masks_of(panel)),
+                                reinterpret_cast<Value*>(const_cast<char*>(weight.values_of(panel))));
+    }
+}
+
+// Where each row's values start, starts[rows] being their count; null, or what is wrong with the bitmask.
+const char* count_rows(const uint8_t* bitmask, int64_t rows, int64_t columns, int64_t values, int64_t* starts) {
+    const int64_t row_bytes = (columns + 7) / 8;
+    starts[0] = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t count = 0;
+        for (int64_t byte = 0; byte < row_bytes; byte++) count += __builtin_popcount(bitmask[row * row_bytes + byte]);
+        if (columns % 8 && bitmask[(row + 1) * row_bytes - 1] >> (columns % 8))
+            return failure("row %lld of the bitmask has bits beyond column %lld", (long long)row, (long long)columns);
+        starts[row + 1] = starts[row] + count;
+    }
+    if (starts[rows] == values) return nullptr;
+    return failure("the bitmask has %lld bits set and there are %lld values", (long long)starts[rows], (long long)values);
+}
+
+}  // namespace
+
+const char* pack(const void* values, int64_t count, const uint8_t* bitmask, int64_t rows, int64_t columns, int32_t type,
+                 void* data, int64_t bytes, int threads) {
+    Layout layout;
+    if (!layout_of(rows, columns, count, type, &layout) || layout.bytes != bytes) return "sizes do not fit together";
+    if (reinterpret_cast<uintptr_t>(data) % 64) return "not aligned to 64 bytes";
+    int64_t* starts = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
+    if (!starts) return "no memory";
+    const char* wrong = count_rows(bitmask, rows, columns, count, starts);
+    if (!wrong) {
+        advise_huge_pages(data, bytes);
+        write_header(data, rows, columns, count, static_cast<Type>(type));
+        const int64_t end = layout.values_at + count * (type == BF16 ? 2 : 4);
+        char* base = static_cast<char*>(data);
+        std::memset(base + end, 0, bytes - end);
+        uint64_t* offsets = reinterpret_cast<uint64_t*>(base + sizeof(Header));
+        std::memset(offsets, 0, layout.masks_at - sizeof(Header));
+        for (int64_t panel = 0; panel <= layout.panels; panel++)
+            offsets[panel] = static_cast<uint64_t>(starts[panel * PANEL < rows ? panel * PANEL : rows]);
+        Weight weight;
+        wrong = view(data, bytes, &weight);
+        if (!wrong && type == BF16) pack_all<uint16_t, BF16>(weight, values, bitmask, starts, threads);
+        if (!wrong && type == FP32) pack_all<uint32_t, FP32>(weight, values, bitmask, starts, threads);
+    }
+    std::free(starts);
+    return wrong;
+}
+
+}  // namespace rac

@@ -1,0 +1,1 @@
+"""Serving packed sparse checkpoints: kernels, and the vLLM plugin that runs them."""

@@ -1,0 +1,12 @@
+"""Linear layers with packed sparse weights on the CPU, on our own kernels.
+
+`support()` says what runs here, `choose` whether a layer gains from it, `pack` makes a `SparseWeight`, `sparse_linear`
+multiplies with one. Importing this loads torch only; the compiled library is looked for at the first use.
+"""
+
+from rac_modifier.serving.kernels.choice import Decision, choose
+from rac_modifier.serving.kernels.linear import sparse_linear
+from rac_modifier.serving.kernels.native import Support, support
+from rac_modifier.serving.kernels.weight import SparseWeight, pack, unpack
+
+__all__ = ["Decision", "SparseWeight", "Support", "choose", "pack", "sparse_linear", "support", "unpack"]

@@ -1,0 +1,59 @@
+"""The optional CPU kernel; everything else is in pyproject.toml.
+
+A plain shared object with a C interface: no Python or torch headers are needed, and one build serves every Python.
+Without a compiler the installation succeeds, and `rac_modifier.serving.kernels.support()` says what is missing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+
+class BuildKernel(build_ext):
+    """build_ext that adds OpenMP where the compiler has it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build with the flags that work here."""
+        if self._compiles("-fopenmp"):
+            ext.extra_compile_args.append("-fopenmp")
+            ext.extra_link_args.append("-fopenmp")
+        else:
+            self.warn("no OpenMP: the sparse kernel will run on one thread")
+        super().build_extension(ext)
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """None: no Python module is initialised from it."""
+        return []
+
+    def _compiles(self, flag: str) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
+                self.compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=[flag])
+            except (CompileError, LinkError):
+                return False
+        return True
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "rac_modifier.serving.kernels._native",
+            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            language="c++",
+            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernel},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

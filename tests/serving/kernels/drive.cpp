@@ -1,0 +1,198 @@
+// Random and hostile calls of the C interface, for a build with AddressSanitizer and UBSan.
+//
+// Every buffer is exactly as large as the interface says. Argument: how many rounds. Exits 0 and prints what it did.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+extern "C" {
+int32_t rac_best_isa();
+int64_t rac_bytes(int64_t, int64_t, int64_t, int32_t);
+const char* rac_pack(const void*, int64_t, const uint8_t*, int64_t, int64_t, int32_t, void*, int64_t, int32_t);
+const char* rac_check(const void*, int64_t, int64_t, int64_t, int32_t);
+int32_t rac_type(const void*, int64_t);
+const char* rac_expand(const void*, int64_t, int64_t, int64_t, void*, int32_t, int64_t, int32_t, int32_t);
+const char* rac_linear(const void*, int64_t, int64_t, int64_t, const void*, int32_t, int64_t, const void*, int32_t,
+                       void*, int32_t, int32_t);
+}
+
+static std::mt19937_64 rng(7);
+static int64_t below(int64_t n) { return static_cast<int64_t>(rng() % static_cast<uint64_t>(n)); }
+
+static void require(bool condition, const char* what) {
+    if (condition) return;
+    std::fprintf(stderr, "failed: %s\n", what);
+    std::exit(1);
+}
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<uint8_t[], Free>;
+static Buffer aligned(int64_t bytes) {  // a multiple of 64, as packed data is
+    return Buffer(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+}
+
+// Small integers: products and sums are exact in bf16 inputs and fp32 accumulators, so that results can be compared.
+static void put(uint8_t* to, int32_t type, int64_t index, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t half = static_cast<uint16_t>(bits >> 16);
+    if (type == 0)
+        std::memcpy(to + 2 * index, &half, 2);
+    else
+        std::memcpy(to + 4 * index, &value, 4);
+}
+static float get(const uint8_t* from, int32_t type, int64_t index) {
+    uint32_t bits = 0;
+    if (type == 0)
+        std::memcpy(reinterpret_cast<uint8_t*>(&bits) + 2, from + 2 * index, 2);
+    else
+        std::memcpy(&bits, from + 4 * index, 4);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+static int64_t size_of(int32_t type) { return type == 0 ? 2 : 4; }
+
+struct Case {
+    int64_t rows, columns, bytes;
+    int32_t type;
+    std::vector<float> dense;
+    Buffer data;
+};
+
+static Case random_case() {
+    Case c;
+    c.rows = 1 + below(below(4) ? 40 : 130);
+    c.columns = 1 + below(below(4) ? 70 : 700);
+    c.type = static_cast<int32_t>(below(2));
+    const int64_t density = below(101), row_bytes = (c.columns + 7) / 8;
+    c.dense.assign(c.rows * c.columns, 0);
+    std::vector<uint8_t> bitmask(c.rows * row_bytes);
+    std::vector<float> kept;
+    for (int64_t row = 0; row < c.rows; row++)
+        for (int64_t column = 0; column < c.columns; column++)
+            if (below(100) < density) {
+                bitmask[row * row_bytes + column / 8] |= 1 << (column % 8);
+                kept.push_back(c.dense[row * c.columns + column] = static_cast<float>(below(7) - 3));
+            }
+    const int64_t count = static_cast<int64_t>(kept.size());
+    std::vector<uint8_t> values(count * size_of(c.type));
+    for (int64_t i = 0; i < count; i++) put(values.data(), c.type, i, kept[i]);
+    c.bytes = rac_bytes(c.rows, c.columns, count, c.type);
+    c.data = aligned(c.bytes);
+    const int32_t threads = 1 + static_cast<int32_t>(below(3));
+    require(!rac_pack(values.data(), count, bitmask.data(), c.rows, c.columns, c.type, c.data.get(), c.bytes, threads),
+            "pack");
+    require(!rac_check(c.data.get(), c.bytes, c.rows, c.columns, c.type), "check what was packed");
+    if (count > 0) {  // a count that the bitmask does not have
+        const int64_t less = rac_bytes(c.rows, c.columns, count - 1, c.type);
+        Buffer other = aligned(less);
+        require(rac_pack(values.data(), count - 1, bitmask.data(), c.rows, c.columns, c.type, other.get(), less, 1),
+                "refuse a wrong count");
+    }
+    return c;
+}
+
+static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare) {
+    for (int32_t isa = 0; isa <= rac_best_isa(); isa++) {
+        const int64_t m = below(3) ? 1 + below(9) : below(100);
+        const int32_t x_type = static_cast<int32_t>(below(2)), bias_type = static_cast<int32_t>(below(2));
+        std::vector<uint8_t> x(m * c.columns * size_of(x_type)), bias(c.rows * size_of(bias_type));
+        std::vector<uint8_t> out(m * c.rows * size_of(x_type));
+        for (int64_t i = 0; i < m * c.columns; i++) put(x.data(), x_type, i, static_cast<float>(below(5) - 2));
+        for (int64_t i = 0; i < c.rows; i++) put(bias.data(), bias_type, i, static_cast<float>(below(5) - 2));
+        const bool with_bias = below(2);
+        const char* wrong = rac_linear(data, c.bytes, c.rows, c.columns, x.data(), x_type, m,
+                                       with_bias ? bias.data() : nullptr, bias_type, out.data(), isa,
+                                       1 + static_cast<int32_t>(below(3)));
+        require(!wrong, wrong ? wrong : "");
+        for (int64_t i = 0; compare && i < m * c.rows; i++) {
+            const int64_t line = i / c.rows, row = i % c.rows;
+            float sum = with_bias ? get(bias.data(), bias_type, row) : 0;
+            for (int64_t k = 0; k < c.columns; k++)
+                sum += get(x.data(), x_type, line * c.columns + k) * c.dense[row * c.columns + k];
+            require(std::fabs(get(out.data(), x_type, i) - sum) <= (x_type == 0 ? std::fabs(sum) / 128 : 0), "product");
+        }
+
+        const int64_t panels = (c.rows + 15) / 16, first = below(panels), last = first + 1 + below(panels - first);
+        const int64_t stride = 16 * (last - first);
+        const int32_t out_type = c.type == 0 ? static_cast<int32_t>(below(2)) : 1;
+        std::vector<uint8_t> columns(c.columns * stride * size_of(out_type));
+        require(!rac_expand(data, c.bytes, first, last, columns.data(), out_type, stride, isa, 1), "expand");
+        for (int64_t k = 0; compare && k < c.columns; k++)
+            for (int64_t n = 0; n < stride && 16 * first + n < c.rows; n++)
+                require(get(columns.data(), out_type, k * stride + n) == c.dense[(16 * first + n) * c.columns + k],
+                        "expanded value");
+    }
+}
+
+// Damaged copies: refused, or as harmless as any other weight of that shape.
+static void hostile(const Case& c, int64_t* refused, int64_t* harmless) {
+    const int64_t masks = 64 + (8 * ((c.rows + 15) / 16 + 1) + 63) / 64 * 64;
+    for (int round = 0; round < 50; round++) {
+        const int64_t bytes = below(8) ? c.bytes : 64 * below(c.bytes / 64 + 1);
+        Buffer copy = aligned(bytes);
+        if (bytes) std::memcpy(copy.get(), c.data.get(), bytes);
+        const int64_t ends[] = {64, masks, c.bytes};
+        for (int64_t i = below(4); bytes && i >= 0; i--) {
+            const int64_t at = below(ends[below(3)]);
+            if (at < bytes) copy[at] = static_cast<uint8_t>(below(3) ? rng() : below(2) * 255);
+        }
+        float x[1] = {0}, out[1];
+        if (rac_check(copy.get(), bytes, c.rows, c.columns, c.type)) {
+            ++*refused;
+            // Shapes that the header may have been changed to, without the check.
+            rac_linear(copy.get(), bytes, -1, 0, x, 1, 1, nullptr, 1, out, 0, 1);
+            rac_type(copy.get(), bytes);
+        } else {
+            ++*harmless;
+            Case same;
+            same.rows = c.rows, same.columns = c.columns, same.bytes = bytes, same.type = c.type;
+            multiply_and_expand(same, copy.get(), false);
+        }
+    }
+}
+
+static void extremes() {
+    const int64_t extreme[] = {INT64_MIN, -(int64_t{1} << 40), -1, 0, 1, 16, (int64_t{1} << 31) - 1, int64_t{1} << 31,
+                               int64_t{1} << 62, INT64_MAX};
+    for (int64_t a : extreme)
+        for (int64_t b : extreme)
+            for (int64_t n : extreme)
+                for (int32_t type : {-1, 0, 1, 2, INT32_MAX}) {
+                    rac_bytes(a, b, n, type);
+                    rac_check(nullptr, n, a, b, type);
+                    rac_linear(nullptr, n, a, b, nullptr, type, n, nullptr, type, nullptr, type, type);
+                    rac_expand(nullptr, n, a, b, nullptr, type, n, type, type);
+                    uint8_t none[1] = {0};
+                    if (rac_bytes(a, b, n, type) < 0) rac_pack(none, n, none, a, b, type, none, n, 1);
+                }
+    Case c = random_case();
+    uint8_t out[1];
+    for (int64_t a : extreme)
+        for (int64_t b : extreme) {
+            if (a != b) require(rac_expand(c.data.get(), c.bytes, a, b, out, 1, 0, 0, 1), "panels");
+            if (a != c.rows || b != c.columns)
+                require(rac_linear(c.data.get(), c.bytes, a, b, out, 1, 1, nullptr, 1, out, 0, 1), "shapes");
+        }
+}
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
+    int64_t refused = 0, harmless = 0;
+    extremes();
+    for (int round = 0; round < rounds; round++) {
+        Case c = random_case();
+        multiply_and_expand(c, c.data.get(), true);
+        hostile(c, &refused, &harmless);
+    }
+    std::printf("best %d: %d weights, %lld damaged copies refused, %lld harmless\n", rac_best_isa(), rounds,
+                static_cast<long long>(refused), static_cast<long long>(harmless));
+}

@@ -1,0 +1,178 @@
+// Plain C++ for the AVX512 and AMX intrinsics that csrc/ uses, so that those kernels run on any machine.
+//
+// From the pseudocode of Intel's intrinsics guide. Tiles check what the processor would fault on, or compute wrongly.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#define RAC_REQUIRE(condition)                                                  \
+    do {                                                                        \
+        if (!(condition)) {                                                     \
+            std::fprintf(stderr, "emulated instruction: %s\n", #condition);     \
+            std::abort();                                                       \
+        }                                                                       \
+    } while (0)
+
+#define _MM_HINT_T0 3
+#define _mm_prefetch(address, hint) ((void)(address))
+
+using __mmask16 = uint16_t;
+using __mmask32 = uint32_t;
+struct __m512i {
+    uint32_t lane[16];
+};
+struct __m512 {
+    float lane[16];
+};
+struct __m256i {
+    uint16_t lane[16];
+};
+
+template <class To, class From>
+inline To rac_bits(const From& from) {
+    To to;
+    static_assert(sizeof to == sizeof from, "same bits");
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline __m512i _mm512_loadu_si512(const void* from) {
+    __m512i to;
+    std::memcpy(&to, from, 64);
+    return to;
+}
+inline __m512 _mm512_loadu_ps(const void* from) {
+    __m512 to;
+    std::memcpy(&to, from, 64);
+    return to;
+}
+inline void _mm512_storeu_ps(void* to, __m512 value) { std::memcpy(to, &value, 64); }
+inline void _mm512_store_si512(void* to, __m512i value) {
+    RAC_REQUIRE(reinterpret_cast<uintptr_t>(to) % 64 == 0);
+    std::memcpy(to, &value, 64);
+}
+inline void _mm256_storeu_si256(__m256i* to, __m256i value) { std::memcpy(to, &value, 32); }
+inline __m512 _mm512_castsi512_ps(__m512i value) { return rac_bits<__m512>(value); }
+
+template <class Operation>
+inline __m512 rac_lanes(Operation operation) {
+    __m512 to;
+    for (int i = 0; i < 16; i++) to.lane[i] = operation(i);
+    return to;
+}
+inline __m512 _mm512_setzero_ps() { return __m512{}; }
+inline __m512 _mm512_set1_ps(float value) {
+    return rac_lanes([=](int) { return value; });
+}
+inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
+    return rac_lanes([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+    return rac_lanes([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
+}
+
+template <class Operation>
+inline __m512i rac_integers(Operation operation) {
+    __m512i to;
+    for (int i = 0; i < 16; i++) to.lane[i] = operation(i);
+    return to;
+}
+inline __m512i _mm512_set1_epi32(int value) {
+    return rac_integers([=](int) { return static_cast<uint32_t>(value); });
+}
+inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
+    return rac_integers([&](int i) { return a.lane[i] & b.lane[i]; });
+}
+inline __m512i _mm512_slli_epi32(__m512i a, unsigned count) {
+    return rac_integers([&](int i) { return a.lane[i] << count; });
+}
+inline __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
+    return rac_integers([&](int i) { return a.lane[i] >> count; });
+}
+inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
+    __m256i to;
+    for (int i = 0; i < 16; i++) to.lane[i] = static_cast<uint16_t>(a.lane[i]);
+    return to;
+}
+inline __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i from) {
+    uint16_t stored[32], spread[32] = {};
+    std::memcpy(stored, &from, 64);
+    for (int i = 0, next = 0; i < 32; i++)
+        if (mask >> i & 1) spread[i] = stored[next++];
+    __m512i to;
+    std::memcpy(&to, spread, 64);
+    return to;
+}
+inline __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 from) {
+    __m512 to{};
+    for (int i = 0, next = 0; i < 16; i++)
+        if (mask >> i & 1) to.lane[i] = from.lane[next++];
+    return to;
+}
+
+struct RacTiles {
+    bool configured = false;
+    int rows[8], bytes[8];
+    uint8_t data[8][16][64];
+};
+inline RacTiles& rac_tiles() {
+    static thread_local RacTiles tiles;
+    return tiles;
+}
+inline void _tile_loadconfig(const void* config) {
+    const uint8_t* from = static_cast<const uint8_t*>(config);
+    RacTiles& tiles = rac_tiles();
+    RAC_REQUIRE(from[0] == 1);
+    for (int i = 1; i < 16; i++) RAC_REQUIRE(from[i] == 0);
+    for (int i = 0; i < 16; i++) {
+        uint16_t bytes;
+        std::memcpy(&bytes, from + 16 + 2 * i, 2);
+        const int rows = from[48 + i];
+        RAC_REQUIRE(bytes <= 64 && rows <= 16 && (i < 8 || (bytes == 0 && rows == 0)) && (bytes == 0) == (rows == 0));
+        if (i < 8) tiles.bytes[i] = bytes, tiles.rows[i] = rows;
+    }
+    std::memset(tiles.data, 0, sizeof tiles.data);
+    tiles.configured = true;
+}
+inline void _tile_release() { rac_tiles().configured = false; }
+inline RacTiles& rac_configured(int tile) {
+    RAC_REQUIRE(rac_tiles().configured && rac_tiles().rows[tile] > 0);
+    return rac_tiles();
+}
+inline void _tile_zero(int tile) { std::memset(rac_configured(tile).data[tile], 0, sizeof rac_tiles().data[tile]); }
+inline void _tile_loadd(int tile, const void* from, int64_t stride) {
+    RacTiles& tiles = rac_configured(tile);
+    std::memset(tiles.data[tile], 0, sizeof tiles.data[tile]);
+    for (int row = 0; row < tiles.rows[tile]; row++)
+        std::memcpy(tiles.data[tile][row], static_cast<const char*>(from) + row * stride, tiles.bytes[tile]);
+}
+inline void _tile_stored(int tile, void* to, int64_t stride) {
+    RacTiles& tiles = rac_configured(tile);
+    for (int row = 0; row < tiles.rows[tile]; row++)
+        std::memcpy(static_cast<char*>(to) + row * stride, tiles.data[tile][row], tiles.bytes[tile]);
+}
+inline float rac_from_bf16(const uint8_t* from) {
+    uint16_t bits;
+    std::memcpy(&bits, from, 2);
+    return rac_bits<float>(static_cast<uint32_t>(bits) << 16);
+}
+// acc[m][n] += sum over pairs of a[m][2p] b[p][2n] + a[m][2p + 1] b[p][2n + 1]
+inline void _tile_dpbf16ps(int acc, int a, int b) {
+    RacTiles& tiles = rac_configured(acc);
+    RAC_REQUIRE(rac_configured(a).bytes[a] == 4 * rac_configured(b).rows[b]);
+    RAC_REQUIRE(tiles.rows[acc] == tiles.rows[a] && tiles.bytes[acc] == tiles.bytes[b]);
+    RAC_REQUIRE(acc != a && acc != b && a != b);
+    for (int m = 0; m < tiles.rows[acc]; m++)
+        for (int n = 0; n < tiles.bytes[acc] / 4; n++) {
+            float sum;
+            std::memcpy(&sum, tiles.data[acc][m] + 4 * n, 4);
+            for (int pair = 0; pair < tiles.rows[b]; pair++)
+                for (int k = 0; k < 2; k++)
+                    sum += rac_from_bf16(tiles.data[a][m] + 4 * pair + 2 * k) *
+                           rac_from_bf16(tiles.data[b][pair] + 4 * n + 2 * k);
+            std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
+        }
+}
