@@ -161,15 +161,28 @@ def evaluate(
     column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
     cap: Annotated[int, typer.Option(min=1, help="new tokens after which an answer counts as never finished")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy; default: greedy, with --divergence the model's own")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
     seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
     precision: Precision = Dtype.AUTO,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="close the thinking before it begins: what the model knows without it")
+    ] = False,
+    divergence: Annotated[
+        bool,
+        typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model on its own samples"),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="with --divergence: plot it against the position in the completion, as .png")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the results to this file too")] = None,
 ) -> None:
     """Compare models: accuracy with its interval, thinking length, share that never finishes, speed.
 
-    All get the same problems, asked zero-shot through the chat template, and the same cap.
+    All get the same problems, asked zero-shot through the chat template, and the same cap. With --divergence no answer is
+    checked: the first model is sampled, and the others are measured against its predictions, token by token.
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
@@ -177,12 +190,24 @@ def evaluate(
     from rac_modifier.evaluation.accuracy import evaluate as run
     from rac_modifier.evaluation.problems import held_out_problems
     from rac_modifier.evaluation.report import render_table
+    from rac_modifier.reasoner import direct_answer_prompt
+    from rac_modifier.traces.prompts import render_prompt
 
     if json_out is not None and not json_out.absolute().parent.is_dir():
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
+    if divergence and len(models) < 2:
+        raise RacError("--divergence compares pruned models with the first one; name at least two models")
+    if plot is not None and not divergence:
+        raise RacError("--plot draws divergence against position; give --divergence too")
     for name in models:
         _check_model(_resolve(name))
     chosen = held_out_problems(source, problems, seed, column, answer_column)
+    if divergence:
+        from rac_modifier.traces.generation import SamplingSettings
+
+        sampling = SamplingSettings(temperature=temperature, max_new_tokens=cap, batch_size=batch_size, seed=seed)
+        _divergence(models, chosen, sampling, precision, plot, json_out)
+        return
     results = []
     for name in models:
         loaded, tokenizer = _load(name, precision)
@@ -192,8 +217,9 @@ def evaluate(
                 tokenizer,
                 chosen,
                 label=name,
+                render=direct_answer_prompt if direct else render_prompt,
                 max_new_tokens=cap,
-                temperature=temperature,
+                temperature=temperature or 0.0,
                 batch_size=batch_size,
                 seed=seed,
             )
@@ -201,6 +227,25 @@ def evaluate(
     typer.echo(render_table(results))
     if json_out is not None:
         write_json_atomic(json_out, {"results": [result.as_dict() for result in results]})
+
+
+def _divergence(
+    models: list[str], problems: list[Any], sampling: Any, precision: Dtype, plot: Path | None, json_out: Path | None
+) -> None:
+    from rac_modifier.checkpoint.record import write_json_atomic
+    from rac_modifier.evaluation.divergence import divergence
+    from rac_modifier.evaluation.own_samples import sample_sequences
+    from rac_modifier.evaluation.plot import plot_divergence
+    from rac_modifier.evaluation.report import render_divergence_table
+
+    dense, tokenizer = _load(models[0], precision)
+    sequences = sample_sequences(dense, tokenizer, problems, sampling)
+    results = [divergence(dense, _load(name, precision)[0], sequences, label=name) for name in models[1:]]
+    typer.echo(render_divergence_table(results))
+    if plot is not None:
+        plot_divergence(results, plot)
+    if json_out is not None:
+        write_json_atomic(json_out, {"divergence": [result.as_dict() for result in results]})
 
 
 @app.command()

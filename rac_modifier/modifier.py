@@ -26,7 +26,7 @@ from rac_modifier.pruning.collector import HessianCollector
 from rac_modifier.pruning.dense_target import target_weights
 from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.solver import Method, solve
+from rac_modifier.pruning.solver import ITERATIONS, REFIT_STEPS, Method, solve
 from rac_modifier.pruning.sparsegpt import factorise
 from rac_modifier.pruning.statistics import GroupStatistics
 from rac_modifier.pruning.targets import find_targets
@@ -79,6 +79,10 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         "calibration set, with the whole model on one device",
     )
     block_size: int = Field(128, ge=1, description="columns that SparseGPT settles before it updates the rest")
+    iterations: int = Field(ITERATIONS, ge=1, description="iterations of alps; its time grows with them")
+    refit_steps: int = Field(
+        REFIT_STEPS, ge=1, description="conjugate-gradient steps of a refit at most; one costs as much as an iteration"
+    )
     dampening_frac: float = Field(
         0.01, gt=0, description="dampening added to the Hessian, as a share of its mean diagonal"
     )
@@ -249,6 +253,8 @@ class ReasoningAwareSparseGPTModifier(Modifier):
                 dampening_frac=self.dampening_frac,
                 target=target,
                 refit=self.refit,
+                iterations=self.iterations,
+                refit_steps=self.refit_steps,
                 factor=factor,
             )
         for module, name, solution in zip(modules, names, solutions, strict=True):

@@ -82,6 +82,23 @@ def test_prune_inspect_and_eval(rac, tiny_folder, recipe_file, tmp_path):
     assert {row["problems"] for row in rows} == {4}
 
 
+def test_eval_divergence(rac, tiny_folder, tmp_path):
+    plot, results = tmp_path / "d.png", tmp_path / "d.json"
+    options = ("--divergence", "--problems", 4, "--cap", 12)
+    code, stdout, _ = rac("eval", tiny_folder, tiny_folder, *options, "--plot", plot, "--json", results)
+    assert code == 0
+    assert "KL" in stdout
+    (found,) = json.loads(results.read_text())["divergence"]
+    assert found["kl"] == pytest.approx(0.0, abs=1e-5)  # of a model with itself
+    assert found["agreement"] == 1.0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_divergence_needs_two_models(rac, tiny_folder, tmp_path):
+    assert "name at least two models" in rac("eval", tiny_folder, "--divergence")[2]
+    assert "give --divergence too" in rac("eval", tiny_folder, "--plot", tmp_path / "x.png")[2]
+
+
 def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     store = tmp_path / "new.jsonl"
     options = ("-r", recipe_file, "-s", f"traces.store={store}", "-s", "calibration.tokens=300")

@@ -1,4 +1,4 @@
-"""A tiny random Qwen3 with a tokenizer that has a chat template, and what recipes for it look like."""
+"""Tiny random Qwen3 models with their tokenizers, for all tests, and what recipes for them look like."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 NAME = "ReasoningAwareSparseGPTModifier"
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<think>"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>{% endif %}{% endif %}"
+)
+BYTE_TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n"
+    "{% endif %}"
 )
 TOKENS = 1500
 
 
 def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A token a printable ASCII character; 102 in all."""
     letters = SPECIAL + ["\n"] + [chr(c) for c in range(32, 127)] + ["<unk>"]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(letters)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -29,7 +34,27 @@ def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerF
     )
 
 
+def byte_tokenizer(*, thinking_tags: bool = True) -> PreTrainedTokenizerFast:
+    """A token a byte, so that any text can be read back; with or without thinking tags as tokens of their own."""
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    if thinking_tags:
+        core.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=BYTE_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """In evaluation mode; `changes` to its config. Head and embedding are tied only if told to."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": 300,

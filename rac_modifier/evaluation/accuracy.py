@@ -1,4 +1,4 @@
-"""Ask a model a list of problems and measure its answers; teacher-forced loss is the quick stand-in."""
+"""Ask a model a list of problems and measure its answers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
@@ -177,66 +175,3 @@ def save_rows(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         for row in rows:
             file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
     os.replace(partial, path)
-
-
-@torch.no_grad()
-def trace_loss(model: Any, sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int = 4096) -> float:
-    """Mean teacher-forced negative log-likelihood of completion tokens, in nats a token.
-
-    It orders pruned models as their accuracy does, at the price of one forward pass.
-
-    Args:
-        model: a transformers causal LM; left in the mode (train or eval) it was in.
-        sequences: `(ids, prompt_length)`: prompt and completion in one, EOS kept; the first `prompt_length` ids are
-            context only.
-        batch_tokens: padded tokens a forward pass; the logits take `batch_tokens` x vocabulary floats.
-
-    Raises:
-        RacError: no sequences, or one without a prompt or without a completion.
-    """
-    if not sequences:
-        raise RacError("no sequences to measure the loss on; give at least one")
-    for ids, prompt_length in sequences:
-        if not 1 <= prompt_length < len(ids):
-            raise RacError(
-                f"prompt_length {prompt_length} of a sequence of {len(ids)} tokens leaves no prompt or no completion; "
-                "give sequences with at least one token of each"
-            )
-    was_training = model.training
-    model.eval()
-    try:
-        losses = [_batch_loss(model, batch) for batch in _batches(sequences, batch_tokens)]
-    finally:
-        model.train(was_training)
-    return sum(losses) / sum(len(ids) - prompt_length for ids, prompt_length in sequences)
-
-
-def _batches(
-    sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int
-) -> Iterator[list[tuple[Sequence[int], int]]]:
-    """Sequences of like length together, as many as fit `batch_tokens` once padded, at least one."""
-    batch: list[tuple[Sequence[int], int]] = []
-    for sequence in sorted(sequences, key=lambda s: len(s[0])):
-        if batch and (len(batch) + 1) * len(sequence[0]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    yield batch
-
-
-def _batch_loss(model: Any, batch: list[tuple[Sequence[int], int]]) -> float:
-    """Summed loss of a batch. Padding is on the right, where a causal model's earlier positions cannot see it."""
-    length = max(len(ids) for ids, _ in batch)
-    ids = torch.zeros(len(batch), length, dtype=torch.long)
-    real = torch.zeros_like(ids)
-    target = torch.full_like(ids, -100)
-    for i, (sequence, prompt_length) in enumerate(batch):
-        n = len(sequence)
-        ids[i, :n] = torch.tensor(sequence)
-        real[i, :n] = 1
-        target[i, prompt_length:n] = ids[i, prompt_length:n]
-    device = model.device
-    logits = model(input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False).logits
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten().to(device), ignore_index=-100, reduction="sum"
-    ).item()

@@ -1,4 +1,4 @@
-"""Accuracy and unfinished answers by sparsity, one line a calibration set, dense as the reference."""
+"""Accuracy and unfinished answers by sparsity, dense as the reference; divergence from dense by position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.report import SeedSummary, Spread, sparsity_order, summarise_seeds
+from rac_modifier.evaluation.divergence_result import DivergenceResult
+from rac_modifier.evaluation.report import SeedSummary, Spread, check_same_sequences, sparsity_order, summarise_seeds
 from rac_modifier.evaluation.results import EvalResult
 
 if TYPE_CHECKING:
@@ -98,6 +99,59 @@ def plot_bars(results: Sequence[EvalResult], path: str | os.PathLike[str]) -> Pa
     return path
 
 
+def plot_divergence(
+    results: Sequence[DivergenceResult], path: str | os.PathLike[str], *, title: str | None = None
+) -> Path:
+    """Draw KL to the dense model (left) and top-1 agreement with it (right) by position in the completion, a line a model.
+
+    Shades are one standard error. What accumulates while a model thinks shows here: calibrated on prompts only, the error
+    grows with the position (arXiv 2509.12464, figure 2, shows it for the error of layers).
+
+    Raises:
+        RacError: no results, results on different sequences, more of them than colours, another file type than .png, .svg or
+            .pdf, matplotlib missing.
+    """
+    path = _checked(path)
+    check_same_sequences(results)
+    if len(results) > len(_COLOURS):
+        raise RacError(f"{len(results)} models are too many for one plot; show at most {len(_COLOURS)}")
+    figure = _figure(9.6, 4.0)
+    left, right = figure.subplots(1, 2)
+    for index, r in enumerate(results):
+        positions = [(b.start + b.end) / 2 for b in r.bins]
+        for axes, scale, means, errors in (
+            (left, 1, [b.kl for b in r.bins], [b.kl_stderr for b in r.bins]),
+            (right, 100, [b.agreement for b in r.bins], [b.agreement_stderr for b in r.bins]),
+        ):
+            style = {"color": _COLOURS[index], "marker": _MARKERS[index], "linewidth": 1.8, "markersize": 5}
+            axes.plot(positions, [scale * m for m in means], label=r.label, **style)
+            low = [scale * (m - (e or 0.0)) for m, e in zip(means, errors, strict=True)]
+            high = [scale * (m + (e or 0.0)) for m, e in zip(means, errors, strict=True)]
+            axes.fill_between(positions, low, high, color=_COLOURS[index], alpha=0.18, linewidth=0)
+    left.set_title("KL to the dense model, nats a token", loc="left", fontsize=10, color=_INK)
+    right.set_title("Same most likely token as the dense model", loc="left", fontsize=10, color=_INK)
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
+    left.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.set_xlabel("position in the completion, tokens", fontsize=9, color=_INK)
+        axes.set_xlim(0, results[0].bins[-1].end)
+        _plain(axes)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    figure.savefig(path)
+    return path
+
+
+def _plain(axes: Axes) -> None:
+    """Horizontal grid lines and no frame but the bottom one."""
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9, colors=_INK, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
 def _bars(axes: Axes, shares: list[float], colours: list[str], ends: list[float]) -> None:
     """Horizontal bars, each with its value written behind `ends`."""
     axes.barh(range(len(shares)), [100 * s for s in shares], color=colours, height=0.6)
@@ -159,10 +213,7 @@ def _panel(axes: Axes, points: list[tuple[SeedSummary, Spread]], names: list[str
     axes.set_xlabel("weights pruned in each layer", fontsize=9, color=_INK)
     axes.set_ylim(-3, 103)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
-    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9, colors=_INK, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    _plain(axes)
     shares = [x for key, x in positions.items() if not isinstance(key, str)]
     patterns = [x for key, x in positions.items() if isinstance(key, str)]
     axes.set_xlim(min(positions.values()) - 0.5 * step, max(positions.values()) + 0.5 * step)

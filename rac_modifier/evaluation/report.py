@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.divergence_result import DivergenceResult
 from rac_modifier.evaluation.results import EvalResult
 
 _COLUMNS = ("model", "accuracy", "95 % CI", "thinking", "tokens", "unfinished", "tokens/s", "minutes", "problems")
@@ -51,6 +52,40 @@ def _cells(result: EvalResult) -> list[str]:
         f"{result.seconds / 60:.1f}",
         str(result.problems),
     ]
+
+
+def render_divergence_table(results: Sequence[DivergenceResult], *, markdown: bool = False) -> str:
+    """Divergence from the dense model as an aligned table, in the order given; a standard error stands behind each mean.
+
+    Raises:
+        RacError: no results, or results on different sequences.
+    """
+    check_same_sequences(results)
+    rows = [["model", "KL, nats a token", "top-1 agreement"]]
+    for r in results:
+        rows.append(
+            [r.label, _with_error(r.kl, r.kl_stderr, ".3f"), _with_error(r.agreement, r.agreement_stderr, ".1%")]
+        )
+    first = results[0]
+    note = (
+        f"KL(dense || model) on {first.tokens:,} completion tokens of {first.sequences:,} sequences; ± one standard error "
+        "over sequences."
+    )
+    return "\n".join([*_aligned(rows, markdown), "", note])
+
+
+def check_same_sequences(results: Sequence[DivergenceResult]) -> None:
+    """Raise a RacError unless there are results that can stand side by side."""
+    if not results:
+        raise RacError("no divergence results to show; give at least one")
+    shapes = {(r.tokens, r.sequences, tuple(b.start for b in r.bins)) for r in results}
+    if len(shapes) > 1:
+        counts = ", ".join(f"{r.label}: {r.tokens:,} tokens of {r.sequences:,} sequences" for r in results)
+        raise RacError(f"results on different sequences or bins cannot be compared ({counts}); measure all on one set")
+
+
+def _with_error(mean: float, error: float | None, form: str) -> str:
+    return f"{mean:{form}}" if error is None else f"{mean:{form}} ± {error:{form}}"
 
 
 def _aligned(rows: list[list[str]], markdown: bool, text_columns: int = 1) -> list[str]:

@@ -29,11 +29,15 @@ from rac_modifier.pruning.dampening import Dampening
 from rac_modifier.pruning.methods import METHODS, Method, Problem, Settings
 from rac_modifier.pruning.patterns import Pattern
 from rac_modifier.pruning.quadratic import quadratic_form
-from rac_modifier.pruning.refit import STEPS, Refit
+from rac_modifier.pruning.refit import Refit
 from rac_modifier.pruning.refit import refit as refit_kept
 from rac_modifier.pruning.sparsegpt import Factor
 
-__all__ = ["Method", "Solution", "quadratic_form", "solve"]
+__all__ = ["ITERATIONS", "REFIT_STEPS", "Method", "Solution", "quadratic_form", "solve"]
+
+# On the embedded reasoner 16 iterations with 20 steps leave some 5 % less layer error, and no measurable accuracy more.
+ITERATIONS = 12
+REFIT_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ def solve(
     dampening_frac: float = 0.01,
     target: Sequence[torch.Tensor] | None = None,
     refit: bool = False,
-    iterations: int = 16,
-    refit_steps: int = STEPS,
+    iterations: int = ITERATIONS,
+    refit_steps: int = REFIT_STEPS,
     factor: Factor | None = None,
 ) -> list[Solution]:
     """Prune modules that read the same input: `weights`, each [rows_i, d], share `hessian` [d, d] (float32, symmetric).

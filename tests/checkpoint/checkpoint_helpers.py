@@ -1,30 +1,34 @@
+"""Pruned tiny models in bfloat16, and comparisons to the bit."""
+
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
+
+from rac_modifier.checkpoint.sources import iter_dense_tensors
+
+# What the fixture `saved` gives back: save(...) -> folder, state dict, mask structures.
+Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
+Q = "model.layers.0.self_attn.q_proj"
 
 
 def tiny_model(tied: bool = True, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    config = Qwen3Config(
+    """With weights as small as real ones, 96 = 3 x 32 columns in down_proj, and an EOS of its own."""
+    model = tiny.tiny_model(
         vocab_size=128,
-        hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=tied,
         max_position_embeddings=128,
-    )
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).to(dtype)
+        tie_word_embeddings=tied,
+        initializer_range=0.02,
+    ).to(dtype)
     model.config.dtype = dtype
     model.generation_config.eos_token_id = 7
     return model
-
-
-def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
 
 
 def prune_24(weight: torch.Tensor) -> None:
@@ -45,3 +49,25 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         and a.shape == b.shape
         and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )
+
+
+def assert_same_state(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert same_bits(tensor, expected[name]), name
+
+
+def assert_restores(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = dict(iter_dense_tensors(folder))
+    assert found.keys() == expected.keys() - ({"lm_head.weight"} - found.keys())
+    for name, tensor in found.items():
+        assert same_bits(tensor, expected[name]), name
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import PRUNERS, linears, tiny_model
+from checkpoint_helpers import PRUNERS, Saved, tiny_model
+from tiny import linears
 
 from rac_modifier.checkpoint.packing import pack_checkpoint
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]:
+def saved(tmp_path: Path) -> Saved:
     """Save a pruned tiny model, packed unless told otherwise: its folder, its state dict and the mask structures."""
 
     def save(

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from trace_fixtures import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 from rac_modifier.errors import RacError
 from rac_modifier.traces import collect

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from trace_fixtures import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from transformers import Qwen3ForCausalLM
 
 from rac_modifier.errors import RacError
@@ -11,7 +11,7 @@ from rac_modifier.traces.fingerprint import model_fingerprint, tokenizer_fingerp
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def model(request):
-    return tiny_model(tied=request.param).to(torch.bfloat16)
+    return tiny_model(tie_word_embeddings=request.param).to(torch.bfloat16)
 
 
 def test_bfloat16_and_its_upcast_agree(model):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
 from pydantic import ValidationError
-from trace_fixtures import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
 from rac_modifier.errors import RacError
@@ -19,7 +19,7 @@ KEYS = [f"p{i}#0" for i in range(len(PROMPTS))]
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    return tiny_model(vocab_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_every_eos_ends_a_completion_and_is_kept(model, tokenizer):
 def test_pads_are_no_part_of_a_completion_even_where_pad_is_eos(model):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    model_with_ends = tiny_model()
+    model_with_ends = tiny_model(vocab_size=128)
     model_with_ends.generation_config.eos_token_id = [1, *range(64, 128)]
     done = generate(model_with_ends, tokenizer, PROMPTS, HOT, KEYS)
     assert all(sum(i == 1 or i >= 64 for i in g.ids) == (g.finish_reason == "stop") for g in done)
@@ -110,7 +110,7 @@ def test_length_is_told_from_stop(model, tokenizer):
 
 
 def test_the_context_caps_each_row_by_its_own_prompt_and_says_so(warnings):
-    model, tokenizer = tiny_model(context=16), tiny_tokenizer()
+    model, tokenizer = tiny_model(vocab_size=128, max_position_embeddings=16), tiny_tokenizer()
     model.generation_config.eos_token_id = 127
     model.lm_head.weight.data[127] = 0
     done = generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
@@ -124,7 +124,7 @@ def test_the_context_caps_each_row_by_its_own_prompt_and_says_so(warnings):
 
 
 def test_the_models_own_generation_config_does_not_leak_in_and_comes_back(warnings):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model, tokenizer = tiny_model(vocab_size=128), tiny_tokenizer()
     expected = generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
     own = GenerationConfig(eos_token_id=1, repetition_penalty=5.0, num_beams=3, min_new_tokens=20, suppress_tokens=[3])
     model.generation_config = own
@@ -161,7 +161,7 @@ def test_bad_prompts(model, tokenizer):
 
 
 def test_no_eos_anywhere():
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model, tokenizer = tiny_model(vocab_size=128), tiny_tokenizer()
     model.generation_config.eos_token_id = None
     assert generation.eos_token_ids(model, tokenizer) == [1]
     tokenizer.eos_token = None

@@ -5,7 +5,8 @@ import random
 import time
 
 import pytest
-from trace_fixtures import collect_slowly, tiny_model, tiny_tokenizer
+from slow_collection import collect_slowly
+from tiny import tiny_model, tiny_tokenizer
 
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.generation import SamplingSettings
@@ -20,7 +21,7 @@ KILLS = 20
 def test_twenty_kills_lose_and_double_nothing(tmp_path):
     # A fork server imports torch once, in a process without threads; each child is then a quick and safe fork of it.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trace_fixtures", "rac_modifier.traces.collect"])
+    context.set_forkserver_preload(["slow_collection", "rac_modifier.traces.collect"])
     path = tmp_path / "killed.jsonl"
     rng = random.Random(0)
     torn = 0

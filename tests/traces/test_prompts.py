@@ -1,5 +1,5 @@
 import pytest
-from trace_fixtures import tiny_tokenizer
+from tiny import tiny_tokenizer
 
 from rac_modifier.errors import RacError
 from rac_modifier.traces.prompts import render_prompt

@@ -1,0 +1,98 @@
+"""Sequences forced on a model token by token: checked, batched, padded; and the loss, the quickest stand-in for accuracy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rac_modifier.errors import RacError
+
+# Token ids, and how many of the first ones are the prompt.
+TokenSequence = tuple[Sequence[int], int]
+
+
+@torch.no_grad()
+def trace_loss(model: Any, sequences: Sequence[TokenSequence], batch_tokens: int = 4096) -> float:
+    """Mean teacher-forced negative log-likelihood of completion tokens, in nats a token.
+
+    It orders pruned models as their accuracy does, at the price of one forward pass.
+
+    Args:
+        model: a transformers causal LM.
+        sequences: token ids and the length of their prompt, which counts no loss.
+        batch_tokens: padded tokens of a batch at most; a longer sequence makes a batch of its own.
+
+    Raises:
+        RacError: no sequences, or one without a prompt or without a completion.
+    """
+    check_sequences(sequences)
+    with evaluating(model):
+        losses = [_batch_loss(model, batch) for batch in batches_of_like_length(sequences, batch_tokens)]
+    return sum(losses) / sum(len(ids) - prompt_length for ids, prompt_length in sequences)
+
+
+def check_sequences(sequences: Sequence[TokenSequence]) -> None:
+    """Raise a RacError unless there are sequences, each with a prompt and a completion."""
+    if not sequences:
+        raise RacError("no sequences to measure on; give at least one")
+    for ids, prompt_length in sequences:
+        if not 1 <= prompt_length < len(ids):
+            raise RacError(
+                f"prompt_length {prompt_length} of a sequence of {len(ids)} tokens leaves no prompt or no completion; "
+                "give sequences with at least one token of each"
+            )
+
+
+def batches_of_like_length(sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[list[TokenSequence]]:
+    """Shortest first, as many as fit `batch_tokens` once padded, at least one."""
+    batch: list[TokenSequence] = []
+    for sequence in sorted(sequences, key=lambda s: len(s[0])):
+        if batch and (len(batch) + 1) * len(sequence[0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    yield batch
+
+
+def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids int64 [rows, length], padded with 0 on the right, and a bool mask of the same shape: True on completion tokens.
+
+    A causal model's real positions cannot see what is to their right, so it needs no attention mask.
+    """
+    length = max(len(ids) for ids, _ in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    completion = torch.zeros(len(batch), length, dtype=torch.bool)
+    for row, (sequence, prompt_length) in enumerate(batch):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        completion[row, prompt_length : len(sequence)] = True
+    return ids, completion
+
+
+@contextlib.contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Models in evaluation mode, afterwards in the mode they were in."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
+
+
+def _batch_loss(model: Any, batch: list[TokenSequence]) -> float:
+    """Summed loss of a batch."""
+    ids, completion = padded(batch)
+    target = ids.masked_fill(~completion, -100)
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        target[:, 1:].flatten().to(logits.device),
+        ignore_index=-100,
+        reduction="sum",
+    ).item()

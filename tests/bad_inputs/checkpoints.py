@@ -1,0 +1,57 @@
+"""Mistakes about the checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+from bad_inputs.bench import Bench, Cases
+
+CASES = Cases()
+
+
+@CASES.case("an output folder that is in use", "is in use; name an empty or a new one")
+def _(b: Bench) -> None:
+    (b.tmp / "out").mkdir()
+    (b.tmp / "out" / "notes.txt").write_text("mine")
+    b.rac_prune()
+
+
+@CASES.case("an output that is a file", "is a file; name a folder")
+def _(b: Bench) -> None:
+    (b.tmp / "out").write_text("mine")
+    b.rac_prune()
+
+
+@CASES.case("no room on disk for the checkpoint", "GiB are free, the checkpoint needs up to")
+def _(b: Bench) -> None:
+    usage = namedtuple("usage", "total used free")
+    b.monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
+    b.rac_prune()
+
+
+@CASES.case("`GPTQModifier` W4A16 after 2:4 pruning", "no longer holds its pattern")
+def _(b: Bench) -> None:
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+    gptq = GPTQModifier(ignore=["lm_head"], config_groups={"group_0": group})
+    b.prune(later=(gptq,), output_dir=str(b.tmp / "out"))
+
+
+@CASES.case("loading a checkpoint with a damaged packed weight", "model.layers.0.mlp.up_proj")
+def _(b: Bench) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from rac_modifier import load_model
+
+    b.prune(output_dir=str(b.tmp / "out"))
+    tensors = load_file(b.tmp / "out" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.bitmask"][0, 0] = 255
+    save_file(tensors, b.tmp / "out" / "model.safetensors", {"format": "pt"})
+    load_model(b.tmp / "out")
+
+
+@CASES.case("looking into a folder that is not there", "is this a saved model folder?")
+def _(b: Bench) -> None:
+    b.rac("inspect", b.tmp / "nowhere")

@@ -1,0 +1,73 @@
+"""Mistakes about the pattern and the targets."""
+
+from __future__ import annotations
+
+from bad_inputs.bench import Bench, Case, Cases
+from tiny import save_tiny
+
+CASES = Cases()
+
+for value in (0, 1, 1.7, float("nan"), -0.5):
+    CASES.append(
+        Case(
+            f"`sparsity: {value}`",
+            f"sparsity {float(value)}: must lie strictly between 0 and 1",
+            lambda b, value=value: b.check(mask_structure="0:0", sparsity=value),
+        )
+    )
+for text, says in (
+    ("5:4", 'mask_structure "5:4": prunes 5 of every 4'),
+    ("a:b", "mask_structure 'a:b': not of the form \"N:M\""),
+    ("4:4", "N must be at least 1 and less than M"),
+):
+    CASES.append(Case(f'`mask_structure: "{text}"`', says, lambda b, text=text: b.check(mask_structure=text)))
+CASES += [
+    Case(
+        "`mask_structure` and `sparsity` that disagree",
+        'sparsity 0.7 contradicts mask_structure "2:4"',
+        lambda b: b.check(sparsity=0.7),
+    ),
+    Case(
+        "neither `sparsity` nor an N:M `mask_structure`",
+        'mask_structure "0:0" with no sparsity',
+        lambda b: b.check(mask_structure="0:0"),
+    ),
+    Case(
+        "N:M where a layer's inputs are no multiple of M",
+        "inputs are no multiple of 7",
+        lambda b: b.prune_with(mask_structure="3:7"),
+    ),
+    Case("targets that match nothing", "match no linear layer", lambda b: b.prune_with(targets=["Linaer"])),
+    Case(
+        "a target that is no Linear",
+        "model.embed_tokens, a Embedding; only Linear layers are pruned",
+        lambda b: b.prune_with(targets=["model.embed_tokens"]),
+    ),
+    Case("an unknown solver", "Input should be 'sparsegpt'", lambda b: b.check(solver="sparsegtp")),
+]
+
+
+@CASES.case("`lm_head` in targets of a model that ties it", "shares its weight with the input embedding")
+def _(b: Bench) -> None:
+    tied = save_tiny(b.tmp / "tied", tie_word_embeddings=True)
+    b.prune(str(tied), settings={"targets": ["lm_head"]})
+
+
+@CASES.case(
+    "a model with weights that are not finite", "the weight holds values that are not finite; check the checkpoint"
+)
+def _(b: Bench) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(b.folder)
+    model.model.layers[0].mlp.up_proj.weight.data[3, 3] = float("inf")
+    b.prune(model, settings={"calibration": {"tokens": 300, "mixture": {"prompts": 1.0}}})
+
+
+@CASES.case("a model whose activations overflow", "activations of 64 of 64 inputs are not finite")
+def _(b: Bench) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(b.folder)
+    model.model.layers[1].input_layernorm.weight.data[:] = float("inf")
+    b.prune(model, settings={"calibration": {"tokens": 300, "mixture": {"prompts": 1.0}}})

@@ -1,0 +1,73 @@
+"""Mistakes about problems and models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bad_inputs.bench import Bench, Case, Cases
+from tiny import save_tiny
+
+CASES = Cases()
+
+CASES += [
+    Case(
+        "a column that the problem file lacks",
+        "has no column 'quest'; its columns are: problem",
+        lambda b: b.prune_with(traces=b.problems({"problem": "1+1?"}, column="quest")),
+    ),
+    Case(
+        "a problem file of unknown columns, none named",
+        "which column holds the question? Set `column` to one of: text",
+        lambda b: b.prune_with(traces=b.problems({"text": "1+1?"})),
+    ),
+    Case("an empty problem file", "holds no problems", lambda b: b.prune_with(traces=b.problems())),
+    Case(
+        "a problem file that is not there",
+        "no such file; check the path",
+        lambda b: b.prune_with(traces={"problems": {"source": "nowhere.jsonl"}, "store": str(b.tmp / "new.jsonl")}),
+    ),
+    Case(
+        "an unknown reasoning-gym task",
+        "unknown reasoning-gym task 'chain_sums'; did you mean chain_sum",
+        lambda b: b.prune_with(
+            traces={"problems": {"source": "reasoning-gym:chain_sums"}, "store": str(b.tmp / "new.jsonl")}
+        ),
+    ),
+    Case("a model that is not there", "no model at", lambda b: b.rac_prune(model="./no-such-model")),
+    Case(
+        "a tokenizer that is not there",
+        "name one in the recipe (tokenizer: path or id)",
+        lambda b: b.prune_with(tokenizer="./no-such-tokenizer"),
+    ),
+    Case(
+        "evaluating on problems without answers",
+        "problems have no answer to check against",
+        lambda b: b.rac(
+            "eval", b.folder, "--source", b.problems({"problem": "1+1?"})["problems"]["source"], "--problems", 1
+        ),
+    ),
+    Case(
+        "evaluating on more problems than there are",
+        "gave 1 problems of the 5 asked for",
+        lambda b: b.rac(
+            "eval", b.folder, "--source", b.problems({"problem": "1+1?"})["problems"]["source"], "--problems", 5
+        ),
+    ),
+]
+
+
+@CASES.case("a dataset that cannot be loaded", "none of which needs a download")
+def _(b: Bench) -> None:
+    import datasets
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no network")
+
+    b.monkeypatch.setattr(datasets, "load_dataset", fail)
+    b.prune_with(traces={"problems": {"source": "some/dataset"}, "store": str(b.tmp / "new.jsonl")})
+
+
+@CASES.case("a model whose tokenizer has no chat template", "has no chat template; set template='none'")
+def _(b: Bench) -> None:
+    bare = save_tiny(b.tmp / "bare", chat_template=None)
+    b.prune(str(bare), settings={"traces": {"store": str(b.tmp / "new.jsonl")}})

@@ -1,0 +1,57 @@
+"""Mistakes about the recipe and the run."""
+
+from __future__ import annotations
+
+import torch
+from bad_inputs.bench import Bench, Case, Cases
+from tiny import NAME, entry
+
+CASES = Cases()
+
+CASES += [
+    Case(
+        "a recipe that is not there", "no recipe at", lambda b: b.rac("prune", b.folder, b.tmp / "o", "-r", "no.yaml")
+    ),
+    Case("a recipe that is not YAML", "is not YAML", lambda b: b.rac_prune("pruning_stage: [")),
+    Case(
+        "a setting that does not exist",
+        "calibration.token: there is no such setting (value 5)",
+        lambda b: b.check(calibration={"token": 5}),
+    ),
+    Case(
+        "a recipe without this modifier",
+        f"has no {NAME}",
+        lambda b: b.rac_prune("s_stage: {m_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}"),
+    ),
+    Case(
+        "a stage without its suffix, which llm-compressor overlooks",
+        "llm-compressor would overlook pruning: pruning_modifiers",
+        lambda b: b.rac_prune(f"pruning: {{pruning_modifiers: {{{NAME}: {{sparsity: 0.5}}}}}}"),
+    ),
+    Case("`--set` without a value", "is not key=value", lambda b: b.rac_prune(None, "o", None, "-s", "sparsity")),
+    Case(
+        '`oneshot(pipeline="basic")`',
+        'pipeline="basic" does not prune layer by layer',
+        lambda b: b.prune(pipeline="basic"),
+    ),
+]
+
+
+@CASES.case("`oneshot(dataset=...)` beside the recipe", "leave the dataset argument out")
+def _(b: Bench) -> None:
+    from torch.utils.data import DataLoader
+
+    b.prune(dataset=DataLoader([{"input_ids": torch.arange(2, 20)}], batch_size=1), num_calibration_samples=1)
+
+
+@CASES.case("this modifier twice in one recipe", f"the recipe has two {NAME}")
+def _(b: Bench) -> None:
+    from rac_modifier import ReasoningAwareSparseGPTModifier
+
+    b.prune(later=(ReasoningAwareSparseGPTModifier(**entry(b.store)),))
+
+
+@CASES.case("torchrun with several processes", "does not run under torchrun yet")
+def _(b: Bench) -> None:
+    b.monkeypatch.setenv("WORLD_SIZE", "2")
+    b.prune()

@@ -1,0 +1,74 @@
+"""Mistakes about the trace store."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import Any
+
+from bad_inputs.bench import Bench, Cases
+from tiny import recipe, save_tiny
+
+CASES = Cases()
+
+
+@CASES.case("a store of another model's traces", "A model is best calibrated on its own traces")
+def _(b: Bench) -> None:
+    b.prune(str(save_tiny(b.tmp / "other", seed=1)))
+
+
+@CASES.case("a store that was filled under other settings", "sampling.max_new_tokens: 40 in the store, 41 asked for")
+def _(b: Bench) -> None:
+    b.prune_with(traces={"store": str(b.store), "sampling": {"temperature": 1.0, "max_new_tokens": 41}})
+
+
+@CASES.case("a store with a corrupt line", "line 5 is corrupt: checksum or layout is wrong. Remove that line")
+def _(b: Bench) -> None:
+    lines = b.store.read_bytes().splitlines(keepends=True)
+    lines[4] = lines[4].replace(b"completion_ids", b"completion_idz")
+    b.store.write_bytes(b"".join(lines))
+    b.prune()
+
+
+@CASES.case("a store whose first line is damaged", "is no trace store, or its first line is corrupt")
+def _(b: Bench) -> None:
+    b.store.write_bytes(b.store.read_bytes()[20:])
+    b.prune()
+
+
+@CASES.case("another file in the place of the store", "is no trace store; name another path")
+def _(b: Bench) -> None:
+    b.store.write_text("my diary")
+    b.prune()
+
+
+@CASES.case("looking into an empty store", "holds no header; collect traces first")
+def _(b: Bench) -> None:
+    b.store.write_bytes(b"")
+    b.rac("traces", "inspect", b.store)
+
+
+@CASES.case("a store that another process fills", "is in use by another process")
+def _(b: Bench) -> None:
+    with b.store.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        b.prune()
+
+
+@CASES.case("no room on disk while sampling", "make room, then run again to go on from there")
+def _(b: Bench) -> None:
+    def full(fd: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lines = b.store.read_bytes().splitlines(keepends=True)
+    b.store.write_bytes(b"".join(lines[:3]))
+    b.monkeypatch.setattr(os, "write", full)
+    b.prune()
+
+
+@CASES.case("collecting for a recipe without traces", "so there is nothing to collect")
+def _(b: Bench) -> None:
+    path = b.tmp / "r.yaml"
+    path.write_text(recipe({"sparsity": 0.5, "calibration": {"mixture": {"generic": 1.0}}}))
+    b.rac("traces", "collect", b.folder, "-r", path)

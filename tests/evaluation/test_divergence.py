@@ -1,0 +1,138 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import linears, tiny_model
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation import divergence as module
+from rac_modifier.evaluation.divergence import divergence, token_divergence
+
+VOCABULARY = 300
+
+
+def sequences_of(*lengths_and_prompts, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randint(0, VOCABULARY, (n,), generator=generator).tolist(), p) for n, p in lengths_and_prompts]
+
+
+SEQUENCES = sequences_of((2, 1), (40, 3), (17, 16), (5, 1), (33, 20))
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def pruned(dense):
+    model = copy.deepcopy(dense)
+    for linear in linears(model).values():
+        weight = linear.weight.data
+        weight[weight.abs() < weight.abs().median()] = 0.0
+    return model
+
+
+def reference(dense, pruned, sequences):
+    """KL and agreement of every completion token, one sequence at a time, in float64."""
+    kls, agrees = [], []
+    with torch.no_grad():
+        for ids, prompt in sequences:
+            p, q = (m(torch.tensor([ids])).logits[0, prompt - 1 : -1].double().log_softmax(-1) for m in (dense, pruned))
+            kls.append((p.exp() * (p - q)).sum(-1))
+            agrees.append((p.argmax(-1) == q.argmax(-1)).double())
+    return kls, agrees
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+@pytest.mark.parametrize("window_elements", [1, 7 * VOCABULARY, 1 << 26])
+def test_against_one_sequence_at_a_time(dense, pruned, batch_tokens, window_elements):
+    found = divergence(
+        dense, pruned, SEQUENCES, label="x", bins=5, batch_tokens=batch_tokens, window_elements=window_elements,
+        progress=False,
+    )  # fmt: skip
+    kls, agrees = reference(dense, pruned, SEQUENCES)
+    assert (found.sequences, found.tokens) == (5, 1 + 37 + 1 + 4 + 13)
+    assert found.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-4)
+    assert found.kl > 0.01
+    assert found.agreement == pytest.approx(torch.cat(agrees).mean().item())
+    assert 0 < found.agreement < 1
+    assert [(b.start, b.end) for b in found.bins] == [(0, 8), (8, 16), (16, 24), (24, 32), (32, 40)]
+    for b in found.bins:
+        part = torch.cat([k[b.start : b.end] for k in kls])
+        assert (b.tokens, b.kl) == (len(part), pytest.approx(part.mean().item(), rel=1e-4))
+
+
+@pytest.mark.parametrize("window_elements", [5 * VOCABULARY, 1 << 26])
+def test_a_model_does_not_diverge_from_itself(dense, window_elements):
+    found = divergence(dense, dense, SEQUENCES, label="x", window_elements=window_elements, progress=False)
+    assert (found.kl, found.kl_stderr, found.agreement) == (0.0, 0.0, 1.0)
+
+
+def test_the_logits_held_at_once_are_bounded(dense, pruned):
+    sizes = []
+    handles = [
+        m.lm_head.register_forward_hook(lambda m, a, output: sizes.append(output.numel())) for m in (dense, pruned)
+    ]
+    divergence(dense, pruned, SEQUENCES, label="x", window_elements=20 * VOCABULARY, progress=False)
+    for handle in handles:
+        handle.remove()
+    assert max(sizes) <= 20 * VOCABULARY
+
+
+def test_models_of_other_dtypes_and_in_training_mode(dense):
+    half = copy.deepcopy(dense).to(torch.bfloat16).train()
+    found = divergence(dense, half, SEQUENCES, label="bf16", progress=False)
+    assert 0 < found.kl < 0.01
+    assert half.training
+    assert not dense.training
+
+
+@given(st.integers(1, 6), st.integers(2, 9), st.integers(1, 20), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_kl_and_agreement_of_any_logits(n, vocabulary, step, seed):
+    generator = torch.Generator().manual_seed(seed)
+    p, q = (8 * torch.randn(n, vocabulary, generator=generator) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_STEP_ELEMENTS", step)
+        kl, agrees = token_divergence(p, q)
+    a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    torch.testing.assert_close(kl, (a.exp() * (a - b)).sum(-1), rtol=1e-4, atol=1e-5)
+    assert (kl > -1e-5).all()
+    assert agrees.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+
+
+def test_bad_input(dense, pruned):
+    for changes, message in (
+        ({"bins": 0}, "bins=0: must be at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens=0"),
+        ({"window_elements": 0}, "window_elements=0"),
+    ):
+        with pytest.raises(RacError, match=message):
+            divergence(dense, pruned, SEQUENCES, label="x", progress=False, **changes)
+    with pytest.raises(RacError, match="no sequences"):
+        divergence(dense, pruned, [], label="x", progress=False)
+    with pytest.raises(RacError, match="prompt_length 0"):
+        divergence(dense, pruned, [([1, 2], 0)], label="x", progress=False)
+    with pytest.raises(RacError, match=r"token id 300, beyond the vocabulary of the dense model \(300 tokens\)"):
+        divergence(dense, pruned, [([1, 300], 1)], label="x", progress=False)
+    with pytest.raises(RacError, match="x: a vocabulary of 320 tokens, the dense model has 300"):
+        divergence(dense, tiny_model(vocab_size=320), SEQUENCES, label="x", progress=False)
+
+
+def test_logits_that_are_not_finite_are_an_error_not_a_result(dense):
+    broken = copy.deepcopy(dense)
+    broken.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(RacError, match=r"half: the logits .* are not finite"):
+        divergence(dense, broken, SEQUENCES, label="half", progress=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_models_on_different_devices(dense, pruned):
+    expected = divergence(dense, pruned, SEQUENCES, label="x", progress=False)
+    moved = copy.deepcopy(pruned).to("cuda")
+    found = divergence(dense, moved, SEQUENCES, label="x", window_elements=7 * VOCABULARY, progress=False)
+    assert found.kl == pytest.approx(expected.kl, rel=1e-2)

@@ -1,0 +1,66 @@
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.divergence import divergence
+from rac_modifier.evaluation.own_samples import sample_sequences, sequences_from_store
+from rac_modifier.evaluation.problems import held_out_problems
+from rac_modifier.traces.generation import SamplingSettings, generate
+from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.traces.store import TraceStore
+
+SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return held_out_problems("arithmetic", 5)
+
+
+def test_samples_are_the_models_completions_of_the_rendered_problems(model, problems):
+    tokenizer = tiny_tokenizer()
+    found = sample_sequences(model, tokenizer, problems, SAMPLING, progress=False)
+    prompts = [render_prompt(tokenizer, p.question) for p in problems]
+    expected = generate(model, tokenizer, prompts, SAMPLING, [f"{p.id}#0" for p in problems])
+    assert [list(ids[:n]) for ids, n in found] == prompts
+    assert [ids[n:] for ids, n in found] == [g.ids for g in expected]
+    assert divergence(model, model, found, label="x", progress=False).kl == 0
+
+
+def test_several_samples_of_a_problem_differ(model, problems):
+    twice = SAMPLING.model_copy(update={"samples_per_problem": 2})
+    found = sample_sequences(model, tiny_tokenizer(), problems[:2], twice, progress=False)
+    assert len(found) == len({tuple(ids) for ids, _ in found}) == 4
+
+
+def test_no_problems(model):
+    with pytest.raises(RacError, match="no problems to sample on"):
+        sample_sequences(model, tiny_tokenizer(), [], SAMPLING)
+
+
+def test_a_store_gives_its_traces_in_order(tiny_folder, trace_store):
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    traces = list(TraceStore.read(trace_store))
+    found = sequences_from_store(trace_store, dense)
+    assert found == [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in traces]
+    assert sequences_from_store(trace_store, dense, limit=2) == found[:2]
+
+
+def test_a_store_that_does_not_serve(tiny_folder, trace_store, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with pytest.raises(RacError, match="traces of another model"):
+        sequences_from_store(trace_store, tiny_model(seed=1))
+    with pytest.raises(RacError, match="limit=0"):
+        sequences_from_store(trace_store, dense, limit=0)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_bytes(trace_store.read_bytes().split(b"\n")[0] + b"\n")
+    with pytest.raises(RacError, match="holds no traces"):
+        sequences_from_store(empty, dense)
+    with pytest.raises(RacError, match="does not exist"):
+        sequences_from_store(tmp_path / "nowhere.jsonl", dense)

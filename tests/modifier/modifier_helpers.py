@@ -1,0 +1,28 @@
+"""What the tests of the modifier share: models as plain weights, other modifiers, and a data set for those."""
+
+import torch
+from llmcompressor.modifiers.quantization import GPTQModifier
+from torch.utils.data import DataLoader
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def gptq_w4() -> GPTQModifier:
+    """W4A16 in groups of 32: the preset's 128 are more than the tiny model has."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+    return GPTQModifier(ignore=["lm_head"], config_groups={"group_0": group})
+
+
+def generic_loader(count: int = 6) -> DataLoader:
+    generator = torch.Generator().manual_seed(5)
+    rows = [{"input_ids": torch.randint(2, 300, (40,), generator=generator)} for _ in range(count)]
+    for row in rows:
+        row["attention_mask"] = torch.ones(40, dtype=torch.long)
+    return DataLoader(rows, batch_size=1)
