@@ -2,15 +2,28 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Compressing and serving need other versions of the same packages: an environment each.
+SERVE_VENV ?= .venv-serve
 # Threads that spin while they wait stall each other on a machine that does other work: OMP_WAIT_POLICY=PASSIVE below.
 
-.PHONY: demo test lint schema results clean
+.PHONY: demo serve-demo test test-serve lint schema results clean
 
 demo: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/reasoner_demo.py
 
+# prunes the embedded reasoner, serves it with `vllm serve`, asks it problems over HTTP and checks the answers
+serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed
+	test -d demo/served || OMP_WAIT_POLICY=PASSIVE $(BIN)/rac prune reasoner demo/served --recipe recipes/rac_2of4.yaml \
+		--set calibration.tokens=32768 --set traces.sampling.max_new_tokens=512 --set traces.sampling.batch_size=128 \
+		--precision float32
+	$(SERVE_VENV)/bin/python examples/serve_demo.py demo/served
+
 test: $(VENV)/.installed lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+# the plugin inside vLLM, in the serving environment
+test-serve: $(SERVE_VENV)/.installed
+	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/serving
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -33,5 +46,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+$(SERVE_VENV)/.installed: pyproject.toml scripts/serve_cpu_env.sh
+	PYTHON=$(PYTHON) scripts/serve_cpu_env.sh $(SERVE_VENV)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) $(SERVE_VENV) build demo

@@ -26,6 +26,7 @@ from rac_modifier.evaluation.verify import is_correct
 from rac_modifier.reasoner.tasks import Solved, generate_distinct
 
 NAME = "pruned"
+EPILOG = "Options that are not named here, such as --enforce-eager, go to vllm serve."
 # A small machine: little memory for the cache, all cores (vLLM's "auto" leaves one out), threads that sleep as they wait.
 CORES = sorted(os.sched_getaffinity(0))
 ENVIRONMENT = {
@@ -43,7 +44,7 @@ def served(checkpoint: Path, options: list[str], log: Path, seconds: float = 600
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, *options]
     with open(log, "wb") as output:
         server = subprocess.Popen(
@@ -95,7 +96,9 @@ def ask(client: OpenAI, problem: Solved, max_tokens: int) -> tuple[bool, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--problems", type=int, default=60)
     parser.add_argument("--concurrency", type=int, default=16)
@@ -104,9 +107,8 @@ def main() -> None:
         "--dtype", default="float32", help="of the server; bfloat16 is slow on a CPU without bf16 units"
     )
     parser.add_argument("--log", type=Path, default=Path("serve_demo.log"))
-    parser.add_argument("serve_options", nargs="*", help="after --, options for vllm serve, such as -- --enforce-eager")
-    args = parser.parse_args()
-    options = ["--dtype", args.dtype, "--max-model-len", "1024", "--gpu-memory-utilization", "0.3", *args.serve_options]
+    args, serve_options = parser.parse_known_args()
+    options = ["--dtype", args.dtype, "--max-model-len", "1024", "--gpu-memory-utilization", "0.3", *serve_options]
     problems = generate_distinct(0, "test", args.problems)
 
     started = time.monotonic()

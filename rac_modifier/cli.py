@@ -252,10 +252,13 @@ def _divergence(
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, sparse or not")],
 ) -> None:
-    """Say what a checkpoint holds: pattern, sparsity and bytes of each matrix, and what decoding can gain by it."""
+    """Say what a checkpoint holds, and whether serving it on this machine will be faster: if not, why not."""
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
+    from rac_modifier.serving.chooser import plan_checkpoint, render_plan
 
     typer.echo(inspect_checkpoint(checkpoint).render())
+    if rows := plan_checkpoint(checkpoint):
+        typer.echo(f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}")
 
 
 @app.command()

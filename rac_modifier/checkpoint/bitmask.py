@@ -54,7 +54,7 @@ def unpack_24(tensors: Mapping[str, Tensor], name: str = "weight") -> Tensor:
     Raises:
         RacError: naming `{name}.{part}`, where the parts are missing, malformed or contradict each other.
     """
-    compressed, bitmask, rows, columns = _check_parts(tensors, name)
+    compressed, bitmask, rows, columns = check_parts(tensors, name)
     if columns % 4 or tuple(compressed.shape) != (rows, columns // 2):
         raise RacError(
             f"{name}.compressed: shape {list(compressed.shape)} does not fit a 2:4 weight [{rows}, {columns}], which "
@@ -83,7 +83,7 @@ def pack_unstructured(weight: Tensor, name: str = "weight") -> dict[str, Tensor]
     bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)
     for part in row_chunks(rows, columns):
         bitmask[part] = _to_bitmask(_as_integers(weight[part]) != 0)
-    counts = _row_counts(bitmask)
+    counts = row_counts(bitmask)
     ends = counts.cumsum(0)
     starts = ends - counts
     compressed = torch.empty(int(ends[-1]), dtype=weight.dtype, device=weight.device)
@@ -100,8 +100,8 @@ def unpack_unstructured(tensors: Mapping[str, Tensor], name: str = "weight") -> 
     Raises:
         RacError: naming `{name}.{part}`, where the parts are missing, malformed or contradict each other.
     """
-    compressed, bitmask, rows, columns = _check_parts(tensors, name)
-    counts = _row_counts(bitmask)
+    compressed, bitmask, rows, columns = check_parts(tensors, name)
+    counts = row_counts(bitmask)
     ends = counts.cumsum(0)
     starts = ends - counts
     if compressed.dim() != 1 or compressed.numel() != int(ends[-1]):
@@ -109,7 +109,7 @@ def unpack_unstructured(tensors: Mapping[str, Tensor], name: str = "weight") -> 
             f"{name}.compressed: shape {list(compressed.shape)}, but the bitmask keeps {int(ends[-1])} values; "
             "the checkpoint is damaged"
         )
-    offsets = _part(tensors, name, "row_offsets")
+    offsets = part_of(tensors, name, "row_offsets")
     if offsets.dtype != torch.int64 or not torch.equal(offsets.to(starts.device), starts):
         raise RacError(
             f"{name}.row_offsets: not int64 [{rows}] row starts as the bitmask has them; the checkpoint is damaged"
@@ -187,7 +187,7 @@ def _from_bitmask(bitmask: Tensor, columns: int) -> Tensor:
     return mask.view(len(bitmask), -1)[:, :columns].contiguous().bool()
 
 
-def _row_counts(bitmask: Tensor) -> Tensor:
+def row_counts(bitmask: Tensor) -> Tensor:
     """Set bits of every row, int64 [N]."""
     pairs = bitmask - ((bitmask >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
@@ -207,15 +207,16 @@ def _check_weight(weight: Tensor, name: str) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _part(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor:
+def part_of(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor:
+    """The tensor `name.part`, or the error that it is missing."""
     if part not in tensors:
         raise RacError(f"{name}.{part}: missing from the checkpoint; copy or save the checkpoint again")
     return tensors[part]
 
 
-def _check_parts(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, int, int]:
+def check_parts(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, int, int]:
     """What both layouts need before anything is indexed: compressed, bitmask, N and K."""
-    compressed, bitmask, shape = (_part(tensors, name, part) for part in ("compressed", "bitmask", "shape"))
+    compressed, bitmask, shape = (part_of(tensors, name, part) for part in ("compressed", "bitmask", "shape"))
     if shape.dtype != torch.int64 or shape.numel() != 2:
         raise RacError(
             f"{name}.shape: {shape.dtype} {list(shape.shape)} instead of two int64; the checkpoint is damaged"

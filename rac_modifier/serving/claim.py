@@ -1,0 +1,107 @@
+"""What a checkpoint's config says to the server: whether it is ours, and which layers are stored sparse. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rac_modifier.checkpoint.formats import PARTS
+from rac_modifier.errors import RacError
+
+
+@dataclass(frozen=True)
+class SparseLayers:
+    """Which linear modules are stored sparse, and how.
+
+    `format` is one of `checkpoint.formats.PARTS`, or None where the weights are stored dense. `targets` and `ignore` are
+    module names, "re:" patterns or, as compressed-tensors has it, "Linear" for all.
+    """
+
+    format: str | None
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
+
+    def holds(self, module: str) -> bool:
+        """Whether the weight of the linear `module`, named as on disk, is stored sparse."""
+        return _matches(module, self.targets) and not _matches(module, self.ignore)
+
+    def renamed(self, rename: Mapping[str, str]) -> SparseLayers:
+        """With module names replaced; what is in no `rename` stays."""
+        targets, ignore = (tuple(rename.get(entry, entry) for entry in old) for old in (self.targets, self.ignore))
+        return replace(self, targets=targets, ignore=ignore)
+
+    @property
+    def names(self) -> list[str]:
+        """The entries that are module names, neither patterns nor classes."""
+        return [entry for entry in (*self.targets, *self.ignore) if "." in entry and not entry.startswith("re:")]
+
+
+def is_claimed(quantization: Any) -> bool:
+    """Whether a `quantization_config` is that of a packed sparse checkpoint. Anything at all may be asked."""
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    sparsity = quantization.get("sparsity_config")
+    format = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+    return isinstance(format, str) and format in PARTS
+
+
+def parse_packed(quantization: Mapping[str, Any]) -> SparseLayers:
+    """The sparse layers of a claimed `quantization_config`.
+
+    Raises:
+        RacError: `targets` or `ignore` are no lists of names and patterns.
+    """
+    sparsity = quantization["sparsity_config"]
+    return SparseLayers(
+        sparsity["format"],
+        _names(sparsity.get("targets", ["Linear"]), "targets"),
+        _names(sparsity.get("ignore"), "ignore"),
+    )
+
+
+def parse_dense_stored(record: Any) -> SparseLayers:
+    """The sparse layers of a `rac_sparsity` entry: weights pruned, but stored dense.
+
+    Raises:
+        RacError: it names no pruned module.
+    """
+    modules = record.get("modules") if isinstance(record, Mapping) else None
+    if not isinstance(modules, Mapping) or not modules:
+        raise RacError(
+            "config.json: rac_sparsity names no pruned module, so there is nothing to serve sparse; leave out "
+            "--quantization rac-sparse, or save the model with rac-modifier"
+        )
+    return SparseLayers(None, _names(list(modules), "rac_sparsity.modules"))
+
+
+def is_quantized(quantization: Mapping[str, Any]) -> bool:
+    """Whether the packed weights are quantised too."""
+    return bool(quantization.get("config_groups"))
+
+
+def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
+    """The modules on disk behind a layer of the server: `fused` maps a fused layer's last name to those of its shards."""
+    parent, _, name = prefix.rpartition(".")
+    return [f"{parent}.{shard}" if parent else shard for shard in fused.get(name) or [name]]
+
+
+def _names(entries: Any, key: str) -> tuple[str, ...]:
+    if not isinstance(entries or [], list) or not all(isinstance(entry, str) for entry in entries or []):
+        raise RacError(f"config.json: {key} is {entries!r}, not a list of module names; save the model again")
+    for entry in entries or []:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry[3:])
+            except re.error as error:
+                raise RacError(f"config.json: {key} has {entry!r}, which is no pattern ({error})") from error
+    return tuple(entries or [])
+
+
+def _matches(module: str, entries: Iterable[str]) -> bool:
+    """As compressed-tensors matches names: all of it, or a pattern from its start; "Linear" is the class of each."""
+    return any(
+        re.match(entry[3:], module) is not None if entry.startswith("re:") else entry in (module, "Linear")
+        for entry in entries
+    )

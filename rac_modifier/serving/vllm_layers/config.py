@@ -1,0 +1,120 @@
+"""The quantization config that vLLM asks for each layer's method. vLLM's layers are imported when it first does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from rac_modifier.errors import RacError
+from rac_modifier.serving.claim import (
+    SparseLayers,
+    fused_modules,
+    is_claimed,
+    is_quantized,
+    parse_dense_stored,
+    parse_packed,
+)
+from rac_modifier.serving.plugin import METHOD
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from rac_modifier.serving.chooser import Summary
+
+
+class RacSparseConfig(QuantizationConfig):
+    """Packed sparse checkpoints; and, with `--quantization rac-sparse`, pruned ones that are stored dense.
+
+    `layers` says what is stored sparse; None until `maybe_update_config` has read it from a dense-stored checkpoint's
+    config. `quantized` is vLLM's own config for weights that are quantised besides.
+    """
+
+    def __init__(self, layers: SparseLayers | None = None, quantized: QuantizationConfig | None = None) -> None:
+        super().__init__()
+        from rac_modifier.serving.chooser import Summary
+
+        self.layers = layers
+        self.quantized = quantized
+        self.summary: Summary = Summary()
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim packed sparse checkpoints and nothing else; called for every quantised model that vLLM loads."""
+        return METHOD if is_claimed(hf_quant_cfg) else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RacSparseConfig:
+        """From the checkpoint's `quantization_config`."""
+        if not is_claimed(config):
+            raise RacError(
+                f"--quantization {METHOD}: this checkpoint is quantised by {config.get('quant_method')!r} and not packed "
+                "sparse; leave the option out"
+            )
+        quantized = None
+        if is_quantized(config):
+            from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+                CompressedTensorsConfig,
+            )
+
+            # vLLM refuses any sparsity_config, so its config is given the quantised part alone.
+            quantized = CompressedTensorsConfig.from_config({k: v for k, v in config.items() if k != "sparsity_config"})
+        return cls(parse_packed(config), quantized)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """A checkpoint without `quantization_config`: its weights are stored dense, `rac_sparsity` says which are pruned."""
+        if self.layers is None:
+            self.layers = parse_dense_stored(getattr(hf_config, "rac_sparsity", None))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename modules as vLLM renames them."""
+        assert self.layers is not None
+        mapped = {name: hf_to_vllm_mapper.map_name(name) for name in self.layers.names}
+        self.layers = self.layers.renamed({old: new for old, new in mapped.items() if new is not None})
+        if self.quantized is not None:
+            self.quantized.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of one layer; None leaves embeddings, lm_head and attention to vLLM."""
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from rac_modifier.serving.vllm_layers.experts import expand_experts
+        from rac_modifier.serving.vllm_layers.linear import RacSparseLinearMethod
+        from rac_modifier.serving.vllm_layers.shards import Shards
+
+        assert self.layers is not None
+        inner = None
+        if self.quantized is not None:
+            self.quantized.packed_modules_mapping = self.packed_modules_mapping
+            inner = self.quantized.get_quant_method(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return expand_experts(layer, prefix, self.layers, inner, self.summary)
+        if not isinstance(layer, LinearBase):
+            return inner
+        inner = inner or UnquantizedLinearMethod()
+        modules = fused_modules(prefix, self.packed_modules_mapping)
+        if not any(self.layers.holds(module) for module in modules):
+            return inner
+        return RacSparseLinearMethod(Shards(prefix, modules, self.layers.format), inner, self.summary)
+
+    def get_name(self) -> str:
+        """The method's name."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Activations."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any GPU: layers run dense there, and say so."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: without a `quantization_config` vLLM makes an empty config, which `maybe_update_config` fills."""
+        return []

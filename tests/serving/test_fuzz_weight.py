@@ -1,0 +1,97 @@
+"""Mutated tensors through everything that happens between the file and the kernel: an error, or a sound weight."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from test_weight import FORMATS, consistent, random_weight
+
+from rac_modifier.checkpoint.formats import pack
+from rac_modifier.errors import RacError
+from rac_modifier.serving import kernels
+from rac_modifier.serving.weight import check
+
+DTYPES = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.bool, torch.float64]
+EXTREMES = [0, 1, -1, 2, 255, 2**31 - 1, -(2**31), 2**32, 2**62, -(2**63), 2**63 - 1]
+
+
+def mutate(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict[str, torch.Tensor]:
+    """One to three random mutations: bytes, numbers, lengths, shapes, dtypes, missing or swapped parts."""
+    tensors = {part: tensor.clone() for part, tensor in tensors.items()}
+    for _ in range(rng.randrange(1, 4)):
+        if not tensors:
+            break
+        part = rng.choice(list(tensors))
+        tensor = tensors[part]
+        kind = rng.randrange(8)
+        if kind == 0 and tensor.numel():
+            data = tensor.contiguous().view(-1).view(torch.uint8)  # the bytes of `tensor` itself where it is contiguous
+            data[rng.randrange(data.numel())] = rng.randrange(256)
+        elif kind == 1 and tensor.dtype == torch.int64 and tensor.numel():
+            tensor.reshape(-1)[rng.randrange(tensor.numel())] = rng.choice(EXTREMES)
+        elif kind == 2:
+            tensors[part] = tensor[: rng.randrange(len(tensor) + 1)] if tensor.dim() else tensor
+        elif kind == 3:
+            tensors[part] = torch.cat([tensor, tensor[:1]]) if tensor.dim() else tensor
+        elif kind == 4:
+            tensors[part] = rng.choice(
+                [
+                    tensor.flatten(),
+                    tensor.transpose(0, -1) if tensor.dim() else tensor,
+                    tensor[None],
+                    tensor.reshape(-1, 1),
+                ]
+            )
+        elif kind == 5:
+            tensors[part] = tensor.to(rng.choice(DTYPES))
+        elif kind == 6 and tensor.numel():  # bits move, counts stay
+            flat = tensor.reshape(-1)
+            tensors[part] = flat[torch.randperm(flat.numel())].view(tensor.shape)
+        elif kind == 7 and rng.random() < 0.3:
+            tensors.pop(part)
+    return {part: tensor.contiguous() for part, tensor in tensors.items()}  # as a file gives them
+
+
+def load(tensors: dict[str, torch.Tensor], format: str, rng: random.Random, native: bool) -> None:
+    weight = check(tensors, format, "layer")
+    assert consistent(weight)
+    first = rng.randrange(weight.rows)
+    count = rng.randrange(1, weight.columns + 1)
+    cut = weight.select_rows(torch.arange(first, weight.rows)).select_columns(weight.columns - count, count)
+    assert cut.dense().shape == (weight.rows - first, count)
+    if native and weight.values.dtype in (torch.bfloat16, torch.float32):
+        packed = kernels.pack(weight.values, weight.bitmask, weight.columns)
+        expected = weight.dense()
+        found = kernels.unpack(packed)
+        assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+def fuzz(format: str, cases: int) -> None:
+    rng = random.Random(format)
+    torch.manual_seed(0)
+    native = kernels.support().isa is not None
+    refused = unnamed = 0
+    for case in range(cases):
+        if case % 50 == 0:
+            rows, columns = rng.randrange(1, 20), 4 * rng.randrange(1, 12)
+            clean = pack(random_weight(rows, columns, case, format == FORMATS[0]), format, "layer")
+        try:
+            load(mutate(clean, rng), format, rng, native)
+        except RacError as error:
+            refused += 1
+            unnamed += not str(error).startswith("layer.")
+    assert unnamed == 0
+    assert cases // 3 < refused < cases  # most mutations are seen, and some leave other, sound numbers
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_mutated_tensors(format):
+    fuzz(format, 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_very_many_mutated_tensors(format):
+    fuzz(format, 60_000)

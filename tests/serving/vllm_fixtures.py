@@ -1,0 +1,164 @@
+"""What the tests that need vLLM share: layers on a pretended rank, and models served inside the test's process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# One process, so that a test sees the layers; threads that wait do not spin.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+NEEDS_VLLM = (
+    "vllm is not installed here; run these in the serving environment: .venv-serve/bin/python -m pytest tests/serving"
+)
+
+
+def needs_vllm() -> None:
+    """Skip the module where vLLM is not importable."""
+    os.environ.update(ENVIRONMENT)
+    pytest.importorskip("vllm", reason=NEEDS_VLLM)
+
+
+def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    """Let layers that are created from here on think they are rank `rank` of `size`."""
+    for module in ("vllm.model_executor.layers.linear", "vllm.model_executor.parameter"):
+        monkeypatch.setattr(f"{module}.get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: size)
+
+
+def save_model(folder: Path, kind: str, structure: str, packed: bool = True, **changes: Any) -> Path:
+    """A tiny random causal LM of a family ("qwen2", "qwen3", "llama", "qwen3_moe"), pruned, in bfloat16, sharded files."""
+    import transformers
+
+    from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
+
+    settings: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "qwen3_moe": "Qwen3Moe"}
+    if kind == "qwen2":  # hidden size over heads, and biases in QKV
+        settings |= {"hidden_size": 128}
+    if kind == "qwen3_moe":
+        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+    config = getattr(transformers, f"{names[kind]}Config")(**{**settings, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{names[kind]}ForCausalLM")(config).to(torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter.data)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    modules = prune_saved(folder, structure)
+    if packed:
+        ignored = [f"{name}" for name in saved_linears(folder) if name not in modules]
+        pack_checkpoint(folder, modules, dense_linears=[*ignored, "lm_head"])
+    else:
+        mark_dense(folder, modules)
+    return folder
+
+
+def saved_linears(folder: Path) -> list[str]:
+    """The linear modules of the saved files, experts apart."""
+    from rac_modifier.checkpoint.files import TensorFiles
+
+    with TensorFiles(folder) as files:
+        return sorted(
+            name.removesuffix(".weight") for name in files.where if name.endswith(("proj.weight", "gate.weight"))
+        )
+
+
+def prune_saved(folder: Path, structure: str) -> dict[str, str]:
+    """Prune all but the first output projection and the routers, in the files."""
+    from safetensors.torch import load_file, save_file
+
+    modules = {}
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith("proj.weight") and name != "model.layers.0.self_attn.o_proj.weight":
+                prune(tensor, structure)
+                modules[name.removesuffix(".weight")] = structure
+        save_file(tensors, path, {"format": "pt"})
+    return modules
+
+
+def prune(weight: torch.Tensor, structure: str) -> None:
+    """Zero the smaller half, of each four columns or of all weights."""
+    groups = weight.view(-1, 4) if structure == "2:4" else weight.view(1, -1)
+    groups.scatter_(1, groups.abs().float().topk(groups.shape[1] // 2, dim=1, largest=False).indices, 0.0)
+
+
+PROMPTS = [[5, 17, 40, 8], [60, 61, 62], [9] * 7, [33, 90, 12, 77, 30]]
+
+
+def reference(folder: Path, tokens: int) -> list[list[int]]:
+    """Greedy tokens of transformers on the unpacked weights, in float32."""
+    from rac_modifier.checkpoint.load import load_model
+
+    model = load_model(folder, dtype="float32")
+    model.generation_config.eos_token_id = None
+    return [
+        model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[
+            0, len(prompt) :
+        ].tolist()
+        for prompt in PROMPTS
+    ]
+
+
+def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], dict[str, str]]:
+    """Greedy tokens of vLLM in float32, and the quant method's class of each linear layer."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    from rac_modifier.serving.plugin import register
+
+    register()
+    settings = {
+        "gpu_memory_utilization": 0.2,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "skip_tokenizer_init": True,
+    }
+    model = LLM(str(folder), **{**settings, **options})
+    try:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        outputs = model.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+        methods = {} if "tensor_parallel_size" in options else model.apply_model(methods_of)[0]
+        return [list(output.outputs[0].token_ids) for output in outputs], methods
+    finally:
+        del model
+        cleanup_dist_env_and_memory()
+
+
+def methods_of(model: torch.nn.Module) -> dict[str, str]:
+    """How each linear layer runs: "packed", or its method's class."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            method = module.quant_method
+            found[name] = "packed" if hasattr(module, "weight_packed") else type(method).__name__
+            assert not (hasattr(module, "weight_packed") and hasattr(module, "weight")), f"{name}: two copies"
+    return found
