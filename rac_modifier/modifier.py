@@ -23,11 +23,10 @@ from rac_modifier.checkpoint.saving import SavePlan, save_sparse
 from rac_modifier.errors import RacError
 from rac_modifier.presets import Order, Preset, with_preset
 from rac_modifier.pruning.collector import HessianCollector
-from rac_modifier.pruning.dense_target import target_weights
+from rac_modifier.pruning.group import prune_group
 from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.solver import ITERATIONS, REFIT_STEPS, Method, solve
-from rac_modifier.pruning.sparsegpt import factorise
+from rac_modifier.pruning.solver import ITERATIONS, REFIT_STEPS, Method
 from rac_modifier.pruning.statistics import GroupStatistics
 from rac_modifier.pruning.targets import find_targets
 
@@ -237,42 +236,22 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         with contextlib.ExitStack() as stack:
             for module in modules:
                 stack.enter_context(align_module_device(module))
-            weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
-            matrix = hessian.matrix(names[0])
-            factor, target = None, None
-            if drift is not None:
-                factor = factorise(matrix, self.dampening_frac, ", ".join(names))
-                target = target_weights(weights, drift, matrix, self.dampening_frac, names, factor=factor)
-            solutions = solve(
+            results = prune_group(
                 self.solver,
-                weights,
-                matrix,
+                names,
+                [module.weight for module in modules],  # type: ignore[misc]
+                hessian,
+                drift,
                 self._pattern,
-                names=names,
-                block_size=self.block_size,
                 dampening_frac=self.dampening_frac,
-                target=target,
+                block_size=self.block_size,
                 refit=self.refit,
                 iterations=self.iterations,
                 refit_steps=self.refit_steps,
-                factor=factor,
             )
-        for module, name, solution in zip(modules, names, solutions, strict=True):
-            update_offload_parameter(module, "weight", solution.weight)
-            retries = max(solution.retries, factor.retries if factor else 0)
-            if retries:
-                logger.warning(f"{name}: dampening was raised {retries} times to factor its Hessian")
-            self._results[name] = {
-                "name": name,
-                "shape": list(solution.weight.shape),
-                "sparsity": float((solution.weight == 0).float().mean()),
-                "relative_error": solution.relative_error,
-                "dampening": max(solution.dampening_used, factor.dampening_frac if factor else 0.0),
-                "retries": retries,
-                "refit_steps": solution.refit_steps,
-                "dead_inputs": solution.dead_inputs,
-                "tokens": hessian.tokens,
-            }
+        for module, name, (weight, record) in zip(modules, names, results, strict=True):
+            update_offload_parameter(module, "weight", weight)
+            self._results[name] = record
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Stop watching; a module that no calibration token reached is an error, not a silent gap."""

@@ -37,6 +37,37 @@ CASES += [
 ]
 
 
+CASES += [
+    Case(
+        "a preset that does not exist",
+        "preset: Input should be 'quality', 'fast' or 'paper'",
+        lambda b: b.check(preset="best"),
+    ),
+    Case(
+        "`order: layer` beside a dense target",
+        "order: layer has no dense activations to aim at; set reconstruct: pruned, or order: auto",
+        lambda b: b.check(order="layer"),
+    ),
+    Case(
+        "`order: layer` beside gradient weights",
+        "order: layer cannot weigh each module's tokens by itself",
+        lambda b: b.check(preset="paper", token_weights="gradient"),
+    ),
+]
+
+
+@CASES.case("`order: group` where the model cannot be traced", "order: group is not possible here: tracing failed")
+def _(b: Bench) -> None:
+    from rac_modifier.pipelines import seam
+    from rac_modifier.pipelines.stages import UntraceableError
+
+    def fails(*args: object) -> None:
+        raise UntraceableError("tracing failed: a loop over experts")
+
+    b.monkeypatch.setattr(seam, "trace_stages", fails)
+    b.prune_with(order="group")
+
+
 @CASES.case("`oneshot(dataset=...)` beside the recipe", "leave the dataset argument out")
 def _(b: Bench) -> None:
     from torch.utils.data import DataLoader
