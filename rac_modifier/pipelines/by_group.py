@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import psutil
 import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.utils import align_module_device
@@ -12,6 +13,7 @@ from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+from loguru import logger
 from tqdm import tqdm
 
 from rac_modifier.calibration.batches import CalibrationLoader
@@ -33,6 +35,7 @@ def calibrate_by_group(
     leaves o_proj and the MLP calibrated on inputs that they will not see again. Activations are kept as upstream keeps them,
     in an `IntermediatesCache`; with the dense target (`modifier.needs_dense_stream`) there are two.
     """
+    _say_what_is_kept(model, loader, stages, modifier, offload_device)
     LifecycleCallbacks.calibration_start()
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
@@ -63,6 +66,23 @@ def calibrate_by_group(
                         stage.run(model, pruned, batch)
                     progress.update()
         LifecycleCallbacks.calibration_end()
+
+
+def _say_what_is_kept(
+    model: torch.nn.Module, loader: CalibrationLoader, stages: list[Stage], modifier: Any, device: torch.device
+) -> None:
+    """The widest cut: what one group reads, with the residual stream beside it, for every token and each model."""
+    hidden = model.get_input_embeddings().weight  # type: ignore[operator]
+    widest = max(module.weight.shape[1] for stage in stages for module in stage.modules)  # type: ignore[index]
+    tokens = sum(weights.numel() for weights in loader.token_weights)
+    streams = 2 if modifier.needs_dense_stream else 1
+    need = tokens * (widest + hidden.shape[1]) * hidden.element_size() * streams / 2**30
+    message = f"about {need:.1f} GiB of activations will be kept on {device} ({tokens:,} tokens with padding)"
+    free = psutil.virtual_memory().available / 2**30
+    if device.type == "cpu" and need > 0.9 * free:
+        logger.warning(f"{message}, and {free:.1f} GiB are free: calibrate on fewer tokens, or set preset: paper")
+    else:
+        logger.info(message)
 
 
 def _statistics(stage: Stage, x: torch.Tensor, drift: bool) -> GroupStatistics:

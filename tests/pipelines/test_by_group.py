@@ -3,6 +3,7 @@
 import pytest
 import torch
 from llmcompressor import oneshot
+from loguru import logger
 from tiny import entry, linears
 from transformers import AutoModelForCausalLM
 
@@ -106,6 +107,15 @@ def test_a_module_that_is_called_twice_cannot_be_staged(dense):
     names = {dense.model.layers[0].mlp.down_proj: "model.layers.0.mlp.down_proj"}
     with pytest.raises(UntraceableError, match=r"down_proj is called 2 times"):
         trace_stages(dense, SAMPLE, names, [])
+
+
+def test_too_little_memory_is_said_before_pruning(tiny_folder, trace_store, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    said = []
+    sink = logger.add(said.append, level="WARNING")
+    prune(trace_store, str(tiny_folder))
+    logger.remove(sink)
+    assert any("of activations will be kept on cpu" in text and "fewer tokens" in text for text in said)
 
 
 def untraceable(*args, **kwargs):

@@ -1,0 +1,59 @@
+"""A model of Qwen2-1.5B's shape with random weights, dense or packed sparse: speed does not depend on the numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rac_modifier.checkpoint.packing import pack_checkpoint
+from rac_modifier.pruning.patterns import Pattern
+
+
+def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None) -> None:
+    """Save the model in bfloat16, tied embeddings; with a `pattern`, its linear layers pruned at random and packed.
+
+    Nothing is written where the folder exists.
+    """
+    if folder.exists():
+        return
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        architectures=["Qwen2ForCausalLM"],
+    )
+    model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears.pop("lm_head")
+    if pattern is not None:
+        for module in linears.values():
+            module.weight.data.masked_fill_(random_zeros(module.weight, pattern), 0)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    model.save_pretrained(unfinished, max_shard_size="1GB")
+    if pattern is not None:
+        structure = f"{pattern.n}:{pattern.m}" if pattern.is_structured else "unstructured"
+        pack_checkpoint(unfinished, dict.fromkeys(linears, structure), dense_linears=["lm_head"])
+    unfinished.rename(folder)
+
+
+def random_zeros(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Bool mask [N, K] of weights to prune: each by chance, or exactly n of every m columns."""
+    if not pattern.is_structured:
+        return torch.rand(weight.shape) < pattern.sparsity
+    groups = torch.rand(weight.shape[0], weight.shape[1] // pattern.m, pattern.m)
+    pruned = groups.topk(pattern.n, dim=-1).indices
+    return torch.zeros(groups.shape, dtype=torch.bool).scatter_(-1, pruned, True).view(weight.shape)
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of its weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

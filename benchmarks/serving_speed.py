@@ -1,0 +1,212 @@
+"""End to end speed through `vllm serve`: a model of Qwen2-1.5B's shape, dense against packed sparse, in the same vLLM.
+
+    .venv-serve/bin/python benchmarks/serving_speed.py                                       # about an hour on two AVX2 cores
+    .venv-serve/bin/python benchmarks/serving_speed.py --sparsity 0.5 0.6 0.7 2:4
+    .venv-serve/bin/python benchmarks/serving_speed.py --layers 2 --vocab 4096 --rounds 1    # a try: minutes
+
+Each round starts a fresh server for each model, in turn, and in reverse order every second time. A server is warmed up,
+then asked prompts of random token ids at each concurrency: every request has `--prompt-tokens` in and exactly
+`--output-tokens` out, and none is found in a prefix cache. Medians over the rounds are shown; a ratio is the median of the
+rounds' own ratios to the first model of the table. Tokens a second count the prompts' time too; "each further" does not.
+Options that are not named here, such as --enforce-eager, go to `vllm serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from common import machine
+from random_model import save_model, size_on_disk
+from streaming_client import Load, Speed, measure
+from vllm_server import busy_seconds, serving
+
+from rac_modifier.errors import RacError
+from rac_modifier.pruning.patterns import Pattern
+
+NAME = "model"
+DENSE, SPARSE = "dense", "sparse"
+FEWEST = 4  # requests that a median time to the first token is taken of
+
+
+@dataclass(frozen=True)
+class Run:
+    """One server's figures; `others` is how many cores other programs kept busy meanwhile."""
+
+    ready_seconds: float
+    resident_bytes: int
+    others: float
+    speeds: dict[int, Speed]
+
+
+def default_dtype() -> str:
+    """bfloat16 where the processor multiplies it, else float32."""
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """ "0.5" or "2:4"."""
+    try:
+        return Pattern.parse(text, None) if ":" in text else Pattern.parse("0:0", float(text))
+    except (RacError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def label(pattern: Pattern) -> str:
+    return f"{pattern.n}:{pattern.m} sparse" if pattern.is_structured else f"{100 * pattern.sparsity:g}% sparse"
+
+
+def build(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
+    """The checkpoints to compare by their labels; the first is what the ratios are to."""
+    patterns: dict[str, Pattern | None] = {}
+    for kind in args.compare:
+        patterns |= {DENSE: None} if kind == DENSE else {label(pattern): pattern for pattern in args.sparsity}
+    checkpoints = {}
+    for name, pattern in patterns.items():
+        slug = name.replace(" ", "-").replace("%", "").replace(":", "of")
+        checkpoints[name] = folder / f"{slug}-{args.layers}-layers-{args.vocab}-vocab"
+        save_model(checkpoints[name], args.layers, args.vocab, pattern)
+    return checkpoints
+
+
+def run(checkpoint: Path, args: argparse.Namespace, options: list[str], log: Path) -> Run:
+    """Start a server, measure it, stop it."""
+    load = Load(args.prompt_tokens, args.output_tokens, args.vocab, NAME)
+    with serving(checkpoint, options, log) as server:
+        resident = server.resident()
+        warm_up = replace(load, output_tokens=min(8, load.output_tokens))
+        measure(server.url, warm_up, max(args.concurrency), max(args.concurrency))
+        started, others = time.perf_counter(), busy_seconds() - server.cpu_seconds() - time.process_time()
+        speeds = {c: measure(server.url, load, c, max(c * args.waves, FEWEST)) for c in args.concurrency}
+        others = busy_seconds() - server.cpu_seconds() - time.process_time() - others
+        others /= time.perf_counter() - started
+    return Run(server.ready_seconds, resident, max(others, 0.0), speeds)
+
+
+def comparison(figures: dict[str, list[float]], name: str, form: str) -> list[str]:
+    """Two cells for one model: the median over the rounds, and the median of the rounds' ratios with their range."""
+    first = next(iter(figures.values()))
+    ratios = [a / b for a, b in zip(figures[name], first, strict=True)]
+    spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if max(ratios) > min(ratios) else ""
+    return [form.format(statistics.median(figures[name])), f"{statistics.median(ratios):.2f}x{spread}"]
+
+
+def speed_table(runs: dict[str, list[Run]], concurrency: list[int]) -> list[str]:
+    columns = (("tokens_per_second", "{:.2f}"), ("first_token_ms", "{:,.0f}"), ("each_token_ms", "{:.1f}"))
+    lines = ["| concurrency | model | output tokens/s | ratio | first token ms | ratio | each further ms | ratio |"]
+    lines.append("|" + "---|" * 8)
+    for c in concurrency:
+        for name in runs:
+            cells = [str(c), name]
+            for field, form in columns:
+                figures = {of: [getattr(run.speeds[c], field) for run in runs[of]] for of in runs}
+                cells += comparison(figures, name, form)
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def size_table(runs: dict[str, list[Run]], checkpoints: dict[str, Path]) -> list[str]:
+    lines = ["| model | on disk GB | ratio | resident GB | ratio | start to ready s | ratio |", "|" + "---|" * 7]
+    disk = {name: [size_on_disk(checkpoint) / 1e9] for name, checkpoint in checkpoints.items()}
+    resident = {name: [run.resident_bytes / 1e9 for run in of] for name, of in runs.items()}
+    ready = {name: [run.ready_seconds for run in of] for name, of in runs.items()}
+    for name in runs:
+        cells = (
+            comparison(disk, name, "{:.3f}") + comparison(resident, name, "{:.2f}") + comparison(ready, name, "{:.1f}")
+        )
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return lines
+
+
+def kernel_lines(log: Path) -> list[str]:
+    """What the plugin says of its choices, once."""
+    marks = ("rac-sparse:", "sparse kernel", "dense because")
+    lines = [line.partition("] ")[2] for line in log.read_text(errors="replace").splitlines()]
+    return list(dict.fromkeys(line for line in lines if any(mark in line for mark in marks)))
+
+
+def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) -> None:
+    """Build, measure in turn, print the tables."""
+    length = args.prompt_tokens + args.output_tokens
+    options = [
+        "--served-model-name",
+        NAME,
+        "--dtype",
+        args.dtype,
+        "--skip-tokenizer-init",
+        "--max-model-len",
+        str(length),
+    ]
+    options += ["--no-enable-prefix-caching", "--gpu-memory-utilization", "0.3", *serve_options]
+    checkpoints = build(folder, args)
+    runs: dict[str, list[Run]] = {name: [] for name in checkpoints}
+    for index in range(args.rounds):
+        for name in list(checkpoints)[:: 1 if index % 2 == 0 else -1]:
+            started, log = time.monotonic(), folder / f"{checkpoints[name].name}.log"
+            runs[name].append(run(checkpoints[name], args, options, log))
+            took, others = time.monotonic() - started, runs[name][-1].others
+            print(
+                f"round {index + 1}: {name} took {took:.0f} s, other programs kept {others:.2f} cores busy", flush=True
+            )
+            if not index:
+                print("\n".join(kernel_lines(log)), flush=True)
+    loads = [run.others for of in runs.values() for run in of]
+    print(
+        f"\n{args.layers} layers of Qwen2-1.5B's shape, vocabulary {args.vocab:,}, served in {args.dtype}; "
+        f"{args.prompt_tokens} tokens in, {args.output_tokens} out; {args.rounds} rounds; "
+        f"other programs kept {min(loads):.2f}-{max(loads):.2f} of {os.cpu_count()} cores busy\n"
+    )
+    print("\n".join(speed_table(runs, args.concurrency)) + "\n")
+    print("\n".join(size_table(runs, checkpoints)))
+    if args.json:
+        record = {
+            "machine": machine(),
+            "settings": {key: str(value) for key, value in vars(args).items()} | {"serve_options": options},
+            "bytes_on_disk": {name: size_on_disk(checkpoint) for name, checkpoint in checkpoints.items()},
+            "runs": {name: [asdict(run) for run in of] for name, of in runs.items()},
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--compare", choices=(DENSE, SPARSE), nargs="+", default=[DENSE, SPARSE])
+    parser.add_argument(
+        "--sparsity", type=parse_pattern, nargs="+", default=[Pattern.unstructured(0.5)], help="shares, or N:M"
+    )
+    parser.add_argument("--dtype", default=default_dtype(), help="to serve in (here: %(default)s); on disk bfloat16")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--waves", type=int, default=2, help=f"requests = waves x concurrency, {FEWEST} at least")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=64, help="at least 2")
+    parser.add_argument("--keep", type=Path, help="folder for checkpoints and logs, used again where they exist")
+    parser.add_argument("--json", type=Path, help="write every run's figures there")
+    args, serve_options = parser.parse_known_args()
+    if args.output_tokens < 2 or min(args.rounds, args.waves, *args.concurrency) < 1:
+        parser.error("--output-tokens must be at least 2, and --rounds, --waves and --concurrency at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped as well
+    print(machine(), flush=True)
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        compare(args.keep, args, serve_options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Path(folder), args, serve_options)
+
+
+if __name__ == "__main__":
+    main()

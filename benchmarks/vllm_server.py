@@ -1,0 +1,97 @@
+"""A `vllm serve` of its own on the loopback interface for as long as it is measured, and the memory of its processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# Used by all contenders alike; what the caller's environment says comes first. vLLM's "auto" binding leaves a core out.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers; `ready_seconds` from its start to the first good health check."""
+
+    url: str
+    pid: int
+    ready_seconds: float
+
+    def resident(self) -> int:
+        """Bytes that its processes hold in memory; what several of them share is counted once (PSS)."""
+        return sum(process.memory_full_info().pss for process in self._processes())
+
+    def cpu_seconds(self) -> float:
+        """Processor time that its processes have used."""
+        return sum(times.user + times.system for times in (process.cpu_times() for process in self._processes()))
+
+    def _processes(self) -> list[psutil.Process]:
+        server = psutil.Process(self.pid)
+        return [server, *server.children(recursive=True)]
+
+
+def busy_seconds() -> float:
+    """Processor time that the whole machine has used, or that was taken from it (steal), over all cores."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guests count as user already
+
+
+@contextmanager
+def serving(checkpoint: Path, options: list[str], log: Path, timeout: float = 900) -> Iterator[Server]:
+    """Run `vllm serve` while inside. Exits with the end of its log where it does not get ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
+    started = time.monotonic()
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *options],
+            env=ENVIRONMENT | os.environ,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while not _is_ready(url):
+            if process.poll() is not None or time.monotonic() - started > timeout:
+                raise SystemExit(f"the server did not get ready; the end of {log}:\n{log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield Server(url, process.pid, time.monotonic() - started)
+    finally:
+        _stop(process)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return reply.status == 200
+    except OSError:  # URLError is one
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server, then whatever of its process group is left: the next one needs the cores and the memory."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
