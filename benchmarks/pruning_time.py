@@ -118,7 +118,7 @@ class Peer:
         return float((self.hidden(model) - self.dense).square().sum() / self.dense.square().sum())
 
 
-def compare(case: str, pattern: str, rounds: int, who: list[str]) -> dict[str, Any]:
+def compare(case: str, pattern: str, rounds: int, who: list[str], with_memory: bool) -> dict[str, Any]:
     peer = Peer(case, pattern)
     seconds: dict[str, list[float]] = {name: [] for name in who}
     errors: dict[str, float] = {}
@@ -129,7 +129,7 @@ def compare(case: str, pattern: str, rounds: int, who: list[str]) -> dict[str, A
             print(f"{case} {pattern} round {index + 1}: {name} {took:.2f} s", flush=True)
             errors[name] = peer.error(model)
             del model
-    memory = {name: peak_memory(case, pattern, name) for name in who}
+    memory = {name: peak_memory(case, pattern, name) if with_memory else float("nan") for name in who}
     for name in who:
         ratios = [s / first for s, first in zip(seconds[name], seconds[who[0]], strict=True)]
         print(
@@ -162,6 +162,7 @@ def main() -> None:
         "--who", choices=WHO, nargs="+", default=["upstream", "ours"], help="the first is what the ratios are to"
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without-memory", action="store_true", help="leave out the runs that measure peak memory")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--memory-of", choices=WHO, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -175,7 +176,7 @@ def main() -> None:
     print(machine())
     print(f"| case | sparsity | who | time, median of {args.rounds} | ratio | error | peak memory over the start |")
     results = [
-        compare(case, pattern, args.rounds, args.who)
+        compare(case, pattern, args.rounds, args.who, not args.without_memory)
         for case in args.case or CASES
         for pattern in args.pattern or ("2:4", "0:0")
     ]

@@ -69,7 +69,7 @@ def traces_collect(model: Model, recipe: Recipe, set_: Overrides = None, precisi
 
     content = load_recipe(recipe, set_)
     settings = check_entry(find_entry(content, str(recipe)), str(recipe))
-    loaded, tokenizer = _load(model, precision)
+    loaded, tokenizer = _subject(model) if settings.traces.engine else _load(model, precision)
     store = collect_for_calibration(loaded, tokenizer, settings.traces, settings.calibration)
     typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
 
@@ -91,6 +91,8 @@ def traces_inspect(
     typer.echo(f"model       {opened.header.model} (fingerprint {opened.header.fingerprint[:12]})")
     typer.echo(f"problems    {opened.header.problems.source}")
     typer.echo(f"sampling    {opened.header.sampling.model_dump_json(exclude_none=True)}")
+    if opened.header.engine is not None:
+        typer.echo(f"engine      {opened.header.engine.kind} {opened.header.engine.served_model or ''}".rstrip())
     typer.echo(
         f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} prompt and "
         f"{counts.completion_tokens:,} completion tokens"
@@ -308,6 +310,16 @@ def _load(model: str, precision: Dtype) -> tuple[Any, Any]:
     _check_model(source)
     tokenizer = _tokenizer(source, "save the model's tokenizer beside it")
     return load_model(source, dtype=precision.value), tokenizer
+
+
+def _subject(model: str) -> tuple[Any, Any]:
+    """What collecting needs to know of a model that servers sample; its weights stay on disk."""
+    from rac_modifier.traces.subject import Subject
+
+    source = _resolve(model)
+    _check_model(source)
+    tokenizer = _tokenizer(source, "save the model's tokenizer beside it")
+    return Subject.of_files(source), tokenizer
 
 
 def _check_output(output: Path, source: str) -> None:

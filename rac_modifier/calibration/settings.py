@@ -7,6 +7,7 @@ import math
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rac_modifier.errors import RacError
+from rac_modifier.traces.engines.settings import EngineSettings
 from rac_modifier.traces.generation import SamplingSettings
 from rac_modifier.traces.problems import ProblemSource
 
@@ -25,6 +26,12 @@ class TraceSettings(BaseModel):
     )
     problems: ProblemSource = Field(ProblemSource(), description="the problems to think about")
     sampling: SamplingSettings = Field(SamplingSettings(), description="how the model is sampled")
+    engine: EngineSettings | None = Field(
+        None, description="OpenAI-compatible servers that sample; default: the model samples in this process"
+    )
+    retry_failed: bool = Field(
+        False, description="try problems again that a server could not complete (the store's .failed.jsonl)"
+    )
     allow_off_policy: bool = Field(
         False, description="calibrate on traces of another model; the store is then only read, never appended to"
     )

@@ -28,6 +28,7 @@ from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.problems import load_problems
 from rac_modifier.traces.prompts import render_prompt
 from rac_modifier.traces.store import TraceStore
+from rac_modifier.traces.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def build_calibration_set(
 
 
 def collect_for_calibration(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Subject,
     tokenizer: PreTrainedTokenizerBase,
     traces: TraceSettings,
     calibration: CalibrationSettings,
@@ -86,15 +87,17 @@ def collect_for_calibration(
 ) -> TraceStore:
     """Collect until the traces fill their share of the budget, counted as they will be cut (`max_sequence_tokens`).
 
+    Where servers sample (`traces.engine`), a `Subject` stands for the model, whose weights are then not loaded.
+
     Raises:
         RacError: see `collect_traces`; a mixture that gives traces no share.
     """
     wanted = round(calibration.tokens * calibration.mixture.get("traces", 0.0))
     if not wanted:
         raise RacError(f"the mixture {calibration.mixture} gives traces no share, so there is nothing to collect")
-    tokens = wanted
+    tokens, retry_failed = wanted, traces.retry_failed
     while True:
-        with on_accelerator(model):
+        with contextlib.nullcontext() if isinstance(model, Subject) or traces.engine else on_accelerator(model):
             store = collect_traces(
                 model,
                 tokenizer,
@@ -102,6 +105,8 @@ def collect_for_calibration(
                 problems=traces.problems,
                 sampling=traces.sampling,
                 tokens=tokens,
+                engine=traces.engine,
+                retry_failed=retry_failed,
                 allow_off_policy=traces.allow_off_policy,
                 progress=progress,
             )
@@ -109,6 +114,7 @@ def collect_for_calibration(
         usable = sum(min(trace.tokens, longest) for trace in store)
         if usable >= wanted:
             return store
+        retry_failed = False  # once a run is enough
         tokens = max(store.counts.tokens + 1, math.ceil(store.counts.tokens * wanted / usable))
 
 

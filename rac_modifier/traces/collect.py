@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from loguru import logger
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.traces.fingerprint import model_fingerprint, tokenizer_fingerprint
-from rac_modifier.traces.generation import SamplingSettings, generate
+from rac_modifier.traces.engines.base import Engine
+from rac_modifier.traces.engines.identity import check_probes
+from rac_modifier.traces.engines.in_process import InProcessEngine
+from rac_modifier.traces.engines.settings import EngineSettings
+from rac_modifier.traces.failures import forget_failures
+from rac_modifier.traces.filling import Filling, Request
+from rac_modifier.traces.fingerprint import tokenizer_fingerprint
+from rac_modifier.traces.generation import SamplingSettings
 from rac_modifier.traces.problems import Problem, ProblemSource, load_problems
 from rac_modifier.traces.prompts import render_prompt
 from rac_modifier.traces.records import settings_of_record
-from rac_modifier.traces.store import StoreHeader, Trace, TraceStore, read_header
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One completion to sample."""
-
-    id: str
-    problem: Problem
+from rac_modifier.traces.store import StoreHeader, TraceStore, read_header
+from rac_modifier.traces.subject import Subject
 
 
 def collect_traces(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Subject,
     tokenizer: PreTrainedTokenizerBase,
     store_path: str | Path | None,
     *,
     problems: ProblemSource,
     sampling: SamplingSettings,
     tokens: int,
+    engine: EngineSettings | None = None,
+    retry_failed: bool = False,
     allow_off_policy: bool = False,
     progress: bool = True,
 ) -> TraceStore:
@@ -50,19 +49,35 @@ def collect_traces(
     A store of another model is refused: traces must be the model's own (on-policy). With `allow_off_policy` it is read,
     and never added to.
 
+    Args:
+        model: in memory, or as a `Subject` where servers sample it and its weights are not needed here.
+        tokenizer: the model's own.
+        store_path: a .jsonl file. Beside it may stand x.pending.jsonl (finished, waiting for an earlier one) and
+            x.failed.jsonl (problems that a server could not complete, with the reason).
+        problems: what to think about.
+        sampling: how.
+        tokens: the budget.
+        engine: servers that sample; None is the model in this process. They are asked only if the store holds too little.
+        retry_failed: try the problems of x.failed.jsonl again; else they are passed over.
+        allow_off_policy: see above.
+        progress: show a bar.
+
     Returns:
         The store, closed for writing.
 
     Raises:
         RacError: bad problems, settings or prompts; a store that belongs to another model or other settings, is in use
-            or is corrupt; the problems end before the budget is reached.
+            or is corrupt; the problems end before the budget is reached; servers that hold another model, return no token
+            ids, or cannot be reached.
     """
     if tokens < 1:
         raise RacError(f"tokens={tokens}: ask for at least one token to calibrate on")
-    sampling = sampling.resolved(model.generation_config)
+    in_memory = None if isinstance(model, Subject) else model
+    subject = model if isinstance(model, Subject) else Subject.of_model(model)
+    sampling = sampling.resolved(subject.generation_config)
     header = StoreHeader(
-        fingerprint=model_fingerprint(model),
-        model=model.config.name_or_path or type(model).__name__,
+        fingerprint=subject.fingerprint,
+        model=subject.name,
         tokenizer=tokenizer_fingerprint(tokenizer),
         chat_template=_template_hash(tokenizer) if sampling.template == "chat" else None,
         sampling=sampling,
@@ -74,12 +89,45 @@ def collect_traces(
         if not allow_off_policy:
             raise RacError(_off_policy_message(path, stored, header))
         return _read_off_policy(path, header, tokens)
+    if stored is not None and in_memory is not None and (engine is None or engine.verify_model):
+        check_probes(in_memory, stored.engine.probes, f"the server that filled trace store {str(path)!r}")
     requests = _requests(load_problems(problems, sampling.seed), sampling.samples_per_problem)
-    with TraceStore.open_append(path, header) as store:
-        if len(store):
-            logger.info(f"trace store {str(path)!r} holds {store.counts.tokens:,} tokens already: going on from there")
-        _fill(store, model, tokenizer, requests, sampling, tokens, progress)
+    with contextlib.closing(_engine(engine, subject, in_memory, tokenizer, sampling)) as chosen:
+        if stored is None:
+            header = header.model_copy(update={"engine": chosen.connect()})
+        with TraceStore.open_append(path, header) as store:
+            if len(store):
+                logger.info(
+                    f"trace store {str(path)!r} holds {store.counts.tokens:,} tokens already: going on from there"
+                )
+            if retry_failed:
+                forget_failures(path)
+            filling = Filling(store, chosen, requests, _renderer(tokenizer, sampling))
+            _check_enough(filling.run(tokens, progress), store, tokens, filling.failed)
     return store
+
+
+def _engine(
+    settings: EngineSettings | None,
+    subject: Subject,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingSettings,
+) -> Engine:
+    if settings is not None:
+        from rac_modifier.traces.engines.server import ServerEngine
+
+        return ServerEngine(settings, subject, tokenizer, sampling, model)
+    if model is None:
+        raise RacError("the model's weights are not in memory: load it, or name servers that sample it (traces.engine)")
+    return InProcessEngine(model, tokenizer, sampling)
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings) -> Callable[[Problem], list[int]]:
+    def render(problem: Problem) -> list[int]:
+        return render_prompt(tokenizer, problem.question, sampling.system_prompt, sampling.template)
+
+    return render
 
 
 def default_store_path(fingerprint: str, sampling: SamplingSettings, problems: ProblemSource) -> Path:
@@ -88,71 +136,23 @@ def default_store_path(fingerprint: str, sampling: SamplingSettings, problems: P
     return Path("rac_traces") / f"{fingerprint[:12]}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
 
 
-def _requests(problems: Iterator[Problem], samples: int) -> Iterator[_Request]:
+def _requests(problems: Iterator[Problem], samples: int) -> Iterator[Request]:
     for problem in problems:
         for sample in range(samples):
-            yield _Request(f"{problem.id}#{sample}", problem)
+            yield Request(f"{problem.id}#{sample}", problem)
 
 
-def _fill(
-    store: TraceStore,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Iterator[_Request],
-    sampling: SamplingSettings,
-    tokens: int,
-    progress: bool,
-) -> None:
-    total = 0
-    with tqdm(total=tokens, desc="traces", unit="tok", unit_scale=True, disable=not progress) as bar:
-        while total < tokens and (batch := list(islice(requests, sampling.batch_size))):
-            sampled: list[Trace] = []
-            fresh: list[Trace] = []
-            for index, request in enumerate(batch):
-                if total >= tokens:
-                    break
-                if request.id in store:
-                    total += store.tokens_of(request.id)
-                    continue
-                # All of the batch, also where part of it is stored: rounding depends on the batch's shape, and a
-                # resumed run shall give what an undisturbed one gives.
-                sampled = sampled or _sample(model, tokenizer, batch, sampling)
-                fresh.append(sampled[index])
-                total += sampled[index].tokens
-            store.append_many(fresh)
-            bar.update(min(total, tokens) - bar.n)
+def _check_enough(total: int, store: TraceStore, tokens: int, failed: int) -> None:
     # A store can hold enough although these problems do not: its traces came under a larger limit.
     held = max(total, store.counts.tokens)
     if held < tokens:
+        lost = f" {failed} problems failed: retry_failed tries them again." if failed else ""
         raise RacError(
             f"the problems of {store.header.problems.source!r} are used up: {held:,} tokens in {len(store)} traces, of "
-            f"{tokens:,} asked for (all kept in {str(store.path)!r}). Give more problems (a larger limit, another "
-            f"source), sample each more often (samples_per_problem={sampling.samples_per_problem} now; in a new "
-            f"store), or ask for tokens={held}"
+            f"{tokens:,} asked for (all kept in {str(store.path)!r}).{lost} Give more problems (a larger limit, another "
+            f"source), sample each more often (samples_per_problem={store.header.sampling.samples_per_problem} now; in a "
+            f"new store), or ask for tokens={held}"
         )
-
-
-def _sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[_Request], sampling: SamplingSettings
-) -> list[Trace]:
-    prompts = [
-        render_prompt(tokenizer, request.problem.question, sampling.system_prompt, sampling.template)
-        for request in batch
-    ]
-    completions = generate(model, tokenizer, prompts, sampling, [request.id for request in batch])
-    return [
-        Trace(
-            id=request.id,
-            problem_id=request.problem.id,
-            prompt_ids=tuple(prompt),
-            completion_ids=completion.ids,
-            finish_reason=completion.finish_reason,
-            seed=sampling.seed,
-            question=request.problem.question,
-            answer=request.problem.answer,
-        )
-        for request, prompt, completion in zip(batch, prompts, completions, strict=True)
-    ]
 
 
 def _read_off_policy(path: Path, header: StoreHeader, tokens: int) -> TraceStore:

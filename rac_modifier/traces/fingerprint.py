@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 
@@ -41,10 +41,16 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Raises:
         RacError: a parameter has no values (meta device, not offloaded).
     """
-    config = model.config.get_text_config()
-    fields = {name: getattr(config, name, None) for name in _ARCHITECTURE_FIELDS}
+    values = ((n, _offloaded(model, n) if p.is_meta else p) for n, p in named_parameters(model))
+    return fingerprint_of(model.config, values)
+
+
+def fingerprint_of(config: PreTrainedConfig, parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`model_fingerprint` of a config and of the parameters in the order of `named_parameters`."""
+    text = config.get_text_config()
+    fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in _parameters(model):
+    for name, tensor in parameters:
         flat = tensor.detach().reshape(-1)
         # Odd: a stride that is a multiple of the row length would only ever read one column.
         stride = -(-flat.numel() // _ELEMENTS) | 1
@@ -60,16 +66,21 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(vocab.encode()).hexdigest()
 
 
-def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each module's own parameters; one shared by two modules comes twice, since offloading hides that it is shared."""
+def named_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each module's own parameters under their full names.
+
+    One shared by two modules comes twice, since offloading hides that it is shared.
+    """
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
-            yield full, _offloaded(module, name, full) if parameter.is_meta else parameter
+            yield full, parameter
 
 
-def _offloaded(module: torch.nn.Module, name: str, full: str) -> torch.Tensor:
+def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
     """The values that accelerate keeps elsewhere while the parameter itself is on the meta device."""
+    prefix, _, name = full.rpartition(".")
+    module = model.get_submodule(prefix)
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", [hook]):
         weights = getattr(one, "weights_map", None)

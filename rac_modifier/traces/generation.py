@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from loguru import logger
@@ -130,7 +130,15 @@ def generate(
     return [_cut(row, set(eos)) for row in rows]
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+class HasGenerationConfig(Protocol):
+    """A model, or what stands for one."""
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The model's own, if it has one."""
+
+
+def eos_token_ids(model: HasGenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token id that ends a completion: those of the model's generation_config, else the tokenizer's.
 
     Raises:

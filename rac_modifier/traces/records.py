@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from rac_modifier.traces.engines.base import EngineRecord
 from rac_modifier.traces.generation import FinishReason, SamplingSettings
 from rac_modifier.traces.problems import ProblemSource
 
@@ -57,6 +58,8 @@ class StoreHeader(BaseModel):
     chat_template: str | None = None
     sampling: SamplingSettings
     problems: ProblemSource
+    engine: EngineRecord = EngineRecord()
+    """Does not decide which store a run may use: both kinds sample the same model. Only one kind adds to a store."""
 
 
 def header_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:

@@ -103,6 +103,12 @@ class TraceStore:
             for trace in traces:
                 self._count(trace)
 
+    def remove(self) -> None:
+        """Delete the file, which must be open to add to, and close it."""
+        assert self._fd is not None
+        self.path.unlink(missing_ok=True)
+        self.close()
+
     def close(self) -> None:
         """Release the lock; the store stays readable."""
         if self._fd is not None:

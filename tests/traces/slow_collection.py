@@ -7,11 +7,16 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 
-def collect_slowly(path: str, settings: dict[str, object], tokens: int) -> None:
-    """Entry point of a process that will be killed: writes each line in pieces, so that kills tear lines too."""
+def collect_slowly(path: str, settings: dict[str, object], tokens: int, url: str | None = None) -> None:
+    """Entry point of a process that will be killed: writes each line in pieces, so that kills tear lines too.
+
+    With `url`, from the server there, without the model in memory.
+    """
     from rac_modifier.traces.collect import collect_traces
+    from rac_modifier.traces.engines.settings import EngineSettings
     from rac_modifier.traces.generation import SamplingSettings
     from rac_modifier.traces.problems import ProblemSource
+    from rac_modifier.traces.subject import Subject
 
     torch.set_num_threads(1)
     write = os.write
@@ -21,12 +26,14 @@ def collect_slowly(path: str, settings: dict[str, object], tokens: int) -> None:
         return write(fd, data[:200])
 
     os.write = write_in_pieces  # type: ignore[assignment]
+    model = tiny_model()
     collect_traces(
-        tiny_model(),
+        Subject.of_model(model) if url else model,
         tiny_tokenizer(),
         path,
         problems=ProblemSource(),
         sampling=SamplingSettings(**settings),  # type: ignore[arg-type]
         tokens=tokens,
+        engine=EngineSettings(base_urls=(url,), concurrency=8) if url else None,
         progress=False,
     )

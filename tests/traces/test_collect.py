@@ -3,8 +3,8 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from rac_modifier.errors import RacError
-from rac_modifier.traces import collect
 from rac_modifier.traces.collect import collect_traces, default_store_path
+from rac_modifier.traces.engines import in_process
 from rac_modifier.traces.generation import SamplingSettings, generate
 from rac_modifier.traces.problems import ProblemSource, load_problems
 from rac_modifier.traces.prompts import render_prompt
@@ -50,7 +50,7 @@ def sampled(monkeypatch):
         calls.append(len(prompts))
         return generate(model, tokenizer, prompts, settings, keys)
 
-    monkeypatch.setattr(collect, "generate", counting)
+    monkeypatch.setattr(in_process, "generate", counting)
     return calls
 
 

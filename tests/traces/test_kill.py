@@ -5,12 +5,17 @@ import random
 import time
 
 import pytest
+from fake_server import FakeServer
 from slow_collection import collect_slowly
 from tiny import tiny_model, tiny_tokenizer
 
 from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.engines.settings import EngineSettings
+from rac_modifier.traces.filling import pending_path
 from rac_modifier.traces.generation import SamplingSettings
 from rac_modifier.traces.problems import ProblemSource
+from rac_modifier.traces.store import TraceStore, read_header
+from rac_modifier.traces.subject import Subject
 
 SETTINGS = {"temperature": 1.0, "max_new_tokens": 10, "batch_size": 6, "samples_per_problem": 2}
 TOKENS = 30_000
@@ -18,20 +23,28 @@ KILLS = 20
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_and_double_nothing(tmp_path):
+@pytest.mark.parametrize("engine", ["in_process", "server"])
+def test_twenty_kills_lose_and_double_nothing(tmp_path, engine):
     # A fork server imports torch once, in a process without threads; each child is then a quick and safe fork of it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["slow_collection", "rac_modifier.traces.collect"])
     path = tmp_path / "killed.jsonl"
     rng = random.Random(0)
-    torn = 0
+    server = None
+    if engine == "server":
+        server = FakeServer()
+        server.delay = lambda body: rng.choice(
+            [0, 0, 0.05]
+        )  # so that traces finish in another order than their problems
+    url = server.url if server else None
+    torn, finished = 0, set()
     for _ in range(KILLS):
-        size = path.stat().st_size if path.exists() else 0
-        child = context.Process(target=collect_slowly, args=(str(path), SETTINGS, TOKENS))
+        size = written(path)
+        child = context.Process(target=collect_slowly, args=(str(path), SETTINGS, TOKENS, url))
         child.start()
         # Wait until it writes, so that every kill hits a run at work, then let it go on for a random while.
         deadline = time.monotonic() + 60
-        while (path.stat().st_size if path.exists() else 0) <= size:
+        while written(path) <= size:
             assert child.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -39,20 +52,35 @@ def test_twenty_kills_lose_and_double_nothing(tmp_path):
         child.kill()
         child.join()
         assert child.exitcode == -9, "the collection ended before it was killed: raise TOKENS"
-        torn += not path.read_bytes().endswith(b"\n")
+        torn += any(not p.read_bytes().endswith(b"\n") for p in files(path))
+        now = {trace.id for p in files(path) if read_header(p) for trace in TraceStore.read(p)}
+        assert finished <= now
+        finished = now
     assert torn >= 3, "hardly any kill hit a write: the test shows nothing"
 
     def finish(name):
+        model = tiny_model()
         return collect_traces(
-            tiny_model(),
+            Subject.of_model(model) if url else model,
             tiny_tokenizer(),
             tmp_path / name,
             problems=ProblemSource(),
             sampling=SamplingSettings(**SETTINGS),
             tokens=TOKENS,
+            engine=EngineSettings(base_urls=(url,), concurrency=8) if url else None,
             progress=False,
         )
 
     resumed, undisturbed = finish("killed.jsonl"), finish("undisturbed.jsonl")
+    if server:
+        server.close()
     assert resumed.counts.tokens >= TOKENS
     assert resumed.sha256() == undisturbed.sha256()
+
+
+def files(path):
+    return [p for p in (path, pending_path(path)) if p.exists()]
+
+
+def written(path):
+    return sum(p.stat().st_size for p in files(path))

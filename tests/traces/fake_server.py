@@ -1,0 +1,144 @@
+"""A completions server on loopback that answers from a rule and misbehaves where a test says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+EOS = 1
+NAME = "tiny"
+
+
+def rule(body: dict[str, Any]) -> list[int]:
+    """Token ids that depend on prompt and seed alone, as a deterministic engine's do; half of them end on EOS."""
+    digest = hashlib.sha256(f"{body['seed']}/{body['prompt']}".encode()).digest()
+    ids = [2 + b % 90 for b in digest[: body["max_tokens"]]]
+    length = 1 + digest[-1] % len(ids)
+    return [*ids[: length - 1], EOS] if digest[-2] % 2 else ids
+
+
+def ending(body: dict[str, Any], ids: list[int]) -> str:
+    return "stop" if ids[-1] == EOS else "length"
+
+
+class FakeServer:
+    """`fault` gets each completion request's number and body, and names what to do wrong, or None.
+
+    Faults: hang, 500, 429, 503, 401, 400, reset, truncate, garbage, no_ids, other_prompt, no_eos, past_eos, short, miscount.
+    """
+
+    def __init__(self) -> None:
+        self.fault: Callable[[int, dict[str, Any]], str | None] = lambda number, body: None
+        self.answer: Callable[[dict[str, Any]], list[int]] = rule
+        self.cards: list[dict[str, Any]] = [{"id": NAME, "root": "/models/tiny", "max_model_len": 512}]
+        self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
+        self.bodies: list[dict[str, Any]] = []
+        self.faults: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
+        self.most_at_once = 0
+        self._now = 0
+        self._lock = threading.Lock()
+        self.released = threading.Event()
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._http.daemon_threads = True
+        self._http.handle_error = lambda *_: None  # a client that was killed
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        threading.Thread(target=lambda: self._http.serve_forever(0.02), daemon=True).start()
+
+    def close(self) -> None:
+        self.released.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    @contextmanager
+    def counted(self, body: dict[str, Any]):
+        with self._lock:
+            self.bodies.append(body)
+            number = len(self.bodies) - 1
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        try:
+            yield number
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send(200, {"object": "list", "data": self.fake.cards})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.fake.headers.append(dict(self.headers))
+        with self.fake.counted(body) as number:
+            time.sleep(self.fake.delay(body))
+            fault = self.fake.fault(number, body)
+            if fault is not None:
+                self.fake.faults[fault] += 1
+            try:
+                self.reply(body, fault)
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+
+    def reply(self, body: dict[str, Any], fault: str | None) -> None:
+        if fault == "hang":
+            self.fake.released.wait(30)
+            self.close_connection = True
+            return
+        if fault == "reset":
+            self.close_connection = True
+            self.connection.close()
+            return
+        if fault in ("500", "401", "400", "404"):
+            return self.send(int(fault), {"error": {"message": f"told to answer {fault}"}})
+        if fault in ("429", "503"):
+            return self.send(int(fault), {"error": {"message": "busy"}}, {"Retry-After": "0.05"})
+        ids = self.fake.answer(body)
+        choice = {
+            "index": 0,
+            "text": "text",
+            "finish_reason": ending(body, ids),
+            "token_ids": ids,
+            "prompt_token_ids": body["prompt"],
+        }
+        if fault == "no_ids":
+            choice["token_ids"] = choice["prompt_token_ids"] = None
+        if fault == "other_prompt":
+            choice["prompt_token_ids"] = body["prompt"][1:]
+        if fault == "no_eos":
+            choice |= {"token_ids": [5, 6], "finish_reason": "stop"}
+        if fault == "past_eos":
+            choice |= {"token_ids": [5, EOS, 6, EOS], "finish_reason": "stop"}
+        if fault == "short":
+            choice |= {"token_ids": [5], "finish_reason": "length"}
+        usage = {"completion_tokens": len(choice["token_ids"] or ids) + (fault == "miscount")}
+        content = json.dumps({"choices": [choice], "usage": usage}).encode()
+        if fault == "garbage":
+            content = content[: len(content) // 2]
+        self.send(200, content, cut=fault == "truncate")
+
+    def send(self, status: int, content: Any, headers: dict[str, str] | None = None, cut: bool = False) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.close_connection = True
