@@ -18,10 +18,11 @@ serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed
 		--precision float32
 	$(SERVE_VENV)/bin/python examples/serve_demo.py demo/served
 
-test: $(VENV)/.installed lint
+test: $(VENV)/.installed $(SERVE_VENV)/.installed lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/serving/test_*.py -m "not slow"
 
-# the plugin inside vLLM, in the serving environment
+# all of the plugin's tests, which start vLLM's engines and servers
 test-serve: $(SERVE_VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/serving
 
@@ -48,6 +49,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(SERVE_VENV)/.installed: pyproject.toml scripts/serve_cpu_env.sh
 	PYTHON=$(PYTHON) scripts/serve_cpu_env.sh $(SERVE_VENV)
+	$(SERVE_VENV)/bin/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6.100'
 	touch $@
 
 clean:
