@@ -199,6 +199,8 @@ def evaluate(
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
     if divergence and len(models) < 2:
         raise RacError("--divergence compares pruned models with the first one; name at least two models")
+    if divergence and direct:
+        raise RacError("--divergence samples the model with its thinking; give it without --direct")
     if plot is not None and not divergence:
         raise RacError("--plot draws divergence against position; give --divergence too")
     for name in models:

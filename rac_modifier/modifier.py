@@ -140,9 +140,8 @@ class ReasoningAwareSparseGPTModifier(Modifier):
 
     def describe_modules(self, modules: list[torch.nn.Module]) -> str:
         """Short names of modules that read the same input, for progress bars."""
-        return ", ".join(".".join(self._names[module].split(".")[-4:]) for module in modules[:1]) + (
-            f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-        )
+        first = ".".join(self._names[modules[0]].split(".")[-4:])
+        return f"{first} and {len(modules) - 1} more" if len(modules) > 1 else first
 
     @property
     def needs_dense_stream(self) -> bool:

@@ -96,6 +96,7 @@ def test_eval_divergence(rac, tiny_folder, tmp_path):
 
 def test_eval_divergence_needs_two_models(rac, tiny_folder, tmp_path):
     assert "name at least two models" in rac("eval", tiny_folder, "--divergence")[2]
+    assert "without --direct" in rac("eval", tiny_folder, tiny_folder, "--divergence", "--direct")[2]
     assert "give --divergence too" in rac("eval", tiny_folder, "--plot", tmp_path / "x.png")[2]
 
 

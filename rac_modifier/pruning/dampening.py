@@ -9,8 +9,10 @@ from typing import TypeVar
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning.sparsegpt import MAX_DAMPENING
 
+# Retries multiply the dampening by ten up to the mean of the diagonal; beyond that the Hessian would hardly matter and
+# the result would be magnitude pruning under another name.
+MAX_DAMPENING = 1.0
 _FIRST_RETRY = 1e-4  # when dampening_frac is 0
 
 T = TypeVar("T")

@@ -35,7 +35,7 @@ from rac_modifier.pruning.sparsegpt import Factor
 
 __all__ = ["ITERATIONS", "REFIT_STEPS", "Method", "Solution", "quadratic_form", "solve"]
 
-# On the embedded reasoner 16 iterations with 20 steps leave some 5 % less layer error, and no measurable accuracy more.
+# 16 iterations with 20 steps gave no higher accuracy on the embedded reasoner at 80 %.
 ITERATIONS = 12
 REFIT_STEPS = 10
 

@@ -23,14 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rac_modifier.errors import RacError
+from rac_modifier.pruning.dampening import raise_until_it_works
 from rac_modifier.pruning.patterns import Pattern
 from rac_modifier.pruning.selection import lowest, lowest_along
 
-# Retries multiply the dampening by ten up to the mean of the diagonal; beyond that the Hessian would hardly matter and
-# the result would be magnitude pruning under another name.
-MAX_DAMPENING = 1.0
-_FIRST_RETRY = 1e-4  # when dampening_frac is 0
 _SUB_BLOCK = 32
 
 
@@ -59,19 +55,14 @@ def factorise(hessian: torch.Tensor, dampening_frac: float, label: str) -> Facto
     mean = diagonal.mean()
     filled = torch.where(diagonal == 0, mean, diagonal)
     damped = hessian.flip(0, 1)
-    frac, retries = dampening_frac, 0
-    while True:
+
+    def attempt(frac: float) -> torch.Tensor | None:
         damped.diagonal().copy_((filled + frac * mean).flip(0))
         lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            return Factor(lower, frac * mean, frac, retries)
-        larger = max(frac * 10, _FIRST_RETRY)
-        if larger > MAX_DAMPENING * (1 + 1e-9):
-            raise RacError(
-                f"{label}: the Hessian is not positive definite, even with dampening_frac {frac:.4g}; "
-                "use more calibration tokens, or look for activations that overflow in this layer"
-            )
-        frac, retries = larger, retries + 1
+        return lower if int(info) == 0 else None
+
+    lower, frac, retries = raise_until_it_works(attempt, dampening_frac, label)
+    return Factor(lower, frac * mean, frac, retries)
 
 
 def prune(
