@@ -35,7 +35,7 @@ lint: $(VENV)/.installed
 schema: $(VENV)/.installed
 	$(BIN)/rac schema > docs/recipe.schema.json
 
-# the figures of docs/results.md; takes hours on 2 cores (smollm2.py says what it needs)
+# the figures of docs/results; takes hours on 2 cores (smollm2.py says what it needs)
 results: $(VENV)/.installed
 	$(BIN)/python benchmarks/pruning_time.py
 	$(BIN)/python benchmarks/reasoner_table.py

@@ -1,4 +1,4 @@
-"""Accuracy and thinking of the embedded reasoner by sparsity and calibration: the table in docs/results.md.
+"""Accuracy and thinking of the embedded reasoner by sparsity and calibration: the tables in docs/results/accuracy.md.
 
     python benchmarks/reasoner_table.py                # the paper's way, all calibrations; resumes from its rows
     python benchmarks/reasoner_table.py --variants paper quality --patterns 0.6 0.7 0.8 2:4 --problems 500 --out build/solvers
