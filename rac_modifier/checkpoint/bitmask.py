@@ -214,9 +214,13 @@ def part_of(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor:
     return tensors[part]
 
 
-def check_parts(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, int, int]:
-    """What both layouts need before anything is indexed: compressed, bitmask, N and K."""
-    compressed, bitmask, shape = (part_of(tensors, name, part) for part in ("compressed", "bitmask", "shape"))
+def check_mask(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, int, int]:
+    """What every layout needs before anything is indexed: the bitmask, N and K.
+
+    Raises:
+        RacError: naming `{name}.{part}`, where one of them is missing or malformed.
+    """
+    bitmask, shape = part_of(tensors, name, "bitmask"), part_of(tensors, name, "shape")
     if shape.dtype != torch.int64 or shape.numel() != 2:
         raise RacError(
             f"{name}.shape: {shape.dtype} {list(shape.shape)} instead of two int64; the checkpoint is damaged"
@@ -229,6 +233,13 @@ def check_parts(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tenso
         )
     if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
         raise RacError(f"{name}.bitmask: bits are set beyond column {columns}; the checkpoint is damaged")
+    return bitmask, rows, columns
+
+
+def check_parts(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, int, int]:
+    """As `check_mask`, with the values before it: compressed, bitmask, N and K."""
+    compressed = part_of(tensors, name, "compressed")
+    bitmask, rows, columns = check_mask(tensors, name)
     if compressed.dtype not in DTYPES:
         raise RacError(f"{name}.compressed: dtype {compressed.dtype} is none that weights are packed in")
     return compressed, bitmask, rows, columns

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import bitmask
+from rac_modifier.checkpoint.words import pack_words, unpack_words
 from rac_modifier.errors import RacError
 
 FORMAT_24 = "sparse-24-bitmask"
@@ -44,14 +46,46 @@ def choose_format(structures: Iterable[str]) -> str:
     return FORMAT_24 if all(structure == "2:4" for structure in structures) else FORMAT_BITMASK
 
 
-def pack(weight: Tensor, format: str, name: str) -> dict[str, Tensor]:
-    """The tensors of `PARTS[format]` for a dense weight [N, K]."""
-    return (bitmask.pack_24 if format == FORMAT_24 else bitmask.pack_unstructured)(weight, name)
+def pack(weight: Tensor, format: str, name: str, bits: int | None = None) -> dict[str, Tensor]:
+    """The tensors of `PARTS[format]` for a dense weight [N, K].
+
+    `bits` is 4 for an int8 weight whose values have four bits: `compressed` then holds them in int32 words (words.py), 2:4 as
+    [N, ceil(K/2/8)] and unstructured as [ceil(nnz/8)]; `row_offsets` still counts values.
+    """
+    parts = (bitmask.pack_24 if format == FORMAT_24 else bitmask.pack_unstructured)(weight, name)
+    if bits == 4:
+        parts["compressed"] = pack_words(parts["compressed"], 4)
+    return parts
 
 
 def unpack(tensors: Mapping[str, Tensor], format: str, name: str) -> Tensor:
-    """The dense weight [N, K] from the tensors of `PARTS[format]`."""
+    """The dense weight [N, K] from the tensors of `PARTS[format]`; 4-bit values come as int8."""
+    tensors = with_values(tensors, format, name)
     return (bitmask.unpack_24 if format == FORMAT_24 else bitmask.unpack_unstructured)(tensors, name)
+
+
+def with_values(tensors: Mapping[str, Tensor], format: str, name: str) -> Mapping[str, Tensor]:
+    """The tensors of `PARTS[format]` with a value an element: int32 words of 4-bit values become int8, others stay.
+
+    Raises:
+        RacError: naming `{name}.compressed`, where the words are not as many as bitmask and shape say.
+    """
+    compressed = bitmask.part_of(tensors, name, "compressed")
+    if compressed.dtype != torch.int32:
+        return tensors
+    mask, rows, columns = bitmask.check_mask(tensors, name)
+    count, wanted = columns // 2, 2
+    if format != FORMAT_24:
+        count, wanted = int(bitmask.row_counts(mask).sum()), 1
+    if compressed.dim() != wanted or (wanted == 2 and compressed.shape[0] != rows):
+        raise RacError(
+            f"{name}.compressed: shape {list(compressed.shape)} does not fit a {format} weight [{rows}, {columns}]; the "
+            "checkpoint is damaged"
+        )
+    try:
+        return {**tensors, "compressed": unpack_words(compressed, 4, count)}
+    except RacError as error:
+        raise RacError(f"{name}.compressed: {error}") from error
 
 
 def packed_modules(tensor_names: Iterable[str]) -> list[str]:

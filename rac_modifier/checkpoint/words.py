@@ -1,0 +1,62 @@
+"""Signed values of 4 or 8 bits in int32 words, as compressed-tensors' format pack-quantized holds them.
+
+A value v is stored as v + 2^(bits-1), lowest bits first; what fills up the last word is the value 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rac_modifier.errors import RacError
+
+BITS = (4, 8)
+
+
+def pack_words(values: Tensor, bits: int) -> Tensor:
+    """Int8 [..., n], each value of `bits` bits, to int32 [..., ceil(n * bits / 32)].
+
+    Raises:
+        RacError: another dtype, another number of bits, or a value that does not fit it.
+    """
+    _check_bits(bits)
+    if values.dtype != torch.int8:
+        raise RacError(f"values of {values.dtype} cannot be packed into words; quantized values are int8")
+    limit = 1 << (bits - 1)
+    if bits < 8 and values.numel() and (int(values.min()) < -limit or int(values.max()) >= limit):
+        raise RacError(f"a value outside [{-limit}, {limit - 1}] does not fit {bits} bits; save the model again")
+    count = values.shape[-1]
+    padded = torch.nn.functional.pad(values, (0, word_count(count, bits) * 32 // bits - count))
+    lifted = (padded.to(torch.int16) + limit).to(torch.uint8)
+    if bits == 4:
+        lifted = lifted[..., ::2] | (lifted[..., 1::2] << 4)
+    return lifted.contiguous().view(torch.int32)
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` values of int32 [..., ceil(count * bits / 32)], as int8 [..., count].
+
+    Raises:
+        RacError: another dtype, another number of bits, or another number of words than `count` values take.
+    """
+    _check_bits(bits)
+    if words.dtype != torch.int32 or not words.dim() or words.shape[-1] != word_count(count, bits):
+        raise RacError(
+            f"{words.dtype} {list(words.shape)} holds no {count} values of {bits} bits, which take "
+            f"{word_count(count, bits)} int32; the checkpoint is damaged"
+        )
+    lifted = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        lifted = torch.stack([lifted & 0x0F, lifted >> 4], dim=-1).flatten(-2)
+    limit = 1 << (bits - 1)
+    return (lifted[..., :count].to(torch.int16) - limit).to(torch.int8)
+
+
+def word_count(count: int, bits: int) -> int:
+    """Int32 words that `count` values of `bits` bits take."""
+    return -(-count * bits // 32)
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise RacError(f"{bits} bits a value cannot be packed sparse; quantize to {' or '.join(map(str, BITS))} bits")
