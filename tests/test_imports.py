@@ -66,6 +66,8 @@ def test_imports_run_one_way():
     wrong = []
     for path in PACKAGE.rglob("*.py"):
         folder, *rest = path.relative_to(PACKAGE).parts
+        if folder in WIRING:
+            continue
         if not rest:
             assert path.stem in WIRING | FOR_ALL, f"{path.name}: a new module at the top; is it wiring?"
             continue
@@ -83,7 +85,7 @@ def test_llmcompressor_and_vllm_are_imported_where_they_may_be():
     """Inside functions too."""
     for path in PACKAGE.rglob("*.py"):
         place = path.relative_to(PACKAGE)
-        if place.parts[0] not in ("modifier.py", "pipelines", "cli.py"):
+        if place.parts[0] not in ("modifier.py", "pipelines", "cli"):
             assert imported(path, "llmcompressor.") == [], place
         if place.parts[0] != "serving":
             assert imported(path, "vllm.") == [], place
@@ -91,7 +93,7 @@ def test_llmcompressor_and_vllm_are_imported_where_they_may_be():
 
 def test_every_folder_has_its_place():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders <= set(ORDER)
+    assert folders <= {*ORDER, *WIRING}
 
 
 @pytest.mark.parametrize("name", ["ReasoningAwareSparseGPTModifier", "load_model", "reasoner_path", "RacError"])
