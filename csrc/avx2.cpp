@@ -1,4 +1,8 @@
-// AVX2 with FMA: a byte of the mask picks a shuffle that spreads 8 stored values over their lanes.
+// AVX2 with FMA: a byte of the mask picks a shuffle that spreads 8 stored values over 8 fp32 lanes.
+//
+// bf16 values keep the order of the bits: a vector holds 4 rows of a panel, both columns of a pair side by side, and is
+// multiplied by the two x side by side; the sums of even and odd columns are added at the end. A block is expanded in the
+// same order, fp32 [pair][16 rows][2 columns].
 #include "kernel.h"
 
 #if defined(__x86_64__)
@@ -7,17 +11,19 @@
 namespace rac {
 namespace {
 
-// By mask byte: for each lane which stored value goes there, in bytes for vpshufb and in values for vpermd; 0x80: none.
+// By mask byte, for each of 8 lanes which stored value goes there. bf16: bytes for vpshufb, which put a value into the
+// upper half of its lane, of both 128-bit halves; 0x80 makes a zero. fp32: numbers for vpermps, negative for a zero.
 struct Tables {
-    alignas(64) uint8_t bytes[256][16];
-    alignas(64) int8_t lanes[256][8];
-    constexpr Tables() : bytes(), lanes() {
+    alignas(64) uint8_t bf16[256][32];
+    alignas(64) int32_t fp32[256][8];
+    constexpr Tables() : bf16(), fp32() {
         for (int mask = 0; mask < 256; mask++)
             for (int lane = 0, stored = 0; lane < 8; lane++) {
                 const bool set = mask >> lane & 1;
-                bytes[mask][2 * lane] = static_cast<uint8_t>(set ? 2 * stored : 0x80);
-                bytes[mask][2 * lane + 1] = static_cast<uint8_t>(set ? 2 * stored + 1 : 0x80);
-                lanes[mask][lane] = static_cast<int8_t>(set ? stored : -128);
+                bf16[mask][4 * lane] = bf16[mask][4 * lane + 1] = 0x80;
+                bf16[mask][4 * lane + 2] = static_cast<uint8_t>(set ? 2 * stored : 0x80);
+                bf16[mask][4 * lane + 3] = static_cast<uint8_t>(set ? 2 * stored + 1 : 0x80);
+                fp32[mask][lane] = set ? stored : -1;
                 stored += set;
             }
     }
@@ -37,91 +43,150 @@ constexpr Tables tables;
 namespace rac {
 namespace {
 
-// A word's weights as fp32: w[k][h] holds column k, rows 8h to 8h + 7. Returns where the next word's values start.
+constexpr int ROWS = 3;  // of x at a time: 12 of the 16 registers accumulate
+
+// Byte j of a mask, times four: an address can have eight times that, and 32 bytes are an entry of a table.
+inline uint32_t times_four(uint32_t mask, int j) { return (j ? mask >> (8 * j - 2) : mask << 2) & 0x3fc; }
+
+inline __m256i entry(const void* table, uint32_t times_four) {
+    const char* at = static_cast<const char*>(table) + 8 * uint64_t{times_four};
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(at));
+}
+
+// Byte j of a word's mask as fp32, and `values` moved behind what it stores.
+template <Type type>
+inline __m256 spread(uint32_t mask, int j, const char*& values);
+
+template <>
+inline __m256 spread<BF16>(uint32_t mask, int j, const char*& values) {
+    const uint32_t byte = times_four(mask, j);
+    const __m256i stored = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    const __m256i order = entry(tables.bf16, byte);
+    values += 2 * RAC_COUNT(byte);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(stored, order));
+}
+
+template <>
+inline __m256 spread<FP32>(uint32_t mask, int j, const char*& values) {
+    const uint32_t byte = times_four(mask, j);
+    const __m256i order = entry(tables.fp32, byte);
+    const __m256 stored = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
+    values += 4 * RAC_COUNT(byte);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(stored, order), _mm256_setzero_ps(), _mm256_castsi256_ps(order));
+}
+
+inline __m256 two_of(const float* x) {
+    return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x)));
+}
+
+inline void add_to(float* sums, __m256 more) { _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), more)); }
+
+// A vector of sums holds 4 rows x 2 columns.
+template <int M>
+inline void add_pairs(float* out, const __m256 (&acc)[M][4]) {
+    RAC_UNROLL for (int m = 0; m < M; m++)
+        RAC_UNROLL for (int half = 0; half < 2; half++) {
+            const __m256 sums = _mm256_hadd_ps(acc[m][2 * half], acc[m][2 * half + 1]);
+            add_to(out + 16 * m + 8 * half,
+                   _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sums), 0xd8)));
+        }
+}
+
+// `block`, where there is one, gets the weights as they are expanded.
+template <int M, bool keep>
+inline const char* multiply_bf16(const uint32_t* masks, const char* values, int64_t pairs, const float* x,
+                                 int64_t stride, float* out, float* block) {
+    __m256 acc[M][4];
+    RAC_UNROLL for (auto& line : acc)
+        RAC_UNROLL for (__m256& sums : line) sums = _mm256_setzero_ps();
+    for (int64_t word = 0; word < pairs; word++) {
+        _mm_prefetch(values + 1024, _MM_HINT_T0);
+        __m256 factor[M];
+        RAC_UNROLL for (int m = 0; m < M; m++) factor[m] = two_of(x + m * stride + 2 * word);
+        RAC_UNROLL for (int j = 0; j < 4; j++) {
+            const __m256 weights = spread<BF16>(masks[word], j, values);
+            if (keep) _mm256_store_ps(block + 32 * word + 8 * j, weights);
+            RAC_UNROLL for (int m = 0; m < M; m++) acc[m][j] = _mm256_fmadd_ps(weights, factor[m], acc[m][j]);
+        }
+    }
+    add_pairs(out, acc);
+    return values;
+}
+
+template <int M>
+void dot_bf16(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out) {
+    multiply_bf16<M, false>(masks, values, pairs, x, stride, out, nullptr);
+}
+
+template <int M>
+void dot_fp32(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out) {
+    // One or two rows of x have too few accumulators to hide the latency of a multiplication: a set for each column.
+    constexpr int SETS = M <= 2 ? 2 : 1;
+    __m256 acc[SETS][M][2];
+    RAC_UNROLL for (auto& set : acc)
+        RAC_UNROLL for (auto& line : set)
+            RAC_UNROLL for (__m256& sums : line) sums = _mm256_setzero_ps();
+    for (int64_t word = 0; word < pairs; word++) {
+        _mm_prefetch(values + 1024, _MM_HINT_T0);
+        RAC_UNROLL for (int j = 0; j < 4; j++) {
+            const __m256 weights = spread<FP32>(masks[word], j, values);
+            RAC_UNROLL for (int m = 0; m < M; m++) {
+                __m256& sums = acc[j / 2 % SETS][m][j % 2];
+                sums = _mm256_fmadd_ps(weights, _mm256_broadcast_ss(x + m * stride + 2 * word + j / 2), sums);
+            }
+        }
+    }
+    RAC_UNROLL for (auto& set : acc)
+        RAC_UNROLL for (int m = 0; m < M; m++)
+            RAC_UNROLL for (int half = 0; half < 2; half++) add_to(out + 16 * m + 8 * half, set[m][half]);
+}
+
+// With an expanded block as `values`.
+template <int M>
+void dot_block(const uint32_t*, const char* values, int64_t pairs, const float* x, int64_t stride, float* out) {
+    const float* weights = reinterpret_cast<const float*>(values);
+    __m256 acc[M][4];
+    RAC_UNROLL for (auto& line : acc)
+        RAC_UNROLL for (__m256& sums : line) sums = _mm256_setzero_ps();
+    for (int64_t word = 0; word < pairs; word++, weights += 32) {
+        __m256 factor[M];
+        RAC_UNROLL for (int m = 0; m < M; m++) factor[m] = two_of(x + m * stride + 2 * word);
+        RAC_UNROLL for (int j = 0; j < 4; j++) {
+            const __m256 four = _mm256_load_ps(weights + 8 * j);
+            RAC_UNROLL for (int m = 0; m < M; m++) acc[m][j] = _mm256_fmadd_ps(four, factor[m], acc[m][j]);
+        }
+    }
+    add_pairs(out, acc);
+}
+
+// A word's weights as fp32: w[k][h] holds column k, rows 8h to 8h + 7.
 struct Pair {
     __m256 w[2][2];
 };
 
-inline __m128i bytes_at(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
-
-template <int form>
-inline const char* expand_word(uint32_t mask, const char* values, Pair& pair);
-
-template <>
-inline const char* expand_word<BF16>(uint32_t mask, const char* values, Pair& pair) {
-    const char* starts[4] = {values, values + 2 * RAC_COUNT(mask & 0xff),
-                             values + 2 * RAC_COUNT(mask & 0xffff),
-                             values + 2 * RAC_COUNT(mask & 0xffffff)};
-    for (int half = 0; half < 2; half++) {
-        const uint32_t two = mask >> (16 * half);
-        const __m256i stored = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes_at(starts[2 * half])),
-                                                       bytes_at(starts[2 * half + 1]), 1);
-        const __m256i order = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes_at(tables.bytes[two & 0xff])),
-                                                      bytes_at(tables.bytes[two >> 8 & 0xff]), 1);
-        const __m256i spread = _mm256_shuffle_epi8(stored, order);  // (k0, k1) of 8 rows, 16 bits each
-        pair.w[0][half] = _mm256_castsi256_ps(_mm256_slli_epi32(spread, 16));
-        pair.w[1][half] = _mm256_castsi256_ps(_mm256_and_si256(spread, _mm256_set1_epi32(int(0xffff0000))));
+template <Type type>
+inline Pair by_column(uint32_t mask, const char*& values) {
+    Pair pair;
+    if (type == FP32) {
+        RAC_UNROLL for (int j = 0; j < 4; j++) pair.w[j / 2][j % 2] = spread<FP32>(mask, j, values);
+        return pair;
     }
-    return values + 2 * RAC_COUNT(mask);
-}
-
-template <>
-inline const char* expand_word<FP32>(uint32_t mask, const char* values, Pair& pair) {
-    const char* starts[4] = {values, values + 4 * RAC_COUNT(mask & 0xff),
-                             values + 4 * RAC_COUNT(mask & 0xffff),
-                             values + 4 * RAC_COUNT(mask & 0xffffff)};
-    for (int quarter = 0; quarter < 4; quarter++) {
-        const int8_t* lanes = tables.lanes[mask >> (8 * quarter) & 0xff];
-        const __m256i order = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes)));
-        const __m256 stored = _mm256_loadu_ps(reinterpret_cast<const float*>(starts[quarter]));
-        const __m256 spread = _mm256_permutevar8x32_ps(stored, order);
-        pair.w[quarter / 2][quarter % 2] = _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(order));
+    RAC_UNROLL for (int half = 0; half < 2; half++) {
+        const __m256 four = spread<BF16>(mask, 2 * half, values), next = spread<BF16>(mask, 2 * half + 1, values);
+        const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(four, next, 0x88));
+        const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(four, next, 0xdd));
+        pair.w[0][half] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+        pair.w[1][half] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
     }
-    return values + 4 * RAC_COUNT(mask);
-}
-
-template <>
-inline const char* expand_word<DENSE>(uint32_t, const char* values, Pair& pair) {
-    const float* weights = reinterpret_cast<const float*>(values);
-    for (int k = 0; k < 2; k++)
-        for (int half = 0; half < 2; half++) pair.w[k][half] = _mm256_loadu_ps(weights + 16 * k + 8 * half);
-    return values + 128;
-}
-
-template <int form, int M>
-void dot(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out) {
-    // One row of x has too few accumulators to hide the latency of a multiplication: it gets a set for each column.
-    constexpr int SETS = M == 1 ? 2 : 1;
-    __m256 acc[SETS][M][2];
-    for (int set = 0; set < SETS; set++)
-        for (int m = 0; m < M; m++) acc[set][m][0] = acc[set][m][1] = _mm256_setzero_ps();
-    for (int64_t word = 0; word < pairs; word++) {
-        Pair pair;
-        if (form != DENSE) _mm_prefetch(values + 1024, _MM_HINT_T0);
-        values = expand_word<form>(form == DENSE ? 0 : masks[word], values, pair);
-        for (int m = 0; m < M; m++)
-            for (int k = 0; k < 2; k++) {
-                const __m256 factor = _mm256_broadcast_ss(x + m * stride + 2 * word + k);
-                for (int half = 0; half < 2; half++)
-                    acc[k % SETS][m][half] = _mm256_fmadd_ps(pair.w[k][half], factor, acc[k % SETS][m][half]);
-            }
-    }
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++) {
-            __m256 sum = acc[0][m][half];
-            if (SETS == 2) sum = _mm256_add_ps(sum, acc[SETS - 1][m][half]);
-            float* to = out + 16 * m + 8 * half;
-            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sum));
-        }
+    return pair;
 }
 
 template <Type type>
 const char* expand(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride) {
     for (int64_t column = 0; column < columns; column += 2) {
-        Pair pair;
-        values = expand_word<type>(masks[column / 2], values, pair);
+        const Pair pair = by_column<type>(masks[column / 2], values);
         for (int k = 0; k < 2 && column + k < columns; k++)
-            for (int half = 0; half < 2; half++)
+            RAC_UNROLL for (int half = 0; half < 2; half++)
                 _mm256_storeu_ps(static_cast<float*>(out) + (column + k) * stride + 8 * half, pair.w[k][half]);
     }
     return values;
@@ -129,8 +194,7 @@ const char* expand(const uint32_t* masks, const char* values, int64_t columns, v
 
 const char* expand_bf16(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride) {
     for (int64_t column = 0; column < columns; column += 2) {
-        Pair pair;
-        values = expand_word<BF16>(masks[column / 2], values, pair);
+        const Pair pair = by_column<BF16>(masks[column / 2], values);
         for (int k = 0; k < 2 && column + k < columns; k++) {
             const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(pair.w[k][0]), 16);
             const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(pair.w[k][1]), 16);
@@ -142,19 +206,43 @@ const char* expand_bf16(const uint32_t* masks, const char* values, int64_t colum
     return values;
 }
 
+const char* begin_bf16(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride,
+                       float* out, float* block) {
+    return multiply_bf16<ROWS, true>(masks, values, pairs, x, stride, out, block);
+}
+
+const char* begin_fp32(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride,
+                       float* out, float* block) {
+    float* to = block;
+    for (int64_t word = 0; word < pairs; word++) {
+        _mm_prefetch(values + 1024, _MM_HINT_T0);
+        const Pair pair = by_column<FP32>(masks[word], values);
+        RAC_UNROLL for (int half = 0; half < 2; half++, to += 16) {
+            const __m256 low = _mm256_unpacklo_ps(pair.w[0][half], pair.w[1][half]);
+            const __m256 high = _mm256_unpackhi_ps(pair.w[0][half], pair.w[1][half]);
+            _mm256_store_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
+            _mm256_store_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+        }
+    }
+    dot_block<ROWS>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out);
+    return values;
+}
+
 }  // namespace
 }  // namespace rac
 RAC_TARGET_END
 
 namespace rac {
 
-#define RAC_FOUR(form) dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>
 extern const Kernel avx2_kernel = {
-    4,
-    6,  // 12 of the 16 registers accumulate
-    {{RAC_FOUR(BF16)}, {RAC_FOUR(FP32)}, {RAC_FOUR(DENSE), dot<DENSE, 5>, dot<DENSE, 6>}},
+    ROWS,
+    ROWS,
+    {{dot_bf16<1>, dot_bf16<2>, dot_bf16<3>},
+     {dot_fp32<1>, dot_fp32<2>, dot_fp32<3>},
+     {dot_block<1>, dot_block<2>, dot_block<3>}},
     {expand<BF16>, expand<FP32>},
     expand_bf16,
+    {begin_bf16, begin_fp32},
 };
 
 bool has_avx2() {

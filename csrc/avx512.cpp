@@ -47,19 +47,21 @@ inline const char* expand_word<DENSE>(uint32_t, const char* values, Pair& pair) 
     return values + 128;
 }
 
+constexpr int ROWS = 8;  // of x at a time
+
 template <int form, int M>
 void dot(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out) {
     __m512 acc[M][2];  // a set for each column of the pair, which hides the latency of a multiplication
-    for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
+    RAC_UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
     for (int64_t word = 0; word < pairs; word++) {
         Pair pair;
         if (form != DENSE) _mm_prefetch(values + 1024, _MM_HINT_T0);
         values = expand_word<form>(form == DENSE ? 0 : masks[word], values, pair);
-        for (int m = 0; m < M; m++)
-            for (int k = 0; k < 2; k++)
+        RAC_UNROLL for (int m = 0; m < M; m++)
+            RAC_UNROLL for (int k = 0; k < 2; k++)
                 acc[m][k] = _mm512_fmadd_ps(pair.w[k], _mm512_set1_ps(x[m * stride + 2 * word + k]), acc[m][k]);
     }
-    for (int m = 0; m < M; m++) {
+    RAC_UNROLL for (int m = 0; m < M; m++) {
         const __m512 sum = _mm512_add_ps(acc[m][0], acc[m][1]);
         _mm512_storeu_ps(out + 16 * m, _mm512_add_ps(_mm512_loadu_ps(out + 16 * m), sum));
     }
@@ -90,6 +92,14 @@ const char* expand_bf16(const uint32_t* masks, const char* values, int64_t colum
     return values;
 }
 
+template <Type type>
+const char* begin(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out,
+                  float* block) {
+    values = expand<type>(masks, values, 2 * pairs, block, PANEL);
+    dot<DENSE, ROWS>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out);
+    return values;
+}
+
 }  // namespace
 }  // namespace rac
 RAC_TARGET_END
@@ -99,11 +109,12 @@ namespace rac {
 #define RAC_ROWS(form) \
     {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>, dot<form, 5>, dot<form, 6>, dot<form, 7>, dot<form, 8>}
 extern const Kernel avx512_kernel = {
-    8,
-    8,
+    ROWS,
+    ROWS,
     {RAC_ROWS(BF16), RAC_ROWS(FP32), RAC_ROWS(DENSE)},
     {expand<BF16>, expand<FP32>},
     expand_bf16,
+    {begin<BF16>, begin<FP32>},
 };
 
 bool has_avx512() {

@@ -6,7 +6,7 @@ namespace rac {
 
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
 
-// What a kernel multiplies: stored values of a Type behind masks, or a panel already expanded, fp32 [column][16].
+// What a kernel multiplies: stored values of a Type behind masks, or a block, columns of a panel that Begin expanded.
 constexpr int DENSE = 2, FORMS = 3;
 
 // acc[m][n] += sum over the pairs of x[m][k] w[n][k], for one panel and a few rows of x (fp32, `stride` apart).
@@ -17,6 +17,11 @@ using Dot = void (*)(const uint32_t* masks, const char* values, int64_t pairs, c
 // the values behind these columns start.
 using Expand = const char* (*)(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride);
 
+// A block of columns for the first `dense_rows` rows of x: multiplies them as Dot does and leaves the weights expanded in
+// `block`, fp32, 16 a column, in the order that dot[DENSE] reads. Returns where the values behind them start.
+using Begin = const char* (*)(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride,
+                              float* acc, float* block);
+
 constexpr int MOST_ROWS = 8;
 
 struct Kernel {
@@ -24,6 +29,7 @@ struct Kernel {
     Dot dot[FORMS][MOST_ROWS];   // by form and rows of x minus one
     Expand to_fp32[2];           // by Type
     Expand bf16_to_bf16;
+    Begin begin[2];              // by Type
 };
 
 struct Product {
@@ -44,6 +50,13 @@ bool amx_panels(const Product& product, int64_t first, int64_t last);
 bool has_avx2();
 bool has_avx512();
 bool has_amx();  // asks the operating system once for permission, which holds for the process
+
+// In front of a short loop over sums, which stay in registers only where GCC unrolls it early.
+#if defined(__clang__)
+#define RAC_UNROLL _Pragma("unroll")
+#else
+#define RAC_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 // Bits set; unsigned, so that an address needs no sign extension.
 #define RAC_COUNT(mask) static_cast<uint64_t>(static_cast<unsigned>(__builtin_popcount(mask)))

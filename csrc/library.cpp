@@ -65,12 +65,12 @@ bool vector_panels(const Product& product, const Kernel& kernel, int64_t first, 
             alignas(64) float block[BLOCK_COLUMNS * PANEL];
             for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS) {
                 const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS) + 1) / 2;
-                values = kernel.to_fp32[weight.type](masks + column / 2, values, 2 * pairs, block, PANEL);
-                for (int64_t line = 0; line < m; line += kernel.dense_rows) {
+                const float* from = x + column;
+                values = kernel.begin[weight.type](masks + column / 2, values, pairs, from, product.stride, acc, block);
+                for (int64_t line = kernel.dense_rows; line < m; line += kernel.dense_rows) {
                     const int64_t lines = std::min<int64_t>(m - line, kernel.dense_rows);
                     kernel.dot[DENSE][lines - 1](nullptr, reinterpret_cast<const char*>(block), pairs,
-                                                 x + line * product.stride + column, product.stride,
-                                                 acc + line * PANEL);
+                                                 from + line * product.stride, product.stride, acc + line * PANEL);
                 }
             }
         }

@@ -15,6 +15,8 @@ inline int64_t expand_word(uint32_t mask, const char* values, int64_t at, float 
     return at;
 }
 
+constexpr int ROWS = 4;  // of x at a time
+
 template <int form, int M>
 void dot(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out) {
     float acc[M][16] = {}, pair[2][16];
@@ -49,15 +51,24 @@ const char* expand(const uint32_t* masks, const char* values, int64_t columns, v
     return values + at * (type == BF16 ? 2 : 4);
 }
 
+template <Type type>
+const char* begin(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out,
+                  float* block) {
+    values = expand<type, FP32>(masks, values, 2 * pairs, block, PANEL);
+    dot<DENSE, ROWS>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out);
+    return values;
+}
+
 }  // namespace
 
 #define RAC_ROWS(form) {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>}
 extern const Kernel portable_kernel = {
-    4,
-    4,
+    ROWS,
+    ROWS,
     {RAC_ROWS(BF16), RAC_ROWS(FP32), RAC_ROWS(DENSE)},
     {expand<BF16, FP32>, expand<FP32, FP32>},
     expand<BF16, BF16>,
+    {begin<BF16>, begin<FP32>},
 };
 
 }  // namespace rac
