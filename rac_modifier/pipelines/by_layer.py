@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.batches import CalibrationLoader
 from rac_modifier.calibration.stop import StopForward
+from rac_modifier.pipelines.stages import Stage, use_own_configs
 
 
 def calibrate_by_layer(
@@ -36,6 +37,8 @@ def calibrate_by_layer(
         dataset_args.tracing_ignore,
         dataset_args.sequential_targets_per_subgraph,
     )
+    configs = use_own_configs(model, subgraphs)
+    stages = [Stage([], None, [subgraph], configs) for subgraph in subgraphs]
     LifecycleCallbacks.calibration_start()
     wanted = {module for m in session.lifecycle.recipe.modifiers for module in m.calibrated_modules()}
     submodules = [subgraph.submodules(model) for subgraph in subgraphs]
@@ -48,23 +51,21 @@ def calibrate_by_layer(
             loader, onload_device, torch.device(dataset_args.sequential_offload_device)
         )
 
-        def batches(index: int, what: str) -> Iterable[tuple[int, dict[str, Any]]]:
-            description = f"({index + 1}/{last + 1}): {what}"
-            return tqdm(enumerate(cache.iter(subgraphs[index].input_names)), total=len(loader), desc=description)
+        def batches(index: int, what: str) -> Iterable[int]:
+            return tqdm(range(len(loader)), desc=f"({index + 1}/{last + 1}): {what}")
 
-        for index, subgraph in enumerate(subgraphs[: last + 1]):
+        for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
                 if wanted.intersection(submodules[index]):
                     for modifier in session.lifecycle.recipe.modifiers:
                         modifier.on_subgraph_start(submodules[index])
-                    for batch, inputs in batches(index, "Calibrating"):
+                    for batch in batches(index, "Calibrating"):
                         session.state.current_batch_idx = batch
                         with contextlib.suppress(StopForward):
-                            subgraph.forward(model, **inputs)
+                            stage.look(model, cache, batch)
                     LifecycleCallbacks.sequential_epoch_end(submodules[index])
                 if index < last:
                     with HooksMixin.disable_hooks():
-                        for batch, inputs in batches(index, "Propagating"):
-                            cache.update(batch, subgraph.forward(model, **inputs))
-                            cache.delete(batch, subgraph.consumed_names)
+                        for batch in batches(index, "Propagating"):
+                            stage.run(model, cache, batch)
         LifecycleCallbacks.calibration_end()

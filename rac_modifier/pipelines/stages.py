@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class UntraceableError(Exception):
@@ -25,18 +26,32 @@ class Stage:
         modules: what is pruned before the stage runs; empty in the head of the model.
         reads: name under which the cache holds the tensor that they read.
         subgraphs: upstream's subgraphs, to be run in turn.
+        configs: the model's configs by the names that they have as values in the graph; shared by all stages.
     """
 
     modules: list[torch.nn.Module]
     reads: str | None
     subgraphs: list[Subgraph]
+    configs: Mapping[str, PreTrainedConfig]
 
     def run(self, model: torch.nn.Module, cache: IntermediatesCache, batch: int) -> None:
         """Run the stage for one batch, replacing what it consumed in the cache by what it made."""
         for subgraph in self.subgraphs:
-            made = subgraph.forward(model, **cache.fetch(batch, subgraph.input_names))  # type: ignore[arg-type]
-            cache.update(batch, made)
-            cache.delete(batch, subgraph.consumed_names)  # type: ignore[arg-type]
+            made = self._forward(subgraph, model, cache, batch)
+            cache.update(batch, {name: value for name, value in made.items() if name not in self.configs})
+            cache.delete(batch, list(subgraph.consumed_names - self.configs.keys()))
+
+    def look(self, model: torch.nn.Module, cache: IntermediatesCache, batch: int) -> None:
+        """Run a stage of one subgraph for one batch, for hooks to see; the cache stays as it is."""
+        (subgraph,) = self.subgraphs
+        self._forward(subgraph, model, cache, batch)
+
+    def _forward(
+        self, subgraph: Subgraph, model: torch.nn.Module, cache: IntermediatesCache, batch: int
+    ) -> dict[str, Any]:
+        inputs = cache.fetch(batch, subgraph.input_names)  # type: ignore[arg-type]
+        inputs |= {name: self.configs[name] for name in self.configs.keys() & subgraph.input_names}
+        return subgraph.forward(model, **inputs)
 
 
 def trace_stages(
@@ -47,13 +62,15 @@ def trace_stages(
     Upstream's partition starts a subgraph at each target, so that whatever a target reads was made before its subgraph.
 
     Raises:
-        UntraceableError: the model's code cannot be traced that far (a loop over experts, say), or does not call each
-            module once.
+        UntraceableError: the model's code cannot be traced that far, does not call each module once, or changes tensors in
+            place (as a mixture adds up its experts).
     """
     try:
         subgraphs = trace_subgraphs(model, sample, list(names.values()), list(ignore), 1)
     except Exception as error:  # tracing runs the model's own code and may fail in any way
         raise UntraceableError(f"tracing failed: {(str(error).splitlines() or [repr(error)])[0][:200]}") from error
+    _refuse_changes_in_place(subgraphs)
+    configs = use_own_configs(model, subgraphs)
     modules = {name: module for module, name in names.items()}
     calls = [[n for n in s.graph.nodes if n.op == "call_module" and n.target in modules] for s in subgraphs]
     times: dict[str, int] = dict.fromkeys(modules, 0)
@@ -67,7 +84,7 @@ def trace_stages(
     for subgraph, nodes in zip(subgraphs, calls, strict=True):
         if not nodes:
             if not stages:
-                stages.append(Stage([], None, []))
+                stages.append(Stage([], None, [], configs))
             stages[-1].subgraphs.append(subgraph)
             continue
         (node,) = nodes
@@ -76,7 +93,48 @@ def trace_stages(
         reads = node.args[0].name
         # neighbours only: a module that reads the same tensor later may have to run after others were pruned
         if not (stages and stages[-1].reads == reads):
-            stages.append(Stage([], reads, []))
+            stages.append(Stage([], reads, [], configs))
         stages[-1].modules.append(modules[node.target])
         stages[-1].subgraphs.append(subgraph)
     return stages
+
+
+def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:
+    """Upstream orders nodes by what they read; one that reads a tensor before or after another changes it is not ordered.
+
+    So the experts of a mixture would be added to their output when the next layer has already read it.
+    """
+    for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
+        in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+        if not (in_place or node.target is operator.setitem):
+            continue
+        changed = node.args[0]
+        if changed.op == "placeholder" or len(changed.users) > 1:
+            raise UntraceableError(f"the model changes a tensor in place ({node.name}) that is read elsewhere too")
+
+
+def use_own_configs(model: PreTrainedModel, subgraphs: Sequence[Subgraph]) -> dict[str, PreTrainedConfig]:
+    """Make each node that builds a config return the model's own, and give those by the names of the nodes.
+
+    Upstream's tracer writes a config that is passed to a function down as a call that makes a new one from its entries.
+    Which attention calibration forces is no entry, so in the new one it is lost, and with it the causal mask (seen in
+    Qwen3-MoE). A cache cannot keep a config either, so `Stage.run` hands it from stage to stage.
+    """
+    configs: dict[str, PreTrainedConfig] = {}
+    for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
+        if isinstance(node.target, type) and issubclass(node.target, PreTrainedConfig):
+            own = next((m.config for m in model.modules() if type(getattr(m, "config", None)) is node.target), None)
+            if own is None:
+                raise UntraceableError(
+                    f"the traced model builds a {node.target.__name__}, which none of its modules has"
+                )
+            configs[node.name] = own  # type: ignore[assignment]
+            node.target, node.args, node.kwargs = _constant(own), (), {}
+    return configs
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    def own_config() -> Any:
+        return value
+
+    return own_config
