@@ -50,7 +50,12 @@ def modifier(
         **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),
         **VARIANTS[variant],
         traces={"store": str(store), "sampling": {"max_new_tokens": 512, "batch_size": 128, "seed": seed}},
-        calibration={"tokens": tokens, "mixture": {CALIBRATIONS[calibration]: 1.0}, "seed": seed},
+        calibration={
+            "tokens": tokens,
+            "mixture": {CALIBRATIONS[calibration]: 1.0},
+            "seed": seed,
+            "held_out_tokens": 0,  # what is measured here is measured by the benchmark itself
+        },
     )
 
 

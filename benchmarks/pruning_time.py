@@ -47,7 +47,9 @@ def reasoner_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
     tokenizer = AutoTokenizer.from_pretrained(rac_modifier.reasoner_path())
     store = Path(tempfile.gettempdir()) / "rac-benchmark-traces.jsonl"
     traces = TraceSettings(store=str(store), sampling={"max_new_tokens": 512, "batch_size": 128})
-    loader = build_calibration_set(model, tokenizer, traces, CalibrationSettings(tokens=tokens)).loader
+    loader = build_calibration_set(
+        model, tokenizer, traces, CalibrationSettings(tokens=tokens, held_out_tokens=0)
+    ).loader
     ids = [i for s in loader.sequences for i in s.ids]
     return model, [CalibrationSequence(tuple(ids[at : at + 256]), 0, "traces") for at in range(0, len(ids) - 255, 256)]
 

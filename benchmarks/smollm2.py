@@ -76,7 +76,7 @@ def cell_settings(args: argparse.Namespace, pattern: str | float, calibration: s
             "store": str(args.out / "traces.jsonl"),
             "sampling": {"max_new_tokens": args.max_new_tokens, "batch_size": 64, "seed": 0},
         },
-        "calibration": {"tokens": args.tokens, "mixture": {CALIBRATIONS[calibration]: 1.0}},
+        "calibration": {"tokens": args.tokens, "mixture": {CALIBRATIONS[calibration]: 1.0}, "held_out_tokens": 0},
     }
     for override in method.split(","):
         key, _, value = override.partition("=")

@@ -21,10 +21,19 @@ from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
 from rac_modifier.calibration.source import CalibrationSet, build_calibration_set, on_accelerator
 from rac_modifier.checkpoint.saving import SavePlan, save_sparse
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.run_divergence import RunDivergence
 from rac_modifier.presets import Order, Preset, with_preset
 from rac_modifier.pruning.collector import HessianCollector
+from rac_modifier.pruning.cost import Cost, Group, Plan, groups_by_input, run_cost
 from rac_modifier.pruning.group import prune_group
 from rac_modifier.pruning.hessian import Hessian
+from rac_modifier.pruning.module_patterns import (
+    Allocation,
+    check_allocation,
+    describe_patterns,
+    listed_patterns,
+    measured_patterns,
+)
 from rac_modifier.pruning.patterns import Pattern
 from rac_modifier.pruning.solver import ITERATIONS, REFIT_STEPS, Method
 from rac_modifier.pruning.statistics import GroupStatistics
@@ -77,6 +86,13 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         description="gradient: tokens count by the squared gradient of a softened Fisher loss; one backward pass over the "
         "calibration set, with the whole model on one device",
     )
+    allocation: Allocation = Field(
+        "uniform",
+        description="how an unstructured sparsity is spread over modules. uniform: each loses the same share; kl: by how much "
+        "each module's own pruning changes the predictions, moved half-way from uniform, at a forward pass of 2,048 tokens a "
+        "module; or shares by module name or re: pattern (the last match counts), where modules that none names take "
+        "what makes the average the sparsity asked for",
+    )
     block_size: int = Field(128, ge=1, description="columns that SparseGPT settles before it updates the rest")
     iterations: int = Field(ITERATIONS, ge=1, description="iterations of alps; its time grows with them")
     refit_steps: int = Field(
@@ -106,12 +122,15 @@ class ReasoningAwareSparseGPTModifier(Modifier):
     calibration: CalibrationSettings = Field(CalibrationSettings(), description="how much of what is calibrated on")
 
     _pattern: Pattern = PrivateAttr()
+    _patterns: dict[str, Pattern] = PrivateAttr(default_factory=dict)
     _names: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
     _collector: HessianCollector | None = PrivateAttr(default=None)
     _calibration: CalibrationSet | None = PrivateAttr(default=None)
     _token_weights: dict[torch.nn.Module, list[torch.Tensor]] = PrivateAttr(default_factory=dict)
     _order: dict[str, str] = PrivateAttr(default_factory=dict)
     _results: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
+    _divergence: RunDivergence | None = PrivateAttr(default=None)
+    _moved: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -126,6 +145,7 @@ class ReasoningAwareSparseGPTModifier(Modifier):
     @model_validator(mode="after")
     def _settings_fit(self) -> ReasoningAwareSparseGPTModifier:
         self._pattern = Pattern.parse(self.mask_structure, self.sparsity)
+        check_allocation(self.allocation, self._pattern)
         if self.order == "layer" and self.reconstruct == "dense":
             raise RacError("order: layer has no dense activations to aim at; set reconstruct: pruned, or order: auto")
         if self.order == "layer" and self.token_weights == "gradient":
@@ -142,6 +162,22 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         """Short names of modules that read the same input, for progress bars."""
         first = ".".join(self._names[modules[0]].split(".")[-4:])
         return f"{first} and {len(modules) - 1} more" if len(modules) > 1 else first
+
+    @property
+    def pattern(self) -> Pattern:
+        """What is pruned of all modules together."""
+        return self._pattern
+
+    def cost(self, groups: list[Group]) -> Cost:
+        """What these settings cost on modules of such shapes."""
+        return run_cost(
+            groups,
+            Plan(
+                **{name: getattr(self, name) for name in Plan.__annotations__ if name in type(self).model_fields},
+                tokens=self.calibration.tokens,
+                held_out_tokens=self.calibration.held_out_tokens,
+            ),
+        )
 
     @property
     def needs_dense_stream(self) -> bool:
@@ -184,11 +220,18 @@ class ReasoningAwareSparseGPTModifier(Modifier):
         model = state.model
         self._names = find_targets(model, self.targets, self.ignore, self._pattern)
         logger.info(f"pruning {len(self._names)} modules: {self._pattern.describe()}")
+        logger.info(f"counted cost, without sampling: {self.cost(groups_by_input(model, self._names)).describe()}")
+        self._patterns = listed_patterns(model, self._names, self._pattern, self.allocation)
         if self._calibration is None:
             self._calibration = build_calibration_set(model, self._load_tokenizer(model), self.traces, self.calibration)
+        if self.allocation == "kl":
+            with on_accelerator(model):
+                self._patterns = measured_patterns(model, self._names, self._pattern, self._calibration.loader)
         if self.token_weights == "gradient":
             with on_accelerator(model):
                 self._token_weights = gradient_weights(model, self._calibration.loader, self._names)
+        with on_accelerator(model):
+            self._divergence = RunDivergence(model, self._calibration, off_policy=self.traces.allow_off_policy)
         state.data.calib = self._calibration.loader
         save_sparse(model, self._plan)
         return True
@@ -241,7 +284,7 @@ class ReasoningAwareSparseGPTModifier(Modifier):
                 [module.weight for module in modules],  # type: ignore[misc]
                 hessian,
                 drift,
-                self._pattern,
+                [self._patterns[name] for name in names],
                 dampening_frac=self.dampening_frac,
                 block_size=self.block_size,
                 refit=self.refit,
@@ -262,6 +305,13 @@ class ReasoningAwareSparseGPTModifier(Modifier):
                 "or calibrate on more tokens if they are experts"
             )
 
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Measure the result, once every modifier of the recipe is done with it."""
+        if self._divergence is not None:
+            self._moved = self._divergence.measure(state.model)
+            self._divergence = None
+        return True
+
     def _load_tokenizer(self, model: Any) -> Any:
         source = self.tokenizer or model.config._name_or_path
         try:
@@ -274,18 +324,19 @@ class ReasoningAwareSparseGPTModifier(Modifier):
     def _plan(self) -> SavePlan:
         assert self._calibration is not None
         return SavePlan(
-            pattern=self._pattern,
+            patterns=self._patterns,
             modules={name: module for module, name in self._names.items() if isinstance(module, torch.nn.Linear)},
             storage=self.storage,
             tokenizer=self.tokenizer,
             record={
                 "method": self.solver,
                 "order": self._order,
-                "pattern": self._pattern.describe(),
+                "pattern": describe_patterns(self._pattern, self.allocation),
                 "mask_structure": self.mask_structure,
                 "seed": f"{self.traces.sampling.seed} for sampling, {self.calibration.seed} for the mixture",
                 "modifier": self.model_dump(mode="json", exclude=_UPSTREAM_STATE),
                 **self._calibration.as_dict(),
+                "divergence": self._moved,
                 "modules": list(self._results.values()),
             },
         )

@@ -12,7 +12,7 @@ from rac_modifier import cli
 from rac_modifier.traces.store import TraceStore
 
 COMMANDS = [(), ("traces",), ("traces", "collect"), ("traces", "inspect"), ("prune",), ("eval",), ("inspect",),
-            ("schema",)]  # fmt: skip
+            ("schema",), ("estimate",)]  # fmt: skip
 
 
 @pytest.fixture
@@ -167,3 +167,17 @@ def test_the_embedded_reasoner_end_to_end(rac, recipe_file, tmp_path):
     code, _, _ = rac("eval", out, "--problems", 40, "--cap", 512, "--precision", "float32", "--json", results)
     assert code == 0
     assert json.loads(results.read_text())["results"][0]["accuracy"] > 0.6
+
+
+def test_estimate_names_each_preset_and_loads_no_weights(rac, recipe_file, tmp_path):
+    from transformers import AutoConfig
+
+    from rac_modifier import reasoner_path
+
+    AutoConfig.from_pretrained(reasoner_path()).save_pretrained(tmp_path / "config-only")
+    code, out, err = rac("estimate", tmp_path / "config-only", "-r", recipe_file, "--set", "calibration.tokens=1000")
+    assert code == 0, err
+    assert "1,000 tokens" in out
+    costs = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if line.startswith(("q", "fa", "pa"))}
+    assert costs.keys() == {"quality", "fast", "paper"}
+    assert costs["paper"] < costs["fast"] < costs["quality"]

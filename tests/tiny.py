@@ -84,7 +84,7 @@ def save_tiny(folder: Path, chat_template: str | None = TEMPLATE, seed: int = 0,
 
 
 def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
-    """The settings of a small 2:4 run; `changes` replace whole settings."""
+    """The settings of a small 2:4 run that holds no traces out; `changes` replace whole settings."""
     traces: dict[str, Any] = {"sampling": {"temperature": 1.0, "max_new_tokens": 40, "batch_size": 16}}
     if store is not None:
         traces["store"] = str(store)
@@ -93,7 +93,10 @@ def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
         "traces": traces,
         "calibration": {"tokens": TOKENS, "batch_tokens": 512},
     }
-    return {**settings, **changes}
+    settings |= changes
+    if isinstance(settings["calibration"], dict):
+        settings["calibration"] = {"held_out_tokens": 0, **settings["calibration"]}
+    return settings
 
 
 def recipe(settings: dict[str, Any], **later: dict[str, Any]) -> str:

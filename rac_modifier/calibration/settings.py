@@ -69,6 +69,12 @@ class CalibrationSettings(BaseModel):
     batch_tokens: int = Field(16_384, ge=16, description="rows x length of a padded batch at most")
     prompt_weight: float = Field(1.0, description="weight of a prompt token in the Hessian")
     trace_weight: float = Field(1.0, description="weight of a generated token in the Hessian")
+    held_out_tokens: int = Field(
+        2048,
+        ge=0,
+        description="traces of about as many tokens (four problems at least) are kept out of calibration, and the pruned model's "
+        "divergence from the dense one on them is recorded: two forward passes over them; 0 leaves it out",
+    )
     generic: GenericText = Field(GenericText(), description="where generic text comes from")
     seed: int = Field(0, ge=0, description="shuffles each kind of sequence and the batches")
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.calibration.batches import CalibrationLoader
 from rac_modifier.calibration.generic import generic_token_sequences
+from rac_modifier.calibration.held_out import split
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
     generic_sequence,
@@ -27,16 +28,17 @@ from rac_modifier.errors import RacError
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.problems import load_problems
 from rac_modifier.traces.prompts import render_prompt
-from rac_modifier.traces.store import TraceStore
+from rac_modifier.traces.store import Trace, TraceStore
 from rac_modifier.traces.subject import Subject
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The loader and where its traces came from."""
+    """The loader, where its traces came from, and the traces that were kept out of it."""
 
     loader: CalibrationLoader
     store: TraceStore | None
+    held_out: tuple[Trace, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For the run record: counts, and the trace store with its hash."""
@@ -59,11 +61,12 @@ def build_calibration_set(
         RacError: see `collect_traces` and `mix`; a mixture with traces that ends up without any trace token.
     """
     candidates: dict[str, Iterable[CalibrationSequence]] = {}
-    store = None
+    store, held_out = None, list[Trace]()
     share = calibration.mixture.get("traces", 0.0)
     if share:
         store = collect_for_calibration(model, tokenizer, traces, calibration, progress)
-        candidates["traces"] = [trace_sequence(trace) for trace in store]
+        held_out, others = split(store, calibration.held_out_tokens)
+        candidates["traces"] = [trace_sequence(trace) for trace in others]
     if calibration.mixture.get("prompts"):
         candidates["prompts"] = _prompts(tokenizer, traces)
     if calibration.mixture.get("generic"):
@@ -75,7 +78,7 @@ def build_calibration_set(
         require_traces(composition)
     logger.info(composition.describe())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), store)
+    return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), store, tuple(held_out))
 
 
 def collect_for_calibration(
@@ -85,7 +88,8 @@ def collect_for_calibration(
     calibration: CalibrationSettings,
     progress: bool = True,
 ) -> TraceStore:
-    """Collect until the traces fill their share of the budget, counted as they will be cut (`max_sequence_tokens`).
+    """Collect until the traces fill their share of the budget, counted as they will be cut (`max_sequence_tokens`), beside
+    those that are held out.
 
     Where servers sample (`traces.engine`), a `Subject` stands for the model, whose weights are then not loaded.
 
@@ -95,7 +99,7 @@ def collect_for_calibration(
     wanted = round(calibration.tokens * calibration.mixture.get("traces", 0.0))
     if not wanted:
         raise RacError(f"the mixture {calibration.mixture} gives traces no share, so there is nothing to collect")
-    tokens, retry_failed = wanted, traces.retry_failed
+    tokens, retry_failed = wanted + calibration.held_out_tokens, traces.retry_failed
     while True:
         with contextlib.nullcontext() if isinstance(model, Subject) or traces.engine else on_accelerator(model):
             store = collect_traces(
@@ -111,11 +115,14 @@ def collect_for_calibration(
                 progress=progress,
             )
         longest = calibration.max_sequence_tokens or store.counts.tokens
-        usable = sum(min(trace.tokens, longest) for trace in store)
+        held_out, others = split(store, calibration.held_out_tokens)
+        usable = sum(min(trace.tokens, longest) for trace in others)
         if usable >= wanted:
             return store
         retry_failed = False  # once a run is enough
-        tokens = max(store.counts.tokens + 1, math.ceil(store.counts.tokens * wanted / usable))
+        held = sum(trace.tokens for trace in held_out)
+        more = (store.counts.tokens - held) * wanted / usable if usable else wanted
+        tokens = max(store.counts.tokens + 1, math.ceil(held + more))
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, traces: TraceSettings) -> Iterator[CalibrationSequence]:

@@ -28,6 +28,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         _facts(record),
         _layers(record),
         "## What is measured",
+        _divergence(record),
         "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking length and speed are **not** "
         "measured by pruning: evaluate this model next to its base model, at the same token limit, before use.",
         "## Load",
@@ -99,6 +100,18 @@ def _layers(record: Mapping[str, Any]) -> str:
         text += "\n\nLargest relative errors of the outputs on the calibration tokens:\n\n"
         text += f"| module | error |\n|---|---|\n{rows}"
     return text + "\n\nAll modules are in `rac_run.json`."
+
+
+def _divergence(record: Mapping[str, Any]) -> str:
+    """How far its predictions are from the base model's, where the run measured it."""
+    found = record.get("divergence")
+    if not isinstance(found, Mapping) or not (_is_number(found.get("kl")) and _is_number(found.get("agreement"))):
+        return ""
+    return (
+        f"On {_number(found.get('tokens', '?'))} tokens that the base model wrote itself and that were not calibrated on, the "
+        f"predictions are {found['kl']:.4f} nats a token (KL) from the base model's, and the most likely token is the same for "
+        f"{found['agreement']:.1%} of them."
+    )
 
 
 def _versions(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,11 @@ from rac_modifier.pruning.patterns import Pattern, holds
 class SavePlan:
     """What a pruned model must look like on disk.
 
-    `record` is the run's part of the record beside the weights; versions and the base model are added when it is written.
-    `tokenizer` is a path or id, None for the base model's own.
+    `patterns` has one for each of `modules`. `record` is the run's part of the record beside the weights; versions and the
+    base model are added when it is written. `tokenizer` is a path or id, None for the base model's own.
     """
 
-    pattern: Pattern
+    patterns: Mapping[str, Pattern]
     modules: dict[str, torch.nn.Linear]
     storage: Literal["packed", "dense"]
     record: dict[str, Any]
@@ -53,8 +53,7 @@ def save_sparse(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
             if isinstance(module, torch.nn.Linear) and name not in current.modules
         ]
         inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
-        structure = current.pattern.mask_structure if current.pattern.is_structured else "unstructured"
-        modules = dict.fromkeys(current.modules, structure)
+        modules = {name: current.patterns[name].mask_structure for name in current.modules}
         if current.storage == "packed" and save_compressed:
             pack_checkpoint(folder, modules, dense_linears=dense_linears)
         else:
@@ -78,10 +77,11 @@ def check_pattern(plan: SavePlan) -> None:
     Raises:
         RacError: naming the first module whose zeros are gone, as after a GPTQModifier, which does not keep them.
     """
-    broken = [name for name, module in plan.modules.items() if not holds(module.weight.detach(), plan.pattern)]
+    broken = [name for name, module in plan.modules.items() if not holds(module.weight.detach(), plan.patterns[name])]
     if broken:
         raise RacError(
-            f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: {plan.pattern.describe()}. "
+            f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: "
+            f"{plan.patterns[broken[0]].describe()}. "
             "A modifier after pruning filled the zeros: llm-compressor's GPTQModifier does; QuantizationModifier keeps them. "
             "Nothing was written"
         )

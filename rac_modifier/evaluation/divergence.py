@@ -24,7 +24,7 @@ from rac_modifier.evaluation.teacher_forcing import (
 )
 
 # Logits of one window and of one step of the comparison, in elements: 256 MiB and 64 MiB in float32.
-_WINDOW_ELEMENTS = 1 << 26
+WINDOW_ELEMENTS = 1 << 26
 _STEP_ELEMENTS = 1 << 24
 
 
@@ -37,7 +37,7 @@ def divergence(
     label: str,
     bins: int = 16,
     batch_tokens: int = 4096,
-    window_elements: int = _WINDOW_ELEMENTS,
+    window_elements: int = WINDOW_ELEMENTS,
     progress: bool = True,
 ) -> DivergenceResult:
     """Mean KL(dense || pruned) in nats a completion token, and top-1 agreement; in total and by position.
@@ -64,12 +64,12 @@ def divergence(
             raise RacError(f"{name}={value}: must be at least 1; leave it out for the usual {name}")
     check_sequences(sequences)
     for role, model in (("dense", dense), ("pruned", pruned)):
-        _check_ids(role, model, sequences)
+        check_ids(role, model, sequences)
     rows: list[TokenDivergence] = []
     started = time.monotonic()
     with evaluating(dense, pruned):
         for batch in _with_progress(sequences, batch_tokens, label if progress else None):
-            rows += _compare(dense, pruned, batch, window_elements, label)
+            rows += compare(batch, _both(dense, pruned, batch, window_elements), label)
     return summarise_divergence(rows, label=label, bins=bins, seconds=time.monotonic() - started)
 
 
@@ -85,17 +85,27 @@ def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.cat(kl), torch.cat(agrees)
 
 
-def _compare(
-    dense: Any, pruned: Any, batch: list[TokenSequence], window_elements: int, label: str
-) -> list[TokenDivergence]:
-    """The divergence at every completion token of a batch, a row a sequence."""
-    ids, completion = padded(batch)
-    predicts = completion[:, 1:]  # the logits at a position are about the next token
+Windows = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
+
+
+def _both(dense: Any, pruned: Any, batch: list[TokenSequence], window_elements: int) -> Windows:
+    """The logits of both models, window by window, with the position that each window starts at."""
+    ids = padded(batch)[0][:, :-1]
+    width = max(1, window_elements // (len(batch) * vocabulary(dense)))
+    for (start, p), (_, q) in zip(windows(dense, ids, width), windows(pruned, ids, width), strict=True):
+        yield start, p, q
+
+
+def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[TokenDivergence]:
+    """The divergence at every completion token of a batch, a row a sequence; `logits` are the dense and the pruned model's.
+
+    Raises:
+        RacError: vocabularies of different sizes, or logits that are not finite.
+    """
+    predicts = padded(batch)[1][:, 1:]  # the logits at a position are about the next token
     kl = torch.zeros(predicts.shape, dtype=torch.float64)
     agrees = torch.zeros(predicts.shape, dtype=torch.bool)
-    width = max(1, window_elements // (len(batch) * _vocabulary(dense)))
-    windows = zip(_windows(dense, ids[:, :-1], width), _windows(pruned, ids[:, :-1], width), strict=True)
-    for (start, p), (_, q) in windows:
+    for start, p, q in logits:
         if p.shape[-1] != q.shape[-1]:
             raise RacError(
                 f"{label}: a vocabulary of {q.shape[-1]} tokens, the dense model has {p.shape[-1]}; compare a pruned "
@@ -117,7 +127,7 @@ def _compare(
     ]
 
 
-def _windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
+def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Logits [rows, up to width, vocabulary] of successive windows of positions, with the position each starts at.
 
     Windows bound the logits, which at 152k tokens in the vocabulary are larger than all other activations together. The
@@ -133,12 +143,14 @@ def _windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, t
         yield start, output.logits
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary(model: Any) -> int:
+    """Tokens that the model's embedding knows."""
     return model.get_input_embeddings().num_embeddings
 
 
-def _check_ids(role: str, model: Any, sequences: Sequence[TokenSequence]) -> None:
-    largest, size = max(max(ids) for ids, _ in sequences), _vocabulary(model)
+def check_ids(role: str, model: Any, sequences: Sequence[TokenSequence]) -> None:
+    """Refuse sequences with ids beyond the model's vocabulary (RacError)."""
+    largest, size = max(max(ids) for ids, _ in sequences), vocabulary(model)
     if largest >= size:
         raise RacError(
             f"the sequences hold token id {largest}, beyond the vocabulary of the {role} model ({size} tokens); give "

@@ -28,11 +28,9 @@ def check_settings(method: str, block_size: int, dampening_frac: float, iteratio
     if block_size < 1:
         raise RacError(f"block_size {block_size}: must be at least 1; 128 is usual")
     if iterations < 1:
-        raise RacError(f"iterations {iterations}: ALPS needs at least 1; 12 is usual")
+        raise RacError(f"iterations {iterations}: ALPS needs at least 1; 8 is usual")
     if refit_steps < 0:
-        raise RacError(
-            f"refit_steps {refit_steps}: must not be negative; 10 is usual, refit=False leaves the refit out"
-        )
+        raise RacError(f"refit_steps {refit_steps}: must not be negative; 6 is usual, refit=False leaves the refit out")
     check_dampening(dampening_frac)
 
 
@@ -84,7 +82,12 @@ def check_hessian(hessian: torch.Tensor, label: str) -> None:
         )
 
 
-def check_shapes(weights: Sequence[torch.Tensor], names: Sequence[str], pattern: Pattern) -> None:
-    """Refuse modules that cannot hold the pattern (RacError)."""
-    for name, w in zip(names, weights, strict=True):
+def check_patterns(weights: Sequence[torch.Tensor], names: Sequence[str], patterns: Sequence[Pattern]) -> None:
+    """Refuse modules that cannot hold their patterns, and N:M that is not the same for all (RacError)."""
+    if len(patterns) != len(weights) or any(p.mask_structure != patterns[0].mask_structure for p in patterns):
+        raise RacError(
+            f"{', '.join(names)}: {len(patterns)} patterns with mask_structure {sorted({p.mask_structure for p in patterns})}; "
+            "modules that are solved together need one each, the same N:M or all unstructured"
+        )
+    for name, w, pattern in zip(names, weights, patterns, strict=True):
         pattern.check_shape(name, *w.shape)

@@ -21,7 +21,7 @@ def prune_group(
     weights: Sequence[torch.Tensor],
     hessian: Hessian,
     drift: Sequence[torch.Tensor] | None,
-    pattern: Pattern,
+    pattern: Pattern | Sequence[Pattern],
     *,
     dampening_frac: float,
     **options: Any,

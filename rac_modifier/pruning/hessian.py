@@ -7,6 +7,11 @@ import torch
 from rac_modifier.errors import RacError
 
 
+def block_columns(columns: int) -> int:
+    """Columns of a block row of the lower triangle."""
+    return min(1024, max(64, columns // 4))
+
+
 class Hessian:
     """Accumulates H = 2 / sum(w) * X^T diag(w) X over calibration tokens, for inputs X [tokens, columns] and weights w.
 
@@ -25,7 +30,7 @@ class Hessian:
         self.tokens = 0
         self.weight_sum = 0.0
         self._sum = torch.zeros(columns, columns, device=device, dtype=dtype)
-        self._block = min(1024, max(64, columns // 4))
+        self._block = block_columns(columns)
 
     @torch.no_grad()
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:

@@ -33,6 +33,7 @@ class Problem:
         rows: how many columns of `weight` belong to each module.
         hessian: [d, d], read only.
         dead: bool [d], inputs that are 0 on every token.
+        patterns: one a module; the same N:M for all, or all unstructured.
         label: the modules' names, for messages.
         factor: of `hessian` with the dampening of `settings`, when somebody has it already.
     """
@@ -41,7 +42,7 @@ class Problem:
     rows: Sequence[int]
     hessian: torch.Tensor
     dead: torch.Tensor
-    pattern: Pattern
+    patterns: Sequence[Pattern]
     settings: Settings
     label: str
     factor: sparsegpt.Factor | None = None
@@ -65,7 +66,7 @@ def _sparsegpt(problem: Problem) -> Pruned:
     settings, weight = problem.settings, problem.weight
     factor = problem.factor or sparsegpt.factorise(problem.hessian, settings.dampening_frac, problem.label)
     weight[problem.dead] = 0.0
-    mask, errors = sparsegpt.prune(weight, factor, problem.rows, problem.pattern, settings.block_size)
+    mask, errors = sparsegpt.prune(weight, factor, problem.rows, problem.patterns, settings.block_size)
     mask[problem.dead] = True
     return Pruned(mask, errors, factor.dampening_frac, factor.retries)
 
@@ -78,7 +79,7 @@ def _alps(problem: Problem) -> Pruned:
         weight,
         problem.hessian,
         problem.rows,
-        problem.pattern,
+        problem.patterns,
         iterations=settings.iterations,
         dampening_frac=given.dampening_frac if given else settings.dampening_frac,
         label=problem.label,
@@ -89,17 +90,18 @@ def _alps(problem: Problem) -> Pruned:
 
 
 def _wanda(problem: Problem) -> Pruned:
-    return _by_score(problem, lambda weight: wanda_mask(weight, problem.hessian, problem.pattern))
+    return _by_score(problem, lambda weight, pattern: wanda_mask(weight, problem.hessian, pattern))
 
 
 def _magnitude(problem: Problem) -> Pruned:
-    return _by_score(problem, lambda weight: magnitude_mask(weight, problem.pattern))
+    return _by_score(problem, magnitude_mask)
 
 
-def _by_score(problem: Problem, choose: Callable[[torch.Tensor], torch.Tensor]) -> Pruned:
+def _by_score(problem: Problem, choose: Callable[[torch.Tensor, Pattern], torch.Tensor]) -> Pruned:
     """`choose` sees each module by itself, [rows, d], and says what to prune; nothing else changes."""
     modules = problem.weight.split(list(problem.rows), dim=1)
-    mask = torch.cat([choose(part.T.contiguous()) for part in modules]).T
+    parts = zip(modules, problem.patterns, strict=True)
+    mask = torch.cat([choose(part.T.contiguous(), pattern) for part, pattern in parts]).T
     problem.weight.masked_fill_(mask, 0.0)
     return Pruned(mask)
 

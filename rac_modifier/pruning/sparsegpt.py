@@ -66,7 +66,7 @@ def factorise(hessian: torch.Tensor, dampening_frac: float, label: str) -> Facto
 
 
 def prune(
-    weight: torch.Tensor, factor: Factor, rows: Sequence[int], pattern: Pattern, block_size: int
+    weight: torch.Tensor, factor: Factor, rows: Sequence[int], patterns: Sequence[Pattern], block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune `weight` [d, sum(rows)] (transposed) in place, modules of `rows` rows each side by side.
 
@@ -78,7 +78,7 @@ def prune(
         The mask of what was pruned, [d, sum(rows)], and each row's error d H d^T, float64 [sum(rows)]. The error is a
         difference from the dampened one, and resolved to about 1e-5 of that.
     """
-    d = weight.shape[0]
+    d, pattern = weight.shape[0], patterns[0]
     step = max(block_size - block_size % pattern.m, pattern.m) if pattern.is_structured else block_size
     change = torch.empty_like(weight)  # D = W - W' of the settled columns, in reversed order like the factor
     pruned = torch.empty_like(weight, dtype=torch.bool)
@@ -92,7 +92,7 @@ def prune(
         passed_on = (factor.reversed_lower[before, here].T @ change[before]).flip(0)
         block = torch.addmm(weight[start:stop], r.T, passed_on)
         choose = _settle_groups if pattern.is_structured else _settle_lowest
-        mask = choose(block, r, rows, pattern)
+        mask = choose(block, r, rows, patterns)
         block.masked_fill_(mask, 0.0)
         moved = weight[start:stop] - block
         error += passed_on.addmm_(u.T, moved).square_().sub_(moved.square(), alpha=dampening).sum(0)
@@ -102,9 +102,11 @@ def prune(
     return pruned, error.clamp_(min=0.0)
 
 
-def _settle_groups(block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], pattern: Pattern) -> torch.Tensor:
+def _settle_groups(
+    block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
+) -> torch.Tensor:
     """Choose and settle groups of M columns from left to right; returns the mask of what is pruned."""
-    mask = torch.empty_like(block, dtype=torch.bool)
+    mask, pattern = torch.empty_like(block, dtype=torch.bool), patterns[0]
     for start in range(0, block.shape[0], pattern.m):
         group = slice(start, start + pattern.m)
         mask[group] = lowest_along(_scores(block[group], r[group, group]), pattern.n, dim=0)
@@ -112,10 +114,12 @@ def _settle_groups(block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], pa
     return mask
 
 
-def _settle_lowest(block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], pattern: Pattern) -> torch.Tensor:
+def _settle_lowest(
+    block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
+) -> torch.Tensor:
     """Choose the whole block's mask, each module with its own threshold, and settle it; returns the mask."""
-    modules = _scores(block, r).split(list(rows), dim=1)
-    mask = torch.cat([lowest(scores, int(scores.numel() * pattern.sparsity)) for scores in modules], dim=1)
+    modules = zip(_scores(block, r).split(list(rows), dim=1), patterns, strict=True)
+    mask = torch.cat([lowest(scores, int(scores.numel() * pattern.sparsity)) for scores, pattern in modules], dim=1)
     for start in range(0, block.shape[0], _SUB_BLOCK):
         _settle(block, r, mask, start, min(start + _SUB_BLOCK, block.shape[0]))
     return mask

@@ -28,7 +28,11 @@ def build(model, tokenizer, trace_store):
     def build(traces=None, **calibration):
         traces = TraceSettings(**(traces or entry(trace_store)["traces"]))
         return build_calibration_set(
-            model, tokenizer, traces, CalibrationSettings(**{"tokens": 600, **calibration}), progress=False
+            model,
+            tokenizer,
+            traces,
+            CalibrationSettings(**{"tokens": 600, "held_out_tokens": 0, **calibration}),
+            progress=False,
         )
 
     return build
@@ -81,7 +85,7 @@ def test_rac_without_a_trace_token_is_refused(tmp_path, model, tokenizer, trace_
             model,
             tokenizer,
             TraceSettings(**traces),
-            CalibrationSettings(tokens=150, max_sequence_tokens=16),
+            CalibrationSettings(tokens=150, max_sequence_tokens=16, held_out_tokens=0),
             progress=False,
         )
 
@@ -100,7 +104,11 @@ def test_a_tokenizer_without_a_pad_token_does(model, trace_store):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     made = build_calibration_set(
-        model, tokenizer, TraceSettings(**entry(trace_store)["traces"]), CalibrationSettings(tokens=600), progress=False
+        model,
+        tokenizer,
+        TraceSettings(**entry(trace_store)["traces"]),
+        CalibrationSettings(tokens=600, held_out_tokens=0),
+        progress=False,
     )
     assert made.loader.composition.tokens == 600
 

@@ -73,3 +73,11 @@ def test_cells_cannot_break_the_table() -> None:
 
 def test_seed_of_the_modifier_is_found() -> None:
     assert "| Seed | 11 |" in model_card({"modifier": {"seed": 11}})
+
+
+def test_divergence_is_stated_where_it_was_measured() -> None:
+    measured = {**RECORD, "divergence": {"kl": 0.01234, "agreement": 0.987, "tokens": 2100}}
+    assert "On 2,100 tokens" in model_card(measured)
+    assert "0.0123 nats" in model_card(measured)
+    assert "98.7% of them" in model_card(measured)
+    assert "nats" not in model_card({**RECORD, "divergence": {"not_measured": "no traces were held out"}})

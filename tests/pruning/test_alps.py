@@ -9,7 +9,7 @@ from rac_modifier.pruning import Pattern, alps, broken_groups, solve
 
 
 def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern, iterations: int) -> torch.Tensor:
-    """The paper's form on columns scaled by sqrt(diag H), float64: explicit W, D and V, exact thresholds; D scaled back."""
+    """The paper's form on columns scaled by sqrt(diag H), float64, over-relaxed: explicit W, D and V, exact thresholds."""
     h = dampened(hessian, 0.01)
     scale = h.diagonal().sqrt()
     h, t = h / scale[:, None] / scale, weight.double() * scale
@@ -23,11 +23,12 @@ def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern, iteratio
 
     z, v = t, torch.zeros_like(t)
     kept = project(z)
-    for rho, repeats in alps._stages(iterations):
+    for rho, repeats in alps.stages(iterations):
         if z is t:
             v = torch.zeros_like(t) + rho * (t - kept)
         for _ in range(repeats):
             w = torch.linalg.solve(h + rho * torch.eye(d), (t @ h - v + rho * kept).T).T
+            w = alps._RELAXATION * w + (1 - alps._RELAXATION) * kept
             z = w + v / rho
             kept = project(z)
             v = v + rho * (w - kept)
@@ -48,7 +49,7 @@ def test_is_the_papers_iteration(pattern):
 def test_triangular_solves_and_the_inverse_agree(pattern, monkeypatch):
     weight, hessian = correlated_problem(20, 96, 400)
     (inverse,) = solve("alps", [weight], hessian, pattern)
-    monkeypatch.setattr(alps, "_INVERSE_UP_TO", 0)
+    monkeypatch.setattr(alps, "INVERSE_UP_TO", 0)
     (solves,) = solve("alps", [weight], hessian, pattern)
     assert (inverse.mask == solves.mask).float().mean() > 0.995
     assert solves.error == pytest.approx(inverse.error, rel=0.01)
@@ -170,7 +171,7 @@ def test_a_raised_dampening_is_recorded():
 
 @pytest.mark.parametrize("iterations", [1, 3, 4, 5, 16, 30])
 def test_stages_add_up(iterations):
-    stages = alps._stages(iterations)
+    stages = alps.stages(iterations)
     assert sum(repeats for _, repeats in stages) == iterations
     assert [rho for rho, _ in stages] == sorted(rho for rho, _ in stages)
     (solution,) = solve("alps", [torch.randn(3, 8)], torch.eye(8), Pattern.n_of_m(2, 4), iterations=iterations)

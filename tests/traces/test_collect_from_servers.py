@@ -308,7 +308,7 @@ def test_pruning_finds_what_was_collected_without_the_weights(server, tiny_folde
     server.answer = greedy(model, tokenizer)
     engine = {"base_urls": [server.url], "concurrency": 4}
     settings = TraceSettings(sampling={"temperature": 1.0, "max_new_tokens": 20}, engine=engine)
-    budget = CalibrationSettings(tokens=400, max_sequence_tokens=40)
+    budget = CalibrationSettings(tokens=400, max_sequence_tokens=40, held_out_tokens=0)
     collected = collect_for_calibration(Subject.of_files(str(tiny_folder)), tokenizer, settings, budget, progress=False)
     server.close()
     found = build_calibration_set(model, tokenizer, settings, budget, progress=False)

@@ -1,0 +1,117 @@
+"""The dense model's predictions, kept small while it is pruned in place, so that the pruned model can be compared with them.
+
+Logits of 2,048 tokens are over a gigabyte at 150,000 words. What enters the output head is `hidden` numbers a token, and the
+head is not pruned. So that is kept; later it is put beside what the pruned model gives its head, and whatever the model does
+to logits (scaling, soft caps) it does to both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rac_modifier.calibration.stop import StopForward
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.divergence import WINDOW_ELEMENTS, Windows, check_ids, compare, vocabulary, windows
+from rac_modifier.evaluation.divergence_result import DivergenceResult, summarise_divergence
+from rac_modifier.evaluation.teacher_forcing import (
+    TokenSequence,
+    batches_of_like_length,
+    check_sequences,
+    evaluating,
+    padded,
+)
+
+
+class DenseReference:
+    """What a dense model gives to its output head on samples of its own: tokens x hidden numbers, on the CPU."""
+
+    @torch.no_grad()
+    def __init__(self, model: Any, sequences: Sequence[TokenSequence], *, batch_tokens: int = 4096):
+        """One forward pass without the head.
+
+        Raises:
+            RacError: sequences that `divergence` refuses, or a model without an output head.
+        """
+        check_sequences(sequences)
+        check_ids("dense", model, sequences)
+        head = _head(model)
+        self._batches = list(batches_of_like_length(sequences, batch_tokens))
+        self._entering: list[torch.Tensor] = []
+        self._head = _probe(head)
+
+        def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._entering.append(args[0].cpu())
+            raise StopForward
+
+        hook = head.register_forward_pre_hook(keep)
+        try:
+            with evaluating(model):
+                for batch in self._batches:
+                    ids = padded(batch)[0][:, :-1]
+                    try:
+                        model(input_ids=ids.to(model.device), use_cache=False)
+                    except StopForward:
+                        continue
+                    raise RacError(
+                        f"{type(model).__name__} does not call its output embeddings; nothing can be compared"
+                    )
+        finally:
+            hook.remove()
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens that will be compared."""
+        return sum(len(ids) - prompt for batch in self._batches for ids, prompt in batch)
+
+    @torch.no_grad()
+    def divergence(self, pruned: Any, *, label: str, bins: int = 8) -> DivergenceResult:
+        """As `evaluation.divergence`; one forward pass of the pruned model, which is the dense one but for its layers.
+
+        Raises:
+            RacError: its output head is not the dense model's any more, or logits are not finite.
+        """
+        head = _head(pruned)
+        if not torch.equal(_probe(head), self._head) or getattr(head, "quantization_scheme", None) is not None:
+            raise RacError("the output head was changed too, and with it what the dense model would have predicted")
+        started = time.monotonic()
+        rows = []
+        with evaluating(pruned):
+            for batch, entering in zip(self._batches, self._entering, strict=True):
+                rows += compare(batch, self._windows(pruned, head, batch, entering), label)
+        return summarise_divergence(rows, label=label, bins=bins, seconds=time.monotonic() - started)
+
+    def _windows(self, pruned: Any, head: Any, batch: list[TokenSequence], entering: torch.Tensor) -> Windows:
+        ids = padded(batch)[0][:, :-1]
+        at = 0
+
+        def beside(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            nonlocal at
+            x = args[0]
+            dense = entering[:, at : at + x.shape[1]].to(x)
+            at += x.shape[1]
+            return (torch.cat([dense, x]),)
+
+        width = max(1, WINDOW_ELEMENTS // (2 * len(batch) * vocabulary(pruned)))
+        hook = head.register_forward_pre_hook(beside)
+        try:
+            for start, logits in windows(pruned, ids, width):
+                dense, own = logits.chunk(2)
+                yield start, dense, own
+        finally:
+            hook.remove()
+
+
+def _head(model: Any) -> Any:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise RacError(f"{type(model).__name__} has no output embeddings, so its predictions cannot be compared")
+    return head
+
+
+def _probe(head: Any) -> torch.Tensor:
+    """Some of the head's weights, to tell whether it changes."""
+    return head.weight.detach().flatten()[:: max(head.weight.numel() // 4096, 1)].cpu().clone()

@@ -1,0 +1,116 @@
+"""Counted costs against the matrix products that the code really makes."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import linears, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rac_modifier.pruning.cost import Group, Plan, groups_by_input, run_cost
+from rac_modifier.pruning.dense_target import target_weights
+from rac_modifier.pruning.patterns import Pattern
+from rac_modifier.pruning.solver import solve
+from rac_modifier.pruning.sparsegpt import factorise
+from rac_modifier.pruning.statistics import GroupStatistics
+
+PLAN = Plan("alps", False, "dense", "auto", "uniform", "uniform", 8, 3, tokens=700, held_out_tokens=0)
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products; factorisations are not seen."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[:2] if name == "mm" else args[1:3]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def problem(columns: int, rows: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(r, columns, generator=generator) for r in rows]
+    x = torch.randn(700, columns, generator=generator)
+    return weights, x, x + 0.1 * torch.randn(700, columns, generator=generator)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(512, (256, 128)), (512, (100,))])
+@pytest.mark.parametrize("reconstruct", ["dense", "pruned"])
+def test_second_moments(columns, rows, reconstruct):
+    weights, x, dense = problem(columns, rows)
+    with Products() as products:
+        statistics = GroupStatistics(weights, columns, x.device, reconstruct == "dense")
+        statistics.add(x, torch.ones(700), dense)
+        statistics.drift()
+    plan = dataclasses.replace(PLAN, reconstruct=reconstruct)
+    assert run_cost([Group(columns, rows)], plan).second_moments == pytest.approx(products.count)
+
+
+@pytest.mark.parametrize(
+    ("solver", "refit", "reconstruct"),
+    [("alps", False, "dense"), ("alps", False, "pruned"), ("sparsegpt", True, "dense"), ("sparsegpt", False, "pruned")],
+)
+def test_solver(solver, refit, reconstruct):
+    columns, rows = 512, (256, 256)
+    weights, x, _ = problem(columns, rows)
+    hessian = x.T @ x
+    names = ["a", "b"]
+    with Products() as products:
+        factor, target = None, None
+        if reconstruct == "dense":
+            factor = factorise(hessian, 0.01, "x")
+            target = target_weights(weights, weights, hessian, 0.01, names, factor=factor)
+        solve(
+            solver,
+            weights,
+            hessian,
+            Pattern.unstructured(0.6),
+            target=target,
+            factor=factor,
+            refit=refit,
+            iterations=PLAN.iterations,
+            refit_steps=PLAN.refit_steps,
+        )
+    plan = dataclasses.replace(PLAN, solver=solver, refit=refit, reconstruct=reconstruct)
+    product = columns**2 * sum(rows)
+    unseen = 0.0  # factorisations, inverses and triangular solves
+    if reconstruct == "dense":
+        unseen += columns**3 / 3 + product
+    if solver == "alps":
+        unseen += 2 * columns**3
+    elif reconstruct != "dense":
+        unseen += columns**3 / 3
+    counted = run_cost([Group(columns, rows)], plan).solver - unseen
+    assert counted == pytest.approx(
+        products.count, rel=0.25
+    )  # blocks count whole diagonal blocks, SparseGPT its columns twice
+
+
+def test_what_options_add():
+    groups, forward = [Group(64, (64, 32)), Group(64, (64,))], 700 * 64 * 160
+    paper = run_cost(groups, dataclasses.replace(PLAN, order="layer", reconstruct="pruned", solver="sparsegpt"))
+    assert paper.forward == 2 * forward
+    assert run_cost(groups, dataclasses.replace(PLAN, reconstruct="pruned")).forward == forward
+    assert run_cost(groups, PLAN).forward == 2 * forward
+    assert run_cost(groups, PLAN).options == 0
+    assert run_cost(groups, dataclasses.replace(PLAN, token_weights="gradient")).options == 3 * forward
+    assert run_cost(groups, dataclasses.replace(PLAN, allocation="kl")).options == 4 * 2048 * 64 * 160
+    assert run_cost(groups, dataclasses.replace(PLAN, held_out_tokens=350)).options == forward
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_groups_are_those_that_read_one_tensor(device):
+    with torch.device(device):
+        model = tiny_model()
+    names = {module: name for name, module in linears(model).items()}
+    layer = [Group(64, (64, 32, 32)), Group(64, (64,)), Group(64, (128, 128)), Group(128, (64,))]
+    assert groups_by_input(model, names) == layer * 2
+
+
+def test_a_module_that_is_not_reached_stands_alone():
+    model = tiny_model()
+    stray = torch.nn.Linear(8, 4)
+    assert groups_by_input(model, {stray: "stray"}) == [Group(8, (4,))]
