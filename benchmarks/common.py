@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper + alps": {"preset": "paper", "solver": "alps"},
     "quality": {"preset": "quality"},
     "quality + gradient": {"preset": "quality", "token_weights": "gradient"},
+    "quality + allocation": {"preset": "quality", "allocation": "kl"},
 }
 
 

@@ -54,7 +54,7 @@ def test_second_moments(columns, rows, reconstruct):
     [("alps", False, "dense"), ("alps", False, "pruned"), ("sparsegpt", True, "dense"), ("sparsegpt", False, "pruned")],
 )
 def test_solver(solver, refit, reconstruct):
-    columns, rows = 512, (256, 256)
+    columns, rows = (512, (256, 256)) if solver == "alps" else (1536, (64, 64))
     weights, x, _ = problem(columns, rows)
     hessian = x.T @ x
     names = ["a", "b"]
@@ -84,9 +84,9 @@ def test_solver(solver, refit, reconstruct):
     elif reconstruct != "dense":
         unseen += columns**3 / 3
     counted = run_cost([Group(columns, rows)], plan).solver - unseen
-    assert counted == pytest.approx(
-        products.count, rel=0.25
-    )  # blocks count whole diagonal blocks, SparseGPT its columns twice
+    assert (
+        counted <= products.count <= 1.35 * counted
+    )  # what happens inside blocks is not counted, and small for wide layers
 
 
 def test_what_options_add():
