@@ -64,7 +64,7 @@ def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
     overrides = ["calibration.tokens=7", "traces.store=a.jsonl", "ignore=[x, 're:y.*']", "sparsity=null"]
     content = load_recipe(path, overrides)
     settings = find_entry(content, "r")
-    assert settings["calibration"] == {"tokens": 7, "batch_tokens": 512}
+    assert settings["calibration"] == {**entry()["calibration"], "tokens": 7}
     assert settings["traces"]["store"] == "a.jsonl"
     assert settings["traces"]["sampling"]["max_new_tokens"] == 40
     assert settings["ignore"] == ["x", "re:y.*"]
