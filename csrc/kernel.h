@@ -36,6 +36,7 @@ struct Product {
     Weight weight;
     const void* x;               // [m][stride], zeros behind the last column; fp32, for AMX bf16
     int64_t m, stride;
+    const float* scale;          // [panels * 16], or null: what each row of the weight is multiplied by
     const void* bias;            // [rows] or null
     Type bias_type;
     void* out;                   // [m][rows]
@@ -95,6 +96,7 @@ inline void store(const Product& product, int64_t panel, int64_t first, int64_t 
         const int64_t at = (first + line) * product.weight.rows + row;
         for (int64_t n = 0; n < count; n++) {
             float value = acc[line * stride + n];
+            if (product.scale) value *= product.scale[row + n];
             if (product.bias) value += read(product.bias, product.bias_type, row + n);
             if (product.out_type == BF16)
                 static_cast<uint16_t*>(product.out)[at + n] = to_bf16(value);

@@ -19,13 +19,19 @@ const char* failure(const char* format, ...) {
 }
 
 bool layout_of(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, Layout* layout) {
-    if (rows < 1 || columns < 1 || rows >= MOST || columns >= MOST || (type != BF16 && type != FP32)) return false;
+    if (rows < 1 || columns < 1 || rows >= MOST || columns >= MOST || type < BF16 || type > DENSE8) return false;
     if (nonzeros < 0 || nonzeros > rows * columns || rows * columns >= int64_t{1} << 48) return false;
     layout->panels = (rows + PANEL - 1) / PANEL;
     layout->words = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_WORDS;
+    int64_t stored = nonzeros;
+    if (type == DENSE8) {
+        if (nonzeros != rows * columns) return false;
+        layout->words = 0;
+        stored = layout->panels * dense_panel(columns);
+    }
     layout->masks_at = static_cast<int64_t>(sizeof(Header)) + (8 * (layout->panels + 1) + 63) / 64 * 64;
     layout->values_at = layout->masks_at + 4 * layout->panels * layout->words;
-    layout->bytes = (layout->values_at + nonzeros * (type == BF16 ? 2 : 4) + 63) / 64 * 64 + 64;
+    layout->bytes = (layout->values_at + stored * size_of(static_cast<Type>(type)) + 63) / 64 * 64 + 64;
     return true;
 }
 
@@ -64,6 +70,12 @@ void write_header(void* data, int64_t rows, int64_t columns, int64_t nonzeros, T
 
 const char* check(const Weight& weight) {
     if (weight.offsets[0] != 0) return "the first offset is not 0";
+    if (weight.type == DENSE8) {  // padding is multiplied by zeros, or not stored
+        for (int64_t panel = 0; panel <= weight.panels; panel++)
+            if (weight.offsets[panel] != static_cast<uint64_t>(panel * dense_panel(weight.columns)))
+                return failure("panel %lld: its offset is not that of a dense weight", (long long)panel);
+        return nullptr;
+    }
     for (int64_t panel = 0; panel < weight.panels; panel++) {
         const uint32_t* masks = weight.masks_of(panel);
         uint64_t count = 0;
@@ -71,16 +83,16 @@ const char* check(const Weight& weight) {
         if (weight.offsets[panel] + count != weight.offsets[panel + 1])
             return failure("panel %lld: its masks and its offset disagree", (long long)panel);
         // Bits beyond the last column are stray; the kernels would multiply them by padding.
-        for (int64_t word = weight.columns / 2; word < weight.words; word++)
+        for (int64_t word = weight.columns / 4 * 2; word < weight.words; word++)
             for (int bit = 0; bit < 32; bit++)
-                if (masks[word] >> bit & 1 && 2 * word + column_of(weight.type, bit) >= weight.columns)
+                if (masks[word] >> bit & 1 && column_of(weight.type, word, bit) >= weight.columns)
                     return failure("panel %lld: bits beyond the last column", (long long)panel);
     }
     if (weight.offsets[weight.panels] != static_cast<uint64_t>(weight.nonzeros)) return "the last offset is not the count";
     const int64_t last = weight.panels - 1;
     for (int64_t word = 0; word < weight.words; word++)
         for (int bit = 0; bit < 32; bit++)
-            if (weight.masks_of(last)[word] >> bit & 1 && last * PANEL + row_of(weight.type, bit) >= weight.rows)
+            if (weight.masks_of(last)[word] >> bit & 1 && last * PANEL + row_of(weight.type, word, bit) >= weight.rows)
                 return "bits beyond the last row";
     return nullptr;
 }

@@ -6,6 +6,11 @@
 //     fp32: bit 16k + n
 // for row n of the panel and column k of the pair. The number of words is rounded up to 16, the height of an AMX tile.
 //
+// Integers of 8 bits are multiplied four columns at a time: two words make the mask of a quad, 16 x 4 weights,
+//     int8: bit 4n + k of the 64, little-endian
+// and where nothing is zero, there are no words and each quad of a panel is 64 bytes (DENSE8, columns padded to 64). What
+// an integer is worth, one scale a row or a row and a group of columns, is kept beside the packed data.
+//
 //     Header | offsets: u64[panels + 1], in values | pad to 64 | masks: u32[panels][words] | values | pad, >= 64 bytes
 //
 // The trailing pad lets a kernel load a whole vector at the last value.
@@ -14,11 +19,17 @@
 
 namespace rac {
 
-enum Type : int32_t { BF16 = 0, FP32 = 1 };
+enum Type : int32_t { BF16 = 0, FP32 = 1, INT8 = 2, DENSE8 = 3 };
 
 constexpr int64_t PANEL = 16;
 constexpr int64_t TILE_WORDS = 16;
 constexpr int64_t TILE_COLUMNS = 2 * TILE_WORDS;
+constexpr int64_t QUAD = 4 * PANEL;  // weights of four columns of a panel
+
+// Values of a panel of a DENSE8 weight.
+constexpr int64_t dense_panel(int64_t columns) { return (columns + 63) / 64 * 16 * QUAD; }
+
+constexpr int64_t size_of(Type type) { return type == BF16 ? 2 : type == FP32 ? 4 : 1; }
 
 struct Header {
     char magic[8];
@@ -43,7 +54,7 @@ struct Weight {
     const char* values;
 
     int64_t pairs() const { return (columns + 1) / 2; }
-    int64_t value_bytes() const { return type == BF16 ? 2 : 4; }
+    int64_t value_bytes() const { return size_of(type); }
     const uint32_t* masks_of(int64_t panel) const { return masks + panel * words; }
     const char* values_of(int64_t panel) const {
         return values + static_cast<int64_t>(offsets[panel]) * value_bytes();
@@ -68,7 +79,12 @@ const char* check(const Weight& weight);
 // A message in a buffer of the calling thread.
 const char* failure(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-inline int row_of(Type type, int bit) { return type == BF16 ? bit >> 1 : bit & 15; }
-inline int column_of(Type type, int bit) { return type == BF16 ? bit & 1 : bit >> 4; }
+// The row of a panel, and the column of a matrix, that a bit of a word stands for.
+inline int row_of(Type type, int64_t word, int bit) {
+    return type == BF16 ? bit >> 1 : type == FP32 ? bit & 15 : static_cast<int>(word % 2) * 8 + (bit >> 2);
+}
+inline int64_t column_of(Type type, int64_t word, int bit) {
+    return type == BF16 ? 2 * word + (bit & 1) : type == FP32 ? 2 * word + (bit >> 4) : word / 2 * 4 + (bit & 3);
+}
 
 }  // namespace rac

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernel.h"
+#include "int8_product.h"
 
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -143,35 +143,43 @@ RAC_EXPORT const char* rac_check(const void* data, int64_t bytes, int64_t rows, 
     return check(weight);
 }
 
-// The value type in the header: BF16 or FP32, or -1.
+// The value type in the header: BF16, FP32, INT8 or DENSE8, or -1.
 RAC_EXPORT int32_t rac_type(const void* data, int64_t bytes) {
     Weight weight;
     return view(data, bytes, &weight) ? -1 : weight.type;
 }
 
-// Panels [first, last) as dense columns: out[columns][stride], 16 rows of the weight a panel, beginning at out[0][0].
+// Panels [first, last) as dense columns, without any scale: out[columns][stride], 16 rows of the weight a panel, beginning at out[0][0].
 RAC_EXPORT const char* rac_expand(const void* data, int64_t bytes, int64_t first, int64_t last, void* out,
                                   int32_t out_type, int64_t stride, int32_t isa, int32_t threads) {
     Weight weight;
     if (const char* wrong = view(data, bytes, &weight)) return wrong;
     if (first < 0 || first > last || last > weight.panels || stride < PANEL * (last - first)) return "no such panels";
-    if (out_type != FP32 && !(out_type == BF16 && weight.type == BF16)) return "no such expansion";
+    if (out_type != FP32 && !(out_type == BF16 && weight.type != FP32)) return "no such expansion";
     if (!runs(isa)) return "this processor lacks the instruction set asked for";
     const Kernel& kernel = *kernel_of(isa);
-    const Expand expand = out_type == FP32 ? kernel.to_fp32[weight.type] : kernel.bf16_to_bf16;
+    const bool integers = weight.type >= INT8;
+    const Expand expand = integers ? nullptr : out_type == FP32 ? kernel.to_fp32[weight.type] : kernel.bf16_to_bf16;
     const int64_t size = out_type == BF16 ? 2 : 4;
     (void)threads;
 #pragma omp parallel for num_threads(threads < 1 ? 1 : threads) schedule(static) if (threads > 1)
-    for (int64_t panel = first; panel < last; panel++)
-        expand(weight.masks_of(panel), weight.values_of(panel), weight.columns,
-               static_cast<char*>(out) + (panel - first) * PANEL * size, stride);
+    for (int64_t panel = first; panel < last; panel++) {
+        char* to = static_cast<char*>(out) + (panel - first) * PANEL * size;
+        if (integers)
+            expand8(weight, panel, isa, to, static_cast<Type>(out_type), stride);
+        else
+            expand(weight.masks_of(panel), weight.values_of(panel), weight.columns, to, stride);
+    }
     return nullptr;
 }
 
-// out[m][rows] = x[m][columns] W^T + bias, all contiguous; out is of x's type. On AMX, what is not bf16 takes AVX512.
+// out[m][rows] = x[m][columns] W^T + bias, all contiguous; out is of x's type. On AMX, fp32 takes AVX512.
+//
+// `scale` is fp32 [panels][groups][16]: what each row of the weight, cut into `groups` of equally many columns, is
+// multiplied by. 8-bit weights need one. Others may have one with a single group, or null.
 RAC_EXPORT const char* rac_linear(const void* data, int64_t bytes, int64_t rows, int64_t columns, const void* x,
-                                  int32_t x_type, int64_t m, const void* bias, int32_t bias_type, void* out,
-                                  int32_t isa, int32_t threads) {
+                                  int32_t x_type, int64_t m, const float* scale, int64_t groups,
+                                  const void* bias, int32_t bias_type, void* out, int32_t isa, int32_t threads) {
     Product product;
     if (const char* wrong = view(data, bytes, &product.weight)) return wrong;
     if (product.weight.rows != rows || product.weight.columns != columns) return "its header is of another shape";
@@ -179,13 +187,18 @@ RAC_EXPORT const char* rac_linear(const void* data, int64_t bytes, int64_t rows,
     if (m < 0 || m >= int64_t{1} << 31) return "no such number of rows of x";
     if (!runs(isa)) return "this processor lacks the instruction set asked for";
     if (m == 0) return nullptr;
-    if (isa == AMX && (product.weight.type != BF16 || x_type != BF16)) isa = AVX512;
-    const Type type = isa == AMX ? BF16 : FP32;
     product.m = m;
+    product.scale = nullptr;
     product.bias = bias;
     product.bias_type = static_cast<Type>(bias_type);
     product.out = out;
     product.out_type = static_cast<Type>(x_type);
+    if (product.weight.type >= INT8)
+        return linear8(product, x, product.out_type, scale, groups, isa, threads < 1 ? 1 : threads);
+    if (scale && groups != 1) return "only 8-bit weights have scales in groups";
+    product.scale = scale;
+    if (isa == AMX && (product.weight.type != BF16 || x_type != BF16)) isa = AVX512;
+    const Type type = isa == AMX ? BF16 : FP32;
     product.stride = 2 * product.weight.words;
     // AMX reads whole blocks of 16 rows once there are more than two.
     const int64_t lines = isa == AMX && m > 32 ? (m + 15) / 16 * 16 : m;

@@ -40,12 +40,15 @@ void pack_panel(const uint8_t* bitmask, int64_t row_bytes, int64_t rows, const V
             for (uint32_t left = mask_word(bitmask + n * row_bytes, row_bytes, tile); left; left &= left - 1) {
                 const int column = __builtin_ctz(left);
                 dense[n][column] = *from[n]++;
-                masks[column / 2] |= uint32_t{1} << (type == BF16 ? 2 * n + column % 2 : 16 * (column % 2) + n);
+                const int word = type == INT8 ? column / 4 * 2 + n / 8 : column / 2;
+                masks[word] |= uint32_t{1} << (type == BF16   ? 2 * n + column % 2
+                                               : type == FP32 ? 16 * (column % 2) + n
+                                                              : n % 8 * 4 + column % 4);
             }
         for (int word = 0; word < TILE_WORDS; word++)
             for (uint32_t left = masks[word]; left; left &= left - 1) {
                 const int bit = __builtin_ctz(left);
-                *to++ = dense[row_of(type, bit)][2 * word + column_of(type, bit)];
+                *to++ = dense[row_of(type, word, bit)][column_of(type, word, bit)];
             }
     }
 }
@@ -62,6 +65,19 @@ void pack_all(const Weight& weight, const void* values, const uint8_t* bitmask, 
         pack_panel<Value, type>(bitmask + row * row_bytes, row_bytes, rows, from, weight.words / TILE_WORDS,
                                 const_cast<uint32_t*>(weight.masks_of(panel)),
                                 reinterpret_cast<Value*>(const_cast<char*>(weight.values_of(panel))));
+    }
+}
+
+void pack_dense8(const Weight& weight, const int8_t* values, int threads) {
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < weight.panels; panel++) {
+        int8_t* to = reinterpret_cast<int8_t*>(const_cast<char*>(weight.values_of(panel)));
+        const int64_t row = panel * PANEL, rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
+        std::memset(to, 0, dense_panel(weight.columns));
+        for (int64_t n = 0; n < rows; n++)
+            for (int64_t column = 0; column < weight.columns; column++)
+                to[column / 4 * QUAD + 4 * n + column % 4] = values[(row + n) * weight.columns + column];
     }
 }
 
@@ -89,21 +105,25 @@ const char* pack(const void* values, int64_t count, const uint8_t* bitmask, int6
     if (reinterpret_cast<uintptr_t>(data) % 64) return "not aligned to 64 bytes";
     int64_t* starts = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
     if (!starts) return "no memory";
-    const char* wrong = count_rows(bitmask, rows, columns, count, starts);
+    const char* wrong = type == DENSE8 ? nullptr : count_rows(bitmask, rows, columns, count, starts);
     if (!wrong) {
         advise_huge_pages(data, bytes);
         write_header(data, rows, columns, count, static_cast<Type>(type));
-        const int64_t end = layout.values_at + count * (type == BF16 ? 2 : 4);
+        const int64_t stored = type == DENSE8 ? layout.panels * dense_panel(columns) : count;
+        const int64_t end = layout.values_at + stored * size_of(static_cast<Type>(type));
         char* base = static_cast<char*>(data);
         std::memset(base + end, 0, bytes - end);
         uint64_t* offsets = reinterpret_cast<uint64_t*>(base + sizeof(Header));
         std::memset(offsets, 0, layout.masks_at - sizeof(Header));
         for (int64_t panel = 0; panel <= layout.panels; panel++)
-            offsets[panel] = static_cast<uint64_t>(starts[panel * PANEL < rows ? panel * PANEL : rows]);
+            offsets[panel] = static_cast<uint64_t>(
+                type == DENSE8 ? panel * dense_panel(columns) : starts[panel * PANEL < rows ? panel * PANEL : rows]);
         Weight weight;
         wrong = view(data, bytes, &weight);
         if (!wrong && type == BF16) pack_all<uint16_t, BF16>(weight, values, bitmask, starts, threads);
         if (!wrong && type == FP32) pack_all<uint32_t, FP32>(weight, values, bitmask, starts, threads);
+        if (!wrong && type == INT8) pack_all<int8_t, INT8>(weight, values, bitmask, starts, threads);
+        if (!wrong && type == DENSE8) pack_dense8(weight, static_cast<const int8_t*>(values), threads);
     }
     std::free(starts);
     return wrong;

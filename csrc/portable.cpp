@@ -10,7 +10,7 @@ inline int64_t expand_word(uint32_t mask, const char* values, int64_t at, float 
         for (float& weight : column) weight = 0;
     for (; mask; mask &= mask - 1) {
         const int bit = __builtin_ctz(mask);
-        pair[column_of(type, bit)][row_of(type, bit)] = read(values, type, at++);
+        pair[column_of(type, 0, bit)][row_of(type, 0, bit)] = read(values, type, at++);
     }
     return at;
 }

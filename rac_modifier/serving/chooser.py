@@ -16,8 +16,9 @@ from rac_modifier.checkpoint.formats import packed_modules
 from rac_modifier.checkpoint.record import read_json
 from rac_modifier.errors import RacError
 from rac_modifier.serving.kernels import Decision, Support, choose
+from rac_modifier.serving.weight import FLOATS, SCALE
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def stay_dense(reason: str, dtype: torch.dtype) -> Decision:
@@ -28,6 +29,27 @@ def stay_dense(reason: str, dtype: torch.dtype) -> Decision:
 def kept_dtype(stored: torch.dtype, served: torch.dtype) -> torch.dtype:
     """The dtype that values are packed in: as stored where the served one is wider (the same numbers, fewer bytes)."""
     return stored if (stored, served) == (torch.bfloat16, torch.float32) else served
+
+
+@dataclass(frozen=True)
+class Form:
+    """How stored values are packed for a kernel: as `dtype`, their scales beside them if `scaled`, else multiplied in."""
+
+    dtype: torch.dtype
+    scaled: bool = False
+    note: str = ""
+
+
+def form_of(stored: torch.dtype, group: int, columns: int, served: torch.dtype) -> Form:
+    """The form for values of the dtype `stored` (int32: words of 4-bit values) of which `group` columns share a scale."""
+    if stored in FLOATS:
+        return Form(kept_dtype(stored, served))
+    bits = {torch.int8: "int8", torch.int32: "int4"}.get(stored, "fp8")
+    if stored in FP8 and group == columns:
+        return Form(torch.bfloat16, True, "fp8 values as bfloat16, exactly")
+    if stored in FP8 or (group < columns and group % 4):
+        return Form(torch.bfloat16, False, f"{bits} values in groups of {group}, rounded to bfloat16")
+    return Form(torch.int8, True, "int4 values, a byte each" if bits == "int4" else "")
 
 
 @dataclass
@@ -86,15 +108,15 @@ def plan_row(
     dtype: torch.dtype,
     served: torch.dtype,
     support: Support | None = None,
+    groups: int = 1,
 ) -> PlanRow:
-    """Decide for a packed module from numbers alone: `stored` values of `dtype`, served in `served`."""
+    """Decide for a packed module from numbers alone: `stored` values of `dtype`, served in `served`.
+
+    int32 is words of 4-bit values; `groups` are the scales of a row.
+    """
     density = stored / (rows * columns) if rows > 0 and columns > 0 else -1.0
-    decision = (
-        choose(rows, columns, density, kept_dtype(dtype, served), support)
-        if dtype in FLOATS
-        else stay_dense(f"no sparse kernel reads quantised weights ({dtype})", dtype)
-    )
-    return PlanRow(module, rows, columns, density, decision)
+    form = form_of(dtype, columns // max(groups, 1), columns, served)
+    return PlanRow(module, rows, columns, density, choose(rows, columns, density, form.dtype, support, form.note))
 
 
 def plan_checkpoint(
@@ -136,9 +158,17 @@ def render_plan(rows: Sequence[PlanRow]) -> str:
 
 def _packed_row(files: TensorFiles, module: str, dtype: torch.dtype | None, support: Support | None) -> PlanRow:
     shape = files.tensor(f"{module}.shape") if files.shape(f"{module}.shape") in ((2,), (2, 1)) else torch.zeros(0)
-    stored = math.prod(files.shape(f"{module}.compressed"))
+    own, stored_shape = files.dtype(f"{module}.compressed"), files.shape(f"{module}.compressed")
     rows, columns = shape.flatten().tolist() if shape.dtype == torch.int64 else (0, 0)
+    stored = math.prod(stored_shape)
+    if own == torch.int32:  # words of eight values; the last of a row, or of all, may be filled up
+        stored = min(rows * columns // 2 if len(stored_shape) == 2 else 8 * stored, rows * columns)
     if min(rows, columns) < 1 or stored > rows * columns:
         raise RacError(f"{module}.shape: does not fit the {stored} stored values; the checkpoint is damaged")
-    own = files.dtype(f"{module}.compressed")
-    return plan_row(module, rows, columns, stored, own, dtype or own, support)
+    scale = files.shape(f"{module}.{SCALE}") if f"{module}.{SCALE}" in files else ()
+    groups = scale[1] if len(scale) == 2 else 1
+    return plan_row(module, rows, columns, stored, own, dtype or _served(own), support, groups)
+
+
+def _served(stored: torch.dtype) -> torch.dtype:
+    return stored if stored in FLOATS else torch.bfloat16

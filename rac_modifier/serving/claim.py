@@ -81,6 +81,17 @@ def is_quantized(quantization: Mapping[str, Any]) -> bool:
     return bool(quantization.get("config_groups"))
 
 
+def is_in_words(quantization: Mapping[str, Any]) -> bool:
+    """Whether stock loaders expect any of the quantised weights as several values to an int32."""
+    groups = quantization.get("config_groups")
+    formats = (
+        [group.get("format") for group in groups.values() if isinstance(group, Mapping)]
+        if isinstance(groups, Mapping)
+        else []
+    )
+    return "pack-quantized" in [quantization.get("format"), *formats]
+
+
 def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
     """The modules on disk behind a layer of the server: `fused` maps a fused layer's last name to those of its shards."""
     parent, _, name = prefix.rpartition(".")

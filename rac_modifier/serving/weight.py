@@ -5,22 +5,27 @@ Nothing is indexed by a number from a file before `check` has compared it with w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import bitmask as layout
-from rac_modifier.checkpoint.formats import FORMAT_24
+from rac_modifier.checkpoint.formats import FORMAT_24, with_values
 from rac_modifier.errors import RacError
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+SCALE = "weight_scale"
 
 
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
     """A weight [N, columns]: its stored `values` in row-major order, 1-D, and the `bitmask` uint8 [N, ceil(columns/8)].
 
-    `starts` int64 [N + 1] says where each row begins in `values`. `name` is for messages.
+    `starts` int64 [N + 1] says where each row begins in `values`. `name` is for messages. Quantized values (int8, fp8; 4
+    bits come as int8 too) have a `scale` float32 [N, groups], one for each row's groups of equally many columns.
     """
 
     values: Tensor
@@ -28,6 +33,7 @@ class StoredWeight:
     columns: int
     starts: Tensor
     name: str
+    scale: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -39,8 +45,21 @@ class StoredWeight:
         """Share of the weights that is stored."""
         return self.values.numel() / (self.rows * self.columns)
 
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.columns // (1 if self.scale is None else self.scale.shape[1])
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """[N, columns] as they are meant, dense, rounded once to `dtype`."""
+        return dequantize(self.dense(), self.scale, dtype)
+
+    def floats(self, dtype: torch.dtype) -> StoredWeight:
+        """The same weight with values of `dtype` and no scale."""
+        return from_dense(self.dequantized(dtype), self.name)
+
     def dense(self) -> Tensor:
-        """[N, columns]."""
+        """[N, columns], quantized values as they are stored."""
         parts = {
             "compressed": self.values,
             "bitmask": self.bitmask,
@@ -61,22 +80,32 @@ class StoredWeight:
             self.columns,
             _starts(torch.cat([self.starts[a + 1 : b + 1] - self.starts[a:b] for a, b in runs])),
             self.name,
+            None if self.scale is None else torch.cat([self.scale[a:b] for a, b in runs]),
         )
 
     def select_columns(self, first: int, count: int) -> StoredWeight:
         """Columns `first` to `first + count`; what is stored as an explicit zero is dropped."""
         if (first, count) == (0, self.columns):
             return self
-        return from_dense(self.dense()[:, first : first + count].contiguous(), self.name)
+        cut = from_dense(self.dense()[:, first : first + count].contiguous(), self.name)
+        if self.scale is None or self.scale.shape[1] == 1:
+            return replace(cut, scale=self.scale)
+        group = math.gcd(self.group, first, count)  # smaller where a group is cut
+        scale = self.scale.repeat_interleave(self.group // group, dim=1)
+        return replace(cut, scale=scale[:, first // group : (first + count) // group].contiguous())
 
 
-def check(tensors: Mapping[str, Tensor], format: str, name: str) -> StoredWeight:
-    """Check the tensors of `PARTS[format]` as untrusted input against each other.
+def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = True) -> StoredWeight:
+    """Check the tensors of `PARTS[format]`, and the `weight_scale` of quantized values, as untrusted input.
+
+    `scaled` False: another loader takes the scales, and quantized values come as they are.
 
     Raises:
         RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each other.
     """
+    tensors = with_values(tensors, format, name)
     compressed, bitmask, rows, columns = layout.check_parts(tensors, name)
+    scale = check_scale(tensors, compressed.dtype, rows, columns, name) if scaled else None
     counts = layout.row_counts(bitmask)
     if format == FORMAT_24:
         if columns % 4 or tuple(compressed.shape) != (rows, columns // 2):
@@ -86,7 +115,7 @@ def check(tensors: Mapping[str, Tensor], format: str, name: str) -> StoredWeight
             )
         if not _two_of_four(bitmask, columns):
             raise RacError(f"{name}.bitmask: four columns do not keep exactly two; the checkpoint is damaged")
-        return StoredWeight(compressed.reshape(-1), bitmask, columns, _starts(counts), name)
+        return StoredWeight(compressed.reshape(-1), bitmask, columns, _starts(counts), name, scale)
     starts = _starts(counts)
     if compressed.dim() != 1 or compressed.numel() != int(starts[-1]):
         raise RacError(
@@ -96,7 +125,54 @@ def check(tensors: Mapping[str, Tensor], format: str, name: str) -> StoredWeight
     offsets = layout.part_of(tensors, name, "row_offsets")
     if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
         raise RacError(f"{name}.row_offsets: not the row starts that the bitmask has; the checkpoint is damaged")
-    return StoredWeight(compressed, bitmask, columns, starts, name)
+    return StoredWeight(compressed, bitmask, columns, starts, name, scale)
+
+
+def check_scale(tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, columns: int, name: str) -> Tensor | None:
+    """The scales of a weight [rows, columns] of `dtype`, float32 [rows, groups]; None where it needs none.
+
+    Raises:
+        RacError: quantized values without scales, floats with them, or scales that do not fit.
+    """
+    scale = tensors.get(SCALE)
+    if dtype in FLOATS:
+        if scale is not None:
+            raise RacError(f"{name}.{SCALE}: there, but its values are {dtype}; save the model again")
+        return None
+    if scale is None:
+        raise RacError(
+            f"{name}.{SCALE}: missing, but its values are {dtype}; copy the checkpoint again, or restore the config.json "
+            "that was saved with it, whose config_groups say how it is quantised"
+        )
+    if scale.dtype not in FLOATS or not bool(scale.isfinite().all()):
+        raise RacError(f"{name}.{SCALE}: {scale.dtype}, or not finite; the checkpoint is damaged")
+    if scale.numel() == 1:
+        return scale.float().reshape(1, 1).expand(rows, 1).contiguous()
+    scale = scale[:, None] if scale.dim() == 1 else scale
+    if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
+        raise RacError(
+            f"{name}.{SCALE}: shape {list(scale.shape)} is none of a weight [{rows}, {columns}]: one scale, one a row, or "
+            "one for each row's groups of columns; the checkpoint is damaged"
+        )
+    return scale.float().contiguous()
+
+
+def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[N, K] times `scale` [N, groups], in float32, then `dtype`."""
+    if scale is None:
+        return weight.to(dtype)
+    groups = scale.shape[1]
+    return (weight.float().view(len(weight), groups, -1) * scale[:, :, None]).view(weight.shape).to(dtype)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A float weight [N, K] rounded to int8, symmetrically a row: values [N, K], scales float32 [N, 1]."""
+    values, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
+    for part in layout.row_chunks(*weight.shape):
+        rows = weight[part].float()
+        scales[part] = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        values[part] = (rows / scales[part]).round().clamp(-127, 127).to(torch.int8)
+    return values, scales
 
 
 def from_dense(weight: Tensor, name: str) -> StoredWeight:
@@ -116,11 +192,12 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
     if len(weights) == 1:
         return first
     for other in weights[1:]:
-        if (other.columns, other.values.dtype) != (first.columns, first.values.dtype):
+        if (other.columns, other.values.dtype, other.group) != (first.columns, first.values.dtype, first.group):
             raise RacError(
                 f"{other.name}: {other.columns} columns of {other.values.dtype}, which cannot be fused with {first.name}, "
                 f"{first.columns} columns of {first.values.dtype}; the checkpoint does not fit this model"
             )
+    scales = [weight.scale for weight in weights if weight.scale is not None]
     counts = torch.cat([weight.starts[1:] - weight.starts[:-1] for weight in weights])
     return StoredWeight(
         torch.cat([weight.values for weight in weights]),
@@ -128,6 +205,7 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
         first.columns,
         _starts(counts),
         name,
+        torch.cat(scales) if scales else None,
     )
 
 

@@ -31,12 +31,15 @@ def test_narrow_values_stay_narrow():
         (64 * 128 // 2, torch.bfloat16, AVX2, "sparse kernel avx2"),
         (64 * 128, torch.bfloat16, AVX2, "dense because packed it takes"),
         (64 * 128 // 2, torch.bfloat16, NONE, "dense because no compiled kernel"),
-        (64 * 128 // 2, torch.int8, AVX2, r"dense because no sparse kernel reads quantised weights \(torch.int8\)"),
+        (64 * 128 // 2, torch.int8, AVX2, r"sparse int8 kernel avx2: 0.62 bytes a weight instead of 2, at most 3.20x"),
+        (64 * 128 // 2, torch.int32, AVX2, r"sparse int8 kernel avx2 \(int4 values, a byte each\): 0.62"),
+        (64 * 128 // 2, torch.float8_e4m3fn, AVX2, r"sparse kernel avx2 \(fp8 values as bfloat16, exactly\): 1.12"),
+        (64 * 128 // 2, torch.int8, NONE, "dense because no compiled kernel"),
     ],
 )
 def test_plan_row(stored, dtype, support, reason):
     row = plan_row("a", 64, 128, stored, dtype, torch.bfloat16, support)
-    assert row.decision.sparse == (reason == "sparse kernel avx2")
+    assert row.decision.sparse == reason.startswith("sparse")
     assert row.density == stored / (64 * 128)
     assert re.match(reason, row.decision.reason)
 

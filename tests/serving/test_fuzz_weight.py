@@ -61,22 +61,41 @@ def load(tensors: dict[str, torch.Tensor], format: str, rng: random.Random, nati
     count = rng.randrange(1, weight.columns + 1)
     cut = weight.select_rows(torch.arange(first, weight.rows)).select_columns(weight.columns - count, count)
     assert cut.dense().shape == (weight.rows - first, count)
-    if native and weight.values.dtype in (torch.bfloat16, torch.float32):
+    if native and weight.values.dtype in (torch.bfloat16, torch.float32, torch.int8):
         packed = kernels.pack(weight.values, weight.bitmask, weight.columns)
         expected = weight.dense()
         found = kernels.unpack(packed)
         assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+        if weight.scale is not None and (weight.scale.shape[1] == 1 or weight.group % 4 == 0):
+            x = torch.randn(2, weight.columns)
+            y = kernels.sparse_linear(x, packed, None, kernels.pack_scale(weight.scale, weight.group))
+            if float(weight.scale.abs().max()) < 1:  # a flipped bit may make a scale that overflows
+                torch.testing.assert_close(y, x @ weight.dequantized(torch.float32).T, rtol=1e-2, atol=1.0)
 
 
-def fuzz(format: str, cases: int) -> None:
-    rng = random.Random(format)
+def clean_parts(rows: int, columns: int, seed: int, format: str, bits: int | None) -> dict[str, torch.Tensor]:
+    """A sound weight: floats, or quantized to so many bits with scales."""
+    weight = random_weight(rows, columns, seed, format == FORMATS[0], torch.float32 if bits else torch.bfloat16)
+    if bits is None:
+        return pack(weight, format, "layer")
+    groups = 2 if bits == 4 and columns % 8 == 0 else 1
+    most = (1 << (bits - 1)) - 1
+    values = (weight * most / 4).round().clamp(-most, most).to(torch.int8)
+    return {
+        **pack(values, format, "layer", bits if bits == 4 else None),
+        "weight_scale": torch.rand(rows, groups) / most,
+    }
+
+
+def fuzz(format: str, bits: int | None, cases: int) -> None:
+    rng = random.Random(f"{format} {bits}")
     torch.manual_seed(0)
     native = kernels.support().isa is not None
     refused = unnamed = 0
     for case in range(cases):
         if case % 50 == 0:
             rows, columns = rng.randrange(1, 20), 4 * rng.randrange(1, 12)
-            clean = pack(random_weight(rows, columns, case, format == FORMATS[0]), format, "layer")
+            clean = clean_parts(rows, columns, case, format, bits)
         try:
             load(mutate(clean, rng), format, rng, native)
         except RacError as error:
@@ -86,12 +105,14 @@ def fuzz(format: str, cases: int) -> None:
     assert cases // 3 < refused < cases  # most mutations are seen, and some leave other, sound numbers
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("format", FORMATS)
-def test_mutated_tensors(format):
-    fuzz(format, 1000)
+def test_mutated_tensors(format, bits):
+    fuzz(format, bits, 1000)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("format", FORMATS)
-def test_very_many_mutated_tensors(format):
-    fuzz(format, 60_000)
+def test_very_many_mutated_tensors(format, bits):
+    fuzz(format, bits, 60_000)

@@ -142,6 +142,135 @@ def finish(layer: LinearBase) -> None:
     layer.quant_method.process_weights_after_loading(layer)
 
 
+def quantized_config(format: str, **changes: Any) -> RacSparseConfig:
+    """A config whose weights are quantised too, as `from_config` makes it."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    inputs = {**weights, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    sparsity = {"format": format, "targets": ["Linear"], "ignore": []}
+    return RacSparseConfig.from_config(
+        {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+            "sparsity_config": {**sparsity, **changes},
+        }
+    )
+
+
+def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantized values, their scales, and what they are worth in float32."""
+    rows, columns = weight.shape
+    groups = 4 if scheme == "int4" else 1
+    most = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[scheme]
+    scale = (weight.view(rows, groups, -1).abs().amax(-1) / most).clamp_min(1e-6)
+    wide = scale.repeat_interleave(columns // groups, dim=1)
+    values = weight / wide
+    values = values.to(torch.float8_e4m3fn) if scheme == "fp8" else values.round().to(torch.int8)
+    return values, scale, values.float() * wide
+
+
+@pytest.mark.parametrize("isa", ["best", "off"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_weights_and_their_scales_are_sharded(monkeypatch, kind, rank, size, format, scheme, isa):
+    if isa == "off":
+        monkeypatch.setattr(kernels, "support", lambda: kernels.Support(None, "switched off by a test"))
+    on_rank(monkeypatch, rank, size)
+    dense, sparse = make(kind, None), make(kind, quantized_config(format))
+    for shard, module, weight in weights_of(kind, format == FORMAT_24):
+        values, scale, meant = quantize(weight, scheme)
+        load(dense, shard, {"weight": meant})
+        parts = pack(values, format, module, bits=4 if scheme == "int4" else None)
+        load(sparse, shard, {**parts, "weight_scale": scale})
+    n, k = dense.weight.shape
+    sparse.quant_method.process_weights_after_loading(sparse)
+    packed = hasattr(sparse, "weight_packed")
+    assert packed == (isa == "best" and kernels.support().isa is not None)
+    assert not (packed and hasattr(sparse, "weight"))  # no dense copy beside it
+    decision = sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix]
+    if packed:
+        assert ("int8" in decision.kernel) == (scheme != "fp8")
+        assert sparse.weight_packed_scale.shape[::2] == (-(-n // 16), 16)
+    finish(dense)
+    x = torch.randn(5, k, generator=torch.Generator().manual_seed(0))
+    found, expected = sparse.quant_method.apply(sparse, x), dense.quant_method.apply(dense, x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_groups_that_a_rank_cuts(monkeypatch):
+    """96 columns in groups of 24 on 3 ranks: 32 each, so the scales are of groups of 8."""
+    on_rank(monkeypatch, 1, 3)
+    dense, sparse = make("row", None), make("row", quantized_config(FORMAT_BITMASK))
+    (shard, module, weight), *_ = weights_of("row", False)
+    values, scale, meant = quantize(weight, "int4")
+    load(dense, shard, {"weight": meant})
+    load(sparse, shard, {**pack(values, FORMAT_BITMASK, module, bits=4), "weight_scale": scale})
+    finish(sparse)
+    finish(dense)
+    x = torch.randn(3, 32)
+    expected = dense.quant_method.apply(dense, x)
+    torch.testing.assert_close(sparse.quant_method.apply(sparse, x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_quantised_with_a_bias_in_bfloat16_and_compiled(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    layer = make("column", quantized_config(FORMAT_24), bias=True)
+    layer.quant_method.dtype = torch.bfloat16
+    (shard, module, weight), *_ = weights_of("column", True)
+    values, scale, meant = quantize(weight, "int8")
+    load(layer, shard, {**pack(values, FORMAT_24, module), "weight_scale": scale.bfloat16()})
+    meant = values.float() * scale.bfloat16().float()
+    finish(layer)
+    x, bias = torch.randn(6, K).bfloat16(), torch.randn(64).bfloat16()
+    apply = torch.compile(lambda x: layer.quant_method.apply(layer, x, bias), fullgraph=True, backend="aot_eager")
+    expected = torch.nn.functional.linear(x.float(), meant, bias.float()).bfloat16()
+    torch.testing.assert_close(apply(x), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_parts_that_are_quantised_differently_run_dense(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    config = quantized_config(FORMAT_BITMASK)
+    dense, mixed = make("qkv", None), make("qkv", config)
+    for shard, module, weight in weights_of("qkv", False):
+        values, scale, meant = quantize(weight, "fp8" if shard == "k" else "int8")
+        load(dense, shard, {"weight": meant})
+        if shard == "v":  # quantised and not sparse
+            load(mixed, shard, {"weight": values, "weight_scale": scale})
+        else:
+            load(mixed, shard, {**pack(values, FORMAT_BITMASK, module), "weight_scale": scale})
+    finish(mixed)
+    finish(dense)
+    assert not config.summary.decisions["a.qkv"].sparse
+    x = torch.randn(2, K)
+    torch.testing.assert_close(mixed.quant_method.apply(mixed, x), dense.quant_method.apply(dense, x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": None}, "missing"),
+        ({"weight_scale": torch.ones(63, 1)}, "shape"),
+        ({"weight_scale": torch.ones(64, 5)}, "shape"),
+        ({"weight_scale": torch.full((64, 1), float("nan"))}, "not finite"),
+        ({"weight_scale": torch.ones(64, 1, dtype=torch.int64)}, "int64"),
+        ({"weight_zero_point": torch.zeros(64, 1)}, "symmetric"),
+    ],
+)
+def test_damaged_scales(monkeypatch, change, message):
+    on_rank(monkeypatch, 0, 1)
+    layer = make("column", quantized_config(FORMAT_BITMASK))
+    (shard, module, weight), *_ = weights_of("column", False)
+    values, scale, _ = quantize(weight, "int8")
+    parts = {**pack(values, FORMAT_BITMASK, module), "weight_scale": scale, **change}
+    load(layer, shard, {name: tensor for name, tensor in parts.items() if tensor is not None})
+    with pytest.raises(RacError, match=rf"^a\.column\.{next(iter(change))}: .*{message}"):
+        finish(layer)
+
+
 @pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
 class TestDamage:
     def test_a_shard_is_missing(self, monkeypatch, format):
@@ -196,7 +325,7 @@ class TestDamage:
         on_rank(monkeypatch, 0, 1)
         layer = make("column", config_of(format))
         load(layer, None, pack(random_weight(64, K, 0, True).mul(40).to(torch.int8), format, "a.up"))
-        with pytest.raises(RacError, match="no config_groups"):
+        with pytest.raises(RacError, match=r"a\.column\.weight_scale: missing.*config_groups"):
             finish(layer)
 
 

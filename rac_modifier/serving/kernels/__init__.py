@@ -7,6 +7,17 @@ multiplies with one. Importing this loads torch only; the compiled library is lo
 from rac_modifier.serving.kernels.choice import Decision, choose
 from rac_modifier.serving.kernels.linear import sparse_linear
 from rac_modifier.serving.kernels.native import Support, support
-from rac_modifier.serving.kernels.weight import SparseWeight, pack, unpack
+from rac_modifier.serving.kernels.weight import SparseWeight, pack, pack_dense, pack_scale, unpack
 
-__all__ = ["Decision", "SparseWeight", "Support", "choose", "pack", "sparse_linear", "support", "unpack"]
+__all__ = [
+    "Decision",
+    "SparseWeight",
+    "Support",
+    "choose",
+    "pack",
+    "pack_dense",
+    "pack_scale",
+    "sparse_linear",
+    "support",
+    "unpack",
+]

@@ -30,10 +30,18 @@ class Decision:
     ceiling: float
 
 
-def choose(rows: int, columns: int, density: float, dtype: torch.dtype, support: Support | None = None) -> Decision:
-    """Decide for a weight [rows, columns] of which the share `density` is stored, in the dtype that it is served in.
+def choose(
+    rows: int,
+    columns: int,
+    density: float,
+    dtype: torch.dtype,
+    support: Support | None = None,
+    note: str = "",
+) -> Decision:
+    """Decide for a weight [rows, columns] of which the share `density` is stored, in the dtype that it is packed in.
 
-    `support` defaults to this machine's. Raise RacError for a shape or density that there cannot be.
+    int8 is compared with a dense bfloat16 weight, other dtypes with themselves. `support` defaults to this machine's;
+    `note` is added to the kernel's name. Raise RacError for a shape or density that there cannot be.
     """
     if rows < 1 or columns < 1 or not 0.0 <= density <= 1.0:
         raise RacError(
@@ -43,19 +51,20 @@ def choose(rows: int, columns: int, density: float, dtype: torch.dtype, support:
     packed = 4 if dtype == torch.float16 else dtype.itemsize  # float16 is packed as float32, exactly
     masks = -(-rows // 16) * -(-columns // 32) * 16 * _WORD_BYTES
     bytes_per_weight = packed * density + masks / (rows * columns)
-    ceiling = dtype.itemsize / bytes_per_weight
+    dense = 2 if dtype == torch.int8 else dtype.itemsize
+    ceiling = dense / bytes_per_weight
 
     def decision(kernel: str | None, reason: str) -> Decision:
         return Decision(kernel is not None, kernel or "dense", reason, bytes_per_weight, ceiling)
 
     if support.isa is None:
         return decision(None, f"dense because {support.reason}")
-    if dtype not in (torch.bfloat16, torch.float32, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float32, torch.float16, torch.int8):
         return decision(None, f"dense because no sparse kernel reads {dtype}")
     if ceiling < _LEAST_CEILING:
         return decision(
             None,
-            f"dense because packed it takes {bytes_per_weight:.2f} bytes a weight instead of {dtype.itemsize}: "
+            f"dense because packed it takes {bytes_per_weight:.2f} bytes a weight instead of {dense}: "
             f"at most {ceiling:.2f}x to gain",
         )
     if support.isa == "portable" and os.environ.get("RAC_KERNEL") != "portable":
@@ -64,7 +73,7 @@ def choose(rows: int, columns: int, density: float, dtype: torch.dtype, support:
             "dense because this processor has neither AVX2 nor AVX512 and the portable kernel is slower than a dense "
             "product; RAC_KERNEL=portable takes it nevertheless",
         )
-    kernel = f"sparse kernel {support.isa}"
+    kernel = f"sparse {'int8 ' if dtype == torch.int8 else ''}kernel {support.isa}{note and f' ({note})'}"
     return decision(
-        kernel, f"{kernel}: {bytes_per_weight:.2f} bytes a weight instead of {dtype.itemsize}, at most {ceiling:.2f}x"
+        kernel, f"{kernel}: {bytes_per_weight:.2f} bytes a weight instead of {dense}, at most {ceiling:.2f}x"
     )

@@ -12,30 +12,36 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.serving.kernels.native import TYPES, Library, library
+from rac_modifier.serving.kernels.native import TYPES, VALUE_TYPES, Library, library
 from rac_modifier.serving.kernels.weight import PANEL, SparseWeight
 
 # Up to how many rows of x the kernel itself is the faster way. AVX2 and portable: measured, on shapes of a 1.5B model;
 # AMX: as a prototype of it measured; AVX512: assumed, not yet measured.
 CROSSOVER = {"portable": 8, "avx2": 48, "avx512": 32, "amx": 128}
+# The same for 8-bit weights, which are multiplied as integers. AVX2: measured; portable, AVX512 and AMX: assumed.
+CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": 128, "amx": 256}
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: about what stays in the last cache
 
 _scratch = threading.local()
 
 
-def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
+def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """X [..., columns] times the weight's transpose, plus bias [rows]: [..., rows] in x's dtype, accumulated in fp32.
 
-    x and bias are bfloat16 or float32, in any combination with the weight. Works under torch.compile and without
+    x and bias are bfloat16 or float32, in any combination with the weight. `scale`, made by `pack_scale`, multiplies the
+    weight; an int8 weight needs one, the others take one of a single group. With int8, x becomes 16-bit integers, a
+    scale for each row and 512 columns or group: nearer to x than bfloat16. Works under torch.compile and without
     gradients. Raise RacError for other dtypes and for shapes that do not fit.
     """
-    return torch.ops.rac_modifier.sparse_linear(x, weight.data, weight.rows, weight.columns, bias)
+    return torch.ops.rac_modifier.sparse_linear(x, weight.data, weight.rows, weight.columns, bias, scale)
 
 
-def _forward(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+def _forward(
+    x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
     """The operator. `data` comes from a SparseWeight, which has checked it; its header is checked again here."""
     native, isa = library()
-    _check(x, data, rows, columns, bias)
+    _check(x, data, rows, columns, bias, scale)
     shape = x.shape
     if len(shape) != 2:
         x = x.reshape(-1, columns)
@@ -43,17 +49,21 @@ def _forward(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | No
     if bias is not None:
         bias = bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    if x.shape[0] <= CROSSOVER[isa]:
-        native.linear(data, rows, columns, x, bias, out, isa)
+    integers = native.kind(data) >= VALUE_TYPES[torch.int8]
+    if x.shape[0] <= (CROSSOVER8 if integers else CROSSOVER)[isa]:
+        native.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
-        _expand_and_multiply(native, isa, data, x, bias, out)
+        _expand_and_multiply(native, isa, data, x, scale, bias, out)
     return out if len(shape) == 2 else out.view(*shape[:-1], rows)
 
 
-def _expand_and_multiply(native: Library, isa: str, data: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _expand_and_multiply(
+    native: Library, isa: str, data: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
+) -> None:
     """Fill `out` through dense products with chunks of the weight; in fp32 unless this machine multiplies bf16 fast."""
     rows, columns = out.shape[1], x.shape[1]
-    dtype = x.dtype if isa == "amx" and x.dtype == torch.bfloat16 and native.is_bf16(data) else torch.float32
+    exact = native.kind(data) != VALUE_TYPES[torch.float32] and scale is None  # in bf16
+    dtype = x.dtype if isa == "amx" and x.dtype == torch.bfloat16 and exact else torch.float32
     x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     panels = -(-rows // PANEL)
     step = min(panels, max(1, SCRATCH_BYTES // (columns * PANEL * dtype.itemsize)))
@@ -63,6 +73,9 @@ def _expand_and_multiply(native: Library, isa: str, data: Tensor, x: Tensor, bia
         width = PANEL * (last - first)
         transposed = buffer[: columns * width].view(columns, width)
         native.expand(data, first, last, transposed, isa)
+        if scale is not None:  # [groups, columns of a group, panels, 16] times [groups, 1, panels, 16]
+            groups = scale.shape[1]
+            transposed.view(groups, -1, last - first, PANEL).mul_(scale[first:last].transpose(0, 1)[:, None])
         low, high = first * PANEL, min(last * PANEL, rows)
         transposed = transposed[:, : high - low]
         # addmm, because a bias added to the product's result would be a second rounding.
@@ -77,7 +90,7 @@ def _buffer(size: int) -> Tensor:
     return kept[:size]
 
 
-def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> None:
+def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None) -> None:
     if x.dtype not in TYPES or not x.is_cpu:
         raise RacError(f"x: {x.dtype} on {x.device}; the sparse kernel takes bfloat16 or float32 on the CPU")
     if x.dim() < 1 or x.shape[-1] != columns:
@@ -90,14 +103,29 @@ def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None
             f"[{rows}] on the CPU"
         )
 
+    if scale is not None and (
+        scale.dtype != torch.float32
+        or not scale.is_cpu
+        or not scale.is_contiguous()
+        or scale.dim() != 3
+        or (scale.shape[0], scale.shape[2]) != (-(-rows // PANEL), PANEL)
+        or scale.shape[1] < 1
+        or columns % scale.shape[1]
+    ):
+        raise RacError(
+            f"scale: {scale.dtype} {list(scale.shape)} on {scale.device} is none of a weight [{rows}, {columns}]; pass what "
+            "`pack_scale` returned"
+        )
 
-def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+
+def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 if not hasattr(torch.ops.rac_modifier, "sparse_linear"):  # once a process, however often this module is loaded
     torch.library.define(
-        "rac_modifier::sparse_linear", "(Tensor x, Tensor data, int rows, int columns, Tensor? bias) -> Tensor"
+        "rac_modifier::sparse_linear",
+        "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None) -> Tensor",
     )
     torch.library.impl("rac_modifier::sparse_linear", "cpu", _forward)
     torch.library.register_fake("rac_modifier::sparse_linear", _fake)

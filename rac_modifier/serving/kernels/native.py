@@ -18,7 +18,9 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 
 ISAS = ("portable", "avx2", "avx512", "amx")  # the library's numbers for them
-TYPES = {torch.bfloat16: 0, torch.float32: 1}
+TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
+VALUE_TYPES = {**TYPES, torch.int8: 2}
+DENSE8 = 3  # a weight of int8 without masks
 _NUMBER = {isa: number for number, isa in enumerate(ISAS)}
 _TITLES = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX512", "amx": "AMX"}
 _NEXT_STEP = "install a C++ compiler and reinstall rac-modifier"
@@ -42,6 +44,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
             c_int64,
             c_void_p,
             c_int32,
+            c_int64,
+            c_void_p,
             c_int64,
             c_void_p,
             c_int32,
@@ -73,33 +77,34 @@ class Library:
         self.best = ISAS[self._calls.rac_best_isa()]
         self.compiler: str = self._calls.rac_compiler().decode()
 
-    def bytes(self, rows: int, columns: int, nonzeros: int, dtype: torch.dtype) -> int:
-        """Bytes of a packed weight, -1 for sizes that there cannot be."""
+    def bytes(self, rows: int, columns: int, nonzeros: int, kind: int) -> int:
+        """Bytes of a packed weight of a type (`VALUE_TYPES`, `DENSE8`), -1 for sizes that there cannot be."""
         limit = 1 << 62
         if not all(-limit < size < limit for size in (rows, columns, nonzeros)):
             return -1
-        return self._calls.rac_bytes(rows, columns, nonzeros, TYPES[dtype])
+        return self._calls.rac_bytes(rows, columns, nonzeros, kind)
 
-    def pack(self, values: Tensor, bitmask: Tensor, rows: int, columns: int, data: Tensor) -> None:
-        """Fill `data`, of `bytes` bytes."""
-        where, count, kind = values.data_ptr(), values.numel(), TYPES[values.dtype]
+    def pack(self, values: Tensor, bitmask: Tensor | None, rows: int, columns: int, kind: int, data: Tensor) -> None:
+        """Fill `data`, of `bytes` bytes; no bitmask for `DENSE8`."""
+        where, count = values.data_ptr(), values.numel()
+        masks = None if bitmask is None else bitmask.data_ptr()
         room, threads = data.numel(), torch.get_num_threads()
         _raise_if(
-            self._calls.rac_pack(where, count, bitmask.data_ptr(), rows, columns, kind, data.data_ptr(), room, threads),
+            self._calls.rac_pack(where, count, masks, rows, columns, kind, data.data_ptr(), room, threads),
             "the sparse weight cannot be packed",
         )
 
-    def check(self, data: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
+    def check(self, data: Tensor, rows: int, columns: int, kind: int) -> None:
         """Everything of packed data that a kernel relies on."""
-        wrong = self._calls.rac_check(data.data_ptr(), data.numel(), rows, columns, TYPES[dtype])
+        wrong = self._calls.rac_check(data.data_ptr(), data.numel(), rows, columns, kind)
         _raise_if(wrong, f"packed weight [{rows}, {columns}]: damaged")
 
-    def is_bf16(self, data: Tensor) -> bool:
-        """The dtype of the values, from the header."""
-        return self._calls.rac_type(data.data_ptr(), data.numel()) == 0
+    def kind(self, data: Tensor) -> int:
+        """The type of the values, from the header; -1 where it is damaged."""
+        return self._calls.rac_type(data.data_ptr(), data.numel())
 
     def expand(self, data: Tensor, first: int, last: int, out: Tensor, isa: str) -> None:
-        """Panels [first, last) of 16 rows into `out` [columns, 16 (last - first)]: the transposed rows."""
+        """Panels [first, last) of 16 rows into `out` [columns, 16 (last - first)]: the transposed rows, unscaled."""
         where, room, threads = data.data_ptr(), data.numel(), torch.get_num_threads()
         kind, stride = TYPES[out.dtype], out.shape[1]
         _raise_if(
@@ -108,13 +113,22 @@ class Library:
         )
 
     def linear(
-        self, data: Tensor, rows: int, columns: int, x: Tensor, bias: Tensor | None, out: Tensor, isa: str
+        self,
+        data: Tensor,
+        rows: int,
+        columns: int,
+        x: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor,
+        isa: str,
     ) -> None:
-        """Fill `out` [M, rows] with x [M, columns] W^T + bias."""
+        """Fill `out` [M, rows] with x [M, columns] W^T + bias; `scale` is float32 [panels, groups, 16]."""
         where, kind = (bias.data_ptr(), TYPES[bias.dtype]) if bias is not None else (None, 0)
+        scales, groups = (scale.data_ptr(), scale.shape[1]) if scale is not None else (None, 1)
         wrong = self._calls.rac_linear(
-            data.data_ptr(), data.numel(), rows, columns, x.data_ptr(), TYPES[x.dtype], x.shape[0], where, kind,
-            out.data_ptr(), _NUMBER[isa], torch.get_num_threads(),
+            data.data_ptr(), data.numel(), rows, columns, x.data_ptr(), TYPES[x.dtype], x.shape[0],
+            scales, groups, where, kind, out.data_ptr(), _NUMBER[isa], torch.get_num_threads(),
         )  # fmt: skip
         _raise_if(wrong, f"sparse_linear with a weight [{rows}, {columns}]")
 

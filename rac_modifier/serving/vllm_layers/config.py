@@ -12,6 +12,7 @@ from rac_modifier.serving.claim import (
     SparseLayers,
     fused_modules,
     is_claimed,
+    is_in_words,
     is_quantized,
     parse_dense_stored,
     parse_packed,
@@ -28,15 +29,22 @@ class RacSparseConfig(QuantizationConfig):
     """Packed sparse checkpoints; and, with `--quantization rac-sparse`, pruned ones that are stored dense.
 
     `layers` says what is stored sparse; None until `maybe_update_config` has read it from a dense-stored checkpoint's
-    config. `quantized` is vLLM's own config for weights that are quantised besides.
+    config. `quantized` is vLLM's own config for weights that are quantised besides, `in_words` where that holds several
+    values to an int32.
     """
 
-    def __init__(self, layers: SparseLayers | None = None, quantized: QuantizationConfig | None = None) -> None:
+    def __init__(
+        self,
+        layers: SparseLayers | None = None,
+        quantized: QuantizationConfig | None = None,
+        in_words: bool = False,
+    ) -> None:
         super().__init__()
         from rac_modifier.serving.chooser import Summary
 
         self.layers = layers
         self.quantized = quantized
+        self.in_words = in_words
         self.summary: Summary = Summary()
 
     @classmethod
@@ -62,7 +70,7 @@ class RacSparseConfig(QuantizationConfig):
 
             # vLLM refuses any sparsity_config, so its config is given the quantised part alone.
             quantized = CompressedTensorsConfig.from_config({k: v for k, v in config.items() if k != "sparsity_config"})
-        return cls(parse_packed(config), quantized)
+        return cls(parse_packed(config), quantized, is_in_words(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """A checkpoint without `quantization_config`: its weights are stored dense, `rac_sparsity` says which are pruned."""
@@ -81,25 +89,37 @@ class RacSparseConfig(QuantizationConfig):
         """The method of one layer; None leaves embeddings, lm_head and attention to vLLM."""
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from rac_modifier.serving.vllm_layers.experts import expand_experts
+        from rac_modifier.serving.vllm_layers.head import Int8HeadMethod, wants_int8
         from rac_modifier.serving.vllm_layers.linear import RacSparseLinearMethod
         from rac_modifier.serving.vllm_layers.shards import Shards
 
         assert self.layers is not None
-        inner = None
-        if self.quantized is not None:
-            self.quantized.packed_modules_mapping = self.packed_modules_mapping
-            inner = self.quantized.get_quant_method(layer, prefix)
+        if isinstance(layer, LinearBase):
+            modules = fused_modules(prefix, self.packed_modules_mapping)
+            if not any(self.layers.holds(module) for module in modules):
+                return self._inner(layer, prefix) or UnquantizedLinearMethod()
+            # Quantised weights that have no kernel here are vLLM's to run, dense, unless it wants them in words.
+            ours = self.quantized is None or self.in_words or _has_kernels()
+            inner = None if ours else self._inner(layer, prefix)
+            scales = "none" if self.quantized is None else "ours" if ours else "vllm's"
+            shards = Shards(prefix, modules, self.layers.format, scales)
+            return RacSparseLinearMethod(shards, inner or UnquantizedLinearMethod(), self.summary)
+        inner = self._inner(layer, prefix)
         if isinstance(layer, RoutedExperts):
             return expand_experts(layer, prefix, self.layers, inner, self.summary)
-        if not isinstance(layer, LinearBase):
-            return inner
-        inner = inner or UnquantizedLinearMethod()
-        modules = fused_modules(prefix, self.packed_modules_mapping)
-        if not any(self.layers.holds(module) for module in modules):
-            return inner
-        return RacSparseLinearMethod(Shards(prefix, modules, self.layers.format), inner, self.summary)
+        if inner is None and isinstance(layer, ParallelLMHead) and wants_int8():
+            return Int8HeadMethod()
+        return inner
+
+    def _inner(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """What vLLM would do, were nothing sparse."""
+        if self.quantized is None:
+            return None
+        self.quantized.packed_modules_mapping = self.packed_modules_mapping
+        return self.quantized.get_quant_method(layer, prefix)
 
     def get_name(self) -> str:
         """The method's name."""
@@ -118,3 +138,8 @@ class RacSparseConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         """None: without a `quantization_config` vLLM makes an empty config, which `maybe_update_config` fills."""
         return []
+
+
+def _has_kernels() -> bool:
+    """Whether there are kernels for the device that layers are made on, vLLM's default one."""
+    return torch.empty(0).device.type == "cpu"

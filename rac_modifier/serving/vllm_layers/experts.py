@@ -56,7 +56,7 @@ def expanded(
         parts = waiting.setdefault(module, {})
         parts[part] = tensor
         if len(parts) == len(PARTS[format]):
-            yield f"{module}.weight", check(waiting.pop(module), format, f"{prefix}.{module}").dense()
+            yield f"{module}.weight", check(waiting.pop(module), format, f"{prefix}.{module}", scaled=False).dense()
 
 
 def check_complete(waiting: dict[str, dict[str, Tensor]], format: str, prefix: str) -> None:

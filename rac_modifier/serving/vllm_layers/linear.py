@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 
 from rac_modifier.errors import RacError
 from rac_modifier.serving import kernels
-from rac_modifier.serving.chooser import FLOATS, Summary, kept_dtype, stay_dense
+from rac_modifier.serving.chooser import Summary, form_of, stay_dense
 from rac_modifier.serving.vllm_layers.shards import ShardId, Shards, load_shard
 from rac_modifier.serving.weight import StoredWeight, stack
 
@@ -30,11 +30,15 @@ logger = init_logger(f"vllm.{__name__}")
 
 @register_weight_loader_v2_supported_method
 class RacSparseLinearMethod(LinearMethodBase):
-    """The method of one layer; `inner` is what vLLM would do with a dense weight, which decides whether it is quantised."""
+    """The method of one layer; `inner` is what vLLM would do with a dense weight, quantised or not.
+
+    Quantised weights stay as they are where a kernel takes them. Dense, they become floats, except where `inner` is vLLM's
+    method for quantised ones.
+    """
 
     def __init__(self, shards: Shards, inner: LinearMethodBase, summary: Summary) -> None:
         self.shards, self.inner, self.summary = shards, inner, summary
-        self.quantized = not isinstance(inner, UnquantizedLinearMethod)
+        self.as_quantized = not isinstance(inner, UnquantizedLinearMethod)
         self.dense: Parameter | None = None
         self.sparse = False
         summary.expect()
@@ -56,7 +60,7 @@ class RacSparseLinearMethod(LinearMethodBase):
         self.rows, self.columns, self.all_columns = sum(output_partition_sizes), input_size_per_partition, input_size
         self.sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype)
         self.attributes = extra_weight_attrs
-        if self.quantized:  # its scales are loaded beside the packed weight
+        if self.as_quantized:  # its scales are loaded beside the packed weight
             self.dense = self._create_dense(layer)
         self.shards.register(layer, params_dtype)
 
@@ -66,11 +70,7 @@ class RacSparseLinearMethod(LinearMethodBase):
         rows = self.shards.row_numbers(layer, self.loader, stored, self.rows)
         decision, weight = self._decide(list(stored.values()), rows, getattr(layer, "tp_rank", 0))
         if weight is not None and decision.sparse:
-            values = weight.values.to(kept_dtype(weight.values.dtype, self.dtype))
-            packed = kernels.pack(values, weight.bitmask, weight.columns)
-            # A parameter, so that memory accounting and torch.compile see it; LoRA knows the name.
-            layer.register_parameter("weight_packed", Parameter(packed.data, requires_grad=False))
-            self.sparse = True
+            self._pack(layer, weight)
         else:
             self._expand(layer, stored)
         text = self.summary.add(self.shards.prefix, decision)
@@ -87,33 +87,42 @@ class RacSparseLinearMethod(LinearMethodBase):
 
     def _product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         # What kernels.sparse_linear calls; a SparseWeight, checked by native code, cannot be made in a traced function.
-        return torch.ops.rac_modifier.sparse_linear(x, layer.weight_packed, self.rows, self.columns, bias)
+        return torch.ops.rac_modifier.sparse_linear(
+            x, layer.weight_packed, self.rows, self.columns, bias, layer.weight_packed_scale
+        )
+
+    def _pack(self, layer: torch.nn.Module, weight: StoredWeight) -> None:
+        form = form_of(weight.values.dtype, weight.group, weight.columns, self.dtype)
+        if weight.scale is not None and not form.scaled:
+            weight = weight.floats(form.dtype)
+        packed = kernels.pack(weight.values.to(form.dtype), weight.bitmask, weight.columns)
+        scale = kernels.pack_scale(weight.scale, weight.group) if weight.scale is not None else None
+        # Parameters, so that memory accounting and torch.compile see them; LoRA knows the name.
+        layer.register_parameter("weight_packed", Parameter(packed.data, requires_grad=False))
+        layer.register_parameter(
+            "weight_packed_scale", Parameter(scale, requires_grad=False) if scale is not None else None
+        )
+        self.sparse = True
 
     def _decide(
         self, stored: list[StoredWeight | Tensor], rows: Tensor, rank: int
     ) -> tuple[kernels.Decision, StoredWeight | None]:
         """The decision for this rank's share, and that share where a kernel could take it."""
-        if self.quantized:
-            return stay_dense("no sparse kernel reads quantised weights: expanded at load", self.dtype), None
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.as_quantized:
             return stay_dense(f"there is no sparse kernel for {self.device.type} yet", self.dtype), None
         sparse = [weight for weight in stored if isinstance(weight, StoredWeight)]
-        for weight in sparse:
-            if weight.values.dtype not in FLOATS:
-                raise RacError(
-                    f"{weight.name}.compressed: {weight.values.dtype}, but config.json has no config_groups that say how "
-                    "it is quantised; restore the config.json that was saved with it"
-                )
         if len(sparse) < len(stored):
             return stay_dense("a part of this fused layer is stored dense", self.dtype), None
+        if len({(weight.values.dtype, weight.group) for weight in sparse}) > 1:
+            return stay_dense("the parts of this fused layer are quantised differently", self.dtype), None
         support = kernels.support()
         if support.isa is None:
             return stay_dense(support.reason, self.dtype), None
         mine = stack(sparse, self.shards.prefix).select_rows(rows)
         if self.columns < self.all_columns:
             mine = mine.select_columns(rank * self.columns, self.columns)
-        dtype = kept_dtype(mine.values.dtype, self.dtype)
-        return kernels.choose(self.rows, self.columns, mine.density, dtype, support), mine
+        form = form_of(mine.values.dtype, mine.group, mine.columns, self.dtype)
+        return kernels.choose(self.rows, self.columns, mine.density, form.dtype, support, form.note), mine
 
     def _create_dense(self, layer: Any) -> Parameter:
         """Let vLLM's method create its parameters, and take the weight out again."""
@@ -134,5 +143,7 @@ class RacSparseLinearMethod(LinearMethodBase):
         self.dense = None
         layer.update_param_tp_status()
         for shard, weight in stored.items():
-            load_shard(self.loader, layer.weight, weight.dense() if isinstance(weight, StoredWeight) else weight, shard)
+            if isinstance(weight, StoredWeight):
+                weight = weight.dense() if self.as_quantized else weight.dequantized(self.dtype)
+            load_shard(self.loader, layer.weight, weight, shard)
         self.inner.process_weights_after_loading(layer)

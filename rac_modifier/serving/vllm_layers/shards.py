@@ -15,24 +15,30 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS
 from rac_modifier.errors import RacError
-from rac_modifier.serving.weight import StoredWeight, check, from_dense
+from rac_modifier.serving.weight import FLOATS, SCALE, StoredWeight, check, check_scale, dequantize, from_dense
 
 ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "k", "v"
 _QKV = {"q": 0, "k": 1, "v": 2}
 _DTYPES = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
+# Beside quantized weights; scales of activations are read past, since ours keep more of them than any scheme.
+_UNUSED = ("input_scale", "input_zero_point")
+_ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
 
 
 class Shards:
     """Collects what is loaded into a layer with the shards `modules` (names on disk), packed as `format`.
 
-    `format` None: the weights are stored dense and are packed here.
+    `format` None: the weights are stored dense and are packed here. `scales`: whose are those of quantized weights:
+    "none" where config.json says that nothing is quantized, "ours", or "vllm's" where its own loader takes them.
     """
 
-    def __init__(self, prefix: str, modules: list[str], format: str | None) -> None:
-        self.prefix, self.modules, self.format = prefix, modules, format
+    def __init__(self, prefix: str, modules: list[str], format: str | None, scales: str = "none") -> None:
+        self.prefix, self.modules, self.format, self.scales = prefix, modules, format, scales
         self._parts: dict[ShardId, dict[str, Tensor]] = {}
         # A weight stored dense is kept too: an ignored shard of a fused layer has one.
         self._names = (*(PARTS[format] if format else ()), "weight")
+        if scales == "ours":
+            self._names += (SCALE, *_UNUSED, *_ASYMMETRIC)
 
     def register(self, layer: Any, dtype: torch.dtype) -> None:
         """Give the layer an empty parameter for each part; its loader keeps the tensor as it is, mapped from the file."""
@@ -99,14 +105,25 @@ class Shards:
 
     def _checked(self, shard: ShardId, parts: dict[str, Tensor]) -> StoredWeight | Tensor:
         name = self.name(shard)
+        for part in _ASYMMETRIC:
+            if part in parts:
+                raise RacError(
+                    f"{name}.{part}: zeros of a weight that is not quantised symmetrically are not zero, so it cannot be "
+                    "sparse; quantise it symmetrically"
+                )
         if "weight" not in parts:
-            return check(parts, self.format or FORMAT_BITMASK, name)
+            return check(parts, self.format or FORMAT_BITMASK, name, scaled=self.scales != "vllm's")
         weight = parts["weight"]
-        if len(parts) > 1:
+        if parts.keys() & {*PARTS[FORMAT_BITMASK]}:
             raise RacError(f"{name}.weight: stored both dense and packed; save the model again")
         if weight.dim() != 2 or not weight.numel():
             raise RacError(f"{name}.weight: shape {list(weight.shape)} is no matrix; the checkpoint is damaged")
-        return from_dense(weight, name) if self.format is None else weight
+        if self.format is None:
+            return from_dense(weight, name)
+        if self.scales != "ours" or (weight.dtype in FLOATS and SCALE not in parts):
+            return weight
+        rows, columns = weight.shape
+        return dequantize(weight, check_scale(parts, weight.dtype, rows, columns, name), torch.float32)
 
 
 def load_shard(load: Callable[..., None], parameter: Tensor, tensor: Tensor, shard: ShardId) -> None:

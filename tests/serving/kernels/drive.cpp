@@ -17,8 +17,8 @@ const char* rac_pack(const void*, int64_t, const uint8_t*, int64_t, int64_t, int
 const char* rac_check(const void*, int64_t, int64_t, int64_t, int32_t);
 int32_t rac_type(const void*, int64_t);
 const char* rac_expand(const void*, int64_t, int64_t, int64_t, void*, int32_t, int64_t, int32_t, int32_t);
-const char* rac_linear(const void*, int64_t, int64_t, int64_t, const void*, int32_t, int64_t, const void*, int32_t,
-                       void*, int32_t, int32_t);
+const char* rac_linear(const void*, int64_t, int64_t, int64_t, const void*, int32_t, int64_t, const float*, int64_t,
+                       const void*, int32_t, void*, int32_t, int32_t);
 }
 
 static std::mt19937_64 rng(7);
@@ -43,7 +43,9 @@ static void put(uint8_t* to, int32_t type, int64_t index, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     const uint16_t half = static_cast<uint16_t>(bits >> 16);
-    if (type == 0)
+    if (type >= 2)
+        to[index] = static_cast<uint8_t>(static_cast<int8_t>(value));
+    else if (type == 0)
         std::memcpy(to + 2 * index, &half, 2);
     else
         std::memcpy(to + 4 * index, &value, 4);
@@ -58,7 +60,7 @@ static float get(const uint8_t* from, int32_t type, int64_t index) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
-static int64_t size_of(int32_t type) { return type == 0 ? 2 : 4; }
+static int64_t size_of(int32_t type) { return type == 0 ? 2 : type == 1 ? 4 : 1; }
 
 struct Case {
     int64_t rows, columns, bytes;
@@ -71,8 +73,9 @@ static Case random_case() {
     Case c;
     c.rows = 1 + below(below(4) ? 40 : 130);
     c.columns = 1 + below(below(4) ? 70 : 700);
-    c.type = static_cast<int32_t>(below(2));
-    const int64_t density = below(101), row_bytes = (c.columns + 7) / 8;
+    c.type = static_cast<int32_t>(below(4));
+    const bool masked = c.type != 3;
+    const int64_t density = masked ? below(101) : 101, row_bytes = (c.columns + 7) / 8;
     c.dense.assign(c.rows * c.columns, 0);
     std::vector<uint8_t> bitmask(c.rows * row_bytes);
     std::vector<float> kept;
@@ -88,10 +91,12 @@ static Case random_case() {
     c.bytes = rac_bytes(c.rows, c.columns, count, c.type);
     c.data = aligned(c.bytes);
     const int32_t threads = 1 + static_cast<int32_t>(below(3));
-    require(!rac_pack(values.data(), count, bitmask.data(), c.rows, c.columns, c.type, c.data.get(), c.bytes, threads),
-            "pack");
+    const uint8_t* masks = masked ? bitmask.data() : nullptr;
+    require(!rac_pack(values.data(), count, masks, c.rows, c.columns, c.type, c.data.get(), c.bytes, threads), "pack");
     require(!rac_check(c.data.get(), c.bytes, c.rows, c.columns, c.type), "check what was packed");
-    if (count > 0) {  // a count that the bitmask does not have
+    if (!masked) {
+        require(rac_bytes(c.rows, c.columns, count - 1, c.type) < 0, "a dense weight with a hole");
+    } else if (count > 0) {  // a count that the bitmask does not have
         const int64_t less = rac_bytes(c.rows, c.columns, count - 1, c.type);
         Buffer other = aligned(less);
         require(rac_pack(values.data(), count - 1, bitmask.data(), c.rows, c.columns, c.type, other.get(), less, 1),
@@ -108,22 +113,40 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
         std::vector<uint8_t> out(m * c.rows * size_of(x_type));
         for (int64_t i = 0; i < m * c.columns; i++) put(x.data(), x_type, i, static_cast<float>(below(5) - 2));
         for (int64_t i = 0; i < c.rows; i++) put(bias.data(), bias_type, i, static_cast<float>(below(5) - 2));
-        const bool with_bias = below(2);
+        const bool with_bias = below(2), integers = c.type >= 2;
+        int64_t groups = 1;  // of a multiple of four columns, up to 512
+        for (int64_t g = 2; integers && below(2) && g <= c.columns / 4; g++)
+            if (c.columns % (4 * g) == 0 && c.columns / g <= 512) groups = g;
+        std::vector<float> scale((c.rows + 15) / 16 * groups * 16);
+        for (float& value : scale) value = static_cast<float>(int64_t{1} << below(3));
+        const bool with_scale = integers || below(2);
         const char* wrong = rac_linear(data, c.bytes, c.rows, c.columns, x.data(), x_type, m,
-                                       with_bias ? bias.data() : nullptr, bias_type, out.data(), isa,
-                                       1 + static_cast<int32_t>(below(3)));
+                                       with_scale ? scale.data() : nullptr, groups, with_bias ? bias.data() : nullptr,
+                                       bias_type, out.data(), isa, 1 + static_cast<int32_t>(below(3)));
         require(!wrong, wrong ? wrong : "");
+        if (integers) {
+            require(rac_linear(data, c.bytes, c.rows, c.columns, x.data(), x_type, 1, nullptr, 1, nullptr, 0, out.data(),
+                               isa, 1) || !m, "integers without a scale");
+            for (int64_t bad : {INT64_MIN, int64_t{-1}, int64_t{0}, c.columns + 1, INT64_MAX})
+                require(rac_linear(data, c.bytes, c.rows, c.columns, x.data(), x_type, m, scale.data(), bad, nullptr, 0,
+                                   out.data(), isa, 1) || !m, "impossible groups");
+        }
         for (int64_t i = 0; compare && i < m * c.rows; i++) {
             const int64_t line = i / c.rows, row = i % c.rows;
-            float sum = with_bias ? get(bias.data(), bias_type, row) : 0;
-            for (int64_t k = 0; k < c.columns; k++)
-                sum += get(x.data(), x_type, line * c.columns + k) * c.dense[row * c.columns + k];
-            require(std::fabs(get(out.data(), x_type, i) - sum) <= (x_type == 0 ? std::fabs(sum) / 128 : 0), "product");
+            float sum = with_bias ? get(bias.data(), bias_type, row) : 0, terms = std::fabs(sum);
+            for (int64_t k = 0; k < c.columns; k++) {
+                const int64_t at = (row / 16 * groups + k / (c.columns / groups)) * 16 + row % 16;
+                const float weight = c.dense[row * c.columns + k] * (with_scale ? scale[at] : 1);
+                sum += get(x.data(), x_type, line * c.columns + k) * weight;
+                terms += 2 * std::fabs(weight);  // the largest that x is
+            }
+            const float rounding = (x_type == 0 ? std::fabs(sum) / 128 : 0) + (integers ? terms / 32639 : 0);
+            require(std::fabs(get(out.data(), x_type, i) - sum) <= rounding, "product");
         }
 
         const int64_t panels = (c.rows + 15) / 16, first = below(panels), last = first + 1 + below(panels - first);
         const int64_t stride = 16 * (last - first);
-        const int32_t out_type = c.type == 0 ? static_cast<int32_t>(below(2)) : 1;
+        const int32_t out_type = c.type != 1 ? static_cast<int32_t>(below(2)) : 1;
         std::vector<uint8_t> columns(c.columns * stride * size_of(out_type));
         require(!rac_expand(data, c.bytes, first, last, columns.data(), out_type, stride, isa, 1), "expand");
         for (int64_t k = 0; compare && k < c.columns; k++)
@@ -149,7 +172,7 @@ static void hostile(const Case& c, int64_t* refused, int64_t* harmless) {
         if (rac_check(copy.get(), bytes, c.rows, c.columns, c.type)) {
             ++*refused;
             // Shapes that the header may have been changed to, without the check.
-            rac_linear(copy.get(), bytes, -1, 0, x, 1, 1, nullptr, 1, out, 0, 1);
+            rac_linear(copy.get(), bytes, -1, 0, x, 1, 1, nullptr, 1, nullptr, 1, out, 0, 1);
             rac_type(copy.get(), bytes);
         } else {
             ++*harmless;
@@ -166,10 +189,10 @@ static void extremes() {
     for (int64_t a : extreme)
         for (int64_t b : extreme)
             for (int64_t n : extreme)
-                for (int32_t type : {-1, 0, 1, 2, INT32_MAX}) {
+                for (int32_t type : {-1, 0, 1, 2, 3, 4, INT32_MAX}) {
                     rac_bytes(a, b, n, type);
                     rac_check(nullptr, n, a, b, type);
-                    rac_linear(nullptr, n, a, b, nullptr, type, n, nullptr, type, nullptr, type, type);
+                    rac_linear(nullptr, n, a, b, nullptr, type, n, nullptr, n, nullptr, type, nullptr, type, type);
                     rac_expand(nullptr, n, a, b, nullptr, type, n, type, type);
                     uint8_t none[1] = {0};
                     if (rac_bytes(a, b, n, type) < 0) rac_pack(none, n, none, a, b, type, none, n, 1);
@@ -180,7 +203,8 @@ static void extremes() {
         for (int64_t b : extreme) {
             if (a != b) require(rac_expand(c.data.get(), c.bytes, a, b, out, 1, 0, 0, 1), "panels");
             if (a != c.rows || b != c.columns)
-                require(rac_linear(c.data.get(), c.bytes, a, b, out, 1, 1, nullptr, 1, out, 0, 1), "shapes");
+                require(rac_linear(c.data.get(), c.bytes, a, b, out, 1, 1, nullptr, 1, nullptr, 1, out, 0, 1),
+                        "shapes");
         }
 }
 

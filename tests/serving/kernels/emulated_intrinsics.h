@@ -97,6 +97,34 @@ inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
     for (int i = 0; i < 16; i++) to.lane[i] = static_cast<uint16_t>(a.lane[i]);
     return to;
 }
+inline __m512i _mm512_setzero_si512() { return __m512i{}; }
+inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
+    return rac_integers([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
+    return rac_integers([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline void _mm512_storeu_si512(void* to, __m512i value) { std::memcpy(to, &value, 64); }
+inline __m512i _mm512_maskz_expand_epi8(uint64_t mask, __m512i from) {
+    uint8_t stored[64], spread[64] = {};
+    std::memcpy(stored, &from, 64);
+    for (int i = 0, next = 0; i < 64; i++)
+        if (mask >> i & 1) spread[i] = stored[next++];
+    __m512i to;
+    std::memcpy(&to, spread, 64);
+    return to;
+}
+// acc[i] += the sum of four products of unsigned bytes of a and signed ones of b
+inline __m512i _mm512_dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
+    return rac_integers([&](int i) {
+        uint32_t sum = acc.lane[i];
+        for (int k = 0; k < 4; k++) {
+            const int left = static_cast<uint8_t>(a.lane[i] >> 8 * k), right = static_cast<int8_t>(b.lane[i] >> 8 * k);
+            sum += static_cast<uint32_t>(left * right);
+        }
+        return sum;
+    });
+}
 inline __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i from) {
     uint16_t stored[32], spread[32] = {};
     std::memcpy(stored, &from, 64);
@@ -173,6 +201,25 @@ inline void _tile_dpbf16ps(int acc, int a, int b) {
                 for (int k = 0; k < 2; k++)
                     sum += rac_from_bf16(tiles.data[a][m] + 4 * pair + 2 * k) *
                            rac_from_bf16(tiles.data[b][pair] + 4 * n + 2 * k);
+            std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
+        }
+}
+// acc[m][n] += sum over quads of four products of signed bytes of a[m] and of b[quad][n]
+inline void _tile_dpbssd(int acc, int a, int b) {
+    RacTiles& tiles = rac_configured(acc);
+    RAC_REQUIRE(rac_configured(a).bytes[a] == 4 * rac_configured(b).rows[b]);
+    RAC_REQUIRE(tiles.rows[acc] == tiles.rows[a] && tiles.bytes[acc] == tiles.bytes[b]);
+    RAC_REQUIRE(acc != a && acc != b && a != b);
+    for (int m = 0; m < tiles.rows[acc]; m++)
+        for (int n = 0; n < tiles.bytes[acc] / 4; n++) {
+            uint32_t sum;
+            std::memcpy(&sum, tiles.data[acc][m] + 4 * n, 4);
+            for (int quad = 0; quad < tiles.rows[b]; quad++)
+                for (int k = 0; k < 4; k++) {
+                    const int left = static_cast<int8_t>(tiles.data[a][m][4 * quad + k]);
+                    const int right = static_cast<int8_t>(tiles.data[b][quad][4 * n + k]);
+                    sum += static_cast<uint32_t>(left * right);
+                }
             std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
         }
 }

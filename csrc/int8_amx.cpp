@@ -1,0 +1,163 @@
+// 8-bit weights on AMX: tdpbssd multiplies both bytes of x with a tile of 16 quads x 16 rows x 4 columns.
+//
+// Two panels at a time. A block of columns is expanded once (a dense weight is read where it lies) and serves all rows
+// of x, 16 at a time. Tiles 0-3 accumulate [byte][panel], 4-5 hold the bytes of x, 6-7 the weights.
+#include "int8.h"
+
+#if (defined(__x86_64__) && defined(__linux__) && \
+     (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)) || defined(RAC_EMULATE)
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#if defined(RAC_EMULATE)
+#include "emulated_intrinsics.h"
+#else
+#include <cpuid.h>
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")
+#endif
+#endif
+
+namespace rac {
+namespace {
+
+constexpr int64_t TILE = 16 * QUAD;      // bytes of a weight tile: 64 columns
+constexpr int64_t MOST_TILES = BLOCK_MOST / 64;
+
+// GCC's tile intrinsics do not tell it what memory they read: without this it may drop or move the stores before them.
+inline void settle(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64, "the operand of ldtilecfg");
+
+void configure(int64_t m) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = static_cast<uint8_t>(tile < 6 ? std::min<int64_t>(m, 16) : 16);
+    }
+    settle(&config);
+    _tile_loadconfig(&config);
+}
+
+// Up to 16 quads as a whole tile.
+const char* expand_tile(const uint32_t* masks, const char* values, int64_t quads, int8_t* tile) {
+    for (int64_t q = 0; q < quads; q++) {
+        const uint64_t mask = masks[2 * q] | static_cast<uint64_t>(masks[2 * q + 1]) << 32;
+        _mm_prefetch(values + 2048, _MM_HINT_T0);
+        _mm512_storeu_si512(tile + QUAD * q, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values)));
+        values += RAC_COUNT(masks[2 * q]) + RAC_COUNT(masks[2 * q + 1]);
+    }
+    std::memset(tile + QUAD * quads, 0, TILE - QUAD * quads);
+    return values;
+}
+
+// sums [panel][byte][16][16]; `weights` of each panel are tiles one after another, x is [16][2][stride].
+template <bool two_panels>
+void multiply(const int8_t* x, int64_t stride, const int8_t* const* weights, int64_t tiles, int32_t* sums) {
+    _tile_zero(0);
+    _tile_zero(2);
+    if (two_panels) {
+        _tile_zero(1);
+        _tile_zero(3);
+    }
+    settle(weights[0]);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        _tile_loadd(6, weights[0] + TILE * tile, 64);
+        if (two_panels) _tile_loadd(7, weights[1] + TILE * tile, 64);
+        _tile_loadd(4, x + 64 * tile, 2 * stride);
+        _tile_dpbssd(0, 4, 6);
+        if (two_panels) _tile_dpbssd(1, 4, 7);
+        _tile_loadd(5, x + stride + 64 * tile, 2 * stride);
+        _tile_dpbssd(2, 5, 6);
+        if (two_panels) _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(2, sums + 256, 64);
+    if (two_panels) {
+        _tile_stored(1, sums + 512, 64);
+        _tile_stored(3, sums + 768, 64);
+    }
+    settle(sums);
+}
+
+}  // namespace
+
+bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
+    const Weight& weight = product.out.weight;
+    const int64_t m = product.out.m, stride = product.rows.stride;
+    float* acc = static_cast<float*>(std::malloc(2 * m * PANEL * sizeof(float)));
+    int8_t* expanded = static_cast<int8_t*>(std::aligned_alloc(64, 2 * MOST_TILES * TILE));
+    const bool memory = acc && expanded;
+    alignas(64) int32_t sums[2 * 2 * 256];
+    if (memory) configure(m);
+    for (int64_t panel = first; memory && panel < last; panel += 2) {
+        const int panels = panel + 1 < last ? 2 : 1;
+        const char* values[2] = {weight.values_of(panel), panels == 2 ? weight.values_of(panel + 1) : nullptr};
+        std::memset(acc, 0, 2 * m * PANEL * sizeof(float));
+        for (int64_t block = 0; block < product.blocks; block++) {
+            const int64_t column = block * product.block;
+            const int64_t columns = std::min(product.block, weight.columns - column), tiles = (columns + 63) / 64;
+            const int8_t* weights[2] = {};
+            for (int p = 0; p < panels; p++) {
+                if (weight.type == DENSE8) {
+                    weights[p] = reinterpret_cast<const int8_t*>(values[p]) + column * PANEL;
+                    continue;
+                }
+                int8_t* to = expanded + p * MOST_TILES * TILE;
+                weights[p] = to;
+                const uint32_t* masks = weight.masks_of(panel + p) + column / 2;
+                for (int64_t tile = 0; tile < tiles; tile++) {
+                    const int64_t quads = std::min<int64_t>((columns - 64 * tile + 3) / 4, 16);
+                    values[p] = expand_tile(masks + 32 * tile, values[p], quads, to + TILE * tile);
+                }
+            }
+            const int8_t* x = static_cast<const int8_t*>(product.rows.data) + column;
+            for (int64_t line = 0; line < m; line += 16) {
+                const int64_t lines = std::min<int64_t>(m - line, 16);
+                (panels == 2 ? multiply<true> : multiply<false>)(x + 2 * line * stride, stride, weights, tiles, sums);
+                for (int p = 0; p < panels; p++) {
+                    int32_t* of = sums + 512 * p;
+                    for (int64_t i = 0; i < lines * PANEL; i++) of[i] = 256 * of[i] + of[256 + i];
+                    add_block(product, panel + p, block, line, lines, of, acc + (p * m + line) * PANEL);
+                }
+            }
+        }
+        for (int p = 0; p < panels; p++) store(product.out, panel + p, 0, m, acc + p * m * PANEL, PANEL);
+    }
+    if (memory) _tile_release();
+    std::free(acc);
+    std::free(expanded);
+    return memory;
+}
+
+}  // namespace rac
+RAC_TARGET_END
+
+namespace rac {
+
+#if defined(RAC_EMULATE)
+bool has_amx_int8() { return true; }
+#else
+bool has_amx_int8() {
+    unsigned a, b, c, d;
+    return has_amx() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 25 & 1);
+}
+#endif
+
+}  // namespace rac
+#else
+namespace rac {
+bool amx_panels8(const Product8&, int64_t, int64_t) { return false; }
+bool has_amx_int8() { return false; }
+}  // namespace rac
+#endif

@@ -1,0 +1,51 @@
+// 8-bit weights on any processor.
+#include <cstring>
+
+#include "int8.h"
+
+namespace rac {
+namespace {
+
+// The 64 weights of a quad, [16][4].
+template <int form>
+inline const char* expand_quad(const uint32_t* masks, const char* values, int8_t* quad) {
+    if (form == DENSE8) {
+        std::memcpy(quad, values, QUAD);
+        return values + QUAD;
+    }
+    std::memset(quad, 0, QUAD);
+    for (int half = 0; half < 2; half++)
+        for (uint32_t left = masks[half]; left; left &= left - 1)
+            quad[32 * half + __builtin_ctz(left)] = static_cast<int8_t>(*values++);
+    return values;
+}
+
+template <int form, int M>
+const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Rows8& x, int32_t* sums) {
+    const int16_t* rows = static_cast<const int16_t*>(x.data);
+    int8_t quad[QUAD];
+    std::memset(sums, 0, M * PANEL * sizeof *sums);
+    for (int64_t q = 0; q < quads; q++) {
+        values = expand_quad<form>(masks + 2 * q, values, quad);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < PANEL; n++)
+                for (int k = 0; k < 4; k++) sums[m * PANEL + n] += quad[4 * n + k] * rows[m * x.stride + 4 * q + k];
+    }
+    return values;
+}
+
+template <int form>
+const char* spread(const uint32_t* masks, const char* values, int64_t quads, void* out) {
+    for (int64_t q = 0; q < quads; q++)
+        values = expand_quad<form>(masks + 2 * q, values, static_cast<int8_t*>(out) + QUAD * q);
+    return values;
+}
+
+}  // namespace
+
+#define RAC_ROWS(form) {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>}
+extern const Kernel8 portable_kernel8 = {
+    false, 4, 4, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(DENSE8),
+};
+
+}  // namespace rac
