@@ -31,9 +31,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the JSON Schema of the recipe entry, published in docs/
+# the JSON Schemas of the recipe entries, published in docs/
 schema: $(VENV)/.installed
 	$(BIN)/rac schema > docs/recipe.schema.json
+	$(BIN)/rac schema ReasoningAwareCalibrationModifier > docs/calibration.schema.json
 
 # the figures of docs/results; takes hours on 2 cores (smollm2.py says what it needs)
 results: $(VENV)/.installed

@@ -1,7 +1,7 @@
 """Reasoning-aware pruning: calibrate on the model's own chain of thought, save sparse, load and serve sparse.
 
 Importing this package is light and, whichever of the two is imported first, makes `ReasoningAwareSparseGPTModifier`
-known to llm-compressor's recipes:
+and `ReasoningAwareCalibrationModifier` known to llm-compressor's recipes:
 
     import rac_modifier
     from llmcompressor import oneshot
@@ -19,13 +19,22 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.load import load_model as load_model
+    from rac_modifier.modifier import ReasoningAwareCalibrationModifier as ReasoningAwareCalibrationModifier
     from rac_modifier.modifier import ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier
     from rac_modifier.reasoner import reasoner_path as reasoner_path
 
 __version__ = "0.1.0"
-__all__ = ["RacError", "ReasoningAwareSparseGPTModifier", "__version__", "load_model", "reasoner_path"]
+__all__ = [
+    "RacError",
+    "ReasoningAwareCalibrationModifier",
+    "ReasoningAwareSparseGPTModifier",
+    "__version__",
+    "load_model",
+    "reasoner_path",
+]
 
 _LAZY = {
+    "ReasoningAwareCalibrationModifier": "rac_modifier.modifier",
     "ReasoningAwareSparseGPTModifier": "rac_modifier.modifier",
     "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",

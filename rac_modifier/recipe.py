@@ -1,4 +1,4 @@
-"""Read, change and check a recipe before llm-compressor gets it."""
+"""Read, change and check a recipe before llm-compressor gets it: the entry of one of our modifiers, whichever it has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import yaml
 from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
-from rac_modifier.modifier import NAME, ReasoningAwareSparseGPTModifier
+from rac_modifier.modifier import MODIFIERS
+from rac_modifier.modifier.base import CalibratingModifier
+
+NAME = "ReasoningAwareSparseGPTModifier"
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -30,40 +33,50 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any
     except yaml.YAMLError as error:
         raise RacError(f"{path} is not YAML: {error}") from error
     recipe = copy.deepcopy(recipe)
-    entry = find_entry(recipe, str(path))
+    name, entry = find_named_entry(recipe, str(path))
     for override in overrides or []:
         _apply(entry, override)
-    check_entry(entry, str(path))
+    check_entry(entry, str(path), name)
     return recipe
 
 
 def find_entry(recipe: Any, where: str) -> dict[str, Any]:
-    """Our modifier's settings inside a recipe, to read or to change in place.
+    """The settings of `find_named_entry` alone."""
+    return find_named_entry(recipe, where)[1]
+
+
+def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of our modifier inside a recipe, the settings to read or to change in place.
 
     llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}` and silently runs a recipe without any
     modifier when those suffixes are missing; that is refused here.
     """
-    layout = f"write it as pruning_stage: pruning_modifiers: {NAME}: {{...}}"
+
+    def layout(name: str = NAME) -> str:
+        return f"write it as pruning_stage: pruning_modifiers: {name}: {{...}}"
+
     if not isinstance(recipe, dict):
-        raise RacError(f"{where} holds no recipe but {type(recipe).__name__}; {layout}")
+        raise RacError(f"{where} holds no recipe but {type(recipe).__name__}; {layout()}")
     for stage, groups in recipe.items():
         if not isinstance(groups, dict):
             continue
         for group, modifiers in groups.items():
-            if isinstance(modifiers, dict) and NAME in modifiers:
-                if not (str(stage).endswith("_stage") and str(group).endswith("_modifiers")):
-                    raise RacError(f"{where}: llm-compressor would overlook {stage}: {group}: {NAME}; {layout}")
-                modifiers[NAME] = {} if modifiers[NAME] is None else modifiers[NAME]
-                if not isinstance(modifiers[NAME], dict):
-                    raise RacError(f"{where}: {NAME} holds {modifiers[NAME]!r}, not settings; {layout}")
-                return modifiers[NAME]
-    raise RacError(f"{where} has no {NAME}; {layout}")
+            name = next((name for name in MODIFIERS if isinstance(modifiers, dict) and name in modifiers), None)
+            if name is None:
+                continue
+            if not (str(stage).endswith("_stage") and str(group).endswith("_modifiers")):
+                raise RacError(f"{where}: llm-compressor would overlook {stage}: {group}: {name}; {layout(name)}")
+            modifiers[name] = {} if modifiers[name] is None else modifiers[name]
+            if not isinstance(modifiers[name], dict):
+                raise RacError(f"{where}: {name} holds {modifiers[name]!r}, not settings; {layout(name)}")
+            return name, modifiers[name]
+    raise RacError(f"{where} has no {' or '.join(MODIFIERS)}; {layout()}")
 
 
-def check_entry(entry: dict[str, Any], where: str) -> ReasoningAwareSparseGPTModifier:
-    """Validate our modifier's settings; every problem in one message."""
+def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> CalibratingModifier:
+    """Validate the settings of our modifier of this name; every problem in one message."""
     try:
-        return ReasoningAwareSparseGPTModifier(**entry)
+        return MODIFIERS[name](**entry)
     except ValidationError as error:
         raise RacError(f"{where}: {describe_errors(error)}") from error
 
@@ -82,9 +95,15 @@ def describe_errors(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def schema() -> str:
-    """The JSON Schema of the modifier's recipe entry."""
-    return json.dumps(ReasoningAwareSparseGPTModifier.model_json_schema(), indent=2) + "\n"
+def schema(name: str = NAME) -> str:
+    """The JSON Schema of a recipe entry of our modifier of this name.
+
+    Raises:
+        RacError: a modifier that is not ours.
+    """
+    if name not in MODIFIERS:
+        raise RacError(f"{name!r} is none of this package's modifiers; name one of {', '.join(MODIFIERS)}")
+    return json.dumps(MODIFIERS[name].model_json_schema(), indent=2) + "\n"
 
 
 def _apply(entry: dict[str, Any], override: str) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_inputs import calibration, checkpoints, patterns, problems, runs, stores
+from bad_inputs import calibration, checkpoints, patterns, problems, quantization, runs, stores
 from bad_inputs.bench import Bench
 
 from rac_modifier.errors import RacError
@@ -26,6 +26,7 @@ CASES = [
     *problems.CASES,
     *stores.CASES,
     *runs.CASES,
+    *quantization.CASES,
     *checkpoints.CASES,
 ]
 

@@ -3,12 +3,16 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 import yaml
 from llmcompressor import oneshot
-from tiny import NAME, entry, is_2of4, linears, recipe
+from tiny import NAME, entry, is_2of4, linears, recipe, save_tiny
 
+from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.errors import RacError
-from rac_modifier.recipe import check_entry, find_entry, load_recipe, schema
+from rac_modifier.modifier import MODIFIERS
+from rac_modifier.recipe import check_entry, find_entry, find_named_entry, load_recipe, schema
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -20,14 +24,22 @@ def is_offline(path: Path) -> bool:
     return problems["source"] == "arithmetic" or problems["source"].startswith("reasoning-gym:")
 
 
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory):
+    """A tiny model whose inputs are multiples of 128, the group size of W4A16."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
+    return save_tiny(tmp_path_factory.mktemp("wide") / "model", **wide)
+
+
 def test_there_are_recipes_for_every_setting_of_the_readme():
     assert len(RECIPES) >= 5
     assert sum(map(is_offline, RECIPES)) >= 3
 
 
-def test_the_published_schema_is_the_modifiers():
+@pytest.mark.parametrize(("file", "name"), zip(("recipe", "calibration"), MODIFIERS, strict=True))
+def test_the_published_schemas_are_the_modifiers(file, name):
     """If this fails: make schema."""
-    assert (ROOT / "docs" / "recipe.schema.json").read_text() == schema()
+    assert (ROOT / "docs" / f"{file}.schema.json").read_text() == schema(name)
 
 
 def test_the_schema_is_a_json_schema_that_knows_no_other_keys():
@@ -42,20 +54,34 @@ def test_the_schema_is_a_json_schema_that_knows_no_other_keys():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_shipped_recipe_is_valid(path):
-    settings = find_entry(load_recipe(path), str(path))
-    jsonschema.validate(settings, json.loads(schema()))
-    assert check_entry(settings, str(path)).calibration.mixture == {"traces": 1.0}
+    name, settings = find_named_entry(load_recipe(path), str(path))
+    jsonschema.validate(settings, json.loads(schema(name)))
+    assert check_entry(settings, str(path), name).calibration.mixture == {"traces": 1.0}
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if is_offline(p)], ids=lambda p: p.stem)
-def test_a_shipped_recipe_runs_without_download(path, tiny_folder, tmp_path, monkeypatch):
+def test_a_shipped_recipe_runs_without_download(path, wide_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where relative stores go
     content = load_recipe(path, SMALL)
-    model = oneshot(model=str(tiny_folder), recipe=yaml.safe_dump(content))
-    for name, module in linears(model).items():
-        assert float((module.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02), name
-    if "2of4" in path.stem:
-        assert all(is_2of4(module.weight) for module in linears(model).values())
+    out = tmp_path / "out"
+    model = oneshot(model=str(wide_folder), recipe=yaml.safe_dump(content, sort_keys=False), output_dir=str(out))
+    report = inspect_checkpoint(out)
+    assert report.sound
+    described = "".join(scheme.describe() for scheme in report.quantization)
+    for scheme in ("fp8", "w8", "w4a16"):
+        assert (scheme in path.stem) == ({"fp8": "float8", "w8": "int8", "w4a16": "int4"}[scheme] in described)
+    pruned = "gptq" not in path.stem
+    assert len(report.sparse) == (14 if pruned else 0)
+    assert all(
+        row.sparsity == pytest.approx(0.5, abs=0.05) for row in report.sparse
+    )  # small weights round to 0 as well
+    assert all(row.structure == ("2:4" if "2of4" in path.stem else "unstructured") for row in report.sparse)
+    loaded = load_model(out)
+    ids = torch.arange(2, 40).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    for name, module in linears(loaded).items():  # the forward pass decompressed them
+        assert not pruned or "2of4" not in path.stem or is_2of4(module.weight), name
 
 
 def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):

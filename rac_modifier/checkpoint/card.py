@@ -18,19 +18,23 @@ _COUNTS = (
 def model_card(record: Mapping[str, Any]) -> str:
     """Markdown with front matter for a run record; what the record lacks is said to be unrecorded, not guessed."""
     base = record.get("base_model")
-    title = f"{base} pruned" if base else "A pruned language model"
+    done = " and ".join(
+        word for word, key in (("pruned", "pattern"), ("quantized", "quantization")) if record.get(key) is not None
+    )
+    done = done or "compressed"
+    title = f"{base} {done}" if base else f"A {done} language model"
     parts = [
         _front_matter(record),
         f"# {title}",
-        "Pruned after training with reasoning-aware compression (RAC, arXiv 2509.12464): each linear layer "
+        f"{done.capitalize()} after training with reasoning-aware compression (RAC, arXiv 2509.12464): each linear layer "
         "keeps its output on the calibration tokens, which the table below counts by kind.",
-        "## How it was pruned",
+        f"## How it was {done}",
         _facts(record),
         _layers(record),
         "## What is measured",
         _divergence(record),
         "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking length and speed are **not** "
-        "measured by pruning: evaluate this model next to its base model, at the same token limit, before use.",
+        "measured by compressing: evaluate this model next to its base model, at the same token limit, before use.",
         "## Load",
         "```python\nfrom rac_modifier import load_model\n\n"
         'model = load_model("path/to/this/folder", dtype="auto", device_map="auto")\n```',
@@ -44,7 +48,9 @@ def _front_matter(record: Mapping[str, Any]) -> str:
     if record.get("base_model"):
         lines.append(f"base_model: {json.dumps(str(record['base_model']))}")  # a JSON string is a YAML string
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
-    lines += [f"- {tag}" for tag in ("pruned", "sparse", "reasoning", "rac", "llm-compressor", "compressed-tensors")]
+    tags = ["quantized"] if record.get("quantization") else []
+    tags += ["pruned", "sparse"] if record.get("pattern") or not tags else []
+    lines += [f"- {tag}" for tag in (*tags, "reasoning", "rac", "llm-compressor", "compressed-tensors")]
     return "\n".join([*lines, "---"])
 
 
@@ -54,6 +60,7 @@ def _facts(record: Mapping[str, Any]) -> str:
     rows = [
         ("Base model", record.get("base_model")),
         ("Pattern", record.get("pattern")),
+        *([("Quantization", "; ".join(map(str, schemes)))] if (schemes := record.get("quantization")) else []),
         ("Solver", record.get("method")),
         ("Calibration", _calibration(calibration) if isinstance(calibration, Mapping) else None),
     ]
@@ -86,6 +93,9 @@ def _layers(record: Mapping[str, Any]) -> str:
     if not modules:
         return ""
     text = f"{len(modules)} linear modules were pruned"
+    quantized = sum(1 for module in modules if module.get("quantization"))
+    if quantized:
+        text += f", {quantized} of them quantized in the same pass (errors are after rounding)"
     sparsities = [module["sparsity"] for module in modules if _is_number(module.get("sparsity"))]
     if sparsities:
         text += f", each to a sparsity of {min(sparsities):.4f} to {max(sparsities):.4f}"

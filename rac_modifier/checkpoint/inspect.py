@@ -27,11 +27,20 @@ from rac_modifier.checkpoint.formats import (
     structure_of,
     unpack,
 )
+from rac_modifier.checkpoint.quantized import (
+    WORDS,
+    WORDS_SHAPE,
+    WeightScheme,
+    bits_of_words,
+    quantized_weight,
+    weight_schemes,
+)
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, read_json
 from rac_modifier.checkpoint.report import render
 from rac_modifier.checkpoint.structure import count_broken_groups
 from rac_modifier.errors import RacError
 
+_SCALES = ("weight_scale", "weight_zero_point")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$")
 
 
@@ -39,10 +48,10 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    `stored` is a packed format, "dense", or "quantized" (to a layout whose zeros are not counted). `structure` is the
-    recorded mask structure, `pattern_ok` whether the zeros still keep it (None: nothing to keep, or not checked).
-    `problem` says what is damaged; `reason` why a matrix is not packed. `read_per_token` is False for a matrix of which
-    decoding reads one row.
+    `stored` is a packed format, "dense", or "words" (int32 that hold several values, whose `dtype` is then the values').
+    `stored_bytes` counts masks, offsets and scales too. `structure` is the recorded mask structure, `pattern_ok` whether
+    the zeros still keep it (None: nothing to keep, or not checked). `problem` says what is damaged; `reason` why a matrix
+    is not packed. `read_per_token` is False for a matrix of which decoding reads one row.
     """
 
     name: str
@@ -67,13 +76,17 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a folder holds; `format` is a packed format or "dense", `run_record` the parsed run record or None."""
+    """What a folder holds; `format` is a packed format or "dense", `run_record` the parsed run record or None.
+
+    `quantization` has the schemes of its quantized weights.
+    """
 
     folder: Path
     format: str
     modules: tuple[ModuleRow, ...]
     other_bytes: int
     run_record: dict[str, Any] | None
+    quantization: tuple[WeightScheme, ...] = ()
 
     @property
     def stored_bytes(self) -> int:
@@ -135,9 +148,11 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         layout = format or (FORMAT_BITMASK if offsets else FORMAT_24)
         rows = [_packed_row(files, name, layout, config, format) for name in packed]
         rows += [_dense_row(files, name, config) for name in sorted(files.where) if _is_matrix(files, name, packed)]
-        of_rows = {f"{row.name}.{part}" for row in rows for part in (*PARTS[FORMAT_BITMASK], "weight", "weight_packed")}
+        parts = (*PARTS[FORMAT_BITMASK], "weight", WORDS, WORDS_SHAPE, *_SCALES)
+        of_rows = {f"{row.name}.{part}" for row in rows for part in parts}
         other = sum(files.nbytes(name) for name in files.where if name not in of_rows)
-    return CheckpointReport(folder, format or "dense", tuple(sorted(rows, key=_natural_order)), other, record)
+    rows.sort(key=_natural_order)
+    return CheckpointReport(folder, format or "dense", tuple(rows), other, record, weight_schemes(config))
 
 
 def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
@@ -146,12 +161,16 @@ def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
 
 def _is_matrix(files: TensorFiles, name: str, packed: list[str]) -> bool:
     module, _, part = name.rpartition(".")
-    return part in ("weight", "weight_packed") and module not in packed and len(files.shape(name)) == 2
+    return part in ("weight", WORDS) and module not in packed and len(files.shape(name)) == 2
+
+
+def _bytes_of(files: TensorFiles, name: str, *parts: str) -> int:
+    return sum(files.nbytes(f"{name}.{part}") for part in parts if f"{name}.{part}" in files)
 
 
 def _packed_row(files: TensorFiles, name: str, layout: str, config: dict[str, Any], format: str | None) -> ModuleRow:
     present = [part for part in PARTS[layout] if f"{name}.{part}" in files]
-    stored_bytes = sum(files.nbytes(f"{name}.{part}") for part in present)
+    stored_bytes, scales = _bytes_of(files, name, *present, *_SCALES), _bytes_of(files, name, *_SCALES)
     structure = recorded_structures(config).get(name, "2:4" if layout == FORMAT_24 else UNSTRUCTURED)
     try:
         weight = unpack({part: files.tensor(f"{name}.{part}") for part in present}, layout, name)
@@ -162,31 +181,48 @@ def _packed_row(files: TensorFiles, name: str, layout: str, config: dict[str, An
         problem = "packed, but config.json has no sparsity_config"
     rows, columns = weight.shape
     sparsity = count_zeros(weight) / weight.numel()
-    dtype = files.dtype_name(f"{name}.compressed")
+    dtype, dense_bytes = files.dtype_name(f"{name}.compressed"), weight.nbytes
+    if dtype == "I32":
+        dtype, dense_bytes = "I4", weight.nbytes // 2
     return ModuleRow(
-        name, rows, columns, dtype, layout, sparsity, stored_bytes, weight.nbytes, structure, ok, None, problem
+        name, rows, columns, dtype, layout, sparsity, stored_bytes, dense_bytes + scales, structure, ok, None, problem
     )
 
 
 def _dense_row(files: TensorFiles, tensor_name: str, config: dict[str, Any]) -> ModuleRow:
     name, _, part = tensor_name.rpartition(".")
     rows, columns = files.shape(tensor_name)
-    stored_bytes, dtype = files.nbytes(tensor_name), files.dtype_name(tensor_name)
+    dtype = files.dtype_name(tensor_name)
     structure = recorded_structures(config).get(name)
-    countable = part == "weight" and rows * columns > 0 and files.dtype(tensor_name) in DTYPES
+    # a zero of an asymmetric scheme is its zero point
+    countable = f"{name}.weight_zero_point" not in files and rows * columns > 0
+    countable = countable and (part == WORDS or files.dtype(tensor_name) in DTYPES)
     sparsity, ok, problem = None, None, None
+    if part == WORDS:
+        try:
+            words = {kind: files.tensor(f"{name}.{kind}") for kind in (WORDS, WORDS_SHAPE)}
+            bits, rows, columns = bits_of_words(words, name, weight_schemes(config))
+            dtype = f"I{bits}"
+        except RacError as error:
+            countable, problem = False, str(error)
     if countable:
-        weight = files.tensor(tensor_name)
-        sparsity = count_zeros(weight) / weight.numel()
-        if structure is not None:
-            ok, problem = _keeps(weight, structure, name)
+        try:
+            weight = (
+                quantized_weight(words, name, weight_schemes(config)) if part == WORDS else files.tensor(tensor_name)
+            )
+            sparsity = count_zeros(weight) / weight.numel()
+            if structure is not None:
+                ok, problem = _keeps(weight, structure, name)
+        except RacError as error:
+            problem = str(error)
     embedding = bool(_EMBEDDING.search(name))
+    stored_bytes = _bytes_of(files, name, part, *_SCALES)
     return ModuleRow(
         name=name,
         rows=rows,
         columns=columns,
         dtype=dtype,
-        stored="dense" if part == "weight" else "quantized",
+        stored="dense" if part == "weight" else "words",
         sparsity=sparsity,
         stored_bytes=stored_bytes,
         dense_bytes=stored_bytes,
@@ -208,7 +244,7 @@ def _why_dense(
     if embedding:
         return "an embedding, never pruned"
     if not countable:
-        return "quantised to a layout whose zeros are not counted"
+        return "quantised so that its zeros are not counted"
     if name in ignored_modules(config):
         return "left dense when the model was packed (in ignore)"
     return "has zeros, but no record of pruning" if sparsity and sparsity >= 0.05 else "not pruned"

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format, without_sparsity
 from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.quantized import weight_schemes
 from rac_modifier.checkpoint.record import read_json
 from rac_modifier.checkpoint.sources import StoredTensor, dense_sources, iter_dense_tensors
 from rac_modifier.errors import RacError
@@ -56,7 +57,7 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pre
     folder = Path(model)
     with TensorFiles(folder) as files:
         raw = read_json(folder / CONFIG_FILE)
-        sources = dense_sources(files, packed_format(raw))
+        sources = dense_sources(files, packed_format(raw), weight_schemes(raw))
         if packed_format(raw) is None:
             return _checked(AutoModelForCausalLM, str(folder), folder, trust_remote_code=trust_remote_code, **kwargs)
         return _load_packed(folder, raw, sources, kwargs)

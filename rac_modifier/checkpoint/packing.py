@@ -25,6 +25,15 @@ from rac_modifier.checkpoint.bitmask import count_zeros
 from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format, with_dense_mark, with_packed
 from rac_modifier.checkpoint.files import INDEX_FILE, JOURNAL_FILE, TensorFiles
 from rac_modifier.checkpoint.formats import FORMAT_24, choose_format, pack, packed_modules, structure_of
+from rac_modifier.checkpoint.quantized import (
+    WORDS,
+    WORDS_SHAPE,
+    bits_of_words,
+    check_symmetric,
+    check_unambiguous,
+    quantized_weight,
+    weight_schemes,
+)
 from rac_modifier.checkpoint.record import read_json, write_json_atomic
 from rac_modifier.checkpoint.structure import count_broken_groups
 from rac_modifier.errors import RacError
@@ -62,7 +71,8 @@ def pack_checkpoint(folder: str | Path, modules: dict[str, str], dense_linears: 
     Args:
         folder: a saved model, one safetensors file or shards with an index.
         modules: mask structure by module ("2:4", another "N:M", or "unstructured"), named as on disk: `<name>.weight`
-            holds the pruned weight, quantised (int8, fp8) or not. 2:4 is used as format only where all of them are 2:4.
+            holds the pruned weight, quantised (int8, fp8) or not, or `<name>.weight_packed` in int32 words (int4, int8).
+            2:4 is used as format only where all of them are 2:4.
         dense_linears: the other linear modules, which loaders must not expect to be packed.
 
     Raises:
@@ -83,6 +93,9 @@ def pack_checkpoint(folder: str | Path, modules: dict[str, str], dense_linears: 
     try:
         with TensorFiles(folder) as files:
             _check_unpacked(files, config, structures)
+            check_unambiguous(weight_schemes(config))
+            for name in structures:
+                check_symmetric(files.where, name)
             summary, changed = _write_new_files(files, config, structures, ignore)
         _sync_folder(folder)
     except (OSError, SafetensorError) as error:
@@ -103,8 +116,8 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
 
     Args:
         folder: a saved model.
-        modules: mask structure by module, as for `pack_checkpoint`. Weights packed to 4 bits (`<name>.weight_packed`)
-            are recorded unchecked.
+        modules: mask structure by module, as for `pack_checkpoint`. Asymmetrically quantized weights are not checked: their
+            zeros are zero points.
 
     Raises:
         RacError: a packed folder, a module that is not in it, or a weight that breaks its mask structure.
@@ -112,11 +125,10 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
     config = read_json(Path(folder) / CONFIG_FILE)
     structures = {name: structure_of(value, name) for name, value in sorted(modules.items())}
     with TensorFiles(folder) as files:
-        unchecked = {name for name in structures if f"{name}.weight_packed" in files}
-        checked = {name: structure for name, structure in structures.items() if name not in unchecked}
-        _check_unpacked(files, config, checked)
-        for name, structure in checked.items():
-            _check_structure(files.tensor(f"{name}.weight"), structure, name)
+        _check_unpacked(files, config, structures)
+        for name, structure in structures.items():
+            if f"{name}.weight_zero_point" not in files:
+                _check_structure(_read_weight(files, name, config)[0], structure, name)
     write_json_atomic(Path(folder) / CONFIG_FILE, with_dense_mark(config, structures))
 
 
@@ -124,13 +136,18 @@ def _check_unpacked(files: TensorFiles, config: dict[str, Any], names: Iterable[
     if packed_format(config) or packed_modules(files.where):
         raise RacError(f"{files.folder}: is packed already; start from the dense checkpoint")
     for name in names:
-        if f"{name}.weight" in files:
-            continue
-        if f"{name}.weight_packed" in files:
-            raise RacError(
-                f"{name}: quantised to a packed weight of few bits, which cannot be stored sparse; store it dense"
-            )
-        raise RacError(f"{name}.weight: not in {files.folder}; name modules as the saved files do")
+        if not any(f"{name}.{part}" in files for part in ("weight", WORDS)):
+            raise RacError(f"{name}.weight: not in {files.folder}; name modules as the saved files do")
+
+
+def _read_weight(files: TensorFiles, name: str, config: dict[str, Any]) -> tuple[Tensor, int | None, int]:
+    """The weight [N, K] of a module, bits of a value where they are packed into words, and the bytes that it takes."""
+    if f"{name}.weight" in files:
+        weight = files.tensor(f"{name}.weight")
+        return weight, None, weight.nbytes
+    parts = {part: files.tensor(f"{name}.{part}") for part in (WORDS, WORDS_SHAPE)}
+    schemes = weight_schemes(config)
+    return quantized_weight(parts, name, schemes), bits_of_words(parts, name, schemes)[0], parts[WORDS].nbytes
 
 
 def _check_structure(weight: Tensor, structure: str, name: str) -> None:
@@ -147,16 +164,16 @@ def _write_new_files(
     packed: list[PackedModule] = []
     changed = [CONFIG_FILE]
     where: dict[str, str] = {}
+    weights = {f"{module}.{part}": module for module in structures for part in ("weight", WORDS)}
+    replaced = {*weights, *(f"{module}.{WORDS_SHAPE}" for module in structures)}
     for file in sorted(set(files.where.values())):
         names = sorted(name for name, holder in files.where.items() if holder == file)
-        pruned = {name for name in names if name.removesuffix(".weight") in structures}
-        if not pruned:
+        if not replaced & set(names):
             where.update(dict.fromkeys(names, file))
             continue
-        tensors = {name: files.tensor(name) for name in names if name not in pruned}
-        for weight_name in sorted(pruned):
-            module = weight_name.removesuffix(".weight")
-            row, parts = _pack_module(files.tensor(weight_name), format, structures[module], module)
+        tensors = {name: files.tensor(name) for name in names if name not in replaced}
+        for module in (weights[name] for name in names if name in weights):
+            row, parts = _pack_module(*_read_weight(files, module, config), format, structures[module], module)
             packed.append(row)
             tensors.update({f"{module}.{part}": tensor for part, tensor in parts.items()})
         where.update(dict.fromkeys(tensors, file))
@@ -180,8 +197,10 @@ def _write_new_files(
     return summary, changed
 
 
-def _pack_module(weight: Tensor, format: str, structure: str, name: str) -> tuple[PackedModule, dict[str, Tensor]]:
-    parts = pack(weight, format, name)  # first: it refuses what is no matrix
+def _pack_module(
+    weight: Tensor, bits: int | None, dense_bytes: int, format: str, structure: str, name: str
+) -> tuple[PackedModule, dict[str, Tensor]]:
+    parts = pack(weight, format, name, bits)  # first: it refuses what is no matrix
     if format != FORMAT_24:
         _check_structure(weight, structure, name)
     row = PackedModule(
@@ -190,7 +209,7 @@ def _pack_module(weight: Tensor, format: str, structure: str, name: str) -> tupl
         rows=weight.shape[0],
         columns=weight.shape[1],
         sparsity=count_zeros(weight) / weight.numel(),
-        dense_bytes=weight.nbytes,
+        dense_bytes=dense_bytes,
         packed_bytes=sum(part.nbytes for part in parts.values()),
     )
     return row, parts

@@ -36,6 +36,7 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
 
 def _totals(report: CheckpointReport) -> list[str]:
     lines = [f"all tensors: {report.stored_bytes:,} bytes stored, {report.dense_bytes:,} with every matrix dense"]
+    lines += [f"quantized weights: {scheme.describe()}" for scheme in report.quantization]
     if report.sparsity is not None:
         lines.append(f"{len(report.sparse)} pruned matrices, {report.sparsity:.2%} of their weights are zero")
     else:

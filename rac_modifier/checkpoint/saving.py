@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,29 +12,42 @@ import torch
 from loguru import logger
 from transformers import AutoTokenizer, PreTrainedModel
 
+from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
+from rac_modifier.checkpoint.config import CONFIG_FILE
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment, write_json_atomic, write_text_atomic
+from rac_modifier.checkpoint.quantized import quantized_weight, weight_schemes
+from rac_modifier.checkpoint.record import (
+    RUN_RECORD_NAME,
+    environment,
+    read_json,
+    write_json_atomic,
+    write_text_atomic,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.patterns import Pattern, holds
 
 
+def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...
+
+
 @dataclass(frozen=True)
 class SavePlan:
-    """What a pruned model must look like on disk.
+    """What a compressed model must look like on disk; without `modules` nothing is pruned, checked or packed.
 
-    `patterns` has one for each of `modules`. `record` is the run's part of the record beside the weights; versions and the
-    base model are added when it is written. `tokenizer` is a path or id, None for the base model's own.
+    `patterns` has one for each of `modules`. `record` is the run's part of the record beside the weights; versions and the base model are added when it is written.
+    `tokenizer` is a path or id, None for the base model's own. `prepare(model, save_compressed)` is called before saving.
     """
 
-    patterns: Mapping[str, Pattern]
-    modules: dict[str, torch.nn.Linear]
-    storage: Literal["packed", "dense"]
     record: dict[str, Any]
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    modules: Mapping[str, torch.nn.Linear] = field(default_factory=dict)
+    storage: Literal["packed", "dense"] = "packed"
     tokenizer: str | None = None
+    prepare: Callable[[PreTrainedModel, bool], None] = _nothing
 
 
-def save_sparse(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
+def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
     """Replace `model.save_pretrained` by one that checks the pattern, saves as before, and packs the result.
 
     `plan` is asked when saving, after all modifiers of a recipe have run. Wraps whatever `save_pretrained` is there, so
@@ -52,18 +65,22 @@ def save_sparse(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and name not in current.modules
         ]
+        current.prepare(model, save_compressed)
         inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
-        modules = {name: current.patterns[name].mask_structure for name in current.modules}
-        if current.storage == "packed" and save_compressed:
-            pack_checkpoint(folder, modules, dense_linears=dense_linears)
-        else:
-            mark_dense(folder, modules)
+        if current.modules:
+            modules = {name: current.patterns[name].mask_structure for name in current.modules}
+            if current.storage == "packed" and save_compressed:
+                pack_checkpoint(folder, modules, dense_linears=dense_linears)
+            else:
+                mark_dense(folder, modules)
         record = {"base_model": model.config._name_or_path, **current.record, "versions": environment()}
+        if schemes := weight_schemes(read_json(folder / CONFIG_FILE)):
+            record["quantization"] = [scheme.describe() for scheme in schemes]
         write_json_atomic(folder / RUN_RECORD_NAME, record)
         write_text_atomic(folder / "README.md", model_card(record))
         if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it asked for
             AutoTokenizer.from_pretrained(current.tokenizer or record["base_model"]).save_pretrained(folder)
-        logger.info(f"saved {len(modules)} pruned modules ({current.storage}) to {folder}")
+        logger.info(f"saved {len(current.modules)} pruned modules ({current.storage}) to {folder}")
 
     save_pretrained._rac_inner = inner  # type: ignore[attr-defined]
     # what llm-compressor asks before it wraps save_pretrained once more
@@ -72,19 +89,28 @@ def save_sparse(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
 
 
 def check_pattern(plan: SavePlan) -> None:
-    """Check every pruned module against its pattern.
+    """Check every pruned module against its pattern, also where it is quantized or was saved before.
 
     Raises:
         RacError: naming the first module whose zeros are gone, as after a GPTQModifier, which does not keep them.
     """
-    broken = [name for name, module in plan.modules.items() if not holds(module.weight.detach(), plan.patterns[name])]
+    broken = [name for name, module in plan.modules.items() if not _holds(name, module, plan.patterns[name])]
     if broken:
         raise RacError(
             f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: "
             f"{plan.patterns[broken[0]].describe()}. "
-            "A modifier after pruning filled the zeros: llm-compressor's GPTQModifier does; QuantizationModifier keeps them. "
+            "A modifier after pruning filled the zeros: llm-compressor's GPTQModifier does, QuantizationModifier keeps them, and "
+            "so does quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier, which compensates as GPTQ does. "
             "Nothing was written"
         )
+
+
+def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
+    if hasattr(module, "weight_packed"):  # by an earlier save
+        weight = quantized_weight({part: getattr(module, part) for part in ("weight_packed", "weight_shape")}, name)
+    else:
+        weight = module.weight.detach()
+    return holds(nonzero(weight), pattern)
 
 
 def _free_folder(folder: Path) -> Path:

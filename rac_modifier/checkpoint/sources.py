@@ -11,7 +11,9 @@ from torch import Tensor
 from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
+from rac_modifier.checkpoint.quantized import WORDS, WORDS_SHAPE, WeightScheme, stores_words, to_words, weight_schemes
 from rac_modifier.checkpoint.record import read_json
+from rac_modifier.checkpoint.words import word_count
 from rac_modifier.errors import RacError
 
 
@@ -65,8 +67,41 @@ class PackedWeight(StoredTensor):
         return tuple(self._files.tensor(f"{self._module}.shape").flatten().tolist())
 
 
-def dense_sources(files: TensorFiles, format: str | None) -> dict[str, StoredTensor]:
-    """Where each dense tensor comes from, by its dense name.
+class PackedWords(PackedWeight):
+    """A quantized weight that upstream stores in int32 words of `bits` bits a value, unpacked and packed anew."""
+
+    def __init__(self, files: TensorFiles, module: str, format: str, bits: int) -> None:
+        super().__init__(files, module, format)
+        self._bits = bits
+
+    def read(self) -> Tensor:
+        """As upstream's `weight_packed`."""
+        return to_words(super().read(), self._bits)[WORDS]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows, and words of a row."""
+        rows, columns = super().shape
+        return rows, word_count(columns, self._bits)
+
+    dtype = torch.int32
+    dtype_name = "I32"
+
+
+class WordsShape(StoredTensor):
+    """Upstream's `weight_shape`: the module's `shape`, as two numbers."""
+
+    def read(self) -> Tensor:
+        """Int64 [2]."""
+        return super().read().flatten()
+
+    shape = (2,)
+
+
+def dense_sources(
+    files: TensorFiles, format: str | None, schemes: tuple[WeightScheme, ...] = ()
+) -> dict[str, StoredTensor]:
+    """Where each dense tensor comes from, by its dense name: `<module>.weight`, or upstream's `weight_packed` for words.
 
     Raises:
         RacError: config.json's `format` and the tensors contradict each other, or a packed module lacks a part.
@@ -88,9 +123,16 @@ def dense_sources(files: TensorFiles, format: str | None) -> dict[str, StoredTen
         raise RacError(f"{lost[0]}: missing from {files.folder}; copy or save the checkpoint again")
     sources = {name: StoredTensor(files, name) for name in files.where if name not in parts}
     for module in modules:
-        if f"{module}.weight" in sources:
-            raise RacError(f"{module}.weight: stored both dense and packed in {files.folder}; save the model again")
-        sources[f"{module}.weight"] = PackedWeight(files, module, format)
+        for part in ("weight", WORDS):
+            if f"{module}.{part}" in sources:
+                raise RacError(f"{module}.{part}: stored both dense and packed in {files.folder}; save the model again")
+        stored = files.dtype(f"{module}.compressed")
+        bits = {torch.int32: 4, torch.int8: 8}.get(stored)
+        if bits is not None and (stored == torch.int32 or stores_words(bits, schemes)):
+            sources[f"{module}.{WORDS}"] = PackedWords(files, module, format, bits)
+            sources[f"{module}.{WORDS_SHAPE}"] = WordsShape(files, f"{module}.shape")
+        else:
+            sources[f"{module}.weight"] = PackedWeight(files, module, format)
     return sources
 
 
@@ -101,5 +143,6 @@ def iter_dense_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         RacError: a missing or damaged file or tensor.
     """
     with TensorFiles(folder) as files:
-        for name, source in dense_sources(files, packed_format(read_json(Path(folder) / CONFIG_FILE))).items():
+        config = read_json(Path(folder) / CONFIG_FILE)
+        for name, source in dense_sources(files, packed_format(config), weight_schemes(config)).items():
             yield name, source.read()

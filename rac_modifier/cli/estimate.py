@@ -8,6 +8,7 @@ import typer
 
 from rac_modifier.cli.models import check_model, resolve
 from rac_modifier.cli.options import Model, Overrides, PresetName, Recipe
+from rac_modifier.errors import RacError
 
 
 def estimate(model: Model, recipe: Recipe, set_: Overrides = None) -> None:
@@ -22,15 +23,16 @@ def estimate(model: Model, recipe: Recipe, set_: Overrides = None) -> None:
 
     from rac_modifier.pruning.cost import groups_by_input
     from rac_modifier.pruning.targets import find_targets
-    from rac_modifier.recipe import check_entry, find_entry, load_recipe
+    from rac_modifier.recipe import NAME, check_entry, find_named_entry, load_recipe
 
-    content = load_recipe(recipe, set_)
-    entry = find_entry(content, str(recipe))
+    name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
+    if name != NAME:
+        raise RacError(f"{recipe}: {name} prunes nothing, so no cost is counted; name a recipe with {NAME}")
     source = resolve(model)
     check_model(source)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    settings = check_entry(entry, str(recipe))
+    settings: Any = check_entry(entry, str(recipe))
     groups = groups_by_input(empty, find_targets(empty, settings.targets, settings.ignore, settings.pattern))
     weights = sum(group.weights for group in groups)
     modules = sum(len(group.rows) for group in groups)

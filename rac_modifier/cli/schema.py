@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import Annotated
 
 import typer
 
 
-def schema() -> None:
-    """Print the JSON Schema of the recipe entry (docs/recipe.schema.json)."""
+def schema(
+    modifier: Annotated[
+        str, typer.Argument(help="or ReasoningAwareCalibrationModifier, which calibrates others' modifiers")
+    ] = "ReasoningAwareSparseGPTModifier",
+) -> None:
+    """Print the JSON Schema of a recipe entry (docs/recipe.schema.json, docs/calibration.schema.json)."""
     with contextlib.redirect_stdout(sys.stderr):  # where llm-compressor logs to while it is imported
         from rac_modifier.recipe import schema as text
 
-    typer.echo(text(), nl=False)
+    typer.echo(text(modifier), nl=False)

@@ -24,10 +24,10 @@ def collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Pre
     Example: rac traces collect reasoner --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
     """
     from rac_modifier.calibration.source import collect_for_calibration
-    from rac_modifier.recipe import check_entry, find_entry, load_recipe
+    from rac_modifier.recipe import check_entry, find_named_entry, load_recipe
 
-    content = load_recipe(recipe, set_)
-    settings = check_entry(find_entry(content, str(recipe)), str(recipe))
+    name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
+    settings = check_entry(entry, str(recipe), name)
     loaded, tokenizer = subject_of(model) if settings.traces.engine else load(model, precision)
     store = collect_for_calibration(loaded, tokenizer, settings.traces, settings.calibration)
     typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")

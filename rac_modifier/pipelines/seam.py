@@ -102,4 +102,4 @@ def _calibrate(
         calibrate_by_layer(model, loader, dataset_args, session, device)
 
 
-install()  # here and not in modifier.py, so that whichever of the two is imported first, both are complete
+install()  # here and not in modifier/, so that whichever of the two is imported first, both are complete

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,24 @@ from loguru import logger
 from rac_modifier.pruning.dense_target import target_weights
 from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.solver import Method, solve
-from rac_modifier.pruning.sparsegpt import factorise
+from rac_modifier.pruning.solver import Method, Solution, solve
+from rac_modifier.pruning.sparsegpt import Factor, factorise
+
+
+@dataclass(frozen=True)
+class PrunedGroup:
+    """Pruned modules with what they were pruned on, which quantization goes on with.
+
+    `targets` are what their outputs aim at, `hessian` [d, d] the statistics, `factor` its factor where there is one, and
+    `records` the modules' entries in the run record.
+    """
+
+    names: Sequence[str]
+    solutions: Sequence[Solution]
+    targets: Sequence[torch.Tensor]
+    hessian: torch.Tensor
+    factor: Factor | None
+    records: list[dict[str, Any]]
 
 
 def prune_group(
@@ -25,19 +42,19 @@ def prune_group(
     *,
     dampening_frac: float,
     **options: Any,
-) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+) -> PrunedGroup:
     """Solve for `weights`, each [rows_i, d], towards the dense model's outputs if their `drift` is given (statistics.py).
 
-    `options` are those of `solve`. Returns for each module its pruned weight and its entry in the run record.
+    `options` are those of `solve`.
 
     Raises:
         RacError: see `Hessian.matrix`, `target_weights` and `solve`.
     """
     matrix = hessian.matrix(names[0])
-    factor, target = None, None
+    factor, targets = None, weights
     if drift is not None:
         factor = factorise(matrix, dampening_frac, ", ".join(names))
-        target = target_weights(weights, drift, matrix, dampening_frac, names, factor=factor)
+        targets = target_weights(weights, drift, matrix, dampening_frac, names, factor=factor)
     solutions = solve(
         method,
         weights,
@@ -45,11 +62,11 @@ def prune_group(
         pattern,
         names=names,
         dampening_frac=dampening_frac,
-        target=target,
+        target=targets,
         factor=factor,
         **options,
     )
-    results = []
+    records = []
     for name, solution in zip(names, solutions, strict=True):
         retries = max(solution.retries, factor.retries if factor else 0)
         if retries:
@@ -65,5 +82,5 @@ def prune_group(
             "dead_inputs": solution.dead_inputs,
             "tokens": hessian.tokens,
         }
-        results.append((solution.weight, record))
-    return results
+        records.append(record)
+    return PrunedGroup(names, solutions, targets, matrix, factor, records)

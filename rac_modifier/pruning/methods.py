@@ -12,7 +12,7 @@ from rac_modifier.pruning import alps, sparsegpt
 from rac_modifier.pruning.patterns import Pattern
 from rac_modifier.pruning.scores import magnitude_mask, wanda_mask
 
-Method = Literal["sparsegpt", "alps", "wanda", "magnitude"]
+Method = Literal["sparsegpt", "alps", "wanda", "magnitude", "keep"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Problem:
         patterns: one a module; the same N:M for all, or all unstructured.
         label: the modules' names, for messages.
         factor: of `hessian` with the dampening of `settings`, when somebody has it already.
+        zeros: bool like `weight`, where the modules' own weights are 0 already; only for "keep".
     """
 
     weight: torch.Tensor
@@ -46,6 +47,7 @@ class Problem:
     settings: Settings
     label: str
     factor: sparsegpt.Factor | None = None
+    zeros: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,14 @@ def _magnitude(problem: Problem) -> Pruned:
     return _by_score(problem, magnitude_mask)
 
 
+def _keep(problem: Problem) -> Pruned:
+    """The zeros of a model that is sparse already."""
+    assert problem.zeros is not None
+    mask = problem.zeros | problem.dead.unsqueeze(1)
+    problem.weight.masked_fill_(mask, 0.0)
+    return Pruned(mask)
+
+
 def _by_score(problem: Problem, choose: Callable[[torch.Tensor, Pattern], torch.Tensor]) -> Pruned:
     """`choose` sees each module by itself, [rows, d], and says what to prune; nothing else changes."""
     modules = problem.weight.split(list(problem.rows), dim=1)
@@ -111,4 +121,5 @@ METHODS: dict[Method, Callable[[Problem], Pruned]] = {
     "alps": _alps,
     "wanda": _wanda,
     "magnitude": _magnitude,
+    "keep": _keep,
 }

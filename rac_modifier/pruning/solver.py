@@ -91,7 +91,8 @@ def solve(
     `pattern` is one for all, or one a module: the same N:M, or unstructured with a sparsity of its own.
     `target` holds the weights to reconstruct, shaped like `weights` (default: the weights themselves); `names` are for
     messages. SparseGPT and ALPS zero inputs that are dead; Wanda and magnitude leave the weights they keep untouched,
-    unless `refit` then moves those weights to their best values on the support chosen. ALPS always ends with that refit.
+    unless `refit` then moves those weights to their best values on the support chosen. ALPS always ends with that refit, and so
+    does "keep", which prunes what is zero in `weights` already.
     `factor` is sparsegpt.factorise's of this Hessian and dampening_frac, if the caller has it (dense_target.py): SparseGPT
     need not factor again, ALPS takes its dampening, and its retries are recorded with either.
 
@@ -113,10 +114,11 @@ def solve(
     totals = quadratic_form(working, hessian)
     dead = hessian.diagonal() == 0
     settings = Settings(dampening_frac, block_size, iterations)
-    problem = Problem(working, rows, hessian, dead, patterns, settings, label, factor)
+    zeros = stacked(weights, hessian) == 0 if method == "keep" else None
+    problem = Problem(working, rows, hessian, dead, patterns, settings, label, factor, zeros)
     pruned = METHODS[method](problem)
     errors, fitted = pruned.errors, Refit(0, 0.0)
-    if refit or method == "alps":
+    if refit or method in ("alps", "keep"):
         dampening = Dampening.of(hessian, pruned.dampening_frac or dampening_frac)
         fitted = refit_kept(working, pruned.mask, stacked(targets, hessian), hessian, dampening, steps=refit_steps)
         errors = None

@@ -20,7 +20,7 @@ CASES += [
     ),
     Case(
         "a recipe without this modifier",
-        f"has no {NAME}",
+        f"has no {NAME} or ReasoningAwareCalibrationModifier",
         lambda b: b.rac_prune("s_stage: {m_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}"),
     ),
     Case(

@@ -219,6 +219,12 @@ def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
 
     ours = {"calibrated_modules", "describe_modules", "needs_dense_stream", "on_subgraph_start", "prune_group"}
     ours |= {
+        "calibrate_session",
+        "calibration_set",
+        "check_run",
+        "other_modifiers",
+        "quantization",
+        "run_record",
         "use_calibration_set",
         "use_order",
         "weights_for",
@@ -309,3 +315,42 @@ def test_seam_upstream_sparsegpt_takes_an_nm_structure_as_n_pruned():
 
     modifier = SparseGPTModifier(sparsity=0.25, mask_structure="1:4")
     assert (modifier._prune_n, modifier._prune_m) == (1, 4)
+
+
+def test_seam_quantization_modifier_attaches_schemes_without_being_run():
+    """What modifier/quantizing.py uses of it, and what it leaves on a module."""
+    from compressed_tensors.quantization import QuantizationStatus
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    model = tiny_model()
+    upstream = QuantizationModifier(scheme="W8A8", ignore=["lm_head"])
+    upstream.initialize_quantization(model)
+    module = model.model.layers[0].mlp.up_proj
+    assert module.weight_scale.shape == (128, 1)
+    assert module.weight_zero_point.shape == (128, 1)
+    assert not module.quantization_enabled
+    assert not hasattr(model.lm_head, "quantization_scheme")
+    upstream.end_calibration(model)
+    assert module.quantization_enabled
+    assert module.quantization_status == QuantizationStatus.FROZEN < QuantizationStatus.COMPRESSED
+
+
+def test_seam_the_recipe_is_in_the_session_when_a_modifier_is_initialized(tiny_folder, monkeypatch):
+    """From it follows what comes after pruning."""
+    from llmcompressor import oneshot
+    from llmcompressor.core import active_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    seen = []
+    original = QuantizationModifier.on_initialize
+
+    def spy(self, state, **kwargs):
+        seen.append([m is self for m in active_session().lifecycle.recipe.modifiers])
+        return original(self, state, **kwargs)
+
+    monkeypatch.setattr(QuantizationModifier, "on_initialize", spy)
+    made = [
+        QuantizationModifier(scheme="W8A8", targets=[t], ignore=["lm_head"]) for t in ("re:.*q_proj", "re:.*k_proj")
+    ]
+    oneshot(model=str(tiny_folder), recipe=made)
+    assert seen == [[True, False], [False, True]]

@@ -5,7 +5,7 @@ from llmcompressor import oneshot
 from tiny import entry
 from transformers import AutoModelForCausalLM
 
-from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier import ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
 
 
 @pytest.fixture
@@ -28,3 +28,19 @@ def prune(tiny_folder, trace_store):
         )
 
     return prune
+
+
+@pytest.fixture
+def calibrate(tiny_folder, trace_store):
+    """Run oneshot on the tiny model with other modifiers, calibrated on its traces."""
+
+    def calibrate(later=(), pipeline="independent", output_dir=None, **settings):
+        shared = {key: value for key, value in entry(trace_store, **settings).items() if key != "mask_structure"}
+        return oneshot(
+            model=str(tiny_folder),
+            recipe=[ReasoningAwareCalibrationModifier(**shared), *later],
+            pipeline=pipeline,
+            output_dir=None if output_dir is None else str(output_dir),
+        )
+
+    return calibrate

@@ -14,10 +14,14 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def gptq_w4() -> GPTQModifier:
-    """W4A16 in groups of 32: the preset's 128 are more than the tiny model has."""
+def int4() -> dict:
+    """W4A16 in groups of 32, as config_groups: the preset's 128 are more than the tiny model has."""
     group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
-    return GPTQModifier(ignore=["lm_head"], config_groups={"group_0": group})
+    return {"config_groups": {"group_0": group}}
+
+
+def gptq_w4() -> GPTQModifier:
+    return GPTQModifier(ignore=["lm_head"], **int4())
 
 
 def generic_loader(count: int = 6) -> DataLoader:

@@ -14,7 +14,7 @@ from rac_modifier.pruning.hessian import Hessian
 
 
 @pytest.mark.parametrize("pipeline", ["independent", "sequential"])
-def test_a_later_modifier_calibrates_on_the_same_tokens_without_padding(prune, monkeypatch, pipeline):
+def test_a_later_modifier_calibrates_on_the_same_tokens_without_padding(calibrate, monkeypatch, pipeline):
     seen = []
     original = GPTQModifier.calibrate_module
 
@@ -25,7 +25,7 @@ def test_a_later_modifier_calibrates_on_the_same_tokens_without_padding(prune, m
 
     monkeypatch.setattr(GPTQModifier, "calibrate_module", spy)
     gptq = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
-    prune(later=[gptq], pipeline=pipeline)
+    calibrate(later=[gptq], pipeline=pipeline)
     assert {shape[0] for shape in seen} == {1}  # one sequence a batch: nothing to pad
     assert sum(shape[1] for shape in seen) == 2 * TOKENS
 
@@ -62,7 +62,7 @@ def test_the_lean_loop_on_padded_batches_gives_the_same_hessians(prune, monkeypa
             hessians.extend(g.hessian.matrix() for g in groups)
             return groups
 
-    monkeypatch.setattr("rac_modifier.modifier.HessianCollector", Spy)
+    monkeypatch.setattr("rac_modifier.modifier.pruning.HessianCollector", Spy)
     prune(preset="paper", solver="magnitude")  # which does not let a difference grow from layer to layer
     padded, hessians = hessians, []
     monkeypatch.setattr(seam, "calibrate_by_layer", upstreams_loop)
@@ -82,7 +82,7 @@ def test_the_lean_loop_saves_work(prune, monkeypatch, dense):
         calls.clear()  # of sampling
         return made
 
-    monkeypatch.setattr("rac_modifier.modifier.build_calibration_set", build)
+    monkeypatch.setattr("rac_modifier.modifier.base.build_calibration_set", build)
     for layer in dense.model.layers:
         layer.mlp.down_proj.register_forward_hook(lambda module, args, output: calls.append(module))
     prune(model=dense, preset="paper")

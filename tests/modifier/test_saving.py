@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
+from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from modifier_helpers import assert_same_weights, gptq_w4, weights
+from modifier_helpers import assert_same_weights, generic_loader, gptq_w4, weights
 from safetensors import safe_open
 from tiny import is_2of4, linears
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,10 +54,21 @@ def test_zeros_filled_after_pruning_are_refused_at_save_by_name(prune, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_gptq_after_pruning_is_refused_at_save_by_name(prune, tmp_path):
-    """W4A16 refits what it quantises and fills zeros (upstream issue 2860)."""
-    with pytest.raises(RacError, match=r"model\.layers\.0\.self_attn\.\w+ .*GPTQModifier"):
+def test_gptq_after_pruning_is_refused_before_anything_is_sampled(prune, tmp_path, monkeypatch):
+    monkeypatch.setattr("rac_modifier.modifier.base.build_calibration_set", None)
+    with pytest.raises(
+        RacError, match=r"GPTQModifier after .* fills pruned weights again; .* quantization: {scheme: W4A16}"
+    ):
         prune(later=[gptq_w4()], output_dir=tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_gptq_filled_in_a_run_of_its_own_is_refused_at_save_by_name(prune, tmp_path):
+    """W4A16 refits what it quantises and fills zeros (upstream issue 2860)."""
+    model = prune()
+    oneshot(model=model, recipe=gptq_w4(), dataset=generic_loader(), num_calibration_samples=6)
+    with pytest.raises(RacError, match=r"model\.layers\.0\.self_attn\.\w+ .*GPTQModifier does.*quantization: {scheme"):
+        model.save_pretrained(tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 

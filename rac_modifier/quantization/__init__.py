@@ -1,0 +1,1 @@
+"""Rounding pruned weights to the values that a quantization scheme has, without losing a zero."""

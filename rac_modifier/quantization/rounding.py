@@ -1,0 +1,77 @@
+"""Round kept weights to a grid and make up for it with the others that are kept; pruned ones stay zero.
+
+Two steps, both on the layer problem min trace((W - T) H (W - T)^T) that the pruning solved, whose optimum over the support
+is the weight W that the refit left:
+
+1. *GPTQ* (arXiv 2210.17323) from left to right, with the factor H = U U^T and R = U^-1 of sparsegpt.py: a column's error
+   e_j = (w_j - q_j) / R_jj moves every later column k by -e_j R_jk. Pruned weights take part: what has come upon one when its
+   turn comes is an error like that of rounding, and is passed on, since it goes back to zero.
+2. *Coordinate descent*: R knows nothing of the mask, so what was passed on to pruned columns was not placed best. Each sweep
+   sets every kept weight, the others fixed, to the grid point nearest to the minimum of the error along it,
+   q_j - ((Q - T) H)_j / H_jj. The error falls with each move, and only kept weights move.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rac_modifier.pruning.dampening import Dampening
+from rac_modifier.pruning.sparsegpt import Factor
+from rac_modifier.quantization.grid import Grid
+
+_BLOCK = 128
+_SUB_BLOCK = 32
+
+
+def gptq(weight: torch.Tensor, keep: torch.Tensor, scales: torch.Tensor, grid: Grid, factor: Factor) -> None:
+    """Round `weight` [d, rows] in place; `keep` [d, rows], 1.0 = kept, 0.0 = pruned, in its dtype; `scales` [d, rows]."""
+    d = weight.shape[0]
+    change = torch.empty_like(weight)  # D = W - Q of the settled columns, in reversed order like the factor
+    for start in range(0, d, _BLOCK):
+        stop = min(start + _BLOCK, d)
+        here, before = slice(d - stop, d - start), slice(d - start, d)
+        u = factor.reversed_lower[here, here].flip(0, 1)
+        r = torch.linalg.solve_triangular(u, torch.eye(stop - start).to(u), upper=True)
+        passed_on = (factor.reversed_lower[before, here].T @ change[before]).flip(0)
+        block = torch.addmm(weight[start:stop], r.T, passed_on)
+        errors = torch.empty_like(block)
+        for first in range(0, stop - start, _SUB_BLOCK):
+            last = min(first + _SUB_BLOCK, stop - start)
+            for j in range(first, last):
+                rounded = grid.round_(block[j].clone(), scales[start + j]).mul_(keep[start + j])
+                error = torch.sub(block[j], rounded, out=errors[j]).div_(r[j, j])
+                block[j] = rounded
+                block[j + 1 : last].addr_(r[j, j + 1 : last], error, alpha=-1)
+            block[last:].addmm_(r[first:last, last:].T, errors[first:last], alpha=-1)
+        change[here] = (weight[start:stop] - block).flip(0)
+        weight[start:stop] = block
+
+
+def descend(
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    keep: torch.Tensor,
+    scales: torch.Tensor,
+    grid: Grid,
+    hessian: torch.Tensor,
+    dampening: Dampening,
+    sweeps: int,
+) -> None:
+    """Coordinate descent from `weight` [d, rows] (on the grid, pruned as `keep` says) towards `target`, in place."""
+    d = weight.shape[0]
+    for _ in range(sweeps):
+        for start in range(0, d, _BLOCK):
+            stop = min(start + _BLOCK, d)
+            gradient = hessian[start:stop] @ (weight - target)
+            gradient.addcmul_(dampening.added[start:stop].unsqueeze(1), weight[start:stop] - target[start:stop])
+            local = hessian[start:stop, start:stop]
+            moves = torch.empty_like(gradient)
+            for first in range(0, stop - start, _SUB_BLOCK):
+                last = min(first + _SUB_BLOCK, stop - start)
+                for j in range(first, last):
+                    best = torch.sub(weight[start + j], gradient[j], alpha=1 / float(dampening.diagonal[start + j]))
+                    best = grid.round_(best, scales[start + j]).mul_(keep[start + j])
+                    torch.sub(best, weight[start + j], out=moves[j])
+                    weight[start + j] = best
+                    gradient[j + 1 : last].addr_(local[j, j + 1 : last], moves[j])
+                gradient[last:].addmm_(local[first:last, last:].T, moves[first:last])

@@ -1,0 +1,114 @@
+"""Mistakes about quantization."""
+
+from __future__ import annotations
+
+from bad_inputs.bench import Bench, Case, Cases
+
+CASES = Cases()
+
+
+def quantized(**weights: object) -> dict[str, object]:
+    """Settings with one config group of such weights."""
+    return {"quantization": {"config_groups": {"g": {"weights": weights}}}}
+
+
+CASES += [
+    Case("`quantization` without a scheme", "set either scheme or config_groups", lambda b: b.check(quantization={})),
+    Case(
+        "a scheme that is no preset",
+        "scheme 'W4': no preset of llm-compressor",
+        lambda b: b.check(quantization={"scheme": "W4"}),
+    ),
+    Case(
+        "a config group that compressed-tensors refuses",
+        "config_groups.g: ",
+        lambda b: b.check(**quantized(num_bits=4, bits=4)),
+    ),
+    Case(
+        "an asymmetric scheme inside the pruning entry",
+        "asymmetric cannot be rounded here; use int of 4 or 8 bits",
+        lambda b: b.prune_with(quantization={"scheme": "W4A16_ASYM"}),
+    ),
+    Case(
+        "a scheme with static activation scales inside the pruning entry",
+        "input_activations with static scales are not calibrated here; set dynamic: true",
+        lambda b: b.prune_with(
+            quantization={
+                "config_groups": {
+                    "g": {
+                        "weights": {"num_bits": 8, "strategy": "channel"},
+                        "input_activations": {"num_bits": 8, "strategy": "tensor"},
+                    }
+                }
+            }
+        ),
+    ),
+    Case(
+        "groups that do not divide a layer's inputs",
+        "64 inputs are no multiple of the group_size 128",
+        lambda b: b.prune_with(quantization={"scheme": "W4A16"}),
+    ),
+    Case(
+        "a scheme whose targets are not pruned",
+        "quantization: its targets match none of the pruned modules",
+        lambda b: b.prune_with(quantization={"scheme": {"W8A8": ["lm_head"]}}),
+    ),
+    Case(
+        "`solver: keep` for a model without zeros",
+        "solver: keep keeps the zeros that a model has, and this module lacks them",
+        lambda b: b.prune_with(solver="keep"),
+    ),
+]
+
+
+@CASES.case(
+    "GPTQModifier after pruning", "GPTQModifier after ReasoningAwareSparseGPTModifier fills pruned weights again"
+)
+def _(b: Bench) -> None:
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    b.prune(later=(GPTQModifier(scheme="W8A8", targets=["Linear"], ignore=["lm_head"]),))
+
+
+@CASES.case("a quantization modifier after pruning with quantization", "would quantize twice; leave one of them out")
+def _(b: Bench) -> None:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    later = QuantizationModifier(scheme="W8A8", targets=["Linear"], ignore=["lm_head"])
+    b.prune(later=(later,), settings={"quantization": {"scheme": "W8A8"}})
+
+
+@CASES.case("an asymmetric QuantizationModifier after pruning, packed", "quantize with a symmetric scheme")
+def _(b: Bench) -> None:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+    }
+    b.prune(
+        later=(QuantizationModifier(config_groups={"g": group}, ignore=["lm_head"]),), output_dir=str(b.tmp / "out")
+    )
+
+
+@CASES.case(
+    "ReasoningAwareCalibrationModifier alone", "ReasoningAwareCalibrationModifier calibrates nothing: the recipe has"
+)
+def _(b: Bench) -> None:
+    from llmcompressor import oneshot
+
+    from rac_modifier import ReasoningAwareCalibrationModifier
+
+    oneshot(model=str(b.folder), recipe=ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}))
+
+
+@CASES.case("both of this package's modifiers in one recipe", "which calibrates the whole recipe: leave")
+def _(b: Bench) -> None:
+    from rac_modifier import ReasoningAwareCalibrationModifier
+
+    b.prune(later=(ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}),))
+
+
+@CASES.case("`rac schema` of a modifier that is not this package's", "is none of this package's modifiers")
+def _(b: Bench) -> None:
+    b.rac("schema", "GPTQModifier")
