@@ -27,16 +27,10 @@ from rac_modifier.checkpoint.formats import (
     structure_of,
     unpack,
 )
-from rac_modifier.checkpoint.quantized import (
-    WORDS,
-    WORDS_SHAPE,
-    WeightScheme,
-    bits_of_words,
-    quantized_weight,
-    weight_schemes,
-)
+from rac_modifier.checkpoint.quantized import WORDS, WORDS_SHAPE, WeightScheme, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, read_json
 from rac_modifier.checkpoint.report import render
+from rac_modifier.checkpoint.sources import words_weight
 from rac_modifier.checkpoint.structure import count_broken_groups
 from rac_modifier.errors import RacError
 
@@ -48,7 +42,8 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    `stored` is a packed format, "dense", or "words" (int32 that hold several values, whose `dtype` is then the values').
+    `stored` is a packed format, "dense", "words" (int32 that hold several values, whose `dtype` is then the values'), or
+    "quantized" (to a layout whose zeros are not counted).
     `stored_bytes` counts masks, offsets and scales too. `structure` is the recorded mask structure, `pattern_ok` whether
     the zeros still keep it (None: nothing to keep, or not checked). `problem` says what is damaged; `reason` why a matrix
     is not packed. `read_per_token` is False for a matrix of which decoding reads one row.
@@ -194,27 +189,21 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: dict[str, Any]) -> 
     rows, columns = files.shape(tensor_name)
     dtype = files.dtype_name(tensor_name)
     structure = recorded_structures(config).get(name)
-    # a zero of an asymmetric scheme is its zero point
-    countable = f"{name}.weight_zero_point" not in files and rows * columns > 0
-    countable = countable and (part == WORDS or files.dtype(tensor_name) in DTYPES)
+    weight: Tensor | None = None
     sparsity, ok, problem = None, None, None
-    if part == WORDS:
-        try:
-            words = {kind: files.tensor(f"{name}.{kind}") for kind in (WORDS, WORDS_SHAPE)}
-            bits, rows, columns = bits_of_words(words, name, weight_schemes(config))
-            dtype = f"I{bits}"
-        except RacError as error:
-            countable, problem = False, str(error)
-    if countable:
-        try:
-            weight = (
-                quantized_weight(words, name, weight_schemes(config)) if part == WORDS else files.tensor(tensor_name)
-            )
-            sparsity = count_zeros(weight) / weight.numel()
-            if structure is not None:
-                ok, problem = _keeps(weight, structure, name)
-        except RacError as error:
-            problem = str(error)
+    # a zero of an asymmetric scheme is its zero point
+    if f"{name}.weight_zero_point" in files or not rows * columns:
+        pass
+    elif part == WORDS:
+        if (unpacked := words_weight(files, name, config)) is not None:
+            weight, bits = unpacked
+            (rows, columns), dtype = weight.shape, f"I{bits}"
+    elif files.dtype(tensor_name) in DTYPES:
+        weight = files.tensor(tensor_name)
+    if weight is not None:
+        sparsity = count_zeros(weight) / weight.numel()
+        if structure is not None:
+            ok, problem = _keeps(weight, structure, name)
     embedding = bool(_EMBEDDING.search(name))
     stored_bytes = _bytes_of(files, name, part, *_SCALES)
     return ModuleRow(
@@ -222,13 +211,13 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: dict[str, Any]) -> 
         rows=rows,
         columns=columns,
         dtype=dtype,
-        stored="dense" if part == "weight" else "words",
+        stored="dense" if part == "weight" else "words" if weight is not None else "quantized",
         sparsity=sparsity,
         stored_bytes=stored_bytes,
         dense_bytes=stored_bytes,
         structure=structure,
         pattern_ok=ok,
-        reason=_why_dense(name, structure, sparsity, embedding, countable, config),
+        reason=_why_dense(name, structure, sparsity, embedding, weight is not None, config),
         problem=problem,
         # A tied embedding is also the output matrix, which every step reads whole.
         read_per_token=not embedding or not {"lm_head.weight", "lm_head.compressed"} & files.where.keys(),

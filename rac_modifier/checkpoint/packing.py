@@ -28,13 +28,12 @@ from rac_modifier.checkpoint.formats import FORMAT_24, choose_format, pack, pack
 from rac_modifier.checkpoint.quantized import (
     WORDS,
     WORDS_SHAPE,
-    bits_of_words,
     check_symmetric,
     check_unambiguous,
-    quantized_weight,
     weight_schemes,
 )
 from rac_modifier.checkpoint.record import read_json, write_json_atomic
+from rac_modifier.checkpoint.sources import words_weight
 from rac_modifier.checkpoint.structure import count_broken_groups
 from rac_modifier.errors import RacError
 
@@ -116,8 +115,8 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
 
     Args:
         folder: a saved model.
-        modules: mask structure by module, as for `pack_checkpoint`. Asymmetrically quantized weights are not checked: their
-            zeros are zero points.
+        modules: mask structure by module, as for `pack_checkpoint`. Not checked are asymmetrically quantized weights, whose
+            zeros are zero points, and layouts that this package does not read.
 
     Raises:
         RacError: a packed folder, a module that is not in it, or a weight that breaks its mask structure.
@@ -127,8 +126,12 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
     with TensorFiles(folder) as files:
         _check_unpacked(files, config, structures)
         for name, structure in structures.items():
-            if f"{name}.weight_zero_point" not in files:
-                _check_structure(_read_weight(files, name, config)[0], structure, name)
+            if f"{name}.weight_zero_point" in files:
+                continue
+            if f"{name}.weight" in files:
+                _check_structure(files.tensor(f"{name}.weight"), structure, name)
+            elif (unpacked := words_weight(files, name, config)) is not None:
+                _check_structure(unpacked[0], structure, name)
     write_json_atomic(Path(folder) / CONFIG_FILE, with_dense_mark(config, structures))
 
 
@@ -145,9 +148,13 @@ def _read_weight(files: TensorFiles, name: str, config: dict[str, Any]) -> tuple
     if f"{name}.weight" in files:
         weight = files.tensor(f"{name}.weight")
         return weight, None, weight.nbytes
-    parts = {part: files.tensor(f"{name}.{part}") for part in (WORDS, WORDS_SHAPE)}
-    schemes = weight_schemes(config)
-    return quantized_weight(parts, name, schemes), bits_of_words(parts, name, schemes)[0], parts[WORDS].nbytes
+    unpacked = words_weight(files, name, config)
+    if unpacked is None:
+        raise RacError(
+            f"{name}: quantized to a layout that cannot be stored sparse; quantize to int of 4 or 8 bits or to float8, or "
+            "store it dense (storage: dense)"
+        )
+    return *unpacked, files.nbytes(f"{name}.{WORDS}")
 
 
 def _check_structure(weight: Tensor, structure: str, name: str) -> None:

@@ -85,44 +85,25 @@ def check_symmetric(tensor_names: Mapping[str, Any], name: str) -> None:
             )
 
 
-def quantized_weight(parts: Mapping[str, Tensor], name: str, schemes: tuple[WeightScheme, ...] = ()) -> Tensor:
-    """Int8 [N, K] of a module that stores `weight_packed` and `weight_shape`.
+def quantized_weight(
+    parts: Mapping[str, Tensor], name: str, schemes: tuple[WeightScheme, ...] = ()
+) -> tuple[Tensor, int]:
+    """Int8 [N, K] and bits of a value, for a module that stores `weight_packed` and `weight_shape`.
+
+    The bits are those, of the schemes or of all that can be stored sparse, that the number of words fits.
 
     Raises:
         RacError: parts that contradict each other, or values of another width than 4 or 8 bits.
     """
-    bits, rows, columns = bits_of_words(parts, name, schemes)
-    try:
-        weight = unpack_words(parts[WORDS], bits, columns)
-    except RacError as error:
-        raise RacError(f"{name}.{WORDS}: {error}") from error
-    if tuple(weight.shape) != (rows, columns):
-        raise RacError(f"{name}.{WORDS}: holds {list(weight.shape)} weights, {WORDS_SHAPE} says [{rows}, {columns}]")
-    return weight
-
-
-def bits_of_words(
-    parts: Mapping[str, Tensor], name: str, schemes: tuple[WeightScheme, ...] = ()
-) -> tuple[int, int, int]:
-    """Bits of a value, N and K: the width, of those that the schemes have (or can have), that the words fit.
-
-    Raises:
-        RacError: none fits, or several do.
-    """
     words, shape = parts[WORDS], parts[WORDS_SHAPE]
-    if words.dim() != 2 or shape.numel() != 2:
-        raise RacError(
-            f"{name}.{WORDS}: {list(words.shape)} with a {WORDS_SHAPE} of {shape.numel()}; save the model again"
-        )
-    rows, columns = shape.flatten().tolist()
+    if words.dim() != 2 or shape.numel() != 2 or shape.flatten()[0] != words.shape[0]:
+        raise RacError(f"{name}.{WORDS}: {list(words.shape)} does not fit {WORDS_SHAPE} {shape.flatten().tolist()}")
+    columns = int(shape.flatten()[1])
     widths = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED} or set(BITS)
     fitting = [bits for bits in sorted(widths) if words.shape[1] == word_count(columns, bits)]
-    if len(fitting) != 1 or fitting[0] not in BITS:
-        raise RacError(
-            f"{name}: its words hold no values of {' or '.join(map(str, BITS))} bits, which are what can be stored sparse; "
-            "quantize to those, or set storage: dense"
-        )
-    return fitting[0], rows, columns
+    if len(fitting) != 1:
+        raise RacError(f"{name}: its words hold no {columns} values of {' or '.join(map(str, BITS))} bits a row")
+    return unpack_words(words, fitting[0], columns), fitting[0]
 
 
 def check_unambiguous(schemes: tuple[WeightScheme, ...]) -> None:

@@ -107,7 +107,7 @@ def check_pattern(plan: SavePlan) -> None:
 
 def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
     if hasattr(module, "weight_packed"):  # by an earlier save
-        weight = quantized_weight({part: getattr(module, part) for part in ("weight_packed", "weight_shape")}, name)
+        weight = quantized_weight({part: getattr(module, part) for part in ("weight_packed", "weight_shape")}, name)[0]
     else:
         weight = module.weight.detach()
     return holds(nonzero(weight), pattern)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,15 @@ from torch import Tensor
 from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
-from rac_modifier.checkpoint.quantized import WORDS, WORDS_SHAPE, WeightScheme, stores_words, to_words, weight_schemes
+from rac_modifier.checkpoint.quantized import (
+    WORDS,
+    WORDS_SHAPE,
+    WeightScheme,
+    quantized_weight,
+    stores_words,
+    to_words,
+    weight_schemes,
+)
 from rac_modifier.checkpoint.record import read_json
 from rac_modifier.checkpoint.words import word_count
 from rac_modifier.errors import RacError
@@ -134,6 +143,22 @@ def dense_sources(
         else:
             sources[f"{module}.weight"] = PackedWeight(files, module, format)
     return sources
+
+
+def words_weight(files: TensorFiles, module: str, config: dict[str, Any]) -> tuple[Tensor, int] | None:
+    """Int8 [N, K] and bits of a value, for a module stored in int32 words; None for a layout that is not read here.
+
+    Raises:
+        RacError: a tensor that cannot be read.
+    """
+    names = [f"{module}.{part}" for part in (WORDS, WORDS_SHAPE)]
+    if not all(name in files for name in names) or files.dtype(names[0]) != torch.int32:
+        return None
+    parts = {part: files.tensor(f"{module}.{part}") for part in (WORDS, WORDS_SHAPE)}
+    try:
+        return quantized_weight(parts, module, weight_schemes(config))
+    except RacError:
+        return None
 
 
 def iter_dense_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

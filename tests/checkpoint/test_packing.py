@@ -11,8 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import linears
 
-from rac_modifier.checkpoint.files import INDEX_FILE
+from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
+from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.packing import pack_checkpoint
+from rac_modifier.checkpoint.quantized import to_words
+from rac_modifier.checkpoint.sources import iter_dense_tensors
 from rac_modifier.errors import RacError
 
 
@@ -133,3 +136,30 @@ def test_what_quantisation_wrote_is_kept(saved: Saved) -> None:
     assert after == {key: value for key, value in before.items() if key != "sparsity_config"}
     assert_restores(folder, tensors)
     assert load_file(file)[f"{Q}.compressed"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [12, 68])  # no multiple of a word's values
+def test_words_of_a_quantized_weight_are_packed_and_come_back(tmp_path: Path, bits: int, columns: int) -> None:
+    weight = torch.randint(1, 8, (5, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    prune_24(weight)
+    tensors = {
+        **{f"{Q}.{part}": value for part, value in to_words(weight, bits).items()},
+        f"{Q}.weight_scale": torch.ones(5, 1),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    group = {"targets": ["Linear"], "weights": {"num_bits": bits, "type": "int", "strategy": "channel"}}
+    config = {"format": "pack-quantized", "quant_method": "compressed-tensors", "config_groups": {"g": group}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    (before,) = inspect_checkpoint(tmp_path).modules
+    assert (before.columns, before.dtype, before.stored, before.sparsity) == (columns, f"I{bits}", "words", 0.5)
+    (row,) = pack_checkpoint(tmp_path, {Q: "2:4"}).modules
+    assert (row.columns, row.dense_bytes) == (columns, tensors[f"{Q}.weight_packed"].nbytes)
+    with TensorFiles(tmp_path) as files:
+        assert files.dtype(f"{Q}.compressed") == (torch.int32 if bits == 4 else torch.int8)
+        assert f"{Q}.weight_shape" not in files
+    found = dict(iter_dense_tensors(tmp_path))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    (after,) = inspect_checkpoint(tmp_path).modules
+    assert (after.columns, after.dtype, after.pattern_ok) == (columns, f"I{bits}", True)

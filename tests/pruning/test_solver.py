@@ -84,7 +84,22 @@ def test_weights_of_zero():
     for method in METHODS:
         (solution,) = solve(method, [torch.zeros(2, 8)], torch.eye(8), PATTERN)
         assert (solution.error, solution.relative_error) == (0.0, 0.0)
-        assert int(solution.mask.sum()) == 8
+        assert int(solution.mask.sum()) == (0 if method == "keep" else 8)
+
+
+def test_keep_prunes_what_is_zero_already_and_fits_the_rest_to_the_target():
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    hessian, weight = x.T @ x, torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    weight[:, ::2] = 0.0
+    (same,) = solve("keep", [weight], hessian, PATTERN)
+    torch.testing.assert_close(same.weight, weight)
+    target = weight + 0.1 * torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    (fitted,) = solve("keep", [weight], hessian, PATTERN, target=[target], dampening_frac=0.0)
+    assert torch.equal(fitted.mask, weight != 0)
+    assert torch.equal(fitted.weight != 0, fitted.mask)
+    kept = x[:, 1::2]  # the least squares on what is kept
+    expected = torch.linalg.lstsq(kept, x @ target.T).solution.T
+    torch.testing.assert_close(fitted.weight[:, 1::2], expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("d", [1, 255, 256, 600])
