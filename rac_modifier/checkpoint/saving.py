@@ -35,8 +35,9 @@ def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...
 class SavePlan:
     """What a compressed model must look like on disk; without `modules` nothing is pruned, checked or packed.
 
-    `patterns` has one for each of `modules`. `record` is the run's part of the record beside the weights; versions and the base model are added when it is written.
-    `tokenizer` is a path or id, None for the base model's own. `prepare(model, save_compressed)` is called before saving.
+    `patterns` has one for each of `modules`. `record` is the run's part of the record beside the weights; versions and the
+    base model are added when it is written. `tokenizer` is a path or id, None for the base model's own.
+    `prepare(model, save_compressed)` is called before saving.
     """
 
     record: dict[str, Any]

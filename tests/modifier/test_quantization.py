@@ -63,7 +63,9 @@ def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(
     record = json.loads((out / "rac_run.json").read_text())
     assert len(record["quantization"]) == 1
     for module in record["modules"]:
-        assert module["relative_error_before_rounding"] < module["relative_error"] < 1
+        before, after = module["relative_error_before_rounding"], module["relative_error"]
+        # eight bits cost next to nothing, and the sweeps go on where the refit ended
+        assert 0 < after == pytest.approx(before, rel=0.01) if "8" in scheme and scheme != "fp8" else before < after < 1
         assert module["quantization"]
     assert "pruned and quantized" in (out / "README.md").read_text()
     ReasoningAwareSparseGPTModifier(**record["modifier"])  # the record can be run again
