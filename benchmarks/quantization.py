@@ -1,13 +1,14 @@
 """Sparse and quantized on the embedded reasoner, in one pass against one after the other: docs/results/quantization.md.
 
     python benchmarks/quantization.py                 # resumes from its rows
-    python benchmarks/quantization.py --report-only   # the tables from the rows that are there
+    python benchmarks/quantization.py --report-only   # the table from the rows that are there
+    python benchmarks/quantization.py --recipes rac_2of4_w4a16 --methods ours "then GPTQ" --problems 1000 --out build/more
 
 For each scheme: pruned only; quantized only (upstream's GPTQModifier on our traces); ours, in one pass; pruned by us, then
 upstream's GPTQModifier on the same traces; pruned by us, then rounded to nearest (QuantizationModifier). All in float32 on the
 same calibration tokens, with greedy answers to the same held-out problems. The layer error compares each linear's output with
-the dense model's on held-out traces, ||W x_dense - W' x||^2 / ||W x_dense||^2, each model on its own inputs; it is a mean over
-the layers, at the least, rounding and pruning before it included.
+the dense model's on held-out traces, ||W x_dense - W' x||^2 / ||W x_dense||^2, each model on its own inputs, so that what was
+lost before a layer counts in it; it is the mean over all linears.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ RECIPES: dict[str, tuple[str | float, str]] = {
     "rac_unstructured_50_w8": (0.5, "w8"),
 }
 METHODS = ("ours", "then GPTQ", "then nearest")
+ALL_METHODS = ("dense", "pruned only", "quantized only", *METHODS)
 HELD_OUT_SEED = 9
 
 
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
     batches = [torch.tensor(sequence.ids).unsqueeze(0) for sequence in held_out.loader.sequences]
     done = [row["cell"] for row in read(rows_path)]
     for cell in cells({name: RECIPES[name] for name in args.recipes}):
-        if list(cell) in done:
+        if list(cell) in done or cell[2] not in args.methods:
             continue
         started = time.monotonic()
         model = compress(cell, path, args)
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--held-out-tokens", type=int, default=8192)
     parser.add_argument("--recipes", choices=RECIPES, nargs="+", default=list(RECIPES))
+    parser.add_argument("--methods", choices=ALL_METHODS, nargs="+", default=ALL_METHODS)
     parser.add_argument("--cap", type=int, default=512)
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()

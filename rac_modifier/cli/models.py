@@ -53,6 +53,17 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     return load_model(source, dtype=precision.value), tokenizer
 
 
+def unpacked(source: str, precision: Dtype) -> Any:
+    """What oneshot takes: the source itself, or where its weights are packed, which oneshot cannot load, the loaded model."""
+    from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format
+    from rac_modifier.checkpoint.load import load_model
+    from rac_modifier.checkpoint.record import read_json
+
+    if not (Path(source) / CONFIG_FILE).is_file() or packed_format(read_json(Path(source) / CONFIG_FILE)) is None:
+        return source
+    return load_model(source, dtype=precision.value)
+
+
 def subject_of(model: str) -> tuple[Any, Any]:
     """What collecting needs to know of a model that servers sample; its weights stay on disk."""
     from rac_modifier.traces.subject import Subject

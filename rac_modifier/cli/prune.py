@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rac_modifier.cli.models import check_model, check_output, resolve
+from rac_modifier.cli.models import check_model, check_output, resolve, unpacked
 from rac_modifier.cli.options import Dtype, Model, Overrides, Precision, PresetName, Recipe
 
 
@@ -24,7 +24,7 @@ def prune(
     set_: Overrides = None,
     precision: Precision = Dtype.AUTO,
 ) -> None:
-    """Prune a model as a recipe says, and save it as a sparse checkpoint.
+    """Prune or quantize a model as a recipe says, and save it.
 
     Samples the model's own chains of thought (or reads them from a store), calibrates on them and
     prunes layer by layer: llm-compressor's oneshot, with recipe and output folder checked first.
@@ -43,7 +43,7 @@ def prune(
     from llmcompressor import oneshot
 
     oneshot(
-        model=source,
+        model=unpacked(source, precision),
         recipe=yaml.safe_dump(content, sort_keys=False),
         precision=precision.value,
         output_dir=str(output),

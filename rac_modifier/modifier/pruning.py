@@ -77,6 +77,7 @@ class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
                 **{name: getattr(self, name) for name in Plan.__annotations__ if name in type(self).model_fields},
                 tokens=self.calibration.tokens,
                 held_out_tokens=self.calibration.held_out_tokens,
+                rounding_sweeps=self.quantization.sweeps if self.quantization else None,
             ),
         )
 

@@ -46,6 +46,7 @@ class Plan:
     refit_steps: int
     tokens: int
     held_out_tokens: int
+    rounding_sweeps: int | None = None  # of quantization; None without
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ def _solver(group: Group, plan: Plan, dense_target: bool) -> float:
         cost += (0.0 if dense_target else factor) + product / 2
     elif plan.solver == "alps":
         cost += len(stages(plan.iterations)) * (factor if d > INVERSE_UP_TO * r else d**3) + plan.iterations * product
-    if plan.solver == "alps" or plan.refit:
+    if plan.solver in ("alps", "keep") or plan.refit:
         cost += (plan.refit_steps + 1) * product
     if plan.solver != "sparsegpt" or plan.refit:
         cost += product / 2  # errors
+    if plan.rounding_sweeps is not None:
+        cost += (0.0 if dense_target else factor) + product / 2  # GPTQ
+        cost += (plan.rounding_sweeps + 1) * product  # coordinate descent, and errors with what they are relative to
     return cost
 
 

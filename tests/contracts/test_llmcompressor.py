@@ -354,3 +354,25 @@ def test_seam_the_recipe_is_in_the_session_when_a_modifier_is_initialized(tiny_f
     ]
     oneshot(model=str(tiny_folder), recipe=made)
     assert seen == [[True, False], [False, True]]
+
+
+def test_seam_a_compressor_takes_a_wider_weight_than_the_modules():
+    """Weights are widened to float32 before they are divided by their scales."""
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    scheme = preset_name_to_scheme("W8A8", ["Linear"])
+    name = infer_module_format(torch.nn.Linear, scheme).value
+    assert name == "int-quantized"
+    codes = torch.tensor([[127.0, -127.0, 65.0, 0.0]])
+    scale = torch.tensor([[1.0546875]], dtype=torch.bfloat16)
+    state = {
+        "weight": (codes * scale.float()).bfloat16(),
+        "weight_scale": scale,
+        "weight_zero_point": torch.zeros(1, 1),
+    }
+    compress = BaseCompressor.get_value_from_registry(name).compress
+    exact = compress({**state, "weight": state["weight"].float()}, scheme)["weight"]
+    assert torch.equal(exact.float(), codes)
+    assert "weight_zero_point" not in compress(state, scheme)

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+import yaml
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from modifier_helpers import assert_same_weights, gptq_w4, int4, weights
-from tiny import entry, is_2of4, linears
+from tiny import entry, is_2of4, linears, recipe
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
-from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
+from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.sources import iter_dense_tensors
 
@@ -123,6 +124,17 @@ def test_a_sparse_model_is_quantized_as_it_is(prune, tmp_path, off_policy):
     assert inspect_checkpoint(tmp_path / "out").sound
 
 
+def test_the_command_line_quantizes_a_packed_model(prune, tmp_path, off_policy):
+    prune(output_dir=tmp_path / "sparse")
+    settings = {"mask_structure": "2:4", "solver": "keep", "quantization": int4(), "traces": off_policy}
+    (tmp_path / "r.yaml").write_text(recipe({**settings, "calibration": {"tokens": 400}}))
+    command = ["prune", tmp_path / "sparse", tmp_path / "out", "-r", tmp_path / "r.yaml"]
+    cli.app([str(part) for part in command], standalone_mode=False)
+    report = inspect_checkpoint(tmp_path / "out")
+    assert report.sound
+    assert {row.dtype for row in report.sparse} == {"I4"}
+
+
 def test_keep_without_quantization_leaves_the_weights_that_fit_already(prune, off_policy):
     sparse = prune(reconstruct="pruned")
     before = weights(sparse)
@@ -167,10 +179,6 @@ def test_quantization_alone_takes_the_traces(calibrate, tmp_path, pipeline, tiny
 
 
 def test_a_recipe_of_quantization_alone_takes_the_command_line_and_traces(tiny_folder, trace_store, tmp_path):
-    import yaml
-
-    from rac_modifier import cli
-
     shared = {key: value for key, value in entry(trace_store).items() if key != "mask_structure"}
     modifiers = {"ReasoningAwareCalibrationModifier": shared, "GPTQModifier": {"ignore": ["lm_head"], **int4()}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"q_stage": {"q_modifiers": modifiers}}, sort_keys=False))

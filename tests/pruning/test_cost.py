@@ -13,6 +13,8 @@ from rac_modifier.pruning.patterns import Pattern
 from rac_modifier.pruning.solver import solve
 from rac_modifier.pruning.sparsegpt import factorise
 from rac_modifier.pruning.statistics import GroupStatistics
+from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.solver import quantize
 
 PLAN = Plan("alps", False, "dense", "auto", "uniform", "uniform", 8, 3, tokens=700, held_out_tokens=0)
 
@@ -87,6 +89,29 @@ def test_solver(solver, refit, reconstruct):
     assert (
         counted <= products.count <= 1.35 * counted
     )  # what happens inside blocks is not counted, and small for wide layers
+
+
+def test_rounding():
+    columns, rows = 1536, (64, 64)
+    weights, x, _ = problem(columns, rows)
+    hessian = x.T @ x
+    factor = factorise(hessian, 0.01, "w")
+    masks = [torch.ones_like(w, dtype=torch.bool) for w in weights]
+    with Products() as products:
+        quantize(
+            weights,
+            masks,
+            weights,
+            hessian,
+            Grid("int", 8),
+            names=["a", "b"],
+            dtype=torch.float32,
+            factor=factor,
+            sweeps=2,
+        )
+    group = [Group(columns, rows)]
+    added = run_cost(group, dataclasses.replace(PLAN, rounding_sweeps=2)).solver - run_cost(group, PLAN).solver
+    assert added == pytest.approx(products.count, rel=0.15)  # blocks of a sweep have their triangles counted whole
 
 
 def test_what_options_add():
