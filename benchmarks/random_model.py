@@ -10,12 +10,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.pruning.patterns import Pattern
+from rac_modifier.serving.weight import quantize_rows
 
 
-def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None) -> None:
+def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None, int8: bool = False) -> None:
     """Save the model in bfloat16, tied embeddings; with a `pattern`, its linear layers pruned at random and packed.
 
-    Nothing is written where the folder exists.
+    `int8`: those are rounded to int8 besides, a scale a row. Nothing is written where the folder exists.
     """
     if folder.exists():
         return
@@ -38,7 +39,21 @@ def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None) -
         for module in linears.values():
             module.weight.data.masked_fill_(random_zeros(module.weight, pattern), 0)
     unfinished = folder.with_name(folder.name + ".unfinished")
-    model.save_pretrained(unfinished, max_shard_size="1GB")
+    state = model.state_dict()
+    if int8:
+        for name in linears:
+            values, scale = quantize_rows(state[f"{name}.weight"])
+            state |= {f"{name}.weight": values, f"{name}.weight_scale": scale}
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+        inputs = {**weights, "strategy": "token", "dynamic": True}
+        model.config.quantization_config = {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+            "ignore": ["lm_head"],
+        }
+    model.save_pretrained(unfinished, state_dict=state, max_shard_size="1GB")
     if pattern is not None:
         structure = f"{pattern.n}:{pattern.m}" if pattern.is_structured else "unstructured"
         pack_checkpoint(unfinished, dict.fromkeys(linears, structure), dense_linears=["lm_head"])

@@ -53,8 +53,10 @@ def busy_seconds() -> float:
 
 
 @contextmanager
-def serving(checkpoint: Path, options: list[str], log: Path, timeout: float = 900) -> Iterator[Server]:
-    """Run `vllm serve` while inside. Exits with the end of its log where it does not get ready."""
+def serving(
+    checkpoint: Path, options: list[str], log: Path, timeout: float = 900, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Run `vllm serve` while inside, with this `environment` besides. Exits with the end of its log where it does not get ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -64,7 +66,7 @@ def serving(checkpoint: Path, options: list[str], log: Path, timeout: float = 90
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), *options],
-            env=ENVIRONMENT | os.environ,
+            env=ENVIRONMENT | os.environ | (environment or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_weight import random_weight
-from vllm_fixtures import needs_vllm, on_rank
+from vllm_fixtures import needs_vllm, on_rank, quantization_config, quantize
 
 needs_vllm()
 
@@ -142,33 +142,15 @@ def finish(layer: LinearBase) -> None:
     layer.quant_method.process_weights_after_loading(layer)
 
 
-def quantized_config(format: str, **changes: Any) -> RacSparseConfig:
+def quantized_config(format: str) -> RacSparseConfig:
     """A config whose weights are quantised too, as `from_config` makes it."""
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    inputs = {**weights, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    sparsity = {"format": format, "targets": ["Linear"], "ignore": []}
-    return RacSparseConfig.from_config(
-        {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "config_groups": {"group_0": group},
-            "ignore": ["lm_head"],
-            "sparsity_config": {**sparsity, **changes},
-        }
-    )
+    return RacSparseConfig.from_config(quantization_config(format, "int8", []))
 
 
-def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantized(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantized values, their scales, and what they are worth in float32."""
-    rows, columns = weight.shape
-    groups = 4 if scheme == "int4" else 1
-    most = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[scheme]
-    scale = (weight.view(rows, groups, -1).abs().amax(-1) / most).clamp_min(1e-6)
-    wide = scale.repeat_interleave(columns // groups, dim=1)
-    values = weight / wide
-    values = values.to(torch.float8_e4m3fn) if scheme == "fp8" else values.round().to(torch.int8)
-    return values, scale, values.float() * wide
+    values, scale = quantize(weight, scheme)
+    return values, scale, values.float() * scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
 
 
 @pytest.mark.parametrize("isa", ["best", "off"])
@@ -182,7 +164,7 @@ def test_quantised_weights_and_their_scales_are_sharded(monkeypatch, kind, rank,
     on_rank(monkeypatch, rank, size)
     dense, sparse = make(kind, None), make(kind, quantized_config(format))
     for shard, module, weight in weights_of(kind, format == FORMAT_24):
-        values, scale, meant = quantize(weight, scheme)
+        values, scale, meant = quantized(weight, scheme)
         load(dense, shard, {"weight": meant})
         parts = pack(values, format, module, bits=4 if scheme == "int4" else None)
         load(sparse, shard, {**parts, "weight_scale": scale})
@@ -202,16 +184,16 @@ def test_quantised_weights_and_their_scales_are_sharded(monkeypatch, kind, rank,
 
 
 def test_groups_that_a_rank_cuts(monkeypatch):
-    """96 columns in groups of 24 on 3 ranks: 32 each, so the scales are of groups of 8."""
-    on_rank(monkeypatch, 1, 3)
+    """96 columns in groups of 32 on 4 ranks: 24 each, so the scales are of groups of 8."""
+    on_rank(monkeypatch, 1, 4)
     dense, sparse = make("row", None), make("row", quantized_config(FORMAT_BITMASK))
     (shard, module, weight), *_ = weights_of("row", False)
-    values, scale, meant = quantize(weight, "int4")
+    values, scale, meant = quantized(weight, "int4")
     load(dense, shard, {"weight": meant})
     load(sparse, shard, {**pack(values, FORMAT_BITMASK, module, bits=4), "weight_scale": scale})
     finish(sparse)
     finish(dense)
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 24)
     expected = dense.quant_method.apply(dense, x)
     torch.testing.assert_close(sparse.quant_method.apply(sparse, x), expected, rtol=1e-3, atol=1e-3)
 
@@ -221,7 +203,7 @@ def test_quantised_with_a_bias_in_bfloat16_and_compiled(monkeypatch):
     layer = make("column", quantized_config(FORMAT_24), bias=True)
     layer.quant_method.dtype = torch.bfloat16
     (shard, module, weight), *_ = weights_of("column", True)
-    values, scale, meant = quantize(weight, "int8")
+    values, scale, meant = quantized(weight, "int8")
     load(layer, shard, {**pack(values, FORMAT_24, module), "weight_scale": scale.bfloat16()})
     meant = values.float() * scale.bfloat16().float()
     finish(layer)
@@ -236,7 +218,7 @@ def test_parts_that_are_quantised_differently_run_dense(monkeypatch):
     config = quantized_config(FORMAT_BITMASK)
     dense, mixed = make("qkv", None), make("qkv", config)
     for shard, module, weight in weights_of("qkv", False):
-        values, scale, meant = quantize(weight, "fp8" if shard == "k" else "int8")
+        values, scale, meant = quantized(weight, "fp8" if shard == "k" else "int8")
         load(dense, shard, {"weight": meant})
         if shard == "v":  # quantised and not sparse
             load(mixed, shard, {"weight": values, "weight_scale": scale})
@@ -264,7 +246,7 @@ def test_damaged_scales(monkeypatch, change, message):
     on_rank(monkeypatch, 0, 1)
     layer = make("column", quantized_config(FORMAT_BITMASK))
     (shard, module, weight), *_ = weights_of("column", False)
-    values, scale, _ = quantize(weight, "int8")
+    values, scale, _ = quantized(weight, "int8")
     parts = {**pack(values, FORMAT_BITMASK, module), "weight_scale": scale, **change}
     load(layer, shard, {name: tensor for name, tensor in parts.items() if tensor is not None})
     with pytest.raises(RacError, match=rf"^a\.column\.{next(iter(change))}: .*{message}"):

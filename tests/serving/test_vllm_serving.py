@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_fixtures import needs_vllm, reference, save_model, serve
+import torch
+from vllm_fixtures import greedy, needs_vllm, reference, save_model, save_quantized, serve
 
 needs_vllm()
 
@@ -44,6 +45,39 @@ def test_greedy_tokens(tmp_path, kind, structure, changes):
     assert methods[f"{prefix}.self_attn.qkv_proj"] == SPARSE
     if kind != "qwen3_moe":
         assert methods[f"{prefix}.mlp.gate_up_proj"] == methods[f"{prefix}.mlp.down_proj"] == SPARSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_greedy_tokens_of_quantized_weights(tmp_path, structure, scheme):
+    """Against transformers on what the weights are worth. Integers round activations, so a near tie could turn; none does."""
+    save_quantized(tmp_path / "model", tmp_path / "meant", structure, scheme)
+    tokens, methods = serve(tmp_path / "model", TOKENS)
+    assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"  # ignored
+    assert methods["model.layers.0.mlp.down_proj"] == methods["model.layers.0.self_attn.qkv_proj"] == SPARSE
+    assert tokens == reference(tmp_path / "meant", TOKENS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_head(tmp_path, monkeypatch, tied):
+    """A tied embedding keeps its lookups; logits are those of the rounded head."""
+    from rac_modifier.checkpoint.load import load_model
+    from rac_modifier.serving.weight import quantize_rows
+
+    folder = save_model(tmp_path / "model", "qwen3", "2:4", tie_word_embeddings=tied)
+    monkeypatch.setenv("RAC_LM_HEAD", "int8")
+    tokens, methods = serve(folder, TOKENS)
+    assert methods["lm_head"] == ("packed" if kernels.support().isa else "Int8HeadMethod")
+
+    model = load_model(folder, dtype="float32")
+    values, scale = quantize_rows(model.get_output_embeddings().weight.data)
+    head = torch.nn.Linear(values.shape[1], values.shape[0], bias=False)
+    head.weight.data = values.float() * scale
+    model.config.tie_word_embeddings = False
+    model.lm_head = head
+    assert tokens == greedy(model, TOKENS)
 
 
 @pytest.mark.slow

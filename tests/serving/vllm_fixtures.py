@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+GROUP = 32  # columns that share a scale of 4-bit values
 NEEDS_VLLM = (
     "vllm is not installed here; run these in the serving environment: .venv-serve/bin/python -m pytest tests/serving"
 )
@@ -102,6 +105,67 @@ def prune_saved(folder: Path, structure: str) -> dict[str, str]:
     return modules
 
 
+def save_quantized(folder: Path, meant: Path, structure: str, scheme: str, **changes: Any) -> None:
+    """As `save_model`, the pruned weights quantized besides ("int8", "fp8" or "int4"); dense in `meant`, what they are worth."""
+    from safetensors.torch import load_file, save_file
+
+    from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack
+
+    packed = save_model(folder, "qwen3", structure, packed=False, **changes)
+    shutil.copytree(packed, meant)
+    format = FORMAT_24 if structure == "2:4" else FORMAT_BITMASK
+    config = json.loads((folder / "config.json").read_text())
+    modules = config.pop("rac_sparsity")["modules"]
+    where = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors, dense = load_file(path), load_file(meant / path.name)
+        for module in [name.removesuffix(".weight") for name in tensors if name.removesuffix(".weight") in modules]:
+            values, scale = quantize(tensors.pop(f"{module}.weight").float(), scheme)
+            parts = pack(values, format, module, bits=4 if scheme == "int4" else None)
+            tensors |= {f"{module}.{part}": tensor for part, tensor in {**parts, "weight_scale": scale}.items()}
+            dense[f"{module}.weight"] = values.float() * scale.repeat_interleave(
+                values.shape[1] // scale.shape[1], dim=1
+            )
+        save_file(tensors, path, {"format": "pt"})
+        save_file(dense, meant / path.name, {"format": "pt"})
+        where |= dict.fromkeys(tensors, path.name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    config["quantization_config"] = quantization_config(
+        format, scheme, sorted(set(saved_linears(meant)) - set(modules))
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    (meant / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+
+
+def quantization_config(format: str, scheme: str, ignore: list[str]) -> dict[str, Any]:
+    """What llm-compressor and packing write for it."""
+    kind, bits = ("float", 8) if scheme == "fp8" else ("int", int(scheme[-1]))
+    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group" if bits == 4 else "channel"}
+    if bits == 4:
+        weights["group_size"] = GROUP
+    inputs = None if bits == 4 else {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
+    ignore = [*ignore, "lm_head"]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-quantized"}[scheme],
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "ignore": ignore,
+        "sparsity_config": {"format": format, "targets": ["Linear"], "ignore": ignore},
+    }
+
+
+def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values (int8, also for 4 bits, or fp8) and scales float32 [N, groups] of a float weight [N, K]."""
+    rows, columns = weight.shape
+    groups = columns // GROUP if scheme == "int4" else 1
+    most = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[scheme]
+    scale = (weight.view(rows, groups, -1).abs().amax(-1) / most).clamp_min(1e-6)
+    values = weight / scale.repeat_interleave(columns // groups, dim=1)
+    return values.to(torch.float8_e4m3fn) if scheme == "fp8" else values.round().to(torch.int8), scale
+
+
 def prune(weight: torch.Tensor, structure: str) -> None:
     """Zero the smaller half, of each four columns or of all weights."""
     groups = weight.view(-1, 4) if structure == "2:4" else weight.view(1, -1)
@@ -115,7 +179,11 @@ def reference(folder: Path, tokens: int) -> list[list[int]]:
     """Greedy tokens of transformers on the unpacked weights, in float32."""
     from rac_modifier.checkpoint.load import load_model
 
-    model = load_model(folder, dtype="float32")
+    return greedy(load_model(folder, dtype="float32"), tokens)
+
+
+def greedy(model: Any, tokens: int) -> list[list[int]]:
+    """Greedy tokens of a transformers model."""
     model.generation_config.eos_token_id = None
     return [
         model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[
@@ -152,12 +220,13 @@ def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], d
 
 
 def methods_of(model: torch.nn.Module) -> dict[str, str]:
-    """How each linear layer runs: "packed", or its method's class."""
+    """How each linear layer and the head run: "packed", or the method's class."""
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, LinearBase):
+        if isinstance(module, (LinearBase, ParallelLMHead)):
             method = module.quant_method
             found[name] = "packed" if hasattr(module, "weight_packed") else type(method).__name__
             assert not (hasattr(module, "weight_packed") and hasattr(module, "weight")), f"{name}: two copies"
