@@ -56,7 +56,10 @@ def busy_seconds() -> float:
 def serving(
     checkpoint: Path, options: list[str], log: Path, timeout: float = 900, environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """Run `vllm serve` while inside, with this `environment` besides. Exits with the end of its log where it does not get ready."""
+    """Run `vllm serve` while inside, with this `environment` besides.
+
+    Exits with the end of its log where it does not get ready.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
