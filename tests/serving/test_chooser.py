@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from test_weight import random_weight
 
+from rac_modifier.checkpoint.formats import pack
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.errors import RacError
 from rac_modifier.serving.chooser import Summary, kept_dtype, plan_checkpoint, plan_row, render_plan, stay_dense
@@ -74,6 +76,28 @@ def test_plan_of_a_packed_checkpoint(tmp_path):
     assert "dense because it is not pruned (in ignore)" in table
     served_in_fp32 = plan_checkpoint(tmp_path / "m", torch.float32, AVX2)
     assert served_in_fp32[0].decision.bytes_per_weight == pytest.approx(1.125)  # bf16 values stay bf16
+
+
+@pytest.mark.parametrize(
+    ("bits", "groups", "kernel"),
+    [
+        (8, 1, "sparse int8 kernel avx2"),
+        (4, 11, "sparse int8 kernel avx2 (int4 values, a byte each)"),
+        (4, 22, "sparse kernel avx2 (int4 values in groups of 2, rounded to bfloat16)"),
+    ],
+)
+@pytest.mark.parametrize("two_of_four", [True, False])
+def test_plan_of_quantized_weights(tmp_path, two_of_four, bits, groups, kernel):
+    format = "sparse-24-bitmask" if two_of_four else "sparse-bitmask"
+    weight = random_weight(32, 44, 0, two_of_four, torch.float32).mul(3).round().clamp(-7, 7).to(torch.int8)
+    parts = {**pack(weight, format, "a", bits if bits == 4 else None), "weight_scale": torch.ones(32, groups)}
+    save_file({f"a.{name}": tensor for name, tensor in parts.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": format}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (row,) = plan_checkpoint(tmp_path, support=AVX2)
+    assert row.decision.kernel == kernel
+    stored = int((weight != 0).sum()) if not two_of_four else 32 * 22
+    assert stored <= row.density * 32 * 44 < stored + 8
 
 
 def test_plan_of_dense_stored_weights_says_how_to_serve_them_sparse(tmp_path):
