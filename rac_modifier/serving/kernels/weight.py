@@ -99,11 +99,11 @@ def pack_dense(weight: Tensor) -> SparseWeight:
 def pack_scale(scale: Tensor, group: int = 0) -> Tensor:
     """Scales [N, groups] of a weight's rows, or of each row's groups of columns, as the kernels read them.
 
-    Returns float32 [panels, groups, 16]; with `group` columns to a scale, groups too wide for a kernel are halved, say.
+    Returns float32 [panels, groups, 16]. Groups of more than 512 columns, if `group` says that they are, are split.
     """
     rows, groups = scale.shape
     if groups > 1 and group > MOST_GROUP:
-        parts = next(n for n in range(2, group) if group % n == 0 and group // n <= MOST_GROUP)
+        parts = next(n for n in range(2, group) if group % (4 * n) == 0 and group // n <= MOST_GROUP)
         scale, groups = scale.repeat_interleave(parts, dim=1), groups * parts
     padded = torch.nn.functional.pad(scale.float(), (0, 0, 0, -rows % PANEL))
     return padded.view(-1, PANEL, groups).transpose(1, 2).contiguous()

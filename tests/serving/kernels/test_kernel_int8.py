@@ -77,6 +77,15 @@ def test_scales_in_groups(kernel, columns, groups, density):
             assert_integer_product(y, x, scaled(dense, scale), groups, bias)
 
 
+def test_groups_wider_than_a_block_are_split(best):
+    dense, weight = integers(20, 2 * 1028, 0.5)
+    scale = torch.rand(20, 2) + 0.01
+    x = torch.randn(3, 2 * 1028)
+    packed = pack_scale(scale, 1028)
+    assert packed.shape == (2, 514, 16)  # of 1028 columns only 4 are a multiple of 4, 512 at most, and a divisor
+    assert_integer_product(sparse_linear(x, weight, None, packed), x, scaled(dense, scale), 514)
+
+
 def test_the_largest_sums_fit(kernel):
     """512 products of -128 and the largest integer in one block, and of both signs."""
     for density in (0.999999, 1.0):
