@@ -129,7 +129,7 @@ def size_table(runs: dict[str, list[Run]], checkpoints: dict[str, Path]) -> list
 
 def kernel_lines(log: Path) -> list[str]:
     """What the plugin says of its choices, once."""
-    marks = ("rac-sparse:", "kernel", "dense because")
+    marks = ("rac-sparse:", "sparse kernel", "int8 kernel", "dense because")
     lines = [line.partition("] ")[2] for line in log.read_text(errors="replace").splitlines()]
     return list(dict.fromkeys(line for line in lines if any(mark in line for mark in marks)))
 
