@@ -66,18 +66,20 @@ def vllm_linear(weight: Tensor) -> Linear:
 class Model:
     """The contenders' layers, each on memory of its own, and a bit over `gigabytes` of it for the sparse one."""
 
-    def __init__(self, shapes: list[tuple[int, int]], sparsity: float, dtype: torch.dtype, gigabytes: float) -> None:
+    def __init__(
+        self, shapes: list[tuple[int, int]], sparsity: float, dtype: torch.dtype, stored: torch.dtype, gigabytes: float
+    ) -> None:
         self.columns = [columns for _, columns in shapes]
         self.nbytes = 0
         self._weights, self._layers = [], 0
         sources = []
         for rows, columns in shapes:
             mask = torch.rand(rows, columns) >= sparsity
-            dense = torch.randn(rows, columns).to(dtype).masked_fill(~mask, 0)
+            dense = torch.randn(rows, columns).to(stored).masked_fill(~mask, 0)
             eights = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8)).view(rows, -1, 8)
             bitmask = (eights << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
             sources.append((dense, dense[mask], bitmask))
-            self._weights.append(dense)
+            self._weights.append(dense.to(dtype))
         self.sparse: list[Linear] = []
         while self.nbytes < gigabytes * 1e9:
             for dense, values, bitmask in sources:
@@ -137,12 +139,14 @@ def measure(model: Model, rows: int, dtype: torch.dtype, repeats: int) -> dict[s
 def table(arguments: argparse.Namespace, threads: int, sparsity: float) -> None:
     """One Markdown table: a line for each number of rows of x."""
     dtype = DTYPES[arguments.dtype]
+    stored = DTYPES[arguments.stored or arguments.dtype]
     torch.set_num_threads(threads)
     shapes = SHAPES[arguments.model]
-    model = Model(shapes, sparsity, dtype, arguments.gigabytes)
-    ceiling = choose(*shapes[2], 1 - sparsity, dtype).ceiling
+    model = Model(shapes, sparsity, dtype, stored, arguments.gigabytes)
+    ceiling = dtype.itemsize / choose(*shapes[2], 1 - sparsity, stored).bytes_per_weight
     print(
-        f"\n{arguments.model} shapes, {arguments.dtype}, {sparsity:.0%} sparse, {threads} threads, "
+        f"\n{arguments.model} shapes, {arguments.dtype} on {arguments.stored or arguments.dtype} values, {sparsity:.0%} sparse, "
+        f"{threads} threads, "
         f"{model.nbytes / 1e9:.2f} GB packed, at most {ceiling:.2f}x by bytes\n"
     )
     for index, rows in enumerate(arguments.rows):
@@ -169,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="1.5B")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--stored", choices=DTYPES, help="dtype of the packed values, if another than --dtype")
     parser.add_argument("--rows", type=numbers, default=[1, 2, 4, 8, 16, 32, 64, 128, 512], help="numbers of rows of x")
     parser.add_argument("--threads", type=numbers, default=[1, 2])
     parser.add_argument("--sparsity", type=lambda text: [float(part) for part in text.split(",")], default=[0.5])

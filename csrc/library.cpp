@@ -47,34 +47,54 @@ void* padded(const void* x, Type from, Type to, int64_t m, int64_t lines, int64_
 }
 
 constexpr int64_t BLOCK_COLUMNS = 256;  // of a panel expanded at a time: 16 KiB, half a first-level cache
+constexpr int64_t CHUNK = 240;          // rows of x that many panels share: with BLOCK_COLUMNS half a second-level cache
+constexpr int64_t GROUP = 8;            // panels that pass by such a piece of x while it is there
+constexpr int64_t FEW = 32;             // rows of x that stay in a cache by themselves: panels are read one by one
 
-// A few rows of x multiply a panel as it is stored. More multiply it expanded, a block of columns at a time.
-bool vector_panels(const Product& product, const Kernel& kernel, int64_t first, int64_t last) {
+// Rows [line, line + lines) of x times `count` panels from `first` on, into acc [count][lines][PANEL]. A few rows multiply
+// a panel as it is stored. More multiply it expanded, a block of columns at a time.
+void multiply_group(const Product& product, const Kernel& kernel, int64_t first, int64_t count, int64_t line,
+                    int64_t lines, float* acc) {
     const Weight& weight = product.weight;
-    const float* x = static_cast<const float*>(product.x);
-    const int64_t m = product.m, sums = m * PANEL * static_cast<int64_t>(sizeof(float));
-    float* acc = static_cast<float*>(std::malloc(sums));
-    if (!acc) return false;
-    for (int64_t panel = first; panel < last; panel++) {
-        const uint32_t* masks = weight.masks_of(panel);
-        const char* values = weight.values_of(panel);
-        std::memset(acc, 0, sums);
-        if (m <= kernel.rows) {
-            kernel.dot[weight.type][m - 1](masks, values, weight.pairs(), x, product.stride, acc);
-        } else {
-            alignas(64) float block[BLOCK_COLUMNS * PANEL];
-            for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS) {
-                const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS) + 1) / 2;
-                const float* from = x + column;
-                values = kernel.begin[weight.type](masks + column / 2, values, pairs, from, product.stride, acc, block);
-                for (int64_t line = kernel.dense_rows; line < m; line += kernel.dense_rows) {
-                    const int64_t lines = std::min<int64_t>(m - line, kernel.dense_rows);
-                    kernel.dot[DENSE][lines - 1](nullptr, reinterpret_cast<const char*>(block), pairs,
-                                                 from + line * product.stride, product.stride, acc + line * PANEL);
-                }
+    const float* x = static_cast<const float*>(product.x) + line * product.stride;
+    if (lines <= kernel.rows) {
+        for (int64_t p = 0; p < count; p++)
+            kernel.dot[weight.type][lines - 1](weight.masks_of(first + p), weight.values_of(first + p), weight.pairs(),
+                                               x, product.stride, acc + p * lines * PANEL);
+        return;
+    }
+    alignas(64) float block[BLOCK_COLUMNS * PANEL];
+    const char* values[GROUP];
+    for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
+    for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS) {
+        const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS) + 1) / 2;
+        for (int64_t p = 0; p < count; p++) {
+            const float* from = x + column;
+            float* sums = acc + p * lines * PANEL;
+            values[p] = kernel.begin[weight.type](weight.masks_of(first + p) + column / 2, values[p], pairs, from,
+                                                  product.stride, sums, block);
+            for (int64_t at = kernel.dense_rows; at < lines; at += kernel.dense_rows) {
+                const int64_t rows = std::min<int64_t>(lines - at, kernel.dense_rows);
+                kernel.dot[DENSE][rows - 1](nullptr, reinterpret_cast<const char*>(block), pairs,
+                                            from + at * product.stride, product.stride, sums + at * PANEL);
             }
         }
-        store(product, panel, 0, m, acc, PANEL);
+    }
+}
+
+bool vector_panels(const Product& product, const Kernel& kernel, int64_t first, int64_t last) {
+    const int64_t group = product.m <= FEW ? 1 : GROUP;
+    const int64_t most = std::min(product.m, CHUNK) * group * PANEL * static_cast<int64_t>(sizeof(float));
+    float* acc = static_cast<float*>(std::malloc(most));
+    if (!acc) return false;
+    for (int64_t line = 0; line < product.m; line += CHUNK) {
+        const int64_t lines = std::min(product.m - line, CHUNK);
+        for (int64_t panel = first; panel < last; panel += group) {
+            const int64_t count = std::min(last - panel, group);
+            std::memset(acc, 0, count * lines * PANEL * sizeof(float));
+            multiply_group(product, kernel, panel, count, line, lines, acc);
+            for (int64_t p = 0; p < count; p++) store(product, panel + p, line, lines, acc + p * lines * PANEL, PANEL);
+        }
     }
     std::free(acc);
     return true;

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
-from vllm_fixtures import needs_vllm, on_rank
+from vllm_fixtures import needs_vllm, on_rank, save_model
 
 needs_vllm()
 
@@ -17,6 +17,7 @@ from vllm.model_executor.layers import linear, quantization  # noqa: E402
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # noqa: E402
 
 from rac_modifier.checkpoint.config import with_packed  # noqa: E402
+from rac_modifier.checkpoint.record import read_json  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.serving.plugin import METHOD, register  # noqa: E402
 from rac_modifier.serving.vllm_layers.config import RacSparseConfig  # noqa: E402
@@ -93,6 +94,28 @@ def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
     assert config.layers.holds("a.b")
     with pytest.raises(RacError, match="leave out --quantization rac-sparse"):
         RacSparseConfig().maybe_update_config("m", hf_config=SimpleNamespace())
+
+
+@pytest.mark.parametrize("lost", ["tensor", "file"])
+def test_a_lost_tensor_that_is_not_packed_is_noticed_before_loading(tmp_path, lost):
+    """vLLM looks for weights that were not loaded in unquantised models only; `maybe_update_config` has the folder."""
+    from safetensors.torch import load_file, save_file
+    from vllm.model_executor.model_loader import default_loader
+
+    assert "model_config.quantization is None and loaded_weights is not None" in inspect.getsource(default_loader)
+    folder = save_model(tmp_path / "model", "qwen3", "2:4")
+    config = RacSparseConfig.from_config(read_json(folder / "config.json")["quantization_config"])
+    config.maybe_update_config(str(folder))
+    name = "model.layers.1.post_attention_layernorm.weight"
+    path = folder / read_json(folder / "model.safetensors.index.json")["weight_map"][name]
+    tensors = load_file(path)
+    del tensors[name]
+    if lost == "file":
+        path.unlink()
+    else:
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RacError, match=name if lost == "tensor" else path.name):
+        config.maybe_update_config(str(folder))
 
 
 def test_quantization_of_another_kind_on_request_is_an_error():

@@ -12,10 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_fixtures import greedy, needs_vllm, reference, save_model, save_quantized, serve
+from vllm_fixtures import (
+    greedy,
+    needs_vllm,
+    reference,
+    save_model,
+    save_quantized,
+    serve,
+    served_log_probabilities,
+)
 
 needs_vllm()
 
+from rac_modifier.checkpoint.load import load_model  # noqa: E402
 from rac_modifier.serving import kernels  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +112,22 @@ def test_one_summary_at_load(tmp_path, monkeypatch):
     serve(save_model(tmp_path / "model", "qwen3", "2:4"), 1)
     assert len(said) == 1
     assert said[0].startswith(f"rac-sparse: {7 if kernels.support().isa else 0} of 7 pruned layers")
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_close_as_stock_vllm(tmp_path):
+    """Teacher-forced log-probabilities in bfloat16, ours and those of vLLM's dense layers, against float32."""
+    packed = save_model(tmp_path / "packed", "qwen3", "unstructured")
+    dense = save_model(tmp_path / "dense", "qwen3", "unstructured", packed=False)
+    sequences = torch.randint(2, 256, (16, 100), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = load_model(packed, dtype="float32")(sequences).logits[:, :-1]
+    expected = logits.log_softmax(-1).gather(-1, sequences[:, 1:, None]).squeeze(-1)
+    errors = [
+        (served_log_probabilities(folder, sequences, dtype="bfloat16") - expected).abs().mean()
+        for folder in (packed, dense)
+    ]
+    assert 0 < errors[0] <= 1.05 * errors[1], errors
 
 
 @pytest.mark.slow

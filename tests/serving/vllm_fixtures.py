@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +195,10 @@ def greedy(model: Any, tokens: int) -> list[list[int]]:
     ]
 
 
-def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], dict[str, str]]:
-    """Greedy tokens of vLLM in float32, and the quant method's class of each linear layer."""
-    from vllm import LLM, SamplingParams
+@contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """A vLLM of this process, in float32 and eager unless `options` say otherwise."""
+    from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     from rac_modifier.serving.plugin import register
@@ -210,13 +213,37 @@ def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], d
     }
     model = LLM(str(folder), **{**settings, **options})
     try:
+        yield model
+    finally:
+        del model
+        cleanup_dist_env_and_memory()
+
+
+def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], dict[str, str]]:
+    """Greedy tokens of vLLM, and the quant method's class of each linear layer."""
+    from vllm import SamplingParams
+
+    with engine(folder, **options) as model:
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         outputs = model.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
         methods = {} if "tensor_parallel_size" in options else model.apply_model(methods_of)[0]
         return [list(output.outputs[0].token_ids) for output in outputs], methods
-    finally:
-        del model
-        cleanup_dist_env_and_memory()
+
+
+def served_log_probabilities(folder: Path, sequences: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What vLLM gives each token of int64 [B, T] but the first, teacher-forced: [B, T - 1]."""
+    from vllm import SamplingParams
+
+    with engine(folder, **options) as model:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": sequence} for sequence in sequences.tolist()]
+        outputs = model.generate(prompts, params, use_tqdm=False)
+    return torch.tensor(
+        [
+            [given[token].logprob for token, given in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
+            for sequence, output in zip(sequences.tolist(), outputs, strict=True)
+        ]
+    )
 
 
 def methods_of(model: torch.nn.Module) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.errors import RacError
 from rac_modifier.serving.claim import (
     SparseLayers,
@@ -73,7 +75,16 @@ class RacSparseConfig(QuantizationConfig):
         return cls(parse_packed(config), quantized, is_in_words(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """A checkpoint without `quantization_config`: its weights are stored dense, `rac_sparsity` says which are pruned."""
+        """Called once before anything is loaded, with the folder or the hub's name of the checkpoint.
+
+        Without a `quantization_config` its weights are stored dense, and `rac_sparsity` says which are pruned.
+
+        Raises:
+            RacError: the folder lacks a tensor that its index promises. vLLM asks that of unquantised models only, and would
+                serve, say, an embedding that was never filled.
+        """
+        if (Path(model_name) / INDEX_FILE).is_file():
+            TensorFiles(model_name).close()
         if self.layers is None:
             self.layers = parse_dense_stored(getattr(hf_config, "rac_sparsity", None))
 

@@ -61,9 +61,10 @@ def test_two_of_four(kernel):
     assert_product(sparse_linear(x, weight), x, dense)
 
 
-def test_more_columns_than_a_block_of_the_cache(kernel):
-    dense, weight = sparse(random_mask(20, 1111, 0.5), torch.bfloat16)
-    for m in (1, 11, 40):
+def test_more_of_each_than_a_block_of_the_cache(kernel, monkeypatch):
+    monkeypatch.setattr(linear, "CROSSOVER", dict.fromkeys(linear.CROSSOVER, 1000))
+    dense, weight = sparse(random_mask(150, 1111, 0.5), torch.bfloat16)  # more panels than a group, too
+    for m in (1, 11, 40, 242, 250):  # of a chunk, and a bit
         x = torch.randn(m, 1111).bfloat16()
         assert_product(sparse_linear(x, weight), x, dense)
 
