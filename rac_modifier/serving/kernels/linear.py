@@ -16,8 +16,8 @@ from rac_modifier.errors import RacError
 from rac_modifier.serving.kernels.native import TYPES, VALUE_TYPES, Library, library
 from rac_modifier.serving.kernels.weight import PANEL, SparseWeight
 
-# Up to how many rows of x the kernel itself is the faster way. AVX2: always, measured on shapes of a 1.5B model up to
-# 512 rows (benchmarks/kernel.py); portable: measured; AMX: as a prototype of it measured; AVX512: assumed.
+# Up to how many rows of x the kernel itself is the faster way. AVX2: at every number of rows up to 512 that was tried, on
+# shapes of a 1.5B model; portable: measured; AMX: as a prototype of it measured; AVX512: assumed.
 CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": 32, "amx": 128}
 # The same for 8-bit weights, which are multiplied as integers. AVX2: measured; portable, AVX512 and AMX: assumed.
 CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": 128, "amx": 256}
