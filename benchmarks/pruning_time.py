@@ -91,7 +91,7 @@ class Peer:
         self.model, sequences = build(tokens)
         self.settings = {"sparsity": 0.5, "mask_structure": pattern}
         self.calibration = CalibrationSet(
-            CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=BATCH_TOKENS), 0), None
+            CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=BATCH_TOKENS), 0)
         )
         self.dense = self.hidden(self.model)
 

@@ -54,22 +54,32 @@ def busy_seconds() -> float:
 
 @contextmanager
 def serving(
-    checkpoint: Path, options: list[str], log: Path, timeout: float = 900, environment: dict[str, str] | None = None
+    checkpoint: Path,
+    options: list[str],
+    log: Path,
+    timeout: float = 900,
+    environment: dict[str, str] | None = None,
+    vllm: Path | None = None,
 ) -> Iterator[Server]:
     """Run `vllm serve` while inside, with this `environment` besides.
 
     Exits with the end of its log where it does not get ready.
+
+    Args:
+        vllm: of another environment than this one, which then does not get this one's PYTHONPATH.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
+    executable = vllm.absolute() if vllm is not None else Path(sys.executable).with_name("vllm")
+    command = [str(executable), "serve", str(checkpoint), "--host", "127.0.0.1"]
+    inherited = {k: v for k, v in os.environ.items() if vllm is None or k != "PYTHONPATH"}
     started = time.monotonic()
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), *options],
-            env=ENVIRONMENT | os.environ | (environment or {}),
+            env=ENVIRONMENT | inherited | (environment or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

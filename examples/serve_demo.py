@@ -22,7 +22,7 @@ from urllib.error import URLError
 
 from openai import OpenAI
 
-from rac_modifier.evaluation.verify import is_correct
+from rac_modifier.answers.verify import is_correct
 from rac_modifier.reasoner.tasks import Solved, generate_distinct
 
 NAME = "pruned"

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from rac_modifier import cli
 from rac_modifier.traces.store import TraceStore
 
-COMMANDS = [(), ("traces",), ("traces", "collect"), ("traces", "inspect"), ("prune",), ("eval",), ("inspect",),
-            ("schema",), ("estimate",)]  # fmt: skip
+COMMANDS = [(), ("traces",), ("traces", "collect"), ("traces", "inspect"), ("traces", "export"), ("prune",), ("eval",),
+            ("inspect",), ("schema",), ("estimate",)]  # fmt: skip
 
 
 @pytest.fixture
@@ -108,6 +108,14 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     held = TraceStore.read(store)
     assert held.counts.tokens >= 300
     assert f"{len(held)} traces, {held.counts.tokens} tokens" in stdout
+
+    code, stdout, _ = rac("traces", "inspect", store, "--samples", 0, "--verify", "--select", "{finished: true}")
+    assert code == 0
+    assert f"verified    0 of {len(held)} right" in stdout
+    assert f"selection   kept {held.counts.finished} of {len(held)}" in stdout
+
+    out = tmp_path / "new.parquet"
+    assert f"{out}: {len(held)} traces" in rac("traces", "export", store, out, "--text")[1]
 
     code, stdout, _ = rac("traces", "inspect", store, "--samples", 2)
     assert code == 0

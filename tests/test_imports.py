@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rac_modifier"
 ORDER = [
+    "answers",
     "reasoner",
     "traces",
     "calibration",
@@ -26,7 +27,7 @@ COMPRESS_ONLY = ("pipelines", "modifier", "recipe")  # those that import llmcomp
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
-    if path.name != "math_worker.py"  # a script
+    if path.name != "__main__.py"
 )
 
 

@@ -41,7 +41,7 @@ class CalibrationLoader(DataLoader):
             weights = torch.zeros(len(group), length)
             for row, sequence in enumerate(group):
                 ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-                weights[row, : len(sequence.ids)] = torch.tensor(list(sequence.weights(settings)))
+                weights[row, : len(sequence.ids)] = torch.tensor(sequence.weights(settings))
             batches.append({"input_ids": ids})
             self.token_weights.append(weights)
         super().__init__(_Batches(batches), batch_size=None, shuffle=False)

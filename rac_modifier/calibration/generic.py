@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from rac_modifier.calibration.settings import GenericText
 from rac_modifier.errors import RacError
 
+_BUFFER = 10_000  # documents
+
 
 def generic_token_sequences(tokenizer: Any, source: GenericText, seed: int) -> Iterator[list[int]]:
-    """Sequences of `source.sequence_tokens` ids without special tokens, documents shuffled by seed.
+    """Sequences of `source.sequence_tokens` ids without special tokens, documents shuffled by seed, read as they are needed.
+
+    A source of more documents than fit the shuffling buffer is shuffled within it, as `datasets` shuffles streams.
 
     Raises:
         RacError: no such file or column, or no text in it.
@@ -22,14 +27,22 @@ def generic_token_sequences(tokenizer: Any, source: GenericText, seed: int) -> I
     first = next(texts, None)
     if first is None:
         raise RacError(f"generic text {source.source!r} holds no text; name another source or column")
-    documents = [first, *texts]
-    random.Random(f"{seed}/generic").shuffle(documents)
     rest: list[int] = []
-    for document in documents:
+    for document in _shuffled(chain([first], texts), random.Random(f"{seed}/generic")):
         rest += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         while len(rest) >= source.sequence_tokens:
             yield rest[: source.sequence_tokens]
             rest = rest[source.sequence_tokens :]
+
+
+def _shuffled(documents: Iterator[str], rng: random.Random) -> Iterator[str]:
+    buffer = list(islice(documents, _BUFFER))
+    rng.shuffle(buffer)
+    for document in documents:
+        place = rng.randrange(_BUFFER)
+        yield buffer[place]
+        buffer[place] = document
+    yield from buffer
 
 
 def _texts(source: GenericText) -> Iterator[str]:

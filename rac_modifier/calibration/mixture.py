@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import chain, repeat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
+from rac_modifier.calibration.parts import Part, part_tokens
 from rac_modifier.calibration.settings import CalibrationSettings
 from rac_modifier.errors import RacError
 from rac_modifier.traces.store import Trace
@@ -20,17 +21,25 @@ class CalibrationSequence:
     prompt_tokens: int
     kind: str
     finished: bool = True
+    answer_start: int | None = None
+    """Where the thinking is over; None where that was not looked up, or does not apply."""
+    weight: float = 1.0
+    """Of the sequence as a whole."""
 
     def cut(self, length: int) -> CalibrationSequence:
         """The first `length` tokens."""
         return replace(self, ids=self.ids[:length], prompt_tokens=min(self.prompt_tokens, length), finished=False)
 
-    def weights(self, settings: CalibrationSettings) -> Iterator[float]:
+    def weights(self, settings: CalibrationSettings) -> list[float]:
         """Weight of each token in the Hessian. Generic text weighs what a trace does."""
-        prompt = settings.trace_weight if self.kind == "generic" else settings.prompt_weight
-        return chain(
-            repeat(prompt, self.prompt_tokens), repeat(settings.trace_weight, len(self.ids) - self.prompt_tokens)
-        )
+        prompt, trace = settings.prompt_weight, settings.trace_weight
+        if self.kind == "generic":
+            return [trace] * len(self.ids)
+        weights = [prompt] * self.prompt_tokens + [trace] * (len(self.ids) - self.prompt_tokens)
+        if settings.answer_weight is not None and self.answer_start is not None:
+            behind = len(weights[self.answer_start :])
+            weights[self.answer_start :] = [settings.answer_weight] * behind
+        return weights if self.weight == 1.0 else [self.weight * w for w in weights]
 
 
 @dataclass(frozen=True)
@@ -43,30 +52,50 @@ class Composition:
     sequences: int
     truncated_sequences: int
     unfinished_traces: int
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Tokens and sequences of each part of the mixture."""
 
     @property
     def tokens(self) -> int:
         """All real tokens."""
         return self.prompt_tokens + self.trace_tokens + self.generic_tokens
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, int | dict[str, dict[str, int]]]:
         """For the run record."""
         return {"tokens": self.tokens, **asdict(self)}
 
     def describe(self) -> str:
         """One sentence for the log."""
+        parts = ""
+        if len(self.parts) > 1:
+            parts = " (" + ", ".join(f"{part['tokens']:,} {name}" for name, part in self.parts.items()) + ")"
         return (
-            f"calibrating on {self.tokens:,} tokens in {self.sequences:,} sequences: "
+            f"calibrating on {self.tokens:,} tokens in {self.sequences:,} sequences{parts}: "
             f"{self.trace_tokens:,} of chain of thought, {self.prompt_tokens:,} of prompts, "
             f"{self.generic_tokens:,} of generic text; {self.unfinished_traces:,} traces hit the sampling cap, "
             f"{self.truncated_sequences:,} sequences were cut to fit"
         )
 
 
-def trace_sequence(trace: Trace) -> CalibrationSequence:
+@runtime_checkable
+class Pool(Protocol):
+    """Sequences that are not in memory; only their lengths are."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each."""
+        ...
+
+    def take(self, indices: Sequence[int]) -> list[CalibrationSequence]:
+        """These sequences, in this order."""
+        ...
+
+
+def trace_sequence(trace: Trace, answer_start: int | None = None, weight: float = 1.0) -> CalibrationSequence:
     """Prompt and completion as one sequence, the ids exactly as they were generated."""
+    ids = (*trace.prompt_ids, *trace.completion_ids)
     return CalibrationSequence(
-        (*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids), "traces", trace.finish_reason == "stop"
+        ids, len(trace.prompt_ids), "traces", trace.finish_reason == "stop", answer_start, weight
     )
 
 
@@ -83,31 +112,25 @@ def generic_sequence(ids: Iterable[int]) -> CalibrationSequence:
 
 
 def mix(
-    candidates: dict[str, Iterable[CalibrationSequence]], settings: CalibrationSettings
+    candidates: Mapping[str, Pool | Iterable[CalibrationSequence]], settings: CalibrationSettings
 ) -> tuple[list[CalibrationSequence], Composition]:
-    """Fill each kind's share of the budget, exactly to the token, and shuffle.
+    """Fill each part's share of the budget, exactly to the token, and shuffle.
 
-    Each kind's candidates are shuffled by seed before they are taken, except that an endless or lazily read kind is taken
-    in its own order (it is shuffled by its source). The last sequence of a kind is cut where its budget ends.
+    A part's candidates are shuffled by seed before they are taken, except that a lazily read part is taken in its own order
+    (it is shuffled by its source). The last sequence of a part is cut where its budget ends.
 
     Raises:
-        RacError: a kind with a share has too few tokens.
+        RacError: a part with a share has too few tokens.
     """
-    shares = list(settings.mixture.items())
     chosen: list[CalibrationSequence] = []
+    parts: dict[str, dict[str, int]] = {}
     truncated = unfinished = 0
-    spent = 0
-    for index, (kind, share) in enumerate(shares):
-        budget = settings.tokens - spent if index == len(shares) - 1 else round(settings.tokens * share)
-        spent += budget
-        pool = candidates[kind]
-        if isinstance(pool, list):
-            pool = random.Random(f"{settings.seed}/{kind}").sample(pool, len(pool))
-        left = budget
-        for sequence in pool:
+    for key, budget in part_tokens(settings.mixture, settings.tokens).items():
+        before, left = len(chosen), budget
+        for sequence in _shuffled(candidates[key], budget, settings, key):
             if left <= 0:
                 break
-            unfinished += kind == "traces" and not sequence.finished
+            unfinished += sequence.kind == "traces" and not sequence.finished
             longest = min(left, settings.max_sequence_tokens or left)
             if len(sequence.ids) > longest:
                 sequence, truncated = sequence.cut(longest), truncated + 1
@@ -115,11 +138,30 @@ def mix(
             left -= len(sequence.ids)
         if left > 0:
             raise RacError(
-                f"the {kind} part of the calibration set has {budget - left:,} tokens but its share asks for {budget:,}; "
-                f"lower calibration.tokens, or give more {kind}"
+                f"the {key} part of the calibration set has {budget - left:,} tokens but its share asks for {budget:,}; "
+                f"lower calibration.tokens, or give more {Part.parse(key).kind}"
             )
+        parts[key] = {"tokens": budget, "sequences": len(chosen) - before}
     random.Random(f"{settings.seed}/order").shuffle(chosen)
-    return chosen, compose(chosen, truncated, unfinished)
+    return chosen, replace(compose(chosen, truncated, unfinished), parts=parts)
+
+
+def _shuffled(
+    candidates: Pool | Iterable[CalibrationSequence], budget: int, settings: CalibrationSettings, key: str
+) -> Iterable[CalibrationSequence]:
+    rng = random.Random(f"{settings.seed}/{key}")
+    if isinstance(candidates, list):
+        return rng.sample(candidates, len(candidates))
+    if not isinstance(candidates, Pool):
+        return candidates
+    chosen = []
+    for index in rng.sample(range(len(candidates.lengths)), len(candidates.lengths)):
+        if budget <= 0:
+            break
+        chosen.append(index)
+        length = candidates.lengths[index]
+        budget -= min(length, settings.max_sequence_tokens or length)
+    return candidates.take(chosen)
 
 
 def compose(sequences: list[CalibrationSequence], truncated: int = 0, unfinished: int = 0) -> Composition:

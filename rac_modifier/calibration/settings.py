@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from rac_modifier.calibration.parts import Part, check_mixture, read_mixture
 from rac_modifier.errors import RacError
 from rac_modifier.traces.engines.settings import EngineSettings
 from rac_modifier.traces.generation import SamplingSettings
 from rac_modifier.traces.problems import ProblemSource
+from rac_modifier.traces.selection import SelectSettings
 
-KINDS = ("traces", "prompts", "generic")
+_SHARES = {"type": "object", "additionalProperties": {"type": "number"}}
+Mixture = Annotated[
+    dict[str, float], BeforeValidator(read_mixture), WithJsonSchema({"anyOf": [_SHARES, {"type": "string"}]})
+]
 
 
-class TraceSettings(BaseModel):
-    """Where the chain-of-thought traces come from: problems, sampling, and the store that keeps them."""
-
+class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TraceSource(_Model):
+    """A named source of traces; what it does not set is as in `traces`, except for the store, which is always its own."""
+
+    problems: ProblemSource = Field(description="the problems to think about")
+    store: str | None = Field(None, description="its own trace store; default: a file under rac_traces/")
+    sampling: SamplingSettings | None = Field(None, description="how the model is sampled")
+    select: SelectSettings | None = Field(None, description="which of its traces are calibrated on")
+    allow_off_policy: bool | None = Field(None, description="calibrate on traces of another model")
+
+
+class TraceSettings(_Model):
+    """Where the chain-of-thought traces come from: problems, sampling, and the store that keeps them."""
 
     store: str | None = Field(
         None,
@@ -26,6 +44,9 @@ class TraceSettings(BaseModel):
     )
     problems: ProblemSource = Field(ProblemSource(), description="the problems to think about")
     sampling: SamplingSettings = Field(SamplingSettings(), description="how the model is sampled")
+    select: SelectSettings = Field(
+        SelectSettings(), description="which traces are calibrated on; default: all of them, as in the paper"
+    )
     engine: EngineSettings | None = Field(
         None, description="OpenAI-compatible servers that sample; default: the model samples in this process"
     )
@@ -35,12 +56,40 @@ class TraceSettings(BaseModel):
     allow_off_policy: bool = Field(
         False, description="calibrate on traces of another model; the store is then only read, never appended to"
     )
+    sources: dict[str, TraceSource] = Field(
+        {}, description="further sources, for a mixture to name: traces:math, prompts:math"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_selected(self) -> TraceSettings:
+        for name in (None, *self.sources):
+            one = self if name is None else self.named(name)
+            one.select.check_against(one.sampling.max_new_tokens, one.sampling.samples_per_problem)
+        return self
+
+    def named(self, name: str | None) -> TraceSettings:
+        """The settings of a part of the mixture: these, those of a declared source, or these for other problems.
+
+        Raises:
+            RacError: a name that is neither declared nor a source of problems itself.
+        """
+        if name is None:
+            return self
+        plain: dict[str, Any] = {"store": None, "sources": {}}
+        if (source := self.sources.get(name)) is not None:
+            own = {key: value for key in TraceSource.model_fields if (value := getattr(source, key)) is not None}
+            return self.model_copy(update={**plain, **own})
+        if not ProblemSource.looks_like(name):
+            declared = ", ".join(self.sources) or "none"
+            raise RacError(
+                f"mixture names traces:{name}, which is not among traces.sources ({declared}) and no problem source by itself "
+                "(arithmetic, reasoning-gym:<task>, a file or a dataset id)"
+            )
+        return self.model_copy(update={**plain, "problems": ProblemSource(source=name)})
 
 
-class GenericText(BaseModel):
+class GenericText(_Model):
     """Text that has nothing to do with the problems, the usual calibration set."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
         "python-docs",
@@ -53,15 +102,14 @@ class GenericText(BaseModel):
     sequence_tokens: int = Field(512, ge=16, description="tokens a sequence that the text is cut into")
 
 
-class CalibrationSettings(BaseModel):
+class CalibrationSettings(_Model):
     """How much of what is calibrated on, and what each token weighs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     tokens: int = Field(1_000_000, ge=1, description="budget of real tokens (padding never counts)")
-    mixture: dict[str, float] = Field(
+    mixture: Mixture = Field(
         {"traces": 1.0},
-        description="share of the budget by kind: traces (each a prompt with its chain of thought), prompts, generic",
+        description="share of the budget by part: traces (each a prompt with its chain of thought), prompts, generic (or text), "
+        'each with the name of a source or without; as a mapping or in a line: "traces:math@0.7, traces:code@0.2, text:c4@0.1"',
     )
     max_sequence_tokens: int | None = Field(
         None, ge=16, description="cut longer sequences to this many tokens (counted as truncated); default: never cut"
@@ -75,33 +123,65 @@ class CalibrationSettings(BaseModel):
         description="traces of about as many tokens (four problems at least) are kept out of calibration, and the pruned model's "
         "divergence from the dense one on them is recorded: two forward passes over them; 0 leaves it out",
     )
+    answer_weight: float | None = Field(
+        None, description="weight of a generated token behind the thinking (</think>); default: trace_weight"
+    )
+    trace_weighting: str = Field(
+        "uniform",
+        description="what each trace's tokens are multiplied with: uniform (1); inverse_length (each trace counts the same, "
+        'however long); correct (wrong answers count 0); or "module:function", a Python function of the Trace',
+    )
     generic: GenericText = Field(GenericText(), description="where generic text comes from")
+    texts: dict[str, GenericText] = Field({}, description="further texts, for a mixture to name: text:c4")
     seed: int = Field(0, ge=0, description="shuffles each kind of sequence and the batches")
 
     @field_validator("mixture")
     @classmethod
     def _known_shares(cls, mixture: dict[str, float]) -> dict[str, float]:
-        for kind, share in mixture.items():
-            if kind not in KINDS:
-                raise RacError(f"mixture names {kind!r}; the kinds are {', '.join(KINDS)}")
-            if not (math.isfinite(share) and share >= 0):
-                raise RacError(f"mixture gives {kind} the share {share}; use a number from 0 to 1")
-        total = sum(mixture.values())
-        if abs(total - 1) > 1e-6:
-            raise RacError(f"the shares of mixture {mixture} sum to {total:g}; make them sum to 1")
-        return {kind: mixture[kind] for kind in KINDS if mixture.get(kind, 0) > 0}
+        return check_mixture(mixture)
 
     @model_validator(mode="after")
-    def _some_weight(self) -> CalibrationSettings:
-        for name in ("prompt_weight", "trace_weight"):
+    def _weights_make_sense(self) -> CalibrationSettings:
+        for name in ("prompt_weight", "trace_weight", "answer_weight"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RacError(f"{name} is {value}; use a finite number of at least 0")
-        if self.prompt_weight == self.trace_weight == 0:
+        if self.prompt_weight == self.trace_weight == 0 and not self.answer_weight:
             raise RacError("prompt_weight and trace_weight are both 0, so no token would count; set one above 0")
-        if self.trace_weight == 0 and self.mixture.get("traces"):
+        if self.trace_weight == 0 and not self.answer_weight and self.parts("traces"):
             raise RacError(
                 "trace_weight is 0, so no chain-of-thought token would reach the Hessian; "
                 "for a prompts-only baseline set mixture: {prompts: 1.0} instead"
             )
+        from rac_modifier.calibration.weighting import check_weighting
+
+        check_weighting(self.trace_weighting)
+        for part in self.parts("generic"):
+            self.text(part.name)
         return self
+
+    def parts(self, kind: Literal["traces", "prompts", "generic"]) -> list[Part]:
+        """The parts of one kind that have a share."""
+        return [part for part in map(Part.parse, self.mixture) if part.kind == kind]
+
+    def share(self, kind: Literal["traces", "prompts", "generic"]) -> float:
+        """Of the budget, over all parts of one kind."""
+        return sum(self.mixture[part.key] for part in self.parts(kind))
+
+    def text(self, name: str | None) -> GenericText:
+        """The text of a part of the mixture: `generic`, a declared one, or a source by itself.
+
+        Raises:
+            RacError: a name that is neither.
+        """
+        if name is None:
+            return self.generic
+        if name in self.texts:
+            return self.texts[name]
+        if name != "python-docs" and "/" not in name and not name.endswith((".txt", ".jsonl", ".parquet")):
+            declared = ", ".join(self.texts) or "none"
+            raise RacError(
+                f"mixture names text:{name}, which is not among calibration.texts ({declared}) and no text by itself "
+                "(python-docs, a file or a dataset id)"
+            )
+        return GenericText(source=name)

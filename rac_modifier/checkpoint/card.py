@@ -56,7 +56,7 @@ def _front_matter(record: Mapping[str, Any]) -> str:
 
 def _facts(record: Mapping[str, Any]) -> str:
     calibration = record.get("calibration")
-    store = record.get("trace_store")
+    stores = record.get("trace_stores")
     rows = [
         ("Base model", record.get("base_model")),
         ("Pattern", record.get("pattern")),
@@ -64,10 +64,9 @@ def _facts(record: Mapping[str, Any]) -> str:
         ("Solver", record.get("method")),
         ("Calibration", _calibration(calibration) if isinstance(calibration, Mapping) else None),
     ]
-    if isinstance(store, Mapping):
-        rows.append(
-            ("Traces", f"`{store.get('path', 'unrecorded path')}`, sha256 `{store.get('sha256', 'unrecorded')}`")
-        )
+    for name, store in stores.items() if isinstance(stores, Mapping) else ():
+        if isinstance(store, Mapping):
+            rows.append((str(name).capitalize(), _store(store)))
     rows.append(("Seed", record.get("seed", _modifier_seed(record))))
     if record.get("recipe") is not None:
         rows.append(("Recipe", record["recipe"]))
@@ -75,10 +74,22 @@ def _facts(record: Mapping[str, Any]) -> str:
     return f"| | |\n|---|---|\n{table}"
 
 
+def _store(store: Mapping[str, Any]) -> str:
+    text = f"`{store.get('path', 'unrecorded path')}`, sha256 `{store.get('sha256', 'unrecorded')}`"
+    selection = store.get("selection")
+    if isinstance(selection, Mapping) and selection.get("kept") != selection.get("of"):
+        text += f", {_number(selection.get('kept'))} of its {_number(selection.get('of'))} traces selected"
+    return text
+
+
 def _calibration(counts: Mapping[str, Any]) -> str:
     known = [f"{_number(counts[key])} {words}" for key, words in _COUNTS if key in counts]
-    named = {key for key, _ in _COUNTS}
+    named = {"parts", *(key for key, _ in _COUNTS)}
     known += [f"{_number(value)} {key.replace('_', ' ')}" for key, value in counts.items() if key not in named]
+    parts = counts.get("parts")
+    if isinstance(parts, Mapping) and len(parts) > 1:
+        tokens = (f"{name} {_number(part.get('tokens'))}" for name, part in parts.items() if isinstance(part, Mapping))
+        known.append(f"by part: {', '.join(tokens)} tokens")
     return "; ".join(known)
 
 

@@ -1,10 +1,10 @@
-"""`rac traces`: collect a model's own chains of thought, and look at them."""
+"""`rac traces`: collect a model's own chains of thought, look at them, export them."""
 
 from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,15 @@ from rac_modifier.cli.models import load, load_tokenizer, resolve, subject_of
 from rac_modifier.cli.options import Dtype, Model, Overrides, Precision, Recipe
 from rac_modifier.errors import RacError
 
+if TYPE_CHECKING:
+    from rac_modifier.traces.store import TraceStore
+
 app = typer.Typer(help="Collect a model's own chain-of-thought traces, and look at them.", no_args_is_help=True)
+
+Store = Annotated[Path, typer.Argument(help="trace store, a .jsonl file")]
+StoresModel = Annotated[
+    str | None, typer.Option(help="model whose tokenizer reads the traces; default: the one that the store names")
+]
 
 
 @app.command("collect")
@@ -23,45 +31,76 @@ def collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Pre
 
     Example: rac traces collect reasoner --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
     """
-    from rac_modifier.calibration.source import collect_for_calibration
+    from rac_modifier.calibration.collecting import collect_for_calibration
     from rac_modifier.recipe import check_entry, find_named_entry, load_recipe
 
     name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
     settings = check_entry(entry, str(recipe), name)
     loaded, tokenizer = subject_of(model) if settings.traces.engine else load(model, precision)
-    store = collect_for_calibration(loaded, tokenizer, settings.traces, settings.calibration)
-    typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
+    for part, pool in collect_for_calibration(loaded, tokenizer, settings.traces, settings.calibration).items():
+        store, selection = pool.store, pool.selection
+        typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
+        if selection.kept < selection.total:
+            typer.echo(f"{part}: {selection.describe()}, {pool.usable_tokens():,} tokens")
 
 
 @app.command("inspect")
 def inspect(
-    store: Annotated[Path, typer.Argument(help="trace store, a .jsonl file")],
+    store: Store,
     samples: Annotated[int, typer.Option(min=0, help="traces to print whole")] = 1,
-    model: Annotated[
-        str | None, typer.Option(help="model whose tokenizer reads the traces; default: the one that the store names")
+    verify: Annotated[
+        bool, typer.Option("--verify", help="also check every answer and say how many are right")
+    ] = False,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="also say what a selection keeps, written as in a recipe: '{answers: correct, finished: true}'"
+        ),
     ] = None,
+    model: StoresModel = None,
 ) -> None:
-    """Say what a trace store holds: model, problems, sampling settings, counts, and the first traces as text."""
-    from rac_modifier.traces.fingerprint import tokenizer_fingerprint
+    """Say what a trace store holds: model, problems, sampling settings, counts, lengths, and the first traces as text."""
+    from rac_modifier.traces.report import describe_store, describe_verified, read_select
     from rac_modifier.traces.store import TraceStore
 
     opened = TraceStore.read(store)
-    counts = opened.counts
-    typer.echo(f"model       {opened.header.model} (fingerprint {opened.header.fingerprint[:12]})")
-    typer.echo(f"problems    {opened.header.problems.source}")
-    typer.echo(f"sampling    {opened.header.sampling.model_dump_json(exclude_none=True)}")
-    if opened.header.engine is not None:
-        typer.echo(f"engine      {opened.header.engine.kind} {opened.header.engine.served_model or ''}".rstrip())
-    typer.echo(
-        f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} prompt and "
-        f"{counts.completion_tokens:,} completion tokens"
-    )
-    if samples == 0:
+    settings = read_select(select)
+    typer.echo(describe_store(opened))
+    if samples == 0 and not verify and settings is None:
         return
-    name = resolve(model or opened.header.model)
-    tokenizer = load_tokenizer(name, "name the store's model with --model, or give --samples 0 for the counts alone")
-    if tokenizer_fingerprint(tokenizer) != opened.header.tokenizer:
-        raise RacError(f"{name!r} has another tokenizer than the store's model; name that model with --model")
+    tokenizer = _tokenizer_of(opened, model, "or give --samples 0 alone for the counts")
+    if verify or settings is not None:
+        typer.echo(describe_verified(opened, tokenizer, verify, settings))
     for trace in islice(opened, samples):
         typer.echo(f"\n--- {trace.id} ({trace.finish_reason}, answer: {trace.answer})")
         typer.echo(tokenizer.decode([*trace.prompt_ids, *trace.completion_ids]))
+
+
+@app.command("export")
+def export(
+    store: Store,
+    output: Annotated[Path, typer.Argument(help="file to write, .parquet")],
+    text: Annotated[bool, typer.Option("--text", help="add prompt and completion as text")] = False,
+    model: StoresModel = None,
+) -> None:
+    """Write a store as Parquet, a row a trace, to be read with `datasets` or anything else; in constant memory.
+
+    Example: rac traces export traces.jsonl traces.parquet --text
+    """
+    from rac_modifier.traces.export import export_parquet
+    from rac_modifier.traces.store import TraceStore
+
+    opened = TraceStore.read(store)
+    tokenizer = _tokenizer_of(opened, model, "or leave --text out") if text else None
+    rows = export_parquet(opened, output, tokenizer)
+    typer.echo(f"{output}: {rows:,} traces")
+
+
+def _tokenizer_of(store: TraceStore, model: str | None, otherwise: str) -> Any:
+    from rac_modifier.traces.fingerprint import tokenizer_fingerprint
+
+    name = resolve(model or store.header.model)
+    tokenizer = load_tokenizer(name, f"name the store's model with --model, {otherwise}")
+    if tokenizer_fingerprint(tokenizer) != store.header.tokenizer:
+        raise RacError(f"{name!r} has another tokenizer than the store's model; name that model with --model")
+    return tokenizer

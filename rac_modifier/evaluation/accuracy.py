@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from rac_modifier.answers.verify import Verifier, is_correct
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
-from rac_modifier.evaluation.verify import THINK_END, Verifier, is_correct
 from rac_modifier.traces.generation import Generation, SamplingSettings
 from rac_modifier.traces.generation import generate as traces_generate
 from rac_modifier.traces.problems import Problem
 from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.traces.thinking import thinking_length
 
 # Only used when sampling; the reference evaluation samples at 0.6 with top_p 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
@@ -148,22 +149,6 @@ def _row(tokenizer: Any, problem: Problem, prompt: list[int], generation: Genera
         thinking_tokens=thinking_length(tokenizer, generation.ids),
         text=text,
     )
-
-
-def thinking_length(tokenizer: Any, ids: Sequence[int]) -> int:
-    """Tokens up to and including `</think>`; all of them where it never came, also where it is several tokens."""
-    tag = tokenizer.encode(THINK_END, add_special_tokens=False)
-    if len(tag) == 1:
-        return ids.index(tag[0]) + 1 if tag[0] in ids else len(ids)
-
-    def ended(length: int) -> bool:
-        return THINK_END in tokenizer.decode(list(ids[:length]))
-
-    low, high = 0, len(ids)
-    while low < high:  # the shortest prefix whose text holds the tag
-        middle = (low + high) // 2
-        low, high = (low, middle) if ended(middle) else (middle + 1, high)
-    return low
 
 
 def save_rows(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:

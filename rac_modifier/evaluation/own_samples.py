@@ -14,7 +14,6 @@ from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.traces.fingerprint import model_fingerprint
 from rac_modifier.traces.generation import SamplingSettings, generate
 from rac_modifier.traces.problems import Problem
-from rac_modifier.traces.prompts import render_prompt
 from rac_modifier.traces.store import TraceStore
 
 
@@ -35,7 +34,7 @@ def sample_sequences(
     with tqdm(total=len(requests), desc="own samples", unit="sample", disable=not progress) as bar:
         for start in range(0, len(requests), sampling.batch_size):
             batch = requests[start : start + sampling.batch_size]
-            prompts = [render_prompt(tokenizer, q, sampling.system_prompt, sampling.template) for _, q in batch]
+            prompts = [sampling.render(tokenizer, q) for _, q in batch]
             generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
             sequences.extend(((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True))
             bar.update(len(batch))

@@ -12,8 +12,9 @@ from pydantic import Field, PrivateAttr
 from transformers import AutoTokenizer
 
 from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.collecting import on_accelerator
 from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
-from rac_modifier.calibration.source import CalibrationSet, build_calibration_set, on_accelerator
+from rac_modifier.calibration.source import CalibrationSet, build_calibration_set
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.run_divergence import RunDivergence
 

@@ -14,8 +14,8 @@ from pydantic import PrivateAttr
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.collecting import on_accelerator
 from rac_modifier.calibration.gradients import gradient_weights
-from rac_modifier.calibration.source import on_accelerator
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.modifier.base import CalibratingModifier

@@ -21,7 +21,6 @@ from rac_modifier.traces.filling import Filling, Request
 from rac_modifier.traces.fingerprint import tokenizer_fingerprint
 from rac_modifier.traces.generation import SamplingSettings
 from rac_modifier.traces.problems import Problem, ProblemSource, load_problems
-from rac_modifier.traces.prompts import render_prompt
 from rac_modifier.traces.records import settings_of_record
 from rac_modifier.traces.store import StoreHeader, TraceStore, read_header
 from rac_modifier.traces.subject import Subject
@@ -102,7 +101,13 @@ def collect_traces(
                 )
             if retry_failed:
                 forget_failures(path)
-            filling = Filling(store, chosen, requests, _renderer(tokenizer, sampling))
+            filling = Filling(
+                store,
+                chosen,
+                requests,
+                _renderer(tokenizer, sampling),
+                _refuser(problems.max_prompt_tokens, subject.context),
+            )
             _check_enough(filling.run(tokens, progress), store, tokens, filling.failed)
     return store
 
@@ -125,9 +130,20 @@ def _engine(
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings) -> Callable[[Problem], list[int]]:
     def render(problem: Problem) -> list[int]:
-        return render_prompt(tokenizer, problem.question, sampling.system_prompt, sampling.template)
+        return sampling.render(tokenizer, problem.question)
 
     return render
+
+
+def _refuser(longest: int | None, context: int | None) -> Callable[[int], str | None]:
+    def refuse(length: int) -> str | None:
+        if longest is not None and length > longest:
+            return f"a prompt of {length} tokens is longer than problems.max_prompt_tokens={longest}"
+        if context is not None and length >= context:
+            return f"a prompt of {length} tokens fills the model's context of {context}"
+        return None
+
+    return refuse
 
 
 def default_store_path(fingerprint: str, sampling: SamplingSettings, problems: ProblemSource) -> Path:

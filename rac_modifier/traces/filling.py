@@ -64,12 +64,19 @@ class Filling:
         engine: asked for what neither the store nor its side files hold; `connect` is called before the first time.
         requests: in the order of the problems.
         render: the token ids of a problem's prompt.
+        refuse: why a prompt of that many tokens is not asked, or None.
     """
 
     def __init__(
-        self, store: TraceStore, engine: Engine, requests: Iterator[Request], render: Callable[[Problem], list[int]]
+        self,
+        store: TraceStore,
+        engine: Engine,
+        requests: Iterator[Request],
+        render: Callable[[Problem], list[int]],
+        refuse: Callable[[int], str | None] = lambda length: None,
     ):
         self._store, self._engine, self._requests, self._render = store, engine, requests, render
+        self._refuse = refuse
         self._queue: deque[_Entry] = deque()
         self._total = 0  # tokens of the problems that have left the queue
         self._under_way = 0
@@ -101,7 +108,7 @@ class Filling:
                     if stop is not None:
                         raise stop
                     bar.update(min(self._total, tokens) - bar.n)
-            self._note_failures()
+            self._take_note()
             return self._total
         finally:
             self._close_pending()
@@ -147,10 +154,19 @@ class Filling:
         Rounding depends on the shape of a batch, and a resumed run shall give what an undisturbed one gives.
         """
         self._connect()
+        refused: list[FailedProblem] = []
+        asked: list[_Entry] = []
         for entry in batch:
-            entry.prompt = Prompt(entry.request.id, self._render(entry.request.problem))
-        prompts = [entry.prompt for entry in batch if entry.prompt is not None]
-        for entry, future in zip(batch, self._engine.submit(prompts), strict=True):
+            request, ids = entry.request, self._render(entry.request.problem)
+            if (reason := self._refuse(len(ids))) is None:
+                entry.prompt = Prompt(request.id, ids)
+                asked.append(entry)
+            elif not entry.settled:
+                entry.settled = True
+                refused.append(FailedProblem(request.id, request.problem.question, reason))
+        self._note_failures(refused)
+        prompts = [entry.prompt for entry in asked if entry.prompt is not None]
+        for entry, future in zip(asked, self._engine.submit(prompts) if prompts else [], strict=True):
             if not entry.settled:
                 entry.future = future
                 self._under_way += 1
@@ -199,7 +215,7 @@ class Filling:
                 )
             entry.settled = True
             return
-        self._note_failures()
+        self._take_note()
         assert entry.prompt is not None
         entry.trace = Trace(
             id=request.id,
@@ -213,15 +229,18 @@ class Filling:
         )
         entry.tokens, entry.settled = entry.trace.tokens, True
 
-    def _note_failures(self) -> None:
-        if self._failures:
-            append_failures(self._store.path, self._failures)
-            self._failed.update(failed.id for failed in self._failures)
+    def _take_note(self) -> None:
+        """Something was completed, so what failed before were bad problems and no outage."""
+        failures, self._failures = self._failures, []
+        self._note_failures(failures)
+
+    def _note_failures(self, failures: list[FailedProblem]) -> None:
+        if failures:
+            append_failures(self._store.path, failures)
+            self._failed.update(failed.id for failed in failures)
             logger.warning(
-                f"{len(self._failures)} problems failed ({self._failures[-1].reason}); see "
-                f"{str(failures_path(self._store.path))!r}"
+                f"{len(failures)} problems failed ({failures[-1].reason}); see {str(failures_path(self._store.path))!r}"
             )
-            self._failures.clear()
 
     def _store_in_order(self, tokens: int) -> None:
         fresh: list[Trace] = []

@@ -22,7 +22,7 @@ from transformers import (
 from rac_modifier.errors import RacError
 from rac_modifier.traces.decode import decode
 from rac_modifier.traces.gumbel import row_keys
-from rac_modifier.traces.prompts import Template
+from rac_modifier.traces.prompts import Template, render_prompt
 
 FinishReason = Literal["stop", "length"]
 
@@ -49,6 +49,9 @@ class SamplingSettings(BaseModel):
     seed: int = 0
     system_prompt: str | None = None
     template: Template = Field(default="chat", description="'none' gives the model the bare question")
+    thinking: bool = Field(
+        default=True, description="the chat template's enable_thinking, where it knows the switch (Qwen3)"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> SamplingSettings:
@@ -60,6 +63,10 @@ class SamplingSettings(BaseModel):
         if self.template == "none" and self.system_prompt is not None:
             raise RacError("template='none' has no place for a system_prompt; drop it or use template='chat'")
         return self
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+        """Token ids of the prompt for a question (see `render_prompt`)."""
+        return render_prompt(tokenizer, question, self.system_prompt, self.template, self.thinking)
 
     def resolved(self, generation_config: GenerationConfig | None) -> SamplingSettings:
         """These settings with nothing left open.

@@ -20,6 +20,12 @@ from rac_modifier.traces.tables import FILE_SUFFIXES, Table, open_dataset, open_
 ARITHMETIC = "arithmetic"
 GYM_PREFIX = "reasoning-gym:"
 QUESTION_COLUMNS = ("problem", "question", "prompt")
+# What to set for the data sets of the paper, where a user sets nothing.
+PRESETS: dict[str, dict[str, str]] = {
+    "open-r1/OpenR1-Math-220k": {"column": "problem", "answer_column": "answer"},
+    # Its default configuration has no column that asks the whole question; it has no answers, only tests.
+    "open-r1/codeforces": {"config": "verifiable-prompts", "column": "prompt"},
+}
 _GYM_CHUNK = 500
 _REPEATS_BEFORE_EXHAUSTED = 10_000
 
@@ -44,6 +50,9 @@ class ProblemSource(BaseModel):
     split: str = Field(default="train", description="split of a Hugging Face dataset")
     config: str | None = Field(default=None, description="configuration of a Hugging Face dataset")
     limit: int | None = Field(default=None, ge=1, description="use at most this many problems")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="pass over problems whose prompt is longer, and note them; none is ever cut"
+    )
 
     @property
     def is_generator(self) -> bool:
@@ -54,6 +63,22 @@ class ProblemSource(BaseModel):
     def is_file(self) -> bool:
         """Whether `source` is a path to a file of problems."""
         return not self.is_generator and self.source.endswith(FILE_SUFFIXES)
+
+    @classmethod
+    def looks_like(cls, name: str) -> bool:
+        """Whether a name by itself is a source of problems, rather than a name that somebody gave to one."""
+        one = cls(source=name)
+        return one.is_generator or one.is_file or "/" in name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_in(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (preset := PRESETS.get(str(values.get("source")))):
+            given = {name: value for name, value in values.items() if value is not None}
+            if preset.keys() & {"config"} and given.get("config", preset["config"]) != preset["config"]:
+                return values  # another configuration has other columns
+            return {**values, **preset, **given}
+        return values
 
     @model_validator(mode="after")
     def _only_settings_that_apply(self) -> ProblemSource:
@@ -134,9 +159,7 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
         # reasoning-gym seeds item i with seed + i, so neighbouring seeds share nearly all their items: each chunk gets
         # a hashed seed of its own instead.
         for chunk in count():
-            items = reasoning_gym.create_dataset(
-                name, seed=_hash_int(f"{seed}/{name}/{chunk}") % 2**31, size=_GYM_CHUNK
-            )
+            items = reasoning_gym.create_dataset(name, seed=_gym_seed(name, seed, chunk), size=_GYM_CHUNK)
             for index in range(_GYM_CHUNK):
                 item = items[index]
                 yield Problem(f"{name}:{chunk * _GYM_CHUNK + index}", item["question"], str(item["answer"]), name)
@@ -148,6 +171,19 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
                 yield next(stream)
 
     return in_turn()
+
+
+def _gym_seed(name: str, seed: int, chunk: int) -> int:
+    return _hash_int(f"{seed}/{name}/{chunk}") % 2**31
+
+
+def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, int, int, int] | None:
+    """Task, seed, size and index of the reasoning-gym data set that a problem is from; None if it is from elsewhere."""
+    if not source.source.startswith(GYM_PREFIX):
+        return None
+    name, _, number = problem_id.rpartition(":")
+    chunk, index = divmod(int(number), _GYM_CHUNK)
+    return name, _gym_seed(name, seed, chunk), _GYM_CHUNK, index
 
 
 def _from_table(table: Table, source: ProblemSource, seed: int) -> Iterator[Problem]:

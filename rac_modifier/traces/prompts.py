@@ -13,12 +13,16 @@ Template = Literal["chat", "none"]
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None = None, template: Template = "chat"
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    system_prompt: str | None = None,
+    template: Template = "chat",
+    thinking: bool = True,
 ) -> list[int]:
     """Token ids of the prompt for one question, made by the template in one go and never decoded again.
 
-    "chat" applies the tokenizer's chat template with `add_generation_prompt` and `enable_thinking` (templates that do
-    not know the switch ignore it); "none" tokenizes the bare question, with the tokenizer's own special tokens (a BOS).
+    "chat" applies the tokenizer's chat template with `add_generation_prompt` and `enable_thinking=thinking` (templates that
+    do not know the switch ignore it); "none" tokenizes the bare question, with the tokenizer's own special tokens (a BOS).
     There is no default system prompt: calibration and evaluation must agree, and most reasoning models want none.
 
     Raises:
@@ -29,13 +33,15 @@ def render_prompt(
             raise RacError("template='none' has no place for a system_prompt; drop it or use template='chat'")
         ids = tokenizer(question)["input_ids"]
     else:
-        ids = _apply_chat_template(tokenizer, question, system_prompt)
+        ids = _apply_chat_template(tokenizer, question, system_prompt, thinking)
     if not ids:
         raise RacError(f"the question {question[:80]!r} gives an empty prompt; remove it from the problems")
     return [int(i) for i in ids]
 
 
-def _apply_chat_template(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None) -> list[int]:
+def _apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None, thinking: bool
+) -> list[int]:
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.chat_template is None:
         raise RacError(
@@ -46,7 +52,7 @@ def _apply_chat_template(tokenizer: PreTrainedTokenizerBase, question: str, syst
     messages.append({"role": "user", "content": question})
     try:
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=True, tokenize=True, return_dict=False
+            messages, add_generation_prompt=True, enable_thinking=thinking, tokenize=True, return_dict=False
         )
     except TemplateError as error:
         hint = "; it may not take a system prompt: leave system_prompt out" if system_prompt is not None else ""

@@ -28,6 +28,34 @@ CASES += [
         lambda b: b.check(calibration={"trace_weight": 0}),
     ),
     Case(
+        "a part of a mixture in one line without its share",
+        "mixture: 'traces:math' has no share; write each part as kind@share or kind:name@share",
+        lambda b: b.check(calibration={"mixture": "traces:math, text:python-docs@0.1"}),
+    ),
+    Case(
+        "a mixture that names traces declared nowhere",
+        "mixture names traces:maths, which is not among traces.sources (math)",
+        lambda b: b.prune_with(
+            traces={"sources": {"math": {"problems": {"source": "arithmetic"}}}},
+            calibration={"mixture": "traces:maths@1"},
+        ),
+    ),
+    Case(
+        "a mixture that names text declared nowhere",
+        "mixture names text:c4, which is not among calibration.texts (none)",
+        lambda b: b.check(calibration={"mixture": "traces@0.9, text:c4@0.1"}),
+    ),
+    Case(
+        "an unknown weighting of traces",
+        "trace_weighting is 'length'; use uniform, inverse_length, correct",
+        lambda b: b.check(calibration={"trace_weighting": "length"}),
+    ),
+    Case(
+        "a weighting function that is not there",
+        "trace_weighting 'nowhere:weigh' cannot be imported",
+        lambda b: b.prune_with(calibration={"tokens": 300, "trace_weighting": "nowhere:weigh"}),
+    ),
+    Case(
         "generic text without its column",
         "needs the name of its text column",
         lambda b: b.prune_with(

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from bad_inputs.bench import Bench, Cases
-from tiny import recipe, save_tiny
+from tiny import entry, recipe, save_tiny
 
 CASES = Cases()
 
@@ -65,6 +65,40 @@ def _(b: Bench) -> None:
     b.store.write_bytes(b"".join(lines[:3]))
     b.monkeypatch.setattr(os, "write", full)
     b.prune()
+
+
+@CASES.case(
+    "a selection that sampling can never meet", "select.min_tokens=41 can never be met with sampling.max_new_tokens=40"
+)
+def _(b: Bench) -> None:
+    sampling = {"max_new_tokens": 40}
+    b.check(traces={"sampling": sampling, "select": {"min_tokens": 41}})
+
+
+@CASES.case("a selection by difficulty with one sample a problem", "set sampling.samples_per_problem to 2 or more")
+def _(b: Bench) -> None:
+    b.check(traces={"select": {"pass_rate": [0.2, 0.8]}})
+
+
+@CASES.case("correct answers only, from a model that gives none", "traces.select kept 0 of")
+def _(b: Bench) -> None:
+    b.prune_with(traces={**entry(b.store)["traces"], "select": {"answers": "correct"}})
+
+
+@CASES.case("correct answers only, where no answers are known", "has no reference answer, so it cannot be told")
+def _(b: Bench) -> None:
+    traces = b.problems(*({"problem": f"{i}+{i}?"} for i in range(99)))
+    b.prune_with(traces={**traces, "select": {"answers": "correct"}}, calibration={"tokens": 300})
+
+
+@CASES.case("a selection on the command line that is none", "--select 'correct' is no selection")
+def _(b: Bench) -> None:
+    b.rac("traces", "inspect", b.store, "--select", "correct")
+
+
+@CASES.case("exporting to another format", "does not end in .parquet")
+def _(b: Bench) -> None:
+    b.rac("traces", "export", b.store, b.tmp / "out.csv")
 
 
 @CASES.case("collecting for a recipe without traces", "so there is nothing to collect")

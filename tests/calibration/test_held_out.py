@@ -1,9 +1,15 @@
-from rac_modifier.calibration.held_out import split
+from rac_modifier.calibration.held_out import HoldOut
 from rac_modifier.traces.records import Trace
 
 
 def trace(problem: str, sample: int = 0, length: int = 10) -> Trace:
     return Trace(f"{problem}#{sample}", problem, (1,) * 4, (2,) * (length - 4), "stop", 0, "?", None)
+
+
+def split(traces: list[Trace], tokens: int) -> tuple[list[Trace], list[Trace]]:
+    hold_out = HoldOut(tokens)
+    others = list(hold_out.others(traces))
+    return hold_out.held, others
 
 
 def ids(traces: list[Trace]) -> list[str]:

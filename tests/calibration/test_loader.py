@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,6 +129,43 @@ def test_padding_rows_may_hold_nan():
     dirty.add(x, weights)
     assert torch.equal(clean.matrix(), dirty.matrix())
     assert dirty.tokens == 8
+
+
+def test_weights_of_prompt_thinking_answer_and_trace_reach_a_real_models_hessian():
+    """Against a reference that sums weighted outer products token by token."""
+    model = tiny_model()
+    wanted = [
+        replace(s, answer_start=s.prompt_tokens + 4, weight=w)
+        for s, w in zip(sequences([20, 9, 33]), (1, 0.5, 3), strict=True)
+    ]
+    made = loader(wanted, batch_tokens=128, prompt_weight=0.25, trace_weight=1.0, answer_weight=5.0)
+    name, module = next((n, m) for n, m in linears(model).items() if "down_proj" in n)
+    hessian, total, sums = (
+        Hessian(module.in_features),
+        0.0,
+        torch.zeros(module.in_features, module.in_features).double(),
+    )
+
+    def seen(ids: torch.Tensor) -> torch.Tensor:
+        inputs = []
+        handle = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+        with torch.no_grad():
+            model(input_ids=ids)
+        handle.remove()
+        return inputs[0]
+
+    for batch, weights in zip(made, made.token_weights, strict=True):
+        hessian.add(seen(batch["input_ids"]), weights)
+    for sequence, weight in zip(wanted, (1, 0.5, 3), strict=True):
+        for position, x in enumerate(seen(torch.tensor([sequence.ids]))[0].double()):
+            part = 0.25 if position < sequence.prompt_tokens else 1.0 if position < sequence.prompt_tokens + 4 else 5.0
+            total += part * weight
+            sums += part * weight * torch.outer(x, x)
+    torch.testing.assert_close(hessian.matrix(name).double(), 2 * sums / total, rtol=1e-4, atol=1e-5)
+    unweighted = Hessian(module.in_features)
+    for batch, weights in zip(made, made.token_weights, strict=True):
+        unweighted.add(seen(batch["input_ids"]), (weights > 0).float())
+    assert not torch.allclose(unweighted.matrix(), hessian.matrix(), rtol=0.05)
 
 
 def test_a_long_sequence_gets_a_batch_of_its_own():

@@ -11,7 +11,8 @@ from rac_modifier.calibration.mixture import (
     require_traces,
     trace_sequence,
 )
-from rac_modifier.calibration.settings import KINDS, CalibrationSettings
+from rac_modifier.calibration.parts import KINDS
+from rac_modifier.calibration.settings import CalibrationSettings
 from rac_modifier.errors import RacError
 from rac_modifier.traces.store import Trace
 
@@ -46,6 +47,11 @@ def test_a_mixture_is_exact_to_the_token_in_each_kind():
     assert composition.trace_tokens == 5 * 7
     assert composition.prompt_tokens == 5 * 3 + 20
     assert composition.sequences == len(chosen) == 5 + 5 + 2
+    assert composition.parts == {
+        "traces": {"tokens": 50, "sequences": 5},
+        "prompts": {"tokens": 20, "sequences": 5},
+        "generic": {"tokens": 30, "sequences": 2},
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,5 +175,5 @@ def test_the_record_holds_every_count():
     assert record["tokens"] == 100 == record["prompt_tokens"] + record["trace_tokens"] + record["generic_tokens"]
     assert set(record) == {
         "tokens", "prompt_tokens", "trace_tokens", "generic_tokens", "sequences", "truncated_sequences",
-        "unfinished_traces",
+        "unfinished_traces", "parts",
     }  # fmt: skip

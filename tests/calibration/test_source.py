@@ -6,9 +6,10 @@ import torch
 from tiny import entry, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rac_modifier.calibration import source
+from rac_modifier.calibration import collecting
+from rac_modifier.calibration.collecting import on_accelerator
 from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
-from rac_modifier.calibration.source import build_calibration_set, on_accelerator
+from rac_modifier.calibration.source import build_calibration_set
 from rac_modifier.errors import RacError
 from rac_modifier.traces.store import TraceStore
 
@@ -44,7 +45,7 @@ def test_the_sequences_are_the_stored_ids(build, trace_store):
     whole = [s for s in made.loader.sequences if s.ids in stored]
     assert len(whole) >= len(made.loader.sequences) - 1  # one may be cut to meet the budget
     assert made.as_dict()["calibration"]["tokens"] == 600
-    assert made.as_dict()["trace_store"]["sha256"] == TraceStore.read(trace_store).sha256()
+    assert made.as_dict()["trace_stores"]["traces"]["sha256"] == TraceStore.read(trace_store).sha256()
 
 
 def test_the_choice_is_made_over_the_whole_store(build, trace_store):
@@ -64,8 +65,7 @@ def test_prompts_and_generic_text_come_beside_traces(build):
 def test_without_traces_nothing_is_sampled(build, tmp_path):
     store = tmp_path / "never.jsonl"
     made = build(entry(store)["traces"], mixture={"prompts": 1.0})
-    assert made.store is None
-    assert made.as_dict()["trace_store"] is None
+    assert made.as_dict()["trace_stores"] == {}
     assert not store.exists()
 
 
@@ -117,8 +117,8 @@ def test_a_model_on_the_cpu_visits_the_accelerator_and_comes_back(monkeypatch):
     moves = []
     model = tiny_model()
     monkeypatch.setattr(type(model), "to", lambda self, device: moves.append(str(device)))
-    monkeypatch.setattr(source.torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(source.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(collecting.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(collecting.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     with pytest.raises(KeyError), on_accelerator(model):
         raise KeyError
     assert moves == ["cuda", "cpu"]

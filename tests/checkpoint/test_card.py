@@ -15,7 +15,7 @@ RECORD = {
         "generic_tokens": 0,
         "sequences": 12,
     },
-    "trace_store": {"path": "traces.jsonl", "sha256": "abc123"},
+    "trace_stores": {"traces": {"path": "traces.jsonl", "sha256": "abc123", "selection": {"kept": 7, "of": 9}}},
     "modules": [
         {"name": f"layers.{i}.q_proj", "sparsity": 0.5, "relative_error": i / 100, "dampening": 0.01, "retries": i == 3}
         for i in range(9)
@@ -37,7 +37,7 @@ def test_full_record() -> None:
     for expected in (
         "2 of every 4 consecutive",
         "32,768 tokens in all; 30,000 of the model's own chain of thought; 2,768 of prompts; 0 of generic text; 12 sequences",
-        "`traces.jsonl`, sha256 `abc123`",
+        "| Traces | `traces.jsonl`, sha256 `abc123`, 7 of its 9 traces selected |",
         "| Seed | 0 |",
         "9 linear modules were pruned, each to a sparsity of 0.5000 to 0.5000.",
         "raised for 1 of them",
@@ -60,7 +60,7 @@ def test_nothing_is_invented() -> None:
 
 def test_odd_records_do_not_fail() -> None:
     for record in (
-        {"calibration": None, "trace_store": None, "modules": None, "versions": None},
+        {"calibration": {"parts": {"a": 1, "b": 2}}, "trace_stores": {"x": None}, "modules": None, "versions": None},
         {"modules": [{}, {"name": "a"}, {"relative_error": None}], "calibration": {"tokens": "many"}},
         {"modules": ["x"], "recipe": {"a": [1]}, "pattern": "a | b\nc"},
     ):

@@ -72,7 +72,7 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 def test_importing_evaluation_loads_nothing_heavy():
     names = ["matplotlib", "math_verify", "datasets", "reasoning_gym", "llmcompressor", "vllm"]
     code = (
-        "import sys, rac_modifier.evaluation.verify, rac_modifier.evaluation.plot\n"
+        "import sys, rac_modifier.answers.verify, rac_modifier.evaluation.plot\n"
         f"assert not [n for n in {[*names, 'torch']} if n in sys.modules]\n"
         "import rac_modifier.evaluation.accuracy, rac_modifier.evaluation.problems\n"
         f"print([n for n in {names} if n in sys.modules])\n"

@@ -96,7 +96,13 @@ def test_the_run_record_says_what_was_done(prune, tmp_path, tiny_folder, trace_s
     assert record["mask_structure"] == "2:4"
     assert record["calibration"]["tokens"] == TOKENS
     assert record["calibration"]["trace_tokens"] > TOKENS / 3
-    assert record["trace_store"] == {"path": str(trace_store), "sha256": TraceStore.read(trace_store).sha256()}
+    store = record["trace_stores"]["traces"]
+    assert (store["path"], store["sha256"]) == (str(trace_store), TraceStore.read(trace_store).sha256())
+    assert store["prompt"]["add_generation_prompt"] is store["prompt"]["enable_thinking"] is True
+    assert store["selection"]["kept"] == len(TraceStore.read(trace_store))
+    assert record["calibration"]["parts"] == {
+        "traces": {"tokens": TOKENS, "sequences": record["calibration"]["sequences"]}
+    }
     assert record["versions"]["llmcompressor"]
     assert len(record["modules"]) == 14
     for module in record["modules"]:

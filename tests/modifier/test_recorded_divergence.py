@@ -6,7 +6,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from tiny import TOKENS, entry, linears
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.calibration.held_out import split
+from rac_modifier.calibration.held_out import HoldOut
 from rac_modifier.evaluation.divergence import divergence
 from rac_modifier.traces.store import TraceStore
 
@@ -25,7 +25,9 @@ def record(folder):
 def test_the_record_holds_what_measuring_again_finds(prune, settings, tmp_path, dense):
     model = prune(output_dir=tmp_path / "out", **settings)
     found = record(tmp_path / "out")["divergence"]
-    held, others = split(TraceStore.read(tmp_path / "own.jsonl"), 300)
+    hold_out = HoldOut(300)
+    others = list(hold_out.others(TraceStore.read(tmp_path / "own.jsonl")))
+    held = hold_out.held
     assert sum(t.tokens for t in others) >= TOKENS  # the calibration set had its tokens beside them
     sequences = [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in held]
     expected = divergence(dense, model, sequences, label="x", bins=8, progress=False)
@@ -43,7 +45,9 @@ def test_held_out_traces_are_not_calibrated_on(prune, settings, tmp_path, monkey
     inner = source.CalibrationLoader
     monkeypatch.setattr(source, "CalibrationLoader", lambda *args: made.append(inner(*args)) or made[0])
     prune(**settings)
-    held, _ = split(TraceStore.read(tmp_path / "own.jsonl"), 300)
+    hold_out = HoldOut(300)
+    list(hold_out.others(TraceStore.read(tmp_path / "own.jsonl")))
+    held = hold_out.held
     prompts = {t.prompt_ids for t in held}
     assert made[0].sequences
     assert not [s for s in made[0].sequences if tuple(s.ids[: s.prompt_tokens]) in prompts]

@@ -24,10 +24,6 @@ def rule(body: dict[str, Any]) -> list[int]:
     return [*ids[: length - 1], EOS] if digest[-2] % 2 else ids
 
 
-def ending(body: dict[str, Any], ids: list[int]) -> str:
-    return "stop" if ids[-1] == EOS else "length"
-
-
 class FakeServer:
     """`fault` gets each completion request's number and body, and names what to do wrong, or None.
 
@@ -37,6 +33,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.fault: Callable[[int, dict[str, Any]], str | None] = lambda number, body: None
         self.answer: Callable[[dict[str, Any]], list[int]] = rule
+        self.eos = {EOS}
         self.cards: list[dict[str, Any]] = [{"id": NAME, "root": "/models/tiny", "max_model_len": 512}]
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.bodies: list[dict[str, Any]] = []
@@ -112,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         choice = {
             "index": 0,
             "text": "text",
-            "finish_reason": ending(body, ids),
+            "finish_reason": "stop" if ids[-1] in self.fake.eos else "length",
             "token_ids": ids,
             "prompt_token_ids": body["prompt"],
         }

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -5,6 +7,7 @@ from tiny import tiny_model, tiny_tokenizer
 from rac_modifier.errors import RacError
 from rac_modifier.traces.collect import collect_traces, default_store_path
 from rac_modifier.traces.engines import in_process
+from rac_modifier.traces.failures import read_failures
 from rac_modifier.traces.generation import SamplingSettings, generate
 from rac_modifier.traces.problems import ProblemSource, load_problems
 from rac_modifier.traces.prompts import render_prompt
@@ -205,3 +208,28 @@ def test_collecting_imports_neither_side():
     code = "import sys, rac_modifier.traces.collect; print({'llmcompressor', 'vllm', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_long_prompts_are_passed_over_whole_and_noted(run, tokenizer, tmp_path):
+    """Neither cut nor a reason to stop: the others are collected, in the same order."""
+    rows = [{"problem": f"{i}" + " + 1" * (60 if i % 3 == 0 else 1)} for i in range(30)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = ProblemSource(source=str(tmp_path / "p.jsonl"), max_prompt_tokens=100)
+    store = run(problems=source, tokens=200)
+    prompts = {tuple(render_prompt(tokenizer, row["problem"])) for row in rows}
+    assert all(t.prompt_ids in prompts and len(t.prompt_ids) <= 100 for t in store)
+    noted = read_failures(store.path)
+    assert noted
+    assert all("is longer than problems.max_prompt_tokens=100" in one.reason for one in noted)
+    assert run(problems=source, tokens=250).counts.tokens >= 250
+    again = read_failures(store.path)
+    assert len({one.id for one in again}) == len(again)
+
+
+def test_a_prompt_that_fills_the_context_does_not_end_the_run(run, tmp_path):
+    rows = [{"problem": "1" * (600 if i == 4 else 5) + str(i)} for i in range(30)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = run(problems=ProblemSource(source=str(tmp_path / "p.jsonl")), tokens=400)
+    assert [one.reason for one in read_failures(store.path)] == [
+        "a prompt of 604 tokens fills the model's context of 512"
+    ]

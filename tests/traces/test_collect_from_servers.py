@@ -8,8 +8,9 @@ from fake_server import NAME, FakeServer, rule
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from rac_modifier.calibration.collecting import collect_for_calibration
 from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
-from rac_modifier.calibration.source import build_calibration_set, collect_for_calibration
+from rac_modifier.calibration.source import build_calibration_set
 from rac_modifier.errors import RacError
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.engines import servers
@@ -309,11 +310,13 @@ def test_pruning_finds_what_was_collected_without_the_weights(server, tiny_folde
     engine = {"base_urls": [server.url], "concurrency": 4}
     settings = TraceSettings(sampling={"temperature": 1.0, "max_new_tokens": 20}, engine=engine)
     budget = CalibrationSettings(tokens=400, max_sequence_tokens=40, held_out_tokens=0)
-    collected = collect_for_calibration(Subject.of_files(str(tiny_folder)), tokenizer, settings, budget, progress=False)
+    subject = Subject.of_files(str(tiny_folder))
+    collected = collect_for_calibration(subject, tokenizer, settings, budget, progress=False)["traces"].store
     server.close()
     found = build_calibration_set(model, tokenizer, settings, budget, progress=False)
-    assert found.store.path == collected.path
-    assert found.as_dict()["trace_store"]["sha256"] == collected.sha256()
+    assert found.pools["traces"].store.path == collected.path
+    assert found.as_dict()["trace_stores"]["traces"]["sha256"] == collected.sha256()
     assert found.loader.composition.tokens == 400
     in_process = settings.model_copy(update={"engine": None})
-    assert build_calibration_set(model, tokenizer, in_process, budget, progress=False).store.path == collected.path
+    again = build_calibration_set(model, tokenizer, in_process, budget, progress=False)
+    assert again.pools["traces"].store.path == collected.path

@@ -85,8 +85,8 @@ def test_a_hugging_face_dataset_is_read_through_datasets(monkeypatch):
         return datasets.Dataset.from_dict({"problem": ["a?", "b?"], "junk": [1, 2]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    problems = take(9, source="open-r1/OpenR1-Math-220k", split="test", config="all")
-    assert asked == [("open-r1/OpenR1-Math-220k", "all", "test")]
+    problems = take(9, source="some/problems", split="test", config="all")
+    assert asked == [("some/problems", "all", "test")]
     assert {p.question for p in problems} == {"a?", "b?"}
 
 
@@ -180,3 +180,53 @@ def test_malformed_files(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(RacError, match=words):
         load_problems(ProblemSource(source=str(tmp_path / name)), 0)
+
+
+def a_data_set(rows, monkeypatch):
+    """What `load_dataset` was asked for, and the rows that it gives."""
+    import datasets
+
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+OPEN_R1_MATH = [
+    {"problem": f"What is {i}?", "solution": "s", "answer": str(i), "problem_type": "Algebra", "question_type": "MCQ",
+     "uuid": "u", "generations": ["<think>"], "messages": [{"role": "user", "content": "c"}]}
+    for i in range(3)
+]  # fmt: skip
+CODEFORCES = [
+    {"id": f"{i}/A", "title": "t", "description": "d", "input_format": None, "examples": [{"input": "1", "output": "2"}],
+     "language": "python", "prompt": f"Write a program for {i}."}
+    for i in range(3)
+]  # fmt: skip
+
+
+def test_the_papers_data_sets_need_only_their_names(monkeypatch):
+    asked = a_data_set(OPEN_R1_MATH, monkeypatch)
+    math = list(load_problems(ProblemSource(source="open-r1/OpenR1-Math-220k"), 0))
+    assert {(p.question, p.answer) for p in math} == {(f"What is {i}?", str(i)) for i in range(3)}
+    asked += a_data_set(CODEFORCES, monkeypatch)
+    code = list(load_problems(ProblemSource(source="open-r1/codeforces"), 0))
+    assert {(p.question, p.answer) for p in code} == {(f"Write a program for {i}.", None) for i in range(3)}
+    assert asked == [("open-r1/OpenR1-Math-220k", None, "train")]
+
+
+def test_what_is_set_beside_the_name_wins():
+    assert ProblemSource(source="open-r1/codeforces").config == "verifiable-prompts"
+    own = ProblemSource(source="open-r1/OpenR1-Math-220k", column="messages", config="extended")
+    assert (own.column, own.answer_column, own.config) == ("messages", "answer", "extended")
+    other = ProblemSource(source="open-r1/codeforces", config="default")  # has no such column
+    assert (other.column, other.config) == (None, "default")
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "reasoning-gym:gcd", "a.jsonl", "org/data"])
+def test_what_is_a_source_by_itself(name):
+    assert ProblemSource.looks_like(name)
+    assert not ProblemSource.looks_like("math")

@@ -2,6 +2,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from rac_modifier.errors import RacError
+from rac_modifier.traces.generation import SamplingSettings
 from rac_modifier.traces.prompts import render_prompt
 
 
@@ -24,6 +25,12 @@ def test_without_a_template_the_bare_question_is_an_option_not_a_fallback():
     with pytest.raises(RacError, match="no chat template; set template='none'"):
         render_prompt(tokenizer, "2+2?")
     assert text(render_prompt(tokenizer, "2+2?", template="none")) == "2+2?"
+
+
+def test_thinking_can_be_switched_off_where_the_template_can():
+    off = SamplingSettings(thinking=False)
+    assert text(off.render(tiny_tokenizer(), "2+2?")) == "<user>2+2?<assistant>"
+    assert text(SamplingSettings().render(tiny_tokenizer(), "2+2?")) == "<user>2+2?<assistant><think>"
 
 
 def test_bad_input():

@@ -31,7 +31,6 @@ from rac_modifier.traces.engines.servers import Balancer, Server, pause, retry_a
 from rac_modifier.traces.engines.settings import EngineSettings
 from rac_modifier.traces.engines.wire import Ask, UnusableError, error_text, read_answer, trace_seed
 from rac_modifier.traces.generation import Generation, SamplingSettings
-from rac_modifier.traces.prompts import render_prompt
 from rac_modifier.traces.subject import Subject
 
 try:
@@ -151,10 +150,7 @@ class ServerEngine:
         return card, probes
 
     async def _probe(self, server: Server) -> list[Probe]:
-        prompts = [
-            render_prompt(self._tokenizer, question, self._sampling.system_prompt, self._sampling.template)
-            for question in PROBE_QUESTIONS
-        ]
+        prompts = [self._sampling.render(self._tokenizer, question) for question in PROBE_QUESTIONS]
         asks = [partial(self._ask, ids=ids, limit=PROBE_TOKENS, seed=0) for ids in prompts]
         answers = await asyncio.gather(*(self._insist(ask, PROBE_SAMPLING, server) for ask in asks))
         probes = []

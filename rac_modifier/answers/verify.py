@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import importlib.util
-import json
 import re
-import subprocess
-import sys
-import threading
-from pathlib import Path
 from typing import Protocol
 
-from rac_modifier.errors import RacError
-from rac_modifier.evaluation.math_worker import READY
+from rac_modifier.answers.processes import ask
 
 THINK_END = "</think>"
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -87,68 +79,10 @@ def _canonical(integer: re.Match[str]) -> str:
     return "-" + digits if sign == "-" and digits != "0" else digits
 
 
-class _MathWorker:
-    """The process that runs math-verify; started at first use, replaced when an answer was too much for it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-
-    def ask(self, answer: str, reference: str) -> bool:
-        """Whether the two are equal; False if that cannot be told in `math_worker.SECONDS_PER_ANSWER`."""
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = self._start()
-            process = self._process
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(json.dumps([answer, reference]) + "\n")
-                process.stdin.flush()
-                reply = process.stdout.readline()
-            except BrokenPipeError:
-                reply = ""
-            if reply:
-                return bool(json.loads(reply))
-            self.close()
-            return False
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    @staticmethod
-    def _start() -> subprocess.Popen[str]:
-        if importlib.util.find_spec("math_verify") is None:
-            raise RacError(
-                "comparing answers that are not plain integers needs math-verify; pip install 'rac-modifier[eval]'"
-            )
-        # -P: the script's own folder must not shadow other modules.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        assert process.stdout is not None
-        if process.stdout.readline() != READY:
-            raise RacError(f"math-verify fails to start; see why with: {sys.executable} -c 'import math_verify'")
-        return process
-
-
-_worker = _MathWorker()
-atexit.register(_worker.close)
-
-
 def equal_as_mathematics(answer: str, reference: str) -> bool:
     r"""Whether two bare LaTeX or plain expressions are equal, by math-verify, in any thread.
 
     Raises:
         RacError: math-verify is not installed, or broken.
     """
-    return _worker.ask(answer, reference)
+    return ask("mathematics", answer, reference)

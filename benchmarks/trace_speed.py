@@ -1,0 +1,179 @@
+"""Collecting traces of the embedded reasoner through `vllm serve`, against transformers' `generate` in batches of 8.
+
+    python benchmarks/trace_speed.py rates --vllm .venv-serve/bin/vllm             # tokens/s of both on the same problems
+    python benchmarks/trace_speed.py memory --vllm .venv-serve/bin/vllm            # a million tokens; goes on where it was
+
+`rates`: each round takes other problems, in the same order for both. The server is asked as many as hold --tokens; `generate`, as
+the paper's code calls it, the first --problems of them, eight at a time. Both sample float32 weights at the same settings.
+Tokens are those of completions up to their EOS; padding does not count. The server stays up, idle, while `generate` runs.
+
+`memory`: one collection to budgets of 10,000, 100,000 and 1,130,000 tokens, in one process, and the most memory that the
+collector (not the server) held resident in each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import torch
+from common import fresh, machine
+from transformers import AutoTokenizer
+from vllm_server import Server, serving
+
+from rac_modifier.reasoner import reasoner_path
+from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.engines.settings import EngineSettings
+from rac_modifier.traces.filling import pending_path
+from rac_modifier.traces.generation import SamplingSettings
+from rac_modifier.traces.problems import ProblemSource, load_problems
+from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.traces.store import TraceStore
+from rac_modifier.traces.subject import Subject
+
+OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3"]
+REFERENCE_BATCH = 8
+STEPS = (10_000, 100_000, 1_130_000)  # the last one so that completions alone are a million
+
+
+def sampling(seed: int) -> SamplingSettings:
+    return SamplingSettings(temperature=0.6, top_p=0.95, top_k=0, max_new_tokens=512, seed=seed)
+
+
+def collect(server: Server, path: Path, tokens: int, seed: int, concurrency: int) -> TraceStore:
+    return collect_traces(
+        Subject.of_files(str(reasoner_path())),
+        AutoTokenizer.from_pretrained(reasoner_path()),
+        path,
+        problems=ProblemSource(),
+        sampling=sampling(seed),
+        tokens=tokens,
+        engine=EngineSettings(base_urls=(f"{server.url}/v1",), concurrency=concurrency),
+        progress=False,
+    )
+
+
+def server_rate(server: Server, path: Path, tokens: int, seed: int, concurrency: int) -> float:
+    """Completion tokens a second of a whole collection: checks of the model, writes and the last stragglers included."""
+    path.unlink(missing_ok=True)
+    pending_path(path).unlink(missing_ok=True)
+    started = time.perf_counter()
+    store = collect(server, path, tokens, seed, concurrency)
+    seconds = time.perf_counter() - started
+    print(f"  server: {len(store)} traces, {store.counts.completion_tokens} tokens in {seconds:.1f} s", flush=True)
+    return store.counts.completion_tokens / seconds
+
+
+@torch.no_grad()
+def reference_rate(model, tokenizer, problems: int, seed: int) -> float:
+    settings = sampling(seed)
+    tokenizer.padding_side = "left"
+    prompts = [render_prompt(tokenizer, p.question) for p in islice(load_problems(ProblemSource(), seed), problems)]
+    torch.manual_seed(seed)
+    tokens, eos = 0, model.generation_config.eos_token_id
+    started = time.perf_counter()
+    for start in range(0, len(prompts), REFERENCE_BATCH):
+        batch = tokenizer.pad({"input_ids": prompts[start : start + REFERENCE_BATCH]}, return_tensors="pt")
+        output = model.generate(
+            **batch,
+            do_sample=True,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=0,
+            max_new_tokens=settings.max_new_tokens,
+        )
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            tokens += row.index(eos) + 1 if eos in row else len(row)
+    seconds = time.perf_counter() - started
+    print(f"  generate: {len(prompts)} traces, {tokens} tokens in {seconds:.1f} s", flush=True)
+    return tokens / seconds
+
+
+def rates(server: Server, args: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    model = fresh(reasoner_path())
+    server_rate(server, args.out / "warm-up.jsonl", 5_000, 10**6, max(args.concurrency))
+    reference_rate(model, tokenizer, REFERENCE_BATCH, 10**6)
+    found: dict[int | str, list[float]] = {}
+    for seed in range(args.rounds):
+        for concurrency in args.concurrency:
+            rate = server_rate(server, args.out / "rate.jsonl", args.tokens, seed, concurrency)
+            found.setdefault(concurrency, []).append(rate)
+        idle = server.cpu_seconds()
+        found.setdefault("generate", []).append(reference_rate(model, tokenizer, args.problems, seed))
+        print(f"  (the server used {server.cpu_seconds() - idle:.1f} s of processor time meanwhile)", flush=True)
+    print("| | tokens/s, median of the rounds (range) | ratio to generate in the same round |\n|---|---|---|")
+    for name, values in found.items():
+        ratios = [a / b for a, b in zip(values, found["generate"], strict=True)]
+        label = f"transformers generate, batch {REFERENCE_BATCH}" if name == "generate" else f"server, {name} at a time"
+        print(
+            f"| {label} | {statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f}) | "
+            f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) |"
+        )
+
+
+@contextmanager
+def most_resident() -> Iterator[list[float]]:
+    """The most MiB that this process held resident while inside, in a list of one."""
+    process, most, stop = psutil.Process(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            most[0] = max(most[0], process.memory_info().rss / 2**20)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        thread.join()
+
+
+def memory(server: Server, args: argparse.Namespace) -> None:
+    for tokens in STEPS:
+        started = time.perf_counter()
+        with most_resident() as most:
+            store = collect(server, args.out / "million.jsonl", tokens, 0, max(args.concurrency))
+        row = {
+            "tokens": store.counts.tokens,
+            "traces": len(store),
+            "completion_tokens": store.counts.completion_tokens,
+            "finished": store.counts.finished,
+            "resident_mib": round(most[0], 1),
+            "seconds": round(time.perf_counter() - started, 1),
+            "store_mib": round(store.path.stat().st_size / 2**20, 1),
+            "pid": os.getpid(),
+        }
+        with (args.out / "memory.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["rates", "memory"])
+    parser.add_argument("--vllm", type=Path, help="the `vllm` of a serving environment; default: beside this Python")
+    parser.add_argument("--out", type=Path, default=Path("build/trace_speed"))
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=60_000, help="that the server is asked for in each round")
+    parser.add_argument("--problems", type=int, default=80, help="that generate is asked in each round")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(machine(), flush=True)
+    with serving(reasoner_path(), OPTIONS, args.out / "vllm.log", vllm=args.vllm) as server:
+        {"rates": rates, "memory": memory}[args.what](server, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The final answer in a reasoning model's text, and whether it is right."""

@@ -1,0 +1,97 @@
+"""A trace store in words: what `rac traces inspect` prints."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rac_modifier.errors import RacError
+from rac_modifier.traces.failures import read_failures
+from rac_modifier.traces.judging import Judge
+from rac_modifier.traces.selection import Selection, SelectSettings, select
+from rac_modifier.traces.store import TraceStore
+
+_BAR = 40
+
+
+def describe_store(store: TraceStore) -> str:
+    """Where the traces come from, how many there are, why they ended, and a histogram of their lengths."""
+    header, counts = store.header, store.counts
+    sampling = header.sampling
+    prompt = f"{sampling.template} template{f' {header.chat_template}' if header.chat_template else ''}"
+    if sampling.template == "chat":
+        prompt += f", generation prompt added, thinking {'on' if sampling.thinking else 'off'}"
+        prompt += f", system prompt {sampling.system_prompt!r}" if sampling.system_prompt else ", no system prompt"
+    lines = [
+        f"model       {header.model} (fingerprint {header.fingerprint[:12]})",
+        f"problems    {header.problems.model_dump_json(exclude_none=True)}",
+        f"prompt      {prompt}",
+        f"sampling    {sampling.model_dump_json(exclude_none=True, exclude={'template', 'thinking', 'system_prompt'})}",
+        f"engine      {header.engine.kind} {header.engine.served_model or ''}".rstrip(),
+        f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} prompt and "
+        f"{counts.completion_tokens:,} completion tokens",
+    ]
+    if failed := len(read_failures(store.path)):
+        lines.append(f"failed      {failed:,} problems, passed over (traces.retry_failed tries them again)")
+    lengths: Counter[int] = Counter()
+    reasons: Counter[str] = Counter()
+    for trace in store:
+        lengths[_bucket(len(trace.completion_ids))] += 1
+        reasons[trace.finish_reason] += 1
+    if reasons:
+        lines.append("ended by    " + ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()))
+        lines += ["completion tokens", *_histogram(lengths)]
+    return "\n".join(lines)
+
+
+def describe_verified(store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None) -> str:
+    """How many answers are right and what checking them cost; what a selection keeps."""
+    judge, lines = Judge(tokenizer, store.header), []
+    if verify and len(store):
+        started = time.perf_counter()
+        right = sum(right for _, right in judge(store))
+        cost = 1000 * (time.perf_counter() - started) / len(store)
+        lines.append(f"verified    {right:,} of {len(store):,} right ({right / len(store):.1%}), {cost:.2g} ms a trace")
+    if settings is not None:
+        selection = Selection(settings)
+        tokens = sum(trace.tokens for trace in select(store, selection, judge))
+        lines.append(f"selection   {selection.describe()}; {tokens:,} tokens")
+    return "\n".join(lines)
+
+
+def read_select(text: str | None) -> SelectSettings | None:
+    """A selection as it stands in a recipe, in one line of YAML.
+
+    Raises:
+        RacError: it is none.
+    """
+    if text is None:
+        return None
+    try:
+        return SelectSettings(**yaml.safe_load(text))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}" for e in error.errors())
+        raise RacError(f"--select {text!r}: {wrong}") from error
+    except (yaml.YAMLError, TypeError) as error:
+        raise RacError(
+            f"--select {text!r} is no selection; write it like '{{answers: correct, finished: true}}'"
+        ) from error
+
+
+def _bucket(length: int) -> int:
+    """The power of two at or below, and for longer ones the half step between, as a lower bound."""
+    low = 1 << max(length.bit_length() - 1, 0)
+    return low + low // 2 if low >= 2 and length >= low + low // 2 else low
+
+
+def _histogram(lengths: Counter[int]) -> list[str]:
+    most = max(lengths.values())
+    width = len(f"{max(lengths):,}")
+    return [
+        f"  from {low:>{width},} {count:>8,} {'#' * max(1, round(_BAR * count / most))}"
+        for low, count in sorted(lengths.items())
+    ]
