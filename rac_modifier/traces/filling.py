@@ -82,7 +82,9 @@ class Filling:
         self._under_way = 0
         self._connected = False
         self._failed = {failed.id for failed in read_failures(store.path)}
-        self._failures: list[FailedProblem] = []  # since the last success; not written yet
+        # Since the last success; not written yet. Their entries hold up those behind them: an outage must not change the order.
+        self._failures: list[FailedProblem] = []
+        self._doubtful: list[_Entry] = []
         self._pending: TraceStore | None = None
         self._early: dict[str, Trace] = {}
         path = pending_path(store.path)
@@ -100,6 +102,8 @@ class Filling:
             with tqdm(total=tokens, desc="traces", unit="tok", unit_scale=True, disable=not progress) as bar:
                 while self._total < tokens:
                     self._ask_for_more(tokens)
+                    if not self._under_way:
+                        self._take_note()
                     if not self._queue:
                         break
                     stop = self._receive()
@@ -121,7 +125,7 @@ class Filling:
     def _ask_for_more(self, tokens: int) -> None:
         """Queue requests, and submit those that are not stored, as long as the budget may need them."""
         known = self._total + sum(entry.tokens for entry in self._queue)
-        longest = max(_LOOK_AHEAD * self._engine.concurrency, 1)
+        longest = max(_LOOK_AHEAD * self._engine.concurrency, 1) + len(self._doubtful)
         while known < tokens and len(self._queue) < longest and self._under_way < max(self._engine.concurrency, 1):
             batch = [self._entry(r) for r in islice(self._requests, self._engine.batch_size)]
             if not batch:
@@ -213,7 +217,7 @@ class Filling:
                     f"{len(self._failures)} completions in a row failed, the last one: {outcome.reason}. What was finished "
                     f"before is kept in {str(self._store.path)!r}: see to the servers, then run again to go on from there"
                 )
-            entry.settled = True
+            self._doubtful.append(entry)
             return
         self._take_note()
         assert entry.prompt is not None
@@ -233,6 +237,9 @@ class Filling:
         """Something was completed, so what failed before were bad problems and no outage."""
         failures, self._failures = self._failures, []
         self._note_failures(failures)
+        for entry in self._doubtful:
+            entry.settled = True
+        self._doubtful.clear()
 
     def _note_failures(self, failures: list[FailedProblem]) -> None:
         if failures:
