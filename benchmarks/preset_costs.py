@@ -28,7 +28,7 @@ PRESETS = ("quality", "fast", "paper")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000, 131_072])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000, 131_072, 16_384])
     args = parser.parse_args()
     print(
         "| shape | tokens | preset | multiply-adds | to paper | a billion weights | forward passes | second moments | solver |"

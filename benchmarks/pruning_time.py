@@ -105,7 +105,7 @@ class Peer:
 
     def prune(self, who: str) -> tuple[float, Any]:
         model = copy.deepcopy(self.model)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         if WHO[who] is not None:
             recipe = rac_modifier.ReasoningAwareSparseGPTModifier(**self.settings, **WHO[who])
             recipe.use_calibration_set(self.calibration)
@@ -114,6 +114,7 @@ class Peer:
             recipe = SparseGPTModifier(**self.settings, ignore=["re:.*lm_head"], block_size=128, dampening_frac=0.01)
             plain = torch.utils.data.DataLoader([dict(b) for b in self.calibration.loader], batch_size=None)
             oneshot(model=model, recipe=recipe, dataset=plain)
+        self.cpu_seconds = time.process_time() - cpu
         return time.perf_counter() - started, model
 
     def error(self, model: Any) -> float:
@@ -128,7 +129,9 @@ def compare(case: str, pattern: str, rounds: int, who: list[str], with_memory: b
         for name in who if index % 2 == 0 else who[::-1]:
             took, model = peer.prune(name)
             seconds[name].append(took)
-            print(f"{case} {pattern} round {index + 1}: {name} {took:.2f} s", flush=True)
+            print(
+                f"{case} {pattern} round {index + 1}: {name} {took:.2f} s, {peer.cpu_seconds:.2f} s of CPU", flush=True
+            )
             errors[name] = peer.error(model)
             del model
     memory = {name: peak_memory(case, pattern, name) if with_memory else float("nan") for name in who}

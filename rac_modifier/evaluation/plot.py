@@ -130,7 +130,7 @@ def plot_divergence(
             axes.fill_between(positions, low, high, color=_COLOURS[index], alpha=0.18, linewidth=0)
     left.set_title("KL to the dense model, nats a token", loc="left", fontsize=10, color=_INK)
     right.set_title("Same most likely token as the dense model", loc="left", fontsize=10, color=_INK)
-    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}%")
     left.set_ylim(bottom=0)
     for axes in (left, right):
         axes.set_xlabel("position in the completion, tokens", fontsize=9, color=_INK)
