@@ -106,15 +106,16 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", help="of the server; bfloat16 is slow on a CPU without bf16 units"
     )
-    parser.add_argument("--log", type=Path, default=Path("serve_demo.log"))
+    parser.add_argument("--log", type=Path, help="the server's log; default: beside the checkpoint")
     args, serve_options = parser.parse_known_args()
     options = ["--dtype", args.dtype, "--max-model-len", "1024", "--gpu-memory-utilization", "0.3", *serve_options]
+    log = args.log or args.checkpoint.absolute().with_name(f"{args.checkpoint.absolute().name}.log")
     problems = generate_distinct(0, "test", args.problems)
 
     started = time.monotonic()
-    with served(args.checkpoint, options, args.log) as url:
+    with served(args.checkpoint, options, log) as url:
         print(f"vllm serve {args.checkpoint}: ready after {time.monotonic() - started:.0f} s at {url}")
-        for line in args.log.read_text(errors="replace").splitlines():
+        for line in log.read_text(errors="replace").splitlines():
             if "rac-sparse:" in line or "sparse kernel" in line or "dense because" in line:
                 print("  " + line.partition("] ")[2])
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
