@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fast": {"preset": "fast"},
     "paper + alps": {"preset": "paper", "solver": "alps"},
     "quality": {"preset": "quality"},
+    "quality, 8 iterations": {"preset": "quality", "iterations": 8, "refit_steps": 6},
     "quality + gradient": {"preset": "quality", "token_weights": "gradient"},
     "quality + allocation": {"preset": "quality", "allocation": "kl"},
 }
