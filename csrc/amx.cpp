@@ -147,12 +147,7 @@ bool amx_panels(const Product& product, int64_t first, int64_t last) {
                 if (end == tiles || blocks > 1) step.finish(sums);
             }
         }
-        for (int p = 0; p < panels; p++) {
-            for (int64_t line = 0; line < product.m; line += BLOCK) {
-                const int64_t lines = product.m - line < BLOCK ? product.m - line : BLOCK;
-                store(product, panel + p, line, lines, acc + line * BLOCK + 16 * p, BLOCK);
-            }
-        }
+        store(product, panel, panels, 0, product.m, acc, PANEL, BLOCK);
     }
     _tile_release();
     std::free(acc);

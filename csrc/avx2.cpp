@@ -30,6 +30,13 @@ struct Tables {
 };
 constexpr Tables tables;
 
+void halve(const float* values, int64_t count, uint16_t* out) {
+    if (count == PANEL)  // a length that the compiler knows, and vectorizes
+        for (int64_t n = 0; n < PANEL; n++) out[n] = to_bf16(values[n]);
+    else
+        for (int64_t n = 0; n < count; n++) out[n] = to_bf16(values[n]);
+}
+
 }  // namespace
 }  // namespace rac
 
@@ -235,14 +242,15 @@ RAC_TARGET_END
 namespace rac {
 
 extern const Kernel avx2_kernel = {
-    ROWS,
-    ROWS,
-    {{dot_bf16<1>, dot_bf16<2>, dot_bf16<3>},
-     {dot_fp32<1>, dot_fp32<2>, dot_fp32<3>},
-     {dot_block<1>, dot_block<2>, dot_block<3>}},
+    {ROWS,
+     ROWS,
+     {{dot_bf16<1>, dot_bf16<2>, dot_bf16<3>},
+      {dot_fp32<1>, dot_fp32<2>, dot_fp32<3>},
+      {dot_block<1>, dot_block<2>, dot_block<3>}},
+     {begin_bf16, begin_fp32}},
     {expand<BF16>, expand<FP32>},
     expand_bf16,
-    {begin_bf16, begin_fp32},
+    halve,
 };
 
 bool has_avx2() {

@@ -132,7 +132,7 @@ bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
                 }
             }
         }
-        for (int p = 0; p < panels; p++) store(product.out, panel + p, 0, m, acc + p * m * PANEL, PANEL);
+        store(product.out, panel, panels, 0, m, acc, m * PANEL, PANEL);
     }
     if (memory) _tile_release();
     std::free(acc);

@@ -92,7 +92,7 @@ bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t firs
                 add_block(product, panel, block, line, lines, sums, acc + line * PANEL);
             }
         }
-        store(product.out, panel, 0, m, acc, PANEL);
+        store(product.out, panel, 1, 0, m, acc, 0, PANEL);
     }
     std::free(acc);
     return true;

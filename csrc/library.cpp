@@ -46,54 +46,65 @@ void* padded(const void* x, Type from, Type to, int64_t m, int64_t lines, int64_
     return copy;
 }
 
-constexpr int64_t BLOCK_COLUMNS = 256;  // of a panel expanded at a time: 16 KiB, half a first-level cache
-constexpr int64_t CHUNK = 240;          // rows of x that many panels share: with BLOCK_COLUMNS half a second-level cache
-constexpr int64_t GROUP = 8;            // panels that pass by such a piece of x while it is there
-constexpr int64_t FEW = 32;             // rows of x that stay in a cache by themselves: panels are read one by one
+// Columns of a panel that are expanded at a time: 16 KiB, half a first-level cache.
+template <class X>
+constexpr int64_t BLOCK_COLUMNS = (16 << 10) / (PANEL * sizeof(X));
+// Rows of x that many panels share. With BLOCK_COLUMNS they are half a second-level cache: of 512 KiB, and of the 1 MiB and
+// more that processors with bf16 arithmetic have.
+template <class X>
+constexpr int64_t CHUNK = sizeof(X) == 2 ? 480 : 240;
+constexpr int64_t GROUP = 8;  // panels that pass by such a piece of x while it is there
+constexpr int64_t FEW = 32;   // rows of x that stay in a cache by themselves: panels are read one by one
 
 // Rows [line, line + lines) of x times `count` panels from `first` on, into acc [count][lines][PANEL]. A few rows multiply
 // a panel as it is stored. More multiply it expanded, a block of columns at a time.
-void multiply_group(const Product& product, const Kernel& kernel, int64_t first, int64_t count, int64_t line,
+template <class X>
+void multiply_group(const Product& product, const Dots<X>& dots, int64_t first, int64_t count, int64_t line,
                     int64_t lines, float* acc) {
     const Weight& weight = product.weight;
-    const float* x = static_cast<const float*>(product.x) + line * product.stride;
-    if (lines <= kernel.rows) {
+    const X* x = static_cast<const X*>(product.x) + line * product.stride;
+    if (lines <= dots.rows) {
         for (int64_t p = 0; p < count; p++)
-            kernel.dot[weight.type][lines - 1](weight.masks_of(first + p), weight.values_of(first + p), weight.pairs(),
-                                               x, product.stride, acc + p * lines * PANEL);
+            dots.dot[weight.type][lines - 1](weight.masks_of(first + p), weight.values_of(first + p), weight.pairs(), x,
+                                             product.stride, acc + p * lines * PANEL);
         return;
     }
-    alignas(64) float block[BLOCK_COLUMNS * PANEL];
+    const int64_t size = size_of(product.out_type), line_bytes = weight.rows * size;
+    const char* out = static_cast<const char*>(product.out) + line * line_bytes + first * PANEL * size;
+    alignas(64) X block[BLOCK_COLUMNS<X> * PANEL];
     const char* values[GROUP];
     for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
-    for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS) {
-        const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS) + 1) / 2;
+    for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS<X>) {
+        const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS<X>) + 1) / 2;
         for (int64_t p = 0; p < count; p++) {
-            const float* from = x + column;
+            const X* from = x + column;
+            const uint32_t* masks = weight.masks_of(first + p) + column / 2;
             float* sums = acc + p * lines * PANEL;
-            values[p] = kernel.begin[weight.type](weight.masks_of(first + p) + column / 2, values[p], pairs, from,
-                                                  product.stride, sums, block);
-            for (int64_t at = kernel.dense_rows; at < lines; at += kernel.dense_rows) {
-                const int64_t rows = std::min<int64_t>(lines - at, kernel.dense_rows);
-                kernel.dot[DENSE][rows - 1](nullptr, reinterpret_cast<const char*>(block), pairs,
-                                            from + at * product.stride, product.stride, sums + at * PANEL);
+            values[p] = dots.begin[weight.type](masks, values[p], pairs, from, product.stride, sums, block);
+            for (int64_t at = dots.dense_rows; at < lines; at += dots.dense_rows) {
+                const int64_t rows = std::min<int64_t>(lines - at, dots.dense_rows);
+                if (column + BLOCK_COLUMNS<X> >= weight.columns)
+                    for (int64_t m = 0; m < rows; m++) __builtin_prefetch(out + (at + m) * line_bytes + p * PANEL * size, 1);
+                dots.dot[DENSE][rows - 1](nullptr, reinterpret_cast<const char*>(block), pairs,
+                                          from + at * product.stride, product.stride, sums + at * PANEL);
             }
         }
     }
 }
 
-bool vector_panels(const Product& product, const Kernel& kernel, int64_t first, int64_t last) {
+template <class X>
+bool vector_panels(const Product& product, const Dots<X>& dots, int64_t first, int64_t last) {
     const int64_t group = product.m <= FEW ? 1 : GROUP;
-    const int64_t most = std::min(product.m, CHUNK) * group * PANEL * static_cast<int64_t>(sizeof(float));
+    const int64_t most = std::min(product.m, CHUNK<X>) * group * PANEL * static_cast<int64_t>(sizeof(float));
     float* acc = static_cast<float*>(std::malloc(most));
     if (!acc) return false;
-    for (int64_t line = 0; line < product.m; line += CHUNK) {
-        const int64_t lines = std::min(product.m - line, CHUNK);
+    for (int64_t line = 0; line < product.m; line += CHUNK<X>) {
+        const int64_t lines = std::min(product.m - line, CHUNK<X>);
         for (int64_t panel = first; panel < last; panel += group) {
             const int64_t count = std::min(last - panel, group);
             std::memset(acc, 0, count * lines * PANEL * sizeof(float));
-            multiply_group(product, kernel, panel, count, line, lines, acc);
-            for (int64_t p = 0; p < count; p++) store(product, panel + p, line, lines, acc + p * lines * PANEL, PANEL);
+            multiply_group(product, dots, panel, count, line, lines, acc);
+            store(product, panel, count, line, lines, acc, lines * PANEL, PANEL);
         }
     }
     std::free(acc);
@@ -109,10 +120,14 @@ bool multiply(const Product& product, int32_t isa, int threads) {
     for (int share = 0; share < threads; share++) {
         int64_t first = 2 * (pairs * share / threads), last = 2 * (pairs * (share + 1) / threads);
         if (last > product.weight.panels) last = product.weight.panels;
+        bool mine;
         if (isa == AMX)
-            done = done && amx_panels(product, first, last);
+            mine = amx_panels(product, first, last);
+        else if (product.x_type == BF16)
+            mine = vector_panels(product, avx512_bf16_dots, first, last);
         else
-            done = done && vector_panels(product, *kernel_of(isa), first, last);
+            mine = vector_panels(product, kernel_of(isa)->dots, first, last);
+        done = done && mine;
     }
     return done;
 }
@@ -213,12 +228,15 @@ RAC_EXPORT const char* rac_linear(const void* data, int64_t bytes, int64_t rows,
     product.bias_type = static_cast<Type>(bias_type);
     product.out = out;
     product.out_type = static_cast<Type>(x_type);
+    product.halve = kernel_of(isa)->halve;
     if (product.weight.type >= INT8)
         return linear8(product, x, product.out_type, scale, groups, isa, threads < 1 ? 1 : threads);
     if (scale && groups != 1) return "only 8-bit weights have scales in groups";
     product.scale = scale;
-    if (isa == AMX && (product.weight.type != BF16 || x_type != BF16)) isa = AVX512;
-    const Type type = isa == AMX ? BF16 : FP32;
+    const bool halves = product.weight.type == BF16 && x_type == BF16;
+    if (isa == AMX && !halves) isa = AVX512;
+    const Type type = halves && (isa == AMX || (isa == AVX512 && has_avx512_bf16())) ? BF16 : FP32;
+    product.x_type = type;
     product.stride = 2 * product.weight.words;
     // AMX reads whole blocks of 16 rows once there are more than two.
     const int64_t lines = isa == AMX && m > 32 ? (m + 15) / 16 * 16 : m;

@@ -59,16 +59,21 @@ const char* begin(const uint32_t* masks, const char* values, int64_t pairs, cons
     return values;
 }
 
+void halve(const float* values, int64_t count, uint16_t* out) {
+    if (count == PANEL)  // a length that the compiler knows, and vectorizes
+        for (int64_t n = 0; n < PANEL; n++) out[n] = to_bf16(values[n]);
+    else
+        for (int64_t n = 0; n < count; n++) out[n] = to_bf16(values[n]);
+}
+
 }  // namespace
 
 #define RAC_ROWS(form) {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>}
 extern const Kernel portable_kernel = {
-    ROWS,
-    ROWS,
-    {RAC_ROWS(BF16), RAC_ROWS(FP32), RAC_ROWS(DENSE)},
+    {ROWS, ROWS, {RAC_ROWS(BF16), RAC_ROWS(FP32), RAC_ROWS(DENSE)}, {begin<BF16>, begin<FP32>}},
     {expand<BF16, FP32>, expand<FP32, FP32>},
     expand<BF16, BF16>,
-    {begin<BF16>, begin<FP32>},
+    halve,
 };
 
 }  // namespace rac

@@ -18,9 +18,9 @@ from rac_modifier.serving.kernels.weight import PANEL, SparseWeight
 
 # Up to how many rows of x the kernel itself is the faster way. AVX2: at every number of rows up to 512 that was tried, on
 # shapes of a 1.5B model; portable: measured; AMX: as a prototype of it measured; AVX512: assumed.
-CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": 32, "amx": 128}
+CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": 128}
 # The same for 8-bit weights, which are multiplied as integers. AVX2: measured; portable, AVX512 and AMX: assumed.
-CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": 128, "amx": 256}
+CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": 256}
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: about what stays in the last cache
 
 _scratch = threading.local()

@@ -97,6 +97,15 @@ inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
     for (int i = 0; i < 16; i++) to.lane[i] = static_cast<uint16_t>(a.lane[i]);
     return to;
 }
+using __m512bh = __m512i;  // 32 of bf16
+inline float rac_bf16_of(uint32_t bits) { return rac_bits<float>(bits << 16); }
+// acc[i] += a[2i + 1] b[2i + 1] + a[2i] b[2i]
+inline __m512 _mm512_dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
+    return rac_lanes([&](int i) {
+        const float odd = rac_bf16_of(a.lane[i] >> 16) * rac_bf16_of(b.lane[i] >> 16);
+        return acc.lane[i] + odd + rac_bf16_of(a.lane[i] & 0xffff) * rac_bf16_of(b.lane[i] & 0xffff);
+    });
+}
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
     return rac_integers([&](int i) { return a.lane[i] + b.lane[i]; });

@@ -1,0 +1,104 @@
+// AVX512 with BF16: a word, spread by vpexpandw, is what vdpbf16ps multiplies by a pair of x, as it is.
+#include "kernel.h"
+
+#if defined(__x86_64__) || defined(RAC_EMULATE)
+#include <cstring>
+#if defined(RAC_EMULATE)
+#include "emulated_intrinsics.h"
+#elif defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt"))), \
+                             apply_to = function)
+#else
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt")
+#endif
+
+namespace rac {
+namespace {
+
+constexpr int ROWS = 8;  // of x at a time: with a set of sums for either word of two, half the registers
+
+inline __m512i spread(uint32_t mask, const char* values) {
+    return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+}
+
+inline __m512 add_products(__m512 sums, __m512i weights, const uint16_t* x) {
+    uint32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)));
+}
+
+// Two words at a time, which hides the latency of a multiplication and counts the values of both at once. `block`, where
+// not null, is left with the expanded words.
+template <int form, int M>
+inline const char* multiply(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride,
+                            float* out, uint16_t* block) {
+    __m512 acc[M][2];
+    RAC_UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
+    for (int64_t word = 0; word < pairs; word += 2) {
+        __m512i weights[2];
+        if (form == DENSE) {
+            weights[0] = _mm512_loadu_si512(values);
+            weights[1] = _mm512_loadu_si512(values + 64);
+            values += 128;
+        } else {
+            uint64_t both;
+            std::memcpy(&both, masks + word, sizeof both);
+            _mm_prefetch(values + 4096, _MM_HINT_T0);
+            weights[0] = spread(static_cast<uint32_t>(both), values);
+            weights[1] = spread(static_cast<uint32_t>(both >> 32), values + 2 * RAC_COUNT(both & 0xffffffff));
+            values += 2 * static_cast<uint64_t>(__builtin_popcountll(both));
+            if (block) {
+                _mm512_storeu_si512(block + 32 * word, weights[0]);
+                _mm512_storeu_si512(block + 32 * word + 32, weights[1]);
+            }
+        }
+        RAC_UNROLL for (int m = 0; m < M; m++)
+            RAC_UNROLL for (int k = 0; k < 2; k++)
+                acc[m][k] = add_products(acc[m][k], weights[k], x + m * stride + 2 * (word + k));
+    }
+    RAC_UNROLL for (int m = 0; m < M; m++) {
+        const __m512 sum = _mm512_add_ps(acc[m][0], acc[m][1]);
+        _mm512_storeu_ps(out + 16 * m, _mm512_add_ps(_mm512_loadu_ps(out + 16 * m), sum));
+    }
+    return values;
+}
+
+template <int form, int M>
+void dot(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride, float* out) {
+    multiply<form, M>(masks, values, pairs, x, stride, out, nullptr);
+}
+
+const char* begin(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride,
+                  float* out, uint16_t* block) {
+    return multiply<BF16, ROWS>(masks, values, pairs, x, stride, out, block);
+}
+
+}  // namespace
+}  // namespace rac
+RAC_TARGET_END
+
+namespace rac {
+
+#define RAC_ROWS(form)                                                                            \
+    {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>,  dot<form, 5>,  dot<form, 6>, \
+     dot<form, 7>, dot<form, 8>, dot<form, 9>, dot<form, 10>, dot<form, 11>, dot<form, 12>}
+extern const Dots<uint16_t> avx512_bf16_dots = {12, ROWS, {RAC_ROWS(BF16), {}, RAC_ROWS(DENSE)}, {begin, nullptr}};
+
+bool has_avx512_bf16() {
+#if defined(RAC_EMULATE)
+    return true;
+#else
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+}
+
+}  // namespace rac
+#else
+namespace rac {
+extern const Dots<uint16_t> avx512_bf16_dots = {};
+bool has_avx512_bf16() { return false; }
+}  // namespace rac
+#endif
