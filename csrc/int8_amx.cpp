@@ -128,7 +128,7 @@ bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
                 for (int p = 0; p < panels; p++) {
                     int32_t* of = sums + 512 * p;
                     for (int64_t i = 0; i < lines * PANEL; i++) of[i] = 256 * of[i] + of[256 + i];
-                    add_block(product, panel + p, block, line, lines, of, acc + (p * m + line) * PANEL);
+                    add_block(product, avx512_kernel8.add, panel + p, block, line, lines, of, acc + (p * m + line) * PANEL);
                 }
             }
         }

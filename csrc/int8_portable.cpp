@@ -41,11 +41,15 @@ const char* spread(const uint32_t* masks, const char* values, int64_t quads, voi
     return values;
 }
 
+void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {
+    add_scaled(sums, x_scale, stride, scale, lines, acc);
+}
+
 }  // namespace
 
 #define RAC_ROWS(form) {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>}
 extern const Kernel8 portable_kernel8 = {
-    false, 4, 4, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(DENSE8),
+    INTEGERS, add, 4, 4, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(DENSE8),
 };
 
 }  // namespace rac

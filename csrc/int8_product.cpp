@@ -32,19 +32,21 @@ float quantize(const float* x, int64_t columns, int16_t* out) {
     return largest / LEVELS;
 }
 
-// Both bytes of each integer, as planes of a row.
-void split(const int16_t* from, int64_t columns, int8_t* high, int8_t* low) {
+// Both bytes of each integer, as planes of a row, with `flip` 0x80 128 more.
+void split(const int16_t* from, int64_t columns, uint8_t flip, uint8_t* high, uint8_t* low) {
     for (int64_t k = 0; k < columns; k++) {
-        low[k] = static_cast<int8_t>(from[k] & 0xff);
-        high[k] = static_cast<int8_t>((from[k] - low[k]) >> 8);
+        const int8_t second = static_cast<int8_t>(from[k] & 0xff);
+        high[k] = static_cast<uint8_t>((from[k] - second) >> 8) ^ flip;
+        low[k] = static_cast<uint8_t>(second) ^ flip;
     }
 }
 
-void quantize_row(const void* x, Type type, int64_t line, int64_t columns, bool planes, int64_t stride, int64_t block,
+void quantize_row(const void* x, Type type, int64_t line, int64_t columns, Format8 format, int64_t stride, int64_t block,
                   int16_t* out, float* scales) {
     float floats[BLOCK_MOST];
     int16_t integers[BLOCK_MOST];
-    int8_t* bytes = reinterpret_cast<int8_t*>(out);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
+    const bool planes = format != INTEGERS;
     for (int64_t first = 0; first < columns; first += block) {
         const int64_t count = std::min(block, columns - first);
         const float* from = static_cast<const float*>(x) + line * columns + first;
@@ -54,7 +56,7 @@ void quantize_row(const void* x, Type type, int64_t line, int64_t columns, bool 
             from = floats;
         }
         *scales++ = quantize(from, count, planes ? integers : out + first);
-        if (planes) split(integers, count, bytes + first, bytes + stride + first);
+        if (planes) split(integers, count, format == PLANES_PLUS ? 0x80 : 0, bytes + first, bytes + stride + first);
     }
     if (planes) {
         std::memset(bytes + columns, 0, stride - columns);
@@ -64,35 +66,54 @@ void quantize_row(const void* x, Type type, int64_t line, int64_t columns, bool 
     }
 }
 
-bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
+constexpr int64_t CHUNK = 240;  // rows of x that many panels share: with BLOCK_MOST half a second-level cache
+constexpr int64_t GROUP = 8;    // panels that pass by such a piece of x while it is there
+constexpr int64_t FEW = 32;     // rows of x that stay in a cache by themselves: panels are read one by one
+
+// Rows [line, line + lines) of x times one block of one panel, into acc [lines][PANEL]. Returns where the next block's
+// values start.
+const char* multiply_block(const Product8& product, const Kernel8& kernel, int64_t panel, int64_t block,
+                           const char* values, int64_t line, int64_t lines, float* acc) {
     const Weight& weight = product.out.weight;
-    const int64_t m = product.out.m, form = weight.type - INT8, line_bytes = 2 * product.rows.stride;
-    float* acc = static_cast<float*>(std::malloc(m * PANEL * sizeof(float)));
-    if (!acc) return false;
-    alignas(64) char spread[2 * PANEL * BLOCK_MOST];
+    const int64_t form = weight.type - INT8, line_bytes = 2 * product.rows.stride, column = block * product.block;
+    const int64_t quads = (std::min(product.block, weight.columns - column) + 3) / 4;
+    const uint32_t* masks = weight.masks_of(panel) + (form ? 0 : column / 2);
+    // A plane's columns are bytes, an integer's two.
+    const char* x =
+        static_cast<const char*>(product.rows.data) + line * line_bytes + column * (kernel.format == INTEGERS ? 2 : 1);
     int32_t sums[MOST_ROWS * PANEL];
-    for (int64_t panel = first; panel < last; panel++) {
-        const char* values = weight.values_of(panel);
-        std::memset(acc, 0, m * PANEL * sizeof(float));
-        for (int64_t block = 0; block < product.blocks; block++) {
-            const int64_t column = block * product.block;
-            const int64_t quads = (std::min(product.block, weight.columns - column) + 3) / 4;
-            const uint32_t* masks = weight.masks_of(panel) + (form ? 0 : column / 2);
-            // A plane's columns are bytes, an integer's two.
-            const char* x = static_cast<const char*>(product.rows.data) + column * (kernel.planes ? 1 : 2);
-            if (m <= kernel.rows) {
-                values = kernel.dot[form][m - 1](masks, values, quads, {x, product.rows.stride}, sums);
-                add_block(product, panel, block, 0, m, sums, acc);
-                continue;
-            }
-            values = kernel.spread[form](masks, values, quads, spread);
-            for (int64_t line = 0; line < m; line += kernel.spread_rows) {
-                const int64_t lines = std::min<int64_t>(m - line, kernel.spread_rows);
-                kernel.dot_spread[lines - 1](nullptr, spread, quads, {x + line * line_bytes, product.rows.stride}, sums);
-                add_block(product, panel, block, line, lines, sums, acc + line * PANEL);
-            }
+    if (product.out.m <= kernel.rows) {
+        values = kernel.dot[form][lines - 1](masks, values, quads, {x, product.rows.stride}, sums);
+        add_block(product, kernel.add, panel, block, line, lines, sums, acc);
+        return values;
+    }
+    alignas(64) char spread[2 * PANEL * BLOCK_MOST];
+    values = kernel.spread[form](masks, values, quads, spread);
+    for (int64_t at = 0; at < lines; at += kernel.spread_rows) {
+        const int64_t rows = std::min<int64_t>(lines - at, kernel.spread_rows);
+        kernel.dot_spread[rows - 1](nullptr, spread, quads, {x + at * line_bytes, product.rows.stride}, sums);
+        add_block(product, kernel.add, panel, block, line + at, rows, sums, acc + at * PANEL);
+    }
+    return values;
+}
+
+bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
+    const int64_t m = product.out.m, group = m <= FEW ? 1 : GROUP;
+    float* acc = static_cast<float*>(std::malloc(std::min(m, CHUNK) * group * PANEL * sizeof(float)));
+    if (!acc) return false;
+    for (int64_t line = 0; line < m; line += CHUNK) {
+        const int64_t lines = std::min(m - line, CHUNK);
+        for (int64_t panel = first; panel < last; panel += group) {
+            const int64_t count = std::min(last - panel, group);
+            const char* values[GROUP];
+            for (int64_t p = 0; p < count; p++) values[p] = product.out.weight.values_of(panel + p);
+            std::memset(acc, 0, count * lines * PANEL * sizeof(float));
+            for (int64_t block = 0; block < product.blocks; block++)
+                for (int64_t p = 0; p < count; p++)
+                    values[p] = multiply_block(product, kernel, panel + p, block, values[p], line, lines,
+                                               acc + p * lines * PANEL);
+            store(product.out, panel, count, line, lines, acc, lines * PANEL, PANEL);
         }
-        store(product.out, panel, 1, 0, m, acc, 0, PANEL);
     }
     std::free(acc);
     return true;
@@ -133,7 +154,7 @@ const char* linear8(const Product& out, const void* x, Type x_type, const float*
         if (product.block % 4 || product.block > BLOCK_MOST) return "its groups are no 4, 8, ... 512 columns";
     }
     if (isa == AMX && (!has_amx_int8() || product.block % 64)) isa = AVX512;
-    const bool planes = isa == AMX || kernel8_of(isa)->planes;
+    const Format8 format = isa == AMX ? PLANES : kernel8_of(isa)->format;
     product.blocks = (columns + product.block - 1) / product.block;
     product.rows.stride = (columns + 63) / 64 * 64;
     const int64_t lines = isa == AMX && out.m > 16 ? (out.m + 15) / 16 * 16 : out.m;  // AMX reads 16 rows at a time
@@ -144,7 +165,7 @@ const char* linear8(const Product& out, const void* x, Type x_type, const float*
         (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && out.m * columns > 32768)
         for (int64_t line = 0; line < out.m; line++)
-            quantize_row(x, x_type, line, columns, planes, product.rows.stride, product.block,
+            quantize_row(x, x_type, line, columns, format, product.rows.stride, product.block,
                          rows + line * product.rows.stride, scales + line * product.blocks);
         std::memset(rows + out.m * product.rows.stride, 0,
                     (lines - out.m) * product.rows.stride * sizeof(int16_t));
@@ -158,7 +179,7 @@ const char* linear8(const Product& out, const void* x, Type x_type, const float*
 }
 
 void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type out_type, int64_t stride) {
-    const Kernel8& kernel = kernel8_of(isa)->planes ? *kernel8_of(isa) : portable_kernel8;  // those spread to bytes
+    const Kernel8& kernel = kernel8_of(isa) == &avx2_kernel8 ? portable_kernel8 : *kernel8_of(isa);  // to bytes
     const char* values = weight.values_of(panel);
     int8_t block[PANEL * BLOCK_MOST];
     for (int64_t first = 0; first < weight.columns; first += BLOCK_MOST) {
