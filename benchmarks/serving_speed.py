@@ -2,7 +2,7 @@
 
     .venv-serve/bin/python benchmarks/serving_speed.py                                       # about an hour on two AVX2 cores
     .venv-serve/bin/python benchmarks/serving_speed.py --sparsity 0.5 0.6 0.7 2:4
-    .venv-serve/bin/python benchmarks/serving_speed.py --compare dense sparse int8           # also sparse int8, head too
+    .venv-serve/bin/python benchmarks/serving_speed.py --compare dense dense-int8 sparse int8  # int8: sparse, head too
     .venv-serve/bin/python benchmarks/serving_speed.py --layers 2 --vocab 4096 --rounds 1    # a try: minutes
 
 Each round starts a fresh server for each model, in turn, and in reverse order every second time. A server is warmed up,
@@ -34,7 +34,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.pruning.patterns import Pattern
 
 NAME = "model"
-DENSE, SPARSE, INT8 = "dense", "sparse", "int8"
+DENSE, DENSE8, SPARSE, INT8 = "dense", "dense-int8", "sparse", "int8"
 FEWEST = 4  # requests that a median time to the first token is taken of
 
 
@@ -70,11 +70,11 @@ def build(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
     """The checkpoints to compare by their labels; the first is what the ratios are to."""
     checkpoints = {}
     for kind in args.compare:
-        for pattern in [None] if kind == DENSE else args.sparsity:
-            name = DENSE if pattern is None else label(pattern) + (" int8" if kind == INT8 else "")
+        for pattern in [None] if kind in (DENSE, DENSE8) else args.sparsity:
+            name = kind.replace("-", " ") if pattern is None else label(pattern) + (" int8" if kind == INT8 else "")
             slug = name.replace(" ", "-").replace("%", "").replace(":", "of")
             checkpoints[name] = folder / f"{slug}-{args.layers}-layers-{args.vocab}-vocab"
-            save_model(checkpoints[name], args.layers, args.vocab, pattern, kind == INT8)
+            save_model(checkpoints[name], args.layers, args.vocab, pattern, kind in (DENSE8, INT8))
     return checkpoints
 
 
@@ -152,7 +152,7 @@ def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) ->
     for index in range(args.rounds):
         for name in list(checkpoints)[:: 1 if index % 2 == 0 else -1]:
             started, log = time.monotonic(), folder / f"{checkpoints[name].name}.log"
-            runs[name].append(run(checkpoints[name], args, options, log, name.endswith(INT8)))
+            runs[name].append(run(checkpoints[name], args, options, log, name.endswith("sparse int8")))
             took, others = time.monotonic() - started, runs[name][-1].others
             print(
                 f"round {index + 1}: {name} took {took:.0f} s, other programs kept {others:.2f} cores busy", flush=True
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--compare", choices=(DENSE, SPARSE, INT8), nargs="+", default=[DENSE, SPARSE])
+    parser.add_argument("--compare", choices=(DENSE, DENSE8, SPARSE, INT8), nargs="+", default=[DENSE, SPARSE])
     parser.add_argument(
         "--sparsity", type=parse_pattern, nargs="+", default=[Pattern.unstructured(0.5)], help="shares, or N:M"
     )

@@ -76,6 +76,38 @@ const char* begin(const uint32_t* masks, const char* values, int64_t pairs, cons
     return multiply<BF16, ROWS>(masks, values, pairs, x, stride, out, block);
 }
 
+// Column k of a quad, bytes in lanes of four, as fp32.
+template <int k>
+inline __m512i column(__m512i quad) {
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quad, 24 - 8 * k), 24)));
+}
+
+inline __m512i pair_of(__m512i first, __m512i second) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    return _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_and_si512(second, upper));
+}
+
+// Integers of 8 bits are bf16 numbers too.
+template <Type type>
+const char* begin8(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride,
+                   float* out, uint16_t* block) {
+    for (int64_t word = 0; word < pairs; word += 2) {
+        __m512i quad = _mm512_loadu_si512(values);
+        if (type == INT8) {
+            uint64_t mask;
+            std::memcpy(&mask, masks + word, sizeof mask);
+            quad = _mm512_maskz_expand_epi8(mask, quad);
+            values += static_cast<uint64_t>(__builtin_popcountll(mask));
+        } else {
+            values += QUAD;
+        }
+        _mm512_storeu_si512(block + 32 * word, pair_of(column<0>(quad), column<1>(quad)));
+        _mm512_storeu_si512(block + 32 * word + 32, pair_of(column<2>(quad), column<3>(quad)));
+    }
+    multiply<DENSE, ROWS>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out, nullptr);
+    return values;
+}
+
 }  // namespace
 }  // namespace rac
 RAC_TARGET_END
@@ -85,7 +117,9 @@ namespace rac {
 #define RAC_ROWS(form)                                                                            \
     {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>,  dot<form, 5>,  dot<form, 6>, \
      dot<form, 7>, dot<form, 8>, dot<form, 9>, dot<form, 10>, dot<form, 11>, dot<form, 12>}
-extern const Dots<uint16_t> avx512_bf16_dots = {12, ROWS, {RAC_ROWS(BF16), {}, RAC_ROWS(DENSE)}, {begin, nullptr}};
+extern const Dots<uint16_t> avx512_bf16_dots = {
+    12, ROWS, {RAC_ROWS(BF16), {}, RAC_ROWS(DENSE)},
+    {begin, nullptr, begin8<INT8>, begin8<DENSE8>}};
 
 bool has_avx512_bf16() {
 #if defined(RAC_EMULATE)

@@ -36,7 +36,7 @@ template <class X>
 struct Dots {
     int rows, dense_rows;           // how many of the entries of dot are there, for the Types and for DENSE
     Dot<X> dot[FORMS][MOST_ROWS];   // by form and rows of x minus one
-    Begin<X> begin[2];              // by Type
+    Begin<X> begin[4];              // by Type; null for 8-bit weights that are multiplied as integers
 };
 
 struct Kernel {

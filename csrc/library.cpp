@@ -63,7 +63,7 @@ void multiply_group(const Product& product, const Dots<X>& dots, int64_t first, 
                     int64_t lines, float* acc) {
     const Weight& weight = product.weight;
     const X* x = static_cast<const X*>(product.x) + line * product.stride;
-    if (lines <= dots.rows) {
+    if (lines <= dots.rows && weight.type < INT8) {
         for (int64_t p = 0; p < count; p++)
             dots.dot[weight.type][lines - 1](weight.masks_of(first + p), weight.values_of(first + p), weight.pairs(), x,
                                              product.stride, acc + p * lines * PANEL);
@@ -98,8 +98,9 @@ bool vector_panels(const Product& product, const Dots<X>& dots, int64_t first, i
     const int64_t most = std::min(product.m, CHUNK<X>) * group * PANEL * static_cast<int64_t>(sizeof(float));
     float* acc = static_cast<float*>(std::malloc(most));
     if (!acc) return false;
-    for (int64_t line = 0; line < product.m; line += CHUNK<X>) {
-        const int64_t lines = std::min(product.m - line, CHUNK<X>);
+    const int64_t chunks = (product.m + CHUNK<X> - 1) / CHUNK<X>, chunk = (product.m + chunks - 1) / chunks;
+    for (int64_t line = 0; line < product.m; line += chunk) {  // of like height: none is left with a row or two
+        const int64_t lines = std::min(product.m - line, chunk);
         for (int64_t panel = first; panel < last; panel += group) {
             const int64_t count = std::min(last - panel, group);
             std::memset(acc, 0, count * lines * PANEL * sizeof(float));
@@ -229,15 +230,18 @@ RAC_EXPORT const char* rac_linear(const void* data, int64_t bytes, int64_t rows,
     product.out = out;
     product.out_type = static_cast<Type>(x_type);
     product.halve = kernel_of(isa)->halve;
-    if (product.weight.type >= INT8)
+    const bool bf16_units = isa == AVX512 && x_type == BF16 && has_avx512_bf16();
+    // Many rows of x multiply integers faster as bf16, which they are exactly, than in two planes of bytes.
+    const bool as_bf16 = product.weight.type >= INT8 && bf16_units && m > FEW && groups == 1 && scale;
+    if (product.weight.type >= INT8 && !as_bf16)
         return linear8(product, x, product.out_type, scale, groups, isa, threads < 1 ? 1 : threads);
     if (scale && groups != 1) return "only 8-bit weights have scales in groups";
     product.scale = scale;
     const bool halves = product.weight.type == BF16 && x_type == BF16;
     if (isa == AMX && !halves) isa = AVX512;
-    const Type type = halves && (isa == AMX || (isa == AVX512 && has_avx512_bf16())) ? BF16 : FP32;
+    const Type type = as_bf16 || (halves && (isa == AMX || bf16_units)) ? BF16 : FP32;
     product.x_type = type;
-    product.stride = 2 * product.weight.words;
+    product.stride = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
     // AMX reads whole blocks of 16 rows once there are more than two.
     const int64_t lines = isa == AMX && m > 32 ? (m + 15) / 16 * 16 : m;
     void* copy = nullptr;

@@ -92,6 +92,16 @@ inline __m512i _mm512_slli_epi32(__m512i a, unsigned count) {
 inline __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
     return rac_integers([&](int i) { return a.lane[i] >> count; });
 }
+inline __m512i _mm512_srai_epi32(__m512i a, unsigned count) {
+    return rac_integers([&](int i) { return static_cast<uint32_t>(static_cast<int32_t>(a.lane[i]) >> count); });
+}
+inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
+    return rac_integers([&](int i) { return a.lane[i] | b.lane[i]; });
+}
+inline __m512 _mm512_cvtepi32_ps(__m512i a) {
+    return rac_lanes([&](int i) { return static_cast<float>(static_cast<int32_t>(a.lane[i])); });
+}
+inline __m512i _mm512_castps_si512(__m512 value) { return rac_bits<__m512i>(value); }
 inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
     __m256i to;
     for (int i = 0; i < 16; i++) to.lane[i] = static_cast<uint16_t>(a.lane[i]);
