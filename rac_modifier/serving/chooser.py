@@ -116,7 +116,9 @@ def plan_row(
     """
     density = stored / (rows * columns) if rows > 0 and columns > 0 else -1.0
     form = form_of(dtype, columns // max(groups, 1), columns, served)
-    return PlanRow(module, rows, columns, density, choose(rows, columns, density, form.dtype, support, form.note))
+    return PlanRow(
+        module, rows, columns, density, choose(rows, columns, density, form.dtype, support, form.note, served)
+    )
 
 
 def plan_checkpoint(

@@ -37,11 +37,13 @@ def choose(
     dtype: torch.dtype,
     support: Support | None = None,
     note: str = "",
+    served: torch.dtype | None = None,
 ) -> Decision:
     """Decide for a weight [rows, columns] of which the share `density` is stored, in the dtype that it is packed in.
 
-    int8 is compared with a dense bfloat16 weight, other dtypes with themselves. `support` defaults to this machine's;
-    `note` is added to the kernel's name. Raise RacError for a shape or density that there cannot be.
+    It is compared with a dense weight in the dtype that is `served`; where that is not said, int8 with bfloat16 and
+    others with themselves. `support` defaults to this machine's; `note` is added to the kernel's name. Raise RacError
+    for a shape or density that there cannot be.
     """
     if rows < 1 or columns < 1 or not 0.0 <= density <= 1.0:
         raise RacError(
@@ -51,7 +53,7 @@ def choose(
     packed = 4 if dtype == torch.float16 else dtype.itemsize  # float16 is packed as float32, exactly
     masks = -(-rows // 16) * -(-columns // 32) * 16 * _WORD_BYTES
     bytes_per_weight = packed * density + masks / (rows * columns)
-    dense = 2 if dtype == torch.int8 else dtype.itemsize
+    dense = (served or (torch.bfloat16 if dtype == torch.int8 else dtype)).itemsize
     ceiling = dense / bytes_per_weight
 
     def decision(kernel: str | None, reason: str) -> Decision:

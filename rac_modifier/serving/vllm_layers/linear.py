@@ -122,7 +122,7 @@ class RacSparseLinearMethod(LinearMethodBase):
         if self.columns < self.all_columns:
             mine = mine.select_columns(rank * self.columns, self.columns)
         form = form_of(mine.values.dtype, mine.group, mine.columns, self.dtype)
-        return kernels.choose(self.rows, self.columns, mine.density, form.dtype, support, form.note), mine
+        return kernels.choose(self.rows, self.columns, mine.density, form.dtype, support, form.note, self.dtype), mine
 
     def _create_dense(self, layer: Any) -> Parameter:
         """Let vLLM's method create its parameters, and take the weight out again."""

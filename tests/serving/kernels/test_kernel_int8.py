@@ -77,6 +77,16 @@ def test_scales_in_groups(kernel, columns, groups, density):
             assert_integer_product(y, x, scaled(dense, scale), groups, bias)
 
 
+@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize(("m", "columns"), [(33, 70), (40, 1031), (481, 515)])
+def test_many_rows_of_bfloat16(kernel, m, columns, density):
+    """Where the processor multiplies bfloat16, x is not rounded: the bound of floats holds too."""
+    dense, weight = integers(37, columns, density)
+    x, bias, scale = torch.randn(m, columns).bfloat16(), torch.randn(37), torch.rand(37, 1) + 0.01
+    y = sparse_linear(x, weight, bias, pack_scale(scale))
+    assert_integer_product(y, x, scaled(dense, scale), bias=bias)
+
+
 def test_groups_wider_than_a_block_are_split(best):
     dense, weight = integers(20, 2 * 1028, 0.5)
     scale = torch.rand(20, 2) + 0.01
