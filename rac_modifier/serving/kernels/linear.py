@@ -16,10 +16,10 @@ from rac_modifier.errors import RacError
 from rac_modifier.serving.kernels.native import TYPES, VALUE_TYPES, Library, library
 from rac_modifier.serving.kernels.weight import PANEL, SparseWeight
 
-# Up to how many rows of x the kernel itself is the faster way. AVX2: at every number of rows up to 512 that was tried, on
-# shapes of a 1.5B model; portable: measured; AMX: as a prototype of it measured; AVX512: assumed.
+# Up to how many rows of x the kernel itself is the faster way. AVX2 and AVX512: at every number of rows up to 512 that was
+# tried, on shapes of a 1.5B model; portable: measured; AMX: as a prototype of it measured.
 CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": 128}
-# The same for 8-bit weights, which are multiplied as integers. AVX2: measured; portable, AVX512 and AMX: assumed.
+# The same for 8-bit weights, which are multiplied as integers. AVX2 and AVX512: measured; portable and AMX: assumed.
 CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": 256}
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: about what stays in the last cache
 
@@ -31,7 +31,8 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, s
 
     x and bias are bfloat16 or float32, in any combination with the weight. `scale`, made by `pack_scale`, multiplies the
     weight; an int8 weight needs one, the others take one of a single group. With int8, x becomes 16-bit integers, a
-    scale for each row and 512 columns or group: nearer to x than bfloat16. Works under torch.compile and without
+    scale for each row and 512 columns or group: nearer to x than bfloat16. (Many rows of bfloat16 stay as they are where
+    the processor multiplies bfloat16.) Works under torch.compile and without
     gradients. Raise RacError for other dtypes and for shapes that do not fit.
     """
     return torch.ops.rac_modifier.sparse_linear(x, weight.data, weight.rows, weight.columns, bias, scale)
