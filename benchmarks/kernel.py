@@ -31,6 +31,7 @@ SHAPES = {  # [rows, columns] of qkv, o, gate_up and down, as vLLM fuses them
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SPARSE, TORCH, PLAIN, VLLM, FLOAT = "sparse", "oneDNN prepacked", "torch linear", "vLLM linear", "fp32 copy"
+BF16_UNITS = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -124,7 +125,7 @@ def measure(model: Model, rows: int, dtype: torch.dtype, repeats: int) -> dict[s
         contenders[PLAIN] = model.dense(plain_linear)
     if importlib.util.find_spec("vllm") is not None:
         contenders[VLLM] = model.dense(vllm_linear)
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and not BF16_UNITS:
         contenders[FLOAT] = model.dense(float_linear)
     inputs = [torch.randn(rows, columns).to(dtype) for columns in model.columns]
     times: dict[str, list[float]] = {name: [] for name in contenders}

@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 
 # Used by all contenders alike; what the caller's environment says comes first. vLLM's "auto" binding leaves a core out.
+# OMP_WAIT_POLICY=PASSIVE, which a shared machine wants, would cost each of hundreds of products a step a wake-up.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-    "OMP_WAIT_POLICY": "PASSIVE",
     "VLLM_NO_USAGE_STATS": "1",
 }
 

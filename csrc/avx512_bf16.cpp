@@ -76,6 +76,23 @@ const char* begin(const uint32_t* masks, const char* values, int64_t pairs, cons
     return multiply<BF16, ROWS>(masks, values, pairs, x, stride, out, block);
 }
 
+template <int M>
+void pair_dot(const uint16_t* first, const uint16_t* second, int64_t pairs, const uint16_t* x, int64_t stride, float* out,
+              float* out_of_second) {
+    __m512 acc[M][2];
+    RAC_UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
+    for (int64_t word = 0; word < pairs; word++) {
+        const __m512i weights[2] = {_mm512_loadu_si512(first + 32 * word), _mm512_loadu_si512(second + 32 * word)};
+        RAC_UNROLL for (int m = 0; m < M; m++)
+            RAC_UNROLL for (int p = 0; p < 2; p++)
+                acc[m][p] = add_products(acc[m][p], weights[p], x + m * stride + 2 * word);
+    }
+    RAC_UNROLL for (int m = 0; m < M; m++) {
+        _mm512_storeu_ps(out + 16 * m, _mm512_add_ps(_mm512_loadu_ps(out + 16 * m), acc[m][0]));
+        _mm512_storeu_ps(out_of_second + 16 * m, _mm512_add_ps(_mm512_loadu_ps(out_of_second + 16 * m), acc[m][1]));
+    }
+}
+
 // Column k of a quad, bytes in lanes of four, as fp32.
 template <int k>
 inline __m512i column(__m512i quad) {
@@ -119,7 +136,9 @@ namespace rac {
      dot<form, 7>, dot<form, 8>, dot<form, 9>, dot<form, 10>, dot<form, 11>, dot<form, 12>}
 extern const Dots<uint16_t> avx512_bf16_dots = {
     12, ROWS, {RAC_ROWS(BF16), {}, RAC_ROWS(DENSE)},
-    {begin, nullptr, begin8<INT8>, begin8<DENSE8>}};
+    {begin, nullptr, begin8<INT8>, begin8<DENSE8>},
+    {pair_dot<1>, pair_dot<2>, pair_dot<3>, pair_dot<4>, pair_dot<5>, pair_dot<6>, pair_dot<7>, pair_dot<8>,
+     pair_dot<9>, pair_dot<10>, pair_dot<11>, pair_dot<12>}};
 
 bool has_avx512_bf16() {
 #if defined(RAC_EMULATE)

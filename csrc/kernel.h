@@ -31,12 +31,18 @@ using Halve = void (*)(const float* values, int64_t count, uint16_t* out);
 
 constexpr int MOST_ROWS = 12;
 
+// As dot[DENSE] for the blocks of two panels at once: each number of x is read for both.
+template <class X>
+using PairDot = void (*)(const X* first, const X* second, int64_t pairs, const X* x, int64_t stride, float* acc,
+                         float* acc_of_second);
+
 // How x of one type is multiplied: fp32, or bf16 as uint16_t.
 template <class X>
 struct Dots {
     int rows, dense_rows;           // how many of the entries of dot are there, for the Types and for DENSE
     Dot<X> dot[FORMS][MOST_ROWS];   // by form and rows of x minus one
     Begin<X> begin[4];              // by Type; null for 8-bit weights that are multiplied as integers
+    PairDot<X> pair[MOST_ROWS] = {};  // by rows of x minus one; all null where there is none
 };
 
 struct Kernel {

@@ -46,9 +46,9 @@ void* padded(const void* x, Type from, Type to, int64_t m, int64_t lines, int64_
     return copy;
 }
 
-// Columns of a panel that are expanded at a time: 16 KiB, half a first-level cache.
+// Columns of a panel that are expanded at a time: 16 KiB, half a first-level cache, or two panels of 8 KiB.
 template <class X>
-constexpr int64_t BLOCK_COLUMNS = (16 << 10) / (PANEL * sizeof(X));
+constexpr int64_t BLOCK_COLUMNS = 256;
 // Rows of x that many panels share. With BLOCK_COLUMNS they are half a second-level cache: of 512 KiB, and of the 1 MiB and
 // more that processors with bf16 arithmetic have.
 template <class X>
@@ -71,22 +71,33 @@ void multiply_group(const Product& product, const Dots<X>& dots, int64_t first, 
     }
     const int64_t size = size_of(product.out_type), line_bytes = weight.rows * size;
     const char* out = static_cast<const char*>(product.out) + line * line_bytes + first * PANEL * size;
-    alignas(64) X block[BLOCK_COLUMNS<X> * PANEL];
+    alignas(64) X block[2][BLOCK_COLUMNS<X> * PANEL];
     const char* values[GROUP];
     for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
     for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS<X>) {
         const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS<X>) + 1) / 2;
-        for (int64_t p = 0; p < count; p++) {
-            const X* from = x + column;
-            const uint32_t* masks = weight.masks_of(first + p) + column / 2;
+        const X* from = x + column;
+        for (int64_t p = 0; p < count;) {
+            const int64_t panels = dots.pair[0] && p + 1 < count ? 2 : 1;
             float* sums = acc + p * lines * PANEL;
-            values[p] = dots.begin[weight.type](masks, values[p], pairs, from, product.stride, sums, block);
-            for (int64_t at = dots.dense_rows; at < lines; at += dots.dense_rows) {
-                const int64_t rows = std::min<int64_t>(lines - at, dots.dense_rows);
-                if (column + BLOCK_COLUMNS<X> >= weight.columns)
-                    for (int64_t m = 0; m < rows; m++) __builtin_prefetch(out + (at + m) * line_bytes + p * PANEL * size, 1);
-                dots.dot[DENSE][rows - 1](nullptr, reinterpret_cast<const char*>(block), pairs,
-                                          from + at * product.stride, product.stride, sums + at * PANEL);
+            for (int64_t i = 0; i < panels; i++, p++) {
+                const uint32_t* masks = weight.masks_of(first + p) + (weight.type == DENSE8 ? 0 : column / 2);
+                values[p] = dots.begin[weight.type](masks, values[p], pairs, from, product.stride,
+                                                    sums + i * lines * PANEL, block[i]);
+            }
+            const int64_t most = panels == 2 ? MOST_ROWS : dots.dense_rows;
+            for (int64_t at = dots.dense_rows; at < lines; at += most) {
+                const int64_t rows = std::min(lines - at, most);
+                const X* rest = from + at * product.stride;
+                float* to = sums + at * PANEL;
+                if (column + BLOCK_COLUMNS<X> >= weight.columns)  // the results come next, into lines far apart
+                    for (int64_t m = at; m < at + rows; m++)
+                        __builtin_prefetch(out + m * line_bytes + (p - panels) * PANEL * size, 1);
+                if (panels == 2)
+                    dots.pair[rows - 1](block[0], block[1], pairs, rest, product.stride, to, to + lines * PANEL);
+                else
+                    dots.dot[DENSE][rows - 1](nullptr, reinterpret_cast<const char*>(block[0]), pairs, rest,
+                                              product.stride, to);
             }
         }
     }
