@@ -98,13 +98,13 @@ def _second_moments(group: Group, tokens: int, dense_target: bool) -> float:
 
 def _solver(group: Group, plan: Plan, dense_target: bool) -> float:
     d, r = group.columns, sum(group.rows)
-    product, factor = float(d * d * r), d**3 / 3
+    product, factor, inverse = float(d * d * r), d**3 / 6, d**3 / 2  # Cholesky, and what follows from it
     cost = factor + product if dense_target else 0.0
     cost += product / 2  # what the weights give, to which errors are relative
     if plan.solver == "sparsegpt":
         cost += (0.0 if dense_target else factor) + product / 2
     elif plan.solver == "alps":
-        cost += len(stages(plan.iterations)) * (factor if d > INVERSE_UP_TO * r else d**3) + plan.iterations * product
+        cost += len(stages(plan.iterations)) * (factor if d > INVERSE_UP_TO * r else inverse) + plan.iterations * product
     if plan.solver in ("alps", "keep") or plan.refit:
         cost += (plan.refit_steps + 1) * product
     if plan.solver != "sparsegpt" or plan.refit:
