@@ -104,7 +104,9 @@ def _solver(group: Group, plan: Plan, dense_target: bool) -> float:
     if plan.solver == "sparsegpt":
         cost += (0.0 if dense_target else factor) + product / 2
     elif plan.solver == "alps":
-        cost += len(stages(plan.iterations)) * (factor if d > INVERSE_UP_TO * r else inverse) + plan.iterations * product
+        cost += (
+            len(stages(plan.iterations)) * (factor if d > INVERSE_UP_TO * r else inverse) + plan.iterations * product
+        )
     if plan.solver in ("alps", "keep") or plan.refit:
         cost += (plan.refit_steps + 1) * product
     if plan.solver != "sparsegpt" or plan.refit:
