@@ -116,7 +116,7 @@ def main() -> None:
     with served(args.checkpoint, options, log) as url:
         print(f"vllm serve {args.checkpoint}: ready after {time.monotonic() - started:.0f} s at {url}")
         for line in log.read_text(errors="replace").splitlines():
-            if "rac-sparse:" in line or "sparse kernel" in line or "dense because" in line:
+            if any(mark in line for mark in ("rac-sparse:", "sparse kernel", "int8 kernel", "dense because")):
                 print("  " + line.partition("] ")[2])
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
         started = time.monotonic()
