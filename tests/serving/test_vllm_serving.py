@@ -95,7 +95,7 @@ def test_dense_stored_weights_on_request(tmp_path):
     expected = reference(folder, TOKENS)
     stock, methods = serve(folder, TOKENS)
     assert stock == expected
-    assert set(methods.values()) == {"UnquantizedLinearMethod"}
+    assert set(methods.values()) == {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}  # layers, and their head
     tokens, methods = serve(folder, TOKENS, quantization="rac-sparse")
     assert tokens == expected
     assert methods["model.layers.0.mlp.down_proj"] == SPARSE
