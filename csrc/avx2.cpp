@@ -30,13 +30,6 @@ struct Tables {
 };
 constexpr Tables tables;
 
-void halve(const float* values, int64_t count, uint16_t* out) {
-    if (count == PANEL)  // a length that the compiler knows, and vectorizes
-        for (int64_t n = 0; n < PANEL; n++) out[n] = to_bf16(values[n]);
-    else
-        for (int64_t n = 0; n < count; n++) out[n] = to_bf16(values[n]);
-}
-
 }  // namespace
 }  // namespace rac
 
@@ -234,6 +227,8 @@ const char* begin_fp32(const uint32_t* masks, const char* values, int64_t pairs,
     dot_block<ROWS>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out);
     return values;
 }
+
+void halve(const float* values, int64_t count, uint16_t* out) { round_all(values, count, out); }
 
 }  // namespace
 }  // namespace rac

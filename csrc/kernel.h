@@ -108,6 +108,14 @@ inline uint16_t to_bf16(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? nan : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// A Halve. Every instruction set compiles a copy of its own, by a function of it that calls this one.
+inline void round_all(const float* values, int64_t count, uint16_t* out) {
+    if (count == PANEL)  // a length that the compiler knows, and vectorizes
+        for (int64_t n = 0; n < PANEL; n++) out[n] = to_bf16(values[n]);
+    else
+        for (int64_t n = 0; n < count; n++) out[n] = to_bf16(values[n]);
+}
+
 inline float read(const void* from, Type type, int64_t index) {
     return type == BF16 ? from_bf16(static_cast<const uint16_t*>(from)[index]) : static_cast<const float*>(from)[index];
 }

@@ -46,11 +46,9 @@ void* padded(const void* x, Type from, Type to, int64_t m, int64_t lines, int64_
     return copy;
 }
 
-// Columns of a panel that are expanded at a time: 16 KiB, half a first-level cache, or two panels of 8 KiB.
-template <class X>
+// Columns of a panel that are expanded at a time: 16 KiB of fp32, half a first-level cache, or two panels of bf16.
 constexpr int64_t BLOCK_COLUMNS = 256;
-// Rows of x that many panels share. With BLOCK_COLUMNS they are half a second-level cache: of 512 KiB, and of the 1 MiB and
-// more that processors with bf16 arithmetic have.
+// Rows of x that many panels share: with BLOCK_COLUMNS 240 KiB, half a second-level cache of 512 KiB.
 template <class X>
 constexpr int64_t CHUNK = sizeof(X) == 2 ? 480 : 240;
 constexpr int64_t GROUP = 8;  // panels that pass by such a piece of x while it is there
@@ -71,11 +69,11 @@ void multiply_group(const Product& product, const Dots<X>& dots, int64_t first, 
     }
     const int64_t size = size_of(product.out_type), line_bytes = weight.rows * size;
     const char* out = static_cast<const char*>(product.out) + line * line_bytes + first * PANEL * size;
-    alignas(64) X block[2][BLOCK_COLUMNS<X> * PANEL];
+    alignas(64) X block[2][BLOCK_COLUMNS * PANEL];
     const char* values[GROUP];
     for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
-    for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS<X>) {
-        const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS<X>) + 1) / 2;
+    for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS) {
+        const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS) + 1) / 2;
         const X* from = x + column;
         for (int64_t p = 0; p < count;) {
             const int64_t panels = dots.pair[0] && p + 1 < count ? 2 : 1;
@@ -90,7 +88,7 @@ void multiply_group(const Product& product, const Dots<X>& dots, int64_t first, 
                 const int64_t rows = std::min(lines - at, most);
                 const X* rest = from + at * product.stride;
                 float* to = sums + at * PANEL;
-                if (column + BLOCK_COLUMNS<X> >= weight.columns)  // the results come next, into lines far apart
+                if (column + BLOCK_COLUMNS >= weight.columns)  // the results come next, into lines far apart
                     for (int64_t m = at; m < at + rows; m++)
                         __builtin_prefetch(out + m * line_bytes + (p - panels) * PANEL * size, 1);
                 if (panels == 2)

@@ -59,12 +59,7 @@ const char* begin(const uint32_t* masks, const char* values, int64_t pairs, cons
     return values;
 }
 
-void halve(const float* values, int64_t count, uint16_t* out) {
-    if (count == PANEL)  // a length that the compiler knows, and vectorizes
-        for (int64_t n = 0; n < PANEL; n++) out[n] = to_bf16(values[n]);
-    else
-        for (int64_t n = 0; n < count; n++) out[n] = to_bf16(values[n]);
-}
+void halve(const float* values, int64_t count, uint16_t* out) { round_all(values, count, out); }
 
 }  // namespace
 
