@@ -1,12 +1,16 @@
 """What a run costs, counted in multiply-adds before it begins: forward passes, second moments, solver.
 
-Attention between tokens, passes over memory and sampling are not counted. Of the forward passes a layer-by-layer run makes
-two, a group-by-group run one, and one more for the dense model's activations with the dense target.
+Attention between tokens, passes over memory and sampling are not counted, and all products count alike, though some are in
+bfloat16 where that is faster (narrow.py). A group-by-group run runs every module but those of the last group once, and with
+the dense target also in the dense model. A layer-by-layer run makes two passes over each layer, the first one up to its last
+group, the second one not over the last layer. A refit is counted with all steps that it may take.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,10 +25,11 @@ from rac_modifier.pruning.sensitivity import TOKENS as SENSITIVITY_TOKENS
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that read the same input of `columns` numbers; `rows` has the outputs of each."""
+    """Modules that read the same input of `columns` numbers; `rows` has the outputs of each, `layer` tells layers apart."""
 
     columns: int
     rows: tuple[int, ...]
+    layer: str = ""
 
     @property
     def weights(self) -> int:
@@ -74,13 +79,17 @@ def run_cost(groups: Sequence[Group], plan: Plan) -> Cost:
     """The cost of pruning `groups`, in the order in which the model runs them."""
     weights = sum(group.weights for group in groups)
     dense_target = plan.reconstruct == "dense" and plan.order != "layer"
-    passes = 2 if plan.order == "layer" or dense_target else 1
+    layers = [list(of) for _, of in itertools.groupby(groups, key=lambda group: group.layer)]
+    if plan.order == "layer":
+        run = 2 * weights - sum(layer[-1].weights for layer in layers) - sum(group.weights for group in layers[-1])
+    else:
+        run = (1 + dense_target) * (weights - groups[-1].weights)
     extra = 3 * plan.tokens if plan.token_weights == "gradient" else 0
     if plan.allocation == "kl":
         extra += (sum(len(group.rows) for group in groups) + 1) * SENSITIVITY_TOKENS
     extra += 2 * plan.held_out_tokens
     return Cost(
-        forward=passes * plan.tokens * weights,
+        forward=plan.tokens * run,
         second_moments=sum(_second_moments(group, plan.tokens, dense_target) for group in groups),
         solver=sum(_solver(group, plan, dense_target) for group in groups),
         options=extra * weights,
@@ -140,8 +149,14 @@ def groups_by_input(model: Any, names: Mapping[torch.nn.Module, str]) -> list[Gr
         model(**options)
     reached = {module for _, modules in found for module in modules}
     found += [(None, [module]) for module in names if module not in reached]
-    shapes = [[tuple(m.weight.shape) for m in modules] for _, modules in found]  # type: ignore[arg-type]
-    return [Group(of[0][1], tuple(rows for rows, _ in of)) for of in shapes]
+    return [_group(modules, names[modules[0]]) for _, modules in found]
+
+
+def _group(modules: Sequence[torch.nn.Module], name: str) -> Group:
+    """The layer is the name up to its first number: model.layers.3 of model.layers.3.mlp.up_proj."""
+    shapes: list[tuple[int, int]] = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
+    layer = re.match(r"(.+?\.\d+)(?:\.|$)", name)
+    return Group(shapes[0][1], tuple(rows for rows, _ in shapes), layer[1] if layer else "")
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def test_stacked_is_as_good_as_alone(pattern):
     for solution, weight in zip(solve("alps", weights, hessian, pattern), weights, strict=True):
         (alone,) = solve("alps", [weight], hessian, pattern)
         assert (solution.mask == alone.mask).float().mean() > 0.99
-        assert solution.error == pytest.approx(alone.error, rel=0.02)
+        assert solution.error == pytest.approx(alone.error, rel=0.05)  # a refit ends for all together
 
 
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)])

@@ -16,7 +16,7 @@ from rac_modifier.pruning.statistics import GroupStatistics
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.solver import quantize
 
-PLAN = Plan("alps", False, "dense", "auto", "uniform", "uniform", 8, 3, tokens=700, held_out_tokens=0)
+PLAN = Plan("alps", False, "dense", "auto", "uniform", "uniform", 16, 3, tokens=700, held_out_tokens=0)
 
 
 class Products(TorchDispatchMode):
@@ -115,11 +115,12 @@ def test_rounding():
 
 
 def test_what_options_add():
-    groups, forward = [Group(64, (64, 32)), Group(64, (64,))], 700 * 64 * 160
+    first, second = Group(64, (64, 32), "layer 0"), Group(64, (64,), "layer 0")
+    groups, forward = [first, second], 700 * 64 * 160
     paper = run_cost(groups, dataclasses.replace(PLAN, order="layer", reconstruct="pruned", solver="sparsegpt"))
-    assert paper.forward == 2 * forward
-    assert run_cost(groups, dataclasses.replace(PLAN, reconstruct="pruned")).forward == forward
-    assert run_cost(groups, PLAN).forward == 2 * forward
+    assert paper.forward == 700 * first.weights
+    assert run_cost(groups, dataclasses.replace(PLAN, reconstruct="pruned")).forward == 700 * first.weights
+    assert run_cost(groups, PLAN).forward == 2 * 700 * first.weights
     assert run_cost(groups, PLAN).options == 0
     assert run_cost(groups, dataclasses.replace(PLAN, token_weights="gradient")).options == 3 * forward
     assert run_cost(groups, dataclasses.replace(PLAN, allocation="kl")).options == 4 * 2048 * 64 * 160
@@ -131,8 +132,9 @@ def test_groups_are_those_that_read_one_tensor(device):
     with torch.device(device):
         model = tiny_model()
     names = {module: name for name, module in linears(model).items()}
-    layer = [Group(64, (64, 32, 32)), Group(64, (64,)), Group(64, (128, 128)), Group(128, (64,))]
-    assert groups_by_input(model, names) == layer * 2
+    shapes = [(64, (64, 32, 32)), (64, (64,)), (64, (128, 128)), (128, (64,))]
+    layers = [[Group(columns, rows, f"model.layers.{i}") for columns, rows in shapes] for i in range(2)]
+    assert groups_by_input(model, names) == layers[0] + layers[1]
 
 
 def test_a_module_that_is_not_reached_stands_alone():

@@ -37,7 +37,7 @@ def test_equals_the_normal_equation():
 
 
 def test_it_brings_a_pruned_layer_nearer_to_the_dense_output():
-    weights, drift, hessian, x_dense, x_pruned = two_streams()
+    weights, drift, hessian, x_dense, x_pruned = two_streams((50, 40, 60))
     targets = target_weights(weights, [d.float() for d in drift], hessian.float(), 0.01, list("abc"))
     pattern = Pattern.n_of_m(2, 4)
     plain = solve("alps", weights, hessian.float(), pattern)

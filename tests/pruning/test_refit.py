@@ -24,7 +24,7 @@ def test_equals_least_squares_row_by_row(rows, columns, share, seed):
     kept = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) >= share
     h = dampened(hessian, 0.01)
     best = rowwise_refit(kept, weight, h)
-    ours, done = refitted(weight, kept, weight, hessian, steps=300, tolerance=1e-5)
+    ours, done = refitted(weight, kept, weight, hessian, steps=300, tolerance=1e-5, gain=0.0)
     assert not ours[~kept].any()
     assert done.residual <= 1e-5
     least = trace_error(weight - best, h)
@@ -35,7 +35,7 @@ def test_values_equal_the_exact_ones():
     weight, hessian = random_problem(12, 48, 400)
     kept = torch.rand(12, 48) < 0.4
     exact = rowwise_refit(kept, weight, dampened(hessian, 0.01))
-    ours, _ = refitted(weight, kept, weight, hessian, steps=200, tolerance=1e-6)
+    ours, _ = refitted(weight, kept, weight, hessian, steps=200, tolerance=1e-6, gain=0.0)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
 
 
@@ -49,7 +49,7 @@ def test_no_step_increases_the_error(problem, frac):
     for start in starts:
         errors = []
         for steps in range(30):
-            ours, _ = refitted(start, kept, weight, hessian, frac, steps=steps, tolerance=0.0)
+            ours, _ = refitted(start, kept, weight, hessian, frac, steps=steps, tolerance=0.0, gain=0.0)
             errors.append(trace_error(weight - ours, h))
         noise = 1e-6 * trace_error(weight, h)
         assert all(after <= before + noise for before, after in itertools.pairwise(errors))
@@ -66,6 +66,24 @@ def test_stops_when_every_row_has_converged_and_reports_what_is_left():
     _, done = refitted(torch.zeros(5, 32), kept, weight, hessian, steps=2)
     assert done.steps == 2
     assert done.residual > 1e-3
+
+
+def test_stops_when_a_step_gains_little_whatever_the_rows_sizes():
+    weight, hessian = correlated_problem(20, 96, 400)
+    weight[:10] *= 1000
+    kept = torch.rand(20, 96, generator=torch.Generator().manual_seed(1)) < 0.5
+    h = dampened(hessian, 0.01)
+
+    def errors(steps):
+        ours, _ = refitted(weight, kept, weight, hessian, steps=steps, gain=0.0)
+        return [trace_error(w[None] - o[None], h) for w, o in zip(weight, ours, strict=True)]
+
+    gains = [
+        sum((before - after) / after for before, after in zip(errors(s), errors(s + 1), strict=True)) / 20
+        for s in range(15)
+    ]
+    _, done = refitted(weight, kept, weight, hessian, gain=0.02)
+    assert 1 < done.steps == next(i for i, gain in enumerate(gains, 1) if gain < 0.02)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
