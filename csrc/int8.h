@@ -10,14 +10,21 @@
 namespace rac {
 
 constexpr int64_t BLOCK_MOST = 512;  // columns
+constexpr int64_t BLOCK_ROOM = BLOCK_MOST + 64;  // the last block of a row goes on to its end
 constexpr int LEVELS = 127 * 256 + 127;  // the largest integer of x: both its bytes, signed, are within -127..127
 
-// Rows of x as integers: int16 [m][stride], or, for instructions that multiply bytes, two planes of int8 a row,
-// [m][2][stride], with x = 256 first + second. What is behind the last column is multiplied by zero; stride is a multiple
-// of 64.
+// How a kernel reads x: int16 [m][stride], or, for instructions that multiply bytes, x = 256 first + second, either as two
+// planes a row, [m][2][stride], or, for up to 8 rows at a time, as [stride / 4][rows][2][4]. What is behind the last column is
+// multiplied by zero; stride is a multiple of 64.
+enum Format8 { INTEGERS, PLANES, QUADS };
+constexpr int TOGETHER = 8;  // rows of QUADS
+
+// Rows of x in one block of columns. `sums` has the sum of each row's, `apart` from row to row; only for QUADS.
 struct Rows8 {
     const void* data;
     int64_t stride;
+    const int32_t* sums;
+    int64_t apart;
 };
 
 // sums[m][n] = sum over the columns of x[m] w[n], for `quads` of four columns of one panel. Returns the next values.
@@ -26,14 +33,16 @@ using Dot8 = const char* (*)(const uint32_t* masks, const char* values, int64_t 
 // Quads as the kernel's own dense form, at most 2 bytes a weight. Returns the next values.
 using Spread8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, void* out);
 
-// How a kernel reads x; PLANES_PLUS has 128 added to each byte, for instructions that take one factor without a sign.
-enum Format8 { INTEGERS, PLANES, PLANES_PLUS };
+// `columns` numbers of x, of one row and block, as integers, and both bytes of each. Returns their scale: NaN where a value is
+// not finite, 0 where all are (next to) nothing.
+using Quantize = float (*)(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
 
 using AddScaled = void (*)(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines,
                            float* acc);
 
 struct Kernel8 {
     Format8 format;
+    Quantize quantize;
     AddScaled add;
     int rows, spread_rows;     // entries of dot (stored weights) and of dot_spread
     Dot8 dot[2][MOST_ROWS];    // INT8, DENSE8
@@ -46,9 +55,11 @@ bool has_vnni();
 bool has_amx_int8();
 
 struct Product8 {
-    Product out;               // weight, m, bias, out; x is in `rows`
-    Rows8 rows;
+    Product out;               // weight, m, bias, out
+    const char* x;             // by Format8, `stride` numbers of two bytes a row
+    int64_t stride;
     const float* x_scale;      // [m][blocks]
+    const int32_t* x_sums;     // the same
     int64_t block, blocks;     // columns; a multiple of 4, for AMX of 64
     const float* scale;        // [panels][groups][16]
     int64_t groups;            // 1, or one a block
@@ -57,10 +68,47 @@ struct Product8 {
 // Panels [first, last) on AMX tiles. False where memory ran out.
 bool amx_panels8(const Product8& product, int64_t first, int64_t last);
 
-// sums[m][n] times the scales of a row of x, `stride` apart, and of a row of the weight, into acc. Every instruction set
-// compiles a copy of its own.
+// Every instruction set compiles copies of its own of these, by functions of it that they become part of.
 namespace {
-inline void add_scaled(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines,
+#define RAC_INLINE __attribute__((always_inline)) inline
+
+template <class Read>
+RAC_INLINE float quantize_as(Read read, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+    float numbers[BLOCK_MOST];
+    uint32_t most = 0;
+    for (int64_t k = 0; k < columns; k++) {
+        numbers[k] = read(k);
+        uint32_t bits;
+        std::memcpy(&bits, numbers + k, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float largest;
+    std::memcpy(&largest, &most, sizeof largest);
+    const bool finite = most < 0x7f800000, some = finite && largest >= 1e-30f;
+    const float inverse = some ? LEVELS / largest : 0;
+    for (int64_t k = 0; k < columns; k++) {
+        const float value = some ? numbers[k] * inverse : 0;
+        integers[k] = static_cast<int16_t>(static_cast<int32_t>(value + (value < 0 ? -0.5f : 0.5f)));
+    }
+    for (int64_t k = 0; k < columns; k++) {
+        bytes[1][k] = static_cast<int8_t>(integers[k] & 0xff);
+        bytes[0][k] = static_cast<int8_t>((integers[k] - bytes[1][k]) >> 8);
+    }
+    return some ? largest / LEVELS : finite ? 0 : __builtin_nanf("");
+}
+
+RAC_INLINE float quantize_block(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+    if (type == BF16) {
+        const uint16_t* from = static_cast<const uint16_t*>(x);
+        return quantize_as([=](int64_t k) __attribute__((always_inline)) { return from_bf16(from[k]); }, columns, integers, bytes);
+    }
+    const float* from = static_cast<const float*>(x);
+    return quantize_as([=](int64_t k) __attribute__((always_inline)) { return from[k]; }, columns, integers, bytes);
+}
+
+// sums[m][n] times the scales of a row of x, `stride` apart, and of a row of the weight, into acc.
+RAC_INLINE void add_scaled(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines,
                        float* acc) {
     for (int64_t m = 0; m < lines; m++, sums += PANEL, acc += PANEL) {
         float added[PANEL];

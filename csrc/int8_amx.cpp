@@ -94,7 +94,7 @@ void multiply(const int8_t* x, int64_t stride, const int8_t* const* weights, int
 
 bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
     const Weight& weight = product.out.weight;
-    const int64_t m = product.out.m, stride = product.rows.stride;
+    const int64_t m = product.out.m, stride = product.stride;
     float* acc = static_cast<float*>(std::malloc(2 * m * PANEL * sizeof(float)));
     int8_t* expanded = static_cast<int8_t*>(std::aligned_alloc(64, 2 * MOST_TILES * TILE));
     const bool memory = acc && expanded;
@@ -121,7 +121,7 @@ bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
                     values[p] = expand_tile(masks + 32 * tile, values[p], quads, to + TILE * tile);
                 }
             }
-            const int8_t* x = static_cast<const int8_t*>(product.rows.data) + column;
+            const int8_t* x = reinterpret_cast<const int8_t*>(product.x) + column;
             for (int64_t line = 0; line < m; line += 16) {
                 const int64_t lines = std::min<int64_t>(m - line, 16);
                 (panels == 2 ? multiply<true> : multiply<false>)(x + 2 * line * stride, stride, weights, tiles, sums);

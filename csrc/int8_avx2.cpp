@@ -123,6 +123,10 @@ const char* spread(const uint32_t* masks, const char* values, int64_t quads, voi
     return values;
 }
 
+float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+    return quantize_block(x, type, columns, integers, bytes);
+}
+
 void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {
     add_scaled(sums, x_scale, stride, scale, lines, acc);
 }
@@ -135,7 +139,7 @@ namespace rac {
 
 #define RAC_ROWS(form) {dot<form, 1>, dot<form, 2>}
 extern const Kernel8 avx2_kernel8 = {
-    INTEGERS, add, 2, 2, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(SPREAD),
+    INTEGERS, quantize, add, 2, 2, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(SPREAD),
 };
 
 }  // namespace rac

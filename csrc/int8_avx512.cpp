@@ -1,7 +1,7 @@
 // 8-bit weights on AVX512 with VNNI: vpexpandb spreads a quad over a vector, vpdpbusd multiplies four columns at a time.
 //
-// vpdpbusd takes one factor without a sign: 128 is added to both bytes of x beforehand, and what that adds to the product,
-// a multiple of the sum of the weights, is taken off again.
+// vpdpbusd takes one factor without a sign: 128 is added to the weights, pruned ones too, and what that adds to the product, a
+// multiple of the sum of x, is taken off again. So x is the factor that an instruction reads from memory, into every lane.
 #include "int8.h"
 
 #if defined(__x86_64__) || defined(RAC_EMULATE)
@@ -36,42 +36,61 @@ inline __m512i expand_quad(const uint32_t* masks, const char*& values) {
     return _mm512_maskz_expand_epi8(mask, stored);
 }
 
-// Four bytes of x, 128 added to each, in every lane.
-inline __m512i four(const uint8_t* x) {
+// Sums of four products of unsigned bytes of w and four signed ones of x. As an instruction, because GCC gives the
+// intrinsic's sums two registers each, and copies or spills them at every step.
+inline void add_products(__m512i& sums, __m512i w, const char* x) {
+#if defined(RAC_EMULATE)
     int32_t bytes;
     std::memcpy(&bytes, x, sizeof bytes);
-    return _mm512_set1_epi32(bytes);
-}
-
-// Sums of four products of unsigned bytes of x and signed ones of w. As an instruction, because GCC gives the intrinsic's
-// sums two registers each, and copies or spills them at every step.
-inline void add_products(__m512i& sums, __m512i x, __m512i w) {
-#if defined(RAC_EMULATE)
-    sums = _mm512_dpbusd_epi32(sums, x, w);
+    sums = _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(bytes));
 #else
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(w), "m"(*reinterpret_cast<const char(*)[4]>(x)));
 #endif
 }
 
+// Few rows have two sets of sums, for every other quad: a sum waits for the one before it.
 template <int form, int M>
 const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Rows8& x, int32_t* sums) {
-    const uint8_t* rows = static_cast<const uint8_t*>(x.data);
-    const __m512i ones = _mm512_set1_epi32(0x01010101);
-    __m512i acc[M][2], weights = _mm512_setzero_si512();
-    RAC_UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm512_setzero_si512();
-    for (int64_t q = 0; q < quads; q++) {
-        if (form != SPREAD) _mm_prefetch(values + 4096, _MM_HINT_T0);
-        const __m512i w = expand_quad<form>(masks + 2 * q, values);
-        add_products(weights, ones, w);
-        RAC_UNROLL for (int m = 0; m < M; m++)
-            RAC_UNROLL for (int plane = 0; plane < 2; plane++)
-                add_products(acc[m][plane], four(rows + (2 * m + plane) * x.stride + 4 * q), w);
-    }
-    // 128 * 257 more than x itself; differences are right even where a term wraps around
-    const __m512i excess = _mm512_add_epi32(_mm512_slli_epi32(weights, 15), _mm512_slli_epi32(weights, 7));
+    constexpr int SETS = M <= 4 ? 2 : 1;
+    const __m512i plus = _mm512_set1_epi32(static_cast<int>(0x80808080));
+    const char* rows = static_cast<const char*>(x.data);
+    __m512i acc[SETS][M][2];
     RAC_UNROLL for (int m = 0; m < M; m++) {
-        const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(acc[m][0], 8), acc[m][1]);
-        _mm512_storeu_si512(sums + PANEL * m, _mm512_sub_epi32(sum, excess));
+        // differences are right even where a term wraps around
+        acc[0][m][0] = _mm512_setzero_si512();
+        acc[0][m][1] = _mm512_set1_epi32(static_cast<int>(-128u * static_cast<unsigned>(x.sums[m * x.apart])));
+        if (SETS == 2) acc[SETS - 1][m][0] = acc[SETS - 1][m][1] = _mm512_setzero_si512();
+    }
+    // A pair of quads is spread while the one before it is multiplied.
+    const auto next = [&](int64_t q) {
+        if (form != SPREAD) _mm_prefetch(values + 4096, _MM_HINT_T0);
+        return _mm512_xor_si512(expand_quad<form>(masks + 2 * q, values), plus);
+    };
+    const auto multiply = [&](const __m512i& w, int set, const char* from) __attribute__((always_inline)) {
+        RAC_UNROLL for (int i = 0; i < 2 * M; i++) add_products(acc[set][i / 2][i % 2], w, from + 4 * i);
+    };
+    int64_t q = 0;
+    if (quads >= 2) {
+        __m512i first = next(0), second = next(1);
+        for (q = 2; q + 2 <= quads; q += 2, rows += 16 * M) {
+            const __m512i third = next(q), fourth = next(q + 1);
+            multiply(first, 0, rows);
+            multiply(second, SETS - 1, rows + 8 * M);
+            first = third;
+            second = fourth;
+        }
+        multiply(first, 0, rows);
+        multiply(second, SETS - 1, rows + 8 * M);
+        rows += 16 * M;
+    }
+    if (q < quads) multiply(next(q), 0, rows);
+    RAC_UNROLL for (int m = 0; m < M; m++) {
+        __m512i high = acc[0][m][0], low = acc[0][m][1];
+        if (SETS == 2) {
+            high = _mm512_add_epi32(high, acc[SETS - 1][m][0]);
+            low = _mm512_add_epi32(low, acc[SETS - 1][m][1]);
+        }
+        _mm512_storeu_si512(sums + PANEL * m, _mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
     }
     return values;
 }
@@ -83,8 +102,17 @@ const char* spread(const uint32_t* masks, const char* values, int64_t quads, voi
     return values;
 }
 
+float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+    return quantize_block(x, type, columns, integers, bytes);
+}
+
+// As add_scaled, a vector a row.
 void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {
-    add_scaled(sums, x_scale, stride, scale, lines, acc);
+    const __m512 of_rows = _mm512_loadu_ps(scale);
+    for (int64_t m = 0; m < lines; m++, sums += PANEL, acc += PANEL) {
+        const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), _mm512_set1_ps(x_scale[m * stride]));
+        _mm512_storeu_ps(acc, _mm512_add_ps(_mm512_loadu_ps(acc), _mm512_mul_ps(sum, of_rows)));
+    }
 }
 
 }  // namespace
@@ -96,7 +124,7 @@ namespace rac {
 #define RAC_ROWS(form) \
     {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>, dot<form, 5>, dot<form, 6>, dot<form, 7>, dot<form, 8>}
 extern const Kernel8 avx512_kernel8 = {
-    PLANES_PLUS, add, 8, 8, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(SPREAD),
+    QUADS, quantize, add, TOGETHER, TOGETHER, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(SPREAD),
 };
 
 bool has_vnni() {

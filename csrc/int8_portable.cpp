@@ -41,6 +41,10 @@ const char* spread(const uint32_t* masks, const char* values, int64_t quads, voi
     return values;
 }
 
+float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+    return quantize_block(x, type, columns, integers, bytes);
+}
+
 void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {
     add_scaled(sums, x_scale, stride, scale, lines, acc);
 }
@@ -49,7 +53,7 @@ void add(const int32_t* sums, const float* x_scale, int64_t stride, const float*
 
 #define RAC_ROWS(form) {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>}
 extern const Kernel8 portable_kernel8 = {
-    INTEGERS, add, 4, 4, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(DENSE8),
+    INTEGERS, quantize, add, 4, 4, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(DENSE8),
 };
 
 }  // namespace rac

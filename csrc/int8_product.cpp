@@ -9,60 +9,41 @@
 namespace rac {
 namespace {
 
-// One block of one row of x. Returns its scale: NaN where a value is not finite, 0 where all are (next to) nothing.
-float quantize(const float* x, int64_t columns, int16_t* out) {
-    int32_t most = 0;
-    for (int64_t k = 0; k < columns; k++) {
-        int32_t bits;
-        std::memcpy(&bits, x + k, sizeof bits);
-        bits &= 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    float largest;
-    std::memcpy(&largest, &most, sizeof largest);
-    if (most >= 0x7f800000 || largest < 1e-30f) {
-        std::memset(out, 0, columns * sizeof *out);
-        return most >= 0x7f800000 ? NAN : 0;
-    }
-    const float inverse = LEVELS / largest;
-    for (int64_t k = 0; k < columns; k++) {
-        const float value = x[k] * inverse;
-        out[k] = static_cast<int16_t>(static_cast<int32_t>(value + (value < 0 ? -0.5f : 0.5f)));
-    }
-    return largest / LEVELS;
+// Where the rows from `line` on are, `rows` of them side by side where the format has them so; and a column's place there.
+int64_t place(Format8 format, int64_t line, int64_t rows, int64_t stride, int64_t column) {
+    return 2 * line * stride + column * (format == INTEGERS ? 2 : format == PLANES ? 1 : 2 * rows);
 }
 
-// Both bytes of each integer, as planes of a row, with `flip` 0x80 128 more.
-void split(const int16_t* from, int64_t columns, uint8_t flip, uint8_t* high, uint8_t* low) {
-    for (int64_t k = 0; k < columns; k++) {
-        const int8_t second = static_cast<int8_t>(from[k] & 0xff);
-        high[k] = static_cast<uint8_t>((from[k] - second) >> 8) ^ flip;
-        low[k] = static_cast<uint8_t>(second) ^ flip;
-    }
-}
-
-void quantize_row(const void* x, Type type, int64_t line, int64_t columns, Format8 format, int64_t stride, int64_t block,
-                  int16_t* out, float* scales) {
-    float floats[BLOCK_MOST];
-    int16_t integers[BLOCK_MOST];
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
-    const bool planes = format != INTEGERS;
-    for (int64_t first = 0; first < columns; first += block) {
-        const int64_t count = std::min(block, columns - first);
-        const float* from = static_cast<const float*>(x) + line * columns + first;
-        if (type == BF16) {
-            const uint16_t* half = static_cast<const uint16_t*>(x) + line * columns + first;
-            for (int64_t k = 0; k < count; k++) floats[k] = from_bf16(half[k]);
-            from = floats;
+// One block of all rows of x; behind their last column are zeros.
+void quantize(const Product8& product, const void* x, Type type, Format8 format, Quantize of_row, int64_t block, char* out,
+              float* scales, int32_t* sums) {
+    int16_t integers[BLOCK_ROOM];
+    int8_t bytes[2][BLOCK_ROOM];
+    const int64_t m = product.out.m, columns = product.out.weight.columns, stride = product.stride;
+    const int64_t first = block * product.block, count = std::min(product.block, columns - first);
+    const int64_t whole = block + 1 < product.blocks ? count : stride - first, size = type == BF16 ? 2 : 4;
+    for (int64_t line = 0; line < m; line++) {
+        const void* from = static_cast<const char*>(x) + (line * columns + first) * size;
+        scales[line * product.blocks + block] = of_row(from, type, count, integers, bytes);
+        for (int64_t k = count; k < whole; k++) integers[k] = bytes[0][k] = bytes[1][k] = 0;
+        const int64_t together = format == QUADS ? line / TOGETHER * TOGETHER : line;
+        const int64_t rows = std::min<int64_t>(m - together, TOGETHER);
+        char* to = out + place(format, together, rows, stride, first);
+        if (format == INTEGERS) {
+            std::memcpy(to, integers, whole * sizeof *integers);
+        } else if (format == PLANES) {
+            std::memcpy(to, bytes[0], whole);
+            std::memcpy(to + stride, bytes[1], whole);
+        } else {
+            int32_t sum = 0;
+            for (int64_t k = 0; k < count; k++) sum += integers[k];
+            sums[line * product.blocks + block] = sum;
+            to += 8 * (line - together);
+            for (int64_t k = 0; k < whole; k += 4, to += 8 * rows) {
+                std::memcpy(to, bytes[0] + k, 4);
+                std::memcpy(to + 4, bytes[1] + k, 4);
+            }
         }
-        *scales++ = quantize(from, count, planes ? integers : out + first);
-        if (planes) split(integers, count, format == PLANES_PLUS ? 0x80 : 0, bytes + first, bytes + stride + first);
-    }
-    if (planes) {
-        std::memset(bytes + columns, 0, stride - columns);
-        std::memset(bytes + stride + columns, 0, stride - columns);
-    } else {
-        std::memset(out + columns, 0, (stride - columns) * sizeof *out);
     }
 }
 
@@ -75,15 +56,16 @@ constexpr int64_t FEW = 32;     // rows of x that stay in a cache by themselves:
 const char* multiply_block(const Product8& product, const Kernel8& kernel, int64_t panel, int64_t block,
                            const char* values, int64_t line, int64_t lines, float* acc) {
     const Weight& weight = product.out.weight;
-    const int64_t form = weight.type - INT8, line_bytes = 2 * product.rows.stride, column = block * product.block;
+    const int64_t form = weight.type - INT8, column = block * product.block;
     const int64_t quads = (std::min(product.block, weight.columns - column) + 3) / 4;
     const uint32_t* masks = weight.masks_of(panel) + (form ? 0 : column / 2);
-    // A plane's columns are bytes, an integer's two.
-    const char* x =
-        static_cast<const char*>(product.rows.data) + line * line_bytes + column * (kernel.format == INTEGERS ? 2 : 1);
+    const auto x_rows = [&](int64_t at, int64_t rows) -> Rows8 {
+        const char* x = product.x + place(kernel.format, at, rows, product.stride, column);
+        return {x, product.stride, product.x_sums + at * product.blocks + block, product.blocks};
+    };
     int32_t sums[MOST_ROWS * PANEL];
     if (product.out.m <= kernel.rows) {
-        values = kernel.dot[form][lines - 1](masks, values, quads, {x, product.rows.stride}, sums);
+        values = kernel.dot[form][lines - 1](masks, values, quads, x_rows(line, lines), sums);
         add_block(product, kernel.add, panel, block, line, lines, sums, acc);
         return values;
     }
@@ -91,7 +73,7 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
     values = kernel.spread[form](masks, values, quads, spread);
     for (int64_t at = 0; at < lines; at += kernel.spread_rows) {
         const int64_t rows = std::min<int64_t>(lines - at, kernel.spread_rows);
-        kernel.dot_spread[rows - 1](nullptr, spread, quads, {x + at * line_bytes, product.rows.stride}, sums);
+        kernel.dot_spread[rows - 1](nullptr, spread, quads, x_rows(line + at, rows), sums);
         add_block(product, kernel.add, panel, block, line + at, rows, sums, acc + at * PANEL);
     }
     return values;
@@ -156,25 +138,27 @@ const char* linear8(const Product& out, const void* x, Type x_type, const float*
     if (isa == AMX && (!has_amx_int8() || product.block % 64)) isa = AVX512;
     const Format8 format = isa == AMX ? PLANES : kernel8_of(isa)->format;
     product.blocks = (columns + product.block - 1) / product.block;
-    product.rows.stride = (columns + 63) / 64 * 64;
+    product.stride = (columns + 63) / 64 * 64;
     const int64_t lines = isa == AMX && out.m > 16 ? (out.m + 15) / 16 * 16 : out.m;  // AMX reads 16 rows at a time
-    int16_t* rows = static_cast<int16_t*>(std::aligned_alloc(64, lines * product.rows.stride * sizeof(int16_t)));
+    const int64_t row = 2 * product.stride;  // bytes
+    char* rows = static_cast<char*>(std::aligned_alloc(64, lines * row));
     float* scales = static_cast<float*>(std::malloc(out.m * product.blocks * sizeof(float)));
-    const char* wrong = rows && scales ? nullptr : "no memory for the activations";
+    int32_t* sums = static_cast<int32_t*>(std::malloc(out.m * product.blocks * sizeof(int32_t)));
+    const char* wrong = rows && scales && sums ? nullptr : "no memory for the activations";
     if (!wrong) {
         (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && out.m * columns > 32768)
-        for (int64_t line = 0; line < out.m; line++)
-            quantize_row(x, x_type, line, columns, format, product.rows.stride, product.block,
-                         rows + line * product.rows.stride, scales + line * product.blocks);
-        std::memset(rows + out.m * product.rows.stride, 0,
-                    (lines - out.m) * product.rows.stride * sizeof(int16_t));
-        product.rows.data = rows;
+        for (int64_t block = 0; block < product.blocks; block++)
+            quantize(product, x, x_type, format, kernel8_of(isa)->quantize, block, rows, scales, sums);
+        std::memset(rows + out.m * row, 0, (lines - out.m) * row);
+        product.x = rows;
         product.x_scale = scales;
+        product.x_sums = sums;
         if (!multiply(product, isa, threads)) wrong = "no memory for the accumulators";
     }
     std::free(rows);
     std::free(scales);
+    std::free(sums);
     return wrong;
 }
 

@@ -70,6 +70,9 @@ inline __m512 _mm512_set1_ps(float value) {
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
     return rac_lanes([&](int i) { return a.lane[i] + b.lane[i]; });
 }
+inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
+    return rac_lanes([&](int i) { return a.lane[i] * b.lane[i]; });
+}
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return rac_lanes([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }
@@ -97,6 +100,9 @@ inline __m512i _mm512_srai_epi32(__m512i a, unsigned count) {
 }
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
     return rac_integers([&](int i) { return a.lane[i] | b.lane[i]; });
+}
+inline __m512i _mm512_xor_si512(__m512i a, __m512i b) {
+    return rac_integers([&](int i) { return a.lane[i] ^ b.lane[i]; });
 }
 inline __m512 _mm512_cvtepi32_ps(__m512i a) {
     return rac_lanes([&](int i) { return static_cast<float>(static_cast<int32_t>(a.lane[i])); });
