@@ -18,9 +18,9 @@ Three things make it cheap. *No eigendecomposition*: the paper diagonalises H on
 10 d^3 operations, half of them bound by memory (on one core 131 ms for d = 768, where a Cholesky factor takes 6 ms and the
 inverse 13 ms more). With few stages a factor for each is cheaper: d^3 / 3 operations, or d^3 with the explicit inverse,
 whose product is faster than two triangular solves; it is formed unless d is over four times the rows.
-*bfloat16 products* with the inverse, on devices that have units for them: rho keeps the condition of H + diag(rho_j), after
-scaling, below that of one part in 1 / rho, so what rounding adds stays small (0.1 % of the error on the reasoner's layers,
-of either sign on a single one). Factors, inverses, states and the refit are float32.
+*bfloat16 products* with the inverse, on devices that have units for them (narrow.py): scaled as above H + diag(rho_j) has no
+eigenvalue below rho, so what rounding changes stays small (0.1 % of the summed error on the reasoner's layers). Factors,
+inverses and states are float32.
 *Approximate thresholds*: within the iterations an unstructured threshold comes from a sample; the last one is exact.
 """
 

@@ -16,9 +16,9 @@ class GroupStatistics:
     With X_d and X_p [tokens, d] the inputs in the dense and in the pruned model, W [rows, d] and token weights w, the drift is
     2 / sum(w) * W (X_d - X_p)^T diag(w) X_p, [rows, d] for each module: the correlation of what the pruned model's inputs
     already do wrong to the output with the inputs themselves (`dense_target.py` turns it into new target weights). It is
-    summed as [d, d], before W, or as [rows, d], after it, whichever costs less. A batch's products are bfloat16 where the
-    device is fast at that (narrow.py), which adds 0.2 % of a token's share to a mean over thousands of tokens; the Hessian's are
-    float32, since it has to stay positive definite.
+    summed as [d, d], before W, or as [rows, d], after it, whichever costs less. Its products are bfloat16 where the device is
+    fast at that (narrow.py), which changes it by less than a hundredth of what other tokens would; the Hessian's are float32,
+    since it has to stay positive definite.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], columns: int, device: torch.device, drift: bool):
