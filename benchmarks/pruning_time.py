@@ -2,7 +2,7 @@
 
     python benchmarks/pruning_time.py                   # the embedded reasoner, then two layers of Qwen2-1.5B shape
     python benchmarks/pruning_time.py --case reasoner
-    python benchmarks/pruning_time.py --who paper quality
+    python benchmarks/pruning_time.py --who paper "paper + refit" quality    # any of VARIANTS in common.py
 
 `ours` is SparseGPT as upstream's, in our order (group by group); the presets can be compared with each other as well.
 All go through upstream's `oneshot` on a fresh copy of the same model, in one process, in turn; the time is that of the
@@ -78,7 +78,7 @@ def qwen_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
 WHO: dict[str, dict[str, Any] | None] = {
     "upstream": None,
     "ours": VARIANTS["paper + group order"],
-    **{name: VARIANTS[name] for name in ("paper", "fast", "quality", "quality + gradient")},
+    **VARIANTS,
 }
 CASES = {"reasoner": (reasoner_case, 32768), "qwen2-1.5b-2-layers": (qwen_case, 16384)}
 
