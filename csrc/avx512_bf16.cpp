@@ -18,6 +18,8 @@
 namespace rac {
 namespace {
 
+#include "expand_bytes.h"
+
 constexpr int ROWS = 8;  // of x at a time: with a set of sums for either word of two, half the registers
 
 inline __m512i spread(uint32_t mask, const char* values) {
@@ -109,13 +111,15 @@ template <Type type>
 const char* begin8(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride,
                    float* out, uint16_t* block) {
     for (int64_t word = 0; word < pairs; word += 2) {
-        __m512i quad = _mm512_loadu_si512(values);
+        _mm_prefetch(values + 2048, _MM_HINT_T0);  // some of the panel's next block
+        __m512i quad;
         if (type == INT8) {
             uint64_t mask;
             std::memcpy(&mask, masks + word, sizeof mask);
-            quad = _mm512_maskz_expand_epi8(mask, quad);
+            quad = expand_bytes(mask, values);
             values += static_cast<uint64_t>(__builtin_popcountll(mask));
         } else {
+            quad = _mm512_loadu_si512(values);
             values += QUAD;
         }
         _mm512_storeu_si512(block + 32 * word, pair_of(column<0>(quad), column<1>(quad)));

@@ -26,6 +26,8 @@
 namespace rac {
 namespace {
 
+#include "expand_bytes.h"
+
 constexpr int64_t TILE = 16 * QUAD;      // bytes of a weight tile: 64 columns
 constexpr int64_t MOST_TILES = BLOCK_MOST / 64;
 
@@ -54,7 +56,7 @@ const char* expand_tile(const uint32_t* masks, const char* values, int64_t quads
     for (int64_t q = 0; q < quads; q++) {
         const uint64_t mask = masks[2 * q] | static_cast<uint64_t>(masks[2 * q + 1]) << 32;
         _mm_prefetch(values + 2048, _MM_HINT_T0);
-        _mm512_storeu_si512(tile + QUAD * q, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values)));
+        _mm512_storeu_si512(tile + QUAD * q, expand_bytes(mask, values));
         values += RAC_COUNT(masks[2 * q]) + RAC_COUNT(masks[2 * q + 1]);
     }
     std::memset(tile + QUAD * quads, 0, TILE - QUAD * quads);

@@ -21,19 +21,22 @@
 namespace rac {
 namespace {
 
+#include "expand_bytes.h"
+
 constexpr int SPREAD = 4;  // a form: expanded quads, in the first-level cache
 
 template <int form>
 inline __m512i expand_quad(const uint32_t* masks, const char*& values) {
-    const __m512i stored = _mm512_loadu_si512(values);
     if (form != INT8) {
+        const __m512i quad = _mm512_loadu_si512(values);
         values += QUAD;
-        return stored;
+        return quad;
     }
     uint64_t mask;
     std::memcpy(&mask, masks, sizeof mask);
+    const __m512i quad = expand_bytes(mask, values);
     values += static_cast<uint64_t>(__builtin_popcountll(mask));
-    return _mm512_maskz_expand_epi8(mask, stored);
+    return quad;
 }
 
 // Sums of four products of unsigned bytes of w and four signed ones of x. As an instruction, because GCC gives the
