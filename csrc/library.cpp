@@ -240,8 +240,8 @@ RAC_EXPORT const char* rac_linear(const void* data, int64_t bytes, int64_t rows,
     product.out_type = static_cast<Type>(x_type);
     product.halve = kernel_of(isa)->halve;
     const bool bf16_units = isa == AVX512 && x_type == BF16 && has_avx512_bf16();
-    // Many rows of x multiply integers faster as bf16, which they are exactly, than in two planes of bytes.
-    const bool as_bf16 = product.weight.type >= INT8 && bf16_units && m > FEW && groups == 1 && scale;
+    // More rows of x than go together multiply integers faster as bf16, which they are exactly, than in two planes of bytes.
+    const bool as_bf16 = product.weight.type >= INT8 && bf16_units && m > TOGETHER && groups == 1 && scale;
     if (product.weight.type >= INT8 && !as_bf16)
         return linear8(product, x, product.out_type, scale, groups, isa, threads < 1 ? 1 : threads);
     if (scale && groups != 1) return "only 8-bit weights have scales in groups";
