@@ -15,6 +15,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is compared with a float32 reference, on every machine; test_narrow.py has the other products."""
+    from rac_modifier.pruning import narrow
+
+    monkeypatch.setattr(narrow, "product_dtype", lambda device: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3 (untied head, float32) with its tokenizer; not to be written to."""

@@ -74,6 +74,7 @@ def reference(dense, pruned, modifier, *, towards_dense):
                 module.weight.data.copy_(s.weight)
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("towards_dense", [False, True])
 def test_it_is_pruning_each_group_on_a_model_run_anew(tiny_folder, trace_store, dense, towards_dense):
     expected = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager").eval()
