@@ -28,9 +28,11 @@ def check_settings(method: str, block_size: int, dampening_frac: float, iteratio
     if block_size < 1:
         raise RacError(f"block_size {block_size}: must be at least 1; 128 is usual")
     if iterations < 1:
-        raise RacError(f"iterations {iterations}: ALPS needs at least 1; 8 is usual")
+        raise RacError(f"iterations {iterations}: ALPS needs at least 1; 16 is usual")
     if refit_steps < 0:
-        raise RacError(f"refit_steps {refit_steps}: must not be negative; 6 is usual, refit=False leaves the refit out")
+        raise RacError(
+            f"refit_steps {refit_steps}: must not be negative; 10 is usual, refit=False leaves the refit out"
+        )
     check_dampening(dampening_frac)
 
 

@@ -26,7 +26,7 @@ class GroupStatistics:
         self._weights = list(weights) if drift else []
         self._rows = sum(w.shape[0] for w in self._weights)
         self._before = self._rows >= columns / 2  # 2 T d d operations against 4 T rows d
-        self._narrow = narrow.product_dtype(device) or torch.float32
+        self._dtype = narrow.product_dtype(device)
         shape = (columns if self._before else self._rows, columns)
         self._sum = torch.zeros(shape, device=device) if drift else None
 
@@ -46,10 +46,10 @@ class GroupStatistics:
         if not bool((weights == 1).all()):
             counted = weights > 0
             x, dense, weights = x[counted], dense[counted], weights[counted]
-        difference = (dense - x).mul_(weights.unsqueeze(1)).to(self._narrow)
+        difference = (dense - x).mul_(weights.unsqueeze(1)).to(self._dtype or x.dtype)
         if not self._before:
             difference = torch.cat([difference @ w.to(difference).T for w in self._weights], dim=1)
-        self._sum.add_(difference.T @ x.to(self._narrow))
+        narrow.add_product(self._sum, difference.T, x, self._dtype)
 
     def drift(self) -> list[torch.Tensor] | None:
         """One [rows, d] tensor a module, float32; None when the dense inputs were not given."""

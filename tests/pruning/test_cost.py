@@ -119,6 +119,9 @@ def test_what_options_add():
     groups, forward = [first, second], 700 * 64 * 160
     paper = run_cost(groups, dataclasses.replace(PLAN, order="layer", reconstruct="pruned", solver="sparsegpt"))
     assert paper.forward == 700 * first.weights
+    two_layers = [*groups, dataclasses.replace(first, layer="layer 1"), dataclasses.replace(second, layer="layer 1")]
+    again = run_cost(two_layers, dataclasses.replace(PLAN, order="layer", reconstruct="pruned", solver="sparsegpt"))
+    assert again.forward == 700 * (first.weights + (first.weights + second.weights) + first.weights)
     assert run_cost(groups, dataclasses.replace(PLAN, reconstruct="pruned")).forward == 700 * first.weights
     assert run_cost(groups, PLAN).forward == 2 * 700 * first.weights
     assert run_cost(groups, PLAN).options == 0
