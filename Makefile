@@ -20,11 +20,12 @@ serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed
 
 test: $(VENV)/.installed $(SERVE_VENV)/.installed lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
-	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/serving/test_*.py -m "not slow"
+	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/vllm_plugin tests/kernels/test_plan.py tests/checkpoint/test_stored_weight.py \
+		tests/checkpoint/test_fuzz_stored_weight.py -m "not slow"
 
 # all of the plugin's tests, which start vLLM's engines and servers
 test-serve: $(SERVE_VENV)/.installed
-	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/serving
+	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/vllm_plugin
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """The optional CPU kernel; everything else is in pyproject.toml.
 
 A plain shared object with a C interface: no Python or torch headers are needed, and one build serves every Python.
-Without a compiler the installation succeeds, and `rac_modifier.serving.kernels.support()` says what is missing.
+Without a compiler the installation succeeds, and `rac_modifier.kernels.support()` says what is missing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BuildKernel(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "rac_modifier.serving.kernels._native",
+            "rac_modifier.kernels._native",
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             language="c++",

@@ -29,19 +29,20 @@ from llmcompressor import oneshot
 from transformers import AutoTokenizer
 
 import rac_modifier
-from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
+from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
-from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
-from rac_modifier.calibration.source import CalibrationSet, build_calibration_set
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.own_samples import sample_sequences
-from rac_modifier.evaluation.problems import held_out_problems
 from rac_modifier.evaluation.report import parse_sparsity
 from rac_modifier.evaluation.teacher_forcing import trace_loss
-from rac_modifier.reasoner import tasks
+from rac_modifier.problems import arithmetic as tasks
+from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
-from rac_modifier.traces.generation import SamplingSettings
-from rac_modifier.traces.prompts import render_prompt
 
 BASE = "baseline"
 TOKENS = 32_768

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rac_modifier.serving.kernels import choose, pack, sparse_linear, support
+from rac_modifier.kernels import choose, pack, sparse_linear, support
 
 SHAPES = {  # [rows, columns] of qkv, o, gate_up and down, as vLLM fuses them
     "1.5B": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],

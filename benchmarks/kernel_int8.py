@@ -20,8 +20,8 @@ import torch
 from kernel import DTYPES, SHAPES, numbers, plain_linear, read_speed, vllm_linear
 from torch import Tensor
 
-from rac_modifier.serving.kernels import pack, pack_dense, pack_scale, sparse_linear, support
-from rac_modifier.serving.weight import from_dense, quantize_rows
+from rac_modifier.checkpoint.stored_weight import from_dense, quantize_rows
+from rac_modifier.kernels import pack, pack_dense, pack_scale, sparse_linear, support
 
 Linear = Callable[[Tensor], Tensor]
 OURS = "sparse int8"

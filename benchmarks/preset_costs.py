@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.pruning.cost import groups_by_input
-from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.targets import find_targets
+from rac_modifier.settings.pattern import Pattern
 
 SHAPES = {  # of DeepSeek-R1-Distill-Qwen: hidden, MLP, layers, heads, key-value heads
     "1.5B": (1536, 8960, 28, 12, 2),

@@ -30,18 +30,18 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import rac_modifier
-from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.calibration_set import CalibrationSet
+from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
-from rac_modifier.calibration.settings import CalibrationSettings
-from rac_modifier.calibration.source import CalibrationSet
+from rac_modifier.settings.calibration import CalibrationSettings
 
 BATCH_TOKENS = 4096
 
 
 def reasoner_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
     """The embedded reasoner on its own traces, joined and cut into rows of 256 so that no row needs padding."""
-    from rac_modifier.calibration.settings import TraceSettings
-    from rac_modifier.calibration.source import build_calibration_set
+    from rac_modifier.calibration.calibration_set import build_calibration_set
+    from rac_modifier.settings.traces import TraceSettings
 
     model = fresh(rac_modifier.reasoner_path())
     tokenizer = AutoTokenizer.from_pretrained(rac_modifier.reasoner_path())

@@ -27,10 +27,11 @@ from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModif
 from transformers import AutoTokenizer
 
 import rac_modifier
-from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
-from rac_modifier.calibration.source import build_calibration_set
+from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.evaluation.accuracy import evaluate
-from rac_modifier.evaluation.problems import held_out_problems
+from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.traces import TraceSettings
 
 INT8 = {"config_groups": {"w": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}}
 SCHEMES: dict[str, dict[str, Any]] = {"fp8": {"scheme": "FP8_DYNAMIC"}, "w8": INT8, "w4a16": {"scheme": "W4A16"}}

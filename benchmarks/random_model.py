@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rac_modifier.checkpoint.packing import pack_checkpoint
-from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.serving.weight import quantize_rows
+from rac_modifier.checkpoint.stored_weight import quantize_rows
+from rac_modifier.settings.pattern import Pattern
 
 
 def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None, int8: bool = False) -> None:

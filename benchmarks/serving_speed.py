@@ -31,7 +31,7 @@ from streaming_client import Load, Speed, measure
 from vllm_server import busy_seconds, serving
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning.patterns import Pattern
+from rac_modifier.settings.pattern import Pattern
 
 NAME = "model"
 DENSE, DENSE8, SPARSE, INT8 = "dense", "dense-int8", "sparse", "int8"

@@ -30,10 +30,10 @@ from rac_modifier.evaluation.divergence import divergence
 from rac_modifier.evaluation.divergence_result import DivergenceResult
 from rac_modifier.evaluation.own_samples import sample_sequences
 from rac_modifier.evaluation.plot import plot_divergence
-from rac_modifier.evaluation.problems import held_out_problems
 from rac_modifier.evaluation.report import parse_sparsity, render_divergence_table
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
-from rac_modifier.traces.generation import SamplingSettings
+from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.settings.sampling import SamplingSettings
 
 
 def unpack(folder: Path) -> None:

@@ -30,15 +30,15 @@ from common import fresh, machine
 from transformers import AutoTokenizer
 from vllm_server import Server, serving
 
+from rac_modifier.problems.source import load_problems
 from rac_modifier.reasoner import reasoner_path
+from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.subject import Subject
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
-from rac_modifier.traces.engines.settings import EngineSettings
-from rac_modifier.traces.filling import pending_path
-from rac_modifier.traces.generation import SamplingSettings
-from rac_modifier.traces.problems import ProblemSource, load_problems
-from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.traces.fill_store import pending_path
 from rac_modifier.traces.store import TraceStore
-from rac_modifier.traces.subject import Subject
 
 OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3"]
 REFERENCE_BATCH = 8

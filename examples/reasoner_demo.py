@@ -26,8 +26,8 @@ import rac_modifier
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.plot import plot_accuracy
-from rac_modifier.evaluation.problems import held_out_problems
 from rac_modifier.evaluation.report import render_table
+from rac_modifier.problems.held_out import held_out_problems
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "rac_2of4.yaml"
 PRUNED = {  # label: kind of calibration, preset

@@ -22,8 +22,8 @@ from urllib.error import URLError
 
 from openai import OpenAI
 
-from rac_modifier.answers.verify import is_correct
-from rac_modifier.reasoner.tasks import Solved, generate_distinct
+from rac_modifier.problems.answers import is_correct
+from rac_modifier.problems.arithmetic import Solved, generate_distinct
 
 NAME = "pruned"
 EPILOG = "Options that are not named here, such as --enforce-eager, go to vllm serve."

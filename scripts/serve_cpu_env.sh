@@ -29,8 +29,8 @@ $pip install --quiet --no-deps "$root/scripts/vllm-metadata"
 
 "$venv/bin/python" - <<'CHECK'
 import vllm.entrypoints.openai.api_server
-from rac_modifier.serving import kernels
-from rac_modifier.serving.plugin import METHOD, register
+from rac_modifier import kernels
+from rac_modifier.vllm_plugin.register import METHOD, register
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 register()

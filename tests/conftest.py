@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import entry, save_tiny
+
+from tests.tiny import entry, save_tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,7 +35,7 @@ def trace_store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A store of the tiny model's traces, filled as far as the tests' recipes need; not to be written to."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rac_modifier.calibration.settings import TraceSettings
+    from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.collect import collect_traces
 
     path = tmp_path_factory.mktemp("store") / "traces.jsonl"

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_inputs import calibration, checkpoints, patterns, problems, quantization, runs, stores
-from bad_inputs.bench import Bench
 
 from rac_modifier.errors import RacError
+from tests.bad_inputs import calibration, checkpoints, patterns, problems, quantization, runs, stores
+from tests.bad_inputs.bench import Bench
 
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = """# What can go wrong, and what it says

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rac_modifier.reasoner.tasks import generate
+from rac_modifier.problems.arithmetic import generate
 
 VOCABULARY = 1024
 GENERIC_SHARE = 0.06

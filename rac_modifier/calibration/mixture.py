@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-from rac_modifier.calibration.parts import Part, part_tokens
-from rac_modifier.calibration.settings import CalibrationSettings
 from rac_modifier.errors import RacError
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.mixture import Part, part_tokens
 from rac_modifier.traces.store import Trace
 
 

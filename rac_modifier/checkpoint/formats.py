@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import bitmask
-from rac_modifier.checkpoint.words import pack_words, unpack_words
+from rac_modifier.checkpoint.int32_words import pack_words, unpack_words
 from rac_modifier.errors import RacError
 
 FORMAT_24 = "sparse-24-bitmask"

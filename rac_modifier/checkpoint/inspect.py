@@ -10,13 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import DTYPES, count_zeros
-from rac_modifier.checkpoint.config import (
-    CONFIG_FILE,
-    RAC_KEY,
-    ignored_modules,
-    packed_format,
-    recorded_structures,
-)
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
@@ -27,10 +20,17 @@ from rac_modifier.checkpoint.formats import (
     structure_of,
     unpack,
 )
-from rac_modifier.checkpoint.quantized import WORDS, WORDS_SHAPE, WeightScheme, weight_schemes
+from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE, WeightScheme, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, read_json
 from rac_modifier.checkpoint.report import render
 from rac_modifier.checkpoint.sources import words_weight
+from rac_modifier.checkpoint.sparsity_config import (
+    CONFIG_FILE,
+    RAC_KEY,
+    ignored_modules,
+    packed_format,
+    recorded_structures,
+)
 from rac_modifier.checkpoint.structure import count_broken_groups
 from rac_modifier.errors import RacError
 

@@ -22,10 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import count_zeros
-from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format, with_dense_mark, with_packed
 from rac_modifier.checkpoint.files import INDEX_FILE, JOURNAL_FILE, TensorFiles
 from rac_modifier.checkpoint.formats import FORMAT_24, choose_format, pack, packed_modules, structure_of
-from rac_modifier.checkpoint.quantized import (
+from rac_modifier.checkpoint.quantization_config import (
     WORDS,
     WORDS_SHAPE,
     check_symmetric,
@@ -34,6 +33,7 @@ from rac_modifier.checkpoint.quantized import (
 )
 from rac_modifier.checkpoint.record import read_json, write_json_atomic
 from rac_modifier.checkpoint.sources import words_weight
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format, with_dense_mark, with_packed
 from rac_modifier.checkpoint.structure import count_broken_groups
 from rac_modifier.errors import RacError
 

@@ -14,9 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
-from rac_modifier.checkpoint.config import CONFIG_FILE
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
-from rac_modifier.checkpoint.quantized import quantized_weight, weight_schemes
+from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
 from rac_modifier.checkpoint.record import (
     RUN_RECORD_NAME,
     environment,
@@ -24,8 +23,10 @@ from rac_modifier.checkpoint.record import (
     write_json_atomic,
     write_text_atomic,
 )
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
 from rac_modifier.errors import RacError
-from rac_modifier.pruning.patterns import Pattern, holds
+from rac_modifier.pruning.masks import holds
+from rac_modifier.settings.pattern import Pattern
 
 
 def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...

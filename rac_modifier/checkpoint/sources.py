@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
-from rac_modifier.checkpoint.quantized import (
+from rac_modifier.checkpoint.int32_words import word_count
+from rac_modifier.checkpoint.quantization_config import (
     WORDS,
     WORDS_SHAPE,
     WeightScheme,
@@ -22,7 +22,7 @@ from rac_modifier.checkpoint.quantized import (
     weight_schemes,
 )
 from rac_modifier.checkpoint.record import read_json
-from rac_modifier.checkpoint.words import word_count
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
 from rac_modifier.errors import RacError
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import nonzero, row_chunks
 from rac_modifier.checkpoint.formats import UNSTRUCTURED
-from rac_modifier.pruning.patterns import Pattern, broken_groups
+from rac_modifier.pruning.masks import broken_groups
+from rac_modifier.settings.pattern import Pattern
 
 
 def count_broken_groups(weight: Tensor, structure: str, name: str) -> int:

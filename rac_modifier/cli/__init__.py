@@ -38,7 +38,7 @@ def main() -> None:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
     except ValidationError as error:
-        from rac_modifier.recipe import describe_errors
+        from rac_modifier.settings.recipe import describe_errors
 
         typer.secho(f"error: {describe_errors(error)}", fg="red", err=True)
         sys.exit(2)

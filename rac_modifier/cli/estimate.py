@@ -21,9 +21,9 @@ def estimate(model: Model, recipe: Recipe, set_: Overrides = None) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rac_modifier.llmcompressor.targets import find_targets
     from rac_modifier.pruning.cost import groups_by_input
-    from rac_modifier.pruning.targets import find_targets
-    from rac_modifier.recipe import NAME, check_entry, find_named_entry, load_recipe
+    from rac_modifier.settings.recipe import NAME, check_entry, find_named_entry, load_recipe
 
     name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
     if name != NAME:

@@ -52,10 +52,10 @@ def evaluate(
     """
     from rac_modifier.checkpoint.record import write_json_atomic
     from rac_modifier.evaluation.accuracy import evaluate as run
-    from rac_modifier.evaluation.problems import held_out_problems
     from rac_modifier.evaluation.report import render_table
+    from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.reasoner import direct_answer_prompt
-    from rac_modifier.traces.prompts import render_prompt
+    from rac_modifier.sampling.prompts import render_prompt
 
     if json_out is not None and not json_out.absolute().parent.is_dir():
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
@@ -69,7 +69,7 @@ def evaluate(
         check_model(resolve(name))
     chosen = held_out_problems(source, problems, seed, column, answer_column)
     if divergence:
-        from rac_modifier.traces.generation import SamplingSettings
+        from rac_modifier.settings.sampling import SamplingSettings
 
         sampling = SamplingSettings(temperature=temperature, max_new_tokens=cap, batch_size=batch_size, seed=seed)
         _divergence(models, chosen, sampling, precision, plot, json_out)

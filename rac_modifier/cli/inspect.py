@@ -13,7 +13,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint holds, and whether serving it on this machine will be faster: if not, why not."""
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
-    from rac_modifier.serving.chooser import plan_checkpoint, render_plan
+    from rac_modifier.kernels.plan import plan_checkpoint, render_plan
 
     typer.echo(inspect_checkpoint(checkpoint).render())
     if rows := plan_checkpoint(checkpoint):

@@ -45,7 +45,7 @@ def _first_line(error: Exception) -> str:
 
 def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     """A model, packed or not, with its tokenizer."""
-    from rac_modifier.checkpoint.load import load_model
+    from rac_modifier.checkpoint.hf_quantizer import load_model
 
     source = resolve(model)
     check_model(source)
@@ -55,9 +55,9 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
 
 def unpacked(source: str, precision: Dtype) -> Any:
     """What oneshot takes: the source itself, or where its weights are packed, which oneshot cannot load, the loaded model."""
-    from rac_modifier.checkpoint.config import CONFIG_FILE, packed_format
-    from rac_modifier.checkpoint.load import load_model
+    from rac_modifier.checkpoint.hf_quantizer import load_model
     from rac_modifier.checkpoint.record import read_json
+    from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
 
     if not (Path(source) / CONFIG_FILE).is_file() or packed_format(read_json(Path(source) / CONFIG_FILE)) is None:
         return source
@@ -66,7 +66,7 @@ def unpacked(source: str, precision: Dtype) -> Any:
 
 def subject_of(model: str) -> tuple[Any, Any]:
     """What collecting needs to know of a model that servers sample; its weights stay on disk."""
-    from rac_modifier.traces.subject import Subject
+    from rac_modifier.sampling.subject import Subject
 
     source = resolve(model)
     check_model(source)

@@ -34,7 +34,7 @@ def prune(
     import yaml
 
     import rac_modifier  # noqa: F401 - registers the modifier
-    from rac_modifier.recipe import load_recipe
+    from rac_modifier.settings.recipe import load_recipe
 
     content = load_recipe(recipe, [*(set_ or []), *([f"preset={preset}"] if preset else [])])
     source = resolve(model)

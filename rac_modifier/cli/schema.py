@@ -16,6 +16,6 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a recipe entry (docs/recipe.schema.json, docs/calibration.schema.json)."""
     with contextlib.redirect_stdout(sys.stderr):  # where llm-compressor logs to while it is imported
-        from rac_modifier.recipe import schema as text
+        from rac_modifier.settings.recipe import schema as text
 
     typer.echo(text(modifier), nl=False)

@@ -31,8 +31,8 @@ def collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Pre
 
     Example: rac traces collect reasoner --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
     """
-    from rac_modifier.calibration.collecting import collect_for_calibration
-    from rac_modifier.recipe import check_entry, find_named_entry, load_recipe
+    from rac_modifier.calibration.trace_budget import collect_for_calibration
+    from rac_modifier.settings.recipe import check_entry, find_named_entry, load_recipe
 
     name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
     settings = check_entry(entry, str(recipe), name)
@@ -97,7 +97,7 @@ def export(
 
 
 def _tokenizer_of(store: TraceStore, model: str | None, otherwise: str) -> Any:
-    from rac_modifier.traces.fingerprint import tokenizer_fingerprint
+    from rac_modifier.sampling.model_identity import tokenizer_fingerprint
 
     name = resolve(model or store.header.model)
     tokenizer = load_tokenizer(name, f"name the store's model with --model, {otherwise}")

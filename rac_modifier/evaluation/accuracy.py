@@ -12,14 +12,15 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from rac_modifier.answers.verify import Verifier, is_correct
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
-from rac_modifier.traces.generation import Generation, SamplingSettings
-from rac_modifier.traces.generation import generate as traces_generate
-from rac_modifier.traces.problems import Problem
-from rac_modifier.traces.prompts import render_prompt
-from rac_modifier.traces.thinking import thinking_length
+from rac_modifier.problems.answers import Verifier, is_correct
+from rac_modifier.problems.source import Problem
+from rac_modifier.sampling.generate import Generation
+from rac_modifier.sampling.generate import generate as traces_generate
+from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.thinking import thinking_length
+from rac_modifier.settings.sampling import SamplingSettings
 
 # Only used when sampling; the reference evaluation samples at 0.6 with top_p 0.95 (arXiv 2509.12464).
 TOP_P = 0.95

@@ -13,17 +13,11 @@ from typing import Any
 
 import torch
 
-from rac_modifier.calibration.stop import StopForward
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import WINDOW_ELEMENTS, Windows, check_ids, compare, vocabulary, windows
 from rac_modifier.evaluation.divergence_result import DivergenceResult, summarise_divergence
-from rac_modifier.evaluation.teacher_forcing import (
-    TokenSequence,
-    batches_of_like_length,
-    check_sequences,
-    evaluating,
-    padded,
-)
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences, padded
+from rac_modifier.model_tools import StopForward, evaluating
 
 
 class DenseReference:

@@ -15,13 +15,8 @@ import torch.nn.functional as F
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence_result import DivergenceResult, TokenDivergence, summarise_divergence
-from rac_modifier.evaluation.teacher_forcing import (
-    TokenSequence,
-    batches_of_like_length,
-    check_sequences,
-    evaluating,
-    padded,
-)
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences, padded
+from rac_modifier.model_tools import evaluating
 
 # Logits of one window and of one step of the comparison, in elements: 256 MiB and 64 MiB in float32.
 WINDOW_ELEMENTS = 1 << 26

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
-from rac_modifier.traces.fingerprint import model_fingerprint
-from rac_modifier.traces.generation import SamplingSettings, generate
-from rac_modifier.traces.problems import Problem
+from rac_modifier.problems.source import Problem
+from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.model_identity import model_fingerprint
+from rac_modifier.sampling.prompts import render_question
+from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.store import TraceStore
 
 
@@ -34,7 +36,7 @@ def sample_sequences(
     with tqdm(total=len(requests), desc="own samples", unit="sample", disable=not progress) as bar:
         for start in range(0, len(requests), sampling.batch_size):
             batch = requests[start : start + sampling.batch_size]
-            prompts = [sampling.render(tokenizer, q) for _, q in batch]
+            prompts = [render_question(tokenizer, q, sampling) for _, q in batch]
             generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
             sequences.extend(((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True))
             bar.update(len(batch))

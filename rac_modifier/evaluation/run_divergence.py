@@ -6,7 +6,7 @@ from typing import Any
 
 from loguru import logger
 
-from rac_modifier.calibration.source import CalibrationSet
+from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.dense_reference import DenseReference
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from rac_modifier.errors import RacError
+from rac_modifier.model_tools import evaluating
 
 # Token ids, and how many of the first ones are the prompt.
 TokenSequence = tuple[Sequence[int], int]
@@ -70,19 +70,6 @@ def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[row, : len(sequence)] = torch.tensor(sequence)
         completion[row, prompt_length : len(sequence)] = True
     return ids, completion
-
-
-@contextlib.contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Models in evaluation mode, afterwards in the mode they were in."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
 
 
 def _batch_loss(model: Any, batch: list[TokenSequence]) -> float:

@@ -32,9 +32,9 @@ from dataclasses import dataclass
 import torch
 
 from rac_modifier.pruning import narrow
-from rac_modifier.pruning.dampening import Dampening, raise_until_it_works
-from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.selection import lowest, ranks_in_groups, sampled_threshold
+from rac_modifier.pruning.linalg import Dampening, raise_until_it_works
+from rac_modifier.pruning.topk import lowest, ranks_in_groups, sampled_threshold
+from rac_modifier.settings.pattern import Pattern
 
 # rho of the first and of the last stage, relative to H's diagonal, and a of the equations. On the reasoner's layers at 50, 60,
 # 80 % and 2:4, with 16 iterations, other pairs between 0.1 and 0.7 move the sum of the errors by -1 to +5 %; one fixed rho

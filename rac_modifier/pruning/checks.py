@@ -9,7 +9,7 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.methods import METHODS
-from rac_modifier.pruning.patterns import Pattern
+from rac_modifier.settings.pattern import Pattern
 
 
 def is_finite(x: torch.Tensor) -> bool:

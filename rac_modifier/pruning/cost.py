@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from rac_modifier.calibration.stop import StopForward
+from rac_modifier.llmcompressor.sensitivity import TOKENS as SENSITIVITY_TOKENS
+from rac_modifier.model_tools import StopForward
 from rac_modifier.pruning.alps import INVERSE_UP_TO, stages
 from rac_modifier.pruning.hessian import block_columns
-from rac_modifier.pruning.sensitivity import TOKENS as SENSITIVITY_TOKENS
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from loguru import logger
 
 from rac_modifier.pruning.dense_target import target_weights
 from rac_modifier.pruning.hessian import Hessian
-from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.solver import Method, Solution, solve
+from rac_modifier.pruning.solve import Method, Solution, solve
 from rac_modifier.pruning.sparsegpt import Factor, factorise
+from rac_modifier.settings.pattern import Pattern
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from rac_modifier.pruning import alps, sparsegpt
-from rac_modifier.pruning.patterns import Pattern
 from rac_modifier.pruning.scores import magnitude_mask, wanda_mask
-
-Method = Literal["sparsegpt", "alps", "wanda", "magnitude", "keep"]
+from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pruning import Method
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rac_modifier.pruning import narrow
-from rac_modifier.pruning.dampening import Dampening
+from rac_modifier.pruning.linalg import Dampening
 
 STEPS = 20
 # Of the residual, relative to the target; at 5e-3 some rows are 5 % above their least error on the reasoner's layers.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.selection import lowest, lowest_along
+from rac_modifier.pruning.topk import lowest, lowest_along
+from rac_modifier.settings.pattern import Pattern
 
 
 def wanda_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:

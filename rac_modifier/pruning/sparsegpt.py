@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rac_modifier.pruning.dampening import raise_until_it_works
-from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.selection import lowest, lowest_along
+from rac_modifier.pruning.linalg import raise_until_it_works
+from rac_modifier.pruning.topk import lowest, lowest_along
+from rac_modifier.settings.pattern import Pattern
 
 _SUB_BLOCK = 32
 

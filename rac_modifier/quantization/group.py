@@ -8,7 +8,7 @@ import torch
 
 from rac_modifier.pruning.group import PrunedGroup
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solver import Quantized, quantize
+from rac_modifier.quantization.solve import Quantized, quantize
 
 
 def quantize_group(

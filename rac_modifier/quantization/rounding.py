@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from rac_modifier.pruning.dampening import Dampening
+from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.pruning.sparsegpt import Factor
 from rac_modifier.quantization.grid import Grid
 

@@ -12,18 +12,19 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.traces.engines.base import Engine
-from rac_modifier.traces.engines.identity import check_probes
-from rac_modifier.traces.engines.in_process import InProcessEngine
-from rac_modifier.traces.engines.settings import EngineSettings
+from rac_modifier.problems.source import Problem, load_problems
+from rac_modifier.sampling.engine import Engine
+from rac_modifier.sampling.in_process import InProcessEngine
+from rac_modifier.sampling.model_identity import tokenizer_fingerprint
+from rac_modifier.sampling.probes import check_probes
+from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.subject import Subject
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.failures import forget_failures
-from rac_modifier.traces.filling import Filling, Request
-from rac_modifier.traces.fingerprint import tokenizer_fingerprint
-from rac_modifier.traces.generation import SamplingSettings
-from rac_modifier.traces.problems import Problem, ProblemSource, load_problems
+from rac_modifier.traces.fill_store import Filling, Request
 from rac_modifier.traces.records import settings_of_record
 from rac_modifier.traces.store import StoreHeader, TraceStore, read_header
-from rac_modifier.traces.subject import Subject
 
 
 def collect_traces(
@@ -120,7 +121,7 @@ def _engine(
     sampling: SamplingSettings,
 ) -> Engine:
     if settings is not None:
-        from rac_modifier.traces.engines.server import ServerEngine
+        from rac_modifier.sampling.openai_server import ServerEngine
 
         return ServerEngine(settings, subject, tokenizer, sampling, model)
     if model is None:
@@ -130,7 +131,7 @@ def _engine(
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings) -> Callable[[Problem], list[int]]:
     def render(problem: Problem) -> list[int]:
-        return sampling.render(tokenizer, problem.question)
+        return render_question(tokenizer, problem.question, sampling)
 
     return render
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from rac_modifier.traces.engines.base import EngineRecord
-from rac_modifier.traces.generation import FinishReason, SamplingSettings
-from rac_modifier.traces.problems import ProblemSource
+from rac_modifier.sampling.engine import EngineRecord
+from rac_modifier.sampling.generate import FinishReason
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
 
 # What may differ between the runs that fill one store: neither changes a trace, only how far or how fast it goes.
 _FREE_FIELDS = {"sampling": {"batch_size"}, "problems": {"limit"}}

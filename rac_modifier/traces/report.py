@@ -10,9 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.failures import read_failures
-from rac_modifier.traces.judging import Judge
-from rac_modifier.traces.selection import Selection, SelectSettings, select
+from rac_modifier.traces.grading import Judge
+from rac_modifier.traces.selection import Selection, select
 from rac_modifier.traces.store import TraceStore
 
 _BAR = 40

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import entry, recipe
+
+from tests.tiny import entry, recipe
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Bench:
 
     def check(self, **settings: Any) -> None:
         """Validate a recipe entry, as every way in does."""
-        from rac_modifier.recipe import check_entry
+        from rac_modifier.settings.recipe import check_entry
 
         check_entry({"mask_structure": "2:4", **settings}, "recipe.yaml")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import namedtuple
 
-from bad_inputs.bench import Bench, Cases
+from tests.bad_inputs.bench import Bench, Cases
 
 CASES = Cases()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bad_inputs.bench import Bench, Case, Cases
-from tiny import save_tiny
+from tests.bad_inputs.bench import Bench, Case, Cases
+from tests.tiny import save_tiny
 
 CASES = Cases()
 

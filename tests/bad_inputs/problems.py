@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bad_inputs.bench import Bench, Case, Cases
-from tiny import save_tiny
+from tests.bad_inputs.bench import Bench, Case, Cases
+from tests.tiny import save_tiny
 
 CASES = Cases()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bad_inputs.bench import Bench, Case, Cases
+from tests.bad_inputs.bench import Bench, Case, Cases
 
 CASES = Cases()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from bad_inputs.bench import Bench, Case, Cases
-from tiny import NAME, entry
+
+from tests.bad_inputs.bench import Bench, Case, Cases
+from tests.tiny import NAME, entry
 
 CASES = Cases()
 
@@ -58,8 +59,8 @@ CASES += [
 
 @CASES.case("`order: group` where the model cannot be traced", "order: group is not possible here: tracing failed")
 def _(b: Bench) -> None:
-    from rac_modifier.pipelines import seam
-    from rac_modifier.pipelines.stages import UntraceableError
+    from rac_modifier.llmcompressor import pipeline as seam
+    from rac_modifier.llmcompressor.stages import UntraceableError
 
     def fails(*args: object) -> None:
         raise UntraceableError("tracing failed: a loop over experts")

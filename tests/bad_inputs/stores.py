@@ -7,8 +7,8 @@ import fcntl
 import os
 from typing import Any
 
-from bad_inputs.bench import Bench, Cases
-from tiny import entry, recipe, save_tiny
+from tests.bad_inputs.bench import Bench, Cases
+from tests.tiny import entry, recipe, save_tiny
 
 CASES = Cases()
 

@@ -1,11 +1,11 @@
 import json
 
 import pytest
-from tiny import tiny_tokenizer
 
-from rac_modifier.calibration.generic import generic_token_sequences
-from rac_modifier.calibration.settings import GenericText
+from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.errors import RacError
+from rac_modifier.settings.calibration import GenericText
+from tests.tiny import tiny_tokenizer
 
 TEXTS = [f"document {i} " + "words " * 10 for i in range(8)]
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import linears, tiny_model
 
-from rac_modifier.calibration.batches import CalibrationLoader
+from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
-from rac_modifier.calibration.settings import CalibrationSettings
 from rac_modifier.pruning.hessian import Hessian
+from rac_modifier.settings.calibration import CalibrationSettings
+from tests.tiny import linears, tiny_model
 
 PAD = 0
 

@@ -11,9 +11,9 @@ from rac_modifier.calibration.mixture import (
     require_traces,
     trace_sequence,
 )
-from rac_modifier.calibration.parts import KINDS
-from rac_modifier.calibration.settings import CalibrationSettings
 from rac_modifier.errors import RacError
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.mixture import KINDS
 from rac_modifier.traces.store import Trace
 
 

@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from tiny import entry, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
-from rac_modifier.calibration.source import build_calibration_set
+from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.errors import RacError
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.store import TraceStore
+from tests.tiny import entry, tiny_tokenizer
 
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 16}
 
@@ -132,7 +133,7 @@ def test_traces_that_all_weigh_nothing_are_refused(build):
 
 def test_only_what_is_calibrated_on_is_held_in_memory(build, monkeypatch, trace_store):
     """A large store with a small budget: whole traces are made into sequences for the budget alone."""
-    from rac_modifier.calibration import pools
+    from rac_modifier.calibration import trace_pool as pools
 
     made = []
     monkeypatch.setattr(pools, "trace_sequence", lambda *args: made.append(1) or original(*args))

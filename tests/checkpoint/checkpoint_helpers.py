@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import tiny
 import torch
 from transformers import PreTrainedModel
 
 from rac_modifier.checkpoint.sources import iter_dense_tensors
+from tests import tiny
 
 # What the fixture `saved` gives back: save(...) -> folder, state dict, mask structures.
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]

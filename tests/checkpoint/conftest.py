@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import PRUNERS, Saved, tiny_model
-from tiny import linears
 
 from rac_modifier.checkpoint.packing import pack_checkpoint
+from tests.checkpoint.checkpoint_helpers import PRUNERS, Saved, tiny_model
+from tests.tiny import linears
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checkpoint_helpers import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from rac_modifier.checkpoint.bitmask import (
     unpack_unstructured,
 )
 from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import same_bits
 
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from checkpoint_helpers import Q, Saved, config_of, contents, same_bits
 
-from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.packing import mark_dense
 from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import Q, Saved, config_of, contents, same_bits
 
 
 def test_mark_dense_stays_loadable_by_stock_transformers(saved: Saved) -> None:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import Q, Saved, assert_restores, config_of, prune_24, prune_half, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import linears
 
 from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.packing import pack_checkpoint
-from rac_modifier.checkpoint.quantized import to_words
+from rac_modifier.checkpoint.quantization_config import to_words
 from rac_modifier.checkpoint.sources import iter_dense_tensors
 from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import Q, Saved, assert_restores, config_of, prune_24, prune_half, tiny_model
+from tests.tiny import linears
 
 
 @pytest.mark.parametrize("shard", [None, "60KB"])

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
-from tiny import NAME, entry, linears, recipe, tiny_model
 
 import rac_modifier  # noqa: F401
-from rac_modifier.modifier import ReasoningAwareSparseGPTModifier
-from rac_modifier.pipelines import seam
+from rac_modifier.llmcompressor import pipeline as seam
+from rac_modifier.llmcompressor.modifiers import ReasoningAwareSparseGPTModifier
+from tests.tiny import NAME, entry, linears, recipe, tiny_model
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]

@@ -1,6 +1,6 @@
 """A generate that says what a script tells it."""
 
-from rac_modifier.traces.generation import Generation
+from rac_modifier.sampling.generate import Generation
 
 
 class Scripted:

@@ -1,12 +1,12 @@
 import json
 
 import pytest
-from scripted import Scripted
-from tiny import byte_tokenizer, tiny_model
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.accuracy import evaluate
-from rac_modifier.traces.problems import Problem
+from rac_modifier.problems.source import Problem
+from tests.evaluation.scripted import Scripted
+from tests.tiny import byte_tokenizer, tiny_model
 
 PROBLEMS = [
     Problem("short", "1?", "1", "a"),

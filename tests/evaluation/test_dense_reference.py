@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-from tiny import linears, tiny_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import dense_reference
 from rac_modifier.evaluation.dense_reference import DenseReference
 from rac_modifier.evaluation.divergence import divergence
+from tests.tiny import linears, tiny_model
 
 
 def sequences(vocabulary: int = 300):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import linears, tiny_model
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import divergence as module
 from rac_modifier.evaluation.divergence import divergence, token_divergence
+from tests.tiny import linears, tiny_model
 
 VOCABULARY = 300
 

@@ -1,14 +1,15 @@
 import pytest
-from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import divergence
 from rac_modifier.evaluation.own_samples import sample_sequences, sequences_from_store
-from rac_modifier.evaluation.problems import held_out_problems
-from rac_modifier.traces.generation import SamplingSettings, generate
-from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.store import TraceStore
+from tests.tiny import tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=2, seed=3)
 

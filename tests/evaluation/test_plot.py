@@ -2,10 +2,10 @@ import subprocess
 import sys
 
 import pytest
-from test_results import result, row
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.plot import _positions, plot_accuracy, plot_bars
+from tests.evaluation.test_results import result, row
 
 ROWS = [
     {"sparsity": s, "calibration": c, "accuracy": a, "unfinished_share": 1 - a}
@@ -72,9 +72,9 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 def test_importing_evaluation_loads_nothing_heavy():
     names = ["matplotlib", "math_verify", "datasets", "reasoning_gym", "llmcompressor", "vllm"]
     code = (
-        "import sys, rac_modifier.answers.verify, rac_modifier.evaluation.plot\n"
+        "import sys, rac_modifier.problems.answers, rac_modifier.evaluation.plot\n"
         f"assert not [n for n in {[*names, 'torch']} if n in sys.modules]\n"
-        "import rac_modifier.evaluation.accuracy, rac_modifier.evaluation.problems\n"
+        "import rac_modifier.evaluation.accuracy, rac_modifier.problems.held_out\n"
         f"print([n for n in {names} if n in sys.modules])\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,8 +1,8 @@
 import pytest
-from test_results import result, row
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.report import parse_sparsity, render_seed_table, render_table, summarise_seeds
+from tests.evaluation.test_results import result, row
 
 
 def test_table_columns_line_up():

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tiny import tiny_model
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import batches_of_like_length, padded, trace_loss
+from tests.tiny import tiny_model
 
 
 def reference_loss(model, sequences):

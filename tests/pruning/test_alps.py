@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pruning_reference import correlated_problem, dampened, random_problem, trace_error
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import Pattern, alps, broken_groups, solve
+from tests.pruning.pruning_reference import correlated_problem, dampened, random_problem, trace_error
 
 
 def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern, iterations: int) -> torch.Tensor:

@@ -4,17 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import linears, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rac_modifier.pruning.cost import Group, Plan, groups_by_input, run_cost
 from rac_modifier.pruning.dense_target import target_weights
-from rac_modifier.pruning.patterns import Pattern
-from rac_modifier.pruning.solver import solve
+from rac_modifier.pruning.solve import solve
 from rac_modifier.pruning.sparsegpt import factorise
 from rac_modifier.pruning.statistics import GroupStatistics
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solver import quantize
+from rac_modifier.quantization.solve import quantize
+from rac_modifier.settings.pattern import Pattern
+from tests.tiny import linears, tiny_model
 
 PLAN = Plan("alps", False, "dense", "auto", "uniform", "uniform", 16, 3, tokens=700, held_out_tokens=0)
 

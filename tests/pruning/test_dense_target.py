@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from pruning_reference import correlated_problem, dampened
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import Pattern, solve
 from rac_modifier.pruning.dense_target import target_weights
 from rac_modifier.pruning.sparsegpt import factorise
+from tests.pruning.pruning_reference import correlated_problem, dampened
 
 
 def two_streams(rows=(5, 1, 8), columns=40, tokens=500):

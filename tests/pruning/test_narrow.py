@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from pruning_reference import correlated_problem, trace_error
 
 from rac_modifier.pruning import Pattern, narrow, solve
-from rac_modifier.pruning.patterns import holds
+from rac_modifier.pruning.masks import holds
 from rac_modifier.pruning.statistics import GroupStatistics
+from tests.pruning.pruning_reference import correlated_problem, trace_error
 
 choose = narrow.product_dtype  # before a fixture replaces it
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_reference import correlated_problem, dampened, random_problem, rowwise_refit, trace_error
 
 from rac_modifier.pruning import Pattern, solve
-from rac_modifier.pruning.dampening import Dampening
+from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.pruning.refit import refit
+from tests.pruning.pruning_reference import correlated_problem, dampened, random_problem, rowwise_refit, trace_error
 
 
 def refitted(start, kept, target, hessian, frac=0.01, **options):

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from pruning_reference import best_group, random_problem, trace_error
 
 from rac_modifier.pruning import Pattern, broken_groups, solve
+from tests.pruning.pruning_reference import best_group, random_problem, trace_error
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pruning_reference import column_loop, random_problem, trace_error
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import Pattern, broken_groups, solve
+from tests.pruning.pruning_reference import column_loop, random_problem, trace_error
 
 
 def same_masks(a: torch.Tensor, b: torch.Tensor) -> float:

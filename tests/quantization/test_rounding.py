@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning.dampening import Dampening
+from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.pruning.sparsegpt import factorise
 from rac_modifier.quantization.grid import Grid, search_scales
 from rac_modifier.quantization.rounding import descend, gptq
-from rac_modifier.quantization.solver import quantize
+from rac_modifier.quantization.solve import quantize
 
 GRIDS = {"int4": Grid("int", 4, 16), "int8": Grid("int", 8), "fp8": Grid("float", 8)}
 

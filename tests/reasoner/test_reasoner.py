@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import rac_modifier.reasoner
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.accuracy import evaluate
-from rac_modifier.evaluation.problems import held_out_problems
+from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import direct_answer_prompt, reasoner_path
-from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.sampling.prompts import render_prompt
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "training" / "train_reasoner.py"

@@ -4,7 +4,8 @@ import os
 import time
 
 import torch
-from tiny import tiny_model, tiny_tokenizer
+
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def collect_slowly(path: str, settings: dict[str, object], tokens: int, url: str | None = None) -> None:
@@ -12,11 +13,10 @@ def collect_slowly(path: str, settings: dict[str, object], tokens: int, url: str
 
     With `url`, from the server there, without the model in memory.
     """
+    from rac_modifier.sampling.subject import Subject
+    from rac_modifier.settings.problems import ProblemSource
+    from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
     from rac_modifier.traces.collect import collect_traces
-    from rac_modifier.traces.engines.settings import EngineSettings
-    from rac_modifier.traces.generation import SamplingSettings
-    from rac_modifier.traces.problems import ProblemSource
-    from rac_modifier.traces.subject import Subject
 
     torch.set_num_threads(1)
     write = os.write

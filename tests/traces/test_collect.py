@@ -2,16 +2,18 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
 
 from rac_modifier.errors import RacError
+from rac_modifier.problems.source import load_problems
+from rac_modifier.sampling import in_process
+from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.collect import collect_traces, default_store_path
-from rac_modifier.traces.engines import in_process
 from rac_modifier.traces.failures import read_failures
-from rac_modifier.traces.generation import SamplingSettings, generate
-from rac_modifier.traces.problems import ProblemSource, load_problems
-from rac_modifier.traces.prompts import render_prompt
 from rac_modifier.traces.store import TraceStore
+from tests.tiny import tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=10, batch_size=4)
 ARITHMETIC = ProblemSource()

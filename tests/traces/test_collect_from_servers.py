@@ -4,25 +4,27 @@ import random
 import threading
 
 import pytest
-from fake_server import NAME, FakeServer, rule
-from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.calibration.collecting import collect_for_calibration
-from rac_modifier.calibration.settings import CalibrationSettings, TraceSettings
-from rac_modifier.calibration.source import build_calibration_set
+from rac_modifier.calibration.calibration_set import build_calibration_set
+from rac_modifier.calibration.trace_budget import collect_for_calibration
 from rac_modifier.errors import RacError
+from rac_modifier.problems.source import load_problems
+from rac_modifier.sampling import load_balancer as servers
+from rac_modifier.sampling.completions_api import trace_seed
+from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.subject import Subject
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
-from rac_modifier.traces.engines import servers
-from rac_modifier.traces.engines.settings import EngineSettings
-from rac_modifier.traces.engines.wire import trace_seed
 from rac_modifier.traces.failures import failures_path, read_failures
-from rac_modifier.traces.filling import pending_path
-from rac_modifier.traces.generation import SamplingSettings, generate
-from rac_modifier.traces.problems import ProblemSource, load_problems
-from rac_modifier.traces.prompts import render_prompt
+from rac_modifier.traces.fill_store import pending_path
 from rac_modifier.traces.store import TraceStore
-from rac_modifier.traces.subject import Subject
+from tests.sampling.fake_server import NAME, FakeServer, rule
+from tests.tiny import tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=20)
 

@@ -1,15 +1,15 @@
 """A store as Parquet, and as words."""
 
 import pytest
-from tiny import byte_tokenizer
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.export import export_parquet
-from rac_modifier.traces.generation import SamplingSettings
-from rac_modifier.traces.problems import ProblemSource
 from rac_modifier.traces.report import describe_store, describe_verified, read_select
-from rac_modifier.traces.selection import SelectSettings
 from rac_modifier.traces.store import StoreHeader, Trace, TraceStore
+from tests.tiny import byte_tokenizer
 
 HEADER = StoreHeader(
     fingerprint="f" * 64,

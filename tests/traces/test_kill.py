@@ -5,17 +5,16 @@ import random
 import time
 
 import pytest
-from fake_server import FakeServer
-from slow_collection import collect_slowly
-from tiny import tiny_model, tiny_tokenizer
 
+from rac_modifier.sampling.subject import Subject
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
-from rac_modifier.traces.engines.settings import EngineSettings
-from rac_modifier.traces.filling import pending_path
-from rac_modifier.traces.generation import SamplingSettings
-from rac_modifier.traces.problems import ProblemSource
+from rac_modifier.traces.fill_store import pending_path
 from rac_modifier.traces.store import TraceStore, read_header
-from rac_modifier.traces.subject import Subject
+from tests.sampling.fake_server import FakeServer
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.traces.slow_collection import collect_slowly
 
 SETTINGS = {"temperature": 1.0, "max_new_tokens": 10, "batch_size": 6, "samples_per_problem": 2}
 

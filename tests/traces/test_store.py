@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.traces.generation import SamplingSettings
-from rac_modifier.traces.problems import ProblemSource
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.records import decode_trace, encode
 from rac_modifier.traces.store import StoreHeader, Trace, TraceCounts, TraceStore, read_header
 

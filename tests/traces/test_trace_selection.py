@@ -3,14 +3,16 @@
 from itertools import islice
 
 import pytest
-from tiny import byte_tokenizer
 
 from rac_modifier.errors import RacError
-from rac_modifier.traces.generation import SamplingSettings
-from rac_modifier.traces.judging import Judge
-from rac_modifier.traces.problems import ProblemSource, load_problems
-from rac_modifier.traces.selection import Selection, SelectSettings, select
+from rac_modifier.problems.source import load_problems
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.settings.traces import SelectSettings
+from rac_modifier.traces.grading import Judge
+from rac_modifier.traces.selection import Selection, select
 from rac_modifier.traces.store import StoreHeader, Trace
+from tests.tiny import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""From settings to the calibration loader: collect the traces, mix, say what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loguru import logger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rac_modifier.calibration.generic_text import generic_token_sequences
+from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.calibration.mixture import (
+    CalibrationSequence,
+    Pool,
+    generic_sequence,
+    mix,
+    prompt_sequence,
+    require_traces,
+)
+from rac_modifier.calibration.trace_budget import collect_for_calibration
+from rac_modifier.calibration.trace_pool import TracePool
+from rac_modifier.problems.source import load_problems
+from rac_modifier.sampling.prompts import render_question
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.traces.store import Trace
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The loader, where its traces came from, by part of the mixture, and the traces that were kept out of it."""
+
+    loader: CalibrationLoader
+    pools: Mapping[str, TracePool] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> tuple[Trace, ...]:
+        """Of all parts."""
+        return tuple(trace for pool in self.pools.values() for trace in pool.held_out)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the run record: counts, and each trace store with its hash, its prompts and what was selected from it."""
+        return {
+            "calibration": self.loader.composition.as_dict(),
+            "trace_stores": {key: _store_record(pool) for key, pool in self.pools.items()},
+        }
+
+
+def build_calibration_set(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: TraceSettings,
+    calibration: CalibrationSettings,
+    progress: bool = True,
+) -> CalibrationSet:
+    """Sample what traces are missing, and mix the calibration set that `calibration` describes.
+
+    Raises:
+        RacError: see `collect_for_calibration` and `mix`; a mixture with traces that ends up without any trace token.
+    """
+    candidates: dict[str, Pool | Iterable[CalibrationSequence]] = {}
+    for part in calibration.parts("prompts"):
+        candidates[part.key] = _prompts(tokenizer, traces.named(part.name))
+    for part in calibration.parts("generic"):
+        ids = generic_token_sequences(tokenizer, calibration.text(part.name), calibration.seed)
+        candidates[part.key] = map(generic_sequence, ids)
+    pools: dict[str, TracePool] = {}
+    if calibration.parts("traces"):
+        pools = collect_for_calibration(model, tokenizer, traces, calibration, progress)
+    candidates.update(pools)
+    sequences, composition = mix(candidates, calibration)
+    if pools:
+        require_traces(composition)
+    logger.info(composition.describe())
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), pools)
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, traces: TraceSettings) -> Iterator[CalibrationSequence]:
+    for problem in load_problems(traces.problems, traces.sampling.seed):
+        yield prompt_sequence(render_question(tokenizer, problem.question, traces.sampling))
+
+
+def _store_record(pool: TracePool) -> dict[str, Any]:
+    header = pool.store.header
+    return {
+        "path": str(pool.store.path),
+        "sha256": pool.store.sha256(),
+        "model": header.model,
+        "engine": header.engine.kind,
+        "prompt": {
+            "template": header.sampling.template,
+            "chat_template": header.chat_template,
+            "system_prompt": header.sampling.system_prompt,
+            "enable_thinking": header.sampling.thinking,
+            "add_generation_prompt": header.sampling.template == "chat",
+        },
+        "selection": pool.selection.as_dict(),
+    }

@@ -1,0 +1,74 @@
+"""Calibration batches whose padding never reaches a Hessian."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from rac_modifier.calibration.mixture import CalibrationSequence, Composition
+from rac_modifier.settings.calibration import CalibrationSettings
+
+
+class CalibrationLoader(DataLoader):
+    """The dataloader that RAC puts in the place of upstream's.
+
+    Yields `{"input_ids": int64 [rows, length]}`, padded on the right: under causal attention no real token sees what comes
+    after it, so no attention mask is needed and the activations of real tokens are exact. `token_weights[i]` belongs to
+    batch i, float32 [rows, length]: 0 for padding, the token's weight elsewhere.
+
+    Modifiers that know nothing of token weights get `unpadded()`: the same sequences, one a batch, so that there is no
+    padding to count.
+    """
+
+    def __init__(
+        self,
+        sequences: list[CalibrationSequence],
+        composition: Composition,
+        settings: CalibrationSettings,
+        pad_token_id: int,
+        batch_tokens: int | None = None,
+    ):
+        self.sequences, self.composition, self.settings = sequences, composition, settings
+        self.pad_token_id = pad_token_id
+        self.token_weights: list[torch.Tensor] = []
+        batches = []
+        for group in self._grouped(settings.batch_tokens if batch_tokens is None else batch_tokens):
+            length = max(len(s.ids) for s in group)
+            ids = torch.full((len(group), length), pad_token_id)
+            weights = torch.zeros(len(group), length)
+            for row, sequence in enumerate(group):
+                ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+                weights[row, : len(sequence.ids)] = torch.tensor(sequence.weights(settings))
+            batches.append({"input_ids": ids})
+            self.token_weights.append(weights)
+        super().__init__(_Batches(batches), batch_size=None, shuffle=False)
+
+    def unpadded(self) -> CalibrationLoader:
+        """The same sequences in the same order, one a batch."""
+        return CalibrationLoader(self.sequences, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
+
+    def _grouped(self, batch_tokens: int) -> list[list[CalibrationSequence]]:
+        """Neighbours in length share a batch of at most `batch_tokens` padded tokens; 0 keeps each sequence alone."""
+        if batch_tokens == 0:
+            return [[sequence] for sequence in self.sequences]
+        groups: list[list[CalibrationSequence]] = []
+        for sequence in sorted(self.sequences, key=lambda s: len(s.ids)):
+            if not groups or (len(groups[-1]) + 1) * len(sequence.ids) > batch_tokens:
+                groups.append([])
+            groups[-1].append(sequence)
+        random.Random(self.settings.seed).shuffle(groups)
+        return groups
+
+
+class _Batches(torch.utils.data.Dataset):
+    def __init__(self, batches: list[dict[str, Any]]):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.batches[index]

@@ -1,0 +1,265 @@
+"""Reasoning-aware calibration, pruning and quantization in one recipe entry."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.utils import align_module_device, update_offload_parameter
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers.quantization import QuantizationMixin
+from loguru import logger
+from pydantic import PrivateAttr
+from transformers import PreTrainedModel
+
+from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.calibration.token_weights import gradient_weights
+from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
+from rac_modifier.llmcompressor.input_groups import HessianCollector
+from rac_modifier.llmcompressor.module_patterns import describe_patterns, listed_patterns, measured_patterns
+from rac_modifier.llmcompressor.quantizer import GroupQuantizer
+from rac_modifier.llmcompressor.targets import find_targets
+from rac_modifier.model_tools import on_accelerator
+from rac_modifier.pruning.cost import Cost, Group, Plan, groups_by_input, run_cost
+from rac_modifier.pruning.group import prune_group
+from rac_modifier.pruning.hessian import Hessian
+from rac_modifier.pruning.masks import holds
+from rac_modifier.pruning.statistics import GroupStatistics
+from rac_modifier.quantization.group import quantize_group
+from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pruning import PruningSettings
+
+# They move weights to make up for rounding, pruned ones too (upstream's issue 2860).
+_FILLS_ZEROS = {"GPTQModifier"}
+
+
+class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
+    """Prune a reasoning model on its own chain of thought (RAC, arXiv 2509.12464), and quantize it in the same pass.
+
+    For each linear layer W with inputs X, one-shot pruning minimises ||W X - W' X||_F^2 under the sparsity pattern. Here
+    X = [X_prompt, X_decode]: prompts together with what the dense model itself wrote after them. The traces are sampled
+    once (or read from a store), then pruned over layer by layer in upstream's sequential pipeline; every other modifier of
+    the recipe that calibrates does so on the same loader. `save_pretrained` then writes a packed sparse checkpoint.
+
+        pruning_stage:
+          pruning_modifiers:
+            ReasoningAwareSparseGPTModifier:
+              mask_structure: "2:4"
+              quantization: {scheme: W4A16}   # optional
+    """
+
+    requires_calibration_data: bool = True
+
+    _patterns: dict[str, Pattern] = PrivateAttr(default_factory=dict)
+    _names: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
+    _collector: HessianCollector | None = PrivateAttr(default=None)
+    _quantizer: GroupQuantizer | None = PrivateAttr(default=None)
+    _token_weights: dict[torch.nn.Module, list[torch.Tensor]] = PrivateAttr(default_factory=dict)
+    _order: dict[str, str] = PrivateAttr(default_factory=dict)
+    _results: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
+
+    def calibrated_modules(self) -> dict[torch.nn.Module, str]:
+        """The modules whose inputs are collected, and their names."""
+        return dict(self._names)
+
+    def describe_modules(self, modules: list[torch.nn.Module]) -> str:
+        """Short names of modules that read the same input, for progress bars."""
+        first = ".".join(self._names[modules[0]].split(".")[-4:])
+        return f"{first} and {len(modules) - 1} more" if len(modules) > 1 else first
+
+    def cost(self, groups: list[Group]) -> Cost:
+        """What these settings cost on modules of such shapes."""
+        return run_cost(
+            groups,
+            Plan(
+                **{name: getattr(self, name) for name in Plan.__annotations__ if name in type(self).model_fields},
+                tokens=self.calibration.tokens,
+                held_out_tokens=self.calibration.held_out_tokens,
+                rounding_sweeps=self.quantization.sweeps if self.quantization else None,
+            ),
+        )
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model's activations have to be carried beside the pruned model's."""
+        return self.reconstruct == "dense"
+
+    def use_order(self, order: Literal["group", "layer"], why: str) -> None:
+        """The pipeline says how finely it goes.
+
+        Raises:
+            RacError: when the recipe asks for more.
+        """
+        if self.order == "group" and order != "group":
+            raise RacError(f"order: group is not possible here: {why}; set order: layer")
+        if self.token_weights == "gradient" and order != "group":
+            raise RacError(f"token_weights: gradient is not possible here: {why}; set token_weights: uniform")
+        self._order = {"order": order, "why": why, "reconstruct": self.reconstruct}
+        if order == "layer" and self.reconstruct == "dense":
+            self._order["reconstruct"] = "pruned"
+            logger.warning(
+                f"reconstruct: dense needs the model cut between its modules, which is not possible here ({why}): going layer by "
+                "layer towards the pruned model's own outputs instead, which keeps less accuracy"
+            )
+        logger.info(f"pruning {order} by {order} ({why})")
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check everything that can be checked, then sample and mix the calibration set."""
+        self.check_run(state)
+        model = state.model
+        self._names = find_targets(model, self.targets, self.ignore, self._pattern)
+        self._check_later_modifiers()
+        self._patterns = listed_patterns(model, self._names, self._pattern, self.allocation)
+        if self.solver == "keep":
+            self._check_sparse_already()
+        if self.quantization is not None:
+            self._quantizer = GroupQuantizer(self.quantization, model, self._names)
+        logger.info(f"pruning {len(self._names)} modules: {self._pattern.describe()}")
+        logger.info(f"counted cost, without sampling: {self.cost(groups_by_input(model, self._names)).describe()}")
+        loader = self.calibrate_session(state).loader
+        if self.allocation == "kl":
+            with on_accelerator(model):
+                self._patterns = measured_patterns(model, self._names, self._pattern, loader)
+        if self.token_weights == "gradient":
+            with on_accelerator(model):
+                self._token_weights = gradient_weights(model, loader, self._names)
+        if self._quantizer is not None:
+            self._quantizer.attach(model)
+        save_with_record(model, self._plan)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Watch the inputs of every module to prune."""
+        collector = self._collector = HessianCollector(self._names)
+
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            loader, batch = state.data.calib, state.current_batch_idx
+            if not isinstance(loader, CalibrationLoader):
+                raise RacError("the calibration pipeline does not run on RAC's loader; use pipeline='independent'")
+            collector.observe(module, args[0], loader.token_weights[batch], batch)
+
+        for module in self._names:
+            self.register_hook(module, hook, "forward_pre")  # type: ignore[arg-type]
+
+    def on_subgraph_start(self, modules: list[torch.nn.Module]) -> None:
+        """Called by the lean pipeline: these are the modules of the coming forward passes."""
+        assert self._collector is not None
+        self._collector.expect(module for module in modules if module in self._names)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Prune what the finished subgraph has calibrated."""
+        assert self._collector is not None
+        for group in self._collector.take(modules):
+            self._prune(group.modules, group.hessian)
+
+    def weights_for(self, modules: list[torch.nn.Module], batch: int) -> torch.Tensor:
+        """The token weights [rows, length] of a batch for modules that read the same input: the mean of theirs."""
+        if not self._token_weights:
+            return self.calibration_set.loader.token_weights[batch]
+        return torch.stack([self._token_weights[module][batch] for module in modules]).mean(0)
+
+    def prune_group(self, modules: list[torch.nn.Module], statistics: GroupStatistics) -> None:
+        """Prune modules that read the same input, on its statistics."""
+        self._prune(modules, statistics.hessian, statistics.drift())
+
+    def _prune(self, modules: list[torch.nn.Module], hessian: Hessian, drift: list[torch.Tensor] | None = None) -> None:
+        quantizer = self._quantizer
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(align_module_device(module))
+            weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
+            dtype = weights[0].dtype
+            group = prune_group(
+                self.solver,
+                [self._names[module] for module in modules],
+                [w.float() for w in weights] if quantizer else weights,  # the rounding comes later
+                hessian,
+                drift,
+                [self._patterns[self._names[module]] for module in modules],
+                dampening_frac=self.dampening_frac,
+                block_size=self.block_size,
+                refit=self.refit,
+                iterations=self.iterations,
+                refit_steps=self.refit_steps,
+            )
+            quantized: list[Any] = [None] * len(modules)
+            if quantizer is not None and self.quantization is not None:
+                quantized = list(
+                    quantize_group(
+                        group,
+                        [quantizer.grids.get(module) for module in modules],
+                        dtype=dtype,
+                        dampening_frac=self.dampening_frac,
+                        sweeps=self.quantization.sweeps,
+                    )
+                )
+        for module, name, solution, result, record in zip(
+            modules, group.names, group.solutions, quantized, group.records, strict=True
+        ):
+            if quantizer is None or result is None:
+                update_offload_parameter(module, "weight", solution.weight.to(dtype))
+            else:
+                quantizer.store(module, result)
+                record["quantization"] = quantizer.described[name]
+            self._results[name] = record
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Stop watching; a module that no calibration token reached is an error, not a silent gap."""
+        self.remove_hooks()
+        missed = [name for name in self._names.values() if name not in self._results]
+        if missed:
+            raise RacError(
+                f"{len(missed)} modules saw no calibration token, the first is {missed[0]}; add them to ignore, "
+                "or calibrate on more tokens if they are experts"
+            )
+        if self._quantizer is not None:
+            self._quantizer.finish(state.model)
+
+    def _check_later_modifiers(self) -> None:
+        """What would undo this one's work is known from the recipe, before hours of it."""
+        for modifier in self.other_modifiers(later=True):
+            name = type(modifier).__name__
+            if name in _FILLS_ZEROS:
+                raise RacError(
+                    f"{name} after {type(self).__name__} fills pruned weights again; leave it out and set "
+                    "quantization: {scheme: W4A16} (or its scheme) in the pruning entry, which keeps the zeros"
+                )
+            if self.quantization is not None and isinstance(modifier, QuantizationMixin):
+                raise RacError(
+                    f"{name} after {type(self).__name__} with quantization would quantize twice; leave one of them out"
+                )
+
+    def _check_sparse_already(self) -> None:
+        for module, name in self._names.items():
+            with align_module_device(module):
+                if not holds(module.weight, self._patterns[name]):  # type: ignore[arg-type]
+                    raise RacError(
+                        f"{name}: solver: keep keeps the zeros that a model has, and this module lacks them "
+                        f"({self._patterns[name].describe()}); leave solver out to prune it, or add it to ignore"
+                    )
+
+    def _plan(self) -> SavePlan:
+        def prepare(model: PreTrainedModel, save_compressed: bool) -> None:
+            if self._quantizer is not None and save_compressed:
+                self._quantizer.compress()
+
+        return SavePlan(
+            patterns=self._patterns,
+            modules={name: module for module, name in self._names.items() if isinstance(module, torch.nn.Linear)},
+            storage=self.storage,
+            tokenizer=self.tokenizer,
+            prepare=prepare,
+            record={
+                "method": self.solver,
+                "order": self._order,
+                "pattern": describe_patterns(self._pattern, self.allocation),
+                "mask_structure": self.mask_structure,
+                **self.run_record(),
+                "modules": list(self._results.values()),
+            },
+        )

@@ -1,0 +1,94 @@
+"""Quantization inside the pruning pass: upstream attaches, saves and serves the schemes, the rounding is ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.utils import (
+    get_direct_state_dict,
+    match_named_modules,
+    replace_direct_state_dict,
+    update_offload_parameter,
+)
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import PreTrainedModel
+
+from rac_modifier.errors import RacError
+from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.schemes import describe_scheme, grid_of
+from rac_modifier.quantization.solve import Quantized
+from rac_modifier.settings.quantization import QuantizationSettings
+
+
+class GroupQuantizer:
+    """The schemes of a recipe entry on the modules that it prunes.
+
+    A QuantizationModifier that is never run resolves the schemes and attaches them. Modules that are not pruned are ignored,
+    whatever the schemes' targets match.
+
+    Raises:
+        RacError: a scheme that cannot be rounded here, groups that do not divide a module's inputs, or no module matched.
+    """
+
+    def __init__(self, settings: QuantizationSettings, model: PreTrainedModel, names: dict[torch.nn.Module, str]):
+        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        self._upstream = QuantizationModifier(
+            scheme=settings.scheme,
+            config_groups=settings.config_groups and {
+                name: {"targets": ["Linear"], **group} for name, group in settings.config_groups.items()
+            },
+            ignore=sorted(linears - set(names.values())),
+        )  # fmt: skip
+        self.grids: dict[torch.nn.Module, Grid] = {}
+        self.described: dict[str, str] = {}
+        for scheme in self._upstream.resolved_config.config_groups.values():
+            for name, module in match_named_modules(model, scheme.targets, self._upstream.ignore):
+                if module not in names:
+                    continue
+                grid = self.grids[module] = grid_of(scheme, name)
+                self.described[name] = describe_scheme(scheme)
+                columns = module.weight.shape[1]
+                if grid.group_size and columns % grid.group_size:
+                    raise RacError(
+                        f"{name}: {columns} inputs are no multiple of the group_size {grid.group_size} of its scheme; set a "
+                        "group_size that divides them (config_groups), or add the module to ignore"
+                    )
+        if not self.grids:
+            raise RacError(
+                "quantization: its targets match none of the pruned modules; leave targets out for all of them"
+            )
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Give the modules their schemes and empty scales; nothing is quantized in a forward pass yet."""
+        self._upstream.initialize_quantization(model)
+
+    def store(self, module: torch.nn.Module, quantized: Quantized) -> None:
+        """Put a rounded weight and its scales into a module."""
+        update_offload_parameter(module, "weight", quantized.weight)
+        update_offload_parameter(module, "weight_scale", quantized.scale)
+        update_offload_parameter(
+            module, "weight_zero_point", torch.zeros_like(module.get_parameter("weight_zero_point"))
+        )
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """From here on forward passes quantize, activations included where a scheme says so."""
+        self._upstream.end_calibration(model)
+
+    def compress(self) -> None:
+        """What llm-compressor does when it saves, with the weights widened to float32 before they are divided by their scales.
+
+        A bfloat16 weight of 8 bits of mantissa over its scale, in bfloat16 too, can be half a code off; it would be rounded anew.
+        """
+        for module in self.grids:
+            if module.quantization_status >= QuantizationStatus.COMPRESSED:
+                continue
+            scheme: Any = module.quantization_scheme
+            scheme.format = scheme.format or infer_module_format(type(module), scheme)
+            state = get_direct_state_dict(module)
+            compressor = BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))
+            replace_direct_state_dict(module, compressor.compress({**state, "weight": state["weight"].float()}, scheme))
+            module.quantization_status = QuantizationStatus.COMPRESSED

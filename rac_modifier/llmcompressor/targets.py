@@ -1,0 +1,52 @@
+"""Which modules of a model are pruned."""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.utils import match_named_modules
+from transformers import PreTrainedModel
+
+from rac_modifier.errors import RacError
+from rac_modifier.settings.pattern import Pattern
+
+ROUTERS = (r"re:.*\.gate$", r"re:.*router.*", r"re:.*\.shared_expert_gate$")
+
+
+def find_targets(
+    model: PreTrainedModel, targets: list[str], ignore: list[str], pattern: Pattern
+) -> dict[torch.nn.Module, str]:
+    """The linear modules to prune, in model order, with their names.
+
+    The output head and router gates are left alone unless `targets` names them exactly, whatever their class matches:
+    the head is often tied to the embedding, and a router decides discretely. `targets` and `ignore` are matched as
+    llm-compressor matches them: class names, module names, or regular expressions behind "re:".
+
+    Raises:
+        RacError: nothing matches, a match is not a linear layer or has no floating-point weight, or its shape does not fit.
+    """
+    head = model.get_output_embeddings()
+    protected = {module for _, module in match_named_modules(model, list(ROUTERS))} | {head}
+    found: dict[torch.nn.Module, str] = {}
+    for name, module in match_named_modules(model, targets, ignore):
+        if module in protected and name not in targets:
+            continue
+        if not isinstance(module, torch.nn.Linear):
+            if any(t in (name, type(module).__name__) for t in targets):
+                raise RacError(f"targets name {name}, a {type(module).__name__}; only Linear layers are pruned")
+            continue
+        if not module.weight.is_floating_point():
+            raise RacError(f"{name} has a {module.weight.dtype} weight; prune the model before it is quantized")
+        pattern.check_shape(name, *module.weight.shape)
+        found[module] = name
+    if not found:
+        some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:3]
+        raise RacError(
+            f"targets {targets} with ignore {ignore} match no linear layer of this {type(model).__name__}; "
+            f"it has, for example, {', '.join(some) or 'no Linear at all'}"
+        )
+    if head in found and model.get_input_embeddings().weight is head.weight:
+        raise RacError(
+            f"{found[head]} shares its weight with the input embedding, so pruning it prunes the embedding; "
+            "leave it out of targets, or load the model with tie_word_embeddings=False"
+        )
+    return found

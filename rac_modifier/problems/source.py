@@ -1,0 +1,164 @@
+"""Where the questions come from: built-in arithmetic, reasoning-gym, a file, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from rac_modifier.errors import RacError
+from rac_modifier.problems import arithmetic as tasks
+from rac_modifier.problems.tables import Table, open_dataset, open_file
+from rac_modifier.settings.problems import ARITHMETIC, GYM_PREFIX, ProblemSource
+
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+_GYM_CHUNK = 500
+_REPEATS_BEFORE_EXHAUSTED = 10_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question; `id` depends on the problem alone, so that it stays the same when a limit changes."""
+
+    id: str
+    question: str
+    answer: str | None
+    task: str | None
+
+
+def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
+    """The problems of a source in the order of the seed; endless for generators without a limit.
+
+    The source is opened and its columns are checked at once; rows are read as the iterator advances.
+
+    Raises:
+        RacError: a missing or malformed file, an unknown dataset, task or column, an empty set; while iterating, a
+            question that is no text.
+    """
+    if source.source == ARITHMETIC:
+        problems = _arithmetic(seed)
+    elif source.source.startswith(GYM_PREFIX):
+        problems = _reasoning_gym(source.source.removeprefix(GYM_PREFIX), seed)
+    else:
+        table = (
+            open_file(Path(source.source).expanduser())
+            if source.is_file
+            else open_dataset(source.source, source.config, source.split)
+        )
+        problems = _from_table(table, source, seed)
+    return islice(problems, source.limit)
+
+
+def _arithmetic(seed: int) -> Iterator[Problem]:
+    seen: set[str] = set()
+    repeats = 0
+    for solved in tasks.generate(seed, "calibration"):
+        # The same operands in another phrasing are the same problem: the operands are its identity.
+        identity = f"{solved.task}:{','.join(str(x) for x in sorted(solved.operands))}"
+        if identity in seen:
+            repeats += 1
+            if repeats > _REPEATS_BEFORE_EXHAUSTED:
+                return
+            continue
+        repeats = 0
+        seen.add(identity)
+        yield Problem(identity, solved.question, solved.answer, solved.task)
+
+
+def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise RacError(
+            f"problem source {GYM_PREFIX + names!r} needs `pip install 'rac-modifier[reasoning-gym]'`"
+        ) from error
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in DATASETS:
+            close = difflib.get_close_matches(name, DATASETS, n=3) or sorted(DATASETS)[:5]
+            raise RacError(f"unknown reasoning-gym task {name!r}; did you mean {', '.join(close)}?")
+
+    def one_task(name: str) -> Iterator[Problem]:
+        # reasoning-gym seeds item i with seed + i, so neighbouring seeds share nearly all their items: each chunk gets
+        # a hashed seed of its own instead.
+        for chunk in count():
+            items = reasoning_gym.create_dataset(name, seed=_gym_seed(name, seed, chunk), size=_GYM_CHUNK)
+            for index in range(_GYM_CHUNK):
+                item = items[index]
+                yield Problem(f"{name}:{chunk * _GYM_CHUNK + index}", item["question"], str(item["answer"]), name)
+
+    def in_turn() -> Iterator[Problem]:
+        streams = [one_task(name) for name in chosen]
+        while True:
+            for stream in streams:
+                yield next(stream)
+
+    return in_turn()
+
+
+def _gym_seed(name: str, seed: int, chunk: int) -> int:
+    return _hash_int(f"{seed}/{name}/{chunk}") % 2**31
+
+
+def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, int, int, int] | None:
+    """Task, seed, size and index of the reasoning-gym data set that a problem is from; None if it is from elsewhere."""
+    if not source.source.startswith(GYM_PREFIX):
+        return None
+    name, _, number = problem_id.rpartition(":")
+    chunk, index = divmod(int(number), _GYM_CHUNK)
+    return name, _gym_seed(name, seed, chunk), _GYM_CHUNK, index
+
+
+def _from_table(table: Table, source: ProblemSource, seed: int) -> Iterator[Problem]:
+    column = source.column or _guess_column(table)
+    wanted = [column] if source.answer_column is None else [column, source.answer_column]
+    for name in wanted:
+        if name not in table.columns:
+            raise RacError(
+                f"{table.where} has no column {name!r}; its columns are: {', '.join(table.columns) or 'none'}"
+            )
+    rows = table.read(wanted)
+    order = list(range(len(rows)))
+    if not order:
+        raise RacError(f"{table.where} holds no problems; name a source that does")
+    random.Random(f"{seed}").shuffle(order)
+    return (_from_row(rows[i], f"{table.where}, row {i}", i, column, source.answer_column) for i in order)
+
+
+def _guess_column(table: Table) -> str:
+    found = [name for name in QUESTION_COLUMNS if name in table.columns]
+    if not table.columns:
+        raise RacError(f"{table.where} holds no problems; name a source that does")
+    if len(found) != 1:
+        raise RacError(
+            f"{table.where}: which column holds the question? Set `column` to one of: {', '.join(table.columns)}"
+        )
+    return found[0]
+
+
+def _from_row(row: Mapping[str, Any], where: str, index: int, column: str, answer_column: str | None) -> Problem:
+    question = row.get(column)
+    if not isinstance(question, str) or not question.strip():
+        what = f"{type(question).__name__} {str(question)[:80]!r}" if question is not None else "nothing"
+        raise RacError(
+            f"{where}: column {column!r} must hold the question as text, it holds {what}; choose another column"
+        )
+    answer = row.get(answer_column) if answer_column is not None else None
+    if answer is not None and not isinstance(answer, (str, int, float)):
+        raise RacError(
+            f"{where}: column {answer_column!r} must hold text or a number, it holds a {type(answer).__name__}; "
+            "choose another answer_column"
+        )
+    # The hash makes an edited file a set of other problems, so that a resumed run does not take its rows for done.
+    identity = f"row{index}-{_hash_int(question) % 16**8:08x}"
+    return Problem(identity, question, None if answer is None else str(answer), None)
+
+
+def _hash_int(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

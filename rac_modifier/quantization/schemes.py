@@ -1,0 +1,60 @@
+"""llm-compressor's quantization schemes, and which of them can be rounded here."""
+
+from __future__ import annotations
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+from rac_modifier.errors import RacError
+from rac_modifier.quantization.grid import Grid
+
+_KNOWN = "int of 4 or 8 bits, or float of 8 (e4m3), symmetric, a scale a channel or a group, such as W4A16, W8A8 or FP8_DYNAMIC"
+
+
+def grid_of(scheme: QuantizationScheme, name: str) -> Grid:
+    """The grid of a scheme's weights.
+
+    Raises:
+        RacError: naming `name`, where this package cannot round to it, or where activations need scales that are calibrated.
+    """
+    weights = scheme.weights
+    if weights is None:
+        raise RacError(f"{name}: its scheme has no weights; quantize activations alone with a QuantizationModifier")
+    if not _is_known(weights):
+        raise RacError(f"{name}: weights {_describe(weights)} cannot be rounded here; use {_KNOWN}")
+    for part in ("input_activations", "output_activations"):
+        args = getattr(scheme, part)
+        if args is not None and args.dynamic is not True:
+            raise RacError(
+                f"{name}: {part} with static scales are not calibrated here; set dynamic: true (FP8_DYNAMIC in place of FP8)"
+            )
+    group = weights.group_size if weights.strategy == "group" else None
+    return Grid("float" if weights.type == "float" else "int", weights.num_bits, group)
+
+
+def describe_scheme(scheme: QuantizationScheme) -> str:
+    """A scheme in a few words: `int4 in groups of 128, activations as they are`."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    assert weights is not None
+    scales = f"in groups of {weights.group_size}" if weights.strategy == "group" else f"a scale a {weights.strategy}"
+    text = f"{weights.type}{weights.num_bits} {scales}"
+    return f"{text}, activations {inputs.type}{inputs.num_bits} a {inputs.strategy}" if inputs else text
+
+
+def _is_known(weights: QuantizationArgs) -> bool:
+    kinds = {("int", 4), ("int", 8), ("float", 8)}
+    return (
+        (weights.type, weights.num_bits) in kinds
+        and weights.strategy in ("channel", "group")
+        and bool(weights.symmetric)
+        and weights.actorder is None
+        and weights.scale_dtype is None
+        and not weights.dynamic
+    )
+
+
+def _describe(weights: QuantizationArgs) -> str:
+    parts = [f"{weights.type} of {weights.num_bits} bits", f"strategy {weights.strategy}"]
+    parts += [] if weights.symmetric else ["asymmetric"]
+    parts += [f"actorder {weights.actorder}"] if weights.actorder else []
+    parts += [f"scales of {weights.scale_dtype}"] if weights.scale_dtype else []
+    return ", ".join(parts)

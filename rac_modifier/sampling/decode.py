@@ -1,0 +1,79 @@
+"""Decoding a batch whose rows end at different times: rows that have ended leave the batch.
+
+Chains of thought differ in length by several times, and `model.generate` computes every row until the last has ended. With
+rows leaving, a batch costs about what its tokens cost.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+
+from rac_modifier.sampling.row_noise import gumbel_noise
+
+# Rows are taken out once a quarter of those in the batch have ended: each time the key-value cache is copied.
+_KEPT_BELOW = 0.75
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    *,
+    limits: list[int],
+    eos: list[int],
+    pad: int,
+    warpers: LogitsProcessorList,
+    rows: torch.Tensor | None,
+) -> list[list[int]]:
+    """Complete left-padded prompts; returns what each row was given, up to its limit, not yet cut at its EOS.
+
+    Args:
+        model: a causal LM in evaluation mode that takes position_ids and a DynamicCache.
+        prompts: token ids, none empty.
+        limits: new tokens of each row at most.
+        eos: ids that end a row.
+        pad: id of the padding.
+        warpers: temperature, top-k, top-p; row by row, without a state.
+        rows: int64 key of each row for Gumbel noise (`gumbel.row_keys`), or None for greedy decoding.
+    """
+    device, width = model.device, max(map(len, prompts))
+    inputs = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache(config=model.config)
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    ends, longest = torch.tensor(eos, device=device), torch.tensor(limits, device=device)
+    output = torch.full((len(prompts), max(limits)), pad, device=device)
+    present = torch.arange(len(prompts), device=device)  # which prompt each row of the batch completes
+    running = torch.ones_like(present, dtype=torch.bool)
+
+    for step in range(max(limits)):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **only_last,
+        ).logits[:, -1]
+        scores: torch.Tensor = warpers(inputs, logits.float())  # type: ignore[arg-type]
+        if rows is not None:
+            scores = scores + gumbel_noise(rows, step, scores.shape[-1])
+        tokens = scores.argmax(-1)
+        output[present, step] = tokens
+        running &= ~torch.isin(tokens, ends) & (longest[present] > step + 1)
+        left = int(running.sum())
+        if left == 0:
+            break
+        inputs, positions = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
+        if left <= _KEPT_BELOW * len(running):
+            kept = running.nonzero().squeeze(1)
+            cache.batch_select_indices(kept)
+            inputs, positions, mask, present = inputs[kept], positions[kept], mask[kept], present[kept]
+            rows = rows[kept] if rows is not None else None
+            running = running[kept]
+    return [row[:limit] for row, limit in zip(output.tolist(), limits, strict=True)]

@@ -1,0 +1,64 @@
+"""Questions as token ids, the way that the model is served: chat template, generation prompt, thinking on."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rac_modifier.errors import RacError
+from rac_modifier.settings.sampling import SamplingSettings, Template
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    system_prompt: str | None = None,
+    template: Template = "chat",
+    thinking: bool = True,
+) -> list[int]:
+    """Token ids of the prompt for one question, made by the template in one go and never decoded again.
+
+    "chat" applies the tokenizer's chat template with `add_generation_prompt` and `enable_thinking=thinking` (templates that
+    do not know the switch ignore it); "none" tokenizes the bare question, with the tokenizer's own special tokens (a BOS).
+    There is no default system prompt: calibration and evaluation must agree, and most reasoning models want none.
+
+    Raises:
+        RacError: no chat template, a template that rejects the messages, or an empty prompt.
+    """
+    if template == "none":
+        if system_prompt is not None:
+            raise RacError("template='none' has no place for a system_prompt; drop it or use template='chat'")
+        ids = tokenizer(question)["input_ids"]
+    else:
+        ids = _apply_chat_template(tokenizer, question, system_prompt, thinking)
+    if not ids:
+        raise RacError(f"the question {question[:80]!r} gives an empty prompt; remove it from the problems")
+    return [int(i) for i in ids]
+
+
+def _apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None, thinking: bool
+) -> list[int]:
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if tokenizer.chat_template is None:
+        raise RacError(
+            f"tokenizer {name!r} has no chat template; set template='none' to give the model the bare question, "
+            "or set tokenizer.chat_template"
+        )
+    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    messages.append({"role": "user", "content": question})
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=thinking, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        hint = "; it may not take a system prompt: leave system_prompt out" if system_prompt is not None else ""
+        raise RacError(f"the chat template of tokenizer {name!r} rejects the question: {error}{hint}") from error
+    return cast(list[int], ids)
+
+
+def render_question(tokenizer: PreTrainedTokenizerBase, question: str, sampling: SamplingSettings) -> list[int]:
+    """`render_prompt` with the prompt settings of `sampling`."""
+    return render_prompt(tokenizer, question, sampling.system_prompt, sampling.template, sampling.thinking)

@@ -1,0 +1,96 @@
+"""Which zeros a pruned weight must have: N of every M consecutive inputs, or a share of the whole tensor."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rac_modifier.errors import RacError
+
+# How far a sparsity given beside "N:M" may be from n/m: "1:3" with 0.33 agrees, "2:4" with 0.7 does not.
+_AGREEMENT = 0.01
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern; build it with `parse` (recipe values), `n_of_m` or `unstructured`.
+
+    `n` of every `m` consecutive input weights of an output row are zero, counted as llm-compressor's `mask_structure`
+    counts: N is the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the
+    share of zeros.
+    """
+
+    sparsity: float
+    n: int = 0
+    m: int = 0
+
+    @classmethod
+    def unstructured(cls, sparsity: float) -> Pattern:
+        """Any weights, a share `sparsity` of them, 0 < sparsity < 1."""
+        if not 0.0 < sparsity < 1.0:  # also refuses nan
+            raise RacError(f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5 to prune half")
+        return cls(sparsity=float(sparsity))
+
+    @classmethod
+    def n_of_m(cls, n: int, m: int) -> Pattern:
+        """`n` zeros in every group of `m` consecutive inputs, 0 < n < m."""
+        if not 0 < n < m:
+            raise RacError(
+                f'mask_structure "{n}:{m}": prunes {n} of every {m} weights, and N must be at least 1 and less than M; '
+                'use "2:4" for half of the weights or "0:0" for an unstructured pattern'
+            )
+        return cls(sparsity=n / m, n=n, m=m)
+
+    @classmethod
+    def parse(cls, mask_structure: str, sparsity: float | None) -> Pattern:
+        """The pattern a recipe names: `mask_structure` "N:M" (N pruned), or "0:0" with a `sparsity`.
+
+        Raises:
+            RacError: text that is not "N:M", an impossible N:M, a sparsity outside (0, 1), or a sparsity that
+                contradicts N:M (llm-compressor would ignore it).
+        """
+        found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
+        if found is None:
+            raise RacError(
+                f'mask_structure {mask_structure!r}: not of the form "N:M"; use "2:4", or "0:0" with a sparsity'
+            )
+        n, m = int(found[1]), int(found[2])
+        if n == m == 0:
+            if sparsity is None:
+                raise RacError('mask_structure "0:0" with no sparsity: unstructured needs one; add "sparsity: 0.5"')
+            return cls.unstructured(sparsity)
+        pattern = cls.n_of_m(n, m)
+        if sparsity is not None and not abs(sparsity - pattern.sparsity) <= _AGREEMENT:
+            raise RacError(
+                f'sparsity {sparsity} contradicts mask_structure "{n}:{m}", which prunes {pattern.sparsity:.4g}; '
+                'leave sparsity out, or use mask_structure "0:0" to have that sparsity unstructured'
+            )
+        return pattern
+
+    @property
+    def is_structured(self) -> bool:
+        """True for N:M, False for unstructured."""
+        return self.m > 0
+
+    @property
+    def mask_structure(self) -> str:
+        """The recipe's spelling: "2:4", or "0:0" for unstructured."""
+        return f"{self.n}:{self.m}"
+
+    def describe(self) -> str:
+        """The pattern in words, for reports."""
+        if self.is_structured:
+            return f"{self.n} of every {self.m} consecutive input weights are zero ({100 * self.sparsity:.4g} %)"
+        return f"{100 * self.sparsity:.4g} % of the weights are zero, anywhere"
+
+    def check_shape(self, name: str, rows: int, columns: int) -> None:
+        """Refuse a module whose inputs do not divide into groups of M.
+
+        Raises:
+            RacError: naming the module.
+        """
+        if self.is_structured and columns % self.m:
+            raise RacError(
+                f"{name}: weight [{rows}, {columns}] cannot hold {self.mask_structure}, since {columns} inputs are no "
+                f'multiple of {self.m}; add "{name}" to ignore or choose another mask_structure'
+            )

@@ -1,0 +1,159 @@
+"""The shards of one fused layer as they arrive from the checkpoint, and which of their rows a rank needs.
+
+vLLM's own loader does the sharding, of row numbers that stand for the rows of a weight which it could not cut. So each
+layout that it can shard (merged, QKV with replicated heads, fused on disk) comes out right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
+
+from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS
+from rac_modifier.checkpoint.stored_weight import (
+    FLOATS,
+    SCALE,
+    StoredWeight,
+    check,
+    check_scale,
+    dequantize,
+    from_dense,
+)
+from rac_modifier.errors import RacError
+
+ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "k", "v"
+_QKV = {"q": 0, "k": 1, "v": 2}
+_DTYPES = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
+# Beside quantized weights; scales of activations are read past, since ours keep more of them than any scheme.
+_UNUSED = ("input_scale", "input_zero_point")
+_ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
+
+
+class Shards:
+    """Collects what is loaded into a layer with the shards `modules` (names on disk), packed as `format`.
+
+    `format` None: the weights are stored dense and are packed here. `scales`: whose are those of quantized weights:
+    "none" where config.json says that nothing is quantized, "ours", or "vllm's" where its own loader takes them.
+    """
+
+    def __init__(self, prefix: str, modules: list[str], format: str | None, scales: str = "none") -> None:
+        self.prefix, self.modules, self.format, self.scales = prefix, modules, format, scales
+        self._parts: dict[ShardId, dict[str, Tensor]] = {}
+        # A weight stored dense is kept too: an ignored shard of a fused layer has one.
+        self._names = (*(PARTS[format] if format else ()), "weight")
+        if scales == "ours":
+            self._names += (SCALE, *_UNUSED, *_ASYMMETRIC)
+
+    def register(self, layer: Any, dtype: torch.dtype) -> None:
+        """Give the layer an empty parameter for each part; its loader keeps the tensor as it is, mapped from the file."""
+        for part in self._names:
+            empty = torch.empty(0, dtype=_DTYPES.get(part, dtype))
+            layer.register_parameter(part, BasevLLMParameter(data=empty, weight_loader=self._collector(part)))
+
+    def take(self, layer: Any) -> dict[ShardId, StoredWeight | Tensor]:
+        """Remove those parameters and return each shard's checked weight, in the layer's order, a plain tensor if dense.
+
+        Raises:
+            RacError: naming the damaged tensor.
+        """
+        for part in self._names:
+            delattr(layer, part)
+        parts, self._parts = self._parts, {}
+        return {shard: self._checked(shard, parts[shard]) for shard in sorted(parts, key=_position)}
+
+    def row_numbers(
+        self, layer: Any, load: Callable[..., None], stored: dict[ShardId, StoredWeight | Tensor], rows: int
+    ) -> Tensor:
+        """Which row of the stacked shards each of this rank's `rows` is, int64 [rows]; `load` is the layer's loader.
+
+        Raises:
+            RacError: a shard is missing, or has another shape than the model.
+        """
+        numbers = ModelWeightParameter(data=torch.full((rows, 1), -1), input_dim=1, output_dim=0, weight_loader=load)
+        numbers.tp_rank, numbers.tp_size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
+        row_parallel = getattr(layer, "input_size_per_partition", layer.input_size) < layer.input_size
+        first = 0
+        for shard, weight in stored.items():
+            n, k = (weight.rows, weight.columns) if isinstance(weight, StoredWeight) else tuple(weight.shape)
+            expected = _expected_rows(layer, shard)
+            if k != layer.input_size or n != (expected or n):
+                raise RacError(
+                    f"{self.name(shard)}: the checkpoint has a weight [{n}, {k}], the model's config.json asks for "
+                    f"[{expected or '?'}, {layer.input_size}]; they do not belong together"
+                )
+            these = torch.arange(first, first + n)[:, None]
+            try:
+                if row_parallel:  # each rank has all rows, of some columns
+                    numbers.data.copy_(these)
+                else:
+                    load_shard(load, numbers, these, shard)
+            except (RuntimeError, AssertionError) as error:
+                raise RacError(f"{self.name(shard)}: {n} rows cannot be sharded as this model's ({error})") from error
+            first += n
+        if bool((numbers.data < 0).any()):
+            raise RacError(
+                f"{self.prefix}: the checkpoint lacks the weight of {' or '.join(self.modules)}; copy or save it again"
+            )
+        return numbers.data.flatten()
+
+    def name(self, shard: ShardId) -> str:
+        """The shard's module on disk."""
+        index = _position(shard) if isinstance(shard, (str, int)) else len(self.modules)
+        return self.modules[index] if index < len(self.modules) else self.prefix
+
+    def _collector(self, part: str) -> Callable[..., None]:
+        def collect(param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
+            self._parts.setdefault(loaded_shard_id, {})[part] = loaded_weight
+
+        return collect
+
+    def _checked(self, shard: ShardId, parts: dict[str, Tensor]) -> StoredWeight | Tensor:
+        name = self.name(shard)
+        for part in _ASYMMETRIC:
+            if part in parts:
+                raise RacError(
+                    f"{name}.{part}: zeros of a weight that is not quantised symmetrically are not zero, so it cannot be "
+                    "sparse; quantise it symmetrically"
+                )
+        if "weight" not in parts:
+            return check(parts, self.format or FORMAT_BITMASK, name, scaled=self.scales != "vllm's")
+        weight = parts["weight"]
+        if parts.keys() & {*PARTS[FORMAT_BITMASK]}:
+            raise RacError(f"{name}.weight: stored both dense and packed; save the model again")
+        if weight.dim() != 2 or not weight.numel():
+            raise RacError(f"{name}.weight: shape {list(weight.shape)} is no matrix; the checkpoint is damaged")
+        if self.format is None:
+            return from_dense(weight, name)
+        if self.scales != "ours" or (weight.dtype in FLOATS and SCALE not in parts):
+            return weight
+        rows, columns = weight.shape
+        return dequantize(weight, check_scale(parts, weight.dtype, rows, columns, name), torch.float32)
+
+
+def load_shard(load: Callable[..., None], parameter: Tensor, tensor: Tensor, shard: ShardId) -> None:
+    """Call a layer's loader; those of layers that are not fused take no shard."""
+    if shard is None:
+        load(parameter, tensor)
+    else:
+        load(parameter, tensor, shard)
+
+
+def _position(shard: ShardId) -> int:
+    first = shard[0] if isinstance(shard, tuple) else shard
+    return 0 if first is None else _QKV.get(first, len(_QKV)) if isinstance(first, str) else int(first)
+
+
+def _expected_rows(layer: Any, shard: ShardId) -> int | None:
+    """Rows of a shard on disk as the model's config says; None where the layer does not tell."""
+    if isinstance(shard, str):
+        head = getattr(layer, "v_head_size" if shard == "v" else "head_size", None)
+        heads = getattr(layer, "total_num_heads" if shard == "q" else "total_num_kv_heads", None)
+        return head * heads if head and heads and shard in _QKV else None
+    if shard is not None:
+        return sum(layer.output_sizes[index] for index in (shard if isinstance(shard, tuple) else (shard,)))
+    # With replicated heads, QKV counts them in output_size.
+    return None if hasattr(layer, "total_num_kv_heads") else layer.output_size

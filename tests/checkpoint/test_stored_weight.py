@@ -1,0 +1,141 @@
+"""A stored weight against the dense one it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rac_modifier.checkpoint.formats import pack
+from rac_modifier.checkpoint.stored_weight import StoredWeight, check, from_dense, stack
+from rac_modifier.errors import RacError
+
+FORMATS = ["sparse-24-bitmask", "sparse-bitmask"]
+
+
+def random_weight(rows: int, columns: int, seed: int, two_of_four: bool, dtype=torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    if two_of_four:
+        groups = weight.view(-1, 4)
+        groups.scatter_(1, torch.rand(groups.shape, generator=generator).topk(2, dim=1).indices, 0.0)
+    else:
+        weight[torch.rand(rows, columns, generator=generator) < 0.5] = 0
+    return weight.to(dtype)
+
+
+def stored(weight: torch.Tensor, format: str, name: str = "layer") -> StoredWeight:
+    return check(pack(weight, format, name), format, name)
+
+
+def consistent(weight: StoredWeight) -> bool:
+    """The four fields agree, as `check` would have it."""
+    counts = [sum(int(byte).bit_count() for byte in row) for row in weight.bitmask.tolist()]
+    starts = [sum(counts[:row]) for row in range(len(counts) + 1)]
+    return weight.starts.tolist() == starts and weight.values.shape == (starts[-1],)
+
+
+shapes = {"rows": st.integers(1, 12), "eighths": st.integers(1, 9), "seed": st.integers(0, 999)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(format=st.sampled_from(FORMATS), **shapes)
+def test_check_keeps_every_bit(format, rows, eighths, seed):
+    weight = random_weight(rows, 4 * eighths, seed, format == FORMATS[0])
+    result = stored(weight, format)
+    assert consistent(result)
+    assert torch.equal(result.dense(), weight)
+    assert result.density == result.values.numel() / weight.numel()
+
+
+@settings(max_examples=60, deadline=None)
+@given(format=st.sampled_from(FORMATS), data=st.data(), **shapes)
+def test_rows_and_columns(format, rows, eighths, seed, data):
+    columns = 4 * eighths
+    weight = random_weight(rows, columns, seed, format == FORMATS[0])
+    index = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=15)))
+    first = data.draw(st.integers(0, columns - 1))
+    count = data.draw(st.integers(1, columns - first))
+    cut = stored(weight, format).select_rows(index).select_columns(first, count)
+    assert consistent(cut)
+    assert torch.equal(cut.dense(), weight[index][:, first : first + count])
+
+
+def test_everything_is_not_copied():
+    weight = stored(random_weight(6, 8, 0, False), "sparse-bitmask")
+    assert weight.select_rows(torch.arange(6)) is weight
+    assert weight.select_columns(0, 8) is weight
+    assert stack([weight], "one") is weight
+
+
+def test_stack():
+    weights = [random_weight(rows, 20, rows, False) for rows in (1, 5, 2)]
+    result = stack([stored(weight, "sparse-bitmask") for weight in weights], "qkv")
+    assert consistent(result)
+    assert torch.equal(result.dense(), torch.cat(weights))
+
+
+def test_empty_rows():
+    weight = torch.zeros(4, 9)
+    weight[2, 3] = 1
+    result = from_dense(weight, "layer")
+    assert consistent(result)
+    assert torch.equal(result.select_rows(torch.tensor([0, 2, 3])).dense(), weight[[0, 2, 3]])
+
+
+def test_stacking_what_does_not_fit():
+    left = stored(random_weight(2, 8, 0, False), "sparse-bitmask", "a.q_proj")
+    for right in (random_weight(2, 12, 0, False), random_weight(2, 8, 0, False, torch.float32)):
+        with pytest.raises(RacError, match=r"a\.k_proj.*cannot be fused with a\.q_proj"):
+            stack([left, stored(right, "sparse-bitmask", "a.k_proj")], "a")
+
+
+def parts(format: str) -> dict[str, torch.Tensor]:
+    return pack(random_weight(6, 20, 3, format == FORMATS[0]), format, "x")
+
+
+@pytest.mark.parametrize(
+    ("format", "part", "damaged"),
+    [
+        ("sparse-24-bitmask", "compressed", torch.zeros(6, 9, dtype=torch.bfloat16)),
+        ("sparse-24-bitmask", "compressed", torch.zeros(60, dtype=torch.bfloat16)),
+        ("sparse-24-bitmask", "bitmask", torch.zeros(6, 3, dtype=torch.uint8)),
+        ("sparse-24-bitmask", "bitmask", torch.full((6, 3), 255, dtype=torch.uint8)),
+        ("sparse-24-bitmask", "bitmask", torch.tensor([[0x33, 0x35, 0x0E]] * 6, dtype=torch.uint8)),
+        ("sparse-24-bitmask", "bitmask", torch.tensor([[0x33, 0x37, 0x0C]] * 6, dtype=torch.uint8)),
+        ("sparse-24-bitmask", "shape", torch.tensor([[6], [24]])),
+        ("sparse-bitmask", "compressed", torch.zeros(3, dtype=torch.bfloat16)),
+        ("sparse-bitmask", "compressed", torch.zeros(0, dtype=torch.bfloat16)),
+        ("sparse-bitmask", "compressed", torch.zeros(2, 30, dtype=torch.bfloat16)),
+        ("sparse-bitmask", "compressed", torch.zeros(60, dtype=torch.complex64)),
+        ("sparse-bitmask", "bitmask", torch.zeros(6, 3, dtype=torch.int8)),
+        ("sparse-bitmask", "bitmask", torch.zeros(7, 3, dtype=torch.uint8)),
+        ("sparse-bitmask", "row_offsets", torch.zeros(6, dtype=torch.int64)),
+        ("sparse-bitmask", "row_offsets", torch.zeros(0, dtype=torch.int64)),
+        ("sparse-bitmask", "row_offsets", torch.zeros(6, dtype=torch.float64)),
+        ("sparse-bitmask", "shape", torch.tensor([-6, 20])),
+        ("sparse-bitmask", "shape", torch.tensor([6, 2**62])),
+        ("sparse-bitmask", "shape", torch.tensor([6.0, 20.0])),
+        ("sparse-bitmask", "shape", torch.tensor([6, 20, 1])),
+    ],
+)
+def test_damage_names_the_tensor(format, part, damaged):
+    # What contradicts the other parts may be found in one of those.
+    named = {"shape": "compressed|bitmask|shape", "bitmask": "bitmask|compressed"}.get(part, part)
+    with pytest.raises(RacError, match=rf"x\.({named}): "):
+        check({**parts(format), part: damaged}, format, "x")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_missing_part(format):
+    for part in parts(format):
+        with pytest.raises(RacError, match=rf"x\.{part}: missing"):
+            check({k: v for k, v in parts(format).items() if k != part}, format, "x")
+
+
+def test_bits_beyond_the_last_column():
+    tensors = parts("sparse-bitmask")
+    tensors["bitmask"][2, 2] |= 0x80
+    with pytest.raises(RacError, match=r"x\.bitmask: bits are set beyond column 20"):
+        check(tensors, "sparse-bitmask", "x")

@@ -1,0 +1,62 @@
+"""How the library is built: under sanitizers, by setup.py, and not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rac_modifier.kernels.cpu import library as native
+from tests.kernels.kernel_helpers import CSRC, HERE, compile_sources
+
+ROOT = CSRC.parent
+SANITIZE = ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("emulate", [[], ["-DRAC_EMULATE"]], ids=["native", "emulated"])
+def test_random_and_hostile_calls_are_clean_under_sanitizers(tmp_path, emulate):
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    command = ["g++", *SANITIZE, str(probe), "-o", str(tmp_path / "probe")]
+    if shutil.which("g++") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("g++ or its sanitizer runtime is missing")
+    driver = compile_sources(tmp_path / "drive", *SANITIZE, *emulate, sources=[HERE / "drive.cpp"])
+    # libgomp's thread pool is never freed.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run([str(driver), "100"], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "100 weights" in done.stdout
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib")]
+    command += ["--build-temp", str(folder / "temp")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.slow
+def test_setup_builds_a_library_that_loads(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine")
+    done = build(tmp_path)
+    assert done.returncode == 0, done.stderr
+    (built,) = (tmp_path / "lib").rglob("_native*.so")
+    assert ".abi3." in built.name
+    assert native.Library(built).best in native.ISAS
+
+
+def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
+    done = build(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("_native*.so"))
+    assert "no-such-compiler" in done.stdout + done.stderr
+
+
+def test_a_source_distribution_would_hold_every_source():
+    assert "graft csrc" in (ROOT / "MANIFEST.in").read_text()
+    assert {path.suffix for path in CSRC.iterdir()} == {".cpp", ".h"}

@@ -1,0 +1,136 @@
+"""What is decided for a layer, and the same ahead of serving for a whole checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rac_modifier.checkpoint.formats import pack
+from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
+from rac_modifier.errors import RacError
+from rac_modifier.kernels import Decision, Support
+from rac_modifier.kernels.plan import Summary, kept_dtype, plan_checkpoint, plan_row, render_plan, stay_dense
+from tests.checkpoint.test_stored_weight import random_weight
+
+AVX2 = Support("avx2", "a test's")
+NONE = Support(None, "no compiled kernel: a test's")
+
+
+def test_narrow_values_stay_narrow():
+    assert kept_dtype(torch.bfloat16, torch.float32) == torch.bfloat16
+    assert kept_dtype(torch.float32, torch.bfloat16) == torch.bfloat16
+    assert kept_dtype(torch.float16, torch.float16) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "support", "reason"),
+    [
+        (64 * 128 // 2, torch.bfloat16, AVX2, "sparse kernel avx2"),
+        (64 * 128, torch.bfloat16, AVX2, "dense because packed it takes"),
+        (64 * 128 // 2, torch.bfloat16, NONE, "dense because no compiled kernel"),
+        (64 * 128 // 2, torch.int8, AVX2, r"sparse int8 kernel avx2: 0.62 bytes a weight instead of 2, at most 3.20x"),
+        (64 * 128 // 2, torch.int32, AVX2, r"sparse int8 kernel avx2 \(int4 values, a byte each\): 0.62"),
+        (64 * 128 // 2, torch.float8_e4m3fn, AVX2, r"sparse kernel avx2 \(fp8 values as bfloat16, exactly\): 1.12"),
+        (64 * 128 // 2, torch.int8, NONE, "dense because no compiled kernel"),
+    ],
+)
+def test_plan_row(stored, dtype, support, reason):
+    row = plan_row("a", 64, 128, stored, dtype, torch.bfloat16, support)
+    assert row.decision.sparse == reason.startswith("sparse")
+    assert row.density == stored / (64 * 128)
+    assert re.match(reason, row.decision.reason)
+
+
+def checkpoint(folder: Path, packed: bool) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    tensors = {
+        f"model.layers.0.{name}.weight": random_weight(32, 64, seed, True)
+        for seed, name in enumerate(["mlp.down_proj", "mlp.up_proj", "mlp.gate"])
+    }
+    save_file(tensors | {"model.norm.weight": torch.ones(64)}, folder / "model.safetensors", {"format": "pt"})
+    pruned = {"model.layers.0.mlp.down_proj": "2:4", "model.layers.0.mlp.up_proj": "2:4"}
+    if packed:
+        pack_checkpoint(folder, pruned, dense_linears=["model.layers.0.mlp.gate", "lm_head"])
+    else:
+        mark_dense(folder, pruned)
+    return folder
+
+
+def test_plan_of_a_packed_checkpoint(tmp_path):
+    rows = plan_checkpoint(checkpoint(tmp_path / "m", True), support=AVX2)
+    assert [(row.module, row.decision.sparse) for row in rows] == [
+        ("model.layers.0.mlp.down_proj", True),
+        ("model.layers.0.mlp.up_proj", True),
+        ("model.layers.0.mlp.gate", False),
+    ]
+    assert [row.density for row in rows] == [0.5, 0.5, 1.0]
+    assert rows[0].decision.bytes_per_weight == pytest.approx(1.125)
+    table = render_plan(rows)
+    assert "sparse kernel avx2" in table
+    assert "dense because it is not pruned (in ignore)" in table
+    served_in_fp32 = plan_checkpoint(tmp_path / "m", torch.float32, AVX2)
+    assert served_in_fp32[0].decision.bytes_per_weight == pytest.approx(1.125)  # bf16 values stay bf16
+
+
+@pytest.mark.parametrize(
+    ("bits", "groups", "kernel"),
+    [
+        (8, 1, "sparse int8 kernel avx2"),
+        (4, 11, "sparse int8 kernel avx2 (int4 values, a byte each)"),
+        (4, 22, "sparse kernel avx2 (int4 values in groups of 2, rounded to bfloat16)"),
+    ],
+)
+@pytest.mark.parametrize("two_of_four", [True, False])
+def test_plan_of_quantized_weights(tmp_path, two_of_four, bits, groups, kernel):
+    format = "sparse-24-bitmask" if two_of_four else "sparse-bitmask"
+    weight = random_weight(32, 44, 0, two_of_four, torch.float32).mul(3).round().clamp(-7, 7).to(torch.int8)
+    parts = {**pack(weight, format, "a", bits if bits == 4 else None), "weight_scale": torch.ones(32, groups)}
+    save_file({f"a.{name}": tensor for name, tensor in parts.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": format}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (row,) = plan_checkpoint(tmp_path, support=AVX2)
+    assert row.decision.kernel == kernel
+    stored = int((weight != 0).sum()) if not two_of_four else 32 * 22
+    assert stored <= row.density * 32 * 44 < stored + 8
+
+
+def test_plan_of_dense_stored_weights_says_how_to_serve_them_sparse(tmp_path):
+    rows = plan_checkpoint(checkpoint(tmp_path / "m", False), support=AVX2)
+    assert [row.module for row in rows] == ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"]
+    assert {row.decision.reason for row in rows} == {
+        "dense because it is stored dense; serve with --quantization rac-sparse"
+    }
+
+
+@pytest.mark.parametrize("shape", [torch.tensor([[0], [64]]), torch.tensor([[1], [2]]), torch.zeros(2, 1)])
+def test_plan_of_a_damaged_checkpoint(tmp_path, shape):
+    from safetensors.torch import load_file
+
+    folder = checkpoint(tmp_path / "m", True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.shape"] = shape
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RacError, match=r"down_proj\.shape: does not fit"):
+        plan_checkpoint(folder, support=AVX2)
+
+
+def test_summary_comes_once_and_says_everything():
+    summary = Summary()
+    for _ in range(3):
+        summary.expect()
+    fast = Decision(True, "sparse kernel avx2", "", 1.1, 1.8)
+    assert summary.add("a", fast) is None
+    assert summary.add("b", Decision(True, "sparse kernel avx2", "", 1.3, 1.5)) is None
+    text = summary.add("c", stay_dense("it is small", torch.bfloat16))
+    assert text is not None
+    assert text.splitlines() == [
+        "rac-sparse: 2 of 3 pruned layers run on a sparse kernel",
+        "  sparse kernel avx2: 2 layers, 1.10-1.30 bytes a weight, at most 1.80x faster",
+        "  dense because it is small: 1 layer, such as c",
+    ]

@@ -1,0 +1,46 @@
+"""The tiny model, dense and pruned."""
+
+import pytest
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM
+
+from rac_modifier import ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
+from tests.tiny import entry
+
+
+@pytest.fixture
+def dense(tiny_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def prune(tiny_folder, trace_store):
+    """Run oneshot on the tiny model with a recipe of ours, changed by `settings`."""
+
+    def prune(model=None, later=(), pipeline="independent", output_dir=None, oneshot_options=None, **settings):
+        modifiers = [ReasoningAwareSparseGPTModifier(**entry(trace_store, **settings)), *later]
+        return oneshot(
+            model=str(tiny_folder) if model is None else model,
+            recipe=modifiers,
+            pipeline=pipeline,
+            output_dir=None if output_dir is None else str(output_dir),
+            **(oneshot_options or {}),
+        )
+
+    return prune
+
+
+@pytest.fixture
+def calibrate(tiny_folder, trace_store):
+    """Run oneshot on the tiny model with other modifiers, calibrated on its traces."""
+
+    def calibrate(later=(), pipeline="independent", output_dir=None, **settings):
+        shared = {key: value for key, value in entry(trace_store, **settings).items() if key != "mask_structure"}
+        return oneshot(
+            model=str(tiny_folder),
+            recipe=[ReasoningAwareCalibrationModifier(**shared), *later],
+            pipeline=pipeline,
+            output_dir=None if output_dir is None else str(output_dir),
+        )
+
+    return calibrate

@@ -1,0 +1,66 @@
+import math
+import re
+from itertools import islice
+
+import pytest
+
+from rac_modifier.problems.arithmetic import TASKS, generate, generate_distinct, split_of
+
+ANSWERS = {
+    "addition": lambda operands: sum(operands),
+    "multiplication": math.prod,
+    "gcd": lambda operands: math.gcd(*operands),
+    "division": lambda operands: operands[0] // operands[1],
+}
+CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+
+def key(problem):
+    return problem.task, tuple(sorted(problem.operands))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_step_of_a_chain_is_true_and_the_answer_right(task):
+    steps = 0
+    for problem in islice(generate(0, "train", (task,)), 300):
+        assert problem.answer == str(ANSWERS[task](problem.operands)), problem.question
+        # division writes a zero before a quotient that is shorter than the dividend
+        assert int(re.findall(r"\d+", problem.thinking)[-1]) == int(problem.answer)
+        for a, sign, b, c in re.findall(r"(\d+)([-+*])(\d+)=(\d+)", problem.thinking):
+            assert CALCULATE[sign](int(a), int(b)) == int(c), problem.thinking
+            steps += 1
+        for operand in problem.operands:
+            assert re.search(rf"\b{operand}\b", problem.question)
+    assert steps > 3 * 300
+
+
+def test_splits_share_no_operands():
+    seen = {s: {key(p) for p in islice(generate(1, s), 7000)} for s in ("train", "calibration", "test")}
+    assert not seen["train"] & seen["calibration"]
+    assert not seen["train"] & seen["test"]
+    assert not seen["calibration"] & seen["test"]
+    assert all(split_of(*k) == split for split, keys in seen.items() for k in keys)
+
+
+def test_operands_in_another_order_are_in_the_same_split():
+    assert all(split_of("addition", (a, 7, 900)) == split_of("addition", (900, a, 7)) for a in range(500))
+
+
+def test_split_shares():
+    splits = [split_of("division", (n, 7)) for n in range(1000, 21000)]
+    assert splits.count("test") / len(splits) == pytest.approx(0.05, abs=0.01)
+    assert splits.count("calibration") / len(splits) == pytest.approx(0.10, abs=0.01)
+
+
+def test_a_seed_gives_the_same_problems_and_another_seed_others():
+    first = list(islice(generate(3, "train"), 40))
+    assert first == list(islice(generate(3, "train"), 40))
+    assert first != list(islice(generate(4, "train"), 40))
+    assert [p.task for p in first[:4]] == list(TASKS)
+
+
+def test_distinct_problems_and_their_limit():
+    problems = generate_distinct(0, "test", 400)
+    assert len({key(p) for p in problems}) == 400
+    with pytest.raises(ValueError, match="unknown task 'roots'; choose from addition"):
+        next(generate(0, "train", ("roots",)))

@@ -1,0 +1,233 @@
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rac_modifier.errors import RacError
+from rac_modifier.problems.arithmetic import split_of
+from rac_modifier.problems.source import load_problems
+from rac_modifier.settings.problems import ProblemSource
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [{"problem": f"What is {i} + {i}?", "solution": 2 * i, "level": "easy"} for i in range(20)]
+    return write(tmp_path / "set.jsonl", rows)
+
+
+def take(n, seed=0, **fields):
+    return list(islice(load_problems(ProblemSource(**fields), seed), n))
+
+
+def test_arithmetic_is_distinct_and_from_the_calibration_split():
+    problems = take(300)
+    assert len({p.id for p in problems}) == 300
+    for problem in problems:
+        task, operands = problem.id.split(":")
+        assert split_of(task, tuple(map(int, operands.split(",")))) == "calibration"
+        assert problem.answer is not None
+        assert problem.task == task
+
+
+def test_the_seed_decides_and_a_limit_only_cuts():
+    assert take(30) == take(30)
+    assert take(30) != take(30, seed=1)
+    assert take(100, limit=7) == take(7)
+
+
+def test_table_ids_do_not_shift_with_the_limit_or_the_order(questions):
+    everything = {p.id: p for p in take(100, source=questions)}
+    assert len(everything) == 20
+    some = take(100, source=questions, limit=5)
+    assert len(some) == 5
+    assert all(everything[p.id] == p for p in some)
+    other = {p.id: p for p in take(100, seed=1, source=questions)}
+    assert other == everything
+    assert list(other) != list(everything)
+
+
+def test_an_edited_row_is_another_problem(tmp_path):
+    before = take(1, source=write(tmp_path / "a.jsonl", [{"problem": "1 + 1?"}]))
+    after = take(1, source=write(tmp_path / "a.jsonl", [{"problem": "1 + 2?"}]))
+    assert before[0].id != after[0].id
+
+
+def test_answers_are_read_only_when_asked_for(questions):
+    assert {p.answer for p in take(100, source=questions)} == {None}
+    assert {p.answer for p in take(100, source=questions, answer_column="solution")} == {str(2 * i) for i in range(20)}
+
+
+def test_json_and_parquet_hold_the_same_problems(tmp_path, questions):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [json.loads(line) for line in Path(questions).read_text().splitlines()]
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
+    expected = take(100, source=questions, answer_column="solution")
+    for name in ("set.json", "set.parquet"):
+        assert take(100, source=str(tmp_path / name), answer_column="solution") == expected
+
+
+def test_a_hugging_face_dataset_is_read_through_datasets(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"problem": ["a?", "b?"], "junk": [1, 2]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    problems = take(9, source="some/problems", split="test", config="all")
+    assert asked == [("some/problems", "all", "test")]
+    assert {p.question for p in problems} == {"a?", "b?"}
+
+
+def test_a_dataset_that_cannot_be_loaded_names_the_ways_out(monkeypatch):
+    import datasets
+
+    def load_dataset(*_args, **_kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(RacError, match=r"nobody/nothing.*no route to the hub.*local \.jsonl"):
+        take(1, source="nobody/nothing")
+
+
+def test_reasoning_gym_takes_its_tasks_in_turn():
+    pytest.importorskip("reasoning_gym")
+    problems = take(6, source="reasoning-gym:chain_sum, gcd")
+    assert [p.task for p in problems] == ["chain_sum", "gcd"] * 3
+    assert [p.id for p in problems[::2]] == ["chain_sum:0", "chain_sum:1", "chain_sum:2"]
+    assert take(6, source="reasoning-gym:chain_sum, gcd") == problems
+
+
+def test_reasoning_gym_runs_past_its_chunk_and_neighbouring_seeds_share_nothing():
+    pytest.importorskip("reasoning_gym")
+    one = take(510, source="reasoning-gym:chain_sum")
+    two = take(510, seed=1, source="reasoning-gym:chain_sum")
+    assert len({p.id for p in one}) == 510
+    assert [p.question for p in one[:10]] != [p.question for p in one[500:]]
+    assert len({p.question for p in one} & {p.question for p in two}) < 25
+
+
+def test_unknown_reasoning_gym_task_suggests_close_ones():
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(RacError, match=r"'chain_sums'.*chain_sum"):
+        load_problems(ProblemSource(source="reasoning-gym:chain_sums"), 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"column": "problem"}, "column='problem' does not apply"),
+        ({"source": "reasoning-gym:gcd", "answer_column": "a"}, "answer_column='a' does not apply"),
+        ({"split": "test"}, "split='test' does not apply"),
+        ({"source": "a.jsonl", "config": "main"}, "config='main' does not apply"),
+        ({"source": ""}, "source"),
+        ({"limit": 0}, "limit"),
+        ({"colum": "problem"}, "colum"),
+    ],
+)
+def test_settings_that_do_not_apply_are_refused(fields, words):
+    with pytest.raises(ValidationError, match=words):
+        ProblemSource(**fields)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.parquet"])
+def test_missing_file(name):
+    with pytest.raises(RacError, match="no such file"):
+        load_problems(ProblemSource(source=name), 0)
+
+
+def test_a_wrong_column_names_those_there_are(questions):
+    with pytest.raises(RacError, match=r"no column 'query'.*problem, solution, level"):
+        load_problems(ProblemSource(source=questions, column="query"), 0)
+
+
+@pytest.mark.parametrize("row", [{"text": "x"}, {"problem": "x", "prompt": "y"}])
+def test_the_question_column_is_not_guessed_where_it_is_unclear(tmp_path, row):
+    with pytest.raises(RacError, match="which column holds the question"):
+        load_problems(ProblemSource(source=write(tmp_path / "a.jsonl", [row])), 0)
+
+
+@pytest.mark.parametrize("question", [7, None, "  ", [{"role": "user", "content": "x"}]])
+def test_a_question_must_be_text(tmp_path, question):
+    path = write(tmp_path / "a.jsonl", [{"problem": question}])
+    with pytest.raises(RacError, match="row 0: column 'problem' must hold the question as text"):
+        take(1, source=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"problem": "x"}\n{broken\n', "line 2 is not JSON"),
+        ("a.jsonl", "[1]\n", "line 1 must be an object"),
+        ("a.jsonl", "", "holds no problems"),
+        ("a.json", "[]", "holds no problems"),
+        ("a.json", "{}", "must hold a list"),
+        ("a.parquet", "text", "cannot be read as Parquet"),
+    ],
+)
+def test_malformed_files(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RacError, match=words):
+        load_problems(ProblemSource(source=str(tmp_path / name)), 0)
+
+
+def a_data_set(rows, monkeypatch):
+    """What `load_dataset` was asked for, and the rows that it gives."""
+    import datasets
+
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+OPEN_R1_MATH = [
+    {"problem": f"What is {i}?", "solution": "s", "answer": str(i), "problem_type": "Algebra", "question_type": "MCQ",
+     "uuid": "u", "generations": ["<think>"], "messages": [{"role": "user", "content": "c"}]}
+    for i in range(3)
+]  # fmt: skip
+CODEFORCES = [
+    {"id": f"{i}/A", "title": "t", "description": "d", "input_format": None, "examples": [{"input": "1", "output": "2"}],
+     "language": "python", "prompt": f"Write a program for {i}."}
+    for i in range(3)
+]  # fmt: skip
+
+
+def test_the_papers_data_sets_need_only_their_names(monkeypatch):
+    asked = a_data_set(OPEN_R1_MATH, monkeypatch)
+    math = list(load_problems(ProblemSource(source="open-r1/OpenR1-Math-220k"), 0))
+    assert {(p.question, p.answer) for p in math} == {(f"What is {i}?", str(i)) for i in range(3)}
+    asked += a_data_set(CODEFORCES, monkeypatch)
+    code = list(load_problems(ProblemSource(source="open-r1/codeforces"), 0))
+    assert {(p.question, p.answer) for p in code} == {(f"Write a program for {i}.", None) for i in range(3)}
+    assert asked == [("open-r1/OpenR1-Math-220k", None, "train")]
+
+
+def test_what_is_set_beside_the_name_wins():
+    assert ProblemSource(source="open-r1/codeforces").config == "verifiable-prompts"
+    own = ProblemSource(source="open-r1/OpenR1-Math-220k", column="messages", config="extended")
+    assert (own.column, own.answer_column, own.config) == ("messages", "answer", "extended")
+    other = ProblemSource(source="open-r1/codeforces", config="default")  # has no such column
+    assert (other.column, other.config) == (None, "default")
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "reasoning-gym:gcd", "a.jsonl", "org/data"])
+def test_what_is_a_source_by_itself(name):
+    assert ProblemSource.looks_like(name)
+    assert not ProblemSource.looks_like("math")

@@ -1,0 +1,213 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loguru import logger
+from pydantic import ValidationError
+from transformers import GenerationConfig
+
+from rac_modifier.errors import RacError
+from rac_modifier.sampling import generate as generation
+from rac_modifier.sampling.generate import generate
+from rac_modifier.settings.sampling import SamplingSettings
+from tests.tiny import tiny_model, tiny_tokenizer
+
+HOT = SamplingSettings(temperature=1.5, top_p=1.0, top_k=0, max_new_tokens=24)
+GREEDY = SamplingSettings(temperature=0, max_new_tokens=24)
+PROMPTS = [[2, 40, 50], [2, 60], [2, 10, 11, 12, 13, 14, 15, 16], [2, 33, 34, 35, 36]]
+KEYS = [f"p{i}#0" for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocab_size=128)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def warnings():
+    generation._tell_capped.cache_clear()
+    generation._tell_what_is_not_applied.cache_clear()
+    lines = []
+    sink = logger.add(lines.append, format="{message}")
+    yield lines
+    logger.remove(sink)
+
+
+@pytest.mark.parametrize("how", [HOT, GREEDY])
+def test_a_completion_does_not_depend_on_its_batch(model, tokenizer, how):
+    alone = [generate(model, tokenizer, [p], how, [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)]
+    assert generate(model, tokenizer, PROMPTS, how, KEYS) == alone
+    assert generate(model, tokenizer, PROMPTS[::-1], how, KEYS[::-1]) == alone[::-1]
+
+
+def test_seed_and_key_both_matter(model, tokenizer):
+    same = [PROMPTS[0]] * 2
+    first, second = generate(model, tokenizer, same, HOT, ["a#0", "a#1"])
+    assert first != second
+    assert generate(model, tokenizer, same, HOT, ["a#0", "a#0"])[1] == first
+    reseeded = HOT.model_copy(update={"seed": 1})
+    assert generate(model, tokenizer, same, reseeded, ["a#0", "a#1"])[0] != first
+
+
+def test_greedy_is_the_arg_max_of_a_plain_forward_pass(model, tokenizer):
+    ids = list(PROMPTS[2])
+    for _ in range(24):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == 1:
+            break
+    assert list(generate(model, tokenizer, PROMPTS, GREEDY, KEYS)[2].ids) == ids[len(PROMPTS[2]) :]
+
+
+def test_first_tokens_follow_the_models_distribution(model, tokenizer):
+    how = SamplingSettings(temperature=0.5, top_p=0.7, top_k=5, max_new_tokens=1)
+    rows = 4000
+    drawn = generate(model, tokenizer, [PROMPTS[0]] * rows, how, [f"k{i}" for i in range(rows)])
+    frequencies = torch.bincount(torch.tensor([g.ids[0] for g in drawn]), minlength=128) / rows
+    logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.5
+    top, order = logits.softmax(-1).sort(descending=True)
+    kept = top[:5] / top[:5].sum()  # top-p acts on what top-k left
+    kept = kept[: int((kept.cumsum(0) < 0.7).sum()) + 1]
+    expected = torch.zeros(128).index_put((order[: len(kept)],), kept / kept.sum())
+    assert 1 < len(kept) < 5
+    torch.testing.assert_close(frequencies, expected, atol=0.03, rtol=0)
+
+
+def test_every_eos_ends_a_completion_and_is_kept(model, tokenizer):
+    rows = 32
+    prompts, keys = [[2, 40 + i % 7] for i in range(rows)], [f"k{i}" for i in range(rows)]
+    ends = list(range(100, 128))
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    try:
+        done = generate(model, tokenizer, prompts, HOT, keys)
+    finally:
+        model.generation_config = own
+    assert {g.finish_reason for g in done} == {"stop"}
+    assert len({g.ids[-1] for g in done}) > 5
+    assert len({len(g.ids) for g in done}) > 3
+    for g in done:
+        assert g.ids[-1] in ends
+        assert not set(g.ids[:-1]) & set(ends)
+
+
+def test_pads_are_no_part_of_a_completion_even_where_pad_is_eos(model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model_with_ends = tiny_model(vocab_size=128)
+    model_with_ends.generation_config.eos_token_id = [1, *range(64, 128)]
+    done = generate(model_with_ends, tokenizer, PROMPTS, HOT, KEYS)
+    assert all(sum(i == 1 or i >= 64 for i in g.ids) == (g.finish_reason == "stop") for g in done)
+
+
+def test_length_is_told_from_stop(model, tokenizer):
+    short = HOT.model_copy(update={"max_new_tokens": 2})
+    done = generate(model, tokenizer, PROMPTS, short, KEYS)
+    assert [(len(g.ids), g.finish_reason) for g in done] == [(2, "length")] * 4
+
+
+def test_the_context_caps_each_row_by_its_own_prompt_and_says_so(warnings):
+    model, tokenizer = tiny_model(vocab_size=128, max_position_embeddings=16), tiny_tokenizer()
+    model.generation_config.eos_token_id = 127
+    model.lm_head.weight.data[127] = 0
+    done = generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
+    assert [len(g.ids) for g in done] == [13, 14, 8, 11]
+    assert {g.finish_reason for g in done} == {"length"}
+    assert generate(model, tokenizer, PROMPTS[:1], GREEDY, KEYS[:1])[0] == done[0]
+    assert len(warnings) == 1
+    assert "max_new_tokens=24" in warnings[0]
+    with pytest.raises(RacError, match="16 tokens fills the model's context of 16"):
+        generate(model, tokenizer, [[2] * 16], GREEDY, ["k"])
+
+
+def test_the_models_own_generation_config_does_not_leak_in_and_comes_back(warnings):
+    model, tokenizer = tiny_model(vocab_size=128), tiny_tokenizer()
+    expected = generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
+    own = GenerationConfig(eos_token_id=1, repetition_penalty=5.0, num_beams=3, min_new_tokens=20, suppress_tokens=[3])
+    model.generation_config = own
+    model.train()
+    assert generate(model, tokenizer, PROMPTS, GREEDY, KEYS) == expected
+    assert model.generation_config is own
+    assert model.training
+    assert "repetition_penalty=5.0" in warnings[0]
+
+
+def test_mode_and_config_come_back_after_an_error(model, tokenizer, monkeypatch):
+    own = model.generation_config
+
+    def fail(**_kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "forward", fail)
+    model.train()
+    with pytest.raises(RuntimeError):
+        generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
+    assert model.training
+    assert model.generation_config is own
+    model.eval()
+
+
+def test_bad_prompts(model, tokenizer):
+    with pytest.raises(RacError, match="no tokens"):
+        generate(model, tokenizer, [[]], GREEDY, ["k"])
+    with pytest.raises(RacError, match="token id 128, beyond the model's vocabulary of 128"):
+        generate(model, tokenizer, [[2, 128]], GREEDY, ["k"])
+    with pytest.raises(RacError, match="2 prompts but 1 keys"):
+        generate(model, tokenizer, [[2], [2]], GREEDY, ["k"])
+    assert generate(model, tokenizer, [], GREEDY, []) == []
+
+
+def test_no_eos_anywhere():
+    model, tokenizer = tiny_model(vocab_size=128), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    assert generation.eos_token_ids(model, tokenizer) == [1]
+    tokenizer.eos_token = None
+    with pytest.raises(RacError, match="EOS"):
+        generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
+
+
+def test_resolved_prefers_what_is_given_then_the_model_then_the_usual():
+    own = GenerationConfig(do_sample=True, temperature=0.7, top_k=20)
+    done = SamplingSettings(temperature=0.9).resolved(own)
+    assert (done.temperature, done.top_p, done.top_k) == (0.9, 0.95, 20)
+    assert SamplingSettings().resolved(own).temperature == 0.7
+    for silent in (None, GenerationConfig(), GenerationConfig(do_sample=False)):
+        done = SamplingSettings().resolved(silent)
+        assert (done.temperature, done.top_p, done.top_k) == (0.6, 0.95, 0)
+    assert SamplingSettings(temperature=0, top_k=3).resolved(own).temperature == 0
+
+
+@given(
+    st.none() | st.floats(0, 5), st.none() | st.floats(0.01, 1), st.none() | st.integers(0, 99), st.sampled_from([1, 4])
+)
+@settings(max_examples=50, deadline=None)
+def test_resolved_is_complete_and_stable(temperature, top_p, top_k, batch_size):
+    how = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, batch_size=batch_size).resolved(None)
+    assert None not in (how.temperature, how.top_p, how.top_k)
+    assert how.resolved(GenerationConfig(do_sample=True, temperature=9.0)) == how
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"samples_per_problem": 0},
+        {"batch_size": 0},
+        {"template": "plain"},
+        {"temprature": 1},
+        {"temperature": 0, "samples_per_problem": 2},
+        {"template": "none", "system_prompt": "s"},
+    ],
+)
+def test_settings_out_of_range(fields):
+    with pytest.raises(ValidationError):
+        SamplingSettings(**fields)

@@ -1,0 +1,218 @@
+"""Each place where the plugin meets vLLM, one test a seam, named after it: what an upgrade breaks fails here by name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import torch
+
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, save_model
+
+needs_vllm()
+
+from vllm.model_executor.layers import linear, quantization  # noqa: E402
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # noqa: E402
+
+from rac_modifier.checkpoint.record import read_json  # noqa: E402
+from rac_modifier.checkpoint.sparsity_config import with_packed  # noqa: E402
+from rac_modifier.errors import RacError  # noqa: E402
+from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
+from rac_modifier.vllm_plugin.register import METHOD, register  # noqa: E402
+
+PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])["quantization_config"]
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
+
+
+def test_entry_point_group():
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP
+
+    assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
+    ours = [e.value for e in importlib.metadata.entry_points(group=DEFAULT_PLUGINS_GROUP) if "rac_modifier" in e.value]
+    if not ours:
+        pytest.skip("rac-modifier is not installed here, only on the path")
+    assert set(ours) == {"rac_modifier.vllm_plugin.register:register"}
+
+
+def test_register_quantization_config_twice():
+    register()
+    assert quantization.QUANTIZATION_METHODS.count(METHOD) == 1
+    assert quantization.get_quantization_config(METHOD) is RacSparseConfig
+    assert METHOD not in get_args(quantization.QuantizationMethods)
+
+
+def test_override_quantization_method_is_asked_before_vllms_own():
+    """As `ModelConfig._verify_quantization` goes through the methods."""
+    from vllm.config import ModelConfig
+
+    source = inspect.getsource(ModelConfig._verify_quantization)
+    assert "override_quantization_method(" in source
+    assert "quantization_methods + overrides" in source
+    assert RacSparseConfig.override_quantization_method(PACKED, None, hf_config=None) == METHOD
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "fp8"},
+        {"quant_method": "compressed-tensors", "config_groups": {}, "format": "int-quantized"},
+    ],
+)
+def test_other_models_are_untouched(config):
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    assert RacSparseConfig.override_quantization_method(config, None) is None
+    assert quantization.get_quantization_config("compressed-tensors") is CompressedTensorsConfig
+
+
+def test_the_config_fulfils_the_abstract_class():
+    config = RacSparseConfig.from_config(PACKED)
+    assert isinstance(config, QuantizationConfig)
+    assert config.get_name() == METHOD
+    assert torch.float32 in config.get_supported_act_dtypes()
+    assert config.get_min_capability() == 0
+
+
+def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
+    """`--quantization rac-sparse` on a dense-stored checkpoint; the record comes through `maybe_update_config`."""
+    from vllm.model_executor.model_loader import weight_utils
+
+    assert RacSparseConfig.get_config_filenames() == []
+    assert "quant_cls()" in inspect.getsource(weight_utils.get_quant_config)
+    config = RacSparseConfig()
+    config.maybe_update_config(
+        "m", hf_config=SimpleNamespace(rac_sparsity={"storage": "dense", "modules": {"a.b": "2:4"}})
+    )
+    assert config.layers is not None
+    assert config.layers.holds("a.b")
+    with pytest.raises(RacError, match="leave out --quantization rac-sparse"):
+        RacSparseConfig().maybe_update_config("m", hf_config=SimpleNamespace())
+
+
+@pytest.mark.parametrize("lost", ["tensor", "file"])
+def test_a_lost_tensor_that_is_not_packed_is_noticed_before_loading(tmp_path, lost):
+    """vLLM looks for weights that were not loaded in unquantised models only; `maybe_update_config` has the folder."""
+    from safetensors.torch import load_file, save_file
+    from vllm.model_executor.model_loader import default_loader
+
+    assert "model_config.quantization is None and loaded_weights is not None" in inspect.getsource(default_loader)
+    folder = save_model(tmp_path / "model", "qwen3", "2:4")
+    config = RacSparseConfig.from_config(read_json(folder / "config.json")["quantization_config"])
+    config.maybe_update_config(str(folder))
+    name = "model.layers.1.post_attention_layernorm.weight"
+    path = folder / read_json(folder / "model.safetensors.index.json")["weight_map"][name]
+    tensors = load_file(path)
+    del tensors[name]
+    if lost == "file":
+        path.unlink()
+    else:
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RacError, match=name if lost == "tensor" else path.name):
+        config.maybe_update_config(str(folder))
+
+
+def test_quantization_of_another_kind_on_request_is_an_error():
+    with pytest.raises(RacError, match="not packed sparse"):
+        RacSparseConfig.from_config({"quant_method": "gptq"})
+
+
+def test_apply_vllm_mapper_renames_modules():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = RacSparseConfig.from_config(
+        with_packed({}, "sparse-bitmask", {}, 0.5, ["model.v.a", "x.b"])["quantization_config"]
+    )
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model."}).get_rename_mapper())
+    assert config.layers is not None
+    assert config.layers.ignore == ("language_model.v.a", "x.b")
+    assert config.layers.targets == ("Linear",)
+
+
+def test_embeddings_and_heads_stay_with_vllm(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    assert RacSparseConfig.from_config(PACKED).get_quant_method(torch.nn.Linear(2, 2), "lm_head") is None
+
+
+def test_weight_loader_v2_is_registered():
+    assert "RacSparseLinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
+
+
+def test_create_weights_takes_what_layers_give():
+    names = list(inspect.signature(linear.LinearMethodBase.create_weights).parameters)
+    assert names[:7] == [
+        "self",
+        "layer",
+        "input_size_per_partition",
+        "output_partition_sizes",
+        "input_size",
+        "output_size",
+        "params_dtype",
+    ]
+
+
+def test_routed_experts_load_by_name_and_are_reached_by_load_weights():
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    assert list(inspect.signature(RoutedExperts.load_weights).parameters) == ["self", "weights"]
+    assert list(inspect.signature(UnquantizedFusedMoEMethod.__init__).parameters)[:2] == ["self", "moe"]
+
+
+def test_the_kernel_is_one_operator_with_a_fake():
+    """Called as an operator, since a traced function cannot make a SparseWeight."""
+    from torch._subclasses import FakeTensorMode
+
+    from rac_modifier.vllm_plugin import kernels  # noqa: F401
+
+    schema = torch.ops.rac_modifier.sparse_linear.default._schema
+    assert [argument.name for argument in schema.arguments] == ["x", "data", "rows", "columns", "bias", "scale"]
+    with FakeTensorMode():
+        out = torch.ops.rac_modifier.sparse_linear(torch.zeros(2, 3, 8), torch.zeros(9, dtype=torch.uint8), 5, 8, None)
+    assert out.shape == (2, 3, 5)
+
+
+def test_sparse_over_quantised_builds_on_compressed_tensors(monkeypatch):
+    """vLLM's own config refuses a sparsity_config, and takes the rest; where there are no kernels its method runs it."""
+    monkeypatch.setattr("rac_modifier.vllm_plugin.quant_config._has_kernels", lambda: False)
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsLinearMethod,
+    )
+
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    inputs = {**weights, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = RacSparseConfig.from_config(
+        {**PACKED, "format": "int-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    )
+    on_rank(monkeypatch, 0, 1)
+    layer = linear.ColumnParallelLinear(
+        32, 16, bias=False, quant_config=config, prefix="model.a", params_dtype=torch.bfloat16
+    )
+    assert isinstance(layer.quant_method.inner, CompressedTensorsLinearMethod)
+    assert {"weight_scale", "compressed", "bitmask", "row_offsets", "shape"} <= dict(layer.named_parameters()).keys()
+    loaded = {"weight_scale": torch.rand(16, 1)}
+    weight = torch.randint(-128, 128, (16, 32), dtype=torch.int8)
+    weight[torch.rand(16, 32) < 0.5] = 0
+    from rac_modifier.checkpoint.formats import pack
+
+    for name, tensor in {**loaded, **pack(weight, "sparse-bitmask", "model.a")}.items():
+        parameter = getattr(layer, name)
+        parameter.weight_loader(parameter, tensor)
+    given = {}
+    monkeypatch.setattr(
+        layer.quant_method.inner,
+        "process_weights_after_loading",
+        lambda layer: given.update(weight=layer.weight.data.clone(), scale=layer.weight_scale.data.clone()),
+    )
+    layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(given["weight"], weight)
+    assert torch.equal(given["scale"], loaded["weight_scale"].to(given["scale"].dtype))
+    assert "there is no sparse kernel for" in config.summary.decisions["model.a"].reason
