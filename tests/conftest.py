@@ -18,10 +18,10 @@ def one_thread() -> None:
 
 @pytest.fixture
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what is compared with a float32 reference, on every machine; test_narrow.py has the other products."""
-    from rac_modifier.pruning import narrow
+    """For what is compared with a float32 reference, on every machine; tests/pruning/test_linalg.py has those in bfloat16."""
+    from rac_modifier.pruning import linalg
 
-    monkeypatch.setattr(narrow, "product_dtype", lambda device: None)
+    monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: False)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Calibrate group by group: one pass over the model, in which every module runs once and already pruned."""
+"""Calibrate group by group: one pass over the model, in which every module runs once, after it was pruned."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from loguru import logger
 from tqdm import tqdm
 
 from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.llmcompressor.stages import Stage
-from rac_modifier.pruning.statistics import GroupStatistics
+from rac_modifier.pruning.hessian import Statistics
 
 
 def calibrate_by_group(
@@ -29,10 +30,10 @@ def calibrate_by_group(
     onload_device: torch.device,
     offload_device: torch.device,
 ) -> None:
-    """Prune the modules of each stage on what the pruned model feeds them, then let the stage run.
+    """Prune the modules of each stage on their inputs in the pruned model, then run the stage.
 
-    Upstream takes all Hessians of a decoder layer before it prunes any of its modules, which costs a second pass and
-    leaves o_proj and the MLP calibrated on inputs that they will not see again. Activations are kept as upstream keeps them,
+    Upstream takes all Hessians of a decoder layer before it prunes any of its modules. This costs a second pass, and
+    o_proj and the MLP are calibrated on inputs that they will not get in the pruned model. Activations are kept as in upstream,
     in an `IntermediatesCache`; with the dense target (`modifier.needs_dense_stream`) there are two.
     """
     _say_what_is_kept(model, loader, stages, modifier, offload_device)
@@ -50,17 +51,16 @@ def calibrate_by_group(
             with disable_offloading():
                 if stage.modules:
                     progress.set_postfix_str(modifier.describe_modules(stage.modules))
-                    if modifier.needs_dense_stream and dense is pruned:  # until here nothing was pruned
+                    if modifier.needs_dense_stream and dense is pruned:  # the first modules: the same so far
                         dense = _copy(pruned)
-                    statistics = None
+                    group = None
                     for batch in batches:
                         (x,), (x_dense,) = (c.fetch(batch, [stage.reads]).values() for c in (pruned, dense))
-                        if statistics is None:
-                            statistics = _statistics(stage, x, modifier.needs_dense_stream)
-                        statistics.add(x, modifier.weights_for(stage.modules, batch), x_dense)
+                        group = group or _input_group(stage, x, modifier.needs_dense_stream)
+                        group.statistics.add(x, modifier.weights_for(stage.modules, batch), x_dense)
                         if dense is not pruned and index < last:
                             stage.run(model, dense, batch)
-                    modifier.prune_group(stage.modules, statistics)
+                    modifier.prune_group(group)
                 for batch in batches:
                     if index < last:
                         stage.run(model, pruned, batch)
@@ -85,14 +85,14 @@ def _say_what_is_kept(
         logger.info(message)
 
 
-def _statistics(stage: Stage, x: torch.Tensor, drift: bool) -> GroupStatistics:
+def _input_group(stage: Stage, x: torch.Tensor, with_cross_moment: bool) -> InputGroup:
     with contextlib.ExitStack() as stack:
         for module in stage.modules:
             stack.enter_context(align_module_device(module))
         weights: list[torch.Tensor] = [module.weight.detach() for module in stage.modules]  # type: ignore[operator]
-    return GroupStatistics(weights, x.shape[-1], x.device, drift)
+    return InputGroup(stage.modules, Statistics(x.shape[-1], x.device, weights if with_cross_moment else None))
 
 
 def _copy(cache: IntermediatesCache) -> IntermediatesCache:
-    """A cache of its own that shares the tensors."""
+    """A second cache that holds the same tensors."""
     return IntermediatesCache([dict(batch) for batch in cache.batch_intermediates], cache.offload_device)

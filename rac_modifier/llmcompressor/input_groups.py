@@ -1,44 +1,40 @@
-"""Hessians of many modules from the inputs that pass them: one for all modules that read the same input."""
+"""Modules that read the same input, with the statistics of that input; and how they are found while a model runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import StopForward
-from rac_modifier.pruning.hessian import Hessian
+from rac_modifier.pruning.hessian import Statistics
 
 
 @dataclass(eq=False)
 class InputGroup:
-    """Modules that read the same tensor (q/k/v, gate/up) and the Hessian of it; the first one accumulates."""
+    """Modules that read the same tensor (q/k/v, gate/up), and the statistics of that tensor. They are pruned together."""
 
     modules: list[torch.nn.Module]
-    hessian: Hessian
-    first_batch: int
-    current: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
-
-    def release(self) -> None:
-        """Forget the last batch's input."""
-        self.current = None
+    statistics: Statistics
 
 
 class HessianCollector:
-    """Feed it every calibrated module's input; take the groups when a subgraph is done.
+    """Collects the input groups of the modules that run: each module's input is observed, and complete groups are taken.
 
-    Modules share a group when, in the batch that first reaches them, they get the very same tensor object. That they do so
-    in every later batch is checked, since a Hessian cannot be split afterwards.
+    Two modules belong to the same group when, in the batch in which they first run, they get the very same tensor object.
+    Later batches are checked to be the same, because a Hessian cannot be split afterwards.
 
-    `expected` names the modules of the subgraph being run: once each has been seen in a batch the forward is stopped
-    with `StopForward`, unless the first batch showed that a module is called more than once.
+    `expect` gives the modules of the part of the model that runs. When all of them were seen in a batch, the forward pass is
+    stopped with `StopForward`, unless a module was called more than once in the first batch.
     """
 
     def __init__(self, names: dict[torch.nn.Module, str]):
         self.names = names
         self.groups: dict[torch.nn.Module, InputGroup] = {}
+        self._first_batch: dict[InputGroup, int] = {}
+        self._latest: dict[InputGroup, tuple[int, torch.Tensor]] = {}  # batch number and input
         self._expected: frozenset[torch.nn.Module] = frozenset()
         self._batch = -1
         self._seen: dict[torch.nn.Module, int] = {}
@@ -46,15 +42,15 @@ class HessianCollector:
         self._first = -1
 
     def expect(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Start of a subgraph that calibrates `modules`; an empty set never stops a forward."""
+        """Start of a part of the model with these calibrated `modules`; without any, no forward pass is stopped."""
         self._expected = frozenset(modules)
         self._stoppable, self._batch, self._first, self._seen = True, -1, -1, {}
 
     def observe(self, module: torch.nn.Module, x: torch.Tensor, weights: torch.Tensor, batch: int) -> None:
-        """Count input `x` [..., columns] of a module in batch number `batch`, token weights [rows, length].
+        """Add the input `x` [..., columns] of a module in batch number `batch`, with token weights [rows, length].
 
         Raises:
-            RacError: a module that sees only some of the tokens (a routed expert), so that weights cannot be told.
+            RacError: a module that gets only some of the tokens (a routed expert), so their weights are unknown.
             StopForward: when the rest of this forward pass is not needed.
         """
         if batch != self._batch:
@@ -68,41 +64,44 @@ class HessianCollector:
         if group.modules[0] is module:
             if x.shape[:-1].numel() != weights.numel():
                 raise RacError(
-                    f"{self.names[module]} saw {x.shape[:-1].numel()} of the batch's {weights.numel()} tokens, so it is not "
-                    "known which: let every expert see every token (oneshot's moe_calibrate_all_experts=True) or add it to ignore"
+                    f"{self.names[module]} got {x.shape[:-1].numel()} of the {weights.numel()} tokens of the batch, and it is "
+                    "unknown which ones: give every expert every token (oneshot's moe_calibrate_all_experts=True) or add it "
+                    "to ignore"
                 )
-            group.hessian.add(x, weights)
-            group.current = (batch, x)
-        elif group.current is None or group.current[0] != batch or group.current[1] is not x:
+            group.statistics.add(x, weights)
+            self._latest[group] = (batch, x)
+        elif self._input_of(group, batch) is not x:
             raise RuntimeError(
                 f"{self.names[module]} no longer reads the same input as {self.names[group.modules[0]]}; "
-                "this model routes inputs in a way that shared Hessians do not cover"
+                "this model routes inputs in a way that one Hessian for both does not cover"
             )
-        # The last module of a subgraph must not be stopped in the first batch: it may be called again.
+        # In the first batch the pass goes on after the last module of the part: a module may be called again.
         if self._stoppable and batch != self._first and self._expected and self._seen.keys() >= self._expected:
             raise StopForward
 
     def take(self, modules: Iterable[torch.nn.Module]) -> list[InputGroup]:
-        """Remove and return the groups that have a module among `modules`, in the order they were first reached."""
-        done: dict[InputGroup, None] = {}
-        for module in modules:
-            group = self.groups.get(module)
-            if group is not None:
-                done[group] = None
+        """Remove and return the groups that have a module among `modules`, in the order in which they first ran."""
+        done = list(dict.fromkeys(self.groups[module] for module in modules if module in self.groups))
         for group in done:
-            group.release()
+            self._latest.pop(group, None)
+            del self._first_batch[group]
             for module in group.modules:
                 del self.groups[module]
-        return list(done)
+        return done
 
     def _group(self, module: torch.nn.Module, x: torch.Tensor, batch: int) -> InputGroup:
         if module in self.groups:
             return self.groups[module]
-        for group in {id(g): g for g in self.groups.values()}.values():
-            if group.first_batch == batch and group.current is not None and group.current[1] is x:
+        for group, first in self._first_batch.items():
+            if first == batch and self._input_of(group, batch) is x:
                 group.modules.append(module)
                 self.groups[module] = group
                 return group
-        group = InputGroup([module], Hessian(x.shape[-1], x.device), batch)
-        self.groups[module] = group
+        group = self.groups[module] = InputGroup([module], Statistics(x.shape[-1], x.device))
+        self._first_batch[group] = batch
         return group
+
+    def _input_of(self, group: InputGroup, batch: int) -> torch.Tensor | None:
+        """The input of a group in this batch; None when it has not been observed yet."""
+        latest = self._latest.get(group)
+        return latest[1] if latest is not None and latest[0] == batch else None

@@ -18,17 +18,15 @@ from rac_modifier.calibration.token_weights import gradient_weights
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
-from rac_modifier.llmcompressor.input_groups import HessianCollector
+from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
 from rac_modifier.llmcompressor.module_patterns import describe_patterns, listed_patterns, measured_patterns
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.pruning.cost import Cost, Group, Plan, groups_by_input, run_cost
-from rac_modifier.pruning.group import prune_group
-from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.pruning.masks import holds
-from rac_modifier.pruning.statistics import GroupStatistics
-from rac_modifier.quantization.group import quantize_group
+from rac_modifier.pruning.solve import solve
+from rac_modifier.quantization.solve import Quantized, quantize
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import PruningSettings
 
@@ -155,7 +153,7 @@ class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
         """Prune what the finished subgraph has calibrated."""
         assert self._collector is not None
         for group in self._collector.take(modules):
-            self._prune(group.modules, group.hessian)
+            self.prune_group(group)
 
     def weights_for(self, modules: list[torch.nn.Module], batch: int) -> torch.Tensor:
         """The token weights [rows, length] of a batch for modules that read the same input: the mean of theirs."""
@@ -163,50 +161,54 @@ class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
             return self.calibration_set.loader.token_weights[batch]
         return torch.stack([self._token_weights[module][batch] for module in modules]).mean(0)
 
-    def prune_group(self, modules: list[torch.nn.Module], statistics: GroupStatistics) -> None:
-        """Prune modules that read the same input, on its statistics."""
-        self._prune(modules, statistics.hessian, statistics.drift())
-
-    def _prune(self, modules: list[torch.nn.Module], hessian: Hessian, drift: list[torch.Tensor] | None = None) -> None:
+    def prune_group(self, group: InputGroup) -> None:
+        """Prune modules that read the same input, and quantize them if the recipe says so."""
+        names = [self._names[module] for module in group.modules]
         quantizer = self._quantizer
         with contextlib.ExitStack() as stack:
-            for module in modules:
+            for module in group.modules:
                 stack.enter_context(align_module_device(module))
-            weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
+            weights: list[torch.Tensor] = [module.weight for module in group.modules]  # type: ignore[misc]
             dtype = weights[0].dtype
-            group = prune_group(
+            hessian = group.statistics.hessian.matrix(names[0])
+            solutions = solve(
                 self.solver,
-                [self._names[module] for module in modules],
-                [w.float() for w in weights] if quantizer else weights,  # the rounding comes later
+                [w.float() for w in weights] if quantizer else weights,  # quantization rounds to `dtype` later
                 hessian,
-                drift,
-                [self._patterns[self._names[module]] for module in modules],
+                [self._patterns[name] for name in names],
+                names=names,
+                cross_moment=group.statistics.cross_moment(),
                 dampening_frac=self.dampening_frac,
                 block_size=self.block_size,
                 refit=self.refit,
                 iterations=self.iterations,
                 refit_steps=self.refit_steps,
             )
-            quantized: list[Any] = [None] * len(modules)
+            quantized: list[Quantized | None] = [None] * len(solutions)
             if quantizer is not None and self.quantization is not None:
-                quantized = list(
-                    quantize_group(
-                        group,
-                        [quantizer.grids.get(module) for module in modules],
-                        dtype=dtype,
-                        dampening_frac=self.dampening_frac,
-                        sweeps=self.quantization.sweeps,
-                    )
+                quantized = quantize(
+                    solutions,
+                    hessian,
+                    [quantizer.grids.get(module) for module in group.modules],
+                    dtype=dtype,
+                    dampening_frac=self.dampening_frac,
+                    sweeps=self.quantization.sweeps,
                 )
-        for module, name, solution, result, record in zip(
-            modules, group.names, group.solutions, quantized, group.records, strict=True
-        ):
+        for module, solution, result in zip(group.modules, solutions, quantized, strict=True):
+            if solution.retries:
+                logger.warning(
+                    f"{solution.name}: the dampening was raised {solution.retries} times to factor its Hessian, "
+                    f"to {solution.dampening_used:.4g}"
+                )
+            record = self._results[solution.name] = solution.record() | {"tokens": group.statistics.hessian.tokens}
             if quantizer is None or result is None:
                 update_offload_parameter(module, "weight", solution.weight.to(dtype))
             else:
                 quantizer.store(module, result)
-                record["quantization"] = quantizer.described[name]
-            self._results[name] = record
+                record["relative_error_before_rounding"] = record["relative_error"]
+                record["relative_error"] = result.relative_error
+                record["sparsity"] = float((result.weight == 0).float().mean())
+                record["quantization"] = quantizer.described[solution.name]
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Stop watching; a module that no calibration token reached is an error, not a silent gap."""

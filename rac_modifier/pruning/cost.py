@@ -19,7 +19,7 @@ import torch
 
 from rac_modifier.llmcompressor.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from rac_modifier.model_tools import StopForward
-from rac_modifier.pruning.alps import INVERSE_UP_TO, stages
+from rac_modifier.pruning import alps
 from rac_modifier.pruning.hessian import block_columns
 
 
@@ -114,7 +114,8 @@ def _solver(group: Group, plan: Plan, dense_target: bool) -> float:
         cost += (0.0 if dense_target else factor) + product / 2
     elif plan.solver == "alps":
         cost += (
-            len(stages(plan.iterations)) * (factor if d > INVERSE_UP_TO * r else inverse) + plan.iterations * product
+            len(alps._stages(plan.iterations)) * (factor if d > alps._INVERSE_UP_TO * r else inverse)
+            + plan.iterations * product
         )
     if plan.solver in ("alps", "keep") or plan.refit:
         cost += (plan.refit_steps + 1) * product

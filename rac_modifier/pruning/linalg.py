@@ -1,8 +1,8 @@
-"""Dampening: what is added to a Hessian's diagonal so that it can be inverted, and when to add more."""
+"""Linear algebra that the solvers share: dampening, the Cholesky factor, products in bfloat16, quadratic forms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,52 +10,145 @@ import torch
 
 from rac_modifier.errors import RacError
 
-# Retries multiply the dampening by ten up to the mean of the diagonal; beyond that the Hessian would hardly matter and
-# the result would be magnitude pruning under another name.
+# Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would hardly matter, and the
+# result would be magnitude pruning under another name.
 MAX_DAMPENING = 1.0
 _FIRST_RETRY = 1e-4  # when dampening_frac is 0
+_BLOCK = 256  # rows of H in one step of quadratic_form
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Dampening:
-    """`frac` of the mean of H's diagonal, `added` [d] to it; inputs that never fired get the mean itself on top.
+    """What is added to the diagonal of a Hessian [d, d]: lambda = `frac` * mean(diag H).
 
-    `diagonal` [d] is what results, positive everywhere: the diagonal that scales a layer problem.
+    Attributes:
+        frac: share of the mean of the diagonal.
+        retries: how often `frac` was raised to reach this value.
+        uniform: lambda, a tensor with one number.
+        added: [d], lambda, and the mean on top of it for inputs that are 0 on every token.
+        diagonal: [d], the damped diagonal; it is positive everywhere.
     """
 
     frac: float
+    retries: int
+    uniform: torch.Tensor
     added: torch.Tensor
     diagonal: torch.Tensor
 
     @classmethod
-    def of(cls, hessian: torch.Tensor, frac: float) -> Dampening:
-        """For a Hessian [d, d] whose diagonal is nowhere negative and somewhere positive."""
+    def of(cls, hessian: torch.Tensor, frac: float, retries: int = 0) -> Dampening:
+        """For a Hessian whose diagonal is nowhere negative and somewhere positive."""
         diagonal = hessian.diagonal()
         mean = diagonal.mean()
-        added = torch.where(diagonal == 0, mean, torch.zeros_like(mean)) + frac * mean
-        return cls(frac, added, diagonal + added)
+        uniform = frac * mean
+        added = torch.where(diagonal == 0, mean, torch.zeros_like(mean)) + uniform
+        return cls(frac, retries, uniform, added, diagonal + added)
 
 
-def raise_until_it_works(attempt: Callable[[float], T | None], frac: float, label: str) -> tuple[T, float, int]:
-    """`attempt(frac)`, with the dampening raised tenfold as long as it returns None.
+def raise_until_it_works(
+    attempt: Callable[[Dampening], T | None], hessian: torch.Tensor, dampening: Dampening, label: str
+) -> tuple[T, Dampening]:
+    """`attempt(dampening)`, with the dampening raised tenfold as long as it returns None.
 
     Returns:
-        What it returned, the dampening that took and the number of raises.
+        What it returned, and the dampening that it succeeded with.
 
     Raises:
-        RacError: naming `label`, when not even the mean of the diagonal is enough.
+        RacError: naming `label`, when the mean of the diagonal is not enough.
     """
-    retries = 0
     while True:
-        result = attempt(frac)
+        result = attempt(dampening)
         if result is not None:
-            return result, frac, retries
-        larger = max(frac * 10, _FIRST_RETRY)
+            return result, dampening
+        larger = max(dampening.frac * 10, _FIRST_RETRY)
         if larger > MAX_DAMPENING * (1 + 1e-9):
             raise RacError(
-                f"{label}: the Hessian is not positive definite, even with dampening_frac {frac:.4g}; "
+                f"{label}: the Hessian is not positive definite, even with dampening_frac {dampening.frac:.4g}; "
                 "use more calibration tokens, or look for activations that overflow in this layer"
             )
-        frac, retries = larger, retries + 1
+        dampening = Dampening.of(hessian, larger, dampening.retries + 1)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The damped Hessian as U U^T, with U [d, d] upper triangular and U^-1 = R, so that its inverse is R^T R.
+
+    U is the Cholesky factor of the matrix read from the last input to the first:
+    U[i, j] = `reversed_lower`[d-1-i, d-1-j], lower triangular.
+    """
+
+    reversed_lower: torch.Tensor
+    dampening: Dampening
+
+    def solve(self, b: torch.Tensor) -> torch.Tensor:
+        """`b` [rows, d] times the inverse of the damped Hessian."""
+        return torch.cholesky_solve(b.T.flip(0), self.reversed_lower).flip(0).T
+
+    def block(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The diagonal blocks of U and of R at inputs [start, stop)."""
+        d = self.reversed_lower.shape[0]
+        here = slice(d - stop, d - start)
+        u = self.reversed_lower[here, here].flip(0, 1)
+        return u, torch.linalg.solve_triangular(u, torch.eye(stop - start).to(u), upper=True)
+
+
+def factorise(hessian: torch.Tensor, dampening: Dampening, label: str) -> Factor:
+    """Factor H with this dampening, or with a larger one where it needs it; d^3 / 6 multiply-adds.
+
+    The mean is over the Hessian as it is, so scaling H changes nothing (llm-compressor sets dead diagonals to 1 first).
+
+    Raises:
+        RacError: naming `label`, when it is not positive definite even with the largest dampening.
+    """
+    damped = hessian.flip(0, 1)
+
+    def attempt(dampening: Dampening) -> torch.Tensor | None:
+        damped.diagonal().copy_(dampening.diagonal.flip(0))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        return lower if int(info) == 0 else None
+
+    return Factor(*raise_until_it_works(attempt, hessian, dampening, label))
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16 products that are summed in float32; without them float32 is as fast.
+
+    CPUs with AVX512-BF16 or AMX (4.3 times float32 on a Zen 5), and CUDA devices from compute capability 8.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: bool) -> torch.Tensor:
+    """`out` + `a` @ `b`, in place; with `bf16` both factors are rounded to bfloat16, else the product is as they are."""
+    return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else out.addmm_(a, b)
+
+
+def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
+
+    Uses the lower triangle and counts what is left of the diagonal blocks twice: half the work of a full product.
+    """
+    result = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    for start in range(0, vectors.shape[0], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        product = hessian[block, block] @ vectors[block]
+        if start:
+            product.addmm_(hessian[block, :start], vectors[:start], alpha=2)
+        result += product.mul_(vectors[block]).sum(0)
+    return result
+
+
+def stacked(weights: Sequence[torch.Tensor], hessian: torch.Tensor) -> torch.Tensor:
+    """Weights, each [rows_i, d], side by side and transposed, [d, sum(rows)], in the Hessian's dtype and on its device.
+
+    One input is one contiguous row then, which is what the solvers read and write at a time.
+    """
+    result = hessian.new_empty(hessian.shape[0], sum(w.shape[0] for w in weights))
+    for part, w in zip(result.split([w.shape[0] for w in weights], dim=1), weights, strict=True):
+        part.copy_(w.T)
+    return result

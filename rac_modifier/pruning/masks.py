@@ -1,4 +1,4 @@
-"""Which zeros a pruned weight must have: N of every M consecutive inputs, or a share of the whole tensor."""
+"""Whether a weight has the zeros of a pattern: N of every M consecutive inputs, or a share of the whole tensor."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 
-# Columns of one block of SparseGPT by default; an unstructured count is rounded down once a block.
+# Columns of one block of SparseGPT by default; the number of pruned weights is rounded down once per block.
 _BLOCK = 128
 
 
 def broken_groups(weight: torch.Tensor, pattern: Pattern) -> int:
-    """How many groups of M consecutive columns of `weight` [rows, columns] hold more than M-N nonzeros.
+    """Number of groups of M consecutive columns of `weight` [rows, columns] with more than M-N nonzeros.
 
     Raises:
-        RacError: an unstructured pattern (it has no groups), or columns that are no multiple of M.
+        RacError: an unstructured pattern (it has no groups), or a number of columns that is no multiple of M.
     """
     if not pattern.is_structured:
         raise RacError("broken_groups: an unstructured pattern has no groups to count; use holds")
@@ -28,10 +28,10 @@ def broken_groups(weight: torch.Tensor, pattern: Pattern) -> int:
 
 
 def holds(weight: torch.Tensor, pattern: Pattern) -> bool:
-    """Whether `weight` [rows, columns] has the zeros that `pattern` asks for.
+    """Whether `weight` [rows, columns] has the zeros of `pattern`.
 
-    N:M: no group is broken. Unstructured: zeros > numel * sparsity - max(rows, ceil(columns / 128)). Solvers count down
-    to whole weights per row (Wanda) or per block of 128 columns (SparseGPT), and each such count loses less than one.
+    N:M: no group is broken. Unstructured: zeros > numel * sparsity - max(rows, ceil(columns / 128)), because solvers round
+    the number of pruned weights down per row (Wanda) or per block of 128 columns (SparseGPT).
     """
     if pattern.is_structured:
         return broken_groups(weight, pattern) == 0

@@ -1,68 +1,99 @@
-"""The one way in: weights and a Hessian, a method and a pattern; out come pruned weights and how much they err.
+"""Prune the linear modules that read one input: the whole algorithm, in the four steps of `solve`.
 
-What each method costs, in multiply-adds, for d inputs and r rows (of all modules that share H), and how many times r d the
-passes over memory that are not matrix products:
+For one module with weights W [rows, d], its inputs X_p [tokens, d] in the pruned model and its inputs X_d in the dense
+model (without token weights; hessian.py has them):
 
-    method      matrix products                      also
-    magnitude   -                                    one selection
-    wanda       -                                    one selection
-    sparsegpt   d^3 / 3 + d^2 r / 2                  ~ 20 r d, a rank-1 update a column
-    alps        i/8 d^3 (or i/24 d^3) + i d^2 r      ~ 15 i r d; i = `iterations`; the second if d > 4 r, in float32
-    refit       (s + 1) d^2 r                        ~ 12 s r d; s = the steps it took, at most `refit_steps`
+    H  = 2/tokens X_p^T X_p                  Hessian: second moment of the inputs                        [d, d]
+    C  = 2/tokens W (X_d - X_p)^T X_p        cross moment: output error before this module x inputs      [rows, d]
 
-Errors cost another d^2 r / 2 each. Memory beside the weights: d^2 for SparseGPT, 2 d^2 for ALPS, none for a refit (half of d^2
-with bfloat16 products). For d = 18,944 and r = 3,584 ALPS with a refit of five steps is about 3.3e13 multiply-adds.
+    1. damped Hessian    H' = H + lambda I,  lambda = dampening_frac * mean(diag H)                linalg.py
+    2. target            W* = W + C H'^-1                                                         dense_target.py
+    3. mask              minimise trace((W* - W') H' (W* - W')^T) over W' that hold the pattern    alps.py, sparsegpt.py,
+                                                                                                  scores.py
+    4. refit             minimise the same over the values that the mask keeps:                    refit.py
+                         H'_SS w'_S = (H' w*)_S for each row w' with kept columns S
+
+Modules that read the same input share H and are solved together: for d inputs and r rows of all modules, with s steps of the
+refit and i iterations, the multiply-adds are about
+
+    factor of H' d^3 / 6    target d^2 r    sparsegpt d^2 r / 2    alps i (d^3 / 16 + d^2 r)    refit (s + 1) d^2 r
+
+Memory beside the weights: d^2 for a factor, 2 d^2 for ALPS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import narrow
-from rac_modifier.pruning.checks import check_hessian, check_patterns, check_settings, check_weights, is_finite
-from rac_modifier.pruning.linalg import Dampening
-from rac_modifier.pruning.methods import METHODS, Problem, Settings
-from rac_modifier.pruning.quadratic import quadratic_form
-from rac_modifier.pruning.refit import Refit
+from rac_modifier.pruning import alps, linalg, scores, sparsegpt
+from rac_modifier.pruning.checks import (
+    check_cross_moment,
+    check_hessian,
+    check_patterns,
+    check_settings,
+    check_weights,
+    is_finite,
+)
+from rac_modifier.pruning.dense_target import target_weights
+from rac_modifier.pruning.linalg import Dampening, Factor, factorise, quadratic_form, stacked
 from rac_modifier.pruning.refit import refit as refit_kept
-from rac_modifier.pruning.sparsegpt import Factor
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import ITERATIONS, REFIT_STEPS, Method
 
-__all__ = ["ITERATIONS", "REFIT_STEPS", "Method", "Solution", "quadratic_form", "solve"]
+_SCORES = ("wanda", "magnitude")  # methods that change none of the weights that they keep
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A pruned module.
+    """A pruned module, with what quantization needs to go on.
 
     Attributes:
-        weight: [rows, columns] in the dtype and on the device of the weight given.
-        mask: bool [rows, columns], True = kept. What the method chose; a kept weight may still round to zero.
-        error: ||(W - W') X||^2 as the Hessian H has it, trace((W - W') H (W - W')^T), for W' as stored, W the target.
-        relative_error: error / trace(W H W^T); 0 when both are 0.
-        dampening_used: the dampening_frac that the factorisation took; 0 for methods that factor nothing.
-        retries: how often the dampening was raised to get there.
-        dead_inputs: input columns that are 0 on every calibration token.
+        name: of the module, for messages and the run record.
+        weight: [rows, d] in the dtype and on the device of the weight given.
+        mask: bool [rows, d], True = kept. What the method chose; a kept weight may still round to zero.
+        target: [rows, d], W* of step 2.
+        error: trace((W* - W') H (W* - W')^T), that is ||W* X - W' X||^2, for W' as stored.
+        relative_error: error / trace(W* H W*^T); 0 when both are 0.
+        dampening_used: dampening_frac of H'; 0 when no step used H'.
+        retries: how often dampening_frac was raised, because H' could not be factored.
+        dead_inputs: number of inputs that are 0 on every calibration token.
         iterations: of ALPS, else 0.
-        refit_steps: of the refit, fewer than allowed when every row converged; 0 when there was none.
-        refit_residual: the largest relative residual that a row was left with; 0 without a refit.
+        refit_steps: steps that the refit took, fewer than allowed when it converged; 0 without a refit.
+        refit_residual: the largest relative residual of a row after the refit; 0 without a refit.
+        factor: of H', when a step needed it.
     """
 
+    name: str
     weight: torch.Tensor
     mask: torch.Tensor
-    error: float
-    relative_error: float
-    dampening_used: float
-    retries: int
-    dead_inputs: int
+    target: torch.Tensor
+    error: float = 0.0
+    relative_error: float = 0.0
+    dampening_used: float = 0.0
+    retries: int = 0
+    dead_inputs: int = 0
     iterations: int = 0
     refit_steps: int = 0
     refit_residual: float = 0.0
+    factor: Factor | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The entry of this module in the run record."""
+        return {
+            "name": self.name,
+            "shape": list(self.weight.shape),
+            "sparsity": float((self.weight == 0).float().mean()),
+            "relative_error": self.relative_error,
+            "dampening": self.dampening_used,
+            "retries": self.retries,
+            "refit_steps": self.refit_steps,
+            "dead_inputs": self.dead_inputs,
+        }
 
 
 @torch.no_grad()
@@ -73,92 +104,108 @@ def solve(
     pattern: Pattern | Sequence[Pattern],
     *,
     names: Sequence[str] | None = None,
+    cross_moment: Sequence[torch.Tensor] | None = None,
     block_size: int = 128,
     dampening_frac: float = 0.01,
-    target: Sequence[torch.Tensor] | None = None,
     refit: bool = False,
     iterations: int = ITERATIONS,
     refit_steps: int = REFIT_STEPS,
-    factor: Factor | None = None,
 ) -> list[Solution]:
     """Prune modules that read the same input: `weights`, each [rows_i, d], share `hessian` [d, d] (float32, symmetric).
 
-    Each gets what it would get alone, but that a refit ends for all together (refit.py); stacking only saves time. Results are
-    float32, on the Hessian's device, where ALPS and the refit use narrower products if it has units for them (narrow.py).
-    `pattern` is one for all, or one a module: the same N:M, or unstructured with a sparsity of its own.
-    `target` holds the weights to reconstruct, shaped like `weights` (default: the weights themselves); `names` are for
-    messages. SparseGPT and ALPS zero inputs that are dead; Wanda and magnitude leave the weights they keep untouched,
-    unless `refit` then moves those weights to their best values on the support chosen. ALPS always ends with that refit, and so
-    does "keep", which prunes what is zero in `weights` already.
-    `factor` is sparsegpt.factorise's of this Hessian and dampening_frac, if the caller has it (dense_target.py): SparseGPT
-    need not factor again, ALPS takes its dampening, and its retries are recorded with either.
+    Each module gets what it would get alone, except that the refit ends for all of them together; solving them together saves
+    time. Results are float32, on the device of the Hessian; ALPS and the refit use bfloat16 products where those are fast.
+
+    Args:
+        method: alps and keep always end with a refit; keep prunes what is zero in `weights` already; wanda and
+            magnitude do not change the weights that they keep, unless `refit` is set.
+        pattern: one for all modules, or one per module: the same N:M, or unstructured with a sparsity per module.
+        names: of the modules, for messages.
+        cross_moment: C of each module (hessian.py); without it the target is `weights`.
+        block_size: of sparsegpt.
+        iterations: of alps.
 
     Raises:
         RacError: shapes, numbers or a pattern that cannot work, values that are not finite, or a Hessian that cannot be
             factored. No method falls back to another.
     """
     names = [f"weight {i}" for i in range(len(weights))] if names is None else names
-    targets = weights if target is None else target
     patterns = [pattern] * len(weights) if isinstance(pattern, Pattern) else list(pattern)
-    label = ", ".join(names)
+    rows, label = [w.shape[0] for w in weights], ", ".join(names)
     check_settings(method, block_size, dampening_frac, iterations, refit_steps)
-    check_weights(weights, targets, names, hessian.shape[0])
+    check_weights(weights, names, hessian.shape[0])
+    if cross_moment is not None:
+        check_cross_moment(cross_moment, weights, names)
     check_patterns(weights, names, patterns)
     check_hessian(hessian, label)
 
-    rows, dtype = [w.shape[0] for w in weights], weights[0].dtype
+    # 1. Damped Hessian: H' = H + lambda I with lambda = dampening_frac * mean(diag H). Where a step needs the factor U of
+    #    H' = U U^T, lambda is raised until it exists.
+    dampening, factor = Dampening.of(hessian, dampening_frac), None
+    if cross_moment is not None or method == "sparsegpt":
+        factor = factorise(hessian, dampening, label)
+        dampening = factor.dampening
+
+    # 2. Target: W* = W + C H'^-1, or W itself without a cross moment.
+    targets = list(weights)
+    if cross_moment is not None and factor is not None:
+        targets = target_weights(weights, cross_moment, factor, names)
+
+    # 3. Mask: minimise trace((W* - W') H' (W* - W')^T) over W' that hold the pattern. `working` is W'^T of all modules, side
+    #    by side. The weights of dead inputs are pruned too, because they never matter; scores do not change what they keep.
     working = stacked(targets, hessian)
-    totals = quadratic_form(working, hessian)
+    totals, errors = quadratic_form(working, hessian), None
     dead = hessian.diagonal() == 0
-    settings = Settings(dampening_frac, block_size, iterations)
-    zeros = stacked(weights, hessian) == 0 if method == "keep" else None
-    problem = Problem(working, rows, hessian, dead, patterns, settings, label, factor, zeros)
-    pruned = METHODS[method](problem)
-    errors, fitted = pruned.errors, Refit(0, 0.0)
+    if method not in _SCORES:
+        working[dead] = 0.0
+    if method == "alps":
+        pruned, dampening = alps.prune(working, hessian, rows, patterns, dampening, iterations=iterations, label=label)
+    elif method == "sparsegpt":
+        assert factor is not None
+        pruned, errors = sparsegpt.prune(working, factor, rows, patterns, block_size)
+    elif method == "wanda":
+        pruned = scores.prune(working, rows, patterns, lambda w, p: scores.wanda_mask(w, hessian, p))
+    elif method == "magnitude":
+        pruned = scores.prune(working, rows, patterns, scores.magnitude_mask)
+    else:
+        pruned = stacked(weights, hessian) == 0
+        working.masked_fill_(pruned, 0.0)
+    if method not in _SCORES:
+        pruned[dead] = True
+
+    # 4. Refit: H'_SS w'_S = (H' w*)_S for each row w' with kept columns S.
+    fitted = None
     if refit or method in ("alps", "keep"):
-        dampening = Dampening.of(hessian, pruned.dampening_frac or dampening_frac)
+        bf16 = linalg.bf16_is_fast(hessian.device)
         fitted = refit_kept(
-            working,
-            pruned.mask,
-            stacked(targets, hessian),
-            hessian,
-            dampening,
-            steps=refit_steps,
-            product_dtype=narrow.product_dtype(hessian.device),
+            working, pruned, stacked(targets, hessian), hessian, dampening, steps=refit_steps, bf16=bf16
         )
-        errors = None
-    if errors is None or dtype != working.dtype:  # SparseGPT's own errors know nothing of rounding
+
+    dtype = weights[0].dtype
+    if errors is None or fitted or dtype != working.dtype:  # those of SparseGPT are without a refit and before rounding
         stored = working.to(dtype).to(working.dtype)
         errors = quadratic_form(stacked(targets, hessian).sub_(stored), hessian)
-
     solutions = []
-    for i, (name, w) in enumerate(zip(names, weights, strict=True)):
-        part = slice(sum(rows[:i]), sum(rows[: i + 1]))
-        weight = working[:, part].T.contiguous().to(w)
+    columns, each = (x.split(rows, dim=1) for x in (working, pruned)), (x.split(rows) for x in (errors, totals))
+    for name, given, target, w, mask, error, total in zip(names, weights, targets, *columns, *each, strict=True):
+        weight = w.T.contiguous().to(given)
         if not is_finite(weight):
-            raise RacError(f"{name}: the pruned weight overflows {w.dtype}; raise dampening_frac ({dampening_frac})")
-        # rounding may leave an error of nothing just below 0
-        error, total = max(float(errors[part].sum()), 0.0), float(totals[part].sum())
-        solutions.append(
-            Solution(
-                weight=weight,
-                mask=pruned.mask[:, part].T.logical_not().contiguous().to(w.device),
-                error=error,
-                relative_error=error / total if total > 0 else 0.0,
-                dampening_used=pruned.dampening_frac,
-                retries=pruned.retries,
-                dead_inputs=int(dead.sum()),
-                iterations=pruned.iterations,
-                refit_steps=fitted.steps,
-                refit_residual=fitted.residual,
-            )
+            raise RacError(f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({dampening_frac})")
+        lost, whole = max(float(error.sum()), 0.0), float(total.sum())  # rounding can leave a zero error just below 0
+        solution = Solution(
+            name=name,
+            weight=weight,
+            mask=mask.T.logical_not().contiguous().to(given.device),
+            target=target,
+            error=lost,
+            relative_error=lost / whole if whole > 0 else 0.0,
+            dampening_used=dampening.frac if factor or fitted else 0.0,
+            retries=dampening.retries,
+            dead_inputs=int(dead.sum()),
+            iterations=iterations if method == "alps" else 0,
+            refit_steps=fitted.steps if fitted else 0,
+            refit_residual=fitted.residual if fitted else 0.0,
+            factor=factor,
         )
+        solutions.append(solution)
     return solutions
-
-
-def stacked(weights: Sequence[torch.Tensor], hessian: torch.Tensor) -> torch.Tensor:
-    """All weights side by side and transposed, [d, sum(rows)], in the Hessian's dtype; sparsegpt.py says why."""
-    result = hessian.new_empty(hessian.shape[0], sum(w.shape[0] for w in weights))
-    for part, w in zip(result.split([w.shape[0] for w in weights], dim=1), weights, strict=True):
-        part.copy_(w.T)
-    return result

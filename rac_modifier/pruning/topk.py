@@ -1,4 +1,4 @@
-"""Picking the lowest scores, always an exact number of them."""
+"""Selection of the lowest scores: an exact number of them, their ranks, or a threshold."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SAMPLE = 1 << 15
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Boolean mask of exactly `count` lowest entries of `scores` (any shape, taken as one list; ties by position).
+    """Boolean mask of exactly the `count` lowest entries of `scores` (any shape, read as one list; ties by position).
 
-    A threshold by selection rather than a sort: an order of magnitude faster on a block of a wide layer.
+    It selects a threshold and does not sort, which is ten times faster on a block of a wide layer.
     """
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -26,7 +26,7 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def lowest_along(scores: torch.Tensor, count: int, dim: int) -> torch.Tensor:
-    """Boolean mask of exactly `count` lowest entries of `scores` along `dim`."""
+    """Boolean mask of exactly the `count` lowest entries of `scores` along `dim`."""
     indices = scores.topk(count, dim=dim, largest=False, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, indices, True)
 
@@ -34,8 +34,8 @@ def lowest_along(scores: torch.Tensor, count: int, dim: int) -> torch.Tensor:
 def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
     """Rank, from 0 for the lowest, of each entry of `scores` [groups * m, columns] among `m` rows of its column.
 
-    In the dtype of `scores`; ties by position. Short groups are ranked by comparing every pair: on a CPU four times faster
-    than topk.
+    The ranks have the dtype of `scores`; ties by position. Short groups are ranked by comparing every pair, which on a CPU is
+    four times faster than topk.
     """
     groups = scores.view(-1, m, scores.shape[1])
     if m > _RANKED_UP_TO:
@@ -43,7 +43,7 @@ def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
     ranks = torch.zeros_like(groups)
     for i in range(m):
         for j in range(i + 1, m):
-            # 1.0 or 0.0 in place: comparisons that write booleans are not vectorised on a CPU
+            # in place, as 1.0 or 0.0: a comparison that writes booleans is not vectorised on a CPU
             later_is_lower = groups[:, j].clone().lt_(groups[:, i])
             ranks[:, i].add_(later_is_lower)
             ranks[:, j].add_(1.0).sub_(later_is_lower)
@@ -51,12 +51,13 @@ def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
 
 
 def sampled_threshold(scores: torch.Tensor, share: float) -> float:
-    """A value that about a share `share` of the entries of `scores` [rows, columns] do not exceed; exact up to 32,768 entries.
+    """A value that about a `share` of the entries of `scores` [rows, columns] do not exceed; exact for up to 32,768 entries.
 
-    From a sample of that size beyond: off by 0.3 % of the entries (one standard deviation), at a fraction of the time.
+    For more it comes from a sample of that size, which takes a fraction of the time and is wrong by 0.3 % of the entries (one
+    standard deviation).
     """
     step = max(scores.numel() // _SAMPLE, 1)
-    while math.gcd(step, scores.shape[1]) > 1 < step:  # so that no column is left out
+    while math.gcd(step, scores.shape[1]) > 1 < step:  # with a common divisor, the sample would miss columns
         step += 1
     sample = scores.flatten()[::step]
     return float(sample.kthvalue(max(int(sample.numel() * share), 1)).values)

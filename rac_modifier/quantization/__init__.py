@@ -1,1 +1,1 @@
-"""Rounding pruned weights to the values that a quantization scheme has, without losing a zero."""
+"""Rounding pruned weights to the values of a quantization scheme; zeros stay zero."""

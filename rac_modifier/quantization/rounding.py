@@ -1,13 +1,13 @@
-"""Round kept weights to a grid and make up for it with the others that are kept; pruned ones stay zero.
+"""Round kept weights to a grid, and correct each rounding error with the other kept weights; pruned weights stay zero.
 
-Two steps, both on the layer problem min trace((W - T) H (W - T)^T) that the pruning solved, whose optimum over the support
-is the weight W that the refit left:
+Two steps on the layer problem min trace((W - T) H (W - T)^T) that the pruning solved. With the mask fixed, its solution is the
+weight W that the refit gave.
 
-1. *GPTQ* (arXiv 2210.17323) from left to right, with the factor H = U U^T and R = U^-1 of sparsegpt.py: a column's error
-   e_j = (w_j - q_j) / R_jj moves every later column k by -e_j R_jk. Pruned weights take part: what has come upon one when its
-   turn comes is an error like that of rounding, and is passed on, since it goes back to zero.
-2. *Coordinate descent*: R knows nothing of the mask, so what was passed on to pruned columns was not placed best. Each sweep
-   sets every kept weight, the others fixed, to the grid point nearest to the minimum of the error along it,
+1. *GPTQ* (arXiv 2210.17323), from the first input to the last, with H = U U^T and R = U^-1 as in sparsegpt.py: the
+   error of input j, e_j = (w_j - q_j) / R_jj, changes every later input k by -e_j R_jk. Pruned weights take part: the
+   corrections that a pruned weight has received are an error too, since it is set to zero again, and later inputs correct it.
+2. *Coordinate descent.* R does not depend on the mask, so the corrections that pruned weights received were not placed best.
+   Each sweep sets every kept weight, with the others fixed, to the grid point nearest to the minimum of the error along it,
    q_j - ((Q - T) H)_j / H_jj. The error falls with each move, and only kept weights move.
 """
 
@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from rac_modifier.pruning.linalg import Dampening
-from rac_modifier.pruning.sparsegpt import Factor
+from rac_modifier.pruning.linalg import Dampening, Factor
 from rac_modifier.quantization.grid import Grid
 
 _BLOCK = 128
@@ -24,14 +23,13 @@ _SUB_BLOCK = 32
 
 
 def gptq(weight: torch.Tensor, keep: torch.Tensor, scales: torch.Tensor, grid: Grid, factor: Factor) -> None:
-    """Round `weight` [d, rows] in place; `keep` [d, rows], 1.0 = kept, 0.0 = pruned, in its dtype; `scales` [d, rows]."""
+    """Round `weight` [d, rows] in place; `keep` [d, rows] in its dtype: 1.0 = kept, 0.0 = pruned; `scales` [d, rows]."""
     d = weight.shape[0]
-    change = torch.empty_like(weight)  # D = W - Q of the settled columns, in reversed order like the factor
+    change = torch.empty_like(weight)  # D = W - Q of the inputs that are done, in reversed order like the factor
     for start in range(0, d, _BLOCK):
         stop = min(start + _BLOCK, d)
         here, before = slice(d - stop, d - start), slice(d - start, d)
-        u = factor.reversed_lower[here, here].flip(0, 1)
-        r = torch.linalg.solve_triangular(u, torch.eye(stop - start).to(u), upper=True)
+        _, r = factor.block(start, stop)
         passed_on = (factor.reversed_lower[before, here].T @ change[before]).flip(0)
         block = torch.addmm(weight[start:stop], r.T, passed_on)
         errors = torch.empty_like(block)
@@ -57,7 +55,7 @@ def descend(
     dampening: Dampening,
     sweeps: int,
 ) -> None:
-    """Coordinate descent from `weight` [d, rows] (on the grid, pruned as `keep` says) towards `target`, in place."""
+    """Coordinate descent from `weight` [d, rows] (on the grid, zero where `keep` is) towards `target`, in place."""
     d = weight.shape[0]
     for _ in range(sweeps):
         for start in range(0, d, _BLOCK):

@@ -1,4 +1,4 @@
-"""llm-compressor's quantization schemes, and which of them can be rounded here."""
+"""llm-compressor's quantization schemes, and the grid of each scheme that can be rounded here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from rac_modifier.errors import RacError
 from rac_modifier.quantization.grid import Grid
 
-_KNOWN = "int of 4 or 8 bits, or float of 8 (e4m3), symmetric, a scale a channel or a group, such as W4A16, W8A8 or FP8_DYNAMIC"
+_KNOWN = "int of 4 or 8 bits, or float of 8 (e4m3), symmetric, one scale per channel or group, such as W4A16, W8A8 or FP8_DYNAMIC"
 
 
 def grid_of(scheme: QuantizationScheme, name: str) -> Grid:
     """The grid of a scheme's weights.
 
     Raises:
-        RacError: naming `name`, where this package cannot round to it, or where activations need scales that are calibrated.
+        RacError: naming `name`, when this package cannot round to it, or when activations need calibrated scales.
     """
     weights = scheme.weights
     if weights is None:
@@ -32,12 +32,14 @@ def grid_of(scheme: QuantizationScheme, name: str) -> Grid:
 
 
 def describe_scheme(scheme: QuantizationScheme) -> str:
-    """A scheme in a few words: `int4 in groups of 128, activations as they are`."""
+    """A scheme in a few words: `int8, one scale per channel, activations int8, one scale per token`."""
     weights, inputs = scheme.weights, scheme.input_activations
     assert weights is not None
-    scales = f"in groups of {weights.group_size}" if weights.strategy == "group" else f"a scale a {weights.strategy}"
-    text = f"{weights.type}{weights.num_bits} {scales}"
-    return f"{text}, activations {inputs.type}{inputs.num_bits} a {inputs.strategy}" if inputs else text
+    scales = (
+        f" in groups of {weights.group_size}" if weights.strategy == "group" else f", one scale per {weights.strategy}"
+    )
+    text = f"{weights.type}{weights.num_bits}{scales}"
+    return f"{text}, activations {inputs.type}{inputs.num_bits}, one scale per {inputs.strategy}" if inputs else text
 
 
 def _is_known(weights: QuantizationArgs) -> bool:

@@ -1,4 +1,4 @@
-"""Quantize pruned modules that read the same input: the one entry point of this station."""
+"""Quantize pruned modules that read the same input: the one entry point of this room."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.checks import check_hessian, check_weights, is_finite
-from rac_modifier.pruning.linalg import Dampening
-from rac_modifier.pruning.quadratic import quadratic_form
-from rac_modifier.pruning.solve import stacked
-from rac_modifier.pruning.sparsegpt import Factor, factorise
+from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, stacked
+from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.grid import Grid, search_scales
 from rac_modifier.quantization.rounding import descend, gptq
 from rac_modifier.settings.quantization import SWEEPS
@@ -24,7 +22,7 @@ class Quantized:
 
     Attributes:
         weight: [rows, d], code times scale, in the dtype of the scales; zero where pruned.
-        scale: [rows, groups] (one group: a scale a row), as compressed-tensors' `weight_scale`.
+        scale: [rows, groups] (one group: one scale per row), as compressed-tensors' `weight_scale`.
         relative_error: trace((T - Q) H (T - Q)^T) / trace(T H T^T) for the target T; 0 when both are 0.
     """
 
@@ -35,47 +33,59 @@ class Quantized:
 
 @torch.no_grad()
 def quantize(
-    weights: Sequence[torch.Tensor],
-    masks: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
+    solutions: Sequence[Solution],
     hessian: torch.Tensor,
-    grid: Grid,
+    grids: Sequence[Grid | None],
     *,
-    names: Sequence[str],
     dtype: torch.dtype,
     dampening_frac: float = 0.01,
-    factor: Factor | None = None,
     sweeps: int = SWEEPS,
-) -> list[Quantized]:
-    """Round pruned `weights`, each [rows_i, d], to `grid`, so that the outputs stay those of `targets`; rounding.py says how.
+) -> list[Quantized | None]:
+    """Round the pruned modules of `solutions` to their `grids`, one per module; a module with None is left as it is.
 
-    `masks` [rows_i, d] bool, True = kept: nothing else becomes nonzero. `hessian` [d, d] float32 is that of the inputs, the
-    same that the pruning used, and `factor` sparsegpt.factorise's of it. Scales are chosen on the weights and the Hessian's
-    diagonal (grid.py) and are exact in `dtype`, in which weights and scales come back.
+    The outputs are to stay those of the targets (rounding.py has the equations), and only weights that the masks keep
+    become nonzero. `hessian` [d, d] float32 is the one that the pruning used. Scales are chosen on the weights and the
+    diagonal of the Hessian (grid.py). They are exact in `dtype`, which is the dtype of the weights and scales returned.
 
     Raises:
         RacError: shapes or numbers that cannot work, or a result that `dtype` cannot hold.
     """
-    label = ", ".join(names)
-    check_weights(weights, targets, names, hessian.shape[0])
-    check_hessian(hessian, label)
-    if grid.group_size and hessian.shape[0] % grid.group_size:
+    check_weights([s.weight for s in solutions], [s.name for s in solutions], hessian.shape[0])
+    check_hessian(hessian, ", ".join(s.name for s in solutions))
+    results: list[Quantized | None] = [None] * len(solutions)
+    for grid in dict.fromkeys(grid for grid in grids if grid is not None):
+        members = [i for i, other in enumerate(grids) if other == grid]
+        rounded = _on_one_grid([solutions[i] for i in members], hessian, grid, dtype, dampening_frac, sweeps)
+        for i, result in zip(members, rounded, strict=True):
+            results[i] = result
+    return results
+
+
+def _on_one_grid(
+    solutions: Sequence[Solution],
+    hessian: torch.Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    dampening_frac: float,
+    sweeps: int,
+) -> list[Quantized]:
+    names, d = [s.name for s in solutions], hessian.shape[0]
+    if grid.group_size and d % grid.group_size:
         raise RacError(
-            f"{names[0]}: {hessian.shape[0]} inputs are no multiple of the group_size {grid.group_size}; set a group_size "
+            f"{names[0]}: {d} inputs are no multiple of the group_size {grid.group_size}; set a group_size "
             "that divides them (config_groups), or add the module to ignore"
         )
-    factor = factor or factorise(hessian, dampening_frac, label)
-    dampening = Dampening.of(hessian, factor.dampening_frac)
-    keep = stacked([mask.to(hessian.dtype) for mask in masks], hessian)
-    target = stacked(targets, hessian)
-    working = stacked(weights, hessian).mul_(keep)
-    scales = search_scales(working, grid, dampening.diagonal, dtype)
-    spread = grid.column_scales(scales, working.shape[0])
+    factor = solutions[0].factor or factorise(hessian, Dampening.of(hessian, dampening_frac), ", ".join(names))
+    keep = stacked([s.mask.to(hessian.dtype) for s in solutions], hessian)
+    target = stacked([s.target for s in solutions], hessian)
+    working = stacked([s.weight for s in solutions], hessian).mul_(keep)
+    scales = search_scales(working, grid, factor.dampening.diagonal, dtype)
+    spread = grid.column_scales(scales, d)
     gptq(working, keep, spread, grid, factor)
-    descend(working, target, keep, spread, grid, hessian, dampening, sweeps)
-    working.add_(0.0)  # -0.0 is a value to the sparse layouts, and 8-bit floats have it
+    descend(working, target, keep, spread, grid, hessian, factor.dampening, sweeps)
+    working.add_(0.0)  # turns -0.0 into 0.0: the sparse layouts would store -0.0, and 8-bit floats have it
 
-    rows = [w.shape[0] for w in weights]
+    rows = [s.weight.shape[0] for s in solutions]
     totals = quadratic_form(target, hessian)
     errors = quadratic_form(target.sub_(working), hessian)
     results = []

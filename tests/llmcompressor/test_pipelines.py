@@ -59,7 +59,7 @@ def test_the_lean_loop_on_padded_batches_gives_the_same_hessians(prune, monkeypa
     class Spy(HessianCollector):
         def take(self, modules):
             groups = super().take(modules)
-            hessians.extend(g.hessian.matrix() for g in groups)
+            hessians.extend(g.statistics.hessian.matrix() for g in groups)
             return groups
 
     monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.HessianCollector", Spy)
@@ -121,7 +121,7 @@ def test_a_module_called_twice_is_counted_twice_and_never_stopped_before():
         expected = Hessian(4)
         for x in inputs[group.modules[0]]:
             expected.add(x)
-        torch.testing.assert_close(group.hessian.matrix(), expected.matrix())
+        torch.testing.assert_close(group.statistics.hessian.matrix(), expected.matrix())
 
 
 def test_token_weights_decide_what_is_kept(prune):
