@@ -36,10 +36,16 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
     weights, inputs = scheme.weights, scheme.input_activations
     assert weights is not None
     scales = (
-        f" in groups of {weights.group_size}" if weights.strategy == "group" else f", one scale per {weights.strategy}"
+        f" in groups of {weights.group_size}"
+        if weights.strategy == "group"
+        else f", one scale per {_text(weights.strategy)}"
     )
-    text = f"{weights.type}{weights.num_bits}{scales}"
-    return f"{text}, activations {inputs.type}{inputs.num_bits}, one scale per {inputs.strategy}" if inputs else text
+    text = f"{_text(weights.type)}{weights.num_bits}{scales}"
+    return (
+        f"{text}, activations {_text(inputs.type)}{inputs.num_bits}, one scale per {_text(inputs.strategy)}"
+        if inputs
+        else text
+    )
 
 
 def _is_known(weights: QuantizationArgs) -> bool:
@@ -55,8 +61,13 @@ def _is_known(weights: QuantizationArgs) -> bool:
 
 
 def _describe(weights: QuantizationArgs) -> str:
-    parts = [f"{weights.type} of {weights.num_bits} bits", f"strategy {weights.strategy}"]
+    parts = [f"{_text(weights.type)} of {weights.num_bits} bits", f"strategy {_text(weights.strategy)}"]
     parts += [] if weights.symmetric else ["asymmetric"]
-    parts += [f"actorder {weights.actorder}"] if weights.actorder else []
+    parts += [f"actorder {_text(weights.actorder)}"] if weights.actorder else []
     parts += [f"scales of {weights.scale_dtype}"] if weights.scale_dtype else []
     return ", ".join(parts)
+
+
+def _text(value: object) -> str:
+    """compressed-tensors' fields hold text or members of an enum, depending on how a scheme was made."""
+    return str(getattr(value, "value", value))

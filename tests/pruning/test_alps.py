@@ -5,11 +5,23 @@ from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import Pattern, alps, broken_groups, solve
-from tests.pruning.pruning_reference import correlated_problem, dampened, random_problem, trace_error
+from tests.pruning.pruning_reference import (
+    assert_near,
+    correlated_problem,
+    dampened,
+    gaussian,
+    quadratic_tolerance,
+    random_problem,
+    solve_tolerance,
+    trace_error,
+)
 
 
-def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern, iterations: int) -> torch.Tensor:
-    """The paper's form on columns scaled by sqrt(diag H), float64, over-relaxed: explicit W, D and V, exact thresholds."""
+def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """11 iterations in the paper's form on columns scaled by sqrt(diag H), float64: explicit W, D and V, exact thresholds.
+
+    Over-relaxed by 1.5; rho is 0.2 in the first 6 iterations and 0.5 in the last 5. These are our numbers, not the paper's.
+    """
     h = dampened(hessian, 0.01)
     scale = h.diagonal().sqrt()
     h, t = h / scale[:, None] / scale, weight.double() * scale
@@ -21,35 +33,32 @@ def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern, iteratio
         pruned = torch.zeros_like(scores).scatter_(1, scores.argsort(1)[:, :count], 1.0)
         return z * (1 - pruned.view(rows, d))
 
-    z, v = t, torch.zeros_like(t)
-    kept = project(z)
-    for rho, repeats in alps.stages(iterations):
-        if z is t:
-            v = torch.zeros_like(t) + rho * (t - kept)
-        for _ in range(repeats):
-            w = torch.linalg.solve(h + rho * torch.eye(d), (t @ h - v + rho * kept).T).T
-            w = alps._RELAXATION * w + (1 - alps._RELAXATION) * kept
-            z = w + v / rho
-            kept = project(z)
-            v = v + rho * (w - kept)
+    kept = project(t)
+    v = 0.2 * (t - kept)
+    for rho in 6 * [0.2] + 5 * [0.5]:
+        w = torch.linalg.solve(h + rho * torch.eye(d, dtype=torch.float64), (t @ h - v + rho * kept).T).T
+        w = 1.5 * w - 0.5 * kept
+        z = w + v / rho
+        kept = project(z)
+        v = v + rho * (w - kept)
     return kept / scale
 
 
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.n_of_m(7, 16), Pattern.unstructured(0.6)])
 def test_is_the_papers_iteration(pattern):
-    weight, hessian = correlated_problem(20, 96, 400)
-    expected = admm(weight, hessian, pattern, 11)
+    """In float64, so that no weight is kept or pruned because of rounding."""
+    weight, hessian = (x.double() for x in correlated_problem(20, 96, 400))
+    expected = admm(weight, hessian, pattern)
     (solution,) = solve("alps", [weight], hessian, pattern, iterations=11, refit_steps=0)
-    assert ((expected != 0) == solution.mask).float().mean() > 0.995  # near ties turn on rounding
-    same = (expected != 0) & solution.mask
-    assert torch.isclose(solution.weight[same].double(), expected[same], rtol=1e-2, atol=1e-3).float().mean() > 0.99
+    assert torch.equal(expected != 0, solution.mask)
+    assert_near(solution.weight, expected, solve_tolerance(dampened(hessian, 0.01), torch.float64))
 
 
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.6)])
 def test_triangular_solves_and_the_inverse_agree(pattern, monkeypatch):
     weight, hessian = correlated_problem(20, 96, 400)
     (inverse,) = solve("alps", [weight], hessian, pattern)
-    monkeypatch.setattr(alps, "INVERSE_UP_TO", 0)
+    monkeypatch.setattr(alps, "_INVERSE_UP_TO", 0)
     (solves,) = solve("alps", [weight], hessian, pattern)
     assert (inverse.mask == solves.mask).float().mean() > 0.995
     assert solves.error == pytest.approx(inverse.error, rel=0.01)
@@ -133,7 +142,8 @@ def test_dead_inputs_are_zeroed_and_disturb_nothing(pattern, frac):
     assert not solution.weight[:, dead].any()
     assert not solution.mask[:, dead].any()
     alive = torch.ones(128, dtype=torch.bool).index_fill(0, dead, False)
-    torch.testing.assert_close(solution.weight[:, alive], weight[:, alive], rtol=1e-4, atol=1e-5)
+    tolerance = solve_tolerance(dampened(hessian, frac)[alive][:, alive], torch.float32, margin=5.0)
+    assert_near(solution.weight[:, alive], weight[:, alive], tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -143,7 +153,8 @@ def test_errors_are_those_of_the_stored_weight(dtype):
     (solution,) = solve("alps", [weight], hessian, Pattern.n_of_m(2, 4))
     assert solution.weight.dtype == dtype
     assert solution.weight.is_contiguous()
-    assert solution.error == pytest.approx(trace_error(weight.double() - solution.weight.double(), hessian), rel=1e-3)
+    change = weight.double() - solution.weight.double()
+    assert solution.error == pytest.approx(trace_error(change, hessian), abs=quadratic_tolerance(change, hessian))
     assert broken_groups(solution.weight, Pattern.n_of_m(2, 4)) == 0
 
 
@@ -151,7 +162,7 @@ def test_scaling_the_hessian_changes_nothing():
     weight, hessian = correlated_problem(8, 200, 300)
     (one,), (other,) = (solve("alps", [weight], hessian * c, Pattern.unstructured(0.5)) for c in (1.0, 2.0**-20))
     assert torch.equal(one.mask, other.mask)
-    torch.testing.assert_close(one.weight, other.weight)
+    assert torch.equal(one.weight, other.weight)
 
 
 def test_indefinite_hessian_is_an_error():
@@ -171,18 +182,18 @@ def test_a_raised_dampening_is_recorded():
 
 @pytest.mark.parametrize("iterations", [1, 3, 4, 5, 16, 30])
 def test_stages_add_up(iterations):
-    stages = alps.stages(iterations)
+    stages = alps._stages(iterations)
     assert sum(repeats for _, repeats in stages) == iterations
     assert [rho for rho, _ in stages] == sorted(rho for rho, _ in stages)
-    (solution,) = solve("alps", [torch.randn(3, 8)], torch.eye(8), Pattern.n_of_m(2, 4), iterations=iterations)
+    (solution,) = solve("alps", [gaussian(3, 8)], torch.eye(8), Pattern.n_of_m(2, 4), iterations=iterations)
     assert solution.iterations == iterations
 
 
 def test_target_is_what_is_reconstructed():
     weight, hessian = correlated_problem(8, 64, 300)
-    wanted = weight + 0.1 * torch.randn_like(weight)
     before = hessian.clone()
-    (solution,) = solve("alps", [weight], hessian, Pattern.n_of_m(2, 4), target=[wanted])
-    (plain,) = solve("alps", [wanted], hessian, Pattern.n_of_m(2, 4))
+    (solution,) = solve("alps", [weight], hessian, Pattern.n_of_m(2, 4), cross_moment=[gaussian(8, 64, seed=1)])
+    assert (solution.target - weight).norm() > 0.1 * weight.norm()
+    (plain,) = solve("alps", [solution.target], hessian, Pattern.n_of_m(2, 4))
     assert torch.equal(solution.weight, plain.weight)
     assert torch.equal(hessian, before)

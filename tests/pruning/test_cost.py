@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from rac_modifier.pruning.statistics import GroupStatistics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rac_modifier.pruning.cost import Group, Plan, groups_by_input, run_cost
 from rac_modifier.pruning.dense_target import target_weights
 from rac_modifier.pruning.solve import solve
 from rac_modifier.pruning.sparsegpt import factorise
-from rac_modifier.pruning.statistics import GroupStatistics
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.solve import quantize
 from rac_modifier.settings.pattern import Pattern

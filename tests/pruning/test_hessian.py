@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Hessian
+from rac_modifier.pruning import Hessian, Statistics, linalg
+from tests.pruning.pruning_reference import assert_near, gaussian
 
 
 def direct(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -15,34 +16,43 @@ def direct(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor
     return 2 / w.sum() * torch.einsum("ti,t,tj->ij", x, w, x)
 
 
+def assert_is_the_sum(matrix: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    """Within what float32 sums of as many terms may be off, entry by entry."""
+    terms = x.numel() // x.shape[-1] + 4
+    bound = terms * torch.finfo(torch.float32).eps * direct(x.abs(), weights)
+    assert ((matrix.double() - direct(x, weights)).abs() <= bound).all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(columns=st.integers(1, 300), tokens=st.integers(1, 60), batches=st.integers(1, 3), seed=st.integers(0, 99))
 def test_equals_the_direct_sum(columns, tokens, batches, seed):
-    torch.manual_seed(seed)
-    x = torch.randn(batches, tokens, columns)
+    x = gaussian(batches, tokens, columns, seed=seed)
     hessian = Hessian(columns)
     for batch in x:
         hessian.add(batch)
     matrix = hessian.matrix()
-    torch.testing.assert_close(matrix.double(), direct(x), rtol=1e-4, atol=1e-4)
+    assert_is_the_sum(matrix, x)
     assert torch.equal(matrix, matrix.T)
     assert hessian.tokens == hessian.weight_sum == batches * tokens
-    torch.testing.assert_close(hessian.sum_of_squares, x.square().sum((0, 1)), rtol=1e-4, atol=1e-4)
+    squares = x.double().square().sum((0, 1))
+    eps = torch.finfo(torch.float32).eps
+    assert ((hessian.sum_of_squares - squares).abs() <= batches * tokens * eps * squares).all()
 
 
 def test_weights_are_repeated_tokens():
-    x, counts = torch.randn(50, 130), torch.randint(0, 4, (50,))
+    x, counts = gaussian(50, 130), torch.arange(50) % 4
     weighted, repeated = Hessian(130), Hessian(130)
     weighted.add(x, counts.float())
     repeated.add(x.repeat_interleave(counts, dim=0))
-    torch.testing.assert_close(weighted.matrix(), repeated.matrix(), rtol=1e-5, atol=1e-5)
+    assert_is_the_sum(weighted.matrix(), x.repeat_interleave(counts, dim=0))
+    assert_is_the_sum(repeated.matrix(), x.repeat_interleave(counts, dim=0))
     assert weighted.weight_sum == repeated.tokens == int(counts.sum())
     assert weighted.tokens == int((counts > 0).sum())
 
 
 @pytest.mark.parametrize("padding", [0.0, 7.0, math.nan, math.inf])
 def test_padding_never_matters(padding):
-    x = torch.randn(2, 9, 70)
+    x = gaussian(2, 9, 70)
     mask = torch.ones(2, 9)
     mask[1, 5:] = 0
     padded = x.clone()
@@ -56,22 +66,23 @@ def test_padding_never_matters(padding):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_inputs_are_widened_first(dtype):
-    x = torch.randn(40, 96).to(dtype) * 100  # squares beyond float16
+    x = gaussian(40, 96).to(dtype) * 1000  # squares beyond float16
     hessian = Hessian(96)
     hessian.add(x)
-    torch.testing.assert_close(hessian.matrix().double(), direct(x), rtol=1e-5, atol=1e-2)
+    assert_is_the_sum(hessian.matrix(), x)
 
 
 def test_float64_accumulation_on_request():
-    x = torch.randn(30, 65)
+    x, weights = gaussian(30, 65), gaussian(30, seed=1).abs().double()
     hessian = Hessian(65, dtype=torch.float64)
-    hessian.add(x, torch.rand(30).double())
+    hessian.add(x, weights)
     assert hessian.matrix().dtype == torch.float64
+    assert_near(hessian.matrix(), direct(x, weights), 30 * torch.finfo(torch.float64).eps)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_activations_name_the_module(bad):
-    x = torch.randn(5, 70)
+    x = gaussian(5, 70)
     x[3, 69] = bad
     hessian = Hessian(70)
     hessian.add(x)
@@ -81,7 +92,7 @@ def test_non_finite_activations_name_the_module(bad):
 
 def test_no_token_is_an_error():
     hessian = Hessian(8)
-    hessian.add(torch.randn(3, 8), torch.zeros(3))
+    hessian.add(gaussian(3, 8), torch.zeros(3))
     with pytest.raises(RacError, match=r"experts\.7: no calibration token"):
         hessian.matrix("experts.7")
 
@@ -105,7 +116,56 @@ def test_refuses_bad_batches(x, weights):
 
 def test_matrix_leaves_the_sum_alone():
     hessian = Hessian(70)
-    hessian.add(torch.randn(5, 70))
+    hessian.add(gaussian(5, 70))
     first = hessian.matrix()
     first.zero_()
     assert hessian.matrix().any()
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 4), (40, 8)])  # summed after W where few rows leave, before it elsewhere
+def test_the_cross_moment_correlates_the_output_error_with_the_input(rows):
+    weights = [gaussian(r, 16, seed=i) for i, r in enumerate(rows)]
+    statistics = Statistics(16, "cpu", weights)
+    batches = [
+        (gaussian(2, 5, 16, seed=10 + i), gaussian(2, 5, 16, seed=20 + i), gaussian(2, 5, seed=30 + i).abs())
+        for i in range(3)
+    ]
+    batches[1][2][0, 3:] = 0.0
+    batches[1][0][0, 3:] = float("nan")  # padding may hold anything
+    for x, dense, w in batches:
+        statistics.add(x, w, dense)
+    total = sum(float(w.double().sum()) for *_, w in batches)
+    for weight, ours in zip(weights, statistics.cross_moment(), strict=True):
+        expected, bound = (torch.zeros(weight.shape, dtype=torch.float64) for _ in range(2))
+        for x, dense, w in batches:
+            kept = w > 0
+            x, dense, w = x[kept].double(), dense[kept].double(), w[kept].double()
+            expected += weight.double() @ ((dense - x) * w.unsqueeze(1)).T @ x
+            bound += weight.double().abs() @ ((dense.abs() + x.abs()) * w.unsqueeze(1)).T @ x.abs()
+        terms = 30 + 16  # tokens and inputs
+        assert ((ours - expected * 2 / total).abs() <= terms * torch.finfo(torch.float32).eps * bound * 2 / total).all()
+
+
+def test_without_the_weights_there_is_no_cross_moment():
+    statistics = Statistics(4, "cpu")
+    statistics.add(gaussian(1, 3, 4), torch.ones(1, 3))
+    assert statistics.cross_moment() is None
+    assert statistics.hessian.tokens == 3
+
+
+@pytest.mark.parametrize("rows", [(64,), (600, 20)])
+def test_bfloat16_products_change_the_cross_moment_less_than_other_tokens_would(rows, monkeypatch):
+    x = gaussian(2, 2000, 128)
+    dense = x + 0.1 * gaussian(2, 2000, 128, seed=1)
+    weights = [gaussian(r, 128, seed=2 + i) for i, r in enumerate(rows)]
+
+    def moment(part: slice) -> torch.Tensor:
+        statistics = Statistics(128, x.device, weights)
+        statistics.add(x[part], torch.ones(x[part].shape[:2]), dense[part])
+        return torch.cat(statistics.cross_moment())
+
+    exact, half = moment(slice(None)), moment(slice(1))
+    monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: True)
+    rounded = moment(slice(None))
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.01 * (half - exact).norm()

@@ -5,11 +5,21 @@ from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import Pattern, broken_groups, solve
-from tests.pruning.pruning_reference import column_loop, random_problem, trace_error
+from tests.pruning.pruning_reference import (
+    assert_near,
+    column_loop,
+    dampened,
+    gaussian,
+    quadratic_tolerance,
+    random_problem,
+    solve_tolerance,
+    trace_error,
+)
 
 
-def same_masks(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(((a != 0) == (b != 0)).float().mean())
+def same_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Rows [rows] whose zeros are at the same places."""
+    return ((a != 0) == (b != 0)).all(dim=1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -26,8 +36,8 @@ def test_groups_equal_the_column_loop(rows, groups, structure, block, seed):
     weight, hessian = random_problem(rows, groups * m, 200, seed, torch.float64)
     (solution,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(n, m), block_size=block)
     expected = column_loop(weight, hessian, n=n, m=m, block=m)
-    assert same_masks(solution.weight, expected) == 1.0
-    torch.testing.assert_close(solution.weight, expected, rtol=1e-7, atol=1e-9)
+    assert same_rows(solution.weight, expected).all()
+    assert_near(solution.weight, expected, solve_tolerance(dampened(hessian, 0.01), torch.float64))
     assert (~solution.mask).view(rows, groups, m).sum(2).eq(n).all()
 
 
@@ -39,12 +49,16 @@ def test_groups_equal_the_column_loop(rows, groups, structure, block, seed):
     block=st.sampled_from([1, 40, 128, 512]),
     seed=st.integers(0, 50),
 )
+@example(rows=9, columns=288, sparsity=0.95, block=1, seed=4)
 def test_unstructured_equals_the_column_loop(rows, columns, sparsity, block, seed):
     weight, hessian = random_problem(rows, columns, 200, seed, torch.float64)
     (solution,) = solve("sparsegpt", [weight], hessian, Pattern.unstructured(sparsity), block_size=block)
     expected = column_loop(weight, hessian, sparsity=sparsity, block=block)
-    assert same_masks(solution.weight, expected) == 1.0
-    torch.testing.assert_close(solution.weight, expected, rtol=1e-7, atol=1e-9)
+    assert same_rows(solution.weight, expected).all()
+    largest = max(
+        1.0, float(weight.abs().max() / expected.abs().max())
+    )  # with few kept weights the largest can be gone
+    assert_near(solution.weight, expected, largest * solve_tolerance(dampened(hessian, 0.01), torch.float64))
     widths = [min(block, columns - start) for start in range(0, columns, block)]
     assert int((~solution.mask).sum()) == sum(int(rows * width * sparsity) for width in widths)
 
@@ -63,27 +77,30 @@ def test_agrees_with_llmcompressor(pattern):
         )[1]
 
     (solution,) = solve("sparsegpt", [weight], hessian, pattern)
-    # asked for half a weight less a block, their `score <= threshold` takes exactly our number
+    # with half a weight per block less, their `score <= threshold` prunes exactly our number
     expected = theirs(pattern.sparsity - 0.5 / (rows * 128))
-    assert same_masks(solution.weight, expected) == 1.0
-    torch.testing.assert_close(solution.weight, expected, rtol=1e-4, atol=1e-5)
+    same = same_rows(solution.weight, expected)  # both are float32: scores that are nearly equal may change places
+    assert same.float().mean() > 0.9
+    tolerance = solve_tolerance(dampened(hessian, 0.01), torch.float32, margin=5.0)
+    assert_near(solution.weight[same], expected[same], tolerance)
     plain = theirs(pattern.sparsity)
-    assert same_masks(solution.weight, plain) >= 0.999
+    assert ((solution.weight != 0) == (plain != 0)).float().mean() >= 0.999
     assert solution.error <= trace_error(weight - plain, hessian) * 1.001
 
 
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.37)])
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
 def test_stacked_equals_alone(method, pattern):
-    _, hessian = random_problem(1, 260, 500)
-    weights = [random_problem(rows, 260, 1, seed)[0] * 10**seed for seed, rows in enumerate((33, 1, 16))]
+    _, hessian = random_problem(1, 260, 500, dtype=torch.float64)
+    weights = [random_problem(rows, 260, 1, seed, torch.float64)[0] * 10**seed for seed, rows in enumerate((33, 1, 16))]
     together = solve(method, weights, hessian, pattern)
+    tolerance = solve_tolerance(dampened(hessian, 0.01), torch.float64)
     for solution, weight in zip(together, weights, strict=True):
         (alone,) = solve(method, [weight], hessian, pattern)
         assert torch.equal(solution.mask, alone.mask)
-        torch.testing.assert_close(solution.weight, alone.weight, rtol=1e-4, atol=1e-4 * float(weight.abs().max()))
-        assert solution.error == pytest.approx(alone.error, rel=1e-4)
-        assert solution.relative_error == pytest.approx(alone.relative_error, rel=1e-4)
+        assert_near(solution.weight, alone.weight, tolerance)
+        assert solution.error == pytest.approx(alone.error, rel=1e-9)
+        assert solution.relative_error == pytest.approx(alone.relative_error, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -94,12 +111,22 @@ def test_errors_are_those_of_the_stored_weight(dtype, pattern):
     (solution,) = solve("sparsegpt", [weight], hessian, pattern)
     assert solution.weight.dtype == dtype
     assert solution.weight.is_contiguous()
-    error = trace_error(weight.double() - solution.weight.double(), hessian)
-    assert solution.error == pytest.approx(error, rel=1e-4)
-    assert solution.relative_error == pytest.approx(error / trace_error(weight, hessian), rel=1e-4)
+    change = weight.double() - solution.weight.double()
+    error = trace_error(change, hessian)
+    tolerance = quadratic_tolerance(change, dampened(hessian, 0.01))
+    assert tolerance < 0.01 * error
+    assert solution.error == pytest.approx(error, abs=tolerance)
+    assert solution.relative_error == pytest.approx(solution.error / trace_error(weight, hessian), rel=1e-4)
     (wide,) = solve("sparsegpt", [weight.float()], hessian, pattern)
     assert torch.equal(wide.mask, solution.mask)
     assert torch.equal(wide.weight.to(dtype), solution.weight)
+
+
+@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.02)])
+def test_its_own_errors_leave_the_share_of_the_dampening_out(pattern):
+    weight, hessian = random_problem(40, 300, 120, dtype=torch.float64)
+    (solution,) = solve("sparsegpt", [weight], hessian, pattern)
+    assert solution.error == pytest.approx(trace_error(weight - solution.weight, hessian), rel=1e-9)
 
 
 def test_better_than_wanda_and_wanda_than_magnitude():
@@ -129,16 +156,16 @@ def test_dead_inputs_are_zeroed_and_disturb_nothing(pattern, frac):
     assert not solution.mask[:, dead].any()
     alive = torch.ones(128, dtype=torch.bool).index_fill(0, dead, False)
     assert torch.equal(solution.weight[:, alive], weight[:, alive])
-    assert solution.error == pytest.approx(0.0, abs=1e-6)
+    assert solution.error == 0.0
 
 
-def test_singular_hessian_is_dampened_harder_and_says_so():
-    column = torch.ones(1, 64)
-    hessian = 2 * column.T @ column + 0  # rank one
-    weight = torch.randn(4, 64)
+def test_a_hessian_that_is_not_positive_definite_is_dampened_harder_and_the_solution_shows_it():
+    hessian = torch.ones(64, 64)
+    hessian.fill_diagonal_(1 - 3e-4)  # smallest eigenvalue -3e-4: 1e-4 of the diagonal is too little, 1e-3 is enough
+    weight = gaussian(4, 64)
     (solution,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=0.0)
-    assert solution.retries >= 1
-    assert solution.dampening_used == pytest.approx(1e-4 * 10 ** (solution.retries - 1))
+    assert solution.retries == 2
+    assert solution.dampening_used == pytest.approx(1e-3)
     (same,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=solution.dampening_used)
     assert torch.equal(same.weight, solution.weight)
     assert same.retries == 0
@@ -153,18 +180,21 @@ def test_indefinite_hessian_is_an_error_and_never_magnitude():
 
 def test_target_is_what_is_reconstructed():
     weight, hessian = random_problem(8, 64, 300)
-    wanted = weight + 0.1 * torch.randn_like(weight)
-    (solution,) = solve("sparsegpt", [weight.bfloat16()], hessian, Pattern.n_of_m(2, 4), target=[wanted])
-    (plain,) = solve("sparsegpt", [wanted], hessian, Pattern.n_of_m(2, 4))
+    cross_moment = [gaussian(8, 64, seed=1)]
+    args = (hessian, Pattern.n_of_m(2, 4))
+    (solution,) = solve("sparsegpt", [weight.bfloat16()], *args, cross_moment=cross_moment)
+    wanted = solution.target
+    assert (wanted - weight).norm() > 0.1 * weight.norm()
+    (plain,) = solve("sparsegpt", [wanted], *args)
     assert torch.equal(solution.weight, plain.weight.bfloat16())
-    assert solution.error == pytest.approx(trace_error(wanted - solution.weight.float(), hessian), rel=1e-3)
+    change = wanted - solution.weight.float()
+    assert solution.error == pytest.approx(trace_error(change, hessian), abs=quadratic_tolerance(change, hessian))
 
 
 def test_inputs_are_left_alone():
     weight, hessian = random_problem(8, 64, 300)
-    parameter, before = torch.nn.Parameter(weight.clone()), hessian.clone()
     hessian[3], hessian[:, 3] = 0, 0
-    before[3], before[:, 3] = 0, 0
+    parameter, before = torch.nn.Parameter(weight.clone()), hessian.clone()
     for method in ("sparsegpt", "wanda", "magnitude"):
         (solution,) = solve(method, [parameter], hessian, Pattern.n_of_m(2, 4))
         assert torch.equal(parameter, weight)

@@ -1,0 +1,122 @@
+import pytest
+import torch
+from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rac_modifier.errors import RacError
+from rac_modifier.pruning import Pattern
+from rac_modifier.pruning import solve as prune
+from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.solve import quantize
+from tests.pruning.pruning_reference import quadratic_tolerance
+from tests.quantization.quantization_reference import GRIDS, error_of, nearest, problem, solved
+
+
+def their_args(grid: Grid):
+    """compressed-tensors' scheme of the same grid."""
+    preset = {4: "W4A16", 8: "W8A8"}[grid.bits] if grid.kind == "int" else "FP8_DYNAMIC"
+    args = preset_name_to_scheme(preset, ["Linear"]).weights
+    return args.model_copy(update={"group_size": grid.group_size}) if grid.group_size else args
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_upstream_saves_exactly_the_codes_that_were_chosen(name, dtype):
+    """llm-compressor stores quantize(weight, scale), which must not round anew. In bfloat16 it would, see test_grid.py."""
+    grid = GRIDS[name]
+    weight, keep, target, hessian = problem(rows=64)
+    (result,) = quantize([solved(weight, keep, target)], hessian, [grid], dtype=dtype)
+    stored = torch.int8 if grid.kind == "int" else torch.float8_e4m3fn
+    codes = their_quantize(
+        result.weight.float(), result.scale, torch.zeros_like(result.scale), their_args(grid), dtype=stored
+    )
+    spread = result.scale.double().repeat_interleave(grid.group_size or 48, dim=1)
+    wanted = grid.codes_(result.weight.double() / spread)
+    assert torch.equal(codes.double(), wanted)
+    assert torch.equal((codes.double() * spread).to(dtype), result.weight)
+    assert not codes.double()[~keep].any()
+    assert codes.double()[keep].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(sorted(GRIDS)), st.integers(0, 100), st.sampled_from([0.0, 0.5, 0.8]))
+def test_pruned_weights_stay_zero_and_the_error_beats_rounding_to_nearest(name, seed, sparsity):
+    weight, keep, _, hessian = problem(seed=seed, sparsity=sparsity)
+    target = weight  # so that rounding is all that is lost
+    (result,) = quantize([solved(weight, keep, target)], hessian, [GRIDS[name]], dtype=torch.float32)
+    assert not result.weight[~keep].any()
+    assert not (result.weight.signbit() & (result.weight == 0)).any()
+    error = error_of(result.weight, target, hessian)
+    assert error < error_of(nearest(weight, name), target, hessian)
+    whole = error_of(torch.zeros_like(target), target, hessian)
+    tolerance = quadratic_tolerance(target - result.weight, hessian) / whole
+    assert result.relative_error == pytest.approx(error / whole, abs=tolerance, rel=1e-5)
+    assert tolerance < 1e-2 * error / whole
+
+
+def test_modules_that_share_a_hessian_get_what_they_would_get_alone():
+    weight, keep, target, hessian = problem(rows=24, dtype=torch.float64)
+    parts = [solved(weight[rows], keep[rows], target[rows]) for rows in (slice(8), slice(8, 24))]
+    grid = GRIDS["int4"]
+    for part, together in zip(parts, quantize(parts, hessian, [grid, grid], dtype=torch.bfloat16), strict=True):
+        (alone,) = quantize([part], hessian, [grid], dtype=torch.bfloat16)
+        assert torch.equal(alone.weight, together.weight)
+        assert torch.equal(alone.scale, together.scale)
+
+
+def test_each_module_has_its_own_grid_and_one_without_is_left_as_it_is():
+    weight, keep, target, hessian = problem(rows=24, dtype=torch.float64)
+    parts = [solved(weight[rows], keep[rows], target[rows]) for rows in (slice(8), slice(8, 16), slice(16, 24))]
+    first, none, last = quantize(parts, hessian, [GRIDS["int4"], None, GRIDS["int8"]], dtype=torch.float32)
+    assert none is None
+    assert first.scale.shape == (8, 3)
+    assert last.scale.shape == (8, 1)
+    (alone,) = quantize(parts[2:], hessian, [GRIDS["int8"]], dtype=torch.float32)
+    assert torch.equal(alone.weight, last.weight)
+    assert alone.relative_error == pytest.approx(last.relative_error, rel=1e-9)
+
+
+def test_the_factor_of_the_pruning_is_used_again_with_its_dampening():
+    weight, _, _, hessian = problem(rows=8, dtype=torch.float64)
+    solutions = prune("sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=0.3)
+    args = {"hessian": hessian, "grids": [GRIDS["int8"]], "dtype": torch.float32}
+    (ours,) = quantize(solutions, dampening_frac=0.01, **args)
+    bare = [solved(s.weight, s.mask, s.target) for s in solutions]
+    (same,) = quantize(bare, dampening_frac=0.3, **args)
+    (other,) = quantize(bare, dampening_frac=0.01, **args)
+    assert torch.equal(ours.weight, same.weight)
+    assert not torch.equal(ours.weight, other.weight)
+
+
+def test_sweeps_lower_the_error():
+    weight, keep, target, hessian = problem(rows=24)
+    errors = [
+        quantize([solved(weight, keep, target)], hessian, [GRIDS["int4"]], dtype=torch.float32, sweeps=sweeps)[0]
+        for sweeps in (0, 3)
+    ]
+    assert errors[1].relative_error < errors[0].relative_error
+
+
+def test_rows_without_a_kept_weight_and_dead_inputs_stay_zero():
+    weight, keep, target, hessian = problem()
+    keep[3] = False
+    hessian[5], hessian[:, 5] = 0.0, 0.0
+    keep[:, 5] = False
+    (result,) = quantize([solved(weight, keep, target)], hessian, [GRIDS["int4"]], dtype=torch.bfloat16)
+    assert not result.weight[3].any()
+    assert not result.weight[:, 5].any()
+    assert bool((result.scale > 0).all())
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused():
+    weight, keep, target, hessian = problem(d=40)
+    with pytest.raises(RacError, match="w: 40 inputs are no multiple of the group_size 16; set a group_size"):
+        quantize([solved(weight, keep, target)], hessian, [GRIDS["int4"]], dtype=torch.float32)
+
+
+def test_a_dtype_that_cannot_hold_the_result_is_an_error():
+    weight, keep, target, hessian = problem()
+    with pytest.raises(RacError, match=r"w: the quantized weight overflows torch\.float16"):
+        quantize([solved(weight * 1e6, keep, target * 1e6)], hessian, [GRIDS["fp8"]], dtype=torch.float16)
