@@ -80,7 +80,7 @@ class HessianCollector:
             raise StopForward
 
     def take(self, modules: Iterable[torch.nn.Module]) -> list[InputGroup]:
-        """Remove and return the groups that have a module among `modules`, in the order in which they first ran."""
+        """Remove and return the groups that have a module among `modules`, in the order of these."""
         done = list(dict.fromkeys(self.groups[module] for module in modules if module in self.groups))
         for group in done:
             self._latest.pop(group, None)

@@ -35,17 +35,13 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
     """A scheme in a few words: `int8, one scale per channel, activations int8, one scale per token`."""
     weights, inputs = scheme.weights, scheme.input_activations
     assert weights is not None
-    scales = (
-        f" in groups of {weights.group_size}"
-        if weights.strategy == "group"
-        else f", one scale per {_text(weights.strategy)}"
-    )
+    scales = f", one scale per {_text(weights.strategy)}"
+    if weights.strategy == "group":
+        scales = f" in groups of {weights.group_size}"
     text = f"{_text(weights.type)}{weights.num_bits}{scales}"
-    return (
-        f"{text}, activations {_text(inputs.type)}{inputs.num_bits}, one scale per {_text(inputs.strategy)}"
-        if inputs
-        else text
-    )
+    if inputs is None:
+        return text
+    return f"{text}, activations {_text(inputs.type)}{inputs.num_bits}, one scale per {_text(inputs.strategy)}"
 
 
 def _is_known(weights: QuantizationArgs) -> bool:

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor import pipeline as seam
 from rac_modifier.llmcompressor.stages import UntraceableError, trace_stages
-from rac_modifier.pruning.dense_target import target_weights
 from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.pruning.solve import solve
 from rac_modifier.settings.pattern import Pattern
@@ -57,20 +56,18 @@ def reference(dense, pruned, modifier, *, towards_dense):
             x_pruned = inputs(pruned, modules[0], batches)
             x_dense = inputs(dense, dense.get_submodule(names[0]), batches)
             hessian = Hessian(x_pruned[0].shape[-1])
-            drift = torch.zeros(x_pruned[0].shape[-1], x_pruned[0].shape[-1], dtype=torch.float64)
+            moment = torch.zeros(x_pruned[0].shape[-1], x_pruned[0].shape[-1], dtype=torch.float64)
             for x, x_d, w in zip(x_pruned, x_dense, loader.token_weights, strict=True):
                 hessian.add(x, w)
                 x, x_d, w = x.flatten(0, 1).double(), x_d.flatten(0, 1).double(), w.flatten().double()
-                drift += ((x_d - x) * w.unsqueeze(1)).T @ x
-            drift = (drift * 2 / hessian.weight_sum).float()
+                moment += ((x_d - x) * w.unsqueeze(1)).T @ x
+            moment = (moment * 2 / hessian.weight_sum).float()
             weights = [m.weight.detach() for m in modules]
-            matrix, target = hessian.matrix(), None
-            if towards_dense:
-                target = target_weights(weights, [w @ drift for w in weights], matrix, 0.01, names)
-            pattern = Pattern.parse("2:4", None)
-            for module, s in zip(
-                modules, solve(modifier.solver, weights, matrix, pattern, names=names, target=target), strict=True
-            ):
+            cross_moment = [w @ moment for w in weights] if towards_dense else None
+            solutions = solve(
+                modifier.solver, weights, hessian.matrix(), Pattern.parse("2:4", None), cross_moment=cross_moment
+            )
+            for module, s in zip(modules, solutions, strict=True):
                 module.weight.data.copy_(s.weight)
 
 

@@ -31,7 +31,7 @@ def refitted(start, kept, target, hessian, frac=0.01, **options):
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 70), share=st.floats(0.0, 1.0), seed=st.integers(0, 50))
 def test_the_error_is_the_least_of_least_squares_row_by_row(rows, columns, share, seed):
-    """The error above the least is g^T H^-1 g, with g what is left of the gradient: at most the residual's square by its scale."""
+    """The error above the least is g^T H^-1 g for the gradient g at the end, which the residual and H's eigenvalues bound."""
     weight, hessian = random_problem(rows, columns, 200, seed, torch.float64)
     kept = random_mask(rows, columns, share=1 - share, seed=seed)
     h = dampened(hessian, 0.01)
