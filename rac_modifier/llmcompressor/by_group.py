@@ -51,7 +51,7 @@ def calibrate_by_group(
             with disable_offloading():
                 if stage.modules:
                     progress.set_postfix_str(modifier.describe_modules(stage.modules))
-                    if modifier.needs_dense_stream and dense is pruned:  # the first modules: the same so far
+                    if modifier.needs_dense_stream and dense is pruned:  # nothing is pruned yet
                         dense = _copy(pruned)
                     group = None
                     for batch in batches:

@@ -75,7 +75,7 @@ class HessianCollector:
                 f"{self.names[module]} no longer reads the same input as {self.names[group.modules[0]]}; "
                 "this model routes inputs in a way that one Hessian for both does not cover"
             )
-        # In the first batch the pass goes on after the last module of the part: a module may be called again.
+        # Not in the first batch: a module may be called again later in the pass, which only a whole pass shows.
         if self._stoppable and batch != self._first and self._expected and self._seen.keys() >= self._expected:
             raise StopForward
 

@@ -1,7 +1,7 @@
 """The dense target: weights W* with which a pruned layer also corrects the errors of the layers before it.
 
 Sequential pruning minimises ||W X_p - W' X_p||, where X_p are the inputs in the pruned model. The errors that X_p already has
-remain. The dense target asks for the output of the dense model instead, min over W' of ||W X_d - W' X_p||. Without a
+remain. The dense target aims at the output of the dense model instead, min over W' of ||W X_d - W' X_p||. Without a
 pattern the solution is
 
     W* = W + C (H + lambda I)^-1,    H = X_p X_p^T,    C = W (X_d - X_p) X_p^T,

@@ -191,14 +191,14 @@ def solve(
         weight = w.T.contiguous().to(given)
         if not is_finite(weight):
             raise RacError(f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({dampening_frac})")
-        lost, whole = max(float(error.sum()), 0.0), float(total.sum())  # rounding can leave a zero error just below 0
+        change, whole = max(float(error.sum()), 0.0), float(total.sum())  # rounding can make a zero error negative
         solution = Solution(
             name=name,
             weight=weight,
             mask=mask.T.logical_not().contiguous().to(given.device),
             target=target,
-            error=lost,
-            relative_error=lost / whole if whole > 0 else 0.0,
+            error=change,
+            relative_error=change / whole if whole > 0 else 0.0,
             dampening_used=dampening.frac if factor or fitted else 0.0,
             retries=dampening.retries,
             dead_inputs=int(dead.sum()),
