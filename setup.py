@@ -45,7 +45,7 @@ class BuildKernel(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "rac_modifier.kernels._native",
+            "rac_modifier.kernels.cpu._native",
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             language="c++",
