@@ -1,4 +1,4 @@
-"""What a checkpoint's config says to the server: whether it is ours, and which layers are stored sparse. Pure."""
+"""What a server reads from a checkpoint's config: whether the checkpoint is packed sparse, and which layers. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SparseLayers:
     """Which linear modules are stored sparse, and how.
 
     `format` is one of `checkpoint.formats.PARTS`, or None where the weights are stored dense. `targets` and `ignore` are
-    module names, "re:" patterns or, as compressed-tensors has it, "Linear" for all.
+    module names, "re:" patterns or, as in compressed-tensors, "Linear" for all.
     """
 
     format: str | None
@@ -28,7 +28,7 @@ class SparseLayers:
         return _matches(module, self.targets) and not _matches(module, self.ignore)
 
     def renamed(self, rename: Mapping[str, str]) -> SparseLayers:
-        """With module names replaced; what is in no `rename` stays."""
+        """With module names replaced; names that are not in `rename` stay."""
         targets, ignore = (tuple(rename.get(entry, entry) for entry in old) for old in (self.targets, self.ignore))
         return replace(self, targets=targets, ignore=ignore)
 
@@ -39,7 +39,7 @@ class SparseLayers:
 
 
 def is_claimed(quantization: Any) -> bool:
-    """Whether a `quantization_config` is that of a packed sparse checkpoint. Anything at all may be asked."""
+    """Whether a `quantization_config` is that of a packed sparse checkpoint. Never raises, whatever the value is."""
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "compressed-tensors":
         return False
     sparsity = quantization.get("sparsity_config")
@@ -51,7 +51,7 @@ def parse_packed(quantization: Mapping[str, Any]) -> SparseLayers:
     """The sparse layers of a claimed `quantization_config`.
 
     Raises:
-        RacError: `targets` or `ignore` are no lists of names and patterns.
+        RacError: `targets` or `ignore` is not a list of names and patterns.
     """
     sparsity = quantization["sparsity_config"]
     return SparseLayers(
@@ -77,12 +77,12 @@ def parse_dense_stored(record: Any) -> SparseLayers:
 
 
 def is_quantized(quantization: Mapping[str, Any]) -> bool:
-    """Whether the packed weights are quantised too."""
+    """Whether the packed weights are quantized too."""
     return bool(quantization.get("config_groups"))
 
 
 def is_in_words(quantization: Mapping[str, Any]) -> bool:
-    """Whether stock loaders expect any of the quantised weights as several values to an int32."""
+    """Whether stock loaders expect some of the quantized weights as several values per int32."""
     groups = quantization.get("config_groups")
     formats = (
         [group.get("format") for group in groups.values() if isinstance(group, Mapping)]
@@ -106,12 +106,12 @@ def _names(entries: Any, key: str) -> tuple[str, ...]:
             try:
                 re.compile(entry[3:])
             except re.error as error:
-                raise RacError(f"config.json: {key} has {entry!r}, which is no pattern ({error})") from error
+                raise RacError(f"config.json: {key} has {entry!r}, which is not a valid pattern ({error})") from error
     return tuple(entries or [])
 
 
 def _matches(module: str, entries: Iterable[str]) -> bool:
-    """As compressed-tensors matches names: all of it, or a pattern from its start; "Linear" is the class of each."""
+    """As in compressed-tensors: the whole name, or a pattern from its start; "Linear" is the class of every module."""
     return any(
         re.match(entry[3:], module) is not None if entry.startswith("re:") else entry in (module, "Linear")
         for entry in entries
