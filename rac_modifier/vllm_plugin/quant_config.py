@@ -18,8 +18,8 @@ from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.sparse_layers import (
     SparseLayers,
     fused_modules,
-    is_claimed,
     is_in_words,
+    is_packed,
     is_quantized,
     parse_dense_stored,
     parse_packed,
@@ -55,12 +55,12 @@ class RacSparseConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """The method for packed sparse checkpoints, None for others. vLLM calls this for every quantized model."""
-        return METHOD if is_claimed(hf_quant_cfg) else None
+        return METHOD if is_packed(hf_quant_cfg) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RacSparseConfig:
         """From the checkpoint's `quantization_config`."""
-        if not is_claimed(config):
+        if not is_packed(config):
             raise RacError(
                 f"--quantization {METHOD}: this checkpoint is quantized by {config.get('quant_method')!r} and not packed "
                 "sparse; leave the option out"

@@ -1,4 +1,4 @@
-"""What a server reads from a checkpoint's config: whether the checkpoint is packed sparse, and which layers. Pure."""
+"""Which layers of a checkpoint are stored sparse, from its config, and how their names map to vLLM's. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rac_modifier.checkpoint.formats import PARTS
+from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
+from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, SparsityConfig, SparsityRecord
 from rac_modifier.errors import RacError
 
 
@@ -38,9 +40,13 @@ class SparseLayers:
         return [entry for entry in (*self.targets, *self.ignore) if "." in entry and not entry.startswith("re:")]
 
 
-def is_claimed(quantization: Any) -> bool:
-    """Whether a `quantization_config` is that of a packed sparse checkpoint. Never raises, whatever the value is."""
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "compressed-tensors":
+def is_packed(quantization: object) -> bool:
+    """Whether a `quantization_config` is that of a packed sparse checkpoint, by its method and format alone.
+
+    Never raises, whatever the value is: vLLM asks this for every quantized model. Formats that cannot be read here are left
+    to vLLM. What else is in the entry is checked by `parse_packed`.
+    """
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != METHOD:
         return False
     sparsity = quantization.get("sparsity_config")
     format = sparsity.get("format") if isinstance(sparsity, Mapping) else None
@@ -48,32 +54,29 @@ def is_claimed(quantization: Any) -> bool:
 
 
 def parse_packed(quantization: Mapping[str, Any]) -> SparseLayers:
-    """The sparse layers of a claimed `quantization_config`.
+    """The sparse layers of the `quantization_config` of a packed sparse checkpoint.
 
     Raises:
         RacError: `targets` or `ignore` is not a list of names and patterns.
     """
-    sparsity = quantization["sparsity_config"]
-    return SparseLayers(
-        sparsity["format"],
-        _names(sparsity.get("targets", ["Linear"]), "targets"),
-        _names(sparsity.get("ignore"), "ignore"),
-    )
+    sparsity = SparsityConfig.of(quantization)
+    assert sparsity is not None
+    return SparseLayers(sparsity.format, sparsity.targets, sparsity.ignore)
 
 
-def parse_dense_stored(record: Any) -> SparseLayers:
+def parse_dense_stored(record: object) -> SparseLayers:
     """The sparse layers of a `rac_sparsity` entry: weights pruned, but stored dense.
 
     Raises:
-        RacError: it names no pruned module.
+        RacError: a malformed entry, or one without a pruned module.
     """
-    modules = record.get("modules") if isinstance(record, Mapping) else None
-    if not isinstance(modules, Mapping) or not modules:
+    modules = SparsityRecord.of({RAC_KEY: record}).modules
+    if not modules:
         raise RacError(
             "config.json: rac_sparsity names no pruned module, so there is nothing to serve sparse; leave out "
             "--quantization rac-sparse, or save the model with rac-modifier"
         )
-    return SparseLayers(None, _names(list(modules), "rac_sparsity.modules"))
+    return SparseLayers(None, tuple(modules))
 
 
 def is_quantized(quantization: Mapping[str, Any]) -> bool:
@@ -89,25 +92,13 @@ def is_in_words(quantization: Mapping[str, Any]) -> bool:
         if isinstance(groups, Mapping)
         else []
     )
-    return "pack-quantized" in [quantization.get("format"), *formats]
+    return PACK_QUANTIZED in [quantization.get("format"), *formats]
 
 
 def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
-    """The modules on disk behind a layer of the server: `fused` maps a fused layer's last name to those of its shards."""
+    """The modules on disk of a layer of the server. `fused` maps a fused layer's last name to those of its shards."""
     parent, _, name = prefix.rpartition(".")
     return [f"{parent}.{shard}" if parent else shard for shard in fused.get(name) or [name]]
-
-
-def _names(entries: Any, key: str) -> tuple[str, ...]:
-    if not isinstance(entries or [], list) or not all(isinstance(entry, str) for entry in entries or []):
-        raise RacError(f"config.json: {key} is {entries!r}, not a list of module names; save the model again")
-    for entry in entries or []:
-        if entry.startswith("re:"):
-            try:
-                re.compile(entry[3:])
-            except re.error as error:
-                raise RacError(f"config.json: {key} has {entry!r}, which is not a valid pattern ({error})") from error
-    return tuple(entries or [])
 
 
 def _matches(module: str, entries: Iterable[str]) -> bool:
