@@ -46,7 +46,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a layer runs. `kernel` is its name, such as "sparse kernel avx2", or "dense"; `reason` is a line for people.
+    """How a layer runs. `kernel` is its name, such as "sparse kernel avx2", or "dense"; `reason` is one readable line.
 
     bytes_per_weight: of the packed layout, masks and padding included, also where the decision is dense.
     dense_bytes: bytes per weight of the same layer stored dense in the dtype that it is served in.

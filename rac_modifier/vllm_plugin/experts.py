@@ -65,5 +65,5 @@ def expanded(
 def check_complete(incomplete: dict[str, dict[str, Tensor]], format: str, prefix: str) -> None:
     """Raise RacError if a module lacks a part."""
     for module, parts in incomplete.items():
-        lost = next(part for part in PARTS[format] if part not in parts)
-        raise RacError(f"{prefix}.{module}.{lost}: missing from the checkpoint; copy or save the checkpoint again")
+        missing = next(part for part in PARTS[format] if part not in parts)
+        raise RacError(f"{prefix}.{module}.{missing}: missing from the checkpoint; copy or save the checkpoint again")

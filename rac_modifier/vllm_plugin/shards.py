@@ -82,7 +82,7 @@ class Shards:
             expected = _expected_rows(layer, shard)
             if k != layer.input_size or n != (expected or n):
                 raise RacError(
-                    f"{self.name(shard)}: the checkpoint has a weight [{n}, {k}], the model's config.json asks for "
+                    f"{self.name(shard)}: the checkpoint has a weight [{n}, {k}], the model's config.json has "
                     f"[{expected or '?'}, {layer.input_size}]; they do not belong together"
                 )
             these = torch.arange(first, first + n)[:, None]

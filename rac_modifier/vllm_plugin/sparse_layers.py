@@ -43,7 +43,7 @@ class SparseLayers:
 def is_packed(quantization: object) -> bool:
     """Whether a `quantization_config` is that of a packed sparse checkpoint, by its method and format alone.
 
-    Never raises, whatever the value is: vLLM asks this for every quantized model. Formats that cannot be read here are left
+    Never raises, whatever the value is: vLLM calls this for every quantized model. Formats that cannot be read here are left
     to vLLM. What else is in the entry is checked by `parse_packed`.
     """
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != METHOD:

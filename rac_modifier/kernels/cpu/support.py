@@ -17,7 +17,7 @@ _TITLES = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX512", "amx": "A
 
 @dataclass(frozen=True)
 class Support:
-    """What runs on this machine: `isa` is "amx", "avx512", "avx2", "portable" or None; `reason` is a line for people."""
+    """What runs on this machine: `isa` is "amx", "avx512", "avx2", "portable" or None; `reason` is one readable line."""
 
     isa: str | None
     reason: str
