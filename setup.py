@@ -1,7 +1,7 @@
-"""The optional CPU kernel; everything else is in pyproject.toml.
+"""The optional CPU kernels; everything else is in pyproject.toml.
 
-A plain shared object with a C interface: no Python or torch headers are needed, and one build serves every Python.
-Without a compiler the installation succeeds, and `rac_modifier.kernels.support()` says what is missing.
+A plain shared object with a C interface: it needs no headers of Python or torch, and one build works with every Python.
+Without a compiler the installation succeeds, and `rac_modifier.kernels.cpu.support.support()` has the reason and the next step.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from setuptools.errors import CompileError, LinkError
 
 
 class BuildKernel(build_ext):
-    """build_ext that adds OpenMP where the compiler has it."""
+    """build_ext that adds OpenMP if the compiler has it."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build with the flags that work here."""
+        """Build with the flags that this compiler accepts."""
         if self._compiles("-fopenmp"):
             ext.extra_compile_args.append("-fopenmp")
             ext.extra_link_args.append("-fopenmp")
@@ -27,7 +27,7 @@ class BuildKernel(build_ext):
         super().build_extension(ext)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        """None: no Python module is initialised from it."""
+        """No symbols: it is not a Python module."""
         return []
 
     def _compiles(self, flag: str) -> bool:
@@ -45,7 +45,7 @@ class BuildKernel(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "rac_modifier.kernels._native",
+            "rac_modifier.kernels.cpu._native",
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             language="c++",

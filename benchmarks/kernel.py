@@ -1,11 +1,11 @@
-"""The sparse kernel against dense linears, over the fused layers of a model: milliseconds a decode step, as Markdown.
+"""The sparse kernel against dense linears, over the fused layers of a model: milliseconds per decode step, as Markdown.
 
     python benchmarks/kernel.py --model 1.5B --rows 1,2,4 --threads 1 --sparsity 0.5
 
-A step runs every linear of enough layers that at least --gigabytes of packed weights pass by, so that no cache helps.
-The contenders take turns, a step each, and medians are compared: torch's prepacked oneDNN, or its plain linear where
-that has no such dtype; vLLM's own CPU linear where vLLM is installed; and for bfloat16 a float32 copy of the weights,
-the faster one on a CPU without bf16 units. A read probe in the same run tells what share of the machine's reading
+A step runs every linear of so many layers that at least --gigabytes of packed weights are read, so that no cache helps.
+The contenders run in turn, one step each, and medians are compared: torch's prepacked oneDNN, or its plain linear where
+oneDNN lacks the dtype; vLLM's own CPU linear where vLLM is installed; and for bfloat16 a float32 copy of the weights,
+which is faster on a CPU without bf16 units. A read probe in the same run shows which share of the machine's reading
 speed the sparse kernel reaches.
 """
 
@@ -23,7 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rac_modifier.kernels import choose, pack, sparse_linear, support
+from rac_modifier.checkpoint.stored_weight import from_dense
+from rac_modifier.kernels import cpu
+from rac_modifier.kernels.cpu.support import support
+from rac_modifier.kernels.interface import Layer
 
 SHAPES = {  # [rows, columns] of qkv, o, gate_up and down, as vLLM fuses them
     "1.5B": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
@@ -36,25 +39,25 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def torch_linear(weight: Tensor, rows: int) -> Linear:
-    """What torch.compile's freezing makes of a linear: oneDNN, the weight reordered for this number of rows."""
+    """What torch.compile makes of a linear when it freezes weights: oneDNN, the weight reordered for this number of rows."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def plain_linear(weight: Tensor) -> Linear:
-    """torch's own, where oneDNN does not prepack this dtype."""
+    """torch's own linear, for dtypes that oneDNN does not prepack."""
     copy = weight.clone()
     return lambda x: torch.nn.functional.linear(x, copy)
 
 
 def float_linear(weight: Tensor) -> Linear:
-    """A float32 copy, multiplied as torch does; the activations are converted there and back."""
+    """torch's linear on a float32 copy; activations are converted to float32 and the result back."""
     copy = weight.float()
     return lambda x: torch.nn.functional.linear(x.float(), copy).to(x.dtype)
 
 
 def vllm_linear(weight: Tensor) -> Linear:
-    """What vLLM chooses for an unquantized linear on this CPU."""
+    """vLLM's linear for unquantized weights on this CPU."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer = torch.nn.Module()
@@ -65,7 +68,7 @@ def vllm_linear(weight: Tensor) -> Linear:
 
 
 class Model:
-    """The contenders' layers, each on memory of its own, and a bit over `gigabytes` of it for the sparse one."""
+    """The contenders' layers, each with its own memory: a little more than `gigabytes` for the sparse one."""
 
     def __init__(
         self, shapes: list[tuple[int, int]], sparsity: float, dtype: torch.dtype, stored: torch.dtype, gigabytes: float
@@ -77,20 +80,18 @@ class Model:
         for rows, columns in shapes:
             mask = torch.rand(rows, columns) >= sparsity
             dense = torch.randn(rows, columns).to(stored).masked_fill(~mask, 0)
-            eights = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8)).view(rows, -1, 8)
-            bitmask = (eights << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-            sources.append((dense, dense[mask], bitmask))
+            sources.append(from_dense(dense, "benchmark"))
             self._weights.append(dense.to(dtype))
         self.sparse: list[Linear] = []
         while self.nbytes < gigabytes * 1e9:
-            for dense, values, bitmask in sources:
-                weight = pack(values, bitmask, dense.shape[1])
-                self.nbytes += weight.nbytes
-                self.sparse.append(lambda x, weight=weight: sparse_linear(x, weight))
+            for source in sources:
+                packed, shape = cpu.pack(source, stored), (source.rows, source.columns)
+                self.nbytes += sum(tensor.nbytes for tensor in packed.values())
+                self.sparse.append(lambda x, packed=packed, shape=shape: cpu.linear(x, packed, *shape))
             self._layers += 1
 
     def dense(self, make: Callable[[Tensor], Linear]) -> list[Linear]:
-        """As many layers of another linear."""
+        """The same number of layers of another linear."""
         return [make(weight) for _ in range(self._layers) for weight in self._weights]
 
     def step(self, linears: list[Linear], inputs: list[Tensor]) -> float:
@@ -102,7 +103,7 @@ class Model:
 
 
 def read_speed(repeats: int) -> float:
-    """Bytes a second that a sum over, or a product with, half a GB of float32 reads: the higher of the two."""
+    """Bytes per second that a sum over, or a product with, half a GB of float32 reads: the higher of the two."""
     block = torch.ones(1 << 14, 1 << 13)
     vector = torch.ones(1 << 13)
     best = 0.0
@@ -117,7 +118,7 @@ def read_speed(repeats: int) -> float:
 
 
 def measure(model: Model, rows: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """Median seconds of a step by contender, which take turns."""
+    """Median seconds of a step for each contender; they run in turn."""
     contenders = {SPARSE: model.sparse}
     try:
         contenders[TORCH] = model.dense(lambda weight: torch_linear(weight, rows))
@@ -138,13 +139,14 @@ def measure(model: Model, rows: int, dtype: torch.dtype, repeats: int) -> dict[s
 
 
 def table(arguments: argparse.Namespace, threads: int, sparsity: float) -> None:
-    """One Markdown table: a line for each number of rows of x."""
+    """One Markdown table: one line per number of rows of x."""
     dtype = DTYPES[arguments.dtype]
     stored = DTYPES[arguments.stored or arguments.dtype]
     torch.set_num_threads(threads)
     shapes = SHAPES[arguments.model]
     model = Model(shapes, sparsity, dtype, stored, arguments.gigabytes)
-    ceiling = dtype.itemsize / choose(*shapes[2], 1 - sparsity, stored).bytes_per_weight
+    layer = Layer(*shapes[2], 1 - sparsity, stored, stored, group=shapes[2][1])
+    ceiling = dtype.itemsize / cpu.can_run(layer).bytes_per_weight
     print(
         f"\n{arguments.model} shapes, {arguments.dtype} on {arguments.stored or arguments.dtype} values, {sparsity:.0%} sparse, "
         f"{threads} threads, "

@@ -1,10 +1,10 @@
-"""The kernel on 50 % sparse int8 weights against dense linears, over a model's fused layers: ms a decode step, as Markdown.
+"""The kernel on 50 % sparse int8 weights against dense linears, over a model's fused layers: ms per decode step, as Markdown.
 
     python benchmarks/kernel_int8.py --model 1.5B --rows 1,8 --threads 1
 
 A step, the cycled memory and the read probe are those of kernel.py, and so are the dense contenders: torch's and vLLM's own
 linear in the dtype of the activations. Beside them: our kernel on sparse bfloat16 values and on a dense
-int8 weight, and vLLM's own int8 linear (oneDNN, W8A8), whose error is printed too. Contenders take turns, a step each.
+int8 weight, and vLLM's own int8 linear (oneDNN, W8A8), whose error is printed too. Contenders run in turn, one step each.
 """
 
 from __future__ import annotations
@@ -21,32 +21,35 @@ from kernel import DTYPES, SHAPES, numbers, plain_linear, read_speed, vllm_linea
 from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import from_dense, quantize_rows
-from rac_modifier.kernels import pack, pack_dense, pack_scale, sparse_linear, support
+from rac_modifier.kernels import cpu
+from rac_modifier.kernels.cpu.operator import sparse_linear
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values
+from rac_modifier.kernels.cpu.support import support
 
 Linear = Callable[[Tensor], Tensor]
 OURS = "sparse int8"
 
 
 def sparse_int8(weight: Tensor) -> tuple[Linear, int]:
-    """What is measured, and its bytes."""
+    """The linear that is measured, and its bytes."""
     values, scale = quantize_rows(weight)
     stored = from_dense(values, "")
-    packed, scales = pack(stored.values, stored.bitmask, stored.columns), pack_scale(scale)
-    return lambda x: sparse_linear(x, packed, None, scales), packed.nbytes + scales.nbytes
+    packed, scales = pack_values(stored.values, stored.bitmask, stored.columns), pack_scale(scale)
+    return lambda x: sparse_linear(x, packed, *weight.shape, None, scales), packed.nbytes + scales.nbytes
 
 
 def sparse_bf16(weight: Tensor) -> Linear:
     """The kernel on sparse floats."""
     stored = from_dense(weight.bfloat16(), "")
-    packed = pack(stored.values, stored.bitmask, stored.columns)
-    return lambda x: sparse_linear(x, packed)
+    packed = cpu.pack(stored, torch.bfloat16)
+    return lambda x: cpu.linear(x, packed, stored.rows, stored.columns)
 
 
 def dense_int8(weight: Tensor) -> Linear:
-    """Our int8 kernel on all of the weight, without masks."""
+    """Our int8 kernel on the whole weight, without masks."""
     values, scale = quantize_rows(weight)
     packed, scales = pack_dense(values), pack_scale(scale)
-    return lambda x: sparse_linear(x, packed, None, scales)
+    return lambda x: sparse_linear(x, packed, *weight.shape, None, scales)
 
 
 def vllm_int8(weight: Tensor) -> Linear:

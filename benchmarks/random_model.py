@@ -1,4 +1,4 @@
-"""A model of Qwen2-1.5B's shape with random weights, dense or packed sparse: speed does not depend on the numbers."""
+"""A model of the shape of Qwen2-1.5B with random weights, dense or packed sparse. Speed does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rac_modifier.settings.pattern import Pattern
 def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None, int8: bool = False) -> None:
     """Save the model in bfloat16, tied embeddings; with a `pattern`, its linear layers pruned at random and packed.
 
-    `int8`: those are rounded to int8 besides, a scale a row. Nothing is written where the folder exists.
+    `int8`: these layers are also rounded to int8, with one scale per row. Nothing is written if the folder exists.
     """
     if folder.exists():
         return
@@ -61,7 +61,7 @@ def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None, i
 
 
 def random_zeros(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Bool mask [N, K] of weights to prune: each by chance, or exactly n of every m columns."""
+    """Bool mask [N, K] of the weights to prune: random ones, or exactly n of every m columns."""
     if not pattern.is_structured:
         return torch.rand(weight.shape) < pattern.sparsity
     groups = torch.rand(weight.shape[0], weight.shape[1] // pattern.m, pattern.m)

@@ -1,15 +1,15 @@
-"""End to end speed through `vllm serve`: a model of Qwen2-1.5B's shape, dense against packed sparse, in the same vLLM.
+"""End-to-end speed of `vllm serve`: a model of the shape of Qwen2-1.5B, dense against packed sparse, in the same vLLM.
 
     .venv-serve/bin/python benchmarks/serving_speed.py                                       # about an hour on two AVX2 cores
     .venv-serve/bin/python benchmarks/serving_speed.py --sparsity 0.5 0.6 0.7 2:4
     .venv-serve/bin/python benchmarks/serving_speed.py --compare dense dense-int8 sparse int8  # int8: sparse, head too
-    .venv-serve/bin/python benchmarks/serving_speed.py --layers 2 --vocab 4096 --rounds 1    # a try: minutes
+    .venv-serve/bin/python benchmarks/serving_speed.py --layers 2 --vocab 4096 --rounds 1    # a quick test: minutes
 
-Each round starts a fresh server for each model, in turn, and in reverse order every second time. A server is warmed up,
-then asked prompts of random token ids at each concurrency: every request has `--prompt-tokens` in and exactly
-`--output-tokens` out, and none is found in a prefix cache. Medians over the rounds are shown; a ratio is the median of the
-rounds' own ratios to the first model of the table. Tokens a second count the prompts' time too; "each further" does not.
-Options that are not named here, such as --enforce-eager, go to `vllm serve`.
+Each round starts a new server for each model, in reverse order in every second round. A server is warmed up and then gets
+prompts of random token ids at each concurrency: every request has `--prompt-tokens` in and exactly `--output-tokens` out,
+and no prompt is in a prefix cache. The tables show medians over the rounds; a ratio is the median of the rounds' own ratios
+to the first model of the table. Tokens per second include the time for prompts, "each further" does not.
+Other options, such as --enforce-eager, are passed to `vllm serve`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from rac_modifier.settings.pattern import Pattern
 
 NAME = "model"
 DENSE, DENSE8, SPARSE, INT8 = "dense", "dense-int8", "sparse", "int8"
-FEWEST = 4  # requests that a median time to the first token is taken of
+FEWEST = 4  # requests, so that the median time to the first token means something
 
 
 @dataclass(frozen=True)
 class Run:
-    """One server's figures; `others` is how many cores other programs kept busy meanwhile."""
+    """The figures of one server. `others`: the number of cores that other programs kept busy at the same time."""
 
     ready_seconds: float
     resident_bytes: int
@@ -67,7 +67,7 @@ def label(pattern: Pattern) -> str:
 
 
 def build(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
-    """The checkpoints to compare by their labels; the first is what the ratios are to."""
+    """The checkpoints to compare, by label. Ratios are to the first one."""
     checkpoints = {}
     for kind in args.compare:
         for pattern in [None] if kind in (DENSE, DENSE8) else args.sparsity:
@@ -79,7 +79,7 @@ def build(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
 
 
 def run(checkpoint: Path, args: argparse.Namespace, options: list[str], log: Path, int8: bool) -> Run:
-    """Start a server, measure it, stop it; `int8`: with a head of int8."""
+    """Start a server, measure it, stop it. `int8`: with an int8 head."""
     load = Load(args.prompt_tokens, args.output_tokens, args.vocab, NAME)
     with serving(checkpoint, options, log, environment={"RAC_LM_HEAD": "int8"} if int8 else None) as server:
         resident = server.resident()

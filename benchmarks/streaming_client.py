@@ -1,4 +1,4 @@
-"""Requests of token ids to a completions endpoint, so many at a time, timed at the client as `vllm bench serve` does.
+"""Requests of token ids to a completions endpoint, several at a time, timed at the client as `vllm bench serve` does.
 
 That command cannot be used here: its random prompts need a tokenizer, which a model of random weights does not have.
 """
@@ -17,7 +17,7 @@ import aiohttp
 
 @dataclass(frozen=True)
 class Load:
-    """What one server is asked: prompts of `prompt_tokens` random ids below `vocab`, exactly `output_tokens` each."""
+    """The requests to a server: `prompt_tokens` random ids below `vocab` in, exactly `output_tokens` out."""
 
     prompt_tokens: int
     output_tokens: int
@@ -27,7 +27,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Speed:
-    """Output tokens a second over all requests; medians of the time to the first token and of that to each further one."""
+    """Output tokens per second over all requests; medians of the time to the first token and to each further token."""
 
     tokens_per_second: float
     first_token_ms: float
@@ -38,7 +38,7 @@ def measure(url: str, load: Load, concurrency: int, requests: int) -> Speed:
     """Send `requests` different prompts, `concurrency` at a time; the same prompts for the same arguments.
 
     Raises:
-        RuntimeError: a request failed, or its answer has another length than asked for.
+        RuntimeError: a request failed, or its answer does not have the requested length.
     """
     return asyncio.run(_measure(url, load, concurrency, requests))
 
@@ -73,7 +73,7 @@ async def _request(session: aiohttp.ClientSession, url: str, load: Load, prompt:
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "return_token_ids": True,  # without a tokenizer there is no text, and a chunk with nothing in it is not sent
+        "return_token_ids": True,  # without a tokenizer there is no text, and empty chunks are not sent
     }
     started = time.perf_counter()
     first = last = 0.0
@@ -86,7 +86,7 @@ async def _request(session: aiohttp.ClientSession, url: str, load: Load, prompt:
                 continue
             chunk = json.loads(line.removeprefix(b"data: "))
             if "error" in chunk:
-                raise RuntimeError(f"the server broke off: {chunk['error']}")
+                raise RuntimeError(f"the server stopped with an error: {chunk['error']}")
             if any(choice.get("token_ids") for choice in chunk["choices"]):
                 last = time.perf_counter() - started
                 first = first or last

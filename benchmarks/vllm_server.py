@@ -1,4 +1,4 @@
-"""A `vllm serve` of its own on the loopback interface for as long as it is measured, and the memory of its processes."""
+"""Runs `vllm serve` on the loopback interface while it is measured, and reads the memory of its processes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
-# Used by all contenders alike; what the caller's environment says comes first. vLLM's "auto" binding leaves a core out.
-# OMP_WAIT_POLICY=PASSIVE, which a shared machine wants, would cost each of hundreds of products a step a wake-up.
+# The same for all contenders; variables of the caller's environment override it. vLLM's "auto" binding leaves a core out.
+# OMP_WAIT_POLICY=PASSIVE, which is right on a shared machine, would cost a wake-up in each of the hundreds of products per step.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
@@ -27,18 +27,18 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers; `ready_seconds` from its start to the first good health check."""
+    """A running server. `ready_seconds`: from its start to the first successful health check."""
 
     url: str
     pid: int
     ready_seconds: float
 
     def resident(self) -> int:
-        """Bytes that its processes hold in memory; what several of them share is counted once (PSS)."""
+        """Bytes of memory of its processes; memory that several of them share is counted once (PSS)."""
         return sum(process.memory_full_info().pss for process in self._processes())
 
     def cpu_seconds(self) -> float:
-        """Processor time that its processes have used."""
+        """Processor time of its processes."""
         return sum(times.user + times.system for times in (process.cpu_times() for process in self._processes()))
 
     def _processes(self) -> list[psutil.Process]:
@@ -47,9 +47,9 @@ class Server:
 
 
 def busy_seconds() -> float:
-    """Processor time that the whole machine has used, or that was taken from it (steal), over all cores."""
+    """Processor time over all cores that the machine has used or lost to other virtual machines (steal)."""
     times = psutil.cpu_times()
-    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guests count as user already
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guest time is part of user time
 
 
 @contextmanager
@@ -61,12 +61,12 @@ def serving(
     environment: dict[str, str] | None = None,
     vllm: Path | None = None,
 ) -> Iterator[Server]:
-    """Run `vllm serve` while inside, with this `environment` besides.
+    """Run `vllm serve` inside the context, with `environment` added to its variables.
 
-    Exits with the end of its log where it does not get ready.
+    Exits with the end of its log if it does not become ready.
 
     Args:
-        vllm: of another environment than this one, which then does not get this one's PYTHONPATH.
+        vllm: the command of another Python environment; it runs without this one's PYTHONPATH.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,7 +87,7 @@ def serving(
     try:
         while not _is_ready(url):
             if process.poll() is not None or time.monotonic() - started > timeout:
-                raise SystemExit(f"the server did not get ready; the end of {log}:\n{log.read_text()[-3000:]}")
+                raise SystemExit(f"the server did not become ready; the end of {log}:\n{log.read_text()[-3000:]}")
             time.sleep(0.2)
         yield Server(url, process.pid, time.monotonic() - started)
     finally:
@@ -103,7 +103,7 @@ def _is_ready(url: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server, then whatever of its process group is left: the next one needs the cores and the memory."""
+    """Stop the server, then all remaining processes of its group: the next server needs the cores and the memory."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

@@ -1,8 +1,9 @@
-// AMX: vpexpandw spreads a word into a row of a weight tile (16 pairs x 16 rows x 2, bf16), tdpbf16ps multiplies it.
+// AMX: vpexpandw spreads a mask word's weights into a row of a weight tile (16 pairs x 16 rows x 2, bf16), and tdpbf16ps
+// multiplies the tile.
 //
-// Two panels and up to 32 rows of x at a time: tiles 0-3 accumulate [row block][panel], 4-5 hold x, 6-7 the weights.
-// Up to 32 rows, the accumulators stay in their tiles over all columns, and expansion runs just ahead of the
-// multiplication. Above, 512 columns of the two panels are expanded once and serve every block of rows.
+// Two panels and up to 32 lines at a time: tiles 0-3 hold the sums [half of the lines][panel], 4-5 hold x, 6-7 the weights.
+// Up to 32 lines, the sums stay in their tiles over all columns, and each tile of weights is expanded just before it is
+// multiplied. For more lines, 512 columns of the two panels are expanded once and used by every block of 32 lines.
 #include "kernel.h"
 
 #if (defined(__x86_64__) && defined(__linux__) && \
@@ -29,10 +30,10 @@ namespace {
 
 constexpr int64_t AHEAD = 16;                 // tiles expanded before they are multiplied, at most
 constexpr int64_t TILE = TILE_WORDS * 32;     // bf16 values of a weight tile
-constexpr int64_t BLOCK = 32;                 // rows of x, and rows of the weight, in one set of accumulators
+constexpr int64_t BLOCK = 32;                 // lines, and rows of the weight, in one set of sums
 
-// GCC's tile intrinsics do not tell it what memory they read: without this it may drop or move the stores before them.
-inline void settle(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+// GCC does not know which memory its tile intrinsics read. Without this it may drop or move the stores before them.
+inline void finish_stores(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -41,7 +42,7 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64, "the operand of ldtilecfg");
 
-// Every tile has 64-byte rows; those of x and the accumulators are as high as there are rows of x.
+// Every tile has rows of 64 bytes. The tiles of x and of the sums have as many rows as there are lines.
 void configure(int64_t m) {
     const uint8_t first = static_cast<uint8_t>(m < 16 ? m : 16);
     const uint8_t second = static_cast<uint8_t>(m <= 16 ? 1 : m < BLOCK ? m - 16 : 16);
@@ -51,58 +52,59 @@ void configure(int64_t m) {
         config.row_bytes[tile] = 64;
         config.rows[tile] = heights[tile];
     }
-    settle(&config);
+    finish_stores(&config);
     _tile_loadconfig(&config);
 }
 
-// `two_rows`: x has a second block of 16 rows here; `two_panels`: a second panel. Accumulators: [32][32] fp32.
-template <bool two_rows, bool two_panels>
-void start(const float* acc, bool resume) {
-    settle(acc);
+// `two_halves`: there are more than 16 lines here. `two_panels`: there is a second panel. The sums are [32][32] fp32.
+template <bool two_halves, bool two_panels>
+void load_sums(const float* acc, bool resume) {
+    finish_stores(acc);
     if (!resume) {
         _tile_zero(0);
         if (two_panels) _tile_zero(1);
-        if (two_rows) _tile_zero(2);
-        if (two_rows && two_panels) _tile_zero(3);
+        if (two_halves) _tile_zero(2);
+        if (two_halves && two_panels) _tile_zero(3);
         return;
     }
     _tile_loadd(0, acc, 128);
     if (two_panels) _tile_loadd(1, acc + 16, 128);
-    if (two_rows) _tile_loadd(2, acc + 16 * BLOCK, 128);
-    if (two_rows && two_panels) _tile_loadd(3, acc + 16 * BLOCK + 16, 128);
+    if (two_halves) _tile_loadd(2, acc + 16 * BLOCK, 128);
+    if (two_halves && two_panels) _tile_loadd(3, acc + 16 * BLOCK + 16, 128);
 }
 
-template <bool two_rows, bool two_panels>
-void finish(float* acc) {
+template <bool two_halves, bool two_panels>
+void store_sums(float* acc) {
     _tile_stored(0, acc, 128);
     if (two_panels) _tile_stored(1, acc + 16, 128);
-    if (two_rows) _tile_stored(2, acc + 16 * BLOCK, 128);
-    if (two_rows && two_panels) _tile_stored(3, acc + 16 * BLOCK + 16, 128);
+    if (two_halves) _tile_stored(2, acc + 16 * BLOCK, 128);
+    if (two_halves && two_panels) _tile_stored(3, acc + 16 * BLOCK + 16, 128);
 }
 
-template <bool two_rows, bool two_panels>
+template <bool two_halves, bool two_panels>
 void multiply(const uint16_t* x, int64_t stride, const uint16_t* weights) {
-    settle(weights);
+    finish_stores(weights);
     _tile_loadd(6, weights, 64);
     if (two_panels) _tile_loadd(7, weights + TILE, 64);
     _tile_loadd(4, x, 2 * stride);
     _tile_dpbf16ps(0, 4, 6);
     if (two_panels) _tile_dpbf16ps(1, 4, 7);
-    if (two_rows) {
+    if (two_halves) {
         _tile_loadd(5, x + 16 * stride, 2 * stride);
         _tile_dpbf16ps(2, 5, 6);
         if (two_panels) _tile_dpbf16ps(3, 5, 7);
     }
-    settle(weights);
+    finish_stores(weights);
 }
 
 struct Steps {
-    void (*start)(const float*, bool);
+    void (*load_sums)(const float*, bool);
     void (*multiply)(const uint16_t*, int64_t, const uint16_t*);
-    void (*finish)(float*);
+    void (*store_sums)(float*);
 };
-template <bool two_rows, bool two_panels>
-constexpr Steps steps = {start<two_rows, two_panels>, multiply<two_rows, two_panels>, finish<two_rows, two_panels>};
+template <bool two_halves, bool two_panels>
+constexpr Steps steps = {load_sums<two_halves, two_panels>, multiply<two_halves, two_panels>,
+                         store_sums<two_halves, two_panels>};
 
 const char* expand_tile(const uint32_t* masks, const char* values, uint16_t* tile) {
     for (int row = 0; row < TILE_WORDS; row++) {
@@ -136,15 +138,15 @@ bool amx_panels(const Product& product, int64_t first, int64_t last) {
                     values[p] = expand_tile(weight.masks_of(panel + p) + tile * TILE_WORDS, values[p],
                                             ring + (2 * (tile % AHEAD) + p) * TILE);
             for (int64_t block = 0; block < blocks; block++) {
-                const bool two_rows = product.m - block * BLOCK > 16;
-                const Steps& step = two_rows ? (panels == 2 ? steps<true, true> : steps<true, false>)
+                const bool two_halves = product.m - block * BLOCK > 16;
+                const Steps& step = two_halves ? (panels == 2 ? steps<true, true> : steps<true, false>)
                                              : (panels == 2 ? steps<false, true> : steps<false, false>);
                 float* sums = acc + block * BLOCK * BLOCK;
-                if (at == 0 || blocks > 1) step.start(sums, at > 0);
+                if (at == 0 || blocks > 1) step.load_sums(sums, at > 0);
                 for (int64_t tile = at; tile < end; tile++)
                     step.multiply(x + block * BLOCK * product.stride + tile * TILE_COLUMNS, product.stride,
                                   ring + 2 * (tile % AHEAD) * TILE);
-                if (end == tiles || blocks > 1) step.finish(sums);
+                if (end == tiles || blocks > 1) step.store_sums(sums);
             }
         }
         store(product, panel, panels, 0, product.m, acc, PANEL, BLOCK);
@@ -166,7 +168,7 @@ static bool ask_for_amx() {
     unsigned a, b, c, d;
     if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;          // amx-bf16, amx-tile
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;             // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;             // ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA
 }
 
 bool has_amx() {

@@ -1,4 +1,5 @@
-// AVX512 with VBMI2: vpexpandw and vpexpandd spread the stored values of a word over their lanes, one instruction a vector.
+// AVX512 with VBMI2: vpexpandw and vpexpandd spread the stored values of a mask word over their lanes, one instruction per
+// vector.
 #include "kernel.h"
 
 #if defined(__x86_64__) || defined(RAC_EMULATE)
@@ -16,50 +17,51 @@
 namespace rac {
 namespace {
 
-// A word's weights as fp32: w[k] holds column k. Returns where the next word's values start.
-struct Pair {
+// The weights of a mask word as fp32: w[k] holds column k.
+struct Columns {
     __m512 w[2];
 };
 
+// Returns the address of the next word's values.
 template <int form>
-inline const char* expand_word(uint32_t mask, const char* values, Pair& pair);
+inline const char* expand_word(uint32_t mask, const char* values, Columns& two);
 
 template <>
-inline const char* expand_word<BF16>(uint32_t mask, const char* values, Pair& pair) {
+inline const char* expand_word<BF16>(uint32_t mask, const char* values, Columns& two) {
     const __m512i spread = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
-    pair.w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(spread, 16));
-    pair.w[1] = _mm512_castsi512_ps(_mm512_and_si512(spread, _mm512_set1_epi32(int(0xffff0000))));
+    two.w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(spread, 16));
+    two.w[1] = _mm512_castsi512_ps(_mm512_and_si512(spread, _mm512_set1_epi32(int(0xffff0000))));
     return values + 2 * RAC_COUNT(mask);
 }
 
 template <>
-inline const char* expand_word<FP32>(uint32_t mask, const char* values, Pair& pair) {
+inline const char* expand_word<FP32>(uint32_t mask, const char* values, Columns& two) {
     const char* second = values + 4 * RAC_COUNT(mask & 0xffff);
-    pair.w[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(values));
-    pair.w[1] = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask >> 16), _mm512_loadu_ps(second));
+    two.w[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(values));
+    two.w[1] = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask >> 16), _mm512_loadu_ps(second));
     return values + 4 * RAC_COUNT(mask);
 }
 
 template <>
-inline const char* expand_word<DENSE>(uint32_t, const char* values, Pair& pair) {
-    pair.w[0] = _mm512_loadu_ps(values);
-    pair.w[1] = _mm512_loadu_ps(values + 64);
+inline const char* expand_word<DENSE>(uint32_t, const char* values, Columns& two) {
+    two.w[0] = _mm512_loadu_ps(values);
+    two.w[1] = _mm512_loadu_ps(values + 64);
     return values + 128;
 }
 
-constexpr int ROWS = 8;  // of x at a time
+constexpr int LINES = 8;  // at a time
 
 template <int form, int M>
 void dot(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out) {
-    __m512 acc[M][2];  // a set for each column of the pair, which hides the latency of a multiplication
+    __m512 acc[M][2];  // a set of sums per column of the pair hides the latency of a multiplication
     RAC_UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
     for (int64_t word = 0; word < pairs; word++) {
-        Pair pair;
+        Columns two;
         if (form != DENSE) _mm_prefetch(values + 1024, _MM_HINT_T0);
-        values = expand_word<form>(form == DENSE ? 0 : masks[word], values, pair);
+        values = expand_word<form>(form == DENSE ? 0 : masks[word], values, two);
         RAC_UNROLL for (int m = 0; m < M; m++)
             RAC_UNROLL for (int k = 0; k < 2; k++)
-                acc[m][k] = _mm512_fmadd_ps(pair.w[k], _mm512_set1_ps(x[m * stride + 2 * word + k]), acc[m][k]);
+                acc[m][k] = _mm512_fmadd_ps(two.w[k], _mm512_set1_ps(x[m * stride + 2 * word + k]), acc[m][k]);
     }
     RAC_UNROLL for (int m = 0; m < M; m++) {
         const __m512 sum = _mm512_add_ps(acc[m][0], acc[m][1]);
@@ -70,10 +72,10 @@ void dot(const uint32_t* masks, const char* values, int64_t pairs, const float* 
 template <Type type>
 const char* expand(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride) {
     for (int64_t column = 0; column < columns; column += 2) {
-        Pair pair;
-        values = expand_word<type>(masks[column / 2], values, pair);
+        Columns two;
+        values = expand_word<type>(masks[column / 2], values, two);
         for (int k = 0; k < 2 && column + k < columns; k++)
-            _mm512_storeu_ps(static_cast<float*>(out) + (column + k) * stride, pair.w[k]);
+            _mm512_storeu_ps(static_cast<float*>(out) + (column + k) * stride, two.w[k]);
     }
     return values;
 }
@@ -93,14 +95,14 @@ const char* expand_bf16(const uint32_t* masks, const char* values, int64_t colum
 }
 
 template <Type type>
-const char* begin(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out,
-                  float* block) {
+const char* expand_and_multiply(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride,
+                                float* out, float* block) {
     values = expand<type>(masks, values, 2 * pairs, block, PANEL);
-    dot<DENSE, ROWS>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out);
+    dot<DENSE, LINES>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out);
     return values;
 }
 
-void halve(const float* values, int64_t count, uint16_t* out) { round_all(values, count, out); }
+void round_to_bf16(const float* values, int64_t count, uint16_t* out) { round_each_to_bf16(values, count, out); }
 
 }  // namespace
 }  // namespace rac
@@ -108,13 +110,16 @@ RAC_TARGET_END
 
 namespace rac {
 
-#define RAC_ROWS(form) \
+#define RAC_LINES(form) \
     {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>, dot<form, 5>, dot<form, 6>, dot<form, 7>, dot<form, 8>}
 extern const Kernel avx512_kernel = {
-    {ROWS, ROWS, {RAC_ROWS(BF16), RAC_ROWS(FP32), RAC_ROWS(DENSE)}, {begin<BF16>, begin<FP32>}},
+    {LINES,
+     LINES,
+     {RAC_LINES(BF16), RAC_LINES(FP32), RAC_LINES(DENSE)},
+     {expand_and_multiply<BF16>, expand_and_multiply<FP32>}},
     {expand<BF16>, expand<FP32>},
     expand_bf16,
-    halve,
+    round_to_bf16,
 };
 
 bool has_avx512() {

@@ -1,4 +1,4 @@
-// AVX512 with BF16: a word, spread by vpexpandw, is what vdpbf16ps multiplies by a pair of x, as it is.
+// AVX512 with BF16: vdpbf16ps multiplies the weights of a mask word, spread by vpexpandw, by two neighbouring numbers of x.
 #include "kernel.h"
 
 #if defined(__x86_64__) || defined(RAC_EMULATE)
@@ -20,20 +20,20 @@ namespace {
 
 #include "expand_bytes.h"
 
-constexpr int ROWS = 8;  // of x at a time: with a set of sums for either word of two, half the registers
+constexpr int LINES = 8;  // at a time: with one set of sums per word of two, half of the registers
 
 inline __m512i spread(uint32_t mask, const char* values) {
     return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
 }
 
 inline __m512 add_products(__m512 sums, __m512i weights, const uint16_t* x) {
-    uint32_t pair;
-    std::memcpy(&pair, x, sizeof pair);
-    return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)));
+    uint32_t both;
+    std::memcpy(&both, x, sizeof both);
+    return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(static_cast<int>(both)));
 }
 
-// Two words at a time, which hides the latency of a multiplication and counts the values of both at once. `block`, where
-// not null, is left with the expanded words.
+// Two mask words at a time: this hides the latency of a multiplication, and the values of both are counted at once. The
+// expanded words are also written to `block` if it is not null.
 template <int form, int M>
 inline const char* multiply(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride,
                             float* out, uint16_t* block) {
@@ -73,14 +73,14 @@ void dot(const uint32_t* masks, const char* values, int64_t pairs, const uint16_
     multiply<form, M>(masks, values, pairs, x, stride, out, nullptr);
 }
 
-const char* begin(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride,
-                  float* out, uint16_t* block) {
-    return multiply<BF16, ROWS>(masks, values, pairs, x, stride, out, block);
+const char* expand_and_multiply(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x,
+                                int64_t stride, float* out, uint16_t* block) {
+    return multiply<BF16, LINES>(masks, values, pairs, x, stride, out, block);
 }
 
 template <int M>
-void pair_dot(const uint16_t* first, const uint16_t* second, int64_t pairs, const uint16_t* x, int64_t stride, float* out,
-              float* out_of_second) {
+void dot_two_panels(const uint16_t* first, const uint16_t* second, int64_t pairs, const uint16_t* x, int64_t stride,
+                    float* out, float* out_of_second) {
     __m512 acc[M][2];
     RAC_UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
     for (int64_t word = 0; word < pairs; word++) {
@@ -95,23 +95,24 @@ void pair_dot(const uint16_t* first, const uint16_t* second, int64_t pairs, cons
     }
 }
 
-// Column k of a quad, bytes in lanes of four, as fp32.
+// Column k of a quad as the bits of fp32; a lane of the quad holds the four bytes of a row.
 template <int k>
 inline __m512i column(__m512i quad) {
     return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quad, 24 - 8 * k), 24)));
 }
 
-inline __m512i pair_of(__m512i first, __m512i second) {
+// Two columns of fp32 as the bf16 weights of one word; exact for integers of 8 bits.
+inline __m512i bf16_word(__m512i first, __m512i second) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     return _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_and_si512(second, upper));
 }
 
-// Integers of 8 bits are bf16 numbers too.
+// As expand_and_multiply, for integers of 8 bits: bf16 holds them exactly.
 template <Type type>
-const char* begin8(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride,
-                   float* out, uint16_t* block) {
+const char* expand_and_multiply8(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x,
+                                 int64_t stride, float* out, uint16_t* block) {
     for (int64_t word = 0; word < pairs; word += 2) {
-        _mm_prefetch(values + 2048, _MM_HINT_T0);  // some of the panel's next block
+        _mm_prefetch(values + 2048, _MM_HINT_T0);  // part of the panel's next block
         __m512i quad;
         if (type == INT8) {
             uint64_t mask;
@@ -122,10 +123,10 @@ const char* begin8(const uint32_t* masks, const char* values, int64_t pairs, con
             quad = _mm512_loadu_si512(values);
             values += QUAD;
         }
-        _mm512_storeu_si512(block + 32 * word, pair_of(column<0>(quad), column<1>(quad)));
-        _mm512_storeu_si512(block + 32 * word + 32, pair_of(column<2>(quad), column<3>(quad)));
+        _mm512_storeu_si512(block + 32 * word, bf16_word(column<0>(quad), column<1>(quad)));
+        _mm512_storeu_si512(block + 32 * word + 32, bf16_word(column<2>(quad), column<3>(quad)));
     }
-    multiply<DENSE, ROWS>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out, nullptr);
+    multiply<DENSE, LINES>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out, nullptr);
     return values;
 }
 
@@ -135,14 +136,15 @@ RAC_TARGET_END
 
 namespace rac {
 
-#define RAC_ROWS(form)                                                                            \
+#define RAC_LINES(form)                                                                            \
     {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>,  dot<form, 5>,  dot<form, 6>, \
      dot<form, 7>, dot<form, 8>, dot<form, 9>, dot<form, 10>, dot<form, 11>, dot<form, 12>}
 extern const Dots<uint16_t> avx512_bf16_dots = {
-    12, ROWS, {RAC_ROWS(BF16), {}, RAC_ROWS(DENSE)},
-    {begin, nullptr, begin8<INT8>, begin8<DENSE8>},
-    {pair_dot<1>, pair_dot<2>, pair_dot<3>, pair_dot<4>, pair_dot<5>, pair_dot<6>, pair_dot<7>, pair_dot<8>,
-     pair_dot<9>, pair_dot<10>, pair_dot<11>, pair_dot<12>}};
+    12, LINES, {RAC_LINES(BF16), {}, RAC_LINES(DENSE)},
+    {expand_and_multiply, nullptr, expand_and_multiply8<INT8>, expand_and_multiply8<DENSE8>},
+    {dot_two_panels<1>, dot_two_panels<2>, dot_two_panels<3>, dot_two_panels<4>, dot_two_panels<5>, dot_two_panels<6>,
+     dot_two_panels<7>, dot_two_panels<8>, dot_two_panels<9>, dot_two_panels<10>, dot_two_panels<11>,
+     dot_two_panels<12>}};
 
 bool has_avx512_bf16() {
 #if defined(RAC_EMULATE)

@@ -1,42 +1,43 @@
-// Products with 8-bit weights. They are exact integer arithmetic between two roundings: x becomes 16-bit integers, one
-// scale for each row and block of columns, and a block's sums become fp32, times the scales of x and of the weight.
+// Products with 8-bit weights: exact integer arithmetic between two roundings. First x is rounded to 16-bit integers, with
+// one scale per line and block of columns. At the end the sums of a block become fp32, times the scales of x and of the weight.
 //
-// An outlier therefore costs the other columns of its own block accuracy, and only those; 16 bits leave them more than
-// bf16 has as long as it is less than some 500 times larger than they are. In a block, sums fit 32 bits: 512 products of
-// at most 128 * 32639. A value that is not finite makes its row of the result NaN.
+// An outlier in x therefore reduces the accuracy of the other columns of its own block, and of no others. As long as it is
+// less than about 500 times larger than they are, 16 bits are more accurate than bf16. The sums of a block fit 32 bits: 512
+// products of at most 128 * 32639. A value that is not finite makes its line of the result NaN.
 #pragma once
 #include "kernel.h"
 
 namespace rac {
 
 constexpr int64_t BLOCK_MOST = 512;  // columns
-constexpr int64_t BLOCK_ROOM = BLOCK_MOST + 64;  // the last block of a row goes on to its end
+constexpr int64_t BLOCK_ROOM = BLOCK_MOST + 64;  // the last block of a line includes its padding
 constexpr int LEVELS = 127 * 256 + 127;  // the largest integer of x: both its bytes, signed, are within -127..127
 
-// How a kernel reads x: int16 [m][stride], or, for instructions that multiply bytes, x = 256 first + second, either as two
-// planes a row, [m][2][stride], or, for up to 8 rows at a time, as [stride / 4][rows][2][4]. What is behind the last column is
-// multiplied by zero; stride is a multiple of 64.
+// How a kernel reads x. INTEGERS: int16 [m][stride]. The others are for instructions that multiply bytes, with
+// x = 256 first + second. PLANES: two planes per line, [m][2][stride]. QUADS: up to 8 lines interleaved,
+// [stride / 4][lines][2][4]. What comes after the last column is multiplied by zero; stride is a multiple of 64.
 enum Format8 { INTEGERS, PLANES, QUADS };
-constexpr int TOGETHER = 8;  // rows of QUADS
+constexpr int LINES_TOGETHER = 8;  // interleaved in QUADS
 
-// Rows of x in one block of columns. `sums` has the sum of each row's, `apart` from row to row; only for QUADS.
-struct Rows8 {
+// Some lines in one block of columns. `sums`, used only by QUADS: the sum of each line's integers, `sums_stride` apart.
+struct Lines8 {
     const void* data;
     int64_t stride;
     const int32_t* sums;
-    int64_t apart;
+    int64_t sums_stride;
 };
 
-// sums[m][n] = sum over the columns of x[m] w[n], for `quads` of four columns of one panel. Returns the next values.
-using Dot8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, const Rows8& x, int32_t* sums);
+// sums[m][n] = sum over the columns of x[m] w[n], for `quads` of one panel. Returns the address after the values of these.
+using Dot8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums);
 
-// Quads as the kernel's own dense form, at most 2 bytes a weight. Returns the next values.
-using Spread8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, void* out);
+// Quads in the kernel's own dense form, at most 2 bytes per weight. Returns the address after the values of these.
+using Expand8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, void* out);
 
-// `columns` numbers of x, of one row and block, as integers, and both bytes of each. Returns their scale: NaN where a value is
-// not finite, 0 where all are (next to) nothing.
+// `columns` numbers of x, of one line and block, as integers and as the two bytes of each. Returns their scale: NaN if a value
+// is not finite, 0 if all are zero or nearly zero.
 using Quantize = float (*)(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
 
+// acc[m][n] += sums[m][n] * x_scale[m * stride] * scale[n].
 using AddScaled = void (*)(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines,
                            float* acc);
 
@@ -44,10 +45,10 @@ struct Kernel8 {
     Format8 format;
     Quantize quantize;
     AddScaled add;
-    int rows, spread_rows;     // entries of dot (stored weights) and of dot_spread
-    Dot8 dot[2][MOST_ROWS];    // INT8, DENSE8
-    Spread8 spread[2];
-    Dot8 dot_spread[MOST_ROWS];
+    int lines, expanded_lines;  // how many entries of `dot` and of `dot_expanded` exist
+    Dot8 dot[2][MOST_LINES];    // weights as stored: INT8, DENSE8; by the number of lines minus one
+    Expand8 expand[2];          // INT8, DENSE8
+    Dot8 dot_expanded[MOST_LINES];
 };
 
 extern const Kernel8 portable_kernel8, avx2_kernel8, avx512_kernel8;
@@ -56,19 +57,19 @@ bool has_amx_int8();
 
 struct Product8 {
     Product out;               // weight, m, bias, out
-    const char* x;             // by Format8, `stride` numbers of two bytes a row
+    const char* x;             // in a Format8, `stride` numbers of two bytes per line
     int64_t stride;
     const float* x_scale;      // [m][blocks]
-    const int32_t* x_sums;     // the same
+    const int32_t* x_sums;     // [m][blocks], the sums of the integers
     int64_t block, blocks;     // columns; a multiple of 4, for AMX of 64
     const float* scale;        // [panels][groups][16]
-    int64_t groups;            // 1, or one a block
+    int64_t groups;            // 1, or one per block
 };
 
-// Panels [first, last) on AMX tiles. False where memory ran out.
+// Panels [first, last) on AMX tiles. False if there is not enough memory.
 bool amx_panels8(const Product8& product, int64_t first, int64_t last);
 
-// Every instruction set compiles copies of its own of these, by functions of it that they become part of.
+// Inlined into each ISA's translation unit, so each gets its own copy.
 namespace {
 #define RAC_INLINE __attribute__((always_inline)) inline
 
@@ -107,9 +108,9 @@ RAC_INLINE float quantize_block(const void* x, Type type, int64_t columns, int16
     return quantize_as([=](int64_t k) __attribute__((always_inline)) { return from[k]; }, columns, integers, bytes);
 }
 
-// sums[m][n] times the scales of a row of x, `stride` apart, and of a row of the weight, into acc.
-RAC_INLINE void add_scaled(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines,
-                       float* acc) {
+// An AddScaled.
+RAC_INLINE void add_scaled_sums(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale,
+                                int64_t lines, float* acc) {
     for (int64_t m = 0; m < lines; m++, sums += PANEL, acc += PANEL) {
         float added[PANEL];
         for (int n = 0; n < PANEL; n++) added[n] = static_cast<float>(sums[n]) * x_scale[m * stride] * scale[n];
@@ -118,7 +119,7 @@ RAC_INLINE void add_scaled(const int32_t* sums, const float* x_scale, int64_t st
 }
 }  // namespace
 
-// A block's sums of one panel and some rows of x, into fp32.
+// Add the integer sums of one block, one panel and some lines to the fp32 sums.
 inline void add_block(const Product8& product, AddScaled add, int64_t panel, int64_t block, int64_t line, int64_t lines,
                       const int32_t* sums, float* acc) {
     const float* scale = product.scale + (panel * product.groups + (product.groups > 1 ? block : 0)) * PANEL;

@@ -1,12 +1,11 @@
 // 8-bit weights on AMX: tdpbssd multiplies both bytes of x with a tile of 16 quads x 16 rows x 4 columns.
 //
-// Two panels at a time. A block of columns is expanded once (a dense weight is read where it lies) and serves all rows
-// of x, 16 at a time. Tiles 0-3 accumulate [byte][panel], 4-5 hold the bytes of x, 6-7 the weights.
+// Two panels at a time. A block of columns is expanded once (a dense weight needs no expansion) and used by all lines, 16 at a
+// time. Tiles 0-3 hold the sums [byte][panel], 4-5 the bytes of x, 6-7 the weights.
 #include "int8.h"
 
 #if (defined(__x86_64__) && defined(__linux__) && \
      (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)) || defined(RAC_EMULATE)
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #if defined(RAC_EMULATE)
@@ -31,8 +30,10 @@ namespace {
 constexpr int64_t TILE = 16 * QUAD;      // bytes of a weight tile: 64 columns
 constexpr int64_t MOST_TILES = BLOCK_MOST / 64;
 
-// GCC's tile intrinsics do not tell it what memory they read: without this it may drop or move the stores before them.
-inline void settle(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// GCC does not know which memory its tile intrinsics read. Without this it may drop or move the stores before them.
+inline void finish_stores(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -45,9 +46,9 @@ void configure(int64_t m) {
     TileConfig config;
     for (int tile = 0; tile < 8; tile++) {
         config.row_bytes[tile] = 64;
-        config.rows[tile] = static_cast<uint8_t>(tile < 6 ? std::min<int64_t>(m, 16) : 16);
+        config.rows[tile] = static_cast<uint8_t>(tile < 6 ? smaller(m, 16) : 16);
     }
-    settle(&config);
+    finish_stores(&config);
     _tile_loadconfig(&config);
 }
 
@@ -63,7 +64,7 @@ const char* expand_tile(const uint32_t* masks, const char* values, int64_t quads
     return values;
 }
 
-// sums [panel][byte][16][16]; `weights` of each panel are tiles one after another, x is [16][2][stride].
+// sums [panel][byte][16][16]. `weights`: the tiles of each panel, one after the other. x is [16][2][stride].
 template <bool two_panels>
 void multiply(const int8_t* x, int64_t stride, const int8_t* const* weights, int64_t tiles, int32_t* sums) {
     _tile_zero(0);
@@ -72,7 +73,7 @@ void multiply(const int8_t* x, int64_t stride, const int8_t* const* weights, int
         _tile_zero(1);
         _tile_zero(3);
     }
-    settle(weights[0]);
+    finish_stores(weights[0]);
     for (int64_t tile = 0; tile < tiles; tile++) {
         _tile_loadd(6, weights[0] + TILE * tile, 64);
         if (two_panels) _tile_loadd(7, weights[1] + TILE * tile, 64);
@@ -89,7 +90,7 @@ void multiply(const int8_t* x, int64_t stride, const int8_t* const* weights, int
         _tile_stored(1, sums + 512, 64);
         _tile_stored(3, sums + 768, 64);
     }
-    settle(sums);
+    finish_stores(sums);
 }
 
 }  // namespace
@@ -108,7 +109,7 @@ bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
         std::memset(acc, 0, 2 * m * PANEL * sizeof(float));
         for (int64_t block = 0; block < product.blocks; block++) {
             const int64_t column = block * product.block;
-            const int64_t columns = std::min(product.block, weight.columns - column), tiles = (columns + 63) / 64;
+            const int64_t columns = smaller(product.block, weight.columns - column), tiles = (columns + 63) / 64;
             const int8_t* weights[2] = {};
             for (int p = 0; p < panels; p++) {
                 if (weight.type == DENSE8) {
@@ -119,13 +120,13 @@ bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
                 weights[p] = to;
                 const uint32_t* masks = weight.masks_of(panel + p) + column / 2;
                 for (int64_t tile = 0; tile < tiles; tile++) {
-                    const int64_t quads = std::min<int64_t>((columns - 64 * tile + 3) / 4, 16);
+                    const int64_t quads = smaller((columns - 64 * tile + 3) / 4, 16);
                     values[p] = expand_tile(masks + 32 * tile, values[p], quads, to + TILE * tile);
                 }
             }
             const int8_t* x = reinterpret_cast<const int8_t*>(product.x) + column;
             for (int64_t line = 0; line < m; line += 16) {
-                const int64_t lines = std::min<int64_t>(m - line, 16);
+                const int64_t lines = smaller(m - line, 16);
                 (panels == 2 ? multiply<true> : multiply<false>)(x + 2 * line * stride, stride, weights, tiles, sums);
                 for (int p = 0; p < panels; p++) {
                     int32_t* of = sums + 512 * p;

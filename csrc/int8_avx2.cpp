@@ -1,4 +1,4 @@
-// 8-bit weights on AVX2: widened to 16 bits, vpmaddwd multiplies two columns at a time, exactly.
+// 8-bit weights on AVX2: they are widened to 16 bits, and vpmaddwd multiplies two columns at a time, exactly.
 #include "int8.h"
 
 #if defined(__x86_64__)
@@ -7,8 +7,8 @@
 namespace rac {
 namespace {
 
-// By mask byte: for each of 8 bytes, which stored one goes there; 0x80: none. The second table is for the upper half of
-// a vector, into which the values are loaded at byte 8.
+// For each mask byte and each of 8 bytes: the number of the stored byte that is put there, 0x80 for a zero. The second table is
+// for the upper half of a vector, whose values are loaded at byte 8.
 struct Tables {
     alignas(64) uint8_t low[256][8];
     alignas(64) uint8_t high[256][8];
@@ -37,29 +37,30 @@ constexpr Tables tables;
 namespace rac {
 namespace {
 
-constexpr int SPREAD = 4;  // a form: 16-bit weights of whole quads
+constexpr int EXPANDED = 4;  // a form: 16-bit weights of whole quads
 
 // Four vectors of 16-bit weights: w[i] holds rows 4i to 4i + 3, four columns each.
 struct Quad {
     __m256i w[4];
 };
 
+// 8 bytes from each of two addresses.
 inline __m128i two(const void* low, const void* high) {
     const __m128i half = _mm_loadl_epi64(static_cast<const __m128i*>(low));
     return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(half), static_cast<const __m64*>(high)));
 }
 
-// As an instruction, because compilers clear its destination first, for old processors; here that is one in ten.
+// As assembly: compilers zero the destination first, which helps old processors only and is one in ten instructions here.
 inline uint64_t count(uint64_t mask) {
     uint64_t bits;
     __asm__("popcntq %1, %0" : "=r"(bits) : "r"(mask));
     return bits;
 }
 
-// In place, because GCC would rather copy the sum, and run out of registers.
+// As assembly, in place: GCC would copy the sums and run out of registers.
 inline void add(__m256i& sum, __m256i term) { __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(term)); }
 
-// 16 weights behind the lowest 16 bits of the mask.
+// The 16 weights of the lowest 16 bits of the mask.
 inline __m256i expand16(uint64_t mask, const char* values) {
     const uint64_t low = mask & 0xff, high = mask >> 8 & 0xff;
     const __m128i stored = two(values, values + count(low));
@@ -68,7 +69,7 @@ inline __m256i expand16(uint64_t mask, const char* values) {
 
 template <int form>
 inline const char* expand_quad(const uint32_t* masks, const char* values, Quad& quad) {
-    if (form == SPREAD) {
+    if (form == EXPANDED) {
         for (int i = 0; i < 4; i++) quad.w[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(values) + i);
         return values + 2 * QUAD;
     }
@@ -87,32 +88,32 @@ inline const char* expand_quad(const uint32_t* masks, const char* values, Quad& 
 }
 
 template <int form, int M>
-const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Rows8& x, int32_t* sums) {
-    const int16_t* rows = static_cast<const int16_t*>(x.data);
+const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums) {
+    const int16_t* lines = static_cast<const int16_t*>(x.data);
     __m256i acc[M][4];
     for (int m = 0; m < M; m++)
         for (int i = 0; i < 4; i++) acc[m][i] = _mm256_setzero_si256();
     for (int64_t q = 0; q < quads; q++) {
         Quad quad;
-        if (form != SPREAD) _mm_prefetch(values + 1024, _MM_HINT_T0);
+        if (form != EXPANDED) _mm_prefetch(values + 1024, _MM_HINT_T0);
         values = expand_quad<form>(masks + 2 * q, values, quad);
         for (int m = 0; m < M; m++) {
             const __m256i four =
-                _mm256_set1_epi64x(*reinterpret_cast<const long long*>(rows + m * x.stride + 4 * q));
+                _mm256_set1_epi64x(*reinterpret_cast<const long long*>(lines + m * x.stride + 4 * q));
             for (int i = 0; i < 4; i++) add(acc[m][i], _mm256_madd_epi16(quad.w[i], four));
         }
     }
     for (int m = 0; m < M; m++)
         for (int half = 0; half < 2; half++) {
-            const __m256i rows8 = _mm256_hadd_epi32(acc[m][2 * half], acc[m][2 * half + 1]);
+            const __m256i eight_rows = _mm256_hadd_epi32(acc[m][2 * half], acc[m][2 * half + 1]);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16 * m + 8 * half),
-                                _mm256_permute4x64_epi64(rows8, 0xd8));
+                                _mm256_permute4x64_epi64(eight_rows, 0xd8));
         }
     return values;
 }
 
 template <int form>
-const char* spread(const uint32_t* masks, const char* values, int64_t quads, void* out) {
+const char* expand(const uint32_t* masks, const char* values, int64_t quads, void* out) {
     __m256i* to = static_cast<__m256i*>(out);
     for (int64_t q = 0; q < quads; q++, to += 4) {
         Quad quad;
@@ -128,7 +129,7 @@ float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int
 }
 
 void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {
-    add_scaled(sums, x_scale, stride, scale, lines, acc);
+    add_scaled_sums(sums, x_scale, stride, scale, lines, acc);
 }
 
 }  // namespace
@@ -137,9 +138,9 @@ RAC_TARGET_END
 
 namespace rac {
 
-#define RAC_ROWS(form) {dot<form, 1>, dot<form, 2>}
+#define RAC_LINES(form) {dot<form, 1>, dot<form, 2>}
 extern const Kernel8 avx2_kernel8 = {
-    INTEGERS, quantize, add, 2, 2, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(SPREAD),
+    INTEGERS, quantize, add, 2, 2, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(EXPANDED),
 };
 
 }  // namespace rac

@@ -1,7 +1,7 @@
 // 8-bit weights on AVX512 with VNNI: vpexpandb spreads a quad over a vector, vpdpbusd multiplies four columns at a time.
 //
-// vpdpbusd takes one factor without a sign: 128 is added to the weights, pruned ones too, and what that adds to the product, a
-// multiple of the sum of x, is taken off again. So x is the factor that an instruction reads from memory, into every lane.
+// One factor of vpdpbusd is unsigned. So 128 is added to every weight, pruned ones included, and what this adds to the product, 128
+// times the sum of x, is subtracted again. The other factor, x, can then be read from memory into every lane by the instruction.
 #include "int8.h"
 
 #if defined(__x86_64__) || defined(RAC_EMULATE)
@@ -23,7 +23,7 @@ namespace {
 
 #include "expand_bytes.h"
 
-constexpr int SPREAD = 4;  // a form: expanded quads, in the first-level cache
+constexpr int EXPANDED = 4;  // a form: expanded quads, in the first-level cache
 
 template <int form>
 inline __m512i expand_quad(const uint32_t* masks, const char*& values) {
@@ -39,8 +39,8 @@ inline __m512i expand_quad(const uint32_t* masks, const char*& values) {
     return quad;
 }
 
-// Sums of four products of unsigned bytes of w and four signed ones of x. As an instruction, because GCC gives the
-// intrinsic's sums two registers each, and copies or spills them at every step.
+// Add four products, of unsigned bytes of w and signed bytes of x, to each sum. As assembly: with the intrinsic, GCC uses two
+// registers per sum and copies or spills them at every step.
 inline void add_products(__m512i& sums, __m512i w, const char* x) {
 #if defined(RAC_EMULATE)
     int32_t bytes;
@@ -51,22 +51,22 @@ inline void add_products(__m512i& sums, __m512i w, const char* x) {
 #endif
 }
 
-// Few rows have two sets of sums, for every other quad: a sum waits for the one before it.
+// A few lines use two sets of sums, for every other quad, since each addition depends on the one before it.
 template <int form, int M>
-const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Rows8& x, int32_t* sums) {
+const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums) {
     constexpr int SETS = M <= 4 ? 2 : 1;
     const __m512i plus = _mm512_set1_epi32(static_cast<int>(0x80808080));
-    const char* rows = static_cast<const char*>(x.data);
+    const char* lines = static_cast<const char*>(x.data);
     __m512i acc[SETS][M][2];
     RAC_UNROLL for (int m = 0; m < M; m++) {
-        // differences are right even where a term wraps around
+        // Wrap-around is harmless: the sum of both terms fits.
         acc[0][m][0] = _mm512_setzero_si512();
-        acc[0][m][1] = _mm512_set1_epi32(static_cast<int>(-128u * static_cast<unsigned>(x.sums[m * x.apart])));
+        acc[0][m][1] = _mm512_set1_epi32(static_cast<int>(-128u * static_cast<unsigned>(x.sums[m * x.sums_stride])));
         if (SETS == 2) acc[SETS - 1][m][0] = acc[SETS - 1][m][1] = _mm512_setzero_si512();
     }
-    // A pair of quads is spread while the one before it is multiplied.
+    // Two quads are spread while the two before them are multiplied.
     const auto next = [&](int64_t q) {
-        if (form != SPREAD) _mm_prefetch(values + 4096, _MM_HINT_T0);
+        if (form != EXPANDED) _mm_prefetch(values + 4096, _MM_HINT_T0);
         return _mm512_xor_si512(expand_quad<form>(masks + 2 * q, values), plus);
     };
     const auto multiply = [&](const __m512i& w, int set, const char* from) __attribute__((always_inline)) {
@@ -75,18 +75,18 @@ const char* dot(const uint32_t* masks, const char* values, int64_t quads, const 
     int64_t q = 0;
     if (quads >= 2) {
         __m512i first = next(0), second = next(1);
-        for (q = 2; q + 2 <= quads; q += 2, rows += 16 * M) {
+        for (q = 2; q + 2 <= quads; q += 2, lines += 16 * M) {
             const __m512i third = next(q), fourth = next(q + 1);
-            multiply(first, 0, rows);
-            multiply(second, SETS - 1, rows + 8 * M);
+            multiply(first, 0, lines);
+            multiply(second, SETS - 1, lines + 8 * M);
             first = third;
             second = fourth;
         }
-        multiply(first, 0, rows);
-        multiply(second, SETS - 1, rows + 8 * M);
-        rows += 16 * M;
+        multiply(first, 0, lines);
+        multiply(second, SETS - 1, lines + 8 * M);
+        lines += 16 * M;
     }
-    if (q < quads) multiply(next(q), 0, rows);
+    if (q < quads) multiply(next(q), 0, lines);
     RAC_UNROLL for (int m = 0; m < M; m++) {
         __m512i high = acc[0][m][0], low = acc[0][m][1];
         if (SETS == 2) {
@@ -99,7 +99,7 @@ const char* dot(const uint32_t* masks, const char* values, int64_t quads, const 
 }
 
 template <int form>
-const char* spread(const uint32_t* masks, const char* values, int64_t quads, void* out) {
+const char* expand(const uint32_t* masks, const char* values, int64_t quads, void* out) {
     for (int64_t q = 0; q < quads; q++)
         _mm512_storeu_si512(static_cast<char*>(out) + QUAD * q, expand_quad<form>(masks + 2 * q, values));
     return values;
@@ -109,7 +109,7 @@ float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int
     return quantize_block(x, type, columns, integers, bytes);
 }
 
-// As add_scaled, a vector a row.
+// As add_scaled_sums, one vector per line.
 void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {
     const __m512 of_rows = _mm512_loadu_ps(scale);
     for (int64_t m = 0; m < lines; m++, sums += PANEL, acc += PANEL) {
@@ -124,10 +124,17 @@ RAC_TARGET_END
 
 namespace rac {
 
-#define RAC_ROWS(form) \
+#define RAC_LINES(form) \
     {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>, dot<form, 5>, dot<form, 6>, dot<form, 7>, dot<form, 8>}
 extern const Kernel8 avx512_kernel8 = {
-    QUADS, quantize, add, TOGETHER, TOGETHER, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(SPREAD),
+    QUADS,
+    quantize,
+    add,
+    LINES_TOGETHER,
+    LINES_TOGETHER,
+    {RAC_LINES(INT8), RAC_LINES(DENSE8)},
+    {expand<INT8>, expand<DENSE8>},
+    RAC_LINES(EXPANDED),
 };
 
 bool has_vnni() {

@@ -1,4 +1,4 @@
-// 8-bit weights on any processor.
+// 8-bit weights on any processor, in plain C++.
 #include <cstring>
 
 #include "int8.h"
@@ -21,21 +21,21 @@ inline const char* expand_quad(const uint32_t* masks, const char* values, int8_t
 }
 
 template <int form, int M>
-const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Rows8& x, int32_t* sums) {
-    const int16_t* rows = static_cast<const int16_t*>(x.data);
+const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums) {
+    const int16_t* lines = static_cast<const int16_t*>(x.data);
     int8_t quad[QUAD];
     std::memset(sums, 0, M * PANEL * sizeof *sums);
     for (int64_t q = 0; q < quads; q++) {
         values = expand_quad<form>(masks + 2 * q, values, quad);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < PANEL; n++)
-                for (int k = 0; k < 4; k++) sums[m * PANEL + n] += quad[4 * n + k] * rows[m * x.stride + 4 * q + k];
+                for (int k = 0; k < 4; k++) sums[m * PANEL + n] += quad[4 * n + k] * lines[m * x.stride + 4 * q + k];
     }
     return values;
 }
 
 template <int form>
-const char* spread(const uint32_t* masks, const char* values, int64_t quads, void* out) {
+const char* expand(const uint32_t* masks, const char* values, int64_t quads, void* out) {
     for (int64_t q = 0; q < quads; q++)
         values = expand_quad<form>(masks + 2 * q, values, static_cast<int8_t*>(out) + QUAD * q);
     return values;
@@ -46,14 +46,14 @@ float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int
 }
 
 void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {
-    add_scaled(sums, x_scale, stride, scale, lines, acc);
+    add_scaled_sums(sums, x_scale, stride, scale, lines, acc);
 }
 
 }  // namespace
 
-#define RAC_ROWS(form) {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>}
+#define RAC_LINES(form) {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>}
 extern const Kernel8 portable_kernel8 = {
-    INTEGERS, quantize, add, 4, 4, {RAC_ROWS(INT8), RAC_ROWS(DENSE8)}, {spread<INT8>, spread<DENSE8>}, RAC_ROWS(DENSE8),
+    INTEGERS, quantize, add, 4, 4, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(DENSE8),
 };
 
 }  // namespace rac

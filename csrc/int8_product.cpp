@@ -1,4 +1,4 @@
-// Products with 8-bit weights: x into integers, and who multiplies what with which kernel.
+// The product with 8-bit weights: x is rounded to integers; which kernel multiplies which panels and lines.
 #include "int8_product.h"
 
 #include <algorithm>
@@ -9,13 +9,13 @@
 namespace rac {
 namespace {
 
-// Where the rows from `line` on are, `rows` of them side by side where the format has them so; and a column's place there.
-int64_t place(Format8 format, int64_t line, int64_t rows, int64_t stride, int64_t column) {
-    return 2 * line * stride + column * (format == INTEGERS ? 2 : format == PLANES ? 1 : 2 * rows);
+// The offset in bytes of a column of the lines from `line` on; in QUADS, `lines` of them are interleaved.
+int64_t offset_of(Format8 format, int64_t line, int64_t lines, int64_t stride, int64_t column) {
+    return 2 * line * stride + column * (format == INTEGERS ? 2 : format == PLANES ? 1 : 2 * lines);
 }
 
-// One block of all rows of x; behind their last column are zeros.
-void quantize(const Product8& product, const void* x, Type type, Format8 format, Quantize of_row, int64_t block, char* out,
+// Round one block of columns of every line of x, with zeros after the last column.
+void quantize(const Product8& product, const void* x, Type type, Format8 format, Quantize quantize_line, int64_t block, char* out,
               float* scales, int32_t* sums) {
     int16_t integers[BLOCK_ROOM];
     int8_t bytes[2][BLOCK_ROOM];
@@ -24,11 +24,11 @@ void quantize(const Product8& product, const void* x, Type type, Format8 format,
     const int64_t whole = block + 1 < product.blocks ? count : stride - first, size = type == BF16 ? 2 : 4;
     for (int64_t line = 0; line < m; line++) {
         const void* from = static_cast<const char*>(x) + (line * columns + first) * size;
-        scales[line * product.blocks + block] = of_row(from, type, count, integers, bytes);
+        scales[line * product.blocks + block] = quantize_line(from, type, count, integers, bytes);
         for (int64_t k = count; k < whole; k++) integers[k] = bytes[0][k] = bytes[1][k] = 0;
-        const int64_t together = format == QUADS ? line / TOGETHER * TOGETHER : line;
-        const int64_t rows = std::min<int64_t>(m - together, TOGETHER);
-        char* to = out + place(format, together, rows, stride, first);
+        const int64_t first_line = format == QUADS ? line / LINES_TOGETHER * LINES_TOGETHER : line;
+        const int64_t lines = std::min<int64_t>(m - first_line, LINES_TOGETHER);
+        char* to = out + offset_of(format, first_line, lines, stride, first);
         if (format == INTEGERS) {
             std::memcpy(to, integers, whole * sizeof *integers);
         } else if (format == PLANES) {
@@ -38,8 +38,8 @@ void quantize(const Product8& product, const void* x, Type type, Format8 format,
             int32_t sum = 0;
             for (int64_t k = 0; k < count; k++) sum += integers[k];
             sums[line * product.blocks + block] = sum;
-            to += 8 * (line - together);
-            for (int64_t k = 0; k < whole; k += 4, to += 8 * rows) {
+            to += 8 * (line - first_line);
+            for (int64_t k = 0; k < whole; k += 4, to += 8 * lines) {
                 std::memcpy(to, bytes[0] + k, 4);
                 std::memcpy(to + 4, bytes[1] + k, 4);
             }
@@ -47,47 +47,47 @@ void quantize(const Product8& product, const void* x, Type type, Format8 format,
     }
 }
 
-constexpr int64_t CHUNK = 240;  // rows of x that many panels share: with BLOCK_MOST half a second-level cache
-constexpr int64_t GROUP = 8;    // panels that pass by such a piece of x while it is there
-constexpr int64_t FEW = 32;     // rows of x that stay in a cache by themselves: panels are read one by one
+constexpr int64_t CHUNK = 240;  // lines that several panels use in turn: with BLOCK_MOST half of a second-level cache
+constexpr int64_t PANELS_PER_CHUNK = 8;  // panels that are multiplied by such lines while these are in the cache
+constexpr int64_t FEW_LINES = 32;  // so few lines stay in the cache anyway: panels are read one by one
 
-// Rows [line, line + lines) of x times one block of one panel, into acc [lines][PANEL]. Returns where the next block's
-// values start.
+// Lines [line, line + lines) times one block of one panel, added to acc [lines][PANEL]. Returns the address of the next block's
+// values.
 const char* multiply_block(const Product8& product, const Kernel8& kernel, int64_t panel, int64_t block,
                            const char* values, int64_t line, int64_t lines, float* acc) {
     const Weight& weight = product.out.weight;
     const int64_t form = weight.type - INT8, column = block * product.block;
     const int64_t quads = (std::min(product.block, weight.columns - column) + 3) / 4;
     const uint32_t* masks = weight.masks_of(panel) + (form ? 0 : column / 2);
-    const auto x_rows = [&](int64_t at, int64_t rows) -> Rows8 {
-        const char* x = product.x + place(kernel.format, at, rows, product.stride, column);
+    const auto x_lines = [&](int64_t at, int64_t some) -> Lines8 {
+        const char* x = product.x + offset_of(kernel.format, at, some, product.stride, column);
         return {x, product.stride, product.x_sums + at * product.blocks + block, product.blocks};
     };
-    int32_t sums[MOST_ROWS * PANEL];
-    if (product.out.m <= kernel.rows) {
-        values = kernel.dot[form][lines - 1](masks, values, quads, x_rows(line, lines), sums);
+    int32_t sums[MOST_LINES * PANEL];
+    if (product.out.m <= kernel.lines) {
+        values = kernel.dot[form][lines - 1](masks, values, quads, x_lines(line, lines), sums);
         add_block(product, kernel.add, panel, block, line, lines, sums, acc);
         return values;
     }
-    alignas(64) char spread[2 * PANEL * BLOCK_MOST];
-    values = kernel.spread[form](masks, values, quads, spread);
-    for (int64_t at = 0; at < lines; at += kernel.spread_rows) {
-        const int64_t rows = std::min<int64_t>(lines - at, kernel.spread_rows);
-        kernel.dot_spread[rows - 1](nullptr, spread, quads, x_rows(line + at, rows), sums);
-        add_block(product, kernel.add, panel, block, line + at, rows, sums, acc + at * PANEL);
+    alignas(64) char expanded[2 * PANEL * BLOCK_MOST];
+    values = kernel.expand[form](masks, values, quads, expanded);
+    for (int64_t at = 0; at < lines; at += kernel.expanded_lines) {
+        const int64_t some = std::min<int64_t>(lines - at, kernel.expanded_lines);
+        kernel.dot_expanded[some - 1](nullptr, expanded, quads, x_lines(line + at, some), sums);
+        add_block(product, kernel.add, panel, block, line + at, some, sums, acc + at * PANEL);
     }
     return values;
 }
 
 bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
-    const int64_t m = product.out.m, group = m <= FEW ? 1 : GROUP;
-    float* acc = static_cast<float*>(std::malloc(std::min(m, CHUNK) * group * PANEL * sizeof(float)));
+    const int64_t m = product.out.m, step = m <= FEW_LINES ? 1 : PANELS_PER_CHUNK;
+    float* acc = static_cast<float*>(std::malloc(std::min(m, CHUNK) * step * PANEL * sizeof(float)));
     if (!acc) return false;
     for (int64_t line = 0; line < m; line += CHUNK) {
         const int64_t lines = std::min(m - line, CHUNK);
-        for (int64_t panel = first; panel < last; panel += group) {
-            const int64_t count = std::min(last - panel, group);
-            const char* values[GROUP];
+        for (int64_t panel = first; panel < last; panel += step) {
+            const int64_t count = std::min(last - panel, step);
+            const char* values[PANELS_PER_CHUNK];
             for (int64_t p = 0; p < count; p++) values[p] = product.out.weight.values_of(panel + p);
             std::memset(acc, 0, count * lines * PANEL * sizeof(float));
             for (int64_t block = 0; block < product.blocks; block++)
@@ -102,16 +102,16 @@ bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t firs
 }
 
 bool multiply(const Product8& product, int32_t isa, int threads) {
-    const int64_t pairs = (product.out.weight.panels + 1) / 2;
-    if (threads > pairs) threads = static_cast<int>(pairs);
+    const int64_t doubles = (product.out.weight.panels + 1) / 2;  // AMX multiplies two panels at a time
+    if (threads > doubles) threads = static_cast<int>(doubles);
     bool done = true;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : done) if (threads > 1)
     for (int share = 0; share < threads; share++) {
-        int64_t first = 2 * (pairs * share / threads), last = 2 * (pairs * (share + 1) / threads);
+        int64_t first = 2 * (doubles * share / threads), last = 2 * (doubles * (share + 1) / threads);
         if (last > product.out.weight.panels) last = product.out.weight.panels;
-        const bool mine =
+        const bool enough =
             isa == AMX ? amx_panels8(product, first, last) : vector_panels8(product, *kernel8_of(isa), first, last);
-        done = done && mine;
+        done = done && enough;
     }
     return done;
 }
@@ -122,10 +122,10 @@ const Kernel8* kernel8_of(int32_t isa) {
     return isa >= AVX512 && has_vnni() ? &avx512_kernel8 : isa >= AVX2 ? &avx2_kernel8 : &portable_kernel8;
 }
 
-const char* linear8(const Product& out, const void* x, Type x_type, const float* scale, int64_t groups, int32_t isa,
-                    int threads) {
+Status linear8(const Product& out, const void* x, Type x_type, const float* scale, int64_t groups, int32_t isa,
+               int threads) {
     const int64_t columns = out.weight.columns;
-    if (!scale || groups < 1 || columns % groups) return "its scales do not fit";
+    if (!scale) return fail(BAD_ARGUMENT, "scale: missing, an 8-bit weight needs one");
     Product8 product;
     product.out = out;
     product.scale = scale;
@@ -133,43 +133,47 @@ const char* linear8(const Product& out, const void* x, Type x_type, const float*
     product.block = BLOCK_MOST;
     if (groups > 1) {
         product.block = columns / groups;
-        if (product.block % 4 || product.block > BLOCK_MOST) return "its groups are no 4, 8, ... 512 columns";
+        if (product.block % 4 || product.block > BLOCK_MOST)
+            return fail(BAD_ARGUMENT, "scale: groups of %lld columns; they must have 4, 8, 12, ... or 512",
+                        (long long)product.block);
     }
     if (isa == AMX && (!has_amx_int8() || product.block % 64)) isa = AVX512;
     const Format8 format = isa == AMX ? PLANES : kernel8_of(isa)->format;
     product.blocks = (columns + product.block - 1) / product.block;
     product.stride = (columns + 63) / 64 * 64;
-    const int64_t lines = isa == AMX && out.m > 16 ? (out.m + 15) / 16 * 16 : out.m;  // AMX reads 16 rows at a time
-    const int64_t row = 2 * product.stride;  // bytes
-    char* rows = static_cast<char*>(std::aligned_alloc(64, lines * row));
+    const int64_t lines = isa == AMX && out.m > 16 ? (out.m + 15) / 16 * 16 : out.m;  // AMX reads 16 lines at a time
+    const int64_t line_bytes = 2 * product.stride;
+    char* integers = static_cast<char*>(std::aligned_alloc(64, lines * line_bytes));
     float* scales = static_cast<float*>(std::malloc(out.m * product.blocks * sizeof(float)));
     int32_t* sums = static_cast<int32_t*>(std::malloc(out.m * product.blocks * sizeof(int32_t)));
-    const char* wrong = rows && scales && sums ? nullptr : "no memory for the activations";
-    if (!wrong) {
+    Status status = OK;
+    if (!integers || !scales || !sums) {
+        status = fail(NO_MEMORY, "no memory for the activations");
+    } else {
         (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && out.m * columns > 32768)
         for (int64_t block = 0; block < product.blocks; block++)
-            quantize(product, x, x_type, format, kernel8_of(isa)->quantize, block, rows, scales, sums);
-        std::memset(rows + out.m * row, 0, (lines - out.m) * row);
-        product.x = rows;
+            quantize(product, x, x_type, format, kernel8_of(isa)->quantize, block, integers, scales, sums);
+        std::memset(integers + out.m * line_bytes, 0, (lines - out.m) * line_bytes);
+        product.x = integers;
         product.x_scale = scales;
         product.x_sums = sums;
-        if (!multiply(product, isa, threads)) wrong = "no memory for the accumulators";
+        if (!multiply(product, isa, threads)) status = fail(NO_MEMORY, "no memory for the accumulators");
     }
-    std::free(rows);
+    std::free(integers);
     std::free(scales);
     std::free(sums);
-    return wrong;
+    return status;
 }
 
 void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type out_type, int64_t stride) {
-    const Kernel8& kernel = kernel8_of(isa) == &avx2_kernel8 ? portable_kernel8 : *kernel8_of(isa);  // to bytes
+    const Kernel8& kernel = kernel8_of(isa) == &avx2_kernel8 ? portable_kernel8 : *kernel8_of(isa);  // AVX2 expands to 16 bits
     const char* values = weight.values_of(panel);
     int8_t block[PANEL * BLOCK_MOST];
     for (int64_t first = 0; first < weight.columns; first += BLOCK_MOST) {
         const int64_t count = std::min(BLOCK_MOST, weight.columns - first);
         const uint32_t* masks = weight.masks_of(panel) + (weight.type == INT8 ? first / 2 : 0);
-        values = kernel.spread[weight.type - INT8](masks, values, (count + 3) / 4, block);
+        values = kernel.expand[weight.type - INT8](masks, values, (count + 3) / 4, block);
         for (int64_t k = 0; k < count; k++)
             for (int n = 0; n < PANEL; n++) {
                 const float value = block[k / 4 * QUAD + 4 * n + k % 4];

@@ -1,4 +1,6 @@
-// What an instruction set provides, and the one product they all compute: out = x W^T + bias, accumulated in fp32.
+// What each instruction set (ISA) provides, and the product that all of them compute: out = x W^T + bias, summed in fp32.
+//
+// A `row` is a row of the weight, a `line` is a row of x. A `pair` is two neighbouring columns, which share a mask word.
 #pragma once
 #include <cstring>
 
@@ -8,82 +10,83 @@ namespace rac {
 
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
 
-// What a kernel multiplies: stored values of a Type behind masks, or a block, columns of a panel that Begin expanded.
+// The forms of a weight that a kernel multiplies: stored values of a Type with their masks, or a block, which is some columns
+// of a panel that ExpandAndMultiply expanded.
 constexpr int DENSE = 2, FORMS = 3;
 
-// acc[m][n] += sum over the pairs of x[m][k] w[n][k], for one panel and a few rows of x (`stride` apart). The word
-// behind an odd number of pairs may be read too: it is zero, and so is x there.
+// acc[m][n] += sum of x[m][k] w[n][k] over the columns k of `pairs`, for one panel and a few lines, `stride` apart. With an
+// odd number of pairs the kernel may read one more mask word: it is zero, and so are these columns of x.
 template <class X>
 using Dot = void (*)(const uint32_t* masks, const char* values, int64_t pairs, const X* x, int64_t stride, float* acc);
 
-// A panel as dense columns: out[k * stride + n] for k < columns, n < 16, of the type that the name says. Returns where
-// the values behind these columns start.
+// A panel as dense columns: out[k * stride + n] for k < columns and n < 16, in the type that the function is named after.
+// Returns the address after the values of these columns.
 using Expand = const char* (*)(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride);
 
-// A block of columns for the first `dense_rows` rows of x: multiplies them as Dot does and leaves the weights expanded in
-// `block`, 16 a column, in the order that dot[DENSE] reads. Returns where the values behind them start.
+// For the first `dense_lines` lines: expands some columns of a panel into `block`, 16 weights per column in the order that
+// dot[DENSE] reads, and multiplies them as Dot does. Returns the address after the values of these columns.
 template <class X>
-using Begin = const char* (*)(const uint32_t* masks, const char* values, int64_t pairs, const X* x, int64_t stride,
-                              float* acc, X* block);
+using ExpandAndMultiply = const char* (*)(const uint32_t* masks, const char* values, int64_t pairs, const X* x,
+                                          int64_t stride, float* acc, X* block);
 
-// bf16, rounded to nearest even, of `count` numbers.
-using Halve = void (*)(const float* values, int64_t count, uint16_t* out);
+// `count` numbers as bf16, rounded to nearest even.
+using RoundToBf16 = void (*)(const float* values, int64_t count, uint16_t* out);
 
-constexpr int MOST_ROWS = 12;
+constexpr int MOST_LINES = 12;
 
-// As dot[DENSE] for the blocks of two panels at once: each number of x is read for both.
+// As dot[DENSE], for the blocks of two panels at once: each number of x is read once for both.
 template <class X>
-using PairDot = void (*)(const X* first, const X* second, int64_t pairs, const X* x, int64_t stride, float* acc,
-                         float* acc_of_second);
+using DotTwoPanels = void (*)(const X* first, const X* second, int64_t pairs, const X* x, int64_t stride, float* acc,
+                              float* acc_of_second);
 
 // How x of one type is multiplied: fp32, or bf16 as uint16_t.
 template <class X>
 struct Dots {
-    int rows, dense_rows;           // how many of the entries of dot are there, for the Types and for DENSE
-    Dot<X> dot[FORMS][MOST_ROWS];   // by form and rows of x minus one
-    Begin<X> begin[4];              // by Type; null for 8-bit weights that are multiplied as integers
-    PairDot<X> pair[MOST_ROWS] = {};  // by rows of x minus one; all null where there is none
+    int lines, dense_lines;           // how many entries of `dot` exist, for each Type and for DENSE
+    Dot<X> dot[FORMS][MOST_LINES];    // by form, and by the number of lines minus one
+    ExpandAndMultiply<X> expand_and_multiply[4];  // by Type; null for 8-bit weights that are multiplied as integers
+    DotTwoPanels<X> dot_two_panels[MOST_LINES] = {};  // by the number of lines minus one; all null where the ISA has none
 };
 
 struct Kernel {
     Dots<float> dots;
     Expand to_fp32[2];  // by Type
     Expand bf16_to_bf16;
-    Halve halve;
+    RoundToBf16 round_to_bf16;
 };
 
 struct Product {
     Weight weight;
-    const void* x;               // [m][stride], zeros behind the last column
-    Type x_type;                 // fp32, or bf16 where the kernel takes it as it is
-    int64_t m, stride;
-    const float* scale;          // [panels * 16], or null: what each row of the weight is multiplied by
+    const void* x;               // [m][stride], zeros after the last column
+    Type x_type;                 // fp32, or bf16 where the kernel reads bf16
+    int64_t m, stride;           // m: the number of lines
+    const float* scale;          // [panels * 16], or null: a factor for each row
     const void* bias;            // [rows] or null
     Type bias_type;
     void* out;                   // [m][rows]
     Type out_type;
-    Halve halve;                 // where out is bf16
+    RoundToBf16 round_to_bf16;   // used where out is bf16
 };
 
 extern const Kernel portable_kernel, avx2_kernel, avx512_kernel;
 extern const Dots<uint16_t> avx512_bf16_dots;  // of bf16 weights
 
-// Panels [first, last) of a product on AMX tiles; x and the weight are bf16. False where memory ran out.
+// Panels [first, last) of a product on AMX tiles; x and the weight are bf16. False if there is not enough memory.
 bool amx_panels(const Product& product, int64_t first, int64_t last);
 
 bool has_avx2();
 bool has_avx512();
 bool has_avx512_bf16();
-bool has_amx();  // asks the operating system once for permission, which holds for the process
+bool has_amx();  // requests permission from the operating system, once per process
 
-// In front of a short loop over sums, which stay in registers only where GCC unrolls it early.
+// For short loops over sums: GCC keeps the sums in registers only if it unrolls the loop early.
 #if defined(__clang__)
 #define RAC_UNROLL _Pragma("unroll")
 #else
 #define RAC_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// Bits set; unsigned, so that an address needs no sign extension.
+// The number of bits set. Unsigned, so that adding it to an address needs no sign extension.
 #define RAC_COUNT(mask) static_cast<uint64_t>(static_cast<unsigned>(__builtin_popcount(mask)))
 
 inline float from_bf16(uint16_t bits) {
@@ -108,9 +111,9 @@ inline uint16_t to_bf16(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? nan : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// A Halve. Every instruction set compiles a copy of its own, by a function of it that calls this one.
-inline void round_all(const float* values, int64_t count, uint16_t* out) {
-    if (count == PANEL)  // a length that the compiler knows, and vectorizes
+// Inlined into each ISA's RoundToBf16, so each gets its own copy.
+inline void round_each_to_bf16(const float* values, int64_t count, uint16_t* out) {
+    if (count == PANEL)  // a constant length, which the compiler vectorizes
         for (int64_t n = 0; n < PANEL; n++) out[n] = to_bf16(values[n]);
     else
         for (int64_t n = 0; n < count; n++) out[n] = to_bf16(values[n]);
@@ -120,8 +123,9 @@ inline float read(const void* from, Type type, int64_t index) {
     return type == BF16 ? from_bf16(static_cast<const uint16_t*>(from)[index]) : static_cast<const float*>(from)[index];
 }
 
-// Accumulators of `count` panels, `panel_stride` apart, each `lines` rows of x, `stride` apart, into the output, with bias,
-// without the tail's rows. A row of x at a time, so that whole cache lines are written.
+// Write the sums of `count` panels (`panel_stride` apart) and `lines` lines (`stride` apart) to the output: times the scale,
+// plus the bias, without the rows that only pad the last panel. One line after the other, so that whole cache lines are
+// written.
 inline void store(const Product& product, int64_t panel, int64_t count, int64_t first, int64_t lines, const float* acc,
                   int64_t panel_stride, int64_t stride) {
     const int64_t rows = product.weight.rows;
@@ -136,7 +140,7 @@ inline void store(const Product& product, int64_t panel, int64_t count, int64_t 
             if (product.bias)
                 for (int64_t n = 0; n < left; n++) values[n] += read(product.bias, product.bias_type, row + n);
             if (product.out_type == BF16)
-                product.halve(values, left, static_cast<uint16_t*>(product.out) + at);
+                product.round_to_bf16(values, left, static_cast<uint16_t*>(product.out) + at);
             else
                 std::memcpy(static_cast<float*>(product.out) + at, values, left * sizeof *values);
         }
@@ -144,8 +148,8 @@ inline void store(const Product& product, int64_t panel, int64_t count, int64_t 
 
 }  // namespace rac
 
-// A section compiled for an instruction set that the rest of the library may not use. Only code of our own goes in:
-// an inline function of the standard library compiled here could be the copy that the linker keeps for everyone.
+// Ends a section that is compiled for one ISA. Such a section must not use inline functions of the standard library: the
+// linker keeps one copy of each for the whole library, and could keep the copy that was compiled for this ISA.
 #if defined(RAC_EMULATE)
 #define RAC_TARGET_END
 #elif defined(__clang__)

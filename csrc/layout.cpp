@@ -1,25 +1,14 @@
 #include "layout.h"
 
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 
 namespace rac {
 
 static const char MAGIC[8] = {'R', 'A', 'C', 'p', 'a', 'c', 'k', '1'};
-static const int64_t MOST = int64_t{1} << 31;  // rows, columns; keeps every product below within int64
-
-const char* failure(const char* format, ...) {
-    static thread_local char text[256];
-    va_list arguments;
-    va_start(arguments, format);
-    std::vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    return text;
-}
+static const int64_t LIMIT = int64_t{1} << 31;  // of rows and columns; every product below then fits int64
 
 bool layout_of(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, Layout* layout) {
-    if (rows < 1 || columns < 1 || rows >= MOST || columns >= MOST || type < BF16 || type > DENSE8) return false;
+    if (rows < 1 || columns < 1 || rows >= LIMIT || columns >= LIMIT || type < BF16 || type > DENSE8) return false;
     if (nonzeros < 0 || nonzeros > rows * columns || rows * columns >= int64_t{1} << 48) return false;
     layout->panels = (rows + PANEL - 1) / PANEL;
     layout->words = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_WORDS;
@@ -35,16 +24,18 @@ bool layout_of(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, La
     return true;
 }
 
-const char* view(const void* data, int64_t bytes, Weight* weight) {
+Status view(const void* data, int64_t bytes, Weight* weight) {
     Header header;
     Layout layout;
-    if (!data || bytes < static_cast<int64_t>(sizeof header)) return "too short for a header";
-    if (reinterpret_cast<uintptr_t>(data) % 64) return "not aligned to 64 bytes";
+    if (!data || bytes < static_cast<int64_t>(sizeof header))
+        return fail(DAMAGED, "%lld bytes are too short for a header", (long long)bytes);
+    if (reinterpret_cast<uintptr_t>(data) % 64) return fail(BAD_ARGUMENT, "its data is not aligned to 64 bytes");
     std::memcpy(&header, data, sizeof header);
-    if (std::memcmp(header.magic, MAGIC, sizeof MAGIC)) return "no packed weight of this version";
-    if (!layout_of(header.rows, header.columns, header.nonzeros, header.type, &layout)) return "impossible header";
+    if (std::memcmp(header.magic, MAGIC, sizeof MAGIC)) return fail(DAMAGED, "its header is not that of a packed weight");
+    if (!layout_of(header.rows, header.columns, header.nonzeros, header.type, &layout))
+        return fail(DAMAGED, "its header has impossible sizes");
     if (layout.bytes != bytes)
-        return failure("%lld bytes where its header needs %lld", (long long)bytes, (long long)layout.bytes);
+        return fail(DAMAGED, "%lld bytes where its header needs %lld", (long long)bytes, (long long)layout.bytes);
     const char* base = static_cast<const char*>(data);
     weight->rows = header.rows;
     weight->columns = header.columns;
@@ -55,7 +46,7 @@ const char* view(const void* data, int64_t bytes, Weight* weight) {
     weight->offsets = reinterpret_cast<const uint64_t*>(base + sizeof header);
     weight->masks = reinterpret_cast<const uint32_t*>(base + layout.masks_at);
     weight->values = base + layout.values_at;
-    return nullptr;
+    return OK;
 }
 
 void write_header(void* data, int64_t rows, int64_t columns, int64_t nonzeros, Type type) {
@@ -68,33 +59,34 @@ void write_header(void* data, int64_t rows, int64_t columns, int64_t nonzeros, T
     std::memcpy(data, &header, sizeof header);
 }
 
-const char* check(const Weight& weight) {
-    if (weight.offsets[0] != 0) return "the first offset is not 0";
-    if (weight.type == DENSE8) {  // padding is multiplied by zeros, or not stored
+Status check(const Weight& weight) {
+    if (weight.offsets[0] != 0) return fail(DAMAGED, "the first offset is not 0");
+    if (weight.type == DENSE8) {  // its padding is multiplied by zeros, or its products are not written
         for (int64_t panel = 0; panel <= weight.panels; panel++)
             if (weight.offsets[panel] != static_cast<uint64_t>(panel * dense_panel(weight.columns)))
-                return failure("panel %lld: its offset is not that of a dense weight", (long long)panel);
-        return nullptr;
+                return fail(DAMAGED, "panel %lld: its offset is not that of a dense weight", (long long)panel);
+        return OK;
     }
     for (int64_t panel = 0; panel < weight.panels; panel++) {
         const uint32_t* masks = weight.masks_of(panel);
         uint64_t count = 0;
         for (int64_t word = 0; word < weight.words; word++) count += __builtin_popcount(masks[word]);
         if (weight.offsets[panel] + count != weight.offsets[panel + 1])
-            return failure("panel %lld: its masks and its offset disagree", (long long)panel);
-        // Bits beyond the last column are stray; the kernels would multiply them by padding.
+            return fail(DAMAGED, "panel %lld: its masks and its offset disagree", (long long)panel);
+        // A bit beyond the last column would be multiplied by the padding of x.
         for (int64_t word = weight.columns / 4 * 2; word < weight.words; word++)
             for (int bit = 0; bit < 32; bit++)
                 if (masks[word] >> bit & 1 && column_of(weight.type, word, bit) >= weight.columns)
-                    return failure("panel %lld: bits beyond the last column", (long long)panel);
+                    return fail(DAMAGED, "panel %lld: bits beyond the last column", (long long)panel);
     }
-    if (weight.offsets[weight.panels] != static_cast<uint64_t>(weight.nonzeros)) return "the last offset is not the count";
+    if (weight.offsets[weight.panels] != static_cast<uint64_t>(weight.nonzeros))
+        return fail(DAMAGED, "the last offset is not the number of values");
     const int64_t last = weight.panels - 1;
     for (int64_t word = 0; word < weight.words; word++)
         for (int bit = 0; bit < 32; bit++)
             if (weight.masks_of(last)[word] >> bit & 1 && last * PANEL + row_of(weight.type, word, bit) >= weight.rows)
-                return "bits beyond the last row";
-    return nullptr;
+                return fail(DAMAGED, "bits beyond the last row");
+    return OK;
 }
 
 }  // namespace rac

@@ -1,27 +1,31 @@
-// The packed layout of a sparse matrix [rows, columns], one for every pattern, and what reads it.
+// The packed layout of a sparse matrix [rows, columns]. Every sparsity pattern uses the same layout.
 //
-// Rows are cut into panels of 16, columns into pairs. A mask word tells which of the 16 x 2 weights of a panel and a
-// pair are stored; the stored values of a panel follow each other in the order of the words and, in a word, of the bits:
-//     bf16: bit 2n + k   (the order that AMX and vdpbf16ps multiply, and a shift or an AND away from fp32 lanes)
+// Rows are cut into panels of 16. Two neighbouring columns are a pair, four are a quad. One mask word has a bit for each of
+// the 16 x 2 weights of a panel and a pair: set where the weight is stored. The stored values of a panel are in the order of
+// its words and, within a word, of the bits:
+//     bf16: bit 2n + k   (the operand order of AMX and vdpbf16ps; a shift or an AND turns it into fp32 lanes)
 //     fp32: bit 16k + n
-// for row n of the panel and column k of the pair. The number of words is rounded up to 16, the height of an AMX tile.
+// for row n of the panel and column k of the pair. The number of words per panel is rounded up to 16, the height of an AMX
+// tile.
 //
-// Integers of 8 bits are multiplied four columns at a time: two words make the mask of a quad, 16 x 4 weights,
+// 8-bit integers are multiplied one quad at a time: two words are the mask of a quad, 16 x 4 weights,
 //     int8: bit 4n + k of the 64, little-endian
-// and where nothing is zero, there are no words and each quad of a panel is 64 bytes (DENSE8, columns padded to 64). What
-// an integer is worth, one scale a row or a row and a group of columns, is kept beside the packed data.
+// Where every weight is stored there are no words, and each quad of a panel is 64 bytes (DENSE8, columns padded to 64).
+// The scales of integers, one per row or one per row and group of columns, are kept outside of the packed data.
 //
 //     Header | offsets: u64[panels + 1], in values | pad to 64 | masks: u32[panels][words] | values | pad, >= 64 bytes
 //
-// The trailing pad lets a kernel load a whole vector at the last value.
+// Because of the last pad, a kernel can load a whole vector at the last value.
 #pragma once
 #include <cstdint>
+
+#include "status.h"
 
 namespace rac {
 
 enum Type : int32_t { BF16 = 0, FP32 = 1, INT8 = 2, DENSE8 = 3 };
 
-constexpr int64_t PANEL = 16;
+constexpr int64_t PANEL = 16;  // rows
 constexpr int64_t TILE_WORDS = 16;
 constexpr int64_t TILE_COLUMNS = 2 * TILE_WORDS;
 constexpr int64_t QUAD = 4 * PANEL;  // weights of four columns of a panel
@@ -66,18 +70,16 @@ bool layout_of(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, La
 
 void write_header(void* data, int64_t rows, int64_t columns, int64_t nonzeros, Type type);
 
-// Values [count] and a bitmask [rows][ceil(columns / 8)], both row-major, into `bytes` at `data`. Null, or what is wrong.
-const char* pack(const void* values, int64_t count, const uint8_t* bitmask, int64_t rows, int64_t columns, int32_t type,
-                 void* data, int64_t bytes, int threads);
+// The stored values and a bitmask [rows][ceil(columns / 8)], both row-major, into `bytes` at `data`. DENSE8 has no bitmask.
+// The values may lie at any address.
+Status pack(const void* values, int64_t value_bytes, const uint8_t* bitmask, int64_t bitmask_bytes, int64_t rows,
+            int64_t columns, int32_t type, void* data, int64_t bytes, int threads);
 
-// Everything that costs no pass over the data: null, or what is wrong with it.
-const char* view(const void* data, int64_t bytes, Weight* weight);
+// The checks that need no pass over the data.
+Status view(const void* data, int64_t bytes, Weight* weight);
 
-// That no kernel can leave the buffer: each panel's masks count exactly its values. Null, or what is wrong.
-const char* check(const Weight& weight);
-
-// A message in a buffer of the calling thread.
-const char* failure(const char* format, ...) __attribute__((format(printf, 1, 2)));
+// Each panel's masks count exactly its values, so that no kernel reads outside of the buffer.
+Status check(const Weight& weight);
 
 // The row of a panel, and the column of a matrix, that a bit of a word stands for.
 inline int row_of(Type type, int64_t word, int bit) {

@@ -3,7 +3,7 @@
     make serve-demo      (or, in the serving environment: python examples/serve_demo.py CHECKPOINT)
 
 Starts the server on the loopback interface, waits until it is ready, asks held-out problems through the `openai` client,
-several at a time, checks the answers, and stops the server, whatever happens. The server finds the plugin by itself.
+several at a time, checks the answers, and always stops the server at the end. vLLM loads the plugin by its entry point.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from rac_modifier.problems.answers import is_correct
 from rac_modifier.problems.arithmetic import Solved, generate_distinct
 
 NAME = "pruned"
-EPILOG = "Options that are not named here, such as --enforce-eager, go to vllm serve."
-# A small machine: little memory for the cache, all cores (vLLM's "auto" leaves one out), threads that sleep as they wait.
+EPILOG = "Other options, such as --enforce-eager, are passed to vllm serve."
+# For a small machine: little memory for the cache, all cores (vLLM's "auto" leaves one out), threads that sleep while they wait.
 CORES = sorted(os.sched_getaffinity(0))
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 @contextmanager
 def served(checkpoint: Path, options: list[str], log: Path, seconds: float = 600) -> Iterator[str]:
-    """Run `vllm serve` while inside; gives its URL. Raises with the end of its log if it does not become ready."""
+    """Run `vllm serve` inside the context, which gets its URL. Exits with the end of its log if it does not become ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +54,7 @@ def served(checkpoint: Path, options: list[str], log: Path, seconds: float = 600
         deadline = time.monotonic() + seconds
         while not is_ready(url):
             if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not get ready; the end of {log}:\n{log.read_text()[-3000:]}")
+                raise SystemExit(f"the server did not become ready; the end of {log}:\n{log.read_text()[-3000:]}")
             time.sleep(1)
         yield url
     finally:
@@ -70,7 +70,7 @@ def is_ready(url: str) -> bool:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and the processes it started."""
+    """Stop the server and the processes that it started."""
     for kind, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
         try:
             os.killpg(server.pid, kind)
@@ -91,7 +91,7 @@ def ask(client: OpenAI, problem: Solved, max_tokens: int) -> tuple[bool, int]:
         max_tokens=max_tokens,
     )
     text = reply.choices[0].message.content or ""
-    # The answers are integers, so text tells.
+    # The answers are integers, so equal text is enough.
     return is_correct(text, problem.answer, lambda a, b: a == b), reply.usage.completion_tokens if reply.usage else 0
 
 

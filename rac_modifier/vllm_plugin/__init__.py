@@ -1,1 +1,3 @@
-"""Serving packed sparse checkpoints: kernels, and the vLLM plugin that runs them."""
+"""The vLLM plugin: loads packed sparse checkpoints and runs them on the sparse kernels."""
+
+METHOD = "rac-sparse"  # the name of the quantization method in vLLM

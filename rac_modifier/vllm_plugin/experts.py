@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers: packed experts are expanded while they are loaded, since no grouped sparse kernel exists."""
+"""Mixture-of-experts layers: packed experts are expanded while they are loaded, because there is no sparse kernel for them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from rac_modifier.checkpoint.formats import PARTS
 from rac_modifier.checkpoint.stored_weight import check
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.plan import Summary, stay_dense
+from rac_modifier.kernels.interface import stay_dense
 from rac_modifier.vllm_plugin.sparse_layers import SparseLayers
+from rac_modifier.vllm_plugin.summary import Summary
 
 
 def expand_experts(layer: Any, prefix: str, layers: SparseLayers, inner: Any, summary: Summary) -> Any:
-    """Have the experts of `layer` expanded on their way in; the method that runs them is vLLM's (`inner`, or its default).
+    """Expand the experts of `layer` while they are loaded. vLLM's method runs them: `inner`, or its default.
 
-    vLLM's loader of experts drops tensors that are not called weights, so it is given weights. It is called once for each
-    run of consecutive names, hence what waits for its other parts is kept between calls.
+    vLLM's loader of experts ignores tensors that are not named weights, so it is given weights. It is called once for each
+    run of consecutive names, so incomplete modules are kept between calls.
     """
     if layers.format is None:
         return inner
     format = layers.format
     method = inner if inner is not None else UnquantizedFusedMoEMethod(layer.moe_config)
     load, finish = layer.load_weights, method.process_weights_after_loading
-    waiting: dict[str, dict[str, Tensor]] = {}
+    incomplete: dict[str, dict[str, Tensor]] = {}
 
     def finish_complete(layer: torch.nn.Module) -> None:
-        check_complete(waiting, format, prefix)
+        check_complete(incomplete, format, prefix)
         finish(layer)
 
-    layer.load_weights = lambda weights: load(expanded(weights, format, prefix, waiting))
+    layer.load_weights = lambda weights: load(expanded(weights, format, prefix, incomplete))
     method.process_weights_after_loading = finish_complete
     summary.expect()
     summary.add(prefix, stay_dense("experts have no sparse kernel: expanded at load", torch.bfloat16))
@@ -41,9 +42,11 @@ def expand_experts(layer: Any, prefix: str, layers: SparseLayers, inner: Any, su
 
 
 def expanded(
-    weights: Iterable[tuple[str, Tensor]], format: str, prefix: str, waiting: dict[str, dict[str, Tensor]]
+    weights: Iterable[tuple[str, Tensor]], format: str, prefix: str, incomplete: dict[str, dict[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The stream of named tensors with each packed `<module>.<part>` replaced by `<module>.weight` when it is complete.
+    """The stream of named tensors, with the parts of each packed module replaced by `<module>.weight` once all have come.
+
+    `incomplete` keeps the parts of the other modules.
 
     Raises:
         RacError: a damaged module.
@@ -53,14 +56,14 @@ def expanded(
         if part not in PARTS[format]:
             yield name, tensor
             continue
-        parts = waiting.setdefault(module, {})
+        parts = incomplete.setdefault(module, {})
         parts[part] = tensor
         if len(parts) == len(PARTS[format]):
-            yield f"{module}.weight", check(waiting.pop(module), format, f"{prefix}.{module}", scaled=False).dense()
+            yield f"{module}.weight", check(incomplete.pop(module), format, f"{prefix}.{module}", scaled=False).dense()
 
 
-def check_complete(waiting: dict[str, dict[str, Tensor]], format: str, prefix: str) -> None:
-    """Raise RacError if a module still waits for a part."""
-    for module, parts in waiting.items():
-        lost = next(part for part in PARTS[format] if part not in parts)
-        raise RacError(f"{prefix}.{module}.{lost}: missing from the checkpoint; copy or save the checkpoint again")
+def check_complete(incomplete: dict[str, dict[str, Tensor]], format: str, prefix: str) -> None:
+    """Raise RacError if a module lacks a part."""
+    for module, parts in incomplete.items():
+        missing = next(part for part in PARTS[format] if part not in parts)
+        raise RacError(f"{prefix}.{module}.{missing}: missing from the checkpoint; copy or save the checkpoint again")

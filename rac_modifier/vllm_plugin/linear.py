@@ -1,7 +1,7 @@
 """A linear layer of vLLM whose weight comes packed from the checkpoint.
 
-Loading collects the parts of each shard as they are. Afterwards they are checked, the rank's share is cut out, and one
-decision sends the layer to the sparse kernel or, expanded, to the method that vLLM has for a dense weight.
+While weights are loaded, the parts of each shard are only collected. Afterwards they are checked, the rank's share is cut
+out, and one decision is made: the layer runs on a sparse kernel, or it is expanded and runs by vLLM's own method.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from rac_modifier import kernels
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.plan import Summary, form_of, stay_dense
+from rac_modifier.kernels.choose import BACKENDS, choose, no_backend
+from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
+from rac_modifier.vllm_plugin.packed_weight import PackedWeight
 from rac_modifier.vllm_plugin.shards import ShardId, Shards, load_shard
+from rac_modifier.vllm_plugin.summary import Summary
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 @register_weight_loader_v2_supported_method
 class RacSparseLinearMethod(LinearMethodBase):
-    """The method of one layer; `inner` is what vLLM would do with a dense weight, quantised or not.
+    """The method of one layer. `inner` is vLLM's own method for the same weight stored dense, quantized or not.
 
-    Quantised weights stay as they are where a kernel takes them. Dense, they become floats, except where `inner` is vLLM's
-    method for quantised ones.
+    Quantized weights stay quantized on a sparse kernel. Dense, they become floats, except where `inner` is vLLM's method for
+    quantized weights.
     """
 
     def __init__(self, shards: Shards, inner: LinearMethodBase, summary: Summary) -> None:
         self.shards, self.inner, self.summary = shards, inner, summary
         self.as_quantized = not isinstance(inner, UnquantizedLinearMethod)
         self.dense: Parameter | None = None
-        self.sparse = False
+        self.packed: PackedWeight | None = None
         summary.expect()
 
     def create_weights(
@@ -53,9 +55,9 @@ class RacSparseLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register what collects the packed parts; nothing of the weight's size is allocated unless it is quantised."""
+        """Register the parameters that collect the packed parts. Only `inner`'s quantized weights are allocated already."""
         self.loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
-        self.device = torch.empty(0).device  # vLLM sets the default one
+        self.device = torch.empty(0).device  # vLLM sets the default device
         self.dtype = params_dtype
         self.rows, self.columns, self.all_columns = sum(output_partition_sizes), input_size_per_partition, input_size
         self.sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype)
@@ -68,9 +70,9 @@ class RacSparseLinearMethod(LinearMethodBase):
         """Check what was collected, decide, and keep the weight in one form, packed or dense."""
         stored = self.shards.take(layer)
         rows = self.shards.row_numbers(layer, self.loader, stored, self.rows)
-        decision, weight = self._decide(list(stored.values()), rows, getattr(layer, "tp_rank", 0))
-        if weight is not None and decision.sparse:
-            self._pack(layer, weight)
+        decision, backend, share = self._decide(list(stored.values()), rows, getattr(layer, "tp_rank", 0))
+        if backend is not None and share is not None:
+            self.packed = PackedWeight(layer, backend, share, self.dtype)
         else:
             self._expand(layer, stored)
         text = self.summary.add(self.shards.prefix, decision)
@@ -79,66 +81,41 @@ class RacSparseLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N]."""
-        if not self.sparse:
+        if self.packed is None:
             return self.inner.apply(layer, x, bias)
-        if x.dtype == torch.float16:  # the kernels read bf16 and fp32
-            return self._product(layer, x.float(), None if bias is None else bias.float()).half()
-        return self._product(layer, x, bias)
-
-    def _product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        # What kernels.sparse_linear calls; a SparseWeight, checked by native code, cannot be made in a traced function.
-        return torch.ops.rac_modifier.sparse_linear(
-            x, layer.weight_packed, self.rows, self.columns, bias, layer.weight_packed_scale
-        )
-
-    def _pack(self, layer: torch.nn.Module, weight: StoredWeight) -> None:
-        form = form_of(weight.values.dtype, weight.group, weight.columns, self.dtype)
-        if weight.scale is not None and not form.scaled:
-            weight = weight.floats(form.dtype)
-        packed = kernels.pack(weight.values.to(form.dtype), weight.bitmask, weight.columns)
-        scale = kernels.pack_scale(weight.scale, weight.group) if weight.scale is not None else None
-        # Parameters, so that memory accounting and torch.compile see them; LoRA knows the name.
-        layer.register_parameter("weight_packed", Parameter(packed.data, requires_grad=False))
-        layer.register_parameter(
-            "weight_packed_scale", Parameter(scale, requires_grad=False) if scale is not None else None
-        )
-        self.sparse = True
+        return self.packed.linear(layer, x, bias)
 
     def _decide(
         self, stored: list[StoredWeight | Tensor], rows: Tensor, rank: int
-    ) -> tuple[kernels.Decision, StoredWeight | None]:
-        """The decision for this rank's share, and that share where a kernel could take it."""
-        if self.device.type != "cpu" or self.as_quantized:
-            return stay_dense(f"there is no sparse kernel for {self.device.type} yet", self.dtype), None
+    ) -> tuple[Decision, Backend | None, StoredWeight | None]:
+        """The decision for this rank's share, with the backend and the share if they are needed."""
+        if self.device.type not in BACKENDS or self.as_quantized:
+            return no_backend(self.device.type, self.dtype), None, None
         sparse = [weight for weight in stored if isinstance(weight, StoredWeight)]
         if len(sparse) < len(stored):
-            return stay_dense("a part of this fused layer is stored dense", self.dtype), None
+            return stay_dense("a part of this fused layer is stored dense", self.dtype), None, None
         if len({(weight.values.dtype, weight.group) for weight in sparse}) > 1:
-            return stay_dense("the parts of this fused layer are quantised differently", self.dtype), None
-        support = kernels.support()
-        if support.isa is None:
-            return stay_dense(support.reason, self.dtype), None
-        mine = stack(sparse, self.shards.prefix).select_rows(rows)
+            return stay_dense("the parts of this fused layer are quantized differently", self.dtype), None, None
+        share = stack(sparse, self.shards.prefix).select_rows(rows)
         if self.columns < self.all_columns:
-            mine = mine.select_columns(rank * self.columns, self.columns)
-        form = form_of(mine.values.dtype, mine.group, mine.columns, self.dtype)
-        return kernels.choose(self.rows, self.columns, mine.density, form.dtype, support, form.note, self.dtype), mine
+            share = share.select_columns(rank * self.columns, self.columns)
+        return *choose(Layer.of(share, self.dtype), self.device.type), share
 
     def _create_dense(self, layer: Any) -> Parameter:
-        """Let vLLM's method create its parameters, and take the weight out again."""
+        """Create the parameters of vLLM's method, then remove the weight from the layer and return it."""
         with self.device:
             self.inner.create_weights(layer, *self.sizes, **self.attributes)
         weight = getattr(layer, "weight", None)
         if weight is None:
             raise RacError(
-                f"{self.shards.prefix}: config.json quantises it to a layout without a plain weight, which cannot be "
+                f"{self.shards.prefix}: config.json quantizes it to a layout without a plain weight, which cannot be "
                 "packed sparse; save the model with storage: dense"
             )
         del layer.weight
         return weight
 
     def _expand(self, layer: Any, stored: dict[ShardId, StoredWeight | Tensor]) -> None:
-        """Hand the weight, dense, to the method that vLLM has for it."""
+        """Give the dense weight to vLLM's own method."""
         layer.register_parameter("weight", self.dense if self.dense is not None else self._create_dense(layer))
         self.dense = None
         layer.update_param_tp_status()

@@ -1,4 +1,7 @@
-"""The quantization config that vLLM asks for each layer's method. vLLM's layers are imported when it first does."""
+"""The quantization config from which vLLM gets the method of each layer.
+
+Modules that need vLLM's layers are imported in `get_quant_method`: at registration vLLM has not loaded its layers yet.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,29 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.errors import RacError
-from rac_modifier.vllm_plugin.register import METHOD
+from rac_modifier.kernels.choose import BACKENDS
+from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.sparse_layers import (
     SparseLayers,
     fused_modules,
-    is_claimed,
     is_in_words,
+    is_packed,
     is_quantized,
     parse_dense_stored,
     parse_packed,
 )
+from rac_modifier.vllm_plugin.summary import Summary
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
-
-    from rac_modifier.kernels.plan import Summary
 
 
 class RacSparseConfig(QuantizationConfig):
     """Packed sparse checkpoints; and, with `--quantization rac-sparse`, pruned ones that are stored dense.
 
-    `layers` says what is stored sparse; None until `maybe_update_config` has read it from a dense-stored checkpoint's
-    config. `quantized` is vLLM's own config for weights that are quantised besides, `in_words` where that holds several
-    values to an int32.
+    `layers`: what is stored sparse; None until `maybe_update_config` has read it from the config of a dense-stored
+    checkpoint. `quantized`: vLLM's own config for weights that are quantized too. `in_words`: whether that expects several
+    values per int32.
     """
 
     def __init__(
@@ -42,26 +45,24 @@ class RacSparseConfig(QuantizationConfig):
         in_words: bool = False,
     ) -> None:
         super().__init__()
-        from rac_modifier.kernels.plan import Summary
-
         self.layers = layers
         self.quantized = quantized
         self.in_words = in_words
-        self.summary: Summary = Summary()
+        self.summary = Summary()
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim packed sparse checkpoints and nothing else; called for every quantised model that vLLM loads."""
-        return METHOD if is_claimed(hf_quant_cfg) else None
+        """The method for packed sparse checkpoints, None for others. vLLM calls this for every quantized model."""
+        return METHOD if is_packed(hf_quant_cfg) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RacSparseConfig:
         """From the checkpoint's `quantization_config`."""
-        if not is_claimed(config):
+        if not is_packed(config):
             raise RacError(
-                f"--quantization {METHOD}: this checkpoint is quantised by {config.get('quant_method')!r} and not packed "
+                f"--quantization {METHOD}: this checkpoint is quantized by {config.get('quant_method')!r} and not packed "
                 "sparse; leave the option out"
             )
         quantized = None
@@ -70,18 +71,18 @@ class RacSparseConfig(QuantizationConfig):
                 CompressedTensorsConfig,
             )
 
-            # vLLM refuses any sparsity_config, so its config is given the quantised part alone.
+            # vLLM refuses any sparsity_config, so its config is made of the rest.
             quantized = CompressedTensorsConfig.from_config({k: v for k, v in config.items() if k != "sparsity_config"})
         return cls(parse_packed(config), quantized, is_in_words(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Called once before anything is loaded, with the folder or the hub's name of the checkpoint.
+        """vLLM calls this once before it loads anything, with the checkpoint's folder or its name on the hub.
 
-        Without a `quantization_config` its weights are stored dense, and `rac_sparsity` says which are pruned.
+        Without a `quantization_config` the weights are stored dense, and `rac_sparsity` lists those that are pruned.
 
         Raises:
-            RacError: the folder lacks a tensor that its index promises. vLLM asks that of unquantised models only, and would
-                serve, say, an embedding that was never filled.
+            RacError: the folder lacks a tensor of its index. vLLM checks this for unquantized models only, and would
+                otherwise serve, for example, an embedding that was never loaded.
         """
         if (Path(model_name) / INDEX_FILE).is_file():
             TensorFiles(model_name).close()
@@ -89,7 +90,7 @@ class RacSparseConfig(QuantizationConfig):
             self.layers = parse_dense_stored(getattr(hf_config, "rac_sparsity", None))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Rename modules as vLLM renames them."""
+        """Rename modules as vLLM does."""
         assert self.layers is not None
         mapped = {name: hf_to_vllm_mapper.map_name(name) for name in self.layers.names}
         self.layers = self.layers.renamed({old: new for old, new in mapped.items() if new is not None})
@@ -97,7 +98,7 @@ class RacSparseConfig(QuantizationConfig):
             self.quantized.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of one layer; None leaves embeddings, lm_head and attention to vLLM."""
+        """The method of one layer; None for embeddings, lm_head and attention, which vLLM runs."""
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -112,8 +113,9 @@ class RacSparseConfig(QuantizationConfig):
             modules = fused_modules(prefix, self.packed_modules_mapping)
             if not any(self.layers.holds(module) for module in modules):
                 return self._inner(layer, prefix) or UnquantizedLinearMethod()
-            # Quantised weights that have no kernel here are vLLM's to run, dense, unless it wants them in words.
-            ours = self.quantized is None or self.in_words or _has_kernels()
+            # Without a kernel for this device, vLLM runs quantized weights dense, unless it expects them in words.
+            has_kernels = torch.empty(0).device.type in BACKENDS  # vLLM sets the default device
+            ours = self.quantized is None or self.in_words or has_kernels
             inner = None if ours else self._inner(layer, prefix)
             scales = "none" if self.quantized is None else "ours" if ours else "vllm's"
             shards = Shards(prefix, modules, self.layers.format, scales)
@@ -126,7 +128,7 @@ class RacSparseConfig(QuantizationConfig):
         return inner
 
     def _inner(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """What vLLM would do, were nothing sparse."""
+        """vLLM's own method for quantized weights, if they are."""
         if self.quantized is None:
             return None
         self.quantized.packed_modules_mapping = self.packed_modules_mapping
@@ -137,20 +139,15 @@ class RacSparseConfig(QuantizationConfig):
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Activations."""
+        """Dtypes of activations."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Any GPU: layers run dense there, and say so."""
+        """Any GPU: layers run dense there, and the log has the reason."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: without a `quantization_config` vLLM makes an empty config, which `maybe_update_config` fills."""
+        """No files: without a `quantization_config` vLLM makes an empty config, which `maybe_update_config` fills."""
         return []
-
-
-def _has_kernels() -> bool:
-    """Whether there are kernels for the device that layers are made on, vLLM's default one."""
-    return torch.empty(0).device.type == "cpu"

@@ -1,7 +1,7 @@
 """The entry point `vllm.general_plugins`: vLLM calls `register` in every one of its processes.
 
-Importing this module costs nothing. A plugin that fails must not take the server down for models that it has no part in,
-so whatever goes wrong becomes one warning.
+Importing this module loads nothing heavy. An error here must not stop a server of other models, so every error becomes one
+warning.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from typing import get_args
 
-METHOD = "rac-sparse"
+from rac_modifier.vllm_plugin import METHOD
+
 _logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM's handlers print it
 
 
 def register() -> None:
-    """Make packed sparse checkpoints known to vLLM; again and again does no harm, and nothing is raised."""
+    """Add the method for packed sparse checkpoints to vLLM. May be called several times, and never raises."""
     try:
         _register()
     except Exception as error:
@@ -30,7 +31,7 @@ def _register() -> None:
     from vllm.model_executor.layers import quantization
 
     if METHOD in get_args(quantization.QuantizationMethods):
-        _logger.warning("this vLLM has the method %s itself; rac-modifier steps aside", METHOD)
+        _logger.warning("this vLLM has its own method %s; the one of rac-modifier is not registered", METHOD)
         return
     from rac_modifier.vllm_plugin.quant_config import RacSparseConfig
 

@@ -1,7 +1,7 @@
-"""The shards of one fused layer as they arrive from the checkpoint, and which of their rows a rank needs.
+"""The shards of one fused layer as they are loaded from the checkpoint, and which of their rows a rank needs.
 
-vLLM's own loader does the sharding, of row numbers that stand for the rows of a weight which it could not cut. So each
-layout that it can shard (merged, QKV with replicated heads, fused on disk) comes out right.
+vLLM's own loader cannot cut a packed weight, so it is given row numbers in place of the rows. Every layout that it can shard
+(merged, QKV with replicated heads, fused on disk) is therefore sharded correctly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rac_modifier.errors import RacError
 ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "k", "v"
 _QKV = {"q": 0, "k": 1, "v": 2}
 _DTYPES = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
-# Beside quantized weights; scales of activations are read past, since ours keep more of them than any scheme.
+# Scales of activations are not used: the kernels round activations less than any scheme does.
 _UNUSED = ("input_scale", "input_zero_point")
 _ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
 
@@ -36,26 +36,26 @@ _ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
 class Shards:
     """Collects what is loaded into a layer with the shards `modules` (names on disk), packed as `format`.
 
-    `format` None: the weights are stored dense and are packed here. `scales`: whose are those of quantized weights:
-    "none" where config.json says that nothing is quantized, "ours", or "vllm's" where its own loader takes them.
+    `format` None: the weights are stored dense and are packed here. `scales`: who loads the scales of quantized weights:
+    "ours", "vllm's", or "none" where nothing is quantized according to config.json.
     """
 
     def __init__(self, prefix: str, modules: list[str], format: str | None, scales: str = "none") -> None:
         self.prefix, self.modules, self.format, self.scales = prefix, modules, format, scales
         self._parts: dict[ShardId, dict[str, Tensor]] = {}
-        # A weight stored dense is kept too: an ignored shard of a fused layer has one.
+        # A dense weight is collected too: an ignored shard of a fused layer has one.
         self._names = (*(PARTS[format] if format else ()), "weight")
         if scales == "ours":
             self._names += (SCALE, *_UNUSED, *_ASYMMETRIC)
 
     def register(self, layer: Any, dtype: torch.dtype) -> None:
-        """Give the layer an empty parameter for each part; its loader keeps the tensor as it is, mapped from the file."""
+        """Add an empty parameter for each part. Its loader keeps the tensor itself, still mapped from the file."""
         for part in self._names:
             empty = torch.empty(0, dtype=_DTYPES.get(part, dtype))
             layer.register_parameter(part, BasevLLMParameter(data=empty, weight_loader=self._collector(part)))
 
     def take(self, layer: Any) -> dict[ShardId, StoredWeight | Tensor]:
-        """Remove those parameters and return each shard's checked weight, in the layer's order, a plain tensor if dense.
+        """Remove these parameters and return the checked weight of each shard, in the layer's order; a tensor if dense.
 
         Raises:
             RacError: naming the damaged tensor.
@@ -68,10 +68,10 @@ class Shards:
     def row_numbers(
         self, layer: Any, load: Callable[..., None], stored: dict[ShardId, StoredWeight | Tensor], rows: int
     ) -> Tensor:
-        """Which row of the stacked shards each of this rank's `rows` is, int64 [rows]; `load` is the layer's loader.
+        """For each of this rank's `rows`, its row number in the stacked shards, int64 [rows]. `load`: the layer's loader.
 
         Raises:
-            RacError: a shard is missing, or has another shape than the model.
+            RacError: a shard is missing, or its shape is not that of the model.
         """
         numbers = ModelWeightParameter(data=torch.full((rows, 1), -1), input_dim=1, output_dim=0, weight_loader=load)
         numbers.tp_rank, numbers.tp_size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
@@ -82,12 +82,12 @@ class Shards:
             expected = _expected_rows(layer, shard)
             if k != layer.input_size or n != (expected or n):
                 raise RacError(
-                    f"{self.name(shard)}: the checkpoint has a weight [{n}, {k}], the model's config.json asks for "
+                    f"{self.name(shard)}: the checkpoint has a weight [{n}, {k}], the model's config.json has "
                     f"[{expected or '?'}, {layer.input_size}]; they do not belong together"
                 )
             these = torch.arange(first, first + n)[:, None]
             try:
-                if row_parallel:  # each rank has all rows, of some columns
+                if row_parallel:  # each rank has some columns of all rows
                     numbers.data.copy_(these)
                 else:
                     load_shard(load, numbers, these, shard)
@@ -116,8 +116,8 @@ class Shards:
         for part in _ASYMMETRIC:
             if part in parts:
                 raise RacError(
-                    f"{name}.{part}: zeros of a weight that is not quantised symmetrically are not zero, so it cannot be "
-                    "sparse; quantise it symmetrically"
+                    f"{name}.{part}: zeros of a weight that is not quantized symmetrically are not zero, so it cannot be "
+                    "sparse; quantize it symmetrically"
                 )
         if "weight" not in parts:
             return check(parts, self.format or FORMAT_BITMASK, name, scaled=self.scales != "vllm's")
@@ -125,7 +125,9 @@ class Shards:
         if parts.keys() & {*PARTS[FORMAT_BITMASK]}:
             raise RacError(f"{name}.weight: stored both dense and packed; save the model again")
         if weight.dim() != 2 or not weight.numel():
-            raise RacError(f"{name}.weight: shape {list(weight.shape)} is no matrix; the checkpoint is damaged")
+            raise RacError(
+                f"{name}.weight: shape {list(weight.shape)} is not that of a matrix; the checkpoint is damaged"
+            )
         if self.format is None:
             return from_dense(weight, name)
         if self.scales != "ours" or (weight.dtype in FLOATS and SCALE not in parts):
@@ -135,7 +137,7 @@ class Shards:
 
 
 def load_shard(load: Callable[..., None], parameter: Tensor, tensor: Tensor, shard: ShardId) -> None:
-    """Call a layer's loader; those of layers that are not fused take no shard."""
+    """Call a layer's loader; loaders of layers that are not fused have no shard argument."""
     if shard is None:
         load(parameter, tensor)
     else:
@@ -148,12 +150,12 @@ def _position(shard: ShardId) -> int:
 
 
 def _expected_rows(layer: Any, shard: ShardId) -> int | None:
-    """Rows of a shard on disk as the model's config says; None where the layer does not tell."""
+    """Rows of a shard on disk according to the model's config; None where the layer lacks the numbers."""
     if isinstance(shard, str):
         head = getattr(layer, "v_head_size" if shard == "v" else "head_size", None)
         heads = getattr(layer, "total_num_heads" if shard == "q" else "total_num_kv_heads", None)
         return head * heads if head and heads and shard in _QKV else None
     if shard is not None:
         return sum(layer.output_sizes[index] for index in (shard if isinstance(shard, tuple) else (shard,)))
-    # With replicated heads, QKV counts them in output_size.
+    # For QKV, output_size counts replicated heads several times.
     return None if hasattr(layer, "total_num_kv_heads") else layer.output_size

@@ -1,4 +1,4 @@
-"""What a checkpoint's config says to the server: whether it is ours, and which layers are stored sparse. Pure."""
+"""Which layers of a checkpoint are stored sparse, from its config, and how their names map to vLLM's. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rac_modifier.checkpoint.formats import PARTS
+from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
+from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, SparsityConfig, SparsityRecord
 from rac_modifier.errors import RacError
 
 
@@ -16,7 +18,7 @@ class SparseLayers:
     """Which linear modules are stored sparse, and how.
 
     `format` is one of `checkpoint.formats.PARTS`, or None where the weights are stored dense. `targets` and `ignore` are
-    module names, "re:" patterns or, as compressed-tensors has it, "Linear" for all.
+    module names, "re:" patterns or, as in compressed-tensors, "Linear" for all.
     """
 
     format: str | None
@@ -28,7 +30,7 @@ class SparseLayers:
         return _matches(module, self.targets) and not _matches(module, self.ignore)
 
     def renamed(self, rename: Mapping[str, str]) -> SparseLayers:
-        """With module names replaced; what is in no `rename` stays."""
+        """With module names replaced; names that are not in `rename` stay."""
         targets, ignore = (tuple(rename.get(entry, entry) for entry in old) for old in (self.targets, self.ignore))
         return replace(self, targets=targets, ignore=ignore)
 
@@ -38,9 +40,13 @@ class SparseLayers:
         return [entry for entry in (*self.targets, *self.ignore) if "." in entry and not entry.startswith("re:")]
 
 
-def is_claimed(quantization: Any) -> bool:
-    """Whether a `quantization_config` is that of a packed sparse checkpoint. Anything at all may be asked."""
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "compressed-tensors":
+def is_packed(quantization: object) -> bool:
+    """Whether a `quantization_config` is that of a packed sparse checkpoint, by its method and format alone.
+
+    Never raises, whatever the value is: vLLM calls this for every quantized model. Formats that cannot be read here are left
+    to vLLM. What else is in the entry is checked by `parse_packed`.
+    """
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != METHOD:
         return False
     sparsity = quantization.get("sparsity_config")
     format = sparsity.get("format") if isinstance(sparsity, Mapping) else None
@@ -48,70 +54,55 @@ def is_claimed(quantization: Any) -> bool:
 
 
 def parse_packed(quantization: Mapping[str, Any]) -> SparseLayers:
-    """The sparse layers of a claimed `quantization_config`.
+    """The sparse layers of the `quantization_config` of a packed sparse checkpoint.
 
     Raises:
-        RacError: `targets` or `ignore` are no lists of names and patterns.
+        RacError: `targets` or `ignore` is not a list of names and patterns.
     """
-    sparsity = quantization["sparsity_config"]
-    return SparseLayers(
-        sparsity["format"],
-        _names(sparsity.get("targets", ["Linear"]), "targets"),
-        _names(sparsity.get("ignore"), "ignore"),
-    )
+    sparsity = SparsityConfig.of(quantization)
+    assert sparsity is not None
+    return SparseLayers(sparsity.format, sparsity.targets, sparsity.ignore)
 
 
-def parse_dense_stored(record: Any) -> SparseLayers:
+def parse_dense_stored(record: object) -> SparseLayers:
     """The sparse layers of a `rac_sparsity` entry: weights pruned, but stored dense.
 
     Raises:
-        RacError: it names no pruned module.
+        RacError: a malformed entry, or one without a pruned module.
     """
-    modules = record.get("modules") if isinstance(record, Mapping) else None
-    if not isinstance(modules, Mapping) or not modules:
+    modules = SparsityRecord.of({RAC_KEY: record}).modules
+    if not modules:
         raise RacError(
             "config.json: rac_sparsity names no pruned module, so there is nothing to serve sparse; leave out "
             "--quantization rac-sparse, or save the model with rac-modifier"
         )
-    return SparseLayers(None, _names(list(modules), "rac_sparsity.modules"))
+    return SparseLayers(None, tuple(modules))
 
 
 def is_quantized(quantization: Mapping[str, Any]) -> bool:
-    """Whether the packed weights are quantised too."""
+    """Whether the packed weights are quantized too."""
     return bool(quantization.get("config_groups"))
 
 
 def is_in_words(quantization: Mapping[str, Any]) -> bool:
-    """Whether stock loaders expect any of the quantised weights as several values to an int32."""
+    """Whether stock loaders expect some of the quantized weights as several values per int32."""
     groups = quantization.get("config_groups")
     formats = (
         [group.get("format") for group in groups.values() if isinstance(group, Mapping)]
         if isinstance(groups, Mapping)
         else []
     )
-    return "pack-quantized" in [quantization.get("format"), *formats]
+    return PACK_QUANTIZED in [quantization.get("format"), *formats]
 
 
 def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
-    """The modules on disk behind a layer of the server: `fused` maps a fused layer's last name to those of its shards."""
+    """The modules on disk of a layer of the server. `fused` maps a fused layer's last name to those of its shards."""
     parent, _, name = prefix.rpartition(".")
     return [f"{parent}.{shard}" if parent else shard for shard in fused.get(name) or [name]]
 
 
-def _names(entries: Any, key: str) -> tuple[str, ...]:
-    if not isinstance(entries or [], list) or not all(isinstance(entry, str) for entry in entries or []):
-        raise RacError(f"config.json: {key} is {entries!r}, not a list of module names; save the model again")
-    for entry in entries or []:
-        if entry.startswith("re:"):
-            try:
-                re.compile(entry[3:])
-            except re.error as error:
-                raise RacError(f"config.json: {key} has {entry!r}, which is no pattern ({error})") from error
-    return tuple(entries or [])
-
-
 def _matches(module: str, entries: Iterable[str]) -> bool:
-    """As compressed-tensors matches names: all of it, or a pattern from its start; "Linear" is the class of each."""
+    """As in compressed-tensors: the whole name, or a pattern from its start; "Linear" is the class of every module."""
     return any(
         re.match(entry[3:], module) is not None if entry.startswith("re:") else entry in (module, "Linear")
         for entry in entries

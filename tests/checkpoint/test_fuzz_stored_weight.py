@@ -7,10 +7,12 @@ import random
 import pytest
 import torch
 
-from rac_modifier import kernels
 from rac_modifier.checkpoint.formats import pack
 from rac_modifier.checkpoint.stored_weight import check
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu.operator import sparse_linear
+from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, unpack
+from rac_modifier.kernels.cpu.support import support
 from tests.checkpoint.test_stored_weight import FORMATS, consistent, random_weight
 
 DTYPES = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.bool, torch.float64]
@@ -62,13 +64,14 @@ def load(tensors: dict[str, torch.Tensor], format: str, rng: random.Random, nati
     cut = weight.select_rows(torch.arange(first, weight.rows)).select_columns(weight.columns - count, count)
     assert cut.dense().shape == (weight.rows - first, count)
     if native and weight.values.dtype in (torch.bfloat16, torch.float32, torch.int8):
-        packed = kernels.pack(weight.values, weight.bitmask, weight.columns)
+        packed = pack_values(weight.values, weight.bitmask, weight.columns)
         expected = weight.dense()
-        found = kernels.unpack(packed)
+        found = unpack(packed, weight.rows, weight.columns)
         assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
         if weight.scale is not None and (weight.scale.shape[1] == 1 or weight.group % 4 == 0):
             x = torch.randn(2, weight.columns)
-            y = kernels.sparse_linear(x, packed, None, kernels.pack_scale(weight.scale, weight.group))
+            scale = pack_scale(weight.scale, weight.group)
+            y = sparse_linear(x, packed, weight.rows, weight.columns, None, scale)
             if float(weight.scale.abs().max()) < 1:  # a flipped bit may make a scale that overflows
                 torch.testing.assert_close(y, x @ weight.dequantized(torch.float32).T, rtol=1e-2, atol=1.0)
 
@@ -90,7 +93,7 @@ def clean_parts(rows: int, columns: int, seed: int, format: str, bits: int | Non
 def fuzz(format: str, bits: int | None, cases: int) -> None:
     rng = random.Random(f"{format} {bits}")
     torch.manual_seed(0)
-    native = kernels.support().isa is not None
+    native = support().isa is not None
     refused = unnamed = 0
     for case in range(cases):
         if case % 50 == 0:

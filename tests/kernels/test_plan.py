@@ -1,4 +1,4 @@
-"""What is decided for a layer, and the same ahead of serving for a whole checkpoint."""
+"""The decisions for a whole checkpoint, ahead of serving."""
 
 from __future__ import annotations
 
@@ -13,34 +13,41 @@ from safetensors.torch import save_file
 from rac_modifier.checkpoint.formats import pack
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.errors import RacError
-from rac_modifier.kernels import Decision, Support
-from rac_modifier.kernels.plan import Summary, kept_dtype, plan_checkpoint, plan_row, render_plan, stay_dense
+from rac_modifier.kernels.cpu import backend
+from rac_modifier.kernels.cpu.support import Support
+from rac_modifier.kernels.plan import plan_checkpoint, plan_row, render_plan
 from tests.checkpoint.test_stored_weight import random_weight
 
 AVX2 = Support("avx2", "a test's")
 NONE = Support(None, "no compiled kernel: a test's")
 
 
-def test_narrow_values_stay_narrow():
-    assert kept_dtype(torch.bfloat16, torch.float32) == torch.bfloat16
-    assert kept_dtype(torch.float32, torch.bfloat16) == torch.bfloat16
-    assert kept_dtype(torch.float16, torch.float16) == torch.float16
+@pytest.fixture(autouse=True)
+def support(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with AVX2, unless a test's parameters say otherwise."""
+    found = request.node.callspec.params.get("machine", AVX2) if hasattr(request.node, "callspec") else AVX2
+    monkeypatch.setattr(backend, "support", lambda: found)
 
 
 @pytest.mark.parametrize(
-    ("stored", "dtype", "support", "reason"),
+    ("stored", "dtype", "machine", "reason"),
     [
         (64 * 128 // 2, torch.bfloat16, AVX2, "sparse kernel avx2"),
         (64 * 128, torch.bfloat16, AVX2, "dense because packed it takes"),
         (64 * 128 // 2, torch.bfloat16, NONE, "dense because no compiled kernel"),
-        (64 * 128 // 2, torch.int8, AVX2, r"sparse int8 kernel avx2: 0.62 bytes a weight instead of 2, at most 3.20x"),
+        (
+            64 * 128 // 2,
+            torch.int8,
+            AVX2,
+            r"sparse int8 kernel avx2: 0.62 bytes per weight instead of the 2 .* 3.20x",
+        ),
         (64 * 128 // 2, torch.int32, AVX2, r"sparse int8 kernel avx2 \(int4 values, a byte each\): 0.62"),
         (64 * 128 // 2, torch.float8_e4m3fn, AVX2, r"sparse kernel avx2 \(fp8 values as bfloat16, exactly\): 1.12"),
         (64 * 128 // 2, torch.int8, NONE, "dense because no compiled kernel"),
     ],
 )
-def test_plan_row(stored, dtype, support, reason):
-    row = plan_row("a", 64, 128, stored, dtype, torch.bfloat16, support)
+def test_plan_row(stored, dtype, machine, reason):
+    row = plan_row("a", 64, 128, stored, dtype, torch.bfloat16)
     assert row.decision.sparse == reason.startswith("sparse")
     assert row.density == stored / (64 * 128)
     assert re.match(reason, row.decision.reason)
@@ -63,7 +70,7 @@ def checkpoint(folder: Path, packed: bool) -> Path:
 
 
 def test_plan_of_a_packed_checkpoint(tmp_path):
-    rows = plan_checkpoint(checkpoint(tmp_path / "m", True), support=AVX2)
+    rows = plan_checkpoint(checkpoint(tmp_path / "m", True))
     assert [(row.module, row.decision.sparse) for row in rows] == [
         ("model.layers.0.mlp.down_proj", True),
         ("model.layers.0.mlp.up_proj", True),
@@ -74,7 +81,7 @@ def test_plan_of_a_packed_checkpoint(tmp_path):
     table = render_plan(rows)
     assert "sparse kernel avx2" in table
     assert "dense because it is not pruned (in ignore)" in table
-    served_in_fp32 = plan_checkpoint(tmp_path / "m", torch.float32, AVX2)
+    served_in_fp32 = plan_checkpoint(tmp_path / "m", torch.float32)
     assert served_in_fp32[0].decision.bytes_per_weight == pytest.approx(1.125)  # bf16 values stay bf16
 
 
@@ -94,14 +101,14 @@ def test_plan_of_quantized_weights(tmp_path, two_of_four, bits, groups, kernel):
     save_file({f"a.{name}": tensor for name, tensor in parts.items()}, tmp_path / "model.safetensors", {"format": "pt"})
     config = {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": format}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (row,) = plan_checkpoint(tmp_path, support=AVX2)
+    (row,) = plan_checkpoint(tmp_path)
     assert row.decision.kernel == kernel
     stored = int((weight != 0).sum()) if not two_of_four else 32 * 22
     assert stored <= row.density * 32 * 44 < stored + 8
 
 
 def test_plan_of_dense_stored_weights_says_how_to_serve_them_sparse(tmp_path):
-    rows = plan_checkpoint(checkpoint(tmp_path / "m", False), support=AVX2)
+    rows = plan_checkpoint(checkpoint(tmp_path / "m", False))
     assert [row.module for row in rows] == ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"]
     assert {row.decision.reason for row in rows} == {
         "dense because it is stored dense; serve with --quantization rac-sparse"
@@ -117,20 +124,4 @@ def test_plan_of_a_damaged_checkpoint(tmp_path, shape):
     tensors["model.layers.0.mlp.down_proj.shape"] = shape
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(RacError, match=r"down_proj\.shape: does not fit"):
-        plan_checkpoint(folder, support=AVX2)
-
-
-def test_summary_comes_once_and_says_everything():
-    summary = Summary()
-    for _ in range(3):
-        summary.expect()
-    fast = Decision(True, "sparse kernel avx2", "", 1.1, 1.8)
-    assert summary.add("a", fast) is None
-    assert summary.add("b", Decision(True, "sparse kernel avx2", "", 1.3, 1.5)) is None
-    text = summary.add("c", stay_dense("it is small", torch.bfloat16))
-    assert text is not None
-    assert text.splitlines() == [
-        "rac-sparse: 2 of 3 pruned layers run on a sparse kernel",
-        "  sparse kernel avx2: 2 layers, 1.10-1.30 bytes a weight, at most 1.80x faster",
-        "  dense because it is small: 1 layer, such as c",
-    ]
+        plan_checkpoint(folder)

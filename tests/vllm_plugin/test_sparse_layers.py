@@ -13,7 +13,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin.sparse_layers import (
     SparseLayers,
     fused_modules,
-    is_claimed,
+    is_packed,
     is_quantized,
     parse_dense_stored,
     parse_packed,
@@ -27,9 +27,9 @@ def quantization(**sparsity: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])
-def test_what_packing_writes_is_claimed(format):
+def test_what_packing_writes_is_packed(format):
     written = with_packed({}, format, {"a.b": "2:4"}, 0.5, ["lm_head"])["quantization_config"]
-    assert is_claimed(written)
+    assert is_packed(written)
     assert parse_packed(written) == SparseLayers(format, ("Linear",), ("lm_head",))
 
 
@@ -48,7 +48,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_others_are_left_alone(other):
-    assert not is_claimed(other)
+    assert not is_packed(other)
 
 
 json = st.recursive(
@@ -63,7 +63,7 @@ json = st.recursive(
 
 @given(json)
 def test_asking_never_raises(anything):
-    assert is_claimed(anything) in (True, False)
+    assert is_packed(anything) in (True, False)
 
 
 def test_names_patterns_and_classes():
@@ -100,7 +100,13 @@ def test_dense_stored():
     assert not layers.holds("model.c")
 
 
-@pytest.mark.parametrize("record", [None, {}, {"modules": {}}, {"modules": ["a"]}, "dense"])
+@pytest.mark.parametrize("record", [{"modules": ["a"]}, {"modules": {"a": 1}}, "dense"])
+def test_a_malformed_record(record):
+    with pytest.raises(RacError, match=r"config\.json: rac_sparsity.* save the model again"):
+        parse_dense_stored(record)
+
+
+@pytest.mark.parametrize("record", [None, {}, {"modules": {}}])
 def test_nothing_recorded(record):
     with pytest.raises(RacError, match="leave out --quantization rac-sparse"):
         parse_dense_stored(record)

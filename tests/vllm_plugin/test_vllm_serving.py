@@ -26,11 +26,11 @@ from tests.vllm_plugin.vllm_fixtures import (
 needs_vllm()
 
 from rac_modifier.checkpoint.hf_quantizer import load_model  # noqa: E402
-from rac_modifier.vllm_plugin import kernels  # noqa: E402
+from rac_modifier.kernels.cpu.support import support  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 12
-SPARSE = "packed" if kernels.support().isa else "RacSparseLinearMethod"
+SPARSE = "packed" if support().isa else "RacSparseLinearMethod"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_int8_head(tmp_path, monkeypatch, tied):
     folder = save_model(tmp_path / "model", "qwen3", "2:4", tie_word_embeddings=tied)
     monkeypatch.setenv("RAC_LM_HEAD", "int8")
     tokens, methods = serve(folder, TOKENS)
-    assert methods["lm_head"] == ("packed" if kernels.support().isa else "Int8HeadMethod")
+    assert methods["lm_head"] == ("packed" if support().isa else "Int8HeadMethod")
 
     model = load_model(folder, dtype="float32")
     values, scale = quantize_rows(model.get_output_embeddings().weight.data)
@@ -112,7 +112,7 @@ def test_one_summary_at_load(tmp_path, monkeypatch):
     monkeypatch.setattr(linear.logger, "info", lambda message, *arguments: said.append(message % arguments))
     serve(save_model(tmp_path / "model", "qwen3", "2:4"), 1)
     assert len(said) == 1
-    assert said[0].startswith(f"rac-sparse: {7 if kernels.support().isa else 0} of 7 pruned layers")
+    assert said[0].startswith(f"rac-sparse: {7 if support().isa else 0} of 7 pruned layers")
 
 
 @pytest.mark.slow

@@ -38,6 +38,14 @@ def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
         monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: size)
 
 
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without the compiled kernels."""
+    from rac_modifier.kernels.cpu import backend
+    from rac_modifier.kernels.cpu.support import Support
+
+    monkeypatch.setattr(backend, "support", lambda: Support(None, "switched off by a test"))
+
+
 def save_model(folder: Path, kind: str, structure: str, packed: bool = True, **changes: Any) -> Path:
     """A tiny random causal LM of a family ("qwen2", "qwen3", "llama", "qwen3_moe"), pruned, in bfloat16, sharded files."""
     import transformers

@@ -1,1 +1,8 @@
-"""."""
+"""The CPU backend: kernels in C++ (csrc/) for AVX2, AVX512 and AMX, and portable ones.
+
+The compiled library is searched for at the first use, not at import.
+"""
+
+from rac_modifier.kernels.cpu.backend import can_run, linear, pack
+
+__all__ = ["can_run", "linear", "pack"]

@@ -1,14 +1,9 @@
-"""The compiled library: finding it, what it runs here, and its calls with torch tensors checked before it sees them.
-
-RAC_KERNEL=portable|avx2|avx512|amx takes a lower instruction set than the best one, and RAC_KERNEL=off none at all.
-"""
+"""The compiled library: finding it, and its functions with torch tensors. Each tensor is passed with its size in bytes."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,100 +12,107 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-ISAS = ("portable", "avx2", "avx512", "amx")  # the library's numbers for them
+ABI = 2  # of csrc/library.cpp; raised with every change of the functions
+ISAS = ("portable", "avx2", "avx512", "amx")  # in the order of the library's numbers
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
 DENSE8 = 3  # a weight of int8 without masks
 _NUMBER = {isa: number for number, isa in enumerate(ISAS)}
-_TITLES = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX512", "amx": "AMX"}
-_NEXT_STEP = "install a C++ compiler and reinstall rac-modifier"
+_REINSTALL = "install a C++ compiler and reinstall rac-modifier"
+_BUFFER: list[object] = [c_void_p, c_int64]  # address and bytes
+# name: (result, arguments)
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "rac_best_isa": (c_int32, []),
     "rac_compiler": (c_char_p, []),
-    "rac_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int32]),
-    "rac_pack": (c_char_p, [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int64, c_int32]),
-    "rac_check": (c_char_p, [c_void_p, c_int64, c_int64, c_int64, c_int32]),
-    "rac_type": (c_int32, [c_void_p, c_int64]),
-    "rac_expand": (
-        c_char_p,
-        [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int32, c_int32],
-    ),
-    "rac_linear": (
-        c_char_p,
+    "rac_last_error": (c_char_p, []),
+    "rac_packed_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int32]),
+    "rac_pack_weight": (c_int32, [*_BUFFER, *_BUFFER, c_int64, c_int64, c_int32, *_BUFFER, c_int32]),
+    "rac_check_weight": (c_int32, [*_BUFFER, c_int64, c_int64, c_int32]),
+    "rac_value_type": (c_int32, _BUFFER),
+    "rac_expand_panels": (
+        c_int32,
         [
-            c_void_p,
-            c_int64,
-            c_int64,
-            c_int64,
-            c_void_p,
-            c_int32,
-            c_int64,
-            c_void_p,
-            c_int64,
-            c_void_p,
-            c_int32,
-            c_void_p,
-            c_int32,
-            c_int32,
+            *(*_BUFFER, c_int64, c_int64),  # the packed weight, rows, columns
+            *(c_int64, c_int64),  # panels
+            *(*_BUFFER, c_int32, c_int32, c_int32),  # out, its type, instruction set, threads
+        ],
+    ),
+    "rac_sparse_linear": (
+        c_int32,
+        [
+            *(*_BUFFER, c_int64, c_int64),  # the packed weight, rows, columns
+            *(*_BUFFER, c_int32, c_int64),  # x, its type, its rows
+            *(*_BUFFER, c_int64),  # scale, groups
+            *(*_BUFFER, c_int32),  # bias, its type
+            *(*_BUFFER, c_int32, c_int32),  # out, instruction set, threads
         ],
     ),
 }
-
-
-@dataclass(frozen=True)
-class Support:
-    """What runs on this machine: `isa` is "amx", "avx512", "avx2", "portable" or None; `reason` is a line for people."""
-
-    isa: str | None
-    reason: str
+# The next step by the code that a function returns, which is a Status of csrc/status.h.
+_NEXT_STEPS = {
+    1: "load the checkpoint again, or copy it again if that does not help",
+    2: "pass tensors of the sizes and dtypes that this weight needs",
+    3: "set RAC_KERNEL to an instruction set of this processor, or unset it",
+    4: "free memory, or use smaller batches",
+}
 
 
 class Library:
-    """The calls of one compiled library. Callers pass contiguous CPU tensors; a refusal becomes a RacError."""
+    """The functions of one compiled library. Callers pass contiguous CPU tensors; a refusal becomes a RacError."""
 
     def __init__(self, path: Path) -> None:
-        """Raise OSError or AttributeError if the file is no such library."""
+        """Load a library.
+
+        Raises:
+            OSError: the file is no library.
+            AttributeError: it lacks a function.
+            RacError: it was built for another version of this package.
+        """
         self._calls = ctypes.CDLL(str(path))
+        found = self._calls.rac_abi() if hasattr(self._calls, "rac_abi") else "1 or none"
+        if found != ABI:
+            raise RacError(
+                f"{path.name} was built for another version of rac-modifier (its interface is {found}, {ABI} is needed); "
+                "reinstall rac-modifier, which builds it again"
+            )
         for name, (result, arguments) in _SIGNATURES.items():
             call = getattr(self._calls, name)
             call.restype, call.argtypes = result, arguments
         self.best = ISAS[self._calls.rac_best_isa()]
         self.compiler: str = self._calls.rac_compiler().decode()
 
-    def bytes(self, rows: int, columns: int, nonzeros: int, kind: int) -> int:
-        """Bytes of a packed weight of a type (`VALUE_TYPES`, `DENSE8`), -1 for sizes that there cannot be."""
+    def packed_bytes(self, rows: int, columns: int, nonzeros: int, value_type: int) -> int:
+        """Bytes of a packed weight of a type (`VALUE_TYPES`, `DENSE8`); -1 for impossible sizes."""
         limit = 1 << 62
         if not all(-limit < size < limit for size in (rows, columns, nonzeros)):
             return -1
-        return self._calls.rac_bytes(rows, columns, nonzeros, kind)
+        return self._calls.rac_packed_bytes(rows, columns, nonzeros, value_type)
 
-    def pack(self, values: Tensor, bitmask: Tensor | None, rows: int, columns: int, kind: int, data: Tensor) -> None:
-        """Fill `data`, of `bytes` bytes; no bitmask for `DENSE8`."""
-        where, count = values.data_ptr(), values.numel()
-        masks = None if bitmask is None else bitmask.data_ptr()
-        room, threads = data.numel(), torch.get_num_threads()
-        _raise_if(
-            self._calls.rac_pack(where, count, masks, rows, columns, kind, data.data_ptr(), room, threads),
-            "the sparse weight cannot be packed",
+    def pack(
+        self, values: Tensor, bitmask: Tensor | None, rows: int, columns: int, value_type: int, data: Tensor
+    ) -> None:
+        """Fill `data`, uint8 [packed_bytes]; no bitmask for `DENSE8`."""
+        status = self._calls.rac_pack_weight(
+            *_buffer(values), *_buffer(bitmask), rows, columns, value_type, *_buffer(data), torch.get_num_threads()
         )
+        self._raise_if(status, f"weight [{rows}, {columns}]: cannot be packed")
 
-    def check(self, data: Tensor, rows: int, columns: int, kind: int) -> None:
-        """Everything of packed data that a kernel relies on."""
-        wrong = self._calls.rac_check(data.data_ptr(), data.numel(), rows, columns, kind)
-        _raise_if(wrong, f"packed weight [{rows}, {columns}]: damaged")
+    def check(self, data: Tensor, rows: int, columns: int, value_type: int) -> None:
+        """Check everything in packed data that a kernel relies on."""
+        status = self._calls.rac_check_weight(*_buffer(data), rows, columns, value_type)
+        self._raise_if(status, f"packed weight [{rows}, {columns}]")
 
-    def kind(self, data: Tensor) -> int:
+    def value_type(self, data: Tensor) -> int:
         """The type of the values, from the header; -1 where it is damaged."""
-        return self._calls.rac_type(data.data_ptr(), data.numel())
+        return self._calls.rac_value_type(*_buffer(data))
 
-    def expand(self, data: Tensor, first: int, last: int, out: Tensor, isa: str) -> None:
-        """Panels [first, last) of 16 rows into `out` [columns, 16 (last - first)]: the transposed rows, unscaled."""
-        where, room, threads = data.data_ptr(), data.numel(), torch.get_num_threads()
-        kind, stride = TYPES[out.dtype], out.shape[1]
-        _raise_if(
-            self._calls.rac_expand(where, room, first, last, out.data_ptr(), kind, stride, _NUMBER[isa], threads),
-            "the packed weight cannot be expanded",
+    def expand(self, data: Tensor, rows: int, columns: int, first: int, last: int, out: Tensor, isa: str) -> None:
+        """Panels [first, last) of 16 rows into `out` [columns, 16 (last - first)]: the rows transposed, without scale."""
+        status = self._calls.rac_expand_panels(
+            *(*_buffer(data), rows, columns, first, last),
+            *(*_buffer(out), TYPES[out.dtype], _NUMBER[isa], torch.get_num_threads()),
         )
+        self._raise_if(status, f"packed weight [{rows}, {columns}]: cannot be expanded")
 
     def linear(
         self,
@@ -124,67 +126,39 @@ class Library:
         isa: str,
     ) -> None:
         """Fill `out` [M, rows] with x [M, columns] W^T + bias; `scale` is float32 [panels, groups, 16]."""
-        where, kind = (bias.data_ptr(), TYPES[bias.dtype]) if bias is not None else (None, 0)
-        scales, groups = (scale.data_ptr(), scale.shape[1]) if scale is not None else (None, 1)
-        wrong = self._calls.rac_linear(
-            data.data_ptr(), data.numel(), rows, columns, x.data_ptr(), TYPES[x.dtype], x.shape[0],
-            scales, groups, where, kind, out.data_ptr(), _NUMBER[isa], torch.get_num_threads(),
-        )  # fmt: skip
-        _raise_if(wrong, f"sparse_linear with a weight [{rows}, {columns}]")
+        status = self._calls.rac_sparse_linear(
+            *(*_buffer(data), rows, columns),
+            *(*_buffer(x), TYPES[x.dtype], x.shape[0]),
+            *(*_buffer(scale), 1 if scale is None else scale.shape[1]),
+            *(*_buffer(bias), 0 if bias is None else TYPES[bias.dtype]),
+            *(*_buffer(out), _NUMBER[isa], torch.get_num_threads()),
+        )
+        self._raise_if(status, f"sparse_linear with a weight [{rows}, {columns}]")
+
+    def _raise_if(self, status: int, what: str) -> None:
+        if status:
+            raise RacError(f"{what}: {self._calls.rac_last_error().decode()}; {_NEXT_STEPS[status]}")
 
 
-def _raise_if(wrong: bytes | None, what: str) -> None:
-    if wrong is not None:
-        raise RacError(f"{what}: {wrong.decode()}; load the checkpoint again, or copy it again if that does not help")
+def _buffer(tensor: Tensor | None) -> tuple[int | None, int]:
+    """Address and bytes."""
+    return (None, 0) if tensor is None else (tensor.data_ptr(), tensor.numel() * tensor.itemsize)
 
 
-def _built() -> list[Path]:
+def built_libraries() -> list[Path]:
+    """The libraries that were built when the package was installed."""
     return sorted(Path(__file__).parent.glob("_native*.so"))
 
 
 @lru_cache(maxsize=1)
-def _load() -> tuple[Library | None, str]:
-    """The library, or None and why."""
-    found = _built()
+def load() -> tuple[Library | None, str]:
+    """The library, or None and the reason."""
+    found = built_libraries()
     if not found:
-        return None, f"no compiled kernel: it was not built when rac-modifier was installed; {_NEXT_STEP}"
+        return None, f"no compiled kernel: it was not built when rac-modifier was installed; {_REINSTALL}"
     try:
         return Library(found[0]), ""
+    except RacError as error:
+        return None, f"no compiled kernel: {error}"
     except (OSError, AttributeError) as error:
-        return None, f"no compiled kernel: {found[0].name} does not load ({error}); {_NEXT_STEP}"
-
-
-@lru_cache(maxsize=1)
-def support() -> Support:
-    """What runs here; raise RacError for a RAC_KERNEL that this machine or library cannot do. Decided once a process."""
-    wanted = os.environ.get("RAC_KERNEL") or None
-    if wanted not in (None, "off", *ISAS):
-        raise RacError(f'RAC_KERNEL="{wanted}": use one of {", ".join(ISAS)}, off, or unset it')
-    if wanted == "off":
-        return Support(None, "no compiled kernel: RAC_KERNEL=off; unset it to use the sparse kernels")
-    found, reason = _load()
-    if found is None:
-        if wanted:
-            raise RacError(f"RAC_KERNEL={wanted}: {reason}")
-        return Support(None, reason)
-    if wanted and ISAS.index(wanted) > ISAS.index(found.best):
-        raise RacError(f"RAC_KERNEL={wanted}: this machine runs {found.best} at best; use that or a lower one")
-    isa = wanted or found.best
-    asked = ", asked for by RAC_KERNEL" if wanted else ""
-    return Support(isa, f"{_TITLES[isa]} kernel{asked}, compiled with {found.compiler}")
-
-
-@lru_cache(maxsize=1)
-def library() -> tuple[Library, str]:
-    """The library and the instruction set to use; raise RacError with the reason if there is none."""
-    found = support()
-    loaded, _ = _load()
-    if found.isa is None or loaded is None:
-        raise RacError(f"a sparse weight needs the compiled kernel; {found.reason}, or keep the weight dense")
-    return loaded, found.isa
-
-
-def forget() -> None:
-    """Decide anew at the next use: for a changed RAC_KERNEL, in tests."""
-    for cached in (_load, support, library):
-        cached.cache_clear()
+        return None, f"no compiled kernel: {found[0].name} does not load ({error}); {_REINSTALL}"

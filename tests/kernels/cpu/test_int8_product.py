@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels import SparseWeight, pack, pack_dense, pack_scale, sparse_linear, unpack
-from rac_modifier.kernels.cpu import linear
-from tests.kernels.kernel_helpers import bitmask_of, random_mask
+from rac_modifier.kernels.cpu import operator
+from rac_modifier.kernels.cpu.packed import check_packed, pack_dense, pack_scale
+from tests.kernels.cpu.kernel_helpers import Packed, bitmask_of, multiply, pack, pack_whole, random_mask, unpacked
 
 DTYPES = [torch.bfloat16, torch.float32]
 LEVELS = 127 * 256 + 127
 BLOCK = 512
 
 
-def integers(rows: int, columns: int, density: float, seed: int = 0) -> tuple[Tensor, SparseWeight]:
+def integers(rows: int, columns: int, density: float, seed: int = 0) -> tuple[Tensor, Packed]:
     """A random int8 weight, -128 and zeros among what is kept: dense and packed, without masks at density 1."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
     if density == 1.0:
-        return dense, pack_dense(dense)
+        return dense, pack_whole(dense)
     mask = random_mask(rows, columns, density, seed)
     return dense.masked_fill(~mask, 0), pack(dense[mask], bitmask_of(mask), columns)
 
@@ -59,11 +59,11 @@ def assert_integer_product(y: Tensor, x: Tensor, weight: Tensor, groups: int = 1
 )
 def test_any_shape_and_density(kernel, rows, columns, m, density, dtype, seed):
     dense, weight = integers(rows, columns, density, seed)
-    assert torch.equal(unpack(weight), dense)
+    assert torch.equal(unpacked(weight), dense)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, columns, generator=generator).to(dtype)
     scale = torch.rand(rows, 1, generator=generator) + 0.01
-    assert_integer_product(sparse_linear(x, weight, None, pack_scale(scale)), x, scaled(dense, scale))
+    assert_integer_product(multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale))
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
@@ -74,7 +74,7 @@ def test_scales_in_groups(kernel, columns, groups, density):
     for m in (1, 2, 3, 5, 16, 35):
         for dtype in DTYPES:
             x, bias = torch.randn(m, columns).to(dtype), torch.randn(37)
-            y = sparse_linear(x, weight, bias, pack_scale(scale))
+            y = multiply(x, weight, bias, pack_scale(scale))
             assert_integer_product(y, x, scaled(dense, scale), groups, bias)
 
 
@@ -84,7 +84,7 @@ def test_many_rows_of_bfloat16(kernel, m, columns, density):
     """Where the processor multiplies bfloat16, x is not rounded: the bound of floats holds too."""
     dense, weight = integers(37, columns, density)
     x, bias, scale = torch.randn(m, columns).bfloat16(), torch.randn(37), torch.rand(37, 1) + 0.01
-    y = sparse_linear(x, weight, bias, pack_scale(scale))
+    y = multiply(x, weight, bias, pack_scale(scale))
     assert_integer_product(y, x, scaled(dense, scale), bias=bias)
 
 
@@ -94,7 +94,7 @@ def test_groups_wider_than_a_block_are_split(best):
     x = torch.randn(3, 2 * 1028)
     packed = pack_scale(scale, 1028)
     assert packed.shape == (2, 514, 16)  # of 1028 columns only 4 are a multiple of 4, 512 at most, and a divisor
-    assert_integer_product(sparse_linear(x, weight, None, packed), x, scaled(dense, scale), 514)
+    assert_integer_product(multiply(x, weight, None, packed), x, scaled(dense, scale), 514)
 
 
 def test_the_largest_sums_fit(kernel):
@@ -102,10 +102,10 @@ def test_the_largest_sums_fit(kernel):
     for density in (0.999999, 1.0):
         dense = torch.full((16, 1024), -128, dtype=torch.int8)
         mask = torch.ones(16, 1024, dtype=torch.bool)
-        weight = pack_dense(dense) if density == 1.0 else pack(dense[mask], bitmask_of(mask), 1024)
+        weight = pack_whole(dense) if density == 1.0 else pack(dense[mask], bitmask_of(mask), 1024)
         for value in (1.0, -1.0):
             x = torch.full((3, 1024), value)
-            y = sparse_linear(x, weight, None, pack_scale(torch.ones(16, 1)))
+            y = multiply(x, weight, None, pack_scale(torch.ones(16, 1)))
             torch.testing.assert_close(y, torch.full((3, 16), -128.0 * 1024 * value))
 
 
@@ -120,7 +120,7 @@ def test_an_outlier_channel_costs_at_most_what_bfloat16_activations_cost(kernel,
     x = torch.randn(4, columns, generator=torch.Generator().manual_seed(3))
     x[:, columns // 3] *= 1000
     exact = x.double() @ scaled(dense, scale).T
-    ours = (sparse_linear(x, weight, None, pack_scale(scale)).double() - exact).norm()
+    ours = (multiply(x, weight, None, pack_scale(scale)).double() - exact).norm()
     bf16 = (x.bfloat16().double() @ scaled(dense, scale).T - exact).norm()
     assert ours <= 2 * bf16, (float(ours), float(bf16))
     plain_int8 = (x / (x.abs().amax(1, keepdim=True) / 127)).round() * (x.abs().amax(1, keepdim=True) / 127)
@@ -132,10 +132,10 @@ def test_what_is_not_finite_spoils_its_row_and_no_other(kernel, m):
     _, weight = integers(20, 600, 0.5)
     scale = pack_scale(torch.ones(20, 1))
     x = torch.randn(m + 1, 600)
-    clean = sparse_linear(x, weight, None, scale)
+    clean = multiply(x, weight, None, scale)
     for value in (float("nan"), float("inf"), -float("inf")):
         x[0, 571] = value
-        y = sparse_linear(x, weight, None, scale)
+        y = multiply(x, weight, None, scale)
         assert not y[0].isfinite().any()
         assert torch.equal(y[1:], clean[1:])
 
@@ -144,7 +144,7 @@ def test_what_is_not_finite_spoils_its_row_and_no_other(kernel, m):
 def test_tiny_and_huge_activations(kernel, size):
     dense, weight = integers(20, 100, 0.5)
     x = torch.randn(3, 100) * size
-    y = sparse_linear(x, weight, None, pack_scale(torch.ones(20, 1)))
+    y = multiply(x, weight, None, pack_scale(torch.ones(20, 1)))
     torch.testing.assert_close(y, x @ dense.float().T, rtol=1e-3, atol=max(1e-25, size / 10))
 
 
@@ -152,13 +152,13 @@ def test_tiny_and_huge_activations(kernel, size):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_expanded_panels(kernel, groups, density, monkeypatch):
     """What prefill takes, in several chunks with a tail: x stays as it is."""
-    monkeypatch.setattr(linear, "CROSSOVER8", dict.fromkeys(linear.CROSSOVER8, 0))
-    monkeypatch.setattr(linear, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
+    monkeypatch.setattr(operator, "CROSSOVER8", dict.fromkeys(operator.CROSSOVER8, 0))
+    monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
     dense, weight = integers(90, 72, density)
     scale = torch.rand(90, groups) + 0.01
     for dtype in DTYPES:
         x, bias = torch.randn(130, 72).to(dtype), torch.randn(90)
-        assert_integer_product(sparse_linear(x, weight, bias, pack_scale(scale)), x, scaled(dense, scale), groups, bias)
+        assert_integer_product(multiply(x, weight, bias, pack_scale(scale)), x, scaled(dense, scale), groups, bias)
 
 
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
@@ -168,10 +168,10 @@ def test_floats_take_a_scale_of_each_row(kernel, weights, m):
     dense = torch.randn(37, 100).to(weights).masked_fill(~mask, 0.0)
     weight, scale = pack(dense[mask], bitmask_of(mask), 100), torch.rand(37, 1) + 0.01
     x, bias = torch.randn(m, 100), torch.randn(37)
-    y = sparse_linear(x, weight, bias, pack_scale(scale))
+    y = multiply(x, weight, bias, pack_scale(scale))
     torch.testing.assert_close(y, torch.nn.functional.linear(x, dense.float() * scale, bias), rtol=1e-4, atol=1e-4)
     with pytest.raises(RacError, match="only 8-bit weights have scales in groups"):
-        sparse_linear(x[:1], weight, bias, pack_scale(torch.ones(37, 2)))
+        multiply(x[:1], weight, bias, pack_scale(torch.ones(37, 2)))
 
 
 def test_threads_change_nothing(kernel):
@@ -180,10 +180,10 @@ def test_threads_change_nothing(kernel):
         scale = pack_scale(torch.rand(200, 1))
         for m in (1, 20, 70):
             x = torch.randn(m, 640)
-            one = sparse_linear(x, weight, None, scale)
+            one = multiply(x, weight, None, scale)
             try:
                 torch.set_num_threads(3)
-                assert torch.equal(sparse_linear(x, weight, None, scale), one)
+                assert torch.equal(multiply(x, weight, None, scale), one)
             finally:
                 torch.set_num_threads(1)
 
@@ -211,9 +211,9 @@ def test_the_layout_word_by_word(best):
     assert struct.unpack_from("<3Q", raw, 64) == tuple(offsets)
     assert list(struct.unpack_from("<64I", raw, 128)) == words
     assert list(struct.unpack_from(f"<{len(values)}b", raw, 384)) == values
-    whole = pack_dense(dense)
-    assert whole.nbytes == 128 + 2 * 16 * 64 + 64  # 37 columns become 64
-    assert torch.equal(unpack(whole), dense)
+    whole = pack_whole(dense)
+    assert whole.data.numel() == 128 + 2 * 16 * 64 + 64  # 37 columns become 64
+    assert torch.equal(unpacked(whole), dense)
 
 
 def test_forged_dense_data_is_refused(best):
@@ -221,24 +221,24 @@ def test_forged_dense_data_is_refused(best):
     data = weight.data.clone()
     data[72] += 1
     with pytest.raises(RacError, match="panel 1: its offset is not that of a dense weight"):
-        SparseWeight(40, 50, torch.int8, data, masked=False)
+        check_packed(data, 40, 50, torch.int8, masked=False)
     with pytest.raises(RacError, match="its header says"):
-        SparseWeight(40, 50, torch.int8, weight.data)
+        check_packed(weight.data, 40, 50, torch.int8)
     with pytest.raises(RacError, match="values are bfloat16, float32 or int8"):
-        SparseWeight(40, 50, torch.float32, weight.data, masked=False)
+        check_packed(weight.data, 40, 50, torch.float32, masked=False)
 
 
 def test_what_does_not_fit_is_refused(best):
     _, weight = integers(40, 96, 0.5)
     x = torch.randn(2, 96)
-    with pytest.raises(RacError, match="its scales do not fit"):
-        sparse_linear(x, weight)
-    with pytest.raises(RacError, match="groups are no 4, 8"):
-        sparse_linear(x, weight, None, pack_scale(torch.ones(40, 32)))
+    with pytest.raises(RacError, match="scale: missing"):
+        multiply(x, weight)
+    with pytest.raises(RacError, match="groups of 3 columns"):
+        multiply(x, weight, None, pack_scale(torch.ones(40, 32)))
     wrong = [torch.ones(40, 5), torch.ones(24, 1), torch.ones(80, 1), torch.ones(40, 96 * 2)]
     for scale in [*map(pack_scale, wrong), pack_scale(torch.ones(40, 1)).double(), torch.ones(40)]:
-        with pytest.raises(RacError, match=r"scale: .* is none of a weight \[40, 96\]"):
-            sparse_linear(x, weight, None, scale)
+        with pytest.raises(RacError, match=r"scale: .* does not fit a weight \[40, 96\]"):
+            multiply(x, weight, None, scale)
     for matrix in (torch.ones(4, 4), torch.ones(4, dtype=torch.int8)):
         with pytest.raises(RacError, match="an int8 matrix on the CPU is needed"):
             pack_dense(matrix)

@@ -1,6 +1,8 @@
 // Random and hostile calls of the C interface, for a build with AddressSanitizer and UBSan.
 //
-// Every buffer is exactly as large as the interface says. Argument: how many rounds. Exits 0 and prints what it did.
+// Every buffer is exactly as large as the size that is passed with it. Argument: the number of rounds. Exits 0 and prints
+// what it did.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -12,14 +14,17 @@
 
 extern "C" {
 int32_t rac_best_isa();
-int64_t rac_bytes(int64_t, int64_t, int64_t, int32_t);
-const char* rac_pack(const void*, int64_t, const uint8_t*, int64_t, int64_t, int32_t, void*, int64_t, int32_t);
-const char* rac_check(const void*, int64_t, int64_t, int64_t, int32_t);
-int32_t rac_type(const void*, int64_t);
-const char* rac_expand(const void*, int64_t, int64_t, int64_t, void*, int32_t, int64_t, int32_t, int32_t);
-const char* rac_linear(const void*, int64_t, int64_t, int64_t, const void*, int32_t, int64_t, const float*, int64_t,
-                       const void*, int32_t, void*, int32_t, int32_t);
+const char* rac_last_error();
+int64_t rac_packed_bytes(int64_t, int64_t, int64_t, int32_t);
+int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int32_t, void*, int64_t, int32_t);
+int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
+int32_t rac_value_type(const void*, int64_t);
+int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*, int64_t, int32_t, int32_t,
+                          int32_t);
+int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const float*,
+                          int64_t, int64_t, const void*, int64_t, int32_t, void*, int64_t, int32_t, int32_t);
 }
+constexpr int32_t OK = 0, BAD_ARGUMENT = 2;  // of csrc/status.h
 
 static std::mt19937_64 rng(7);
 static int64_t below(int64_t n) { return static_cast<int64_t>(rng() % static_cast<uint64_t>(n)); }
@@ -34,11 +39,11 @@ struct Free {
     void operator()(void* p) const { std::free(p); }
 };
 using Buffer = std::unique_ptr<uint8_t[], Free>;
-static Buffer aligned(int64_t bytes) {  // a multiple of 64, as packed data is
+static Buffer aligned(int64_t bytes) {  // packed data is a multiple of 64 bytes
     return Buffer(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
 }
 
-// Small integers: products and sums are exact in bf16 inputs and fp32 accumulators, so that results can be compared.
+// Small integers, so that products of bf16 inputs and sums in fp32 are exact and results can be compared.
 static void put(uint8_t* to, int32_t type, int64_t index, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -88,19 +93,30 @@ static Case random_case() {
     const int64_t count = static_cast<int64_t>(kept.size());
     std::vector<uint8_t> values(count * size_of(c.type));
     for (int64_t i = 0; i < count; i++) put(values.data(), c.type, i, kept[i]);
-    c.bytes = rac_bytes(c.rows, c.columns, count, c.type);
+    c.bytes = rac_packed_bytes(c.rows, c.columns, count, c.type);
     c.data = aligned(c.bytes);
     const int32_t threads = 1 + static_cast<int32_t>(below(3));
     const uint8_t* masks = masked ? bitmask.data() : nullptr;
-    require(!rac_pack(values.data(), count, masks, c.rows, c.columns, c.type, c.data.get(), c.bytes, threads), "pack");
-    require(!rac_check(c.data.get(), c.bytes, c.rows, c.columns, c.type), "check what was packed");
+    const int64_t value_bytes = static_cast<int64_t>(values.size()), mask_bytes = masked ? bitmask.size() : 0;
+    require(rac_pack_weight(values.data(), value_bytes, masks, mask_bytes, c.rows, c.columns, c.type, c.data.get(),
+                            c.bytes, threads) == OK,
+            "pack");
+    require(rac_check_weight(c.data.get(), c.bytes, c.rows, c.columns, c.type) == OK, "check what was packed");
     if (!masked) {
-        require(rac_bytes(c.rows, c.columns, count - 1, c.type) < 0, "a dense weight with a hole");
+        require(rac_packed_bytes(c.rows, c.columns, count - 1, c.type) < 0, "a dense weight with a hole");
     } else if (count > 0) {  // a count that the bitmask does not have
-        const int64_t less = rac_bytes(c.rows, c.columns, count - 1, c.type);
+        const int64_t less = rac_packed_bytes(c.rows, c.columns, count - 1, c.type);
         Buffer other = aligned(less);
-        require(rac_pack(values.data(), count - 1, bitmask.data(), c.rows, c.columns, c.type, other.get(), less, 1),
+        require(rac_pack_weight(values.data(), value_bytes - size_of(c.type), masks, mask_bytes, c.rows, c.columns,
+                                c.type, other.get(), less, 1) != OK,
                 "refuse a wrong count");
+        const std::vector<uint8_t> short_mask(bitmask.begin(), bitmask.end() - 1);
+        require(rac_pack_weight(values.data(), value_bytes, short_mask.data(), mask_bytes - 1, c.rows, c.columns, c.type,
+                                c.data.get(), c.bytes, 1) == BAD_ARGUMENT,
+                "refuse a short bitmask");
+        require(rac_pack_weight(values.data(), value_bytes, masks, mask_bytes, c.rows, c.columns, c.type, c.data.get(),
+                                c.bytes - 64, 1) == BAD_ARGUMENT,
+                "refuse short data");
     }
     return c;
 }
@@ -120,16 +136,21 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
         std::vector<float> scale((c.rows + 15) / 16 * groups * 16);
         for (float& value : scale) value = static_cast<float>(int64_t{1} << below(3));
         const bool with_scale = integers || below(2);
-        const char* wrong = rac_linear(data, c.bytes, c.rows, c.columns, x.data(), x_type, m,
-                                       with_scale ? scale.data() : nullptr, groups, with_bias ? bias.data() : nullptr,
-                                       bias_type, out.data(), isa, 1 + static_cast<int32_t>(below(3)));
-        require(!wrong, wrong ? wrong : "");
-        if (integers) {
-            require(rac_linear(data, c.bytes, c.rows, c.columns, x.data(), x_type, 1, nullptr, 1, nullptr, 0, out.data(),
-                               isa, 1) || !m, "integers without a scale");
+        const int64_t scale_bytes = 4 * static_cast<int64_t>(scale.size());
+        const int32_t status = rac_sparse_linear(
+            data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, with_scale ? scale.data() : nullptr,
+            with_scale ? scale_bytes : 0, groups, with_bias ? bias.data() : nullptr, with_bias ? bias.size() : 0,
+            bias_type, out.data(), out.size(), isa, 1 + static_cast<int32_t>(below(3)));
+        require(status == OK, rac_last_error());
+        if (integers && m) {
+            require(rac_sparse_linear(data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, nullptr, 0, 1,
+                                      nullptr, 0, 0, out.data(), out.size(), isa, 1) == BAD_ARGUMENT,
+                    "integers without a scale");
             for (int64_t bad : {INT64_MIN, int64_t{-1}, int64_t{0}, c.columns + 1, INT64_MAX})
-                require(rac_linear(data, c.bytes, c.rows, c.columns, x.data(), x_type, m, scale.data(), bad, nullptr, 0,
-                                   out.data(), isa, 1) || !m, "impossible groups");
+                require(rac_sparse_linear(data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, scale.data(),
+                                          scale_bytes, bad, nullptr, 0, 0, out.data(), out.size(), isa,
+                                          1) == BAD_ARGUMENT,
+                        "impossible groups");
         }
         for (int64_t i = 0; compare && i < m * c.rows; i++) {
             const int64_t line = i / c.rows, row = i % c.rows;
@@ -138,7 +159,7 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
                 const int64_t at = (row / 16 * groups + k / (c.columns / groups)) * 16 + row % 16;
                 const float weight = c.dense[row * c.columns + k] * (with_scale ? scale[at] : 1);
                 sum += get(x.data(), x_type, line * c.columns + k) * weight;
-                terms += 2 * std::fabs(weight);  // the largest that x is
+                terms += 2 * std::fabs(weight);  // 2: the largest x
             }
             const float rounding = (x_type == 0 ? std::fabs(sum) / 128 : 0) + (integers ? terms / 32639 : 0);
             require(std::fabs(get(out.data(), x_type, i) - sum) <= rounding, "product");
@@ -148,12 +169,45 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
         const int64_t stride = 16 * (last - first);
         const int32_t out_type = c.type != 1 ? static_cast<int32_t>(below(2)) : 1;
         std::vector<uint8_t> columns(c.columns * stride * size_of(out_type));
-        require(!rac_expand(data, c.bytes, first, last, columns.data(), out_type, stride, isa, 1), "expand");
+        require(rac_expand_panels(data, c.bytes, c.rows, c.columns, first, last, columns.data(), columns.size(), out_type,
+                                  isa, 1) == OK,
+                "expand");
         for (int64_t k = 0; compare && k < c.columns; k++)
             for (int64_t n = 0; n < stride && 16 * first + n < c.rows; n++)
                 require(get(columns.data(), out_type, k * stride + n) == c.dense[(16 * first + n) * c.columns + k],
                         "expanded value");
     }
+}
+
+// One buffer is shorter or longer than the weight needs, at any place: refused before it is read or written.
+static void wrong_sizes(const Case& c) {
+    const int64_t m = 1 + below(40), panels = (c.rows + 15) / 16, groups = 1;
+    const int32_t isa = static_cast<int32_t>(below(rac_best_isa() + 1)), type = static_cast<int32_t>(below(2));
+    const int64_t sizes[] = {m * c.columns * size_of(type), panels * groups * 64, c.rows * size_of(type),
+                             m * c.rows * size_of(type)};
+    const int64_t wrongs[] = {-1, 1, -size_of(type), size_of(type), -4, 4, -64};
+    for (int which = 0; which < 4; which++)
+        for (int64_t wrong : wrongs) {
+            int64_t bytes[4];
+            std::copy(sizes, sizes + 4, bytes);
+            bytes[which] = bytes[which] + wrong < 0 ? 0 : bytes[which] + wrong;
+            std::vector<std::unique_ptr<uint8_t[]>> buffers;
+            for (int64_t size : bytes) buffers.emplace_back(new uint8_t[size]());
+            const auto call = [&] {
+                return rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, buffers[0].get(), bytes[0], type, m,
+                                         reinterpret_cast<const float*>(buffers[1].get()), bytes[1], groups,
+                                         buffers[2].get(), bytes[2], type, buffers[3].get(), bytes[3], isa, 1);
+            };
+            require(call() == BAD_ARGUMENT, "refuse a buffer of a wrong size");
+            for (int64_t size : {INT64_MIN, int64_t{-1}, INT64_MAX}) {
+                bytes[which] = size;
+                require(call() == BAD_ARGUMENT, "refuse an impossible size");
+            }
+        }
+    std::vector<uint8_t> out(c.columns * 16 * panels * 4 - 4);
+    require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, 0, panels, out.data(), out.size(), 1, isa,
+                              1) == BAD_ARGUMENT,
+            "refuse a short buffer for panels");
 }
 
 // Damaged copies: refused, or as harmless as any other weight of that shape.
@@ -169,11 +223,11 @@ static void hostile(const Case& c, int64_t* refused, int64_t* harmless) {
             if (at < bytes) copy[at] = static_cast<uint8_t>(below(3) ? rng() : below(2) * 255);
         }
         float x[1] = {0}, out[1];
-        if (rac_check(copy.get(), bytes, c.rows, c.columns, c.type)) {
+        if (rac_check_weight(copy.get(), bytes, c.rows, c.columns, c.type) != OK) {
             ++*refused;
             // Shapes that the header may have been changed to, without the check.
-            rac_linear(copy.get(), bytes, -1, 0, x, 1, 1, nullptr, 1, nullptr, 1, out, 0, 1);
-            rac_type(copy.get(), bytes);
+            rac_sparse_linear(copy.get(), bytes, -1, 0, x, 4, 1, 1, nullptr, 0, 1, nullptr, 0, 1, out, 4, 0, 1);
+            rac_value_type(copy.get(), bytes);
         } else {
             ++*harmless;
             Case same;
@@ -190,21 +244,29 @@ static void extremes() {
         for (int64_t b : extreme)
             for (int64_t n : extreme)
                 for (int32_t type : {-1, 0, 1, 2, 3, 4, INT32_MAX}) {
-                    rac_bytes(a, b, n, type);
-                    rac_check(nullptr, n, a, b, type);
-                    rac_linear(nullptr, n, a, b, nullptr, type, n, nullptr, n, nullptr, type, nullptr, type, type);
-                    rac_expand(nullptr, n, a, b, nullptr, type, n, type, type);
+                    rac_packed_bytes(a, b, n, type);
+                    rac_check_weight(nullptr, n, a, b, type);
+                    rac_sparse_linear(nullptr, n, a, b, nullptr, n, type, n, nullptr, n, n, nullptr, n, type, nullptr, n,
+                                      type, type);
+                    rac_expand_panels(nullptr, n, a, b, a, b, nullptr, n, type, type, type);
                     uint8_t none[1] = {0};
-                    if (rac_bytes(a, b, n, type) < 0) rac_pack(none, n, none, a, b, type, none, n, 1);
+                    require(rac_pack_weight(nullptr, n, nullptr, n, a, b, type, nullptr, n, 1) != OK, "no addresses");
+                    require(rac_pack_weight(none, n, none, a, b, n, type, none, b, 1) != OK, "impossible sizes");
                 }
     Case c = random_case();
-    uint8_t out[1];
+    alignas(4) uint8_t out[4];
     for (int64_t a : extreme)
         for (int64_t b : extreme) {
-            if (a != b) require(rac_expand(c.data.get(), c.bytes, a, b, out, 1, 0, 0, 1), "panels");
+            if (a != b)
+                require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, a, b, out, 4, 1, 0, 1) != OK,
+                        "panels");
             if (a != c.rows || b != c.columns)
-                require(rac_linear(c.data.get(), c.bytes, a, b, out, 1, 1, nullptr, 1, nullptr, 1, out, 0, 1),
-                        "shapes");
+                require(rac_expand_panels(c.data.get(), c.bytes, a, b, 0, 0, out, 0, 1, 0, 1) != OK, "another shape");
+            require(rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, out, a, 1, b, nullptr, 0, 1, nullptr, 0, 1,
+                                      out, a, 0, 1) != OK || (a == 0 && b == 0), "sizes");
+            if (a != c.rows || b != c.columns)
+                require(rac_sparse_linear(c.data.get(), c.bytes, a, b, out, 4, 1, 1, nullptr, 0, 1, nullptr, 0, 1, out, 4,
+                                          0, 1) != OK, "shapes");
         }
 }
 
@@ -215,6 +277,7 @@ int main(int argc, char** argv) {
     for (int round = 0; round < rounds; round++) {
         Case c = random_case();
         multiply_and_expand(c, c.data.get(), true);
+        wrong_sizes(c);
         hostile(c, &refused, &harmless);
     }
     std::printf("best %d: %d weights, %lld damaged copies refused, %lld harmless\n", rac_best_isa(), rounds,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels import sparse_linear
-from rac_modifier.kernels.cpu import linear
-from tests.kernels.kernel_helpers import assert_product, random_mask, sparse
+from rac_modifier.kernels.cpu import operator
+from tests.kernels.cpu.kernel_helpers import assert_product, multiply, random_mask, sparse
 
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(1, 1), (17, 33), (16, 32), (48, 576), (5, 1000), (100, 257), (33, 64)]
@@ -24,7 +25,7 @@ def test_every_row_count_bias_and_dtype(kernel, shape, weights):
         for dtype in DTYPES:
             x = torch.randn(m, shape[1]).to(dtype)
             bias = torch.randn(shape[0]).to(DTYPES[m % 2]) if m % 3 else None
-            y = sparse_linear(x, weight, bias)
+            y = multiply(x, weight, bias)
             assert y.dtype == dtype
             assert_product(y, x, dense, bias)
 
@@ -42,7 +43,7 @@ def test_every_row_count_bias_and_dtype(kernel, shape, weights):
 def test_any_shape_and_density(kernel, rows, columns, m, density, weights, dtype, seed):
     dense, weight = sparse(random_mask(rows, columns, density, seed), weights, seed)
     x = torch.randn(m, columns).to(dtype)
-    assert_product(sparse_linear(x, weight), x, dense)
+    assert_product(multiply(x, weight), x, dense)
 
 
 def test_empty_and_full_rows(kernel):
@@ -50,7 +51,7 @@ def test_empty_and_full_rows(kernel):
     mask[3], mask[4], mask[16:32], mask[39] = False, True, False, True
     dense, weight = sparse(mask, torch.bfloat16)
     x = torch.randn(3, 130).bfloat16()
-    y = sparse_linear(x, weight)
+    y = multiply(x, weight)
     assert_product(y, x, dense)
     assert not y[:, 16:32].any()
 
@@ -59,42 +60,42 @@ def test_two_of_four(kernel):
     mask = torch.tensor([True, False, False, True]).repeat(24, 16)
     dense, weight = sparse(mask, torch.bfloat16)
     x = torch.randn(2, 64).bfloat16()
-    assert_product(sparse_linear(x, weight), x, dense)
+    assert_product(multiply(x, weight), x, dense)
 
 
 def test_more_of_each_than_a_block_of_the_cache(kernel, monkeypatch):
-    monkeypatch.setattr(linear, "CROSSOVER", dict.fromkeys(linear.CROSSOVER, 1000))
+    monkeypatch.setattr(operator, "CROSSOVER", dict.fromkeys(operator.CROSSOVER, 1000))
     dense, weight = sparse(random_mask(150, 1111, 0.5), torch.bfloat16)  # more panels than a group, too
     for m in (1, 11, 40, 242, 250):  # of a chunk, and a bit
         x = torch.randn(m, 1111).bfloat16()
-        assert_product(sparse_linear(x, weight), x, dense)
+        assert_product(multiply(x, weight), x, dense)
 
 
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 def test_expanded_panels(kernel, weights, monkeypatch):
     """What prefill takes, in several chunks with a tail."""
-    monkeypatch.setattr(linear, "CROSSOVER", dict.fromkeys(linear.CROSSOVER, 0))
-    monkeypatch.setattr(linear, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
+    monkeypatch.setattr(operator, "CROSSOVER", dict.fromkeys(operator.CROSSOVER, 0))
+    monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
     dense, weight = sparse(random_mask(90, 70, 0.5), weights)
     for dtype in DTYPES:
         x, bias = torch.randn(130, 70).to(dtype), torch.randn(90).bfloat16()
-        assert_product(sparse_linear(x, weight), x, dense)
-        assert_product(sparse_linear(x, weight, bias), x, dense, bias)
+        assert_product(multiply(x, weight), x, dense)
+        assert_product(multiply(x, weight, bias), x, dense, bias)
 
 
 def test_any_strides_and_leading_dimensions(kernel):
     dense, weight = sparse(random_mask(24, 50, 0.5), torch.float32)
     transposed = torch.randn(50, 6).t()
-    assert_product(sparse_linear(transposed, weight), transposed, dense)
+    assert_product(multiply(transposed, weight), transposed, dense)
     every_other = torch.randn(4, 100)[:, ::2]
     bias = torch.randn(48)[::2]
-    assert_product(sparse_linear(every_other, weight, bias), every_other, dense, bias)
+    assert_product(multiply(every_other, weight, bias), every_other, dense, bias)
     batched = torch.randn(2, 3, 50)
-    y = sparse_linear(batched, weight)
+    y = multiply(batched, weight)
     assert y.shape == (2, 3, 24)
     assert_product(y.view(6, 24), batched.view(6, 50), dense)
-    assert sparse_linear(torch.randn(50), weight).shape == (24,)
-    assert sparse_linear(torch.randn(2, 0, 50), weight).shape == (2, 0, 24)
+    assert multiply(torch.randn(50), weight).shape == (24,)
+    assert multiply(torch.randn(2, 0, 50), weight).shape == (2, 0, 24)
 
 
 @pytest.mark.parametrize("m", [1, 30])
@@ -102,7 +103,7 @@ def test_not_a_number_and_infinity_spread_as_in_a_dense_product(kernel, m):
     dense, weight = sparse(random_mask(17, 40, 0.5), torch.float32)
     x = torch.randn(m, 40)
     x[0, 5] = float("inf")
-    y, expected = sparse_linear(x, weight), torch.nn.functional.linear(x, dense)
+    y, expected = multiply(x, weight), torch.nn.functional.linear(x, dense)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
 
@@ -112,10 +113,10 @@ def test_threads_change_nothing(kernel):
     for m in (1, 20, 140):
         x = torch.randn(m, 96).bfloat16()
         torch.set_num_threads(1)
-        one = sparse_linear(x, weight)
+        one = multiply(x, weight)
         try:
             torch.set_num_threads(3)
-            assert torch.equal(sparse_linear(x, weight), one)
+            assert torch.equal(multiply(x, weight), one)
         finally:
             torch.set_num_threads(1)
 
@@ -129,13 +130,36 @@ def test_what_does_not_fit_is_refused(best):
         (torch.tensor(1.0), "does not end"),
     ):
         with pytest.raises(RacError, match=message):
-            sparse_linear(wrong, weight)
+            multiply(wrong, weight)
     for bias in (torch.randn(15), torch.randn(1, 16), torch.randn(16).double()):
         with pytest.raises(RacError, match="bias"):
-            sparse_linear(x, weight, bias)
+            multiply(x, weight, bias)
     with pytest.raises(RacError, match="another shape"):
         torch.ops.rac_modifier.sparse_linear(torch.randn(1, 16), weight.data, 32, 16, None)
-    with pytest.raises(RacError, match="pass the `data`"):
+    with pytest.raises(RacError, match="pass what `pack_values` returned"):
         torch.ops.rac_modifier.sparse_linear(x, weight.data.view(torch.int16), 16, 32, None)
+    with pytest.raises(RacError, match="another shape"):  # also where panels are expanded
+        torch.ops.rac_modifier.sparse_linear(torch.randn(300, 32), weight.data, 15, 32, None)
     with pytest.raises(RacError, match="where its header needs"):
         torch.ops.rac_modifier.sparse_linear(x, weight.data[:-64], 16, 32, None)
+
+
+def test_loading_the_module_again_registers_nothing_twice(best):
+    importlib.reload(operator)
+    dense, weight = sparse(random_mask(16, 32, 0.5), torch.float32)
+    x = torch.randn(2, 32)
+    assert_product(multiply(x, weight), x, dense)
+
+
+def test_torch_checks_the_operator(best):
+    _, weight = sparse(random_mask(16, 32, 0.5), torch.float32)
+    for x in (torch.randn(2, 32), torch.randn(2, 3, 32)):
+        torch.library.opcheck(torch.ops.rac_modifier.sparse_linear, (x, weight.data, 16, 32, torch.randn(16)))
+
+
+def test_compiled_as_one_graph_for_any_number_of_rows(best):
+    _, weight = sparse(random_mask(16, 32, 0.5), torch.float32)
+    step = torch.compile(lambda x: multiply(x * 2, weight) + 1, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (1, 2, 5, 70):
+        x = torch.randn(m, 32)
+        assert torch.equal(step(x), multiply(x * 2, weight) + 1)

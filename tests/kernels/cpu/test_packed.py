@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels import SparseWeight, pack, sparse_linear, unpack
-from tests.kernels.kernel_helpers import bitmask_of, random_mask, sparse
+from rac_modifier.kernels.cpu.packed import check_packed
+from tests.kernels.cpu.kernel_helpers import Packed, bitmask_of, multiply, pack, random_mask, sparse, unpacked
 
 DTYPES = [torch.bfloat16, torch.float32]
 HEADER = struct.Struct("<8siiqqq")
@@ -27,8 +27,8 @@ def test_unpacking_returns_every_bit(kernel, rows, columns, density, dtype):
     info = torch.iinfo(integer)
     bits = torch.randint(info.min, info.max, (rows, columns), dtype=integer).masked_fill(~mask, 0)
     weight = pack(bits[mask].view(dtype), bitmask_of(mask), columns)
-    assert (weight.rows, weight.columns, weight.dtype) == (rows, columns, dtype)
-    assert torch.equal(unpack(weight).view(integer), bits)
+    assert unpacked(weight).dtype == dtype
+    assert torch.equal(unpacked(weight).view(integer), bits)
 
 
 def test_the_layout_word_by_word(best):
@@ -54,15 +54,15 @@ def test_the_layout_word_by_word(best):
         assert list(struct.unpack_from("<64I", raw, 128)) == words
         stored = weight.data[384 : 384 + len(values) * dtype.itemsize].view(dtype)
         assert torch.equal(stored, torch.stack(values))
-        assert weight.nbytes == -(-(384 + stored.nbytes) // 64) * 64 + 64
+        assert weight.data.numel() == -(-(384 + stored.nbytes) // 64) * 64 + 64
 
 
 def test_two_of_four_values_come_as_a_matrix_and_half_becomes_float(best):
     mask = torch.tensor([True, False, True, False]).repeat(8, 4)
     values = torch.randn(8, 8).half()
     weight = pack(values, bitmask_of(mask), 16)
-    assert weight.dtype == torch.float32
-    assert torch.equal(unpack(weight)[mask], values.float().flatten())
+    assert unpacked(weight).dtype == torch.float32
+    assert torch.equal(unpacked(weight)[mask], values.float().flatten())
 
 
 def test_strided_tensors_are_packed_too(best):
@@ -79,9 +79,9 @@ def test_strided_tensors_are_packed_too(best):
         (10, (4, 1), 8, r"32 bits set and there are 10 values"),
         (33, (4, 1), 8, r"impossible"),
         (28, (4, 1), 7, r"row 0 of the bitmask has bits beyond column 7"),
-        (32, (4, 1), 9, r"\[4, 1\] is none of a weight with 9 columns"),
-        (32, (4, 1), -8, r"none of a weight with -8 columns"),
-        (0, (0, 1), 8, r"none of a weight"),
+        (32, (4, 1), 9, r"\[4, 1\] does not fit a weight with 9 columns"),
+        (32, (4, 1), -8, r"does not fit a weight with -8 columns"),
+        (0, (0, 1), 8, r"does not fit a weight"),
         (32, (4,), 8, r"bitmask: torch.uint8 \[4\]"),
     ],
 )
@@ -100,7 +100,7 @@ def test_other_dtypes_are_refused(best):
         pack(torch.ones(32), bitmask.to(torch.int16), 8)
 
 
-def forged(weight: SparseWeight, at: int, raw: bytes) -> torch.Tensor:
+def forged(weight: Packed, at: int, raw: bytes) -> torch.Tensor:
     data = weight.data.clone()
     data[at : at + len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     return data
@@ -110,8 +110,8 @@ def test_forged_data_is_refused(best):
     _, weight = sparse(random_mask(40, 50, 0.5), torch.bfloat16)
     first_word = 64 + 64
     cases = {
-        "no packed weight": forged(weight, 0, b"X"),
-        "impossible header": forged(weight, 8, struct.pack("<i", 7)),
+        "not that of a packed weight": forged(weight, 0, b"X"),
+        "impossible sizes": forged(weight, 8, struct.pack("<i", 7)),
         "its header needs": forged(weight, 16, struct.pack("<q", 41 + 16)),
         "its header says": forged(weight, 16, struct.pack("<q", 41)),
         "first offset": forged(weight, 64, struct.pack("<Q", 1)),
@@ -119,11 +119,11 @@ def test_forged_data_is_refused(best):
         "disagree": forged(weight, first_word, struct.pack("<I", 0xFFFFFFFF)),
         "too short": weight.data[:63],
         "64 bytes where": weight.data[:64],
-        "not aligned": torch.cat([weight.data, weight.data])[8 : 8 + weight.nbytes],
+        "not aligned": torch.cat([weight.data, weight.data])[8 : 8 + weight.data.numel()],
     }
     for message, data in cases.items():
         with pytest.raises(RacError, match=message):
-            SparseWeight(40, 50, torch.bfloat16, data)
+            check_packed(data, 40, 50, torch.bfloat16)
 
 
 def test_a_moved_bit_beyond_the_last_row_or_column_is_refused(best):
@@ -136,7 +136,7 @@ def test_a_moved_bit_beyond_the_last_row_or_column_is_refused(best):
         place = int(words.nonzero()[-1])
         raw = struct.pack("<I", int(words[place]) << (2 if shape[0] == 17 else 1))
         with pytest.raises(RacError, match=message):
-            SparseWeight(*shape, torch.bfloat16, forged(weight, 128 + 4 * place, raw))
+            check_packed(forged(weight, 128 + 4 * place, raw), *shape, torch.bfloat16)
 
 
 def test_wrong_arguments_are_refused(best):
@@ -152,7 +152,7 @@ def test_wrong_arguments_are_refused(best):
         (16, 32, torch.bfloat16, weight.data.repeat_interleave(2)[::2]),
     ):
         with pytest.raises(RacError):
-            SparseWeight(rows, columns, dtype, data)
+            check_packed(data, rows, columns, dtype)
 
 
 def test_random_damage_is_refused_or_harmless(best):
@@ -166,10 +166,11 @@ def test_random_damage_is_refused_or_harmless(best):
         if rng.random() < 0.1:
             data = data[: rng.randrange(len(data))].clone()
         try:
-            damaged = SparseWeight(24, 70, torch.bfloat16, data)
+            check_packed(data, 24, 70, torch.bfloat16)
         except RacError:
             continue
         accepted += 1
-        sparse_linear(torch.ones(rng.choice([1, 20]), 70), damaged)
-        unpack(damaged)
+        damaged = Packed(data, 24, 70)
+        multiply(torch.ones(rng.choice([1, 20]), 70), damaged)
+        unpacked(damaged)
     assert 100 < accepted < 1400

@@ -1,7 +1,7 @@
-"""The linear layer with a sparse weight, as one opaque torch operator.
+"""The linear layer with a sparse weight, as one opaque torch operator, `torch.ops.rac_modifier.sparse_linear`.
 
-Up to a number of input rows the kernel multiplies packed panels itself: decoding, where bytes decide. Above, panels
-are expanded a chunk at a time into a small dense buffer that torch's own matrix product reads: prefill.
+For few rows of x (decoding, limited by the bytes that are read) the kernel multiplies packed panels itself. For many rows
+(prefill) panels are expanded, one chunk at a time, into a small dense buffer that torch's own matrix product reads.
 """
 
 from __future__ import annotations
@@ -13,36 +13,41 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import TYPES, VALUE_TYPES, Library, library
-from rac_modifier.kernels.cpu.packed import PANEL, SparseWeight
+from rac_modifier.kernels.cpu.library import TYPES, VALUE_TYPES, Library
+from rac_modifier.kernels.cpu.packed import PANEL
+from rac_modifier.kernels.cpu.support import library_and_isa
 
-# Up to how many rows of x the kernel itself is the faster way. AVX2 and AVX512: at every number of rows up to 512 that was
-# tried, on shapes of a 1.5B model; portable: measured; AMX: as a prototype of it measured.
+# The largest number of rows of x for which the kernel itself is the faster way. AVX2 and AVX512: it was faster for every
+# number up to 512 that was measured, on shapes of a 1.5B model; portable: measured; AMX: measured with a prototype.
 CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": 128}
 # The same for 8-bit weights, which are multiplied as integers. AVX2 and AVX512: measured; portable and AMX: assumed.
 CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": 256}
-SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: about what stays in the last cache
+SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
 
 _scratch = threading.local()
 
 
-def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """X [..., columns] times the weight's transpose, plus bias [rows]: [..., rows] in x's dtype, accumulated in fp32.
+def sparse_linear(
+    x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in x's dtype, summed in fp32.
 
-    x and bias are bfloat16 or float32, in any combination with the weight. `scale`, made by `pack_scale`, multiplies the
-    weight; an int8 weight needs one, the others take one of a single group. With int8, x becomes 16-bit integers, a
-    scale for each row and 512 columns or group: nearer to x than bfloat16. (Many rows of bfloat16 stay as they are where
-    the processor multiplies bfloat16.) Works under torch.compile and without
-    gradients. Raise RacError for other dtypes and for shapes that do not fit.
+    `data`: the packed weight [rows, columns], from `pack_values` or `pack_dense`. x and bias are bfloat16 or float32, in any
+    combination with the weight. `scale`, from `pack_scale`, multiplies the weight: int8 needs one, floats may have one of a
+    single group. For int8 weights x is rounded to 16-bit integers, with a scale per row and 512 columns or group, which is
+    more accurate than bfloat16. (Many rows of bfloat16 are not rounded where the processor multiplies bfloat16.)
+
+    Raises:
+        RacError: other dtypes, or shapes that do not fit.
     """
-    return torch.ops.rac_modifier.sparse_linear(x, weight.data, weight.rows, weight.columns, bias, scale)
+    return torch.ops.rac_modifier.sparse_linear(x, data, rows, columns, bias, scale)
 
 
 def _forward(
     x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None = None
 ) -> Tensor:
-    """The operator. `data` comes from a SparseWeight, which has checked it; its header is checked again here."""
-    native, isa = library()
+    """The operator. `data` was checked when it was packed; only its header is checked again here."""
+    library, isa = library_and_isa()
     _check(x, data, rows, columns, bias, scale)
     shape = x.shape
     if len(shape) != 2:
@@ -51,20 +56,20 @@ def _forward(
     if bias is not None:
         bias = bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    integers = native.kind(data) >= VALUE_TYPES[torch.int8]
+    integers = library.value_type(data) >= VALUE_TYPES[torch.int8]
     if x.shape[0] <= (CROSSOVER8 if integers else CROSSOVER)[isa]:
-        native.linear(data, rows, columns, x, scale, bias, out, isa)
+        library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
-        _expand_and_multiply(native, isa, data, x, scale, bias, out)
+        _expand_and_multiply(library, isa, data, x, scale, bias, out)
     return out if len(shape) == 2 else out.view(*shape[:-1], rows)
 
 
 def _expand_and_multiply(
-    native: Library, isa: str, data: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
+    library: Library, isa: str, data: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
-    """Fill `out` through dense products with chunks of the weight; in fp32 unless this machine multiplies bf16 fast."""
+    """Fill `out` by dense products with chunks of the weight; in fp32 unless this machine multiplies bf16 fast."""
     rows, columns = out.shape[1], x.shape[1]
-    exact = native.kind(data) != VALUE_TYPES[torch.float32] and scale is None  # in bf16
+    exact = library.value_type(data) != VALUE_TYPES[torch.float32] and scale is None  # in bf16
     dtype = x.dtype if isa == "amx" and x.dtype == torch.bfloat16 and exact else torch.float32
     x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     panels = -(-rows // PANEL)
@@ -74,18 +79,18 @@ def _expand_and_multiply(
         last = min(first + step, panels)
         width = PANEL * (last - first)
         transposed = buffer[: columns * width].view(columns, width)
-        native.expand(data, first, last, transposed, isa)
+        library.expand(data, rows, columns, first, last, transposed, isa)
         if scale is not None:  # [groups, columns of a group, panels, 16] times [groups, 1, panels, 16]
             groups = scale.shape[1]
             transposed.view(groups, -1, last - first, PANEL).mul_(scale[first:last].transpose(0, 1)[:, None])
         low, high = first * PANEL, min(last * PANEL, rows)
         transposed = transposed[:, : high - low]
-        # addmm, because a bias added to the product's result would be a second rounding.
+        # addmm, because adding the bias to the product's result would round a second time.
         out[:, low:high] = torch.mm(x, transposed) if bias is None else torch.addmm(bias[low:high], x, transposed)
 
 
 def _buffer(size: int) -> Tensor:
-    """At least `size` bytes, kept by the thread: a fresh one would cost a page fault every 4 KiB, at every call."""
+    """`size` bytes, reused by the thread: a new buffer would cost a page fault per 4 KiB at every call."""
     kept = getattr(_scratch, "buffer", None)
     if kept is None or kept.numel() < size:
         kept = _scratch.buffer = torch.empty(size, dtype=torch.uint8)
@@ -98,13 +103,12 @@ def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None
     if x.dim() < 1 or x.shape[-1] != columns:
         raise RacError(f"x: shape {list(x.shape)} does not end in the weight's {columns} columns")
     if data.dtype != torch.uint8 or not data.is_cpu or not data.is_contiguous():
-        raise RacError(f"data: {data.dtype} on {data.device}; pass the `data` of a SparseWeight")
+        raise RacError(f"data: {data.dtype} on {data.device}; pass what `pack_values` returned")
     if bias is not None and (bias.shape != (rows,) or bias.dtype not in TYPES or not bias.is_cpu):
         raise RacError(
             f"bias: {bias.dtype} {list(bias.shape)} on {bias.device}; the weight's {rows} rows need bfloat16 or float32 "
             f"[{rows}] on the CPU"
         )
-
     if scale is not None and (
         scale.dtype != torch.float32
         or not scale.is_cpu
@@ -115,8 +119,8 @@ def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None
         or columns % scale.shape[1]
     ):
         raise RacError(
-            f"scale: {scale.dtype} {list(scale.shape)} on {scale.device} is none of a weight [{rows}, {columns}]; pass what "
-            "`pack_scale` returned"
+            f"scale: {scale.dtype} {list(scale.shape)} on {scale.device} does not fit a weight [{rows}, {columns}]; pass "
+            "what `pack_scale` returned"
         )
 
 
@@ -124,7 +128,7 @@ def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None,
     return x.new_empty(*x.shape[:-1], rows)
 
 
-if not hasattr(torch.ops.rac_modifier, "sparse_linear"):  # once a process, however often this module is loaded
+if not hasattr(torch.ops.rac_modifier, "sparse_linear"):  # once per process, also if this module is loaded again
     torch.library.define(
         "rac_modifier::sparse_linear",
         "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None) -> Tensor",

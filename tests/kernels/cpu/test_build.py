@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rac_modifier.kernels.cpu import library as native
-from tests.kernels.kernel_helpers import CSRC, HERE, compile_sources
+from rac_modifier.kernels.cpu.library import ISAS, Library
+from tests.kernels.cpu.kernel_helpers import CSRC, HERE, compile_sources
 
 ROOT = CSRC.parent
 SANITIZE = ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -47,7 +47,7 @@ def test_setup_builds_a_library_that_loads(tmp_path):
     assert done.returncode == 0, done.stderr
     (built,) = (tmp_path / "lib").rglob("_native*.so")
     assert ".abi3." in built.name
-    assert native.Library(built).best in native.ISAS
+    assert Library(built).best in ISAS
 
 
 def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):

@@ -1,0 +1,197 @@
+// The product with float weights: which kernel multiplies which panels and lines.
+#include "product.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "int8_product.h"
+
+namespace rac {
+namespace {
+
+const Kernel& kernel_of(int32_t isa) {
+    return isa >= AVX512 ? avx512_kernel : isa == AVX2 ? avx2_kernel : portable_kernel;
+}
+
+// A copy of x as a kernel reads it: of type `to`, lines padded with zeros to `stride`, zero lines up to `lines`. Null if
+// there is not enough memory.
+void* copy_padded(const void* x, Type from, Type to, int64_t m, int64_t lines, int64_t columns, int64_t stride) {
+    const int64_t size = size_of(to);
+    char* copy = static_cast<char*>(std::aligned_alloc(64, lines * stride * size));
+    if (!copy) return nullptr;
+    for (int64_t line = 0; line < m; line++) {
+        char* at = copy + line * stride * size;
+        if (from == to) {
+            std::memcpy(at, static_cast<const char*>(x) + line * columns * size, columns * size);
+        } else {
+            const uint16_t* source = static_cast<const uint16_t*>(x) + line * columns;
+            for (int64_t column = 0; column < columns; column++)
+                reinterpret_cast<float*>(at)[column] = from_bf16(source[column]);
+        }
+        std::memset(at + columns * size, 0, (stride - columns) * size);
+    }
+    std::memset(copy + m * stride * size, 0, (lines - m) * stride * size);
+    return copy;
+}
+
+// Columns of a panel that are expanded at a time: 16 KiB of fp32, half a first-level cache, or two panels of bf16.
+constexpr int64_t BLOCK_COLUMNS = 256;
+// Lines that several panels use in turn: with BLOCK_COLUMNS 240 KiB, half of a second-level cache of 512 KiB.
+template <class X>
+constexpr int64_t CHUNK = sizeof(X) == 2 ? 480 : 240;
+constexpr int64_t PANELS_PER_CHUNK = 8;  // panels that are multiplied by such lines while these are in the cache
+constexpr int64_t FEW_LINES = 32;  // so few lines stay in the cache anyway: panels are read one by one
+
+// Lines [line, line + lines) times `count` panels from `first` on, into acc [count][lines][PANEL]. For a few lines the panel
+// is multiplied as it is stored. For more it is expanded, a block of columns at a time.
+template <class X>
+void multiply_panels(const Product& product, const Dots<X>& dots, int64_t first, int64_t count, int64_t line,
+                     int64_t lines, float* acc) {
+    const Weight& weight = product.weight;
+    const X* x = static_cast<const X*>(product.x) + line * product.stride;
+    if (lines <= dots.lines && weight.type < INT8) {
+        for (int64_t p = 0; p < count; p++)
+            dots.dot[weight.type][lines - 1](weight.masks_of(first + p), weight.values_of(first + p), weight.pairs(), x,
+                                             product.stride, acc + p * lines * PANEL);
+        return;
+    }
+    const int64_t size = size_of(product.out_type), line_bytes = weight.rows * size;
+    const char* out = static_cast<const char*>(product.out) + line * line_bytes + first * PANEL * size;
+    alignas(64) X block[2][BLOCK_COLUMNS * PANEL];
+    const char* values[PANELS_PER_CHUNK];
+    for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
+    for (int64_t column = 0; column < weight.columns; column += BLOCK_COLUMNS) {
+        const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS) + 1) / 2;
+        const X* from = x + column;
+        for (int64_t p = 0; p < count;) {
+            const int64_t panels = dots.dot_two_panels[0] && p + 1 < count ? 2 : 1;
+            float* sums = acc + p * lines * PANEL;
+            for (int64_t i = 0; i < panels; i++, p++) {
+                const uint32_t* masks = weight.masks_of(first + p) + (weight.type == DENSE8 ? 0 : column / 2);
+                values[p] = dots.expand_and_multiply[weight.type](masks, values[p], pairs, from, product.stride,
+                                                                  sums + i * lines * PANEL, block[i]);
+            }
+            const int64_t most = panels == 2 ? MOST_LINES : dots.dense_lines;
+            for (int64_t at = dots.dense_lines; at < lines; at += most) {
+                const int64_t some = std::min(lines - at, most);
+                const X* rest = from + at * product.stride;
+                float* to = sums + at * PANEL;
+                if (column + BLOCK_COLUMNS >= weight.columns)  // the results are written next, to addresses far apart
+                    for (int64_t m = at; m < at + some; m++)
+                        __builtin_prefetch(out + m * line_bytes + (p - panels) * PANEL * size, 1);
+                if (panels == 2)
+                    dots.dot_two_panels[some - 1](block[0], block[1], pairs, rest, product.stride, to,
+                                                  to + lines * PANEL);
+                else
+                    dots.dot[DENSE][some - 1](nullptr, reinterpret_cast<const char*>(block[0]), pairs, rest,
+                                              product.stride, to);
+            }
+        }
+    }
+}
+
+template <class X>
+bool vector_panels(const Product& product, const Dots<X>& dots, int64_t first, int64_t last) {
+    const int64_t step = product.m <= FEW_LINES ? 1 : PANELS_PER_CHUNK;
+    const int64_t most = std::min(product.m, CHUNK<X>) * step * PANEL * static_cast<int64_t>(sizeof(float));
+    float* acc = static_cast<float*>(std::malloc(most));
+    if (!acc) return false;
+    // Chunks of nearly equal height, so that the last one is not a line or two.
+    const int64_t chunks = (product.m + CHUNK<X> - 1) / CHUNK<X>, chunk = (product.m + chunks - 1) / chunks;
+    for (int64_t line = 0; line < product.m; line += chunk) {
+        const int64_t lines = std::min(product.m - line, chunk);
+        for (int64_t panel = first; panel < last; panel += step) {
+            const int64_t count = std::min(last - panel, step);
+            std::memset(acc, 0, count * lines * PANEL * sizeof(float));
+            multiply_panels(product, dots, panel, count, line, lines, acc);
+            store(product, panel, count, line, lines, acc, lines * PANEL, PANEL);
+        }
+    }
+    std::free(acc);
+    return true;
+}
+
+// Each thread multiplies a contiguous share of the panels. The share is even, since AMX multiplies two panels at a time.
+bool multiply(const Product& product, int32_t isa, int threads) {
+    const int64_t doubles = (product.weight.panels + 1) / 2;
+    if (threads > doubles) threads = static_cast<int>(doubles);
+    bool done = true;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : done) if (threads > 1)
+    for (int share = 0; share < threads; share++) {
+        int64_t first = 2 * (doubles * share / threads), last = 2 * (doubles * (share + 1) / threads);
+        if (last > product.weight.panels) last = product.weight.panels;
+        bool enough;
+        if (isa == AMX)
+            enough = amx_panels(product, first, last);
+        else if (product.x_type == BF16)
+            enough = vector_panels(product, avx512_bf16_dots, first, last);
+        else
+            enough = vector_panels(product, kernel_of(isa).dots, first, last);
+        done = done && enough;
+    }
+    return done;
+}
+
+}  // namespace
+
+bool runs(int32_t isa) {
+    switch (isa) {
+        case PORTABLE: return true;
+        case AVX2: return has_avx2();
+        case AVX512: return has_avx512();
+        case AMX: return has_amx();
+        default: return false;
+    }
+}
+
+Status linear(const Product& out, const void* x, const float* scale, int64_t groups, int32_t isa, int threads) {
+    Product product = out;
+    const int64_t m = out.m, columns = out.weight.columns;
+    const bool integers = out.weight.type >= INT8, bf16_x = out.out_type == BF16;
+    product.round_to_bf16 = kernel_of(isa).round_to_bf16;
+    product.scale = nullptr;
+    const bool bf16_units = isa == AVX512 && bf16_x && has_avx512_bf16();
+    // Integers are exact in bf16. From more lines than fit together on, multiplying them as bf16 is faster than as two
+    // planes of bytes.
+    const bool as_bf16 = integers && bf16_units && m > LINES_TOGETHER && groups == 1 && scale;
+    if (integers && !as_bf16) return linear8(product, x, out.out_type, scale, groups, isa, threads);
+    if (scale && groups != 1) return fail(BAD_ARGUMENT, "scale: only 8-bit weights have scales in groups");
+    product.scale = scale;
+    const bool both_bf16 = out.weight.type == BF16 && bf16_x;
+    if (isa == AMX && !both_bf16) isa = AVX512;
+    const Type type = as_bf16 || (both_bf16 && (isa == AMX || bf16_units)) ? BF16 : FP32;
+    product.x_type = type;
+    product.stride = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
+    // With more than two blocks of 16 lines, AMX reads the last block whole.
+    const int64_t lines = isa == AMX && m > 32 ? (m + 15) / 16 * 16 : m;
+    void* copy = nullptr;
+    product.x = x;
+    if (out.out_type != type || product.stride != columns || lines != m) {
+        product.x = copy = copy_padded(x, out.out_type, type, m, lines, columns, product.stride);
+        if (!copy) return fail(NO_MEMORY, "no memory for the activations");
+    }
+    const bool done = multiply(product, isa, threads);
+    std::free(copy);
+    return done ? OK : fail(NO_MEMORY, "no memory for the accumulators");
+}
+
+Status expand(const Weight& weight, int64_t first, int64_t last, void* out, Type out_type, int32_t isa, int threads) {
+    const Kernel& kernel = kernel_of(isa);
+    const bool integers = weight.type >= INT8;
+    const Expand expand_panel =
+        integers ? nullptr : out_type == FP32 ? kernel.to_fp32[weight.type] : kernel.bf16_to_bf16;
+    const int64_t stride = PANEL * (last - first);
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t panel = first; panel < last; panel++) {
+        char* to = static_cast<char*>(out) + (panel - first) * PANEL * size_of(out_type);
+        if (integers)
+            expand8(weight, panel, isa, to, out_type, stride);
+        else
+            expand_panel(weight.masks_of(panel), weight.values_of(panel), weight.columns, to, stride);
+    }
+    return OK;
+}
+
+}  // namespace rac

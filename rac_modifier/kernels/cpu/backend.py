@@ -1,0 +1,104 @@
+"""The three functions of the CPU backend: whether a layer runs on its kernels, packing, and the product."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rac_modifier.checkpoint.stored_weight import StoredWeight
+from rac_modifier.kernels.cpu import operator
+from rac_modifier.kernels.cpu.encoding import encoding_of
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values
+from rac_modifier.kernels.cpu.support import support
+from rac_modifier.kernels.interface import Decision, Layer
+
+DATA, SCALE = "weight_packed", "weight_packed_scale"  # vLLM's LoRA looks for the first name
+_WORD_BYTES = 4  # a mask of 16 rows x 2 columns
+_LEAST_CEILING = 1.1  # below this, a kernel would have to be perfect to gain anything
+
+
+def can_run(layer: Layer) -> Decision:
+    """Sparse where this machine has a kernel for the values and the packed weight is at least 1.1 times smaller."""
+    encoding = encoding_of(layer.stored, layer.group, layer.columns, layer.served)
+    dtype, dense_bytes = encoding.dtype, layer.served.itemsize
+    masked = not _without_masks(dtype, layer.density)
+    bytes_per_weight = _bytes_per_weight(layer, dtype, masked)
+    available = support()
+
+    def decision(kernel: str | None, reason: str) -> Decision:
+        return Decision(kernel is not None, kernel or "dense", reason, bytes_per_weight, dense_bytes)
+
+    if available.isa is None:
+        return decision(None, f"dense because {available.reason}")
+    if dtype not in (torch.bfloat16, torch.float32, torch.float16, torch.int8):
+        return decision(None, f"dense because no sparse kernel reads {dtype}")
+    baseline = f"{dense_bytes} of dense {str(layer.served).removeprefix('torch.')}"
+    ceiling = dense_bytes / bytes_per_weight
+    if ceiling < _LEAST_CEILING:
+        return decision(
+            None,
+            f"dense because packed it takes {bytes_per_weight:.2f} bytes per weight instead of the {baseline}: "
+            f"at most {ceiling:.2f}x faster",
+        )
+    if available.isa == "portable" and os.environ.get("RAC_KERNEL") != "portable":
+        return decision(
+            None,
+            "dense because this processor has neither AVX2 nor AVX512, and the portable kernel is slower than a dense "
+            "product; set RAC_KERNEL=portable to use it anyway",
+        )
+    kernel = f"{'sparse ' if masked else ''}{'int8 ' if dtype == torch.int8 else ''}kernel {available.isa}"
+    kernel += f" ({encoding.note})" if encoding.note else ""
+    return decision(
+        kernel,
+        f"{kernel}: {bytes_per_weight:.2f} bytes per weight instead of the {baseline}, at most {ceiling:.2f}x faster",
+    )
+
+
+def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
+    """`weight_packed` in the kernels' layout (csrc/layout.h), and for scaled values `weight_packed_scale`.
+
+    Raises:
+        RacError: a dtype that no kernel reads, or no compiled library.
+    """
+    encoding = encoding_of(weight.values.dtype, weight.group, weight.columns, served)
+    if weight.scale is not None and not encoding.scaled:
+        weight = weight.floats(encoding.dtype)
+    values = weight.values.to(encoding.dtype)
+    if _without_masks(encoding.dtype, weight.density):
+        packed = {DATA: pack_dense(values.reshape(weight.rows, weight.columns))}
+    else:
+        packed = {DATA: pack_values(values, weight.bitmask, weight.columns)}
+    if weight.scale is not None:
+        packed[SCALE] = pack_scale(weight.scale, weight.group)
+    return packed
+
+
+def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+    """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in x's dtype, summed in fp32.
+
+    x is bfloat16, float32 or float16, in any combination with the weight; float16 is multiplied as float32. Works under
+    torch.compile and without gradients.
+
+    Raises:
+        RacError: other dtypes, or shapes that do not fit the packed weight.
+    """
+    if x.dtype == torch.float16:
+        return linear(x.float(), packed, rows, columns, None if bias is None else bias.float()).half()
+    return operator.sparse_linear(x, packed[DATA], rows, columns, bias, packed.get(SCALE))
+
+
+def _without_masks(dtype: torch.dtype, density: float) -> bool:
+    """Whether a weight is packed without masks: integers of which all are stored."""
+    return dtype == torch.int8 and density == 1.0
+
+
+def _bytes_per_weight(layer: Layer, dtype: torch.dtype, masked: bool) -> float:
+    panels = -(-layer.rows // 16)
+    if not masked:
+        return panels * 16 * -(-layer.columns // 64) * 64 / (layer.rows * layer.columns)
+    masks = panels * -(-layer.columns // 32) * 16 * _WORD_BYTES
+    value_bytes = 4 if dtype == torch.float16 else dtype.itemsize  # float16 is packed as float32, exactly
+    return value_bytes * layer.density + masks / (layer.rows * layer.columns)

@@ -1,0 +1,43 @@
+"""In which dtype the CPU kernels keep stored values, and whether their scales stay beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rac_modifier.checkpoint.stored_weight import FLOATS
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class ValueEncoding:
+    """How values are packed: as `dtype`; with `scaled`, scales stay beside them, else they are multiplied in.
+
+    `note` describes it where it is not the stored form.
+    """
+
+    dtype: torch.dtype
+    scaled: bool = False
+    note: str = ""
+
+
+def encoding_of(stored: torch.dtype, group: int, columns: int, served: torch.dtype) -> ValueEncoding:
+    """The encoding of values of dtype `stored` (int32: words of 4-bit values) of which `group` columns share a scale."""
+    if stored in FLOATS:
+        return ValueEncoding(kept_dtype(stored, served))
+    bits = {torch.int8: "int8", torch.int32: "int4"}.get(stored, "fp8")
+    if stored in FP8 and group == columns:
+        return ValueEncoding(torch.bfloat16, True, "fp8 values as bfloat16, exactly")
+    if stored in FP8 or (group < columns and group % 4):
+        return ValueEncoding(torch.bfloat16, False, f"{bits} values in groups of {group}, rounded to bfloat16")
+    return ValueEncoding(torch.int8, True, "int4 values, a byte each" if bits == "int4" else "")
+
+
+def kept_dtype(stored: torch.dtype, served: torch.dtype) -> torch.dtype:
+    """The dtype of packed floats: as served, but bfloat16 values that are served in float32 stay bfloat16.
+
+    These are the same numbers in half of the bytes.
+    """
+    return stored if (stored, served) == (torch.bfloat16, torch.float32) else served

@@ -1,0 +1,67 @@
+"""What runs on this machine: the compiled library and the instruction set that is used.
+
+RAC_KERNEL=portable|avx2|avx512|amx uses a lower instruction set than the best one, and RAC_KERNEL=off none at all.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu.library import ISAS, Library, load
+
+_TITLES = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX512", "amx": "AMX"}
+
+
+@dataclass(frozen=True)
+class Support:
+    """What runs on this machine: `isa` is "amx", "avx512", "avx2", "portable" or None; `reason` is one readable line."""
+
+    isa: str | None
+    reason: str
+
+
+@lru_cache(maxsize=1)
+def support() -> Support:
+    """What runs on this machine. Decided once per process.
+
+    Raises:
+        RacError: a RAC_KERNEL that this machine or library cannot run.
+    """
+    wanted = os.environ.get("RAC_KERNEL") or None
+    if wanted not in (None, "off", *ISAS):
+        raise RacError(f'RAC_KERNEL="{wanted}": use one of {", ".join(ISAS)}, off, or unset it')
+    if wanted == "off":
+        return Support(None, "no compiled kernel: RAC_KERNEL=off; unset it to use the sparse kernels")
+    found, reason = load()
+    if found is None:
+        if wanted:
+            raise RacError(f"RAC_KERNEL={wanted}: {reason}")
+        return Support(None, reason)
+    if wanted and ISAS.index(wanted) > ISAS.index(found.best):
+        raise RacError(f"RAC_KERNEL={wanted}: this machine runs {found.best} at best; use that or a lower one")
+    isa = wanted or found.best
+    asked = ", requested by RAC_KERNEL" if wanted else ""
+    return Support(isa, f"{_TITLES[isa]} kernel{asked}, compiled with {found.compiler}")
+
+
+@lru_cache(maxsize=1)
+def library_and_isa() -> tuple[Library, str]:
+    """The library and the instruction set to use.
+
+    Raises:
+        RacError: there is none; with the reason.
+    """
+    found = support()
+    loaded, _ = load()
+    if found.isa is None or loaded is None:
+        raise RacError(f"a sparse weight needs the compiled kernel; {found.reason}, or keep the weight dense")
+    return loaded, found.isa
+
+
+def forget() -> None:
+    """Decide anew at the next use. For tests that change RAC_KERNEL or the library."""
+    for cached in (load, support, library_and_isa):
+        cached.cache_clear()

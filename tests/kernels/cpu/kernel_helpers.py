@@ -1,0 +1,124 @@
+"""Shared by the kernel tests: compiling csrc/ without installing, random packed weights, and an error bound."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from rac_modifier.kernels.cpu import library, support
+from rac_modifier.kernels.cpu.operator import sparse_linear
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_values, unpack
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[2] / "csrc"
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{HERE}", f"-I{CSRC}"]
+
+
+class Packed(NamedTuple):
+    """A packed weight with its shape."""
+
+    data: Tensor
+    rows: int
+    columns: int
+
+
+def compile_sources(out: Path, *flags: str, sources: list[Path] | None = None) -> Path:
+    """All of csrc/ with g++; skips the test where there is none."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ on this machine")
+
+    def compile_one(source: Path) -> Path:
+        to = out.with_name(f"{out.name}.{source.stem}.o")
+        run(compiler, *FLAGS, *flags, "-c", str(source), "-o", str(to))
+        return to
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, [*sorted(CSRC.glob("*.cpp")), *(sources or [])]))
+    run(compiler, *flags, *map(str, objects), "-o", str(out))
+    return out
+
+
+def compiled_library(folder: Path, *flags: str) -> Path:
+    """The library of these sources and flags. Compiled once: build/ keeps it for the next run of the tests."""
+    text = "".join(path.read_text() for folder in (CSRC, HERE) for path in sorted(folder.glob("*.[hc]*")))
+    digest = hashlib.sha256(f"{text}{flags}".encode()).hexdigest()[:16]
+    kept = CSRC.parent / "build" / "test-libraries" / f"_native_{digest}.so"
+    if not kept.exists():
+        built = compile_sources(folder / "_native.so", *flags)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
+        shutil.copy(built, unfinished)
+        unfinished.rename(kept)
+    return kept
+
+
+def run(*command: str) -> None:
+    """Run a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def take(path: Path | None, isa: str | None, patch: pytest.MonkeyPatch) -> None:
+    """Make the package use this library and this RAC_KERNEL."""
+    patch.setattr(library, "built_libraries", lambda: [path] if path else [])
+    patch.setenv("RAC_KERNEL", isa) if isa is not None else patch.delenv("RAC_KERNEL", raising=False)
+    support.forget()
+
+
+def bitmask_of(mask: Tensor) -> Tensor:
+    """Bool [N, K] to uint8 [N, ceil(K/8)], bit i of byte j is column 8j + i."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
+    return (padded.view(len(mask), -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+
+
+def random_mask(rows: int, columns: int, density: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, columns, generator=generator) < density
+
+
+def pack(values: Tensor, bitmask: Tensor, columns: int) -> Packed:
+    """A packed weight from the two tensors of a checkpoint."""
+    return Packed(pack_values(values, bitmask, columns), len(bitmask), columns)
+
+
+def pack_whole(weight: Tensor) -> Packed:
+    """A packed int8 weight without masks."""
+    return Packed(pack_dense(weight), *weight.shape)
+
+
+def multiply(x: Tensor, weight: Packed, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """X times the transposed packed weight."""
+    return sparse_linear(x, weight.data, weight.rows, weight.columns, bias, scale)
+
+
+def unpacked(weight: Packed) -> Tensor:
+    """The dense weight."""
+    return unpack(*weight)
+
+
+def sparse(mask: Tensor, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor, Packed]:
+    """A random weight with these weights stored: dense and packed."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(mask.shape, generator=generator).to(dtype).masked_fill(~mask, 0.0)
+    return dense, pack(dense[mask], bitmask_of(mask), mask.shape[1])
+
+
+def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
+    """Y is x W^T + bias up to fp32 accumulation and one rounding to y's dtype."""
+    exact = x.double() @ dense.double().T
+    terms = x.double().abs() @ dense.double().abs().T
+    if bias is not None:
+        exact, terms = exact + bias.double(), terms + bias.double().abs()
+    bound = terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
+    assert y.shape == exact.shape
+    assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())

@@ -1,0 +1,74 @@
+"""What is said about this machine, and RAC_KERNEL."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu import support as module
+from rac_modifier.kernels.cpu.library import ISAS, Library
+from rac_modifier.kernels.cpu.support import Support, forget, library_and_isa, support
+from tests.kernels.cpu.kernel_helpers import take
+
+
+def test_support_names_the_kernel_and_the_compiler(best):
+    assert support().isa in ISAS
+    assert "kernel, compiled with GCC" in support().reason
+    assert "OpenMP" in support().reason
+
+
+def test_a_lower_kernel_can_be_requested(native_path, monkeypatch):
+    take(native_path, "portable", monkeypatch)
+    assert support() == Support("portable", support().reason)
+    assert "RAC_KERNEL" in support().reason
+    assert library_and_isa()[1] == "portable"
+
+
+def test_an_unknown_kernel_is_an_error(native_path, monkeypatch):
+    take(native_path, "avx1024", monkeypatch)
+    with pytest.raises(RacError, match='RAC_KERNEL="avx1024": use one of portable, avx2, avx512, amx, off'):
+        support()
+
+
+def test_a_kernel_that_this_machine_lacks_is_an_error(native_path, monkeypatch):
+    take(native_path, "amx", monkeypatch)
+    monkeypatch.setattr(module, "load", lambda: (SimpleNamespace(best="avx2", compiler="GCC"), ""))
+    with pytest.raises(RacError, match="RAC_KERNEL=amx: this machine runs avx2 at best"):
+        support()
+
+
+def test_the_best_kernel_is_the_default(best, native_path):
+    assert support().isa == Library(native_path).best
+
+
+def test_the_kernels_can_be_turned_off(native_path, monkeypatch):
+    take(native_path, "off", monkeypatch)
+    assert support().isa is None
+    assert "RAC_KERNEL=off" in support().reason
+    with pytest.raises(RacError, match="keep the weight dense"):
+        library_and_isa()
+
+
+def test_without_a_compiler_the_reason_and_the_next_step_are_shown(without_library):
+    assert support().isa is None
+    assert "not built" in support().reason
+    assert "install a C++ compiler" in support().reason
+    with pytest.raises(RacError, match="install a C\\+\\+ compiler"):
+        library_and_isa()
+
+
+def test_a_requested_kernel_without_a_library_is_an_error(monkeypatch):
+    take(None, "avx2", monkeypatch)
+    with pytest.raises(RacError, match="RAC_KERNEL=avx2: no compiled kernel"):
+        support()
+
+
+def test_decided_once_until_forgotten(native_path, monkeypatch):
+    take(native_path, "portable", monkeypatch)
+    assert support().isa == "portable"
+    monkeypatch.setenv("RAC_KERNEL", "off")
+    assert support().isa == "portable"
+    forget()
+    assert support().isa is None
