@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
-from rac_modifier.problems.answer_checker import ask
+from rac_modifier.problems.answer_checker import check_answer
 
 THINK_END = "</think>"
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -85,4 +85,4 @@ def equal_as_mathematics(answer: str, reference: str) -> bool:
     Raises:
         RacError: math-verify is not installed, or broken.
     """
-    return ask("mathematics", answer, reference)
+    return check_answer("mathematics", answer, reference)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,7 +9,7 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.answer_checker import ask
+from rac_modifier.problems.answer_checker import WORKERS, check_answer
 from rac_modifier.problems.answers import equal_answers, extract_answer
 from rac_modifier.problems.source import gym_item
 from rac_modifier.traces.records import StoreHeader, Trace
@@ -36,7 +35,7 @@ class Judge:
             RacError: a trace has no reference answer, or what checks it is not installed.
         """
         left = iter(traces)
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(WORKERS) as pool:
             while batch := list(islice(left, _TOGETHER)):
                 yield from zip(batch, pool.map(self.is_right, batch), strict=True)
 
@@ -56,5 +55,5 @@ class Judge:
         if answer is None:
             return False
         if item := gym_item(self._header.problems, self._header.sampling.seed, trace.problem_id):
-            return ask("reasoning-gym", answer, *item)
+            return check_answer("reasoning-gym", answer, *item)
         return equal_answers(answer, trace.answer)
