@@ -1,7 +1,7 @@
 """Check answers in worker processes, which are ended and replaced when one answer takes too long.
 
-A model can write `9^{9^{9^9}}`. Evaluating that blocks inside C code, where no Python timeout has an effect, so each check runs in
-a process of a `pebble.ProcessPool`. The limit counts processor time, so a busy machine does not change a verdict.
+A model can write `9^{9^{9^9}}`. Evaluating that blocks inside C code, where no Python timeout has an effect. So each check runs
+in a process of a `pebble.ProcessPool`. The limit counts processor time: a busy machine does not change a verdict.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import importlib
 import importlib.util
-import multiprocessing
 import os
 import signal
 import sys
@@ -99,7 +98,8 @@ def close(*checks: Check) -> None:
         pool.join()
 
 
-atexit.register(close)  # before the semaphores go that a worker needs to start
+# Else a worker that is just starting would print a traceback, as the parent's semaphores are gone.
+atexit.register(close)
 
 
 class _Process(SpawnProcess):
@@ -109,13 +109,13 @@ class _Process(SpawnProcess):
     def _Popen(process_obj: Any) -> Any:  # noqa: N802 - the name in multiprocessing
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
-            return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
+            return SpawnProcess._Popen(process_obj)
         finally:
             sys.modules["__main__"] = main
 
 
 class _Context(SpawnContext):
-    Process = _Process  # type: ignore[assignment]
+    Process = _Process
 
 
 def _prepare(module: str) -> None:

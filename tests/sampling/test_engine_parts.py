@@ -9,15 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rac_modifier.sampling.load_balancer import Balancer, pause, retry_after
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling import load_balancer as servers
 from rac_modifier.sampling.completions_api import Ask, UnusableError, error_text, read_answer, trace_seed
 from rac_modifier.sampling.engine import Probe
-from rac_modifier.sampling.load_balancer import Balancer, pause, retry_after
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.probes import check_card, check_probes
-from rac_modifier.sampling.subject import Subject
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.failures import FailedProblem, append_failures, failures_path, forget_failures, read_failures
@@ -188,8 +188,8 @@ def test_a_model_on_disk_is_known_as_if_loaded(tmp_path, tied, shards):
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[1, 2])
     model.save_pretrained(tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "40KB")
-    loaded = Subject.of_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
-    found = Subject.of_files(str(tmp_path))
+    loaded = ModelIdentity.of_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    found = ModelIdentity.of_files(str(tmp_path))
     assert (found.name, found.fingerprint) == (loaded.name, loaded.fingerprint)
     assert (found.vocab_size, found.context) == (loaded.vocab_size, loaded.context)
     assert found.eos(tiny_tokenizer()) == (1, 2)
@@ -198,7 +198,7 @@ def test_a_model_on_disk_is_known_as_if_loaded(tmp_path, tied, shards):
 
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(RacError, match="cannot be read"):
-        Subject.of_files(str(tmp_path / "none"))
+        ModelIdentity.of_files(str(tmp_path / "none"))
 
 
 def test_folders_of_two_models_are_told_apart(tmp_path):

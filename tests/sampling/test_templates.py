@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.sampling.subject import Subject
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
@@ -91,7 +91,7 @@ def test_the_store_holds_the_ids_that_the_server_generated(make, also_ends, coun
     server.answer, server.eos = writer, set(eos)
     try:
         collect_traces(
-            Subject.of_model(model),
+            ModelIdentity.of_model(model),
             tokenizer,
             tmp_path / "s.jsonl",
             problems=ProblemSource(),

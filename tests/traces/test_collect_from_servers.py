@@ -13,8 +13,8 @@ from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling import load_balancer as servers
 from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_prompt
-from rac_modifier.sampling.subject import Subject
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
@@ -36,7 +36,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def subject():
-    return Subject.of_model(tiny_model())
+    return ModelIdentity.of_model(tiny_model())
 
 
 @pytest.fixture(autouse=True)
@@ -312,7 +312,7 @@ def test_pruning_finds_what_was_collected_without_the_weights(server, tiny_folde
     engine = {"base_urls": [server.url], "concurrency": 4}
     settings = TraceSettings(sampling={"temperature": 1.0, "max_new_tokens": 20}, engine=engine)
     budget = CalibrationSettings(tokens=400, max_sequence_tokens=40, held_out_tokens=0)
-    subject = Subject.of_files(str(tiny_folder))
+    subject = ModelIdentity.of_files(str(tiny_folder))
     collected = collect_for_calibration(subject, tokenizer, settings, budget, progress=False)["traces"].store
     server.close()
     found = build_calibration_set(model, tokenizer, settings, budget, progress=False)
