@@ -111,10 +111,12 @@ def _unreadable(source: str, what: str, config: str | None, split: str, error: E
 
 
 def _first_bad_line(path: Path) -> str | None:
-    """Which line of a JSONL file is no JSON object; None if all are."""
+    """Which line of a JSONL file is not a JSON object, or else is empty; None if there is neither."""
+    empty = None
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
+                empty = empty or f"line {number} is empty"
                 continue
             try:
                 value = json.loads(line)
@@ -122,4 +124,4 @@ def _first_bad_line(path: Path) -> str | None:
                 return f"line {number} is not JSON ({error})"
             if not isinstance(value, dict):
                 return f"line {number} is a {type(value).__name__}, not an object with named columns"
-    return None
+    return empty  # an empty line is read over, except where the values of a column are of several types
