@@ -130,6 +130,6 @@ def test_the_template_asks_and_would_delete_the_thinking_of_finished_turns(make)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert "four" not in rendered
     if "enable_thinking" in tokenizer.chat_template:
-        off = tokenizer.decode(SamplingSettings(thinking=False).render(tokenizer, "2+2?"))
+        off = tokenizer.decode(render_question(tokenizer, "2+2?", SamplingSettings(thinking=False)))
         assert off == text + "<think>\n\n</think>\n\n"
     assert prompt.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
