@@ -53,7 +53,7 @@ class EngineRecord(BaseModel):
     kind: EngineKind = "transformers"
     served_model: str | None = None
     root: str | None = None
-    """Where the server loaded the model from, by its own account."""
+    """The last part of the folder or id that the server loaded the model from, by its own account."""
     probes: tuple[Probe, ...] = ()
     """Empty for the model in this process, and where the check was switched off."""
 

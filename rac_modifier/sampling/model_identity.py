@@ -49,6 +49,9 @@ class ModelIdentity:
     """The model whose traces are collected, as far as collecting needs it; its weights may stay on disk."""
 
     name: str
+    """For records and messages."""
+    source: str
+    """The folder or id that it was loaded from; empty for a model that was made in memory."""
     fingerprint: str
     generation_config: GenerationConfig | None
     vocab_size: int
@@ -90,6 +93,7 @@ class ModelIdentity:
     def _of(cls, model: PreTrainedModel, fingerprint: str, generation: GenerationConfig | None) -> ModelIdentity:
         return cls(
             name=model.config.name_or_path or type(model).__name__,
+            source=model.config.name_or_path or "",
             fingerprint=fingerprint,
             generation_config=generation,
             vocab_size=cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import chain
+from pathlib import PurePath
 from typing import Any
 
 from loguru import logger
@@ -141,14 +142,14 @@ class ServerEngine:
         return EngineRecord(
             kind=self.kind,
             served_model=str(first["id"]),
-            root=str(first["root"]) if first.get("root") else None,
+            root=PurePath(str(first["root"])).name if first.get("root") else None,
             probes=tuple(probe for _, probes in found for probe in probes),
         )
 
     async def _look_at(self, server: ServerClient) -> tuple[dict[str, Any], list[Probe]]:
         url = server.url
         card = served_model(await server.list_models(), self._settings.model, url)
-        check_card(card, self._identity.name, self._identity.context, self._sampling.max_new_tokens, url)
+        check_card(card, self._identity.source, self._identity.context, self._sampling.max_new_tokens, url)
         self._served[url] = str(card["id"])
         if isinstance(limit := card.get("max_model_len"), int):
             self._server_limit = min(limit, self._server_limit or limit)

@@ -60,7 +60,13 @@ def check_card(card: dict[str, Any], model: str, context: int | None, max_new_to
         RacError: the folder that the server loaded holds another model, or the limit is too short.
     """
     root = card.get("root")
-    if isinstance(root, str) and Path(root).is_dir() and Path(model).is_dir() and _config(root) != _config(model):
+    if (
+        isinstance(root, str)
+        and model
+        and Path(root).is_dir()
+        and Path(model).is_dir()
+        and _config(root) != _config(model)
+    ):
         raise RacError(
             f"{server} serves {root!r}, whose config.json differs from that of {model!r}; serve the model that is to be "
             "compressed (traces must be its own)"

@@ -41,23 +41,23 @@ def collect_traces(
 ) -> TraceStore:
     """Fill the store at `store_path` (None: `default_store_path`) up to `tokens` prompt and completion tokens.
 
-    Which traces belong is decided in the order of the problems: the shortest run of them that reaches the budget. So a
-    seed gives the same set whatever the batch size and however often the run was killed and started again; a store
-    that holds enough already is returned as it is, and one that holds more keeps it.
+    The traces are those of the first problems, in order, up to the one that reaches the budget. So a seed gives the same set
+    whatever the batch size, and however often the run was killed and started again. A store that holds enough already is
+    returned as it is, also where it holds more.
 
-    A store of another model is refused: traces must be the model's own (on-policy). With `allow_off_policy` it is read,
-    and never added to.
+    A store of another model is refused: traces must be the model's own (on-policy). With `allow_off_policy` it is read, but never
+    appended to.
 
     Args:
-        model: in memory, or as a `ModelIdentity` where servers sample it and its weights are not needed here.
+        model: in memory, or its `ModelIdentity` where servers sample it, so that its weights are not needed here.
         tokenizer: the model's own.
-        store_path: a .jsonl file. Beside it may stand x.pending.jsonl (finished, waiting for an earlier one) and
+        store_path: a .jsonl file. Beside it there may be x.pending.jsonl (traces finished before an earlier one) and
             x.failed.jsonl (problems that a server could not complete, with the reason).
-        problems: what to think about.
-        sampling: how.
+        problems: the questions.
+        sampling: how completions are sampled.
         tokens: the budget.
-        engine: servers that sample; None is the model in this process. They are asked only if the store holds too little.
-        retry_failed: try the problems of x.failed.jsonl again; else they are passed over.
+        engine: servers that sample, asked only if the store holds too little; None is the model in this process.
+        retry_failed: try the problems of x.failed.jsonl again; else they are skipped.
         allow_off_policy: see above.
         progress: show a bar.
 
@@ -153,7 +153,7 @@ def default_store_path(fingerprint: str, sampling: SamplingSettings, problems: P
 
 
 def _check_enough(total: int, store: TraceStore, tokens: int, failed: int) -> None:
-    # A store can hold enough although these problems do not: its traces came under a larger limit.
+    # A store can hold enough although these problems do not: it was filled with a larger limit.
     held = max(total, store.counts.tokens)
     if held < tokens:
         lost = f" {failed} problems failed: retry_failed tries them again." if failed else ""
@@ -175,7 +175,7 @@ def _read_off_policy(path: Path, header: StoreHeader, tokens: int) -> TraceStore
     if store.counts.tokens < tokens:
         raise RacError(
             f"trace store {str(path)!r} of {store.header.model!r} holds {store.counts.tokens:,} tokens, {tokens:,} "
-            "asked for; another model's store is never added to: ask for fewer tokens, or collect more with that model"
+            "asked for; another model's store is never appended to: ask for fewer tokens, or collect more with that model"
         )
     logger.warning(f"calibrating off-policy: the traces in {str(path)!r} are those of {store.header.model!r}")
     return store

@@ -18,10 +18,10 @@ _TOGETHER = 256  # traces held in memory while their answers are checked
 
 
 class Judge:
-    """Judges the traces of one store; remembers each verdict, so that reading the store again costs no more checks.
+    """Judges the traces of one store and caches each verdict, so that reading the store again needs no more checks.
 
-    Answers of reasoning-gym's problems are scored by the task, all others compared as text, integers or mathematics, in
-    processes that are ended where one answer takes too long (it then counts as wrong).
+    Answers to problems of reasoning-gym are scored by their task. All others are compared as text, as integers or as
+    mathematics. Both run in processes that are ended where one answer takes too long; that answer then counts as wrong.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, header: StoreHeader):

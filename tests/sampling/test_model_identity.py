@@ -85,7 +85,8 @@ def test_tokenizer_fingerprint_is_of_the_vocabulary():
 
 def test_of_a_model_in_memory():
     identity = ModelIdentity.of_model(tiny_model())
-    assert (identity.name, identity.vocab_size, identity.context) == ("Qwen3ForCausalLM", 300, 512)
+    assert (identity.name, identity.source) == ("Qwen3ForCausalLM", "")
+    assert (identity.vocab_size, identity.context) == (300, 512)
     assert identity.fingerprint == model_fingerprint(tiny_model())
     assert identity.eos(tiny_tokenizer()) == (1,)
 
@@ -118,6 +119,7 @@ def test_a_model_on_disk_is_known_as_if_loaded(tmp_path, tied, shards):
     loaded = ModelIdentity.of_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
     found = ModelIdentity.of_files(str(tmp_path))
     assert (found.name, found.fingerprint) == (loaded.name, loaded.fingerprint)
+    assert found.source == loaded.source == str(tmp_path)
     assert (found.vocab_size, found.context) == (loaded.vocab_size, loaded.context)
     assert found.eos(tiny_tokenizer()) == (1, 2)
     assert SamplingSettings().resolved(found.generation_config) == SamplingSettings().resolved(loaded.generation_config)

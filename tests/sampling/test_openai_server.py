@@ -1,5 +1,6 @@
 """The engine on servers: how many prompts are under way, which server completes which, and how it ends."""
 
+import contextlib
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -15,7 +16,7 @@ from rac_modifier.sampling.openai_server import ServerEngine, least_busy
 from rac_modifier.sampling.server_client import ServerClient
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from tests.sampling.fake_server import NAME, FakeServer, rule
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=20).resolved(None)
 
@@ -260,6 +261,22 @@ def test_another_model_is_refused_by_its_entry(make, server, cards, engine, word
         make(**engine).connect()
 
 
+def test_the_folder_that_the_server_loaded_is_compared_with_ours(server, tokenizer, tmp_path):
+    """Where both see the same files."""
+    save_tiny(tmp_path / "own")
+    save_tiny(tmp_path / "other", intermediate_size=96)
+    identity = ModelIdentity.of_files(str(tmp_path / "own"))
+    for folder, fits in (("own", True), ("other", False)):
+        server.cards[0]["root"] = str(tmp_path / folder)
+        settings = EngineSettings(base_urls=(server.url,), verify_model=False)
+        with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
+            if fits:
+                assert engine.connect().root == "own"  # no folder of this machine in a record
+                continue
+            with pytest.raises(RacError, match=r"config\.json differs"):
+                engine.connect()
+
+
 def test_the_record_holds_greedy_tokens_where_the_model_is_checked(make, server, tokenizer):
     model = tiny_model()
 
@@ -269,7 +286,7 @@ def test_the_record_holds_greedy_tokens_where_the_model_is_checked(make, server,
 
     server.answer = greedy
     record = make(verify_model=True, weights=model).connect()
-    assert (record.kind, record.served_model, record.root, len(record.probes)) == ("openai", NAME, "/models/tiny", 4)
+    assert (record.kind, record.served_model, record.root, len(record.probes)) == ("openai", NAME, "tiny", 4)
     assert all(
         list(p.completion_ids) == greedy({"prompt": list(p.prompt_ids), "max_tokens": 24}) for p in record.probes
     )

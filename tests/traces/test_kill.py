@@ -25,7 +25,7 @@ def test_kills_lose_and_double_nothing(tmp_path, engine, kills):
     tokens = 1500 * kills  # more than is collected until the last kill
     # A fork server imports torch once, in a process without threads; each child is then a quick and safe fork of it.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["slow_collection", "rac_modifier.traces.collect"])
+    context.set_forkserver_preload(["tests.traces.slow_collection", "rac_modifier.traces.collect"])
     path = tmp_path / "killed.jsonl"
     rng = random.Random(0)
     server = None
