@@ -32,8 +32,8 @@ from vllm_server import Server, serving
 
 from rac_modifier.problems.source import load_problems
 from rac_modifier.reasoner import reasoner_path
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_prompt
-from rac_modifier.sampling.subject import Subject
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
@@ -51,7 +51,7 @@ def sampling(seed: int) -> SamplingSettings:
 
 def collect(server: Server, path: Path, tokens: int, seed: int, concurrency: int) -> TraceStore:
     return collect_traces(
-        Subject.of_files(str(reasoner_path())),
+        ModelIdentity.of_files(str(reasoner_path())),
         AutoTokenizer.from_pretrained(reasoner_path()),
         path,
         problems=ProblemSource(),

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import on_accelerator
-from rac_modifier.sampling.subject import Subject
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.mixture import Part, part_tokens
 from rac_modifier.settings.traces import TraceSettings
@@ -24,7 +24,7 @@ _GROWTH = 4.0  # at most, from one look at what is kept to the next
 
 
 def collect_for_calibration(
-    model: PreTrainedModel | Subject,
+    model: PreTrainedModel | ModelIdentity,
     tokenizer: PreTrainedTokenizerBase,
     traces: TraceSettings,
     calibration: CalibrationSettings,
@@ -32,7 +32,7 @@ def collect_for_calibration(
 ) -> dict[str, TracePool]:
     """Fill a store for each part of the mixture that is made of traces; returns what is kept of them, by part.
 
-    Where servers sample (`traces.engine`), a `Subject` stands for the model, whose weights are then not loaded.
+    Where servers sample (`traces.engine`), a `ModelIdentity` stands for the model, whose weights are then not loaded.
 
     Raises:
         RacError: see `collect_part`; a mixture that gives traces no share.
@@ -49,7 +49,7 @@ def collect_for_calibration(
 
 
 def collect_part(
-    model: PreTrainedModel | Subject,
+    model: PreTrainedModel | ModelIdentity,
     tokenizer: PreTrainedTokenizerBase,
     part: Part,
     traces: TraceSettings,
@@ -68,7 +68,7 @@ def collect_part(
     tokens, retry_failed, judge = wanted + held_out, traces.retry_failed, None
     kept = ""
     while True:
-        with contextlib.nullcontext() if isinstance(model, Subject) or traces.engine else on_accelerator(model):
+        with contextlib.nullcontext() if isinstance(model, ModelIdentity) or traces.engine else on_accelerator(model):
             try:
                 store = collect_traces(
                     model,

@@ -66,12 +66,12 @@ def unpacked(source: str, precision: Dtype) -> Any:
 
 def subject_of(model: str) -> tuple[Any, Any]:
     """What collecting needs to know of a model that servers sample; its weights stay on disk."""
-    from rac_modifier.sampling.subject import Subject
+    from rac_modifier.sampling.model_identity import ModelIdentity
 
     source = resolve(model)
     check_model(source)
     tokenizer = load_tokenizer(source, "save the model's tokenizer beside it")
-    return Subject.of_files(source), tokenizer
+    return ModelIdentity.of_files(source), tokenizer
 
 
 def check_output(output: Path, source: str) -> None:

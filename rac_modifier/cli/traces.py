@@ -1,4 +1,4 @@
-"""`rac traces`: collect a model's own chains of thought, look at them, export them."""
+"""`rac traces`: collect a model's own chains of thought, inspect them, export them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rac_modifier.errors import RacError
 if TYPE_CHECKING:
     from rac_modifier.traces.store import TraceStore
 
-app = typer.Typer(help="Collect a model's own chain-of-thought traces, and look at them.", no_args_is_help=True)
+app = typer.Typer(help="Collect a model's own chain-of-thought traces, inspect and export them.", no_args_is_help=True)
 
 Store = Annotated[Path, typer.Argument(help="trace store, a .jsonl file")]
 StoresModel = Annotated[
-    str | None, typer.Option(help="model whose tokenizer reads the traces; default: the one that the store names")
+    str | None, typer.Option(help="model whose tokenizer reads the traces; default: the one in the header of the store")
 ]
 
 
@@ -27,7 +27,7 @@ StoresModel = Annotated[
 def collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Precision = Dtype.AUTO) -> None:
     """Sample the traces that a recipe will calibrate on, without pruning.
 
-    Killed and started again, it goes on where it was. `rac prune` with the same recipe then finds them.
+    A run that was killed continues where it ended when it is started again. `rac prune` with the same recipe uses the traces.
 
     Example: rac traces collect reasoner --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
     """
@@ -47,19 +47,19 @@ def collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Pre
 @app.command("inspect")
 def inspect(
     store: Store,
-    samples: Annotated[int, typer.Option(min=0, help="traces to print whole")] = 1,
+    samples: Annotated[int, typer.Option(min=0, help="how many traces to print as text")] = 1,
     verify: Annotated[
-        bool, typer.Option("--verify", help="also check every answer and say how many are right")
+        bool, typer.Option("--verify", help="also check every answer and print how many are right")
     ] = False,
     select: Annotated[
         str | None,
         typer.Option(
-            help="also say what a selection keeps, written as in a recipe: '{answers: correct, finished: true}'"
+            help="also print how many traces a selection keeps, written as in a recipe: '{answers: correct, finished: true}'"
         ),
     ] = None,
     model: StoresModel = None,
 ) -> None:
-    """Say what a trace store holds: model, problems, sampling settings, counts, lengths, and the first traces as text."""
+    """Print what a trace store holds: model, problems, sampling settings, counts, lengths, and the first traces as text."""
     from rac_modifier.traces.report import describe_store, describe_verified, read_select
     from rac_modifier.traces.store import TraceStore
 
@@ -83,7 +83,7 @@ def export(
     text: Annotated[bool, typer.Option("--text", help="add prompt and completion as text")] = False,
     model: StoresModel = None,
 ) -> None:
-    """Write a store as Parquet, a row a trace, to be read with `datasets` or anything else; in constant memory.
+    """Write a store as Parquet, one row per trace, for `datasets` and other tools; in constant memory.
 
     Example: rac traces export traces.jsonl traces.parquet --text
     """

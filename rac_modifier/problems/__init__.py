@@ -1,1 +1,1 @@
-"""The final answer in a reasoning model's text, and whether it is right."""
+"""Where questions come from, and whether an answer is right."""

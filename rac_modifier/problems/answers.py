@@ -1,11 +1,11 @@
-"""Find the final answer in a reasoning model's text and say whether it is right."""
+"""The final answer in a reasoning model's text, and whether it is right."""
 
 from __future__ import annotations
 
 import re
 from typing import Protocol
 
-from rac_modifier.problems.answer_checker import ask
+from rac_modifier.problems.answer_checker import check_answer
 
 THINK_END = "</think>"
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -13,20 +13,20 @@ _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 
 
 class Verifier(Protocol):
-    """Says whether an extracted answer is right, for tasks whose answers are not mathematics or not unique.
+    """Compares answers of tasks whose answers are not mathematics, or not unique.
 
     With reasoning-gym, for instance: `lambda answer, _: dataset.score_answer(answer, entry) == 1.0`.
     """
 
     def __call__(self, answer: str, reference: str) -> bool:
-        """Compare the model's answer with the problem's reference answer."""
+        """Whether the model's answer is right, given the problem's reference answer."""
         ...
 
 
 def extract_answer(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` with balanced braces after the thinking, or None.
 
-    Thinking ends at the first `</think>`; a text without one is searched whole, since it may come from a model without
+    Thinking ends at the first `</think>`; a text without one is searched as a whole, since the model may not use
     such tags. Escaped braces (`\{`) do not count, and of nested boxes the inner one is the answer.
 
     >>> extract_answer(r"so \boxed{3}?</think> It is \boxed{\frac{1}{2}}.")
@@ -48,7 +48,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_correct(text: str, answer: str, verifier: Verifier | None = None) -> bool:
-    """Whether a completion's final answer is right; no answer, or one that cannot be read, is wrong."""
+    """Whether a completion's final answer is right; a missing or unreadable answer is wrong."""
     extracted = extract_answer(text)
     return extracted is not None and bool((verifier or equal_answers)(extracted, answer))
 
@@ -85,4 +85,4 @@ def equal_as_mathematics(answer: str, reference: str) -> bool:
     Raises:
         RacError: math-verify is not installed, or broken.
     """
-    return ask("mathematics", answer, reference)
+    return check_answer("mathematics", answer, reference)

@@ -1,11 +1,10 @@
 """Arithmetic problems with a written chain of thought and a checkable answer.
 
-Four task kinds, each small enough for a model of a few million parameters and long enough that the answer cannot be had
-without writing the steps down. They train the embedded reasoner, they are the problems that recipes use when none are
-named (no download), and they are what `rac eval` asks it.
+Four kinds of task, small enough for a model of a few million parameters, but too long to answer without writing down the steps.
+The embedded reasoner was trained on them. Recipes use them by default, since they need no download, and so does `rac eval`.
 
 Problems are split by their *operands*, not by their wording: `split_of` hashes the task and its sorted operands, so no
-operand pair of the test split was ever seen in training, in any phrasing.
+operands of the test split are in the training split, in any phrasing.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def split_of(task: str, operands: tuple[int, ...]) -> Split:
 
 
 def _column_sum(numbers: list[int]) -> str:
-    """Add numbers column by column from the right, one line a column, then read the result off."""
+    """Add numbers column by column from the right, one line per column, then read off the result."""
     width = len(str(max(numbers)))
     rows = [str(n).zfill(width) for n in numbers]
     lines, carry, digits = [], 0, ""
@@ -120,7 +119,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[tuple[int, ...], str, str, str]
 
 
 def generate(seed: int | str, split: Split, tasks: tuple[str, ...] | None = None) -> Iterator[Solved]:
-    """Problems of a split without end, tasks in turn, the same for the same seed on every machine.
+    """Problems of a split without end, tasks in turn; a seed gives the same problems on every machine.
 
     Raises:
         ValueError: an unknown task name.
@@ -140,7 +139,7 @@ def generate(seed: int | str, split: Split, tasks: tuple[str, ...] | None = None
 
 
 def generate_distinct(seed: int | str, split: Split, count: int) -> list[Solved]:
-    """`count` problems of a split with no operands twice (up to order).
+    """`count` problems of a split, no two of which have the same operands in any order.
 
     Raises:
         ValueError: the split holds fewer distinct problems than asked for.

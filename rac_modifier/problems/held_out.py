@@ -1,4 +1,4 @@
-"""Problems to be asked in evaluation, none of which calibration can have seen by default."""
+"""Problems for evaluation; by default none of them can be in a calibration set."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rac_modifier.settings.problems import ProblemSource
 def held_out_problems(
     source: str, count: int, seed: int = 0, column: str | None = None, answer_column: str | None = None
 ) -> list[Problem]:
-    """`count` problems with answers: of "arithmetic" the test split, of any other source what it gives for this seed.
+    """`count` problems with answers: the test split of "arithmetic", or the first problems of any other source for this seed.
 
-    Only "arithmetic" is disjoint from calibration by construction; with another source, calibrate on other problems.
+    Only "arithmetic" is disjoint from calibration by construction. With another source, calibrate on other problems.
 
     Raises:
         RacError: fewer problems than asked for, or what `load_problems` raises.

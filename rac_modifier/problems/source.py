@@ -8,22 +8,25 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems import arithmetic as tasks
-from rac_modifier.problems.tables import Table, open_dataset, open_file
+from rac_modifier.problems import arithmetic
+from rac_modifier.problems.tables import open_table
 from rac_modifier.settings.problems import ARITHMETIC, GYM_PREFIX, ProblemSource
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 _GYM_CHUNK = 500
 _REPEATS_BEFORE_EXHAUSTED = 10_000
+_EXACT_FLOATS = 2.0**53  # integers below are exact in a float64, to which a table converts larger JSON integers
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question; `id` depends on the problem alone, so that it stays the same when a limit changes."""
+    """One question; `id` depends on the problem alone, so it stays the same when a limit changes."""
 
     id: str
     question: str
@@ -32,24 +35,21 @@ class Problem:
 
 
 def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
-    """The problems of a source in the order of the seed; endless for generators without a limit.
+    """The problems of a source, in an order that the seed decides; generators without a limit never end.
 
     The source is opened and its columns are checked at once; rows are read as the iterator advances.
 
     Raises:
-        RacError: a missing or malformed file, an unknown dataset, task or column, an empty set; while iterating, a
-            question that is no text.
+        RacError: a missing or malformed file, an unknown dataset, task or column, an empty table; while iterating, a
+            question that is not text, or an answer that is neither text nor a number.
     """
     if source.source == ARITHMETIC:
         problems = _arithmetic(seed)
     elif source.source.startswith(GYM_PREFIX):
         problems = _reasoning_gym(source.source.removeprefix(GYM_PREFIX), seed)
     else:
-        table = (
-            open_file(Path(source.source).expanduser())
-            if source.is_file
-            else open_dataset(source.source, source.config, source.split)
-        )
+        what = "problem file" if source.is_file else "problem dataset"
+        table = open_table(source.source, what=what, config=source.config, split=source.split)
         problems = _from_table(table, source, seed)
     return islice(problems, source.limit)
 
@@ -57,7 +57,7 @@ def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
 def _arithmetic(seed: int) -> Iterator[Problem]:
     seen: set[str] = set()
     repeats = 0
-    for solved in tasks.generate(seed, "calibration"):
+    for solved in arithmetic.generate(seed, "calibration"):
         # The same operands in another phrasing are the same problem: the operands are its identity.
         identity = f"{solved.task}:{','.join(str(x) for x in sorted(solved.operands))}"
         if identity in seen:
@@ -85,8 +85,8 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
             raise RacError(f"unknown reasoning-gym task {name!r}; did you mean {', '.join(close)}?")
 
     def one_task(name: str) -> Iterator[Problem]:
-        # reasoning-gym seeds item i with seed + i, so neighbouring seeds share nearly all their items: each chunk gets
-        # a hashed seed of its own instead.
+        # reasoning-gym seeds item i with seed + i, so neighbouring seeds would share nearly all their items. Therefore each
+        # chunk has a hashed seed of its own.
         for chunk in count():
             items = reasoning_gym.create_dataset(name, seed=_gym_seed(name, seed, chunk), size=_GYM_CHUNK)
             for index in range(_GYM_CHUNK):
@@ -107,7 +107,7 @@ def _gym_seed(name: str, seed: int, chunk: int) -> int:
 
 
 def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, int, int, int] | None:
-    """Task, seed, size and index of the reasoning-gym data set that a problem is from; None if it is from elsewhere."""
+    """Task, seed, size and index of the reasoning-gym dataset that a problem is from; None for other sources."""
     if not source.source.startswith(GYM_PREFIX):
         return None
     name, _, number = problem_id.rpartition(":")
@@ -115,47 +115,47 @@ def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, in
     return name, _gym_seed(name, seed, chunk), _GYM_CHUNK, index
 
 
-def _from_table(table: Table, source: ProblemSource, seed: int) -> Iterator[Problem]:
-    column = source.column or _guess_column(table)
+def _from_table(table: Dataset, source: ProblemSource, seed: int) -> Iterator[Problem]:
+    where = source.source if source.is_file else f"{source.source} [{source.split}]"
+    if not len(table):
+        raise RacError(f"{where} holds no problems; name a source that does")
+    column = source.column or _guess_column(table.column_names, where)
     wanted = [column] if source.answer_column is None else [column, source.answer_column]
     for name in wanted:
-        if name not in table.columns:
-            raise RacError(
-                f"{table.where} has no column {name!r}; its columns are: {', '.join(table.columns) or 'none'}"
-            )
-    rows = table.read(wanted)
+        if name not in table.column_names:
+            raise RacError(f"{where} has no column {name!r}; its columns are: {', '.join(table.column_names)}")
+    rows = table.select_columns(wanted)
     order = list(range(len(rows)))
-    if not order:
-        raise RacError(f"{table.where} holds no problems; name a source that does")
     random.Random(f"{seed}").shuffle(order)
-    return (_from_row(rows[i], f"{table.where}, row {i}", i, column, source.answer_column) for i in order)
+    return (_from_row(rows[i], f"{where}, row {i}", i, column, source.answer_column) for i in order)
 
 
-def _guess_column(table: Table) -> str:
-    found = [name for name in QUESTION_COLUMNS if name in table.columns]
-    if not table.columns:
-        raise RacError(f"{table.where} holds no problems; name a source that does")
+def _guess_column(columns: list[str], where: str) -> str:
+    found = [name for name in QUESTION_COLUMNS if name in columns]
     if len(found) != 1:
-        raise RacError(
-            f"{table.where}: which column holds the question? Set `column` to one of: {', '.join(table.columns)}"
-        )
+        raise RacError(f"{where}: which column holds the question? Set `column` to one of: {', '.join(columns)}")
     return found[0]
 
 
 def _from_row(row: Mapping[str, Any], where: str, index: int, column: str, answer_column: str | None) -> Problem:
-    question = row.get(column)
+    question = row[column]
     if not isinstance(question, str) or not question.strip():
         what = f"{type(question).__name__} {str(question)[:80]!r}" if question is not None else "nothing"
         raise RacError(
             f"{where}: column {column!r} must hold the question as text, it holds {what}; choose another column"
         )
-    answer = row.get(answer_column) if answer_column is not None else None
+    answer = None if answer_column is None else row[answer_column]
     if answer is not None and not isinstance(answer, (str, int, float)):
         raise RacError(
             f"{where}: column {answer_column!r} must hold text or a number, it holds a {type(answer).__name__}; "
-            "choose another answer_column"
+            "write the answers as text in a Parquet file, or choose another answer_column"
         )
-    # The hash makes an edited file a set of other problems, so that a resumed run does not take its rows for done.
+    if isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS:
+        raise RacError(
+            f"{where}: column {answer_column!r} holds the number {answer!r}, some digits of which may have been lost when it was "
+            "read; write the answers as text, in quotes"
+        )
+    # The hash makes an edited row another problem, so that a resumed run does not take it for done.
     identity = f"row{index}-{_hash_int(question) % 16**8:08x}"
     return Problem(identity, question, None if answer is None else str(answer), None)
 

@@ -1,100 +1,127 @@
-"""Finite problem sets as tables: a JSON, JSONL or Parquet file, or a Hugging Face dataset."""
+"""Rows of a file or of a Hugging Face dataset, all read with `datasets`; local files need no network."""
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rac_modifier.errors import RacError
 
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
-@dataclass(frozen=True)
-class Table:
-    """A finite set of rows whose columns are known before its rows are read."""
+# By suffix: the loader of `datasets`, and its options.
+_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {"parse_agent_traces": False}),
+    ".json": ("json", {"parse_agent_traces": False}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {"sample_by": "document"}),
+}
+_OTHER_SOURCES = "name a local file or a built-in source, none of which needs a download"
 
-    where: str
-    columns: list[str]
-    read: Callable[[list[str]], Sequence[Mapping[str, Any]]]
-    """Rows that hold at least the named columns; a long text column that nobody asked for stays on disk."""
+
+def is_file(source: str) -> bool:
+    """Whether a source is a path to a file, by its suffix, rather than the id of a dataset."""
+    return Path(source).suffix in _LOADERS
 
 
-def open_file(path: Path) -> Table:
-    """Open a .jsonl, .json (a list of objects) or .parquet file.
+def open_table(source: str, *, what: str, config: str | None = None, split: str = "train") -> Dataset:
+    """All rows of a source: a .jsonl, .json (a list of objects), .parquet or .txt file, or a Hugging Face dataset.
+
+    The rows stay on disk until they are read one by one. An empty file gives no rows and no columns.
+
+    Args:
+        source: path or dataset id.
+        what: the source's part in the run, for messages: "problem file".
+        config: configuration of a dataset.
+        split: split of a dataset.
 
     Raises:
-        RacError: no such file, or not in the format that its suffix promises.
+        RacError: no such file, malformed content, or a dataset, configuration or split that cannot be loaded.
     """
-    if not path.is_file():
-        raise RacError(f"problem file {str(path)!r}: no such file; check the path (it is relative to {Path.cwd()})")
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _json_rows(path)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return Table(str(path), columns, lambda _names: rows)
+    return cast("Dataset", _load(source, what, config, split, streaming=False))
 
 
-def open_dataset(name: str, config: str | None, split: str) -> Table:
-    """Load a Hugging Face dataset, from the hub or from its local cache.
+def stream_rows(
+    source: str, *, what: str, config: str | None = None, split: str = "train"
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of a source one after the other, read (and downloaded) only as far as the iterator advances.
 
     Raises:
-        RacError: `datasets` is not installed, or it cannot load this dataset, configuration or split.
+        RacError: as `open_table`; malformed content is found when it is reached.
     """
+    rows = iter(_load(source, what, config, split, streaming=True))
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _unreadable(source, what, config, split, error) from error
+        yield row
+
+
+def _load(source: str, what: str, config: str | None, split: str, *, streaming: bool) -> Dataset | IterableDataset:
+    path = Path(source).expanduser()
+    if is_file(source) and not path.is_file():
+        raise RacError(f"{what} {source!r}: no such file; check the path (it is relative to {Path.cwd()})")
+    import datasets  # loading it takes half a second, and most runs read neither file nor dataset
+
+    if is_file(source) and _is_empty(path):
+        return datasets.Dataset.from_dict({})
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise RacError(
-            f"problem source {name!r} is a Hugging Face dataset, which needs `pip install datasets`"
-        ) from error
-    try:
-        data = load_dataset(name, config, split=split)
-    # What load_dataset raises depends on the hub, the dataset and the network: pass its words on, with the way out.
+        if is_file(source):
+            loader, options = _LOADERS[path.suffix]
+            files = glob.escape(str(path.absolute()))  # data_files takes patterns
+            return datasets.load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+        return datasets.load_dataset(source, config, split=split, streaming=streaming)
+    # What load_dataset raises depends on the format, the hub and the network: its words are passed on.
     except Exception as error:
-        raise RacError(
-            f"dataset {name!r} (config {config!r}, split {split!r}) could not be loaded: {type(error).__name__}: "
-            f"{error}. Check the name, split and config, or name a local .jsonl, .json or .parquet file, 'arithmetic' "
-            "or 'reasoning-gym:<task>', none of which needs a download"
-        ) from error
-    return Table(f"{name} [{split}]", list(data.column_names), data.select_columns)
+        raise _unreadable(source, what, config, split, error) from error
 
 
-def _parquet(path: Path) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        columns = list(pyarrow.parquet.ParquetFile(path).schema_arrow.names)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RacError(f"problem file {str(path)!r} cannot be read as Parquet: {error}") from error
-    return Table(str(path), columns, lambda names: pyarrow.parquet.read_table(path, columns=names).to_pylist())
+def _is_empty(path: Path) -> bool:
+    """Whether a file holds no row; `datasets` has no clear error for that."""
+    if path.suffix == ".parquet":
+        return False
+    with path.open("rb") as file:
+        start = file.read(1 << 16).strip()
+    return not start or (path.suffix == ".json" and start in (b"[]", b"{}"))
 
 
-def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8") as lines:
+def _unreadable(source: str, what: str, config: str | None, split: str, error: Exception) -> RacError:
+    cause = error.__cause__ or error
+    words = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
+    if not is_file(source):
+        return RacError(
+            f"{what} {source!r} (config {config!r}, split {split!r}) could not be loaded ({words}); check the name, the "
+            f"split and the config, or {_OTHER_SOURCES}"
+        )
+    path = Path(source).expanduser()
+    if path.suffix == ".jsonl" and (bad := _first_bad_line(path)):
+        return RacError(f"{what} {source!r}, {bad}; repair or remove that line")
+    form = {".json": "a list of objects in JSON", ".jsonl": "one JSON object per line", ".parquet": "Parquet"}
+    return RacError(
+        f"{what} {source!r} could not be read ({words}); it must hold {form.get(path.suffix, 'text in UTF-8')}: repair the "
+        "file or name another"
+    )
+
+
+def _first_bad_line(path: Path) -> str | None:
+    """Which line of a JSONL file is not a JSON object, or else is empty; None if there is neither."""
+    empty = None
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_object(_parse(line, f"{path}, line {number}"), f"{path}, line {number}"))
-    return rows
-
-
-def _json_rows(path: Path) -> list[dict[str, Any]]:
-    data = _parse(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(data, list):
-        raise RacError(f"problem file {str(path)!r} must hold a list of objects, not a {type(data).__name__}")
-    return [_object(row, f"{path}, row {index}") for index, row in enumerate(data)]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RacError(f"{where} is not JSON: {error}; repair or remove it") from error
-
-
-def _object(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise RacError(f"{where} must be an object with named columns, not a {type(row).__name__}")
-    return row
+            if not line.strip():
+                empty = empty or f"line {number} is empty"
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                return f"line {number} is not JSON ({error})"
+            if not isinstance(value, dict):
+                return f"line {number} is a {type(value).__name__}, not an object with named columns"
+    return empty  # an empty line is read over, except where the values of a column are of several types

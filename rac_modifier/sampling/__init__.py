@@ -1,1 +1,1 @@
-"""Engines: what completes prompts, the model in this process or a server that holds it."""
+"""From prompts to completions: the model in this process or behind a server, and which model it is."""

@@ -1,4 +1,4 @@
-"""The completions protocol: what is asked, and what an answer must be to count as a trace. No network here."""
+"""The completions protocol: the request, and the checks that an answer must pass to become a trace. No network here."""
 
 from __future__ import annotations
 
@@ -13,60 +13,57 @@ from rac_modifier.settings.sampling import SamplingSettings
 
 
 class UnusableError(Exception):
-    """An answer that may come out right when it is asked for again, after `seconds` if the server says so."""
-
-    def __init__(self, message: str, seconds: float | None = None):
-        super().__init__(message)
-        self.seconds = seconds
+    """An answer that fails a check, where asking again may help."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One request: the model's served name, the prompt, and how to continue it."""
+class Request:
+    """One completion to ask for."""
 
-    model: str
-    prompt_ids: list[int]
+    prompt_ids: tuple[int, ...]
     max_tokens: int
     seed: int
     eos: tuple[int, ...]
 
-    def body(self, sampling: SamplingSettings) -> dict[str, Any]:
-        """The JSON body of POST /v1/completions; `sampling` must be resolved.
+    def arguments(self, model: str, sampling: SamplingSettings) -> dict[str, Any]:
+        """The arguments of openai's `completions.create`; `sampling` must be resolved.
 
-        Everything that a server would else fill from the model's generation_config is named: only temperature, top_k and
-        top_p shape the distribution, as in this process.
+        Every setting that a server would otherwise take from the model's generation_config is named: only temperature, top_k
+        and top_p shape the distribution, as in this process.
         """
         return {
-            "model": self.model,
-            "prompt": self.prompt_ids,
+            "model": model,
+            "prompt": list(self.prompt_ids),
             "max_tokens": self.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": self.seed,
-            "stop_token_ids": list(self.eos),
             "stream": False,
             "n": 1,
-            "return_token_ids": True,
+            "extra_body": {  # what vLLM takes beside OpenAI's own settings
+                "top_k": sampling.top_k or -1,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "stop_token_ids": list(self.eos),
+                "return_token_ids": True,
+            },
         }
 
 
 def trace_seed(seed: int, key: str) -> int:
-    """The seed of one trace, 31 bits since not every server takes more: a function of (seed, key) alone."""
+    """The seed of one trace, a function of (seed, key) alone; 31 bits, since some servers take no larger ones."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 2**31
 
 
-def read_answer(ask: Ask, content: bytes, vocab_size: int, server: str) -> Generation:
+def read_answer(request: Request, content: bytes, vocab_size: int, server: str) -> Generation:
     """The completion in the body of an answer with status 200.
 
     Raises:
-        UnusableError: cut short, or it contradicts itself.
-        RacError: the server does not return token ids, changed the prompt, or ends completions without their EOS: asking
+        UnusableError: the answer is cut short or contradicts itself.
+        RacError: the server does not return token ids, changed the prompt, or ends completions without their EOS. Asking
             again would not help.
     """
     choice, usage = _only_choice(content)
@@ -79,27 +76,21 @@ def read_answer(ask: Ask, content: bytes, vocab_size: int, server: str) -> Gener
     if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         raise UnusableError(f"token_ids {str(ids)[:60]} are not ids of the model's vocabulary of {vocab_size}")
     read = choice.get("prompt_token_ids")
-    if read is not None and read != ask.prompt_ids:
+    if read is not None and read != list(request.prompt_ids):
         raise RacError(
-            f"{server} read another prompt than it was sent ({len(read)} tokens, not {len(ask.prompt_ids)}): switch off "
-            "what cuts or extends prompts there"
+            f"{server} read another prompt than it was sent ({len(read)} tokens, not {len(request.prompt_ids)}): switch off "
+            "whatever cuts or extends prompts there"
         )
     counted = usage.get("completion_tokens", len(ids))
-    if counted != len(ids) or len(ids) > ask.max_tokens:
-        raise UnusableError(f"{len(ids)} token ids, {counted} counted, {ask.max_tokens} asked for at most")
-    return _finished(ask, tuple(ids), choice.get("finish_reason"), server)
+    if counted != len(ids) or len(ids) > request.max_tokens:
+        raise UnusableError(f"{len(ids)} token ids, {counted} counted, at most {request.max_tokens} asked for")
+    return _finished(request, tuple(ids), choice.get("finish_reason"), server)
 
 
-def error_text(content: bytes) -> str:
-    """What the body of an answer with an error status says, in one line."""
-    text = content.decode("utf-8", "replace")
-    try:
-        data = json.loads(text)
-        error = data.get("error", data)
-        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:300] or "no reason given"
+def error_text(body: object) -> str:
+    """The message in the body of an error, as openai gives it (parsed, or as text), in one line."""
+    message = body.get("message", body) if isinstance(body, dict) else body
+    return " ".join(str(message or "no reason given").split())[:300]
 
 
 def _only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -114,18 +105,18 @@ def _only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     raise UnusableError("no completion in the answer")
 
 
-def _finished(ask: Ask, ids: tuple[int, ...], reason: Any, server: str) -> Generation:
-    eos = set(ask.eos)
+def _finished(request: Request, ids: tuple[int, ...], reason: Any, server: str) -> Generation:
+    eos = set(request.eos)
     if reason == "stop" and ids[-1] not in eos:
         raise RacError(
-            f"{server} ended a completion on token {ids[-1]}, which is no EOS ({', '.join(map(str, ask.eos))}): it strips "
-            "the EOS or has stop words of its own; traces need the EOS that the model wrote"
+            f"{server} ended a completion on token {ids[-1]}, which is no EOS ({', '.join(map(str, request.eos))}): it "
+            "strips the EOS or has stop words of its own; traces need the EOS that the model wrote"
         )
     if eos.intersection(ids[:-1]):
-        raise RacError(f"{server} wrote on behind an EOS; switch off `ignore_eos` there")
-    if reason == "length" and len(ids) == ask.max_tokens:
-        # An EOS as the very last token that fits: servers report either reason.
+        raise RacError(f"{server} continued a completion after an EOS; switch off `ignore_eos` there")
+    if reason == "length" and len(ids) == request.max_tokens:
+        # Where the EOS is the last token that fits, servers report either reason.
         return Generation(ids, "stop" if ids[-1] in eos else "length")
     if reason == "stop":
         return Generation(ids, "stop")
-    raise UnusableError(f"finish_reason {reason!r} after {len(ids)} of {ask.max_tokens} tokens")
+    raise UnusableError(f"finish_reason {reason!r} after {len(ids)} of {request.max_tokens} tokens")

@@ -1,7 +1,7 @@
-"""Decoding a batch whose rows end at different times: rows that have ended leave the batch.
+"""Decode a batch whose rows end at different times: rows that have ended are taken out of the batch.
 
-Chains of thought differ in length by several times, and `model.generate` computes every row until the last has ended. With
-rows leaving, a batch costs about what its tokens cost.
+The longest chain of thought of a batch is often several times as long as the shortest, and `model.generate` computes every row
+until the last has ended. Without the ended rows, the cost of a batch is about proportional to its tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from rac_modifier.sampling.row_noise import gumbel_noise
 
-# Rows are taken out once a quarter of those in the batch have ended: each time the key-value cache is copied.
+# Rows are taken out once a quarter of those in the batch have ended, not at once, since that copies the key-value cache.
 _KEPT_BELOW = 0.75
 
 
@@ -28,16 +28,16 @@ def decode(
     warpers: LogitsProcessorList,
     rows: torch.Tensor | None,
 ) -> list[list[int]]:
-    """Complete left-padded prompts; returns what each row was given, up to its limit, not yet cut at its EOS.
+    """Complete left-padded prompts; returns the new tokens of each row, up to its limit, not yet cut at its EOS.
 
     Args:
         model: a causal LM in evaluation mode that takes position_ids and a DynamicCache.
         prompts: token ids, none empty.
-        limits: new tokens of each row at most.
+        limits: the most new tokens of each row.
         eos: ids that end a row.
         pad: id of the padding.
-        warpers: temperature, top-k, top-p; row by row, without a state.
-        rows: int64 key of each row for Gumbel noise (`gumbel.row_keys`), or None for greedy decoding.
+        warpers: temperature, top-k, top-p; computed row by row, without state.
+        rows: int64 key of each row for Gumbel noise (`row_noise.row_keys`), or None for greedy decoding.
     """
     device, width = model.device, max(map(len, prompts))
     inputs = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)

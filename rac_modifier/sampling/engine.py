@@ -1,9 +1,8 @@
-"""What every engine is to the collector: prompts in, token ids and a finish reason out, in any order."""
+"""What an engine is: batches of prompts in, completions out, in any order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,21 +15,29 @@ EngineKind = Literal["transformers", "openai"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One completion to sample; `key` and the seed of the settings decide its draw."""
+    """One prompt to complete; `key` and the seed of the settings decide what is drawn."""
 
     key: str
-    ids: list[int]
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A prompt that an engine could not complete, after all its tries."""
+    """Why an engine could not complete a prompt, after all its tries."""
 
     reason: str
 
 
+@dataclass(frozen=True)
+class Completion:
+    """What became of one prompt."""
+
+    prompt: Prompt
+    outcome: Generation | Failure
+
+
 class Probe(BaseModel):
-    """What a server answered greedily to a known prompt: tells its model from another one, also later."""
+    """A server's greedy completion of a known prompt, by which its model is told from another one, also later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,32 +46,41 @@ class Probe(BaseModel):
 
 
 class EngineRecord(BaseModel):
-    """What the header of a store says about the engine that filled it."""
+    """The engine that filled a store, as recorded in the header of the store."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: EngineKind = "transformers"
     served_model: str | None = None
     root: str | None = None
-    """Where the server says it loaded the model from."""
+    """The last part of the folder or id that the server loaded the model from, by its own account."""
     probes: tuple[Probe, ...] = ()
     """Empty for the model in this process, and where the check was switched off."""
 
 
 class Engine(Protocol):
-    """Completes prompts. One is made for each collection and closed at its end."""
+    """Completes prompts. An engine is made for one collection and closed at its end."""
 
     kind: EngineKind
     batch_size: int
-    """Prompts that are handed over together; the last batch may be smaller."""
-    concurrency: int
-    """Prompts under way at once. With 0, `submit` returns when its batch is complete."""
+    """Prompts per batch of `iter_completions`."""
 
     def connect(self) -> EngineRecord:
-        """Check that the engine serves the right model; cheap from the second call on. Raises RacError."""
+        """Check that the engine serves the right model; to be called first, and cheap from the second call on.
 
-    def submit(self, prompts: Sequence[Prompt]) -> list[Future[Generation | Failure]]:
-        """Begin to complete a batch. A future raises RacError where going on makes no sense."""
+        Raises:
+            RacError: it cannot be reached, or serves another model.
+        """
+
+    def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Sequence[Completion]]:
+        """Complete prompts; yields whenever some are finished, until `batches` ends and every prompt is finished.
+
+        Prompts of one batch are computed together where that matters for rounding. Batches are taken from the iterable, in
+        the caller's thread, only as there is room to work on them: so what it yields may depend on completions so far.
+
+        Raises:
+            RacError: there is no point in going on. What was finished before has been yielded.
+        """
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Give up the prompts that are not finished, and free what the engine holds."""

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from rac_modifier.errors import RacError
+from rac_modifier.model_tools import evaluating
 from rac_modifier.sampling.decode import decode
 from rac_modifier.sampling.row_noise import row_keys
 from rac_modifier.settings.sampling import SamplingSettings
@@ -56,14 +57,12 @@ def generate(
         return []
     _check_prompts(model, prompts)
     settings = settings.resolved(model.generation_config)
-    _tell_what_is_not_applied(getattr(model.generation_config, "repetition_penalty", None))
+    _warn_of_penalty(getattr(model.generation_config, "repetition_penalty", None))
     eos = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     limits = _completion_limits(model, prompts, settings.max_new_tokens)
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         rows = decode(
             model,
             prompts,
@@ -73,13 +72,11 @@ def generate(
             warpers=_warpers(settings),
             rows=row_keys(settings.seed, keys, model.device) if settings.temperature else None,
         )
-    finally:
-        model.train(training)
     return [_cut(row, set(eos)) for row in rows]
 
 
 class HasGenerationConfig(Protocol):
-    """A model, or what stands for one."""
+    """A model, or a `ModelIdentity`."""
 
     @property
     def generation_config(self) -> GenerationConfig | None:
@@ -115,7 +112,7 @@ def _check_prompts(model: PreTrainedModel, prompts: list[list[int]]) -> None:
 
 
 def _completion_limits(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
-    """How many tokens each row may add: per row, so that a long prompt elsewhere in the batch takes nothing away."""
+    """How many tokens each row may add; by its own prompt, whatever the longest prompt of the batch."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return [max_new_tokens] * len(prompts)
@@ -123,12 +120,12 @@ def _completion_limits(model: PreTrainedModel, prompts: list[list[int]], max_new
     if longest >= context:
         raise RacError(f"a prompt of {longest} tokens fills the model's context of {context}; leave that problem out")
     if longest + max_new_tokens > context:
-        _tell_capped(max_new_tokens, context)
+        _warn_of_cap(max_new_tokens, context)
     return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
 
 
 @cache
-def _tell_capped(max_new_tokens: int, context: int) -> None:
+def _warn_of_cap(max_new_tokens: int, context: int) -> None:
     logger.warning(
         f"max_new_tokens={max_new_tokens} and the prompt do not fit the model's context of {context} tokens: "
         "completions end where the context does (finish_reason 'length')"
@@ -136,10 +133,10 @@ def _tell_capped(max_new_tokens: int, context: int) -> None:
 
 
 @cache
-def _tell_what_is_not_applied(repetition_penalty: float | None) -> None:
+def _warn_of_penalty(repetition_penalty: float | None) -> None:
     if repetition_penalty not in (None, 1.0):
         logger.warning(
-            f"the model's generation_config asks for repetition_penalty={repetition_penalty}: not applied here"
+            f"the model's generation_config sets repetition_penalty={repetition_penalty}, which is not applied here"
         )
 
 
@@ -157,7 +154,7 @@ def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
 
 
 def _cut(row: list[int], eos: set[int]) -> Generation:
-    """End a padded row behind its first EOS."""
+    """End a padded row after its first EOS."""
     for index, token in enumerate(row):
         if token in eos:
             return Generation(tuple(row[: index + 1]), "stop")

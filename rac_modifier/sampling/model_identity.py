@@ -1,15 +1,29 @@
-"""Short hashes that say whether two runs had the same model and the same tokenizer."""
+"""Which model and which tokenizer: short hashes by which two runs are compared, from memory or from files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from loguru import logger
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from rac_modifier.errors import RacError
+from rac_modifier.sampling.generate import eos_token_ids
 
 _ELEMENTS = 64
 # Only what shapes the computation: the rest of a config (dtype, paths, library versions) changes without the model.
@@ -30,13 +44,74 @@ _ARCHITECTURE_FIELDS = (
 )
 
 
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model whose traces are collected, as far as collecting needs it; its weights may stay on disk."""
+
+    name: str
+    """For records and messages."""
+    source: str
+    """The folder or id that it was loaded from; empty for a model that was made in memory."""
+    fingerprint: str
+    generation_config: GenerationConfig | None
+    vocab_size: int
+    context: int | None
+    """Most tokens of a sequence, where the config says so."""
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> ModelIdentity:
+        """The identity of a model in memory."""
+        return cls._of(model, model_fingerprint(model), model.generation_config)
+
+    @classmethod
+    def of_files(cls, source: str) -> ModelIdentity:
+        """The identity of a model folder or Hugging Face id: reads 64 numbers per parameter from its safetensors files.
+
+        The result equals that of `of_model` for the same model loaded. Where the tensors in the files have other names than in
+        the model (fused experts), the weights are loaded after all, with a warning.
+
+        Raises:
+            RacError: no such model, or no safetensors files.
+        """
+        try:
+            config = AutoConfig.from_pretrained(source)
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config)
+            generation = _generation_config(source, skeleton)
+            files = _weight_files(source)
+        except (OSError, ValueError) as error:
+            raise RacError(f"the model {source!r} cannot be read ({str(error).strip().splitlines()[0]})") from error
+        fingerprint = _fingerprint_of_files(skeleton, files)
+        if fingerprint is None:
+            logger.warning(
+                f"{source!r}: tensors in its files have other names than in the model; loading the weights to identify it"
+            )
+            return cls.of_model(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+        return cls._of(skeleton, fingerprint, generation)
+
+    @classmethod
+    def _of(cls, model: PreTrainedModel, fingerprint: str, generation: GenerationConfig | None) -> ModelIdentity:
+        return cls(
+            name=model.config.name_or_path or type(model).__name__,
+            source=model.config.name_or_path or "",
+            fingerprint=fingerprint,
+            generation_config=generation,
+            vocab_size=cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings,
+            context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        )
+
+    def eos(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Every token id that ends a completion (see `eos_token_ids`)."""
+        return tuple(eos_token_ids(self, tokenizer))
+
+
 def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash (64 hex digits) of the architecture and of up to 64 evenly strided elements of each parameter.
 
     Elements are compared as float32, so a bfloat16 checkpoint has one fingerprint in bfloat16 and upcast to float32. It
-    reads 64 numbers a parameter, milliseconds for a small model and seconds for a large one; a change that misses all
-    of them (one edited weight) goes unseen, pruning or fine-tuning does not. Parameters offloaded by accelerate or
-    compressed-tensors are read where they lie.
+    reads 64 numbers per parameter: milliseconds for a small model, seconds for a large one. A change that misses all of
+    them (one edited weight) is not detected; pruning and fine-tuning are. Parameters offloaded by accelerate or
+    compressed-tensors are read where they are stored.
 
     Raises:
         RacError: a parameter has no values (meta device, not offloaded).
@@ -69,7 +144,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def named_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Each module's own parameters under their full names.
 
-    One shared by two modules comes twice, since offloading hides that it is shared.
+    A parameter that two modules share is given twice, since offloading hides that it is shared.
     """
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -87,3 +162,44 @@ def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
         if weights is not None:
             return weights[name]
     raise RacError(f"parameter {full!r} is on the meta device and holds no values; load the model's weights first")
+
+
+def _generation_config(source: str, skeleton: PreTrainedModel) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return skeleton.generation_config  # as from_pretrained does for a model that brings none
+
+
+def _weight_files(source: str) -> list[str]:
+    whole = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if whole is not None:
+        return [whole]
+    index = cached_file(source, "model.safetensors.index.json")
+    return list(get_checkpoint_shard_files(source, index)[0])
+
+
+def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | None:
+    """The fingerprint that the loaded model would have; None if a parameter is not in the files under its name."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files if Path(file).exists()]
+        holder: dict[str, Any] = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+        # Tied parameters are one object; the first of its names that the files hold counts.
+        parameters = list(named_parameters(skeleton))
+        stored = {id(parameter): name for name, parameter in reversed(parameters) if name in holder}
+        if any(id(parameter) not in stored for _, parameter in parameters):
+            return None
+
+        def values() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, parameter in parameters:
+                key = stored[id(parameter)]
+                tensor = holder[key].get_tensor(key)  # mapped from the file: only the elements that are used are read
+                if tensor.shape != parameter.shape:
+                    raise RacError(
+                        f"{key!r} has the shape {tuple(tensor.shape)}, not {tuple(parameter.shape)} as config.json"
+                    )
+                yield name, tensor
+
+        return fingerprint_of(skeleton.config, values())

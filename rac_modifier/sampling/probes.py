@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
+from rac_modifier.model_tools import evaluating
 from rac_modifier.sampling.engine import Probe
 from rac_modifier.settings.sampling import SamplingSettings
 
@@ -18,13 +19,13 @@ from rac_modifier.settings.sampling import SamplingSettings
 PROBE_QUESTIONS = ("What is 17 + 25?", "Compute 6 * 7.", "Name a prime number above 20.", "Is 91 prime? Explain.")
 PROBE_TOKENS = 24
 PROBE_SAMPLING = SamplingSettings(temperature=0, top_p=1, top_k=0, max_new_tokens=PROBE_TOKENS)
-# Nats by which a token may be less likely than the model's own choice. On the embedded reasoner, the most of 96 tokens is
-# 0.0 served in bfloat16, 0.1 in int8 and 0.5 in int4 (round to nearest), 4.9 with half of the weights pruned, 18 with 70 %.
+# Nats by which a token may be less likely than the model's own choice. On the embedded reasoner, the maximum over 96 tokens is
+# 0.0 if served in bfloat16, 0.1 in int8, 0.5 in int4 (round to nearest), 4.9 with half of the weights pruned, 18 with 70 %.
 _REGRET = 1.0
 
 
 def served_model(content: bytes, wanted: str | None, server: str) -> dict[str, Any]:
-    """The entry of GET /v1/models to sample from: the one named, or the only one that is no adapter.
+    """The entry of GET /v1/models to sample from: the one that the settings name, or the only one that is not an adapter.
 
     Raises:
         RacError: no such list, no such model, several to choose from, or an adapter.
@@ -33,14 +34,16 @@ def served_model(content: bytes, wanted: str | None, server: str) -> dict[str, A
         cards = {str(card["id"]): dict(card) for card in json.loads(content)["data"]}
     except (ValueError, KeyError, TypeError) as error:
         raise RacError(
-            f"{server}/models is no list of models; is this an OpenAI-compatible server, and does the address end in /v1?"
+            f"{server}/models is not a list of models; is this an OpenAI-compatible server, and does the address end in /v1?"
         ) from error
     names = ", ".join(map(repr, cards)) or "none"
     if wanted is not None and wanted not in cards:
-        raise RacError(f"{server} does not serve {wanted!r}, but {names}; set engine.model to the one to be compressed")
+        raise RacError(
+            f"{server} does not serve {wanted!r}, but {names}; set engine.model to the one that is to be compressed"
+        )
     bases = [name for name, card in cards.items() if not card.get("parent")]
     if wanted is None and len(bases) != 1:
-        raise RacError(f"{server} serves {names}; say with engine.model which of them is to be compressed")
+        raise RacError(f"{server} serves {names}; set engine.model to the one that is to be compressed")
     card = cards[wanted if wanted is not None else bases[0]]
     if card.get("parent"):
         raise RacError(
@@ -51,13 +54,19 @@ def served_model(content: bytes, wanted: str | None, server: str) -> dict[str, A
 
 
 def check_card(card: dict[str, Any], model: str, context: int | None, max_new_tokens: int, server: str) -> None:
-    """Compare what a server lists with the model: a folder of that name, room for the chains of thought.
+    """Compare the entry in a server's list with the model: the config.json of its folder, and its longest sequence.
 
     Raises:
-        RacError: another model as far as names tell, or too short a limit.
+        RacError: the folder that the server loaded holds another model, or the limit is too short.
     """
     root = card.get("root")
-    if isinstance(root, str) and Path(root).is_dir() and Path(model).is_dir() and _config(root) != _config(model):
+    if (
+        isinstance(root, str)
+        and model
+        and Path(root).is_dir()
+        and Path(model).is_dir()
+        and _config(root) != _config(model)
+    ):
         raise RacError(
             f"{server} serves {root!r}, whose config.json differs from that of {model!r}; serve the model that is to be "
             "compressed (traces must be its own)"
@@ -74,22 +83,19 @@ def check_card(card: dict[str, Any], model: str, context: int | None, max_new_to
 def check_probes(model: PreTrainedModel, probes: Sequence[Probe], server: str) -> None:
     """Compare greedy tokens of a server with the model's own choice at each of their positions.
 
-    Tells another model, and weights changed by much; the same ones stored in fewer bits pass. One short forward pass a probe.
+    Another model fails, and so do weights that were changed much; the same weights stored in fewer bits pass. It takes one short
+    forward pass per probe.
 
     Raises:
         RacError: the model gives a token a log-probability more than one nat below that of its own choice.
     """
     regrets: list[float] = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for probe in probes:
             ids = torch.tensor([[*probe.prompt_ids, *probe.completion_ids]], device=model.device)
             logits = model(input_ids=ids).logits[0, len(probe.prompt_ids) - 1 : -1].float()
             taken = logits.gather(1, ids[0, len(probe.prompt_ids) :, None])[:, 0]
             regrets += (logits.amax(-1) - taken).tolist()
-    finally:
-        model.train(training)
     # Not `>`: a NaN must not pass.
     if not all(regret <= _REGRET for regret in regrets):
         name = model.config.name_or_path or type(model).__name__
@@ -102,7 +108,7 @@ def check_probes(model: PreTrainedModel, probes: Sequence[Probe], server: str) -
 
 
 def _config(folder: str) -> Any:
-    """What of a config.json belongs to the model: the rest changes from one save to the next."""
+    """The fields of a config.json that belong to the model; the others change from one save to the next."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -18,11 +18,11 @@ def render_prompt(
     template: Template = "chat",
     thinking: bool = True,
 ) -> list[int]:
-    """Token ids of the prompt for one question, made by the template in one go and never decoded again.
+    """Token ids of the prompt for one question, made by the template in one step and never decoded to text.
 
-    "chat" applies the tokenizer's chat template with `add_generation_prompt` and `enable_thinking=thinking` (templates that
-    do not know the switch ignore it); "none" tokenizes the bare question, with the tokenizer's own special tokens (a BOS).
-    There is no default system prompt: calibration and evaluation must agree, and most reasoning models want none.
+    "chat" applies the tokenizer's chat template with `add_generation_prompt` and `enable_thinking=thinking` (templates without
+    that switch ignore it); "none" tokenizes the bare question, with the tokenizer's own special tokens (a BOS).
+    There is no default system prompt: calibration and evaluation must agree, and most reasoning models are used without one.
 
     Raises:
         RacError: no chat template, a template that rejects the messages, or an empty prompt.

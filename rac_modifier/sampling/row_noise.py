@@ -1,4 +1,4 @@
-"""Sampling whose randomness belongs to the row: Gumbel noise from a counter-based hash."""
+"""Random numbers per row of a batch: Gumbel noise from a counter-based hash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGEST_BELOW_ONE = 1 - 2**-24
 
 
 def row_keys(seed: int, keys: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
-    """One int64 per row that stands for (seed, key)."""
+    """One int64 per row, a hash of (seed, key)."""
     digests = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest() for key in keys]
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64, device=device)
 
@@ -23,11 +23,11 @@ def row_keys(seed: int, keys: list[str], device: torch.device | str = "cpu") -> 
 def gumbel_noise(rows: torch.Tensor, position: int, vocab: int) -> torch.Tensor:
     """Standard Gumbel noise [rows, vocab] in float32, a pure function of (row key, position, token).
 
-    Added to scores, it makes their arg max a draw from their softmax (Gumbel-max). One stream of random numbers for all
-    rows, as `do_sample=True` has it, would make a resumed batch go another way.
+    Added to scores, it makes their arg max a draw from their softmax (Gumbel-max). With one stream of random numbers for all
+    rows, as in `do_sample=True`, a resumed batch would draw other tokens.
 
-    A uniform v = (63 hashed bits) / 2^63 becomes -log(-log1p(-v)). The large values of the noise, which decide who
-    wins, then come from small v, where float32 is fine-grained; -log(-log(v)) would cap them at 17.
+    A uniform v = (63 hashed bits) / 2^63 becomes -log(-log1p(-v)). The large values of the noise, which decide the arg max,
+    then come from small v, where float32 is fine-grained; -log(-log(v)) would cap them at 17.
     """
     row = _mix(rows + (position + 1) * _POSITION_STEP)
     token = _mix(torch.arange(1, vocab + 1, dtype=torch.int64, device=rows.device) * _GOLDEN)

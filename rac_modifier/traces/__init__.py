@@ -1,1 +1,1 @@
-"""Traces: a model's own chains of thought, sampled and stored as token ids."""
+"""Traces, a model's own chains of thought as token ids: the store, filling it, selecting from it, reporting on it."""

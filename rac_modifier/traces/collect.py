@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from loguru import logger
@@ -15,20 +15,19 @@ from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem, load_problems
 from rac_modifier.sampling.engine import Engine
 from rac_modifier.sampling.in_process import InProcessEngine
-from rac_modifier.sampling.model_identity import tokenizer_fingerprint
+from rac_modifier.sampling.model_identity import ModelIdentity, tokenizer_fingerprint
 from rac_modifier.sampling.probes import check_probes
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.sampling.subject import Subject
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.failures import forget_failures
-from rac_modifier.traces.fill_store import Filling, Request
+from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.records import settings_of_record
 from rac_modifier.traces.store import StoreHeader, TraceStore, read_header
 
 
 def collect_traces(
-    model: PreTrainedModel | Subject,
+    model: PreTrainedModel | ModelIdentity,
     tokenizer: PreTrainedTokenizerBase,
     store_path: str | Path | None,
     *,
@@ -42,23 +41,23 @@ def collect_traces(
 ) -> TraceStore:
     """Fill the store at `store_path` (None: `default_store_path`) up to `tokens` prompt and completion tokens.
 
-    Which traces belong is decided in the order of the problems: the shortest run of them that reaches the budget. So a
-    seed gives the same set whatever the batch size and however often the run was killed and started again; a store
-    that holds enough already is returned as it is, and one that holds more keeps it.
+    The traces are those of the first problems, in order, up to the one that reaches the budget. So a seed gives the same set
+    whatever the batch size, and however often the run was killed and started again. A store that holds enough already is
+    returned as it is, also where it holds more.
 
-    A store of another model is refused: traces must be the model's own (on-policy). With `allow_off_policy` it is read,
-    and never added to.
+    A store of another model is refused: traces must be the model's own (on-policy). With `allow_off_policy` it is read, but never
+    appended to.
 
     Args:
-        model: in memory, or as a `Subject` where servers sample it and its weights are not needed here.
+        model: in memory, or its `ModelIdentity` where servers sample it, so that its weights are not needed here.
         tokenizer: the model's own.
-        store_path: a .jsonl file. Beside it may stand x.pending.jsonl (finished, waiting for an earlier one) and
+        store_path: a .jsonl file. Beside it there may be x.pending.jsonl (traces finished before an earlier one) and
             x.failed.jsonl (problems that a server could not complete, with the reason).
-        problems: what to think about.
-        sampling: how.
+        problems: the questions.
+        sampling: how completions are sampled.
         tokens: the budget.
-        engine: servers that sample; None is the model in this process. They are asked only if the store holds too little.
-        retry_failed: try the problems of x.failed.jsonl again; else they are passed over.
+        engine: servers that sample, asked only if the store holds too little; None is the model in this process.
+        retry_failed: try the problems of x.failed.jsonl again; else they are skipped.
         allow_off_policy: see above.
         progress: show a bar.
 
@@ -72,12 +71,12 @@ def collect_traces(
     """
     if tokens < 1:
         raise RacError(f"tokens={tokens}: ask for at least one token to calibrate on")
-    in_memory = None if isinstance(model, Subject) else model
-    subject = model if isinstance(model, Subject) else Subject.of_model(model)
-    sampling = sampling.resolved(subject.generation_config)
+    in_memory = None if isinstance(model, ModelIdentity) else model
+    identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
+    sampling = sampling.resolved(identity.generation_config)
     header = StoreHeader(
-        fingerprint=subject.fingerprint,
-        model=subject.name,
+        fingerprint=identity.fingerprint,
+        model=identity.name,
         tokenizer=tokenizer_fingerprint(tokenizer),
         chat_template=_template_hash(tokenizer) if sampling.template == "chat" else None,
         sampling=sampling,
@@ -91,8 +90,8 @@ def collect_traces(
         return _read_off_policy(path, header, tokens)
     if stored is not None and in_memory is not None and (engine is None or engine.verify_model):
         check_probes(in_memory, stored.engine.probes, f"the server that filled trace store {str(path)!r}")
-    requests = _requests(load_problems(problems, sampling.seed), sampling.samples_per_problem)
-    with contextlib.closing(_engine(engine, subject, in_memory, tokenizer, sampling)) as chosen:
+    questions = load_problems(problems, sampling.seed)
+    with contextlib.closing(_engine(engine, identity, in_memory, tokenizer, sampling)) as chosen:
         if stored is None:
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:
@@ -102,12 +101,12 @@ def collect_traces(
                 )
             if retry_failed:
                 forget_failures(path)
-            filling = Filling(
+            filling = FillStore(
                 store,
                 chosen,
-                requests,
+                questions,
                 _renderer(tokenizer, sampling),
-                _refuser(problems.max_prompt_tokens, subject.context),
+                _refuser(problems.max_prompt_tokens, identity.context),
             )
             _check_enough(filling.run(tokens, progress), store, tokens, filling.failed)
     return store
@@ -115,7 +114,7 @@ def collect_traces(
 
 def _engine(
     settings: EngineSettings | None,
-    subject: Subject,
+    identity: ModelIdentity,
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingSettings,
@@ -123,7 +122,7 @@ def _engine(
     if settings is not None:
         from rac_modifier.sampling.openai_server import ServerEngine
 
-        return ServerEngine(settings, subject, tokenizer, sampling, model)
+        return ServerEngine(settings, identity, tokenizer, sampling, model)
     if model is None:
         raise RacError("the model's weights are not in memory: load it, or name servers that sample it (traces.engine)")
     return InProcessEngine(model, tokenizer, sampling)
@@ -153,14 +152,8 @@ def default_store_path(fingerprint: str, sampling: SamplingSettings, problems: P
     return Path("rac_traces") / f"{fingerprint[:12]}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
 
 
-def _requests(problems: Iterator[Problem], samples: int) -> Iterator[Request]:
-    for problem in problems:
-        for sample in range(samples):
-            yield Request(f"{problem.id}#{sample}", problem)
-
-
 def _check_enough(total: int, store: TraceStore, tokens: int, failed: int) -> None:
-    # A store can hold enough although these problems do not: its traces came under a larger limit.
+    # A store can hold enough although these problems do not: it was filled with a larger limit.
     held = max(total, store.counts.tokens)
     if held < tokens:
         lost = f" {failed} problems failed: retry_failed tries them again." if failed else ""
@@ -182,7 +175,7 @@ def _read_off_policy(path: Path, header: StoreHeader, tokens: int) -> TraceStore
     if store.counts.tokens < tokens:
         raise RacError(
             f"trace store {str(path)!r} of {store.header.model!r} holds {store.counts.tokens:,} tokens, {tokens:,} "
-            "asked for; another model's store is never added to: ask for fewer tokens, or collect more with that model"
+            "asked for; another model's store is never appended to: ask for fewer tokens, or collect more with that model"
         )
     logger.warning(f"calibrating off-policy: the traces in {str(path)!r} are those of {store.header.model!r}")
     return store

@@ -15,9 +15,9 @@ _ROWS = 1000
 
 
 def export_parquet(store: TraceStore, output: Path, tokenizer: Any | None = None) -> int:
-    """Write each trace as a row, ids as they are; with a tokenizer also `prompt` and `completion` as text, tags and EOS shown.
+    """Write each trace as a row with its ids; with a tokenizer also `prompt` and `completion` as text, with tags and EOS.
 
-    The file appears when it is whole. Returns the number of rows.
+    The file has its name only when it is complete. Returns the number of rows.
 
     Raises:
         RacError: another suffix, an empty store, or the file cannot be written.

@@ -1,6 +1,6 @@
 """The side file of a store: problems that an engine could not complete, each with the reason.
 
-One JSON object a line. Only what is complete counts, so a kill while writing costs a line, and its problem is tried again.
+It has one JSON object per line. A line that a kill cut short does not count, and its problem is tried again.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def failures_path(store: Path) -> Path:
 
 
 def read_failures(store: Path) -> list[FailedProblem]:
-    """What failed on the way to a store; empty without a side file.
+    """The failed problems of a store; an empty list without a side file.
 
     Raises:
-        RacError: the file cannot be read, or a line of it is something else.
+        RacError: the file cannot be read, or a line of it is not a failed problem.
     """
     path = failures_path(store)
     try:
@@ -44,11 +44,13 @@ def read_failures(store: Path) -> list[FailedProblem]:
     try:
         return [FailedProblem(**json.loads(line)) for line in lines if line.endswith(b"\n") and line.strip()]
     except (ValueError, TypeError) as error:
-        raise RacError(f"{str(path)!r} is no list of failed problems ({error}); remove it to try them again") from error
+        raise RacError(
+            f"{str(path)!r} is not a list of failed problems ({error}); remove it to try them again"
+        ) from error
 
 
 def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
-    """Add to the side file; durable once this returns. Call it with the store locked.
+    """Append to the side file; it is on the disk when this returns. Call it with the store locked.
 
     Raises:
         RacError: it cannot be written.
@@ -66,5 +68,5 @@ def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
 
 
 def forget_failures(store: Path) -> None:
-    """Let the failed problems be tried again."""
+    """Delete the side file, so that the failed problems are tried again."""
     failures_path(store).unlink(missing_ok=True)

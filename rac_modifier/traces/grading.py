@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,7 +9,7 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.answer_checker import ask
+from rac_modifier.problems.answer_checker import WORKERS, check_answer
 from rac_modifier.problems.answers import equal_answers, extract_answer
 from rac_modifier.problems.source import gym_item
 from rac_modifier.traces.records import StoreHeader, Trace
@@ -19,10 +18,10 @@ _TOGETHER = 256  # traces held in memory while their answers are checked
 
 
 class Judge:
-    """Judges the traces of one store; remembers each verdict, so that reading the store again costs no more checks.
+    """Judges the traces of one store and caches each verdict, so that reading the store again needs no more checks.
 
-    Answers of reasoning-gym's problems are scored by the task, all others compared as text, integers or mathematics, in
-    processes that are ended where one answer takes too long (it then counts as wrong).
+    Answers to problems of reasoning-gym are scored by their task. All others are compared as text, as integers or as
+    mathematics. Both run in processes that are ended where one answer takes too long; that answer then counts as wrong.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, header: StoreHeader):
@@ -36,7 +35,7 @@ class Judge:
             RacError: a trace has no reference answer, or what checks it is not installed.
         """
         left = iter(traces)
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(WORKERS) as pool:
             while batch := list(islice(left, _TOGETHER)):
                 yield from zip(batch, pool.map(self.is_right, batch), strict=True)
 
@@ -56,5 +55,5 @@ class Judge:
         if answer is None:
             return False
         if item := gym_item(self._header.problems, self._header.sampling.seed, trace.problem_id):
-            return ask("reasoning-gym", answer, *item)
+            return check_answer("reasoning-gym", answer, *item)
         return equal_answers(answer, trace.answer)

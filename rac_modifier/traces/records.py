@@ -1,9 +1,9 @@
-"""What a trace store holds, and its lines: JSON objects whose first key is a checksum of the rest.
+"""The header and the traces of a store, and its lines: JSON objects whose first key is a checksum of the rest.
 
     {"crc32":"1f2e3d4c","header":{...}}      the first line
     {"crc32":"5a6b7c8d","trace":{...}}       every other line
 
-The checksum is over the bytes of the value as they stand in the file, so checking it needs no re-serialisation.
+The checksum is over the bytes of the value as they are in the file, so checking it needs no re-serialisation.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rac_modifier.sampling.generate import FinishReason
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 
-# What may differ between the runs that fill one store: neither changes a trace, only how far or how fast it goes.
+# Settings that may differ between the runs that fill one store: they change no trace, only how many there are, or the speed.
 _FREE_FIELDS = {"sampling": {"batch_size"}, "problems": {"limit"}}
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One sampled chain of thought, as the token ids that the model read and wrote (an EOS included)."""
+    """One sampled chain of thought: the token ids of prompt and completion, with the EOS."""
 
     id: str
     """"<problem id>#<sample>"."""
@@ -38,7 +38,7 @@ class Trace:
     question: str
     """For review only: calibration reads the ids."""
     answer: str | None
-    """For review only: traces are not filtered by correctness (the paper does not either)."""
+    """The reference answer, where the source has one; used by selections and reports."""
 
     @property
     def tokens(self) -> int:
@@ -60,7 +60,7 @@ class StoreHeader(BaseModel):
     sampling: SamplingSettings
     problems: ProblemSource
     engine: EngineRecord = EngineRecord()
-    """Does not decide which store a run may use: both kinds sample the same model. Only one kind adds to a store."""
+    """Both kinds sample the same model, so a run may read a store of either; only the kind that filled it may append."""
 
 
 def header_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:
@@ -93,10 +93,10 @@ def encode(kind: Literal["header", "trace"], value: StoreHeader | Trace) -> byte
 
 
 def decode(kind: Literal["header", "trace"], line: bytes) -> dict[str, Any]:
-    """The value of one line of a store, given without its newline.
+    """The value of one line of a store; `line` is without its newline.
 
     Raises:
-        ValueError: the checksum does not fit, or the line is of another kind.
+        ValueError: the checksum does not match, or the line is of another kind.
     """
     start = len(_prefix(kind, b""))
     payload = line[start:-1]

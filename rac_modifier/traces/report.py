@@ -1,4 +1,4 @@
-"""A trace store in words: what `rac traces inspect` prints."""
+"""A trace store described as text, for `rac traces inspect`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BAR = 40
 
 
 def describe_store(store: TraceStore) -> str:
-    """Where the traces come from, how many there are, why they ended, and a histogram of their lengths."""
+    """The model, problems and settings of a store, its counts, why its traces ended, and a histogram of their lengths."""
     header, counts = store.header, store.counts
     sampling = header.sampling
     prompt = f"{sampling.template} template{f' {header.chat_template}' if header.chat_template else ''}"
@@ -37,7 +37,7 @@ def describe_store(store: TraceStore) -> str:
         f"{counts.completion_tokens:,} completion tokens",
     ]
     if failed := len(read_failures(store.path)):
-        lines.append(f"failed      {failed:,} problems, passed over (traces.retry_failed tries them again)")
+        lines.append(f"failed      {failed:,} problems, skipped (set traces.retry_failed to try them again)")
     lengths: Counter[int] = Counter()
     reasons: Counter[str] = Counter()
     for trace in store:
@@ -50,13 +50,15 @@ def describe_store(store: TraceStore) -> str:
 
 
 def describe_verified(store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None) -> str:
-    """How many answers are right and what checking them cost; what a selection keeps."""
+    """How many answers are right, with the time of checking them; and what a selection keeps."""
     judge, lines = Judge(tokenizer, store.header), []
     if verify and len(store):
         started = time.perf_counter()
         right = sum(right for _, right in judge(store))
         cost = 1000 * (time.perf_counter() - started) / len(store)
-        lines.append(f"verified    {right:,} of {len(store):,} right ({right / len(store):.1%}), {cost:.2g} ms a trace")
+        lines.append(
+            f"verified    {right:,} of {len(store):,} right ({right / len(store):.1%}), {cost:.2g} ms per trace"
+        )
     if settings is not None:
         selection = Selection(settings)
         tokens = sum(trace.tokens for trace in select(store, selection, judge))
@@ -65,10 +67,10 @@ def describe_verified(store: TraceStore, tokenizer: Any, verify: bool, settings:
 
 
 def read_select(text: str | None) -> SelectSettings | None:
-    """A selection as it stands in a recipe, in one line of YAML.
+    """The settings of a selection, written as in a recipe, in one line of YAML.
 
     Raises:
-        RacError: it is none.
+        RacError: the text is not a selection.
     """
     if text is None:
         return None
@@ -79,12 +81,12 @@ def read_select(text: str | None) -> SelectSettings | None:
         raise RacError(f"--select {text!r}: {wrong}") from error
     except (yaml.YAMLError, TypeError) as error:
         raise RacError(
-            f"--select {text!r} is no selection; write it like '{{answers: correct, finished: true}}'"
+            f"--select {text!r} is not a selection; write it like '{{answers: correct, finished: true}}'"
         ) from error
 
 
 def _bucket(length: int) -> int:
-    """The power of two at or below, and for longer ones the half step between, as a lower bound."""
+    """The lower bound of the bar that counts this length: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
     low = 1 << max(length.bit_length() - 1, 0)
     return low + low // 2 if low >= 2 and length >= low + low // 2 else low
 

@@ -14,9 +14,10 @@ Judging = Callable[[Iterable[Trace]], Iterator[tuple[Trace, bool]]]
 
 
 class Selection:
-    """Passes on the traces that settings keep, and counts what was kept and why the rest was not.
+    """Filters traces by settings; counts how many were kept, and how many were dropped for which reason.
 
-    Traces must come problem by problem, as they are stored. Memory: the samples of one problem, and with `dedupe` a hash a trace.
+    The traces of a problem must follow each other, as they do in a store. In memory are the samples of one problem, and with
+    `dedupe` one hash per trace.
     """
 
     def __init__(self, settings: SelectSettings):
@@ -27,7 +28,7 @@ class Selection:
         self._seen: set[int] = set()
 
     def keep(self, judged: Iterable[Judged]) -> Iterator[Trace]:
-        """The traces to calibrate on, in order; `judged` tells with each whether it is right (None: not asked)."""
+        """The traces to calibrate on, in order; `judged` has with each trace whether it is right (None: not checked)."""
         for _, samples in groupby(judged, key=lambda one: one[0].problem_id):
             kept_here = 0
             for trace, reason in self._reasons(samples):
@@ -82,7 +83,7 @@ class Selection:
 
 
 def select(traces: Iterable[Trace], selection: Selection, judge: Judging) -> Iterator[Trace]:
-    """What `selection` keeps of `traces`; answers are judged only if its settings ask for it."""
+    """The traces that `selection` keeps; answers are judged only if its settings need that."""
     if selection.settings.checks_answers:
         return selection.keep(judge(traces))
     return selection.keep((trace, None) for trace in traces)

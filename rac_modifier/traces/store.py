@@ -1,4 +1,4 @@
-"""The trace store: an append-only JSONL file that survives a kill at any moment."""
+"""The trace store: an append-only JSONL file that stays valid when the writer is killed at any moment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["StoreHeader", "Trace", "TraceCounts", "TraceStore", "read_header"]
 
 @dataclass(frozen=True)
 class TraceCounts:
-    """How much a store holds; `finished` counts the traces that ended by themselves (EOS)."""
+    """The size of a store; `finished` counts the traces that ended with an EOS."""
 
     traces: int
     prompt_tokens: int
@@ -38,9 +38,9 @@ class TraceCounts:
 class TraceStore:
     """Traces of one model under one set of sampling settings and problems.
 
-    Open one with `TraceStore.read` or, to add to it, `TraceStore.open_append`, which locks the file. Opening reads the
-    file once and checks every line; iterating reads it again, one trace at a time. Memory holds an id and a token count
-    for each trace, not its tokens.
+    Open one with `TraceStore.read` or, to append, with `TraceStore.open_append`, which locks the file. Opening reads the file
+    once and checks every line; iterating reads it again, one trace at a time. In memory are an id and a token count per
+    trace, not its tokens.
     """
 
     def __init__(self, path: Path, header: StoreHeader, fd: int | None = None):
@@ -53,10 +53,10 @@ class TraceStore:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> TraceStore:
-        """Open a store for reading; a torn last line (a run was killed, or is writing just now) is left out.
+        """Open a store for reading; an incomplete last line (a run was killed, or is writing it now) is left out.
 
         Raises:
-            RacError: no such file, no store, or a corrupt line.
+            RacError: no such file, not a store, or a corrupt line.
         """
         path = Path(path)
         header = read_header(path)
@@ -68,9 +68,9 @@ class TraceStore:
 
     @classmethod
     def open_append(cls, path: str | os.PathLike[str], header: StoreHeader) -> TraceStore:
-        """Open a store to add to it, or create it; holds an exclusive lock until `close`.
+        """Open a store to append, or create it; the file is locked for other writers until `close`.
 
-        A torn last line is cut off. Traces are only added to a store whose header agrees (`header_differences`).
+        An incomplete last line is cut off. Traces are appended only to a store with an equal header (`header_differences`).
 
         Raises:
             RacError: in use by another process, another header, a corrupt line, or the file cannot be written.
@@ -91,10 +91,10 @@ class TraceStore:
         return store
 
     def append_many(self, traces: Sequence[Trace]) -> None:
-        """Add traces with one write and one fsync: once this returns, they survive a crash.
+        """Append traces with one write and one fsync: they are on the disk when this returns.
 
         Raises:
-            RacError: the disk is full or fails; the file is cut back to what it held before, which stays valid.
+            RacError: the disk is full or fails; the file is cut back to what it held before.
         """
         for trace in traces:
             assert trace.id not in self._tokens, f"trace {trace.id} is stored already"
@@ -104,7 +104,7 @@ class TraceStore:
                 self._count(trace)
 
     def remove(self) -> None:
-        """Delete the file, which must be open to add to, and close it."""
+        """Delete the file, which must be open to append, and close it."""
         assert self._fd is not None
         self.path.unlink(missing_ok=True)
         self.close()
@@ -148,7 +148,7 @@ class TraceStore:
 
     @property
     def counts(self) -> TraceCounts:
-        """How much the store holds."""
+        """The size of the store."""
         return self._counts
 
     def sha256(self) -> str:
@@ -173,7 +173,7 @@ class TraceStore:
     def _open_locked(self, header: StoreHeader) -> None:
         stored = read_header(self.path)
         if stored is None:
-            self._truncate()  # a header cut short by a kill: nothing was stored behind it
+            self._truncate()  # a header cut short by a kill: no trace was stored yet
             self._write(encode("header", header))
             self._sync_directory()
             return
@@ -192,7 +192,7 @@ class TraceStore:
             self._truncate()
 
     def _scan(self) -> int:
-        """Check every line and count; returns how many bytes of a torn last line follow the valid part."""
+        """Check and count every line; returns the bytes of an incomplete last line, which follow the valid part."""
         with self.path.open("rb") as file:
             self._end = len(file.readline())
             for number, line in enumerate(file, 2):
@@ -250,7 +250,7 @@ class TraceStore:
         os.ftruncate(self._fd, self._end)
 
     def _sync_directory(self) -> None:
-        """Make the new file's name survive a crash too."""
+        """Write the name of the new file to the disk too."""
         directory = os.open(self.path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -262,7 +262,7 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
     """The header of a store; None if the file does not exist, is empty, or ends within its first line.
 
     Raises:
-        RacError: the file is no trace store, or one of another version.
+        RacError: the file is not a trace store, or is of another version.
     """
     path = Path(path)
     if not path.exists():

@@ -71,3 +71,16 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     bare = save_tiny(b.tmp / "bare", chat_template=None)
     b.prune(str(bare), settings={"traces": {"store": str(b.tmp / "new.jsonl")}})
+
+
+@CASES.case("a problem file with a broken line", "problems.jsonl', line 2 is not JSON")
+def _(b: Bench) -> None:
+    traces = b.problems({"problem": "1+1?"})
+    with (b.tmp / "problems.jsonl").open("a") as file:
+        file.write("{broken\n")
+    b.prune_with(traces=traces)
+
+
+@CASES.case("an answer column of dates", "must hold text or a number, it holds a datetime; write the answers as text")
+def _(b: Bench) -> None:
+    b.prune_with(traces=b.problems({"problem": "When?", "answer": "2024-01-05"}, answer_column="answer"))

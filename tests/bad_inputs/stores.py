@@ -75,7 +75,7 @@ def _(b: Bench) -> None:
     b.check(traces={"sampling": sampling, "select": {"min_tokens": 41}})
 
 
-@CASES.case("a selection by difficulty with one sample a problem", "set sampling.samples_per_problem to 2 or more")
+@CASES.case("a selection by difficulty with one sample per problem", "set sampling.samples_per_problem to 2 or more")
 def _(b: Bench) -> None:
     b.check(traces={"select": {"pass_rate": [0.2, 0.8]}})
 
@@ -91,7 +91,7 @@ def _(b: Bench) -> None:
     b.prune_with(traces={**traces, "select": {"answers": "correct"}}, calibration={"tokens": 300})
 
 
-@CASES.case("a selection on the command line that is none", "--select 'correct' is no selection")
+@CASES.case("a text that is not a selection on the command line", "--select 'correct' is not a selection")
 def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.store, "--select", "correct")
 

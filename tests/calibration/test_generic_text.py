@@ -53,7 +53,8 @@ def test_every_file_type_gives_the_same_text(tokenizer, tmp_path):
         ({"source": "empty.jsonl", "column": "text"}, "holds no text"),
         ({"source": "bad.jsonl", "column": "text"}, "line 2 is not JSON"),
         ({"source": "list.jsonl", "column": "text"}, "line 1 is a list"),
-        ({"source": "bad.parquet", "column": "text"}, "could not be loaded"),
+        ({"source": "bad.txt"}, "must hold text in UTF-8"),
+        ({"source": "bad.parquet", "column": "text"}, "could not be read .*must hold Parquet"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tokenizer, tmp_path, monkeypatch, source, message):
@@ -61,7 +62,8 @@ def test_what_cannot_be_read_is_refused(tokenizer, tmp_path, monkeypatch, source
     (tmp_path / "t.jsonl").write_text('{"text": "some words"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": "some words"}\nnot json\n')
-    (tmp_path / "list.jsonl").write_text('["some words"]\n')
+    (tmp_path / "list.jsonl").write_text('["some words"]\n["more words"]\n')
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
     (tmp_path / "bad.parquet").write_text("no parquet")
     with pytest.raises(RacError, match=message):
         read(tokenizer, **source)

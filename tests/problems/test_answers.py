@@ -1,25 +1,9 @@
-import importlib.util
-import sys
-import threading
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rac_modifier.errors import RacError
-from rac_modifier.problems import answer_checker as processes
-from rac_modifier.problems import answers as verify
+from rac_modifier.problems import answers
 from rac_modifier.problems.answers import equal_answers, extract_answer, is_correct
-
-
-@pytest.fixture
-def fresh_worker(monkeypatch):
-    """Processes started here give up early, so that the tests are short."""
-    processes.close()
-    monkeypatch.setattr(processes, "SECONDS_PER_ANSWER", 1.0)
-    yield
-    processes.close()
 
 
 @pytest.mark.parametrize(
@@ -76,9 +60,8 @@ def test_against_a_plain_scan_from_the_right(tokens):
 
 
 def test_many_open_boxes_take_linear_time():
-    started = time.monotonic()
-    assert extract_answer("\\boxed{" * 100_000) is None
-    assert time.monotonic() - started < 2
+    """Quadratic time would be hours."""
+    assert extract_answer("\\boxed{" * 1_000_000) is None
 
 
 @pytest.mark.parametrize(
@@ -98,62 +81,15 @@ def test_many_open_boxes_take_linear_time():
     ],
 )
 def test_text_and_integers_need_no_math_verify(monkeypatch, answer, reference, expected):
-    monkeypatch.setattr(verify, "ask", None)
+    monkeypatch.setattr(answers, "check_answer", None)
     assert equal_answers(answer, reference) is expected
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "expected"),
-    [
-        ("0.5", r"\frac{1}{2}", True),
-        (r"\frac{2}{4}", "1/2", True),
-        ("1,234", "1234", True),
-        (r"\sqrt{8}", r"2\sqrt 2", True),
-        ("(1,2)", "(1, 2)", True),
-        ("x=5", "5", True),
-        ("0.51", r"\frac{1}{2}", False),
-        (r"\frac{1", "1", False),
-        ("\\]}{ nonsense", "1", False),
-        ("no", "yes", False),
-    ],
-)
-def test_mathematical_equality(answer, reference, expected):
-    assert equal_answers(answer, reference) is expected
-
-
-def test_equality_in_a_thread_that_may_set_no_signal_handler():
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(equal_answers("0.5", "1/2"))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [True] * 3
-
-
-def test_an_answer_too_large_to_evaluate_is_wrong_and_the_next_is_checked(fresh_worker):
-    assert not equal_answers("9^{9^{9^9}}", "1")
-    assert equal_answers("0.5", "1/2")
-
-
-def test_reasoning_gym_scores_its_own_answers(fresh_worker):
-    import reasoning_gym
-
-    item = reasoning_gym.create_dataset("chain_sum", seed=3, size=5)[2]
-    assert processes.ask("reasoning-gym", str(item["answer"]), "chain_sum", 3, 5, 2)
-    assert not processes.ask("reasoning-gym", "no number", "chain_sum", 3, 5, 2)
-
-
-def test_without_math_verify_the_error_says_what_to_install(fresh_worker, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RacError, match=r"rac-modifier\[eval\]"):
-        equal_answers("0.5", "1/2")
-
-
-def test_a_broken_math_verify_is_an_error_not_a_wrong_answer(fresh_worker, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RacError, match="fails to start"):
-        equal_answers("0.5", "1/2")
+def test_everything_else_is_compared_as_mathematics_without_its_wrapping(monkeypatch):
+    asked = []
+    monkeypatch.setattr(answers, "check_answer", lambda *question: asked.append(question) or True)
+    assert equal_answers("$0.5$", r"\boxed{\frac{1}{2}}")
+    assert asked == [("mathematics", "0.5", r"\frac{1}{2}")]
 
 
 def test_is_correct_looks_behind_the_thinking():

@@ -1,4 +1,4 @@
-"""A completions server on loopback that answers from a rule and misbehaves where a test says so."""
+"""A completions server on loopback that answers from a rule, and with faults where a test wants them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def rule(body: dict[str, Any]) -> list[int]:
     return [*ids[: length - 1], EOS] if digest[-2] % 2 else ids
 
 
+def shorten_pauses(monkeypatch: Any) -> None:
+    """Make openai's back-off and our own pause short; fails where openai no longer has these constants."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+    monkeypatch.setattr("rac_modifier.sampling.server_client.PAUSE", 0.01)
+
+
 class FakeServer:
     """`fault` gets each completion request's number and body, and names what to do wrong, or None.
 
@@ -35,6 +42,7 @@ class FakeServer:
         self.answer: Callable[[dict[str, Any]], list[int]] = rule
         self.eos = {EOS}
         self.cards: list[dict[str, Any]] = [{"id": NAME, "root": "/models/tiny", "max_model_len": 512}]
+        self.list_status = 200
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.bodies: list[dict[str, Any]] = []
         self.faults: Counter[str] = Counter()
@@ -77,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.send(200, {"object": "list", "data": self.fake.cards})
+        self.fake.headers.append(dict(self.headers))
+        self.send(self.fake.list_status, {"object": "list", "data": self.fake.cards})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -101,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if fault in ("500", "401", "400", "404"):
+        if fault in ("500", "401", "400", "404", "418"):
             return self.send(int(fault), {"error": {"message": f"told to answer {fault}"}})
         if fault in ("429", "503"):
             return self.send(int(fault), {"error": {"message": "busy"}}, {"Retry-After": "0.05"})

@@ -1,9 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from loguru import logger
-from pydantic import ValidationError
 from transformers import GenerationConfig
 
 from rac_modifier.errors import RacError
@@ -30,8 +27,8 @@ def tokenizer():
 
 @pytest.fixture
 def warnings():
-    generation._tell_capped.cache_clear()
-    generation._tell_what_is_not_applied.cache_clear()
+    generation._warn_of_cap.cache_clear()
+    generation._warn_of_penalty.cache_clear()
     lines = []
     sink = logger.add(lines.append, format="{message}")
     yield lines
@@ -168,46 +165,3 @@ def test_no_eos_anywhere():
     tokenizer.eos_token = None
     with pytest.raises(RacError, match="EOS"):
         generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
-
-
-def test_resolved_prefers_what_is_given_then_the_model_then_the_usual():
-    own = GenerationConfig(do_sample=True, temperature=0.7, top_k=20)
-    done = SamplingSettings(temperature=0.9).resolved(own)
-    assert (done.temperature, done.top_p, done.top_k) == (0.9, 0.95, 20)
-    assert SamplingSettings().resolved(own).temperature == 0.7
-    for silent in (None, GenerationConfig(), GenerationConfig(do_sample=False)):
-        done = SamplingSettings().resolved(silent)
-        assert (done.temperature, done.top_p, done.top_k) == (0.6, 0.95, 0)
-    assert SamplingSettings(temperature=0, top_k=3).resolved(own).temperature == 0
-
-
-@given(
-    st.none() | st.floats(0, 5), st.none() | st.floats(0.01, 1), st.none() | st.integers(0, 99), st.sampled_from([1, 4])
-)
-@settings(max_examples=50, deadline=None)
-def test_resolved_is_complete_and_stable(temperature, top_p, top_k, batch_size):
-    how = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, batch_size=batch_size).resolved(None)
-    assert None not in (how.temperature, how.top_p, how.top_k)
-    assert how.resolved(GenerationConfig(do_sample=True, temperature=9.0)) == how
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"top_p": 0},
-        {"top_p": 1.1},
-        {"top_k": -1},
-        {"max_new_tokens": 0},
-        {"samples_per_problem": 0},
-        {"batch_size": 0},
-        {"template": "plain"},
-        {"temprature": 1},
-        {"temperature": 0, "samples_per_problem": 2},
-        {"template": "none", "system_prompt": "s"},
-    ],
-)
-def test_settings_out_of_range(fields):
-    with pytest.raises(ValidationError):
-        SamplingSettings(**fields)

@@ -1,11 +1,15 @@
 import copy
+import json
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3ForCausalLM
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.model_identity import model_fingerprint, tokenizer_fingerprint
+from rac_modifier.sampling import model_identity
+from rac_modifier.sampling.model_identity import ModelIdentity, model_fingerprint, tokenizer_fingerprint
+from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -77,3 +81,50 @@ def test_tokenizer_fingerprint_is_of_the_vocabulary():
     grown = tiny_tokenizer()
     grown.add_tokens(["<tool>"])
     assert tokenizer_fingerprint(grown) != before
+
+
+def test_of_a_model_in_memory():
+    identity = ModelIdentity.of_model(tiny_model())
+    assert (identity.name, identity.source) == ("Qwen3ForCausalLM", "")
+    assert (identity.vocab_size, identity.context) == (300, 512)
+    assert identity.fingerprint == model_fingerprint(tiny_model())
+    assert identity.eos(tiny_tokenizer()) == (1,)
+
+
+def test_weights_of_another_shape_than_the_config_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(RacError, match=r"has the shape .*128.*, not .*96.* as config.json"):
+        ModelIdentity.of_files(str(tmp_path))
+
+
+def test_files_that_name_tensors_differently_are_loaded(tmp_path, monkeypatch):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["other.name"] = tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(model_identity.AutoModelForCausalLM, "from_pretrained", lambda source, dtype: model)
+    assert ModelIdentity.of_files(str(tmp_path)) == ModelIdentity.of_model(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shards", ["1GB", "40KB"])
+def test_a_model_on_disk_is_known_as_if_loaded(tmp_path, tied, shards):
+    model = tiny_model(tie_word_embeddings=tied).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[1, 2])
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "40KB")
+    loaded = ModelIdentity.of_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    found = ModelIdentity.of_files(str(tmp_path))
+    assert (found.name, found.fingerprint) == (loaded.name, loaded.fingerprint)
+    assert found.source == loaded.source == str(tmp_path)
+    assert (found.vocab_size, found.context) == (loaded.vocab_size, loaded.context)
+    assert found.eos(tiny_tokenizer()) == (1, 2)
+    assert SamplingSettings().resolved(found.generation_config) == SamplingSettings().resolved(loaded.generation_config)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(RacError, match="cannot be read"):
+        ModelIdentity.of_files(str(tmp_path / "none"))

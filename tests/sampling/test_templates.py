@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.sampling.subject import Subject
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
@@ -91,7 +91,7 @@ def test_the_store_holds_the_ids_that_the_server_generated(make, also_ends, coun
     server.answer, server.eos = writer, set(eos)
     try:
         collect_traces(
-            Subject.of_model(model),
+            ModelIdentity.of_model(model),
             tokenizer,
             tmp_path / "s.jsonl",
             problems=ProblemSource(),
@@ -130,6 +130,6 @@ def test_the_template_asks_and_would_delete_the_thinking_of_finished_turns(make)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert "four" not in rendered
     if "enable_thinking" in tokenizer.chat_template:
-        off = tokenizer.decode(SamplingSettings(thinking=False).render(tokenizer, "2+2?"))
+        off = tokenizer.decode(render_question(tokenizer, "2+2?", SamplingSettings(thinking=False)))
         assert off == text + "<think>\n\n</think>\n\n"
     assert prompt.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier.errors import RacError
 from rac_modifier.reasoner import reasoner_path
-from rac_modifier.sampling.subject import Subject
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
@@ -108,7 +108,7 @@ def test_greedy_traces_are_those_of_this_process(url, model, tokenizer, tmp_path
 
 
 def test_sampled_traces_follow_their_seeds(url, tokenizer, tmp_path):
-    subject = Subject.of_files(str(reasoner_path()))
+    subject = ModelIdentity.of_files(str(reasoner_path()))
     sampling = SamplingSettings(temperature=1.5, top_p=1, max_new_tokens=128)
     first = collect(tmp_path / "a.jsonl", subject, tokenizer, url, sampling)
     again = {t.id: t.completion_ids for t in collect(tmp_path / "b.jsonl", subject, tokenizer, url, sampling)}

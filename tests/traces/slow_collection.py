@@ -13,7 +13,7 @@ def collect_slowly(path: str, settings: dict[str, object], tokens: int, url: str
 
     With `url`, from the server there, without the model in memory.
     """
-    from rac_modifier.sampling.subject import Subject
+    from rac_modifier.sampling.model_identity import ModelIdentity
     from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
     from rac_modifier.traces.collect import collect_traces
@@ -28,7 +28,7 @@ def collect_slowly(path: str, settings: dict[str, object], tokens: int, url: str
     os.write = write_in_pieces  # type: ignore[assignment]
     model = tiny_model()
     collect_traces(
-        Subject.of_model(model) if url else model,
+        ModelIdentity.of_model(model) if url else model,
         tiny_tokenizer(),
         path,
         problems=ProblemSource(),

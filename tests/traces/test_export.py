@@ -1,13 +1,11 @@
-"""A store as Parquet, and as words."""
+"""A store as Parquet."""
 
 import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.export import export_parquet
-from rac_modifier.traces.report import describe_store, describe_verified, read_select
 from rac_modifier.traces.store import StoreHeader, Trace, TraceStore
 from tests.tiny import byte_tokenizer
 
@@ -77,27 +75,11 @@ def test_what_cannot_be_exported(store, tmp_path):
         export_parquet(empty, tmp_path / "out.parquet")
 
 
-def test_a_store_in_words(store):
-    text = describe_store(store)
-    assert "chat template abc, generation prompt added, thinking on, no system prompt" in text
-    assert "ended by    stop 1,665, length 834" in text
-    bars = [line.split() for line in text.splitlines() if line.startswith("  from")]
-    assert sum(int(count.replace(",", "")) for _, _, count, _ in bars) == len(store)
-    assert [int(low) for _, low, _, _ in bars] == sorted(int(low) for _, low, _, _ in bars)
+def test_a_full_disk_leaves_no_half_file(store, tmp_path, monkeypatch):
+    def full(_from, _to):
+        raise OSError(28, "No space left on device")
 
-
-def test_what_is_right_and_what_a_selection_keeps(store, tokenizer):
-    text = describe_verified(store, tokenizer, True, SelectSettings(answers="correct", finished=True))
-    right = [t for t in store if int(t.answer) % 4]
-    assert f"verified    {len(right):,} of 2,499 right" in text
-    kept = [t for t in right if t.finish_reason == "stop"]
-    assert f"selection   kept {len(kept):,} of 2,499: 834 unfinished, {2499 - 834 - len(kept)} wrong" in text
-    assert f"{sum(t.tokens for t in kept):,} tokens" in text
-
-
-def test_a_selection_on_the_command_line():
-    assert read_select(None) is None
-    assert read_select("{answers: wrong, max_tokens: 9}") == SelectSettings(answers="wrong", max_tokens=9)
-    for text in ("correct", "{answers: [", "[1]", "{answer: correct}", "{max_tokens: 0}"):
-        with pytest.raises(RacError, match="--select"):
-            read_select(text)
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(RacError, match=r"out\.parquet' cannot be written .*make room"):
+        export_parquet(store, tmp_path / "out.parquet")
+    assert list(tmp_path.glob("out*")) == []

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from rac_modifier.sampling.subject import Subject
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
@@ -25,7 +25,7 @@ def test_kills_lose_and_double_nothing(tmp_path, engine, kills):
     tokens = 1500 * kills  # more than is collected until the last kill
     # A fork server imports torch once, in a process without threads; each child is then a quick and safe fork of it.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["slow_collection", "rac_modifier.traces.collect"])
+    context.set_forkserver_preload(["tests.traces.slow_collection", "rac_modifier.traces.collect"])
     path = tmp_path / "killed.jsonl"
     rng = random.Random(0)
     server = None
@@ -59,7 +59,7 @@ def test_kills_lose_and_double_nothing(tmp_path, engine, kills):
     def finish(name):
         model = tiny_model()
         return collect_traces(
-            Subject.of_model(model) if url else model,
+            ModelIdentity.of_model(model) if url else model,
             tiny_tokenizer(),
             tmp_path / name,
             problems=ProblemSource(),

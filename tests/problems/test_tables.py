@@ -1,0 +1,156 @@
+"""Every kind of file and a dataset, read in one place."""
+
+import json
+import socket
+
+import datasets
+import pytest
+
+from rac_modifier.errors import RacError
+from rac_modifier.problems.tables import is_file, open_table, stream_rows
+
+ROWS = [
+    {"problem": "1 + 1?", "answer": 2, "note": None},
+    {"problem": "é\n2024-01-05", "answer": -3, "note": "x"},
+    {"problem": "3", "answer": 0, "note": "y"},
+]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(path):
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(str(path))
+    else:
+        path.write_text({".jsonl": lines(ROWS), ".json": json.dumps(ROWS, indent=1)}[path.suffix])
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "[a] *?.jsonl"])
+def test_every_kind_of_file_gives_the_same_rows(name, tmp_path, monkeypatch):
+    """Without a network, as the values were written; a name is a name, not a pattern."""
+    path = write(tmp_path / name)
+
+    def no_network(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    table = open_table(path, what="file")
+    assert table.column_names == ["problem", "answer", "note"]
+    assert list(table) == ROWS
+    assert list(stream_rows(path, what="file")) == ROWS
+
+
+def test_an_edited_file_is_read_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for i in range(3):
+        path.write_text(lines([{"problem": str(i)}]))
+        assert list(open_table(str(path), what="file")) == [{"problem": str(i)}]
+
+
+def test_rows_may_lack_columns_and_mix_types(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"problem": "a", "answer": 1}, {"problem": "b", "answer": "x=1"}, {"problem": "c"}]
+    path.write_text(lines(rows))
+    assert [row["answer"] for row in open_table(str(path), what="file")] == [1, "x=1", None]
+
+
+def test_columns_with_the_names_of_agent_traces_stay_columns(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"type": "user", "message": {"a": 1}}, {"type": "user", "message": {"b": [2]}}]
+    path.write_text(lines(rows))
+    assert open_table(str(path), what="file").column_names == ["type", "message"]
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    assert list(stream_rows(str(tmp_path / "a.txt"), what="file")) == [{"text": "one\ntwo\n"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", " [] "), ("a.json", "{}"), ("a.txt", "")]
+)
+def test_an_empty_file_has_no_rows(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert len(open_table(str(tmp_path / name), what="file")) == 0
+    assert list(stream_rows(str(tmp_path / name), what="file")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"problem": "x"}\n\n{broken\n',
+            r"a\.jsonl', line 3 is not JSON \(.*\); repair or remove that line",
+        ),
+        ("a.jsonl", '{"problem": "x"}\n[1]\n', "line 2 is a list, not an object with named columns"),
+        ("a.jsonl", '{"problem": 1}\n\n{"problem": "x"}\n', "line 2 is empty; repair or remove that line"),
+        ("a.json", '[{"problem": "x"},', r"a\.json' could not be read \(.*must hold a list of objects in JSON"),
+        ("a.parquet", "text", r"could not be read \(ArrowInvalid.*must hold Parquet"),
+    ],
+)
+def test_malformed_files_are_named_with_the_place(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RacError, match=f"^my file .*{message}"):
+        open_table(str(tmp_path / name), what="my file")
+    with pytest.raises(RacError, match=f"^my file .*{message}"):
+        list(stream_rows(str(tmp_path / name), what="my file"))
+
+
+def test_a_text_file_in_another_encoding(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(RacError, match=r"a\.txt' could not be read .*it must hold text in UTF-8"):
+        list(stream_rows(str(tmp_path / "a.txt"), what="file"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    assert is_file(name)
+    with pytest.raises(
+        RacError, match=rf"my file '{name}': no such file; check the path \(it is relative to {tmp_path}\)"
+    ):
+        open_table(name, what="my file")
+
+
+def test_a_dataset_is_loaded_by_name_config_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert not is_file("some/data")
+    assert list(open_table("some/data", what="dataset", config="all", split="test")) == ROWS
+    assert list(stream_rows("some/data", what="dataset")) == ROWS
+    assert asked == [("some/data", "all", "test", False), ("some/data", None, "train", True)]
+
+
+def test_a_dataset_that_cannot_be_loaded_names_the_ways_out(monkeypatch):
+    def load_dataset(*_args, **_kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        RacError,
+        match=r"dataset 'no/body' \(config None, split 'train'\) could not be loaded \(ConnectionError: no route to the hub\).*"
+        "name a local file or a built-in source",
+    ):
+        open_table("no/body", what="dataset")
+
+
+def test_a_stream_that_breaks_off_is_an_error_not_an_end(monkeypatch):
+    def rows():
+        yield ROWS[0]
+        raise ConnectionError("connection lost")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_kwargs: rows())
+    stream = stream_rows("some/data", what="dataset")
+    assert next(stream) == ROWS[0]
+    with pytest.raises(RacError, match="connection lost"):
+        next(stream)

@@ -1,0 +1,298 @@
+"""The engine on servers: how many prompts are under way, which server completes which, and how it ends."""
+
+import contextlib
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+
+from rac_modifier.errors import RacError
+from rac_modifier.sampling.completions_api import trace_seed
+from rac_modifier.sampling.engine import Failure, Prompt
+from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.sampling.openai_server import ServerEngine, least_busy
+from rac_modifier.sampling.server_client import ServerClient
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from tests.sampling.fake_server import NAME, FakeServer, rule
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=20).resolved(None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def identity():
+    return ModelIdentity.of_model(tiny_model())
+
+
+@pytest.fixture
+def make(server, identity, tokenizer):
+    made = []
+
+    def make(*, urls=None, weights=None, **engine):
+        settings = {"concurrency": 4, "verify_model": False, "timeout": 5, **engine}
+        one = ServerEngine(
+            EngineSettings(base_urls=urls or (server.url,), **settings), identity, tokenizer, SAMPLING, weights
+        )
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def prompts(count, start=0):
+    return [Prompt(f"p{i}#0", (2, 40 + i % 50)) for i in range(start, start + count)]
+
+
+def outcomes(engine, many):
+    engine.connect()
+    return {c.prompt.key: c.outcome for some in engine.iter_completions([[p] for p in many]) for c in some}
+
+
+def expected(prompt, seed=0):
+    body = {"seed": trace_seed(seed, prompt.key), "prompt": list(prompt.ids), "max_tokens": 20}
+    return tuple(rule(body))
+
+
+def test_every_prompt_is_completed_once(make, server):
+    server.delay = lambda body: 0.01 * (body["seed"] % 3)
+    found = outcomes(make(), prompts(40))
+    assert {key: one.ids for key, one in found.items()} == {p.key: expected(p) for p in prompts(40)}
+    assert len(server.bodies) == 40
+    assert 2 <= server.most_at_once <= 4
+
+
+def test_prompts_are_taken_only_as_there_is_room(make, server):
+    """At most `concurrency` unfinished ones, and not further ahead of the oldest than four times that."""
+    first, rest = prompts(1)[0], prompts(100, start=1)
+    blocked = trace_seed(0, first.key)
+    server.fault = lambda number, body: "hang" if body["seed"] == blocked else None
+    taken = []
+
+    def batches():
+        for prompt in [first, *rest]:
+            taken.append(prompt.key)
+            yield [prompt]
+
+    engine = make(timeout=30)
+    engine.connect()
+    finished = engine.iter_completions(batches())
+    assert taken == []  # nothing before the first completion is wanted
+    seen = 0
+    while seen < 15:
+        seen += len(next(finished))
+    assert len(taken) == 16
+    threading.Timer(0.2, server.released.set).start()
+    seen += sum(len(some) for some in finished)
+    assert seen == len(taken) == 101
+
+
+def test_what_is_yielded_may_depend_on_completions(make):
+    """Prompts are taken in the caller's thread, after it has seen what was finished."""
+    engine = make(concurrency=1)
+    engine.connect()
+    done = []
+
+    def batches():
+        while len(done) < 5:
+            assert threading.current_thread() is threading.main_thread()
+            yield prompts(1, start=len(done))
+
+    for some in engine.iter_completions(batches()):
+        done.extend(some)
+    assert [completion.prompt.key for completion in done] == [f"p{i}#0" for i in range(5)]
+
+
+def test_an_error_ends_it_after_what_was_finished(make, server):
+    bad = trace_seed(0, "p3#0")
+    server.fault = lambda number, body: "401" if body["seed"] == bad else None
+    engine = make(concurrency=1)
+    engine.connect()
+    finished = engine.iter_completions([[p] for p in prompts(5)])
+    done = [completion.prompt.key for _ in range(3) for completion in next(finished)]
+    with pytest.raises(RacError, match="api_key_env"):
+        next(finished)
+    assert done == ["p0#0", "p1#0", "p2#0"]
+    assert len(server.bodies) == 4
+
+
+def test_failures_are_outcomes(make, server):
+    refused, broken = trace_seed(0, "p1#0"), trace_seed(0, "p2#0")
+    server.fault = lambda number, body: {refused: "400", broken: "500"}.get(body["seed"])
+    found = outcomes(make(tries=2), prompts(4))
+    assert "told to answer 400" in found["p1#0"].reason
+    assert "tried" not in found["p1#0"].reason
+    assert found["p2#0"].reason.endswith("answers 500: told to answer 500 (tried 2 times)")
+    assert found["p0#0"].ids == expected(prompts(1)[0])
+    assert len(server.bodies) == 5
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "reason"),
+    [
+        (512, 512, "the prompt of 512 tokens fills the model's context of 512"),
+        (
+            300,
+            310,
+            "a prompt of 300 and a completion of up to 20 tokens do not fit the servers' --max-model-len of 310",
+        ),
+    ],
+)
+def test_prompts_that_do_not_fit_are_not_sent(make, server, length, limit, reason):
+    server.cards[0]["max_model_len"] = limit
+    (found,) = outcomes(make(), [Prompt("long#0", (5,) * length)]).values()
+    assert isinstance(found, Failure)
+    assert found.reason.startswith(reason)
+    assert server.bodies == []
+
+
+def test_a_completion_ends_at_the_models_context(make, server):
+    outcomes(make(), [Prompt("long#0", (5,) * 505)])
+    assert server.bodies[0]["max_tokens"] == 7
+
+
+def states(*pairs):
+    made = []
+    for number, (under_way, failing) in enumerate(pairs):
+        client = ServerClient.__new__(ServerClient)
+        client.url, client.under_way, client.failing = f"s{number}", under_way, failing
+        made.append(client)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("servers", "tried", "chosen"),
+    [
+        ([(3, False), (1, False)], [], 1),
+        ([(3, False), (1, False)], [1], 0),
+        ([(3, False), (1, False)], [0, 1], None),
+        ([(3, False), (1, True)], [], 0),  # one prompt at a time where it fails
+        ([(3, False), (0, True)], [], 1),  # to notice when it works again
+        ([(3, False), (1, True)], [0], 1),
+        ([(3, True), (1, True)], [], 1),
+    ],
+)
+def test_the_least_busy_server_is_next(servers, tried, chosen):
+    made = states(*servers)
+    found = least_busy(made, [made[i] for i in tried])
+    assert found is (None if chosen is None else made[chosen])
+
+
+def test_two_servers_share_the_work(make, server):
+    other = FakeServer()
+    try:
+        server.delay = other.delay = lambda body: 0.01
+        found = outcomes(make(urls=(server.url, other.url)), prompts(40))
+    finally:
+        other.close()
+    assert {key: one.ids for key, one in found.items()} == {p.key: expected(p) for p in prompts(40)}
+    assert min(len(server.bodies), len(other.bodies)) >= 10
+
+
+@pytest.mark.parametrize("fault", ["reset", "503", "hang"])
+def test_a_server_that_fails_costs_few_tries_and_no_problem(make, server, fault):
+    """The first prompts at once, then one at a time, so that the other server does nearly everything."""
+    other = FakeServer()
+    other.fault = lambda number, body: fault
+    server.delay = lambda body: 0.02
+    try:
+        found = outcomes(make(urls=(server.url, other.url), timeout=0.3), prompts(40))
+        assert {key: one.ids for key, one in found.items()} == {p.key: expected(p) for p in prompts(40)}
+        assert server.most_at_once >= 3
+    finally:
+        other.close()
+
+
+def test_each_of_several_servers_is_tried_as_often_as_the_settings_say(make, server):
+    other = FakeServer()
+    other.fault = server.fault = lambda number, body: "500"
+    try:
+        (found,) = outcomes(make(urls=(server.url, other.url), tries=5), prompts(1)).values()
+    finally:
+        other.close()
+    assert found.reason.endswith("(tried 5 times at each of 2 servers)")
+    assert len(server.bodies) == len(other.bodies) == 5
+
+
+def test_closing_drops_what_is_under_way(make, server):
+    server.fault = lambda number, body: "hang"
+    engine = make(timeout=600)
+    engine.connect()
+    ended = []
+
+    def wait_for_them():
+        try:
+            list(engine.iter_completions([prompts(3)]))
+        except CancelledError:
+            ended.append("cancelled")
+
+    thread = threading.Thread(target=wait_for_them)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while len(server.bodies) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    engine.close()
+    engine.close()
+    assert not engine._thread.is_alive()
+    thread.join(20)
+    assert ended == ["cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("cards", "engine", "words"),
+    [
+        ([{"id": "other"}], {"model": "tiny"}, "does not serve 'tiny', but 'other'"),
+        ([{"id": "a"}, {"id": "b"}], {}, "serves 'a', 'b'; set engine.model"),
+        ([{"id": "a", "parent": "b"}], {"model": "a"}, "adapter"),
+        ([{"id": "a", "max_model_len": 20}], {}, "--max-model-len"),
+    ],
+)
+def test_another_model_is_refused_by_its_entry(make, server, cards, engine, words):
+    server.cards = cards
+    with pytest.raises(RacError, match=words):
+        make(**engine).connect()
+
+
+def test_the_folder_that_the_server_loaded_is_compared_with_ours(server, tokenizer, tmp_path):
+    """Where both see the same files."""
+    save_tiny(tmp_path / "own")
+    save_tiny(tmp_path / "other", intermediate_size=96)
+    identity = ModelIdentity.of_files(str(tmp_path / "own"))
+    for folder, fits in (("own", True), ("other", False)):
+        server.cards[0]["root"] = str(tmp_path / folder)
+        settings = EngineSettings(base_urls=(server.url,), verify_model=False)
+        with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
+            if fits:
+                assert engine.connect().root == "own"  # no folder of this machine in a record
+                continue
+            with pytest.raises(RacError, match=r"config\.json differs"):
+                engine.connect()
+
+
+def test_the_record_holds_greedy_tokens_where_the_model_is_checked(make, server, tokenizer):
+    model = tiny_model()
+
+    def greedy(body):
+        settings = SamplingSettings(temperature=0, max_new_tokens=body["max_tokens"])
+        return list(generate(model, tokenizer, [body["prompt"]], settings, [""])[0].ids)
+
+    server.answer = greedy
+    record = make(verify_model=True, weights=model).connect()
+    assert (record.kind, record.served_model, record.root, len(record.probes)) == ("openai", NAME, "tiny", 4)
+    assert all(
+        list(p.completion_ids) == greedy({"prompt": list(p.prompt_ids), "max_tokens": 24}) for p in record.probes
+    )
+    assert make().connect().probes == ()
+    with pytest.raises(RacError, match=r"holds another model than .*verify_model: false"):
+        make(verify_model=True, weights=tiny_model(seed=1)).connect()
+    server.fault = lambda number, body: "500"
+    with pytest.raises(RacError, match=r"does not answer a short greedy prompt: .*told to answer 500"):
+        make(verify_model=True, tries=2).connect()

@@ -1,0 +1,76 @@
+"""Collecting from a fake server, without the model's weights."""
+
+import pytest
+
+from rac_modifier.problems.source import load_problems
+from rac_modifier.sampling.completions_api import trace_seed
+from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.traces.collect import collect_traces
+from tests.sampling.fake_server import FakeServer, rule, shorten_pauses
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LONGEST = 20  # tokens of a completion
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def identity():
+    return ModelIdentity.of_model(tiny_model())
+
+
+@pytest.fixture
+def server(monkeypatch):
+    shorten_pauses(monkeypatch)
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def collect(server, identity, tokenizer, tmp_path):
+    def collect(name="s.jsonl", *, of=identity, urls=None, tokens=3000, retry_failed=False, engine=True, **changes):
+        settings = {
+            "base_urls": urls or (server.url,),
+            "concurrency": 8,
+            "verify_model": False,
+            "timeout": 5,
+            **changes,
+        }
+        return collect_traces(
+            of,
+            tokenizer,
+            tmp_path / name,
+            problems=ProblemSource(),
+            sampling=SamplingSettings(temperature=1.0, max_new_tokens=LONGEST),
+            tokens=tokens,
+            engine=EngineSettings(**settings) if engine else None,
+            retry_failed=retry_failed,
+            progress=False,
+        )
+
+    return collect
+
+
+@pytest.fixture
+def is_exact(tokenizer):
+    """Whether each trace is what the server's rule gives for its prompt and seed, in the order of the problems."""
+
+    def is_exact(store):
+        problems = load_problems(ProblemSource(), 0)
+        for trace in store:
+            problem = next(p for p in problems if p.id == trace.problem_id)
+            prompt = render_prompt(tokenizer, problem.question)
+            seed = trace_seed(0, f"{problem.id}#0")
+            assert list(trace.prompt_ids) == prompt
+            assert list(trace.completion_ids) == rule({"seed": seed, "prompt": prompt, "max_tokens": LONGEST})
+            assert trace.finish_reason == ("stop" if trace.completion_ids[-1] == 1 else "length")
+        return True
+
+    return is_exact

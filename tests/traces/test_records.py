@@ -1,0 +1,106 @@
+"""The lines of a store: what they hold, and that a damaged one is noticed."""
+
+import json
+import zlib
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.traces.records import (
+    StoreHeader,
+    Trace,
+    decode,
+    decode_trace,
+    encode,
+    header_differences,
+    settings_of_record,
+)
+
+HEADER = StoreHeader(
+    fingerprint="f" * 64,
+    model="tiny",
+    tokenizer="t" * 64,
+    sampling=SamplingSettings().resolved(None),
+    problems=ProblemSource(),
+)
+
+
+def trace(i):
+    return Trace(f"p{i}#0", f"p{i}", (1, 2, 3), tuple(range(i + 1)), "stop", 0, "1 + 1 = ? é\n", None)
+
+
+def test_a_line_is_a_json_object_with_the_checksum_of_its_value():
+    """As bytes, since stores that exist must stay readable."""
+    payload = (
+        '{"id":"p1#0","problem_id":"p1","prompt_ids":[1,2,3],"completion_ids":[0,1],"finish_reason":"stop","seed":0,'
+        '"question":"1 + 1 = ? é\\n","answer":null}'
+    ).encode()
+    line = b'{"crc32":"%08x","trace":%s}\n' % (zlib.crc32(payload), payload)
+    assert encode("trace", trace(1)) == line
+    assert list(json.loads(line)) == ["crc32", "trace"]
+    assert decode_trace(line[:-1]) == trace(1)
+
+
+def test_the_header_is_such_a_line():
+    line = encode("header", HEADER)
+    assert json.loads(line)["header"]["version"] == 1
+    assert StoreHeader(**decode("header", line[:-1])) == HEADER
+    with pytest.raises(ValueError, match="checksum or layout"):
+        decode("trace", line[:-1])
+
+
+@given(st.builds(Trace, st.text(), st.text(), *[st.lists(st.integers(0, 2**31)).map(tuple)] * 2, st.just("stop"),
+                 st.integers(), st.text(), st.none() | st.text()))  # fmt: skip
+@settings(max_examples=60)
+def test_any_trace_survives_its_line(one):
+    line = encode("trace", one)
+    assert line.count(b"\n") == 1
+    assert decode_trace(line[:-1]) == one
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_any_changed_byte_is_noticed(data):
+    line = bytearray(encode("trace", trace(5))[:-1])
+    line[data.draw(st.integers(0, len(line) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(ValueError):  # noqa: PT011
+        decode_trace(bytes(line))
+
+
+@pytest.mark.parametrize("value", ["[1]", '{"id":"a"}', '{"prompt_ids":1,"completion_ids":[]}'])
+def test_a_line_that_is_no_trace(value):
+    line = f'{{"crc32":"{zlib.crc32(value.encode()):08x}","trace":{value}}}'.encode()
+    with pytest.raises(ValueError, match=r"must be an object|not the fields of a trace"):
+        decode_trace(line)
+
+
+def test_what_keeps_two_runs_from_sharing_a_store():
+    assert header_differences(HEADER, HEADER.model_copy(update={"model": "copy"})) == []
+    other = HEADER.model_copy(
+        update={
+            "fingerprint": "0" * 64,
+            "sampling": HEADER.sampling.model_copy(update={"seed": 1, "batch_size": 7}),
+            "problems": ProblemSource(source="a.jsonl", limit=5),
+        }
+    )
+    assert header_differences(HEADER, other) == [
+        f"fingerprint: '{'f' * 56}... in the store, '{'0' * 56}... asked for",
+        "sampling.seed: 0 in the store, 1 asked for",
+        "problems.source: 'arithmetic' in the store, 'a.jsonl' asked for",
+    ]
+
+
+def test_the_settings_of_a_record_are_those_that_decide_a_trace():
+    record = settings_of_record(HEADER.sampling, HEADER.problems)
+    assert "seed" in record["sampling"]
+    assert "batch_size" not in record["sampling"]
+    assert "limit" not in record["problems"]
+
+
+def test_tokens_are_counted_per_trace():
+    assert trace(4).tokens == 8
+    assert replace(trace(4), completion_ids=()).tokens == 3
