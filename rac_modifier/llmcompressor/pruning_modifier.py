@@ -66,7 +66,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         return run_cost(
             groups,
             Plan(
-                **{name: getattr(self, name) for name in Plan.__annotations__ if name in type(self).model_fields},
+                **{name: getattr(self, name) for name in Plan.__annotations__ if hasattr(self, name)},
                 tokens=self.calibration.tokens,
                 held_out_tokens=self.calibration.held_out_tokens,
                 rounding_sweeps=self.quantization.sweeps if self.quantization else None,

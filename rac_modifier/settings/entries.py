@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from rac_modifier.settings.base import without_paths
 from rac_modifier.settings.calibration import CalibrationBudget, CalibrationSettings
 from rac_modifier.settings.idle import Idle, idle_calibration, idle_pruning, refuse_idle
+from rac_modifier.settings.presets import PRESETS
 from rac_modifier.settings.pruning import PruningSettings
 from rac_modifier.settings.traces import TraceSettings
 
@@ -51,8 +52,10 @@ class CalibrationEntry(BaseModel):
     @model_serializer(mode="wrap")
     def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A dump in plain types that can be read again: settings without an effect are left out."""
-        # A dump holds whatever the preset sets, so that the preset's name would have no effect in it either.
-        plain: dict[str, Any] = without_paths(serialize(self), {*self.idle_settings(), ("preset",)})
+        dump, idle = serialize(self), set(self.idle_settings())
+        if all(name in dump or (name,) in idle for name in PRESETS["quality"]):
+            idle.add(("preset",))  # the dump holds all that it sets
+        plain: dict[str, Any] = without_paths(dump, idle)
         return plain
 
 

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from rac_modifier import cli
 
 COMMANDS = [(), ("traces",), ("traces", "collect"), ("traces", "inspect"), ("traces", "export"), ("prune",), ("eval",),
-            ("inspect",), ("schema",), ("estimate",)]  # fmt: skip
+            ("inspect",), ("schema",)]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -13,7 +13,7 @@ from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.sources import iter_dense_tensors
 from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, int4, weights
-from tests.tiny import entry, is_2of4, linears, recipe
+from tests.tiny import calibration_entry, entry, is_2of4, linears, recipe
 
 INT8 = {"config_groups": {"w": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
 SCHEMES = {"int4": int4(), "int8": INT8, "w8a8": {"scheme": "W8A8"}, "fp8": {"scheme": "FP8_DYNAMIC"}}
@@ -179,7 +179,7 @@ def test_quantization_alone_takes_the_traces(calibrate, tmp_path, pipeline, tiny
 
 
 def test_a_recipe_of_quantization_alone_takes_the_command_line_and_traces(tiny_folder, trace_store, tmp_path):
-    shared = {key: value for key, value in entry(trace_store).items() if key != "mask_structure"}
+    shared = calibration_entry(trace_store)
     modifiers = {"ReasoningAwareCalibrationModifier": shared, "GPTQModifier": {"ignore": ["lm_head"], **int4()}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"q_stage": {"q_modifiers": modifiers}}, sort_keys=False))
     command = ["prune", tiny_folder, tmp_path / "out", "-r", tmp_path / "r.yaml", "-s", "calibration.tokens=400"]
