@@ -34,8 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper + alps": {"preset": "paper", "solver": "alps"},
     "quality": {"preset": "quality"},
     "quality, 8 iterations": {"preset": "quality", "iterations": 8, "refit_steps": 6},
-    "quality + gradient": {"preset": "quality", "token_weights": "gradient"},
-    "quality + allocation": {"preset": "quality", "allocation": "kl"},
+    "quality + gradient": {"preset": "quality", "experimental": {"token_weights": "gradient"}},
+    "quality + allocation": {"preset": "quality", "experimental": {"allocation": "kl"}},
 }
 
 
@@ -48,17 +48,26 @@ def modifier(
     pattern: str | float, calibration: str, *, tokens: int, seed: int, store: Path, variant: str = "paper"
 ) -> Any:
     """Our modifier for one cell of a comparison; `pattern` is "N:M" or a sparsity."""
+    part = CALIBRATIONS[calibration]
     return rac_modifier.ReasoningAwareSparseGPTModifier(
         **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),
         **VARIANTS[variant],
-        traces={"store": str(store), "sampling": {"max_new_tokens": 512, "batch_size": 128, "seed": seed}},
+        traces=trace_settings(part, store, max_new_tokens=512, batch_size=128, seed=seed),
         calibration={
             "tokens": tokens,
-            "mixture": {CALIBRATIONS[calibration]: 1.0},
+            "mixture": {part: 1.0},
             "seed": seed,
-            "held_out_tokens": 0,  # what is measured here is measured by the benchmark itself
+            # what is measured here is measured by the benchmark itself
+            **({"held_out_tokens": 0} if part == "traces" else {}),
         },
     )
+
+
+def trace_settings(part: str, store: Path, *, seed: int, **completions: int) -> dict[str, Any]:
+    """The settings of `traces` that have an effect on this part of a mixture."""
+    if part == "traces":
+        return {"store": str(store), "sampling": {**completions, "seed": seed}}
+    return {"sampling": {"seed": seed}} if part == "prompts" else {}
 
 
 def machine() -> str:

@@ -107,7 +107,9 @@ class Peer:
         model = copy.deepcopy(self.model)
         started, cpu = time.perf_counter(), time.process_time()
         if WHO[who] is not None:
-            recipe = rac_modifier.ReasoningAwareSparseGPTModifier(**self.settings, **WHO[who])
+            structured = self.settings["mask_structure"] != "0:0"
+            pattern = {k: v for k, v in self.settings.items() if k != "sparsity" or not structured}
+            recipe = rac_modifier.ReasoningAwareSparseGPTModifier(**pattern, **WHO[who])
             recipe.use_calibration_set(self.calibration)
             oneshot(model=model, recipe=recipe)
         else:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import CALIBRATIONS, fresh, machine
+from common import CALIBRATIONS, fresh, machine, trace_settings
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -70,13 +70,17 @@ def held_out(dense_folder: Path, path: Path, samples: int, max_new_tokens: int) 
 
 def cell_settings(args: argparse.Namespace, pattern: str | float, calibration: str, method: str) -> dict[str, Any]:
     """What the modifier is given for one cell; a method is `key=value,key.sub=value`, as in the recipe's entry."""
+    part = CALIBRATIONS[calibration]
     settings: dict[str, Any] = {
         **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),
-        "traces": {
-            "store": str(args.out / "traces.jsonl"),
-            "sampling": {"max_new_tokens": args.max_new_tokens, "batch_size": 64, "seed": 0},
+        "traces": trace_settings(
+            part, args.out / "traces.jsonl", max_new_tokens=args.max_new_tokens, batch_size=64, seed=0
+        ),
+        "calibration": {
+            "tokens": args.tokens,
+            "mixture": {part: 1.0},
+            **({"held_out_tokens": 0} if part == "traces" else {}),
         },
-        "calibration": {"tokens": args.tokens, "mixture": {CALIBRATIONS[calibration]: 1.0}, "held_out_tokens": 0},
     }
     for override in method.split(","):
         key, _, value = override.partition("=")

@@ -62,8 +62,11 @@ def main() -> None:
     for label, (kind, preset) in PRUNED.items():
         recipe = yaml.safe_load(RECIPE.read_text())
         entry = recipe["pruning_stage"]["pruning_modifiers"]["ReasoningAwareSparseGPTModifier"]
-        entry["traces"] |= {"store": str(args.out / "traces.jsonl")}
-        entry["traces"]["sampling"] |= {"max_new_tokens": 512, "batch_size": 128}
+        if kind == "traces":
+            entry["traces"] |= {"store": str(args.out / "traces.jsonl")}
+            entry["traces"]["sampling"] |= {"max_new_tokens": 512, "batch_size": 128}
+        else:  # nothing is sampled
+            del entry["traces"]
         entry["preset"] = preset
         entry["calibration"] = {"tokens": args.tokens, "mixture": {kind: 1.0}}
         output = args.out / f"reasoner-2of4-{kind}-{preset}"

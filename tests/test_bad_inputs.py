@@ -1,4 +1,4 @@
-"""What a user can do wrong, and what the message must say. `python tests/test_bad_inputs.py` writes docs/errors.md."""
+"""What a user can do wrong, and what the message must say. `python -m tests.test_bad_inputs` writes docs/errors.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = """# What can go wrong, and what it says
 
 Every mistake below ends in a `RacError` (on the command line: one message and exit code 2) that contains the text on the right.
-This table is written by `python tests/test_bad_inputs.py`, and the same file tests every row of it.
+This table is written by `python -m tests.test_bad_inputs`, and the same file tests every row of it.
 
 | what was done | the message says |
 |---|---|
@@ -50,7 +50,7 @@ def test_no_case_is_there_twice():
 
 
 def test_the_published_table_is_that_of_the_tests():
-    """If this fails: python tests/test_bad_inputs.py."""
+    """If this fails: python -m tests.test_bad_inputs."""
     assert TABLE.read_text() == errors_table()
 
 

@@ -94,8 +94,18 @@ def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
         "calibration": {"tokens": TOKENS, "batch_tokens": 512},
     }
     settings |= changes
-    if isinstance(settings["calibration"], dict):
-        settings["calibration"] = {"held_out_tokens": 0, **settings["calibration"]}
+    calibration = settings["calibration"]
+    if isinstance(calibration, dict) and "traces" in str(calibration.get("mixture", "traces")):
+        settings["calibration"] = {"held_out_tokens": 0, **calibration}
+    elif "traces" not in changes:  # of no effect beside a mixture without traces
+        del settings["traces"]
+    return settings
+
+
+def calibration_entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
+    """The same for the modifier that calibrates others, which has no pattern and counts every token alike."""
+    settings = entry(store, **changes)
+    del settings["mask_structure"], settings["calibration"]["batch_tokens"]
     return settings
 
 

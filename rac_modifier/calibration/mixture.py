@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.mixture import Part, part_tokens
+from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
 from rac_modifier.traces.store import Trace
 
 

@@ -65,11 +65,11 @@ def _scaled(name: str, weights: list[torch.Tensor], loader: CalibrationLoader) -
     if len(weights) != len(loader):
         raise RacError(
             f"{name} got {len(weights)} gradients for {len(loader)} batches, so its tokens cannot be weighed: "
-            "add it to ignore, or set token_weights: uniform"
+            "add it to ignore, or leave experimental.token_weights out"
         )
     weighted = [w * own for w, own in zip(weights, loader.token_weights, strict=True)]
     total = sum(float(w.sum(dtype=torch.float64)) for w in weighted)
     own_total = sum(float(own.sum(dtype=torch.float64)) for own in loader.token_weights)
     if not 0 < total < float("inf"):
-        raise RacError(f"{name}: the squared gradients sum to {total}; set token_weights: uniform")
+        raise RacError(f"{name}: the squared gradients sum to {total}; leave experimental.token_weights out")
     return [w * (own_total / total) for w in weighted]

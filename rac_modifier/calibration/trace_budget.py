@@ -12,8 +12,7 @@ from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.mixture import Part, part_tokens
+from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.grading import Judge

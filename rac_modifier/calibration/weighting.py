@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.calibration import name_of_weighting
 from rac_modifier.traces.records import Trace
 
 Weighting = Callable[[Trace], float]
-NAMED = ("uniform", "inverse_length", "correct")
 
 
-def check_weighting(name: str) -> None:
-    """Refuse early what cannot be a weighting; a function is only imported when it is used.
-
-    Raises:
-        RacError: neither one of the named ones nor module:function.
-    """
-    module, colon, function = name.partition(":")
-    if name not in NAMED and not (
-        colon and function.isidentifier() and all(p.isidentifier() for p in module.split("."))
-    ):
-        raise RacError(f'trace_weighting is {name!r}; use {", ".join(NAMED)}, or "module:function" for one of your own')
-
-
-def find_weighting(name: str, is_right: Callable[[Trace], bool]) -> Weighting | None:
-    """The weighting of that name; None where every trace weighs 1.
+def find_weighting(weighting: str | Callable[..., float], is_right: Callable[[Trace], bool]) -> Weighting | None:
+    """The weighting of that name, or the function itself with its results checked; None where every trace weighs 1.
 
     Args:
-        name: one of `NAMED`, or "module:function": a function of a `Trace` that returns its weight, at least 0.
-        is_right: whether a trace's answer is right; asked by "correct" only.
-
-    Raises:
-        RacError: there is no such function.
+        weighting: as `CalibrationSettings.trace_weighting` has checked it; a function returns the weight of a `Trace`,
+            at least 0.
+        is_right: whether a trace's answer is right; called for "correct" only.
     """
-    if name == "uniform":
+    if callable(weighting):
+        function = weighting
+        return lambda trace: _checked(function(trace), name_of_weighting(function), trace)
+    if weighting == "uniform":
         return None
-    if name == "inverse_length":
+    if weighting == "inverse_length":
         return lambda trace: 1 / trace.tokens
-    if name == "correct":
-        return lambda trace: float(is_right(trace))
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RacError(
-            f"trace_weighting {name!r} cannot be imported ({error}); put the module on PYTHONPATH"
-        ) from error
-    return lambda trace: _checked(found(trace), name, trace)
+    assert weighting == "correct", weighting
+    return lambda trace: float(is_right(trace))
 
 
 def _checked(weight: object, name: str, trace: Trace) -> float:
@@ -61,7 +40,7 @@ def _checked(weight: object, name: str, trace: Trace) -> float:
 
 
 def scaled(weights: list[tuple[float, int]]) -> float:
-    """The factor that gives (weight, tokens) pairs a mean of 1 a token, so that traces keep their share beside other parts.
+    """The factor that gives (weight, tokens) pairs a mean of 1 per token, so that traces keep their share beside other parts.
 
     Raises:
         RacError: all of them are 0.

@@ -7,11 +7,9 @@ import sys
 import typer
 
 from rac_modifier.cli import traces
-from rac_modifier.cli.estimate import estimate
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.inspect import inspect
-from rac_modifier.cli.prune import prune
-from rac_modifier.cli.schema import schema
+from rac_modifier.cli.prune import prune, schema
 from rac_modifier.errors import RacError
 
 app = typer.Typer(
@@ -23,7 +21,6 @@ app = typer.Typer(
 app.add_typer(traces.app, name="traces")
 app.command()(prune)
 app.command("eval")(evaluate)
-app.command()(estimate)
 app.command()(inspect)
 app.command()(schema)
 

@@ -13,7 +13,9 @@ Recipe = Annotated[Path, typer.Option("--recipe", "-r", help="recipe file, such 
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-s", help="change one setting of the recipe, e.g. --set calibration.tokens=32768 (repeatable)"
+        "--set",
+        "-s",
+        help="change one setting of the recipe, e.g. --set calibration.tokens=32768; null takes it out (repeatable)",
     ),
 ]
 
@@ -37,5 +39,5 @@ class PresetName(StrEnum):
 
 Precision = Annotated[
     Dtype,
-    typer.Option(help="dtype of the weights (auto: as stored); float32 is faster on a CPU without bf16 units"),
+    typer.Option(help="dtype of the weights (auto: as stored); float32 is faster on a CPU without bfloat16 units"),
 ]

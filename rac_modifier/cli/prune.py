@@ -1,4 +1,4 @@
-"""`rac prune`: a recipe applied to a model, saved as a sparse checkpoint."""
+"""`rac prune`: a recipe applied to a model, or only checked; `rac schema`: what a recipe may set."""
 
 from __future__ import annotations
 
@@ -8,35 +8,88 @@ from typing import Annotated
 import typer
 
 from rac_modifier.cli.models import check_model, check_output, resolve, unpacked
-from rac_modifier.cli.options import Dtype, Model, Overrides, Precision, PresetName, Recipe
+from rac_modifier.cli.options import Dtype, Overrides, Precision, PresetName
+from rac_modifier.errors import RacError
 
 
 def prune(
-    model: Model,
-    output: Annotated[Path, typer.Argument(help="folder for the sparse checkpoint; new or empty")],
-    recipe: Recipe,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help='a model folder, a Hugging Face id, or "reasoner" for the embedded one (with --check a recipe)',
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="OUTPUT", help="folder for the sparse checkpoint; new or empty (with --check another recipe)"
+        ),
+    ] = None,
+    more: Annotated[list[Path] | None, typer.Argument(hidden=True, help="with --check further recipes")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", help="recipe file, such as recipes/rac_2of4.yaml")
+    ] = None,
     preset: Annotated[
         PresetName | None,
-        typer.Option(
-            help="in place of the recipe's: quality (the default), fast, or paper for the RAC paper's own way"
-        ),
+        typer.Option(help="in place of the recipe's: quality (the default), fast, or paper, as in the RAC paper"),
     ] = None,
     set_: Overrides = None,
     precision: Precision = Dtype.AUTO,
+    check: Annotated[
+        bool, typer.Option("--check", help="only check recipes, and exit: rac prune --check RECIPE...")
+    ] = False,
 ) -> None:
-    """Prune or quantize a model as a recipe says, and save it.
+    """Prune or quantize a model with a recipe, and save it.
 
     Samples the model's own chains of thought (or reads them from a store), calibrates on them and
     prunes layer by layer: llm-compressor's oneshot, with recipe and output folder checked first.
 
     Example: rac prune reasoner reasoner-2of4 --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
+
+    Example: rac prune --check recipes/*.yaml
     """
+    overrides = [*(set_ or []), *([f"preset={preset}"] if preset else [])]
+    if check:
+        check_recipes([Path(path) for path in (model, output, *(more or ()), recipe) if path is not None], overrides)
+        return
+    if model is None or output is None or recipe is None or more:
+        raise RacError(
+            "rac prune needs a model, an output folder and a recipe: rac prune MODEL OUTPUT --recipe RECIPE; "
+            "to check recipes alone: rac prune --check RECIPE..."
+        )
+    _prune(model, Path(output), recipe, overrides, precision)
+
+
+def check_recipes(paths: list[Path], overrides: list[str]) -> None:
+    """Check recipes without llm-compressor or torch, and print a line for each that is right.
+
+    Raises:
+        RacError: what is wrong with the others, or that none is given.
+    """
+    from rac_modifier.settings.recipe import find_named_entry, load_recipe
+
+    if not paths:
+        raise RacError("--check needs at least one recipe: rac prune --check recipes/rac_2of4.yaml")
+    wrong = []
+    for path in paths:
+        try:
+            name, _ = find_named_entry(load_recipe(path, overrides), str(path))
+        except RacError as error:
+            wrong.append(str(error))
+        else:
+            typer.echo(f"{path}: valid ({name})")
+    if wrong:
+        raise RacError("\n".join(wrong))
+
+
+def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precision: Dtype) -> None:
     import yaml
 
     import rac_modifier  # noqa: F401 - registers the modifier
     from rac_modifier.settings.recipe import load_recipe
 
-    content = load_recipe(recipe, [*(set_ or []), *([f"preset={preset}"] if preset else [])])
+    content = load_recipe(recipe, overrides)
     source = resolve(model)
     check_model(source)
     check_output(output, source)
@@ -49,3 +102,14 @@ def prune(
         output_dir=str(output),
     )
     typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
+
+
+def schema(
+    modifier: Annotated[
+        str, typer.Argument(help="or ReasoningAwareCalibrationModifier, which calibrates other modifiers")
+    ] = "ReasoningAwareSparseGPTModifier",
+) -> None:
+    """Print the JSON Schema of a recipe entry (docs/recipe.schema.json, docs/calibration.schema.json)."""
+    from rac_modifier.settings.recipe import schema as text
+
+    typer.echo(text(modifier), nl=False)

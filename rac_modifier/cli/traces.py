@@ -37,7 +37,9 @@ def collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Pre
     name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
     settings = check_entry(entry, str(recipe), name)
     loaded, tokenizer = subject_of(model) if settings.traces.engine else load(model, precision)
-    for part, pool in collect_for_calibration(loaded, tokenizer, settings.traces, settings.calibration).items():
+    for part, pool in collect_for_calibration(
+        loaded, tokenizer, settings.traces, settings.calibration.weighed()
+    ).items():
         store, selection = pool.store, pool.selection
         typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
         if selection.kept < selection.total:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Self
 
 import torch
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
 from transformers import AutoTokenizer
 
 from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
@@ -16,22 +16,31 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.run_divergence import RunDivergence
 from rac_modifier.model_tools import on_accelerator
-from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.settings.entries import CalibrationEntry
 
-_UPSTREAM_STATE = set(Modifier.model_fields)
+# Fields of upstream's Modifier are its state. Of those it sets two itself when it reads a recipe.
+_UPSTREAM_STATE = Modifier.model_fields.keys()
+_SET_BY_UPSTREAM = {"index", "group"}
 
 
-class CalibratingModifier(Modifier):
+class CalibratingModifier(CalibrationEntry, Modifier):
     """Brings the calibration set of a recipe, for itself and for every other modifier that calibrates."""
-
-    tokenizer: str | None = Field(None, description="tokenizer to render and read with; default: the model's own")
-    traces: TraceSettings = Field(TraceSettings(), description="where the chain-of-thought traces come from")
-    calibration: CalibrationSettings = Field(CalibrationSettings(), description="how much of what is calibrated on")
 
     _calibration: CalibrationSet | None = PrivateAttr(default=None)
     _divergence: RunDivergence | None = PrivateAttr(default=None)
     _moved: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _upstream_state_is_not_set(self) -> Self:
+        for name in sorted(self.model_fields_set & _UPSTREAM_STATE - _SET_BY_UPSTREAM):
+            raise RacError(f"{name}: {getattr(self, name)!r} has no effect in {type(self).__name__}; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The settings of the entry, without upstream's state: what a recipe can set."""
+        dump = super()._only_what_counts(serialize)
+        return {name: value for name, value in dump.items() if name not in _UPSTREAM_STATE}
 
     def use_calibration_set(self, calibration: CalibrationSet) -> None:
         """Calibrate on a set that was built elsewhere, in place of the recipe's."""
@@ -78,7 +87,7 @@ class CalibratingModifier(Modifier):
         """Build the calibration set unless it was given, and put its loader into the session."""
         if self._calibration is None:
             tokenizer = self._load_tokenizer(state.model)
-            self._calibration = build_calibration_set(state.model, tokenizer, self.traces, self.calibration)
+            self._calibration = build_calibration_set(state.model, tokenizer, self.traces, self.calibration.weighed())
         with on_accelerator(state.model):
             self._divergence = RunDivergence(state.model, self._calibration, off_policy=self.traces.allow_off_policy)
         state.data.calib = self._calibration.loader
@@ -95,7 +104,7 @@ class CalibratingModifier(Modifier):
         """What the run record says of the settings and of what was calibrated on."""
         return {
             "seed": f"{self.traces.sampling.seed} for sampling, {self.calibration.seed} for the mixture",
-            "modifier": self.model_dump(mode="json", exclude=_UPSTREAM_STATE),
+            "modifier": self.model_dump(mode="json"),
             **self.calibration_set.as_dict(),
             "divergence": self._moved,
         }

@@ -12,16 +12,7 @@ from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 
 
 class ReasoningAwareCalibrationModifier(CalibratingModifier):
-    """Calibrate the recipe's other modifiers, such as GPTQModifier, on the model's own chain of thought.
-
-    It changes no weight. It samples the traces (or reads them from a store) and hands them to every modifier of the recipe
-    that calibrates, one sequence a batch, so that no padding is counted.
-
-        quantization_stage:
-          quantization_modifiers:
-            ReasoningAwareCalibrationModifier: {}
-            GPTQModifier: {scheme: W4A16, ignore: [lm_head]}
-    """
+    """llm-compressor's side of the recipe entry `CalibrationEntry`, which says what it does."""
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check that somebody calibrates, then sample and mix the calibration set."""

@@ -27,31 +27,22 @@ from rac_modifier.pruning.cost import Cost, Group, Plan, groups_by_input, run_co
 from rac_modifier.pruning.masks import holds
 from rac_modifier.pruning.solve import solve
 from rac_modifier.quantization.solve import Quantized, quantize
+from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
-from rac_modifier.settings.pruning import PruningSettings
 
 # They move weights to make up for rounding, pruned ones too (upstream's issue 2860).
 _FILLS_ZEROS = {"GPTQModifier"}
+# A dense model has a few zeros by rounding; with fewer than this share of them a module is not sparse.
+_LEAST_ZEROS = 0.05
 
 
-class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
-    """Prune a reasoning model on its own chain of thought (RAC, arXiv 2509.12464), and quantize it in the same pass.
-
-    For each linear layer W with inputs X, one-shot pruning minimises ||W X - W' X||_F^2 under the sparsity pattern. Here
-    X = [X_prompt, X_decode]: prompts together with what the dense model itself wrote after them. The traces are sampled
-    once (or read from a store), then pruned over layer by layer in upstream's sequential pipeline; every other modifier of
-    the recipe that calibrates does so on the same loader. `save_pretrained` then writes a packed sparse checkpoint.
-
-        pruning_stage:
-          pruning_modifiers:
-            ReasoningAwareSparseGPTModifier:
-              mask_structure: "2:4"
-              quantization: {scheme: W4A16}   # optional
-    """
+class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
+    """llm-compressor's side of the recipe entry `PruningEntry`, which says what it does and which settings it has."""
 
     requires_calibration_data: bool = True
 
     _patterns: dict[str, Pattern] = PrivateAttr(default_factory=dict)
+    _described: str = PrivateAttr(default="")
     _names: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
     _collector: HessianCollector | None = PrivateAttr(default=None)
     _quantizer: GroupQuantizer | None = PrivateAttr(default=None)
@@ -73,7 +64,7 @@ class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
         return run_cost(
             groups,
             Plan(
-                **{name: getattr(self, name) for name in Plan.__annotations__ if name in type(self).model_fields},
+                **{name: getattr(self, name) for name in Plan.__annotations__ if hasattr(self, name)},
                 tokens=self.calibration.tokens,
                 held_out_tokens=self.calibration.held_out_tokens,
                 rounding_sweeps=self.quantization.sweeps if self.quantization else None,
@@ -94,7 +85,7 @@ class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
         if self.order == "group" and order != "group":
             raise RacError(f"order: group is not possible here: {why}; set order: layer")
         if self.token_weights == "gradient" and order != "group":
-            raise RacError(f"token_weights: gradient is not possible here: {why}; set token_weights: uniform")
+            raise RacError(f"token_weights: gradient is not possible here: {why}; leave experimental.token_weights out")
         self._order = {"order": order, "why": why, "reconstruct": self.reconstruct}
         if order == "layer" and self.reconstruct == "dense":
             self._order["reconstruct"] = "pruned"
@@ -108,19 +99,23 @@ class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
         """Check everything that can be checked, then sample and mix the calibration set."""
         self.check_run(state)
         model = state.model
-        self._names = find_targets(model, self.targets, self.ignore, self._pattern)
+        self._names = find_targets(model, self.targets, self.ignore, self.pattern)
         self._check_later_modifiers()
-        self._patterns = listed_patterns(model, self._names, self._pattern, self.allocation)
         if self.solver == "keep":
-            self._check_sparse_already()
+            self._patterns, described = self._patterns_of_zeros()
+        else:
+            assert self.pattern is not None  # as PruningSettings has checked
+            self._patterns = listed_patterns(model, self._names, self.pattern, self.allocation)
+            described = describe_patterns(self.pattern, self.allocation)
+        self._described = described
         if self.quantization is not None:
             self._quantizer = GroupQuantizer(self.quantization, model, self._names)
-        logger.info(f"pruning {len(self._names)} modules: {self._pattern.describe()}")
+        logger.info(f"pruning {len(self._names)} modules: {described}")
         logger.info(f"counted cost, without sampling: {self.cost(groups_by_input(model, self._names)).describe()}")
         loader = self.calibrate_session(state).loader
-        if self.allocation == "kl":
+        if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
-                self._patterns = measured_patterns(model, self._names, self._pattern, loader)
+                self._patterns = measured_patterns(model, self._names, self.pattern, loader)
         if self.token_weights == "gradient":
             with on_accelerator(model):
                 self._token_weights = gradient_weights(model, loader, self._names)
@@ -236,14 +231,39 @@ class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
                     f"{name} after {type(self).__name__} with quantization would quantize twice; leave one of them out"
                 )
 
-    def _check_sparse_already(self) -> None:
+    def _patterns_of_zeros(self) -> tuple[dict[str, Pattern], str]:
+        """What `solver: keep` keeps: one pattern per module, and all of them in words.
+
+        The recipe's N:M where it asks for one. Else 2:4 if the zeros of every module have it, and otherwise an unstructured
+        pattern with each module's own share of zeros.
+
+        Raises:
+            RacError: a module that lacks the N:M asked for, or has hardly any zeros, or nothing else.
+        """
+        two_of_four = Pattern.n_of_m(2, 4)
+        shares: dict[str, Pattern] = {}
+        zeros = total = 0
+        structured = self.mask_structure is None
         for module, name in self._names.items():
             with align_module_device(module):
-                if not holds(module.weight, self._patterns[name]):  # type: ignore[arg-type]
-                    raise RacError(
-                        f"{name}: solver: keep keeps the zeros that a model has, and this module lacks them "
-                        f"({self._patterns[name].describe()}); leave solver out to prune it, or add it to ignore"
-                    )
+                weight: torch.Tensor = module.weight  # type: ignore[assignment]
+                count = weight.numel() - int(weight.count_nonzero())
+                held = self.pattern is None or holds(weight, self.pattern)
+                structured = structured and weight.shape[1] % 4 == 0 and holds(weight, two_of_four)
+            if not held or not _LEAST_ZEROS <= count / weight.numel() < 1:
+                asked = (
+                    self.pattern.describe() if self.pattern else f"{count:,} of its {weight.numel():,} weights are zero"
+                )
+                raise RacError(
+                    f"{name}: solver: keep keeps the zeros that a model has, and this module lacks them ({asked}); "
+                    "leave solver out to prune it, or add it to ignore"
+                )
+            shares[name] = Pattern.unstructured(count / weight.numel())
+            zeros, total = zeros + count, total + weight.numel()
+        pattern = self.pattern or (two_of_four if structured else None)
+        if pattern is not None:
+            return dict.fromkeys(shares, pattern), pattern.describe()
+        return shares, f"the zeros that the model had, {100 * zeros / total:.4g} % of the weights"
 
     def _plan(self) -> SavePlan:
         def prepare(model: PreTrainedModel, save_compressed: bool) -> None:
@@ -259,8 +279,9 @@ class ReasoningAwareSparseGPTModifier(PruningSettings, CalibratingModifier):
             record={
                 "method": self.solver,
                 "order": self._order,
-                "pattern": describe_patterns(self._pattern, self.allocation),
-                "mask_structure": self.mask_structure,
+                "preset": self.preset,
+                "pattern": self._described,
+                "mask_structure": next(iter(self._patterns.values())).mask_structure,
                 **self.run_record(),
                 "modules": list(self._results.values()),
             },

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.utils import (
     get_direct_state_dict,
     match_named_modules,
@@ -15,6 +15,7 @@ from compressed_tensors.utils import (
     update_offload_parameter,
 )
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
@@ -38,11 +39,9 @@ class GroupQuantizer:
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         self._upstream = QuantizationModifier(
             scheme=settings.scheme,
-            config_groups=settings.config_groups and {
-                name: {"targets": ["Linear"], **group} for name, group in settings.config_groups.items()
-            },
+            config_groups=_checked_groups(settings),
             ignore=sorted(linears - set(names.values())),
-        )  # fmt: skip
+        )
         self.grids: dict[torch.nn.Module, Grid] = {}
         self.described: dict[str, str] = {}
         for scheme in self._upstream.resolved_config.config_groups.values():
@@ -92,3 +91,16 @@ class GroupQuantizer:
             compressor = BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))
             replace_direct_state_dict(module, compressor.compress({**state, "weight": state["weight"].float()}, scheme))
             module.quantization_status = QuantizationStatus.COMPRESSED
+
+
+def _checked_groups(settings: QuantizationSettings) -> dict[str, dict[str, Any]] | None:
+    """The config groups, with targets, where compressed-tensors accepts each of them as a scheme."""
+    if settings.config_groups is None:
+        return None
+    groups = {name: {"targets": ["Linear"], **group} for name, group in settings.config_groups.items()}
+    for name, group in groups.items():
+        try:
+            QuantizationScheme.model_validate(group)
+        except (ValidationError, ValueError, NotImplementedError) as error:
+            raise RacError(f"config_groups.{name}: {error}; see compressed-tensors' QuantizationScheme") from error
+    return groups

@@ -39,7 +39,7 @@ def measure_sensitivity(
     found = {}
     for module, name in tqdm(names.items(), desc="sensitivity", unit="module"):
         if name not in squares:
-            raise RacError(f"{name} saw no token of the first calibration batches; set allocation: uniform")
+            raise RacError(f"{name} saw no token of the first calibration batches; leave experimental.allocation out")
         with align_module_device(module):
             kept = module.weight.detach().clone()  # type: ignore[operator]
         scores = kept.float().square() * squares[name].to(kept.device)
@@ -52,7 +52,9 @@ def measure_sensitivity(
         finally:
             update_offload_parameter(module, "weight", kept)
         if not kl < float("inf"):
-            raise RacError(f"{name}: pruning it alone changes the predictions by {kl} nats; set allocation: uniform")
+            raise RacError(
+                f"{name}: pruning it alone changes the predictions by {kl} nats; leave experimental.allocation out"
+            )
         lost = float(scores[mask].sum(dtype=torch.float64))
         found[name] = Sensitivity(kept.numel(), kl, ordered[at.to(ordered.device)].tolist(), lost)
     return found

@@ -13,7 +13,7 @@ ROUTERS = (r"re:.*\.gate$", r"re:.*router.*", r"re:.*\.shared_expert_gate$")
 
 
 def find_targets(
-    model: PreTrainedModel, targets: list[str], ignore: list[str], pattern: Pattern
+    model: PreTrainedModel, targets: list[str], ignore: list[str], pattern: Pattern | None
 ) -> dict[torch.nn.Module, str]:
     """The linear modules to prune, in model order, with their names.
 
@@ -36,7 +36,8 @@ def find_targets(
             continue
         if not module.weight.is_floating_point():
             raise RacError(f"{name} has a {module.weight.dtype} weight; prune the model before it is quantized")
-        pattern.check_shape(name, *module.weight.shape)
+        if pattern is not None:
+            pattern.check_shape(name, *module.weight.shape)
         found[module] = name
     if not found:
         some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:3]

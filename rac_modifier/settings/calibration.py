@@ -1,73 +1,259 @@
-"""What a user sets about calibration: one schema for the recipe, Python and the command line."""
+"""What a user sets about calibration: the budget, the mixture that fills it, and what each token weighs."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.mixture import Part, check_mixture, read_mixture
-from rac_modifier.settings.traces import _Model
+from rac_modifier.settings.base import Settings
+
+Kind = Literal["traces", "prompts", "generic"]
+KINDS: tuple[Kind, ...] = ("traces", "prompts", "generic")
+_SYNONYMS = {"text": "generic"}
+# A comma inside a name ("reasoning-gym:gcd,chain_sum") does not end a part.
+_BETWEEN_PARTS = re.compile(r"\s*,\s*(?=(?:traces|prompts|generic|text)\s*[:@])")
+_EXAMPLE = '"traces:math@0.7, traces:code@0.2, text:c4@0.1"'
+
+NamedWeighting = Literal["uniform", "inverse_length", "correct"]
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the calibration set; without a name it is the recipe's own `traces`, or `calibration.generic`."""
+
+    kind: Kind
+    name: str | None = None
+
+    @classmethod
+    def parse(cls, key: str) -> Part:
+        """ "traces", "traces:math", "text:c4", "prompts:open-r1/OpenR1-Math-220k".
+
+        Raises:
+            RacError: another kind.
+        """
+        word, colon, name = (piece.strip() for piece in key.partition(":"))
+        kind = _SYNONYMS.get(word, word)
+        if kind not in KINDS or (colon and not name):
+            raise RacError(
+                f"mixture names {key!r}; the kinds are {', '.join(KINDS)}, and kind:name for a source, as in {_EXAMPLE}"
+            )
+        return cls(kind, name or None)
+
+    @property
+    def key(self) -> str:
+        """As it is written in a mixture."""
+        return self.kind if self.name is None else f"{self.kind}:{self.name}"
+
+
+def read_mixture(value: Any) -> Any:
+    """A mixture as a mapping, from one line of text; anything else is left to the schema.
+
+    Raises:
+        RacError: a part of the line without its share.
+    """
+    if not isinstance(value, str):
+        return value
+    mixture: dict[str, float] = {}
+    for part in _BETWEEN_PARTS.split(value.strip().rstrip(",")):
+        key, at, share = part.rpartition("@")
+        try:
+            mixture[key.strip()] = mixture.get(key.strip(), 0.0) + float(share)
+        except ValueError:
+            at = ""
+        if not at:
+            raise RacError(
+                f"mixture: {part!r} has no share; write each part as kind@share or kind:name@share, as in {_EXAMPLE}"
+            )
+    return mixture
+
+
+def check_mixture(mixture: Mapping[str, float]) -> dict[str, float]:
+    """The parts that have a share, in the order of their kinds.
+
+    Raises:
+        RacError: an unknown kind, a share out of range, or shares that do not sum to 1.
+    """
+    parts: dict[Part, float] = {}
+    for key, share in mixture.items():
+        part = Part.parse(key)
+        if not (math.isfinite(share) and share >= 0):
+            raise RacError(f"mixture gives {key} the share {share}; use a number from 0 to 1")
+        parts[part] = parts.get(part, 0.0) + share
+    total = sum(parts.values())
+    if abs(total - 1) > 1e-6:
+        raise RacError(f"the shares of mixture {dict(mixture)} sum to {total:g}; make them sum to 1")
+    ordered = sorted(parts, key=lambda part: KINDS.index(part.kind))
+    return {part.key: parts[part] for part in ordered if parts[part] > 0}
+
+
+def part_tokens(mixture: Mapping[str, float], tokens: int) -> dict[str, int]:
+    """The budget of each part, rounded so that all of them sum to `tokens`."""
+    budgets: dict[str, int] = {}
+    for key, share in mixture.items():
+        budgets[key] = round(tokens * share)
+    *_, last = mixture
+    budgets[last] += tokens - sum(budgets.values())
+    return budgets
+
+
+def check_weighting(value: Any) -> Any:
+    """The name of a weighting, or a function. Text never becomes a function, so that a recipe runs no code of its own.
+
+    Raises:
+        RacError: neither of them.
+    """
+    if value in get_args(NamedWeighting) or callable(value):
+        return value
+    raise RacError(
+        f"trace_weighting is {value!r}; use {', '.join(get_args(NamedWeighting))}. A function of your own can only be given "
+        "from Python, as an object: trace_weighting=my_function"
+    )
+
+
+def name_of_weighting(weighting: str | Callable[..., float]) -> str:
+    """The name by which a weighting is recorded: for a function its module and qualified name."""
+    if isinstance(weighting, str):
+        return weighting
+    named = weighting if hasattr(weighting, "__qualname__") else type(weighting)
+    return f"{named.__module__}.{named.__qualname__}"
+
 
 _SHARES = {"type": "object", "additionalProperties": {"type": "number"}}
 Mixture = Annotated[
     dict[str, float], BeforeValidator(read_mixture), WithJsonSchema({"anyOf": [_SHARES, {"type": "string"}]})
 ]
+TraceWeighting = Annotated[
+    NamedWeighting | Callable[..., float],
+    PlainValidator(check_weighting),
+    PlainSerializer(name_of_weighting),
+    WithJsonSchema({"type": "string", "enum": list(get_args(NamedWeighting))}),
+]
 
 
-class GenericText(_Model):
-    """Text that has nothing to do with the problems, the usual calibration set."""
+class GenericText(Settings):
+    """Text that is not related to the problems, as usual calibration sets have it."""
 
     source: str = Field(
         "python-docs",
-        description='"python-docs" (the documentation topics that Python ships, no download), '
+        description='"python-docs" (the documentation topics that are part of Python, no download), '
         "a path to .txt, .jsonl or .parquet, or a Hugging Face dataset",
     )
-    column: str | None = Field(None, description="the column that holds the text; not for python-docs or .txt")
+    column: str | None = Field(None, description="the column with the text; not for python-docs or .txt")
     split: str = Field("train", description="split of a Hugging Face dataset")
-    config: str | None = Field(None, description="configuration name of a Hugging Face dataset")
-    sequence_tokens: int = Field(512, ge=16, description="tokens a sequence that the text is cut into")
+    config: str | None = Field(None, description="configuration of a Hugging Face dataset")
+    sequence_tokens: int = Field(512, ge=16, description="tokens per sequence into which the text is cut")
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the source is a table, rather than one long text."""
+        return self.source != "python-docs" and not self.source.endswith(".txt")
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether the source is a Hugging Face dataset."""
+        return self.source != "python-docs" and not self.source.endswith(TEXT_FILES)
 
 
-class CalibrationSettings(_Model):
-    """How much of what is calibrated on, and what each token weighs."""
+class CalibrationBudget(Settings):
+    """What is calibrated on, and how much of it."""
 
     tokens: int = Field(1_000_000, ge=1, description="budget of real tokens (padding never counts)")
     mixture: Mixture = Field(
         {"traces": 1.0},
-        description="share of the budget by part: traces (each a prompt with its chain of thought), prompts, generic (or text), "
-        'each with the name of a source or without; as a mapping or in a line: "traces:math@0.7, traces:code@0.2, text:c4@0.1"',
+        description="share of the budget per part. A part is traces (each a prompt with its chain of thought), prompts or "
+        "generic (also written text), with or without the name of a source; as a mapping or in one line: "
+        '"traces:math@0.7, traces:code@0.2, text:c4@0.1"',
     )
     max_sequence_tokens: int | None = Field(
-        None, ge=16, description="cut longer sequences to this many tokens (counted as truncated); default: never cut"
+        None,
+        ge=16,
+        description="longer sequences are cut to this many tokens (and counted as truncated); default: none is",
     )
-    batch_tokens: int = Field(16_384, ge=16, description="rows x length of a padded batch at most")
-    prompt_weight: float = Field(1.0, description="weight of a prompt token in the Hessian")
-    trace_weight: float = Field(1.0, description="weight of a generated token in the Hessian")
     held_out_tokens: int = Field(
         2048,
         ge=0,
-        description="traces of about as many tokens (four problems at least) are kept out of calibration, and the pruned model's "
-        "divergence from the dense one on them is recorded: two forward passes over them; 0 leaves it out",
+        description="traces of about this many tokens, of four problems at least, are not calibrated on. The pruned model's "
+        "divergence from the dense one is measured on them and recorded, at the cost of two forward passes; 0: not measured",
     )
-    answer_weight: float | None = Field(
-        None, description="weight of a generated token behind the thinking (</think>); default: trace_weight"
+    generic: GenericText = Field(GenericText(), description="the text of the part generic")
+    texts: dict[str, GenericText] = Field({}, description="further texts by name, for use in a mixture: text:c4")
+    seed: int = Field(
+        0, ge=0, description="decides which sequences of each part are taken, and the order of the batches"
     )
-    trace_weighting: Literal["uniform", "inverse_length", "correct"] = Field(
-        "uniform",
-        description="what each trace's tokens are multiplied with: uniform (1); inverse_length (each trace counts the same, "
-        "however long); correct (wrong answers count 0)",
-    )
-    generic: GenericText = Field(GenericText(), description="where generic text comes from")
-    texts: dict[str, GenericText] = Field({}, description="further texts, for a mixture to name: text:c4")
-    seed: int = Field(0, ge=0, description="shuffles each kind of sequence and the batches")
 
     @field_validator("mixture")
     @classmethod
     def _known_shares(cls, mixture: dict[str, float]) -> dict[str, float]:
         return check_mixture(mixture)
+
+    @model_validator(mode="after")
+    def _texts_are_known(self) -> CalibrationBudget:
+        for part in self.parts("generic"):
+            self.text(part.name)
+        return self
+
+    def parts(self, *kinds: Kind) -> list[Part]:
+        """The parts of these kinds that have a share."""
+        return [part for part in map(Part.parse, self.mixture) if part.kind in kinds]
+
+    def share(self, kind: Kind) -> float:
+        """Of the budget, over all parts of one kind."""
+        return sum(self.mixture[part.key] for part in self.parts(kind))
+
+    def text(self, name: str | None) -> GenericText:
+        """The text of a part of the mixture: `generic`, a declared one, or a source by itself.
+
+        Raises:
+            RacError: a name that is neither.
+        """
+        if name is None:
+            return self.generic
+        if name in self.texts:
+            return self.texts[name]
+        if name != "python-docs" and "/" not in name and not name.endswith(TEXT_FILES):
+            declared = ", ".join(self.texts) or "none"
+            raise RacError(
+                f"mixture names text:{name}, which is not among calibration.texts ({declared}) and is no text by itself "
+                "(python-docs, a file or a dataset id)"
+            )
+        return GenericText(source=name)
+
+    def weighed(self) -> CalibrationSettings:
+        """These settings with the weights of tokens: where there are none to set, every token weighs 1."""
+        if isinstance(self, CalibrationSettings):
+            return self
+        return CalibrationSettings(**{name: getattr(self, name) for name in self.model_fields_set})
+
+
+class CalibrationSettings(CalibrationBudget):
+    """What is calibrated on, how it is batched, and what each token weighs."""
+
+    batch_tokens: int = Field(16_384, ge=16, description="rows times length of a padded batch at most")
+    prompt_weight: float = Field(1.0, description="weight of a prompt token in the Hessian")
+    trace_weight: float = Field(1.0, description="weight of a generated token, or one of generic text, in the Hessian")
+    answer_weight: float | None = Field(
+        None, description="weight of a generated token after the thinking (</think>); default: trace_weight"
+    )
+    trace_weighting: TraceWeighting = Field(
+        "uniform",
+        description="factor for the tokens of each trace. uniform: 1; inverse_length: each trace has the same total weight, "
+        "whatever its length; correct: 0 for traces with a wrong answer. From Python also a function of a trace",
+    )
 
     @model_validator(mode="after")
     def _weights_make_sense(self) -> CalibrationSettings:
@@ -82,32 +268,4 @@ class CalibrationSettings(_Model):
                 "trace_weight is 0, so no chain-of-thought token would reach the Hessian; "
                 "for a prompts-only baseline set mixture: {prompts: 1.0} instead"
             )
-        for part in self.parts("generic"):
-            self.text(part.name)
         return self
-
-    def parts(self, kind: Literal["traces", "prompts", "generic"]) -> list[Part]:
-        """The parts of one kind that have a share."""
-        return [part for part in map(Part.parse, self.mixture) if part.kind == kind]
-
-    def share(self, kind: Literal["traces", "prompts", "generic"]) -> float:
-        """Of the budget, over all parts of one kind."""
-        return sum(self.mixture[part.key] for part in self.parts(kind))
-
-    def text(self, name: str | None) -> GenericText:
-        """The text of a part of the mixture: `generic`, a declared one, or a source by itself.
-
-        Raises:
-            RacError: a name that is neither.
-        """
-        if name is None:
-            return self.generic
-        if name in self.texts:
-            return self.texts[name]
-        if name != "python-docs" and "/" not in name and not name.endswith((".txt", ".jsonl", ".parquet")):
-            declared = ", ".join(self.texts) or "none"
-            raise RacError(
-                f"mixture names text:{name}, which is not among calibration.texts ({declared}) and no text by itself "
-                "(python-docs, a file or a dataset id)"
-            )
-        return GenericText(source=name)

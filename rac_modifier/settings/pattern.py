@@ -7,17 +7,13 @@ from dataclasses import dataclass
 
 from rac_modifier.errors import RacError
 
-# How far a sparsity given beside "N:M" may be from n/m: "1:3" with 0.33 agrees, "2:4" with 0.7 does not.
-_AGREEMENT = 0.01
-
 
 @dataclass(frozen=True)
 class Pattern:
-    """A sparsity pattern; build it with `parse` (recipe values), `n_of_m` or `unstructured`.
+    """A sparsity pattern; build it with `parse` (values of a recipe), `n_of_m` or `unstructured`.
 
-    `n` of every `m` consecutive input weights of an output row are zero, counted as llm-compressor's `mask_structure`
-    counts: N is the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the
-    share of zeros.
+    `n` of every `m` consecutive input weights of an output row are zero. As in llm-compressor's `mask_structure`, N is
+    the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the share of zeros.
     """
 
     sparsity: float
@@ -43,11 +39,11 @@ class Pattern:
 
     @classmethod
     def parse(cls, mask_structure: str, sparsity: float | None) -> Pattern:
-        """The pattern a recipe names: `mask_structure` "N:M" (N pruned), or "0:0" with a `sparsity`.
+        """The pattern that a recipe describes: `mask_structure` "N:M" (N pruned), or "0:0" with a `sparsity`.
 
         Raises:
-            RacError: text that is not "N:M", an impossible N:M, a sparsity outside (0, 1), or a sparsity that
-                contradicts N:M (llm-compressor would ignore it).
+            RacError: text that is not "N:M", an impossible N:M, a sparsity outside (0, 1), or a sparsity beside N:M
+                (llm-compressor ignores it).
         """
         found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
         if found is None:
@@ -60,10 +56,10 @@ class Pattern:
                 raise RacError('mask_structure "0:0" with no sparsity: unstructured needs one; add "sparsity: 0.5"')
             return cls.unstructured(sparsity)
         pattern = cls.n_of_m(n, m)
-        if sparsity is not None and not abs(sparsity - pattern.sparsity) <= _AGREEMENT:
+        if sparsity is not None:
             raise RacError(
-                f'sparsity {sparsity} contradicts mask_structure "{n}:{m}", which prunes {pattern.sparsity:.4g}; '
-                'leave sparsity out, or use mask_structure "0:0" to have that sparsity unstructured'
+                f'sparsity: {sparsity} has no effect beside mask_structure "{n}:{m}", which prunes {pattern.sparsity:.4g} of '
+                'the weights; leave sparsity out, or set mask_structure "0:0" for that sparsity without a structure'
             )
         return pattern
 

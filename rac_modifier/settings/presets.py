@@ -1,7 +1,8 @@
-"""What the presets stand for."""
+"""What each preset sets."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 Preset = Literal["quality", "fast", "paper"]
@@ -14,6 +15,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_preset(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe entry, with the preset's where it sets none; an unknown preset is left to the schema."""
+def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe entry, and those of its preset that the entry does not set itself.
+
+    An unknown preset adds nothing: the schema refuses it.
+    """
     return {**PRESETS.get(str(settings.get("preset", "quality")), {}), **settings}

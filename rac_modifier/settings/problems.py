@@ -1,49 +1,49 @@
-"""What a user sets about the problems that are put to the model."""
+"""What a user sets about the problems that the model is asked."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.base import Settings, keep_as_written
 
 ARITHMETIC = "arithmetic"
-
-
 GYM_PREFIX = "reasoning-gym:"
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
-
-# What to set for the data sets of the paper, where a user sets nothing.
+# What is set for the data sets of the paper where the user sets nothing.
 PRESETS: dict[str, dict[str, str]] = {
     "open-r1/OpenR1-Math-220k": {"column": "problem", "answer_column": "answer"},
-    # Its default configuration has no column that asks the whole question; it has no answers, only tests.
+    # Its default configuration has no column with the whole question. It has tests and no answers.
     "open-r1/codeforces": {"config": "verifiable-prompts", "column": "prompt"},
 }
 
 
-class ProblemSource(BaseModel):
-    """Which problems to put to the model.
+class ProblemSource(Settings):
+    """Which problems the model is asked.
 
     `source` is "arithmetic" (the calibration split of the built-in tasks, no download), "reasoning-gym:chain_sum" or
-    "reasoning-gym:chain_sum,gcd" (generated, tasks in turn), a path that ends in .jsonl, .json or .parquet, or else the
-    id of a Hugging Face dataset. The generators never end; the others are finite and shuffled by the seed.
+    "reasoning-gym:chain_sum,gcd" (generated, one task after the other in turn), a path that ends in .jsonl, .json or
+    .parquet, or else the id of a Hugging Face dataset. Generated problems never end; the others are finite and shuffled
+    by the seed.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     source: str = Field(
-        default=ARITHMETIC, min_length=1, description="arithmetic, reasoning-gym:<task>, a file, or a dataset id"
+        ARITHMETIC, min_length=1, description="arithmetic, reasoning-gym:<task>, a file, or a dataset id"
     )
     column: str | None = Field(
-        default=None, description="column of the question; needed unless one of problem/question/prompt"
+        None, description="column of the question; needed unless exactly one is named problem, question or prompt"
     )
-    answer_column: str | None = Field(default=None, description="column of the answer, kept for review")
-    split: str = Field(default="train", description="split of a Hugging Face dataset")
-    config: str | None = Field(default=None, description="configuration of a Hugging Face dataset")
-    limit: int | None = Field(default=None, ge=1, description="use at most this many problems")
+    answer_column: str | None = Field(
+        None, description="column of the reference answer; stored with each trace, and used where answers are checked"
+    )
+    split: str = Field("train", description="split of a Hugging Face dataset")
+    config: str | None = Field(None, description="configuration of a Hugging Face dataset")
+    limit: int | None = Field(None, ge=1, description="use at most this many problems")
     max_prompt_tokens: int | None = Field(
-        default=None, ge=1, description="pass over problems whose prompt is longer, and note them; none is ever cut"
+        None, ge=1, description="skip problems with a longer prompt, and list them as failed; no prompt is cut"
     )
 
     @property
@@ -58,19 +58,22 @@ class ProblemSource(BaseModel):
 
     @classmethod
     def looks_like(cls, name: str) -> bool:
-        """Whether a name by itself is a source of problems, rather than a name that somebody gave to one."""
+        """Whether a name by itself is a source of problems, rather than the name of a declared one."""
         one = cls(source=name)
         return one.is_generator or one.is_file or "/" in name
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _preset_fills_in(cls, values: Any) -> Any:
-        if isinstance(values, dict) and (preset := PRESETS.get(str(values.get("source")))):
-            given = {name: value for name, value in values.items() if value is not None}
-            if preset.keys() & {"config"} and given.get("config", preset["config"]) != preset["config"]:
-                return values  # another configuration has other columns
-            return {**values, **preset, **given}
-        return values
+    def _preset_fills_in(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        preset = PRESETS.get(str(values.get("source"))) if isinstance(values, dict) else None
+        if preset is None:
+            return validate(values)
+        given = {name: value for name, value in values.items() if value is not None}
+        if "config" in preset and given.get("config", preset["config"]) != preset["config"]:
+            return validate(values)  # another configuration has other columns
+        source = validate({**values, **preset, **given})
+        keep_as_written(source, given)
+        return source
 
     @model_validator(mode="after")
     def _only_settings_that_apply(self) -> ProblemSource:
@@ -82,6 +85,3 @@ class ProblemSource(BaseModel):
                 kind = "generates its problems" if self.is_generator else "is a file"
                 raise RacError(f"{name}={value!r} does not apply: source {self.source!r} {kind}; leave {name} out")
         return self
-
-
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")

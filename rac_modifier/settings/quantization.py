@@ -1,46 +1,92 @@
-"""What a user sets about quantization: llm-compressor's own schemes, and which of them can be rounded here."""
+"""What a user sets about quantization: llm-compressor's own schemes, checked here by name.
+
+compressed-tensors is not imported, so that a recipe is checked at once. What its schemes mean, and which of them can be
+rounded here, is checked where the modifier starts and before anything is sampled (llmcompressor/quantizer.py).
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationScheme, is_preset_scheme
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.base import Settings
 
 # On the reasoner's layers at 2:4 + int4, six sweeps lower the held-out error by another 0.2 % (one to three: 1.3 %).
 SWEEPS = 3
 
+# The names of compressed-tensors; tests/contracts/test_compressed_tensors.py compares them with its own.
+PRESET_SCHEMES = frozenset((
+    "UNQUANTIZED", "W4A16_ASYM", "W8A8", "INT8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK",
+    "NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4", "MXFP8A16", "MXFP8",
+    "W2A4", "W2A8", "W2A16", "W3A4", "W3A8", "W3A16", "W4A4", "W4A8", "W4A16",
+    "W5A8", "W5A16", "W6A8", "W6A16", "W7A8", "W7A16", "W8A16",
+))  # fmt: skip
+GROUP_NAMES = ("targets", "weights", "input_activations", "output_activations", "format")
+QUANTIZED_PARTS = ("weights", "input_activations", "output_activations")
+ARGUMENT_NAMES = (
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
+    "zp_dtype", "observer", "observer_kwargs",
+)  # fmt: skip
+# An observer finds scales while it calibrates. Here the scales of weights are searched (quantization/grid.py), and only
+# dynamic activations are accepted, whose scales belong to the server. Symmetric schemes have no zero points.
+_WITHOUT_EFFECT = {
+    "observer": "scales are searched for, and no observer runs",
+    "observer_kwargs": "scales are searched for, and no observer runs",
+    "zp_dtype": "symmetric schemes have no zero points",
+}
 
-class QuantizationSettings(BaseModel):
+
+class QuantizationSettings(Settings):
     """How the pruned modules are quantized: a `scheme`, or `config_groups`, as in llm-compressor's QuantizationModifier."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     scheme: str | dict[str, list[str]] | None = Field(
-        None, description="a preset: W4A16, W8A16, W8A8, FP8_DYNAMIC; or targets by preset, as in QuantizationModifier"
+        None,
+        description="a preset: W4A16, W8A16, W8A8, FP8_DYNAMIC; or a mapping from preset to targets, as in QuantizationModifier",
     )
     config_groups: dict[str, dict[str, Any]] | None = Field(
-        None, description="compressed-tensors' schemes by name, each with its targets, in place of a preset"
+        None, description="in place of a preset: compressed-tensors' schemes by name, each with its targets"
     )
     sweeps: int = Field(
         SWEEPS, ge=0, description="passes of coordinate descent over the rounded weights; 0: GPTQ alone"
     )
 
     @model_validator(mode="after")
-    def _can_be_rounded(self) -> QuantizationSettings:
+    def _names_are_known(self) -> QuantizationSettings:
         if (self.scheme is None) == (self.config_groups is None):
             raise RacError("quantization: set either scheme or config_groups, for example scheme: W4A16")
-        names = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ())
-        for name in names:
-            if not is_preset_scheme(name):
+        for name in [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ()):
+            if name.upper() not in PRESET_SCHEMES:
                 raise RacError(
                     f"scheme {name!r}: no preset of llm-compressor; use W4A16, W8A8, FP8_DYNAMIC, or config_groups"
                 )
         for name, group in (self.config_groups or {}).items():
-            try:
-                QuantizationScheme.model_validate({"targets": ["Linear"], **group})
-            except (ValidationError, ValueError, NotImplementedError) as error:
-                raise RacError(f"config_groups.{name}: {error}") from error
+            where = f"config_groups.{name}"
+            _check_names(group, GROUP_NAMES, where)
+            for part in QUANTIZED_PARTS:
+                _check_arguments(group.get(part), f"{where}.{part}")
         return self
+
+
+def _check_names(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise RacError(
+                f"{where}.{name}: compressed-tensors has no such setting (value {value!r}); "
+                f"use {close[0] if close else 'one of ' + ', '.join(known)}"
+            )
+
+
+def _check_arguments(arguments: Any, where: str) -> None:
+    if arguments is None:
+        return
+    if not isinstance(arguments, Mapping):
+        raise RacError(f"{where} is {arguments!r}; give its settings, such as {{num_bits: 8, strategy: channel}}")
+    _check_names(arguments, ARGUMENT_NAMES, where)
+    for name, why in _WITHOUT_EFFECT.items():
+        if arguments.get(name):
+            raise RacError(f"{where}.{name}: {arguments[name]!r} has no effect here: {why}; leave it out")

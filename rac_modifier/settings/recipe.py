@@ -1,4 +1,4 @@
-"""Read, change and check a recipe before llm-compressor gets it: the entry of one of our modifiers, whichever it has."""
+"""Read, change and check a recipe before llm-compressor reads it: the entry of the one of our modifiers that it has."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
-from rac_modifier.llmcompressor.modifiers import MODIFIERS
+from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
 
 NAME = "ReasoningAwareSparseGPTModifier"
 
@@ -20,9 +19,11 @@ NAME = "ReasoningAwareSparseGPTModifier"
 def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """The recipe's content with `key.sub=value` overrides applied to our modifier's entry, checked.
 
+    Neither the recipe nor an override can name code: YAML is read with the safe loader, and no setting imports anything.
+
     Raises:
-        RacError: no such file, not YAML, a layout in which llm-compressor would find no modifier, an entry that our
-            modifier refuses, or an override that is not `key=value`.
+        RacError: no such file, not YAML, a layout in which llm-compressor finds no modifier, an entry with settings that
+            cannot work, or an override that is not `key=value`.
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -48,8 +49,11 @@ def find_entry(recipe: Any, where: str) -> dict[str, Any]:
 def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
     """Name and settings of our modifier inside a recipe, the settings to read or to change in place.
 
-    llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}` and silently runs a recipe without any
-    modifier when those suffixes are missing; that is refused here.
+    llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}`. Where those suffixes are missing it runs
+    the recipe without any modifier and without a message; that is refused here.
+
+    Raises:
+        RacError: another layout, none of our modifiers, or more than one.
     """
 
     def layout(name: str = NAME) -> str:
@@ -57,32 +61,38 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
 
     if not isinstance(recipe, dict):
         raise RacError(f"{where} holds no recipe but {type(recipe).__name__}; {layout()}")
+    found: list[tuple[str, dict[str, Any]]] = []
     for stage, groups in recipe.items():
-        if not isinstance(groups, dict):
-            continue
-        for group, modifiers in groups.items():
-            name = next((name for name in MODIFIERS if isinstance(modifiers, dict) and name in modifiers), None)
-            if name is None:
-                continue
-            if not (str(stage).endswith("_stage") and str(group).endswith("_modifiers")):
-                raise RacError(f"{where}: llm-compressor would overlook {stage}: {group}: {name}; {layout(name)}")
-            modifiers[name] = {} if modifiers[name] is None else modifiers[name]
-            if not isinstance(modifiers[name], dict):
-                raise RacError(f"{where}: {name} holds {modifiers[name]!r}, not settings; {layout(name)}")
-            return name, modifiers[name]
-    raise RacError(f"{where} has no {' or '.join(MODIFIERS)}; {layout()}")
+        for group, modifiers in groups.items() if isinstance(groups, dict) else ():
+            for name in ENTRIES.keys() & modifiers.keys() if isinstance(modifiers, dict) else ():
+                if not (str(stage).endswith("_stage") and str(group).endswith("_modifiers")):
+                    raise RacError(f"{where}: llm-compressor would overlook {stage}: {group}: {name}; {layout(name)}")
+                modifiers[name] = {} if modifiers[name] is None else modifiers[name]
+                if not isinstance(modifiers[name], dict):
+                    raise RacError(f"{where}: {name} holds {modifiers[name]!r}, not settings; {layout(name)}")
+                found.append((name, modifiers[name]))
+    if not found:
+        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {layout()}")
+    if len(found) > 1:
+        names = " and ".join(sorted(name for name, _ in found))
+        raise RacError(f"{where} has {names}; leave one of them out: one calibrates the whole recipe")
+    return found[0]
 
 
-def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> CalibratingModifier:
-    """Validate the settings of our modifier of this name; every problem in one message."""
+def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> CalibrationEntry:
+    """Validate the settings of our modifier of this name.
+
+    Raises:
+        RacError: with every mistake in one message.
+    """
     try:
-        return MODIFIERS[name](**entry)
+        return ENTRIES[name].model_validate(entry)
     except ValidationError as error:
         raise RacError(f"{where}: {describe_errors(error)}") from error
 
 
 def describe_errors(error: ValidationError) -> str:
-    """Pydantic's findings as `key.sub: what is wrong`, one a line."""
+    """Pydantic's findings as `key.sub: what is wrong`, one per line."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
@@ -101,21 +111,28 @@ def schema(name: str = NAME) -> str:
     Raises:
         RacError: a modifier that is not ours.
     """
-    if name not in MODIFIERS:
-        raise RacError(f"{name!r} is none of this package's modifiers; name one of {', '.join(MODIFIERS)}")
-    return json.dumps(MODIFIERS[name].model_json_schema(), indent=2) + "\n"
+    if name not in ENTRIES:
+        raise RacError(f"{name!r} is none of this package's modifiers; name one of {', '.join(ENTRIES)}")
+    return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
 
 
 def _apply(entry: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
+    """Set one value of an entry; `null` takes the setting out, whatever the recipe holds there."""
+    key, equals, text = override.partition("=")
     if not equals or not key:
         raise RacError(f"--set {override!r} is not key=value, for example --set calibration.tokens=32768")
-    *parents, last = key.split(".")
-    for parent in parents:
-        entry = entry.setdefault(parent, {})
-        if not isinstance(entry, dict):
-            raise RacError(f"--set {override!r}: {parent} is not a group of settings")
     try:
-        entry[last] = yaml.safe_load(value)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RacError(f"--set {override!r}: the value is not YAML ({error})") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        if entry.get(parent) is None:
+            entry[parent] = {}
+        entry = entry[parent]
+        if not isinstance(entry, dict):
+            raise RacError(f"--set {override!r}: {parent} is not a group of settings")
+    if value is None:
+        entry.pop(last, None)
+    else:
+        entry[last] = value

@@ -5,36 +5,48 @@ from __future__ import annotations
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.base import Settings
 
 Template = Literal["chat", "none"]
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P, DEFAULT_TOP_K = 0.6, 0.95, 0
 
 
-class SamplingSettings(BaseModel):
-    """How completions are sampled; None means as the model's own generation_config says (see `resolved`).
+class SamplingSettings(Settings):
+    """How completions are sampled. None: as in the model's own generation_config (see `resolved`).
 
-    Only temperature, top_k and top_p shape the distribution: a repetition penalty in the model's generation_config is
-    not applied (a warning says so).
+    Only temperature, top_k and top_p shape the distribution. A repetition penalty in the model's generation_config is
+    not applied, and a warning says so.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
-    temperature: float | None = Field(default=None, ge=0, description="0 is greedy")
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, description="0 is off")
-    max_new_tokens: int = Field(default=8192, ge=1)
-    samples_per_problem: int = Field(default=1, ge=1)
-    batch_size: int = Field(
-        default=64, ge=1, description="completions sampled together; does not change what is sampled"
+    temperature: float | None = Field(
+        None, ge=0, description="0 is greedy; default: that of the model's generation_config, else 0.6"
     )
-    seed: int = 0
-    system_prompt: str | None = None
-    template: Template = Field(default="chat", description="'none' gives the model the bare question")
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="sample among the most likely tokens that hold this share; default: the model's, else 0.95",
+    )
+    top_k: int | None = Field(
+        None, ge=0, description="sample among this many most likely tokens, 0: no limit; default: the model's, else 0"
+    )
+    max_new_tokens: int = Field(8192, ge=1, description="a completion is cut at this many tokens")
+    samples_per_problem: int = Field(1, ge=1, description="completions per problem")
+    batch_size: int = Field(
+        64, ge=1, description="completions sampled at once in this process; does not change what is sampled"
+    )
+    seed: int = Field(0, description="decides the order of the problems and every draw")
+    system_prompt: str | None = Field(None, description="system message before each question; default: none")
+    template: Template = Field(
+        "chat", description="chat: the tokenizer's chat template; none: the question alone, for a model without one"
+    )
     thinking: bool = Field(
-        default=True, description="the chat template's enable_thinking, where it knows the switch (Qwen3)"
+        True, description="the enable_thinking of the chat template; a template without this switch ignores it"
     )
 
     @model_validator(mode="after")
@@ -49,11 +61,11 @@ class SamplingSettings(BaseModel):
         return self
 
     def resolved(self, generation_config: Any) -> SamplingSettings:
-        """These settings with nothing left open.
+        """These settings with a value for each that is None.
 
-        What is None comes from the model's generation_config if that one samples (do_sample), and where it is silent
-        too, from the usual settings of reasoning models: temperature 0.6, top_p 0.95, top_k off. (Not from
-        transformers' own defaults, of which top_k=50 would be one.)
+        The value comes from the model's generation_config if that one samples (do_sample) and has it; else it is usual
+        for reasoning models: temperature 0.6, top_p 0.95, top_k off. (transformers' own defaults, such as top_k=50, are
+        not used.)
         """
         usual: dict[str, Any] = {"temperature": DEFAULT_TEMPERATURE, "top_p": DEFAULT_TOP_P, "top_k": DEFAULT_TOP_K}
         own = generation_config if generation_config is not None and generation_config.do_sample else None
@@ -65,18 +77,18 @@ class SamplingSettings(BaseModel):
         return SamplingSettings(**filled)
 
 
-class EngineSettings(BaseModel):
-    """OpenAI-compatible servers that sample the traces, all serving the model that is to be compressed."""
+class EngineSettings(Settings):
+    """OpenAI-compatible servers that sample the traces, each with the model that is to be compressed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     base_urls: tuple[str, ...] = Field(
-        description="where the servers listen, such as http://127.0.0.1:8000/v1; requests go to the least busy one"
+        description="addresses of the servers, such as http://127.0.0.1:8000/v1; each request is sent to the least busy one"
     )
-    model: str | None = Field(None, description="name that the model is served under; default: the only one served")
-    concurrency: int = Field(64, ge=1, le=4096, description="completions under way at once, over all servers")
-    timeout: float = Field(600, gt=0, description="seconds that one completion may take before it is tried again")
-    tries: int = Field(9, ge=1, description="how often a completion is tried before its problem counts as failed")
+    model: str | None = Field(None, description="name under which the model is served; default: the only one served")
+    concurrency: int = Field(64, ge=1, le=4096, description="completions in progress at once, over all servers")
+    timeout: float = Field(600, gt=0, description="seconds per completion, after which it is requested again")
+    tries: int = Field(9, ge=1, description="requests per completion, after which its problem counts as failed")
     verify_model: bool = Field(
         True, description="compare a few greedy tokens of each server with the model to be compressed"
     )
@@ -100,7 +112,7 @@ class EngineSettings(BaseModel):
 def _normal(url: str) -> str:
     parts = urlsplit(url)
     try:
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         valid = False
     if not valid or parts.query or parts.fragment:

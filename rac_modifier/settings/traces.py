@@ -4,48 +4,47 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.base import Settings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
 
-class SelectSettings(BaseModel):
-    """What a trace must be like to be calibrated on; what is sampled and stored does not change.
+class SelectSettings(Settings):
+    """Which traces are calibrated on. What is sampled and stored does not change.
 
-    Each trace passed over has been sampled all the same, so a selection that keeps one in three costs three times the
-    sampling. Beyond that only `answers` and `pass_rate` cost anything: every answer is checked, which takes microseconds for
+    A trace that is not selected has been sampled all the same: a selection that keeps one in three costs three times
+    the sampling. Beside that only `answers` and `pass_rate` cost time: every answer is checked, in microseconds for
     integers and milliseconds for mathematics.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     answers: Literal["any", "correct", "wrong"] = Field(
         "any",
-        description="keep traces whose final answer is right, or those whose answer is wrong or missing; needs reference answers",
+        description="correct: keep traces with the right final answer; wrong: keep those whose answer is wrong or missing; "
+        "both need reference answers",
     )
     finished: bool = Field(
-        False, description="keep only traces that ended by themselves (EOS), not those cut at the cap"
+        False, description="keep only traces that end with an end-of-sequence token, and none that was cut"
     )
-    min_tokens: int | None = Field(None, ge=1, description="completion tokens of a trace at least")
-    max_tokens: int | None = Field(
-        None, ge=1, description="completion tokens of a trace at most; longer ones are passed over"
-    )
-    dedupe: bool = Field(False, description="keep one of several completions with the same token ids")
-    per_problem: int | None = Field(
-        None, ge=1, description="keep at most this many traces of a problem, the first ones"
-    )
+    min_tokens: int | None = Field(None, ge=1, description="keep traces with at least this many completion tokens")
+    max_tokens: int | None = Field(None, ge=1, description="keep traces with at most this many completion tokens")
+    dedupe: bool = Field(False, description="of completions with the same token ids keep the first")
+    per_problem: int | None = Field(None, ge=1, description="keep at most this many traces per problem, the first ones")
     pass_rate: tuple[float, float] | None = Field(
         None,
-        description="keep problems whose share of right samples lies within these bounds, e.g. [0.2, 0.8]: neither easy "
-        "nor hopeless; needs reference answers and samples_per_problem of at least 2",
+        description="keep problems whose share of right samples lies within these bounds, e.g. [0.2, 0.8] for neither easy "
+        "nor hopeless ones; needs reference answers and samples_per_problem of at least 2",
     )
     least_share: float = Field(
         0.02,
         gt=0,
         le=1,
-        description="end with an error when so small a share of the sampled tokens is kept that the budget would take too long",
+        description="stop with an error where the selection keeps a smaller share of the sampled tokens than this, since "
+        "the budget would take too long",
     )
 
     @model_validator(mode="after")
@@ -65,6 +64,12 @@ class SelectSettings(BaseModel):
         """Whether every answer has to be checked."""
         return self.answers != "any" or self.pass_rate is not None
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every trace is kept."""
+        limits = (self.min_tokens, self.max_tokens, self.per_problem)
+        return not (self.checks_answers or self.finished or self.dedupe or any(limits))
+
     def check_against(self, max_new_tokens: int, samples_per_problem: int) -> None:
         """Refuse what no trace sampled so can meet.
 
@@ -81,29 +86,29 @@ class SelectSettings(BaseModel):
             )
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class TraceSource(Settings):
+    """A named source of traces. What it does not set is as in `traces`; only the store is always its own."""
 
-
-class TraceSource(_Model):
-    """A named source of traces; what it does not set is as in `traces`, except for the store, which is always its own."""
-
-    problems: ProblemSource = Field(description="the problems to think about")
+    problems: ProblemSource = Field(description="the problems that the model is asked")
     store: str | None = Field(None, description="its own trace store; default: a file under rac_traces/")
-    sampling: SamplingSettings | None = Field(None, description="how the model is sampled")
-    select: SelectSettings | None = Field(None, description="which of its traces are calibrated on")
-    allow_off_policy: bool | None = Field(None, description="calibrate on traces of another model")
+    sampling: SamplingSettings | None = Field(None, description="how the model is sampled; default: as in traces")
+    select: SelectSettings | None = Field(
+        None, description="which of its traces are calibrated on; default: as in traces"
+    )
+    allow_off_policy: bool | None = Field(
+        None, description="calibrate on traces of another model; default: as in traces"
+    )
 
 
-class TraceSettings(_Model):
+class TraceSettings(Settings):
     """Where the chain-of-thought traces come from: problems, sampling, and the store that keeps them."""
 
     store: str | None = Field(
         None,
-        description="trace store (a .jsonl file) to read, and to append to when it holds too few tokens; "
+        description="trace store (a .jsonl file): it is read, and filled up where it holds too few tokens; "
         "default: a file under rac_traces/ named after the model, the problems and the sampling settings",
     )
-    problems: ProblemSource = Field(ProblemSource(), description="the problems to think about")
+    problems: ProblemSource = Field(ProblemSource(), description="the problems that the model is asked")
     sampling: SamplingSettings = Field(SamplingSettings(), description="how the model is sampled")
     select: SelectSettings = Field(
         SelectSettings(), description="which traces are calibrated on; default: all of them, as in the paper"
@@ -112,13 +117,14 @@ class TraceSettings(_Model):
         None, description="OpenAI-compatible servers that sample; default: the model samples in this process"
     )
     retry_failed: bool = Field(
-        False, description="try problems again that a server could not complete (the store's .failed.jsonl)"
+        False,
+        description="try again the problems that a server could not complete (listed in the store's .failed.jsonl)",
     )
     allow_off_policy: bool = Field(
-        False, description="calibrate on traces of another model; the store is then only read, never appended to"
+        False, description="calibrate on traces of another model; its store is then only read, nothing is added to it"
     )
     sources: dict[str, TraceSource] = Field(
-        {}, description="further sources, for a mixture to name: traces:math, prompts:math"
+        {}, description="further sources by name, for use in a mixture: traces:math, prompts:math"
     )
 
     @model_validator(mode="after")
@@ -143,7 +149,7 @@ class TraceSettings(_Model):
         if not ProblemSource.looks_like(name):
             declared = ", ".join(self.sources) or "none"
             raise RacError(
-                f"mixture names traces:{name}, which is not among traces.sources ({declared}) and no problem source by itself "
-                "(arithmetic, reasoning-gym:<task>, a file or a dataset id)"
+                f"mixture names traces:{name}, which is not among traces.sources ({declared}) and is no problem source by "
+                "itself (arithmetic, reasoning-gym:<task>, a file or a dataset id)"
             )
         return self.model_copy(update={**plain, "problems": ProblemSource(source=name)})

@@ -35,7 +35,7 @@ CASES += [
     Case(
         "a mixture that names traces declared nowhere",
         "mixture names traces:maths, which is not among traces.sources (math)",
-        lambda b: b.prune_with(
+        lambda b: b.check(
             traces={"sources": {"math": {"problems": {"source": "arithmetic"}}}},
             calibration={"mixture": "traces:maths@1"},
         ),
@@ -51,9 +51,46 @@ CASES += [
         lambda b: b.check(calibration={"trace_weighting": "length"}),
     ),
     Case(
-        "a weighting function that is not there",
-        "trace_weighting 'nowhere:weigh' cannot be imported",
-        lambda b: b.prune_with(calibration={"tokens": 300, "trace_weighting": "nowhere:weigh"}),
+        "a function as text, which a recipe cannot name",
+        "trace_weighting is 'os:getcwd'; use uniform, inverse_length, correct. A function of your own can only be given from "
+        "Python, as an object",
+        lambda b: b.check(calibration={"trace_weighting": "os:getcwd"}),
+    ),
+    Case(
+        "a weight of tokens in a mixture where all weigh the same",
+        "calibration.prompt_weight: 0.5 has no effect beside a mixture whose tokens all weigh the same; leave it out",
+        lambda b: b.check(calibration={"mixture": {"prompts": 1.0}, "prompt_weight": 0.5}),
+    ),
+    Case(
+        "a weighting of traces beside a mixture without traces",
+        "calibration.trace_weighting: 'correct' has no effect beside a mixture without traces; leave it out, or give traces a "
+        "share of calibration.mixture",
+        lambda b: b.check(calibration={"mixture": {"generic": 1.0}, "trace_weighting": "correct"}),
+    ),
+    Case(
+        "`traces` beside a mixture without traces and prompts",
+        "traces: {'store': 's.jsonl'} has no effect beside a mixture without traces and prompts; leave it out",
+        lambda b: b.check(traces={"store": "s.jsonl"}, calibration={"mixture": {"generic": 1.0}}),
+    ),
+    Case(
+        "how traces are sampled, beside a mixture of prompts alone",
+        "traces.sampling.max_new_tokens: 512 has no effect beside a mixture without traces",
+        lambda b: b.check(traces={"sampling": {"max_new_tokens": 512}}, calibration={"mixture": {"prompts": 1.0}}),
+    ),
+    Case(
+        "a batch size for sampling beside servers",
+        "traces.sampling.batch_size: 8 has no effect beside traces.engine; leave it out, or set traces.engine.concurrency",
+        lambda b: b.check(traces={"engine": {"base_urls": ["http://127.0.0.1:1"]}, "sampling": {"batch_size": 8}}),
+    ),
+    Case(
+        "`retry_failed` without servers",
+        "traces.retry_failed: True has no effect without traces.engine, since only servers fail; leave it out",
+        lambda b: b.check(traces={"retry_failed": True}),
+    ),
+    Case(
+        "a named source that the mixture does not use",
+        "has no effect unless the mixture names it; add traces:math to calibration.mixture",
+        lambda b: b.check(traces={"sources": {"math": {"problems": {"source": "reasoning-gym:gcd"}}}}),
     ),
     Case(
         "generic text without its column",

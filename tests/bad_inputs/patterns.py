@@ -23,9 +23,44 @@ for text, says in (
     CASES.append(Case(f'`mask_structure: "{text}"`', says, lambda b, text=text: b.check(mask_structure=text)))
 CASES += [
     Case(
-        "`mask_structure` and `sparsity` that disagree",
-        'sparsity 0.7 contradicts mask_structure "2:4"',
-        lambda b: b.check(sparsity=0.7),
+        "`sparsity` beside an N:M `mask_structure`",
+        'sparsity: 0.5 has no effect beside mask_structure "2:4", which prunes 0.5 of the weights; leave sparsity out',
+        lambda b: b.check(sparsity=0.5),
+    ),
+    Case(
+        "`sparsity` beside `solver: keep`",
+        "sparsity: 0.5 has no effect beside solver: keep, since the zeros are the model's; leave it out",
+        lambda b: b.check(mask_structure=None, solver="keep", sparsity=0.5),
+    ),
+    Case(
+        "a setting of another solver",
+        "block_size: 64 has no effect beside solver: alps; leave it out, or set solver: sparsegpt",
+        lambda b: b.check(block_size=64),
+    ),
+    Case(
+        "`iterations` without alps",
+        "iterations: 4 has no effect beside solver: sparsegpt; leave it out, or set solver: alps",
+        lambda b: b.check(preset="fast", iterations=4),
+    ),
+    Case(
+        "`refit` of a solver that always refits",
+        "refit: True has no effect beside solver: alps, which always refits the kept weights; leave it out",
+        lambda b: b.check(refit=True),
+    ),
+    Case(
+        "`refit_steps` where nothing is refitted",
+        "refit_steps: 3 has no effect beside solver: sparsegpt without a refit; leave it out, or set refit: true",
+        lambda b: b.check(preset="paper", refit_steps=3),
+    ),
+    Case(
+        "`dampening_frac` where no Hessian is inverted",
+        "dampening_frac: 0.1 has no effect beside solver: wanda without refit, quantization or reconstruct: dense",
+        lambda b: b.check(preset="paper", solver="wanda", dampening_frac=0.1),
+    ),
+    Case(
+        "an option that is experimental now",
+        "allocation: 'kl' is now under experimental; write experimental: {allocation: ...}",
+        lambda b: b.check(allocation="kl"),
     ),
     Case(
         "neither `sparsity` nor an N:M `mask_structure`",
@@ -46,22 +81,22 @@ CASES += [
     Case(
         "`allocation` beside an N:M pattern",
         "N:M prunes the same share of every module",
-        lambda b: b.check(allocation="kl"),
+        lambda b: b.check(experimental={"allocation": "kl"}),
     ),
     Case(
         "a share of 0 in `allocation`",
         "name a module that is to stay dense in ignore",
-        lambda b: b.check(mask_structure="0:0", sparsity=0.5, allocation={"re:.*q_proj": 0.0}),
+        lambda b: b.check(mask_structure="0:0", sparsity=0.5, experimental={"allocation": {"re:.*q_proj": 0.0}}),
     ),
     Case(
         "`allocation` of a module that is not there",
         "matches none of the 14 modules to be pruned",
-        lambda b: b.prune_with(mask_structure="0:0", sparsity=0.5, allocation={"re:.*c_proj": 0.4}),
+        lambda b: b.prune_with(mask_structure="0:0", sparsity=0.5, experimental={"allocation": {"re:.*c_proj": 0.4}}),
     ),
     Case(
         "`allocation` that leaves the other modules too little",
         "to make the average 0.2; it must lie between 0 and 1",
-        lambda b: b.prune_with(mask_structure="0:0", sparsity=0.2, allocation={"re:.*mlp.*": 0.9}),
+        lambda b: b.prune_with(mask_structure="0:0", sparsity=0.2, experimental={"allocation": {"re:.*mlp.*": 0.9}}),
     ),
     Case("an unknown solver", "Input should be 'sparsegpt'", lambda b: b.check(solver="sparsegtp")),
 ]

@@ -20,9 +20,19 @@ CASES += [
         lambda b: b.check(quantization={"scheme": "W4"}),
     ),
     Case(
-        "a config group that compressed-tensors refuses",
-        "config_groups.g: ",
+        "a setting of a config group that compressed-tensors does not have",
+        "config_groups.g.weights.bits: compressed-tensors has no such setting (value 4); use num_bits",
         lambda b: b.check(**quantized(num_bits=4, bits=4)),
+    ),
+    Case(
+        "an observer, where scales are searched for",
+        "config_groups.g.weights.observer: 'mse' has no effect here: scales are searched for, and no observer runs; leave it",
+        lambda b: b.check(**quantized(num_bits=8, observer="mse")),
+    ),
+    Case(
+        "a config group that compressed-tensors refuses",
+        "config_groups.g: 1 validation error for QuantizationScheme",
+        lambda b: b.prune_with(**quantized(num_bits=4, strategy="group")),
     ),
     Case(
         "an asymmetric scheme inside the pruning entry",

@@ -40,6 +40,18 @@ CASES += [
 
 CASES += [
     Case(
+        "both of this package's modifiers in one recipe file",
+        f"has ReasoningAwareCalibrationModifier and {NAME}; leave one of them out",
+        lambda b: b.rac_prune(
+            f"s_stage: {{a_modifiers: {{{NAME}: }}, b_modifiers: {{ReasoningAwareCalibrationModifier: }}}}"
+        ),
+    ),
+    Case(
+        "`rac prune` without a recipe",
+        "needs a model, an output folder and a recipe",
+        lambda b: b.rac("prune", "x", "y"),
+    ),
+    Case(
         "a preset that does not exist",
         "preset: Input should be 'quality', 'fast' or 'paper'",
         lambda b: b.check(preset="best"),
@@ -52,7 +64,7 @@ CASES += [
     Case(
         "`order: layer` beside gradient weights",
         "order: layer cannot weigh each module's tokens by itself",
-        lambda b: b.check(preset="paper", token_weights="gradient"),
+        lambda b: b.check(preset="paper", experimental={"token_weights": "gradient"}),
     ),
 ]
 

@@ -12,8 +12,7 @@ from rac_modifier.calibration.mixture import (
     trace_sequence,
 )
 from rac_modifier.errors import RacError
-from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.mixture import KINDS
+from rac_modifier.settings.calibration import KINDS, CalibrationSettings
 from rac_modifier.traces.store import Trace
 
 

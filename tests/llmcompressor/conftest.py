@@ -5,7 +5,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from rac_modifier import ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
-from tests.tiny import entry
+from tests.tiny import calibration_entry, entry
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def calibrate(tiny_folder, trace_store):
     """Run oneshot on the tiny model with other modifiers, calibrated on its traces."""
 
     def calibrate(later=(), pipeline="independent", output_dir=None, **settings):
-        shared = {key: value for key, value in entry(trace_store, **settings).items() if key != "mask_structure"}
+        shared = calibration_entry(trace_store, **settings)
         return oneshot(
             model=str(tiny_folder),
             recipe=[ReasoningAwareCalibrationModifier(**shared), *later],

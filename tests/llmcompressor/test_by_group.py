@@ -138,5 +138,7 @@ def test_group_is_refused_where_it_cannot_be(tiny_folder, trace_store, monkeypat
 
 def test_gradient_weights_need_the_group_order(tiny_folder, trace_store, monkeypatch):
     monkeypatch.setattr(seam, "trace_stages", untraceable)
-    with pytest.raises(RacError, match=r"token_weights: gradient is not possible here.*uniform"):
-        prune(trace_store, str(tiny_folder), token_weights="gradient")
+    with pytest.raises(
+        RacError, match=r"token_weights: gradient is not possible here.*leave experimental.token_weights out"
+    ):
+        prune(trace_store, str(tiny_folder), experimental={"token_weights": "gradient"})

@@ -18,7 +18,11 @@ def total(model) -> int:
 @pytest.mark.parametrize("allocation", ["kl", {"re:.*down_proj": 0.3, "model.layers.0.mlp.down_proj": 0.5}])
 def test_the_average_is_exact_and_each_module_has_its_own(prune, tmp_path, allocation):
     model = prune(
-        mask_structure="0:0", sparsity=0.6, allocation=allocation, reconstruct="pruned", output_dir=tmp_path / "out"
+        mask_structure="0:0",
+        sparsity=0.6,
+        experimental={"allocation": allocation},
+        reconstruct="pruned",
+        output_dir=tmp_path / "out",
     )
     assert sum(zeros(model).values()) == int(total(model) * 0.6)
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
@@ -40,7 +44,7 @@ def test_every_solver_prunes_each_module_by_its_share(prune, solver):
         sparsity=0.5,
         solver=solver,
         reconstruct="pruned",
-        allocation={"re:.*q_proj": 0.8, "re:.*k_proj": 0.2},
+        experimental={"allocation": {"re:.*q_proj": 0.8, "re:.*k_proj": 0.2}},
     )
     counts = zeros(model)
     for name, module in linears(model).items():
@@ -51,7 +55,7 @@ def test_every_solver_prunes_each_module_by_its_share(prune, solver):
 
 
 def test_a_module_that_lost_its_own_pattern_is_refused_at_save(prune, tmp_path):
-    model = prune(mask_structure="0:0", sparsity=0.5, allocation={"model.layers.0.mlp.up_proj": 0.9})
+    model = prune(mask_structure="0:0", sparsity=0.5, experimental={"allocation": {"model.layers.0.mlp.up_proj": 0.9}})
     module = model.model.layers[0].mlp.up_proj
     module.weight.data[:32] = 1.0  # half of it: enough zeros are left for 50 %, not for its 90 %
     with pytest.raises(RacError, match=r"layers\.0\.mlp\.up_proj .*90 %"):

@@ -1,9 +1,13 @@
 import pytest
 from pydantic import ValidationError
 
-from rac_modifier.errors import RacError
-from rac_modifier.settings.calibration import CalibrationSettings, GenericText
-from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.settings.calibration import (
+    CalibrationBudget,
+    CalibrationSettings,
+    GenericText,
+    name_of_weighting,
+    part_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,8 +30,7 @@ from rac_modifier.settings.traces import TraceSettings
         ({"mixture": "traces@much"}, "'traces@much' has no share"),
         ({"mixture": "traces:@1"}, "'traces:'; the kinds are"),
         ({"answer_weight": -1}, "answer_weight is -1"),
-        ({"trace_weighting": "length"}, "'length'; use uniform, inverse_length, correct, or \"module:function\""),
-        ({"trace_weighting": "os.system('x'):f"}, "use uniform"),
+        ({"trace_weighting": "length"}, "'length'; use uniform, inverse_length, correct"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values, message):
@@ -60,38 +63,62 @@ def test_names_may_hold_commas_colons_and_at_signs():
     }
 
 
-def test_a_named_source_takes_over_what_it_does_not_set():
-    settings = TraceSettings(
-        store="all.jsonl",
-        sampling={"max_new_tokens": 99, "samples_per_problem": 2},
-        select={"finished": True},
-        sources={
-            "math": {"problems": {"source": "reasoning-gym:gcd"}, "select": {"pass_rate": [0.2, 0.8]}},
-            "code": {"problems": {"source": "code.jsonl"}, "store": "code-traces.jsonl"},
-        },
-    )
-    math, code, itself = settings.named("math"), settings.named("code"), settings.named("org/data")
-    assert settings.named(None) is settings
-    assert (math.store, math.sampling.max_new_tokens, math.select.finished) == (None, 99, False)
-    assert (code.store, code.select.finished) == ("code-traces.jsonl", True)
-    assert (itself.store, itself.problems.source, itself.select.finished) == (None, "org/data", True)
-    with pytest.raises(RacError, match=r"traces:maths, which is not among traces\.sources \(math, code\)"):
-        settings.named("maths")
-
-
-def test_a_selection_that_the_sampling_cannot_meet_is_refused_early():
-    with pytest.raises(ValidationError, match=r"can never be met with sampling\.max_new_tokens=50"):
-        TraceSettings(sampling={"max_new_tokens": 50}, select={"min_tokens": 51})
-    source = {"problems": {"source": "arithmetic"}, "select": {"pass_rate": [0, 1]}}
-    with pytest.raises(ValidationError, match="samples_per_problem to 2 or more"):
-        TraceSettings(sources={"math": source})
-
-
 def test_prompts_may_weigh_nothing():
     assert CalibrationSettings(prompt_weight=0.0).trace_weight == 1.0
 
 
-@pytest.mark.parametrize("model", [CalibrationSettings, TraceSettings, GenericText])
-def test_every_setting_says_what_it_is(model):
-    for name, field in model.model_fields.items():
-        assert field.description or name in ("problems", "sampling"), name
+@pytest.mark.parametrize("weighting", ["uniform", "inverse_length", "correct"])
+def test_named_weightings(weighting):
+    assert CalibrationSettings(trace_weighting=weighting).model_dump()["trace_weighting"] == weighting
+
+
+@pytest.mark.parametrize(
+    "text", ["length", "os:getcwd", "os.getcwd", "builtins:eval", "os.system('x'):f", ["uniform"], 1]
+)
+def test_a_weighting_is_never_looked_up_by_name(text):
+    with pytest.raises(ValidationError, match="A function of your own can only be given from Python, as an object"):
+        CalibrationSettings(trace_weighting=text)
+
+
+def longest_first(trace):
+    return len(trace.completion_ids)
+
+
+class Weigher:
+    def __call__(self, trace):
+        return 1.0
+
+
+def test_a_function_is_recorded_by_its_qualified_name():
+    settings = CalibrationSettings(trace_weighting=longest_first)
+    assert settings.trace_weighting is longest_first
+    assert settings.model_dump()["trace_weighting"] == f"{__name__}.longest_first"
+    assert settings.model_dump(mode="json")["trace_weighting"] == f"{__name__}.longest_first"
+    assert name_of_weighting(Weigher()) == f"{__name__}.Weigher"
+    with pytest.raises(ValidationError, match="from Python"):
+        CalibrationSettings(**settings.model_dump())  # the record of it runs no code either
+
+
+def test_a_budget_without_weights_weighs_every_token_alike():
+    budget = CalibrationBudget(tokens=5, mixture="prompts@1", seed=3)
+    weighed = budget.weighed()
+    assert type(weighed) is CalibrationSettings
+    assert weighed == CalibrationSettings(tokens=5, mixture={"prompts": 1.0}, seed=3)
+    assert weighed.model_fields_set == budget.model_fields_set
+    assert weighed.weighed() is weighed
+
+
+def test_parts_of_kinds():
+    settings = CalibrationSettings(mixture="prompts:a/b@0.25, traces@0.5, text@0.25")
+    assert [part.key for part in settings.parts("traces", "prompts")] == ["traces", "prompts:a/b"]
+    assert settings.share("generic") == 0.25
+    assert part_tokens(settings.mixture, 103) == {"traces": 52, "prompts:a/b": 26, "generic": 25}
+
+
+@pytest.mark.parametrize(
+    ("source", "columns", "dataset"),
+    [("python-docs", False, False), ("a.txt", False, False), ("a.jsonl", True, False), ("allenai/c4", True, True)],
+)
+def test_kinds_of_text(source, columns, dataset):
+    text = GenericText(source=source)
+    assert (text.has_columns, text.is_dataset) == (columns, dataset)

@@ -1,0 +1,91 @@
+"""The settings of each of our recipe entries, whole: what the modifiers of llmcompressor/ inherit, and the JSON Schemas show."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from rac_modifier.settings.base import without_paths
+from rac_modifier.settings.calibration import CalibrationBudget, CalibrationSettings
+from rac_modifier.settings.idle import Idle, idle_calibration, idle_pruning, refuse_idle
+from rac_modifier.settings.presets import PRESETS
+from rac_modifier.settings.pruning import PruningSettings
+from rac_modifier.settings.traces import TraceSettings
+
+
+class CalibrationEntry(BaseModel):
+    """Calibrate the recipe's other modifiers, such as GPTQModifier, on the model's own chain of thought.
+
+    It changes no weight. The traces are sampled (or read from a store) and given to every modifier of the recipe that
+    calibrates, one sequence per batch, so that no padding is counted.
+
+        quantization_stage:
+          quantization_modifiers:
+            ReasoningAwareCalibrationModifier: {}
+            GPTQModifier: {scheme: W4A16, ignore: [lm_head]}
+    """
+
+    model_config = ConfigDict(extra="forbid", title="ReasoningAwareCalibrationModifier")
+
+    tokenizer: str | None = Field(None, description="path or id of the tokenizer; default: the model's own")
+    traces: TraceSettings = Field(TraceSettings(), description="where the chain-of-thought traces come from")
+    calibration: CalibrationBudget = Field(CalibrationBudget(), description="what is calibrated on, and how much of it")
+
+    def idle_settings(self) -> Idle:
+        """The settings that have no effect beside the others, and why."""
+        weights = CalibrationSettings.model_fields.keys() - CalibrationBudget.model_fields.keys()
+        why = "on the recipe's other modifiers, which count every token alike, one sequence per batch; leave it out"
+        return {**idle_calibration(self.traces, self.calibration), **{("calibration", name): why for name in weights}}
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for part in self.calibration.parts("traces", "prompts"):
+            self.traces.named(part.name)
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_idle(self) -> Self:
+        refuse_idle(self, self.idle_settings())
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dump in plain types that can be read again: settings without an effect are left out."""
+        dump, idle = serialize(self), set(self.idle_settings())
+        if all(name in dump or (name,) in idle for name in PRESETS["quality"]):
+            idle.add(("preset",))  # the dump holds all that it sets
+        plain: dict[str, Any] = without_paths(dump, idle)
+        return plain
+
+
+class PruningEntry(CalibrationEntry, PruningSettings):
+    """Prune a reasoning model on its own chain of thought (RAC, arXiv 2509.12464), and quantize it in the same pass.
+
+    For each linear layer W with inputs X, one-shot pruning minimises ||W X - W' X||_F^2 under the sparsity pattern. Here
+    X = [X_prompt, X_decode]: prompts together with what the dense model itself wrote after them. The traces are sampled
+    once (or read from a store), then the model is pruned layer by layer in upstream's sequential pipeline; every other
+    modifier of the recipe that calibrates uses the same loader. `save_pretrained` then writes a packed sparse checkpoint.
+
+        pruning_stage:
+          pruning_modifiers:
+            ReasoningAwareSparseGPTModifier:
+              mask_structure: "2:4"
+              quantization: {scheme: W4A16}   # optional
+    """
+
+    model_config = ConfigDict(extra="forbid", title="ReasoningAwareSparseGPTModifier")
+
+    calibration: CalibrationSettings = Field(
+        CalibrationSettings(), description="what is calibrated on, how much of it, and what each token weighs"
+    )
+
+    def idle_settings(self) -> Idle:
+        """The settings that have no effect beside the others, and why."""
+        return idle_calibration(self.traces, self.calibration) | idle_pruning(self)
+
+
+ENTRIES: dict[str, type[CalibrationEntry]] = {
+    "ReasoningAwareSparseGPTModifier": PruningEntry,
+    "ReasoningAwareCalibrationModifier": CalibrationEntry,
+}

@@ -1,0 +1,74 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import NAME, entry, recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_prune_writes_a_checkpoint_and_says_where(rac, tiny_folder, recipe_file, tmp_path):
+    out = tmp_path / "sparse"
+    code, stdout, _ = rac("prune", tiny_folder, out, "-r", recipe_file, "-s", "calibration.tokens=500")
+    assert code == 0
+    assert f"rac inspect {out}" in stdout
+    record = json.loads((out / "rac_run.json").read_text())
+    assert record["calibration"]["tokens"] == 500
+
+
+def test_a_mistake_ends_in_one_message_and_exit_code_2(rac, tiny_folder, recipe_file, tmp_path):
+    code, stdout, stderr = rac("prune", tiny_folder, tmp_path / "out", "-r", recipe_file, "-s", "solver=admm")
+    assert code == 2
+    assert stderr.startswith("error: ")
+    assert "'admm'" in stderr
+    assert "Traceback" not in stderr + stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_names_each_valid_recipe_and_runs_nothing(rac, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe({"sparsity": 0.5}))
+    calibrates = ROOT / "recipes" / "rac_gptq_w4a16.yaml"
+    code, stdout, stderr = rac("prune", "--check", ROOT / "recipes" / "rac_2of4.yaml", other, calibrates)
+    assert (code, stderr) == (0, "")
+    assert [line.rpartition("/")[2] for line in stdout.splitlines()] == [
+        f"rac_2of4.yaml: valid ({NAME})",
+        f"other.yaml: valid ({NAME})",
+        "rac_gptq_w4a16.yaml: valid (ReasoningAwareCalibrationModifier)",
+    ]
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_check_reports_every_mistake_of_every_recipe(rac, tmp_path):
+    for name, settings in {"a": {"sparsty": 0.5}, "b": entry(), "c": entry(block_size=4, iterations=0)}.items():
+        (tmp_path / f"{name}.yaml").write_text(recipe(settings))
+    code, stdout, stderr = rac("prune", "--check", *(tmp_path / f"{name}.yaml" for name in "abc"))
+    assert code == 2
+    assert "b.yaml: valid" in stdout
+    for part in ("a.yaml: sparsty: there is no such setting", "c.yaml: iterations: "):
+        assert part in stderr
+
+
+def test_check_takes_overrides_and_the_recipe_option(rac, recipe_file):
+    assert rac("prune", "--check", "-r", recipe_file, "-s", "calibration.tokens=5")[0] == 0
+    code, _, stderr = rac("prune", "--check", recipe_file, "--preset", "paper", "-s", "iterations=4")
+    assert code == 2
+    assert "iterations: 4 has no effect beside solver: sparsegpt" in stderr
+
+
+@pytest.mark.parametrize("args", [["m"], ["m", "out"], ["m", "out", "more", "-r", "x.yaml"], []], ids=str)
+def test_pruning_needs_a_model_a_folder_and_a_recipe(rac, args):
+    code, _, stderr = rac("prune", *args)
+    assert code == 2
+    assert "rac prune MODEL OUTPUT --recipe RECIPE" in stderr
+    assert "--check needs at least one recipe" in rac("prune", "--check")[2]
+
+
+def test_schema_prints_the_published_file_and_nothing_else():
+    """In a process of its own, where nothing else writes to standard output."""
+    published = ROOT / "docs" / "recipe.schema.json"
+    done = subprocess.run([sys.executable, "-m", "rac_modifier.cli", "schema"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, published.read_text())

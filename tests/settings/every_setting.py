@@ -1,0 +1,258 @@
+"""For each setting a value that changes what is computed, and the combinations in which it has no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class Row:
+    """`value` of a setting beside `base`, the settings of an entry that differ from BASE. `*` in a path is the name "s"."""
+
+    path: str
+    value: Any
+    base: dict[str, Any] = field(default_factory=dict)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with those of `above` over those of `below`; None takes one out."""
+    result = dict(below)
+    for name, value in above.items():
+        old = result.get(name)
+        result[name] = merged(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+        if value is None:
+            del result[name]
+    return result
+
+
+def traces(**settings: Any) -> dict[str, Any]:
+    return {"traces": settings}
+
+
+def sampling(**settings: Any) -> dict[str, Any]:
+    return traces(sampling=settings)
+
+
+def select(*, answers: str | None = None, samples: int | None = None, **settings: Any) -> dict[str, Any]:
+    chosen = {**settings, **({"answers": answers} if answers else {})}
+    return traces(select=chosen, **({"sampling": {"samples_per_problem": samples}} if samples else {}))
+
+
+def mixture(line: str, **settings: Any) -> dict[str, Any]:
+    return {"calibration": {"mixture": line, **settings}}
+
+
+BASE: dict[str, Any] = {
+    "mask_structure": "2:4",
+    "traces": {"sampling": {"max_new_tokens": 12, "temperature": 1.0}},
+    "calibration": {"tokens": 300, "held_out_tokens": 0},
+}
+LONG = 900  # tokens
+# A source that inherits nothing.
+SOURCE = {"problems": {}, "sampling": BASE["traces"]["sampling"]}
+FILE = {"source": "problems.jsonl", "column": "problem"}
+DATASET = {"source": "some/dataset", "column": "problem"}
+INT4 = {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}}
+INT4_16 = {"g": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 16}}}
+PLAIN = {"mask_structure": None, "sparsity": 0.5}
+SPARSEGPT = {"preset": "paper", "mask_structure": None, "sparsity": 0.5}
+CHECKED = traces(problems={**FILE, "answer_column": "answer"})
+
+PRUNED = [
+    Row("sparsity", 0.7, PLAIN),
+    Row("mask_structure", "1:4"),
+    Row("quantization.scheme", "W8A8", {"quantization": {"scheme": "FP8_DYNAMIC"}}),
+    Row("quantization.config_groups", INT4_16, {"quantization": INT4}),
+    Row("quantization.sweeps", 0, {"quantization": INT4}),
+    Row("preset", "paper"),
+    Row("solver", "magnitude"),
+    Row("refit", True, SPARSEGPT),
+    Row("reconstruct", "pruned"),
+    Row("block_size", 16, SPARSEGPT),
+    Row("iterations", 2),
+    Row("refit_steps", 1),
+    Row("dampening_frac", 0.5),
+    Row("order", "layer", {"reconstruct": "pruned"}),
+    Row("targets", ["re:.*mlp.*"]),
+    Row("ignore", ["re:.*q_proj"]),
+    Row("storage", "dense"),
+    Row("tokenizer", "./nowhere"),
+    Row("experimental.token_weights", "gradient"),
+    Row("experimental.allocation", {"re:.*q_proj": 0.8}, PLAIN),
+]
+
+# Of a source of traces; `traces.sources.*` has the same.
+OF_SOURCES = [
+    Row("store", "other.jsonl"),
+    Row("problems.source", "problems.jsonl"),
+    Row("problems.column", "other", traces(problems=FILE)),
+    Row("problems.answer_column", "answer", traces(problems=FILE)),
+    Row("problems.split", "test", traces(problems=DATASET)),
+    Row("problems.config", "x", traces(problems=DATASET)),
+    Row("problems.limit", 3, traces(problems=FILE)),
+    Row("problems.max_prompt_tokens", 25, traces(problems=FILE)),
+    Row("sampling.temperature", 0.2),
+    Row("sampling.top_p", 0.3),
+    Row("sampling.top_k", 2),
+    Row("sampling.max_new_tokens", 8),
+    Row("sampling.samples_per_problem", 2),
+    Row("sampling.batch_size", 2),
+    Row("sampling.seed", 1),
+    Row("sampling.system_prompt", "be brief"),
+    Row("sampling.template", "none"),
+    Row("sampling.thinking", False),
+    Row("select.answers", "correct", CHECKED),
+    Row("select.finished", True),
+    Row("select.min_tokens", 12),
+    Row("select.max_tokens", 11),
+    Row("select.dedupe", True, sampling(samples_per_problem=4, temperature=0.01)),
+    Row("select.per_problem", 1, select(samples=2)),
+    Row("select.pass_rate", [0.5, 1.0], {"traces": {**CHECKED["traces"], "sampling": {"samples_per_problem": 2}}}),
+    Row("select.least_share", 1.0, {"traces": {"select": {"finished": True}}, "calibration": {"tokens": 60}}),
+    Row("allow_off_policy", True, traces(store="foreign.jsonl")),
+]
+NAMED_TEXT = [
+    Row("source", "text.txt"),
+    Row("column", "other", {"source": "text.jsonl", "column": "text"}),
+    Row("split", "test", {"source": "some/dataset", "column": "text"}),
+    Row("config", "x", {"source": "some/dataset", "column": "text"}),
+    Row("sequence_tokens", 64),
+]
+CALIBRATED = [
+    *(Row(f"traces.{row.path}", row.value, row.base) for row in OF_SOURCES),
+    *(
+        Row(f"traces.sources.*.{row.path}", row.value, merged(row.base, {
+            "traces": {**dict.fromkeys(row.base.get("traces", {})), "sources": {"s": merged(SOURCE, row.base.get("traces", {}))}},
+            "calibration": {"mixture": "traces:s@1"},
+        }))
+        for row in OF_SOURCES
+    ),
+    Row("calibration.tokens", 200),
+    Row("calibration.mixture", "traces@0.5, prompts@0.5"),
+    Row("calibration.max_sequence_tokens", 16),
+    Row("calibration.batch_tokens", 64),
+    Row("calibration.held_out_tokens", 50),
+    Row("calibration.prompt_weight", 0.5),
+    Row("calibration.trace_weight", 0.5),
+    Row("calibration.answer_weight", 3.0, {"calibration": {"tokens": LONG}}),
+    Row("calibration.trace_weighting", "inverse_length"),
+    Row("calibration.seed", 1),
+    *(Row(f"calibration.generic.{r.path}", r.value, mixture("text@1", generic=r.base)) for r in NAMED_TEXT),
+    *(Row(f"calibration.texts.*.{r.path}", r.value, mixture("text:s@1", texts={"s": r.base})) for r in NAMED_TEXT),
+]  # fmt: skip
+# The addresses are those of two servers of the test; the rest is beside the first of them.
+SERVED = [
+    Row("traces.engine.base_urls", ["SECOND"]),
+    Row("traces.engine.model", "another"),
+    Row("traces.engine.concurrency", 1),
+    Row("traces.engine.timeout", 0.3),
+    Row("traces.engine.tries", 1),
+    Row("traces.engine.verify_model", True),
+    Row("traces.engine.api_key_env", "RAC_TEST_KEY"),
+    Row("traces.retry_failed", True),
+]
+
+NOWHERE = ["http://127.0.0.1:9/v1"]  # nothing listens there
+ENGINE = traces(engine={"base_urls": NOWHERE})
+MAGNITUDE = {"preset": "paper", "solver": "magnitude"}
+PROMPTS, TEXT = mixture("prompts@1"), mixture("text@1")
+BOTH = mixture("prompts@0.5, text@0.5")
+NAMED = {"traces": {"sources": {"s": {**SOURCE, "select": {}}}}, **mixture("traces:s@1")}
+NAMED_PROMPTS = {"traces": {"sources": {"s": {"problems": {}}}}, **mixture("prompts:s@1")}
+
+REFUSED = [
+    Row("sparsity", 0.5),
+    Row("sparsity", 0.5, {"solver": "keep", "mask_structure": None}),
+    Row("experimental.allocation", "uniform"),
+    Row("experimental.allocation", {"re:.*q_proj": 0.4}, {"solver": "keep", "mask_structure": None}),
+    Row("block_size", 16),
+    *(Row("block_size", 16, {"solver": solver}) for solver in ("wanda", "magnitude", "keep")),
+    *(Row("iterations", 2, {"solver": solver}) for solver in ("sparsegpt", "wanda", "magnitude", "keep")),
+    *(Row("refit", True, {"solver": solver}) for solver in ("alps", "keep")),
+    Row("refit", False),
+    *(Row("refit_steps", 1, {"preset": "paper", "solver": s}) for s in ("sparsegpt", "wanda", "magnitude")),
+    *(Row("dampening_frac", 0.5, {"preset": "paper", "solver": s}) for s in ("wanda", "magnitude")),
+    Row("experimental.token_weights", "uniform", MAGNITUDE),
+    Row("calibration.prompt_weight", 0.5, MAGNITUDE),
+    Row("preset", "fast", {"solver": "alps", "reconstruct": "dense", "order": "auto"}),
+    Row("traces.store", "other.jsonl", PROMPTS),
+    Row("traces.store", "other.jsonl", NAMED),
+    Row("traces.sampling.seed", 1, TEXT),
+    Row("traces.problems.limit", 3, NAMED),
+    Row("traces.problems.split", "train"),
+    Row("traces.problems.split", "train", traces(problems=FILE)),
+    Row("traces.problems.max_prompt_tokens", 25, PROMPTS),
+    Row("traces.problems.answer_column", "answer", {**PROMPTS, "traces": {"problems": FILE}}),
+    *(
+        Row(f"traces.sampling.{name}", value, PROMPTS)
+        for name, value in {
+            "temperature": 0.2, "top_p": 0.3, "top_k": 2, "max_new_tokens": 8, "samples_per_problem": 2, "batch_size": 2,
+        }.items()
+    ),
+    Row("traces.sampling.top_p", 0.3, sampling(temperature=0)),
+    Row("traces.sampling.top_k", 2, sampling(temperature=0)),
+    Row("traces.sampling.thinking", False, sampling(template="none")),
+    Row("traces.sampling.batch_size", 2, ENGINE),
+    Row("traces.sampling.seed", 1, NAMED),
+    Row("traces.select.finished", True, PROMPTS),
+    Row("traces.select.finished", True, NAMED),
+    Row("traces.select.least_share", 0.5),
+    Row("traces.select.per_problem", 1),
+    Row("traces.select.max_tokens", 12),
+    Row("traces.engine.base_urls", NOWHERE, PROMPTS),
+    Row("traces.retry_failed", True),
+    Row("traces.retry_failed", True, PROMPTS),
+    Row("traces.allow_off_policy", True),
+    Row("traces.allow_off_policy", True, PROMPTS),
+    Row("traces.sources.*.problems.limit", 3),
+    Row("traces.sources.*.store", "other.jsonl", NAMED_PROMPTS),
+    Row("traces.sources.*.select.finished", True, NAMED_PROMPTS),
+    Row("traces.sources.*.sampling.max_new_tokens", 8, NAMED_PROMPTS),
+    Row("traces.sources.*.problems.max_prompt_tokens", 25, NAMED_PROMPTS),
+    Row("traces.sources.*.allow_off_policy", True, NAMED),
+    Row("calibration.prompt_weight", 0.5, PROMPTS),
+    Row("calibration.trace_weight", 0.5, TEXT),
+    Row("calibration.answer_weight", 3.0, BOTH),
+    Row("calibration.trace_weighting", "correct", BOTH),
+    Row("calibration.held_out_tokens", 50, PROMPTS),
+    Row("calibration.generic.sequence_tokens", 64),
+    Row("calibration.generic.column", "text", TEXT),
+    Row("calibration.generic.split", "test", TEXT),
+    Row("calibration.generic.config", "x", mixture("text@1", generic={"source": "text.txt"})),
+    Row("calibration.texts.*.sequence_tokens", 64),
+    Row("calibration.texts.*.column", "text", mixture("text:s@1", texts={"s": {}})),
+]  # fmt: skip
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The path of every setting below `model`, `*` for names that a user chooses."""
+    for name, info in model.model_fields.items():
+        path = f"{prefix}{name}"
+        groups = list(_groups(info.annotation, path))
+        yield from (leaf for group, where in groups for leaf in leaves(group, f"{where}."))
+        if not groups:
+            yield path
+
+
+def _groups(annotation: Any, path: str) -> Iterator[tuple[type[BaseModel], str]]:
+    """The models that a field can hold, with their paths."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, path
+    elif get_origin(annotation) is dict:
+        yield from _groups(get_args(annotation)[1], f"{path}.*")
+    elif get_origin(annotation) in (Union, UnionType):
+        for option in get_args(annotation):
+            if option is not NoneType:
+                yield from _groups(option, path)
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b"."""
+    for name in reversed(path.replace("*", "s").split(".")):
+        value = {name: value}
+    return dict(value)

@@ -1,0 +1,267 @@
+"""Every setting changes what is computed, or is refused where it cannot. A new setting needs a row in every_setting.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier.calibration import trace_budget
+from rac_modifier.calibration.calibration_set import build_calibration_set
+from rac_modifier.errors import RacError
+from rac_modifier.settings import entries
+from rac_modifier.settings.entries import ENTRIES, PruningEntry
+from rac_modifier.settings.recipe import check_entry
+from tests.sampling.fake_server import FakeServer
+from tests.settings.every_setting import (
+    BASE,
+    CALIBRATED,
+    ENGINE,
+    LONG,
+    PRUNED,
+    REFUSED,
+    SERVED,
+    Row,
+    leaves,
+    merged,
+    nested,
+)
+from tests.tiny import byte_tokenizer, linears, save_tiny, tiny_model, tiny_tokenizer
+
+Outcome = Any  # what can be compared: lists and mappings of numbers and text
+
+
+def name(row: Row) -> str:
+    beside = json.dumps(row.base) if row.base else "the base"
+    return f"{row.path}={row.value} beside {beside}"
+
+
+def test_every_setting_has_a_row():
+    rows = [row.path for row in (*PRUNED, *CALIBRATED, *SERVED)]
+    of_all_entries = {path for entry in ENTRIES.values() for path in leaves(entry)}
+    assert len(rows) == len(set(rows)) > 80
+    assert of_all_entries == set(rows)
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=name)
+def test_what_has_no_effect_is_refused_by_name_and_value(row):
+    with pytest.raises(RacError) as caught:
+        check_entry(entry_of(row), "recipe.yaml")
+    assert "has no effect" in str(caught.value)
+    assert row.path.partition(".")[0] in str(caught.value)
+    assert str(row.value) in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [*PRUNED, *CALIBRATED], ids=name)
+def test_the_rows_are_accepted(row):
+    check_entry(started(row.base), "recipe.yaml")
+    check_entry(entry_of(row), "recipe.yaml")
+
+
+def started(base: dict[str, Any]) -> dict[str, Any]:
+    """BASE with `base` over it, and without the settings of BASE that have no effect beside its mixture."""
+    mixture = str(base.get("calibration", {}).get("mixture", "traces@1"))
+    plain = BASE if "traces@" in mixture else merged(BASE, {"traces": {"sampling": None}})
+    plain = plain if "traces" in mixture else merged(plain, {"calibration": {"held_out_tokens": None}})
+    return merged(plain, base)
+
+
+def entry_of(row: Row) -> dict[str, Any]:
+    return merged(started(row.base), nested(row.path, row.value))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a small model and of one with other weights, and the store of the other's traces."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "own", num_hidden_layers=1)
+    save_tiny(folder / "other", num_hidden_layers=1, seed=1)
+    return folder
+
+
+@pytest.fixture
+def place(models, tmp_path, monkeypatch):
+    """The current folder, with the files that the rows name; data sets come from memory."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"problem": f"{i} what is {'1 + ' * (i % 5)}1?", "other": f"say {i}", "answer": str(i)} for i in range(60)]
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"text": f"{i} " + "some text. " * 20, "other": f"{i} " + "different. " * 20} for i in range(20)]
+    Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    Path("text.txt").write_text("ordinary text. " * 200)
+
+    def load_dataset(path, config=None, split="train", data_files=None, **options):
+        if path in ("json", "parquet"):
+            return inner(path, data_files=data_files, split=split, **options)
+        made = [
+            {"problem": f"{config} {split} {i}?", "text": f"{config} {split} {i} " + "word " * 60} for i in range(60)
+        ]
+        return datasets.Dataset.from_list(made)
+
+    # a selection that keeps too little is refused after four traces, not after some hundred
+    enough = next(name for name in vars(trace_budget) if name.startswith("_ENOUGH_TO_"))
+    monkeypatch.setattr(trace_budget, enough, 4)
+    inner = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return tmp_path
+
+
+def loaded(models: Path, kind: str = "own") -> Any:
+    return AutoModelForCausalLM.from_pretrained(models / kind)
+
+
+def pruned(models: Path, settings: dict[str, Any], save_to: Path) -> Outcome:
+    """The weights that a run of oneshot leaves, its order, and the tensors that it saves; or its error."""
+    model = loaded(models)
+    if settings.get("solver") == "keep":
+        for module in linears(model).values():
+            module.weight.data[:, 1::2] = 0.0
+    try:
+        modifier = ReasoningAwareSparseGPTModifier(**settings)
+        oneshot(model=model, recipe=modifier, output_dir=str(save_to))
+    except RacError as error:
+        return str(error)
+    record = json.loads((save_to / "rac_run.json").read_text())
+    files = {path.name: path.stat().st_size for path in save_to.glob("*.safetensors")}
+    return {
+        "weights": {key: value.float().flatten().tolist() for key, value in model.state_dict().items()},
+        "order": record["order"],
+        "files": files,
+    }
+
+
+def calibrated(models: Path, settings: dict[str, Any]) -> Outcome:
+    """Batches and token weights, traces kept and held out, how the model was called, and files; or the error."""
+    shutil.rmtree("rac_traces", ignore_errors=True)
+    Path("other.jsonl").unlink(missing_ok=True)
+    model, shapes = loaded(models), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: shapes.append(list(args[0].shape)))
+    thinks = settings["calibration"]["tokens"] == LONG  # enough for a </think>, which only this tokenizer has
+    tokenizer = byte_tokenizer() if thinks else AutoTokenizer.from_pretrained(models / "own")
+    entry = PruningEntry(**settings)
+    torch.manual_seed(0)
+    try:
+        made = build_calibration_set(model, tokenizer, entry.traces, entry.calibration.weighed(), progress=False)
+    except RacError as error:
+        return str(error)
+    mean = torch.cat(
+        [weights[weights > 0] for weights in made.loader.token_weights]
+    ).mean()  # a common factor cancels out
+    stored = {
+        key: [[t.id, t.prompt_ids, t.completion_ids, t.answer] for t in pool.store] for key, pool in made.pools.items()
+    }
+    return {
+        "batches": [batch["input_ids"].tolist() for batch in made.loader],
+        "weights": [(weights / mean).tolist() for weights in made.loader.token_weights],
+        "stored": list(stored.values()),
+        "held_out": [trace.id for trace in made.held_out],
+        "calls": shapes,
+        "files": sorted(path.name for path in Path().glob("*.jsonl")),
+    }
+
+
+def prepare(models: Path, row: Row) -> None:
+    """A store of the other model's traces, for the rows about traces that are not the model's own."""
+    if row.path.endswith("allow_off_policy") and "foreign.jsonl" in str(row.base):
+        settings = merged(BASE, {"traces": {"store": "foreign.jsonl"}})
+        entry = PruningEntry(**settings)
+        tokenizer = AutoTokenizer.from_pretrained(models / "own")
+        build_calibration_set(loaded(models, "other"), tokenizer, entry.traces, entry.calibration, progress=False)
+
+
+def both(row: Row, observe: Any) -> tuple[Outcome, Outcome]:
+    base = started(row.base)
+    return observe(copy.deepcopy(base)), observe(copy.deepcopy(entry_of(row)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", PRUNED, ids=name)
+def test_a_setting_of_pruning_changes_the_result(row, models, place):
+    saved = iter((place / "one", place / "two"))
+    before, after = both(row, lambda settings: pruned(models, settings, next(saved)))
+    assert not isinstance(before, str), before
+    assert before != after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", CALIBRATED, ids=name)
+def test_a_setting_of_calibration_changes_the_calibration_set(row, models, place):
+    prepare(models, row)
+    before, after = both(row, lambda settings: calibrated(models, settings))
+    assert isinstance(before, str) is row.path.endswith("allow_off_policy"), before
+    assert before != after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", REFUSED, ids=name)
+def test_what_is_refused_would_have_changed_nothing(row, models, place, monkeypatch):
+    """The refusals are no more than right: let through, the setting changes nothing."""
+    if row.path == "sparsity" and not row.base:
+        return  # refused where the pattern is read, which knows one of the two alone
+    monkeypatch.setattr(entries, "refuse_idle", lambda *args: None)
+    prunes = "." not in row.path or row.path.startswith("experimental") or "solver" in row.base
+    if prunes:
+        saved = iter((place / "one", place / "two"))
+        before, after = both(row, lambda settings: pruned(models, settings, next(saved)))
+    else:
+        before, after = both(row, lambda settings: calibrated(models, settings))
+        assert isinstance(before, str) is (row.base == ENGINE), before
+    assert before == after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", SERVED, ids=name)
+def test_a_setting_of_the_servers_changes_the_requests(row, place, monkeypatch):
+    monkeypatch.setenv("RAC_TEST_KEY", "k")
+    seen = [served(row, changed) for changed in (False, True)]
+    assert seen[0] != seen[1]
+
+
+def served(row: Row, changed: bool) -> Outcome:
+    """What two servers saw of a collection, or its error."""
+    first, second = FakeServer(), FakeServer()
+    leaf = row.path.rpartition(".")[2]
+    try:
+        first.delay = lambda body: 0.02
+        if leaf in ("tries", "retry_failed"):
+            first.fault = lambda number, body: "500" if number == 0 else None
+        if leaf == "timeout":
+            first.delay = lambda body: 0.8 if len(first.bodies) == 1 else 0.0
+        if leaf == "model":
+            first.cards = [*first.cards, {"id": "another", "root": "/models/other", "max_model_len": 512}]
+        engine = {"base_urls": [first.url], "model": "tiny", "concurrency": 4, "tries": 3, "verify_model": False}
+        base = merged(BASE, {"traces": {"engine": engine, "store": f"{leaf}-{changed}.jsonl"}})
+        if leaf == "retry_failed":
+            run_served(merged(base, {"traces": {"engine": {"tries": 1}}, "calibration": {"tokens": 100}}))
+        value = [second.url] if row.value == ["SECOND"] else row.value
+        error = run_served(merged(base, nested(row.path, value)) if changed else base)
+        return SimpleNamespace(
+            error=error,
+            requests=(len(first.bodies), len(second.bodies)),
+            names={body["model"] for body in first.bodies},
+            keys={headers.get("Authorization") for headers in first.headers},
+            at_once=min(first.most_at_once, 2),
+            stored=re.findall(r'"id":"[^"]*"', Path(f"{leaf}-{changed}.jsonl").read_text()) if error is None else [],
+        )
+    finally:
+        first.close()
+        second.close()
+
+
+def run_served(settings: dict[str, Any]) -> str | None:
+    entry = PruningEntry(**settings)
+    try:
+        build_calibration_set(tiny_model(), tiny_tokenizer(), entry.traces, entry.calibration, progress=False)
+    except RacError as error:
+        return str(error)
+    return None

@@ -1,0 +1,88 @@
+import pytest
+from pydantic import ValidationError
+
+from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pruning import ExperimentalSettings, PruningSettings
+
+
+def test_a_preset_fills_in_what_is_not_set():
+    settings = PruningSettings(sparsity=0.5, preset="fast", order="group")
+    assert (settings.solver, settings.refit, settings.reconstruct, settings.order) == (
+        "sparsegpt", True, "dense", "group",
+    )  # fmt: skip
+    assert settings.model_fields_set == {"sparsity", "preset", "order"}  # only what was written
+
+
+@pytest.mark.parametrize(
+    ("values", "pattern"),
+    [
+        ({"sparsity": 0.5}, Pattern.unstructured(0.5)),
+        ({"sparsity": 0.5, "mask_structure": "0:0"}, Pattern.unstructured(0.5)),
+        ({"mask_structure": "2:4"}, Pattern.n_of_m(2, 4)),
+        ({"mask_structure": "2:4", "sparsity": None}, Pattern.n_of_m(2, 4)),
+        ({"solver": "keep"}, None),
+        ({"solver": "keep", "mask_structure": "0:0"}, None),
+        ({"solver": "keep", "mask_structure": "4:8"}, Pattern.n_of_m(4, 8)),
+    ],
+)
+def test_the_pattern(values, pattern):
+    assert PruningSettings(**values).pattern == pattern
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "unstructured needs one"),
+        ({"solver": "keep", "mask_structure": "4:4"}, "N must be at least 1 and less than M"),
+        ({"mask_structure": "2:4", "order": "layer"}, "set reconstruct: pruned, or order: auto"),
+        (
+            {"sparsity": 0.5, "preset": "paper", "experimental": {"token_weights": "gradient"}},
+            "leave experimental.token_weights out, or set order: auto",
+        ),
+        ({"sparsity": 0.5, "token_weights": "gradient"}, "write experimental: {token_weights: ...}"),
+        ({"sparsity": 0.5, "allocation": "kl"}, "write experimental: {allocation: ...}"),
+        ({"sparsity": 0.5, "experimental": {"allocation": {"x": 1.0}}}, "must lie strictly between 0 and 1"),
+        ({"sparsity": 0.5, "experimental": {"alloc": "kl"}}, "Extra inputs"),
+        ({"sparsity": 0.5, "dampening_frac": 0}, "greater than 0"),
+        ({"sparsity": 0.5, "solver": "admm"}, "'sparsegpt', 'alps', 'wanda', 'magnitude' or 'keep'"),
+    ],
+)
+def test_what_cannot_work_is_refused(values, message):
+    with pytest.raises(ValidationError) as caught:
+        PruningSettings(**values)
+    assert message in str(caught.value)
+
+
+def test_one_target_is_a_list_of_one():
+    settings = PruningSettings(sparsity=0.5, targets="Linear", ignore="lm_head")
+    assert (settings.targets, settings.ignore) == (["Linear"], ["lm_head"])
+
+
+def test_experimental_options_are_off_and_read_through_the_settings():
+    settings = PruningSettings(sparsity=0.5)
+    assert {name: getattr(settings, name) for name in ExperimentalSettings.model_fields} == {
+        "token_weights": "uniform",
+        "allocation": "uniform",
+    }
+    changed = {"token_weights": "gradient", "allocation": {"a": 0.2}}
+    settings = PruningSettings(sparsity=0.5, experimental=changed)
+    assert {name: getattr(settings, name) for name in changed} == changed
+
+
+@pytest.mark.parametrize(
+    ("values", "refits", "fits"),
+    [
+        ({"solver": "alps"}, True, True),
+        ({"solver": "keep"}, True, True),
+        ({"solver": "sparsegpt"}, False, True),
+        ({"solver": "wanda"}, False, False),
+        ({"solver": "magnitude"}, False, False),
+        ({"solver": "magnitude", "refit": True}, True, True),
+        ({"solver": "wanda", "reconstruct": "dense", "order": "auto"}, False, True),
+        ({"solver": "wanda", "quantization": {"scheme": "W8A8"}}, False, True),
+    ],
+)
+def test_where_weights_are_fitted(values, refits, fits):
+    sparsity = {} if values["solver"] == "keep" else {"sparsity": 0.5}
+    settings = PruningSettings(preset="paper", **sparsity, **values)
+    assert (settings.refits, settings.fits_weights) == (refits, fits)

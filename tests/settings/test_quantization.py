@@ -1,0 +1,51 @@
+import pytest
+from pydantic import ValidationError
+
+from rac_modifier.settings.quantization import QuantizationSettings
+
+
+def group(**arguments):
+    return {"config_groups": {"g": {"weights": arguments}}}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scheme": "W4A16"},
+        {"scheme": "fp8_dynamic"},
+        {"scheme": {"W8A8": ["re:.*mlp.*"], "W4A16": ["Linear"]}},
+        group(num_bits=8, type="int", symmetric=True, strategy="channel"),
+        group(num_bits=4, strategy="group", group_size=32, observer=None),
+        {"config_groups": {"g": {"targets": ["Linear"], "weights": {}, "input_activations": None, "format": None}}},
+    ],
+)
+def test_what_is_accepted_stays_as_it_was_written(values):
+    settings = QuantizationSettings(**values)
+    assert settings.model_dump(exclude_unset=True) == values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "set either scheme or config_groups"),
+        ({"scheme": "W8A8", **group(num_bits=8)}, "set either scheme or config_groups"),
+        ({"scheme": "W4"}, "scheme 'W4': no preset of llm-compressor; use W4A16"),
+        ({"scheme": {"W4A16": ["Linear"], "int5": ["x"]}}, "scheme 'int5'"),
+        ({"scheme": "W8A8", "sweeps": -1}, "greater than or equal to 0"),
+        ({"config_groups": {"g": {"weight": {}}}}, "config_groups.g.weight: compressed-tensors has no such setting"),
+        (group(bits=4), "config_groups.g.weights.bits: compressed-tensors has no such setting (value 4); use num_bits"),
+        (group(colour=4), "use one of num_bits, type"),
+        (group(observer="mse"), "config_groups.g.weights.observer: 'mse' has no effect here"),
+        (group(observer_kwargs={"a": 1}), "observer_kwargs"),
+        (group(zp_dtype="torch.int8"), "symmetric schemes have no zero points"),
+        ({"config_groups": {"g": {"weights": 8}}}, "config_groups.g.weights is 8; give its settings"),
+        (
+            {"config_groups": {"g": {"input_activations": {"observer": "minmax"}}}},
+            "config_groups.g.input_activations.observer",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(values, message):
+    with pytest.raises(ValidationError) as caught:
+        QuantizationSettings(**values)
+    assert message in str(caught.value)
