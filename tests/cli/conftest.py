@@ -1,0 +1,47 @@
+"""The command as the shell runs it, a recipe for the tiny model, and the tiny model pruned by it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rac_modifier import cli
+from tests.tiny import entry, recipe
+
+Rac = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def rac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rac:
+    """Run the command as the shell does: exit code, standard output, standard error."""
+
+    def rac(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rac", *map(str, args)])
+        code: int = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return rac
+
+
+@pytest.fixture
+def recipe_file(trace_store: Path, tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store)))
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture(scope="session")
+def sparse_folder(tiny_folder: Path, trace_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model pruned to 2:4 by `rac prune`, packed; not to be written to."""
+    folder = tmp_path_factory.mktemp("sparse")
+    (folder / "recipe.yaml").write_text(recipe(entry(trace_store)))
+    args = ["prune", tiny_folder, folder / "out", "-r", folder / "recipe.yaml", "-s", "calibration.tokens=500"]
+    cli.app([str(arg) for arg in args], standalone_mode=False)
+    return folder / "out"

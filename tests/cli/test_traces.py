@@ -1,0 +1,40 @@
+from rac_modifier.traces.store import TraceStore
+
+
+def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
+    store = tmp_path / "new.jsonl"
+    options = ("-r", recipe_file, "-s", f"traces.store={store}", "-s", "calibration.tokens=300")
+    code, stdout, _ = rac("traces", "collect", tiny_folder, *options)
+    assert code == 0
+    held = TraceStore.read(store)
+    assert held.counts.tokens >= 300
+    assert f"{len(held)} traces, {held.counts.tokens} tokens" in stdout
+
+    code, stdout, _ = rac("traces", "inspect", store, "--samples", 0, "--verify", "--select", "{finished: true}")
+    assert code == 0
+    assert f"verified    0 of {len(held)} right" in stdout
+    assert f"selection   kept {held.counts.finished} of {len(held)}" in stdout
+
+    out = tmp_path / "new.parquet"
+    assert f"{out}: {len(held)} traces" in rac("traces", "export", store, out, "--text")[1]
+
+    code, stdout, _ = rac("traces", "inspect", store, "--samples", 2)
+    assert code == 0
+    assert f"{held.counts.prompt_tokens} prompt" in stdout
+    assert str(tiny_folder) in stdout
+    assert stdout.count("\n--- ") == 2
+    assert next(iter(held)).question.replace(" ", "") in stdout.replace(" ", "")
+
+
+def test_traces_inspect_without_the_model(rac, trace_store, tmp_path):
+    from rac_modifier.traces.records import encode
+
+    held = TraceStore.read(trace_store)
+    moved = tmp_path / "moved.jsonl"
+    header = held.header.model_copy(update={"model": str(tmp_path / "gone")})
+    moved.write_bytes(encode("header", header) + b"".join(encode("trace", t) for t in held))
+    code, stdout, stderr = rac("traces", "inspect", moved)
+    assert (code, "--model" in stderr) == (2, True)
+    assert "traces " in stdout  # what needs no tokenizer is said all the same
+    assert rac("traces", "inspect", moved, "--samples", 0)[0] == 0
+    assert rac("traces", "inspect", moved, "--model", held.header.model)[0] == 0
