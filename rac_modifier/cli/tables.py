@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from io import StringIO
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rac_modifier.evaluation.report import ResultTable
 
 _WIDTH = 100_000  # characters; wider than any table, so that rich neither wraps nor cuts a cell
 
@@ -35,6 +39,11 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: in
     text = StringIO()
     Console(file=text, width=_WIDTH, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
+
+
+def render_results(table: ResultTable, *, markdown: bool = False) -> str:
+    """Results of models as a table, with the note below."""
+    return f"{render_table(table.head, table.rows, markdown=markdown)}\n\n{table.note}"
 
 
 def _cell(text: str, markdown: bool) -> Text:
