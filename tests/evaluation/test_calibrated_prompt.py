@@ -77,6 +77,11 @@ def test_each_model_that_was_calibrated_otherwise_gets_a_line():
     assert choice.describe().count("\n") == 2
 
 
+def test_a_model_with_one_part_is_named_without_it():
+    (line,) = choose_prompt({"a": {"traces": BRIEF}}, template="none").differences
+    assert line.startswith("a was calibrated with another prompt: ")
+
+
 def test_what_has_no_effect_is_no_difference():
     assert choose_prompt({"a": {"traces": PromptSettings(template="none", thinking=False)}}).differences == ()
 

@@ -68,6 +68,16 @@ def test_the_dense_model_itself_does_not_diverge():
     assert found.agreement == 1.0
 
 
+def test_the_logits_in_memory_at_once_are_bounded_and_the_bound_is_used(monkeypatch):
+    """Both models' logits count: 20 positions of one sequence and 300 tokens, twice."""
+    model, sizes = tiny_model(), []
+    monkeypatch.setattr(dense_reference, "WINDOW_ELEMENTS", 2 * 20 * 300)
+    reference = DenseReference(model, sequences(), batch_tokens=1)
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    reference.divergence(model, label="x")
+    assert max(sizes) == 2 * 20 * 300
+
+
 def test_it_leaves_the_model_as_it_was():
     model = tiny_model().train()
     DenseReference(model, sequences()).divergence(model, label="x")

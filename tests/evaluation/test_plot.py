@@ -62,6 +62,7 @@ def test_divergence_plot_is_written_with_its_words(tmp_path):
         text = plot_divergence(results, tmp_path / "new" / "plot.svg", title="at 60 %").read_text()
     for word in ("RAC", "prompts only", "position in the completion, tokens", "at 60 %", "KL to the dense model"):
         assert word in text, word
+    assert plot_divergence([divergence_result()] * 6, tmp_path / "six.png").exists()
     with pytest.raises(RacError, match="7 models are too many"):
         plot_divergence([divergence_result()] * 7, tmp_path / "plot.png")
     with pytest.raises(RacError, match=r"plot\.txt.*\.png, \.svg, \.pdf"):
@@ -79,6 +80,7 @@ def test_bars_are_accuracy_with_its_interval_and_the_unfinished_share(drawn):
     assert [label.get_text() for label in left.get_yticklabels()] == ["dense", "RAC"]
     ends = [segment[:, 0].tolist() for segment in interval.lines[2][0].get_segments()]
     assert ends == [pytest.approx([100 * r.ci_low, 100 * r.ci_high]) for r in results]
+    assert left.get_ylim()[0] > left.get_ylim()[1]  # the first model is at the top
     assert right.get_title(loc="left") == "Not finished within 64 tokens"
 
 
