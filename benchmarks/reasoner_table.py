@@ -19,12 +19,11 @@ from pathlib import Path
 
 from common import CALIBRATIONS, VARIANTS, fresh, machine, modifier
 from llmcompressor import oneshot
+from seeds import Spread, parse_sparsity, plot_accuracy, summarise_seeds
 from transformers import AutoTokenizer
 
 import rac_modifier
 from rac_modifier.evaluation.accuracy import evaluate
-from rac_modifier.evaluation.plot import plot_accuracy
-from rac_modifier.evaluation.report import Spread, parse_sparsity, summarise_seeds
 from rac_modifier.problems.held_out import held_out_problems
 
 PATTERNS: list[str | float] = ["2:4", 0.5, 0.6, 0.4, 0.7]

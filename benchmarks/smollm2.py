@@ -22,15 +22,16 @@ import torch
 import yaml
 from common import CALIBRATIONS, fresh, machine, trace_settings
 from llmcompressor import oneshot
+from seeds import parse_sparsity
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import rac_modifier
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.evaluation.divergence import divergence
-from rac_modifier.evaluation.divergence_result import DivergenceResult
+from rac_modifier.cli.tables import render_results
+from rac_modifier.evaluation.divergence import DivergenceResult, divergence
 from rac_modifier.evaluation.own_samples import sample_sequences
 from rac_modifier.evaluation.plot import plot_divergence
-from rac_modifier.evaluation.report import parse_sparsity, render_divergence_table
+from rac_modifier.evaluation.report import divergence_table
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.settings.sampling import SamplingSettings
@@ -132,7 +133,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def report(rows: list[dict[str, Any]], plot: Path, plot_pattern: str | float) -> None:
     results = {(r["pattern"], r["name"], r["calibration"]): DivergenceResult.from_dict(r["result"]) for r in rows}
     ordered = [results[key] for key in sorted(results, key=lambda key: (str(key[0]), *key[1:]))]
-    print(render_divergence_table(ordered, markdown=True))
+    print(render_results(divergence_table(ordered), markdown=True))
     shown = [result for key, result in results.items() if key[0] == plot_pattern]
     if shown:
         print(f"plot: {plot_divergence(shown, plot)}")

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.cli.tables import render_results
 from rac_modifier.evaluation.accuracy import evaluate
-from rac_modifier.evaluation.plot import plot_accuracy
-from rac_modifier.evaluation.report import render_table
+from rac_modifier.evaluation.plot import plot_bars
+from rac_modifier.evaluation.report import accuracy_table
 from rac_modifier.problems.held_out import held_out_problems
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "rac_2of4.yaml"
@@ -78,10 +79,8 @@ def main() -> None:
 
     print(f"\n{inspect_checkpoint(output).render()}")
     print(f"\nThe same {args.tokens:,} calibration tokens, the same {args.problems} held-out problems, greedy:\n")
-    print(render_table(results))
-    dense, *pruned = results
-    rows = [{**r.as_dict(), "sparsity": "2:4", "calibration": r.label.removeprefix("2:4, ")} for r in pruned]
-    plot_accuracy(rows, dense.accuracy, args.out / "demo.png")
+    print(render_results(accuracy_table(results)))
+    plot_bars(results, args.out / "demo.png")
     print(f"\npacked checkpoint: {output} (loads back bit-identical); plot: {args.out}/demo.png")
     print(f"{time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads")
 

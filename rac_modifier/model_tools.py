@@ -1,4 +1,4 @@
-"""Small tools for a model as a whole: evaluation mode, the accelerator, and ending a forward pass early."""
+"""Small tools for a model as a whole: evaluation mode, the accelerator, and the early end of a forward pass."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by a hook once it has seen all that it wants of a subgraph: the rest of this forward pass is not needed."""
+    """Raised by a hook that has all the activations it needs, to skip the rest of this forward pass."""
 
 
 @contextlib.contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Models in evaluation mode, afterwards in the mode they were in."""
+    """Put models into evaluation mode, and afterwards back into the mode that each was in."""
     before = [model.training for model in models]
     for model in models:
         model.eval()
@@ -30,16 +30,16 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_accelerator(model: PreTrainedModel) -> Iterator[None]:
-    """Sample on the accelerator even though oneshot loads the model on the CPU; back afterwards.
+    """Move a model that is on the CPU, where oneshot loads it, to the accelerator, and afterwards back.
 
-    A model that is placed already (device_map, offloading) stays where it is.
+    A model that is placed already (device_map, offloading) is not moved.
     """
     placed = hasattr(model, "hf_device_map") or any(p.device.type != "cpu" for p in model.parameters())
     if placed or not torch.accelerator.is_available():
         yield
         return
     device = torch.accelerator.current_accelerator()
-    logger.info(f"moving the model to {device} to sample traces")
+    logger.info(f"moving the model to {device}")
     model.to(device)  # type: ignore[arg-type]
     try:
         yield

@@ -1,4 +1,4 @@
-"""From settings to the calibration loader: collect the traces, mix, say what was chosen."""
+"""From settings to the calibration loader: collect the traces, draw and mix, record what was taken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
-    Pool,
     generic_sequence,
     mix,
     prompt_sequence,
@@ -23,27 +22,30 @@ from rac_modifier.calibration.trace_budget import collect_for_calibration
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
+from rac_modifier.settings.prompt import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
-from rac_modifier.traces.store import Trace
+from rac_modifier.traces.records import Trace
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The loader, where its traces came from, by part of the mixture, and the traces that were kept out of it."""
+    """The loader; and by part of the mixture, the pool of its traces and how its prompts were made."""
 
     loader: CalibrationLoader
     pools: Mapping[str, TracePool] = field(default_factory=dict)
+    prompts: Mapping[str, PromptSettings] = field(default_factory=dict)
 
     @property
     def held_out(self) -> tuple[Trace, ...]:
-        """Of all parts."""
+        """The traces of all parts that were kept out of the loader."""
         return tuple(trace for pool in self.pools.values() for trace in pool.held_out)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the run record: counts, and each trace store with its hash, its prompts and what was selected from it."""
+        """For the run record: counts, the prompt settings, and each trace store with its hash and what was selected from it."""
         return {
             "calibration": self.loader.composition.as_dict(),
+            "prompts": {part: prompt.model_dump() for part, prompt in self.prompts.items()},
             "trace_stores": {key: _store_record(pool) for key, pool in self.pools.items()},
         }
 
@@ -55,27 +57,33 @@ def build_calibration_set(
     calibration: CalibrationSettings,
     progress: bool = True,
 ) -> CalibrationSet:
-    """Sample what traces are missing, and mix the calibration set that `calibration` describes.
+    """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
 
     Raises:
-        RacError: see `collect_for_calibration` and `mix`; a mixture with traces that ends up without any trace token.
+        RacError: see `collect_for_calibration` and `mix`; a mixture with traces that gets no trace token.
     """
-    candidates: dict[str, Pool | Iterable[CalibrationSequence]] = {}
+    parts: dict[str, Iterable[CalibrationSequence]] = {}
+    prompts: dict[str, PromptSettings] = {}
     for part in calibration.parts("prompts"):
-        candidates[part.key] = _prompts(tokenizer, traces.named(part.name))
+        settings = traces.named(part.name)
+        parts[part.key] = _prompts(tokenizer, settings)
+        prompts[part.key] = PromptSettings.of(settings.sampling)
     for part in calibration.parts("generic"):
         ids = generic_token_sequences(tokenizer, calibration.text(part.name), calibration.seed)
-        candidates[part.key] = map(generic_sequence, ids)
+        parts[part.key] = map(generic_sequence, ids)
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
         pools = collect_for_calibration(model, tokenizer, traces, calibration, progress)
-    candidates.update(pools)
-    sequences, composition = mix(candidates, calibration)
+    budgets = part_tokens(calibration.mixture, calibration.tokens)
+    for key, pool in pools.items():
+        parts[key] = pool.draw(key, budgets[key])
+        prompts[key] = PromptSettings.of(pool.store.header.sampling)
+    sequences, composition = mix(parts, calibration)
     if pools:
         require_traces(composition)
     logger.info(composition.describe())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), pools)
+    return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), pools, prompts)
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, traces: TraceSettings) -> Iterator[CalibrationSequence]:

@@ -1,4 +1,4 @@
-"""Calibration batches whose padding never reaches a Hessian."""
+"""Calibration batches with a weight per token; padding weighs 0, so that it never reaches a Hessian."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from rac_modifier.settings.calibration import CalibrationSettings
 
 
 class CalibrationLoader(DataLoader):
-    """The dataloader that RAC puts in the place of upstream's.
+    """The dataloader that RAC uses instead of upstream's.
 
-    Yields `{"input_ids": int64 [rows, length]}`, padded on the right: under causal attention no real token sees what comes
+    Yields `{"input_ids": int64 [rows, length]}`, padded on the right: with causal attention no real token reads what comes
     after it, so no attention mask is needed and the activations of real tokens are exact. `token_weights[i]` belongs to
     batch i, float32 [rows, length]: 0 for padding, the token's weight elsewhere.
 
-    Modifiers that know nothing of token weights get `unpadded()`: the same sequences, one a batch, so that there is no
-    padding to count.
+    Modifiers that do not read token weights get `unpadded()`: the same sequences, one per batch, without any padding.
     """
 
     def __init__(
@@ -47,11 +46,11 @@ class CalibrationLoader(DataLoader):
         super().__init__(_Batches(batches), batch_size=None, shuffle=False)
 
     def unpadded(self) -> CalibrationLoader:
-        """The same sequences in the same order, one a batch."""
+        """The same sequences in the same order, one per batch."""
         return CalibrationLoader(self.sequences, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
 
     def _grouped(self, batch_tokens: int) -> list[list[CalibrationSequence]]:
-        """Neighbours in length share a batch of at most `batch_tokens` padded tokens; 0 keeps each sequence alone."""
+        """Sequences of similar length share a batch of at most `batch_tokens` padded tokens; 0: one sequence per batch."""
         if batch_tokens == 0:
             return [[sequence] for sequence in self.sequences]
         groups: list[list[CalibrationSequence]] = []

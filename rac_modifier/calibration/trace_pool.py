@@ -1,30 +1,58 @@
-"""The traces of a store that are calibrated on, without holding them all in memory."""
+"""The traces of a store that may be calibrated on, without all of them in memory, and those that are held out."""
 
 from __future__ import annotations
 
+import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from rac_modifier.calibration.held_out import HoldOut
 from rac_modifier.calibration.mixture import CalibrationSequence, trace_sequence
-from rac_modifier.calibration.weighting import find_weighting, scaled
+from rac_modifier.calibration.token_weights import find_weighting, mean_one_factor
 from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.grading import Judge
+from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Selection, select
-from rac_modifier.traces.store import Trace, TraceStore
+from rac_modifier.traces.store import TraceStore
+
+_HELD_OUT_PROBLEMS = 4  # at least, so that one unusual trace does not decide the result
+
+
+class HoldOut:
+    """Keeps the first problems of a store out of calibration, to compare the pruned model with the dense one on them.
+
+    It takes at least `tokens` tokens and at least four problems, each with all its samples; 0 tokens hold out nothing. The
+    first in order, so that a store that grows holds out the same traces. Only these are kept in memory.
+    """
+
+    def __init__(self, tokens: int):
+        self.held: list[Trace] = []
+        self._tokens = tokens
+
+    def others(self, traces: Iterable[Trace]) -> Iterator[Trace]:
+        """The traces that are not held out; `held` is complete when all have been read."""
+        problems: set[str] = set()
+        count = 0
+        for trace in traces:
+            enough = count >= self._tokens and (len(problems) >= _HELD_OUT_PROBLEMS or not self._tokens)
+            if enough and trace.problem_id not in problems:
+                yield trace
+                continue
+            problems.add(trace.problem_id)
+            self.held.append(trace)
+            count += trace.tokens
 
 
 class TracePool:
-    """What a selection keeps of a store: ids and lengths in memory, the rest read again when it is taken.
+    """The traces that a selection keeps of a store: ids and lengths in memory; `draw` reads the rest again.
 
     Attributes:
         lengths: tokens of each kept trace, prompt and completion.
-        selection: what was kept of the others and why the rest was not.
-        held_out: the first traces of the store, kept out whatever the selection.
+        selection: how many traces were kept, and why the others were not.
+        held_out: the first traces of the store, kept out whatever the selection is.
     """
 
     def __init__(
@@ -48,29 +76,43 @@ class TracePool:
         self.held_out = tuple(hold_out.held)
 
     def usable_tokens(self) -> int:
-        """Tokens of all that is kept, as it will be cut."""
-        longest = self._calibration.max_sequence_tokens
-        return sum(min(length, longest or length) for length in self.lengths)
+        """Tokens of all kept traces, each cut to `max_sequence_tokens`."""
+        return sum(map(self._cut_length, self.lengths))
 
     @property
     def held_out_tokens(self) -> int:
         """Tokens of the traces that are held out."""
         return sum(trace.tokens for trace in self.held_out)
 
-    def take(self, indices: Sequence[int]) -> list[CalibrationSequence]:
-        """These traces as sequences, in this order; memory holds no others."""
-        wanted = {self._ids[index]: place for place, index in enumerate(indices)}
+    def draw(self, part: str, tokens: int) -> list[CalibrationSequence]:
+        """As many traces as make up `tokens` tokens, in an order drawn over the whole pool; only these are read into memory.
+
+        The order depends on the seed and on the name of the part alone. Fewer tokens are returned where the pool has fewer.
+        """
+        count = len(self.lengths)
+        drawn: dict[str, int] = {}  # the place of each trace in the order
+        for index in random.Random(f"{self._calibration.seed}/{part}").sample(range(count), count):
+            if tokens <= 0:
+                break
+            drawn[self._ids[index]] = len(drawn)
+            tokens -= self._cut_length(self.lengths[index])
+        return self._read(drawn)
+
+    def _read(self, wanted: dict[str, int]) -> list[CalibrationSequence]:
         weighting = find_weighting(self._calibration.trace_weighting, self._judge.is_right)
         found: dict[int, CalibrationSequence] = {}
         for trace in self.store:
             if (place := wanted.get(trace.id)) is not None:
                 weight = 1.0 if weighting is None else weighting(trace)
                 found[place] = trace_sequence(trace, self._answer_start(trace), weight)
-        sequences = [found[place] for place in range(len(indices))]
+        sequences = [found[place] for place in range(len(wanted))]
         if weighting is None:
             return sequences
-        factor = scaled([(s.weight, len(s.ids)) for s in sequences])
+        factor = mean_one_factor([(s.weight, len(s.ids)) for s in sequences])
         return [replace(s, weight=s.weight * factor) for s in sequences]
+
+    def _cut_length(self, length: int) -> int:
+        return min(length, self._calibration.max_sequence_tokens or length)
 
     def _answer_start(self, trace: Trace) -> int | None:
         if self._calibration.answer_weight is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,10 +12,25 @@ from rac_modifier.cli.models import check_model, load, resolve
 from rac_modifier.cli.options import Dtype, Precision
 from rac_modifier.errors import RacError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rac_modifier.evaluation.report import ResultTable
+    from rac_modifier.problems.source import Problem
+    from rac_modifier.settings.prompt import PromptSettings
+    from rac_modifier.settings.sampling import SamplingSettings
+
+
+class TemplateName(StrEnum):
+    """What `--template` takes."""
+
+    CHAT = "chat"
+    NONE = "none"
+
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(help='folders, Hugging Face ids or "reasoner"; the dense one first')],
-    problems: Annotated[int, typer.Option(min=1, help="how many problems")] = 300,
+    problems: Annotated[int, typer.Option(min=1, help="number of problems")] = 300,
     source: Annotated[
         str,
         typer.Option(
@@ -24,38 +40,57 @@ def evaluate(
     ] = "arithmetic",
     column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
-    cap: Annotated[int, typer.Option(min=1, help="new tokens after which an answer counts as never finished")] = 512,
+    cap: Annotated[int, typer.Option(min=1, help="new tokens after which an answer counts as unfinished")] = 512,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy; default: greedy, with --divergence the model's own")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
     seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help='system prompt for all models, "" for none; default: as the compressed models were calibrated'
+        ),
+    ] = None,
+    template: Annotated[
+        TemplateName | None,
+        typer.Option(help="chat template, or none for the bare question; default: as the models were calibrated"),
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="the chat template's enable_thinking, where it has this switch; default: as the models were calibrated",
+        ),
+    ] = None,
     precision: Precision = Dtype.AUTO,
     direct: Annotated[
-        bool, typer.Option("--direct", help="close the thinking before it begins: what the model knows without it")
+        bool, typer.Option("--direct", help="close the thinking before it begins: what the model can answer without it")
     ] = False,
     divergence: Annotated[
         bool,
         typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model on its own samples"),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="with --divergence: plot it against the position in the completion, as .png")
+        Path | None,
+        typer.Option(help="draw the accuracies, or the divergence by position in the completion; .png, .svg or .pdf"),
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the results to this file too")] = None,
 ) -> None:
-    """Compare models: accuracy with its interval, thinking length, share that never finishes, speed.
+    """Compare models: accuracy with its interval, thinking length, share of unfinished answers, speed.
 
-    All get the same problems, asked zero-shot through the chat template, and the same cap. With --divergence no answer is
-    checked: the first model is sampled, and the others are measured against its predictions, token by token.
+    All models get the same problems, the same prompts and the same cap. The prompts are made as in the calibration of the
+    compressed models. With --divergence no answer is checked: the first model is sampled, and the others are compared with
+    its predictions, token by token.
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
-    from rac_modifier.checkpoint.record import write_json_atomic
-    from rac_modifier.evaluation.accuracy import evaluate as run
-    from rac_modifier.evaluation.report import render_table
+    from rac_modifier.cli.tables import render_results
+    from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
+    from rac_modifier.evaluation.plot import plot_file
+    from rac_modifier.files import write_json_atomic
     from rac_modifier.problems.held_out import held_out_problems
-    from rac_modifier.reasoner import direct_answer_prompt
-    from rac_modifier.sampling.prompts import render_prompt
+    from rac_modifier.settings.sampling import SamplingSettings
 
     if json_out is not None and not json_out.absolute().parent.is_dir():
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
@@ -63,52 +98,74 @@ def evaluate(
         raise RacError("--divergence compares pruned models with the first one; name at least two models")
     if divergence and direct:
         raise RacError("--divergence samples the model with its thinking; give it without --direct")
-    if plot is not None and not divergence:
-        raise RacError("--plot draws divergence against position; give --divergence too")
+    if plot is not None:
+        plot_file(plot)
     for name in models:
         check_model(resolve(name))
+    choice = choose_prompt(
+        {name: recorded_prompts(resolve(name)) for name in models},
+        template=None if template is None else template.value,
+        system_prompt=system_prompt,
+        thinking=thinking,
+    )
+    if direct and choice.prompt.template == "none":
+        raise RacError("--direct closes the thinking that a chat template opens; use it with --template chat")
     chosen = held_out_problems(source, problems, seed, column, answer_column)
     if divergence:
-        from rac_modifier.settings.sampling import SamplingSettings
-
-        sampling = SamplingSettings(temperature=temperature, max_new_tokens=cap, batch_size=batch_size, seed=seed)
-        _divergence(models, chosen, sampling, precision, plot, json_out)
-        return
-    results = []
-    for name in models:
-        loaded, tokenizer = load(name, precision)
-        results.append(
-            run(
-                loaded,
-                tokenizer,
-                chosen,
-                label=name,
-                render=direct_answer_prompt if direct else render_prompt,
-                max_new_tokens=cap,
-                temperature=temperature or 0.0,
-                batch_size=batch_size,
-                seed=seed,
-            )
+        sampling = SamplingSettings(
+            temperature=temperature,
+            max_new_tokens=cap,
+            batch_size=batch_size,
+            seed=seed,
+            **choice.prompt.model_dump(),
         )
-    typer.echo(render_table(results))
+        results, table = _divergence(models, chosen, sampling, precision, plot)
+    else:
+        limits = {"max_new_tokens": cap, "temperature": temperature or 0.0, "batch_size": batch_size, "seed": seed}
+        results, table = _accuracy(models, chosen, limits, precision, choice.prompt, direct, plot)
+    typer.echo(f"{render_results(table)}\n{choice.describe()}")
     if json_out is not None:
-        write_json_atomic(json_out, {"results": [result.as_dict() for result in results]})
+        content = {"divergence" if divergence else "results": results, "prompt": choice.prompt.model_dump()}
+        write_json_atomic(json_out, content)
+
+
+def _accuracy(
+    models: list[str],
+    problems: list[Problem],
+    limits: dict[str, Any],
+    precision: Dtype,
+    prompt: PromptSettings,
+    direct: bool,
+    plot: Path | None,
+) -> tuple[list[dict[str, Any]], ResultTable]:
+    from rac_modifier.evaluation.accuracy import evaluate as run
+    from rac_modifier.evaluation.plot import plot_bars
+    from rac_modifier.evaluation.report import accuracy_table
+    from rac_modifier.reasoner import direct_answer_prompt
+    from rac_modifier.sampling.prompts import render_prompt
+
+    def render(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+        if direct:
+            return direct_answer_prompt(tokenizer, question, prompt.system_prompt)
+        return render_prompt(tokenizer, question, prompt.system_prompt, prompt.template, prompt.thinking)
+
+    results = [run(*load(name, precision), problems, label=name, render=render, **limits) for name in models]
+    if plot is not None:
+        plot_bars(results, plot)
+    return [result.as_dict() for result in results], accuracy_table(results)
 
 
 def _divergence(
-    models: list[str], problems: list[Any], sampling: Any, precision: Dtype, plot: Path | None, json_out: Path | None
-) -> None:
-    from rac_modifier.checkpoint.record import write_json_atomic
+    models: list[str], problems: list[Problem], sampling: SamplingSettings, precision: Dtype, plot: Path | None
+) -> tuple[list[dict[str, Any]], ResultTable]:
     from rac_modifier.evaluation.divergence import divergence
     from rac_modifier.evaluation.own_samples import sample_sequences
     from rac_modifier.evaluation.plot import plot_divergence
-    from rac_modifier.evaluation.report import render_divergence_table
+    from rac_modifier.evaluation.report import divergence_table
 
     dense, tokenizer = load(models[0], precision)
     sequences = sample_sequences(dense, tokenizer, problems, sampling)
     results = [divergence(dense, load(name, precision)[0], sequences, label=name) for name in models[1:]]
-    typer.echo(render_divergence_table(results))
     if plot is not None:
         plot_divergence(results, plot)
-    if json_out is not None:
-        write_json_atomic(json_out, {"divergence": [result.as_dict() for result in results]})
+    return [result.as_dict() for result in results], divergence_table(results)

@@ -1,4 +1,4 @@
-"""Finding and loading what a command names, and finding out early that it cannot be."""
+"""Find and load the models that a command names, and refuse early what cannot work."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rac_modifier.errors import RacError
 
 
 def resolve(model: str) -> str:
-    """What `from_pretrained` takes: the embedded reasoner has a name of its own here."""
+    """The folder or id for `from_pretrained`; "reasoner" is the embedded model."""
     from rac_modifier.reasoner import reasoner_path
 
     return str(reasoner_path()) if model == "reasoner" else model
 
 
 def check_model(source: str) -> None:
-    """Find out before hours of work whether there is such a model."""
+    """Refuse a model that does not exist, before hours of work (RacError)."""
     from transformers import AutoConfig
 
     try:
@@ -30,13 +30,17 @@ def check_model(source: str) -> None:
 
 
 def load_tokenizer(source: str, next_step: str) -> Any:
-    """The tokenizer of a model; without one, a RacError that ends in `next_step`."""
+    """The tokenizer of a model; without one, a RacError whose text ends in `next_step`."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise RacError(f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); {next_step}") from error
+    # For some model types transformers makes a tokenizer without a vocabulary where there are no tokenizer files.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise RacError(f"no tokenizer could be loaded from {source!r} (there are no tokenizer files); {next_step}")
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:
@@ -54,10 +58,10 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
 
 
 def unpacked(source: str, precision: Dtype) -> Any:
-    """What oneshot takes: the source itself, or where its weights are packed, which oneshot cannot load, the loaded model."""
+    """What oneshot can take: the source itself; where its weights are packed, which oneshot cannot load, the loaded model."""
     from rac_modifier.checkpoint.hf_quantizer import load_model
-    from rac_modifier.checkpoint.record import read_json
     from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
+    from rac_modifier.files import read_json
 
     if not (Path(source) / CONFIG_FILE).is_file() or packed_format(read_json(Path(source) / CONFIG_FILE)) is None:
         return source
@@ -65,7 +69,7 @@ def unpacked(source: str, precision: Dtype) -> Any:
 
 
 def subject_of(model: str) -> tuple[Any, Any]:
-    """What collecting needs to know of a model that servers sample; its weights stay on disk."""
+    """Identity and tokenizer of a model that servers sample; its weights are not loaded."""
     from rac_modifier.sampling.model_identity import ModelIdentity
 
     source = resolve(model)
@@ -75,7 +79,7 @@ def subject_of(model: str) -> tuple[Any, Any]:
 
 
 def check_output(output: Path, source: str) -> None:
-    """Find out before hours of work that the result could not be written."""
+    """Refuse an output folder that the result could not be written to, before hours of work (RacError)."""
     if output.exists() and not output.is_dir():
         raise RacError(f"output {output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()):

@@ -1,1 +1,1 @@
-"""Does a pruned model still reason: accuracy, thinking length, unfinished answers and speed, next to dense."""
+"""Whether a pruned model still reasons: accuracy, thinking length, unfinished answers, and divergence from the dense model."""

@@ -11,28 +11,30 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import ValidationError
+from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
+from rac_modifier.files import write_text_atomic
 from rac_modifier.problems.answers import Verifier, is_correct
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
-from rac_modifier.sampling.generate import generate as traces_generate
+from rac_modifier.sampling.generate import generate as generate_in_process
 from rac_modifier.sampling.prompts import render_prompt
 from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.sampling import SamplingSettings
 
-# Only used when sampling; the reference evaluation samples at 0.6 with top_p 0.95 (arXiv 2509.12464).
+# Used at a temperature above 0 only; the reference evaluation samples at 0.6 with top_p 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
 
 
 class Generate(Protocol):
-    """Completes prompts, as `traces.generation.generate` does; `keys` name the prompts for seeding."""
+    """Completes prompts, as `sampling.generate.generate` does; `keys` name the prompts for seeding."""
 
     def __call__(
         self, model: Any, tokenizer: Any, prompts: list[list[int]], settings: SamplingSettings, keys: list[str]
     ) -> list[Generation]:
-        """One generation a prompt, in order."""
+        """One generation per prompt, in order."""
         ...
 
 
@@ -50,7 +52,7 @@ def evaluate(
     rows_path: str | os.PathLike[str] | None = None,
     verifiers: Mapping[str, Verifier] | None = None,
     render: Callable[[Any, str], list[int]] = render_prompt,
-    generate: Generate = traces_generate,
+    generate: Generate = generate_in_process,
 ) -> EvalResult:
     """Zero-shot accuracy, thinking length, unfinished share and speed over `problems`.
 
@@ -59,23 +61,23 @@ def evaluate(
         tokenizer: the model's tokenizer.
         problems: each with an answer; ids distinct.
         label: the result's name in tables.
-        max_new_tokens: the cap. An answer cut off there counts as unfinished, and as wrong unless it was given before.
+        max_new_tokens: the cap. A completion cut off there is unfinished, and wrong unless it already holds the answer.
         temperature: 0 is greedy.
         batch_size: prompts generated at once.
         seed: of the sampling; greedy ignores it.
         progress: show a progress bar.
-        rows_path: write a JSON line for each problem (`results.Row`) here, in the order of `problems`.
-        verifiers: per task name, what replaces the mathematical comparison of answers.
-        render: tokenizer and question to prompt ids; by default the chat template with its generation prompt.
-        generate: by default transformers, a batch a call.
+        rows_path: a file for one JSON line per problem (`results.Row`), in the order of `problems`.
+        verifiers: by task name, a function that replaces the mathematical comparison of answers.
+        render: from tokenizer and question to prompt ids; default: the chat template with its generation prompt.
+        generate: completes one batch per call; default: the model in this process.
 
     Raises:
-        RacError: no problems, a problem without an answer, an id twice, a setting out of range.
+        RacError: no problems, a problem without an answer, an id twice, a setting out of range, `rows_path` not writable.
     """
     _check(problems)
     settings = _settings(max_new_tokens, temperature, batch_size, seed)
     prompts = [render(tokenizer, problem.question) for problem in problems]
-    # Longest first: prompts of like length share a batch, and a batch too large for memory fails at once.
+    # Longest first: prompts of similar length share a batch, and a batch too large for memory fails at once.
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]), reverse=True)
     generations: dict[int, Generation] = {}
     started = time.monotonic()
@@ -111,7 +113,7 @@ def _check(problems: Sequence[Problem]) -> None:
 
 
 def _settings(max_new_tokens: int, temperature: float, batch_size: int, seed: int) -> SamplingSettings:
-    """Nothing is left to the model's generation_config: models compared must sample alike."""
+    """Every setting is fixed here, and none comes from a model's generation_config: all models must sample alike."""
     try:
         return SamplingSettings(
             temperature=temperature,
@@ -127,9 +129,7 @@ def _settings(max_new_tokens: int, temperature: float, batch_size: int, seed: in
 
 
 def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int]]:
-    """Cut `order` into batches, with a progress bar if there is a label for it."""
-    from tqdm import tqdm
-
+    """Cut `order` into batches; with a progress bar if there is a label."""
     with tqdm(total=len(order), desc=label, unit="problem", disable=label is None) as bar:
         for start in range(0, len(order), size):
             yield order[start : start + size]
@@ -138,7 +138,7 @@ def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int
 
 def _row(tokenizer: Any, problem: Problem, prompt: list[int], generation: Generation, verifier: Verifier | None) -> Row:
     assert problem.answer is not None
-    # Special tokens are dropped for reading only; R1's and Qwen3's thinking tags are ordinary tokens and stay.
+    # The thinking tags of R1 and Qwen3 are ordinary tokens, so they stay in the text.
     text = tokenizer.decode(list(generation.ids), skip_special_tokens=True)
     return Row(
         id=problem.id,
@@ -153,11 +153,8 @@ def _row(tokenizer: Any, problem: Problem, prompt: list[int], generation: Genera
 
 
 def save_rows(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write rows as JSON lines, whole or not at all."""
+    """Write one JSON line per row, all of them or none; the folder is created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    write_text_atomic(path, "".join(lines))

@@ -1,8 +1,8 @@
-"""The dense model's predictions, kept small while it is pruned in place, so that the pruned model can be compared with them.
+"""The dense model's predictions, kept small while it is pruned in place, and the divergence that a run records.
 
-Logits of 2,048 tokens are over a gigabyte at 150,000 words. What enters the output head is `hidden` numbers a token, and the
-head is not pruned. So that is kept; later it is put beside what the pruned model gives its head, and whatever the model does
-to logits (scaling, soft caps) it does to both.
+The logits of 2,048 tokens take over a gigabyte with a vocabulary of 150,000. The input of the output head is `hidden` numbers
+per token, and the head is not pruned. So this input is kept. After pruning it passes through the head beside the pruned
+model's own, so that whatever the model does to logits (scaling, soft caps) is done to both.
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from loguru import logger
 
+from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.divergence import WINDOW_ELEMENTS, Windows, check_ids, compare, vocabulary, windows
-from rac_modifier.evaluation.divergence_result import DivergenceResult, summarise_divergence
+from rac_modifier.evaluation.divergence import (
+    WINDOW_ELEMENTS,
+    DivergenceResult,
+    Windows,
+    check_ids,
+    compare,
+    summarise_divergence,
+    vocabulary,
+    windows,
+)
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences, padded
 from rac_modifier.model_tools import StopForward, evaluating
 
 
 class DenseReference:
-    """What a dense model gives to its output head on samples of its own: tokens x hidden numbers, on the CPU."""
+    """What a dense model's output head reads on samples of that model: tokens x hidden numbers, on the CPU."""
 
     @torch.no_grad()
     def __init__(self, model: Any, sequences: Sequence[TokenSequence], *, batch_tokens: int = 4096):
@@ -63,10 +73,10 @@ class DenseReference:
 
     @torch.no_grad()
     def divergence(self, pruned: Any, *, label: str, bins: int = 8) -> DivergenceResult:
-        """As `evaluation.divergence`; one forward pass of the pruned model, which is the dense one but for its layers.
+        """As `evaluation.divergence`: one forward pass of the pruned model, which is the same model with other layers.
 
         Raises:
-            RacError: its output head is not the dense model's any more, or logits are not finite.
+            RacError: its output head has changed since, or logits are not finite.
         """
         head = _head(pruned)
         if not torch.equal(_probe(head), self._head) or getattr(head, "quantization_scheme", None) is not None:
@@ -99,6 +109,49 @@ class DenseReference:
             hook.remove()
 
 
+class RunDivergence:
+    """KL and top-1 agreement on the traces that a calibration set holds out, or the reason why they are not measured."""
+
+    def __init__(self, model: Any, calibration: CalibrationSet, *, off_policy: bool):
+        """One forward pass of the dense model over the held-out traces; `off_policy`: another model may have written them."""
+        self._reference: DenseReference | None = None
+        self._why = ""
+        if not calibration.held_out:
+            self._why = "no traces were held out (calibration.held_out_tokens, or a mixture without traces)"
+        elif off_policy:
+            self._why = "the traces may be another model's (traces.allow_off_policy)"
+        else:
+            try:
+                sequences = [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in calibration.held_out]
+                self._reference = DenseReference(model, sequences)
+            except RacError as error:
+                self._why = str(error)
+        if self._reference is None:
+            logger.info(f"divergence from the dense model will not be measured: {self._why}")
+        else:
+            logger.info(
+                f"{len(calibration.held_out)} traces are held out ({self._reference.tokens:,} completion tokens): divergence "
+                "from the dense model will be measured on them, with two forward passes over them"
+            )
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """The entry of the run record. A failure here is recorded and does not stop the run."""
+        if self._reference is None:
+            return {"not_measured": self._why}
+        try:
+            result = self._reference.divergence(model, label="pruned")
+        except (RacError, RuntimeError) as error:
+            logger.warning(f"divergence from the dense model was not measured: {error}")
+            return {"not_measured": str(error)}
+        logger.info(
+            f"divergence from the dense model on {result.tokens:,} held-out tokens of its own: "
+            f"KL {result.kl:.4f} nats per token, top-1 agreement {result.agreement:.1%}"
+        )
+        record = result.as_dict()
+        del record["label"]
+        return record
+
+
 def _head(model: Any) -> Any:
     head = model.get_output_embeddings()
     if head is None:
@@ -107,5 +160,5 @@ def _head(model: Any) -> Any:
 
 
 def _probe(head: Any) -> torch.Tensor:
-    """Some of the head's weights, to tell whether it changes."""
+    """A sample of the head's weights, to detect a change."""
     return head.weight.detach().flatten()[:: max(head.weight.numel() // 4096, 1)].cpu().clone()

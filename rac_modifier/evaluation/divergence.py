@@ -1,26 +1,91 @@
-"""Divergence of a pruned from the dense model on the dense model's own samples: a measure that needs no labels.
+"""Divergence of a pruned model from the dense one on the dense model's own samples: a measure that needs no labels.
 
-Both models read the same sequence (teacher forcing); at each completion token the dense model's distribution over the
-vocabulary, p, is compared with the pruned one's, q: KL(p || q) = sum_v p_v (log p_v - log q_v).
+Both models read the same sequence (teacher forcing). At each completion token the dense model's distribution over the
+vocabulary, p, is compared with the pruned model's, q: KL(p || q) = sum_v p_v (log p_v - log q_v).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.divergence_result import DivergenceResult, TokenDivergence, summarise_divergence
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences, padded
 from rac_modifier.model_tools import evaluating
 
-# Logits of one window and of one step of the comparison, in elements: 256 MiB and 64 MiB in float32.
+# Elements of the logits in one window and in one step of the comparison: 256 MiB and 64 MiB in float32.
 WINDOW_ELEMENTS = 1 << 26
 _STEP_ELEMENTS = 1 << 24
+
+# For each window of positions: the first position, the dense model's logits and the pruned model's.
+Windows = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class TokenDivergence:
+    """One completion: a value for each of its tokens, predicted by both models from the same tokens before it."""
+
+    kl: Sequence[float]  # KL(dense || pruned) in nats
+    agrees: Sequence[bool]  # whether both models rank the same token first
+
+
+@dataclass(frozen=True)
+class PositionBin:
+    """The completion tokens from position `start` (the first token has position 0) to before `end`."""
+
+    start: int
+    end: int
+    sequences: int  # completions that are long enough to have tokens here
+    tokens: int
+    kl: float
+    kl_stderr: float | None  # None with fewer than two such completions
+    agreement: float
+    agreement_stderr: float | None
+
+
+@dataclass(frozen=True)
+class DivergenceResult:
+    """Divergence of one pruned model on a set of sequences; compare it only with results on the same sequences.
+
+    Standard errors treat completions, not tokens, as independent: the errors of one completion's tokens are correlated.
+    """
+
+    label: str
+    sequences: int
+    tokens: int  # of completions
+    kl: float  # mean KL(dense || pruned) per completion token, in nats
+    kl_stderr: float | None  # None for a single sequence
+    agreement: float  # share of tokens where both models rank the same token first
+    agreement_stderr: float | None
+    bins: tuple[PositionBin, ...]  # of equal width, from the first to the last position of the longest completion
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is the inverse."""
+        return {**dataclasses.asdict(self), "bins": [dataclasses.asdict(b) for b in self.bins]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DivergenceResult:
+        """A result from `as_dict`'s output.
+
+        Raises:
+            RacError: a field is missing or unknown.
+        """
+        try:
+            bins = tuple(PositionBin(**b) for b in values.get("bins", ()))
+            return cls(**{**values, "bins": bins})
+        except TypeError as error:
+            raise RacError(f"not a divergence result ({error}); measure again with this version") from error
 
 
 @torch.no_grad()
@@ -35,24 +100,24 @@ def divergence(
     window_elements: int = WINDOW_ELEMENTS,
     progress: bool = True,
 ) -> DivergenceResult:
-    """Mean KL(dense || pruned) in nats a completion token, and top-1 agreement; in total and by position.
+    """Mean KL(dense || pruned) in nats per completion token, and top-1 agreement; in total and by position.
 
-    Memory beside the two models: a window of logits each (`window_elements`, more only where a single position of the
-    batch has more), the key-value caches of a batch where it takes more than one window, and about 256 MiB.
+    Memory beside the two models: one window of logits per model (`window_elements`; more only where a single position of
+    the batch has more), the key-value caches of a batch that needs more than one window, and about 256 MiB.
 
     Args:
         dense: a transformers causal LM.
-        pruned: another with the same vocabulary, on any device.
-        sequences: samples of the dense model, as token ids and the length of their prompt (see `own_samples`).
+        pruned: another one with the same vocabulary, on any device.
+        sequences: samples of the dense model, as token ids and the length of the prompt (see `own_samples`).
         label: the result's name in tables.
-        bins: positions are reported in this many bins of equal width.
-        batch_tokens: padded tokens of a batch at most; a longer sequence makes a batch of its own.
-        window_elements: logits of a model held at once (rows x positions x vocabulary).
+        bins: the number of equally wide bins of positions.
+        batch_tokens: most padded tokens of a batch; a longer sequence gets its own batch.
+        window_elements: most elements of a model's logits in memory (rows x positions x vocabulary).
         progress: show a progress bar.
 
     Raises:
-        RacError: no sequences, one without a prompt or completion, token ids that a model does not have, vocabularies of
-            different sizes, logits that are not finite, a setting below 1.
+        RacError: no sequences, a sequence without prompt or completion, a token id beyond a model's vocabulary,
+            vocabularies of different sizes, logits that are not finite, a setting below 1.
     """
     for name, value in (("bins", bins), ("batch_tokens", batch_tokens), ("window_elements", window_elements)):
         if value < 1:
@@ -62,9 +127,13 @@ def divergence(
         check_ids(role, model, sequences)
     rows: list[TokenDivergence] = []
     started = time.monotonic()
-    with evaluating(dense, pruned):
-        for batch in _with_progress(sequences, batch_tokens, label if progress else None):
+    with (
+        evaluating(dense, pruned),
+        tqdm(total=len(sequences), desc=label, unit="sequence", disable=not progress) as bar,
+    ):
+        for batch in batches_of_like_length(sequences, batch_tokens):
             rows += compare(batch, _both(dense, pruned, batch, window_elements), label)
+            bar.update(len(batch))
     return summarise_divergence(rows, label=label, bins=bins, seconds=time.monotonic() - started)
 
 
@@ -80,11 +149,7 @@ def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.cat(kl), torch.cat(agrees)
 
 
-Windows = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
-
-
 def _both(dense: Any, pruned: Any, batch: list[TokenSequence], window_elements: int) -> Windows:
-    """The logits of both models, window by window, with the position that each window starts at."""
     ids = padded(batch)[0][:, :-1]
     width = max(1, window_elements // (len(batch) * vocabulary(dense)))
     for (start, p), (_, q) in zip(windows(dense, ids, width), windows(pruned, ids, width), strict=True):
@@ -92,12 +157,12 @@ def _both(dense: Any, pruned: Any, batch: list[TokenSequence], window_elements: 
 
 
 def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[TokenDivergence]:
-    """The divergence at every completion token of a batch, a row a sequence; `logits` are the dense and the pruned model's.
+    """The divergence at every completion token of a batch, one value per token and one row per sequence.
 
     Raises:
         RacError: vocabularies of different sizes, or logits that are not finite.
     """
-    predicts = padded(batch)[1][:, 1:]  # the logits at a position are about the next token
+    predicts = padded(batch)[1][:, 1:]  # the logits at a position predict the next token
     kl = torch.zeros(predicts.shape, dtype=torch.float64)
     agrees = torch.zeros(predicts.shape, dtype=torch.bool)
     for start, p, q in logits:
@@ -114,8 +179,8 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
         kl[:, window][wanted], agrees[:, window][wanted] = (values.cpu() for values in found)
     if not kl.isfinite().all():
         raise RacError(
-            f"{label}: the logits of the dense or of this model are not finite on the given sequences; load both in "
-            "float32, and check the checkpoint"
+            f"{label}: the logits of the dense model or of this model are not finite on the given sequences; load both "
+            "in float32, and check the checkpoint"
         )
     return [
         TokenDivergence(k[mask].tolist(), a[mask].tolist()) for k, a, mask in zip(kl, agrees, predicts, strict=True)
@@ -123,10 +188,10 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
 
 
 def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Logits [rows, up to width, vocabulary] of successive windows of positions, with the position each starts at.
+    """Logits [rows, up to width, vocabulary] of successive windows of positions, each with its first position.
 
-    Windows bound the logits, which at 152k tokens in the vocabulary are larger than all other activations together. The
-    key-value cache carries the context over; what fits one window is an ordinary forward pass.
+    Windows bound the memory for logits, which with a vocabulary of 152k tokens is larger than that of all other activations.
+    The key-value cache passes the context on to the next window; a batch that fits one window takes an ordinary forward pass.
     """
     cache = None
     several = ids.shape[1] > width
@@ -139,7 +204,7 @@ def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, to
 
 
 def vocabulary(model: Any) -> int:
-    """Tokens that the model's embedding knows."""
+    """The number of tokens in the model's input embedding."""
     return model.get_input_embeddings().num_embeddings
 
 
@@ -153,12 +218,44 @@ def check_ids(role: str, model: Any, sequences: Sequence[TokenSequence]) -> None
         )
 
 
-def _with_progress(
-    sequences: Sequence[TokenSequence], batch_tokens: int, label: str | None
-) -> Iterator[list[TokenSequence]]:
-    from tqdm import tqdm
+def summarise_divergence(
+    rows: Sequence[TokenDivergence], *, label: str, bins: int = 16, seconds: float
+) -> DivergenceResult:
+    """The result of completions, none of them empty, measured in `seconds`."""
+    assert rows, "a measurement without sequences is refused earlier"
+    kl, kl_stderr = mean_over_tokens([row.kl for row in rows])
+    agreement, agreement_stderr = mean_over_tokens([row.agrees for row in rows])
+    longest = max(len(row.kl) for row in rows)
+    width = math.ceil(longest / bins)
+    return DivergenceResult(
+        label=label,
+        sequences=len(rows),
+        tokens=sum(len(row.kl) for row in rows),
+        kl=kl,
+        kl_stderr=kl_stderr,
+        agreement=agreement,
+        agreement_stderr=agreement_stderr,
+        bins=tuple(_bin(rows, start, start + width) for start in range(0, longest, width)),
+        seconds=seconds,
+    )
 
-    with tqdm(total=len(sequences), desc=label, unit="sequence", disable=label is None) as bar:
-        for batch in batches_of_like_length(sequences, batch_tokens):
-            yield batch
-            bar.update(len(batch))
+
+def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """Mean over all tokens of all rows, and its standard error with rows as the independent units.
+
+    The mean is a ratio, total over token count, both random. With residuals r_i = sum_i - mean * n_i of m rows the error
+    is sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, section 6.3, for whole clusters).
+    """
+    mean = fmean(chain.from_iterable(rows))
+    m, count = len(rows), sum(map(len, rows))
+    if m < 2:
+        return mean, None
+    squares = math.fsum((math.fsum(row) - mean * len(row)) ** 2 for row in rows)
+    return mean, math.sqrt(m / (m - 1) * squares) / count
+
+
+def _bin(rows: Sequence[TokenDivergence], start: int, end: int) -> PositionBin:
+    kls = [part for row in rows if (part := row.kl[start:end])]
+    kl, kl_stderr = mean_over_tokens(kls)
+    agreement, agreement_stderr = mean_over_tokens([part for row in rows if (part := row.agrees[start:end])])
+    return PositionBin(start, end, len(kls), sum(map(len, kls)), kl, kl_stderr, agreement, agreement_stderr)

@@ -1,4 +1,4 @@
-"""The dense model's own completions, to measure divergence on: sampled on held-out problems, or read from a store."""
+"""The dense model's own completions, on which divergence is measured: sampled on held-out problems, or read from a store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sample_sequences(
 ) -> list[TokenSequence]:
     """Complete each problem `samples_per_problem` times, as traces are sampled; answers are not needed.
 
-    The problems should be ones that calibration has not seen (`held_out_problems`).
+    Use problems that were not calibrated on (`held_out_problems`).
 
     Raises:
         RacError: no problems, a prompt that cannot be rendered, or what `generate` raises.
@@ -46,7 +46,7 @@ def sample_sequences(
 def sequences_from_store(path: str | os.PathLike[str], dense: Any, *, limit: int | None = None) -> list[TokenSequence]:
     """The first `limit` traces of a store (None: all) that this dense model wrote.
 
-    Use a store that was not calibrated on: on its own calibration set a pruned model looks better than it is.
+    Use a store that was not calibrated on: on its calibration set a pruned model looks better than it is.
 
     Raises:
         RacError: no such store, an empty one, one of another model, a limit below 1.

@@ -1,4 +1,4 @@
-"""What one evaluation found: a row a problem, and the summary of all rows."""
+"""The results of one evaluation: one row per problem, and the summary of all rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Row:
     id: str
     task: str | None
     correct: bool
-    finish: str  # "stop": the model ended its answer; "length": it ran into the cap
+    finish: str  # "stop": the model ended its answer; "length": it was cut off at the cap
     prompt_tokens: int
     tokens: int
-    thinking_tokens: int  # up to and including </think>; all of them where it never came
+    thinking_tokens: int  # up to and including </think>; all of them where that is missing
     text: str
 
 
@@ -40,14 +40,14 @@ class EvalResult:
     mean_completion_tokens: float
     unfinished_share: float  # of all problems, those cut off at the cap
     tokens_per_second: float
-    seconds: float  # generation only: neither loading nor checking answers
-    cap: int  # most new tokens a problem
+    seconds: float  # generation only, without loading the model and checking answers
+    cap: int  # most new tokens per problem
     temperature: float
     seed: int
     per_task: dict[str, float]  # accuracy of each named task
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is its inverse."""
+        """Plain values for JSON; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -67,11 +67,11 @@ class EvalResult:
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (95 % by default); unlike the normal one it is sound near 0 and 1."""
+    """Wilson's score interval for a proportion (95 % by default), which unlike the normal one is valid near 0 and 1 too."""
     share, spread = correct / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
-    # Rounding would otherwise leave a perfect score a hair outside its own interval.
+    # Without this, rounding could put a perfect score outside its own interval.
     return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
 
 

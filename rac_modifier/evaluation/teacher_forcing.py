@@ -1,4 +1,4 @@
-"""Sequences forced on a model token by token: checked, batched, padded; and the loss, the quickest stand-in for accuracy."""
+"""Given sequences as a model's input (teacher forcing): checked, batched, padded; and the loss on them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TokenSequence = tuple[Sequence[int], int]
 
 @torch.no_grad()
 def trace_loss(model: Any, sequences: Sequence[TokenSequence], batch_tokens: int = 4096) -> float:
-    """Mean teacher-forced negative log-likelihood of completion tokens, in nats a token.
+    """Mean teacher-forced negative log-likelihood of completion tokens, in nats per token.
 
-    It orders pruned models as their accuracy does, at the price of one forward pass.
+    It ranks pruned models as their accuracy does, and needs only one forward pass.
 
     Args:
         model: a transformers causal LM.
-        sequences: token ids and the length of their prompt, which counts no loss.
-        batch_tokens: padded tokens of a batch at most; a longer sequence makes a batch of its own.
+        sequences: token ids and the length of the prompt, on which no loss is counted.
+        batch_tokens: most padded tokens of a batch; a longer sequence gets its own batch.
 
     Raises:
         RacError: no sequences, or one without a prompt or without a completion.
@@ -48,7 +48,7 @@ def check_sequences(sequences: Sequence[TokenSequence]) -> None:
 
 
 def batches_of_like_length(sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[list[TokenSequence]]:
-    """Shortest first, as many as fit `batch_tokens` once padded, at least one."""
+    """Batches of at most `batch_tokens` padded tokens, shortest sequences first; a longer sequence gets its own batch."""
     batch: list[TokenSequence] = []
     for sequence in sorted(sequences, key=lambda s: len(s[0])):
         if batch and (len(batch) + 1) * len(sequence[0]) > batch_tokens:
@@ -61,7 +61,7 @@ def batches_of_like_length(sequences: Sequence[TokenSequence], batch_tokens: int
 def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int64 [rows, length], padded with 0 on the right, and a bool mask of the same shape: True on completion tokens.
 
-    A causal model's real positions cannot see what is to their right, so it needs no attention mask.
+    In a causal model real positions cannot read the padding to their right, so no attention mask is needed.
     """
     length = max(len(ids) for ids, _ in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
@@ -73,7 +73,7 @@ def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _batch_loss(model: Any, batch: list[TokenSequence]) -> float:
-    """Summed loss of a batch."""
+    """The sum of the loss over a batch."""
     ids, completion = padded(batch)
     target = ids.masked_fill(~completion, -100)
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits

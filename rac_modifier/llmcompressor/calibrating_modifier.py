@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.run_divergence import RunDivergence
+from rac_modifier.evaluation.dense_reference import RunDivergence
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.settings.entries import CalibrationEntry
 

@@ -16,7 +16,7 @@ def reasoner_path() -> Path:
     """The folder of the embedded reasoner, for `from_pretrained`.
 
     Raises:
-        RacError: the weights are not there (a source tree in which they were never trained).
+        RacError: the weights are missing (a source tree in which they were not trained).
     """
     folder = Path(str(resources.files(__name__))) / "assets"
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
@@ -27,20 +27,22 @@ def reasoner_path() -> Path:
     return folder
 
 
-def direct_answer_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """Prompt ids whose thinking is already over and empty (`<think>\\n</think>\\n`): the model must answer at once.
+def direct_answer_prompt(
+    tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None = None
+) -> list[int]:
+    """Prompt ids with an empty thinking (`<think>\\n</think>\\n`), so that the model must answer at once.
 
-    A model that keeps its accuracy under this prompt does not need its chain of thought.
+    A model that keeps its accuracy with this prompt does not need its chain of thought.
 
     Raises:
         RacError: the chat template's generation prompt does not open the thinking.
     """
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    messages.append({"role": "user", "content": question})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if not str(text).endswith("<think>\n"):
         raise RacError(
-            f"the chat template's prompt ends in {str(text)[-20:]!r}, not in '<think>\\n', so its thinking cannot be "
+            f"the chat template's prompt ends in {str(text)[-20:]!r}, not in '<think>\\n', so the thinking cannot be "
             "closed; use a model whose template opens the thinking"
         )
     return list(tokenizer(f"{text}</think>\n", add_special_tokens=False)["input_ids"])

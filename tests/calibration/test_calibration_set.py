@@ -2,17 +2,14 @@ import json
 from collections import Counter
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rac_modifier.calibration import trace_budget as collecting
 from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.errors import RacError
-from rac_modifier.model_tools import on_accelerator
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.store import TraceStore
-from tests.tiny import entry, tiny_model, tiny_tokenizer
+from tests.tiny import entry, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +88,6 @@ def test_rac_without_a_trace_token_is_refused(tmp_path, model, tokenizer, trace_
         )
 
 
-def test_traces_are_collected_until_the_budget_is_met_as_they_will_be_cut(build, tmp_path):
-    store = tmp_path / "s.jsonl"
-    made = build(entry(store)["traces"], tokens=400, max_sequence_tokens=48)
-    assert made.loader.composition.tokens == 400
-    assert made.loader.composition.truncated_sequences > 5
-    held = TraceStore.read(store)
-    assert held.counts.tokens > 400
-    assert sum(min(t.tokens, 48) for t in held) < 400 + 16 * 48  # and hardly further
-
-
 def test_a_tokenizer_without_a_pad_token_does(model, trace_store):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
@@ -114,16 +101,48 @@ def test_a_tokenizer_without_a_pad_token_does(model, trace_store):
     assert made.loader.composition.tokens == 600
 
 
-def test_a_model_on_the_cpu_visits_the_accelerator_and_comes_back(monkeypatch):
-    moves = []
-    model = tiny_model()
-    monkeypatch.setattr(type(model), "to", lambda self, device: moves.append(str(device)))
-    monkeypatch.setattr(collecting.torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(collecting.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    with pytest.raises(KeyError), on_accelerator(model):
-        raise KeyError
-    assert moves == ["cuda", "cpu"]
-    model.hf_device_map = {"": "cpu"}  # placed by the user: stays where it is
-    with on_accelerator(model):
-        pass
-    assert moves == ["cuda", "cpu"]
+def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where stores are written by default
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"prompt": f"write {i}"}) + "\n" for i in range(60)))
+    (tmp_path / "c4.txt").write_text("some words of the web " * 50)
+    sampling = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 16}
+    code = {"problems": {"source": "code.jsonl"}, "store": "code-traces.jsonl"}
+    made = build(
+        {"sampling": sampling, "sources": {"code": code}},
+        mixture="traces:arithmetic@0.5, traces:code@0.2, prompts:code@0.1, text:c4.txt@0.2",
+        generic={"sequence_tokens": 40},
+    )
+    record = made.as_dict()
+    tokens = {name: part["tokens"] for name, part in record["calibration"]["parts"].items()}
+    assert tokens == {"traces:arithmetic": 300, "traces:code": 120, "prompts:code": 60, "generic:c4.txt": 120}
+    assert record["calibration"]["tokens"] == 600
+    assert set(record["trace_stores"]) == {"traces:arithmetic", "traces:code"}
+    assert record["trace_stores"]["traces:code"]["path"] == "code-traces.jsonl"
+    assert record["trace_stores"]["traces:arithmetic"]["path"].startswith("rac_traces")
+    assert TraceStore.read("code-traces.jsonl").header.problems.source == "code.jsonl"
+
+
+def test_the_record_holds_how_the_prompts_of_each_part_were_made(build, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sampling = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 16, "system_prompt": "Be brief."}
+    bare = {"problems": {"source": "arithmetic"}, "sampling": {**sampling, "system_prompt": None, "template": "none"}}
+    traces = {"sampling": {**sampling, "thinking": False}, "sources": {"bare": bare}}
+    made = build(traces, mixture="traces@0.5, prompts:bare@0.3, generic@0.2")
+    assert made.as_dict()["prompts"] == {
+        "prompts:bare": {"template": "none", "system_prompt": None, "thinking": True},
+        "traces": {"template": "chat", "system_prompt": "Be brief.", "thinking": False},
+    }
+
+
+def test_held_out_traces_are_not_calibrated_on(build, tmp_path):
+    made = build(entry(tmp_path / "own.jsonl")["traces"], held_out_tokens=300)
+    assert len(made.held_out) >= 4
+    taken = {s.ids for s in made.loader.sequences}
+    assert taken.isdisjoint((*t.prompt_ids, *t.completion_ids) for t in made.held_out)
+
+
+def test_the_tokenizer_turns_no_ids_into_text_unless_needed(model, trace_store):
+    tokenizer = tiny_tokenizer()
+    tokenizer.decode = None
+    settings = TraceSettings(**entry(trace_store)["traces"])
+    assert build_calibration_set(model, tokenizer, settings, CalibrationSettings(tokens=300), progress=False).pools

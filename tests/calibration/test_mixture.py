@@ -86,30 +86,30 @@ def test_the_budget_is_met_exactly_or_refused(lengths, tokens, share, longest):
         assert max(len(s.ids) for s in chosen) <= longest
 
 
-def test_every_sequence_is_taken_at_most_once():
+def test_every_sequence_is_taken_once():
     chosen, _ = mix(candidates(20), settings(tokens=200))
     assert sorted(s.ids[-1] for s in chosen) == [1000 + i for i in range(20)]
 
 
-def test_the_seed_decides_choice_and_order():
+def test_the_seed_decides_the_order_of_the_whole_set():
     def run(seed: int) -> list[CalibrationSequence]:
         return mix(candidates(), settings(seed=seed, mixture={"traces": 0.5, "generic": 0.5}))[0]
 
     assert run(0) == run(0)
     assert run(0) != run(1)
-    assert {s.ids for s in run(0)} != {s.ids for s in run(1)}
+    assert sorted(s.ids for s in run(0)) == sorted(s.ids for s in run(1))  # the parts give their sequences in order
     kinds = [s.kind for s in run(0)]
     assert kinds != sorted(kinds)
     assert kinds != sorted(kinds, reverse=True)
 
 
-def test_kinds_choose_independently_of_each_other():
+def test_parts_are_taken_independently_of_each_other():
     alone = mix(candidates(), settings(tokens=50))[0]
     beside = mix(candidates(), settings(tokens=100, mixture={"traces": 0.5, "generic": 0.5}))[0]
     assert {s.ids for s in alone} == {s.ids for s in beside if s.kind == "traces"}
 
 
-def test_a_lazy_kind_is_read_in_its_own_order_and_only_as_far_as_needed():
+def test_a_part_is_read_in_its_order_and_only_as_far_as_needed():
     read = []
 
     def endless():

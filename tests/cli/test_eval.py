@@ -2,6 +2,139 @@ import json
 import re
 
 import pytest
+from transformers import AutoTokenizer
+
+from rac_modifier import cli
+from rac_modifier.sampling import generate as generate_module
+from rac_modifier.sampling.prompts import render_prompt
+from tests.tiny import entry, recipe
+
+FEW = ("--problems", 2, "--cap", 4)
+
+
+@pytest.fixture(scope="session")
+def brief_folder(tiny_folder, tmp_path_factory):
+    """The tiny model, calibrated with a system prompt and with thinking switched off."""
+    folder = tmp_path_factory.mktemp("brief")
+    settings = entry(folder / "traces.jsonl")
+    settings["traces"]["sampling"] |= {"system_prompt": "Be brief.", "thinking": False}
+    (folder / "recipe.yaml").write_text(recipe(settings))
+    args = ["prune", tiny_folder, folder / "out", "-r", folder / "recipe.yaml", "-s", "calibration.tokens=300"]
+    cli.app([str(arg) for arg in args], standalone_mode=False)
+    return folder / "out"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts that each model is asked with, as text, in the order of the models."""
+    texts: list[str] = []
+    inner = generate_module.decode
+    tokenizers = {}
+
+    def decode(model, prompts, **options):
+        name = model.config._name_or_path
+        tokenizer = tokenizers.setdefault(name, AutoTokenizer.from_pretrained(name))
+        texts.extend(tokenizer.decode(prompt).replace(" ", "") for prompt in prompts)
+        return inner(model, prompts, **options)
+
+    monkeypatch.setattr(generate_module, "decode", decode)
+    return texts
+
+
+def test_all_models_are_asked_as_the_compressed_one_was_calibrated(rac, tiny_folder, brief_folder, asked, tmp_path):
+    results = tmp_path / "eval.json"
+    code, out, err = rac("eval", tiny_folder, brief_folder, *FEW, "--json", results)
+    assert code == 0, err
+    assert len(asked) == 4
+    assert {text[:17] for text in asked} == {"<system>Bebrief.<"}
+    assert {text[-11:] for text in asked} == {"<assistant>"}  # no <think>
+    assert "Prompt: chat template, system prompt 'Be brief.', thinking off." in out
+    assert "another prompt" not in out
+    prompt = {"template": "chat", "system_prompt": "Be brief.", "thinking": False}
+    assert json.loads(results.read_text())["prompt"] == prompt
+
+
+def test_the_prompt_is_that_of_calibration_token_for_token(rac, brief_folder, asked):
+    from rac_modifier.problems.held_out import held_out_problems
+
+    assert rac("eval", brief_folder, *FEW)[0] == 0
+    tokenizer = AutoTokenizer.from_pretrained(brief_folder)
+    questions = [p.question for p in held_out_problems("arithmetic", 2)]
+    expected = [render_prompt(tokenizer, q, system_prompt="Be brief.", thinking=False) for q in questions]
+    assert sorted(asked) == sorted(tokenizer.decode(ids).replace(" ", "") for ids in expected)
+
+
+def test_divergence_samples_the_dense_model_with_the_same_prompt(rac, tiny_folder, brief_folder, asked):
+    code, out, _ = rac("eval", tiny_folder, brief_folder, "--divergence", *FEW)
+    assert code == 0
+    assert {(text[:17], text[-11:]) for text in asked} == {("<system>Bebrief.<", "<assistant>")}
+    assert "system prompt 'Be brief.', thinking off." in out
+
+
+def test_a_dense_model_alone_is_asked_with_the_defaults(rac, tiny_folder, asked):
+    code, out, _ = rac("eval", tiny_folder, *FEW)
+    assert code == 0
+    assert {(text[:6], text[-18:]) for text in asked} == {("<user>", "<assistant><think>")}
+    assert "Prompt: chat template, no system prompt, thinking on." in out
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "last", "words"),
+    [
+        (("--system-prompt", ""), "<user>", "<assistant>", "chat template, no system prompt, thinking off"),
+        (
+            ("--system-prompt", "Think!"),
+            "<system>Think!<us",
+            "<assistant>",
+            "chat template, system prompt 'Think!', thinking off",
+        ),
+        (
+            ("--thinking",),
+            "<system>Bebrief.<",
+            "<assistant><think>",
+            "chat template, system prompt 'Be brief.', thinking on",
+        ),
+        (("--template", "none"), "", "", "the bare question, without a template"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_options_replace_the_calibrated_prompt_and_a_line_says_so(
+    rac, tiny_folder, brief_folder, asked, options, first, last, words
+):
+    code, out, err = rac("eval", tiny_folder, brief_folder, *FEW, *options)
+    assert code == 0, err
+    assert all(text.startswith(first) and text.endswith(last) for text in asked)
+    assert {"<" in text for text in asked} == {bool(first)}
+    assert f"Prompt: {words}." in out
+    was = "chat template, system prompt 'Be brief.', thinking off"
+    assert f"{brief_folder} was calibrated with another prompt: {was}." in out
+
+
+def test_models_that_were_calibrated_with_different_prompts_need_a_choice(
+    rac, tiny_folder, sparse_folder, brief_folder, asked
+):
+    code, _, err = rac("eval", tiny_folder, sparse_folder, brief_folder, *FEW)
+    assert code == 2
+    assert "calibrated with different prompts" in err
+    assert "choose it with --system-prompt" in err
+    assert not asked
+    options = ("--system-prompt", "Be brief.", "--no-thinking")
+    code, out, _ = rac("eval", sparse_folder, brief_folder, *FEW, *options)
+    assert code == 0
+    assert out.count("another prompt") == 1
+    assert f"{sparse_folder} was calibrated with another prompt: chat template, no system prompt, thinking on" in out
+
+
+def test_direct_needs_a_template_that_opens_the_thinking(rac, brief_folder):
+    assert "so the thinking cannot be closed" in rac("eval", brief_folder, *FEW, "--direct")[2]
+    assert "use it with --template chat" in rac("eval", brief_folder, "--direct", "--template", "none")[2]
+
+
+def test_a_plot_of_accuracies(rac, tiny_folder, sparse_folder, tmp_path):
+    assert rac("eval", tiny_folder, sparse_folder, *FEW, "--plot", tmp_path / "a.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = rac("eval", tiny_folder, *FEW, "--plot", tmp_path / "a.txt")
+    assert (code, "use a name that ends in .png" in err) == (2, True)
 
 
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
@@ -26,7 +159,6 @@ def test_eval_divergence(rac, tiny_folder, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_eval_divergence_needs_two_models(rac, tiny_folder, tmp_path):
+def test_eval_divergence_needs_two_models_and_their_thinking(rac, tiny_folder):
     assert "name at least two models" in rac("eval", tiny_folder, "--divergence")[2]
     assert "without --direct" in rac("eval", tiny_folder, tiny_folder, "--divergence", "--direct")[2]
-    assert "give --divergence too" in rac("eval", tiny_folder, "--plot", tmp_path / "x.png")[2]

@@ -1,81 +1,103 @@
-import subprocess
 import sys
 
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.plot import _positions, plot_accuracy, plot_bars
+from rac_modifier.evaluation.plot import plot_bars, plot_divergence
+from tests.evaluation.drawn import drawn as drawn
+from tests.evaluation.test_divergence import result as divergence_result
 from tests.evaluation.test_results import result, row
 
-ROWS = [
-    {"sparsity": s, "calibration": c, "accuracy": a, "unfinished_share": 1 - a}
-    for c in ("generic", "prompts", "RAC")
-    for s, a in ((0.5, 0.9), (0.5, 0.8), (0.6, 0.4), ("2:4", 0.7))
-]
+# Three bins of three positions; the second completion does not reach the last one.
+LONG = ((0.5, 0.1, 0.3, 0.2, 0.6, 0.1, 0.8, 0.4, 0.9), (0.2, 0.6, 0.1, 0.3, 0.5))
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_plot_is_written(tmp_path, suffix):
-    path = plot_accuracy(ROWS, 0.99, tmp_path / "new" / f"plot.{suffix}", dense_unfinished=0.01, title="t")
-    assert path.stat().st_size > 4000
+def lines_of(axes):
+    return [(line.get_label(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
 
 
-def test_plot_shows_every_set_pattern_and_dense(tmp_path):
+def test_divergence_is_drawn_at_the_middle_of_each_bin_up_to_the_end_of_the_last(drawn):
+    results = [
+        divergence_result(LONG, "RAC", bins=3),
+        divergence_result([[k + 1 for k in row] for row in LONG], "b", 3),
+    ]
+    plot_divergence(results, "plot.png")
+    left, right = drawn.figure.axes
+    means = [(0.5 + 0.1 + 0.3 + 0.2 + 0.6 + 0.1) / 6, (0.2 + 0.6 + 0.1 + 0.3 + 0.5) / 5, (0.8 + 0.4 + 0.9) / 3]
+    assert [(name, x) for name, x, _ in lines_of(left)] == [("RAC", [1.5, 4.5, 7.5]), ("b", [1.5, 4.5, 7.5])]
+    assert lines_of(left)[0][2] == pytest.approx(means)
+    assert lines_of(left)[1][2] == pytest.approx([mean + 1 for mean in means])
+    assert lines_of(right)[0][2] == pytest.approx([50.0, 40.0, 0.0])  # percent of the tokens with a KL below 0.25
+    assert left.get_xlim() == right.get_xlim() == (0, 9)
+    assert left.get_ylim()[0] == 0
+
+
+def test_the_last_bin_ends_the_axis_where_its_width_is_no_divisor(drawn):
+    """Seven positions in three bins: 0-2, 3-5 and 6-8, of which only 6 has a token."""
+    plot_divergence([divergence_result((LONG[0][:7],), bins=3)], "plot.png")
+    left, _ = drawn.figure.axes
+    assert lines_of(left)[0][1] == [1.5, 4.5, 7.5]
+    assert lines_of(left)[0][2][-1] == pytest.approx(0.8)
+    assert left.get_xlim() == (0, 9)
+
+
+def test_the_shade_is_one_standard_error_and_nothing_for_a_single_completion(drawn):
+    shown = divergence_result(LONG, bins=3)
+    plot_divergence([shown], "plot.png")
+    for axes, scale, name in zip(drawn.figure.axes, (1, 100), ("kl", "agreement"), strict=True):
+        (shade,) = axes.collections
+        corners = shade.get_paths()[0].vertices
+        for b in shown.bins:
+            at = sorted({round(y, 9) for x, y in corners if x == (b.start + b.end) / 2})
+            mean, error = scale * getattr(b, name), scale * (getattr(b, f"{name}_stderr") or 0)
+            assert [at[0], at[-1]] == pytest.approx([mean - error, mean + error], abs=1e-6)
+    assert shown.bins[-1].kl_stderr is None
+
+
+def test_divergence_plot_is_written_with_its_words(tmp_path):
     import matplotlib
 
+    results = [divergence_result(label="RAC"), divergence_result(((0.9, 1.1, 2.0), (0.8,)), "prompts only")]
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        text = plot_accuracy(ROWS, 0.99, tmp_path / "plot.svg").read_text()
-    for word in ("generic", "prompts", "RAC", "dense", "2:4", "50%", "60%", "never end"):
-        assert f">{word}<" in text or word in text, word
+        text = plot_divergence(results, tmp_path / "new" / "plot.svg", title="at 60 %").read_text()
+    for word in ("RAC", "prompts only", "position in the completion, tokens", "at 60 %", "KL to the dense model"):
+        assert word in text, word
+    assert plot_divergence([divergence_result()] * 6, tmp_path / "six.png").exists()
+    with pytest.raises(RacError, match="7 models are too many"):
+        plot_divergence([divergence_result()] * 7, tmp_path / "plot.png")
+    with pytest.raises(RacError, match=r"plot\.txt.*\.png, \.svg, \.pdf"):
+        plot_divergence(results, tmp_path / "plot.txt")
 
 
-@pytest.mark.parametrize("rows", [ROWS[:1], [ROWS[3]], ROWS[:4]])
-def test_few_points_suffice(tmp_path, rows):
-    assert plot_accuracy(rows, 0.99, tmp_path / "plot.png").exists()
-
-
-def test_patterns_stand_to_the_right_of_all_shares():
-    positions = _positions(["2:4", 0.6, 0.5, "4:8", 0.5])
-    assert list(positions) == [0.5, 0.6, "2:4", "4:8"]
-    assert list(positions.values()) == pytest.approx([0.5, 0.6, 0.7, 0.8])
-
-
-def test_bars(tmp_path):
+def test_bars_are_accuracy_with_its_interval_and_the_unfinished_share(drawn):
     results = [result([row()]), result([row(), row(correct=False, finish="length")], label="RAC")]
-    assert plot_bars(results, tmp_path / "bars.png").stat().st_size > 4000
-    with pytest.raises(RacError, match=r"one cap; these have \[64, 128\]"):
-        plot_bars([results[0], result([row()], cap=128)], tmp_path / "bars.png")
+    plot_bars(results, "bars.png")
+    left, right = drawn.figure.axes
+    bars, interval = left.containers
+    assert [bar.get_width() for bar in bars] == [100.0, 50.0]
+    assert [bar.get_width() for bar in right.patches] == [0.0, 50.0]
+    assert [text.get_text() for text in left.texts] == ["100.0%", "50.0%"]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["dense", "RAC"]
+    ends = [segment[:, 0].tolist() for segment in interval.lines[2][0].get_segments()]
+    assert ends == [pytest.approx([100 * r.ci_low, 100 * r.ci_high]) for r in results]
+    assert left.get_ylim()[0] > left.get_ylim()[1]  # the first model is at the top
+    assert right.get_title(loc="left") == "Not finished within 64 tokens"
+
+
+def test_bars_are_written_at_one_cap_only(tmp_path):
+    results = [result([row()]), result([row()], cap=128)]
+    assert plot_bars(results[:1], tmp_path / "bars.png").stat().st_size > 4000
+    with pytest.raises(RacError, match=r"one cap, these have \[64, 128\]"):
+        plot_bars(results, tmp_path / "bars.png")
     with pytest.raises(RacError, match="none"):
         plot_bars([], tmp_path / "bars.png")
 
 
 @pytest.mark.parametrize(
-    ("rows", "name", "message"),
-    [
-        (ROWS, "plot.txt", r"plot.txt.*\.png, \.svg, \.pdf"),
-        ([], "plot.png", "no rows"),
-        ([{"sparsity": 0.5, "calibration": "RAC", "accuracy": 1.0}], "plot.png", "unfinished_share"),
-        ([ROWS[0] | {"calibration": str(i)} for i in range(7)], "plot.png", "7 calibration sets"),
-    ],
+    "draw", [lambda: plot_bars([result([row()])], "p.png"), lambda: plot_divergence([divergence_result()], "p.png")]
 )
-def test_bad_input(tmp_path, rows, name, message):
-    with pytest.raises(RacError, match=message):
-        plot_accuracy(rows, 0.99, tmp_path / name)
-
-
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch, draw):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RacError, match=r"rac-modifier\[eval\]"):
-        plot_accuracy(ROWS, 0.99, tmp_path / "plot.png")
-
-
-def test_importing_evaluation_loads_nothing_heavy():
-    names = ["matplotlib", "math_verify", "datasets", "reasoning_gym", "llmcompressor", "vllm"]
-    code = (
-        "import sys, rac_modifier.problems.answers, rac_modifier.evaluation.plot\n"
-        f"assert not [n for n in {[*names, 'torch']} if n in sys.modules]\n"
-        "import rac_modifier.evaluation.accuracy, rac_modifier.problems.held_out\n"
-        f"print([n for n in {names} if n in sys.modules])\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr
+        draw()

@@ -50,3 +50,9 @@ def test_batches_hold_what_fits_once_padded_and_pad_on_the_right():
     ids, completion = padded(batches[0])
     assert ids.tolist() == [[5, 5, 0], [5, 5, 5]]
     assert completion.tolist() == [[False, True, False], [False, True, True]]
+
+
+def test_a_batch_that_fits_exactly_is_one_batch():
+    sequences = [([5] * n, 1) for n in (4, 3)]
+    assert [len(batch) for batch in batches_of_like_length(sequences, 8)] == [2]
+    assert [len(batch) for batch in batches_of_like_length(sequences, 7)] == [1, 1]

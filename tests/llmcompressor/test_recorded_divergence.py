@@ -5,7 +5,7 @@ import torch
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.calibration.held_out import HoldOut
+from rac_modifier.calibration.trace_pool import HoldOut
 from rac_modifier.evaluation.divergence import divergence
 from rac_modifier.traces.store import TraceStore
 from tests.tiny import TOKENS, entry, linears

@@ -1,0 +1,116 @@
+"""The prompt settings that compressed models were calibrated with, and those that an evaluation asks all models with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loguru import logger
+from pydantic import ValidationError
+from transformers.utils.hub import cached_file
+
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
+from rac_modifier.settings.prompt import PromptSettings
+from rac_modifier.settings.sampling import Template
+
+# Of one model, by part of its calibration set.
+Prompts = Mapping[str, PromptSettings]
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """The prompt settings for all models, and a line for each model that was calibrated with others."""
+
+    prompt: PromptSettings
+    differences: tuple[str, ...]
+
+    def describe(self) -> str:
+        """What was asked, and where it differs from the calibration; one line each."""
+        return "\n".join([f"Prompt: {self.prompt.describe()}.", *self.differences])
+
+
+def recorded_prompts(source: str) -> Prompts | None:
+    """What the run record beside a model's weights says; None where there is no record, as for a dense model.
+
+    Args:
+        source: a model folder or a Hugging Face id.
+
+    Raises:
+        RacError: the run record is damaged.
+    """
+    path = cached_file(
+        source,
+        RUN_RECORD_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    recorded = read_json(path).get("prompts")
+    if recorded is None:
+        logger.warning(f"{path} does not record the prompt settings of the calibration; the defaults are used")
+        return None
+    try:
+        return {part: PromptSettings(**settings) for part, settings in recorded.items()}
+    except (AttributeError, TypeError, ValidationError) as error:
+        raise RacError(
+            f"{path}: its prompt settings cannot be read ({recorded!r}); restore the file, or remove it to evaluate without it"
+        ) from error
+
+
+def choose_prompt(
+    recorded: Mapping[str, Prompts | None],
+    *,
+    template: Template | None = None,
+    system_prompt: str | None = None,
+    thinking: bool | None = None,
+) -> PromptChoice:
+    """The settings that the compressed models were calibrated with, for all models; what is given here replaces them.
+
+    Args:
+        recorded: `recorded_prompts` by the name of each model.
+        template: None takes the recorded one.
+        system_prompt: None takes the recorded one; an empty text is no system prompt.
+        thinking: None takes the recorded one.
+
+    Raises:
+        RacError: several recorded values where none is given here; a system prompt without a template.
+    """
+    known = {
+        f"{model} ({part})" if len(prompts) > 1 else model: prompt
+        for model, prompts in recorded.items()
+        if prompts
+        for part, prompt in prompts.items()
+    }
+    if (template or _only("template", known)) == "none":
+        if system_prompt:
+            raise RacError(
+                f"system prompt {system_prompt!r} has no place without a chat template; leave --system-prompt out, or use "
+                "--template chat"
+            )
+        chosen = PromptSettings(template="none")
+    else:
+        chosen = PromptSettings(
+            template="chat",
+            system_prompt=(_only("system_prompt", known) if system_prompt is None else system_prompt) or None,
+            thinking=_only("thinking", known) if thinking is None else thinking,
+        )
+    others = {name: p.describe() for name, p in known.items() if p.describe() != chosen.describe()}
+    return PromptChoice(
+        chosen, tuple(f"{name} was calibrated with another prompt: {words}." for name, words in others.items())
+    )
+
+
+def _only(field: str, known: Prompts) -> Any:
+    """The one value of a field; its default where nothing is recorded."""
+    values = {getattr(prompt, field): name for name, prompt in known.items()}
+    if len(values) > 1:
+        option = {"thinking": "--thinking or --no-thinking"}.get(field, f"--{field.replace('_', '-')}")
+        found = "; ".join(f"{name}: {known[name].describe()}" for name in values.values())
+        raise RacError(
+            f"calibrated with different prompts, and all models must be asked with one ({found}); choose it with {option}"
+        )
+    return next(iter(values), PromptSettings.model_fields[field].default)

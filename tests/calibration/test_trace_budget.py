@@ -1,0 +1,114 @@
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rac_modifier.calibration import trace_budget
+from rac_modifier.calibration.trace_budget import collect_for_calibration
+from rac_modifier.errors import RacError
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.traces.store import TraceStore
+
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def collect(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where stores are written by default
+
+    def collect(traces, **calibration):
+        settings = CalibrationSettings(**{"tokens": 600, "held_out_tokens": 0, **calibration})
+        return collect_for_calibration(
+            model, tokenizer, TraceSettings(**{"sampling": SAMPLING, **traces}), settings, progress=False
+        )
+
+    return collect
+
+
+def test_each_part_made_of_traces_gets_its_share_from_a_store_of_its_own(collect):
+    pools = collect({}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.25, prompts@0.25")
+    assert {
+        key: pool.usable_tokens() >= tokens for (key, pool), tokens in zip(pools.items(), (300, 150), strict=True)
+    } == {
+        "traces:arithmetic": True,
+        "traces:reasoning-gym:gcd": True,
+    }
+    assert len({pool.store.path for pool in pools.values()}) == 2
+    assert max(pool.usable_tokens() for pool in pools.values()) < 600
+
+
+def test_a_store_that_holds_enough_is_only_read(collect, trace_store, monkeypatch):
+    from rac_modifier.sampling import in_process
+    from tests.tiny import entry
+
+    monkeypatch.setattr(in_process, "generate", None)
+    before = trace_store.read_bytes()
+    pools = collect(entry(trace_store)["traces"], tokens=300)
+    assert pools["traces"].usable_tokens() >= 300
+    assert trace_store.read_bytes() == before
+
+
+def test_traces_are_held_out_of_each_part_beside_its_share(collect):
+    pools = collect({}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.5", held_out_tokens=400)
+    for pool in pools.values():
+        assert len(pool.held_out) >= 4
+        assert pool.held_out_tokens >= 200
+        assert pool.usable_tokens() >= 300
+        assert pool.selection.total == len(pool.store) - len(pool.held_out)
+
+
+def test_nothing_is_held_out_of_a_named_source_of_another_model(collect):
+    store = collect({}, mixture="traces:arithmetic@1.0")["traces:arithmetic"].store.path
+    source = {"problems": {"source": "arithmetic"}, "store": str(store), "allow_off_policy": True}
+    pools = collect({"sources": {"other": source}}, mixture="traces:other@1", tokens=200, held_out_tokens=400)
+    assert pools["traces:other"].held_out == ()
+
+
+def test_an_unknown_name_is_refused_before_anything_is_sampled(collect, tmp_path):
+    with pytest.raises(RacError, match="traces:maths, which is not among"):
+        collect({}, mixture="traces@0.5, traces:maths@0.5")
+    assert not (tmp_path / "rac_traces").exists()
+
+
+def test_a_mixture_without_traces_has_nothing_to_collect(collect):
+    with pytest.raises(RacError, match="gives traces no share, so there is nothing to collect"):
+        collect({}, mixture="prompts@1")
+
+
+def test_collection_continues_until_what_is_selected_fills_the_budget(collect):
+    sampling = {**SAMPLING, "samples_per_problem": 3}
+    pool = collect({"store": "s.jsonl", "sampling": sampling, "select": {"per_problem": 1}}, tokens=600)["traces"]
+    held = list(TraceStore.read("s.jsonl"))
+    fit = [t for t in held if t.id.endswith("#0")]
+    assert sum(t.tokens for t in fit) == sum(pool.lengths) >= 600
+    assert sum(t.tokens for t in held) > 3 * 600 - 100
+    assert pool.selection.as_dict() == {
+        "kept": len(fit), "of": len(held), "dropped": {"beyond per_problem": len(held) - len(fit)},
+    }  # fmt: skip
+
+
+def test_collection_continues_until_the_budget_is_met_as_traces_will_be_cut(collect):
+    pool = collect({"store": "s.jsonl"}, tokens=400, max_sequence_tokens=16)["traces"]
+    assert pool.usable_tokens() == sum(min(t.tokens, 16) for t in pool.store) >= 400
+    assert pool.store.counts.tokens > 400
+    assert pool.usable_tokens() < 400 + 16 * 16  # and little more: at most one batch
+
+
+def test_a_selection_that_keeps_nothing_ends_with_an_error(collect, monkeypatch):
+    monkeypatch.setattr(trace_budget, "_ENOUGH_TO_JUDGE", 32)
+    with pytest.raises(RacError, match=r"traces: traces\.select kept 0 of .* wrong.*least_share \(0\.02\)"):
+        collect({"select": {"answers": "correct"}}, tokens=300)
+
+
+def test_problems_that_end_before_a_selection_is_met_say_so(collect):
+    with pytest.raises(RacError, match=r"used up.* traces\.select kept 0 of \d+: \d+ wrong, 0 tokens of 300"):
+        collect({"select": {"answers": "correct"}, "problems": {"source": "arithmetic", "limit": 20}}, tokens=300)

@@ -1,0 +1,47 @@
+import pytest
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.plot import plot_divergence
+from rac_modifier.evaluation.report import accuracy_table, divergence_table
+from tests.evaluation.test_divergence import result as divergence_result
+from tests.evaluation.test_results import result, row
+
+
+def test_a_row_per_result_in_the_order_given():
+    table = accuracy_table([result([row()]), result([row(), row(correct=False, finish="length")], label="2:4, RAC")])
+    assert len(table.head) == len(table.rows[0]) == 9
+    assert table.rows[0] == ("dense", "100.0%", "20.7-100.0", "8", "10", "0.0%", "5", "0.0", "1")
+    assert table.rows[1][:6] == ("2:4, RAC", "50.0%", "9.5-90.5", "8", "10", "50.0%")
+    assert table.note == "At most 64 new tokens per problem; greedy."
+
+
+def test_different_caps_are_refused_unless_asked_for():
+    results = [result([row()]), result([row()], cap=128, temperature=0.6)]
+    with pytest.raises(RacError, match=r"different caps \(64, 128 new tokens\).*allow_mixed_caps"):
+        accuracy_table(results)
+    table = accuracy_table(results, allow_mixed_caps=True)
+    assert [line[-1] for line in (table.head, *table.rows)] == ["cap", "64", "128"]
+    assert table.note == "greedy, temperature 0.6"
+    with pytest.raises(RacError, match="no results"):
+        accuracy_table([])
+
+
+def test_divergence_with_its_standard_error():
+    table = divergence_table([divergence_result()])
+    ((label, kl, agreement),) = table.rows
+    assert label == "2:4, RAC"
+    assert kl.startswith("0.275 ± 0.0")
+    assert agreement.startswith("50.0% ± ")
+    assert table.note.startswith("KL(dense || model) on 4 completion tokens of 2 sequences")
+    assert "±" not in "".join(divergence_table([divergence_result(((0.5,),))]).rows[0])  # no error of one sequence
+
+
+@pytest.mark.parametrize("show", [divergence_table, lambda results: plot_divergence(results, "plot.png")])
+def test_results_on_other_sequences_are_refused_side_by_side(show, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RacError, match="no divergence results"):
+        show([])
+    with pytest.raises(RacError, match=r"different sequences or bins .*a: 4 tokens of 2 sequences, b: 1 tokens"):
+        show([divergence_result(label="a"), divergence_result(((0.5,),), "b")])
+    with pytest.raises(RacError, match="different sequences or bins"):
+        show([divergence_result(label="a"), divergence_result(label="b", bins=3)])
