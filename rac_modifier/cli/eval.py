@@ -50,9 +50,9 @@ def evaluate(
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
-    from rac_modifier.checkpoint.record import write_json_atomic
     from rac_modifier.evaluation.accuracy import evaluate as run
     from rac_modifier.evaluation.report import render_table
+    from rac_modifier.files import write_json_atomic
     from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.reasoner import direct_answer_prompt
     from rac_modifier.sampling.prompts import render_prompt
@@ -98,11 +98,11 @@ def evaluate(
 def _divergence(
     models: list[str], problems: list[Any], sampling: Any, precision: Dtype, plot: Path | None, json_out: Path | None
 ) -> None:
-    from rac_modifier.checkpoint.record import write_json_atomic
     from rac_modifier.evaluation.divergence import divergence
     from rac_modifier.evaluation.own_samples import sample_sequences
     from rac_modifier.evaluation.plot import plot_divergence
     from rac_modifier.evaluation.report import render_divergence_table
+    from rac_modifier.files import write_json_atomic
 
     dense, tokenizer = load(models[0], precision)
     sequences = sample_sequences(dense, tokenizer, problems, sampling)

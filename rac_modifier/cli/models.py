@@ -56,8 +56,8 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
 def unpacked(source: str, precision: Dtype) -> Any:
     """What oneshot takes: the source itself, or where its weights are packed, which oneshot cannot load, the loaded model."""
     from rac_modifier.checkpoint.hf_quantizer import load_model
-    from rac_modifier.checkpoint.record import read_json
     from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
+    from rac_modifier.files import read_json
 
     if not (Path(source) / CONFIG_FILE).is_file() or packed_format(read_json(Path(source) / CONFIG_FILE)) is None:
         return source

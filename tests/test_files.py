@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from rac_modifier.errors import RacError
+from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
+
+
+def test_round_trip_and_mode(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for obj in ({"a": [1, 2.5, None, "ä"]}, {}):
+        write_json_atomic(path, obj)
+        assert read_json(path) == obj
+    assert path.read_text().endswith("\n")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("obj", [{"a": float("nan")}, {"a": object()}, {"a": {1, 2}}])
+def test_what_is_not_json_leaves_the_old_file(tmp_path: Path, obj: object) -> None:
+    path = tmp_path / "a.json"
+    write_json_atomic(path, {"old": 1})
+    with pytest.raises(RacError, match="not JSON"):
+        write_json_atomic(path, obj)
+    assert read_json(path) == {"old": 1}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    path = tmp_path / "a.txt"
+    write_text_atomic(path, "old")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(RacError, match="No space left"):
+        write_text_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(RacError, match="cannot be written"):
+        write_text_atomic(tmp_path / "no" / "a.txt", "x")
+
+
+@pytest.mark.parametrize("text", ["", "{", "\xff", "[" * 100_000, "null", "3"])
+def test_unreadable_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(RacError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")
