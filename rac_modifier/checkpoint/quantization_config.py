@@ -1,4 +1,4 @@
-"""What config.json says about quantization, and weights that upstream packed into words: pure functions."""
+"""What config.json says about quantization: its one reader, and weights that upstream packed into int32 words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """How a config group stores weights; `group_size` None: a scale a row or tensor (`strategy`)."""
+    """How a config group stores weights; with `group_size` None there is one scale per row or tensor (`strategy`)."""
 
     kind: str
     bits: int
@@ -33,22 +33,21 @@ class WeightScheme:
 
     def describe(self) -> str:
         """In a few words, such as `int4 in groups of 128 (pack-quantized)`."""
-        scales = f"in groups of {self.group_size}" if self.strategy == "group" else f"a scale a {self.strategy}"
+        scales = f"in groups of {self.group_size}" if self.strategy == "group" else f"one scale per {self.strategy}"
         text = f"{self.kind}{self.bits} {scales}{'' if self.symmetric else ', asymmetric'} ({self.format})"
         return f"{text}, activations {self.activations}" if self.activations else text
 
 
-def weight_schemes(config: Mapping[str, Any]) -> tuple[WeightScheme, ...]:
-    """The schemes of a parsed config.json that quantize weights; empty where there are none.
+def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
+    """The schemes that quantize weights in a `quantization_config` (any value, as it is in the file); often none.
 
     Raises:
         RacError: config groups that are malformed.
     """
-    quantization = config.get("quantization_config")
-    groups = quantization.get("config_groups") if isinstance(quantization, dict) else None
+    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
     if not groups:
         return ()
-    assert isinstance(quantization, dict)
+    assert isinstance(quantization, Mapping)
     try:
         found = [_scheme(group, quantization) for group in groups.values() if group.get("weights")]
     except (AttributeError, KeyError, TypeError) as error:
@@ -65,7 +64,7 @@ def _scheme(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> Weight
         group_size=weights.get("group_size"),
         symmetric=bool(weights.get("symmetric", True)),
         format=str(group.get("format") or quantization.get("format")),
-        activations=f"{inputs.get('type', 'int')}{inputs.get('num_bits', 8)} a {inputs.get('strategy')}"
+        activations=f"{inputs.get('type', 'int')}{inputs.get('num_bits', 8)} per {inputs.get('strategy')}"
         if inputs
         else None,
     )

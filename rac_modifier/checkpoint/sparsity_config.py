@@ -1,95 +1,179 @@
-"""What config.json says about sparsity: pure functions on the parsed file.
+"""What config.json says about sparsity: the one reader of its two entries, and pure functions that write them.
 
-`quantization_config.sparsity_config` is compressed-tensors' place and means packed weights; stock vLLM from 0.19 on
-refuses it by a clear error. `rac_sparsity` is our own key, which nothing else reads: it names every pruned module and
-its mask structure, for packed and for dense-stored weights.
+`quantization_config.sparsity_config` is compressed-tensors' entry and means packed weights; stock vLLM from 0.19 on
+refuses it with a clear error. `rac_sparsity` is our own entry, which nothing else reads: it names every pruned module and
+its mask structure, for packed weights and for weights that are stored dense.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from rac_modifier.checkpoint.formats import FORMAT_24, PARTS, UNSTRUCTURED
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from rac_modifier.checkpoint.formats import FORMAT_24, UNSTRUCTURED
 from rac_modifier.errors import RacError
 
 CONFIG_FILE = "config.json"
+QUANTIZATION_KEY = "quantization_config"
 RAC_KEY = "rac_sparsity"
+METHOD = "compressed-tensors"
+
+_EXPECTED = {
+    "format": "which cannot be read; known are sparse-24-bitmask and sparse-bitmask",
+    "targets": "not a list of module names",
+    "ignore": "not a list of module names",
+    "modules": "not an object with the mask structure of each module",
+}
 
 
-def packed_format(config: dict[str, Any]) -> str | None:
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def _read(cls, value: object, key: str) -> Self:
+        if not isinstance(value, Mapping):
+            raise RacError(f"{CONFIG_FILE}: {key} is {value!r}, not an object; save the model again")
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0])
+            if first["type"] == "value_error":  # of a validator below
+                problem = str(first["ctx"]["error"])
+            else:
+                problem = f"is {value.get(field)!r}, {_EXPECTED.get(field, first['msg'])}"
+            raise RacError(f"{CONFIG_FILE}: {key}.{field} {problem}; save the model again") from error
+
+
+class SparsityConfig(_Entry):
+    """`sparsity_config`: the weights are packed, in which format, and which linear modules are.
+
+    `targets` and `ignore` hold module names, patterns ("re:...") or, as compressed-tensors has it, "Linear" for all.
+    Entries of older compressed-tensors versions that mean nothing here are skipped.
+    """
+
+    format: Literal["sparse-24-bitmask", "sparse-bitmask"]
+    sparsity_structure: str = UNSTRUCTURED
+    global_sparsity: float = 0.0
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, quantization: object) -> Self | None:
+        """The sparsity of a `quantization_config` (any value, as it is in the file); None where no weight is packed.
+
+        Raises:
+            RacError: a malformed sparsity_config, or a format that cannot be read here.
+        """
+        if not isinstance(quantization, Mapping) or quantization.get("quant_method", METHOD) != METHOD:
+            return None
+        sparsity = quantization.get("sparsity_config")
+        if not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
+            return None
+        return cls._read(sparsity, "sparsity_config")
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: object, info: Any) -> object:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _patterns_compile(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            if entry.startswith("re:"):
+                try:
+                    re.compile(entry[3:])
+                except re.error as error:
+                    raise ValueError(f"has {entry!r}, which is no pattern ({error})") from error
+        return entries
+
+
+class SparsityRecord(_Entry):
+    """`rac_sparsity`: how the pruned weights are stored, and the mask structure of each pruned module."""
+
+    storage: Literal["packed", "dense"] = "packed"
+    modules: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """The record of a parsed config.json; without modules for a model that this package did not prune.
+
+        Raises:
+            RacError: a malformed entry.
+        """
+        return cls._read(config.get(RAC_KEY) or {}, RAC_KEY)
+
+
+def packed_format(config: Mapping[str, Any]) -> str | None:
     """The format that the weights are packed in, None where they are dense.
 
     Raises:
-        RacError: a malformed sparsity_config, or a format that this package does not know.
+        RacError: a malformed sparsity_config, or a format that cannot be read here.
     """
-    quantization = config.get("quantization_config")
-    sparsity = quantization.get("sparsity_config") if isinstance(quantization, dict) else None
-    if not sparsity:
-        return None
-    if not isinstance(sparsity, dict):
-        raise RacError(f"{CONFIG_FILE}: sparsity_config is {sparsity!r}, not an object; save the model again")
-    format = sparsity.get("format")
-    if format == "dense":
-        return None
-    if not isinstance(format, str) or format not in PARTS:
-        raise RacError(f"{CONFIG_FILE}: sparsity_config has the format {format!r}; only {', '.join(PARTS)} can be read")
-    return format
+    sparsity = SparsityConfig.of(config.get(QUANTIZATION_KEY))
+    return None if sparsity is None else sparsity.format
 
 
-def ignored_modules(config: dict[str, Any]) -> set[str]:
+def ignored_modules(config: Mapping[str, Any]) -> set[str]:
     """The modules that sparsity_config lists as left dense."""
-    quantization = config.get("quantization_config")
-    sparsity = quantization.get("sparsity_config") if isinstance(quantization, dict) else None
-    ignore = sparsity.get("ignore") if isinstance(sparsity, dict) else None
-    return {name for name in ignore if isinstance(name, str)} if isinstance(ignore, list) else set()
+    sparsity = SparsityConfig.of(config.get(QUANTIZATION_KEY))
+    return set() if sparsity is None else set(sparsity.ignore)
 
 
-def recorded_structures(config: dict[str, Any]) -> dict[str, str]:
-    """Mask structure by module as `rac_sparsity` has it; empty for a model that this package did not prune."""
-    record = config.get(RAC_KEY)
-    modules = record.get("modules") if isinstance(record, dict) else None
-    if not isinstance(modules, dict):
-        return {}
-    return {name: value for name, value in modules.items() if isinstance(name, str) and isinstance(value, str)}
+def recorded_structures(config: Mapping[str, Any]) -> dict[str, str]:
+    """Mask structure by module, as `rac_sparsity` has it; empty for a model that this package did not prune."""
+    return SparsityRecord.of(config).modules
 
 
 def with_packed(
     config: dict[str, Any], format: str, structures: dict[str, str], global_sparsity: float, ignore: list[str]
 ) -> dict[str, Any]:
-    """A copy of the config for packed weights; what quantisation wrote there is kept.
+    """A copy of the config for packed weights; what quantization wrote there is kept.
 
     `global_sparsity` is the share of zeros in the packed modules.
+
+    Raises:
+        RacError: the model is quantized by another method.
     """
-    before = config.get("quantization_config") or {"format": "dense"}
-    if not isinstance(before, dict) or before.get("quant_method", "compressed-tensors") != "compressed-tensors":
+    before = config.get(QUANTIZATION_KEY) or {"format": "dense"}
+    if not isinstance(before, dict) or before.get("quant_method", METHOD) != METHOD:
         method = before.get("quant_method") if isinstance(before, dict) else before
-        raise RacError(f"{CONFIG_FILE}: quantised by {method!r}; only compressed-tensors checkpoints can be packed")
-    sparsity = {
-        "format": format,
-        "sparsity_structure": "2:4" if format == FORMAT_24 else UNSTRUCTURED,
-        "global_sparsity": round(global_sparsity, 6),
-        "targets": ["Linear"],
-        "ignore": sorted(ignore),
-    }
-    quantization = {**before, "quant_method": "compressed-tensors", "sparsity_config": sparsity}
-    return {**config, "quantization_config": quantization, RAC_KEY: {"storage": "packed", "modules": structures}}
+        raise RacError(f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can be packed")
+    sparsity = SparsityConfig.model_validate(
+        {
+            "format": format,
+            "sparsity_structure": "2:4" if format == FORMAT_24 else UNSTRUCTURED,
+            "global_sparsity": round(global_sparsity, 6),
+            "ignore": sorted(ignore),
+        }
+    )
+    quantization = {**before, "quant_method": METHOD, "sparsity_config": sparsity.model_dump(mode="json")}
+    return {**config, QUANTIZATION_KEY: quantization, **_record("packed", structures)}
 
 
 def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[str, Any]:
     """A copy of the config for sparse weights that are stored dense, which stock transformers and vLLM load."""
-    marked = {**config, RAC_KEY: {"storage": "dense", "modules": structures}}
-    if isinstance(config.get("quantization_config"), dict):
-        kept = without_sparsity(config["quantization_config"])
-        marked.pop("quantization_config")
+    marked = {**config, **_record("dense", structures)}
+    if isinstance(config.get(QUANTIZATION_KEY), dict):
+        kept = without_sparsity(config[QUANTIZATION_KEY])
+        marked.pop(QUANTIZATION_KEY)
         if kept is not None:
-            marked["quantization_config"] = kept
+            marked[QUANTIZATION_KEY] = kept
     return marked
+
+
+def _record(storage: Literal["packed", "dense"], structures: dict[str, str]) -> dict[str, Any]:
+    return {RAC_KEY: SparsityRecord(storage=storage, modules=structures).model_dump(mode="json")}
 
 
 def without_sparsity(quantization: dict[str, Any]) -> dict[str, Any] | None:
     """A quantization_config as it is for dense weights; None where only sparsity was in it."""
     kept = {key: value for key, value in quantization.items() if key != "sparsity_config"}
-    sparse_only = kept.get("quant_method") == "compressed-tensors" and not (
+    sparse_only = kept.get("quant_method") == METHOD and not (
         kept.get("config_groups") or kept.get("kv_cache_scheme") or kept.get("transform_config")
     )
     return None if sparse_only else kept
