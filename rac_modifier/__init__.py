@@ -19,7 +19,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.on_import import import_after
 
 if TYPE_CHECKING:
-    from rac_modifier.checkpoint.hf_quantizer import load_model as load_model
+    from rac_modifier.checkpoint.load import load_model as load_model
     from rac_modifier.llmcompressor.modifiers import (
         ReasoningAwareCalibrationModifier as ReasoningAwareCalibrationModifier,
     )
@@ -39,7 +39,7 @@ __all__ = [
 _LAZY = {
     "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.modifiers",
     "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.modifiers",
-    "load_model": "rac_modifier.checkpoint.hf_quantizer",
+    "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",
 }
 
@@ -50,5 +50,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# The module enters itself into a registry of the library when it is imported.
+# Each of the two modules enters itself into a registry of the library when it is imported.
 import_after("llmcompressor", "rac_modifier.llmcompressor.modifiers")
+import_after("transformers.quantizers.auto", "rac_modifier.checkpoint.hf_quantizer")

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rac_modifier.checkpoint.sources import iter_dense_tensors
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
+from rac_modifier.checkpoint.sparsity_config import packed_format
 from tests import tiny
 
 # What the fixture `saved` gives back: save(...) -> folder, state dict, mask structures.
@@ -58,8 +60,19 @@ def assert_same_state(model: torch.nn.Module, expected: dict[str, torch.Tensor])
         assert same_bits(tensor, expected[name]), name
 
 
+def dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint; a packed weight as `<module>.weight`, with quantized values as int8."""
+    format = packed_format(config_of(folder))
+    with TensorFiles(folder) as files:
+        tensors = {name: files.tensor(name) for name in files.where}
+    for module in packed_modules(tensors):
+        parts = {part: tensors.pop(f"{module}.{part}") for part in PARTS[format]}
+        tensors[f"{module}.weight"] = unpack(parts, format, module)
+    return tensors
+
+
 def assert_restores(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = dict(iter_dense_tensors(folder))
+    found = dense_tensors(folder)
     assert found.keys() == expected.keys() - ({"lm_head.weight"} - found.keys())
     for name, tensor in found.items():
         assert same_bits(tensor, expected[name]), name

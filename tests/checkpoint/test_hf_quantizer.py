@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rac_modifier.checkpoint import bitmask
 from rac_modifier.checkpoint import hf_quantizer as load
-from rac_modifier.checkpoint.hf_quantizer import load_model
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.sources import iter_dense_tensors
 from rac_modifier.errors import RacError

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rac_modifier.checkpoint.files import INDEX_FILE
-from rac_modifier.checkpoint.hf_quantizer import load_model
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import Q, Saved, tiny_model
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rac_modifier.checkpoint import packing
 from rac_modifier.checkpoint.files import JOURNAL_FILE, TensorFiles
-from rac_modifier.checkpoint.hf_quantizer import load_model
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import PackSummary, mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.sources import iter_dense_tensors
 from rac_modifier.errors import RacError

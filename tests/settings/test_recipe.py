@@ -7,7 +7,7 @@ import torch
 import yaml
 from llmcompressor import oneshot
 
-from rac_modifier.checkpoint.hf_quantizer import load_model
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.modifiers import MODIFIERS
