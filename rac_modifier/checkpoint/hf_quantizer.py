@@ -78,7 +78,9 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
         if self._sparsity is None:
             return
         if not kwargs.get("checkpoint_files"):
-            raise RacError("packed weights are read from files: give from_pretrained a folder or a hub id, not a state_dict")
+            raise RacError(
+                "packed weights are read from files: give from_pretrained a folder or a hub id, not a state_dict"
+            )
         if getattr(model.config, "distributed_config", None) is not None:
             raise RacError("packed weights cannot be sharded while they are loaded; save the model with storage: dense")
         self._unpack = Unpack(self._sparsity.format, dtypes_to_load(model))

@@ -152,9 +152,7 @@ def _check_unpacked(files: TensorFiles, config: dict[str, Any], names: Iterable[
             raise RacError(f"{name}.weight: not in {files.folder}; name modules as the saved files do")
 
 
-def _read_weight(
-    files: TensorFiles, name: str, schemes: tuple[WeightScheme, ...]
-) -> tuple[Tensor, int | None, int]:
+def _read_weight(files: TensorFiles, name: str, schemes: tuple[WeightScheme, ...]) -> tuple[Tensor, int | None, int]:
     """The weight [N, K] of a module, bits per value if it is stored in int32 words, and its bytes in the file."""
     if f"{name}.weight" in files:
         weight = files.tensor(f"{name}.weight")

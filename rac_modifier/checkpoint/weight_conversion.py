@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 
 from rac_modifier.checkpoint.formats import PARTS, unpack
-from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE, to_words
+from rac_modifier.checkpoint.quantization_config import WORDS, to_words
 from rac_modifier.checkpoint.stored_weight import FLOATS
 from rac_modifier.errors import RacError
 
@@ -119,7 +119,9 @@ class UnpackExperts(WeightConverter):  # type: ignore[misc]
         self.collected_tensors = defaultdict(list, collected)
         return dict(super().convert(layer_name, model=model, **kwargs))
 
-    def _dense_experts(self, pattern: str, collected: dict[str, list[Tensor]], layer_name: str) -> dict[str, list[Tensor]]:
+    def _dense_experts(
+        self, pattern: str, collected: dict[str, list[Tensor]], layer_name: str
+    ) -> dict[str, list[Tensor]]:
         """The dense weights of all experts under the patterns that the original's operations expect."""
         stem, ending = _split(pattern)
         anchored = f"{stem}{ending}$"

@@ -90,7 +90,8 @@ def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
     others = sum(r.stored_bytes for r in report.modules if r.read_per_token and r.name not in planned)
     dense = others + sum(r.rows * r.columns * r.decision.bytes_per_weight * r.decision.ceiling for r in rows)
     here = others + sum(
-        r.rows * r.columns * r.decision.bytes_per_weight * (1 if r.decision.sparse else r.decision.ceiling) for r in rows
+        r.rows * r.columns * r.decision.bytes_per_weight * (1 if r.decision.sparse else r.decision.ceiling)
+        for r in rows
     )
     kernels = ", ".join(dict.fromkeys(row.decision.kernel for row in sparse))
     return (

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rac_modifier.checkpoint.sources import iter_dense_tensors
 from safetensors.torch import load_file, save_file
 
 from rac_modifier.checkpoint import packing
 from rac_modifier.checkpoint.files import JOURNAL_FILE, TensorFiles
 from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import PackSummary, mark_dense, pack_checkpoint
-from rac_modifier.checkpoint.sources import iter_dense_tensors
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import Q, Saved, assert_restores, config_of, contents, same_bits
 

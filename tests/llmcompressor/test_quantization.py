@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from rac_modifier.checkpoint.sources import iter_dense_tensors
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.sources import iter_dense_tensors
 from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, int4, weights
 from tests.tiny import entry, is_2of4, linears, recipe
 
