@@ -103,8 +103,8 @@ def quantized_weight(
     fitting = [bits for bits in sorted(widths) if words.shape[1] == word_count(columns, bits)]
     if len(fitting) != 1:
         raise RacError(
-            f"{name}: {words.shape[1]} int32 words per row do not hold {columns} values of {' or '.join(map(str, BITS))} bits; the "
-            "checkpoint is damaged, or quantized to another number of bits"
+            f"{name}: {words.shape[1]} int32 words per row do not hold {columns} values of {' or '.join(map(str, BITS))} "
+            "bits; the checkpoint is damaged, or quantized to another number of bits"
         )
     return unpack_words(words, fitting[0], columns), fitting[0]
 

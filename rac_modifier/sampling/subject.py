@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from rac_modifier.errors import RacError
+from rac_modifier.machine_paths import public_name
 from rac_modifier.sampling.generate import eos_token_ids
 from rac_modifier.sampling.model_identity import fingerprint_of, model_fingerprint, named_parameters
 
@@ -61,7 +62,7 @@ class Subject:
     @classmethod
     def _of(cls, model: PreTrainedModel, fingerprint: str, generation: GenerationConfig | None) -> Subject:
         return cls(
-            name=model.config.name_or_path or type(model).__name__,
+            name=public_name(model.config.name_or_path) or type(model).__name__,
             fingerprint=fingerprint,
             generation_config=generation,
             vocab_size=cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings,

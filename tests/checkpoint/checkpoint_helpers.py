@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
+from rac_modifier.checkpoint.hf_quantizer import check_packed
 from rac_modifier.checkpoint.sparsity_config import packed_format
 from tests import tiny
 from tests.tiny import linears
@@ -105,6 +106,7 @@ def dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint; a packed weight as `<module>.weight`, with quantized values as int8."""
     format = packed_format(config_of(folder))
     with TensorFiles(folder) as files:
+        check_packed(files, format)
         tensors = {name: files.tensor(name) for name in files.where}
     for module in packed_modules(tensors):
         parts = {part: tensors.pop(f"{module}.{part}") for part in PARTS[format]}

@@ -245,7 +245,7 @@ def test_damage_is_named(saved: Saved, part: str) -> None:
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.o_proj.shape"])
 def test_another_shape_than_the_models_is_an_error(saved: Saved, name: str) -> None:
     """With a quantizer, transformers would put it into the model."""
-    folder, _, modules = saved("unstructured")
+    folder, _, _ = saved("unstructured")
     tensors = load_file(folder / "model.safetensors")
     if name.endswith(".weight"):
         tensors[name] = tensors[name][:3]
