@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.cli.inspect import print_report
+from rac_modifier.cli.inspect import render_report
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.plot import plot_accuracy
 from rac_modifier.evaluation.report import render_table
@@ -74,8 +74,7 @@ def main() -> None:
     before, after = model.state_dict(), loaded.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    print()
-    print_report(inspect_checkpoint(output))
+    print(f"\n{render_report(inspect_checkpoint(output))}")
     print(f"\nThe same {args.tokens:,} calibration tokens, the same {args.problems} held-out problems, greedy:\n")
     print(render_table(results))
     dense, *pruned = results

@@ -9,6 +9,7 @@ Nothing of `transformers.modeling_utils` may be imported here: this module is im
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class CompressedTensorsConfig(upstream.CompressedTensorsConfig):  # type: ignore[misc]
+class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
     """Upstream's config and, of a packed checkpoint, its `sparsity`.
 
     The name is upstream's: transformers compares it with the class name of a `quantization_config` that the user gives.
@@ -54,7 +55,7 @@ class CompressedTensorsConfig(upstream.CompressedTensorsConfig):  # type: ignore
         super().post_init()
 
 
-class SparseHfQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
+class SparseHfQuantizer(CompressedTensorsHfQuantizer):
     """Loads packed sparse checkpoints, also quantized ones, and all others as upstream does.
 
     The loaded model has no trace of the packing: `save_pretrained` writes it dense, marked so in `rac_sparsity`.
@@ -117,7 +118,8 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
         if self._unpack is not None:
             if self._unpack.errors:
                 raise self._unpack.errors[0]
-            model._weight_conversions = conversions_for_saving(model._weight_conversions or ())
+            loaded: Any = model  # whose attributes torch declares as tensors and modules
+            loaded._weight_conversions = conversions_for_saving(loaded._weight_conversions or ())
             if isinstance(record := getattr(model.config, RAC_KEY, None), dict):
                 setattr(model.config, RAC_KEY, {**record, "storage": "dense"})
             if not self.quantization_config.is_quantized:
@@ -157,7 +159,9 @@ def check_packed(files: TensorFiles, format: str | None, schemes: tuple[WeightSc
 def dtypes_to_load(model: PreTrainedModel) -> dict[str, torch.dtype]:
     """The dtype that each tensor of an empty model is to be loaded in; some modules stay in float32."""
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    if plan := model._get_dtype_plan(model.config.dtype):
+    loaded_in = model.config.dtype
+    assert isinstance(loaded_in, torch.dtype)
+    if plan := model._get_dtype_plan(loaded_in):
         pattern, names, _ = build_glob_alternation(list(plan))
         found = {name: pattern.search(name) for name, kept in dtypes.items() if kept.is_floating_point}
         dtypes |= {name: plan[names[match.lastgroup or ""]] for name, match in found.items() if match is not None}
@@ -174,7 +178,7 @@ def _misfits(files: TensorFiles, model: PreTrainedModel) -> dict[str, RacError]:
 
 
 @torch.no_grad()
-def _cast_renamed(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> None:
+def _cast_renamed(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
     """Cast the tensors that transformers renamed: with a quantizer, it leaves those in the dtype of the file."""
     for name, parameter in model.named_parameters():
         if name in dtypes and not parameter.is_meta and parameter.dtype != dtypes[name]:

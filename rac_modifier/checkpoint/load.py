@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -42,13 +42,13 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pre
         raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
     kwargs = {**from_pretrained_kwargs, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(str(model), output_loading_info=True, **kwargs)
+        found: Any = AutoModelForCausalLM.from_pretrained(str(model), output_loading_info=True, **kwargs)
     except OSError as error:
         what = "cannot be loaded" if local else "neither a folder nor a model that can be had from the hub"
         raise RacError(f"{model}: {what} ({error})") from error
+    loaded, info = found
     for kind, text in _MISMATCHES:
-        found = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise RacError(f"{', '.join(found[:3])}{more}: {text} {model}")
-    return loaded
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise RacError(f"{', '.join(names[:3])}{more}: {text} {model}")
+    return cast(PreTrainedModel, loaded)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Unpack(ConversionOps):  # type: ignore[misc]
+class Unpack(ConversionOps):
     """Makes the dense tensors of one packed weight; one instance serves a whole load.
 
     transformers turns an error of an operation into a RuntimeError of its own, so `errors` keeps them for the quantizer,
@@ -41,14 +41,14 @@ class Unpack(ConversionOps):  # type: ignore[misc]
 
     def convert(
         self,
-        input_dict: dict[str, list[Tensor]],
+        input_dict: dict[str, Any],
         source_patterns: list[str],
         target_patterns: list[str],
         full_layer_name: str = "",
         model: PreTrainedModel | None = None,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """`<module>.weight`, or `weight_packed` and `weight_shape`, by full name; nothing where the parts are damaged."""
+    ) -> dict[str, Any]:
+        """`<module>.weight`, or `weight_packed` and `weight_shape`, by full name; nothing if the parts are damaged."""
         assert model is not None
         module, _, target = full_layer_name.rpartition(".")
         try:
@@ -88,7 +88,7 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         return weight.to(dtype)
 
 
-class UnpackExperts(WeightConverter):  # type: ignore[misc]
+class UnpackExperts(WeightConverter):
     """A model's converter for the weights of its experts, with packed experts unpacked before they are merged."""
 
     __slots__ = ("original", "unpack", "unpacked")
@@ -106,8 +106,8 @@ class UnpackExperts(WeightConverter):  # type: ignore[misc]
         self.scope_prefix, self.base_model_prefix = original.scope_prefix, original.base_model_prefix
         self.original, self.unpack, self.unpacked = original, unpack, unpacked
 
-    def convert(self, layer_name: str, model: PreTrainedModel, **kwargs: Any) -> dict[str, Tensor]:
-        """As the original converter; nothing where an expert is damaged, whose error `unpack` keeps."""
+    def convert(self, layer_name: str, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the original converter; nothing if an expert is damaged, whose error `unpack` keeps."""
         collected = self.materialize_tensors()
         try:
             for pattern, parts in self.unpacked.items():
@@ -116,8 +116,8 @@ class UnpackExperts(WeightConverter):  # type: ignore[misc]
         except RacError as error:
             self.unpack.errors.append(error)
             return {}
-        self.collected_tensors = defaultdict(list, collected)
-        return dict(super().convert(layer_name, model=model, **kwargs))
+        self.collected_tensors: Any = defaultdict(list, collected)  # tensors instead of what is still to be read
+        return super().convert(layer_name, model, *args, **kwargs)
 
     def _dense_experts(
         self, pattern: str, collected: dict[str, list[Tensor]], layer_name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rac_modifier.kernels.plan import PlanRow
 
 _COLUMNS = ("module", "shape", "dtype", "stored", "pattern", "sparsity", "bytes/weight", "bytes", "note")
+_WIDTH = 100_000  # of the table in characters at most: more than any needs
 _NUMBERS = ("sparsity", "bytes/weight", "bytes")
 
 
@@ -24,27 +26,28 @@ def inspect(
     from rac_modifier.kernels.plan import plan_checkpoint, render_plan
 
     report = inspect_checkpoint(checkpoint)
-    print_report(report)
+    typer.echo(render_report(report))
     if rows := plan_checkpoint(checkpoint):
         typer.echo(f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}")
 
 
-def print_report(report: CheckpointReport) -> None:
-    """A table with one row per matrix, and the totals; the whole width where the output is not a terminal."""
+def render_report(report: CheckpointReport) -> str:
+    """A table with one row per matrix, and the totals. Lines are not broken, so that a file or a pipe gets whole rows."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 10_000  # a table is as wide as its cells, so no line of a file or pipe is broken
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{report.folder}: {report.format}", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
     for row in report.modules:
-        table.add_row(*_cells(row))
-    console.print(table)
-    typer.echo("\n".join(totals(report)))
+        table.add_row(*map(Text, _cells(row)))
+    console = Console(file=StringIO(), width=_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return "\n".join([f"{report.folder}: {report.format}", *lines, *totals(report)])
 
 
 def _cells(row: ModuleRow) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class Subject:
     @classmethod
     def _of(cls, model: PreTrainedModel, fingerprint: str, generation: GenerationConfig | None) -> Subject:
         return cls(
-            name=public_name(model.config.name_or_path) or type(model).__name__,
+            name=public_name(model.config.name_or_path or "") or type(model).__name__,
             fingerprint=fingerprint,
             generation_config=generation,
             vocab_size=cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings,

@@ -84,7 +84,7 @@ def test_a_model_of_the_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_hub_that_cannot_be_reached() -> None:
     with pytest.raises(
-        RacError, match="^owner/no-such-name: neither a folder nor a model that can be had from the hub"
+        RacError, match=r"^owner/no-such-name: neither a folder nor a model that can be had from the hub"
     ):
         load_model("owner/no-such-name", local_files_only=True)
 
@@ -97,7 +97,7 @@ def test_code_that_the_checkpoint_brings_is_not_run_unasked(saved: Saved) -> Non
         config = json.loads((folder / "config.json").read_text())
         config |= {"auto_map": {"AutoModelForCausalLM": "modeling.X"}, "model_type": "of_its_own"}
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="trust_remote_code|model type"):
+        with pytest.raises(ValueError, match=r"trust_remote_code|model type"):
             load_model(folder)
 
 
