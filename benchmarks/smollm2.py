@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import rac_modifier
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.cli.inspect import totals
 from rac_modifier.cli.tables import render_results
 from rac_modifier.evaluation.divergence import DivergenceResult, divergence
 from rac_modifier.evaluation.own_samples import sample_sequences
@@ -123,7 +124,7 @@ def save_and_load(model: Any, folder: Path) -> None:
     before, after = model.state_dict(), rac_modifier.load_model(folder).state_dict()
     assert before.keys() == after.keys()
     print("saved and loaded back bit-identical:", all(torch.equal(before[name], after[name]) for name in before))
-    print("\n".join(line for line in inspect_checkpoint(folder).render().splitlines() if "model.layers" not in line))
+    print("\n".join(totals(inspect_checkpoint(folder))))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

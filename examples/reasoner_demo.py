@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.cli.inspect import render_report
 from rac_modifier.cli.tables import render_results
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.plot import plot_bars
@@ -77,7 +78,7 @@ def main() -> None:
     before, after = model.state_dict(), loaded.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    print(f"\n{inspect_checkpoint(output).render()}")
+    print(f"\n{render_report(inspect_checkpoint(output))}")
     print(f"\nThe same {args.tokens:,} calibration tokens, the same {args.problems} held-out problems, greedy:\n")
     print(render_results(accuracy_table(results)))
     plot_bars(results, args.out / "demo.png")

@@ -1,7 +1,8 @@
 """Reasoning-aware pruning: calibrate on the model's own chain of thought, save sparse, load and serve sparse.
 
-Importing this package is light and, whichever of the two is imported first, makes `ReasoningAwareSparseGPTModifier`
-and `ReasoningAwareCalibrationModifier` known to llm-compressor's recipes:
+Importing this package is light. Before or after llm-compressor and transformers, it makes
+`ReasoningAwareSparseGPTModifier` and `ReasoningAwareCalibrationModifier` known to llm-compressor's recipes, and packed
+sparse checkpoints known to transformers' `from_pretrained`:
 
     import rac_modifier
     from llmcompressor import oneshot
@@ -15,10 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.register import register_when_imported
+from rac_modifier.on_import import import_after
 
 if TYPE_CHECKING:
-    from rac_modifier.checkpoint.hf_quantizer import load_model as load_model
+    from rac_modifier.checkpoint.load import load_model as load_model
     from rac_modifier.llmcompressor.modifiers import (
         ReasoningAwareCalibrationModifier as ReasoningAwareCalibrationModifier,
     )
@@ -38,7 +39,7 @@ __all__ = [
 _LAZY = {
     "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.modifiers",
     "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.modifiers",
-    "load_model": "rac_modifier.checkpoint.hf_quantizer",
+    "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",
 }
 
@@ -49,4 +50,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register_when_imported()
+# Each of the two modules enters itself into a registry of the library when it is imported.
+import_after("llmcompressor", "rac_modifier.llmcompressor.modifiers")
+import_after("transformers.quantizers.auto", "rac_modifier.checkpoint.hf_quantizer")

@@ -1,4 +1,4 @@
-"""The README of a pruned checkpoint, made of its run record and of nothing else."""
+"""The model card (README.md) of a compressed checkpoint, made from its run record alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Counts of the calibration set that are worth a line, in this order.
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+# Counts of the calibration set that have words of their own, in this order.
 _COUNTS = (
     ("tokens", "tokens in all"),
     ("trace_tokens", "of the model's own chain of thought"),
@@ -16,7 +20,7 @@ _COUNTS = (
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown with front matter for a run record; what the record lacks is said to be unrecorded, not guessed."""
+    """Markdown with front matter for a run record; what is not in the record is called "not recorded", never guessed."""
     base = record.get("base_model")
     done = " and ".join(
         word for word, key in (("pruned", "pattern"), ("quantized", "quantization")) if record.get(key) is not None
@@ -26,32 +30,44 @@ def model_card(record: Mapping[str, Any]) -> str:
     parts = [
         _front_matter(record),
         f"# {title}",
-        f"{done.capitalize()} after training with reasoning-aware compression (RAC, arXiv 2509.12464): each linear layer "
-        "keeps its output on the calibration tokens, which the table below counts by kind.",
+        f"{done.capitalize()} after training with reasoning-aware compression (RAC, arXiv 2509.12464): the output of each "
+        "linear layer on the calibration tokens is kept as closely as possible. The table below counts these tokens by kind.",
         f"## How it was {done}",
         _facts(record),
         _layers(record),
         "## What is measured",
         _divergence(record),
         "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking length and speed are **not** "
-        "measured by compressing: evaluate this model next to its base model, at the same token limit, before use.",
+        "measured during compression: before use, evaluate this model and its base model at the same token limit.",
         "## Load",
-        "```python\nfrom rac_modifier import load_model\n\n"
-        'model = load_model("path/to/this/folder", dtype="auto", device_map="auto")\n```',
+        "```python\nimport rac_modifier  # lets transformers read packed sparse weights\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto")\n```',
+        "`rac_modifier.load_model` does the same, and raises an error where transformers only warns of missing weights.",
         _versions(record),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _front_matter(record: Mapping[str, Any]) -> str:
-    lines = ["---"]
-    if record.get("base_model"):
-        lines.append(f"base_model: {json.dumps(str(record['base_model']))}")  # a JSON string is a YAML string
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     tags = ["quantized"] if record.get("quantization") else []
     tags += ["pruned", "sparse"] if record.get("pattern") or not tags else []
-    lines += [f"- {tag}" for tag in (*tags, "reasoning", "rac", "llm-compressor", "compressed-tensors")]
-    return "\n".join([*lines, "---"])
+    data = ModelCardData(
+        base_model=_hub_id(record.get("base_model")),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*tags, "reasoning", "rac", "llm-compressor", "compressed-tensors"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _hub_id(base: Any) -> str | None:
+    """The base model, if its name can be that of a model of the hub: the hub refuses a card with any other."""
+    try:
+        validate_repo_id(str(base or ""))
+    except HFValidationError:
+        return None
+    return str(base)
 
 
 def _facts(record: Mapping[str, Any]) -> str:
@@ -99,7 +115,7 @@ def _modifier_seed(record: Mapping[str, Any]) -> Any:
 
 
 def _layers(record: Mapping[str, Any]) -> str:
-    """How many modules, and the worst of them: nobody reads a card of hundreds of rows, and the record has them all."""
+    """How many modules, and the five with the largest errors; all of them are in the record."""
     modules = [module for module in record.get("modules") or () if isinstance(module, Mapping)]
     if not modules:
         return ""
@@ -124,14 +140,14 @@ def _layers(record: Mapping[str, Any]) -> str:
 
 
 def _divergence(record: Mapping[str, Any]) -> str:
-    """How far its predictions are from the base model's, where the run measured it."""
+    """How far the predictions are from those of the base model, if the run measured it."""
     found = record.get("divergence")
     if not isinstance(found, Mapping) or not (_is_number(found.get("kl")) and _is_number(found.get("agreement"))):
         return ""
     return (
-        f"On {_number(found.get('tokens', '?'))} tokens that the base model wrote itself and that were not calibrated on, the "
-        f"predictions are {found['kl']:.4f} nats a token (KL) from the base model's, and the most likely token is the same for "
-        f"{found['agreement']:.1%} of them."
+        f"On {_number(found.get('tokens', '?'))} tokens that the base model generated and that were not used for calibration: "
+        f"the predictions differ from those of the base model by {found['kl']:.4f} nats per token (KL divergence), and the "
+        f"most likely token is the same for {found['agreement']:.1%} of the tokens."
     )
 
 

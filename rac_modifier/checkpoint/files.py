@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rac_modifier.checkpoint.record import read_json
 from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Left by a packing that was cut off while it put its finished files in place (see packing.py).
+# Left behind by a packing that was cut off while it renamed its finished files (see packing.py).
 JOURNAL_FILE = ".rac_packing.json"
 
 _DTYPES = {
@@ -46,8 +45,8 @@ class TensorFiles:
     `where` maps each tensor name to its file's name, and `index` is the parsed index file, None for a single file.
 
     Raises:
-        RacError: no safetensors, a packing that was cut off, a malformed index or file, or a tensor that the index
-            promises and its file lacks.
+        RacError: no safetensors, a packing that was cut off, a malformed index or file, or a tensor that is in the index
+            and not in its file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -60,8 +59,6 @@ class TensorFiles:
             )
         self.index: dict[str, Any] | None = None
         self._stack = ExitStack()
-        # transformers reads in threads, and after an error it returns while some still do: closing has to wait for them.
-        self._lock = threading.Lock()
         self._open: dict[str, Any] = {}
         try:
             self.where = self._locate()
@@ -106,24 +103,25 @@ class TensorFiles:
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""
-        with self._lock:
-            self._open.clear()
-            self._stack.close()
+        self._open.clear()
+        self._stack.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor (memory-mapped: its pages are read as they are used).
+        """Read one tensor. It is memory-mapped: its pages are read when they are used.
 
         Raises:
             RacError: no such tensor, or it cannot be read.
         """
+        handle = self._handle(name)
         try:
-            with self._lock:
-                return self._handle(name).get_tensor(name)
+            return handle.get_tensor(name)
         except (SafetensorError, OSError, ValueError, AttributeError, TypeError) as error:
-            raise RacError(f"{name}: cannot be read from {self.folder / self.where[name]} ({error})") from error
+            raise RacError(
+                f"{name}: cannot be read from {self.folder / self.where[name]} ({error}); copy the model again"
+            ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in the file's header."""
@@ -137,11 +135,13 @@ class TensorFiles:
         """The dtype as torch has it.
 
         Raises:
-            RacError: a dtype that no checkpoint of ours has.
+            RacError: a dtype that is not supported.
         """
         spelt = self.dtype_name(name)
         if spelt not in _DTYPES:
-            raise RacError(f"{name}: stored as {spelt}, which is not supported; known are {', '.join(_DTYPES)}")
+            raise RacError(
+                f"{name}: stored as {spelt}, which is not supported; save the model in one of {', '.join(_DTYPES)}"
+            )
         return _DTYPES[spelt]
 
     def nbytes(self, name: str) -> int:
@@ -159,7 +159,7 @@ class TensorFiles:
         if name not in self.where:
             raise RacError(f"{name}: not in {self.folder}; copy or save the model again")
         if not self._open:
-            raise RacError(f"{name}: cannot be read any more, {self.folder} was closed")
+            raise RacError(f"{name}: cannot be read any more, since {self.folder} was closed; open it again")
         return self._open[self.where[name]]
 
 
@@ -169,5 +169,7 @@ def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
         raise RacError(f"{path}: has no weight_map; save the model again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise RacError(f"{path}: {name} is said to be in {file!r}, which is no file of this folder")
+            raise RacError(
+                f"{path}: {name} is in {file!r} according to the index, which is no file of this folder; copy the model again"
+            )
     return dict(weight_map)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from rac_modifier.checkpoint import bitmask
 from rac_modifier.checkpoint.int32_words import pack_words, unpack_words
 from rac_modifier.errors import RacError
+from rac_modifier.settings.pattern import Pattern
 
 FORMAT_24 = "sparse-24-bitmask"
 FORMAT_BITMASK = "sparse-bitmask"
@@ -21,24 +21,22 @@ PARTS = {
     FORMAT_24: ("compressed", "bitmask", "shape"),
     FORMAT_BITMASK: ("compressed", "bitmask", "row_offsets", "shape"),
 }
-# A tensor of such a name makes its module a packed one, even where the other parts were lost.
+# A tensor with such a name shows that its module is packed, even where the other parts are missing.
 _MARKERS = ("compressed", "bitmask", "row_offsets")
 
 
 def structure_of(value: str, name: str) -> str:
-    """Normalise the mask structure of a module: "N:M" (N pruned), or "unstructured" (also spelt "0:0").
+    """The mask structure of a module in the one spelling that is recorded: "N:M" (N pruned), or "unstructured".
 
     Raises:
-        RacError: anything else.
+        RacError: `value` is neither of them (nor "0:0", which means unstructured).
     """
     if value in (UNSTRUCTURED, "0:0"):
         return UNSTRUCTURED
-    found = re.fullmatch(r"([1-9][0-9]{0,5}):([1-9][0-9]{0,5})", value)
-    if not found or int(found[1]) >= int(found[2]):
-        raise RacError(
-            f'{name}: mask structure {value!r} is no pattern; use "2:4", another "N:M" with N < M, or "unstructured"'
-        )
-    return value
+    try:
+        return Pattern.parse(value, None).mask_structure
+    except RacError as error:
+        raise RacError(f"{name}: {error}") from error
 
 
 def choose_format(structures: Iterable[str]) -> str:
@@ -49,8 +47,8 @@ def choose_format(structures: Iterable[str]) -> str:
 def pack(weight: Tensor, format: str, name: str, bits: int | None = None) -> dict[str, Tensor]:
     """The tensors of `PARTS[format]` for a dense weight [N, K].
 
-    `bits` is 4 for an int8 weight whose values have four bits: `compressed` then holds them in int32 words (words.py), 2:4 as
-    [N, ceil(K/2/8)] and unstructured as [ceil(nnz/8)]; `row_offsets` still counts values.
+    `bits` is 4 for an int8 weight whose values have four bits: `compressed` then holds them in int32 words
+    (int32_words.py), [N, ceil(K/2/8)] for 2:4 and [ceil(nnz/8)] for unstructured; `row_offsets` still counts values.
     """
     parts = (bitmask.pack_24 if format == FORMAT_24 else bitmask.pack_unstructured)(weight, name)
     if bits == 4:
@@ -59,16 +57,16 @@ def pack(weight: Tensor, format: str, name: str, bits: int | None = None) -> dic
 
 
 def unpack(tensors: Mapping[str, Tensor], format: str, name: str) -> Tensor:
-    """The dense weight [N, K] from the tensors of `PARTS[format]`; 4-bit values come as int8."""
+    """The dense weight [N, K] from the tensors of `PARTS[format]`; 4-bit values are returned as int8."""
     tensors = with_values(tensors, format, name)
     return (bitmask.unpack_24 if format == FORMAT_24 else bitmask.unpack_unstructured)(tensors, name)
 
 
 def with_values(tensors: Mapping[str, Tensor], format: str, name: str) -> Mapping[str, Tensor]:
-    """The tensors of `PARTS[format]` with a value an element: int32 words of 4-bit values become int8, others stay.
+    """The tensors of `PARTS[format]` with one value per element: int32 words of 4-bit values become int8, others stay.
 
     Raises:
-        RacError: naming `{name}.compressed`, where the words are not as many as bitmask and shape say.
+        RacError: naming `{name}.compressed`, if the number of words contradicts bitmask and shape.
     """
     compressed = bitmask.part_of(tensors, name, "compressed")
     if compressed.dtype != torch.int32:
@@ -89,7 +87,7 @@ def with_values(tensors: Mapping[str, Tensor], format: str, name: str) -> Mappin
 
 
 def packed_modules(tensor_names: Iterable[str]) -> list[str]:
-    """The modules that any of these tensor names show to be packed, sorted."""
+    """The modules that are packed according to these tensor names, sorted."""
     found = set()
     for tensor_name in tensor_names:
         module, _, part = tensor_name.rpartition(".")

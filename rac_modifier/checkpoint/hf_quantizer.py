@@ -1,159 +1,189 @@
-"""Load any checkpoint of this package, packed or not, as an ordinary transformers model with dense weights."""
+"""Packed checkpoints in transformers' own `from_pretrained`: a quantizer that unpacks each weight while it is loaded.
+
+The packed parts of a module are freed before the next module is unpacked, so a load takes the memory of the dense model
+and of one module. Importing this module replaces transformers' entry for "compressed-tensors" by a subclass of it, which
+loads a checkpoint without a `sparsity_config` as before.
+
+Nothing of `transformers.modeling_utils` may be imported here: this module is imported while that one is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    build_glob_alternation,
+    rename_source_key,
 )
-from transformers.utils import cached_file
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils import quantization_config as upstream
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.quantization_config import weight_schemes
-from rac_modifier.checkpoint.record import read_json
-from rac_modifier.checkpoint.sources import StoredTensor, dense_sources, iter_dense_tensors
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format, without_sparsity
+from rac_modifier.checkpoint.formats import PARTS, packed_modules
+from rac_modifier.checkpoint.quantization_config import WORDS, WeightScheme, stores_words, weight_schemes
+from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, SparsityConfig
+from rac_modifier.checkpoint.weight_conversion import Unpack, conversions_for_saving, misfit, updated_conversions
 from rac_modifier.errors import RacError
 
-__all__ = ["iter_dense_tensors", "load_model"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-_HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only")
+
+class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
+    """Upstream's config and, of a packed checkpoint, its `sparsity`.
+
+    The name is upstream's: transformers compares it with the class name of a `quantization_config` that the user gives.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.sparsity = SparsityConfig.of(kwargs)
+        if self.sparsity is not None:
+            del kwargs["sparsity_config"]
+        super().__init__(*args, **kwargs)
+
+    def post_init(self) -> None:
+        """As upstream; a model that is packed but not quantized is an ordinary dense model once it is loaded."""
+        if self.sparsity is not None and not self.is_quantized:
+            self.dequantize = True
+        super().post_init()
 
 
-def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any) -> PreTrainedModel:
-    """A causal LM, its packed weights (if it has any) unpacked to the very bits that were saved.
+class SparseHfQuantizer(CompressedTensorsHfQuantizer):
+    """Loads packed sparse checkpoints, also quantized ones, and all others as upstream does.
 
-    A packed weight is read and unpacked when transformers asks for it, so the packed and the dense model are never both
-    in memory. Ordinary checkpoints go to transformers as they are.
+    The loaded model has no trace of the packing: `save_pretrained` writes it dense, marked so in `rac_sparsity`.
+    """
 
-    Args:
-        model: a local folder, or a model id of the Hugging Face hub.
-        trust_remote_code: run model code that an ordinary checkpoint brings along.
-        from_pretrained_kwargs: passed on: dtype, device_map, attn_implementation, revision, ...
+    def __init__(self, quantization_config: CompressedTensorsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._sparsity: SparsityConfig | None = getattr(quantization_config, "sparsity", None)
+        self._unpack: Unpack | None = None
+        self._int32_modules: list[str] = []
+        self._misfits: dict[str, RacError] = {}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Check what the headers of the files show before a weight is read.
+
+        Raises:
+            RacError: naming the tensor that is missing or contradicts config.json.
+        """
+        if self._sparsity is None or self.quantization_config.is_quantized:
+            super()._process_model_before_weight_loading(model, **kwargs)
+        if self._sparsity is None:
+            return
+        if not kwargs.get("checkpoint_files"):
+            raise RacError(
+                "packed weights are read from files: give from_pretrained a folder or a hub id, not a state_dict"
+            )
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise RacError("packed weights cannot be sharded while they are loaded; save the model with storage: dense")
+        self._unpack = Unpack(self._sparsity.format, dtypes_to_load(model))
+        groups = self.quantization_config.quantization_config
+        schemes = weight_schemes(groups.model_dump(mode="json")) if groups is not None else ()
+        with TensorFiles(Path(kwargs["checkpoint_files"][0]).parent) as files:
+            self._int32_modules = check_packed(files, self._sparsity.format, schemes)
+            self._misfits = _misfits(files, model)
+
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
+        """The model's conversions and those for packed weights.
+
+        Raises:
+            RacError: a tensor has another shape than in the model, and no converter that may change that.
+        """
+        if self._unpack is None or self.quantization_config.is_quantized:
+            weight_conversions = super().update_weight_conversions(weight_conversions)
+        if self._unpack is None:
+            return weight_conversions
+        converters = [c for c in weight_conversions if isinstance(c, WeightConverter)]
+        for name, error in self._misfits.items():
+            if not any(c.compiled_sources.search(name) for c in converters):
+                raise error
+        renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
+        int32_modules = [rename_source_key(name, renamings, [])[0] for name in self._int32_modules]
+        return updated_conversions(weight_conversions, self._unpack, int32_modules)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Leave an ordinary model.
+
+        Raises:
+            RacError: naming the packed tensor that is damaged.
+        """
+        if self._unpack is not None:
+            if self._unpack.errors:
+                raise self._unpack.errors[0]
+            loaded: Any = model  # whose attributes torch declares as tensors and modules
+            loaded._weight_conversions = conversions_for_saving(loaded._weight_conversions or ())
+            if isinstance(record := getattr(model.config, RAC_KEY, None), dict):
+                setattr(model.config, RAC_KEY, {**record, "storage": "dense"})
+            if not self.quantization_config.is_quantized:
+                _cast_renamed(model, self._unpack.dtypes)
+        super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def check_packed(files: TensorFiles, format: str | None, schemes: tuple[WeightScheme, ...] = ()) -> list[str]:
+    """Check the names and dtypes of packed tensors; which packed modules are int32 words to upstream.
 
     Raises:
-        RacError: a missing or damaged file or tensor, or weights that do not fit the model. transformers would start
-            those at random with a warning; here they are an error.
-
-    Example:
-        model = load_model("Qwen3-8B-rac-2of4", dtype="auto", device_map="auto")
+        RacError: config.json's `format` and the tensors contradict each other, or a packed module lacks a part.
     """
-    kwargs = from_pretrained_kwargs
-    if not Path(model).is_dir():
-        if str(model).count("/") != 1 or str(model)[0] in "./~":  # no hub id: say so at once, without the network
-            raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
-        hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
-        if packed_format(read_json(_from_hub(str(model), CONFIG_FILE, hub))) is None:
-            return _checked(AutoModelForCausalLM, str(model), str(model), trust_remote_code=trust_remote_code, **kwargs)
-        model = _snapshot(str(model), hub)
-    folder = Path(model)
-    with TensorFiles(folder) as files:
-        raw = read_json(folder / CONFIG_FILE)
-        sources = dense_sources(files, packed_format(raw), weight_schemes(raw))
-        if packed_format(raw) is None:
-            return _checked(AutoModelForCausalLM, str(folder), folder, trust_remote_code=trust_remote_code, **kwargs)
-        return _load_packed(folder, raw, sources, kwargs)
-
-
-def _load_packed(
-    folder: Path, raw: dict[str, Any], sources: dict[str, StoredTensor], kwargs: dict[str, Any]
-) -> PreTrainedModel:
-    if raw.get("auto_map"):
+    modules = packed_modules(files.where)
+    if format is None:
+        if modules:
+            raise RacError(
+                f"{files.folder}: {modules[0]} is packed but config.json has no sparsity_config; restore the "
+                "config.json that packing wrote"
+            )
+        return []
+    if not modules:
         raise RacError(
-            f"{folder}: brings model code of its own (auto_map), which packed weights cannot be loaded into; "
-            "save this model with storage: dense"
+            f"{files.folder}: config.json says {format}, but no tensor is packed; copy the whole model again"
         )
-    config = AutoConfig.from_pretrained(folder)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RacError(f"{folder}: model_type {raw.get('model_type')!r} is no causal LM of transformers")
-    quantization = without_sparsity(raw["quantization_config"])
-    if quantization is None:
-        del config.quantization_config
-    else:
-        config.quantization_config = quantization
-    state = {name: _LazyTensor(source) for name, source in sources.items()}
-    try:
-        # By its own class, since AutoModel insists on a path.
-        model = _checked(
-            MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, folder, config=config, state_dict=state, **kwargs
-        )
-    finally:
-        # transformers reads in threads and turns some of their errors into warnings: ours comes first.
-        for tensor in state.values():
-            if tensor.error is not None:
-                raise tensor.error
-    model.name_or_path = model.config._name_or_path = str(folder)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    parts = {f"{module}.{part}" for module in modules for part in PARTS[format]}
+    if lost := sorted(parts - files.where.keys()):
+        raise RacError(f"{lost[0]}: missing from {files.folder}; copy or save the checkpoint again")
+    for module in modules:
+        for part in ("weight", WORDS):
+            if f"{module}.{part}" in files:
+                raise RacError(f"{module}.{part}: stored both dense and packed in {files.folder}; save the model again")
+    bits = {module: {torch.int32: 4, torch.int8: 8}.get(files.dtype(f"{module}.compressed"), 0) for module in modules}
+    return [module for module in modules if bits[module] == 4 or (bits[module] == 8 and stores_words(8, schemes))]
 
 
-class _LazyTensor:
-    """What transformers takes for a slice of a safetensors file; keeps the error of a failed read.
-
-    Of a state dict's values `from_pretrained` uses `[...]`, `get_shape` and `get_dtype` as a slice has them, and
-    `is_floating_point` and `dtype` as a tensor has them.
-    """
-
-    def __init__(self, source: StoredTensor) -> None:
-        self._source = source
-        self.error: RacError | None = None
-
-    def __getitem__(self, index: Any) -> Tensor:
-        try:
-            return self._source.read()[index]
-        except RacError as error:
-            self.error = error
-            raise
-
-    def get_shape(self) -> list[int]:
-        return list(self._source.shape)
-
-    def get_dtype(self) -> str:
-        return self._source.dtype_name
-
-    def is_floating_point(self) -> bool:
-        return self._source.dtype.is_floating_point
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._source.dtype
+def dtypes_to_load(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The dtype that each tensor of an empty model is to be loaded in; some modules stay in float32."""
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    loaded_in = model.config.dtype
+    assert isinstance(loaded_in, torch.dtype)
+    if plan := model._get_dtype_plan(loaded_in):
+        pattern, names, _ = build_glob_alternation(list(plan))
+        found = {name: pattern.search(name) for name, kept in dtypes.items() if kept.is_floating_point}
+        dtypes |= {name: plan[names[match.lastgroup or ""]] for name, match in found.items() if match is not None}
+    return dtypes
 
 
-def _checked(model_class: Any, path: str | None, shown: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """`from_pretrained`, with an error where it only warns that weights are missing or do not fit."""
-    model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    for kind, text in (
-        ("missing_keys", "needed by the model but missing from"),
-        ("mismatched_keys", "its shape does not fit the model's config.json in"),
-        ("conversion_errors", "could not be loaded from"),
-    ):
-        found = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise RacError(f"{', '.join(found[:3])}{more}: {text} {shown}")
-    return model
+def _misfits(files: TensorFiles, model: PreTrainedModel) -> dict[str, RacError]:
+    """An error for each weight and bias of another shape than the model's: with a quantizer, transformers compares none."""
+    return {
+        name: misfit(name, files.shape(name), tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name in files and name.endswith((".weight", ".bias")) and files.shape(name) != tuple(tensor.shape)
+    }
 
 
-def _from_hub(model: str, file: str, hub: dict[str, Any]) -> str:
-    try:
-        found = cached_file(model, file, **hub)
-    except (OSError, ValueError) as error:
-        raise RacError(f"{model}: neither a folder nor a model that can be had from the hub ({error})") from error
-    assert found is not None
-    return found
+@torch.no_grad()
+def _cast_renamed(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Cast the tensors that transformers renamed: with a quantizer, it leaves those in the dtype of the file."""
+    for name, parameter in model.named_parameters():
+        if name in dtypes and not parameter.is_meta and parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])
 
 
-def _snapshot(model: str, hub: dict[str, Any]) -> str:
-    """Download (or find) the files of a packed model: none but config and weights, in the names that packing keeps."""
-    from huggingface_hub import snapshot_download
-
-    return str(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors"], **hub))
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedTensorsConfig
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = SparseHfQuantizer

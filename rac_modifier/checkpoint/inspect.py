@@ -1,4 +1,4 @@
-"""Look into a checkpoint: what each matrix is stored as, how many zeros it has, and what that can gain in decoding."""
+"""What a checkpoint folder holds: how each matrix is stored, how many zeros it has, and whether they keep the pattern."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ from rac_modifier.checkpoint.formats import (
     structure_of,
     unpack,
 )
-from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE, WeightScheme, weight_schemes
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME, read_json
-from rac_modifier.checkpoint.report import render
-from rac_modifier.checkpoint.sources import words_weight
-from rac_modifier.checkpoint.sparsity_config import (
-    CONFIG_FILE,
-    RAC_KEY,
-    ignored_modules,
-    packed_format,
-    recorded_structures,
+from rac_modifier.checkpoint.quantization_config import (
+    WORDS,
+    WORDS_SHAPE,
+    WeightScheme,
+    weight_schemes,
+    words_weight,
 )
-from rac_modifier.checkpoint.structure import count_broken_groups
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY, SparsityConfig, SparsityRecord
+from rac_modifier.checkpoint.stored_weight import count_broken_groups
 from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
 
 _SCALES = ("weight_scale", "weight_zero_point")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$")
@@ -42,11 +41,11 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    `stored` is a packed format, "dense", "words" (int32 that hold several values, whose `dtype` is then the values'), or
-    "quantized" (to a layout whose zeros are not counted).
-    `stored_bytes` counts masks, offsets and scales too. `structure` is the recorded mask structure, `pattern_ok` whether
-    the zeros still keep it (None: nothing to keep, or not checked). `problem` says what is damaged; `reason` why a matrix
-    is not packed. `read_per_token` is False for a matrix of which decoding reads one row.
+    `stored` is a packed format, "dense", "words" (int32 that hold several values each; `dtype` is then that of the values),
+    or "quantized" (a layout whose zeros are not counted here). `stored_bytes` includes masks, offsets and scales.
+    `structure` is the recorded mask structure, and `pattern_ok` is whether the zeros still keep it (None: unstructured, or
+    not checked). `problem` is what is damaged, `reason` why a matrix is not packed. `read_per_token` is False for a matrix
+    of which decoding reads one row per token.
     """
 
     name: str
@@ -65,7 +64,7 @@ class ModuleRow:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes on disk by weight, mask and offsets counted."""
+        """Bytes on disk per weight, masks and offsets included."""
         return self.stored_bytes / (self.rows * self.columns)
 
 
@@ -90,7 +89,7 @@ class CheckpointReport:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of all tensors with every matrix dense, in its own dtype."""
+        """Bytes of all tensors if every matrix were dense, in its own dtype."""
         return sum(row.dense_bytes for row in self.modules) + self.other_bytes
 
     @property
@@ -110,22 +109,18 @@ class CheckpointReport:
         """No matrix is damaged and every recorded pattern holds."""
         return all(row.problem is None and row.pattern_ok is not False for row in self.modules)
 
-    def ceiling(self, only_sparse: bool = False) -> float | None:
-        """Most that decoding bound by reading weights can gain over dense bf16: 2 bytes a weight over the bytes stored.
 
-        Over all matrices that a decode step reads whole (lm_head too), or over the sparse ones alone. None without any.
-        """
-        rows = self.sparse if only_sparse else tuple(row for row in self.modules if row.read_per_token)
-        stored = sum(row.stored_bytes for row in rows)
-        return sum(2 * row.rows * row.columns for row in rows) / stored if stored else None
+@dataclass(frozen=True)
+class _Config:
+    """What the rows need of config.json."""
 
-    def render(self) -> str:
-        """A plain text table with totals."""
-        return render(self)
+    sparsity: SparsityConfig | None
+    record: SparsityRecord
+    schemes: tuple[WeightScheme, ...]
 
 
 def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
-    """Read a packed, a dense-stored sparse or an ordinary checkpoint, a matrix at a time.
+    """Read a packed, a dense-stored sparse or an ordinary checkpoint, one matrix at a time.
 
     A damaged packed module becomes a row with a `problem`; what makes the whole folder unreadable raises.
 
@@ -133,21 +128,23 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         RacError: no checkpoint, a malformed config.json, index or file, or a packing that was cut off.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE)
-    format = packed_format(config)
-    record = read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).exists() else None
+    parsed = read_json(folder / CONFIG_FILE)
+    quantization = parsed.get(QUANTIZATION_KEY)
+    config = _Config(SparsityConfig.of(quantization), SparsityRecord.of(parsed), weight_schemes(quantization))
+    run_record = read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).exists() else None
     with TensorFiles(folder) as files:
         packed = packed_modules(files.where)
         # Where config.json lost its sparsity_config, row_offsets still tell the two layouts apart.
         offsets = any(f"{name}.row_offsets" in files for name in packed)
-        layout = format or (FORMAT_BITMASK if offsets else FORMAT_24)
-        rows = [_packed_row(files, name, layout, config, format) for name in packed]
+        layout = config.sparsity.format if config.sparsity else FORMAT_BITMASK if offsets else FORMAT_24
+        rows = [_packed_row(files, name, layout, config) for name in packed]
         rows += [_dense_row(files, name, config) for name in sorted(files.where) if _is_matrix(files, name, packed)]
         parts = (*PARTS[FORMAT_BITMASK], "weight", WORDS, WORDS_SHAPE, *_SCALES)
         of_rows = {f"{row.name}.{part}" for row in rows for part in parts}
         other = sum(files.nbytes(name) for name in files.where if name not in of_rows)
     rows.sort(key=_natural_order)
-    return CheckpointReport(folder, format or "dense", tuple(rows), other, record, weight_schemes(config))
+    format = config.sparsity.format if config.sparsity else "dense"
+    return CheckpointReport(folder, format, tuple(rows), other, run_record, config.schemes)
 
 
 def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
@@ -163,16 +160,16 @@ def _bytes_of(files: TensorFiles, name: str, *parts: str) -> int:
     return sum(files.nbytes(f"{name}.{part}") for part in parts if f"{name}.{part}" in files)
 
 
-def _packed_row(files: TensorFiles, name: str, layout: str, config: dict[str, Any], format: str | None) -> ModuleRow:
+def _packed_row(files: TensorFiles, name: str, layout: str, config: _Config) -> ModuleRow:
     present = [part for part in PARTS[layout] if f"{name}.{part}" in files]
     stored_bytes, scales = _bytes_of(files, name, *present, *_SCALES), _bytes_of(files, name, *_SCALES)
-    structure = recorded_structures(config).get(name, "2:4" if layout == FORMAT_24 else UNSTRUCTURED)
+    structure = config.record.modules.get(name, "2:4" if layout == FORMAT_24 else UNSTRUCTURED)
     try:
         weight = unpack({part: files.tensor(f"{name}.{part}") for part in present}, layout, name)
         ok, problem = _keeps(weight, structure, name)
     except RacError as error:
         return ModuleRow(name, 0, 0, "?", layout, None, stored_bytes, 0, structure, None, None, str(error))
-    if format is None:
+    if config.sparsity is None:
         problem = "packed, but config.json has no sparsity_config"
     rows, columns = weight.shape
     sparsity = count_zeros(weight) / weight.numel()
@@ -184,18 +181,18 @@ def _packed_row(files: TensorFiles, name: str, layout: str, config: dict[str, An
     )
 
 
-def _dense_row(files: TensorFiles, tensor_name: str, config: dict[str, Any]) -> ModuleRow:
+def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleRow:
     name, _, part = tensor_name.rpartition(".")
     rows, columns = files.shape(tensor_name)
     dtype = files.dtype_name(tensor_name)
-    structure = recorded_structures(config).get(name)
+    structure = config.record.modules.get(name)
     weight: Tensor | None = None
     sparsity, ok, problem = None, None, None
-    # a zero of an asymmetric scheme is its zero point
+    # a zero weight of an asymmetric scheme is stored as its zero point, so zeros are not counted
     if f"{name}.weight_zero_point" in files or not rows * columns:
         pass
     elif part == WORDS:
-        if (unpacked := words_weight(files, name, config)) is not None:
+        if (unpacked := words_weight(files, name, config.schemes)) is not None:
             weight, bits = unpacked
             (rows, columns), dtype = weight.shape, f"I{bits}"
     elif files.dtype(tensor_name) in DTYPES:
@@ -225,16 +222,16 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: dict[str, Any]) -> 
 
 
 def _why_dense(
-    name: str, structure: str | None, sparsity: float | None, embedding: bool, countable: bool, config: dict[str, Any]
+    name: str, structure: str | None, sparsity: float | None, embedding: bool, countable: bool, config: _Config
 ) -> str:
     if structure is not None:
-        storage = (config.get(RAC_KEY) or {}).get("storage")
-        return "pruned, stored dense so that stock loaders read it" if storage == "dense" else "pruned, but not packed"
+        stored_dense = config.record.storage == "dense"
+        return "pruned, stored dense so that stock loaders read it" if stored_dense else "pruned, but not packed"
     if embedding:
         return "an embedding, never pruned"
     if not countable:
-        return "quantised so that its zeros are not counted"
-    if name in ignored_modules(config):
+        return "quantized to a layout whose zeros are not counted"
+    if config.sparsity is not None and name in config.sparsity.ignore:
         return "left dense when the model was packed (in ignore)"
     return "has zeros, but no record of pruning" if sparsity and sparsity >= 0.05 else "not pruned"
 

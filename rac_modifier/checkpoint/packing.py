@@ -1,11 +1,12 @@
 """Turn a saved folder of dense safetensors into a packed one, in place, and never into a half-packed one.
 
-All new files are first written beside the old ones under temporary names: a full disk or a crash up to there leaves the
-old checkpoint as it was. Then a journal that lists the renames is written, the renames are made, and the journal goes.
-A crash among the renames leaves the journal, by which `TensorFiles` refuses the folder and the next `pack_checkpoint`
-finishes. config.json is renamed first: from then on loaders that cannot unpack refuse the folder by themselves.
+All new files are first written beside the old ones under temporary names: after a full disk or a crash up to there, the
+old checkpoint is unchanged. Then a journal that lists the renames is written, the renames are made, and the journal is
+removed. After a crash between two renames the journal is still there: `TensorFiles` refuses the folder, and the next
+`pack_checkpoint` makes the remaining renames. config.json is renamed first: from then on, a loader that cannot unpack
+refuses the folder.
 
-The price is disk space for both copies of the changed files, and memory for the packed weights of one file.
+This takes disk space for both copies of the changed files, and memory for the packed weights of one file.
 """
 
 from __future__ import annotations
@@ -27,15 +28,22 @@ from rac_modifier.checkpoint.formats import FORMAT_24, choose_format, pack, pack
 from rac_modifier.checkpoint.quantization_config import (
     WORDS,
     WORDS_SHAPE,
+    WeightScheme,
     check_symmetric,
     check_unambiguous,
     weight_schemes,
+    words_weight,
 )
-from rac_modifier.checkpoint.record import read_json, write_json_atomic
-from rac_modifier.checkpoint.sources import words_weight
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format, with_dense_mark, with_packed
-from rac_modifier.checkpoint.structure import count_broken_groups
+from rac_modifier.checkpoint.sparsity_config import (
+    CONFIG_FILE,
+    QUANTIZATION_KEY,
+    packed_format,
+    with_dense_mark,
+    with_packed,
+)
+from rac_modifier.checkpoint.stored_weight import count_broken_groups
 from rac_modifier.errors import RacError
+from rac_modifier.files import read_json, write_json_atomic
 
 _TEMPORARY = ".rac_new."
 
@@ -65,18 +73,18 @@ class PackSummary:
 
 
 def pack_checkpoint(folder: str | Path, modules: dict[str, str], dense_linears: Iterable[str] = ()) -> PackSummary:
-    """Pack the weights of `modules` in the folder; where an earlier call was cut off while renaming, finish that one.
+    """Pack the weights of `modules` in the folder. If an earlier call was cut off while it renamed files, finish that one.
 
     Args:
         folder: a saved model, one safetensors file or shards with an index.
         modules: mask structure by module ("2:4", another "N:M", or "unstructured"), named as on disk: `<name>.weight`
-            holds the pruned weight, quantised (int8, fp8) or not, or `<name>.weight_packed` in int32 words (int4, int8).
-            2:4 is used as format only where all of them are 2:4.
-        dense_linears: the other linear modules, which loaders must not expect to be packed.
+            holds the pruned weight, quantized (int8, fp8) or not, or `<name>.weight_packed` in int32 words (int4, int8).
+            The format is 2:4 only if all of them are 2:4.
+        dense_linears: the other linear modules, which stay dense.
 
     Raises:
-        RacError: a module without such a weight, a weight that breaks its mask structure, a folder packed before, or no
-            room. The folder is then as it was.
+        RacError: a module without such a weight, a weight that breaks its mask structure, a folder that is packed already,
+            or a full disk. The folder is then unchanged.
     """
     folder = Path(folder)
     if (folder / JOURNAL_FILE).exists():
@@ -92,7 +100,7 @@ def pack_checkpoint(folder: str | Path, modules: dict[str, str], dense_linears: 
     try:
         with TensorFiles(folder) as files:
             _check_unpacked(files, config, structures)
-            check_unambiguous(weight_schemes(config))
+            check_unambiguous(weight_schemes(config.get(QUANTIZATION_KEY)))
             for name in structures:
                 check_symmetric(files.where, name)
             summary, changed = _write_new_files(files, config, structures, ignore)
@@ -105,24 +113,25 @@ def pack_checkpoint(folder: str | Path, modules: dict[str, str], dense_linears: 
     except BaseException:
         _remove_temporaries(folder)
         raise
-    # Outside the handlers above: once the journal may stand, the new files must not be removed any more.
+    # Outside the handlers above: once the journal may be there, the new files must not be removed.
     write_json_atomic(folder / JOURNAL_FILE, {"files": changed, "summary": asdict(summary)})
     return _commit(folder)
 
 
 def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
-    """Record in config.json that `modules` are pruned though stored dense, in a way that stock loaders pass over.
+    """Record in config.json that `modules` are pruned but stored dense; stock loaders ignore that entry.
 
     Args:
         folder: a saved model.
-        modules: mask structure by module, as for `pack_checkpoint`. Not checked are asymmetrically quantized weights, whose
-            zeros are zero points, and layouts that this package does not read.
+        modules: mask structure by module, as for `pack_checkpoint`. Asymmetrically quantized weights, whose zeros are zero
+            points, and layouts that this package does not read are not checked.
 
     Raises:
         RacError: a packed folder, a module that is not in it, or a weight that breaks its mask structure.
     """
     config = read_json(Path(folder) / CONFIG_FILE)
     structures = {name: structure_of(value, name) for name, value in sorted(modules.items())}
+    schemes = weight_schemes(config.get(QUANTIZATION_KEY))
     with TensorFiles(folder) as files:
         _check_unpacked(files, config, structures)
         for name, structure in structures.items():
@@ -130,7 +139,7 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
                 continue
             if f"{name}.weight" in files:
                 _check_structure(files.tensor(f"{name}.weight"), structure, name)
-            elif (unpacked := words_weight(files, name, config)) is not None:
+            elif (unpacked := words_weight(files, name, schemes)) is not None:
                 _check_structure(unpacked[0], structure, name)
     write_json_atomic(Path(folder) / CONFIG_FILE, with_dense_mark(config, structures))
 
@@ -143,12 +152,12 @@ def _check_unpacked(files: TensorFiles, config: dict[str, Any], names: Iterable[
             raise RacError(f"{name}.weight: not in {files.folder}; name modules as the saved files do")
 
 
-def _read_weight(files: TensorFiles, name: str, config: dict[str, Any]) -> tuple[Tensor, int | None, int]:
-    """The weight [N, K] of a module, bits of a value where they are packed into words, and the bytes that it takes."""
+def _read_weight(files: TensorFiles, name: str, schemes: tuple[WeightScheme, ...]) -> tuple[Tensor, int | None, int]:
+    """The weight [N, K] of a module, bits per value if it is stored in int32 words, and its bytes in the file."""
     if f"{name}.weight" in files:
         weight = files.tensor(f"{name}.weight")
         return weight, None, weight.nbytes
-    unpacked = words_weight(files, name, config)
+    unpacked = words_weight(files, name, schemes)
     if unpacked is None:
         raise RacError(
             f"{name}: quantized to a layout that cannot be stored sparse; quantize to int of 4 or 8 bits or to float8, or "
@@ -160,14 +169,15 @@ def _read_weight(files: TensorFiles, name: str, config: dict[str, Any]) -> tuple
 def _check_structure(weight: Tensor, structure: str, name: str) -> None:
     broken = count_broken_groups(weight, structure, name)
     if broken:
-        raise RacError(f"{name}: {broken} groups break {structure}; prune it again, or call it unstructured")
+        raise RacError(f"{name}: {broken} groups break {structure}; prune it again, or name it unstructured")
 
 
 def _write_new_files(
     files: TensorFiles, config: dict[str, Any], structures: dict[str, str], ignore: list[str]
 ) -> tuple[PackSummary, list[str]]:
-    """Write every changed file under its temporary name; their final names come back in the order to rename them."""
+    """Write every changed file under its temporary name; return their final names in the order of renaming."""
     format = choose_format(structures.values())
+    schemes = weight_schemes(config.get(QUANTIZATION_KEY))
     packed: list[PackedModule] = []
     changed = [CONFIG_FILE]
     where: dict[str, str] = {}
@@ -180,7 +190,7 @@ def _write_new_files(
             continue
         tensors = {name: files.tensor(name) for name in names if name not in replaced}
         for module in (weights[name] for name in names if name in weights):
-            row, parts = _pack_module(*_read_weight(files, module, config), format, structures[module], module)
+            row, parts = _pack_module(*_read_weight(files, module, schemes), format, structures[module], module)
             packed.append(row)
             tensors.update({f"{module}.{part}": tensor for part, tensor in parts.items()})
         where.update(dict.fromkeys(tensors, file))
@@ -207,7 +217,7 @@ def _write_new_files(
 def _pack_module(
     weight: Tensor, bits: int | None, dense_bytes: int, format: str, structure: str, name: str
 ) -> tuple[PackedModule, dict[str, Tensor]]:
-    parts = pack(weight, format, name, bits)  # first: it refuses what is no matrix
+    parts = pack(weight, format, name, bits)  # first, since it refuses what is not a matrix
     if format != FORMAT_24:
         _check_structure(weight, structure, name)
     row = PackedModule(
@@ -241,7 +251,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 
 
 def _commit(folder: Path) -> PackSummary:
-    """Make the journal's renames that are still to be made, and drop the journal."""
+    """Make the renames of the journal that are not made yet, and remove the journal."""
     journal = read_json(folder / JOURNAL_FILE)
     try:
         files, summary = journal["files"], _summary_from(journal["summary"])
@@ -250,7 +260,7 @@ def _commit(folder: Path) -> PackSummary:
     except (KeyError, TypeError, ValueError) as error:
         raise RacError(f"{folder / JOURNAL_FILE}: is damaged ({error!r}); save the model again") from error
     for file in files:
-        # Missing means renamed before; anything else must stop here, with the journal still standing.
+        # A missing file has been renamed before. Any other error stops here, and the journal stays.
         with contextlib.suppress(FileNotFoundError):
             os.replace(folder / (_TEMPORARY + file), folder / file)
     _sync_folder(folder)

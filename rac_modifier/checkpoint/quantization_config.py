@@ -1,4 +1,4 @@
-"""What config.json says about quantization, and weights that upstream packed into words: pure functions."""
+"""What config.json says about quantization: its one reader, and weights that upstream packed into int32 words."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.int32_words import BITS, pack_words, unpack_words, word_count
 from rac_modifier.errors import RacError
 
 PACK_QUANTIZED = "pack-quantized"
-# What a module stores in the place of `weight` where its format is pack-quantized.
+# What a module stores instead of `weight` where its format is pack-quantized.
 WORDS, WORDS_SHAPE = "weight_packed", "weight_shape"
-# Tensors that a symmetric scheme does without, and that a zero of the sparse layouts would contradict.
+# Tensors that no symmetric scheme has: with them a zero weight is not stored as the value 0.
 _ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
 
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """How a config group stores weights; `group_size` None: a scale a row or tensor (`strategy`)."""
+    """How a config group stores weights; with `group_size` None there is one scale per row or tensor (`strategy`)."""
 
     kind: str
     bits: int
@@ -33,22 +34,21 @@ class WeightScheme:
 
     def describe(self) -> str:
         """In a few words, such as `int4 in groups of 128 (pack-quantized)`."""
-        scales = f"in groups of {self.group_size}" if self.strategy == "group" else f"a scale a {self.strategy}"
+        scales = f"in groups of {self.group_size}" if self.strategy == "group" else f"one scale per {self.strategy}"
         text = f"{self.kind}{self.bits} {scales}{'' if self.symmetric else ', asymmetric'} ({self.format})"
         return f"{text}, activations {self.activations}" if self.activations else text
 
 
-def weight_schemes(config: Mapping[str, Any]) -> tuple[WeightScheme, ...]:
-    """The schemes of a parsed config.json that quantize weights; empty where there are none.
+def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
+    """The schemes that quantize weights in a `quantization_config` (any value, as it is in the file); often none.
 
     Raises:
         RacError: config groups that are malformed.
     """
-    quantization = config.get("quantization_config")
-    groups = quantization.get("config_groups") if isinstance(quantization, dict) else None
+    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
     if not groups:
         return ()
-    assert isinstance(quantization, dict)
+    assert isinstance(quantization, Mapping)
     try:
         found = [_scheme(group, quantization) for group in groups.values() if group.get("weights")]
     except (AttributeError, KeyError, TypeError) as error:
@@ -65,7 +65,7 @@ def _scheme(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> Weight
         group_size=weights.get("group_size"),
         symmetric=bool(weights.get("symmetric", True)),
         format=str(group.get("format") or quantization.get("format")),
-        activations=f"{inputs.get('type', 'int')}{inputs.get('num_bits', 8)} a {inputs.get('strategy')}"
+        activations=f"{inputs.get('type', 'int')}{inputs.get('num_bits', 8)} per {inputs.get('strategy')}"
         if inputs
         else None,
     )
@@ -75,7 +75,7 @@ def check_symmetric(tensor_names: Mapping[str, Any], name: str) -> None:
     """Refuse a quantized module whose zeros are not stored as zeros.
 
     Raises:
-        RacError: naming the tensor that tells.
+        RacError: naming the tensor that shows it.
     """
     for part in _ASYMMETRIC:
         if f"{name}.{part}" in tensor_names:
@@ -88,9 +88,9 @@ def check_symmetric(tensor_names: Mapping[str, Any], name: str) -> None:
 def quantized_weight(
     parts: Mapping[str, Tensor], name: str, schemes: tuple[WeightScheme, ...] = ()
 ) -> tuple[Tensor, int]:
-    """Int8 [N, K] and bits of a value, for a module that stores `weight_packed` and `weight_shape`.
+    """Int8 [N, K] and bits per value, for a module that stores `weight_packed` and `weight_shape`.
 
-    The bits are those, of the schemes or of all that can be stored sparse, that the number of words fits.
+    The bits are those that the number of words fits, among those of the schemes (without schemes: all that can be packed).
 
     Raises:
         RacError: parts that contradict each other, or values of another width than 4 or 8 bits.
@@ -102,12 +102,15 @@ def quantized_weight(
     widths = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED} or set(BITS)
     fitting = [bits for bits in sorted(widths) if words.shape[1] == word_count(columns, bits)]
     if len(fitting) != 1:
-        raise RacError(f"{name}: its words hold no {columns} values of {' or '.join(map(str, BITS))} bits a row")
+        raise RacError(
+            f"{name}: {words.shape[1]} int32 words per row do not hold {columns} values of {' or '.join(map(str, BITS))} "
+            "bits; the checkpoint is damaged, or quantized to another number of bits"
+        )
     return unpack_words(words, fitting[0], columns), fitting[0]
 
 
 def check_unambiguous(schemes: tuple[WeightScheme, ...]) -> None:
-    """Refuse 8-bit integers in words beside plain ones: packed sparse, nothing would tell the modules apart.
+    """Refuse 8-bit integers in int32 words beside plain int8: packed sparse, the two kinds of module look the same.
 
     Raises:
         RacError: both are there.
@@ -121,7 +124,7 @@ def check_unambiguous(schemes: tuple[WeightScheme, ...]) -> None:
 
 
 def stores_words(compressed_bits: int, schemes: tuple[WeightScheme, ...]) -> bool:
-    """Whether dense weights of so many bits are int32 words in this checkpoint (upstream's pack-quantized)."""
+    """Whether upstream stores dense weights of so many bits in int32 words in this checkpoint (pack-quantized)."""
     return any(s.format == PACK_QUANTIZED and s.kind == "int" and s.bits == compressed_bits for s in schemes)
 
 
@@ -129,3 +132,19 @@ def to_words(weight: Tensor, bits: int) -> dict[str, Tensor]:
     """`weight_packed` and `weight_shape` of an int8 weight [N, K], as upstream stores them."""
     rows, columns = weight.shape
     return {WORDS: pack_words(weight, bits), WORDS_SHAPE: weight.new_tensor([rows, columns], dtype=torch.int64)}
+
+
+def words_weight(files: TensorFiles, module: str, schemes: tuple[WeightScheme, ...]) -> tuple[Tensor, int] | None:
+    """Int8 [N, K] and bits per value of a module that is stored in int32 words; None for a layout that is not read here.
+
+    Raises:
+        RacError: a tensor that cannot be read.
+    """
+    names = [f"{module}.{part}" for part in (WORDS, WORDS_SHAPE)]
+    if not all(name in files for name in names) or files.dtype(names[0]) != torch.int32:
+        return None
+    parts = {part: files.tensor(f"{module}.{part}") for part in (WORDS, WORDS_SHAPE)}
+    try:
+        return quantized_weight(parts, module, schemes)
+    except RacError:
+        return None

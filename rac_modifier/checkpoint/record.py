@@ -6,10 +6,6 @@ import os
 import platform
 from importlib import metadata
 
-from rac_modifier.files import read_json as read_json
-from rac_modifier.files import write_json_atomic as write_json_atomic
-from rac_modifier.files import write_text_atomic as write_text_atomic
-
 RUN_RECORD_NAME = "rac_run.json"
 _PACKAGES = (
     ("rac_modifier", "rac-modifier"),
@@ -29,10 +25,7 @@ def environment() -> dict[str, str | int | None]:
             versions[key] = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             versions[key] = None
-    if versions["rac_modifier"] is None:  # run from a source tree
-        from rac_modifier import __version__
-
-        versions["rac_modifier"] = __version__
+    versions["rac_modifier"] = versions["rac_modifier"] or "run from a source tree"
     return {
         **versions,
         "python": platform.python_version(),

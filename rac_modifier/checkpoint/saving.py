@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from loguru import logger
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -16,17 +17,15 @@ from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
-from rac_modifier.checkpoint.record import (
-    RUN_RECORD_NAME,
-    environment,
-    read_json,
-    write_json_atomic,
-    write_text_atomic,
-)
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY
 from rac_modifier.errors import RacError
+from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
+from rac_modifier.machine_paths import text_without_paths, without_paths
 from rac_modifier.pruning.masks import holds
 from rac_modifier.settings.pattern import Pattern
+
+RECIPE_NAME = "recipe.yaml"  # llm-compressor's
 
 
 def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...
@@ -36,8 +35,8 @@ def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...
 class SavePlan:
     """What a compressed model must look like on disk; without `modules` nothing is pruned, checked or packed.
 
-    `patterns` has one for each of `modules`. `record` is the run's part of the record beside the weights; versions and the
-    base model are added when it is written. `tokenizer` is a path or id, None for the base model's own.
+    `patterns` has one pattern per module of `modules`. `record` is the run's part of the record beside the weights; versions
+    and the base model are added when it is written. `tokenizer` is a path or id, None for that of the base model.
     `prepare(model, save_compressed)` is called before saving.
     """
 
@@ -52,8 +51,10 @@ class SavePlan:
 def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
     """Replace `model.save_pretrained` by one that checks the pattern, saves as before, and packs the result.
 
-    `plan` is asked when saving, after all modifiers of a recipe have run. Wraps whatever `save_pretrained` is there, so
-    upstream's quantized saving goes on working; called again it only takes the new plan.
+    `plan` is called when the model is saved, after all modifiers of a recipe. The present `save_pretrained` is wrapped, so
+    that of upstream for quantized models is still used. A second call only replaces the plan.
+
+    No file that is written holds an absolute path: models, records and cards are passed on.
     """
     inner = getattr(model.save_pretrained, "_rac_inner", model.save_pretrained)
 
@@ -75,23 +76,34 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
                 pack_checkpoint(folder, modules, dense_linears=dense_linears)
             else:
                 mark_dense(folder, modules)
-        record = {"base_model": model.config._name_or_path, **current.record, "versions": environment()}
-        if schemes := weight_schemes(read_json(folder / CONFIG_FILE)):
+        source = model.config._name_or_path
+        record = {"base_model": source, **current.record, "versions": environment()}
+        if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
             record["quantization"] = [scheme.describe() for scheme in schemes]
+        record = without_paths(record)
         write_json_atomic(folder / RUN_RECORD_NAME, record)
         write_text_atomic(folder / "README.md", model_card(record))
-        if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it asked for
-            AutoTokenizer.from_pretrained(current.tokenizer or record["base_model"]).save_pretrained(folder)
+        _clean_recipe(folder)
+        if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
+            AutoTokenizer.from_pretrained(current.tokenizer or source).save_pretrained(folder)
         logger.info(f"saved {len(current.modules)} pruned modules ({current.storage}) to {folder}")
 
     save_pretrained._rac_inner = inner  # type: ignore[attr-defined]
-    # what llm-compressor asks before it wraps save_pretrained once more
+    # llm-compressor reads this before it wraps save_pretrained once more
     save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
 
 
+def _clean_recipe(folder: Path) -> None:
+    """Take absolute paths out of the copy of the recipe that upstream writes beside the weights."""
+    path = folder / RECIPE_NAME
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        write_text_atomic(path, text_without_paths(text, yaml.safe_load(text)))
+
+
 def check_pattern(plan: SavePlan) -> None:
-    """Check every pruned module against its pattern, also where it is quantized or was saved before.
+    """Check every pruned module against its pattern, also one that is quantized or was saved before.
 
     Raises:
         RacError: naming the first module whose zeros are gone, as after a GPTQModifier, which does not keep them.
@@ -101,8 +113,8 @@ def check_pattern(plan: SavePlan) -> None:
         raise RacError(
             f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: "
             f"{plan.patterns[broken[0]].describe()}. "
-            "A modifier after pruning filled the zeros: llm-compressor's GPTQModifier does, QuantizationModifier keeps them, and "
-            "so does quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier, which compensates as GPTQ does. "
+            "A modifier after pruning filled the zeros, as llm-compressor's GPTQModifier does. QuantizationModifier keeps them, "
+            "and so does quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier, which compensates errors as GPTQ does. "
             "Nothing was written"
         )
 
@@ -116,7 +128,7 @@ def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
 
 
 def _free_folder(folder: Path) -> Path:
-    """The folder, or when it holds weights already a new one beside it: hours of work are neither lost nor written over."""
+    """The folder, or, if it holds weights already, a new one beside it: hours of work are neither lost nor overwritten."""
     if not any(folder.glob("*.safetensors")):
         return folder
     for number in range(1, 1000):

@@ -1,4 +1,4 @@
-"""A sparse weight as a checkpoint stores it, checked once, and cut to what a rank needs. Pure, tensors in and out.
+"""A sparse weight as a checkpoint stores it: checked once, cut to what a rank needs. Pure functions of tensors.
 
 Nothing is indexed by a number from a file before `check` has compared it with what the bitmask says.
 """
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import bitmask as layout
-from rac_modifier.checkpoint.formats import FORMAT_24, with_values
+from rac_modifier.checkpoint.formats import FORMAT_24, UNSTRUCTURED, with_values
 from rac_modifier.errors import RacError
+from rac_modifier.settings.pattern import Pattern
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SCALE = "weight_scale"
@@ -24,8 +25,8 @@ SCALE = "weight_scale"
 class StoredWeight:
     """A weight [N, columns]: its stored `values` in row-major order, 1-D, and the `bitmask` uint8 [N, ceil(columns/8)].
 
-    `starts` int64 [N + 1] says where each row begins in `values`. `name` is for messages. Quantized values (int8, fp8; 4
-    bits come as int8 too) have a `scale` float32 [N, groups], one for each row's groups of equally many columns.
+    `starts` int64 [N + 1] is where each row begins in `values`. `name` is for messages. Quantized values (int8, fp8; 4-bit
+    values are int8 too) have a `scale` float32 [N, groups], one per row and group of equally many columns.
     """
 
     values: Tensor
@@ -51,7 +52,7 @@ class StoredWeight:
         return self.columns // (1 if self.scale is None else self.scale.shape[1])
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """[N, columns] as they are meant, dense, rounded once to `dtype`."""
+        """[N, columns], dense, multiplied by the scales in float32 and rounded once to `dtype`."""
         return dequantize(self.dense(), self.scale, dtype)
 
     def floats(self, dtype: torch.dtype) -> StoredWeight:
@@ -59,7 +60,7 @@ class StoredWeight:
         return from_dense(self.dequantized(dtype), self.name)
 
     def dense(self) -> Tensor:
-        """[N, columns], quantized values as they are stored."""
+        """[N, columns], dense; quantized values as they are stored, without their scales."""
         parts = {
             "compressed": self.values,
             "bitmask": self.bitmask,
@@ -84,7 +85,7 @@ class StoredWeight:
         )
 
     def select_columns(self, first: int, count: int) -> StoredWeight:
-        """Columns `first` to `first + count`; what is stored as an explicit zero is dropped."""
+        """Columns `first` to `first + count`; zeros that were stored as values are left out."""
         if (first, count) == (0, self.columns):
             return self
         cut = from_dense(self.dense()[:, first : first + count].contiguous(), self.name)
@@ -98,7 +99,7 @@ class StoredWeight:
 def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = True) -> StoredWeight:
     """Check the tensors of `PARTS[format]`, and the `weight_scale` of quantized values, as untrusted input.
 
-    `scaled` False: another loader takes the scales, and quantized values come as they are.
+    `scaled` False: another loader reads the scales, and the result has none.
 
     Raises:
         RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each other.
@@ -137,12 +138,12 @@ def check_scale(tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, co
     scale = tensors.get(SCALE)
     if dtype in FLOATS:
         if scale is not None:
-            raise RacError(f"{name}.{SCALE}: there, but its values are {dtype}; save the model again")
+            raise RacError(f"{name}.{SCALE}: must not be there, since the values are {dtype}; save the model again")
         return None
     if scale is None:
         raise RacError(
             f"{name}.{SCALE}: missing, but its values are {dtype}; copy the checkpoint again, or restore the config.json "
-            "that was saved with it, whose config_groups say how it is quantised"
+            "that was saved with it, whose config_groups describe the quantization"
         )
     if scale.dtype not in FLOATS or not bool(scale.isfinite().all()):
         raise RacError(f"{name}.{SCALE}: {scale.dtype}, or not finite; the checkpoint is damaged")
@@ -151,8 +152,8 @@ def check_scale(tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, co
     scale = scale[:, None] if scale.dim() == 1 else scale
     if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
         raise RacError(
-            f"{name}.{SCALE}: shape {list(scale.shape)} is none of a weight [{rows}, {columns}]: one scale, one a row, or "
-            "one for each row's groups of columns; the checkpoint is damaged"
+            f"{name}.{SCALE}: shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], which has one scale, one "
+            "per row, or one per row and group of columns; the checkpoint is damaged"
         )
     return scale.float().contiguous()
 
@@ -166,13 +167,30 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A float weight [N, K] rounded to int8, symmetrically a row: values [N, K], scales float32 [N, 1]."""
+    """A float weight [N, K] rounded to int8, symmetric, with one scale per row: values [N, K], scales float32 [N, 1]."""
     values, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
     for part in layout.row_chunks(*weight.shape):
         rows = weight[part].float()
         scales[part] = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         values[part] = (rows / scales[part]).round().clamp(-127, 127).to(torch.int8)
     return values, scales
+
+
+def count_broken_groups(weight: Tensor, structure: str, name: str) -> int:
+    """Groups of M columns of `weight` [rows, columns] with fewer than N zeros; an unstructured weight has none.
+
+    Raises:
+        RacError: columns that are no multiple of M.
+    """
+    if structure == UNSTRUCTURED:
+        return 0
+    pattern = Pattern.parse(structure, None)
+    rows, columns = weight.shape
+    pattern.check_shape(name, rows, columns)
+    zeros = (
+        (~layout.nonzero(weight[part])).view(-1, pattern.m).sum(dim=1) for part in layout.row_chunks(rows, columns)
+    )
+    return sum(int((count < pattern.n).sum()) for count in zeros)
 
 
 def from_dense(weight: Tensor, name: str) -> StoredWeight:
@@ -214,7 +232,7 @@ def _starts(counts: Tensor) -> Tensor:
 
 
 def _two_of_four(bitmask: Tensor, columns: int) -> bool:
-    """Whether every four columns, half a byte, have two bits set; `columns` is a multiple of four."""
+    """Whether two bits are set in every half byte (four columns); `columns` is a multiple of four."""
     pairs = bitmask - ((bitmask >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     if columns % 8:

@@ -49,7 +49,7 @@ def _first_line(error: Exception) -> str:
 
 def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     """A model, packed or not, with its tokenizer."""
-    from rac_modifier.checkpoint.hf_quantizer import load_model
+    from rac_modifier.checkpoint.load import load_model
 
     source = resolve(model)
     check_model(source)
@@ -58,8 +58,8 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
 
 
 def unpacked(source: str, precision: Dtype) -> Any:
-    """What oneshot can take: the source itself; where its weights are packed, which oneshot cannot load, the loaded model."""
-    from rac_modifier.checkpoint.hf_quantizer import load_model
+    """What oneshot takes: the source itself, or where its weights are packed, which oneshot cannot load, the loaded model."""
+    from rac_modifier.checkpoint.load import load_model
     from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
     from rac_modifier.files import read_json
 

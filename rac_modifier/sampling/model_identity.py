@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from rac_modifier.errors import RacError
+from rac_modifier.machine_paths import public_name
 from rac_modifier.sampling.generate import eos_token_ids
 
 _ELEMENTS = 64
@@ -92,7 +93,7 @@ class ModelIdentity:
     @classmethod
     def _of(cls, model: PreTrainedModel, fingerprint: str, generation: GenerationConfig | None) -> ModelIdentity:
         return cls(
-            name=model.config.name_or_path or type(model).__name__,
+            name=public_name(model.config.name_or_path or "") or type(model).__name__,
             source=model.config.name_or_path or "",
             fingerprint=fingerprint,
             generation_config=generation,

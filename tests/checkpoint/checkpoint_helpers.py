@@ -1,4 +1,4 @@
-"""Pruned tiny models in bfloat16, and comparisons to the bit."""
+"""Pruned tiny models, quantized or not, and comparisons to the bit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rac_modifier.checkpoint.sources import iter_dense_tensors
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
+from rac_modifier.checkpoint.hf_quantizer import check_packed
+from rac_modifier.checkpoint.sparsity_config import packed_format
 from tests import tiny
+from tests.tiny import linears
 
 # What the fixture `saved` gives back: save(...) -> folder, state dict, mask structures.
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
@@ -40,6 +45,45 @@ def prune_half(weight: torch.Tensor) -> None:
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0.0
 
 
+_CHANNEL = {"strategy": "channel", "symmetric": True}
+_TOKEN = {"strategy": "token", "dynamic": True, "symmetric": True}
+# Config groups of compressed-tensors; the comment is what upstream stores a weight as.
+SCHEMES: dict[str, dict] = {
+    "w8a8": {"weights": {"num_bits": 8, **_CHANNEL}, "input_activations": {"num_bits": 8, **_TOKEN}},  # int8
+    "w8": {"weights": {"num_bits": 8, **_CHANNEL}},  # int32 words of four values
+    "w4": {
+        "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+    },  # words of eight values
+    "fp8": {  # float8_e4m3fn
+        "weights": {"num_bits": 8, "type": "float", **_CHANNEL},
+        "input_activations": {"num_bits": 8, "type": "float", **_TOKEN},
+    },
+}
+
+
+def save_quantized(folder: Path, structure: str, scheme: str) -> dict[str, str]:
+    """Save a pruned and quantized tiny model in upstream's dense layout; returns the mask structures by module."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = tiny_model(tied=False)
+    modules = dict.fromkeys(linears(model), structure)
+    groups = {"group_0": {"targets": ["Linear"], **SCHEMES[scheme]}}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
+    for module in linears(model).values():
+        PRUNERS[structure](module.weight.data)
+        args = module.quantization_scheme.weights
+        grouped = module.weight.float().view(len(module.weight), -1, args.group_size or module.weight.shape[1])
+        scale, _ = calculate_qparams(grouped.amin(dim=2), grouped.amax(dim=2), args)
+        module.weight_scale = torch.nn.Parameter(scale.to(module.weight.dtype), requires_grad=False)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    return modules
+
+
 PRUNERS = {"2:4": prune_24, "unstructured": prune_half}
 
 
@@ -58,8 +102,20 @@ def assert_same_state(model: torch.nn.Module, expected: dict[str, torch.Tensor])
         assert same_bits(tensor, expected[name]), name
 
 
+def dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint; a packed weight as `<module>.weight`, with quantized values as int8."""
+    format = packed_format(config_of(folder))
+    with TensorFiles(folder) as files:
+        check_packed(files, format)
+        tensors = {name: files.tensor(name) for name in files.where}
+    for module in packed_modules(tensors):
+        parts = {part: tensors.pop(f"{module}.{part}") for part in PARTS[format]}
+        tensors[f"{module}.weight"] = unpack(parts, format, module)
+    return tensors
+
+
 def assert_restores(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = dict(iter_dense_tensors(folder))
+    found = dense_tensors(folder)
     assert found.keys() == expected.keys() - ({"lm_head.weight"} - found.keys())
     for name, tensor in found.items():
         assert same_bits(tensor, expected[name]), name
@@ -71,3 +127,15 @@ def config_of(folder: Path) -> dict:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stock(folder: Path, **kwargs: object) -> PreTrainedModel:
+    """As transformers loads it without this package."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", CompressedTensorsConfig)
+        patch.setitem(auto.AUTO_QUANTIZER_MAPPING, "compressed-tensors", CompressedTensorsHfQuantizer)
+        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import yaml
 
 from rac_modifier.checkpoint.card import model_card
 
 RECORD = {
-    "base_model": "org/Model: 1B",
+    "base_model": "org/Model-1B",
     "pattern": "2 of every 4 consecutive input weights are zero (0.5 of all)",
     "method": "sparsegpt",
     "calibration": {
@@ -32,7 +33,7 @@ def front_matter(card: str) -> dict:
 
 def test_full_record() -> None:
     card = model_card(RECORD)
-    assert front_matter(card)["base_model"] == "org/Model: 1B"
+    assert front_matter(card)["base_model"] == "org/Model-1B"
     assert front_matter(card)["library_name"] == "transformers"
     for expected in (
         "2 of every 4 consecutive",
@@ -42,12 +43,30 @@ def test_full_record() -> None:
         "9 linear modules were pruned, each to a sparsity of 0.5000 to 0.5000.",
         "raised for 1 of them",
         "| `layers.8.q_proj` | 0.08 |",
-        "load_model(",
+        "# org/Model-1B pruned",
+        'AutoModelForCausalLM.from_pretrained("path/to/this/folder"',
         "Made with torch 2.13.",
     ):
         assert expected in card
     assert "layers.3.q_proj" not in card  # only the five worst
     assert "not recorded" not in card
+
+
+@pytest.mark.parametrize("base", ["Model: 1B", "a/b/c", "a model", ""])
+def test_a_base_model_that_cannot_be_of_the_hub_is_named_in_the_text_alone(base: object) -> None:
+    """The hub refuses a card with such an id."""
+    card = model_card({**RECORD, "base_model": base})
+    assert "base_model" not in front_matter(card)
+    assert f"| Base model | {base} |" in card
+
+
+def test_the_front_matter() -> None:
+    assert front_matter(model_card({**RECORD, "quantization": ["int8"]})) == {
+        "base_model": "org/Model-1B",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["quantized", "pruned", "sparse", "reasoning", "rac", "llm-compressor", "compressed-tensors"],
+    }
 
 
 def test_nothing_is_invented() -> None:
@@ -78,6 +97,6 @@ def test_seed_of_the_modifier_is_found() -> None:
 def test_divergence_is_stated_where_it_was_measured() -> None:
     measured = {**RECORD, "divergence": {"kl": 0.01234, "agreement": 0.987, "tokens": 2100}}
     assert "On 2,100 tokens" in model_card(measured)
-    assert "0.0123 nats" in model_card(measured)
-    assert "98.7% of them" in model_card(measured)
+    assert "0.0123 nats per token" in model_card(measured)
+    assert "98.7% of the tokens" in model_card(measured)
     assert "nats" not in model_card({**RECORD, "divergence": {"not_measured": "no traces were held out"}})

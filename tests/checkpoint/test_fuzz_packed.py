@@ -12,8 +12,8 @@ from safetensors.torch import save
 
 from rac_modifier.checkpoint.bitmask import pack_24, pack_unstructured
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.sources import iter_dense_tensors
 from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import dense_tensors
 
 CASES = 400
 
@@ -53,17 +53,17 @@ def test_damaged_files(tmp_path: Path, structure: str) -> None:
     data = packed_file(structure)
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
-    assert {name for name, _ in iter_dense_tensors(tmp_path)} == {"layer.weight", "norm.weight"}
+    assert dense_tensors(tmp_path).keys() == {"layer.weight", "norm.weight"}
     rng = random.Random(structure)
     refused = 0
     for _ in range(CASES):
         path.unlink()  # a new file each time: the old one may still be mapped
         path.write_bytes(damage(data, rng))
         try:
-            for _, tensor in iter_dense_tensors(tmp_path):
+            for tensor in dense_tensors(tmp_path).values():
                 assert tensor.numel() <= 8 * len(data)
         except RacError:
             refused += 1
         with contextlib.suppress(RacError):
-            inspect_checkpoint(tmp_path).render()
+            inspect_checkpoint(tmp_path)
     assert CASES // 2 < refused < CASES

@@ -13,9 +13,17 @@ from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import to_words
-from rac_modifier.checkpoint.sources import iter_dense_tensors
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import Q, Saved, assert_restores, config_of, prune_24, prune_half, tiny_model
+from tests.checkpoint.checkpoint_helpers import (
+    Q,
+    Saved,
+    assert_restores,
+    config_of,
+    dense_tensors,
+    prune_24,
+    prune_half,
+    tiny_model,
+)
 from tests.tiny import linears
 
 
@@ -61,6 +69,23 @@ def test_packed_folder(saved: Saved, structure: str, shard: str | None, tied: bo
         assert index["metadata"]["total_parameters"] == sum(
             tensor.numel() for name, tensor in expected.items() if not (tied and name == "lm_head.weight")
         )
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"total_size": None}, {"total_parameters": 3}])
+def test_an_index_without_a_total_size_gets_one(saved: Saved, metadata: dict | None) -> None:
+    """A valid index of other tools; the size is then that of the tensors."""
+    folder, expected, modules = saved(shard="60KB", packed=False)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    if metadata is None:
+        del index["metadata"]
+    else:
+        index["metadata"] = metadata
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    pack_checkpoint(folder, modules)
+    found = json.loads((folder / INDEX_FILE).read_text())["metadata"]
+    sizes = [t.nbytes for file in folder.glob("*.safetensors") for t in load_file(file).values()]
+    assert found == {**(metadata or {}), "total_size": sum(sizes)}
+    assert_restores(folder, expected)
 
 
 def test_sparsity_config_is_what_compressed_tensors_parses(saved: Saved) -> None:
@@ -158,8 +183,9 @@ def test_words_of_a_quantized_weight_are_packed_and_come_back(tmp_path: Path, bi
     with TensorFiles(tmp_path) as files:
         assert files.dtype(f"{Q}.compressed") == (torch.int32 if bits == 4 else torch.int8)
         assert f"{Q}.weight_shape" not in files
-    found = dict(iter_dense_tensors(tmp_path))
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    found = dense_tensors(tmp_path)
+    assert found.keys() == {f"{Q}.weight", f"{Q}.weight_scale"}
+    assert torch.equal(found[f"{Q}.weight"], weight)
+    assert torch.equal(found[f"{Q}.weight_scale"], tensors[f"{Q}.weight_scale"])
     (after,) = inspect_checkpoint(tmp_path).modules
     assert (after.columns, after.dtype, after.pattern_ok) == (columns, f"I{bits}", True)

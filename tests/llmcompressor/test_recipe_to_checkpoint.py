@@ -90,14 +90,14 @@ def test_every_solver_and_pattern_runs_and_is_packed(prune, tmp_path, dense, sol
 def test_the_run_record_says_what_was_done(prune, tmp_path, tiny_folder, trace_store):
     prune(output_dir=tmp_path / "out")
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
-    assert record["base_model"] == str(tiny_folder)
+    assert record["base_model"] == tiny_folder.name
     assert record["method"] == "alps"
     assert record["order"] == {"order": "group", "why": "order: auto", "reconstruct": "dense"}
     assert record["mask_structure"] == "2:4"
     assert record["calibration"]["tokens"] == TOKENS
     assert record["calibration"]["trace_tokens"] > TOKENS / 3
     store = record["trace_stores"]["traces"]
-    assert (store["path"], store["sha256"]) == (str(trace_store), TraceStore.read(trace_store).sha256())
+    assert (store["path"], store["sha256"]) == (trace_store.name, TraceStore.read(trace_store).sha256())
     assert store["prompt"]["add_generation_prompt"] is store["prompt"]["enable_thinking"] is True
     assert store["selection"]["kept"] == len(TraceStore.read(trace_store))
     assert record["calibration"]["parts"] == {

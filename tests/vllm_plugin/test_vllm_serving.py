@@ -25,7 +25,7 @@ from tests.vllm_plugin.vllm_fixtures import (
 
 needs_vllm()
 
-from rac_modifier.checkpoint.hf_quantizer import load_model  # noqa: E402
+from rac_modifier.checkpoint.load import load_model  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_greedy_tokens_of_quantized_weights(tmp_path, structure, scheme):
 @pytest.mark.parametrize("tied", [True, False])
 def test_int8_head(tmp_path, monkeypatch, tied):
     """A tied embedding keeps its lookups; logits are those of the rounded head."""
-    from rac_modifier.checkpoint.hf_quantizer import load_model
+    from rac_modifier.checkpoint.load import load_model
     from rac_modifier.checkpoint.stored_weight import quantize_rows
 
     folder = save_model(tmp_path / "model", "qwen3", "2:4", tie_word_embeddings=tied)

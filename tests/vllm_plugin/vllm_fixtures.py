@@ -185,7 +185,7 @@ PROMPTS = [[5, 17, 40, 8], [60, 61, 62], [9] * 7, [33, 90, 12, 77, 30]]
 
 def reference(folder: Path, tokens: int) -> list[list[int]]:
     """Greedy tokens of transformers on the unpacked weights, in float32."""
-    from rac_modifier.checkpoint.hf_quantizer import load_model
+    from rac_modifier.checkpoint.load import load_model
 
     return greedy(load_model(folder, dtype="float32"), tokens)
 

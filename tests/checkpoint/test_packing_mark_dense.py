@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rac_modifier.checkpoint.hf_quantizer import load_model
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import mark_dense
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import Q, Saved, config_of, contents, same_bits

@@ -1,3 +1,5 @@
+"""`load_model`: what transformers only warns of is an error that names it."""
+
 from __future__ import annotations
 
 import json
@@ -8,12 +10,114 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rac_modifier.checkpoint import load
 from rac_modifier.checkpoint.files import INDEX_FILE
-from rac_modifier.checkpoint.hf_quantizer import load_model
+from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import Q, Saved, tiny_model
+from tests.checkpoint.checkpoint_helpers import Q, Saved, assert_same_state, tiny_model
 
 Tensors = dict[str, torch.Tensor]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("shard", [None, "60KB"])
+def test_packed_and_dense_folders(saved: Saved, shard: str | None, packed: bool) -> None:
+    folder, expected, _ = saved(shard=shard, packed=packed)
+    for path in (folder, str(folder)):
+        assert_same_state(load_model(path), expected)
+
+
+def test_arguments_are_passed_on(saved: Saved) -> None:
+    folder, expected, _ = saved()
+    model = load_model(folder, dtype=torch.float32, device_map="cpu", attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    assert_same_state(model, {name: tensor.float() for name, tensor in expected.items()})
+
+
+def test_minus_zeros_and_full_rows_survive(tmp_path: Path) -> None:
+    model = tiny_model()
+    weight = model.get_submodule(Q).weight.data
+    weight[0] = 0.0
+    weight[1] = 1.5
+    weight[2] = -0.0
+    weight[3, ::2] = -0.0
+    model.save_pretrained(tmp_path)
+    pack_checkpoint(tmp_path, {Q: "unstructured"})
+    assert_same_state(load_model(tmp_path), model.state_dict())
+
+
+def test_dtype_is_found_without_one_in_the_config(saved: Saved) -> None:
+    folder, expected, _ = saved()
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same_state(load_model(folder), expected)
+
+
+def test_a_checkpoint_of_older_compressed_tensors(saved: Saved) -> None:
+    """As compressed-tensors up to 0.14 wrote them: `shape` flat or a column, no rac_sparsity."""
+    folder, expected, modules = saved()
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(modules)[::2]:
+        tensors[f"{name}.shape"] = tensors[f"{name}.shape"].flatten()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["rac_sparsity"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same_state(load_model(folder), expected)
+
+
+def test_a_model_of_the_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, expected, _ = saved()
+    asked: list[tuple] = []
+    inner = load.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(model: str, **kwargs: object) -> object:
+        asked.append((model, kwargs.pop("revision")))
+        return inner(folder, **kwargs)
+
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    assert_same_state(load_model("owner/name", revision="v1"), expected)
+    assert asked == [("owner/name", "v1")]
+
+
+def test_a_hub_that_cannot_be_reached() -> None:
+    with pytest.raises(
+        RacError, match=r"^owner/no-such-name: neither a folder nor a model that can be had from the hub"
+    ):
+        load_model("owner/no-such-name", local_files_only=True)
+
+
+def test_code_that_the_checkpoint_brings_is_not_run_unasked(saved: Saved) -> None:
+    """Neither for a packed nor for an ordinary one."""
+    for packed in (True, False):
+        folder, _, _ = saved(packed=packed)
+        (folder / "modeling.py").write_text("raise SystemExit('ran')")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"auto_map": {"AutoModelForCausalLM": "modeling.X"}, "model_type": "of_its_own"}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"trust_remote_code|model type"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_tensor_too_many_is_an_error(saved: Saved, packed: bool) -> None:
+    folder, _, _ = saved(packed=packed)
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RacError, match=r"^model\.layers\.9\.mlp\.up_proj\.weight: not a tensor of the model, but in"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_tensor_of_another_shape_is_an_error_without_being_asked_for(saved: Saved, packed: bool) -> None:
+    folder, _, _ = saved(packed=packed)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:3].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RacError, match=r"^model\.norm\.weight: its shape .*does not fit the model's config\.json"):
+        load_model(folder)
 
 
 def without(*names: str) -> Callable[[Tensors], None]:
@@ -81,7 +185,6 @@ def test_a_missing_weight_of_an_ordinary_checkpoint_is_an_error(saved: Saved) ->
             lambda config: config["quantization_config"]["sparsity_config"].update(format="sparse-bitmask"),
             "row_offsets",
         ),
-        (lambda config: config.update(auto_map={"AutoModelForCausalLM": "modeling.X"}), "auto_map"),
     ],
 )
 def test_config_that_contradicts_the_files(saved: Saved, edit: Callable[[dict], object], message: str) -> None:

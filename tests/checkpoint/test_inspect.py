@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.packing import mark_dense
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME, write_json_atomic
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
+from rac_modifier.files import write_json_atomic
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
 Q = "model.layers.0.self_attn.q_proj"
@@ -48,10 +48,6 @@ def test_packed(saved: Saved, structure: str, shard: str | None) -> None:
     assert report.sound
     assert report.stored_bytes == total_bytes(folder)
     assert report.dense_bytes == sum(t.nbytes for n, t in expected.items() if n != "lm_head.weight")
-    if structure == "2:4":
-        weights = sum(row.rows * row.columns for row in report.sparse)
-        assert report.ceiling(only_sparse=True) == pytest.approx(2 * weights / (1.125 * weights + 16 * len(modules)))
-        assert 1 < report.ceiling() < report.ceiling(only_sparse=True) < 1.78
 
 
 def test_the_tied_embedding_is_read_each_step_and_an_untied_one_is_not(saved: Saved) -> None:
@@ -72,7 +68,6 @@ def test_dense_marked(saved: Saved) -> None:
     assert {row.name for row in report.sparse} == set(modules)
     assert all(row.pattern_ok and "stock loaders" in row.reason for row in report.sparse)
     assert report.sparsity == pytest.approx(0.5)
-    assert report.ceiling() == 1.0
 
 
 def test_ordinary(saved: Saved) -> None:
@@ -84,7 +79,6 @@ def test_ordinary(saved: Saved) -> None:
     rows = {row.name: row for row in report.modules}
     assert rows[Q].reason == "has zeros, but no record of pruning"
     assert rows[LEFT_DENSE].reason == "not pruned"
-    assert "no matrix is recorded as pruned" in report.render()
 
 
 def test_a_pattern_that_broke_after_it_was_recorded(saved: Saved) -> None:
@@ -96,8 +90,7 @@ def test_a_pattern_that_broke_after_it_was_recorded(saved: Saved) -> None:
     report = inspect_checkpoint(folder)
     assert [row.name for row in report.modules if row.pattern_ok is False] == [Q]
     assert not report.sound
-    assert "1 groups break 2:4" in report.render()
-    assert "NOT SOUND" in report.render()
+    assert [row.problem for row in report.modules if row.problem] == ["1 groups break 2:4"]
 
 
 def test_a_damaged_module_is_one_bad_row(saved: Saved) -> None:
@@ -108,7 +101,7 @@ def test_a_damaged_module_is_one_bad_row(saved: Saved) -> None:
     report = inspect_checkpoint(folder)
     assert [row.name for row in report.modules if row.problem] == [Q]
     assert len(report.sparse) == len(modules)
-    assert f"DAMAGED: {Q}.bitmask: missing" in report.render()
+    assert next(row.problem for row in report.modules if row.problem).startswith(f"{Q}.bitmask: missing")
     assert report.stored_bytes == total_bytes(folder)
 
 
@@ -120,20 +113,20 @@ def test_lost_sparsity_config(saved: Saved) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         report = inspect_checkpoint(folder)
         assert {row.name for row in report.modules if row.problem} == set(modules)
-        assert "no sparsity_config" in report.render()
+        assert all("no sparsity_config" in row.problem for row in report.modules if row.problem)
         for path in folder.iterdir():
             path.unlink()
 
 
 def test_a_recorded_structure_that_is_nonsense_is_shown_not_raised(saved: Saved) -> None:
     folder, _, modules = saved(packed=False)
-    for structure in ("9:4", "3:7", 5):
+    for structure in ("9:4", "3:7"):
         config = json.loads((folder / "config.json").read_text())
         config["rac_sparsity"] = {"storage": "dense", "modules": dict.fromkeys(modules, structure)}
         (folder / "config.json").write_text(json.dumps(config))
         report = inspect_checkpoint(folder)
-        assert report.sound is (structure == 5)  # not even a string: as if nothing were recorded
-        report.render()
+        assert not report.sound
+        assert {row.name for row in report.modules if row.problem} == set(modules)
 
 
 def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
@@ -155,23 +148,19 @@ def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
     assert report.stored_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
-def test_render_with_a_run_record(saved: Saved) -> None:
+def test_the_run_record_is_read(saved: Saved) -> None:
     folder, _, _ = saved()
-    write_json_atomic(folder / RUN_RECORD_NAME, {"method": "sparsegpt", "calibration": {"trace_tokens": 5}})
-    text = inspect_checkpoint(folder).render()
-    assert "run record: sparsegpt on ?; calibration: trace_tokens 5" in text
-    lines = text.splitlines()
-    assert lines[2].split()[:5] == ["module", "shape", "dtype", "stored", "pattern"]
-    assert next(line for line in lines if line.startswith(Q)).split()[1:8] == [
-        "64x64",
-        "BF16",
-        "sparse-24-bitmask",
-        "2:4",
-        "ok",
-        "0.5000",
-        "1.1289",
-    ]
-    assert "1.77x over the pruned ones" in text
+    assert inspect_checkpoint(folder).run_record is None
+    write_json_atomic(folder / RUN_RECORD_NAME, {"method": "sparsegpt"})
+    assert inspect_checkpoint(folder).run_record == {"method": "sparsegpt"}
+
+
+def test_an_entry_of_the_config_that_is_malformed_raises(saved: Saved) -> None:
+    folder, _, _ = saved()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rac_sparsity": {"modules": {Q: 5}}}))
+    with pytest.raises(RacError, match=r"config\.json: rac_sparsity\.modules is .* save the model again"):
+        inspect_checkpoint(folder)
 
 
 def test_layers_are_in_their_natural_order(tmp_path: Path) -> None:
@@ -189,12 +178,3 @@ def test_what_is_no_checkpoint_raises(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RacError, match="neither"):
         inspect_checkpoint(tmp_path)
-
-
-def test_closed_files_say_so(saved: Saved) -> None:
-    folder, _, _ = saved()
-    with TensorFiles(folder) as files:
-        kept = files.tensor("model.norm.weight")
-    assert kept.eq(1).all()
-    with pytest.raises(RacError, match="was closed"):
-        files.tensor("model.norm.weight")

@@ -1,0 +1,54 @@
+"""Load any checkpoint of this package, packed or not, and raise where transformers only warns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.hf_quantizer import check_packed
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
+from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
+
+_MISMATCHES = (
+    ("mismatched_keys", "its shape does not fit the model's config.json in"),
+    ("missing_keys", "needed by the model but missing from"),
+    ("unexpected_keys", "not a tensor of the model, but in"),
+)
+
+
+def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, strict: packed weights (if any) are unpacked to the very bits that were saved.
+
+    Args:
+        model: a local folder, or a model id of the Hugging Face hub.
+        trust_remote_code: run model code that the checkpoint contains.
+        from_pretrained_kwargs: passed on: dtype, device_map, attn_implementation, revision, ...
+
+    Raises:
+        RacError: a missing or damaged file or tensor, or tensors that are not the model's. transformers starts a missing
+            weight at random with a warning; here it is an error.
+
+    Example:
+        model = load_model("Qwen3-8B-rac-2of4", dtype="auto", device_map="auto")
+    """
+    if local := Path(model).is_dir():
+        with TensorFiles(model) as files:
+            check_packed(files, packed_format(read_json(Path(model) / CONFIG_FILE)))
+    elif str(model).count("/") != 1 or str(model)[0] in "./~":  # no hub id: no need to ask the network
+        raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
+    kwargs = {**from_pretrained_kwargs, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(str(model), output_loading_info=True, **kwargs)
+    except OSError as error:
+        what = "cannot be loaded" if local else "neither a folder nor a model that can be had from the hub"
+        raise RacError(f"{model}: {what} ({error})") from error
+    loaded, info = found
+    for kind, text in _MISMATCHES:
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise RacError(f"{', '.join(names[:3])}{more}: {text} {model}")
+    return cast(PreTrainedModel, loaded)

@@ -1,0 +1,184 @@
+"""transformers' weight converters for packed weights: the parts of a module in, its dense tensors out, while it is loaded.
+
+Nothing of `transformers.modeling_utils` may be imported here: this module is imported while that one is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+
+from rac_modifier.checkpoint.formats import PARTS, unpack
+from rac_modifier.checkpoint.quantization_config import WORDS, to_words
+from rac_modifier.checkpoint.stored_weight import FLOATS
+from rac_modifier.errors import RacError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Unpack(ConversionOps):
+    """Makes the dense tensors of one packed weight; one instance serves a whole load.
+
+    transformers turns an error of an operation into a RuntimeError of its own, so `errors` keeps them for the quantizer,
+    which raises the first of them when everything is loaded. `dtypes` has the dtype to load each weight in, by full name.
+    """
+
+    def __init__(self, format: str, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.format = format
+        self.dtypes = dtypes
+        self.errors: list[RacError] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
+        """Itself: transformers copies a converter with its operations for each tensor."""
+        return self
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """`<module>.weight`, or `weight_packed` and `weight_shape`, by full name; nothing if the parts are damaged."""
+        assert model is not None
+        module, _, target = full_layer_name.rpartition(".")
+        try:
+            weight, in_int32 = self.dense({pattern: tensors[0] for pattern, tensors in input_dict.items()}, module)
+            if target == WORDS:
+                words = to_words(weight, 4 if in_int32 else 8)
+                return {f"{module}.{part}": tensor for part, tensor in words.items()}
+            expected = model.get_parameter_or_buffer(full_layer_name)
+            if weight.shape != expected.shape:
+                raise misfit(full_layer_name, weight.shape, expected.shape)
+            return {full_layer_name: self.cast(weight, full_layer_name)}
+        except RacError as error:
+            self.errors.append(error)
+            return {}
+
+    def dense(self, parts: Mapping[str, Tensor], module: str) -> tuple[Tensor, bool]:
+        """The dense weight, values as they are stored, of parts by source pattern; and whether they were int32 words.
+
+        Raises:
+            RacError: naming the damaged part of `module`.
+        """
+        named = {pattern.removesuffix("$").rpartition(".")[2]: part for pattern, part in parts.items()}
+        return unpack(named, self.format, module), named["compressed"].dtype == torch.int32
+
+    def cast(self, weight: Tensor, name: str) -> Tensor:
+        """`weight` in the dtype that the model's weight `name` is loaded in.
+
+        Raises:
+            RacError: quantized values for a weight that config.json does not describe as quantized.
+        """
+        dtype = self.dtypes[name]
+        if weight.dtype not in FLOATS and weight.dtype != dtype:
+            raise RacError(
+                f"{name}: its values are {weight.dtype}, but no config group of config.json's quantization_config quantizes "
+                "this module; restore the config.json that was saved with the weights"
+            )
+        return weight.to(dtype)
+
+
+class UnpackExperts(WeightConverter):
+    """A model's converter for the weights of its experts, with packed experts unpacked before they are merged."""
+
+    __slots__ = ("original", "unpack", "unpacked")
+
+    def __init__(self, original: WeightConverter, unpack: Unpack) -> None:
+        sources: list[str] = []
+        unpacked: dict[str, tuple[str, ...]] = {}
+        for pattern in original.source_patterns:
+            stem, ending = _split(pattern)
+            if ending in ("weight", WORDS):
+                unpacked[pattern] = tuple(f"{stem}{part}$" for part in PARTS[unpack.format])
+                sources += unpacked[pattern]
+            sources.append(pattern if pattern.endswith("$") or ending != "weight" else pattern + "$")
+        super().__init__(sources, list(original._original_target_patterns), original.operations)
+        self.scope_prefix, self.base_model_prefix = original.scope_prefix, original.base_model_prefix
+        self.original, self.unpack, self.unpacked = original, unpack, unpacked
+
+    def convert(self, layer_name: str, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the original converter; nothing if an expert is damaged, whose error `unpack` keeps."""
+        collected = self.materialize_tensors()
+        try:
+            for pattern, parts in self.unpacked.items():
+                if parts[0] in collected:
+                    collected |= self._dense_experts(pattern, collected, layer_name)
+        except RacError as error:
+            self.unpack.errors.append(error)
+            return {}
+        self.collected_tensors: Any = defaultdict(list, collected)  # tensors instead of what is still to be read
+        return super().convert(layer_name, model, *args, **kwargs)
+
+    def _dense_experts(
+        self, pattern: str, collected: dict[str, list[Tensor]], layer_name: str
+    ) -> dict[str, list[Tensor]]:
+        """The dense weights of all experts under the patterns that the original's operations expect."""
+        stem, ending = _split(pattern)
+        anchored = f"{stem}{ending}$"
+        if anchored in collected:
+            raise RacError(
+                f"{layer_name}: some of its experts are packed and some are stored dense, which cannot be merged; prune all "
+                "experts of a layer, or save the model with storage: dense"
+            )
+        parts = {part: collected.pop(part) for part in self.unpacked[pattern]}
+        dense: dict[str, list[Tensor]] = defaultdict(list)
+        for number in range(len(next(iter(parts.values())))):
+            weight, in_int32 = self.unpack.dense(
+                {part: tensors[number] for part, tensors in parts.items()}, f"{layer_name} of expert {number}"
+            )
+            if ending == WORDS:
+                for name, tensor in to_words(weight, 4 if in_int32 else 8).items():
+                    dense[f"{stem}{name}$"].append(tensor)
+            elif weight.dtype in FLOATS:
+                dense[anchored].append(self.unpack.cast(weight, layer_name))
+            else:
+                dense[anchored].append(weight)  # upstream's first operation multiplies with the scales
+        return dense
+
+
+def updated_conversions(
+    conversions: Iterable[WeightTransform], unpack: Unpack, int32_modules: Iterable[str]
+) -> list[WeightTransform]:
+    """A model's conversions with those for packed weights; `int32_modules` are those that upstream stores in int32 words."""
+    updated = [
+        UnpackExperts(c, unpack) if isinstance(c, WeightConverter) and "experts" in c.source_patterns[0] else c
+        for c in conversions
+    ]
+    if names := "|".join(re.escape(name) for name in int32_modules):
+        sources = [rf"^({names})\.{part}$" for part in PARTS[unpack.format]]
+        updated.append(WeightConverter(sources, rf"\1.{WORDS}", operations=[unpack]))
+    sources = [rf"\.{part}$" for part in PARTS[unpack.format]]
+    return [*updated, WeightConverter(sources, ".weight", operations=[unpack])]
+
+
+def conversions_for_saving(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
+    """The conversions that a loaded model needs to be saved dense: the model's own."""
+    return [
+        c.original if isinstance(c, UnpackExperts) else c
+        for c in conversions
+        if not any(isinstance(operation, Unpack) for operation in getattr(c, "operations", ()))
+    ]
+
+
+def misfit(name: str, found: Iterable[int], expected: Iterable[int]) -> RacError:
+    """The error that a tensor has another shape than the model."""
+    return RacError(
+        f"{name}: its shape {list(found)} does not fit the model's config.json, which says {list(expected)}; restore the "
+        "config.json that was saved with the weights"
+    )
+
+
+def _split(pattern: str) -> tuple[str, str]:
+    """A source pattern before and behind its last dot."""
+    stem, dot, ending = pattern.removesuffix("$").rpartition(".")
+    return stem + dot, ending

@@ -1,0 +1,106 @@
+"""The safetensors files of a folder: read by name, and what is malformed or lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rac_modifier.checkpoint.files import INDEX_FILE, JOURNAL_FILE, SINGLE_FILE, TensorFiles
+from rac_modifier.errors import RacError
+
+TENSORS = {
+    "a.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "a.codes": torch.tensor([1, -2], dtype=torch.int8),
+    "b.half": torch.ones(4, dtype=torch.bfloat16),
+    "b.small": torch.ones(2, 2).to(torch.float8_e4m3fn),
+}
+
+
+def single(folder: Path) -> Path:
+    save_file(TENSORS, folder / SINGLE_FILE, metadata={"format": "pt", "note": "x"})
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    where = {}
+    for number, part in enumerate(("a.", "b.")):
+        tensors = {name: tensor for name, tensor in TENSORS.items() if name.startswith(part)}
+        save_file(tensors, folder / f"model-{number}.safetensors")
+        where |= dict.fromkeys(tensors, f"model-{number}.safetensors")
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize("layout", [single, sharded])
+def test_tensors_and_what_the_headers_show(tmp_path: Path, layout) -> None:
+    with TensorFiles(layout(tmp_path)) as files:
+        assert files.where.keys() == TENSORS.keys()
+        assert (files.index is None) == (layout is single)
+        for name, tensor in TENSORS.items():
+            assert name in files
+            assert torch.equal(files.tensor(name).view(torch.uint8), tensor.view(torch.uint8))
+            assert files.shape(name) == tuple(tensor.shape)
+            assert files.dtype(name) == tensor.dtype
+            assert files.nbytes(name) == tensor.nbytes
+        assert [files.dtype_name(name) for name in TENSORS] == ["F32", "I8", "BF16", "F8_E4M3"]
+        assert "c" not in files
+        with pytest.raises(RacError, match=r"^c: not in .*; copy or save the model again"):
+            files.tensor("c")
+
+
+def test_the_free_text_of_a_header(tmp_path: Path) -> None:
+    with TensorFiles(single(tmp_path)) as files:
+        assert files.metadata(SINGLE_FILE) == {"format": "pt", "note": "x"}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with TensorFiles(sharded(tmp_path)) as files:
+        assert files.metadata("model-0.safetensors") == {"format": "pt"}
+
+
+def test_after_closing_tensors_stay_and_files_are_named(tmp_path: Path) -> None:
+    with TensorFiles(single(tmp_path)) as files:
+        kept = files.tensor("b.half")
+    assert kept.eq(1).all()
+    with pytest.raises(RacError, match=r"cannot be read any more, since .* was closed"):
+        files.tensor("b.half")
+
+
+def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
+    save_file({"other": torch.zeros(1)}, tmp_path / SINGLE_FILE)
+    with TensorFiles(sharded(tmp_path)) as files:
+        assert files.where.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "has no weight_map"),
+        ({"weight_map": {}}, "has no weight_map"),
+        ({"weight_map": ["a"]}, "has no weight_map"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "is no file of this folder"),
+        ({"weight_map": {"a": ".."}}, "is no file of this folder"),
+        ({"weight_map": {"a": 3}}, "is no file of this folder"),
+        ({"weight_map": {"nowhere": "model-0.safetensors"}}, "nowhere: missing from"),
+        ({"weight_map": {"a.weight": "lost.safetensors"}}, r"lost\.safetensors: cannot be read as safetensors"),
+    ],
+)
+def test_a_malformed_index(tmp_path: Path, index: dict, message: str) -> None:
+    sharded(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(RacError, match=message):
+        TensorFiles(tmp_path)
+
+
+def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RacError, match="no such folder"):
+        TensorFiles(tmp_path / "nowhere")
+    with pytest.raises(RacError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json is there"):
+        TensorFiles(tmp_path)
+    single(tmp_path)
+    (tmp_path / JOURNAL_FILE).write_text("{}")
+    with pytest.raises(RacError, match="packing was cut off half way; run the packing of this folder again"):
+        TensorFiles(tmp_path)

@@ -1,0 +1,120 @@
+"""Saving a compressed model, with a plain transformers model: what is checked, packed and recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+from rac_modifier.errors import RacError
+from rac_modifier.settings.pattern import Pattern
+from tests.checkpoint.checkpoint_helpers import PRUNERS, assert_same_state, config_of, contents, tiny_model
+from tests.tiny import linears, tiny_tokenizer
+
+PATTERNS = {"2:4": Pattern.n_of_m(2, 4), "unstructured": Pattern.unstructured(0.45)}
+
+
+def pruned(structure: str = "2:4", **plan: object) -> PreTrainedModel:
+    """A model whose `save_pretrained` is ours."""
+    model = tiny_model()
+    modules = linears(model)
+    for linear in modules.values():
+        PRUNERS[structure](linear.weight.data)
+    patterns = dict.fromkeys(modules, PATTERNS[structure])
+    made = SavePlan(**{"record": {"method": "alps", "seed": 3}, "patterns": patterns, "modules": modules, **plan})
+    save_with_record(model, lambda: made)
+    return model
+
+
+@pytest.mark.parametrize("structure", PATTERNS)
+def test_packed_with_record_and_card(tmp_path: Path, structure: str) -> None:
+    model = pruned(structure)
+    model.config._name_or_path = "owner/base"
+    model.save_pretrained(tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert config["quantization_config"]["sparsity_config"]["format"].startswith("sparse-")
+    assert config["quantization_config"]["sparsity_config"]["ignore"] == ["lm_head"]
+    assert set(config["rac_sparsity"]["modules"].values()) == {structure}
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert (record["base_model"], record["method"], record["seed"]) == ("owner/base", "alps", 3)
+    assert record["versions"]["torch"] == torch.__version__
+    assert "| Solver | alps |" in (tmp_path / "out" / "README.md").read_text()
+    assert_same_state(load_model(tmp_path / "out"), model.state_dict())
+
+
+@pytest.mark.parametrize(("plan", "options"), [({"storage": "dense"}, {}), ({}, {"save_compressed": False})])
+def test_stored_dense_and_marked(tmp_path: Path, plan: dict, options: dict) -> None:
+    pruned(**plan).save_pretrained(tmp_path / "out", **options)
+    config = config_of(tmp_path / "out")
+    assert "quantization_config" not in config
+    assert config["rac_sparsity"]["storage"] == "dense"
+
+
+def test_nothing_pruned_is_saved_with_its_record_alone(tmp_path: Path) -> None:
+    pruned(patterns={}, modules={}).save_pretrained(tmp_path / "out")
+    assert "rac_sparsity" not in config_of(tmp_path / "out")
+    assert (tmp_path / "out" / "rac_run.json").exists()
+
+
+def test_it_is_prepared_first(tmp_path: Path) -> None:
+    calls: list[tuple] = []
+    model = pruned(prepare=lambda *args: calls.append(args))
+    model.save_pretrained(tmp_path / "out")
+    assert calls == [(model, True)]
+
+
+@pytest.mark.parametrize("structure", PATTERNS)
+def test_zeros_that_are_gone_are_refused_before_anything_is_written(tmp_path: Path, structure: str) -> None:
+    model = pruned(structure)
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
+    with pytest.raises(
+        RacError, match=r"^model\.layers\.1\.mlp\.up_proj \(1 modules in all\) no longer holds .* Nothing was"
+    ):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_weights_is_left_and_the_tokenizer_follows(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = pruned(tokenizer=str(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for number in (1, 2):
+        model.save_pretrained(tmp_path / "out")
+        assert (tmp_path / f"out-{number}" / "tokenizer.json").exists()
+    assert contents(tmp_path / "out") == before
+
+
+def test_wrapped_twice_it_saves_once_with_the_last_plan(tmp_path: Path) -> None:
+    model = pruned()
+    save_with_record(model, lambda: SavePlan({"method": "wanda"}))
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "rac_run.json").read_text())["method"] == "wanda"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_file_holds_an_absolute_path(tmp_path: Path) -> None:
+    """The recipe is upstream's copy, which is written with the weights."""
+    private = tmp_path / "private"
+    record = {"trace_stores": {"traces": {"path": str(private / "t.jsonl")}}, "note": f"from {private / 't.jsonl'}"}
+    recipe = f"stage:\n  store: {private / 't.jsonl'}  # mine\n"
+
+    def prepare(model: PreTrainedModel, compressed: bool) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "recipe.yaml").write_text(recipe)
+
+    model = pruned(record=record, prepare=prepare)
+    model.config._name_or_path = str(private / "Base-1B")
+    model.save_pretrained(tmp_path / "out")
+    for name, content in contents(tmp_path / "out").items():
+        assert str(tmp_path).encode() not in content, name
+    written = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert written["base_model"] == "Base-1B"
+    assert written["note"] == "from t.jsonl"
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == "stage:\n  store: t.jsonl  # mine\n"
+    assert "# Base-1B compressed" in (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,152 @@
+"""Converters on their own, and those of a mixture of experts in `from_pretrained`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+from rac_modifier.checkpoint.formats import pack
+from rac_modifier.checkpoint.packing import pack_checkpoint
+from rac_modifier.checkpoint.weight_conversion import (
+    Unpack,
+    UnpackExperts,
+    conversions_for_saving,
+    misfit,
+    updated_conversions,
+)
+from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import assert_same_state, prune_half, same_bits, stock
+
+MATRIX = "layers.0.up_proj"
+
+
+def half_pruned(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    weight = torch.randint(-7, 8, (4, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[:, ::2] = 0
+    return weight
+
+
+def converted(weight: torch.Tensor, target: str, bits: int | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple:
+    """What the operation makes of a packed weight, and the operation."""
+    unpack = Unpack("sparse-bitmask", {f"{MATRIX}.weight": dtype})
+    parts = {rf"\.{part}$": [tensor] for part, tensor in pack(weight, "sparse-bitmask", "x", bits).items()}
+    model = SimpleNamespace(get_parameter_or_buffer=lambda name: torch.empty(4, 16))
+    return unpack.convert(parts, [], [], full_layer_name=f"{MATRIX}.{target}", model=model), unpack
+
+
+def test_a_weight_in_the_dtype_that_is_loaded() -> None:
+    found, unpack = converted(half_pruned(), "weight", dtype=torch.float32)
+    assert found.keys() == {f"{MATRIX}.weight"}
+    assert same_bits(found[f"{MATRIX}.weight"], half_pruned().float())
+    assert unpack.errors == []
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_words_as_upstream_packs_them(bits: int | None) -> None:
+    upstream = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    found, _ = converted(half_pruned(torch.int8), "weight_packed", bits)
+    assert torch.equal(found[f"{MATRIX}.weight_packed"], upstream.pack_to_int32(half_pruned(torch.int8), bits or 8))
+    assert found[f"{MATRIX}.weight_shape"].tolist() == [4, 16]
+
+
+def test_an_error_is_kept_and_nothing_returned() -> None:
+    found, unpack = converted(half_pruned(torch.int8), "weight")
+    assert found == {}
+    with pytest.raises(RacError, match=rf"^{MATRIX}\.weight: its values are torch\.int8"):
+        raise unpack.errors[0]
+
+
+def test_copies_share_the_errors() -> None:
+    """transformers copies a converter for each tensor of the model."""
+    unpack = Unpack("sparse-bitmask", {})
+    copied = copy.deepcopy(updated_conversions([], unpack, [])[0])
+    assert copied.operations[0] is unpack
+
+
+def test_modules_in_words_are_matched_by_their_names() -> None:
+    of_words, of_weights = updated_conversions([], Unpack("sparse-24-bitmask", {}), ["a.b+", "c"])
+    assert of_words.rename_source_key("a.b+.bitmask")[0] == "a.b+.weight_packed"
+    assert of_words.rename_source_key("c.shape")[0] == "c.weight_packed"
+    for other in ("a.bb.bitmask", "x.c.shape", "c.row_offsets"):
+        assert of_words.rename_source_key(other) == (other, None)
+    assert of_weights.rename_source_key("x.c.shape")[0] == "x.c.weight"
+    assert of_weights.rename_source_key("x.weight_shape") == ("x.weight_shape", None)
+
+
+def experts_converter() -> WeightConverter:
+    sources = ["experts.*.gate_proj.weight", "experts.*.up_proj.weight"]
+    return WeightConverter(sources, "experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)])
+
+
+def test_other_conversions_are_left_and_come_back_for_saving() -> None:
+    renaming, plain = WeightRenaming("a", "b"), WeightConverter("q", "p", operations=[Concatenate(dim=0)])
+    experts = experts_converter()
+    updated = updated_conversions([renaming, experts, plain], Unpack("sparse-bitmask", {}), ["c"])
+    assert updated[0] is renaming
+    assert isinstance(updated[1], UnpackExperts)
+    assert updated[2] is plain
+    assert len(updated) == 5
+    assert conversions_for_saving(updated) == [renaming, experts, plain]
+
+
+def test_a_misfit_names_both_shapes() -> None:
+    assert str(misfit("a.weight", torch.Size([2, 3]), (4, 3))).startswith(
+        "a.weight: its shape [2, 3] does not fit the model's config.json, which says [4, 3]; "
+    )
+
+
+def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
+    """Save a tiny mixture of experts whose modules with `packed` in their names are packed; what stock loads of it."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_experts=3, num_experts_per_tok=2,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    names = [n.removesuffix(".weight") for n in tensors if packed in n and n.endswith("proj.weight")]
+    for name in names:
+        prune_half(tensors[f"{name}.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = {name: tensor.clone() for name, tensor in stock(folder).state_dict().items()}
+    pack_checkpoint(folder, dict.fromkeys(names, "unstructured"), ["lm_head"])
+    return expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("packed", ["proj", "experts", "self_attn"])
+def test_experts_are_unpacked_before_they_are_merged(tmp_path: Path, packed: str, dtype: torch.dtype) -> None:
+    """Where only the attention is packed, transformers renames the experts and would leave them in the file's dtype."""
+    expected = mixture_of_experts(tmp_path / "a", packed)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype, output_loading_info=True)
+    assert not any(info.values())
+    assert_same_state(model, {name: tensor.to(dtype) for name, tensor in expected.items()})
+    model.save_pretrained(tmp_path / "b")
+    assert_same_state(stock(tmp_path / "b"), {name: tensor.to(dtype) for name, tensor in expected.items()})
+
+
+def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
+    mixture_of_experts(tmp_path, "experts")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.experts.2.up_proj.bitmask"
+    tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RacError, match=r"^model\.layers\.0\.mlp\.experts\.gate_up_proj of expert 2\.compressed"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_experts_of_which_some_are_packed_cannot_be_merged(tmp_path: Path) -> None:
+    mixture_of_experts(tmp_path, "experts.1")
+    with pytest.raises(RacError, match="some of its experts are packed and some are stored dense"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
