@@ -5,11 +5,12 @@
 #
 # Four runs. In them each pair of settings occurs: thread count and instruction set of torch's own kernels, thread count
 # and BLAS, instruction set and BLAS. OPENBLAS_CORETYPE is read by numpy's OpenBLAS, MKL_CBWR by torch's MKL: each takes
-# another order of sums. Set CI=1 for the fixed hypothesis examples of CI; without it, they are random.
+# another order of sums (AUTO: what this processor has). ROOMS="tests/pruning" runs these tests alone. Set CI=1 for the
+# fixed hypothesis examples of CI; without it, they are random.
 set -u
 python=$1
 shift
-rooms="tests/pruning tests/quantization tests/calibration tests/evaluation tests/kernels"
+rooms=${ROOMS:-tests/pruning tests/quantization tests/calibration tests/evaluation tests/kernels}
 failed=""
 
 numeric_tests() {
@@ -21,8 +22,8 @@ $name"
 }
 
 numeric_tests 1 default Nehalem COMPATIBLE "$@"
-numeric_tests 1 avx2 Haswell AVX2 "$@"
-numeric_tests 2 default Haswell AVX2 "$@"
+numeric_tests 1 avx2 Haswell AUTO "$@"
+numeric_tests 2 default Haswell AUTO "$@"
 numeric_tests 2 avx2 Nehalem COMPATIBLE "$@"
 
 if [ -n "$failed" ]; then

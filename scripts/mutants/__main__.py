@@ -109,7 +109,8 @@ def report(sample: list[Mutant], outcomes: dict[Mutant, Outcome], harmless: dict
     bad = [mutant for mutant in survivors if mutant.identity not in harmless]
     print(f"\n{len(sample)} mutants: " + ", ".join(f"{number} {result}" for result, number in sorted(counts.items())))
     for mutant in bad:
-        print(f"\n{mutant.file}:{mutant.line}: survived {outcomes[mutant].tests} tests\n  {mutant.identity}")
+        tests = f"survived {outcomes[mutant].tests} tests" if outcomes[mutant].tests else "no test reaches it"
+        print(f"\n{mutant.file}:{mutant.line}: {tests}\n  {mutant.identity}")
     if known := len(survivors) - len(bad):
         print(f"\n{known} more survivors are in the list of harmless ones")
     if stale := harmless.keys() - {mutant.identity for mutant in every}:
@@ -170,8 +171,9 @@ def _environments(options: argparse.Namespace, tree: Path) -> list[Environment]:
     if options.serve:
         from tests.conftest import SERVING_TESTS
 
+        quick = () if options.slow else ("-m", "not slow")
         named = tuple(f for f in files if any(f == f"tests/{s}" or f.startswith(f"tests/{s}/") for s in SERVING_TESTS))
-        environments.append(Environment("serve", str(Path(options.serve).absolute()), named, ("-m", "not slow")))
+        environments.append(Environment("serve", str(Path(options.serve).absolute()), named, quick))
     return environments
 
 
@@ -189,6 +191,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--compress", default=sys.executable, help="python of the compressing environment (this one)")
     parser.add_argument("--serve", help="python of the serving environment; without it, its tests are not run")
+    parser.add_argument(
+        "--slow", action="store_true", help="slow tests of the serving environment too: they start engines"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
     parser.add_argument("--tree", type=Path, default=Path(), help="root of the repository (working directory)")
     parser.add_argument("--package", default="rac_modifier", help="the folder that is mutated (%(default)s)")

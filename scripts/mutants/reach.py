@@ -70,7 +70,7 @@ def record(environment: Environment, tree: Path, package: str, folder: Path) -> 
         done = subprocess.run([*command, *stale], cwd=tree, env=variables, check=False)
         if done.returncode not in (0, 1, 5):
             raise SystemExit(
-                f"pytest ended with {done.returncode} while recording; the tests have to be collected without errors"
+                f"{environment.name}: pytest ended with {done.returncode}; mend what it prints, then try again"
             )
         for file in stale:
             if not (folder / record_name(file)).is_file():  # nothing of it runs in this environment

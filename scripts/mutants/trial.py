@@ -90,7 +90,7 @@ def _run(environment: Environment, tests: list[RecordedTest], tree: Path, packag
     )
     try:
         # the recording was made on this machine, perhaps when it was less busy
-        output, _ = process.communicate(timeout=90 + 6 * sum(test.seconds for test in tests))
+        output, _ = process.communicate(timeout=60 + 4 * sum(test.seconds for test in tests))
     except subprocess.TimeoutExpired:
         return TIMED_OUT
     finally:
