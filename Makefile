@@ -1,44 +1,58 @@
-# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+# Two commands set everything up on a fresh machine: `make demo` and `make test`. `make help` lists the others.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 # Compressing and serving need other versions of the same packages: an environment each.
 SERVE_VENV ?= .venv-serve
-# Threads that spin while they wait stall each other on a machine that does other work: OMP_WAIT_POLICY=PASSIVE below.
+SERVE_BIN = $(SERVE_VENV)/bin
+# Threads that wait do not spin: on a machine that does other work, spinning threads stall each other.
+export OMP_WAIT_POLICY = PASSIVE
+MUTANTS ?= 200
+WORKERS ?= 2
 
-.PHONY: demo serve-demo test test-serve lint schema results clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema results clean
+.DEFAULT_GOAL := help
 
-demo: $(VENV)/.installed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/reasoner_demo.py
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# prunes the embedded reasoner, serves it with `vllm serve`, asks it problems over HTTP and checks the answers
-serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed
-	test -d demo/served || OMP_WAIT_POLICY=PASSIVE $(BIN)/rac prune reasoner demo/served --recipe recipes/rac_2of4.yaml \
+demo: $(VENV)/.installed ## prune the embedded reasoner and compare it with the dense model
+	$(BIN)/python examples/reasoner_demo.py
+
+serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed ## serve the pruned reasoner with `vllm serve`, ask it problems and check the answers
+	test -d demo/served || $(BIN)/rac prune reasoner demo/served --recipe recipes/rac_2of4.yaml \
 		--set calibration.tokens=32768 --set traces.sampling.max_new_tokens=512 --set traces.sampling.batch_size=128 \
 		--precision float32
-	$(SERVE_VENV)/bin/python examples/serve_demo.py demo/served
+	$(SERVE_BIN)/python examples/serve_demo.py demo/served
 
-test: $(VENV)/.installed $(SERVE_VENV)/.installed lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
-	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/vllm_plugin tests/kernels/test_plan.py tests/checkpoint/test_stored_weight.py \
-		tests/checkpoint/test_fuzz_stored_weight.py -m "not slow"
+test: lint test-compress test-plugin ## lint and all tests of both environments but those that start vLLM's engines
 
-# all of the plugin's tests, which start vLLM's engines and servers
-test-serve: $(SERVE_VENV)/.installed
-	OMP_WAIT_POLICY=PASSIVE $(SERVE_VENV)/bin/python -m pytest tests/vllm_plugin
+test-compress: $(VENV)/.installed ## all tests of the compressing environment
+	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed
+# tests/conftest.py (SERVING_TESTS) names what is collected there
+test-plugin: $(SERVE_VENV)/.installed ## the quick tests of the serving environment
+	$(SERVE_BIN)/python -m pytest -m "not slow"
+
+test-serve: $(SERVE_VENV)/.installed ## all tests of the serving environment: starts vLLM's engines and servers
+	$(SERVE_BIN)/python -m pytest
+
+test-processors: $(VENV)/.installed ## numeric tests with other thread counts and instruction sets; not part of `make test`
+	scripts/test_processors.sh $(BIN)/python
+
+mutants: $(VENV)/.installed $(SERVE_VENV)/.installed ## MUTANTS wrong versions of the code (200), and which no test notices; takes an hour, can be interrupted
+	$(BIN)/python -m scripts.mutants --sample $(MUTANTS) --workers $(WORKERS) --compress $(BIN)/python --serve $(SERVE_BIN)/python
+
+lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the JSON Schemas of the recipe entries, published in docs/
-schema: $(VENV)/.installed
+schema: $(VENV)/.installed ## write the JSON Schemas of the recipe entries to docs/
 	$(BIN)/rac schema > docs/recipe.schema.json
 	$(BIN)/rac schema ReasoningAwareCalibrationModifier > docs/calibration.schema.json
 
-# the figures of docs/results; takes hours on 2 cores (smollm2.py says what it needs)
-results: $(VENV)/.installed
+results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 cores (smollm2.py says what it needs)
 	$(BIN)/python benchmarks/pruning_time.py
 	$(BIN)/python benchmarks/reasoner_table.py
 	$(BIN)/python benchmarks/smollm2.py
@@ -51,8 +65,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(SERVE_VENV)/.installed: pyproject.toml scripts/serve_cpu_env.sh
 	PYTHON=$(PYTHON) scripts/serve_cpu_env.sh $(SERVE_VENV)
-	$(SERVE_VENV)/bin/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6.100'
+	$(SERVE_BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6.100' 'coverage>=7.6'
 	touch $@
 
-clean:
-	rm -rf $(VENV) $(SERVE_VENV) build demo
+clean: ## remove the environments and everything that was built
+	rm -rf $(VENV) $(SERVE_VENV) build demo .mutants

@@ -1,19 +1,108 @@
-"""Shared fixtures: a tiny model on disk and a store of its own traces, both made once."""
+"""Shared fixtures: a tiny model on disk and a store of its own traces, both made once; seeds and settings of all tests."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 
 from tests.tiny import entry, save_tiny
 
+TESTS = Path(__file__).parent
+# What runs in the serving environment, which has vLLM and no llm-compressor: folders and files, relative to tests/.
+SERVING_TESTS = (
+    "vllm_plugin",
+    "kernels/test_plan.py",
+    "checkpoint/test_stored_weight.py",
+    "checkpoint/test_fuzz_stored_weight.py",
+)
+
+
+class TorchRandom:
+    """Torch's global generator, as `hypothesis.register_random` wants it: each example starts from the same state."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference only
+hypothesis.register_random(TORCH_RANDOM)
+
+# No deadline: on a busy machine an example may take any time.
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+# `make mutants`: the same examples in each run; a failing example is not made smaller, since nobody reads it.
+hypothesis.settings.register_profile(
+    "mutants",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without llm-compressor, collect what runs there, and what is named on the command line."""
+    if importlib.util.find_spec("llmcompressor") is not None or collection_path.is_dir():
+        return None
+    named = [TESTS / name for name in SERVING_TESTS]
+    if config.args_source is pytest.Config.ArgsSource.ARGS:
+        named += [Path(config.invocation_params.dir, arg.split("::")[0]).resolve() for arg in config.args]
+        named = [path for path in named if path != TESTS]
+    if any(collection_path.is_relative_to(path) for path in named):
+        return None
+    return True
+
+
+@contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """Seed the global generators from a name, and put their states back at the end."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    seed = zlib.crc32(name.encode())  # the same in each process, unlike hash()
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+@pytest.fixture(autouse=True)
+def seeded_by_name(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test draws the same numbers, whatever ran before it."""
+    with seeded(request.node.name):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fixture that several tests share draws the same numbers, whichever test needs it first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with seeded(f"{fixturedef.argname}[{getattr(request, 'param_index', 0)}]"):
+        return (yield)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny matrices: a second thread costs more than it gains, and stalls on a busy machine."""
-    torch.set_num_threads(1)
+    """One thread, unless OMP_NUM_THREADS asks for more: matrices are tiny, and a second thread costs more than it saves."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture
