@@ -15,14 +15,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.register import register_when_imported
+from rac_modifier.llmcompressor.register import MODULES, register_when_imported
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.hf_quantizer import load_model as load_model
-    from rac_modifier.llmcompressor.modifiers import (
+    from rac_modifier.llmcompressor.calibration_modifier import (
         ReasoningAwareCalibrationModifier as ReasoningAwareCalibrationModifier,
     )
-    from rac_modifier.llmcompressor.modifiers import ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier
+    from rac_modifier.llmcompressor.pruning_modifier import (
+        ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier,
+    )
     from rac_modifier.reasoner import reasoner_path as reasoner_path
 
 __version__ = "0.1.0"
@@ -36,8 +38,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.modifiers",
-    "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.modifiers",
+    **MODULES,
     "load_model": "rac_modifier.checkpoint.hf_quantizer",
     "reasoner_path": "rac_modifier.reasoner",
 }

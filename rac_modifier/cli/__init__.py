@@ -7,7 +7,6 @@ import sys
 import typer
 
 from rac_modifier.cli import traces
-from rac_modifier.cli.estimate import estimate
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.inspect import inspect
 from rac_modifier.cli.prune import prune
@@ -23,7 +22,6 @@ app = typer.Typer(
 app.add_typer(traces.app, name="traces")
 app.command()(prune)
 app.command("eval")(evaluate)
-app.command()(estimate)
 app.command()(inspect)
 app.command()(schema)
 

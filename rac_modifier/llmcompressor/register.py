@@ -1,7 +1,8 @@
-"""Make our modifier known to llm-compressor without importing it before the user does.
+"""Make our modifiers known to llm-compressor's recipes, without importing llm-compressor before the user does.
 
-llm-compressor finds modifiers in its own package or by `ModifierFactory.register`, and has no entry point for others. So
-the registration waits, if need be, until `llmcompressor` has been imported.
+llm-compressor finds modifiers in its own package or by `ModifierFactory.register`, and has no entry point for others. If it is
+not imported yet, an import hook registers them as soon as it has been. What is registered are stand-ins: registering imports
+none of our modules, so it does not matter which module is imported first.
 """
 
 from __future__ import annotations
@@ -13,8 +14,18 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmcompressor.modifiers import Modifier
 
 _PACKAGE = "llmcompressor"
+
+# The module of each modifier, by the name that a recipe uses.
+MODULES = {
+    "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
+    "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.calibration_modifier",
+}
 
 
 def register_when_imported() -> None:
@@ -26,8 +37,23 @@ def register_when_imported() -> None:
 
 
 def register() -> None:
-    """Importing the modifier's module registers it, and the calibration pipelines with it."""
-    importlib.import_module("rac_modifier.llmcompressor.modifiers")
+    """Register a stand-in for each modifier; may be called again."""
+    from llmcompressor.modifiers import ModifierFactory
+
+    for name, module in MODULES.items():
+        ModifierFactory.register(name, _stand_in(name, module))
+
+
+def _stand_in(name: str, module: str) -> type[Modifier]:
+    """A class whose call imports the modifier and makes one; `ModifierFactory` takes only subclasses of `Modifier`."""
+    from llmcompressor.modifiers import Modifier
+
+    class StandIn(Modifier):
+        def __new__(cls, **settings: object) -> Modifier:  # type: ignore[misc]
+            made: Modifier = getattr(importlib.import_module(module), name)(**settings)
+            return made
+
+    return StandIn
 
 
 def _being_imported() -> bool:
@@ -36,7 +62,7 @@ def _being_imported() -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds llmcompressor as everybody else does, once, and wraps its loader."""
+    """Finds llmcompressor where the ordinary finders do, once, and wraps its loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -12,9 +12,14 @@ from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
-from rac_modifier.llmcompressor.modifiers import MODIFIERS
+from rac_modifier.llmcompressor.calibration_modifier import ReasoningAwareCalibrationModifier
+from rac_modifier.llmcompressor.pruning_modifier import ReasoningAwareSparseGPTModifier
 
 NAME = "ReasoningAwareSparseGPTModifier"
+MODIFIERS: dict[str, type[CalibratingModifier]] = {
+    NAME: ReasoningAwareSparseGPTModifier,
+    "ReasoningAwareCalibrationModifier": ReasoningAwareCalibrationModifier,
+}
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
