@@ -20,10 +20,12 @@ from rac_modifier.on_import import import_after
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.load import load_model as load_model
-    from rac_modifier.llmcompressor.modifiers import (
+    from rac_modifier.llmcompressor.calibration_modifier import (
         ReasoningAwareCalibrationModifier as ReasoningAwareCalibrationModifier,
     )
-    from rac_modifier.llmcompressor.modifiers import ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier
+    from rac_modifier.llmcompressor.pruning_modifier import (
+        ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier,
+    )
     from rac_modifier.reasoner import reasoner_path as reasoner_path
 
 __version__ = "0.1.0"
@@ -37,8 +39,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.modifiers",
-    "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.modifiers",
+    "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.calibration_modifier",
+    "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
     "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",
 }
@@ -51,5 +53,5 @@ def __getattr__(name: str) -> Any:
 
 
 # Each of the two modules enters itself into a registry of the library when it is imported.
-import_after("llmcompressor", "rac_modifier.llmcompressor.modifiers")
+import_after("llmcompressor", "rac_modifier.llmcompressor.register")
 import_after("transformers.quantizers.auto", "rac_modifier.checkpoint.hf_quantizer")

@@ -1,3 +1,4 @@
-"""The room that meets llm-compressor: our modifiers, its pipelines with our loader, group by group or layer by layer."""
+"""The one room that imports llm-compressor: our modifiers, and the calibration loops that run them.
 
-import llmcompressor  # noqa: F401 - first, since it registers our modifiers when imported, and that imports these modules
+This file imports nothing, so that `import rac_modifier` stays light. `register.py` makes the modifiers known to recipes.
+"""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
-import psutil
 import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.utils import align_module_device
@@ -13,11 +11,10 @@ from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
-from loguru import logger
-from tqdm import tqdm
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.input_groups import InputGroup
+from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage
 from rac_modifier.pruning.hessian import Statistics
 
@@ -26,7 +23,7 @@ def calibrate_by_group(
     model: torch.nn.Module,
     loader: CalibrationLoader,
     stages: list[Stage],
-    modifier: Any,
+    pruner: Pruner,
     onload_device: torch.device,
     offload_device: torch.device,
 ) -> None:
@@ -34,9 +31,8 @@ def calibrate_by_group(
 
     Upstream takes all Hessians of a decoder layer before it prunes any of its modules. This costs a second pass, and
     o_proj and the MLP are calibrated on inputs that they will not get in the pruned model. Activations are kept as in upstream,
-    in an `IntermediatesCache`; with the dense target (`modifier.needs_dense_stream`) there are two.
+    in an `IntermediatesCache`; with the dense target (`pruner.needs_dense_stream`) there are two.
     """
-    _say_what_is_kept(model, loader, stages, modifier, offload_device)
     LifecycleCallbacks.calibration_start()
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
@@ -46,43 +42,24 @@ def calibrate_by_group(
         dense = pruned
         batches = range(len(loader))
         last = max(i for i, stage in enumerate(stages) if stage.modules)
-        progress = stack.enter_context(tqdm(total=(last + 1) * len(batches), desc="pruning", unit="batch"))
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
                 if stage.modules:
-                    progress.set_postfix_str(modifier.describe_modules(stage.modules))
-                    if modifier.needs_dense_stream and dense is pruned:  # nothing is pruned yet
+                    if pruner.needs_dense_stream and dense is pruned:  # until here nothing was pruned
                         dense = _copy(pruned)
-                    group = None
+                    group: InputGroup | None = None
                     for batch in batches:
                         (x,), (x_dense,) = (c.fetch(batch, [stage.reads]).values() for c in (pruned, dense))
-                        group = group or _input_group(stage, x, modifier.needs_dense_stream)
-                        group.statistics.add(x, modifier.weights_for(stage.modules, batch), x_dense)
+                        group = group or _input_group(stage, x, pruner.needs_dense_stream)
+                        group.statistics.add(x, pruner.weights_for(stage.modules, batch), x_dense)
                         if dense is not pruned and index < last:
                             stage.run(model, dense, batch)
-                    modifier.prune_group(group)
-                for batch in batches:
-                    if index < last:
+                    assert group is not None, "a calibration set has batches"
+                    pruner.prune_group(group)
+                if index < last:
+                    for batch in batches:
                         stage.run(model, pruned, batch)
-                    progress.update()
         LifecycleCallbacks.calibration_end()
-
-
-def _say_what_is_kept(
-    model: torch.nn.Module, loader: CalibrationLoader, stages: list[Stage], modifier: Any, device: torch.device
-) -> None:
-    """The widest cut: what one group reads, with the residual stream beside it, for every token and each model."""
-    hidden = model.get_input_embeddings().weight  # type: ignore[operator]
-    widest = max(module.weight.shape[1] for stage in stages for module in stage.modules)  # type: ignore[index]
-    tokens = sum(weights.numel() for weights in loader.token_weights)
-    streams = 2 if modifier.needs_dense_stream else 1
-    need = tokens * (widest + hidden.shape[1]) * hidden.element_size() * streams / 2**30
-    message = f"about {need:.1f} GiB of activations will be kept on {device} ({tokens:,} tokens with padding)"
-    free = psutil.virtual_memory().available / 2**30
-    if device.type == "cpu" and need > 0.9 * free:
-        logger.warning(f"{message}, and {free:.1f} GiB are free: calibrate on fewer tokens, or set preset: paper")
-    else:
-        logger.info(message)
 
 
 def _input_group(stage: Stage, x: torch.Tensor, with_cross_moment: bool) -> InputGroup:

@@ -1,29 +1,33 @@
-"""Calibrate layer by layer, as upstream does, without the work whose result nobody reads."""
+"""Calibrate layer by layer, as upstream does, without the work whose result is not used."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading
-from llmcompressor.core import LifecycleCallbacks
+from llmcompressor.args import DatasetArguments
+from llmcompressor.core import CompressionSession, LifecycleCallbacks
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage, use_own_configs
 from rac_modifier.model_tools import StopForward
 
 
 def calibrate_by_layer(
-    model: PreTrainedModel, loader: CalibrationLoader, dataset_args: Any, session: Any, onload_device: torch.device
+    model: PreTrainedModel,
+    loader: CalibrationLoader,
+    pruner: Pruner,
+    dataset_args: DatasetArguments,
+    session: CompressionSession,
+    onload_device: torch.device,
 ) -> None:
     """Take all Hessians of a decoder layer from one pass, prune it, and run it a second time for the next layer.
 
@@ -40,7 +44,7 @@ def calibrate_by_layer(
     configs = use_own_configs(model, subgraphs)
     stages = [Stage([], None, [subgraph], configs) for subgraph in subgraphs]
     LifecycleCallbacks.calibration_start()
-    wanted = {module for m in session.lifecycle.recipe.modifiers for module in m.calibrated_modules()}
+    wanted = set(pruner.calibrated_modules())
     submodules = [subgraph.submodules(model) for subgraph in subgraphs]
     last = max((i for i, modules in enumerate(submodules) if wanted.intersection(modules)), default=-1)
 
@@ -50,22 +54,17 @@ def calibrate_by_layer(
         cache = IntermediatesCache.from_dataloader(
             loader, onload_device, torch.device(dataset_args.sequential_offload_device)
         )
-
-        def batches(index: int, what: str) -> Iterable[int]:
-            return tqdm(range(len(loader)), desc=f"({index + 1}/{last + 1}): {what}")
-
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
                 if wanted.intersection(submodules[index]):
-                    for modifier in session.lifecycle.recipe.modifiers:
-                        modifier.on_subgraph_start(submodules[index])
-                    for batch in batches(index, "Calibrating"):
+                    pruner.on_subgraph_start(submodules[index])
+                    for batch in range(len(loader)):
                         session.state.current_batch_idx = batch
                         with contextlib.suppress(StopForward):
                             stage.look(model, cache, batch)
                     LifecycleCallbacks.sequential_epoch_end(submodules[index])
                 if index < last:
                     with HooksMixin.disable_hooks():
-                        for batch in batches(index, "Propagating"):
+                        for batch in range(len(loader)):
                             stage.run(model, cache, batch)
         LifecycleCallbacks.calibration_end()

@@ -1,4 +1,4 @@
-"""What our modifiers share: the calibration set, sampled or read, mixed, and put into llm-compressor's session."""
+"""What our modifiers share: the checks of a run, and its calibration set, which every modifier of the recipe runs on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Any, Self
 
 import torch
-from llmcompressor.core import State, active_session
+from llmcompressor.core import CompressionSession, State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
 from transformers import AutoTokenizer
@@ -15,6 +15,9 @@ from rac_modifier.calibration.calibration_set import CalibrationSet, build_calib
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.dense_reference import RunDivergence
+from rac_modifier.llmcompressor.oneshot_arguments import check_arguments, find_oneshot, given_tokenizer
+from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
+from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.settings.entries import CalibrationEntry
 
@@ -27,8 +30,10 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     """Brings the calibration set of a recipe, for itself and for every other modifier that calibrates."""
 
     _calibration: CalibrationSet | None = PrivateAttr(default=None)
+    _given_tokenizer: Any = PrivateAttr(default=None)
+    _session: CompressionSession | None = PrivateAttr(default=None)
     _divergence: RunDivergence | None = PrivateAttr(default=None)
-    _moved: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _measured: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _upstream_state_is_not_set(self) -> Self:
@@ -58,11 +63,12 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         place = next((i for i, modifier in enumerate(modifiers) if modifier is self), -1)
         return modifiers[place + 1 :] if later else [modifier for modifier in modifiers if modifier is not self]
 
-    def check_run(self, state: State) -> None:
+    def check_run(self, state: State, *, prunes: bool) -> None:
         """Refuse what cannot work, before anything is sampled.
 
         Raises:
-            RacError: several processes, a second such modifier, or a dataset beside the recipe.
+            RacError: several processes, a second such modifier, a dataset or other arguments of `oneshot` that would have no
+                effect, or an output folder that is in use.
         """
         name = type(self).__name__
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (
@@ -77,39 +83,58 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             if name in others:
                 raise RacError(f"the recipe has two {name}; write one, with targets that cover both")
             raise RacError(f"{name} beside {others[0]}, which calibrates the whole recipe: leave {name} out")
+        if (oneshot := find_oneshot()) is not None:
+            check_arguments(oneshot, name, prunes=prunes)
+            self._given_tokenizer = given_tokenizer(oneshot, self.tokenizer, state.model.config._name_or_path)
         if state.data.calib is not None:
             raise RacError(
-                f"oneshot was given a dataset, and {name} brings its own calibration set: leave the dataset argument out, "
+                f"the session was given calibration data, and {name} brings its own: leave calib_data out, "
                 "or name the data in the recipe (traces.problems, calibration.generic)"
             )
 
-    def calibrate_session(self, state: State) -> CalibrationSet:
-        """Build the calibration set unless it was given, and put its loader into the session."""
+    def build_calibration(self, state: State) -> CalibrationSet:
+        """The calibration set: the one given, or else sampled and mixed as the recipe says."""
         if self._calibration is None:
             tokenizer = self._load_tokenizer(state.model)
             self._calibration = build_calibration_set(state.model, tokenizer, self.traces, self.calibration.weighed())
         with on_accelerator(state.model):
             self._divergence = RunDivergence(state.model, self._calibration, off_policy=self.traces.allow_off_policy)
-        state.data.calib = self._calibration.loader
         return self._calibration
 
+    def calibrate_session(self, state: State, pruner: Pruner | None) -> None:
+        """The last step of initializing: from here on the session calibrates on our set; `pruner` is this modifier or None."""
+        self._session = active_session()
+        state.data.calib = self.calibration_set.loader
+        put_in_place(self._session, Run(self.calibration_set.loader, pruner))
+
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Measure the result, once every modifier of the recipe is done with it."""
-        if self._divergence is not None:
-            self._moved = self._divergence.measure(state.model)
-            self._divergence = None
+        """Take the pipeline away, and measure the result once every modifier of the recipe has run.
+
+        The session's next reset finalizes a run that failed; there is nothing to measure then.
+        """
+        succeeded = self._session is not None and take_away(self._session) and self.ended_
+        if succeeded and self._divergence is not None:
+            self._measured = self._divergence.measure(state.model)
+        self._divergence = None
         return True
 
     def run_record(self) -> dict[str, Any]:
-        """What the run record says of the settings and of what was calibrated on."""
+        """The run record's entries about the settings and the calibration set."""
         return {
             "seed": f"{self.traces.sampling.seed} for sampling, {self.calibration.seed} for the mixture",
             "modifier": self.model_dump(mode="json"),
             **self.calibration_set.as_dict(),
-            "divergence": self._moved,
+            "divergence": self._measured,
         }
 
+    @property
+    def tokenizer_name(self) -> str | None:
+        """Path or id of the tokenizer that the recipe or `oneshot` names; None for the model's own."""
+        return self.tokenizer or getattr(self._given_tokenizer, "name_or_path", None) or None
+
     def _load_tokenizer(self, model: Any) -> Any:
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer
         source = self.tokenizer or model.config._name_or_path
         try:
             return AutoTokenizer.from_pretrained(source)

@@ -1,77 +1,103 @@
-"""The one place where RAC enters llm-compressor's calibration pipelines.
+"""The one place where we enter llm-compressor's calibration, and leave it again.
 
-Upstream's `oneshot` hands its pipelines the dataloader that it built from its own dataset arguments, which is None when
-the user gave none. A modifier can put another into `session.state.data.calib`, but nothing reads it there. So the
-pipelines registered as "sequential" and "basic" are replaced by the subclasses below. Without a `CalibrationLoader` in the
-session they are upstream's own, call for call.
+Upstream's `oneshot` initializes the recipe's modifiers, asks `CalibrationPipeline.from_modifiers` for a pipeline by name, and
+calls it with the dataloader made from its own dataset arguments, which is None when the user gave none. A modifier has no way
+to bring another. So, while a run of ours lasts, the pipeline registered as "sequential" is one that runs on our calibration
+set: a modifier puts it in place when it is initialized, and it is taken away when the modifier is finalized or the pipeline
+fails. (A run that fails elsewhere is finalized by the session's next reset, with which each `oneshot` begins.) Every other
+session, in another thread for example, gets upstream's own pipeline all the time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from compressed_tensors.offload import set_onload_device
 from compressed_tensors.registry.registry import _REGISTRY
-from llmcompressor.core import active_session
-from llmcompressor.pipelines.basic.pipeline import BasicPipeline
+from llmcompressor.args import DatasetArguments
+from llmcompressor.core import CompressionSession, active_session
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from llmcompressor.utils.dev import get_main_device
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.by_group import calibrate_by_group
 from rac_modifier.llmcompressor.by_layer import calibrate_by_layer
+from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage, UntraceableError, trace_stages
+
+_NAME = "sequential"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of ours in a session: what is calibrated on, and the modifier that prunes; None where none does."""
+
+    loader: CalibrationLoader
+    pruner: Pruner | None
+
+
+_runs: weakref.WeakKeyDictionary[CompressionSession, Run] = weakref.WeakKeyDictionary()
+
+
+def put_in_place(session: CompressionSession, run: Run) -> None:
+    """Calibrate this session on `run.loader` from now on."""
+    _runs[session] = run
+    _REGISTRY[CalibrationPipeline][_NAME] = _pipeline_of_active_session
+
+
+def take_away(session: CompressionSession) -> bool:
+    """Give this session upstream's pipeline again; returns whether ours was in place."""
+    ours = _runs.pop(session, None)
+    if not _runs:
+        _REGISTRY[CalibrationPipeline][_NAME] = SequentialPipeline
+    return ours is not None
+
+
+def _pipeline_of_active_session() -> SequentialPipeline:
+    """What the registry calls to make a pipeline."""
+    run = _runs.get(active_session())
+    return SequentialPipeline() if run is None else ReasoningAwareSequentialPipeline(run)
 
 
 class ReasoningAwareSequentialPipeline(SequentialPipeline):
-    """Upstream's sequential pipeline, fed with the loader that RAC put into the session."""
+    """Upstream's sequential pipeline on our calibration set, in place of the dataloader that it is called with.
 
-    @staticmethod
-    def __call__(model: PreTrainedModel, dataloader: Any, dataset_args: Any) -> None:  # type: ignore[override]
-        """Calibrate group by group where the model can be traced that far and RAC is alone in this pass, else layer by layer.
+    It prunes group by group where the model can be traced that far and our pruning modifier is alone in this pass, else layer
+    by layer. Other modifiers, which do not read token weights, run in upstream's own loop over unpadded batches.
+    """
 
-        A modifier that knows nothing of token weights gets upstream's own loop, over unpadded batches.
-        """
-        session = active_session()
-        loader = session.state.data.calib
+    def __init__(self, run: Run):
+        self._run = run
+
+    def __call__(self, model: PreTrainedModel, dataloader: object, dataset_args: DatasetArguments) -> None:  # type: ignore[override]
+        """Calibrate; on an error upstream's pipeline is in place again at once."""
+        try:
+            self._calibrate(model, dataset_args)
+        except BaseException:
+            take_away(active_session())
+            raise
+
+    def _calibrate(self, model: PreTrainedModel, dataset_args: DatasetArguments) -> None:
+        session, run = active_session(), self._run
         modifiers = session.lifecycle.recipe.modifiers
-        ours = [m for m in modifiers if hasattr(m, "use_order")]
-        if not isinstance(loader, CalibrationLoader):
-            SequentialPipeline.__call__(model, dataloader, dataset_args)
-        elif len(ours) == len(modifiers) == 1:
-            _calibrate(model, loader, dataset_args, session, ours[0])
-        else:
-            for modifier in ours:
-                modifier.use_order("layer", "other modifiers calibrate in the same pass (pipeline='sequential')")
-            with _in_session(session, loader.unpadded()) as unpadded:
-                SequentialPipeline.__call__(model, unpadded, dataset_args)
-
-
-class ReasoningAwareBasicPipeline(BasicPipeline):
-    """Upstream's basic pipeline; RAC refuses it, since it would prune every layer on the dense model's activations."""
-
-    @staticmethod
-    def __call__(model: torch.nn.Module, dataloader: Any, dataset_args: Any) -> None:
-        """Run upstream's pipeline, or refuse when RAC's loader is in the session."""
-        if isinstance(active_session().state.data.calib, CalibrationLoader):
-            raise RacError('pipeline="basic" does not prune layer by layer; use pipeline="independent" or "sequential"')
-        BasicPipeline.__call__(model, dataloader, dataset_args)
-
-
-def install() -> None:
-    """Put both pipelines in their registry places; does nothing the second time."""
-    _REGISTRY[CalibrationPipeline]["sequential"] = ReasoningAwareSequentialPipeline
-    _REGISTRY[CalibrationPipeline]["basic"] = ReasoningAwareBasicPipeline
+        pruner = run.pruner if any(modifier is run.pruner for modifier in modifiers) else None
+        if pruner is not None and len(modifiers) == 1:
+            _prune(model, run.loader, dataset_args, session, pruner)
+            return
+        if pruner is not None:
+            pruner.use_order("layer", "other modifiers calibrate in the same pass (pipeline='sequential')")
+        with _in_session(session, run.loader.unpadded()) as unpadded:
+            SequentialPipeline.__call__(model, unpadded, dataset_args)
 
 
 @contextlib.contextmanager
-def _in_session(session: Any, loader: CalibrationLoader) -> Iterator[CalibrationLoader]:
+def _in_session(session: CompressionSession, loader: CalibrationLoader) -> Iterator[CalibrationLoader]:
     """The loader whose token weights belong to the batches that are being run."""
     before, session.state.data.calib = session.state.data.calib, loader
     try:
@@ -80,26 +106,29 @@ def _in_session(session: Any, loader: CalibrationLoader) -> Iterator[Calibration
         session.state.data.calib = before
 
 
-def _calibrate(
-    model: PreTrainedModel, loader: CalibrationLoader, dataset_args: Any, session: Any, modifier: Any
+def _prune(
+    model: PreTrainedModel,
+    loader: CalibrationLoader,
+    dataset_args: DatasetArguments,
+    session: CompressionSession,
+    pruner: Pruner,
 ) -> None:
-    device = get_main_device()
+    device, offload = get_main_device(), torch.device(dataset_args.sequential_offload_device)
     set_onload_device(model, device)
     stages: list[Stage] = []
-    why = f"order: {modifier.order}"
+    why = f"order: {pruner.order}"
     if dataset_args.sequential_targets:
         why = f"oneshot was given sequential_targets={dataset_args.sequential_targets}"
-    elif modifier.order != "layer":
+    elif dataset_args.sequential_targets_per_subgraph != 1:
+        why = f"oneshot was given sequential_targets_per_subgraph={dataset_args.sequential_targets_per_subgraph}"
+    elif pruner.order != "layer":
         try:
-            stages = trace_stages(model, next(iter(loader)), modifier.calibrated_modules(), dataset_args.tracing_ignore)
+            stages = trace_stages(model, next(iter(loader)), pruner.calibrated_modules(), dataset_args.tracing_ignore)
         except UntraceableError as error:
             why = str(error)
-    modifier.use_order("group" if stages else "layer", why)
+    pruner.use_order("group" if stages else "layer", why)
+    pruner.check_memory(model, [stage.modules for stage in stages if stage.modules], device, offload)
     if stages:
-        offload = torch.device(dataset_args.sequential_offload_device)
-        calibrate_by_group(model, loader, stages, modifier, device, offload)
+        calibrate_by_group(model, loader, stages, pruner, device, offload)
     else:
-        calibrate_by_layer(model, loader, dataset_args, session, device)
-
-
-install()  # here and not in modifier/, so that whichever of the two is imported first, both are complete
+        calibrate_by_layer(model, loader, pruner, dataset_args, session, device)

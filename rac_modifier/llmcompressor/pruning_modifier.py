@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.quantization import QuantizationMixin
+from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import PrivateAttr
 from transformers import PreTrainedModel
@@ -19,18 +21,21 @@ from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
-from rac_modifier.llmcompressor.module_patterns import describe_patterns, listed_patterns, measured_patterns
+from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
+from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
+from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
+from rac_modifier.llmcompressor.sensitivity import measured_patterns
+from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
 from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.model_tools import on_accelerator
-from rac_modifier.pruning.cost import Cost, Group, Plan, groups_by_input, run_cost
 from rac_modifier.pruning.masks import holds
 from rac_modifier.pruning.solve import solve
 from rac_modifier.quantization.solve import Quantized, quantize
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 
-# They move weights to make up for rounding, pruned ones too (upstream's issue 2860).
+# They move weights to compensate for rounding, pruned ones too (llm-compressor issue 2860).
 _FILLS_ZEROS = {"GPTQModifier"}
 # A dense model has a few zeros by rounding; with fewer than this share of them a module is not sparse.
 _LEAST_ZEROS = 0.05
@@ -47,6 +52,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _collector: HessianCollector | None = PrivateAttr(default=None)
     _quantizer: GroupQuantizer | None = PrivateAttr(default=None)
     _token_weights: dict[torch.nn.Module, list[torch.Tensor]] = PrivateAttr(default_factory=dict)
+    _progress: PruningProgress | None = PrivateAttr(default=None)
     _order: dict[str, str] = PrivateAttr(default_factory=dict)
     _results: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
 
@@ -54,33 +60,16 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         """The modules whose inputs are collected, and their names."""
         return dict(self._names)
 
-    def describe_modules(self, modules: list[torch.nn.Module]) -> str:
-        """Short names of modules that read the same input, for progress bars."""
-        first = ".".join(self._names[modules[0]].split(".")[-4:])
-        return f"{first} and {len(modules) - 1} more" if len(modules) > 1 else first
-
-    def cost(self, groups: list[Group]) -> Cost:
-        """What these settings cost on modules of such shapes."""
-        return run_cost(
-            groups,
-            Plan(
-                **{name: getattr(self, name) for name in Plan.__annotations__ if hasattr(self, name)},
-                tokens=self.calibration.tokens,
-                held_out_tokens=self.calibration.held_out_tokens,
-                rounding_sweeps=self.quantization.sweeps if self.quantization else None,
-            ),
-        )
-
     @property
     def needs_dense_stream(self) -> bool:
         """Whether the dense model's activations have to be carried beside the pruned model's."""
         return self.reconstruct == "dense"
 
     def use_order(self, order: Literal["group", "layer"], why: str) -> None:
-        """The pipeline says how finely it goes.
+        """Record the granularity that the pipeline chose.
 
         Raises:
-            RacError: when the recipe asks for more.
+            RacError: when the recipe asks for the other one, or for what needs it.
         """
         if self.order == "group" and order != "group":
             raise RacError(f"order: group is not possible here: {why}; set order: layer")
@@ -90,14 +79,14 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if order == "layer" and self.reconstruct == "dense":
             self._order["reconstruct"] = "pruned"
             logger.warning(
-                f"reconstruct: dense needs the model cut between its modules, which is not possible here ({why}): going layer by "
-                "layer towards the pruned model's own outputs instead, which keeps less accuracy"
+                f"reconstruct: dense needs the model cut between its modules, which is not possible here ({why}): pruning layer "
+                "by layer towards the pruned model's own outputs instead, which keeps less accuracy"
             )
         logger.info(f"pruning {order} by {order} ({why})")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything that can be checked, then sample and mix the calibration set."""
-        self.check_run(state)
+        self.check_run(state, prunes=True)
         model = state.model
         self._names = find_targets(model, self.targets, self.ignore, self.pattern)
         self._check_later_modifiers()
@@ -111,8 +100,10 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if self.quantization is not None:
             self._quantizer = GroupQuantizer(self.quantization, model, self._names)
         logger.info(f"pruning {len(self._names)} modules: {described}")
-        logger.info(f"counted cost, without sampling: {self.cost(groups_by_input(model, self._names)).describe()}")
-        loader = self.calibrate_session(state).loader
+        oneshot = find_oneshot()
+        offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
+        self.check_memory(model, [], get_main_device(), torch.device(offload))
+        loader = self.build_calibration(state).loader
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader)
@@ -122,23 +113,56 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if self._quantizer is not None:
             self._quantizer.attach(model)
         save_with_record(model, self._plan)
+        self.calibrate_session(state, self)
         return True
+
+    def check_memory(
+        self,
+        model: PreTrainedModel,
+        groups: list[list[torch.nn.Module]],
+        onload: torch.device,
+        offload: torch.device,
+    ) -> None:
+        """Refuse to start where the largest of these groups (none: of the modules) needs more memory than is free.
+
+        Raises:
+            RacError: naming the module, the bytes needed and free, and what to change.
+        """
+        embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        loader = self._calibration.loader if self._calibration else None
+        sizes = [weights.numel() for weights in loader.token_weights] if loader else []
+        by_layer = "layer" in (self.order, self._order.get("order"))
+        need = MemoryNeed(
+            tokens=sum(sizes) or self.calibration.tokens,
+            batch_tokens=max(sizes, default=min(self.calibration.tokens, self.calibration.batch_tokens)),
+            hidden=embedding.shape[1],
+            activation_bytes=embedding.element_size(),
+            by_layer=by_layer,
+            dense_target=self.needs_dense_stream and not by_layer,
+            solver=self.solver,
+            refits=self.refit or self.solver in ("alps", "keep") or self.quantization is not None,
+        )
+        shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
+        check_memory(need, shapes, onload, offload)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every module to prune."""
+        self._progress = PruningProgress({name: tuple(module.weight.shape) for module, name in self._names.items()})  # type: ignore[arg-type]
         collector = self._collector = HessianCollector(self._names)
 
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             loader, batch = state.data.calib, state.current_batch_idx
             if not isinstance(loader, CalibrationLoader):
-                raise RacError("the calibration pipeline does not run on RAC's loader; use pipeline='independent'")
+                raise RacError(
+                    "the calibration pipeline does not run on this recipe's calibration set; use pipeline='independent'"
+                )
             collector.observe(module, args[0], loader.token_weights[batch], batch)
 
         for module in self._names:
             self.register_hook(module, hook, "forward_pre")  # type: ignore[arg-type]
 
-    def on_subgraph_start(self, modules: list[torch.nn.Module]) -> None:
-        """Called by the lean pipeline: these are the modules of the coming forward passes."""
+    def on_subgraph_start(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Layer by layer: the coming forward passes run these modules."""
         assert self._collector is not None
         self._collector.expect(module for module in modules if module in self._names)
 
@@ -204,10 +228,14 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 record["relative_error"] = result.relative_error
                 record["sparsity"] = float((result.weight == 0).float().mean())
                 record["quantization"] = quantizer.described[solution.name]
+        assert self._progress is not None
+        self._progress.done(names)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Stop watching; a module that no calibration token reached is an error, not a silent gap."""
         self.remove_hooks()
+        if self._progress is not None:
+            self._progress.close()
         missed = [name for name in self._names.values() if name not in self._results]
         if missed:
             raise RacError(
@@ -218,7 +246,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             self._quantizer.finish(state.model)
 
     def _check_later_modifiers(self) -> None:
-        """What would undo this one's work is known from the recipe, before hours of it."""
+        """Refuse modifiers that would undo this one's work, before anything is sampled."""
         for modifier in self.other_modifiers(later=True):
             name = type(modifier).__name__
             if name in _FILLS_ZEROS:
@@ -274,7 +302,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             patterns=self._patterns,
             modules={name: module for module, name in self._names.items() if isinstance(module, torch.nn.Linear)},
             storage=self.storage,
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer_name,
             prepare=prepare,
             record={
                 "method": self.solver,
@@ -283,6 +311,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 "pattern": self._described,
                 "mask_structure": next(iter(self._patterns.values())).mask_structure,
                 **self.run_record(),
+                "time": self._progress.record() if self._progress else {},
                 "modules": list(self._results.values()),
             },
         )

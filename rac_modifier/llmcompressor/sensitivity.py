@@ -9,17 +9,40 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from compressed_tensors.utils import align_module_device, update_offload_parameter
+from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.shares import Sensitivity
+from rac_modifier.llmcompressor.shares import (
+    Sensitivity,
+    log_patterns,
+    module_sizes,
+    patterns_for,
+    sensitive_shares,
+)
+from rac_modifier.settings.pattern import Pattern
 
-TOKENS = 2048  # of the calibration set that the KL is measured on
-_POSITIONS = 512  # of them whose dense predictions are kept and compared: 300 MB for a vocabulary of 150,000
+_TOKENS = 2048  # of the calibration set that the KL is measured on
+_POSITIONS = 512  # of these tokens, whose dense predictions are kept and compared: 300 MB for a vocabulary of 150,000
 _THRESHOLDS = 256
 _SAMPLE = 1 << 20  # of a module's scores, for its thresholds
+
+
+def measured_patterns(
+    model: PreTrainedModel, names: Mapping[torch.nn.Module, str], pattern: Pattern, loader: CalibrationLoader
+) -> dict[str, Pattern]:
+    """Patterns half-way from uniform to what the modules' measured KL suggests; see `sensitive_shares`.
+
+    Raises:
+        RacError: see `measure_sensitivity`.
+    """
+    logger.info(f"allocation: kl takes {len(names) + 1} forward passes of about {_TOKENS:,} tokens")
+    found = measure_sensitivity(model, loader, names, pattern.sparsity)
+    patterns = patterns_for(sensitive_shares(found, pattern.sparsity), module_sizes(names), pattern.sparsity)
+    log_patterns(patterns, pattern)
+    return patterns
 
 
 @torch.no_grad()
@@ -29,7 +52,7 @@ def measure_sensitivity(
     """KL(dense || dense but for one module) for each module of `names`, pruned to `sparsity` by Wanda's score.
 
     The score is W_ij^2 times the sum of squares of input j, compared over the whole module. One forward pass of about 2,048
-    calibration tokens for the scores and one more a module; weights are put back as they were.
+    calibration tokens for the scores, and one more per module; weights are put back as they were.
 
     Raises:
         RacError: naming a module that no token reaches or whose measure is not finite.
@@ -70,15 +93,15 @@ class _Rows:
 
 
 def _first_rows(loader: CalibrationLoader) -> list[_Rows]:
-    """The first rows of the calibration set, up to `TOKENS` tokens."""
+    """The first rows of the calibration set, up to `_TOKENS` tokens."""
     batches, tokens = [], 0
     for batch, weights in zip(loader, loader.token_weights, strict=True):
         real = (weights > 0).sum(1)
-        rows = int((real.cumsum(0) + tokens < TOKENS).sum()) + 1
+        rows = int((real.cumsum(0) + tokens < _TOKENS).sum()) + 1
         ids, counted = batch["input_ids"][:rows], weights[:rows] > 0
         batches.append((ids, counted))
         tokens += int(counted.sum())
-        if tokens >= TOKENS:
+        if tokens >= _TOKENS:
             break
     every = -(-tokens // _POSITIONS)
     result, seen = [], 0
@@ -92,13 +115,13 @@ def _first_rows(loader: CalibrationLoader) -> list[_Rows]:
 def _dense_pass(
     model: PreTrainedModel, batches: list[_Rows], names: Mapping[torch.nn.Module, str]
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """The sum of squares of each module's inputs [d], and log-probabilities [positions, vocabulary] a batch."""
+    """The sum of squares of each module's inputs [d], and log-probabilities [positions, vocabulary] per batch."""
     squares: dict[str, torch.Tensor] = {}
     current: list[torch.Tensor] = []
 
     def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x, real = args[0].float(), current[-1].to(args[0].device)
-        if x.shape[:-1] == real.shape:  # an expert gets rows of its own choice
+        if x.shape[:-1] == real.shape:  # not for an expert, which gets only some of the tokens
             x = x[real]
         sums = x.square().flatten(0, -2).sum(0)
         squares[names[module]] = squares.get(names[module], torch.zeros_like(sums)) + sums

@@ -1,8 +1,7 @@
-"""How much of each module is pruned, so that all of them together lose exactly the share that was asked for.
+"""How much of each module is pruned: from the recipe's `allocation` to one pattern per module.
 
-Unstructured patterns only: an N:M pattern fixes every module's share. A plan is a number of weights a module; the numbers
-add up to floor(all weights * sparsity), and a `Pattern` made of one prunes that many with ALPS (SparseGPT rounds down once
-a block of columns, as ever).
+Unstructured patterns only: an N:M pattern fixes every module's share. Each module gets a number of weights to prune; the
+numbers add up to floor(all weights * sparsity). ALPS prunes exactly that many; SparseGPT rounds down in each block of columns.
 """
 
 from __future__ import annotations
@@ -12,8 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from compressed_tensors.utils import match_named_modules
+from loguru import logger
+from transformers import PreTrainedModel
+
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pruning import Allocation
 
 _AGREEMENT = 1e-3  # between the average of a list that names every module and the sparsity asked for
 _HALF = 0.5  # of the way from uniform to the optimum
@@ -25,7 +30,7 @@ class Sensitivity:
 
     Attributes:
         weights: how many the module has.
-        kl: nats a token, from the dense model, when `sparsity` of the module's weights are pruned by score.
+        kl: nats per token, from the dense model, when `sparsity` of the module's weights are pruned by score.
         thresholds: the score below which a share k / (len - 1) of its weights lie, ascending.
         lost: the sum of the pruned weights' scores.
     """
@@ -36,10 +41,62 @@ class Sensitivity:
     lost: float
 
 
-def patterns_for(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, Pattern]:
-    """One unstructured pattern a module from wanted `shares`, which are rounded so that the total is exact.
+def describe_patterns(pattern: Pattern, allocation: Allocation) -> str:
+    """The pattern in words; the run record lists each module's share."""
+    if allocation == "uniform":
+        return pattern.describe()
+    how = "as listed" if isinstance(allocation, dict) else "by measured KL"
+    return f"{pattern.describe()}, more in some modules than in others, {how}"
 
-    Largest remainders are rounded up until floor(sum(sizes) * sparsity) weights are given out.
+
+def listed_patterns(
+    model: PreTrainedModel, names: Mapping[torch.nn.Module, str], pattern: Pattern, allocation: Allocation
+) -> dict[str, Pattern]:
+    """Patterns from shares by module name or "re:" pattern, where a module's last match counts; see `listed_shares`.
+
+    Without such a list, the same pattern for every module.
+
+    Raises:
+        RacError: a name that matches no module to be pruned, or shares that cannot make the average.
+    """
+    if not isinstance(allocation, dict):
+        return dict.fromkeys(names.values(), pattern)
+    shares: dict[str, float] = {}
+    for target, share in allocation.items():
+        matched = [name for name, module in match_named_modules(model, [target]) if module in names]
+        if not matched:
+            raise RacError(
+                f"allocation names {target!r}, which matches none of the {len(names)} modules to be pruned, such as "
+                f"{next(iter(names.values()))}"
+            )
+        shares.update(dict.fromkeys(matched, share))
+    sizes = module_sizes(names)
+    patterns = patterns_for(listed_shares(shares, sizes, pattern.sparsity), sizes, pattern.sparsity)
+    log_patterns(patterns, pattern)
+    return patterns
+
+
+def module_sizes(names: Mapping[torch.nn.Module, str]) -> dict[str, int]:
+    """The number of weights of each module."""
+    return {name: module.weight.numel() for module, name in names.items()}  # type: ignore[operator]
+
+
+def log_patterns(patterns: Mapping[str, Pattern], pattern: Pattern) -> None:
+    """Log the smallest and the largest share."""
+    least, most = (f(patterns, key=lambda name: patterns[name].sparsity) for f in (min, max))
+    logger.info(
+        f"allocation: from {patterns[least].sparsity:.1%} of {least} to {patterns[most].sparsity:.1%} of {most}, "
+        f"{pattern.sparsity:.4g} together"
+    )
+
+
+def patterns_for(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, Pattern]:
+    """One unstructured pattern per module from wanted `shares`, which are rounded so that the total is exact.
+
+    Largest remainders are rounded up until the counts add up to floor(sum(sizes) * sparsity).
+
+    Raises:
+        RacError: a module would keep no weight.
     """
     budget = math.floor(sum(sizes.values()) * sparsity)
     wanted = {name: shares[name] * size for name, size in sizes.items()}
@@ -54,15 +111,15 @@ def patterns_for(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity
         for name in able[: abs(left)]:
             counts[name] += step
         left = budget - sum(counts.values())
-    # the next float above: a rounded quotient may lie below it, and its product with the size be cut to one less
+    # nextafter: a quotient that is rounded down would give one weight less when it is multiplied by the size again
     return {name: Pattern.unstructured(math.nextafter(count / sizes[name], 1.0)) for name, count in counts.items()}
 
 
 def listed_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-    """The shares of a list, and for modules that are not on it the one share that makes the average `sparsity`.
+    """The shares that are listed, and for all other modules the one share that makes the average `sparsity`.
 
     Raises:
-        RacError: nothing is left over for the other modules, or a list of all of them averages something else.
+        RacError: no share is possible for the other modules, or a list of all modules has another average.
     """
     total, taken = sum(sizes.values()), sum(sizes[name] * share for name, share in given.items())
     rest = total - sum(sizes[name] for name in given)
@@ -70,7 +127,7 @@ def listed_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity
         if abs(taken / total - sparsity) > _AGREEMENT:
             raise RacError(
                 f"allocation names every module and prunes {taken / total:.4f} of their weights, but sparsity is {sparsity}: "
-                "set that sparsity, or leave modules out, which then take what is missing"
+                "set that sparsity, or leave modules out, whose share is then computed"
             )
         return dict(given)
     share = (total * sparsity - taken) / rest
@@ -85,9 +142,9 @@ def listed_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity
 def sensitive_shares(found: Mapping[str, Sensitivity], sparsity: float) -> dict[str, float]:
     """Half-way from uniform to the shares that minimise the sum of the modules' KL.
 
-    A module's KL is taken to grow as the sum of its pruned weights' scores does, KL_m(s) = a_m * lost_m(s) with the measured
-    a_m = kl / lost. At the minimum all modules share one threshold of a_m * score. Half-way, since modules do not err
-    independently and the measure is of one module at a time.
+    A module's KL is modelled as proportional to the sum of its pruned weights' scores, KL_m(s) = a_m * lost_m(s), with the
+    measured a_m = kl / lost. At the minimum all modules have one threshold of a_m * score. Half-way, since the errors of modules
+    are not independent and each was measured alone.
     """
     price = {name: max(s.kl, 1e-12) / max(s.lost, 1e-30) for name, s in found.items()}
     total = sum(s.weights for s in found.values())

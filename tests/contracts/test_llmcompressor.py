@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from rac_modifier.llmcompressor.modifiers import ReasoningAwareSparseGPTModifier
 
 import rac_modifier  # noqa: F401
 from rac_modifier.llmcompressor import pipeline as seam
-from rac_modifier.llmcompressor.modifiers import ReasoningAwareSparseGPTModifier
 from tests.tiny import NAME, entry, linears, recipe, tiny_model
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())

@@ -1,0 +1,48 @@
+"""What the calibration loops need from the modifier that prunes; the one place where both sides meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from rac_modifier.llmcompressor.input_groups import InputGroup
+from rac_modifier.settings.presets import Order
+
+
+class Pruner(Protocol):
+    """A modifier whose modules are pruned group by group or layer by layer."""
+
+    @property
+    def order(self) -> Order:
+        """The order that the recipe asks for."""
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model's activations have to be carried beside the pruned model's."""
+
+    def calibrated_modules(self) -> dict[torch.nn.Module, str]:
+        """The modules to prune, and their names."""
+
+    def use_order(self, order: Literal["group", "layer"], why: str) -> None:
+        """Record the order that the pipeline chose; refuse it where the recipe needs the other one."""
+
+    def check_memory(
+        self,
+        model: PreTrainedModel,
+        groups: list[list[torch.nn.Module]],
+        onload: torch.device,
+        offload: torch.device,
+    ) -> None:
+        """Refuse to start where the largest of these groups (none: of the modules) needs more memory than is free."""
+
+    def on_subgraph_start(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Layer by layer: the coming forward passes run these modules."""
+
+    def weights_for(self, modules: list[torch.nn.Module], batch: int) -> torch.Tensor:
+        """Group by group: the token weights [rows, length] of a batch for modules that read the same input."""
+
+    def prune_group(self, group: InputGroup) -> None:
+        """Group by group: prune modules that read the same input, on its statistics."""
