@@ -45,11 +45,11 @@ def refuse_idle(settings: BaseModel, idle: Idle) -> None:
 def idle_pruning(settings: PruningSettings) -> Idle:
     """Of what an entry sets about pruning itself."""
     solver, idle = settings.solver, Idle()
-    if settings.pattern is None or settings.solver == "keep":
+    if solver == "keep":
         why = "beside solver: keep, since the zeros are the model's"
         idle["sparsity",] = f"{why}; leave it out"
         idle["experimental", "allocation"] = f"{why}; leave it out"
-    elif settings.pattern.is_structured:
+    elif settings.pattern is not None and settings.pattern.is_structured:
         idle["sparsity",] = "beside an N:M mask_structure; leave it out"
         idle["experimental", "allocation"] = (
             f'beside mask_structure "{settings.pattern.mask_structure}": N:M prunes the same share of every module; leave it '
@@ -88,7 +88,7 @@ def idle_calibration(traces: TraceSettings, calibration: CalibrationBudget) -> I
     idle.update(_idle_stores(traces, sampled))
     if traces.engine is None:
         idle["traces", "retry_failed"] = (
-            "without traces.engine, since only servers fail; leave it out, or set an engine"
+            "without traces.engine, since only what a server failed to complete is tried again; leave it out, or set an engine"
         )
     if not sampled:
         idle["traces", "engine"] = idle["traces", "retry_failed"] = _NO_TRACES
@@ -169,6 +169,9 @@ def _idle_in_sampling(sampling: SamplingSettings, traces: TraceSettings, of_trac
     if sampling.temperature == 0:
         yield "top_p", "beside temperature: 0, which is greedy; leave it out, or set a temperature above 0"
         yield "top_k", "beside temperature: 0, which is greedy; leave it out, or set a temperature above 0"
+    elif sampling.top_k == 1:
+        yield "temperature", "beside top_k: 1, which is greedy; leave top_k out, or set temperature: 0 in its place"
+        yield "top_p", "beside top_k: 1, which is greedy; leave top_k out"
     if traces.engine is not None:
         yield "batch_size", "beside traces.engine; leave it out, or set traces.engine.concurrency"
     if not of_traces:

@@ -84,7 +84,8 @@ CASES += [
     ),
     Case(
         "`retry_failed` without servers",
-        "traces.retry_failed: True has no effect without traces.engine, since only servers fail; leave it out",
+        "traces.retry_failed: True has no effect without traces.engine, since only what a server failed to complete is tried "
+        "again; leave it out",
         lambda b: b.check(traces={"retry_failed": True}),
     ),
     Case(

@@ -1,12 +1,20 @@
 """What the settings know of compressed-tensors and llm-compressor without importing them."""
 
+import pytest
+import yaml
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES as UPSTREAM
 from llmcompressor.modifiers import Modifier
-from pydantic import BaseModel
+from llmcompressor.recipe import Recipe
+from pydantic import BaseModel, ValidationError
 
+from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.settings.entries import ENTRIES
 from rac_modifier.settings.quantization import ARGUMENT_NAMES, GROUP_NAMES, PRESET_SCHEMES, QUANTIZED_PARTS
+from rac_modifier.settings.recipe import check_entry, find_named_entry
+from tests.tiny import NAME
+
+CALIBRATES = "ReasoningAwareCalibrationModifier"
 
 
 def test_the_names_of_preset_schemes():
@@ -27,6 +35,23 @@ def test_no_setting_has_the_name_of_something_that_upstreams_modifier_has():
     for entry in ENTRIES.values():
         own = _names_of(entry) - _names_of(BaseModel)
         assert not own & _names_of(Modifier)
+
+
+@pytest.mark.parametrize(("name", "settings"), [(NAME, {"mask_structure": "2:4"}), (CALIBRATES, {})])
+def test_a_modifiers_dump_is_a_recipe_entry(name, settings):
+    """What llm-compressor writes into recipe.yaml beside a checkpoint, and what it passes on when it reads one."""
+    recipe = Recipe.create_instance(yaml.safe_dump({"a_stage": {"a_modifiers": {name: settings}}}))
+    written = yaml.safe_load(recipe.yaml())
+    (found, entry), whole = find_named_entry(written, "recipe.yaml"), ENTRIES[name](**settings).model_dump()
+    assert (found, entry) == (name, {key: value for key, value in whole.items() if value is not None})
+    check_entry(entry, "recipe.yaml", name)
+    Recipe.create_instance(yaml.safe_dump(written))
+
+
+def test_upstreams_state_is_no_setting():
+    for state in ({"start": 0}, {"initialized_": True}, {"requires_calibration_data": False}):
+        with pytest.raises(ValidationError, match="has no effect in ReasoningAwareSparseGPTModifier; leave it out"):
+            ReasoningAwareSparseGPTModifier(sparsity=0.5, **state)
 
 
 def _names_of(model: type[BaseModel]) -> set[str]:

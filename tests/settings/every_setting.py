@@ -196,6 +196,8 @@ REFUSED = [
     ),
     Row("traces.sampling.top_p", 0.3, sampling(temperature=0)),
     Row("traces.sampling.top_k", 2, sampling(temperature=0)),
+    Row("traces.sampling.temperature", 0.2, sampling(top_k=1, temperature=None)),
+    Row("traces.sampling.top_p", 0.3, sampling(top_k=1, temperature=None)),
     Row("traces.sampling.thinking", False, sampling(template="none")),
     Row("traces.sampling.batch_size", 2, ENGINE),
     Row("traces.sampling.seed", 1, NAMED),
