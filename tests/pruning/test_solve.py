@@ -138,6 +138,44 @@ def test_keep_prunes_what_is_zero_already_and_fits_the_rest_to_the_target():
     assert trace_error(fitted.target - weight, hessian) > 1.2 * least
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "alps", "keep"])
+def test_dead_inputs_are_pruned_beyond_the_pattern_and_the_refit_leaves_them_zero(method):
+    weight, hessian = correlated_problem(6, 64, 200)
+    weight[:, ::4] = 0.0
+    dead = torch.arange(64) % 4 != 0  # three of each group, where the pattern prunes one
+    dead[32:] = False
+    hessian[dead], hessian[:, dead] = 0, 0
+    (solution,) = solve(method, [weight], hessian, Pattern.n_of_m(1, 4), refit=True)
+    assert solution.dead_inputs == 24
+    assert not solution.mask[:, dead].any()
+    assert not solution.weight[:, dead].any()
+    assert solution.weight[:, 32:].any()
+
+
+@pytest.mark.parametrize("refit_steps", [0, 10])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_zero_is_negative(method, refit_steps):
+    """The sparse layouts would store -0.0 as a value."""
+    weight, hessian = few_tokens(method)
+    cross_moment = [gaussian(12, 128, seed=1)]
+    (solution,) = solve(
+        method, [weight], hessian, PATTERN, cross_moment=cross_moment, refit=True, refit_steps=refit_steps
+    )
+    assert (solution.weight == 0).any()
+    assert not (solution.weight.signbit() & (solution.weight == 0)).any()
+
+
+def test_the_residual_of_the_refit_is_what_is_left_of_the_gradient():
+    """The largest ||D^-1/2 g|| / ||D^1/2 t|| of a row, from the definition."""
+    weight, hessian = (x.double() for x in correlated_problem(12, 64, 200))
+    (solution,) = solve("wanda", [weight], hessian, PATTERN, refit=True, refit_steps=2)
+    damped = dampened(hessian, 0.01)
+    gradient = (weight - solution.weight) @ damped * solution.mask
+    rows = (gradient / damped.diagonal().sqrt()).norm(dim=1) / (weight * damped.diagonal().sqrt()).norm(dim=1)
+    assert solution.refit_steps == 2
+    assert solution.refit_residual == pytest.approx(float(rows.max()), rel=1e-6)
+
+
 def test_the_record_names_what_a_reader_of_a_run_looks_for():
     weight, hessian = correlated_problem(12, 64, 200)
     hessian[3], hessian[:, 3] = 0, 0
