@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -34,7 +35,8 @@ _NEEDS: dict[Check, tuple[str, str, str]] = {
     "mathematics": ("math_verify", "comparing answers that are not plain integers needs math-verify", "eval"),
     "reasoning-gym": ("reasoning_gym", "scoring the answers of its tasks needs reasoning-gym", "reasoning-gym"),
 }
-_lock = threading.Lock()
+_lock = threading.Lock()  # of _pools
+_main_lock = threading.Lock()  # of sys.modules["__main__"]
 _pools: dict[Check, ProcessPool] = {}
 
 
@@ -51,17 +53,18 @@ def check_answer(check: Check, *arguments: str | int) -> bool:
         RacError: what the check needs is not installed, or cannot be imported.
     """
     for _ in range(2):  # a pool that lost an idle worker is broken: once, a new one is started
+        pool = _pool(check)
         try:
-            future = _pool(check).schedule(
+            future = pool.schedule(
                 _run, args=(check, arguments, SECONDS_PER_ANSWER), timeout=SECONDS_PER_ANSWER * _WALL_FACTOR
             )
         except RuntimeError:
-            close(check)
+            _discard(check, pool)
             continue
         try:
-            return bool(future.result())
+            return bool(_result(pool, future))
         except BrokenProcessPool:
-            close(check)
+            _discard(check, pool)
         except FutureTimeoutError:
             return _not_right(arguments, f"no verdict within {SECONDS_PER_ANSWER * _WALL_FACTOR:g} s")
         except ProcessExpired as error:
@@ -72,6 +75,18 @@ def check_answer(check: Check, *arguments: str | int) -> bool:
             return _not_right(arguments, f"the check failed with {type(error).__name__}: {error}")
     module = _NEEDS[check][0]
     raise RacError(f"{module} fails to start; see why with: {sys.executable} -c 'import {module}'")
+
+
+def _result(pool: ProcessPool, future: Future[bool]) -> bool:
+    """Wait for a verdict; a pool that breaks does not end the futures of tasks that it has not looked at yet."""
+    while True:
+        try:
+            return future.result(timeout=1.0)
+        except FutureTimeoutError:
+            if future.done():
+                return future.result()
+            if not pool.active:
+                raise BrokenProcessPool("the pool ended") from None
 
 
 def _not_right(arguments: tuple[str | int, ...], reason: str) -> bool:
@@ -89,13 +104,20 @@ def _pool(check: Check) -> ProcessPool:
         return _pools[check]
 
 
-def close(*checks: Check) -> None:
-    """End the worker processes of these checks, or of all."""
+def _discard(check: Check, pool: ProcessPool) -> None:
+    """End a pool that is broken, unless another thread has done so."""
     with _lock:
-        pools = [_pools.pop(check) for check in checks or tuple(_pools) if check in _pools]
-    for pool in pools:
-        pool.stop()
-        pool.join()
+        if _pools.get(check) is not pool:
+            return
+        del _pools[check]
+    pool.stop()
+    pool.join()
+
+
+def close() -> None:
+    """End all worker processes."""
+    for check, pool in list(_pools.items()):
+        _discard(check, pool)
 
 
 # Else a worker that is just starting would print a traceback, as the parent's semaphores are gone.
@@ -107,11 +129,12 @@ class _Process(SpawnProcess):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802 - the name in multiprocessing
-        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-        try:
-            return SpawnProcess._Popen(process_obj)
-        finally:
-            sys.modules["__main__"] = main
+        with _main_lock:
+            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:
+                return SpawnProcess._Popen(process_obj)
+            finally:
+                sys.modules["__main__"] = main
 
 
 class _Context(SpawnContext):
@@ -120,7 +143,7 @@ class _Context(SpawnContext):
 
 def _prepare(module: str) -> None:
     """In a worker: import what checks, so that the time for that does not count against the first answer."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # warnings about unreadable answers
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # standard error, for warnings about unreadable answers
     importlib.import_module(module)
 
 

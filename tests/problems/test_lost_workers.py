@@ -2,6 +2,8 @@
 
 import os
 import signal
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from loguru import logger
@@ -50,10 +52,24 @@ def test_a_worker_that_dies_hangs_or_fails_counts_as_wrong(fresh_workers, monkey
     assert reasons == []
 
 
-def test_a_pool_whose_idle_workers_were_killed_is_replaced(fresh_workers):
+def test_a_pool_whose_idle_workers_were_killed_is_replaced_once(fresh_workers):
+    """Also where several threads notice it together."""
     assert check_answer("mathematics", "0.5", "1/2")
     pool = answer_checker._pool("mathematics")
     for process in list(pool._pool_manager.worker_manager.workers.values()):
         os.kill(process.pid, signal.SIGKILL)
         process.join(10)
-    assert check_answer("mathematics", "0.25", "1/4")
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda i: check_answer("mathematics", f"{i}/4", f"{i * 0.25}"), range(1, 9)))
+    assert answer_checker._pool("mathematics") is not pool
+
+
+def test_a_task_that_a_broken_pool_forgot_is_not_waited_for():
+    class Pool:
+        active = False
+
+    with pytest.raises(BrokenProcessPool):
+        answer_checker._result(Pool(), Future())
+    finished_late = Future()
+    finished_late.set_result(True)
+    assert answer_checker._result(Pool(), finished_late)
