@@ -173,6 +173,11 @@ def test_a_long_sequence_gets_a_batch_of_its_own():
     assert sorted(b["input_ids"].shape for b in made) == [(1, 500), (2, 10)]
 
 
+def test_a_batch_may_fill_its_limit_exactly():
+    assert [b["input_ids"].shape for b in loader(sequences([32, 32]), batch_tokens=64)] == [(2, 32)]
+    assert len(loader(sequences([32, 32]), batch_tokens=63)) == 2
+
+
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (0.3, 3.0)])
 def test_prompt_and_trace_weights_reach_the_loader(weights):
     made = loader(sequences([9]), prompt_weight=weights[0], trace_weight=weights[1])

@@ -135,6 +135,12 @@ def test_truncated_and_unfinished_are_counted():
     assert "5 sequences were cut" in composition.describe()
 
 
+def test_a_sequence_that_fits_exactly_is_not_cut():
+    chosen, composition = mix({"traces": [trace(i) for i in range(5)]}, settings(tokens=20, max_sequence_tokens=16))
+    assert composition.truncated_sequences == 0
+    assert all(s.finished for s in chosen)
+
+
 def test_cutting_inside_a_prompt_keeps_the_count_of_prompt_tokens_true():
     cut = trace(0, 3, 7).cut(2)
     assert cut.ids == (1, 1)
@@ -155,6 +161,12 @@ def test_weights_by_token():
     assert list(prompt_sequence([1, 2]).weights(weighted)) == [0.25, 0.25]
     assert list(generic_sequence([1, 2]).weights(weighted)) == [2.0, 2.0]
     assert set(trace(0).weights(settings())) == {1.0}
+
+
+def test_weights_of_the_answer_and_of_the_whole_sequence():
+    sequence = CalibrationSequence((5,) * 6, 2, "traces", answer_start=4, weight=3.0)
+    assert sequence.weights(settings(prompt_weight=0.5)) == [1.5, 1.5, 3.0, 3.0, 3.0, 3.0]
+    assert sequence.weights(settings(answer_weight=2.0)) == [3.0, 3.0, 3.0, 3.0, 6.0, 6.0]
 
 
 def test_too_few_tokens_are_refused_with_both_counts():

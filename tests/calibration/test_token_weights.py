@@ -30,6 +30,22 @@ def test_weights_are_squared_output_gradients_with_a_mean_of_one(loader):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_the_gradient_is_that_of_a_softened_cross_entropy(loader, monkeypatch):
+    """Of the output head, whose output is the logits z: dL / dz = (softmax(z / 3) - one-hot) / 3."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
+    model = tiny_model()
+    (found,) = gradient_weights(model, loader, {model.lm_head: "head"}).values()
+    expected = []
+    for batch, own in zip(loader, loader.token_weights, strict=True):
+        with torch.no_grad():
+            z = model(input_ids=batch["input_ids"]).logits.double()
+        one_hot = torch.nn.functional.one_hot(z.argmax(-1), z.shape[-1])
+        expected.append((((z / 3).softmax(-1) - one_hot) / 3).square().sum(-1) * own)
+    scale = sum(float(own.sum()) for own in loader.token_weights) / sum(float(w.sum()) for w in expected)
+    for w, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(w.double(), reference * scale, rtol=1e-4, atol=1e-6)
+
+
 def test_a_row_counts_the_same_whatever_it_is_batched_with(loader, monkeypatch):
     monkeypatch.setattr(
         torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True)
@@ -73,6 +89,7 @@ def test_another_name_is_refused_and_never_imported(name):
 def test_a_function_is_called_with_each_trace():
     weigh = find_weighting(lambda t: 2 if t.finish_reason == "stop" else 1, never)
     assert (weigh(trace(5)), weigh(trace(5, "length"))) == (2.0, 1.0)
+    assert find_weighting(lambda t: 0, never)(trace(5)) == 0.0
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "1", None])

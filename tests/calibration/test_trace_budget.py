@@ -7,6 +7,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.store import TraceStore
+from tests.tiny import entry
 
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 16}
 
@@ -48,13 +49,20 @@ def test_each_part_made_of_traces_gets_its_share_from_a_store_of_its_own(collect
 
 def test_a_store_that_holds_enough_is_only_read(collect, trace_store, monkeypatch):
     from rac_modifier.sampling import in_process
-    from tests.tiny import entry
 
     monkeypatch.setattr(in_process, "generate", None)
     before = trace_store.read_bytes()
     pools = collect(entry(trace_store)["traces"], tokens=300)
     assert pools["traces"].usable_tokens() >= 300
     assert trace_store.read_bytes() == before
+
+
+def test_a_store_that_holds_exactly_enough_is_only_read(collect, trace_store, tmp_path):
+    (tmp_path / "exact.jsonl").write_bytes(trace_store.read_bytes())
+    settings = {**entry(tmp_path / "exact.jsonl")["traces"]}
+    pool = collect(settings, tokens=TraceStore.read(trace_store).counts.tokens)["traces"]
+    assert pool.usable_tokens() == TraceStore.read(trace_store).counts.tokens
+    assert pool.store.path.read_bytes() == trace_store.read_bytes()
 
 
 def test_traces_are_held_out_of_each_part_beside_its_share(collect):
