@@ -1,4 +1,4 @@
-"""The saved model: packed sparse weights, loading them back, looking into them, and the records that stand beside them.
+"""Saved models: packed sparse weights, loading them, looking into them, and the records beside them.
 
-Nothing is re-exported here, so that the serving side can import `bitmask` without importing transformers.
+Nothing is re-exported here, so that serving can import a module of this room without importing transformers.
 """

@@ -3,9 +3,9 @@
 Both keep a row-major bitmask, uint8 [N, ceil(K/8)], where bit i of byte j is column 8j+i, and the kept values in
 row-major order. They are the layouts that compressed-tensors up to 0.14 called sparse-24-bitmask and sparse-bitmask.
 
-Zeros are told by their bits: -0.0 is a value to keep, so that unpacking returns the same bits. The one exception is a
-2:4 group that holds more -0.0 than it has room for: those that do not fit come back as +0.0. Weights are handled as
-integers of the same width, which moves NaN payloads untouched, and a chunk of rows at a time, which bounds the memory.
+Only +0.0 is left out: -0.0 is a value to keep, so that unpacking returns the same bits. The one exception is a 2:4 group
+with more -0.0 than it has room for: those that do not fit come back as +0.0. Weights are handled as integers of the same
+width, so NaN payloads are not changed, and one chunk of rows at a time, so little memory is needed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rac_modifier.errors import RacError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-# Weights expanded to a byte (and, in passing, to an int64) each at one time.
+# Weights per chunk of rows; each is expanded to a byte, and for a moment to an int64.
 _CHUNK = 1 << 20
 
 
 def pack_24(weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
     """Pack a 2:4 weight [N, K]: `compressed` [N, K/2] of its dtype, `bitmask`, and `shape` int64 [2, 1].
 
-    Every group of four columns stores exactly two values; with fewer than two nonzeros, zeros fill up (first -0.0, then
-    the leftmost +0.0). `shape` is a column because vLLM up to 0.18 loads it into a [2, 1] parameter.
+    Every group of four columns stores exactly two values. If it has fewer than two nonzeros, zeros are stored as well (first
+    -0.0, then the leftmost +0.0). `shape` is a column because vLLM up to 0.18 loads it into a [2, 1] parameter.
 
     Raises:
         RacError: not 2-D, an unsupported dtype, K no multiple of 4, or a group of more than two nonzeros.
@@ -49,7 +49,7 @@ def pack_24(weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
 
 
 def unpack_24(tensors: Mapping[str, Tensor], name: str = "weight") -> Tensor:
-    """The dense weight [N, K] that `pack_24` was given, the same bits.
+    """The dense weight [N, K] that was given to `pack_24`, with the same bits.
 
     Raises:
         RacError: naming `{name}.{part}`, where the parts are missing, malformed or contradict each other.
@@ -95,7 +95,7 @@ def pack_unstructured(weight: Tensor, name: str = "weight") -> dict[str, Tensor]
 
 
 def unpack_unstructured(tensors: Mapping[str, Tensor], name: str = "weight") -> Tensor:
-    """The dense weight [N, K] that `pack_unstructured` was given, the same bits.
+    """The dense weight [N, K] that was given to `pack_unstructured`, with the same bits.
 
     Raises:
         RacError: naming `{name}.{part}`, where the parts are missing, malformed or contradict each other.
@@ -125,7 +125,7 @@ def unpack_unstructured(tensors: Mapping[str, Tensor], name: str = "weight") -> 
 def nonzero(weight: Tensor) -> Tensor:
     """Bool mask of the values other than 0.0 and -0.0, also for the 8-bit floats, which torch cannot compare."""
     integers = _as_integers(weight)
-    # Shifting the sign out makes -0.0 a zero and nothing else.
+    # The shift removes the sign bit, so that -0.0 becomes 0 and nothing else does.
     return (integers << 1 if weight.is_floating_point() else integers) != 0
 
 
@@ -136,10 +136,10 @@ def count_zeros(weight: Tensor) -> int:
 
 
 def _two_of_four(values: Tensor, kept: Tensor, name: str, first_row: int) -> Tensor:
-    """Choose exactly two of every four columns: the nonzeros `kept`, then -0.0, then +0.0, leftmost first."""
+    """Choose exactly two of every four columns: first the nonzeros (`kept`), then -0.0, then +0.0, from the left."""
     groups, keep = values.reshape(-1, 4), kept.reshape(-1, 4)
     counts = _group_counts(keep)
-    if bool((counts == 2).all()):  # nearly always, and much cheaper than choosing
+    if bool((counts == 2).all()):  # the usual case, and much cheaper than choosing
         return kept
     crowded = (counts > 2).nonzero()
     if len(crowded):
@@ -155,13 +155,13 @@ def _two_of_four(values: Tensor, kept: Tensor, name: str, first_row: int) -> Ten
 
 
 def _group_counts(mask: Tensor) -> Tensor:
-    """How many of each four columns are set, as uint8; a `sum` over so short a dimension is several times slower."""
+    """How many of each four columns are set, as uint8. A `sum` over such a short dimension is several times slower."""
     flags = mask.view(torch.uint8).view(-1, 4)
     return flags[:, 0] + flags[:, 1] + flags[:, 2] + flags[:, 3]
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows that together cover a matrix and each bound the memory of an elementwise step."""
+    """Slices of rows that together cover a matrix; an elementwise step on one of them needs little memory."""
     step = max(1, _CHUNK // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -215,7 +215,7 @@ def part_of(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor:
 
 
 def check_mask(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, int, int]:
-    """What every layout needs before anything is indexed: the bitmask, N and K.
+    """The bitmask, N and K, checked before anything is indexed with them.
 
     Raises:
         RacError: naming `{name}.{part}`, where one of them is missing or malformed.
@@ -228,8 +228,8 @@ def check_mask(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, int, i
     rows, columns = shape.flatten().tolist()
     if bitmask.dtype != torch.uint8 or rows < 1 or columns < 1 or tuple(bitmask.shape) != (rows, -(-columns // 8)):
         raise RacError(
-            f"{name}.bitmask: {bitmask.dtype} {list(bitmask.shape)} is no uint8 bitmask of the [{rows}, {columns}] "
-            f"weight that {name}.shape says; the checkpoint is damaged"
+            f"{name}.bitmask: {bitmask.dtype} {list(bitmask.shape)} is no uint8 bitmask of a weight [{rows}, {columns}], "
+            f"the size in {name}.shape; the checkpoint is damaged"
         )
     if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
         raise RacError(f"{name}.bitmask: bits are set beyond column {columns}; the checkpoint is damaged")
@@ -237,9 +237,11 @@ def check_mask(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, int, i
 
 
 def check_parts(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, int, int]:
-    """As `check_mask`, with the values before it: compressed, bitmask, N and K."""
+    """The values, and what `check_mask` returns: compressed, bitmask, N and K."""
     compressed = part_of(tensors, name, "compressed")
     bitmask, rows, columns = check_mask(tensors, name)
     if compressed.dtype not in DTYPES:
-        raise RacError(f"{name}.compressed: dtype {compressed.dtype} is none that weights are packed in")
+        raise RacError(
+            f"{name}.compressed: weights are not packed in dtype {compressed.dtype}; the checkpoint is damaged"
+        )
     return compressed, bitmask, rows, columns

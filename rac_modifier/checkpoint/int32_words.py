@@ -1,6 +1,8 @@
 """Signed values of 4 or 8 bits in int32 words, as compressed-tensors' format pack-quantized holds them.
 
-A value v is stored as v + 2^(bits-1), lowest bits first; what fills up the last word is the value 0.
+A value v is stored as v + 2^(bits-1), lowest bits first; the last word is filled up with the value 0. compressed-tensors'
+own functions give the same words (a test compares them). They are not used, since importing them imports transformers, and
+serving and `rac inspect` do without it; and they do not take the one-dimensional values of an unstructured weight.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
     """
     _check_bits(bits)
     if values.dtype != torch.int8:
-        raise RacError(f"values of {values.dtype} cannot be packed into words; quantized values are int8")
+        raise RacError(f"values of {values.dtype} cannot be packed into int32 words; quantized values must be int8")
     limit = 1 << (bits - 1)
     if bits < 8 and values.numel() and (int(values.min()) < -limit or int(values.max()) >= limit):
         raise RacError(f"a value outside [{-limit}, {limit - 1}] does not fit {bits} bits; save the model again")
@@ -37,12 +39,12 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` values of int32 [..., ceil(count * bits / 32)], as int8 [..., count].
 
     Raises:
-        RacError: another dtype, another number of bits, or another number of words than `count` values take.
+        RacError: another dtype, another number of bits, or not the number of words that `count` values take.
     """
     _check_bits(bits)
     if words.dtype != torch.int32 or not words.dim() or words.shape[-1] != word_count(count, bits):
         raise RacError(
-            f"{words.dtype} {list(words.shape)} holds no {count} values of {bits} bits, which take "
+            f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits, which take "
             f"{word_count(count, bits)} int32; the checkpoint is damaged"
         )
     lifted = words.contiguous().view(torch.uint8)
@@ -59,4 +61,4 @@ def word_count(count: int, bits: int) -> int:
 
 def _check_bits(bits: int) -> None:
     if bits not in BITS:
-        raise RacError(f"{bits} bits a value cannot be packed sparse; quantize to {' or '.join(map(str, BITS))} bits")
+        raise RacError(f"{bits} bits per value cannot be packed sparse; quantize to {' or '.join(map(str, BITS))} bits")

@@ -18,7 +18,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, str | int | None]:
-    """Versions by package (None where not installed), Python, platform and the number of CPUs; nothing is imported."""
+    """Versions by package (None if not installed), Python, platform and the number of CPUs. Imports none of the packages."""
     versions: dict[str, str | int | None] = {}
     for key, distribution in _PACKAGES:
         try:

@@ -99,7 +99,9 @@ def _clean_recipe(folder: Path) -> None:
     path = folder / RECIPE_NAME
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        write_text_atomic(path, text_without_paths(text, yaml.safe_load(text)))
+        # tokens, not objects: upstream writes enums with Python tags
+        scalars = [token.value for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
+        write_text_atomic(path, text_without_paths(text, scalars))
 
 
 def check_pattern(plan: SavePlan) -> None:
