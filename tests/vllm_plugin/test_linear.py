@@ -61,7 +61,7 @@ def test_bias_and_dtypes(monkeypatch, dtype):
 
 
 def test_nothing_is_left_of_loading(monkeypatch):
-    """What a layer keeps is what memory accounting and torch.compile see."""
+    """A layer keeps nothing but the parameters that memory accounting and torch.compile find."""
     on_rank(monkeypatch, 0, 1)
     layer = make("qkv", config_of(FORMAT_24))
     assert sum(parameter.numel() for parameter in layer.parameters()) == 0
@@ -110,7 +110,7 @@ def test_under_torch_compile(monkeypatch, size):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
 def test_a_layer_is_served_through_another_backend(monkeypatch, kind, rank, size):
-    """A backend that is registered in the one place: nothing of the plugin names the CPU's."""
+    """A backend that is registered in choose.py needs no change of the plugin."""
     monkeypatch.setitem(BACKENDS, "cpu", fake_backend)
     on_rank(monkeypatch, rank, size)
     dense, sparse = make(kind, None), make(kind, config_of(FORMAT_24))

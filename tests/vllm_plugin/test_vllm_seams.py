@@ -73,7 +73,7 @@ def test_other_models_are_untouched(config):
 
 
 def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
-    """`--quantization rac-sparse` on a dense-stored checkpoint; the record comes through `maybe_update_config`."""
+    """`--quantization rac-sparse` on a dense-stored checkpoint; `maybe_update_config` gets the record."""
     from vllm.model_executor.model_loader import weight_utils
 
     assert RacSparseConfig.get_config_filenames() == []
@@ -90,7 +90,7 @@ def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
 
 @pytest.mark.parametrize("lost", ["tensor", "file"])
 def test_a_lost_tensor_that_is_not_packed_is_noticed_before_loading(tmp_path, lost):
-    """vLLM looks for weights that were not loaded in unquantised models only; `maybe_update_config` has the folder."""
+    """vLLM looks for missing weights in unquantized models only; `maybe_update_config` gets the folder."""
     from safetensors.torch import load_file, save_file
     from vllm.model_executor.model_loader import default_loader
 

@@ -61,7 +61,7 @@ def test_greedy_tokens(tmp_path, kind, structure, changes):
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 def test_greedy_tokens_of_quantized_weights(tmp_path, structure, scheme):
-    """Against transformers on what the weights are worth. Integers round activations, so a near tie could turn; none does."""
+    """Against transformers on the dequantized weights. Rounding could swap two close tokens; it does not here."""
     save_quantized(tmp_path / "model", tmp_path / "meant", structure, scheme)
     tokens, methods = serve(tmp_path / "model", TOKENS)
     assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"  # ignored
@@ -72,7 +72,7 @@ def test_greedy_tokens_of_quantized_weights(tmp_path, structure, scheme):
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_int8_head(tmp_path, monkeypatch, tied):
-    """A tied embedding keeps its lookups; logits are those of the rounded head."""
+    """The lookups of a tied embedding are unchanged; logits are those of the rounded head."""
     from rac_modifier.checkpoint.load import load_model
     from rac_modifier.checkpoint.stored_weight import quantize_rows
 
@@ -153,7 +153,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 def test_two_ranks(tmp_path, structure):
-    """Workers are processes of their own, which find the plugin by its entry point. 100 / 2 is no multiple of 8."""
+    """Each worker is a process and loads the plugin by its entry point. 100 / 2 is not a multiple of 8."""
     folder = save_model(tmp_path / "model", "qwen3", structure, intermediate_size=100)
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
@@ -171,7 +171,7 @@ def test_two_ranks(tmp_path, structure):
 
 
 def entry_point(folder: Path) -> Path:
-    """A folder that, on the path, announces the plugin as an installed rac-modifier does."""
+    """A folder that, on the path, has the plugin's entry point as an installed rac-modifier has it."""
     info = folder / "rac_modifier_under_test-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rac-modifier-under-test\nVersion: 0\n")
@@ -181,7 +181,7 @@ def entry_point(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_vllm_serve_over_http(tmp_path):
-    """The demo: `vllm serve` with the embedded reasoner, a third of its weights pruned, which hardly hurts it."""
+    """The demo: `vllm serve` with the embedded reasoner, a third of its weights pruned, which costs little accuracy."""
     from safetensors.torch import load_file, save_file
 
     from rac_modifier.checkpoint.packing import pack_checkpoint

@@ -1,4 +1,4 @@
-"""What the tests that need vLLM share: layers on a pretended rank, and models served inside the test's process."""
+"""Shared by the tests that need vLLM: layers on a simulated rank, and models served inside the test's process."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ NEEDS_VLLM = "vllm is not installed here; run these in the serving environment: 
 
 
 def needs_vllm() -> None:
-    """Skip the module where vLLM is not importable."""
+    """Skip the module if vLLM is not installed."""
     os.environ.update(ENVIRONMENT)
     pytest.importorskip("vllm", reason=NEEDS_VLLM)
 
 
 def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
-    """Let layers that are created from here on think they are rank `rank` of `size`."""
+    """Layers that are created after this call are rank `rank` of `size`."""
     for module in ("vllm.model_executor.layers.linear", "vllm.model_executor.parameter"):
         monkeypatch.setattr(f"{module}.get_tensor_model_parallel_rank", lambda: rank)
         monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: size)
@@ -89,7 +89,7 @@ def save_model(folder: Path, kind: str, structure: str, packed: bool = True, **c
 
 
 def saved_linears(folder: Path) -> list[str]:
-    """The linear modules of the saved files, experts apart."""
+    """The linear modules of the saved files, each expert separately."""
     from rac_modifier.checkpoint.files import TensorFiles
 
     with TensorFiles(folder) as files:
@@ -114,7 +114,7 @@ def prune_saved(folder: Path, structure: str) -> dict[str, str]:
 
 
 def save_quantized(folder: Path, meant: Path, structure: str, scheme: str, **changes: Any) -> None:
-    """As `save_model`, the pruned weights quantized besides ("int8", "fp8" or "int4"); dense in `meant`, what they are worth."""
+    """As `save_model`, with the pruned weights quantized ("int8", "fp8" or "int4"); `meant` gets them dense and dequantized."""
     from safetensors.torch import load_file, save_file
 
     from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack
@@ -147,7 +147,7 @@ def save_quantized(folder: Path, meant: Path, structure: str, scheme: str, **cha
 
 
 def quantization_config(format: str, scheme: str, ignore: list[str]) -> dict[str, Any]:
-    """What llm-compressor and packing write for it."""
+    """The entry that llm-compressor and packing write for it."""
     kind, bits = ("float", 8) if scheme == "fp8" else ("int", int(scheme[-1]))
     weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group" if bits == 4 else "channel"}
     if bits == 4:
@@ -203,7 +203,7 @@ def greedy(model: Any, tokens: int) -> list[list[int]]:
 
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
-    """A vLLM of this process, in float32 and eager unless `options` say otherwise."""
+    """A vLLM in this process; in float32 and eager by default."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -237,7 +237,7 @@ def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], d
 
 
 def served_log_probabilities(folder: Path, sequences: torch.Tensor, **options: Any) -> torch.Tensor:
-    """What vLLM gives each token of int64 [B, T] but the first, teacher-forced: [B, T - 1]."""
+    """The log-probability that vLLM gives each token of int64 [B, T] but the first, teacher-forced: [B, T - 1]."""
     from vllm import SamplingParams
 
     with engine(folder, **options) as model:

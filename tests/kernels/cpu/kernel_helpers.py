@@ -6,7 +6,9 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +75,17 @@ def take(path: Path | None, isa: str | None, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(library, "built_libraries", lambda: [path] if path else [])
     patch.setenv("RAC_KERNEL", isa) if isa is not None else patch.delenv("RAC_KERNEL", raising=False)
     support.forget()
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Run with this number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bitmask_of(mask: Tensor) -> Tensor:

@@ -13,7 +13,16 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.packed import check_packed, pack_dense, pack_scale
-from tests.kernels.cpu.kernel_helpers import Packed, bitmask_of, multiply, pack, pack_whole, random_mask, unpacked
+from tests.kernels.cpu.kernel_helpers import (
+    Packed,
+    bitmask_of,
+    multiply,
+    pack,
+    pack_whole,
+    random_mask,
+    threads,
+    unpacked,
+)
 
 DTYPES = [torch.bfloat16, torch.float32]
 LEVELS = 127 * 256 + 127
@@ -21,7 +30,7 @@ BLOCK = 512
 
 
 def integers(rows: int, columns: int, density: float, seed: int = 0) -> tuple[Tensor, Packed]:
-    """A random int8 weight, -128 and zeros among what is kept: dense and packed, without masks at density 1."""
+    """A random int8 weight, with -128 and zeros among the stored values: dense and packed, without masks at density 1."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
     if density == 1.0:
@@ -31,7 +40,7 @@ def integers(rows: int, columns: int, density: float, seed: int = 0) -> tuple[Te
 
 
 def scaled(dense: Tensor, scale: Tensor) -> Tensor:
-    """What [N, K] integers are worth: float64, `scale` [N, groups]."""
+    """Integers [N, K] times `scale` [N, groups], in float64."""
     return dense.double() * scale.double().repeat_interleave(dense.shape[1] // scale.shape[1], dim=1)
 
 
@@ -128,7 +137,7 @@ def test_an_outlier_channel_costs_at_most_what_bfloat16_activations_cost(kernel,
 
 
 @pytest.mark.parametrize("m", [1, 5, 20])
-def test_what_is_not_finite_spoils_its_row_and_no_other(kernel, m):
+def test_a_value_that_is_not_finite_makes_its_row_nan_and_no_other(kernel, m):
     _, weight = integers(20, 600, 0.5)
     scale = pack_scale(torch.ones(20, 1))
     x = torch.randn(m + 1, 600)
@@ -151,7 +160,7 @@ def test_tiny_and_huge_activations(kernel, size):
 @pytest.mark.parametrize("density", [0.5, 1.0])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_expanded_panels(kernel, groups, density, monkeypatch):
-    """What prefill takes, in several chunks with a tail: x stays as it is."""
+    """The path of many rows, in several chunks with a tail: x is not rounded."""
     monkeypatch.setattr(operator, "CROSSOVER8", dict.fromkeys(operator.CROSSOVER8, 0))
     monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
     dense, weight = integers(90, 72, density)
@@ -180,12 +189,10 @@ def test_threads_change_nothing(kernel):
         scale = pack_scale(torch.rand(200, 1))
         for m in (1, 20, 70):
             x = torch.randn(m, 640)
-            one = multiply(x, weight, None, scale)
-            try:
-                torch.set_num_threads(3)
+            with threads(1):
+                one = multiply(x, weight, None, scale)
+            with threads(3):
                 assert torch.equal(multiply(x, weight, None, scale), one)
-            finally:
-                torch.set_num_threads(1)
 
 
 def test_the_layout_word_by_word(best):

@@ -1,4 +1,4 @@
-"""`sparse_linear` against float64, on every instruction set."""
+"""The operator against float64, on every instruction set, and under torch.compile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
-from tests.kernels.cpu.kernel_helpers import assert_product, multiply, random_mask, sparse
+from tests.kernels.cpu.kernel_helpers import assert_product, multiply, random_mask, sparse, threads
 
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(1, 1), (17, 33), (16, 32), (48, 576), (5, 1000), (100, 257), (33, 64)]
@@ -73,7 +73,7 @@ def test_more_of_each_than_a_block_of_the_cache(kernel, monkeypatch):
 
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 def test_expanded_panels(kernel, weights, monkeypatch):
-    """What prefill takes, in several chunks with a tail."""
+    """The path of many rows, in several chunks with a tail."""
     monkeypatch.setattr(operator, "CROSSOVER", dict.fromkeys(operator.CROSSOVER, 0))
     monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
     dense, weight = sparse(random_mask(90, 70, 0.5), weights)
@@ -112,13 +112,10 @@ def test_threads_change_nothing(kernel):
     _, weight = sparse(random_mask(200, 96, 0.5), torch.bfloat16)
     for m in (1, 20, 140):
         x = torch.randn(m, 96).bfloat16()
-        torch.set_num_threads(1)
-        one = multiply(x, weight)
-        try:
-            torch.set_num_threads(3)
+        with threads(1):
+            one = multiply(x, weight)
+        with threads(3):
             assert torch.equal(multiply(x, weight), one)
-        finally:
-            torch.set_num_threads(1)
 
 
 def test_what_does_not_fit_is_refused(best):

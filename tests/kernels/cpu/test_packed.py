@@ -127,7 +127,7 @@ def test_forged_data_is_refused(best):
 
 
 def test_a_moved_bit_beyond_the_last_row_or_column_is_refused(best):
-    """The counts stay right."""
+    """The number of bits is unchanged."""
     for shape, message in (((17, 32), "beyond the last row"), ((16, 33), "beyond the last column")):
         mask = torch.zeros(shape, dtype=torch.bool)
         mask[-1, -1] = True
