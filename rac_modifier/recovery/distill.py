@@ -1,0 +1,290 @@
+"""The recovery loop: KL to the dense model on its own traces, all kept weights trained, the mask fixed, the best weights kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from tqdm import tqdm
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences
+from rac_modifier.model_tools import evaluating
+from rac_modifier.recovery.fixed_mask import FixedMask, fixed_mask
+from rac_modifier.recovery.hidden_states import check_head, output_head, predicting_states
+from rac_modifier.recovery.loss import head_kl
+from rac_modifier.recovery.schedule import Step, default_learning_rate, plan_steps, rate_at
+from rac_modifier.recovery.state import Progress, load_state, save_state
+from rac_modifier.recovery.teacher import Teacher, name_of
+from rac_modifier.settings.recovery import RecoverySettings
+
+_BETAS = (0.9, 0.95)
+_CLIP = 1.0
+_CHECKS = 8  # of the held-out KL in a run
+_EVALUATION_TOKENS = 4096
+_TOO_HIGH = 1.5  # times the KL before: the learning rate is too high
+_SAVE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a recovery run did; for the run record.
+
+    Attributes:
+        kl_before, kl_after: held-out KL(dense || model), nats per completion token, of the weights given and of those kept.
+        kept: "after step N", or "before": training did not help, so the weights given are kept.
+        stopped: why the run ended early, or "".
+        tokens: prompt and completion tokens of all steps that were done; `completion_tokens` of them in the loss.
+        sequences: distinct training traces.
+        curve: (step, held-out KL) of every check.
+        seconds, cpu_seconds: of training and checks, of this process.
+    """
+
+    kl_before: float
+    kl_after: float
+    kept: str
+    stopped: str
+    steps: int
+    tokens: int
+    completion_tokens: int
+    sequences: int
+    learning_rate: float
+    trained_weights: int
+    curve: tuple[tuple[int, float], ...]
+    seconds: float
+    cpu_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The result in one line."""
+        return (
+            f"recovery: KL {self.kl_before:.4f} -> {self.kl_after:.4f} nats per held-out token ({self.kept}; {self.steps} steps, "
+            f"{self.tokens:,} tokens, learning rate {self.learning_rate:.2g}, {self.seconds:.0f} s)"
+        )
+
+
+def recover(
+    model: Any,
+    teacher: Teacher,
+    training: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+    settings: RecoverySettings,
+    *,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    state: Path | None = None,
+    autocast: torch.dtype | None = None,
+    progress: bool = True,
+    save_seconds: float = _SAVE_SECONDS,
+) -> Recovery:
+    """Train `model` in place towards the dense model; it ends with the weights of the lowest held-out KL, perhaps its own.
+
+    Minimises the mean over completion tokens of KL(dense || model) with AdamW; everything is trained but embeddings and head.
+    Zeros stay zero. Weights are float32 while they are trained and end in the dtype they came in.
+
+    Args:
+        model: a sparse causal LM.
+        teacher: the dense model's hidden states on `training` and `held_out`.
+        training: traces that calibration did not use.
+        held_out: traces of other problems, on which it is decided what is kept.
+        settings: steps, learning rate, batches.
+        masks: bool by parameter name, True = kept; default: where the model's linear layers are not zero.
+        state: folder that a killed run goes on from; None keeps no state.
+        autocast: dtype of matrix products in forward and backward passes; None: as the weights are.
+        save_seconds: how often the state is written.
+
+    Raises:
+        RacError: sequences in both sets, none at all, a model whose head is not supported, or a state that cannot be read.
+    """
+    check_sequences(training)
+    check_sequences(held_out)
+    both = {name_of(s) for s in training} & {name_of(s) for s in held_out}
+    if both:
+        raise RacError(f"{len(both)} held-out traces are among the training traces; give traces of other problems")
+    check_head(model, min(held_out, key=lambda s: len(s[0])))
+    steps = plan_steps(
+        training,
+        step_tokens=settings.step_tokens,
+        batch_tokens=settings.batch_tokens,
+        passes=settings.passes,
+        seed=settings.seed,
+    )
+    started, cpu = time.monotonic(), time.process_time()
+    with _in_float32(model) as parameters, fixed_mask(model, masks) as mask, evaluating(model):
+        rate = settings.learning_rate or default_learning_rate(sum(p.numel() for p in model.parameters()))
+        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, betas=_BETAS, weight_decay=0.0)
+        run = _Run(model, teacher, held_out, parameters, optimizer, mask, autocast)
+        key = _key(training, held_out, settings, rate, parameters)
+        done = load_state(state, key, parameters, optimizer) if state is not None else Progress(key)
+        if not done.curve:
+            run.check(done)
+        before = done.curve[0][1]
+        run.train(done, steps, rate, state, save_seconds, before, progress)
+        run.keep_best(done)
+    result = Recovery(
+        kl_before=before,
+        kl_after=done.best_kl,
+        kept=f"after step {done.best_step}" if done.best_step else "before",
+        stopped=done.stopped,
+        steps=done.step,
+        tokens=sum(step.tokens for step in steps[: done.step]),
+        completion_tokens=sum(step.completion_tokens for step in steps[: done.step]),
+        sequences=len(training),
+        learning_rate=rate,
+        trained_weights=sum(p.numel() for p in parameters.values()),
+        curve=tuple(done.curve),
+        seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - cpu,
+    )
+    logger.info(result.describe())
+    return result
+
+
+@dataclass
+class _Run:
+    model: Any
+    teacher: Teacher
+    held_out: Sequence[TokenSequence]
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    mask: FixedMask
+    autocast: torch.dtype | None
+
+    def train(
+        self,
+        done: Progress,
+        steps: Sequence[Step],
+        rate: float,
+        state: Path | None,
+        save_seconds: float,
+        before: float,
+        progress: bool,
+    ) -> None:
+        """Take the steps that are left, check the held-out KL `_CHECKS` times, and write the state now and then."""
+        every = max(1, math.ceil(len(steps) / _CHECKS))
+        saved = time.monotonic()
+        bar = tqdm(
+            total=len(steps), initial=done.step, desc="recovery", unit="step", disable=None if progress else True
+        )
+        with bar:
+            while done.step < len(steps) and not done.stopped:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate * rate_at(done.step, len(steps))
+                loss = self.step(steps[done.step])
+                done.step += 1
+                if not math.isfinite(loss):
+                    done.stopped = (
+                        f"the loss of step {done.step} is {loss}; set a lower recover.learning_rate than {rate:.2g}"
+                    )
+                elif done.step % every == 0 or done.step == len(steps):
+                    kl = self.check(done)
+                    if not kl <= _TOO_HIGH * before:
+                        done.stopped = (
+                            f"held-out KL {kl:.4f} after step {done.step}, {before:.4f} before; set a lower "
+                            f"recover.learning_rate than {rate:.2g}"
+                        )
+                bar.update()
+                bar.set_postfix_str(f"KL {done.curve[-1][1]:.4f}, at the start {before:.4f}", refresh=False)
+                if state is not None and time.monotonic() - saved >= save_seconds:
+                    save_state(state, done, self.parameters, self.optimizer)
+                    saved = time.monotonic()
+        if done.stopped:
+            logger.warning(f"recovery stopped: {done.stopped}. The best weights so far are kept")
+
+    def step(self, step: Step) -> float:
+        """One optimizer step; returns the mean KL per completion token of its sequences."""
+        total = 0.0
+        for batch in step.batches:
+            with self._autocast():
+                states = predicting_states(self.model, batch)
+            loss = head_kl(states, self.teacher.states(batch), output_head(self.model)) / step.completion_tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP)
+        if math.isfinite(total):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    @torch.no_grad()
+    def check(self, done: Progress) -> float:
+        """Held-out KL in nats per completion token; keeps the weights if it is the lowest so far."""
+        total, tokens = 0.0, 0
+        for batch in batches_of_like_length(self.held_out, _EVALUATION_TOKENS):
+            with self._autocast():
+                states = predicting_states(self.model, batch)
+            total += head_kl(states, self.teacher.states(batch), output_head(self.model)).item()
+            tokens += len(states)
+        kl = total / tokens
+        done.curve.append((done.step, kl))
+        if kl < done.best_kl:
+            done.best_kl, done.best_step = kl, done.step
+            done.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        return kl
+
+    @torch.no_grad()
+    def keep_best(self, done: Progress) -> None:
+        """Put the weights of the lowest held-out KL back."""
+        for name, weight in done.best.items():
+            self.parameters[name].copy_(weight)
+
+    def _autocast(self) -> Any:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast)
+
+
+@contextlib.contextmanager
+def _in_float32(model: Any) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """The parameters to be trained, by name, in float32; all but embeddings and head. Dtypes and flags come back at the end.
+
+    Buffers stay as they are: rotary frequencies would lose precision on their way through bfloat16.
+    """
+    frozen = {
+        id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()
+    }
+    before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        parameter.requires_grad_(id(parameter) not in frozen)
+        parameter.data = parameter.data.float()
+        if parameter.requires_grad:
+            trained[name] = parameter
+    try:
+        yield trained
+    finally:
+        for name, parameter in model.named_parameters():
+            dtype, requires_grad = before[name]
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(requires_grad)
+
+
+def _key(
+    training: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+    settings: RecoverySettings,
+    rate: float,
+    parameters: Mapping[str, torch.nn.Parameter],
+) -> str:
+    """Changes with anything that the run's result depends on, the weights that it starts from included."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sequence in (*training, *held_out):
+        digest.update(name_of(sequence).encode())
+    digest.update(f"{settings.model_dump_json()}/{rate}".encode())
+    for name, parameter in parameters.items():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
