@@ -18,9 +18,10 @@ from tqdm import tqdm
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences
 from rac_modifier.model_tools import evaluating
-from rac_modifier.recovery.fixed_mask import FixedMask, fixed_mask
+from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.hidden_states import check_head, output_head, predicting_states
 from rac_modifier.recovery.loss import head_kl
+from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
 from rac_modifier.recovery.schedule import Step, default_learning_rate, plan_steps, rate_at
 from rac_modifier.recovery.state import Progress, load_state, save_state
 from rac_modifier.recovery.teacher import Teacher, name_of
@@ -31,6 +32,7 @@ _CLIP = 1.0
 _CHECKS = 8  # of the held-out KL in a run
 _EVALUATION_TOKENS = 4096
 _TOO_HIGH = 1.5  # times the KL before: the learning rate is too high
+_LOWER, _TRIES = 3.0, 3  # the default learning rate is lowered by this factor, up to so many tries
 _SAVE_SECONDS = 300.0
 
 
@@ -41,7 +43,8 @@ class Recovery:
     Attributes:
         kl_before, kl_after: held-out KL(dense || model), nats per completion token, of the weights given and of those kept.
         kept: "after step N", or "before": training did not help, so the weights given are kept.
-        stopped: why the run ended early, or "".
+        stopped: why the last try ended early, or "".
+        tries: how often the learning rate was lowered and training started again.
         tokens: prompt and completion tokens of all steps that were done; `completion_tokens` of them in the loss.
         sequences: distinct training traces.
         curve: (step, held-out KL) of every check.
@@ -52,6 +55,7 @@ class Recovery:
     kl_after: float
     kept: str
     stopped: str
+    tries: int
     steps: int
     tokens: int
     completion_tokens: int
@@ -82,6 +86,7 @@ def recover(
     settings: RecoverySettings,
     *,
     masks: Mapping[str, torch.Tensor] | None = None,
+    quantized: Mapping[str, QuantizedWeight] | None = None,
     state: Path | None = None,
     autocast: torch.dtype | None = None,
     progress: bool = True,
@@ -99,6 +104,8 @@ def recover(
         held_out: traces of other problems, on which it is decided what is kept.
         settings: steps, learning rate, batches.
         masks: bool by parameter name, True = kept; default: where the model's linear layers are not zero.
+        quantized: grid and scales of the modules whose weights are quantized, by module name: they are trained through their
+            codes, and end as code times scale.
         state: folder that a killed run goes on from; None keeps no state.
         autocast: dtype of matrix products in forward and backward passes; None: as the weights are.
         save_seconds: how often the state is written.
@@ -120,27 +127,31 @@ def recover(
         seed=settings.seed,
     )
     started, cpu = time.monotonic(), time.process_time()
-    with _in_float32(model) as parameters, fixed_mask(model, masks) as mask, evaluating(model):
-        rate = settings.learning_rate or default_learning_rate(sum(p.numel() for p in model.parameters()))
-        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, betas=_BETAS, weight_decay=0.0)
-        run = _Run(model, teacher, held_out, parameters, optimizer, mask, autocast)
-        key = _key(training, held_out, settings, rate, parameters)
-        done = load_state(state, key, parameters, optimizer) if state is not None else Progress(key)
-        if not done.curve:
-            run.check(done)
-        before = done.curve[0][1]
-        run.train(done, steps, rate, state, save_seconds, before, progress)
-        run.keep_best(done)
+    masks = sparse_masks(model) if masks is None else masks
+    quantized = quantized or {}
+    highest = settings.learning_rate or default_learning_rate(sum(p.numel() for p in model.parameters()))
+    rates = [highest] if settings.learning_rate else [highest / _LOWER**n for n in range(_TRIES)]
+    with (
+        _in_float32(model),
+        on_grid(model, quantized),
+        fixed_mask(model, {_trained_name(name, quantized): mask for name, mask in masks.items()}),
+        evaluating(model),
+    ):
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        key = _key(training, held_out, settings, parameters)
+        run = _Run(model, teacher, held_out, parameters, autocast, steps, rates, state, save_seconds, progress)
+        done = run.train(key)
     result = Recovery(
-        kl_before=before,
+        kl_before=done.curve[0][1],
         kl_after=done.best_kl,
         kept=f"after step {done.best_step}" if done.best_step else "before",
         stopped=done.stopped,
+        tries=done.tries,
         steps=done.step,
         tokens=sum(step.tokens for step in steps[: done.step]),
         completion_tokens=sum(step.completion_tokens for step in steps[: done.step]),
         sequences=len(training),
-        learning_rate=rate,
+        learning_rate=rates[done.tries],
         trained_weights=sum(p.numel() for p in parameters.values()),
         curve=tuple(done.curve),
         seconds=time.monotonic() - started,
@@ -156,50 +167,53 @@ class _Run:
     teacher: Teacher
     held_out: Sequence[TokenSequence]
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    mask: FixedMask
     autocast: torch.dtype | None
+    steps: Sequence[Step]
+    rates: Sequence[float]
+    state: Path | None
+    save_seconds: float
+    progress: bool
 
-    def train(
-        self,
-        done: Progress,
-        steps: Sequence[Step],
-        rate: float,
-        state: Path | None,
-        save_seconds: float,
-        before: float,
-        progress: bool,
-    ) -> None:
+    def train(self, key: str) -> Progress:
+        """Train at the first rate; where the held-out KL rises too high, again from the start at the next. Ends with the best."""
+        self.optimizer = self._new_optimizer()
+        done = Progress(key) if self.state is None else load_state(self.state, key, self.parameters, self.optimizer)
+        if not done.curve:
+            self.check(done)
+        while True:
+            self._train_at(self.rates[done.tries], done)
+            self._keep_best(done)
+            if not done.stopped or done.tries + 1 == len(self.rates):
+                return done
+            logger.warning(f"recovery starts again at a lower learning rate: {done.stopped}")
+            done.tries, done.step, done.stopped = done.tries + 1, 0, ""
+            self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0)
+
+    def _train_at(self, rate: float, done: Progress) -> None:
         """Take the steps that are left, check the held-out KL `_CHECKS` times, and write the state now and then."""
-        every = max(1, math.ceil(len(steps) / _CHECKS))
+        before, every = done.curve[0][1], max(1, math.ceil(len(self.steps) / _CHECKS))
         saved = time.monotonic()
-        bar = tqdm(
-            total=len(steps), initial=done.step, desc="recovery", unit="step", disable=None if progress else True
-        )
-        with bar:
-            while done.step < len(steps) and not done.stopped:
+        silent = None if self.progress else True  # None: silent where the output is no terminal
+        with tqdm(total=len(self.steps), initial=done.step, desc="recovery", unit="step", disable=silent) as bar:
+            while done.step < len(self.steps) and not done.stopped:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate * rate_at(done.step, len(steps))
-                loss = self.step(steps[done.step])
+                    group["lr"] = rate * rate_at(done.step, len(self.steps))
+                loss = self.step(self.steps[done.step])
                 done.step += 1
                 if not math.isfinite(loss):
-                    done.stopped = (
-                        f"the loss of step {done.step} is {loss}; set a lower recover.learning_rate than {rate:.2g}"
-                    )
-                elif done.step % every == 0 or done.step == len(steps):
+                    done.stopped = f"the loss of step {done.step} is {loss} at learning rate {rate:.2g}"
+                elif done.step % every == 0 or done.step == len(self.steps):
                     kl = self.check(done)
                     if not kl <= _TOO_HIGH * before:
-                        done.stopped = (
-                            f"held-out KL {kl:.4f} after step {done.step}, {before:.4f} before; set a lower "
-                            f"recover.learning_rate than {rate:.2g}"
-                        )
+                        done.stopped = f"held-out KL {kl:.4f} after step {done.step} at learning rate {rate:.2g}, {before:.4f} before"
                 bar.update()
                 bar.set_postfix_str(f"KL {done.curve[-1][1]:.4f}, at the start {before:.4f}", refresh=False)
-                if state is not None and time.monotonic() - saved >= save_seconds:
-                    save_state(state, done, self.parameters, self.optimizer)
+                if self.state is not None and time.monotonic() - saved >= self.save_seconds:
+                    save_state(self.state, done, self.parameters, self.optimizer)
                     saved = time.monotonic()
-        if done.stopped:
-            logger.warning(f"recovery stopped: {done.stopped}. The best weights so far are kept")
 
     def step(self, step: Step) -> float:
         """One optimizer step; returns the mean KL per completion token of its sequences."""
@@ -218,7 +232,7 @@ class _Run:
 
     @torch.no_grad()
     def check(self, done: Progress) -> float:
-        """Held-out KL in nats per completion token; keeps the weights if it is the lowest so far."""
+        """Measure the held-out KL in nats per completion token; keeps the weights if it is the lowest so far."""
         total, tokens = 0.0, 0
         for batch in batches_of_like_length(self.held_out, _EVALUATION_TOKENS):
             with self._autocast():
@@ -233,7 +247,7 @@ class _Run:
         return kl
 
     @torch.no_grad()
-    def keep_best(self, done: Progress) -> None:
+    def _keep_best(self, done: Progress) -> None:
         """Put the weights of the lowest held-out KL back."""
         for name, weight in done.best.items():
             self.parameters[name].copy_(weight)
@@ -245,8 +259,8 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _in_float32(model: Any) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """The parameters to be trained, by name, in float32; all but embeddings and head. Dtypes and flags come back at the end.
+def _in_float32(model: Any) -> Iterator[None]:
+    """All parameters in float32; all but embeddings, head and scales need a gradient. Dtypes and flags come back at the end.
 
     Buffers stay as they are: rotary frequencies would lose precision on their way through bfloat16.
     """
@@ -254,16 +268,14 @@ def _in_float32(model: Any) -> Iterator[dict[str, torch.nn.Parameter]]:
         id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()
     }
     before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
-    trained = {}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
-        parameter.requires_grad_(id(parameter) not in frozen)
-        parameter.data = parameter.data.float()
+        parameter.requires_grad_(id(parameter) not in frozen and name.rpartition(".")[2] in ("weight", "bias"))
         if parameter.requires_grad:
-            trained[name] = parameter
+            parameter.data = parameter.data.float()
     try:
-        yield trained
+        yield
     finally:
         for name, parameter in model.named_parameters():
             dtype, requires_grad = before[name]
@@ -272,18 +284,23 @@ def _in_float32(model: Any) -> Iterator[dict[str, torch.nn.Parameter]]:
             parameter.requires_grad_(requires_grad)
 
 
+def _trained_name(name: str, quantized: Mapping[str, QuantizedWeight]) -> str:
+    """A parameter's name while it is trained: a quantized weight is parametrized by its master weight."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.parametrizations.{leaf}.original" if module in quantized and leaf == "weight" else name
+
+
 def _key(
     training: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
     settings: RecoverySettings,
-    rate: float,
     parameters: Mapping[str, torch.nn.Parameter],
 ) -> str:
     """Changes with anything that the run's result depends on, the weights that it starts from included."""
     digest = hashlib.blake2b(digest_size=16)
     for sequence in (*training, *held_out):
         digest.update(name_of(sequence).encode())
-    digest.update(f"{settings.model_dump_json()}/{rate}".encode())
+    digest.update(settings.model_dump_json().encode())
     for name, parameter in parameters.items():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().numpy().tobytes())

@@ -24,11 +24,12 @@ class Progress:
 
     Attributes:
         key: what the run is of (model, sequences, settings); a state of another run is not used.
-        step: steps done.
+        step: steps done in the present try.
         best: weights with the lowest held-out KL so far, by parameter name; empty: the weights before the first step.
         best_step, best_kl: when that was, and its KL in nats per token.
         curve: (step, held-out KL) of every check.
-        stopped: why the run ended early, or "".
+        stopped: why the present try ended early, or "".
+        tries: how often the learning rate was lowered.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Progress:
     best_kl: float = float("inf")
     curve: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = ""
+    tries: int = 0
 
 
 def save_state(
@@ -60,6 +62,7 @@ def save_state(
         "best_kl": progress.best_kl,
         "curve": progress.curve,
         "stopped": progress.stopped,
+        "tries": progress.tries,
     }
     new = folder / f"{_FILE}.new"
     try:

@@ -73,10 +73,22 @@ def test_a_learning_rate_that_diverges_keeps_what_was_before():
     dense, sparse = dense_and_sparse()
     before = copy.deepcopy(sparse.state_dict())
     result = run(sparse, dense, SETTINGS.model_copy(update={"learning_rate": 30.0}))
-    assert "set a lower recover.learning_rate than 30" in result.stopped
+    assert "at learning rate 30" in result.stopped
     assert result.kept == "before"
     assert result.kl_after == result.kl_before
     assert all(torch.equal(sparse.state_dict()[name], weight) for name, weight in before.items())
+
+
+def test_a_default_learning_rate_that_diverges_is_lowered(monkeypatch):
+    """From the start again, with the same steps; the weights that are kept are the best of all tries."""
+    monkeypatch.setattr(distill, "default_learning_rate", lambda parameters: 0.3)
+    dense, sparse = dense_and_sparse()
+    result = run(sparse, dense, SETTINGS.model_copy(update={"learning_rate": None}))
+    assert result.tries == 2
+    assert result.learning_rate == pytest.approx(0.3 / 9)
+    assert [step for step, _ in result.curve].count(0) == 1
+    assert result.kl_after == pytest.approx(kl_of(dense, sparse, HELD_OUT), rel=1e-4)
+    assert result.kl_after == min(kl for _, kl in result.curve)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(monkeypatch):
