@@ -208,7 +208,7 @@ class _Run:
                 elif done.step % every == 0 or done.step == len(self.steps):
                     kl = self.check(done)
                     if not kl <= _TOO_HIGH * before:
-                        done.stopped = f"held-out KL {kl:.4f} after step {done.step} at learning rate {rate:.2g}, {before:.4f} before"
+                        done.stopped = f"held-out KL {kl:.4f} (before: {before:.4f}) at learning rate {rate:.2g}"
                 bar.update()
                 bar.set_postfix_str(f"KL {done.curve[-1][1]:.4f}, at the start {before:.4f}", refresh=False)
                 if self.state is not None and time.monotonic() - saved >= self.save_seconds:
