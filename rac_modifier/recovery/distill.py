@@ -105,7 +105,7 @@ def recover(
         settings: steps, learning rate, batches.
         masks: bool by parameter name, True = kept; default: where the model's linear layers are not zero.
         quantized: grid and scales of the modules whose weights are quantized, by module name: they are trained through their
-            codes, and end as code times scale.
+            codes, from their master weights, and end as code times scale.
         state: folder that a killed run goes on from; None keeps no state.
         autocast: dtype of matrix products in forward and backward passes; None: as the weights are.
         save_seconds: how often the state is written.
@@ -134,12 +134,17 @@ def recover(
     with (
         _in_float32(model),
         on_grid(model, quantized),
-        fixed_mask(model, {_trained_name(name, quantized): mask for name, mask in masks.items()}),
+        fixed_mask(model, {_trained_name(name, quantized): mask for name, mask in masks.items()}) as mask,
         evaluating(model),
     ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         key = _key(training, held_out, settings, parameters)
-        run = _Run(model, teacher, held_out, parameters, autocast, steps, rates, state, save_seconds, progress)
+        masters = {}
+        for name, weight in quantized.items():
+            if weight.master is not None:
+                trained = _trained_name(f"{name}.weight", quantized)
+                masters[trained] = weight.master * mask.masks.get(trained, 1)
+        run = _Run(model, teacher, held_out, parameters, masters, autocast, steps, rates, state, save_seconds, progress)
         done = run.train(key)
     result = Recovery(
         kl_before=done.curve[0][1],
@@ -167,6 +172,7 @@ class _Run:
     teacher: Teacher
     held_out: Sequence[TokenSequence]
     parameters: dict[str, torch.nn.Parameter]
+    masters: Mapping[str, torch.Tensor]
     autocast: torch.dtype | None
     steps: Sequence[Step]
     rates: Sequence[float]
@@ -180,6 +186,7 @@ class _Run:
         done = Progress(key) if self.state is None else load_state(self.state, key, self.parameters, self.optimizer)
         if not done.curve:
             self.check(done)
+            self._start_from_masters()
         while True:
             self._train_at(self.rates[done.tries], done)
             self._keep_best(done)
@@ -187,7 +194,13 @@ class _Run:
                 return done
             logger.warning(f"recovery starts again at a lower learning rate: {done.stopped}")
             done.tries, done.step, done.stopped = done.tries + 1, 0, ""
+            self._start_from_masters()
             self.optimizer = self._new_optimizer()
+
+    @torch.no_grad()
+    def _start_from_masters(self) -> None:
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0)

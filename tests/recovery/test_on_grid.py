@@ -95,3 +95,31 @@ def test_fake_quantization_is_off_inside_and_back_afterwards():
     with on_grid(sparse, {}):
         assert linear.quantization_enabled is False
     assert linear.quantization_enabled is True
+
+
+def test_training_starts_from_the_master_weights_and_keeps_the_rounded_ones_where_that_is_better():
+    """With a learning rate of nearly nothing, what is kept tells where training started."""
+    dense, sparse = dense_and_sparse()
+    name, linear = next((n, m) for n, m in linears(sparse).items() if n.endswith("up_proj"))
+    master, scale = linear.weight.detach().clone(), scales(linear.weight.detach())
+    held_out = sequences(20, seed=2)
+    settings = RecoverySettings(learning_rate=1e-12, step_tokens=300, batch_tokens=400)
+    for start, kept in ((master, "before"), (rounded(master, scale), "after step")):
+        other = rounded(master, scale)
+        if kept != "before":  # the rounded weight is a bad one, so the master is better
+            other = other.roll(1, 0) * (master != 0)
+        linear.weight.data.copy_(other)
+        quantized = {name: QuantizedWeight(Grid("int", 4, 32), scale, start)}
+        masks = {f"{name}.weight": master != 0}
+        result = recover(
+            sparse,
+            LiveTeacher(dense),
+            sequences(40, seed=1),
+            held_out,
+            settings,
+            masks=masks,
+            quantized=quantized,
+            progress=False,
+        )
+        assert result.kept.startswith(kept)
+        assert torch.equal(linear.weight.detach(), rounded(master, scale))
