@@ -4,23 +4,27 @@
     python benchmarks/smollm2.py                              # resumes from its rows
     python benchmarks/smollm2.py --methods preset=paper,solver=wanda    # more rows for the same table
 
-Traces and the held-out sequences are the model's own samples, of calibration and of test problems. Divergence from the dense
-model on the held-out ones needs no labels; SmolLM2 does not reason, so this says nothing about thinking. The first cell is
-also saved, packed, loaded again and compared bit by bit: a real tokenizer, chat template and odd shapes (576, 192).
+Traces and held-out sequences are the model's own samples, on varied instructions (instructions.py; training and held-out templates
+are disjoint) and on arithmetic, in equal parts. Divergence from the dense model on the held-out ones needs no labels; SmolLM2 does
+not reason, so this says nothing about thinking. The first cell is also saved, packed, loaded again and compared bit by bit: a real
+tokenizer, chat template and odd shapes (576, 192).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from common import CALIBRATIONS, fresh, machine, trace_settings
+from common import CALIBRATIONS, fresh, machine
+from instructions import write as write_instructions
 from llmcompressor import oneshot
 from seeds import parse_sparsity
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -28,13 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 import rac_modifier
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.cli.inspect import totals
-from rac_modifier.cli.tables import render_results
 from rac_modifier.evaluation.divergence import DivergenceResult, divergence
 from rac_modifier.evaluation.own_samples import sample_sequences
-from rac_modifier.evaluation.plot import plot_divergence
-from rac_modifier.evaluation.report import divergence_table
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.problems.source import Problem
 from rac_modifier.settings.sampling import SamplingSettings
 
 
@@ -53,38 +55,59 @@ def unpack(folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def held_out(dense_folder: Path, path: Path, samples: int, max_new_tokens: int) -> list[TokenSequence]:
-    """The dense model's own samples on test problems, made once and kept in `path`."""
+def problems(out: Path, samples: int) -> dict[str, tuple[str, list[Problem]]]:
+    """By kind: the source of training prompts as a recipe names it, and held-out prompts of other templates and operands."""
+    train, held_out = write_instructions(out / "instructions", 6000, 400)
+    return {
+        "instructions": (str(train), held_out_problems(str(held_out), samples)),
+        "arithmetic": ("arithmetic", held_out_problems("arithmetic", samples, seed=1)),
+    }
+
+
+def held_out(dense_folder: Path, path: Path, asked: list[Problem], max_new_tokens: int) -> list[TokenSequence]:
+    """The dense model's own samples on held-out prompts, made once and kept in `path`."""
     if not path.exists():
         sampling = SamplingSettings(max_new_tokens=max_new_tokens, batch_size=32, seed=1)
         tokenizer = AutoTokenizer.from_pretrained(dense_folder)
-        sequences = sample_sequences(
-            fresh(dense_folder), tokenizer, held_out_problems("arithmetic", samples, seed=1), sampling
-        )
+        sequences = sample_sequences(fresh(dense_folder), tokenizer, asked, sampling)
         path.write_text(json.dumps(sequences))
+        cut = sum(len(ids) - start >= max_new_tokens for ids, start in sequences)
+        print(f"{path.name}: {cut} of {len(sequences)} samples were cut at {max_new_tokens} tokens", flush=True)
     sequences = json.loads(path.read_text())
-    if len(sequences) != samples:
+    if len(sequences) != len(asked):
         raise SystemExit(
-            f"{path} holds {len(sequences)} samples, not {samples}; remove it, or give --samples as before"
+            f"{path} holds {len(sequences)} samples, not {len(asked)}; remove it, or give --samples as before"
         )
     return [(ids, prompt_length) for ids, prompt_length in sequences]
 
 
-def cell_settings(args: argparse.Namespace, pattern: str | float, calibration: str, method: str) -> dict[str, Any]:
+def mixture(calibration: str) -> dict[str, float]:
+    """Both kinds of problems in equal parts, or generic text."""
+    kind = CALIBRATIONS[calibration]
+    return {kind: 1.0} if kind == "generic" else {f"{kind}:instructions": 0.5, f"{kind}:arithmetic": 0.5}
+
+
+def cell_settings(args: argparse.Namespace, cell: Cell, sources: dict[str, str]) -> dict[str, Any]:
     """What the modifier is given for one cell; a method is `key=value,key.sub=value`, as in the recipe's entry."""
-    part = CALIBRATIONS[calibration]
+    sampling = {"max_new_tokens": args.max_new_tokens, "batch_size": 64, "seed": 0}
     settings: dict[str, Any] = {
-        **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),
-        "traces": trace_settings(
-            part, args.out / "traces.jsonl", max_new_tokens=args.max_new_tokens, batch_size=64, seed=0
-        ),
+        **({"mask_structure": cell.pattern} if isinstance(cell.pattern, str) else {"sparsity": cell.pattern}),
+        "traces": {
+            "sources": {
+                name: {"problems": {"source": source}, "store": str(args.out / f"{name}.jsonl"), "sampling": sampling}
+                for name, source in sources.items()
+            },
+        },
         "calibration": {
-            "tokens": args.tokens,
-            "mixture": {part: 1.0},
-            **({"held_out_tokens": 0} if part == "traces" else {}),
+            "tokens": cell.tokens,
+            "mixture": mixture(cell.calibration),
+            **({"held_out_tokens": 0} if cell.calibration == "RAC" else {}),  # measured here
+            "seed": cell.seed,
         },
     }
-    for override in method.split(","):
+    if cell.calibration == "generic text":
+        del settings["traces"]
+    for override in cell.method.split(","):
         key, _, value = override.partition("=")
         *parents, last = key.split(".")
         group = settings
@@ -94,28 +117,52 @@ def cell_settings(args: argparse.Namespace, pattern: str | float, calibration: s
     return settings
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    pattern: str | float
+    calibration: str
+    method: str
+    tokens: int
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """The row in words."""
+        pattern = self.pattern if isinstance(self.pattern, str) else f"{self.pattern:.0%}"
+        method = self.method.removeprefix("preset=")
+        return f"{pattern}, {method}, {self.calibration}, {self.tokens:,} tokens, seed {self.seed}"
+
+
 def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
-    sequences = held_out(dense_folder, args.out / "held-out.json", args.samples, args.max_new_tokens)
+    asked = problems(args.out, args.samples)
+    sources = {name: source for name, (source, _) in asked.items()}
+    sets = {
+        name: held_out(dense_folder, args.out / f"held-out-{name}.json", questions, args.max_new_tokens)
+        for name, (_, questions) in asked.items()
+    }
     dense = fresh(dense_folder)
-    done = {(r["pattern"], r["calibration"], r["name"]) for r in read(rows_path)}
-    for method in args.methods:
-        name = method.removeprefix("preset=").removeprefix("solver=")
-        for pattern in args.patterns:
-            for calibration in args.calibrations:
-                if (pattern, calibration, name) in done:
-                    continue
-                settings = cell_settings(args, pattern, calibration, method)
-                model = fresh(dense_folder)
-                started = time.monotonic()
-                oneshot(model=model, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**settings))
-                seconds = time.monotonic() - started
-                result = divergence(dense, model, sequences, label=f"{pattern} {name}, {calibration}", progress=False)
-                row = {"pattern": pattern, "calibration": calibration, "name": name, "settings": settings}
-                with rows_path.open("a") as file:
-                    file.write(json.dumps({**row, "prune_seconds": seconds, "result": result.as_dict()}) + "\n")
-                print(f"{result.label}: KL {result.kl:.3f}, {seconds:.0f} s with sampling", flush=True)
-                if not any(args.out.glob("saved-*")):
-                    save_and_load(model, args.out / f"saved-{str(pattern).replace(':', 'of')}")
+    done = {row["label"] for row in read(rows_path)}
+    for values in itertools.product(args.patterns, args.calibrations, args.methods, args.tokens, args.seeds):
+        cell = Cell(*values)
+        if cell.label in done:
+            continue
+        settings = cell_settings(args, cell, sources)
+        model = fresh(dense_folder)
+        started, cpu = time.monotonic(), time.process_time()
+        oneshot(model=model, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**settings))
+        row = {"label": cell.label, "seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
+        row |= {"settings": settings}
+        for name, sequences in sets.items():
+            row[name] = divergence(dense, model, sequences, label=cell.label, progress=False).as_dict()
+        with rows_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            cell.label, *(f"{name} {row[name]['kl']:.3f}" for name in sets), f"{row['cpu_seconds']:.0f} s", flush=True
+        )
+        if not any(args.out.glob("saved-*")):
+            save_and_load(model, args.out / f"saved-{str(cell.pattern).replace(':', 'of')}")
 
 
 def save_and_load(model: Any, folder: Path) -> None:
@@ -131,20 +178,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def report(rows: list[dict[str, Any]], plot: Path, plot_pattern: str | float) -> None:
-    results = {(r["pattern"], r["name"], r["calibration"]): DivergenceResult.from_dict(r["result"]) for r in rows}
-    ordered = [results[key] for key in sorted(results, key=lambda key: (str(key[0]), *key[1:]))]
-    print(render_results(divergence_table(ordered), markdown=True))
-    shown = [result for key, result in results.items() if key[0] == plot_pattern]
-    if shown:
-        print(f"plot: {plot_divergence(shown, plot)}")
+def report(rows: list[dict[str, Any]]) -> None:
+    """One row per cell; standard errors are over held-out samples, and the same samples are used for every row."""
+    print(
+        "| row | KL, instructions | KL, arithmetic | top-1, instructions | top-1, arithmetic | CPU s |\n|" + "---|" * 6
+    )
+    for row in rows:
+        results = [DivergenceResult.from_dict(row[name]) for name in ("instructions", "arithmetic")]
+        cells = [f"{r.kl:.3f} ± {r.kl_stderr:.3f}" for r in results] + [f"{r.agreement:.1%}" for r in results]
+        print(f"| {row['label']} | {' | '.join(cells)} | {row['cpu_seconds']:.0f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/smollm2"))
-    parser.add_argument("--plot", type=Path, default=Path("build/smollm2/divergence.png"))
-    parser.add_argument("--plot-pattern", type=parse_sparsity, default=0.6)
     parser.add_argument("--patterns", type=parse_sparsity, nargs="+", default=["2:4", 0.5, 0.6])
     parser.add_argument(
         "--methods",
@@ -154,20 +201,21 @@ def main() -> None:
         help="settings of the modifier",
     )
     parser.add_argument("--calibrations", choices=CALIBRATIONS, nargs="+", default=["RAC", "generic text"])
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--samples", type=int, default=32, help="held-out sequences")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768], help="calibration budgets")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the choice among the traces")
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=32, help="held-out sequences per kind")
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    print(machine())
+    print(machine(), flush=True)
     rows_path = args.out / "rows.jsonl"
     if not args.report_only:
         dense_folder = args.out / "dense"
         if not (dense_folder / "config.json").exists():
             unpack(dense_folder)
         run(args, dense_folder, rows_path)
-    report(read(rows_path), args.plot, args.plot_pattern)
+    report(read(rows_path))
 
 
 if __name__ == "__main__":

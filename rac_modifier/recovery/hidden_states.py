@@ -1,0 +1,64 @@
+"""What a causal LM gives to its output head at the positions that predict completion tokens, with or without a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, padded
+from rac_modifier.model_tools import StopForward
+
+
+def output_head(model: Any) -> torch.nn.Module:
+    """The output embeddings of a causal LM.
+
+    Raises:
+        RacError: it has none, or it is not a plain linear layer without a bias.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise RacError(
+            f"{type(model).__name__} has no plain linear output head, so its predictions cannot be recovered from hidden states"
+        )
+    return head
+
+
+def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tensor:
+    """Hidden states [completion tokens, d] of a batch, row by row; the forward pass ends before the head.
+
+    Raises:
+        RacError: the model does not call its output embeddings.
+    """
+    ids, completion = padded(batch)
+    wanted = completion[:, 1:].to(model.device)  # the state at a position predicts the next token
+    found: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        found.append(args[0])
+        raise StopForward
+
+    hook = output_head(model).register_forward_pre_hook(keep)
+    try:
+        model(input_ids=ids[:, :-1].to(model.device), use_cache=False)
+    except StopForward:
+        return found[0][wanted.to(found[0].device)]
+    finally:
+        hook.remove()
+    raise RacError(f"{type(model).__name__} does not call its output embeddings, so there is no state to train on")
+
+
+@torch.no_grad()
+def check_head(model: Any, sequence: TokenSequence) -> None:
+    """Raise a RacError where the model changes its logits after the head (a soft cap, a scale): the KL would be wrong."""
+    head, (ids, _) = output_head(model), sequence
+    states = predicting_states(model, [sequence])
+    logits = model(input_ids=torch.tensor([list(ids[:-1])], device=model.device), use_cache=False).logits
+    own, expected = head(states[-1:]).float(), logits[:, -1].float()
+    if not torch.allclose(own, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise RacError(
+            f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale), which recovery does not "
+            "support; leave recover out"
+        )

@@ -1,0 +1,100 @@
+"""Training through the codes of a quantized weight: forward passes see what will be stored, gradients pass straight through.
+
+With a float32 master weight w, a scale s per row or group and codes c = round(clamp(w / s)), the forward pass uses c s and
+
+    dL/dw = dL/d(c s)                  where w / s is not clamped, else 0
+    dL/ds = sum dL/d(c s) (c - w / s)  where it is not clamped, else dL/d(c s) c     (LSQ, arXiv 1902.08153)
+
+A pruned weight is 0, so its code is 0 whatever its scale is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from rac_modifier.quantization.grid import Grid, stored
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """How a module's weight is quantized: its grid, and its scales [rows, groups] in the dtype that they are stored in.
+
+    `master` is the weight before it was rounded, with the same zeros; None: the rounded weight itself. Training starts from it:
+    steps of training are far smaller than those of a 4-bit grid, so that a weight in the middle of a step would hardly ever leave.
+    """
+
+    grid: Grid
+    scale: torch.Tensor
+    master: torch.Tensor | None = None
+
+
+class OnGrid(torch.nn.Module):
+    """The parametrization of a weight [rows, columns] by its master weight and a relative change of its scales."""
+
+    def __init__(self, quantized: QuantizedWeight):
+        super().__init__()
+        self.grid, self.dtype = quantized.grid, quantized.scale.dtype
+        self.start: torch.Tensor
+        self.register_buffer("start", quantized.scale.detach().float())
+        self.log_change = torch.nn.Parameter(torch.zeros_like(self.start))
+
+    def scale(self) -> torch.Tensor:
+        """Scales [rows, groups] in float32, exactly as they would be stored; the gradient passes through the rounding."""
+        exact = self.start * self.log_change.exp()
+        return exact + (stored(exact.detach(), self.dtype) - exact).detach()
+
+    def forward(self, master: torch.Tensor) -> torch.Tensor:
+        """Code times scale."""
+        spread = self.scale().repeat_interleave(self.grid.group_size or master.shape[1], dim=1)
+        return _CodeTimesScale.apply(master, spread[:, : master.shape[1]], self.grid)
+
+
+class _CodeTimesScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, master: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+        scaled = master / scale
+        codes = grid.codes_(scaled.clone())
+        lowest, highest = grid.codes_(scaled.new_tensor([-torch.inf, torch.inf]))
+        clamped = (scaled < lowest) | (scaled > highest)
+        ctx.save_for_backward(scaled, codes, clamped)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        scaled, codes, clamped = ctx.saved_tensors
+        for_scale = outer[0] * torch.where(clamped, codes, codes - scaled)
+        return outer[0].masked_fill(clamped, 0.0), for_scale, None
+
+
+@contextlib.contextmanager
+def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+    """Inside this context the weights of these modules are their codes times their scales, and both can be trained.
+
+    Fake quantization of a forward pass (compressed-tensors) is off meanwhile. Afterwards the weights hold code times scale, and
+    `weight_scale` of a module that has one holds the scales.
+    """
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in quantized}
+    enabled: dict[Any, Any] = {
+        module: module.quantization_enabled for module in model.modules() if hasattr(module, "quantization_enabled")
+    }
+    for module in enabled:
+        module.quantization_enabled = False
+    for name, module in modules.items():
+        parametrize.register_parametrization(module, "weight", OnGrid(quantized[name]))
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            form = module.parametrizations.weight[0]
+            scale = form.scale().detach().to(form.dtype)
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            if hasattr(module, "weight_scale"):
+                module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+        for module, value in enabled.items():
+            module.quantization_enabled = value

@@ -1,0 +1,129 @@
+"""The dense model's hidden states on the traces to be trained on: kept on disk, or computed beside the student.
+
+2 bytes x hidden size per completion token (7 kB at 7B), where its logits would be a hundred times as much. The student's head is
+the dense model's, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
+from rac_modifier.model_tools import evaluating
+from rac_modifier.recovery.hidden_states import predicting_states
+
+_BATCH_TOKENS = 4096
+_FILE_TOKENS = 65_536  # completion tokens per file
+
+
+class Teacher(Protocol):
+    """Where the dense model's hidden states come from."""
+
+    def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
+        """[completion tokens, d] of a batch, row by row."""
+
+
+class LiveTeacher:
+    """The dense model itself, beside the student: one more forward pass per batch, and its weights in memory."""
+
+    def __init__(self, dense: Any):
+        self._dense = dense
+
+    @torch.no_grad()
+    def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
+        """See `Teacher`."""
+        with evaluating(self._dense):
+            return predicting_states(self._dense, batch)
+
+
+class StoredTeacher:
+    """Hidden states written once by `write`, read per batch."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._place: dict[str, str] = {}
+        try:
+            for file in sorted(folder.glob("states-*.safetensors")):
+                with safe_open(file, framework="pt") as states:
+                    self._place |= dict.fromkeys(states.keys(), file.name)
+        except (OSError, SafetensorError) as error:
+            raise RacError(f"{folder}: the dense model's states cannot be read ({error}); remove the folder") from error
+
+    @classmethod
+    @torch.no_grad()
+    def write(cls, dense: Any, sequences: Sequence[TokenSequence], folder: Path, *, key: str) -> StoredTeacher:
+        """One forward pass of the dense model over `sequences`; nothing is computed where `folder` holds them already.
+
+        `key` says which dense model it is; states of another model or of other sequences are computed again.
+
+        Raises:
+            RacError: a full disk, or a folder that cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        index = folder / "index.json"
+        wanted = {"model": key, "sequences": [name_of(s) for s in sequences]}
+        if index.exists() and json.loads(index.read_text(encoding="utf-8")) == wanted:
+            return cls(folder)
+        for old in folder.glob("states-*.safetensors"):
+            old.unlink()
+        index.unlink(missing_ok=True)
+        needed = sum(len(ids) - prompt for ids, prompt in sequences) * dense.config.get_text_config().hidden_size
+        needed *= next(dense.parameters()).element_size()
+        if shutil.disk_usage(folder).free < needed:
+            raise RacError(
+                f"{folder}: the dense model's states need {needed / 2**30:.1f} GiB, and "
+                f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free; lower recover.tokens or make room"
+            )
+        pending: dict[str, torch.Tensor] = {}
+        number = 0
+
+        def flush() -> None:
+            nonlocal number
+            if pending:
+                save_file(pending, folder / f"states-{number:05}.safetensors")
+                number += 1
+                pending.clear()
+
+        with evaluating(dense):
+            for batch in batches_of_like_length(sequences, _BATCH_TOKENS):
+                states = predicting_states(dense, batch).cpu()
+                for sequence, part in zip(batch, states.split([len(ids) - p for ids, p in batch]), strict=True):
+                    pending[name_of(sequence)] = part.clone()  # not a view: a file holds each once
+                    if sum(map(len, pending.values())) >= _FILE_TOKENS:
+                        flush()
+        flush()
+        index.write_text(json.dumps(wanted), encoding="utf-8")  # last: without it the files do not count
+        return cls(folder)
+
+    def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
+        """See `Teacher`.
+
+        Raises:
+            RacError: a sequence that was not written.
+        """
+        found = []
+        for sequence in batch:
+            name = name_of(sequence)
+            if name not in self._place:
+                raise RacError(
+                    f"{self._folder}: no states of a sequence of {len(sequence[0])} tokens; remove the folder"
+                )
+            with safe_open(self._folder / self._place[name], framework="pt") as states:
+                found.append(states.get_tensor(name))
+        return torch.cat(found)
+
+
+def name_of(sequence: TokenSequence) -> str:
+    """A name for a sequence that depends on its ids and its prompt's length alone."""
+    ids, prompt = sequence
+    return hashlib.blake2b(f"{prompt}:{','.join(map(str, ids))}".encode(), digest_size=16).hexdigest()

@@ -1,0 +1,48 @@
+"""A tiny dense model, a sparse copy of it, and traces for both."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from tests.tiny import linears, tiny_model
+
+Sequences = list[tuple[list[int], int]]
+
+
+def dense_and_sparse(seed: int = 0) -> tuple[Any, Any]:
+    """The dense model, and a copy whose linear layers (not the head) lost the smaller half of their weights."""
+    dense = tiny_model(seed)
+    sparse = copy.deepcopy(dense)
+    for name, linear in linears(sparse).items():
+        if name != "lm_head":
+            weight = linear.weight.data
+            weight[weight.abs() < weight.abs().median()] = 0.0
+    return dense, sparse
+
+
+def sequences(count: int, seed: int = 0) -> Sequences:
+    """Random token ids of 12 to 40 tokens with prompts of 3 to 8."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    return [
+        (torch.randint(5, 300, (number(12, 41),), generator=generator).tolist(), number(3, 9)) for _ in range(count)
+    ]
+
+
+def kl_of(dense: Any, model: Any, data: Sequences) -> float:
+    """Mean KL(dense || model) per completion token, in float64 from whole logits: independent of the package."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for ids, prompt in data:
+            x = torch.tensor([ids])
+            p = dense(x).logits[0, prompt - 1 : -1].double().log_softmax(-1)
+            q = model(x).logits[0, prompt - 1 : -1].double().log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum())
+            tokens += len(ids) - prompt
+    return total / tokens

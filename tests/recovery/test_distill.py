@@ -1,0 +1,160 @@
+"""The whole loop on a tiny model: what is trained, what is not, what is kept, and what a kill costs."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.recovery import distill
+from rac_modifier.recovery.distill import recover
+from rac_modifier.recovery.teacher import LiveTeacher
+from rac_modifier.settings.recovery import RecoverySettings
+from tests.recovery.recovery_helpers import dense_and_sparse, kl_of, sequences
+
+SETTINGS = RecoverySettings(learning_rate=3e-3, step_tokens=300, batch_tokens=400, tokens=4000)
+TRAINING, HELD_OUT = sequences(120, seed=1), sequences(20, seed=2)
+
+
+def run(model, dense, settings=SETTINGS, **options):
+    return recover(model, LiveTeacher(dense), TRAINING, HELD_OUT, settings, progress=False, **options)
+
+
+def test_the_sparse_model_moves_towards_the_dense_one_and_no_zero_moves():
+    dense, sparse = dense_and_sparse()
+    before, dense_before = copy.deepcopy(sparse.state_dict()), copy.deepcopy(dense.state_dict())
+    result = run(sparse, dense)
+    assert result.kl_before == pytest.approx(kl_of(dense, dense_and_sparse()[1], HELD_OUT), rel=1e-4)
+    assert result.kl_after == pytest.approx(kl_of(dense, sparse, HELD_OUT), rel=1e-4)
+    assert result.kl_after < 0.85 * result.kl_before
+    assert result.kept == f"after step {min(result.curve, key=lambda point: point[1])[0]}"
+    after = sparse.state_dict()
+    for name, weight in before.items():
+        if "embed" in name or "lm_head" in name:
+            assert torch.equal(after[name], weight), name
+        elif "proj" in name:
+            assert torch.equal(after[name] == 0, weight == 0), name
+            assert not torch.equal(after[name], weight), name
+        elif "norm" in name:
+            assert not torch.equal(after[name], weight), name
+    assert all(torch.equal(dense.state_dict()[name], weight) for name, weight in dense_before.items())
+    assert all(p.grad is None and p.requires_grad for p in sparse.parameters())
+    json.dumps(result.as_dict(), allow_nan=False)
+
+
+def test_after_every_step_the_mask_holds(monkeypatch):
+    dense, sparse = dense_and_sparse()
+    zeros = {name: p.detach() == 0 for name, p in sparse.named_parameters() if "proj" in name}
+    steps = 0
+    step = distill._Run.step
+
+    def checked(self, *args):
+        nonlocal steps
+        loss = step(self, *args)
+        steps += 1
+        assert all(torch.equal(self.parameters[name] == 0, zero) for name, zero in zeros.items())
+        return loss
+
+    monkeypatch.setattr(distill._Run, "step", checked)
+    assert run(sparse, dense).steps == steps > 8
+
+
+def test_bfloat16_weights_are_trained_in_float32_and_come_back():
+    dense, sparse = dense_and_sparse()
+    sparse.to(torch.bfloat16)
+    result = run(sparse, dense.to(torch.bfloat16))
+    assert {p.dtype for p in sparse.parameters()} == {torch.bfloat16}
+    assert result.kl_after < 0.9 * result.kl_before
+
+
+def test_a_learning_rate_that_diverges_keeps_what_was_before():
+    dense, sparse = dense_and_sparse()
+    before = copy.deepcopy(sparse.state_dict())
+    result = run(sparse, dense, SETTINGS.model_copy(update={"learning_rate": 30.0}))
+    assert "at learning rate 30" in result.stopped
+    assert result.kept == "before"
+    assert result.kl_after == result.kl_before
+    assert all(torch.equal(sparse.state_dict()[name], weight) for name, weight in before.items())
+
+
+def test_a_default_learning_rate_that_diverges_is_lowered(monkeypatch):
+    """From the start again, with the same steps; the weights that are kept are the best of all tries."""
+    monkeypatch.setattr(distill, "default_learning_rate", lambda parameters: 0.3)
+    dense, sparse = dense_and_sparse()
+    result = run(sparse, dense, SETTINGS.model_copy(update={"learning_rate": None}))
+    assert result.tries == 2
+    assert result.learning_rate == pytest.approx(0.3 / 9)
+    assert [step for step, _ in result.curve].count(0) == 1
+    assert result.kl_after == pytest.approx(kl_of(dense, sparse, HELD_OUT), rel=1e-4)
+    assert result.kl_after == min(kl for _, kl in result.curve)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(monkeypatch):
+    dense, sparse = dense_and_sparse()
+    teacher = LiveTeacher(dense)
+    states, calls = teacher.states, 0
+
+    def broken(batch):
+        nonlocal calls
+        calls += 1
+        return states(batch) * (math.nan if calls == 12 else 1.0)
+
+    monkeypatch.setattr(teacher, "states", broken)
+    result = recover(sparse, teacher, TRAINING, HELD_OUT, SETTINGS, progress=False)
+    assert "is nan" in result.stopped
+    assert result.kl_after == pytest.approx(kl_of(dense, sparse, HELD_OUT), rel=1e-4)
+
+
+def test_held_out_traces_among_the_training_traces_are_refused():
+    dense, sparse = dense_and_sparse()
+    with pytest.raises(RacError, match="1 held-out traces are among the training traces"):
+        recover(sparse, LiveTeacher(dense), [*TRAINING, HELD_OUT[3]], HELD_OUT, SETTINGS)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing else runs."""
+
+
+@pytest.mark.parametrize("kills", [(2,), (3, 4, 2), (2, 2, 3)])
+def test_killed_runs_end_as_an_undisturbed_one(tmp_path, monkeypatch, kills):
+    dense, undisturbed = dense_and_sparse()
+    expected = run(undisturbed, dense)
+    step, calls, killed_at = distill._Run.step, 0, -1
+
+    def counted(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == killed_at:
+            raise Killed
+        return step(self, *args)
+
+    monkeypatch.setattr(distill._Run, "step", counted)
+    for killed_at in kills:  # noqa: B007 - read in `counted`
+        calls = 0
+        with pytest.raises(Killed):
+            run(dense_and_sparse()[1], dense, state=tmp_path, save_seconds=0.0)
+    calls, killed_at = 0, -1
+    _, model = dense_and_sparse()
+    result = run(model, dense, state=tmp_path, save_seconds=0.0)
+    assert 0 < calls < expected.steps  # it went on, and did not start again
+    assert result.curve == expected.curve
+    assert (result.kl_after, result.kept, result.steps) == (expected.kl_after, expected.kept, expected.steps)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True))
+
+
+def test_a_state_of_other_settings_is_not_used(tmp_path):
+    dense, sparse = dense_and_sparse()
+    run(sparse, dense, state=tmp_path, save_seconds=0.0)
+    _, other = dense_and_sparse()
+    result = run(other, dense, SETTINGS.model_copy(update={"seed": 5}), state=tmp_path, save_seconds=0.0)
+    _, alone = dense_and_sparse()
+    assert result.curve == run(alone, dense, SETTINGS.model_copy(update={"seed": 5})).curve
+
+
+def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path):
+    dense, sparse = dense_and_sparse()
+    (tmp_path / "recovery.safetensors").write_bytes(b"cut")
+    with pytest.raises(RacError, match=r"recovery\.safetensors: the state of a recovery run cannot be read"):
+        run(sparse, dense, state=tmp_path)

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.recovery.fixed_mask import FixedMask, fixed_mask, sparse_masks
+from tests.recovery.recovery_helpers import dense_and_sparse
+
+
+def small() -> torch.nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    model[0].weight.data[:, ::2] = 0.0
+    return model
+
+
+def train(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, clip: float | None = None
+) -> list[float]:
+    norms = []
+    for step in range(steps):
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(step))
+        model(x).square().sum().backward()
+        if clip is not None:
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.RMSprop(p, lr=0.1),
+    ],
+)
+def test_no_pruned_weight_moves_and_the_others_do(make):
+    model = small()
+    start = model[0].weight.detach().clone()
+    with fixed_mask(model):
+        train(model, make(model.parameters()))
+    assert torch.equal(model[0].weight == 0, start == 0)
+    assert bool((model[0].weight[:, 1::2] != start[:, 1::2]).all())
+
+
+def test_without_it_pruned_weights_move():
+    model = small()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert bool((model[0].weight[:, ::2] != 0).any())
+
+
+def test_moments_of_an_earlier_training_do_not_move_pruned_weights():
+    """Adam's momentum from before the mask would: the weights are masked after each step too."""
+    model = small()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    start = model[0].weight.detach().clone()
+    train(model, optimizer, steps=1)
+    model[0].weight.data.copy_(start)
+    with fixed_mask(model):
+        train(model, optimizer, steps=2)
+    assert torch.equal(model[0].weight == 0, start == 0)
+
+
+def test_masked_gradients_do_not_count_in_the_norm_that_is_clipped():
+    model, alone = small(), small()
+    with fixed_mask(model):
+        found = train(model, torch.optim.SGD(model.parameters(), lr=0.0), steps=1, clip=1e9)
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    alone(x).square().sum().backward()
+    alone[0].weight.grad[:, ::2] = 0.0
+    expected = torch.cat([p.grad.flatten() for p in alone.parameters()]).norm()
+    assert found[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_it_ends_with_its_context():
+    model = small()
+    with fixed_mask(model):
+        pass
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert bool((model[0].weight[:, ::2] != 0).any())
+
+
+def test_a_weight_that_is_moved_behind_its_back_is_an_error():
+    model = small()
+    with pytest.raises(RacError, match=r"0\.weight: 8 weights outside the mask are not zero"), fixed_mask(model):
+        model[0].weight.data[:, 0] = 1.0
+
+
+def test_masks_are_those_of_sparse_linear_layers_alone():
+    _, sparse = dense_and_sparse()
+    masks = sparse_masks(sparse)
+    assert len(masks) == 14  # seven matrices in each of two layers, not the head
+    assert all(torch.equal(mask, sparse.get_parameter(name) != 0) for name, mask in masks.items())
+
+
+def test_a_dense_model_and_masks_of_another_are_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with pytest.raises(RacError, match="no mask to hold; prune the model first"):
+        FixedMask(model)
+    with pytest.raises(RacError, match=r"mask of 0\.weight \[4, 8\]: its shape is \[8, 8\]"):
+        FixedMask(model, {"0.weight": torch.ones(4, 8, dtype=torch.bool)})
+    with pytest.raises(RacError, match=r"mask of 1\.weight .*no such parameter"):
+        FixedMask(model, {"1.weight": torch.ones(4, 8, dtype=torch.bool)})

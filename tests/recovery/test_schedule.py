@@ -1,0 +1,48 @@
+import pytest
+
+from rac_modifier.recovery.schedule import default_learning_rate, plan_steps, rate_at
+from tests.recovery.recovery_helpers import sequences
+
+
+def test_the_default_learning_rate_goes_through_what_was_measured():
+    assert default_learning_rate(3_400_000) == pytest.approx(1e-3, rel=0.05)
+    assert default_learning_rate(135_000_000) == pytest.approx(2e-4, rel=0.01)
+    assert 2e-5 < default_learning_rate(7_000_000_000) < 5e-5
+
+
+def test_the_rate_rises_for_a_tenth_and_falls_to_a_tenth():
+    rates = [rate_at(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1.0
+    assert rates.index(max(rates)) == 9
+    assert rates[99] == pytest.approx(0.1)
+    assert rates[54] == pytest.approx(0.55, abs=0.01)  # half-way down
+    assert [rate_at(0, 1), rate_at(0, 2)] == [1.0, 1.0]
+
+
+def test_steps_cover_each_pass_in_another_order():
+    data = sequences(40)
+    steps = plan_steps(data, step_tokens=200, batch_tokens=120, passes=2, seed=0)
+    trained = [s for step in steps for batch in step.batches for s in batch]
+    assert all(sum(s is other for other in trained) <= 2 for s in data)
+    assert len(trained) >= 2 * len(data) - 20  # at most the rest of a pass is left out
+    assert all(step.tokens >= 100 for step in steps)
+    for step in steps:
+        for batch in step.batches:
+            assert len(batch) == 1 or len(batch) * max(len(ids) for ids, _ in batch) <= 120
+    assert [s.batches for s in steps] == [
+        s.batches for s in plan_steps(data, step_tokens=200, batch_tokens=120, passes=2, seed=0)
+    ]
+    assert steps[0].batches != plan_steps(data, step_tokens=200, batch_tokens=120, passes=2, seed=1)[0].batches
+
+
+def test_a_small_set_makes_one_step():
+    (step,) = plan_steps(sequences(2), step_tokens=10_000, batch_tokens=4096, passes=1, seed=0)
+    assert sum(map(len, step.batches)) == 2
+    assert step.completion_tokens == sum(len(ids) - prompt for ids, prompt in sequences(2))
+
+
+def test_steps_are_not_sorted_by_length():
+    steps = plan_steps(sequences(60), step_tokens=100, batch_tokens=4096, passes=1, seed=0)
+    longest = [max(len(ids) for batch in step.batches for ids, _ in batch) for step in steps]
+    assert longest != sorted(longest)

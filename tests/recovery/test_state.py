@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.recovery import state as module
+from rac_modifier.recovery.state import Progress, load_state, save_state
+
+
+def trained(steps: int):
+    torch.manual_seed(0)
+    parameters = {"w": torch.nn.Parameter(torch.randn(4, 3)), "b": torch.nn.Parameter(torch.randn(3))}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    for _ in range(steps):
+        (parameters["w"].square().sum() + parameters["b"].sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return parameters, optimizer
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    parameters, optimizer = trained(3)
+    progress = Progress("key", 3, {"w": torch.ones(4, 3)}, 2, 0.25, [(0, 0.5), (2, 0.25)])
+    save_state(tmp_path, progress, parameters, optimizer)
+    others, other_optimizer = trained(0)
+    found = load_state(tmp_path, "key", others, other_optimizer)
+    assert torch.equal(found.best.pop("w"), torch.ones(4, 3))
+    assert found == Progress("key", 3, {}, 2, 0.25, [(0, 0.5), (2, 0.25)])
+    assert all(torch.equal(others[name], parameters[name]) for name in parameters)
+    for name, parameter in parameters.items():
+        for part, value in optimizer.state[parameter].items():
+            assert torch.equal(other_optimizer.state[others[name]][part], value), part
+
+
+def test_a_state_of_another_run_changes_nothing(tmp_path):
+    save_state(tmp_path, Progress("key", 3), *trained(3))
+    parameters, optimizer = trained(0)
+    start = parameters["w"].detach().clone()
+    assert load_state(tmp_path, "other", parameters, optimizer) == Progress("other")
+    assert torch.equal(parameters["w"], start)
+    assert not optimizer.state
+
+
+def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
+    save_state(tmp_path, Progress("key", 3), *trained(3))
+    before = (tmp_path / "recovery.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(RacError, match=r"cannot be written \(.*No space left.*start the same command again"):
+        save_state(tmp_path, Progress("key", 4), *trained(4))
+    assert (tmp_path / "recovery.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["recovery.safetensors"]
