@@ -178,28 +178,33 @@ Write a thank-you note for {thing}.
 """.strip().splitlines()
 
 FILLERS = {
-    "topic": """photosynthesis, inflation, gravity, democracy, evolution, machine learning, the water cycle, vaccines, plate tectonics,
-        electricity, the immune system, supply and demand, the French Revolution, climate change, black holes, DNA, friction, jazz,
-        chess openings, probability, the printing press, coral reefs, nuclear energy, sleep, memory, magnetism, the stock market,
-        volcanoes, antibiotics, perspective in painting, fermentation, encryption""",
-    "person": """a retired pilot, a young baker, a shy librarian, an old fisherman, a nurse, a robot, a schoolteacher, a clockmaker,
-        a farmer, a detective, a gardener, a violinist, an astronaut, a taxi driver, a beekeeper, a mayor""",
-    "thing": """a rusty key, an umbrella, a broken radio, a silver spoon, a paper boat, a lantern, a blue bicycle, a wooden chair,
-        a map, a glass marble, a woollen scarf, a typewriter, a kite, a music box, a telescope, a pair of boots, a teapot, a violin case""",
-    "place": """a small harbour town, Lisbon, a desert village, Kyoto, a mountain hut, Nairobi, an old railway station, Toronto,
-        a night market, Iceland, a lighthouse, Cape Town, a rainy forest, Prague, a floating market, Patagonia""",
+    "topic": """photosynthesis, inflation, gravity, democracy, evolution, machine learning, the water cycle, vaccines, plate
+        tectonics, electricity, the immune system, supply and demand, the French Revolution, climate change, black
+        holes, DNA, friction, jazz, chess openings, probability, the printing press, coral reefs, nuclear energy,
+        sleep, memory, magnetism, the stock market, volcanoes, antibiotics, perspective in painting, fermentation,
+        encryption""",
+    "person": """a retired pilot, a young baker, a shy librarian, an old fisherman, a nurse, a robot, a schoolteacher, a
+        clockmaker, a farmer, a detective, a gardener, a violinist, an astronaut, a taxi driver, a beekeeper, a mayor""",
+    "thing": """a rusty key, an umbrella, a broken radio, a silver spoon, a paper boat, a lantern, a blue bicycle, a wooden
+        chair, a map, a glass marble, a woollen scarf, a typewriter, a kite, a music box, a telescope, a pair of
+        boots, a teapot, a violin case""",
+    "place": """a small harbour town, Lisbon, a desert village, Kyoto, a mountain hut, Nairobi, an old railway station,
+        Toronto, a night market, Iceland, a lighthouse, Cape Town, a rainy forest, Prague, a floating market,
+        Patagonia""",
     "task": """bake sourdough bread, change a bicycle tyre, learn a new language, plant tomatoes, paint a room, write a will,
-        prepare for a job interview, build a bookshelf, run ten kilometres, save money, cook for twelve people, repair a zip,
-        start a book club, adopt a dog, give a speech, clean a keyboard, plan a wedding, sleep better, read music, sew a button""",
+        prepare for a job interview, build a bookshelf, run ten kilometres, save money, cook for twelve people, repair
+        a zip, start a book club, adopt a dog, give a speech, clean a keyboard, plan a wedding, sleep better, read
+        music, sew a button""",
     "code": """reverses a list, counts the words of a text, finds the largest number, removes duplicates, checks a password,
-        sorts names by length, reads a CSV file, computes a factorial, merges two dictionaries, finds the shortest path,
-        validates an email address, counts vowels, groups rows by month, rotates a matrix, parses a date, rounds prices""",
+        sorts names by length, reads a CSV file, computes a factorial, merges two dictionaries, finds the shortest
+        path, validates an email address, counts vowels, groups rows by month, rotates a matrix, parses a date, rounds
+        prices""",
     "sentence": """The meeting was moved to Thursday because the room is being painted., I think the soup needs more salt.,
-        Nobody expected the bridge to open before the winter., She forgot her keys and had to wait outside for an hour.,
-        This phone is far too expensive for what it does., We are looking forward to your visit next month.,
-        The cat watched the rain and did not move., Our team finished the project two days early.,
-        He promised to call but he never did., The museum is closed on Mondays and on public holidays.,
-        Every child in the village knows this song., My neighbour plays the trumpet at midnight.""",
+        Nobody expected the bridge to open before the winter., She forgot her keys and had to wait outside for an
+        hour., This phone is far too expensive for what it does., We are looking forward to your visit next month.,
+        The cat watched the rain and did not move., Our team finished the project two days early., He promised to call
+        but he never did., The museum is closed on Mondays and on public holidays., Every child in the village knows
+        this song., My neighbour plays the trumpet at midnight.""",
     "n": "144, 96, 250, 81, 365, 72, 1024, 512, 130, 57, 420, 199, 640, 888, 91, 1500",
     "m": "12, 7, 5, 9, 15, 4, 8, 3, 20, 6, 11, 25",
 }

@@ -26,7 +26,7 @@ class QuantizedWeight:
     """How a module's weight is quantized: its grid, and its scales [rows, groups] in the dtype that they are stored in.
 
     `master` is the weight before it was rounded, with the same zeros; None: the rounded weight itself. Training starts from it:
-    steps of training are far smaller than those of a 4-bit grid, so that a weight in the middle of a step would hardly ever leave.
+    a step of training is far smaller than one of a 4-bit grid, so that a weight in the middle of a grid step would hardly move.
     """
 
     grid: Grid
