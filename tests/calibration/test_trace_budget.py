@@ -74,6 +74,11 @@ def test_traces_are_held_out_of_each_part_beside_its_share(collect):
         assert pool.selection.total == len(pool.store) - len(pool.held_out)
 
 
+def test_what_is_held_out_does_not_shrink_with_the_share_of_traces(collect):
+    (pool,) = collect({}, mixture="traces@0.25, prompts@0.75", held_out_tokens=400).values()
+    assert pool.held_out_tokens >= 400
+
+
 def test_nothing_is_held_out_of_a_named_source_of_another_model(collect):
     store = collect({}, mixture="traces:arithmetic@1.0")["traces:arithmetic"].store.path
     source = {"problems": {"source": "arithmetic"}, "store": str(store), "allow_off_policy": True}
