@@ -11,10 +11,10 @@ import torch
 
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import packed_modules
-from rac_modifier.checkpoint.record import read_json
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, ignored_modules, packed_format, recorded_structures
 from rac_modifier.checkpoint.stored_weight import FLOATS, SCALE
 from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 

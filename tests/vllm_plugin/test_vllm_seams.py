@@ -16,9 +16,9 @@ needs_vllm()
 
 from vllm.model_executor.layers import linear, quantization  # noqa: E402
 
-from rac_modifier.checkpoint.record import read_json  # noqa: E402
 from rac_modifier.checkpoint.sparsity_config import with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
+from rac_modifier.files import read_json  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
 from rac_modifier.vllm_plugin.register import METHOD, register  # noqa: E402
 

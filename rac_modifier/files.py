@@ -1,0 +1,64 @@
+"""JSON and text files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rac_modifier.errors import RacError
+
+
+def write_json_atomic(path: str | Path, obj: Any) -> None:
+    """Write `obj` as strict JSON (no NaN) in the way of `write_text_atomic`.
+
+    Raises:
+        RacError: `obj` is not JSON, or the file cannot be written; the old file then stands.
+    """
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise RacError(f"{path}: what is to be recorded is not JSON ({error})") from error
+    write_text_atomic(path, text)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write UTF-8 text through a temporary file, mode 644; a reader sees the old file or the new one.
+
+    Raises:
+        RacError: the file cannot be written; the old file then stands.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's 600 would hide the file from other readers
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except (OSError, UnicodeError) as error:
+        raise RacError(f"{path}: cannot be written ({error}); make room or choose another folder") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        RacError: no such file, not JSON, or not an object.
+    """
+    try:
+        obj = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RacError(f"{path}: cannot be read as JSON ({error}); is this a saved model folder?") from error
+    if not isinstance(obj, dict):
+        raise RacError(f"{path}: holds a {type(obj).__name__} where an object is expected")
+    return obj
