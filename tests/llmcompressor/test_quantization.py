@@ -9,7 +9,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
-from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, cli
+from rac_modifier import ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.sources import iter_dense_tensors
 from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, int4, weights
@@ -186,8 +186,3 @@ def test_a_recipe_of_quantization_alone_takes_the_command_line_and_traces(tiny_f
     cli.app([str(part) for part in command], standalone_mode=False)
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert record["calibration"]["tokens"] == 400
-
-
-def test_keep_refuses_a_model_without_the_zeros(prune):
-    with pytest.raises(RacError, match="solver: keep keeps the zeros that a model has"):
-        prune(solver="keep")
