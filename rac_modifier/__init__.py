@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.register import MODULES, register_when_imported
+from rac_modifier.on_import import import_after
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.hf_quantizer import load_model as load_model
@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    **MODULES,
+    "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.calibration_modifier",
+    "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
     "load_model": "rac_modifier.checkpoint.hf_quantizer",
     "reasoner_path": "rac_modifier.reasoner",
 }
@@ -50,4 +51,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register_when_imported()
+import_after("llmcompressor", "rac_modifier.llmcompressor.register")

@@ -174,7 +174,7 @@ def test_a_session_without_oneshot_has_no_arguments():
     assert find_oneshot() is None
 
 
-class FromTracedTokenizer(Exception):
+class TokenizerUsed(Exception):  # noqa: N818 - a result, not an error
     """Holds the tokenizer that would be calibrated with."""
 
 
@@ -183,12 +183,12 @@ def used_tokenizer(monkeypatch):
     """Runs up to where the calibration set is built, and returns the tokenizer that it would be built with."""
 
     def build(model, tokenizer, *args):
-        raise FromTracedTokenizer(tokenizer)
+        raise TokenizerUsed(tokenizer)
 
     monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", build)
 
     def used(prune, **options):
-        with pytest.raises(FromTracedTokenizer) as caught:
+        with pytest.raises(TokenizerUsed) as caught:
             prune(**options)
         return caught.value.args[0]
 

@@ -9,7 +9,7 @@ from tests.llmcompressor.modifier_helpers import gptq_w4
 from tests.tiny import TOKENS, entry, linears
 
 
-class Sampling(Exception):
+class Sampling(Exception):  # noqa: N818 - not an error
     """Sampling has begun: nothing was refused."""
 
 
@@ -51,7 +51,7 @@ def test_gptq_in_front_of_ours_is_not_refused(refused_or_sampled, before):
 
 
 def test_quantizing_twice_is_refused(refused_or_sampled):
-    with pytest.raises(RacError, match="QuantizationModifier after .* would quantize twice"):
+    with pytest.raises(RacError, match=r"QuantizationModifier after .* would quantize twice"):
         refused_or_sampled(later=[fp8()], quantization={"scheme": "W8A16"})
     with pytest.raises(Sampling):
         refused_or_sampled(later=[fp8()])

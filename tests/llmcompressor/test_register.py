@@ -1,4 +1,4 @@
-"""The import hook and the stand-ins, with a small llm-compressor in the place of the real one (test_import_orders.py has that)."""
+"""The stand-ins that a recipe finds, with a small package in place of llm-compressor; test_import_orders.py has the real one."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
-from rac_modifier.llmcompressor.register import MODULES, register
+from rac_modifier.llmcompressor.register import MODULES
 
 MODIFIERS = """
 class Modifier:
@@ -45,7 +45,7 @@ def output_of(tmp_path):
         "import llmcompressor, rac_modifier",
         "import rac_modifier, llmcompressor",
         "import rac_modifier, llmcompressor.modifiers",
-        "import rac_modifier.llmcompressor.register, rac_modifier; from llmcompressor.modifiers import Modifier",
+        "import rac_modifier.llmcompressor.register",
     ],
 )
 def test_both_modifiers_are_registered_whatever_is_imported_first(output_of, order):
@@ -61,35 +61,9 @@ def test_registering_imports_none_of_our_modules(output_of):
     assert output_of(code) == "['rac_modifier.llmcompressor.register']"
 
 
-def test_the_import_hook_is_there_once_and_gone_once_it_was_used(output_of):
-    code = (
-        "import rac_modifier\n"
-        "from rac_modifier.llmcompressor.register import register_when_imported\n"
-        "register_when_imported()\n"
-        "hooks = lambda: sum('rac_modifier' in type(f).__module__ for f in sys.meta_path)\n"
-        "before = hooks()\n"
-        "import llmcompressor\n"
-        "print(before, hooks(), llmcompressor.__spec__.loader.get_filename('llmcompressor') == llmcompressor.__file__)"
-    )
-    assert output_of(code) == "1 0 True"
-
-
-def test_without_llmcompressor_the_import_fails_as_ever():
-    code = (
-        "import sys\n"
-        "sys.path = [p for p in sys.path if 'site-packages' not in p]\n"
-        "import rac_modifier\n"
-        "try:\n    import llmcompressor\nexcept ModuleNotFoundError as error:\n    print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "No module named 'llmcompressor'"
-
-
 def test_a_stand_in_makes_the_modifier_itself():
     from llmcompressor.modifiers import ModifierFactory
 
-    register()
-    register()
     made = ModifierFactory.create("ReasoningAwareSparseGPTModifier", True, True, mask_structure="2:4", group="pruning")
     assert type(made) is ReasoningAwareSparseGPTModifier
     assert (made.mask_structure, made.group) == ("2:4", "pruning")

@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 from llmcompressor import oneshot
-from rac_modifier.llmcompressor.modifiers import MODIFIERS
 
 from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.modifiers import MODIFIERS
 from rac_modifier.settings.recipe import check_entry, find_entry, find_named_entry, load_recipe, schema
 from tests.tiny import NAME, entry, is_2of4, linears, recipe, save_tiny
 

@@ -1,0 +1,64 @@
+"""Import a module of ours right after a library was imported, without importing that library before the user does.
+
+A library that finds extensions through a registry in one of its modules, and has no entry point for others, is extended
+in this way: `import rac_modifier` stays light, and the order of the user's imports does not matter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def import_after(trigger: str, module: str) -> None:
+    """Import `module` now if `trigger` has been imported, else right after it has been. Calling twice changes nothing."""
+    if trigger in sys.modules and not _is_being_imported(trigger):
+        importlib.import_module(module)
+    elif not any(isinstance(f, _Finder) and (f.trigger, f.module) == (trigger, module) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(trigger, module))
+
+
+def _is_being_imported(name: str) -> bool:
+    return bool(getattr(sys.modules[name].__spec__, "_initializing", False))
+
+
+class _Finder(MetaPathFinder):
+    """Finds `trigger` as the other finders do, once, and wraps its loader."""
+
+    def __init__(self, trigger: str, module: str) -> None:
+        self.trigger, self.module = trigger, module
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.trigger:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            sys.meta_path.insert(0, self)  # not installed, or not yet: the next import tries again
+            return spec
+        spec.loader = _LoadThenImport(spec.loader, self.module)
+        return spec
+
+
+class _LoadThenImport(Loader):
+    """A module's own loader, and the import of another module when that one is loaded."""
+
+    def __init__(self, loader: Loader, module: str) -> None:
+        self._loader, self._module = loader, module
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        importlib.import_module(self._module)
