@@ -23,9 +23,9 @@ def find_targets(
 ) -> dict[torch.nn.Module, str]:
     """The linear modules to prune, in model order, with their names.
 
-    The output head and router gates are left alone unless `targets` names them exactly, whatever their class matches:
-    the head is often tied to the embedding, and a router decides discretely. `targets` and `ignore` are matched as
-    llm-compressor matches them: class names, module names, or regular expressions behind "re:".
+    The output head and router gates are left out unless `targets` contains their exact names: the head is often tied to the
+    embedding, and a small change of a router's weights can select other experts. `targets` and `ignore` are matched as
+    llm-compressor matches them: class names, module names, or regular expressions after "re:".
 
     Raises:
         RacError: nothing matches, a match is not a linear layer or has no floating-point weight, or its shape does not fit.

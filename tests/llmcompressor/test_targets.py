@@ -1,10 +1,15 @@
+"""Which modules are pruned, and which are left alone."""
+
+import pytest
 import torch
 from llmcompressor import oneshot
 
 import rac_modifier
-from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
+from rac_modifier.llmcompressor.targets import find_targets
+from rac_modifier.settings.pattern import Pattern
 from tests.llmcompressor.modifier_helpers import assert_same_weights, weights
-from tests.tiny import entry, is_2of4, linears, save_tiny
+from tests.tiny import entry, is_2of4, linears, save_tiny, tiny_model
 
 
 def test_targets_and_ignore_are_llm_compressors(prune, dense):
@@ -21,9 +26,6 @@ def test_lm_head_is_pruned_only_when_named(prune):
 
 def test_a_router_gate_is_left_alone():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    from rac_modifier.llmcompressor.targets import find_targets
-    from rac_modifier.settings.pattern import Pattern
 
     config = Qwen3MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
@@ -44,3 +46,28 @@ def test_a_tied_head_stays_tied(tmp_path, trace_store):
     loaded = rac_modifier.load_model(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert_same_weights(weights(loaded), weights(model))
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (["re:.*no_such"], "match no linear layer of this Qwen3ForCausalLM; it has, for example, model.layers.0"),
+        (["model.norm"], "targets name model.norm, a Qwen3RMSNorm; only Linear layers are pruned"),
+    ],
+)
+def test_targets_that_are_no_linear_layer_are_refused(targets, says):
+    with pytest.raises(RacError, match=says):
+        find_targets(tiny_model(), targets, [], Pattern.n_of_m(2, 4))
+
+
+def test_a_tied_head_is_refused():
+    with pytest.raises(RacError, match="lm_head shares its weight with the input embedding"):
+        find_targets(tiny_model(tie_word_embeddings=True), ["lm_head"], [], Pattern.n_of_m(2, 4))
+
+
+def test_quantized_weights_are_refused():
+    model = tiny_model()
+    module = model.model.layers[0].mlp.up_proj
+    module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(RacError, match=r"up_proj has a torch.int8 weight; prune the model before it is quantized"):
+        find_targets(model, ["Linear"], [], Pattern.n_of_m(2, 4))
