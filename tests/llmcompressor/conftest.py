@@ -59,3 +59,9 @@ def record_of(tmp_path):
         return json.loads((folder / "rac_run.json").read_text())
 
     return record_of
+
+
+@pytest.fixture
+def off_policy(trace_store):
+    """Trace settings that take the float32 model's traces for a model made of it."""
+    return {**entry(trace_store)["traces"], "allow_off_policy": True}

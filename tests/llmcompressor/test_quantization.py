@@ -13,7 +13,7 @@ from rac_modifier import ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, int4, weights
-from tests.tiny import calibration_entry, entry, is_2of4, linears, recipe
+from tests.tiny import calibration_entry, is_2of4, linears, recipe
 
 INT8 = {"config_groups": {"w": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
 SCHEMES = {"int4": int4(), "int8": INT8, "w8a8": {"scheme": "W8A8"}, "fp8": {"scheme": "FP8_DYNAMIC"}}
@@ -21,12 +21,6 @@ FORMATS = {"int4": "pack-quantized", "int8": "pack-quantized", "w8a8": "int-quan
 COMPRESSED = {"int4": torch.int32, "int8": torch.int8, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 PATTERNS = {"2:4": {"mask_structure": "2:4"}, "unstructured": {"mask_structure": "0:0", "sparsity": 0.5}}
 IDS = torch.arange(2, 60).unsqueeze(0)
-
-
-@pytest.fixture
-def off_policy(trace_store):
-    """Trace settings that take the float32 model's traces for a model made of it."""
-    return {**entry(trace_store)["traces"], "allow_off_policy": True}
 
 
 def logits(model):
