@@ -90,7 +90,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self._names = find_targets(model, self.targets, self.ignore, self.pattern)
         check_later_modifiers(self, self.other_modifiers(later=True), quantizes=self.quantization is not None)
         if self.solver == "keep":
-            self._patterns, described = patterns_of_zeros(self._names, self.pattern)
+            self._patterns, described = patterns_of_zeros(self._names, self.pattern, detect=self.mask_structure is None)
         else:
             assert self.pattern is not None  # as PruningSettings has checked
             self._patterns = listed_patterns(model, self._names, self.pattern, self.allocation)

@@ -15,11 +15,13 @@ from rac_modifier.settings.pattern import Pattern
 _LEAST_ZEROS = 0.05
 
 
-def patterns_of_zeros(names: Mapping[torch.nn.Module, str], asked: Pattern | None) -> tuple[dict[str, Pattern], str]:
+def patterns_of_zeros(
+    names: Mapping[torch.nn.Module, str], asked: Pattern | None, *, detect: bool
+) -> tuple[dict[str, Pattern], str]:
     """What `solver: keep` keeps: one pattern per module, and all of them in words.
 
-    The pattern `asked` for, if there is one. Else 2:4 if the zeros of every module have it, and otherwise an unstructured pattern
-    with each module's own share of zeros.
+    The pattern `asked` for, if there is one. Else with `detect` 2:4 if the zeros of every module have it, and otherwise an
+    unstructured pattern with each module's own share of zeros.
 
     Raises:
         RacError: a module that lacks the pattern asked for, or has hardly any zeros, or nothing else.
@@ -27,7 +29,7 @@ def patterns_of_zeros(names: Mapping[torch.nn.Module, str], asked: Pattern | Non
     two_of_four = Pattern.n_of_m(2, 4)
     shares: dict[str, Pattern] = {}
     zeros = total = 0
-    structured = True
+    structured = detect
     for module, name in names.items():
         with align_module_device(module):
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
