@@ -10,6 +10,7 @@ from rac_modifier.cli import traces
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.inspect import inspect
 from rac_modifier.cli.prune import prune, schema
+from rac_modifier.cli.recover import recover
 from rac_modifier.errors import RacError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(traces.app, name="traces")
 app.command()(prune)
+app.command()(recover)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(schema)

@@ -104,7 +104,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.check_memory(model, [], get_main_device(), torch.device(offload))
         loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
         if self.recover is not None:
-            self._recovery = RecoveryStage(model, self.calibration_set, self.recover)
+            self._recovery = RecoveryStage(model, self.calibration_set.reserved, self.recover)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from loguru import logger
 
-from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.model_tools import on_accelerator
@@ -27,24 +26,23 @@ from rac_modifier.traces.records import Trace
 class RecoveryStage:
     """The dense model's hidden states on traces that calibration does not use, and the training on them later."""
 
-    def __init__(self, model: Any, calibration: CalibrationSet, settings: RecoverySettings):
-        """One forward pass of the dense model over the reserved traces.
+    def __init__(self, model: Any, traces: Sequence[Trace], settings: RecoverySettings):
+        """One forward pass of the dense model over `traces`, which calibration does not use.
 
         Raises:
             RacError: too few traces, a head that is not supported, too little memory or disk space.
         """
         self._settings = settings
-        self._held_out, self._training = split_traces(calibration.reserved, settings.held_out_tokens)
+        self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
         check_recovery_memory(model)
         fingerprint = model_fingerprint(model)
-        self._folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
+        self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
         with on_accelerator(model):
             self._teacher = StoredTeacher.write(
-                model, [*self._held_out, *self._training], self._folder / "teacher", key=fingerprint
+                model, [*self._held_out, *self._training], self.folder / "teacher", key=fingerprint
             )
         logger.info(
-            f"recovery: {len(self._training)} traces to train on and {len(self._held_out)} to decide what is kept are out of "
-            "the calibration set"
+            f"recovery: {len(self._training)} traces to train on, and {len(self._held_out)} others that decide what is kept"
         )
 
     def run(
@@ -67,10 +65,10 @@ class RecoveryStage:
                 self._settings,
                 masks=masks,
                 quantized=quantized,
-                state=self._folder,
+                state=self.folder,
                 autocast=torch.bfloat16 if bf16_is_fast(model.device) else None,
             )
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
         return {**done.as_dict(), "trained_on": "the model's own traces, KL to the dense model"}
 
 

@@ -9,6 +9,7 @@ from compressed_tensors.utils import align_module_device
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.masks import holds
+from rac_modifier.recovery.fixed_mask import sparse_masks
 from rac_modifier.settings.pattern import Pattern
 
 # A dense model has a few zeros by rounding; with fewer than this share of them a module is not sparse.
@@ -48,3 +49,15 @@ def patterns_of_zeros(
     if pattern is not None:
         return dict.fromkeys(shares, pattern), pattern.describe()
     return shares, f"the zeros that the model had, {100 * zeros / total:.4g} % of the weights"
+
+
+def sparse_modules(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, Pattern]]:
+    """The linear layers of a sparse model by name, and their patterns: 2:4 for all where all have it, else unstructured.
+
+    Raises:
+        RacError: no layer is sparse.
+    """
+    masks = sparse_masks(model, _LEAST_ZEROS)
+    modules = {name.removesuffix(".weight"): model.get_submodule(name.removesuffix(".weight")) for name in masks}
+    patterns, _ = patterns_of_zeros({module: name for name, module in modules.items()}, None, detect=True)
+    return modules, patterns

@@ -35,8 +35,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any
         raise RacError(f"{path} is not YAML: {error}") from error
     recipe = copy.deepcopy(recipe)
     name, entry = find_named_entry(recipe, str(path))
-    for override in overrides or []:
-        _apply(entry, override)
+    apply_overrides(entry, overrides or [])
     check_entry(entry, str(path), name)
     return recipe
 
@@ -114,6 +113,16 @@ def schema(name: str = NAME) -> str:
     if name not in ENTRIES:
         raise RacError(f"{name!r} is none of this package's modifiers; name one of {', '.join(ENTRIES)}")
     return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
+
+
+def apply_overrides(entry: dict[str, Any], overrides: list[str]) -> None:
+    """Change settings in place, each written as `key.sub=value`.
+
+    Raises:
+        RacError: an override that is not `key=value`.
+    """
+    for override in overrides:
+        _apply(entry, override)
 
 
 def _apply(entry: dict[str, Any], override: str) -> None:
