@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
+from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -66,7 +68,8 @@ def trace_stages(
             place (for example where a mixture of experts adds up their outputs).
     """
     try:
-        subgraphs = trace_subgraphs(model, sample, list(names.values()), list(ignore), 1)
+        with _restoring_after_failure(model):
+            subgraphs = trace_subgraphs(model, sample, list(names.values()), list(ignore), 1)
     except Exception as error:  # tracing runs the model's own code and may fail in any way
         raise UntraceableError(f"tracing failed: {(str(error).splitlines() or [repr(error)])[0][:200]}") from error
     _refuse_changes_in_place(subgraphs)
@@ -97,6 +100,30 @@ def trace_stages(
         stages[-1].modules.append(modules[node.target])
         stages[-1].subgraphs.append(subgraph)
     return stages
+
+
+@contextlib.contextmanager
+def _restoring_after_failure(model: PreTrainedModel) -> Iterator[None]:
+    """Restore what upstream's tracer leaves replaced when tracing fails: functions of torch, and cache classes in model code.
+
+    With the classes of the tracer, the model would not run with a cache any more, for example in `generate`.
+    """
+    functions = {name: getattr(torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH}
+    namespaces = {id(space): space for space in (module.forward.__globals__ for module in model.modules())}
+    classes = [
+        (space, name, value)
+        for space in namespaces.values()
+        for name, value in space.items()
+        if any(value is replaced for replaced in HFTracer._CLASSES_TO_PATCH)
+    ]
+    try:
+        yield
+    except BaseException:
+        for name, function in functions.items():
+            setattr(torch, name, function)
+        for space, name, value in classes:
+            space[name] = value
+        raise
 
 
 def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:

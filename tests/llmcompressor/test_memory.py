@@ -28,23 +28,30 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = self.base = 0
 
     def reset(self) -> None:
+        self.collect()
         self.base = self.peak = self.now
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
-        for key, (reference, size) in list(self.storages.items()):
-            if reference.expired():
-                del self.storages[key]
-                self.now -= size
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.storages and storage._cdata not in given:
+                if storage._cdata not in given:
+                    self.forget(storage._cdata)  # an address may be used again
                     self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
                     self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:  # only then it matters which are still alive
+            self.collect()
+            self.peak = max(self.peak, self.now)
         return result
+
+    def collect(self) -> None:
+        for key in [key for key, (reference, _) in self.storages.items() if reference.expired()]:
+            self.forget(key)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.storages.pop(key, (None, 0))[1]
 
 
 def need(**changes) -> MemoryNeed:

@@ -67,7 +67,7 @@ def test_an_error_of_another_modifier_is_cleared_by_the_next_reset(prune, monkey
     with pytest.raises(ValueError, match="no such scheme"):
         prune(later=[QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC")])
     measured = []
-    monkeypatch.setattr("rac_modifier.evaluation.run_divergence.RunDivergence.measure", measured.append)
+    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.RunDivergence.measure", measured.append)
     active_session().reset()
     assert loaded() is SequentialPipeline
     assert measured == []  # there is no result to measure
