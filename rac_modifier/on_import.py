@@ -28,7 +28,7 @@ def _is_being_imported(name: str) -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds `trigger` as the other finders do, once, and wraps its loader."""
+    """Finds `trigger` as the other finders do, and wraps its loader, until `trigger` has been imported."""
 
     def __init__(self, trigger: str, module: str) -> None:
         self.trigger, self.module = trigger, module
@@ -38,20 +38,22 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.trigger:
             return None
+        # Removed only while the other finders are asked: a mere look-up (`importlib.util.find_spec`) imports nothing.
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)  # not installed, or not yet: the next import tries again
-            return spec
-        spec.loader = _LoadThenImport(spec.loader, self.module)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoadThenImport(spec.loader, self)
         return spec
 
 
 class _LoadThenImport(Loader):
     """A module's own loader, and the import of another module when that one is loaded."""
 
-    def __init__(self, loader: Loader, module: str) -> None:
-        self._loader, self._module = loader, module
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
@@ -60,5 +62,7 @@ class _LoadThenImport(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         self._loader.exec_module(module)
-        importlib.import_module(self._module)
+        importlib.import_module(self._finder.module)

@@ -80,3 +80,12 @@ def test_an_extension_that_fails_is_not_hidden(run) -> None:
     done = run("import_after('library', 'failing'); import library")
     assert done.returncode
     assert "broken extension" in done.stderr
+
+
+def test_a_mere_look_up_does_not_use_the_hook_up(run) -> None:
+    """As transformers does to see what is installed."""
+    code = (
+        "import_after('library', 'extension'); import importlib.util; importlib.util.find_spec('library')\n"
+        "print('looked'); import library; print(len([f for f in sys.meta_path if getattr(f, 'trigger', '') == 'library']))"
+    )
+    assert lines(run(code)) == ["looked", "library", "part", "extension", "0"]

@@ -28,11 +28,16 @@ def recover(
         ),
     ] = None,
     problems: Annotated[
-        str, typer.Option(help="problems to sample on: arithmetic, reasoning-gym:TASK, a file or a dataset id")
-    ] = "arithmetic",
+        str | None,
+        typer.Option(
+            help="problems to sample on: a file, a dataset id, reasoning-gym:TASK, arithmetic; default: the store's, or arithmetic"
+        ),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="column of the problems' text")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="cap of a sampled completion")] = 8192,
-    seed: Annotated[int, typer.Option(help="of sampling; another one than calibration's gives other traces")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="cap of a sampled completion; default: the store's, or 8192")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of sampling; default: the store's, or 1")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="a setting of `recover:` in a recipe, e.g. --set tokens=200000 (repeatable)"),
@@ -46,22 +51,40 @@ def recover(
 
     Example: rac recover reasoner reasoner-90 reasoner-90-recovered --max-new-tokens 512 --set tokens=80000
     """
-    from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.recipe import apply_overrides
     from rac_modifier.settings.recovery import RecoverySettings
-    from rac_modifier.settings.sampling import SamplingSettings
 
     entry: dict[str, Any] = {}
     apply_overrides(entry, set_ or [])
     settings = RecoverySettings.model_validate(entry)
-    source = ProblemSource(source=problems, column=column)
-    sampling = SamplingSettings(max_new_tokens=max_new_tokens, seed=seed)
+    source, sampling = _asked(store, problems, column, max_new_tokens, seed)
     check_model(resolve(dense))
     check_model(str(sparse))
     check_output(output, str(sparse))
     _check_not_quantized(sparse)
     kl = _recover(dense, sparse, output, store, source, sampling, settings, precision)
     typer.echo(f"saved to {output}; held-out KL {kl[0]:.4f} -> {kl[1]:.4f} nats per token")
+
+
+def _asked(
+    store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None, seed: int | None
+) -> tuple[Any, Any]:
+    """Problems and sampling: those of the store, where there is one, with what the command line says instead."""
+    from rac_modifier.settings.problems import ProblemSource
+    from rac_modifier.settings.sampling import SamplingSettings
+    from rac_modifier.traces.store import TraceStore
+
+    source, sampling = (
+        ProblemSource(),
+        SamplingSettings(seed=1),
+    )  # another seed than calibration's default gives other traces
+    if store is not None and store.is_file():
+        header = TraceStore.read(store).header
+        source, sampling = header.problems, header.sampling
+    if problems is not None or column is not None:
+        source = ProblemSource(source=problems or source.source, column=column)
+    changes = {name: value for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)) if value is not None}
+    return source, sampling.model_copy(update=changes)
 
 
 def _recover(
@@ -74,8 +97,6 @@ def _recover(
     settings: Any,
     precision: Dtype,
 ) -> tuple[float, float]:
-    import shutil
-
     import torch
 
     from rac_modifier.checkpoint.saving import SavePlan, save_with_record
@@ -113,7 +134,6 @@ def _recover(
     save_with_record(pruned, lambda: plan)
     pruned.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    shutil.rmtree(stage.folder, ignore_errors=True)
     return record["kl_before"], record["kl_after"]
 
 
@@ -124,8 +144,8 @@ def check_made_from(pruned: Any, dense: Any) -> None:
     ours, theirs = (m.get_input_embeddings().weight for m in (pruned, dense))
     if type(pruned) is not type(dense) or ours.shape != theirs.shape or not torch.equal(ours.float(), theirs.float()):
         raise RacError(
-            f"the sparse {type(pruned).__name__} was not made from this {type(dense).__name__}: their embeddings differ; name the "
-            "dense model that was pruned (base_model in rac_run.json)"
+            f"the sparse {type(pruned).__name__} was not made from this {type(dense).__name__}: their embeddings differ; name "
+            "the dense model that was pruned (base_model in rac_run.json)"
         )
 
 

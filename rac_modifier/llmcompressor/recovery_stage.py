@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ class RecoveryStage:
                 autocast=torch.bfloat16 if bf16_is_fast(model.device) else None,
             )
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another run's folder is beside it
+            self.folder.parent.rmdir()
         return {**done.as_dict(), "trained_on": "the model's own traces, KL to the dense model"}
 
 

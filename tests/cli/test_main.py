@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 
 from rac_modifier import cli
 
-COMMANDS = [(), ("traces",), ("traces", "collect"), ("traces", "inspect"), ("traces", "export"), ("prune",), ("eval",),
-            ("inspect",), ("schema",)]  # fmt: skip
+COMMANDS = [(), ("traces",), ("traces", "collect"), ("traces", "inspect"), ("traces", "export"), ("prune",), ("recover",),
+            ("eval",), ("inspect",), ("schema",)]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
