@@ -30,7 +30,7 @@ def recover(
     problems: Annotated[
         str | None,
         typer.Option(
-            help="problems to sample on: a file, a dataset id, reasoning-gym:TASK, arithmetic; default: the store's, or arithmetic"
+            help="problems to sample on: a file, a dataset id, reasoning-gym:TASK, arithmetic (default; or the store's)"
         ),
     ] = None,
     column: Annotated[str | None, typer.Option(help="column of the problems' text")] = None,
