@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier,
     )
     from rac_modifier.reasoner import reasoner_path as reasoner_path
+    from rac_modifier.recovery.fixed_mask import fixed_mask as fixed_mask
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ReasoningAwareCalibrationModifier",
     "ReasoningAwareSparseGPTModifier",
     "__version__",
+    "fixed_mask",
     "load_model",
     "reasoner_path",
 ]
@@ -41,6 +43,7 @@ __all__ = [
 _LAZY = {
     "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.calibration_modifier",
     "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
+    "fixed_mask": "rac_modifier.recovery.fixed_mask",
     "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",
 }

@@ -124,6 +124,7 @@ def test_llmcompressor_and_vllm_are_imported_where_they_may_be():
     [
         "ReasoningAwareSparseGPTModifier",
         "ReasoningAwareCalibrationModifier",
+        "fixed_mask",
         "load_model",
         "reasoner_path",
         "RacError",
