@@ -34,7 +34,7 @@ def test_the_lean_loop_on_padded_batches_gives_the_same_hessians(prune, monkeypa
     class Spy(HessianCollector):
         def take(self, modules):
             groups = super().take(modules)
-            hessians.extend(g.hessian.matrix() for g in groups)
+            hessians.extend(g.statistics.hessian.matrix() for g in groups)
             return groups
 
     monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.HessianCollector", Spy)

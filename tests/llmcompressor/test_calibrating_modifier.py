@@ -8,7 +8,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 
 from rac_modifier import RacError, ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
 from tests.llmcompressor.modifier_helpers import generic_loader, gptq_w4
-from tests.tiny import entry, is_2of4, linears
+from tests.tiny import calibration_entry, entry, is_2of4, linears
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -31,7 +31,7 @@ def test_torchrun_is_refused(prune, monkeypatch):
 def test_two_of_our_modifiers_are_refused(prune, trace_store):
     with pytest.raises(RacError, match="the recipe has two ReasoningAwareSparseGPTModifier"):
         prune(later=[ReasoningAwareSparseGPTModifier(**entry(trace_store))], solver="wanda", reconstruct="pruned")
-    shared = {key: value for key, value in entry(trace_store).items() if key != "mask_structure"}
+    shared = calibration_entry(trace_store)
     with pytest.raises(RacError, match="leave ReasoningAwareCalibrationModifier out"):
         prune(later=[ReasoningAwareCalibrationModifier(**shared)], solver="wanda", reconstruct="pruned")
 
@@ -50,7 +50,7 @@ def test_a_session_with_calibration_data_is_refused(dense):
 
 
 def test_a_failed_run_leaves_nothing_behind_that_breaks_the_next(prune, monkeypatch):
-    monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.prune_group", None)
+    monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.solve", None)
     with pytest.raises(TypeError):
         prune()
     monkeypatch.undo()

@@ -182,7 +182,7 @@ class TokenizerUsed(Exception):  # noqa: N818 - a result, not an error
 def used_tokenizer(monkeypatch):
     """Runs up to where the calibration set is built, and returns the tokenizer that it would be built with."""
 
-    def build(model, tokenizer, *args):
+    def build(model, tokenizer, *args, **kwargs):
         raise TokenizerUsed(tokenizer)
 
     monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", build)

@@ -129,8 +129,8 @@ def test_group_is_refused_where_it_is_not_possible(prune):
 
 @pytest.mark.usefixtures("untraceable")
 def test_gradient_weights_need_the_group_order(prune):
-    with pytest.raises(RacError, match=r"token_weights: gradient is not possible here.*uniform"):
-        prune(token_weights="gradient")
+    with pytest.raises(RacError, match=r"gradient is not possible here.*leave experimental.token_weights out"):
+        prune(experimental={"token_weights": "gradient"})
 
 
 def test_beside_another_modifier_in_one_pass_it_prunes_layer_by_layer(prune, record_of):

@@ -47,8 +47,8 @@ class Recorder:
     def weights_for(self, modules, batch):
         return self.loader.token_weights[batch]
 
-    def prune_group(self, modules, statistics):
-        self.pruned.append(([self.names[module] for module in modules], statistics.hessian.tokens))
+    def prune_group(self, group):
+        self.pruned.append(([self.names[module] for module in group.modules], group.statistics.hessian.tokens))
 
 
 def run(order) -> Recorder:

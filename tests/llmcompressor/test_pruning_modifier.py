@@ -17,7 +17,7 @@ class Sampling(Exception):  # noqa: N818 - not an error
 def refused_or_sampled(tiny_folder, trace_store, monkeypatch):
     """Run a recipe of modifiers around ours up to where it would sample."""
 
-    def sample(*args):
+    def sample(*args, **kwargs):
         raise Sampling
 
     monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", sample)
@@ -62,9 +62,9 @@ def test_modules_that_no_token_reached_are_an_error(prune, monkeypatch):
 
     original = Modifier.prune_group
 
-    def all_but_up(self, modules, statistics):
-        if "up_proj" not in self._names[modules[-1]]:
-            original(self, modules, statistics)
+    def all_but_up(self, group):
+        if "up_proj" not in self._names[group.modules[-1]]:
+            original(self, group)
 
     monkeypatch.setattr(Modifier, "prune_group", all_but_up)
     with pytest.raises(RacError, match=r"4 modules saw no calibration token, the first is .*layers\.0\.mlp\.gate_proj"):
