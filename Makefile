@@ -20,7 +20,7 @@ demo: $(VENV)/.installed ## prune the embedded reasoner and compare it with the 
 	$(BIN)/python examples/reasoner_demo.py
 
 serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed ## serve the pruned reasoner with `vllm serve`, ask it problems and check the answers
-	test -d demo/served || $(BIN)/rac prune reasoner demo/served --recipe recipes/rac_2of4.yaml \
+	test -d demo/served || $(BIN)/rac prune reasoner demo/served --recipe rac_2of4 \
 		--set calibration.tokens=32768 --set traces.sampling.max_new_tokens=512 --set traces.sampling.batch_size=128 \
 		--precision float32
 	$(SERVE_BIN)/python examples/serve_demo.py demo/served

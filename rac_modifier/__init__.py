@@ -7,7 +7,7 @@ sparse checkpoints known to transformers' `from_pretrained`:
     import rac_modifier
     from llmcompressor import oneshot
 
-    oneshot("path/or/id", recipe="recipes/rac_2of4.yaml", output_dir="out")
+    oneshot("path/or/id", recipe=rac_modifier.recipe("rac_2of4"), output_dir="out")
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier,
     )
     from rac_modifier.reasoner import reasoner_path as reasoner_path
+    from rac_modifier.settings.shipped_recipes import recipe as recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "load_model",
     "reasoner_path",
+    "recipe",
 ]
 
 _LAZY = {
@@ -43,6 +45,7 @@ _LAZY = {
     "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
     "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",
+    "recipe": "rac_modifier.settings.shipped_recipes",
 }
 
 

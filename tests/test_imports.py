@@ -126,6 +126,7 @@ def test_llmcompressor_and_vllm_are_imported_where_they_may_be():
         "ReasoningAwareCalibrationModifier",
         "load_model",
         "reasoner_path",
+        "recipe",
         "RacError",
     ],
 )
