@@ -66,6 +66,9 @@ dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a c
 test-dist: dist ## install wheel and sdist in fresh environments, without a compiler and without write access, and use them; 10 minutes, 6 GB
 	$(DIST_BIN)/python scripts/dist_check.py dist
 
+test-matrix: $(DIST_VENV)/.installed ## test with Python 3.11 to 3.13 and both ends of every version range; an hour; not part of `make test`
+	$(DIST_BIN)/python scripts/matrix.py
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -222,7 +222,8 @@ def as_user() -> list[str]:
         sys.exit(
             "as root this needs setpriv (of util-linux), to become an unprivileged user; or run it as another user"
         )
-    return [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    # Through env, since setpriv itself may still start what only root can reach.
+    return [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "/usr/bin/env"]
 
 
 def create(python: str, environment: Environment) -> None:
