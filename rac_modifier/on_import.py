@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -28,23 +29,23 @@ def _is_being_imported(name: str) -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds `trigger` as the other finders do, and wraps its loader, until `trigger` has been imported."""
+    """Finds `trigger` as the other finders do, and wraps its loader. Stays in place until `trigger` has been loaded."""
 
     def __init__(self, trigger: str, module: str) -> None:
         self.trigger, self.module = trigger, module
+        self._here = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.trigger:
+        if fullname != self.trigger or getattr(self._here, "searching", False):
             return None
-        # Removed only while the other finders are asked: a mere look-up (`importlib.util.find_spec`) imports nothing.
-        sys.meta_path.remove(self)
+        self._here.searching = True
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            sys.meta_path.insert(0, self)
-        if spec is not None and spec.loader is not None:
+            self._here.searching = False
+        if spec is not None and spec.loader is not None:  # else it is not installed, or not yet
             spec.loader = _LoadThenImport(spec.loader, self)
         return spec
 
@@ -62,7 +63,7 @@ class _LoadThenImport(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        self._loader.exec_module(module)
         importlib.import_module(self._finder.module)

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from rac_modifier.cli import traces
+from rac_modifier.cli import recipes, traces
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.inspect import inspect
 from rac_modifier.cli.prune import prune, schema
@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(traces.app, name="traces")
+app.add_typer(recipes.app, name="recipes")
 app.command()(prune)
 app.command()(recover)
 app.command("eval")(evaluate)

@@ -12,23 +12,25 @@ from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
+from rac_modifier.settings.shipped_recipes import find_recipe
 
 NAME = "ReasoningAwareSparseGPTModifier"
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+def load_recipe(named: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """The recipe's content with `key.sub=value` overrides applied to our modifier's entry, checked.
+
+    `named` is a path, or the name of a recipe that ships with the package.
 
     Neither the recipe nor an override can name code: YAML is read with the safe loader, and no setting imports anything.
 
     Raises:
-        RacError: no such file, not YAML, a layout in which llm-compressor finds no modifier, an entry with settings that
+        RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an entry with settings that
             cannot work, or an override that is not `key=value`.
     """
+    path = find_recipe(named)
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RacError(f"no recipe at {path}; the repository's recipes/ folder has some to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RacError(f"recipe {path} cannot be read ({error}); name a YAML file") from error
     except yaml.YAMLError as error:

@@ -13,6 +13,11 @@ CASES += [
     Case(
         "a recipe that is not there", "no recipe at", lambda b: b.rac("prune", b.folder, b.tmp / "o", "-r", "no.yaml")
     ),
+    Case(
+        "a misspelt name of a shipped recipe",
+        "did you mean rac_2of4",
+        lambda b: b.rac("prune", b.folder, b.tmp / "o", "-r", "rac_2of5"),
+    ),
     Case("a recipe that is not YAML", "is not YAML", lambda b: b.rac_prune("pruning_stage: [")),
     Case(
         "a setting that does not exist",

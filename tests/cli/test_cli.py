@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from rac_modifier import cli
 
 COMMANDS = [(), ("traces",), ("traces", "collect"), ("traces", "inspect"), ("traces", "export"), ("prune",), ("recover",),
-            ("eval",), ("inspect",), ("schema",)]  # fmt: skip
+            ("eval",), ("inspect",), ("schema",), ("recipes",), ("recipes", "show")]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
