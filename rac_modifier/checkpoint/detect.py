@@ -13,7 +13,9 @@ from rac_modifier.checkpoint.formats import UNSTRUCTURED
 
 _GROUPS = (4, 8, 16)  # the M of N:M, each twice the one before
 _STEP = 1 / 16  # a larger M is stated only where it prunes at least so much more
-_LEAST_SHARE = 0.8  # of all zeros: with fewer of them in the pattern, it is what a broken pattern of smaller groups leaves
+_LEAST_SHARE = (
+    0.8  # of all zeros: with fewer of them in the pattern, it is what a broken pattern of smaller groups leaves
+)
 _LEAST_BROKEN = 20  # groups that zeros at random places would break, for a pattern to be more than chance
 _CHUNK = 1 << 22  # elements
 
@@ -59,8 +61,7 @@ def _broken_by_chance(zeros: int, weights: int, n: int, m: int) -> float:
 
 def fits_24(weight: Tensor) -> bool:
     """Whether the 2:4 layout keeps all bits: at most two of four values are not +0.0, and -0.0 counts as a value."""
-    rows, columns = weight.shape
-    if columns % 4:
+    if weight.shape[1] % 4:
         return False
     return all(int(_sums(kept.view(torch.uint8), 4).max()) <= 2 for kept in _stored(weight))
 

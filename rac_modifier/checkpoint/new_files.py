@@ -31,7 +31,12 @@ Summary = TypeVar("Summary")
 
 def is_leftover(name: str) -> bool:
     """Whether a file of this name is what a job that was cut off leaves, and no part of a checkpoint."""
-    return name in (JOURNAL_FILE, LOCK_FILE) or name.startswith(TEMPORARY)
+    return name in (JOURNAL_FILE, LOCK_FILE) or _is_temporary(name)
+
+
+def _is_temporary(name: str) -> bool:
+    """Also the file that writing a temporary JSON file or the journal itself started with (files.py)."""
+    return name.startswith((TEMPORARY, f".{TEMPORARY}", f".{JOURNAL_FILE}."))
 
 
 class NewFiles:
@@ -136,7 +141,7 @@ class NewFiles:
         self._journal.unlink()
 
     def _remove_temporaries(self) -> None:
-        for path in self.folder.glob(f"{TEMPORARY}*"):
+        for path in [path for path in self.folder.iterdir() if _is_temporary(path.name)]:
             path.unlink()
 
 

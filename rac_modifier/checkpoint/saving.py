@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
+from rac_modifier.checkpoint.license import CARD_NAME, license_of
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
@@ -70,9 +71,10 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         ]
         current.prepare(model, save_compressed)
         inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
+        packed = bool(current.modules) and current.storage == "packed" and save_compressed
         if current.modules:
             modules = {name: current.patterns[name].mask_structure for name in current.modules}
-            if current.storage == "packed" and save_compressed:
+            if packed:
                 pack_checkpoint(folder, modules, dense_linears=dense_linears)
             else:
                 mark_dense(folder, modules)
@@ -82,7 +84,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             record["quantization"] = [scheme.describe() for scheme in schemes]
         record = without_paths(record)
         write_json_atomic(folder / RUN_RECORD_NAME, record)
-        write_text_atomic(folder / "README.md", model_card(record))
+        write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
         _clean_recipe(folder)
         if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
             AutoTokenizer.from_pretrained(current.tokenizer or source).save_pretrained(folder)

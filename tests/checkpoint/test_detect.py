@@ -101,7 +101,9 @@ def test_negative_zeros_are_zeros_to_the_pattern_and_values_to_the_layout(dtype:
     assert count_negative_zeros(multiplied) == int(zero.sum()), "the argument is left as it is"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_nan(dtype: torch.dtype) -> None:
     tensor = torch.ones(3, 5, 7)
     assert not has_nan(tensor.to(dtype))
