@@ -51,9 +51,14 @@ def test_without_commit_the_folder_is_as_before(tmp_path: Path, made: bool) -> N
         folder.mkdir()
         (folder / "a.txt").write_text("old")
     before = contents(folder) if not made else None
-    with pytest.raises(ZeroDivisionError), NewFiles(folder, create=True) as new:
-        write(new)
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with NewFiles(folder, create=True) as new:
+            write(new)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     if made:
         assert not folder.exists()
     else:
@@ -85,9 +90,10 @@ def test_the_renames_that_are_left_are_made_by_the_next_call(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(NewFiles, "_rename", cut_off)
-    with pytest.raises(KeyboardInterrupt), NewFiles(tmp_path) as new:
+    with NewFiles(tmp_path) as new:
         write(new)
-        new.commit("job", names, {"count": 3})
+        with pytest.raises(KeyboardInterrupt):
+            new.commit("job", names, {"count": 3})
     monkeypatch.setattr(NewFiles, "_rename", rename)
     with NewFiles(tmp_path) as new:
         with pytest.raises(RacError, match=r"another job was cut off here \(job\)"):
