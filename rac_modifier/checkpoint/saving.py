@@ -13,6 +13,7 @@ import yaml
 from loguru import logger
 from transformers import AutoTokenizer, PreTrainedModel
 
+from rac_modifier.checkpoint import upload as hub
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
 from rac_modifier.checkpoint.license import CARD_NAME, license_of
@@ -60,7 +61,15 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
     inner = getattr(model.save_pretrained, "_rac_inner", model.save_pretrained)
 
     @functools.wraps(inner)
-    def save_pretrained(save_directory: str | Path, *args: Any, save_compressed: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        save_directory: str | Path,
+        *args: Any,
+        save_compressed: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # upstream would upload the weights before they are packed
+        options = {key: kwargs.pop(key) for key in hub.OPTIONS if key in kwargs} if push_to_hub else {}
         current = plan()
         check_pattern(current)
         folder = _free_folder(Path(save_directory))
@@ -89,11 +98,14 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
             AutoTokenizer.from_pretrained(current.tokenizer or source).save_pretrained(folder)
         logger.info(f"saved {len(current.modules)} pruned modules ({current.storage}) to {folder}")
+        if push_to_hub:
+            hub.upload(folder, **{"repo_id": Path(save_directory).name, **options})
 
     save_pretrained._rac_inner = inner  # type: ignore[attr-defined]
     # llm-compressor reads this before it wraps save_pretrained once more
     save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
+    model.push_to_hub = functools.partial(hub.push_to_hub, model)  # type: ignore[method-assign, assignment]
 
 
 def _clean_recipe(folder: Path) -> None:
