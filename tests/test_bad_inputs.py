@@ -14,7 +14,7 @@ from tests.bad_inputs.bench import Bench
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = """# What can go wrong, and what it says
 
-Every mistake below ends in a `RacError` (on the command line: one message and exit code 2) that contains the text on the right.
+Every mistake below ends in a `RacError` (on the command line: one message and exit code 1) that contains the text on the right.
 This table is written by `python -m tests.test_bad_inputs`, and the same file tests every row of it.
 
 | what was done | the message says |

@@ -1,14 +1,16 @@
-"""The model card (README.md) of a compressed checkpoint, made from its run record alone."""
+"""The model card (README.md) of a compressed checkpoint, made from its run record and the license of its base model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from rac_modifier.checkpoint.license import License
 
 # Counts of the calibration set that have words of their own, in this order.
 _COUNTS = (
@@ -19,8 +21,15 @@ _COUNTS = (
 )
 
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown with front matter for a run record; what is not in the record is called "not recorded", never guessed."""
+def model_card(record: Mapping[str, Any], license: License | None = None, packed: bool = True) -> str:
+    """Markdown with front matter for a run record; what is not in the record is called "not recorded", never guessed.
+
+    Args:
+        record: the run record.
+        license: of the base model.
+        packed: the weights are packed; else stock loaders read them.
+    """
+    license = license or License()
     base = record.get("base_model")
     done = " and ".join(
         word for word, key in (("pruned", "pattern"), ("quantized", "quantization")) if record.get(key) is not None
@@ -28,35 +37,62 @@ def model_card(record: Mapping[str, Any]) -> str:
     done = done or "compressed"
     title = f"{base} {done}" if base else f"A {done} language model"
     parts = [
-        _front_matter(record),
+        _front_matter(record, license),
         f"# {title}",
         f"{done.capitalize()} after training with reasoning-aware compression (RAC, arXiv 2509.12464): the output of each "
         "linear layer on the calibration tokens is kept as closely as possible. The table below counts these tokens by kind.",
         f"## How it was {done}",
-        _facts(record),
+        _facts(record, license),
         _layers(record),
         "## What is measured",
         _divergence(record),
         "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking length and speed are **not** "
         "measured during compression: before use, evaluate this model and its base model at the same token limit.",
-        "## Load",
-        "```python\nimport rac_modifier  # lets transformers read packed sparse weights\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto")\n```',
-        "`rac_modifier.load_model` does the same, and raises an error where transformers only warns of missing weights.",
-        _versions(record),
+        how_to_use(packed),
+        versions(record),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(record: Mapping[str, Any]) -> str:
+def how_to_use(packed: bool) -> str:
+    """The sections of a card that have the commands for loading and serving."""
+    first = "import rac_modifier  # lets transformers read packed sparse weights\n" if packed else ""
+    load = (
+        f"```python\n{first}from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto")\n```'
+    )
+    if packed:
+        load += (
+            "\n\n`rac_modifier.load_model` does the same, and raises an error where transformers only warns of missing weights."
+            " `rac unpack` writes an ordinary dense checkpoint, which needs no rac_modifier."
+        )
+    serve = "```bash\nvllm serve path/to/this/folder\n```\n\n"
+    if packed:
+        serve += "rac_modifier must be installed beside vLLM: its plugin reads the packed weights. `rac inspect` shows which "
+        serve += "layers run on sparse kernels."
+    else:
+        serve += "The weights are stored dense, so stock vLLM serves them."
+    return f"## Load\n\n{load}\n\n## Serve\n\n{serve}"
+
+
+def _front_matter(record: Mapping[str, Any], license: License) -> str:
     tags = ["quantized"] if record.get("quantization") else []
     tags += ["pruned", "sparse"] if record.get("pattern") or not tags else []
+    return card_data(
+        record.get("base_model"), license, [*tags, "reasoning", "rac", "llm-compressor", "compressed-tensors"]
+    )
+
+
+def card_data(base: Any, license: License, tags: list[str], **others: Any) -> str:
+    """The front matter, checked by huggingface_hub; `others` are further entries."""
+    fixed: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     data = ModelCardData(
-        base_model=_hub_id(record.get("base_model")),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[*tags, "reasoning", "rac", "llm-compressor", "compressed-tensors"],
+        **{**fixed, **others},
+        base_model=_hub_id(base),
+        license=license.id,
+        license_name=license.name,
+        license_link=license.link,
+        tags=tags,
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -70,11 +106,12 @@ def _hub_id(base: Any) -> str | None:
     return str(base)
 
 
-def _facts(record: Mapping[str, Any]) -> str:
+def _facts(record: Mapping[str, Any], license: License) -> str:
     calibration = record.get("calibration")
     stores = record.get("trace_stores")
     rows = [
         ("Base model", record.get("base_model")),
+        ("License", license.describe()),
         ("Pattern", record.get("pattern")),
         *([("Quantization", "; ".join(map(str, schemes)))] if (schemes := record.get("quantization")) else []),
         ("Solver", record.get("method")),
@@ -86,6 +123,11 @@ def _facts(record: Mapping[str, Any]) -> str:
     rows.append(("Seed", record.get("seed", _modifier_seed(record))))
     if record.get("recipe") is not None:
         rows.append(("Recipe", record["recipe"]))
+    return fact_table(rows)
+
+
+def fact_table(rows: Sequence[tuple[str, Any]]) -> str:
+    """A table with a name and a value per row; None is "not recorded"."""
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     return f"| | |\n|---|---|\n{table}"
 
@@ -144,18 +186,30 @@ def _divergence(record: Mapping[str, Any]) -> str:
     found = record.get("divergence")
     if not isinstance(found, Mapping) or not (_is_number(found.get("kl")) and _is_number(found.get("agreement"))):
         return ""
+    kl = f"{found['kl']:.4f} nats per token (KL divergence{_interval(found, 'kl', '.4f')})"
+    agreement = f"{found['agreement']:.1%} of the tokens{_interval(found, 'agreement', '.1%')}"
     return (
         f"On {_number(found.get('tokens', '?'))} tokens that the base model generated and that were not used for calibration: "
-        f"the predictions differ from those of the base model by {found['kl']:.4f} nats per token (KL divergence), and the "
-        f"most likely token is the same for {found['agreement']:.1%} of the tokens."
+        f"the predictions differ from those of the base model by {kl}, and the most likely token is the same for {agreement}."
     )
 
 
-def _versions(record: Mapping[str, Any]) -> str:
-    versions = record.get("versions")
-    if not isinstance(versions, Mapping):
+def _interval(found: Mapping[str, Any], key: str, style: str) -> str:
+    """The 95 % interval of a figure with a standard error; both figures are at least 0, and a share at most 1."""
+    error = found.get(f"{key}_stderr")
+    if not isinstance(error, (int, float)):
         return ""
-    return "Made with " + ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None) + "."
+    low, high = max(0.0, found[key] - 1.96 * error), found[key] + 1.96 * error
+    text = f"95 % interval {low:{style}} to {min(high, 1.0) if key == 'agreement' else high:{style}}"
+    return f", {text}" if key == "kl" else f" ({text})"
+
+
+def versions(record: Mapping[str, Any]) -> str:
+    """The line with the versions that a model was made with."""
+    found = record.get("versions")
+    if not isinstance(found, Mapping):
+        return ""
+    return "Made with " + ", ".join(f"{name} {value}" for name, value in found.items() if value is not None) + "."
 
 
 def _is_number(value: Any) -> bool:

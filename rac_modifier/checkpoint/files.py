@@ -16,7 +16,7 @@ from rac_modifier.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Left behind by a packing that was cut off while it renamed its finished files (see packing.py).
+# Left behind by a packing that was cut off while it renamed its finished files (see new_files.py).
 JOURNAL_FILE = ".rac_packing.json"
 
 _DTYPES = {
@@ -154,6 +154,17 @@ class TensorFiles:
     def metadata(self, file: str) -> dict[str, str]:
         """The free text in a file's header, `{"format": "pt"}` where there is none."""
         return self._open[file].metadata() or {"format": "pt"}
+
+    def new_index(self, where: dict[str, str], grown: int) -> dict[str, Any]:
+        """The index for other tensors: `where` has the file of each, `grown` is how many bytes larger they are in all."""
+        assert self.index is not None
+        metadata = self.index.get("metadata")
+        metadata = dict(metadata) if isinstance(metadata, dict) else {}
+        total = metadata.get("total_size")
+        if not isinstance(total, (int, float)):
+            total = sum(self.nbytes(name) for name in self.where)
+        metadata["total_size"] = int(total) + grown
+        return {**self.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
 
     def _handle(self, name: str) -> Any:
         if name not in self.where:

@@ -119,6 +119,11 @@ class _Config:
     schemes: tuple[WeightScheme, ...]
 
 
+def is_embedding(module: str) -> bool:
+    """Whether a module is an embedding, by its name."""
+    return bool(_EMBEDDING.search(module))
+
+
 def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     """Read a packed, a dense-stored sparse or an ordinary checkpoint, one matrix at a time.
 
@@ -201,7 +206,7 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleR
         sparsity = count_zeros(weight) / weight.numel()
         if structure is not None:
             ok, problem = _keeps(weight, structure, name)
-    embedding = bool(_EMBEDDING.search(name))
+    embedding = is_embedding(name)
     stored_bytes = _bytes_of(files, name, part, *_SCALES)
     return ModuleRow(
         name=name,

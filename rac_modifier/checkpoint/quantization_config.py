@@ -17,7 +17,7 @@ PACK_QUANTIZED = "pack-quantized"
 # What a module stores instead of `weight` where its format is pack-quantized.
 WORDS, WORDS_SHAPE = "weight_packed", "weight_shape"
 # Tensors that no symmetric scheme has: with them a zero weight is not stored as the value 0.
-_ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
+ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def check_symmetric(tensor_names: Mapping[str, Any], name: str) -> None:
     Raises:
         RacError: naming the tensor that shows it.
     """
-    for part in _ASYMMETRIC:
+    for part in ASYMMETRIC:
         if f"{name}.{part}" in tensor_names:
             raise RacError(
                 f"{name}: has a {part}, so its zeros are not stored as zeros and cannot be left out; quantize with a symmetric "

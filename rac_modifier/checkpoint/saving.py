@@ -13,8 +13,10 @@ import yaml
 from loguru import logger
 from transformers import AutoTokenizer, PreTrainedModel
 
+from rac_modifier.checkpoint import upload as hub
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
+from rac_modifier.checkpoint.license import CARD_NAME, license_of
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
@@ -59,7 +61,15 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
     inner = getattr(model.save_pretrained, "_rac_inner", model.save_pretrained)
 
     @functools.wraps(inner)
-    def save_pretrained(save_directory: str | Path, *args: Any, save_compressed: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        save_directory: str | Path,
+        *args: Any,
+        save_compressed: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # upstream would upload the weights before they are packed
+        options = {key: kwargs.pop(key) for key in hub.OPTIONS if key in kwargs} if push_to_hub else {}
         current = plan()
         check_pattern(current)
         folder = _free_folder(Path(save_directory))
@@ -70,9 +80,10 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         ]
         current.prepare(model, save_compressed)
         inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
+        packed = bool(current.modules) and current.storage == "packed" and save_compressed
         if current.modules:
             modules = {name: current.patterns[name].mask_structure for name in current.modules}
-            if current.storage == "packed" and save_compressed:
+            if packed:
                 pack_checkpoint(folder, modules, dense_linears=dense_linears)
             else:
                 mark_dense(folder, modules)
@@ -82,16 +93,19 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             record["quantization"] = [scheme.describe() for scheme in schemes]
         record = without_paths(record)
         write_json_atomic(folder / RUN_RECORD_NAME, record)
-        write_text_atomic(folder / "README.md", model_card(record))
+        write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
         _clean_recipe(folder)
         if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
             AutoTokenizer.from_pretrained(current.tokenizer or source).save_pretrained(folder)
         logger.info(f"saved {len(current.modules)} pruned modules ({current.storage}) to {folder}")
+        if push_to_hub:
+            hub.upload(folder, **{"repo_id": Path(save_directory).name, **options})
 
     save_pretrained._rac_inner = inner  # type: ignore[attr-defined]
     # llm-compressor reads this before it wraps save_pretrained once more
     save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
+    model.push_to_hub = functools.partial(hub.push_to_hub, model)  # type: ignore[method-assign, assignment]
 
 
 def _clean_recipe(folder: Path) -> None:

@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 QUANTIZATION_KEY = "quantization_config"
 RAC_KEY = "rac_sparsity"
 METHOD = "compressed-tensors"
+VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
 
 _EXPECTED = {
     "format": "which cannot be read; known are sparse-24-bitmask and sparse-bitmask",
@@ -45,7 +46,8 @@ class _Entry(BaseModel):
                 problem = str(first["ctx"]["error"])
             else:
                 problem = f"is {value.get(field)!r}, {_EXPECTED.get(field, first['msg'])}"
-            raise RacError(f"{CONFIG_FILE}: {key}.{field} {problem}; save the model again") from error
+            step = "pip install -U rac-modifier" if field == "version" else "save the model again"
+            raise RacError(f"{CONFIG_FILE}: {key}.{field} {problem}; {step}") from error
 
 
 class SparsityConfig(_Entry):
@@ -55,6 +57,7 @@ class SparsityConfig(_Entry):
     Entries of older compressed-tensors versions that mean nothing here are skipped.
     """
 
+    version: int = VERSION  # not written while it is 1
     format: Literal["sparse-24-bitmask", "sparse-bitmask"]
     sparsity_structure: str = UNSTRUCTURED
     global_sparsity: float = 0.0
@@ -74,6 +77,15 @@ class SparsityConfig(_Entry):
         if not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
             return None
         return cls._read(sparsity, "sparsity_config")
+
+    @field_validator("version")
+    @classmethod
+    def _not_newer(cls, version: int) -> int:
+        if not 1 <= version <= VERSION:
+            raise ValueError(
+                f"is {version}, and this rac-modifier reads versions up to {VERSION}: a newer one wrote it"
+            )
+        return version
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -129,6 +141,18 @@ def recorded_structures(config: Mapping[str, Any]) -> dict[str, str]:
     return SparsityRecord.of(config).modules
 
 
+def check_method(config: Mapping[str, Any]) -> None:
+    """Refuse a model that is quantized by another method than compressed-tensors.
+
+    Raises:
+        RacError: naming the method.
+    """
+    found = config.get(QUANTIZATION_KEY) or {}
+    if not isinstance(found, dict) or found.get("quant_method", METHOD) != METHOD:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise RacError(f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can be packed")
+
+
 def with_packed(
     config: dict[str, Any], format: str, structures: dict[str, str], global_sparsity: float, ignore: list[str]
 ) -> dict[str, Any]:
@@ -139,10 +163,8 @@ def with_packed(
     Raises:
         RacError: the model is quantized by another method.
     """
+    check_method(config)
     before = config.get(QUANTIZATION_KEY) or {"format": "dense"}
-    if not isinstance(before, dict) or before.get("quant_method", METHOD) != METHOD:
-        method = before.get("quant_method") if isinstance(before, dict) else before
-        raise RacError(f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can be packed")
     sparsity = SparsityConfig.model_validate(
         {
             "format": format,
@@ -151,7 +173,11 @@ def with_packed(
             "ignore": sorted(ignore),
         }
     )
-    quantization = {**before, "quant_method": METHOD, "sparsity_config": sparsity.model_dump(mode="json")}
+    quantization = {
+        **before,
+        "quant_method": METHOD,
+        "sparsity_config": sparsity.model_dump(mode="json", exclude={"version"}),
+    }
     return {**config, QUANTIZATION_KEY: quantization, **_record("packed", structures)}
 
 

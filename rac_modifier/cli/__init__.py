@@ -1,44 +1,63 @@
-"""The `rac` command, a module for each of its commands. It only wires; every error a user can cause ends in one message."""
+"""The `rac` command, a module for each of its commands. It only wires; every error a user can cause ends in one message.
+
+Exit codes (docs/cli.md): 0 done, 1 an error of the user (RacError), 2 wrong use of the command, 130 Ctrl-C.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from rac_modifier.cli import recipes, traces
+from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.inspect import inspect
+from rac_modifier.cli.pack import pack, unpack
 from rac_modifier.cli.prune import prune, schema
 from rac_modifier.cli.recover import recover
 from rac_modifier.errors import RacError
 
 app = typer.Typer(
-    help="Make reasoning models sparse without breaking how they think.",
+    help="Make reasoning models sparse without breaking how they think.\n\nExample: rac prune --help",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
+    context_settings={"max_content_width": 100},
+    rich_markup_mode=None,  # plain help: a line per option, where boxes take two or three
 )
-app.add_typer(traces.app, name="traces")
-app.add_typer(recipes.app, name="recipes")
 app.command()(prune)
 app.command()(recover)
+app.add_typer(traces.app, name="traces")
+app.add_typer(recipes.app, name="recipes")
 app.command("eval")(evaluate)
 app.command()(inspect)
+app.command()(pack)
+app.command()(unpack)
 app.command()(schema)
+app.command()(doctor)
 
 
 def main() -> None:
-    """Entry point: a RacError becomes its message and exit code 2."""
+    """Entry point: a RacError becomes its message and exit code 1."""
     from pydantic import ValidationError
 
+    _silence_bars()
     try:
         app()
     except RacError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+        sys.exit(1)
     except ValidationError as error:
         from rac_modifier.settings.recipe import describe_errors
 
         typer.secho(f"error: {describe_errors(error)}", fg="red", err=True)
-        sys.exit(2)
+        sys.exit(1)
+
+
+def _silence_bars() -> None:
+    """No progress bars in a file or a pipe, of other libraries either. They read these variables when they are imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.models import check_model, load, resolve
-from rac_modifier.cli.options import Dtype, Precision
+from rac_modifier.cli.options import Dtype, Precision, print_json
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -34,48 +34,46 @@ def evaluate(
     source: Annotated[
         str,
         typer.Option(
-            help='"arithmetic" (held out from calibration), reasoning-gym:TASK, a .jsonl, .json or .parquet file, '
-            "or a dataset id"
+            help='"arithmetic" (held out), reasoning-gym:TASK, a .jsonl, .json or .parquet file, or a dataset id'
         ),
     ] = "arithmetic",
     column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
-    cap: Annotated[int, typer.Option(min=1, help="new tokens after which an answer counts as unfinished")] = 512,
+    cap: Annotated[int, typer.Option(min=1, help="most new tokens; longer answers are unfinished")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy; default: greedy, with --divergence the model's own")
+        float | None, typer.Option(min=0, help="0: greedy, the default; with --divergence the model's own")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
     seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
     system_prompt: Annotated[
         str | None,
-        typer.Option(
-            help='system prompt for all models, "" for none; default: as the compressed models were calibrated'
-        ),
+        typer.Option(help='for all models, "" for none; default: as in calibration'),
     ] = None,
     template: Annotated[
         TemplateName | None,
-        typer.Option(help="chat template, or none for the bare question; default: as the models were calibrated"),
+        typer.Option(help="chat, or none for the bare question; default: as in calibration"),
     ] = None,
     thinking: Annotated[
         bool | None,
         typer.Option(
             "--thinking/--no-thinking",
-            help="the chat template's enable_thinking, where it has this switch; default: as the models were calibrated",
+            help="enable_thinking of the chat template; default: as in calibration",
         ),
     ] = None,
     precision: Precision = Dtype.AUTO,
-    direct: Annotated[
-        bool, typer.Option("--direct", help="close the thinking before it begins: what the model can answer without it")
-    ] = False,
+    direct: Annotated[bool, typer.Option("--direct", help="close the thinking before it begins")] = False,
     divergence: Annotated[
         bool,
-        typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model on its own samples"),
+        typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model"),
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="draw the accuracies, or the divergence by position in the completion; .png, .svg or .pdf"),
+        typer.Option(help="draw the results; .png, .svg or .pdf"),
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="write the results to this file too")] = None,
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="write the results to this file too; - prints only JSON"),
+    ] = None,
 ) -> None:
     """Compare models: accuracy with its interval, thinking length, share of unfinished answers, speed.
 
@@ -92,7 +90,8 @@ def evaluate(
     from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.settings.sampling import SamplingSettings
 
-    if json_out is not None and not json_out.absolute().parent.is_dir():
+    to_stdout = json_out == Path("-")
+    if json_out is not None and not to_stdout and not json_out.absolute().parent.is_dir():
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
     if divergence and len(models) < 2:
         raise RacError("--divergence compares pruned models with the first one; name at least two models")
@@ -123,9 +122,12 @@ def evaluate(
     else:
         limits = {"max_new_tokens": cap, "temperature": temperature or 0.0, "batch_size": batch_size, "seed": seed}
         results, table = _accuracy(models, chosen, limits, precision, choice.prompt, direct, plot)
+    content = {"divergence" if divergence else "results": results, "prompt": choice.prompt.model_dump()}
+    if to_stdout:
+        print_json(content)
+        return
     typer.echo(f"{render_results(table)}\n{choice.describe()}")
     if json_out is not None:
-        content = {"divergence" if divergence else "results": results, "prompt": choice.prompt.model_dump()}
         write_json_atomic(json_out, content)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rac_modifier.cli.options import AsJson, print_json
+
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
     from rac_modifier.kernels.plan import PlanRow
@@ -20,12 +22,19 @@ _NUMBERS = ("sparsity", "bytes/weight", "bytes")
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, sparse or not")],
+    as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds, and whether serving it on this machine will be faster: if not, why not."""
+    """Show what a checkpoint holds, and whether serving it on this machine will be faster: if not, why not.
+
+    Example: rac inspect packed-model
+    """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
     from rac_modifier.kernels.plan import plan_checkpoint, render_plan
 
     report = inspect_checkpoint(checkpoint)
+    if as_json:
+        print_json(figures(report, plan_checkpoint(checkpoint) if report.sound else []))
+        return
     typer.echo(render_report(report))
     if rows := plan_checkpoint(checkpoint):
         typer.echo(f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}")
@@ -48,6 +57,18 @@ def render_report(report: CheckpointReport) -> str:
         console.print(table)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     return "\n".join([f"{report.folder}: {report.format}", *lines, *totals(report)])
+
+
+def figures(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]:
+    """What is printed, as values for JSON; `served` has the plan of each linear module, empty for a damaged checkpoint."""
+    from dataclasses import asdict
+
+    computed = ("stored_bytes", "dense_bytes", "sparsity", "sound")
+    return {
+        **asdict(report),
+        **{name: getattr(report, name) for name in computed},
+        "served": [{"module": row.module, **asdict(row.decision), "ceiling": row.decision.ceiling} for row in rows],
+    }
 
 
 def _cells(row: ModuleRow) -> tuple[str, ...]:

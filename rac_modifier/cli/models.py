@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +79,10 @@ def subject_of(model: str) -> tuple[Any, Any]:
 
 def check_output(output: Path, source: str) -> None:
     """Refuse an output folder that the result could not be written to, before hours of work (RacError)."""
-    if output.exists() and not output.is_dir():
-        raise RacError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise RacError(f"output folder {output} is in use; name an empty or a new one")
-    if Path(source).is_dir():
-        need = sum(f.stat().st_size for f in Path(source).glob("*.safetensors")) * 2
-        parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-        free = shutil.disk_usage(parent).free
-        if free < need:
-            raise RacError(
-                f"{output}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to {need / 2**30:.1f} GiB while it is "
-                "packed; free some or name a folder on another disk"
-            )
+    from rac_modifier.checkpoint.output_folder import check_output_folder
+
+    folder = Path(source) if Path(source).is_dir() else None
+    # the dense weights and the packed ones, while they are packed in place
+    check_output_folder(
+        output, folder, 2 * sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder else 0
+    )

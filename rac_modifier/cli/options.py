@@ -1,10 +1,11 @@
-"""Arguments and options that several commands share."""
+"""Arguments, options and output that several commands share."""
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,5 +43,13 @@ class PresetName(StrEnum):
 
 Precision = Annotated[
     Dtype,
-    typer.Option(help="dtype of the weights (auto: as stored); float32 is faster on a CPU without bfloat16 units"),
+    typer.Option(
+        metavar="DTYPE", help="auto (as stored), bfloat16, float16 or float32 (fast on CPUs without bfloat16)"
+    ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on standard output, and nothing else there")]
+
+
+def print_json(obj: Any) -> None:
+    """One JSON object on standard output; paths become text, and NaN is refused."""
+    typer.echo(json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=str))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, check_output, resolve, unpacked
 from rac_modifier.cli.options import Dtype, Overrides, Precision, PresetName
 from rac_modifier.errors import RacError
@@ -59,9 +60,10 @@ def prune(
         check_recipes([Path(path) for path in (model, output, *(more or ()), recipe) if path is not None], overrides)
         return
     if model is None or output is None or recipe is None or more:
-        raise RacError(
+        raise typer.BadParameter(
             "rac prune needs a model, an output folder and a recipe: rac prune MODEL OUTPUT --recipe RECIPE; "
-            "to check recipes alone: rac prune --check RECIPE..."
+            "to check recipes alone: rac prune --check RECIPE...",
+            param_hint="MODEL OUTPUT --recipe",
         )
     _prune(model, Path(output), recipe, overrides, precision)
 
@@ -98,15 +100,23 @@ def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precisi
     source = resolve(model)
     check_model(source)
     check_output(output, source)
-    from llmcompressor import oneshot
+    with resumable(lambda: _how_to_go_on(output)):
+        from llmcompressor import oneshot
 
-    oneshot(
-        model=unpacked(source, precision),
-        recipe=yaml.safe_dump(content, sort_keys=False),
-        precision=precision.value,
-        output_dir=str(output),
-    )
+        oneshot(
+            model=unpacked(source, precision),
+            recipe=yaml.safe_dump(content, sort_keys=False),
+            precision=precision.value,
+            output_dir=str(output),
+        )
     typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
+
+
+def _how_to_go_on(output: Path) -> str:
+    text = "the traces that were collected are kept and will be used; run the same command again"
+    if output.is_dir() and any(output.iterdir()):
+        return f"{output} is not complete: remove it. Then, {text}"
+    return text
 
 
 def schema(
@@ -114,7 +124,10 @@ def schema(
         str, typer.Argument(help="or ReasoningAwareCalibrationModifier, which calibrates other modifiers")
     ] = "ReasoningAwareSparseGPTModifier",
 ) -> None:
-    """Print the JSON Schema of a recipe entry (docs/recipe.schema.json, docs/calibration.schema.json)."""
+    """Print the JSON Schema of a recipe entry (docs/recipe.schema.json, docs/calibration.schema.json).
+
+    Example: rac schema > recipe.schema.json
+    """
     from rac_modifier.settings.recipe import schema as text
 
     typer.echo(text(modifier), nl=False)

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import load, load_tokenizer, resolve, subject_of
-from rac_modifier.cli.options import Dtype, Model, Overrides, Precision, Recipe
+from rac_modifier.cli.options import AsJson, Dtype, Model, Overrides, Precision, Recipe, print_json
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
+    from rac_modifier.calibration.trace_pool import TracePool
     from rac_modifier.traces.store import TraceStore
 
-app = typer.Typer(help="Collect a model's own chain-of-thought traces, inspect and export them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Collect a model's own chain-of-thought traces, inspect and export them.\n\nExample: rac traces collect --help",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 Store = Annotated[Path, typer.Argument(help="trace store, a .jsonl file")]
 StoresModel = Annotated[
@@ -24,7 +30,9 @@ StoresModel = Annotated[
 
 
 @app.command("collect")
-def collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Precision = Dtype.AUTO) -> None:
+def collect(
+    model: Model, recipe: Recipe, set_: Overrides = None, precision: Precision = Dtype.AUTO, as_json: AsJson = False
+) -> None:
     """Sample the traces that a recipe will calibrate on, without pruning.
 
     A run that was killed continues where it ended when it is started again. `rac prune` with the same recipe uses the traces.
@@ -36,14 +44,27 @@ def collect(model: Model, recipe: Recipe, set_: Overrides = None, precision: Pre
 
     name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
     settings = check_entry(entry, str(recipe), name)
-    loaded, tokenizer = subject_of(model) if settings.traces.engine else load(model, precision)
-    for part, pool in collect_for_calibration(
-        loaded, tokenizer, settings.traces, settings.calibration.weighed()
-    ).items():
+    with resumable("the traces that were collected are kept; run the same command again to go on"):
+        loaded, tokenizer = subject_of(model) if settings.traces.engine else load(model, precision)
+        pools = collect_for_calibration(loaded, tokenizer, settings.traces, settings.calibration.weighed())
+    if as_json:
+        print_json({"parts": {part: _pool_figures(pool) for part, pool in pools.items()}})
+        return
+    for part, pool in pools.items():
         store, selection = pool.store, pool.selection
         typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
         if selection.kept < selection.total:
             typer.echo(f"{part}: {selection.describe()}, {pool.usable_tokens():,} tokens")
+
+
+def _pool_figures(pool: TracePool) -> dict[str, Any]:
+    return {
+        "store": pool.store.path,
+        "traces": len(pool.store),
+        "tokens": pool.store.counts.tokens,
+        "selected": pool.selection.kept,
+        "usable_tokens": pool.usable_tokens(),
+    }
 
 
 @app.command("inspect")
@@ -60,13 +81,24 @@ def inspect(
         ),
     ] = None,
     model: StoresModel = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print what a trace store holds: model, problems, sampling settings, counts, lengths, and the first traces as text."""
-    from rac_modifier.traces.report import describe_store, describe_verified, read_select
+    """Print what a trace store holds: model, problems, sampling settings, counts, lengths, and the first traces as text.
+
+    Example: rac traces inspect traces.jsonl --samples 0
+    """
+    from rac_modifier.traces.report import describe_store, describe_verified, read_select, verified_figures
     from rac_modifier.traces.store import TraceStore
 
     opened = TraceStore.read(store)
     settings = read_select(select)
+    if as_json:
+        found = _store_figures(opened)
+        if verify or settings is not None:
+            tokenizer = _tokenizer_of(opened, model, "or leave --verify and --select out")
+            found |= verified_figures(opened, tokenizer, verify, settings)
+        print_json(found)
+        return
     typer.echo(describe_store(opened))
     if samples == 0 and not verify and settings is None:
         return
@@ -78,12 +110,19 @@ def inspect(
         typer.echo(tokenizer.decode([*trace.prompt_ids, *trace.completion_ids]))
 
 
+def _store_figures(store: TraceStore) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"store": store.path, "header": store.header.model_dump(mode="json"), "counts": asdict(store.counts)}
+
+
 @app.command("export")
 def export(
     store: Store,
     output: Annotated[Path, typer.Argument(help="file to write, .parquet")],
     text: Annotated[bool, typer.Option("--text", help="add prompt and completion as text")] = False,
     model: StoresModel = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a store as Parquet, one row per trace, for `datasets` and other tools; in constant memory.
 
@@ -95,7 +134,10 @@ def export(
     opened = TraceStore.read(store)
     tokenizer = _tokenizer_of(opened, model, "or leave --text out") if text else None
     rows = export_parquet(opened, output, tokenizer)
-    typer.echo(f"{output}: {rows:,} traces")
+    if as_json:
+        print_json({"output": output, "traces": rows})
+    else:
+        typer.echo(f"{output}: {rows:,} traces")
 
 
 def _tokenizer_of(store: TraceStore, model: str | None, otherwise: str) -> Any:

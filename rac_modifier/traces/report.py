@@ -51,19 +51,31 @@ def describe_store(store: TraceStore) -> str:
 
 def describe_verified(store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None) -> str:
     """How many answers are right, with the time of checking them; and what a selection keeps."""
-    judge, lines = Judge(tokenizer, store.header), []
+    found, lines = verified_figures(store, tokenizer, verify, settings), []
+    if "right" in found:
+        lines.append(
+            f"verified    {found['right']:,} of {len(store):,} right ({found['right'] / len(store):.1%}), "
+            f"{found['ms_per_trace']:.2g} ms per trace"
+        )
+    if "selection" in found:
+        lines.append(f"selection   {found['selection']}; {found['selected_tokens']:,} tokens")
+    return "\n".join(lines)
+
+
+def verified_figures(
+    store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None
+) -> dict[str, Any]:
+    """What `describe_verified` prints, as numbers: only what was requested."""
+    judge, found = Judge(tokenizer, store.header), dict[str, Any]()
     if verify and len(store):
         started = time.perf_counter()
-        right = sum(right for _, right in judge(store))
-        cost = 1000 * (time.perf_counter() - started) / len(store)
-        lines.append(
-            f"verified    {right:,} of {len(store):,} right ({right / len(store):.1%}), {cost:.2g} ms per trace"
-        )
+        found["right"] = sum(right for _, right in judge(store))
+        found["ms_per_trace"] = 1000 * (time.perf_counter() - started) / len(store)
     if settings is not None:
         selection = Selection(settings)
-        tokens = sum(trace.tokens for trace in select(store, selection, judge))
-        lines.append(f"selection   {selection.describe()}; {tokens:,} tokens")
-    return "\n".join(lines)
+        found["selected_tokens"] = sum(trace.tokens for trace in select(store, selection, judge))
+        found |= {"selected": selection.kept, "selection": selection.describe()}
+    return found
 
 
 def read_select(text: str | None) -> SelectSettings | None:

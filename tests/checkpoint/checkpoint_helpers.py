@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
-from rac_modifier.checkpoint.hf_quantizer import check_packed
+from rac_modifier.checkpoint.packed_names import check_packed
 from rac_modifier.checkpoint.sparsity_config import packed_format
 from tests import tiny
 from tests.tiny import linears

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from rac_modifier.checkpoint.card import model_card
+from rac_modifier.checkpoint.license import License
 
 RECORD = {
     "base_model": "org/Model-1B",
@@ -61,8 +63,13 @@ def test_a_base_model_that_cannot_be_of_the_hub_is_named_in_the_text_alone(base:
 
 
 def test_the_front_matter() -> None:
-    assert front_matter(model_card({**RECORD, "quantization": ["int8"]})) == {
+    assert front_matter(
+        model_card({**RECORD, "quantization": ["int8"]}, License("other", "llama3", "https://x.org"))
+    ) == {
         "base_model": "org/Model-1B",
+        "license": "other",
+        "license_name": "llama3",
+        "license_link": "https://x.org",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["quantized", "pruned", "sparse", "reasoning", "rac", "llm-compressor", "compressed-tensors"],
@@ -100,3 +107,34 @@ def test_divergence_is_stated_where_it_was_measured() -> None:
     assert "0.0123 nats per token" in model_card(measured)
     assert "98.7% of the tokens" in model_card(measured)
     assert "nats" not in model_card({**RECORD, "divergence": {"not_measured": "no traces were held out"}})
+
+
+def test_intervals_where_they_are_recorded() -> None:
+    """95 % of a normal distribution: 1.96 standard errors to both sides, within what is possible."""
+    found = {"kl": 0.01, "kl_stderr": 0.001, "agreement": 0.99, "agreement_stderr": 0.01, "tokens": 10}
+    card = model_card({**RECORD, "divergence": found})
+    assert "0.0100 nats per token (KL divergence, 95 % interval 0.0080 to 0.0120)" in card
+    assert "99.0% of the tokens (95 % interval 97.0% to 100.0%)" in card
+    assert "interval 0.0000 to" in model_card({**RECORD, "divergence": {**found, "kl_stderr": 1.0}})
+    alone = {**found, "kl_stderr": None, "agreement_stderr": None}
+    assert "interval" not in model_card({**RECORD, "divergence": alone})
+
+
+def test_the_license_of_the_base_model() -> None:
+    assert "| License | apache-2.0 |" in model_card(RECORD, License("apache-2.0"))
+    assert "| License | unknown: see base model |" in model_card(RECORD)
+    assert front_matter(model_card(RECORD))["license"] == "unknown"
+
+
+def test_how_to_serve() -> None:
+    assert "vllm serve path/to/this/folder" in model_card(RECORD)
+    assert "its plugin reads the packed weights" in model_card(RECORD)
+    dense = model_card(RECORD, packed=False)
+    assert "stock vLLM serves them" in dense
+    assert "import rac_modifier" not in dense
+
+
+def test_huggingface_hub_reads_the_front_matter() -> None:
+    data = ModelCard(model_card(RECORD, License("mit"))).data
+    assert isinstance(data, ModelCardData)
+    assert (data.base_model, data.license, data.library_name) == ("org/Model-1B", "mit", "transformers")

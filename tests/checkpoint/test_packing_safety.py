@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rac_modifier.checkpoint import packing
+from rac_modifier.checkpoint import new_files
 from rac_modifier.checkpoint.files import JOURNAL_FILE, TensorFiles
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.load import load_model
@@ -87,7 +87,7 @@ def test_no_room_leaves_the_old_checkpoint(saved: Saved, monkeypatch: pytest.Mon
         if calls == write:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing, "save_file", full)
+    monkeypatch.setattr(new_files, "save_file", full)
     with pytest.raises(RacError, match=r"No space left on device.*make room"):
         pack_checkpoint(folder, modules)
     assert contents(folder) == before

@@ -159,3 +159,31 @@ def test_whatever_is_in_the_file_is_read_or_refused(value: object) -> None:
     for read in (SparsityConfig.of, lambda v: SparsityRecord.of({"rac_sparsity": v})):
         with contextlib.suppress(RacError):
             read(value)
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [
+        (
+            2,
+            r"version is 2, and this rac-modifier reads versions up to 1: a newer one wrote it; pip install -U rac-modifier$",
+        ),
+        (0, "version is 0"),
+        ("new", "version is 'new'"),
+    ],
+)
+def test_another_version_of_the_layouts_is_refused(version: object, says: str) -> None:
+    entry = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask", "version": version}}
+    with pytest.raises(RacError, match=says):
+        SparsityConfig.of(entry)
+
+
+def test_the_first_version_is_not_written() -> None:
+    """Checkpoints that were written before there were versions have none."""
+    written = with_packed({}, "sparse-bitmask", {"a": "unstructured"}, 0.5, [])["quantization_config"][
+        "sparsity_config"
+    ]
+    assert "version" not in written
+    found = SparsityConfig.of({"sparsity_config": {**written, "version": 1}})
+    assert found is not None
+    assert found.version == 1

@@ -114,7 +114,7 @@ def test_models_that_were_calibrated_with_different_prompts_need_a_choice(
     rac, tiny_folder, sparse_folder, brief_folder, asked
 ):
     code, _, err = rac("eval", tiny_folder, sparse_folder, brief_folder, *FEW)
-    assert code == 2
+    assert code == 1
     assert "calibrated with different prompts" in err
     assert "choose it with --system-prompt" in err
     assert not asked
@@ -134,7 +134,7 @@ def test_a_plot_of_accuracies(rac, tiny_folder, sparse_folder, tmp_path):
     assert rac("eval", tiny_folder, sparse_folder, *FEW, "--plot", tmp_path / "a.png")[0] == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = rac("eval", tiny_folder, *FEW, "--plot", tmp_path / "a.txt")
-    assert (code, "use a name that ends in .png" in err) == (2, True)
+    assert (code, "use a name that ends in .png" in err) == (1, True)
 
 
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):

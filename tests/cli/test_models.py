@@ -52,8 +52,8 @@ def test_the_output_must_be_a_new_or_empty_folder_with_room(tiny_folder, tmp_pat
     with pytest.raises(RacError, match="is in use; name an empty or a new one"):
         models.check_output(tmp_path, str(tiny_folder))
     size = sum(f.stat().st_size for f in tiny_folder.glob("*.safetensors"))
-    monkeypatch.setattr(models.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size - 1))
     with pytest.raises(RacError, match=r"0\.0 GiB are free, the checkpoint needs up to 0\.0 GiB"):
         models.check_output(tmp_path / "new", str(tiny_folder))
-    monkeypatch.setattr(models.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size))
     models.check_output(tmp_path / "new", str(tiny_folder))

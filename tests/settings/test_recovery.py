@@ -29,5 +29,5 @@ def test_an_entry_recovers_only_if_it_says_so():
 
 
 def test_recovery_without_traces_is_refused():
-    with pytest.raises(ValidationError, match="give traces a share of calibration.mixture, or leave recover out"):
+    with pytest.raises(ValidationError, match=r"give traces a share of calibration.mixture, or leave recover out"):
         PruningEntry(mask_structure="2:4", recover={}, calibration={"mixture": {"generic": 1.0}})

@@ -1,0 +1,70 @@
+"""The license of a base model, carried over to the models that are made from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
+
+CARD_NAME = "README.md"
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class License:
+    """As in the front matter of a card: `id` is the hub's, such as "apache-2.0"; "other" has a `name` and a `link`."""
+
+    id: str = UNKNOWN
+    name: str | None = None
+    link: str | None = None
+
+    def describe(self) -> str:
+        """For the text of a card."""
+        if self.id == UNKNOWN:
+            return "unknown: see base model"
+        text = f"{self.name} ({self.id})" if self.name else self.id
+        return f"{text}, {self.link}" if self.link else text
+
+
+def license_of(model: str | Path) -> License:
+    """What the card of a model says, or its config.json; read from its folder or the hub's cache, never from the network."""
+    card = front_matter(_text(model, CARD_NAME))
+    if isinstance(card.get("license"), str):
+        return License(card["license"], *(_optional(card, f"license_{key}") for key in ("name", "link")))
+    try:
+        config = json.loads(_text(model, CONFIG_FILE) or "{}")
+    except ValueError:  # another reader reports that
+        config = {}
+    found = config.get("license") if isinstance(config, dict) else None
+    return License(found) if isinstance(found, str) and found else License()
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """The metadata of a card; empty where it has none, or none that can be read."""
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, yaml.YAMLError):
+        return {}
+
+
+def _text(model: str | Path, name: str) -> str:
+    path: Any = Path(model) / name
+    if not Path(model).is_dir():
+        try:
+            path = try_to_load_from_cache(str(model), name)
+        except HFValidationError:  # no name of the hub
+            return ""
+    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+        return ""
+    return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _optional(card: dict[str, Any], key: str) -> str | None:
+    return str(card[key]) if card.get(key) else None

@@ -1,0 +1,181 @@
+"""New files of a folder that are put in place together, and never half of them.
+
+All new files are first written under temporary names: after a full disk or a crash up to there, what the folder held is
+unchanged. Then a journal that lists the renames is written, the renames are made, and the journal is removed. After a
+crash between two renames the journal is still there: `TensorFiles` refuses the folder, and the next call for the same job
+makes the remaining renames. A lock file keeps a second process out; it holds only as long as the process that took it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rac_modifier.checkpoint.files import JOURNAL_FILE
+from rac_modifier.errors import RacError
+from rac_modifier.files import read_json, write_json_atomic
+
+TEMPORARY = ".rac_new."
+LOCK_FILE = ".rac_packing.lock"
+Summary = TypeVar("Summary")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is what a job that was cut off leaves, and no part of a checkpoint."""
+    return name in (JOURNAL_FILE, LOCK_FILE) or _is_temporary(name)
+
+
+def _is_temporary(name: str) -> bool:
+    """Also the file that writing a temporary JSON file or the journal itself started with (files.py)."""
+    return name.startswith((TEMPORARY, f".{TEMPORARY}", f".{JOURNAL_FILE}."))
+
+
+class NewFiles:
+    """The new files of one folder. A context manager that holds the folder's lock.
+
+    Leaving it without `commit` removes what was written, and the folder where it was made here.
+
+    Args:
+        folder: of a checkpoint.
+        create: make the folder.
+
+    Raises:
+        RacError: another process writes to the folder, or it cannot be made or locked.
+    """
+
+    def __init__(self, folder: Path, create: bool = False) -> None:
+        self.folder = folder
+        self._create, self._made = create, False
+        self._lock = -1
+
+    def __enter__(self) -> NewFiles:
+        try:
+            if self._create and not self.folder.exists():
+                self.folder.mkdir(parents=True)
+                self._made = True
+            self._lock = _locked(self.folder)
+        except OSError as error:
+            raise RacError(f"{self.folder}: cannot be written to ({error}); name another folder") from error
+        if not self._journal.exists():
+            self._remove_temporaries()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._journal.exists():  # else the temporary files are finished, and the next call renames them
+            self._remove_temporaries()
+        (self.folder / LOCK_FILE).unlink(missing_ok=True)
+        os.close(self._lock)
+        if self._made and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / JOURNAL_FILE
+
+    def path(self, name: str) -> Path:
+        """Where the new file `name` is written."""
+        return self.folder / (TEMPORARY + name)
+
+    def write_json(self, name: str, obj: Any) -> None:
+        """A new JSON file."""
+        write_json_atomic(self.path(name), obj)
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """A new safetensors file, mode 644."""
+        path = self.path(name)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
+        _sync(path)
+
+    def copy(self, source: Path) -> None:
+        """A new file of the same name, a copy of `source`."""
+        path = self.path(source.name)
+        shutil.copyfile(source, path)
+        _sync(path)
+
+    def commit(self, job: str, names: list[str], summary: dict[str, Any]) -> None:
+        """Put the new files in place, in this order. `job` and `summary` are for a call that has to finish this one."""
+        _sync_folder(self.folder)
+        write_json_atomic(self._journal, {"job": job, "files": names, "summary": summary})
+        self._rename(names)
+
+    def finish(self, job: str, parse: Callable[[Any], Summary]) -> Summary | None:
+        """Make the renames that an earlier call for this job left; its summary, None where nothing was left.
+
+        Raises:
+            RacError: the journal is damaged, or is that of another job.
+        """
+        if not self._journal.exists():
+            return None
+        journal = read_json(self._journal)
+        try:
+            names, summary = journal["files"], parse(journal["summary"])
+            if any(Path(name).name != name for name in names):
+                raise ValueError(f"a file name in {names} leads out of the folder")
+        except (KeyError, TypeError, ValueError) as error:
+            raise RacError(f"{self._journal}: is damaged ({error!r}); save the model again") from error
+        if journal.get("job", job) != job:
+            raise RacError(
+                f"{self.folder}: another job was cut off here ({journal['job']}); run that one again to finish it, or name "
+                "another folder"
+            )
+        self._rename(names)
+        return summary
+
+    def _rename(self, names: list[str]) -> None:
+        for name in names:
+            # A missing file has been renamed before. Any other error stops here, and the journal stays.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.path(name), self.folder / name)
+        _sync_folder(self.folder)
+        self._journal.unlink()
+
+    def _remove_temporaries(self) -> None:
+        for path in [path for path in self.folder.iterdir() if _is_temporary(path.name)]:
+            path.unlink()
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor of the folder's lock file, locked. The kernel releases it when the process ends in any way."""
+    path = folder / LOCK_FILE
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise RacError(
+                f"{folder}: another process is writing to it; wait for that one to end, or name another folder"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # The process that held the lock may have removed its file since it was opened here: then lock the new one.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    os.chmod(path, 0o644)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,63 @@
+"""The folders that a command reads a model from and writes one to, checked before the work starts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rac_modifier.checkpoint.new_files import is_leftover
+from rac_modifier.errors import RacError
+
+# What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*", "NOTICE*"]
+
+
+def local_folder(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: the one that is given, or that of a hub id in the hub's cache, downloaded first if needed.
+
+    Raises:
+        RacError: no such folder or model.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if str(model).count("/") != 1 or str(model)[0] in "./~":
+        raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise RacError(
+            f"{model}: no such folder, and a hub id needs huggingface_hub; pip install huggingface_hub, or give a folder"
+        ) from error
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=_WANTED))
+    except (OSError, ValueError) as error:
+        raise RacError(
+            f"{model}: neither a folder nor a model that can be had from the hub ({str(error).strip().splitlines()[0]}); check "
+            "the name, and the network"
+        ) from error
+
+
+def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
+    """Refuse a folder that the result could not be written to, before hours of work.
+
+    Args:
+        folder: need not exist. What a job that was cut off left there is no obstacle.
+        source: the folder that is read.
+        need: bytes that must be free.
+
+    Raises:
+        RacError: a file, the source itself, a folder that is not empty, or too little room.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RacError(f"output {folder} is a file; name a folder")
+    if source is not None and folder.resolve() == source.resolve():
+        raise RacError(f"output folder {folder} is the model itself, which is left as it is; name another folder")
+    if folder.is_dir() and any(not is_leftover(path.name) for path in folder.iterdir()):
+        raise RacError(f"output folder {folder} is in use; name an empty or a new one")
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise RacError(
+            f"{folder}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to {need / 2**30:.1f} GiB while it is "
+            "packed; free some or name a folder on another disk"
+        )

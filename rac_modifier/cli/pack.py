@@ -1,0 +1,140 @@
+"""`rac pack`: anybody's model with zeros becomes a packed checkpoint; `rac unpack`: back to an ordinary one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rac_modifier.cli.interrupt import resumable
+from rac_modifier.cli.models import resolve
+from rac_modifier.cli.options import AsJson, Model, print_json
+
+if TYPE_CHECKING:
+    from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="folder for the new checkpoint; new or empty")]
+_HEAD = ("module", "shape", "dtype", "pattern", "zeros", "bytes", "packed", "note")
+
+
+def pack(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="folder for the packed checkpoint; new or empty")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="only look: print what would be packed and why not, write nothing")
+    ] = False,
+    drop_negative_zeros: Annotated[
+        bool,
+        typer.Option(
+            "--drop-negative-zeros",
+            help="store -0.0, which a mask that is multiplied in leaves, as 0.0; default: keep every bit",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack the zeros of a pruned model away, whoever pruned it.
+
+    The pattern of each module is found from its weights. A module that would not get smaller stays dense. The model is only
+    read; loaded again, the result is the same to the bit.
+
+    Example: rac pack path/to/pruned-model packed-model
+
+    Example: rac pack owner/pruned-model --check
+    """
+    if out is None and not check:
+        raise typer.BadParameter("name the folder to write, or look only: rac pack MODEL --check", param_hint="OUT")
+    from rac_modifier.checkpoint.convert import left_out, pack_model
+    from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
+    from rac_modifier.checkpoint.pack_plan import plan_packing
+
+    with resumable(f"{out or 'nothing'} is not written; run the same command again"):
+        source = local_folder(resolve(model))
+        if out is not None and not check:
+            check_output_folder(out, source, 0)
+        plan = plan_packing(source, drop_negative_zeros)
+        if check:
+            if as_json:
+                print_json(_as_json(plan))
+            else:
+                typer.echo(render_plan(plan))
+            plan.check_gain()
+            return
+        assert out is not None
+        summary = pack_model(plan, out, model)
+    if as_json:
+        print_json({**_as_json(plan), "out": str(out), "left_out": left_out(source), "summary": asdict(summary)})
+        return
+    typer.echo(render_plan(plan))
+    if others := left_out(source):
+        typer.echo(f"not copied (no part of a safetensors checkpoint): {', '.join(others)}")
+    typer.echo(f"packed into {out}; look at it with: rac inspect {out}")
+
+
+def unpack(
+    packed: Annotated[str, typer.Argument(metavar="PACKED", help="folder or Hugging Face id of a packed checkpoint")],
+    out: Out,
+    as_json: AsJson = False,
+) -> None:
+    """Write a packed checkpoint with dense weights, which stock transformers and stock vLLM load.
+
+    The weights are the same to the bit; quantized ones keep their compressed-tensors format.
+
+    Example: rac unpack packed-model dense-model
+    """
+    from rac_modifier.checkpoint.convert import unpack_model
+    from rac_modifier.checkpoint.output_folder import local_folder
+
+    with resumable(f"{out} is not written; run the same command again"):
+        summary = unpack_model(local_folder(packed), out)
+    if as_json:
+        print_json({"out": str(out), **asdict(summary)})
+        return
+    typer.echo(
+        f"{len(summary.modules)} modules unpacked, {summary.packed_bytes:,} -> {summary.dense_bytes:,} bytes; {out} loads "
+        "without rac_modifier"
+    )
+
+
+def render_plan(plan: PackPlan) -> str:
+    """A row per matrix and the totals."""
+    from rac_modifier.cli.tables import render_table
+
+    lines = [render_table(_HEAD, [_cells(row) for row in plan.matrices], left=4)]
+    counts = Counter(row.structure for row in plan.packed)
+    patterns = ", ".join(f"{count} {structure}" for structure, count in sorted(counts.items(), key=str))
+    before = sum(row.dense_bytes for row in plan.matrices)
+    after = before - sum(row.dense_bytes - (row.packed_bytes or 0) for row in plan.packed)
+    lines.append(
+        f"to be packed: {len(plan.packed)} of {len(plan.matrices)} matrices ({patterns or 'none'}), as {plan.format}"
+    )
+    lines.append(f"all matrices: {before:,} bytes dense, {after:,} packed")
+    if negative := sum(row.negative_zeros for row in plan.matrices):
+        what = (
+            "are stored as 0.0"
+            if plan.drop_negative_zeros
+            else "are kept, as values; --drop-negative-zeros saves their bytes"
+        )
+        lines.append(f"{negative:,} of the zeros are -0.0: they {what}")
+    return "\n".join(lines)
+
+
+def _cells(row: MatrixPlan) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.rows}x{row.columns}",
+        row.dtype,
+        row.structure or "?",
+        "?" if row.sparsity is None else f"{row.sparsity:.2%}",
+        f"{row.dense_bytes:,}",
+        "-" if row.reason else f"{row.packed_bytes:,}",
+        f"stays dense: {row.reason}" if row.reason else "",
+    )
+
+
+def _as_json(plan: PackPlan) -> dict[str, Any]:
+    return {"model": str(plan.folder), "format": plan.format, "matrices": [asdict(row) for row in plan.matrices]}

@@ -1,0 +1,269 @@
+"""Models of others packed into a new folder, and unpacked to what stock loaders read."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rac_modifier.checkpoint import new_files
+from rac_modifier.checkpoint.convert import left_out, pack_model, unpack_model
+from rac_modifier.checkpoint.files import JOURNAL_FILE, TensorFiles
+from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import (
+    SCHEMES,
+    Q,
+    Saved,
+    assert_restores,
+    assert_same_state,
+    config_of,
+    contents,
+    same_bits,
+    save_quantized,
+    stock,
+    tiny_model,
+)
+from tests.tiny import linears, tiny_tokenizer
+
+
+def packed(source: Path, out: Path, **options: bool) -> Path:
+    pack_model(plan_packing(source, **options), out, "owner/base")
+    return out
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def assert_same_tensors(folder: Path, other: Path) -> None:
+    found, expected = tensors_of(folder), tensors_of(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert same_bits(found[name], tensor), name
+
+
+@pytest.mark.parametrize("shard", [None, "60KB"])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_a_dense_stored_model_of_others(saved: Saved, tmp_path: Path, structure: str, shard: str | None) -> None:
+    """Packed, loaded by both loaders, and unpacked again: the same bits; the source is as before."""
+    folder, expected, modules = saved(structure, packed=False, shard=shard, dtype=torch.bfloat16)
+    tiny_tokenizer().save_pretrained(folder)
+    before = contents(folder)
+    plan = plan_packing(folder)
+    assert plan.structures == modules
+    out = packed(folder, tmp_path / "out")
+    assert contents(folder) == before
+    assert_restores(out, expected)
+    assert_same_state(load_model(out), expected)
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert_same_state(model, expected)
+    size = {f: sum(path.stat().st_size for path in f.glob("*.safetensors")) for f in (folder, out)}
+    assert size[out] < size[folder]
+    assert (out / "tokenizer.json").read_bytes() == before["tokenizer.json"]
+    assert {path.name[0] for path in out.iterdir()} & {"."} == set()
+    config = config_of(out)
+    assert config["rac_sparsity"] == {"storage": "packed", "modules": modules}
+    assert config["quantization_config"]["sparsity_config"]["ignore"] == ["model.layers.0.self_attn.o_proj"]
+    record = json.loads((out / "rac_run.json").read_text())
+    assert record["base_model"] == "owner/base"
+    assert record["packing"]["modules"] == {structure: len(modules)}
+    assert "base_model: owner/base" in (out / "README.md").read_text()
+
+    summary = unpack_model(out, tmp_path / "dense")
+    assert list(summary.modules) == sorted(modules)
+    assert summary.dense_bytes == sum(expected[f"{name}.weight"].nbytes for name in modules)
+    assert_same_tensors(tmp_path / "dense", folder)
+    found = config_of(tmp_path / "dense")
+    assert found.pop("rac_sparsity") == {"storage": "dense", "modules": modules}
+    assert found == config_of(folder)
+    if shard:
+        index, again = (
+            json.loads((f / "model.safetensors.index.json").read_text()) for f in (folder, tmp_path / "dense")
+        )
+        assert again == index
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantized_model_of_others(tmp_path: Path, structure: str, scheme: str) -> None:
+    modules = save_quantized(tmp_path / "model", structure, scheme)
+    expected = {name: tensor.clone() for name, tensor in stock(tmp_path / "model").state_dict().items()}
+    out = packed(tmp_path / "model", tmp_path / "out")
+    assert config_of(out)["rac_sparsity"]["modules"].keys() == modules.keys()
+    assert_same_state(AutoModelForCausalLM.from_pretrained(out), expected)
+    unpack_model(out, tmp_path / "dense")
+    assert_same_tensors(tmp_path / "dense", tmp_path / "model")
+    before, after = config_of(tmp_path / "model"), config_of(tmp_path / "dense")
+    assert after["quantization_config"] == {
+        key: value for key, value in before["quantization_config"].items() if key != "sparsity_config"
+    }
+    assert_same_state(stock(tmp_path / "dense"), expected)
+
+
+def test_negative_zeros_are_kept_or_dropped_as_asked(tmp_path: Path) -> None:
+    """A mask that is multiplied in leaves -0.0 where a negative weight was."""
+    model = tiny_model(tied=False)
+    for linear in linears(model).values():
+        kept = torch.zeros_like(linear.weight, dtype=torch.bool)
+        kept.view(-1, 4)[:, :2] = True
+        linear.weight.data *= kept
+    model.save_pretrained(tmp_path / "model")
+    kept = packed(tmp_path / "model", tmp_path / "kept")
+    assert_same_state(load_model(kept), model.state_dict())
+    dropped = packed(tmp_path / "model", tmp_path / "dropped", drop_negative_zeros=True)
+    assert config_of(dropped)["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+    state = load_model(dropped).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    sizes = [sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (dropped, kept, tmp_path / "model")]
+    assert sizes[0] < sizes[1] <= sizes[2]
+    assert "with 0.0 in the place of -0.0" in (dropped / "README.md").read_text()
+    assert "bit for bit" in (kept / "README.md").read_text()
+
+
+def test_files_that_are_no_part_of_a_checkpoint_are_named_and_left(saved: Saved, tmp_path: Path) -> None:
+    folder, _, _ = saved(packed=False)
+    for name in ("pytorch_model.bin", "consolidated.safetensors", ".cache", "LICENSE", "vocab.txt"):
+        (folder / name).write_text(name)
+    (folder / "original").mkdir()
+    assert left_out(folder) == ["consolidated.safetensors", "original", "pytorch_model.bin"]
+    out = packed(folder, tmp_path / "out")
+    names = {path.name for path in out.iterdir()}
+    assert {"LICENSE", "vocab.txt", "generation_config.json"} <= names
+    assert not names & {"pytorch_model.bin", "consolidated.safetensors", ".cache", "original"}
+
+
+@pytest.mark.parametrize("kind", ["file", "used", "same"])
+def test_an_output_that_cannot_be_used(saved: Saved, tmp_path: Path, kind: str) -> None:
+    folder, _, _ = saved(packed=False)
+    out = {"same": folder}.get(kind, tmp_path / "out")
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "used":
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    message = {"file": "is a file", "used": "is in use; name an empty or a new one", "same": "is the model itself"}[
+        kind
+    ]
+    plan, before = plan_packing(folder), contents(folder)
+    with pytest.raises(RacError, match=message):
+        pack_model(plan, out, "m")
+    assert contents(folder) == before
+    if kind == "used":
+        assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_a_disk_that_is_full_leaves_nothing(saved: Saved, tmp_path: Path) -> None:
+    """The kernel refuses to write files of more than a few kilobytes, as on a full disk."""
+    folder, expected, _ = saved(packed=False, shard="60KB")
+    plan = plan_packing(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(
+            RacError, match=r"out: cannot be written \(.*File too large.*\); nothing is left of it, make room"
+        ):
+            pack_model(plan, tmp_path / "out", "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
+    assert_restores(packed(folder, tmp_path / "out"), expected)
+
+
+def test_too_little_room_is_noticed_before_writing(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = saved(packed=False)
+    plan = plan_packing(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(RacError, match="GiB are free"):
+        pack_model(plan, tmp_path / "out", "m")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_kill_among_the_renames_is_finished_by_the_same_command(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    folder, expected, modules = saved(packed=False, shard="60KB")
+    out, plan, rename, done = tmp_path / "out", plan_packing(folder), new_files.os.replace, [0]
+
+    def dies(source: str, target: str) -> None:
+        if Path(source).name.startswith(".rac_new.") and Path(target).name[0] != ".":
+            done[0] += 1
+            if done[0] > steps:
+                raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(new_files.os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pack_model(plan, out, "m")
+    assert (out / JOURNAL_FILE).exists()
+    assert not (out / "config.json").exists(), "a stock loader would take the folder for a model"
+    with pytest.raises(RacError, match="cut off half way"):
+        TensorFiles(out)
+    (tmp_path / "other").mkdir()
+    for path in folder.iterdir():
+        shutil.copy(path, tmp_path / "other")
+    with pytest.raises(RacError, match=rf"another job was cut off here \(pack {folder}\); run that one again"):
+        pack_model(plan_packing(tmp_path / "other"), out, "m")
+    summary = pack_model(plan, out, "m")
+    assert {module.name for module in summary.modules} == modules.keys()
+    assert_restores(out, expected)
+    assert not [path for path in out.iterdir() if path.name[0] == "."]
+
+
+@pytest.mark.parametrize("when", ["writing", "copying"])
+def test_an_interruption_leaves_nothing(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    folder, _, _ = saved(packed=False)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(new_files.NewFiles, "write_tensors" if when == "writing" else "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack_model(plan_packing(folder), tmp_path / "out", "m")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unpacking_what_is_not_packed(saved: Saved, tmp_path: Path) -> None:
+    folder, _, _ = saved(packed=False)
+    with pytest.raises(RacError, match="is not packed, so stock loaders read it as it is"):
+        unpack_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unpacking_a_damaged_weight(saved: Saved, tmp_path: Path) -> None:
+    folder, _, _ = saved()
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{Q}.bitmask"][0, 0] = 255
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RacError, match=rf"{Q}\.bitmask"):
+        unpack_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_a_module_in_two_files(saved: Saved, tmp_path: Path) -> None:
+    """As a tool that shards by size may write them."""
+    folder, expected, _ = saved(tied=False)
+    tensors = load_file(folder / "model.safetensors")
+    second = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".bitmask")}
+    files = {"model-00001-of-00002.safetensors": tensors, "model-00002-of-00002.safetensors": second}
+    for file, content in files.items():
+        save_file(content, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, content in files.items() for name in content}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    unpack_model(folder, tmp_path / "out")
+    assert_same_state(load_model(tmp_path / "out"), expected)

@@ -1,0 +1,149 @@
+"""The new files of a folder: all in place or none, and one process at a time."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rac_modifier.checkpoint.files import JOURNAL_FILE
+from rac_modifier.checkpoint.new_files import LOCK_FILE, NewFiles, is_leftover
+from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import contents
+
+
+def write(new: NewFiles, text: str = "new") -> None:
+    new.path("a.txt").write_text(text)
+    new.write_json("b.json", {"b": 1})
+    new.write_tensors("c.safetensors", {"x": torch.ones(2, 2).T}, {"format": "pt"})
+
+
+def test_all_files_are_put_in_place(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with NewFiles(tmp_path) as new:
+        write(new)
+        assert (tmp_path / "a.txt").read_text() == "old"
+        new.commit("job", ["a.txt", "b.json", "c.safetensors"], {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.json", "c.safetensors"}
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert stat.S_IMODE((tmp_path / "c.safetensors").stat().st_mode) == 0o644
+
+
+def test_a_copy_has_the_content_of_the_file_behind_a_link(tmp_path: Path) -> None:
+    """The hub's cache consists of links."""
+    (tmp_path / "blob").write_text("content")
+    (tmp_path / "config.json").symlink_to(tmp_path / "blob")
+    with NewFiles(tmp_path / "out", create=True) as new:
+        new.copy(tmp_path / "config.json")
+        new.commit("job", ["config.json"], {})
+    copy = tmp_path / "out" / "config.json"
+    assert (copy.is_symlink(), copy.read_text()) == (False, "content")
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_without_commit_the_folder_is_as_before(tmp_path: Path, made: bool) -> None:
+    folder = tmp_path / "out"
+    if not made:
+        folder.mkdir()
+        (folder / "a.txt").write_text("old")
+    before = contents(folder) if not made else None
+
+    def fail() -> None:
+        with NewFiles(folder, create=True) as new:
+            write(new)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    if made:
+        assert not folder.exists()
+    else:
+        assert contents(folder) == before
+
+
+def test_what_a_kill_left_is_removed_by_the_next_call(tmp_path: Path) -> None:
+    left = [".rac_new.model.safetensors", "..rac_new.config.json.abc.tmp", f".{JOURNAL_FILE}.abc.tmp", LOCK_FILE]
+    for name in left:
+        (tmp_path / name).write_text("half")
+        assert is_leftover(name)
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_leftover("config.json")
+    with NewFiles(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2, 3])
+def test_the_renames_that_are_left_are_made_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
+) -> None:
+    names = ["a.txt", "b.json", "c.safetensors"]
+    rename = NewFiles._rename
+
+    def cut_off(self: NewFiles, files: list[str]) -> None:
+        for name in files[:renamed]:
+            self.path(name).rename(self.folder / name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NewFiles, "_rename", cut_off)
+    with NewFiles(tmp_path) as new:
+        write(new)
+        with pytest.raises(KeyboardInterrupt):
+            new.commit("job", names, {"count": 3})
+    monkeypatch.setattr(NewFiles, "_rename", rename)
+    with NewFiles(tmp_path) as new:
+        with pytest.raises(RacError, match=r"another job was cut off here \(job\)"):
+            new.finish("another", dict)
+        assert new.finish("job", lambda summary: summary["count"]) == 3
+        assert new.finish("job", dict) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_one_is_refused_as_long_as_the_first_one_runs(tmp_path: Path) -> None:
+    with NewFiles(tmp_path) as first:
+        write(first, "of the first")
+        for _ in range(2):
+            with (
+                pytest.raises(RacError, match=rf"{tmp_path}: another process is writing to it; wait"),
+                NewFiles(tmp_path),
+            ):
+                pass
+        first.commit("job", ["a.txt", "b.json", "c.safetensors"], {})
+    assert (tmp_path / "a.txt").read_text() == "of the first", "the refused one removed nothing"
+    with NewFiles(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / LOCK_FILE], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(RacError, match="another process is writing"), NewFiles(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with NewFiles(tmp_path):
+        pass
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RacError, match=r"cannot be written to \(.*\); name another folder"),
+        NewFiles(tmp_path / "file" / "out", create=True),
+    ):
+        pass

@@ -1,0 +1,221 @@
+"""What packing would do: patterns, sizes, reasons; and models that cannot be packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan, plan_packing
+from rac_modifier.checkpoint.packing import pack_checkpoint
+from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import (
+    SCHEMES,
+    Q,
+    Saved,
+    config_of,
+    contents,
+    prune_24,
+    prune_half,
+    save_quantized,
+    tiny_model,
+)
+from tests.tiny import linears
+
+
+def saved_with(folder: Path, weights: dict[str, torch.Tensor], **config: object) -> Path:
+    """A checkpoint of these tensors."""
+    folder.mkdir(exist_ok=True)
+    save_file({f"{name}.weight": weight for name, weight in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def two_of_four(rows: int = 32, columns: int = 64) -> torch.Tensor:
+    weight = torch.randn(rows, columns)
+    prune_24(weight)
+    return weight
+
+
+def by_name(plan: PackPlan) -> dict[str, MatrixPlan]:
+    return {row.name: row for row in plan.matrices}
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_patterns_and_sizes_are_those_that_packing_makes(
+    saved: Saved, tmp_path: Path, structure: str, scheme: str
+) -> None:
+    if scheme is None:
+        folder, _, modules = saved(structure, packed=False)
+    else:
+        folder, modules = tmp_path, save_quantized(tmp_path, structure, scheme)
+    before = contents(folder)
+    plan = plan_packing(folder)
+    assert contents(folder) == before
+    assert plan.structures == modules
+    made = pack_checkpoint(folder, modules)
+    assert plan.format == made.format
+    assert [(m.name, m.dense_bytes) for m in made.modules] == [
+        (name, row.dense_bytes - (16 if row.dtype in ("I4", "I8") and scheme in ("w4", "w8") else 0))
+        for name, row in sorted((row.name, row) for row in plan.packed)
+    ]
+    assert {m.name: m.packed_bytes for m in made.modules} == {row.name: row.packed_bytes for row in plan.packed}
+    assert {m.name: m.sparsity for m in made.modules} == {row.name: row.sparsity for row in plan.packed}
+
+
+def test_each_module_has_a_pattern_of_its_own(tmp_path: Path) -> None:
+    model = tiny_model(tied=False)
+    pruned = dict(zip(linears(model), ["2:4", "unstructured", "3:8", "dense"] * 4, strict=False))
+    for name, linear in linears(model).items():
+        if pruned[name] == "2:4":
+            prune_24(linear.weight.data)
+        elif pruned[name] == "unstructured":
+            prune_half(linear.weight.data)
+        elif pruned[name] == "3:8":
+            linear.weight.data.view(-1, 8)[:, [0, 3, 6]] = 0
+    model.save_pretrained(tmp_path)
+    plan = plan_packing(tmp_path)
+    assert plan.structures == {name: pattern for name, pattern in pruned.items() if pattern != "dense"}
+    assert plan.format == "sparse-bitmask"
+    assert plan.ignore == sorted([name for name, pattern in pruned.items() if pattern == "dense"] + ["lm_head"])
+
+
+def test_the_reasons_of_what_stays_dense(tmp_path: Path) -> None:
+    few = torch.randn(32, 64).masked_fill(torch.rand(32, 64) < 0.02, 0.0)
+    weights = {
+        "model.up": two_of_four(),
+        "model.few": few,
+        "model.double": two_of_four().double(),
+        "model.embed_tokens": two_of_four(),
+        "lm_head": two_of_four(),
+        "model.mlp.gate": two_of_four(),
+        "model.norm": torch.ones(64),
+        "model.conv": torch.zeros(4, 4, 4),
+    }
+    plan = plan_packing(saved_with(tmp_path, weights))
+    rows = by_name(plan)
+    assert list(plan.structures) == ["model.up"]
+    assert rows.keys() == weights.keys() - {"model.norm", "model.conv"}
+    size = few.count_nonzero().item() * 4 + 32 * 8 + 16
+    assert rows["model.few"].reason == f"would take {size + 32 * 8:,} bytes packed, and takes {few.nbytes:,} dense"
+    assert rows["model.double"].reason == "stored as F64, which cannot be packed"
+    assert rows["model.embed_tokens"].reason == "an embedding"
+    assert rows["lm_head"].reason == "the output matrix, which is served dense"
+    assert rows["model.mlp.gate"].reason == "a router of experts, which is served dense"
+    assert "model.embed_tokens" not in plan.ignore
+    assert set(plan.ignore) == {"model.few", "model.double", "lm_head", "model.mlp.gate"}
+
+
+def test_a_model_that_stores_its_layers_transposed(tmp_path: Path) -> None:
+    plan = plan_packing(saved_with(tmp_path, {"h.0.mlp.c_fc": two_of_four()}, model_type="gpt2"))
+    assert plan.matrices[0].reason == "stored as [inputs, outputs], which is served dense"
+
+
+def test_experts_of_a_layer_are_packed_together_or_not_at_all(tmp_path: Path) -> None:
+    names = [f"layers.{layer}.mlp.experts.{n}.up_proj" for layer in (0, 1) for n in (0, 1)]
+    weights = {name: two_of_four() for name in names}
+    weights[names[3]] = torch.randn(32, 64)
+    plan = plan_packing(saved_with(tmp_path, weights))
+    assert list(plan.structures) == names[:2]
+    assert by_name(plan)[names[2]].reason == f"experts of a layer are stored alike, and {names[3]} stays dense"
+
+
+def test_zeros_of_an_asymmetric_scheme_are_not_zeros(tmp_path: Path) -> None:
+    save_quantized(tmp_path, "2:4", "w8a8")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{Q}.weight_zero_point"] = torch.ones(64, 1, dtype=torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "weight_zero_point" in (by_name(plan_packing(tmp_path))[Q].reason or "")
+
+
+def test_words_that_would_not_come_back_the_same(tmp_path: Path) -> None:
+    """Another tool may fill the last word of a row, or store the shape, otherwise."""
+    save_quantized(tmp_path, "2:4", "w4")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{Q}.weight_shape"] = tensors[f"{Q}.weight_shape"].int()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert by_name(plan_packing(tmp_path))[Q].reason == "quantized to a layout that cannot be stored sparse"
+
+
+def test_negative_zeros(tmp_path: Path) -> None:
+    kept = two_of_four() != 0
+    folder = saved_with(tmp_path, {"up": -torch.rand(32, 64) * kept})
+    (row,) = plan_packing(folder).matrices
+    assert (row.structure, row.negative_zeros, row.fits_24) == ("2:4", int((~kept).sum()), False)
+    assert row.reason is not None
+    assert row.reason.endswith(
+        f"as its {row.negative_zeros:,} zeros that are -0.0 are kept (see --drop-negative-zeros)"
+    )
+    plan = plan_packing(folder, drop_negative_zeros=True)
+    assert (plan.format, plan.structures) == ("sparse-24-bitmask", {"up": "2:4"})
+
+
+@pytest.mark.parametrize(
+    ("recorded", "stated"),
+    [("3:5", "3:5"), ("unstructured", "unstructured"), ("1:5", "1:5"), ("4:5", "2:4"), ("3:7", "2:4"), ("x", "2:4")],
+)
+def test_a_recorded_pattern_is_stated_where_it_holds(tmp_path: Path, recorded: str, stated: str) -> None:
+    weight = torch.randn(64, 60)
+    weight.view(-1, 5)[:, :3] = 0
+    record = {"storage": "dense", "modules": {"up": recorded}}
+    assert plan_packing(saved_with(tmp_path, {"up": weight}, rac_sparsity=record)).structures == {"up": stated}
+
+
+def test_a_dense_model_is_refused_with_its_largest_share(tmp_path: Path) -> None:
+    most = torch.randn(100, 64)
+    most[:2] = 0
+    plan = plan_packing(saved_with(tmp_path, {"a": torch.randn(32, 64), "b": most}))
+    with pytest.raises(
+        RacError, match=r"nothing to pack: .* The most zeros are in b, 2\.0% \(would take .*; prune the model first"
+    ):
+        plan.check_gain()
+    with pytest.raises(RacError, match="no weight matrix that can be packed"):
+        plan_packing(saved_with(tmp_path / "other", {"norm": torch.ones(4)})).check_gain()
+
+
+@pytest.mark.parametrize("name", ["up", "norm", "embed_tokens"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_nan_is_refused(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    weights = {"up": two_of_four(), "norm": torch.ones(8), "embed_tokens": torch.randn(8, 8)}
+    weights[name].view(-1)[-1] = float("nan")
+    folder = saved_with(tmp_path, {n: weight.to(dtype) for n, weight in weights.items()})
+    with pytest.raises(RacError, match=rf"^{name}\.weight: holds NaN in .*model\.safetensors; the model is damaged"):
+        plan_packing(folder)
+
+
+def test_folders_that_are_no_whole_model(saved: Saved, tmp_path: Path) -> None:
+    folder, _, modules = saved(packed=False, shard="60KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    content, config = shard.read_bytes(), config_of(folder)
+    shard.write_bytes(content[:-100])
+    with pytest.raises(RacError, match=rf"{shard.name}: cannot be read as safetensors .*; copy the model again"):
+        plan_packing(folder)
+    shard.unlink()
+    with pytest.raises(RacError, match=rf"{shard.name}: cannot be read as safetensors .*; copy the model again"):
+        plan_packing(folder)
+    shard.write_bytes(content)
+    (folder / "config.json").unlink()
+    with pytest.raises(RacError, match=r"config\.json: cannot be read as JSON .*is this a saved model folder"):
+        plan_packing(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(RacError, match="quantized by 'gptq'; only compressed-tensors"):
+        plan_packing(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    pack_checkpoint(folder, modules)
+    with pytest.raises(RacError, match="is packed already"):
+        plan_packing(folder)
+
+
+def test_a_checkpoint_of_a_newer_version(saved: Saved) -> None:
+    folder, _, _ = saved()
+    config = config_of(folder)
+    config["quantization_config"]["sparsity_config"]["version"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        RacError, match=r"sparsity_config\.version is 2, and this rac-modifier reads versions up to 1.*-U"
+    ):
+        plan_packing(folder)
