@@ -73,7 +73,7 @@ def render_recipe(path: Path) -> str:
 def left_out(whole: type[BaseModel], part: type[BaseModel], path: Place = ()) -> list[Place]:
     """Where settings of `whole` are that `part` does not have."""
     missing: list[Place] = []
-    for name, field in whole.model_fields.items():
+    for name in whole.model_fields:
         if name not in part.model_fields:
             missing.append((*path, name))
             continue
@@ -152,7 +152,7 @@ def _words(annotation: Any) -> str:
         return f"mapping from {key} to {_words(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "group of settings"
-    if origin is not None or callable(annotation) and not isinstance(annotation, type):
+    if origin is not None or (callable(annotation) and not isinstance(annotation, type)):
         return "Python function"
     return _NAMES[annotation.__name__] if isinstance(annotation, type) else _NAMES[str(annotation).split(".")[-1]]
 
