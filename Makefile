@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY = PASSIVE
 MUTANTS ?= 200
 WORKERS ?= 2
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema results dist test-dist test-matrix clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema docs results dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,6 +54,9 @@ lint: $(VENV)/.installed ## ruff and mypy
 schema: $(VENV)/.installed ## write the JSON Schemas of the recipe entries to docs/
 	$(BIN)/rac schema > docs/recipe.schema.json
 	$(BIN)/rac schema ReasoningAwareCalibrationModifier > docs/calibration.schema.json
+
+docs: $(VENV)/.installed ## build the documentation site in build/site; stops at any warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 cores (smollm2.py says what it needs)
 	$(BIN)/python benchmarks/pruning_time.py
