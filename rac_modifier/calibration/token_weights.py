@@ -96,7 +96,9 @@ def gradient_weights(
     device = model.get_input_embeddings().weight.device
     try:
         with torch.enable_grad():
-            for batch, own in zip(tqdm(loader, desc="token weights", unit="batch"), loader.token_weights, strict=True):
+            for batch, own in zip(
+                tqdm(loader, desc="token weights", unit="batch", disable=None), loader.token_weights, strict=True
+            ):
                 logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits.float() / TEMPERATURE
                 counted = (own > 0).to(logits.device)
                 logits = logits[counted]

@@ -105,7 +105,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
     # llm-compressor reads this before it wraps save_pretrained once more
     save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
-    model.push_to_hub = functools.partial(hub.push_to_hub, model)  # type: ignore[method-assign, assignment]
+    model.push_to_hub = functools.partial(hub.push_to_hub, model)  # type: ignore[assignment]
 
 
 def _clean_recipe(folder: Path) -> None:

@@ -54,5 +54,6 @@ def push_to_hub(
     """
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        sharded: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(folder, **sharded)
         return upload(folder, repo_id, **options)

@@ -130,7 +130,7 @@ def _settings(max_new_tokens: int, temperature: float, batch_size: int, seed: in
 
 def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int]]:
     """Cut `order` into batches; with a progress bar if there is a label."""
-    with tqdm(total=len(order), desc=label, unit="problem", disable=label is None) as bar:
+    with tqdm(total=len(order), desc=label, unit="problem", disable=True if label is None else None) as bar:
         for start in range(0, len(order), size):
             yield order[start : start + size]
             bar.update(min(size, len(order) - start))

@@ -129,7 +129,7 @@ def divergence(
     started = time.monotonic()
     with (
         evaluating(dense, pruned),
-        tqdm(total=len(sequences), desc=label, unit="sequence", disable=not progress) as bar,
+        tqdm(total=len(sequences), desc=label, unit="sequence", disable=None if progress else True) as bar,
     ):
         for batch in batches_of_like_length(sequences, batch_tokens):
             rows += compare(batch, _both(dense, pruned, batch, window_elements), label)

@@ -33,7 +33,7 @@ def sample_sequences(
         raise RacError("no problems to sample on; give at least one (check the problem source and its limit)")
     requests = [(f"{p.id}#{i}", p.question) for p in problems for i in range(sampling.samples_per_problem)]
     sequences: list[TokenSequence] = []
-    with tqdm(total=len(requests), desc="own samples", unit="sample", disable=not progress) as bar:
+    with tqdm(total=len(requests), desc="own samples", unit="sample", disable=None if progress else True) as bar:
         for start in range(0, len(requests), sampling.batch_size):
             batch = requests[start : start + sampling.batch_size]
             prompts = [render_question(tokenizer, q, sampling) for _, q in batch]

@@ -60,7 +60,7 @@ def measure_sensitivity(
     batches = _first_rows(loader)
     squares, dense = _dense_pass(model, batches, names)
     found = {}
-    for module, name in tqdm(names.items(), desc="sensitivity", unit="module"):
+    for module, name in tqdm(names.items(), desc="sensitivity", unit="module", disable=None):
         if name not in squares:
             raise RacError(f"{name} saw no token of the first calibration batches; leave experimental.allocation out")
         with align_module_device(module):

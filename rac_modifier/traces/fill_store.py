@@ -91,7 +91,9 @@ class FillStore:
         """
         batches = self._engine.iter_completions(self._batches(tokens))
         try:
-            with tqdm(total=tokens, desc="traces", unit="tok", unit_scale=True, disable=not progress) as bar:
+            with tqdm(
+                total=tokens, desc="traces", unit="tok", unit_scale=True, disable=None if progress else True
+            ) as bar:
                 while self._total < tokens and (completions := next(batches, None)) is not None:
                     self._receive(completions, tokens)
                     bar.update(min(self._total, tokens) - bar.n)

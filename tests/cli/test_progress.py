@@ -1,0 +1,62 @@
+"""Progress bars are for a terminal: in a file or a pipe there is none."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import entry, recipe
+
+PACKAGE = Path(__file__).parents[2] / "rac_modifier"
+
+
+def bars() -> list[tuple[str, ast.Call]]:
+    """Every progress bar that the package makes."""
+    return [
+        (f"{path.relative_to(PACKAGE)}:{node.lineno}", node)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tqdm"
+    ]
+
+
+def test_no_bar_is_forced_on() -> None:
+    """tqdm shows a bar everywhere unless `disable` is None, or a variable or expression that can be None."""
+    found = bars()
+    assert len(found) > 5
+    for where, call in found:
+        given = [keyword.value for keyword in call.keywords if keyword.arg == "disable"]
+        assert given, f"{where}: no disable=None"
+        nodes = [node for value in given for node in ast.walk(value)]
+        may_be_none = any(isinstance(node, ast.Constant) and node.value is None for node in nodes)
+        assert may_be_none or isinstance(given[0], ast.Name), f"{where}: shown in a pipe too"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminal", [False, True])
+def test_collecting_traces(tiny_folder: Path, tmp_path: Path, terminal: bool) -> None:
+    """The same command with standard error as a pipe and as a terminal."""
+    (tmp_path / "recipe.yaml").write_text(recipe(entry(tmp_path / "traces.jsonl")))
+    command = [sys.executable, "-m", "rac_modifier.cli", "traces", "collect", str(tiny_folder), "-r", "recipe.yaml"]
+    command += ["-s", "calibration.tokens=300"]
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(ours, (40, 100))
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            text += chunk
+    except OSError:  # how a terminal ends
+        pass
+    os.close(ours)
+    assert process.wait(120) == 0, text.decode()
+    assert (b"%|" in text) == terminal, text.decode()
