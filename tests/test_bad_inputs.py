@@ -15,7 +15,8 @@ TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = """# Errors
 
 Each mistake below ends in a `RacError` whose message contains the text on the right. On the command line the message is
-printed without a traceback, with exit code 1. `python -m tests.test_bad_inputs` writes this table, and the same file tests every row of it.
+printed without a traceback, with exit code 1. `python -m tests.test_bad_inputs` writes this table, and the same file tests
+every row of it.
 
 | mistake | the message contains |
 |---|---|
