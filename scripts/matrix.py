@@ -161,7 +161,7 @@ def conclusion(log: str, code: int) -> str:
     if counts:
         return ("" if code == 0 else "FAILED: ") + counts[-1]
     lines = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()
-    return f"FAILED to install: {lines[-1][:150]}" if code else "passed"
+    return f"FAILED: {lines[-1][:150]}" if code else "passed"
 
 
 def table(done: list[Row]) -> str:
