@@ -49,7 +49,6 @@ TESTS = [
     "tests/evaluation/test_accuracy.py",
     "tests/llmcompressor/test_recipe_to_checkpoint.py",
     "tests/cli/test_prune.py",
-    "tests/cli/test_main.py",
 ]
 
 
