@@ -5,12 +5,15 @@ BIN = $(VENV)/bin
 # Compressing and serving need other versions of the same packages: an environment each.
 SERVE_VENV ?= .venv-serve
 SERVE_BIN = $(SERVE_VENV)/bin
+# What builds wheels; small.
+DIST_VENV ?= .venv-dist
+DIST_BIN = $(DIST_VENV)/bin
 # Threads that wait do not spin: on a machine that does other work, spinning threads stall each other.
 export OMP_WAIT_POLICY = PASSIVE
 MUTANTS ?= 200
 WORKERS ?= 2
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema results clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema docs results dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,7 +23,7 @@ demo: $(VENV)/.installed ## prune the embedded reasoner and compare it with the 
 	$(BIN)/python examples/reasoner_demo.py
 
 serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed ## serve the pruned reasoner with `vllm serve`, ask it problems and check the answers
-	test -d demo/served || $(BIN)/rac prune reasoner demo/served --recipe recipes/rac_2of4.yaml \
+	test -d demo/served || $(BIN)/rac prune reasoner demo/served --recipe rac_2of4 \
 		--set calibration.tokens=32768 --set traces.sampling.max_new_tokens=512 --set traces.sampling.batch_size=128 \
 		--precision float32
 	$(SERVE_BIN)/python examples/serve_demo.py demo/served
@@ -52,10 +55,22 @@ schema: $(VENV)/.installed ## write the JSON Schemas of the recipe entries to do
 	$(BIN)/rac schema > docs/recipe.schema.json
 	$(BIN)/rac schema ReasoningAwareCalibrationModifier > docs/calibration.schema.json
 
+docs: $(VENV)/.installed ## build the documentation site in build/site; stops at any warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 cores (smollm2.py says what it needs)
 	$(BIN)/python benchmarks/pruning_time.py
 	$(BIN)/python benchmarks/reasoner_table.py
 	$(BIN)/python benchmarks/smollm2.py
+
+dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
+	$(DIST_BIN)/python scripts/dist.py
+
+test-dist: dist ## install wheel and sdist in fresh environments, without a compiler and without write access, and use them; 10 minutes, 6 GB
+	$(DIST_BIN)/python scripts/dist_check.py dist
+
+test-matrix: $(DIST_VENV)/.installed ## test with Python 3.11 to 3.13 and both ends of every version range; an hour; not part of `make test`
+	$(DIST_BIN)/python scripts/matrix.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,5 +83,12 @@ $(SERVE_VENV)/.installed: pyproject.toml scripts/serve_cpu_env.sh
 	$(SERVE_BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6.100' 'coverage>=7.6'
 	touch $@
 
+# --group needs pip 25.1
+$(DIST_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_BIN)/python -m pip install --quiet --upgrade pip
+	$(DIST_BIN)/python -m pip install --quiet --group dist
+	touch $@
+
 clean: ## remove the environments and everything that was built
-	rm -rf $(VENV) $(SERVE_VENV) build demo .mutants
+	rm -rf $(VENV) $(SERVE_VENV) $(DIST_VENV) build dist demo .mutants

@@ -1,7 +1,8 @@
 """The optional CPU kernels; everything else is in pyproject.toml.
 
 A plain shared object with a C interface: it needs no headers of Python or torch, and one build works with every Python.
-Without a compiler the installation succeeds, and `rac_modifier.kernels.cpu.support.support()` has the reason and the next step.
+Without a compiler the installation succeeds: a wheel without the library, for any machine. `rac inspect` then says what is
+missing and what to install.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
@@ -24,7 +26,11 @@ class BuildKernel(build_ext):
             ext.extra_link_args.append("-fopenmp")
         else:
             self.warn("no OpenMP: the sparse kernel will run on one thread")
-        super().build_extension(ext)
+        try:
+            super().build_extension(ext)
+        except (CompileError, LinkError):
+            self.warn("the CPU kernels are left out: no C++ compiler works here. Serving will run sparse layers dense")
+            raise  # setuptools goes on, because the extension is optional
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """No symbols: it is not a Python module."""
@@ -42,6 +48,16 @@ class BuildKernel(build_ext):
         return True
 
 
+class BuildWheel(bdist_wheel):
+    """bdist_wheel that names no platform where there is nothing compiled."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The tag of a pure wheel if the library is missing."""
+        if not list(Path(self.bdist_dir).rglob("_native*")):
+            return ("py3", "none", "any")
+        return super().get_tag()
+
+
 setup(
     ext_modules=[
         Extension(
@@ -54,6 +70,6 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernel},
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": BuildWheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -6,8 +6,8 @@
 
 Traces and held-out sequences are the model's own samples, on varied instructions (instructions.py; training and held-out
 templates are disjoint) and on arithmetic, in equal parts. Divergence from the dense model on the held-out ones needs no labels;
-SmolLM2 does not reason, so this says nothing about thinking. The first cell is also saved, packed, loaded again and compared bit by
-bit: a real tokenizer, chat template and odd shapes (576, 192).
+SmolLM2 does not reason, so this says nothing about thinking. The first cell is also saved, packed, loaded again and compared
+bit by bit: a real tokenizer, chat template and odd shapes (576, 192).
 """
 
 from __future__ import annotations

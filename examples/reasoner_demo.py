@@ -31,7 +31,7 @@ from rac_modifier.evaluation.plot import plot_bars
 from rac_modifier.evaluation.report import accuracy_table
 from rac_modifier.problems.held_out import held_out_problems
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "rac_2of4.yaml"
+RECIPE = Path(rac_modifier.recipe("rac_2of4"))
 PRUNED = {  # label: kind of calibration, preset
     "2:4, generic text": ("generic", "paper"),
     "2:4, prompts only": ("prompts", "paper"),

@@ -7,7 +7,7 @@ sparse checkpoints known to transformers' `from_pretrained`:
     import rac_modifier
     from llmcompressor import oneshot
 
-    oneshot("path/or/id", recipe="recipes/rac_2of4.yaml", output_dir="out")
+    oneshot("path/or/id", recipe=rac_modifier.recipe("rac_2of4"), output_dir="out")
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         ReasoningAwareSparseGPTModifier as ReasoningAwareSparseGPTModifier,
     )
     from rac_modifier.reasoner import reasoner_path as reasoner_path
+    from rac_modifier.recovery.fixed_mask import fixed_mask as fixed_mask
+    from rac_modifier.settings.shipped_recipes import recipe as recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,15 +36,19 @@ __all__ = [
     "ReasoningAwareCalibrationModifier",
     "ReasoningAwareSparseGPTModifier",
     "__version__",
+    "fixed_mask",
     "load_model",
     "reasoner_path",
+    "recipe",
 ]
 
 _LAZY = {
     "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.calibration_modifier",
     "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
+    "fixed_mask": "rac_modifier.recovery.fixed_mask",
     "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",
+    "recipe": "rac_modifier.settings.shipped_recipes",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -28,30 +29,32 @@ def _is_being_imported(name: str) -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds `trigger` as the other finders do, once, and wraps its loader."""
+    """Finds `trigger` as the other finders do, and wraps its loader. Stays in place until `trigger` has been loaded."""
 
     def __init__(self, trigger: str, module: str) -> None:
         self.trigger, self.module = trigger, module
+        self._here = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.trigger:
+        if fullname != self.trigger or getattr(self._here, "searching", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)  # not installed, or not yet: the next import tries again
-            return spec
-        spec.loader = _LoadThenImport(spec.loader, self.module)
+        self._here.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._here.searching = False
+        if spec is not None and spec.loader is not None:  # else it is not installed, or not yet
+            spec.loader = _LoadThenImport(spec.loader, self)
         return spec
 
 
 class _LoadThenImport(Loader):
     """A module's own loader, and the import of another module when that one is loaded."""
 
-    def __init__(self, loader: Loader, module: str) -> None:
-        self._loader, self._module = loader, module
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
@@ -61,4 +64,6 @@ class _LoadThenImport(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module(self._module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        importlib.import_module(self._finder.module)

@@ -12,12 +12,13 @@ from tests.bad_inputs import calibration, checkpoints, evaluation, patterns, pro
 from tests.bad_inputs.bench import Bench
 
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
-HEAD = """# What can go wrong, and what it says
+HEAD = """# Errors
 
-Every mistake below ends in a `RacError` (on the command line: one message and exit code 1) that contains the text on the right.
-This table is written by `python -m tests.test_bad_inputs`, and the same file tests every row of it.
+Each mistake below ends in a `RacError` whose message contains the text on the right. On the command line the message is
+printed without a traceback, with exit code 1. `python -m tests.test_bad_inputs` writes this table, and the same file tests
+every row of it.
 
-| what was done | the message says |
+| mistake | the message contains |
 |---|---|
 """
 CASES = [

@@ -71,6 +71,17 @@ def test_a_library_that_is_not_installed_is_missing_as_before_and_looked_for_aga
     assert lines(run(code)) == ["no_such_library", "no_such_library", "1"]
 
 
+def test_looking_for_the_library_without_importing_it_changes_nothing(run) -> None:
+    """As libraries do that ask whether another one is installed."""
+    code = (
+        "import_after('library', 'json.tool'); import importlib.util\n"
+        "for _ in range(2):\n  assert importlib.util.find_spec('library')\n"
+        "assert 'library' not in sys.modules; import library; assert 'json.tool' in sys.modules\n"
+        "print(len([f for f in sys.meta_path if getattr(f, 'trigger', '') == 'library']))"
+    )
+    assert lines(run(code)) == ["library", "0"]
+
+
 def test_the_module_keeps_its_loader_for_those_who_ask(run) -> None:
     code = "import_after('library.part', 'extension'); import library.part, inspect; print(inspect.getsource(library.part))"
     assert "REGISTRY" in lines(run(code))
@@ -80,3 +91,12 @@ def test_an_extension_that_fails_is_not_hidden(run) -> None:
     done = run("import_after('library', 'failing'); import library")
     assert done.returncode
     assert "broken extension" in done.stderr
+
+
+def test_a_mere_look_up_does_not_use_the_hook_up(run) -> None:
+    """As transformers does to see what is installed."""
+    code = (
+        "import_after('library', 'extension'); import importlib.util; importlib.util.find_spec('library')\n"
+        "print('looked'); import library; print(len([f for f in sys.meta_path if getattr(f, 'trigger', '') == 'library']))"
+    )
+    assert lines(run(code)) == ["looked", "library", "part", "extension", "0"]

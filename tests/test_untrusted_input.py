@@ -13,9 +13,9 @@ RUNS_CODE = re.compile(
 ALLOWED = {
     ("__init__.py", "import_module("): "the module is one of the literals of _LAZY",
     ("llmcompressor/register.py", "import_module("): "a literal name of this package",
-    ("checkpoint/hf_quantizer.py", "trust_remote_code"): "load_model's own argument, False unless the caller sets it",
-    ("problems/answer_checker.py", "subprocess"): "starts this package's own worker; answers reach it as JSON lines",
-    ("problems/worker.py", "__import__("): "one of two literals, imported before the first answer",
+    ("on_import.py", "import_module("): "callers give literal names of this package",
+    ("checkpoint/load.py", "trust_remote_code"): "load_model's own argument, False unless the caller sets it",
+    ("problems/answer_checker.py", "import_module("): "one of two literals, imported before the first answer",
 }
 
 

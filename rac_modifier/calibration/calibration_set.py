@@ -41,6 +41,11 @@ class CalibrationSet:
         """The traces of all parts that were kept out of the loader."""
         return tuple(trace for pool in self.pools.values() for trace in pool.held_out)
 
+    @property
+    def reserved(self) -> tuple[Trace, ...]:
+        """The traces of all parts that were kept out of the loader for training after pruning."""
+        return tuple(trace for pool in self.pools.values() for trace in pool.reserved)
+
     def as_dict(self) -> dict[str, Any]:
         """For the run record: counts, the prompt settings, and each trace store with its hash and what was selected from it."""
         return {
@@ -56,8 +61,11 @@ def build_calibration_set(
     traces: TraceSettings,
     calibration: CalibrationSettings,
     progress: bool = True,
+    reserved_tokens: int = 0,
 ) -> CalibrationSet:
     """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
+
+    Traces of about `reserved_tokens` tokens more are kept out of it, in `CalibrationSet.reserved`.
 
     Raises:
         RacError: see `collect_for_calibration` and `mix`; a mixture with traces that gets no trace token.
@@ -73,7 +81,7 @@ def build_calibration_set(
         parts[part.key] = map(generic_sequence, ids)
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
-        pools = collect_for_calibration(model, tokenizer, traces, calibration, progress)
+        pools = collect_for_calibration(model, tokenizer, traces, calibration, progress, reserved_tokens)
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     for key, pool in pools.items():
         parts[key] = pool.draw(key, budgets[key])

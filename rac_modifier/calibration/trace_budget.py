@@ -27,6 +27,7 @@ def collect_for_calibration(
     traces: TraceSettings,
     calibration: CalibrationSettings,
     progress: bool = True,
+    reserved_tokens: int = 0,
 ) -> dict[str, TracePool]:
     """Fill a store for each part of the mixture that consists of traces; returns what is kept of them, by part.
 
@@ -41,7 +42,9 @@ def collect_for_calibration(
     settings = {part: traces.named(part.name) for part in parts}  # an unknown name is an error before any sampling
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     return {
-        part.key: collect_part(model, tokenizer, part, settings[part], calibration, budgets[part.key], progress)
+        part.key: collect_part(
+            model, tokenizer, part, settings[part], calibration, budgets[part.key], progress, reserved_tokens
+        )
         for part in parts
     }
 
@@ -54,16 +57,18 @@ def collect_part(
     calibration: CalibrationSettings,
     wanted: int,
     progress: bool,
+    reserved_tokens: int = 0,
 ) -> TracePool:
-    """Collect until, beside those held out, `wanted` tokens are selected, counted as the traces will be cut.
+    """Collect until `wanted` tokens are selected, beside those that are held out or reserved; counted as the traces will be cut.
 
     Raises:
         RacError: see `collect_traces`; a selection that keeps almost nothing.
     """
     # Divergence is measured on what the dense model wrote, so nothing is held out of a named source of another model.
     held_out = 0 if part.name and traces.allow_off_policy else calibration.held_out_tokens
-    held_out = math.ceil(held_out * calibration.mixture[part.key] / calibration.share("traces"))
-    tokens, retry_failed = wanted + held_out, traces.retry_failed
+    share = calibration.mixture[part.key] / calibration.share("traces")
+    held_out, reserved = math.ceil(held_out * share), math.ceil(reserved_tokens * share)
+    tokens, retry_failed = wanted + held_out + reserved, traces.retry_failed
     judge: Judge | None = None  # one for all rounds, since it remembers its verdicts
     selected = ""  # what the selection kept so far, for the message when the problems end
     while True:
@@ -84,7 +89,7 @@ def collect_part(
             except RacError as error:
                 raise RacError(f"{error}{selected}") from error
         judge = judge or Judge(tokenizer, store.header)
-        pool = TracePool(store, traces.select, judge, tokenizer, calibration, held_out)
+        pool = TracePool(store, traces.select, judge, tokenizer, calibration, held_out, reserved)
         usable = pool.usable_tokens()
         if pool.selection.kept < pool.selection.total:
             logger.info(f"{part.key}: {pool.selection.describe()}")
@@ -93,13 +98,13 @@ def collect_part(
             return pool
         _check_hopeful(pool, part, traces.select.least_share)
         retry_failed = False  # once per run is enough
-        others = store.counts.tokens - pool.held_out_tokens
+        others = store.counts.tokens - pool.kept_out_tokens
         more = others * min(wanted / usable, _GROWTH) if usable else max(others * _GROWTH, wanted)
-        tokens = max(store.counts.tokens + 1, math.ceil(pool.held_out_tokens + more))
+        tokens = max(store.counts.tokens + 1, math.ceil(pool.kept_out_tokens + more))
 
 
 def _check_hopeful(pool: TracePool, part: Part, least_share: float) -> None:
-    share = sum(pool.lengths) / max(pool.store.counts.tokens - pool.held_out_tokens, 1)
+    share = sum(pool.lengths) / max(pool.store.counts.tokens - pool.kept_out_tokens, 1)
     if pool.selection.total >= _ENOUGH_TO_JUDGE and share < least_share:
         raise RacError(
             f"{part.key}: traces.select {pool.selection.describe()}, {share:.1%} of the tokens sampled, so the budget takes too "

@@ -53,6 +53,7 @@ class TracePool:
         lengths: tokens of each kept trace, prompt and completion.
         selection: how many traces were kept, and why the others were not.
         held_out: the first traces of the store, kept out whatever the selection is.
+        reserved: the traces after them, kept out for training after pruning.
     """
 
     def __init__(
@@ -63,26 +64,27 @@ class TracePool:
         tokenizer: Any,
         calibration: CalibrationSettings,
         held_out_tokens: int = 0,
+        reserved_tokens: int = 0,
     ):
         self.store = store
         self.selection = Selection(settings)
         self.lengths = array("q")
         self._judge, self._tokenizer, self._calibration = judge, tokenizer, calibration
         self._ids: list[str] = []
-        hold_out = HoldOut(held_out_tokens)
-        for trace in select(hold_out.others(store), self.selection, judge):
+        hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
+        for trace in select(reserve.others(hold_out.others(store)), self.selection, judge):
             self.lengths.append(trace.tokens)
             self._ids.append(trace.id)
-        self.held_out = tuple(hold_out.held)
+        self.held_out, self.reserved = tuple(hold_out.held), tuple(reserve.held)
 
     def usable_tokens(self) -> int:
         """Tokens of all kept traces, each cut to `max_sequence_tokens`."""
         return sum(map(self._cut_length, self.lengths))
 
     @property
-    def held_out_tokens(self) -> int:
-        """Tokens of the traces that are held out."""
-        return sum(trace.tokens for trace in self.held_out)
+    def kept_out_tokens(self) -> int:
+        """Tokens of the traces that are held out or reserved."""
+        return sum(trace.tokens for trace in (*self.held_out, *self.reserved))
 
     def draw(self, part: str, tokens: int) -> list[CalibrationSequence]:
         """As many traces as make up `tokens` tokens, in an order drawn over the whole pool; only these are read into memory.

@@ -131,6 +131,7 @@ class UnpackExperts(WeightConverter):
                 "experts of a layer, or save the model with storage: dense"
             )
         parts = {part: collected.pop(part) for part in self.unpacked[pattern]}
+        scaled = any("weight_scale" in source for source in self.source_patterns)
         dense: dict[str, list[Tensor]] = defaultdict(list)
         for number in range(len(next(iter(parts.values())))):
             weight, in_int32 = self.unpack.dense(
@@ -139,10 +140,10 @@ class UnpackExperts(WeightConverter):
             if ending == WORDS:
                 for name, tensor in to_words(weight, 4 if in_int32 else 8).items():
                     dense[f"{stem}{name}$"].append(tensor)
-            elif weight.dtype in FLOATS:
-                dense[anchored].append(self.unpack.cast(weight, layer_name))
-            else:
+            elif scaled and weight.dtype not in FLOATS:
                 dense[anchored].append(weight)  # upstream's first operation multiplies with the scales
+            else:
+                dense[anchored].append(self.unpack.cast(weight, layer_name))
         return dense
 
 

@@ -10,12 +10,13 @@ import sys
 
 import typer
 
-from rac_modifier.cli import traces
+from rac_modifier.cli import recipes, traces
 from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.inspect import inspect
 from rac_modifier.cli.pack import pack, unpack
 from rac_modifier.cli.prune import prune, schema
+from rac_modifier.cli.recover import recover
 from rac_modifier.errors import RacError
 
 app = typer.Typer(
@@ -27,7 +28,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: a line per option, where boxes take two or three
 )
 app.command()(prune)
+app.command()(recover)
 app.add_typer(traces.app, name="traces")
+app.add_typer(recipes.app, name="recipes")
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(pack)

@@ -10,7 +10,10 @@ from typing import Annotated, Any
 import typer
 
 Model = Annotated[str, typer.Argument(help='a model folder, a Hugging Face id, or "reasoner" for the embedded one')]
-Recipe = Annotated[Path, typer.Option("--recipe", "-r", help="recipe file, such as recipes/rac_2of4.yaml")]
+Recipe = Annotated[
+    Path,
+    typer.Option("--recipe", "-r", help="a file, or the name of a shipped recipe, such as rac_2of4 (see: rac recipes)"),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -29,7 +29,12 @@ def prune(
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(hidden=True, help="with --check further recipes")] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", "-r", help="recipe file, such as recipes/rac_2of4.yaml")
+        Path | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="a file, or the name of a shipped recipe, such as rac_2of4 (see: rac recipes)",
+        ),
     ] = None,
     preset: Annotated[
         PresetName | None,
@@ -46,9 +51,9 @@ def prune(
     Samples the model's own chains of thought (or reads them from a store), calibrates on them and
     prunes layer by layer: llm-compressor's oneshot, with recipe and output folder checked first.
 
-    Example: rac prune reasoner reasoner-2of4 --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
+    Example: rac prune reasoner reasoner-2of4 --recipe rac_2of4 --set calibration.tokens=32768
 
-    Example: rac prune --check recipes/*.yaml
+    Example: rac prune --check my_recipe.yaml rac_2of4
     """
     overrides = [*(set_ or []), *([f"preset={preset}"] if preset else [])]
     if check:
@@ -72,7 +77,7 @@ def check_recipes(paths: list[Path], overrides: list[str]) -> None:
     from rac_modifier.settings.recipe import find_named_entry, load_recipe
 
     if not paths:
-        raise RacError("--check needs at least one recipe: rac prune --check recipes/rac_2of4.yaml")
+        raise RacError("--check needs at least one recipe: rac prune --check rac_2of4")
     wrong = []
     for path in paths:
         try:

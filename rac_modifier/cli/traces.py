@@ -37,7 +37,7 @@ def collect(
 
     A run that was killed continues where it ended when it is started again. `rac prune` with the same recipe uses the traces.
 
-    Example: rac traces collect reasoner --recipe recipes/rac_2of4.yaml --set calibration.tokens=32768
+    Example: rac traces collect reasoner --recipe rac_2of4 --set calibration.tokens=32768
     """
     from rac_modifier.calibration.trace_budget import collect_for_calibration
     from rac_modifier.settings.recipe import check_entry, find_named_entry, load_recipe

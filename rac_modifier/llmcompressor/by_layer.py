@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import torch
 from compressed_tensors.offload import disable_offloading
@@ -62,6 +63,8 @@ def calibrate_by_layer(
                         session.state.current_batch_idx = batch
                         with contextlib.suppress(StopForward):
                             stage.look(model, cache, batch)
+                        # upstream's frames refer to the exception and it to them; that cycle would keep this batch's activations
+                        gc.collect(1)
                     LifecycleCallbacks.sequential_epoch_end(submodules[index])
                 if index < last:
                     with HooksMixin.disable_hooks():

@@ -9,7 +9,7 @@ import torch
 from llmcompressor.core import CompressionSession, State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
 from rac_modifier.calibration.loader import CalibrationLoader
@@ -92,11 +92,13 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 "or name the data in the recipe (traces.problems, calibration.generic)"
             )
 
-    def build_calibration(self, state: State) -> CalibrationSet:
-        """The calibration set: the one given, or else sampled and mixed as the recipe says."""
+    def build_calibration(self, state: State, reserved_tokens: int = 0) -> CalibrationSet:
+        """The calibration set: the one given, or else sampled and mixed as the recipe says, with traces reserved for training."""
         if self._calibration is None:
             tokenizer = self._load_tokenizer(state.model)
-            self._calibration = build_calibration_set(state.model, tokenizer, self.traces, self.calibration.weighed())
+            self._calibration = build_calibration_set(
+                state.model, tokenizer, self.traces, self.calibration.weighed(), reserved_tokens=reserved_tokens
+            )
         with on_accelerator(state.model):
             self._divergence = RunDivergence(state.model, self._calibration, off_policy=self.traces.allow_off_policy)
         return self._calibration
@@ -113,10 +115,15 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         The session's next reset finalizes a run that failed; there is nothing to measure then.
         """
         succeeded = self._session is not None and take_away(self._session) and self.ended_
+        if succeeded:
+            self.after_pruning(state.model)
         if succeeded and self._divergence is not None:
             self._measured = self._divergence.measure(state.model)
         self._divergence = None
         return True
+
+    def after_pruning(self, model: PreTrainedModel) -> None:
+        """What is done with the model when every modifier of the recipe has run, before it is measured."""
 
     def run_record(self) -> dict[str, Any]:
         """The run record's entries about the settings and the calibration set."""

@@ -8,7 +8,7 @@ The peak comes with one group of modules that read the same input, of d columns 
                             solving      4 (a d^2 + b r d)                    Hessian, its factor, weights, the solver's buffers
 
 where dense is 1 with the dense target (then there are two streams of activations and a cross moment), else 0. The numbers a, b
-and c below were measured on the solvers; tests/llmcompressor/test_memory.py holds the prediction within 0.75 to 1.35 of a
+and c below were measured on the solvers; tests/llmcompressor/test_memory.py holds the prediction within 0.8 to 1.25 of a
 measured peak. Not counted are forward passes (attention, one batch at a time) and, layer by layer, the Hessians of a layer's
 smaller groups.
 """

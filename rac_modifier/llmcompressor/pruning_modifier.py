@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 from llmcompressor.core import Event, State
-from llmcompressor.modifiers.quantization import QuantizationMixin
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import PrivateAttr
@@ -25,20 +24,17 @@ from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memo
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, reserved_tokens
 from rac_modifier.llmcompressor.sensitivity import measured_patterns
 from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
-from rac_modifier.llmcompressor.targets import find_targets
+from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
+from rac_modifier.llmcompressor.zeros import patterns_of_zeros
 from rac_modifier.model_tools import on_accelerator
-from rac_modifier.pruning.masks import holds
 from rac_modifier.pruning.solve import solve
 from rac_modifier.quantization.solve import Quantized, quantize
+from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
-
-# They move weights to compensate for rounding, pruned ones too (llm-compressor issue 2860).
-_FILLS_ZEROS = {"GPTQModifier"}
-# A dense model has a few zeros by rounding; with fewer than this share of them a module is not sparse.
-_LEAST_ZEROS = 0.05
 
 
 class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
@@ -53,6 +49,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _quantizer: GroupQuantizer | None = PrivateAttr(default=None)
     _token_weights: dict[torch.nn.Module, list[torch.Tensor]] = PrivateAttr(default_factory=dict)
     _progress: PruningProgress | None = PrivateAttr(default=None)
+    _recovery: RecoveryStage | None = PrivateAttr(default=None)
+    _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _masters: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)  # weights before they were rounded
     _order: dict[str, str] = PrivateAttr(default_factory=dict)
     _results: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
 
@@ -89,9 +88,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.check_run(state, prunes=True)
         model = state.model
         self._names = find_targets(model, self.targets, self.ignore, self.pattern)
-        self._check_later_modifiers()
+        check_later_modifiers(self, self.other_modifiers(later=True), quantizes=self.quantization is not None)
         if self.solver == "keep":
-            self._patterns, described = self._patterns_of_zeros()
+            self._patterns, described = patterns_of_zeros(self._names, self.pattern, detect=self.mask_structure is None)
         else:
             assert self.pattern is not None  # as PruningSettings has checked
             self._patterns = listed_patterns(model, self._names, self.pattern, self.allocation)
@@ -103,7 +102,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         oneshot = find_oneshot()
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
         self.check_memory(model, [], get_main_device(), torch.device(offload))
-        loader = self.build_calibration(state).loader
+        loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
+        if self.recover is not None:
+            self._recovery = RecoveryStage(model, self.calibration_set.reserved, self.recover)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader)
@@ -224,6 +225,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 update_offload_parameter(module, "weight", solution.weight.to(dtype))
             else:
                 quantizer.store(module, result)
+                if self.recover is not None:
+                    self._masters[solution.name] = solution.weight.cpu()
                 record["relative_error_before_rounding"] = record["relative_error"]
                 record["relative_error"] = result.relative_error
                 record["sparsity"] = float((result.weight == 0).float().mean())
@@ -245,53 +248,17 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if self._quantizer is not None:
             self._quantizer.finish(state.model)
 
-    def _check_later_modifiers(self) -> None:
-        """Refuse modifiers that would undo this one's work, before anything is sampled."""
-        for modifier in self.other_modifiers(later=True):
-            name = type(modifier).__name__
-            if name in _FILLS_ZEROS:
-                raise RacError(
-                    f"{name} after {type(self).__name__} fills pruned weights again; leave it out and set "
-                    "quantization: {scheme: W4A16} (or its scheme) in the pruning entry, which keeps the zeros"
-                )
-            if self.quantization is not None and isinstance(modifier, QuantizationMixin):
-                raise RacError(
-                    f"{name} after {type(self).__name__} with quantization would quantize twice; leave one of them out"
-                )
-
-    def _patterns_of_zeros(self) -> tuple[dict[str, Pattern], str]:
-        """What `solver: keep` keeps: one pattern per module, and all of them in words.
-
-        The recipe's N:M where it asks for one. Else 2:4 if the zeros of every module have it, and otherwise an unstructured
-        pattern with each module's own share of zeros.
-
-        Raises:
-            RacError: a module that lacks the N:M asked for, or has hardly any zeros, or nothing else.
-        """
-        two_of_four = Pattern.n_of_m(2, 4)
-        shares: dict[str, Pattern] = {}
-        zeros = total = 0
-        structured = self.mask_structure is None
-        for module, name in self._names.items():
-            with align_module_device(module):
-                weight: torch.Tensor = module.weight  # type: ignore[assignment]
-                count = weight.numel() - int(weight.count_nonzero())
-                held = self.pattern is None or holds(weight, self.pattern)
-                structured = structured and weight.shape[1] % 4 == 0 and holds(weight, two_of_four)
-            if not held or not _LEAST_ZEROS <= count / weight.numel() < 1:
-                asked = (
-                    self.pattern.describe() if self.pattern else f"{count:,} of its {weight.numel():,} weights are zero"
-                )
-                raise RacError(
-                    f"{name}: solver: keep keeps the zeros that a model has, and this module lacks them ({asked}); "
-                    "leave solver out to prune it, or add it to ignore"
-                )
-            shares[name] = Pattern.unstructured(count / weight.numel())
-            zeros, total = zeros + count, total + weight.numel()
-        pattern = self.pattern or (two_of_four if structured else None)
-        if pattern is not None:
-            return dict.fromkeys(shares, pattern), pattern.describe()
-        return shares, f"the zeros that the model had, {100 * zeros / total:.4g} % of the weights"
+    def after_pruning(self, model: PreTrainedModel) -> None:
+        """Recovery, where the recipe asks for it."""
+        if self._recovery is None:
+            return
+        quantized = {}
+        if self._quantizer is not None:
+            for module, grid in self._quantizer.grids.items():
+                name = self._names[module]
+                scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
+                quantized[name] = QuantizedWeight(grid, scale.detach().clone(), self._masters.pop(name))
+        self._recovered = self._recovery.run(model, {name: module for module, name in self._names.items()}, quantized)
 
     def _plan(self) -> SavePlan:
         def prepare(model: PreTrainedModel, save_compressed: bool) -> None:
@@ -312,6 +279,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 "mask_structure": next(iter(self._patterns.values())).mask_structure,
                 **self.run_record(),
                 "time": self._progress.record() if self._progress else {},
+                **({"recovery": self._recovered} if self._recovered else {}),
                 "modules": list(self._results.values()),
             },
         )

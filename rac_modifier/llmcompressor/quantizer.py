@@ -1,4 +1,4 @@
-"""Quantization inside the pruning pass: upstream attaches, saves and serves the schemes, the rounding is ours."""
+"""Quantization in the pruning pass: upstream attaches, saves and serves the schemes; the rounding is ours."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from rac_modifier.settings.quantization import QuantizationSettings
 
 
 class GroupQuantizer:
-    """The schemes of a recipe entry on the modules that it prunes.
+    """The schemes of a recipe entry, for the modules that it prunes.
 
     A QuantizationModifier that is never run resolves the schemes and attaches them. Modules that are not pruned are ignored,
-    whatever the schemes' targets match.
+    even where the schemes' targets match them.
 
     Raises:
         RacError: a scheme that cannot be rounded here, groups that do not divide a module's inputs, or no module matched.
@@ -74,13 +74,13 @@ class GroupQuantizer:
         )
 
     def finish(self, model: PreTrainedModel) -> None:
-        """From here on forward passes quantize, activations included where a scheme says so."""
+        """From now on forward passes quantize, also activations where a scheme has them."""
         self._upstream.end_calibration(model)
 
     def compress(self) -> None:
-        """What llm-compressor does when it saves, with the weights widened to float32 before they are divided by their scales.
+        """Compress as llm-compressor does when it saves, but divide the weights by their scales in float32.
 
-        A bfloat16 weight of 8 bits of mantissa over its scale, in bfloat16 too, can be half a code off; it would be rounded anew.
+        A bfloat16 weight divided by a bfloat16 scale can be half a code off, and would be rounded to another code.
         """
         for module in self.grids:
             if module.quantization_status >= QuantizationStatus.COMPRESSED:

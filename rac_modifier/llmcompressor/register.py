@@ -1,16 +1,15 @@
-"""Makes our modifiers known to llm-compressor's recipes when it is imported (see on_import.py).
+"""Importing this module makes our modifiers known to llm-compressor's recipes; on_import.py does so after llm-compressor.
 
 llm-compressor finds modifiers in its own package or by `ModifierFactory.register`, and has no entry point for others. What is
-registered are stand-ins: registering imports none of our modules, so it does not matter which module is imported first.
+registered are stand-ins: they import a modifier's module only when a recipe names the modifier. So no module of this room is
+imported here, and whichever of them is imported first, none is needed before it is complete.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers import Modifier, ModifierFactory
 
 # The module of each modifier, by the name that a recipe uses.
 MODULES = {
@@ -19,17 +18,8 @@ MODULES = {
 }
 
 
-def register() -> None:
-    """Register a stand-in for each modifier; may be called again."""
-    from llmcompressor.modifiers import ModifierFactory
-
-    for name, module in MODULES.items():
-        ModifierFactory.register(name, _stand_in(name, module))
-
-
 def _stand_in(name: str, module: str) -> type[Modifier]:
     """A class whose call imports the modifier and makes one; `ModifierFactory` takes only subclasses of `Modifier`."""
-    from llmcompressor.modifiers import Modifier
 
     class StandIn(Modifier):
         def __new__(cls, **settings: object) -> Modifier:  # type: ignore[misc]
@@ -39,4 +29,5 @@ def _stand_in(name: str, module: str) -> type[Modifier]:
     return StandIn
 
 
-register()
+for _name, _module in MODULES.items():
+    ModifierFactory.register(_name, _stand_in(_name, _module))

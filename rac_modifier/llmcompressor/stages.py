@@ -1,32 +1,34 @@
-"""A model cut into stages, each beginning where a group of modules reads one tensor (q/k/v, o, gate/up, down)."""
+"""A model cut into stages. A stage begins where a group of modules reads one tensor (q/k/v, o, gate/up, down)."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
+from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class UntraceableError(Exception):
-    """Why a model cannot be cut into stages."""
+    """A model cannot be cut into stages; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Modules that read the same tensor, and the stretch of the model from them to the next such modules.
+    """Modules that read the same tensor, and the part of the model from them up to the next such modules.
 
     Attributes:
-        modules: what is pruned before the stage runs; empty in the head of the model.
-        reads: name under which the cache holds the tensor that they read.
-        subgraphs: upstream's subgraphs, to be run in turn.
-        configs: the model's configs by the names that they have as values in the graph; shared by all stages.
+        modules: what is pruned before the stage runs; empty at the beginning of the model.
+        reads: name of the tensor that they read, in the cache.
+        subgraphs: upstream's subgraphs, to be run one after another.
+        configs: the model's configs, by the names of the graph's nodes that return them; the same for all stages.
     """
 
     modules: list[torch.nn.Module]
@@ -35,14 +37,14 @@ class Stage:
     configs: Mapping[str, PreTrainedConfig]
 
     def run(self, model: torch.nn.Module, cache: IntermediatesCache, batch: int) -> None:
-        """Run the stage for one batch, replacing what it consumed in the cache by what it made."""
+        """Run the stage for one batch; in the cache, its outputs take the place of the inputs that no later stage reads."""
         for subgraph in self.subgraphs:
             made = self._forward(subgraph, model, cache, batch)
             cache.update(batch, {name: value for name, value in made.items() if name not in self.configs})
             cache.delete(batch, list(subgraph.consumed_names - self.configs.keys()))
 
     def look(self, model: torch.nn.Module, cache: IntermediatesCache, batch: int) -> None:
-        """Run a stage of one subgraph for one batch, for hooks to see; the cache stays as it is."""
+        """Run a stage of one subgraph for one batch, only for the hooks of its modules; the cache is not changed."""
         (subgraph,) = self.subgraphs
         self._forward(subgraph, model, cache, batch)
 
@@ -59,14 +61,15 @@ def trace_stages(
 ) -> list[Stage]:
     """Trace `model` down to the modules of `names` and cut it before each group of them.
 
-    Upstream's partition starts a subgraph at each target, so that whatever a target reads was made before its subgraph.
+    Upstream starts a subgraph at each target, so what a target reads is an output of the subgraphs before it.
 
     Raises:
         UntraceableError: the model's code cannot be traced that far, does not call each module once, or changes tensors in
-            place (as a mixture adds up its experts).
+            place (for example where a mixture of experts adds up their outputs).
     """
     try:
-        subgraphs = trace_subgraphs(model, sample, list(names.values()), list(ignore), 1)
+        with _restoring_after_failure(model):
+            subgraphs = trace_subgraphs(model, sample, list(names.values()), list(ignore), 1)
     except Exception as error:  # tracing runs the model's own code and may fail in any way
         raise UntraceableError(f"tracing failed: {(str(error).splitlines() or [repr(error)])[0][:200]}") from error
     _refuse_changes_in_place(subgraphs)
@@ -91,7 +94,7 @@ def trace_stages(
         if not (node.args and isinstance(node.args[0], torch.fx.Node) and node.args[0].op == "placeholder"):
             raise UntraceableError(f"{node.target} does not get its input as the first argument")
         reads = node.args[0].name
-        # neighbours only: a module that reads the same tensor later may have to run after others were pruned
+        # only neighbours: one that reads the same tensor later may have to run after other modules are pruned
         if not (stages and stages[-1].reads == reads):
             stages.append(Stage([], reads, [], configs))
         stages[-1].modules.append(modules[node.target])
@@ -99,10 +102,35 @@ def trace_stages(
     return stages
 
 
-def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:
-    """Upstream orders nodes by what they read; one that reads a tensor before or after another changes it is not ordered.
+@contextlib.contextmanager
+def _restoring_after_failure(model: PreTrainedModel) -> Iterator[None]:
+    """Restore what upstream's tracer leaves replaced when tracing fails: functions of torch, and cache classes in model code.
 
-    So the experts of a mixture would be added to their output when the next layer has already read it.
+    With the classes of the tracer, the model would not run with a cache any more, for example in `generate`.
+    """
+    functions = {name: getattr(torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH}
+    namespaces = {id(space): space for space in (module.forward.__globals__ for module in model.modules())}
+    classes = [
+        (space, name, value)
+        for space in namespaces.values()
+        for name, value in space.items()
+        if any(value is replaced for replaced in HFTracer._CLASSES_TO_PATCH)
+    ]
+    try:
+        yield
+    except BaseException:
+        for name, function in functions.items():
+            setattr(torch, name, function)
+        for space, name, value in classes:
+            space[name] = value
+        raise
+
+
+def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:
+    """Refuse a graph in which a tensor is changed in place and read elsewhere.
+
+    Upstream orders nodes by what they read, not by what they change. So the outputs of a mixture's experts could be added up
+    after the next layer has read the sum.
     """
     for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
         in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
@@ -114,11 +142,11 @@ def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:
 
 
 def use_own_configs(model: PreTrainedModel, subgraphs: Sequence[Subgraph]) -> dict[str, PreTrainedConfig]:
-    """Make each node that builds a config return the model's own, and give those by the names of the nodes.
+    """Make each node that builds a config return the model's own config; returns these configs by the names of the nodes.
 
-    Upstream's tracer writes a config that is passed to a function down as a call that makes a new one from its entries.
-    Which attention calibration forces is no entry, so in the new one it is lost, and with it the causal mask (seen in
-    Qwen3-MoE). A cache cannot keep a config either, so `Stage.run` hands it from stage to stage.
+    Where a config is an argument of a function, upstream's tracer writes a call that builds a new config from its entries. The
+    attention implementation that calibration sets is no entry, so the new config lacks it, and the causal mask is missing
+    (observed in Qwen3-MoE). A cache cannot hold a config either, so `Stage.run` passes it from stage to stage.
     """
     configs: dict[str, PreTrainedConfig] = {}
     for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):

@@ -1,14 +1,20 @@
-"""Which modules of a model are pruned."""
+"""Which modules of a model are pruned, and which modifiers may follow."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from compressed_tensors.utils import match_named_modules
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationMixin
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 
+# They move weights to compensate for rounding, pruned ones too (llm-compressor issue 2860).
+_FILLS_ZEROS = {"GPTQModifier"}
 ROUTERS = (r"re:.*\.gate$", r"re:.*router.*", r"re:.*\.shared_expert_gate$")
 
 
@@ -17,9 +23,9 @@ def find_targets(
 ) -> dict[torch.nn.Module, str]:
     """The linear modules to prune, in model order, with their names.
 
-    The output head and router gates are left alone unless `targets` names them exactly, whatever their class matches:
-    the head is often tied to the embedding, and a router decides discretely. `targets` and `ignore` are matched as
-    llm-compressor matches them: class names, module names, or regular expressions behind "re:".
+    The output head and router gates are left out unless `targets` contains their exact names: the head is often tied to the
+    embedding, and a small change of a router's weights can select other experts. `targets` and `ignore` are matched as
+    llm-compressor matches them: class names, module names, or regular expressions after "re:".
 
     Raises:
         RacError: nothing matches, a match is not a linear layer or has no floating-point weight, or its shape does not fit.
@@ -51,3 +57,22 @@ def find_targets(
             "leave it out of targets, or load the model with tie_word_embeddings=False"
         )
     return found
+
+
+def check_later_modifiers(ours: Modifier, later: Iterable[Modifier], *, quantizes: bool) -> None:
+    """Refuse modifiers of the recipe after `ours` that would undo its work, before anything is sampled.
+
+    Raises:
+        RacError: naming the modifier.
+    """
+    for modifier in later:
+        name = type(modifier).__name__
+        if name in _FILLS_ZEROS:
+            raise RacError(
+                f"{name} after {type(ours).__name__} fills pruned weights again; leave it out and set "
+                "quantization: {scheme: W4A16} (or its scheme) in the pruning entry, which keeps the zeros"
+            )
+        if quantizes and isinstance(modifier, QuantizationMixin):
+            raise RacError(
+                f"{name} after {type(ours).__name__} with quantization would quantize twice; leave one of them out"
+            )

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
 from rac_modifier.recovery.schedule import Step, default_learning_rate, plan_steps, rate_at
 from rac_modifier.recovery.state import Progress, load_state, save_state
 from rac_modifier.recovery.teacher import Teacher, name_of
+from rac_modifier.recovery.trained_parameters import in_float32, trained_name
 from rac_modifier.settings.recovery import RecoverySettings
 
 _BETAS = (0.9, 0.95)
@@ -132,9 +133,9 @@ def recover(
     highest = settings.learning_rate or default_learning_rate(sum(p.numel() for p in model.parameters()))
     rates = [highest] if settings.learning_rate else [highest / _LOWER**n for n in range(_TRIES)]
     with (
-        _in_float32(model),
+        in_float32(model),
         on_grid(model, quantized),
-        fixed_mask(model, {_trained_name(name, quantized): mask for name, mask in masks.items()}) as mask,
+        fixed_mask(model, {trained_name(name, quantized): mask for name, mask in masks.items()}) as mask,
         evaluating(model),
     ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -142,7 +143,7 @@ def recover(
         masters = {}
         for name, weight in quantized.items():
             if weight.master is not None:
-                trained = _trained_name(f"{name}.weight", quantized)
+                trained = trained_name(f"{name}.weight", quantized)
                 masters[trained] = weight.master * mask.masks.get(trained, 1)
         run = _Run(model, teacher, held_out, parameters, masters, autocast, steps, rates, state, save_seconds, progress)
         done = run.train(key)
@@ -269,38 +270,6 @@ class _Run:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.autocast)
-
-
-@contextlib.contextmanager
-def _in_float32(model: Any) -> Iterator[None]:
-    """All parameters in float32; all but embeddings, head and scales need a gradient. Dtypes and flags come back at the end.
-
-    Buffers stay as they are: rotary frequencies would lose precision on their way through bfloat16.
-    """
-    frozen = {
-        id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()
-    }
-    before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        parameter.requires_grad_(id(parameter) not in frozen and name.rpartition(".")[2] in ("weight", "bias"))
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            dtype, requires_grad = before[name]
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(requires_grad)
-
-
-def _trained_name(name: str, quantized: Mapping[str, QuantizedWeight]) -> str:
-    """A parameter's name while it is trained: a quantized weight is parametrized by its master weight."""
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.parametrizations.{leaf}.original" if module in quantized and leaf == "weight" else name
 
 
 def _key(

@@ -69,7 +69,12 @@ class StoredTeacher:
         Raises:
             RacError: a full disk, or a folder that cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RacError(
+                f"{folder}: the dense model's states cannot be kept there ({error}); name another folder (recover.folder)"
+            ) from error
         index = folder / "index.json"
         wanted = {"model": key, "sequences": [name_of(s) for s in sequences]}
         if index.exists() and json.loads(index.read_text(encoding="utf-8")) == wanted:

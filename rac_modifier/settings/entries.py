@@ -6,11 +6,13 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from rac_modifier.errors import RacError
 from rac_modifier.settings.base import without_paths
 from rac_modifier.settings.calibration import CalibrationBudget, CalibrationSettings
 from rac_modifier.settings.idle import Idle, idle_calibration, idle_pruning, refuse_idle
 from rac_modifier.settings.presets import PRESETS
 from rac_modifier.settings.pruning import PruningSettings
+from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.traces import TraceSettings
 
 
@@ -80,9 +82,22 @@ class PruningEntry(CalibrationEntry, PruningSettings):
         CalibrationSettings(), description="what is calibrated on, how much of it, and what each token weighs"
     )
 
+    recover: RecoverySettings | None = Field(
+        None, description="train the kept weights after pruning, with the mask fixed; default: no training"
+    )
+
     def idle_settings(self) -> Idle:
         """The settings that have no effect beside the others, and why."""
         return idle_calibration(self.traces, self.calibration) | idle_pruning(self)
+
+    @model_validator(mode="after")
+    def _recovery_has_traces(self) -> Self:
+        if self.recover is not None and not self.calibration.parts("traces"):
+            raise RacError(
+                f"recover: it trains on the model's own traces, and the mixture {self.calibration.mixture} has none; give "
+                "traces a share of calibration.mixture, or leave recover out"
+            )
+        return self
 
 
 ENTRIES: dict[str, type[CalibrationEntry]] = {

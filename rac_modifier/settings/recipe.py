@@ -12,31 +12,32 @@ from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
+from rac_modifier.settings.shipped_recipes import find_recipe
 
 NAME = "ReasoningAwareSparseGPTModifier"
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+def load_recipe(named: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """The recipe's content with `key.sub=value` overrides applied to our modifier's entry, checked.
+
+    `named` is a path, or the name of a recipe that ships with the package.
 
     Neither the recipe nor an override can name code: YAML is read with the safe loader, and no setting imports anything.
 
     Raises:
-        RacError: no such file, not YAML, a layout in which llm-compressor finds no modifier, an entry with settings that
+        RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an entry with settings that
             cannot work, or an override that is not `key=value`.
     """
+    path = find_recipe(named)
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RacError(f"no recipe at {path}; the repository's recipes/ folder has some to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RacError(f"recipe {path} cannot be read ({error}); name a YAML file") from error
     except yaml.YAMLError as error:
         raise RacError(f"{path} is not YAML: {error}") from error
     recipe = copy.deepcopy(recipe)
     name, entry = find_named_entry(recipe, str(path))
-    for override in overrides or []:
-        _apply(entry, override)
+    apply_overrides(entry, overrides or [])
     check_entry(entry, str(path), name)
     return recipe
 
@@ -114,6 +115,16 @@ def schema(name: str = NAME) -> str:
     if name not in ENTRIES:
         raise RacError(f"{name!r} is none of this package's modifiers; name one of {', '.join(ENTRIES)}")
     return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
+
+
+def apply_overrides(entry: dict[str, Any], overrides: list[str]) -> None:
+    """Change settings in place, each written as `key.sub=value`.
+
+    Raises:
+        RacError: an override that is not `key=value`.
+    """
+    for override in overrides:
+        _apply(entry, override)
 
 
 def _apply(entry: dict[str, Any], override: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from rac_modifier.settings.base import Settings
 
 
-class RecoverySettings(BaseModel):
+class RecoverySettings(Settings):
     """Training of the kept weights towards the dense model's predictions after pruning, with the mask fixed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tokens: int = Field(
         65_536,
@@ -20,11 +20,17 @@ class RecoverySettings(BaseModel):
     learning_rate: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="the highest learning rate; default: by model size, 2e-4 at 135 M parameters, 3.6e-5 at 7 B",
     )
     step_tokens: int = Field(2048, ge=64, description="tokens per optimizer step, about")
     batch_tokens: int = Field(4096, ge=64, description="padded tokens per forward and backward pass at most")
     held_out_tokens: int = Field(
         8192, ge=64, description="tokens of further traces, on which it is decided which weights are kept"
+    )
+    folder: str | None = Field(
+        None,
+        description="folder for the dense model's hidden states and for the state that a killed run goes on from; it is removed "
+        "at the end; default: a folder under rac_recovery/ named after the model",
     )
     seed: int = Field(0, ge=0, description="shuffles the traces")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 
@@ -51,6 +52,51 @@ def _(b: Bench) -> None:
     tensors["model.layers.0.mlp.up_proj.bitmask"][0, 0] = 255
     save_file(tensors, b.tmp / "out" / "model.safetensors", {"format": "pt"})
     load_model(b.tmp / "out")
+
+
+@CASES.case("a packed checkpoint in transformers, with a damaged weight", "keep exactly two; the checkpoint is damaged")
+def _(b: Bench) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    b.prune(output_dir=str(b.tmp / "out"))
+    tensors = load_file(b.tmp / "out" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.bitmask"][0, 0] = 255
+    save_file(tensors, b.tmp / "out" / "model.safetensors", {"format": "pt"})
+    AutoModelForCausalLM.from_pretrained(b.tmp / "out")
+
+
+@CASES.case("a checkpoint that lacks a weight", "needed by the model but missing from")
+def _(b: Bench) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from rac_modifier import load_model
+
+    shutil.copytree(b.folder, b.tmp / "model")
+    tensors = load_file(b.tmp / "model" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, b.tmp / "model" / "model.safetensors", {"format": "pt"})
+    load_model(b.tmp / "model")
+
+
+@CASES.case("a packed checkpoint beside another config.json", "restore the config.json that packing wrote")
+def _(b: Bench) -> None:
+    from rac_modifier import load_model
+
+    b.prune(output_dir=str(b.tmp / "out"))
+    shutil.copy(b.folder / "config.json", b.tmp / "out" / "config.json")
+    load_model(b.tmp / "out")
+
+
+@CASES.case(
+    "a sparsity_config of a format that is not known", "sparsity_config.format is 'sparse-new', which cannot be read"
+)
+def _(b: Bench) -> None:
+    shutil.copytree(b.folder, b.tmp / "model")
+    config = json.loads((b.tmp / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-new"}}
+    (b.tmp / "model" / "config.json").write_text(json.dumps(config))
+    b.rac("inspect", b.tmp / "model")
 
 
 @CASES.case("looking into a folder that is not there", "is this a saved model folder?")

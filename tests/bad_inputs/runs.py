@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 
 from tests.bad_inputs.bench import Bench, Case, Cases
-from tests.tiny import NAME, entry
+from tests.tiny import NAME, entry, tiny_tokenizer
 
 CASES = Cases()
 
 CASES += [
     Case(
         "a recipe that is not there", "no recipe at", lambda b: b.rac("prune", b.folder, b.tmp / "o", "-r", "no.yaml")
+    ),
+    Case(
+        "a misspelt name of a shipped recipe",
+        "did you mean rac_2of4",
+        lambda b: b.rac("prune", b.folder, b.tmp / "o", "-r", "rac_2of5"),
     ),
     Case("a recipe that is not YAML", "is not YAML", lambda b: b.rac_prune("pruning_stage: [")),
     Case(
@@ -71,13 +76,13 @@ CASES += [
 
 @CASES.case("`order: group` where the model cannot be traced", "order: group is not possible here: tracing failed")
 def _(b: Bench) -> None:
-    from rac_modifier.llmcompressor import pipeline as seam
+    from rac_modifier.llmcompressor import pipeline
     from rac_modifier.llmcompressor.stages import UntraceableError
 
     def fails(*args: object) -> None:
         raise UntraceableError("tracing failed: a loop over experts")
 
-    b.monkeypatch.setattr(seam, "trace_stages", fails)
+    b.monkeypatch.setattr(pipeline, "trace_stages", fails)
     b.prune_with(order="group")
 
 
@@ -85,7 +90,40 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     from torch.utils.data import DataLoader
 
-    b.prune(dataset=DataLoader([{"input_ids": torch.arange(2, 20)}], batch_size=1), num_calibration_samples=1)
+    b.prune(dataset=DataLoader([{"input_ids": torch.arange(2, 20)}], batch_size=1))
+
+
+@CASES.case(
+    "`oneshot(num_calibration_samples=...)` beside the recipe",
+    "leave the num_calibration_samples argument out; set calibration.tokens in the recipe",
+)
+def _(b: Bench) -> None:
+    b.prune(num_calibration_samples=64)
+
+
+@CASES.case(
+    "`oneshot(max_seq_length=...)` beside the recipe",
+    "leave the max_seq_length argument out; set calibration.max_sequence_tokens in the recipe",
+)
+def _(b: Bench) -> None:
+    b.prune(max_seq_length=2048)
+
+
+@CASES.case("a tokenizer in `oneshot` and another in the recipe", "leave one of them out")
+def _(b: Bench) -> None:
+    tiny_tokenizer().save_pretrained(b.tmp / "other")
+    b.prune(settings={"tokenizer": str(b.folder / ".." / b.folder.name)}, tokenizer=str(b.tmp / "other"))
+
+
+@CASES.case("`oneshot(output_dir=...)` with a folder that is not empty", "is in use; name an empty or a new one")
+def _(b: Bench) -> None:
+    b.prune(output_dir=str(b.tmp))
+
+
+@CASES.case("more tokens than fit into memory", "set a lower calibration.tokens")
+def _(b: Bench) -> None:
+    b.monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2**20}))
+    b.prune()
 
 
 @CASES.case("this modifier twice in one recipe", f"the recipe has two {NAME}")

@@ -69,9 +69,14 @@ def test_traces_are_held_out_of_each_part_beside_its_share(collect):
     pools = collect({}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.5", held_out_tokens=400)
     for pool in pools.values():
         assert len(pool.held_out) >= 4
-        assert pool.held_out_tokens >= 200
+        assert pool.kept_out_tokens >= 200
         assert pool.usable_tokens() >= 300
         assert pool.selection.total == len(pool.store) - len(pool.held_out)
+
+
+def test_what_is_held_out_does_not_shrink_with_the_share_of_traces(collect):
+    (pool,) = collect({}, mixture="traces@0.25, prompts@0.75", held_out_tokens=400).values()
+    assert pool.kept_out_tokens >= 400
 
 
 def test_nothing_is_held_out_of_a_named_source_of_another_model(collect):

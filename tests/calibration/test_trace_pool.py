@@ -102,7 +102,7 @@ def test_the_pool_counts_what_the_selection_keeps_and_what_is_held_out(pool_of):
     traces = [trace(str(i), length=10 + i) for i in range(20)]
     pool = pool_of(traces, {"max_tokens": 12}, held_out_tokens=30)
     assert [t.id for t in pool.held_out] == ["0#0", "1#0", "2#0", "3#0"]
-    assert pool.held_out_tokens == 10 + 11 + 12 + 13
+    assert pool.kept_out_tokens == 10 + 11 + 12 + 13
     assert list(pool.lengths) == [14, 15, 16]  # completions of 10, 11 and 12 tokens
     assert (pool.selection.kept, pool.selection.total) == (3, 16)
     assert pool.usable_tokens() == 45

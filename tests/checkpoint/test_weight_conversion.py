@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from rac_modifier.checkpoint.formats import pack
 from rac_modifier.checkpoint.packing import pack_checkpoint
+from rac_modifier.checkpoint.quantization_config import to_words
 from rac_modifier.checkpoint.weight_conversion import (
     Unpack,
     UnpackExperts,
@@ -22,7 +24,7 @@ from rac_modifier.checkpoint.weight_conversion import (
     updated_conversions,
 )
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import assert_same_state, prune_half, same_bits, stock
+from tests.checkpoint.checkpoint_helpers import SCHEMES, assert_same_state, config_of, prune_half, same_bits, stock
 
 MATRIX = "layers.0.up_proj"
 
@@ -120,7 +122,8 @@ def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
         prune_half(tensors[f"{name}.weight"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     expected = {name: tensor.clone() for name, tensor in stock(folder).state_dict().items()}
-    pack_checkpoint(folder, dict.fromkeys(names, "unstructured"), ["lm_head"])
+    if names:
+        pack_checkpoint(folder, dict.fromkeys(names, "unstructured"), ["lm_head"])
     return expected
 
 
@@ -149,4 +152,54 @@ def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
 def test_experts_of_which_some_are_packed_cannot_be_merged(tmp_path: Path) -> None:
     mixture_of_experts(tmp_path, "experts.1")
     with pytest.raises(RacError, match="some of its experts are packed and some are stored dense"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "w4"])
+def test_quantized_experts_are_multiplied_with_their_scales(tmp_path: Path, scheme: str) -> None:
+    """Upstream's own operation does it, on the codes that were unpacked."""
+    mixture_of_experts(tmp_path, "nothing")
+    tensors, modules = load_file(tmp_path / "model.safetensors"), {}
+    for name in [n.removesuffix(".weight") for n in tensors if "experts" in n and n.endswith("proj.weight")]:
+        weight = tensors.pop(f"{name}.weight").float()
+        prune_half(weight)
+        modules[name] = "unstructured"
+        groups = 1 if scheme == "fp8" else weight.shape[1] // 16
+        scale = torch.full((len(weight), groups), 2.0**-7)
+        codes = weight / scale.repeat_interleave(weight.shape[1] // groups, dim=1)
+        if scheme == "fp8":
+            tensors[f"{name}.weight"] = codes.to(torch.float8_e4m3fn)
+        else:
+            words = to_words(codes.round().clamp(-8, 7).to(torch.int8), 4)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in words.items()}
+        tensors[f"{name}.weight_scale"] = scale.bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    group = copy.deepcopy(SCHEMES[scheme])
+    if scheme == "w4":
+        group["weights"]["group_size"] = 16
+    config = config_of(tmp_path)
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": {"fp8": "float-quantized", "w4": "pack-quantized"}[scheme],
+        "config_groups": {"group_0": {"targets": ["re:.*experts.*"], **group}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = {name: tensor.clone() for name, tensor in stock(tmp_path).state_dict().items()}
+    pack_checkpoint(tmp_path, modules, ["lm_head"])
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert_same_state(model, expected)
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+
+
+def test_codes_of_experts_without_their_config_group_are_not_taken_for_weights(tmp_path: Path) -> None:
+    mixture_of_experts(tmp_path, "nothing")
+    tensors, modules = load_file(tmp_path / "model.safetensors"), {}
+    for name in [n.removesuffix(".weight") for n in tensors if "experts" in n and n.endswith("proj.weight")]:
+        tensors[f"{name}.weight"] = torch.ones_like(tensors[f"{name}.weight"], dtype=torch.int8)
+        modules[name] = "unstructured"
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    pack_checkpoint(tmp_path, modules, ["lm_head"])
+    with pytest.raises(RacError, match=r"values are torch\.int8, but no config group"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -31,11 +31,11 @@ def test_a_mistake_ends_in_one_message_and_exit_code_1(rac, tiny_folder, recipe_
 def test_check_names_each_valid_recipe_and_runs_nothing(rac, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(recipe({"sparsity": 0.5}))
-    calibrates = ROOT / "recipes" / "rac_gptq_w4a16.yaml"
-    code, stdout, stderr = rac("prune", "--check", ROOT / "recipes" / "rac_2of4.yaml", other, calibrates)
+    calibrates = ROOT / "rac_modifier" / "recipes" / "rac_gptq_w4a16.yaml"
+    code, stdout, stderr = rac("prune", "--check", "rac_2of4", other, calibrates)
     assert (code, stderr) == (0, "")
     assert [line.rpartition("/")[2] for line in stdout.splitlines()] == [
-        f"rac_2of4.yaml: valid ({NAME})",
+        f"rac_2of4: valid ({NAME})",
         f"other.yaml: valid ({NAME})",
         "rac_gptq_w4a16.yaml: valid (ReasoningAwareCalibrationModifier)",
     ]

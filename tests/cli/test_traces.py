@@ -10,25 +10,29 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     assert code == 0
     held = TraceStore.read(store)
     assert held.counts.tokens >= 300
+    inspect = ("traces", "inspect", store, "--model", tiny_folder)
     assert f"{len(held)} traces, {held.counts.tokens} tokens" in stdout
 
-    code, stdout, _ = rac("traces", "inspect", store, "--samples", 0, "--verify", "--select", "{finished: true}")
+    code, stdout, _ = rac(
+        "traces", "inspect", store, "--model", tiny_folder, "--samples", 0, "--verify", "--select", "{finished: true}"
+    )
     assert code == 0
     assert f"verified    0 of {len(held)} right" in stdout
     assert f"selection   kept {held.counts.finished} of {len(held)}" in stdout
 
     out = tmp_path / "new.parquet"
-    assert f"{out}: {len(held)} traces" in rac("traces", "export", store, out, "--text")[1]
+    assert f"{out}: {len(held)} traces" in rac("traces", "export", store, out, "--text", "--model", tiny_folder)[1]
 
-    code, stdout, _ = rac("traces", "inspect", store, "--samples", 2)
+    code, stdout, _ = rac(*inspect, "--samples", 2)
     assert code == 0
     assert f"{held.counts.prompt_tokens} prompt" in stdout
-    assert str(tiny_folder) in stdout
+    assert tiny_folder.name in stdout
+    assert str(tiny_folder) not in stdout
     assert stdout.count("\n--- ") == 2
     assert next(iter(held)).question.replace(" ", "") in stdout.replace(" ", "")
 
 
-def test_traces_inspect_without_the_model(rac, trace_store, tmp_path):
+def test_traces_inspect_without_the_model(rac, trace_store, tiny_folder, tmp_path):
     from rac_modifier.traces.records import encode
 
     held = TraceStore.read(trace_store)
@@ -58,3 +62,5 @@ def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
 
     out = tmp_path / "new.parquet"
     assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {"output": str(out), "traces": len(held)}
+
+    assert rac("traces", "inspect", moved, "--model", tiny_folder)[0] == 0

@@ -1,5 +1,7 @@
 """The tiny model, dense and pruned."""
 
+import json
+
 import pytest
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
@@ -34,13 +36,32 @@ def prune(tiny_folder, trace_store):
 def calibrate(tiny_folder, trace_store):
     """Run oneshot on the tiny model with other modifiers, calibrated on its traces."""
 
-    def calibrate(later=(), pipeline="independent", output_dir=None, **settings):
+    def calibrate(later=(), pipeline="independent", output_dir=None, oneshot_options=None, **settings):
         shared = calibration_entry(trace_store, **settings)
         return oneshot(
             model=str(tiny_folder),
             recipe=[ReasoningAwareCalibrationModifier(**shared), *later],
             pipeline=pipeline,
             output_dir=None if output_dir is None else str(output_dir),
+            **(oneshot_options or {}),
         )
 
     return calibrate
+
+
+@pytest.fixture
+def record_of(tmp_path):
+    """Run `prune` or `calibrate` into a folder and return its run record."""
+
+    def record_of(run, **settings):
+        folder = tmp_path / "recorded"
+        run(output_dir=folder, **settings)
+        return json.loads((folder / "rac_run.json").read_text())
+
+    return record_of
+
+
+@pytest.fixture
+def off_policy(trace_store):
+    """Trace settings that take the float32 model's traces for a model made of it."""
+    return {**entry(trace_store)["traces"], "allow_off_policy": True}

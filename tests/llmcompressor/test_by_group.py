@@ -3,12 +3,9 @@
 import pytest
 import torch
 from llmcompressor import oneshot
-from loguru import logger
 from transformers import AutoModelForCausalLM
 
-from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
-from rac_modifier.llmcompressor import pipeline as seam
-from rac_modifier.llmcompressor.stages import UntraceableError, trace_stages
+from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.pruning.solve import solve
 from rac_modifier.settings.pattern import Pattern
@@ -20,7 +17,6 @@ GROUPS = [
     ["mlp.gate_proj", "mlp.up_proj"],
     ["mlp.down_proj"],
 ]
-SAMPLE = {"input_ids": torch.arange(2, 34).reshape(2, 16)}
 
 
 @pytest.fixture
@@ -83,62 +79,3 @@ def test_it_is_pruning_each_group_on_a_model_run_anew(tiny_folder, trace_store, 
         # a tie that rounding turns another way changes single weights; the modules must agree
         close = torch.isclose(ours.weight, theirs.weight, rtol=1e-3, atol=1e-4).float().mean()
         assert close > 0.98, (name, float(close))
-
-
-def test_stages_begin_where_modules_read_the_same_tensor(dense):
-    names = {module: name for name, module in linears(dense).items()}
-    stages = trace_stages(dense, SAMPLE, names, [])
-    assert not stages[0].modules
-    assert [[names[m] for m in stage.modules] for stage in stages[1:]] == [
-        [f"model.layers.{layer}.{name}" for name in group] for layer in range(2) for group in GROUPS
-    ]
-
-
-def test_modules_left_alone_run_inside_the_stages(dense):
-    names = {m: n for n, m in linears(dense).items() if "q_proj" in n or "v_proj" in n}
-    stages = trace_stages(dense, SAMPLE, names, [])
-    assert [[names[m].split(".")[-1] for m in stage.modules] for stage in stages[1:]] == [["q_proj", "v_proj"]] * 2
-
-
-def test_a_module_that_is_called_twice_cannot_be_staged(dense):
-    dense.model.layers[1].mlp = dense.model.layers[0].mlp
-    names = {dense.model.layers[0].mlp.down_proj: "model.layers.0.mlp.down_proj"}
-    with pytest.raises(UntraceableError, match=r"down_proj is called 2 times"):
-        trace_stages(dense, SAMPLE, names, [])
-
-
-def test_too_little_memory_is_said_before_pruning(tiny_folder, trace_store, monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    said = []
-    sink = logger.add(said.append, level="WARNING")
-    prune(trace_store, str(tiny_folder))
-    logger.remove(sink)
-    assert any("of activations will be kept on cpu" in text and "fewer tokens" in text for text in said)
-
-
-def untraceable(*args, **kwargs):
-    raise UntraceableError("tracing failed: a loop over experts")
-
-
-def test_auto_goes_layer_by_layer_where_it_must_and_says_so(tiny_folder, trace_store, monkeypatch):
-    monkeypatch.setattr(seam, "trace_stages", untraceable)
-    modifier = prune(trace_store, str(tiny_folder))
-    assert modifier._plan().record["order"] == {
-        "order": "layer",
-        "why": "tracing failed: a loop over experts",
-        "reconstruct": "pruned",
-    }
-
-
-def test_group_is_refused_where_it_cannot_be(tiny_folder, trace_store, monkeypatch):
-    monkeypatch.setattr(seam, "trace_stages", untraceable)
-    with pytest.raises(RacError, match=r"order: group is not possible here: tracing failed.*set order: layer"):
-        prune(trace_store, str(tiny_folder), order="group")
-
-
-def test_gradient_weights_need_the_group_order(tiny_folder, trace_store, monkeypatch):
-    monkeypatch.setattr(seam, "trace_stages", untraceable)
-    with pytest.raises(
-        RacError, match=r"token_weights: gradient is not possible here.*leave experimental.token_weights out"
-    ):
-        prune(trace_store, str(tiny_folder), experimental={"token_weights": "gradient"})

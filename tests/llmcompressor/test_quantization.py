@@ -9,11 +9,11 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
-from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, cli
+from rac_modifier import ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, int4, weights
-from tests.tiny import calibration_entry, entry, is_2of4, linears, recipe
+from tests.tiny import calibration_entry, is_2of4, linears, recipe
 
 INT8 = {"config_groups": {"w": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
 SCHEMES = {"int4": int4(), "int8": INT8, "w8a8": {"scheme": "W8A8"}, "fp8": {"scheme": "FP8_DYNAMIC"}}
@@ -21,12 +21,6 @@ FORMATS = {"int4": "pack-quantized", "int8": "pack-quantized", "w8a8": "int-quan
 COMPRESSED = {"int4": torch.int32, "int8": torch.int8, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 PATTERNS = {"2:4": {"mask_structure": "2:4"}, "unstructured": {"mask_structure": "0:0", "sparsity": 0.5}}
 IDS = torch.arange(2, 60).unsqueeze(0)
-
-
-@pytest.fixture
-def off_policy(trace_store):
-    """Trace settings that take the float32 model's traces for a model made of it."""
-    return {**entry(trace_store)["traces"], "allow_off_policy": True}
 
 
 def logits(model):
@@ -186,42 +180,3 @@ def test_a_recipe_of_quantization_alone_takes_the_command_line_and_traces(tiny_f
     cli.app([str(part) for part in command], standalone_mode=False)
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert record["calibration"]["tokens"] == 400
-
-
-def test_keep_refuses_a_model_without_the_zeros(prune):
-    with pytest.raises(RacError, match="solver: keep keeps the zeros that a model has"):
-        prune(solver="keep")
-
-
-def test_keep_needs_no_pattern_and_keeps_exactly_the_zeros(prune, tmp_path, off_policy):
-    """Where all modules hold 2:4 it is stored as 2:4; else each has its own share of zeros."""
-    settings = {"solver": "keep", "mask_structure": None, "traces": off_policy}
-    sparse = prune()
-    zeros = {name: module.weight == 0 for name, module in linears(sparse).items()}
-    kept = prune(model=sparse, output_dir=tmp_path / "structured", **settings)
-    assert all(torch.equal(module.weight == 0, zeros[name]) for name, module in linears(kept).items())
-    record = json.loads((tmp_path / "structured" / "rac_run.json").read_text())
-    assert record["mask_structure"] == "2:4"
-    assert {row.structure for row in inspect_checkpoint(tmp_path / "structured").sparse} == {"2:4"}
-
-    uneven = prune(mask_structure=None, sparsity=0.3, experimental={"allocation": {"re:.*q_proj": 0.6}})
-    zeros = {name: module.weight == 0 for name, module in linears(uneven).items()}
-    kept = prune(model=uneven, output_dir=tmp_path / "uneven", **settings)
-    assert all(torch.equal(module.weight == 0, zeros[name]) for name, module in linears(kept).items())
-    record = json.loads((tmp_path / "uneven" / "rac_run.json").read_text())
-    assert record["mask_structure"] == "0:0"
-    assert record["pattern"] == "the zeros that the model had, 30 % of the weights"
-    assert len({round(module["sparsity"], 2) for module in record["modules"]}) > 1
-
-
-@pytest.mark.parametrize("mask_structure", [None, "0:0"])
-def test_keep_without_a_pattern_refuses_a_dense_module(prune, dense, mask_structure):
-    with pytest.raises(
-        RacError, match=r"solver: keep keeps the zeros .* lacks them \(0 of its 4,096 weights are zero\)"
-    ):
-        prune(model=dense, solver="keep", mask_structure=mask_structure)
-
-
-def test_keep_may_store_2_of_4_zeros_without_a_structure(prune, tmp_path, off_policy):
-    prune(model=prune(), solver="keep", mask_structure="0:0", traces=off_policy, output_dir=tmp_path / "out")
-    assert {row.structure for row in inspect_checkpoint(tmp_path / "out").sparse} == {"unstructured"}

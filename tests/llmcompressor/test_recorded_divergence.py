@@ -35,7 +35,7 @@ def test_the_record_holds_what_measuring_again_finds(prune, settings, tmp_path, 
     assert found["agreement"] == pytest.approx(expected.agreement)
     assert found["sequences"] == len(held)
     assert len(found["bins"]) > 1
-    assert f"{found['kl']:.4f} nats a token" in (tmp_path / "out" / "README.md").read_text()
+    assert f"{found['kl']:.4f} nats per token" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_held_out_traces_are_not_calibrated_on(prune, settings, tmp_path, monkeypatch):

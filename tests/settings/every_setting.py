@@ -63,6 +63,8 @@ PLAIN = {"mask_structure": None, "sparsity": 0.5}
 SPARSEGPT = {"preset": "paper", "mask_structure": None, "sparsity": 0.5}
 CHECKED = traces(problems={**FILE, "answer_column": "answer"})
 
+RECOVER = {"tokens": 300, "held_out_tokens": 64, "step_tokens": 64, "batch_tokens": 64, "learning_rate": 1e-3}
+
 PRUNED = [
     Row("sparsity", 0.7, PLAIN),
     Row("mask_structure", "1:4"),
@@ -82,9 +84,16 @@ PRUNED = [
     Row("ignore", ["re:.*q_proj"]),
     Row("storage", "dense"),
     Row("tokenizer", "./nowhere"),
+    *(
+        Row(f"recover.{name}", value, {"recover": RECOVER})
+        for name, value in {
+            "tokens": 500, "passes": 2, "learning_rate": 1e-2, "step_tokens": 128, "batch_tokens": 400,
+            "held_out_tokens": 200, "seed": 1, "folder": "problems.jsonl",
+        }.items()
+    ),
     Row("experimental.token_weights", "gradient"),
     Row("experimental.allocation", {"re:.*q_proj": 0.8}, PLAIN),
-]
+]  # fmt: skip
 
 # Of a source of traces; `traces.sources.*` has the same.
 OF_SOURCES = [

@@ -10,7 +10,7 @@ from rac_modifier.settings.recipe import check_entry, find_entry, find_named_ent
 from tests.tiny import NAME, entry, recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "rac_modifier" / "recipes").glob("*.yaml"))
 
 
 def test_there_are_recipes_for_every_setting_of_the_readme():

@@ -1,58 +1,92 @@
-"""The recipes of recipes/, each run as it is shipped on a tiny model, where it needs no download."""
+"""Recipes that are named without a path; tests/settings/test_recipes_run.py runs them."""
 
+from __future__ import annotations
+
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from llmcompressor import oneshot
 
-from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.load import load_model
-from rac_modifier.settings.recipe import find_entry, load_recipe
-from tests.tiny import is_2of4, linears, save_tiny
+import rac_modifier
+from rac_modifier.errors import RacError
+from rac_modifier.settings.shipped_recipes import find_recipe, recipe, recipe_names, summary
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-SMALL = ["calibration.tokens=400", "traces.sampling.max_new_tokens=20", "traces.sampling.temperature=1.0"]
+FOLDER = Path(__file__).parents[2] / "rac_modifier" / "recipes"
+FILES = sorted(FOLDER.iterdir())
 
 
-def is_offline(path: Path) -> bool:
-    problems = find_entry(yaml.safe_load(path.read_text()), path.name)["traces"]["problems"]
-    return problems["source"] == "arithmetic" or problems["source"].startswith("reasoning-gym:")
+def test_every_file_of_the_folder_is_a_recipe():
+    assert recipe_names() == [path.name.removesuffix(".yaml") for path in FILES]
+    assert {"rac_2of4", "rac_unstructured_50", "rac_gptq_w4a16"} <= set(recipe_names())
 
 
-@pytest.fixture(scope="session")
-def wide_folder(tmp_path_factory):
-    """A tiny model whose inputs are multiples of 128, the group size of W4A16."""
-    wide = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
-    return save_tiny(tmp_path_factory.mktemp("wide") / "model", **wide)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_found_by_its_name_and_by_its_path(path):
+    assert recipe(path.stem) == str(path)
+    assert find_recipe(path.stem) == path
+    assert find_recipe(path) == path
+    assert yaml.safe_load(Path(recipe(path.stem)).read_text())
 
 
-def test_some_recipes_need_no_download():
-    assert sum(map(is_offline, RECIPES)) >= 3
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_first_comment_is_a_sentence_that_fits_a_line(path):
+    first = path.read_text().splitlines()[0]
+    assert first == f"# {summary(path.stem)}"
+    assert first.endswith(".")
+    assert 40 < len(first) < 115
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in RECIPES if is_offline(p)], ids=lambda p: p.stem)
-def test_a_shipped_recipe_runs_without_download(path, wide_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where relative stores go
-    content = load_recipe(path, SMALL)
-    out = tmp_path / "out"
-    model = oneshot(model=str(wide_folder), recipe=yaml.safe_dump(content, sort_keys=False), output_dir=str(out))
-    report = inspect_checkpoint(out)
-    assert report.sound
-    described = "".join(scheme.describe() for scheme in report.quantization)
-    for scheme in ("fp8", "w8", "w4a16"):
-        assert (scheme in path.stem) == ({"fp8": "float8", "w8": "int8", "w4a16": "int4"}[scheme] in described)
-    pruned = "gptq" not in path.stem
-    assert len(report.sparse) == (14 if pruned else 0)
-    assert all(
-        row.sparsity == pytest.approx(0.5, abs=0.05) for row in report.sparse
-    )  # small weights round to 0 as well
-    assert all(row.structure == ("2:4" if "2of4" in path.stem else "unstructured") for row in report.sparse)
-    loaded = load_model(out)
-    ids = torch.arange(2, 40).unsqueeze(0)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
-    for name, module in linears(loaded).items():  # the forward pass decompressed them
-        assert not pruned or "2of4" not in path.stem or is_2of4(module.weight), name
+def test_recipes_can_be_told_apart_by_their_summaries():
+    assert len({summary(name) for name in recipe_names()}) == len(FILES)
+
+
+@pytest.mark.parametrize("function", [recipe, find_recipe])
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("rac_2of5", "rac_2of4"), ("2of4_w8", "rac_2of4_w8"), ("rac_unstructured50", "rac_unstructured_50")],
+)
+def test_an_unknown_name_is_refused_with_names_that_are_close(function, name, close, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RacError, match=rf"{name}.*did you mean .*\b{close}\b.*`rac recipes`"):
+        function(name)
+
+
+@pytest.mark.parametrize("function", [recipe, find_recipe])
+def test_a_name_like_no_other_has_no_suggestion(function):
+    with pytest.raises(RacError, match=r"zzz'?; Name a YAML file, or one of the recipes that `rac recipes` lists"):
+        function("zzz")
+
+
+def test_the_old_path_of_a_recipe_leads_to_its_name():
+    with pytest.raises(RacError, match=r"no recipe at recipes/rac_2of4\.yaml; did you mean rac_2of4"):
+        find_recipe("recipes/rac_2of4.yaml")
+
+
+@pytest.mark.parametrize("name", ["../rac_2of4", "rac_2of4.yaml", "", "."])
+def test_the_public_function_takes_names_only(name):
+    with pytest.raises(RacError, match="no recipe is named"):
+        recipe(name)
+
+
+def test_a_file_of_the_user_comes_before_a_shipped_recipe_and_a_folder_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rac_2of4").mkdir()  # such as the output of an earlier run
+    assert find_recipe("rac_2of4") == FOLDER / "rac_2of4.yaml"
+    (tmp_path / "rac_2of4_w8").write_text("mine")
+    assert find_recipe("rac_2of4_w8").read_text() == "mine"
+
+
+def test_the_public_function_is_light():
+    code = "import sys, rac_modifier; rac_modifier.recipe('rac_2of4'); print('pydantic' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+    assert rac_modifier.recipe is recipe
+
+
+def test_upstream_reads_what_the_public_function_returns():
+    from llmcompressor.recipe import Recipe
+
+    modifiers = Recipe.create_instance(rac_modifier.recipe("rac_2of4")).modifiers
+    assert [(type(m).__name__, m.mask_structure) for m in modifiers] == [("ReasoningAwareSparseGPTModifier", "2:4")]

@@ -139,7 +139,7 @@ def test_another_models_store_is_refused_with_the_reason(run, tmp_path):
         run(model=other)
     store = run(model=other, allow_off_policy=True)
     assert store.counts.tokens >= 500
-    with pytest.raises(RacError, match=r"never added to"):
+    with pytest.raises(RacError, match="never appended to"):
         run(model=other, allow_off_policy=True, tokens=5000)
     assert (tmp_path / "store.jsonl").read_bytes() == before
 

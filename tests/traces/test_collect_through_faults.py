@@ -93,9 +93,12 @@ def test_a_problem_that_fails_goes_to_the_side_file_and_is_tried_again_on_reques
 
 def test_an_outage_ends_the_run_and_marks_no_problem(collect, server, tmp_path):
     quiet = collect("a.jsonl")
-    server.fault = lambda number, body: "500" if number > len(quiet) + 30 else None
+    first = len(server.bodies) + 30
+    server.fault = lambda number, body: "500" if number > first else None
+    # What was asked for before has come back by then: a success between the failures would make them bad problems.
+    server.delay = lambda body: 0.3 if len(server.bodies) > first else 0
     with pytest.raises(RacError, match=r"in a row failed.*told to answer 500.*tried 2 times.*run again"):
         collect("b.jsonl", tries=2)
     assert read_failures(tmp_path / "b.jsonl") == []
-    server.fault = lambda number, body: None
+    server.fault, server.delay = lambda number, body: None, lambda body: 0
     assert collect("b.jsonl").sha256() == quiet.sha256()

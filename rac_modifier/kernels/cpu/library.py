@@ -18,7 +18,9 @@ TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
 DENSE8 = 3  # a weight of int8 without masks
 _NUMBER = {isa: number for number, isa in enumerate(ISAS)}
-_REINSTALL = "install a C++ compiler and reinstall rac-modifier"
+_REINSTALL = (
+    "install a C++ compiler and reinstall rac-modifier (pip install --force-reinstall --no-deps --no-cache-dir)"
+)
 _BUFFER: list[object] = [c_void_p, c_int64]  # address and bytes
 # name: (result, arguments)
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {

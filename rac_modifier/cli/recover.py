@@ -1,0 +1,175 @@
+"""`rac recover`: the kept weights of a sparse checkpoint trained towards its dense model, with the mask fixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rac_modifier.cli.models import check_model, check_output, load, resolve
+from rac_modifier.cli.options import Dtype, Precision
+from rac_modifier.errors import RacError
+
+if TYPE_CHECKING:
+    from rac_modifier.traces.store import TraceStore
+
+
+def recover(
+    dense: Annotated[str, typer.Argument(help='the dense model: a folder, a Hugging Face id, or "reasoner"')],
+    sparse: Annotated[
+        Path, typer.Argument(help="folder of the sparse checkpoint that was made from it, ours or another")
+    ],
+    output: Annotated[Path, typer.Argument(help="folder for the recovered checkpoint; new or empty")],
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--traces", help="trace store of the dense model that was not calibrated on; missing traces are sampled"
+        ),
+    ] = None,
+    problems: Annotated[
+        str | None,
+        typer.Option(
+            help="problems to sample on: a file, a dataset id, reasoning-gym:TASK, arithmetic (default; or the store's)"
+        ),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="column of the problems' text")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="cap of a sampled completion; default: the store's, or 8192")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of sampling; default: the store's, or 1")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="a setting of `recover:` in a recipe, e.g. --set tokens=200000 (repeatable)"),
+    ] = None,
+    precision: Precision = Dtype.AUTO,
+) -> None:
+    """Recover a sparse model: train its kept weights on the dense model's own traces.
+
+    No zero moves. The weights with the lowest divergence on held-out traces are kept, perhaps those before training. A run
+    that was killed continues when it is started again.
+
+    Example: rac recover reasoner reasoner-90 reasoner-90-recovered --max-new-tokens 512 --set tokens=80000
+    """
+    from rac_modifier.settings.recipe import apply_overrides
+    from rac_modifier.settings.recovery import RecoverySettings
+
+    entry: dict[str, Any] = {}
+    apply_overrides(entry, set_ or [])
+    settings = RecoverySettings.model_validate(entry)
+    source, sampling = _asked(store, problems, column, max_new_tokens, seed)
+    check_model(resolve(dense))
+    check_model(str(sparse))
+    check_output(output, str(sparse))
+    _check_not_quantized(sparse)
+    kl = _recover(dense, sparse, output, store, source, sampling, settings, precision)
+    typer.echo(f"saved to {output}; held-out KL {kl[0]:.4f} -> {kl[1]:.4f} nats per token")
+
+
+def _asked(
+    store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None, seed: int | None
+) -> tuple[Any, Any]:
+    """Problems and sampling: those of the store, where there is one, with what the command line says instead."""
+    from rac_modifier.settings.problems import ProblemSource
+    from rac_modifier.settings.sampling import SamplingSettings
+    from rac_modifier.traces.store import TraceStore
+
+    source, sampling = (
+        ProblemSource(),
+        SamplingSettings(seed=1),
+    )  # another seed than calibration's default gives other traces
+    if store is not None and store.is_file():
+        header = TraceStore.read(store).header
+        source, sampling = header.problems, header.sampling
+    if problems is not None or column is not None:
+        source = ProblemSource(source=problems or source.source, column=column)
+    changes = {name: value for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)) if value is not None}
+    return source, sampling.model_copy(update=changes)
+
+
+def _recover(
+    dense: str,
+    sparse: Path,
+    output: Path,
+    store_path: Path | None,
+    problems: Any,
+    sampling: Any,
+    settings: Any,
+    precision: Dtype,
+) -> tuple[float, float]:
+    import torch
+
+    from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+    from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, reserved_tokens
+    from rac_modifier.llmcompressor.zeros import sparse_modules
+    from rac_modifier.model_tools import on_accelerator
+    from rac_modifier.traces.collect import collect_traces
+
+    model, tokenizer = load(dense, precision)
+    pruned, _ = load(str(sparse), precision)
+    check_made_from(pruned, model)
+    modules, patterns = sparse_modules(pruned)
+    with on_accelerator(model):
+        store = collect_traces(
+            model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=reserved_tokens(settings)
+        )
+    _check_fresh(sparse, store)
+    stage = RecoveryStage(model, list(store), settings)
+    del model
+    record = stage.run(pruned, modules, {})
+    first = next(iter(patterns.values()))
+    plan = SavePlan(
+        record={
+            "method": "recover",
+            "recovered_from": str(sparse),
+            "pattern": f"{first.describe()} (of the first module)",
+            "mask_structure": first.mask_structure,
+            "recovery": record,
+        },
+        patterns=patterns,
+        modules={name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)},
+        tokenizer=resolve(dense),
+    )
+    pruned.config._name_or_path = resolve(dense)
+    save_with_record(pruned, lambda: plan)
+    pruned.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return record["kl_before"], record["kl_after"]
+
+
+def check_made_from(pruned: Any, dense: Any) -> None:
+    """Refuse a dense model that is another than the one that was pruned: their embeddings differ (RacError)."""
+    import torch
+
+    ours, theirs = (m.get_input_embeddings().weight for m in (pruned, dense))
+    if type(pruned) is not type(dense) or ours.shape != theirs.shape or not torch.equal(ours.float(), theirs.float()):
+        raise RacError(
+            f"the sparse {type(pruned).__name__} was not made from this {type(dense).__name__}: their embeddings differ; name "
+            "the dense model that was pruned (base_model in rac_run.json)"
+        )
+
+
+def _check_not_quantized(sparse: Path) -> None:
+    from rac_modifier.checkpoint.quantization_config import weight_schemes
+    from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
+    from rac_modifier.files import read_json
+
+    if sparse.is_dir() and weight_schemes(read_json(sparse / CONFIG_FILE).get("quantization_config")):
+        raise RacError(
+            f"{sparse} is quantized; recover it where it is pruned and quantized: recover: beside quantization: in the recipe"
+        )
+
+
+def _check_fresh(sparse: Path, store: TraceStore) -> None:
+    """Refuse the very store that the checkpoint was calibrated on (RacError)."""
+    from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+    from rac_modifier.files import read_json
+
+    if not (sparse / RUN_RECORD_NAME).is_file():
+        return
+    calibrated = read_json(sparse / RUN_RECORD_NAME).get("trace_stores") or {}
+    if store.sha256() in {entry.get("sha256") for entry in calibrated.values() if isinstance(entry, dict)}:
+        raise RacError(
+            f"{store.path}: {sparse} was calibrated on these traces, and recovery needs fresh ones; leave --traces out, or name "
+            "another store"
+        )

@@ -1,0 +1,113 @@
+"""Recovery inside a recipe: prepared while the model is still dense, run when it is pruned."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.model_tools import on_accelerator
+from rac_modifier.pruning.linalg import bf16_is_fast
+from rac_modifier.recovery.distill import recover
+from rac_modifier.recovery.memory import check_recovery_memory
+from rac_modifier.recovery.on_grid import QuantizedWeight
+from rac_modifier.recovery.teacher import StoredTeacher
+from rac_modifier.sampling.model_identity import model_fingerprint
+from rac_modifier.settings.recovery import RecoverySettings
+from rac_modifier.traces.records import Trace
+
+
+class RecoveryStage:
+    """The dense model's hidden states on traces that calibration does not use, and the training on them later."""
+
+    def __init__(self, model: Any, traces: Sequence[Trace], settings: RecoverySettings):
+        """One forward pass of the dense model over `traces`, which calibration does not use.
+
+        Raises:
+            RacError: too few traces, a head that is not supported, too little memory or disk space.
+        """
+        self._settings = settings
+        self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
+        check_recovery_memory(model)
+        fingerprint = model_fingerprint(model)
+        self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
+        with on_accelerator(model):
+            self._teacher = StoredTeacher.write(
+                model, [*self._held_out, *self._training], self.folder / "teacher", key=fingerprint
+            )
+        logger.info(
+            f"recovery: {len(self._training)} traces to train on, and {len(self._held_out)} others that decide what is kept"
+        )
+
+    def run(
+        self, model: Any, weights: Mapping[str, torch.nn.Module], quantized: Mapping[str, QuantizedWeight]
+    ) -> dict[str, Any]:
+        """Train the pruned model; returns what the run record holds of it.
+
+        Args:
+            model: the pruned model.
+            weights: the pruned modules by name; their zeros stay zero.
+            quantized: grid, scales and masters of those that are quantized.
+        """
+        masks = {f"{name}.weight": _mask(module, quantized.get(name)) for name, module in weights.items()}
+        with on_accelerator(model):
+            done = recover(
+                model,
+                self._teacher,
+                self._training,
+                self._held_out,
+                self._settings,
+                masks=masks,
+                quantized=quantized,
+                state=self.folder,
+                autocast=torch.bfloat16 if bf16_is_fast(model.device) else None,
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another run's folder is beside it
+            self.folder.parent.rmdir()
+        return {**done.as_dict(), "trained_on": "the model's own traces, KL to the dense model"}
+
+
+def reserved_tokens(settings: RecoverySettings | None) -> int:
+    """Tokens of the traces that calibration has to leave for recovery."""
+    return 0 if settings is None else settings.tokens + settings.held_out_tokens
+
+
+def split_traces(traces: Sequence[Trace], held_out_tokens: int) -> tuple[list[TokenSequence], list[TokenSequence]]:
+    """The first problems, up to `held_out_tokens` tokens, to decide what is kept; the other traces to train on.
+
+    Raises:
+        RacError: nothing is left to train on.
+    """
+    held_out: list[TokenSequence] = []
+    training: list[TokenSequence] = []
+    problems: set[tuple[str, str]] = set()
+    tokens = 0
+    for trace in traces:
+        sequence = ((*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids))
+        problem = (trace.problem_id, str(trace.prompt_ids))
+        if tokens < held_out_tokens or problem in problems:
+            problems.add(problem)
+            tokens += trace.tokens
+            held_out.append(sequence)
+        else:
+            training.append(sequence)
+    if not training:
+        raise RacError(
+            f"recover: {len(held_out)} traces of {tokens:,} tokens are all held out, none is left to train on; raise "
+            "recover.tokens, or lower recover.held_out_tokens"
+        )
+    return held_out, training
+
+
+def _mask(module: torch.nn.Module, quantized: QuantizedWeight | None) -> torch.Tensor:
+    """What is kept: a weight that is not zero, or was not before it was rounded."""
+    master = quantized.master if quantized is not None else None
+    return (module.get_parameter("weight") if master is None else master).detach() != 0

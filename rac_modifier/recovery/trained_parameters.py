@@ -1,0 +1,41 @@
+"""Which parameters are trained, in which dtype, and under which names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rac_modifier.recovery.on_grid import QuantizedWeight
+
+
+@contextlib.contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """All parameters in float32; all but embeddings, head and scales need a gradient. Dtypes and flags come back at the end.
+
+    Buffers stay as they are: rotary frequencies would lose precision on their way through bfloat16.
+    """
+    frozen = {
+        id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()
+    }
+    before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        parameter.requires_grad_(id(parameter) not in frozen and name.rpartition(".")[2] in ("weight", "bias"))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            dtype, requires_grad = before[name]
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(requires_grad)
+
+
+def trained_name(name: str, quantized: Mapping[str, QuantizedWeight]) -> str:
+    """A parameter's name while it is trained: a quantized weight is parametrized by its master weight."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.parametrizations.{leaf}.original" if module in quantized and leaf == "weight" else name

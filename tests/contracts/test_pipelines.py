@@ -1,0 +1,135 @@
+"""llm-compressor's calibration pipelines: how one is chosen and called, and what our loops use of them."""
+
+import inspect
+
+import torch
+from compressed_tensors.registry.registry import _REGISTRY
+from llmcompressor.core import create_session
+from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
+
+from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier.llmcompressor.pipeline import ReasoningAwareSequentialPipeline, Run, put_in_place, take_away
+from tests.tiny import NAME, entry, linears, tiny_model
+
+
+def test_seam_calibration_pipeline_registry_is_what_from_modifiers_loads():
+    """While a run of ours lasts, "sequential" is ours, both when it is inferred and when the user names it."""
+    ours = ReasoningAwareSparseGPTModifier(**entry())
+    with create_session() as session:
+        put_in_place(session, Run(None, ours))
+        try:
+            for user in (None, "sequential", "Sequential"):
+                made = CalibrationPipeline.from_modifiers([ours], user=user)
+                assert type(made) is ReasoningAwareSequentialPipeline
+            named = CalibrationPipeline.from_modifiers([ours], user="independent")
+            assert type(named).__name__ == "IndependentPipeline"
+        finally:
+            take_away(session)
+    assert _REGISTRY[CalibrationPipeline]["sequential"] is SequentialPipeline
+
+
+def test_seam_no_other_pipeline_than_the_known_ones_is_registered():
+    """A new one might calibrate without our loader."""
+    assert set(CalibrationPipeline.registered_names()) == {"basic", "datafree", "independent", "sequential"}
+
+
+def test_seam_independent_pipeline_asks_from_modifiers_for_each_modifier(monkeypatch):
+    from llmcompressor.core import active_session
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.pipelines.independent.pipeline import IndependentPipeline
+
+    asked = []
+
+    def from_modifiers(modifiers, user=None):
+        asked.append([type(m).__name__ for m in modifiers])
+        assert active_session().lifecycle.recipe.modifiers == modifiers  # what pipeline.py reads the modifiers from
+        return lambda model, loader, args: None
+
+    monkeypatch.setattr(CalibrationPipeline, "from_modifiers", from_modifiers)
+    session = active_session()
+    session.reset()
+    session.lifecycle.recipe.modifiers = [
+        ReasoningAwareSparseGPTModifier(**entry()),
+        GPTQModifier(targets=["Linear"], scheme="W8A8"),
+    ]
+    try:
+        IndependentPipeline.__call__(tiny_model(), None, None)
+    finally:
+        session.lifecycle.recipe.modifiers = []
+        session.reset()
+    assert asked == [[NAME], ["GPTQModifier"]]
+
+
+def test_seam_pipeline_signature():
+    """Our subclass is called in its place, and it calls this one for other modifiers."""
+    assert list(inspect.signature(SequentialPipeline.__call__).parameters) == ["model", "dataloader", "dataset_args"]
+    assert isinstance(inspect.getattr_static(SequentialPipeline, "__call__"), staticmethod)
+
+
+def test_seam_trace_subgraphs_signature_and_subgraph_interface():
+    from llmcompressor.args import DatasetArguments
+    from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
+    from llmcompressor.utils.pytorch.module import infer_sequential_targets
+
+    assert list(inspect.signature(trace_subgraphs).parameters) == [
+        "model", "sample_input", "sequential_targets", "ignore", "targets_per_subgraph",
+    ]  # fmt: skip
+    model, args = tiny_model(), DatasetArguments()
+    targets = infer_sequential_targets(model, args.sequential_targets)
+    ids = torch.arange(2, 22).reshape(2, 10)
+    subgraphs = trace_subgraphs(
+        model, {"input_ids": ids}, targets, args.tracing_ignore, args.sequential_targets_per_subgraph
+    )
+    assert len(subgraphs) == 3  # one per layer, and one for what comes before or after
+    assert {m for s in subgraphs for m in s.submodules(model)} >= set(model.model.layers.modules()) - {
+        model.model.layers
+    }
+    values, logits = {"input_ids": torch.cat([ids, ids])}, []  # the number of rows must not be baked in
+    with torch.no_grad():
+        expected = model(**values).logits
+        model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+        for subgraph in subgraphs:
+            outputs = subgraph.forward(model, **{name: values[name] for name in subgraph.input_names})
+            values = {k: v for k, v in {**values, **outputs}.items() if k not in subgraph.consumed_names}
+    torch.testing.assert_close(logits, [expected])
+
+
+def test_seam_partition_starts_a_subgraph_at_each_target():
+    """Group order reads a target's input from the cache before its subgraph runs, so it must be one of its placeholders."""
+    from llmcompressor.args import DatasetArguments
+    from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
+
+    model = tiny_model()
+    targets = list(linears(model))
+    ids = torch.arange(2, 22).reshape(2, 10)
+    subgraphs = trace_subgraphs(model, {"input_ids": ids}, targets, DatasetArguments().tracing_ignore, 1)
+    assert len(subgraphs) == len(targets) + 1
+    for subgraph, target in zip(subgraphs[1:], targets, strict=True):
+        (node,) = [n for n in subgraph.graph.nodes if n.op == "call_module" and n.target in targets]
+        assert node.target == target
+        assert node.args[0].op == "placeholder"
+        assert node.args[0].name in subgraph.input_names
+
+
+def test_seam_dataset_arguments_that_the_lean_pipeline_reads():
+    from llmcompressor.args import DatasetArguments
+
+    args = DatasetArguments()
+    assert args.sequential_offload_device == "cpu"
+    assert args.sequential_targets is None
+    assert args.sequential_targets_per_subgraph == 1
+    assert isinstance(args.tracing_ignore, list)
+
+
+def test_seam_intermediates_cache():
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    cpu = torch.device("cpu")
+    batches = [{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in (3, 5)]
+    cache = IntermediatesCache.from_dataloader(batches, cpu, cpu)
+    assert [b["input_ids"].shape[1] for b in cache.iter({"input_ids"})] == [3, 5]
+    cache.update(1, {"hidden": torch.zeros(2)})
+    cache.delete(1, {"input_ids"})
+    assert list(cache.fetch(1, {"hidden", "input_ids"})) == ["hidden"]
+    assert list(cache.fetch(0, {"input_ids"})) == ["input_ids"]

@@ -1,0 +1,36 @@
+"""llm-compressor's recipes: how they find our modifiers, and what they overlook."""
+
+import pytest
+
+from rac_modifier import ReasoningAwareSparseGPTModifier
+from tests.tiny import NAME, entry, recipe
+
+
+def test_seam_modifier_factory_register_is_found_by_a_yaml_recipe():
+    from llmcompressor.recipe import Recipe
+
+    modifiers = Recipe.create_instance(recipe(entry())).modifiers
+    assert [type(m) for m in modifiers] == [ReasoningAwareSparseGPTModifier]
+
+
+def test_seam_modifier_factory_refresh_keeps_registered_modifiers():
+    """Its docstring says that it clears them."""
+    from llmcompressor.modifiers import ModifierFactory
+
+    ModifierFactory.refresh()
+    made = ModifierFactory.create(NAME, True, True, mask_structure="2:4")
+    assert type(made) is ReasoningAwareSparseGPTModifier
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pruning: {pruning_modifiers: {%s: {sparsity: 0.5}}}",
+        "pruning_stage: {pruning: {%s: {sparsity: 0.5}}}",
+    ],
+)
+def test_seam_recipe_without_suffixes_silently_has_no_modifier(text):
+    """Why settings/recipe.py refuses such a recipe; once upstream does, that check can be removed."""
+    from llmcompressor.recipe import Recipe
+
+    assert Recipe.create_instance(text % NAME).modifiers == []

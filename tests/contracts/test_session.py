@@ -1,0 +1,188 @@
+"""llm-compressor's session: its state, the calls that a modifier gets, and `oneshot` around it."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier.llmcompressor import oneshot_arguments
+from rac_modifier.llmcompressor.oneshot_arguments import HONOURED, REFUSED, REFUSED_BY_PRUNING, find_oneshot
+from tests.tiny import entry
+
+
+def test_seam_state_data_calib_is_there_and_kept_as_it_is():
+    from llmcompressor.core import active_session
+    from llmcompressor.core.state import State
+
+    state = State()
+    assert state.data.calib is None
+    marker = object()
+    state.data.calib = marker
+    state.update(model=torch.nn.Linear(1, 1), calib_data=None, start=-1)
+    assert state.data.calib is marker
+    session = active_session()
+    session.state.data.calib = marker
+    assert session.lifecycle.state.data.calib is marker
+    session.reset()
+    assert session.state.data.calib is None
+
+
+def test_seam_state_current_batch_idx():
+    from llmcompressor.core.state import State
+
+    assert State().current_batch_idx == -1
+
+
+def test_seam_hooks_mixin_registers_and_disables_a_forward_pre_hook():
+    from llmcompressor.modifiers.utils.hooks import HooksMixin
+
+    modifier, module, seen = ReasoningAwareSparseGPTModifier(**entry()), torch.nn.Linear(2, 2), []
+    modifier.register_hook(module, lambda m, args: seen.append(args), "forward_pre")
+    module(torch.ones(1, 2))
+    with HooksMixin.disable_hooks():
+        module(torch.ones(1, 2))
+    assert len(seen) == 1
+    modifier.remove_hooks()
+    module(torch.ones(1, 2))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("on_initialize", ["self", "state"]),
+        ("on_calibration_start", ["self", "state", "event"]),
+        ("on_sequential_epoch_end", ["self", "state", "event", "modules"]),
+        ("on_calibration_end", ["self", "state", "event"]),
+        ("on_finalize", ["self", "state"]),
+    ],
+)
+def test_seam_modifier_lifecycle_hooks(name, parameters):
+    from llmcompressor.modifiers import Modifier
+
+    assert list(inspect.signature(getattr(Modifier, name)).parameters)[: len(parameters)] == parameters
+
+
+def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
+    from llmcompressor.modifiers import Modifier
+
+    ours = {"calibrated_modules", "check_memory", "needs_dense_stream", "on_subgraph_start", "prune_group"}
+    ours |= {
+        "build_calibration",
+        "calibrate_session",
+        "calibration_set",
+        "check_run",
+        "other_modifiers",
+        "quantization",
+        "run_record",
+        "use_calibration_set",
+        "use_order",
+        "weights_for",
+        "order",
+        "preset",
+        "reconstruct",
+        "solver",
+        "token_weights",
+    }
+    assert not ours & set(dir(Modifier))
+
+
+def test_seam_lifecycle_callbacks():
+    from llmcompressor.core import LifecycleCallbacks
+
+    for name in ("calibration_start", "sequential_epoch_end", "calibration_end"):
+        assert callable(getattr(LifecycleCallbacks, name))
+
+
+def test_seam_oneshot_resets_the_session_before_it_starts():
+    """A calibration set left in the session by an earlier run would look like a dataset given by the user."""
+    from llmcompressor.entrypoints.oneshot import Oneshot
+
+    source = inspect.getsource(Oneshot.apply_recipe_modifiers)
+    assert source.index("session.reset()") < source.index("session.initialize(")
+
+
+def test_seam_the_recipe_is_in_the_session_when_a_modifier_is_initialized(tiny_folder, monkeypatch):
+    """From it follows what comes after pruning."""
+    from llmcompressor import oneshot
+    from llmcompressor.core import active_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    seen = []
+    original = QuantizationModifier.on_initialize
+
+    def spy(self, state, **kwargs):
+        seen.append([m is self for m in active_session().lifecycle.recipe.modifiers])
+        return original(self, state, **kwargs)
+
+    monkeypatch.setattr(QuantizationModifier, "on_initialize", spy)
+    made = [
+        QuantizationModifier(scheme="W8A8", targets=[t], ignore=["lm_head"]) for t in ("re:.*q_proj", "re:.*k_proj")
+    ]
+    oneshot(model=str(tiny_folder), recipe=made)
+    assert seen == [[True, False], [False, True]]
+
+
+def test_seam_reset_finalizes_a_modifier_whose_run_failed():
+    """With that our pipeline is taken away at the latest."""
+    from llmcompressor.core import create_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    class Watched(QuantizationModifier):
+        def on_finalize(self, state, **kwargs):
+            finalized.append(self.ended_)
+            return True
+
+    finalized = []
+    with create_session() as session:
+        modifier = Watched(targets=["Linear"], scheme="FP8_DYNAMIC")
+        modifier.initialized_ = True
+        session.lifecycle.recipe.modifiers = [modifier]
+        session.reset()
+    assert finalized == [False]
+
+
+def test_seam_a_modifier_is_initialized_inside_a_method_of_oneshot(tiny_folder, monkeypatch):
+    """Which holds the arguments that upstream passes to no modifier."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    seen = []
+    monkeypatch.setattr(
+        QuantizationModifier, "on_initialize", lambda self, state, **kw: not seen.append(find_oneshot())
+    )
+    oneshot(
+        model=str(tiny_folder),
+        recipe=QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC"),
+        pipeline="datafree",
+        max_seq_length=77,
+    )
+    (found,) = seen
+    assert type(found) is oneshot_arguments.Oneshot
+    assert found.dataset_args.max_seq_length == 77
+    assert found.dataset_args.num_calibration_samples == 512
+    assert found.output_dir is None
+    assert found.recipe_args.stage is None
+    assert found.processor.name_or_path == str(tiny_folder)
+
+
+def test_seam_every_dataset_argument_is_honoured_or_refused():
+    """A new one of upstream's is refused until it has a place in these lists."""
+    from llmcompressor.args import DatasetArguments
+
+    known = [*HONOURED, *REFUSED, *REFUSED_BY_PRUNING]
+    assert sorted(known) == sorted(field.name for field in dataclasses.fields(DatasetArguments))
+
+
+def test_seam_oneshots_defaults_are_those_of_its_dataclass():
+    """An argument with its default counts as not given."""
+    from llmcompressor import oneshot
+    from llmcompressor.args import DatasetArguments
+
+    default = DatasetArguments()
+    parameters = inspect.signature(oneshot).parameters
+    for field in dataclasses.fields(DatasetArguments):
+        if field.name in parameters:
+            assert parameters[field.name].default == getattr(default, field.name), field.name

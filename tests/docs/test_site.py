@@ -1,0 +1,110 @@
+"""The documentation site: it builds without a warning, and shows every setting and every recipe as they are."""
+
+import html
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPES = next(folder for folder in (ROOT / "rac_modifier" / "recipes", ROOT / "recipes") if folder.is_dir())
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site. It takes three seconds."""
+    if missing := [name for name in ("mkdocs", "material", "mkdocstrings") if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed; pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    return folder
+
+
+def text_of(page: Path) -> str:
+    """The words of a page, without its tags."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page.read_text())).split())
+
+
+def leaves(schema: dict, definitions: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every setting of a JSON Schema with its description, groups included."""
+    for name, entry in schema.get("properties", {}).items():
+        yield (*path, name), entry["description"]
+        for reference in re.findall(r"#/\$defs/(\w+)", json.dumps(entry)):
+            yield from leaves(definitions[reference], definitions, (*path, name))
+
+
+def test_every_page_of_the_menu_is_built(site):
+    pages = {page.parent.relative_to(site).as_posix() for page in site.rglob("index.html")}
+    assert {".", "quick-start", "your-model", "choosing", "settings", "recipes", "errors", "concepts"} <= pages
+    assert {"structure", "results/serving", "api", "api/pruning", "api/checkpoint"} <= pages
+
+
+def test_every_setting_is_on_the_page_of_settings(site):
+    """Compared with the published JSON Schema, which other code writes."""
+    schema = json.loads((ROOT / "docs" / "recipe.schema.json").read_text())
+    found = list(leaves(schema, schema["$defs"]))
+    assert len({path[-1] for path, _ in found}) > 60
+    page = text_of(site / "settings" / "index.html")
+    missing = [
+        ".".join(path)
+        for path, description in found
+        if f"{path[-1]} " not in page or " ".join(description.split()) not in page
+    ]
+    assert missing == []
+
+
+def test_the_settings_that_only_pruning_has_are_listed(site):
+    page = text_of(site / "settings" / "index.html")
+    listed = page[page.index("apart from these:") : page.index("Where to write a setting")]
+    both = [
+        set(json.loads((ROOT / "docs" / f"{name}.schema.json").read_text())["properties"])
+        for name in ("recipe", "calibration")
+    ]
+    for name in both[0] - both[1]:
+        assert re.search(rf"\b{name}\b", listed), name
+    for name in both[1]:
+        assert not re.search(rf"(?<![.\w]){name}\b(?!\.)", listed), name
+    assert "calibration.prompt_weight" in listed
+
+
+def test_every_recipe_is_shown_whole(site):
+    page = text_of(site / "recipes" / "index.html")
+    recipes = sorted(RECIPES.glob("*.yaml"))
+    assert len(recipes) >= 10
+    for recipe in recipes:
+        for line in recipe.read_text().splitlines():
+            assert " ".join(line.removeprefix("#").split()) in page, f"{recipe.name}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [("api", "load_model"), ("api/pruning", "solve"), ("api/kernels", "can_run"), ("api/recovery", "fixed_mask")],
+)
+def test_docstrings_are_on_the_api_pages(site, page, name):
+    """The text comes from the docstring, so it is looked for in the source."""
+    built = (site / page / "index.html").read_text()
+    assert re.search(rf'id="rac_modifier[\w.]*\.{name}"', built)
+
+
+def test_a_setting_without_a_description_stops_the_build():
+    pytest.importorskip("mkdocs", reason="not installed; pip install -e '.[docs]'")
+    from pydantic import BaseModel
+
+    from scripts.docs_site import render_settings
+
+    class Mute(BaseModel):
+        shout: int = 1
+
+    with pytest.raises(ValueError, match="shout: this setting has no description"):
+        list(render_settings(Mute, (), {}))

@@ -1,0 +1,71 @@
+"""What both modifiers share: which modifiers count as later ones, the checks of a run, and its end."""
+
+import pytest
+import torch
+from llmcompressor.core import create_session
+from llmcompressor.core.state import State
+from llmcompressor.modifiers.quantization import QuantizationModifier
+
+from rac_modifier import RacError, ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
+from tests.llmcompressor.modifier_helpers import generic_loader, gptq_w4
+from tests.tiny import calibration_entry, entry, is_2of4, linears
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_later_modifiers_are_those_behind_in_the_recipe(place):
+    ours = ReasoningAwareSparseGPTModifier(**entry())
+    others = [gptq_w4(), QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC")]
+    recipe = [*others[:place], ours, *others[place:]]
+    with create_session() as session:
+        session.lifecycle.recipe.modifiers = recipe
+        assert ours.other_modifiers() == others
+        assert ours.other_modifiers(later=True) == others[place:]
+
+
+def test_torchrun_is_refused(prune, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RacError, match="does not run under torchrun"):
+        prune()
+
+
+def test_two_of_our_modifiers_are_refused(prune, trace_store):
+    with pytest.raises(RacError, match="the recipe has two ReasoningAwareSparseGPTModifier"):
+        prune(later=[ReasoningAwareSparseGPTModifier(**entry(trace_store))], solver="wanda", reconstruct="pruned")
+    shared = calibration_entry(trace_store)
+    with pytest.raises(RacError, match="leave ReasoningAwareCalibrationModifier out"):
+        prune(later=[ReasoningAwareCalibrationModifier(**shared)], solver="wanda", reconstruct="pruned")
+
+
+def test_a_dataset_beside_the_recipe_is_refused(prune):
+    with pytest.raises(RacError, match="leave the dataset argument out"):
+        prune(oneshot_options={"dataset": generic_loader()})
+
+
+def test_a_session_with_calibration_data_is_refused(dense):
+    """Without `oneshot`, which has the argument under another name."""
+    state = State(model=dense)
+    state.data.calib = generic_loader()
+    with create_session(), pytest.raises(RacError, match="leave calib_data out"):
+        ReasoningAwareSparseGPTModifier(**entry()).initialize(state)
+
+
+def test_a_failed_run_leaves_nothing_behind_that_breaks_the_next(prune, monkeypatch):
+    monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.solve", None)
+    with pytest.raises(TypeError):
+        prune()
+    monkeypatch.undo()
+    assert all(is_2of4(m.weight) for m in linears(prune()).values())
+
+
+def test_a_given_calibration_set_takes_the_place_of_the_recipes(prune, trace_store, tiny_folder, monkeypatch):
+    from llmcompressor import oneshot
+
+    first = ReasoningAwareSparseGPTModifier(**entry(trace_store))
+    oneshot(model=str(tiny_folder), recipe=first)
+    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None)
+    second = ReasoningAwareSparseGPTModifier(**entry())
+    second.use_calibration_set(first.calibration_set)
+    model = oneshot(model=str(tiny_folder), recipe=second)
+    monkeypatch.undo()
+    expected = prune()
+    assert all(torch.equal(m.weight, expected.get_submodule(n).weight) for n, m in linears(model).items())

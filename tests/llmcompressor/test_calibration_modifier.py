@@ -1,0 +1,31 @@
+"""Calibration for other modifiers' sake."""
+
+import pytest
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
+
+from rac_modifier import RacError
+from tests.llmcompressor.modifier_helpers import gptq_w4
+from tests.tiny import linears
+
+
+def test_a_recipe_without_a_modifier_that_calibrates_is_refused(calibrate):
+    with pytest.raises(RacError, match="calibrates nothing: the recipe has nothing else"):
+        calibrate()
+    rtn = QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC")
+    with pytest.raises(RacError, match="calibrates nothing: the recipe has QuantizationModifier"):
+        calibrate(later=[rtn])
+
+
+def test_the_record_names_the_method_and_the_traces(calibrate, record_of):
+    record = record_of(calibrate, later=[gptq_w4()])
+    assert record["method"] == "GPTQModifier"
+    assert record["calibration"]["trace_tokens"] > 0
+    assert "pattern" not in record
+    assert type(CalibrationPipeline.from_modifiers([gptq_w4()])) is SequentialPipeline
+
+
+def test_no_weight_is_pruned(calibrate):
+    model = calibrate(later=[gptq_w4()])
+    assert all(float((m.weight == 0).float().mean()) < 0.2 for m in linears(model).values())

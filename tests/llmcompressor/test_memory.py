@@ -1,0 +1,181 @@
+"""The memory prediction against what is really allocated, and the refusal that follows from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from llmcompressor import oneshot
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
+from rac_modifier.llmcompressor import memory
+from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
+from tests.tiny import entry, linears, save_tiny, tiny_model
+
+CPU, OTHER = torch.device("cpu"), torch.device("meta")
+LOWEST, HIGHEST = 0.8, 1.25  # predicted / measured, as memory.py states
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all tensors that operators made and that are still alive, and their peak since `reset`."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.now = self.peak = self.base = 0
+
+    def reset(self) -> None:
+        self.collect()
+        self.base = self.peak = self.now
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given:
+                    self.forget(storage._cdata)  # an address may be used again
+                    self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                    self.now += storage.nbytes()
+        if self.now > self.peak:  # only then it matters which are still alive
+            self.collect()
+            self.peak = max(self.peak, self.now)
+        return result
+
+    def collect(self) -> None:
+        for key in [key for key, (reference, _) in self.storages.items() if reference.expired()]:
+            self.forget(key)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.storages.pop(key, (None, 0))[1]
+
+
+def need(**changes) -> MemoryNeed:
+    settings = {
+        "tokens": 1000, "batch_tokens": 100, "hidden": 64, "activation_bytes": 2, "by_layer": False,
+        "dense_target": False, "solver": "alps", "refits": True,
+    }  # fmt: skip
+    return MemoryNeed(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": "quality"},
+        {"preset": "quality", "reconstruct": "pruned"},
+        {"preset": "fast"},
+        {"preset": "paper"},
+        {"solver": "wanda", "reconstruct": "pruned"},
+        {"preset": "quality", "quantization": {"scheme": "W8A8"}},
+    ],
+    ids=str,
+)
+def test_the_prediction_lies_within_its_margin_of_the_measured_peak(tmp_path, trace_store, monkeypatch, settings):
+    """The peak is that of the second down_proj, where both models' activations differ: they, statistics and solver together."""
+    model = AutoModelForCausalLM.from_pretrained(
+        save_tiny(tmp_path / "wide", hidden_size=128, intermediate_size=640, num_attention_heads=2)
+    )
+    predicted, live = [], LiveBytes()
+    inner = memory.check_memory
+
+    def spy(need, groups, onload, offload):
+        predicted.append(max(need.work(group) + need.kept(group) for group in groups))
+        live.reset()  # the last call is the one right before pruning
+        inner(need, groups, onload, offload)
+
+    monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.check_memory", spy)
+    options = entry(trace_store, **settings)
+    options["traces"]["allow_off_policy"] = True  # the store is another model's
+    options["calibration"] = {"tokens": 3000, "batch_tokens": 256, "held_out_tokens": 0}
+    with live:
+        oneshot(model=model, recipe=ReasoningAwareSparseGPTModifier(**options))
+    ratio = predicted[-1] / (live.peak - live.base)
+    assert LOWEST <= ratio <= HIGHEST, ratio
+
+
+def test_activations_are_counted_for_each_stream():
+    """1,000 tokens of 256 + 64 numbers of two bytes, for one model or two."""
+    group = GroupShape("down", 256, 64)
+    assert need().kept(group) == 1000 * 320 * 2
+    assert need(dense_target=True).kept(group) == 2 * 1000 * 320 * 2
+    assert need(by_layer=True).kept(group) == 1000 * 64 * 2
+
+
+def test_a_large_batch_counts_where_it_is_more_than_the_solver_needs():
+    group = GroupShape("q", 64, 64)
+    assert need(batch_tokens=10_000).work(group) == 4 * (64**2 + 10_000 * 64 * 2)
+    assert need(batch_tokens=10).work(group) < 4 * 64**2 * 12
+
+
+def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
+    groups = [GroupShape("small", 32, 32), GroupShape("layers.3.down", 256, 64)]
+    bytes_needed = need().work(groups[1]) + need().kept(groups[1])
+    check_memory(need(), groups, CPU, CPU, free=lambda device: bytes_needed)
+    with pytest.raises(RacError) as caught:
+        check_memory(need(), groups, CPU, CPU, free=lambda device: bytes_needed - 1)
+    message = str(caught.value)
+    assert "layers.3.down" in message
+    assert f"({bytes_needed:,} bytes)" in message
+    assert f"({bytes_needed - 1:,} bytes) are free" in message
+    assert "calibration.tokens" in message
+    assert "preset: paper" in message
+    assert "reconstruct: pruned" not in message  # it is already
+
+
+def test_activations_and_solver_are_checked_on_their_own_devices():
+    group = GroupShape("down", 256, 64)
+    free = {CPU: need().kept(group), OTHER: need().work(group)}
+    check_memory(need(), [group], OTHER, CPU, free=free.get)
+    with pytest.raises(RacError, match="on cpu"):
+        check_memory(need(), [group], OTHER, CPU, free={**free, CPU: free[CPU] - 1}.get)
+    with pytest.raises(RacError, match="on meta"):
+        check_memory(need(), [group], OTHER, CPU, free={**free, OTHER: free[OTHER] - 1}.get)
+
+
+def test_a_device_whose_free_memory_is_not_known_is_not_checked():
+    check_memory(need(), [GroupShape("down", 256, 64)], OTHER, OTHER)
+
+
+def test_free_memory_is_what_the_host_says(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 12345}))
+    assert memory.free_bytes(CPU) == 12345
+
+
+def test_free_memory_of_a_device_includes_what_pytorch_holds_unused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 700)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 300)
+    assert memory.free_bytes(torch.device("cuda", 0)) == 1400
+
+
+def test_a_group_has_the_rows_of_all_its_modules():
+    names = {module: name for name, module in linears(tiny_model()).items()}
+    attention = [module for module, name in names.items() if name.startswith("model.layers.0.self_attn")][:3]
+    assert GroupShape.of(names, attention) == GroupShape("model.layers.0.self_attn.q_proj", 64, 64 + 32 + 32)
+
+
+def test_a_run_is_refused_before_anything_is_sampled(prune, monkeypatch):
+    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    with pytest.raises(RacError, match=r"down_proj is predicted to need .* on cpu .* are free: .*calibration\.tokens"):
+        prune()
+
+
+def test_padding_is_counted_once_the_calibration_set_is_there(prune, monkeypatch):
+    """Two checks: with the budget before sampling, with padded batches and the traced groups before pruning."""
+    seen = []
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.pruning_modifier.check_memory",
+        lambda need, groups, onload, offload: seen.append((need, groups)),
+    )
+    prune(calibration={"tokens": 1500, "batch_tokens": 512})
+    (before, modules), (after, groups) = seen
+    assert (before.tokens, before.batch_tokens) == (1500, 512)
+    assert after.tokens > 1500
+    assert after.batch_tokens <= 512
+    assert len(modules) == 14
+    assert [group.rows for group in groups[:4]] == [128, 64, 256, 64]

@@ -1,0 +1,65 @@
+"""Schemes on the modules that are pruned: which, and how their codes are stored."""
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationStatus
+
+from rac_modifier import RacError
+from rac_modifier.llmcompressor.quantizer import GroupQuantizer
+from rac_modifier.quantization.solve import Quantized
+from rac_modifier.settings.quantization import QuantizationSettings
+from tests.tiny import linears, tiny_model
+
+
+def made(model, **settings) -> GroupQuantizer:
+    return GroupQuantizer(QuantizationSettings(**settings), model, {m: n for n, m in linears(model).items()})
+
+
+def group(bits, size, targets=("Linear",)):
+    return {"targets": list(targets), "weights": {"num_bits": bits, "strategy": "group", "group_size": size}}
+
+
+def test_a_scheme_covers_the_pruned_modules_and_no_others():
+    model = tiny_model()
+    quantizer = made(model, scheme="W8A8")
+    assert set(quantizer.grids) == set(linears(model).values())
+    quantizer.attach(model)
+    assert not hasattr(model.lm_head, "quantization_scheme")
+
+
+def test_only_what_the_targets_match():
+    model = tiny_model()
+    quantizer = made(model, config_groups={"mlp": group(4, 32, [r"re:.*mlp.*"])})
+    assert set(quantizer.described) == {name for name in linears(model) if ".mlp." in name}
+    assert all(grid.bits == 4 and grid.group_size == 32 for grid in quantizer.grids.values())
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused():
+    with pytest.raises(RacError, match=r"q_proj: 64 inputs are no multiple of the group_size 48"):
+        made(tiny_model(), config_groups={"w": group(4, 48)})
+
+
+def test_targets_that_match_nothing_are_refused():
+    with pytest.raises(RacError, match="its targets match none of the pruned modules"):
+        made(tiny_model(), config_groups={"w": group(4, 32, ["re:.*experts.*"])})
+
+
+def test_codes_are_read_back_exactly_from_a_bfloat16_module():
+    """Rounded in bfloat16, 65 * 1.0546875 would become another code."""
+    model = tiny_model().bfloat16()
+    quantizer = made(model, scheme="W8A8")
+    quantizer.attach(model)
+    module = model.model.layers[0].mlp.up_proj
+    codes = torch.arange(-64, 64).repeat(64, 1).T.contiguous().clamp(-127, 127).float()[:, :64]
+    scale = torch.full((128, 1), 1.0546875)
+    for other in quantizer.grids:
+        ones = torch.ones(other.weight.shape[0], 1)
+        quantizer.store(other, Quantized(other.weight.detach(), ones.bfloat16(), 0.0))
+    quantizer.store(module, Quantized((codes * scale).bfloat16(), scale.bfloat16(), 0.0))
+    assert torch.equal(module.weight_zero_point, torch.zeros_like(module.weight_zero_point))
+    quantizer.finish(model)
+    quantizer.compress()
+    assert module.quantization_status == QuantizationStatus.COMPRESSED
+    assert torch.equal(module.weight.float(), codes)
+    quantizer.compress()  # a second save finds them compressed
+    assert torch.equal(module.weight.float(), codes)

@@ -1,0 +1,104 @@
+"""Recovery inside a recipe: which traces it uses, what it changes, and what is recorded."""
+
+import json
+
+import pytest
+import torch
+
+import rac_modifier
+from rac_modifier import RacError
+from rac_modifier.llmcompressor.recovery_stage import reserved_tokens, split_traces
+from rac_modifier.settings.entries import PruningEntry
+from rac_modifier.settings.recovery import RecoverySettings
+from rac_modifier.traces.store import TraceStore
+from tests.llmcompressor.modifier_helpers import int4
+from tests.tiny import linears
+
+RECOVER = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400, "learning_rate": 1e-3}
+
+
+def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, trace_store, tmp_path, monkeypatch):
+    from rac_modifier.llmcompressor import pruning_modifier, recovery_stage
+
+    seen = {}
+    kept = recovery_stage.recover
+
+    def spy(model, teacher, training, held_out, settings, **options):
+        seen.update(training=training, held_out=held_out)
+        return kept(model, teacher, training, held_out, settings, **options)
+
+    loaders = []
+    build = pruning_modifier.CalibratingModifier.build_calibration
+
+    def built(self, state, reserved=0):
+        made = build(self, state, reserved)
+        loaders.append(made.loader)
+        return made
+
+    monkeypatch.setattr(recovery_stage, "recover", spy)
+    monkeypatch.setattr(pruning_modifier.CalibratingModifier, "build_calibration", built)
+    monkeypatch.chdir(tmp_path)
+    prune(recover=RECOVER, output_dir=tmp_path / "out")
+    training, held_out = ({tuple(ids) for ids, _ in seen[name]} for name in ("training", "held_out"))
+    calibrated = {tuple(s.ids) for s in loaders[0].sequences}
+    assert training
+    assert held_out
+    assert calibrated
+    assert not training & held_out
+    # the last calibration sequence may be cut, so prefixes count too
+    for ids in training | held_out:
+        assert not any(ids[: len(other)] == other for other in calibrated)
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())["recovery"]
+    assert record["sequences"] == len(seen["training"])
+    assert record["kl_after"] <= record["kl_before"]
+    assert not (tmp_path / "rac_recovery").exists() or not any((tmp_path / "rac_recovery").iterdir())
+
+
+def test_the_pattern_holds_and_the_weights_moved(prune, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    without, recovered = prune(), prune(recover=RECOVER)
+    for name, module in linears(recovered).items():
+        if name == "lm_head":
+            assert torch.equal(module.weight, linears(without)[name].weight)
+            continue
+        groups = (module.weight == 0).reshape(module.weight.shape[0], -1, 4).sum(-1)
+        assert bool((groups >= 2).all()), name
+    assert not torch.equal(recovered.model.norm.weight, without.model.norm.weight)
+
+
+def test_quantized_weights_end_on_their_grid(prune, tmp_path, monkeypatch):
+    """Saved and loaded again they are the weights that were measured."""
+    monkeypatch.chdir(tmp_path)
+    model = prune(quantization=int4(), recover=RECOVER)
+    before = {}
+    for name, module in linears(model).items():
+        before[name] = module.weight.detach().clone()
+        scale = module.weight_scale.detach()
+        codes = before[name].reshape(scale.shape[0], scale.shape[1], -1) / scale[..., None]
+        assert torch.allclose(codes, codes.round(), atol=1e-3), name
+        assert codes.abs().max() <= 8.001
+    model.save_pretrained(tmp_path / "out")
+    loaded = rac_modifier.load_model(tmp_path / "out", dtype="float32")
+    with torch.no_grad():
+        loaded(input_ids=torch.tensor([[5, 6, 7]]))  # decompresses
+    for name, module in linears(loaded).items():
+        torch.testing.assert_close(module.weight.detach(), before[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_mixture_without_traces_is_refused():
+    with pytest.raises(ValueError, match=r"recover: it trains on the model's own traces, and the mixture .* has none"):
+        PruningEntry(recover=RECOVER, mask_structure="2:4", calibration={"mixture": {"generic": 1.0}})
+
+
+def test_traces_are_split_by_problem(trace_store):
+    traces = list(TraceStore.read(trace_store))[:40]
+    held_out, training = split_traces(traces, 200)
+    assert len(held_out) + len(training) == len(traces)
+    assert sum(len(ids) for ids, _ in held_out[:-1]) < 200 <= sum(len(ids) for ids, _ in held_out)
+    with pytest.raises(RacError, match=r"none is left to train on; raise recover\.tokens"):
+        split_traces(traces, 10**9)
+
+
+def test_tokens_to_reserve():
+    assert reserved_tokens(None) == 0
+    assert reserved_tokens(RecoverySettings(tokens=1000, held_out_tokens=100)) == 1100

@@ -1,0 +1,170 @@
+"""What the sdist and the wheel hold. The wheel is built from the sdist, and here without a compiler, which is quick.
+
+`make test-dist` installs both in environments of their own.
+"""
+
+from __future__ import annotations
+
+import configparser
+import email
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NO_COMPILER = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+
+
+def build(kind: str, source: Path, out: Path, **environment: str) -> Path:
+    """Call one hook of the build backend, as pip does."""
+    out.mkdir(exist_ok=True)
+    code = f"import setuptools.build_meta as backend; backend.build_{kind}({str(out)!r})"
+    environment = {**os.environ, "PYTHONPATH": "", **environment}
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, since building writes into the source tree."""
+    clone = tmp_path_factory.mktemp("clone")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    for name in ("rac_modifier", "csrc", "tests"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return build("sdist", clone, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="session")
+def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist's source tree."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (tree,) = folder.iterdir()
+    return tree
+
+
+@pytest.fixture(scope="session")
+def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"), **NO_COMPILER)
+
+
+@pytest.fixture(scope="session")
+def names(wheel: Path) -> set[str]:
+    """The files of the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files in a folder with a space in its name; not to be written to."""
+    folder = tmp_path_factory.mktemp("site packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def metadata(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (n for n in archive.namelist() if n.endswith(f".dist-info/{name}"))
+        return archive.read(path).decode()
+
+
+def files_of(folder: Path) -> set[str]:
+    """The files of the package in a source tree that are not built."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(ROOT)) for p in paths if "__pycache__" not in p.parts and p.suffix != ".so"}
+
+
+def test_the_wheel_holds_every_file_of_the_package(names):
+    package = files_of(ROOT / "rac_modifier")
+    assert {name for name in names if ".dist-info/" not in name} == package
+    wanted = {
+        "py.typed",
+        "recipes/rac_2of4.yaml",
+        "reasoner/assets/model.safetensors",
+        "reasoner/assets/chat_template.jinja",
+    }
+    assert {f"rac_modifier/{name}" for name in wanted} <= names
+
+
+def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(unpacked):
+    found = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    sources = files_of(ROOT / "csrc")
+    assert len(sources) > 15
+    assert sources | files_of(ROOT / "rac_modifier") | {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= found
+    assert [name for name in found if name.endswith((".so", ".o", ".pyc")) or name.startswith("tests/")] == []
+
+
+def test_entry_points(wheel):
+    parsed = configparser.ConfigParser()
+    parsed.read_string(metadata(wheel, "entry_points.txt"))
+    assert dict(parsed["console_scripts"]) == {"rac": "rac_modifier.cli:main"}
+    assert dict(parsed["vllm.general_plugins"]) == {"rac_modifier": "rac_modifier.vllm_plugin.register:register"}
+
+
+def test_metadata(wheel):
+    from rac_modifier import __version__
+
+    head = email.message_from_string(metadata(wheel, "METADATA"))
+    assert head["Version"] == __version__
+    assert head["Requires-Python"] == ">=3.11"
+    assert head["License-Expression"] == "Apache-2.0"
+    assert {"compress", "serve", "serve-cpu", "eval"} <= set(head.get_all("Provides-Extra"))
+    always = [line for line in head.get_all("Requires-Dist") if "extra ==" not in line]
+    assert not [line for line in always if line.startswith(("llmcompressor", "vllm"))]
+    assert len(always) == len(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+
+
+def test_without_a_compiler_the_wheel_is_for_any_machine_and_says_what_it_lacks(wheel, installed, tmp_path):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    code = "from rac_modifier.kernels.cpu.support import support; print(support().isa, support().reason)"
+    done = run(installed, tmp_path, "-c", code)
+    assert done.stdout.startswith(
+        "None no compiled kernel: it was not built when rac-modifier was installed; install a C++"
+    )
+    assert len(done.stdout.splitlines()) == 1
+
+
+def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with the wheel's package and none of the clone's."""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_path):
+    code = (
+        "import rac_modifier; from pathlib import Path\n"
+        "print(rac_modifier.__file__, rac_modifier.recipe('rac_2of4'), rac_modifier.reasoner_path(), sep='\\n')"
+    )
+    paths = run(installed, tmp_path, "-c", code).stdout.splitlines()
+    assert len(paths) == 3
+    assert all(Path(path).is_relative_to(installed) and Path(path).exists() for path in paths)
+    listed = run(installed, tmp_path, "-m", "rac_modifier.cli", "recipes").stdout
+    assert [line.split()[0] for line in listed.splitlines()] == sorted(
+        path.stem for path in (ROOT / "rac_modifier" / "recipes").iterdir()
+    )
+    checked = run(installed, tmp_path, "-m", "rac_modifier.cli", "prune", "--check", "rac_2of4", "rac_gptq_w4a16")
+    assert (checked.returncode, checked.stdout.count("valid")) == (0, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_with_a_compiler_the_wheel_holds_the_kernels_for_each_python(unpacked, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine")
+    wheel = build("wheel", unpacked, tmp_path / "wheel")
+    assert "-cp311-abi3-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        assert "rac_modifier/kernels/cpu/_native.abi3.so" in archive.namelist()

@@ -1,0 +1,58 @@
+"""The shipped recipes, each run as it is on a tiny model, where it needs no download."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from llmcompressor import oneshot
+
+from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.checkpoint.load import load_model
+from rac_modifier.settings.recipe import find_entry, load_recipe
+from tests.tiny import is_2of4, linears, save_tiny
+
+RECIPES = sorted((Path(__file__).parents[2] / "rac_modifier" / "recipes").glob("*.yaml"))
+SMALL = ["calibration.tokens=400", "traces.sampling.max_new_tokens=20", "traces.sampling.temperature=1.0"]
+
+
+def is_offline(path: Path) -> bool:
+    problems = find_entry(yaml.safe_load(path.read_text()), path.name)["traces"]["problems"]
+    return problems["source"] == "arithmetic" or problems["source"].startswith("reasoning-gym:")
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory):
+    """A tiny model whose inputs are multiples of 128, the group size of W4A16."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
+    return save_tiny(tmp_path_factory.mktemp("wide") / "model", **wide)
+
+
+def test_some_recipes_need_no_download():
+    assert sum(map(is_offline, RECIPES)) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in RECIPES if is_offline(p)], ids=lambda p: p.stem)
+def test_a_shipped_recipe_runs_without_download(path, wide_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where relative stores go
+    content = load_recipe(path, SMALL)
+    out = tmp_path / "out"
+    model = oneshot(model=str(wide_folder), recipe=yaml.safe_dump(content, sort_keys=False), output_dir=str(out))
+    report = inspect_checkpoint(out)
+    assert report.sound
+    described = "".join(scheme.describe() for scheme in report.quantization)
+    for scheme in ("fp8", "w8", "w4a16"):
+        assert (scheme in path.stem) == ({"fp8": "float8", "w8": "int8", "w4a16": "int4"}[scheme] in described)
+    pruned = "gptq" not in path.stem
+    assert len(report.sparse) == (14 if pruned else 0)
+    assert all(
+        row.sparsity == pytest.approx(0.5, abs=0.05) for row in report.sparse
+    )  # small weights round to 0 as well
+    assert all(row.structure == ("2:4" if "2of4" in path.stem else "unstructured") for row in report.sparse)
+    loaded = load_model(out)
+    ids = torch.arange(2, 40).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    for name, module in linears(loaded).items():  # the forward pass decompressed them
+        assert not pruned or "2of4" not in path.stem or is_2of4(module.weight), name

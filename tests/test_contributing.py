@@ -1,0 +1,138 @@
+"""The worked examples of CONTRIBUTING.md, applied to a copy of the package, where their own tests are run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+HEADING = "## How to add something"
+
+
+class Example(NamedTuple):
+    """One section: new files by path, and (path, text, replacement) of each change elsewhere."""
+
+    title: str
+    files: dict[str, str]
+    changes: list[tuple[str, str, str]]
+
+
+def examples() -> list[Example]:
+    """The sections under HEADING."""
+    found = []
+    for section in re.split(r"^### ", TEXT.partition(HEADING)[2], flags=re.MULTILINE)[1:]:
+        files, changes = {}, []
+        for kind, body in re.findall(r"^```(\w+)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL):
+            if kind == "diff":
+                changes += changes_of(body)
+            else:
+                head, _, code = body.partition("\n")
+                files[head.removeprefix("# new file: ")] = code
+        found.append(Example(section.partition("\n")[0], files, changes))
+    return found
+
+
+def changes_of(diff: str) -> list[tuple[str, str, str]]:
+    """`# path`, then any number of a line with `-` and the lines with `+` that replace its text."""
+    changes: list[tuple[str, str, str]] = []
+    path = ""
+    for line in diff.splitlines():
+        mark, text = line[0], line[1:]
+        if mark == "#":
+            path = text.strip()
+        elif mark == "-":
+            changes.append((path, text, ""))
+        else:
+            path_, old, new = changes.pop()
+            changes.append((path_, old, f"{new}\n{text}" if new else text))
+    return changes
+
+
+EXAMPLES = examples()
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The outcome of each test, by `path::name`, of the copy with all examples; and what pytest and ruff printed."""
+    tree = tmp_path_factory.mktemp("tree")
+    ignore = shutil.ignore_patterns("__pycache__", "assets")
+    for name in ("rac_modifier", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    for example in EXAMPLES:
+        for path, code in example.files.items():
+            assert not (tree / path).exists(), f"{path} is no new file"
+            (tree / path).parent.mkdir(exist_ok=True)
+            (tree / path).write_text(code)
+        for path, old, new in example.changes:
+            text = (tree / path).read_text()
+            assert text.count(old) == 1, f"CONTRIBUTING.md, {example.title}: {path} has {text.count(old)} times: {old}"
+            (tree / path).write_text(text.replace(old, new))
+    new = [path for example in EXAMPLES for path in example.files]
+    tests = [path for path in new if path.startswith("tests/")]
+    order = "test_imports_run_one_way or test_no_modules_import_each_other_in_a_circle or not test_imports"
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-rA",
+        "-q",
+        *tests,
+        "tests/test_imports.py",
+        "-k",
+        order,
+    ]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", *new], cwd=tree, capture_output=True, text=True)
+    outcomes = {
+        test: outcome for outcome, test in re.findall(r"^(PASSED|FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    }
+    return {**outcomes, "output": done.stdout + done.stderr, "lint": lint.stdout + lint.stderr}
+
+
+def test_there_is_an_example_of_each_kind_that_is_added():
+    assert [example.title for example in EXAMPLES] == ["A solver", "A format", "A kernel backend", "A problem source"]
+    for example in EXAMPLES:
+        assert len(example.files) == 2, example.title
+        assert example.changes, example.title
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
+def test_the_tests_of_an_example_pass(example, ran):
+    (path,) = (path for path in example.files if path.startswith("tests/"))
+    names = re.findall(r"^def (test_\w+)", example.files[path], flags=re.MULTILINE)
+    outcomes = {name: [ran[t] for t in ran if t.partition("[")[0] == f"{path}::{name}"] for name in names}
+    assert names
+    assert all(found and set(found) == {"PASSED"} for found in outcomes.values()), f"{outcomes}\n{ran['output']}"
+
+
+def test_the_examples_keep_the_order_of_imports(ran):
+    house = {test: outcome for test, outcome in ran.items() if test.startswith("tests/test_imports.py")}
+    assert set(house.values()) == {"PASSED"}, ran["output"]
+    assert len(house) == 2
+
+
+def test_the_examples_pass_lint(ran):
+    assert ran["lint"].strip() == "All checks passed!"
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXT, flags=re.MULTILINE))))
+def test_every_target_that_is_named_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_every_path_that_is_named_exists():
+    named = set(re.findall(r"`((?:tests|scripts|rac_modifier|docs)/[\w./]+)`", TEXT))
+    assert len(named) > 5
+    assert [path for path in named if "ROOM" not in path and not (ROOT / path).exists()] == []
