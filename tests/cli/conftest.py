@@ -20,6 +20,7 @@ def rac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def rac(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["rac", *map(str, args)])
+        capsys.readouterr()  # what the test itself printed before
         code: int = 0
         try:
             cli.main()

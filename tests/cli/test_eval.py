@@ -162,3 +162,10 @@ def test_eval_divergence(rac, tiny_folder, tmp_path):
 def test_eval_divergence_needs_two_models_and_their_thinking(rac, tiny_folder):
     assert "name at least two models" in rac("eval", tiny_folder, "--divergence")[2]
     assert "without --direct" in rac("eval", tiny_folder, tiny_folder, "--divergence", "--direct")[2]
+
+
+def test_json_on_standard_output_is_alone_there(rac, tiny_folder):
+    code, out, _ = rac("eval", tiny_folder, *FEW, "--json", "-")
+    assert code == 0
+    (row,) = json.loads(out)["results"]
+    assert (row["label"], row["problems"]) == (str(tiny_folder), 2)

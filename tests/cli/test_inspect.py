@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,3 +124,15 @@ def test_inspect_lists_the_modules_and_their_pattern(rac, sparse_folder):
     assert code == 0
     assert "model.layers.1.mlp.down_proj" in stdout
     assert "2:4" in stdout
+
+
+def test_json_has_what_is_printed(rac, sparse_folder):
+    code, stdout, _ = rac("inspect", sparse_folder, "--json")
+    found = json.loads(stdout)
+    assert (code, found["format"], found["sound"], found["sparsity"]) == (0, "sparse-24-bitmask", True, 0.5)
+    rows = {row["name"]: row for row in found["modules"]}
+    assert rows["model.layers.1.mlp.down_proj"]["structure"] == "2:4"
+    assert found["run_record"]["calibration"]["tokens"] == 500
+    served = {row["module"]: row for row in found["served"]}
+    assert served["lm_head"]["sparse"] is False
+    assert all(row["reason"] for row in found["served"])

@@ -1,0 +1,119 @@
+"""`rac pack` and `rac unpack`: what is printed, written and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rac_modifier.checkpoint.load import load_model
+from tests.cli.conftest import Rac
+from tests.tiny import linears, tiny_model
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    """A model that somebody else pruned to 2:4, one layer of it unstructured, stored dense."""
+    model = tiny_model()
+    for name, linear in linears(model).items():
+        if "o_proj" in name:
+            linear.weight.data[torch.rand_like(linear.weight) < 0.7] = 0
+        else:
+            linear.weight.data.view(-1, 4)[:, :2] = 0
+    model.save_pretrained(tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_pack_then_unpack(rac: Rac, pruned: Path, tmp_path: Path) -> None:
+    (pruned / "pytorch_model.bin").touch()
+    code, out, err = rac("pack", pruned, tmp_path / "packed")
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("model.", "lm_head"))}
+    assert rows["model.layers.0.mlp.up_proj"][:4] == ["128x64", "F32", "2:4", "50.00%"]
+    assert rows["model.layers.1.self_attn.o_proj"][2] == "unstructured"
+    assert "the output matrix" in " ".join(rows["lm_head"])
+    assert "to be packed: 14 of 16 matrices (12 2:4, 2 unstructured), as sparse-bitmask" in out
+    assert "not copied (no part of a safetensors checkpoint): pytorch_model.bin" in out
+    assert (
+        out.splitlines()[-1] == f"packed into {tmp_path / 'packed'}; look at it with: rac inspect {tmp_path / 'packed'}"
+    )
+    state = load_model(pruned).state_dict()
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in load_model(tmp_path / "packed").state_dict().items()
+    )
+
+    code, out, err = rac("unpack", tmp_path / "packed", tmp_path / "dense")
+    assert (code, err) == (0, "")
+    assert out.startswith("14 modules unpacked, ")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load_model(tmp_path / "dense").state_dict().items())
+
+
+def test_check_only_looks(rac: Rac, pruned: Path, tmp_path: Path) -> None:
+    before = files(pruned)
+    code, out, _ = rac("pack", pruned, "--check")
+    assert (code, "to be packed: 14 of 16" in out) == (0, True)
+    code, out, _ = rac("pack", pruned, tmp_path / "out", "--check", "--json")
+    found = json.loads(out)
+    assert (code, found["format"], len(found["matrices"])) == (0, "sparse-bitmask", 16)
+    assert files(pruned) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_json_is_all_that_is_printed(rac: Rac, pruned: Path, tmp_path: Path) -> None:
+    found = json.loads(rac("pack", pruned, tmp_path / "packed", "--json")[1])
+    assert found["summary"]["packed_bytes"] < found["summary"]["dense_bytes"]
+    assert found["out"] == str(tmp_path / "packed")
+    found = json.loads(rac("unpack", tmp_path / "packed", tmp_path / "dense", "--json")[1])
+    assert len(found["modules"]) == 14
+
+
+def test_a_dense_model_is_refused_with_the_same_code_when_it_is_only_checked(
+    rac: Rac, tiny_folder: Path, tmp_path: Path
+) -> None:
+    for words in (("--check",), (tmp_path / "out",)):
+        code, _, err = rac("pack", tiny_folder, *words)
+        assert code == 1
+        assert err.startswith("error: ")
+        assert "nothing to pack: no module would get smaller" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["pruned", "used"])
+def test_outputs_are_refused_before_the_model_is_read(
+    rac: Rac, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    from rac_modifier.checkpoint import pack_plan
+
+    shutil.copytree(pruned, tmp_path / "used")
+    monkeypatch.setattr(pack_plan, "plan_packing", lambda *args: pytest.fail("the model was read"))
+    code, _, err = rac("pack", pruned, tmp_path / out)
+    assert (code, "name another folder" in err or "name an empty or a new one" in err) == (1, True)
+
+
+def test_wrong_use(rac: Rac, pruned: Path, tmp_path: Path) -> None:
+    code, _, err = rac("pack", pruned)
+    assert (code, "rac pack MODEL --check" in err) == (2, True)
+    assert rac("unpack", pruned)[0] == 2
+    assert rac("pack", tmp_path / "gone", tmp_path / "out")[0] == 1
+
+
+def test_an_interruption_leaves_nothing_and_ends_in_130(
+    rac: Rac, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rac_modifier.checkpoint.new_files import NewFiles
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NewFiles, "write_tensors", interrupt)
+    code, _, err = rac("pack", pruned, tmp_path / "out")
+    assert code == 130
+    assert err.strip() == f"interrupted: {tmp_path / 'out'} is not written; run the same command again"
+    assert not (tmp_path / "out").exists()
