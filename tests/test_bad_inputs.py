@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.errors import RacError
-from tests.bad_inputs import calibration, checkpoints, evaluation, patterns, problems, quantization, runs, stores
+from tests.bad_inputs import (
+    calibration,
+    checkpoints,
+    evaluation,
+    packing,
+    patterns,
+    problems,
+    quantization,
+    runs,
+    stores,
+)
 from tests.bad_inputs.bench import Bench
 
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -29,6 +39,7 @@ CASES = [
     *runs.CASES,
     *quantization.CASES,
     *checkpoints.CASES,
+    *packing.CASES,
     *evaluation.CASES,
 ]
 

@@ -16,14 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rac_modifier.checkpoint import detect
-from rac_modifier.checkpoint.card import model_card
 from rac_modifier.checkpoint.files import INDEX_FILE, JOURNAL_FILE, TensorFiles
 from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
-from rac_modifier.checkpoint.license import CARD_NAME, license_of
+from rac_modifier.checkpoint.license import CARD_NAME
 from rac_modifier.checkpoint.new_files import NewFiles
 from rac_modifier.checkpoint.output_folder import check_output_folder
 from rac_modifier.checkpoint.pack_plan import PackPlan
-from rac_modifier.checkpoint.packed_card import packed_card
+from rac_modifier.checkpoint.packed_card import packed_card, unpacked_card
 from rac_modifier.checkpoint.packed_names import check_packed
 from rac_modifier.checkpoint.packing import PackSummary, summary_from, write_packed
 from rac_modifier.checkpoint.quantization_config import to_words, weight_schemes
@@ -104,8 +103,8 @@ def unpack_model(source: str | Path, out: str | Path) -> UnpackSummary:
         summary, changed = _write_unpacked(files, format, in_words, new)
         new.write_json(CONFIG_FILE, with_dense_mark(config, recorded_structures(config)))
         if (record := _record(source)) is not None:
-            new.write_json(RUN_RECORD_NAME, record)
-            write_text_atomic(new.path(CARD_NAME), model_card(record, license_of(source), packed=False))
+            new.write_json(RUN_RECORD_NAME, {key: value for key, value in record.items() if key != "packing"})
+            write_text_atomic(new.path(CARD_NAME), unpacked_card(record, source))
             changed += [RUN_RECORD_NAME, CARD_NAME]
         return asdict(summary), changed
 

@@ -48,6 +48,8 @@ def license_of(model: str | Path) -> License:
 
 def front_matter(text: str) -> dict[str, Any]:
     """The metadata of a card; empty where it has none, or none that can be read."""
+    if not text.startswith("---"):  # where huggingface_hub would log a warning
+        return {}
     try:
         return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError):

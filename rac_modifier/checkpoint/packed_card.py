@@ -1,15 +1,16 @@
-"""The model card of a model that was packed, and not pruned here: what packing did, then the card that it had before."""
+"""Cards of a model that was packed, and not pruned here: what packing did, then the card that it had before."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rac_modifier.checkpoint.card import card_data, fact_table, how_to_use, model_card, versions
-from rac_modifier.checkpoint.license import CARD_NAME, front_matter, license_of
+from rac_modifier.checkpoint.license import CARD_NAME, License, front_matter, license_of
 
 _TAGS = ("sparse", "compressed-tensors", "rac")
+_BEFORE = "## Card of the base model"
 # Entries of the card before that are made anew.
 _OURS = ("base_model", "license", "license_name", "license_link", "tags", "model-index", "model_name", "eval_results")
 
@@ -30,18 +31,10 @@ def packed_card(record: Mapping[str, Any], source: Path) -> str:
     packing = record.get("packing")
     if not isinstance(packing, Mapping):
         return model_card(record, license)
-    path = source / CARD_NAME
-    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    known = front_matter(before)
-    tags = [str(tag) for tag in known.get("tags") or ()]
+    before = _card_of(source)
     base = record.get("base_model")
     parts = [
-        card_data(
-            base,
-            license,
-            [*tags, *(tag for tag in _TAGS if tag not in tags)],
-            **{key: value for key, value in known.items() if key not in _OURS},
-        ),
+        _metadata(before, base, license, _TAGS),
         f"# {base or 'A sparse language model'}, packed",
         "The zeros of its weights are not stored. " + _SAME_BITS[packing.get("negative_zeros") == "dropped"],
         fact_table(
@@ -58,9 +51,32 @@ def packed_card(record: Mapping[str, Any], source: Path) -> str:
         ),
         how_to_use(packed=True),
         versions(record),
-        f"## Card of the base model\n\n{_body(before)}" if _body(before) else "",
+        f"{_BEFORE}\n\n{_body(before)}" if _body(before) else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def unpacked_card(record: Mapping[str, Any], source: Path) -> str:
+    """The card of a packed model that was unpacked: that of its run, or the one that it had before it was packed."""
+    license = license_of(source)
+    if not isinstance(record.get("packing"), Mapping):
+        return model_card(record, license, packed=False)
+    packed, base = _card_of(source), record.get("base_model")
+    body = packed.partition(f"\n{_BEFORE}\n")[2].strip() or f"# {base or 'A sparse language model'}"
+    return f"{_metadata(packed, base, license, ('sparse',))}\n\n{body}\n"
+
+
+def _metadata(card: str, base: Any, license: License, added: Sequence[str]) -> str:
+    """The front matter of a card with our entries; the tags `_TAGS` are replaced by `added`."""
+    known = front_matter(card)
+    tags = [str(tag) for tag in known.get("tags") or () if tag not in _TAGS or tag in added]
+    others = {key: value for key, value in known.items() if key not in _OURS}
+    return card_data(base, license, [*tags, *(tag for tag in added if tag not in tags)], **others)
+
+
+def _card_of(folder: Path) -> str:
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _body(card: str) -> str:

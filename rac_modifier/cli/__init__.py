@@ -49,6 +49,9 @@ def main() -> None:
     except RacError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        typer.secho(f"error: {_how_to_install(error)}", fg="red", err=True)
+        sys.exit(1)
     except ValidationError as error:
         from rac_modifier.settings.recipe import describe_errors
 
@@ -61,3 +64,15 @@ def _silence_bars() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _how_to_install(error: ModuleNotFoundError) -> str:
+    """The next step for a package that an extra installs.
+
+    Raises:
+        ModuleNotFoundError: a module of this package, or of the standard library.
+    """
+    missing = (error.name or "").partition(".")[0]
+    if missing in ("", "rac_modifier") or missing in sys.stdlib_module_names:
+        raise error
+    return f"this command needs {missing}, which is not installed; rac doctor shows which extra installs it"

@@ -125,6 +125,8 @@ def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
 
 
 def _record_line(record: dict[str, Any]) -> str:
+    if "packing" in record:
+        return f"packed by rac pack from {record.get('base_model', '?')}, which was pruned elsewhere"
     calibration = record.get("calibration")
     counts = ", ".join(f"{key} {value}" for key, value in calibration.items()) if isinstance(calibration, dict) else "?"
     return f"run record: {record.get('method', '?')} on {record.get('base_model', '?')}; calibration: {counts}"

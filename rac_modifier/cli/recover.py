@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, check_output, load, resolve
-from rac_modifier.cli.options import Dtype, Precision
+from rac_modifier.cli.options import AsJson, Dtype, Precision, print_json
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ def recover(
         typer.Option("--set", "-s", help="a setting of `recover:` in a recipe, e.g. --set tokens=200000 (repeatable)"),
     ] = None,
     precision: Precision = Dtype.AUTO,
+    as_json: AsJson = False,
 ) -> None:
     """Recover a sparse model: train its kept weights on the dense model's own traces.
 
@@ -62,7 +66,13 @@ def recover(
     check_model(str(sparse))
     check_output(output, str(sparse))
     _check_not_quantized(sparse)
-    kl = _recover(dense, sparse, output, store, source, sampling, settings, precision)
+    # llm-compressor logs to the standard output that it finds when it is imported
+    quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with quiet, resumable("traces and training so far are kept; run the same command again to go on"):
+        kl = _recover(dense, sparse, output, store, source, sampling, settings, precision)
+    if as_json:
+        print_json({"output": output, "kl_before": kl[0], "kl_after": kl[1]})
+        return
     typer.echo(f"saved to {output}; held-out KL {kl[0]:.4f} -> {kl[1]:.4f} nats per token")
 
 

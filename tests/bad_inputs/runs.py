@@ -52,11 +52,6 @@ CASES += [
         ),
     ),
     Case(
-        "`rac prune` without a recipe",
-        "needs a model, an output folder and a recipe",
-        lambda b: b.rac("prune", "x", "y"),
-    ),
-    Case(
         "a preset that does not exist",
         "preset: Input should be 'quality', 'fast' or 'paper'",
         lambda b: b.check(preset="best"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from rac_modifier.checkpoint.packed_card import packed_card
+from rac_modifier.checkpoint.packed_card import packed_card, unpacked_card
 
 RECORD = {
     "base_model": "owner/pruned",
@@ -80,3 +80,24 @@ def test_a_model_that_was_pruned_here_has_the_card_of_its_run(tmp_path: Path) ->
     card = packed_card({"base_model": "a/b", "pattern": "2:4", "method": "alps"}, tmp_path)
     assert "# a/b pruned" in card
     assert "| Solver | alps |" in card
+
+
+@pytest.mark.parametrize("before", [BEFORE, None])
+def test_unpacked_it_has_the_card_of_before(tmp_path: Path, before: str | None) -> None:
+    if before is not None:
+        (tmp_path / "README.md").write_text(before)
+    (tmp_path / "README.md").write_text(packed_card(RECORD, tmp_path))
+    card = ModelCard(unpacked_card(RECORD, tmp_path))
+    assert card.data.base_model == "owner/pruned"
+    if before is not None:
+        assert card.text.strip() == "# Their model\n\nText with --- dashes.\n\n---\nMore."
+        assert (card.data.license, card.data.tags) == ("mit", ["wanda", "sparse"])
+    else:
+        assert (card.text.strip(), card.data.tags) == ("# owner/pruned", ["sparse"])
+    assert "rac_modifier" not in card.content
+
+
+def test_unpacked_a_model_that_was_pruned_here_has_the_card_of_its_run(tmp_path: Path) -> None:
+    card = unpacked_card({"base_model": "a/b", "pattern": "2:4", "method": "alps"}, tmp_path)
+    assert "| Solver | alps |" in card
+    assert "stock vLLM serves them" in card

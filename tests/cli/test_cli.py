@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -51,3 +52,21 @@ def test_the_embedded_reasoner_end_to_end(rac, recipe_file, tmp_path):
     code, _, _ = rac("eval", out, "--problems", 40, "--cap", 512, "--precision", "float32", "--json", results)
     assert code == 0
     assert json.loads(results.read_text())["results"][0]["accuracy"] > 0.6
+
+
+def test_a_package_that_is_not_installed_is_one_message(rac, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in [name for name in sys.modules if name.startswith("rac_modifier.checkpoint.")]:
+        monkeypatch.delitem(sys.modules, name)
+    code, out, err = rac("unpack", tmp_path, tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert (
+        err
+        == "error: this command needs huggingface_hub, which is not installed; rac doctor shows which extra installs it\n"
+    )
+
+
+def test_a_module_of_ours_that_is_missing_is_no_message(rac, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "rac_modifier.checkpoint.convert", None)
+    with pytest.raises(ModuleNotFoundError):
+        rac("unpack", tmp_path, tmp_path / "out")

@@ -49,6 +49,8 @@ def test_pack_then_unpack(rac: Rac, pruned: Path, tmp_path: Path) -> None:
         torch.equal(tensor, state[name]) for name, tensor in load_model(tmp_path / "packed").state_dict().items()
     )
 
+    assert "packed by rac pack from pruned, which was pruned elsewhere" in rac("inspect", tmp_path / "packed")[1]
+
     code, out, err = rac("unpack", tmp_path / "packed", tmp_path / "dense")
     assert (code, err) == (0, "")
     assert out.startswith("14 modules unpacked, ")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,3 +89,24 @@ def test_a_setting_that_is_not_one_is_refused(rac, tiny_folder, sparse_folder, t
     code, _, stderr = rac("recover", tiny_folder, sparse_folder, tmp_path / "out", "--set", "steps=3")
     assert code != 0
     assert "steps: there is no such setting" in stderr
+
+
+@pytest.mark.slow
+def test_json_is_alone_on_standard_output(tiny_folder, sparse_folder, tmp_path):
+    """In a process of its own, in which llm-compressor's log is set up while the command runs."""
+    command = [
+        sys.executable,
+        "-m",
+        "rac_modifier.cli",
+        "recover",
+        tiny_folder,
+        sparse_folder,
+        "out",
+        *OPTIONS,
+        "--json",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["output"] == "out"
+    assert 0 <= found["kl_after"] <= found["kl_before"]
