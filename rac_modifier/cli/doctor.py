@@ -157,29 +157,14 @@ def _checked(topic: str, name: str, specifier: str | None) -> Finding:
 
 
 def _kernels() -> list[Finding]:
-    """The compiled library, and the instruction set that is used."""
-    from rac_modifier.kernels.cpu.library import ABI, ISAS, built_libraries, load
-    from rac_modifier.kernels.cpu.support import support
+    """What each kernel backend finds here."""
+    from rac_modifier.kernels.choose import examine_backends
 
-    paths = built_libraries()
-    install = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
-    if not paths:
-        detail = "not built when rac-modifier was installed; without it, sparse layers run dense. Install a C++ compiler, then"
-        return [Finding("kernels", "compiled library", "missing", detail, install)]
-    library, reason = load()
-    if library is None:
-        return [Finding("kernels", "compiled library", "broken", reason, install)]
-    detail = f"{paths[0].name}, interface {ABI}, compiled with {library.compiler}"
-    runs = ISAS[: ISAS.index(library.best) + 1]
-    findings = [
-        Finding("kernels", "compiled library", "ok", detail),
-        Finding("kernels", "instruction sets", "ok", f"{library.best} is the best here; runs {', '.join(runs)}"),
-    ]
-    try:
-        findings.append(Finding("kernels", "in use", "ok", support().reason))
-    except RacError as error:
-        findings.append(Finding("kernels", "in use", "broken", str(error), "unset RAC_KERNEL"))
-    return findings
+    install = {
+        "missing": f"pip install --force-reinstall --no-deps {DISTRIBUTION}",
+        "broken": f"pip install --force-reinstall --no-deps {DISTRIBUTION}",
+    }
+    return [Finding("kernels", f.name, f.status, f.detail, f.mend or install.get(f.status)) for f in examine_backends()]
 
 
 def _devices() -> list[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rac_modifier.kernels import cpu
+from rac_modifier.kernels.cpu.examine import Found, examine_library
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 
 # By device type, as torch names it. A new backend is a folder beside cpu/ and an entry here.
@@ -23,3 +24,8 @@ def choose(layer: Layer, device: str) -> tuple[Decision, Backend | None]:
 def no_backend(device: str, served: torch.dtype) -> Decision:
     """The decision for a device type without a backend."""
     return stay_dense(f"there is no sparse kernel for {device} yet", served)
+
+
+def examine_backends() -> list[Found]:
+    """What is compiled, loads and runs here, for reports to the user; `choose` does not need it."""
+    return examine_library()

@@ -29,21 +29,34 @@ def test_other_errors_pass() -> None:
         raise ZeroDivisionError
 
 
+# A job in the background of a script, such as a CI run, inherits an ignored SIGINT: Python then raises no KeyboardInterrupt.
+RAC = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from rac_modifier.cli import main
+main()
+"""
+
+
 def interrupted(command: list[str], folder: Path, ready: Path) -> tuple[int, str]:
     """Start a command, press Ctrl-C as soon as the file `ready` holds several lines: exit code, standard error."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "rac_modifier.cli", *command], cwd=folder, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", RAC, *command], cwd=folder, stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not ready.exists() or ready.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    # to the whole group, as a terminal does
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    return process.returncode, error
+    try:
+        deadline = time.monotonic() + 120
+        while not ready.exists() or ready.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # to the whole group, as a terminal does
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        return process.returncode, error
+    finally:  # a test that fails leaves no process behind
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -55,11 +55,12 @@ def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
     assert code == 0
     assert (part["store"], part["traces"], part["tokens"]) == (str(store), len(held), held.counts.tokens)
 
-    options = ("--json", "--verify", "--select", "{finished: true}", "--model", tiny_folder)
-    found = json.loads(rac("traces", "inspect", store, *options)[1])
+    found = json.loads(
+        rac("traces", "inspect", store, "--model", tiny_folder, "--json", "--verify", "--select", "{finished: true}")[1]
+    )
     assert found["counts"]["traces"] == len(held)
     assert (found["right"], found["selected"]) == (0, held.counts.finished)
-    assert found["header"]["tokenizer"] == held.header.tokenizer
+    assert found["header"]["model"] == tiny_folder.name
 
     out = tmp_path / "new.parquet"
     assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {"output": str(out), "traces": len(held)}

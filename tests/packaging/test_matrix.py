@@ -73,8 +73,8 @@ def test_a_missing_interpreter_is_a_named_result():
         ("...\n12 passed, 1 skipped in 3.20s", 0, "12 passed, 1 skipped"),
         ("=== 1 failed, 12 passed, 2 warnings in 3.20s (0:00:03) ===", 1, "FAILED: 1 failed, 12 passed, 2 warnings"),
         ("3 passed in 1s\n==== 1 error in 0.50s ====", 2, "FAILED: 1 error"),
-        ("$ pip\nERROR: No matching distribution found for x\nhint", 1, "FAILED to install: ERROR: No matching"),
-        ("$ pip", 1, "FAILED to install: $ pip"),
+        ("$ pip\nERROR: No matching distribution found for x\nhint", 1, "FAILED: ERROR: No matching"),
+        ("$ pip", 1, "FAILED: $ pip"),
     ],
 )
 def test_what_a_log_says(log, code, result):

@@ -153,6 +153,24 @@ def test_a_state_of_other_settings_is_not_used(tmp_path):
     assert result.curve == run(alone, dense, SETTINGS.model_copy(update={"seed": 5})).curve
 
 
+@pytest.mark.parametrize("changed", ["training", "held out", "weights"])
+def test_a_state_of_other_traces_or_weights_is_not_used(tmp_path, changed):
+    dense, sparse = dense_and_sparse()
+    run(sparse, dense, state=tmp_path, save_seconds=0.0)
+    _, other = dense_and_sparse()
+    training, held_out = TRAINING, HELD_OUT
+    if changed == "training":
+        training = [*TRAINING[1:], *sequences(1, seed=9)]
+    elif changed == "held out":
+        held_out = sequences(20, seed=8)
+    else:
+        other.model.norm.weight.data.mul_(1.5)
+    result = recover(other, LiveTeacher(dense), training, held_out, SETTINGS, progress=False, state=tmp_path)
+    assert len(result.curve) > 2  # of steps of its own, from the start
+    assert next(step for step, _ in result.curve) == 0
+    assert result.curve != run(dense_and_sparse()[1], dense, state=tmp_path).curve
+
+
 def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path):
     dense, sparse = dense_and_sparse()
     (tmp_path / "recovery.safetensors").write_bytes(b"cut")
