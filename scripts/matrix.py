@@ -153,14 +153,14 @@ def installed(python: str) -> dict[str, str]:
 
 
 def conclusion(log: str, code: int) -> str:
-    """The counts of pytest, or the last line of what failed before it."""
+    """The counts of pytest, or the first error of what failed before it."""
     counts = re.findall(
         r"^(?:=+ )?((?:\d+ \w+, )*\d+ (?:passed|failed|errors?)\b[^=\n]*?) in [\d.]+s", log, re.MULTILINE
     )
     if counts:
         return ("" if code == 0 else "FAILED: ") + counts[-1]
-    lines = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()
-    return f"FAILED: {lines[-1][:150]}" if code else "passed"
+    lines = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()[-1:]
+    return f"FAILED: {lines[0][:200]}" if code else "passed"
 
 
 def table(done: list[Row]) -> str:
