@@ -28,12 +28,7 @@ def test_show_prints_the_file_as_it_is(rac, tmp_path):
 
 def test_show_of_an_unknown_name_is_one_message(rac):
     code, stdout, stderr = rac("recipes", "show", "rac_2of5")
-<<<<<<< HEAD
     assert (code, stdout) == (1, "")
-=======
-    assert code != 0
-    assert stdout == ""
->>>>>>> w-pack
     assert "did you mean rac_2of4" in stderr
 
 
@@ -49,9 +44,5 @@ def test_a_recipe_is_named_without_a_path(rac, tiny_folder, tmp_path):
 
 def test_a_misspelt_name_is_refused_before_anything_is_loaded(rac, tmp_path):
     code, _, stderr = rac("prune", "no-such-model", tmp_path / "out", "--recipe", "rac_2of5")
-<<<<<<< HEAD
     assert code == 1
-=======
-    assert code != 0
->>>>>>> w-pack
     assert "no recipe at rac_2of5; did you mean rac_2of4" in stderr
