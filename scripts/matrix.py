@@ -159,6 +159,8 @@ def conclusion(log: str, code: int) -> str:
     )
     if counts:
         return ("" if code == 0 else "FAILED: ") + counts[-1]
+    if code < 0 or code > 128:
+        return f"FAILED: ended by signal {-code if code < 0 else code - 128}, as when memory is short"
     lines = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()[-1:]
     return f"FAILED: {lines[0][:200]}" if code else "passed"
 

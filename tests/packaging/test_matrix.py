@@ -75,6 +75,8 @@ def test_a_missing_interpreter_is_a_named_result():
         ("3 passed in 1s\n==== 1 error in 0.50s ====", 2, "FAILED: 1 error"),
         ("$ pip\nERROR: No matching distribution found for x\nhint", 1, "FAILED: ERROR: No matching"),
         ("$ pip", 1, "FAILED: $ pip"),
+        ("$ pip", -9, "FAILED: ended by signal 9"),
+        ("$ sh", 137, "FAILED: ended by signal 9"),
     ],
 )
 def test_what_a_log_says(log, code, result):
