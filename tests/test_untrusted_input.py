@@ -14,6 +14,8 @@ ALLOWED = {
     ("__init__.py", "import_module("): "the module is one of the literals of _LAZY",
     ("llmcompressor/register.py", "import_module("): "a literal name of this package",
     ("on_import.py", "import_module("): "callers give literal names of this package",
+    ("cli/doctor.py", "import_module("): "the names of this package's own dependencies, from its metadata",
+    ("cli/doctor.py", "entry_points"): "only looked at: is our plugin registered",
     ("checkpoint/load.py", "trust_remote_code"): "load_model's own argument, False unless the caller sets it",
     ("problems/answer_checker.py", "import_module("): "one of two literals, imported before the first answer",
 }

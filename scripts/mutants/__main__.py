@@ -17,7 +17,7 @@ from scripts.mutants.trial import Outcome, attempt, copy_tree
 
 # Numerics, formats, selection, sampling, grading, pipelines, plugin.
 ROOMS = (
-    *("pruning", "quantization", "calibration", "traces", "sampling", "problems"),
+    *("pruning", "quantization", "recovery", "calibration", "traces", "sampling", "problems"),
     *("checkpoint", "evaluation", "llmcompressor", "kernels", "vllm_plugin"),
 )
 LIMIT = 0.05  # of the sample may survive

@@ -47,7 +47,7 @@ def test_a_shipped_recipe_runs_without_download(path, wide_folder, tmp_path, mon
     pruned = "gptq" not in path.stem
     assert len(report.sparse) == (14 if pruned else 0)
     assert all(
-        row.sparsity == pytest.approx(0.5, abs=0.05) for row in report.sparse
+        row.sparsity == pytest.approx(0.6 if "_60" in path.stem else 0.5, abs=0.05) for row in report.sparse
     )  # small weights round to 0 as well
     assert all(row.structure == ("2:4" if "2of4" in path.stem else "unstructured") for row in report.sparse)
     loaded = load_model(out)
