@@ -33,12 +33,14 @@ test: lint test-compress test-plugin ## lint and all tests of both environments 
 test-compress: $(VENV)/.installed ## all tests of the compressing environment
 	$(BIN)/python -m pytest
 
-# tests/conftest.py (SERVING_TESTS) names what is collected there
+# the files that tests/conftest.py (SERVING_TESTS) lets through; named, so that no other folder's conftest.py is loaded
+SERVING_TESTS = tests/vllm_plugin tests/kernels/test_plan.py tests/checkpoint/test_stored_weight.py tests/checkpoint/test_fuzz_stored_weight.py
+
 test-plugin: $(SERVE_VENV)/.installed ## the quick tests of the serving environment
-	$(SERVE_BIN)/python -m pytest -m "not slow"
+	$(SERVE_BIN)/python -m pytest $(SERVING_TESTS) -m "not slow"
 
 test-serve: $(SERVE_VENV)/.installed ## all tests of the serving environment: starts vLLM's engines and servers
-	$(SERVE_BIN)/python -m pytest
+	$(SERVE_BIN)/python -m pytest $(SERVING_TESTS)
 
 test-processors: $(VENV)/.installed ## numeric tests with other thread counts and instruction sets; not part of `make test`
 	scripts/test_processors.sh $(BIN)/python
