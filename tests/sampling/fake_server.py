@@ -46,7 +46,7 @@ class FakeServer:
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.bodies: list[dict[str, Any]] = []
         self.faults: Counter[str] = Counter()
-        self.headers: list[dict[str, str]] = []
+        self.headers: list[dict[str, str]] = []  # names in lower case: the openai versions differ
         self.most_at_once = 0
         self._now = 0
         self._lock = threading.Lock()
@@ -85,12 +85,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.fake.headers.append(dict(self.headers))
+        self.fake.headers.append({name.lower(): value for name, value in self.headers.items()})
         self.send(self.fake.list_status, {"object": "list", "data": self.fake.cards})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.fake.headers.append(dict(self.headers))
+        self.fake.headers.append({name.lower(): value for name, value in self.headers.items()})
         with self.fake.counted(body) as number:
             time.sleep(self.fake.delay(body))
             fault = self.fake.fault(number, body)

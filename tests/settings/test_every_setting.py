@@ -249,7 +249,7 @@ def served(row: Row, changed: bool) -> Outcome:
             error=error,
             requests=(len(first.bodies), len(second.bodies)),
             names={body["model"] for body in first.bodies},
-            keys={headers.get("Authorization") for headers in first.headers},
+            keys={headers.get("authorization") for headers in first.headers},
             at_once=min(first.most_at_once, 2),
             stored=re.findall(r'"id":"[^"]*"', Path(f"{leaf}-{changed}.jsonl").read_text()) if error is None else [],
         )
