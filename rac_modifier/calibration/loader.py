@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
@@ -48,6 +49,15 @@ class CalibrationLoader(DataLoader):
     def unpadded(self) -> CalibrationLoader:
         """The same sequences in the same order, one per batch."""
         return CalibrationLoader(self.sequences, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
+
+    def sha256(self) -> str:
+        """A hash (64 hex digits) of the batches and of their token weights."""
+        digest = hashlib.sha256()
+        for batch, weights in zip(self, self.token_weights, strict=True):
+            digest.update(f"{tuple(weights.shape)}".encode())
+            digest.update(batch["input_ids"].numpy().astype("<i8").tobytes())
+            digest.update(weights.numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
 
     def _grouped(self, batch_tokens: int) -> list[list[CalibrationSequence]]:
         """Sequences of similar length share a batch of at most `batch_tokens` padded tokens; 0: one sequence per batch."""

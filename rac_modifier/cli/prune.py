@@ -113,7 +113,12 @@ def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precisi
 
 
 def _how_to_go_on(output: Path) -> str:
-    text = "the traces that were collected are kept and will be used; run the same command again"
+    from rac_modifier.llmcompressor.oneshot_arguments import unfinished
+
+    kept = "the traces that were collected"
+    if unfinished(output).is_dir():
+        kept += f" and what is pruned so far ({unfinished(output)})"
+    text = f"{kept} are kept and will be used; run the same command again"
     if output.is_dir() and any(output.iterdir()):
         return f"{output} is not complete: remove it. Then, {text}"
     return text

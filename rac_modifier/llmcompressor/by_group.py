@@ -47,15 +47,19 @@ def calibrate_by_group(
                 if stage.modules:
                     if pruner.needs_dense_stream and dense is pruned:  # until here nothing was pruned
                         dense = _copy(pruned)
+                    known = pruner.was_pruned(stage.modules)  # by a run that was killed
                     group: InputGroup | None = None
                     for batch in batches:
-                        (x,), (x_dense,) = (c.fetch(batch, [stage.reads]).values() for c in (pruned, dense))
-                        group = group or _input_group(stage, x, pruner.needs_dense_stream)
-                        group.statistics.add(x, pruner.weights_for(stage.modules, batch), x_dense)
+                        if not known:
+                            (x,), (x_dense,) = (c.fetch(batch, [stage.reads]).values() for c in (pruned, dense))
+                            group = group or _input_group(stage, x, pruner.needs_dense_stream)
+                            group.statistics.add(x, pruner.weights_for(stage.modules, batch), x_dense)
                         if dense is not pruned and index < last:
                             stage.run(model, dense, batch)
-                    assert group is not None, "a calibration set has batches"
-                    pruner.prune_group(group)
+                    if group is None:
+                        pruner.restore(stage.modules)
+                    else:
+                        pruner.prune_group(group)
                 if index < last:
                     for batch in batches:
                         stage.run(model, pruned, batch)

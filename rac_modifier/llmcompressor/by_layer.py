@@ -57,7 +57,10 @@ def calibrate_by_layer(
         )
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
-                if wanted.intersection(submodules[index]):
+                here = [module for module in submodules[index] if module in wanted]
+                if pruner.was_pruned(here):  # by a run that was killed
+                    pruner.restore(here)
+                elif here:
                     pruner.on_subgraph_start(submodules[index])
                     for batch in range(len(loader)):
                         session.state.current_batch_idx = batch

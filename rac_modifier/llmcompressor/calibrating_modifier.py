@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from typing import Any, Self
 
 import torch
@@ -19,6 +20,7 @@ from rac_modifier.llmcompressor.oneshot_arguments import check_arguments, find_o
 from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.model_tools import on_accelerator
+from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import CalibrationEntry
 
 # Fields of upstream's Modifier are its state. Of those it sets two itself when it reads a recipe.
@@ -124,6 +126,17 @@ class CalibratingModifier(CalibrationEntry, Modifier):
 
     def after_pruning(self, model: PreTrainedModel) -> None:
         """What is done with the model when every modifier of the recipe has run, before it is measured."""
+
+    def about_run(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What the weights of a run depend on, as far as it is known before sampling.
+
+        Where the traces came from is left out: the calibration set shows whether they are the same.
+        """
+        return {
+            "recipe": self.model_dump(mode="json", exclude={"traces", "tokenizer"}),
+            "model": model_fingerprint(model),
+            "version of rac-modifier": version("rac-modifier"),
+        }
 
     def run_record(self) -> dict[str, Any]:
         """The run record's entries about the settings and the calibration set."""

@@ -21,8 +21,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 from loguru import logger
+from transformers import PreTrainedModel
 
+from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
+from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pruning import Method
 
 _FLOAT32 = 4
@@ -67,6 +70,24 @@ class MemoryNeed:
     dense_target: bool
     solver: Method
     refits: bool
+
+    @classmethod
+    def of(
+        cls, entry: PruningEntry, loader: CalibrationLoader | None, model: PreTrainedModel, *, by_layer: bool
+    ) -> MemoryNeed:
+        """What a recipe's entry needs; without a `loader`, for a calibration set of the size that it asks for."""
+        embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        sizes = [weights.numel() for weights in loader.token_weights] if loader else []
+        return cls(
+            tokens=sum(sizes) or entry.calibration.tokens,
+            batch_tokens=max(sizes, default=min(entry.calibration.tokens, entry.calibration.batch_tokens)),
+            hidden=embedding.shape[1],
+            activation_bytes=embedding.element_size(),
+            by_layer=by_layer,
+            dense_target=entry.reconstruct == "dense" and not by_layer,
+            solver=entry.solver,
+            refits=entry.refits or entry.quantization is not None,
+        )
 
     def kept(self, group: GroupShape) -> int:
         """Bytes of activations that are kept while this group is pruned."""

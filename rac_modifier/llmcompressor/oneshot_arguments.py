@@ -118,6 +118,12 @@ def check_output_folder(folder: Path) -> None:
         raise RacError(f"output folder {folder} is in use; name an empty or a new one")
 
 
+def unfinished(output_dir: str | Path) -> Path:
+    """Where a run with this output folder keeps what it has pruned so far."""
+    folder = Path(output_dir)
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
 def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:
     """The tokenizer that `oneshot` was given or has loaded beside the model; None where the recipe names its own.
 

@@ -128,6 +128,7 @@ def _prune(
             why = str(error)
     pruner.use_order("group" if stages else "layer", why)
     pruner.check_memory(model, [stage.modules for stage in stages if stage.modules], device, offload)
+    pruner.resume()
     if stages:
         calibrate_by_group(model, loader, stages, pruner, device, offload)
     else:

@@ -31,6 +31,7 @@ class PruningProgress:
         self._groups: list[dict[str, Any]] = []
         self._bar = tqdm(total=len(shapes), desc="pruning", bar_format=_BAR, disable=None)
         self._next_line = 1
+        self._restored = 0
 
     def done(self, names: Sequence[str]) -> None:
         """A group of these modules is pruned."""
@@ -41,6 +42,13 @@ class PruningProgress:
         self._times += [(shape, seconds * _size(shape) / weights) for shape in shapes]
         self._groups.append({"modules": list(names), "seconds": round(seconds, 3)})
         self._show(len(names))
+
+    def restored(self, name: str) -> None:
+        """This module was pruned by an earlier run; its time says nothing about the others."""
+        del self._left[name]
+        self._restored += 1
+        self._last = self._clock()
+        self._bar.update()
 
     def close(self) -> None:
         """Pruning has ended."""
@@ -59,13 +67,15 @@ class PruningProgress:
         return sum(mean.get(shape, per_weight * _size(shape)) for shape in self._left.values())
 
     def record(self) -> dict[str, Any]:
-        """For the run record: seconds of all groups together, and per group."""
-        return {"seconds": round(self._last - self._begin, 3), "groups": self._groups}
+        """For the run record: seconds of all groups together, and per group; without what an earlier run had pruned."""
+        restored = {"restored_modules": self._restored} if self._restored else {}
+        return {"seconds": round(self._last - self._begin, 3), **restored, "groups": self._groups}
 
     def _show(self, count: int) -> None:
         self._bar.set_postfix_str(f"{_readable(self.seconds_left)} left", refresh=False)
         self._bar.update(count)
-        total, done = len(self._left) + len(self._times), len(self._times)
+        done = len(self._times) + self._restored
+        total = len(self._left) + done
         if self._bar.disable and done * _LINES >= self._next_line * total:
             self._next_line = done * _LINES // total + 1
             logger.info(f"pruned {done} of {total} modules, about {_readable(self.seconds_left)} left")

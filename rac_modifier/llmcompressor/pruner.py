@@ -38,6 +38,15 @@ class Pruner(Protocol):
     ) -> None:
         """Refuse to start where the largest of these groups (none: of the modules) needs more memory than is free."""
 
+    def resume(self) -> None:
+        """Find what a run of the same recipe, model and calibration set had pruned before it was killed."""
+
+    def was_pruned(self, modules: Iterable[torch.nn.Module]) -> bool:
+        """Whether all of these were pruned before the last run was killed; they need no statistics then."""
+
+    def restore(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Put the pruned weights of these modules back."""
+
     def on_subgraph_start(self, modules: Iterable[torch.nn.Module]) -> None:
         """Layer by layer: the coming forward passes run these modules."""
 

@@ -19,9 +19,10 @@ from rac_modifier.calibration.token_weights import gradient_weights
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
+from rac_modifier.llmcompressor.finished_groups import FinishedGroups
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
 from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
-from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
+from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot, unfinished
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, reserved_tokens
@@ -51,6 +52,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _progress: PruningProgress | None = PrivateAttr(default=None)
     _recovery: RecoveryStage | None = PrivateAttr(default=None)
     _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _finished: FinishedGroups | None = PrivateAttr(default=None)
     _masters: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)  # weights before they were rounded
     _order: dict[str, str] = PrivateAttr(default_factory=dict)
     _results: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
@@ -101,6 +103,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         logger.info(f"pruning {len(self._names)} modules: {described}")
         oneshot = find_oneshot()
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
+        if oneshot is not None and oneshot.output_dir is not None:
+            self._finished = FinishedGroups(unfinished(oneshot.output_dir), self.about_run(model))
         self.check_memory(model, [], get_main_device(), torch.device(offload))
         loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
         if self.recover is not None:
@@ -129,20 +133,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         Raises:
             RacError: naming the module, the bytes needed and free, and what to change.
         """
-        embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-        loader = self._calibration.loader if self._calibration else None
-        sizes = [weights.numel() for weights in loader.token_weights] if loader else []
         by_layer = "layer" in (self.order, self._order.get("order"))
-        need = MemoryNeed(
-            tokens=sum(sizes) or self.calibration.tokens,
-            batch_tokens=max(sizes, default=min(self.calibration.tokens, self.calibration.batch_tokens)),
-            hidden=embedding.shape[1],
-            activation_bytes=embedding.element_size(),
-            by_layer=by_layer,
-            dense_target=self.needs_dense_stream and not by_layer,
-            solver=self.solver,
-            refits=self.refit or self.solver in ("alps", "keep") or self.quantization is not None,
-        )
+        loader = self._calibration.loader if self._calibration else None
+        need = MemoryNeed.of(self, loader, model, by_layer=by_layer)
         shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
         check_memory(need, shapes, onload, offload)
 
@@ -161,6 +154,25 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
 
         for module in self._names:
             self.register_hook(module, hook, "forward_pre")  # type: ignore[arg-type]
+
+    def resume(self) -> None:
+        """Find what a run of the same recipe, model and calibration set had pruned before it was killed."""
+        if self._finished is not None:
+            self._finished.begin(
+                {"order": self._order["order"], "calibration set": self.calibration_set.loader.sha256()}
+            )
+
+    def was_pruned(self, modules: Iterable[torch.nn.Module]) -> bool:
+        """Whether all of these were pruned before the last run was killed."""
+        return self._finished is not None and self._finished.has([self._names[module] for module in modules])
+
+    def restore(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Put the pruned weights of these modules back."""
+        assert self._finished is not None
+        assert self._progress is not None
+        for name, module in ((self._names[module], module) for module in modules):
+            self._results[name] = self._finished.restore(name, module, self._masters)
+            self._progress.restored(name)
 
     def on_subgraph_start(self, modules: Iterable[torch.nn.Module]) -> None:
         """Layer by layer: the coming forward passes run these modules."""
@@ -231,6 +243,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 record["relative_error"] = result.relative_error
                 record["sparsity"] = float((result.weight == 0).float().mean())
                 record["quantization"] = quantizer.described[solution.name]
+        if self._finished is not None:
+            self._finished.add(dict(zip(names, group.modules, strict=True)), self._results, self._masters)
         assert self._progress is not None
         self._progress.done(names)
 
@@ -271,6 +285,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             storage=self.storage,
             tokenizer=self.tokenizer_name,
             prepare=prepare,
+            after=self._finished.remove if self._finished is not None else None,
             record={
                 "method": self.solver,
                 "order": self._order,
@@ -280,6 +295,6 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 **self.run_record(),
                 "time": self._progress.record() if self._progress else {},
                 **({"recovery": self._recovered} if self._recovered else {}),
-                "modules": list(self._results.values()),
+                "modules": [self._results[name] for name in self._names.values() if name in self._results],
             },
         )

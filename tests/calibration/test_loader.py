@@ -182,3 +182,12 @@ def test_a_batch_may_fill_its_limit_exactly():
 def test_prompt_and_trace_weights_reach_the_loader(weights):
     made = loader(sequences([9]), prompt_weight=weights[0], trace_weight=weights[1])
     assert made.token_weights[0].tolist() == [pytest.approx([weights[0]] * 3 + [weights[1]] * 6)]
+
+
+def test_the_hash_changes_with_tokens_weights_and_order():
+    wanted = sequences([9, 20, 31, 12])
+    same = {loader(wanted).sha256(), loader(list(wanted)).sha256()}
+    assert len(same) == 1
+    other_token = [replace(wanted[0], ids=(99, *wanted[0].ids[1:])), *wanted[1:]]
+    others = {loader(other_token).sha256(), loader(wanted, prompt_weight=0.5).sha256(), loader(wanted, seed=3).sha256()}
+    assert len(others | same) == 4

@@ -84,3 +84,17 @@ def test_a_run_records_its_times(prune, tmp_path):
         assert [len(group["modules"]) for group in time["groups"]] == [3, 1, 2, 1] * 2
         assert all(group["seconds"] >= 0 for group in time["groups"])
         assert sum(group["seconds"] for group in time["groups"]) == pytest.approx(time["seconds"], abs=0.01)
+
+
+def test_modules_that_were_restored_count_as_done_and_tell_nothing_of_the_time_left():
+    clock = Clock()
+    progress = PruningProgress({str(i): (4, 4) for i in range(4)}, clock)
+    clock.now += 1
+    progress.restored("0")
+    assert progress.seconds_left == 0.0  # unknown
+    clock.now += 10
+    progress.done(["1"])
+    assert progress.seconds_left == 20.0
+    assert progress.record()["restored_modules"] == 1
+    assert progress.record()["groups"] == [{"modules": ["1"], "seconds": 10.0}]
+    progress.close()

@@ -27,10 +27,11 @@ def loader() -> CalibrationLoader:
 class Recorder:
     """Exactly the members of `Pruner`; it prunes nothing and keeps what it was called with."""
 
-    def __init__(self, model, loader, order):
+    def __init__(self, model, loader, order, known):
         self.names = {module: name for name, module in linears(model).items()}
         self.loader, self.order, self.needs_dense_stream = loader, order, False
         self.chosen, self.checked, self.started, self.pruned = None, None, [], []
+        self.before, self.known, self.restored = known, set(), []
 
     def calibrated_modules(self):
         return dict(self.names)
@@ -40,6 +41,15 @@ class Recorder:
 
     def check_memory(self, model, groups, onload, offload):
         self.checked = groups
+
+    def resume(self):
+        self.known = {name for name in self.names.values() if self.before and self.before in name}
+
+    def was_pruned(self, modules):
+        return bool(modules) and {self.names[module] for module in modules} <= self.known
+
+    def restore(self, modules):
+        self.restored += [self.names[module] for module in modules]
 
     def on_subgraph_start(self, modules):
         self.started.append([self.names[module] for module in modules if module in self.names])
@@ -51,9 +61,9 @@ class Recorder:
         self.pruned.append(([self.names[module] for module in group.modules], group.statistics.hessian.tokens))
 
 
-def run(order) -> Recorder:
+def run(order, known="") -> Recorder:
     model, made = tiny_model(), loader()
-    pruner = Recorder(model, made, order)
+    pruner = Recorder(model, made, order, known)
     with create_session() as session:
         session.initialize(recipe=None, model=model)
         session.lifecycle.recipe.modifiers.append(_Silent(pruner))
@@ -91,6 +101,19 @@ def test_layer_by_layer_with_nothing_but_a_pruner():
     assert pruner.checked == []
     assert [len(names) for names in pruner.started] == [7, 7]
     assert pruner.pruned == []
+
+
+@pytest.mark.parametrize("order", ["auto", "layer"])
+def test_what_is_pruned_already_is_restored_and_needs_no_statistics(order):
+    """Its part of the model still runs, so the statistics of what comes after it are the same."""
+    pruner = run(order, known="layers.0")
+    assert sorted(pruner.restored) == sorted(pruner.known)
+    assert len(pruner.known) == 7
+    if order == "auto":
+        assert all("layers.1" in name for names, _ in pruner.pruned for name in names)
+        assert [len(names) for names, _ in pruner.pruned] == [3, 1, 2, 1]
+    else:
+        assert [len(names) for names in pruner.started] == [7]
 
 
 @pytest.mark.parametrize("name", [name for name in vars(Pruner) if not name.startswith("_")])
