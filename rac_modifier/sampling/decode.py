@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from rac_modifier.sampling.row_noise import gumbel_noise
+from rac_modifier.sampling.draw import Draw
 
 # Rows are taken out once a quarter of those in the batch have ended, not at once, since that copies the key-value cache.
 _KEPT_BELOW = 0.75
@@ -25,8 +25,8 @@ def decode(
     limits: list[int],
     eos: list[int],
     pad: int,
-    warpers: LogitsProcessorList,
-    rows: torch.Tensor | None,
+    draw: Draw,
+    rows: torch.Tensor,
 ) -> list[list[int]]:
     """Complete left-padded prompts; returns the new tokens of each row, up to its limit, not yet cut at its EOS.
 
@@ -36,8 +36,8 @@ def decode(
         limits: the most new tokens of each row.
         eos: ids that end a row.
         pad: id of the padding.
-        warpers: temperature, top-k, top-p; computed row by row, without state.
-        rows: int64 key of each row for Gumbel noise (`row_noise.row_keys`), or None for greedy decoding.
+        draw: temperature, top-k, top-p.
+        rows: int64 key of each row for its noise (`row_noise.row_keys`).
     """
     device, width = model.device, max(map(len, prompts))
     inputs = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -59,10 +59,7 @@ def decode(
             use_cache=True,
             **only_last,
         ).logits[:, -1]
-        scores: torch.Tensor = warpers(inputs, logits.float())  # type: ignore[arg-type]
-        if rows is not None:
-            scores = scores + gumbel_noise(rows, step, scores.shape[-1])
-        tokens = scores.argmax(-1)
+        tokens = draw.tokens(logits, rows, step)
         output[present, step] = tokens
         running &= ~torch.isin(tokens, ends) & (longest[present] > step + 1)
         left = int(running.sum())
@@ -74,6 +71,5 @@ def decode(
             kept = running.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
             inputs, positions, mask, present = inputs[kept], positions[kept], mask[kept], present[kept]
-            rows = rows[kept] if rows is not None else None
-            running = running[kept]
+            rows, running = rows[kept], running[kept]
     return [row[:limit] for row, limit in zip(output.tolist(), limits, strict=True)]

@@ -8,19 +8,12 @@ from typing import Literal, Protocol, cast
 
 import torch
 from loguru import logger
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import evaluating
 from rac_modifier.sampling.decode import decode
+from rac_modifier.sampling.draw import Draw
 from rac_modifier.sampling.row_noise import row_keys
 from rac_modifier.settings.sampling import SamplingSettings
 
@@ -69,8 +62,10 @@ def generate(
             limits=limits,
             eos=eos,
             pad=pad,
-            warpers=_warpers(settings),
-            rows=row_keys(settings.seed, keys, model.device) if settings.temperature else None,
+            draw=Draw(
+                settings.temperature or 0.0, settings.top_k or 0, 1.0 if settings.top_p is None else settings.top_p
+            ),
+            rows=row_keys(settings.seed, keys, model.device),
         )
     return [_cut(row, set(eos)) for row in rows]
 
@@ -138,19 +133,6 @@ def _warn_of_penalty(repetition_penalty: float | None) -> None:
         logger.warning(
             f"the model's generation_config sets repetition_penalty={repetition_penalty}, which is not applied here"
         )
-
-
-def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
-    """Temperature, top-k and top-p in transformers' order; nothing at temperature 0."""
-    warpers = LogitsProcessorList()
-    if settings.temperature:
-        if settings.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k:
-            warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p is not None and settings.top_p < 1:
-            warpers.append(TopPLogitsWarper(settings.top_p))
-    return warpers
 
 
 def _cut(row: list[int], eos: set[int]) -> Generation:

@@ -20,8 +20,10 @@ def row_keys(seed: int, keys: list[str], device: torch.device | str = "cpu") -> 
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64, device=device)
 
 
-def gumbel_noise(rows: torch.Tensor, position: int, vocab: int) -> torch.Tensor:
-    """Standard Gumbel noise [rows, vocab] in float32, a pure function of (row key, position, token).
+def gumbel_noise(rows: torch.Tensor, position: int, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise [rows, tokens] in float32, a pure function of (row key, position, token).
+
+    `rows` are int64 keys [rows], `tokens` ids [tokens], or [rows, tokens] where each row has its own.
 
     Added to scores, it makes their arg max a draw from their softmax (Gumbel-max). With one stream of random numbers for all
     rows, as in `do_sample=True`, a resumed batch would draw other tokens.
@@ -30,8 +32,8 @@ def gumbel_noise(rows: torch.Tensor, position: int, vocab: int) -> torch.Tensor:
     then come from small v, where float32 is fine-grained; -log(-log(v)) would cap them at 17.
     """
     row = _mix(rows + (position + 1) * _POSITION_STEP)
-    token = _mix(torch.arange(1, vocab + 1, dtype=torch.int64, device=rows.device) * _GOLDEN)
-    bits = _mix(row[:, None] ^ token[None, :]).bitwise_and_(2**63 - 1)
+    token = _mix((tokens.to(torch.int64) + 1) * _GOLDEN)
+    bits = _mix(row[:, None] ^ token).bitwise_and_(2**63 - 1)
     v = bits.to(torch.float32).add_(0.5).mul_(2.0**-63).clamp_(max=_LARGEST_BELOW_ONE)
     return v.neg_().log1p_().neg_().log_().neg_()
 

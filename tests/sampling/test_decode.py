@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from rac_modifier.sampling.decode import decode
+from rac_modifier.sampling.draw import Draw
 from rac_modifier.sampling.row_noise import gumbel_noise, row_keys
 from tests.tiny import tiny_model
 
@@ -21,27 +21,24 @@ def model():
 def alone(model, prompt, limit, key, temperature):
     ids = list(prompt)
     for step in range(limit):
-        scores = model(torch.tensor([ids])).logits[:, -1] / temperature
-        if key is not None:
-            scores = scores + gumbel_noise(key[None], step, 128)
+        scores = model(torch.tensor([ids])).logits[:, -1]
+        if temperature:
+            scores = scores / temperature
+            scores = scores + gumbel_noise(key[None], step, torch.arange(128))
         ids.append(int(scores.argmax()))
         if ids[-1] in EOS:
             break
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("temperature", [None, 1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
 def test_each_row_is_what_it_is_alone(model, temperature):
-    keys = None if temperature is None else row_keys(5, [f"k{i}" for i in range(len(PROMPTS))])
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature else [])
-    rows = decode(model, PROMPTS, limits=LIMITS, eos=EOS, pad=0, warpers=warpers, rows=keys)
-    expected = [
-        alone(model, prompt, limit, None if keys is None else keys[i], temperature or 1.0)
-        for i, (prompt, limit) in enumerate(zip(PROMPTS, LIMITS, strict=True))
-    ]
+    keys = row_keys(5, [f"k{i}" for i in range(len(PROMPTS))])
+    rows = decode(model, PROMPTS, limits=LIMITS, eos=EOS, pad=0, draw=Draw(temperature), rows=keys)
+    expected = [alone(model, *each, temperature) for each in zip(PROMPTS, LIMITS, keys, strict=True)]
     assert [row[: len(e)] for row, e in zip(rows, expected, strict=True)] == expected
     assert [len(row) for row in rows] == LIMITS
-    if temperature is not None:
+    if temperature:
         assert len({len(e) for e in expected}) > 3  # rows do end at different times
 
 
@@ -57,7 +54,7 @@ def test_ended_rows_are_not_computed(model, monkeypatch):
     monkeypatch.setattr(model, "forward", counting)
     limits = [2, 3, 4, 5, 6, 7, 8, 20]
     prompts = [[2, 40 + i] for i in range(8)]
-    decode(model, prompts, limits=limits, eos=[], pad=0, warpers=LogitsProcessorList(), rows=None)
+    decode(model, prompts, limits=limits, eos=[], pad=0, draw=Draw(0.0), rows=torch.zeros(8, dtype=torch.int64))
     assert len(sizes) == 20
     assert sizes[:2] == [8, 8]
     assert sizes[-1] == 1

@@ -1,0 +1,74 @@
+"""Draws against transformers' own warpers, which sort the whole vocabulary, with the same noise."""
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from rac_modifier.sampling.draw import Draw
+from rac_modifier.sampling.row_noise import gumbel_noise, row_keys
+
+VOCABULARY = 5000
+ROWS = row_keys(1, [f"r{i}" for i in range(64)])
+SHAPES = {"peaked": 4.0, "flat": 0.4}  # with the flat one, top-p 0.95 needs thousands of tokens
+
+
+def logits(spread: float, seed: int = 0) -> torch.Tensor:
+    return spread * torch.randn(len(ROWS), VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+def warped(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers(torch.zeros(len(scores), 1, dtype=torch.int64), scores.clone())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (0.6, 0, 0.95),
+        (1.0, 0, 1.0),
+        (1.7, 20, 0.8),
+        (0.6, 20, 1.0),
+        (1.0, 0, 0.999),
+        (1.0, 300, 0.3),
+        (1.0, 1, 0.5),
+        (1.0, 9000, 0.5),
+    ],
+)
+def test_tokens_equal_those_of_a_full_sort(shape, temperature, top_k, top_p):
+    draw = Draw(temperature, top_k, top_p)
+    for position in range(8):
+        scores = logits(SHAPES[shape], seed=position)
+        whole = warped(scores, temperature, top_k, top_p) + gumbel_noise(ROWS, position, torch.arange(VOCABULARY))
+        assert torch.equal(draw.tokens(scores, ROWS, position), whole.argmax(-1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.95), (0, 0.2), (0, 0.0001), (50, 0.5), (7, 1.0)])
+def test_candidates_are_those_that_warpers_leave(shape, top_k, top_p):
+    scores = logits(SHAPES[shape])
+    values, ids = Draw(1.0, top_k, top_p)._candidates(scores)
+    kept = torch.full_like(scores, -torch.inf).scatter(1, ids, values)
+    expected = warped(scores, 1.0, top_k, top_p)
+    assert torch.equal(kept.isfinite(), expected.isfinite())
+    assert torch.equal(kept, expected)
+
+
+def test_few_candidates_are_looked_at_where_few_are_likely():
+    _, ids = Draw(0.6, 0, 0.95)._candidates(logits(4.0))
+    assert ids.shape[1] < VOCABULARY / 4
+
+
+def test_temperature_zero_is_the_arg_max():
+    scores = logits(1.0)
+    assert torch.equal(Draw(0.0, 5, 0.5).tokens(scores, ROWS, 3), scores.argmax(-1))
+
+
+def test_half_precision_is_drawn_in_float32():
+    scores = logits(4.0).bfloat16()
+    drawn = Draw(0.6, 0, 0.95).tokens(scores, ROWS, 0)
+    assert torch.equal(drawn, Draw(0.6, 0, 0.95).tokens(scores.float(), ROWS, 0))
