@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.models import check_model, load, resolve
 from rac_modifier.cli.options import Dtype, Precision, print_json
 from rac_modifier.errors import RacError
@@ -15,7 +16,9 @@ from rac_modifier.errors import RacError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rac_modifier.evaluation.paired import PairedDifference
     from rac_modifier.evaluation.report import ResultTable
+    from rac_modifier.evaluation.results import EvalResult
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.prompt import PromptSettings
     from rac_modifier.settings.sampling import SamplingSettings
@@ -60,6 +63,17 @@ def evaluate(
             help="enable_thinking of the chat template; default: as in calibration",
         ),
     ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="answers per problem, for pass@k")] = 1,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="OpenAI-compatible server of the one model named"),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="answers in progress at once")] = 64,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="file of the answers, to go on after a kill"),
+    ] = None,
+    baseline: Annotated[Path | None, typer.Option(help="the dense model's --json FILE, to be paired with")] = None,
     precision: Precision = Dtype.AUTO,
     direct: Annotated[bool, typer.Option("--direct", help="close the thinking before it begins")] = False,
     divergence: Annotated[
@@ -85,7 +99,9 @@ def evaluate(
     """
     from rac_modifier.cli.tables import render_results
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.plot import plot_file
+    from rac_modifier.evaluation.paired import paired_difference, read_results
+    from rac_modifier.evaluation.plot import plot_bars, plot_file
+    from rac_modifier.evaluation.report import accuracy_table
     from rac_modifier.files import write_json_atomic
     from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.settings.sampling import SamplingSettings
@@ -95,6 +111,11 @@ def evaluate(
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
     if divergence and len(models) < 2:
         raise RacError("--divergence compares pruned models with the first one; name at least two models")
+    in_file = Answering(tuple(server or ()), concurrency, samples, answers)
+    in_file.check(models, divergence=divergence, direct=direct, temperature=temperature)
+    if divergence and baseline is not None:
+        raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
+    paired_with = [] if baseline is None else read_results(baseline)
     if divergence and direct:
         raise RacError("--divergence samples the model with its thinking; give it without --direct")
     if plot is not None:
@@ -119,14 +140,26 @@ def evaluate(
             **choice.prompt.model_dump(),
         )
         results, table = _divergence(models, chosen, sampling, precision, plot)
+        pairs: list[PairedDifference] = []
     else:
         limits = {"max_new_tokens": cap, "temperature": temperature or 0.0, "batch_size": batch_size, "seed": seed}
-        results, table = _accuracy(models, chosen, limits, precision, choice.prompt, direct, plot)
+        if in_file.wanted:
+            where = {"source": source, "column": column, "answer_column": answer_column}
+            found = [in_file.run(name, chosen, where, limits, choice.prompt, precision) for name in models]
+        else:
+            found = _accuracy(models, chosen, limits, precision, choice.prompt, direct)
+        if plot is not None:
+            plot_bars(found, plot)
+        results, table = [result.as_dict() for result in found], accuracy_table(found)
+        first, *others = [*paired_with[:1], *found]
+        pairs = [paired_difference(first, other) for other in others]
     content = {"divergence" if divergence else "results": results, "prompt": choice.prompt.model_dump()}
+    if pairs:
+        content["paired"] = [pair.as_dict() for pair in pairs]
     if to_stdout:
         print_json(content)
         return
-    typer.echo(f"{render_results(table)}\n{choice.describe()}")
+    typer.echo("\n".join([render_results(table), *(f"{pair.describe()}." for pair in pairs), choice.describe()]))
     if json_out is not None:
         write_json_atomic(json_out, content)
 
@@ -138,11 +171,8 @@ def _accuracy(
     precision: Dtype,
     prompt: PromptSettings,
     direct: bool,
-    plot: Path | None,
-) -> tuple[list[dict[str, Any]], ResultTable]:
+) -> list[EvalResult]:
     from rac_modifier.evaluation.accuracy import evaluate as run
-    from rac_modifier.evaluation.plot import plot_bars
-    from rac_modifier.evaluation.report import accuracy_table
     from rac_modifier.reasoner import direct_answer_prompt
     from rac_modifier.sampling.prompts import render_prompt
 
@@ -151,10 +181,7 @@ def _accuracy(
             return direct_answer_prompt(tokenizer, question, prompt.system_prompt)
         return render_prompt(tokenizer, question, prompt.system_prompt, prompt.template, prompt.thinking)
 
-    results = [run(*load(name, precision), problems, label=name, render=render, **limits) for name in models]
-    if plot is not None:
-        plot_bars(results, plot)
-    return [result.as_dict() for result in results], accuracy_table(results)
+    return [run(*load(name, precision), problems, label=name, render=render, **limits) for name in models]
 
 
 def _divergence(

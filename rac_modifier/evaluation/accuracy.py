@@ -74,7 +74,7 @@ def evaluate(
     Raises:
         RacError: no problems, a problem without an answer, an id twice, a setting out of range, `rows_path` not writable.
     """
-    _check(problems)
+    check_problems(problems)
     settings = _settings(max_new_tokens, temperature, batch_size, seed)
     prompts = [render(tokenizer, problem.question) for problem in problems]
     # Longest first: prompts of similar length share a batch, and a batch too large for memory fails at once.
@@ -88,7 +88,7 @@ def evaluate(
     seconds = time.monotonic() - started
 
     rows = [
-        _row(tokenizer, problem, prompts[i], generations[i], (verifiers or {}).get(problem.task or ""))
+        row_of(tokenizer, problem, len(prompts[i]), generations[i], (verifiers or {}).get(problem.task or ""))
         for i, problem in enumerate(problems)
     ]
     if rows_path is not None:
@@ -96,7 +96,8 @@ def evaluate(
     return summarise(rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed)
 
 
-def _check(problems: Sequence[Problem]) -> None:
+def check_problems(problems: Sequence[Problem]) -> None:
+    """Refuse problems that cannot be graded: none at all, one without an answer, an id twice (RacError)."""
     if not problems:
         raise RacError("no problems to evaluate on; give at least one (check the problem source and its limit)")
     without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
@@ -136,7 +137,15 @@ def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int
             bar.update(min(size, len(order) - start))
 
 
-def _row(tokenizer: Any, problem: Problem, prompt: list[int], generation: Generation, verifier: Verifier | None) -> Row:
+def row_of(
+    tokenizer: Any,
+    problem: Problem,
+    prompt_tokens: int,
+    generation: Generation,
+    verifier: Verifier | None,
+    sample: int = 0,
+) -> Row:
+    """One checked answer."""
     assert problem.answer is not None
     # The thinking tags of R1 and Qwen3 are ordinary tokens, so they stay in the text.
     text = tokenizer.decode(list(generation.ids), skip_special_tokens=True)
@@ -145,10 +154,11 @@ def _row(tokenizer: Any, problem: Problem, prompt: list[int], generation: Genera
         task=problem.task,
         correct=is_correct(text, problem.answer, verifier),
         finish=generation.finish_reason,
-        prompt_tokens=len(prompt),
+        prompt_tokens=prompt_tokens,
         tokens=len(generation.ids),
         thinking_tokens=thinking_length(tokenizer, generation.ids),
         text=text,
+        sample=sample,
     )
 
 

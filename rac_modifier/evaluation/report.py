@@ -25,7 +25,8 @@ class ResultTable:
 def accuracy_table(results: Sequence[EvalResult], *, allow_mixed_caps: bool = False) -> ResultTable:
     """Results in the order given; the note states the cap and the sampling.
 
-    `thinking` and `tokens` are means per problem; `unfinished` is the share of answers cut off at the cap.
+    `thinking` and `tokens` are means per answer; `unfinished` is the share of answers cut off at the cap. With several answers
+    per problem, accuracy is pass@1, and pass@k for the largest k stands beside it.
 
     Raises:
         RacError: no results, or results of different caps (a longer cap finishes more answers, so accuracy and length
@@ -40,13 +41,22 @@ def accuracy_table(results: Sequence[EvalResult], *, allow_mixed_caps: bool = Fa
             f"results at different caps ({', '.join(map(str, caps))} new tokens) cannot be compared; evaluate all at "
             "one cap, or pass allow_mixed_caps=True to see them side by side"
         )
-    head = ("model", "accuracy", "95 % CI", "thinking", "tokens", "unfinished", "tokens/s", "minutes", "problems")
+    samples = sorted({r.samples for r in results})
+    if len(samples) > 1:
+        raise RacError(
+            f"results of {' and '.join(map(str, samples))} answers per problem cannot be compared; evaluate alike"
+        )
+    (several,) = samples
+    head = ["model", "accuracy", "95 % CI", "thinking", "tokens", "unfinished", "tokens/s", "minutes", "problems"]
+    if several > 1:
+        head.append(f"pass@{several}")
     temperatures = sorted({r.temperature for r in results})
     sampling = ", ".join("greedy" if t == 0 else f"temperature {t:g}" for t in temperatures)
+    answers = f"; {several} answers per problem" if several > 1 else ""
     return ResultTable(
-        head=(*head, "cap") if mixed else head,
+        head=(*head, "cap") if mixed else tuple(head),
         rows=tuple((*_cells(r), str(r.cap)) if mixed else _cells(r) for r in results),
-        note=sampling if mixed else f"At most {caps[0]} new tokens per problem; {sampling}.",
+        note=f"{sampling}{answers}" if mixed else f"At most {caps[0]} new tokens per answer; {sampling}{answers}.",
     )
 
 
@@ -58,9 +68,10 @@ def _cells(result: EvalResult) -> tuple[str, ...]:
         f"{result.mean_thinking_tokens:.0f}",
         f"{result.mean_completion_tokens:.0f}",
         f"{result.unfinished_share:.1%}",
-        f"{result.tokens_per_second:.0f}",
+        f"{result.tokens_per_second:.0f}" if result.tokens_per_second else "-",
         f"{result.seconds / 60:.1f}",
         str(result.problems),
+        *((f"{result.pass_at[str(result.samples)]:.1%}",) if result.samples > 1 else ()),
     )
 
 

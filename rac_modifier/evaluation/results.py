@@ -1,4 +1,4 @@
-"""The results of one evaluation: one row per problem, and the summary of all rows."""
+"""The results of one evaluation: one row per answer, and the summary of all rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from rac_modifier.errors import RacError
 
 
 @dataclass(frozen=True)
 class Row:
-    """One problem's outcome; token counts are the completion's, EOS included."""
+    """One answer to a problem; token counts are the completion's, EOS included."""
 
-    id: str
+    id: str  # of the problem
     task: str | None
     correct: bool
     finish: str  # "stop": the model ended its answer; "length": it was cut off at the cap
@@ -24,6 +26,7 @@ class Row:
     tokens: int
     thinking_tokens: int  # up to and including </think>; all of them where that is missing
     text: str
+    sample: int = 0  # which of several answers
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,23 @@ class EvalResult:
 
     label: str
     problems: int
-    correct: int
-    accuracy: float
-    ci_low: float  # Wilson score interval, 95 %
+    samples: int  # answers per problem
+    correct: int  # answers
+    accuracy: float  # pass@1: the mean over problems of the share of correct answers
+    ci_low: float  # 95 %: Wilson's score interval; with several answers per problem, a bootstrap over problems
     ci_high: float
+    pass_at: dict[str, float]  # pass@k for k = 1, 2, 4 ... up to `samples`
     mean_thinking_tokens: float
+    thinking_percentiles: dict[str, float]  # the 50th, 90th and 99th
     mean_completion_tokens: float
-    unfinished_share: float  # of all problems, those cut off at the cap
-    tokens_per_second: float
+    unfinished_share: float  # of all answers, those cut off at the cap
+    tokens_per_second: float  # of what this run generated; 0.0 where all answers were there already
     seconds: float  # generation only, without loading the model and checking answers
     cap: int  # most new tokens per problem
     temperature: float
     seed: int
     per_task: dict[str, float]  # accuracy of each named task
+    correct_answers: dict[str, int]  # by problem; what two results are paired by
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""
@@ -75,28 +82,69 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
 
 
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """The chance that one of k answers is right, estimated without bias from `correct` of `samples` (arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of `values`, one per problem; resampled 10,000 times with a fixed seed."""
+    numbers = np.asarray(values, dtype=np.float64)
+    chance = np.random.default_rng(0)
+    means = np.concatenate(
+        [numbers[chance.integers(len(numbers), size=(500, len(numbers)))].mean(axis=1) for _ in range(20)]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def summarise(
-    rows: Sequence[Row], *, label: str, seconds: float, cap: int, temperature: float, seed: int
+    rows: Sequence[Row],
+    *,
+    label: str,
+    seconds: float,
+    cap: int,
+    temperature: float,
+    seed: int,
+    generated: int | None = None,
 ) -> EvalResult:
-    """The result of a non-empty list of rows, generated in `seconds`."""
+    """The result of a non-empty list of rows, with as many rows for each problem.
+
+    `generated` tokens took `seconds`; None: all tokens did.
+    """
     assert rows, "an evaluation without problems is refused earlier"
-    correct = sum(row.correct for row in rows)
-    low, high = wilson_interval(correct, len(rows))
+    by_problem: dict[str, list[Row]] = {}
+    for row in rows:
+        by_problem.setdefault(row.id, []).append(row)
+    correct = {name: sum(row.correct for row in answers) for name, answers in by_problem.items()}
+    (samples,) = {len(answers) for answers in by_problem.values()}
+    shares = [count / samples for count in correct.values()]
+    if samples == 1:
+        low, high = wilson_interval(sum(correct.values()), len(correct))
+    else:
+        low, high = bootstrap_interval(shares)
+    ks = sorted({min(2**power, samples) for power in range(samples.bit_length() + 1)})
+    thinking = [row.thinking_tokens for row in rows]
     tasks = sorted({row.task for row in rows if row.task is not None})
+    tokens = sum(row.tokens for row in rows) if generated is None else generated
     return EvalResult(
         label=label,
-        problems=len(rows),
-        correct=correct,
-        accuracy=correct / len(rows),
+        problems=len(by_problem),
+        samples=samples,
+        correct=sum(correct.values()),
+        accuracy=fmean(shares),
         ci_low=low,
         ci_high=high,
-        mean_thinking_tokens=fmean(row.thinking_tokens for row in rows),
+        pass_at={str(k): fmean(pass_at_k(count, samples, k) for count in correct.values()) for k in ks},
+        mean_thinking_tokens=fmean(thinking),
+        thinking_percentiles={str(share): float(np.percentile(thinking, share)) for share in (50, 90, 99)},
         mean_completion_tokens=fmean(row.tokens for row in rows),
         unfinished_share=fmean(row.finish != "stop" for row in rows),
-        tokens_per_second=sum(row.tokens for row in rows) / seconds,
+        tokens_per_second=tokens / seconds if tokens else 0.0,
         seconds=seconds,
         cap=cap,
         temperature=temperature,
         seed=seed,
         per_task={task: fmean(row.correct for row in rows if row.task == task) for task in tasks},
+        correct_answers=correct,
     )

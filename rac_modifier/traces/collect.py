@@ -74,14 +74,7 @@ def collect_traces(
     in_memory = None if isinstance(model, ModelIdentity) else model
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
     sampling = sampling.resolved(identity.generation_config)
-    header = StoreHeader(
-        fingerprint=identity.fingerprint,
-        model=identity.name,
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        chat_template=_template_hash(tokenizer) if sampling.template == "chat" else None,
-        sampling=sampling,
-        problems=problems,
-    )
+    header = store_header(identity, tokenizer, sampling, problems)
     path = Path(store_path) if store_path is not None else default_store_path(header.fingerprint, sampling, problems)
     stored = read_header(path)
     if stored is not None and stored.fingerprint != header.fingerprint:
@@ -91,7 +84,7 @@ def collect_traces(
     if stored is not None and in_memory is not None and (engine is None or engine.verify_model):
         check_probes(in_memory, stored.engine.probes, f"the server that filled trace store {str(path)!r}")
     questions = load_problems(problems, sampling.seed)
-    with contextlib.closing(_engine(engine, identity, in_memory, tokenizer, sampling)) as chosen:
+    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling)) as chosen:
         if stored is None:
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:
@@ -112,19 +105,41 @@ def collect_traces(
     return store
 
 
-def _engine(
+def store_header(
+    identity: ModelIdentity,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingSettings,
+    problems: ProblemSource,
+) -> StoreHeader:
+    """The header of a store of this model's traces; `sampling` must be resolved."""
+    return StoreHeader(
+        fingerprint=identity.fingerprint,
+        model=identity.name,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        chat_template=_template_hash(tokenizer) if sampling.template == "chat" else None,
+        sampling=sampling,
+        problems=problems,
+    )
+
+
+def engine_for(
     settings: EngineSettings | None,
     identity: ModelIdentity,
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingSettings,
 ) -> Engine:
+    """The servers that `settings` name, or without settings the model in this process.
+
+    Raises:
+        RacError: neither.
+    """
     if settings is not None:
         from rac_modifier.sampling.openai_server import ServerEngine
 
         return ServerEngine(settings, identity, tokenizer, sampling, model)
     if model is None:
-        raise RacError("the model's weights are not in memory: load it, or name servers that sample it (traces.engine)")
+        raise RacError("the model's weights are not in memory: load it, or name servers that sample it")
     return InProcessEngine(model, tokenizer, sampling)
 
 

@@ -24,6 +24,7 @@ from rac_modifier.traces.store import Trace, TraceStore
 
 # So many failures without a success between them are an outage, not bad problems.
 _FAILURES_OF_AN_OUTAGE = 16
+_NO_LIMIT = 2**62
 _STORED_TOGETHER = 256  # stored traces that are passed over at once, so that the queue stays short
 
 
@@ -83,16 +84,17 @@ class FillStore:
             self._pending = self._open_pending()
             self._early = {trace.id: trace for trace in self._pending if trace.id not in store}
 
-    def run(self, tokens: int, progress: bool) -> int:
-        """Store the shortest run of problems that holds `tokens`; returns its tokens, fewer if the problems end.
+    def run(self, tokens: int | None, progress: bool) -> int:
+        """Store the shortest run of problems that holds `tokens` (None: all problems); returns its tokens, fewer if they end.
 
         Raises:
             RacError: no room on the disk, or an engine that cannot go on; what was stored before stays.
         """
+        goal, tokens = tokens, _NO_LIMIT if tokens is None else tokens
         batches = self._engine.iter_completions(self._batches(tokens))
         try:
             with tqdm(
-                total=tokens, desc="traces", unit="tok", unit_scale=True, disable=None if progress else True
+                total=goal, desc="traces", unit="tok", unit_scale=True, disable=None if progress else True
             ) as bar:
                 while self._total < tokens and (completions := next(batches, None)) is not None:
                     self._receive(completions, tokens)

@@ -12,7 +12,7 @@ def test_a_row_per_result_in_the_order_given():
     assert len(table.head) == len(table.rows[0]) == 9
     assert table.rows[0] == ("dense", "100.0%", "20.7-100.0", "8", "10", "0.0%", "5", "0.0", "1")
     assert table.rows[1][:6] == ("2:4, RAC", "50.0%", "9.5-90.5", "8", "10", "50.0%")
-    assert table.note == "At most 64 new tokens per problem; greedy."
+    assert table.note == "At most 64 new tokens per answer; greedy."
 
 
 def test_different_caps_are_refused_unless_asked_for():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -6,11 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import EvalResult, Row, summarise, wilson_interval
+from rac_modifier.evaluation.results import (
+    EvalResult,
+    Row,
+    bootstrap_interval,
+    pass_at_k,
+    summarise,
+    wilson_interval,
+)
+
+NUMBERS = itertools.count()
 
 
-def row(correct=True, finish="stop", tokens=10, thinking=8, task="addition"):
-    return Row("p", task, correct, finish, 5, tokens, thinking, "")
+def row(correct=True, finish="stop", tokens=10, thinking=8, task="addition", name=None, sample=0):
+    return Row(name or f"p{next(NUMBERS)}", task, correct, finish, 5, tokens, thinking, "", sample)
 
 
 def result(rows, **changes):
@@ -62,3 +72,39 @@ def test_fields_of_another_version_are_named():
     del values["cap"]
     with pytest.raises(RacError, match=r"missing \['cap'\], unknown \['limit'\]"):
         EvalResult.from_dict(values | {"limit": 3})
+
+
+@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_that_hold_a_right_one(counts):
+    correct, samples, k = counts
+    answers = [True] * correct + [False] * (samples - correct)
+    choices = list(itertools.combinations(answers, k))
+    assert pass_at_k(correct, samples, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_several_answers_per_problem():
+    outcomes = {"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1]}
+    rows = [
+        row(correct=bool(value), name=name, sample=i, thinking=10 * (i + 1))
+        for name, values in outcomes.items()
+        for i, value in enumerate(values)
+    ]
+    found = result(rows)
+    assert (found.problems, found.samples, found.correct, found.accuracy) == (3, 4, 6, 0.5)
+    assert found.pass_at == pytest.approx({"1": 0.5, "2": (5 / 6 + 0 + 1) / 3, "4": 2 / 3})
+    assert found.correct_answers == {"a": 2, "b": 0, "c": 4}
+    assert found.thinking_percentiles == pytest.approx({"50": 25.0, "90": 40.0, "99": 40.0})
+    assert (found.ci_low, found.ci_high) == bootstrap_interval([0.5, 0.0, 1.0])
+
+
+def test_the_bootstrap_covers_what_the_normal_interval_covers():
+    """With many problems both agree: mean +- 1.96 standard errors."""
+    values = [0.0, 0.25, 0.5, 1.0] * 100
+    error = math.sqrt(sum((v - 0.4375) ** 2 for v in values)) / len(values)
+    assert bootstrap_interval(values) == pytest.approx((0.4375 - 1.96 * error, 0.4375 + 1.96 * error), abs=0.003)
+
+
+def test_speed_is_that_of_what_this_run_generated():
+    rows = [row(tokens=10), row(tokens=30)]
+    assert result(rows, generated=30).tokens_per_second == 15
+    assert result(rows, generated=0).tokens_per_second == 0.0

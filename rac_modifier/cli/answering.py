@@ -1,0 +1,91 @@
+"""The part of `rac eval` that keeps answers in a file: servers, several answers per problem, runs that go on after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rac_modifier.cli.interrupt import resumable
+from rac_modifier.cli.models import load, subject_of
+from rac_modifier.cli.options import Dtype
+from rac_modifier.errors import RacError
+
+if TYPE_CHECKING:
+    from rac_modifier.evaluation.results import EvalResult
+    from rac_modifier.problems.source import Problem
+    from rac_modifier.settings.prompt import PromptSettings
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What the options say: addresses of servers, answers in progress at once, answers per problem, file."""
+
+    servers: tuple[str, ...]
+    concurrency: int
+    samples: int
+    path: Path | None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether answers go through a file."""
+        return bool(self.servers) or self.path is not None or self.samples > 1
+
+    def check(self, models: Sequence[str], *, divergence: bool, direct: bool, temperature: float | None) -> None:
+        """Refuse what has no effect or cannot be, before anything is loaded (RacError)."""
+        if not self.wanted:
+            return
+        if divergence or direct:
+            option = "--divergence" if divergence else "--direct"
+            raise RacError(
+                f"{option} asks the model in this process once per problem; leave --server, --samples, --answers out"
+            )
+        if len(models) > 1 and (self.servers or self.path is not None):
+            raise RacError(
+                f"{len(models)} models are named, and --server and --answers are for one; evaluate each alone, the dense one "
+                "with --json FILE, the others with --baseline FILE"
+            )
+        if self.samples > 1 and not temperature:
+            raise RacError(f"--samples {self.samples} at temperature 0 are the same answer; give --temperature 0.6")
+
+    def run(
+        self,
+        name: str,
+        problems: Sequence[Problem],
+        source: Mapping[str, Any],
+        limits: Mapping[str, Any],
+        prompt: PromptSettings,
+        precision: Dtype,
+    ) -> EvalResult:
+        """Evaluate one model.
+
+        Args:
+            name: as the user wrote it.
+            problems: to be answered.
+            source: fields of `ProblemSource` that say where the problems come from.
+            limits: cap, temperature, batch size and seed.
+            prompt: for all models.
+            precision: of a model in this process.
+        """
+        from rac_modifier.evaluation.accuracy import TOP_P
+        from rac_modifier.evaluation.answers import evaluate_into_file
+        from rac_modifier.settings.problems import ProblemSource
+        from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+
+        engine = EngineSettings(base_urls=self.servers, concurrency=self.concurrency) if self.servers else None
+        model, tokenizer = load(name, precision) if engine is None else subject_of(name)
+        sampling = SamplingSettings(
+            top_p=TOP_P, top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump()
+        )
+        with resumable("the answers so far are kept; run the same command again to go on"):
+            return evaluate_into_file(
+                model,
+                tokenizer,
+                problems,
+                label=name,
+                source=ProblemSource(**source),
+                sampling=sampling,
+                path=self.path,
+                engine=engine,
+            )

@@ -1,0 +1,56 @@
+from itertools import product
+
+import pytest
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.paired import mcnemar, paired_difference
+from tests.evaluation.test_results import result, row
+
+
+def answers(outcomes, label, **changes):
+    return result([row(correct=bool(right), name=f"q{i}") for i, right in enumerate(outcomes)], label=label, **changes)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(1, 0), (3, 9), (9, 3), (5, 5), (0, 7), (2, 3)])
+def test_mcnemar_is_the_share_of_all_coin_tosses_that_are_as_uneven(lost, gained):
+    tosses = list(product((0, 1), repeat=lost + gained))
+    as_uneven = [abs(2 * sum(t) - len(t)) >= abs(lost - gained) for t in tosses]
+    assert mcnemar(lost, gained) == pytest.approx(sum(as_uneven) / len(tosses))
+
+
+def test_mcnemar_of_equal_models_and_of_many_problems():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(40, 61) == pytest.approx(0.0466, abs=0.001)  # the chi-square with continuity: (61 - 40 - 1)^2 / 101
+
+
+def test_a_difference_is_paired():
+    """Unpaired, an interval of 4 of 200 problems would hold 0."""
+    dense, sparse = [1] * 180 + [0] * 20, [1] * 172 + [0] * 28
+    found = paired_difference(answers(dense, "dense"), answers(sparse, "2:4"))
+    assert (found.only_first, found.only_second, found.problems) == (8, 0, 200)
+    assert found.difference == pytest.approx(-0.04)
+    assert -0.07 <= found.ci_low < -0.04 < found.ci_high < -0.01
+    assert found.p_value == pytest.approx(2 / 2**8)
+    assert found.describe() == (
+        "2:4 against dense: -4.0 points (-7.0 to -1.5); of 200 problems 8 are solved by dense alone, 0 by 2:4 alone "
+        "(McNemar p = 0.0078)"
+    )
+
+
+def test_several_answers_per_problem_are_paired_by_their_share():
+    def of(counts, label):
+        rows = [row(correct=i < count, name=f"q{q}", sample=i) for q, count in enumerate(counts) for i in range(4)]
+        return result(rows, label=label)
+
+    found = paired_difference(of([4, 2, 0], "dense"), of([2, 2, 1], "2:4"))
+    assert found.difference == pytest.approx((-2 + 0 + 1) / 12)
+    assert found.p_value is None
+    assert "paired over 3 problems" in found.describe()
+
+
+def test_what_cannot_be_paired_is_refused():
+    dense = answers([1, 0], "dense")
+    with pytest.raises(RacError, match=r"other problems \(1 differ, the first is 'q2'\)"):
+        paired_difference(dense, answers([1, 0, 1], "2:4"))
+    with pytest.raises(RacError, match="cap 64 and 128"):
+        paired_difference(dense, answers([1, 0], "2:4", cap=128))
