@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import evaluating
+from rac_modifier.sampling.attention import grouped_attention
 from rac_modifier.sampling.decode import decode
 from rac_modifier.sampling.draw import Draw
 from rac_modifier.sampling.row_noise import row_keys
@@ -55,7 +56,7 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     limits = _completion_limits(model, prompts, settings.max_new_tokens)
 
-    with evaluating(model):
+    with evaluating(model), grouped_attention(model):
         rows = decode(
             model,
             prompts,
