@@ -138,3 +138,10 @@ def test_huggingface_hub_reads_the_front_matter() -> None:
     data = ModelCard(model_card(RECORD, License("mit"))).data
     assert isinstance(data, ModelCardData)
     assert (data.base_model, data.license, data.library_name) == ("org/Model-1B", "mit", "transformers")
+
+
+def test_the_card_of_packed_weights_says_how_to_leave_them() -> None:
+    packed, dense = model_card(RECORD, packed=True), model_card(RECORD, packed=False)
+    assert "`rac unpack` writes an ordinary dense checkpoint" in packed
+    assert "import rac_modifier" in packed
+    assert "rac unpack" not in dense

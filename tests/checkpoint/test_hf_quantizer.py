@@ -279,6 +279,16 @@ def test_a_state_dict_cannot_be_unpacked(saved: Saved) -> None:
         type(tiny_model()).from_pretrained(None, config=config, state_dict=expected)
 
 
+def test_a_model_that_would_be_sharded_while_it_is_loaded_is_refused(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = saved()
+    config = AutoConfig.from_pretrained(folder)
+    monkeypatch.setattr(type(config), "distributed_config", {"tp_size": 2}, raising=False)  # as for tp_plan="auto"
+    with pytest.raises(RacError, match="cannot be sharded while they are loaded; save the model with storage: dense"):
+        AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
 def test_a_dense_stored_sparse_checkpoint_is_an_ordinary_one(saved: Saved) -> None:
     folder, expected, modules = saved(packed=False)
     mark_dense(folder, modules)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.packing import mark_dense
+from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.files import write_json_atomic
+from tests.checkpoint.checkpoint_helpers import save_quantized
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
 Q = "model.layers.0.self_attn.q_proj"
@@ -178,3 +179,27 @@ def test_what_is_no_checkpoint_raises(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RacError, match="neither"):
         inspect_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("scheme", "dtype", "per_weight"), [("w4", "I4", 0.5), ("w8", "I8", 1.0)])
+def test_a_quantized_packed_weight_is_compared_with_its_dense_codes(tmp_path, scheme, dtype, per_weight) -> None:
+    """Half a byte per int4 weight and the scales is what it would take without the zeros' mask."""
+    modules = save_quantized(tmp_path, "unstructured", scheme)
+    before = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    pack_checkpoint(tmp_path, modules, ["lm_head"])
+    rows = {row.name: row for row in inspect_checkpoint(tmp_path).modules}
+    for name in modules:
+        scales = before[f"{name}.weight_scale"].nbytes
+        assert rows[name].dtype == dtype
+        assert rows[name].dense_bytes == rows[name].rows * rows[name].columns * per_weight + scales
+
+
+def test_an_asymmetric_layout_is_named_as_the_reason(saved: Saved) -> None:
+    """A zero weight is stored as its zero point there."""
+    folder, _, _ = saved(packed=False)
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file({**tensors, f"{LEFT_DENSE}.weight_zero_point": torch.zeros(1)}, file, metadata={"format": "pt"})
+    row = next(row for row in inspect_checkpoint(folder).modules if row.name == LEFT_DENSE)
+    assert row.sparsity is None
+    assert row.reason == "quantized to a layout whose zeros are not counted"

@@ -147,3 +147,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         NewFiles(tmp_path / "file" / "out", create=True),
     ):
         pass
+
+
+def test_the_folders_above_a_new_one_are_made_too(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with NewFiles(folder, create=True) as new:
+        write(new)
+    assert (tmp_path / "a").is_dir()

@@ -1,6 +1,8 @@
 import json
 
+import httpx
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
@@ -18,6 +20,16 @@ def recorded(tmp_path, content):
 
 def test_a_folder_without_a_run_record_is_no_compressed_model(tmp_path):
     assert recorded_prompts(str(tmp_path)) is None
+
+
+def test_a_hub_id_without_a_connection_is_taken_for_a_model_without_a_record(monkeypatch):
+    """Its weights may be in the cache; without the record the defaults are used."""
+
+    def unreachable(*args, **kwargs):
+        raise HfHubHTTPError("503", response=httpx.Response(503, request=httpx.Request("HEAD", "http://hub")))
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", unreachable)
+    assert recorded_prompts("org/not-here") is None
 
 
 def test_the_prompts_of_a_run_record_by_part(tmp_path):
