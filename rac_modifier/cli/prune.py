@@ -113,7 +113,7 @@ def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precisi
 
 
 def _how_to_go_on(output: Path) -> str:
-    from rac_modifier.llmcompressor.oneshot_arguments import unfinished
+    from rac_modifier.checkpoint.output_folder import unfinished
 
     kept = "the traces that were collected"
     if unfinished(output).is_dir():

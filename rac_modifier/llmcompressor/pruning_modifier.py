@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.token_weights import gradient_weights
+from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
 from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
-from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot, unfinished
+from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, reserved_tokens
@@ -134,8 +135,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             RacError: naming the module, the bytes needed and free, and what to change.
         """
         by_layer = "layer" in (self.order, self._order.get("order"))
-        loader = self._calibration.loader if self._calibration else None
-        need = MemoryNeed.of(self, loader, model, by_layer=by_layer)
+        need = MemoryNeed.of(self, self._calibration.loader if self._calibration else None, model, by_layer=by_layer)
         shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
         check_memory(need, shapes, onload, offload)
 
