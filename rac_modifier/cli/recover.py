@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.interrupt import resumable
+from rac_modifier.cli.interrupt import resumable, saving_step
 from rac_modifier.cli.models import check_model, check_output, load, resolve
 from rac_modifier.cli.options import AsJson, Dtype, Precision, print_json
 from rac_modifier.errors import RacError
@@ -68,7 +68,7 @@ def recover(
     _check_not_quantized(sparse)
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
-    with quiet, resumable("traces and training so far are kept; run the same command again to go on"):
+    with quiet, resumable(lambda: saving_step(output, "the traces, and training up to its last state,")):
         kl = _recover(dense, sparse, output, store, source, sampling, settings, precision)
     if as_json:
         print_json({"output": output, "kl_before": kl[0], "kl_after": kl[1]})
@@ -124,7 +124,7 @@ def _recover(
             model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=reserved_tokens(settings)
         )
     _check_fresh(sparse, store)
-    stage = RecoveryStage(model, list(store), settings)
+    stage = RecoveryStage(model, list(store), settings, keep=True)
     del model
     record = stage.run(pruned, modules, {})
     first = next(iter(patterns.values()))
@@ -139,11 +139,12 @@ def _recover(
         patterns=patterns,
         modules={name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)},
         tokenizer=resolve(dense),
+        after=[stage.remove],
     )
     pruned.config._name_or_path = resolve(dense)
     save_with_record(pruned, lambda: plan)
-    pruned.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    pruned.save_pretrained(output)  # last: an output with a card is complete
     return record["kl_before"], record["kl_after"]
 
 

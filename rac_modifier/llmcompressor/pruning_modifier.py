@@ -109,7 +109,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.check_memory(model, [], get_main_device(), torch.device(offload))
         loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
         if self.recover is not None:
-            self._recovery = RecoveryStage(model, self.calibration_set.reserved, self.recover)
+            reserved, keep = self.calibration_set.reserved, self._finished is not None
+            self._recovery = RecoveryStage(model, reserved, self.recover, keep)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader)
@@ -158,9 +159,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def resume(self) -> None:
         """Find what a run of the same recipe, model and calibration set had pruned before it was killed."""
         if self._finished is not None:
-            self._finished.begin(
-                {"order": self._order["order"], "calibration set": self.calibration_set.loader.sha256()}
-            )
+            calibrated = self.calibration_set.loader.sha256()
+            self._finished.begin({"order": self._order["order"], "calibration set": calibrated})
 
     def was_pruned(self, modules: Iterable[torch.nn.Module]) -> bool:
         """Whether all of these were pruned before the last run was killed."""
@@ -285,7 +285,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             storage=self.storage,
             tokenizer=self.tokenizer_name,
             prepare=prepare,
-            after=self._finished.remove if self._finished is not None else None,
+            after=[state.remove for state in (self._finished, self._recovery) if state is not None],
             record={
                 "method": self.solver,
                 "order": self._order,
