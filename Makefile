@@ -12,6 +12,7 @@ DIST_BIN = $(DIST_VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 MUTANTS ?= 200
 WORKERS ?= 2
+TEST_PROCESSES ?= 2
 
 .PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema docs results dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
@@ -30,8 +31,9 @@ serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed ## serve the pruned reas
 
 test: lint test-compress test-plugin ## lint and all tests of both environments but those that start vLLM's engines
 
+# a thread per process: TEST_PROCESSES processes fill TEST_PROCESSES cores, each needs up to 6 GB
 test-compress: $(VENV)/.installed ## all tests of the compressing environment
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 # the files that tests/conftest.py (SERVING_TESTS) lets through; named, so that no other folder's conftest.py is loaded
 SERVING_TESTS = tests/vllm_plugin tests/kernels/test_plan.py tests/checkpoint/test_stored_weight.py tests/checkpoint/test_fuzz_stored_weight.py

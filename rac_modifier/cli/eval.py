@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.answering import Answering
+from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, load, resolve
 from rac_modifier.cli.options import Dtype, Precision, print_json
 from rac_modifier.errors import RacError
@@ -139,7 +140,8 @@ def evaluate(
             seed=seed,
             **choice.prompt.model_dump(),
         )
-        results, table = _divergence(models, chosen, sampling, precision, plot)
+        with resumable("nothing is kept; run the same command again"):
+            results, table = _divergence(models, chosen, sampling, precision, plot)
         pairs: list[PairedDifference] = []
     else:
         limits = {"max_new_tokens": cap, "temperature": temperature or 0.0, "batch_size": batch_size, "seed": seed}
@@ -147,7 +149,10 @@ def evaluate(
             where = {"source": source, "column": column, "answer_column": answer_column}
             found = [in_file.run(name, chosen, where, limits, choice.prompt, precision) for name in models]
         else:
-            found = _accuracy(models, chosen, limits, precision, choice.prompt, direct)
+            with resumable(
+                "no answer is kept; run the same command again, for one model with --answers FILE to keep them"
+            ):
+                found = _accuracy(models, chosen, limits, precision, choice.prompt, direct)
         if plot is not None:
             plot_bars(found, plot)
         results, table = [result.as_dict() for result in found], accuracy_table(found)

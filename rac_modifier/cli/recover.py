@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.interrupt import resumable
+from rac_modifier.cli.interrupt import resumable, saving_step
 from rac_modifier.cli.models import check_model, check_output, load, resolve
 from rac_modifier.cli.options import AsJson, Dtype, Precision, print_json
 from rac_modifier.errors import RacError
@@ -68,7 +69,7 @@ def recover(
     check_output(output, str(sparse))
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
-    with quiet, resumable("traces and training so far are kept; run the same command again to go on"):
+    with quiet, resumable(lambda: saving_step(output, "the traces, and training up to its last state,")):
         kl = _recover(dense, sparse, output, store, source, sampling, settings, precision)
     if as_json:
         print_json({"output": output, "kl_before": kl[0], "kl_after": kl[1]})
@@ -108,6 +109,7 @@ def _recover(
     precision: Dtype,
 ) -> tuple[float, float]:
     import torch
+    from safetensors import SafetensorError
 
     from rac_modifier.checkpoint.saving import SavePlan, save_with_record
     from rac_modifier.checkpoint.sparsity_config import recorded_structures
@@ -129,7 +131,7 @@ def _recover(
             model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=reserved_tokens(settings)
         )
     _check_fresh(sparse, store)
-    stage = RecoveryStage(model, list(store), settings)
+    stage = RecoveryStage(model, list(store), settings, keep=True)
     del model
     done = stage.run(pruned, modules, checkpoint.quantized)
     record: dict[str, Any] = {"method": "recover", "recovered_from": str(sparse), "recovery": done}
@@ -143,11 +145,19 @@ def _recover(
         storage="packed" if checkpoint.packs else "dense",
         tokenizer=resolve(dense),
         prepare=lambda *_: checkpoint.encode(),
+        after=[stage.remove],
     )
     pruned.config._name_or_path = resolve(dense)
     save_with_record(pruned, lambda: plan)
-    pruned.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    try:
+        tokenizer.save_pretrained(output)
+        pruned.save_pretrained(output)  # last: an output with a card is complete
+    except (OSError, SafetensorError, RacError) as error:
+        shutil.rmtree(output, ignore_errors=True)  # it was new or empty
+        raise RacError(
+            f"{output}: the recovered model cannot be written ({error}); what was trained is kept in {stage.folder}: make room, "
+            "and run the same command again, which does not train again"
+        ) from error
     return done["kl_before"], done["kl_after"]
 
 

@@ -139,3 +139,13 @@ def test_bits_beyond_the_last_column():
     tensors["bitmask"][2, 2] |= 0x80
     with pytest.raises(RacError, match=r"x\.bitmask: bits are set beyond column 20"):
         check(tensors, "sparse-bitmask", "x")
+
+
+def test_quantized_values_come_with_their_scales_unless_another_loader_reads_them():
+    weight = torch.tensor([[3, 0, 0, -7, 0, 1, 2, 0]], dtype=torch.int8)
+    tensors = pack(weight, "sparse-bitmask", "x")
+    scaled = {**tensors, "weight_scale": torch.tensor([[0.5, 2.0]])}
+    assert check(scaled, "sparse-bitmask", "x").dequantized(torch.float32).tolist() == [[1.5, 0, 0, -3.5, 0, 2, 4, 0]]
+    assert check(tensors, "sparse-bitmask", "x", scaled=False).scale is None
+    with pytest.raises(RacError, match=r"x\.weight_scale: missing"):
+        check(tensors, "sparse-bitmask", "x")
