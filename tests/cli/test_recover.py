@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
+from rac_modifier.recovery.training_loop import TrainingLoop
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
@@ -78,6 +79,33 @@ def test_a_sparse_int4_checkpoint_is_trained_through_its_codes_and_packed_again(
     assert record["quantization"] == ["int4 in groups of 32 (pack-quantized)"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+
+
+def test_an_output_that_cannot_be_written_costs_no_training(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = []
+    step = TrainingLoop.step
+    monkeypatch.setattr(TrainingLoop, "step", lambda *args: (steps.append(1), step(*args))[1])
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rac_modifier.checkpoint.saving.pack_checkpoint", full)
+        code, _, stderr = rac("recover", tiny_folder, sparse_folder, "out", *OPTIONS)
+    assert code == 1
+    text = " ".join(stderr.split())
+    assert "out: the recovered model cannot be written ([Errno 28] No space left on device)" in text
+    assert "run the same command again, which does not train again" in text
+    assert not (tmp_path / "out").exists()
+    assert steps.pop()
+    steps.clear()
+    code, _, stderr = rac("recover", tiny_folder, sparse_folder, "out", *OPTIONS)
+    assert code == 0, stderr
+    assert steps == []
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert record["recovery"]["kl_after"] < record["recovery"]["kl_before"]
+    assert not (tmp_path / "rac_recovery").exists()
 
 
 def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path, monkeypatch):

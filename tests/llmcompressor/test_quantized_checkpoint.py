@@ -19,9 +19,9 @@ from rac_modifier.llmcompressor.quantized_checkpoint import (
     quantized_names,
 )
 from rac_modifier.llmcompressor.recovery_stage import _mask
-from rac_modifier.recovery import distill
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.teacher import LiveTeacher
+from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.llmcompressor.quantized_helpers import CHANNEL, SCHEMES, TOKEN, decoded, grouped, saved
 from tests.recovery.recovery_helpers import kl_of, sequences
@@ -36,13 +36,13 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
     check_layers(model, quantized_names(load_file(folder / "model.safetensors")))
     checkpoint = QuantizedCheckpoint(model, dense, ())
     checked = []
-    check = distill._Run.check
+    check = TrainingLoop.check
 
     def watched(self: Any, done: Any) -> float:
         checked.append({name: module.weight.detach().clone() for name, module in linears(self.model).items()})
         return check(self, done)
 
-    monkeypatch.setattr(distill._Run, "check", watched)
+    monkeypatch.setattr(TrainingLoop, "check", watched)
     modules = dict(model.named_modules())
     result = recover(
         model,
