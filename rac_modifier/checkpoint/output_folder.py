@@ -53,7 +53,7 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
     if source is not None and folder.resolve() == source.resolve():
         raise RacError(f"output folder {folder} is the model itself, which is left as it is; name another folder")
     if folder.is_dir() and any(not is_leftover(path.name) for path in folder.iterdir()):
-        raise RacError(f"output folder {folder} is in use; name an empty or a new one")
+        raise in_use(folder)
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < need:
@@ -61,3 +61,20 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
             f"{folder}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to {need / 2**30:.1f} GiB while it is "
             "packed; free some or name a folder on another disk"
         )
+
+
+def unfinished(output: str | Path) -> Path:
+    """Where a pruning run with this output folder keeps what it has pruned so far, until its result is saved."""
+    folder = Path(output)
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
+def in_use(folder: Path) -> RacError:
+    """The error for an output folder that is not empty: it says how to go on where a run was stopped while it saved."""
+    if unfinished(folder).is_dir():
+        return RacError(
+            f"output folder {folder} is in use: the run that keeps what is pruned so far in {unfinished(folder)} was stopped "
+            f"while it saved, or another process is at it now. If it was stopped, remove {folder} and start the same run again: "
+            "what is pruned is not pruned again"
+        )
+    return RacError(f"output folder {folder} is in use; name an empty or a new one")

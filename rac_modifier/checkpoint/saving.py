@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ class SavePlan:
 
     `patterns` has one pattern per module of `modules`. `record` is the run's part of the record beside the weights; versions
     and the base model are added when it is written. `tokenizer` is a path or id, None for that of the base model.
-    `prepare(model, save_compressed)` is called before saving, `after()` when everything is written.
+    `prepare(model, save_compressed)` is called before saving, those of `after` when everything is written.
     """
 
     record: dict[str, Any]
@@ -48,7 +48,7 @@ class SavePlan:
     storage: Literal["packed", "dense"] = "packed"
     tokenizer: str | None = None
     prepare: Callable[[PreTrainedModel, bool], None] = _nothing
-    after: Callable[[], None] | None = None
+    after: Sequence[Callable[[], None]] = ()
 
 
 def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
@@ -99,8 +99,8 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
             AutoTokenizer.from_pretrained(current.tokenizer or source).save_pretrained(folder)
         logger.info(f"saved {len(current.modules)} pruned modules ({current.storage}) to {folder}")
-        if current.after is not None:
-            current.after()
+        for step in current.after:
+            step()
         if push_to_hub:
             hub.upload(folder, **{"repo_id": Path(save_directory).name, **options})
 

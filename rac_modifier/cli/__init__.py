@@ -7,19 +7,33 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
+import typer.core
 
 from rac_modifier.cli import recipes, traces
 from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.inspect import inspect
+from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.pack import pack, unpack
 from rac_modifier.cli.prune import prune, schema
 from rac_modifier.cli.recover import recover
 from rac_modifier.errors import RacError
 
+
+class Commands(typer.core.TyperGroup):
+    """The commands. Ctrl-C where a command has nothing better to say ends in one line and exit code 130, too."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        with resumable("run the same command again"):
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Make reasoning models sparse without breaking how they think.\n\nExample: rac prune --help",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

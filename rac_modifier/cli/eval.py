@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.answering import Answering
+from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, load, resolve
 from rac_modifier.cli.options import Dtype, Precision, print_json
 from rac_modifier.cli.protocol import Protocol, written_options
@@ -149,7 +150,8 @@ def evaluate(
             seed=seed,
             **choice.prompt.model_dump(),
         )
-        results, table = _divergence(models, chosen, sampling, precision, plot)
+        with resumable("nothing is kept; run the same command again"):
+            results, table = _divergence(models, chosen, sampling, precision, plot)
         pairs: list[PairedDifference] = []
     else:
         limits = asked.limits() | {"batch_size": batch_size, "seed": seed}
@@ -158,7 +160,10 @@ def evaluate(
             found = [in_file.run(name, chosen, where, limits, choice.prompt, precision, verifiers) for name in models]
         else:
             limits["verifiers"] = asked.verifiers()
-            found = _accuracy(models, chosen, limits, precision, choice.prompt, direct)
+            with resumable(
+                "no answer is kept; run the same command again, for one model with --answers FILE to keep them"
+            ):
+                found = _accuracy(models, chosen, limits, precision, choice.prompt, direct)
         if plot is not None:
             plot_bars(found, plot)
         results, table = [result.as_dict() for result in found], accuracy_table(found)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.interrupt import resumable
+from rac_modifier.cli.interrupt import packing_step, resumable
 from rac_modifier.cli.models import resolve
 from rac_modifier.cli.options import AsJson, Model, print_json
 
@@ -49,13 +49,17 @@ def pack(
     if out is None and not check:
         raise typer.BadParameter("name the folder to write, or look only: rac pack MODEL --check", param_hint="OUT")
     from rac_modifier.checkpoint.convert import left_out, pack_model
+    from rac_modifier.checkpoint.files import JOURNAL_FILE
     from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
     from rac_modifier.checkpoint.pack_plan import plan_packing
 
-    with resumable(f"{out or 'nothing'} is not written; run the same command again"):
+    with resumable(packing_step(None)):
         source = local_folder(resolve(model))
-        if out is not None and not check:
+        if (
+            out is not None and not check and not (out / JOURNAL_FILE).exists()
+        ):  # else pack_model finishes what is there
             check_output_folder(out, source, 0)
+    with resumable(lambda: packing_step(None if check else out)):
         plan = plan_packing(source, drop_negative_zeros)
         if check:
             if as_json:
@@ -89,8 +93,10 @@ def unpack(
     from rac_modifier.checkpoint.convert import unpack_model
     from rac_modifier.checkpoint.output_folder import local_folder
 
-    with resumable(f"{out} is not written; run the same command again"):
-        summary = unpack_model(local_folder(packed), out)
+    with resumable(packing_step(None)):
+        source = local_folder(packed)
+    with resumable(lambda: packing_step(out)):
+        summary = unpack_model(source, out)
     if as_json:
         print_json({"out": str(out), **asdict(summary)})
         return

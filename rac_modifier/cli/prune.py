@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rac_modifier.cli.interrupt import resumable
+from rac_modifier.cli.interrupt import resumable, saving_step
 from rac_modifier.cli.models import check_model, check_output, resolve, unpacked
 from rac_modifier.cli.options import Dtype, Overrides, Precision, PresetName
 from rac_modifier.errors import RacError
@@ -113,15 +113,12 @@ def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precisi
 
 
 def _how_to_go_on(output: Path) -> str:
-    from rac_modifier.llmcompressor.oneshot_arguments import unfinished
+    from rac_modifier.checkpoint.output_folder import unfinished
 
     kept = "the traces that were collected"
     if unfinished(output).is_dir():
         kept += f" and what is pruned so far ({unfinished(output)})"
-    text = f"{kept} are kept and will be used; run the same command again"
-    if output.is_dir() and any(output.iterdir()):
-        return f"{output} is not complete: remove it. Then, {text}"
-    return text
+    return saving_step(output, kept)
 
 
 def schema(

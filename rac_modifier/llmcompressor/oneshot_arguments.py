@@ -15,6 +15,7 @@ from typing import Any
 from compressed_tensors.registry import standardize_lookup_name
 from llmcompressor.entrypoints.oneshot import Oneshot
 
+from rac_modifier.checkpoint.output_folder import in_use
 from rac_modifier.errors import RacError
 
 _DATA = "name the data in the recipe (traces.problems, calibration.generic)"
@@ -115,13 +116,7 @@ def check_output_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RacError(f"output_dir {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise RacError(f"output folder {folder} is in use; name an empty or a new one")
-
-
-def unfinished(output_dir: str | Path) -> Path:
-    """Where a run with this output folder keeps what it has pruned so far."""
-    folder = Path(output_dir)
-    return folder.with_name(f"{folder.name}.unfinished")
+        raise in_use(folder)
 
 
 def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.token_weights import gradient_weights
+from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
 from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
-from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot, unfinished
+from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, reserved_tokens
@@ -108,7 +109,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.check_memory(model, [], get_main_device(), torch.device(offload))
         loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
         if self.recover is not None:
-            self._recovery = RecoveryStage(model, self.calibration_set.reserved, self.recover)
+            reserved, keep = self.calibration_set.reserved, self._finished is not None
+            self._recovery = RecoveryStage(model, reserved, self.recover, keep)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader)
@@ -134,8 +136,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             RacError: naming the module, the bytes needed and free, and what to change.
         """
         by_layer = "layer" in (self.order, self._order.get("order"))
-        loader = self._calibration.loader if self._calibration else None
-        need = MemoryNeed.of(self, loader, model, by_layer=by_layer)
+        need = MemoryNeed.of(self, self._calibration.loader if self._calibration else None, model, by_layer=by_layer)
         shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
         check_memory(need, shapes, onload, offload)
 
@@ -158,9 +159,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def resume(self) -> None:
         """Find what a run of the same recipe, model and calibration set had pruned before it was killed."""
         if self._finished is not None:
-            self._finished.begin(
-                {"order": self._order["order"], "calibration set": self.calibration_set.loader.sha256()}
-            )
+            calibrated = self.calibration_set.loader.sha256()
+            self._finished.begin({"order": self._order["order"], "calibration set": calibrated})
 
     def was_pruned(self, modules: Iterable[torch.nn.Module]) -> bool:
         """Whether all of these were pruned before the last run was killed."""
@@ -285,7 +285,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             storage=self.storage,
             tokenizer=self.tokenizer_name,
             prepare=prepare,
-            after=self._finished.remove if self._finished is not None else None,
+            after=[state.remove for state in (self._finished, self._recovery) if state is not None],
             record={
                 "method": self.solver,
                 "order": self._order,

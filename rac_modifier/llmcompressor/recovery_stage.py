@@ -27,13 +27,19 @@ from rac_modifier.traces.records import Trace
 class RecoveryStage:
     """The dense model's hidden states on traces that calibration does not use, and the training on them later."""
 
-    def __init__(self, model: Any, traces: Sequence[Trace], settings: RecoverySettings):
+    def __init__(self, model: Any, traces: Sequence[Trace], settings: RecoverySettings, keep: bool = False):
         """One forward pass of the dense model over `traces`, which calibration does not use.
+
+        Args:
+            model: the dense model.
+            traces: of it.
+            settings: of recovery.
+            keep: leave the state after training to `remove`, so that a run that is killed while it saves goes on from there.
 
         Raises:
             RacError: too few traces, a head that is not supported, too little memory or disk space.
         """
-        self._settings = settings
+        self._settings, self._keep = settings, keep
         self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
         check_recovery_memory(model)
         fingerprint = model_fingerprint(model)
@@ -69,10 +75,15 @@ class RecoveryStage:
                 state=self.folder,
                 autocast=torch.bfloat16 if bf16_is_fast(model.device) else None,
             )
+        if not self._keep:
+            self.remove()
+        return {**done.as_dict(), "trained_on": "the model's own traces, KL to the dense model"}
+
+    def remove(self) -> None:
+        """Remove the dense model's hidden states and the state of training; there is no need of them when all is saved."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another run's folder is beside it
             self.folder.parent.rmdir()
-        return {**done.as_dict(), "trained_on": "the model's own traces, KL to the dense model"}
 
 
 def reserved_tokens(settings: RecoverySettings | None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file
 
-from rac_modifier.cli.interrupt import resumable
+from rac_modifier.checkpoint.convert import unpack_model
+from rac_modifier.cli.interrupt import packing_step, resumable, saving_step
 from rac_modifier.traces.store import TraceStore
+from tests.cli.conftest import Rac
+from tests.cli.test_recover import OPTIONS
 from tests.tiny import entry, recipe
 
 
@@ -29,20 +36,82 @@ def test_other_errors_pass() -> None:
         raise ZeroDivisionError
 
 
+def test_what_is_said_of_a_folder_that_was_being_packed(tmp_path: Path) -> None:
+    assert packing_step(None) == "nothing is written; run the same command again"
+    assert packing_step(tmp_path) == f"{tmp_path} is not written; run the same command again"
+    (tmp_path / "config.json").touch()
+    assert packing_step(tmp_path) == f"{tmp_path} is complete; nothing is left to do"
+    (tmp_path / ".rac_packing.json").touch()
+    assert packing_step(tmp_path).endswith("run the same command again to finish it")
+
+
+def test_what_is_said_of_a_folder_that_was_being_saved_to(tmp_path: Path) -> None:
+    go_on = "they are kept and will be used; run the same command again"
+    assert saving_step(tmp_path / "out", "they") == saving_step(tmp_path, "they") == go_on
+    (tmp_path / "config.json").touch()
+    assert saving_step(tmp_path, "they") == f"{tmp_path} is not complete: remove it. Then, {go_on}"
+    (tmp_path / "README.md").touch()
+    assert saving_step(tmp_path, "they").startswith(f"{tmp_path} holds the whole model; if it has no tokenizer, ")
+    (tmp_path / ".rac_packing.json").touch()
+    assert "is not complete" in saving_step(tmp_path, "they")
+
+
+def interrupt(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "line"),
+    [
+        (["schema"], "settings.recipe.schema", "run the same command again"),
+        (
+            ["eval", "MODEL"],
+            "evaluation.accuracy.evaluate",
+            "no answer is kept; run the same command again, for one model",
+        ),
+        (
+            ["eval", "MODEL", "MODEL", "--divergence"],
+            "evaluation.own_samples.sample_sequences",
+            "nothing is kept; run the same command again",
+        ),
+        (["unpack", "MODEL", "out"], "checkpoint.output_folder.local_folder", "nothing is written; run the same"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_command_ends_in_one_line(
+    rac: Rac, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], where: str, line: str
+) -> None:
+    monkeypatch.setattr(f"rac_modifier.{where}", interrupt)
+    code, _, error = rac(*(tiny_folder if word == "MODEL" else word for word in words))
+    assert only_line(code, error).startswith(line)
+
+
 # A job in the background of a script, such as a CI run, inherits an ignored SIGINT: Python then raises no KeyboardInterrupt.
+# STOP_AT: when a file whose path ends so has been put in place, wait there, and make the file "stopped".
 RAC = """
-import signal
+import functools, os, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from rac_modifier.cli import main
+if end := os.environ.get("STOP_AT"):
+    replace = os.replace
+    def replace_and_wait(source, target):
+        replace(source, target)
+        if str(target).endswith(end):
+            open("stopped", "w").write("\\n" * 3)
+            time.sleep(120)
+    os.replace = replace_and_wait
+    if end == "recovery.safetensors":
+        from rac_modifier.llmcompressor import recovery_stage
+        recovery_stage.recover = functools.partial(recovery_stage.recover, save_seconds=0.0)
 main()
 """
 
 
-def interrupted(command: list[str], folder: Path, ready: Path) -> tuple[int, str]:
+def interrupted(command: list[str], folder: Path, ready: Path, stop_at: str = "") -> tuple[int, str]:
     """Start a command, press Ctrl-C as soon as the file `ready` holds several lines: exit code, standard error."""
     process = subprocess.Popen(
         [sys.executable, "-c", RAC, *command], cwd=folder, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, start_new_session=True,
+        stdout=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "STOP_AT": stop_at},
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -59,6 +128,29 @@ def interrupted(command: list[str], folder: Path, ready: Path) -> tuple[int, str
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def only_line(code: int, error: str) -> str:
+    """What the one line says with which a command has to end."""
+    assert code == 130, error
+    assert "Traceback" not in error
+    assert error.count("interrupted: ") == 1, error
+    last = error.rstrip().splitlines()[-1]
+    assert last.startswith("interrupted: ")
+    return last.removeprefix("interrupted: ")
+
+
+def stopped_at(place: str, words: list[str], folder: Path) -> str:
+    """Press Ctrl-C when a file whose path ends in `place` is written; the line."""
+    ready = folder / "stopped"
+    code, error = interrupted(words, folder, ready, place)
+    ready.unlink()
+    return only_line(code, error)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["collect", "prune"])
 def test_ctrl_c_while_traces_are_sampled(tiny_folder: Path, tmp_path: Path, command: str) -> None:
@@ -70,13 +162,7 @@ def test_ctrl_c_while_traces_are_sampled(tiny_folder: Path, tmp_path: Path, comm
     out = tmp_path / "out"
     words = ["traces", "collect", str(tiny_folder)] if command == "collect" else ["prune", str(tiny_folder), str(out)]
     words += ["-r", "recipe.yaml"]
-    code, error = interrupted(words, tmp_path, store)
-    assert code == 130, error
-    assert "Traceback" not in error
-    lines = [line for line in error.splitlines() if line.startswith("interrupted: ")]
-    assert len(lines) == 1, error
-    assert "run the same command again" in lines[0]
-    assert error.rstrip().endswith(lines[0])
+    assert "run the same command again" in only_line(*interrupted(words, tmp_path, store))
     assert not out.exists()
     held = [trace.id for trace in TraceStore.read(store)]
     assert held
@@ -86,3 +172,100 @@ def test_ctrl_c_while_traces_are_sampled(tiny_folder: Path, tmp_path: Path, comm
     )
     assert done.returncode == 0, done.stderr
     assert [trace.id for trace in TraceStore.read(store)][: len(held)] == held
+
+
+@pytest.fixture(scope="module")
+def dense_folder(sparse_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model pruned to 2:4, stored dense."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    unpack_model(sparse_folder, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_ctrl_c_while_a_model_is_rewritten_leaves_nothing(
+    rac: Rac, sparse_folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, wanted = (dense_folder, sparse_folder) if command == "pack" else (sparse_folder, dense_folder)
+    words = [command, str(source), "out"]
+    assert stopped_at("out/.rac_new.rac_run.json", words, tmp_path) == "out is not written; run the same command again"
+    assert not Path("out").exists()
+    assert rac(*words)[0] == 0
+    assert same_tensors(Path("out"), wanted)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_files_get_their_names_is_finished_by_the_same_command(
+    rac: Rac, sparse_folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["pack", str(dense_folder), "out"]
+    said = stopped_at("out/model.safetensors", words, tmp_path)
+    assert said == "out is written, but not all files have their names yet; run the same command again to finish it"
+    assert not Path("out/config.json").exists()
+    assert rac(*words)[0] == 0
+    assert same_tensors(Path("out"), sparse_folder)
+    assert [path.name for path in Path("out").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_answers_are_sampled(rac: Rac, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", str(tiny_folder), "--answers", "a.jsonl", "--cap", "8", "--batch-size", "2", "--problems"]
+    said = only_line(*interrupted([*words, "2000"], tmp_path, tmp_path / "a.jsonl"))
+    assert said == "the answers so far are kept; run the same command again to go on"
+    held = Path("a.jsonl").read_bytes()
+    code, _, error = rac(*words, 8)
+    assert code == 0, error
+    assert Path("a.jsonl").read_bytes().startswith(held)
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_recovery(
+    rac: Rac, tiny_folder: Path, sparse_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and while the result is saved: the same command goes on, and ends as an undisturbed run."""
+    steps: list[int] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *args, **options: (steps.append(1), step(*args, **options))[1]
+    )
+    words = ["recover", str(tiny_folder), str(sparse_folder), "out", *OPTIONS]
+    kept = "the traces, and training up to its last state, are kept and will be used; run the same command again"
+
+    monkeypatch.chdir(tmp_path)
+    assert stopped_at("recovery.safetensors", words, tmp_path) == kept
+    assert not Path("out").exists()
+    said = stopped_at("out/.rac_new.config.json", words, tmp_path)
+    assert said == f"out is not complete: remove it. Then, {kept}"
+    assert list(Path("rac_recovery").glob("*/recovery.safetensors"))
+    shutil.rmtree("out")
+    assert rac(*words)[0] == 0
+    resumed = len(steps)
+    assert not Path("rac_recovery").exists()
+
+    (tmp_path / "undisturbed").mkdir()
+    monkeypatch.chdir(tmp_path / "undisturbed")
+    assert rac(*words)[0] == 0
+    assert 0 < resumed < len(steps) - resumed
+    assert same_tensors(tmp_path / "out", Path("out"))
+
+
+def test_recovery_in_a_recipe_is_kept_until_the_model_is_saved(
+    rac: Rac, tiny_folder: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recover = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400, "learning_rate": 1e-3}
+    words = ["prune", tiny_folder, "out", "-r", recipe_file, "-s", "calibration.tokens=300"]
+    words += ["-s", f"recover={json.dumps(recover)}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("rac_modifier.checkpoint.saving.pack_checkpoint", interrupt)
+        said = only_line(*rac(*words)[::2])
+    assert said.startswith("out is not complete: remove it. Then, the traces that were collected")
+    assert list(Path("rac_recovery").glob("*/teacher/index.json"))
+    shutil.rmtree("out")
+    assert rac(*words)[0] == 0
+    assert not Path("rac_recovery").exists()
+    assert not Path("out.unfinished").exists()

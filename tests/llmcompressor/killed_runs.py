@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ def start(model: str, recipe: str, output: str) -> int:
         try:
             oneshot(model=model, recipe=recipe, output_dir=output)
             code = 0
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return child
@@ -51,6 +54,8 @@ def main(model: str, recipe: str, kills: int) -> None:
             done += 1
         elif os.path.isdir("killed"):  # it ended before the kill; begin again
             os.rename("killed", f"ended-{done}-{time.monotonic_ns()}")
+    if os.path.isdir("killed"):  # stopped while it saved: the next start would say to remove it
+        os.rename("killed", "stopped-while-it-saved")
     _, status = os.waitpid(start(model, recipe, "killed"), 0)
     assert status == 0
     print(json.dumps({"kills": done, "resumed": resumed}))

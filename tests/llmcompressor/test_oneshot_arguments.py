@@ -170,6 +170,16 @@ def test_oneshot_refuses_a_folder_in_use_before_anything_is_sampled(prune, tmp_p
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("nothing_is_sampled")
+def test_a_run_that_was_stopped_while_it_saved_says_how_to_go_on(prune, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "out.unfinished").mkdir()
+    with pytest.raises(RacError, match=r"stopped while it saved.* remove \S+out and start the same run again"):
+        prune(output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"half"
+
+
 def test_a_session_without_oneshot_has_no_arguments():
     assert find_oneshot() is None
 

@@ -36,7 +36,7 @@ def shadow(module, folder, monkeypatch):
         (r"\frac{1", "1", False),
         ("\\]}{ nonsense", "1", False),
         ("no", "yes", False),
-        ("__import__('os').getpid()", str(os.getpid()), False),
+        ("len('seventeen letters')", "17", False),  # code is not run
     ],
 )
 def test_mathematical_equality(answer, reference, expected):
