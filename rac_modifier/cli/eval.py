@@ -74,6 +74,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="OpenAI-compatible server of the one model named"),
     ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="start vllm serve for each model, and stop it at the end")
+    ] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="answers in progress at once")] = 64,
     answers: Annotated[
         Path | None,
@@ -118,7 +121,7 @@ def evaluate(
     asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
     asked = asked.with_preset(preset, written_options(context))
     asked.check(divergence=divergence, direct=direct)
-    in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers)
+    in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve)
     in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature)
     if divergence and baseline is not None:
         raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
