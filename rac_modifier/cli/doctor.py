@@ -18,7 +18,7 @@ DISTRIBUTION = "rac-modifier"
 # What the base is imported as; an error here is one that every command has.
 _BASE = ("torch", "safetensors", "pydantic", "yaml", "typer")
 # Extras that are for developers, or that another one replaces, are not shown.
-_EXTRAS = ("compress", "serve", "serve-cpu", "eval", "reasoning-gym")
+_EXTRAS = ("compress", "serve", "serve-cpu", "eval", "reasoning-gym", "harness")
 Status = Literal["ok", "missing", "broken"]
 
 

@@ -1,12 +1,6 @@
 """The real `vllm serve`, where there is one: named by RAC_VLLM, or `vllm` on the PATH."""
 
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,19 +11,9 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
+from tests.vllm_server import NEEDS_SERVER, served
 
-VLLM = os.environ.get("RAC_VLLM") or shutil.which("vllm")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(VLLM is None, reason="no `vllm` on the PATH; name one with RAC_VLLM"),
-]
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3", "--enforce-eager"]
+pytestmark = NEEDS_SERVER
 
 
 @pytest.fixture(scope="module")
@@ -38,40 +22,8 @@ def url(tmp_path_factory):
     if running := os.environ.get("RAC_VLLM_URL"):
         yield running
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    command = [VLLM, "serve", str(reasoner_path()), "--host", "127.0.0.1", "--port", str(port), *OPTIONS]
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT,
-        )
-    try:
-        deadline = time.monotonic() + 600
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]  # noqa: PT018
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait(10)
-
-
-def answers(address):
-    try:
-        with urllib.request.urlopen(address, timeout=5) as reply:
-            return reply.status == 200
-    except OSError:
-        return False
+    with served(reasoner_path(), tmp_path_factory.mktemp("vllm") / "log") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

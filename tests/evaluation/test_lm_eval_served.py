@@ -1,0 +1,65 @@
+"""Stock lm-eval asks `vllm serve` about a packed checkpoint, where there is a vLLM: the answers are those of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rac_modifier.checkpoint.convert import pack_model
+from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.reasoner import reasoner_path
+from tests.tiny import linears
+from tests.vllm_server import NEEDS_SERVER, served
+
+pytestmark = NEEDS_SERVER
+ROOT = Path(__file__).parents[2]
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded reasoner without the smallest 30 % of each layer's weights, packed."""
+    folder = tmp_path_factory.mktemp("packed")
+    model = AutoModelForCausalLM.from_pretrained(reasoner_path())
+    for linear in linears(model).values():
+        size = linear.weight.data.abs()
+        linear.weight.data[size <= size.float().quantile(0.3)] = 0
+    model.save_pretrained(folder / "dense")
+    AutoTokenizer.from_pretrained(reasoner_path()).save_pretrained(folder / "dense")
+    pack_model(plan_packing(folder / "dense"), folder / "packed", "reasoner")
+    return folder / "packed"
+
+
+def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[float, list[str]]:
+    """Accuracy, and the answer to each problem that the regular expression found."""
+    command = [
+        sys.executable, "-m", module, "run", "--model", kind, "--apply_chat_template", "--batch_size", str(COUNT),
+        "--model_args", ",".join(f"{key}={value}" for key, value in arguments.items()), "--device", "cpu",
+        "--include_path", "examples/lm_eval", "--tasks", "rac_arithmetic", "--metadata", f'{{"count": {COUNT}}}',
+        "--output_path", str(out), "--log_samples",
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (results,), (samples,) = (list(out.rglob(f"{name}*.json*")) for name in ("results_", "samples_"))
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    accuracy = json.loads(results.read_text())["results"]["rac_arithmetic"]["exact_match,boxed"]
+    return accuracy, [row["filtered_resps"][0] for row in rows]
+
+
+def test_served_answers_are_those_of_transformers(packed: Path, tmp_path: Path) -> None:
+    with served(packed, tmp_path / "log") as url:
+        there = {"model": packed, "tokenizer": packed, "base_url": f"{url}/v1/completions", "num_concurrent": COUNT}
+        there |= {"tokenizer_backend": "huggingface", "max_length": 1024}
+        accuracy, answers = run("lm_eval", there, "local-completions", tmp_path / "served")
+    assert "sparse kernel" in (tmp_path / "log").read_text()
+    here = {"pretrained": packed, "dtype": "float32", "think_end_token": "</think>"}
+    assert run("rac_modifier.evaluation.lm_eval", here, "hf", tmp_path / "here") == (accuracy, answers)
+    assert accuracy >= 0.5  # it still reasons
