@@ -143,7 +143,8 @@ def recover(
         for name, weight in quantized.items():
             if weight.master is not None:
                 trained = trained_name(f"{name}.weight", quantized)
-                masters[trained] = weight.master * mask.masks.get(trained, 1)
+                kept = mask.masks.get(trained)
+                masters[trained] = weight.master if kept is None else weight.master * kept.to(weight.master.device)
         shards = spread(model, parameters, mask, processes)
         run = TrainingLoop(shards, teacher, held_out, masters, autocast, steps, rates, state, save_seconds, progress)
         with recomputing(shards.model, settings.activation_checkpointing):
