@@ -56,7 +56,7 @@ def add_measured(
         folder: of the model (`own_folder`).
         kind: what was measured.
         result: `as_dict()` of an EvalResult or a DivergenceResult.
-        conditions: `source` (of the problems) and `prompt` in words.
+        conditions: `source` (of the problems) and `prompt` in words; `protocol`: further lines, such as of a published one.
         reference: the same of the model that it is compared with; for a divergence, only its `label`.
         paired: the comparison of both, problem by problem, in words, without paths.
 
@@ -150,6 +150,8 @@ def _accuracy(found: Any) -> str:
     best = max(found["pass_at"], key=int, default="1")
     if best != "1":
         lines.append(f"At least one of {best} answers is correct for {found['pass_at'][best]:.1%} of the problems.")
+    if isinstance(found.get("protocol"), list):
+        lines += map(str, found["protocol"])
     if found.get("paired"):
         lines += ["", f"{found['paired']}."]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
+    from rac_modifier.problems.answers import Verifier
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.prompt import PromptSettings
 
@@ -57,6 +58,7 @@ class Answering:
         limits: Mapping[str, Any],
         prompt: PromptSettings,
         precision: Dtype,
+        verifiers: Mapping[str, Verifier],
     ) -> EvalResult:
         """Evaluate one model.
 
@@ -64,20 +66,18 @@ class Answering:
             name: as the user wrote it.
             problems: to be answered.
             source: fields of `ProblemSource` that say where the problems come from.
-            limits: cap, temperature, batch size and seed.
+            limits: cap, temperature, top-p, batch size and seed.
             prompt: for all models.
             precision: of a model in this process.
+            verifiers: by task name, what replaces the mathematical comparison of answers.
         """
-        from rac_modifier.evaluation.accuracy import TOP_P
         from rac_modifier.evaluation.answers import evaluate_into_file
         from rac_modifier.settings.problems import ProblemSource
         from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
         engine = EngineSettings(base_urls=self.servers, concurrency=self.concurrency) if self.servers else None
         model, tokenizer = load(name, precision) if engine is None else subject_of(name)
-        sampling = SamplingSettings(
-            top_p=TOP_P, top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump()
-        )
+        sampling = SamplingSettings(top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump())
         with resumable("the answers so far are kept; run the same command again to go on"):
             return evaluate_into_file(
                 model,
@@ -88,4 +88,5 @@ class Answering:
                 sampling=sampling,
                 path=self.path,
                 engine=engine,
+                verifiers=verifiers,
             )

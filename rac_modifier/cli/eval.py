@@ -13,6 +13,7 @@ from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, load, resolve
 from rac_modifier.cli.options import Dtype, Precision, print_json
+from rac_modifier.cli.protocol import Protocol, written_options
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -34,20 +35,24 @@ class TemplateName(StrEnum):
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help='folders, Hugging Face ids or "reasoner"; the dense one first')],
     problems: Annotated[int, typer.Option(min=1, help="number of problems")] = 300,
     source: Annotated[
         str,
-        typer.Option(
-            help='"arithmetic" (held out), reasoning-gym:TASK, a .jsonl, .json or .parquet file, or a dataset id'
-        ),
+        typer.Option(help="arithmetic (held out), reasoning-gym:TASK, a file, or a dataset id", show_default=False),
     ] = "arithmetic",
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="as published: aime24, aime25, gpqa-diamond, gsm8k or math-500"),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
     cap: Annotated[int, typer.Option(min=1, help="most new tokens; longer answers are unfinished")] = 512,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0: greedy, the default; with --divergence the model's own")
     ] = None,
+    top_p: Annotated[float | None, typer.Option(help="0.95 is the default; with --divergence the model's own")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
     seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
     system_prompt: Annotated[
@@ -94,9 +99,8 @@ def evaluate(
 ) -> None:
     """Compare models: accuracy with its interval, thinking length, share of unfinished answers, speed.
 
-    All models get the same problems, the same prompts and the same cap. The prompts are made as in the calibration of the
-    compressed models. With --divergence no answer is checked: the first model is sampled, and the others are compared with
-    its predictions, token by token.
+    All models get the same problems and prompts. With --divergence no answer is checked: the first model is sampled, and
+    the others are compared with its predictions, token by token.
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
@@ -107,7 +111,6 @@ def evaluate(
     from rac_modifier.evaluation.plot import plot_bars, plot_file
     from rac_modifier.evaluation.report import accuracy_table
     from rac_modifier.files import write_json_atomic
-    from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.settings.sampling import SamplingSettings
 
     to_stdout = json_out == Path("-")
@@ -115,8 +118,11 @@ def evaluate(
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
     if divergence and len(models) < 2:
         raise RacError("--divergence compares pruned models with the first one; name at least two models")
-    in_file = Answering(tuple(server or ()), concurrency, samples, answers)
-    in_file.check(models, divergence=divergence, direct=direct, temperature=temperature)
+    asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
+    asked = asked.with_preset(preset, written_options(context))
+    asked.check(divergence=divergence, direct=direct)
+    in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers)
+    in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature)
     if divergence and baseline is not None:
         raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
     paired_with = [] if baseline is None else read_results(baseline)
@@ -139,11 +145,12 @@ def evaluate(
     )
     if direct and choice.prompt.template == "none":
         raise RacError("--direct closes the thinking that a chat template opens; use it with --template chat")
-    chosen = held_out_problems(source, problems, seed, column, answer_column)
+    chosen = asked.load(seed)
     if divergence:
         sampling = SamplingSettings(
-            temperature=temperature,
-            max_new_tokens=cap,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            max_new_tokens=asked.cap,
             batch_size=batch_size,
             seed=seed,
             **choice.prompt.model_dump(),
@@ -152,11 +159,12 @@ def evaluate(
             results, table = _divergence(models, chosen, sampling, precision, plot)
         pairs: list[PairedDifference] = []
     else:
-        limits = {"max_new_tokens": cap, "temperature": temperature or 0.0, "batch_size": batch_size, "seed": seed}
+        limits = asked.limits() | {"batch_size": batch_size, "seed": seed}
         if in_file.wanted:
-            where = {"source": source, "column": column, "answer_column": answer_column}
-            found = [in_file.run(name, chosen, where, limits, choice.prompt, precision) for name in models]
+            where, verifiers = asked.where(), asked.verifiers()
+            found = [in_file.run(name, chosen, where, limits, choice.prompt, precision, verifiers) for name in models]
         else:
+            limits["verifiers"] = asked.verifiers()
             with resumable(
                 "no answer is kept; run the same command again, for one model with --answers FILE to keep them"
             ):
@@ -167,16 +175,23 @@ def evaluate(
         first, *others = [*paired_with[:1], *found]
         pairs = [paired_difference(first, other) for other in others]
     content = {"divergence" if divergence else "results": results, "prompt": choice.prompt.model_dump()}
+    if not divergence:
+        content["protocol"] = asked.record(len(chosen))
     if pairs:
         content["paired"] = [pair.as_dict() for pair in pairs]
     if to_stdout:
         print_json(content)
     else:
-        typer.echo("\n".join([render_results(table), *(f"{pair.describe()}." for pair in pairs), choice.describe()]))
+        lines = [render_results(table), *(f"{pair.describe()}." for pair in pairs), choice.describe()]
+        typer.echo("\n".join([*lines, *asked.describe(len(chosen))]))
         if json_out is not None:
             write_json_atomic(json_out, content)
     if card:
-        conditions = {"source": source, "prompt": choice.prompt.describe()}
+        conditions = {
+            "source": asked.source,
+            "prompt": choice.prompt.describe(),
+            "protocol": asked.describe(len(chosen)),
+        }
         reference = {"label": models[0]} if divergence else first.as_dict() if pairs else None
         _write_cards(folders, results, pairs, conditions, reference)
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)

@@ -1,7 +1,8 @@
-"""`rac recover`: the kept weights of a sparse checkpoint trained towards its dense model, with the mask fixed."""
+"""`rac recover`: the weights of a sparse or quantized checkpoint trained towards its dense model; zeros of pruning stay."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def recover(
     dense: Annotated[str, typer.Argument(help='the dense model: a folder, a Hugging Face id, or "reasoner"')],
     sparse: Annotated[
-        Path, typer.Argument(help="folder of the sparse checkpoint that was made from it, ours or another")
+        Path,
+        typer.Argument(help="folder of the sparse, quantized or sparse and quantized checkpoint that was made from it"),
     ],
     output: Annotated[Path, typer.Argument(help="folder for the recovered checkpoint; new or empty")],
     store: Annotated[
@@ -48,10 +50,10 @@ def recover(
     precision: Precision = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Recover a sparse model: train its kept weights on the dense model's own traces.
+    """Recover a sparse or quantized model: train its kept weights on the dense model's own traces.
 
-    No zero moves. The weights with the lowest divergence on held-out traces are kept, perhaps those before training. A run
-    that was killed continues when it is started again.
+    No pruned weight moves, and quantized weights are trained through their codes. The weights with the lowest divergence on
+    held-out traces are kept, perhaps those before training. A run that was killed continues when it is started again.
 
     Example: rac recover reasoner reasoner-90 reasoner-90-recovered --max-new-tokens 512 --set tokens=80000
     """
@@ -65,7 +67,6 @@ def recover(
     check_model(resolve(dense))
     check_model(str(sparse))
     check_output(output, str(sparse))
-    _check_not_quantized(sparse)
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with quiet, resumable(lambda: saving_step(output, "the traces, and training up to its last state,")):
@@ -108,17 +109,23 @@ def _recover(
     precision: Dtype,
 ) -> tuple[float, float]:
     import torch
+    from safetensors import SafetensorError
 
     from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+    from rac_modifier.checkpoint.sparsity_config import recorded_structures
+    from rac_modifier.llmcompressor.quantized_checkpoint import QuantizedCheckpoint, check_layers
     from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, reserved_tokens
     from rac_modifier.llmcompressor.zeros import sparse_modules
     from rac_modifier.model_tools import on_accelerator
     from rac_modifier.traces.collect import collect_traces
 
+    stored = _quantized_modules(sparse)
     model, tokenizer = load(dense, precision)
     pruned, _ = load(str(sparse), precision)
+    check_layers(pruned, stored)
     check_made_from(pruned, model)
-    modules, patterns = sparse_modules(pruned)
+    checkpoint = QuantizedCheckpoint(pruned, model, recorded_structures(pruned.config.to_dict()))
+    modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
     with on_accelerator(model):
         store = collect_traces(
             model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=reserved_tokens(settings)
@@ -126,49 +133,69 @@ def _recover(
     _check_fresh(sparse, store)
     stage = RecoveryStage(model, list(store), settings, keep=True)
     del model
-    record = stage.run(pruned, modules, {})
-    first = next(iter(patterns.values()))
+    done = stage.run(pruned, modules, checkpoint.quantized)
+    record: dict[str, Any] = {"method": "recover", "recovered_from": str(sparse), "recovery": done}
+    if patterns:
+        first = next(iter(patterns.values()))
+        record |= {"pattern": f"{first.describe()} (of the first module)", "mask_structure": first.mask_structure}
     plan = SavePlan(
-        record={
-            "method": "recover",
-            "recovered_from": str(sparse),
-            "pattern": f"{first.describe()} (of the first module)",
-            "mask_structure": first.mask_structure,
-            "recovery": record,
-        },
+        record=record,
         patterns=patterns,
         modules={name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)},
+        storage="packed" if checkpoint.packs else "dense",
         tokenizer=resolve(dense),
+        prepare=lambda *_: checkpoint.encode(),
         after=[stage.remove],
     )
     pruned.config._name_or_path = resolve(dense)
     save_with_record(pruned, lambda: plan)
-    tokenizer.save_pretrained(output)
-    pruned.save_pretrained(output)  # last: an output with a card is complete
-    return record["kl_before"], record["kl_after"]
+    try:
+        tokenizer.save_pretrained(output)
+        pruned.save_pretrained(output)  # last: an output with a card is complete
+    except (OSError, SafetensorError, RacError) as error:
+        shutil.rmtree(output, ignore_errors=True)  # it was new or empty
+        raise RacError(
+            f"{output}: the recovered model cannot be written ({error}); what was trained is kept in {stage.folder}: make room, "
+            "and run the same command again, which does not train again"
+        ) from error
+    return done["kl_before"], done["kl_after"]
 
 
 def check_made_from(pruned: Any, dense: Any) -> None:
-    """Refuse a dense model that is another than the one that was pruned: their embeddings differ (RacError)."""
+    """Refuse a dense model that is another than the one that was compressed: their embeddings or heads differ (RacError)."""
     import torch
 
-    ours, theirs = (m.get_input_embeddings().weight for m in (pruned, dense))
-    if type(pruned) is not type(dense) or ours.shape != theirs.shape or not torch.equal(ours.float(), theirs.float()):
+    same = type(pruned) is type(dense)
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        ours, theirs = (getattr(m, part)().weight for m in (pruned, dense))
+        same = same and ours.shape == theirs.shape and torch.equal(ours.float(), theirs.float())
+    if not same:
         raise RacError(
-            f"the sparse {type(pruned).__name__} was not made from this {type(dense).__name__}: their embeddings differ; name "
-            "the dense model that was pruned (base_model in rac_run.json)"
+            f"the {type(pruned).__name__} to recover was not made from this {type(dense).__name__}: their embeddings or heads "
+            "differ; name the dense model that was compressed (base_model in rac_run.json)"
         )
 
 
-def _check_not_quantized(sparse: Path) -> None:
+def _quantized_modules(sparse: Path) -> set[str]:
+    """The modules that are quantized, of the names of the tensors; RacError for those that cannot be trained."""
+    from rac_modifier.checkpoint.files import TensorFiles
     from rac_modifier.checkpoint.quantization_config import weight_schemes
-    from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
+    from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, METHOD, QUANTIZATION_KEY
     from rac_modifier.files import read_json
+    from rac_modifier.llmcompressor.quantized_checkpoint import check_trainable, quantized_names
 
-    if sparse.is_dir() and weight_schemes(read_json(sparse / CONFIG_FILE).get("quantization_config")):
+    if not sparse.is_dir():
+        return set()
+    quantization = read_json(sparse / CONFIG_FILE).get(QUANTIZATION_KEY) or {}
+    if (method := quantization.get("quant_method", METHOD)) != METHOD:
         raise RacError(
-            f"{sparse} is quantized; recover it where it is pruned and quantized: recover: beside quantization: in the recipe"
+            f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: quantize with llm-compressor"
         )
+    if not weight_schemes(quantization):
+        return set()
+    with TensorFiles(sparse) as files:
+        check_trainable(files.where, str(sparse))
+        return quantized_names(files.where)
 
 
 def _check_fresh(sparse: Path, store: TraceStore) -> None:

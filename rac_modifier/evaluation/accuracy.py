@@ -46,6 +46,7 @@ def evaluate(
     label: str,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_p: float = TOP_P,
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,
@@ -63,6 +64,7 @@ def evaluate(
         label: the result's name in tables.
         max_new_tokens: the cap. A completion cut off there is unfinished, and wrong unless it already holds the answer.
         temperature: 0 is greedy.
+        top_p: sample among the most likely tokens that hold this share; greedy ignores it.
         batch_size: prompts generated at once.
         seed: of the sampling; greedy ignores it.
         progress: show a progress bar.
@@ -75,7 +77,7 @@ def evaluate(
         RacError: no problems, a problem without an answer, an id twice, a setting out of range, `rows_path` not writable.
     """
     check_problems(problems)
-    settings = _settings(max_new_tokens, temperature, batch_size, seed)
+    settings = _settings(max_new_tokens, temperature, top_p, batch_size, seed)
     prompts = [render(tokenizer, problem.question) for problem in problems]
     # Longest first: prompts of similar length share a batch, and a batch too large for memory fails at once.
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]), reverse=True)
@@ -113,12 +115,12 @@ def check_problems(problems: Sequence[Problem]) -> None:
         seen.add(p.id)
 
 
-def _settings(max_new_tokens: int, temperature: float, batch_size: int, seed: int) -> SamplingSettings:
+def _settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int, seed: int) -> SamplingSettings:
     """Every setting is fixed here, and none comes from a model's generation_config: all models must sample alike."""
     try:
         return SamplingSettings(
             temperature=temperature,
-            top_p=TOP_P,
+            top_p=top_p,
             top_k=0,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,

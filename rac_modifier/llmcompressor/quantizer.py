@@ -78,19 +78,24 @@ class GroupQuantizer:
         self._upstream.end_calibration(model)
 
     def compress(self) -> None:
-        """Compress as llm-compressor does when it saves, but divide the weights by their scales in float32.
-
-        A bfloat16 weight divided by a bfloat16 scale can be half a code off, and would be rounded to another code.
-        """
+        """Compress as llm-compressor does when it saves, with the very codes that were measured."""
         for module in self.grids:
-            if module.quantization_status >= QuantizationStatus.COMPRESSED:
-                continue
-            scheme: Any = module.quantization_scheme
-            scheme.format = scheme.format or infer_module_format(type(module), scheme)
-            state = get_direct_state_dict(module)
-            compressor = BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))
-            replace_direct_state_dict(module, compressor.compress({**state, "weight": state["weight"].float()}, scheme))
-            module.quantization_status = QuantizationStatus.COMPRESSED
+            compress_exactly(module)
+
+
+def compress_exactly(module: Any) -> None:
+    """Compress a module as llm-compressor does when it saves, but divide the weights by their scales in float32.
+
+    A bfloat16 weight divided by a bfloat16 scale can be half a code off, and would be rounded to another code.
+    """
+    if module.quantization_status >= QuantizationStatus.COMPRESSED:
+        return
+    scheme = module.quantization_scheme
+    scheme.format = scheme.format or infer_module_format(type(module), scheme)
+    state = get_direct_state_dict(module)
+    compressor = BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))
+    replace_direct_state_dict(module, compressor.compress({**state, "weight": state["weight"].float()}, scheme))
+    module.quantization_status = QuantizationStatus.COMPRESSED
 
 
 def _checked_groups(settings: QuantizationSettings) -> dict[str, dict[str, Any]] | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from compressed_tensors.utils import align_module_device
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.masks import holds
-from rac_modifier.recovery.fixed_mask import sparse_masks
+from rac_modifier.recovery.fixed_mask import masks_of_zeros, sparse_masks
 from rac_modifier.settings.pattern import Pattern
 
 # A dense model has a few zeros by rounding; with fewer than this share of them a module is not sparse.
@@ -51,13 +51,20 @@ def patterns_of_zeros(
     return shares, f"the zeros that the model had, {100 * zeros / total:.4g} % of the weights"
 
 
-def sparse_modules(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, Pattern]]:
+def sparse_modules(
+    model: torch.nn.Module, quantized: Collection[str] = (), pruned: Collection[str] = ()
+) -> tuple[dict[str, torch.nn.Module], dict[str, Pattern]]:
     """The linear layers of a sparse model by name, and their patterns: 2:4 for all where all have it, else unstructured.
 
+    Of the `quantized` modules only those that are `pruned` count: rounding makes zeros too. A quantized model may have none.
+
     Raises:
-        RacError: no layer is sparse.
+        RacError: no layer is sparse, nor quantized.
     """
-    masks = sparse_masks(model, _LEAST_ZEROS)
-    modules = {name.removesuffix(".weight"): model.get_submodule(name.removesuffix(".weight")) for name in masks}
+    masks = masks_of_zeros(model, _LEAST_ZEROS) if quantized else sparse_masks(model, _LEAST_ZEROS)
+    names = [name for mask in masks if (name := mask.removesuffix(".weight")) not in quantized or name in pruned]
+    modules = {name: model.get_submodule(name) for name in names}
+    if not modules:
+        return {}, {}
     patterns, _ = patterns_of_zeros({module: name for name, module in modules.items()}, None, detect=True)
     return modules, patterns

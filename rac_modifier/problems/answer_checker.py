@@ -77,6 +77,13 @@ def check_answer(check: Check, *arguments: str | int) -> bool:
     raise RacError(f"{module} fails to start; see why with: {sys.executable} -c 'import {module}'")
 
 
+def check_installed(check: Check) -> None:
+    """Refuse early what would fail at the first answer (RacError): the package that checks it is not installed."""
+    module, why, extra = _NEEDS[check]
+    if importlib.util.find_spec(module) is None:
+        raise RacError(f"{why}; pip install 'rac-modifier[{extra}]'")
+
+
 def _result(pool: ProcessPool, future: Future[bool]) -> bool:
     """Wait for a verdict; a pool that breaks does not end the futures of tasks that it has not looked at yet."""
     while True:
@@ -97,9 +104,8 @@ def _not_right(arguments: tuple[str | int, ...], reason: str) -> bool:
 def _pool(check: Check) -> ProcessPool:
     with _lock:
         if check not in _pools:
-            module, why, extra = _NEEDS[check]
-            if importlib.util.find_spec(module) is None:
-                raise RacError(f"{why}; pip install 'rac-modifier[{extra}]'")
+            check_installed(check)
+            module = _NEEDS[check][0]
             _pools[check] = ProcessPool(WORKERS, initializer=_prepare, initargs=(module,), context=_Context())
         return _pools[check]
 

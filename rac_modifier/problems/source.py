@@ -48,9 +48,7 @@ def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
     elif source.source.startswith(GYM_PREFIX):
         problems = _reasoning_gym(source.source.removeprefix(GYM_PREFIX), seed)
     else:
-        what = "problem file" if source.is_file else "problem dataset"
-        table = open_table(source.source, what=what, config=source.config, split=source.split)
-        problems = _from_table(table, source, seed)
+        problems = _from_table(open_problem_table(source), source, seed)
     return islice(problems, source.limit)
 
 
@@ -116,18 +114,46 @@ def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, in
 
 
 def _from_table(table: Dataset, source: ProblemSource, seed: int) -> Iterator[Problem]:
-    where = source.source if source.is_file else f"{source.source} [{source.split}]"
+    column = source.column or _guess_column(table.column_names, table_name(source))
+    wanted = (column,) if source.answer_column is None else (column, source.answer_column)
+    rows = shuffled_rows(table, source, wanted, seed)
+    return (_from_row(row, where, i, column, source.answer_column) for i, where, row in rows)
+
+
+def open_problem_table(source: ProblemSource) -> Dataset:
+    """The table of a source that is a file or a dataset.
+
+    Raises:
+        RacError: no rows, or what `tables.open_table` raises.
+    """
+    what = "problem file" if source.is_file else "problem dataset"
+    table = open_table(source.source, what=what, config=source.config, split=source.split)
     if not len(table):
-        raise RacError(f"{where} holds no problems; name a source that does")
-    column = source.column or _guess_column(table.column_names, where)
-    wanted = [column] if source.answer_column is None else [column, source.answer_column]
-    for name in wanted:
+        raise RacError(f"{table_name(source)} holds no problems; name a source that does")
+    return table
+
+
+def table_name(source: ProblemSource) -> str:
+    """A file or dataset, for messages."""
+    return source.source if source.is_file else f"{source.source} [{source.split}]"
+
+
+def shuffled_rows(
+    table: Dataset, source: ProblemSource, columns: tuple[str, ...], seed: int
+) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """Each row's number, its name for messages, and its values in these columns, in an order that the seed decides.
+
+    Raises:
+        RacError: a column that the table lacks; at once, before the first row is read.
+    """
+    where = table_name(source)
+    for name in columns:
         if name not in table.column_names:
             raise RacError(f"{where} has no column {name!r}; its columns are: {', '.join(table.column_names)}")
-    rows = table.select_columns(wanted)
+    rows = table.select_columns(list(columns))
     order = list(range(len(rows)))
     random.Random(f"{seed}").shuffle(order)
-    return (_from_row(rows[i], f"{where}, row {i}", i, column, source.answer_column) for i in order)
+    return ((i, f"{where}, row {i}", rows[i]) for i in order)
 
 
 def _guess_column(columns: list[str], where: str) -> str:
@@ -138,26 +164,49 @@ def _guess_column(columns: list[str], where: str) -> str:
 
 
 def _from_row(row: Mapping[str, Any], where: str, index: int, column: str, answer_column: str | None) -> Problem:
+    question = question_in(row, where, column)
+    answer = None if answer_column is None else answer_in(row, where, answer_column)
+    return Problem(row_id(index, question), question, answer, None)
+
+
+def question_in(row: Mapping[str, Any], where: str, column: str) -> str:
+    """The question of a row; `where` is the row's name in messages.
+
+    Raises:
+        RacError: nothing, or no text.
+    """
     question = row[column]
     if not isinstance(question, str) or not question.strip():
         what = f"{type(question).__name__} {str(question)[:80]!r}" if question is not None else "nothing"
         raise RacError(
             f"{where}: column {column!r} must hold the question as text, it holds {what}; choose another column"
         )
-    answer = None if answer_column is None else row[answer_column]
+    return question
+
+
+def answer_in(row: Mapping[str, Any], where: str, column: str) -> str | None:
+    """The answer of a row as text, None where there is none; `where` is the row's name in messages.
+
+    Raises:
+        RacError: neither text nor a number, or a number that may have lost digits.
+    """
+    answer = row[column]
     if answer is not None and not isinstance(answer, (str, int, float)):
         raise RacError(
-            f"{where}: column {answer_column!r} must hold text or a number, it holds a {type(answer).__name__}; "
+            f"{where}: column {column!r} must hold text or a number, it holds a {type(answer).__name__}; "
             "write the answers as text in a Parquet file, or choose another answer_column"
         )
     if isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS:
         raise RacError(
-            f"{where}: column {answer_column!r} holds the number {answer!r}, some digits of which may have been lost when it was "
+            f"{where}: column {column!r} holds the number {answer!r}, some digits of which may have been lost when it was "
             "read; write the answers as text, in quotes"
         )
-    # The hash makes an edited row another problem, so that a resumed run does not take it for done.
-    identity = f"row{index}-{_hash_int(question) % 16**8:08x}"
-    return Problem(identity, question, None if answer is None else str(answer), None)
+    return None if answer is None else str(answer)
+
+
+def row_id(index: int, question: str) -> str:
+    """The id of a row: the hash makes an edited row another problem, so that a resumed run does not take it for done."""
+    return f"row{index}-{_hash_int(question) % 16**8:08x}"
 
 
 def _hash_int(text: str) -> int:

@@ -31,6 +31,26 @@ def grid_of(scheme: QuantizationScheme, name: str) -> Grid:
     return Grid("float" if weights.type == "float" else "int", weights.num_bits, group)
 
 
+def stored_grid(scheme: QuantizationScheme, name: str) -> Grid:
+    """The grid of weights that are quantized already, to train them through their codes: int of 2 to 8 bits, or float of 8.
+
+    Raises:
+        RacError: naming `name`, for a grid that is asymmetric, has one scale per tensor or block, or other numbers.
+    """
+    weights = scheme.weights
+    assert weights is not None
+    kind, bits = _text(weights.type), weights.num_bits
+    numbers = bits == 8 if kind == "float" else 2 <= bits <= 8
+    if not numbers or weights.strategy not in ("channel", "group") or not weights.symmetric:
+        raise RacError(
+            f"{name}: weights {_describe(weights)} cannot be trained through their codes; recovery knows int of 2 to 8 bits and "
+            "float of 8 (e4m3), symmetric, one scale per channel or group. Recover the model before it is quantized"
+        )
+    return Grid(
+        "float" if kind == "float" else "int", bits, weights.group_size if weights.strategy == "group" else None
+    )
+
+
 def describe_scheme(scheme: QuantizationScheme) -> str:
     """A scheme in a few words: `int8, one scale per channel, activations int8, one scale per token`."""
     weights, inputs = scheme.weights, scheme.input_activations

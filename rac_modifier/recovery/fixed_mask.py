@@ -24,6 +24,17 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
     Raises:
         RacError: no matrix is sparse.
     """
+    masks = masks_of_zeros(model, least_sparsity)
+    if not masks:
+        raise RacError(
+            f"no linear layer of this {type(model).__name__} has {least_sparsity:.0%} of zeros or more, so there is no mask to "
+            "hold; prune the model first, or load the pruned checkpoint"
+        )
+    return masks
+
+
+def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, torch.Tensor]:
+    """As `sparse_masks`; empty where no matrix is sparse."""
     masks = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -32,11 +43,6 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
         mask = weight.detach() != 0
         if float(mask.sum()) <= (1 - least_sparsity) * mask.numel():
             masks[f"{name}.weight"] = mask
-    if not masks:
-        raise RacError(
-            f"no linear layer of this {type(model).__name__} has {least_sparsity:.0%} of zeros or more, so there is no mask to "
-            "hold; prune the model first, or load the pruned checkpoint"
-        )
     return masks
 
 

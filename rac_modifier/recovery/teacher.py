@@ -89,25 +89,16 @@ class StoredTeacher:
                 f"{folder}: the dense model's states need {needed / 2**30:.1f} GiB, and "
                 f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free; lower recover.tokens or make room"
             )
-        pending: dict[str, torch.Tensor] = {}
-        number = 0
-
-        def flush() -> None:
-            nonlocal number
-            if pending:
-                save_file(pending, folder / f"states-{number:05}.safetensors")
-                number += 1
-                pending.clear()
-
-        with evaluating(dense):
-            for batch in batches_of_like_length(sequences, _BATCH_TOKENS):
-                states = predicting_states(dense, batch).cpu()
-                for sequence, part in zip(batch, states.split([len(ids) - p for ids, p in batch]), strict=True):
-                    pending[name_of(sequence)] = part.clone()  # not a view: a file holds each once
-                    if sum(map(len, pending.values())) >= _FILE_TOKENS:
-                        flush()
-        flush()
-        index.write_text(json.dumps(wanted), encoding="utf-8")  # last: without it the files do not count
+        try:
+            _write_states(dense, sequences, folder)
+            index.write_text(json.dumps(wanted), encoding="utf-8")  # last: without it the files do not count
+        except (OSError, SafetensorError) as error:
+            for part in (index, *folder.glob("states-*.safetensors")):
+                part.unlink(missing_ok=True)
+            raise RacError(
+                f"{folder}: the dense model's states cannot be written ({error}); nothing is left of them: make room, or "
+                "name another folder (recover.folder)"
+            ) from error
         return cls(folder)
 
     def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
@@ -126,6 +117,27 @@ class StoredTeacher:
             with safe_open(self._folder / self._place[name], framework="pt") as states:
                 found.append(states.get_tensor(name))
         return torch.cat(found)
+
+
+def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) -> None:
+    pending: dict[str, torch.Tensor] = {}
+    number = 0
+
+    def flush() -> None:
+        nonlocal number
+        if pending:
+            save_file(pending, folder / f"states-{number:05}.safetensors")
+            number += 1
+            pending.clear()
+
+    with evaluating(dense):
+        for batch in batches_of_like_length(sequences, _BATCH_TOKENS):
+            states = predicting_states(dense, batch).cpu()
+            for sequence, part in zip(batch, states.split([len(ids) - p for ids, p in batch]), strict=True):
+                pending[name_of(sequence)] = part.clone()  # not a view: a file holds each once
+                if sum(map(len, pending.values())) >= _FILE_TOKENS:
+                    flush()
+    flush()
 
 
 def name_of(sequence: TokenSequence) -> str:

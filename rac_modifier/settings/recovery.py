@@ -33,4 +33,9 @@ class RecoverySettings(Settings):
         description="folder for the dense model's hidden states and for the state that a killed run goes on from; it is removed "
         "at the end; default: a folder under rac_recovery/ named after the model",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep the inputs of each layer alone, and compute its activations again in the backward pass: less memory "
+        "per token of a batch, a third more time, and the same result",
+    )
     seed: int = Field(0, ge=0, description="shuffles the traces")

@@ -21,6 +21,13 @@ def calibrated(b: Bench, name: str, **prompt: Any) -> Path:
     return folder
 
 
+def copy_of(b: Bench, *rows: dict[str, Any]) -> Path:
+    """A user's copy of a benchmark."""
+    path = b.tmp / "copy.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 CASES += [
     Case(
         "`rac eval --divergence` of one model",
@@ -71,5 +78,42 @@ CASES += [
         "evaluating a model with a damaged run record",
         "its prompt settings cannot be read",
         lambda b: b.rac("eval", calibrated(b, "damaged", template="jinja")),
+    ),
+    Case(
+        "`rac eval --preset` of a name that is not there",
+        "use one of aime24, aime25, gpqa-diamond, gsm8k, math-500",
+        lambda b: b.rac("eval", b.folder, "--preset", "math500"),
+    ),
+    Case(
+        "`rac eval --preset` of generated problems",
+        "which generates problems of its own",
+        lambda b: b.rac("eval", b.folder, "--preset", "math-500", "--source", "arithmetic"),
+    ),
+    Case(
+        "`rac eval --preset` with a copy that lacks a column",
+        "has no column 'answer'",
+        lambda b: b.rac("eval", b.folder, "--preset", "math-500", "--source", copy_of(b, {"problem": "1 + 1?"})),
+    ),
+    Case(
+        "`rac eval --preset` with a row without an answer",
+        "column 'answer' holds nothing; complete the row",
+        lambda b: b.rac(
+            "eval", b.folder, "--preset", "aime24", "--source", copy_of(b, {"problem": "1 + 1?", "answer": " "})
+        ),
+    ),
+    Case(
+        "`rac eval --preset --divergence`",
+        "compares whole answers by accuracy; leave it or --divergence out",
+        lambda b: b.rac("eval", b.folder, b.folder, "--divergence", "--preset", "gsm8k"),
+    ),
+    Case(
+        "`rac eval --top-p` of greedy answers",
+        "has no effect on greedy answers",
+        lambda b: b.rac("eval", b.folder, "--top-p", "0.9"),
+    ),
+    Case(
+        "`rac eval --top-p` above 1",
+        "is not a share of the probability",
+        lambda b: b.rac("eval", b.folder, "--temperature", "1", "--top-p", "1.5"),
     ),
 ]

@@ -119,6 +119,14 @@ def _(b: Bench) -> None:
     b.prune(later=(ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}),))
 
 
+@CASES.case("`rac recover` of an asymmetrically quantized checkpoint", "weight_zero_point: its grid is asymmetric")
+def _(b: Bench) -> None:
+    from tests.llmcompressor.quantized_helpers import grouped, saved
+
+    saved(b.tmp / "in", grouped(4, symmetric=False), pruned=False)
+    b.rac("recover", b.folder, b.tmp / "in", b.tmp / "out")
+
+
 @CASES.case("`rac schema` of a modifier that is not this package's", "is none of this package's modifiers")
 def _(b: Bench) -> None:
     b.rac("schema", "GPTQModifier")

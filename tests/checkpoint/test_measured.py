@@ -92,12 +92,13 @@ def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder: Path) ->
 
 def test_several_answers_and_no_reference(folder: Path) -> None:
     result = {**SPARSE, "samples": 16, "temperature": 0.6, "pass_at": {"1": 0.8, "2": 0.85, "16": 0.955}}
-    add_measured(folder, "accuracy", result, conditions=CONDITIONS)
+    add_measured(folder, "accuracy", result, conditions={**CONDITIONS, "protocol": ["As published."]})
     card = (folder / "README.md").read_text()
     assert "16 answers to each, at most 2,048 new tokens, temperature 0.6;" in card
     assert "At least one of 16 answers is correct for 95.5% of the problems." in card
     assert "org|dense" not in card
     assert "points" not in card
+    assert "\nAs published.\n" in card
 
 
 def test_a_card_that_is_made_anew_from_the_record_has_it_too(folder: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import llmcompressor  # noqa: F401 - its log goes to the stderr of now; a test's own is closed when the test ends
 import pytest
 
 from rac_modifier import cli

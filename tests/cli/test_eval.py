@@ -186,7 +186,7 @@ def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
     assert f"tokens that {tiny_folder.name} generated (arithmetic)" in card
     # alone, beside what was measured of the dense model
     code, out, err = rac("eval", own, *FEW, "--card", "--baseline", tmp_path / "r.json", "--json", "-")
-    assert (code, list(json.loads(out))) == (0, ["results", "prompt", "paired"])
+    assert (code, list(json.loads(out))) == (0, ["results", "prompt", "protocol", "paired"])
     assert err.splitlines()[-1] == f"written into the model card of {own}"
     assert (own / "README.md").read_text() == card
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
-from tests.tiny import linears, save_tiny
+from rac_modifier.recovery.training_loop import TrainingLoop
+from tests import tiny
+from tests.checkpoint.checkpoint_helpers import dense_tensors
+from tests.llmcompressor.quantized_helpers import SCHEMES, saved
+from tests.tiny import entry, linears, recipe, save_tiny
 
 SETTINGS = ["tokens=3000", "held_out_tokens=150", "step_tokens=100", "batch_tokens=400", "learning_rate=0.001"]
 OPTIONS = ["--max-new-tokens", "40", *(part for setting in SETTINGS for part in ("--set", setting))]
@@ -50,13 +56,96 @@ def test_a_checkpoint_that_is_not_ours_is_recovered_too(rac, tiny_folder, tmp_pa
     assert record["mask_structure"] == "0:0"
 
 
+def test_a_sparse_int4_checkpoint_is_trained_through_its_codes_and_packed_again(
+    rac, tiny_folder, trace_store, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+    quantization = {"config_groups": {"g": {"weights": weights}}}
+    (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store, quantization=quantization)))
+    assert rac("prune", tiny_folder, "sparse", "-r", "recipe.yaml", "-s", "calibration.tokens=500")[0] == 0
+    code, _, stderr = rac("recover", tiny_folder, "sparse", "out", *OPTIONS)
+    assert code == 0, stderr
+    before, after = (dense_tensors(tmp_path / folder) for folder in ("sparse", "out"))
+    assert before.keys() == after.keys()
+    codes = [name for name, tensor in before.items() if tensor.dtype == torch.int8]
+    assert len(codes) == 14
+    for name in codes:
+        assert not bool(after[name][before[name] == 0].any()), name
+        assert tiny.is_2of4(after[name]), name
+    assert any(not torch.equal(after[name], before[name]) for name in codes)
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert record["recovery"]["kl_after"] < record["recovery"]["kl_before"]
+    assert record["quantization"] == ["int4 in groups of 32 (pack-quantized)"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+
+
+def test_an_output_that_cannot_be_written_costs_no_training(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = []
+    step = TrainingLoop.step
+    monkeypatch.setattr(TrainingLoop, "step", lambda *args: (steps.append(1), step(*args))[1])
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rac_modifier.checkpoint.saving.pack_checkpoint", full)
+        code, _, stderr = rac("recover", tiny_folder, sparse_folder, "out", *OPTIONS)
+    assert code == 1
+    text = " ".join(stderr.split())
+    assert "out: the recovered model cannot be written ([Errno 28] No space left on device)" in text
+    assert "run the same command again, which does not train again" in text
+    assert not (tmp_path / "out").exists()
+    assert steps.pop()
+    steps.clear()
+    code, _, stderr = rac("recover", tiny_folder, sparse_folder, "out", *OPTIONS)
+    assert code == 0, stderr
+    assert steps == []
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert record["recovery"]["kl_after"] < record["recovery"]["kl_before"]
+    assert not (tmp_path / "rac_recovery").exists()
+
+
+def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_tiny(tmp_path / "dense")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    shutil.copytree(folder, tmp_path / "int3")
+    saved(tmp_path / "int3", SCHEMES["int3"], pruned=False)
+    code, _, stderr = rac("recover", "dense", "int3", "out", *OPTIONS)
+    assert code == 0, stderr
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("int3", "out"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
+    packed = [name for name in before if name.endswith("weight_packed")]
+    assert len(packed) == 14
+    assert any(not torch.equal(before[name], after[name]) for name in packed)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "rac_sparsity" not in config
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert record["quantization"] == ["int3 in groups of 32 (pack-quantized)"]
+    assert "pattern" not in record
+    assert "quantized" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_that_another_method_quantized_is_refused(rac, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    code, _, stderr = rac("recover", tiny_folder, tmp_path / "in", tmp_path / "out", *OPTIONS)
+    assert code != 0
+    assert "quantized by 'gptq'; recovery reads and writes compressed-tensors" in " ".join(stderr.split())
+
+
 @pytest.mark.parametrize("dense", ["another", "dense"])
 def test_models_that_do_not_belong_together_are_refused(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch, dense):
     monkeypatch.chdir(tmp_path)
     if dense == "another":
         save_tiny(tmp_path / "another", seed=5)
         code, _, stderr = rac("recover", "another", sparse_folder, "out", *OPTIONS)
-        wanted = "was not made from this Qwen3ForCausalLM: their embeddings differ; name the dense model"
+        wanted = "was not made from this Qwen3ForCausalLM: their embeddings or heads differ; name the dense"
     else:
         code, _, stderr = rac("recover", tiny_folder, tiny_folder, "out", *OPTIONS)
         wanted = "there is no mask to hold; prune the model first"

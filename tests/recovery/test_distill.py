@@ -11,6 +11,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.recovery import distill
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.teacher import LiveTeacher
+from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import dense_and_sparse, kl_of, sequences
 
@@ -48,7 +49,7 @@ def test_after_every_step_the_mask_holds(monkeypatch):
     dense, sparse = dense_and_sparse()
     zeros = {name: p.detach() == 0 for name, p in sparse.named_parameters() if "proj" in name}
     steps = 0
-    step = distill._Run.step
+    step = TrainingLoop.step
 
     def checked(self, *args):
         nonlocal steps
@@ -57,7 +58,7 @@ def test_after_every_step_the_mask_holds(monkeypatch):
         assert all(torch.equal(self.parameters[name] == 0, zero) for name, zero in zeros.items())
         return loss
 
-    monkeypatch.setattr(distill._Run, "step", checked)
+    monkeypatch.setattr(TrainingLoop, "step", checked)
     assert run(sparse, dense).steps == steps > 8
 
 
@@ -121,7 +122,7 @@ class Killed(BaseException):
 def test_killed_runs_end_as_an_undisturbed_one(tmp_path, monkeypatch, kills):
     dense, undisturbed = dense_and_sparse()
     expected = run(undisturbed, dense)
-    step, calls, killed_at = distill._Run.step, 0, -1
+    step, calls, killed_at = TrainingLoop.step, 0, -1
 
     def counted(self, *args):
         nonlocal calls
@@ -130,7 +131,7 @@ def test_killed_runs_end_as_an_undisturbed_one(tmp_path, monkeypatch, kills):
             raise Killed
         return step(self, *args)
 
-    monkeypatch.setattr(distill._Run, "step", counted)
+    monkeypatch.setattr(TrainingLoop, "step", counted)
     for killed_at in kills:  # noqa: B007 - read in `counted`
         calls = 0
         with pytest.raises(Killed):

@@ -60,6 +60,26 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
         StoredTeacher.write(dense, data, tmp_path / "b", key="a")
 
 
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
+    (model, _), data = dense_and_sparse(), sequences(6)
+    monkeypatch.setattr(module, "_FILE_TOKENS", 20)
+    written = []
+    save_file = module.save_file
+
+    def full(tensors, path):
+        save_file(tensors, path)
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(RacError, match=r"cannot be written \(.*No space left.*nothing is left of them: make room"):
+        StoredTeacher.write(model, data, tmp_path, key="k")
+    assert len(written) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert len(StoredTeacher.write(model, data, tmp_path, key="k").states(data)) > 0
+
+
 def test_names_tell_prompts_and_ids_apart():
     names = {name_of(([1, 2, 3], 1)), name_of(([1, 2, 3], 2)), name_of(([1, 23], 1)), name_of(([12, 3], 1))}
     assert len(names) == 4

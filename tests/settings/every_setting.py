@@ -88,7 +88,7 @@ PRUNED = [
         Row(f"recover.{name}", value, {"recover": RECOVER})
         for name, value in {
             "tokens": 500, "passes": 2, "learning_rate": 1e-2, "step_tokens": 128, "batch_tokens": 400,
-            "held_out_tokens": 200, "seed": 1, "folder": "problems.jsonl",
+            "held_out_tokens": 200, "seed": 1, "activation_checkpointing": True, "folder": "problems.jsonl",
         }.items()
     ),
     Row("experimental.token_weights", "gradient"),

@@ -137,6 +137,7 @@ def pruned(models: Path, settings: dict[str, Any], save_to: Path) -> Outcome:
         "weights": {key: value.float().flatten().tolist() for key, value in model.state_dict().items()},
         "order": record["order"],
         "files": files,
+        "activations": record.get("recovery", {}).get("activation_checkpointing"),  # the same weights in less memory
     }
 
 

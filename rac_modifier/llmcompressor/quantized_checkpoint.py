@@ -1,0 +1,153 @@
+"""The quantized linear layers of a loaded checkpoint: decoded to be trained through their codes, encoded to be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.base import decompress_module
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+
+from rac_modifier.checkpoint.quantization_config import WORDS
+from rac_modifier.checkpoint.stored_weight import SCALE
+from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.quantizer import compress_exactly
+from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.schemes import stored_grid
+from rac_modifier.recovery.cells import codes_of, master_in_cell, pruned_share
+from rac_modifier.recovery.on_grid import QuantizedWeight
+
+# Zeros that rounding does not explain, as a share of a module's weights: with so many of them it was pruned.
+_PRUNED = 0.05
+# What a tensor of a module means that cannot be trained.
+_REASONS = {
+    "weight_zero_point": "its grid is asymmetric, and a zero that is a zero point moves when scales are trained; quantize with "
+    "a symmetric scheme (W4A16 in place of W4A16_ASYM)",
+    "weight_g_idx": "the columns of a group are not beside each other (activation order); quantize with actorder: weight or "
+    "none",
+    "weight_global_scale": "it has a second scale (NVFP4), which is not trained here; quantize to int or to float8",
+}
+
+
+def check_trainable(tensor_names: Collection[str], folder: str) -> None:
+    """Refuse, before a model is loaded, a layout whose codes cannot be trained.
+
+    Raises:
+        RacError: zero points, an order of columns by activations (g_idx), or global scales.
+    """
+    for name in sorted(tensor_names):
+        module, _, part = name.rpartition(".")
+        if part in _REASONS:
+            raise RacError(f"{folder}: {module} has a {part}: {_REASONS[part]}, or recover it before it is quantized")
+
+
+class QuantizedCheckpoint:
+    """A loaded model whose quantized linear layers hold code times scale from now on, until `encode`.
+
+    Attributes:
+        quantized: grid, scales and master weights by module name, for `recover`.
+        pruned: those of these modules whose zeros have to stay.
+
+    Args:
+        model: as it was loaded, its weights compressed, after `check_layers`.
+        dense: the dense model that it was made from; master weights start on the side of its weights.
+        recorded: modules that config.json says are pruned.
+
+    Raises:
+        RacError: scales that are not positive, or too small for their dtype.
+    """
+
+    def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
+        self._modules = _modules_with_codes(model)
+        grids = {name: stored_grid(module.quantization_scheme, name) for name, module in self._modules.items()}
+        originals = dict(dense.named_modules())
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self.pruned: set[str] = set()
+        for name, module in self._modules.items():
+            dtype = originals[name].weight.dtype
+            decompress_module(module)
+            weight = module.get_parameter("weight").data
+            scale = _checked_scale(module.get_parameter(SCALE).data, weight, grids[name], name)
+            codes = codes_of(weight, scale, grids[name])
+            original = originals[name].weight.detach().to(codes.device)
+            if name in recorded or pruned_share(codes, scale, grids[name], original) >= _PRUNED:
+                self.pruned.add(name)
+            master = master_in_cell(codes, scale, grids[name], original)
+            if name in self.pruned:
+                master.mul_(codes != 0)
+            module.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+            self.quantized[name] = QuantizedWeight(grids[name], scale, master)
+        if hasattr(model, "ct_decompress_hook"):
+            model.ct_decompress_hook.remove()
+            del model.ct_decompress_hook
+
+    def encode(self) -> None:
+        """Compress the modules again; their codes are those that code times scale was made of."""
+        for module in self._modules.values():
+            module.quantization_status = QuantizationStatus.FROZEN
+            compress_exactly(module)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the codes of all pruned modules can be stored sparse."""
+        return all(self.quantized[name].grid.bits in (4, 8) for name in self.pruned)
+
+
+def check_layers(model: Any, stored: Collection[str]) -> None:
+    """Refuse a loaded model whose codes cannot be trained, or written back; `stored` are the quantized modules in its files.
+
+    Raises:
+        RacError: a quantized embedding or head, merged experts, or a grid that is not known.
+    """
+    modules = _modules_with_codes(model)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for name, module in modules.items():
+            if module is part:
+                raise RacError(
+                    f"{name} is quantized; embeddings and head are not trained and have to be the dense model's: add {name} to "
+                    "ignore where the model is quantized"
+                )
+    if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
+        missing = sorted(set(stored) - set(modules))
+        raise RacError(
+            f"{missing[0]} ({len(missing)} modules in all) is quantized and no linear layer once it is loaded (merged experts), "
+            "so its codes cannot be trained; recover the model before it is quantized"
+        )
+    for name, module in modules.items():
+        stored_grid(module.quantization_scheme, name)
+
+
+def quantized_names(tensors: Mapping[str, Any]) -> set[str]:
+    """The modules that have scales or int32 words, of the tensor names in the files."""
+    return {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in (SCALE, WORDS)}
+
+
+def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
+    schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
+    return {
+        name: model.get_submodule(name)
+        for name, scheme in schemes.items()
+        if isinstance(scheme, QuantizationScheme) and scheme.weights is not None
+    }
+
+
+def _checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
+    """[rows, groups]; groups of zeros may have any scale."""
+    groups = grid.groups(weight.shape[1])
+    if scale.numel() != weight.shape[0] * groups:
+        raise RacError(
+            f"{name}.{SCALE}: shape {list(scale.shape)} does not fit a weight {list(weight.shape)} of {groups} groups"
+        )
+    scale = scale.reshape(-1, groups)
+    least = torch.finfo(scale.dtype).tiny
+    used = torch.stack([part.ne(0).any(1) for part in weight.split(grid.group_size or weight.shape[1], dim=1)], dim=1)
+    right = scale.isfinite() & (scale >= least)
+    wrong = used & ~right
+    if bool(wrong.any()):
+        raise RacError(
+            f"{name}.{SCALE}: {int(wrong.sum())} scales are negative, or not finite, or smaller than {least:.2g}, such as "
+            f"{float(scale[wrong][0]):.3g}; trained scales are positive and normal {str(scale.dtype).removeprefix('torch.')}: "
+            "quantize the model again with such scales"
+        )
+    return torch.where(right, scale, torch.ones_like(scale))

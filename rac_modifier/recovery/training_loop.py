@@ -1,0 +1,153 @@
+"""The steps of a recovery run, its checks on held-out traces, and the state that a killed run goes on from."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from tqdm import tqdm
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
+from rac_modifier.recovery.hidden_states import output_head, predicting_states
+from rac_modifier.recovery.loss import head_kl
+from rac_modifier.recovery.schedule import Step, rate_at
+from rac_modifier.recovery.state import Progress, load_state, save_state
+from rac_modifier.recovery.teacher import Teacher
+
+_BETAS = (0.9, 0.95)
+_CLIP = 1.0
+_CHECKS = 8  # of the held-out KL in a run
+_EVALUATION_TOKENS = 4096
+_TOO_HIGH = 1.5  # times the KL before: the learning rate is too high
+
+
+@dataclass
+class TrainingLoop:
+    """One run over `steps`: `train` ends with the weights of the lowest held-out KL.
+
+    Attributes:
+        model: the student, in evaluation mode; `parameters` are those that are trained.
+        masters: where training starts, for parameters that start elsewhere than they are; measured first as they are.
+        rates: learning rates, tried one after another.
+        state: folder of the state that a killed run goes on from; `save_seconds` how often it is written.
+    """
+
+    model: Any
+    teacher: Teacher
+    held_out: Sequence[TokenSequence]
+    parameters: dict[str, torch.nn.Parameter]
+    masters: Mapping[str, torch.Tensor]
+    autocast: torch.dtype | None
+    steps: Sequence[Step]
+    rates: Sequence[float]
+    state: Path | None
+    save_seconds: float
+    progress: bool
+
+    def train(self, key: str) -> Progress:
+        """Train at the first rate; where the held-out KL rises too high, again from the start at the next. Ends with the best."""
+        self.optimizer = self._new_optimizer()
+        done = Progress(key) if self.state is None else load_state(self.state, key, self.parameters, self.optimizer)
+        if not done.curve:
+            self.check(done)
+            self._start_from_masters()
+        while True:
+            self._train_at(self.rates[done.tries], done)
+            self._keep_best(done)
+            if not done.stopped or done.tries + 1 == len(self.rates):
+                self._save(done)  # what comes next, saving the model, may fail
+                return done
+            logger.warning(f"recovery starts again at a lower learning rate: {done.stopped}")
+            done.tries, done.step, done.stopped = done.tries + 1, 0, ""
+            self._start_from_masters()
+            self.optimizer = self._new_optimizer()
+
+    @torch.no_grad()
+    def _start_from_masters(self) -> None:
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0)
+
+    def _train_at(self, rate: float, done: Progress) -> None:
+        """Take the steps that are left, check the held-out KL `_CHECKS` times, and write the state now and then."""
+        before, every = done.curve[0][1], max(1, math.ceil(len(self.steps) / _CHECKS))
+        saved = time.monotonic()
+        silent = None if self.progress else True  # None: silent where the output is no terminal
+        with tqdm(total=len(self.steps), initial=done.step, desc="recovery", unit="step", disable=silent) as bar:
+            while done.step < len(self.steps) and not done.stopped:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate * rate_at(done.step, len(self.steps))
+                loss = self.step(self.steps[done.step])
+                done.step += 1
+                if not math.isfinite(loss):
+                    done.stopped = f"the loss of step {done.step} is {loss} at learning rate {rate:.2g}"
+                elif done.step % every == 0 or done.step == len(self.steps):
+                    kl = self.check(done)
+                    if not kl <= _TOO_HIGH * before:
+                        done.stopped = f"held-out KL {kl:.4f} (before: {before:.4f}) at learning rate {rate:.2g}"
+                bar.update()
+                bar.set_postfix_str(f"KL {done.curve[-1][1]:.4f}, at the start {before:.4f}", refresh=False)
+                if time.monotonic() - saved >= self.save_seconds:
+                    self._save(done)
+                    saved = time.monotonic()
+
+    def _save(self, done: Progress) -> None:
+        """Write the state. A full disk does not end the training: the state before stands, and the next one may fit."""
+        if self.state is None:
+            return
+        try:
+            save_state(self.state, done, self.parameters, self.optimizer)
+        except RacError as error:
+            logger.warning(f"training goes on without a new state: {error}")
+
+    def step(self, step: Step) -> float:
+        """One optimizer step; returns the mean KL per completion token of its sequences."""
+        total = 0.0
+        for batch in step.batches:
+            with self._autocast():
+                states = predicting_states(self.model, batch)
+            loss = head_kl(states, self.teacher.states(batch), output_head(self.model)) / step.completion_tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP)
+        if math.isfinite(total):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    @torch.no_grad()
+    def check(self, done: Progress) -> float:
+        """Measure the held-out KL in nats per completion token; keeps the weights if it is the lowest so far."""
+        total, tokens = 0.0, 0
+        for batch in batches_of_like_length(self.held_out, _EVALUATION_TOKENS):
+            with self._autocast():
+                states = predicting_states(self.model, batch)
+            total += head_kl(states, self.teacher.states(batch), output_head(self.model)).item()
+            tokens += len(states)
+        kl = total / tokens
+        done.curve.append((done.step, kl))
+        if kl < done.best_kl:
+            done.best_kl, done.best_step = kl, done.step
+            done.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        return kl
+
+    @torch.no_grad()
+    def _keep_best(self, done: Progress) -> None:
+        """Put the weights of the lowest held-out KL back."""
+        for name, weight in done.best.items():
+            self.parameters[name].copy_(weight)
+
+    def _autocast(self) -> Any:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast)

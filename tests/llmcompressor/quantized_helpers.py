@@ -1,0 +1,72 @@
+"""A tiny model quantized by upstream, and what a file of codes holds, read again for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import tiny_model
+
+CHANNEL = {"num_bits": 8, "strategy": "channel", "symmetric": True}
+TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
+
+
+def grouped(bits: int, **changes: Any) -> dict[str, Any]:
+    return {"weights": {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": True, **changes}}
+
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "int4": grouped(4),
+    "int3": grouped(3, actorder="weight"),  # the order of rounding, not of columns
+    "int8": {"weights": CHANNEL, "input_activations": TOKEN},
+    "fp8": {"weights": {**CHANNEL, "type": "float"}, "input_activations": {**TOKEN, "type": "float"}},
+}
+
+
+def saved(folder: Path, scheme: dict[str, Any], *, pruned: bool, ignore: tuple[str, ...] = ("lm_head",)) -> Path:
+    """`tiny_model()` rounded to the nearest codes by upstream, half of its weights zero before if `pruned`."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = tiny_model().to(torch.bfloat16)
+    groups = {"group_0": {"targets": ["Linear"], **scheme}}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
+    for module in model.modules():
+        if not hasattr(module, "quantization_scheme"):
+            continue
+        if pruned:
+            module.weight.data[module.weight.abs() < module.weight.abs().float().median()] = 0.0
+        args, weight = module.quantization_scheme.weights, module.weight.float()
+        parts = weight.view(len(weight), -1, args.group_size or weight.shape[1])
+        scale, zero = calculate_qparams(parts.amin(dim=2), parts.amax(dim=2), args)
+        scale = scale.amax() if args.strategy == "tensor" else scale
+        module.weight_scale.data.copy_(scale.to(torch.bfloat16))
+        if hasattr(module, "weight_zero_point"):
+            module.weight_zero_point.data.copy_(zero if zero.shape == module.weight_zero_point.shape else 0)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    return folder
+
+
+def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Codes and code times scale in float32 of every quantized module, from the file's bits."""
+    tensors = load_file(folder / "model.safetensors")
+    found = {}
+    for name in sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
+        if f"{name}.weight" in tensors:
+            codes = tensors[f"{name}.weight"].float()
+        else:
+            rows, columns = tensors[f"{name}.weight_shape"].tolist()
+            words = tensors[f"{name}.weight_packed"].to(torch.int64) & 0xFFFFFFFF
+            stream = ((words[:, :, None] >> torch.arange(32)) & 1).reshape(rows, -1)[:, : columns * bits]
+            values = (stream.view(rows, columns, bits) << torch.arange(bits)).sum(-1)
+            codes = (values - 2 ** (bits - 1)).float()
+        scale = tensors[f"{name}.weight_scale"].float()
+        found[name] = codes, codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
+    return found

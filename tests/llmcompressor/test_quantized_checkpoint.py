@@ -1,0 +1,182 @@
+"""Quantized checkpoints of a tiny model, trained through their codes: what moves, what does not, and what the files hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rac_modifier.checkpoint.load import load_model
+from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.quantized_checkpoint import (
+    QuantizedCheckpoint,
+    check_layers,
+    check_trainable,
+    quantized_names,
+)
+from rac_modifier.llmcompressor.recovery_stage import _mask
+from rac_modifier.recovery.distill import recover
+from rac_modifier.recovery.teacher import LiveTeacher
+from rac_modifier.recovery.training_loop import TrainingLoop
+from rac_modifier.settings.recovery import RecoverySettings
+from tests.llmcompressor.quantized_helpers import CHANNEL, SCHEMES, TOKEN, decoded, grouped, saved
+from tests.recovery.recovery_helpers import kl_of, sequences
+from tests.tiny import linears, tiny_model
+
+HELD_OUT = sequences(20, seed=2)
+
+
+def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any:
+    """Load, train, encode and save beside; the result, the checkpoint, and the float32 weights of every check."""
+    dense, model = tiny_model().to(torch.bfloat16), load_model(folder, dtype="auto")
+    check_layers(model, quantized_names(load_file(folder / "model.safetensors")))
+    checkpoint = QuantizedCheckpoint(model, dense, ())
+    checked = []
+    check = TrainingLoop.check
+
+    def watched(self: Any, done: Any) -> float:
+        checked.append({name: module.weight.detach().clone() for name, module in linears(self.model).items()})
+        return check(self, done)
+
+    monkeypatch.setattr(TrainingLoop, "check", watched)
+    modules = dict(model.named_modules())
+    result = recover(
+        model,
+        LiveTeacher(dense),
+        sequences(80, seed=1),
+        HELD_OUT,
+        RecoverySettings(learning_rate=rate, step_tokens=200, batch_tokens=400),
+        masks={f"{name}.weight": _mask(modules[name], checkpoint.quantized[name]) for name in checkpoint.pruned},
+        quantized=checkpoint.quantized,
+        progress=False,
+    )
+    checkpoint.encode()
+    model.save_pretrained(folder.parent / "out")
+    return result, checkpoint, checked
+
+
+@pytest.mark.parametrize(
+    ("scheme", "pruned", "rate"),
+    [
+        ("int4", True, 3e-3),
+        ("int8", True, 3e-3),
+        ("fp8", True, 3e-3),
+        ("int4", False, 5e-4),
+        ("int3", False, 1.5e-3),
+    ],
+)
+def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(tmp_path, monkeypatch, scheme, pruned, rate):
+    folder = saved(tmp_path / "in", SCHEMES[scheme], pruned=pruned)
+    result, checkpoint, checked = recovered(folder, monkeypatch, rate)
+    assert result.kl_after < 0.97 * result.kl_before
+    assert checkpoint.pruned == (set(checkpoint.quantized) if pruned else set())
+    bits = int(scheme[-1])
+    before, after = decoded(folder, bits), decoded(tmp_path / "out", bits)
+    best = checked[[kl for _, kl in result.curve].index(result.kl_after)]
+    assert before.keys() == after.keys() == best.keys()
+    moved = opened = 0
+    for name, (codes, weight) in after.items():
+        assert torch.equal(weight, best[name]), name  # float32, bit for bit
+        assert torch.equal(before[name][1], checked[0][name]), name  # what is measured first is what was stored
+        zero = before[name][0] == 0
+        opened += int((codes[zero] != 0).sum())
+        moved += int((codes != before[name][0]).sum())
+    assert moved > 0
+    assert opened == 0 if pruned else opened > 0
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (
+        quantization["config_groups"]
+        == json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    )
+    again = load_model(tmp_path / "out", dtype="auto")
+    if scheme.startswith("int4"):  # without activations that are quantized on the way
+        assert kl_of(tiny_model().to(torch.bfloat16), again, HELD_OUT) == pytest.approx(result.kl_after, rel=0.1)
+
+
+def test_a_module_that_is_recorded_as_pruned_keeps_its_zeros(tmp_path):
+    folder = saved(tmp_path / "in", SCHEMES["int4"], pruned=False)
+    model, name = load_model(folder, dtype="auto"), "model.layers.1.mlp.up_proj"
+    checkpoint = QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), {name: "unstructured"})
+    assert checkpoint.pruned == {name}
+    zero = decoded(folder, 4)[name][0] == 0
+    assert bool(zero.any())
+    assert torch.equal(checkpoint.quantized[name].master == 0, zero)
+    other = checkpoint.quantized["model.layers.0.mlp.up_proj"].master
+    assert bool((other[decoded(folder, 4)["model.layers.0.mlp.up_proj"][0] == 0] != 0).any())
+
+
+def test_codes_that_are_not_trained_are_written_back_bit_for_bit(tmp_path):
+    folder = saved(tmp_path / "in", SCHEMES["int4"], pruned=True)
+    model = load_model(folder, dtype="auto")
+    checkpoint = QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
+    checkpoint.encode()
+    model.save_pretrained(tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_scale_that_training_cannot_keep_is_refused(tmp_path):
+    model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False), dtype="auto")
+    model.model.layers[0].mlp.up_proj.weight_scale.data[3, 1] *= -1
+    with pytest.raises(RacError, match=r"up_proj\.weight_scale: 1 scales are negative, .*such as -0\.0"):
+        QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
+
+
+def test_a_group_of_zeros_may_have_any_scale(tmp_path):
+    model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False), dtype="auto")
+    module = model.model.layers[0].mlp.up_proj
+    module.weight_packed.data[3, :4] = int("88888888", 16) - 2**32  # codes 0
+    module.weight_scale.data[3, 0] = 0.0
+    checkpoint = QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
+    assert bool((module.weight[3, :32] == 0).all())
+    assert float(checkpoint.quantized["model.layers.0.mlp.up_proj"].scale[3, 0]) == 1.0
+
+
+def test_a_quantized_head_is_refused(tmp_path):
+    model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False, ignore=()), dtype="auto")
+    with pytest.raises(RacError, match=r"lm_head is quantized; .*add lm_head to ignore"):
+        check_layers(model, set())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (grouped(4, symmetric=False), "strategy group, asymmetric cannot be trained through their codes"),
+        (
+            {"weights": {**CHANNEL, "strategy": "tensor"}, "input_activations": TOKEN},
+            "strategy tensor cannot be trained",
+        ),
+    ],
+)
+def test_grids_that_are_not_trained_are_refused(tmp_path, scheme, message):
+    model = load_model(saved(tmp_path / "in", scheme, pruned=False), dtype="auto")
+    with pytest.raises(RacError, match=message):
+        check_layers(model, set())
+
+
+def test_modules_that_are_merged_on_loading_are_refused(tmp_path):
+    model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False), dtype="auto")
+    stored = {*linears(model), "model.layers.0.mlp.experts.0.up_proj"}
+    with pytest.raises(RacError, match=r"experts\.0\.up_proj \(1 modules in all\) is quantized and no linear layer"):
+        check_layers(model, stored)
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("weight_zero_point", "its grid is asymmetric"),
+        ("weight_g_idx", "activation order"),
+        ("weight_global_scale", "a second scale"),
+    ],
+)
+def test_layouts_that_are_not_trained_are_refused_by_their_names(part, reason):
+    names = ["model.norm.weight", "a.b.weight_packed", f"a.b.{part}"]
+    with pytest.raises(RacError, match=rf"folder: a\.b has a {part}: .*{reason}|folder: a\.b has a {part}: {reason}"):
+        check_trainable(names, "folder")
+    check_trainable(names[:2], "folder")
+    assert quantized_names(dict.fromkeys(names)) == {"a.b"}

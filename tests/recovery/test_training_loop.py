@@ -1,0 +1,66 @@
+"""The state of the loop: what a full disk costs, and what is left to do when a run has ended. The rest: test_distill.py."""
+
+import pytest
+import torch
+from loguru import logger
+
+from rac_modifier.errors import RacError
+from rac_modifier.recovery import training_loop
+from rac_modifier.recovery.distill import recover
+from rac_modifier.recovery.teacher import LiveTeacher
+from rac_modifier.recovery.training_loop import TrainingLoop
+from rac_modifier.settings.recovery import RecoverySettings
+from tests.recovery.recovery_helpers import dense_and_sparse, sequences
+
+SETTINGS = RecoverySettings(learning_rate=3e-3, step_tokens=300, batch_tokens=400)
+
+
+def run(model, dense, settings=SETTINGS, **options):
+    training, held_out = sequences(40, seed=1), sequences(10, seed=2)
+    return recover(model, LiveTeacher(dense), training, held_out, settings, progress=False, **options)
+
+
+@pytest.fixture
+def warnings():
+    texts: list[str] = []
+    handler = logger.add(lambda message: texts.append(str(message)), level="WARNING")
+    yield texts
+    logger.remove(handler)
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_training(tmp_path, monkeypatch, warnings):
+    dense, undisturbed = dense_and_sparse()
+    expected = run(undisturbed, dense)
+    calls = 0
+    save = training_loop.save_state
+
+    def full_at_first(*args):
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise RacError("no room")
+        save(*args)
+
+    monkeypatch.setattr(training_loop, "save_state", full_at_first)
+    _, model = dense_and_sparse()
+    result = run(model, dense, state=tmp_path, save_seconds=0.0)
+    assert calls > 3
+    assert sum("training goes on without a new state: no room" in text for text in warnings) == 2
+    assert result.curve == expected.curve
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True))
+    assert (tmp_path / "recovery.safetensors").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"folder": "elsewhere"}], ids=str)
+def test_after_the_end_nothing_is_trained_again(tmp_path, monkeypatch, changes):
+    """Also with settings that change no result."""
+    dense, first = dense_and_sparse()
+    expected = run(first, dense, state=tmp_path)  # no state before the end: five minutes are not over
+    steps = []
+    step = TrainingLoop.step
+    monkeypatch.setattr(TrainingLoop, "step", lambda *args: (steps.append(1), step(*args))[1])
+    _, model = dense_and_sparse()
+    result = run(model, dense, SETTINGS.model_copy(update=changes), state=tmp_path)
+    assert steps == []
+    assert (result.curve, result.kl_after, result.kept) == (expected.curve, expected.kl_after, expected.kept)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), first.parameters(), strict=True))
