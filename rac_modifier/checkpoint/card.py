@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from rac_modifier.checkpoint.license import License
+from rac_modifier.checkpoint.measured import divergence_sentence, is_number, number, with_measured
 
 # Counts of the calibration set that have words of their own, in this order.
 _COUNTS = (
@@ -45,13 +46,15 @@ def model_card(record: Mapping[str, Any], license: License | None = None, packed
         _facts(record, license),
         _layers(record),
         "## What is measured",
-        _divergence(record),
+        divergence_sentence(
+            record.get("divergence"), "that the base model generated and that were not used for calibration"
+        ),
         "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking length and speed are **not** "
         "measured during compression: before use, evaluate this model and its base model at the same token limit.",
         how_to_use(packed),
         versions(record),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return with_measured("\n\n".join(part for part in parts if part) + "\n", record)
 
 
 def how_to_use(packed: bool) -> str:
@@ -136,17 +139,17 @@ def _store(store: Mapping[str, Any]) -> str:
     text = f"`{store.get('path', 'unrecorded path')}`, sha256 `{store.get('sha256', 'unrecorded')}`"
     selection = store.get("selection")
     if isinstance(selection, Mapping) and selection.get("kept") != selection.get("of"):
-        text += f", {_number(selection.get('kept'))} of its {_number(selection.get('of'))} traces selected"
+        text += f", {number(selection.get('kept'))} of its {number(selection.get('of'))} traces selected"
     return text
 
 
 def _calibration(counts: Mapping[str, Any]) -> str:
-    known = [f"{_number(counts[key])} {words}" for key, words in _COUNTS if key in counts]
+    known = [f"{number(counts[key])} {words}" for key, words in _COUNTS if key in counts]
     named = {"parts", *(key for key, _ in _COUNTS)}
-    known += [f"{_number(value)} {key.replace('_', ' ')}" for key, value in counts.items() if key not in named]
+    known += [f"{number(value)} {key.replace('_', ' ')}" for key, value in counts.items() if key not in named]
     parts = counts.get("parts")
     if isinstance(parts, Mapping) and len(parts) > 1:
-        tokens = (f"{name} {_number(part.get('tokens'))}" for name, part in parts.items() if isinstance(part, Mapping))
+        tokens = (f"{name} {number(part.get('tokens'))}" for name, part in parts.items() if isinstance(part, Mapping))
         known.append(f"by part: {', '.join(tokens)} tokens")
     return "; ".join(known)
 
@@ -165,14 +168,14 @@ def _layers(record: Mapping[str, Any]) -> str:
     quantized = sum(1 for module in modules if module.get("quantization"))
     if quantized:
         text += f", {quantized} of them quantized in the same pass (errors are after rounding)"
-    sparsities = [module["sparsity"] for module in modules if _is_number(module.get("sparsity"))]
+    sparsities = [module["sparsity"] for module in modules if is_number(module.get("sparsity"))]
     if sparsities:
         text += f", each to a sparsity of {min(sparsities):.4f} to {max(sparsities):.4f}"
     text += "."
     raised = sum(1 for module in modules if module.get("retries"))
     if raised:
         text += f" The dampening had to be raised for {raised} of them."
-    measured = [module for module in modules if _is_number(module.get("relative_error"))]
+    measured = [module for module in modules if is_number(module.get("relative_error"))]
     worst = sorted(measured, key=lambda module: -module["relative_error"])[:5]
     if worst:
         rows = "\n".join(f"| `{module.get('name', '?')}` | {module['relative_error']:.4g} |" for module in worst)
@@ -181,43 +184,12 @@ def _layers(record: Mapping[str, Any]) -> str:
     return text + "\n\nAll modules are in `rac_run.json`."
 
 
-def _divergence(record: Mapping[str, Any]) -> str:
-    """How far the predictions are from those of the base model, if the run measured it."""
-    found = record.get("divergence")
-    if not isinstance(found, Mapping) or not (_is_number(found.get("kl")) and _is_number(found.get("agreement"))):
-        return ""
-    kl = f"{found['kl']:.4f} nats per token (KL divergence{_interval(found, 'kl', '.4f')})"
-    agreement = f"{found['agreement']:.1%} of the tokens{_interval(found, 'agreement', '.1%')}"
-    return (
-        f"On {_number(found.get('tokens', '?'))} tokens that the base model generated and that were not used for calibration: "
-        f"the predictions differ from those of the base model by {kl}, and the most likely token is the same for {agreement}."
-    )
-
-
-def _interval(found: Mapping[str, Any], key: str, style: str) -> str:
-    """The 95 % interval of a figure with a standard error; both figures are at least 0, and a share at most 1."""
-    error = found.get(f"{key}_stderr")
-    if not isinstance(error, (int, float)):
-        return ""
-    low, high = max(0.0, found[key] - 1.96 * error), found[key] + 1.96 * error
-    text = f"95 % interval {low:{style}} to {min(high, 1.0) if key == 'agreement' else high:{style}}"
-    return f", {text}" if key == "kl" else f" ({text})"
-
-
 def versions(record: Mapping[str, Any]) -> str:
     """The line with the versions that a model was made with."""
     found = record.get("versions")
     if not isinstance(found, Mapping):
         return ""
     return "Made with " + ", ".join(f"{name} {value}" for name, value in found.items() if value is not None) + "."
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if _is_number(value) else str(value)
 
 
 def _cell(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rac_modifier.checkpoint.card import card_data, fact_table, how_to_use, model_card, versions
 from rac_modifier.checkpoint.license import CARD_NAME, License, front_matter, license_of
+from rac_modifier.checkpoint.measured import with_measured
 
 _TAGS = ("sparse", "compressed-tensors", "rac")
 _BEFORE = "## Card of the base model"
@@ -53,7 +54,7 @@ def packed_card(record: Mapping[str, Any], source: Path) -> str:
         versions(record),
         f"{_BEFORE}\n\n{_body(before)}" if _body(before) else "",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return with_measured("\n\n".join(part for part in parts if part) + "\n", record)
 
 
 def unpacked_card(record: Mapping[str, Any], source: Path) -> str:
@@ -63,7 +64,7 @@ def unpacked_card(record: Mapping[str, Any], source: Path) -> str:
         return model_card(record, license, packed=False)
     packed, base = _card_of(source), record.get("base_model")
     body = packed.partition(f"\n{_BEFORE}\n")[2].strip() or f"# {base or 'A sparse language model'}"
-    return f"{_metadata(packed, base, license, ('sparse',))}\n\n{body}\n"
+    return with_measured(f"{_metadata(packed, base, license, ('sparse',))}\n\n{body}\n", record)
 
 
 def _metadata(card: str, base: Any, license: License, added: Sequence[str]) -> str:

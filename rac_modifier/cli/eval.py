@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -47,7 +48,7 @@ def evaluate(
     ] = None,
     column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
-    cap: Annotated[int, typer.Option(min=1, help="most new tokens; longer answers are unfinished")] = 512,
+    cap: Annotated[int, typer.Option(min=1, help="most new tokens per answer")] = 512,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0: greedy, the default; with --divergence the model's own")
     ] = None,
@@ -93,6 +94,7 @@ def evaluate(
         Path | None,
         typer.Option(help="draw the results; .png, .svg or .pdf"),
     ] = None,
+    card: Annotated[bool, typer.Option("--card", help="write the figures into README.md of the models")] = False,
     json_out: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="write the results to this file too; - prints only JSON"),
@@ -105,6 +107,7 @@ def evaluate(
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
+    from rac_modifier.checkpoint.measured import own_folder
     from rac_modifier.cli.tables import render_results
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.paired import paired_difference, read_results
@@ -130,6 +133,11 @@ def evaluate(
         raise RacError("--divergence samples the model with its thinking; give it without --direct")
     if plot is not None:
         plot_file(plot)
+    carded = models if len(models) == 1 or paired_with else models[1:]
+    if card:
+        if direct:
+            raise RacError("--card is for accuracy with the thinking; leave out --card or --direct")
+        folders = [own_folder(name) for name in carded]
     for name in models:
         check_model(resolve(name))
     choice = choose_prompt(
@@ -176,11 +184,40 @@ def evaluate(
         content["paired"] = [pair.as_dict() for pair in pairs]
     if to_stdout:
         print_json(content)
-        return
-    lines = [render_results(table), *(f"{pair.describe()}." for pair in pairs), choice.describe()]
-    typer.echo("\n".join([*lines, *asked.describe(len(chosen))]))
-    if json_out is not None:
-        write_json_atomic(json_out, content)
+    else:
+        lines = [render_results(table), *(f"{pair.describe()}." for pair in pairs), choice.describe()]
+        typer.echo("\n".join([*lines, *asked.describe(len(chosen))]))
+        if json_out is not None:
+            write_json_atomic(json_out, content)
+    if card:
+        conditions = {
+            "source": asked.source,
+            "prompt": choice.prompt.describe(),
+            "protocol": asked.describe(len(chosen)),
+        }
+        reference = {"label": models[0]} if divergence else first.as_dict() if pairs else None
+        _write_cards(folders, results, pairs, conditions, reference)
+        typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
+
+
+def _write_cards(
+    folders: list[Path],
+    results: list[dict[str, Any]],
+    pairs: list[PairedDifference],
+    conditions: dict[str, Any],
+    reference: dict[str, Any] | None,
+) -> None:
+    """The last of `results` are those of the folders; the first may be the model that they are compared with."""
+    from rac_modifier.checkpoint.measured import add_measured
+    from rac_modifier.machine_paths import public_name
+
+    for i, (folder, result) in enumerate(zip(folders, results[len(results) - len(folders) :], strict=True)):
+        paired = None
+        if pairs:
+            first, second = (public_name(name) for name in (pairs[i].first, pairs[i].second))
+            paired = replace(pairs[i], first=first, second=second).describe()
+        kind: Literal["accuracy", "divergence"] = "divergence" if "kl" in result else "accuracy"
+        add_measured(folder, kind, result, conditions=conditions, reference=reference, paired=paired)
 
 
 def _accuracy(

@@ -55,6 +55,16 @@ CASES += [
         lambda b: b.rac("eval", b.folder, "--json", "no/results.json"),
     ),
     Case(
+        "`rac eval --card` of a model that is not ours",
+        "is not the folder of a model that rac wrote",
+        lambda b: b.rac("eval", b.folder, "--card"),
+    ),
+    Case(
+        "`rac eval --card --direct`",
+        "leave out --card or --direct",
+        lambda b: b.rac("eval", b.folder, "--card", "--direct"),
+    ),
+    Case(
         "a system prompt for the bare question",
         "has no place without a chat template",
         lambda b: b.rac("eval", b.folder, "--template", "none", "--system-prompt", "Be brief."),

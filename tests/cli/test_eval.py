@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -169,3 +170,30 @@ def test_json_on_standard_output_is_alone_there(rac, tiny_folder):
     assert code == 0
     (row,) = json.loads(out)["results"]
     assert (row["label"], row["problems"]) == (str(tiny_folder), 2)
+
+
+def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
+    own = shutil.copytree(sparse_folder, tmp_path / "own")
+    code, out, _ = rac("eval", tiny_folder, own, *FEW, "--card", "--json", tmp_path / "r.json")
+    assert (code, out.splitlines()[-1]) == (0, f"written into the model card of {own}")
+    assert rac("eval", tiny_folder, own, *FEW, "--divergence", "--card")[0] == 0
+    card, record = (own / "README.md").read_text(), json.loads((own / "rac_run.json").read_text())["evaluation"]
+    result = json.loads((tmp_path / "r.json").read_text())["results"][1]
+    assert (record["accuracy"]["ci_low"], record["accuracy"]["ci_high"]) == (result["ci_low"], result["ci_high"])
+    assert f"| {tiny_folder.name} | 0.0% | 0.0% to 65.8% |" in card  # Wilson's interval of 0 of 2
+    assert "| this model | 0.0% | 0.0% to 65.8% |" in card
+    assert f"\nown against {tiny_folder.name}: +0.0 points (+0.0 to +0.0); of 2 problems 0 are solved by " in card
+    assert f"tokens that {tiny_folder.name} generated (arithmetic)" in card
+    # alone, beside what was measured of the dense model
+    code, out, err = rac("eval", own, *FEW, "--card", "--baseline", tmp_path / "r.json", "--json", "-")
+    assert (code, list(json.loads(out))) == (0, ["results", "prompt", "protocol", "paired"])
+    assert err.splitlines()[-1] == f"written into the model card of {own}"
+    assert (own / "README.md").read_text() == card
+
+
+def test_the_card_of_another_model_is_not_touched(rac, tiny_folder, sparse_folder, asked):
+    for models in ((tiny_folder,), (sparse_folder, tiny_folder), ("reasoner",)):
+        code, _, err = rac("eval", *models, *FEW, "--card")
+        assert (code, "is not the folder of a model that rac wrote" in err) == (1, True)
+    assert "leave out --card or --direct" in rac("eval", sparse_folder, *FEW, "--card", "--direct")[2]
+    assert not asked
