@@ -116,12 +116,13 @@ def _completion_limits(model: PreTrainedModel, prompts: list[list[int]], max_new
     if longest >= context:
         raise RacError(f"a prompt of {longest} tokens fills the model's context of {context}; leave that problem out")
     if longest + max_new_tokens > context:
-        _warn_of_cap(max_new_tokens, context)
+        warn_of_cap(max_new_tokens, context)
     return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
 
 
 @cache
-def _warn_of_cap(max_new_tokens: int, context: int) -> None:
+def warn_of_cap(max_new_tokens: int, context: int) -> None:
+    """Log, once, that completions can be shorter than the cap."""
     logger.warning(
         f"max_new_tokens={max_new_tokens} and the prompt do not fit the model's context of {context} tokens: "
         "completions end where the context does (finish_reason 'length')"

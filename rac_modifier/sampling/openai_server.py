@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.completions_api import Request, trace_seed
 from rac_modifier.sampling.engine import Completion, EngineKind, EngineRecord, Failure, Probe, Prompt
-from rac_modifier.sampling.generate import Generation
+from rac_modifier.sampling.generate import Generation, warn_of_cap
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.probes import (
     PROBE_QUESTIONS,
@@ -176,8 +176,9 @@ class ServerEngine:
 
     async def _complete(self, prompt: Prompt) -> Generation | Failure:
         length, limit, context = len(prompt.ids), self._sampling.max_new_tokens, self._identity.context
-        if context is not None:
-            limit = min(limit, context - length)
+        if context is not None and length + limit > context:
+            warn_of_cap(limit, context)
+            limit = context - length
             if limit < 1:
                 return Failure(f"the prompt of {length} tokens fills the model's context of {context}")
         if self._server_limit is not None and length + limit > self._server_limit:

@@ -27,7 +27,7 @@ def tokenizer():
 
 @pytest.fixture
 def warnings():
-    generation._warn_of_cap.cache_clear()
+    generation.warn_of_cap.cache_clear()
     generation._warn_of_penalty.cache_clear()
     lines = []
     sink = logger.add(lines.append, format="{message}")

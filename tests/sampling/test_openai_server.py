@@ -6,11 +6,12 @@ import time
 from concurrent.futures import CancelledError
 
 import pytest
+from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.engine import Failure, Prompt
-from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.generate import generate, warn_of_cap
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import ServerEngine, least_busy
 from rac_modifier.sampling.server_client import ServerClient
@@ -154,9 +155,19 @@ def test_prompts_that_do_not_fit_are_not_sent(make, server, length, limit, reaso
     assert server.bodies == []
 
 
-def test_a_completion_ends_at_the_models_context(make, server):
+def test_a_completion_ends_at_the_models_context_and_a_warning_says_so(make, server):
+    warn_of_cap.cache_clear()
+    lines = []
+    sink = logger.add(lines.append, format="{message}")
+    most = SAMPLING.max_new_tokens
+    outcomes(make(), [Prompt("short#0", (5,) * (512 - most))])
+    assert server.bodies[-1]["max_tokens"] == most
+    assert not [line for line in lines if "context" in line]
     outcomes(make(), [Prompt("long#0", (5,) * 505)])
-    assert server.bodies[0]["max_tokens"] == 7
+    logger.remove(sink)
+    assert server.bodies[-1]["max_tokens"] == 7
+    (warning,) = [line for line in lines if "context" in line]
+    assert f"max_new_tokens={most} and the prompt do not fit the model's context of 512 tokens" in warning
 
 
 def states(*pairs):
