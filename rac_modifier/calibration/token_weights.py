@@ -71,8 +71,8 @@ def gradient_weights(
     L is the cross entropy of softmax(logits / 3) with next tokens drawn from the same distribution, so that the expected
     squared gradient is the Fisher information of the dense model's predictions. Weighted reconstruction then approximates the
     second-order loss of the output, as in optimal brain surgeon, with each token's output covariance reduced to a scale.
-    It costs one forward and one backward pass of the dense model, about three forward passes, and the memory for the
-    activations of one batch.
+    It costs one forward and one backward pass of the dense model, about three forward passes. Rows are taken one by one: the
+    logits of a whole batch and their gradients would need tens of gigabytes with a vocabulary of 50,000.
 
     Args:
         model: the dense model, with all weights on one device.
@@ -88,7 +88,8 @@ def gradient_weights(
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[torch.nn.Module, list[torch.Tensor]] = {module: [] for module in names}
-    hooks = [module.register_forward_hook(_remember(found[module])) for module in names]
+    of_batch: dict[torch.nn.Module, list[torch.Tensor]] = {module: [] for module in names}  # a tensor per row
+    hooks = [module.register_forward_hook(_remember(of_batch[module])) for module in names]
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -99,11 +100,18 @@ def gradient_weights(
             for batch, own in zip(
                 tqdm(loader, desc="token weights", unit="batch", disable=None), loader.token_weights, strict=True
             ):
-                logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits.float() / TEMPERATURE
-                counted = (own > 0).to(logits.device)
-                logits = logits[counted]
-                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
-                torch.nn.functional.cross_entropy(logits, drawn.squeeze(1), reduction="sum").backward()
+                for ids, counted in zip(batch["input_ids"].to(device), own > 0, strict=True):
+                    logits = (
+                        model(input_ids=ids[None], use_cache=False).logits[0][counted.to(device)].float() / TEMPERATURE
+                    )
+                    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+                    torch.nn.functional.cross_entropy(
+                        logits, drawn.squeeze(1).to(logits.device), reduction="sum"
+                    ).backward()
+                for module, rows in of_batch.items():
+                    if len(rows) == len(own):
+                        found[module].append(torch.cat(rows))
+                    rows.clear()
     finally:
         for hook in [*hooks, entrance]:
             hook.remove()

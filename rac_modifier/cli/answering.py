@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.cli.interrupt import resumable
-from rac_modifier.cli.models import load, subject_of
+from rac_modifier.cli.models import load, resolve, subject_of
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 
@@ -17,21 +18,26 @@ if TYPE_CHECKING:
     from rac_modifier.problems.answers import Verifier
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.prompt import PromptSettings
+    from rac_modifier.settings.sampling import EngineSettings
+
+_TIMEOUT = 600.0  # seconds per answer, at least
+_SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
 
 
 @dataclass(frozen=True)
 class Answering:
-    """What the options say: addresses of servers, answers in progress at once, answers per problem, file."""
+    """What the options say: addresses of servers, answers in progress at once, answers per problem, file, a server of our own."""
 
     servers: tuple[str, ...]
     concurrency: int
     samples: int
     path: Path | None
+    serve: bool = False
 
     @property
     def wanted(self) -> bool:
         """Whether answers go through a file."""
-        return bool(self.servers) or self.path is not None or self.samples > 1
+        return bool(self.servers) or self.serve or self.path is not None or self.samples > 1
 
     def check(self, models: Sequence[str], *, divergence: bool, direct: bool, temperature: float | None) -> None:
         """Refuse what has no effect or cannot be, before anything is loaded (RacError)."""
@@ -40,8 +46,10 @@ class Answering:
         if divergence or direct:
             option = "--divergence" if divergence else "--direct"
             raise RacError(
-                f"{option} asks the model in this process once per problem; leave --server, --samples, --answers out"
+                f"{option} asks the model in this process once per problem; leave --server, --serve, --samples, --answers out"
             )
+        if self.serve and self.servers:
+            raise RacError(f"--serve starts a server, and --server {self.servers[0]} names one; leave one of them out")
         if len(models) > 1 and (self.servers or self.path is not None):
             raise RacError(
                 f"{len(models)} models are named, and --server and --answers are for one; evaluate each alone, the dense one "
@@ -49,6 +57,10 @@ class Answering:
             )
         if self.samples > 1 and not temperature:
             raise RacError(f"--samples {self.samples} at temperature 0 are the same answer; give --temperature 0.6")
+        if self.serve:
+            from rac_modifier.sampling.own_server import VllmCommand
+
+            VllmCommand.from_environment()
 
     def run(
         self,
@@ -73,12 +85,13 @@ class Answering:
         """
         from rac_modifier.evaluation.answers import evaluate_into_file
         from rac_modifier.settings.problems import ProblemSource
-        from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+        from rac_modifier.settings.sampling import SamplingSettings
 
-        engine = EngineSettings(base_urls=self.servers, concurrency=self.concurrency) if self.servers else None
-        model, tokenizer = load(name, precision) if engine is None else subject_of(name)
+        served = self.serve or bool(self.servers)
+        model, tokenizer = subject_of(name) if served else load(name, precision)
         sampling = SamplingSettings(top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump())
-        with resumable("the answers so far are kept; run the same command again to go on"):
+        interrupted = resumable("the answers so far are kept; run the same command again to go on")
+        with interrupted, self._engine(name, precision, sampling.max_new_tokens) as engine:
             return evaluate_into_file(
                 model,
                 tokenizer,
@@ -90,3 +103,17 @@ class Answering:
                 engine=engine,
                 verifiers=verifiers,
             )
+
+    @contextmanager
+    def _engine(self, name: str, precision: Dtype, cap: int) -> Iterator[EngineSettings | None]:
+        """The servers that are asked inside the context; None: the model in this process."""
+        from rac_modifier.settings.sampling import EngineSettings
+
+        how: dict[str, Any] = {"concurrency": self.concurrency, "timeout": max(_TIMEOUT, cap * _SECONDS_PER_TOKEN)}
+        if self.serve:
+            from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+
+            with vllm_server(VllmCommand.from_environment(), resolve(name), precision.value) as url:
+                yield EngineSettings(base_urls=(url,), **how)
+        else:
+            yield EngineSettings(base_urls=self.servers, **how) if self.servers else None

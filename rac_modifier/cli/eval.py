@@ -48,7 +48,7 @@ def evaluate(
     ] = None,
     column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
-    cap: Annotated[int, typer.Option(min=1, help="most new tokens; longer answers are unfinished")] = 512,
+    cap: Annotated[int, typer.Option(min=1, help="most new tokens; longer ones are unfinished")] = 512,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0: greedy, the default; with --divergence the model's own")
     ] = None,
@@ -75,6 +75,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="OpenAI-compatible server of the one model named"),
     ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="start vllm serve for each model, and stop it at the end")
+    ] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="answers in progress at once")] = 64,
     answers: Annotated[
         Path | None,
@@ -121,7 +124,7 @@ def evaluate(
     asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
     asked = asked.with_preset(preset, written_options(context))
     asked.check(divergence=divergence, direct=direct)
-    in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers)
+    in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve)
     in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature)
     if divergence and baseline is not None:
         raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")

@@ -1,4 +1,4 @@
-"""The dense model's predictions, kept small while it is pruned in place, and the divergence that a run records.
+"""The dense model's predictions, kept small while it is pruned in place.
 
 The logits of 2,048 tokens take over a gigabyte with a vocabulary of 150,000. The input of the output head is `hidden` numbers
 per token, and the head is not pruned. So this input is kept. After pruning it passes through the head beside the pruned
@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from loguru import logger
 
-from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import (
     WINDOW_ELEMENTS,
@@ -107,49 +105,6 @@ class DenseReference:
                 yield start, dense, own
         finally:
             hook.remove()
-
-
-class RunDivergence:
-    """KL and top-1 agreement on the traces that a calibration set holds out, or the reason why they are not measured."""
-
-    def __init__(self, model: Any, calibration: CalibrationSet, *, off_policy: bool):
-        """One forward pass of the dense model over the held-out traces; `off_policy`: another model may have written them."""
-        self._reference: DenseReference | None = None
-        self._why = ""
-        if not calibration.held_out:
-            self._why = "no traces were held out (calibration.held_out_tokens, or a mixture without traces)"
-        elif off_policy:
-            self._why = "the traces may be another model's (traces.allow_off_policy)"
-        else:
-            try:
-                sequences = [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in calibration.held_out]
-                self._reference = DenseReference(model, sequences)
-            except RacError as error:
-                self._why = str(error)
-        if self._reference is None:
-            logger.info(f"divergence from the dense model will not be measured: {self._why}")
-        else:
-            logger.info(
-                f"{len(calibration.held_out)} traces are held out ({self._reference.tokens:,} completion tokens): divergence "
-                "from the dense model will be measured on them, with two forward passes over them"
-            )
-
-    def measure(self, model: Any) -> dict[str, Any]:
-        """The entry of the run record. A failure here is recorded and does not stop the run."""
-        if self._reference is None:
-            return {"not_measured": self._why}
-        try:
-            result = self._reference.divergence(model, label="pruned")
-        except (RacError, RuntimeError) as error:
-            logger.warning(f"divergence from the dense model was not measured: {error}")
-            return {"not_measured": str(error)}
-        logger.info(
-            f"divergence from the dense model on {result.tokens:,} held-out tokens of its own: "
-            f"KL {result.kl:.4f} nats per token, top-1 agreement {result.agreement:.1%}"
-        )
-        record = result.as_dict()
-        del record["label"]
-        return record
 
 
 def _head(model: Any) -> Any:

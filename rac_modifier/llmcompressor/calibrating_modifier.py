@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.dense_reference import RunDivergence
+from rac_modifier.evaluation.run_divergence import RunDivergence
 from rac_modifier.llmcompressor.oneshot_arguments import check_arguments, find_oneshot, given_tokenizer
 from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
 from rac_modifier.llmcompressor.pruner import Pruner

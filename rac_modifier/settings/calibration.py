@@ -188,7 +188,8 @@ class CalibrationBudget(Settings):
         2048,
         ge=0,
         description="traces of about this many tokens, of four problems at least, are not calibrated on. The pruned model's "
-        "divergence from the dense one is measured on them and recorded, at the cost of two forward passes; 0: not measured",
+        "divergence from the dense one is measured on them, and on as many calibrated tokens, at the cost of two forward "
+        "passes each; the record has both; 0: not measured",
     )
     generic: GenericText = Field(GenericText(), description="the text of the part generic")
     texts: dict[str, GenericText] = Field({}, description="further texts by name, for use in a mixture: text:c4")

@@ -116,4 +116,21 @@ CASES += [
         "is not a share of the probability",
         lambda b: b.rac("eval", b.folder, "--temperature", "1", "--top-p", "1.5"),
     ),
+    Case(
+        "`rac eval --serve --server URL`",
+        "names one; leave one of them out",
+        lambda b: b.rac("eval", b.folder, "--serve", "--server", "http://127.0.0.1:8000"),
+    ),
 ]
+
+
+@CASES.case("`rac eval --serve` with a vllm that is not there", "is no command that can be run")
+def _(b: Bench) -> None:
+    b.monkeypatch.setenv("RAC_VLLM", "/no/vllm")
+    b.rac("eval", b.folder, "--serve")
+
+
+@CASES.case("`rac eval --serve` with a vllm that does not start", "vllm serve stopped with exit code 1")
+def _(b: Bench) -> None:
+    b.monkeypatch.setenv("RAC_VLLM", "false")
+    b.rac("eval", b.folder, "--serve", "--problems", "2")

@@ -9,7 +9,8 @@ import pytest
 
 from rac_modifier.cli.answering import Answering
 from rac_modifier.errors import RacError
-from tests.sampling.fake_server import FakeServer
+from tests.sampling import fake_vllm
+from tests.sampling.fake_server import FakeServer, shorten_pauses
 
 
 def answering(**changes) -> Answering:
@@ -23,6 +24,7 @@ def check(one: Answering, models=("a",), divergence=False, direct=False, tempera
 def test_it_is_wanted_for_servers_files_and_several_answers_only() -> None:
     assert not answering().wanted
     assert answering(servers=("http://127.0.0.1:1",)).wanted
+    assert answering(serve=True).wanted
     assert answering(path=Path("a.jsonl")).wanted
     assert answering(samples=2).wanted
 
@@ -32,8 +34,14 @@ def test_it_is_wanted_for_servers_files_and_several_answers_only() -> None:
     [
         ({"samples": 4}, {}, "--samples 4 at temperature 0 are the same answer; give --temperature"),
         ({"samples": 4}, {"temperature": 0.0}, "--samples 4 at temperature 0"),
-        ({"path": Path("a.jsonl")}, {"direct": True}, "--direct asks .* leave --server, --samples, --answers out"),
+        (
+            {"path": Path("a.jsonl")},
+            {"direct": True},
+            "--direct asks .* leave --server, --serve, --samples, --answers out",
+        ),
         ({"servers": ("http://a",)}, {"divergence": True}, "--divergence asks"),
+        ({"serve": True}, {"direct": True}, "--direct asks"),
+        ({"serve": True, "servers": ("http://a",)}, {}, "--serve starts a server, and --server http://a names one"),
         (
             {"servers": ("http://a",)},
             {"models": ("a", "b")},
@@ -79,3 +87,62 @@ def test_a_file_that_holds_no_results_is_refused(rac, tiny_folder, tmp_path) -> 
     code, _, err = rac("eval", tiny_folder, "--baseline", tmp_path / "other.json")
     assert code == 1
     assert "other.json holds no accuracies; write it with: rac eval DENSE --json" in err
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """A fake `vllm`, which notes its processes in the folder that this returns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
+    monkeypatch.setenv("RAC_VLLM_TIMEOUT", "60")
+    shorten_pauses(monkeypatch)
+    return tmp_path
+
+
+def test_each_model_is_served_in_turn_by_a_server_that_is_stopped(rac, tiny_folder, sparse_folder, vllm) -> None:
+    few = ("--problems", 3, "--cap", 8, "--precision", "float32", "--json", "-")
+    code, out, err = rac("eval", tiny_folder, sparse_folder, "--serve", *few)
+    assert code == 0, err
+    assert [one["label"] for one in json.loads(out)["results"]] == [str(tiny_folder), str(sparse_folder)]
+    assert [start["argv"][1] for start in fake_vllm.starts(vllm)] == [str(tiny_folder), str(sparse_folder)]
+    assert {start["argv"][-1] for start in fake_vllm.starts(vllm)} == {"float32"}
+    assert fake_vllm.left_over(vllm) == []
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_last_lines(rac, tiny_folder, vllm, monkeypatch) -> None:
+    monkeypatch.setenv(fake_vllm.FAULT, "crash")
+    code, _, err = rac("eval", tiny_folder, "--serve", "--problems", 3)
+    assert code == 1
+    assert err.rstrip().endswith("ValueError: the KV cache does not fit")
+
+
+def test_a_server_that_dies_keeps_the_answers_so_far(rac, tiny_folder, vllm, monkeypatch) -> None:
+    options = ("--serve", "--problems", 12, "--cap", 8, "--concurrency", 1, "--answers", "a.jsonl", "--json", "-")
+    monkeypatch.setenv(fake_vllm.FAULT, "dies")
+    code, _, err = rac("eval", tiny_folder, *options)
+    assert code == 1
+    assert "vllm serve stopped with exit code 5" in err
+    assert err.rstrip().endswith("RuntimeError: the engine died")
+    kept = (vllm / "a.jsonl").read_bytes()
+    assert len(kept.splitlines()) > 1
+    monkeypatch.delenv(fake_vllm.FAULT)
+    code, out, err = rac("eval", tiny_folder, *options)
+    assert code == 0, err
+    assert json.loads(out)["results"][0]["problems"] == 12
+    assert (vllm / "a.jsonl").read_bytes().startswith(kept)
+    assert fake_vllm.left_over(vllm) == []
+
+
+def test_without_vllm_nothing_is_loaded(rac, tiny_folder, monkeypatch) -> None:
+    monkeypatch.setenv("RAC_VLLM", "/no/vllm")
+    code, _, err = rac("eval", tiny_folder, "--serve")
+    assert (code, "RAC_VLLM='/no/vllm' is no command" in err) == (1, True)
+
+
+def test_a_long_answer_has_time(tiny_folder, monkeypatch) -> None:
+    one = answering(servers=("http://127.0.0.1:1",))
+    for cap, seconds in ((100, 600), (32768, 8192)):
+        with one._engine("m", "auto", cap) as engine:
+            assert (engine.timeout, engine.concurrency) == (seconds, 4)
+    with answering()._engine("m", "auto", 100) as engine:
+        assert engine is None

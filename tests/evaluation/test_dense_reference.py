@@ -1,5 +1,4 @@
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,9 +6,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import dense_reference
-from rac_modifier.evaluation.dense_reference import DenseReference, RunDivergence
+from rac_modifier.evaluation.dense_reference import DenseReference
 from rac_modifier.evaluation.divergence import divergence
-from rac_modifier.traces.records import Trace
 from tests.tiny import linears, tiny_model
 
 
@@ -105,43 +103,3 @@ def test_a_head_that_the_model_does_not_call_is_refused():
     model.get_output_embeddings = lambda: torch.nn.Linear(64, 300)
     with pytest.raises(RacError, match="does not call its output embeddings"):
         DenseReference(model, sequences())
-
-
-def held_out(*, of: int = 4) -> SimpleNamespace:
-    """As much of a calibration set as is read here: the traces that it holds out."""
-    traces = [
-        Trace(f"{i}#0", str(i), tuple(ids[:prompt]), tuple(ids[prompt:]), "stop", 0, "?", None)
-        for i, (ids, prompt) in enumerate(sequences())
-    ]
-    return SimpleNamespace(held_out=tuple(traces[:of]))
-
-
-def test_a_run_records_its_divergence_on_the_held_out_traces():
-    dense = tiny_model()
-    pruned = shaken(dense)
-    expected = divergence(dense, pruned, sequences(), label="x", bins=8, progress=False)
-    record = RunDivergence(dense, held_out(), off_policy=False).measure(pruned)
-    assert record["kl"] == pytest.approx(expected.kl, rel=1e-3)
-    assert (record["sequences"], record["tokens"]) == (4, expected.tokens)
-    assert len(record["bins"]) == 8
-    assert "label" not in record
-
-
-@pytest.mark.parametrize(
-    ("calibration", "off_policy", "why"),
-    [(held_out(of=0), False, "no traces were held out"), (held_out(), True, "may be another model's")],
-)
-def test_a_run_that_measures_nothing_says_why(calibration, off_policy, why):
-    found = RunDivergence(tiny_model(), calibration, off_policy=off_policy).measure(None)
-    assert found.keys() == {"not_measured"}
-    assert why in found["not_measured"]
-
-
-def test_what_fails_is_recorded_and_ends_no_run():
-    model = tiny_model()
-    model.get_output_embeddings = lambda: None
-    assert "no output embeddings" in RunDivergence(model, held_out(), off_policy=False).measure(model)["not_measured"]
-    model = tiny_model()
-    run = RunDivergence(model, held_out(), off_policy=False)
-    model.lm_head.weight.data.mul_(1.01)
-    assert "the output head was changed too" in run.measure(model)["not_measured"]

@@ -35,6 +35,8 @@ def test_the_record_holds_what_measuring_again_finds(prune, settings, tmp_path, 
     assert found["agreement"] == pytest.approx(expected.agreement)
     assert found["sequences"] == len(held)
     assert len(found["bins"]) > 1
+    assert found["calibrated"]["tokens"] >= found["tokens"]
+    assert 0 < found["calibrated"]["kl"] != found["kl"]
     assert f"{found['kl']:.4f} nats per token" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -37,7 +37,7 @@ class FakeServer:
     Faults: hang, 500, 429, 503, 401, 400, reset, truncate, garbage, no_ids, other_prompt, no_eos, past_eos, short, miscount.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.fault: Callable[[int, dict[str, Any]], str | None] = lambda number, body: None
         self.answer: Callable[[dict[str, Any]], list[int]] = rule
         self.eos = {EOS}
@@ -52,7 +52,7 @@ class FakeServer:
         self._lock = threading.Lock()
         self.released = threading.Event()
         handler = type("Handler", (_Handler,), {"fake": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._http.daemon_threads = True
         self._http.handle_error = lambda *_: None  # a client that was killed
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
