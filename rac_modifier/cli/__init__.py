@@ -31,6 +31,15 @@ class Commands(typer.core.TyperGroup):
         with resumable("run the same command again"):
             return super().invoke(ctx)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that was named; under torchrun only the one that is distributed."""
+        found = super().resolve_command(ctx, args)
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and found[0] != "recover":
+            from rac_modifier.recovery.processes import refuse_processes
+
+            refuse_processes(f"rac {found[0]}")
+        return found
+
 
 app = typer.Typer(
     cls=Commands,

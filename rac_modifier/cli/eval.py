@@ -48,7 +48,7 @@ def evaluate(
     ] = None,
     column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
-    cap: Annotated[int, typer.Option(min=1, help="most new tokens; longer ones are unfinished")] = 512,
+    cap: Annotated[int, typer.Option(min=1, help="most new tokens per answer")] = 512,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0: greedy, the default; with --divergence the model's own")
     ] = None,

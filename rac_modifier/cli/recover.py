@@ -70,11 +70,13 @@ def recover(
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with quiet, resumable(lambda: saving_step(output, "the traces, and training up to its last state,")):
-        kl = _recover(dense, sparse, output, store, source, sampling, settings, precision)
-    if as_json:
-        print_json({"output": output, "kl_before": kl[0], "kl_after": kl[1]})
+        found = _recover(dense, sparse, output, store, source, sampling, settings, precision)
+    if found is None:  # the first process says so
         return
-    typer.echo(f"saved to {output}; held-out KL {kl[0]:.4f} -> {kl[1]:.4f} nats per token")
+    if as_json:
+        print_json({"output": output, "kl_before": found[0], "kl_after": found[1]})
+        return
+    typer.echo(f"saved to {output}; held-out KL {found[0]:.4f} -> {found[1]:.4f} nats per token")
 
 
 def _asked(
@@ -107,7 +109,27 @@ def _recover(
     sampling: Any,
     settings: Any,
     precision: Dtype,
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
+    """Held-out KL before and after; None in another process than the first."""
+    from rac_modifier.recovery.processes import joined_processes
+
+    with joined_processes() as processes:
+        found = _recover_in(processes, dense, sparse, output, store_path, problems, sampling, settings, precision)
+        processes.wait()
+    return found
+
+
+def _recover_in(
+    processes: Any,
+    dense: str,
+    sparse: Path,
+    output: Path,
+    store_path: Path | None,
+    problems: Any,
+    sampling: Any,
+    settings: Any,
+    precision: Dtype,
+) -> tuple[float, float] | None:
     import torch
     from safetensors import SafetensorError
 
@@ -126,14 +148,16 @@ def _recover(
     check_made_from(pruned, model)
     checkpoint = QuantizedCheckpoint(pruned, model, recorded_structures(pruned.config.to_dict()))
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
-    with on_accelerator(model):
+    with processes.first_before_others(), on_accelerator(model):
         store = collect_traces(
             model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=reserved_tokens(settings)
         )
     _check_fresh(sparse, store)
-    stage = RecoveryStage(model, list(store), settings, keep=True)
+    stage = RecoveryStage(model, list(store), settings, keep=True, processes=processes)
     del model
     done = stage.run(pruned, modules, checkpoint.quantized)
+    if not processes.is_first:
+        return None
     record: dict[str, Any] = {"method": "recover", "recovered_from": str(sparse), "recovery": done}
     if patterns:
         first = next(iter(patterns.values()))

@@ -18,16 +18,26 @@ from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.memory import check_recovery_memory
 from rac_modifier.recovery.on_grid import QuantizedWeight
+from rac_modifier.recovery.processes import Processes
 from rac_modifier.recovery.teacher import StoredTeacher
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace
 
+_ALONE = Processes()
+
 
 class RecoveryStage:
     """The dense model's hidden states on traces that calibration does not use, and the training on them later."""
 
-    def __init__(self, model: Any, traces: Sequence[Trace], settings: RecoverySettings, keep: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        traces: Sequence[Trace],
+        settings: RecoverySettings,
+        keep: bool = False,
+        processes: Processes = _ALONE,
+    ):
         """One forward pass of the dense model over `traces`, which calibration does not use.
 
         Args:
@@ -35,16 +45,17 @@ class RecoveryStage:
             traces: of it.
             settings: of recovery.
             keep: leave the state after training to `remove`, so that a run that is killed while it saves goes on from there.
+            processes: that train together, all on this machine.
 
         Raises:
             RacError: too few traces, a head that is not supported, too little memory or disk space.
         """
-        self._settings, self._keep = settings, keep
+        self._settings, self._keep, self._processes = settings, keep, processes
         self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
-        check_recovery_memory(model)
+        check_recovery_memory(model, processes.count)
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
-        with on_accelerator(model):
+        with processes.first_before_others(), on_accelerator(model):
             self._teacher = StoredTeacher.write(
                 model, [*self._held_out, *self._training], self.folder / "teacher", key=fingerprint
             )
@@ -63,7 +74,8 @@ class RecoveryStage:
             quantized: grid, scales and masters of those that are quantized.
         """
         masks = {f"{name}.weight": _mask(module, quantized.get(name)) for name, module in weights.items()}
-        with on_accelerator(model):
+        device = self._processes.device
+        with contextlib.nullcontext() if device is not None else on_accelerator(model):
             done = recover(
                 model,
                 self._teacher,
@@ -73,9 +85,10 @@ class RecoveryStage:
                 masks=masks,
                 quantized=quantized,
                 state=self.folder,
-                autocast=torch.bfloat16 if bf16_is_fast(model.device) else None,
+                autocast=torch.bfloat16 if bf16_is_fast(device or model.device) else None,
+                processes=self._processes,
             )
-        if not self._keep:
+        if not self._keep and self._processes.is_first:
             self.remove()
         return {**done.as_dict(), "trained_on": "the model's own traces, KL to the dense model"}
 

@@ -18,8 +18,10 @@ from rac_modifier.model_tools import evaluating
 from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.hidden_states import check_head
 from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
+from rac_modifier.recovery.processes import Processes
 from rac_modifier.recovery.recomputing import recomputing
 from rac_modifier.recovery.schedule import default_learning_rate, plan_steps
+from rac_modifier.recovery.sharded import spread
 from rac_modifier.recovery.teacher import Teacher, name_of
 from rac_modifier.recovery.trained_parameters import in_float32, trained_name
 from rac_modifier.recovery.training_loop import TrainingLoop
@@ -27,6 +29,7 @@ from rac_modifier.settings.recovery import RecoverySettings
 
 _LOWER, _TRIES = 3.0, 3  # the default learning rate is lowered by this factor, up to so many tries
 _SAVE_SECONDS = 300.0
+_ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Recovery:
     sequences: int
     learning_rate: float
     activation_checkpointing: bool
+    processes: int
     trained_weights: int
     curve: tuple[tuple[int, float], ...]
     seconds: float
@@ -84,6 +88,7 @@ def recover(
     state: Path | None = None,
     autocast: torch.dtype | None = None,
     progress: bool = True,
+    processes: Processes = _ALONE,
     save_seconds: float = _SAVE_SECONDS,
 ) -> Recovery:
     """Train `model` in place towards the dense model; it ends with the weights of the lowest held-out KL, perhaps its own.
@@ -102,6 +107,7 @@ def recover(
             codes, from their master weights, and end as code times scale.
         state: folder that a killed run goes on from; None keeps no state.
         autocast: dtype of matrix products in forward and backward passes; None: as the weights are.
+        processes: that train together, each with the same arguments; the result is in all of them.
         save_seconds: how often the state is written.
 
     Raises:
@@ -130,7 +136,6 @@ def recover(
         on_grid(model, quantized),
         fixed_mask(model, {trained_name(name, quantized): mask for name, mask in masks.items()}) as mask,
         evaluating(model),
-        recomputing(model, settings.activation_checkpointing),
     ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         key = _key(training, held_out, settings, parameters)
@@ -138,11 +143,13 @@ def recover(
         for name, weight in quantized.items():
             if weight.master is not None:
                 trained = trained_name(f"{name}.weight", quantized)
-                masters[trained] = weight.master * mask.masks.get(trained, 1)
-        run = TrainingLoop(
-            model, teacher, held_out, parameters, masters, autocast, steps, rates, state, save_seconds, progress
-        )
-        done = run.train(key)
+                kept = mask.masks.get(trained)
+                masters[trained] = weight.master if kept is None else weight.master * kept.to(weight.master.device)
+        shards = spread(model, parameters, mask, processes)
+        run = TrainingLoop(shards, teacher, held_out, masters, autocast, steps, rates, state, save_seconds, progress)
+        with recomputing(shards.model, settings.activation_checkpointing):
+            done = run.train(key)
+        shards.put_back()
     result = Recovery(
         kl_before=done.curve[0][1],
         kl_after=done.best_kl,
@@ -155,6 +162,7 @@ def recover(
         sequences=len(training),
         learning_rate=rates[done.tries],
         activation_checkpointing=settings.activation_checkpointing,
+        processes=processes.count,
         trained_weights=sum(p.numel() for p in parameters.values()),
         curve=tuple(done.curve),
         seconds=time.monotonic() - started,

@@ -16,21 +16,24 @@ _KEPT = 4 * 4
 _MARGIN = 0.9  # of the free memory
 
 
-def recovery_bytes(parameters: int) -> tuple[int, int]:
-    """Bytes on the device that trains, and bytes on the CPU for the best weights and the state, for so many trained weights.
+def recovery_bytes(parameters: int, processes: int = 1) -> tuple[int, int]:
+    """Bytes on the device of each process, and bytes on the CPU of all of them, for so many trained weights.
 
-    Activations are not counted: batches of recover.batch_tokens tokens keep them small beside these.
+    On the CPU are the best weights and the state; with several processes also each one's whole float32 model, and that once
+    more while it is spread. Activations are not counted: batches of recover.batch_tokens tokens keep them small beside these.
     """
-    return _TRAINED * parameters, _KEPT * parameters
+    whole = 0 if processes == 1 else 2 * 4 * processes
+    return _TRAINED * parameters // processes, (_KEPT + whole) * parameters
 
 
-def check_recovery_memory(model: Any) -> None:
-    """Refuse to start where training all weights would not fit.
+def check_recovery_memory(model: Any, processes: int = 1) -> None:
+    """Refuse to start where training all weights would not fit; all `processes` are taken to be on this machine.
 
     Raises:
         RacError: naming bytes needed and free, and what to change.
     """
-    on_device, on_cpu = recovery_bytes(sum(p.numel() for p in model.parameters() if p.is_floating_point()))
+    count = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    on_device, on_cpu = recovery_bytes(count, processes)
     free = psutil.virtual_memory().available
     where = "the CPU"
     if torch.cuda.is_available():
@@ -38,7 +41,7 @@ def check_recovery_memory(model: Any) -> None:
             raise RacError(_message(on_device, torch.cuda.mem_get_info()[0], "the GPU"))
         need = on_cpu
     else:
-        need = on_device + on_cpu
+        need = processes * on_device + on_cpu
     if need > _MARGIN * free:
         raise RacError(_message(need, free, where))
 

@@ -86,7 +86,7 @@ def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) ->
     for module in enabled:
         module.quantization_enabled = False
     for name, module in modules.items():
-        parametrize.register_parametrization(module, "weight", OnGrid(quantized[name]))
+        parametrize.register_parametrization(module, "weight", OnGrid(quantized[name]).to(module.weight.device))
     try:
         yield
     finally:

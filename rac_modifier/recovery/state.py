@@ -1,10 +1,12 @@
-"""The state of a recovery run: weights, Adam's moments and the best weights so far, in one file that is replaced whole."""
+"""The state of a recovery run: weights, Adam's moments and the best weights so far, in one file that is replaced whole.
+
+Several processes gather it, and the first one writes it; so a run may go on in another number of processes.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rac_modifier.errors import RacError
+from rac_modifier.recovery.sharded import Whole
 
 _FILE = "recovery.safetensors"
 
@@ -42,19 +45,27 @@ class Progress:
     tries: int = 0
 
 
-def save_state(
-    folder: Path, progress: Progress, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def save_state(folder: Path, progress: Progress, shards: Whole, optimizer: torch.optim.Optimizer) -> None:
     """Write everything to a new file and put it in the place of the old one.
 
     Raises:
         RacError: the disk is full or the folder cannot be written; the old file then stands.
     """
-    tensors = {f"best/{name}": tensor for name, tensor in progress.best.items()}
-    for name, parameter in parameters.items():
-        tensors[f"weight/{name}"] = parameter.detach()
+    tensors: dict[str, torch.Tensor] = {}
+
+    def keep(part: str, name: str, tensor: torch.Tensor) -> None:
+        whole = shards.whole(name, shards.local(tensor)) if tensor.dim() else tensor.cpu()
+        if shards.processes.is_first:
+            tensors[f"{part}/{name}"] = whole.contiguous()
+
+    for name, tensor in progress.best.items():
+        keep("best", name, tensor)
+    for name, parameter in shards.parameters.items():
+        keep("weight", name, parameter)
         for part, value in optimizer.state[parameter].items():
-            tensors[f"{part}/{name}"] = value
+            keep(part, name, value)
+    if not shards.processes.is_first:
+        return
     about = {
         "key": progress.key,
         "step": progress.step,
@@ -67,7 +78,7 @@ def save_state(
     new = folder / f"{_FILE}.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, new, metadata={"about": json.dumps(about)})
+        save_file(tensors, new, metadata={"about": json.dumps(about)})
         with new.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(new, folder / _FILE)
@@ -80,9 +91,7 @@ def save_state(
 
 
 @torch.no_grad()
-def load_state(
-    folder: Path, key: str, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Progress:
+def load_state(folder: Path, key: str, shards: Whole, optimizer: torch.optim.Optimizer) -> Progress:
     """Put weights and moments back; a new `Progress` where there is no state of this run.
 
     Raises:
@@ -98,16 +107,16 @@ def load_state(
                 return Progress(key)
             progress = Progress(key, **{**about, "curve": [(step, kl) for step, kl in about["curve"]]})
             for name in file.keys():  # noqa: SIM118 - not a dict
-                part, _, parameter = name.partition("/")
-                tensor = file.get_tensor(name)
-                if part == "best":
-                    progress.best[parameter] = tensor
+                part, _, of = name.partition("/")
+                tensor, parameter = file.get_tensor(name), shards.parameters[of]
+                if part == "step":
+                    optimizer.state[parameter][part] = tensor
+                elif part == "best":
+                    progress.best[of] = shards.part(of, tensor).clone()
                 elif part == "weight":
-                    parameters[parameter].copy_(tensor)
+                    shards.local(parameter).copy_(shards.part(of, tensor))
                 else:
-                    optimizer.state[parameters[parameter]][part] = tensor.to(
-                        parameters[parameter].device if part != "step" else "cpu"
-                    )
+                    optimizer.state[parameter][part] = shards.like(of, shards.part(of, tensor).clone())
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RacError(
             f"{path}: the state of a recovery run cannot be read ({error}); remove it to start anew"

@@ -19,6 +19,7 @@ from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_li
 from rac_modifier.recovery.hidden_states import output_head, predicting_states
 from rac_modifier.recovery.loss import head_kl
 from rac_modifier.recovery.schedule import Step, rate_at
+from rac_modifier.recovery.sharded import Whole
 from rac_modifier.recovery.state import Progress, load_state, save_state
 from rac_modifier.recovery.teacher import Teacher
 
@@ -34,16 +35,15 @@ class TrainingLoop:
     """One run over `steps`: `train` ends with the weights of the lowest held-out KL.
 
     Attributes:
-        model: the student, in evaluation mode; `parameters` are those that are trained.
+        shards: the student, in evaluation mode, and what this process holds of the parameters that are trained.
         masters: where training starts, for parameters that start elsewhere than they are; measured first as they are.
         rates: learning rates, tried one after another.
         state: folder of the state that a killed run goes on from; `save_seconds` how often it is written.
     """
 
-    model: Any
+    shards: Whole
     teacher: Teacher
     held_out: Sequence[TokenSequence]
-    parameters: dict[str, torch.nn.Parameter]
     masters: Mapping[str, torch.Tensor]
     autocast: torch.dtype | None
     steps: Sequence[Step]
@@ -52,10 +52,20 @@ class TrainingLoop:
     save_seconds: float
     progress: bool
 
+    @property
+    def model(self) -> Any:
+        """The student."""
+        return self.shards.model
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name."""
+        return self.shards.parameters
+
     def train(self, key: str) -> Progress:
         """Train at the first rate; where the held-out KL rises too high, again from the start at the next. Ends with the best."""
         self.optimizer = self._new_optimizer()
-        done = Progress(key) if self.state is None else load_state(self.state, key, self.parameters, self.optimizer)
+        done = Progress(key) if self.state is None else load_state(self.state, key, self.shards, self.optimizer)
         if not done.curve:
             self.check(done)
             self._start_from_masters()
@@ -73,7 +83,7 @@ class TrainingLoop:
     @torch.no_grad()
     def _start_from_masters(self) -> None:
         for name, master in self.masters.items():
-            self.parameters[name].copy_(master)
+            self.shards.local(self.parameters[name]).copy_(self.shards.part(name, master))
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0)
@@ -82,7 +92,9 @@ class TrainingLoop:
         """Take the steps that are left, check the held-out KL `_CHECKS` times, and write the state now and then."""
         before, every = done.curve[0][1], max(1, math.ceil(len(self.steps) / _CHECKS))
         saved = time.monotonic()
-        silent = None if self.progress else True  # None: silent where the output is no terminal
+        silent = (
+            None if self.progress and self.shards.processes.is_first else True
+        )  # None: silent where the output is no terminal
         with tqdm(total=len(self.steps), initial=done.step, desc="recovery", unit="step", disable=silent) as bar:
             while done.step < len(self.steps) and not done.stopped:
                 for group in self.optimizer.param_groups:
@@ -97,55 +109,65 @@ class TrainingLoop:
                         done.stopped = f"held-out KL {kl:.4f} (before: {before:.4f}) at learning rate {rate:.2g}"
                 bar.update()
                 bar.set_postfix_str(f"KL {done.curve[-1][1]:.4f}, at the start {before:.4f}", refresh=False)
-                if time.monotonic() - saved >= self.save_seconds:
+                if self._is_time(saved):
                     self._save(done)
                     saved = time.monotonic()
+
+    def _is_time(self, saved: float) -> bool:
+        """Whether to write a state, which the first process decides, since all have to take part."""
+        processes = self.shards.processes
+        late = time.monotonic() - saved >= self.save_seconds
+        return self.state is not None and processes.sums(float(late and processes.is_first))[0] > 0
 
     def _save(self, done: Progress) -> None:
         """Write the state. A full disk does not end the training: the state before stands, and the next one may fit."""
         if self.state is None:
             return
         try:
-            save_state(self.state, done, self.parameters, self.optimizer)
+            save_state(self.state, done, self.shards, self.optimizer)
         except RacError as error:
             logger.warning(f"training goes on without a new state: {error}")
 
     def step(self, step: Step) -> float:
         """One optimizer step; returns the mean KL per completion token of its sequences."""
-        total = 0.0
-        for batch in step.batches:
+        total, processes = 0.0, self.shards.processes
+        for batch, counts in self.shards.own(step.batches):
             with self._autocast():
                 states = predicting_states(self.model, batch)
             loss = head_kl(states, self.teacher.states(batch), output_head(self.model)) / step.completion_tokens
-            loss.backward()
-            total += loss.item()
+            (loss * (counts * processes.count)).backward()  # FSDP takes the mean over the processes
+            total += loss.item() * counts
+        total = processes.sums(total)[0]
+        self.shards.mask_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP)
         if math.isfinite(total):
             self.optimizer.step()
+            self.shards.mask_weights()
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
     @torch.no_grad()
     def check(self, done: Progress) -> float:
         """Measure the held-out KL in nats per completion token; keeps the weights if it is the lowest so far."""
-        total, tokens = 0.0, 0
-        for batch in batches_of_like_length(self.held_out, _EVALUATION_TOKENS):
+        total = tokens = 0.0
+        for batch, counts in self.shards.own(list(batches_of_like_length(self.held_out, _EVALUATION_TOKENS))):
             with self._autocast():
                 states = predicting_states(self.model, batch)
-            total += head_kl(states, self.teacher.states(batch), output_head(self.model)).item()
-            tokens += len(states)
+            total += counts * head_kl(states, self.teacher.states(batch), output_head(self.model)).item()
+            tokens += counts * len(states)
+        total, tokens = self.shards.processes.sums(total, tokens)
         kl = total / tokens
         done.curve.append((done.step, kl))
         if kl < done.best_kl:
             done.best_kl, done.best_step = kl, done.step
-            done.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+            done.best = {name: self.shards.local(p).to("cpu", copy=True) for name, p in self.parameters.items()}
         return kl
 
     @torch.no_grad()
     def _keep_best(self, done: Progress) -> None:
         """Put the weights of the lowest held-out KL back."""
         for name, weight in done.best.items():
-            self.parameters[name].copy_(weight)
+            self.shards.local(self.parameters[name]).copy_(weight)
 
     def _autocast(self) -> Any:
         if self.autocast is None:

@@ -17,6 +17,7 @@ from rac_modifier.recovery.training_loop import TrainingLoop
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
+from tests.recovery.started import started
 from tests.tiny import entry, linears, recipe, save_tiny
 
 SETTINGS = ["tokens=3000", "held_out_tokens=150", "step_tokens=100", "batch_tokens=400", "learning_rate=0.001"]
@@ -106,6 +107,23 @@ def test_an_output_that_cannot_be_written_costs_no_training(rac, tiny_folder, sp
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert record["recovery"]["kl_after"] < record["recovery"]["kl_before"]
     assert not (tmp_path / "rac_recovery").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_checkpoint(tiny_folder, sparse_folder, tmp_path):
+    """As torchrun starts them; the divergence is that of one process."""
+    command = ["-m", "rac_modifier.cli", "recover", str(tiny_folder), str(sparse_folder), "out", *OPTIONS]
+    ends = started(command, tmp_path)
+    assert [code for code, _ in ends] == [0, 0], ends
+    alone = started([*command[:5], "alone", *command[6:]], tmp_path, count=1)
+    assert alone[0][0] == 0, alone
+    two, one = (json.loads((tmp_path / name / "rac_run.json").read_text())["recovery"] for name in ("out", "alone"))
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["kl_before"] == pytest.approx(one["kl_before"], rel=1e-5)
+    assert two["kl_after"] == pytest.approx(one["kl_after"], rel=1e-3)
+    assert not (tmp_path / "rac_recovery").exists()
+    before, after = (linears(rac_modifier.load_model(folder)) for folder in (sparse_folder, tmp_path / "out"))
+    assert all(torch.equal(module.weight == 0, before[name].weight == 0) for name, module in after.items())
 
 
 def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path, monkeypatch):

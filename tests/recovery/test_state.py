@@ -3,6 +3,7 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.recovery import state as module
+from rac_modifier.recovery.sharded import Whole
 from rac_modifier.recovery.state import Progress, load_state, save_state
 
 
@@ -14,7 +15,7 @@ def trained(steps: int):
         (parameters["w"].square().sum() + parameters["b"].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return parameters, optimizer
+    return Whole(None, parameters), optimizer
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
@@ -25,18 +26,18 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     found = load_state(tmp_path, "key", others, other_optimizer)
     assert torch.equal(found.best.pop("w"), torch.ones(4, 3))
     assert found == Progress("key", 3, {}, 2, 0.25, [(0, 0.5), (2, 0.25)])
-    assert all(torch.equal(others[name], parameters[name]) for name in parameters)
-    for name, parameter in parameters.items():
+    assert all(torch.equal(others.parameters[name], parameters.parameters[name]) for name in ("w", "b"))
+    for name, parameter in parameters.parameters.items():
         for part, value in optimizer.state[parameter].items():
-            assert torch.equal(other_optimizer.state[others[name]][part], value), part
+            assert torch.equal(other_optimizer.state[others.parameters[name]][part], value), part
 
 
 def test_a_state_of_another_run_changes_nothing(tmp_path):
     save_state(tmp_path, Progress("key", 3), *trained(3))
     parameters, optimizer = trained(0)
-    start = parameters["w"].detach().clone()
+    start = parameters.parameters["w"].detach().clone()
     assert load_state(tmp_path, "other", parameters, optimizer) == Progress("other")
-    assert torch.equal(parameters["w"], start)
+    assert torch.equal(parameters.parameters["w"], start)
     assert not optimizer.state
 
 

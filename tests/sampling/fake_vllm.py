@@ -34,11 +34,6 @@ def starts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("start-*.json"))]
 
 
-def completions(folder: Path) -> int:
-    """How many completions were asked for, over all starts."""
-    return sum(path.stat().st_size for path in folder.glob("asked-*"))
-
-
 def is_running(pid: int) -> bool:
     """Whether a process runs; one that ended and waits for its parent does not."""
     try:
@@ -76,7 +71,7 @@ def main(folder: str) -> None:
     note(Path(folder), worker.pid)
     if fault == "never":
         time.sleep(600)
-    serve(Path(folder), sys.argv[2], int(sys.argv[sys.argv.index("--port") + 1]), dies=fault == "dies")
+    serve(sys.argv[2], int(sys.argv[sys.argv.index("--port") + 1]), dies=fault == "dies")
 
 
 def note(folder: Path, worker: int) -> None:
@@ -88,15 +83,13 @@ def note(folder: Path, worker: int) -> None:
     part.rename(folder / f"start-{time.monotonic_ns():020d}.json")
 
 
-def serve(folder: Path, model: str, port: int, dies: bool) -> None:
+def serve(model: str, port: int, dies: bool) -> None:
     from tests.sampling.fake_server import FakeServer
 
     server = FakeServer(port)
     server.cards = [{"id": model, "root": model, "max_model_len": 512}]
-    asked = (folder / f"asked-{os.getpid()}").open("ab", buffering=0)
 
     def delay(body: dict[str, Any]) -> float:
-        asked.write(b".")
         if dies and len(server.bodies) > 6:
             print("RuntimeError: the engine died", flush=True)
             os._exit(5)

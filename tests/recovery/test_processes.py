@@ -1,0 +1,68 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.recovery.processes import Processes, joined_processes, refuse_processes, started_processes
+from tests.recovery.started import started
+
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+from loguru import logger
+from rac_modifier.recovery.processes import joined_processes
+with joined_processes() as processes:
+    if processes.is_first:
+        time.sleep(0.5)
+    with processes.first_before_others():
+        alone = not Path("first").exists()
+        if alone:
+            time.sleep(0.5)
+            Path("first").touch()
+    sums = processes.sums(0.1 + processes.rank, 2.0)
+    found = [processes.rank, processes.count, str(processes.device), alone, sums]
+    Path(f"{processes.rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_without_torchrun_there_is_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert started_processes() == 1
+    refuse_processes("it")
+    with joined_processes() as processes:
+        assert processes == Processes(0, 1, None)
+        assert processes.is_first
+        assert processes.sums(0.25, 3.0) == [0.25, 3.0]
+        with processes.first_before_others():
+            pass
+        assert not torch.distributed.is_initialized()
+
+
+def test_two_processes_sum_and_the_first_goes_first(tmp_path: Path):
+    ends = started(["-c", SCRIPT], tmp_path)
+    assert [code for code, _ in ends] == [0, 0], ends
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [end[:4] for end in found] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
+    assert found[0][4] == found[1][4] == [pytest.approx(1.2), 4.0]
+
+
+def test_what_is_not_distributed_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(
+        RacError, match="rac prune runs in one process, and torchrun started 4: start it without torchrun"
+    ):
+        refuse_processes("rac prune")
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "traces"])
+def test_other_commands_are_refused_under_torchrun(monkeypatch, capsys, command):
+    from rac_modifier import cli
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["rac", command, "x", "y"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"rac {command} runs in one process" in " ".join(capsys.readouterr().err.split())
