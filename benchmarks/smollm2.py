@@ -7,7 +7,8 @@
 
 Traces and held-out sequences are the model's own samples, on varied instructions (instructions.py; training and held-out
 templates are disjoint) and on arithmetic, in equal parts. Divergence from the dense model on the held-out ones needs no labels;
-SmolLM2 does not reason, so this says nothing about thinking. The first cell is also saved, packed, loaded again and compared
+SmolLM2 does not reason, so this says nothing about thinking. The same is measured on text that the model did not write (Python's
+documentation, which the rows "generic text" calibrate on). The first cell is also saved, packed, loaded again and compared
 bit by bit: a real tokenizer, chat template and odd shapes (576, 192).
 """
 
@@ -33,6 +34,7 @@ from seeds import parse_sparsity
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import rac_modifier
+from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.cli.inspect import totals
 from rac_modifier.evaluation.divergence import DivergenceResult, divergence
@@ -40,6 +42,7 @@ from rac_modifier.evaluation.own_samples import sample_sequences
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.problems.source import Problem
+from rac_modifier.settings.calibration import GenericText
 from rac_modifier.settings.sampling import SamplingSettings
 
 
@@ -82,6 +85,12 @@ def held_out(dense_folder: Path, path: Path, asked: list[Problem], max_new_token
             f"{path} holds {len(sequences)} samples, not {len(asked)}; remove it, or give --samples as before"
         )
     return [(ids, prompt_length) for ids, prompt_length in sequences]
+
+
+def generic_text(dense_folder: Path, number: int) -> list[TokenSequence]:
+    """Sequences of 512 tokens of Python's documentation; all but the first token count."""
+    found = generic_token_sequences(AutoTokenizer.from_pretrained(dense_folder), GenericText(), seed=1)
+    return [(ids, 1) for ids in itertools.islice(found, number)]
 
 
 def mixture(calibration: str) -> dict[str, float]:
@@ -168,6 +177,7 @@ def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
         name: held_out(dense_folder, args.out / f"held-out-{name}.json", questions, args.max_new_tokens)
         for name, (_, questions) in asked.items()
     }
+    sets["generic text"] = generic_text(dense_folder, args.samples)
     dense = fresh(dense_folder)
     done = {row["label"] for row in read(rows_path)}
     kinds = [*itertools.product(args.patterns, args.calibrations, args.methods)]
@@ -208,12 +218,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """One row per cell; standard errors are over held-out samples, and the same samples are used for every row."""
+    sets = ("instructions", "arithmetic", "generic text")
     print(
-        "| row | KL, instructions | KL, arithmetic | top-1, instructions | top-1, arithmetic | CPU s |\n|" + "---|" * 6
+        "| row |" + "".join(f" KL, {name} |" for name in sets) + "".join(f" top-1, {name} |" for name in sets[:2]),
+        end="",
     )
+    print(" CPU s |\n|" + "---|" * 7)
     for row in rows:
-        results = [DivergenceResult.from_dict(row[name]) for name in ("instructions", "arithmetic")]
-        cells = [f"{r.kl:.3f} ± {r.kl_stderr:.3f}" for r in results] + [f"{r.agreement:.1%}" for r in results]
+        results = [DivergenceResult.from_dict(row[name]) if name in row else None for name in sets]
+        cells = [f"{r.kl:.3f} ± {r.kl_stderr:.3f}" if r else "-" for r in results]
+        cells += [f"{r.agreement:.1%}" for r in results[:2] if r]
         print(f"| {row['label']} | {' | '.join(cells)} | {row['cpu_seconds']:.0f} |")
 
 
