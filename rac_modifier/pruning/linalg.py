@@ -115,11 +115,13 @@ def factorise(hessian: torch.Tensor, dampening: Dampening, label: str) -> Factor
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device has units for bfloat16 products that are summed in float32; without them float32 is as fast.
 
-    CPUs with AVX512-BF16 or AMX (4.3 times float32 on a Zen 5), and CUDA devices from compute capability 8.
+    CPUs with AVX512-BF16 or AMX (4.3 times float32 on a Zen 5), and CUDA devices from compute capability 8. torch 2.10 cannot
+    say what a CPU has: then float32, which is right everywhere.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    known = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
+    has = torch.cpu.get_capabilities() if known else {}
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
