@@ -57,12 +57,14 @@ def recover(
 
     Example: rac recover reasoner reasoner-90 reasoner-90-recovered --max-new-tokens 512 --set tokens=80000
     """
+    from rac_modifier.settings.idle import idle_recovery, refuse_idle
     from rac_modifier.settings.recipe import apply_overrides
     from rac_modifier.settings.recovery import RecoverySettings
 
     entry: dict[str, Any] = {}
     apply_overrides(entry, set_ or [])
     settings = RecoverySettings.model_validate(entry)
+    refuse_idle(settings, idle_recovery(settings))
     source, sampling = _asked(store, problems, column, max_new_tokens, seed)
     check_model(resolve(dense))
     check_model(str(sparse))
@@ -136,7 +138,7 @@ def _recover_in(
     from rac_modifier.checkpoint.saving import SavePlan, save_with_record
     from rac_modifier.checkpoint.sparsity_config import recorded_structures
     from rac_modifier.llmcompressor.quantized_checkpoint import QuantizedCheckpoint, check_layers
-    from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, reserved_tokens
+    from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, generic_sequences, reserved_tokens
     from rac_modifier.llmcompressor.zeros import sparse_modules
     from rac_modifier.model_tools import on_accelerator
     from rac_modifier.traces.collect import collect_traces
@@ -153,7 +155,8 @@ def _recover_in(
             model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=reserved_tokens(settings)
         )
     _check_fresh(sparse, store)
-    stage = RecoveryStage(model, list(store), settings, keep=True, processes=processes)
+    text = generic_sequences(tokenizer, settings)
+    stage = RecoveryStage(model, list(store), settings, keep=True, processes=processes, generic=text)
     del model
     done = stage.run(pruned, modules, checkpoint.quantized)
     if not processes.is_first:

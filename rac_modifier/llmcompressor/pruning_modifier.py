@@ -26,7 +26,7 @@ from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memo
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, reserved_tokens
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, generic_sequences, reserved_tokens
 from rac_modifier.llmcompressor.sensitivity import measured_patterns
 from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
 from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
@@ -109,8 +109,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.check_memory(model, [], get_main_device(), torch.device(offload))
         loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
         if self.recover is not None:
-            reserved, keep = self.calibration_set.reserved, self._finished is not None
-            self._recovery = RecoveryStage(model, reserved, self.recover, keep)
+            reserved, text = self.calibration_set.reserved, generic_sequences(self._load_tokenizer(model), self.recover)
+            self._recovery = RecoveryStage(model, reserved, self.recover, self._finished is not None, generic=text)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader)

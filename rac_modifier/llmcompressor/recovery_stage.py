@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from loguru import logger
 
+from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.model_tools import on_accelerator
@@ -37,8 +38,9 @@ class RecoveryStage:
         settings: RecoverySettings,
         keep: bool = False,
         processes: Processes = _ALONE,
+        generic: Sequence[TokenSequence] = (),
     ):
-        """One forward pass of the dense model over `traces`, which calibration does not use.
+        """One forward pass of the dense model over `traces`, which calibration does not use, and over `generic`.
 
         Args:
             model: the dense model.
@@ -46,12 +48,15 @@ class RecoveryStage:
             settings: of recovery.
             keep: leave the state after training to `remove`, so that a run that is killed while it saves goes on from there.
             processes: that train together, all on this machine.
+            generic: text to train on beside the traces (`generic_sequences`); none of it decides what is kept.
 
         Raises:
             RacError: too few traces, a head that is not supported, too little memory or disk space.
         """
         self._settings, self._keep, self._processes = settings, keep, processes
-        self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
+        self._held_out, training = split_traces(traces, settings.held_out_tokens)
+        self._training = [*training, *generic]
+        self._generic_tokens = sum(len(ids) for ids, _ in generic)
         check_recovery_memory(model, processes.count)
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
@@ -59,8 +64,9 @@ class RecoveryStage:
             self._teacher = StoredTeacher.write(
                 model, [*self._held_out, *self._training], self.folder / "teacher", key=fingerprint
             )
+        text = f" and {self._generic_tokens:,} tokens of generic text" if generic else ""
         logger.info(
-            f"recovery: {len(self._training)} traces to train on, and {len(self._held_out)} others that decide what is kept"
+            f"recovery: {len(training)} traces{text} to train on, and {len(self._held_out)} others that decide what is kept"
         )
 
     def run(
@@ -90,7 +96,12 @@ class RecoveryStage:
             )
         if not self._keep and self._processes.is_first:
             self.remove()
-        return {**done.as_dict(), "trained_on": "the model's own traces, KL to the dense model"}
+        text = " and generic text" if self._generic_tokens else ""
+        return {
+            **done.as_dict(),
+            "generic_tokens": self._generic_tokens,
+            "trained_on": f"the model's own traces{text}, KL to the dense model",
+        }
 
     def remove(self) -> None:
         """Remove the dense model's hidden states and the state of training; there is no need of them when all is saved."""
@@ -101,7 +112,27 @@ class RecoveryStage:
 
 def reserved_tokens(settings: RecoverySettings | None) -> int:
     """Tokens of the traces that calibration has to leave for recovery."""
-    return 0 if settings is None else settings.tokens + settings.held_out_tokens
+    return 0 if settings is None else settings.tokens - settings.generic_tokens + settings.held_out_tokens
+
+
+def generic_sequences(tokenizer: Any, settings: RecoverySettings) -> list[TokenSequence]:
+    """The generic text to train on: all tokens of a sequence but the first count.
+
+    Raises:
+        RacError: the source has less text than that, or cannot be read.
+    """
+    chosen: list[TokenSequence] = []
+    missing = settings.generic_tokens
+    texts = generic_token_sequences(tokenizer, settings.generic, settings.seed) if missing else iter(())
+    while missing > 0 and (ids := next(texts, None)) is not None:
+        chosen.append((ids, 1))
+        missing -= len(ids)
+    if missing > 0:
+        raise RacError(
+            f"recover.generic: {settings.generic.source!r} has {settings.generic_tokens - missing:,} tokens, and "
+            f"recover.generic_share asks for {settings.generic_tokens:,}; lower the share, or name a longer text"
+        )
+    return chosen
 
 
 def split_traces(traces: Sequence[Trace], held_out_tokens: int) -> tuple[list[TokenSequence], list[TokenSequence]]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import without_paths
 from rac_modifier.settings.calibration import CalibrationBudget, CalibrationSettings
-from rac_modifier.settings.idle import Idle, idle_calibration, idle_pruning, refuse_idle
+from rac_modifier.settings.idle import Idle, idle_calibration, idle_pruning, idle_recovery, refuse_idle
 from rac_modifier.settings.presets import PRESETS
 from rac_modifier.settings.pruning import PruningSettings
 from rac_modifier.settings.recovery import RecoverySettings
@@ -88,7 +88,8 @@ class PruningEntry(CalibrationEntry, PruningSettings):
 
     def idle_settings(self) -> Idle:
         """The settings that have no effect beside the others, and why."""
-        return idle_calibration(self.traces, self.calibration) | idle_pruning(self)
+        idle = idle_calibration(self.traces, self.calibration) | idle_pruning(self)
+        return idle | idle_recovery(self.recover, ("recover",))
 
     @model_validator(mode="after")
     def _recovery_has_traces(self) -> Self:

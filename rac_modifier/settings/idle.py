@@ -16,6 +16,7 @@ from rac_modifier.settings.calibration import CalibrationBudget, CalibrationSett
 from rac_modifier.settings.presets import PRESETS
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.pruning import UNSTRUCTURED, PruningSettings
+from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 
@@ -76,6 +77,15 @@ def idle_pruning(settings: PruningSettings) -> Idle:
     if all(name in settings.model_fields_set or (name,) in idle for name in PRESETS[settings.preset]):
         idle["preset",] = f"beside {', '.join(PRESETS[settings.preset])}, which are all that it sets; leave it out"
     return idle
+
+
+def idle_recovery(settings: RecoverySettings | None, where: Path = ()) -> Idle:
+    """Of what is set about recovery; `where` is its place in an entry."""
+    if settings is None:
+        return {}
+    if not settings.generic_share:
+        return {(*where, "generic"): "beside generic_share: 0; leave it out, or set a share"}
+    return dict(_idle_in_text((*where, "generic"), settings.generic))
 
 
 def idle_calibration(traces: TraceSettings, calibration: CalibrationBudget) -> Idle:

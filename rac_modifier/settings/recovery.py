@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from rac_modifier.settings.base import Settings
+from rac_modifier.settings.calibration import GenericText
 
 
 class RecoverySettings(Settings):
@@ -15,6 +16,15 @@ class RecoverySettings(Settings):
         ge=1,
         description="prompt and completion tokens of the traces to train on; calibration does not use these traces, and "
         "missing ones are sampled",
+    )
+    generic_share: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="share of generic text in tokens, for a model that has other work than reasoning too",
+    )
+    generic: GenericText = Field(
+        GenericText(), description="that text; training towards the dense model's predictions on it"
     )
     passes: int = Field(1, ge=1, le=16, description="passes over those traces; more than two overfit a small set")
     learning_rate: float | None = Field(
@@ -38,4 +48,9 @@ class RecoverySettings(Settings):
         description="keep the inputs of each layer alone, and compute its activations again in the backward pass: less memory "
         "per token of a batch, a third more time, and the same result",
     )
-    seed: int = Field(0, ge=0, description="shuffles the traces")
+    seed: int = Field(0, ge=0, description="shuffles the traces, and the generic text")
+
+    @property
+    def generic_tokens(self) -> int:
+        """Tokens of generic text to train on."""
+        return round(self.tokens * self.generic_share)

@@ -207,6 +207,11 @@ def test_a_setting_that_is_not_one_is_refused(rac, tiny_folder, sparse_folder, t
     code, _, stderr = rac("recover", tiny_folder, sparse_folder, tmp_path / "out", "--set", "steps=3")
     assert code != 0
     assert "steps: there is no such setting" in stderr
+    code, _, stderr = rac(
+        "recover", tiny_folder, sparse_folder, tmp_path / "out", "--set", "generic.sequence_tokens=64"
+    )
+    assert code == 1
+    assert "has no effect beside generic_share: 0; leave it out, or set a share" in stderr
 
 
 @pytest.mark.slow

@@ -7,12 +7,12 @@ import torch
 
 import rac_modifier
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.recovery_stage import reserved_tokens, split_traces
+from rac_modifier.llmcompressor.recovery_stage import generic_sequences, reserved_tokens, split_traces
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.modifier_helpers import int4
-from tests.tiny import linears
+from tests.tiny import linears, tiny_tokenizer
 
 RECOVER = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400, "learning_rate": 1e-3}
 
@@ -102,3 +102,36 @@ def test_traces_are_split_by_problem(trace_store):
 def test_tokens_to_reserve():
     assert reserved_tokens(None) == 0
     assert reserved_tokens(RecoverySettings(tokens=1000, held_out_tokens=100)) == 1100
+    assert reserved_tokens(RecoverySettings(tokens=1000, held_out_tokens=100, generic_share=0.25)) == 850
+
+
+def test_generic_text_is_trained_on_and_decides_nothing(prune, tmp_path, monkeypatch):
+    from rac_modifier.llmcompressor import recovery_stage
+
+    seen = {}
+    kept = recovery_stage.recover
+
+    def spy(model, teacher, training, held_out, settings, **options):
+        seen.update(training=training, held_out=held_out)
+        return kept(model, teacher, training, held_out, settings, **options)
+
+    monkeypatch.setattr(recovery_stage, "recover", spy)
+    monkeypatch.chdir(tmp_path)
+    text = {"generic_share": 0.3, "generic": {"sequence_tokens": 50}}
+    prune(recover=RECOVER | text, output_dir=tmp_path / "out")
+    generic = [sequence for sequence in seen["training"] if sequence[1] == 1]
+    assert [len(ids) for ids, _ in generic] == [50] * 4  # 0.3 * 600 tokens
+    assert not any(sequence[1] == 1 for sequence in seen["held_out"])
+    traces = sum(len(ids) for ids, start in seen["training"] if start > 1)
+    assert 300 < traces < 600
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())["recovery"]
+    assert record["generic_tokens"] == 200
+    assert record["trained_on"] == "the model's own traces and generic text, KL to the dense model"
+
+
+def test_generic_text_that_is_too_short_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("few words " * 20)
+    text = {"source": str(tmp_path / "short.txt"), "sequence_tokens": 16}
+    with pytest.raises(RacError, match=r"short\.txt' has \d+ tokens, and recover\.generic_share asks for 30,000"):
+        generic_sequences(tiny_tokenizer(), RecoverySettings(tokens=60_000, generic_share=0.5, generic=text))
+    assert generic_sequences(None, RecoverySettings()) == []

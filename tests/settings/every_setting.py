@@ -65,6 +65,18 @@ CHECKED = traces(problems={**FILE, "answer_column": "answer"})
 
 RECOVER = {"tokens": 300, "held_out_tokens": 64, "step_tokens": 64, "batch_tokens": 64, "learning_rate": 1e-3}
 
+
+def recovered_text(generic: dict[str, Any]) -> dict[str, Any]:
+    return {"recover": {**RECOVER, "generic_share": 0.3, "generic": generic}}
+
+
+NAMED_TEXT = [
+    Row("source", "text.txt"),
+    Row("column", "other", {"source": "text.jsonl", "column": "text"}),
+    Row("split", "test", {"source": "some/dataset", "column": "text"}),
+    Row("config", "x", {"source": "some/dataset", "column": "text"}),
+    Row("sequence_tokens", 64),
+]
 PRUNED = [
     Row("sparsity", 0.7, PLAIN),
     Row("mask_structure", "1:4"),
@@ -89,8 +101,10 @@ PRUNED = [
         for name, value in {
             "tokens": 500, "passes": 2, "learning_rate": 1e-2, "step_tokens": 128, "batch_tokens": 400,
             "held_out_tokens": 200, "seed": 1, "activation_checkpointing": True, "folder": "problems.jsonl",
+            "generic_share": 0.3,
         }.items()
     ),
+    *(Row(f"recover.generic.{r.path}", r.value, recovered_text(r.base)) for r in NAMED_TEXT),
     Row("experimental.token_weights", "gradient"),
     Row("experimental.allocation", {"re:.*q_proj": 0.8}, PLAIN),
 ]  # fmt: skip
@@ -124,13 +138,6 @@ OF_SOURCES = [
     Row("select.pass_rate", [0.5, 1.0], {"traces": {**CHECKED["traces"], "sampling": {"samples_per_problem": 2}}}),
     Row("select.least_share", 1.0, {"traces": {"select": {"finished": True}}, "calibration": {"tokens": 60}}),
     Row("allow_off_policy", True, traces(store="foreign.jsonl")),
-]
-NAMED_TEXT = [
-    Row("source", "text.txt"),
-    Row("column", "other", {"source": "text.jsonl", "column": "text"}),
-    Row("split", "test", {"source": "some/dataset", "column": "text"}),
-    Row("config", "x", {"source": "some/dataset", "column": "text"}),
-    Row("sequence_tokens", 64),
 ]
 CALIBRATED = [
     *(Row(f"traces.{row.path}", row.value, row.base) for row in OF_SOURCES),
@@ -231,6 +238,10 @@ REFUSED = [
     Row("calibration.answer_weight", 3.0, BOTH),
     Row("calibration.trace_weighting", "correct", BOTH),
     Row("calibration.held_out_tokens", 50, PROMPTS),
+    Row("recover.generic.sequence_tokens", 64, {"recover": RECOVER}),
+    Row("recover.generic.column", "text", recovered_text({"source": "text.txt"})),
+    Row("recover.generic.split", "test", recovered_text({"source": "text.jsonl", "column": "text"})),
+    Row("recover.generic.config", "x", recovered_text({})),
     Row("calibration.generic.sequence_tokens", 64),
     Row("calibration.generic.column", "text", TEXT),
     Row("calibration.generic.split", "test", TEXT),

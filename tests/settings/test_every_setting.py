@@ -211,7 +211,7 @@ def test_what_is_refused_would_have_changed_nothing(row, models, place, monkeypa
     if row.path == "sparsity" and not row.base:
         return  # refused where the pattern is read, which knows one of the two alone
     monkeypatch.setattr(entries, "refuse_idle", lambda *args: None)
-    prunes = "." not in row.path or row.path.startswith("experimental") or "solver" in row.base
+    prunes = "." not in row.path or row.path.startswith(("experimental", "recover")) or "solver" in row.base
     if prunes:
         saved = iter((place / "one", place / "two"))
         before, after = both(row, lambda settings: pruned(models, settings, next(saved)))
