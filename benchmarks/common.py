@@ -35,7 +35,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quality": {"preset": "quality"},
     "quality, 8 iterations": {"preset": "quality", "iterations": 8, "refit_steps": 6},
     "quality + recovery": {"preset": "quality", "recover": {"tokens": 80_000}},
-    "quality + gradient": {"preset": "quality", "experimental": {"token_weights": "gradient"}},
     "quality + allocation": {"preset": "quality", "experimental": {"allocation": "kl"}},
 }
 

@@ -53,7 +53,7 @@ def calibrate_by_group(
                         if not known:
                             (x,), (x_dense,) = (c.fetch(batch, [stage.reads]).values() for c in (pruned, dense))
                             group = group or _input_group(stage, x, pruner.needs_dense_stream)
-                            group.statistics.add(x, pruner.weights_for(stage.modules, batch), x_dense)
+                            group.statistics.add(x, loader.token_weights[batch], x_dense)
                         if dense is not pruned and index < last:
                             stage.run(model, dense, batch)
                     if group is None:

@@ -50,8 +50,5 @@ class Pruner(Protocol):
     def on_subgraph_start(self, modules: Iterable[torch.nn.Module]) -> None:
         """Layer by layer: the coming forward passes run these modules."""
 
-    def weights_for(self, modules: list[torch.nn.Module], batch: int) -> torch.Tensor:
-        """Group by group: the token weights [rows, length] of a batch for modules that read the same input."""
-
     def prune_group(self, group: InputGroup) -> None:
         """Group by group: prune modules that read the same input, on its statistics."""

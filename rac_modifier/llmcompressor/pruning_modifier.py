@@ -15,7 +15,6 @@ from pydantic import PrivateAttr
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.calibration.token_weights import gradient_weights
 from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
@@ -49,7 +48,6 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _names: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
     _collector: HessianCollector | None = PrivateAttr(default=None)
     _quantizer: GroupQuantizer | None = PrivateAttr(default=None)
-    _token_weights: dict[torch.nn.Module, list[torch.Tensor]] = PrivateAttr(default_factory=dict)
     _progress: PruningProgress | None = PrivateAttr(default=None)
     _recovery: RecoveryStage | None = PrivateAttr(default=None)
     _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -75,8 +73,6 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         """
         if self.order == "group" and order != "group":
             raise RacError(f"order: group is not possible here: {why}; set order: layer")
-        if self.token_weights == "gradient" and order != "group":
-            raise RacError(f"token_weights: gradient is not possible here: {why}; leave experimental.token_weights out")
         self._order = {"order": order, "why": why, "reconstruct": self.reconstruct}
         if order == "layer" and self.reconstruct == "dense":
             self._order["reconstruct"] = "pruned"
@@ -114,9 +110,6 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader)
-        if self.token_weights == "gradient":
-            with on_accelerator(model):
-                self._token_weights = gradient_weights(model, loader, self._names)
         if self._quantizer is not None:
             self._quantizer.attach(model)
         save_with_record(model, self._plan)
@@ -186,12 +179,6 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         assert self._collector is not None
         for group in self._collector.take(modules):
             self.prune_group(group)
-
-    def weights_for(self, modules: list[torch.nn.Module], batch: int) -> torch.Tensor:
-        """The token weights [rows, length] of a batch for modules that read the same input: the mean of theirs."""
-        if not self._token_weights:
-            return self.calibration_set.loader.token_weights[batch]
-        return torch.stack([self._token_weights[module][batch] for module in modules]).mean(0)
 
     def prune_group(self, group: InputGroup) -> None:
         """Prune modules that read the same input, and quantize them if the recipe says so."""

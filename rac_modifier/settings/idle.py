@@ -69,11 +69,8 @@ def idle_pruning(settings: PruningSettings) -> Idle:
         idle["dampening_frac",] = f"{why}; leave it out, or set refit: true"
     if not settings.fits_weights and solver == "magnitude":
         why = "beside solver: magnitude without refit, quantization or reconstruct: dense, which reads no activations"
-        for path in (
-            ("experimental", "token_weights"),
-            *(("calibration", name) for name in ("prompt_weight", "trace_weight", "answer_weight", "trace_weighting")),
-        ):
-            idle[path] = f"{why}; leave it out, or set another solver"
+        for name in ("prompt_weight", "trace_weight", "answer_weight", "trace_weighting"):
+            idle["calibration", name] = f"{why}; leave it out, or set another solver"
     if all(name in settings.model_fields_set or (name,) in idle for name in PRESETS[settings.preset]):
         idle["preset",] = f"beside {', '.join(PRESETS[settings.preset])}, which are all that it sets; leave it out"
     return idle

@@ -28,11 +28,6 @@ class ExperimentalSettings(Settings):
     To move an option here, or back: move its field, and its property in PruningSettings, with which the code reads it.
     """
 
-    token_weights: Literal["uniform", "gradient"] = Field(
-        "uniform",
-        description="gradient: tokens are weighed by the squared gradient of a softened Fisher loss, at one backward pass over "
-        "the calibration set with the whole model on one device",
-    )
     allocation: Allocation = Field(
         "uniform",
         description="how an unstructured sparsity is divided among modules. uniform: the same share for each; kl: by how much "
@@ -145,22 +140,12 @@ class PruningSettings(BaseModel):
             self._pattern = Pattern.parse(self.mask_structure, None)
         if self.order == "layer" and self.reconstruct == "dense":
             raise RacError("order: layer has no dense activations to aim at; set reconstruct: pruned, or order: auto")
-        if self.order == "layer" and self.token_weights == "gradient":
-            raise RacError(
-                "order: layer cannot weigh each module's tokens by itself; leave experimental.token_weights out, or set "
-                "order: auto"
-            )
         return self
 
     @property
     def pattern(self) -> Pattern | None:
         """What is pruned of all modules together; None where `solver: keep` reads it off the model's zeros."""
         return self._pattern
-
-    @property
-    def token_weights(self) -> Literal["uniform", "gradient"]:
-        """Of `experimental`."""
-        return self.experimental.token_weights
 
     @property
     def allocation(self) -> Allocation:

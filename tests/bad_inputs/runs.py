@@ -61,11 +61,6 @@ CASES += [
         "order: layer has no dense activations to aim at; set reconstruct: pruned, or order: auto",
         lambda b: b.check(order="layer"),
     ),
-    Case(
-        "`order: layer` beside gradient weights",
-        "order: layer cannot weigh each module's tokens by itself",
-        lambda b: b.check(preset="paper", experimental={"token_weights": "gradient"}),
-    ),
 ]
 
 

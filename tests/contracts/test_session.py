@@ -79,12 +79,10 @@ def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
         "run_record",
         "use_calibration_set",
         "use_order",
-        "weights_for",
         "order",
         "preset",
         "reconstruct",
         "solver",
-        "token_weights",
     }
     assert not ours & set(dir(Modifier))
 

@@ -127,12 +127,6 @@ def test_group_is_refused_where_it_is_not_possible(prune):
         prune(order="group")
 
 
-@pytest.mark.usefixtures("untraceable")
-def test_gradient_weights_need_the_group_order(prune):
-    with pytest.raises(RacError, match=r"gradient is not possible here.*leave experimental.token_weights out"):
-        prune(experimental={"token_weights": "gradient"})
-
-
 def test_beside_another_modifier_in_one_pass_it_prunes_layer_by_layer(prune, record_of):
     later = QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC")
     order = record_of(prune, later=[later], pipeline="sequential", reconstruct="pruned")["order"]

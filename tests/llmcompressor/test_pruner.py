@@ -54,9 +54,6 @@ class Recorder:
     def on_subgraph_start(self, modules):
         self.started.append([self.names[module] for module in modules if module in self.names])
 
-    def weights_for(self, modules, batch):
-        return self.loader.token_weights[batch]
-
     def prune_group(self, group):
         self.pruned.append(([self.names[module] for module in group.modules], group.statistics.hessian.tokens))
 

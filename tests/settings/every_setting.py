@@ -105,7 +105,6 @@ PRUNED = [
         }.items()
     ),
     *(Row(f"recover.generic.{r.path}", r.value, recovered_text(r.base)) for r in NAMED_TEXT),
-    Row("experimental.token_weights", "gradient"),
     Row("experimental.allocation", {"re:.*q_proj": 0.8}, PLAIN),
 ]  # fmt: skip
 
@@ -193,7 +192,6 @@ REFUSED = [
     Row("refit", False),
     *(Row("refit_steps", 1, {"preset": "paper", "solver": s}) for s in ("sparsegpt", "wanda", "magnitude")),
     *(Row("dampening_frac", 0.5, {"preset": "paper", "solver": s}) for s in ("wanda", "magnitude")),
-    Row("experimental.token_weights", "uniform", MAGNITUDE),
     Row("calibration.prompt_weight", 0.5, MAGNITUDE),
     Row("preset", "fast", {"solver": "alps", "reconstruct": "dense", "order": "auto"}),
     Row("traces.store", "other.jsonl", PROMPTS),

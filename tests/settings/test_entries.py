@@ -37,7 +37,7 @@ def test_a_dump_is_plain_and_can_be_run_again(settings, mode):
     assert yaml.safe_load(yaml.safe_dump(dump)) == json.loads(json.dumps(dump)) == dump
     again = PruningEntry(**dump)
     assert again.model_dump(mode=mode) == dump
-    for name in ("solver", "refits", "reconstruct", "order", "pattern", "token_weights", "allocation", "traces"):
+    for name in ("solver", "refits", "reconstruct", "order", "pattern", "allocation", "traces"):
         assert getattr(again, name) == getattr(entry, name), name
     assert again.calibration == entry.calibration
 

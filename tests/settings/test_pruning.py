@@ -35,11 +35,6 @@ def test_the_pattern(values, pattern):
         ({}, "unstructured needs one"),
         ({"solver": "keep", "mask_structure": "4:4"}, "N must be at least 1 and less than M"),
         ({"mask_structure": "2:4", "order": "layer"}, "set reconstruct: pruned, or order: auto"),
-        (
-            {"sparsity": 0.5, "preset": "paper", "experimental": {"token_weights": "gradient"}},
-            "leave experimental.token_weights out, or set order: auto",
-        ),
-        ({"sparsity": 0.5, "token_weights": "gradient"}, "write experimental: {token_weights: ...}"),
         ({"sparsity": 0.5, "allocation": "kl"}, "write experimental: {allocation: ...}"),
         ({"sparsity": 0.5, "experimental": {"allocation": {"x": 1.0}}}, "must lie strictly between 0 and 1"),
         ({"sparsity": 0.5, "experimental": {"alloc": "kl"}}, "Extra inputs"),
@@ -61,10 +56,9 @@ def test_one_target_is_a_list_of_one():
 def test_experimental_options_are_off_and_read_through_the_settings():
     settings = PruningSettings(sparsity=0.5)
     assert {name: getattr(settings, name) for name in ExperimentalSettings.model_fields} == {
-        "token_weights": "uniform",
         "allocation": "uniform",
     }
-    changed = {"token_weights": "gradient", "allocation": {"a": 0.2}}
+    changed = {"allocation": {"a": 0.2}}
     settings = PruningSettings(sparsity=0.5, experimental=changed)
     assert {name: getattr(settings, name) for name in changed} == changed
 
