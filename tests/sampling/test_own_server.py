@@ -15,8 +15,11 @@ from rac_modifier.sampling.own_server import VllmCommand, last_lines, vllm_serve
 from tests.sampling import fake_vllm
 
 HOLDER = """
-import sys, time
+import signal, sys, time
 from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+# a job in the background of a script inherits ignored signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with vllm_server(VllmCommand(sys.argv[1]), "m"):
     print("ready", flush=True)
     time.sleep(600)
