@@ -26,7 +26,7 @@ class Row:
     tokens: int
     thinking_tokens: int  # up to and including </think>; all of them where that is missing
     text: str
-    sample: int = 0  # which of several answers
+    sample: int  # which of several answers
 
 
 @dataclass(frozen=True)

@@ -103,3 +103,9 @@ def test_the_gap_says_whether_more_tokens_would_help(kl, calibrated, says):
 def test_one_sequence_has_no_standard_error():
     one = SimpleNamespace(kl=0.5, kl_stderr=None, tokens=9)
     assert "gap of 0.1000" in run_divergence._outlook(one, SimpleNamespace(kl=0.4, kl_stderr=None, tokens=9))
+
+
+def test_no_more_tokens_than_asked_for_where_whole_traces_make_them_up():
+    calibration = held_out(calibrated=tuple(calibration_sequences("traces", 2)))
+    assert len(run_divergence._calibrated(calibration, 40)) == 2  # of 20 completion tokens each
+    assert len(run_divergence._calibrated(calibration, 41)) == 3
