@@ -64,3 +64,11 @@ def test_distinct_problems_and_their_limit():
     assert len({key(p) for p in problems}) == 400
     with pytest.raises(ValueError, match="unknown task 'roots'; choose from addition"):
         next(generate(0, "train", ("roots",)))
+
+
+def test_a_greatest_common_divisor_takes_4_to_17_subtractions():
+    problems = (problem for problem in generate(0, "train", ("gcd",)))
+    steps = [
+        len(problem.thinking.strip().splitlines()) - 1 for problem in islice(problems, 3000)
+    ]  # and a last line "x=y"
+    assert (min(steps), max(steps)) == (4, 17)
