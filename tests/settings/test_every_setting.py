@@ -251,6 +251,7 @@ def served(row: Row, changed: bool) -> Outcome:
         return SimpleNamespace(
             error=error,
             requests=(len(first.bodies), len(second.bodies)),
+            again=len(first.bodies) - len({json.dumps(body, sort_keys=True) for body in first.bodies}),
             names={body["model"] for body in first.bodies},
             keys={headers.get("authorization") for headers in first.headers},
             at_once=min(first.most_at_once, 2),
