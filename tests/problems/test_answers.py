@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rac_modifier.problems import answers
+from rac_modifier.problems import answer_checker
 from rac_modifier.problems.answers import equal_answers, extract_answer, is_correct
 
 
@@ -81,13 +81,13 @@ def test_many_open_boxes_take_linear_time():
     ],
 )
 def test_text_and_integers_need_no_math_verify(monkeypatch, answer, reference, expected):
-    monkeypatch.setattr(answers, "check_answer", None)
+    monkeypatch.setattr(answer_checker, "check_answer", None)
     assert equal_answers(answer, reference) is expected
 
 
 def test_everything_else_is_compared_as_mathematics_without_its_wrapping(monkeypatch):
     asked = []
-    monkeypatch.setattr(answers, "check_answer", lambda *question: asked.append(question) or True)
+    monkeypatch.setattr(answer_checker, "check_answer", lambda *question: asked.append(question) or True)
     assert equal_answers("$0.5$", r"\boxed{\frac{1}{2}}")
     assert asked == [("mathematics", "0.5", r"\frac{1}{2}")]
 
