@@ -95,7 +95,8 @@ class Protocol:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise RacError(f"--top-p {self.top_p:g} is not a share of the probability; give 0.95, or 1 for no limit")
-        if self.top_p is not None and self.preset is None and not self.temperature and not divergence:
+        written = self.preset is None or "top_p" in self.changed
+        if self.top_p is not None and written and not self.temperature and not divergence:
             raise RacError(f"--top-p {self.top_p:g} has no effect on greedy answers; give --temperature 0.6 with it")
         if self.preset is not None and self.preset.layout.answers != "choices":
             from rac_modifier.problems.answer_checker import check_installed

@@ -72,7 +72,11 @@ def recover(
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with quiet, resumable(lambda: saving_step(output, "the traces, and training up to its last state,")):
-        found = _recover(dense, sparse, output, store, source, sampling, settings, precision)
+        from rac_modifier.recovery.processes import joined_processes
+
+        with joined_processes() as processes:
+            found = _recover(processes, dense, sparse, output, store, source, sampling, settings, precision)
+            processes.wait()
     if found is None:  # the first process says so
         return
     if as_json:
@@ -103,25 +107,6 @@ def _asked(
 
 
 def _recover(
-    dense: str,
-    sparse: Path,
-    output: Path,
-    store_path: Path | None,
-    problems: Any,
-    sampling: Any,
-    settings: Any,
-    precision: Dtype,
-) -> tuple[float, float] | None:
-    """Held-out KL before and after; None in another process than the first."""
-    from rac_modifier.recovery.processes import joined_processes
-
-    with joined_processes() as processes:
-        found = _recover_in(processes, dense, sparse, output, store_path, problems, sampling, settings, precision)
-        processes.wait()
-    return found
-
-
-def _recover_in(
     processes: Any,
     dense: str,
     sparse: Path,
@@ -132,6 +117,7 @@ def _recover_in(
     settings: Any,
     precision: Dtype,
 ) -> tuple[float, float] | None:
+    """Held-out KL before and after; None in another process than the first."""
     import torch
     from safetensors import SafetensorError
 
@@ -150,12 +136,12 @@ def _recover_in(
     check_made_from(pruned, model)
     checkpoint = QuantizedCheckpoint(pruned, model, recorded_structures(pruned.config.to_dict()))
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
+    text = generic_sequences(lambda: tokenizer, settings)
     with processes.first_before_others(), on_accelerator(model):
         store = collect_traces(
             model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=reserved_tokens(settings)
         )
     _check_fresh(sparse, store)
-    text = generic_sequences(tokenizer, settings)
     stage = RecoveryStage(model, list(store), settings, keep=True, processes=processes, generic=text)
     del model
     done = stage.run(pruned, modules, checkpoint.quantized)

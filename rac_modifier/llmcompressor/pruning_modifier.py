@@ -103,10 +103,13 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if oneshot is not None and oneshot.output_dir is not None:
             self._finished = FinishedGroups(unfinished(oneshot.output_dir), self.about_run(model))
         self.check_memory(model, [], get_main_device(), torch.device(offload))
+        text = generic_sequences(
+            lambda: self._load_tokenizer(model), self.recover
+        )  # refused before anything is sampled
         loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
         if self.recover is not None:
-            reserved, text = self.calibration_set.reserved, generic_sequences(self._load_tokenizer(model), self.recover)
-            self._recovery = RecoveryStage(model, reserved, self.recover, self._finished is not None, generic=text)
+            reserved, keep = self.calibration_set.reserved, self._finished is not None
+            self._recovery = RecoveryStage(model, reserved, self.recover, keep, generic=text)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader)

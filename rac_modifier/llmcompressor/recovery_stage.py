@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,17 @@ def reserved_tokens(settings: RecoverySettings | None) -> int:
     return 0 if settings is None else settings.tokens - settings.generic_tokens + settings.held_out_tokens
 
 
-def generic_sequences(tokenizer: Any, settings: RecoverySettings) -> list[TokenSequence]:
-    """The generic text to train on: all tokens of a sequence but the first count.
+def generic_sequences(tokenizer: Callable[[], Any], settings: RecoverySettings | None) -> list[TokenSequence]:
+    """The generic text to train on: all tokens of a sequence but the first count. `tokenizer` is called where there is any.
 
     Raises:
         RacError: the source has less text than that, or cannot be read.
     """
+    if settings is None or not settings.generic_tokens:
+        return []
     chosen: list[TokenSequence] = []
     missing = settings.generic_tokens
-    texts = generic_token_sequences(tokenizer, settings.generic, settings.seed) if missing else iter(())
+    texts = generic_token_sequences(tokenizer(), settings.generic, settings.seed)
     while missing > 0 and (ids := next(texts, None)) is not None:
         chosen.append((ids, 1))
         missing -= len(ids)

@@ -92,9 +92,8 @@ class TrainingLoop:
         """Take the steps that are left, check the held-out KL `_CHECKS` times, and write the state now and then."""
         before, every = done.curve[0][1], max(1, math.ceil(len(self.steps) / _CHECKS))
         saved = time.monotonic()
-        silent = (
-            None if self.progress and self.shards.processes.is_first else True
-        )  # None: silent where the output is no terminal
+        # None: silent where the output is no terminal
+        silent = None if self.progress and self.shards.processes.is_first else True
         with tqdm(total=len(self.steps), initial=done.step, desc="recovery", unit="step", disable=silent) as bar:
             while done.step < len(self.steps) and not done.stopped:
                 for group in self.optimizer.param_groups:

@@ -94,6 +94,7 @@ def test_a_copy_is_read_without_the_datasets_configuration(tmp_path):
         ("gsm8k", {}, {"direct": True}, "--preset gsm8k .* leave it or --direct out"),
         ("gsm8k", {"source": "reasoning-gym:gcd"}, {}, "--preset gsm8k cannot ask --source reasoning-gym:gcd"),
         (None, {"top_p": 0.9}, {}, "--top-p 0.9 has no effect on greedy answers"),
+        ("gsm8k", {"temperature": 0.0, "top_p": 0.9}, {}, "--top-p 0.9 has no effect on greedy answers"),
         (None, {"top_p": 0.0, "temperature": 1.0}, {}, "--top-p 0 is not a share"),
         ("gsm8k", {"top_p": 1.1}, {}, "--top-p 1.1 is not a share"),
         ("gsm8k", {"top_p": float("nan")}, {}, "--top-p nan is not a share"),

@@ -133,5 +133,14 @@ def test_generic_text_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("few words " * 20)
     text = {"source": str(tmp_path / "short.txt"), "sequence_tokens": 16}
     with pytest.raises(RacError, match=r"short\.txt' has \d+ tokens, and recover\.generic_share asks for 30,000"):
-        generic_sequences(tiny_tokenizer(), RecoverySettings(tokens=60_000, generic_share=0.5, generic=text))
+        generic_sequences(tiny_tokenizer, RecoverySettings(tokens=60_000, generic_share=0.5, generic=text))
     assert generic_sequences(None, RecoverySettings()) == []
+    assert generic_sequences(None, None) == []
+
+
+def test_it_is_refused_before_anything_is_sampled(prune, tmp_path):
+    (tmp_path / "short.txt").write_text("few words " * 20)
+    text = {"generic_share": 0.5, "generic": {"source": str(tmp_path / "short.txt")}}
+    with pytest.raises(RacError, match=r"lower the share, or name a longer text"):
+        prune(recover=RECOVER | text, traces={"store": str(tmp_path / "new.jsonl")})
+    assert not (tmp_path / "new.jsonl").exists()
