@@ -4,6 +4,7 @@
     python benchmarks/smollm2.py                              # resumes from its rows
     python benchmarks/smollm2.py --methods preset=paper,solver=wanda    # more rows for the same table
     python benchmarks/smollm2.py --patterns --dense-bits 4 3            # dense contenders: GPTQ on the same traces
+    python benchmarks/smollm2.py --patterns --dense-bits 4 --dense-methods GPTQ,recover.tokens=32768
 
 Traces and held-out sequences are the model's own samples, on varied instructions (instructions.py; training and held-out
 templates are disjoint) and on arithmetic, in equal parts. Divergence from the dense model on the held-out ones needs no labels;
@@ -120,7 +121,9 @@ def cell_settings(args: argparse.Namespace, cell: Cell, sources: dict[str, str])
     }
     if cell.calibration == "generic text":
         del settings["traces"]
-    for override in cell.method.split(",") if cell.dense_bits is None else ():
+    for override in cell.method.removeprefix("GPTQ").strip(",").split(","):
+        if not override:
+            continue
         key, _, value = override.partition("=")
         *parents, last = key.split(".")
         group = settings
@@ -153,9 +156,13 @@ class Cell:
         return f"{pattern}, {method}, {self.calibration}, {self.tokens:,} tokens, seed {self.seed}"
 
 
-def gptq(bits: int) -> GPTQModifier:
-    """Upstream's GPTQ in its strongest form: groups of 64, and below 4 bits zero points and a static activation order."""
-    weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": 64, "symmetric": bits >= 4}
+def gptq(bits: int, recovered: bool) -> GPTQModifier:
+    """Upstream's GPTQ in its strongest form: groups of 64, and below 4 bits zero points and a static activation order.
+
+    Zero points cannot be trained, so that recovered rows are symmetric.
+    """
+    symmetric = bits >= 4 or recovered
+    weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": 64, "symmetric": symmetric}
     if bits < 4:
         weights["actorder"] = "static"
     return GPTQModifier(config_groups={"w": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
@@ -166,7 +173,13 @@ def compress(model: Any, cell: Cell, settings: dict[str, Any]) -> Any:
     if cell.dense_bits is None:
         oneshot(model=model, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**settings))
         return model
-    oneshot(model=model, recipe=[rac_modifier.ReasoningAwareCalibrationModifier(**settings), gptq(cell.dense_bits)])
+    oneshot(
+        model=model,
+        recipe=[
+            rac_modifier.ReasoningAwareCalibrationModifier(**settings),
+            gptq(cell.dense_bits, "recover" in settings),
+        ],
+    )
     return settled(model)
 
 
@@ -181,7 +194,8 @@ def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
     dense = fresh(dense_folder)
     done = {row["label"] for row in read(rows_path)}
     kinds = [*itertools.product(args.patterns, args.calibrations, args.methods)]
-    kinds += [(f"int{bits}", calibration, "GPTQ") for calibration in args.calibrations for bits in args.dense_bits]
+    dense_kinds = itertools.product(args.dense_bits, args.calibrations, args.dense_methods)
+    kinds += [(f"int{bits}", calibration, method) for bits, calibration, method in dense_kinds]
     for kind, tokens, seed in itertools.product(kinds, args.tokens, args.seeds):
         cell = Cell(*kind, tokens, seed)
         if cell.label in done:
@@ -236,6 +250,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/smollm2"))
     parser.add_argument("--patterns", type=parse_sparsity, nargs="*", default=["2:4", 0.5, 0.6])
     parser.add_argument("--dense-bits", type=int, nargs="+", default=[], help="rows of dense GPTQ models, such as 4 3")
+    parser.add_argument(
+        "--dense-methods",
+        nargs="+",
+        default=["GPTQ"],
+        metavar="GPTQ[,KEY=VALUE,...]",
+        help="with settings of the calibration modifier, such as recover.tokens=32768",
+    )
     parser.add_argument(
         "--methods",
         nargs="+",

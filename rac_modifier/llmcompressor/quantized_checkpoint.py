@@ -68,7 +68,7 @@ class QuantizedCheckpoint:
             dtype = originals[name].weight.dtype
             decompress_module(module)
             weight = module.get_parameter("weight").data
-            scale = _checked_scale(module.get_parameter(SCALE).data, weight, grids[name], name)
+            scale = checked_scale(module.get_parameter(SCALE).data, weight, grids[name], name)
             codes = codes_of(weight, scale, grids[name])
             original = originals[name].weight.detach().to(codes.device)
             if name in recorded or pruned_share(codes, scale, grids[name], original) >= _PRUNED:
@@ -132,8 +132,12 @@ def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
-    """[rows, groups]; groups of zeros may have any scale."""
+def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
+    """Scales [rows, groups] that can be trained; a group of zeros may have any, and gets 1 where its own cannot be.
+
+    Raises:
+        RacError: another number of scales than the grid has groups, or a scale that is not positive and normal.
+    """
     groups = grid.groups(weight.shape[1])
     if scale.numel() != weight.shape[0] * groups:
         raise RacError(

@@ -19,8 +19,9 @@ from rac_modifier.settings.traces import TraceSettings
 class CalibrationEntry(BaseModel):
     """Calibrate the recipe's other modifiers, such as GPTQModifier, on the model's own chain of thought.
 
-    It changes no weight. The traces are sampled (or read from a store) and given to every modifier of the recipe that
-    calibrates, one sequence per batch, so that no padding is counted.
+    The traces are sampled (or read from a store) and given to every modifier of the recipe that calibrates, one sequence per
+    batch, so that no padding is counted. It changes no weight itself, except with `recover`: the weights are then trained
+    through their codes once they are quantized (quantization-aware distillation).
 
         quantization_stage:
           quantization_modifiers:
@@ -33,17 +34,31 @@ class CalibrationEntry(BaseModel):
     tokenizer: str | None = Field(None, description="path or id of the tokenizer; default: the model's own")
     traces: TraceSettings = Field(TraceSettings(), description="where the chain-of-thought traces come from")
     calibration: CalibrationBudget = Field(CalibrationBudget(), description="what is calibrated on, and how much of it")
+    recover: RecoverySettings | None = Field(
+        None,
+        description="train the weights when the other modifiers have quantized them, through their codes; default: no training",
+    )
 
     def idle_settings(self) -> Idle:
         """The settings that have no effect beside the others, and why."""
         weights = CalibrationSettings.model_fields.keys() - CalibrationBudget.model_fields.keys()
         why = "on the recipe's other modifiers, which count every token alike, one sequence per batch; leave it out"
-        return {**idle_calibration(self.traces, self.calibration), **{("calibration", name): why for name in weights}}
+        idle = idle_calibration(self.traces, self.calibration) | idle_recovery(self.recover, ("recover",))
+        return {**idle, **{("calibration", name): why for name in weights}}
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         for part in self.calibration.parts("traces", "prompts"):
             self.traces.named(part.name)
+        return self
+
+    @model_validator(mode="after")
+    def _recovery_has_traces(self) -> Self:
+        if self.recover is not None and not self.calibration.parts("traces"):
+            raise RacError(
+                f"recover: it trains on the model's own traces, and the mixture {self.calibration.mixture} has none; give "
+                "traces a share of calibration.mixture, or leave recover out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -81,7 +96,6 @@ class PruningEntry(CalibrationEntry, PruningSettings):
     calibration: CalibrationSettings = Field(
         CalibrationSettings(), description="what is calibrated on, how much of it, and what each token weighs"
     )
-
     recover: RecoverySettings | None = Field(
         None, description="train the kept weights after pruning, with the mask fixed; default: no training"
     )
@@ -90,15 +104,6 @@ class PruningEntry(CalibrationEntry, PruningSettings):
         """The settings that have no effect beside the others, and why."""
         idle = idle_calibration(self.traces, self.calibration) | idle_pruning(self)
         return idle | idle_recovery(self.recover, ("recover",))
-
-    @model_validator(mode="after")
-    def _recovery_has_traces(self) -> Self:
-        if self.recover is not None and not self.calibration.parts("traces"):
-            raise RacError(
-                f"recover: it trains on the model's own traces, and the mixture {self.calibration.mixture} has none; give "
-                "traces a share of calibration.mixture, or leave recover out"
-            )
-        return self
 
 
 ENTRIES: dict[str, type[CalibrationEntry]] = {

@@ -127,6 +127,29 @@ def _(b: Bench) -> None:
     b.rac("recover", b.folder, b.tmp / "in", b.tmp / "out")
 
 
+@CASES.case("`recover:` beside a modifier that changes more than codes", "recover beside SmoothQuantModifier")
+def _(b: Bench) -> None:
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    from rac_modifier import ReasoningAwareCalibrationModifier
+
+    recipe = [ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}, recover={}), SmoothQuantModifier()]
+    oneshot(model=str(b.folder), recipe=recipe)
+
+
+@CASES.case("`recover:` where the head is quantized", "lm_head is to be quantized; embeddings and head are not trained")
+def _(b: Bench) -> None:
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    from rac_modifier import ReasoningAwareCalibrationModifier
+    from tests.llmcompressor.modifier_helpers import int4
+
+    recipe = [ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}, recover={}), GPTQModifier(**int4())]
+    oneshot(model=str(b.folder), recipe=recipe)
+
+
 @CASES.case("`rac schema` of a modifier that is not this package's", "is none of this package's modifiers")
 def _(b: Bench) -> None:
     b.rac("schema", "GPTQModifier")

@@ -56,7 +56,7 @@ def test_a_dump_leaves_out_what_has_no_effect():
 
 def test_calibration_alone_has_no_weights_and_no_pattern():
     entry = CalibrationEntry(calibration={"tokens": 9})
-    assert entry.model_dump().keys() == {"tokenizer", "traces", "calibration"}
+    assert entry.model_dump().keys() == {"tokenizer", "traces", "calibration", "recover"}
     for wrong in ({"calibration": {"prompt_weight": 0.5}}, {"calibration": {"batch_tokens": 64}}, {"sparsity": 0.5}):
         with pytest.raises(ValidationError, match="Extra inputs"):
             CalibrationEntry(**wrong)

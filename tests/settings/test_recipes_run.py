@@ -14,6 +14,7 @@ from tests.tiny import is_2of4, linears, save_tiny
 
 RECIPES = sorted((Path(__file__).parents[2] / "rac_modifier" / "recipes").glob("*.yaml"))
 SMALL = ["calibration.tokens=400", "traces.sampling.max_new_tokens=20", "traces.sampling.temperature=1.0"]
+SMALL_RECOVERY = ["recover.tokens=2000", "recover.held_out_tokens=400"]
 
 
 def is_offline(path: Path) -> bool:
@@ -36,7 +37,7 @@ def test_some_recipes_need_no_download():
 @pytest.mark.parametrize("path", [p for p in RECIPES if is_offline(p)], ids=lambda p: p.stem)
 def test_a_shipped_recipe_runs_without_download(path, wide_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where relative stores go
-    content = load_recipe(path, SMALL)
+    content = load_recipe(path, SMALL + SMALL_RECOVERY * ("recover" in path.stem))
     out = tmp_path / "out"
     model = oneshot(model=str(wide_folder), recipe=yaml.safe_dump(content, sort_keys=False), output_dir=str(out))
     report = inspect_checkpoint(out)
