@@ -203,9 +203,9 @@ def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
         settings = cell_settings(args, cell, sources)
         model = fresh(dense_folder)
         started, cpu = time.monotonic(), time.process_time()
-        model = compress(model, cell, settings)
+        model, recovered = compress(model, cell, settings)
         row = {"label": cell.label, "seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
-        row |= {"settings": settings}
+        row |= {"settings": settings, "recovery": recovered}
         for name, sequences in sets.items():
             row[name] = divergence(dense, model, sequences, label=cell.label, progress=False).as_dict()
         with rows_path.open("a") as file:
