@@ -22,7 +22,7 @@ FLOORS = [
     ["checkpoint"],
     ["kernels"],
     ["evaluation", "vllm_plugin"],
-    ["recovery"],
+    ["recovery", "frontier"],
     ["llmcompressor"],
     ["__init__"],
     ["cli"],

@@ -15,11 +15,13 @@ import typer.core
 from rac_modifier.cli import recipes, traces
 from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
+from rac_modifier.cli.frontier import frontier
 from rac_modifier.cli.inspect import inspect
 from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.pack import pack, unpack
 from rac_modifier.cli.prune import prune, schema
 from rac_modifier.cli.recover import recover
+from rac_modifier.cli.report import report
 from rac_modifier.errors import RacError
 
 
@@ -55,6 +57,8 @@ app.command()(recover)
 app.add_typer(traces.app, name="traces")
 app.add_typer(recipes.app, name="recipes")
 app.command("eval")(evaluate)
+app.command()(frontier)
+app.command()(report)
 app.command()(inspect)
 app.command()(pack)
 app.command()(unpack)

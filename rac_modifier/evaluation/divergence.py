@@ -88,7 +88,6 @@ class DivergenceResult:
             raise RacError(f"not a divergence result ({error}); measure again with this version") from error
 
 
-@torch.no_grad()
 def divergence(
     dense: Any,
     pruned: Any,
@@ -119,14 +118,40 @@ def divergence(
         RacError: no sequences, a sequence without prompt or completion, a token id beyond a model's vocabulary,
             vocabularies of different sizes, logits that are not finite, a setting below 1.
     """
-    for name, value in (("bins", bins), ("batch_tokens", batch_tokens), ("window_elements", window_elements)):
+    if bins < 1:
+        raise RacError(f"bins={bins}: must be at least 1; leave it out for the usual bins")
+    started = time.monotonic()
+    rows = divergence_per_token(
+        dense,
+        pruned,
+        sequences,
+        label=label,
+        batch_tokens=batch_tokens,
+        window_elements=window_elements,
+        progress=progress,
+    )
+    return summarise_divergence(rows, label=label, bins=bins, seconds=time.monotonic() - started)
+
+
+@torch.no_grad()
+def divergence_per_token(
+    dense: Any,
+    pruned: Any,
+    sequences: Sequence[TokenSequence],
+    *,
+    label: str,
+    batch_tokens: int = 4096,
+    window_elements: int = WINDOW_ELEMENTS,
+    progress: bool = True,
+) -> list[TokenDivergence]:
+    """What `divergence` summarises: the values of each completion, in the order of `sequences`. Arguments and errors as there."""
+    for name, value in (("batch_tokens", batch_tokens), ("window_elements", window_elements)):
         if value < 1:
             raise RacError(f"{name}={value}: must be at least 1; leave it out for the usual {name}")
     check_sequences(sequences)
     for role, model in (("dense", dense), ("pruned", pruned)):
         check_ids(role, model, sequences)
     rows: list[TokenDivergence] = []
-    started = time.monotonic()
     with (
         evaluating(dense, pruned),
         tqdm(total=len(sequences), desc=label, unit="sequence", disable=None if progress else True) as bar,
@@ -134,7 +159,8 @@ def divergence(
         for batch in batches_of_like_length(sequences, batch_tokens):
             rows += compare(batch, _both(dense, pruned, batch, window_elements), label)
             bar.update(len(batch))
-    return summarise_divergence(rows, label=label, bins=bins, seconds=time.monotonic() - started)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))  # that of the batches
+    return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

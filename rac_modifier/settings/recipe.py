@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,26 @@ def load_recipe(named: str | Path, overrides: list[str] | None = None) -> dict[s
         RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an entry with settings that
             cannot work, or an override that is not `key=value`.
     """
-    path = find_recipe(named)
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RacError(f"recipe {path} cannot be read ({error}); name a YAML file") from error
-    except yaml.YAMLError as error:
-        raise RacError(f"{path} is not YAML: {error}") from error
-    recipe = copy.deepcopy(recipe)
+    recipe, path = read_recipe(named), find_recipe(named)
     name, entry = find_named_entry(recipe, str(path))
     apply_overrides(entry, overrides or [])
     check_entry(entry, str(path), name)
     return recipe
+
+
+def read_recipe(named: str | Path) -> Any:
+    """What a recipe's file holds, unchecked; `named` is a path, or the name of a recipe that ships with the package.
+
+    Raises:
+        RacError: no such recipe, or not YAML.
+    """
+    path = find_recipe(named)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RacError(f"recipe {path} cannot be read ({error}); name a YAML file") from error
+    except yaml.YAMLError as error:
+        raise RacError(f"{path} is not YAML: {error}") from error
 
 
 def find_entry(recipe: Any, where: str) -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""`rac frontier`: a grid of recipes run on one model and measured side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rac_modifier.cli.interrupt import resumable
+from rac_modifier.cli.models import check_model, load, resolve
+from rac_modifier.cli.options import Dtype, Model, Precision
+from rac_modifier.errors import RacError
+
+if TYPE_CHECKING:
+    from rac_modifier.evaluation.results import EvalResult
+    from rac_modifier.frontier.measure import HeldOut
+    from rac_modifier.frontier.run import Tools
+    from rac_modifier.settings.grid import GridEvaluation, PlannedRow
+    from rac_modifier.settings.prompt import PromptSettings
+
+_KEPT = (
+    "rows that are finished are kept, and so is what was pruned of the last one; run the same command again to go on"
+)
+
+
+def frontier(
+    model: Model,
+    recipe_grid: Annotated[
+        str,
+        typer.Option("--recipe-grid", metavar="GRID", help="a YAML file, or a shipped grid: small, paper, contenders"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the results; a folder with finished rows is gone on with")],
+    precision: Precision = Dtype.AUTO,
+    remove_models: Annotated[
+        bool, typer.Option("--remove-models", help="remove each checkpoint when it is measured")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="only check the grid against the model, and exit")] = False,
+) -> None:
+    """Run a grid of recipes on a model, and measure each: divergence, accuracy, bytes, and speed where asked.
+
+    All rows are checked before the first starts. A row that is finished is not run again. Models are compressed in the dtype
+    that they are stored in; --precision is that of measuring. rac report draws the results.
+
+    Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
+    """
+    from rac_modifier.settings.grid import load_grid, plan_rows, shared_prompt
+
+    grid = load_grid(recipe_grid)
+    source = resolve(model)
+    check_model(source)
+    planned = plan_rows(grid, recipe_grid, _check_on(source))
+    prompt = shared_prompt(planned, recipe_grid)
+    if check:
+        typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))
+        return
+    with resumable(_KEPT):
+        _run(model, planned, grid.evaluation, prompt, out, precision, remove_models)
+
+
+def _check_on(source: str) -> Any:
+    """A check of recipes against the shapes of a model."""
+    import rac_modifier  # noqa: F401 - registers the modifiers
+    from rac_modifier.llmcompressor.check_recipe import check_recipe, skeleton_of
+
+    skeleton = skeleton_of(source)
+    return lambda recipe: check_recipe(recipe, skeleton)
+
+
+def _run(
+    model: str,
+    planned: list[PlannedRow],
+    evaluation: GridEvaluation,
+    prompt: PromptSettings,
+    out: Path,
+    precision: Dtype,
+    remove_models: bool,
+) -> None:
+    from rac_modifier.frontier.folder import FrontierFolder
+    from rac_modifier.frontier.run import check_finished, run_grid
+    from rac_modifier.machine_paths import public_name
+    from rac_modifier.sampling.model_identity import ModelIdentity
+
+    tools = _tools(model, evaluation, prompt, precision, out)
+    held_out = _held_out(evaluation, prompt)
+    about = {
+        "model": public_name(model),
+        "fingerprint": ModelIdentity.of_files(str(tools.source)).fingerprint,
+        "evaluation": {**evaluation.model_dump(), "source": public_name(evaluation.source)},
+        "prompt": prompt.model_dump(),
+        "precision": precision.value,
+        "problems": _digest(held_out),
+    }
+    with FrontierFolder(out) as folder:
+        folder.begin(about)
+        check_finished(folder, planned)
+        run_grid(folder, planned, held_out, tools, remove_models=remove_models, report=_say)
+    typer.echo(f"{len(planned) + 1} rows in {out}; look at them with: rac report {out} -o report.html")
+
+
+def _tools(model: str, evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path) -> Tools:
+    import yaml
+
+    from rac_modifier.checkpoint.output_folder import local_folder
+    from rac_modifier.cli.models import unpacked
+    from rac_modifier.frontier.run import Tools
+
+    source = local_folder(resolve(model))
+
+    def compress(recipe: dict[str, Any], folder: Path) -> None:
+        from llmcompressor import oneshot
+
+        oneshot(
+            model=unpacked(str(source), Dtype.AUTO),
+            recipe=yaml.safe_dump(recipe, sort_keys=False),
+            precision=Dtype.AUTO.value,
+            output_dir=str(folder),
+        )
+
+    return Tools(
+        source=source,
+        load=lambda folder: load(str(folder), precision),
+        compress=compress,
+        serve=_server(evaluation, prompt, precision, out) if evaluation.serve else None,
+    )
+
+
+def _server(evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path) -> Any:
+    """What measures the speed of a served model; its answers are kept beside the results, so that a kill loses none."""
+    from rac_modifier.cli.answering import Answering
+    from rac_modifier.frontier.folder import slug
+    from rac_modifier.sampling.own_server import VllmCommand
+
+    VllmCommand.from_environment()  # refused before hours of work
+    problems = _problems(evaluation)
+    where = {"source": evaluation.source, "column": evaluation.column, "answer_column": evaluation.answer_column}
+    limits = _limits(evaluation)
+
+    def serve(folder: Path, label: str) -> EvalResult:
+        answers = out / "served" / f"{slug(label)}.jsonl"
+        # an interrupted run's answers would be counted without the seconds that they took
+        answers.unlink(missing_ok=True)
+        answering = Answering((), evaluation.batch_size, 1, answers, serve=True)
+        return answering.run(str(folder), problems, where, limits, prompt, precision, {})
+
+    return serve
+
+
+def _held_out(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
+    from rac_modifier.frontier.measure import HeldOut
+    from rac_modifier.settings.sampling import SamplingSettings
+
+    problems = _problems(evaluation)
+    held_out = HeldOut(problems, SamplingSettings(top_k=0, **_limits(evaluation), **prompt.model_dump()))
+    if evaluation.serve and not held_out.graded:
+        raise RacError(
+            "evaluation.serve asks problems with answers; name their column (answer_column), or leave serve out"
+        )
+    return held_out
+
+
+def _problems(evaluation: GridEvaluation) -> list[Any]:
+    from rac_modifier.problems.held_out import held_out_problems
+
+    return held_out_problems(
+        evaluation.source, evaluation.problems, evaluation.seed, evaluation.column, evaluation.answer_column
+    )
+
+
+def _limits(evaluation: GridEvaluation) -> dict[str, Any]:
+    from rac_modifier.evaluation.accuracy import TOP_P
+
+    return {
+        "max_new_tokens": evaluation.cap,
+        "temperature": evaluation.temperature,
+        "top_p": evaluation.top_p or TOP_P,
+        "batch_size": evaluation.batch_size,
+        "seed": evaluation.seed,
+    }
+
+
+def _digest(held_out: HeldOut) -> str:
+    """Of the questions, so that a folder is not gone on with after a file of problems has changed."""
+    import hashlib
+    import json
+
+    asked = [[problem.id, problem.question, problem.answer] for problem in held_out.problems]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def _say(row: dict[str, Any]) -> None:
+    parts = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
+    if row["divergence"]:
+        parts.append(f"KL {row['divergence']['kl']:.4f}, top-1 {row['divergence']['agreement']:.1%}")
+    if row["accuracy"]:
+        parts.append(f"accuracy {row['accuracy']['accuracy']:.1%}")
+    typer.echo(", ".join(parts))

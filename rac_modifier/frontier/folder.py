@@ -1,0 +1,190 @@
+"""The folder of a frontier: one line per finished row, the traces of each, and what all rows share."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rac_modifier.errors import RacError
+from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
+
+VERSION = 1
+"""Of rows.jsonl, frontier.json and the traces; it changes when a reader of the old format would misread the new one."""
+ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
+
+
+class FrontierFolder:
+    """What `rac frontier` has measured so far. A context manager when rows are added: it holds the folder's lock.
+
+    `frontier.json` says what all rows share (the dense model, the problems, the sampling); `rows.jsonl` has a JSON object per
+    finished row; `traces/` has a file per row; `models/` has the checkpoints.
+
+    Attributes:
+        about: what all rows share.
+        rows: those that are finished, in the order in which they were.
+    """
+
+    def __init__(self, folder: Path):
+        """Read what is there; an unfinished last line, which a kill leaves, is left out.
+
+        Raises:
+            RacError: results of another version, or a damaged file.
+        """
+        self.folder = folder
+        self.about: dict[str, Any] = {}
+        self._lock = -1
+        if (folder / ABOUT).exists():
+            self.about = read_json(folder / ABOUT)
+            _check_version(self.about, folder / ABOUT)
+        self.rows, self._end = _read_rows(folder / ROWS)
+
+    @classmethod
+    def read(cls, folder: Path) -> FrontierFolder:
+        """A folder with at least one row, for the page.
+
+        Raises:
+            RacError: no results there, or those of another version.
+        """
+        found = cls(folder)
+        if not found.about or not found.rows:
+            raise RacError(
+                f"{folder} holds no results of rac frontier; make them with: rac frontier MODEL --out {folder} ..."
+            )
+        return found
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Say what all rows share, or check that the rows that are there share it.
+
+        Raises:
+            RacError: the folder is of another model, other problems or other sampling.
+        """
+        if not self.about:
+            if self.rows:
+                raise RacError(
+                    f"{self.folder / ROWS} has rows and {ABOUT} is missing; put it back, or name another folder"
+                )
+            self.about = {"version": VERSION, **about}
+            write_json_atomic(self.folder / ABOUT, self.about)
+            return
+        for key, value in about.items():
+            if self.about.get(key) != value:
+                raise RacError(
+                    f"{self.folder} was measured with another {key} ({_short(self.about.get(key))} there, {_short(value)} now), "
+                    "and rows of both cannot be compared; name another folder"
+                )
+
+    def row(self, label: str) -> dict[str, Any] | None:
+        """The finished row of this label."""
+        return next((row for row in self.rows if row["label"] == label), None)
+
+    def add(self, row: Mapping[str, Any], traces: list[dict[str, Any]]) -> None:
+        """Keep a finished row; its traces are written first, so that a row never lacks them.
+
+        Raises:
+            RacError: nothing can be written.
+        """
+        line = json.dumps({"version": VERSION, **row}, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(
+            {"version": VERSION, "traces": traces}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        )
+        path = self.folder / ROWS
+        try:
+            (self.folder / TRACES).mkdir(exist_ok=True)
+            write_text_atomic(self._traces(row["label"]), text + "\n")
+            with path.open("ab") as file:
+                file.truncate(self._end)
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+                self._end = file.tell()
+        except OSError as error:
+            raise RacError(f"{path}: cannot be written ({error}); make room, and run the same command again") from error
+        self.rows.append(json.loads(line))
+
+    def traces(self, label: str) -> list[dict[str, Any]]:
+        """The traces of a finished row.
+
+        Raises:
+            RacError: the file is missing, damaged or of another version.
+        """
+        path = self._traces(label)
+        content = read_json(path)
+        _check_version(content, path)
+        traces = content.get("traces")
+        if not isinstance(traces, list) or not all(isinstance(trace, dict) and "id" in trace for trace in traces):
+            raise RacError(f"{path}: holds no traces; remove the line of {label!r} in {ROWS}, and run the grid again")
+        return traces
+
+    def model(self, label: str) -> Path:
+        """Where the checkpoint of a row is."""
+        return self.folder / MODELS / slug(label)
+
+    def _traces(self, label: str) -> Path:
+        return self.folder / TRACES / f"{slug(label)}.json"
+
+    def __enter__(self) -> FrontierFolder:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise RacError(
+                f"{self.folder} is in use by another rac frontier; wait for it, or name another folder"
+            ) from error
+        except OSError as error:
+            raise RacError(f"{self.folder}: cannot be written to ({error}); name another folder") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+
+def slug(label: str) -> str:
+    """A label as the name of a file: its letters and digits, and a hash that keeps two labels apart."""
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-')[:60]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and the length of the file up to the end of the last whole line."""
+    if not path.exists():
+        return [], 0
+    try:
+        whole = path.read_bytes().rpartition(b"\n")[0]
+    except OSError as error:
+        raise RacError(f"{path}: cannot be read ({error})") from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RacError(
+                f"{path}, line {number}: not JSON ({error}); remove this line, and run the grid again"
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get("label"), str):
+            raise RacError(f"{path}, line {number}: no row of rac frontier; remove this line, and run the grid again")
+        _check_version(row, path)
+        rows.append(row)
+    return rows, len(whole) + 1 if whole else 0
+
+
+def _check_version(content: Mapping[str, Any], path: Path) -> None:
+    if content.get("version") != VERSION:
+        raise RacError(
+            f"{path} is of version {content.get('version')!r}, and this package reads and writes version {VERSION}; use the "
+            "package that wrote it, or name another folder"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

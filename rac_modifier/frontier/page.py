@@ -1,0 +1,166 @@
+"""Results of `rac frontier` as one self-contained HTML page.
+
+Drawn by few lines of our own SVG (assets/chart.js) and no plotting library. So each mark can be reached with the keyboard, the
+page forbids every request and every script but its own (Content-Security-Policy with hashes, no eval), and 20 kB of the
+5 MB are code. Nothing is read as markup: figures are JSON in which `<` is escaped, answers are gzip in base64, and the
+scripts set text with textContent.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.paired import PairedDifference
+from rac_modifier.frontier.folder import FrontierFolder
+from rac_modifier.settings.grid import DENSE
+
+MOST_BYTES = 5_000_000
+"""Of a page. More than that is slow to open and to send."""
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_SMALLEST, _DECADES = 1e-3, 4  # of KL in nats: digit 0 is below, digit 1 starts there, digit z is at 10 or above
+
+
+def page(folders: Sequence[Path], most_traces: int) -> str:
+    """The page of one or several folders; those that share model and evaluation are shown together.
+
+    Args:
+        folders: of `rac frontier`.
+        most_traces: problems per folder whose answers can be read on the page.
+
+    Raises:
+        RacError: a folder without results or of another version, or one label in two folders that belong together.
+    """
+    studies: dict[str, list[FrontierFolder]] = {}
+    for folder in folders:
+        found = FrontierFolder.read(folder)
+        studies.setdefault(json.dumps(found.about, sort_keys=True), []).append(found)
+    data = {"studies": [_study(group) for group in studies.values()]}
+    traces = [_traces(group, most_traces) for group in studies.values()]
+    files = resources.files("rac_modifier.frontier") / "assets"
+    text = {
+        name: (files / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "chart.js", "page.js")
+    }
+    script = text["chart.js"] + text["page.js"]
+    parts = {
+        "STYLE_HASH": _hash(text["page.css"]),
+        "SCRIPT_HASH": _hash(script),
+        "STYLE": text["page.css"],
+        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "TRACES": base64.b64encode(
+            gzip.compress(json.dumps(traces, separators=(",", ":")).encode(), 9, mtime=0)
+        ).decode(),
+        "SCRIPT": script,
+    }
+    pieces = text["page.html"].split("@")  # in turn text and names; no part is searched for names again
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def check_size(text: str, path: Path, most_traces: int) -> None:
+    """Refuse a page that is too large (RacError), before it is written."""
+    if (size := len(text.encode())) > MOST_BYTES:
+        raise RacError(
+            f"{path} would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; show the answers of fewer problems "
+            f"than {most_traces} (--traces {max(1, most_traces * MOST_BYTES // size // 2)}), or fewer folders"
+        )
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names what it allows."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _study(group: list[FrontierFolder]) -> dict[str, Any]:
+    about = group[0].about
+    asked = about["evaluation"]
+    sampling = "greedy" if not asked["temperature"] else f"temperature {asked['temperature']:g}"
+    text = (
+        f"{about['model']}; every row answers the same {asked['problems']} held-out problems ({asked['source']}), {sampling}, "
+        f"at most {asked['cap']} new tokens.\nKL and top-1 agreement are measured on the dense model's answers to them. Bytes "
+        "are those of the tensors in the files."
+    )
+    return {"name": f"{about['model']}, {asked['source']}", "about": text, "rows": [_row(row) for row in _rows(group)]}
+
+
+def _rows(group: list[FrontierFolder]) -> list[dict[str, Any]]:
+    """The rows of folders that belong together, the dense model first and once."""
+    rows = {row["label"]: row for row in group[0].rows if row["label"] == DENSE}
+    if not rows:
+        raise RacError(f"{group[0].folder}: the dense model was not measured; run its grid again")
+    for folder in group:
+        for row in folder.rows:
+            if row["label"] in rows and row["label"] != DENSE:
+                raise RacError(
+                    f"{folder.folder}: {row['label']!r} is also a row of another of these folders; show them apart"
+                )
+            rows.setdefault(row["label"], row)
+    return list(rows.values())
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """What the page needs of a row."""
+    accuracy, divergence, length, served = (row[name] for name in ("accuracy", "divergence", "length", "served"))
+    recipe = (
+        "the dense model"
+        if row["recipe"] is None
+        else yaml.safe_dump(row["recipe"], sort_keys=False, allow_unicode=True, width=100)
+    )
+    return {
+        "label": row["label"],
+        "group": row["group"],
+        "recipe": recipe.strip(),
+        "bytes": row["bytes"],
+        "accuracy": accuracy and [accuracy["accuracy"], accuracy["ci_low"], accuracy["ci_high"]],
+        "paired": row["paired"] and PairedDifference(**row["paired"]).describe(),
+        "kl": divergence and [divergence["kl"], divergence["kl_stderr"]],
+        "agreement": divergence and [divergence["agreement"], divergence["agreement_stderr"]],
+        "length": {
+            "mean": length["mean"],
+            "percentiles": length["percentiles"],
+            "cut": length["cut_share"],
+            "thinking": length["thinking"],
+        },
+        "speed": (served or {}).get("tokens_per_second"),
+        "not_served": (served or {}).get("not_measured"),
+        "layers": [[name, values["error"], values["sparsity"]] for name, values in row["layers"].items()],
+    }
+
+
+def _traces(group: list[FrontierFolder], most: int) -> dict[str, Any]:
+    """The answers of the dense model, and by label those of each row."""
+    rows = {}
+    for folder in group:
+        for row in folder.rows:
+            if row["label"] != DENSE:
+                rows[row["label"]] = [_own(trace) for trace in folder.traces(row["label"])[:most]]
+    dense = [
+        {**_common(trace), **{key: trace[key] for key in ("id", "question", "answer", "pieces")}}
+        for trace in group[0].traces(DENSE)[:most]
+    ]
+    return {"dense": dense, "rows": rows}
+
+
+def _common(trace: dict[str, Any]) -> dict[str, Any]:
+    return {**{key: trace[key] for key in ("text", "correct", "finish")}, "tokens": len(trace["ids"])}
+
+
+def _own(trace: dict[str, Any]) -> dict[str, Any]:
+    same = {key: trace[key] for key in ("same_tokens", "same_characters")}
+    return {**_common(trace), **same, "kl": "".join(map(kl_digit, trace.get("kl", [])))}
+
+
+def kl_digit(kl: float) -> str:
+    """KL in nats as one digit of base 36, on a logarithmic scale."""
+    if kl < _SMALLEST:
+        return _DIGITS[0]
+    return _DIGITS[1 + min(34, round(34 * math.log10(kl / _SMALLEST) / _DECADES))]

@@ -1,0 +1,160 @@
+"""A grid of recipes, row by row: compressed, measured, written down. What is finished is not done again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.results import EvalResult
+from rac_modifier.files import read_json
+from rac_modifier.frontier.folder import FrontierFolder
+from rac_modifier.frontier.measure import HeldOut, Measured, layers_of, measure, measure_dense
+from rac_modifier.frontier.sizes import checkpoint_bytes
+from rac_modifier.machine_paths import without_paths
+from rac_modifier.settings.grid import DENSE, PlannedRow
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a row needs of other libraries.
+
+    Attributes:
+        source: the folder of the dense model.
+        load: a model folder to the model in memory and its tokenizer.
+        compress: a recipe applied to the dense model, and saved to a folder.
+        serve: tokens per second of a served model folder, as an evaluation; None: not asked for.
+    """
+
+    source: Path
+    load: Callable[[Path], tuple[Any, Any]]
+    compress: Callable[[dict[str, Any], Path], None]
+    serve: Callable[[Path, str], EvalResult] | None = None
+
+
+def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> None:
+    """Refuse a grid in which a row that is finished has another recipe now.
+
+    Raises:
+        RacError: naming the rows.
+    """
+    changed = [
+        run.label for run in planned if (row := folder.row(run.label)) and row["recipe"] != without_paths(run.recipe)
+    ]
+    if changed:
+        raise RacError(
+            f"{folder.folder} has rows that were run with another recipe: {', '.join(changed)}; give the new ones another label, "
+            "or name another folder"
+        )
+
+
+def run_grid(
+    folder: FrontierFolder,
+    planned: Sequence[PlannedRow],
+    held_out: HeldOut,
+    tools: Tools,
+    *,
+    remove_models: bool = False,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> None:
+    """Run and measure every row that is not finished, the dense model first.
+
+    Args:
+        folder: open for writing.
+        planned: the runs, all checked.
+        held_out: problems and sampling.
+        tools: see there.
+        remove_models: remove each checkpoint when it is measured.
+        report: called with each new row.
+
+    Raises:
+        RacError: what compressing and measuring raise. Rows that are finished stay.
+    """
+    check_finished(folder, planned)
+    if folder.row(DENSE) is None:
+        started = time.monotonic()
+        model, tokenizer = tools.load(tools.source)
+        found = measure_dense(model, tokenizer, held_out)
+        del model
+        row = _row(DENSE, DENSE, DENSE, None, None) | {"bytes": checkpoint_bytes(tools.source), **found.figures}
+        row |= {"served": _served(tools, tools.source, DENSE), "layers": {}, "compressing": None}
+        folder.add({**row, "seconds": time.monotonic() - started}, found.traces)
+        report(folder.rows[-1])
+    for number, run in enumerate(planned, 1):
+        if folder.row(run.label) is not None:
+            logger.info(f"{run.label}: finished already")
+            continue
+        logger.info(f"{run.label}: row {number} of {len(planned)}")
+        _finish(folder, run, held_out, tools)
+        if remove_models:
+            shutil.rmtree(folder.model(run.label))
+        report(folder.rows[-1])
+
+
+def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools) -> None:
+    """Compress and measure one row, and write it down."""
+    started = time.monotonic()
+    model_folder = folder.model(run.label)
+    compressing = _compressed(model_folder, run.recipe, tools)
+    model, tokenizer = tools.load(model_folder)
+    dense, _ = tools.load(tools.source)
+    row = folder.row(DENSE)
+    assert row is not None
+    reference = Measured(row, folder.traces(DENSE))
+    found = measure(run.label, model, dense, tokenizer, held_out, reference)
+    del model, dense
+    record = read_json(model_folder / RUN_RECORD_NAME)
+    row = _row(run.label, run.row, run.group, run.seed, run.recipe) | found.figures
+    row |= {
+        "bytes": checkpoint_bytes(model_folder),
+        "layers": layers_of(record),
+        "calibration": record.get("calibration"),
+        "served": _served(tools, model_folder, run.label),
+        "compressing": compressing,
+        "seconds": time.monotonic() - started,
+    }
+    folder.add(without_paths(row), found.traces)
+
+
+def _compressed(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float | None:
+    """Have the checkpoint of a row in its folder; the seconds that took, None where it was there.
+
+    It is written beside its place and gets its name when it is whole. What a kill left there is removed; the groups that were
+    pruned by then are kept apart, and compressing goes on from them.
+    """
+    if model_folder.exists():
+        return None
+    started = time.monotonic()
+    new = model_folder.with_name(f"{model_folder.name}.new")
+    model_folder.parent.mkdir(parents=True, exist_ok=True)
+    if new.exists():
+        shutil.rmtree(new)
+    tools.compress(recipe, new)
+    os.rename(new, model_folder)
+    return time.monotonic() - started
+
+
+def _served(tools: Tools, model: Path, label: str) -> dict[str, Any] | None:
+    """Speed and accuracy of a served run; or, where this model cannot be served, the reason."""
+    if tools.serve is None:
+        return None
+    try:
+        result = tools.serve(model, label)
+    except RacError as error:
+        logger.warning(f"{label}: not served ({error})")
+        return {"not_measured": str(error)}
+    wanted = ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds")
+    values = result.as_dict()
+    return {name: values[name] for name in wanted}
+
+
+def _row(label: str, row: str, group: str, seed: int | None, recipe: dict[str, Any] | None) -> dict[str, Any]:
+    return {"label": label, "row": row, "group": group, "seed": seed, "recipe": without_paths(recipe)}

@@ -1,0 +1,159 @@
+"""`rac frontier` on the tiny model: checked whole, killed between rows, gone on with, and shown by `rac report`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from rac_modifier.cli.frontier import _digest, _held_out, _server
+from rac_modifier.cli.options import Dtype
+from rac_modifier.errors import RacError
+from rac_modifier.settings.grid import GridEvaluation
+from rac_modifier.settings.prompt import PromptSettings
+from tests.cli.conftest import Rac
+from tests.tiny import NAME, entry
+
+W4 = {"w": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}
+GPTQ = {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": {"config_groups": W4, "ignore": ["lm_head"]}}
+ROWS = [
+    {"label": "2:4", "recipe": {NAME: {"mask_structure": "2:4"}}},
+    {"label": "int4", "recipe": GPTQ},
+]
+
+
+@pytest.fixture
+def grid(trace_store: Path, tmp_path: Path) -> Any:
+    """Writes a grid of the tiny model; its rows read a copy of the store."""
+    store = shutil.copy(trace_store, tmp_path / "traces.jsonl")
+
+    def write(rows: list[dict[str, Any]], **evaluation: Any) -> Path:
+        content = {
+            "shared": {"traces": entry(store)["traces"], "calibration": {"tokens": 500, "held_out_tokens": 0}},
+            "evaluation": {"problems": 3, "cap": 20, **evaluation},
+            "rows": rows,
+        }
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return tmp_path / "grid.yaml"
+
+    return write
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_whole_grid_is_checked_before_anything_runs(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        *ROWS,
+        {"label": "3:6", "recipe": {NAME: {"mask_structure": "3:6"}}},
+        {"label": "groups", "recipe": {**GPTQ, "GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}},
+    ]
+    code, out, error = rac("frontier", tiny_folder, "--recipe-grid", grid(rows), "--out", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert "- 3:6: model.layers.0.self_attn.q_proj" in error
+    assert (
+        "- groups: GPTQModifier: model.layers.0.self_attn.q_proj has 64 inputs, no multiple of the group_size" in error
+    )
+    assert "Rows that could run: 2:4, int4" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_names_the_rows_and_writes_nothing(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    code, out, _ = rac("frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out", "--check")
+    assert (code, out.splitlines()) == (0, ["2:4: sparse", "int4: dense quantized"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_grid_that_was_killed_between_rows_goes_on(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    words = ["frontier", str(tiny_folder), "--recipe-grid", str(grid(ROWS)), "--out", str(tmp_path / "out")]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "rac_modifier.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    rows, deadline = tmp_path / "out" / "rows.jsonl", time.monotonic() + 300
+    while not (rows.exists() and rows.read_bytes().count(b"\n") >= 2):
+        assert killed.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = rows.read_bytes()
+    assert b'"int4"' not in before
+
+    code, out, error = rac(*words)
+    assert code == 0, error
+    assert "3 rows in " in out
+    assert rows.read_bytes().startswith(before), "finished rows are not run again"
+    dense, sparse, int4 = read(tmp_path / "out")
+    assert (dense["group"], sparse["group"], int4["group"]) == ("dense", "sparse", "dense quantized")
+    for row in (sparse, int4):
+        checkpoint = next((tmp_path / "out" / "models").glob("2-4-*" if row is sparse else "int4-*"))
+        stored = sum(tensor.nbytes for tensor in load_file(checkpoint / "model.safetensors").values())
+        assert row["bytes"]["total"] == stored < dense["bytes"]["total"]
+        assert row["divergence"]["kl"] > 0
+        assert row["accuracy"]["problems"] == 3
+    assert len(sparse["layers"]) == 14
+    assert all(layer["sparsity"] == 0.5 for layer in sparse["layers"].values())
+    assert int4["layers"] == {}
+
+    code, out, _ = rac("report", tmp_path / "out", "-o", tmp_path / "report.html")
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 'report.html'}: 0.")
+
+    code, _, error = rac(*words, "--precision", "float64")
+    assert code == 2
+    code, _, error = rac(*words, "--precision", "bfloat16")
+    assert code == 1
+    assert "was measured with another precision" in error
+
+
+def test_a_served_evaluation_needs_answers_and_a_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAC_VLLM", "/no/vllm")
+    with pytest.raises(RacError, match="is no command that can be run"):
+        _server(GridEvaluation(serve=True), PromptSettings(), Dtype.AUTO, tmp_path)
+    (tmp_path / "open.jsonl").write_text('{"question": "why?"}\n')
+    evaluation = GridEvaluation(source=str(tmp_path / "open.jsonl"), problems=1, serve=True)
+    with pytest.raises(RacError, match="name their column"):
+        _held_out(evaluation, PromptSettings())
+
+
+def test_a_served_answer_is_asked_anew_so_that_its_seconds_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rac_modifier.cli.answering import Answering
+
+    monkeypatch.setenv("RAC_VLLM", sys.executable)
+    seen: list[tuple[bool, bool, str]] = []
+
+    def run(self: Answering, name: str, *args: Any) -> str:
+        assert self.path is not None
+        seen.append((self.path.exists(), self.serve, name))
+        return "result"
+
+    monkeypatch.setattr(Answering, "run", run)
+    serve = _server(GridEvaluation(problems=1), PromptSettings(), Dtype.AUTO, tmp_path)
+    (tmp_path / "served").mkdir()
+    for file in ("a-ca978112.jsonl",):  # that of the label "a"
+        (tmp_path / "served" / file).touch()
+    assert serve(tmp_path / "model", "a") == "result"
+    assert seen == [(False, True, str(tmp_path / "model"))]
+
+
+def test_the_questions_are_part_of_what_a_folder_is_of(tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    digests = set()
+    for question in ("one?", "two?"):
+        path.write_text(json.dumps({"question": question, "answer": "1"}) + "\n")
+        evaluation = GridEvaluation(source=str(path), answer_column="answer", problems=1)
+        digests.add(_digest(_held_out(evaluation, PromptSettings())))
+    assert len(digests) == 2

@@ -1,0 +1,101 @@
+"""The folder of a frontier survives kills, and refuses what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rac_modifier.errors import RacError
+from rac_modifier.frontier.folder import FrontierFolder, slug
+
+ABOUT = {"model": "m", "evaluation": {"problems": 3}}
+
+
+def filled(path: Path) -> FrontierFolder:
+    with FrontierFolder(path) as folder:
+        folder.begin(ABOUT)
+        folder.add({"label": "a"}, [{"id": "1", "text": "ä"}])
+        folder.add({"label": "b/ü"}, [])
+    return folder
+
+
+def test_rows_and_traces_come_back(tmp_path: Path) -> None:
+    filled(tmp_path / "new" / "out")
+    found = FrontierFolder.read(tmp_path / "new" / "out")
+    assert found.about == {"version": 1, **ABOUT}
+    assert [row["label"] for row in found.rows] == ["a", "b/ü"]
+    assert found.row("b/ü") == {"version": 1, "label": "b/ü"}
+    assert found.row("c") is None
+    assert found.traces("a") == [{"id": "1", "text": "ä"}]
+
+
+@pytest.mark.parametrize("left", ['{"version": 1, "lab', '{"version": 1, "label": "c"}'])
+def test_a_line_that_a_kill_left_is_cut_off(tmp_path: Path, left: str) -> None:
+    filled(tmp_path)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(left)
+    with FrontierFolder(tmp_path) as folder:
+        assert len(folder.rows) == 2
+        folder.add({"label": "d"}, [])
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == ["a", "b/ü", "d"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "frontier.json", "traces"])
+def test_results_of_another_version_are_refused(tmp_path: Path, name: str) -> None:
+    folder = filled(tmp_path)
+    path = next((tmp_path / name).glob("a-*")) if name == "traces" else tmp_path / name
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2').replace('"version":1', '"version":2'))
+    with pytest.raises(RacError, match="is of version 2, and this package reads and writes version 1"):
+        (FrontierFolder(tmp_path) if name != "traces" else folder).traces("a")
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"version": 1}', '{"version": 1, "label": 5}'])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    filled(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(RacError, match=r"line 3: .* remove this line"):
+        FrontierFolder(tmp_path)
+
+
+def test_damaged_traces_are_named(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    next((tmp_path / "traces").glob("a-*")).write_text('{"version": 1, "traces": [3]}')
+    with pytest.raises(RacError, match="holds no traces; remove the line of 'a'"):
+        folder.traces("a")
+
+
+def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with (
+        FrontierFolder(tmp_path) as folder,
+        pytest.raises(RacError, match=r'another evaluation \(\{"problems": 3\} there, \{"problems": 4\} now\)'),
+    ):
+        folder.begin({**ABOUT, "evaluation": {"problems": 4}})
+    (tmp_path / "frontier.json").unlink()
+    with pytest.raises(RacError, match=r"has rows and frontier\.json is missing"):
+        FrontierFolder(tmp_path).begin(ABOUT)
+
+
+def test_a_second_writer_waits(tmp_path: Path) -> None:
+    with FrontierFolder(tmp_path), pytest.raises(RacError, match="is in use by another rac frontier"):
+        FrontierFolder(tmp_path).__enter__()
+    with FrontierFolder(tmp_path):  # the lock is free again
+        pass
+
+
+def test_a_folder_without_results_or_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(RacError, match="holds no results of rac frontier; make them with"):
+        FrontierFolder.read(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RacError, match="cannot be written to"):
+        FrontierFolder(tmp_path / "file").__enter__()
+
+
+def test_names_of_files_keep_labels_apart() -> None:
+    names = {slug(label) for label in ("2:4", "2-4", "50 %", "50", "../x", "ü" * 300, "")}
+    assert len(names) == 7
+    assert all(len(name) <= 70 and "/" not in name and ".." not in name for name in names)

@@ -1,0 +1,155 @@
+"""Grids of recipes: what they share, what they set, and every mistake named before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rac_modifier.errors import RacError
+from rac_modifier.settings.grid import Grid, grid_names, load_grid, plan_rows, shared_prompt
+
+SPARSE = {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5}}
+GPTQ = {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}
+
+
+def grid(*rows, **parts):
+    return Grid(rows=[{"label": f"row {i}", "recipe": SPARSE, **row} for i, row in enumerate(rows)], **parts)
+
+
+def entry_of(planned, name="ReasoningAwareSparseGPTModifier"):
+    (groups,) = planned.recipe.values()
+    (modifiers,) = groups.values()
+    return modifiers[name]
+
+
+def test_shared_settings_replace_those_of_a_recipe_and_a_row_replaces_both():
+    shared = {"traces": {"sampling": {"max_new_tokens": 64}}, "calibration": {"tokens": 1000}}
+    given = grid(
+        {"recipe": "rac_2of4"},
+        {"recipe": SPARSE, "set": {"calibration.tokens": 2000, "sparsity": 0.6, "traces.sampling.seed": 3}},
+        {"recipe": SPARSE, "set": {"traces": None, "calibration.mixture": {"generic": 1.0}}},
+        shared=shared,
+    )
+    shipped, changed, generic = map(entry_of_any, plan_rows(given, "grid"))
+    assert shipped["mask_structure"] == "2:4"
+    assert shipped["traces"] == {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 64}}
+    assert shipped["calibration"]["tokens"] == 1000
+    assert changed["sparsity"] == 0.6
+    assert changed["calibration"] == {"tokens": 2000}
+    assert changed["traces"] == {"sampling": {"max_new_tokens": 64, "seed": 3}}
+    assert generic == {"sparsity": 0.5, "calibration": {"tokens": 1000, "mixture": {"generic": 1.0}}}
+    assert SPARSE == {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5}}, "what was given is not changed"
+
+
+def entry_of_any(planned):
+    (groups,) = planned.recipe.values()
+    (modifiers,) = groups.values()
+    return next(iter(modifiers.values()))
+
+
+def test_a_row_with_seeds_is_run_once_per_seed():
+    one, two = plan_rows(grid({"label": "50 %", "seeds": [0, 7]}), "grid")
+    assert (one.label, one.row, one.seed) == ("50 %, seed 0", "50 %", 0)
+    assert (two.label, two.row, two.seed) == ("50 %, seed 7", "50 %", 7)
+    assert [entry_of(run)["calibration"]["seed"] for run in (one, two)] == [0, 7]
+
+
+def test_a_row_without_a_group_is_in_that_of_what_it_does():
+    quantized = {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}
+    given = grid({}, {"recipe": quantized}, {"recipe": GPTQ}, {"recipe": GPTQ, "group": "upstream"})
+    assert [run.group for run in plan_rows(given, "grid")] == [
+        "sparse",
+        "sparse + quantized",
+        "dense quantized",
+        "upstream",
+    ]
+
+
+def test_all_mistakes_are_in_one_message_with_the_rows_that_could_run():
+    given = grid(
+        {"label": "good"},
+        {"label": "too sparse", "set": {"sparsity": 1.5}},
+        {"label": "unknown", "recipe": "rac_2of5"},
+        {"label": "typo", "set": {"sparsit": 0.5}},
+        {"label": "twice"},
+        {"label": "twice", "seeds": None},
+        {"label": "dense"},
+        {"label": "checked", "set": {"sparsity": 0.3}},
+    )
+
+    def check(recipe):
+        if "0.3" in yaml.safe_dump(recipe):
+            raise RacError("does not fit the model")
+
+    with pytest.raises(RacError) as caught:
+        plan_rows(given, "my.yaml", check)
+    message = str(caught.value)
+    for part in (
+        "my.yaml: nothing was started",
+        "\n- too sparse: its recipe: ",
+        "1.5",
+        "\n- unknown: no recipe at rac_2of5; did you mean rac_2of4",
+        "\n- typo: ",
+        "there is no such setting",
+        "\n- twice: this label is used twice; give each row its own",
+        "\n- dense: this label is used twice (it is that of the dense model)",
+        "\n- checked: does not fit the model",
+        "Rows that could run: good, twice, twice, dense",
+    ):
+        assert part in message
+
+
+def test_a_file_that_is_calibrated_on_is_not_evaluated_on():
+    traces = {"problems": {"source": "questions.jsonl"}}
+    with pytest.raises(RacError, match=r"row 0: calibrates on questions\.jsonl, whose problems are those of the evalu"):
+        plan_rows(grid({}, shared={"traces": traces}, evaluation={"source": "questions.jsonl"}), "grid")
+    assert plan_rows(grid({}, shared={"traces": traces}, evaluation={"source": "other.jsonl"}), "grid")
+    assert plan_rows(grid({}), "grid")[0].sources == {"arithmetic"}, "whose evaluation has problems of its own"
+
+
+def test_all_models_are_asked_with_the_prompt_of_the_rows():
+    brief = {"traces.sampling.system_prompt": "Be brief."}
+    same = plan_rows(grid({"set": brief}, {"set": brief}), "grid")
+    assert shared_prompt(same, "grid").system_prompt == "Be brief."
+    generic = {"calibration.mixture": {"generic": 1.0}}
+    assert shared_prompt(plan_rows(grid({"set": generic}), "grid"), "grid").system_prompt is None
+    with pytest.raises(RacError, match="its rows calibrate with different prompts"):
+        shared_prompt(plan_rows(grid({"set": brief}, {}), "grid"), "grid")
+
+
+@pytest.mark.parametrize("name", grid_names())
+def test_shipped_grids_can_be_run(name: str):
+    planned = plan_rows(load_grid(name), name)
+    assert len(planned) >= 8
+    assert len({run.label for run in planned}) == len(planned)
+
+
+def test_the_grids_that_documents_name_are_there():
+    assert grid_names() == ["contenders", "paper", "small"]
+    groups = [run.group for run in plan_rows(load_grid("paper"), "paper")]
+    assert groups == ["generic text", "prompts", "RAC"] * 3
+    labels = {run.label for run in plan_rows(load_grid("contenders"), "contenders")}
+    sparse = {f"{pattern}{more}" for pattern in ("50 %", "60 %", "70 %", "2:4") for more in ("", " + int8", " + int4")}
+    assert labels == sparse | {"GPTQ int4", "GPTQ int3", "GPTQ int2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rows: [", "is not YAML"),
+        ("rows: []", "rows: "),
+        ("rows: [{label: a}]", "rows.0.recipe: Field required"),
+        ("rows: [{label: a, recipe: b}]\nevaluation: {problem: 3}", "evaluation.problem: there is no such setting"),
+        ("rows: [{label: a, recipe: b}]\nevaluation: {top_p: 0.9}", "top_p=0.9 has no effect on greedy answers"),
+        ("- 1", "grid"),
+    ],
+)
+def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(RacError) as caught:
+        load_grid(tmp_path / "grid.yaml")
+    assert says in str(caught.value)
+    with pytest.raises(RacError, match="name a YAML file, or one of contenders, paper, small"):
+        load_grid(tmp_path / "none.yaml")
