@@ -13,6 +13,7 @@ RUNS_CODE = re.compile(
 ALLOWED = {
     ("__init__.py", "import_module("): "the module is one of the literals of _LAZY",
     ("llmcompressor/register.py", "import_module("): "a literal name of this package",
+    ("kernels/cuda/driver.py", "import_module("): "a literal: NVIDIA's bindings, imported at the first use",
     ("on_import.py", "import_module("): "callers give literal names of this package",
     ("cli/doctor.py", "import_module("): "the names of this package's own dependencies, from its metadata",
     ("cli/doctor.py", "entry_points"): "only looked at: is our plugin registered",

@@ -51,6 +51,15 @@ class StoredWeight:
         """Columns that share a scale."""
         return self.columns // (1 if self.scale is None else self.scale.shape[1])
 
+    @property
+    def two_of_four(self) -> bool:
+        """Whether at most two of each four neighbouring columns are stored."""
+        if self.columns % 4:
+            return False
+        low, high = self.bitmask & 15, self.bitmask >> 4
+        counts = [(half & 5) + (half >> 1 & 5) for half in (low, high)]
+        return all(bool(((count & 3) + (count >> 2) <= 2).all()) for count in counts)
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """[N, columns], dense, multiplied by the scales in float32 and rounded once to `dtype`."""
         return dequantize(self.dense(), self.scale, dtype)

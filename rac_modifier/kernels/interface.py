@@ -19,6 +19,7 @@ class Layer:
 
     density: share of the weights that is stored, 0 to 1. stored: dtype of the stored values, int32 for words of 4-bit
     values. served: dtype of the activations, and of the weight if the layer runs dense. group: columns that share a scale.
+    two_of_four: at most two of each four neighbouring columns are stored. zero_points: groups have one.
 
     Raises:
         RacError: sizes that are not positive, or a density outside of 0 to 1.
@@ -30,6 +31,8 @@ class Layer:
     stored: torch.dtype
     served: torch.dtype
     group: int
+    two_of_four: bool = False
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1 or not 0.0 <= self.density <= 1.0:
@@ -41,7 +44,16 @@ class Layer:
     @classmethod
     def of(cls, weight: StoredWeight, served: torch.dtype) -> Layer:
         """The numbers of a stored weight."""
-        return cls(weight.rows, weight.columns, weight.density, weight.values.dtype, served, weight.group)
+        return cls(
+            weight.rows,
+            weight.columns,
+            weight.density,
+            weight.values.dtype,
+            served,
+            weight.group,
+            two_of_four=weight.two_of_four,
+            zero_points=getattr(weight, "zeros", None) is not None,
+        )
 
 
 @dataclass(frozen=True)

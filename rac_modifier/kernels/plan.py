@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import packed_modules
+from rac_modifier.checkpoint.formats import FORMAT_24, packed_modules
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, ignored_modules, packed_format, recorded_structures
 from rac_modifier.checkpoint.stored_weight import FLOATS, SCALE
 from rac_modifier.errors import RacError
@@ -39,13 +39,15 @@ def plan_row(
     served: torch.dtype,
     groups: int = 1,
     device: str = "cpu",
+    two_of_four: bool = False,
 ) -> PlanRow:
     """Decide for a packed module from numbers alone: `stored` values of `dtype`, served in `served` on a device type.
 
-    int32 stands for words of 4-bit values; `groups` is the number of scales per row.
+    int32 stands for words of 4-bit values; `groups` is the number of scales per row; `two_of_four`: the weight is 2:4.
     """
     density = stored / (rows * columns) if rows > 0 and columns > 0 else -1.0
-    decision, _ = choose(Layer(rows, columns, density, dtype, served, columns // max(groups, 1)), device)
+    layer = Layer(rows, columns, density, dtype, served, columns // max(groups, 1), two_of_four=two_of_four)
+    decision, _ = choose(layer, device)
     return PlanRow(module, rows, columns, density, decision)
 
 
@@ -59,9 +61,9 @@ def plan_checkpoint(folder: str | Path, dtype: torch.dtype | None = None, device
         RacError: no readable checkpoint, or a packed module whose tensors do not fit together.
     """
     config = read_json(Path(folder) / CONFIG_FILE)
-    packed_format(config)  # raises for a format that cannot be served
+    two_of_four = packed_format(config) == FORMAT_24  # raises for a format that cannot be served
     with TensorFiles(folder) as files:
-        rows = [_packed_row(files, module, dtype, device) for module in packed_modules(files.where)]
+        rows = [_packed_row(files, module, dtype, device, two_of_four) for module in packed_modules(files.where)]
         dense = {
             **dict.fromkeys(ignored_modules(config), "it is not pruned (in ignore)"),
             **dict.fromkeys(recorded_structures(config), "it is stored dense; serve with --quantization rac-sparse"),
@@ -84,7 +86,7 @@ def render_plan(rows: Sequence[PlanRow]) -> str:
     return "\n".join(lines)
 
 
-def _packed_row(files: TensorFiles, module: str, dtype: torch.dtype | None, device: str) -> PlanRow:
+def _packed_row(files: TensorFiles, module: str, dtype: torch.dtype | None, device: str, two_of_four: bool) -> PlanRow:
     shape = files.tensor(f"{module}.shape") if files.shape(f"{module}.shape") in ((2,), (2, 1)) else torch.zeros(0)
     own, stored_shape = files.dtype(f"{module}.compressed"), files.shape(f"{module}.compressed")
     rows, columns = shape.flatten().tolist() if shape.dtype == torch.int64 else (0, 0)
@@ -95,7 +97,7 @@ def _packed_row(files: TensorFiles, module: str, dtype: torch.dtype | None, devi
         raise RacError(f"{module}.shape: does not fit the {stored} stored values; the checkpoint is damaged")
     scale = files.shape(f"{module}.{SCALE}") if f"{module}.{SCALE}" in files else ()
     groups = scale[1] if len(scale) == 2 else 1
-    return plan_row(module, rows, columns, stored, own, dtype or _served(own), groups, device)
+    return plan_row(module, rows, columns, stored, own, dtype or _served(own), groups, device, two_of_four)
 
 
 def _served(stored: torch.dtype) -> torch.dtype:

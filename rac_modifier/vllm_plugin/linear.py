@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.choose import BACKENDS, choose, no_backend
+from rac_modifier.kernels.choose import choose, has_backend, no_backend
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 from rac_modifier.vllm_plugin.packed_weight import PackedWeight
 from rac_modifier.vllm_plugin.shards import ShardId, Shards, load_shard
@@ -89,7 +89,7 @@ class RacSparseLinearMethod(LinearMethodBase):
         self, stored: list[StoredWeight | Tensor], rows: Tensor, rank: int
     ) -> tuple[Decision, Backend | None, StoredWeight | None]:
         """The decision for this rank's share, with the backend and the share if they are needed."""
-        if self.device.type not in BACKENDS or self.as_quantized:
+        if not has_backend(self.device.type) or self.as_quantized:
             return no_backend(self.device.type, self.dtype), None, None
         sparse = [weight for weight in stored if isinstance(weight, StoredWeight)]
         if len(sparse) < len(stored):

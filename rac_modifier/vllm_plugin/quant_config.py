@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.choose import BACKENDS
+from rac_modifier.kernels.choose import has_backend
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.sparse_layers import (
     SparseLayers,
@@ -114,7 +114,7 @@ class RacSparseConfig(QuantizationConfig):
             if not any(self.layers.holds(module) for module in modules):
                 return self._inner(layer, prefix) or UnquantizedLinearMethod()
             # Without a kernel for this device, vLLM runs quantized weights dense, unless it expects them in words.
-            has_kernels = torch.empty(0).device.type in BACKENDS  # vLLM sets the default device
+            has_kernels = has_backend(torch.empty(0).device.type)  # vLLM sets the default device
             ours = self.quantized is None or self.in_words or has_kernels
             inner = None if ours else self._inner(layer, prefix)
             scales = "none" if self.quantized is None else "ours" if ours else "vllm's"

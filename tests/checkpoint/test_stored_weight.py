@@ -149,3 +149,20 @@ def test_quantized_values_come_with_their_scales_unless_another_loader_reads_the
     assert check(tensors, "sparse-bitmask", "x", scaled=False).scale is None
     with pytest.raises(RacError, match=r"x\.weight_scale: missing"):
         check(tensors, "sparse-bitmask", "x")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ([1, 1, 0, 0, 0, 0, 1, 1], True),
+        ([0, 0, 0, 0, 0, 1, 0, 0], True),
+        ([1, 0, 1, 1, 0, 0, 0, 0], False),
+        ([0, 0, 0, 0, 1, 1, 1, 0], False),
+        ([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], False),
+        ([1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0], True),
+        ([1, 0], False),
+        ([0, 0, 0, 0, 1, 0], False),
+    ],
+)
+def test_two_of_four_looks_at_each_four(row, expected):
+    assert from_dense(torch.tensor([[0] * len(row), row], dtype=torch.float32), "w").two_of_four is expected

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from rac_modifier.kernels import cpu
-from rac_modifier.kernels.choose import BACKENDS, choose, no_backend
+from rac_modifier.kernels import cpu, cuda
+from rac_modifier.kernels.choose import BACKENDS, choose, has_backend, no_backend
 from rac_modifier.kernels.cpu import backend
 from rac_modifier.kernels.cpu.support import Support
 from rac_modifier.kernels.interface import Layer
@@ -26,9 +25,22 @@ def test_the_cpu_has_a_backend_and_it_decides(monkeypatch):
     assert chosen is None
 
 
-@pytest.mark.parametrize("device", ["cuda", "xpu"])
-def test_a_device_without_a_backend_stays_dense(device):
-    decision, chosen = choose(HALF, device)
+def test_a_device_without_a_backend_stays_dense():
+    decision, chosen = choose(HALF, "xpu")
     assert chosen is None
-    assert decision.reason == f"dense because there is no sparse kernel for {device} yet"
-    assert decision == no_backend(device, torch.bfloat16)
+    assert decision.reason == "dense because there is no sparse kernel for xpu yet"
+    assert decision == no_backend("xpu", torch.bfloat16)
+    assert not has_backend("xpu")
+
+
+def test_a_gpu_has_a_backend_where_it_is_asked_for(monkeypatch):
+    assert has_backend("cpu")
+    assert BACKENDS["cuda"] is cuda
+    monkeypatch.delenv("RAC_GPU_KERNELS", raising=False)
+    assert not has_backend("cuda")
+    decision, chosen = choose(HALF, "cuda")
+    assert chosen is None
+    assert "RAC_GPU_KERNELS=on" in decision.reason
+    assert decision.reason == no_backend("cuda", torch.bfloat16).reason
+    monkeypatch.setenv("RAC_GPU_KERNELS", "on")
+    assert has_backend("cuda")

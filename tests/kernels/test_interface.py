@@ -20,7 +20,7 @@ def test_the_numbers_of_a_stored_weight():
     dense = torch.zeros(4, 8, dtype=torch.bfloat16)
     dense[:, ::4] = 1
     found = Layer.of(from_dense(dense, "a"), torch.float32)
-    assert found == Layer(4, 8, 0.25, torch.bfloat16, torch.float32, 8)
+    assert found == Layer(4, 8, 0.25, torch.bfloat16, torch.float32, 8, two_of_four=True)
 
 
 def test_the_ceiling_is_dense_bytes_over_packed_bytes():

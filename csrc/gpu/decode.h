@@ -1,0 +1,170 @@
+// Few tokens times a 2:4 weight, out [tokens, rows] = x [tokens, columns] W^T + bias, bound by reading W.
+//
+// A block has ROW_TILES tiles of 16 rows and all columns. Its warps take turns at chunks of UNITS units of columns; each has a
+// ring of STAGES chunks in shared memory that cp.async fills ahead, so that loads are under way however the compiler orders the
+// products. At the end the warps' sums are added in a fixed order: the same input gives the same bits.
+//
+// FORMAT says what a unit is: the weights of 16 rows and FORMAT::COLUMNS columns, FORMAT::BYTES, in the order that lanes read.
+// Lane l of a warp: g = l / 4, t = l % 4. Sums d[0], d[1] are row g, tokens 2t, 2t + 1; d[2], d[3] are row g + 8.
+#pragma once
+
+#include "ptx.h"
+
+template <class FORMAT_, int ROW_TILES_, int TOKEN_TILES_, int UNITS_, int STAGES_, int WARPS_>
+struct Decode {
+  using FORMAT = FORMAT_;
+  static constexpr int ROW_TILES = ROW_TILES_, TOKEN_TILES = TOKEN_TILES_, UNITS = UNITS_, STAGES = STAGES_, WARPS = WARPS_;
+  static constexpr int COLUMNS = UNITS * FORMAT::COLUMNS;       // of a chunk
+  static constexpr int TILE_BYTES = UNITS * FORMAT::BYTES;      // of a chunk of one row tile
+  static constexpr int WEIGHT_BYTES = ROW_TILES * TILE_BYTES;
+  static constexpr int PIECES = COLUMNS / 8;                    // of 16 bytes, in a chunk of a row of x
+  static constexpr int X_BYTES = TOKEN_TILES * 8 * PIECES * 16;
+  static constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
+  static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int TOKENS_AT_ONCE = 32 / PIECES;            // rows of x that a warp copies with one instruction
+  static_assert(PIECES <= 32 && PIECES >= 8 && TILE_BYTES % 16 == 0 && STAGES >= 3, "");
+
+  // Of the 16-byte pieces of a chunk of one row tile, those of whole instructions of 32 lanes, and the others: these are
+  // copied together for all row tiles.
+  static constexpr int WHOLE = TILE_BYTES / 16 / 32, OTHERS = TILE_BYTES / 16 % 32;
+  static constexpr int ALL_OTHERS = ROW_TILES * OTHERS, OTHER_COPIES = (ALL_OTHERS + 31) / 32;
+
+  const u8* weight;  // this lane's first piece of the first row tile, in this warp's next chunk
+  const u8* x;       // this lane's piece of its first token, in this warp's next chunk
+  long long next_tile;              // bytes to the next row tile
+  long long other_from[OTHER_COPIES ? OTHER_COPIES : 1];  // from `weight`
+  u32 other_to[OTHER_COPIES ? OTHER_COPIES : 1];          // from the stage
+  u32 lane, x_to;
+  int columns, tokens, next_column;
+
+  // Starts the copies of the next chunk of this warp into its ring.
+  DEVICE void load(u32 stage) {
+    UNROLL
+    for (int r = 0; r < ROW_TILES; r++)
+      UNROLL
+      for (int i = 0; i < WHOLE; i++) cp_async(stage + lane * 16 + r * TILE_BYTES + i * 512, weight + r * next_tile + i * 512);
+    UNROLL
+    for (int i = 0; i < OTHER_COPIES; i++)
+      if (32 * i + 32 <= ALL_OTHERS || 32 * i + lane < ALL_OTHERS) cp_async(stage + other_to[i], weight + other_from[i]);
+    const bool inside = next_column < columns;
+    UNROLL
+    for (int i = 0; i < TOKEN_TILES * 8; i += TOKENS_AT_ONCE) {
+      const u32 to = stage + WEIGHT_BYTES + (x_to ^ (i % 8 * 16)) + i * PIECES * 16;
+      cp_async(to, x + static_cast<long long>(i) * columns * 2, inside && i + int(lane / PIECES) < tokens ? 16 : 0);
+    }
+    weight += WARPS * TILE_BYTES;
+    x += WARPS * COLUMNS * 2;
+    next_column += WARPS * COLUMNS;
+  }
+
+  DEVICE void multiply(u32 stage, float (&sum)[ROW_TILES][TOKEN_TILES][4]) {
+    const u32 row = stage + WEIGHT_BYTES + (lane % 8) * PIECES * 16;
+    const u32 swizzled = ((lane / 8) ^ (lane % 8)) * 16;
+    UNROLL
+    for (int unit = 0; unit < UNITS; unit++) {
+      FORMAT weights[ROW_TILES];
+      float part[ROW_TILES][TOKEN_TILES][4];  // for formats with scales
+      UNROLL
+      for (int r = 0; r < ROW_TILES; r++) weights[r].open(stage + r * TILE_BYTES + unit * FORMAT::BYTES, lane);
+      UNROLL
+      for (int product = 0; product < FORMAT::PRODUCTS; product++) {
+        u32 b[TOKEN_TILES][4];
+        const int j = unit * FORMAT::PRODUCTS + product;
+        UNROLL
+        for (int n = 0; n < TOKEN_TILES; n++) ldmatrix(b[n], row + n * 8 * PIECES * 16 + (swizzled ^ (j * 64)));
+        UNROLL
+        for (int r = 0; r < ROW_TILES; r++) weights[r].multiply(product, sum[r], part[r], b);
+      }
+    }
+  }
+
+  // The whole kernel. `units` is the number of units of a row tile in memory, a multiple of UNITS.
+  static DEVICE void run(const u8* weight, const u8* x, const u8* bias, u8* out, int rows, int columns, int tokens, int units) {
+    const u32 lane = thread_index() % 32, warp = warp_index();
+    const int tile = block_x() * ROW_TILES, last_tile = (rows - 1) / 16;
+    const int token0 = block_y() * TOKEN_TILES * 8;
+    const int chunks = units / UNITS;
+    const int count = (chunks + WARPS - 1 - int(warp)) / WARPS;
+    const long long stride = static_cast<long long>(units) * FORMAT::BYTES;
+    Decode self;
+    self.lane = lane;
+    self.columns = columns;
+    self.tokens = tokens - token0;
+    self.weight = weight + tile * stride + warp * TILE_BYTES + lane * 16;
+    self.next_tile = tile < last_tile ? stride : 0;  // an odd last tile is read twice
+    UNROLL
+    for (int i = 0; i < OTHER_COPIES; i++) {
+      const u32 r = (32 * i + lane) / OTHERS, piece = WHOLE * 32 + (32 * i + lane) % OTHERS;
+      self.other_from[i] = r * self.next_tile + piece * 16 - lane * 16;
+      self.other_to[i] = r * TILE_BYTES + piece * 16;
+    }
+    const u32 token = lane / PIECES, piece = lane % PIECES;
+    self.next_column = warp * COLUMNS + piece * 8;
+    self.x = x + (static_cast<long long>(token0 + token) * columns + self.next_column) * 2;
+    // Rows of 8 tokens would start in the same bank: each token's pieces are permuted by its number.
+    self.x_to = (token * PIECES + (piece ^ token % 8)) * 16;
+
+    float sum[ROW_TILES][TOKEN_TILES][4];
+    UNROLL
+    for (int r = 0; r < ROW_TILES; r++)
+      UNROLL
+      for (int n = 0; n < TOKEN_TILES; n++)
+        UNROLL
+        for (int i = 0; i < 4; i++) sum[r][n][i] = 0.0f;
+
+    const u32 ring = warp * RING_BYTES, end = ring + RING_BYTES;
+    UNROLL
+    for (int s = 0; s < STAGES - 1; s++) {
+      if (s < count) self.load(ring + s * STAGE_BYTES);
+      cp_async_commit();
+    }
+    u32 read = ring, write = ring + (STAGES - 1) * STAGE_BYTES;
+    for (int i = 0; i < count; i++) {
+      CP_ASYNC_WAIT(STAGES - 2);
+      SYNC_WARP();  // this chunk is there for all lanes, and all have read the one that is overwritten now
+      if (i + STAGES - 1 < count) self.load(write);
+      cp_async_commit();
+      self.multiply(read, sum);
+      read = read + STAGE_BYTES == end ? ring : read + STAGE_BYTES;
+      write = write + STAGE_BYTES == end ? ring : write + STAGE_BYTES;
+    }
+
+    SYNC_WARP();
+    UNROLL
+    for (int r = 0; r < ROW_TILES; r++)
+      UNROLL
+      for (int n = 0; n < TOKEN_TILES; n++)
+        UNROLL
+        for (int i = 0; i < 4; i++) shared_store_float(ring + (((r * TOKEN_TILES + n) * 4 + i) * 32 + lane) * 4, sum[r][n][i]);
+    SYNC_THREADS();
+    for (u32 o = thread_index(); o < ROW_TILES * 16 * TOKEN_TILES * 8; o += WARPS * 32) {
+      const u32 r = o % (ROW_TILES * 16), n = o / (ROW_TILES * 16);
+      const int row = tile * 16 + r, token = token0 + n;
+      const u32 i = r % 16 / 8 * 2 + n % 2, from = r % 8 * 4 + n % 8 / 2;
+      const u32 at = (((r / 16 * TOKEN_TILES + n / 8) * 4 + i) * 32 + from) * 4;
+      float total = shared_load_float(at);
+      UNROLL
+      for (int w = 1; w < WARPS; w++) total += shared_load_float(w * RING_BYTES + at);
+      if (row < rows && token < tokens) {
+        if (bias != nullptr) total += global_load_bf16(bias + row * 2);
+        global_store_bf16(out + (static_cast<long long>(token) * rows + row) * 2, total);
+      }
+    }
+  }
+};
+
+// Where two values stand in four columns: those of columns 0 and 1, and of 2 and 3. `places` is a nibble of metadata.
+DEVICE uint2 four_columns(u32 values, u32 places) {
+  const u32 first = places & 3, second = places >> 2;
+  uint2 four;
+  four.x = (first == 0 ? values & 0xffff : first == 1 ? values << 16 : 0) | (second == 1 ? values & 0xffff0000 : 0);
+  four.y = (first == 2 ? values & 0xffff : 0) | (second == 2 ? values >> 16 : second == 3 ? values & 0xffff0000 : 0);
+  return four;
+}
+
+// All kernels have the same parameters. `bias` may be null; `first_tile` is used by those that expand.
+#define DECODE_KERNEL(NAME, ...)                                                                                      \
+  KERNEL(NAME, (Decode<__VA_ARGS__>::WARPS * 32))                                                                     \
+  (const u8* weight, const u8* x, const u8* bias, u8* out, int rows, int columns, int tokens, int units, int) {       \
+    Decode<__VA_ARGS__>::run(weight, x, bias, out, rows, columns, tokens, units);                                     \
+  }

@@ -1,0 +1,8 @@
+"""The GPU backend: CUDA C++ (csrc/gpu/) for 2:4 weights, compiled by NVRTC for the card that is there.
+
+Nothing of CUDA is imported or loaded before a layer is decided. Never run on hardware yet: off unless RAC_GPU_KERNELS=on.
+"""
+
+from rac_modifier.kernels.cuda.backend import NOT_REQUESTED, can_run, linear, pack, requested
+
+__all__ = ["NOT_REQUESTED", "can_run", "linear", "pack", "requested"]

@@ -1,0 +1,108 @@
+"""The three functions of the GPU backend: whether a layer runs on its kernels, packing, and the product.
+
+The kernels were compiled and emulated, but never run on a GPU. They are used only where RAC_GPU_KERNELS=on asks for them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rac_modifier.checkpoint.stored_weight import StoredWeight
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cuda import layout as layouts
+from rac_modifier.kernels.cuda import library, operator
+from rac_modifier.kernels.interface import Decision, Layer
+
+VARIABLE = "RAC_GPU_KERNELS"
+NOT_REQUESTED = (
+    f"the GPU kernels have been checked in an emulator but never run on a GPU; {VARIABLE}=on uses them all the same"
+)
+DATA = "weight_packed"  # vLLM's LoRA looks for this name
+_LEAST_CAPABILITY = (8, 0)
+
+
+def requested() -> bool:
+    """Whether the environment asks for the GPU kernels.
+
+    Raises:
+        RacError: it asks for something else.
+    """
+    wanted = os.environ.get(VARIABLE) or "off"
+    if wanted not in ("on", "off"):
+        raise RacError(f'{VARIABLE}="{wanted}": use on or off, or unset it; off is the default')
+    return wanted == "on"
+
+
+def can_run(layer: Layer) -> Decision:
+    """Sparse where it is asked for, the weight is 2:4 in bfloat16 or four bits, and the kernels compile and load."""
+    dense_bytes = float(layer.served.itemsize)
+    layout, problem = _plan(layer)
+    size = dense_bytes if layout is None else layout.nbytes(layer.rows, layer.columns) / (layer.rows * layer.columns)
+    if problem is not None:
+        return Decision(False, "dense", f"dense because {problem}", size, dense_bytes)
+    kernel = "sparse GPU kernel 2:4" + (" int4" if layout is not None and layout.group else "")
+    reason = f"{kernel}, not yet measured on hardware: {size:.2f} bytes per weight instead of {dense_bytes:.0f}"
+    return Decision(True, kernel, reason, size, dense_bytes)
+
+
+def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
+    """`weight_packed` in the kernels' layout (csrc/gpu/), on the current GPU.
+
+    Raises:
+        RacError: a weight that no layout holds, or no kernels for it here.
+    """
+    bits = torch.int32 if weight.values.dtype == torch.int8 else weight.values.dtype
+    layout = layouts.layout_of(bits, weight.group, weight.columns)
+    device = library.current_device()
+    if layout is None or served != torch.bfloat16 or device is None:
+        raise RacError(f"{weight.name}: {weight.values.dtype} served in {served} has no GPU kernel here; keep it dense")
+    problem = library.prepare(device, layout)
+    if problem is not None:
+        raise RacError(f"{weight.name}: {problem}")
+    return {DATA: layouts.pack(weight, layout).to(torch_device(device))}
+
+
+def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+    """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in bfloat16, summed in fp32.
+
+    Raises:
+        RacError: other dtypes, or shapes that do not fit the packed weight.
+    """
+    return operator.sparse_linear(x, packed[DATA], rows, columns, bias)
+
+
+def torch_device(device: library.Device) -> torch.device:
+    """The device as torch names it."""
+    return torch.device("cuda", device.index)
+
+
+def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
+    """The layout, and why the layer stays dense; numbers first, the device last."""
+    layout = layouts.layout_of(layer.stored, layer.group, layer.columns)
+    if not requested():
+        return layout, NOT_REQUESTED
+    if layer.served != torch.bfloat16:
+        return layout, f"it is served in {layer.served}; the GPU kernels multiply bfloat16"
+    if not layer.two_of_four:
+        return None, "it is not 2:4, and there is no GPU kernel for other patterns yet"
+    if layer.zero_points:
+        return None, "its values have zero points; the GPU kernels take symmetric int4"
+    if layout is None:
+        four_bits = layer.stored == torch.int32
+        what = f"int4 in groups of {layer.group}" if four_bits else f"{str(layer.stored).removeprefix('torch.')}"
+        return (
+            None,
+            f"there is no GPU kernel for {what}; those that exist take bfloat16, and int4 in groups of 64 or 128",
+        )
+    if layer.columns % 8:
+        return layout, f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"
+    device = library.current_device()
+    if device is None:
+        return layout, "torch finds no CUDA device"
+    if device.capability < _LEAST_CAPABILITY:
+        return layout, f"{device.architecture} has no mma.sp; sm_80 is the first that has"
+    return layout, library.prepare(device, layout)

@@ -1,0 +1,170 @@
+"""2:4 weights in the order in which the lanes of a GPU's warp read them. csrc/gpu/sparse24_*.cu describe the layouts.
+
+Pure functions of tensors, on the device that these are on. A tile is 16 rows, a unit a tile's next 64 (bf16) or 128 (int4)
+columns. Rows are padded to 16 and columns to 128 (bf16) or 256 (int4) with zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as pad_zeros
+
+from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
+from rac_modifier.errors import RacError
+
+TILE = 16  # rows
+GROUPS = (64, 128)  # columns that share a scale, where values have four bits
+_ROWS_AT_ONCE = 1024  # bounds the memory that packing needs beside its result
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A packed form. `unit_columns` columns of a tile take `unit_bytes`; rows have a multiple of `units_at_once` units.
+
+    `group`: columns that share a scale, 0 for bf16. `source` has the kernels, compiled with the macros of `defines`; their
+    names begin with `prefix`.
+    """
+
+    prefix: str
+    source: str
+    unit_columns: int
+    unit_bytes: int
+    units_at_once: int
+    group: int = 0
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """Macros for the compiler."""
+        return (f"GROUP={self.group}",) if self.group else ()
+
+    def units(self, columns: int) -> int:
+        """Units of a tile with this many columns, padding included."""
+        return -(-columns // (self.unit_columns * self.units_at_once)) * self.units_at_once
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of a packed weight [rows, columns]."""
+        return -(-rows // TILE) * self.units(columns) * self.unit_bytes
+
+
+BF16 = Layout("rac_24_bf16", "sparse24_bf16.cu", 64, 1152, 2)
+INT4 = {g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + 4 * TILE * 128 // g, 2, g) for g in GROUPS}
+
+
+def layout_of(stored: torch.dtype, group: int, columns: int) -> Layout | None:
+    """The layout of values of this dtype (int32: of four bits) of which `group` columns share a scale; None if there is none."""
+    if stored in FLOATS:
+        return BF16
+    if stored != torch.int32:
+        return None
+    return next((INT4[g] for g in reversed(GROUPS) if group % g == 0 or group == columns), None)
+
+
+def layout_of_size(nbytes: int, rows: int, columns: int) -> Layout | None:
+    """The layout in which a weight [rows, columns] takes this many bytes; no two layouts take equally many."""
+    return next((layout for layout in (BF16, *INT4.values()) if layout.nbytes(rows, columns) == nbytes), None)
+
+
+def pack(weight: StoredWeight, layout: Layout) -> Tensor:
+    """The packed form, uint8 [bytes], of a weight with at most two of each four columns stored.
+
+    Values of other float dtypes are rounded to bfloat16.
+
+    Raises:
+        RacError: a weight that is not 2:4, or values or scales that the layout does not hold.
+    """
+    name, group = weight.name, weight.group
+    if not weight.two_of_four:
+        raise RacError(
+            f"{name}: more than two of four columns are stored; keep it dense, the layout is for 2:4 weights"
+        )
+    if bool(layout.group) == (weight.scale is None) or weight.values.is_floating_point() == bool(layout.group):
+        raise RacError(
+            f"{name}: values of {weight.values.dtype}, which the layout {layout.prefix} does not hold; keep it dense"
+        )
+    if layout.group and group % layout.group and group != weight.columns:
+        raise RacError(
+            f"{name}: a scale per {group} columns, where the layout has one per {layout.group}; keep it dense"
+        )
+    if getattr(weight, "zeros", None) is not None:
+        raise RacError(
+            f"{name}: zero points, for which there is no GPU kernel; quantize symmetrically, or keep it dense"
+        )
+    if layout.group and weight.values.numel() and not -8 <= int(weight.values.min()) <= int(weight.values.max()) <= 7:
+        raise RacError(f"{name}: values outside of -8 to 7, which four bits hold; keep it dense")
+    return torch.cat([_pack_rows(part, layout) for part in _parts(weight)])
+
+
+def _parts(weight: StoredWeight) -> list[StoredWeight]:
+    numbers = torch.arange(weight.rows)
+    return [weight.select_rows(rows) for rows in numbers.split(_ROWS_AT_ONCE)]
+
+
+def _pack_rows(weight: StoredWeight, layout: Layout) -> Tensor:
+    rows, columns = -(-weight.rows // TILE) * TILE, layout.units(weight.columns) * layout.unit_columns
+    padding = (0, columns - weight.columns, 0, rows - weight.rows)
+    bits = torch.arange(8, dtype=torch.uint8, device=weight.bitmask.device)
+    stored = (weight.bitmask.unsqueeze(-1) >> bits & 1).bool().flatten(1)[:, : weight.columns]
+    s0, s1, _, s3 = pad_zeros(stored, padding).view(rows, -1, 4).unbind(-1)
+    d0, d1, d2, d3 = pad_zeros(weight.dense(), padding).view(rows, -1, 4).unbind(-1)
+    # Where the two values are: i0 < i1, also where fewer than two are stored; as torch's converter for CUTLASS has it.
+    last, both = s3 | ~(s0 | s1), s0 & s1
+    first = torch.where(s0, d0, torch.where(s1, d1, d2))
+    second = torch.where(both, d1, torch.where(last, d3, d2))
+    i0 = 2 - 2 * s0.int() - (s1 & ~s0).int()
+    i1 = 2 - both.int() + (last & ~both).int()
+    products = columns // 32 // layout.units(weight.columns)  # of a unit
+    # tile, h, g (row g + 8 h), unit, product, q, t (four t + 4 q of a product's eight)
+    shape = (rows // TILE, 2, 8, -1, products, 2, 4)
+    values = torch.stack([first, second], dim=-1).view(*shape, 2)
+    parts = [_bf16_values(values) if not layout.group else _int4_values(values), _metadata((i0 | i1 << 2).view(shape))]
+    if layout.group:
+        parts.append(_scales(weight, layout, rows))
+    return torch.cat(parts, dim=-1).flatten()
+
+
+def _bf16_values(values: Tensor) -> Tensor:
+    """Bytes [tiles, units, 1024]: product, lane (g, t), register (q, h), value."""
+    ordered = values.to(torch.bfloat16).permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous()
+    return ordered.view(torch.uint8).flatten(2)
+
+
+def _int4_values(values: Tensor) -> Tensor:
+    """Bytes [tiles, units, 512]: lane (g, t), product; nibble r + 4 b is value b of register r = h + 2 q, plus 8."""
+    words = values.new_zeros(values.shape[0], *values.shape[2:5], 4, dtype=torch.int64)
+    for h in range(2):
+        for q in range(2):
+            for b in range(2):
+                words |= (values[:, h, :, :, :, q, :, b].long() + 8) << 4 * (h + 2 * q + 4 * b)
+    return _bytes_of(words.permute(0, 2, 1, 4, 3))
+
+
+def _metadata(nibbles: Tensor) -> Tensor:
+    """Bytes [tiles, units, 64 per product]: pair of products, lane (g, 2 of the pair, q); bits 16 h + 4 t."""
+    words = nibbles.new_zeros(nibbles.shape[0], *nibbles.shape[2:6], dtype=torch.int64)
+    for h in range(2):
+        for t in range(4):
+            words |= nibbles[:, h, ..., t].long() << 16 * h + 4 * t
+    return _bytes_of(words.unflatten(3, (-1, 2)).permute(0, 2, 3, 1, 4, 5))
+
+
+def _scales(weight: StoredWeight, layout: Layout, rows: int) -> Tensor:
+    """Bytes [tiles, units, 64 per group]: float32, group, row of the tile."""
+    assert weight.scale is not None
+    wide = weight.scale
+    if wide.shape[1] > 1 and weight.group > layout.group:
+        wide = wide.repeat_interleave(weight.group // layout.group, dim=1)
+    per_unit = layout.unit_columns // layout.group
+    groups = layout.units(weight.columns) * per_unit
+    if wide.shape[1] == 1:
+        wide = wide.expand(-1, groups)
+    padded = pad_zeros(wide.float(), (0, groups - wide.shape[1], 0, rows - weight.rows))
+    return padded.view(rows // TILE, TILE, -1, per_unit).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
+
+
+def _bytes_of(words: Tensor) -> Tensor:
+    """32-bit words as bytes; everything behind tiles and units in one dimension."""
+    signed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return signed.contiguous().view(torch.uint8).flatten(2)

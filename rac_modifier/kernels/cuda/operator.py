@@ -1,0 +1,119 @@
+"""The product on a GPU as an operator of torch, so that torch.compile keeps it whole and CUDA graphs capture its launches."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cuda import library
+from rac_modifier.kernels.cuda.layout import TILE, Layout, layout_of_size
+from rac_modifier.kernels.cuda.library import Device
+from rac_modifier.kernels.cuda.programs import (
+    MOST_TOKENS,
+    decode_program,
+    expand_grid,
+    expand_program,
+)
+
+SCRATCH_BYTES = 64 << 20  # of expanded rows at a time
+_ALIGNMENT = 16  # bytes; what cp.async copies
+
+
+def sparse_linear(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+    """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in bfloat16, summed in fp32.
+
+    `data`: what `layout.pack` returned, on x's device.
+
+    Raises:
+        RacError: other dtypes or shapes, or a device without loaded kernels.
+    """
+    return torch.ops.rac_modifier.sparse_linear_gpu(x, data, rows, columns, bias)
+
+
+def _forward(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+    layout = _check(x, data, rows, columns, bias)
+    device = _device(x)
+    flat = x.reshape(-1, columns).contiguous()
+    if flat.data_ptr() % _ALIGNMENT:
+        flat = flat.clone()
+    out = x.new_empty(flat.shape[0], rows)
+    if flat.shape[0]:
+        with _current(x):
+            _fill(device, layout, flat, data, None if bias is None else bias.contiguous(), out)
+    return out.view(*x.shape[:-1], rows)
+
+
+def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    module, stream = library.module(device, layout), _stream(x)
+    (tokens, columns), rows, units = x.shape, out.shape[1], layout.units(x.shape[1])
+    same_order = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
+    if tokens <= MOST_TOKENS or same_order:
+        program = decode_program(layout, rows, tokens, device.processors, same_order)
+        pointers = data.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+        arguments = (*pointers, rows, columns, tokens, units, 0)
+        module.launch(program.name, program.grid(rows, tokens), program.threads, stream, arguments)
+        return
+    program = expand_program(layout)
+    step = min(-(-rows // TILE) * TILE, max(TILE, SCRATCH_BYTES // (2 * columns) // TILE * TILE))
+    dense = x.new_empty(min(step, rows), columns)
+    for first in range(0, rows, step):
+        part = dense[: min(step, rows - first)]
+        grid = expand_grid(layout, len(part), columns)
+        arguments = data.data_ptr(), 0, 0, part.data_ptr(), rows, columns, 0, units, first // TILE
+        module.launch(program.name, grid, program.threads, stream, arguments)
+        target = out[:, first : first + len(part)]
+        if bias is None:
+            torch.mm(x, part.T, out=target)
+        else:
+            torch.addmm(bias[first : first + len(part)], x, part.T, out=target)
+
+
+def _device(x: Tensor) -> Device:
+    """The GPU of a tensor."""
+    found = torch.cuda.get_device_properties(x.device)
+    return Device(x.device.index, (found.major, found.minor), found.multi_processor_count)
+
+
+def _current(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of a tensor the current one, to which launches go."""
+    return torch.cuda.device(x.device)
+
+
+def _stream(x: Tensor) -> int:
+    """The stream that torch uses for a tensor's device now; during a capture, the one that is captured."""
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Layout:
+    """The layout of the packed weight, which only its size tells."""
+    if x.dtype != torch.bfloat16 or x.dim() < 1 or x.shape[-1] != columns:
+        raise RacError(f"x: {x.dtype} {list(x.shape)}; the sparse GPU kernel takes bfloat16 with {columns} columns")
+    if columns % 8:
+        raise RacError(f"a weight of {columns} columns: the GPU kernels need a multiple of 8; keep it dense")
+    layout = layout_of_size(data.numel(), rows, columns)
+    if layout is None or data.dtype != torch.uint8 or data.dim() != 1 or data.data_ptr() % _ALIGNMENT:
+        raise RacError(
+            f"data: {data.dtype} {list(data.shape)} does not fit a weight [{rows}, {columns}]; pass what `pack` returned"
+        )
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,)):
+        raise RacError(f"bias: {bias.dtype} {list(bias.shape)}; the weight's {rows} rows need bfloat16 [{rows}]")
+    if any(other is not None and other.device != x.device for other in (data, bias)) or not data.is_contiguous():
+        raise RacError(f"x is on {x.device}; the weight and the bias must be there too, and contiguous")
+    return layout
+
+
+def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+if not hasattr(torch.ops.rac_modifier, "sparse_linear_gpu"):  # once per process, also if this module is loaded again
+    torch.library.define(
+        "rac_modifier::sparse_linear_gpu",
+        "(Tensor x, Tensor data, int rows, int columns, Tensor? bias) -> Tensor",
+    )
+    torch.library.impl("rac_modifier::sparse_linear_gpu", "cuda", _forward)
+    torch.library.register_fake("rac_modifier::sparse_linear_gpu", _fake)

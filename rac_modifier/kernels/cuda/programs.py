@@ -1,0 +1,78 @@
+"""The compiled programs of the GPU kernels: their names, sizes and grids. Numbers only; csrc/gpu/ has the code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rac_modifier.kernels.cuda.layout import TILE, Layout
+
+# More tokens than this are multiplied by a dense product with the weight expanded in parts. By bytes: the kernel reads a bf16
+# weight of 1.13 bytes once per 32 tokens, expanding moves 5.1 bytes once. Assumed, not measured.
+MOST_TOKENS = 128
+_TOKENS = 8  # of a token tile
+# (row tiles, token tiles): units per chunk, stages, warps. The same numbers as in the sources.
+_BF16 = {
+    (1, 1): (2, 4, 4),
+    (2, 1): (2, 3, 4),
+    (1, 2): (1, 4, 4),
+    (2, 2): (1, 4, 4),
+    (1, 4): (1, 3, 4),
+    (2, 4): (1, 3, 4),
+}
+_INT4 = {
+    (1, 1): (2, 3, 4),
+    (2, 1): (2, 3, 4),
+    (1, 2): (1, 4, 4),
+    (2, 2): (1, 4, 4),
+    (1, 4): (1, 4, 2),
+    (2, 4): (1, 4, 2),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A kernel. `row_tiles` of 16 rows and `token_tiles` of 8 tokens per block; `shared_bytes` per block."""
+
+    name: str
+    row_tiles: int
+    token_tiles: int
+    threads: int
+    shared_bytes: int
+
+    def grid(self, rows: int, tokens: int) -> tuple[int, int]:
+        """Blocks along rows and along tokens."""
+        return -(-rows // (TILE * self.row_tiles)), -(-tokens // (_TOKENS * self.token_tiles))
+
+
+def decode_program(layout: Layout, rows: int, tokens: int, processors: int, same_order: bool = False) -> Program:
+    """What multiplies `tokens` tokens on a GPU with this many multiprocessors.
+
+    Two row tiles per block read x half as often; one, where two would leave multiprocessors without a block. `same_order`: a
+    token's sums have one order, whatever the number of tokens (it does not depend on the row tiles).
+    """
+    row_tiles = 2 if rows > TILE * processors else 1
+    token_tiles = 4 if same_order else next((n for n in (1, 2) if tokens <= _TOKENS * n), 4)
+    return program(layout, row_tiles, token_tiles)
+
+
+def program(layout: Layout, row_tiles: int, token_tiles: int) -> Program:
+    """The decode program with these tiles."""
+    units, stages, warps = (_INT4 if layout.group else _BF16)[row_tiles, token_tiles]
+    chunk = units * (row_tiles * layout.unit_bytes + token_tiles * _TOKENS * layout.unit_columns * 2)
+    name = f"{layout.prefix}_r{row_tiles}_t{token_tiles}"
+    return Program(name, row_tiles, token_tiles, 32 * warps, warps * stages * chunk)
+
+
+def expand_program(layout: Layout) -> Program:
+    """What writes rows of the dense weight; a block has a tile and four units."""
+    return Program(f"{layout.prefix}_expand", 1, 0, 128, 0)
+
+
+def expand_grid(layout: Layout, rows: int, columns: int) -> tuple[int, int]:
+    """Blocks along rows and along units."""
+    return -(-rows // TILE), -(-layout.units(columns) // 4)
+
+
+def all_programs(layout: Layout) -> list[Program]:
+    """Every program of a layout."""
+    return [*(program(layout, *tiles) for tiles in (_INT4 if layout.group else _BF16)), expand_program(layout)]

@@ -1,0 +1,117 @@
+"""A GPU that is not there: a driver that records what it is told and runs launches in the emulator, on the CPU's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rac_modifier.kernels.cuda import backend, driver, library, operator
+from rac_modifier.kernels.cuda.layout import BF16, INT4, TILE, Layout
+from rac_modifier.kernels.cuda.library import Device
+from tests.kernels.cuda.emulate import emulate_pointers
+
+H100 = Device(0, (9, 0), 132)
+STREAM = 0x5EED
+
+
+class Status(IntEnum):
+    """What a call returns first."""
+
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+
+
+class FakeDriver:
+    """The functions of cuda.bindings.driver that are used. `calls` are their names; `launches` have everything of a launch."""
+
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="most shared bytes")
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.launches: list[SimpleNamespace] = []
+        self.most_shared: dict[str, int] = {}
+        self.refuses_code = False
+        self.capturing = False
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[Any, ...]:  # noqa: N802
+        self._call("cuModuleLoadData")
+        return (Status(209), None) if self.refuses_code else (Status(0), layout_of_code(code))
+
+    def cuModuleGetFunction(self, module: Layout, name: bytes) -> tuple[Any, ...]:  # noqa: N802
+        self._call("cuModuleGetFunction")
+        return Status(0), (module, name.decode())
+
+    def cuFuncSetAttribute(self, function: tuple[Layout, str], attribute: str, value: int) -> tuple[Any, ...]:  # noqa: N802
+        self._call("cuFuncSetAttribute")
+        assert attribute == "most shared bytes"
+        self.most_shared[function[1]] = value
+        return (Status(0),)
+
+    def cuFuncLoad(self, function: tuple[Layout, str]) -> tuple[Any, ...]:  # noqa: N802
+        self._call("cuFuncLoad")
+        return (Status(0),)
+
+    def cuLaunchKernel(self, function: tuple[Layout, str], *launch: Any) -> tuple[Any, ...]:  # noqa: N802
+        self.calls.append("cuLaunchKernel")
+        grid, block, (shared_bytes, stream, (values, types), extra) = launch[:3], launch[3:6], launch[6:]
+        layout, name = function
+        assert (grid[2], block[1:], extra) == (1, (1, 1), 0)
+        assert [type_.__name__ for type_ in types] == ["c_void_p"] * 4 + ["c_int"] * 5
+        if shared_bytes > self.most_shared.get(name, 48 << 10):
+            return (Status(1),)
+        self.launches.append(SimpleNamespace(name=name, grid=grid[:2], stream=stream, values=values))
+        rows, columns, tokens, _, first_tile = values[4:]
+        written = 2 * rows * tokens if tokens else 2 * columns * min(rows - TILE * first_tile, TILE * grid[0])
+        sizes = (layout.nbytes(rows, columns), 2 * tokens * columns, 2 * rows, written)
+        buffers = [(start, size if start else 0) for start, size in zip(values[:4], sizes, strict=True)]
+        assert emulate_pointers(layout, name, grid[:2], shared_bytes, buffers, values[4:]) == ""
+        return (Status(0),)
+
+    def _call(self, name: str) -> None:
+        assert not self.capturing, f"{name} in a captured graph"
+        self.calls.append(name)
+
+
+def layout_of_code(code: bytes) -> Layout:
+    """The layout of what `compiled` below returned."""
+    return next(layout for layout in (BF16, *INT4.values()) if code == code_of(layout))
+
+
+def code_of(layout: Layout) -> bytes:
+    """Machine code that only the fake driver reads."""
+    return f"{layout.prefix} {layout.group}".encode()
+
+
+@contextmanager
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: Device = H100) -> Iterator[FakeDriver]:
+    """Tensors stay on the CPU; the operator has an implementation for it meanwhile."""
+    fake = FakeDriver()
+    monkeypatch.setenv("RAC_GPU_KERNELS", "on")
+    monkeypatch.setattr(driver, "bindings", lambda: fake)
+    monkeypatch.setattr(library, "current_device", lambda: device)
+    monkeypatch.setattr(library, "compiled", lambda architecture, layout: code_of(layout))
+    monkeypatch.setattr(backend, "torch_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(operator, "_device", lambda x: device)
+    monkeypatch.setattr(operator, "_stream", lambda x: STREAM)
+    monkeypatch.setattr(operator, "_current", lambda x: nullcontext())
+    library.forget()
+    registered = torch.library.Library("rac_modifier", "FRAGMENT")
+    registered.impl("sparse_linear_gpu", operator._forward, "CPU")
+    try:
+        yield fake
+    finally:
+        registered._destroy()
+        library.forget()
+
+
+def tensor_at(tensor: Tensor | None) -> int:
+    """The address that a launch gets."""
+    return 0 if tensor is None else tensor.data_ptr()

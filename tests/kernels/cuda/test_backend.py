@@ -1,0 +1,113 @@
+"""The three functions of the GPU backend: decisions with their reasons, and products end to end on the fake GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.kernels import cuda
+from rac_modifier.kernels.cuda import backend, library
+from rac_modifier.kernels.cuda.library import Device
+from rac_modifier.kernels.interface import Layer
+from tests.kernels.cuda.fake_gpu import FakeDriver
+from tests.kernels.cuda.weights import assert_product, bf16_weight, int4_weight
+
+BF16 = torch.bfloat16
+HALF = Layer(4096, 4096, 0.5, BF16, BF16, 4096, two_of_four=True)
+FOUR_BITS = replace(HALF, stored=torch.int32, group=128)
+
+
+def test_it_is_off_unless_it_is_asked_for(gpu, monkeypatch):
+    for value in ("off", ""):
+        monkeypatch.setenv("RAC_GPU_KERNELS", value)
+        decision = cuda.can_run(HALF)
+        assert not decision.sparse
+        assert "never run on a GPU; RAC_GPU_KERNELS=on uses them" in decision.reason
+    monkeypatch.setenv("RAC_GPU_KERNELS", "yes")
+    with pytest.raises(RacError, match='RAC_GPU_KERNELS="yes": use on or off'):
+        cuda.can_run(HALF)
+    assert gpu.calls == []
+
+
+@pytest.mark.parametrize(("layer", "kernel", "size"), [(HALF, "2:4", 1.125), (FOUR_BITS, "2:4 int4", 0.40625)])
+def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
+    decision = cuda.can_run(layer)
+    assert decision.sparse
+    assert decision.kernel == f"sparse GPU kernel {kernel}"
+    assert "not yet measured on hardware" in decision.reason
+    assert (decision.bytes_per_weight, decision.dense_bytes) == (size, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (replace(HALF, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
+        (replace(HALF, two_of_four=False), "it is not 2:4, and there is no GPU kernel for other patterns yet"),
+        (replace(FOUR_BITS, zero_points=True), "its values have zero points; the GPU kernels take symmetric int4"),
+        (replace(FOUR_BITS, group=32), "there is no GPU kernel for int4 in groups of 32"),
+        (replace(HALF, stored=torch.int8), "there is no GPU kernel for int8"),
+        (replace(HALF, stored=torch.float8_e4m3fn), "there is no GPU kernel for float8_e4m3fn"),
+        (replace(HALF, columns=100), "its 100 columns are no multiple of 8"),
+    ],
+)
+def test_dense_has_its_reason(gpu, layer, reason):
+    decision = cuda.can_run(layer)
+    assert not decision.sparse
+    assert decision.kernel == "dense"
+    assert decision.reason.startswith(f"dense because {reason}")
+    assert gpu.calls == []
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [(None, "torch finds no CUDA device"), (Device(0, (7, 5), 40), "sm_75 has no mma.sp; sm_80 is the first that has")],
+)
+def test_a_device_that_cannot(gpu, monkeypatch, device, reason):
+    monkeypatch.setattr(library, "current_device", lambda: device)
+    assert cuda.can_run(HALF).reason == f"dense because {reason}"
+
+
+def test_what_does_not_load_stays_dense(gpu):
+    gpu.refuses_code = True
+    reason = cuda.can_run(HALF).reason
+    assert reason.startswith("dense because cuModuleLoadData: the GPU's driver answers CUDA_ERROR_NO_BINARY_FOR_GPU")
+    with pytest.raises(RacError, match="layer: cuModuleLoadData"):
+        cuda.pack(bf16_weight(16, 64), BF16)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40, 129])
+@pytest.mark.parametrize(
+    "make", [bf16_weight, lambda rows, columns: int4_weight(rows, columns, 64)], ids=["bf16", "int4"]
+)
+def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
+    weight = make(50, 192)
+    packed = cuda.pack(weight, BF16)
+    x, bias = torch.randn(tokens, 192).to(BF16), torch.randn(50).to(BF16)
+    y = cuda.linear(x, packed, 50, 192, bias)
+    assert y.dtype == BF16
+    dense = weight.dequantized(BF16 if tokens > 128 else torch.float64)  # expanded, it is rounded
+    assert_product(y, x, dense.double(), bias)
+    assert cuda.linear(x.view(1, tokens, 192), packed, 50, 192).shape == (1, tokens, 50)
+
+
+def test_the_bytes_that_are_announced_are_those_that_are_packed(gpu):
+    weight = bf16_weight(40, 200)
+    announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
+    assert cuda.pack(weight, BF16)["weight_packed"].numel() == announced * 40 * 200
+
+
+def test_what_no_kernel_reads_is_refused(gpu):
+    with pytest.raises(RacError, match=r"layer: torch\.bfloat16 served in torch\.float16 has no GPU kernel here"):
+        cuda.pack(bf16_weight(16, 64), torch.float16)
+    assert backend.requested()
+
+
+def test_under_torch_compile(gpu):
+    weight = bf16_weight(32, 128)
+    packed = cuda.pack(weight, BF16)
+    step = torch.compile(lambda x: cuda.linear(x, packed, 32, 128) * 2, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 128).to(BF16)
+    assert torch.equal(step(x), cuda.linear(x, packed, 32, 128) * 2)

@@ -1,0 +1,140 @@
+"""The kernels' own sources, run in the emulator, against products in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rac_modifier.kernels.cuda.layout import BF16, INT4, Layout, pack
+from rac_modifier.kernels.cuda.programs import all_programs, expand_grid, expand_program, program
+from tests.kernels.cuda.emulate import emulate, product, sites
+from tests.kernels.cuda.weights import assert_product, bf16_weight, int4_weight
+
+LAYOUTS = [BF16, *INT4.values()]
+TILES = [(rows, tokens) for rows in (1, 2) for tokens in (1, 2, 4)]
+# Rows are no multiple of 16 or an odd number of tiles, columns none of 64, 128 or 256; one weight is smaller than a chunk.
+SHAPES = [(3, 37, 904), (16, 48, 256), (17, 70, 136), (32, 16, 8), (33, 20, 640)]
+
+
+def weight_of(layout: Layout, rows: int, columns: int):
+    if not layout.group:
+        return bf16_weight(rows, columns)
+    return int4_weight(rows, -(-columns // layout.group) * layout.group, layout.group)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.prefix}-{layout.group}")
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_a_kernel_multiplies(layout, tiles):
+    for tokens, rows, columns in [(1, 33, 264), (8, 40, 520), *SHAPES]:
+        weight = weight_of(layout, rows, columns)
+        x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(rows).to(torch.bfloat16)
+        bias = None if tokens == 16 else bias
+        out, error = product(layout, program(layout, *tiles), pack(weight, layout), x, rows, bias)
+        assert error == ""
+        assert_product(out, x, weight.dequantized(torch.float64), bias)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.prefix}-{layout.group}")
+def test_a_kernel_expands_a_part_of_the_rows(layout):
+    rows, columns, first = 45, 264, 1
+    weight = weight_of(layout, rows, columns)
+    out = torch.full((rows - 16 * first, weight.columns), torch.nan, dtype=torch.bfloat16)
+    sizes = (rows, weight.columns, 0, layout.units(weight.columns), first)
+    grid = expand_grid(layout, *out.shape)
+    assert emulate(layout, expand_program(layout), grid, pack(weight, layout), None, None, out, sizes) == ""
+    assert torch.equal(out, weight.dequantized(torch.bfloat16)[16 * first :])
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_fewer_than_two_of_four_may_be_stored(most):
+    weight = bf16_weight(24, 200, most)
+    x = torch.randn(5, 200).to(torch.bfloat16)
+    out, error = product(BF16, program(BF16, 2, 1), pack(weight, BF16), x, 24)
+    assert error == ""
+    assert_product(out, x, weight.dequantized(torch.float64))
+
+
+def test_rows_of_very_different_sizes_and_large_values():
+    weight = bf16_weight(32, 256)
+    scale = torch.logspace(-30, 30, 32).to(torch.bfloat16).repeat_interleave(128)
+    weight.values.mul_(scale)
+    x = torch.randn(2, 256).to(torch.bfloat16)
+    out, error = product(BF16, program(BF16, 1, 1), pack(weight, BF16), x, 32)
+    assert error == ""
+    assert_product(out, x, weight.dequantized(torch.float64))
+
+
+@pytest.mark.parametrize("layout", [BF16, INT4[128]], ids=lambda layout: layout.prefix)
+def test_a_nan_or_infinity_stays_in_its_token(layout):
+    weight = weight_of(layout, 32, 256)
+    x = torch.randn(3, 256).to(torch.bfloat16)
+    x[1] = torch.nan
+    x[2, ::2] = torch.inf
+    out, error = product(layout, program(layout, 2, 1), pack(weight, layout), x, 32)
+    assert error == ""
+    assert_product(out[:1], x[:1], weight.dequantized(torch.float64))
+    assert bool(out[1].isnan().all())
+    assert not bool(out[2].isfinite().any())
+
+
+@pytest.mark.parametrize("layout", [BF16, INT4[64]], ids=lambda layout: layout.prefix)
+def test_the_order_of_a_tokens_sums_follows_from_the_token_tiles_alone(layout):
+    """So that one program for all numbers of tokens gives the same bits for a token alone and among others."""
+    weight = weight_of(layout, 40, 640)
+    packed, x = pack(weight, layout), torch.randn(20, 640).to(torch.bfloat16)
+    every, _ = product(layout, program(layout, 2, 4), packed, x, 40)
+    alone, _ = product(layout, program(layout, 1, 4), packed, x[7:8], 40)
+    assert torch.equal(every[7:8], alone)
+
+
+@pytest.mark.parametrize("layout", [BF16, INT4[128]], ids=lambda layout: layout.prefix)
+def test_a_barrier_or_wait_that_is_left_out_is_a_race(layout):
+    """Each of them, in each kernel: one is needed where the ring is used again, another after a single chunk."""
+    named = {f"decode.h:{number}" for number, line in barriers()}
+    assert len(named) == 4
+    for tiles in TILES:
+        caught = set()
+        for columns in (256, 4096):
+            weight = weight_of(layout, 32, columns)
+            x, packed = torch.randn(9, columns).to(torch.bfloat16), pack(weight, layout)
+            _, error = product(layout, program(layout, *tiles), packed, x, 32)
+            assert error == ""
+            assert set(sites(layout)) == named
+            for site in named - caught:
+                _, error = product(layout, program(layout, *tiles), packed, x, 32, skip=site)
+                caught |= {site} if error.startswith(("race", "read of shared memory that nobody wrote")) else set()
+        assert caught == named
+
+
+def barriers() -> list[tuple[int, str]]:
+    """Lines of decode.h with a barrier or a wait."""
+    from tests.kernels.cuda.emulate import SOURCES
+
+    lines = (SOURCES / "decode.h").read_text().splitlines()
+    return [(n + 1, line) for n, line in enumerate(lines) if any(w in line for w in ("SYNC_", "CP_ASYNC_WAIT"))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.prefix}-{layout.group}")
+def test_a_program_needs_all_of_its_shared_memory_and_no_more(layout):
+    weight = weight_of(layout, 32, 4096)
+    x = torch.randn(1, 4096).to(torch.bfloat16)
+    for each in all_programs(layout)[:-1]:
+        _, error = product(layout, each, pack(weight, layout), x, 32, shared_bytes=each.shared_bytes - 16)
+        assert error.startswith("access outside of shared memory")
+
+
+def test_metadata_that_is_not_ordered_is_noticed():
+    weight = bf16_weight(16, 64)
+    packed = pack(weight, BF16)
+    packed[1024] = packed[1024] & 0xF0 | 0b0001  # i0 = 1, i1 = 0
+    _, error = product(BF16, program(BF16, 1, 1), packed, torch.ones(1, 64, dtype=torch.bfloat16), 16)
+    assert error.startswith("metadata that is not ordered")
+
+
+def test_what_lies_outside_of_a_buffer_or_misaligned_is_noticed():
+    weight = bf16_weight(16, 128)
+    packed, x = pack(weight, BF16), torch.ones(1, 128, dtype=torch.bfloat16)
+    chosen = program(BF16, 1, 1)
+    assert product(BF16, chosen, packed[:-16], x, 16)[1].startswith("access outside of global memory")
+    shifted = torch.cat([x.flatten(), x.flatten()[:1]])[1:].view(1, 128)
+    assert product(BF16, chosen, packed, shifted, 16)[1].startswith("misaligned access of 16 bytes to global")

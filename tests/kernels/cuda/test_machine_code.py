@@ -1,0 +1,60 @@
+"""What the compiler makes of the kernels, for every architecture: registers, spills, the instructions of the hot loop."""
+
+from __future__ import annotations
+
+import pytest
+
+from rac_modifier.kernels.cuda.layout import BF16, INT4, Layout
+from rac_modifier.kernels.cuda.programs import program
+from tests.kernels.cuda.machine_code import Kernel, kernels, operations
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"]
+# Another group changes only how many scales are read: one architecture shows it.
+BUILDS = [*((layout, each) for layout in (BF16, INT4[128]) for each in ARCHITECTURES), (INT4[64], "sm_90a")]
+# Instructions of the loop per weight of a lane, at most, by token tiles, for two row tiles; of a B200, which has the least per
+# byte that it reads, 5 are there for bf16 and 1.8 for int4 (docs/results/gpu.md). Measured: 0.76-0.83, 1.17-1.48, 1.6-1.95 for
+# bf16, and 1.28-1.40, 1.8-2.0, 2.3-2.8 for int4 in groups of 128.
+MOST = {("rac_24_bf16", 1): 0.9, ("rac_24_bf16", 2): 1.55, ("rac_24_bf16", 4): 2.1}
+MOST |= {("rac_24_int4", 1): 1.5, ("rac_24_int4", 2): 2.15, ("rac_24_int4", 4): 3.0}
+MOST_REGISTERS = 168  # 128 threads x 168 x 3 blocks fit into 65,536; shared memory allows fewer blocks on most cards
+
+
+def decode_kernels(layout: Layout, architecture: str) -> list[tuple[int, int, Kernel]]:
+    """Row tiles, token tiles and kernel."""
+    found = kernels(layout, architecture)
+    return [(r, t, found[program(layout, r, t).name]) for r in (1, 2) for t in (1, 2, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "architecture"), BUILDS, ids=lambda value: getattr(value, "prefix", value))
+class TestMachineCode:
+    def test_nothing_is_spilled_and_no_local_memory_is_used(self, layout, architecture):
+        for name, kernel in kernels(layout, architecture).items():
+            assert kernel.spills == 0, name
+            assert kernel.registers <= MOST_REGISTERS, name
+            assert not [each for each in kernel.instructions if each.split(" ")[0] in ("LDL", "STL")], name
+
+    def test_the_loop_has_the_sparse_products_and_no_others(self, layout, architecture):
+        """Each warp has the products of its row tiles, token tiles and chunk: 32 columns per product."""
+        for rows, tokens, kernel in decode_kernels(layout, architecture):
+            columns = 256 if layout.group and tokens == 1 else 64 if tokens > 1 and not layout.group else 128
+            assert kernel.count("HMMA.SP") == kernel.count("HMMA") == rows * tokens * columns // 32, kernel.name
+
+    def test_weights_come_by_asynchronous_copies_of_16_bytes(self, layout, architecture):
+        """All of a chunk, ahead of its use: nothing but metadata and scales is loaded in smaller pieces, and only from
+        shared memory."""
+        for rows, tokens, kernel in decode_kernels(layout, architecture):
+            units = 2 if tokens == 1 else 1
+            pieces = rows * units * layout.unit_bytes / 16 + tokens * 8 * units * layout.unit_columns / 8
+            copies = kernel.count("LDGSTS")
+            assert copies == sum(".128" in each for each in kernel.loop if "LDGSTS" in each)
+            assert pieces / 32 <= copies < pieces / 32 + 2, kernel.name
+            assert kernel.count("LDG.") == kernel.count("STG") == kernel.count("STS") == 0, kernel.name
+            assert kernel.count("LDGDEPBAR") == kernel.count("DEPBAR") == 1
+            assert kernel.count("LDSM") == units * layout.unit_columns // 32 * tokens
+
+    def test_the_loop_is_within_its_budget(self, layout, architecture):
+        for rows, tokens, kernel in decode_kernels(layout, architecture):
+            if rows == 2 and layout.group != 64:
+                per_weight = len(kernel.loop) / (16 * kernel.count("HMMA.SP") / tokens)
+                assert per_weight <= MOST[layout.prefix, tokens], (kernel.name, per_weight, operations(kernel))

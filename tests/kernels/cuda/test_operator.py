@@ -1,0 +1,115 @@
+"""What the operator launches: which kernel, on which stream, with which addresses; and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.kernels import cuda
+from rac_modifier.kernels.cuda import library, operator
+from rac_modifier.kernels.cuda.layout import BF16
+from rac_modifier.kernels.cuda.operator import sparse_linear
+from tests.kernels.cuda.fake_gpu import STREAM, FakeDriver
+from tests.kernels.cuda.weights import assert_product, bf16_weight
+
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture
+def packed(gpu: FakeDriver) -> torch.Tensor:
+    """A weight [48, 128], which needs loaded kernels."""
+    data = cuda.pack(bf16_weight(48, 128), DTYPE)["weight_packed"]
+    gpu.calls.clear()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name", "grid"), [(1, "r1_t1", (3, 1)), (16, "r1_t2", (3, 1)), (70, "r1_t4", (3, 3))]
+)
+def test_one_launch_on_torchs_stream(gpu, packed, tokens, name, grid):
+    x, bias = torch.randn(tokens, 128).to(DTYPE), torch.randn(48).to(DTYPE)
+    y = sparse_linear(x, packed, 48, 128, bias)
+    (launch,) = gpu.launches
+    assert (launch.name, launch.grid, launch.stream) == (f"rac_24_bf16_{name}", grid, STREAM)
+    assert launch.values == (packed.data_ptr(), x.data_ptr(), bias.data_ptr(), y.data_ptr(), 48, 128, tokens, 2, 0)
+
+
+def test_nothing_but_launches_while_a_graph_is_captured(gpu, packed):
+    gpu.capturing = True
+    for tokens in (1, 8, 24, 64, 256):
+        sparse_linear(torch.zeros(tokens, 128, dtype=DTYPE), packed, 48, 128)
+    assert set(gpu.calls) == {"cuLaunchKernel"}
+
+
+def test_many_tokens_expand_the_weight_in_parts(gpu, monkeypatch):
+    weight = bf16_weight(72, 128)
+    packed = cuda.pack(weight, DTYPE)["weight_packed"]
+    monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 128 * 40)  # 40 rows, of which two tiles are used
+    x, bias = torch.randn(130, 128).to(DTYPE), torch.randn(72).to(DTYPE)
+    y = sparse_linear(x, packed, 72, 128, bias)
+    assert [launch.values[-1] for launch in gpu.launches] == [0, 2, 4]
+    assert [launch.grid for launch in gpu.launches] == [(2, 1), (2, 1), (1, 1)]
+    assert len({launch.values[3] for launch in gpu.launches}) == 1  # the same scratch memory
+    assert_product(y, x, weight.dequantized(torch.float64), bias)
+    assert_product(sparse_linear(x, packed, 72, 128), x, weight.dequantized(torch.float64))
+
+
+def test_a_batch_invariant_server_gets_the_same_bits_alone_and_among_others(gpu, packed, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    x = torch.randn(140, 128).to(DTYPE)
+    every = sparse_linear(x, packed, 48, 128)
+    assert torch.equal(sparse_linear(x[3:4], packed, 48, 128), every[3:4])
+    assert {launch.name for launch in gpu.launches} == {"rac_24_bf16_r1_t4"}
+
+
+def test_x_may_be_a_view_at_any_address(gpu, packed):
+    wide = torch.randn(3, 130).to(DTYPE)
+    view = wide[:, 1:129]
+    assert torch.equal(sparse_linear(view, packed, 48, 128), sparse_linear(view.clone(), packed, 48, 128))
+    flat = torch.randn(129).to(DTYPE)[1:]
+    assert torch.equal(sparse_linear(flat, packed, 48, 128), sparse_linear(flat.clone(), packed, 48, 128))
+
+
+def test_no_token_is_no_launch(gpu, packed):
+    assert sparse_linear(torch.zeros(0, 128, dtype=DTYPE), packed, 48, 128).shape == (0, 48)
+    assert gpu.launches == []
+
+
+def test_kernels_that_were_not_loaded_are_an_error_and_are_not_loaded_now(gpu, packed):
+    library.forget()
+    gpu.capturing = True
+    with pytest.raises(RacError, match="no GPU kernels are loaded on device 0"):
+        sparse_linear(torch.zeros(1, 128, dtype=DTYPE), packed, 48, 128)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (
+            {"x": torch.zeros(1, 128)},
+            r"x: torch.float32 \[1, 128\]; the sparse GPU kernel takes bfloat16 with 128 columns",
+        ),
+        ({"x": torch.zeros(1, 64, dtype=DTYPE)}, r"x: torch.bfloat16 \[1, 64\]"),
+        ({"x": torch.zeros(1, 100, dtype=DTYPE), "columns": 100}, "a weight of 100 columns: .* a multiple of 8"),
+        ({"rows": 64}, r"data: torch.uint8 \[.*\] does not fit a weight \[64, 128\]"),
+        ({"data": torch.zeros(4, dtype=torch.uint8)}, r"data: torch.uint8 \[4\] does not fit"),
+        ({"bias": torch.zeros(47, dtype=DTYPE)}, r"bias: torch.bfloat16 \[47\]"),
+        ({"bias": torch.zeros(48)}, r"bias: torch.float32 \[48\]"),
+        (
+            {"bias": torch.zeros(48, dtype=DTYPE, device="meta")},
+            "x is on cpu; the weight and the bias must be there too",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(packed, changed, problem):
+    arguments = {
+        "x": torch.zeros(1, 128, dtype=DTYPE),
+        "data": packed,
+        "rows": 48,
+        "columns": 128,
+        "bias": None,
+    } | changed
+    with pytest.raises(RacError, match=problem):
+        operator._forward(**arguments)
+    assert BF16.nbytes(48, 128) == packed.numel()
