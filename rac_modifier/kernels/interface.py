@@ -19,6 +19,7 @@ class Layer:
 
     density: share of the weights that is stored, 0 to 1. stored: dtype of the stored values, int32 for words of 4-bit
     values. served: dtype of the activations, and of the weight if the layer runs dense. group: columns that share a scale.
+    group_bytes: bytes of the scale, and of the zero point if there is one, of a row and group.
 
     Raises:
         RacError: sizes that are not positive, or a density outside of 0 to 1.
@@ -30,6 +31,7 @@ class Layer:
     stored: torch.dtype
     served: torch.dtype
     group: int
+    group_bytes: int = 4
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1 or not 0.0 <= self.density <= 1.0:
@@ -41,14 +43,16 @@ class Layer:
     @classmethod
     def of(cls, weight: StoredWeight, served: torch.dtype) -> Layer:
         """The numbers of a stored weight."""
-        return cls(weight.rows, weight.columns, weight.density, weight.values.dtype, served, weight.group)
+        stored = torch.int32 if weight.bits == 4 else weight.values.dtype
+        return cls(weight.rows, weight.columns, weight.density, stored, served, weight.group, weight.group_bytes)
 
 
 @dataclass(frozen=True)
 class Decision:
     """How a layer runs. `kernel` is its name, such as "sparse kernel avx2", or "dense"; `reason` is one readable line.
 
-    bytes_per_weight: of the packed layout, masks and padding included, also where the decision is dense.
+    bytes_per_weight: of the packed layout, masks and padding included, and scales that are shared by groups of columns; also
+    where the decision is dense.
     dense_bytes: bytes per weight of the same layer stored dense in the dtype that it is served in.
     """
 
