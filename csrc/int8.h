@@ -1,4 +1,4 @@
-// Products with 8-bit weights: exact integer arithmetic between two roundings. First x is rounded to 16-bit integers, with
+// Products with 8-bit and 4-bit weights: exact integer arithmetic between two roundings. First x is rounded to 16-bit integers, with
 // one scale per line and block of columns. At the end the sums of a block become fp32, times the scales of x and of the weight.
 //
 // An outlier in x therefore reduces the accuracy of the other columns of its own block, and of no others. As long as it is
@@ -62,8 +62,14 @@ struct Product8 {
     const float* x_scale;      // [m][blocks]
     const int32_t* x_sums;     // [m][blocks], the sums of the integers
     int64_t block, blocks;     // columns; a multiple of 4, for AMX of 64
-    const float* scale;        // [panels][groups][16]
+    const void* scale;         // [panels][groups][16]
+    Type scale_type;           // FP32, or BF16 of 4-bit weights
     int64_t groups;            // 1, or one per block
+
+    int64_t scale_at(int64_t panel, int64_t block) const { return (panel * groups + (groups > 1 ? block : 0)) * PANEL; }
+    const uint8_t* zeros_of(int64_t panel, int64_t block) const {
+        return out.weight.zeros_of(panel, out.weight.zero_groups > 1 ? block : 0);
+    }
 };
 
 // Panels [first, last) on AMX tiles. False if there is not enough memory.
@@ -122,7 +128,8 @@ RAC_INLINE void add_scaled_sums(const int32_t* sums, const float* x_scale, int64
 // Add the integer sums of one block, one panel and some lines to the fp32 sums.
 inline void add_block(const Product8& product, AddScaled add, int64_t panel, int64_t block, int64_t line, int64_t lines,
                       const int32_t* sums, float* acc) {
-    const float* scale = product.scale + (panel * product.groups + (product.groups > 1 ? block : 0)) * PANEL;
+    float scale[PANEL];
+    for (int64_t n = 0; n < PANEL; n++) scale[n] = read(product.scale, product.scale_type, product.scale_at(panel, block) + n);
     add(sums, product.x_scale + line * product.blocks + block, product.blocks, scale, lines, acc);
 }
 

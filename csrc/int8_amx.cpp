@@ -1,8 +1,8 @@
-// 8-bit weights on AMX: tdpbssd multiplies both bytes of x with a tile of 16 quads x 16 rows x 4 columns.
+// 8-bit and 4-bit weights on AMX: tdpbssd multiplies both bytes of x with a tile of 16 quads x 16 rows x 4 columns.
 //
 // Two panels at a time. A block of columns is expanded once (a dense weight needs no expansion) and used by all lines, 16 at a
 // time. Tiles 0-3 hold the sums [byte][panel], 4-5 the bytes of x, 6-7 the weights.
-#include "int8.h"
+#include "int4.h"
 
 #if (defined(__x86_64__) && defined(__linux__) && \
      (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)) || defined(RAC_EMULATE)
@@ -118,7 +118,14 @@ bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
                 }
                 int8_t* to = expanded + p * MOST_TILES * TILE;
                 weights[p] = to;
-                const uint32_t* masks = weight.masks_of(panel + p) + column / 2;
+                const uint32_t* masks = weight.masks_of(panel + p) + (weight.type == DENSE4 ? 0 : column / 2);
+                if (is_four_bit(weight.type)) {
+                    const int64_t quads = (columns + 3) / 4;
+                    values[p] = avx512_kernel4.expand[weight.type - INT4](masks, values[p],
+                                                                          product.zeros_of(panel + p, block), quads, to);
+                    std::memset(to + QUAD * quads, 0, TILE * tiles - QUAD * quads);
+                    continue;
+                }
                 for (int64_t tile = 0; tile < tiles; tile++) {
                     const int64_t quads = smaller((columns - 64 * tile + 3) / 4, 16);
                     values[p] = expand_tile(masks + 32 * tile, values[p], quads, to + TILE * tile);

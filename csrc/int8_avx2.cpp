@@ -1,5 +1,5 @@
-// 8-bit weights on AVX2: they are widened to 16 bits, and vpmaddwd multiplies two columns at a time, exactly.
-#include "int8.h"
+// 8-bit and 4-bit weights on AVX2: they are widened to 16 bits, and vpmaddwd multiplies two columns at a time, exactly.
+#include "int4.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -124,6 +124,60 @@ const char* expand(const uint32_t* masks, const char* values, int64_t quads, voi
     return values;
 }
 
+// The 16 codes of zero, plus `more`, each one in the four columns of its row, as 16-bit numbers.
+inline Quad zeros_of_rows(const uint8_t* zeros, int more) {
+    alignas(32) int16_t columns[QUAD];
+    for (int i = 0; i < QUAD; i++) columns[i] = static_cast<int16_t>(more + (zeros ? zeros[i / 4] : ZERO_CODE));
+    Quad quad;
+    for (int i = 0; i < 4; i++) quad.w[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(columns) + i);
+    return quad;
+}
+
+// An Expand4 of DENSE4, at most BLOCK_MOST columns.
+const char* expand_dense4(const uint32_t*, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    const Quad zero = zeros_of_rows(zeros, 0);
+    const __m128i halves = _mm_set1_epi8(15);
+    __m256i* to = static_cast<__m256i*>(out);
+    for (int64_t q = 0; q < quads; q += 2, codes += QUAD, to += 8)
+        for (int i = 0; i < 4; i++) {
+            const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + i);
+            const __m128i low = _mm_and_si128(both, halves), high = _mm_and_si128(_mm_srli_epi16(both, 4), halves);
+            _mm256_store_si256(to + i, _mm256_sub_epi16(_mm256_cvtepu8_epi16(low), zero.w[i]));
+            if (q + 1 < quads) _mm256_store_si256(to + 4 + i, _mm256_sub_epi16(_mm256_cvtepu8_epi16(high), zero.w[i]));
+        }
+    return codes;
+}
+
+// An Expand4 of INT4, at most BLOCK_MOST columns: first each code becomes a byte, then these are spread as 8-bit weights are.
+const char* expand_int4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    constexpr int PLUS = 16;  // so that a stored code is not 0
+    const Quad zero = zeros_of_rows(zeros, PLUS);
+    const __m128i halves = _mm_set1_epi8(15), plus = _mm_set1_epi8(PLUS);
+    uint64_t size = 0;
+    for (int64_t q = 0; q < quads; q++) size += code_bytes(count(masks[2 * q]) + count(masks[2 * q + 1]));
+    char bytes[PANEL * BLOCK_MOST + 64];
+    for (uint64_t at = 0; at < size; at += 16) {  // the codes have 64 bytes of padding
+        _mm_prefetch(codes + at + 1024, _MM_HINT_T0);
+        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + at));
+        const __m128i low = _mm_or_si128(_mm_and_si128(both, halves), plus);
+        const __m128i high = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(both, 4), halves), plus);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 2 * at), _mm_unpacklo_epi8(low, high));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 2 * at + 16), _mm_unpackhi_epi8(low, high));
+    }
+    __m256i* to = static_cast<__m256i*>(out);
+    const char* values = bytes;
+    for (int64_t q = 0; q < quads; q++, to += 4) {
+        Quad quad;
+        const char* end = expand_quad<INT8>(masks + 2 * q, values, quad);
+        for (int i = 0; i < 4; i++) {
+            const __m256i stored = _mm256_cmpgt_epi16(quad.w[i], _mm256_setzero_si256());
+            _mm256_store_si256(to + i, _mm256_and_si256(_mm256_sub_epi16(quad.w[i], zero.w[i]), stored));
+        }
+        values += 2 * code_bytes(static_cast<uint64_t>(end - values));
+    }
+    return codes + size;
+}
+
 float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
     return quantize_block(x, type, columns, integers, bytes);
 }
@@ -143,9 +197,12 @@ extern const Kernel8 avx2_kernel8 = {
     INTEGERS, quantize, add, 2, 2, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(EXPANDED),
 };
 
+extern const Kernel4 avx2_kernel4 = {{expand_int4, expand_dense4}, 0, {}};
+
 }  // namespace rac
 #else
 namespace rac {
 extern const Kernel8 avx2_kernel8 = {};
+extern const Kernel4 avx2_kernel4 = {};
 }  // namespace rac
 #endif

@@ -21,6 +21,7 @@
 namespace rac {
 namespace {
 
+#include "add_products.h"
 #include "expand_bytes.h"
 
 constexpr int EXPANDED = 4;  // a form: expanded quads, in the first-level cache
@@ -37,18 +38,6 @@ inline __m512i expand_quad(const uint32_t* masks, const char*& values) {
     const __m512i quad = expand_bytes(mask, values);
     values += static_cast<uint64_t>(__builtin_popcountll(mask));
     return quad;
-}
-
-// Add four products, of unsigned bytes of w and signed bytes of x, to each sum. As assembly: with the intrinsic, GCC uses two
-// registers per sum and copies or spills them at every step.
-inline void add_products(__m512i& sums, __m512i w, const char* x) {
-#if defined(RAC_EMULATE)
-    int32_t bytes;
-    std::memcpy(&bytes, x, sizeof bytes);
-    sums = _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(bytes));
-#else
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(w), "m"(*reinterpret_cast<const char(*)[4]>(x)));
-#endif
 }
 
 // A few lines use two sets of sums, for every other quad, since each addition depends on the one before it.

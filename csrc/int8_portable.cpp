@@ -1,7 +1,7 @@
-// 8-bit weights on any processor, in plain C++.
+// 8-bit and 4-bit weights on any processor, in plain C++.
 #include <cstring>
 
-#include "int8.h"
+#include "int4.h"
 
 namespace rac {
 namespace {
@@ -41,6 +41,29 @@ const char* expand(const uint32_t* masks, const char* values, int64_t quads, voi
     return values;
 }
 
+// An Expand4.
+template <int form>
+const char* expand4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    int8_t* quad = static_cast<int8_t*>(out);
+    const auto value = [=](int code, int n) { return static_cast<int8_t>(code - (zeros ? zeros[n] : ZERO_CODE)); };
+    for (int64_t q = 0; q < quads; q++, quad += QUAD) {
+        if (form == DENSE4) {
+            const char* from = codes + q / 2 * QUAD;
+            for (int i = 0; i < QUAD; i++) quad[i] = value(static_cast<uint8_t>(from[i]) >> (q % 2 ? 4 : 0) & 15, i / 4);
+            continue;
+        }
+        std::memset(quad, 0, QUAD);
+        uint64_t count = 0;
+        for (int half = 0; half < 2; half++)
+            for (uint32_t left = masks[2 * q + half]; left; left &= left - 1, count++) {
+                const int at = 32 * half + __builtin_ctz(left);
+                quad[at] = value(static_cast<uint8_t>(codes[count / 2]) >> (count % 2 ? 4 : 0) & 15, at / 4);
+            }
+        codes += code_bytes(count);
+    }
+    return form == DENSE4 ? codes + (quads + 1) / 2 * QUAD : codes;
+}
+
 float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
     return quantize_block(x, type, columns, integers, bytes);
 }
@@ -55,5 +78,7 @@ void add(const int32_t* sums, const float* x_scale, int64_t stride, const float*
 extern const Kernel8 portable_kernel8 = {
     INTEGERS, quantize, add, 4, 4, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(DENSE8),
 };
+
+extern const Kernel4 portable_kernel4 = {{expand4<INT4>, expand4<DENSE4>}, 0, {}};
 
 }  // namespace rac

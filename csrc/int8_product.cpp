@@ -1,4 +1,4 @@
-// The product with 8-bit weights: x is rounded to integers; which kernel multiplies which panels and lines.
+// The product with 8-bit and 4-bit weights: x is rounded to integers; which kernel multiplies which panels and lines.
 #include "int8_product.h"
 
 #include <algorithm>
@@ -6,8 +6,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "int4.h"
+
 namespace rac {
 namespace {
+
+const Kernel4& kernel4_of(const Kernel8& kernel) {
+    return &kernel == &avx512_kernel8 ? avx512_kernel4 : &kernel == &avx2_kernel8 ? avx2_kernel4 : portable_kernel4;
+}
 
 // The offset in bytes of a column of the lines from `line` on; in QUADS, `lines` of them are interleaved.
 int64_t offset_of(Format8 format, int64_t line, int64_t lines, int64_t stride, int64_t column) {
@@ -58,19 +64,23 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
     const Weight& weight = product.out.weight;
     const int64_t form = weight.type - INT8, column = block * product.block;
     const int64_t quads = (std::min(product.block, weight.columns - column) + 3) / 4;
-    const uint32_t* masks = weight.masks_of(panel) + (form ? 0 : column / 2);
+    const uint32_t* masks = weight.masks_of(panel) + (is_dense(weight.type) ? 0 : column / 2);
     const auto x_lines = [&](int64_t at, int64_t some) -> Lines8 {
         const char* x = product.x + offset_of(kernel.format, at, some, product.stride, column);
         return {x, product.stride, product.x_sums + at * product.blocks + block, product.blocks};
     };
     int32_t sums[MOST_LINES * PANEL];
-    if (product.out.m <= kernel.lines) {
+    if (product.out.m <= kernel.lines && !is_four_bit(weight.type)) {
         values = kernel.dot[form][lines - 1](masks, values, quads, x_lines(line, lines), sums);
         add_block(product, kernel.add, panel, block, line, lines, sums, acc);
         return values;
     }
     alignas(64) char expanded[2 * PANEL * BLOCK_MOST];
-    values = kernel.expand[form](masks, values, quads, expanded);
+    if (is_four_bit(weight.type))
+        values = kernel4_of(kernel).expand[weight.type - INT4](masks, values, product.zeros_of(panel, block), quads,
+                                                                expanded);
+    else
+        values = kernel.expand[form](masks, values, quads, expanded);
     for (int64_t at = 0; at < lines; at += kernel.expanded_lines) {
         const int64_t some = std::min<int64_t>(lines - at, kernel.expanded_lines);
         kernel.dot_expanded[some - 1](nullptr, expanded, quads, x_lines(line + at, some), sums);
@@ -79,7 +89,21 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
     return values;
 }
 
+// A few lines times panels [first, last) of a 4-bit weight.
+void few_lines4(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
+    const Dot4 dot = kernel4_of(kernel).dot[product.out.weight.type - INT4][product.out.m - 1];
+    alignas(64) float acc[LINES_TOGETHER * PANEL];
+    for (int64_t panel = first; panel < last; panel++) {
+        dot(product, panel, acc);
+        store(product.out, panel, 1, 0, product.out.m, acc, product.out.m * PANEL, PANEL);
+    }
+}
+
 bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
+    if (is_four_bit(product.out.weight.type) && product.out.m <= kernel4_of(kernel).lines) {
+        few_lines4(product, kernel, first, last);
+        return true;
+    }
     const int64_t m = product.out.m, step = m <= FEW_LINES ? 1 : PANELS_PER_CHUNK;
     float* acc = static_cast<float*>(std::malloc(std::min(m, CHUNK) * step * PANEL * sizeof(float)));
     if (!acc) return false;
@@ -122,22 +146,30 @@ const Kernel8* kernel8_of(int32_t isa) {
     return isa >= AVX512 && has_vnni() ? &avx512_kernel8 : isa >= AVX2 ? &avx2_kernel8 : &portable_kernel8;
 }
 
-Status linear8(const Product& out, const void* x, Type x_type, const float* scale, int64_t groups, int32_t isa,
-               int threads) {
-    const int64_t columns = out.weight.columns;
-    if (!scale) return fail(BAD_ARGUMENT, "scale: missing, an 8-bit weight needs one");
+Status linear8(const Product& out, const void* x, Type x_type, const void* scale, Type scale_type, int64_t groups,
+               int32_t isa, int threads) {
+    const int64_t columns = out.weight.columns, zero_groups = out.weight.zero_groups;
+    if (!scale) return fail(BAD_ARGUMENT, "scale: missing, a weight of integers needs one");
+    if (scale_type != FP32 && !is_four_bit(out.weight.type))
+        return fail(BAD_ARGUMENT, "scale: an 8-bit weight needs one in fp32");
+    if (zero_groups > 1 && zero_groups != groups)
+        return fail(BAD_ARGUMENT, "scale: %lld groups, where the weight's zeros have %lld", (long long)groups,
+                    (long long)zero_groups);
     Product8 product;
     product.out = out;
     product.scale = scale;
+    product.scale_type = scale_type;
     product.groups = groups;
     product.block = BLOCK_MOST;
     if (groups > 1) {
         product.block = columns / groups;
-        if (product.block % 4 || product.block > BLOCK_MOST)
-            return fail(BAD_ARGUMENT, "scale: groups of %lld columns; they must have 4, 8, 12, ... or 512",
-                        (long long)product.block);
+        const int64_t unit = out.weight.type == DENSE4 ? PAIR_OF_QUADS : 4;
+        if (product.block % unit || product.block > BLOCK_MOST)
+            return fail(BAD_ARGUMENT, "scale: groups of %lld columns; they must have a multiple of %lld, at most 512",
+                        (long long)product.block, (long long)unit);
     }
     if (isa == AMX && (!has_amx_int8() || product.block % 64)) isa = AVX512;
+    if (isa == AMX && is_four_bit(out.weight.type) && out.m <= LINES_TOGETHER) isa = AVX512;  // expands in registers
     const Format8 format = isa == AMX ? PLANES : kernel8_of(isa)->format;
     product.blocks = (columns + product.block - 1) / product.block;
     product.stride = (columns + 63) / 64 * 64;
@@ -169,11 +201,16 @@ Status linear8(const Product& out, const void* x, Type x_type, const float* scal
 void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type out_type, int64_t stride) {
     const Kernel8& kernel = kernel8_of(isa) == &avx2_kernel8 ? portable_kernel8 : *kernel8_of(isa);  // AVX2 expands to 16 bits
     const char* values = weight.values_of(panel);
+    const int64_t group = weight.zero_groups > 1 ? weight.columns / weight.zero_groups : weight.columns;
     int8_t block[PANEL * BLOCK_MOST];
-    for (int64_t first = 0; first < weight.columns; first += BLOCK_MOST) {
-        const int64_t count = std::min(BLOCK_MOST, weight.columns - first);
-        const uint32_t* masks = weight.masks_of(panel) + (weight.type == INT8 ? first / 2 : 0);
-        values = kernel.expand[weight.type - INT8](masks, values, (count + 3) / 4, block);
+    for (int64_t first = 0, count; first < weight.columns; first += count) {
+        count = std::min({BLOCK_MOST, weight.columns - first, group - first % group});
+        const uint32_t* masks = weight.masks_of(panel) + (is_dense(weight.type) ? 0 : first / 2);
+        if (is_four_bit(weight.type))
+            values = kernel4_of(kernel).expand[weight.type - INT4](masks, values, weight.zeros_of(panel, first / group),
+                                                                   (count + 3) / 4, block);
+        else
+            values = kernel.expand[weight.type - INT8](masks, values, (count + 3) / 4, block);
         for (int64_t k = 0; k < count; k++)
             for (int n = 0; n < PANEL; n++) {
                 const float value = block[k / 4 * QUAD + 4 * n + k % 4];

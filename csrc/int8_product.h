@@ -1,4 +1,4 @@
-// What product.cpp calls for 8-bit weights.
+// What product.cpp calls for 8-bit and 4-bit weights.
 #pragma once
 #include "int8.h"
 
@@ -7,8 +7,8 @@ namespace rac {
 const Kernel8* kernel8_of(int32_t isa);
 
 // As linear() of product.h. `scale` is [panels][groups][16], and the groups have equally many columns.
-Status linear8(const Product& out, const void* x, Type x_type, const float* scale, int64_t groups, int32_t isa,
-               int threads);
+Status linear8(const Product& out, const void* x, Type x_type, const void* scale, Type scale_type, int64_t groups,
+               int32_t isa, int threads);
 
 // The integers of a panel, without scale, as dense columns.
 void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type out_type, int64_t stride);

@@ -7,20 +7,32 @@ namespace rac {
 static const char MAGIC[8] = {'R', 'A', 'C', 'p', 'a', 'c', 'k', '1'};
 static const int64_t LIMIT = int64_t{1} << 31;  // of rows and columns; every product below then fits int64
 
-bool layout_of(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, Layout* layout) {
-    if (rows < 1 || columns < 1 || rows >= LIMIT || columns >= LIMIT || type < BF16 || type > DENSE8) return false;
+bool layout_of(const Sizes& sizes, Layout* layout) {
+    const int64_t rows = sizes.rows, columns = sizes.columns, nonzeros = sizes.nonzeros, groups = sizes.zero_groups;
+    const int32_t type = sizes.type;
+    if (rows < 1 || columns < 1 || rows >= LIMIT || columns >= LIMIT || type < BF16 || type > DENSE4) return false;
     if (nonzeros < 0 || nonzeros > rows * columns || rows * columns >= int64_t{1} << 48) return false;
+    if (groups < 0 || groups > columns || (groups && !is_four_bit(type))) return false;
+    if (groups > 1 && (columns % groups || columns / groups % PAIR_OF_QUADS)) return false;
     layout->panels = (rows + PANEL - 1) / PANEL;
     layout->words = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_WORDS;
-    int64_t stored = nonzeros;
-    if (type == DENSE8) {
+    int64_t stored = nonzeros * size_of(static_cast<Type>(type));
+    if (is_dense(type)) {
         if (nonzeros != rows * columns) return false;
         layout->words = 0;
-        stored = layout->panels * dense_panel(columns);
+        stored = layout->panels * dense_panel(type, columns);
+    }
+    if (type == INT4) {
+        stored = sizes.code_bytes;
+        if (stored < (nonzeros + 1) / 2 || stored > (nonzeros + layout->panels * ((columns + 3) / 4)) / 2) return false;
+    } else if (sizes.code_bytes) {
+        return false;
     }
     layout->masks_at = static_cast<int64_t>(sizeof(Header)) + (8 * (layout->panels + 1) + 63) / 64 * 64;
-    layout->values_at = layout->masks_at + 4 * layout->panels * layout->words;
-    layout->bytes = (layout->values_at + stored * size_of(static_cast<Type>(type)) + 63) / 64 * 64 + 64;
+    layout->zeros_at = layout->masks_at + 4 * layout->panels * layout->words;
+    layout->values_at = layout->zeros_at + (layout->panels * groups * PANEL + 63) / 64 * 64;
+    layout->values_end = layout->values_at + stored;
+    layout->bytes = (layout->values_end + 63) / 64 * 64 + 64;
     return true;
 }
 
@@ -32,46 +44,60 @@ Status view(const void* data, int64_t bytes, Weight* weight) {
     if (reinterpret_cast<uintptr_t>(data) % 64) return fail(BAD_ARGUMENT, "its data is not aligned to 64 bytes");
     std::memcpy(&header, data, sizeof header);
     if (std::memcmp(header.magic, MAGIC, sizeof MAGIC)) return fail(DAMAGED, "its header is not that of a packed weight");
-    if (!layout_of(header.rows, header.columns, header.nonzeros, header.type, &layout))
+    const Sizes sizes = {header.rows, header.columns,    header.nonzeros,
+                         header.type, header.code_bytes, header.zero_groups};
+    if (!layout_of(sizes, &layout))
         return fail(DAMAGED, "its header has impossible sizes");
     if (layout.bytes != bytes)
         return fail(DAMAGED, "%lld bytes where its header needs %lld", (long long)bytes, (long long)layout.bytes);
     const char* base = static_cast<const char*>(data);
     weight->rows = header.rows;
+    weight->code_bytes = header.code_bytes;
     weight->columns = header.columns;
     weight->nonzeros = header.nonzeros;
     weight->panels = layout.panels;
     weight->words = layout.words;
+    weight->zero_groups = header.zero_groups;
     weight->type = static_cast<Type>(header.type);
     weight->offsets = reinterpret_cast<const uint64_t*>(base + sizeof header);
     weight->masks = reinterpret_cast<const uint32_t*>(base + layout.masks_at);
+    weight->zeros = reinterpret_cast<const uint8_t*>(base + layout.zeros_at);
     weight->values = base + layout.values_at;
     return OK;
 }
 
-void write_header(void* data, int64_t rows, int64_t columns, int64_t nonzeros, Type type) {
+void write_header(void* data, const Sizes& sizes) {
     Header header = {};
     std::memcpy(header.magic, MAGIC, sizeof MAGIC);
-    header.type = type;
-    header.rows = rows;
-    header.columns = columns;
-    header.nonzeros = nonzeros;
+    header.type = sizes.type;
+    header.rows = sizes.rows;
+    header.columns = sizes.columns;
+    header.nonzeros = sizes.nonzeros;
+    header.code_bytes = sizes.code_bytes;
+    header.zero_groups = sizes.zero_groups;
     std::memcpy(data, &header, sizeof header);
 }
 
 Status check(const Weight& weight) {
     if (weight.offsets[0] != 0) return fail(DAMAGED, "the first offset is not 0");
-    if (weight.type == DENSE8) {  // its padding is multiplied by zeros, or its products are not written
+    for (int64_t i = 0; i < weight.panels * weight.zero_groups * PANEL; i++)
+        if (weight.zeros[i] > 15) return fail(DAMAGED, "a code of zero is %d, more than 15", weight.zeros[i]);
+    if (is_dense(weight.type)) {  // its padding is multiplied by zeros, or its products are not written
         for (int64_t panel = 0; panel <= weight.panels; panel++)
-            if (weight.offsets[panel] != static_cast<uint64_t>(panel * dense_panel(weight.columns)))
+            if (weight.offsets[panel] != static_cast<uint64_t>(panel * dense_panel(weight.type, weight.columns)))
                 return fail(DAMAGED, "panel %lld: its offset is not that of a dense weight", (long long)panel);
         return OK;
     }
+    uint64_t values = 0;
     for (int64_t panel = 0; panel < weight.panels; panel++) {
         const uint32_t* masks = weight.masks_of(panel);
-        uint64_t count = 0;
-        for (int64_t word = 0; word < weight.words; word++) count += __builtin_popcount(masks[word]);
-        if (weight.offsets[panel] + count != weight.offsets[panel + 1])
+        uint64_t size = 0;  // in the unit of the offsets
+        for (int64_t word = 0; word < weight.words; word += 2) {
+            const uint64_t count = __builtin_popcount(masks[word]) + __builtin_popcount(masks[word + 1]);
+            values += count;
+            size += weight.type == INT4 ? (count + 1) / 2 : count;
+        }
+        if (weight.offsets[panel] + size != weight.offsets[panel + 1])
             return fail(DAMAGED, "panel %lld: its masks and its offset disagree", (long long)panel);
         // A bit beyond the last column would be multiplied by the padding of x.
         for (int64_t word = weight.columns / 4 * 2; word < weight.words; word++)
@@ -79,7 +105,7 @@ Status check(const Weight& weight) {
                 if (masks[word] >> bit & 1 && column_of(weight.type, word, bit) >= weight.columns)
                     return fail(DAMAGED, "panel %lld: bits beyond the last column", (long long)panel);
     }
-    if (weight.offsets[weight.panels] != static_cast<uint64_t>(weight.nonzeros))
+    if (values != static_cast<uint64_t>(weight.nonzeros) || weight.offsets[weight.panels] != weight.stored())
         return fail(DAMAGED, "the last offset is not the number of values");
     const int64_t last = weight.panels - 1;
     for (int64_t word = 0; word < weight.words; word++)

@@ -13,7 +13,14 @@
 // Where every weight is stored there are no words, and each quad of a panel is 64 bytes (DENSE8, columns padded to 64).
 // The scales of integers, one per row or one per row and group of columns, are kept outside of the packed data.
 //
-//     Header | offsets: u64[panels + 1], in values | pad to 64 | masks: u32[panels][words] | values | pad, >= 64 bytes
+// 4-bit integers (INT4) have the masks of 8-bit ones. A value is stored as a code of four bits, 0 to 15: the value plus the
+// code of zero, which is 8, or given for each row and group of columns. The codes of a quad are in the order of its bits, two
+// per byte, the first one low. They start at a whole byte, so a quad with an odd number has four bits of padding.
+// Where every weight is stored there are no words (DENSE4): 64 bytes hold two neighbouring quads, the first one in the low
+// halves, the second one in the high ones; columns are padded to 64.
+//
+//     Header | offsets: u64[panels + 1], in values, of INT4 in bytes | pad to 64 | masks: u32[panels][words]
+//     | zeros: u8[panels][zero_groups][16] | pad to 64 | values | pad, >= 64 bytes
 //
 // Because of the last pad, a kernel can load a whole vector at the last value.
 #pragma once
@@ -23,57 +30,89 @@
 
 namespace rac {
 
-enum Type : int32_t { BF16 = 0, FP32 = 1, INT8 = 2, DENSE8 = 3 };
+enum Type : int32_t { BF16 = 0, FP32 = 1, INT8 = 2, DENSE8 = 3, INT4 = 4, DENSE4 = 5 };
 
 constexpr int64_t PANEL = 16;  // rows
 constexpr int64_t TILE_WORDS = 16;
 constexpr int64_t TILE_COLUMNS = 2 * TILE_WORDS;
 constexpr int64_t QUAD = 4 * PANEL;  // weights of four columns of a panel
 
-// Values of a panel of a DENSE8 weight.
-constexpr int64_t dense_panel(int64_t columns) { return (columns + 63) / 64 * 16 * QUAD; }
+constexpr bool is_dense(int32_t type) { return type == DENSE8 || type == DENSE4; }
+constexpr bool is_four_bit(int32_t type) { return type == INT4 || type == DENSE4; }
+constexpr int ZERO_CODE = 8;  // of a 4-bit weight without zeros
+constexpr int64_t PAIR_OF_QUADS = 8;  // columns that share the bytes of DENSE4
+
+// Bytes of a panel of a DENSE8 or DENSE4 weight.
+constexpr int64_t dense_panel(int32_t type, int64_t columns) {
+    return (columns + 63) / 64 * 16 * QUAD / (type == DENSE4 ? 2 : 1);
+}
 
 constexpr int64_t size_of(Type type) { return type == BF16 ? 2 : type == FP32 ? 4 : 1; }
+
+// What decides how many bytes a packed matrix has. `code_bytes`: of the codes of INT4, otherwise 0. `zero_groups`: groups of
+// equally many columns whose code of zero is given, or 0; only for 4-bit weights.
+struct Sizes {
+    int64_t rows, columns, nonzeros;
+    int32_t type;
+    int64_t code_bytes, zero_groups;
+};
 
 struct Header {
     char magic[8];
     int32_t type;
     int32_t unused;
-    int64_t rows, columns, nonzeros;
-    char pad[24];
+    int64_t rows, columns, nonzeros, code_bytes, zero_groups;
+    char pad[8];
 };
 static_assert(sizeof(Header) == 64, "offsets start at a cache line");
 
 // Where the parts of a packed matrix lie, in bytes from its start.
 struct Layout {
-    int64_t panels, words, masks_at, values_at, bytes;
+    int64_t panels, words, masks_at, zeros_at, values_at, values_end, bytes;
 };
 
 // A checked view of packed data.
 struct Weight {
-    int64_t rows, columns, nonzeros, panels, words;
+    int64_t rows, columns, nonzeros, panels, words, code_bytes, zero_groups;
     Type type;
     const uint64_t* offsets;
     const uint32_t* masks;
+    const uint8_t* zeros;
     const char* values;
 
     int64_t pairs() const { return (columns + 1) / 2; }
+    uint64_t stored() const { return static_cast<uint64_t>(type == INT4 ? code_bytes : nonzeros); }  // as offsets count
     int64_t value_bytes() const { return size_of(type); }
     const uint32_t* masks_of(int64_t panel) const { return masks + panel * words; }
     const char* values_of(int64_t panel) const {
         return values + static_cast<int64_t>(offsets[panel]) * value_bytes();
     }
+    int64_t zero_group_of(int64_t column) const { return zero_groups > 1 ? column / (columns / zero_groups) : 0; }
+    // The 16 codes of zero of a panel and group, or null where all are ZERO_CODE.
+    const uint8_t* zeros_of(int64_t panel, int64_t group) const {
+        return zero_groups ? zeros + (panel * zero_groups + group) * PANEL : nullptr;
+    }
 };
 
-// False where a size is not positive, too large, or the type is unknown.
-bool layout_of(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, Layout* layout);
+// False where a size is not positive, too large, or does not fit the others, or the type is unknown.
+bool layout_of(const Sizes& sizes, Layout* layout);
 
-void write_header(void* data, int64_t rows, int64_t columns, int64_t nonzeros, Type type);
+void write_header(void* data, const Sizes& sizes);
 
-// The stored values and a bitmask [rows][ceil(columns / 8)], both row-major, into `bytes` at `data`. DENSE8 has no bitmask.
-// The values may lie at any address.
-Status pack(const void* values, int64_t value_bytes, const uint8_t* bitmask, int64_t bitmask_bytes, int64_t rows,
-            int64_t columns, int32_t type, void* data, int64_t bytes, int threads);
+// Bytes of the codes of INT4, from a bitmask [rows][ceil(columns / 8)].
+int64_t count_code_bytes(const uint8_t* bitmask, int64_t rows, int64_t columns);
+
+struct Unpacked {
+    const void* values;  // row-major, of any alignment; of 4-bit weights int8
+    int64_t value_bytes;
+    const uint8_t* bitmask;  // [rows][ceil(columns / 8)]; none for DENSE8 and DENSE4
+    int64_t bitmask_bytes;
+    const uint8_t* zeros;  // [panels][zero_groups][16]
+    int64_t zero_bytes, zero_groups;
+};
+
+// The stored values and a bitmask into `bytes` at `data`.
+Status pack(const Unpacked& weight, int64_t rows, int64_t columns, int32_t type, void* data, int64_t bytes, int threads);
 
 // The checks that need no pass over the data.
 Status view(const void* data, int64_t bytes, Weight* weight);

@@ -6,7 +6,7 @@
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
-#define RAC_ABI 2
+#define RAC_ABI 3
 #endif
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -77,17 +77,24 @@ RAC_EXPORT const char* rac_compiler() {
 // Why the calling thread's latest call failed.
 RAC_EXPORT const char* rac_last_error() { return last_error(); }
 
-// Bytes of a packed weight; -1 for impossible sizes.
-RAC_EXPORT int64_t rac_packed_bytes(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type) {
+// Bytes of a packed weight; -1 for sizes that are impossible or do not fit each other. INT4 needs the bitmask.
+RAC_EXPORT int64_t rac_packed_bytes(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, const uint8_t* bitmask,
+                                    int64_t bitmask_bytes, int64_t zero_groups) {
+    Sizes sizes = {rows, columns, nonzeros, type, type == INT4 ? nonzeros - nonzeros / 2 : 0, zero_groups};
     Layout layout;
-    return layout_of(rows, columns, nonzeros, type, &layout) ? layout.bytes : -1;
+    if (!layout_of(sizes, &layout)) return -1;
+    if (type != INT4) return layout.bytes;
+    if (!bitmask || bitmask_bytes != rows * ((columns + 7) / 8)) return -1;
+    sizes.code_bytes = count_code_bytes(bitmask, rows, columns);
+    return layout_of(sizes, &layout) ? layout.bytes : -1;
 }
 
-// Fill `data`. No bitmask for DENSE8.
+// Fill `data`. No bitmask for DENSE8 and DENSE4. `zeros`: the codes of zero of a 4-bit weight, [panels][zero_groups][16].
 RAC_EXPORT int32_t rac_pack_weight(const void* values, int64_t value_bytes, const uint8_t* bitmask, int64_t bitmask_bytes,
-                                   int64_t rows, int64_t columns, int32_t type, void* data, int64_t bytes,
-                                   int32_t threads) {
-    return pack(values, value_bytes, bitmask, bitmask_bytes, rows, columns, type, data, bytes, threads < 1 ? 1 : threads);
+                                   const uint8_t* zeros, int64_t zero_bytes, int64_t zero_groups, int64_t rows,
+                                   int64_t columns, int32_t type, void* data, int64_t bytes, int32_t threads) {
+    const Unpacked from = {values, value_bytes, bitmask, bitmask_bytes, zeros, zero_bytes, zero_groups};
+    return pack(from, rows, columns, type, data, bytes, threads < 1 ? 1 : threads);
 }
 
 // The complete check, once per packed weight: afterwards no kernel reads outside of the buffer.
@@ -100,7 +107,7 @@ RAC_EXPORT int32_t rac_check_weight(const void* data, int64_t bytes, int64_t row
     return check(weight);
 }
 
-// The value type in the header: BF16, FP32, INT8 or DENSE8; -1 where the header is damaged.
+// The value type in the header; -1 where the header is damaged.
 RAC_EXPORT int32_t rac_value_type(const void* data, int64_t bytes) {
     Weight weight;
     return view(data, bytes, &weight) == OK ? weight.type : -1;
@@ -125,12 +132,13 @@ RAC_EXPORT int32_t rac_expand_panels(const void* data, int64_t bytes, int64_t ro
 
 // out[m][rows] = x[m][columns] W^T + bias[rows], all contiguous; out is of x's type. On AMX, fp32 uses AVX512.
 //
-// `scale` is fp32 [panels][groups][16]: factors for each row of the weight and each of `groups` equally wide groups of columns.
-// 8-bit weights need it. Floats may have one group, or none: a null `scale` of 0 bytes. The same for a missing bias.
+// `scale` is [panels][groups][16]: factors for each row of the weight and each of `groups` equally wide groups of columns, in
+// fp32, for 4-bit weights also in bf16. Weights of integers need it. Floats may have one group, or none: a null `scale` of 0
+// bytes. The same for a missing bias.
 RAC_EXPORT int32_t rac_sparse_linear(const void* data, int64_t bytes, int64_t rows, int64_t columns, const void* x,
-                                     int64_t x_bytes, int32_t x_type, int64_t m, const float* scale,
-                                     int64_t scale_bytes, int64_t groups, const void* bias, int64_t bias_bytes,
-                                     int32_t bias_type, void* out, int64_t out_bytes, int32_t isa, int32_t threads) {
+                                     int64_t x_bytes, int32_t x_type, int64_t m, const void* scale,
+                                     int64_t scale_bytes, int32_t scale_type, int64_t groups, const void* bias,
+                                     int64_t bias_bytes, int32_t bias_type, void* out, int64_t out_bytes, int32_t isa, int32_t threads) {
     Product product = {};
     RAC_TRY(view_of_shape(data, bytes, rows, columns, &product.weight));
     RAC_TRY(check_isa(isa));
@@ -146,7 +154,9 @@ RAC_EXPORT int32_t rac_sparse_linear(const void* data, int64_t bytes, int64_t ro
         if (groups < 1 || columns % groups)
             return fail(BAD_ARGUMENT, "scale: %lld columns cannot be cut into %lld groups", (long long)columns,
                         (long long)groups);
-        RAC_TRY(check_buffer("scale", scale, scale_bytes, product.weight.panels * PANEL, groups, sizeof(float)));
+        RAC_TRY(check_float("scale", scale_type));
+        RAC_TRY(check_buffer("scale", scale, scale_bytes, product.weight.panels * PANEL, groups,
+                             size_of(static_cast<Type>(scale_type))));
     }
     if (m == 0) return OK;
     product.m = m;
@@ -154,5 +164,5 @@ RAC_EXPORT int32_t rac_sparse_linear(const void* data, int64_t bytes, int64_t ro
     product.bias_type = static_cast<Type>(bias_type);
     product.out = out;
     product.out_type = static_cast<Type>(x_type);
-    return linear(product, x, scale, groups, isa, threads < 1 ? 1 : threads);
+    return linear(product, x, scale, static_cast<Type>(scale_type), groups, isa, threads < 1 ? 1 : threads);
 }

@@ -42,7 +42,7 @@ void pack_panel(const uint8_t* bitmask, int64_t row_bytes, int64_t rows, const c
                 const int column = __builtin_ctz(left);
                 std::memcpy(&dense[n][column], from[n], sizeof(Value));
                 from[n] += sizeof(Value);
-                const int word = type == INT8 ? column / 4 * 2 + n / 8 : column / 2;
+                const int word = type >= INT8 ? column / 4 * 2 + n / 8 : column / 2;
                 masks[word] |= uint32_t{1} << (type == BF16   ? 2 * n + column % 2
                                                : type == FP32 ? 16 * (column % 2) + n
                                                               : n % 8 * 4 + column % 4);
@@ -78,10 +78,96 @@ void pack_dense8(const Weight& weight, const int8_t* values, int threads) {
     for (int64_t panel = 0; panel < weight.panels; panel++) {
         int8_t* to = reinterpret_cast<int8_t*>(const_cast<char*>(weight.values_of(panel)));
         const int64_t row = panel * PANEL, rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
-        std::memset(to, 0, dense_panel(weight.columns));
+        std::memset(to, 0, dense_panel(DENSE8, weight.columns));
         for (int64_t n = 0; n < rows; n++)
             for (int64_t column = 0; column < weight.columns; column++)
                 to[column / 4 * QUAD + 4 * n + column % 4] = values[(row + n) * weight.columns + column];
+    }
+}
+
+// The code of an integer in a row and column; -1 if there is none.
+int code_of(const Weight& weight, int64_t panel, int64_t row, int64_t column, int8_t value) {
+    const uint8_t* zeros = weight.zeros_of(panel, weight.zero_group_of(column));
+    const int code = value + (zeros ? zeros[row] : ZERO_CODE);
+    return code >= 0 && code <= 15 ? code : -1;
+}
+
+void pack_dense4(const Weight& weight, int64_t panel, const int8_t* values, bool* fits) {
+    uint8_t* to = reinterpret_cast<uint8_t*>(const_cast<char*>(weight.values_of(panel)));
+    const int64_t first = panel * PANEL, rows = weight.rows - first < PANEL ? weight.rows - first : PANEL;
+    std::memset(to, 0, dense_panel(DENSE4, weight.columns));
+    for (int64_t n = 0; n < rows; n++)
+        for (int64_t column = 0; column < weight.columns; column++) {
+            const int code = code_of(weight, panel, n, column, values[(first + n) * weight.columns + column]);
+            const int64_t at = column / PAIR_OF_QUADS * QUAD + 4 * n + column % 4;
+            if (code < 0) *fits = false;
+            else to[at] = static_cast<uint8_t>(to[at] | code << (column % PAIR_OF_QUADS < 4 ? 0 : 4));
+        }
+}
+
+// `bytes`: the values of the panel in the order of its masks.
+void pack_codes(const Weight& weight, int64_t panel, const int8_t* bytes, bool* fits) {
+    const uint32_t* masks = weight.masks_of(panel);
+    uint8_t* to = reinterpret_cast<uint8_t*>(const_cast<char*>(weight.values_of(panel)));
+    for (int64_t word = 0; word < weight.words; word += 2) {
+        int count = 0;
+        for (int64_t half = word; half < word + 2; half++)
+            for (uint32_t left = masks[half]; left; left &= left - 1, count++) {
+                const int bit = __builtin_ctz(left);
+                const int code = code_of(weight, panel, row_of(INT4, half, bit), column_of(INT4, half, bit), *bytes++);
+                if (code < 0) *fits = false;
+                else if (count % 2) *to++ |= static_cast<uint8_t>(code << 4);
+                else *to = static_cast<uint8_t>(code);
+            }
+        to += count % 2;
+    }
+}
+
+// Four-bit weights, DENSE4 or INT4, from int8 values.
+Status pack_four_bit(const Weight& weight, const int8_t* values, const uint8_t* bitmask, const int64_t* starts,
+                     int threads) {
+    const int64_t row_bytes = (weight.columns + 7) / 8;
+    bool fits = true, memory = true;
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : fits, memory)
+    for (int64_t panel = 0; panel < weight.panels; panel++) {
+        bool panel_fits = true;
+        if (weight.type == DENSE4) {
+            pack_dense4(weight, panel, values, &panel_fits);
+        } else {
+            const int64_t row = panel * PANEL, rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
+            const char* from[PANEL];
+            for (int64_t n = 0; n < rows; n++) from[n] = reinterpret_cast<const char*>(values) + starts[row + n];
+            int8_t* bytes = static_cast<int8_t*>(std::malloc(starts[row + rows] - starts[row] + 1));
+            if (bytes) {
+                pack_panel<int8_t, INT4>(bitmask + row * row_bytes, row_bytes, rows, from, weight.words / TILE_WORDS,
+                                         const_cast<uint32_t*>(weight.masks_of(panel)), bytes);
+                pack_codes(weight, panel, bytes, &panel_fits);
+            }
+            memory = memory && bytes;
+            std::free(bytes);
+        }
+        fits = fits && panel_fits;
+    }
+    if (!memory) return fail(NO_MEMORY, "no memory for the codes of a panel");
+    return fits ? OK : fail(BAD_ARGUMENT, "values: one of them does not fit four bits, 0 to 15 with its code of zero");
+}
+
+// Where the codes of each panel start.
+void write_offsets(const uint8_t* bitmask, const int64_t* starts, const Sizes& sizes, int64_t panels, uint64_t* offsets) {
+    const int64_t row_bytes = (sizes.columns + 7) / 8;
+    uint64_t codes = 0;
+    for (int64_t panel = 0; panel <= panels; panel++) {
+        const int64_t row = panel * PANEL < sizes.rows ? panel * PANEL : sizes.rows;
+        if (is_dense(sizes.type)) {
+            offsets[panel] = static_cast<uint64_t>(panel * dense_panel(sizes.type, sizes.columns));
+        } else if (sizes.type == INT4) {
+            offsets[panel] = codes;
+            const int64_t rows = sizes.rows - row < PANEL ? sizes.rows - row : PANEL;
+            if (rows) codes += count_code_bytes(bitmask + row * row_bytes, rows, sizes.columns);
+        } else {
+            offsets[panel] = static_cast<uint64_t>(starts[row]);
+        }
     }
 }
 
@@ -104,44 +190,70 @@ Status count_rows(const uint8_t* bitmask, int64_t rows, int64_t columns, int64_t
 
 }  // namespace
 
-Status pack(const void* values, int64_t value_bytes, const uint8_t* bitmask, int64_t bitmask_bytes, int64_t rows,
-            int64_t columns, int32_t type, void* data, int64_t bytes, int threads) {
+int64_t count_code_bytes(const uint8_t* bitmask, int64_t rows, int64_t columns) {
+    const int64_t row_bytes = (columns + 7) / 8;
+    int64_t bytes = 0;
+    for (int64_t row = 0; row < rows; row += PANEL)
+        for (int64_t byte = 0; byte < row_bytes; byte++) {
+            int low = 0, high = 0;  // of the two quads in a byte of each row
+            for (int64_t n = row; n < row + PANEL && n < rows; n++) {
+                low += __builtin_popcount(bitmask[n * row_bytes + byte] & 15);
+                high += __builtin_popcount(bitmask[n * row_bytes + byte] >> 4);
+            }
+            bytes += (low + 1) / 2 + (high + 1) / 2;
+        }
+    return bytes;
+}
+
+Status pack(const Unpacked& from, int64_t rows, int64_t columns, int32_t type, void* data, int64_t bytes, int threads) {
+    if (type < BF16 || type > DENSE4) return fail(BAD_ARGUMENT, "there is no value type %d", type);
+    const int64_t size = size_of(static_cast<Type>(type)), count = from.value_bytes / size;
+    if (from.value_bytes < 0 || from.value_bytes % size || (from.value_bytes && !from.values))
+        return fail(BAD_ARGUMENT, "values: %lld bytes are no whole number of values", (long long)from.value_bytes);
+    Sizes sizes = {rows, columns, count, type, type == INT4 ? count - count / 2 : 0, from.zero_groups};
     Layout layout;
-    if (type < BF16 || type > DENSE8) return fail(BAD_ARGUMENT, "there is no value type %d", type);
-    const int64_t size = size_of(static_cast<Type>(type)), count = value_bytes / size;
-    if (value_bytes < 0 || value_bytes % size || (value_bytes && !values))
-        return fail(BAD_ARGUMENT, "values: %lld bytes are no whole number of values", (long long)value_bytes);
-    if (!layout_of(rows, columns, count, type, &layout))
+    if (!layout_of(sizes, &layout))
         return fail(BAD_ARGUMENT, "%lld values do not fit a weight [%lld, %lld]", (long long)count, (long long)rows,
                     (long long)columns);
-    const int64_t mask_bytes = type == DENSE8 ? 0 : rows * ((columns + 7) / 8);
-    if (bitmask_bytes != mask_bytes || (mask_bytes && !bitmask))
-        return fail(BAD_ARGUMENT, "bitmask: %lld bytes, where %lld are needed", (long long)bitmask_bytes,
+    const int64_t mask_bytes = is_dense(type) ? 0 : rows * ((columns + 7) / 8);
+    if (from.bitmask_bytes != mask_bytes || (mask_bytes && !from.bitmask))
+        return fail(BAD_ARGUMENT, "bitmask: %lld bytes, where %lld are needed", (long long)from.bitmask_bytes,
                     (long long)mask_bytes);
-    if (!data || layout.bytes != bytes)
+    const int64_t zero_bytes = layout.panels * from.zero_groups * PANEL;
+    if (from.zero_bytes != zero_bytes || (zero_bytes && !from.zeros))
+        return fail(BAD_ARGUMENT, "zeros: %lld bytes, where %lld are needed", (long long)from.zero_bytes,
+                    (long long)zero_bytes);
+    if (!data || bytes < layout.bytes || (type != INT4 && bytes != layout.bytes))
         return fail(BAD_ARGUMENT, "data: %lld bytes, where %lld are needed", (long long)bytes, (long long)layout.bytes);
     if (reinterpret_cast<uintptr_t>(data) % 64) return fail(BAD_ARGUMENT, "data: not aligned to 64 bytes");
     int64_t* starts = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
     if (!starts) return fail(NO_MEMORY, "no memory for the starts of %lld rows", (long long)rows);
-    Status status = type == DENSE8 ? OK : count_rows(bitmask, rows, columns, count, starts);
+    Status status = is_dense(type) ? OK : count_rows(from.bitmask, rows, columns, count, starts);
+    if (status == OK && type == INT4) {
+        sizes.code_bytes = count_code_bytes(from.bitmask, rows, columns);
+        layout_of(sizes, &layout);
+        if (layout.bytes != bytes)
+            status = fail(BAD_ARGUMENT, "data: %lld bytes, where %lld are needed", (long long)bytes,
+                          (long long)layout.bytes);
+    }
     if (status == OK) {
         advise_huge_pages(data, bytes);
-        write_header(data, rows, columns, count, static_cast<Type>(type));
-        const int64_t stored = type == DENSE8 ? layout.panels * dense_panel(columns) : count;
-        const int64_t end = layout.values_at + stored * size;
+        write_header(data, sizes);
         char* base = static_cast<char*>(data);
-        std::memset(base + end, 0, bytes - end);
+        std::memset(base + layout.values_end, 0, bytes - layout.values_end);
+        std::memset(base + layout.zeros_at, 0, layout.values_at - layout.zeros_at);
+        if (zero_bytes) std::memcpy(base + layout.zeros_at, from.zeros, zero_bytes);
         uint64_t* offsets = reinterpret_cast<uint64_t*>(base + sizeof(Header));
         std::memset(offsets, 0, layout.masks_at - sizeof(Header));
-        for (int64_t panel = 0; panel <= layout.panels; panel++)
-            offsets[panel] = static_cast<uint64_t>(
-                type == DENSE8 ? panel * dense_panel(columns) : starts[panel * PANEL < rows ? panel * PANEL : rows]);
+        write_offsets(from.bitmask, starts, sizes, layout.panels, offsets);
+        const int8_t* integers = static_cast<const int8_t*>(from.values);
         Weight weight;
         status = view(data, bytes, &weight);
-        if (status == OK && type == BF16) pack_all<uint16_t, BF16>(weight, values, bitmask, starts, threads);
-        if (status == OK && type == FP32) pack_all<uint32_t, FP32>(weight, values, bitmask, starts, threads);
-        if (status == OK && type == INT8) pack_all<int8_t, INT8>(weight, values, bitmask, starts, threads);
-        if (status == OK && type == DENSE8) pack_dense8(weight, static_cast<const int8_t*>(values), threads);
+        if (status == OK && type == BF16) pack_all<uint16_t, BF16>(weight, from.values, from.bitmask, starts, threads);
+        if (status == OK && type == FP32) pack_all<uint32_t, FP32>(weight, from.values, from.bitmask, starts, threads);
+        if (status == OK && type == INT8) pack_all<int8_t, INT8>(weight, from.values, from.bitmask, starts, threads);
+        if (status == OK && type == DENSE8) pack_dense8(weight, integers, threads);
+        if (status == OK && is_four_bit(type)) status = pack_four_bit(weight, integers, from.bitmask, starts, threads);
     }
     std::free(starts);
     return status;

@@ -145,7 +145,8 @@ bool runs(int32_t isa) {
     }
 }
 
-Status linear(const Product& out, const void* x, const float* scale, int64_t groups, int32_t isa, int threads) {
+Status linear(const Product& out, const void* x, const void* scale, Type scale_type, int64_t groups, int32_t isa,
+              int threads) {
     Product product = out;
     const int64_t m = out.m, columns = out.weight.columns;
     const bool integers = out.weight.type >= INT8, bf16_x = out.out_type == BF16;
@@ -154,10 +155,12 @@ Status linear(const Product& out, const void* x, const float* scale, int64_t gro
     const bool bf16_units = isa == AVX512 && bf16_x && has_avx512_bf16();
     // Integers are exact in bf16. From more lines than fit together on, multiplying them as bf16 is faster than as two
     // planes of bytes.
-    const bool as_bf16 = integers && bf16_units && m > LINES_TOGETHER && groups == 1 && scale;
-    if (integers && !as_bf16) return linear8(product, x, out.out_type, scale, groups, isa, threads);
-    if (scale && groups != 1) return fail(BAD_ARGUMENT, "scale: only 8-bit weights have scales in groups");
-    product.scale = scale;
+    const bool as_bf16 =
+        integers && !is_four_bit(out.weight.type) && bf16_units && m > LINES_TOGETHER && groups == 1 && scale;
+    if (integers && !as_bf16) return linear8(product, x, out.out_type, scale, scale_type, groups, isa, threads);
+    if (scale && groups != 1) return fail(BAD_ARGUMENT, "scale: only weights of integers have scales in groups");
+    if (scale && scale_type != FP32) return fail(BAD_ARGUMENT, "scale: only 4-bit weights have one that is not fp32");
+    product.scale = static_cast<const float*>(scale);
     const bool both_bf16 = out.weight.type == BF16 && bf16_x;
     if (isa == AMX && !both_bf16) isa = AVX512;
     const Type type = as_bf16 || (both_bf16 && (isa == AMX || bf16_units)) ? BF16 : FP32;

@@ -26,7 +26,8 @@ class StoredWeight:
     """A weight [N, columns]: its stored `values` in row-major order, 1-D, and the `bitmask` uint8 [N, ceil(columns/8)].
 
     `starts` int64 [N + 1] is where each row begins in `values`. `name` is for messages. Quantized values (int8, fp8; 4-bit
-    values are int8 too) have a `scale` float32 [N, groups], one per row and group of equally many columns.
+    values are int8 too) have a `scale` float32 [N, groups], one per row and group of equally many columns. `bits` is 4 for
+    4-bit values, -8 to 7, or a code of 0 to 15 minus its code of zero, `zeros` uint8 [N, groups].
     """
 
     values: Tensor
@@ -35,6 +36,8 @@ class StoredWeight:
     starts: Tensor
     name: str
     scale: Tensor | None = None
+    bits: int = 8
+    zeros: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -60,6 +63,12 @@ class StoredWeight:
         counts = [(half & 5) + (half >> 1 & 5) for half in (low, high)]
         return all(bool(((count & 3) + (count >> 2) <= 2).all()) for count in counts)
 
+    @property
+    def group_bytes(self) -> int:
+        """The fewest bytes that hold the scale of a group exactly, 2 (bfloat16) or 4, and its code of zero."""
+        narrow = self.scale is not None and torch.equal(self.scale.bfloat16().float(), self.scale)
+        return (2 if narrow else 4) + (self.zeros is not None)
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """[N, columns], dense, multiplied by the scales in float32 and rounded once to `dtype`."""
         return dequantize(self.dense(), self.scale, dtype)
@@ -84,25 +93,31 @@ class StoredWeight:
         runs = [(int(rows[a]), int(rows[b - 1]) + 1) for a, b in zip([0, *breaks], [*breaks, len(rows)], strict=True)]
         if runs == [(0, self.rows)]:
             return self
-        return StoredWeight(
-            torch.cat([self.values[int(self.starts[a]) : int(self.starts[b])] for a, b in runs]),
-            torch.cat([self.bitmask[a:b] for a, b in runs]),
-            self.columns,
-            _starts(torch.cat([self.starts[a + 1 : b + 1] - self.starts[a:b] for a, b in runs])),
-            self.name,
-            None if self.scale is None else torch.cat([self.scale[a:b] for a, b in runs]),
+        return replace(
+            self,
+            values=torch.cat([self.values[int(self.starts[a]) : int(self.starts[b])] for a, b in runs]),
+            bitmask=torch.cat([self.bitmask[a:b] for a, b in runs]),
+            starts=_starts(torch.cat([self.starts[a + 1 : b + 1] - self.starts[a:b] for a, b in runs])),
+            scale=None if self.scale is None else torch.cat([self.scale[a:b] for a, b in runs]),
+            zeros=None if self.zeros is None else torch.cat([self.zeros[a:b] for a, b in runs]),
         )
 
     def select_columns(self, first: int, count: int) -> StoredWeight:
         """Columns `first` to `first + count`; zeros that were stored as values are left out."""
         if (first, count) == (0, self.columns):
             return self
-        cut = from_dense(self.dense()[:, first : first + count].contiguous(), self.name)
+        dense = self.dense()[:, first : first + count].contiguous()
+        cut = all_stored(dense, self.name) if self.density == 1.0 else from_dense(dense, self.name)
+        cut = replace(cut, bits=self.bits)
         if self.scale is None or self.scale.shape[1] == 1:
-            return replace(cut, scale=self.scale)
+            return replace(cut, scale=self.scale, zeros=self.zeros)
         group = math.gcd(self.group, first, count)  # smaller where a group is cut
-        scale = self.scale.repeat_interleave(self.group // group, dim=1)
-        return replace(cut, scale=scale[:, first // group : (first + count) // group].contiguous())
+
+        def groups(of_columns: Tensor) -> Tensor:
+            repeated = of_columns.repeat_interleave(self.group // group, dim=1)
+            return repeated[:, first // group : (first + count) // group].contiguous()
+
+        return replace(cut, scale=groups(self.scale), zeros=None if self.zeros is None else groups(self.zeros))
 
 
 def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = True) -> StoredWeight:
@@ -113,6 +128,7 @@ def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = 
     Raises:
         RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each other.
     """
+    bits = 4 if layout.part_of(tensors, name, "compressed").dtype == torch.int32 else 8
     tensors = with_values(tensors, format, name)
     compressed, bitmask, rows, columns = layout.check_parts(tensors, name)
     scale = check_scale(tensors, compressed.dtype, rows, columns, name) if scaled else None
@@ -125,7 +141,7 @@ def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = 
             )
         if not _two_of_four(bitmask, columns):
             raise RacError(f"{name}.bitmask: four columns do not keep exactly two; the checkpoint is damaged")
-        return StoredWeight(compressed.reshape(-1), bitmask, columns, _starts(counts), name, scale)
+        return StoredWeight(compressed.reshape(-1), bitmask, columns, _starts(counts), name, scale, bits)
     starts = _starts(counts)
     if compressed.dim() != 1 or compressed.numel() != int(starts[-1]):
         raise RacError(
@@ -135,7 +151,7 @@ def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = 
     offsets = layout.part_of(tensors, name, "row_offsets")
     if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
         raise RacError(f"{name}.row_offsets: not the row starts that the bitmask has; the checkpoint is damaged")
-    return StoredWeight(compressed, bitmask, columns, starts, name, scale)
+    return StoredWeight(compressed, bitmask, columns, starts, name, scale, bits)
 
 
 def check_scale(tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, columns: int, name: str) -> Tensor | None:
@@ -209,6 +225,15 @@ def from_dense(weight: Tensor, name: str) -> StoredWeight:
     return StoredWeight(parts["compressed"], parts["bitmask"], weight.shape[1], starts, name)
 
 
+def all_stored(weight: Tensor, name: str) -> StoredWeight:
+    """A dense weight [N, columns] with every value stored, zeros too."""
+    rows, columns = weight.shape
+    bitmask = torch.full((rows, -(-columns // 8)), 255, dtype=torch.uint8)
+    if columns % 8:
+        bitmask[:, -1] = (1 << columns % 8) - 1
+    return StoredWeight(weight.flatten(), bitmask, columns, torch.arange(rows + 1) * columns, name)
+
+
 def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
     """One weight with the rows of all of these, in order.
 
@@ -219,12 +244,13 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
     if len(weights) == 1:
         return first
     for other in weights[1:]:
-        if (other.columns, other.values.dtype, other.group) != (first.columns, first.values.dtype, first.group):
+        if _kind(other) != _kind(first):
             raise RacError(
                 f"{other.name}: {other.columns} columns of {other.values.dtype}, which cannot be fused with {first.name}, "
                 f"{first.columns} columns of {first.values.dtype}; the checkpoint does not fit this model"
             )
     scales = [weight.scale for weight in weights if weight.scale is not None]
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
     counts = torch.cat([weight.starts[1:] - weight.starts[:-1] for weight in weights])
     return StoredWeight(
         torch.cat([weight.values for weight in weights]),
@@ -233,7 +259,13 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
         _starts(counts),
         name,
         torch.cat(scales) if scales else None,
+        first.bits,
+        torch.cat(zeros) if zeros else None,
     )
+
+
+def _kind(weight: StoredWeight) -> tuple[int, torch.dtype, int, int, bool]:
+    return weight.columns, weight.values.dtype, weight.group, weight.bits, weight.zeros is None
 
 
 def _starts(counts: Tensor) -> Tensor:

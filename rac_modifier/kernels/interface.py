@@ -20,6 +20,7 @@ class Layer:
     density: share of the weights that is stored, 0 to 1. stored: dtype of the stored values, int32 for words of 4-bit
     values. served: dtype of the activations, and of the weight if the layer runs dense. group: columns that share a scale.
     two_of_four: at most two of each four neighbouring columns are stored. zero_points: groups have one.
+    group_bytes: bytes of the scale, and of the zero point if there is one, of a row and group.
 
     Raises:
         RacError: sizes that are not positive, or a density outside of 0 to 1.
@@ -31,6 +32,7 @@ class Layer:
     stored: torch.dtype
     served: torch.dtype
     group: int
+    group_bytes: int = 4
     two_of_four: bool = False
     zero_points: bool = False
 
@@ -48,11 +50,12 @@ class Layer:
             weight.rows,
             weight.columns,
             weight.density,
-            weight.values.dtype,
+            torch.int32 if weight.bits == 4 else weight.values.dtype,
             served,
             weight.group,
+            weight.group_bytes,
             two_of_four=weight.two_of_four,
-            zero_points=getattr(weight, "zeros", None) is not None,
+            zero_points=weight.zeros is not None,
         )
 
 
@@ -60,7 +63,8 @@ class Layer:
 class Decision:
     """How a layer runs. `kernel` is its name, such as "sparse kernel avx2", or "dense"; `reason` is one readable line.
 
-    bytes_per_weight: of the packed layout, masks and padding included, also where the decision is dense.
+    bytes_per_weight: of the packed layout, masks and padding included, and scales that are shared by groups of columns; also
+    where the decision is dense.
     dense_bytes: bytes per weight of the same layer stored dense in the dtype that it is served in.
     """
 

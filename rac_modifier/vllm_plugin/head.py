@@ -7,6 +7,7 @@ masks: one byte per weight. An embedding that is tied to the head stays as it is
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, quantize_rows
+from rac_modifier.checkpoint.stored_weight import all_stored, quantize_rows
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Layer
@@ -59,7 +60,8 @@ class Int8HeadMethod(QuantizeMethodBase):
             logger.info("%s=int8: the head stays as it is stored: %s", VARIABLE, decision.reason)
             self.plain.process_weights_after_loading(layer)
             return
-        stored = all_stored(*quantize_rows(weight.data))
+        values, scale = quantize_rows(weight.data)
+        stored = replace(all_stored(values, "lm_head"), scale=scale)
         del layer.weight
         self.packed = PackedWeight(layer, backend, stored, weight.dtype)
         logger.info("%s=int8: the head [%d, %d] runs on the %s", VARIABLE, rows, columns, decision.reason)
@@ -72,12 +74,3 @@ class Int8HeadMethod(QuantizeMethodBase):
         if self.packed is None:
             return self.plain.apply(layer, x, bias)
         return self.packed.linear(layer, x, bias)
-
-
-def all_stored(values: Tensor, scale: Tensor) -> StoredWeight:
-    """A weight [N, K] of which every value is stored, zeros too; `scale` [N, 1]."""
-    rows, columns = values.shape
-    bitmask = torch.full((rows, -(-columns // 8)), 255, dtype=torch.uint8)
-    if columns % 8:
-        bitmask[:, -1] = (1 << columns % 8) - 1
-    return StoredWeight(values.flatten(), bitmask, columns, torch.arange(rows + 1) * columns, "lm_head", scale)

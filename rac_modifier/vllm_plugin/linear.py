@@ -94,7 +94,7 @@ class RacSparseLinearMethod(LinearMethodBase):
         sparse = [weight for weight in stored if isinstance(weight, StoredWeight)]
         if len(sparse) < len(stored):
             return stay_dense("a part of this fused layer is stored dense", self.dtype), None, None
-        if len({(weight.values.dtype, weight.group) for weight in sparse}) > 1:
+        if len({(weight.values.dtype, weight.bits, weight.group) for weight in sparse}) > 1:
             return stay_dense("the parts of this fused layer are quantized differently", self.dtype), None, None
         share = stack(sparse, self.shards.prefix).select_rows(rows)
         if self.columns < self.all_columns:

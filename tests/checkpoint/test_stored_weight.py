@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.checkpoint.formats import pack
-from rac_modifier.checkpoint.stored_weight import StoredWeight, check, from_dense, stack
+from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, check, from_dense, stack
 from rac_modifier.errors import RacError
 
 FORMATS = ["sparse-24-bitmask", "sparse-bitmask"]
@@ -166,3 +168,48 @@ def test_quantized_values_come_with_their_scales_unless_another_loader_reads_the
 )
 def test_two_of_four_looks_at_each_four(row, expected):
     assert from_dense(torch.tensor([[0] * len(row), row], dtype=torch.float32), "w").two_of_four is expected
+
+
+@pytest.mark.parametrize("columns", [64, 70])
+def test_zeros_can_be_stored_too(columns):
+    values = torch.randint(-1, 2, (5, columns), dtype=torch.int8)
+    weight = all_stored(values, "head")
+    assert weight.density == 1.0
+    assert torch.equal(weight.dense(), values)
+    parts = {
+        "compressed": weight.values,
+        "bitmask": weight.bitmask,
+        "row_offsets": weight.starts[:-1],
+        "shape": torch.tensor([5, columns]),
+        "weight_scale": torch.ones(5, 1),
+    }
+    assert check(parts, "sparse-bitmask", "head").density == 1.0
+    assert weight.select_columns(8, 20).density == 1.0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_four_bit_values_stay_known_as_such(format):
+    weight = random_weight(6, 64, 0, format == FORMATS[0], torch.float32).mul(3).round().clamp(-7, 7).to(torch.int8)
+    parts = {**pack(weight, format, "a", 4), "weight_scale": torch.ones(6, 2, dtype=torch.bfloat16)}
+    four = check(parts, format, "a")
+    assert (four.bits, four.group_bytes) == (4, 2)
+    assert replace(four, scale=torch.full((6, 2), 0.1)).group_bytes == 4  # 0.1 in float32 is no bfloat16
+    assert check({**pack(weight, format, "a"), "weight_scale": torch.ones(6)}, format, "a").bits == 8
+    cut = stack([four, four.select_rows(torch.tensor([4, 1]))], "both").select_columns(32, 24)
+    assert (cut.bits, cut.group) == (4, 8)
+    assert torch.equal(cut.dense(), weight[[0, 1, 2, 3, 4, 5, 4, 1], 32:56])
+    with pytest.raises(RacError, match="cannot be fused"):
+        stack([four, replace(four, bits=8)], "both")
+
+
+def test_codes_of_zero_are_cut_with_their_rows_and_groups():
+    weight = all_stored(torch.randint(-7, 8, (6, 64), dtype=torch.int8), "a")
+    zeros = torch.randint(0, 16, (6, 2), dtype=torch.uint8)
+    weight = replace(weight, scale=torch.rand(6, 2), bits=4, zeros=zeros)
+    assert weight.group_bytes == 5
+    cut = stack([weight, weight], "b").select_rows(torch.tensor([7, 2])).select_columns(16, 32)
+    assert cut.zeros is not None
+    assert cut.zeros.tolist() == zeros[1:3].tolist()
+    assert torch.equal(cut.scale, torch.stack([weight.scale[1], weight.scale[2]]))
+    with pytest.raises(RacError, match="cannot be fused"):
+        stack([weight, replace(weight, zeros=None)], "both")

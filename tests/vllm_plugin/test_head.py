@@ -9,12 +9,12 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, without_kernels
 
 needs_vllm()
 
-from rac_modifier.checkpoint.stored_weight import check, quantize_rows  # noqa: E402
+from rac_modifier.checkpoint.stored_weight import quantize_rows  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
 from rac_modifier.vllm_plugin import head  # noqa: E402
-from rac_modifier.vllm_plugin.head import Int8HeadMethod, all_stored, wants_int8  # noqa: E402
+from rac_modifier.vllm_plugin.head import Int8HeadMethod, wants_int8  # noqa: E402
 
 
 @pytest.fixture
@@ -38,22 +38,6 @@ def test_what_the_environment_requests(monkeypatch):
     monkeypatch.setenv("RAC_LM_HEAD", "int4")
     with pytest.raises(RacError, match='RAC_LM_HEAD="int4": the head can be int8; unset it'):
         wants_int8()
-
-
-@pytest.mark.parametrize("columns", [64, 70])
-def test_zeros_are_stored_too(columns):
-    values = torch.randint(-1, 2, (5, columns), dtype=torch.int8)
-    weight = all_stored(values, torch.ones(5, 1))
-    assert weight.density == 1.0
-    assert torch.equal(weight.dense(), values)
-    parts = {
-        "compressed": weight.values,
-        "bitmask": weight.bitmask,
-        "row_offsets": weight.starts[:-1],
-        "shape": torch.tensor([5, columns]),
-        "weight_scale": torch.ones(5, 1),
-    }
-    assert check(parts, "sparse-bitmask", "head").density == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -45,7 +45,7 @@ def test_quantized_weights_and_their_scales_are_sharded(monkeypatch, kind, rank,
     assert not (packed and hasattr(sparse, "weight"))  # no dense copy beside it
     decision = sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix]
     if packed:
-        assert ("int8" in decision.kernel) == (scheme != "fp8")
+        assert (f"{scheme} kernel" in decision.kernel) == (scheme != "fp8")
         assert sparse.weight_packed_scale.shape[::2] == (-(-n // 16), 16)
     finish(dense)
     x = torch.randn(5, k, generator=torch.Generator().manual_seed(0))

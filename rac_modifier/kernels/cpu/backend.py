@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.kernels.cpu import operator
-from rac_modifier.kernels.cpu.encoding import encoding_of
-from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values
+from rac_modifier.kernels.cpu.encoding import ValueEncoding, encoding_of
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values, split_groups
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision, Layer
 
@@ -25,7 +25,7 @@ def can_run(layer: Layer) -> Decision:
     encoding = encoding_of(layer.stored, layer.group, layer.columns, layer.served)
     dtype, dense_bytes = encoding.dtype, layer.served.itemsize
     masked = not _without_masks(dtype, layer.density)
-    bytes_per_weight = _bytes_per_weight(layer, dtype, masked)
+    bytes_per_weight = _bytes_per_weight(layer, encoding, masked)
     available = support()
 
     def decision(kernel: str | None, reason: str) -> Decision:
@@ -49,7 +49,8 @@ def can_run(layer: Layer) -> Decision:
             "dense because this processor has neither AVX2 nor AVX512, and the portable kernel is slower than a dense "
             "product; set RAC_KERNEL=portable to use it anyway",
         )
-    kernel = f"{'sparse ' if masked else ''}{'int8 ' if dtype == torch.int8 else ''}kernel {available.isa}"
+    integers = f"int{encoding.bits} " if dtype == torch.int8 else ""
+    kernel = f"{'sparse ' if masked else ''}{integers}kernel {available.isa}"
     kernel += f" ({encoding.note})" if encoding.note else ""
     return decision(
         kernel,
@@ -63,16 +64,18 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     Raises:
         RacError: a dtype that no kernel reads, or no compiled library.
     """
-    encoding = encoding_of(weight.values.dtype, weight.group, weight.columns, served)
+    encoding = encoding_of(Layer.of(weight, served).stored, weight.group, weight.columns, served)
     if weight.scale is not None and not encoding.scaled:
         weight = weight.floats(encoding.dtype)
     values = weight.values.to(encoding.dtype)
+    four = encoding.bits == 4
+    zeros = None if weight.zeros is None or not four else split_groups(weight.zeros, weight.group, 8)
     if _without_masks(encoding.dtype, weight.density):
-        packed = {DATA: pack_dense(values.reshape(weight.rows, weight.columns))}
+        packed = {DATA: pack_dense(values.reshape(weight.rows, weight.columns), encoding.bits, zeros)}
     else:
-        packed = {DATA: pack_values(values, weight.bitmask, weight.columns)}
+        packed = {DATA: pack_values(values, weight.bitmask, weight.columns, encoding.bits, zeros)}
     if weight.scale is not None:
-        packed[SCALE] = pack_scale(weight.scale, weight.group)
+        packed[SCALE] = pack_scale(weight.scale, weight.group, narrow=four)
     return packed
 
 
@@ -95,10 +98,21 @@ def _without_masks(dtype: torch.dtype, density: float) -> bool:
     return dtype == torch.int8 and density == 1.0
 
 
-def _bytes_per_weight(layer: Layer, dtype: torch.dtype, masked: bool) -> float:
-    panels = -(-layer.rows // 16)
+def _bytes_per_weight(layer: Layer, encoding: ValueEncoding, masked: bool) -> float:
+    panels, weights = -(-layer.rows // 16), layer.rows * layer.columns
+    value_bytes = (
+        4 if encoding.dtype == torch.float16 else encoding.dtype.itemsize
+    )  # float16 is packed as float32, exactly
+    groups = layer.columns // layer.group
+    total = layer.group_bytes * panels * 16 * groups if encoding.scaled and groups > 1 else 0
     if not masked:
-        return panels * 16 * -(-layer.columns // 64) * 64 / (layer.rows * layer.columns)
-    masks = panels * -(-layer.columns // 32) * 16 * _WORD_BYTES
-    value_bytes = 4 if dtype == torch.float16 else dtype.itemsize  # float16 is packed as float32, exactly
-    return value_bytes * layer.density + masks / (layer.rows * layer.columns)
+        return (total + panels * 16 * -(-layer.columns // 64) * 64 * encoding.bits // 8) / weights
+    total += panels * -(-layer.columns // 32) * 16 * _WORD_BYTES
+    values = value_bytes * layer.density
+    if encoding.bits == 4:
+        quads = panels * -(-layer.columns // 4)
+        padding = (
+            0.25 * quads if 0 < layer.density < 1 else 0.0
+        )  # half a byte where the values of a quad are odd in number
+        values = layer.density / 2 + padding / weights
+    return values + total / weights

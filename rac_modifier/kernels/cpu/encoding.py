@@ -15,12 +15,13 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 class ValueEncoding:
     """How values are packed: as `dtype`; with `scaled`, scales stay beside them, else they are multiplied in.
 
-    `note` describes it where it is not the stored form.
+    `bits` 4: two values of int8 share a byte. `note` describes it where it is not the stored form.
     """
 
     dtype: torch.dtype
     scaled: bool = False
     note: str = ""
+    bits: int = 8
 
 
 def encoding_of(stored: torch.dtype, group: int, columns: int, served: torch.dtype) -> ValueEncoding:
@@ -32,7 +33,9 @@ def encoding_of(stored: torch.dtype, group: int, columns: int, served: torch.dty
         return ValueEncoding(torch.bfloat16, True, "fp8 values as bfloat16, exactly")
     if stored in FP8 or (group < columns and group % 4):
         return ValueEncoding(torch.bfloat16, False, f"{bits} values in groups of {group}, rounded to bfloat16")
-    return ValueEncoding(torch.int8, True, "int4 values, a byte each" if bits == "int4" else "")
+    if bits == "int4" and (group == columns or group % 8 == 0):
+        return ValueEncoding(torch.int8, True, bits=4)
+    return ValueEncoding(torch.int8, True, f"int4 values in groups of {group}, one byte each" if bits == "int4" else "")
 
 
 def kept_dtype(stored: torch.dtype, served: torch.dtype) -> torch.dtype:

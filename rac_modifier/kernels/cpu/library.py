@@ -12,11 +12,13 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-ABI = 2  # of csrc/library.cpp; raised with every change of the functions
+ABI = 3  # of csrc/library.cpp; raised with every change of the functions
 ISAS = ("portable", "avx2", "avx512", "amx")  # in the order of the library's numbers
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
-DENSE8 = 3  # a weight of int8 without masks
+INT8 = VALUE_TYPES[torch.int8]
+DENSE8, INT4, DENSE4 = 3, 4, 5  # int8 without masks; int8 whose values take four bits, with masks and without
+FOUR_BIT = (INT4, DENSE4)
 _NUMBER = {isa: number for number, isa in enumerate(ISAS)}
 _REINSTALL = (
     "install a C++ compiler and reinstall rac-modifier (pip install --force-reinstall --no-deps --no-cache-dir)"
@@ -27,8 +29,14 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "rac_best_isa": (c_int32, []),
     "rac_compiler": (c_char_p, []),
     "rac_last_error": (c_char_p, []),
-    "rac_packed_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int32]),
-    "rac_pack_weight": (c_int32, [*_BUFFER, *_BUFFER, c_int64, c_int64, c_int32, *_BUFFER, c_int32]),
+    "rac_packed_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int32, *_BUFFER, c_int64]),
+    "rac_pack_weight": (
+        c_int32,
+        [
+            *(*_BUFFER, *_BUFFER, *_BUFFER, c_int64),  # values, bitmask, zeros, groups of zeros
+            *(c_int64, c_int64, c_int32, *_BUFFER, c_int32),  # rows, columns, type, packed weight, threads
+        ],
+    ),
     "rac_check_weight": (c_int32, [*_BUFFER, c_int64, c_int64, c_int32]),
     "rac_value_type": (c_int32, _BUFFER),
     "rac_expand_panels": (
@@ -44,7 +52,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [
             *(*_BUFFER, c_int64, c_int64),  # the packed weight, rows, columns
             *(*_BUFFER, c_int32, c_int64),  # x, its type, its rows
-            *(*_BUFFER, c_int64),  # scale, groups
+            *(*_BUFFER, c_int32, c_int64),  # scale, its type, groups
             *(*_BUFFER, c_int32),  # bias, its type
             *(*_BUFFER, c_int32, c_int32),  # out, instruction set, threads
         ],
@@ -83,19 +91,38 @@ class Library:
         self.best = ISAS[self._calls.rac_best_isa()]
         self.compiler: str = self._calls.rac_compiler().decode()
 
-    def packed_bytes(self, rows: int, columns: int, nonzeros: int, value_type: int) -> int:
-        """Bytes of a packed weight of a type (`VALUE_TYPES`, `DENSE8`); -1 for impossible sizes."""
+    def packed_bytes(
+        self,
+        rows: int,
+        columns: int,
+        nonzeros: int,
+        value_type: int,
+        bitmask: Tensor | None = None,
+        zero_groups: int = 0,
+    ) -> int:
+        """Bytes of a packed weight of a type (`VALUE_TYPES`, `DENSE8`, ...); -1 for impossible sizes.
+
+        `INT4` needs the bitmask. `zero_groups`: groups of columns whose code of zero is given.
+        """
         limit = 1 << 62
         if not all(-limit < size < limit for size in (rows, columns, nonzeros)):
             return -1
-        return self._calls.rac_packed_bytes(rows, columns, nonzeros, value_type)
+        return self._calls.rac_packed_bytes(rows, columns, nonzeros, value_type, *_buffer(bitmask), zero_groups)
 
     def pack(
-        self, values: Tensor, bitmask: Tensor | None, rows: int, columns: int, value_type: int, data: Tensor
+        self,
+        values: Tensor,
+        bitmask: Tensor | None,
+        zeros: Tensor | None,
+        rows: int,
+        columns: int,
+        value_type: int,
+        data: Tensor,
     ) -> None:
-        """Fill `data`, uint8 [packed_bytes]; no bitmask for `DENSE8`."""
+        """Fill `data`, uint8 [packed_bytes]; no bitmask without masks. `zeros` of 4-bit values: uint8 [panels, groups, 16]."""
         status = self._calls.rac_pack_weight(
-            *_buffer(values), *_buffer(bitmask), rows, columns, value_type, *_buffer(data), torch.get_num_threads()
+            *(*_buffer(values), *_buffer(bitmask), *_buffer(zeros), 0 if zeros is None else zeros.shape[1]),
+            *(rows, columns, value_type, *_buffer(data), torch.get_num_threads()),
         )
         self._raise_if(status, f"weight [{rows}, {columns}]: cannot be packed")
 
@@ -127,11 +154,11 @@ class Library:
         out: Tensor,
         isa: str,
     ) -> None:
-        """Fill `out` [M, rows] with x [M, columns] W^T + bias; `scale` is float32 [panels, groups, 16]."""
+        """Fill `out` [M, rows] with x [M, columns] W^T + bias; `scale` is [panels, groups, 16]."""
         status = self._calls.rac_sparse_linear(
             *(*_buffer(data), rows, columns),
             *(*_buffer(x), TYPES[x.dtype], x.shape[0]),
-            *(*_buffer(scale), 1 if scale is None else scale.shape[1]),
+            *(*_buffer(scale), *((1, 1) if scale is None else (TYPES[scale.dtype], scale.shape[1]))),
             *(*_buffer(bias), 0 if bias is None else TYPES[bias.dtype]),
             *(*_buffer(out), _NUMBER[isa], torch.get_num_threads()),
         )

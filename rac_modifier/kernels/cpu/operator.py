@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import TYPES, VALUE_TYPES, Library
+from rac_modifier.kernels.cpu.library import INT8, TYPES, VALUE_TYPES, Library
 from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import library_and_isa
 
 # The largest number of rows of x for which the kernel itself is the faster way. AVX2 and AVX512: it was faster for every
 # number up to 512 that was measured, on shapes of a 1.5B model; portable: measured; AMX: measured with a prototype.
 CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": 128}
-# The same for 8-bit weights, which are multiplied as integers. AVX2 and AVX512: measured; portable and AMX: assumed.
+# The same for weights of 8 and 4 bits, which are multiplied as integers. AVX2 and AVX512: measured; portable and AMX: assumed.
 CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": 256}
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
 
@@ -33,8 +33,8 @@ def sparse_linear(
     """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in x's dtype, summed in fp32.
 
     `data`: the packed weight [rows, columns], from `pack_values` or `pack_dense`. x and bias are bfloat16 or float32, in any
-    combination with the weight. `scale`, from `pack_scale`, multiplies the weight: int8 needs one, floats may have one of a
-    single group. For int8 weights x is rounded to 16-bit integers, with a scale per row and 512 columns or group, which is
+    combination with the weight. `scale`, from `pack_scale`, multiplies the weight: integers need one, floats may have one of a
+    single group. For weights of integers x is rounded to 16-bit integers, with a scale per row and 512 columns or group, which is
     more accurate than bfloat16. (Many rows of bfloat16 are not rounded where the processor multiplies bfloat16.)
 
     Raises:
@@ -56,7 +56,7 @@ def _forward(
     if bias is not None:
         bias = bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    integers = library.value_type(data) >= VALUE_TYPES[torch.int8]
+    integers = library.value_type(data) >= INT8
     if x.shape[0] <= (CROSSOVER8 if integers else CROSSOVER)[isa]:
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
@@ -110,7 +110,7 @@ def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None
             f"[{rows}] on the CPU"
         )
     if scale is not None and (
-        scale.dtype != torch.float32
+        scale.dtype not in TYPES
         or not scale.is_cpu
         or not scale.is_contiguous()
         or scale.dim() != 3

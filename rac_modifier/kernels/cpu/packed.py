@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import DENSE8, VALUE_TYPES
+from rac_modifier.kernels.cpu.library import DENSE4, DENSE8, FOUR_BIT, INT4, VALUE_TYPES
 from rac_modifier.kernels.cpu.support import library_and_isa
 
 PANEL = 16  # rows
@@ -14,17 +14,17 @@ MOST_GROUP = 512  # columns that share a scale, where a row has several
 _UNPACK_BYTES = 32 << 20
 
 
-def pack_values(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
+def pack_values(values: Tensor, bitmask: Tensor, columns: int, bits: int = 8, zeros: Tensor | None = None) -> Tensor:
     """The packed form, uint8 [bytes], of a sparse weight [N, columns].
 
     `values`: the stored values, row-major, of any shape (2:4 has [N, K/2]); bfloat16, float32, int8, or float16, which
     is converted to float32: bfloat16 would round. `bitmask`: uint8 [N, ceil(columns / 8)], bit i of byte j is column
-    8j + i.
+    8j + i. `bits` 4: int8 values are kept as codes of four bits, -8 to 7. `zeros`: the codes of zero of such values, uint8
+    [N, groups], 0 to 15 for each row and group of columns; a value is then a code minus its code of zero.
 
     Raises:
-        RacError: the two do not fit together.
+        RacError: these do not fit together.
     """
-    library, _ = library_and_isa()
     if values.dtype == torch.float16:
         values = values.float()
     if values.dtype not in VALUE_TYPES:
@@ -42,15 +42,13 @@ def pack_values(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
     for name, tensor in (("values", values), ("bitmask", bitmask)):
         if tensor.device.type != "cpu":
             raise RacError(f"{name}: on {tensor.device}, where the CPU is needed; move the tensor there")
-    value_type = VALUE_TYPES[values.dtype]
-    data = _allocate(rows, columns, values.numel(), value_type)
-    library.pack(values.detach().contiguous(), bitmask.contiguous(), rows, columns, value_type, data)
-    check_packed(data, rows, columns, values.dtype)
-    return data
+    return _pack(values, bitmask.contiguous(), _panels(zeros), rows, columns, _type_of(values.dtype, True, bits))
 
 
-def pack_dense(weight: Tensor) -> Tensor:
+def pack_dense(weight: Tensor, bits: int = 8, zeros: Tensor | None = None) -> Tensor:
     """The packed form, uint8 [bytes], of an int8 weight [N, K] of which all values are stored, without masks.
+
+    `bits` and `zeros` as for `pack_values`.
 
     Raises:
         RacError: another dtype, or not a matrix on the CPU.
@@ -60,32 +58,36 @@ def pack_dense(weight: Tensor) -> Tensor:
             f"weight: {weight.dtype} {list(weight.shape)} on {weight.device}; an int8 matrix on the CPU is needed"
         )
     rows, columns = weight.shape
-    data = _allocate(rows, columns, weight.numel(), DENSE8)
-    library_and_isa()[0].pack(weight.detach().contiguous(), None, rows, columns, DENSE8, data)
-    check_packed(data, rows, columns, torch.int8, masked=False)
-    return data
+    return _pack(weight, None, _panels(zeros), rows, columns, _type_of(weight.dtype, False, bits))
 
 
-def pack_scale(scale: Tensor, group: int = 0) -> Tensor:
+def split_groups(scale: Tensor, group: int, unit: int = 4) -> Tensor:
+    """Scales [N, groups], with groups of more than 512 columns cut into equal parts of a multiple of `unit` columns."""
+    if scale.shape[1] == 1 or group <= MOST_GROUP:
+        return scale
+    parts = next(n for n in range(2, group) if group % (unit * n) == 0 and group // n <= MOST_GROUP)
+    return scale.repeat_interleave(parts, dim=1)
+
+
+def pack_scale(scale: Tensor, group: int = 0, narrow: bool = False) -> Tensor:
     """Scales [N, groups], one per row and group of columns, as the kernels read them: float32 [panels, groups, 16].
 
-    Groups of more than 512 columns are split where `group` is that number of columns.
+    Groups of more than 512 columns are split where `group` is that number of columns. `narrow`: bfloat16 where this holds
+    every one exactly, as for the scales of a bfloat16 checkpoint; only 4-bit values may have such scales.
     """
-    rows, groups = scale.shape
-    if groups > 1 and group > MOST_GROUP:
-        parts = next(n for n in range(2, group) if group % (4 * n) == 0 and group // n <= MOST_GROUP)
-        scale, groups = scale.repeat_interleave(parts, dim=1), groups * parts
-    padded = torch.nn.functional.pad(scale.float(), (0, 0, 0, -rows % PANEL))
-    return padded.view(-1, PANEL, groups).transpose(1, 2).contiguous()
+    packed = _panels(split_groups(scale, group, 8 if narrow else 4).float())
+    assert packed is not None
+    return packed.bfloat16() if narrow and torch.equal(packed.bfloat16().float(), packed) else packed
 
 
-def check_packed(data: Tensor, rows: int, columns: int, dtype: torch.dtype, masked: bool = True) -> None:
+def check_packed(data: Tensor, rows: int, columns: int, dtype: torch.dtype, masked: bool = True, bits: int = 8) -> None:
     """Check everything in packed data that the kernels rely on. Data that passes makes no kernel read outside of it.
 
     Raises:
-        RacError: data that is not a packed weight [rows, columns] of this dtype; `masked` False: int8 without masks.
+        RacError: data that is not a packed weight [rows, columns] of this dtype; `masked` False: int8 without masks, `bits` 4:
+            int8 kept as codes of four bits.
     """
-    if dtype not in VALUE_TYPES or not (masked or dtype == torch.int8):
+    if dtype not in VALUE_TYPES or not ((masked and bits == 8) or dtype == torch.int8):
         raise RacError(f"packed weight of {dtype}: values are bfloat16, float32 or int8; convert them first")
     if data.dtype != torch.uint8 or data.dim() != 1 or data.device.type != "cpu" or not data.is_contiguous():
         raise RacError(
@@ -94,7 +96,7 @@ def check_packed(data: Tensor, rows: int, columns: int, dtype: torch.dtype, mask
         )
     if not all(isinstance(size, int) and 0 < size < 2**31 for size in (rows, columns)):
         raise RacError(f"packed weight of shape [{rows}, {columns}]: both must be between 1 and 2^31 - 1")
-    library_and_isa()[0].check(data, rows, columns, VALUE_TYPES[dtype] if masked else DENSE8)
+    library_and_isa()[0].check(data, rows, columns, _type_of(dtype, masked, bits))
 
 
 def unpack(data: Tensor, rows: int, columns: int) -> Tensor:
@@ -106,7 +108,7 @@ def unpack(data: Tensor, rows: int, columns: int) -> Tensor:
     library, isa = library_and_isa()
     value_type = library.value_type(data)
     dtype = next((d for d, number in VALUE_TYPES.items() if number == value_type), torch.int8)
-    check_packed(data, rows, columns, dtype, masked=value_type != DENSE8)
+    check_packed(data, rows, columns, dtype, value_type not in (DENSE8, DENSE4), 4 if value_type in FOUR_BIT else 8)
     dense = torch.empty(rows, columns, dtype=dtype)
     panels = -(-rows // PANEL)
     expanded = torch.float32 if dtype == torch.int8 else dtype
@@ -120,8 +122,43 @@ def unpack(data: Tensor, rows: int, columns: int) -> Tensor:
     return dense
 
 
-def _allocate(rows: int, columns: int, count: int, value_type: int) -> Tensor:
-    nbytes = library_and_isa()[0].packed_bytes(rows, columns, count, value_type)
+def _pack(
+    values: Tensor, bitmask: Tensor | None, zeros: Tensor | None, rows: int, columns: int, value_type: int
+) -> Tensor:
+    library, _ = library_and_isa()
+    groups = 0 if zeros is None else zeros.shape[1]
+    if zeros is not None and (
+        value_type not in FOUR_BIT
+        or zeros.dtype != torch.uint8
+        or zeros.shape[0] != -(-rows // PANEL)
+        or not groups
+        or columns % groups
+    ):
+        raise RacError(
+            f"zeros: {zeros.dtype}, {groups} groups; 4-bit values of a weight [{rows}, {columns}] need uint8 [{rows}, groups]"
+        )
+    nbytes = library.packed_bytes(rows, columns, values.numel(), value_type, bitmask, groups)
     if nbytes < 0:
-        raise RacError(f"{count} values for a weight [{rows}, {columns}]: impossible; the checkpoint is damaged")
-    return torch.empty(nbytes, dtype=torch.uint8)
+        raise RacError(
+            f"{values.numel()} values for a weight [{rows}, {columns}]: impossible; the checkpoint is damaged"
+        )
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    library.pack(values.detach().contiguous(), bitmask, zeros, rows, columns, value_type, data)
+    library.check(data, rows, columns, value_type)
+    return data
+
+
+def _type_of(dtype: torch.dtype, masked: bool, bits: int) -> int:
+    """The number that the library has for values of `dtype` in `bits` (4: of int8) with masks or without."""
+    if dtype == torch.int8 and bits == 4:
+        return INT4 if masked else DENSE4
+    return VALUE_TYPES[dtype] if masked else DENSE8
+
+
+def _panels(of_rows: Tensor | None) -> Tensor | None:
+    """[N, groups] to [panels, groups, 16], with zeros for the rows that pad the last panel."""
+    if of_rows is None:
+        return None
+    rows, groups = of_rows.shape
+    padded = torch.nn.functional.pad(of_rows, (0, 0, 0, -rows % PANEL))
+    return padded.view(-1, PANEL, groups).transpose(1, 2).contiguous()

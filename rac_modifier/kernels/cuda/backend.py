@@ -55,7 +55,7 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     Raises:
         RacError: a weight that no layout holds, or no kernels for it here.
     """
-    bits = torch.int32 if weight.values.dtype == torch.int8 else weight.values.dtype
+    bits = torch.int32 if weight.bits == 4 else weight.values.dtype
     layout = layouts.layout_of(bits, weight.group, weight.columns)
     device = library.current_device()
     if layout is None or served != torch.bfloat16 or device is None:

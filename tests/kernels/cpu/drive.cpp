@@ -15,14 +15,15 @@
 extern "C" {
 int32_t rac_best_isa();
 const char* rac_last_error();
-int64_t rac_packed_bytes(int64_t, int64_t, int64_t, int32_t);
-int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int32_t, void*, int64_t, int32_t);
+int64_t rac_packed_bytes(int64_t, int64_t, int64_t, int32_t, const uint8_t*, int64_t, int64_t);
+int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
+                        int32_t, void*, int64_t, int32_t);
 int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
 int32_t rac_value_type(const void*, int64_t);
 int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*, int64_t, int32_t, int32_t,
                           int32_t);
-int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const float*,
-                          int64_t, int64_t, const void*, int64_t, int32_t, void*, int64_t, int32_t, int32_t);
+int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const void*,
+                          int64_t, int32_t, int64_t, const void*, int64_t, int32_t, void*, int64_t, int32_t, int32_t);
 }
 constexpr int32_t OK = 0, BAD_ARGUMENT = 2;  // of csrc/status.h
 
@@ -68,7 +69,7 @@ static float get(const uint8_t* from, int32_t type, int64_t index) {
 static int64_t size_of(int32_t type) { return type == 0 ? 2 : type == 1 ? 4 : 1; }
 
 struct Case {
-    int64_t rows, columns, bytes;
+    int64_t rows, columns, bytes, zero_groups = 0;
     int32_t type;
     std::vector<float> dense;
     Buffer data;
@@ -78,8 +79,13 @@ static Case random_case() {
     Case c;
     c.rows = 1 + below(below(4) ? 40 : 130);
     c.columns = 1 + below(below(4) ? 70 : 700);
-    c.type = static_cast<int32_t>(below(4));
-    const bool masked = c.type != 3;
+    c.type = static_cast<int32_t>(below(6));
+    const bool masked = c.type != 3 && c.type != 5;
+    const int64_t panels = (c.rows + 15) / 16;
+    if (c.type >= 4 && below(2)) c.zero_groups = 1 + below(1 + c.columns / 8);
+    if (c.zero_groups > 1 && c.columns % (8 * c.zero_groups)) c.zero_groups = 1;
+    std::vector<uint8_t> zeros(panels * c.zero_groups * 16);
+    for (uint8_t& zero : zeros) zero = static_cast<uint8_t>(3 + below(10));  // values are -3 to 3
     const int64_t density = masked ? below(101) : 101, row_bytes = (c.columns + 7) / 8;
     c.dense.assign(c.rows * c.columns, 0);
     std::vector<uint8_t> bitmask(c.rows * row_bytes);
@@ -93,29 +99,36 @@ static Case random_case() {
     const int64_t count = static_cast<int64_t>(kept.size());
     std::vector<uint8_t> values(count * size_of(c.type));
     for (int64_t i = 0; i < count; i++) put(values.data(), c.type, i, kept[i]);
-    c.bytes = rac_packed_bytes(c.rows, c.columns, count, c.type);
-    c.data = aligned(c.bytes);
-    const int32_t threads = 1 + static_cast<int32_t>(below(3));
     const uint8_t* masks = masked ? bitmask.data() : nullptr;
     const int64_t value_bytes = static_cast<int64_t>(values.size()), mask_bytes = masked ? bitmask.size() : 0;
-    require(rac_pack_weight(values.data(), value_bytes, masks, mask_bytes, c.rows, c.columns, c.type, c.data.get(),
-                            c.bytes, threads) == OK,
-            "pack");
+    c.bytes = rac_packed_bytes(c.rows, c.columns, count, c.type, masks, mask_bytes, c.zero_groups);
+    c.data = aligned(c.bytes);
+    const int32_t threads = 1 + static_cast<int32_t>(below(3));
+    const auto pack = [&](int64_t values_there, const uint8_t* from, int64_t masks_there, const uint8_t* zeros_from,
+                          int64_t zeros_there, uint8_t* to, int64_t bytes) {
+        return rac_pack_weight(values.data(), values_there, from, masks_there, zeros_from, zeros_there, c.zero_groups, c.rows,
+                               c.columns, c.type, to, bytes, threads);
+    };
+    const int64_t zero_bytes = static_cast<int64_t>(zeros.size());
+    require(pack(value_bytes, masks, mask_bytes, zeros.data(), zero_bytes, c.data.get(), c.bytes) == OK, rac_last_error());
+    if (zero_bytes)
+        require(pack(value_bytes, masks, mask_bytes, zeros.data(), zero_bytes - 1, c.data.get(), c.bytes) == BAD_ARGUMENT,
+                "refuse short zeros");
     require(rac_check_weight(c.data.get(), c.bytes, c.rows, c.columns, c.type) == OK, "check what was packed");
     if (!masked) {
-        require(rac_packed_bytes(c.rows, c.columns, count - 1, c.type) < 0, "a dense weight with a hole");
+        require(rac_packed_bytes(c.rows, c.columns, count - 1, c.type, nullptr, 0, c.zero_groups) < 0,
+                "a dense weight with a hole");
     } else if (count > 0) {  // a count that the bitmask does not have
-        const int64_t less = rac_packed_bytes(c.rows, c.columns, count - 1, c.type);
-        Buffer other = aligned(less);
-        require(rac_pack_weight(values.data(), value_bytes - size_of(c.type), masks, mask_bytes, c.rows, c.columns,
-                                c.type, other.get(), less, 1) != OK,
+        const int64_t less = rac_packed_bytes(c.rows, c.columns, count - 1, c.type, masks, mask_bytes, c.zero_groups);
+        Buffer other = aligned(less < 0 ? 64 : less);
+        require(pack(value_bytes - size_of(c.type), masks, mask_bytes, zeros.data(), zero_bytes, other.get(),
+                     less < 0 ? 64 : less) != OK,
                 "refuse a wrong count");
         const std::vector<uint8_t> short_mask(bitmask.begin(), bitmask.end() - 1);
-        require(rac_pack_weight(values.data(), value_bytes, short_mask.data(), mask_bytes - 1, c.rows, c.columns, c.type,
-                                c.data.get(), c.bytes, 1) == BAD_ARGUMENT,
+        require(pack(value_bytes, short_mask.data(), mask_bytes - 1, zeros.data(), zero_bytes, c.data.get(), c.bytes) ==
+                    BAD_ARGUMENT,
                 "refuse a short bitmask");
-        require(rac_pack_weight(values.data(), value_bytes, masks, mask_bytes, c.rows, c.columns, c.type, c.data.get(),
-                                c.bytes - 64, 1) == BAD_ARGUMENT,
+        require(pack(value_bytes, masks, mask_bytes, zeros.data(), zero_bytes, c.data.get(), c.bytes - 64) == BAD_ARGUMENT,
                 "refuse short data");
     }
     return c;
@@ -130,25 +143,33 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
         for (int64_t i = 0; i < m * c.columns; i++) put(x.data(), x_type, i, static_cast<float>(below(5) - 2));
         for (int64_t i = 0; i < c.rows; i++) put(bias.data(), bias_type, i, static_cast<float>(below(5) - 2));
         const bool with_bias = below(2), integers = c.type >= 2;
-        int64_t groups = 1;  // of a multiple of four columns, up to 512
-        for (int64_t g = 2; integers && below(2) && g <= c.columns / 4; g++)
-            if (c.columns % (4 * g) == 0 && c.columns / g <= 512) groups = g;
+        int64_t groups = 1;  // of a multiple of four columns, in DENSE4 of eight, up to 512
+        const int64_t unit = c.type == 5 ? 8 : 4;
+        for (int64_t g = 2; integers && below(2) && g <= c.columns / unit; g++)
+            if (c.columns % (unit * g) == 0 && c.columns / g <= 512) groups = g;
+        if (c.zero_groups > 1) {
+            groups = c.zero_groups;
+            if (c.columns / groups > 512) continue;
+        }
         std::vector<float> scale((c.rows + 15) / 16 * groups * 16);
         for (float& value : scale) value = static_cast<float>(int64_t{1} << below(3));
         const bool with_scale = integers || below(2);
-        const int64_t scale_bytes = 4 * static_cast<int64_t>(scale.size());
+        const int32_t scale_type = c.type >= 4 && below(2) ? 0 : 1;
+        const int64_t scale_bytes = size_of(scale_type) * static_cast<int64_t>(scale.size());
+        std::vector<uint8_t> scales(scale_bytes);
+        for (size_t i = 0; i < scale.size(); i++) put(scales.data(), scale_type, i, scale[i]);
         const int32_t status = rac_sparse_linear(
-            data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, with_scale ? scale.data() : nullptr,
-            with_scale ? scale_bytes : 0, groups, with_bias ? bias.data() : nullptr, with_bias ? bias.size() : 0,
+            data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, with_scale ? scales.data() : nullptr,
+            with_scale ? scale_bytes : 0, scale_type, groups, with_bias ? bias.data() : nullptr, with_bias ? bias.size() : 0,
             bias_type, out.data(), out.size(), isa, 1 + static_cast<int32_t>(below(3)));
         require(status == OK, rac_last_error());
         if (integers && m) {
-            require(rac_sparse_linear(data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, nullptr, 0, 1,
+            require(rac_sparse_linear(data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, nullptr, 0, 1, 1,
                                       nullptr, 0, 0, out.data(), out.size(), isa, 1) == BAD_ARGUMENT,
                     "integers without a scale");
             for (int64_t bad : {INT64_MIN, int64_t{-1}, int64_t{0}, c.columns + 1, INT64_MAX})
-                require(rac_sparse_linear(data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, scale.data(),
-                                          scale_bytes, bad, nullptr, 0, 0, out.data(), out.size(), isa,
+                require(rac_sparse_linear(data, c.bytes, c.rows, c.columns, x.data(), x.size(), x_type, m, scales.data(),
+                                          scale_bytes, scale_type, bad, nullptr, 0, 0, out.data(), out.size(), isa,
                                           1) == BAD_ARGUMENT,
                         "impossible groups");
         }
@@ -195,7 +216,7 @@ static void wrong_sizes(const Case& c) {
             for (int64_t size : bytes) buffers.emplace_back(new uint8_t[size]());
             const auto call = [&] {
                 return rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, buffers[0].get(), bytes[0], type, m,
-                                         reinterpret_cast<const float*>(buffers[1].get()), bytes[1], groups,
+                                         buffers[1].get(), bytes[1], 1, groups,
                                          buffers[2].get(), bytes[2], type, buffers[3].get(), bytes[3], isa, 1);
             };
             require(call() == BAD_ARGUMENT, "refuse a buffer of a wrong size");
@@ -226,12 +247,13 @@ static void hostile(const Case& c, int64_t* refused, int64_t* harmless) {
         if (rac_check_weight(copy.get(), bytes, c.rows, c.columns, c.type) != OK) {
             ++*refused;
             // Shapes that the header may have been changed to, without the check.
-            rac_sparse_linear(copy.get(), bytes, -1, 0, x, 4, 1, 1, nullptr, 0, 1, nullptr, 0, 1, out, 4, 0, 1);
+            rac_sparse_linear(copy.get(), bytes, -1, 0, x, 4, 1, 1, nullptr, 0, 1, 1, nullptr, 0, 1, out, 4, 0, 1);
             rac_value_type(copy.get(), bytes);
         } else {
             ++*harmless;
             Case same;
             same.rows = c.rows, same.columns = c.columns, same.bytes = bytes, same.type = c.type;
+            std::memcpy(&same.zero_groups, copy.get() + 48, sizeof same.zero_groups);
             multiply_and_expand(same, copy.get(), false);
         }
     }
@@ -243,15 +265,16 @@ static void extremes() {
     for (int64_t a : extreme)
         for (int64_t b : extreme)
             for (int64_t n : extreme)
-                for (int32_t type : {-1, 0, 1, 2, 3, 4, INT32_MAX}) {
-                    rac_packed_bytes(a, b, n, type);
+                for (int32_t type : {-1, 0, 1, 2, 3, 4, 5, 6, INT32_MAX}) {
+                    rac_packed_bytes(a, b, n, type, nullptr, n, a);
+                    rac_packed_bytes(a, b, n, type, nullptr, n, n);
                     rac_check_weight(nullptr, n, a, b, type);
-                    rac_sparse_linear(nullptr, n, a, b, nullptr, n, type, n, nullptr, n, n, nullptr, n, type, nullptr, n,
+                    rac_sparse_linear(nullptr, n, a, b, nullptr, n, type, n, nullptr, n, type, n, nullptr, n, type, nullptr, n,
                                       type, type);
                     rac_expand_panels(nullptr, n, a, b, a, b, nullptr, n, type, type, type);
                     uint8_t none[1] = {0};
-                    require(rac_pack_weight(nullptr, n, nullptr, n, a, b, type, nullptr, n, 1) != OK, "no addresses");
-                    require(rac_pack_weight(none, n, none, a, b, n, type, none, b, 1) != OK, "impossible sizes");
+                    require(rac_pack_weight(nullptr, n, nullptr, n, nullptr, n, a, a, b, type, nullptr, n, 1) != OK, "no addresses");
+                    require(rac_pack_weight(none, n, none, a, none, a, n, b, n, type, none, b, 1) != OK, "impossible sizes");
                 }
     Case c = random_case();
     alignas(4) uint8_t out[4];
@@ -262,11 +285,11 @@ static void extremes() {
                         "panels");
             if (a != c.rows || b != c.columns)
                 require(rac_expand_panels(c.data.get(), c.bytes, a, b, 0, 0, out, 0, 1, 0, 1) != OK, "another shape");
-            require(rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, out, a, 1, b, nullptr, 0, 1, nullptr, 0, 1,
+            require(rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, out, a, 1, b, nullptr, 0, 1, 1, nullptr, 0, 1,
                                       out, a, 0, 1) != OK || (a == 0 && b == 0), "sizes");
             if (a != c.rows || b != c.columns)
-                require(rac_sparse_linear(c.data.get(), c.bytes, a, b, out, 4, 1, 1, nullptr, 0, 1, nullptr, 0, 1, out, 4,
-                                          0, 1) != OK, "shapes");
+                require(rac_sparse_linear(c.data.get(), c.bytes, a, b, out, 4, 1, 1, nullptr, 0, 1, 1, nullptr, 0, 1, out,
+                                          4, 0, 1) != OK, "shapes");
         }
 }
 

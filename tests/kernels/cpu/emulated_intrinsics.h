@@ -129,6 +129,62 @@ inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
     return rac_integers([&](int i) { return a.lane[i] - b.lane[i]; });
 }
+struct __m128i {
+    uint8_t lane[16];
+};
+inline __m128i _mm_loadu_si128(const __m128i* from) {
+    __m128i to;
+    std::memcpy(&to, from, 16);
+    return to;
+}
+inline __m256i _mm256_loadu_si256(const __m256i* from) {
+    __m256i to;
+    std::memcpy(&to, from, 32);
+    return to;
+}
+inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
+    return rac_integers([&](int i) { return uint32_t{a.lane[i]}; });
+}
+inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
+    return rac_integers([&](int i) { return uint32_t{a.lane[i]}; });
+}
+inline __m512i _mm512_cvtepu8_epi16(__m256i a) {
+    return rac_integers([&](int i) { return (a.lane[i] & 0xffu) | (a.lane[i] & 0xff00u) << 8; });
+}
+inline __m512i _mm512_slli_epi16(__m512i a, unsigned count) {
+    return rac_integers([&](int i) { return (a.lane[i] << count & 0xffffu) | (a.lane[i] >> 16) << (16 + count); });
+}
+inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) {
+    return rac_integers([&](int i) {
+        uint32_t to = 0;
+        for (int k = 0; k < 32; k += 8) to |= (((a.lane[i] >> k) - (b.lane[i] >> k)) & 0xffu) << k;
+        return to;
+    });
+}
+inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) {
+    return rac_integers([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+// Each bit of the result is the bit of `table` that the bits of a, b and c number.
+inline __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
+    return rac_integers([&](int i) {
+        uint32_t to = 0;
+        for (int bit = 0; bit < 32; bit++) {
+            const uint32_t at = (a.lane[i] >> bit & 1) << 2 | (b.lane[i] >> bit & 1) << 1 | (c.lane[i] >> bit & 1);
+            to |= (static_cast<uint32_t>(table) >> at & 1) << bit;
+        }
+        return to;
+    });
+}
+inline __m512i _mm512_mask_expand_epi8(__m512i rest, uint64_t mask, __m512i from) {
+    uint8_t stored[64], spread[64];
+    std::memcpy(stored, &from, 64);
+    std::memcpy(spread, &rest, 64);
+    for (int i = 0, next = 0; i < 64; i++)
+        if (mask >> i & 1) spread[i] = stored[next++];
+    __m512i to;
+    std::memcpy(&to, spread, 64);
+    return to;
+}
 inline void _mm512_storeu_si512(void* to, __m512i value) { std::memcpy(to, &value, 64); }
 inline __m512i _mm512_maskz_expand_epi8(uint64_t mask, __m512i from) {
     uint8_t stored[64], spread[64] = {};

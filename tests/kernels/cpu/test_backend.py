@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
+from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu import backend
@@ -39,9 +41,11 @@ def test_a_half_sparse_layer_runs_sparse(avx2):
 
 def test_the_kernel_of_integers_is_named(avx2):
     assert decide(64, 64, 0.5, torch.int8, BF16).kernel == "sparse int8 kernel avx2"
-    assert decide(64, 64, 0.5, torch.int32, BF16).kernel == "sparse int8 kernel avx2 (int4 values, a byte each)"
+    assert decide(64, 64, 0.5, torch.int32, BF16).kernel == "sparse int4 kernel avx2"
     whole = decide(64, 64, 1.0, torch.int8, BF16)
     assert (whole.kernel, whole.bytes_per_weight, whole.ceiling) == ("int8 kernel avx2", 1.0, 2.0)
+    whole = decide(64, 64, 1.0, torch.int32, BF16)
+    assert (whole.kernel, whole.bytes_per_weight, whole.ceiling) == ("int4 kernel avx2", 0.5, 4.0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,20 @@ def stored(rows: int, columns: int, density: float, dtype: torch.dtype, groups: 
         dense = torch.randn(rows, columns, generator=generator).to(dtype)
     weight = from_dense(dense.masked_fill(~mask, 0), "layer")
     scale = torch.rand(rows, groups, generator=generator) + 0.1 if groups else None
-    return StoredWeight(weight.values, weight.bitmask, columns, weight.starts, "layer", scale)
+    return replace(weight, scale=scale)
+
+
+def four_bit(rows: int, columns: int, density: float, groups: int, asymmetric: bool = False) -> StoredWeight:
+    """A random weight of 4-bit values, no zeros among those that are stored."""
+    generator = torch.Generator().manual_seed(3)
+    zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8, generator=generator) if asymmetric else None
+    dense = torch.randint(0, 16, (rows, columns), dtype=torch.int8, generator=generator)
+    dense -= 8 if zeros is None else zeros.to(torch.int8).repeat_interleave(columns // groups, dim=1)
+    scale = (torch.rand(rows, groups, generator=generator) + 0.1).bfloat16().float()
+    if density < 1.0:
+        dense = dense.masked_fill(~random_mask(rows, columns, density), 0)
+    weight = all_stored(dense, "layer") if density == 1.0 else from_dense(dense, "layer")
+    return replace(weight, scale=scale, bits=4, zeros=zeros)
 
 
 WEIGHTS = {
@@ -93,6 +110,12 @@ WEIGHTS = {
     "int8": stored(37, 100, 0.5, torch.int8, 1),
     "int8 in groups": stored(37, 96, 0.5, torch.int8, 3),
     "int8 in groups of 6": stored(37, 96, 0.5, torch.int8, 16),
+    "int4": four_bit(37, 100, 0.5, 1),
+    "int4 in groups": four_bit(37, 96, 0.5, 3),
+    "int4 with zeros": four_bit(37, 96, 0.5, 3, True),
+    "dense int4 with zeros": four_bit(37, 96, 1.0, 3, True),
+    "int4 in groups of 1040": four_bit(37, 2080, 0.5, 2, True),
+    "int4 in groups of 12": four_bit(37, 96, 0.5, 8, True),
 }
 
 
@@ -123,6 +146,17 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(best):
         announced = cpu.can_run(Layer.of(weight, served)).bytes_per_weight * weight.rows * weight.columns
         header = 64 + 8 * 8 + 64 + 128  # header, offsets and padding
         assert announced == pytest.approx(cpu.pack(weight, served)["weight_packed"].numel(), abs=header)
+    for four, group_bits in (
+        (four_bit(160, 1024, 0.5, 8), 16 / 128),
+        (four_bit(160, 1024, 0.5, 8, True), 24 / 128),
+        (four_bit(160, 1024, 1.0, 32), 16 / 32),
+        (stored(160, 1024, 0.5, torch.int8, 8), 32 / 128),
+    ):
+        announced = cpu.can_run(Layer.of(four, BF16)).bytes_per_weight
+        nbytes = sum(tensor.nbytes for tensor in cpu.pack(four, BF16).values())
+        assert announced * four.rows * four.columns == pytest.approx(nbytes, abs=512)
+        bits = four.bits * four.density + (four.density < 1) + group_bits
+        assert announced == pytest.approx(bits / 8, rel=0.015)
 
 
 def test_integers_that_are_all_stored_need_no_masks(best):

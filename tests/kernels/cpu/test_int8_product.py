@@ -179,7 +179,7 @@ def test_floats_take_a_scale_of_each_row(kernel, weights, m):
     x, bias = torch.randn(m, 100), torch.randn(37)
     y = multiply(x, weight, bias, pack_scale(scale))
     torch.testing.assert_close(y, torch.nn.functional.linear(x, dense.float() * scale, bias), rtol=1e-4, atol=1e-4)
-    with pytest.raises(RacError, match="only 8-bit weights have scales in groups"):
+    with pytest.raises(RacError, match="only weights of integers have scales in groups"):
         multiply(x[:1], weight, bias, pack_scale(torch.ones(37, 2)))
 
 

@@ -18,7 +18,7 @@ from rac_modifier.kernels.cpu.support import support
 from tests.kernels.cpu.kernel_helpers import Packed, random_mask, run, sparse, take
 
 OK, DAMAGED, BAD_ARGUMENT, NO_SUCH_ISA = range(4)  # of csrc/status.h
-BF16, FP32 = 0, 1  # of csrc/layout.h
+BF16, FP32, INT4 = 0, 1, 4  # of csrc/layout.h
 PORTABLE = 0  # of csrc/kernel.h
 
 
@@ -136,7 +136,7 @@ def linear_call(weight: Packed) -> tuple[dict[str, list[Any]], Callable[[Native]
         return native.calls.rac_sparse_linear(
             *(*buffers["data"], *numbers(20, 40)),
             *(*buffers["x"], FP32, *numbers(3)),
-            *(*buffers["scale"], *numbers(1)),
+            *(*buffers["scale"], FP32, *numbers(1)),
             *(*buffers["bias"], FP32),
             *(*buffers["out"], PORTABLE, 1),
         )
@@ -215,11 +215,16 @@ def test_panels_need_their_buffer_and_their_shape(native, weight):
 def test_packing_needs_every_buffer(native):
     rows, columns = 3, 10
     values, bitmask = torch.ones(30), torch.tensor([[255, 3]] * 3, dtype=torch.uint8)
-    nbytes = native.calls.rac_packed_bytes(*numbers(rows, columns, 30), FP32)
-    data = torch.empty(nbytes, dtype=torch.uint8)
+
+    def packed_bytes(count: int) -> int:
+        return native.calls.rac_packed_bytes(*numbers(rows, columns, count), FP32, *NONE, *numbers(0))
+
+    data = torch.empty(packed_bytes(30), dtype=torch.uint8)
 
     def pack(values: list[Any], bitmask: list[Any], data: list[Any]) -> int:
-        return native.calls.rac_pack_weight(*values, *bitmask, *numbers(rows, columns), FP32, *data, 1)
+        return native.calls.rac_pack_weight(
+            *(*values, *bitmask, *NONE, *numbers(0)), *(*numbers(rows, columns), FP32, *data, 1)
+        )
 
     assert pack(buffer(values), buffer(bitmask), buffer(data)) == OK
     assert pack(buffer(values), buffer(bitmask[:2]), buffer(data)) == BAD_ARGUMENT
@@ -228,9 +233,36 @@ def test_packing_needs_every_buffer(native):
     assert pack(buffer(values), buffer(bitmask), buffer(data[:-64])) == BAD_ARGUMENT
     assert pack(buffer(values)[:1] + numbers(119), buffer(bitmask), buffer(data)) == BAD_ARGUMENT
     assert native.error() == "values: 119 bytes are no whole number of values"
-    fewer = torch.empty(native.calls.rac_packed_bytes(*numbers(rows, columns, 29), FP32), dtype=torch.uint8)
+    fewer = torch.empty(packed_bytes(29), dtype=torch.uint8)
     assert pack(buffer(values[:-1]), buffer(bitmask), buffer(fewer)) == DAMAGED
     assert native.error() == "the bitmask has 30 bits set and there are 29 values"
+
+
+def test_four_bit_values_need_their_bitmask_and_zeros(native):
+    def packed_bytes(count: int, bitmask: list[Any], groups: int, type: int = INT4) -> int:
+        return native.calls.rac_packed_bytes(*numbers(3, 16, count), type, *bitmask, *numbers(groups))
+
+    values, bitmask = torch.ones(48, dtype=torch.int8), torch.full((3, 2), 255, dtype=torch.uint8)
+    zeros = torch.full((1, 2, 16), 8, dtype=torch.uint8)
+    nbytes = packed_bytes(48, buffer(bitmask), 2)
+    assert nbytes == 64 + 64 + 64 + 64 + 64 + 64  # header, offsets, masks, zeros, 24 bytes of codes, padding
+    assert packed_bytes(48, NONE, 2) == packed_bytes(48, buffer(bitmask[:2]), 2) == -1
+    for groups in (-1, 3, 4, 17, 2**62):  # 4 have no multiple of 8 columns
+        assert packed_bytes(48, buffer(bitmask), groups) == -1
+    assert packed_bytes(48, buffer(bitmask), 2, FP32) == -1  # floats have no zeros
+    data = torch.empty(nbytes, dtype=torch.uint8)
+
+    def pack(zeros: list[Any], groups: int, data: list[Any]) -> int:
+        return native.calls.rac_pack_weight(
+            *(*buffer(values), *buffer(bitmask), *zeros, *numbers(groups)), *(*numbers(3, 16), INT4, *data, 1)
+        )
+
+    assert pack(buffer(zeros), 2, buffer(data)) == OK
+    assert pack(NONE, 2, buffer(data)) == BAD_ARGUMENT
+    assert native.error() == "zeros: 0 bytes, where 32 are needed"
+    assert pack(buffer(zeros), 1, buffer(data)) == BAD_ARGUMENT
+    assert pack(buffer(zeros), 2, buffer(data[:-64])) == BAD_ARGUMENT
+    assert native.error() == "data: 320 bytes, where 384 are needed"
 
 
 def test_python_names_the_next_step_of_each_code(native_path, weight):

@@ -1,0 +1,160 @@
+// 4-bit weights on AVX512 with VNNI: two codes per byte are widened to a byte each, vpexpandb spreads the codes of a quad over
+// the codes of zero, and vpdpbusd multiplies four columns at a time.
+//
+// A code is unsigned, as one factor of vpdpbusd must be. What its code of zero adds to the product, which is the code times the
+// sum of x, is subtracted; pruned weights have just this code.
+#include "int4.h"
+
+#if defined(__x86_64__) || defined(RAC_EMULATE)
+#include <cstring>
+#if defined(RAC_EMULATE)
+#include "emulated_intrinsics.h"
+#elif defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt"))), \
+                             apply_to = function)
+#else
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt")
+#endif
+
+namespace rac {
+namespace {
+
+#include "add_products.h"
+
+// Up to 64 codes, one per byte, of a quad of INT4 with this mask; the code of zero of `zeros` where nothing is stored.
+inline __m512i spread_codes(uint64_t mask, const char* codes, __m512i zeros) {
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512i halves = _mm512_set1_epi32(0x0f0f0f0f);
+    // (words | words << 4) & 0x0f0f: the low half of a byte, then the high one
+    const __m512i bytes = _mm512_ternarylogic_epi32(words, _mm512_slli_epi16(words, 4), halves, 0xa8);
+    return _mm512_mask_expand_epi8(zeros, mask, bytes);
+}
+
+// 16 codes of zero as 32-bit numbers, and each one in the four bytes of its row.
+struct Zeros {
+    __m512i numbers, bytes;
+};
+inline Zeros zeros_of_rows(const uint8_t* zeros) {
+    if (!zeros) return {_mm512_set1_epi32(ZERO_CODE), _mm512_set1_epi32(0x01010101 * ZERO_CODE)};
+    const __m512i numbers = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+    const __m512i twice = _mm512_or_si512(numbers, _mm512_slli_epi32(numbers, 8));
+    return {numbers, _mm512_or_si512(twice, _mm512_slli_epi32(twice, 16))};
+}
+
+template <int M>
+struct Sums {
+    __m512i of[M][2];  // by the byte of x
+};
+
+template <int M>
+inline void multiply(Sums<M>& sums, __m512i codes, const char* x) {
+    RAC_UNROLL for (int i = 0; i < 2 * M; i++) add_products(sums.of[i / 2][i % 2], codes, x + 4 * i);
+}
+
+// Four-bit quads of one block, from `codes` on, times M lines.
+template <int form, int M>
+inline const char* multiply_quads(Sums<M>& sums, const uint32_t* masks, const char* codes, __m512i zeros, int64_t quads,
+                                  const char* x) {
+    if (form == DENSE4) {
+        const __m512i halves = _mm512_set1_epi32(0x0f0f0f0f);
+        for (int64_t q = 0; q < quads; q += 2, codes += QUAD, x += 16 * M) {
+            _mm_prefetch(codes + 4096, _MM_HINT_T0);
+            const __m512i both = _mm512_loadu_si512(codes);
+            multiply<M>(sums, _mm512_and_si512(both, halves), x);
+            multiply<M>(sums, _mm512_and_si512(_mm512_srli_epi32(both, 4), halves), x + 8 * M);
+        }
+        return codes;
+    }
+    for (int64_t q = 0; q < quads; q++, x += 8 * M) {
+        uint64_t mask;
+        std::memcpy(&mask, masks + 2 * q, sizeof mask);
+        _mm_prefetch(codes + 2048, _MM_HINT_T0);
+        multiply<M>(sums, spread_codes(mask, codes, zeros), x);
+        codes += code_bytes(static_cast<uint64_t>(__builtin_popcountll(mask)));
+    }
+    return codes;
+}
+
+inline __m512 scale_of_rows(const Product8& product, int64_t panel, int64_t block) {
+    const int64_t at = product.scale_at(panel, block);
+    if (product.scale_type == FP32) return _mm512_loadu_ps(static_cast<const float*>(product.scale) + at);
+    const uint16_t* bf16 = static_cast<const uint16_t*>(product.scale) + at;
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+template <int form, int M>
+void dot(const Product8& product, int64_t panel, float* acc) {
+    const Weight& weight = product.out.weight;
+    const char* codes = weight.values_of(panel);
+    const uint32_t* masks = form == INT4 ? weight.masks_of(panel) : nullptr;
+    Zeros zeros = zeros_of_rows(product.zeros_of(panel, 0));
+    __m512 scale = scale_of_rows(product, panel, 0), added[M];
+    RAC_UNROLL for (int m = 0; m < M; m++) added[m] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < product.blocks; block++) {
+        const int64_t column = block * product.block, left = weight.columns - column;
+        const int64_t quads = ((left < product.block ? left : product.block) + 3) / 4;
+        if (weight.zero_groups > 1) zeros = zeros_of_rows(product.zeros_of(panel, block));
+        if (product.groups > 1) scale = scale_of_rows(product, panel, block);
+        Sums<M> sums;
+        RAC_UNROLL for (int m = 0; m < M; m++) {
+            const int32_t x_sum = product.x_sums[m * product.blocks + block];
+            // Wrap-around is harmless: the sum of all terms fits.
+            sums.of[m][0] = _mm512_setzero_si512();
+            sums.of[m][1] = _mm512_mullo_epi32(zeros.numbers, _mm512_set1_epi32(static_cast<int>(0u - static_cast<unsigned>(x_sum))));
+        }
+        codes = multiply_quads<form, M>(sums, masks + (form == INT4 ? column / 2 : 0), codes, zeros.bytes, quads,
+                                        product.x + 2 * column * M);
+        RAC_UNROLL for (int m = 0; m < M; m++) {
+            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(sums.of[m][0], 8), sums.of[m][1]);
+            const __m512 scaled =
+                _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(product.x_scale[m * product.blocks + block]));
+            added[m] = _mm512_add_ps(added[m], _mm512_mul_ps(scaled, scale));
+        }
+    }
+    RAC_UNROLL for (int m = 0; m < M; m++) _mm512_storeu_ps(acc + PANEL * m, added[m]);
+}
+
+// An Expand4 into 8-bit quads.
+template <int form>
+const char* expand(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    const __m512i zero = zeros_of_rows(zeros).bytes, halves = _mm512_set1_epi32(0x0f0f0f0f);
+    char* to = static_cast<char*>(out);
+    if (form == DENSE4) {
+        for (int64_t q = 0; q < quads; q += 2, codes += QUAD) {
+            const __m512i both = _mm512_loadu_si512(codes);
+            _mm512_storeu_si512(to + QUAD * q, _mm512_sub_epi8(_mm512_and_si512(both, halves), zero));
+            const __m512i high = _mm512_and_si512(_mm512_srli_epi32(both, 4), halves);
+            if (q + 1 < quads) _mm512_storeu_si512(to + QUAD * (q + 1), _mm512_sub_epi8(high, zero));
+        }
+        return codes;
+    }
+    for (int64_t q = 0; q < quads; q++) {
+        const uint64_t mask = masks[2 * q] | static_cast<uint64_t>(masks[2 * q + 1]) << 32;
+        _mm512_storeu_si512(to + QUAD * q, _mm512_sub_epi8(spread_codes(mask, codes, zero), zero));
+        codes += code_bytes(RAC_COUNT(masks[2 * q]) + RAC_COUNT(masks[2 * q + 1]));
+    }
+    return codes;
+}
+
+}  // namespace
+}  // namespace rac
+RAC_TARGET_END
+
+namespace rac {
+
+#define RAC_LINES4(form) \
+    {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>, dot<form, 5>, dot<form, 6>, dot<form, 7>, dot<form, 8>}
+extern const Kernel4 avx512_kernel4 = {
+    {expand<INT4>, expand<DENSE4>}, LINES_TOGETHER, {RAC_LINES4(INT4), RAC_LINES4(DENSE4)},
+};
+
+}  // namespace rac
+#else
+namespace rac {
+extern const Kernel4 avx512_kernel4 = {};
+}  // namespace rac
+#endif
