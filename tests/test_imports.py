@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rac_modifier"
 FLOORS = [
     ["errors", "on_import", "machine_paths"],
     ["files"],
-    ["settings", "reasoner", "model_tools"],
+    ["settings", "reasoner", "model_tools", "processes"],
     ["problems"],
     ["sampling"],
     ["traces"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loguru import logger
@@ -13,6 +13,7 @@ from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
+    Composition,
     generic_sequence,
     mix,
     prompt_sequence,
@@ -21,20 +22,28 @@ from rac_modifier.calibration.mixture import (
 from rac_modifier.calibration.trace_budget import collect_for_calibration
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.problems.source import load_problems
+from rac_modifier.processes import Processes
 from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.shared_engine import end_sampling, help_sampling
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.prompt import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.records import Trace
 
+_ALONE = Processes()
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The loader; and by part of the mixture, the pool of its traces and how its prompts were made."""
+    """The loader; and by part of the mixture, the pool of its traces and how its prompts were made.
+
+    Of several processes only the first one has pools. The others get its loader, and the `received` traces to train on.
+    """
 
     loader: CalibrationLoader
     pools: Mapping[str, TracePool] = field(default_factory=dict)
     prompts: Mapping[str, PromptSettings] = field(default_factory=dict)
+    received: tuple[Trace, ...] = ()
 
     @property
     def held_out(self) -> tuple[Trace, ...]:
@@ -44,7 +53,7 @@ class CalibrationSet:
     @property
     def reserved(self) -> tuple[Trace, ...]:
         """The traces of all parts that were kept out of the loader for training after pruning."""
-        return tuple(trace for pool in self.pools.values() for trace in pool.reserved)
+        return (*(trace for pool in self.pools.values() for trace in pool.reserved), *self.received)
 
     def as_dict(self) -> dict[str, Any]:
         """For the run record: counts, the prompt settings, and each trace store with its hash and what was selected from it."""
@@ -62,14 +71,35 @@ def build_calibration_set(
     calibration: CalibrationSettings,
     progress: bool = True,
     reserved_tokens: int = 0,
+    processes: Processes = _ALONE,
 ) -> CalibrationSet:
     """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
 
     Traces of about `reserved_tokens` tokens more are kept out of it, in `CalibrationSet.reserved`.
 
+    Of several `processes` the first one reads and writes the stores, chooses, and sends the others what it has chosen; all of
+    them sample. The set is that of one process.
+
     Raises:
         RacError: see `collect_for_calibration` and `mix`; a mixture with traces that gets no trace token.
     """
+    if not processes.is_first:
+        return _received(help_sampling(model, tokenizer, processes), calibration)
+    made = _build(model, tokenizer, traces, calibration, progress, reserved_tokens, processes)
+    if processes.count > 1:
+        end_sampling(processes, _sent(made))
+    return made
+
+
+def _build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: TraceSettings,
+    calibration: CalibrationSettings,
+    progress: bool,
+    reserved_tokens: int,
+    processes: Processes,
+) -> CalibrationSet:
     parts: dict[str, Iterable[CalibrationSequence]] = {}
     prompts: dict[str, PromptSettings] = {}
     for part in calibration.parts("prompts"):
@@ -81,7 +111,7 @@ def build_calibration_set(
         parts[part.key] = map(generic_sequence, ids)
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
-        pools = collect_for_calibration(model, tokenizer, traces, calibration, progress, reserved_tokens)
+        pools = collect_for_calibration(model, tokenizer, traces, calibration, progress, reserved_tokens, processes)
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     for key, pool in pools.items():
         parts[key] = pool.draw(key, budgets[key])
@@ -92,6 +122,25 @@ def build_calibration_set(
     logger.info(composition.describe())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), pools, prompts)
+
+
+def _sent(made: CalibrationSet) -> dict[str, Any]:
+    """What the other processes need of the first one's set, as JSON."""
+    return {
+        "sequences": [asdict(sequence) for sequence in made.loader.sequences],
+        "composition": asdict(made.loader.composition),
+        "pad_token_id": made.loader.pad_token_id,
+        "reserved": [asdict(trace) for trace in made.reserved],
+    }
+
+
+def _received(sent: dict[str, Any], settings: CalibrationSettings) -> CalibrationSet:
+    """The reverse of `_sent`."""
+    sequences = [CalibrationSequence(**{**one, "ids": tuple(one["ids"])}) for one in sent["sequences"]]
+    ids = ("prompt_ids", "completion_ids")
+    reserved = tuple(Trace(**{**one, **{name: tuple(one[name]) for name in ids}}) for one in sent["reserved"])
+    loader = CalibrationLoader(sequences, Composition(**sent["composition"]), settings, sent["pad_token_id"])
+    return CalibrationSet(loader, received=reserved)
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, traces: TraceSettings) -> Iterator[CalibrationSequence]:

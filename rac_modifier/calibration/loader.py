@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rac_modifier.calibration.mixture import CalibrationSequence, Composition
+from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
 
 
@@ -30,12 +31,17 @@ class CalibrationLoader(DataLoader):
         settings: CalibrationSettings,
         pad_token_id: int,
         batch_tokens: int | None = None,
+        groups: list[list[CalibrationSequence]] | None = None,
     ):
+        """Of `groups`, the sequences of each batch; without them, of batches of at most `batch_tokens` (0: one sequence)."""
         self.sequences, self.composition, self.settings = sequences, composition, settings
         self.pad_token_id = pad_token_id
+        if groups is None:
+            groups = self._grouped(settings.batch_tokens if batch_tokens is None else batch_tokens)
+        self._groups = groups
         self.token_weights: list[torch.Tensor] = []
         batches = []
-        for group in self._grouped(settings.batch_tokens if batch_tokens is None else batch_tokens):
+        for group in self._groups:
             length = max(len(s.ids) for s in group)
             ids = torch.full((len(group), length), pad_token_id)
             weights = torch.zeros(len(group), length)
@@ -49,6 +55,28 @@ class CalibrationLoader(DataLoader):
     def unpadded(self) -> CalibrationLoader:
         """The same sequences in the same order, one per batch."""
         return CalibrationLoader(self.sequences, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
+
+    def share(self, rank: int, count: int) -> CalibrationLoader:
+        """Of `count` loaders that have about as many padded tokens and together all batches, number `rank`; batches are not cut.
+
+        Raises:
+            RacError: there are fewer batches.
+        """
+        if count == 1:
+            return self
+        if len(self._groups) < count:
+            raise RacError(
+                f"{count} processes share {len(self._groups)} batches of the calibration set, and each needs one: start at most "
+                f"{len(self._groups)}, or set a lower calibration.batch_tokens (now {self.settings.batch_tokens:,})"
+            )
+        sizes = [weights.numel() for weights in self.token_weights]
+        loads, owners = [0] * count, [0] * len(sizes)
+        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the largest first, each to whoever has least
+            owners[index] = loads.index(min(loads))
+            loads[owners[index]] += sizes[index]
+        groups = [group for group, owner in zip(self._groups, owners, strict=True) if owner == rank]
+        sequences = [sequence for group in groups for sequence in group]
+        return CalibrationLoader(sequences, self.composition, self.settings, self.pad_token_id, groups=groups)
 
     def sha256(self) -> str:
         """A hash (64 hex digits) of the batches and of their token weights."""

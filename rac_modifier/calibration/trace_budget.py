@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import on_accelerator
+from rac_modifier.processes import Processes
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
 from rac_modifier.settings.traces import TraceSettings
@@ -20,6 +21,8 @@ from rac_modifier.traces.grading import Judge
 _ENOUGH_TO_JUDGE = 256  # traces, after which the share that a selection keeps is known well enough
 _GROWTH = 4.0  # most growth of a store from one check of its selection to the next
 
+_ALONE = Processes()
+
 
 def collect_for_calibration(
     model: PreTrainedModel | ModelIdentity,
@@ -28,6 +31,7 @@ def collect_for_calibration(
     calibration: CalibrationSettings,
     progress: bool = True,
     reserved_tokens: int = 0,
+    processes: Processes = _ALONE,
 ) -> dict[str, TracePool]:
     """Fill a store for each part of the mixture that consists of traces; returns what is kept of them, by part.
 
@@ -43,7 +47,7 @@ def collect_for_calibration(
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     return {
         part.key: collect_part(
-            model, tokenizer, part, settings[part], calibration, budgets[part.key], progress, reserved_tokens
+            model, tokenizer, part, settings[part], calibration, budgets[part.key], progress, reserved_tokens, processes
         )
         for part in parts
     }
@@ -58,6 +62,7 @@ def collect_part(
     wanted: int,
     progress: bool,
     reserved_tokens: int = 0,
+    processes: Processes = _ALONE,
 ) -> TracePool:
     """Collect until `wanted` tokens are selected, beside those that are held out or reserved; counted as the traces will be cut.
 
@@ -85,6 +90,7 @@ def collect_part(
                     retry_failed=retry_failed,
                     allow_off_policy=traces.allow_off_policy,
                     progress=progress,
+                    processes=processes,
                 )
             except RacError as error:
                 raise RacError(f"{error}{selected}") from error

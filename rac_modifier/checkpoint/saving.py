@@ -24,6 +24,7 @@ from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KE
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
 from rac_modifier.machine_paths import text_without_paths, without_paths
+from rac_modifier.processes import Processes
 from rac_modifier.pruning.masks import holds
 from rac_modifier.settings.pattern import Pattern
 
@@ -39,7 +40,8 @@ class SavePlan:
 
     `patterns` has one pattern per module of `modules`. `record` is the run's part of the record beside the weights; versions
     and the base model are added when it is written. `tokenizer` is a path or id, None for that of the base model.
-    `prepare(model, save_compressed)` is called before saving, those of `after` when everything is written.
+    `prepare(model, save_compressed)` is called before saving, those of `after` when everything is written. Of several `processes`
+    all save, and the first one writes.
     """
 
     record: dict[str, Any]
@@ -49,6 +51,7 @@ class SavePlan:
     tokenizer: str | None = None
     prepare: Callable[[PreTrainedModel, bool], None] = _nothing
     after: Sequence[Callable[[], None]] = ()
+    processes: Processes = field(default_factory=Processes)
 
 
 def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
@@ -81,34 +84,44 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         ]
         current.prepare(model, save_compressed)
         inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
-        packed = bool(current.modules) and current.storage == "packed" and save_compressed
-        if current.modules:
-            modules = {name: current.patterns[name].mask_structure for name in current.modules}
-            if packed:
-                pack_checkpoint(folder, modules, dense_linears=dense_linears)
-            else:
-                mark_dense(folder, modules)
-        source = model.config._name_or_path
-        record = {"base_model": source, **current.record, "versions": environment()}
-        if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
-            record["quantization"] = [scheme.describe() for scheme in schemes]
-        record = without_paths(record)
-        write_json_atomic(folder / RUN_RECORD_NAME, record)
-        write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
-        _clean_recipe(folder)
-        if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
-            AutoTokenizer.from_pretrained(current.tokenizer or source).save_pretrained(folder)
-        logger.info(f"saved {len(current.modules)} pruned modules ({current.storage}) to {folder}")
-        for step in current.after:
-            step()
-        if push_to_hub:
-            hub.upload(folder, **{"repo_id": Path(save_directory).name, **options})
+        if current.processes.is_first:
+            packed = bool(current.modules) and current.storage == "packed" and save_compressed
+            _write_rest(model, folder, current, dense_linears, packed)
+            if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
+                source = current.tokenizer or model.config._name_or_path
+                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            logger.info(f"saved {len(current.modules)} pruned modules ({current.storage}) to {folder}")
+            for step in current.after:
+                step()
+            if push_to_hub:
+                hub.upload(folder, **{"repo_id": Path(save_directory).name, **options})
+        current.processes.wait()
 
     save_pretrained._rac_inner = inner  # type: ignore[attr-defined]
     # llm-compressor reads this before it wraps save_pretrained once more
     save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
     model.push_to_hub = functools.partial(hub.push_to_hub, model)  # type: ignore[assignment]
+
+
+def _write_rest(
+    model: PreTrainedModel, folder: Path, plan: SavePlan, dense_linears: Sequence[str], packed: bool
+) -> None:
+    """Pack the weights that upstream has written, and write the record and the card beside them."""
+    if plan.modules:
+        modules = {name: plan.patterns[name].mask_structure for name in plan.modules}
+        if packed:
+            pack_checkpoint(folder, modules, dense_linears=dense_linears)
+        else:
+            mark_dense(folder, modules)
+    source = model.config._name_or_path
+    record = {"base_model": source, **plan.record, "versions": environment()}
+    if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
+        record["quantization"] = [scheme.describe() for scheme in schemes]
+    record = without_paths(record)
+    write_json_atomic(folder / RUN_RECORD_NAME, record)
+    write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
+    _clean_recipe(folder)
 
 
 def _clean_recipe(folder: Path) -> None:

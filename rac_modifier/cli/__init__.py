@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 import typer.core
@@ -34,10 +34,10 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that was named; under torchrun only the one that is distributed."""
+        """The command that was named; under torchrun only those that are distributed."""
         found = super().resolve_command(ctx, args)
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and found[0] != "recover":
-            from rac_modifier.recovery.processes import refuse_processes
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and found[0] not in ("prune", "recover"):
+            from rac_modifier.processes import refuse_processes
 
             refuse_processes(f"rac {found[0]}")
         return found
@@ -71,11 +71,12 @@ def main() -> None:
     from pydantic import ValidationError
 
     _silence_bars()
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are of what our errors say better
     try:
         app()
     except RacError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
+        _end(error)
     except ModuleNotFoundError as error:
         typer.secho(f"error: {_how_to_install(error)}", fg="red", err=True)
         sys.exit(1)
@@ -84,6 +85,17 @@ def main() -> None:
 
         typer.secho(f"error: {describe_errors(error)}", fg="red", err=True)
         sys.exit(1)
+
+
+def _end(error: RacError) -> NoReturn:
+    """Print a message and leave with exit code 1."""
+    said: bool | None = getattr(error, "said", None)
+    if not said:  # else another process prints it
+        typer.secho(f"error: {error}", fg="red", err=True)
+    if said is not None:  # the other process is gone, and gloo would wait for it at the end of this one
+        sys.stderr.flush()
+        os._exit(1)
+    sys.exit(1)
 
 
 def _silence_bars() -> None:

@@ -103,12 +103,18 @@ def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precisi
     with resumable(lambda: _how_to_go_on(output)):
         from llmcompressor import oneshot
 
-        oneshot(
-            model=unpacked(source, precision),
-            recipe=yaml.safe_dump(content, sort_keys=False),
-            precision=precision.value,
-            output_dir=str(output),
-        )
+        from rac_modifier.processes import joined_processes
+
+        with joined_processes() as processes:
+            oneshot(
+                model=unpacked(source, precision),
+                recipe=yaml.safe_dump(content, sort_keys=False),
+                precision=precision.value,
+                output_dir=str(output),
+            )
+            processes.wait()
+    if not processes.is_first:  # the first process says so
+        return
     typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
 
 

@@ -72,7 +72,7 @@ def recover(
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with quiet, resumable(lambda: saving_step(output, "the traces, and training up to its last state,")):
-        from rac_modifier.recovery.processes import joined_processes
+        from rac_modifier.processes import joined_processes
 
         with joined_processes() as processes:
             found = _recover(processes, dense, sparse, output, store, source, sampling, settings, precision)
@@ -127,7 +127,9 @@ def _recover(
     from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, generic_sequences, reserved_tokens
     from rac_modifier.llmcompressor.zeros import sparse_modules
     from rac_modifier.model_tools import on_accelerator
+    from rac_modifier.sampling.shared_engine import end_sampling, help_sampling
     from rac_modifier.traces.collect import collect_traces
+    from rac_modifier.traces.store import TraceStore
 
     stored = _quantized_modules(sparse)
     model, tokenizer = load(dense, precision)
@@ -137,10 +139,15 @@ def _recover(
     checkpoint = QuantizedCheckpoint(pruned, model, recorded_structures(pruned.config.to_dict()))
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
     text = generic_sequences(lambda: tokenizer, settings)
-    with processes.first_before_others(), on_accelerator(model):
-        store = collect_traces(
-            model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=reserved_tokens(settings)
-        )
+    if processes.is_first:
+        with on_accelerator(model):
+            tokens = reserved_tokens(settings)
+            store = collect_traces(
+                model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=tokens, processes=processes
+            )
+        end_sampling(processes, str(store.path))
+    else:
+        store = TraceStore.read(help_sampling(model, tokenizer, processes))
     _check_fresh(sparse, store)
     stage = RecoveryStage(model, list(store), settings, keep=True, processes=processes, generic=text)
     del model

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from typing import Any, Self
 
-import torch
 from llmcompressor.core import CompressionSession, State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -20,6 +18,7 @@ from rac_modifier.llmcompressor.oneshot_arguments import check_arguments, find_o
 from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.model_tools import on_accelerator
+from rac_modifier.processes import Processes, present_processes
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import CalibrationEntry
 
@@ -31,7 +30,9 @@ _SET_BY_UPSTREAM = {"index", "group"}
 class CalibratingModifier(CalibrationEntry, Modifier):
     """Brings the calibration set of a recipe, for itself and for every other modifier that calibrates."""
 
+    _processes: Processes = PrivateAttr(default_factory=Processes)
     _calibration: CalibrationSet | None = PrivateAttr(default=None)
+    _share: CalibrationLoader | None = PrivateAttr(default=None)  # of this process
     _given_tokenizer: Any = PrivateAttr(default=None)
     _session: CompressionSession | None = PrivateAttr(default=None)
     _divergence: RunDivergence | None = PrivateAttr(default=None)
@@ -69,16 +70,16 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         """Refuse what cannot work, before anything is sampled.
 
         Raises:
-            RacError: several processes, a second such modifier, a dataset or other arguments of `oneshot` that would have no
+            RacError: several processes that do not share this recipe, a second such modifier, a dataset or other arguments of `oneshot` that would have no
                 effect, or an output folder that is in use.
         """
         name = type(self).__name__
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (
-            torch.distributed.is_available() and torch.distributed.is_initialized()
-        ):
+        self._processes = present_processes()
+        if self._processes.count > 1 and not (prunes and all(_runs_alone(m) for m in self.other_modifiers())):
+            others = ", ".join(type(m).__name__ for m in self.other_modifiers())
             raise RacError(
-                f"{name} does not run under torchrun yet: each process would calibrate on its own part of the data; "
-                "start it as one process (device_map or upstream's offloading spreads a large model)"
+                f"{name} beside {others or 'nothing'} runs in one process, and torchrun started {self._processes.count}: other "
+                "modifiers would calibrate on this process's part of the data alone; start it without torchrun"
             )
         if isinstance(state.data.calib, CalibrationLoader):
             others = [type(m).__name__ for m in self.other_modifiers() if isinstance(m, CalibratingModifier)]
@@ -99,17 +100,32 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         if self._calibration is None:
             tokenizer = self._load_tokenizer(state.model)
             self._calibration = build_calibration_set(
-                state.model, tokenizer, self.traces, self.calibration.weighed(), reserved_tokens=reserved_tokens
+                state.model,
+                tokenizer,
+                self.traces,
+                self.calibration.weighed(),
+                reserved_tokens=reserved_tokens,
+                processes=self._processes,
             )
-        with on_accelerator(state.model):
-            self._divergence = RunDivergence(state.model, self._calibration, off_policy=self.traces.allow_off_policy)
+        loader, processes = self._calibration.loader, self._processes
+        if len(set(processes.from_all(loader.sha256() if processes.count > 1 else ""))) > 1:
+            raise RacError(
+                f"the {processes.count} processes were given different calibration sets; give all of them the same"
+            )
+        self._share = loader.share(processes.rank, processes.count)
+        if processes.is_first:
+            with on_accelerator(state.model):
+                off_policy = self.traces.allow_off_policy
+                self._divergence = RunDivergence(state.model, self._calibration, off_policy=off_policy)
+        processes.wait()
         return self._calibration
 
     def calibrate_session(self, state: State, pruner: Pruner | None) -> None:
         """The last step of initializing: from here on the session calibrates on our set; `pruner` is this modifier or None."""
         self._session = active_session()
-        state.data.calib = self.calibration_set.loader
-        put_in_place(self._session, Run(self.calibration_set.loader, pruner))
+        assert self._share is not None
+        state.data.calib = self._share
+        put_in_place(self._session, Run(self._share, pruner))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Take the pipeline away, and measure the result once every modifier of the recipe has run.
@@ -121,6 +137,8 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             self.after_pruning(state.model)
         if succeeded and self._divergence is not None:
             self._measured = self._divergence.measure(state.model)
+        if succeeded:
+            self._processes.wait()  # the first one measures
         self._divergence = None
         return True
 
@@ -143,6 +161,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         return {
             "seed": f"{self.traces.sampling.seed} for sampling, {self.calibration.seed} for the mixture",
             "modifier": self.model_dump(mode="json"),
+            **({"processes": self._processes.count} if self._processes.count > 1 else {}),
             **self.calibration_set.as_dict(),
             "divergence": self._measured,
         }
@@ -162,3 +181,8 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             raise RacError(
                 f"no tokenizer could be loaded from {source!r} ({error}); name one in the recipe (tokenizer: path or id)"
             ) from error
+
+
+def _runs_alone(modifier: Modifier) -> bool:
+    """Whether a modifier calibrates nothing, so that it does the same in each of several processes."""
+    return not modifier.requires_calibration_data

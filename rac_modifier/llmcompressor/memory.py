@@ -73,13 +73,19 @@ class MemoryNeed:
 
     @classmethod
     def of(
-        cls, entry: PruningEntry, loader: CalibrationLoader | None, model: PreTrainedModel, *, by_layer: bool
+        cls,
+        entry: PruningEntry,
+        loader: CalibrationLoader | None,
+        model: PreTrainedModel,
+        *,
+        by_layer: bool,
+        processes: int = 1,
     ) -> MemoryNeed:
-        """What a recipe's entry needs; without a `loader`, for a calibration set of the size that it asks for."""
+        """What a recipe's entry needs in this process; without a `loader`, for its share of the tokens that the entry asks for."""
         embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         sizes = [weights.numel() for weights in loader.token_weights] if loader else []
         return cls(
-            tokens=sum(sizes) or entry.calibration.tokens,
+            tokens=sum(sizes) or -(-entry.calibration.tokens // processes),
             batch_tokens=max(sizes, default=min(entry.calibration.tokens, entry.calibration.batch_tokens)),
             hidden=embedding.shape[1],
             activation_bytes=embedding.element_size(),
@@ -111,10 +117,13 @@ def check_memory(
     onload: torch.device,
     offload: torch.device,
     free: Callable[[torch.device], int | None] | None = None,
+    *,
+    processes: int = 1,
 ) -> None:
     """Refuse a run whose largest group needs more memory than is free; say how much that is.
 
     Statistics and solver use `onload`, activations are kept on `offload`; where both are one device, both count there.
+    Of several processes on one machine, each has a device of its own, and an equal part of the memory of the host.
 
     Raises:
         RacError: naming the module, the bytes needed and free, and what to change.
@@ -126,6 +135,8 @@ def check_memory(
     for device, bytes_of in parts:
         largest = max(groups, key=bytes_of)
         needed, available = bytes_of(largest), free(device)
+        if available is not None and device.type == "cpu":
+            available //= processes
         message = f"pruning {largest.name} is predicted to need {_gib(needed)} on {device} beside the model"
         if available is None:
             logger.info(f"{message}; how much is free there is not known, so it is not checked")

@@ -23,13 +23,15 @@ class PruningProgress:
     lines per run do.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], clock: Callable[[], float] = time.monotonic, *, shown: bool = True
+    ):
         self._left = dict(shapes)
         self._clock = clock
         self._begin = self._last = clock()
         self._times: list[tuple[tuple[int, int], float]] = []
         self._groups: list[dict[str, Any]] = []
-        self._bar = tqdm(total=len(shapes), desc="pruning", bar_format=_BAR, disable=None)
+        self._bar = tqdm(total=len(shapes), desc="pruning", bar_format=_BAR, disable=None if shown else True)
         self._next_line = 1
         self._restored = 0
 

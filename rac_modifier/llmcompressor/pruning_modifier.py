@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.utils import align_module_device, update_offload_parameter
+from compressed_tensors.offload import remove_dispatch
+from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
@@ -28,11 +28,10 @@ from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, generic_sequences, reserved_tokens
 from rac_modifier.llmcompressor.sensitivity import measured_patterns
 from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
+from rac_modifier.llmcompressor.solving import Pruned, solve_group, solve_together
 from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
 from rac_modifier.llmcompressor.zeros import patterns_of_zeros
 from rac_modifier.model_tools import on_accelerator
-from rac_modifier.pruning.solve import solve
-from rac_modifier.quantization.solve import Quantized, quantize
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
@@ -109,10 +108,10 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
         if self.recover is not None:
             reserved, keep = self.calibration_set.reserved, self._finished is not None
-            self._recovery = RecoveryStage(model, reserved, self.recover, keep, generic=text)
+            self._recovery = RecoveryStage(model, reserved, self.recover, keep, self._processes, generic=text)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
-                self._patterns = measured_patterns(model, self._names, self.pattern, loader)
+                self._patterns = measured_patterns(model, self._names, self.pattern, loader, self._processes)
         if self._quantizer is not None:
             self._quantizer.attach(model)
         save_with_record(model, self._plan)
@@ -132,13 +131,14 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             RacError: naming the module, the bytes needed and free, and what to change.
         """
         by_layer = "layer" in (self.order, self._order.get("order"))
-        need = MemoryNeed.of(self, self._calibration.loader if self._calibration else None, model, by_layer=by_layer)
+        need = MemoryNeed.of(self, self._share, model, by_layer=by_layer, processes=self._processes.count)
         shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
-        check_memory(need, shapes, onload, offload)
+        check_memory(need, shapes, onload, offload, processes=self._processes.count)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every module to prune."""
-        self._progress = PruningProgress({name: tuple(module.weight.shape) for module, name in self._names.items()})  # type: ignore[arg-type]
+        shapes: dict[str, Any] = {name: tuple(module.weight.shape) for module, name in self._names.items()}  # type: ignore[arg-type]
+        self._progress = PruningProgress(shapes, shown=self._processes.is_first)
         collector = self._collector = HessianCollector(self._names)
 
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -166,6 +166,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         """Put the pruned weights of these modules back."""
         assert self._finished is not None
         assert self._progress is not None
+        self._processes.meet()  # where they share the model's memory, another one may need the dense weights until here
         for name, module in ((self._names[module], module) for module in modules):
             self._results[name] = self._finished.restore(name, module, self._masters)
             self._progress.restored(name)
@@ -180,63 +181,36 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     ) -> None:
         """Prune what the finished subgraph has calibrated."""
         assert self._collector is not None
-        for group in self._collector.take(modules):
-            self.prune_group(group)
+        self._prune_groups(self._collector.take(modules))
 
     def prune_group(self, group: InputGroup) -> None:
         """Prune modules that read the same input, and quantize them if the recipe says so."""
-        names = [self._names[module] for module in group.modules]
-        quantizer = self._quantizer
-        with contextlib.ExitStack() as stack:
-            for module in group.modules:
-                stack.enter_context(align_module_device(module))
-            weights: list[torch.Tensor] = [module.weight for module in group.modules]  # type: ignore[misc]
-            dtype = weights[0].dtype
-            hessian = group.statistics.hessian.matrix(names[0])
-            solutions = solve(
-                self.solver,
-                [w.float() for w in weights] if quantizer else weights,  # quantization rounds to `dtype` later
-                hessian,
-                [self._patterns[name] for name in names],
-                names=names,
-                cross_moment=group.statistics.cross_moment(),
-                dampening_frac=self.dampening_frac,
-                block_size=self.block_size,
-                refit=self.refit,
-                iterations=self.iterations,
-                refit_steps=self.refit_steps,
-            )
-            quantized: list[Quantized | None] = [None] * len(solutions)
-            if quantizer is not None and self.quantization is not None:
-                quantized = quantize(
-                    solutions,
-                    hessian,
-                    [quantizer.grids.get(module) for module in group.modules],
-                    dtype=dtype,
-                    dampening_frac=self.dampening_frac,
-                    sweeps=self.quantization.sweeps,
-                )
-        for module, solution, result in zip(group.modules, solutions, quantized, strict=True):
-            if solution.retries:
-                logger.warning(
-                    f"{solution.name}: the dampening was raised {solution.retries} times to factor its Hessian, "
-                    f"to {solution.dampening_used:.4g}"
-                )
-            record = self._results[solution.name] = solution.record() | {"tokens": group.statistics.hessian.tokens}
-            if quantizer is None or result is None:
-                update_offload_parameter(module, "weight", solution.weight.to(dtype))
-            else:
-                quantizer.store(module, result)
-                if self.recover is not None:
-                    self._masters[solution.name] = solution.weight.cpu()
-                record["relative_error_before_rounding"] = record["relative_error"]
-                record["relative_error"] = result.relative_error
-                record["sparsity"] = float((result.weight == 0).float().mean())
-                record["quantization"] = quantizer.described[solution.name]
-        if self._finished is not None:
-            self._finished.add(dict(zip(names, group.modules, strict=True)), self._results, self._masters)
-        assert self._progress is not None
-        self._progress.done(names)
+        self._prune_groups([group])
+
+    def _prune_groups(self, groups: Sequence[InputGroup]) -> None:
+        def solve(group: InputGroup, modules: Sequence[torch.nn.Module]) -> list[Pruned]:
+            return solve_group(self, group, modules, self._names, self._patterns, self._quantizer)
+
+        for group, found in solve_together(groups, self._names, self._processes, solve):
+            for module, pruned in zip(group.modules, found, strict=True):
+                name, record = self._names[module], pruned.record
+                if record["retries"]:
+                    logger.warning(
+                        f"{name}: the dampening was raised {record['retries']} times to factor its Hessian, to "
+                        f"{record['dampening']:.4g}"
+                    )
+                self._results[name] = record
+                if self._quantizer is None or pruned.scale is None:
+                    update_offload_parameter(module, "weight", pruned.weight)
+                else:
+                    self._quantizer.store(module, pruned.weight, pruned.scale)
+                if pruned.master is not None:
+                    self._masters[name] = pruned.master
+            names = [self._names[module] for module in group.modules]
+            if self._finished is not None and self._processes.is_first:
+                self._finished.add(dict(zip(names, group.modules, strict=True)), self._results, self._masters)
+            assert self._progress is not None
+            self._progress.done(names)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Stop watching; a module that no calibration token reached is an error, not a silent gap."""
@@ -256,6 +230,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         """Recovery, where the recipe asks for it."""
         if self._recovery is None:
             return
+        if self._processes.count > 1:
+            self._processes.meet()
+            remove_dispatch(model)  # FSDP places the weights itself
         quantized = {}
         if self._quantizer is not None:
             for module, grid in self._quantizer.grids.items():
@@ -276,6 +253,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             tokenizer=self.tokenizer_name,
             prepare=prepare,
             after=[state.remove for state in (self._finished, self._recovery) if state is not None],
+            processes=self._processes,
             record={
                 "method": self.solver,
                 "order": self._order,

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from rac_modifier.errors import RacError
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
-from rac_modifier.quantization.solve import Quantized
 from rac_modifier.settings.quantization import QuantizationSettings
 
 
@@ -65,10 +64,10 @@ class GroupQuantizer:
         """Give the modules their schemes and empty scales; nothing is quantized in a forward pass yet."""
         self._upstream.initialize_quantization(model)
 
-    def store(self, module: torch.nn.Module, quantized: Quantized) -> None:
+    def store(self, module: torch.nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> None:
         """Put a rounded weight and its scales into a module."""
-        update_offload_parameter(module, "weight", quantized.weight)
-        update_offload_parameter(module, "weight_scale", quantized.scale)
+        update_offload_parameter(module, "weight", weight)
+        update_offload_parameter(module, "weight_scale", scale)
         update_offload_parameter(
             module, "weight_zero_point", torch.zeros_like(module.get_parameter("weight_zero_point"))
         )

@@ -19,7 +19,7 @@ from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.memory import check_recovery_memory
 from rac_modifier.recovery.on_grid import QuantizedWeight
-from rac_modifier.recovery.processes import Processes
+from rac_modifier.processes import Processes
 from rac_modifier.recovery.teacher import StoredTeacher
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings

@@ -22,25 +22,35 @@ from rac_modifier.llmcompressor.shares import (
     patterns_for,
     sensitive_shares,
 )
+from rac_modifier.processes import Processes
 from rac_modifier.settings.pattern import Pattern
 
 _TOKENS = 2048  # of the calibration set that the KL is measured on
 _POSITIONS = 512  # of these tokens, whose dense predictions are kept and compared: 300 MB for a vocabulary of 150,000
 _THRESHOLDS = 256
 _SAMPLE = 1 << 20  # of a module's scores, for its thresholds
+_ALONE = Processes()
 
 
 def measured_patterns(
-    model: PreTrainedModel, names: Mapping[torch.nn.Module, str], pattern: Pattern, loader: CalibrationLoader
+    model: PreTrainedModel,
+    names: Mapping[torch.nn.Module, str],
+    pattern: Pattern,
+    loader: CalibrationLoader,
+    processes: Processes = _ALONE,
 ) -> dict[str, Pattern]:
     """Patterns half-way from uniform to what the modules' measured KL suggests; see `sensitive_shares`.
+
+    The first of several processes measures, since a module is changed meanwhile, and they may share the model's memory.
 
     Raises:
         RacError: see `measure_sensitivity`.
     """
     logger.info(f"allocation: kl takes {len(names) + 1} forward passes of about {_TOKENS:,} tokens")
-    found = measure_sensitivity(model, loader, names, pattern.sparsity)
-    patterns = patterns_for(sensitive_shares(found, pattern.sparsity), module_sizes(names), pattern.sparsity)
+    shares: dict[str, float] = {}
+    if processes.is_first:
+        shares = sensitive_shares(measure_sensitivity(model, loader, names, pattern.sparsity), pattern.sparsity)
+    patterns = patterns_for(processes.from_first(shares), module_sizes(names), pattern.sparsity)
     log_patterns(patterns, pattern)
     return patterns
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.processes import Processes
 from rac_modifier.pruning import linalg
 
 
@@ -68,6 +69,12 @@ class Hessian:
         for start in range(0, self.columns, self._block):
             stop = min(start + self._block, self.columns)
             self._sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+    def gather(self, processes: Processes) -> None:
+        """Add up what each process has accumulated; afterwards all of them hold the same bits."""
+        processes.add_up(self._sum)
+        tokens, self.weight_sum = processes.sums(self.tokens, self.weight_sum)
+        self.tokens = int(tokens)
 
     @property
     def sum_of_squares(self) -> torch.Tensor:
@@ -145,11 +152,19 @@ class Statistics:
             difference = torch.cat([difference @ weight.to(difference).T for weight in self._weights], dim=1)
         linalg.bf16_addmm(self._sum, difference.T, x, bf16=self._bf16)
 
-    def cross_moment(self) -> list[torch.Tensor] | None:
-        """C of each module, [rows, d] float32; None when no weights were given."""
+    def gather(self, processes: Processes) -> None:
+        """Add up what each process has accumulated; afterwards all of them hold the same bits."""
+        self.hessian.gather(processes)
+        if self._sum is not None:
+            processes.add_up(self._sum)
+
+    def cross_moment(self, of: Sequence[int] | None = None) -> list[torch.Tensor] | None:
+        """C of the modules numbered `of` (None: of all), [rows, d] float32; None when no weights were given."""
         if self._sum is None or self._weights is None:
             return None
         scaled = self._sum * (2.0 / self.hessian.weight_sum)
+        of = range(len(self._rows)) if of is None else of
         if self._before:
-            return [w.to(scaled) @ scaled for w in self._weights]
-        return list(scaled.split(self._rows))
+            return [self._weights[i].to(scaled) @ scaled for i in of]
+        parts = scaled.split(self._rows)
+        return [parts[i] for i in of]

@@ -13,17 +13,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem, load_problems
+from rac_modifier.processes import Processes
 from rac_modifier.sampling.engine import Engine
 from rac_modifier.sampling.in_process import InProcessEngine
 from rac_modifier.sampling.model_identity import ModelIdentity, tokenizer_fingerprint
 from rac_modifier.sampling.probes import check_probes
 from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.shared_engine import SharedEngine
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.failures import forget_failures
 from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.records import settings_of_record
 from rac_modifier.traces.store import StoreHeader, TraceStore, read_header
+
+_ALONE = Processes()
 
 
 def collect_traces(
@@ -38,6 +42,7 @@ def collect_traces(
     retry_failed: bool = False,
     allow_off_policy: bool = False,
     progress: bool = True,
+    processes: Processes = _ALONE,
 ) -> TraceStore:
     """Fill the store at `store_path` (None: `default_store_path`) up to `tokens` prompt and completion tokens.
 
@@ -60,6 +65,7 @@ def collect_traces(
         retry_failed: try the problems of x.failed.jsonl again; else they are skipped.
         allow_off_policy: see above.
         progress: show a bar.
+        processes: that sample together, where the model in this process does: the others run `help_sampling` meanwhile.
 
     Returns:
         The store, closed for writing.
@@ -84,7 +90,7 @@ def collect_traces(
     if stored is not None and in_memory is not None and (engine is None or engine.verify_model):
         check_probes(in_memory, stored.engine.probes, f"the server that filled trace store {str(path)!r}")
     questions = load_problems(problems, sampling.seed)
-    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling)) as chosen:
+    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling, processes)) as chosen:
         if stored is None:
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:
@@ -128,8 +134,9 @@ def engine_for(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingSettings,
+    processes: Processes = _ALONE,
 ) -> Engine:
-    """The servers that `settings` name, or without settings the model in this process.
+    """The servers that `settings` name, or without settings the model in this process, or in each of `processes`.
 
     Raises:
         RacError: neither.
@@ -140,6 +147,8 @@ def engine_for(
         return ServerEngine(settings, identity, tokenizer, sampling, model)
     if model is None:
         raise RacError("the model's weights are not in memory: load it, or name servers that sample it")
+    if processes.count > 1:
+        return SharedEngine(model, tokenizer, sampling, processes)
     return InProcessEngine(model, tokenizer, sampling)
 
 

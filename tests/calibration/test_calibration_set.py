@@ -6,9 +6,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.errors import RacError
+from rac_modifier.processes import Processes
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.store import TraceStore
+from tests.meeting import together
 from tests.tiny import entry, tiny_tokenizer
 
 
@@ -146,3 +148,25 @@ def test_the_tokenizer_turns_no_ids_into_text_unless_needed(model, trace_store):
     tokenizer.decode = None
     settings = TraceSettings(**entry(trace_store)["traces"])
     assert build_calibration_set(model, tokenizer, settings, CalibrationSettings(tokens=300), progress=False).pools
+
+
+def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):
+    """They sample together, and the first one chooses; the store is that of one process, too."""
+    calibration = CalibrationSettings(tokens=300, held_out_tokens=60, mixture="traces@0.8, generic@0.2")
+
+    def build(store, processes):
+        settings = TraceSettings(**entry(store)["traces"])
+        return build_calibration_set(model, tokenizer, settings, calibration, False, 100, processes)
+
+    alone = build(tmp_path / "alone.jsonl", Processes())
+    first, *others = together(3, lambda processes: build(tmp_path / "three.jsonl", processes))
+    assert (tmp_path / "three.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert first.held_out == alone.held_out
+    assert first.pools
+    assert len(alone.reserved) >= 1
+    for made in (first, *others):
+        assert made.loader.sequences == alone.loader.sequences
+        assert made.loader.composition == alone.loader.composition
+        assert made.loader.sha256() == alone.loader.sha256()
+        assert made.reserved == alone.reserved
+    assert not any(made.pools for made in others)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
+from rac_modifier.errors import RacError
 from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.settings.calibration import CalibrationSettings
 from tests.tiny import linears, tiny_model
@@ -191,3 +192,31 @@ def test_the_hash_changes_with_tokens_weights_and_order():
     other_token = [replace(wanted[0], ids=(99, *wanted[0].ids[1:])), *wanted[1:]]
     others = {loader(other_token).sha256(), loader(wanted, prompt_weight=0.5).sha256(), loader(wanted, seed=3).sha256()}
     assert len(others | same) == 4
+
+
+@settings(max_examples=25)
+@given(lengths=LENGTHS, count=st.integers(1, 5))
+def test_the_shares_of_processes_are_all_batches_once(lengths, count):
+    made = loader(sequences(lengths))
+    if len(made) < count:
+        with pytest.raises(RacError, match=f"{count} processes share {len(made)} batches.*lower calibration.batch_tokens"):
+            made.share(0, count)
+        return
+    shares = [made.share(rank, count) for rank in range(count)]
+
+    def content(part: CalibrationLoader) -> list[tuple]:
+        pairs = zip(part, part.token_weights, strict=True)
+        return [(batch["input_ids"].tolist(), weights.tolist()) for batch, weights in pairs]
+
+    assert sorted(row for share in shares for row in content(share)) == sorted(content(made))
+    sizes = [sum(weights.numel() for weights in share.token_weights) for share in shares]
+    largest = max(weights.numel() for weights in made.token_weights)
+    assert max(sizes) - min(sizes) <= largest
+    assert all(content(a) == content(made.share(rank, count)) for rank, a in enumerate(shares))
+    for share in shares:
+        assert len(share.unpadded()) == len(share.sequences)
+
+
+def test_one_process_has_the_whole():
+    made = loader(sequences([3, 40, 9]))
+    assert made.share(0, 1) is made

@@ -19,7 +19,7 @@ from rac_modifier.recovery.training_loop import TrainingLoop
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
-from tests.recovery.started import started
+from tests.started import started
 from tests.tiny import entry, linears, recipe, save_tiny
 
 SETTINGS = ["tokens=3000", "held_out_tokens=150", "step_tokens=100", "batch_tokens=400", "learning_rate=0.001"]

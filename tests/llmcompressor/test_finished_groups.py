@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor import finished_groups, pruning_modifier
+from rac_modifier.llmcompressor import finished_groups, solving
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
 from tests.tiny import entry, recipe
 
@@ -37,7 +37,7 @@ def solved(monkeypatch):
     class Solved(list):
         lives = 10**6
 
-    groups, solve = Solved(), pruning_modifier.solve
+    groups, solve = Solved(), solving.solve
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         if groups.lives == 0:
@@ -46,7 +46,7 @@ def solved(monkeypatch):
         groups.append(kwargs["names"])
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(pruning_modifier, "solve", counted)
+    monkeypatch.setattr(solving, "solve", counted)
     return groups
 
 

@@ -6,7 +6,6 @@ from compressed_tensors.quantization import QuantizationStatus
 
 from rac_modifier import RacError
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
-from rac_modifier.quantization.solve import Quantized
 from rac_modifier.settings.quantization import QuantizationSettings
 from tests.tiny import linears, tiny_model
 
@@ -54,8 +53,8 @@ def test_codes_are_read_back_exactly_from_a_bfloat16_module():
     scale = torch.full((128, 1), 1.0546875)
     for other in quantizer.grids:
         ones = torch.ones(other.weight.shape[0], 1)
-        quantizer.store(other, Quantized(other.weight.detach(), ones.bfloat16(), 0.0))
-    quantizer.store(module, Quantized((codes * scale).bfloat16(), scale.bfloat16(), 0.0))
+        quantizer.store(other, other.weight.detach(), ones.bfloat16())
+    quantizer.store(module, (codes * scale).bfloat16(), scale.bfloat16())
     assert torch.equal(module.weight_zero_point, torch.zeros_like(module.weight_zero_point))
     quantizer.finish(model)
     quantizer.compress()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rac_modifier.recovery.processes import Processes
+from rac_modifier.processes import Processes
 from rac_modifier.recovery.training_loop import TrainingLoop
 from tests.recovery.sharded_run import run
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recovery.started import ROOT
+from tests.started import ROOT
 
 
 @pytest.mark.slow

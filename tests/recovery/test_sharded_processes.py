@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rac_modifier.recovery.processes import Processes
+from rac_modifier.processes import Processes
 from tests.recovery.recovery_helpers import dense_and_sparse
 from tests.recovery.sharded_run import NAME, run
-from tests.recovery.started import started
+from tests.started import started
 
 pytestmark = pytest.mark.slow
 

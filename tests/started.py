@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def started(arguments: list[str], folder: Path, count: int = 2) -> list[tuple[int, str]]:

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.recovery.processes import Processes, joined_processes, refuse_processes, started_processes
-from tests.recovery.started import started
+from rac_modifier.processes import Processes, joined_processes, refuse_processes, started_processes
+from tests.started import started
 
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
 from loguru import logger
-from rac_modifier.recovery.processes import joined_processes
+from rac_modifier.processes import joined_processes
 with joined_processes() as processes:
     if processes.is_first:
         time.sleep(0.5)

@@ -1,0 +1,178 @@
+"""From the statistics of a group to its pruned modules: in one process, or each module in one of several."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.distributed import greedy_bin_packing
+from compressed_tensors.utils import align_module_device
+
+from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.input_groups import InputGroup
+from rac_modifier.llmcompressor.quantizer import GroupQuantizer
+from rac_modifier.processes import Processes
+from rac_modifier.pruning.solve import solve
+from rac_modifier.quantization.solve import Quantized, quantize
+from rac_modifier.settings.entries import PruningEntry
+from rac_modifier.settings.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What becomes of a module.
+
+    Attributes:
+        weight: [rows, columns] in the dtype of the module.
+        record: its entry of the run record.
+        scale: of the rounded weight, None where it is not rounded.
+        master: float32 [rows, columns] on the CPU, the weight before it was rounded, where recovery will need it.
+    """
+
+    weight: torch.Tensor
+    record: dict[str, Any]
+    scale: torch.Tensor | None = None
+    master: torch.Tensor | None = None
+
+
+Solve = Callable[[InputGroup, Sequence[torch.nn.Module]], list[Pruned]]
+
+
+def solve_group(
+    entry: PruningEntry,
+    group: InputGroup,
+    modules: Sequence[torch.nn.Module],
+    names: Mapping[torch.nn.Module, str],
+    patterns: Mapping[str, Pattern],
+    quantizer: GroupQuantizer | None,
+) -> list[Pruned]:
+    """Prune some modules of a group, and quantize them if the recipe says so. The modules themselves are not changed."""
+    labels = [names[module] for module in modules]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(align_module_device(module))
+        weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
+        dtype = weights[0].dtype
+        hessian = group.statistics.hessian.matrix(labels[0])
+        solutions = solve(
+            entry.solver,
+            [w.float() for w in weights] if quantizer else weights,  # quantization rounds to `dtype` later
+            hessian,
+            [patterns[label] for label in labels],
+            names=labels,
+            cross_moment=group.statistics.cross_moment([group.modules.index(module) for module in modules]),
+            dampening_frac=entry.dampening_frac,
+            block_size=entry.block_size,
+            refit=entry.refit,
+            iterations=entry.iterations,
+            refit_steps=entry.refit_steps,
+        )
+        rounded: list[Quantized | None] = [None] * len(solutions)
+        if quantizer is not None and entry.quantization is not None:
+            rounded = quantize(
+                solutions,
+                hessian,
+                [quantizer.grids.get(module) for module in modules],
+                dtype=dtype,
+                dampening_frac=entry.dampening_frac,
+                sweeps=entry.quantization.sweeps,
+            )
+    found = []
+    for solution, result in zip(solutions, rounded, strict=True):
+        record = solution.record() | {"tokens": group.statistics.hessian.tokens}
+        if quantizer is None or result is None:
+            found.append(Pruned(solution.weight.to(dtype), record))
+            continue
+        record["relative_error_before_rounding"] = record["relative_error"]
+        record["relative_error"] = result.relative_error
+        record["sparsity"] = float((result.weight == 0).float().mean())
+        record["quantization"] = quantizer.described[solution.name]
+        master = solution.weight.cpu() if entry.recover is not None else None
+        found.append(Pruned(result.weight, record, result.scale, master))
+    return found
+
+
+def solve_together(
+    groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes, solve: Solve
+) -> Iterator[tuple[InputGroup, list[Pruned]]]:
+    """The modules of each group, pruned; in all processes the same.
+
+    One process solves group after group. Of several, each has the statistics of its share of the calibration set. These are
+    added up, each module is solved in one process, as upstream's GPTQ does it, and the result is sent to the others. No process
+    has the results of a group before each has solved all that it has to of `groups`, so their weights may be shared memory.
+
+    Raises:
+        RacError: the processes have calibrated other modules.
+    """
+    if processes.count == 1:
+        for group in groups:
+            yield group, solve(group, group.modules)
+        return
+    processes.meet()
+    _check_same([[names[module] for module in group.modules] for group in groups], processes)
+    for group in groups:
+        group.statistics.gather(processes)
+    owner = owners([module for group in groups for module in group.modules], processes.count)
+    solved: dict[torch.nn.Module, Pruned] = {}
+    for group in groups:
+        if own := [module for module in group.modules if owner[module] == processes.rank]:
+            solved |= zip(own, solve(group, own), strict=True)
+    processes.meet()
+    for group in groups:
+        yield group, _sent(group.modules, solved, owner, processes)
+
+
+def owners(modules: Sequence[torch.nn.Module], count: int) -> dict[torch.nn.Module, int]:
+    """Which process solves which module: the largest first, each where there are fewest weights so far."""
+    return greedy_bin_packing(list(modules), count, lambda module: module.weight.numel())[2]  # type: ignore[operator]
+
+
+def _check_same(calibrated: list[list[str]], processes: Processes) -> None:
+    first, *others = processes.from_all(calibrated)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            names, theirs = ({name for group in groups for name in group} for groups in (first, other))
+            only = sorted(names ^ theirs) or ["the same modules in other groups"]
+            raise RacError(
+                f"process 0 and process {rank} have not calibrated the same modules ({', '.join(only[:3])}): some got no token "
+                "of the share of one of them. Add them to ignore, calibrate on more tokens, or start fewer processes"
+            )
+
+
+def _sent(
+    modules: Sequence[torch.nn.Module],
+    solved: Mapping[torch.nn.Module, Pruned],
+    owner: Mapping[torch.nn.Module, int],
+    processes: Processes,
+) -> list[Pruned]:
+    """The results of a group, in all processes."""
+    own = {
+        str(i): {
+            "record": solved[module].record,
+            "scale": None if (scale := solved[module].scale) is None else list(scale.shape),
+            "master": solved[module].master is not None,
+        }
+        for i, module in enumerate(modules)
+        if module in solved
+    }
+    about = {int(i): one for part in processes.from_all(own) for i, one in part.items()}
+    found = []
+    for i, module in enumerate(modules):
+        mine, source = solved.get(module), owner[module]
+        like: torch.Tensor = module.weight.detach()  # type: ignore[operator]
+
+        def send(tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int = source) -> Any:
+            empty = torch.empty(shape, dtype=dtype, device=processes.device)
+            return processes.send(empty if tensor is None else tensor, source)
+
+        scale, master = None, None
+        weight = send(mine and mine.weight, like.shape, like.dtype)
+        if about[i]["scale"] is not None:
+            scale = send(mine and mine.scale, about[i]["scale"], like.dtype)
+        if about[i]["master"]:
+            master = send(mine and mine.master, like.shape, torch.float32).cpu()
+        found.append(Pruned(weight, about[i]["record"], scale, master))
+    return found

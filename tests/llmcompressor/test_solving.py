@@ -1,0 +1,148 @@
+"""A group's modules pruned in several processes (here threads): what one process makes of all tokens, whoever is slow."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.input_groups import InputGroup
+from rac_modifier.llmcompressor.solving import Pruned, owners, solve_group, solve_together
+from rac_modifier.processes import Processes
+from rac_modifier.pruning.hessian import Statistics
+from rac_modifier.settings.entries import PruningEntry
+from rac_modifier.settings.pattern import Pattern
+from tests.meeting import together
+
+ROWS = {"q": 24, "k": 8, "v": 8, "down": 16}
+COLUMNS = 16
+ENTRY = PruningEntry(mask_structure="2:4", solver="sparsegpt", reconstruct="dense", refit=False)
+
+
+@pytest.fixture
+def modules():
+    return {name: torch.nn.Linear(COLUMNS, rows, bias=False) for name, rows in ROWS.items()}
+
+
+@pytest.fixture
+def batches():
+    """Inputs in the pruned and in the dense model, of six batches."""
+    inputs = [torch.randn(50, COLUMNS) @ torch.randn(COLUMNS, COLUMNS) for _ in range(6)]
+    return [(x, x + 0.1 * torch.randn(x.shape)) for x in inputs]
+
+
+def groups_of(modules, batches):
+    """q, k and v read one input, and down reads another."""
+    groups = []
+    for names, factor in ((("q", "k", "v"), 1.0), (("down",), 0.5)):
+        members = [modules[name] for name in names]
+        statistics = Statistics(COLUMNS, "cpu", [module.weight.detach() for module in members])
+        for x, dense in batches:
+            statistics.add(x * factor, torch.ones(len(x)), dense * factor)
+        groups.append(InputGroup(members, statistics))
+    return groups
+
+
+def pruned(modules, batches, processes, slow=None):
+    """What becomes of each module, by name; `slow` sleeps now and then."""
+    names = {module: name for name, module in modules.items()}
+    patterns = dict.fromkeys(modules, Pattern.n_of_m(2, 4))
+    solved = []
+
+    def solve(group, own):
+        if slow is not None:
+            time.sleep(slow.uniform(0, 0.05))
+        solved.extend(names[module] for module in own)
+        return solve_group(ENTRY, group, own, names, patterns, None)
+
+    groups = groups_of(modules, batches[processes.rank :: processes.count])
+    found = {}
+    for group, results in solve_together(groups, names, processes, solve):
+        found |= zip((names[module] for module in group.modules), results, strict=True)
+    return found, solved
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_they_end_as_one_process_on_all_tokens(modules, batches, count):
+    expected, _ = pruned(modules, batches, Processes())
+    ends = together(count, lambda processes: pruned(modules, batches, processes))
+    assert sorted(name for _, solved in ends for name in solved) == sorted(modules)  # each in one process
+    assert all(solved for _, solved in ends)
+    for found, _ in ends:
+        for name, one in found.items():
+            assert torch.equal(one.weight, ends[0][0][name].weight)
+            assert one.record == ends[0][0][name].record
+            torch.testing.assert_close(one.weight, expected[name].weight, rtol=1e-3, atol=1e-4)
+            assert torch.equal(one.weight != 0, expected[name].weight != 0)
+            assert one.record["tokens"] == 300
+
+
+def test_who_is_slow_changes_no_bit(modules, batches):
+    runs = [
+        together(3, lambda processes, seed=seed: pruned(modules, batches, processes, random.Random(seed)))[0][0]
+        for seed in range(3)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(run[name].weight, one.weight) for name, one in runs[0].items())
+
+
+def test_scales_masters_and_records_reach_all(modules, batches):
+    names = {module: name for name, module in modules.items()}
+
+    def solve(group, own):
+        found = []
+        for module in own:
+            weight = module.weight.detach()
+            rounded = names[module] != "k"  # k is not rounded
+            scale = torch.full((len(weight), 1), 0.5) if rounded else None
+            found.append(Pruned(weight + 1, {"name": names[module]}, scale, weight * 2 if rounded else None))
+        return found
+
+    def run(processes):
+        groups = groups_of(modules, batches)
+        return {
+            names[module]: one
+            for group, results in solve_together(groups, names, processes, solve)
+            for module, one in zip(group.modules, results, strict=True)
+        }
+
+    for found in (run(Processes()), *together(2, run)):
+        assert found.keys() == ROWS.keys()
+        for name, one in found.items():
+            weight = modules[name].weight.detach()
+            assert torch.equal(one.weight, weight + 1)
+            assert one.record == {"name": name}
+            assert (one.scale is None, one.master is None) == (name == "k", name == "k")
+            if name != "k":
+                assert torch.equal(one.scale, torch.full((ROWS[name], 1), 0.5))
+                assert torch.equal(one.master, weight * 2)
+
+
+def test_the_largest_module_is_solved_beside_all_others(modules):
+    place = owners(list(modules.values()), 2)
+    assert {name: place[module] for name, module in modules.items()} == {"q": 0, "down": 1, "k": 1, "v": 0}
+    assert set(owners(list(modules.values())[:1], 4).values()) == {0}
+
+
+def test_processes_that_calibrated_other_modules_are_refused(modules, batches):
+    names = {module: name for name, module in modules.items()}
+
+    def run(processes):
+        groups = groups_of(modules, batches)[: 2 - processes.rank]
+        return list(solve_together(groups, names, processes, lambda group, own: []))
+
+    with pytest.raises(RacError, match=r"process 0 and process 1 have not calibrated the same modules \(down\): .*fewer"):
+        together(2, run)
+
+
+def test_an_error_names_the_module(modules, batches):
+    broken = [(replace_first(x), dense) for x, dense in batches]
+    with pytest.raises(RacError, match="q: activations of 1 of 16 inputs are not finite"):
+        pruned(modules, broken, Processes())
+
+
+def replace_first(x):
+    x = x.clone()
+    x[0, 0] = float("inf")
+    return x

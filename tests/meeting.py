@@ -1,0 +1,79 @@
+"""Processes that are threads of this one, for tests of what each of several does; torch.distributed is not used."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rac_modifier.processes import Processes
+
+
+class Meeting:
+    """What the threads of `together` share: a place for each, and the times at which all are there."""
+
+    def __init__(self, count: int):
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.places: list[Any] = [None] * count
+
+
+class Threads(Processes):
+    """One of the threads, with the methods of `Processes`; what they exchange is JSON here, too."""
+
+    meeting: Meeting
+
+    def wait(self) -> None:
+        self.meeting.barrier.wait()
+
+    def meet(self) -> None:
+        self.wait()
+
+    def _exchange(self, value: Any) -> list[Any]:
+        self.meeting.places[self.rank] = value
+        self.wait()
+        found = list(self.meeting.places)
+        self.wait()
+        return found
+
+    def from_all(self, value: Any) -> list[Any]:
+        return [json.loads(text) for text in self._exchange(json.dumps(value))]
+
+    def from_first(self, value: Any = None) -> Any:
+        return self.from_all(value)[0]
+
+    def sums(self, *values: float) -> list[float]:
+        return [sum(column) for column in zip(*self.from_all(values), strict=True)]
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(sum(self._exchange(tensor.clone())))
+
+    def send(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        return self._exchange(tensor)[source]
+
+
+def together(count: int, run: Callable[[Threads], Any]) -> list[Any]:
+    """What `run` returns in each of so many threads; an error in one of them is raised here, the first by rank."""
+    meeting, results = Meeting(count), [None] * count
+    errors: list[BaseException | None] = [None] * count
+
+    def body(rank: int) -> None:
+        mine = Threads(rank, count, torch.device("cpu"))
+        object.__setattr__(mine, "meeting", meeting)
+        try:
+            results[rank] = run(mine)
+        except BaseException as error:  # raised again below
+            errors[rank] = error
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    own = [error for error in errors if error is not None and not isinstance(error, threading.BrokenBarrierError)]
+    if own or any(errors):
+        raise (own or [error for error in errors if error is not None])[0]
+    return results
