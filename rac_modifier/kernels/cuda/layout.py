@@ -88,7 +88,7 @@ def pack(weight: StoredWeight, layout: Layout) -> Tensor:
         raise RacError(
             f"{name}: a scale per {group} columns, where the layout has one per {layout.group}; keep it dense"
         )
-    if getattr(weight, "zeros", None) is not None:
+    if weight.zeros is not None:
         raise RacError(
             f"{name}: zero points, for which there is no GPU kernel; quantize symmetrically, or keep it dense"
         )

@@ -182,10 +182,6 @@ def test_what_a_layout_does_not_hold_is_refused(weight, layout, problem):
 
 
 def test_zero_points_are_refused():
-    class WithZeros(StoredWeight):
-        zeros = torch.ones(1, 1)
-
-    plain = integers([1, 0, 0, 0], torch.ones(1, 1))
-    weight = WithZeros(plain.values, plain.bitmask, plain.columns, plain.starts, plain.name, plain.scale)
+    weight = replace(integers([1, 0, 0, 0], torch.ones(1, 1)), zeros=torch.ones(1, 1, dtype=torch.uint8), bits=4)
     with pytest.raises(RacError, match="w: zero points, for which there is no GPU kernel"):
         pack(weight, INT4[128])

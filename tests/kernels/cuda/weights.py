@@ -26,7 +26,7 @@ def int4_weight(rows: int, columns: int, group: int) -> StoredWeight:
     values = torch.randint(-8, 7, (rows, columns)).to(torch.int8)
     values += values >= 0
     stored = from_dense(values.masked_fill(~kept_of_four(rows, columns), 0), "layer")
-    return replace(stored, scale=torch.rand(rows, columns // group) + 0.1)
+    return replace(stored, scale=torch.rand(rows, columns // group) + 0.1, bits=4)
 
 
 def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
