@@ -168,19 +168,15 @@ def gptq(bits: int, recovered: bool) -> GPTQModifier:
     return GPTQModifier(config_groups={"w": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
 
 
-def compress(model: Any, cell: Cell, settings: dict[str, Any]) -> Any:
-    """The model, pruned or quantized in place."""
+def compress(model: Any, cell: Cell, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, pruned or quantized in place, and what recovery recorded: {} where there was none."""
     if cell.dense_bits is None:
-        oneshot(model=model, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**settings))
-        return model
-    oneshot(
-        model=model,
-        recipe=[
-            rac_modifier.ReasoningAwareCalibrationModifier(**settings),
-            gptq(cell.dense_bits, "recover" in settings),
-        ],
-    )
-    return settled(model)
+        pruning = rac_modifier.ReasoningAwareSparseGPTModifier(**settings)
+        oneshot(model=model, recipe=pruning)
+        return model, pruning._recovered
+    calibration = rac_modifier.ReasoningAwareCalibrationModifier(**settings)
+    oneshot(model=model, recipe=[calibration, gptq(cell.dense_bits, recovered="recover" in settings)])
+    return settled(model), calibration._recovered
 
 
 def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
