@@ -12,6 +12,7 @@ from tests.bad_inputs import (
     calibration,
     checkpoints,
     evaluation,
+    frontier,
     packing,
     patterns,
     problems,
@@ -41,6 +42,7 @@ CASES = [
     *checkpoints.CASES,
     *packing.CASES,
     *evaluation.CASES,
+    *frontier.CASES,
 ]
 
 

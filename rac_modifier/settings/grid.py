@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import Settings
@@ -72,6 +72,13 @@ class GridRow(Settings):
     set: dict[str, Any] = Field(
         {}, description="changed settings of our entry, such as {sparsity: 0.6}; null takes one out"
     )
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _is_text(cls, label: Any) -> Any:
+        if isinstance(label, int | float):
+            raise RacError(f'label {label} is a number (YAML reads 2:4 as 124); write it in quotes, such as "2:4"')
+        return label
 
 
 class GridShared(Settings):

@@ -12,6 +12,7 @@ import yaml
 
 from rac_modifier.cli import app
 from rac_modifier.settings.entries import ENTRIES
+from rac_modifier.settings.grid import Grid, plan_rows
 from rac_modifier.settings.recipe import find_named_entry
 
 ROOT = Path(__file__).parents[2]
@@ -59,9 +60,12 @@ def test_python_compiles(page):
 
 @each_page
 def test_yaml_holds_settings_that_exist(page):
-    """A whole recipe, or settings of a pruning entry."""
+    """A whole recipe, a grid of recipes, or settings of a pruning entry."""
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block)
+        if "rows" in content:
+            assert plan_rows(Grid.model_validate(content), page.name)
+            continue
         if any(str(key).endswith("_stage") for key in content):
             name, entry = find_named_entry(content, page.name)
         else:

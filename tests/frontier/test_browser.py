@@ -101,6 +101,13 @@ def test_the_frontier_joins_what_nothing_beats(opened: Opened) -> None:
     assert path.count("L") + 1 == 4
 
 
+def test_a_row_that_is_equal_in_one_direction_and_better_in_the_other_beats(opened: Opened) -> None:
+    points = "[[1, 1], [2, 1], [1, 2], [3, 3], [3, 3], [4, 3]].map(([x, y]) => ({ x, y }))"
+    left = opened.page.evaluate(f"frontier({points}, -1, 1).map((point) => [point.x, point.y])")
+    assert left == [[1, 2], [3, 3], [3, 3]]
+    assert opened.page.evaluate(f"frontier({points}, 1, -1).map((point) => [point.x, point.y])") == [[2, 1], [4, 3]]
+
+
 def test_hostile_text_stays_text(opened: Opened) -> None:
     hostile = next(label for label, *_ in ROWS if HOSTILE in label)
     opened.page.locator("#rows tbody tr").last.click()

@@ -143,7 +143,8 @@ def test_the_grids_that_documents_name_are_there():
         ("rows: [{label: a}]", "rows.0.recipe: Field required"),
         ("rows: [{label: a, recipe: b}]\nevaluation: {problem: 3}", "evaluation.problem: there is no such setting"),
         ("rows: [{label: a, recipe: b}]\nevaluation: {top_p: 0.9}", "top_p=0.9 has no effect on greedy answers"),
-        ("- 1", "grid"),
+        ("rows: [{label: 2:4, recipe: b}]", "label 124 is a number (YAML reads 2:4 as 124); write it in quotes"),
+        ("- 1", "Input should be a valid dictionary"),
     ],
 )
 def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):

@@ -87,13 +87,6 @@ const COLUMNS = [
   ["row", (row) => row.label],
   ["MB", (row) => megabytes(row.bytes.total)],
   ["bits per weight", (row) => row.bytes.bits_per_weight.toFixed(2)],
-  ["values", (row) => megabytes(row.bytes.values)],
-  ["bitmask, offsets", (row) => megabytes(row.bytes.bitmask + row.bytes.offsets)],
-  ["scales", (row) => megabytes(row.bytes.scales)],
-  ["zero points, order", (row) => megabytes(row.bytes.zero_points + row.bytes.order)],
-  ["head", (row) => megabytes(row.bytes.head)],
-  ["embeddings", (row) => megabytes(row.bytes.embeddings)],
-  ["other", (row) => megabytes(row.bytes.other)],
   ["KL", (row) => row.kl ? `${small(row.kl[0])}${row.kl[1] === null ? "" : ` ± ${small(row.kl[1])}`}` : "-"],
   ["top-1", (row) => row.agreement ? percent(row.agreement[0]) : "-"],
   ["accuracy", (row) => row.accuracy ? percent(row.accuracy[0]) : "-"],
@@ -101,6 +94,13 @@ const COLUMNS = [
   ["thinking", (row) => row.length.mean.toFixed(0)],
   ["cut", (row) => percent(row.length.cut)],
   ["tokens/s", (row) => row.speed ? row.speed.toFixed(0) : row.not_served ? "not served" : "-"],
+  ["values", (row) => megabytes(row.bytes.values)],
+  ["bitmask, offsets", (row) => megabytes(row.bytes.bitmask + row.bytes.offsets)],
+  ["scales", (row) => megabytes(row.bytes.scales)],
+  ["zero points, order", (row) => megabytes(row.bytes.zero_points + row.bytes.order)],
+  ["head", (row) => megabytes(row.bytes.head)],
+  ["embeddings", (row) => megabytes(row.bytes.embeddings)],
+  ["other", (row) => megabytes(row.bytes.other)],
 ];
 
 function drawTable() {

@@ -1,0 +1,111 @@
+"""Mistakes about `rac frontier` and `rac report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.bad_inputs.bench import Bench, Case, Cases
+from tests.frontier.sample import write_sample
+from tests.tiny import NAME
+
+CASES = Cases()
+GOOD = {"label": "good", "recipe": {NAME: {"sparsity": 0.5}}}
+GPTQ = {"scheme": "W4A16", "ignore": ["lm_head"]}
+
+
+def frontier(b: Bench, *rows: dict[str, Any], **parts: Any) -> None:
+    path = b.tmp / "grid.yaml"
+    path.write_text(yaml.safe_dump({"rows": [GOOD, *rows], **parts}, sort_keys=False))
+    b.rac("frontier", b.folder, "--recipe-grid", path, "--out", b.tmp / "out")
+
+
+def changed(b: Bench, name: str, old: str, new: str) -> Path:
+    """A folder of results with another text in one of its files."""
+    path = write_sample(b.tmp / "sample") / name
+    path.write_text(path.read_text().replace(old, new))
+    return path.parent
+
+
+CASES += [
+    Case(
+        "a grid with a recipe that cannot be run",
+        "Rows that could run: good",
+        lambda b: frontier(b, {"label": "bad", "recipe": {NAME: {"sparsity": 1.5}}}),
+    ),
+    Case(
+        "a grid with a pattern that does not fit the model",
+        "- 3:6: model.layers.0.self_attn.q_proj",
+        lambda b: frontier(b, {"label": "3:6", "recipe": {NAME: {"mask_structure": "3:6"}}}),
+    ),
+    Case(
+        "a grid with groups that do not divide a layer",
+        "has 64 inputs, no multiple of the group_size 128; set one that divides them",
+        lambda b: frontier(
+            b, {"label": "int4", "recipe": {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": GPTQ}}
+        ),
+    ),
+    Case(
+        "a grid with a modifier in front of the one that calibrates it",
+        "which changes the model before its traces are taken; write it first",
+        lambda b: frontier(
+            b, {"label": "int4", "recipe": {"GPTQModifier": GPTQ, "ReasoningAwareCalibrationModifier": {}}}
+        ),
+    ),
+    Case(
+        "a grid with one label twice",
+        "this label is used twice; give each row its own",
+        lambda b: frontier(b, GOOD),
+    ),
+    Case(
+        "a grid that is evaluated on the file that it is calibrated on",
+        "whose problems are those of the evaluation; name another file or dataset",
+        lambda b: frontier(
+            b,
+            shared={"traces": {"problems": {"source": "questions.jsonl"}}},
+            evaluation={"source": "questions.jsonl"},
+        ),
+    ),
+    Case(
+        "a grid whose rows ask with different prompts",
+        "set template, system_prompt and thinking under shared: traces: sampling",
+        lambda b: frontier(b, {**GOOD, "label": "brief", "set": {"traces.sampling.system_prompt": "Be brief."}}),
+    ),
+    Case(
+        "a grid with a setting that does not exist",
+        "evaluation.caps: there is no such setting",
+        lambda b: frontier(b, evaluation={"caps": 3}),
+    ),
+    Case(
+        "`rac frontier` with a grid that is not there",
+        "name a YAML file, or one of contenders, paper, small",
+        lambda b: b.rac("frontier", b.folder, "--recipe-grid", "none.yaml", "--out", b.tmp / "out"),
+    ),
+    Case(
+        "`rac frontier` into a folder of another model",
+        "was measured with another model",
+        lambda b: b.rac("frontier", b.folder, "--recipe-grid", "small", "--out", write_sample(b.tmp / "sample")),
+    ),
+    Case(
+        "`rac report` of results of another version",
+        "is of version 2, and this package reads and writes version 1",
+        lambda b: b.rac("report", changed(b, "rows.jsonl", '"version": 1', '"version": 2'), "-o", "report.html"),
+    ),
+    Case(
+        "`rac report` of a damaged line",
+        "line 1: not JSON",
+        lambda b: b.rac("report", changed(b, "rows.jsonl", '{"version"', '"version"'), "-o", "report.html"),
+    ),
+    Case(
+        "`rac report` of a folder without results",
+        "holds no results of rac frontier",
+        lambda b: b.rac("report", b.tmp, "-o", "report.html"),
+    ),
+    Case(
+        "`rac report` into another kind of file",
+        "use a name that ends in .html",
+        lambda b: b.rac("report", write_sample(b.tmp / "sample"), "-o", "report.pdf"),
+    ),
+]
