@@ -12,9 +12,10 @@ DIST_BIN = $(DIST_VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 MUTANTS ?= 200
 WORKERS ?= 2
+GPU_PYTHON ?= python
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema docs results dist test-dist test-matrix clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema docs results gpu-check dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -66,6 +67,10 @@ results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 c
 	$(BIN)/python benchmarks/pruning_time.py
 	$(BIN)/python benchmarks/reasoner_table.py
 	$(BIN)/python benchmarks/smollm2.py
+
+gpu-check: ## on a machine with a GPU: are the GPU kernels right, and how fast; GPU_PYTHON is the python that has vLLM or torch for CUDA
+	$(GPU_PYTHON) benchmarks/gpu_kernels.py --json gpu.json
+	$(GPU_PYTHON) -m pytest tests/kernels/cuda -m gpu
 
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
 	$(DIST_BIN)/python scripts/dist.py

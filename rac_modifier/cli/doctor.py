@@ -174,7 +174,7 @@ def _devices() -> list[Finding]:
     from rac_modifier.kernels.choose import choose
     from rac_modifier.kernels.interface import Layer
 
-    layer = Layer(4096, 4096, 0.5, torch.bfloat16, torch.bfloat16, 4096)
+    layer = Layer(4096, 4096, 0.5, torch.bfloat16, torch.bfloat16, 4096, two_of_four=True)
     devices = {"cpu": platform.machine()}
     if torch.cuda.is_available():
         devices["cuda"] = ", ".join(

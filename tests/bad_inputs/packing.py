@@ -24,6 +24,14 @@ def sparse(b: Bench, shard: str | None = None) -> Path:
     return b.tmp / "sparse"
 
 
+@CASES.case("`RAC_GPU_KERNELS` that is neither on nor off", 'RAC_GPU_KERNELS="yes": use on or off, or unset it')
+def _(b: Bench) -> None:
+    from rac_modifier.kernels.choose import has_backend
+
+    b.monkeypatch.setenv("RAC_GPU_KERNELS", "yes")
+    has_backend("cuda")
+
+
 @CASES.case("`rac pack` of a dense model", "nothing to pack: no module would get smaller")
 def _(b: Bench) -> None:
     b.rac("pack", b.folder, b.tmp / "out")

@@ -1,0 +1,208 @@
+"""The GPU kernels on this machine's GPU: are they right, are they captured in graphs, and how fast are they?
+
+    make gpu-check     (or: python benchmarks/gpu_kernels.py --json gpu.json)
+
+Some minutes on one GPU; the kernels have never run on one before. It stops at the first wrong result. In this order:
+
+1. Products of every layout and kernel with random weights, against float64; twice, with the same bits.
+2. The same out of a captured CUDA graph, and, where compute-sanitizer is installed, under memcheck and racecheck.
+3. Time per product of an 8B model's layers, in turn with torch's own bfloat16 linear, out of graphs. Weights are cycled
+   through, so that they come from the GPU's memory and not from its cache.
+
+Other contenders (vLLM's int4 and fp8 kernels) are not measured yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
+from rac_modifier.errors import RacError
+from rac_modifier.files import write_json_atomic
+from rac_modifier.kernels import cuda
+
+TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 129)
+ODD_SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))
+LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of an 8B model
+FORMATS = {"bf16": 0, "int4 g128": 128, "int4 g64": 64}
+CYCLED_BYTES = 512 << 20  # of weights: more than any cache
+Linear = Callable[[Tensor], Tensor]
+
+
+def random_weight(rows: int, columns: int, group: int) -> StoredWeight:
+    """A 2:4 weight: normal in bfloat16, or int4 with a scale per `group` columns (padded to whole groups)."""
+    columns = -(-columns // group) * group if group else columns
+    kept = (torch.rand(rows, columns // 4, 4).argsort(dim=-1) < 2).view(rows, columns)
+    if not group:
+        return from_dense(torch.randn(rows, columns).bfloat16().masked_fill(~kept, 0.0), "random")
+    values = torch.randint(-8, 8, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
+    return replace(from_dense(values, "random"), scale=torch.rand(rows, columns // group) + 0.1)
+
+
+def packed_linear(weight: StoredWeight, bias: Tensor | None = None) -> Linear:
+    """The product on the kernels."""
+    packed = cuda.pack(weight, torch.bfloat16)
+    return lambda x: cuda.linear(x, packed, weight.rows, weight.columns, bias)
+
+
+def check(device: str, shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """One row per product: its largest error over what sums in fp32 and one rounding allow. 1 is the bound.
+
+    Raises:
+        RacError: a wrong result, or other bits the second time.
+    """
+    for name, group in FORMATS.items():
+        for rows, columns in shapes:
+            weight = random_weight(rows, columns, group)
+            dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
+            linear = packed_linear(weight, bias)
+            for number in tokens:
+                x = torch.randn(number, weight.columns).bfloat16().to(device)
+                y = linear(x)
+                terms = x.double().abs() @ dense.abs().T + bias.double().abs()
+                exact = x.double() @ dense.T + bias.double()
+                rounded = 2.0**-8 * terms if group and number > 128 else 0.0  # expanded, an int4 weight is rounded
+                error = float(((y.double() - exact).abs() / (terms * 2.0**-19 + exact.abs() * 2.0**-8 + rounded)).max())
+                what = f"{name} [{rows}, {weight.columns}] times {number} tokens"
+                if not error <= 1.0:
+                    raise RacError(
+                        f"{what}: wrong by {error:.3g} times the bound; do not set RAC_GPU_KERNELS, and report this"
+                    )
+                if not torch.equal(linear(x), y):
+                    raise RacError(f"{what}: other bits the second time; do not set RAC_GPU_KERNELS, and report this")
+                yield {"format": name, "rows": rows, "columns": weight.columns, "tokens": number, "error": error}
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of what `run` launches, after a run outside of it."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def check_graphs(device: str) -> None:
+    """A replayed product has the bits of a launched one, for other activations in the same memory."""
+    for name, group in FORMATS.items():
+        linear = packed_linear(random_weight(272, 512, group))
+        for tokens in (1, 16, 32, 256):
+            x, out = torch.zeros(tokens, 512, dtype=torch.bfloat16, device=device), torch.empty(0)
+            kept = [out]
+
+            def step(kept: list[Tensor] = kept, x: Tensor = x, linear: Linear = linear) -> None:
+                kept[0] = linear(x)
+
+            graph = captured(step)
+            x.copy_(torch.randn(tokens, 512))
+            graph.replay()
+            if not torch.equal(kept[0], linear(x)):
+                raise RacError(f"{name}, {tokens} tokens: a captured graph computes something else; report this")
+
+
+def microseconds(linears: list[Linear], x: Tensor) -> float:
+    """Of one product, from a graph that goes through all of them."""
+
+    def step() -> None:
+        for linear in linears:
+            linear(x)
+
+    graph = captured(step)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return 1000 * start.elapsed_time(end) / len(linears)
+
+
+def times(device: str, tokens: tuple[int, ...], rounds: int) -> Iterator[dict[str, object]]:
+    """Medians over rounds, in which the contenders take turns."""
+    for layer, (rows, columns) in LAYERS.items():
+        contenders: dict[str, tuple[list[Linear], float]] = {}
+        for name, group in FORMATS.items():
+            weight = random_weight(rows, columns, group)
+            packed = cuda.pack(weight, torch.bfloat16)
+            size = sum(part.nbytes for part in packed.values())
+            copies = [{key: part.clone() for key, part in packed.items()} for _ in range(-(-CYCLED_BYTES // size))]
+            shape = weight.rows, weight.columns
+            contenders[name] = [lambda x, p=p, s=shape: cuda.linear(x, p, *s) for p in copies], size
+        size = 2 * rows * columns
+        weights = [torch.randn(rows, columns, device=device).bfloat16() for _ in range(-(-CYCLED_BYTES // size))]
+        contenders["dense bf16"] = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights], size
+        for number in tokens:
+            x = torch.randn(number, columns, device=device).bfloat16()
+            found = {
+                name: [microseconds(linears, x) for _ in range(rounds)] for name, (linears, _) in contenders.items()
+            }
+            for name, (_, size) in contenders.items():
+                taken = statistics.median(found[name])
+                faster = statistics.median(found["dense bf16"]) / taken
+                row = {"layer": layer, "tokens": number, "contender": name, "us": taken, "faster": faster}
+                yield row | {"GB/s": size / taken / 1000}
+
+
+def sanitize() -> list[str]:
+    """Memcheck and racecheck of the products, where compute-sanitizer is installed; what ran."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not installed: memory accesses and races were not checked on the hardware")
+        return []
+    for kind in ("memcheck", "racecheck"):
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--only-check"]
+        if subprocess.run(command).returncode:
+            raise RacError(
+                f"compute-sanitizer {kind} found an error; do not set RAC_GPU_KERNELS, and report its output"
+            )
+    return ["memcheck", "racecheck"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write everything to this file")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of timing (9)")
+    parser.add_argument("--only-check", action="store_true", help="small products only, no timing")
+    arguments = parser.parse_args()
+    os.environ[cuda.VARIABLE] = "on"
+    if not torch.cuda.is_available():
+        raise SystemExit("torch finds no CUDA device; run this on a machine with a GPU")
+    torch.manual_seed(0)
+    shapes = ODD_SHAPES[:-1] if arguments.only_check else ODD_SHAPES
+    checked = list(check("cuda", shapes, TOKENS))
+    print(f"{torch.cuda.get_device_name()}: {len(checked)} products are right")
+    if arguments.only_check:
+        return
+    check_graphs("cuda")
+    print("captured graphs compute the same")
+    record = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "checked": checked,
+        "sanitizer": sanitize(),
+    }
+    print("| layer | tokens | contender | us | GB/s | over dense bf16 |\n|---|---|---|---|---|---|")
+    record["times"] = []
+    for row in times("cuda", (1, 8, 16, 32), arguments.rounds):
+        record["times"].append(row)
+        print("| {layer} | {tokens} | {contender} | {us:.1f} | {GB/s:.0f} | {faster:.2f}x |".format(**row), flush=True)
+    if arguments.json:
+        write_json_atomic(arguments.json, json.loads(json.dumps(record)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RacError as error:
+        raise SystemExit(str(error)) from error

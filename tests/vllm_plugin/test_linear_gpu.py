@@ -1,0 +1,73 @@
+"""vLLM's linear layers on the GPU backend, whose driver is a fake that runs launches in an emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.cuda.fake_gpu import FakeDriver, fake_gpu
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
+
+needs_vllm()
+
+from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
+from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
+from tests.vllm_plugin.layer_kinds import KINDS, K, config_of, finish, load, make, weights_of  # noqa: E402
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """The GPU's backend for the device that vLLM has here."""
+    monkeypatch.setitem(BACKENDS, "cpu", BACKENDS["cuda"])
+    with fake_gpu(monkeypatch) as fake:
+        yield fake
+
+
+@pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_multiplies_its_share_on_the_gpu(gpu: FakeDriver, monkeypatch, kind, rank, size, format):
+    """A rank's columns may cut fours, and a fused layer has several shards; 2:4 is recognised in both formats."""
+    on_rank(monkeypatch, rank, size)
+    dense, sparse = make(kind, None), make(kind, config_of(format))
+    sparse.quant_method.dtype = BF16
+    for shard, module, weight in weights_of(kind, True, BF16):
+        load(dense, shard, {"weight": weight.float()})
+        load(sparse, shard, pack(weight, format, module))
+    expected = dense.weight.data.clone()
+    finish(sparse)
+    assert [name for name, _ in sparse.named_parameters()] == ["weight_packed"]
+    decision = sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix]
+    assert decision.kernel == "sparse GPU kernel 2:4"
+    gpu.capturing = True  # from here on nothing may be loaded
+    x = torch.randn(3, expected.shape[1]).to(BF16)
+    y = sparse.quant_method.apply(sparse, x)
+    torch.testing.assert_close(y.float(), x.float() @ expected.T, rtol=1e-2, atol=1e-2)
+    assert len(gpu.launches) == 1
+
+
+def test_another_pattern_stays_dense_with_the_reason(gpu, monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    layer = make("column", config_of(FORMAT_BITMASK))
+    layer.quant_method.dtype = BF16
+    ((shard, module, weight),) = weights_of("column", False, BF16)
+    load(layer, shard, pack(weight, FORMAT_BITMASK, module))
+    finish(layer)
+    reason = layer.quant_method.summary.decisions["a.column"].reason
+    assert reason == "dense because it is not 2:4, and there is no GPU kernel for other patterns yet"
+    assert gpu.launches == []
+    assert layer.weight.shape[-1] == K or layer.weight.numel() == 0
+
+
+def test_where_nobody_asks_for_it_everything_is_dense(gpu, monkeypatch):
+    monkeypatch.delenv("RAC_GPU_KERNELS")
+    on_rank(monkeypatch, 0, 1)
+    layer = make("column", config_of(FORMAT_24))
+    layer.quant_method.dtype = BF16
+    ((shard, module, weight),) = weights_of("column", True, BF16)
+    load(layer, shard, pack(weight, FORMAT_24, module))
+    finish(layer)
+    assert "RAC_GPU_KERNELS=on" in layer.quant_method.summary.decisions["a.column"].reason
+    assert gpu.calls == []
