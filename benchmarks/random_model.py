@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rac_modifier.checkpoint.int32_words import pack_words
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.checkpoint.stored_weight import quantize_rows
 from rac_modifier.settings.pattern import Pattern
 
+GROUP = 128  # columns that share a scale of int4
 
-def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None, int8: bool = False) -> None:
+
+def save_model(
+    folder: Path, layers: int, vocab: int, pattern: Pattern | None, int8: bool = False, int4: bool = False
+) -> None:
     """Save the model in bfloat16, tied embeddings; with a `pattern`, its linear layers pruned at random and packed.
 
-    `int8`: these layers are also rounded to int8, with one scale per row. Nothing is written if the folder exists.
+    `int8`: these layers are also rounded to int8, with one scale per row. `int4`: to int4, with bfloat16 scales of groups of
+    128 columns. Nothing is written if the folder exists.
     """
     if folder.exists():
         return
@@ -53,11 +59,37 @@ def save_model(folder: Path, layers: int, vocab: int, pattern: Pattern | None, i
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
             "ignore": ["lm_head"],
         }
+    if int4:
+        for name in linears:
+            weight = state.pop(f"{name}.weight")
+            values, scale = int4_groups(weight)
+            shape = torch.tensor(weight.shape)
+            state |= {
+                f"{name}.weight_packed": pack_words(values, 4),
+                f"{name}.weight_scale": scale,
+                f"{name}.weight_shape": shape,
+            }
+        grid = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+        model.config.quantization_config = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": grid}},
+            "ignore": ["lm_head"],
+        }
     model.save_pretrained(unfinished, state_dict=state, max_shard_size="1GB")
     if pattern is not None:
         structure = f"{pattern.n}:{pattern.m}" if pattern.is_structured else "unstructured"
         pack_checkpoint(unfinished, dict.fromkeys(linears, structure), dense_linears=["lm_head"])
     unfinished.rename(folder)
+
+
+def int4_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] rounded to int4, symmetric: int8 values of -7 to 7, and scales bfloat16 [N, K / 128]; zeros stay zero."""
+    groups = weight.float().view(len(weight), -1, GROUP)
+    scale = (groups.abs().amax(dim=-1) / 7).bfloat16()
+    values = (groups / scale.float().clamp_min(1e-30)[:, :, None]).round().clamp(-7, 7).to(torch.int8)
+    return values.view(weight.shape), scale
 
 
 def random_zeros(weight: Tensor, pattern: Pattern) -> Tensor:

@@ -104,7 +104,7 @@ class RacSparseConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from rac_modifier.vllm_plugin.experts import expand_experts
-        from rac_modifier.vllm_plugin.head import Int8HeadMethod, wants_int8
+        from rac_modifier.vllm_plugin.head import RoundedHeadMethod, wanted_bits
         from rac_modifier.vllm_plugin.linear import RacSparseLinearMethod
         from rac_modifier.vllm_plugin.shards import Shards
 
@@ -123,8 +123,8 @@ class RacSparseConfig(QuantizationConfig):
         inner = self._inner(layer, prefix)
         if isinstance(layer, RoutedExperts):
             return expand_experts(layer, prefix, self.layers, inner, self.summary)
-        if inner is None and isinstance(layer, ParallelLMHead) and wants_int8():
-            return Int8HeadMethod()
+        if inner is None and isinstance(layer, ParallelLMHead) and (bits := wanted_bits()) is not None:
+            return RoundedHeadMethod(bits)
         return inner
 
     def _inner(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
