@@ -26,7 +26,7 @@ _ANSWER = datetime.timedelta(hours=1)  # what all of them work on at the same ti
 _FAILED = "rac_modifier/failed"  # key of the store, with the message of the process that failed first
 
 
-class ProcessFailed(RacError):
+class ProcessFailedError(RacError):
     """Another process has failed; `said` is whether it can say so itself."""
 
     def __init__(self, message: str, said: bool = False):
@@ -41,7 +41,8 @@ class Processes:
     rank: int = 0
     count: int = 1
     device: torch.device | None = None
-    _group: Any = field(default=None, repr=False, compare=False)  # gloo
+    _group: Any = field(default=None, repr=False, compare=False)  # gloo, with `_PATIENCE`
+    _meeting: Any = field(default=None, repr=False, compare=False)  # gloo, with `_ANSWER`
 
     @property
     def is_first(self) -> bool:
@@ -90,10 +91,10 @@ class Processes:
         return [json.loads(data.numpy()[: int(size)].tobytes()) for data, size in zip(found, sizes, strict=True)]
 
     def meet(self) -> None:
-        """Until all processes are here, within an hour of each other; names one that is not (ProcessFailed)."""
+        """Until all processes are here, which have worked on the same until now: within an hour of each other."""
         if self.count > 1:
             with self._answered():
-                distributed.monitored_barrier(group=self._group, timeout=_ANSWER)
+                distributed.barrier(group=self._meeting)
 
     def sums(self, *values: float) -> list[float]:
         """Each value, summed over the processes; the same bits in all of them."""
@@ -130,14 +131,16 @@ class Processes:
         except RuntimeError as error:
             raise self.lost(error) from error
 
-    def lost(self, error: Exception) -> ProcessFailed:
+    def lost(self, error: Exception) -> ProcessFailedError:
         """What to say where a process did not answer."""
         told = _told()
         if told is not None and told["rank"] != self.rank:
-            return ProcessFailed(f"process {told['rank']} of {self.count} has failed: {told['message']}", said=True)
+            return ProcessFailedError(
+                f"process {told['rank']} of {self.count} has failed: {told['message']}", said=True
+            )
         why = str(error).splitlines()[0][:200]
-        return ProcessFailed(
-            f"another of the {self.count} processes has ended, or did not answer within {_ANSWER.total_seconds() / 3600:g} h "
+        return ProcessFailedError(
+            f"another of the {self.count} processes has ended, or did not answer within {_ANSWER.total_seconds():,.0f} s "
             f"({why}). It may have been killed, for example where memory ran out; start the same command again: it goes on "
             "from what was written"
         )
@@ -198,8 +201,8 @@ def _join() -> Processes:
     device = torch.device("cpu")
     if distributed.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
-    group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    return Processes(distributed.get_rank(), distributed.get_world_size(), device, group)
+    groups = [distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_PATIENCE, _ANSWER)]
+    return Processes(distributed.get_rank(), distributed.get_world_size(), device, *groups)
 
 
 @contextlib.contextmanager
@@ -207,7 +210,7 @@ def joined_processes() -> Iterator[Processes]:
     """Join the processes that torchrun started (NCCL on GPUs, else gloo), and leave them at the end. Only the first one logs.
 
     Raises:
-        ProcessFailed: in the others, where one of them has failed or did not answer for too long.
+        ProcessFailedError: in the others, where one of them has failed or did not answer for too long.
     """
     global _joined
     if started_processes() == 1:
@@ -225,7 +228,7 @@ def joined_processes() -> Iterator[Processes]:
     except BaseException as error:
         if isinstance(error, RuntimeError) and _of_distributed(error):  # of a library's own communication
             raise processes.lost(error) from error
-        if not isinstance(error, ProcessFailed):
+        if not isinstance(error, ProcessFailedError):
             _tell(processes.rank, error)
         raise
     finally:
@@ -235,7 +238,7 @@ def joined_processes() -> Iterator[Processes]:
 
 
 def _of_distributed(error: RuntimeError) -> bool:
-    return isinstance(error, distributed.DistError) or "gloo" in str(error) or "monitoredBarrier" in str(error)
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 def _tell(rank: int, error: BaseException) -> None:

@@ -6,14 +6,21 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.processes import Processes, joined_processes, refuse_processes, started_processes
+from rac_modifier.processes import (
+    Processes,
+    joined_processes,
+    present_processes,
+    refuse_processes,
+    started_processes,
+)
 from tests.started import started
 
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
+import torch
 from loguru import logger
-from rac_modifier.processes import joined_processes
+from rac_modifier.processes import joined_processes, present_processes
 with joined_processes() as processes:
     if processes.is_first:
         time.sleep(0.5)
@@ -23,7 +30,13 @@ with joined_processes() as processes:
             time.sleep(0.5)
             Path("first").touch()
     sums = processes.sums(0.1 + processes.rank, 2.0)
-    found = [processes.rank, processes.count, str(processes.device), alone, sums]
+    tensor = torch.full((3, 2), 1.0 + processes.rank)
+    processes.add_up(tensor)
+    sent = processes.send(torch.full((2,), processes.rank, dtype=torch.bfloat16), 1)
+    told = [processes.from_first({"rank": processes.rank}), processes.from_all(["x" * (1 + 5 * processes.rank)])]
+    processes.meet()
+    same = present_processes() is processes
+    found = [processes.rank, processes.count, str(processes.device), alone, sums, tensor.tolist(), sent.tolist(), told, same]
     Path(f"{processes.rank}.json").write_text(json.dumps(found))
 """
 
@@ -46,18 +59,53 @@ def test_two_processes_sum_and_the_first_goes_first(tmp_path: Path):
     assert [code for code, _ in ends] == [0, 0], ends
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [end[:4] for end in found] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
-    assert found[0][4] == found[1][4] == [pytest.approx(1.2), 4.0]
+    assert found[0][4:] == found[1][4:]
+    assert found[0][4] == [pytest.approx(1.2), 4.0]
+    assert found[0][5] == [[3.0, 3.0]] * 3
+    assert found[0][6:] == [[1.0, 1.0], [{"rank": 0}, [["x"], ["xxxxxx"]]], True]
+
+
+FAILS = """
+import sys
+from rac_modifier.errors import RacError
+from rac_modifier.processes import ProcessFailedError, joined_processes
+try:
+    with joined_processes() as processes:
+        if processes.rank == 1:
+            raise RacError("no room")
+        processes.meet()
+except ProcessFailedError as error:
+    print(error.said, error, file=sys.stderr, flush=True)
+    sys.exit(3)
+"""
+
+
+def test_an_error_in_one_reaches_the_others(tmp_path: Path):
+    (code, said), (other, error) = started(["-c", FAILS], tmp_path)
+    assert (code, other) == (3, 1)
+    assert "True process 1 of 2 has failed: no room" in said
+    assert "RacError: no room" in error
+
+
+def test_alone_nothing_is_exchanged():
+    alone, tensor = Processes(), torch.ones(2)
+    alone.add_up(tensor)
+    alone.wait(), alone.meet()
+    assert torch.equal(tensor, torch.ones(2))
+    assert alone.send(tensor, 0) is tensor
+    assert (alone.from_first(3), alone.from_all(3)) == (3, [3])
+    assert present_processes() == alone
 
 
 def test_what_is_not_distributed_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        RacError, match="rac prune runs in one process, and torchrun started 4: start it without torchrun"
+        RacError, match="rac eval runs in one process, and torchrun started 4: start it without torchrun"
     ):
-        refuse_processes("rac prune")
+        refuse_processes("rac eval")
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "traces"])
+@pytest.mark.parametrize("command", ["inspect", "eval", "traces"])
 def test_other_commands_are_refused_under_torchrun(monkeypatch, capsys, command):
     from rac_modifier import cli
 

@@ -70,15 +70,15 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         """Refuse what cannot work, before anything is sampled.
 
         Raises:
-            RacError: several processes that do not share this recipe, a second such modifier, a dataset or other arguments of `oneshot` that would have no
-                effect, or an output folder that is in use.
+            RacError: several processes that do not share this recipe, a second such modifier, a dataset or other arguments of
+                `oneshot` that would have no effect, or an output folder that is in use.
         """
         name = type(self).__name__
         self._processes = present_processes()
         if self._processes.count > 1 and not (prunes and all(_runs_alone(m) for m in self.other_modifiers())):
-            others = ", ".join(type(m).__name__ for m in self.other_modifiers())
+            beside = ", ".join(type(m).__name__ for m in self.other_modifiers())
             raise RacError(
-                f"{name} beside {others or 'nothing'} runs in one process, and torchrun started {self._processes.count}: other "
+                f"{name} beside {beside or 'nothing'} runs in one process, and torchrun started {self._processes.count}: other "
                 "modifiers would calibrate on this process's part of the data alone; start it without torchrun"
             )
         if isinstance(state.data.calib, CalibrationLoader):

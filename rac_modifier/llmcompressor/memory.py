@@ -81,7 +81,7 @@ class MemoryNeed:
         by_layer: bool,
         processes: int = 1,
     ) -> MemoryNeed:
-        """What a recipe's entry needs in this process; without a `loader`, for its share of the tokens that the entry asks for."""
+        """What a recipe's entry needs in this process; without a `loader`, for its share of the tokens that are asked for."""
         embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         sizes = [weights.numel() for weights in loader.token_weights] if loader else []
         return cls(

@@ -15,11 +15,11 @@ from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.model_tools import on_accelerator
+from rac_modifier.processes import Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.memory import check_recovery_memory
 from rac_modifier.recovery.on_grid import QuantizedWeight
-from rac_modifier.processes import Processes
 from rac_modifier.recovery.teacher import StoredTeacher
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings

@@ -127,7 +127,7 @@ def solve_together(
 
 def owners(modules: Sequence[torch.nn.Module], count: int) -> dict[torch.nn.Module, int]:
     """Which process solves which module: the largest first, each where there are fewest weights so far."""
-    return greedy_bin_packing(list(modules), count, lambda module: module.weight.numel())[2]  # type: ignore[operator]
+    return greedy_bin_packing(list(modules), count, lambda module: module.weight.numel())[2]
 
 
 def _check_same(calibrated: list[list[str]], processes: Processes) -> None:
@@ -169,10 +169,10 @@ def _sent(
             return processes.send(empty if tensor is None else tensor, source)
 
         scale, master = None, None
-        weight = send(mine and mine.weight, like.shape, like.dtype)
+        weight = send(mine.weight if mine else None, like.shape, like.dtype)
         if about[i]["scale"] is not None:
-            scale = send(mine and mine.scale, about[i]["scale"], like.dtype)
+            scale = send(mine.scale if mine else None, about[i]["scale"], like.dtype)
         if about[i]["master"]:
-            master = send(mine and mine.master, like.shape, torch.float32).cpu()
+            master = send(mine.master if mine else None, like.shape, torch.float32).cpu()
         found.append(Pruned(weight, about[i]["record"], scale, master))
     return found

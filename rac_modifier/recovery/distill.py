@@ -15,10 +15,10 @@ from loguru import logger
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.model_tools import evaluating
+from rac_modifier.processes import Processes
 from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.hidden_states import check_head
 from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
-from rac_modifier.processes import Processes
 from rac_modifier.recovery.recomputing import recomputing
 from rac_modifier.recovery.schedule import default_learning_rate, plan_steps
 from rac_modifier.recovery.sharded import spread

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
-from rac_modifier.recovery.fixed_mask import FixedMask
 from rac_modifier.processes import Processes
+from rac_modifier.recovery.fixed_mask import FixedMask
 from rac_modifier.recovery.recomputing import decoder_layers
 
 Batch = Sequence[TokenSequence]

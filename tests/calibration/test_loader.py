@@ -199,7 +199,9 @@ def test_the_hash_changes_with_tokens_weights_and_order():
 def test_the_shares_of_processes_are_all_batches_once(lengths, count):
     made = loader(sequences(lengths))
     if len(made) < count:
-        with pytest.raises(RacError, match=f"{count} processes share {len(made)} batches.*lower calibration.batch_tokens"):
+        with pytest.raises(
+            RacError, match=f"{count} processes share {len(made)} batches.*lower calibration.batch_tokens"
+        ):
             made.share(0, count)
         return
     shares = [made.share(rank, count) for rank in range(count)]

@@ -72,9 +72,12 @@ def start(
     return children
 
 
-def ended(children: Mapping[int, int]) -> list[int]:
-    """Wait for the processes: exit codes by rank, negative for a signal. One that hangs is killed, and is `HUNG`."""
-    late, codes = time.monotonic() + _LONGEST, {}
+def ended(children: Mapping[int, int], agent: bool = False) -> list[int]:
+    """Wait for the processes: exit codes by rank, negative for a signal. One that hangs is killed, and is `HUNG`.
+
+    With `agent`, where one has failed the others are told to end (SIGTERM) 5 seconds later; torchrun does it at once.
+    """
+    late, codes, told = time.monotonic() + _LONGEST, {}, False
     while len(codes) < len(children):
         for rank in children.keys() - codes.keys():
             done, status = os.waitpid(children[rank], os.WNOHANG)
@@ -84,6 +87,11 @@ def ended(children: Mapping[int, int]) -> list[int]:
                 os.kill(children[rank], signal.SIGKILL)
                 os.waitpid(children[rank], 0)
                 codes[rank] = HUNG
+        if agent and any(codes.values()) and not told:
+            late, told = min(late, time.monotonic() + _LONGEST / 2), True
+            time.sleep(5.0)
+            for rank in children.keys() - codes.keys():
+                os.kill(children[rank], signal.SIGTERM)
         time.sleep(0.01)
     return [codes[rank] for rank in sorted(codes)]
 
@@ -176,7 +184,7 @@ def main(model: str, recipes: Path, kills: int) -> None:
         victim = chance.randrange(2)
         time.sleep(chance.uniform(0.3, 0.9) * lasts)
         os.kill(children[victim], signal.SIGKILL)
-        found = ended(children)
+        found = ended(children, agent=True)
         done += found[victim] == -signal.SIGKILL
         codes.setdefault("survivors", []).append(found[1 - victim])
         if os.path.isdir("killed"):  # it ended before the kill, or was stopped while it saved; begin again

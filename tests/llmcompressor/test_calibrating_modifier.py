@@ -7,6 +7,7 @@ from llmcompressor.core.state import State
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
 from rac_modifier import RacError, ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
+from rac_modifier.processes import Processes
 from tests.llmcompressor.modifier_helpers import generic_loader, gptq_w4
 from tests.tiny import calibration_entry, entry, is_2of4, linears
 
@@ -22,10 +23,17 @@ def test_later_modifiers_are_those_behind_in_the_recipe(place):
         assert ours.other_modifiers(later=True) == others[place:]
 
 
-def test_torchrun_is_refused(prune, monkeypatch):
+def test_processes_that_have_not_joined_are_refused(prune, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RacError, match="does not run under torchrun"):
+    with pytest.raises(RacError, match="torchrun started 2 processes, and they have not joined"):
         prune()
+
+
+def test_several_processes_without_pruning_are_refused(calibrate, monkeypatch):
+    two = Processes(0, 2)
+    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.present_processes", lambda: two)
+    with pytest.raises(RacError, match="ReasoningAwareCalibrationModifier beside GPTQModifier runs in one process"):
+        calibrate(later=[gptq_w4()])
 
 
 def test_two_of_our_modifiers_are_refused(prune, trace_store):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.llmcompressor.test_finished_groups import result
 from tests.started import ROOT
 from tests.tiny import entry, linears, recipe
 
@@ -26,7 +25,7 @@ INT8 = {"config_groups": {"all": {"weights": {"num_bits": 8, "strategy": "channe
 def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
     calibration = {"tokens": 1500, "batch_tokens": 256, "held_out_tokens": 100}
-    recover = {"tokens": 300, "held_out_tokens": 100, "step_tokens": 128}
+    recover = {"learning_rate": 1e-4, "tokens": 300, "held_out_tokens": 100, "step_tokens": 128}
     settings = {
         "paper": {"preset": "paper", "calibration": calibration},
         "quality": {"calibration": calibration},
@@ -38,7 +37,13 @@ def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, Any
     done = subprocess.run(
         [sys.executable, "-m", "tests.llmcompressor.several_processes", str(tiny_folder), str(folder), str(KILLS)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TQDM_DISABLE": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        },
         capture_output=True,
         text=True,
         timeout=1200,
@@ -51,6 +56,15 @@ def errors(folder: Path, name: str, rank: int) -> list[str]:
     """The lines of a process that are errors or of a traceback."""
     text = (folder / f"{name}.{rank}.txt").read_text()
     return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
+
+
+def result(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Of a saved checkpoint, the record without its times, and the bytes of its weights."""
+    record = json.loads((folder / "rac_run.json").read_text())
+    record.pop("time")
+    for part in record.get("recovery", {}), record["divergence"]:
+        part.pop("seconds", None), part.pop("cpu_seconds", None)
+    return record, {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def masks(folder: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +141,9 @@ def test_kills_of_one_of_two_processes_change_nothing(ran):
     folder, told = ran
     assert told["kills"] == KILLS
     assert told["resumed"] >= 2, "hardly any start found groups of an earlier one: the test shows nothing"
-    assert set(told["codes"]["survivors"]) <= {0, 1}, "a process hung or died of a signal"
+    # 0: it was killed after it had saved; -15: it was joining, where gloo does not notice, and torchrun's agent ends it
+    assert set(told["codes"]["survivors"]) <= {0, 1, -15}, "a process hung or died of another signal"
+    assert told["codes"]["survivors"].count(1) >= KILLS / 2
     assert told["codes"]["killed"] == told["codes"]["quality-2"] == [0, 0]
     assert result(folder / "killed") == result(folder / "quality-2")
     assert not (folder / "killed.unfinished").exists()

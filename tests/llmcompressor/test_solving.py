@@ -132,7 +132,9 @@ def test_processes_that_calibrated_other_modules_are_refused(modules, batches):
         groups = groups_of(modules, batches)[: 2 - processes.rank]
         return list(solve_together(groups, names, processes, lambda group, own: []))
 
-    with pytest.raises(RacError, match=r"process 0 and process 1 have not calibrated the same modules \(down\): .*fewer"):
+    with pytest.raises(
+        RacError, match=r"process 0 and process 1 have not calibrated the same modules \(down\): .*fewer"
+    ):
         together(2, run)
 
 

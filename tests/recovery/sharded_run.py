@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from rac_modifier.processes import Processes, joined_processes
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.on_grid import QuantizedWeight
-from rac_modifier.processes import Processes, joined_processes
 from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings

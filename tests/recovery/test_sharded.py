@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.recovery.fixed_mask import FixedMask
 from rac_modifier.processes import Processes
+from rac_modifier.recovery.fixed_mask import FixedMask
 from rac_modifier.recovery.sharded import Sharded, Whole, spread
 from tests.recovery.recovery_helpers import dense_and_sparse, sequences
 

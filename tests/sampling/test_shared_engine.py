@@ -11,9 +11,7 @@ from tests.meeting import together
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(temperature=1.5, top_p=1.0, top_k=0, max_new_tokens=6, batch_size=2)
-BATCHES = [
-    [Prompt(f"p{i}#{j}", tuple([2, 40 + i] * (1 + j))) for j in range(2 if i < 4 else 1)] for i in range(5)
-]
+BATCHES = [[Prompt(f"p{i}#{j}", tuple([2, 40 + i] * (1 + j))) for j in range(2 if i < 4 else 1)] for i in range(5)]
 
 
 @pytest.mark.parametrize("count", [2, 3])
