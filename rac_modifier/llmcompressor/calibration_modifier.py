@@ -13,7 +13,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.later_codes import LaterCodes
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, generic_sequences, reserved_tokens
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling, reserved_tokens
 
 
 class ReasoningAwareCalibrationModifier(CalibratingModifier):
@@ -35,7 +35,7 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
         model, oneshot = state.model, find_oneshot()
         if self.recover is not None:
             self._codes = LaterCodes(self.other_modifiers(), model)
-        text = generic_sequences(lambda: self._load_tokenizer(model), self.recover)
+        text = before_sampling(model, lambda: self._load_tokenizer(model), self.recover)
         reserved = self.build_calibration(state, reserved_tokens(self.recover)).reserved
         if self.recover is not None:
             keep = oneshot is not None and oneshot.output_dir is not None

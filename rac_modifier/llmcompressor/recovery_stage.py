@@ -51,13 +51,12 @@ class RecoveryStage:
             generic: text to train on beside the traces (`generic_sequences`); none of it decides what is kept.
 
         Raises:
-            RacError: too few traces, a head that is not supported, too little memory or disk space.
+            RacError: too few traces, a head that is not supported, or too little disk space.
         """
         self._settings, self._keep, self._processes = settings, keep, processes
         self._held_out, training = split_traces(traces, settings.held_out_tokens)
         self._training = [*training, *generic]
         self._generic_tokens = sum(len(ids) for ids, _ in generic)
-        check_recovery_memory(model, processes.count)
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
         with processes.first_before_others(), on_accelerator(model):
@@ -115,13 +114,27 @@ def reserved_tokens(settings: RecoverySettings | None) -> int:
     return 0 if settings is None else settings.tokens - settings.generic_tokens + settings.held_out_tokens
 
 
-def generic_sequences(tokenizer: Callable[[], Any], settings: RecoverySettings | None) -> list[TokenSequence]:
+def before_sampling(
+    model: Any, tokenizer: Callable[[], Any], settings: RecoverySettings | None, processes: Processes = _ALONE
+) -> list[TokenSequence]:
+    """What can be refused before hours of sampling is refused; returns the generic text to train on.
+
+    Raises:
+        RacError: too little memory to train the model in, or too little generic text.
+    """
+    if settings is None:
+        return []
+    check_recovery_memory(model, processes.count)
+    return generic_sequences(tokenizer, settings)
+
+
+def generic_sequences(tokenizer: Callable[[], Any], settings: RecoverySettings) -> list[TokenSequence]:
     """The generic text to train on: all tokens of a sequence but the first count. `tokenizer` is called where there is any.
 
     Raises:
         RacError: the source has less text than that, or cannot be read.
     """
-    if settings is None or not settings.generic_tokens:
+    if not settings.generic_tokens:
         return []
     chosen: list[TokenSequence] = []
     missing = settings.generic_tokens

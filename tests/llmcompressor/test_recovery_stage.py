@@ -1,17 +1,24 @@
 """Recovery inside a recipe: which traces it uses, what it changes, and what is recorded."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rac_modifier
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.recovery_stage import generic_sequences, reserved_tokens, split_traces
+from rac_modifier.llmcompressor.recovery_stage import (
+    before_sampling,
+    generic_sequences,
+    reserved_tokens,
+    split_traces,
+)
+from rac_modifier.recovery import memory
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.store import TraceStore
-from tests.llmcompressor.modifier_helpers import int4
+from tests.llmcompressor.modifier_helpers import gptq_w4, int4
 from tests.tiny import linears, tiny_tokenizer
 
 RECOVER = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400, "learning_rate": 1e-3}
@@ -135,7 +142,7 @@ def test_generic_text_that_is_too_short_is_refused(tmp_path):
     with pytest.raises(RacError, match=r"short\.txt' has \d+ tokens, and recover\.generic_share asks for 30,000"):
         generic_sequences(tiny_tokenizer, RecoverySettings(tokens=60_000, generic_share=0.5, generic=text))
     assert generic_sequences(None, RecoverySettings()) == []
-    assert generic_sequences(None, None) == []
+    assert before_sampling(None, None, None) == []
 
 
 def test_it_is_refused_before_anything_is_sampled(prune, tmp_path):
@@ -143,4 +150,13 @@ def test_it_is_refused_before_anything_is_sampled(prune, tmp_path):
     text = {"generic_share": 0.5, "generic": {"source": str(tmp_path / "short.txt")}}
     with pytest.raises(RacError, match=r"lower the share, or name a longer text"):
         prune(recover=RECOVER | text, traces={"store": str(tmp_path / "new.jsonl")})
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize("entry", ["prune", "calibrate"])
+def test_too_little_memory_is_refused_before_anything_is_sampled(entry, request, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**6)))
+    later = (gptq_w4(),) if entry == "calibrate" else ()
+    with pytest.raises(RacError, match=r"recover: training needs about .* GiB on the CPU, and 0\.0 GiB are free"):
+        request.getfixturevalue(entry)(later=later, recover=RECOVER, traces={"store": str(tmp_path / "new.jsonl")})
     assert not (tmp_path / "new.jsonl").exists()
