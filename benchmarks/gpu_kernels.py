@@ -47,7 +47,7 @@ def random_weight(rows: int, columns: int, group: int) -> StoredWeight:
     if not group:
         return from_dense(torch.randn(rows, columns).bfloat16().masked_fill(~kept, 0.0), "random")
     values = torch.randint(-8, 8, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
-    return replace(from_dense(values, "random"), scale=torch.rand(rows, columns // group) + 0.1)
+    return replace(from_dense(values, "random"), scale=torch.rand(rows, columns // group) + 0.1, bits=4)
 
 
 def packed_linear(weight: StoredWeight, bias: Tensor | None = None) -> Linear:
