@@ -202,6 +202,10 @@ def _join() -> Processes:
     if distributed.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     groups = [distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_PATIENCE, _ANSWER)]
+    # gloo connects where a group is first used, and does not notice a process that is killed before; so all connect now
+    for group in groups:
+        distributed.barrier(group=group)
+    distributed.all_reduce(torch.zeros(1, device=device))
     return Processes(distributed.get_rank(), distributed.get_world_size(), device, *groups)
 
 
