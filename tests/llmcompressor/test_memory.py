@@ -82,10 +82,10 @@ def test_the_prediction_lies_within_its_margin_of_the_measured_peak(tmp_path, tr
     predicted, live = [], LiveBytes()
     inner = memory.check_memory
 
-    def spy(need, groups, onload, offload):
+    def spy(need, groups, onload, offload, **options):
         predicted.append(max(need.work(group) + need.kept(group) for group in groups))
         live.reset()  # the last call is the one right before pruning
-        inner(need, groups, onload, offload)
+        inner(need, groups, onload, offload, **options)
 
     monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.check_memory", spy)
     options = entry(trace_store, **settings)
@@ -170,7 +170,7 @@ def test_padding_is_counted_once_the_calibration_set_is_there(prune, monkeypatch
     seen = []
     monkeypatch.setattr(
         "rac_modifier.llmcompressor.pruning_modifier.check_memory",
-        lambda need, groups, onload, offload: seen.append((need, groups)),
+        lambda need, groups, onload, offload, **_: seen.append((need, groups)),
     )
     prune(calibration={"tokens": 1500, "batch_tokens": 512})
     (before, modules), (after, groups) = seen
