@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write a row per contender there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a server is stopped as well
     if args.one:
         print(json.dumps(asdict(one(args.one, args))))
         return
@@ -252,7 +253,6 @@ def main() -> None:
     if args.output_tokens < 4 or args.rounds < 1 or args.threads < 1:
         parser.error("--output-tokens must be at least 4, --rounds and --threads at least 1")
     names = [name for name in names if not args.only or name in args.only]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     from common import machine
 
     about = {"machine": machine(), "kernel": support().reason, "threads": args.threads, "versions": versions()}

@@ -89,6 +89,9 @@ def int4_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.float().view(len(weight), -1, GROUP)
     scale = (groups.abs().amax(dim=-1) / 7).bfloat16()
     values = (groups / scale.float().clamp_min(1e-30)[:, :, None]).round().clamp(-7, 7).to(torch.int8)
+    values = torch.where(
+        (values == 0) & (groups != 0), groups.sign().to(torch.int8), values
+    )  # so that the density stays
     return values.view(weight.shape), scale
 
 
