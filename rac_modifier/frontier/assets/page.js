@@ -33,7 +33,7 @@ function drawGroups() {
 function describe(row) {
   const lines = [row.label, `${megabytes(row.bytes.total)} MB in all, ${row.bytes.bits_per_weight.toFixed(2)} bits per weight`];
   if (row.accuracy) lines.push(`accuracy ${percent(row.accuracy[0])} (${percent(row.accuracy[1])} to ${percent(row.accuracy[2])})`);
-  if (row.kl) lines.push(`KL ${small(row.kl[0])} nats per token, top-1 agreement ${percent(row.agreement[0])}`);
+  if (row.kl) lines.push(`KL ${small(row.kl[0])} nats per token, top-1 agreement ${percent(row.agreement[0], 2)}`);
   if (row.speed) lines.push(`${row.speed.toFixed(0)} tokens per second`);
   return `${lines.join("\n")}\n\n${row.recipe}`;
 }
@@ -88,7 +88,7 @@ const COLUMNS = [
   ["MB", (row) => megabytes(row.bytes.total)],
   ["bits per weight", (row) => row.bytes.bits_per_weight.toFixed(2)],
   ["KL", (row) => row.kl ? `${small(row.kl[0])}${row.kl[1] === null ? "" : ` ± ${small(row.kl[1])}`}` : "-"],
-  ["top-1", (row) => row.agreement ? percent(row.agreement[0]) : "-"],
+  ["top-1", (row) => row.agreement ? percent(row.agreement[0], 2) : "-"],
   ["accuracy", (row) => row.accuracy ? percent(row.accuracy[0]) : "-"],
   ["95 %", (row) => row.accuracy ? `${(100 * row.accuracy[1]).toFixed(1)} to ${(100 * row.accuracy[2]).toFixed(1)}` : "-"],
   ["thinking", (row) => row.length.mean.toFixed(0)],
