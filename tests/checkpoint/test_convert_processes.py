@@ -78,7 +78,7 @@ def test_memory_for_about_two_files(tmp_path: Path) -> None:
         where[f"layers.{number}.up.weight"] = file
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (tmp_path / "config.json").write_text("{}")
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     child = context.Process(target=_memory, args=(str(tmp_path), str(tmp_path / "out"), size, queue))
     child.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from rac_modifier.traces.fill_store import pending_path
 from rac_modifier.traces.store import TraceStore, read_header
 from tests.cli.served_child import run
+from tests.fork_server import fork_server
 from tests.sampling import fake_vllm
 
 KILLS = 20
@@ -42,8 +42,7 @@ def result(folder: Path) -> dict:
 
 @pytest.mark.slow
 def test_twenty_kills_end_as_an_undisturbed_run(tiny_folder, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.cli.served_child"])
+    context = fork_server()
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     rng = random.Random(0)
 

@@ -1,6 +1,5 @@
 """A collection killed again and again ends with the file of one that ran undisturbed."""
 
-import multiprocessing
 import random
 import time
 
@@ -12,6 +11,7 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.fill_store import pending_path
 from rac_modifier.traces.store import TraceStore, read_header
+from tests.fork_server import fork_server
 from tests.sampling.fake_server import FakeServer
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.traces.slow_collection import collect_slowly
@@ -23,9 +23,7 @@ SETTINGS = {"temperature": 1.0, "max_new_tokens": 10, "batch_size": 6, "samples_
 @pytest.mark.parametrize(("engine", "kills"), [("in_process", 20), ("server", 50)])
 def test_kills_lose_and_double_nothing(tmp_path, engine, kills):
     tokens = 1500 * kills  # more than is collected until the last kill
-    # A fork server imports torch once, in a process without threads; each child is then a quick and safe fork of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.traces.slow_collection", "rac_modifier.traces.collect"])
+    context = fork_server()
     path = tmp_path / "killed.jsonl"
     rng = random.Random(0)
     server = None
