@@ -35,7 +35,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def collect(server, identity, tokenizer, tmp_path):
-    def collect(name="s.jsonl", *, of=identity, urls=None, tokens=3000, retry_failed=False, engine=True, **changes):
+    def collect(name="s.jsonl", *, of=identity, urls=None, tokens=3000, retry_failed=None, engine=True, **changes):
         settings = {
             "base_urls": urls or (server.url,),
             "concurrency": 8,
@@ -51,8 +51,8 @@ def collect(server, identity, tokenizer, tmp_path):
             sampling=SamplingSettings(temperature=1.0, max_new_tokens=LONGEST),
             tokens=tokens,
             engine=EngineSettings(**settings) if engine else None,
-            retry_failed=retry_failed,
             progress=False,
+            **({} if retry_failed is None else {"retry_failed": retry_failed}),
         )
 
     return collect
