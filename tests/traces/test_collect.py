@@ -117,7 +117,9 @@ def test_several_samples_a_problem_differ(run):
 
 def test_problems_that_end_too_early_say_how_far_they_go(run, sampled):
     few = ProblemSource(limit=6)
-    with pytest.raises(RacError, match=r"used up: (\d+) tokens in 6 traces, of 5,000 asked for.*ask for tokens=\1") as caught:
+    with pytest.raises(
+        RacError, match=r"used up: (\d+) tokens in 6 traces, of 5,000 asked for.*ask for tokens=\1"
+    ) as caught:
         run(problems=few, tokens=5000)
     assert "problems failed" not in str(caught.value)
     store = run(problems=ProblemSource(limit=9), tokens=300)
