@@ -200,3 +200,11 @@ def test_another_version_is_named(path):
 def test_a_reader_cannot_append(filled):
     with pytest.raises(RacError, match="open for reading only"):
         TraceStore.read(filled).append_many([trace(9)])
+
+
+def test_the_hash_is_of_what_was_read_also_when_another_process_appends(filled):
+    reader = TraceStore.read(filled)
+    before = reader.sha256()
+    with TraceStore.open_append(filled, HEADER) as writer:
+        writer.append_many([trace(3)])
+    assert reader.sha256() == before != TraceStore.read(filled).sha256()
