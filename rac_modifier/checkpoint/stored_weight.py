@@ -59,9 +59,8 @@ class StoredWeight:
         """Whether at most two of each four neighbouring columns are stored."""
         if self.columns % 4:
             return False
-        low, high = self.bitmask & 15, self.bitmask >> 4
-        counts = [(half & 5) + (half >> 1 & 5) for half in (low, high)]
-        return all(bool(((count & 3) + (count >> 2) <= 2).all()) for count in counts)
+        counts = _stored_of_four(self.bitmask)
+        return bool((counts & 0x0F <= 2).all()) and bool((counts >> 4 <= 2).all())
 
     @property
     def group_bytes(self) -> int:
@@ -291,8 +290,13 @@ def _starts(counts: Tensor) -> Tensor:
 
 def _two_of_four(bitmask: Tensor, columns: int) -> bool:
     """Whether two bits are set in every half byte (four columns); `columns` is a multiple of four."""
-    pairs = bitmask - ((bitmask >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    counts = _stored_of_four(bitmask)
     if columns % 8:
-        return bool((nibbles[:, :-1] == 0x22).all()) and bool((nibbles[:, -1] == 0x02).all())
-    return bool((nibbles == 0x22).all())
+        return bool((counts[:, :-1] == 0x22).all()) and bool((counts[:, -1] == 0x02).all())
+    return bool((counts == 0x22).all())
+
+
+def _stored_of_four(bitmask: Tensor) -> Tensor:
+    """How many bits are set in each half of each byte, in that half."""
+    pairs = bitmask - ((bitmask >> 1) & 0x55)
+    return (pairs & 0x33) + ((pairs >> 2) & 0x33)

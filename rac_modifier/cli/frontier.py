@@ -126,7 +126,7 @@ def _tools(model: str, evaluation: GridEvaluation, prompt: PromptSettings, preci
 
 
 def _server(evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path) -> Any:
-    """What measures the speed of a served model; its answers are kept beside the results, so that a kill loses none."""
+    """What measures the speed of a served model; its answers are kept beside the results, and asked anew after a kill."""
     from rac_modifier.cli.answering import Answering
     from rac_modifier.frontier.folder import slug
     from rac_modifier.sampling.own_server import VllmCommand
@@ -138,7 +138,7 @@ def _server(evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype
 
     def serve(folder: Path, label: str) -> EvalResult:
         answers = out / "served" / f"{slug(label)}.jsonl"
-        # an interrupted run's answers would be counted without the seconds that they took
+        # answers of a run that was killed would be counted without the seconds that they took
         answers.unlink(missing_ok=True)
         answering = Answering((), evaluation.batch_size, 1, answers, serve=True)
         return answering.run(str(folder), problems, where, limits, prompt, precision, {})

@@ -25,8 +25,6 @@ from rac_modifier.vllm_plugin.packed_weight import PackedWeight
 
 logger = init_logger(f"vllm.{__name__}")
 VARIABLE = "RAC_LM_HEAD"
-
-
 _GROUPS = (128, 64, 32)  # columns that share a scale of int4: the first that divides the head's columns
 
 

@@ -135,3 +135,25 @@ def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = No
     bound = terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
     assert y.shape == exact.shape
     assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())
+
+
+LEVELS = 127 * 256 + 127  # the largest integer of x
+BLOCK = 512  # columns of x that share a scale, where the weight has one scale per row
+
+
+def scaled(dense: Tensor, scale: Tensor) -> Tensor:
+    """Integers [N, K] times `scale` [N, groups], in float64."""
+    return dense.double() * scale.double().repeat_interleave(dense.shape[1] // scale.shape[1], dim=1)
+
+
+def assert_integer_product(y: Tensor, x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None) -> None:
+    """Y is x W^T + bias, x within half a step of its blocks' integers; `weight` is the scaled one."""
+    exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    block, bound = weight.shape[1] // groups if groups > 1 else BLOCK, torch.zeros_like(exact)
+    for x_block, w_block in zip(x.double().abs().split(block, 1), weight.abs().split(block, 1), strict=True):
+        bound += 0.502 / LEVELS * x_block.amax(1, keepdim=True) * w_block.sum(1)
+    if bias is not None:
+        exact, terms = exact + bias.double(), terms + bias.double().abs()
+    bound += terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
+    assert y.shape == exact.shape
+    assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())

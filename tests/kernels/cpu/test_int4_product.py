@@ -13,10 +13,19 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.packed import check_packed, pack_dense, pack_scale, pack_values, unpack
-from tests.kernels.cpu.kernel_helpers import Packed, bitmask_of, multiply, random_mask, threads, unpacked
+from tests.kernels.cpu.kernel_helpers import (
+    LEVELS,
+    Packed,
+    assert_integer_product,
+    bitmask_of,
+    multiply,
+    random_mask,
+    scaled,
+    threads,
+    unpacked,
+)
 
 DTYPES = [torch.bfloat16, torch.float32]
-LEVELS = 127 * 256 + 127  # the largest integer of x
 MANY = (1, 2, 3, 5, 8, 9, 16, 35)  # rows of x: each way of the kernels
 
 
@@ -38,21 +47,6 @@ def weight_of(
     return dense.masked_fill(~mask, 0), Packed(data, rows, columns)
 
 
-def assert_close(y: Tensor, x: Tensor, dense: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-    """Y is x W^T + bias, with x within half a step of the integers of its group or 512 columns."""
-    groups = scale.shape[1]
-    weight = dense.double() * scale.double().repeat_interleave(dense.shape[1] // groups, dim=1)
-    exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
-    block, bound = dense.shape[1] // groups if groups > 1 else 512, torch.zeros_like(exact)
-    for x_block, w_block in zip(x.double().abs().split(block, 1), weight.abs().split(block, 1), strict=True):
-        bound += 0.502 / LEVELS * x_block.amax(1, keepdim=True) * w_block.sum(1)
-    if bias is not None:
-        exact, terms = exact + bias.double(), terms + bias.double().abs()
-    bound += terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
-    assert y.shape == exact.shape
-    assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())
-
-
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 50),
@@ -69,7 +63,7 @@ def test_any_shape_and_density(kernel, rows, columns, m, density, asymmetric, dt
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, columns, generator=generator).to(dtype)
     scale = torch.rand(rows, 1, generator=generator) + 0.01
-    assert_close(multiply(x, weight, None, pack_scale(scale)), x, dense, scale)
+    assert_integer_product(multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale), scale.shape[1])
 
 
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
@@ -101,7 +95,7 @@ def test_scales_and_zeros_in_groups(kernel, columns, groups, asymmetric, density
         assert packed.dtype == (torch.bfloat16 if narrow else torch.float32)
         for m in (1, 2, 5, 16) if "emulated" in kernel else MANY:
             x, bias = torch.randn(m, columns).to(DTYPES[m % 2]), torch.randn(37)
-            assert_close(multiply(x, weight, bias, packed), x, dense, scale, bias)
+            assert_integer_product(multiply(x, weight, bias, packed), x, scaled(dense, scale), scale.shape[1], bias)
 
 
 def test_two_of_four(kernel):
@@ -111,7 +105,9 @@ def test_two_of_four(kernel):
     scale, x = torch.rand(48, 4).bfloat16().float(), torch.randn(3, 128)
     assert torch.equal(unpacked(weight), dense)
     assert weight.data.numel() == 64 + 64 + 3 * 64 * 4 + 48 * 128 // 4 + 64  # header, offsets, masks, codes, padding
-    assert_close(multiply(x, weight, None, pack_scale(scale, narrow=True)), x, dense, scale)
+    assert_integer_product(
+        multiply(x, weight, None, pack_scale(scale, narrow=True)), x, scaled(dense, scale), scale.shape[1]
+    )
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
@@ -176,7 +172,9 @@ def test_expanded_panels(kernel, groups, density, monkeypatch):
     scale = (torch.rand(90, groups) + 0.01).bfloat16().float()
     for dtype in DTYPES:
         x, bias = torch.randn(130, 80).to(dtype), torch.randn(90)
-        assert_close(multiply(x, weight, bias, pack_scale(scale, narrow=True)), x, dense, scale, bias)
+        assert_integer_product(
+            multiply(x, weight, bias, pack_scale(scale, narrow=True)), x, scaled(dense, scale), scale.shape[1], bias
+        )
 
 
 def test_the_layout_byte_by_byte(best):

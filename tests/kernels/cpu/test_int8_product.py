@@ -15,18 +15,18 @@ from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.packed import check_packed, pack_dense, pack_scale
 from tests.kernels.cpu.kernel_helpers import (
     Packed,
+    assert_integer_product,
     bitmask_of,
     multiply,
     pack,
     pack_whole,
     random_mask,
+    scaled,
     threads,
     unpacked,
 )
 
 DTYPES = [torch.bfloat16, torch.float32]
-LEVELS = 127 * 256 + 127
-BLOCK = 512
 
 
 def integers(rows: int, columns: int, density: float, seed: int = 0) -> tuple[Tensor, Packed]:
@@ -37,24 +37,6 @@ def integers(rows: int, columns: int, density: float, seed: int = 0) -> tuple[Te
         return dense, pack_whole(dense)
     mask = random_mask(rows, columns, density, seed)
     return dense.masked_fill(~mask, 0), pack(dense[mask], bitmask_of(mask), columns)
-
-
-def scaled(dense: Tensor, scale: Tensor) -> Tensor:
-    """Integers [N, K] times `scale` [N, groups], in float64."""
-    return dense.double() * scale.double().repeat_interleave(dense.shape[1] // scale.shape[1], dim=1)
-
-
-def assert_integer_product(y: Tensor, x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None) -> None:
-    """Y is x W^T + bias, x within half a step of its blocks' integers; `weight` is the scaled one."""
-    exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
-    block, bound = weight.shape[1] // groups if groups > 1 else BLOCK, torch.zeros_like(exact)
-    for x_block, w_block in zip(x.double().abs().split(block, 1), weight.abs().split(block, 1), strict=True):
-        bound += 0.502 / LEVELS * x_block.amax(1, keepdim=True) * w_block.sum(1)
-    if bias is not None:
-        exact, terms = exact + bias.double(), terms + bias.double().abs()
-    bound += terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
-    assert y.shape == exact.shape
-    assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
