@@ -191,7 +191,7 @@ def _digest(held_out: HeldOut) -> str:
 def _say(row: dict[str, Any]) -> None:
     parts = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
     if row["divergence"]:
-        parts.append(f"KL {row['divergence']['kl']:.4f}, top-1 {row['divergence']['agreement']:.1%}")
+        parts.append(f"KL {row['divergence']['kl']:.3g}, top-1 {row['divergence']['agreement']:.1%}")
     if row["accuracy"]:
         parts.append(f"accuracy {row['accuracy']['accuracy']:.1%}")
     typer.echo(", ".join(parts))
