@@ -40,13 +40,16 @@ def plan_row(
     groups: int = 1,
     device: str = "cpu",
     two_of_four: bool = False,
+    scale_bytes: int = 4,
 ) -> PlanRow:
     """Decide for a packed module from numbers alone: `stored` values of `dtype`, served in `served` on a device type.
 
-    int32 stands for words of 4-bit values; `groups` is the number of scales per row; `two_of_four`: the weight is 2:4.
+    int32 stands for words of 4-bit values; `groups` is the number of scales per row, each of `scale_bytes`; `two_of_four`: the
+    weight is 2:4.
     """
     density = stored / (rows * columns) if rows > 0 and columns > 0 else -1.0
-    layer = Layer(rows, columns, density, dtype, served, columns // max(groups, 1), two_of_four=two_of_four)
+    group = columns // max(groups, 1)
+    layer = Layer(rows, columns, density, dtype, served, group, scale_bytes, two_of_four=two_of_four)
     decision, _ = choose(layer, device)
     return PlanRow(module, rows, columns, density, decision)
 
@@ -95,9 +98,11 @@ def _packed_row(files: TensorFiles, module: str, dtype: torch.dtype | None, devi
         stored = min(rows * columns // 2 if len(stored_shape) == 2 else 8 * stored, rows * columns)
     if min(rows, columns) < 1 or stored > rows * columns:
         raise RacError(f"{module}.shape: does not fit the {stored} stored values; the checkpoint is damaged")
-    scale = files.shape(f"{module}.{SCALE}") if f"{module}.{SCALE}" in files else ()
-    groups = scale[1] if len(scale) == 2 else 1
-    return plan_row(module, rows, columns, stored, own, dtype or _served(own), groups, device, two_of_four)
+    scale = f"{module}.{SCALE}"
+    shape_of_scale = files.shape(scale) if scale in files else ()
+    groups = shape_of_scale[1] if len(shape_of_scale) == 2 else 1
+    scale_bytes = 2 if scale in files and files.dtype(scale) == torch.bfloat16 else 4
+    return plan_row(module, rows, columns, stored, own, dtype or _served(own), groups, device, two_of_four, scale_bytes)
 
 
 def _served(stored: torch.dtype) -> torch.dtype:

@@ -108,6 +108,21 @@ def test_plan_of_quantized_weights(tmp_path, two_of_four, bits, groups, kernel):
     assert stored <= row.density * 32 * 44 < stored + 8
 
 
+@pytest.mark.parametrize(
+    ("scales", "size"), [(torch.bfloat16, 0.25 + 0.125 + 2 / 128), (torch.float32, 0.375 + 4 / 128)]
+)
+def test_scales_count_with_the_bytes_that_they_are_stored_in(tmp_path, scales, size):
+    weight = random_weight(32, 256, 0, True, torch.float32).mul(3).round().clamp(-7, 7).to(torch.int8)
+    parts = {**pack(weight, "sparse-24-bitmask", "a", 4), "weight_scale": torch.ones(32, 2, dtype=scales)}
+    save_file({f"a.{name}": tensor for name, tensor in parts.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    format = {"format": "sparse-24-bitmask"}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": format}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (row,) = plan_checkpoint(tmp_path)
+    odd_quads = 0.5 / (16 * 4) / 2  # half a byte of padding in every second block of 16 rows and 4 columns
+    assert row.decision.bytes_per_weight == pytest.approx(size + odd_quads)
+
+
 def test_plan_of_dense_stored_weights_says_how_to_serve_them_sparse(tmp_path):
     rows = plan_checkpoint(checkpoint(tmp_path / "m", False))
     assert [row.module for row in rows] == ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"]

@@ -100,9 +100,8 @@ def _without_masks(dtype: torch.dtype, density: float) -> bool:
 
 def _bytes_per_weight(layer: Layer, encoding: ValueEncoding, masked: bool) -> float:
     panels, weights = -(-layer.rows // 16), layer.rows * layer.columns
-    value_bytes = (
-        4 if encoding.dtype == torch.float16 else encoding.dtype.itemsize
-    )  # float16 is packed as float32, exactly
+    # float16 is packed as float32, exactly
+    value_bytes = 4 if encoding.dtype == torch.float16 else encoding.dtype.itemsize
     groups = layer.columns // layer.group
     total = layer.group_bytes * panels * 16 * groups if encoding.scaled and groups > 1 else 0
     if not masked:
@@ -110,9 +109,7 @@ def _bytes_per_weight(layer: Layer, encoding: ValueEncoding, masked: bool) -> fl
     total += panels * -(-layer.columns // 32) * 16 * _WORD_BYTES
     values = value_bytes * layer.density
     if encoding.bits == 4:
-        quads = panels * -(-layer.columns // 4)
-        padding = (
-            0.25 * quads if 0 < layer.density < 1 else 0.0
-        )  # half a byte where the values of a quad are odd in number
+        # half a byte in every second quad, where its values are odd in number
+        padding = 0.25 * panels * -(-layer.columns // 4) if 0 < layer.density < 1 else 0.0
         values = layer.density / 2 + padding / weights
     return values + total / weights
