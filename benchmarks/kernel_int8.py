@@ -20,7 +20,8 @@ import torch
 from kernel import DTYPES, SHAPES, numbers, plain_linear, read_speed, vllm_linear
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import from_dense, quantize_rows
+from rac_modifier.checkpoint.round_to_nearest import quantize_rows
+from rac_modifier.checkpoint.stored_weight import from_dense
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.operator import sparse_linear
 from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values

@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rac_modifier.checkpoint.int32_words import pack_words
 from rac_modifier.checkpoint.packing import pack_checkpoint
-from rac_modifier.checkpoint.stored_weight import quantize_rows
+from rac_modifier.checkpoint.round_to_nearest import quantize_rows
 from rac_modifier.settings.pattern import Pattern
 
 GROUP = 128  # columns that share a scale of int4

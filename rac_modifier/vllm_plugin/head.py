@@ -17,7 +17,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from rac_modifier.checkpoint.stored_weight import all_stored, dequantize, quantize_groups, quantize_rows
+from rac_modifier.checkpoint.round_to_nearest import quantize_groups, quantize_rows
+from rac_modifier.checkpoint.stored_weight import all_stored, dequantize
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Layer

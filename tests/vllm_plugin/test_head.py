@@ -9,7 +9,7 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, without_kernels
 
 needs_vllm()
 
-from rac_modifier.checkpoint.stored_weight import quantize_rows  # noqa: E402
+from rac_modifier.checkpoint.round_to_nearest import quantize_rows  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402

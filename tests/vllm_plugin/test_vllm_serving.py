@@ -74,7 +74,7 @@ def test_greedy_tokens_of_quantized_weights(tmp_path, structure, scheme):
 def test_int8_head(tmp_path, monkeypatch, tied):
     """The lookups of a tied embedding are unchanged; logits are those of the rounded head."""
     from rac_modifier.checkpoint.load import load_model
-    from rac_modifier.checkpoint.stored_weight import quantize_rows
+    from rac_modifier.checkpoint.round_to_nearest import quantize_rows
 
     folder = save_model(tmp_path / "model", "qwen3", "2:4", tie_word_embeddings=tied)
     monkeypatch.setenv("RAC_LM_HEAD", "int8")
