@@ -179,14 +179,19 @@ def compress(model: Any, cell: Cell, settings: dict[str, Any]) -> tuple[Any, dic
     return settled(model), calibration._recovered
 
 
-def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
+def measured_on(args: argparse.Namespace, dense_folder: Path) -> tuple[dict[str, str], dict[str, list[TokenSequence]]]:
+    """The sources of training prompts, and the held-out sequences, by kind."""
     asked = problems(args.out, args.samples)
-    sources = {name: source for name, (source, _) in asked.items()}
     sets = {
         name: held_out(dense_folder, args.out / f"held-out-{name}.json", questions, args.max_new_tokens)
         for name, (_, questions) in asked.items()
     }
     sets["generic text"] = generic_text(dense_folder, args.samples)
+    return {name: source for name, (source, _) in asked.items()}, sets
+
+
+def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
+    sources, sets = measured_on(args, dense_folder)
     dense = fresh(dense_folder)
     done = {row["label"] for row in read(rows_path)}
     kinds = [*itertools.product(args.patterns, args.calibrations, args.methods)]

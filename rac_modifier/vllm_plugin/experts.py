@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from rac_modifier.checkpoint.formats import PARTS
@@ -15,6 +16,8 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.interface import stay_dense
 from rac_modifier.vllm_plugin.sparse_layers import SparseLayers
 from rac_modifier.vllm_plugin.summary import Summary
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 def expand_experts(layer: Any, prefix: str, layers: SparseLayers, inner: Any, summary: Summary) -> Any:
@@ -33,11 +36,13 @@ def expand_experts(layer: Any, prefix: str, layers: SparseLayers, inner: Any, su
     def finish_complete(layer: torch.nn.Module) -> None:
         check_complete(incomplete, format, prefix)
         finish(layer)
+        text = summary.add(prefix, stay_dense("experts have no sparse kernel: expanded at load", torch.bfloat16))
+        if text is not None:
+            logger.info("%s", text)
 
     layer.load_weights = lambda weights: load(expanded(weights, format, prefix, incomplete))
     method.process_weights_after_loading = finish_complete
     summary.expect()
-    summary.add(prefix, stay_dense("experts have no sparse kernel: expanded at load", torch.bfloat16))
     return method
 
 

@@ -14,6 +14,8 @@ needs_vllm()
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
+from rac_modifier.kernels.interface import stay_dense  # noqa: E402
+from rac_modifier.vllm_plugin import experts  # noqa: E402
 from rac_modifier.vllm_plugin.experts import check_complete, expand_experts, expanded  # noqa: E402
 from rac_modifier.vllm_plugin.sparse_layers import SparseLayers  # noqa: E402
 from rac_modifier.vllm_plugin.summary import Summary  # noqa: E402
@@ -71,6 +73,25 @@ def test_the_layer_loads_weights_and_is_checked_at_the_end():
     assert finished == [layer]
     assert torch.equal(got["0.up.weight"], UP)
     assert summary.decisions["experts"].reason.startswith("dense because experts have no sparse kernel")
+
+
+def test_the_summary_is_logged_when_all_layers_are_decided(monkeypatch):
+    """Also where the packed experts are the last of them, or the only ones."""
+    logged: list[str] = []
+    monkeypatch.setattr(experts.logger, "info", lambda template, text: logged.append(template % text))
+    summary = Summary()
+    summary.expect()  # a linear layer
+    layers = [SimpleNamespace(load_weights=lambda weights: None) for _ in range(2)]
+    methods = [SimpleNamespace(process_weights_after_loading=lambda layer: None) for _ in range(2)]
+    for number, (layer, method) in enumerate(zip(layers, methods, strict=True)):
+        expand_experts(layer, f"{number}.experts", SparseLayers(FORMAT_24, ("Linear",)), method, summary)
+    assert summary.add("0.attention", stay_dense("a reason", torch.bfloat16)) is None
+    methods[0].process_weights_after_loading(layers[0])
+    assert logged == []
+    methods[1].process_weights_after_loading(layers[1])
+    assert len(logged) == 1
+    assert "0 of 3 pruned layers run on a sparse kernel" in logged[0]
+    assert "expanded at load: 2 layers, such as 0.experts" in logged[0]
 
 
 def test_experts_that_are_stored_dense_are_vllms():

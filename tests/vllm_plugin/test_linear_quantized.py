@@ -9,8 +9,14 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 
 needs_vllm()
 
+from vllm.model_executor.layers.linear import LinearMethodBase  # noqa: E402
+
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
+from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
+from rac_modifier.vllm_plugin.linear import RacSparseLinearMethod  # noqa: E402
+from rac_modifier.vllm_plugin.shards import Shards  # noqa: E402
+from rac_modifier.vllm_plugin.summary import Summary  # noqa: E402
 from tests.vllm_plugin.layer_kinds import (  # noqa: E402
     KINDS,
     K,
@@ -99,3 +105,21 @@ def test_parts_that_are_quantized_differently_run_dense(monkeypatch):
     assert not config.summary.decisions["a.qkv"].sparse
     x = torch.randn(2, K)
     torch.testing.assert_close(mixed.quant_method.apply(mixed, x), dense.quant_method.apply(dense, x))
+
+
+def test_a_layout_without_a_plain_weight_is_refused_while_the_layer_is_made(monkeypatch):
+    """As where config.json names a format whose layers have words of several values, and no weight."""
+
+    class InWords(LinearMethodBase):
+        def create_weights(self, layer, *sizes, **attributes):
+            layer.register_parameter("weight_packed", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
+
+        def apply(self, layer, x, bias=None):
+            raise NotImplementedError
+
+    on_rank(monkeypatch, 0, 1)
+    method = RacSparseLinearMethod(Shards("a.up", ["a.up"], FORMAT_BITMASK, "vllm's"), InWords(), Summary())
+    with pytest.raises(
+        RacError, match=r"^a.up: config.json quantizes it to a layout without a plain weight.*storage: dense"
+    ):
+        method.create_weights(torch.nn.Module(), K, [64], K, 64, torch.float32, weight_loader=lambda *_: None)

@@ -18,6 +18,7 @@ from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
 from rac_modifier.vllm_plugin import METHOD  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
+from tests.vllm_plugin.layer_kinds import make  # noqa: E402
 
 PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])["quantization_config"]
 
@@ -87,3 +88,20 @@ def test_sparse_over_quantized_builds_on_compressed_tensors(monkeypatch):
     assert torch.equal(given["weight"], weight)
     assert torch.equal(given["scale"], loaded["weight_scale"].to(given["scale"].dtype))
     assert "there is no sparse kernel for" in config.summary.decisions["model.a"].reason
+
+
+def test_fused_layers_are_quantized_as_their_parts_are(monkeypatch):
+    """vLLM's config is asked for `a.qkv`, and the checkpoint names `a.q`, `a.k` and `a.v`."""
+    monkeypatch.delitem(BACKENDS, "cpu")
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    group = {
+        "targets": ["re:.*a[.][qkv]$"],
+        "weights": weights,
+        "input_activations": {**weights, "strategy": "token", "dynamic": True},
+    }
+    config = RacSparseConfig.from_config(
+        {**PACKED, "format": "int-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    )
+    on_rank(monkeypatch, 0, 1)
+    assert make("qkv", config).quant_method.as_quantized
+    assert not make("column", config).quant_method.as_quantized  # no target
