@@ -81,6 +81,12 @@ def requirements(project: dict[str, object]) -> list[str]:
     return wanted + [line for line in extras["dev"] if Requirement(line).name in TOOLS]
 
 
+def serving_tests() -> list[str]:
+    """The tests of the serving environment, as the Makefile names them."""
+    (line,) = re.findall(r"^SERVING_TESTS = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return line.split()
+
+
 def lowest(requirement: str) -> str:
     """The requirement at the lowest version of its range: "torch>=2.10,<2.15" becomes "torch==2.10".
 
@@ -121,7 +127,7 @@ def run(row: Row, keep: bool) -> None:
     pinned = [lowest(line) for line in requirements(project)] if row.versions == "lowest" else []
     tests = [inside, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-rf"]
     if row.versions == "vllm":
-        steps = [["scripts/serve_cpu_env.sh", str(folder)], [*pip, *tools], [*tests]]
+        steps = [["scripts/serve_cpu_env.sh", str(folder)], [*pip, *tools], [*tests, *serving_tests()]]
     else:
         steps = [
             [python, "-m", "venv", str(folder)],

@@ -30,12 +30,15 @@ _OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utili
 
 
 @contextmanager
-def served(model: Path, log: Path) -> Iterator[str]:
-    """The address of a server of `model` on loopback; its output goes to the file `log`."""
+def served(model: Path, log: Path, *options: str) -> Iterator[str]:
+    """The address of a server of `model` on loopback; its output goes to the file `log`.
+
+    `options` are further ones of `vllm serve`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *_OPTIONS]
+    command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *_OPTIONS, *options]
     with log.open("wb") as output:
         server = subprocess.Popen(
             command,

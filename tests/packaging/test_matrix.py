@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from scripts import matrix
+from tests.conftest import SERVING_TESTS
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -26,6 +27,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 )
 def test_the_lower_end_of_a_range(requirement, pinned):
     assert matrix.lowest(requirement) == pinned
+
+
+def test_the_serving_environment_runs_what_the_makefile_and_conftest_name():
+    """Without names, pytest would import the conftest.py of folders that need llm-compressor."""
+    assert sorted(matrix.serving_tests()) == sorted(f"tests/{name}" for name in SERVING_TESTS)
 
 
 @pytest.mark.parametrize("requirement", ["torch", "torch<3", "torch>1"])
