@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers: packed experts are expanded while they are loaded, because there is no sparse kernel for them."""
+"""Packed experts where there is no sparse kernel for them, as on GPUs: they are expanded while they are loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def expand_experts(layer: Any, prefix: str, layers: SparseLayers, inner: Any, su
     def finish_complete(layer: torch.nn.Module) -> None:
         check_complete(incomplete, format, prefix)
         finish(layer)
-        text = summary.add(prefix, stay_dense("experts have no sparse kernel: expanded at load", torch.bfloat16))
+        text = summary.add(
+            prefix, stay_dense("experts have no sparse kernel on this device: expanded at load", torch.bfloat16)
+        )
         if text is not None:
             logger.info("%s", text)
 

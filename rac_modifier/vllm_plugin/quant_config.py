@@ -107,6 +107,7 @@ class RacSparseConfig(QuantizationConfig):
         from rac_modifier.vllm_plugin.head import RoundedHeadMethod, wanted_bits
         from rac_modifier.vllm_plugin.linear import RacSparseLinearMethod
         from rac_modifier.vllm_plugin.shards import Shards
+        from rac_modifier.vllm_plugin.sparse_experts import SparseExpertsMethod
 
         assert self.layers is not None
         if isinstance(layer, LinearBase):
@@ -120,9 +121,13 @@ class RacSparseConfig(QuantizationConfig):
             scales = "none" if self.quantized is None else "ours" if ours else "vllm's"
             shards = Shards(prefix, modules, self.layers.format, scales)
             return RacSparseLinearMethod(shards, inner or UnquantizedLinearMethod(), self.summary)
-        inner = self._inner(layer, prefix)
         if isinstance(layer, RoutedExperts):
-            return expand_experts(layer, prefix, self.layers, inner, self.summary)
+            format = self.layers.format
+            if format is not None and torch.empty(0).device.type == "cpu":
+                scales = "none" if self.quantized is None else "ours"
+                return SparseExpertsMethod(layer, prefix, format, scales, self.summary)
+            return expand_experts(layer, prefix, self.layers, self._inner(layer, prefix), self.summary)
+        inner = self._inner(layer, prefix)
         if inner is None and isinstance(layer, ParallelLMHead) and (bits := wanted_bits()) is not None:
             return RoundedHeadMethod(bits)
         return inner

@@ -6,7 +6,7 @@ vLLM's own loader cannot cut a packed weight, so it is given row numbers in plac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,9 +44,7 @@ class Shards:
         self.prefix, self.modules, self.format, self.scales = prefix, modules, format, scales
         self._parts: dict[ShardId, dict[str, Tensor]] = {}
         # A dense weight is collected too: an ignored shard of a fused layer has one.
-        self._names = (*(PARTS[format] if format else ()), "weight")
-        if scales == "ours":
-            self._names += (SCALE, *_UNUSED, *_ASYMMETRIC)
+        self._names = parts_of(format, scales)
 
     def register(self, layer: Any, dtype: torch.dtype) -> None:
         """Add an empty parameter for each part. Its loader keeps the tensor itself, still mapped from the file."""
@@ -112,28 +110,42 @@ class Shards:
         return collect
 
     def _checked(self, shard: ShardId, parts: dict[str, Tensor]) -> StoredWeight | Tensor:
-        name = self.name(shard)
-        for part in _ASYMMETRIC:
-            if part in parts:
-                raise RacError(
-                    f"{name}.{part}: zeros of a weight that is not quantized symmetrically are not zero, so it cannot be "
-                    "sparse; quantize it symmetrically"
-                )
-        if "weight" not in parts:
-            return check(parts, self.format or FORMAT_BITMASK, name, scaled=self.scales != "vllm's")
-        weight = parts["weight"]
-        if parts.keys() & {*PARTS[FORMAT_BITMASK]}:
-            raise RacError(f"{name}.weight: stored both dense and packed; save the model again")
-        if weight.dim() != 2 or not weight.numel():
+        return checked(parts, self.format, self.scales, self.name(shard))
+
+
+def parts_of(format: str | None, scales: str) -> tuple[str, ...]:
+    """The names of the tensors that a module may have: those of a packed one, or a dense weight."""
+    names = (*(PARTS[format] if format else ()), "weight")
+    return (*names, SCALE, *_UNUSED, *_ASYMMETRIC) if scales == "ours" else names
+
+
+def checked(parts: Mapping[str, Tensor], format: str | None, scales: str, name: str) -> StoredWeight | Tensor:
+    """The weight of module `name` from its tensors on disk; a tensor if it is stored dense beside packed ones.
+
+    `format` and `scales` are those of `Shards`.
+
+    Raises:
+        RacError: naming the damaged tensor.
+    """
+    for part in _ASYMMETRIC:
+        if part in parts:
             raise RacError(
-                f"{name}.weight: shape {list(weight.shape)} is not that of a matrix; the checkpoint is damaged"
+                f"{name}.{part}: zeros of a weight that is not quantized symmetrically are not zero, so it cannot be "
+                "sparse; quantize it symmetrically"
             )
-        if self.format is None:
-            return from_dense(weight, name)
-        if self.scales != "ours" or (weight.dtype in FLOATS and SCALE not in parts):
-            return weight
-        rows, columns = weight.shape
-        return dequantize(weight, check_scale(parts, weight.dtype, rows, columns, name), torch.float32)
+    if "weight" not in parts:
+        return check(parts, format or FORMAT_BITMASK, name, scaled=scales != "vllm's")
+    weight = parts["weight"]
+    if parts.keys() & {*PARTS[FORMAT_BITMASK]}:
+        raise RacError(f"{name}.weight: stored both dense and packed; save the model again")
+    if weight.dim() != 2 or not weight.numel():
+        raise RacError(f"{name}.weight: shape {list(weight.shape)} is not that of a matrix; the checkpoint is damaged")
+    if format is None:
+        return from_dense(weight, name)
+    if scales != "ours" or (weight.dtype in FLOATS and SCALE not in parts):
+        return weight
+    rows, columns = weight.shape
+    return dequantize(weight, check_scale(parts, weight.dtype, rows, columns, name), torch.float32)
 
 
 def load_shard(load: Callable[..., None], parameter: Tensor, tensor: Tensor, shard: ShardId) -> None:

@@ -91,7 +91,7 @@ def test_the_summary_is_logged_when_all_layers_are_decided(monkeypatch):
     methods[1].process_weights_after_loading(layers[1])
     assert len(logged) == 1
     assert "0 of 3 pruned layers run on a sparse kernel" in logged[0]
-    assert "expanded at load: 2 layers, such as 0.experts" in logged[0]
+    assert "on this device: expanded at load: 2 layers, such as 0.experts" in logged[0]
 
 
 def test_experts_that_are_stored_dense_are_vllms():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import inspect
 from types import SimpleNamespace
@@ -111,6 +112,8 @@ def test_a_lost_tensor_that_is_not_packed_is_noticed_before_loading(tmp_path, lo
 
 
 def test_weight_loader_v2_is_registered():
+    from rac_modifier.vllm_plugin.linear import RacSparseLinearMethod  # noqa: F401 - registers it
+
     assert "RacSparseLinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
 
 
@@ -133,6 +136,35 @@ def test_routed_experts_load_by_name_and_are_reached_by_load_weights():
 
     assert list(inspect.signature(RoutedExperts.load_weights).parameters) == ["self", "weights"]
     assert list(inspect.signature(UnquantizedFusedMoEMethod.__init__).parameters)[:2] == ["self", "moe"]
+
+
+def test_routed_experts_ask_their_method_for_weights_and_products():
+    """What `SparseExpertsMethod` implements, and what it reads of the layer: the names are set in its constructor."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    created = list(inspect.signature(FusedMoEMethodBase.create_weights).parameters)
+    assert created[:6] == [
+        "self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype",
+    ]  # fmt: skip
+    applied = list(inspect.signature(FusedMoEMethodBase.apply).parameters)
+    assert applied == ["self", "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"]
+    rounded = list(inspect.signature(UnquantizedFusedMoEMethod.maybe_roundup_sizes).parameters)
+    assert rounded[1:] == ["hidden_size", "intermediate_size_per_partition", "act_dtype", "moe_parallel_config"]
+    assert callable(RoutedExperts._replace_quant_method)
+    assert isinstance(ExpertMapManager.expert_map, property)
+    source = inspect.getsource(RoutedExperts.__init__)
+    for name in (
+        "activation", "apply_router_weight_on_input", "ckpt_down_proj_name", "ckpt_gate_proj_name", "ckpt_up_proj_name",
+        "expert_map_manager", "global_num_experts", "hidden_size", "moe_config", "swiglu_limit",
+    ):  # fmt: skip
+        assert f"self.{name} = " in source or f"self.{name}, " in source, f"RoutedExperts.{name}"
+    fields = {field.name for field in dataclasses.fields(FusedMoEConfig)}
+    assert {"has_bias", "hidden_dim", "intermediate_size", "is_lora_enabled", "moe_parallel_config"} <= fields
+    assert isinstance(FusedMoEConfig.tp_rank, property)
 
 
 def test_the_kernel_is_one_operator_with_a_fake():

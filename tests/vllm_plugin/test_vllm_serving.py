@@ -31,6 +31,7 @@ from rac_modifier.kernels.cpu.support import support  # noqa: E402
 ROOT = Path(__file__).parents[2]
 TOKENS = 12
 SPARSE = "packed" if support().isa else "RacSparseLinearMethod"
+EXPERTS = "packed" if support().isa else "UnquantizedFusedMoEMethod"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,8 @@ SPARSE = "packed" if support().isa else "RacSparseLinearMethod"
         ("llama", "unstructured", {"intermediate_size": 100}),  # no multiple of 8
         ("qwen3_moe", "2:4", {}),
         ("qwen3_moe", "unstructured", {}),
+        ("qwen3_moe", "unstructured", {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 48}),
+        ("mixtral", "2:4", {}),
     ],
 )
 @pytest.mark.slow
@@ -53,7 +56,9 @@ def test_greedy_tokens(tmp_path, kind, structure, changes):
     prefix = "model.layers.0"
     assert methods[f"{prefix}.self_attn.o_proj"] == "UnquantizedLinearMethod"  # ignored
     assert methods[f"{prefix}.self_attn.qkv_proj"] == SPARSE
-    if kind != "qwen3_moe":
+    if kind in ("qwen3_moe", "mixtral"):
+        assert [method for name, method in methods.items() if "experts" in name] == [EXPERTS] * 2
+    else:
         assert methods[f"{prefix}.mlp.gate_up_proj"] == methods[f"{prefix}.mlp.down_proj"] == SPARSE
 
 
@@ -132,9 +137,20 @@ def test_bfloat16_is_as_close_as_stock_vllm(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-def test_compiled(tmp_path, structure):
-    folder = save_model(tmp_path / "model", "qwen3", structure)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_greedy_tokens_of_quantized_experts(tmp_path, scheme):
+    save_quantized(tmp_path / "model", tmp_path / "meant", "unstructured", scheme, kind="qwen3_moe")
+    tokens, methods = serve(tmp_path / "model", TOKENS)
+    assert [method for name, method in methods.items() if "experts" in name] == [EXPERTS] * 2
+    assert tokens == reference(tmp_path / "meant", TOKENS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "structure"), [("qwen3", "2:4"), ("qwen3", "unstructured"), ("qwen3_moe", "unstructured")]
+)
+def test_compiled(tmp_path, kind, structure):
+    folder = save_model(tmp_path / "model", kind, structure)
     tokens, _ = serve(folder, TOKENS, enforce_eager=False)
     assert tokens == reference(folder, TOKENS)
 

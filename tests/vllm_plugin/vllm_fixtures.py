@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 GROUP = 32  # columns that share a scale of 4-bit values
+_PRUNED = ("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")  # Mixtral's experts have w1, w2 and w3
 NEEDS_VLLM = "vllm is not installed here; run these in the serving environment: make test-serve"
 
 
@@ -47,7 +48,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_model(folder: Path, kind: str, structure: str, packed: bool = True, **changes: Any) -> Path:
-    """A tiny random causal LM of a family ("qwen2", "qwen3", "llama", "qwen3_moe"), pruned, in bfloat16, sharded files."""
+    """A tiny random causal LM of a family (qwen2, qwen3, llama, qwen3_moe, mixtral), pruned, in bfloat16, sharded files."""
     import transformers
 
     from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
@@ -67,11 +68,13 @@ def save_model(folder: Path, kind: str, structure: str, packed: bool = True, **c
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
-    names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "qwen3_moe": "Qwen3Moe"}
+    names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral"}
     if kind == "qwen2":  # hidden size over heads, and biases in QKV
         settings |= {"hidden_size": 128}
     if kind == "qwen3_moe":
         settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+    if kind == "mixtral":
+        settings |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     config = getattr(transformers, f"{names[kind]}Config")(**{**settings, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{names[kind]}ForCausalLM")(config).to(torch.bfloat16).eval()
@@ -93,9 +96,7 @@ def saved_linears(folder: Path) -> list[str]:
     from rac_modifier.checkpoint.files import TensorFiles
 
     with TensorFiles(folder) as files:
-        return sorted(
-            name.removesuffix(".weight") for name in files.where if name.endswith(("proj.weight", "gate.weight"))
-        )
+        return sorted(name.removesuffix(".weight") for name in files.where if name.endswith((*_PRUNED, "gate.weight")))
 
 
 def prune_saved(folder: Path, structure: str) -> dict[str, str]:
@@ -106,20 +107,20 @@ def prune_saved(folder: Path, structure: str) -> dict[str, str]:
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         for name, tensor in tensors.items():
-            if name.endswith("proj.weight") and name != "model.layers.0.self_attn.o_proj.weight":
+            if name.endswith(_PRUNED) and name != "model.layers.0.self_attn.o_proj.weight":
                 prune(tensor, structure)
                 modules[name.removesuffix(".weight")] = structure
         save_file(tensors, path, {"format": "pt"})
     return modules
 
 
-def save_quantized(folder: Path, meant: Path, structure: str, scheme: str, **changes: Any) -> None:
+def save_quantized(folder: Path, meant: Path, structure: str, scheme: str, kind: str = "qwen3") -> None:
     """As `save_model`, with the pruned weights quantized ("int8", "fp8" or "int4"); `meant` gets them dense and dequantized."""
     from safetensors.torch import load_file, save_file
 
     from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack
 
-    packed = save_model(folder, "qwen3", structure, packed=False, **changes)
+    packed = save_model(folder, kind, structure, packed=False)
     shutil.copytree(packed, meant)
     format = FORMAT_24 if structure == "2:4" else FORMAT_BITMASK
     config = json.loads((folder / "config.json").read_text())
@@ -226,7 +227,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
 
 
 def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], dict[str, str]]:
-    """Greedy tokens of vLLM, and the quant method's class of each linear layer."""
+    """Greedy tokens of vLLM, and how each layer runs (`methods_of`)."""
     from vllm import SamplingParams
 
     with engine(folder, **options) as model:
@@ -253,7 +254,8 @@ def served_log_probabilities(folder: Path, sequences: torch.Tensor, **options: A
 
 
 def methods_of(model: torch.nn.Module) -> dict[str, str]:
-    """How each linear layer and the head run: "packed", or the method's class."""
+    """How each linear layer, the experts and the head run: "packed", or the method's class."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -263,4 +265,7 @@ def methods_of(model: torch.nn.Module) -> dict[str, str]:
             method = module.quant_method
             found[name] = "packed" if hasattr(module, "weight_packed") else type(method).__name__
             assert not (hasattr(module, "weight_packed") and hasattr(module, "weight")), f"{name}: two copies"
+        if isinstance(module, RoutedExperts):
+            found[name] = "packed" if hasattr(module, "sparse_experts") else type(module.quant_method).__name__
+            assert not (hasattr(module, "sparse_experts") and hasattr(module, "w2_weight")), f"{name}: two copies"
     return found
