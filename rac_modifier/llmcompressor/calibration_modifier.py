@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from llmcompressor.core import State
+from llmcompressor.core import State, active_session
+from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 from transformers import PreTrainedModel
 
@@ -26,6 +28,7 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check that some modifier calibrates, then sample and mix the calibration set."""
         self.check_run(state, prunes=False)
+        check_stands_first(active_session().lifecycle.recipe.modifiers)
         if not any(modifier.requires_calibration_data for modifier in self.other_modifiers()):
             others = ", ".join(type(m).__name__ for m in self.other_modifiers()) or "nothing else"
             raise RacError(
@@ -64,4 +67,19 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
                 **self.run_record(),
                 **({"recovery": self._recovered} if self._recovered else {}),
             },
+        )
+
+
+def check_stands_first(modifiers: Sequence[Modifier]) -> None:
+    """Refuse a recipe whose ReasoningAwareCalibrationModifier is not the first modifier.
+
+    Raises:
+        RacError: naming those before it.
+    """
+    names = [type(modifier).__name__ for modifier in modifiers]
+    own = ReasoningAwareCalibrationModifier.__name__
+    if own in names[1:]:
+        before = ", ".join(names[: names.index(own)])
+        raise RacError(
+            f"{own} stands behind {before}, which changes the model before its traces are taken; write it first"
         )

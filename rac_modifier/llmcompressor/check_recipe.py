@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.calibration_modifier import ReasoningAwareCalibrationModifier
+from rac_modifier.llmcompressor.calibration_modifier import check_stands_first
 from rac_modifier.llmcompressor.pruning_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
@@ -43,13 +43,7 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
         raise RacError(f"llm-compressor refuses its modifiers ({problems})") from error
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise RacError(f"llm-compressor refuses its modifiers ({error})") from error
-    calibrates = [isinstance(modifier, ReasoningAwareCalibrationModifier) for modifier in modifiers]
-    if any(calibrates[1:]):
-        before = ", ".join(type(modifier).__name__ for modifier in modifiers[: calibrates.index(True)])
-        raise RacError(
-            f"ReasoningAwareCalibrationModifier stands behind {before}, which changes the model before its traces are taken; "
-            "write it first"
-        )
+    check_stands_first(modifiers)
     for place, modifier in enumerate(modifiers):
         if isinstance(modifier, ReasoningAwareSparseGPTModifier):
             names = find_targets(model, modifier.targets, modifier.ignore, modifier.pattern)

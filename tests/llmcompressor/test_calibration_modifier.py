@@ -1,13 +1,14 @@
 """Calibration for other modifiers' sake."""
 
 import pytest
+from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 
-from rac_modifier import RacError
+from rac_modifier import RacError, ReasoningAwareCalibrationModifier
 from tests.llmcompressor.modifier_helpers import gptq_w4
-from tests.tiny import linears
+from tests.tiny import calibration_entry, linears
 
 
 def test_a_recipe_without_a_modifier_that_calibrates_is_refused(calibrate):
@@ -16,6 +17,16 @@ def test_a_recipe_without_a_modifier_that_calibrates_is_refused(calibrate):
     rtn = QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC")
     with pytest.raises(RacError, match="calibrates nothing: the recipe has QuantizationModifier"):
         calibrate(later=[rtn])
+
+
+def test_it_stands_first_in_a_recipe(tiny_folder, tmp_path):
+    """Behind a modifier that changes the model, its traces would count as those of another model."""
+    own = ReasoningAwareCalibrationModifier(**calibration_entry(tmp_path / "traces.jsonl"))
+    with pytest.raises(
+        RacError, match=r"^ReasoningAwareCalibrationModifier stands behind GPTQModifier.*write it first"
+    ):
+        oneshot(model=str(tiny_folder), recipe=[gptq_w4(), own])
+    assert not (tmp_path / "traces.jsonl").exists()
 
 
 def test_the_record_names_the_method_and_the_traces(calibrate, record_of):
