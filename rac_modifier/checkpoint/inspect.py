@@ -207,7 +207,7 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleR
         if structure is not None:
             ok, problem = _keeps(weight, structure, name)
     embedding = is_embedding(name)
-    stored_bytes = _bytes_of(files, name, part, *_SCALES)
+    stored_bytes = _bytes_of(files, name, part, WORDS_SHAPE, *_SCALES)
     return ModuleRow(
         name=name,
         rows=rows,

@@ -149,6 +149,19 @@ def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
     assert report.stored_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_words_of_codes_count_with_their_shape_and_scale(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight_packed": torch.zeros(4, 4, dtype=torch.int32),  # codes of 0, which mean -8
+        "a.weight_shape": torch.tensor([4, 32]),
+        "a.weight_scale": torch.ones(4, 1),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (row,) = inspect_checkpoint(tmp_path).modules
+    assert (row.stored, row.rows, row.columns, row.sparsity) == ("words", 4, 32, 0.0)
+    assert row.stored_bytes == row.dense_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
 def test_the_run_record_is_read(saved: Saved) -> None:
     folder, _, _ = saved()
     assert inspect_checkpoint(folder).run_record is None
