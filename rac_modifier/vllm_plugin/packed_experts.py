@@ -46,34 +46,47 @@ class PackedExperts(torch.nn.Module):
             PackedWeight(holder, backend, weight, served)
             for holder, (backend, weight) in zip(self.holders, (part for pair in experts for part in pair), strict=True)
         ]
-        self.up, self.down = packed[::2], packed[1::2]
+        pairs = list(zip(packed, self.holders, strict=True))
+        self.up, self.down = pairs[::2], pairs[1::2]
         self.name = _free_name(name)
         _SERVED[self.name] = self
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """x [T, hidden] through the experts `topk_ids` [T, k] of each token, weighted by `topk_weights` [T, k]: [T, hidden].
 
-        Each expert gets its tokens at once, in the batch's order. Sums are float32, in the order of the experts.
+        Each expert gets its tokens at once. Sums are float32, in the order in which a token names its experts.
         """
         return torch.ops.rac_modifier.sparse_experts(x, topk_weights, topk_ids, self.name)
 
     def _forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         ids = (topk_ids if self.local is None else self.local[topk_ids.long()]).flatten()
-        order = ids.argsort(stable=True)
-        numbers, counts = torch.unique_consecutive(ids[order], return_counts=True)
-        weights = topk_weights.flatten().float()
+        order = ids.argsort(stable=True)  # the pairs of a token and an expert, by expert
+        numbers, counts = (found.tolist() for found in torch.unique_consecutive(ids[order], return_counts=True))
+        pairs = x[order // topk_ids.shape[1]]
+        both = _products(pairs, numbers, counts, self.up)
+        gate, up = both.float().chunk(2, dim=1)
+        results = _products((self.gate(gate) * up).to(x.dtype), numbers, counts, self.down)
+        of_tokens = torch.empty_like(results)
+        of_tokens[order] = results
         out = torch.zeros(x.shape, dtype=torch.float32)
-        first = 0
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            chosen, first = order[first : first + count], first + count
-            if number < 0:  # an expert of another rank
-                continue
-            tokens = chosen // topk_ids.shape[1]
-            gate, up = self.up[number].linear(self.holders[2 * number], x[tokens], None).float().chunk(2, dim=1)
-            gated = (self.gate(gate) * up).to(x.dtype)
-            result = self.down[number].linear(self.holders[2 * number + 1], gated, None)
-            out.index_add_(0, tokens, result.float() * weights[chosen, None])
+        for place, shares in enumerate(topk_weights.float().unbind(1)):
+            out += of_tokens[place :: topk_ids.shape[1]] * shares[:, None]
         return out.to(x.dtype)
+
+
+def _products(
+    x: Tensor, numbers: list[int], counts: list[int], packed: Sequence[tuple[PackedWeight, torch.nn.Module]]
+) -> Tensor:
+    """Each expert's product with its rows of `x`, which follow each other; zeros for number -1, experts of other ranks."""
+    out = x.new_zeros(len(x), packed[0][0].rows)
+    first = 0
+    for number, count in zip(numbers, counts, strict=True):
+        last = first + count
+        if number >= 0:
+            weight, holder = packed[number]
+            out[first:last] = weight.linear(holder, x[first:last], None)
+        first = last
+    return out
 
 
 def _free_name(name: str) -> str:
