@@ -64,7 +64,11 @@ class DenseInt4LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the parameters that collect the parts, or those of vLLM's method."""
+        """Register the parameters that collect the parts, or those of vLLM's method.
+
+        Raises:
+            RacError: neither the int4 kernel nor vLLM's method runs the layer.
+        """
         self.loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         self.rows, self.columns, self.all_columns = sum(output_partition_sizes), input_size_per_partition, input_size
         self.dtype = params_dtype
@@ -74,7 +78,13 @@ class DenseInt4LinearMethod(LinearMethodBase):
             return
         self.vllms = by_vllm(reason)
         sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype)
-        self.inner.create_weights(layer, *sizes, **extra_weight_attrs)
+        try:
+            self.inner.create_weights(layer, *sizes, **extra_weight_attrs)
+        except ValueError as error:
+            raise RacError(
+                f"{self.shards.prefix}: the int4 kernel does not run it because {reason}, and vLLM's own method does not either "
+                f"({error}); quantize it in groups of 32, 64 or 128 columns"
+            ) from error
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check what was collected, cut out the rank's share and pack it for the kernel."""
@@ -110,8 +120,8 @@ class DenseInt4LinearMethod(LinearMethodBase):
         if self.all_columns % whole:
             return f"its {self.all_columns} columns are no multiple of its groups of {whole}"
         group = math.gcd(whole, self.columns)
-        if group < self.columns and group % 8:
-            return f"its groups have {group} columns on a rank, no multiple of 8"
+        if group < self.columns and group % 4:  # the backend would round such values to bfloat16
+            return f"its groups have {group} columns on a rank, no multiple of 4"
         zeros = not self.shards.symmetric
         sizes = Layer(
             self.rows, self.columns, 1.0, torch.int32, self.dtype, group, 4 + zeros, zero_points=zeros

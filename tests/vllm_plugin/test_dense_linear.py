@@ -97,7 +97,7 @@ def test_what_was_loaded_is_logged_with_the_last_layer(monkeypatch, logged):
         ("no kernel", 32, 0, 1, "switched off by a test"),
         ("another device", 32, 0, 1, "there is no dense int4 kernel for meta"),
         ("groups", 40, 0, 1, "its 96 columns are no multiple of its groups of 40"),
-        ("a cut", 32, 1, 8, "its groups have 4 columns on a rank, no multiple of 8"),
+        ("a cut", 32, 1, 16, "its groups have 2 columns on a rank, no multiple of 4"),
     ],
 )
 def test_vllms_own_method_with_the_reason(monkeypatch, logged, why, group, rank, size, reason):
@@ -125,6 +125,30 @@ def test_vllms_own_method_with_the_reason(monkeypatch, logged, why, group, rank,
         f"  vLLM's own method because {reason}: 1 layer, such as a.row",
         "  --quantization rac-sparse has no effect on this model here; leave it out",
     ]
+
+
+def test_neither_kernel_runs_it(monkeypatch):
+    """vLLM's reason and ours, and what to do."""
+    on_rank(monkeypatch, 0, 1)
+    without_kernels(monkeypatch)
+    with pytest.raises(
+        RacError, match=r"^a\.row: .*switched off by a test, and vLLM's own .*Failed to find(?s:.*)groups of 32"
+    ):
+        make("row", RacSparseConfig.from_config(quantization(12)))
+
+
+@needs_kernel
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_of_12_columns_take_a_byte_per_value(monkeypatch, symmetric):
+    on_rank(monkeypatch, 1, 2)
+    config = RacSparseConfig.from_config(quantization(12, symmetric))
+    ours = make("row", config)
+    ((shard, tensors, meant),) = weights_of("row", 12, symmetric)
+    load(ours, shard, tensors)
+    finish(ours)
+    assert "int4 values in groups of 12, one byte each" in config.summary.decisions["a.row"].kernel
+    x = torch.randn(3, 48)
+    torch.testing.assert_close(ours.quant_method.apply(ours, x), x @ meant[:, 48:].T, rtol=1e-3, atol=2e-3)
 
 
 @needs_kernel
