@@ -46,10 +46,11 @@ LINEARS = {
     "linears, 50 % + int8, head int8": (8, 0.5, 8),
     "linears, dense int4, head int4": (4, 0.0, 4),
 }
-SERVED = {  # bits of the layers and of the head
-    "served, 50 % + int4, head int4": (4, 4),
-    "served, 50 % + int4, head int8": (4, 8),
-    "served, 50 % + int8, head int8": (8, 8),
+SERVED = {  # the same
+    "served, 50 % + int4, head int4": (4, 0.5, 4),
+    "served, 50 % + int4, head int8": (4, 0.5, 8),
+    "served, 50 % + int8, head int8": (8, 0.5, 8),
+    "served, dense int4, ours, head int4": (4, 0.0, 4),  # an ordinary W4A16 checkpoint, with --quantization rac-sparse
 }
 GROUP, HIDDEN = 128, 1536  # columns that share a scale of int4; columns of the head
 
@@ -134,9 +135,10 @@ def served(name: str, args: argparse.Namespace) -> Figures:
 
     from rac_modifier.settings.pattern import Pattern
 
-    bits, head_bits = SERVED[name]
-    folder = args.keep / f"int{bits}-{args.layers}-{args.vocab}"
-    save_model(folder, args.layers, args.vocab, Pattern.unstructured(0.5), int8=bits == 8, int4=bits == 4)
+    bits, pruned, head_bits = SERVED[name]
+    folder = args.keep / f"{'' if pruned else 'dense-'}int{bits}-{args.layers}-{args.vocab}"
+    pattern = Pattern.unstructured(pruned) if pruned else None
+    save_model(folder, args.layers, args.vocab, pattern, int8=bits == 8, int4=bits == 4)
     options = [
         "--served-model-name",
         "model",
@@ -145,13 +147,16 @@ def served(name: str, args: argparse.Namespace) -> Figures:
         "2048",
         "--dtype",
         "bfloat16",
+        *([] if pruned else ["--quantization", "rac-sparse"]),
     ]
     log = folder.with_suffix(".log")
     with serving(folder, options, log, environment={"RAC_LM_HEAD": f"int{head_bits}"}) as server:
         load = Load(args.prompt_tokens, args.output_tokens, args.vocab, "model")
         measure(server.url, load, 1, 1)
         speed = measure(server.url, load, 1, 2)
-    each = 0.5 * bits / 8 + 1 / 8 + (2 / GROUP if bits == 4 else 0)  # values, masks, scales
+    if not pruned and "has no effect on this model" in log.read_text():
+        raise SystemExit(f"{name}: vLLM's own method ran it; {log} has the reason")
+    each = (1 - pruned) * bits / 8 + (1 / 8 if pruned else 0) + (2 / GROUP if bits == 4 else 0)  # values, masks, scales
     head = 0.5 + 2 / GROUP if head_bits == 4 else 1.0
     weights = args.layers * sum(n * k for n, k in SHAPES["1.5B"])
     nbytes = int(each * weights + head * args.vocab * HIDDEN)

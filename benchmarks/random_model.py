@@ -22,7 +22,7 @@ def save_model(
     """Save the model in bfloat16, tied embeddings; with a `pattern`, its linear layers pruned at random and packed.
 
     `int8`: these layers are also rounded to int8, with one scale per row. `int4`: to int4, with bfloat16 scales of groups of
-    128 columns. Nothing is written if the folder exists.
+    128 columns. Without a pattern these are ordinary W8A8 and W4A16 checkpoints. Nothing is written if the folder exists.
     """
     if folder.exists():
         return

@@ -13,6 +13,7 @@ from tests.bad_inputs import (
     checkpoints,
     evaluation,
     frontier,
+    kernels,
     packing,
     patterns,
     problems,
@@ -41,6 +42,7 @@ CASES = [
     *quantization.CASES,
     *checkpoints.CASES,
     *packing.CASES,
+    *kernels.CASES,
     *evaluation.CASES,
     *frontier.CASES,
 ]

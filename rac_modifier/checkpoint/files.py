@@ -184,3 +184,13 @@ def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
                 f"{path}: {name} is in {file!r} according to the index, which is no file of this folder; copy the model again"
             )
     return dict(weight_map)
+
+
+def check_index(folder: str | Path) -> None:
+    """Compare a folder's index of tensors with its files, where it has one; also for a name that is no folder.
+
+    Raises:
+        RacError: a file or a tensor of the index is missing.
+    """
+    if (Path(folder) / INDEX_FILE).is_file():
+        TensorFiles(folder).close()

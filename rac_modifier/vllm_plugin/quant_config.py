@@ -5,13 +5,13 @@ Modules that need vLLM's layers are imported in `get_quant_method`: at registrat
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
+from rac_modifier.checkpoint.files import check_index
+from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import has_backend
 from rac_modifier.vllm_plugin import METHOD
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 class RacSparseConfig(QuantizationConfig):
     """Packed sparse checkpoints; and, with `--quantization rac-sparse`, pruned ones that are stored dense.
+
+    With this option, a checkpoint of dense int4 weights gets a `DenseInt4Config` in its place.
 
     `layers`: what is stored sparse; None until `maybe_update_config` has read it from the config of a dense-stored
     checkpoint. `quantized`: vLLM's own config for weights that are quantized too. `in_words`: whether that expects several
@@ -54,15 +56,23 @@ class RacSparseConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """The method for packed sparse checkpoints, None for others. vLLM calls this for every quantized model."""
-        return METHOD if is_packed(hf_quant_cfg) else None
+        """The method for packed sparse checkpoints, and for others on request. vLLM calls this for every quantized model."""
+        return METHOD if is_packed(hf_quant_cfg) or user_quant == METHOD else None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> RacSparseConfig:
-        """From the checkpoint's `quantization_config`."""
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        """From the checkpoint's `quantization_config`: of this class, or a `DenseInt4Config` of dense int4 weights.
+
+        Raises:
+            RacError: `--quantization rac-sparse` was given and has no effect on this checkpoint.
+        """
         if not is_packed(config):
+            if config.get("quant_method") == COMPRESSED_TENSORS:
+                from rac_modifier.vllm_plugin.dense_config import DenseInt4Config
+
+                return DenseInt4Config.from_config(config)
             raise RacError(
-                f"--quantization {METHOD}: this checkpoint is quantized by {config.get('quant_method')!r} and not packed "
+                f"--quantization {METHOD}: this checkpoint is quantized by {config.get('quant_method')!r}, and not packed "
                 "sparse; leave the option out"
             )
         quantized = None
@@ -84,8 +94,7 @@ class RacSparseConfig(QuantizationConfig):
             RacError: the folder lacks a tensor of its index. vLLM checks this for unquantized models only, and would
                 otherwise serve, for example, an embedding that was never loaded.
         """
-        if (Path(model_name) / INDEX_FILE).is_file():
-            TensorFiles(model_name).close()
+        check_index(model_name)
         if self.layers is None:
             self.layers = parse_dense_stored(getattr(hf_config, "rac_sparsity", None))
 

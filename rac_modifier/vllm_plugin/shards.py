@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
 
+from rac_modifier.checkpoint import dense_int4
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS
 from rac_modifier.checkpoint.stored_weight import (
     FLOATS,
@@ -146,6 +147,24 @@ def checked(parts: Mapping[str, Tensor], format: str | None, scales: str, name: 
         return weight
     rows, columns = weight.shape
     return dequantize(weight, check_scale(parts, weight.dtype, rows, columns, name), torch.float32)
+
+
+class Int4Shards(Shards):
+    """Shards of dense int4 weights (checkpoint/dense_int4.py), all of one kind: `group` columns share a scale, None for a row."""
+
+    def __init__(self, prefix: str, modules: list[str], group: int | None, symmetric: bool) -> None:
+        super().__init__(prefix, modules, None)
+        self.group, self.symmetric = group, symmetric
+        self._names = (*dense_int4.PARTS, "weight")
+
+    def _checked(self, shard: ShardId, parts: dict[str, Tensor]) -> StoredWeight:
+        name = self.name(shard)
+        if "weight" in parts:
+            raise RacError(
+                f"{name}.weight: not quantized, but config.json says that it is int4; restore the config.json that was saved "
+                "with these files"
+            )
+        return dense_int4.check_int4(parts, name, self.group, self.symmetric)
 
 
 def load_shard(load: Callable[..., None], parameter: Tensor, tensor: Tensor, shard: ShardId) -> None:

@@ -10,9 +10,14 @@ from rac_modifier.kernels.interface import Decision
 
 @dataclass
 class Summary:
-    """The decisions of one model's layers. `add` returns the text to log with the last of the `expected` layers."""
+    """The decisions of one model's layers. `add` returns the text to log with the last of the `expected` layers.
+
+    `layers` and `kernel`: what the first line calls them.
+    """
 
     expected: int = 0
+    layers: str = "pruned layers"
+    kernel: str = "a sparse kernel"
     decisions: dict[str, Decision] = field(default_factory=dict)
 
     def expect(self) -> None:
@@ -25,9 +30,9 @@ class Summary:
         return self.render() if len(self.decisions) == self.expected else None
 
     def render(self) -> str:
-        """One line per kernel, and one per reason to stay dense."""
+        """One line per kernel, and one per reason not to use one."""
         sparse = [d for d in self.decisions.values() if d.sparse]
-        lines = [f"rac-sparse: {len(sparse)} of {len(self.decisions)} pruned layers run on a sparse kernel"]
+        lines = [f"rac-sparse: {len(sparse)} of {len(self.decisions)} {self.layers} run on {self.kernel}"]
         for kernel, count in Counter(d.kernel for d in sparse).items():
             of_kernel = [d for d in sparse if d.kernel == kernel]
             low, high = min(d.bytes_per_weight for d in of_kernel), max(d.bytes_per_weight for d in of_kernel)

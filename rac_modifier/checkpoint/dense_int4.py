@@ -1,0 +1,86 @@
+"""A dense weight of 4-bit values as compressed-tensors' format pack-quantized stores it (W4A16): checked, a value per element.
+
+A weight is (code - code of zero) * scale. Codes of 0 to 15 are in int32 words along the columns; the codes of zero, one per
+row and group of columns, are in int32 words along the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rac_modifier.checkpoint.bitmask import part_of
+from rac_modifier.checkpoint.int32_words import unpack_words
+from rac_modifier.checkpoint.stored_weight import SCALE, StoredWeight, all_stored, check_scale
+from rac_modifier.errors import RacError
+
+WORDS, SHAPE, ZEROS, ORDER = "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"
+PARTS = (WORDS, SCALE, SHAPE, ZEROS, ORDER)
+_LOWEST = -8  # `unpack_words` returns codes minus 8
+
+
+def check_int4(
+    tensors: Mapping[str, Tensor], name: str, group: int | None = None, symmetric: bool = True
+) -> StoredWeight:
+    """Check the tensors of a dense int4 weight as untrusted input, and return it with every value stored.
+
+    `tensors`: `weight_packed` int32 [N, ceil(K/8)], `weight_scale` [N, K / group], `weight_shape` [2]; without `symmetric`
+    also `weight_zero_point` int32 [ceil(N/8), K / group]. `group` None: one scale per row.
+
+    Raises:
+        RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each other or these arguments.
+    """
+    if ORDER in tensors:
+        raise RacError(
+            f"{name}.{ORDER}: its columns were reordered (actorder: group), and the int4 kernels read groups of neighbouring "
+            "columns; leave out --quantization rac-sparse, or quantize with actorder: static"
+        )
+    rows, columns = _shape(tensors, name)
+    codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}")
+    scale = check_scale(tensors, codes.dtype, rows, columns, name)
+    assert scale is not None  # since the values are integers
+    groups = 1 if group is None else columns // group
+    if scale.shape[1] != groups or groups * (group or columns) != columns:
+        raise RacError(
+            f"{name}.{SCALE}: {scale.shape[1]} per row of {columns} columns, but config.json has "
+            f"{'one per row' if group is None else f'groups of {group} columns'}; restore the config.json that was saved "
+            "with these files"
+        )
+    zeros = None
+    if symmetric and ZEROS in tensors:
+        raise RacError(
+            f"{name}.{ZEROS}: must not be there, since config.json quantizes it symmetrically; restore the config.json that was "
+            "saved with these files"
+        )
+    if not symmetric:
+        zeros = _unpacked(part_of(tensors, name, ZEROS), groups, rows, f"{name}.{ZEROS}", along=0).t().contiguous()
+        codes.view(rows, groups, -1).sub_(zeros[:, :, None])
+        zeros = (zeros - _LOWEST).to(torch.uint8)
+    return replace(all_stored(codes, name), scale=scale, bits=4, zeros=zeros)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """N and K; both are compared with the other parts before anything is sized by them."""
+    shape = part_of(tensors, name, SHAPE)
+    if shape.dtype not in (torch.int64, torch.int32) or shape.shape != (2,) or bool((shape < 1).any()):
+        raise RacError(
+            f"{name}.{SHAPE}: {shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix; the checkpoint is "
+            "damaged, copy it again"
+        )
+    return int(shape[0]), int(shape[1])
+
+
+def _unpacked(words: Tensor, lines: int, count: int, name: str, along: int = 1) -> Tensor:
+    """The codes minus 8, int8 [lines, count], of matrix `words`, whose dimension `along` holds eight codes per word."""
+    if words.dim() != 2 or words.shape[1 - along] != lines:
+        raise RacError(
+            f"{name}: shape {list(words.shape)}, where dimension {1 - along} must be {lines}; the checkpoint is damaged, copy it "
+            "again"
+        )
+    try:
+        return unpack_words(words if along else words.t(), 4, count)
+    except RacError as error:
+        raise RacError(f"{name}: {error}") from error

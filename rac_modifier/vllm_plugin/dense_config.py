@@ -1,0 +1,143 @@
+"""With `--quantization rac-sparse`, dense int4 (W4A16) checkpoints of compressed-tensors run on the int4 kernel.
+
+The config is vLLM's own for compressed-tensors, so whatever has no kernel here is served as without this package; only the
+methods of int4 linear layers are replaced. Imported when such a checkpoint is served: vLLM has loaded its layers by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from rac_modifier.checkpoint.files import check_index
+from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
+from rac_modifier.errors import RacError
+from rac_modifier.vllm_plugin import METHOD
+from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod, by_vllm, logger, record
+from rac_modifier.vllm_plugin.head import VARIABLE, RoundedHeadMethod, wanted_bits
+from rac_modifier.vllm_plugin.shards import Int4Shards
+from rac_modifier.vllm_plugin.sparse_layers import fused_modules
+from rac_modifier.vllm_plugin.summary import Summary
+
+
+class DenseInt4Config(CompressedTensorsConfig):
+    """vLLM's config of a compressed-tensors checkpoint with int4 weights, for which `--quantization rac-sparse` was given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.summary = Summary(layers="quantized layers", kernel="an int4 kernel")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DenseInt4Config:
+        """From the checkpoint's `quantization_config`.
+
+        Raises:
+            RacError: it has no int4 weights that the kernel reads, so the option would have no effect.
+        """
+        made: DenseInt4Config = super().from_config(config)
+        reasons = [why_not_int4(scheme, made.quant_format) for scheme in made.target_scheme_map.values()]
+        if None not in reasons:
+            raise RacError(
+                f"--quantization {METHOD}: this checkpoint is neither packed sparse nor dense int4 "
+                f"({reasons[0] if reasons else 'it quantizes nothing'}), so the option has no effect; leave it out"
+            )
+        return made
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """vLLM calls this once before it loads anything, with the checkpoint's folder or its name on the hub.
+
+        Raises:
+            RacError: the folder lacks a tensor of its index, which vLLM notices in unquantized models only.
+        """
+        check_index(model_name)
+        if getattr(hf_config, "rac_sparsity", None):
+            logger.info(
+                "this int4 checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse kernels"
+            )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """vLLM's method of one layer, or ours for an int4 linear layer and for a head that RAC_LM_HEAD rounds."""
+        method = super().get_quant_method(layer, prefix)
+        if isinstance(layer, ParallelLMHead) and (bits := wanted_bits()) is not None:
+            if method is not None:
+                raise RacError(f"{VARIABLE}=int{bits}: the checkpoint has a quantized head already; unset {VARIABLE}")
+            return RoundedHeadMethod(bits)
+        if not isinstance(layer, (LinearBase, ParallelLMHead, RoutedExperts)):
+            return method
+        if method is None or isinstance(method, (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)):
+            return method
+        reason = self._why_not(layer, prefix, method)
+        if reason is not None:
+            return self._left_to_vllm(method, prefix, reason)
+        weights = layer.scheme
+        group = None if weights.strategy == "channel" else weights.group_size
+        shards = Int4Shards(prefix, fused_modules(prefix, self.packed_modules_mapping), group, bool(weights.symmetric))
+        return DenseInt4LinearMethod(shards, method, self.summary)
+
+    def _why_not(self, layer: Any, prefix: str, method: QuantizeMethodBase) -> str | None:
+        """Why vLLM runs a quantized layer, from config.json alone; None where the kernel may run it."""
+        if isinstance(layer, RoutedExperts):
+            return "experts have no int4 kernel"
+        scheme = self.get_scheme_dict(layer, prefix)
+        reason = None if scheme is None else why_not_int4(scheme, self.quant_format)
+        if reason is not None:
+            return reason
+        if isinstance(layer, ParallelLMHead):
+            return "a quantized head has no int4 kernel"
+        if type(method) is not CompressedTensorsLinearMethod:
+            return "its inputs or outputs are transformed"
+        modules = fused_modules(prefix, self.packed_modules_mapping)
+        if len({_kind(self.get_scheme_dict(layer, module)) for module in modules}) > 1:
+            return "the parts of this fused layer are quantized differently"
+        return None
+
+    def _left_to_vllm(self, method: QuantizeMethodBase, prefix: str, reason: str) -> QuantizeMethodBase:
+        """vLLM's method of one layer, which records the reason when the layer has been loaded."""
+        finish = method.process_weights_after_loading
+
+        def finish_and_record(layer: torch.nn.Module) -> None:
+            finish(layer)
+            record(self.summary, prefix, by_vllm(reason))
+
+        method.process_weights_after_loading = finish_and_record
+        self.summary.expect()
+        return method
+
+
+def why_not_int4(scheme: Mapping[str, Any], format: str | None) -> str | None:
+    """Why the int4 kernel does not read weights of a `scheme` of vLLM's target_scheme_map; None where it does.
+
+    `format`: that of the checkpoint, for a scheme without one of its own.
+    """
+    weights = scheme["weights"].model_dump(mode="json")  # names in place of enums
+    kind = f"{weights['type']}{weights['num_bits']}"
+    if kind != "int4":
+        return f"its weights are {kind}"
+    if scheme.get("input_activations") is not None or scheme.get("output_activations") is not None:
+        return "its activations are quantized too"
+    own = scheme.get("format") or format
+    if own != PACK_QUANTIZED:
+        return f"its format is {own}, not {PACK_QUANTIZED}"
+    if weights["strategy"] not in ("group", "channel"):
+        return f"its scales are per {weights['strategy']}"
+    return None
+
+
+def _kind(scheme: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    """What the parts of a fused layer must share."""
+    if scheme is None:
+        return None
+    weights = scheme["weights"]
+    reason = why_not_int4(scheme, PACK_QUANTIZED)
+    return weights.num_bits, weights.strategy, weights.group_size, weights.symmetric, reason

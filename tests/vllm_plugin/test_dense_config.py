@@ -1,0 +1,194 @@
+"""The config of dense int4 checkpoints: which layers get the kernel, and what vLLM runs."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
+
+needs_vllm()
+
+from vllm.model_executor.layers import linear  # noqa: E402
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
+    CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
+
+from rac_modifier.errors import RacError  # noqa: E402
+from rac_modifier.vllm_plugin import METHOD, dense_config  # noqa: E402
+from rac_modifier.vllm_plugin.dense_config import DenseInt4Config  # noqa: E402
+from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod  # noqa: E402
+from rac_modifier.vllm_plugin.head import RoundedHeadMethod  # noqa: E402
+from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
+from tests.vllm_plugin.layer_kinds import make  # noqa: E402
+from tests.vllm_plugin.w4a16 import quantization  # noqa: E402
+
+INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def group_of(targets: list[str], bits: int = 4, inputs: dict[str, object] | None = None, **changes: object):
+    group = quantization(bits=bits)["config_groups"]["group_0"]
+    group["weights"] |= changes
+    return {**group, "targets": targets, "input_activations": inputs}
+
+
+def head() -> torch.nn.Module:
+    """A head that was made without vLLM's groups of processes."""
+    layer = ParallelLMHead.__new__(ParallelLMHead)
+    torch.nn.Module.__init__(layer)
+    return layer
+
+
+def test_on_request_only():
+    config = quantization()
+    assert RacSparseConfig.override_quantization_method(config, None) is None
+    assert RacSparseConfig.override_quantization_method(config, "compressed-tensors") is None
+    assert RacSparseConfig.override_quantization_method(config, METHOD) == METHOD
+    made = RacSparseConfig.from_config(config)
+    assert isinstance(made, DenseInt4Config)
+    assert isinstance(made, CompressedTensorsConfig)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"config_groups": {"g": group_of(["Linear"], bits=8)}}, "its weights are int8"),
+        ({"config_groups": {"g": group_of(["Linear"], type="float")}}, "its weights are float4"),
+        ({"config_groups": {"g": group_of(["Linear"], inputs=INPUTS)}}, "its activations are quantized too"),
+        ({"format": "mixed-precision"}, "its format is mixed-precision, not pack-quantized"),
+        ({"config_groups": {}}, "it quantizes nothing"),
+    ],
+)
+def test_a_checkpoint_on_which_the_option_has_no_effect(changes, reason):
+    config = quantization(**changes)
+    with pytest.raises(RacError, match=rf"^--quantization rac-sparse: .*\({reason}\).*leave it out"):
+        RacSparseConfig.from_config(config)
+
+
+def test_scales_per_tensor_have_no_kernel():
+    config = CompressedTensorsConfig.from_config(
+        quantization(config_groups={"g": group_of(["Linear"], strategy="tensor", group_size=None)})
+    )
+    (scheme,) = config.target_scheme_map.values()
+    assert dense_config.why_not_int4(scheme, "pack-quantized") == "its scales are per tensor"
+
+
+def test_reordered_columns_are_refused_by_vllm_with_its_reason():
+    config = quantization(config_groups={"g": group_of(["Linear"], actorder="group")})
+    with pytest.raises(ValueError, match=r"actorder='group'.* no longer supported"):
+        RacSparseConfig.from_config(config)
+    for order in ("weight", "static"):
+        RacSparseConfig.from_config(quantization(config_groups={"g": group_of(["Linear"], actorder=order)}))
+
+
+def test_the_method_of_each_layer(monkeypatch):
+    """int4 in groups of 32 and per row get ours, int8 vLLM's with a reason, and what is ignored vLLM's without one."""
+    on_rank(monkeypatch, 0, 1)
+    monkeypatch.setattr(CompressedTensorsWNA16, "create_weights", lambda self, **sizes: None)  # no int8 on a CPU
+    groups = {
+        "a": group_of(["re:.*column", "re:.*row"]),
+        "b": group_of(["a.q", "a.k", "a.v"], symmetric=False, strategy="channel", group_size=None),
+        "c": group_of(["a.gate", "a.up"], bits=8),
+    }
+    config = RacSparseConfig.from_config(quantization(config_groups=groups, ignore=["a.row"]))
+    methods = {kind: make(kind, config).quant_method for kind in ("column", "row", "qkv", "merged")}
+    assert {kind: type(method) for kind, method in methods.items()} == {
+        "column": DenseInt4LinearMethod,
+        "row": linear.UnquantizedLinearMethod,
+        "qkv": DenseInt4LinearMethod,
+        "merged": CompressedTensorsLinearMethod,
+    }
+    column, qkv = methods["column"].shards, methods["qkv"].shards
+    assert (column.group, column.symmetric, column.modules) == (32, True, ["a.column"])
+    assert (qkv.group, qkv.symmetric, qkv.modules) == (None, False, ["a.q", "a.k", "a.v"])
+    assert config.summary.expected == 3
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (group_of(["a.k"], group_size=16), "the parts of this fused layer are quantized differently"),
+        (group_of(["a.k"], symmetric=False), "the parts of this fused layer are quantized differently"),
+        (group_of(["a.k"], actorder="static"), None),  # how codes were chosen makes no difference
+    ],
+)
+def test_parts_of_a_fused_layer(monkeypatch, other, reason):
+    on_rank(monkeypatch, 0, 1)
+    groups = {"a": group_of(["a.q", "a.v"]), "b": other}
+    config = RacSparseConfig.from_config(quantization(config_groups=groups))
+    method = make("qkv", config).quant_method
+    assert isinstance(method, CompressedTensorsLinearMethod) == (reason is not None)
+    if reason is None:
+        return
+    done = []
+    layer = SimpleNamespace(scheme=SimpleNamespace(process_weights_after_loading=done.append))
+    method.process_weights_after_loading(layer)
+    assert done == [layer]
+    assert config.summary.decisions["a.qkv"].reason == f"vLLM's own method because {reason}"
+
+
+def test_experts_a_quantized_head_and_transforms_stay_with_vllm(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    config = RacSparseConfig.from_config(quantization(ignore=[]))
+    given = CompressedTensorsLinearMethod(config)
+    monkeypatch.setattr(CompressedTensorsConfig, "get_quant_method", lambda self, layer, prefix: given)
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    experts = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(experts)
+    assert config._why_not(experts, "a.experts", given) == "experts have no int4 kernel"
+    assert config.get_quant_method(head(), "lm_head") is given
+    assert config.summary.expected == 1
+    assert config._why_not(head(), "lm_head", given) == "a quantized head has no int4 kernel"
+
+    class Transformed(CompressedTensorsLinearMethod):
+        pass
+
+    layer = torch.nn.Linear(32, 32)
+    assert config._why_not(layer, "a.b", Transformed(config)) == "its inputs or outputs are transformed"
+    assert config._why_not(layer, "a.b", given) is None
+
+
+def test_the_head_on_request(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    config = RacSparseConfig.from_config(quantization())
+    assert config.get_quant_method(head(), "lm_head") is None
+    monkeypatch.setenv("RAC_LM_HEAD", "int8")
+    method = config.get_quant_method(head(), "lm_head")
+    assert isinstance(method, RoundedHeadMethod)
+    assert method.bits == 8
+    groups = {"g": group_of(["Linear", "lm_head"])}
+    quantized = RacSparseConfig.from_config(quantization(config_groups=groups, ignore=[]))
+    with pytest.raises(RacError, match="RAC_LM_HEAD=int8: the checkpoint has a quantized head already; unset"):
+        quantized.get_quant_method(head(), "lm_head")
+
+
+def test_embeddings_and_attention_are_vllms(monkeypatch):
+    config = RacSparseConfig.from_config(quantization())
+    assert config.get_quant_method(torch.nn.Embedding(4, 4), "model.embed_tokens") is None
+
+
+def test_pruned_weights_that_are_stored_dense_are_said(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(dense_config.logger, "info", said.append)
+    config = RacSparseConfig.from_config(quantization())
+    config.maybe_update_config(str(tmp_path), hf_config=SimpleNamespace())
+    assert said == []
+    config.maybe_update_config(str(tmp_path), hf_config=SimpleNamespace(rac_sparsity={"modules": {"a": "2:4"}}))
+    assert "`rac pack`" in said[0]
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(RacError, match=r"model-1\.safetensors"):
+        config.maybe_update_config(str(tmp_path))
+
+
+def test_a_config_is_not_changed_by_what_is_made_from_it():
+    config = quantization()
+    before = copy.deepcopy(config)
+    RacSparseConfig.from_config(config)
+    assert config == before

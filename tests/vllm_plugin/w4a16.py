@@ -1,0 +1,76 @@
+"""Dense int4 weights in the layout of compressed-tensors, packed by its own functions, for the tests that need vLLM."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.vllm_plugin.vllm_fixtures import save_model, saved_linears
+
+
+def quantization(group: int | None = 32, symmetric: bool = True, bits: int = 4, **changes: Any) -> dict[str, Any]:
+    """The `quantization_config` of such a checkpoint; `group` None: one scale per row."""
+    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel"}
+    if group is not None:
+        weights |= {"strategy": "group", "group_size": group}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": ["lm_head"],
+        **changes,
+    }
+
+
+def int4(weight: torch.Tensor, group: int | None = 32, symmetric: bool = True) -> tuple[dict[str, torch.Tensor], Any]:
+    """The tensors on disk of a weight [N, K] rounded to 4 bits, and the weight that they mean, in float32."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    rows, columns = weight.shape
+    width = group or columns
+    parts = weight.float().view(rows, columns // width, width)
+    low, high = (parts.amin(-1), parts.amax(-1)) if not symmetric else (-parts.abs().amax(-1), parts.abs().amax(-1))
+    scale = ((high - low) / 15).clamp_min(1e-6).bfloat16().float()
+    zero = (-8 - low / scale).round().clamp(-8, 7) if not symmetric else torch.zeros_like(scale)
+    codes = (parts / scale[..., None] + zero[..., None]).round().clamp(-8, 7)
+    meant = ((codes - zero[..., None]) * scale[..., None]).view(rows, columns)
+    tensors = {
+        "weight_packed": pack_to_int32(codes.view(rows, columns).to(torch.int8), 4),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), 4, packed_dim=0).contiguous()
+    return tensors, meant
+
+
+def save_w4a16(folder: Path, meant: Path, group: int | None, symmetric: bool, **changes: Any) -> None:
+    """A tiny Qwen3 with every linear layer but one int4; `meant` gets the same weights dense in float32."""
+    from safetensors.torch import load_file, save_file
+
+    save_model(folder, "qwen3", "unstructured", packed=False, **changes)
+    shutil.copytree(folder, meant)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rac_sparsity"]
+    (meant / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    ignored = ["model.layers.0.self_attn.o_proj", "lm_head"]
+    config["quantization_config"] = quantization(group, symmetric, ignore=ignored)
+    (folder / "config.json").write_text(json.dumps(config))
+    chosen = set(saved_linears(folder)) - {*ignored}
+    where = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors, dense = load_file(path), load_file(meant / path.name)
+        for module in [name.removesuffix(".weight") for name in tensors if name.removesuffix(".weight") in chosen]:
+            # pruned weights make groups of few values; these are not
+            weight = torch.randn(tensors.pop(f"{module}.weight").shape) * 0.2
+            parts, dense[f"{module}.weight"] = int4(weight, group, symmetric)
+            tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        save_file(tensors, path, {"format": "pt"})
+        save_file(dense, meant / path.name, {"format": "pt"})
+        where |= dict.fromkeys(tensors, path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
