@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 import torch
 
+from tests.vllm_plugin import w4a16
 from tests.vllm_plugin.vllm_fixtures import needs_vllm, save_model
 
 needs_vllm()
@@ -112,9 +113,34 @@ def test_a_lost_tensor_that_is_not_packed_is_noticed_before_loading(tmp_path, lo
 
 
 def test_weight_loader_v2_is_registered():
-    from rac_modifier.vllm_plugin.linear import RacSparseLinearMethod  # noqa: F401 - registers it
+    import rac_modifier.vllm_plugin.dense_linear
+    import rac_modifier.vllm_plugin.linear  # noqa: F401
 
-    assert "RacSparseLinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
+    assert {"RacSparseLinearMethod", "DenseInt4LinearMethod"} <= {*linear.WEIGHT_LOADER_V2_SUPPORTED}
+
+
+def test_compressed_tensors_config_has_what_dense_int4_reads():
+    """Schemes by target, the scheme of a layer, and its numbers; `channel` has no group size of its own."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
+
+    config = CompressedTensorsConfig.from_config(w4a16.quantization(64, symmetric=False))
+    assert (list(config.target_scheme_map), config.quant_format) == (["Linear"], "pack-quantized")
+    assert {"weights", "input_activations", "format"} <= config.target_scheme_map["Linear"].keys()
+    scheme = config.get_scheme(torch.nn.Linear(64, 64), "model.a")
+    assert isinstance(scheme, CompressedTensorsWNA16)
+    assert (scheme.strategy, scheme.group_size, scheme.symmetric, scheme.num_bits) == ("group", 64, False, 4)
+    channel = CompressedTensorsConfig.from_config(w4a16.quantization(None)).get_scheme(torch.nn.Linear(64, 64), "a")
+    assert (channel.strategy, channel.group_size) == ("channel", -1)
+    assert config.get_scheme_dict(torch.nn.Linear(64, 64), "lm_head") is None  # ignored
+
+
+def test_a_method_may_be_finished_by_a_function_of_ours():
+    """`DenseInt4Config` replaces `process_weights_after_loading` of single methods; vLLM calls it on the object."""
+    from vllm.model_executor.model_loader import utils
+
+    source = inspect.getsource(utils.process_weights_after_loading)
+    assert "quant_method.process_weights_after_loading(module)" in source
 
 
 def test_create_weights_takes_what_layers_give():
