@@ -74,7 +74,9 @@ def check_tokens(tokens: int) -> int:
         RacError: fewer than 1, or more than the formula is for.
     """
     if not 1 <= tokens <= MOST_TOKENS:
-        raise RacError(f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}, where reading weights takes longest")
+        raise RacError(
+            f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}, where reading weights takes longest"
+        )
     return tokens
 
 
