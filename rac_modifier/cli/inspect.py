@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.options import AsJson, print_json
+from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
@@ -22,21 +23,52 @@ _NUMBERS = ("sparsity", "bytes/weight", "bytes")
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, sparse or not")],
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPU",
+            help="predict times on a GPU: a100, h100, h200, b200, 4090, l4, or cuda:0 of this machine (nothing is measured)",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="M", help="tokens per step for --device, 1 to 32; 1 if it is not given")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds, and whether serving it on this machine will be faster: if not, why not.
 
+    With --device, predict what its layers take on a GPU instead.
+
     Example: rac inspect packed-model
+
+    Example: rac inspect packed-model --device h100 --tokens 8
     """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
+    from rac_modifier.cli.predicted import prediction_figures, render_prediction
+    from rac_modifier.kernels.cuda.cards import card_of
+    from rac_modifier.kernels.cuda.predict import check_tokens
     from rac_modifier.kernels.plan import plan_checkpoint, render_plan
+    from rac_modifier.kernels.predicted import predict_checkpoint
 
+    if tokens is not None and device is None:
+        raise RacError(f"--tokens {tokens} is for predicted times; name a GPU with --device, such as --device h100")
+    card, number = None if device is None else card_of(device), check_tokens(1 if tokens is None else tokens)
     report = inspect_checkpoint(checkpoint)
     if as_json:
-        print_json(figures(report, plan_checkpoint(checkpoint) if report.sound else []))
+        rows = plan_checkpoint(checkpoint) if report.sound else []
+        found = figures(report, rows)
+        if card is not None:
+            sound = report.sound
+            found["predicted"] = prediction_figures(predict_checkpoint(report, rows, card, number)) if sound else None
+        print_json(found)
         return
     typer.echo(render_report(report))
-    if rows := plan_checkpoint(checkpoint):
+    rows = plan_checkpoint(checkpoint)
+    if card is not None:
+        if not report.sound:
+            raise RacError(f"{checkpoint}: not sound, see the notes of the table; no times are predicted")
+        typer.echo(f"\n{render_prediction(predict_checkpoint(report, rows, card, number))}")
+    elif rows:
         typer.echo(f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}")
 
 

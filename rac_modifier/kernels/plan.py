@@ -21,13 +21,17 @@ from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One linear module of a checkpoint and how it would run. `density` is the share of weights stored."""
+    """One linear module of a checkpoint and how it would run. `density` is the share of weights stored.
+
+    `layer`: the numbers that were decided on; None where no backend was asked.
+    """
 
     module: str
     rows: int
     columns: int
     density: float
     decision: Decision
+    layer: Layer | None = None
 
 
 def plan_row(
@@ -51,7 +55,7 @@ def plan_row(
     group = columns // max(groups, 1)
     layer = Layer(rows, columns, density, dtype, served, group, scale_bytes, two_of_four=two_of_four)
     decision, _ = choose(layer, device)
-    return PlanRow(module, rows, columns, density, decision)
+    return PlanRow(module, rows, columns, density, decision, layer)
 
 
 def plan_checkpoint(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> list[PlanRow]:

@@ -99,6 +99,28 @@ def _(b: Bench) -> None:
     b.rac("inspect", b.tmp / "model")
 
 
+@CASES.case(
+    "predicting times on a GPU that is not known", "is not known; use a100, h100, h200, b200, 4090, l4, or cuda:0"
+)
+def _(b: Bench) -> None:
+    b.rac("inspect", b.folder, "--device", "rtx")
+
+
+@CASES.case("predicting times on a GPU that this machine does not have", "CUDA devices here; name a card: a100, h100")
+def _(b: Bench) -> None:
+    b.rac("inspect", b.folder, "--device", "cuda:99")
+
+
+@CASES.case("predicting times of a step of many tokens", "64 tokens: times are predicted for 1 to 32")
+def _(b: Bench) -> None:
+    b.rac("inspect", b.folder, "--device", "h100", "--tokens", "64")
+
+
+@CASES.case("a number of tokens for `rac inspect` without a GPU", "name a GPU with --device, such as --device h100")
+def _(b: Bench) -> None:
+    b.rac("inspect", b.folder, "--tokens", "8")
+
+
 @CASES.case("looking into a folder that is not there", "is this a saved model folder?")
 def _(b: Bench) -> None:
     b.rac("inspect", b.tmp / "nowhere")

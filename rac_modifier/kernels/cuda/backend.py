@@ -80,11 +80,9 @@ def torch_device(device: library.Device) -> torch.device:
     return torch.device("cuda", device.index)
 
 
-def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
-    """The layout, and why the layer stays dense; numbers first, the device last."""
+def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
+    """The layout, and why no GPU runs the layer on a kernel; from numbers alone."""
     layout = layouts.layout_of(layer.stored, layer.group, layer.columns)
-    if not requested():
-        return layout, NOT_REQUESTED
     if layer.served != torch.bfloat16:
         return layout, f"it is served in {layer.served}; the GPU kernels multiply bfloat16"
     if not layer.two_of_four:
@@ -100,6 +98,16 @@ def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
         )
     if layer.columns % 8:
         return layout, f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"
+    return layout, None
+
+
+def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
+    """The layout, and why the layer stays dense; numbers first, the device last."""
+    if not requested():
+        return layouts.layout_of(layer.stored, layer.group, layer.columns), NOT_REQUESTED
+    layout, problem = fit(layer)
+    if layout is None or problem is not None:
+        return layout, problem
     device = library.current_device()
     if device is None:
         return layout, "torch finds no CUDA device"

@@ -31,13 +31,17 @@ _INT4 = {
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel. `row_tiles` of 16 rows and `token_tiles` of 8 tokens per block; `shared_bytes` per block."""
+    """A kernel. `row_tiles` of 16 rows and `token_tiles` of 8 tokens per block; `shared_bytes` per block.
+
+    `units`: of columns, in a chunk that a warp takes at a time; 0 where a kernel has no chunks.
+    """
 
     name: str
     row_tiles: int
     token_tiles: int
     threads: int
     shared_bytes: int
+    units: int = 0
 
     def grid(self, rows: int, tokens: int) -> tuple[int, int]:
         """Blocks along rows and along tokens."""
@@ -60,7 +64,7 @@ def program(layout: Layout, row_tiles: int, token_tiles: int) -> Program:
     units, stages, warps = (_INT4 if layout.group else _BF16)[row_tiles, token_tiles]
     chunk = units * (row_tiles * layout.unit_bytes + token_tiles * _TOKENS * layout.unit_columns * 2)
     name = f"{layout.prefix}_r{row_tiles}_t{token_tiles}"
-    return Program(name, row_tiles, token_tiles, 32 * warps, warps * stages * chunk)
+    return Program(name, row_tiles, token_tiles, 32 * warps, warps * stages * chunk, units)
 
 
 def expand_program(layout: Layout) -> Program:

@@ -1,0 +1,152 @@
+"""Predicted times of the GPU kernels for three models, as the tables of docs/results/gpu.md. Nothing is measured.
+
+    PYTHONPATH=. python benchmarks/gpu_predicted.py
+
+Pure arithmetic, no GPU: the formula of rac_modifier/kernels/cuda/predict.py for the linear layers of a decoder, as vLLM fuses
+them. `--measured gpu.json` puts the times that `make gpu-check` measured on a card beside the predicted ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
+from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
+from rac_modifier.kernels.cuda.layout import BF16, INT4
+from rac_modifier.kernels.cuda.predict import DENSE, Time, dense_time, sparse_time
+
+TOKENS = (1, 8, 16, 32)
+# Rows and columns of qkv, o, gate_up, down; number of layers. From the models' config.json.
+MODELS = {
+    "1.5B": ({"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)}, 28),
+    "8B": ({"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}, 32),
+    "32B": ({"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (55296, 5120), "down": (5120, 27648)}, 64),
+}
+CONTENDERS = {
+    "dense bf16": "bf16",
+    "bf16": BF16,
+    "int4 g128": INT4[128],
+    "int4 g64": INT4[64],
+}  # as make gpu-check names them
+
+
+def times(card: Card, model: str, tokens: int) -> dict[str, float]:
+    """Milliseconds of all layers of a model, by format."""
+    shapes, layers = MODELS[model]
+    found = {
+        name: sum(dense_time(card, *s, tokens, size).total for s in shapes.values()) for name, size in DENSE.items()
+    }
+    for name, layout in (("2:4", BF16), ("2:4 int4", INT4[128])):
+        found[name] = sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values())
+    return {name: layers * time / 1000 for name, time in found.items()}
+
+
+def bound(card: Card, model: str, tokens: int) -> str:
+    """What most of the time of 2:4 + int4 is bound by."""
+    each = [sparse_time(card, INT4[128], *shape, tokens) for shape in MODELS[model][0].values()]
+    sums: dict[str, float] = {}
+    for time in each:
+        sums[time.bound] = sums.get(time.bound, 0.0) + time.total
+    return max(sums, key=sums.__getitem__)
+
+
+def cards() -> Iterator[str]:
+    """The constants."""
+    head = "card | name here | memory, GB/s | multiprocessors | GHz | multiply-adds per cycle | L2, MB"
+    yield f"| {head} | bytes per cycle from L2 |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for c in CARDS:
+        rates = f"{c.bandwidth / 1e9:,.0f} | {c.processors} | {c.clock / 1e9:.2f} | {c.products:,}"
+        yield f"| {c.title} | `{c.name}` | {rates} | {c.cache >> 20} | {c.cache_port} |"
+
+
+def models() -> Iterator[str]:
+    """Every card, model and number of tokens."""
+    absolute = "dense bf16, ms | fp8, ms | int4, ms | 2:4, ms | 2:4 + int4, ms"
+    relative = "2:4 over bf16 | 2:4 + int4 over bf16 | over fp8 | over int4"
+    yield f"| card | model | tokens | {absolute} | {relative} | bound by |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    for card in CARDS:
+        for model in MODELS:
+            for tokens in TOKENS:
+                t = times(card, model, tokens)
+                sparse = t["2:4 int4"]
+                gains = (t["bf16"] / t["2:4"], t["bf16"] / sparse, t["fp8"] / sparse, t["int4"] / sparse)
+                numbers = [f"{t[name]:.2f}" for name in (*DENSE, "2:4", "2:4 int4")] + [
+                    f"{gain:.2f}x" for gain in gains
+                ]
+                yield f"| {card.name} | {model} | {tokens} | {' | '.join(numbers)} | {bound(card, model, tokens)} |"
+
+
+def ports() -> Iterator[str]:
+    """2:4 + int4 over int4 with other rates of L2: the constant that decides most and is known least."""
+    yield "| card | bytes per cycle from L2 | 1 token | 8 | 16 | 32 |"
+    yield "|---|---|---|---|---|---|"
+    for name in ("h100", "4090"):
+        for port in (16, 32, 64):
+            card = replace(card_of(name), cache_port=port)
+            found = [times(card, "8B", tokens) for tokens in TOKENS]
+            gains = " | ".join(f"{t['int4'] / t['2:4 int4']:.2f}x" for t in found)
+            yield f"| {name} | {port} | {gains} |"
+
+
+def int8() -> Iterator[str]:
+    """50 % + int8, which has no GPU kernel and runs dense in bfloat16, over FP8."""
+    yield "| card | 1.5B | 8B | 32B |"
+    yield "|---|---|---|---|"
+    for card in CARDS:
+        found = [times(card, model, 1) for model in MODELS]
+        gains = " | ".join(f"{t['fp8'] / t['bf16']:.2f}x" for t in found)
+        yield f"| {card.name} | {gains} |"
+
+
+def beside(measured: Path) -> Iterator[str]:
+    """Predicted and measured times of the layers that `make gpu-check` timed.
+
+    Raises:
+        RacError: a card that is not in the table.
+    """
+    record = read_json(measured)
+    card = next((card for card in CARDS if card.reported == record.get("device")), None)
+    if card is None:
+        known = ", ".join(card.reported for card in CARDS)
+        raise RacError(f'{measured}: device "{record.get("device")}" is not in the table of cards, which has {known}')
+    yield f"{card.title}, {measured.name}"
+    yield "| layer | tokens | contender | predicted, us | measured, us | predicted bound |\n|---|---|---|---|---|---|"
+    for row in record["times"]:
+        shape, layout = MODELS["8B"][0][row["layer"]], CONTENDERS[row["contender"]]
+        dense = isinstance(layout, str)
+        time: Time = (
+            dense_time(card, *shape, row["tokens"], DENSE[layout])
+            if dense
+            else sparse_time(card, layout, *shape, row["tokens"])
+        )
+        yield f"| {row['layer']} | {row['tokens']} | {row['contender']} | {time.total:.1f} | {row['us']:.1f} | {time.bound} |"
+
+
+TABLES = {"The cards": cards, "Whole models": models, "Other rates of L2": ports, "50 % + int8 over FP8": int8}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--measured", type=Path, help="JSON that make gpu-check wrote; prints its times beside the predicted"
+    )
+    arguments = parser.parse_args()
+    if arguments.measured is not None:
+        print("\n".join(beside(arguments.measured)))
+        return
+    print("Predicted, nothing was measured on a GPU.")
+    for title, table in TABLES.items():
+        print(f"\n## {title}\n", *table(), sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RacError as error:
+        raise SystemExit(str(error)) from error

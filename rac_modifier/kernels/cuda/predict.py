@@ -1,0 +1,117 @@
+"""How long a product takes on a GPU, predicted from bytes and instructions. Nothing was measured on a GPU.
+
+    time = max over resources of (work / rate / REACHED) + LAUNCH
+
+Memory: the bytes of the weight, x and the result, over the bandwidth of the card. The other resources belong to a
+multiprocessor, and the one with most blocks is counted: ceil(blocks / multiprocessors) blocks. Of a block of the sparse kernels:
+
+- L2: its weights, and x, which each block reads again;
+- shared memory: weights and x, written once and read once;
+- instructions: (chunks of columns) x (those of the loop) + (warps) x (all others), see `instruction_counts.py`;
+- tensor cores: rows x columns / 2 x tokens multiply-adds, with tokens padded to 8, 16 or 32.
+
+Dense kernels are taken as bound by memory alone, which favours them. Left out, also for them: the last blocks of a kernel
+that leave multiprocessors idle (in the memory's share), latency, conflicts of banks. So this is optimistic, most of all where
+a second resource is close to the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cuda.cards import Card
+from rac_modifier.kernels.cuda.instruction_counts import count_instructions
+from rac_modifier.kernels.cuda.layout import TILE, Layout
+from rac_modifier.kernels.cuda.programs import decode_program
+
+REACHED = 0.85  # share of each rate that a good kernel reaches; assumed
+LAUNCH = 2.0  # microseconds per kernel within a CUDA graph, its start and its end; assumed
+MOST_TOKENS = 32  # more are not memory bound in dense kernels, and run in several passes of ours
+# Bytes per weight of what vLLM runs dense: cuBLAS; CUTLASS, one scale per row; Marlin or Machete, a 16-bit scale per 128 columns.
+DENSE = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
+_ISSUED = 4  # instructions of warps per multiprocessor and cycle: four schedulers, one each
+_SHARED = 128  # bytes of shared memory per multiprocessor and cycle: 32 banks of 4
+_TOKENS = 8  # of a token tile
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds of one product: what each resource alone would take. `launch` is added to the longest."""
+
+    memory: float
+    cache: float = 0.0
+    shared: float = 0.0
+    instructions: float = 0.0
+    tensor_cores: float = 0.0
+    launch: float = LAUNCH
+
+    @property
+    def total(self) -> float:
+        """Microseconds."""
+        return self.launch + max(self._resources.values())
+
+    @property
+    def bound(self) -> str:
+        """The resource that takes longest."""
+        return max(self._resources, key=self._resources.__getitem__)
+
+    @property
+    def _resources(self) -> dict[str, float]:
+        return {
+            "memory": self.memory,
+            "L2": self.cache,
+            "shared memory": self.shared,
+            "instructions": self.instructions,
+            "tensor cores": self.tensor_cores,
+        }
+
+
+def check_tokens(tokens: int) -> int:
+    """The number of tokens of a step.
+
+    Raises:
+        RacError: fewer than 1, or more than the formula is for.
+    """
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise RacError(
+            f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}, where reading weights takes longest"
+        )
+    return tokens
+
+
+def dense_time(card: Card, rows: int, columns: int, tokens: int, bytes_per_weight: float) -> Time:
+    """Of x [tokens, columns] times a dense weight [rows, columns], in bfloat16."""
+    size = rows * columns * bytes_per_weight
+    return Time(_memory(card, size, rows, columns, check_tokens(tokens)))
+
+
+def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int) -> Time:
+    """Of x [tokens, columns] times a 2:4 weight [rows, columns], on the kernel that the operator would launch.
+
+    Raises:
+        RacError: a number of tokens that the formula is not for.
+    """
+    program = decode_program(layout, rows, check_tokens(tokens), card.processors)
+    loop, others = count_instructions(layout, card.architecture, program.row_tiles, program.token_tiles)
+    units = layout.units(columns)
+    weights = program.row_tiles * units * layout.unit_bytes
+    padded_tokens, padded_columns = program.token_tiles * _TOKENS, units * layout.unit_columns
+    blocks = program.grid(rows, tokens)[0]
+
+    def busiest(work: float, per_cycle: float) -> float:
+        cycles = -(-blocks // card.processors) * work / per_cycle
+        return 1e6 * cycles / card.clock / REACHED
+
+    return Time(
+        memory=_memory(card, layout.nbytes(rows, columns), rows, columns, tokens),
+        cache=busiest(weights + 2 * tokens * columns, card.cache_port),
+        shared=busiest(2 * (weights + 2 * padded_tokens * padded_columns), _SHARED),
+        instructions=busiest(units // program.units * loop + program.threads // 32 * others, _ISSUED),
+        tensor_cores=busiest(program.row_tiles * TILE * padded_columns / 2 * padded_tokens, card.products),
+    )
+
+
+def _memory(card: Card, size: float, rows: int, columns: int, tokens: int) -> float:
+    moved = size + 2 * tokens * (rows + columns)
+    return 1e6 * moved / card.bandwidth / REACHED

@@ -1,0 +1,158 @@
+"""How long the linear layers of a checkpoint would take on a GPU, per decode step. Predicted; nothing was measured on a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow, is_embedding
+from rac_modifier.kernels.cuda.backend import fit
+from rac_modifier.kernels.cuda.cards import Card
+from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
+from rac_modifier.kernels.interface import Layer
+from rac_modifier.kernels.plan import PlanRow
+
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_KEPT_IN_16_BITS = ("lm_head", "gate", "shared_expert_gate", "router")  # by every contender; last part of a name
+_QUANTIZED = ("I8", "I4", "F8_E4M3", "F8_E5M2")
+_BF16 = 2.0  # bytes
+
+
+@dataclass(frozen=True)
+class PredictedLayer:
+    """Layers [rows, columns] of one kind that run alike, `count` of them. Times are microseconds of one.
+
+    kernel: "2:4", "2:4 int4" or "dense". reason: why it is dense, None for a kernel. nbytes: what a step reads of the weight.
+    time: here. dense: what vLLM takes without our kernels, by the names of `DENSE`.
+    """
+
+    kind: str
+    rows: int
+    columns: int
+    count: int
+    kernel: str
+    reason: str | None
+    nbytes: float
+    time: Time
+    dense: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The layers that a step of `tokens` tokens multiplies. left_out: why modules are not in it, and how many."""
+
+    card: Card
+    tokens: int
+    layers: tuple[PredictedLayer, ...]
+    left_out: Mapping[str, int]
+
+    @property
+    def here(self) -> float:
+        """Microseconds of all layers, on our kernels where they have one."""
+        return sum(layer.count * layer.time.total for layer in self.layers)
+
+    def dense(self, contender: str) -> float:
+        """Microseconds of all layers as vLLM runs them dense, in a format of `DENSE`."""
+        return sum(layer.count * layer.dense[contender] for layer in self.layers)
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether L2 holds all weights. They are then not read from memory at each step, and the times are too long."""
+        return sum(layer.count * layer.nbytes for layer in self.layers) < self.card.cache
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A linear layer. layer: what the kernels decide on; None where it is dense for `reason`, with `own` bytes per weight."""
+
+    kind: str
+    rows: int
+    columns: int
+    layer: Layer | None
+    reason: str
+    own: float
+    quantizable: bool
+
+
+def predict_checkpoint(report: CheckpointReport, plan: Sequence[PlanRow], card: Card, tokens: int) -> Prediction:
+    """Predict a step of `tokens` tokens on one GPU, with RAC_GPU_KERNELS=on and in bfloat16.
+
+    q, k, v and gate, up are fused as vLLM fuses them. Experts are left out: which of them a token reads is not known here.
+
+    Raises:
+        RacError: a number of tokens that times are not predicted for.
+    """
+    check_tokens(tokens)
+    planned = {row.module: row for row in plan}
+    left_out: Counter[str] = Counter()
+    parts: dict[tuple[str, int], list[_Module]] = {}
+    for row in report.modules:
+        parent, _, last = row.name.rpartition(".")
+        if not row.read_per_token:
+            left_out["an embedding, of which a token reads one row"] += 1
+        elif _EXPERT.search(row.name):
+            left_out["experts: which of them a token reads is not known here"] += 1
+        else:
+            parts.setdefault((f"{parent}.{_FUSED.get(last, last)}", row.columns), []).append(_module(row, planned))
+    layers = [_predict(module, card, tokens) for name, found in parts.items() for module in _fuse(name[0], found)]
+    counts = Counter(_alike(layer) for layer in layers)
+    kinds = {_alike(layer): layer for layer in layers}
+    return Prediction(card, tokens, tuple(replace(layer, count=counts[key]) for key, layer in kinds.items()), left_out)
+
+
+def _module(row: ModuleRow, planned: Mapping[str, PlanRow]) -> _Module:
+    kind, plan = row.name.rpartition(".")[2], planned.get(row.name)
+    quantizable = kind not in _KEPT_IN_16_BITS and not is_embedding(row.name)
+    layer = None if plan is None or plan.layer is None else replace(plan.layer, served=torch.bfloat16)
+    reason = f"dense because {row.reason}" if plan is None else plan.decision.reason
+    # a quantized weight that is not packed runs on vLLM's own method for it
+    quantized = plan is None and (row.dtype in _QUANTIZED or row.stored == "quantized")
+    own = row.bytes_per_weight if quantized else _BF16
+    return _Module(kind, row.rows, row.columns, layer, reason, own, quantizable)
+
+
+def _fuse(name: str, parts: Sequence[_Module]) -> Iterator[_Module]:
+    """One module, as vLLM makes it of these parts."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    first, rows = parts[0], sum(part.rows for part in parts)
+    own = sum(part.rows * part.own for part in parts) / rows
+    layers = [part.layer for part in parts if part.layer is not None]
+    whole, reason = None, first.reason
+    if layers and len(layers) < len(parts):
+        reason = "dense because one part of the fused layer is stored dense"
+    elif len({(each.two_of_four, each.stored, each.group, each.zero_points) for each in layers}) > 1:
+        reason = "dense because the parts of the fused layer are stored differently"
+    elif layers:
+        whole = replace(layers[0], rows=rows)
+    yield _Module(name.rpartition(".")[2], rows, first.columns, whole, reason, own, all(p.quantizable for p in parts))
+
+
+def _predict(module: _Module, card: Card, tokens: int) -> PredictedLayer:
+    shape = module.rows, module.columns
+    layout, reason, own = None, module.reason, module.own
+    if module.layer is not None:
+        layout, problem = fit(module.layer)
+        if problem is not None:
+            layout, reason = None, f"dense because {problem}"
+    contenders = {name: size if module.quantizable else _BF16 for name, size in DENSE.items()}
+    dense = {name: dense_time(card, *shape, tokens, size).total for name, size in contenders.items()}
+    if layout is None:
+        time, size = dense_time(card, *shape, tokens, own), own * module.rows * module.columns
+        return PredictedLayer(module.kind, *shape, 1, "dense", reason, size, time, dense)
+    kernel = "2:4 int4" if layout.group else "2:4"
+    time = sparse_time(card, layout, *shape, tokens)
+    return PredictedLayer(module.kind, *shape, 1, kernel, None, layout.nbytes(*shape), time, dense)
+
+
+def _alike(layer: PredictedLayer) -> tuple[object, ...]:
+    return layer.kind, layer.rows, layer.columns, layer.kernel, layer.reason, layer.nbytes

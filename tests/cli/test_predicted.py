@@ -1,0 +1,68 @@
+"""`rac inspect --device`: predicted times as a table and as JSON, never without the word."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
+from rac_modifier.cli.predicted import NOT_MEASURED, prediction_figures, render_prediction
+from rac_modifier.kernels.cuda.cards import card_of
+from rac_modifier.kernels.predicted import Prediction, predict_checkpoint
+from tests.kernels.test_predicted import planned
+
+
+def prediction(*names: str, packed: bool = True) -> Prediction:
+    modules = tuple(
+        ModuleRow(name, 8192, 8192, "BF16", "sparse-24-bitmask" if packed else "dense", 0.5, 1, 1, reason="not pruned")
+        for name in names
+    )
+    plan = [planned(name, 8192, 8192) for name in names if packed]
+    return predict_checkpoint(CheckpointReport(Path("out"), "dense", modules, 0, None), plan, card_of("l4"), 8)
+
+
+def test_a_row_per_kind_and_one_for_the_step():
+    """By hand: 8192^2 weights of 1.125 bytes, 8 tokens in and out, at 85 % of 300 GB/s, and 2 us."""
+    found = prediction("a.o_proj", "b.o_proj")
+    head, columns, layer, all_, *notes = render_prediction(found).splitlines()
+    assert head == f"On one L4, a step of 8 tokens, RAC_GPU_KERNELS=on, bfloat16: {NOT_MEASURED}"
+    assert columns.split("  ")[0] == "layer"
+    us = 1e6 * (8192 * 8192 * 1.125 + 2 * 8 * 16384) / 0.3e12 / 0.85 + 2
+    gain = (1e6 * (8192 * 8192 * 2 + 2 * 8 * 16384) / 0.3e12 / 0.85 + 2) / us
+    assert re.split(r" {2,}", layer)[:7] == ["o_proj", "2", "8192x8192", "2:4", f"{us:.1f}", "memory", f"{gain:.2f}x"]
+    assert re.split(r" {2,}", all_)[:4] == ["all", "2", f"{2 * us:.1f}", f"{gain:.2f}x"]
+    assert any("attention" in note for note in notes)
+
+
+def test_what_runs_dense_has_its_reason():
+    text = render_prediction(prediction("a.o_proj", packed=False))
+    assert "o_proj: dense because not pruned" in text
+    assert "no layer has a GPU kernel: those that exist take packed 2:4 weights" in text
+
+
+def test_a_model_without_layers_has_no_step():
+    assert "\nall " not in render_prediction(prediction())
+
+
+def test_json_has_what_is_printed():
+    found = prediction("a.o_proj", "b.o_proj")
+    values = json.loads(json.dumps(prediction_figures(found), allow_nan=False))
+    assert (values["note"], values["tokens"], values["card"]["name"]) == (NOT_MEASURED, 8, "l4")
+    (layer,) = values["layers"]
+    assert (layer["count"], layer["kernel"], layer["bound"]) == (2, "2:4", "memory")
+    assert layer["us"] == layer["resources_us"]["memory"] + layer["resources_us"]["launch"]
+    assert values["us"] == 2 * layer["us"]
+    assert values["dense_us"]["fp8"] == 2 * layer["dense_us"]["fp8"]
+
+
+def test_the_command_predicts_in_place_of_the_cpus_plan(rac, sparse_folder):
+    code, stdout, _ = rac("inspect", sparse_folder, "--device", "h100", "--tokens", "16")
+    assert code == 0
+    assert f"On one H100 SXM, a step of 16 tokens, RAC_GPU_KERNELS=on, bfloat16: {NOT_MEASURED}" in stdout
+    assert re.search(r"^down_proj +\d+ +\d+x\d+ +2:4 ", stdout, re.MULTILINE)
+    assert "lm_head: dense because" in stdout
+    assert "this machine's CPU" not in stdout
+    code, stdout, _ = rac("inspect", sparse_folder, "--device", "h100", "--json")
+    assert code == 0
+    assert json.loads(stdout)["predicted"]["note"] == NOT_MEASURED

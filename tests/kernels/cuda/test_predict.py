@@ -1,0 +1,100 @@
+"""The predicted times: one layer computed by hand, and what must hold for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cuda.cards import CARDS, card_of
+from rac_modifier.kernels.cuda.instruction_counts import COUNTS
+from rac_modifier.kernels.cuda.layout import BF16, INT4
+from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
+
+LAYOUTS = [BF16, INT4[64], INT4[128]]
+shapes = st.tuples(st.integers(1, 2000).map(lambda n: 16 * n), st.integers(1, 512).map(lambda n: 64 * n))
+tokens = st.integers(1, 32)
+cards = st.sampled_from(CARDS)
+
+
+def test_an_int4_layer_of_an_h100_by_hand(monkeypatch):
+    """[28672, 4096] times 8 tokens: two row tiles and one token tile per block, so 896 blocks of 32 rows, at most 7 per
+    multiprocessor. A unit, 16 rows and 128 columns, has 512 bytes of values, 256 of metadata, 64 of scales: 832."""
+    monkeypatch.setitem(COUNTS, ("int4 g128", "sm_90"), ((0, 0),) * 3 + ((329, 375),) + ((0, 0),) * 2)
+    time = sparse_time(card_of("h100"), INT4[128], 28672, 4096, 8)
+    weights, x, out = 1792 * 32 * 832, 8 * 4096 * 2, 8 * 28672 * 2
+    assert time.memory == pytest.approx((weights + x + out) / 3.35e12 / 0.85 * 1e6)
+    per_block = 2 * 32 * 832
+    cycle = 1e6 / 1.83e9 / 0.85
+    assert time.cache == pytest.approx(7 * (per_block + x) / 32 * cycle)
+    assert time.shared == pytest.approx(7 * 2 * (per_block + x) / 128 * cycle)
+    assert time.instructions == pytest.approx(7 * (16 * 329 + 4 * 375) / 4 * cycle)  # a chunk has 256 columns
+    assert time.tensor_cores == pytest.approx(7 * 32 * 4096 * 8 / 2 / 1024 * cycle)
+    assert time.bound == "memory"
+    assert time.total == pytest.approx(time.memory + 2.0)
+
+
+def test_a_bf16_layer_of_a_4090_by_hand(monkeypatch):
+    """[1000, 1000] times 20 tokens, padded to 63 tiles of 16 rows, 1024 columns and 32 tokens: one row tile per block, since
+    128 multiprocessors have no second. A unit has 64 columns, 1152 bytes, and is a chunk."""
+    monkeypatch.setitem(COUNTS, ("bf16", "sm_89"), ((0, 0),) * 2 + ((83, 565),) + ((0, 0),) * 3)
+    time = sparse_time(card_of("4090"), BF16, 1000, 1000, 20)
+    assert time.memory == pytest.approx((63 * 16 * 1152 + 20 * 2000 * 2) / 1.008e12 / 0.85 * 1e6)
+    cycle = 1e6 / 2.52e9 / 0.85
+    assert time.cache == pytest.approx((16 * 1152 + 20 * 1000 * 2) / 16 * cycle)
+    assert time.shared == pytest.approx(2 * (16 * 1152 + 32 * 1024 * 2) / 128 * cycle)
+    assert time.instructions == pytest.approx((16 * 83 + 4 * 565) / 4 * cycle)
+    assert time.tensor_cores == pytest.approx(16 * 1024 * 32 / 2 / 256 * cycle)
+
+
+def test_a_dense_layer_by_hand():
+    time = dense_time(card_of("a100"), 4096, 1024, 3, 0.5)
+    assert time.total == pytest.approx((4096 * 1024 / 2 + 3 * 5120 * 2) / 2.039e12 / 0.85 * 1e6 + 2.0)
+    assert time.bound == "memory"
+    assert DENSE == {"bf16": 2.0, "fp8": 1.0, "int4": 0.515625}
+
+
+def test_the_longest_resource_counts():
+    assert Time(3.0, 1.0, 2.0, 5.0, 4.0).total == 7.0
+    for n, name in enumerate(["memory", "L2", "shared memory", "instructions", "tensor cores"]):
+        assert Time(*(float(n == each) for each in range(5))).bound == name
+
+
+@given(cards, st.sampled_from(LAYOUTS), shapes, tokens)
+def test_a_better_card_is_never_slower(card, layout, shape, number):
+    better = [{"bandwidth": 2 * card.bandwidth}, {"clock": 1.5 * card.clock}, {"cache_port": 2 * card.cache_port}]
+    for change in better:
+        assert (
+            sparse_time(replace(card, **change), layout, *shape, number).total
+            <= sparse_time(card, layout, *shape, number).total
+        )
+    assert (
+        dense_time(replace(card, **better[0]), *shape, number, 2.0).total < dense_time(card, *shape, number, 2.0).total
+    )
+
+
+@given(cards, st.sampled_from(LAYOUTS), shapes, st.integers(1, 300), tokens)
+def test_more_rows_or_columns_are_never_faster(card, layout, shape, more, number):
+    rows, columns = shape
+    time = sparse_time(card, layout, rows, columns, number).total
+    assert sparse_time(card, layout, rows + 16 * more, columns, number).total >= time
+    assert sparse_time(card, layout, rows, columns + 64 * more, number).total >= time
+
+
+@given(cards, st.sampled_from(LAYOUTS), shapes, st.sampled_from([(1, 8), (9, 16), (17, 32)]))
+def test_more_tokens_of_one_kernel_are_never_faster(card, layout, shape, few_and_many):
+    few, many = (sparse_time(card, layout, *shape, number).total for number in few_and_many)
+    assert few <= many
+
+
+@pytest.mark.parametrize("number", [0, -1, 33, 128])
+def test_other_numbers_of_tokens_are_an_error(number):
+    with pytest.raises(RacError, match=f"{number} tokens: times are predicted for 1 to 32"):
+        check_tokens(number)
+    with pytest.raises(RacError, match="1 to 32"):
+        sparse_time(CARDS[0], BF16, 64, 64, number)
+    with pytest.raises(RacError, match="1 to 32"):
+        dense_time(CARDS[0], 64, 64, number, 2.0)
