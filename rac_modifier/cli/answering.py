@@ -24,6 +24,11 @@ _TIMEOUT = 600.0  # seconds per answer, at least
 _SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
 
 
+def timeout_of(cap: int) -> float:
+    """Seconds that an answer of at most `cap` tokens has, before it is asked for again."""
+    return max(_TIMEOUT, cap * _SECONDS_PER_TOKEN)
+
+
 @dataclass(frozen=True)
 class Answering:
     """What the options say: addresses of servers, answers in progress at once, answers per problem, file, a server of our own."""
@@ -109,7 +114,7 @@ class Answering:
         """The servers that are asked inside the context; None: the model in this process."""
         from rac_modifier.settings.sampling import EngineSettings
 
-        how: dict[str, Any] = {"concurrency": self.concurrency, "timeout": max(_TIMEOUT, cap * _SECONDS_PER_TOKEN)}
+        how: dict[str, Any] = {"concurrency": self.concurrency, "timeout": timeout_of(cap)}
         if self.serve:
             from rac_modifier.sampling.own_server import VllmCommand, vllm_server
 
