@@ -68,7 +68,9 @@ def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
     assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {"output": str(out), "traces": len(held)}
 
 
-def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(rac, tiny_folder, recipe_file, tmp_path, monkeypatch):
+def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(
+    rac, tiny_folder, recipe_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
     shorten_pauses(monkeypatch)
