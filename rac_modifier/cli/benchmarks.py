@@ -99,7 +99,7 @@ class AskedBenchmarks:
                     "batch_size": self.evaluation.batch_size,
                     "seed": self.evaluation.seed,
                 }
-                where, verifiers = protocol.where(), protocol.verifiers()
+                where, verifiers = protocol.where(), protocol.verifiers(problems)
                 yield (
                     benchmark,
                     answering.run(str(model), problems, where, limits, self.prompt, self.precision, verifiers),

@@ -153,7 +153,10 @@ def _benchmarks(group: list[FrontierFolder], label: str) -> dict[str, dict[str, 
         paired = None if label == DENSE or name not in dense else paired_difference(dense[name], result)
         values[name] = {
             "accuracy": [result.accuracy, result.ci_low, result.ci_high],
-            "asked": f"{result.problems} problems, {result.samples} answer{'s' if result.samples > 1 else ''} each, at most {result.cap:,} new tokens",
+            "asked": (
+                f"{result.problems} problems, {result.samples} answer{'s' if result.samples > 1 else ''} each, "
+                f"at most {result.cap:,} new tokens"
+            ),
             "thinking": result.mean_thinking_tokens,
             "cut": result.unfinished_share,
             "paired": paired and paired.describe(),

@@ -37,5 +37,5 @@ def test_too_few():
 
 
 def test_the_split_is_that_of_a_dataset(tmp_path):
-    with pytest.raises(ValidationError, match="split=.test. does not apply"):
+    with pytest.raises(ValidationError, match=r"split=.test. does not apply"):
         held_out_problems(str(tmp_path / "problems.jsonl"), 1, split="test")
