@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.cli.interrupt import resumable
-from rac_modifier.cli.models import load, resolve, subject_of
+from rac_modifier.cli.models import load_on_accelerator, resolve, subject_of
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 
@@ -93,7 +93,7 @@ class Answering:
         from rac_modifier.settings.sampling import SamplingSettings
 
         served = self.serve or bool(self.servers)
-        model, tokenizer = subject_of(name) if served else load(name, precision)
+        model, tokenizer = subject_of(name) if served else load_on_accelerator(name, precision)
         sampling = SamplingSettings(top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump())
         interrupted = resumable("the answers so far are kept; run the same command again to go on")
         with interrupted, self._engine(name, precision, sampling.max_new_tokens) as engine:

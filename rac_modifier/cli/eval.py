@@ -11,7 +11,7 @@ import typer
 
 from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.interrupt import resumable
-from rac_modifier.cli.models import check_model, load, resolve
+from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
 from rac_modifier.cli.options import Dtype, Precision, print_json
 from rac_modifier.cli.protocol import Protocol, written_options
 from rac_modifier.errors import RacError
@@ -239,7 +239,9 @@ def _accuracy(
             return direct_answer_prompt(tokenizer, question, prompt.system_prompt)
         return render_prompt(tokenizer, question, prompt.system_prompt, prompt.template, prompt.thinking)
 
-    return [run(*load(name, precision), problems, label=name, render=render, **limits) for name in models]
+    return [
+        run(*load_on_accelerator(name, precision), problems, label=name, render=render, **limits) for name in models
+    ]
 
 
 def _divergence(
@@ -250,9 +252,9 @@ def _divergence(
     from rac_modifier.evaluation.plot import plot_divergence
     from rac_modifier.evaluation.report import divergence_table
 
-    dense, tokenizer = load(models[0], precision)
+    dense, tokenizer = load_on_accelerator(models[0], precision)
     sequences = sample_sequences(dense, tokenizer, problems, sampling)
-    results = [divergence(dense, load(name, precision)[0], sequences, label=name) for name in models[1:]]
+    results = [divergence(dense, load_on_accelerator(name, precision)[0], sequences, label=name) for name in models[1:]]
     if plot is not None:
         plot_divergence(results, plot)
     return [result.as_dict() for result in results], divergence_table(results)

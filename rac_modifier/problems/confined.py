@@ -5,9 +5,9 @@ Its arguments are a JSON object of limits and the words of the command, which re
 1. limits: processor time, address space, size of a file, open files, threads, no core file (setrlimit). They hold everywhere.
 2. no new rights by executing something (PR_SET_NO_NEW_PRIVS), no capabilities where the user is root, and the end of the process
    when the one that started it ends (PR_SET_PDEATHSIG).
-3. files (Landlock, Linux 5.13): read below Python's folders and the system's libraries, written below the current folder only.
+3. files (Landlock, Linux 6.2): read below Python's folders and the system's libraries, written below the current folder only.
 4. system calls (seccomp, x86-64 only): no new process, no socket, no signal to others, no new session or group, no debugging
-   of other processes, no namespace, no mount. Threads are allowed.
+   of other processes, no namespace, no mount, no change of the rights, owners and times of files. Threads are allowed.
 
 What the kernel refuses of 3 and 4 is left out and said: with `report` among the limits, the parts that hold are written to
 standard output before the command is run. Not confined in any case: how many files are written within the time, and what is
@@ -39,6 +39,8 @@ _DENIED = (
     *(101, 310, 311, 312),  # ptrace, process_vm_readv, process_vm_writev, kcmp
     *(155, 161, 165, 166, 272, 308, 428, 429, 430, 431, 432, 442),  # mounts, chroot, unshare, setns
     *(425, 426, 427),  # io_uring, which could open sockets
+    *(90, 91, 268, 452, 92, 93, 94, 260),  # chmod and chown, which Landlock does not hold
+    *(132, 235, 261, 280, 188, 189, 190, 197, 198, 199, 463, 466),  # times and extended attributes of files, likewise
     *(248, 249, 250, 298, 321, 323),  # keys, perf_event_open, bpf, userfaultfd
 )
 # Landlock: rights by the version of its interface that knows them.
@@ -77,7 +79,9 @@ def give_up_rights(libc: ctypes.CDLL, parent: int) -> None:
 
 
 def confine_files(libc: ctypes.CDLL, folder: str) -> bool:
-    """Reading of Python and libraries, writing of one folder, by Landlock; False where the kernel has none."""
+    """Reading of Python and libraries, writing of one folder, by Landlock; False where the kernel has none, or one before
+    Linux 6.2, which lets a program empty files elsewhere.
+    """
     version = libc.syscall(_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
@@ -104,7 +108,7 @@ def confine_files(libc: ctypes.CDLL, folder: str) -> bool:
     if libc.syscall(_RESTRICT_SELF, rules, 0):
         return False
     os.close(rules)
-    return True
+    return bool(version >= 3)
 
 
 def system_call_filter() -> bytes:

@@ -94,7 +94,7 @@ def describe_runner(found: dict[str, bool]) -> str:
     """In one line, what holds and what does not."""
     parts = {
         "files": "files are read from Python's folders and written to a temporary folder only",
-        "system_calls": "no new processes, no network, no signals",
+        "system_calls": "no new processes, no network, no signals, no change of rights of files",
     }
     holds = ["limits of time, memory and output", *(text for name, text in parts.items() if found[name])]
     missing = [text for name, text in parts.items() if not found[name]]

@@ -40,7 +40,28 @@ def test_what_a_program_needs_is_allowed(number):
 
 @pytest.mark.parametrize(
     "number",
-    [FORK, VFORK, SOCKET, CONNECT, KILL, 200, 234, SETSID, 109, PTRACE, 310, 311, UNSHARE, 308, 165, IO_URING_SETUP],
+    [
+        FORK,
+        VFORK,
+        SOCKET,
+        CONNECT,
+        KILL,
+        200,
+        234,
+        90,
+        92,
+        188,
+        280,
+        SETSID,
+        109,
+        PTRACE,
+        310,
+        311,
+        UNSHARE,
+        308,
+        165,
+        IO_URING_SETUP,
+    ],
 )
 def test_what_reaches_beyond_the_process_is_denied(number):
     assert verdict(number) == DENIED

@@ -109,9 +109,11 @@ def test_no_other_process_no_network_no_signal_and_threads(calls_confined: None)
             "socket.socketpair()",
             f"os.kill({victim.pid}, 9)",
             "os.setsid()",
+            "os.chmod('.', 0o777)",
+            "os.utime('.')",
             "thread = threading.Thread(target=print, args=('thread',)); thread.start(); thread.join()",
         )
-        assert found == ["PermissionError"] * 5 + ["thread"]
+        assert found == ["PermissionError"] * 7 + ["thread"]
         assert victim.poll() is None
     finally:
         victim.communicate(b"\n")
@@ -179,7 +181,7 @@ def test_the_report_says_what_holds_and_what_does_not(holds: dict[str, bool]) ->
     assert holds["system_calls"] == (platform.machine() == "x86_64")
     assert "NOT CONFINED" not in describe_runner({"files": True, "system_calls": True})
     text = describe_runner({"files": True, "system_calls": False})
-    assert text.endswith("NOT CONFINED here: no new processes, no network, no signals.")
+    assert text.endswith("NOT CONFINED here: no new processes, no network, no signals, no change of rights of files.")
 
 
 def test_another_system_and_a_python_that_does_not_start_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
