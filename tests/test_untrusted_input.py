@@ -20,6 +20,10 @@ ALLOWED = {
     ("checkpoint/load.py", "trust_remote_code"): "load_model's own argument, False unless the caller sets it",
     ("sampling/server_watch.py", "subprocess"): "runs the words of its own command line, without a shell",
     ("sampling/own_server.py", "subprocess"): "the user's own vllm with a list of words, without a shell",
+    (
+        "problems/programs.py",
+        "subprocess",
+    ): "runs programs of models, asked for with --run-code alone, each behind confined.py",
     ("problems/answer_checker.py", "import_module("): "one of two literals, imported before the first answer",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.cli.interrupt import resumable
-from rac_modifier.cli.models import load, resolve, subject_of
+from rac_modifier.cli.models import load_on_accelerator, resolve, subject_of
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 _TIMEOUT = 600.0  # seconds per answer, at least
 _SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
+
+
+def timeout_of(cap: int) -> float:
+    """Seconds that an answer of at most `cap` tokens has, before it is asked for again."""
+    return max(_TIMEOUT, cap * _SECONDS_PER_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Answering:
         from rac_modifier.settings.sampling import SamplingSettings
 
         served = self.serve or bool(self.servers)
-        model, tokenizer = subject_of(name) if served else load(name, precision)
+        model, tokenizer = subject_of(name) if served else load_on_accelerator(name, precision)
         sampling = SamplingSettings(top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump())
         interrupted = resumable("the answers so far are kept; run the same command again to go on")
         with interrupted, self._engine(name, precision, sampling.max_new_tokens) as engine:
@@ -109,7 +114,7 @@ class Answering:
         """The servers that are asked inside the context; None: the model in this process."""
         from rac_modifier.settings.sampling import EngineSettings
 
-        how: dict[str, Any] = {"concurrency": self.concurrency, "timeout": max(_TIMEOUT, cap * _SECONDS_PER_TOKEN)}
+        how: dict[str, Any] = {"concurrency": self.concurrency, "timeout": timeout_of(cap)}
         if self.serve:
             from rac_modifier.sampling.own_server import VllmCommand, vllm_server
 

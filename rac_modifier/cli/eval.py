@@ -11,7 +11,7 @@ import typer
 
 from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.interrupt import resumable
-from rac_modifier.cli.models import check_model, load, resolve
+from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
 from rac_modifier.cli.options import Dtype, Precision, print_json
 from rac_modifier.cli.protocol import Protocol, written_options
 from rac_modifier.errors import RacError
@@ -44,8 +44,11 @@ def evaluate(
     ] = "arithmetic",
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="as published: aime24, aime25, gpqa-diamond, gsm8k or math-500"),
+        typer.Option(metavar="NAME", help="aime24, aime25, gpqa-diamond, gsm8k, livecodebench or math-500"),
     ] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="let --preset livecodebench run the model's programs here, confined")
+    ] = False,
     column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
     cap: Annotated[int, typer.Option(min=1, help="most new tokens per answer")] = 512,
@@ -102,8 +105,7 @@ def evaluate(
 ) -> None:
     """Compare models: accuracy with its interval, thinking length, share of unfinished answers, speed.
 
-    All models get the same problems and prompts. With --divergence no answer is checked: the first model is sampled, and
-    the others are compared with its predictions, token by token.
+    All get the same problems and prompts. --divergence checks no answers: it compares predictions.
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
@@ -121,7 +123,7 @@ def evaluate(
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
     if divergence and len(models) < 2:
         raise RacError("--divergence compares pruned models with the first one; name at least two models")
-    asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
+    asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p, run_code)
     asked = asked.with_preset(preset, written_options(context))
     asked.check(divergence=divergence, direct=direct)
     in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve)
@@ -164,10 +166,10 @@ def evaluate(
     else:
         limits = asked.limits() | {"batch_size": batch_size, "seed": seed}
         if in_file.wanted:
-            where, verifiers = asked.where(), asked.verifiers()
+            where, verifiers = asked.where(), asked.verifiers(chosen)
             found = [in_file.run(name, chosen, where, limits, choice.prompt, precision, verifiers) for name in models]
         else:
-            limits["verifiers"] = asked.verifiers()
+            limits["verifiers"] = asked.verifiers(chosen)
             with resumable(
                 "no answer is kept; run the same command again, for one model with --answers FILE to keep them"
             ):
@@ -237,7 +239,9 @@ def _accuracy(
             return direct_answer_prompt(tokenizer, question, prompt.system_prompt)
         return render_prompt(tokenizer, question, prompt.system_prompt, prompt.template, prompt.thinking)
 
-    return [run(*load(name, precision), problems, label=name, render=render, **limits) for name in models]
+    return [
+        run(*load_on_accelerator(name, precision), problems, label=name, render=render, **limits) for name in models
+    ]
 
 
 def _divergence(
@@ -248,9 +252,9 @@ def _divergence(
     from rac_modifier.evaluation.plot import plot_divergence
     from rac_modifier.evaluation.report import divergence_table
 
-    dense, tokenizer = load(models[0], precision)
+    dense, tokenizer = load_on_accelerator(models[0], precision)
     sequences = sample_sequences(dense, tokenizer, problems, sampling)
-    results = [divergence(dense, load(name, precision)[0], sequences, label=name) for name in models[1:]]
+    results = [divergence(dense, load_on_accelerator(name, precision)[0], sequences, label=name) for name in models[1:]]
     if plot is not None:
         plot_divergence(results, plot)
     return [result.as_dict() for result in results], divergence_table(results)

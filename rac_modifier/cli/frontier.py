@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rac_modifier.cli.benchmarks import AskedBenchmarks, digest_of
+from rac_modifier.cli.forecast import check as check_room
+from rac_modifier.cli.forecast import forecast, plan_of
 from rac_modifier.cli.interrupt import resumable
-from rac_modifier.cli.models import check_model, load, resolve
+from rac_modifier.cli.models import check_model, resolve
 from rac_modifier.cli.options import Dtype, Model, Precision
 from rac_modifier.errors import RacError
 
@@ -28,42 +31,61 @@ def frontier(
     model: Model,
     recipe_grid: Annotated[
         str,
-        typer.Option("--recipe-grid", metavar="GRID", help="a YAML file, or a shipped grid: small, paper, contenders"),
+        typer.Option(
+            "--recipe-grid", metavar="GRID", help="a YAML file, or a shipped grid: small, paper, contenders, ..."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder of the results; a folder with finished rows is gone on with")],
     precision: Precision = Dtype.AUTO,
     remove_models: Annotated[
         bool, typer.Option("--remove-models", help="remove each checkpoint when it is measured")
     ] = False,
-    check: Annotated[bool, typer.Option("--check", help="only check the grid against the model, and exit")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="only check the grid, say how long it takes (estimated), and exit")
+    ] = False,
 ) -> None:
-    """Run a grid of recipes on a model, and measure each: divergence, accuracy, bytes, and speed where asked.
+    """Run a grid of recipes on a model, and measure each: divergence, accuracy, bytes, speed and benchmarks where asked.
 
-    All rows are checked before the first starts. A row that is finished is not run again. Models are compressed in the dtype
-    that they are stored in; --precision is that of measuring. rac report draws the results.
+    All rows, memory and disk are checked before the first starts; --check says how long it takes, too. A row that is finished
+    is not run again. Models are compressed in the dtype that they are stored in; --precision is that of measuring. rac report
+    draws the results.
 
     Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
     """
+    from rac_modifier.sampling.own_server import check_serving
     from rac_modifier.settings.grid import load_grid, plan_rows, shared_prompt
 
     grid = load_grid(recipe_grid)
     source = resolve(model)
     check_model(source)
-    planned = plan_rows(grid, recipe_grid, _check_on(source))
+    skeleton = _skeleton(source)
+    planned = plan_rows(grid, recipe_grid, _check_on(skeleton))
     prompt = shared_prompt(planned, recipe_grid)
+    plan = plan_of(skeleton, planned, grid.evaluation)
+    if grid.evaluation.serve:
+        check_serving()
     if check:
-        typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))
+        lines = [f"{run.label}: {run.group}" for run in planned]
+        typer.echo("\n".join([*lines, *forecast(plan, out, keep_models=not remove_models)]))
         return
+    check_room(plan, out, keep_models=not remove_models)
+    benchmarks = AskedBenchmarks(grid.evaluation, prompt, precision, out)
     with resumable(_KEPT):
-        _run(model, planned, grid.evaluation, prompt, out, precision, remove_models)
+        _run(model, planned, grid.evaluation, prompt, out, precision, remove_models, benchmarks)
 
 
-def _check_on(source: str) -> Any:
-    """A check of recipes against the shapes of a model."""
+def _skeleton(source: str) -> Any:
+    """The model with shapes and without weights."""
     import rac_modifier  # noqa: F401 - registers the modifiers
-    from rac_modifier.llmcompressor.check_recipe import check_recipe, skeleton_of
+    from rac_modifier.llmcompressor.check_recipe import skeleton_of
 
-    skeleton = skeleton_of(source)
+    return skeleton_of(source)
+
+
+def _check_on(skeleton: Any) -> Any:
+    """A check of recipes against the shapes of a model."""
+    from rac_modifier.llmcompressor.check_recipe import check_recipe
+
     return lambda recipe: check_recipe(recipe, skeleton)
 
 
@@ -75,21 +97,22 @@ def _run(
     out: Path,
     precision: Dtype,
     remove_models: bool,
+    benchmarks: AskedBenchmarks,
 ) -> None:
     from rac_modifier.frontier.folder import FrontierFolder
     from rac_modifier.frontier.run import check_finished, run_grid
     from rac_modifier.machine_paths import public_name
     from rac_modifier.sampling.model_identity import ModelIdentity
 
-    tools = _tools(model, evaluation, prompt, precision, out)
     held_out = _held_out(evaluation, prompt)
+    tools = _tools(model, evaluation, prompt, precision, out, benchmarks)
     about = {
         "model": public_name(model),
         "fingerprint": ModelIdentity.of_files(str(tools.source)).fingerprint,
-        "evaluation": {**evaluation.model_dump(), "source": public_name(evaluation.source)},
+        "evaluation": {**evaluation.of_rows(), "source": public_name(evaluation.source)},
         "prompt": prompt.model_dump(),
         "precision": precision.value,
-        "problems": _digest(held_out),
+        "problems": digest_of(held_out.problems),
     }
     with FrontierFolder(out) as folder:
         folder.begin(about)
@@ -98,11 +121,18 @@ def _run(
     typer.echo(f"{len(planned) + 1} rows in {out}; look at them with: rac report {out} -o report.html")
 
 
-def _tools(model: str, evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path) -> Tools:
+def _tools(
+    model: str,
+    evaluation: GridEvaluation,
+    prompt: PromptSettings,
+    precision: Dtype,
+    out: Path,
+    benchmarks: AskedBenchmarks,
+) -> Tools:
     import yaml
 
     from rac_modifier.checkpoint.output_folder import local_folder
-    from rac_modifier.cli.models import unpacked
+    from rac_modifier.cli.models import load_on_accelerator, unpacked
     from rac_modifier.frontier.run import Tools
 
     source = local_folder(resolve(model))
@@ -119,9 +149,11 @@ def _tools(model: str, evaluation: GridEvaluation, prompt: PromptSettings, preci
 
     return Tools(
         source=source,
-        load=lambda folder: load(str(folder), precision),
+        load=lambda folder: load_on_accelerator(str(folder), precision),
         compress=compress,
         serve=_server(evaluation, prompt, precision, out) if evaluation.serve else None,
+        benchmarks=benchmarks.listed,
+        ask=benchmarks.ask,
     )
 
 
@@ -133,14 +165,13 @@ def _server(evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype
 
     VllmCommand.from_environment()  # refused before hours of work
     problems = _problems(evaluation)
-    where = {"source": evaluation.source, "column": evaluation.column, "answer_column": evaluation.answer_column}
-    limits = _limits(evaluation)
+    where, limits = evaluation.where(), _limits(evaluation)
 
     def serve(folder: Path, label: str) -> EvalResult:
         answers = out / "served" / f"{slug(label)}.jsonl"
         # answers of a run that was killed would be counted without the seconds that they took
         answers.unlink(missing_ok=True)
-        answering = Answering((), evaluation.batch_size, 1, answers, serve=True)
+        answering = Answering((), evaluation.concurrency or evaluation.batch_size, 1, answers, serve=True)
         return answering.run(str(folder), problems, where, limits, prompt, precision, {})
 
     return serve
@@ -162,9 +193,7 @@ def _held_out(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
 def _problems(evaluation: GridEvaluation) -> list[Any]:
     from rac_modifier.problems.held_out import held_out_problems
 
-    return held_out_problems(
-        evaluation.source, evaluation.problems, evaluation.seed, evaluation.column, evaluation.answer_column
-    )
+    return held_out_problems(count=evaluation.problems, seed=evaluation.seed, **evaluation.where())
 
 
 def _limits(evaluation: GridEvaluation) -> dict[str, Any]:
@@ -177,15 +206,6 @@ def _limits(evaluation: GridEvaluation) -> dict[str, Any]:
         "batch_size": evaluation.batch_size,
         "seed": evaluation.seed,
     }
-
-
-def _digest(held_out: HeldOut) -> str:
-    """Of the questions, so that a folder is not gone on with after a file of problems has changed."""
-    import hashlib
-    import json
-
-    asked = [[problem.id, problem.question, problem.answer] for problem in held_out.problems]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def _say(row: dict[str, Any]) -> None:

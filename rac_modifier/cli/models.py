@@ -56,6 +56,16 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     return load_model(source, dtype=precision.value), tokenizer
 
 
+def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
+    """`load`, and the model moved to the accelerator where there is one."""
+    import torch
+
+    loaded, tokenizer = load(model, precision)
+    if torch.accelerator.is_available():
+        loaded = loaded.to(torch.accelerator.current_accelerator())
+    return loaded, tokenizer
+
+
 def unpacked(source: str, precision: Dtype) -> Any:
     """What oneshot takes: the source itself, or where its weights are packed, which oneshot cannot load, the loaded model."""
     from rac_modifier.checkpoint.load import load_model

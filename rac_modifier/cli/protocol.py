@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Protocol:
         cap: most new tokens.
         temperature: None: greedy, or with --divergence the model's own.
         top_p: None: 0.95, or with --divergence the model's own.
+        run_code: programs in answers may be run on this machine.
         preset: where the values come from that no option sets.
         changed: by option that the user set, the preset's value.
     """
@@ -48,6 +49,7 @@ class Protocol:
     cap: int
     temperature: float | None
     top_p: float | None
+    run_code: bool = False
     preset: Preset | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -98,7 +100,19 @@ class Protocol:
         written = self.preset is None or "top_p" in self.changed
         if self.top_p is not None and written and not self.temperature and not divergence:
             raise RacError(f"--top-p {self.top_p:g} has no effect on greedy answers; give --temperature 0.6 with it")
-        if self.preset is not None and self.preset.layout.answers != "choices":
+        programs = self.preset is not None and self.preset.layout.answers == "program"
+        if self.run_code and not programs:
+            raise RacError("--run-code is for a preset whose answers are programs; leave it out")
+        if self.preset is not None and programs:
+            if not self.run_code:
+                raise RacError(
+                    f"--preset {self.preset.name} runs programs that the model wrote on this machine, confined as docs/cli.md "
+                    "says; if you want that, best in a container without network and data, give --run-code to rac eval"
+                )
+            from rac_modifier.problems.programs import examine_runner
+
+            examine_runner()
+        elif self.preset is not None and self.preset.layout.answers != "choices":
             from rac_modifier.problems.answer_checker import check_installed
 
             check_installed("mathematics")
@@ -143,17 +157,16 @@ class Protocol:
         top_p = TOP_P if self.top_p is None else self.top_p
         return {"max_new_tokens": self.cap, "temperature": self.temperature or 0.0, "top_p": top_p}
 
-    def verifiers(self) -> dict[str, Verifier]:
-        """By task, what replaces the mathematical comparison of answers."""
+    def verifiers(self, problems: Sequence[Problem]) -> dict[str, Verifier]:
+        """By task, what replaces the mathematical comparison of answers to these problems."""
         if self.preset is None:
             return {}
-        from rac_modifier.problems.benchmarks import VERIFIERS
+        from rac_modifier.problems.benchmarks import verifiers_of
 
-        layout = self.preset.layout
-        return {layout.task: VERIFIERS[layout.answers]} if layout.answers in VERIFIERS else {}
+        return verifiers_of(self.preset.layout, problems)
 
     def describe(self, asked: int) -> list[str]:
-        """A line that says what was asked by the preset, and what differs from it; none without a preset.
+        """A line that says what was asked by the preset, and what differs from it, and one on programs; none without a preset.
 
         Args:
             asked: how many problems.
@@ -167,7 +180,12 @@ class Protocol:
         differences = [f"{option.replace('_', '-')} is {value!r}" for option, value in self.changed.items()]
         if asked != self.preset.problems and "problems" not in self.changed:
             differences.append(f"problems is {self.preset.problems}")
-        return [f"{text} Not as published ({', '.join(differences)} there)." if differences else text]
+        lines = [f"{text} Not as published ({', '.join(differences)} there)." if differences else text]
+        if self.run_code:
+            from rac_modifier.problems.programs import describe_runner, examine_runner
+
+            lines.append(describe_runner(examine_runner()))
+        return lines
 
     def record(self, asked: int) -> dict[str, Any]:
         """Plain values for JSON: what was asked, how, and what the preset has where that differs.
@@ -178,4 +196,8 @@ class Protocol:
         values: dict[str, Any] = {**self.where(), "problems": asked, "samples": self.samples, **self.limits()}
         if self.preset is not None:
             values |= {"preset": self.preset.name, "published": {"problems": self.preset.problems, **self.changed}}
+        if self.run_code:
+            from rac_modifier.problems.programs import examine_runner
+
+            values["programs_confined"] = examine_runner()
         return values

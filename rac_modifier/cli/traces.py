@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +17,10 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.calibration.trace_pool import TracePool
+    from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.store import TraceStore
+
+_CONCURRENCY = 64  # the default
 
 app = typer.Typer(
     help="Collect a model's own chain-of-thought traces, inspect and export them.\n\nExample: rac traces collect --help",
@@ -31,11 +36,22 @@ StoresModel = Annotated[
 
 @app.command("collect")
 def collect(
-    model: Model, recipe: Recipe, set_: Overrides = None, precision: Precision = Dtype.AUTO, as_json: AsJson = False
+    model: Model,
+    recipe: Recipe,
+    set_: Overrides = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="sample with a vllm serve, which is stopped at the end")
+    ] = False,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=4096, help="with --serve: traces in progress at once")
+    ] = _CONCURRENCY,
+    precision: Precision = Dtype.AUTO,
+    as_json: AsJson = False,
 ) -> None:
     """Sample the traces that a recipe will calibrate on, without pruning.
 
-    A run that was killed continues where it ended when it is started again. `rac prune` with the same recipe uses the traces.
+    A run that was killed continues where it ended when it is started again. `rac prune` with the same recipe uses the traces,
+    whether this process or a server sampled them.
 
     Example: rac traces collect reasoner --recipe rac_2of4 --set calibration.tokens=32768
     """
@@ -44,9 +60,16 @@ def collect(
 
     name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
     settings = check_entry(entry, str(recipe), name)
-    with resumable("the traces that were collected are kept; run the same command again to go on"):
-        loaded, tokenizer = subject_of(model) if settings.traces.engine else load(model, precision)
-        pools = collect_for_calibration(loaded, tokenizer, settings.traces, settings.calibration.weighed())
+    if serve and settings.traces.engine:
+        raise RacError(
+            f"--serve starts a server, and the recipe names {settings.traces.engine.base_urls[0]}; leave one out"
+        )
+    if concurrency != _CONCURRENCY and not serve:
+        raise RacError(f"--concurrency {concurrency} is for --serve; a recipe's servers have traces.engine.concurrency")
+    served = _served(model, precision, concurrency, settings.traces) if serve else nullcontext(settings.traces)
+    with resumable("the traces that were collected are kept; run the same command again to go on"), served as traces:
+        loaded, tokenizer = subject_of(model) if traces.engine else load(model, precision)
+        pools = collect_for_calibration(loaded, tokenizer, traces, settings.calibration.weighed())
     if as_json:
         print_json({"parts": {part: _pool_figures(pool) for part, pool in pools.items()}})
         return
@@ -55,6 +78,21 @@ def collect(
         typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
         if selection.kept < selection.total:
             typer.echo(f"{part}: {selection.describe()}, {pool.usable_tokens():,} tokens")
+
+
+@contextmanager
+def _served(model: str, precision: Dtype, concurrency: int, traces: TraceSettings) -> Iterator[TraceSettings]:
+    """The settings with a `vllm serve` of the model as their server, inside the context."""
+    from rac_modifier.cli.answering import timeout_of
+    from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+    from rac_modifier.settings.sampling import EngineSettings
+
+    longest = max(
+        [traces.sampling.max_new_tokens, *(s.sampling.max_new_tokens for s in traces.sources.values() if s.sampling)]
+    )
+    with vllm_server(VllmCommand.from_environment(), resolve(model), precision.value) as url:
+        engine = EngineSettings(base_urls=(url,), concurrency=concurrency, timeout=timeout_of(longest))
+        yield traces.model_copy(update={"engine": engine})
 
 
 def _pool_figures(pool: TracePool) -> dict[str, Any]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
@@ -30,7 +33,7 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import engine_for, store_header
 from rac_modifier.traces.failures import forget_failures, read_failures
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.records import settings_of_record
+from rac_modifier.traces.records import Trace, settings_of_record
 from rac_modifier.traces.store import TraceStore
 
 
@@ -125,11 +128,20 @@ def _rows(
             f"{len(missing)} of {len(wanted)} answers are missing (the first: {missing[0]!r}, "
             f"{reasons.get(missing[0], 'not asked')}); what was answered is kept in {store.path}: run again to ask for the others"
         )
-    rows = {}
-    for trace in store:
-        if trace.id in wanted:
-            problem, sample = wanted[trace.id]
-            answer = Generation(trace.completion_ids, trace.finish_reason)
-            verifier = verifiers.get(problem.task or "")
-            rows[trace.id] = row_of(tokenizer, problem, len(trace.prompt_ids), answer, verifier, sample)
+
+    def checked(trace: Trace) -> Row:
+        problem, sample = wanted[trace.id]
+        answer = Generation(trace.completion_ids, trace.finish_reason)
+        return row_of(tokenizer, problem, len(trace.prompt_ids), answer, verifiers.get(problem.task or ""), sample)
+
+    chosen = (trace for trace in store if trace.id in wanted)
+    if not any(getattr(verifier, "slow", False) for verifier in verifiers.values()):
+        rows = {trace.id: checked(trace) for trace in chosen}
+    else:
+        traces = list(chosen)
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(traces), desc="checking", disable=None) as bar:
+            rows = {}
+            for trace, row in zip(traces, pool.map(checked, traces), strict=True):
+                rows[trace.id] = row
+                bar.update()
     return [rows[name] for name in wanted]

@@ -18,17 +18,20 @@ from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
 VERSION = 1
 """Of rows.jsonl, frontier.json and the traces; it changes when a reader of the old format would misread the new one."""
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
+BENCHMARKS = "benchmarks.jsonl"
 
 
 class FrontierFolder:
     """What `rac frontier` has measured so far. A context manager when rows are added: it holds the folder's lock.
 
     `frontier.json` says what all rows share (the dense model, the problems, the sampling); `rows.jsonl` has a JSON object per
-    finished row; `traces/` has a file per row; `models/` has the checkpoints.
+    finished row; `traces/` has a file per row; `models/` has the checkpoints; `benchmarks.jsonl` has a JSON object per model and
+    published benchmark.
 
     Attributes:
         about: what all rows share.
         rows: those that are finished, in the order in which they were.
+        benchmarks: results of published benchmarks, each with the label of its row and the benchmark's name.
     """
 
     def __init__(self, folder: Path):
@@ -44,6 +47,7 @@ class FrontierFolder:
             self.about = read_json(folder / ABOUT)
             _check_version(self.about, folder / ABOUT)
         self.rows, self._end = _read_rows(folder / ROWS)
+        self.benchmarks, self._benchmarks_end = _read_rows(folder / BENCHMARKS)
 
     @classmethod
     def read(cls, folder: Path) -> FrontierFolder:
@@ -90,23 +94,30 @@ class FrontierFolder:
         Raises:
             RacError: nothing can be written.
         """
-        line = json.dumps({"version": VERSION, **row}, ensure_ascii=False, allow_nan=False) + "\n"
         text = json.dumps(
             {"version": VERSION, "traces": traces}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
         )
-        path = self.folder / ROWS
+        path = self.folder / TRACES
         try:
-            (self.folder / TRACES).mkdir(exist_ok=True)
+            path.mkdir(exist_ok=True)
             write_text_atomic(self._traces(row["label"]), text + "\n")
-            with path.open("ab") as file:
-                file.truncate(self._end)
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-                self._end = file.tell()
         except OSError as error:
-            raise RacError(f"{path}: cannot be written ({error}); make room, and run the same command again") from error
-        self.rows.append(json.loads(line))
+            raise _not_written(path, error) from error
+        self._end = _append(self.folder / ROWS, self._end, row, self.rows)
+
+    def benchmark(self, label: str, name: str) -> dict[str, Any] | None:
+        """The result of a benchmark for the row of this label."""
+        found = (each for each in self.benchmarks if (each["label"], each.get("benchmark")) == (label, name))
+        return next(found, None)
+
+    def add_benchmark(self, label: str, name: str, values: Mapping[str, Any]) -> None:
+        """Keep the result of a benchmark for the row of this label.
+
+        Raises:
+            RacError: nothing can be written.
+        """
+        values = {"label": label, "benchmark": name, **values}
+        self._benchmarks_end = _append(self.folder / BENCHMARKS, self._benchmarks_end, values, self.benchmarks)
 
     def traces(self, label: str) -> list[dict[str, Any]]:
         """The traces of a finished row.
@@ -152,6 +163,26 @@ class FrontierFolder:
 def slug(label: str) -> str:
     """A label as the name of a file: its letters and digits, and a hash that keeps two labels apart."""
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-')[:60]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def _append(path: Path, end: int, values: Mapping[str, Any], rows: list[dict[str, Any]]) -> int:
+    """Add a line behind the last whole one, to the file and to `rows`; returns where the file ends then."""
+    line = json.dumps({"version": VERSION, **values}, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        with path.open("ab") as file:
+            file.truncate(end)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            end = file.tell()
+    except OSError as error:
+        raise _not_written(path, error) from error
+    rows.append(json.loads(line))
+    return end
+
+
+def _not_written(path: Path, error: OSError) -> RacError:
+    return RacError(f"{path}: cannot be written ({error}); make room, and run the same command again")
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:

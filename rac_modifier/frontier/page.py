@@ -21,7 +21,8 @@ from typing import Any
 import yaml
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.paired import PairedDifference
+from rac_modifier.evaluation.paired import PairedDifference, paired_difference
+from rac_modifier.evaluation.results import EvalResult
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
 
@@ -89,7 +90,11 @@ def _study(group: list[FrontierFolder]) -> dict[str, Any]:
         f"at most {asked['cap']} new tokens.\nKL and top-1 agreement are measured on the dense model's answers to them. Bytes "
         "are those of the tensors in the files."
     )
-    return {"name": f"{about['model']}, {asked['source']}", "about": text, "rows": [_row(row) for row in _rows(group)]}
+    return {
+        "name": f"{about['model']}, {asked['source']}",
+        "about": text,
+        "rows": [_row(row) | {"benchmarks": _benchmarks(group, row["label"])} for row in _rows(group)],
+    }
 
 
 def _rows(group: list[FrontierFolder]) -> list[dict[str, Any]]:
@@ -134,6 +139,29 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         "not_served": (served or {}).get("not_measured"),
         "layers": [[name, values["error"], values["sparsity"]] for name, values in row["layers"].items()],
     }
+
+
+def _benchmarks(group: list[FrontierFolder], label: str) -> dict[str, dict[str, Any]]:
+    """What the page needs of the published benchmarks of a row, by name."""
+    found = [each for folder in group for each in folder.benchmarks]
+    dense = {each["benchmark"]: EvalResult.from_dict(each["result"]) for each in found if each["label"] == DENSE}
+    values = {}
+    for each in found:
+        if each["label"] != label:
+            continue
+        name, result = each["benchmark"], EvalResult.from_dict(each["result"])
+        paired = None if label == DENSE or name not in dense else paired_difference(dense[name], result)
+        values[name] = {
+            "accuracy": [result.accuracy, result.ci_low, result.ci_high],
+            "asked": (
+                f"{result.problems} problems, {result.samples} answer{'s' if result.samples > 1 else ''} each, "
+                f"at most {result.cap:,} new tokens"
+            ),
+            "thinking": result.mean_thinking_tokens,
+            "cut": result.unfinished_share,
+            "paired": paired and paired.describe(),
+        }
+    return values
 
 
 def _traces(group: list[FrontierFolder], most: int) -> dict[str, Any]:

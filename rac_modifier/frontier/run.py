@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
@@ -10,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from loguru import logger
 
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
 from rac_modifier.files import read_json
+from rac_modifier.frontier.benchmarks import Ask, Benchmark, ask_benchmarks, check_benchmarks, missing_benchmarks
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut, Measured, layers_of, measure, measure_dense
 from rac_modifier.frontier.sizes import checkpoint_bytes
@@ -32,12 +35,16 @@ class Tools:
         load: a model folder to the model in memory and its tokenizer.
         compress: a recipe applied to the dense model, and saved to a folder.
         serve: tokens per second of a served model folder, as an evaluation; None: not asked for.
+        benchmarks: what each model is asked besides.
+        ask: asks it.
     """
 
     source: Path
     load: Callable[[Path], tuple[Any, Any]]
     compress: Callable[[dict[str, Any], Path], None]
     serve: Callable[[Path, str], EvalResult] | None = None
+    benchmarks: Sequence[Benchmark] = ()
+    ask: Ask | None = None
 
 
 def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> None:
@@ -52,7 +59,7 @@ def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> Non
     if changed:
         raise RacError(
             f"{folder.folder} has rows that were run with another recipe: {', '.join(changed)}; give the new ones another label, "
-            "or name another folder"
+            "out, or name another folder"
         )
 
 
@@ -76,9 +83,13 @@ def run_grid(
         report: called with each new row.
 
     Raises:
-        RacError: what compressing and measuring raise. Rows that are finished stay.
+        RacError: what compressing and measuring raise; benchmarks that could not be measured, when all else is done. What is
+            finished stays.
     """
     check_finished(folder, planned)
+    check_benchmarks(folder, tools.benchmarks)
+    _check_models(folder, planned, tools)
+    failed: dict[str, str] = {}
     if folder.row(DENSE) is None:
         started = time.monotonic()
         model, tokenizer = tools.load(tools.source)
@@ -88,15 +99,59 @@ def run_grid(
         row |= {"served": _served(tools, tools.source, DENSE), "layers": {}, "compressing": None}
         folder.add({**row, "seconds": time.monotonic() - started}, found.traces)
         report(folder.rows[-1])
+    _benchmarks(folder, DENSE, tools.source, tools, failed)
     for number, run in enumerate(planned, 1):
-        if folder.row(run.label) is not None:
+        new = folder.row(run.label) is None
+        if new:
+            logger.info(f"{run.label}: row {number} of {len(planned)}")
+            _finish(folder, run, held_out, tools)
+            report(folder.rows[-1])
+        else:
             logger.info(f"{run.label}: finished already")
-            continue
-        logger.info(f"{run.label}: row {number} of {len(planned)}")
-        _finish(folder, run, held_out, tools)
-        if remove_models:
+        asked = _benchmarks(folder, run.label, folder.model(run.label), tools, failed)
+        if (new or asked) and remove_models and run.label not in failed:
             shutil.rmtree(folder.model(run.label))
-        report(folder.rows[-1])
+    if failed:
+        reasons = "".join(f"\n- {label}: {reason}" for label, reason in failed.items())
+        raise RacError(
+            f"the rows are in {folder.folder}, but not all benchmarks; run the same command again to go on with them{reasons}"
+        )
+
+
+def _check_models(folder: FrontierFolder, planned: Sequence[PlannedRow], tools: Tools) -> None:
+    """Refuse benchmarks of finished rows whose checkpoints are no longer there."""
+    finished = [run.label for run in planned if folder.row(run.label) is not None]
+    gone = [
+        label
+        for label in finished
+        if missing_benchmarks(folder, label, tools.benchmarks) and not folder.model(label).is_dir()
+    ]
+    if gone:
+        raise RacError(
+            f"{folder.folder} has no checkpoint any more of {', '.join(gone)}, so the benchmarks cannot be asked; leave them "
+            "out, or name another folder"
+        )
+
+
+def _benchmarks(folder: FrontierFolder, label: str, model: Path, tools: Tools, failed: dict[str, str]) -> bool:
+    """Ask what is missing; a reason why that cannot be done is added to `failed`, and the other rows go on.
+
+    Returns:
+        whether anything was missing.
+    """
+    if tools.ask is None or not missing_benchmarks(folder, label, tools.benchmarks):
+        return False
+    _free_accelerator()
+    if reason := ask_benchmarks(folder, label, model, tools.benchmarks, tools.ask):
+        failed[label] = reason
+    return True
+
+
+def _free_accelerator() -> None:
+    """Give the device memory of models that are gone back, for a server on the same device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools) -> None:
@@ -146,6 +201,7 @@ def _served(tools: Tools, model: Path, label: str) -> dict[str, Any] | None:
     """Speed and accuracy of a served run; or, where this model cannot be served, the reason."""
     if tools.serve is None:
         return None
+    _free_accelerator()
     try:
         result = tools.serve(model, label)
     except RacError as error:

@@ -11,7 +11,12 @@ from rac_modifier.settings.problems import ProblemSource
 
 
 def held_out_problems(
-    source: str, count: int, seed: int = 0, column: str | None = None, answer_column: str | None = None
+    source: str,
+    count: int,
+    seed: int = 0,
+    column: str | None = None,
+    answer_column: str | None = None,
+    split: str = "train",
 ) -> list[Problem]:
     """`count` problems with answers: the test split of "arithmetic", or the first problems of any other source for this seed.
 
@@ -28,9 +33,8 @@ def held_out_problems(
         except ValueError as error:
             raise RacError(str(error)) from error
         return [Problem(f"{s.task}:{','.join(map(str, s.operands))}", s.question, s.answer, s.task) for s in solved]
-    problems = list(
-        islice(load_problems(ProblemSource(source=source, column=column, answer_column=answer_column), seed), count)
-    )
+    asked = ProblemSource(source=source, column=column, answer_column=answer_column, split=split)
+    problems = list(islice(load_problems(asked, seed), count))
     if len(problems) < count:
         raise RacError(f"{source} gave {len(problems)} problems of the {count} asked for; ask for fewer")
     return problems

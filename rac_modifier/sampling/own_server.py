@@ -89,6 +89,25 @@ class VllmCommand:
         return {"VLLM_NO_USAGE_STATS": "1", **variables}
 
 
+def check_serving() -> None:
+    """Refuse early what every served model would fail at: no vLLM, or none with this package, whose plugin reads packed files.
+
+    Raises:
+        RacError: saying what is missing, and what to do.
+    """
+    command = VllmCommand.from_environment()
+    python = Path(command.path).parent / "python"
+    if not python.exists():
+        logger.info(f"{command.path} has no python beside it, so it is not known whether it has this package")
+        return
+    asked = [str(python), "-I", "-c", "from importlib.metadata import version; version('rac-modifier')"]
+    if subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
+        raise RacError(
+            f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed checkpoints; "
+            f"{python} -m pip install 'rac-modifier[serve]'"
+        )
+
+
 @contextmanager
 def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterator[str]:
     """Run `vllm serve` inside the context, which gets its address.

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import Settings
 from rac_modifier.settings.entries import CalibrationEntry
+from rac_modifier.settings.grid_benchmarks import GridBenchmark
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.prompt import PromptSettings
 from rac_modifier.settings.recipe import (
@@ -38,20 +39,42 @@ class GridEvaluation(Settings):
     source: str = Field("arithmetic", min_length=1, description="problems, as `rac eval --source` takes them")
     column: str | None = Field(None, description="column of the question (file or dataset)")
     answer_column: str | None = Field(None, description="column of the answer; without answers no accuracy is measured")
+    split: str = Field("train", description="split of a Hugging Face dataset")
     problems: int = Field(100, ge=1, description="how many problems")
     cap: int = Field(512, ge=1, description="most new tokens per answer")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1, description="with a temperature above 0; default 0.95")
     batch_size: int = Field(64, ge=1, description="answers generated together")
     seed: int = Field(0, description="of the problems and the sampling")
-    serve: bool = Field(False, description="measure tokens per second of a `vllm serve` of each model, too")
+    serve: bool = Field(
+        False, description="measure tokens per second of a `vllm serve` of each model, too, and ask it the benchmarks"
+    )
+    concurrency: int | None = Field(
+        None, ge=1, le=4096, description="with serve: answers in progress at once; default: batch_size"
+    )
+    benchmarks: list[GridBenchmark] = Field([], description="published benchmarks that each model is asked, besides")
 
     @model_validator(mode="after")
     def _only_what_counts(self) -> Self:
+        names = [benchmark.preset for benchmark in self.benchmarks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RacError(f"benchmarks names {twice} twice; name each once")
+        if self.concurrency is not None and not self.serve:
+            raise RacError(f"concurrency={self.concurrency} is for a server; set serve: true, or set batch_size")
         if self.top_p is not None and not self.temperature:
             raise RacError(f"top_p={self.top_p:g} has no effect on greedy answers; set a temperature, or leave it out")
-        ProblemSource(source=self.source, column=self.column, answer_column=self.answer_column)
+        ProblemSource(**self.where())
         return self
+
+    def where(self) -> dict[str, Any]:
+        """The fields of `ProblemSource` that say where the problems come from."""
+        return self.model_dump(include={"source", "column", "answer_column", "split"})
+
+    def of_rows(self) -> dict[str, Any]:
+        """What all rows of a folder share; benchmarks can be added later."""
+        later = {"split": "train", "concurrency": None}  # settings that older folders do not have
+        values = self.model_dump(exclude={"benchmarks"})
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 class GridRow(Settings):

@@ -22,6 +22,10 @@ def frontier(b: Bench, *rows: dict[str, Any], **parts: Any) -> None:
     b.rac("frontier", b.folder, "--recipe-grid", path, "--out", b.tmp / "out")
 
 
+def collect(b: Bench, *options: str) -> None:
+    b.rac("traces", "collect", b.folder, "-r", "rac_2of4", *options)
+
+
 def changed(b: Bench, name: str, old: str, new: str) -> Path:
     """A folder of results with another text in one of its files."""
     path = write_sample(b.tmp / "sample") / name
@@ -80,8 +84,43 @@ CASES += [
     ),
     Case(
         "`rac frontier` with a grid that is not there",
-        "name a YAML file, or one of contenders, paper, small",
+        "name a YAML file, or one of contenders, paper, r1_distill_1_5b, small",
         lambda b: b.rac("frontier", b.folder, "--recipe-grid", "none.yaml", "--out", b.tmp / "out"),
+    ),
+    Case(
+        "a grid with a benchmark that does not exist",
+        "no preset 'math'; use one of aime24, aime25, gpqa-diamond, gsm8k",
+        lambda b: frontier(b, evaluation={"benchmarks": [{"preset": "math"}]}),
+    ),
+    Case(
+        "a grid with a benchmark twice",
+        "benchmarks names math-500 twice; name each once",
+        lambda b: frontier(b, evaluation={"benchmarks": [{"preset": "math-500"}, {"preset": "math-500", "cap": 9}]}),
+    ),
+    Case(
+        "a grid with a concurrency and no server",
+        "concurrency=9 is for a server; set serve: true, or set batch_size",
+        lambda b: frontier(b, evaluation={"concurrency": 9}),
+    ),
+    Case(
+        "a grid that does not fit the memory or the disk",
+        "nothing was started, because this does not fit:\n- ",
+        lambda b: frontier(b, shared={"calibration": {"tokens": 10**15}}),
+    ),
+    Case(
+        "a grid whose models are served, without a vllm",
+        "is no command that can be run; name the vllm of the environment that has it",
+        lambda b: (b.monkeypatch.setenv("RAC_VLLM", "/no/vllm"), frontier(b, evaluation={"serve": True})),
+    ),
+    Case(
+        "`rac traces collect --serve` with a recipe that names servers",
+        "--serve starts a server, and the recipe names http://127.0.0.1:9/v1; leave one out",
+        lambda b: collect(b, "-s", 'traces.engine={"base_urls": ["http://127.0.0.1:9"]}', "--serve"),
+    ),
+    Case(
+        "`rac traces collect --concurrency` without a server",
+        "--concurrency 9 is for --serve",
+        lambda b: collect(b, "--concurrency", "9"),
     ),
     Case(
         "`rac frontier` into a folder of another model",

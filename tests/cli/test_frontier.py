@@ -15,7 +15,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from rac_modifier.cli.frontier import _digest, _held_out, _server
+from rac_modifier.cli.benchmarks import digest_of
+from rac_modifier.cli.frontier import _held_out, _server
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
@@ -70,7 +71,10 @@ def test_a_whole_grid_is_checked_before_anything_runs(rac: Rac, grid: Any, tiny_
 
 def test_check_names_the_rows_and_writes_nothing(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
     code, out, _ = rac("frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out", "--check")
-    assert (code, out.splitlines()) == (0, ["2:4: sparse", "int4: dense quantized"])
+    lines = out.splitlines()
+    assert (code, lines[:2]) == (0, ["2:4: sparse", "int4: dense quantized"])
+    assert lines[2].startswith("Estimated, not measured: ")
+    assert lines[-1].startswith("disk: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -155,5 +159,5 @@ def test_the_questions_are_part_of_what_a_folder_is_of(tmp_path: Path) -> None:
     for question in ("one?", "two?"):
         path.write_text(json.dumps({"question": question, "answer": "1"}) + "\n")
         evaluation = GridEvaluation(source=str(path), answer_column="answer", problems=1)
-        digests.add(_digest(_held_out(evaluation, PromptSettings())))
+        digests.add(digest_of(_held_out(evaluation, PromptSettings()).problems))
     assert len(digests) == 2

@@ -57,3 +57,11 @@ def test_the_output_must_be_a_new_or_empty_folder_with_room(tiny_folder, tmp_pat
         models.check_output(tmp_path / "new", str(tiny_folder))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size))
     models.check_output(tmp_path / "new", str(tiny_folder))
+
+
+def test_a_model_is_put_on_the_accelerator_where_there_is_one(tiny_folder, monkeypatch):
+    model, _ = models.load_on_accelerator(str(tiny_folder), Dtype.AUTO)
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert models.load_on_accelerator(str(tiny_folder), Dtype.AUTO)[0].device.type == "meta"

@@ -1,6 +1,8 @@
 import json
 
 from rac_modifier.traces.store import TraceStore
+from tests.sampling import fake_vllm
+from tests.sampling.fake_server import shorten_pauses
 
 
 def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
@@ -64,3 +66,27 @@ def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
 
     out = tmp_path / "new.parquet"
     assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {"output": str(out), "traces": len(held)}
+
+
+def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(
+    rac, tiny_folder, recipe_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
+    shorten_pauses(monkeypatch)
+    options = ("-r", recipe_file, "-s", "traces.store=new.jsonl", "-s", "calibration.tokens=120")
+    served = ("traces", "collect", tiny_folder, *options, "--serve", "--concurrency", 3, "--precision", "float32")
+    code, _, error = rac(*served)
+    assert code == 0, error
+    assert len(fake_vllm.starts(tmp_path)) == 1
+    assert fake_vllm.left_over(tmp_path) == []
+    store = TraceStore.read(tmp_path / "new.jsonl")
+    assert store.header.engine.kind == "openai"
+    before = (tmp_path / "new.jsonl").read_bytes()
+    code, out, error = rac(*served)
+    assert code == 0, error
+    assert out.startswith(f"new.jsonl: {len(store)} traces")
+    assert (tmp_path / "new.jsonl").read_bytes() == before
+    code, _, error = rac("traces", "collect", tiny_folder, *options)
+    assert code == 1
+    assert "holds another model" in error, "the tokens of the fake server are not this model's"

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.page import page
 from tests.frontier.sample import ABOUT, HOSTILE, ROWS, write_sample
+from tests.frontier.test_benchmarks import result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -60,6 +62,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     first = write_sample(folder / "a")
     second = write_sample(folder / "b", {**ABOUT, "model": "another"}, ROWS[:2], problems=1)
+    with FrontierFolder(second) as results:
+        for label, right in (("dense", 4), ("50 %", 1)):
+            results.add_benchmark(label, "math-500", {"asked": {}, "result": result(label, right).as_dict()})
+        results.add_benchmark("dense", HOSTILE, {"asked": {}, "result": result("dense", 2).as_dict()})
     (folder / "report.html").write_text(page([first, second], 300))
     return folder / "report.html"
 
@@ -207,3 +213,23 @@ def test_in_print_the_answers_are_whole_and_the_controls_are_gone(opened: Opened
     assert not opened.page.locator("#find").is_visible()
     assert opened.page.locator("#charts").is_visible()
     assert opened.page.evaluate("getComputedStyle(document.querySelector('.answer')).maxHeight") == "none"
+
+
+def test_the_accuracy_on_a_benchmark(opened: Opened) -> None:
+    assert not opened.page.locator("#asked-choice").is_visible(), "this study has none"
+    opened.page.select_option("#study", "1")
+    assert opened.page.locator("#asked-choice").is_visible()
+    assert opened.texts("#asked option") == ["the held-out problems", "math-500", HOSTILE]
+    heads = opened.texts("#rows thead th")
+    column = heads.index("math-500")
+    assert opened.texts(f"#rows tbody tr > :nth-child({column + 1})") == ["100.0 %", "25.0 %"]
+    assert opened.texts(f"#rows tbody tr > :nth-child({heads.index(HOSTILE) + 1})") == ["50.0 %", "-"]
+    opened.page.select_option("#asked", "math-500")
+    assert opened.texts("#charts figcaption")[0] == "Accuracy on math-500 against bytes"
+    assert opened.count(POINTS) == 2
+    opened.page.select_option("#asked", HOSTILE)
+    assert opened.count(POINTS) == 1
+    assert "# math-500 (4 problems, 1 answer each, at most 9 new tokens): 25.0 %" in opened.text("#recipe")
+    assert "50 % against dense: -75.0 points" in opened.text("#recipe")
+    opened.page.select_option("#study", "0")
+    assert opened.texts("#charts figcaption")[0] == "Accuracy against bytes"

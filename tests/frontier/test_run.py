@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.errors import RacError
+from rac_modifier.frontier.benchmarks import Benchmark
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut
 from rac_modifier.frontier.run import Tools, run_grid
 from rac_modifier.problems.source import Problem
 from rac_modifier.settings.grid import PlannedRow
 from rac_modifier.settings.sampling import SamplingSettings
+from tests.frontier.test_benchmarks import result
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 HELD_OUT = HeldOut(
@@ -148,3 +150,31 @@ def test_what_cannot_be_served_has_a_reason(bench: Bench) -> None:
     rows = bench.run(ROWS[:1], tools=replace(bench.tools(), serve=serve))
     assert rows[0]["served"] == dict.fromkeys(("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds"), 2.0)
     assert rows[1]["served"] == {"not_measured": "no kernel reads 3 bits"}
+
+
+def test_benchmarks_are_asked_per_model_and_one_that_fails_stops_no_other(bench: Bench) -> None:
+    asked: list[str] = []
+    broken = {"a"}
+
+    def ask(model: Path, label: str, wanted):
+        asked.append(f"{label} of {model.name.partition('-')[0]}")
+        for benchmark in wanted:
+            if label in broken:
+                raise RacError("no kernel reads 3 bits")
+            yield benchmark, result(label)
+
+    tools = replace(bench.tools(), benchmarks=[Benchmark("math", {"cap": 9})], ask=ask)
+    with pytest.raises(
+        RacError, match=r"not all benchmarks; run the same command again .*\n- a: no kernel reads 3 bits$"
+    ):
+        bench.run(ROWS[:2], tools=tools, remove_models=True)
+    assert asked == [f"dense of {bench.dense.name}", "a of a", "b of b"]
+    assert [path.name[0] for path in (bench.out / "models").iterdir()] == ["a"], "b was measured, a is still needed"
+    broken.clear()
+    asked.clear()
+    bench.run(ROWS[:2], tools=tools, remove_models=True)
+    assert asked == ["a of a"]
+    assert list((bench.out / "models").iterdir()) == []
+    more = replace(tools, benchmarks=[*tools.benchmarks, Benchmark("aime", {"cap": 9})])
+    with pytest.raises(RacError, match="no checkpoint any more of a, b, so the benchmarks cannot be asked"):
+        bench.run(ROWS[:2], tools=more)

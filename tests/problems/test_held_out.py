@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.held_out import held_out_problems
@@ -33,3 +34,8 @@ def test_a_file_with_answers(tmp_path):
 def test_too_few():
     with pytest.raises(RacError, match="0 problems"):
         held_out_problems("arithmetic", 0)
+
+
+def test_the_split_is_that_of_a_dataset(tmp_path):
+    with pytest.raises(ValidationError, match=r"split=.test. does not apply"):
+        held_out_problems(str(tmp_path / "problems.jsonl"), 1, split="test")

@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.own_server import VllmCommand, last_lines, vllm_server
+from rac_modifier.sampling.own_server import VllmCommand, check_serving, last_lines, vllm_server
 from tests.sampling import fake_vllm
 
 HOLDER = """
@@ -177,3 +177,19 @@ def test_last_lines_of_a_long_log_with_bytes_that_are_no_text(tmp_path):
         log.write(b"!")  # still at the end
         log.flush()
         assert last_lines(log, 1) == ["end!"]
+
+
+def test_an_environment_without_our_plugin_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
+    check_serving()  # there is no python to ask beside it
+    python = tmp_path / "python"
+    for code in (0, 1):
+        python.write_text(f'#!/bin/sh\n[ "$1" = -I ] && exit {code}\n')
+        python.chmod(0o755)
+        if code == 0:
+            check_serving()
+            continue
+        with pytest.raises(
+            RacError, match=r"lacks rac-modifier, whose plugin reads packed checkpoints; .*python -m pip install"
+        ):
+            check_serving()

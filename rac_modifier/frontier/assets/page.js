@@ -1,7 +1,7 @@
 // The page: which rows are shown, which one is chosen, and everything that depends on it.
 const $ = (id) => document.getElementById(id);
 const STUDIES = JSON.parse($("data").textContent).studies;
-const state = { study: 0, hidden: new Set(), find: "", bytes: "total", chosen: "", problem: 0 };
+const state = { study: 0, hidden: new Set(), find: "", bytes: "total", asked: "", chosen: "", problem: 0 };
 let allTraces = null;
 
 const study = () => STUDIES[state.study];
@@ -10,6 +10,8 @@ const look = (group) => lookOf(group, groupsOf());
 const rowOf = (label) => study().rows.find((row) => row.label === label);
 const shown = () => study().rows.filter((row) =>
   !state.hidden.has(row.group) && row.label.toLowerCase().includes(state.find.toLowerCase()));
+const benchmarksOf = () => [...new Set(study().rows.flatMap((row) => Object.keys(row.benchmarks)))];
+const accuracyOf = (row, asked = state.asked) => (asked ? row.benchmarks[asked]?.accuracy : row.accuracy);
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 const small = (value) => (value < 0.001 && value > 0 ? value.toExponential(1) : value.toFixed(4));
 const megabytes = (bytes) => (bytes / 1e6).toFixed(bytes < 1e8 ? 3 : 1);
@@ -33,6 +35,7 @@ function drawGroups() {
 function describe(row) {
   const lines = [row.label, `${megabytes(row.bytes.total)} MB in all, ${row.bytes.bits_per_weight.toFixed(2)} bits per weight`];
   if (row.accuracy) lines.push(`accuracy ${percent(row.accuracy[0])} (${percent(row.accuracy[1])} to ${percent(row.accuracy[2])})`);
+  for (const [name, { accuracy }] of Object.entries(row.benchmarks)) lines.push(`${name} ${percent(accuracy[0])} (${percent(accuracy[1])} to ${percent(accuracy[2])})`);
   if (row.kl) lines.push(`KL ${small(row.kl[0])} nats per token, top-1 agreement ${percent(row.agreement[0], 2)}`);
   if (row.speed) lines.push(`${row.speed.toFixed(0)} tokens per second`);
   return `${lines.join("\n")}\n\n${row.recipe}`;
@@ -72,9 +75,9 @@ function drawCharts() {
   const figures = [];
   for (const [xLabel, name, x, better] of axes) {
     const rows = shown().filter((row) => x(row) !== null);
-    const right = rows.filter((row) => row.accuracy), apart = rows.filter((row) => row.kl);
-    if (right.length) figures.push(chart(right.map((row) => point(row, x(row), row.accuracy)), {
-      title: `Accuracy against ${name}`, xLabel, yLabel: "accuracy", format: (y) => percent(y, 0), within: [0, 1.001],
+    const right = rows.filter((row) => accuracyOf(row)), apart = rows.filter((row) => row.kl);
+    if (right.length) figures.push(chart(right.map((row) => point(row, x(row), accuracyOf(row))), {
+      title: `Accuracy${state.asked && ` on ${state.asked}`} against ${name}`, xLabel, yLabel: "accuracy", format: (y) => percent(y, 0), within: [0, 1.001],
       better: [better, 1] }, look, state.chosen, events));
     if (apart.length) figures.push(chart(apart.map((row) => point(row, x(row), error(row.kl))), {
       title: `KL from the dense model against ${name}`, xLabel, yLabel: "KL in nats per token",
@@ -104,10 +107,12 @@ const COLUMNS = [
 ];
 
 function drawTable() {
-  const head = make("tr", {}, ...COLUMNS.map(([name]) => make("th", { scope: "col", text: name })));
+  const asked = benchmarksOf().map((name) => [name, (row) => accuracyOf(row, name) ? percent(accuracyOf(row, name)[0]) : "-"]);
+  const columns = [...COLUMNS.slice(0, 7), ...asked, ...COLUMNS.slice(7)];
+  const head = make("tr", {}, ...columns.map(([name]) => make("th", { scope: "col", text: name })));
   const body = shown().map((row) => {
     const button = make("button", { type: "button", text: row.label, title: row.not_served || "" });
-    const cells = COLUMNS.slice(1).map(([, value]) => make("td", { text: value(row) }));
+    const cells = columns.slice(1).map(([, value]) => make("td", { text: value(row) }));
     const line = make("tr", { "data-label": row.label }, make("th", { scope: "row" }, button), ...cells);
     line.classList.toggle("chosen", row.label === state.chosen);
     line.addEventListener("click", () => choosing(row.label));
@@ -126,7 +131,9 @@ function choosing(label) {
   state.chosen = label;
   const row = rowOf(label);
   $("chosen").textContent = label;
-  $("recipe").textContent = row.recipe + (row.paired ? `\n# ${row.paired}` : "") + (row.not_served ? `\n# not served: ${row.not_served}` : "");
+  $("recipe").textContent = row.recipe + (row.paired ? `\n# ${row.paired}` : "")
+    + Object.entries(row.benchmarks).map(([name, each]) => `\n# ${name} (${each.asked}): ${percent(each.accuracy[0])}, ${each.thinking.toFixed(0)} thinking tokens, ${percent(each.cut)} cut${each.paired ? `; ${each.paired}` : ""}`).join("")
+    + (row.not_served ? `\n# not served: ${row.not_served}` : "");
   drawRows();
   drawLayers(row);
   drawLengths(row);
@@ -254,6 +261,11 @@ async function unpack() {
 // --- start -----------------------------------------------------------------------------------------------------------
 function drawStudy() {
   state.hidden.clear();
+  state.asked = "";
+  const names = benchmarksOf(), held = study().rows.some((row) => row.accuracy);
+  $("asked").replaceChildren(...["", ...names].map((name) => make("option", { value: name, text: name || "the held-out problems" })));
+  $("asked-choice").hidden = !names.length;
+  if (!held && names.length) $("asked").value = state.asked = names[0];
   $("about").textContent = study().about;
   drawGroups();
   choosing((study().rows.find((row) => row.group !== "dense") ?? study().rows[0]).label);
@@ -264,6 +276,7 @@ $("study-choice").hidden = STUDIES.length < 2;
 $("study").addEventListener("change", () => { state.study = Number($("study").value); state.problem = 0; drawStudy(); });
 $("find").addEventListener("input", () => { state.find = $("find").value; drawRows(); });
 document.querySelectorAll("input[name=bytes]").forEach((input) => input.addEventListener("change", () => { state.bytes = input.value; drawRows(); }));
+$("asked").addEventListener("change", () => { state.asked = $("asked").value; drawRows(); });
 $("which").addEventListener("change", drawProblems);
 $("problem").addEventListener("change", () => { state.problem = Number($("problem").value); drawAnswers(); });
 $("previous").addEventListener("click", () => step(-1));

@@ -1,0 +1,121 @@
+"""The benchmarks of a grid: what is asked, checked before anything runs, and who answers: this process, or `vllm serve`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rac_modifier.cli.answering import Answering
+from rac_modifier.cli.options import Dtype
+from rac_modifier.cli.protocol import Protocol
+
+if TYPE_CHECKING:
+    from rac_modifier.evaluation.results import EvalResult
+    from rac_modifier.frontier.benchmarks import Benchmark
+    from rac_modifier.problems.source import Problem
+    from rac_modifier.settings.grid import GridEvaluation
+    from rac_modifier.settings.grid_benchmarks import GridBenchmark
+    from rac_modifier.settings.prompt import PromptSettings
+
+
+def protocol_of(benchmark: GridBenchmark) -> Protocol:
+    """What is asked, as `rac eval --preset` would ask it.
+
+    Raises:
+        RacError: no preset of that name, or what cannot be asked.
+    """
+    given = benchmark.model_dump(exclude={"preset"}, exclude_none=True)
+    unset: dict[str, Any] = {"source": "", "column": None, "answer_column": None, "problems": 1, "samples": 1, "cap": 1}
+    options = {**unset, "temperature": None, "top_p": None, **given}
+    protocol = Protocol(**options).with_preset(benchmark.preset, given.keys())
+    protocol.check(divergence=False, direct=False)
+    return protocol
+
+
+def digest_of(problems: Sequence[Problem]) -> str:
+    """Of questions and answers, so that a folder is not gone on with after a file of problems has changed."""
+    asked = [[problem.id, problem.question, problem.answer] for problem in problems]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class AskedBenchmarks:
+    """The benchmarks of a grid, their problems loaded when they are first needed.
+
+    Attributes:
+        evaluation: of the grid.
+        prompt: of all models.
+        precision: of models in this process.
+        out: the folder of the frontier; the answers are kept in a folder of it.
+    """
+
+    evaluation: GridEvaluation
+    prompt: PromptSettings
+    precision: Dtype
+    out: Path
+
+    @cached_property
+    def _asked(self) -> dict[str, tuple[Protocol, list[Problem]]]:
+        protocols = {benchmark.preset: protocol_of(benchmark) for benchmark in self.evaluation.benchmarks}
+        return {name: (protocol, protocol.load(self.evaluation.seed)) for name, protocol in protocols.items()}
+
+    @cached_property
+    def listed(self) -> list[Benchmark]:
+        """What is asked, as plain values without paths.
+
+        Raises:
+            RacError: a preset that does not exist, or problems that cannot be loaded.
+        """
+        from rac_modifier.frontier.benchmarks import Benchmark
+        from rac_modifier.machine_paths import without_paths
+
+        def values(protocol: Protocol, problems: list[Problem]) -> dict[str, Any]:
+            more = {"seed": self.evaluation.seed, "questions": digest_of(problems)}
+            return without_paths({**protocol.record(len(problems)), **more})
+
+        return [Benchmark(name, values(*asked)) for name, asked in self._asked.items()]
+
+    def ask(self, model: Path, label: str, wanted: Sequence[Benchmark]) -> Iterator[tuple[Benchmark, EvalResult]]:
+        """Each result as soon as it is there; answers are kept, so that a run that was killed goes on. One server for all.
+
+        Raises:
+            RacError: a server that does not start or stops, or answers that are missing.
+        """
+        from rac_modifier.frontier.folder import slug
+
+        with self._servers(model) as servers:
+            for benchmark in wanted:
+                protocol, problems = self._asked[benchmark.name]
+                path = self.out / "benchmarks" / f"{slug(label)}-{benchmark.name}.jsonl"
+                answering = Answering(servers, self._concurrency, protocol.samples, path)
+                limits = {
+                    **protocol.limits(),
+                    "batch_size": self.evaluation.batch_size,
+                    "seed": self.evaluation.seed,
+                }
+                where, verifiers = protocol.where(), protocol.verifiers(problems)
+                yield (
+                    benchmark,
+                    answering.run(str(model), problems, where, limits, self.prompt, self.precision, verifiers),
+                )
+
+    @property
+    def _concurrency(self) -> int:
+        return self.evaluation.concurrency or self.evaluation.batch_size
+
+    @contextmanager
+    def _servers(self, model: Path) -> Iterator[tuple[str, ...]]:
+        """The server of a model, inside the context; none where this process answers."""
+        if not self.evaluation.serve:
+            yield ()
+            return
+        from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+
+        with vllm_server(VllmCommand.from_environment(), str(model), self.precision.value) as url:
+            yield (url,)

@@ -1,0 +1,204 @@
+"""How long a grid takes on one device, estimated before it runs.
+
+Two speeds of the device are measured in a second: B, bytes per second of a copy, and F, operations per second of a product (in
+the dtype of the model, and in float32). All else is arithmetic. For a model of P parameters and W bytes,
+
+    one token for each of c answers of n tokens     max((W + c n kv) / B, 2 P c / F) / E
+        and in this process                         + 1 ms per layer, for launches
+    T tokens of c answers at once                   T / c of these, with n half of the mean length
+    a forward pass over T tokens                    2 P T / (F E)
+    compressing with T tokens                       4 passes (two models, each seen and run), the statistics 2 T d^2 per group,
+                                                    and 24 steps of the solver, 2 d^2 r each, per matrix [r, d] in float32
+
+with kv the bytes of keys and values per token and E = 0.4, the share of the measured speed that such code reaches: an
+assumption, as is the mean length of an answer, 0.3 of its cap. What is printed is therefore marked as estimated; the upper figure
+is for answers that are all cut at their cap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+REACHED = 0.4
+MEAN_SHARE = 0.3
+LAUNCH = 1e-3  # seconds per layer and step
+START = 90.0  # seconds of a start of `vllm serve`
+_SOLVER_STEPS = 24  # ALPS and its refit; see pruning/solve.py
+_PASSES = 4
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides how much a model computes and keeps.
+
+    Attributes:
+        parameters: of the whole model.
+        matrices: rows and columns of its linear layers, without the head.
+        layers: transformer blocks.
+        hidden: width of the residual stream.
+        kv_bytes: of keys and values per token.
+        itemsize: bytes of a weight.
+    """
+
+    parameters: int
+    matrices: tuple[tuple[int, int], ...]
+    layers: int
+    hidden: int
+    kv_bytes: int
+    itemsize: int = 2
+
+    @classmethod
+    def of(cls, model: Any) -> ModelShape:
+        """Of a transformers model; shapes suffice, weights are not read."""
+        config = model.config.get_text_config()
+        head = model.get_output_embeddings()
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        keys = getattr(config, "num_key_value_heads", None) or heads
+        itemsize = (config.dtype or torch.float32).itemsize
+        return cls(
+            parameters=sum(weight.numel() for weight in {id(p): p for p in model.parameters()}.values()),
+            matrices=tuple((m.out_features, m.in_features) for m in linear),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            kv_bytes=2 * config.num_hidden_layers * keys * width * itemsize,
+            itemsize=itemsize,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of the dense weights."""
+        return self.parameters * self.itemsize
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions to one model: `answers` in all, at most `cap` new tokens each, `at_once` in progress, `served` by vLLM."""
+
+    name: str
+    answers: int
+    cap: int
+    at_once: int
+    served: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run: `rows` compressed models beside the dense one, each asked `asked`, calibrated on `tokens` traces."""
+
+    shape: ModelShape
+    rows: int
+    tokens: int
+    traces: Asked
+    asked: tuple[Asked, ...]
+    starts: int
+    """Of servers, per model."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a device: bytes per second of a copy, operations per second of a product in the model's dtype and in float32."""
+
+    copied: float
+    computed: float
+    computed32: float
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype) -> Speed:
+        """Of the accelerator, or the CPU where there is none."""
+        device, size = torch.device("cpu"), 256  # side of the matrices
+        if (accelerator := torch.accelerator.current_accelerator()) is not None:
+            device, size = accelerator, 4096
+        block = torch.zeros(size * size * 8, dtype=torch.uint8, device=device)
+        copy = _seconds(lambda: block.clone(), device)
+        products = [torch.ones(size, size, dtype=each, device=device) for each in (dtype, torch.float32)]
+        computed, computed32 = (2 * size**3 / _seconds(lambda x=x: x @ x, device) for x in products)
+        return cls(2 * block.numel() / copy, computed, computed32)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the run, in seconds: expected, and at most."""
+
+    name: str
+    seconds: float
+    most: float
+
+
+def estimate(plan: Plan, speed: Speed) -> list[Step]:
+    """The parts of a run and how long each takes, for all models together."""
+    models = plan.rows + 1
+    steps = [Step("traces", *_answering(plan.traces, plan.shape, speed))]
+    compressing = plan.rows * _compressing(plan, speed)
+    steps.append(Step(f"compress, {plan.rows} rows", compressing, compressing))
+    for asked in plan.asked:
+        expected, most = _answering(asked, plan.shape, speed)
+        steps.append(Step(f"{asked.name}, {models} models", models * expected, models * most))
+    if plan.starts:
+        steps.append(Step("starts of vllm serve", models * plan.starts * START, models * plan.starts * START))
+    return steps
+
+
+def describe(steps: Sequence[Step]) -> str:
+    """The estimate in lines, marked as such."""
+    width = max(len(step.name) for step in steps)
+    total, most = (sum(values) for values in zip(*((s.seconds, s.most) for s in steps), strict=True))
+    lines = [f"Estimated, not measured: {_time(total)}, or {_time(most)} if every answer is cut at its cap."]
+    lines += [f"  {s.name:{width}}  {_time(s.seconds)}, at most {_time(s.most)}" for s in steps]
+    lines += [
+        f"  Formula: max((weights + answers x length x kv) / bandwidth, 2 x parameters x answers / operations) / {REACHED:g} per",
+        f"  token. Bandwidth and operations were measured now, {REACHED:g} and a mean length of {MEAN_SHARE:g} x cap assumed.",
+    ]
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    """With a unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _answering(asked: Asked, shape: ModelShape, speed: Speed) -> tuple[float, float]:
+    """Seconds for one model's answers: expected, and at most."""
+    at_once = min(asked.at_once, asked.answers)
+    found = []
+    for share in (MEAN_SHARE, 1.0):
+        length = share * asked.cap
+        read = (shape.nbytes + at_once * length / 2 * shape.kv_bytes) / speed.copied
+        step = max(read, 2 * shape.parameters * at_once / speed.computed) / REACHED
+        if not asked.served:  # a batch goes on until its longest answer ends
+            step, length = step + LAUNCH * shape.layers, asked.cap
+        found.append(asked.answers / at_once * length * step)
+    return found[0], found[1]
+
+
+def _compressing(plan: Plan, speed: Speed) -> float:
+    """Seconds for one row."""
+    passes = _PASSES * 2 * plan.shape.parameters * plan.tokens / speed.computed
+    statistics = sum(2 * plan.tokens * columns**2 for _, columns in plan.shape.matrices) / speed.computed32
+    solving = sum(2 * columns**2 * rows * _SOLVER_STEPS for rows, columns in plan.shape.matrices)
+    return (passes + statistics + solving / speed.computed32) / REACHED
+
+
+def _seconds(work: Any, device: Any) -> float:
+    """The fastest of a few runs."""
+    times = []
+    for _ in range(4):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _wait(device: Any) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
