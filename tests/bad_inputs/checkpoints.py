@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 from tests.bad_inputs.bench import Bench, Cases
 
@@ -119,6 +120,16 @@ def _(b: Bench) -> None:
 @CASES.case("a number of tokens for `rac inspect` without a GPU", "name a GPU with --device, such as --device h100")
 def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--tokens", "8")
+
+
+@CASES.case("predicting times of a checkpoint whose pattern is broken", "not sound, see the notes of the table")
+def _(b: Bench) -> None:
+    from rac_modifier.checkpoint import inspect
+
+    report = inspect.inspect_checkpoint(b.folder)
+    broken = replace(report, modules=(replace(report.modules[0], pattern_ok=False),))
+    b.monkeypatch.setattr(inspect, "inspect_checkpoint", lambda folder: broken)
+    b.rac("inspect", b.folder, "--device", "h100")
 
 
 @CASES.case("looking into a folder that is not there", "is this a saved model folder?")
