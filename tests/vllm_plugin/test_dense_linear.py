@@ -9,6 +9,8 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 
 needs_vllm()
 
+from vllm.model_executor.layers.linear import ReplicatedLinear  # noqa: E402
+
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
 from rac_modifier.vllm_plugin import dense_linear  # noqa: E402
@@ -135,6 +137,28 @@ def test_neither_kernel_runs_it(monkeypatch):
         RacError, match=r"^a\.row: .*switched off by a test, and vLLM's own .*Failed to find(?s:.*)groups of 32"
     ):
         make("row", RacSparseConfig.from_config(quantization(12)))
+
+
+@needs_kernel
+def test_scales_that_would_take_more_than_bfloat16_are_noticed_before_loading(monkeypatch):
+    """A byte per code, and 5 bytes for each 4 columns."""
+    on_rank(monkeypatch, 0, 1)
+    config = RacSparseConfig.from_config(quantization(4, symmetric=False))
+    layer = ReplicatedLinear(K, 64, bias=False, quant_config=config, prefix="a.b", params_dtype=torch.bfloat16)
+    assert layer.quant_method.vllms is not None
+    assert "vLLM's own method because packed it takes 2." in layer.quant_method.vllms.reason
+
+
+@needs_kernel
+def test_a_scale_per_row_needs_no_multiple_of_4_columns(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    config = RacSparseConfig.from_config(quantization(None))
+    ours = ReplicatedLinear(90, 24, bias=False, quant_config=config, prefix="a.b", params_dtype=torch.float32)
+    tensors, meant = int4(torch.randn(24, 90), None)
+    load(ours, None, tensors)
+    finish(ours)
+    x = torch.randn(3, 90)
+    torch.testing.assert_close(ours.quant_method.apply(ours, x), x @ meant.T, rtol=1e-3, atol=2e-3)
 
 
 @needs_kernel
