@@ -104,7 +104,7 @@ CASES += [
     ),
     Case(
         "`rac eval --preset` of a name that is not there",
-        "use one of aime24, aime25, gpqa-diamond, gsm8k, math-500",
+        "use one of aime24, aime25, gpqa-diamond, gsm8k, livecodebench, math-500",
         lambda b: b.rac("eval", b.folder, "--preset", "math500"),
     ),
     Case(
