@@ -45,10 +45,8 @@ def inspect(
     """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
     from rac_modifier.cli.predicted import prediction_figures, render_prediction
-    from rac_modifier.kernels.cuda.cards import card_of
-    from rac_modifier.kernels.cuda.predict import check_tokens
     from rac_modifier.kernels.plan import plan_checkpoint, render_plan
-    from rac_modifier.kernels.predicted import predict_checkpoint
+    from rac_modifier.kernels.predicted import card_of, check_tokens, predict_checkpoint
 
     if tokens is not None and device is None:
         raise RacError(f"--tokens {tokens} is for predicted times; name a GPU with --device, such as --device h100")

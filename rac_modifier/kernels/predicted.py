@@ -11,10 +11,12 @@ import torch
 
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow, is_embedding
 from rac_modifier.kernels.cuda.backend import fit
-from rac_modifier.kernels.cuda.cards import Card
+from rac_modifier.kernels.cuda.cards import Card, card_of
 from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
 from rac_modifier.kernels.interface import Layer
 from rac_modifier.kernels.plan import PlanRow
+
+__all__ = ["PredictedLayer", "Prediction", "card_of", "check_tokens", "predict_checkpoint"]
 
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
