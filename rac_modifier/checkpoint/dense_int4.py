@@ -14,11 +14,12 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import part_of
 from rac_modifier.checkpoint.int32_words import unpack_words
+from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE
 from rac_modifier.checkpoint.stored_weight import SCALE, StoredWeight, all_stored, check_scale
 from rac_modifier.errors import RacError
 
-WORDS, SHAPE, ZEROS, ORDER = "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"
-PARTS = (WORDS, SCALE, SHAPE, ZEROS, ORDER)
+ZEROS, ORDER = "weight_zero_point", "weight_g_idx"
+PARTS = (WORDS, SCALE, WORDS_SHAPE, ZEROS, ORDER)
 _LOWEST = -8  # `unpack_words` returns codes minus 8
 
 
@@ -64,10 +65,10 @@ def check_int4(
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """N and K; both are compared with the other parts before anything is sized by them."""
-    shape = part_of(tensors, name, SHAPE)
+    shape = part_of(tensors, name, WORDS_SHAPE)
     if shape.dtype not in (torch.int64, torch.int32) or shape.shape != (2,) or bool((shape < 1).any()):
         raise RacError(
-            f"{name}.{SHAPE}: {shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix; the checkpoint is "
+            f"{name}.{WORDS_SHAPE}: {shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix; the checkpoint is "
             "damaged, copy it again"
         )
     return int(shape[0]), int(shape[1])

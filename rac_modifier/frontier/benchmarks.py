@@ -38,8 +38,8 @@ def check_benchmarks(folder: FrontierFolder, benchmarks: Sequence[Benchmark]) ->
         RacError: naming the benchmark and what differs.
     """
     for benchmark in benchmarks:
-        for found in folder.benchmarks:
-            old = found["asked"] if found["benchmark"] == benchmark.name else benchmark.asked
+        for found in (each for each in folder.benchmarks if each["benchmark"] == benchmark.name):
+            old = found["asked"]
             if changed := [key for key in {**benchmark.asked, **old} if old.get(key) != benchmark.asked.get(key)]:
                 raise RacError(
                     f"{folder.folder} has results of {benchmark.name} that were asked with another {', '.join(sorted(changed))}; "

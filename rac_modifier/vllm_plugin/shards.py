@@ -31,7 +31,7 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 _DTYPES = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
 # Scales of activations are not used: the kernels round activations less than any scheme does.
 _UNUSED = ("input_scale", "input_zero_point")
-_ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
+_ASYMMETRIC = (dense_int4.ZEROS, dense_int4.ORDER)
 
 
 class Shards:

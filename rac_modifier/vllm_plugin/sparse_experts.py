@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -191,10 +192,10 @@ class SparseExpertsMethod(FusedMoEMethodBase):
         layer._replace_quant_method(method)
         with self.device:
             method.create_weights(layer, hidden_size=sizes[0], intermediate_size_per_partition=sizes[1], **self.sizes)
-        dense = (
+        dense = (  # one at a time
             (f"{name}.weight", weight if isinstance(weight, Tensor) else weight.dequantized(self.dtype))
             for name, weight in stored.items()
         )
-        for _ in self._load([*self._others, *dense] if self._others else dense):
+        for _ in self._load(chain(self._others, dense)):
             pass
         method.process_weights_after_loading(layer)
