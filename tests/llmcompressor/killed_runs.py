@@ -1,6 +1,7 @@
 """Prune once undisturbed, then in processes that are killed N times: MODEL RECIPE N. Prints what happened as JSON.
 
 Each run is a fork of this process, which has imported everything: a run of its own takes a second, not ten.
+A kill is timed by what the run has written, then by chance: a slow machine sees the same kills as a fast one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import rac_modifier  # noqa: F401 - registers the modifier
 from rac_modifier.llmcompressor import finished_groups
 
 finished_groups._SAVE_SECONDS = 0.0
+GROUPS = 8  # four in each of the tiny model's two layers
 
 
 def start(model: str, recipe: str, output: str) -> int:
@@ -37,6 +39,20 @@ def start(model: str, recipe: str, output: str) -> int:
     return child
 
 
+def written() -> int:
+    """The number of files of finished groups."""
+    return len(list(Path("killed.unfinished").glob("*.safetensors")))
+
+
+def wait_for(files: int, child: int) -> bool:
+    """Wait until `files` groups are written; True if the run ended before (and is reaped)."""
+    while written() < files:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return True
+        time.sleep(0.002)
+    return False
+
+
 def main(model: str, recipe: str, kills: int) -> None:
     torch.set_num_threads(1)
     begun = time.monotonic()
@@ -45,14 +61,21 @@ def main(model: str, recipe: str, kills: int) -> None:
     lasts = time.monotonic() - begun
     chance, done, resumed = random.Random(0), 0, 0
     while done < kills:
-        resumed += any(Path("killed.unfinished").glob("*.safetensors"))
+        found = written()
+        resumed += found > 0
         child = start(model, recipe, "killed")
-        time.sleep(chance.uniform(0.3, 0.9) * lasts)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            done += 1
-        elif os.path.isdir("killed"):  # it ended before the kill; begin again
+        more = min(chance.choice([0, 1, 1, 2, 3]), GROUPS - found)
+        ended = wait_for(found + more, child) if more else False
+        if more:  # within the next two groups
+            longest = 2 * lasts / GROUPS
+        else:  # before anything new is written; where all is written, until after the end
+            longest = (0.3 if found < GROUPS else 0.8) * lasts
+        time.sleep(chance.uniform(0.0, longest))
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            ended = not os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        done += not ended
+        if ended and os.path.isdir("killed"):  # it ended before the kill; begin again
             os.rename("killed", f"ended-{done}-{time.monotonic_ns()}")
     if os.path.isdir("killed"):  # stopped while it saved: the next start would say to remove it
         os.rename("killed", "stopped-while-it-saved")
