@@ -3,11 +3,13 @@
 //
 // Two panels and up to 32 lines at a time: tiles 0-3 hold the sums [half of the lines][panel], 4-5 hold x, 6-7 the weights.
 // Up to 32 lines, the sums stay in their tiles over all columns, and each tile of weights is expanded just before it is
-// multiplied. For more lines, 512 columns of the two panels are expanded once and used by every block of 32 lines.
+// multiplied. For more lines, 512 columns of the two panels are expanded once and used by every block of 32 lines of a chunk;
+// 16 panels use these columns of x in turn, so that they are in the second-level cache.
 #include "kernel.h"
 
 #if (defined(__x86_64__) && defined(__linux__) && \
      (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)) || defined(RAC_EMULATE)
+#include <algorithm>
 #include <cstdlib>
 #if defined(RAC_EMULATE)
 #include "emulated_intrinsics.h"
@@ -81,16 +83,17 @@ void store_sums(float* acc) {
     if (two_halves && two_panels) _tile_stored(3, acc + 16 * BLOCK + 16, 128);
 }
 
+// `x`: a tile of 16 lines; that of the next 16 is `half` after it.
 template <bool two_halves, bool two_panels>
-void multiply(const uint16_t* x, int64_t stride, const uint16_t* weights) {
+void multiply(const uint16_t* x, int64_t half, const uint16_t* weights) {
     finish_stores(weights);
     _tile_loadd(6, weights, 64);
     if (two_panels) _tile_loadd(7, weights + TILE, 64);
-    _tile_loadd(4, x, 2 * stride);
+    _tile_loadd(4, x, 64);
     _tile_dpbf16ps(0, 4, 6);
     if (two_panels) _tile_dpbf16ps(1, 4, 7);
     if (two_halves) {
-        _tile_loadd(5, x + 16 * stride, 2 * stride);
+        _tile_loadd(5, x + half, 64);
         _tile_dpbf16ps(2, 5, 6);
         if (two_panels) _tile_dpbf16ps(3, 5, 7);
     }
@@ -116,40 +119,53 @@ const char* expand_tile(const uint32_t* masks, const char* values, uint16_t* til
     return values;
 }
 
-}  // namespace
-
-bool amx_panels(const Product& product, int64_t first, int64_t last) {
+// Lines [line, line + m) times `count` panels from `first` on. `acc` holds m lines, rounded up to blocks, of these panels.
+void multiply_lines(const Product& product, int64_t first, int64_t count, int64_t line, int64_t m, float* acc) {
     const Weight& weight = product.weight;
-    const uint16_t* x = static_cast<const uint16_t*>(product.x);
-    const int64_t tiles = weight.words / TILE_WORDS, blocks = (product.m + BLOCK - 1) / BLOCK;
+    const uint16_t* x = static_cast<const uint16_t*>(product.x) + line * product.stride;
+    const int64_t tiles = weight.words / TILE_WORDS, blocks = (m + BLOCK - 1) / BLOCK;
     const int64_t ahead = blocks == 1 ? 1 : AHEAD;
-    float* acc = static_cast<float*>(std::aligned_alloc(64, blocks * BLOCK * BLOCK * sizeof(float)));
-    if (!acc) return false;
     alignas(64) uint16_t ring[AHEAD * 2 * TILE];
-
-    configure(product.m);
-    for (int64_t panel = first; panel < last; panel += 2) {
-        const int panels = panel + 1 < last ? 2 : 1;
-        const char* values[2] = {weight.values_of(panel), panels == 2 ? weight.values_of(panel + 1) : nullptr};
-        for (int64_t at = 0; at < tiles; at += ahead) {
-            const int64_t end = at + ahead < tiles ? at + ahead : tiles;
+    const char* values[AMX_PANELS];
+    for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
+    for (int64_t at = 0; at < tiles; at += ahead) {
+        const int64_t end = at + ahead < tiles ? at + ahead : tiles;
+        for (int64_t panel = 0; panel < count; panel += 2) {
+            const int panels = panel + 1 < count ? 2 : 1;
             for (int64_t tile = at; tile < end; tile++)
                 for (int p = 0; p < panels; p++)
-                    values[p] = expand_tile(weight.masks_of(panel + p) + tile * TILE_WORDS, values[p],
-                                            ring + (2 * (tile % AHEAD) + p) * TILE);
+                    values[panel + p] = expand_tile(weight.masks_of(first + panel + p) + tile * TILE_WORDS, values[panel + p],
+                                                    ring + (2 * (tile % AHEAD) + p) * TILE);
             for (int64_t block = 0; block < blocks; block++) {
-                const bool two_halves = product.m - block * BLOCK > 16;
+                const bool two_halves = m - block * BLOCK > 16;
                 const Steps& step = two_halves ? (panels == 2 ? steps<true, true> : steps<true, false>)
                                              : (panels == 2 ? steps<false, true> : steps<false, false>);
-                float* sums = acc + block * BLOCK * BLOCK;
+                float* sums = acc + (panel / 2 * blocks + block) * BLOCK * BLOCK;
                 if (at == 0 || blocks > 1) step.load_sums(sums, at > 0);
                 for (int64_t tile = at; tile < end; tile++)
-                    step.multiply(x + block * BLOCK * product.stride + tile * TILE_COLUMNS, product.stride,
+                    step.multiply(x + block * BLOCK * product.stride + 16 * tile * TILE_COLUMNS, 16 * product.stride,
                                   ring + 2 * (tile % AHEAD) * TILE);
                 if (end == tiles || blocks > 1) step.store_sums(sums);
             }
         }
-        store(product, panel, panels, 0, product.m, acc, PANEL, BLOCK);
+    }
+    for (int64_t panel = 0; panel < count; panel += 2)
+        store(product, first + panel, std::min<int64_t>(count - panel, 2), line, m, acc + panel / 2 * blocks * BLOCK * BLOCK,
+              PANEL, BLOCK);
+}
+
+}  // namespace
+
+bool amx_panels(const Product& product, int64_t first, int64_t last) {
+    const int64_t chunk = amx_lines(product.m), group = product.m <= BLOCK ? 2 : AMX_PANELS;
+    const int64_t blocks = (std::min(product.m, chunk) + BLOCK - 1) / BLOCK;
+    float* acc = static_cast<float*>(std::aligned_alloc(64, group / 2 * blocks * BLOCK * BLOCK * sizeof(float)));
+    if (!acc) return false;
+    for (int64_t line = 0; line < product.m; line += chunk) {
+        const int64_t lines = std::min(product.m - line, chunk);
+        configure(lines);
+        for (int64_t panel = first; panel < last; panel += group)
+            multiply_lines(product, panel, std::min(last - panel, group), line, lines, acc);
     }
     _tile_release();
     std::free(acc);

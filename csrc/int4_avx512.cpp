@@ -23,6 +23,7 @@ namespace rac {
 namespace {
 
 #include "add_products.h"
+#include "scale_of_rows.h"
 
 // Up to 64 codes, one per byte, of a quad of INT4 with this mask; the code of zero of `zeros` where nothing is stored.
 inline __m512i spread_codes(uint64_t mask, const char* codes, __m512i zeros) {
@@ -76,14 +77,6 @@ inline const char* multiply_quads(Sums<M>& sums, const uint32_t* masks, const ch
         codes += code_bytes(static_cast<uint64_t>(__builtin_popcountll(mask)));
     }
     return codes;
-}
-
-inline __m512 scale_of_rows(const Product8& product, int64_t panel, int64_t block) {
-    const int64_t at = product.scale_at(panel, block);
-    if (product.scale_type == FP32) return _mm512_loadu_ps(static_cast<const float*>(product.scale) + at);
-    const uint16_t* bf16 = static_cast<const uint16_t*>(product.scale) + at;
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
 template <int form, int M>

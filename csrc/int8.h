@@ -14,9 +14,9 @@ constexpr int64_t BLOCK_ROOM = BLOCK_MOST + 64;  // the last block of a line inc
 constexpr int LEVELS = 127 * 256 + 127;  // the largest integer of x: both its bytes, signed, are within -127..127
 
 // How a kernel reads x. INTEGERS: int16 [m][stride]. The others are for instructions that multiply bytes, with
-// x = 256 first + second. PLANES: two planes per line, [m][2][stride]. QUADS: up to 8 lines interleaved,
+// x = 256 first + second. TILES: [m / 16][stride / 64][2][16][64]. QUADS: up to 8 lines interleaved,
 // [stride / 4][lines][2][4]. What comes after the last column is multiplied by zero; stride is a multiple of 64.
-enum Format8 { INTEGERS, PLANES, QUADS };
+enum Format8 { INTEGERS, TILES, QUADS };
 constexpr int LINES_TOGETHER = 8;  // interleaved in QUADS
 
 // Some lines in one block of columns. `sums`, used only by QUADS: the sum of each line's integers, `sums_stride` apart.

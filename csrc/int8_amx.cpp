@@ -26,6 +26,7 @@ namespace rac {
 namespace {
 
 #include "expand_bytes.h"
+#include "scale_of_rows.h"
 
 constexpr int64_t TILE = 16 * QUAD;      // bytes of a weight tile: 64 columns
 constexpr int64_t MOST_TILES = BLOCK_MOST / 64;
@@ -64,9 +65,9 @@ const char* expand_tile(const uint32_t* masks, const char* values, int64_t quads
     return values;
 }
 
-// sums [panel][byte][16][16]. `weights`: the tiles of each panel, one after the other. x is [16][2][stride].
+// sums [panel][byte][16][16]. `weights`: the tiles of each panel, one after the other. x is [tiles][2][16][64].
 template <bool two_panels>
-void multiply(const int8_t* x, int64_t stride, const int8_t* const* weights, int64_t tiles, int32_t* sums) {
+void multiply(const int8_t* x, const int8_t* const* weights, int64_t tiles, int32_t* sums) {
     _tile_zero(0);
     _tile_zero(2);
     if (two_panels) {
@@ -77,10 +78,10 @@ void multiply(const int8_t* x, int64_t stride, const int8_t* const* weights, int
     for (int64_t tile = 0; tile < tiles; tile++) {
         _tile_loadd(6, weights[0] + TILE * tile, 64);
         if (two_panels) _tile_loadd(7, weights[1] + TILE * tile, 64);
-        _tile_loadd(4, x + 64 * tile, 2 * stride);
+        _tile_loadd(4, x + 2 * TILE * tile, 64);
         _tile_dpbssd(0, 4, 6);
         if (two_panels) _tile_dpbssd(1, 4, 7);
-        _tile_loadd(5, x + stride + 64 * tile, 2 * stride);
+        _tile_loadd(5, x + 2 * TILE * tile + TILE, 64);
         _tile_dpbssd(2, 5, 6);
         if (two_panels) _tile_dpbssd(3, 5, 7);
     }
@@ -93,60 +94,89 @@ void multiply(const int8_t* x, int64_t stride, const int8_t* const* weights, int
     finish_stores(sums);
 }
 
+// acc[line][16] += (256 sums[0] + sums[1]) * x_scale * scale: the integer sums of one panel and some lines, [byte][16][16].
+inline void add_scaled(const int32_t* sums, const float* x_scale, int64_t stride, __m512 scale, int64_t lines, float* acc) {
+    for (int64_t i = 0; i < lines; i++, sums += PANEL, acc += PANEL) {
+        const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(sums), 8);
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(high, _mm512_loadu_si512(sums + 256)));
+        const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(x_scale[i * stride])), scale);
+        _mm512_storeu_ps(acc, _mm512_add_ps(_mm512_loadu_ps(acc), scaled));
+    }
+}
+
+struct Buffers {
+    float* acc;        // [panels][lines][16]
+    int8_t* expanded;  // two panels of one block
+};
+
+// Columns of one block of a panel as tiles; `values` moves on to the next block's.
+const int8_t* tiles_of(const Product8& product, int64_t panel, int64_t block, int64_t columns, int8_t* to, const char*& values) {
+    const Weight& weight = product.out.weight;
+    const int64_t column = block * product.block, tiles = (columns + 63) / 64;
+    if (weight.type == DENSE8) return reinterpret_cast<const int8_t*>(values) + column * PANEL;
+    const uint32_t* masks = weight.masks_of(panel) + (weight.type == DENSE4 ? 0 : column / 2);
+    if (is_four_bit(weight.type)) {
+        const int64_t quads = (columns + 3) / 4;
+        values = avx512_kernel4.expand[weight.type - INT4](masks, values, product.zeros_of(panel, block), quads, to);
+        std::memset(to + QUAD * quads, 0, TILE * tiles - QUAD * quads);
+        return to;
+    }
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t quads = smaller((columns - 64 * tile + 3) / 4, 16);
+        values = expand_tile(masks + 32 * tile, values, quads, to + TILE * tile);
+    }
+    return to;
+}
+
+// Lines [line, line + m) times `count` panels from `first` on.
+void multiply_lines(const Product8& product, int64_t first, int64_t count, int64_t line, int64_t m, Buffers to) {
+    const Weight& weight = product.out.weight;
+    alignas(64) int32_t sums[2 * 2 * 256];
+    const char* values[AMX_PANELS];
+    for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
+    std::memset(to.acc, 0, count * m * PANEL * sizeof(float));
+    for (int64_t block = 0; block < product.blocks; block++) {
+        const int64_t column = block * product.block;
+        const int64_t columns = smaller(product.block, weight.columns - column), tiles = (columns + 63) / 64;
+        for (int64_t panel = 0; panel < count; panel += 2) {
+            const int panels = panel + 1 < count ? 2 : 1;
+            const int8_t* weights[2] = {};
+            __m512 scales[2] = {};
+            for (int p = 0; p < panels; p++) {
+                scales[p] = scale_of_rows(product, first + panel + p, block);
+                weights[p] = tiles_of(product, first + panel + p, block, columns, to.expanded + p * MOST_TILES * TILE,
+                                      values[panel + p]);
+            }
+            const int8_t* x = reinterpret_cast<const int8_t*>(product.x) + 2 * (line * product.stride + 16 * column);
+            for (int64_t at = 0; at < m; at += 16) {
+                const int64_t lines = smaller(m - at, 16);
+                (panels == 2 ? multiply<true> : multiply<false>)(x + 2 * at * product.stride, weights, tiles, sums);
+                for (int p = 0; p < panels; p++)
+                    add_scaled(sums + 512 * p, product.x_scale + (line + at) * product.blocks + block, product.blocks, scales[p],
+                               lines, to.acc + ((panel + p) * m + at) * PANEL);
+            }
+        }
+    }
+    store(product.out, first, count, line, m, to.acc, m * PANEL, PANEL);
+}
+
 }  // namespace
 
 bool amx_panels8(const Product8& product, int64_t first, int64_t last) {
-    const Weight& weight = product.out.weight;
-    const int64_t m = product.out.m, stride = product.stride;
-    float* acc = static_cast<float*>(std::malloc(2 * m * PANEL * sizeof(float)));
-    int8_t* expanded = static_cast<int8_t*>(std::aligned_alloc(64, 2 * MOST_TILES * TILE));
-    const bool memory = acc && expanded;
-    alignas(64) int32_t sums[2 * 2 * 256];
-    if (memory) configure(m);
-    for (int64_t panel = first; memory && panel < last; panel += 2) {
-        const int panels = panel + 1 < last ? 2 : 1;
-        const char* values[2] = {weight.values_of(panel), panels == 2 ? weight.values_of(panel + 1) : nullptr};
-        std::memset(acc, 0, 2 * m * PANEL * sizeof(float));
-        for (int64_t block = 0; block < product.blocks; block++) {
-            const int64_t column = block * product.block;
-            const int64_t columns = smaller(product.block, weight.columns - column), tiles = (columns + 63) / 64;
-            const int8_t* weights[2] = {};
-            for (int p = 0; p < panels; p++) {
-                if (weight.type == DENSE8) {
-                    weights[p] = reinterpret_cast<const int8_t*>(values[p]) + column * PANEL;
-                    continue;
-                }
-                int8_t* to = expanded + p * MOST_TILES * TILE;
-                weights[p] = to;
-                const uint32_t* masks = weight.masks_of(panel + p) + (weight.type == DENSE4 ? 0 : column / 2);
-                if (is_four_bit(weight.type)) {
-                    const int64_t quads = (columns + 3) / 4;
-                    values[p] = avx512_kernel4.expand[weight.type - INT4](masks, values[p],
-                                                                          product.zeros_of(panel + p, block), quads, to);
-                    std::memset(to + QUAD * quads, 0, TILE * tiles - QUAD * quads);
-                    continue;
-                }
-                for (int64_t tile = 0; tile < tiles; tile++) {
-                    const int64_t quads = smaller((columns - 64 * tile + 3) / 4, 16);
-                    values[p] = expand_tile(masks + 32 * tile, values[p], quads, to + TILE * tile);
-                }
-            }
-            const int8_t* x = reinterpret_cast<const int8_t*>(product.x) + column;
-            for (int64_t line = 0; line < m; line += 16) {
-                const int64_t lines = smaller(m - line, 16);
-                (panels == 2 ? multiply<true> : multiply<false>)(x + 2 * line * stride, stride, weights, tiles, sums);
-                for (int p = 0; p < panels; p++) {
-                    int32_t* of = sums + 512 * p;
-                    for (int64_t i = 0; i < lines * PANEL; i++) of[i] = 256 * of[i] + of[256 + i];
-                    add_block(product, avx512_kernel8.add, panel + p, block, line, lines, of, acc + (p * m + line) * PANEL);
-                }
-            }
-        }
-        store(product.out, panel, panels, 0, m, acc, m * PANEL, PANEL);
+    const int64_t m = product.out.m, chunk = amx_lines(m), group = m <= 32 ? 2 : AMX_PANELS;
+    Buffers buffers;
+    buffers.acc = static_cast<float*>(std::malloc(group * smaller(m, chunk) * PANEL * sizeof(float)));
+    buffers.expanded = static_cast<int8_t*>(std::aligned_alloc(64, 2 * MOST_TILES * TILE));
+    const bool memory = buffers.acc && buffers.expanded;
+    for (int64_t line = 0; memory && line < m; line += chunk) {
+        const int64_t lines = smaller(m - line, chunk);
+        configure(lines);
+        for (int64_t panel = first; panel < last; panel += group)
+            multiply_lines(product, panel, smaller(last - panel, group), line, lines, buffers);
     }
     if (memory) _tile_release();
-    std::free(acc);
-    std::free(expanded);
+    std::free(buffers.acc);
+    std::free(buffers.expanded);
     return memory;
 }
 

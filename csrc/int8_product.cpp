@@ -17,7 +17,7 @@ const Kernel4& kernel4_of(const Kernel8& kernel) {
 
 // The offset in bytes of a column of the lines from `line` on; in QUADS, `lines` of them are interleaved.
 int64_t offset_of(Format8 format, int64_t line, int64_t lines, int64_t stride, int64_t column) {
-    return 2 * line * stride + column * (format == INTEGERS ? 2 : format == PLANES ? 1 : 2 * lines);
+    return 2 * line * stride + column * (format == INTEGERS ? 2 : 2 * lines);
 }
 
 // Round one block of columns of every line of x, with zeros after the last column.
@@ -37,9 +37,12 @@ void quantize(const Product8& product, const void* x, Type type, Format8 format,
         char* to = out + offset_of(format, first_line, lines, stride, first);
         if (format == INTEGERS) {
             std::memcpy(to, integers, whole * sizeof *integers);
-        } else if (format == PLANES) {
-            std::memcpy(to, bytes[0], whole);
-            std::memcpy(to + stride, bytes[1], whole);
+        } else if (format == TILES) {
+            to = out + 2 * (line / 16 * 16 * stride + 16 * first) + 64 * (line % 16);
+            for (int64_t k = 0; k < whole; k += 64, to += 2048) {
+                std::memcpy(to, bytes[0] + k, 64);
+                std::memcpy(to + 1024, bytes[1] + k, 64);
+            }
         } else {
             int32_t sum = 0;
             for (int64_t k = 0; k < count; k++) sum += integers[k];
@@ -170,10 +173,10 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
     }
     if (isa == AMX && (!has_amx_int8() || product.block % 64)) isa = AVX512;
     if (isa == AMX && is_four_bit(out.weight.type) && out.m <= LINES_TOGETHER) isa = AVX512;  // expands in registers
-    const Format8 format = isa == AMX ? PLANES : kernel8_of(isa)->format;
+    const Format8 format = isa == AMX ? TILES : kernel8_of(isa)->format;
     product.blocks = (columns + product.block - 1) / product.block;
     product.stride = (columns + 63) / 64 * 64;
-    const int64_t lines = isa == AMX && out.m > 16 ? (out.m + 15) / 16 * 16 : out.m;  // AMX reads 16 lines at a time
+    const int64_t lines = isa == AMX ? (out.m + 15) / 16 * 16 : out.m;  // AMX reads 16 lines at a time
     const int64_t line_bytes = 2 * product.stride;
     char* integers = static_cast<char*>(std::aligned_alloc(64, lines * line_bytes));
     float* scales = static_cast<float*>(std::malloc(out.m * product.blocks * sizeof(float)));
@@ -182,11 +185,12 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
     if (!integers || !scales || !sums) {
         status = fail(NO_MEMORY, "no memory for the activations");
     } else {
+        const int64_t whole = out.m / 16 * 16;  // lines of tiles that have no other ones
+        if (lines > out.m) std::memset(integers + whole * line_bytes, 0, (lines - whole) * line_bytes);
         (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && out.m * columns > 32768)
         for (int64_t block = 0; block < product.blocks; block++)
             quantize(product, x, x_type, format, kernel8_of(isa)->quantize, block, integers, scales, sums);
-        std::memset(integers + out.m * line_bytes, 0, (lines - out.m) * line_bytes);
         product.x = integers;
         product.x_scale = scales;
         product.x_sums = sums;
@@ -197,6 +201,24 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
     std::free(sums);
     return status;
 }
+
+namespace {
+
+// `count` columns of quads [16 rows][4 columns] of bytes as numbers, each column `stride` after the one before. They are exact.
+template <class Number>
+void write_columns(const int8_t* quads, int64_t count, Number* out, int64_t stride) {
+    for (int64_t k = 0; k < count; k++, out += stride) {
+        int32_t words[PANEL];
+        std::memcpy(words, quads + k / 4 * QUAD, sizeof words);
+        const int left = 24 - 8 * static_cast<int>(k % 4);
+        for (int n = 0; n < PANEL; n++) {
+            const float value = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(words[n]) << left) >> 24);
+            out[n] = sizeof(Number) == 2 ? static_cast<Number>(bits_of(value) >> 16) : static_cast<Number>(value);
+        }
+    }
+}
+
+}  // namespace
 
 void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type out_type, int64_t stride) {
     const Kernel8& kernel = kernel8_of(isa) == &avx2_kernel8 ? portable_kernel8 : *kernel8_of(isa);  // AVX2 expands to 16 bits
@@ -211,15 +233,10 @@ void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type o
                                                                    (count + 3) / 4, block);
         else
             values = kernel.expand[weight.type - INT8](masks, values, (count + 3) / 4, block);
-        for (int64_t k = 0; k < count; k++)
-            for (int n = 0; n < PANEL; n++) {
-                const float value = block[k / 4 * QUAD + 4 * n + k % 4];
-                const int64_t at = (first + k) * stride + n;
-                if (out_type == BF16)
-                    static_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(bits_of(value) >> 16);  // exact
-                else
-                    static_cast<float*>(out)[at] = value;
-            }
+        if (out_type == BF16)
+            write_columns(block, count, static_cast<uint16_t*>(out) + first * stride, stride);
+        else
+            write_columns(block, count, static_cast<float*>(out) + first * stride, stride);
     }
 }
 

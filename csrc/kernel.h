@@ -57,7 +57,7 @@ struct Kernel {
 
 struct Product {
     Weight weight;
-    const void* x;               // [m][stride], zeros after the last column
+    const void* x;               // [m][stride], zeros after the last column; for AMX [m / 16][stride / 32][16][32]
     Type x_type;                 // fp32, or bf16 where the kernel reads bf16
     int64_t m, stride;           // m: the number of lines
     const float* scale;          // [panels * 16], or null: a factor for each row
@@ -74,6 +74,14 @@ extern const Dots<uint16_t> avx512_bf16_dots;  // of bf16 weights
 // Panels [first, last) of a product on AMX tiles; x and the weight are bf16. False if there is not enough memory.
 bool amx_panels(const Product& product, int64_t first, int64_t last);
 
+// AMX: lines that several panels use in turn, and these panels. With 512 columns of x they take 640 KiB of a second-level
+// cache of 2 MiB, and with the sums another 384.
+constexpr int64_t AMX_LINES = 384, AMX_PANELS = 16;
+// Chunks of nearly equal height, so that the last one is not a line or two; whole blocks of 32.
+inline int64_t amx_lines(int64_t m) {
+    const int64_t chunks = (m + AMX_LINES - 1) / AMX_LINES;
+    return ((m + chunks - 1) / chunks + 31) / 32 * 32;
+}
 bool has_avx2();
 bool has_avx512();
 bool has_avx512_bf16();

@@ -14,11 +14,10 @@ const Kernel& kernel_of(int32_t isa) {
     return isa >= AVX512 ? avx512_kernel : isa == AVX2 ? avx2_kernel : portable_kernel;
 }
 
-// A copy of x as a kernel reads it: of type `to`, lines padded with zeros to `stride`, zero lines up to `lines`. Null if
-// there is not enough memory.
-void* copy_padded(const void* x, Type from, Type to, int64_t m, int64_t lines, int64_t columns, int64_t stride) {
+// A copy of x as a kernel reads it: of type `to`, lines padded with zeros to `stride`. Null if there is not enough memory.
+void* copy_padded(const void* x, Type from, Type to, int64_t m, int64_t columns, int64_t stride) {
     const int64_t size = size_of(to);
-    char* copy = static_cast<char*>(std::aligned_alloc(64, lines * stride * size));
+    char* copy = static_cast<char*>(std::aligned_alloc(64, m * stride * size));
     if (!copy) return nullptr;
     for (int64_t line = 0; line < m; line++) {
         char* at = copy + line * stride * size;
@@ -31,7 +30,26 @@ void* copy_padded(const void* x, Type from, Type to, int64_t m, int64_t lines, i
         }
         std::memset(at + columns * size, 0, (stride - columns) * size);
     }
-    std::memset(copy + m * stride * size, 0, (lines - m) * stride * size);
+    return copy;
+}
+
+// A copy of x as AMX reads it: tiles of 16 lines and TILE_COLUMNS columns one after the other, so that a tile is 1 KiB of
+// memory in order, zeros after the last line and column. Null if there is not enough memory.
+void* copy_in_tiles(const uint16_t* x, int64_t m, int64_t columns, int64_t stride, int threads) {
+    const int64_t blocks = (m + 15) / 16;
+    uint16_t* copy = static_cast<uint16_t*>(std::aligned_alloc(64, blocks * 16 * stride * sizeof *x));
+    if (!copy) return nullptr;
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && m * columns > 32768)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t column = 0; column < stride; column += TILE_COLUMNS)
+            for (int64_t i = 0; i < 16; i++) {
+                uint16_t* to = copy + block * 16 * stride + 16 * column + i * TILE_COLUMNS;
+                const int64_t line = 16 * block + i, left = line < m ? columns - column : 0;
+                const int64_t count = std::clamp<int64_t>(left, 0, TILE_COLUMNS);
+                std::memcpy(to, x + (count ? line * columns + column : 0), count * sizeof *x);
+                std::memset(to + count, 0, (TILE_COLUMNS - count) * sizeof *x);
+            }
     return copy;
 }
 
@@ -166,13 +184,13 @@ Status linear(const Product& out, const void* x, const void* scale, Type scale_t
     const Type type = as_bf16 || (both_bf16 && (isa == AMX || bf16_units)) ? BF16 : FP32;
     product.x_type = type;
     product.stride = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
-    // With more than two blocks of 16 lines, AMX reads the last block whole.
-    const int64_t lines = isa == AMX && m > 32 ? (m + 15) / 16 * 16 : m;
     void* copy = nullptr;
     product.x = x;
-    if (out.out_type != type || product.stride != columns || lines != m) {
-        product.x = copy = copy_padded(x, out.out_type, type, m, lines, columns, product.stride);
+    if (isa == AMX || out.out_type != type || product.stride != columns) {
+        copy = isa == AMX ? copy_in_tiles(static_cast<const uint16_t*>(x), m, columns, product.stride, threads)
+                          : copy_padded(x, out.out_type, type, m, columns, product.stride);
         if (!copy) return fail(NO_MEMORY, "no memory for the activations");
+        product.x = copy;
     }
     const bool done = multiply(product, isa, threads);
     std::free(copy);

@@ -124,7 +124,7 @@ def _recover(
     from rac_modifier.checkpoint.saving import SavePlan, save_with_record
     from rac_modifier.checkpoint.sparsity_config import recorded_structures
     from rac_modifier.llmcompressor.quantized_checkpoint import QuantizedCheckpoint, check_layers
-    from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling, reserved_tokens
+    from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
     from rac_modifier.llmcompressor.zeros import sparse_modules
     from rac_modifier.model_tools import on_accelerator
     from rac_modifier.sampling.shared_engine import end_sampling, help_sampling
@@ -141,7 +141,7 @@ def _recover(
     text = before_sampling(model, lambda: tokenizer, settings, processes)
     if processes.is_first:
         with on_accelerator(model):
-            tokens = reserved_tokens(settings)
+            tokens = settings.reserved_tokens
             store = collect_traces(
                 model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=tokens, processes=processes
             )

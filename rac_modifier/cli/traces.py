@@ -48,7 +48,7 @@ def collect(
     precision: Precision = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Sample the traces that a recipe will calibrate on, without pruning.
+    """Sample the traces that a recipe will calibrate on, and train on where it has `recover:`, without pruning.
 
     A run that was killed continues where it ended when it is started again. `rac prune` with the same recipe uses the traces,
     whether this process or a server sampled them.
@@ -69,7 +69,10 @@ def collect(
     served = _served(model, precision, concurrency, settings.traces) if serve else nullcontext(settings.traces)
     with resumable("the traces that were collected are kept; run the same command again to go on"), served as traces:
         loaded, tokenizer = subject_of(model) if traces.engine else load(model, precision)
-        pools = collect_for_calibration(loaded, tokenizer, traces, settings.calibration.weighed())
+        reserved = settings.recover.reserved_tokens if settings.recover else 0
+        pools = collect_for_calibration(
+            loaded, tokenizer, traces, settings.calibration.weighed(), reserved_tokens=reserved
+        )
     if as_json:
         print_json({"parts": {part: _pool_figures(pool) for part, pool in pools.items()}})
         return

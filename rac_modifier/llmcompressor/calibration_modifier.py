@@ -15,7 +15,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.later_codes import LaterCodes
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling, reserved_tokens
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
 
 
 class ReasoningAwareCalibrationModifier(CalibratingModifier):
@@ -39,7 +39,7 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
         if self.recover is not None:
             self._codes = LaterCodes(self.other_modifiers(), model)
         text = before_sampling(model, lambda: self._load_tokenizer(model), self.recover)
-        reserved = self.build_calibration(state, reserved_tokens(self.recover)).reserved
+        reserved = self.build_calibration(state, self.recover.reserved_tokens if self.recover else 0).reserved
         if self.recover is not None:
             keep = oneshot is not None and oneshot.output_dir is not None
             self._recovery = RecoveryStage(model, reserved, self.recover, keep, generic=text)

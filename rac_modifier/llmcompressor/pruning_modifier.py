@@ -25,7 +25,7 @@ from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memo
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling, reserved_tokens
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
 from rac_modifier.llmcompressor.sensitivity import measured_patterns
 from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
 from rac_modifier.llmcompressor.solving import Pruned, solve_group, solve_together
@@ -103,7 +103,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             self._finished = FinishedGroups(unfinished(oneshot.output_dir), self.about_run(model))
         self.check_memory(model, [], get_main_device(), torch.device(offload))
         text = before_sampling(model, lambda: self._load_tokenizer(model), self.recover, self._processes)
-        loader = self.build_calibration(state, reserved_tokens(self.recover)).loader
+        loader = self.build_calibration(state, self.recover.reserved_tokens if self.recover else 0).loader
         if self.recover is not None:
             reserved, keep = self.calibration_set.reserved, self._finished is not None
             self._recovery = RecoveryStage(model, reserved, self.recover, keep, self._processes, generic=text)

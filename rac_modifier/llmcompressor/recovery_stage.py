@@ -109,11 +109,6 @@ class RecoveryStage:
             self.folder.parent.rmdir()
 
 
-def reserved_tokens(settings: RecoverySettings | None) -> int:
-    """Tokens of the traces that calibration has to leave for recovery."""
-    return 0 if settings is None else settings.tokens - settings.generic_tokens + settings.held_out_tokens
-
-
 def before_sampling(
     model: Any, tokenizer: Callable[[], Any], settings: RecoverySettings | None, processes: Processes = _ALONE
 ) -> list[TokenSequence]:

@@ -51,6 +51,11 @@ class RecoverySettings(Settings):
     seed: int = Field(0, ge=0, description="shuffles the traces, and the generic text")
 
     @property
+    def reserved_tokens(self) -> int:
+        """Tokens of the traces that calibration has to leave for recovery, held-out ones included."""
+        return self.tokens - self.generic_tokens + self.held_out_tokens
+
+    @property
     def generic_tokens(self) -> int:
         """Tokens of generic text to train on."""
         return round(self.tokens * self.generic_share)

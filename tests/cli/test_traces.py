@@ -22,7 +22,14 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     assert f"verified    0 of {len(held)} right" in stdout
     assert f"selection   kept {held.counts.finished} of {len(held)}" in stdout
 
+    recovers = ("-s", "recover.tokens=400", "-s", "recover.held_out_tokens=200")
+    assert rac("traces", "collect", tiny_folder, *options, *recovers)[0] == 0
+    longer = TraceStore.read(store)
+    assert longer.counts.tokens >= 300 + 400 + 200
+    assert [trace.completion_ids for trace in longer][: len(held)] == [trace.completion_ids for trace in held]
+
     out = tmp_path / "new.parquet"
+    held = longer
     assert f"{out}: {len(held)} traces" in rac("traces", "export", store, out, "--text", "--model", tiny_folder)[1]
 
     code, stdout, _ = rac(*inspect, "--samples", 2)

@@ -11,7 +11,6 @@ from rac_modifier import RacError
 from rac_modifier.llmcompressor.recovery_stage import (
     before_sampling,
     generic_sequences,
-    reserved_tokens,
     split_traces,
 )
 from rac_modifier.recovery import memory
@@ -107,9 +106,8 @@ def test_traces_are_split_by_problem(trace_store):
 
 
 def test_tokens_to_reserve():
-    assert reserved_tokens(None) == 0
-    assert reserved_tokens(RecoverySettings(tokens=1000, held_out_tokens=100)) == 1100
-    assert reserved_tokens(RecoverySettings(tokens=1000, held_out_tokens=100, generic_share=0.25)) == 850
+    assert RecoverySettings(tokens=1000, held_out_tokens=100).reserved_tokens == 1100
+    assert RecoverySettings(tokens=1000, held_out_tokens=100, generic_share=0.25).reserved_tokens == 850
 
 
 def test_generic_text_is_trained_on_and_decides_nothing(prune, tmp_path, monkeypatch):

@@ -17,11 +17,11 @@ from rac_modifier.kernels.cpu.library import INT8, TYPES, VALUE_TYPES, Library
 from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import library_and_isa
 
-# The largest number of rows of x for which the kernel itself is the faster way. AVX2 and AVX512: it was faster for every
-# number up to 512 that was measured, on shapes of a 1.5B model; portable: measured; AMX: measured with a prototype.
-CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": 128}
-# The same for weights of 8 and 4 bits, which are multiplied as integers. AVX2 and AVX512: measured; portable and AMX: assumed.
-CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": 256}
+# The largest number of rows of x for which the kernel itself is the faster way: measured on shapes of a 1.5B model. AVX512: it
+# was faster for every number up to 512 that was measured; AMX: on one thread, where torch multiplies bfloat16 on AMX too.
+CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": 512}
+# The same for weights of 8 and 4 bits, which are multiplied as integers. Portable: assumed.
+CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": 512}
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
 
 _scratch = threading.local()
@@ -67,10 +67,13 @@ def _forward(
 def _expand_and_multiply(
     library: Library, isa: str, data: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
-    """Fill `out` by dense products with chunks of the weight; in fp32 unless this machine multiplies bf16 fast."""
-    rows, columns = out.shape[1], x.shape[1]
-    exact = library.value_type(data) != VALUE_TYPES[torch.float32] and scale is None  # in bf16
-    dtype = x.dtype if isa == "amx" and x.dtype == torch.bfloat16 and exact else torch.float32
+    """Fill `out` by dense products with chunks of the weight; in fp32 unless this machine multiplies bf16 fast.
+
+    Integers are exact in bf16; their scales, and what comes out of both, are rounded to it, as a dense bf16 model's weights are.
+    """
+    rows, columns, value_type = out.shape[1], x.shape[1], library.value_type(data)
+    in_bf16 = value_type >= INT8 or (value_type == VALUE_TYPES[torch.bfloat16] and scale is None)
+    dtype = x.dtype if isa == "amx" and x.dtype == torch.bfloat16 and in_bf16 else torch.float32
     x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     panels = -(-rows // PANEL)
     step = min(panels, max(1, SCRATCH_BYTES // (columns * PANEL * dtype.itemsize)))
@@ -82,7 +85,8 @@ def _expand_and_multiply(
         library.expand(data, rows, columns, first, last, transposed, isa)
         if scale is not None:  # [groups, columns of a group, panels, 16] times [groups, 1, panels, 16]
             groups = scale.shape[1]
-            transposed.view(groups, -1, last - first, PANEL).mul_(scale[first:last].transpose(0, 1)[:, None])
+            factors = scale[first:last].transpose(0, 1).to(dtype).contiguous()
+            transposed.view(groups, -1, last - first, PANEL).mul_(factors[:, None])
         low, high = first * PANEL, min(last * PANEL, rows)
         transposed = transposed[:, : high - low]
         # addmm, because adding the bias to the product's result would round a second time.

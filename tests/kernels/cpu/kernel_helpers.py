@@ -146,6 +146,13 @@ def scaled(dense: Tensor, scale: Tensor) -> Tensor:
     return dense.double() * scale.double().repeat_interleave(dense.shape[1] // scale.shape[1], dim=1)
 
 
+def expanded(kernel: str, dtype: torch.dtype, dense: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled weight and bias of the path of many rows. AMX multiplies bfloat16: scale, weight and bias are rounded to it."""
+    if not kernel.endswith("amx") or dtype != torch.bfloat16:
+        return scaled(dense, scale), bias
+    return scaled(dense, scale.bfloat16()).bfloat16().double(), bias.bfloat16().float()
+
+
 def assert_integer_product(y: Tensor, x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None) -> None:
     """Y is x W^T + bias, x within half a step of its blocks' integers; `weight` is the scaled one."""
     exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T

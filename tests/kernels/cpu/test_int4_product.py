@@ -18,6 +18,7 @@ from tests.kernels.cpu.kernel_helpers import (
     Packed,
     assert_integer_product,
     bitmask_of,
+    expanded,
     multiply,
     random_mask,
     scaled,
@@ -163,6 +164,15 @@ def test_threads_change_nothing(kernel):
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
+def test_chunks_of_lines_and_groups_of_panels(kernel, density):
+    """More lines than AMX uses at a time, with a tail, and more panels than share them; with codes of zero."""
+    dense, weight = weight_of(16 * 17 + 3, 192, density, 3, True)
+    scale = (torch.rand(16 * 17 + 3, 3) + 0.01).bfloat16().float()
+    x, bias = torch.randn(401, 192), torch.randn(16 * 17 + 3)
+    assert_integer_product(multiply(x, weight, bias, pack_scale(scale, narrow=True)), x, scaled(dense, scale), 3, bias)
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_expanded_panels(kernel, groups, density, monkeypatch):
     """The path of many rows, in several chunks with a tail: x is not rounded."""
@@ -172,9 +182,9 @@ def test_expanded_panels(kernel, groups, density, monkeypatch):
     scale = (torch.rand(90, groups) + 0.01).bfloat16().float()
     for dtype in DTYPES:
         x, bias = torch.randn(130, 80).to(dtype), torch.randn(90)
-        assert_integer_product(
-            multiply(x, weight, bias, pack_scale(scale, narrow=True)), x, scaled(dense, scale), scale.shape[1], bias
-        )
+        y = multiply(x, weight, bias, pack_scale(scale, narrow=True))
+        times, plus = expanded(kernel, dtype, dense, scale, bias)
+        assert_integer_product(y, x, times, groups, plus)
 
 
 def test_the_layout_byte_by_byte(best):

@@ -17,6 +17,7 @@ from tests.kernels.cpu.kernel_helpers import (
     Packed,
     assert_integer_product,
     bitmask_of,
+    expanded,
     multiply,
     pack,
     pack_whole,
@@ -140,6 +141,15 @@ def test_tiny_and_huge_activations(kernel, size):
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
+def test_chunks_of_lines_and_groups_of_panels(kernel, density):
+    """More lines than AMX uses at a time, with a tail, and more panels than share them."""
+    dense, weight = integers(16 * 17 + 3, 192, density)
+    scale = torch.rand(16 * 17 + 3, 3) + 0.01
+    x, bias = torch.randn(401, 192), torch.randn(16 * 17 + 3)
+    assert_integer_product(multiply(x, weight, bias, pack_scale(scale)), x, scaled(dense, scale), 3, bias)
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_expanded_panels(kernel, groups, density, monkeypatch):
     """The path of many rows, in several chunks with a tail: x is not rounded."""
@@ -149,7 +159,9 @@ def test_expanded_panels(kernel, groups, density, monkeypatch):
     scale = torch.rand(90, groups) + 0.01
     for dtype in DTYPES:
         x, bias = torch.randn(130, 72).to(dtype), torch.randn(90)
-        assert_integer_product(multiply(x, weight, bias, pack_scale(scale)), x, scaled(dense, scale), groups, bias)
+        y = multiply(x, weight, bias, pack_scale(scale))
+        times, plus = expanded(kernel, dtype, dense, scale, bias)
+        assert_integer_product(y, x, times, groups, plus)
 
 
 @pytest.mark.parametrize("weights", DTYPES, ids=str)

@@ -71,6 +71,15 @@ def test_more_of_each_than_a_block_of_the_cache(kernel, monkeypatch):
         assert_product(multiply(x, weight), x, dense)
 
 
+@pytest.mark.parametrize("m", [384, 401])
+def test_chunks_of_lines_and_groups_of_panels(kernel, m, monkeypatch):
+    """More lines than AMX and AVX512 use at a time, more panels than share them, more columns than are expanded at once."""
+    monkeypatch.setattr(operator, "CROSSOVER", dict.fromkeys(operator.CROSSOVER, 1000))
+    dense, weight = sparse(random_mask(16 * 17 + 3, 540, 0.5), torch.bfloat16)
+    x, bias = torch.randn(m, 540).bfloat16(), torch.randn(16 * 17 + 3)
+    assert_product(multiply(x, weight, bias), x, dense, bias)
+
+
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 def test_expanded_panels(kernel, weights, monkeypatch):
     """The path of many rows, in several chunks with a tail."""
