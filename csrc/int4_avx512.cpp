@@ -45,37 +45,55 @@ inline Zeros zeros_of_rows(const uint8_t* zeros) {
     return {numbers, _mm512_or_si512(twice, _mm512_slli_epi32(twice, 16))};
 }
 
+// A few lines use two sets of sums, for every other quad, since each addition depends on the one before it.
 template <int M>
 struct Sums {
-    __m512i of[M][2];  // by the byte of x
-};
+    static constexpr int SETS = M <= 4 ? 2 : 1;
+    __m512i of[SETS][M][2];  // by the byte of x
 
-template <int M>
-inline void multiply(Sums<M>& sums, __m512i codes, const char* x) {
-    RAC_UNROLL for (int i = 0; i < 2 * M; i++) add_products(sums.of[i / 2][i % 2], codes, x + 4 * i);
-}
+    inline void multiply(int set, __m512i codes, const char* x) {
+        RAC_UNROLL for (int i = 0; i < 2 * M; i++) add_products(of[set][i / 2][i % 2], codes, x + 4 * i);
+    }
+    inline __m512i sum(int m) const {
+        __m512i high = of[0][m][0], low = of[0][m][1];
+        if (SETS == 2) {
+            high = _mm512_add_epi32(high, of[SETS - 1][m][0]);
+            low = _mm512_add_epi32(low, of[SETS - 1][m][1]);
+        }
+        return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+    }
+};
 
 // Four-bit quads of one block, from `codes` on, times M lines.
 template <int form, int M>
 inline const char* multiply_quads(Sums<M>& sums, const uint32_t* masks, const char* codes, __m512i zeros, int64_t quads,
                                   const char* x) {
+    constexpr int SECOND = Sums<M>::SETS - 1;
     if (form == DENSE4) {
         const __m512i halves = _mm512_set1_epi32(0x0f0f0f0f);
         for (int64_t q = 0; q < quads; q += 2, codes += QUAD, x += 16 * M) {
             _mm_prefetch(codes + 4096, _MM_HINT_T0);
             const __m512i both = _mm512_loadu_si512(codes);
-            multiply<M>(sums, _mm512_and_si512(both, halves), x);
-            multiply<M>(sums, _mm512_and_si512(_mm512_srli_epi32(both, 4), halves), x + 8 * M);
+            sums.multiply(0, _mm512_and_si512(both, halves), x);
+            sums.multiply(SECOND, _mm512_and_si512(_mm512_srli_epi32(both, 4), halves), x + 8 * M);
         }
         return codes;
     }
-    for (int64_t q = 0; q < quads; q++, x += 8 * M) {
+    const auto next = [&](int64_t q) __attribute__((always_inline)) {
         uint64_t mask;
         std::memcpy(&mask, masks + 2 * q, sizeof mask);
         _mm_prefetch(codes + 2048, _MM_HINT_T0);
-        multiply<M>(sums, spread_codes(mask, codes, zeros), x);
+        const __m512i quad = spread_codes(mask, codes, zeros);
         codes += code_bytes(static_cast<uint64_t>(__builtin_popcountll(mask)));
+        return quad;
+    };
+    int64_t q = 0;
+    for (; q + 2 <= quads; q += 2, x += 16 * M) {
+        const __m512i first = next(q), second = next(q + 1);
+        sums.multiply(0, first, x);
+        sums.multiply(SECOND, second, x + 8 * M);
     }
+    if (q < quads) sums.multiply(0, next(q), x);
     return codes;
 }
 
@@ -96,15 +114,15 @@ void dot(const Product8& product, int64_t panel, float* acc) {
         RAC_UNROLL for (int m = 0; m < M; m++) {
             const int32_t x_sum = product.x_sums[m * product.blocks + block];
             // Wrap-around is harmless: the sum of all terms fits.
-            sums.of[m][0] = _mm512_setzero_si512();
-            sums.of[m][1] = _mm512_mullo_epi32(zeros.numbers, _mm512_set1_epi32(static_cast<int>(0u - static_cast<unsigned>(x_sum))));
+            sums.of[0][m][0] = _mm512_setzero_si512();
+            sums.of[0][m][1] = _mm512_mullo_epi32(zeros.numbers, _mm512_set1_epi32(static_cast<int>(0u - static_cast<unsigned>(x_sum))));
+            if (Sums<M>::SETS == 2) sums.of[Sums<M>::SETS - 1][m][0] = sums.of[Sums<M>::SETS - 1][m][1] = _mm512_setzero_si512();
         }
         codes = multiply_quads<form, M>(sums, masks + (form == INT4 ? column / 2 : 0), codes, zeros.bytes, quads,
                                         product.x + 2 * column * M);
         RAC_UNROLL for (int m = 0; m < M; m++) {
-            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(sums.of[m][0], 8), sums.of[m][1]);
             const __m512 scaled =
-                _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(product.x_scale[m * product.blocks + block]));
+                _mm512_mul_ps(_mm512_cvtepi32_ps(sums.sum(m)), _mm512_set1_ps(product.x_scale[m * product.blocks + block]));
             added[m] = _mm512_add_ps(added[m], _mm512_mul_ps(scaled, scale));
         }
     }
