@@ -188,9 +188,14 @@ namespace rac {
 #if defined(RAC_EMULATE)
 bool has_amx_int8() { return true; }
 #else
-bool has_amx_int8() {
+static bool ask_for_amx_int8() {
     unsigned a, b, c, d;
     return has_amx() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 25 & 1);
+}
+
+bool has_amx_int8() {  // asked once: in a virtual machine, cpuid takes 8 microseconds
+    static const bool found = ask_for_amx_int8();
+    return found;
 }
 #endif
 

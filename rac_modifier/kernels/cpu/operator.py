@@ -56,8 +56,8 @@ def _forward(
     if bias is not None:
         bias = bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    integers = library.value_type(data) >= INT8
-    if x.shape[0] <= (CROSSOVER8 if integers else CROSSOVER)[isa]:
+    m, either = x.shape[0], min(CROSSOVER[isa], CROSSOVER8[isa])
+    if m <= either or m <= (CROSSOVER8 if library.value_type(data) >= INT8 else CROSSOVER)[isa]:
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
         _expand_and_multiply(library, isa, data, x, scale, bias, out)
