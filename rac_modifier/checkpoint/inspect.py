@@ -219,7 +219,7 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleR
         dense_bytes=stored_bytes,
         structure=structure,
         pattern_ok=ok,
-        reason=_why_dense(name, structure, sparsity, embedding, weight is not None, config),
+        reason=_why_dense(name, structure, sparsity, embedding, part, weight is not None, config),
         problem=problem,
         # A tied embedding is also the output matrix, which every step reads whole.
         read_per_token=not embedding or not {"lm_head.weight", "lm_head.compressed"} & files.where.keys(),
@@ -227,7 +227,13 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleR
 
 
 def _why_dense(
-    name: str, structure: str | None, sparsity: float | None, embedding: bool, countable: bool, config: _Config
+    name: str,
+    structure: str | None,
+    sparsity: float | None,
+    embedding: bool,
+    part: str,
+    countable: bool,
+    config: _Config,
 ) -> str:
     if structure is not None:
         stored_dense = config.record.storage == "dense"
@@ -238,7 +244,11 @@ def _why_dense(
         return "quantized to a layout whose zeros are not counted"
     if config.sparsity is not None and name in config.sparsity.ignore:
         return "left dense when the model was packed (in ignore)"
-    return "has zeros, but no record of pruning" if sparsity and sparsity >= 0.05 else "not pruned"
+    # Rounding to 4 bits makes a sixth of a dense weight zero, to 3 bits a third.
+    rounded = part != "weight"
+    if sparsity and sparsity >= (0.45 if rounded else 0.05):
+        return "has zeros, but no record of pruning"
+    return "quantized, not pruned" if rounded else "not pruned"
 
 
 def _keeps(weight: Tensor, structure: str, name: str) -> tuple[bool | None, str | None]:

@@ -45,7 +45,7 @@ def inspect(
     """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
     from rac_modifier.cli.predicted import prediction_figures, render_prediction
-    from rac_modifier.kernels.plan import plan_checkpoint, render_plan
+    from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_int4, render_plan
     from rac_modifier.kernels.predicted import card_of, check_tokens, predict_checkpoint
 
     if tokens is not None and device is None:
@@ -68,6 +68,11 @@ def inspect(
         typer.echo(f"\n{render_prediction(predict_checkpoint(report, rows, card, number))}")
     elif rows:
         typer.echo(f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}")
+    elif int4 := plan_dense_int4(checkpoint):
+        typer.echo(
+            "\nvLLM runs the int4 weights on kernels of its own. With --quantization rac-sparse, on this machine's CPU:\n"
+            f"{render_plan(int4)}"
+        )
 
 
 def render_report(report: CheckpointReport) -> str:
@@ -118,7 +123,10 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
 
 def totals(report: CheckpointReport) -> list[str]:
     """The lines below the table."""
-    lines = [f"all tensors: {report.stored_bytes:,} bytes stored, {report.dense_bytes:,} with every matrix dense"]
+    dense = (
+        f" stored, {report.dense_bytes:,} with every matrix dense" if report.dense_bytes != report.stored_bytes else ""
+    )
+    lines = [f"all tensors: {report.stored_bytes:,} bytes{dense}"]
     lines += [f"quantized weights: {scheme.describe()}" for scheme in report.quantization]
     if report.sparsity is not None:
         lines.append(f"{len(report.sparse)} pruned matrices, {report.sparsity:.2%} of their weights are zero")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from rac_modifier.checkpoint.dense_int4 import ORDER, ZEROS
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import FORMAT_24, packed_modules
+from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, ignored_modules, packed_format, recorded_structures
 from rac_modifier.checkpoint.stored_weight import FLOATS, SCALE
 from rac_modifier.errors import RacError
@@ -80,6 +82,33 @@ def plan_checkpoint(folder: str | Path, dtype: torch.dtype | None = None, device
             if module not in done and f"{module}.weight" in files and len(files.shape(f"{module}.weight")) == 2:
                 n, k = files.shape(f"{module}.weight")
                 rows.append(PlanRow(module, n, k, 1.0, stay_dense(reason, files.dtype(f"{module}.weight"))))
+    return rows
+
+
+def plan_dense_int4(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
+    """How each module of 4-bit weights without a mask (W4A16) would run with `vllm serve --quantization rac-sparse`.
+
+    Raises:
+        RacError: no readable checkpoint, or sizes that cannot be.
+    """
+    rows = []
+    with TensorFiles(folder) as files:
+        for module in sorted(name.removesuffix(f".{WORDS}") for name in files.where if name.endswith(f".{WORDS}")):
+            parts = {part: f"{module}.{part}" for part in (WORDS, WORDS_SHAPE, SCALE, ZEROS, ORDER)}
+            if parts[WORDS_SHAPE] not in files or files.shape(parts[WORDS_SHAPE]) != (2,):
+                continue
+            n, k = files.tensor(parts[WORDS_SHAPE]).tolist()
+            if min(n, k) < 1 or files.shape(parts[WORDS]) != (n, -(-k // 8)):  # other bits, or damaged
+                continue
+            if parts[ORDER] in files:
+                decision = stay_dense("its columns were reordered (actorder: group)", torch.bfloat16)
+                rows.append(PlanRow(module, n, k, 1.0, decision))
+                continue
+            groups = files.shape(parts[SCALE])[-1] if parts[SCALE] in files else 1
+            scale_bytes = files.dtype(parts[SCALE]).itemsize if parts[SCALE] in files else 4
+            rows.append(
+                plan_row(module, n, k, n * k, torch.int32, torch.bfloat16, groups, device, scale_bytes=scale_bytes)
+            )
     return rows
 
 

@@ -159,6 +159,7 @@ def test_words_of_codes_count_with_their_shape_and_scale(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text("{}")
     (row,) = inspect_checkpoint(tmp_path).modules
     assert (row.stored, row.rows, row.columns, row.sparsity) == ("words", 4, 32, 0.0)
+    assert row.reason == "quantized, not pruned"
     assert row.stored_bytes == row.dense_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
