@@ -106,7 +106,7 @@ struct Steps {
     void (*store_sums)(float*);
 };
 template <bool two_halves, bool two_panels>
-constexpr Steps steps = {load_sums<two_halves, two_panels>, multiply<two_halves, two_panels>,
+constexpr Steps steps_of = {load_sums<two_halves, two_panels>, multiply<two_halves, two_panels>,
                          store_sums<two_halves, two_panels>};
 
 const char* expand_tile(const uint32_t* masks, const char* values, uint16_t* tile) {
@@ -119,34 +119,72 @@ const char* expand_tile(const uint32_t* masks, const char* values, uint16_t* til
     return values;
 }
 
+// Up to AHEAD tiles of columns of two panels: what is expanded and multiplied at a time.
+struct Slice {
+    int64_t at, end;  // tiles
+    int64_t panel;    // the first one, counted from the group's first
+    int panels;
+    int64_t tiles() const { return (end - at) * panels; }
+};
+
+// The slices of a group of panels, one after the other: all panels of some columns, then of the next ones. It expands them.
+class Slices {
+public:
+    Slices(const Weight& weight, int64_t first, int64_t count, int64_t ahead)
+        : weight_(weight), first_(first), count_(count), ahead_(ahead), last_(weight.words / TILE_WORDS) {
+        for (int64_t p = 0; p < count; p++) values_[p] = weight.values_of(first + p);
+        begin(0, 0);
+    }
+    const Slice& slice() const { return slice_; }
+    bool ended() const { return slice_.at >= last_; }
+    void next() {
+        const bool same = slice_.panel + 2 < count_;
+        begin(same ? slice_.at : slice_.at + ahead_, same ? slice_.panel + 2 : 0);
+    }
+    // Expand tiles until `tiles` of the slice are done.
+    void expand(int64_t tiles, uint16_t* to) {
+        for (; done_ < tiles; done_++) {
+            const int64_t tile = slice_.at + done_ / slice_.panels, p = slice_.panel + done_ % slice_.panels;
+            values_[p] = expand_tile(weight_.masks_of(first_ + p) + tile * TILE_WORDS, values_[p],
+                                     to + (2 * (done_ / slice_.panels) + done_ % slice_.panels) * TILE);
+        }
+    }
+
+private:
+    void begin(int64_t at, int64_t panel) {
+        slice_ = {at, std::min(at + ahead_, last_), panel, panel + 1 < count_ ? 2 : 1};
+        done_ = 0;
+    }
+    const Weight& weight_;
+    int64_t first_, count_, ahead_, last_, done_ = 0;
+    Slice slice_;
+    const char* values_[AMX_PANELS];
+};
+
 // Lines [line, line + m) times `count` panels from `first` on. `acc` holds m lines, rounded up to blocks, of these panels.
+// While a slice is multiplied, which takes the tile unit, the next one is expanded, which takes the vector units.
 void multiply_lines(const Product& product, int64_t first, int64_t count, int64_t line, int64_t m, float* acc) {
-    const Weight& weight = product.weight;
     const uint16_t* x = static_cast<const uint16_t*>(product.x) + line * product.stride;
-    const int64_t tiles = weight.words / TILE_WORDS, blocks = (m + BLOCK - 1) / BLOCK;
-    const int64_t ahead = blocks == 1 ? 1 : AHEAD;
-    alignas(64) uint16_t ring[AHEAD * 2 * TILE];
-    const char* values[AMX_PANELS];
-    for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
-    for (int64_t at = 0; at < tiles; at += ahead) {
-        const int64_t end = at + ahead < tiles ? at + ahead : tiles;
-        for (int64_t panel = 0; panel < count; panel += 2) {
-            const int panels = panel + 1 < count ? 2 : 1;
-            for (int64_t tile = at; tile < end; tile++)
-                for (int p = 0; p < panels; p++)
-                    values[panel + p] = expand_tile(weight.masks_of(first + panel + p) + tile * TILE_WORDS, values[panel + p],
-                                                    ring + (2 * (tile % AHEAD) + p) * TILE);
-            for (int64_t block = 0; block < blocks; block++) {
-                const bool two_halves = m - block * BLOCK > 16;
-                const Steps& step = two_halves ? (panels == 2 ? steps<true, true> : steps<true, false>)
-                                             : (panels == 2 ? steps<false, true> : steps<false, false>);
-                float* sums = acc + (panel / 2 * blocks + block) * BLOCK * BLOCK;
-                if (at == 0 || blocks > 1) step.load_sums(sums, at > 0);
-                for (int64_t tile = at; tile < end; tile++)
-                    step.multiply(x + block * BLOCK * product.stride + 16 * tile * TILE_COLUMNS, 16 * product.stride,
-                                  ring + 2 * (tile % AHEAD) * TILE);
-                if (end == tiles || blocks > 1) step.store_sums(sums);
+    const int64_t tiles = product.weight.words / TILE_WORDS, blocks = (m + BLOCK - 1) / BLOCK;
+    alignas(64) uint16_t expanded[2][AHEAD * 2 * TILE];
+    Slices next(product.weight, first, count, blocks == 1 ? 1 : AHEAD);
+    next.expand(next.slice().tiles(), expanded[0]);
+    for (int turn = 0; !next.ended(); turn ^= 1) {
+        const Slice slice = next.slice();
+        next.next();
+        const int64_t steps = blocks * (slice.end - slice.at), to_expand = next.ended() ? 0 : next.slice().tiles();
+        for (int64_t block = 0, taken = 0; block < blocks; block++) {
+            const bool two_halves = m - block * BLOCK > 16;
+            const Steps& step = two_halves ? (slice.panels == 2 ? steps_of<true, true> : steps_of<true, false>)
+                                         : (slice.panels == 2 ? steps_of<false, true> : steps_of<false, false>);
+            float* sums = acc + (slice.panel / 2 * blocks + block) * BLOCK * BLOCK;
+            if (slice.at == 0 || blocks > 1) step.load_sums(sums, slice.at > 0);
+            for (int64_t tile = slice.at; tile < slice.end; tile++) {
+                step.multiply(x + block * BLOCK * product.stride + 16 * tile * TILE_COLUMNS, 16 * product.stride,
+                              expanded[turn] + 2 * (tile - slice.at) * TILE);
+                next.expand(to_expand * ++taken / steps, expanded[turn ^ 1]);
             }
+            if (slice.end == tiles || blocks > 1) step.store_sums(sums);
         }
     }
     for (int64_t panel = 0; panel < count; panel += 2)

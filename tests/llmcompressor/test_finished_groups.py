@@ -202,7 +202,7 @@ def test_twenty_kills_change_nothing(tiny_folder, trace_store, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store)))
     script = Path(__file__).parent / "killed_runs.py"
     command = [sys.executable, str(script), str(tiny_folder), "recipe.yaml", "20"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found["kills"] == 20
