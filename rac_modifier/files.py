@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,15 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(obj, dict):
         raise RacError(f"{path}: holds a {type(obj).__name__} where an object is expected")
     return obj
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there, so that a kill leaves all of it under its name or nothing.
+
+    It is renamed first. What an earlier kill left under that other name is removed too.
+    """
+    gone = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
+from rac_modifier.files import read_json, remove_folder, write_json_atomic, write_text_atomic
 
 
 def test_round_trip_and_mode(tmp_path: Path) -> None:
@@ -54,3 +55,32 @@ def test_unreadable_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text, encoding="latin-1")
     with pytest.raises(RacError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does."""
+
+
+def test_a_kill_while_a_folder_is_removed_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "state"
+
+    def make() -> None:
+        folder.mkdir()
+        for number in range(3):
+            (folder / f"{number}").write_text("")
+
+    def half(path: Path, ignore_errors: bool) -> None:
+        if path.exists():
+            next(path.iterdir()).unlink()
+            raise Killed
+
+    make()
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            remove_folder(folder)
+    assert not folder.exists()
+    make()
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+    remove_folder(folder)  # it is not there

@@ -17,7 +17,7 @@ from loguru import logger
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
-from rac_modifier.files import read_json
+from rac_modifier.files import read_json, remove_folder
 from rac_modifier.frontier.benchmarks import Ask, Benchmark, ask_benchmarks, check_benchmarks, missing_benchmarks
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut, Measured, layers_of, measure, measure_dense
@@ -110,7 +110,7 @@ def run_grid(
             logger.info(f"{run.label}: finished already")
         asked = _benchmarks(folder, run.label, folder.model(run.label), tools, failed)
         if (new or asked) and remove_models and run.label not in failed:
-            shutil.rmtree(folder.model(run.label))
+            remove_folder(folder.model(run.label))
     if failed:
         reasons = "".join(f"\n- {label}: {reason}" for label, reason in failed.items())
         raise RacError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, write_json_atomic
+from rac_modifier.files import read_json, remove_folder, write_json_atomic
 
 _SAVE_SECONDS = 30.0  # groups that are pruned within this time are written together; a kill loses no more
 _ABOUT = "about.json"
@@ -115,7 +114,7 @@ class FinishedGroups:
 
     def remove(self) -> None:
         """The run has ended, and its result is saved."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_folder(self.folder)
 
     def _write(self) -> None:
         tensors, records = {}, {}
@@ -131,7 +130,7 @@ class FinishedGroups:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / _ABOUT).exists():
                 write_json_atomic(self.folder / _ABOUT, self._about)
-            path = self.folder / f"group-{len(list(self.folder.glob('group-*.safetensors'))):05}.safetensors"
+            path = self.folder / f"group-{self._next_number():05}.safetensors"
             new = path.with_suffix(".new")
             try:
                 save_file(tensors, new, metadata=records)
@@ -144,6 +143,13 @@ class FinishedGroups:
         except (OSError, SafetensorError, RacError) as error:
             raise self._unwritable(error) from error
         self._pending.clear()
+
+    def _next_number(self) -> int:
+        """One after the last file, so that none is overwritten where others are missing."""
+        return (
+            max((int(file.stem.removeprefix("group-")) for file in self.folder.glob("group-*.safetensors")), default=-1)
+            + 1
+        )
 
     def _check(self, about: Mapping[str, Any]) -> None:
         """Refuse what is there if it says otherwise."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from loguru import logger
 from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.files import remove_folder
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
@@ -104,7 +104,7 @@ class RecoveryStage:
 
     def remove(self) -> None:
         """Remove the dense model's hidden states and the state of training; there is no need of them when all is saved."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_folder(self.folder)
         with contextlib.suppress(OSError):  # another run's folder is beside it
             self.folder.parent.rmdir()
 

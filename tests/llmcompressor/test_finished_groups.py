@@ -89,7 +89,7 @@ def test_it_goes_on_where_it_was_killed(prune, solved, tmp_path, monkeypatch, se
     whole = 4 if "preset" in settings else 5  # layer by layer, only a whole layer counts
     assert solved == expected[:5] + expected[whole:]
     assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
-    assert not (tmp_path / "killed.unfinished").exists()
+    assert list(tmp_path.glob("killed.unfinished*")) == []
 
 
 def test_groups_are_written_now_and_then(tmp_path, monkeypatch):
@@ -112,6 +112,22 @@ def test_groups_are_written_now_and_then(tmp_path, monkeypatch):
     assert again.restore("2", module, masters) == {"error": 2}
     assert not masters
     assert torch.equal(module.weight, modules()[2].weight)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_no_file_is_overwritten_where_others_are_missing(tmp_path):
+    folder = tmp_path / "state"
+    groups = FinishedGroups(folder, {})
+    groups.begin({})
+    for number, module in enumerate(modules()[:3]):
+        groups.add({str(number): module}, {str(number): {}}, {})
+    (folder / "group-00000.safetensors").unlink()
+    again = FinishedGroups(folder, {})
+    again.begin({})
+    again.add({"3": modules()[3]}, {"3": {}}, {})
+    last = FinishedGroups(folder, {})
+    last.begin({})
+    assert [last.has([str(number)]) for number in range(4)] == [False, True, True, True]
 
 
 def modules() -> list[torch.nn.Linear]:
@@ -208,4 +224,4 @@ def test_twenty_kills_change_nothing(tiny_folder, trace_store, tmp_path):
     assert found["kills"] == 20
     assert found["resumed"] >= 5, "hardly any start found groups of an earlier one: the test shows nothing"
     assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
-    assert not (tmp_path / "killed.unfinished").exists()
+    assert list(tmp_path.glob("killed.unfinished*")) == []
