@@ -25,7 +25,8 @@ from rac_modifier.recovery.teacher import Teacher
 
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0
-_CHECKS = 8  # of the held-out KL in a run
+_FEWEST_CHECKS, _MOST_CHECKS = 2, 8  # of the held-out KL in a run, after the one before it
+_CHECK_SHARE = 0.1  # of the time of training that they may take
 _EVALUATION_TOKENS = 4096
 _TOO_HIGH = 1.5  # times the KL before: the learning rate is too high
 
@@ -89,8 +90,8 @@ class TrainingLoop:
         return torch.optim.AdamW(self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0)
 
     def _train_at(self, rate: float, done: Progress) -> None:
-        """Take the steps that are left, check the held-out KL `_CHECKS` times, and write the state now and then."""
-        before, every = done.curve[0][1], max(1, math.ceil(len(self.steps) / _CHECKS))
+        """Take the steps that are left, check the held-out KL, and write the state now and then."""
+        before, every = done.curve[0][1], max(1, math.ceil(len(self.steps) / self._checks()))
         saved = time.monotonic()
         # None: silent where the output is no terminal
         silent = None if self.progress and self.shards.processes.is_first else True
@@ -111,6 +112,12 @@ class TrainingLoop:
                 if self._is_time(saved):
                     self._save(done)
                     saved = time.monotonic()
+
+    def _checks(self) -> int:
+        """How often the held-out KL is measured: a step takes the time of three forward passes, a check that of one."""
+        trained = sum(step.tokens for step in self.steps)
+        measured = sum(len(ids) for ids, _ in self.held_out)
+        return min(max(round(3 * _CHECK_SHARE * trained / measured), _FEWEST_CHECKS), _MOST_CHECKS)
 
     def _is_time(self, saved: float) -> bool:
         """Whether to write a state, which the first process decides, since all have to take part."""

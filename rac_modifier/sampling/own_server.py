@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -27,6 +28,16 @@ _LOOK_EVERY = 0.2  # seconds
 _SAY_EVERY = 30.0  # seconds
 _LAST_LINES = 25
 _LAST_BYTES = 16384
+_FIRST_BYTES = 1 << 20
+_ERROR = re.compile(
+    r"(?:^|\] )\s*[A-Z]\w*(?:Error|Exception): \S"
+)  # as a traceback ends, alone or after a logger's prefix
+# vLLM 0.32 ends at this: a prompt that is read in parts, of a request with a seed, without a GPU.
+_SEEDED_IN_PARTS = "CPU Generator does not use offset"
+_SEEDED_IN_PARTS_ADVICE = (
+    "On a CPU, vLLM fails where it reads the prompt of a request with a seed in parts: set "
+    "RAC_VLLM_OPTIONS='--no-enable-chunked-prefill --max-model-len N --max-num-batched-tokens N'"
+)
 _WATCHER = Path(__file__).with_name("server_watch.py")
 
 
@@ -157,7 +168,7 @@ def _wait_until_ready(
             raise RacError(_stopped(watcher, log))
         if now - started > command.timeout:
             raise RacError(
-                f"vllm serve was not ready after {command.timeout:g} s; give it more with RAC_VLLM_TIMEOUT. {_end_of(log)}"
+                f"vllm serve was not ready after {command.timeout:g} s; give it more with RAC_VLLM_TIMEOUT. {end_of(log)}"
             )
         if now - said > _SAY_EVERY:
             said = now
@@ -183,13 +194,25 @@ def _is_healthy(port: int) -> bool:
 def _stopped(watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
     return (
         f"vllm serve stopped with exit code {watcher.returncode}; its options (such as --max-model-len 8192) are set in "
-        f"RAC_VLLM_OPTIONS. {_end_of(log)}"
+        f"RAC_VLLM_OPTIONS. {end_of(log)}"
     )
 
 
-def _end_of(log: BinaryIO) -> str:
+def end_of(log: BinaryIO) -> str:
+    """What a server that stopped has printed last, and first of errors."""
     lines = last_lines(log, _LAST_LINES)
-    return "Its last lines:\n" + "\n".join(lines) if lines else "It printed nothing"
+    if not lines:
+        return "It printed nothing"
+    cause = first_error(log)
+    advice = f"{_SEEDED_IN_PARTS_ADVICE}. " if _SEEDED_IN_PARTS in (cause or "") else ""
+    named = "" if cause is None or cause in lines else f"Its first error:\n{cause}\n"
+    return f"{advice}{named}Its last lines:\n" + "\n".join(lines)
+
+
+def first_error(log: BinaryIO) -> str | None:
+    """The first line that names an exception: vLLM's last lines may only say that a process of its own has failed."""
+    start = os.pread(log.fileno(), _FIRST_BYTES, 0).decode("utf-8", "replace")
+    return next((line.rstrip() for line in start.splitlines() if _ERROR.search(line)), None)
 
 
 def last_lines(log: BinaryIO, count: int) -> list[str]:

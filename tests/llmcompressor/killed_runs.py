@@ -66,10 +66,8 @@ def main(model: str, recipe: str, kills: int) -> None:
         child = start(model, recipe, "killed")
         more = min(chance.choice([0, 1, 1, 2, 3]), GROUPS - found)
         ended = wait_for(found + more, child) if more else False
-        if more:  # within the next two groups
-            longest = 2 * lasts / GROUPS
-        else:  # before anything new is written; where all is written, until after the end
-            longest = (0.3 if found < GROUPS else 0.8) * lasts
+        # within the next two groups; or before anything new is written, and where all is written, until after the end
+        longest = 2 * lasts / GROUPS if more else (0.3 if found < GROUPS else 0.8) * lasts
         time.sleep(chance.uniform(0.0, longest))
         if not ended:
             os.kill(child, signal.SIGKILL)

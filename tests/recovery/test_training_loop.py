@@ -1,4 +1,4 @@
-"""The state of the loop: what a full disk costs, and what is left to do when a run has ended. The rest: test_distill.py."""
+"""The loop's state: what a full disk costs, what is left when a run has ended; how often it checks. The rest: test_distill.py."""
 
 import pytest
 import torch
@@ -64,3 +64,17 @@ def test_after_the_end_nothing_is_trained_again(tmp_path, monkeypatch, changes):
     assert steps == []
     assert (result.curve, result.kl_after, result.kept) == (expected.curve, expected.kl_after, expected.kept)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), first.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "checks"),
+    [(3, 40, 2), (40, 40, 2), (120, 10, 4), (200, 2, 8)],
+    ids=["short run", "as much as is held out", "twelve times as much", "long run"],
+)
+def test_checks_take_about_a_tenth_of_the_time(training, held_out, checks):
+    """A check is one forward pass over the held-out traces, a step about three over its own; two to eight checks."""
+    dense, model = dense_and_sparse()
+    settings = RecoverySettings(learning_rate=3e-3, step_tokens=64)
+    traces = sequences(training, seed=1), sequences(held_out, seed=2)
+    result = recover(model, LiveTeacher(dense), *traces, settings, progress=False)
+    assert len(result.curve) == 1 + min(checks, result.steps)

@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.own_server import VllmCommand, check_serving, last_lines, vllm_server
+from rac_modifier.sampling.own_server import VllmCommand, check_serving, end_of, last_lines, vllm_server
 from tests.sampling import fake_vllm
 
 HOLDER = """
@@ -87,6 +87,27 @@ def test_a_failed_start_shows_the_last_lines(vllm, monkeypatch):
     assert "RAC_VLLM_OPTIONS. Its last lines:\n" in text
     assert text.endswith("loading part 38\nloading part 39\nValueError: the KV cache does not fit")
     assert "loading part 3\n" not in text
+
+
+def test_a_failed_start_shows_the_first_error_where_the_last_lines_do_not(vllm, monkeypatch):
+    monkeypatch.setenv(fake_vllm.FAULT, "crash of a worker")
+    with pytest.raises(RacError) as caught, vllm_server(vllm, "m"):
+        pass
+    text = str(caught.value)
+    cause = "(Worker pid=7) ERROR 11-26 [executor.py:953] ValueError: no memory on node 0"
+    assert f"RAC_VLLM_OPTIONS. Its first error:\n{cause}\nIts last lines:\n  File part16.py\n" in text
+    assert text.endswith("RuntimeError: Engine core initialization failed. See root cause above.")
+
+
+def test_a_server_that_cannot_read_seeded_prompts_in_parts_is_explained(tmp_path):
+    with (tmp_path / "log").open("w+b") as log:
+        log.write(b"(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n" + b"a line\n" * 30)
+        log.flush()
+        text = end_of(log)
+    assert text.startswith(
+        "On a CPU, vLLM fails where it reads the prompt of a request with a seed in parts: set RAC_VLLM_OPTIONS='--no-"
+    )
+    assert "Its first error:\n(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n" in text
 
 
 def test_a_failed_start_without_a_word(vllm, monkeypatch):
