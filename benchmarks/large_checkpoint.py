@@ -123,8 +123,11 @@ def write_shard(path: Path, held: list[tuple[str, Tensor]]) -> None:
             file.write(tensor.view(torch.uint8).numpy().data)
 
 
-def child(code: str, arguments: list[str]) -> tuple[int, float]:
-    """Run Python code in a process of its own: peak of its resident set in bytes, and seconds. Its output is not shown."""
+def child(code: str, arguments: list[str]) -> tuple[int, float, float]:
+    """Run Python code in a process of its own: peak of its resident set in bytes, seconds, and seconds of the processor.
+
+    Its output is not shown.
+    """
     begun = time.monotonic()
     number = os.fork()
     if number == 0:
@@ -133,7 +136,7 @@ def child(code: str, arguments: list[str]) -> tuple[int, float]:
     _, status, usage = os.wait4(number, 0)
     if code := os.waitstatus_to_exitcode(status):  # type: ignore[assignment]
         sys.exit(f"{arguments}: ended with {code}")
-    return usage.ru_maxrss * 1024, time.monotonic() - begun
+    return usage.ru_maxrss * 1024, time.monotonic() - begun, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -164,11 +167,11 @@ def main() -> None:
     files = sorted(dense.glob("*.safetensors"))
     largest = max(file.stat().st_size for file in files)
     print(f"dense: {size_on_disk(dense):,} bytes in {len(files)} files of at most {largest:,}", flush=True)
-    print("| step | peak of the resident set | in largest files | time |", "|---|---|---|---|", sep="\n", flush=True)
+    print("| step | peak of the resident set | in largest files | time | of the processor |", "|---|---|---|---|---|", sep="\n", flush=True)
     for step in STEPS:
         if step in asked.steps:
-            peak, seconds = child(STEPS[step], arguments[step])
-            print(f"| {step} | {peak / 1e9:.2f} GB | {peak / largest:.2f} | {seconds:.0f} s |", flush=True)
+            peak, seconds, busy = child(STEPS[step], arguments[step])
+            print(f"| {step} | {peak / 1e9:.2f} GB | {peak / largest:.2f} | {seconds:.0f} s | {busy:.0f} s |", flush=True)
     if packed.exists():
         print(f"packed: {size_on_disk(packed):,} bytes", flush=True)
     if not asked.keep:

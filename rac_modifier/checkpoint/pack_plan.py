@@ -188,15 +188,16 @@ class _Look:
         return (found[0], found[1]) if same else (None, 0)
 
     def _measured(self, row: MatrixPlan, weight: Tensor) -> MatrixPlan:
-        negative = detect.count_negative_zeros(weight)
+        zeros, stored = count_zeros(weight), detect.count_stored(weight)
+        negative = zeros + stored - weight.numel()
         if self.drop and negative:
-            weight = detect.without_negative_zeros(weight)
+            weight, stored = detect.without_negative_zeros(weight), stored - negative
         row = replace(
             row,
             structure=self._structure(row.name, weight),
-            sparsity=count_zeros(weight) / weight.numel(),
+            sparsity=zeros / weight.numel(),
             negative_zeros=negative,
-            stored=detect.count_stored(weight),
+            stored=stored,
             fits_24=detect.fits_24(weight),
         )
         if is_embedding(row.name):
