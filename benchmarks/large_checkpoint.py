@@ -167,11 +167,18 @@ def main() -> None:
     files = sorted(dense.glob("*.safetensors"))
     largest = max(file.stat().st_size for file in files)
     print(f"dense: {size_on_disk(dense):,} bytes in {len(files)} files of at most {largest:,}", flush=True)
-    print("| step | peak of the resident set | in largest files | time | of the processor |", "|---|---|---|---|---|", sep="\n", flush=True)
+    print(
+        "| step | peak of the resident set | in largest files | time | of the processor |",
+        "|---|---|---|---|---|",
+        sep="\n",
+        flush=True,
+    )
     for step in STEPS:
         if step in asked.steps:
             peak, seconds, busy = child(STEPS[step], arguments[step])
-            print(f"| {step} | {peak / 1e9:.2f} GB | {peak / largest:.2f} | {seconds:.0f} s | {busy:.0f} s |", flush=True)
+            print(
+                f"| {step} | {peak / 1e9:.2f} GB | {peak / largest:.2f} | {seconds:.0f} s | {busy:.0f} s |", flush=True
+            )
     if packed.exists():
         print(f"packed: {size_on_disk(packed):,} bytes", flush=True)
     if not asked.keep:

@@ -28,7 +28,7 @@ def groups(hidden: int, inner: int, keys: int, layers: int) -> list[Group]:
 @pytest.mark.parametrize("tokens", [1_000_000, 131_072, 16_384])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_count_is_that_of_the_page(shape: str, tokens: int) -> None:
-    """The page's was made by a program that described each step of the solver by itself and is no longer here; the two differ by a step."""
+    """The page's was made by an earlier program, which described the solver by itself; the two differ by a step."""
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| {shape} | {tokens:,} | quality |"))
     _, _, _, _, total, _, _, passes, statistics, solver, _ = (cell.strip() for cell in row.split("|"))
     found = groups(*SHAPES[shape])

@@ -1,9 +1,10 @@
-"""Kill one process of a pruning run again and again, in a new folder: `python -m tests.llmcompressor.killed_ranks KILLS PROCESSES`.
+"""Kill one process of a pruning run again and again: `python -m tests.llmcompressor.killed_ranks KILLS PROCESSES`.
 
-A run is killed five times in a life: before its first file, twice after a file, while a file is written, and while the result is
-saved; which process is killed and when within that time is chance. A kill waits for what the run has written, not for a time, so
-that a slow machine sees the same kills. Then the same command ends it undisturbed, and the next life begins. The writing of files
-is drawn out, so that kills meet it. Prints a table of what was killed and what was lost, and all of it as JSON.
+It writes into the present folder. A run is killed five times in a life: before its first file, twice after a file, while a file
+is written, and while the result is saved; which process is killed and when within that time is chance. A kill waits for what the
+run has written, not for a time, so that a slow machine sees the same kills. Then the same command ends it undisturbed, and the
+next life begins. The writing of files is drawn out, so that kills meet it. Prints a table of what was killed and what was lost,
+and all of it as JSON.
 """
 
 from __future__ import annotations
@@ -157,9 +158,15 @@ def kill(output: str, count: int, wanted: str, chance: random.Random) -> Kill | 
     return Kill(rank, moment, kept, finished, files(output, "new") > 0, others)
 
 
-def refused(output: str, count: int) -> bool:
-    """Whether a half saved result makes the next start end with what to remove; it is then removed."""
+def refused(output: str, count: int) -> bool | None:
+    """Whether a half saved result makes the next start end with what to remove; it is then removed.
+
+    None where nothing was in the folder yet: then that start goes on, and ends the run.
+    """
+    empty = not os.listdir(output)
     codes = ended(begin(output, count))
+    if empty and set(codes) == {0}:
+        return None
     said = Path(f"{output}.0.txt").read_text()
     os.rename(output, f"{output}.half-saved-{time.monotonic_ns()}")
     return set(codes) == {1} and f"remove {output} and start the same run again" in said
@@ -209,8 +216,8 @@ def main(count_of_kills: int, count: int) -> None:
             one = kill(output, count, wanted, chance)
             kills += [one] if one is not None else []
             if os.path.isdir(output) and os.path.isdir(f"{output}.unfinished"):
-                told.append(refused(output, count))
-        if os.path.isdir(f"{output}.unfinished"):
+                told += [said] if (said := refused(output, count)) is not None else []
+        if os.path.isdir(f"{output}.unfinished") or not os.path.isdir(output):
             assert set(ended(begin(output, count))) == {0}, Path(f"{output}.0.txt").read_text()
     print(*table(kills, count), sep="\n")
     rows = [{**asdict(each), "lost": each.lost} for each in kills]
