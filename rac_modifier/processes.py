@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,7 +207,20 @@ def _join() -> Processes:
     for group in groups:
         distributed.barrier(group=group)
     distributed.all_reduce(torch.zeros(1, device=device))
+    _keep_sockets()
     return Processes(distributed.get_rank(), distributed.get_world_size(), device, *groups)
+
+
+def _keep_sockets() -> None:
+    """Do not pass the sockets on to programs that are started from here.
+
+    torch starts one for weights in shared memory. It outlives a process that is killed, and as long as it has the sockets, the
+    others wait for that process.
+    """
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # the descriptor of the folder itself, closed by now
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                os.set_inheritable(int(name), False)
 
 
 @contextlib.contextmanager

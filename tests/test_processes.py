@@ -87,6 +87,28 @@ def test_an_error_in_one_reaches_the_others(tmp_path: Path):
     assert "RacError: no room" in error
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rac_modifier.processes import ProcessFailedError, joined_processes
+try:
+    with joined_processes() as processes:
+        if processes.is_first:  # with all that is open, as torch's program for shared memory
+            os.posix_spawn("/bin/sh", ["sh", "-c", "exec 2>&1; sleep 30; touch over"], os.environ)
+            os.kill(os.getpid(), signal.SIGKILL)
+        processes.meet()
+except ProcessFailedError as error:
+    print(Path("over").exists(), error, file=sys.stderr, flush=True)
+    os._exit(3)
+"""
+
+
+def test_a_killed_process_is_noticed_while_a_program_that_it_started_goes_on(tmp_path: Path):
+    (code, _), (other, said) = started(["-c", KILLED], tmp_path)
+    assert (code, other) == (-9, 3)
+    assert "False another of the 2 processes has ended" in said
+
+
 def test_alone_nothing_is_exchanged():
     alone, tensor = Processes(), torch.ones(2)
     alone.add_up(tensor)

@@ -1,7 +1,7 @@
 """A checkpoint rewritten into a new folder: packed, or unpacked to what stock loaders read. The source is only read.
 
-Nothing in the new folder looks like a checkpoint until all of it is written (new_files.py). It is read and written file by
-file, so that memory for about two files of weights is needed.
+Nothing in the new folder looks like a checkpoint until all of it is written (new_files.py). It is read tensor by tensor and
+written file by file: memory is needed for the new tensors of one file, and for one tensor that is read.
 """
 
 from __future__ import annotations

@@ -71,11 +71,6 @@ def count_stored(weight: Tensor) -> int:
     return sum(int(kept.sum()) for kept in _stored(weight))
 
 
-def count_negative_zeros(weight: Tensor) -> int:
-    """How many weights are -0.0; integers have none."""
-    return count_stored(weight) - sum(int(nonzero(weight[part]).sum()) for part in row_chunks(*weight.shape))
-
-
 def without_negative_zeros(weight: Tensor) -> Tensor:
     """A copy with +0.0 in the place of -0.0."""
     result = weight.clone()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,8 +43,21 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is in its file: dtype in safetensors' spelling, shape, its first byte and how many there are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    first: int
+    count: int
+
+
 class TensorFiles:
     """All tensors of a folder by name; opening reads only the headers. A context manager.
+
+    A tensor is read into memory of its own, which is freed with it. A memory-mapped one would keep every page that was read of
+    its file in the memory of the process for as long as the file is open: at the end, the whole checkpoint.
 
     `where` maps each tensor name to its file's name, and `index` is the parsed index file, None for a single file.
 
@@ -60,6 +77,7 @@ class TensorFiles:
         self.index: dict[str, Any] | None = None
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
+        self._places: dict[str, dict[str, _Place]] = {}
         try:
             self.where = self._locate()
         except BaseException:
@@ -86,9 +104,11 @@ class TensorFiles:
 
     def _names_in(self, file: str) -> list[str]:
         try:
+            # safetensors checks the header: lengths, offsets, and that they cover the file
             self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            self._places[file] = _read_places(self.folder / file)
             return list(self._open[file].keys())
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise RacError(
                 f"{self.folder / file}: cannot be read as safetensors ({error}); copy the model again"
             ) from error
@@ -106,30 +126,37 @@ class TensorFiles:
         self._open.clear()
         self._stack.close()
 
+    def by_file(self) -> list[str]:
+        """All names, those of a file together."""
+        return sorted(self.where, key=lambda name: (self.where[name], name))
+
     def __contains__(self, name: str) -> bool:
         return name in self.where
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor. It is memory-mapped: its pages are read when they are used.
+        """Read one tensor into memory of its own.
 
         Raises:
             RacError: no such tensor, or it cannot be read.
         """
-        handle = self._handle(name)
+        place, dtype = self._place(name), self.dtype(name)
+        path = self.folder / self.where[name]
         try:
-            return handle.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, AttributeError, TypeError) as error:
-            raise RacError(
-                f"{name}: cannot be read from {self.folder / self.where[name]} ({error}); copy the model again"
-            ) from error
+            if place.count != math.prod(place.shape) * dtype.itemsize:
+                raise ValueError(f"{place.count} bytes do not hold {list(place.shape)} of {place.dtype}")
+            data = torch.empty(place.count, dtype=torch.uint8)
+            _read_into(data, path, place.first)
+        except (OSError, ValueError) as error:
+            raise RacError(f"{name}: cannot be read from {path} ({error}); copy the model again") from error
+        return data.view(dtype).view(place.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in the file's header."""
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        return self._place(name).shape
 
     def dtype_name(self, name: str) -> str:
         """The dtype in safetensors' spelling, such as "BF16"."""
-        return str(self._handle(name).get_slice(name).get_dtype())
+        return self._place(name).dtype
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype as torch has it.
@@ -146,10 +173,7 @@ class TensorFiles:
 
     def nbytes(self, name: str) -> int:
         """Bytes that the tensor takes in the file."""
-        count = 1
-        for size in self.shape(name):
-            count *= size
-        return count * self.dtype(name).itemsize
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def metadata(self, file: str) -> dict[str, str]:
         """The free text in a file's header, `{"format": "pt"}` where there is none."""
@@ -166,12 +190,36 @@ class TensorFiles:
         metadata["total_size"] = int(total) + grown
         return {**self.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
 
-    def _handle(self, name: str) -> Any:
+    def _place(self, name: str) -> _Place:
         if name not in self.where:
             raise RacError(f"{name}: not in {self.folder}; copy or save the model again")
         if not self._open:
             raise RacError(f"{name}: cannot be read any more, since {self.folder} was closed; open it again")
-        return self._open[self.where[name]]
+        return self._places[self.where[name]][name]
+
+
+def _read_places(path: Path) -> dict[str, _Place]:
+    """Where each tensor of a file is, by its header; the format is eight bytes of length, JSON, and the data."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    places = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, end = entry["data_offsets"]
+            places[name] = _Place(entry["dtype"], tuple(entry["shape"]), 8 + length + first, end - first)
+    return places
+
+
+def _read_into(data: Tensor, path: Path, first: int) -> None:
+    """Fill a tensor of bytes from a file."""
+    view, done = memoryview(data.numpy().data), 0
+    with open(path, "rb", buffering=0) as file:
+        while done < len(view):  # one call of the system reads at most 2 GiB
+            count = os.preadv(file.fileno(), [view[done:]], first + done)
+            if not count:
+                raise OSError(f"the file ends {len(view) - done} bytes too early")
+            done += count
 
 
 def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:

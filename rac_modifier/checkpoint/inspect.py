@@ -143,7 +143,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         offsets = any(f"{name}.row_offsets" in files for name in packed)
         layout = config.sparsity.format if config.sparsity else FORMAT_BITMASK if offsets else FORMAT_24
         rows = [_packed_row(files, name, layout, config) for name in packed]
-        rows += [_dense_row(files, name, config) for name in sorted(files.where) if _is_matrix(files, name, packed)]
+        rows += [_dense_row(files, name, config) for name in files.by_file() if _is_matrix(files, name, packed)]
         parts = (*PARTS[FORMAT_BITMASK], "weight", WORDS, WORDS_SHAPE, *_SCALES)
         of_rows = {f"{row.name}.{part}" for row in rows for part in parts}
         other = sum(files.nbytes(name) for name in files.where if name not in of_rows)

@@ -116,11 +116,9 @@ def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackP
     check_method(config)
     with TensorFiles(folder) as files:
         check_unpacked(files, config)
-        for name in files.where:
-            _check_nan(files, name)
         look = _Look(files, config, drop_negative_zeros)
-        rows = [look.row(name) for name in sorted(files.where) if _is_matrix(files, name)]
-    format, rows = _choose(rows)
+        rows = [row for name in files.by_file() if (row := look.tensor(name)) is not None]
+    format, rows = _choose(sorted(rows, key=lambda row: row.name))
     return PackPlan(folder, format, tuple(rows), drop_negative_zeros)
 
 
@@ -136,13 +134,6 @@ def packed_size(format: str, rows: int, columns: int, stored: int, bits: int) ->
     return size + rows * -(-columns // 8) + offsets + 16
 
 
-def _check_nan(files: TensorFiles, name: str) -> None:
-    if files.dtype(name).is_floating_point and detect.has_nan(files.tensor(name)):
-        raise RacError(
-            f"{name}: holds NaN in {files.folder / files.where[name]}; the model is damaged: save or copy it again"
-        )
-
-
 def _is_matrix(files: TensorFiles, tensor_name: str) -> bool:
     _, _, part = tensor_name.rpartition(".")
     shape = files.shape(tensor_name)
@@ -155,7 +146,16 @@ class _Look:
     config: dict[str, Any]
     drop: bool
 
-    def row(self, tensor_name: str) -> MatrixPlan:
+    def tensor(self, name: str) -> MatrixPlan | None:
+        """Read a tensor once: refuse NaN, and the row of a matrix."""
+        values = self.files.tensor(name) if self.files.dtype(name).is_floating_point else None
+        if values is not None and detect.has_nan(values):
+            raise RacError(
+                f"{name}: holds NaN in {self.files.folder / self.files.where[name]}; the model is damaged: save or copy it again"
+            )
+        return self._row(name, values) if _is_matrix(self.files, name) else None
+
+    def _row(self, tensor_name: str, values: Tensor | None) -> MatrixPlan:
         """What is known of one matrix by itself, with its size in the layout of its own pattern."""
         name, _, part = tensor_name.rpartition(".")
         rows, columns = self.files.shape(tensor_name)
@@ -172,7 +172,7 @@ class _Look:
         elif self.files.dtype(tensor_name) not in DTYPES:
             return replace(row, reason=f"stored as {row.dtype}, which cannot be packed")
         else:
-            weight = self.files.tensor(tensor_name)
+            weight = self.files.tensor(tensor_name) if values is None else values
         return self._measured(row, weight)
 
     def _words(self, name: str, schemes: tuple[WeightScheme, ...]) -> tuple[Tensor | None, int]:
@@ -188,15 +188,16 @@ class _Look:
         return (found[0], found[1]) if same else (None, 0)
 
     def _measured(self, row: MatrixPlan, weight: Tensor) -> MatrixPlan:
-        negative = detect.count_negative_zeros(weight)
+        zeros, stored = count_zeros(weight), detect.count_stored(weight)
+        negative = zeros + stored - weight.numel()
         if self.drop and negative:
-            weight = detect.without_negative_zeros(weight)
+            weight, stored = detect.without_negative_zeros(weight), stored - negative
         row = replace(
             row,
             structure=self._structure(row.name, weight),
-            sparsity=count_zeros(weight) / weight.numel(),
+            sparsity=zeros / weight.numel(),
             negative_zeros=negative,
-            stored=detect.count_stored(weight),
+            stored=stored,
             fits_24=detect.fits_24(weight),
         )
         if is_embedding(row.name):

@@ -1,6 +1,7 @@
 """Pack dense safetensors: a saved folder in place, or as new files elsewhere; never into a half-packed checkpoint.
 
-This takes disk space for both copies of the changed files, and memory for the packed weights of one file.
+This takes disk space for both copies of the changed files, and memory for the packed weights of one file and one dense
+weight.
 """
 
 from __future__ import annotations
@@ -142,8 +143,9 @@ def write_packed(
             continue
         tensors = {name: files.tensor(name) for name in names if name not in replaced}
         for module in (weights[name] for name in names if name in weights):
-            weight, bits, dense_bytes = _read_weight(files, module, schemes)
-            row, parts = _pack_module(convert(weight), bits, dense_bytes, format, structures[module], module)
+            row, parts = _pack_module(
+                *_read_weight(files, module, schemes, convert), format, structures[module], module
+            )
             packed.append(row)
             tensors.update({f"{module}.{part}": tensor for part, tensor in parts.items()})
         where.update(dict.fromkeys(tensors, file))
@@ -202,18 +204,20 @@ def check_unpacked(files: TensorFiles, config: dict[str, Any], names: Iterable[s
             raise RacError(f"{name}.weight: not in {files.folder}; name modules as the saved files do")
 
 
-def _read_weight(files: TensorFiles, name: str, schemes: tuple[WeightScheme, ...]) -> tuple[Tensor, int | None, int]:
+def _read_weight(
+    files: TensorFiles, name: str, schemes: tuple[WeightScheme, ...], convert: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, int | None, int]:
     """The weight [N, K] of a module, bits per value if it is stored in int32 words, and its bytes in the file."""
     if f"{name}.weight" in files:
-        weight = files.tensor(f"{name}.weight")
-        return weight, None, weight.nbytes
+        return convert(files.tensor(f"{name}.weight")), None, files.nbytes(f"{name}.weight")
     unpacked = words_weight(files, name, schemes)
     if unpacked is None:
         raise RacError(
             f"{name}: quantized to a layout that cannot be stored sparse; quantize to int of 4 or 8 bits or to float8, or "
             "store it dense (storage: dense)"
         )
-    return *unpacked, files.nbytes(f"{name}.{WORDS}")
+    weight, bits = unpacked
+    return convert(weight), bits, files.nbytes(f"{name}.{WORDS}")
 
 
 def _check_structure(weight: Tensor, structure: str, name: str) -> None:

@@ -29,6 +29,8 @@ from rac_modifier.pruning.masks import holds
 from rac_modifier.settings.pattern import Pattern
 
 RECIPE_NAME = "recipe.yaml"  # llm-compressor's
+# Packing holds the new tensors of one file in memory. transformers' own limit is 50GB.
+_LARGEST_FILE = "5GB"
 
 
 def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...
@@ -83,6 +85,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             if isinstance(module, torch.nn.Linear) and name not in current.modules
         ]
         current.prepare(model, save_compressed)
+        kwargs.setdefault("max_shard_size", _LARGEST_FILE)
         inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
         if current.processes.is_first:
             packed = bool(current.modules) and current.storage == "packed" and save_compressed

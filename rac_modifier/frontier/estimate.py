@@ -7,8 +7,7 @@ the dtype of the model, and in float32). All else is arithmetic. For a model of 
         and in this process                         + 1 ms per layer, for launches
     T tokens of c answers at once                   T / c of these, with n half of the mean length
     a forward pass over T tokens                    2 P T / (F E)
-    compressing with T tokens                       4 passes (two models, each seen and run), the statistics 2 T d^2 per group,
-                                                    and 24 steps of the solver, 2 d^2 r each, per matrix [r, d] in float32
+    compressing with T tokens                       2 passes (two models), and the operations that compressing.py counts
 
 with kv the bytes of keys and values per token and E = 0.4, the share of the measured speed that such code reaches: an
 assumption, as is the mean length of an answer, 0.3 of its cap. What is printed is therefore marked as estimated; the upper figure
@@ -24,12 +23,12 @@ from typing import Any
 
 import torch
 
+from rac_modifier.frontier.compressing import PASSES, Group, groups_of, moments, solving
+
 REACHED = 0.4
 MEAN_SHARE = 0.3
 LAUNCH = 1e-3  # seconds per layer and step
 START = 90.0  # seconds of a start of `vllm serve`
-_SOLVER_STEPS = 24  # ALPS and its refit; see pruning/solve.py
-_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -38,38 +37,44 @@ class ModelShape:
 
     Attributes:
         parameters: of the whole model.
-        matrices: rows and columns of its linear layers, without the head.
+        groups: its linear layers without the head, those that read one input together.
         layers: transformer blocks.
         hidden: width of the residual stream.
         kv_bytes: of keys and values per token.
         itemsize: bytes of a weight.
+        active: parameters that a token meets, of a mixture of experts; 0: all.
     """
 
     parameters: int
-    matrices: tuple[tuple[int, int], ...]
+    groups: tuple[Group, ...]
     layers: int
     hidden: int
     kv_bytes: int
     itemsize: int = 2
+    active: int = 0
 
     @classmethod
     def of(cls, model: Any) -> ModelShape:
         """Of a transformers model; shapes suffice, weights are not read."""
         config = model.config.get_text_config()
         head = model.get_output_embeddings()
-        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         keys = getattr(config, "num_key_value_heads", None) or heads
         itemsize = (config.dtype or torch.float32).itemsize
         return cls(
             parameters=sum(weight.numel() for weight in {id(p): p for p in model.parameters()}.values()),
-            matrices=tuple((m.out_features, m.in_features) for m in linear),
+            groups=groups_of(model.named_modules(), head),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             kv_bytes=2 * config.num_hidden_layers * keys * width * itemsize,
             itemsize=itemsize,
         )
+
+    @property
+    def computing(self) -> int:
+        """Parameters that each token is multiplied with."""
+        return self.active or self.parameters
 
     @property
     def nbytes(self) -> int:
@@ -172,7 +177,7 @@ def _answering(asked: Asked, shape: ModelShape, speed: Speed) -> tuple[float, fl
     for share in (MEAN_SHARE, 1.0):
         length = share * asked.cap
         read = (shape.nbytes + at_once * length / 2 * shape.kv_bytes) / speed.copied
-        step = max(read, 2 * shape.parameters * at_once / speed.computed) / REACHED
+        step = max(read, 2 * shape.computing * at_once / speed.computed) / REACHED
         if not asked.served:  # a batch goes on until its longest answer ends
             step, length = step + LAUNCH * shape.layers, asked.cap
         found.append(asked.answers / at_once * length * step)
@@ -181,10 +186,10 @@ def _answering(asked: Asked, shape: ModelShape, speed: Speed) -> tuple[float, fl
 
 def _compressing(plan: Plan, speed: Speed) -> float:
     """Seconds for one row."""
-    passes = _PASSES * 2 * plan.shape.parameters * plan.tokens / speed.computed
-    statistics = sum(2 * plan.tokens * columns**2 for _, columns in plan.shape.matrices) / speed.computed32
-    solving = sum(2 * columns**2 * rows * _SOLVER_STEPS for rows, columns in plan.shape.matrices)
-    return (passes + statistics + solving / speed.computed32) / REACHED
+    shape, rates = plan.shape, (speed.computed, speed.computed32)
+    passes = PASSES * 2 * shape.computing * plan.tokens / speed.computed
+    work = [moments(group, plan.tokens) + solving(group.columns, sum(group.rows)) for group in shape.groups]
+    return (passes + sum(part.seconds(*rates) for part in work)) / REACHED
 
 
 def _seconds(work: Any, device: Any) -> float:

@@ -56,7 +56,7 @@ def needs(plan: Plan, *, keep_models: bool) -> list[Need]:
     here = max((_answers(shape, a.at_once, a.cap) for a in plan.asked if not a.served), default=0)
     server = max((_answers(shape, 1, a.cap) for a in plan.asked if a.served), default=0)
     device = max(2 * shape.nbytes + here, shape.nbytes + server)
-    widest = max((columns for _, columns in shape.matrices), default=0)
+    widest = max((group.columns for group in shape.groups), default=0)
     kept = _STREAMS * plan.tokens * (widest + shape.hidden) * shape.itemsize
     checkpoints = ((plan.rows if keep_models else 1) + 1) * shape.nbytes  # one more while it is packed
     tokens = (plan.rows + 1) * sum(asked.answers * asked.cap for asked in plan.asked)

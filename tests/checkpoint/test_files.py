@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,41 @@ def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / JOURNAL_FILE).write_text("{}")
     with pytest.raises(RacError, match="packing was cut off half way; run the packing of this folder again"):
         TensorFiles(tmp_path)
+
+
+def test_the_names_of_a_file_come_together(tmp_path: Path) -> None:
+    save_file({"b": torch.zeros(1), "d": torch.zeros(1)}, tmp_path / "model-0.safetensors")
+    save_file({"a": torch.zeros(1), "c": torch.zeros(1)}, tmp_path / "model-1.safetensors")
+    where = {"a": 1, "b": 0, "c": 1, "d": 0}
+    weight_map = {name: f"model-{number}.safetensors" for name, number in where.items()}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with TensorFiles(tmp_path) as files:
+        assert files.by_file() == ["b", "d", "a", "c"]
+
+
+def test_a_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
+    with TensorFiles(single(tmp_path)) as files:
+        files.tensor("a.weight").zero_()
+        assert torch.equal(files.tensor("a.weight"), TENSORS["a.weight"])
+
+
+def test_shapes_without_numbers(tmp_path: Path) -> None:
+    tensors = {"one": torch.tensor(3.0), "none": torch.zeros(0, 4, dtype=torch.bfloat16), "flag": torch.tensor([True])}
+    save_file(tensors, tmp_path / SINGLE_FILE)
+    with TensorFiles(tmp_path) as files:
+        for name, tensor in tensors.items():
+            assert files.tensor(name).dtype == tensor.dtype
+            assert torch.equal(files.tensor(name), tensor)
+            assert files.tensor(name).shape == tensor.shape
+
+
+def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
+    """With a memory-mapped file, the process would end with SIGBUS."""
+    save_file({"big": torch.zeros(1000)}, tmp_path / SINGLE_FILE)
+    with TensorFiles(tmp_path) as files:
+        path = tmp_path / SINGLE_FILE
+        os.truncate(path, path.stat().st_size - 400)
+        with pytest.raises(
+            RacError, match=r"^big: cannot be read from .* \(the file ends 400 bytes too early\); copy the"
+        ):
+            files.tensor("big")

@@ -61,6 +61,21 @@ def test_nothing_pruned_is_saved_with_its_record_alone(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "rac_run.json").exists()
 
 
+def test_files_are_small_enough_to_be_packed_one_at_a_time(tmp_path: Path) -> None:
+    """Unless the caller says otherwise; transformers would write files of 50 GB."""
+    asked = []
+    for options in {}, {"max_shard_size": "7GB"}:
+        model = tiny_model()
+        inner = model.save_pretrained
+        model.save_pretrained = lambda *args, inner=inner, **kwargs: [
+            asked.append(kwargs["max_shard_size"]),
+            inner(*args, **{key: value for key, value in kwargs.items() if key != "save_compressed"}),
+        ]
+        save_with_record(model, lambda: SavePlan(record={}))
+        model.save_pretrained(tmp_path / str(len(options)), **options)
+    assert asked == ["5GB", "7GB"]
+
+
 def test_it_is_prepared_first(tmp_path: Path) -> None:
     calls: list[tuple] = []
     model = pruned(prepare=lambda *args: calls.append(args))

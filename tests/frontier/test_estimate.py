@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rac_modifier.frontier.compressing import Group
 from rac_modifier.frontier.estimate import Asked, ModelShape, Plan, Speed, describe, estimate
 
-SHAPE = ModelShape(parameters=1000, matrices=((20, 10),), layers=3, hidden=10, kv_bytes=40)
+SHAPE = ModelShape(parameters=1000, groups=(Group(10, (20,)),), layers=3, hidden=10, kv_bytes=40)
 SERVED = Asked("served", answers=8, cap=100, at_once=4, served=True)
 HERE = Asked("here", answers=6, cap=50, at_once=4, served=False)
 PLAN = Plan(SHAPE, rows=2, tokens=500, traces=SERVED, asked=(SERVED, HERE), starts=2)
@@ -45,10 +46,25 @@ def test_a_batch_in_this_process_goes_on_to_its_longest_answer_and_launches_each
 
 
 def test_compressing():
-    passes = 4 * 2 * 1000 * 500 / 1e6
-    statistics = 2 * 500 * 10 * 10 / 2e5
-    solver = 24 * 2 * 10 * 10 * 20 / 2e5
-    assert seconds()["compress, 2 rows"] == pytest.approx((2 * (passes + statistics + solver) / 0.4,) * 2)
+    passes = 2 * 2 * 1000 * 500 / 1e6
+    hessian = 2 * 500 * 10 * 10 / 2e5
+    cross = (2 * 500 * 10 * 10 + 2 * 10 * 10 * 20) / 1e6
+    factors = 2 * 10**3 * (1 / 6 + 1) / 2e5
+    products = (16 + 10 + 2) * 2 * 10 * 10 * 20 / 1e6
+    expected = 2 * (passes + hessian + cross + factors + products) / 0.4
+    assert seconds()["compress, 2 rows"] == pytest.approx((expected, expected))
+
+
+def test_a_mixture_of_experts_reads_all_weights_and_computes_with_some():
+    few = replace(PLAN, shape=replace(SHAPE, active=100))
+    assert (
+        seconds(few, replace(SPEED, computed=1e4))["served, 3 models"][1]
+        < seconds(speed=replace(SPEED, computed=1e4))["served, 3 models"][1]
+    )
+    assert seconds(few)["served, 3 models"] == seconds()["served, 3 models"]
+    passes = 2 * 2 * 900 * 500 / 1e6
+    fewer = seconds()["compress, 2 rows"][0] - seconds(few)["compress, 2 rows"][0]
+    assert fewer == pytest.approx(2 * passes / 0.4)
 
 
 def test_without_a_server_nothing_is_started():
@@ -77,8 +93,8 @@ def test_the_shape_of_a_model_without_weights(tied):
     linear = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
     norms_and_biases = 2 * (2 * 32 + 32 + 2 * 16) + 32
     assert shape.parameters == linear + norms_and_biases + (1 if tied else 2) * 100 * 32
-    assert sum(rows * columns for rows, columns in shape.matrices) == linear
-    assert len(shape.matrices) == 2 * 7
+    assert sum(group.weights for group in shape.groups) == linear
+    assert len(shape.groups) == 2 * 4
     assert (shape.layers, shape.hidden, shape.itemsize) == (2, 32, 2)
     assert shape.kv_bytes == 2 * 2 * 2 * 8 * 2
     assert shape.nbytes == 2 * shape.parameters

@@ -3,11 +3,12 @@ from dataclasses import replace
 import pytest
 
 from rac_modifier.errors import RacError
+from rac_modifier.frontier.compressing import Group
 from rac_modifier.frontier.estimate import Asked, ModelShape, Plan
 from rac_modifier.frontier.room import Room, check_room, needs
 
 GIB = 2**30
-SHAPE = ModelShape(parameters=GIB // 2, matrices=((20, 10), (10, 30)), layers=3, hidden=10, kv_bytes=1000)
+SHAPE = ModelShape(parameters=GIB // 2, groups=(Group(10, (20,)), Group(30, (10,))), layers=3, hidden=10, kv_bytes=1000)
 SERVED = Asked("served", answers=8, cap=100_000, at_once=64, served=True)
 HERE = Asked("here", answers=6, cap=50_000, at_once=4, served=False)
 PLAN = Plan(SHAPE, rows=3, tokens=700, traces=SERVED, asked=(SERVED, HERE), starts=2)

@@ -1,4 +1,4 @@
-"""Prune in several processes, as torchrun starts them, in one scenario after another: MODEL RECIPES KILLS.
+"""Prune in several processes, as torchrun starts them, in one scenario after another: MODEL RECIPES.
 
 Each process is a fork of this one, which has imported everything: a run of its own takes a second, not ten. It runs `rac prune`.
 RECIPES is a folder with paper.yaml, quality.yaml and recovered.yaml. Prints what happened as JSON.
@@ -77,7 +77,7 @@ def ended(children: Mapping[int, int], agent: bool = False) -> list[int]:
 
     With `agent`, where one has failed the others are told to end (SIGTERM) 5 seconds later; torchrun does it at once.
     """
-    late, codes, told = time.monotonic() + _LONGEST, {}, False
+    late, codes, tell = time.monotonic() + _LONGEST, {}, 0.0
     while len(codes) < len(children):
         for rank in children.keys() - codes.keys():
             done, status = os.waitpid(children[rank], os.WNOHANG)
@@ -87,9 +87,10 @@ def ended(children: Mapping[int, int], agent: bool = False) -> list[int]:
                 os.kill(children[rank], signal.SIGKILL)
                 os.waitpid(children[rank], 0)
                 codes[rank] = HUNG
-        if agent and any(codes.values()) and not told:
-            late, told = min(late, time.monotonic() + _LONGEST / 2), True
-            time.sleep(5.0)
+        if agent and any(codes.values()) and not tell:
+            tell, late = time.monotonic() + 5.0, min(late, time.monotonic() + _LONGEST / 2)
+        if tell and time.monotonic() > tell:
+            tell = late
             for rank in children.keys() - codes.keys():
                 os.kill(children[rank], signal.SIGTERM)
         time.sleep(0.01)
@@ -154,15 +155,13 @@ def upstream(model: str, recipe: Path, output: str) -> Before:
     return run
 
 
-def main(model: str, recipes: Path, kills: int) -> None:
+def main(model: str, recipes: Path) -> None:
     """See above."""
     torch.set_num_threads(1)
     codes: dict[str, list[int]] = {}
 
-    def run(name: str, recipe: str, count: int, before: Mapping[int, Before] | None = None, run: Any = None) -> float:
-        begun = time.monotonic()
+    def run(name: str, recipe: str, count: int, before: Mapping[int, Before] | None = None, run: Any = None) -> None:
         codes[name] = ended(start(model, recipes / f"{recipe}.yaml", name, count, before, run))
-        return time.monotonic() - begun
 
     for count in (1, 2, 4):
         run(f"paper-{count}", "paper", count)
@@ -175,25 +174,10 @@ def main(model: str, recipes: Path, kills: int) -> None:
     run("gone", "quality", 2, {1: fails_at(2, killed)})
     soon = patience_of(2.0)
     run("stuck", "quality", 2, {0: soon, 1: lambda: (soon(), fails_at(2, lambda: time.sleep(5))())})  # type: ignore[dict-item]
-    lasts = run("quality-2", "quality", 2)
-    chance, done, resumed, tries = random.Random(0), 0, 0, 0
-    while done < kills and tries < 3 * kills:
-        tries += 1
-        resumed += any(Path("killed.unfinished").glob("*.safetensors"))
-        children = start(model, recipes / "quality.yaml", "killed", 2)
-        victim = chance.randrange(2)
-        time.sleep(chance.uniform(0.3, 0.9) * lasts)
-        os.kill(children[victim], signal.SIGKILL)
-        found = ended(children, agent=True)
-        done += found[victim] == -signal.SIGKILL
-        codes.setdefault("survivors", []).append(found[1 - victim])
-        if os.path.isdir("killed"):  # it ended before the kill, or was stopped while it saved; begin again
-            os.rename("killed", f"ended-{tries}")
-    run("killed", "quality", 2)
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = round(spent.ru_utime + spent.ru_stime)
-    print(json.dumps({"codes": codes, "kills": done, "resumed": resumed, "cpu_seconds": seconds}))
+    print(json.dumps({"codes": codes, "cpu_seconds": seconds}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]))
