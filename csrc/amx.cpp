@@ -187,9 +187,7 @@ void multiply_lines(const Product& product, int64_t first, int64_t count, int64_
             if (slice.end == tiles || blocks > 1) step.store_sums(sums);
         }
     }
-    for (int64_t panel = 0; panel < count; panel += 2)
-        store(product, first + panel, std::min<int64_t>(count - panel, 2), line, m, acc + panel / 2 * blocks * BLOCK * BLOCK,
-              PANEL, BLOCK);
+    product.store(product, first, count, line, m, {acc, blocks * BLOCK * BLOCK, PANEL, BLOCK});
 }
 
 }  // namespace

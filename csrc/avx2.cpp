@@ -230,7 +230,9 @@ const char* expand_and_multiply_fp32(const uint32_t* masks, const char* values, 
     return values;
 }
 
-void round_to_bf16(const float* values, int64_t count, uint16_t* out) { round_each_to_bf16(values, count, out); }
+void store(const Product& product, int64_t panel, int64_t count, int64_t first, int64_t lines, const Sums& sums) {
+    store_lines(product, panel, count, first, lines, sums);
+}
 
 }  // namespace
 }  // namespace rac
@@ -247,7 +249,7 @@ extern const Kernel avx2_kernel = {
      {expand_and_multiply_bf16, expand_and_multiply_fp32}},
     {expand<BF16>, expand<FP32>},
     expand_bf16,
-    round_to_bf16,
+    store,
 };
 
 bool has_avx2() {

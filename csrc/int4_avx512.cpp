@@ -47,7 +47,7 @@ inline Zeros zeros_of_rows(const uint8_t* zeros) {
 
 // A few lines use two sets of sums, for every other quad, since each addition depends on the one before it.
 template <int M>
-struct Sums {
+struct SumsOfQuads {
     static constexpr int SETS = M <= 4 ? 2 : 1;
     __m512i of[SETS][M][2];  // by the byte of x
 
@@ -66,9 +66,9 @@ struct Sums {
 
 // Four-bit quads of one block, from `codes` on, times M lines.
 template <int form, int M>
-inline const char* multiply_quads(Sums<M>& sums, const uint32_t* masks, const char* codes, __m512i zeros, int64_t quads,
+inline const char* multiply_quads(SumsOfQuads<M>& sums, const uint32_t* masks, const char* codes, __m512i zeros, int64_t quads,
                                   const char* x) {
-    constexpr int SECOND = Sums<M>::SETS - 1;
+    constexpr int SECOND = SumsOfQuads<M>::SETS - 1;
     if (form == DENSE4) {
         const __m512i halves = _mm512_set1_epi32(0x0f0f0f0f);
         for (int64_t q = 0; q < quads; q += 2, codes += QUAD, x += 16 * M) {
@@ -110,13 +110,13 @@ void dot(const Product8& product, int64_t panel, float* acc) {
         const int64_t quads = ((left < product.block ? left : product.block) + 3) / 4;
         if (weight.zero_groups > 1) zeros = zeros_of_rows(product.zeros_of(panel, block));
         if (product.groups > 1) scale = scale_of_rows(product, panel, block);
-        Sums<M> sums;
+        SumsOfQuads<M> sums;
         RAC_UNROLL for (int m = 0; m < M; m++) {
             const int32_t x_sum = product.x_sums[m * product.blocks + block];
             // Wrap-around is harmless: the sum of all terms fits.
             sums.of[0][m][0] = _mm512_setzero_si512();
             sums.of[0][m][1] = _mm512_mullo_epi32(zeros.numbers, _mm512_set1_epi32(static_cast<int>(0u - static_cast<unsigned>(x_sum))));
-            if (Sums<M>::SETS == 2) sums.of[Sums<M>::SETS - 1][m][0] = sums.of[Sums<M>::SETS - 1][m][1] = _mm512_setzero_si512();
+            if (SumsOfQuads<M>::SETS == 2) sums.of[SumsOfQuads<M>::SETS - 1][m][0] = sums.of[SumsOfQuads<M>::SETS - 1][m][1] = _mm512_setzero_si512();
         }
         codes = multiply_quads<form, M>(sums, masks + (form == INT4 ? column / 2 : 0), codes, zeros.bytes, quads,
                                         product.x + 2 * column * M);

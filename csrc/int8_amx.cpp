@@ -157,7 +157,7 @@ void multiply_lines(const Product8& product, int64_t first, int64_t count, int64
             }
         }
     }
-    store(product.out, first, count, line, m, to.acc, m * PANEL, PANEL);
+    product.out.store(product.out, first, count, line, m, {to.acc, 2 * m * PANEL, m * PANEL, PANEL});
 }
 
 }  // namespace

@@ -98,7 +98,7 @@ void few_lines4(const Product8& product, const Kernel8& kernel, int64_t first, i
     alignas(64) float acc[LINES_TOGETHER * PANEL];
     for (int64_t panel = first; panel < last; panel++) {
         dot(product, panel, acc);
-        store(product.out, panel, 1, 0, product.out.m, acc, product.out.m * PANEL, PANEL);
+        product.out.store(product.out, panel, 1, 0, product.out.m, {acc, 0, 0, PANEL});
     }
 }
 
@@ -121,7 +121,7 @@ bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t firs
                 for (int64_t p = 0; p < count; p++)
                     values[p] = multiply_block(product, kernel, panel + p, block, values[p], line, lines,
                                                acc + p * lines * PANEL);
-            store(product.out, panel, count, line, lines, acc, lines * PANEL, PANEL);
+            product.out.store(product.out, panel, count, line, lines, {acc, 2 * lines * PANEL, lines * PANEL, PANEL});
         }
     }
     std::free(acc);

@@ -29,8 +29,17 @@ template <class X>
 using ExpandAndMultiply = const char* (*)(const uint32_t* masks, const char* values, int64_t pairs, const X* x,
                                           int64_t stride, float* acc, X* block);
 
-// `count` numbers as bf16, rounded to nearest even.
-using RoundToBf16 = void (*)(const float* values, int64_t count, uint16_t* out);
+// Where the sums of some panels are: pairs of panels are `pair` numbers apart, the second of a pair is `second` after the first,
+// and lines are `line` apart.
+struct Sums {
+    const float* data;
+    int64_t pair, second, line;
+};
+
+// Writes the sums of `count` panels from `panel` on and of `lines` lines from `first` on to the output: times the scale, plus
+// the bias, rounded to nearest even where it is bf16, without the rows that only pad the last panel.
+struct Product;
+using Store = void (*)(const Product& product, int64_t panel, int64_t count, int64_t first, int64_t lines, const Sums& sums);
 
 constexpr int MOST_LINES = 12;
 
@@ -52,7 +61,7 @@ struct Kernel {
     Dots<float> dots;
     Expand to_fp32[2];  // by Type
     Expand bf16_to_bf16;
-    RoundToBf16 round_to_bf16;
+    Store store;
 };
 
 struct Product {
@@ -65,7 +74,7 @@ struct Product {
     Type bias_type;
     void* out;                   // [m][rows]
     Type out_type;
-    RoundToBf16 round_to_bf16;   // used where out is bf16
+    Store store;                 // of the kernel that runs
 };
 
 extern const Kernel portable_kernel, avx2_kernel, avx512_kernel;
@@ -113,46 +122,53 @@ inline uint32_t bits_of(float value) {
     return both.integer;
 }
 
-// Round to nearest even; a NaN stays one.
-inline uint16_t to_bf16(float value) {
-    const uint32_t bits = bits_of(value), nan = bits >> 16 | 0x40;
-    return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? nan : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Inlined into each ISA's RoundToBf16, so each gets its own copy.
-inline void round_each_to_bf16(const float* values, int64_t count, uint16_t* out) {
-    if (count == PANEL)  // a constant length, which the compiler vectorizes
-        for (int64_t n = 0; n < PANEL; n++) out[n] = to_bf16(values[n]);
-    else
-        for (int64_t n = 0; n < count; n++) out[n] = to_bf16(values[n]);
-}
-
 inline float read(const void* from, Type type, int64_t index) {
     return type == BF16 ? from_bf16(static_cast<const uint16_t*>(from)[index]) : static_cast<const float*>(from)[index];
 }
 
-// Write the sums of `count` panels (`panel_stride` apart) and `lines` lines (`stride` apart) to the output: times the scale,
-// plus the bias, without the rows that only pad the last panel. One line after the other, so that whole cache lines are
-// written.
-inline void store(const Product& product, int64_t panel, int64_t count, int64_t first, int64_t lines, const float* acc,
-                  int64_t panel_stride, int64_t stride) {
+// Vectors, since GCC unrolls a loop over the rows of a panel and then rounds them one by one.
+typedef uint32_t Words __attribute__((vector_size(4 * PANEL)));
+typedef uint16_t Halves __attribute__((vector_size(2 * PANEL)));
+constexpr int64_t STORED_PANELS = 16;  // at a time, at most
+
+// Inlined into each ISA's Store, so each gets its own copy. One line after the other, so that what is written is neighbouring
+// cache lines: each alone takes the latency of memory.
+namespace {
+__attribute__((always_inline)) inline void store_lines(const Product& product, int64_t panel, int64_t count, int64_t first,
+                                                       int64_t lines, const Sums& sums) {
     const int64_t rows = product.weight.rows;
+    float bias[STORED_PANELS][PANEL];
+    if (product.bias)
+        for (int64_t p = 0; p < count; p++)
+            for (int64_t n = 0, row = (panel + p) * PANEL; n < PANEL; n++, row++)
+                bias[p][n] = row < rows ? read(product.bias, product.bias_type, row) : 0;
     for (int64_t line = 0; line < lines; line++)
         for (int64_t p = 0; p < count; p++) {
             const int64_t row = (panel + p) * PANEL, left = rows - row < PANEL ? rows - row : PANEL;
             const int64_t at = (first + line) * rows + row;
             float values[PANEL];
-            std::memcpy(values, acc + p * panel_stride + line * stride, sizeof values);
+            std::memcpy(values, sums.data + p / 2 * sums.pair + p % 2 * sums.second + line * sums.line, sizeof values);
             if (product.scale)
                 for (int64_t n = 0; n < PANEL; n++) values[n] *= product.scale[row + n];
             if (product.bias)
-                for (int64_t n = 0; n < left; n++) values[n] += read(product.bias, product.bias_type, row + n);
-            if (product.out_type == BF16)
-                product.round_to_bf16(values, left, static_cast<uint16_t*>(product.out) + at);
-            else
+                for (int64_t n = 0; n < PANEL; n++) values[n] += bias[p][n];
+            if (product.out_type == BF16) {
+                Words bits;
+                std::memcpy(&bits, values, sizeof bits);
+                const Words even = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
+                const Words is_nan = static_cast<Words>((bits & 0x7fffffff) > 0x7f800000);
+                const Halves rounded = __builtin_convertvector((is_nan & nan) | (~is_nan & even), Halves);
+                uint16_t* out = static_cast<uint16_t*>(product.out) + at;
+                if (left == PANEL)  // a constant length, which is a store and not a call
+                    std::memcpy(out, &rounded, sizeof rounded);
+                else
+                    std::memcpy(out, &rounded, left * sizeof *out);
+            } else {
                 std::memcpy(static_cast<float*>(product.out) + at, values, left * sizeof *values);
+            }
         }
 }
+}  // namespace
 
 }  // namespace rac
 

@@ -59,7 +59,9 @@ const char* expand_and_multiply(const uint32_t* masks, const char* values, int64
     return values;
 }
 
-void round_to_bf16(const float* values, int64_t count, uint16_t* out) { round_each_to_bf16(values, count, out); }
+void store(const Product& product, int64_t panel, int64_t count, int64_t first, int64_t lines, const Sums& sums) {
+    store_lines(product, panel, count, first, lines, sums);
+}
 
 }  // namespace
 
@@ -71,7 +73,7 @@ extern const Kernel portable_kernel = {
      {expand_and_multiply<BF16>, expand_and_multiply<FP32>}},
     {expand<BF16, FP32>, expand<FP32, FP32>},
     expand<BF16, BF16>,
-    round_to_bf16,
+    store,
 };
 
 }  // namespace rac

@@ -47,6 +47,10 @@ void* copy_in_tiles(const uint16_t* x, int64_t m, int64_t columns, int64_t strid
                 uint16_t* to = copy + block * 16 * stride + 16 * column + i * TILE_COLUMNS;
                 const int64_t line = 16 * block + i, left = line < m ? columns - column : 0;
                 const int64_t count = std::clamp<int64_t>(left, 0, TILE_COLUMNS);
+                if (count == TILE_COLUMNS) {  // a constant length
+                    std::memcpy(to, x + line * columns + column, TILE_COLUMNS * sizeof *x);
+                    continue;
+                }
                 std::memcpy(to, x + (count ? line * columns + column : 0), count * sizeof *x);
                 std::memset(to + count, 0, (TILE_COLUMNS - count) * sizeof *x);
             }
@@ -123,7 +127,7 @@ bool vector_panels(const Product& product, const Dots<X>& dots, int64_t first, i
             const int64_t count = std::min(last - panel, step);
             std::memset(acc, 0, count * lines * PANEL * sizeof(float));
             multiply_panels(product, dots, panel, count, line, lines, acc);
-            store(product, panel, count, line, lines, acc, lines * PANEL, PANEL);
+            product.store(product, panel, count, line, lines, {acc, 2 * lines * PANEL, lines * PANEL, PANEL});
         }
     }
     std::free(acc);
@@ -168,7 +172,7 @@ Status linear(const Product& out, const void* x, const void* scale, Type scale_t
     Product product = out;
     const int64_t m = out.m, columns = out.weight.columns;
     const bool integers = out.weight.type >= INT8, bf16_x = out.out_type == BF16;
-    product.round_to_bf16 = kernel_of(isa).round_to_bf16;
+    product.store = kernel_of(isa).store;
     product.scale = nullptr;
     const bool bf16_units = isa == AVX512 && bf16_x && has_avx512_bf16();
     // Integers are exact in bf16. From more lines than fit together on, multiplying them as bf16 is faster than as two

@@ -107,12 +107,13 @@ def test_any_strides_and_leading_dimensions(kernel):
     assert multiply(torch.randn(2, 0, 50), weight).shape == (2, 0, 24)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 30])
-def test_not_a_number_and_infinity_spread_as_in_a_dense_product(kernel, m):
-    dense, weight = sparse(random_mask(17, 40, 0.5), torch.float32)
-    x = torch.randn(m, 40)
-    x[0, 5] = float("inf")
-    y, expected = multiply(x, weight), torch.nn.functional.linear(x, dense)
+def test_not_a_number_and_infinity_spread_as_in_a_dense_product(kernel, m, dtype):
+    dense, weight = sparse(random_mask(17, 40, 0.5), dtype)
+    x = torch.randn(m, 40).to(dtype)
+    x[0, 5], x[m - 1, 7] = float("inf"), float("nan")
+    y, expected = multiply(x, weight), torch.nn.functional.linear(x.float(), dense.float())
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
 
