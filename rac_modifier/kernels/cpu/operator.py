@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import INT8, TYPES, VALUE_TYPES, Library
+from rac_modifier.kernels.cpu.library import DENSE8, INT8, TYPES, VALUE_TYPES, Library
 from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import library_and_isa
 
-# The largest number of rows of x for which the kernel itself is the faster way: measured on shapes of a 1.5B model. AVX512: it
-# was faster for every number up to 512 that was measured; AMX: on one thread, where torch multiplies bfloat16 on AMX too.
-CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": 512}
-# The same for weights of 8 and 4 bits, which are multiplied as integers. Portable: assumed.
-CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": 512}
+# The largest number of rows of x for which the kernel itself is the faster way: measured on shapes of a 1.5B model, on AVX512 up
+# to 512 and on AMX up to 1024.
+CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": math.inf}
+# The same for weights of 8 and of 4 bits, which are multiplied as integers. Portable: assumed.
+CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": math.inf}
+CROSSOVER4 = {**CROSSOVER8, "amx": 512}
+_FEW = 8  # rows that every kernel multiplies itself: no call to learn the type of the values
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
 
 _scratch = threading.local()
@@ -56,12 +58,15 @@ def _forward(
     if bias is not None:
         bias = bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    m, either = x.shape[0], min(CROSSOVER[isa], CROSSOVER8[isa])
-    if m <= either or m <= (CROSSOVER8 if library.value_type(data) >= INT8 else CROSSOVER)[isa]:
+    if x.shape[0] <= _FEW or x.shape[0] <= _crossover(library.value_type(data))[isa]:
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
         _expand_and_multiply(library, isa, data, x, scale, bias, out)
     return out if len(shape) == 2 else out.view(*shape[:-1], rows)
+
+
+def _crossover(value_type: int) -> dict[str, float]:
+    return CROSSOVER if value_type < INT8 else CROSSOVER8 if value_type in (INT8, DENSE8) else CROSSOVER4
 
 
 def _expand_and_multiply(

@@ -176,7 +176,7 @@ def test_chunks_of_lines_and_groups_of_panels(kernel, density):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_expanded_panels(kernel, groups, density, monkeypatch):
     """The path of many rows, in several chunks with a tail: x is not rounded."""
-    monkeypatch.setattr(operator, "CROSSOVER8", dict.fromkeys(operator.CROSSOVER8, 0))
+    monkeypatch.setattr(operator, "CROSSOVER4", dict.fromkeys(operator.CROSSOVER4, 0))
     monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
     dense, weight = weight_of(90, 80, density, groups, True)
     scale = (torch.rand(90, groups) + 0.01).bfloat16().float()
