@@ -92,7 +92,7 @@ PRUNED = [
     Row("refit_steps", 1),
     Row("dampening_frac", 0.5),
     Row("order", "layer", {"reconstruct": "pruned"}),
-    Row("experts", "all"),
+    Row("experts", "all", {"calibration": {"tokens": 2000}}),
     Row("expert_floor", 64),
     Row("targets", ["re:.*mlp.*"]),
     Row("ignore", ["re:.*q_proj"]),
