@@ -7,7 +7,8 @@
 The model is a small Qwen3-MoE that is made here: the embedded reasoner, whose MLPs become 16 experts (each a random half of the
 neurons), two of them per token, trained on the reasoner's problems until the router has learned to use them. It and its traces
 stay in --out. Each row prunes the experts of the first and the last layer by one rule, on the first tokens of the traces. The
-error is that of the layer's output on other traces: |y - y'|^2 / |y|^2, over all tokens with their routing.
+error is that of the layer's output on other traces: |y - y'|^2 / |y|^2, over all tokens with their routing; and that of
+the outputs of starved experts alone, to which fewer than 256 tokens are routed.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from rac_modifier.traces.collect import collect_traces
 
 EXPERTS, CHOSEN = 16, 2
 HELD_OUT = 8192  # tokens that errors are measured on
+STARVED = 256  # routed tokens; as many as an expert has inputs
 SAMPLING = {"max_new_tokens": 512, "batch_size": 128, "temperature": 0.6}
 RUNS: dict[str, dict[str, Any]] = {
     "all tokens": {"experts": "all"},
@@ -79,8 +81,8 @@ def everything(tokens: Tokens, expert: int) -> Tensor:
     return torch.ones(len(tokens.x))
 
 
-def routed(floor: int) -> Rule:
-    """What the package does."""
+def evenly(floor: int) -> Rule:
+    """Filled up with tokens that are evenly spread, as the package does where it does not know the router."""
 
     def rule(tokens: Tokens, expert: int) -> Tensor:
         counted = torch.ones(len(tokens.x), dtype=torch.bool)
@@ -91,7 +93,7 @@ def routed(floor: int) -> Rule:
 
 
 def nearest(floor: int) -> Rule:
-    """Filled up with the tokens that come closest to being routed to the expert."""
+    """What the package does: filled up with the tokens that come closest to being routed to the expert."""
 
     def rule(tokens: Tokens, expert: int) -> Tensor:
         least = tokens.probabilities.topk(CHOSEN).values[:, -1]
@@ -115,11 +117,11 @@ def shrunk(floor: int) -> Rule:
 
 
 def by_share(floor: int) -> Rule:
-    """As the package, but each token weighs the square of the expert's share in its output."""
+    """As `nearest`, but each token weighs the square of the expert's share in its output."""
 
     def rule(tokens: Tokens, expert: int) -> Tensor:
         would_have = tokens.probabilities[:, expert] / tokens.probabilities.topk(CHOSEN).values.sum(1)
-        return routed(floor)(tokens, expert) * would_have.square().clamp_min(1e-6)
+        return nearest(floor)(tokens, expert) * would_have.square().clamp_min(1e-6)
 
     return rule
 
@@ -130,9 +132,9 @@ def _ones_at(rows: Tensor, size: int) -> Tensor:
 
 RULES: dict[str, Rule] = {
     "all tokens": everything,
-    "routed only": routed(1),
-    **{f"routed, floor {floor}": routed(floor) for floor in (128, 256, 512, 1024, 2048)},
-    "floor 512, tokens nearest to the expert": nearest(512),
+    "routed only": evenly(1),
+    **{f"floor {floor}, others evenly": evenly(floor) for floor in (128, 512, 2048)},
+    **{f"floor {floor}, the nearest": nearest(floor) for floor in (128, 512, 2048)},
     "floor 512, all others weighted down": shrunk(512),
     "floor 512, weighted by share squared": by_share(512),
 }
@@ -233,19 +235,26 @@ def pruned_outputs(expert: Expert, x: Tensor, weights: Tensor, pattern: Pattern,
 
 
 @torch.no_grad()
-def layer_error(experts: list[Expert], rule: Rule, pattern: Pattern, seen: Tokens, held: Tokens) -> float:
-    """|y - y'|^2 / |y|^2 of the outputs of a layer on `held`, its experts pruned on `seen` by a rule."""
+def layer_error(experts: list[Expert], rule: Rule, pattern: Pattern, seen: Tokens, held: Tokens) -> tuple[float, float]:
+    """|y - y'|^2 / |y|^2 of the outputs of a layer on `held`, its experts pruned on `seen` by a rule.
+
+    And the same of the starved experts alone, over their own outputs.
+    """
     whole, change = torch.zeros_like(held.x), torch.zeros_like(held.x)
+    of_starved = [0.0, 0.0]
     for expert in experts:
         rows = held.routed(expert.number)
         if not bool(rows.any()):
             continue
         share = held.share(expert.number)[rows].unsqueeze(1)
-        dense = expert.module(held.x[rows])
-        whole[rows] += share * dense
-        pruned = pruned_outputs(expert, seen.x, rule(seen, expert.number), pattern, held.x[rows])
-        change[rows] += share * (dense - pruned)
-    return float(change.square().sum() / whole.square().sum())
+        dense = share * expert.module(held.x[rows])
+        pruned = share * pruned_outputs(expert, seen.x, rule(seen, expert.number), pattern, held.x[rows])
+        whole[rows] += dense
+        change[rows] += dense - pruned
+        if int(seen.routed(expert.number).sum()) < STARVED:
+            of_starved[0] += float((dense - pruned).square().sum())
+            of_starved[1] += float(dense.square().sum())
+    return float(change.square().sum() / whole.square().sum()), of_starved[0] / max(of_starved[1], 1e-30)
 
 
 def sequences_of(folder: Path, model: Path, tokens: int) -> list[list[int]]:
@@ -267,8 +276,8 @@ def by_layer(args: argparse.Namespace, model_folder: Path) -> None:
     every = given_to_experts(model, layers, cut(sequences, max(args.tokens) + HELD_OUT))
     parts = {at: [Tokens(*(t[part] for t in vars(every[at]).values())) for part in (slice(HELD_OUT, None), slice(HELD_OUT))]
              for at in layers}  # fmt: skip
-    print("| pattern | tokens | experts calibrated on | error, first layer | error, last layer |")
-    print("|" + "---|" * 5)
+    print("| pattern | tokens | experts calibrated on | first layer | starved | last layer | starved |")
+    print("|" + "---|" * 7)
     for pattern in args.patterns:
         parsed = Pattern.parse(pattern, None) if isinstance(pattern, str) else Pattern.parse("0:0", pattern)
         for tokens in args.tokens:
@@ -279,7 +288,10 @@ def by_layer(args: argparse.Namespace, model_folder: Path) -> None:
             )
             for name, rule in RULES.items():
                 errors = [layer_error(found[at], rule, parsed, seen[at], parts[at][1]) for at in layers]
-                print(f"| {pattern} | {tokens:,} | {name} |" + "".join(f" {e:.4f} |" for e in errors), flush=True)
+                print(
+                    f"| {pattern} | {tokens:,} | {name} |" + "".join(f" {e:.4f} |" for pair in errors for e in pair),
+                    flush=True,
+                )
 
 
 def by_runs(args: argparse.Namespace, model: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from compressed_tensors.utils import align_module_device
 from llmcompressor.pipelines.cache import IntermediatesCache
 
 from rac_modifier.llmcompressor.experts import Expert, RoutedExperts
@@ -55,15 +57,16 @@ def read_by_experts(
 def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Pruner, device: torch.device) -> None:
     """Prune the experts of a layer; several processes solve as many experts at a time.
 
-    Each expert is calibrated on the tokens that the router sends to it in the pruned model, as in use later, and on others
-    up to `expert_floor`; or on all tokens, if `experts` says so. The dense model's inputs are those
-    of the same tokens.
+    Each expert is calibrated on the tokens that the router sends to it in the pruned model, as in use later, and up to
+    `expert_floor` on those that it all but sends there; or on all tokens, if `experts` says so. The dense model's inputs are
+    those of the same tokens.
     """
     processes = pruner.processes
     counted = [(batch.weights > 0).to(batch.chosen.device) for batch in batches]
     by_expert = [
         routed_rows(batch.chosen, real, routed.module.num_experts) for batch, real in zip(batches, counted, strict=True)
     ]
+    near = None if routed.router is None else _Nearness(routed.router, batches, device)
     tokens: dict[str, ExpertTokens] = {}
     for start in range(0, len(routed.experts), processes.count):
         some = []
@@ -72,12 +75,38 @@ def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Prune
             if pruner.experts == "all":
                 rows, counts = all_rows(own, counted, processes)
             else:
-                rows, counts = filled_up(own, counted, pruner.expert_floor, processes)
+                nearness = None if near is None else partial(near.of, expert.number)
+                rows, counts = filled_up(own, counted, pruner.expert_floor, processes, nearness)
             tokens[expert.name] = counts
             some.append(_Inputs.of(expert, rows, batches, pruner, device))
         _prune([(inputs.expert.first, inputs.tokens()) for inputs in some], pruner, device)
         _prune([(inputs.expert.last, inputs.activated()) for inputs in some], pruner, device)
     pruner.record_experts(routed.name, tokens)
+
+
+class _Nearness:
+    """How near tokens are to being routed to an expert: its logit, less the least logit of those that are chosen."""
+
+    def __init__(self, router: torch.nn.Module, batches: Sequence[Batch], device: torch.device):
+        self._batches, self._device = batches, device
+        with align_module_device(router):
+            weight: torch.Tensor = router.weight  # type: ignore[assignment]
+            self._weight = weight.detach().to(device, torch.float32)
+        self._least: list[torch.Tensor] | None = None
+
+    def of(self, number: int) -> list[torch.Tensor]:
+        """For one expert, a number per token of each batch."""
+        if self._least is None:
+            k = self._batches[0].chosen.shape[1]
+            self._least = [logits.topk(k).values[:, -1] for logits in self._logits(self._weight)]
+        found = self._logits(self._weight[number : number + 1])
+        return [
+            (logits[:, 0] - least).to(batch.chosen.device)
+            for logits, least, batch in zip(found, self._least, self._batches, strict=True)
+        ]
+
+    def _logits(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        return (batch.x.to(self._device).float() @ weight.T for batch in self._batches)
 
 
 _Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # inputs, token weights, inputs in the dense model

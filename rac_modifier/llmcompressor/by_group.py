@@ -64,6 +64,7 @@ def calibrate_by_group(
                             stage.run(model, dense, batch)
                     if routed is not None:
                         prune_experts(routed, read, pruner, onload_device)
+                        del read  # of both models, as large as a stream of activations each
                     elif group is None:
                         pruner.restore(stage.modules)
                     else:

@@ -64,7 +64,10 @@ class ExpertRecord:
         self._layers[name] = {
             "experts": len(tokens),
             "routed": {"least": least, "median": median, "most": most},
-            "starved": {expert: {"routed": one.routed, "added": one.added} for expert, one in starved.items()},
+            "starved": {
+                expert: {"routed": one.routed, "added": one.added, **({"evenly": True} if one.evenly else {})}
+                for expert, one in starved.items()
+            },
         }
         logger.info(
             f"{name}: {least:,} to {most:,} tokens are routed to each of {len(tokens)} experts, median {median:,}"
@@ -72,9 +75,11 @@ class ExpertRecord:
         if starved:
             shown = ", ".join(f"{e.rpartition('.')[2]} ({one.routed:,})" for e, one in list(starved.items())[:_SHOWN])
             more = f" and {len(starved) - _SHOWN} more" if len(starved) > _SHOWN else ""
+            evenly = any(one.evenly for one in starved.values())
+            others = "others, evenly spread since its router is not known," if evenly else "those nearest to being so"
             logger.warning(
                 f"{name}: fewer than expert_floor ({self._entry.expert_floor:,}) tokens are routed to the experts {shown}{more}; "
-                f"tokens of other experts were added to calibrate them. More traces (calibration.tokens) would help"
+                f"{others} were added to calibrate them. More traces (calibration.tokens) would help"
             )
 
     def record(self) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class RoutedExperts:
     name: str
     module: LinearExperts2D
     experts: list[Expert]
+    router: torch.nn.Module | None
+    """Has a weight [experts, hidden], whose products with a token are the logits; None where there is no such module."""
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -80,8 +82,17 @@ def find_experts(model: torch.nn.Module, names: Mapping[torch.nn.Module, str]) -
             continue
         with_targets = [expert for expert in experts if expert is not None and expert.groups]
         if with_targets:
-            found.append(RoutedExperts(name, module, with_targets))
+            found.append(RoutedExperts(name, module, with_targets, _router(model, name, module.num_experts)))
     return found
+
+
+def _router(model: torch.nn.Module, name: str, experts: int) -> torch.nn.Module | None:
+    """The module beside the experts with a row of weights per expert."""
+    for module in model.get_submodule(name.rpartition(".")[0]).children():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == experts:
+            return module
+    return None
 
 
 def _expert(name: str, number: int, module: torch.nn.Module, names: Mapping[torch.nn.Module, str]) -> Expert | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,20 +23,23 @@ def routed_rows(chosen: torch.Tensor, counted: torch.Tensor, experts: int) -> li
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """How many tokens an expert is calibrated on: `routed` to it, and `added` ones; of all processes."""
+    """How many tokens an expert is calibrated on: `routed` to it, and `added` ones, `evenly` spread or nearest to it; in all."""
 
     routed: int
     added: int
+    evenly: bool = False
 
 
 Rows = Sequence[torch.Tensor]  # a tensor per batch
 
 
-def filled_up(rows: Rows, counted: Rows, floor: int, processes: Processes) -> tuple[list[torch.Tensor], ExpertTokens]:
+def filled_up(
+    rows: Rows, counted: Rows, floor: int, processes: Processes, nearness: Callable[[], Rows] | None = None
+) -> tuple[list[torch.Tensor], ExpertTokens]:
     """The `rows` that are routed to an expert in each batch, filled up to `floor` tokens.
 
-    Added are tokens that are routed elsewhere, evenly spread over those that are `counted`. Each of several processes has some
-    of the batches, and adds its part.
+    Added are `counted` tokens that are routed elsewhere: those of the highest `nearness`, a number per token, or without it
+    tokens that are evenly spread. Each of several processes has some of the batches, and adds its part.
     """
     routed = int(processes.sums(sum(map(len, rows)))[0])
     missing = max(floor - routed, 0)
@@ -46,13 +49,17 @@ def filled_up(rows: Rows, counted: Rows, floor: int, processes: Processes) -> tu
     others = [real.index_fill(0, taken, False) for taken, real in zip(rows, counted, strict=True)]
     places = torch.cat(others).nonzero().flatten()
     mine = min(mine, len(places))
+    if nearness is None:
+        picked = torch.arange(mine, device=places.device) * len(places) // max(mine, 1)
+    else:
+        picked = torch.cat(list(nearness()))[places].sort(descending=True, stable=True).indices[:mine]
     added = torch.zeros(sum(map(len, counted)), dtype=torch.bool, device=places.device)
-    added[places[torch.arange(mine, device=places.device) * len(places) // max(mine, 1)]] = True
+    added[places[picked]] = True
     filled = [
         torch.cat([taken, more.nonzero().flatten()]).sort().values
         for taken, more in zip(rows, added.split([len(real) for real in counted]), strict=True)
     ]
-    return filled, ExpertTokens(routed, int(processes.sums(mine)[0]))
+    return filled, ExpertTokens(routed, int(processes.sums(mine)[0]), nearness is None)
 
 
 def all_rows(rows: Rows, counted: Rows, processes: Processes) -> tuple[list[torch.Tensor], ExpertTokens]:

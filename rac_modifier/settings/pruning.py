@@ -111,8 +111,8 @@ class PruningSettings(BaseModel):
     expert_floor: int = Field(
         EXPERT_FLOOR,
         ge=1,
-        description="least tokens of a routed expert: where the router sends fewer to it, tokens of other experts are added, "
-        "evenly spread over the calibration set; the log and the run record name these experts",
+        description="least tokens of a routed expert: where the router sends fewer to it, those are added that it all "
+        "but sends there, by its logits; the log and the run record name these experts",
     )
     targets: list[str] = Field(["Linear"], description="modules to prune: class names, names, or re: patterns")
     ignore: list[str] = Field(

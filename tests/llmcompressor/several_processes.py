@@ -1,7 +1,8 @@
 """Prune in several processes, as torchrun starts them, in one scenario after another: MODEL RECIPES KILLS.
 
 Each process is a fork of this one, which has imported everything: a run of its own takes a second, not ten. It runs `rac prune`.
-RECIPES is a folder with paper.yaml, quality.yaml, recovered.yaml, few.yaml, and a mixture of experts with experts.yaml. Prints what happened as JSON.
+RECIPES is a folder with paper.yaml, quality.yaml, recovered.yaml and few.yaml, and a mixture of experts with experts.yaml.
+ Prints what happened as JSON.
 """
 
 from __future__ import annotations

@@ -59,14 +59,15 @@ def given_to(model, module, loader):
     )
 
 
-def used_rows(chosen, weights, expert, floor):
-    """The definition: bool per token, those routed to the expert, and every n-th other one up to the floor."""
+def used_rows(x, router, chosen, weights, expert, floor):
+    """The definition: bool per token, those routed to the expert, and the nearest other ones up to the floor."""
     real = weights > 0
     own = (chosen == expert).any(1) & real
     others = [i for i in range(len(own)) if real[i] and not own[i]]
     missing = min(max(floor - int(own.sum()), 0), len(others))
-    for i in range(missing):
-        own[others[i * len(others) // missing]] = True
+    share = (x @ router.weight.T).softmax(1)
+    near = share[:, expert] / share.gather(1, chosen).min(1).values
+    own[sorted(others, key=lambda i: -float(near[i].detach()))[:missing]] = True
     return own
 
 
@@ -85,7 +86,7 @@ def test_the_hessian_of_an_expert_is_that_of_its_own_tokens(folder, floor):
     )  # what the experts read does not depend on them
     counts, everyone = [], moment(x[weights > 0], weights[weights > 0])
     for number in range(EXPERTS):
-        rows, expert = used_rows(chosen, weights, number, floor), layer.mlp.experts[number]
+        rows, expert = used_rows(x, layer.mlp.gate, chosen, weights, number, floor), layer.mlp.experts[number]
         name = f"model.layers.0.mlp.experts.{number}"
         ours, expected = hessians[f"{name}.gate_proj"], moment(x[rows], weights[rows])
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
@@ -137,7 +138,7 @@ def test_it_is_pruning_each_group_on_a_model_run_anew(folder):
     (x, chosen, _), weights = given_to(expected, layer.mlp.experts, loader)
     (x_dense, _, _), _ = given_to(original, of_dense.mlp.experts, loader)
     for number in range(EXPERTS):
-        rows = used_rows(chosen, weights, number, FLOOR)
+        rows = used_rows(x, layer.mlp.gate, chosen, weights, number, FLOOR)
         expert, dense_expert = layer.mlp.experts[number], of_dense.mlp.experts[number]
         pruned_group([expert.up_proj, expert.gate_proj], x[rows], x_dense[rows], weights[rows])
         down, down_dense = (

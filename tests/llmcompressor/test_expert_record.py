@@ -50,6 +50,14 @@ def test_starved_experts_are_named(mixture, said):
     assert "experts 1 (30), 3 (0), 5 (9), 6 (8), 7 (7) and 2 more" in line
 
 
+def test_tokens_that_were_added_without_asking_the_router_are_said_to_be_so(mixture, said):
+    made = record(mixture)
+    made.add(LAYER, {f"{LAYER}.0": ExpertTokens(1, 511, evenly=True), f"{LAYER}.1": ExpertTokens(900, 0)})
+    starved = made.record()["experts"]["layers"][LAYER]["starved"]
+    assert starved == {f"{LAYER}.0": {"routed": 1, "added": 511, "evenly": True}}
+    assert any("evenly spread since its router is not known" in line for line in said)
+
+
 def test_nothing_is_warned_of_where_all_have_enough(mixture, said):
     made = record(mixture)
     made.add(LAYER, {f"{LAYER}.{i}": ExpertTokens(900 + i, 0) for i in range(4)})

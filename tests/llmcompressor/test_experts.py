@@ -32,6 +32,7 @@ def test_every_layer_of_experts_is_found(model):
             parts = [sorted(names[m].removeprefix(f"{expert.name}.") for m in group) for group in expert.groups]
             assert parts == [["gate_proj", "up_proj"], ["down_proj"]]
         assert len(routed.modules) == 3 * EXPERTS
+        assert routed.router is model.get_submodule(routed.name.replace(".experts", ".gate"))
 
 
 def test_only_what_is_pruned_counts(model):

@@ -48,19 +48,31 @@ def test_enough_tokens_stay_as_they_are(batches):
 def test_others_are_added_evenly_up_to_the_floor(batches):
     rows, counted = batches
     filled, tokens = filled_up(rows, counted, 10, ALONE)
-    assert tokens == ExpertTokens(3, 7)
+    assert tokens == ExpertTokens(3, 7, evenly=True)
     # free: 2 3 6 7 8 9 of the first batch, 1 2 4 6 7 8 9 11 12 13 14 16 17 18 19 of the second; every third of them
     assert [a.tolist() for a in filled] == [[1, 2, 4, 7], [1, 3, 6, 9, 13, 17]]
+
+
+def test_the_nearest_ones_are_added_where_that_is_known(batches):
+    rows, counted = batches
+    near = [
+        torch.arange(10.0),
+        torch.arange(20.0) - 11.5,
+    ]  # padding (0, 5, 10, 15) and its own are as near, and not added
+    filled, tokens = filled_up(rows, counted, 10, ALONE, lambda: near)
+    assert tokens == ExpertTokens(3, 7)
+    assert [a.tolist() for a in filled] == [[1, 4, 6, 7, 8, 9], [3, 17, 18, 19]]
+    filled_up(rows, counted, 3, ALONE, lambda: pytest.fail("it is not asked where nothing is missing"))
 
 
 def test_a_floor_above_all_tokens_takes_all_of_them(batches):
     rows, counted = batches
     filled, tokens = filled_up(rows, counted, 1000, ALONE)
     assert [a.tolist() for a in filled] == [real.nonzero().flatten().tolist() for real in counted]
-    assert tokens == ExpertTokens(3, 21)
+    assert tokens == ExpertTokens(3, 21, evenly=True)
     every, same = all_rows(rows, counted, ALONE)
     assert [a.tolist() for a in every] == [a.tolist() for a in filled]
-    assert same == tokens
+    assert same == ExpertTokens(3, 21)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,6 @@ def test_several_processes_fill_up_to_the_floor_together():
         filled_up(rows[rank], counted[rank], 20, OneOf(rank, 3, [[6.0], [14.0]]))  # type: ignore[arg-type]
         for rank in range(3)
     ]
-    assert [tokens for _, tokens in found] == [ExpertTokens(6, 14)] * 3
+    assert [tokens for _, tokens in found] == [ExpertTokens(6, 14, evenly=True)] * 3
     assert sum(len(part) for filled, _ in found for part in filled) == 20
     assert all(set(mine[0].tolist()) <= set(filled[0].tolist()) for mine, (filled, _) in zip(rows, found, strict=True))
