@@ -59,7 +59,7 @@ def with_merged_experts(
             yield name, tensor
             continue
         pending[name] = tensor
-        count: int = layers[layer].num_experts  # type: ignore[assignment]
+        count: int = layers[layer].num_experts
         if len(pending) == count * len(_PARTS):
             gate, up, down = ([pending[f"{layer}.{i}.{part}.weight"] for i in range(count)] for part in _PARTS)
             yield f"{layer}.gate_up_proj", MergedExperts([list(pair) for pair in zip(gate, up, strict=True)])

@@ -2,7 +2,7 @@
 
 Each process is a fork of this one, which has imported everything: a run of its own takes a second, not ten. It runs `rac prune`.
 RECIPES is a folder with paper.yaml, quality.yaml, recovered.yaml and few.yaml, and a mixture of experts with experts.yaml.
- Prints what happened as JSON.
+Prints what happened as JSON.
 """
 
 from __future__ import annotations
