@@ -8,7 +8,16 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+)
 
 NAME = "ReasoningAwareSparseGPTModifier"
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<think>"]
@@ -75,6 +84,33 @@ def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
     model = Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).eval()
     model.generation_config.eos_token_id = 1
     return model
+
+
+EXPERTS = 4
+_OF_EXPERTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen3": (Qwen3MoeConfig, {"moe_intermediate_size": 32, "num_experts": EXPERTS}),
+    "qwen2": (
+        Qwen2MoeConfig,
+        {"moe_intermediate_size": 32, "num_experts": EXPERTS, "shared_expert_intermediate_size": 48},
+    ),
+    "mixtral": (MixtralConfig, {"intermediate_size": 32, "num_local_experts": EXPERTS, "sliding_window": None}),
+}
+
+
+def save_tiny_experts(folder: Path, kind: str = "qwen3", seed: int = 0, **changes: Any) -> Path:
+    """A tiny mixture of experts with its tokenizer: two of four experts per token."""
+    torch.manual_seed(seed)
+    config, own = _OF_EXPERTS[kind]
+    settings = {
+        "vocab_size": 300, "hidden_size": 64, "num_experts_per_tok": 2, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+        "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.1, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config(**{**settings, **own, **changes}))
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def save_tiny(folder: Path, chat_template: str | None = TEMPLATE, seed: int = 0, **changes: Any) -> Path:

@@ -17,6 +17,7 @@ from rac_modifier.checkpoint import upload as hub
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
 from rac_modifier.checkpoint.license import CARD_NAME, license_of
+from rac_modifier.checkpoint.names_on_disk import keep_expert_names, names_on_disk
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
@@ -86,6 +87,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         ]
         current.prepare(model, save_compressed)
         kwargs.setdefault("max_shard_size", _LARGEST_FILE)
+        keep_expert_names(model)
         inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
         if current.processes.is_first:
             packed = bool(current.modules) and current.storage == "packed" and save_compressed
@@ -112,9 +114,10 @@ def _write_rest(
 ) -> None:
     """Pack the weights that upstream has written, and write the record and the card beside them."""
     if plan.modules:
-        modules = {name: plan.patterns[name].mask_structure for name in plan.modules}
+        saved = names_on_disk(model, [*plan.modules, *dense_linears])
+        modules = {saved[name]: plan.patterns[name].mask_structure for name in plan.modules}
         if packed:
-            pack_checkpoint(folder, modules, dense_linears=dense_linears)
+            pack_checkpoint(folder, modules, dense_linears=[saved[name] for name in dense_linears])
         else:
             mark_dense(folder, modules)
     source = model.config._name_or_path

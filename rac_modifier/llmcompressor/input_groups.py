@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from compressed_tensors.utils import align_module_device
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import StopForward
@@ -18,6 +20,15 @@ class InputGroup:
 
     modules: list[torch.nn.Module]
     statistics: Statistics
+
+    @classmethod
+    def of(cls, modules: list[torch.nn.Module], device: torch.device, *, with_cross_moment: bool) -> InputGroup:
+        """With empty statistics on `device`."""
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(align_module_device(module))
+            weights: list[torch.Tensor] = [module.weight.detach() for module in modules]  # type: ignore[operator]
+        return cls(modules, Statistics(weights[0].shape[1], device, weights if with_cross_moment else None))
 
 
 class HessianCollector:

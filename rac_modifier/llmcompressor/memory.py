@@ -4,6 +4,7 @@ The peak comes with one group of modules that read the same input, of d columns 
 
     kept   tokens (d + hidden) * bytes of an activation * streams      what the group reads, and the residual stream
            tokens hidden * bytes of an activation                      layer by layer: the residual stream alone
+           and as much once more for routed experts with the dense target: the dense model's inputs stay while they are pruned
     work   the larger of    statistics   4 ((1 + dense) d^2 + c batch d)      Hessian, cross moment, a batch in float32
                             solving      4 (a d^2 + b r d)                    Hessian, its factor, weights, the solver's buffers
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
 from transformers import PreTrainedModel
 
@@ -60,6 +62,7 @@ class MemoryNeed:
         dense_target: whether the dense model's activations are kept beside the pruned model's.
         solver: of the recipe.
         refits: whether kept weights are fitted anew or rounded after the mask is chosen.
+        experts: whether the model has routed experts.
     """
 
     tokens: int
@@ -70,6 +73,7 @@ class MemoryNeed:
     dense_target: bool
     solver: Method
     refits: bool
+    experts: bool = False
 
     @classmethod
     def of(
@@ -93,13 +97,15 @@ class MemoryNeed:
             dense_target=entry.reconstruct == "dense" and not by_layer,
             solver=entry.solver,
             refits=entry.refits or entry.quantization is not None,
+            experts=any(isinstance(module, LinearExperts2D) for module in model.modules()),
         )
 
     def kept(self, group: GroupShape) -> int:
         """Bytes of activations that are kept while this group is pruned."""
         width = self.hidden if self.by_layer else group.columns + self.hidden
         streams = 2 if self.dense_target else 1
-        return self.tokens * width * self.activation_bytes * streams
+        held = self.hidden if self.experts and self.dense_target else 0
+        return self.tokens * (width * streams + held) * self.activation_bytes
 
     def work(self, group: GroupShape) -> int:
         """Bytes that this group's statistics and its solver need at their peak."""

@@ -127,7 +127,7 @@ def _prune(
         except UntraceableError as error:
             why = str(error)
     pruner.use_order("group" if stages else "layer", why)
-    pruner.check_memory(model, [stage.modules for stage in stages if stage.modules], device, offload)
+    pruner.check_memory(model, [group for stage in stages for group in stage.groups], device, offload)
     pruner.resume()
     if stages:
         calibrate_by_group(model, loader, stages, pruner, device, offload)

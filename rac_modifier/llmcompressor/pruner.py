@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from rac_modifier.llmcompressor.input_groups import InputGroup
+from rac_modifier.processes import Processes
+from rac_modifier.pruning.routed_tokens import ExpertTokens
 from rac_modifier.settings.presets import Order
 
 
@@ -22,6 +24,18 @@ class Pruner(Protocol):
     @property
     def needs_dense_stream(self) -> bool:
         """Whether the dense model's activations have to be carried beside the pruned model's."""
+
+    @property
+    def experts(self) -> Literal["routed", "all"]:
+        """The tokens that a routed expert is calibrated on, as the recipe says."""
+
+    @property
+    def expert_floor(self) -> int:
+        """Least tokens of a routed expert."""
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the run."""
 
     def calibrated_modules(self) -> dict[torch.nn.Module, str]:
         """The modules to prune, and their names."""
@@ -50,5 +64,8 @@ class Pruner(Protocol):
     def on_subgraph_start(self, modules: Iterable[torch.nn.Module]) -> None:
         """Layer by layer: the coming forward passes run these modules."""
 
-    def prune_group(self, group: InputGroup) -> None:
-        """Group by group: prune modules that read the same input, on its statistics."""
+    def prune_groups(self, groups: Sequence[InputGroup]) -> None:
+        """Group by group: prune modules that read the same input, on its statistics; groups that do not depend on each other."""
+
+    def record_experts(self, name: str, tokens: Mapping[str, ExpertTokens]) -> None:
+        """Record what the experts of the layer `name` were calibrated on, by their names."""

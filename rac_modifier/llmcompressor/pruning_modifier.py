@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
+from rac_modifier.llmcompressor.expert_record import ExpertRecord
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
 from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
@@ -32,6 +33,8 @@ from rac_modifier.llmcompressor.solving import Pruned, solve_group, solve_togeth
 from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
 from rac_modifier.llmcompressor.zeros import patterns_of_zeros
 from rac_modifier.model_tools import on_accelerator
+from rac_modifier.processes import Processes
+from rac_modifier.pruning.routed_tokens import ExpertTokens
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
@@ -52,6 +55,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)
     _finished: FinishedGroups | None = PrivateAttr(default=None)
     _masters: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)  # weights before they were rounded
+    _experts: ExpertRecord | None = PrivateAttr(default=None)
     _order: dict[str, str] = PrivateAttr(default_factory=dict)
     _results: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
 
@@ -63,6 +67,11 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def needs_dense_stream(self) -> bool:
         """Whether the dense model's activations have to be carried beside the pruned model's."""
         return self.reconstruct == "dense"
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the run."""
+        return self._processes
 
     def use_order(self, order: Literal["group", "layer"], why: str) -> None:
         """Record the granularity that the pipeline chose.
@@ -79,6 +88,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 f"reconstruct: dense needs the model cut between its modules, which is not possible here ({why}): pruning layer "
                 "by layer towards the pruned model's own outputs instead, which keeps less accuracy"
             )
+        if self._experts is not None:
+            self._experts.use_order(order, why)
         logger.info(f"pruning {order} by {order} ({why})")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -98,6 +109,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             self._quantizer = GroupQuantizer(self.quantization, model, self._names)
         logger.info(f"pruning {len(self._names)} modules: {described}")
         oneshot = find_oneshot()
+        self._experts = ExpertRecord(self, model, self._names)
+        self._experts.check(oneshot)
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
         if oneshot is not None and oneshot.output_dir is not None:
             self._finished = FinishedGroups(unfinished(oneshot.output_dir), self.about_run(model))
@@ -179,13 +192,16 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     ) -> None:
         """Prune what the finished subgraph has calibrated."""
         assert self._collector is not None
-        self._prune_groups(self._collector.take(modules))
+        self.prune_groups(self._collector.take(modules))
 
-    def prune_group(self, group: InputGroup) -> None:
-        """Prune modules that read the same input, and quantize them if the recipe says so."""
-        self._prune_groups([group])
+    def record_experts(self, name: str, tokens: Mapping[str, ExpertTokens]) -> None:
+        """Record what the experts of a layer were calibrated on."""
+        assert self._experts is not None
+        self._experts.add(name, tokens)
 
-    def _prune_groups(self, groups: Sequence[InputGroup]) -> None:
+    def prune_groups(self, groups: Sequence[InputGroup]) -> None:
+        """Prune the modules of each group, which read the same input, and quantize them if the recipe says so."""
+
         def solve(group: InputGroup, modules: Sequence[torch.nn.Module]) -> list[Pruned]:
             return solve_group(self, group, modules, self._names, self._patterns, self._quantizer)
 
@@ -259,6 +275,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 "pattern": self._described,
                 "mask_structure": next(iter(self._patterns.values())).mask_structure,
                 **self.run_record(),
+                **(self._experts.record() if self._experts else {}),
                 "time": self._progress.record() if self._progress else {},
                 **({"recovery": self._recovered} if self._recovered else {}),
                 "modules": [self._results[name] for name in self._names.values() if name in self._results],

@@ -1,4 +1,7 @@
-"""A model cut into stages. A stage begins where a group of modules reads one tensor (q/k/v, o, gate/up, down)."""
+"""A model cut into stages. A stage begins where a group of modules reads one tensor (q/k/v, o, gate/up, down).
+
+The routed experts of a layer are one stage: what their modules read is no tensor of the traced model.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rac_modifier.llmcompressor.experts import RoutedExperts, find_experts
+
 
 class UntraceableError(Exception):
     """A model cannot be cut into stages; the message is the reason."""
@@ -29,12 +34,23 @@ class Stage:
         reads: name of the tensor that they read, in the cache.
         subgraphs: upstream's subgraphs, to be run one after another.
         configs: the model's configs, by the names of the graph's nodes that return them; the same for all stages.
+        experts: what the stage begins with, where it is a layer of routed experts; `reads` is then what the router is given.
+        chosen: name of the tensor with the numbers of each token's experts, in the cache.
     """
 
     modules: list[torch.nn.Module]
     reads: str | None
     subgraphs: list[Subgraph]
     configs: Mapping[str, PreTrainedConfig]
+    experts: RoutedExperts | None = None
+    chosen: str | None = None
+
+    @property
+    def groups(self) -> list[list[torch.nn.Module]]:
+        """Its modules, those together that read the same input."""
+        if self.experts is not None:
+            return [group for expert in self.experts.experts for group in expert.groups]
+        return [self.modules] if self.modules else []
 
     def run(self, model: torch.nn.Module, cache: IntermediatesCache, batch: int) -> None:
         """Run the stage for one batch; in the cache, its outputs take the place of the inputs that no later stage reads."""
@@ -59,7 +75,7 @@ class Stage:
 def trace_stages(
     model: PreTrainedModel, sample: dict[str, Any], names: Mapping[torch.nn.Module, str], ignore: Sequence[str]
 ) -> list[Stage]:
-    """Trace `model` down to the modules of `names` and cut it before each group of them.
+    """Trace `model` down to the modules of `names`, or the routed experts that hold them, and cut it before each group of them.
 
     Upstream starts a subgraph at each target, so what a target reads is an output of the subgraphs before it.
 
@@ -67,14 +83,17 @@ def trace_stages(
         UntraceableError: the model's code cannot be traced that far, does not call each module once, or changes tensors in
             place (for example where a mixture of experts adds up their outputs).
     """
+    experts = {found.name: found for found in find_experts(model, names)}
+    inside = {module for found in experts.values() for module in found.modules}
+    modules = {name: [module] for module, name in names.items() if module not in inside}
+    modules |= {name: found.modules for name, found in experts.items()}
     try:
         with _restoring_after_failure(model):
-            subgraphs = trace_subgraphs(model, sample, list(names.values()), list(ignore), 1)
+            subgraphs = trace_subgraphs(model, sample, list(modules), list(ignore), 1)
     except Exception as error:  # tracing runs the model's own code and may fail in any way
         raise UntraceableError(f"tracing failed: {(str(error).splitlines() or [repr(error)])[0][:200]}") from error
     _refuse_changes_in_place(subgraphs)
     configs = use_own_configs(model, subgraphs)
-    modules = {name: module for module, name in names.items()}
     calls = [[n for n in s.graph.nodes if n.op == "call_module" and n.target in modules] for s in subgraphs]
     times: dict[str, int] = dict.fromkeys(modules, 0)
     for node in itertools.chain.from_iterable(calls):
@@ -91,15 +110,22 @@ def trace_stages(
             stages[-1].subgraphs.append(subgraph)
             continue
         (node,) = nodes
-        if not (node.args and isinstance(node.args[0], torch.fx.Node) and node.args[0].op == "placeholder"):
-            raise UntraceableError(f"{node.target} does not get its input as the first argument")
-        reads = node.args[0].name
+        reads, routed = _argument(node, 0), experts.get(node.target)
         # only neighbours: one that reads the same tensor later may have to run after other modules are pruned
-        if not (stages and stages[-1].reads == reads):
-            stages.append(Stage([], reads, [], configs))
-        stages[-1].modules.append(modules[node.target])
+        if routed is not None or not (stages and stages[-1].reads == reads and stages[-1].experts is None):
+            chosen = None if routed is None else _argument(node, 1)
+            stages.append(Stage([], reads, [], configs, routed, chosen))
+        stages[-1].modules.extend(modules[node.target])
         stages[-1].subgraphs.append(subgraph)
     return stages
+
+
+def _argument(node: torch.fx.Node, place: int) -> str:
+    """The name of the tensor that a module is called with, which must be made by an earlier subgraph."""
+    given = node.args[place] if place < len(node.args) else None
+    if not (isinstance(given, torch.fx.Node) and given.op == "placeholder"):
+        raise UntraceableError(f"{node.target} does not get its input as argument {place + 1}")
+    return given.name
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from rac_modifier.errors import RacError
 from rac_modifier.machine_paths import public_name
 from rac_modifier.sampling.generate import eos_token_ids
+from rac_modifier.sampling.merged_experts import MergedExperts, with_merged_experts
 
 _ELEMENTS = 64
 # Only what shapes the computation: the rest of a config (dtype, paths, library versions) changes without the model.
@@ -118,19 +119,21 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         RacError: a parameter has no values (meta device, not offloaded).
     """
     values = ((n, _offloaded(model, n) if p.is_meta else p) for n, p in named_parameters(model))
-    return fingerprint_of(model.config, values)
+    return fingerprint_of(model.config, with_merged_experts(model, values))
 
 
-def fingerprint_of(config: PreTrainedConfig, parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+def fingerprint_of(config: PreTrainedConfig, parameters: Iterable[tuple[str, torch.Tensor | MergedExperts]]) -> str:
     """`model_fingerprint` of a config and of the parameters in the order of `named_parameters`."""
     text = config.get_text_config()
     fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, tensor in parameters:
-        flat = tensor.detach().reshape(-1)
         # Odd: a stride that is a multiple of the row length would only ever read one column.
-        stride = -(-flat.numel() // _ELEMENTS) | 1
-        sample = flat[::stride].to(device="cpu", dtype=torch.float32)
+        stride = -(-tensor.numel() // _ELEMENTS) | 1
+        if isinstance(tensor, MergedExperts):
+            sample = tensor.every(stride)
+        else:
+            sample = tensor.detach().reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.numpy().astype("<f4").tobytes())
     return digest.hexdigest()

@@ -71,6 +71,13 @@ def idle_pruning(settings: PruningSettings) -> Idle:
         why = "beside solver: magnitude without refit, quantization or reconstruct: dense, which reads no activations"
         for name in ("prompt_weight", "trace_weight", "answer_weight", "trace_weighting"):
             idle["calibration", name] = f"{why}; leave it out, or set another solver"
+        for name in ("experts", "expert_floor"):
+            idle[name,] = f"{why}; leave it out, or set another solver"
+    if settings.order == "layer":
+        why = "beside order: layer (or preset: paper), which calibrates each expert on all tokens"
+        idle["experts",] = idle["expert_floor",] = f"{why}; leave it out, or set order: auto"
+    elif settings.experts == "all":
+        idle["expert_floor",] = "beside experts: all, which gives each expert every token; leave it out"
     if all(name in settings.model_fields_set or (name,) in idle for name in PRESETS[settings.preset]):
         idle["preset",] = f"beside {', '.join(PRESETS[settings.preset])}, which are all that it sets; leave it out"
     return idle

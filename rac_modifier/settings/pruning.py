@@ -20,6 +20,7 @@ UNSTRUCTURED = "0:0"
 # three stages and 10 steps, which cost more; 12 in two stages leave 1 % more than 16, 8 leave 8 % more, 20 leave 1 % less.
 ITERATIONS = 16
 REFIT_STEPS = 10
+EXPERT_FLOOR = 512
 
 
 class ExperimentalSettings(Settings):
@@ -100,6 +101,18 @@ class PruningSettings(BaseModel):
         "so far, in one pass; layer: all Hessians of a decoder layer are from one pass, then it runs again, as in the paper's "
         "code; auto: group where the model's code can be traced inside its layers, else layer; the log and the run record say "
         "which (default: the preset's)",
+    )
+    experts: Literal["routed", "all"] = Field(
+        "routed",
+        description="the tokens that a routed expert (of a mixture of experts) is calibrated on. routed: those that the router "
+        "sends to it, in group order; all: every token, whatever the router says. The log and the run record say how many are "
+        "routed to each",
+    )
+    expert_floor: int = Field(
+        EXPERT_FLOOR,
+        ge=1,
+        description="least tokens of a routed expert: where the router sends fewer to it, those are added that it all "
+        "but sends there, by its logits; the log and the run record name these experts",
     )
     targets: list[str] = Field(["Linear"], description="modules to prune: class names, names, or re: patterns")
     ignore: list[str] = Field(

@@ -76,6 +76,11 @@ def _(b: Bench) -> None:
     b.prune_with(order="group")
 
 
+@CASES.case("`experts: all` for a model without experts", "experts: 'all' has no effect here: no routed expert")
+def _(b: Bench) -> None:
+    b.prune_with(experts="all")
+
+
 @CASES.case("`oneshot(dataset=...)` beside the recipe", "leave the dataset argument out")
 def _(b: Bench) -> None:
     from torch.utils.data import DataLoader

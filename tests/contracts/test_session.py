@@ -68,7 +68,7 @@ def test_seam_modifier_lifecycle_hooks(name, parameters):
 def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
     from llmcompressor.modifiers import Modifier
 
-    ours = {"calibrated_modules", "check_memory", "needs_dense_stream", "on_subgraph_start", "prune_group"}
+    ours = {"calibrated_modules", "check_memory", "needs_dense_stream", "on_subgraph_start", "prune_groups"}
     ours |= {
         "build_calibration",
         "calibrate_session",
@@ -79,6 +79,10 @@ def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
         "run_record",
         "use_calibration_set",
         "use_order",
+        "experts",
+        "expert_floor",
+        "processes",
+        "record_experts",
         "order",
         "preset",
         "reconstruct",

@@ -171,6 +171,7 @@ def test_seam_what_a_converter_of_experts_is_made_of():
     converter = WeightConverter(["experts.*.up.weight"], "experts.up_proj", operations=[Concatenate(dim=0)])
     assert converter.source_patterns == ["experts.*.up.weight"]
     assert converter._original_target_patterns == ["experts.up_proj"]
+    assert converter._original_source_patterns == ["experts.*.up.weight"]
     assert (converter.scope_prefix, converter.base_model_prefix) == (None, None)
     assert converter.compiled_sources.search("model.experts.3.up.weight")
     converter.collected_tensors = defaultdict(list, {"x": [torch.zeros(1)]})

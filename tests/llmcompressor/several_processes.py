@@ -1,7 +1,8 @@
 """Prune in several processes, as torchrun starts them, in one scenario after another: MODEL RECIPES.
 
 Each process is a fork of this one, which has imported everything: a run of its own takes a second, not ten. It runs `rac prune`.
-RECIPES is a folder with paper.yaml, quality.yaml and recovered.yaml. Prints what happened as JSON.
+RECIPES is a folder with paper.yaml, quality.yaml, recovered.yaml and few.yaml, and a mixture of experts with experts.yaml.
+Prints what happened as JSON.
 """
 
 from __future__ import annotations
@@ -160,11 +161,15 @@ def main(model: str, recipes: Path) -> None:
     torch.set_num_threads(1)
     codes: dict[str, list[int]] = {}
 
-    def run(name: str, recipe: str, count: int, before: Mapping[int, Before] | None = None, run: Any = None) -> None:
-        codes[name] = ended(start(model, recipes / f"{recipe}.yaml", name, count, before, run))
+    def run(
+        name: str, recipe: str, count: int, before: Mapping[int, Before] | None = None, run: Any = None, of: str = model
+    ) -> None:
+        codes[name] = ended(start(of, recipes / f"{recipe}.yaml", name, count, before, run))
 
     for count in (1, 2, 4):
         run(f"paper-{count}", "paper", count)
+    for count in (1, 2):
+        run(f"experts-{count}", "experts", count, of=str(recipes / "mixture"))
     run("slow-4", "paper", 4, {1: slow, 3: slow})
     run("upstream-2", "paper", 2, run=upstream(model, recipes / "paper.yaml", "upstream-2"))
     for count in (1, 2):

@@ -11,6 +11,7 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
 from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
 from rac_modifier.llmcompressor.pruner import Pruner
+from rac_modifier.processes import Processes
 from rac_modifier.settings.calibration import CalibrationSettings
 from tests.tiny import entry, linears, tiny_model
 
@@ -32,6 +33,7 @@ class Recorder:
         self.loader, self.order, self.needs_dense_stream = loader, order, False
         self.chosen, self.checked, self.started, self.pruned = None, None, [], []
         self.before, self.known, self.restored = known, set(), []
+        self.experts, self.expert_floor, self.processes, self.recorded = "routed", 1, Processes(), {}
 
     def calibrated_modules(self):
         return dict(self.names)
@@ -54,8 +56,12 @@ class Recorder:
     def on_subgraph_start(self, modules):
         self.started.append([self.names[module] for module in modules if module in self.names])
 
-    def prune_group(self, group):
-        self.pruned.append(([self.names[module] for module in group.modules], group.statistics.hessian.tokens))
+    def prune_groups(self, groups):
+        for group in groups:
+            self.pruned.append(([self.names[module] for module in group.modules], group.statistics.hessian.tokens))
+
+    def record_experts(self, name, tokens):
+        self.recorded[name] = tokens
 
 
 def run(order, known="") -> Recorder:

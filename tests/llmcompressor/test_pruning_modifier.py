@@ -60,13 +60,12 @@ def test_quantizing_twice_is_refused(refused_or_sampled):
 def test_modules_that_no_token_reached_are_an_error(prune, monkeypatch):
     from rac_modifier.llmcompressor.pruning_modifier import ReasoningAwareSparseGPTModifier as Modifier
 
-    original = Modifier.prune_group
+    original = Modifier.prune_groups
 
-    def all_but_up(self, group):
-        if "up_proj" not in self._names[group.modules[-1]]:
-            original(self, group)
+    def all_but_up(self, groups):
+        original(self, [group for group in groups if "up_proj" not in self._names[group.modules[-1]]])
 
-    monkeypatch.setattr(Modifier, "prune_group", all_but_up)
+    monkeypatch.setattr(Modifier, "prune_groups", all_but_up)
     with pytest.raises(RacError, match=r"4 modules saw no calibration token, the first is .*layers\.0\.mlp\.gate_proj"):
         prune()
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.started import ROOT
-from tests.tiny import entry, linears, recipe
+from tests.tiny import entry, linears, recipe, save_tiny_experts
 
 pytestmark = pytest.mark.slow
 QUIET = {
@@ -40,6 +40,9 @@ def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, Any
     }
     for name, changes in settings.items():
         (folder / f"{name}.yaml").write_text(recipe(entry(trace_store, **changes)))
+    save_tiny_experts(folder / "mixture")
+    of_experts = {"solver": "sparsegpt", "expert_floor": 700, "calibration": calibration}
+    (folder / "experts.yaml").write_text(recipe(entry(folder / "mixture.jsonl", **of_experts)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.llmcompressor.several_processes", str(tiny_folder), str(folder)],
         cwd=folder,
@@ -84,6 +87,22 @@ def test_masks_are_those_of_one_process(ran, count):
     assert several["divergence"]["kl"] == pytest.approx(one["divergence"]["kl"], rel=1e-3)
     assert [row["tokens"] for row in several["modules"]] == [row["tokens"] for row in one["modules"]]
     assert several["calibration"] == one["calibration"]
+
+
+def test_experts_have_the_tokens_that_they_have_in_one_process(ran):
+    """Routed ones and those that are added up to the floor; each process has a part of both."""
+    folder, told = ran
+    assert told["codes"]["experts-2"] == [0, 0], (folder / "experts-2.0.txt").read_text()[-2000:]
+    one, two = (result(folder / f"experts-{count}")[0] for count in (1, 2))
+    first = "model.layers.0.mlp.experts"  # before it nothing depends on how sums are rounded but attention
+    assert two["order"]["order"] == one["order"]["order"] == "group"
+    assert any(layer["starved"] for layer in one["experts"]["layers"].values())
+    for name in ("least", "median", "most"):
+        found, expected = (record["experts"]["layers"][first]["routed"][name] for record in (two, one))
+        assert found == pytest.approx(expected, abs=10), name  # a token near the border may be routed elsewhere
+    for row in two["modules"]:
+        assert row["tokens"] >= 700
+    assert two["divergence"]["kl"] == pytest.approx(one["divergence"]["kl"], rel=0.2)
 
 
 def test_who_is_slow_changes_no_bit(ran):

@@ -4,10 +4,11 @@ import operator
 
 import pytest
 import torch
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import AutoModelForCausalLM
 
 from rac_modifier.llmcompressor.stages import UntraceableError, _refuse_changes_in_place, trace_stages
-from tests.tiny import linears
+from tests.tiny import linears, save_tiny_experts
 
 GROUPS = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -36,6 +37,24 @@ def test_modules_left_alone_run_inside_the_stages(dense):
     names = {m: n for n, m in linears(dense).items() if "q_proj" in n or "v_proj" in n}
     stages = trace_stages(dense, SAMPLE, names, [])
     assert [[names[m].split(".")[-1] for m in stage.modules] for stage in stages[1:]] == [["q_proj", "v_proj"]] * 2
+
+
+def test_the_experts_of_a_layer_are_one_stage(tmp_path):
+    model = linearize_moe(
+        AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path, "qwen2"), attn_implementation="eager")
+    )
+    names = {
+        m: n for n, m in linears(model.eval()).items() if "layers.1." in n and not n.endswith("shared_expert_gate")
+    }
+    stages = trace_stages(model, SAMPLE, names, [])[1:]
+    kinds = [(stage.experts.name if stage.experts else None, len(stage.modules)) for stage in stages]
+    assert sorted(kinds, key=str) == sorted(
+        [(None, 3), (None, 1), (None, 2), (None, 1), ("model.layers.1.mlp.experts", 12)], key=str
+    )
+    assert [len(group) for stage in stages for group in stage.groups if stage.experts] == [2, 1] * 4
+    (stage,) = [stage for stage in stages if stage.experts]
+    assert stage.chosen is not None
+    assert stage.chosen != stage.reads
 
 
 def test_a_module_that_is_called_twice_cannot_be_staged(dense):

@@ -38,7 +38,7 @@ from tests.settings.every_setting import (
     merged,
     nested,
 )
-from tests.tiny import byte_tokenizer, linears, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import byte_tokenizer, linears, save_tiny, save_tiny_experts, tiny_model, tiny_tokenizer
 
 Outcome = Any  # what can be compared: lists and mappings of numbers and text
 
@@ -88,6 +88,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_tiny(folder / "own", num_hidden_layers=1)
     save_tiny(folder / "other", num_hidden_layers=1, seed=1)
+    save_tiny_experts(folder / "experts", num_hidden_layers=1)
     return folder
 
 
@@ -121,9 +122,9 @@ def loaded(models: Path, kind: str = "own") -> Any:
     return AutoModelForCausalLM.from_pretrained(models / kind)
 
 
-def pruned(models: Path, settings: dict[str, Any], save_to: Path) -> Outcome:
+def pruned(models: Path, settings: dict[str, Any], save_to: Path, kind: str = "own") -> Outcome:
     """The weights that a run of oneshot leaves, its order, and the tensors that it saves; or its error."""
-    model = loaded(models)
+    model = loaded(models, kind)
     if settings.get("solver") == "keep":
         for module in linears(model).values():
             module.weight.data[:, 1::2] = 0.0
@@ -181,6 +182,11 @@ def prepare(models: Path, row: Row) -> None:
         build_calibration_set(loaded(models, "other"), tokenizer, entry.traces, entry.calibration, progress=False)
 
 
+def kind_of(row: Row) -> str:
+    """Which model a row is about."""
+    return "experts" if row.path.startswith("expert_") or row.path == "experts" else "own"
+
+
 def both(row: Row, observe: Any) -> tuple[Outcome, Outcome]:
     base = started(row.base)
     return observe(copy.deepcopy(base)), observe(copy.deepcopy(entry_of(row)))
@@ -190,7 +196,7 @@ def both(row: Row, observe: Any) -> tuple[Outcome, Outcome]:
 @pytest.mark.parametrize("row", PRUNED, ids=name)
 def test_a_setting_of_pruning_changes_the_result(row, models, place):
     saved = iter((place / "one", place / "two"))
-    before, after = both(row, lambda settings: pruned(models, settings, next(saved)))
+    before, after = both(row, lambda settings: pruned(models, settings, next(saved), kind_of(row)))
     assert not isinstance(before, str), before
     assert before != after
 
@@ -214,7 +220,7 @@ def test_what_is_refused_would_have_changed_nothing(row, models, place, monkeypa
     prunes = "." not in row.path or row.path.startswith(("experimental", "recover")) or "solver" in row.base
     if prunes:
         saved = iter((place / "one", place / "two"))
-        before, after = both(row, lambda settings: pruned(models, settings, next(saved)))
+        before, after = both(row, lambda settings: pruned(models, settings, next(saved), kind_of(row)))
     else:
         before, after = both(row, lambda settings: calibrated(models, settings))
         assert isinstance(before, str) is (row.base == ENGINE), before

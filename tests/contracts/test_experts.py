@@ -1,0 +1,43 @@
+"""llm-compressor's linear experts: how they are called, and the switch that says on which tokens they run."""
+
+import inspect
+
+import torch
+from llmcompressor.modeling.moe import context
+from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, ExpertMLPWithoutGate, LinearExperts2D
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.pipelines.cache import IntermediatesCache
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import EXPERTS, save_tiny_experts
+
+
+def test_seam_experts_are_called_with_all_tokens_and_each_tokens_experts():
+    called_with = list(inspect.signature(LinearExperts2D.forward).parameters)
+    assert called_with == ["self", "hidden_states", "top_k_index", "top_k_weights"]
+
+
+def test_seam_the_switch_is_a_variable_of_its_module(monkeypatch):
+    assert context.get_calibrate_all_experts_flag() is False
+    monkeypatch.setattr(context, "_CALIBRATE_ALL_EXPERTS", True)
+    assert context.get_calibrate_all_experts_flag() is True
+    with context.moe_calibration_context():
+        assert context._CALIBRATE_ALL_EXPERTS is True
+
+
+def test_seam_an_expert_is_gate_and_up_then_down(tmp_path):
+    model = linearize_moe(AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path, num_hidden_layers=1)))
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, LinearExperts2D)
+    assert experts.num_experts == EXPERTS < len(experts), "the activation is among the children"
+    assert isinstance(experts[0], ExpertMLPWithGate)
+    assert {name for name, _ in experts[0].named_children()} == {"gate_proj", "up_proj", "down_proj"}
+    assert "self.down_proj(" in inspect.getsource(ExpertMLPWithGate.forward)
+    assert "self.down_proj(" in inspect.getsource(ExpertMLPWithoutGate.forward)
+
+
+def test_seam_a_cache_holds_its_tensors_as_values_where_they_are_offloaded():
+    cache = IntermediatesCache([{}], torch.device("cpu"))
+    x = torch.ones(2, 3)
+    cache.update(0, {"x": x})
+    assert torch.equal(cache.batch_intermediates[0]["x"].value, x)
