@@ -169,6 +169,8 @@ KERNEL(rac_unstructured_bf16_expand, WARPS * 32)
   const u32 lane = thread_index() % 32, g = lane / 4, t = lane % 4;
   const int tile = first_tile / 2 + block_x();
   const Segment segment = segment_of(weight, rows, units, tile, warp_index());
+  const u8* from = segment.values + lane * 4;
+  const int lines = segment.groups * GROUP_LINES;
   int next[2] = {0, 0};
   for (int step = 0; step < segment.steps; step++) {
     const u32 mask = global_load4(segment.masks + step * LINE + lane * 4);
@@ -178,14 +180,14 @@ KERNEL(rac_unstructured_bf16_expand, WARPS * 32)
       u32 four[2][4];  // of rows g and g + 8
       UNROLL
       for (int p = 0; p < 8; p++) {
-        u32 pair = 0;
+        u32 values[2] = {0, 0};
         UNROLL
         for (int b = 0; b < 2; b++) {
-          if ((mask >> (16 * i + 2 * p + b) & 1) == 0) continue;
-          if (next[b] < segment.groups * GROUP_LINES) pair |= global_load2(segment.values + next[b] * LINE + lane * 4 + b * 2) << 16 * b;
-          next[b]++;
+          const bool stored = mask >> (16 * i + 2 * p + b) & 1 && next[b] < lines;
+          if (stored) values[b] = global_load2(from + next[b] * LINE + b * 2);
+          next[b] += stored;
         }
-        four[p % 2][p / 4 * 2 + p % 4 / 2] = pair;
+        four[p % 2][p / 4 * 2 + p % 4 / 2] = two_halves(values[0], values[1]);
       }
       UNROLL
       for (int h = 0; h < 2; h++) {

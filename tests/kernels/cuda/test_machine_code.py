@@ -6,7 +6,7 @@ import pytest
 
 from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, Layout
 from rac_modifier.kernels.cuda.programs import program, tiles_of
-from tests.kernels.cuda.machine_code import Kernel, kernels, operations
+from tests.kernels.cuda.machine_code import Kernel, kernels, operation_of, operations
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"]
 # Another group changes only how many scales are read: one architecture shows it.
@@ -51,6 +51,8 @@ class TestMachineCode:
                 assert kernel.count("LDS.U16") == 32, operations(kernel)
                 assert kernel.count("BSSY") == kernel.count("WARPSYNC") == 0, kernel.name
                 assert kernel.count("BRA") <= 8
+                expand = kernels(layout, architecture)["rac_unstructured_bf16_expand"].instructions
+                assert not [each for each in expand if operation_of(each) == "BSSY"]
                 continue
             columns = 256 if layout.group and tokens == 1 else 64 if tokens > 1 and not layout.group else 128
             assert kernel.count("HMMA.SP") == kernel.count("HMMA") == rows * tokens * columns // 32, kernel.name
