@@ -199,12 +199,12 @@ def _plan(stored: Tensor) -> _Plan:
     started = torch.minimum(lines, torch.full_like(lines, RING))
     early = torch.stack([needed[:, 0], needed[:, 1], started], dim=1)
     zeros = torch.zeros_like(lines[:, None])
-    whole = torch.zeros(tiles, all_steps, 64, dtype=torch.int32)
-    spread = [whole.index_put((tile.expand_as(at)[inside], at[inside]), part[inside]) for part in (begins, extra)]
+    whole, to = torch.zeros(tiles, all_steps, 64, dtype=torch.int32), (tile.expand_as(at)[inside], at[inside])
     return _Plan(
         first,
         steps,
-        *(part.unflatten(2, (32, 2)) for part in spread),
+        begins=whole.index_put(to, begins[inside]).unflatten(2, (32, 2)),
+        extra=whole.index_put(to, extra[inside]).unflatten(2, (32, 2)),
         groups=lines // _GROUP,
         copied=torch.cat([started[:, None], copied], dim=1).diff(dim=1) // _GROUP,
         before=torch.cat([zeros, early], dim=1).diff(dim=1) // _GROUP,
