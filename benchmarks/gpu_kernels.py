@@ -35,15 +35,18 @@ from rac_modifier.kernels import cuda
 TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 129)
 ODD_SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of an 8B model
-FORMATS = {"bf16": 0, "int4 g128": 128, "int4 g64": 64}
+# Columns that share a scale, 0 for bf16; and whether the weight is 2:4. Of any pattern, half is stored.
+FORMATS = {"bf16": (0, True), "int4 g128": (128, True), "int4 g64": (64, True), "unstructured": (0, False)}
 CYCLED_BYTES = 512 << 20  # of weights: more than any cache
 Linear = Callable[[Tensor], Tensor]
 
 
-def random_weight(rows: int, columns: int, group: int) -> StoredWeight:
-    """A 2:4 weight: normal in bfloat16, or int4 with a scale per `group` columns (padded to whole groups)."""
+def random_weight(rows: int, columns: int, group: int, two_of_four: bool = True) -> StoredWeight:
+    """A weight, half of it stored: normal in bfloat16, or int4 with a scale per `group` columns (padded to whole groups)."""
     columns = -(-columns // group) * group if group else columns
     kept = (torch.rand(rows, columns // 4, 4).argsort(dim=-1) < 2).view(rows, columns)
+    if not two_of_four:
+        kept = torch.rand(rows, columns) < 0.5
     if not group:
         return from_dense(torch.randn(rows, columns).bfloat16().masked_fill(~kept, 0.0), "random")
     values = torch.randint(-8, 8, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
@@ -62,9 +65,9 @@ def check(device: str, shapes: tuple[tuple[int, int], ...], tokens: tuple[int, .
     Raises:
         RacError: a wrong result, or other bits the second time.
     """
-    for name, group in FORMATS.items():
+    for name, (group, two_of_four) in FORMATS.items():
         for rows, columns in shapes:
-            weight = random_weight(rows, columns, group)
+            weight = random_weight(rows, columns, group, two_of_four)
             dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
             linear = packed_linear(weight, bias)
             for number in tokens:
@@ -96,8 +99,8 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def check_graphs(device: str) -> None:
     """A replayed product has the bits of a launched one, for other activations in the same memory."""
-    for name, group in FORMATS.items():
-        linear = packed_linear(random_weight(272, 512, group))
+    for name, kind in FORMATS.items():
+        linear = packed_linear(random_weight(272, 512, *kind))
         for tokens in (1, 16, 32, 256):
             x, out = torch.zeros(tokens, 512, dtype=torch.bfloat16, device=device), torch.empty(0)
             kept = [out]
@@ -132,8 +135,8 @@ def times(device: str, tokens: tuple[int, ...], rounds: int) -> Iterator[dict[st
     """Medians over rounds, in which the contenders take turns."""
     for layer, (rows, columns) in LAYERS.items():
         contenders: dict[str, tuple[list[Linear], float]] = {}
-        for name, group in FORMATS.items():
-            weight = random_weight(rows, columns, group)
+        for name, kind in FORMATS.items():
+            weight = random_weight(rows, columns, *kind)
             packed = cuda.pack(weight, torch.bfloat16)
             size = sum(part.nbytes for part in packed.values())
             copies = [{key: part.clone() for key, part in packed.items()} for _ in range(-(-CYCLED_BYTES // size))]

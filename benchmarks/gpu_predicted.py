@@ -16,7 +16,7 @@ from pathlib import Path
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
-from rac_modifier.kernels.cuda.layout import BF16, INT4
+from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, Layout
 from rac_modifier.kernels.cuda.predict import DENSE, Time, dense_time, sparse_time
 
 TOKENS = (1, 8, 16, 32)
@@ -31,6 +31,7 @@ CONTENDERS = {
     "bf16": BF16,
     "int4 g128": INT4[128],
     "int4 g64": INT4[64],
+    "unstructured": UNSTRUCTURED,
 }  # as make gpu-check names them
 
 
@@ -45,9 +46,16 @@ def times(card: Card, model: str, tokens: int) -> dict[str, float]:
     return {name: layers * time / 1000 for name, time in found.items()}
 
 
-def bound(card: Card, model: str, tokens: int) -> str:
-    """What most of the time of 2:4 + int4 is bound by."""
-    each = [sparse_time(card, INT4[128], *shape, tokens) for shape in MODELS[model][0].values()]
+def unstructured_time(card: Card, model: str, tokens: int, sparsity: float) -> float:
+    """Milliseconds of all layers of a model, bfloat16 with this share of zeros anywhere."""
+    shapes, layers = MODELS[model]
+    each = [sparse_time(card, UNSTRUCTURED, *s, tokens, 1 - sparsity).total for s in shapes.values()]
+    return layers * sum(each) / 1000
+
+
+def bound(card: Card, model: str, tokens: int, layout: Layout = INT4[128]) -> str:
+    """What most of the time of a layout is bound by."""
+    each = [sparse_time(card, layout, *shape, tokens) for shape in MODELS[model][0].values()]
     sums: dict[str, float] = {}
     for time in each:
         sums[time.bound] = sums.get(time.bound, 0.0) + time.total
@@ -80,6 +88,22 @@ def models() -> Iterator[str]:
                     f"{gain:.2f}x" for gain in gains
                 ]
                 yield f"| {card.name} | {model} | {tokens} | {' | '.join(numbers)} | {bound(card, model, tokens)} |"
+
+
+def unstructured() -> Iterator[str]:
+    """Bfloat16 of any pattern: every card, model and number of tokens, over dense bfloat16, and at 70 % over FP8."""
+    absolute = "dense bf16, ms | 50 %, ms"
+    yield f"| card | model | tokens | {absolute} | 50 % over bf16 | 60 % | 70 % | 80 % | 70 % over fp8 | 50 % bound by |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for card in CARDS:
+        for model in MODELS:
+            for tokens in TOKENS:
+                t = times(card, model, tokens)
+                found = [unstructured_time(card, model, tokens, sparsity) for sparsity in (0.5, 0.6, 0.7, 0.8)]
+                gains = " | ".join(f"{t['bf16'] / each:.2f}x" for each in found)
+                numbers = f"{t['bf16']:.2f} | {found[0]:.2f} | {gains} | {t['fp8'] / found[2]:.2f}x"
+                bound_by = bound(card, model, tokens, UNSTRUCTURED)
+                yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound_by} |"
 
 
 def ports() -> Iterator[str]:
@@ -128,7 +152,13 @@ def beside(measured: Path) -> Iterator[str]:
         yield f"| {row['layer']} | {row['tokens']} | {row['contender']} | {time.total:.1f} | {row['us']:.1f} | {time.bound} |"
 
 
-TABLES = {"The cards": cards, "Whole models": models, "Other rates of L2": ports, "50 % + int8 over FP8": int8}
+TABLES = {
+    "The cards": cards,
+    "Whole models": models,
+    "Unstructured bfloat16": unstructured,
+    "Other rates of L2": ports,
+    "50 % + int8 over FP8": int8,
+}
 
 
 def main() -> None:

@@ -10,6 +10,34 @@
 
 #include "ptx.h"
 
+// The end of a kernel: adds the sums of all warps in their order, and the bias, and stores the result. Warp w has WARP_BYTES of shared
+// memory from w WARP_BYTES on, in which a lane writes words whose number is its own plus a multiple of 32: no other lane may still read
+// them. `row`: number lane % (16 ROW_TILES) of the block's rows, where it is in the result.
+template <int ROW_TILES, int TOKEN_TILES, int WARPS, int WARP_BYTES>
+DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* bias, u8* out, int row, int rows, int token0, int tokens) {
+  const u32 lane = thread_index() % 32, own = warp_index() * WARP_BYTES;
+  UNROLL
+  for (int r = 0; r < ROW_TILES; r++)
+    UNROLL
+    for (int n = 0; n < TOKEN_TILES; n++)
+      UNROLL
+      for (int i = 0; i < 4; i++) shared_store_float(own + (((r * TOKEN_TILES + n) * 4 + i) * 32 + lane) * 4, sum[r][n][i]);
+  SYNC_THREADS();
+  for (u32 o = thread_index(); o < ROW_TILES * 16 * TOKEN_TILES * 8; o += WARPS * 32) {
+    const u32 r = o % (ROW_TILES * 16), n = o / (ROW_TILES * 16);
+    const int token = token0 + n;
+    const u32 i = r % 16 / 8 * 2 + n % 2, from = r % 8 * 4 + n % 8 / 2;
+    const u32 at = (((r / 16 * TOKEN_TILES + n / 8) * 4 + i) * 32 + from) * 4;
+    float total = shared_load_float(at);
+    UNROLL
+    for (int w = 1; w < WARPS; w++) total += shared_load_float(w * WARP_BYTES + at);
+    if (u32(row) < u32(rows) && token < tokens) {  // also of a damaged order of rows
+      if (bias != nullptr) total += global_load_bf16(bias + row * 2);
+      global_store_bf16(out + (static_cast<long long>(token) * rows + row) * 2, total);
+    }
+  }
+}
+
 template <class FORMAT_, int ROW_TILES_, int TOKEN_TILES_, int UNITS_, int STAGES_, int WARPS_>
 struct Decode {
   using FORMAT = FORMAT_;
@@ -130,26 +158,8 @@ struct Decode {
     }
 
     SYNC_WARP();
-    UNROLL
-    for (int r = 0; r < ROW_TILES; r++)
-      UNROLL
-      for (int n = 0; n < TOKEN_TILES; n++)
-        UNROLL
-        for (int i = 0; i < 4; i++) shared_store_float(ring + (((r * TOKEN_TILES + n) * 4 + i) * 32 + lane) * 4, sum[r][n][i]);
-    SYNC_THREADS();
-    for (u32 o = thread_index(); o < ROW_TILES * 16 * TOKEN_TILES * 8; o += WARPS * 32) {
-      const u32 r = o % (ROW_TILES * 16), n = o / (ROW_TILES * 16);
-      const int row = tile * 16 + r, token = token0 + n;
-      const u32 i = r % 16 / 8 * 2 + n % 2, from = r % 8 * 4 + n % 8 / 2;
-      const u32 at = (((r / 16 * TOKEN_TILES + n / 8) * 4 + i) * 32 + from) * 4;
-      float total = shared_load_float(at);
-      UNROLL
-      for (int w = 1; w < WARPS; w++) total += shared_load_float(w * RING_BYTES + at);
-      if (row < rows && token < tokens) {
-        if (bias != nullptr) total += global_load_bf16(bias + row * 2);
-        global_store_bf16(out + (static_cast<long long>(token) * rows + row) * 2, total);
-      }
-    }
+    const int row = tile * 16 + lane % (ROW_TILES * 16);
+    add_warps<ROW_TILES, TOKEN_TILES, WARPS, RING_BYTES>(sum, bias, out, row, rows, token0, tokens);
   }
 };
 

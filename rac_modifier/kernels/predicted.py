@@ -32,7 +32,8 @@ _BF16 = 2.0  # bytes
 class PredictedLayer:
     """Layers [rows, columns] of one kind that run alike, `count` of them. Times are microseconds of one.
 
-    kernel: "2:4", "2:4 int4" or "dense". reason: why it is dense, None for a kernel. nbytes: what a step reads of the weight.
+    kernel: "2:4", "2:4 int4", "unstructured" or "dense". reason: why it is dense, None for a kernel. nbytes: what a step reads of
+    the weight; of an unstructured one, what is expected of its density.
     time: here. dense: what vLLM takes without our kernels, by the names of `DENSE`.
     """
 
@@ -135,7 +136,8 @@ def _fuse(name: str, parts: Sequence[_Module]) -> Iterator[_Module]:
     elif len({(each.two_of_four, each.stored, each.group, each.zero_points) for each in layers}) > 1:
         reason = "dense because the parts of the fused layer are stored differently"
     elif layers:
-        whole = replace(layers[0], rows=rows)
+        stored = sum(each.rows * each.density for each in layers)
+        whole = replace(layers[0], rows=rows, density=stored / rows)
     yield _Module(name.rpartition(".")[2], rows, first.columns, whole, reason, own, all(p.quantizable for p in parts))
 
 
@@ -151,9 +153,10 @@ def _predict(module: _Module, card: Card, tokens: int) -> PredictedLayer:
     if layout is None:
         time, size = dense_time(card, *shape, tokens, own), own * module.rows * module.columns
         return PredictedLayer(module.kind, *shape, 1, "dense", reason, size, time, dense)
-    kernel = "2:4 int4" if layout.group else "2:4"
-    time = sparse_time(card, layout, *shape, tokens)
-    return PredictedLayer(module.kind, *shape, 1, kernel, None, layout.nbytes(*shape), time, dense)
+    assert module.layer is not None
+    density = module.layer.density
+    time = sparse_time(card, layout, *shape, tokens, density)
+    return PredictedLayer(module.kind, *shape, 1, layout.title, None, layout.nbytes(*shape, density), time, dense)
 
 
 def _alike(layer: PredictedLayer) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ import torch
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import card_of
-from rac_modifier.kernels.cuda.layout import BF16, INT4
+from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED
 from rac_modifier.kernels.cuda.predict import dense_time, sparse_time
 from rac_modifier.kernels.interface import stay_dense
 from rac_modifier.kernels.plan import PlanRow, plan_row
@@ -75,10 +75,22 @@ def test_four_bits_in_groups_have_a_kernel():
     assert layer.nbytes == INT4[128].nbytes(64, 256)
 
 
+def test_any_pattern_has_a_kernel_and_fused_parts_the_density_of_all():
+    modules = [row("a.gate_proj", 64, 512), row("a.up_proj", 192, 512)]
+    plan = [
+        plan_row(m.name, m.rows, 512, int(m.rows * 512 * density), torch.bfloat16, torch.bfloat16)
+        for m, density in zip(modules, (0.25, 0.5), strict=True)
+    ]
+    (layer,) = predict(modules, plan).layers
+    assert (layer.kernel, layer.rows) == ("unstructured", 256)
+    assert layer.nbytes == UNSTRUCTURED.nbytes(256, 512, 0.4375)
+    assert layer.time == sparse_time(H100, UNSTRUCTURED, 256, 512, 1, 0.4375)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"two_of_four": False}, "it is not 2:4, and there is no GPU kernel for other patterns yet"),
+        ({"two_of_four": False, "dtype": torch.int8}, "there is no GPU kernel for int8 that is not 2:4"),
         ({"dtype": torch.int8}, "there is no GPU kernel for int8"),
         ({"dtype": torch.int32, "groups": 8}, "there is no GPU kernel for int4 in groups of 32"),
     ],

@@ -15,6 +15,7 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import layout as layouts
 from rac_modifier.kernels.cuda import library, operator
+from rac_modifier.kernels.cuda.unstructured import MOST_COLUMNS
 from rac_modifier.kernels.interface import Decision, Layer
 
 VARIABLE = "RAC_GPU_KERNELS"
@@ -23,6 +24,7 @@ NOT_REQUESTED = (
 )
 DATA = "weight_packed"  # vLLM's LoRA looks for this name
 _LEAST_CAPABILITY = (8, 0)
+_LEAST_CEILING = 1.1  # below this, a kernel would have to be perfect to gain anything
 
 
 def requested() -> bool:
@@ -38,14 +40,16 @@ def requested() -> bool:
 
 
 def can_run(layer: Layer) -> Decision:
-    """Sparse where it is asked for, the weight is 2:4 in bfloat16 or four bits, and the kernels compile and load."""
+    """Sparse where it is asked for, the weight is bfloat16 or 2:4 in four bits, and the kernels compile and load."""
     dense_bytes = float(layer.served.itemsize)
     layout, problem = _plan(layer)
-    size = dense_bytes if layout is None else layout.nbytes(layer.rows, layer.columns) / (layer.rows * layer.columns)
+    size = dense_bytes if layout is None else bytes_per_weight(layer, layout)
     if problem is not None:
         return Decision(False, "dense", f"dense because {problem}", size, dense_bytes)
-    kernel = "sparse GPU kernel 2:4" + (" int4" if layout is not None and layout.group else "")
-    reason = f"{kernel}, not yet measured on hardware: {size:.2f} bytes per weight instead of {dense_bytes:.0f}"
+    assert layout is not None
+    kernel = f"sparse GPU kernel {layout.title}"
+    about = "about " if layout.any_pattern else ""
+    reason = f"{kernel}, not yet measured on hardware: {about}{size:.2f} bytes per weight instead of {dense_bytes:.0f}"
     return Decision(True, kernel, reason, size, dense_bytes)
 
 
@@ -56,7 +60,7 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
         RacError: a weight that no layout holds, or no kernels for it here.
     """
     bits = torch.int32 if weight.bits == 4 else weight.values.dtype
-    layout = layouts.layout_of(bits, weight.group, weight.columns)
+    layout = layouts.layout_of(bits, weight.group, weight.columns, weight.two_of_four)
     device = library.current_device()
     if layout is None or served != torch.bfloat16 or device is None:
         raise RacError(f"{weight.name}: {weight.values.dtype} served in {served} has no GPU kernel here; keep it dense")
@@ -80,31 +84,40 @@ def torch_device(device: library.Device) -> torch.device:
     return torch.device("cuda", device.index)
 
 
+def bytes_per_weight(layer: Layer, layout: layouts.Layout) -> float:
+    """Of the packed layer, padding included; an expectation where it has any pattern."""
+    return layout.nbytes(layer.rows, layer.columns, layer.density) / (layer.rows * layer.columns)
+
+
 def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     """The layout, and why no GPU runs the layer on a kernel; from numbers alone."""
-    layout = layouts.layout_of(layer.stored, layer.group, layer.columns)
+    layout = layouts.layout_of(layer.stored, layer.group, layer.columns, layer.two_of_four)
     if layer.served != torch.bfloat16:
         return layout, f"it is served in {layer.served}; the GPU kernels multiply bfloat16"
-    if not layer.two_of_four:
-        return None, "it is not 2:4, and there is no GPU kernel for other patterns yet"
     if layer.zero_points:
         return None, "its values have zero points; the GPU kernels take symmetric int4"
     if layout is None:
         four_bits = layer.stored == torch.int32
         what = f"int4 in groups of {layer.group}" if four_bits else f"{str(layer.stored).removeprefix('torch.')}"
-        return (
-            None,
-            f"there is no GPU kernel for {what}; those that exist take bfloat16, and int4 in groups of 64 or 128",
-        )
+        pattern = "" if layer.two_of_four else " that is not 2:4"
+        exist = "bfloat16, and 2:4 with int4 in groups of 64 or 128"
+        return None, f"there is no GPU kernel for {what}{pattern}; those that exist take {exist}"
     if layer.columns % 8:
         return layout, f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"
+    size, dense_bytes = bytes_per_weight(layer, layout), layer.served.itemsize
+    if layout.any_pattern and layer.columns > MOST_COLUMNS:
+        return layout, f"its {layer.columns} columns are more than the {MOST_COLUMNS} of the GPU kernel for any pattern"
+    if layout.any_pattern and (gain := dense_bytes / size) < _LEAST_CEILING:
+        return layout, (
+            f"packed it takes about {size:.2f} bytes per weight instead of {dense_bytes}: at most {gain:.2f}x faster"
+        )
     return layout, None
 
 
 def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     """The layout, and why the layer stays dense; numbers first, the device last."""
     if not requested():
-        return layouts.layout_of(layer.stored, layer.group, layer.columns), NOT_REQUESTED
+        return layouts.layout_of(layer.stored, layer.group, layer.columns, layer.two_of_four), NOT_REQUESTED
     layout, problem = fit(layer)
     if layout is None or problem is not None:
         return layout, problem
@@ -112,5 +125,5 @@ def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     if device is None:
         return layout, "torch finds no CUDA device"
     if device.capability < _LEAST_CAPABILITY:
-        return layout, f"{device.architecture} has no mma.sp; sm_80 is the first that has"
+        return layout, f"{device.architecture} has no cp.async and no mma.sp; sm_80 is the first that has"
     return layout, library.prepare(device, layout)

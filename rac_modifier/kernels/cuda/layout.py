@@ -1,7 +1,7 @@
-"""2:4 weights in the order in which the lanes of a GPU's warp read them. csrc/gpu/sparse24_*.cu describe the layouts.
+"""Weights in the order in which the lanes of a GPU's warp read them. csrc/gpu/*.cu describe the layouts.
 
-Pure functions of tensors, on the device that these are on. A tile is 16 rows, a unit a tile's next 64 (bf16) or 128 (int4)
-columns. Rows are padded to 16 and columns to 128 (bf16) or 256 (int4) with zeros.
+Pure functions of tensors, on the device that these are on. Of 2:4 weights, a tile is 16 rows, a unit a tile's next 64 (bf16) or
+128 (int4) columns; rows are padded to 16 and columns to 128 (bf16) or 256 (int4) with zeros. `unstructured.py` has all others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn.functional import pad as pad_zeros
 
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cuda import unstructured
 
 TILE = 16  # rows
 GROUPS = (64, 128)  # columns that share a scale, where values have four bits
@@ -25,7 +26,8 @@ class Layout:
     """A packed form. `unit_columns` columns of a tile take `unit_bytes`; rows have a multiple of `units_at_once` units.
 
     `group`: columns that share a scale, 0 for bf16. `source` has the kernels, compiled with the macros of `defines`; their
-    names begin with `prefix`.
+    names begin with `prefix`. `title` is for people. A weight of any pattern has units of 128 bytes, as many as it needs, and
+    `unit_columns` 0.
     """
 
     prefix: str
@@ -34,47 +36,81 @@ class Layout:
     unit_bytes: int
     units_at_once: int
     group: int = 0
+    title: str = "2:4"
 
     @property
     def defines(self) -> tuple[str, ...]:
         """Macros for the compiler."""
         return (f"GROUP={self.group}",) if self.group else ()
 
+    def padded_columns(self, columns: int) -> int:
+        """Columns with their padding."""
+        return unstructured.padded_columns(columns) if self.any_pattern else self.units(columns) * self.unit_columns
+
     def units(self, columns: int) -> int:
         """Units of a tile with this many columns, padding included."""
         return -(-columns // (self.unit_columns * self.units_at_once)) * self.units_at_once
 
-    def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes of a packed weight [rows, columns]."""
+    @property
+    def any_pattern(self) -> bool:
+        """Whether it holds weights that are not 2:4."""
+        return not self.unit_columns
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that are packed together."""
+        return unstructured.TILE if self.any_pattern else TILE
+
+    def nbytes(self, rows: int, columns: int, density: float = 0.5) -> int:
+        """Bytes of a packed weight [rows, columns]; where it holds any pattern, those that are expected."""
+        if self.any_pattern:
+            return unstructured.expected_bytes(rows, columns, density)
         return -(-rows // TILE) * self.units(columns) * self.unit_bytes
 
 
 BF16 = Layout("rac_24_bf16", "sparse24_bf16.cu", 64, 1152, 2)
-INT4 = {g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + 4 * TILE * 128 // g, 2, g) for g in GROUPS}
+INT4 = {g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + 4 * TILE * 128 // g, 2, g, "2:4 int4") for g in GROUPS}
+UNSTRUCTURED = Layout("rac_unstructured_bf16", "unstructured_bf16.cu", 0, unstructured.LINE, 1, title="unstructured")
 
 
-def layout_of(stored: torch.dtype, group: int, columns: int) -> Layout | None:
+def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool = True) -> Layout | None:
     """The layout of values of this dtype (int32: of four bits) of which `group` columns share a scale; None if there is none."""
     if stored in FLOATS:
-        return BF16
-    if stored != torch.int32:
+        return BF16 if two_of_four else UNSTRUCTURED
+    if stored != torch.int32 or not two_of_four:
         return None
     return next((INT4[g] for g in reversed(GROUPS) if group % g == 0 or group == columns), None)
 
 
-def layout_of_size(nbytes: int, rows: int, columns: int) -> Layout | None:
-    """The layout in which a weight [rows, columns] takes this many bytes; no two layouts take equally many."""
+def layout_of_packed(packed: Tensor, rows: int, columns: int) -> Layout | None:
+    """The layout of what `pack` returned for a weight [rows, columns]; None for anything else.
+
+    Weights of any pattern are int32, the others uint8, of which no two layouts take equally many bytes.
+    """
+    nbytes = packed.numel() * packed.element_size()
+    if packed.dim() != 1 or packed.dtype not in (torch.uint8, torch.int32):
+        return None
+    if packed.dtype == torch.int32:
+        fits = nbytes % unstructured.LINE == 0 and nbytes >= unstructured.least_bytes(rows, columns)
+        return UNSTRUCTURED if fits and columns <= unstructured.MOST_COLUMNS else None
     return next((layout for layout in (BF16, *INT4.values()) if layout.nbytes(rows, columns) == nbytes), None)
 
 
+def units_of(layout: Layout, packed: Tensor, columns: int) -> int:
+    """What a kernel is told of the size of a packed weight: units of a tile, or of all where there is any pattern."""
+    return packed.numel() * packed.element_size() // unstructured.LINE if layout.any_pattern else layout.units(columns)
+
+
 def pack(weight: StoredWeight, layout: Layout) -> Tensor:
-    """The packed form, uint8 [bytes], of a weight with at most two of each four columns stored.
+    """The packed form, 1-D: uint8 of a weight with at most two of each four columns stored, int32 of any other.
 
     Values of other float dtypes are rounded to bfloat16.
 
     Raises:
         RacError: a weight that is not 2:4, or values or scales that the layout does not hold.
     """
+    if layout.any_pattern:
+        return unstructured.pack(weight)
     name, group = weight.name, weight.group
     if not weight.two_of_four:
         raise RacError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import library
-from rac_modifier.kernels.cuda.layout import TILE, Layout, layout_of_size
+from rac_modifier.kernels.cuda.layout import TILE, Layout, layout_of_packed, units_of
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.cuda.programs import (
     MOST_TOKENS,
@@ -18,6 +18,7 @@ from rac_modifier.kernels.cuda.programs import (
     expand_grid,
     expand_program,
 )
+from rac_modifier.kernels.cuda.unstructured import order_of
 
 SCRATCH_BYTES = 64 << 20  # of expanded rows at a time
 _ALIGNMENT = 16  # bytes; what cp.async copies
@@ -49,7 +50,7 @@ def _forward(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | No
 
 def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
     module, stream = library.module(device, layout), _stream(x)
-    (tokens, columns), rows, units = x.shape, out.shape[1], layout.units(x.shape[1])
+    (tokens, columns), rows, units = x.shape, out.shape[1], units_of(layout, data, x.shape[1])
     same_order = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
     if tokens <= MOST_TOKENS or same_order:
         program = decode_program(layout, rows, tokens, device.processors, same_order)
@@ -58,18 +59,23 @@ def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor 
         module.launch(program.name, program.grid(rows, tokens), program.threads, stream, arguments)
         return
     program = expand_program(layout)
-    step = min(-(-rows // TILE) * TILE, max(TILE, SCRATCH_BYTES // (2 * columns) // TILE * TILE))
+    tile = layout.tile_rows
+    step = min(-(-rows // tile) * tile, max(tile, SCRATCH_BYTES // (2 * columns) // tile * tile))
+    order = order_of(data, rows) if layout.any_pattern else None
     dense = x.new_empty(min(step, rows), columns)
     for first in range(0, rows, step):
         part = dense[: min(step, rows - first)]
         grid = expand_grid(layout, len(part), columns)
         arguments = data.data_ptr(), 0, 0, part.data_ptr(), rows, columns, 0, units, first // TILE
         module.launch(program.name, grid, program.threads, stream, arguments)
-        target = out[:, first : first + len(part)]
-        if bias is None:
-            torch.mm(x, part.T, out=target)
+        rows_here = slice(first, first + len(part))
+        if order is not None:
+            here = order[rows_here]
+            out.index_copy_(1, here, x @ part.T if bias is None else torch.addmm(bias[here], x, part.T))
+        elif bias is None:
+            torch.mm(x, part.T, out=out[:, rows_here])
         else:
-            torch.addmm(bias[first : first + len(part)], x, part.T, out=target)
+            torch.addmm(bias[rows_here], x, part.T, out=out[:, rows_here])
 
 
 def _device(x: Tensor) -> Device:
@@ -89,13 +95,13 @@ def _stream(x: Tensor) -> int:
 
 
 def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Layout:
-    """The layout of the packed weight, which only its size tells."""
+    """The layout of the packed weight, which its dtype and size tell."""
     if x.dtype != torch.bfloat16 or x.dim() < 1 or x.shape[-1] != columns:
         raise RacError(f"x: {x.dtype} {list(x.shape)}; the sparse GPU kernel takes bfloat16 with {columns} columns")
     if columns % 8:
         raise RacError(f"a weight of {columns} columns: the GPU kernels need a multiple of 8; keep it dense")
-    layout = layout_of_size(data.numel(), rows, columns)
-    if layout is None or data.dtype != torch.uint8 or data.dim() != 1 or data.data_ptr() % _ALIGNMENT:
+    layout = layout_of_packed(data, rows, columns)
+    if layout is None or data.data_ptr() % _ALIGNMENT:
         raise RacError(
             f"data: {data.dtype} {list(data.shape)} does not fit a weight [{rows}, {columns}]; pass what `pack` returned"
         )

@@ -10,6 +10,10 @@ multiprocessor, and the one with most blocks is counted: ceil(blocks / multiproc
 - instructions: (chunks of columns) x (those of the loop) + (warps) x (all others), see `instruction_counts.py`;
 - tensor cores: rows x columns / 2 x tokens multiply-adds, with tokens padded to 8, 16 or 32.
 
+Weights of any pattern have the bytes that are expected of their density. L2 gives a twelfth of them twice (the ring's first
+group); a warp loads 32 times from shared memory per 1024 weights, and each load counts as 128 bytes; a loop is a step of 32 rows
+and 32 columns; and all multiply-adds are done, at the rate of dense products.
+
 Dense kernels are taken as bound by memory alone, which favours them. Left out, also for them: the last blocks of a kernel
 that leave multiprocessors idle (in the memory's share), latency, conflicts of banks. So this is optimistic, most of all where
 a second resource is close to the first.
@@ -20,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cuda import unstructured
 from rac_modifier.kernels.cuda.cards import Card
 from rac_modifier.kernels.cuda.instruction_counts import count_instructions
 from rac_modifier.kernels.cuda.layout import TILE, Layout
@@ -86,29 +91,38 @@ def dense_time(card: Card, rows: int, columns: int, tokens: int, bytes_per_weigh
     return Time(_memory(card, size, rows, columns, check_tokens(tokens)))
 
 
-def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int) -> Time:
-    """Of x [tokens, columns] times a 2:4 weight [rows, columns], on the kernel that the operator would launch.
+def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int, density: float = 0.5) -> Time:
+    """Of x [tokens, columns] times a sparse weight [rows, columns], on the kernel that the operator would launch.
+
+    `density`: share of the weight that is stored; only for a layout of any pattern, 2:4 takes the same for all.
 
     Raises:
         RacError: a number of tokens that the formula is not for.
     """
     program = decode_program(layout, rows, check_tokens(tokens), card.processors)
     loop, others = count_instructions(layout, card.architecture, program.row_tiles, program.token_tiles)
-    units = layout.units(columns)
-    weights = program.row_tiles * units * layout.unit_bytes
-    padded_tokens, padded_columns = program.token_tiles * _TOKENS, units * layout.unit_columns
+    size = layout.nbytes(rows, columns, density)
     blocks = program.grid(rows, tokens)[0]
+    padded_tokens, padded_columns = program.token_tiles * _TOKENS, layout.padded_columns(columns)
+    if layout.any_pattern:
+        loops, halved = padded_columns // unstructured.STEP, 1
+        copied = size / blocks * (1 + unstructured.COPIED_TWICE)
+        read = loops * (unstructured.LOADS + 1) * unstructured.LINE  # and a mask
+    else:
+        units = layout.units(columns)
+        loops, halved = units // program.units, 2
+        copied = read = program.row_tiles * units * layout.unit_bytes
 
     def busiest(work: float, per_cycle: float) -> float:
         cycles = -(-blocks // card.processors) * work / per_cycle
         return 1e6 * cycles / card.clock / REACHED
 
     return Time(
-        memory=_memory(card, layout.nbytes(rows, columns), rows, columns, tokens),
-        cache=busiest(weights + 2 * tokens * columns, card.cache_port),
-        shared=busiest(2 * (weights + 2 * padded_tokens * padded_columns), _SHARED),
-        instructions=busiest(units // program.units * loop + program.threads // 32 * others, _ISSUED),
-        tensor_cores=busiest(program.row_tiles * TILE * padded_columns / 2 * padded_tokens, card.products),
+        memory=_memory(card, size, rows, columns, tokens),
+        cache=busiest(copied + 2 * tokens * columns, card.cache_port),
+        shared=busiest(copied + read + 2 * 2 * padded_tokens * padded_columns, _SHARED),
+        instructions=busiest(loops * loop + program.threads // 32 * others, _ISSUED),
+        tensor_cores=busiest(program.row_tiles * TILE * padded_columns / halved * padded_tokens, card.products),
     )
 
 

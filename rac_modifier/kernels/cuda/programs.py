@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rac_modifier.kernels.cuda import unstructured
 from rac_modifier.kernels.cuda.layout import TILE, Layout
 
 # More tokens than this are multiplied by a dense product with the weight expanded in parts. By bytes: the kernel reads a bf16
@@ -27,6 +28,7 @@ _INT4 = {
     (1, 4): (1, 4, 2),
     (2, 4): (1, 4, 2),
 }
+_ANY_PATTERN = ((2, 1), (2, 2), (2, 4))  # tiles; csrc/gpu/unstructured_bf16.cu has the rest
 
 
 @dataclass(frozen=True)
@@ -51,32 +53,42 @@ class Program:
 def decode_program(layout: Layout, rows: int, tokens: int, processors: int, same_order: bool = False) -> Program:
     """What multiplies `tokens` tokens on a GPU with this many multiprocessors.
 
-    Two row tiles per block read x half as often; one, where two would leave multiprocessors without a block. `same_order`: a
+    Two row tiles per block read x half as often; one, where two would leave multiprocessors without a block, but weights of any
+    pattern are packed in two. `same_order`: a
     token's sums have one order, whatever the number of tokens (it does not depend on the row tiles).
     """
-    row_tiles = 2 if rows > TILE * processors else 1
+    row_tiles = 2 if layout.any_pattern or rows > TILE * processors else 1
     token_tiles = 4 if same_order else next((n for n in (1, 2) if tokens <= _TOKENS * n), 4)
     return program(layout, row_tiles, token_tiles)
 
 
 def program(layout: Layout, row_tiles: int, token_tiles: int) -> Program:
     """The decode program with these tiles."""
+    name = f"{layout.prefix}_r{row_tiles}_t{token_tiles}"
+    if layout.any_pattern:
+        return Program(name, row_tiles, token_tiles, 32 * unstructured.SEGMENTS, unstructured.shared_bytes(token_tiles))
     units, stages, warps = (_INT4 if layout.group else _BF16)[row_tiles, token_tiles]
     chunk = units * (row_tiles * layout.unit_bytes + token_tiles * _TOKENS * layout.unit_columns * 2)
-    name = f"{layout.prefix}_r{row_tiles}_t{token_tiles}"
     return Program(name, row_tiles, token_tiles, 32 * warps, warps * stages * chunk, units)
 
 
 def expand_program(layout: Layout) -> Program:
-    """What writes rows of the dense weight; a block has a tile and four units."""
+    """What writes rows of the dense weight; a block has a tile and four units, or all of a tile of any pattern."""
     return Program(f"{layout.prefix}_expand", 1, 0, 128, 0)
 
 
 def expand_grid(layout: Layout, rows: int, columns: int) -> tuple[int, int]:
     """Blocks along rows and along units."""
+    if layout.any_pattern:
+        return -(-rows // layout.tile_rows), 1
     return -(-rows // TILE), -(-layout.units(columns) // 4)
 
 
 def all_programs(layout: Layout) -> list[Program]:
     """Every program of a layout."""
-    return [*(program(layout, *tiles) for tiles in (_INT4 if layout.group else _BF16)), expand_program(layout)]
+    return [*(program(layout, *tiles) for tiles in tiles_of(layout)), expand_program(layout)]
+
+
+def tiles_of(layout: Layout) -> tuple[tuple[int, int], ...]:
+    """Row tiles and token tiles of a layout's decode programs."""
+    return _ANY_PATTERN if layout.any_pattern else tuple(sorted(_INT4 if layout.group else _BF16))

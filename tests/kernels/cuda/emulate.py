@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_modifier.kernels.cuda.layout import Layout
+from rac_modifier.kernels.cuda.layout import Layout, units_of
 from rac_modifier.kernels.cuda.programs import Program
 
 HERE = Path(__file__).parent
@@ -91,7 +91,7 @@ def product(
     """A decode program's result [tokens, rows], NaN where nothing was written, and its first error."""
     tokens, columns = x.shape
     out = torch.full((tokens, rows), torch.nan, dtype=torch.bfloat16)
-    sizes = (rows, columns, tokens, layout.units(columns), 0)
+    sizes = (rows, columns, tokens, units_of(layout, packed, columns), 0)
     return out, emulate(layout, program, program.grid(rows, tokens), packed, x, bias, out, sizes, **options)
 
 

@@ -1,11 +1,11 @@
 // Runs a kernel's own source on a CPU: the host twin of csrc/gpu/ptx.h.
 //
-// Each thread of a block is a fibre. Instructions of a warp (mma.sp, ldmatrix, __syncwarp) and barriers wait until all lanes
+// Each thread of a block is a fibre. Instructions of a warp (mma, mma.sp, ldmatrix, __syncwarp) and barriers wait until all lanes
 // have come to the same one; what cannot come is reported. Semantics are those of the PTX manual, written down here and not
 // taken from the kernels.
 //
 // Memory is checked at each access: range, alignment, and order. Orders are vector clocks: `clock[i][j]` is how far thread i
-// knows thread j. Barriers join clocks; mma.sp and ldmatrix do not order memory. A copy of cp.async is in flight from its issue
+// knows thread j. Barriers join clocks; mma and ldmatrix do not order memory. A copy of cp.async is in flight from its issue
 // until its thread waits for it: the bytes are NaN meanwhile, and any access to them is a race.
 #pragma once
 
@@ -27,6 +27,7 @@ struct uint4 { u32 x, y, z, w; };
 
 #define DEVICE inline
 #define UNROLL
+#define NO_UNROLL
 #define KERNEL(NAME, THREADS) extern "C" const int NAME##_threads = THREADS; extern "C" void NAME
 #define SYNC_THREADS() emulator::sync(emulator::site(__FILE__, __LINE__), emulator::block)
 #define SYNC_WARP() emulator::sync(emulator::site(__FILE__, __LINE__), emulator::warp())
@@ -187,6 +188,27 @@ inline u32 to_bf16(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// mma.m16n8k16 for bf16, PTX ISA "Matrix fragments for mma.m16n8k16 with floating point type". Operands: two registers of b.
+inline void mma_of_warp(int first) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const Operands& own = operands[first + lane];
+        const int g = lane / 4, t = lane % 4;
+        const u32 registers[4] = {own.a.x, own.a.y, own.a.z, own.a.w};
+        for (int half = 0; half < 2; half++) {
+            for (int r = 0; r < 4; r++) a[g + 8 * (r % 2)][2 * t + half + 8 * (r / 2)] = bf16(registers[r] >> (16 * half) & 0xffff);
+            for (int r = 0; r < 2; r++) b[2 * t + half + 8 * r][g] = bf16(own.b[r] >> (16 * half) & 0xffff);
+        }
+    }
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) {
+            const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+            double sum = operands[first + lane].d[i];
+            for (int k = 0; k < 16; k++) sum += double(a[row][k]) * b[k][column];
+            operands[first + lane].d[i] = float(sum);
+        }
+}
+
 // mma.sp::ordered_metadata.m16n8k32 for bf16, PTX ISA "Matrix fragments for sparse mma.m16n8k32".
 inline void mma_sparse_of_warp(int first, int selector) {
     float a[16][32] = {}, b[32][8];
@@ -248,6 +270,13 @@ inline void cp_async_commit() {
 }
 
 inline uint4 shared_load16(u32 at) { uint4 v; memcpy(&v, emulator::shared_read(at, 16), 16); return v; }
+inline u32 shared_load1(u32 at) { return emulator::shared_read(at / 4 * 4, 4)[at % 4]; }
+inline u32 shared_load2(u32 at) {
+    if (at % 2) emulator::fail("misaligned access of 2 bytes to shared memory at " + std::to_string(at));
+    uint16_t v;
+    memcpy(&v, emulator::shared_read(at / 4 * 4, 4) + at % 4, 2);
+    return v;
+}
 inline u32 shared_load4(u32 at) { u32 v; memcpy(&v, emulator::shared_read(at, 4), 4); return v; }
 inline float shared_load_float(u32 at) { float v; memcpy(&v, emulator::shared_read(at, 4), 4); return v; }
 inline void shared_store_float(u32 at, float value) {
@@ -271,6 +300,16 @@ inline void ldmatrix(u32 (&b)[4], u32 at) {
     });
 }
 
+inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    using namespace emulator;
+    Operands& own = operands[self];
+    own.a = {a[0], a[1], a[2], a[3]};
+    own.d = d;
+    own.b[0] = b0;
+    own.b[1] = b1;
+    meet(warp(), "mma", [&] { mma_of_warp(self / 32 * 32); });
+}
+
 template <int SELECTOR>
 void mma_sparse(float (&d)[4], uint4 a, const u32 (&b)[4], u32 metadata) {
     using namespace emulator;
@@ -279,10 +318,12 @@ void mma_sparse(float (&d)[4], uint4 a, const u32 (&b)[4], u32 metadata) {
     own.metadata = metadata;
     own.d = d;
     memcpy(own.b, b, 16);
-    meet(warp(), "mma" + std::to_string(SELECTOR), [&] { mma_sparse_of_warp(self / 32 * 32, SELECTOR); });
+    meet(warp(), "mma.sp" + std::to_string(SELECTOR), [&] { mma_sparse_of_warp(self / 32 * 32, SELECTOR); });
 }
 
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
+
+inline u32 two_halves(u32 low, u32 high) { return (low & 0xffff) | high << 16; }
 
 inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     using namespace emulator;
@@ -292,11 +333,13 @@ inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     return d;
 }
 
+inline u32 global_load2(const u8* at) { uint16_t v; memcpy(&v, emulator::global_read(at, 2), 2); return v; }
 inline u32 global_load4(const u8* at) { u32 v; memcpy(&v, emulator::global_read(at, 4), 4); return v; }
 inline uint4 global_load16(const u8* at) { uint4 v; memcpy(&v, emulator::global_read(at, 16), 16); return v; }
 inline float bf16_value(u32 bits) { return emulator::bf16(bits); }
 inline u32 bf16_bits(float value) { return emulator::to_bf16(value); }
 inline float global_load_float(const u8* at) { float v; memcpy(&v, emulator::global_read(at, 4), 4); return v; }
-inline float global_load_bf16(const u8* at) { uint16_t v; memcpy(&v, emulator::global_read(at, 2), 2); return emulator::bf16(v); }
+inline float global_load_bf16(const u8* at) { return emulator::bf16(global_load2(at)); }
 inline void global_store_bf16(u8* at, float value) { const uint16_t v = emulator::to_bf16(value); emulator::global_write(at, &v, 2); }
+inline void global_store16(u8* at, uint4 value) { emulator::global_write(at, &value, 16); }
 inline void global_store8(u8* at, uint2 value) { emulator::global_write(at, &value, 8); }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.kernels.cuda import backend, driver, library, operator
-from rac_modifier.kernels.cuda.layout import BF16, INT4, TILE, Layout
+from rac_modifier.kernels.cuda.layout import BF16, INT4, TILE, UNSTRUCTURED, Layout
 from rac_modifier.kernels.cuda.library import Device
 from tests.kernels.cuda.emulate import emulate_pointers
 
@@ -68,9 +68,11 @@ class FakeDriver:
         if shared_bytes > self.most_shared.get(name, 48 << 10):
             return (Status(1),)
         self.launches.append(SimpleNamespace(name=name, grid=grid[:2], stream=stream, values=values))
-        rows, columns, tokens, _, first_tile = values[4:]
-        written = 2 * rows * tokens if tokens else 2 * columns * min(rows - TILE * first_tile, TILE * grid[0])
-        sizes = (layout.nbytes(rows, columns), 2 * tokens * columns, 2 * rows, written)
+        rows, columns, tokens, units, first_tile = values[4:]
+        expanded = min(rows - TILE * first_tile, layout.tile_rows * grid[0])
+        written = 2 * rows * tokens if tokens else 2 * columns * expanded
+        packed = layout.unit_bytes * units if layout.any_pattern else layout.nbytes(rows, columns)
+        sizes = (packed, 2 * tokens * columns, 2 * rows, written)
         buffers = [(start, size if start else 0) for start, size in zip(values[:4], sizes, strict=True)]
         assert emulate_pointers(layout, name, grid[:2], shared_bytes, buffers, values[4:]) == ""
         return (Status(0),)
@@ -82,7 +84,7 @@ class FakeDriver:
 
 def layout_of_code(code: bytes) -> Layout:
     """The layout of what `compiled` below returned."""
-    return next(layout for layout in (BF16, *INT4.values()) if code == code_of(layout))
+    return next(layout for layout in (BF16, UNSTRUCTURED, *INT4.values()) if code == code_of(layout))
 
 
 def code_of(layout: Layout) -> bytes:

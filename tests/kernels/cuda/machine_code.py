@@ -68,7 +68,7 @@ def kernels(layout: Layout, architecture: str) -> dict[str, Kernel]:
     """The kernels of a layout by name. Compiled once: build/ keeps the text for the next run of the tests."""
     chosen, tool = compiler(), disassembler()
     sources, options = read_sources(), [*compile_options(architecture, layout), "--ptxas-options=-v"]
-    digest = hashlib.sha256(repr((chosen.version, sources, options)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((chosen.version, sources, layout.source, options)).encode()).hexdigest()[:16]
     kept = KEPT / f"_machine_code_{digest}"
     if not kept.with_suffix(".log").exists():
         KEPT.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from rac_modifier.kernels.cuda import backend, library
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.interface import Layer
 from tests.kernels.cuda.fake_gpu import FakeDriver
-from tests.kernels.cuda.weights import assert_product, bf16_weight, int4_weight
+from tests.kernels.cuda.weights import assert_product, bf16_weight, int4_weight, unstructured_weight
 
 BF16 = torch.bfloat16
 HALF = Layer(4096, 4096, 0.5, BF16, BF16, 4096, two_of_four=True)
@@ -32,6 +32,9 @@ def test_it_is_off_unless_it_is_asked_for(gpu, monkeypatch):
     assert gpu.calls == []
 
 
+ANY = replace(HALF, two_of_four=False)
+
+
 @pytest.mark.parametrize(("layer", "kernel", "size"), [(HALF, "2:4", 1.125), (FOUR_BITS, "2:4 int4", 0.40625)])
 def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     decision = cuda.can_run(layer)
@@ -45,7 +48,11 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     ("layer", "reason"),
     [
         (replace(HALF, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
-        (replace(HALF, two_of_four=False), "it is not 2:4, and there is no GPU kernel for other patterns yet"),
+        (replace(FOUR_BITS, two_of_four=False), "there is no GPU kernel for int4 in groups of 128 that is not 2:4"),
+        (replace(ANY, stored=torch.int8), "there is no GPU kernel for int8 that is not 2:4"),
+        (replace(ANY, density=0.9), r"packed it takes about 2.01 bytes per weight instead of 2: at most 1.00x faster"),
+        (replace(ANY, columns=70400), "its 70400 columns are more than the 65536 of the GPU kernel for any pattern"),
+        (replace(ANY, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
         (replace(FOUR_BITS, zero_points=True), "its values have zero points; the GPU kernels take symmetric int4"),
         (replace(FOUR_BITS, group=32), "there is no GPU kernel for int4 in groups of 32"),
         (replace(HALF, stored=torch.int8), "there is no GPU kernel for int8"),
@@ -63,7 +70,10 @@ def test_dense_has_its_reason(gpu, layer, reason):
 
 @pytest.mark.parametrize(
     ("device", "reason"),
-    [(None, "torch finds no CUDA device"), (Device(0, (7, 5), 40), "sm_75 has no mma.sp; sm_80 is the first that has")],
+    [
+        (None, "torch finds no CUDA device"),
+        (Device(0, (7, 5), 40), "sm_75 has no cp.async and no mma.sp; sm_80 is the first that has"),
+    ],
 )
 def test_a_device_that_cannot(gpu, monkeypatch, device, reason):
     monkeypatch.setattr(library, "current_device", lambda: device)
@@ -80,7 +90,9 @@ def test_what_does_not_load_stays_dense(gpu):
 
 @pytest.mark.parametrize("tokens", [1, 9, 40, 129])
 @pytest.mark.parametrize(
-    "make", [bf16_weight, lambda rows, columns: int4_weight(rows, columns, 64)], ids=["bf16", "int4"]
+    "make",
+    [bf16_weight, lambda rows, columns: int4_weight(rows, columns, 64), unstructured_weight],
+    ids=["bf16", "int4", "unstructured"],
 )
 def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
     weight = make(50, 192)
@@ -97,6 +109,16 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(gpu):
     weight = bf16_weight(40, 200)
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
     assert cuda.pack(weight, BF16)["weight_packed"].numel() == announced * 40 * 200
+
+
+def test_weights_of_any_pattern_are_claimed_with_the_bytes_that_are_expected(gpu):
+    decision = cuda.can_run(ANY)
+    assert decision.sparse
+    assert decision.kernel == "sparse GPU kernel unstructured"
+    assert decision.reason.startswith("sparse GPU kernel unstructured, not yet measured on hardware: about 1.25 bytes")
+    weight = unstructured_weight(256, 1024, 0.3)
+    announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
+    assert 4 * cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 1024, rel=0.02)
 
 
 def test_what_no_kernel_reads_is_refused(gpu):

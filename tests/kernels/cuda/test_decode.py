@@ -5,25 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rac_modifier.kernels.cuda.layout import BF16, INT4, Layout, pack
-from rac_modifier.kernels.cuda.programs import all_programs, expand_grid, expand_program, program
-from tests.kernels.cuda.emulate import emulate, product, sites
-from tests.kernels.cuda.weights import assert_product, bf16_weight, int4_weight
+from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, Layout, pack, units_of
+from rac_modifier.kernels.cuda.programs import all_programs, expand_grid, expand_program, program, tiles_of
+from rac_modifier.kernels.cuda.unstructured import order_of
+from tests.kernels.cuda.emulate import SOURCES, emulate, product, sites
+from tests.kernels.cuda.weights import assert_product, bf16_weight, int4_weight, unstructured_weight
 
-LAYOUTS = [BF16, *INT4.values()]
-TILES = [(rows, tokens) for rows in (1, 2) for tokens in (1, 2, 4)]
+LAYOUTS = [BF16, *INT4.values(), UNSTRUCTURED]
+TILED = [(layout, tiles) for layout in LAYOUTS for tiles in tiles_of(layout)]
+
+
+def name_of(value: object) -> str:
+    return f"{value.prefix}-{value.group}" if isinstance(value, Layout) else str(value)
+
+
 # Rows are no multiple of 16 or an odd number of tiles, columns none of 64, 128 or 256; one weight is smaller than a chunk.
 SHAPES = [(3, 37, 904), (16, 48, 256), (17, 70, 136), (32, 16, 8), (33, 20, 640)]
 
 
 def weight_of(layout: Layout, rows: int, columns: int):
     if not layout.group:
-        return bf16_weight(rows, columns)
+        return (unstructured_weight if layout.any_pattern else bf16_weight)(rows, columns)
     return int4_weight(rows, -(-columns // layout.group) * layout.group, layout.group)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.prefix}-{layout.group}")
-@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize(("layout", "tiles"), TILED, ids=name_of)
 def test_a_kernel_multiplies(layout, tiles):
     for tokens, rows, columns in [(1, 33, 264), (8, 40, 520), *SHAPES]:
         weight = weight_of(layout, rows, columns)
@@ -34,15 +40,17 @@ def test_a_kernel_multiplies(layout, tiles):
         assert_product(out, x, weight.dequantized(torch.float64), bias)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.prefix}-{layout.group}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_a_kernel_expands_a_part_of_the_rows(layout):
-    rows, columns, first = 45, 264, 1
+    rows, columns, first = 77, 264, layout.tile_rows // 16
     weight = weight_of(layout, rows, columns)
+    packed, dense = pack(weight, layout), weight.dequantized(torch.bfloat16)
     out = torch.full((rows - 16 * first, weight.columns), torch.nan, dtype=torch.bfloat16)
-    sizes = (rows, weight.columns, 0, layout.units(weight.columns), first)
+    sizes = (rows, weight.columns, 0, units_of(layout, packed, weight.columns), first)
     grid = expand_grid(layout, *out.shape)
-    assert emulate(layout, expand_program(layout), grid, pack(weight, layout), None, None, out, sizes) == ""
-    assert torch.equal(out, weight.dequantized(torch.bfloat16)[16 * first :])
+    assert emulate(layout, expand_program(layout), grid, packed, None, None, out, sizes) == ""
+    dense = dense[order_of(packed, rows)] if layout.any_pattern else dense
+    assert torch.equal(out, dense[16 * first :])
 
 
 @pytest.mark.parametrize("most", [0, 1])
@@ -64,7 +72,7 @@ def test_rows_of_very_different_sizes_and_large_values():
     assert_product(out, x, weight.dequantized(torch.float64))
 
 
-@pytest.mark.parametrize("layout", [BF16, INT4[128]], ids=lambda layout: layout.prefix)
+@pytest.mark.parametrize("layout", [BF16, INT4[128], UNSTRUCTURED], ids=name_of)
 def test_a_nan_or_infinity_stays_in_its_token(layout):
     weight = weight_of(layout, 32, 256)
     x = torch.randn(3, 256).to(torch.bfloat16)
@@ -77,22 +85,24 @@ def test_a_nan_or_infinity_stays_in_its_token(layout):
     assert not bool(out[2].isfinite().any())
 
 
-@pytest.mark.parametrize("layout", [BF16, INT4[64]], ids=lambda layout: layout.prefix)
+@pytest.mark.parametrize("layout", [BF16, INT4[64], UNSTRUCTURED], ids=name_of)
 def test_the_order_of_a_tokens_sums_follows_from_the_token_tiles_alone(layout):
     """So that one program for all numbers of tokens gives the same bits for a token alone and among others."""
     weight = weight_of(layout, 40, 640)
     packed, x = pack(weight, layout), torch.randn(20, 640).to(torch.bfloat16)
     every, _ = product(layout, program(layout, 2, 4), packed, x, 40)
-    alone, _ = product(layout, program(layout, 1, 4), packed, x[7:8], 40)
-    assert torch.equal(every[7:8], alone)
+    for tiles in [(rows, 4) for rows in (1, 2) if (rows, 4) in tiles_of(layout)]:
+        alone, _ = product(layout, program(layout, *tiles), packed, x[7:8], 40)
+        assert torch.equal(every[7:8], alone)
 
 
-@pytest.mark.parametrize("layout", [BF16, INT4[128]], ids=lambda layout: layout.prefix)
+@pytest.mark.parametrize("layout", [BF16, INT4[128], UNSTRUCTURED], ids=name_of)
 def test_a_barrier_or_wait_that_is_left_out_is_a_race(layout):
     """Each of them, in each kernel: one is needed where the ring is used again, another after a single chunk."""
-    named = {f"decode.h:{number}" for number, line in barriers()}
-    assert len(named) == 4
-    for tiles in TILES:
+    at_end, *of_24 = barriers("decode.h")
+    named = {at_end, *(barriers(layout.source) if layout.any_pattern else of_24)}
+    assert len(named) == (3 if layout.any_pattern else 4)
+    for tiles in tiles_of(layout):
         caught = set()
         for columns in (256, 4096):
             weight = weight_of(layout, 32, columns)
@@ -106,15 +116,13 @@ def test_a_barrier_or_wait_that_is_left_out_is_a_race(layout):
         assert caught == named
 
 
-def barriers() -> list[tuple[int, str]]:
-    """Lines of decode.h with a barrier or a wait."""
-    from tests.kernels.cuda.emulate import SOURCES
-
-    lines = (SOURCES / "decode.h").read_text().splitlines()
-    return [(n + 1, line) for n, line in enumerate(lines) if any(w in line for w in ("SYNC_", "CP_ASYNC_WAIT"))]
+def barriers(source: str) -> list[str]:
+    """Lines of a source with a barrier or a wait. The first one of decode.h is in every kernel."""
+    lines = (SOURCES / source).read_text().splitlines()
+    return [f"{source}:{n + 1}" for n, line in enumerate(lines) if any(w in line for w in ("SYNC_", "CP_ASYNC_WAIT"))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.prefix}-{layout.group}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_a_program_needs_all_of_its_shared_memory_and_no_more(layout):
     weight = weight_of(layout, 32, 4096)
     x = torch.randn(1, 4096).to(torch.bfloat16)

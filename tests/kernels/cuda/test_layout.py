@@ -11,8 +11,8 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda.layout import BF16, INT4, layout_of, layout_of_size, pack
-from tests.kernels.cuda.weights import bf16_weight, int4_weight, kept_of_four
+from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, layout_of, layout_of_packed, pack, units_of
+from tests.kernels.cuda.weights import bf16_weight, int4_weight, kept_of_four, unstructured_weight
 
 
 def words_of(packed: Tensor) -> Tensor:
@@ -136,6 +136,8 @@ def test_many_rows_are_packed_in_parts():
 def test_the_layout_follows_from_dtype_and_group():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert layout_of(dtype, 512, 512) is BF16
+        assert layout_of(dtype, 512, 512, two_of_four=False) is UNSTRUCTURED
+    assert layout_of(torch.int32, 128, 512, two_of_four=False) is None
     assert layout_of(torch.int32, 128, 512) is INT4[128]
     assert layout_of(torch.int32, 256, 512) is INT4[128]
     assert layout_of(torch.int32, 192, 576) is INT4[64]
@@ -145,12 +147,32 @@ def test_the_layout_follows_from_dtype_and_group():
     assert layout_of(torch.float8_e4m3fn, 512, 512) is None
 
 
-def test_the_size_tells_the_layout():
+def test_dtype_and_size_tell_the_layout():
+    def of(nbytes: int, dtype: torch.dtype = torch.uint8) -> object:
+        packed = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device="meta")
+        return layout_of_packed(packed, rows, columns)
+
     for rows in (1, 16, 100):
         for columns in range(8, 1200, 8):
             for layout in (BF16, *INT4.values()):
-                assert layout_of_size(layout.nbytes(rows, columns), rows, columns) is layout
-            assert layout_of_size(BF16.nbytes(rows, columns) - 16, rows, columns) is None
+                assert of(layout.nbytes(rows, columns)) is layout
+            assert of(BF16.nbytes(rows, columns) - 16) is None
+            assert of(BF16.nbytes(rows, columns), torch.float32) is None
+
+
+def test_a_weight_of_any_pattern_is_told_by_its_dtype_and_has_a_least_size():
+    packed = pack(unstructured_weight(40, 200), UNSTRUCTURED)
+    assert packed.dtype == torch.int32
+    assert layout_of_packed(packed, 40, 200) is UNSTRUCTURED
+    assert units_of(UNSTRUCTURED, packed, 200) == packed.numel() // 32
+    assert layout_of_packed(packed.view(2, -1), 40, 200) is None
+    assert layout_of_packed(packed[:-1], 40, 200) is None
+    empty = pack(unstructured_weight(40, 200, 0.0), UNSTRUCTURED)
+    assert layout_of_packed(empty, 40, 200) is UNSTRUCTURED
+    assert layout_of_packed(empty, 100, 200) is None
+    assert layout_of_packed(empty, 40, 70000) is None
+    assert (BF16.tile_rows, UNSTRUCTURED.tile_rows) == (16, 32)
+    assert (BF16.padded_columns(200), INT4[64].padded_columns(200), UNSTRUCTURED.padded_columns(200)) == (256, 256, 256)
 
 
 def integers(values: list[int], scale: Tensor) -> StoredWeight:

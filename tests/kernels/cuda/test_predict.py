@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import CARDS, card_of
 from rac_modifier.kernels.cuda.instruction_counts import COUNTS
-from rac_modifier.kernels.cuda.layout import BF16, INT4
+from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED
 from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
 
-LAYOUTS = [BF16, INT4[64], INT4[128]]
+LAYOUTS = [BF16, INT4[64], INT4[128], UNSTRUCTURED]
 shapes = st.tuples(st.integers(1, 2000).map(lambda n: 16 * n), st.integers(1, 512).map(lambda n: 64 * n))
 tokens = st.integers(1, 32)
 cards = st.sampled_from(CARDS)
@@ -48,6 +48,30 @@ def test_a_bf16_layer_of_a_4090_by_hand(monkeypatch):
     assert time.shared == pytest.approx(2 * (16 * 1152 + 32 * 1024 * 2) / 128 * cycle)
     assert time.instructions == pytest.approx((16 * 83 + 4 * 565) / 4 * cycle)
     assert time.tensor_cores == pytest.approx(16 * 1024 * 32 / 2 / 256 * cycle)
+
+
+def test_a_layer_of_any_pattern_by_hand(monkeypatch):
+    """[4096, 4096] times 8 tokens at 30 %: 128 blocks of 32 rows, one per multiprocessor, each with 128 steps. Of a segment's
+    512 places a stream stores 153.6, and the longest of 64 2.35 standard deviations more, padded by 3.5; a mask per step, and
+    its counts."""
+    monkeypatch.setitem(COUNTS, ("unstructured", "sm_90"), ((204, 372), (0, 0), (0, 0)))
+    time = sparse_time(card_of("h100"), UNSTRUCTURED, 4096, 4096, 8, 0.3)
+    lines = 512 * 0.3 + 2.35 * (512 * 0.3 * 0.7) ** 0.5 + 3.5
+    block = 32 * 4 + 4 * (16 + 128 * (1 + 32 + lines))
+    assert time.memory == pytest.approx((128 * block + 8 * 8192 * 2) / 3.35e12 / 0.85 * 1e6, rel=1e-4)
+    cycle = 1e6 / 1.83e9 / 0.85
+    assert time.cache == pytest.approx((block * 13 / 12 + 8 * 8192) / 32 * cycle, rel=1e-4)
+    loads = 128 * 33 * 128  # of values and masks
+    assert time.shared == pytest.approx((block * 13 / 12 + loads + 2 * 8 * 8192) / 128 * cycle, rel=1e-4)
+    assert time.instructions == pytest.approx((128 * 204 + 4 * 372) / 4 * cycle)
+    assert time.tensor_cores == pytest.approx(32 * 4096 * 8 / 1024 * cycle)
+
+
+def test_a_denser_layer_of_any_pattern_is_never_faster():
+    for card in CARDS:
+        found = [sparse_time(card, UNSTRUCTURED, 8192, 4096, 8, tenths / 10).total for tenths in range(11)]
+        assert found == sorted(found)
+        assert found[1] < found[9]
 
 
 def test_a_dense_layer_by_hand():

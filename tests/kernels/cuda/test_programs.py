@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import re
 
-from rac_modifier.kernels.cuda.layout import BF16, INT4
-from rac_modifier.kernels.cuda.programs import all_programs, decode_program, expand_grid, expand_program, program
+from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED
+from rac_modifier.kernels.cuda.programs import (
+    all_programs,
+    decode_program,
+    expand_grid,
+    expand_program,
+    program,
+    tiles_of,
+)
 from tests.kernels.cuda.emulate import SOURCES
 
 LEAST_SHARED_BYTES = 99 << 10  # per block, of sm_86, sm_89 and sm_120
 
 
 def test_the_sources_have_these_programs_and_no_others():
-    for layout in (BF16, INT4[64]):
+    for layout in (BF16, INT4[64], UNSTRUCTURED):
         text = (SOURCES / layout.source).read_text()
         found = re.findall(r"KERNEL\((rac_\w+)", text)
         assert sorted(found) == sorted(each.name for each in all_programs(layout))
 
 
 def test_every_program_fits_on_every_card():
-    for layout in (BF16, *INT4.values()):
+    for layout in (BF16, *INT4.values(), UNSTRUCTURED):
         for each in all_programs(layout):
             assert each.shared_bytes <= LEAST_SHARED_BYTES
             assert each.threads in (64, 128)
@@ -34,6 +41,9 @@ def test_tokens_choose_the_program():
 def test_rows_choose_one_or_two_tiles_per_block():
     assert decode_program(BF16, 16 * 132, 1, 132).row_tiles == 1
     assert decode_program(BF16, 16 * 132 + 1, 1, 132).row_tiles == 2
+    assert decode_program(UNSTRUCTURED, 16, 1, 132).row_tiles == 2  # it is packed so
+    assert tiles_of(UNSTRUCTURED) == ((2, 1), (2, 2), (2, 4))
+    assert tiles_of(BF16) == ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4))
 
 
 def test_grids_cover_rows_tokens_and_units():
@@ -42,4 +52,6 @@ def test_grids_cover_rows_tokens_and_units():
     assert expand_grid(BF16, 33, 200) == (3, 1)
     assert expand_grid(BF16, 16, 264) == (1, 2)
     assert expand_grid(INT4[64], 16, 1040) == (1, 3)
+    assert expand_grid(UNSTRUCTURED, 33, 4096) == (2, 1)
+    assert program(UNSTRUCTURED, 2, 4).grid(33, 33) == (2, 2)
     assert expand_program(INT4[64]).shared_bytes == 0

@@ -1,4 +1,4 @@
-"""Random 2:4 weights for the tests, and the error that a product may have."""
+"""Random sparse weights for the tests, and the error that a product may have."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def int4_weight(rows: int, columns: int, group: int) -> StoredWeight:
     values += values >= 0
     stored = from_dense(values.masked_fill(~kept_of_four(rows, columns), 0), "layer")
     return replace(stored, scale=torch.rand(rows, columns // group) + 0.1, bits=4)
+
+
+def unstructured_weight(rows: int, columns: int, density: float | Tensor = 0.5) -> StoredWeight:
+    """Normal values, none of them 0; `density` is one for all, or of any shape that [rows, columns] has room for."""
+    values = torch.randn(rows, columns).to(torch.bfloat16)
+    values = torch.where(values == 0, torch.ones_like(values), values)
+    return from_dense(values.masked_fill(torch.rand(rows, columns) >= density, 0.0), "layer")
 
 
 def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
