@@ -84,5 +84,5 @@ def test_memory_for_about_two_files(tmp_path: Path) -> None:
     child.start()
     files = queue.get(timeout=60)
     child.join()
-    assert files < 2.5
+    assert files < 2.5 + 24 / 8  # and 24 MiB for steps on chunks of a matrix
     assert left_out(tmp_path) == ["out"]

@@ -90,7 +90,7 @@ def files_of(folder: Path) -> set[str]:
 def test_the_wheel_holds_every_file_of_the_package(names):
     package = files_of(ROOT / "rac_modifier")
     kernels = {f"rac_modifier/kernels/cuda/source/{path.name}" for path in (ROOT / "csrc" / "gpu").iterdir()}
-    assert len(kernels) == 4
+    assert len(kernels) == 5
     assert {name for name in names if ".dist-info/" not in name} == package | kernels
     wanted = {
         "py.typed",
@@ -146,7 +146,14 @@ def test_the_sources_of_the_gpu_kernels_are_found_where_it_is_installed(installe
         "from rac_modifier.kernels.cuda.sources import read_sources as r; print(*sorted(r()), 'mma.sp' in r()['ptx.h'])"
     )
     done = run(installed, tmp_path, "-c", code)
-    assert done.stdout.split() == ["decode.h", "ptx.h", "sparse24_bf16.cu", "sparse24_int4.cu", "True"]
+    assert done.stdout.split() == [
+        "decode.h",
+        "ptx.h",
+        "sparse24_bf16.cu",
+        "sparse24_int4.cu",
+        "unstructured_bf16.cu",
+        "True",
+    ]
 
 
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
