@@ -193,7 +193,7 @@ static bool ask_for_amx_int8() {
     return has_amx() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 25 & 1);
 }
 
-bool has_amx_int8() {  // asked once: in a virtual machine, cpuid takes 8 microseconds
+bool has_amx_int8() {  // asked once: in a virtual machine, cpuid takes longer than a small product
     static const bool found = ask_for_amx_int8();
     return found;
 }

@@ -130,9 +130,9 @@ inline float read(const void* from, Type type, int64_t index) {
 typedef uint32_t Words __attribute__((vector_size(4 * PANEL)));
 typedef uint16_t Halves __attribute__((vector_size(2 * PANEL)));
 constexpr int64_t STORED_PANELS = 16;  // at a time, at most
+static_assert(AMX_PANELS <= STORED_PANELS, "they are stored together");
 
-// Inlined into each ISA's Store, so each gets its own copy. One line after the other, so that what is written is neighbouring
-// cache lines: each alone takes the latency of memory.
+// Inlined into each ISA's Store, so each gets its own copy. One line after the other, so that whole cache lines are written.
 namespace {
 __attribute__((always_inline)) inline void store_lines(const Product& product, int64_t panel, int64_t count, int64_t first,
                                                        int64_t lines, const Sums& sums) {

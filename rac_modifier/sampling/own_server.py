@@ -29,9 +29,8 @@ _SAY_EVERY = 30.0  # seconds
 _LAST_LINES = 25
 _LAST_BYTES = 16384
 _FIRST_BYTES = 1 << 20
-_ERROR = re.compile(
-    r"(?:^|\] )\s*[A-Z]\w*(?:Error|Exception): \S"
-)  # as a traceback ends, alone or after a logger's prefix
+# The end of a traceback, alone or after a logger's prefix.
+_ERROR = re.compile(r"(?:^|\] )\s*[A-Z]\w*(?:Error|Exception): \S")
 # vLLM 0.32 ends at this: a prompt that is read in parts, of a request with a seed, without a GPU.
 _SEEDED_IN_PARTS = "CPU Generator does not use offset"
 _SEEDED_IN_PARTS_ADVICE = (
@@ -199,7 +198,7 @@ def _stopped(watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
 
 
 def end_of(log: BinaryIO) -> str:
-    """What a server that stopped has printed last, and first of errors."""
+    """The last lines that a server printed, after its first error where these lack it."""
     lines = last_lines(log, _LAST_LINES)
     if not lines:
         return "It printed nothing"

@@ -14,6 +14,13 @@ KERNELS = ["portable", "avx2", "avx512", "amx", "emulated avx512", "emulated amx
 SHARED = ["-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp"]
 
 
+@pytest.fixture(autouse=True)
+def _decided_anew_afterwards():
+    """What was decided for a test here does not hold for later tests of the same process, which might skip theirs."""
+    yield
+    forget()
+
+
 @pytest.fixture(scope="session")
 def native_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library as it is installed."""
@@ -35,21 +42,16 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     if ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this machine runs {best} at best")
     take(path, isa, monkeypatch)
-    yield request.param
-    forget()
+    return request.param
 
 
 @pytest.fixture
 def best(native_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The best kernel of this machine, for what does not depend on the instruction set."""
     take(native_path, None, monkeypatch)
-    yield
-    forget()
 
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch):
     """An installation that had no compiler."""
     take(None, None, monkeypatch)
-    yield
-    forget()
