@@ -7,6 +7,7 @@ from typing import Any
 
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
+from rac_modifier.freed_memory import keep_freed_memory
 
 
 def resolve(model: str) -> str:
@@ -50,6 +51,7 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     """A model, packed or not, with its tokenizer."""
     from rac_modifier.checkpoint.load import load_model
 
+    keep_freed_memory()
     source = resolve(model)
     check_model(source)
     tokenizer = load_tokenizer(source, "save the model's tokenizer beside it")

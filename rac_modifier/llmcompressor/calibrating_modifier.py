@@ -14,6 +14,7 @@ from rac_modifier.calibration.calibration_set import CalibrationSet, build_calib
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.run_divergence import RunDivergence
+from rac_modifier.freed_memory import keep_freed_memory
 from rac_modifier.llmcompressor.oneshot_arguments import check_arguments, find_oneshot, given_tokenizer
 from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
 from rac_modifier.llmcompressor.pruner import Pruner
@@ -97,6 +98,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
 
     def build_calibration(self, state: State, reserved_tokens: int = 0) -> CalibrationSet:
         """The calibration set: the one given, or else sampled and mixed as the recipe says, with traces reserved for training."""
+        keep_freed_memory()
         if self._calibration is None:
             tokenizer = self._load_tokenizer(state.model)
             self._calibration = build_calibration_set(
