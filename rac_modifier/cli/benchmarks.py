@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.options import Dtype
 from rac_modifier.cli.protocol import Protocol
+from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
@@ -24,18 +25,17 @@ if TYPE_CHECKING:
     from rac_modifier.settings.prompt import PromptSettings
 
 
-def protocol_of(benchmark: GridBenchmark) -> Protocol:
-    """What is asked, as `rac eval --preset` would ask it.
+def protocol_of(benchmark: GridBenchmark, run_code: bool = False) -> Protocol:
+    """What is asked, as `rac eval --preset` would ask it; `run_code` counts where answers are programs.
 
     Raises:
-        RacError: no preset of that name, or what cannot be asked.
+        RacError: no preset of that name.
     """
     given = benchmark.model_dump(exclude={"preset"}, exclude_none=True)
     unset: dict[str, Any] = {"source": "", "column": None, "answer_column": None, "problems": 1, "samples": 1, "cap": 1}
     options = {**unset, "temperature": None, "top_p": None, **given}
     protocol = Protocol(**options).with_preset(benchmark.preset, given.keys())
-    protocol.check(divergence=False, direct=False)
-    return protocol
+    return replace(protocol, run_code=run_code and protocol.asks_programs)
 
 
 def digest_of(problems: Sequence[Problem]) -> str:
@@ -53,17 +53,33 @@ class AskedBenchmarks:
         prompt: of all models.
         precision: of models in this process.
         out: the folder of the frontier; the answers are kept in a folder of it.
+        run_code: programs in answers may be run on this machine.
     """
 
     evaluation: GridEvaluation
     prompt: PromptSettings
     precision: Dtype
     out: Path
+    run_code: bool = False
+
+    def check(self) -> None:
+        """Refuse what cannot be asked, before problems are loaded and anything runs.
+
+        Raises:
+            RacError: a preset that does not exist, programs without leave to run them, or leave without programs.
+        """
+        for protocol in self._protocols.values():
+            protocol.check(divergence=False, direct=False)
+        if self.run_code and not any(protocol.asks_programs for protocol in self._protocols.values()):
+            raise RacError("--run-code is for a grid with a benchmark whose answers are programs; leave it out")
+
+    @cached_property
+    def _protocols(self) -> dict[str, Protocol]:
+        return {each.preset: protocol_of(each, self.run_code) for each in self.evaluation.benchmarks}
 
     @cached_property
     def _asked(self) -> dict[str, tuple[Protocol, list[Problem]]]:
-        protocols = {benchmark.preset: protocol_of(benchmark) for benchmark in self.evaluation.benchmarks}
-        return {name: (protocol, protocol.load(self.evaluation.seed)) for name, protocol in protocols.items()}
+        return {name: (protocol, protocol.load(self.evaluation.seed)) for name, protocol in self._protocols.items()}
 
     @cached_property
     def listed(self) -> list[Benchmark]:

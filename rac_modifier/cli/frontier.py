@@ -40,6 +40,9 @@ def frontier(
     remove_models: Annotated[
         bool, typer.Option("--remove-models", help="remove each checkpoint when it is measured")
     ] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="let the benchmark livecodebench run the models' programs here, confined")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="only check the grid, say how long it takes (estimated), and exit")
     ] = False,
@@ -62,6 +65,8 @@ def frontier(
     planned = plan_rows(grid, recipe_grid, _check_on(skeleton))
     prompt = shared_prompt(planned, recipe_grid)
     plan = plan_of(skeleton, planned, grid.evaluation)
+    benchmarks = AskedBenchmarks(grid.evaluation, prompt, precision, out, run_code)
+    benchmarks.check()
     if grid.evaluation.serve:
         check_serving()
     if check:
@@ -69,7 +74,6 @@ def frontier(
         typer.echo("\n".join([*lines, *forecast(plan, out, keep_models=not remove_models)]))
         return
     check_room(plan, out, keep_models=not remove_models)
-    benchmarks = AskedBenchmarks(grid.evaluation, prompt, precision, out)
     with resumable(_KEPT):
         _run(model, planned, grid.evaluation, prompt, out, precision, remove_models, benchmarks)
 

@@ -53,6 +53,11 @@ class Protocol:
     preset: Preset | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def asks_programs(self) -> bool:
+        """Whether answers are programs, which are judged by running them."""
+        return self.preset is not None and self.preset.layout.answers == "program"
+
     def with_preset(self, name: str | None, given: Collection[str]) -> Protocol:
         """These options; what is not among `given` (names of the options that the user wrote) is the preset's.
 
@@ -100,14 +105,13 @@ class Protocol:
         written = self.preset is None or "top_p" in self.changed
         if self.top_p is not None and written and not self.temperature and not divergence:
             raise RacError(f"--top-p {self.top_p:g} has no effect on greedy answers; give --temperature 0.6 with it")
-        programs = self.preset is not None and self.preset.layout.answers == "program"
-        if self.run_code and not programs:
+        if self.run_code and not self.asks_programs:
             raise RacError("--run-code is for a preset whose answers are programs; leave it out")
-        if self.preset is not None and programs:
+        if self.preset is not None and self.asks_programs:
             if not self.run_code:
                 raise RacError(
                     f"--preset {self.preset.name} runs programs that the model wrote on this machine, confined as docs/cli.md "
-                    "says; if you want that, best in a container without network and data, give --run-code to rac eval"
+                    "says; if you want that, best in a container without network and data, give --run-code"
                 )
             from rac_modifier.problems.programs import examine_runner
 

@@ -39,7 +39,7 @@ def programs(b: Bench, private: str, *options: str) -> None:
 CASES += [
     Case(
         "`rac eval --preset livecodebench` without leave to run programs",
-        "give --run-code to rac eval",
+        "give --run-code",
         lambda b: programs(b, ""),
     ),
     Case(
