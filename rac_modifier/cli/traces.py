@@ -86,13 +86,18 @@ def collect(
 @contextmanager
 def _served(model: str, precision: Dtype, concurrency: int, traces: TraceSettings) -> Iterator[TraceSettings]:
     """The settings with a `vllm serve` of the model as their server, inside the context."""
+    from loguru import logger
+
     from rac_modifier.cli.answering import timeout_of
     from rac_modifier.sampling.own_server import VllmCommand, vllm_server
     from rac_modifier.settings.sampling import EngineSettings
 
-    longest = max(
-        [traces.sampling.max_new_tokens, *(s.sampling.max_new_tokens for s in traces.sources.values() if s.sampling)]
-    )
+    every = [traces.sampling, *(source.sampling for source in traces.sources.values() if source.sampling)]
+    longest = max(sampling.max_new_tokens for sampling in every)
+    if any("batch_size" in sampling.model_fields_set for sampling in every):
+        logger.warning(
+            f"with --serve the recipe's sampling.batch_size has no effect; --concurrency {concurrency} counts"
+        )
     with vllm_server(VllmCommand.from_environment(), resolve(model), precision.value) as url:
         engine = EngineSettings(base_urls=(url,), concurrency=concurrency, timeout=timeout_of(longest))
         yield traces.model_copy(update={"engine": engine})
