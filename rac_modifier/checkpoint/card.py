@@ -115,7 +115,7 @@ def _facts(record: Mapping[str, Any], license: License) -> str:
     rows = [
         ("Base model", record.get("base_model")),
         ("License", license.describe()),
-        ("Pattern", record.get("pattern")),
+        *([("Pattern", record.get("pattern"))] if _is_pruned(record) else []),
         *([("Quantization", "; ".join(map(str, schemes)))] if (schemes := record.get("quantization")) else []),
         ("Solver", record.get("method")),
         ("Calibration", _calibration(calibration) if isinstance(calibration, Mapping) else None),
@@ -164,9 +164,9 @@ def _layers(record: Mapping[str, Any]) -> str:
     modules = [module for module in record.get("modules") or () if isinstance(module, Mapping)]
     if not modules:
         return ""
-    text = f"{len(modules)} linear modules were pruned"
+    text = f"{len(modules)} linear modules were {'pruned' if _is_pruned(record) else 'quantized (errors are after rounding)'}"
     quantized = sum(1 for module in modules if module.get("quantization"))
-    if quantized:
+    if quantized and _is_pruned(record):
         text += f", {quantized} of them quantized in the same pass (errors are after rounding)"
     sparsities = [module["sparsity"] for module in modules if is_number(module.get("sparsity"))]
     if sparsities:
@@ -182,6 +182,11 @@ def _layers(record: Mapping[str, Any]) -> str:
         text += "\n\nLargest relative errors of the outputs on the calibration tokens:\n\n"
         text += f"| module | error |\n|---|---|\n{rows}"
     return text + "\n\nAll modules are in `rac_run.json`."
+
+
+def _is_pruned(record: Mapping[str, Any]) -> bool:
+    """Whether weights were pruned, which an old record may not say."""
+    return record.get("pattern") is not None or not record.get("quantization")
 
 
 def versions(record: Mapping[str, Any]) -> str:

@@ -95,7 +95,8 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
                 source = current.tokenizer or model.config._name_or_path
                 AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-            logger.info(f"saved {len(current.modules)} pruned modules ({current.storage}) to {folder}")
+            what = f"{len(current.modules)} pruned modules ({current.storage})" if current.modules else "the model"
+            logger.info(f"saved {what} to {folder}")
             for step in current.after:
                 step()
             if push_to_hub:

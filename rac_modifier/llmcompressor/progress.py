@@ -24,14 +24,25 @@ class PruningProgress:
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], clock: Callable[[], float] = time.monotonic, *, shown: bool = True
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        shown: bool = True,
+        prunes: bool = True,
     ):
+        self._verb = "pruned" if prunes else "quantized"
         self._left = dict(shapes)
         self._clock = clock
         self._begin = self._last = clock()
         self._times: list[tuple[tuple[int, int], float]] = []
         self._groups: list[dict[str, Any]] = []
-        self._bar = tqdm(total=len(shapes), desc="pruning", bar_format=_BAR, disable=None if shown else True)
+        self._bar = tqdm(
+            total=len(shapes),
+            desc="pruning" if prunes else "quantizing",
+            bar_format=_BAR,
+            disable=None if shown else True,
+        )
         self._next_line = 1
         self._restored = 0
 
@@ -80,7 +91,7 @@ class PruningProgress:
         total = len(self._left) + done
         if self._bar.disable and done * _LINES >= self._next_line * total:
             self._next_line = done * _LINES // total + 1
-            logger.info(f"pruned {done} of {total} modules, about {_readable(self.seconds_left)} left")
+            logger.info(f"{self._verb} {done} of {total} modules, about {_readable(self.seconds_left)} left")
 
 
 def _size(shape: tuple[int, int]) -> int:

@@ -100,14 +100,21 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         check_later_modifiers(self, self.other_modifiers(later=True), quantizes=self.quantization is not None)
         if self.solver == "keep":
             self._patterns, described = patterns_of_zeros(self._names, self.pattern, detect=self.mask_structure is None)
+        elif self.solver == "none":
+            self._patterns, described = dict.fromkeys(self._names.values(), Pattern.nothing()), ""
         else:
             assert self.pattern is not None  # as PruningSettings has checked
             self._patterns = listed_patterns(model, self._names, self.pattern, self.allocation)
             described = describe_patterns(self.pattern, self.allocation)
         self._described = described
         if self.quantization is not None:
-            self._quantizer = GroupQuantizer(self.quantization, model, self._names)
-        logger.info(f"pruning {len(self._names)} modules: {described}")
+            self._quantizer = GroupQuantizer(self.quantization, model, self._names, prunes=self.prunes)
+            if not self.prunes:  # what no scheme matches stays as it is
+                self._names = {module: name for module, name in self._names.items() if module in self._quantizer.grids}
+        if self.prunes:
+            logger.info(f"pruning {len(self._names)} modules: {described}")
+        else:
+            logger.info(f"quantizing {len(self._names)} modules, without pruning")
         oneshot = find_oneshot()
         self._experts = ExpertRecord(self, model, self._names)
         self._experts.check(oneshot)
@@ -149,7 +156,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every module to prune."""
         shapes: dict[str, Any] = {name: tuple(module.weight.shape) for module, name in self._names.items()}  # type: ignore[arg-type]
-        self._progress = PruningProgress(shapes, shown=self._processes.is_first)
+        self._progress = PruningProgress(shapes, shown=self._processes.is_first, prunes=self.prunes)
         collector = self._collector = HessianCollector(self._names)
 
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -260,20 +267,21 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             if self._quantizer is not None and save_compressed:
                 self._quantizer.compress()
 
+        pruned = {name: module for module, name in self._names.items() if isinstance(module, torch.nn.Linear)}
+        pattern = {"pattern": self._described, "mask_structure": next(iter(self._patterns.values())).mask_structure}
         return SavePlan(
             patterns=self._patterns,
-            modules={name: module for module, name in self._names.items() if isinstance(module, torch.nn.Linear)},
+            modules=pruned if self.prunes else {},
             storage=self.storage,
             tokenizer=self.tokenizer_name,
             prepare=prepare,
             after=[state.remove for state in (self._finished, self._recovery) if state is not None],
             processes=self._processes,
             record={
-                "method": self.solver,
+                "method": self.solver if self.prunes else "rounding towards the dense model's outputs",
                 "order": self._order,
                 "preset": self.preset,
-                "pattern": self._described,
-                "mask_structure": next(iter(self._patterns.values())).mask_structure,
+                **(pattern if self.prunes else {}),
                 **self.run_record(),
                 **(self._experts.record() if self._experts else {}),
                 "time": self._progress.record() if self._progress else {},

@@ -25,16 +25,23 @@ from rac_modifier.settings.quantization import QuantizationSettings
 
 
 class GroupQuantizer:
-    """The schemes of a recipe entry, for the modules that it prunes.
+    """The schemes of a recipe entry, for the modules that it names; `prunes`: they are pruned, too.
 
-    A QuantizationModifier that is never run resolves the schemes and attaches them. Modules that are not pruned are ignored,
+    A QuantizationModifier that is never run resolves the schemes and attaches them. Modules that it does not name are ignored,
     even where the schemes' targets match them.
 
     Raises:
         RacError: a scheme that cannot be rounded here, groups that do not divide a module's inputs, or no module matched.
     """
 
-    def __init__(self, settings: QuantizationSettings, model: PreTrainedModel, names: dict[torch.nn.Module, str]):
+    def __init__(
+        self,
+        settings: QuantizationSettings,
+        model: PreTrainedModel,
+        names: dict[torch.nn.Module, str],
+        *,
+        prunes: bool = True,
+    ):
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         self._upstream = QuantizationModifier(
             scheme=settings.scheme,
@@ -47,7 +54,7 @@ class GroupQuantizer:
             for name, module in match_named_modules(model, scheme.targets, self._upstream.ignore):
                 if module not in names:
                     continue
-                grid = self.grids[module] = grid_of(scheme, name)
+                grid = self.grids[module] = grid_of(scheme, name, prunes=prunes)
                 self.described[name] = describe_scheme(scheme)
                 columns = module.weight.shape[1]
                 if grid.group_size and columns % grid.group_size:
@@ -57,7 +64,7 @@ class GroupQuantizer:
                     )
         if not self.grids:
             raise RacError(
-                "quantization: its targets match none of the pruned modules; leave targets out for all of them"
+                "quantization: its targets match none of the modules of this entry; leave targets out for all of them"
             )
 
     def attach(self, model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.solve import solve
 from rac_modifier.quantization.solve import Quantized, quantize
+from rac_modifier.recovery.cells import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 
@@ -29,7 +30,8 @@ class Pruned:
         weight: [rows, columns] in the dtype of the module.
         record: its entry of the run record.
         scale: of the rounded weight, None where it is not rounded.
-        master: float32 [rows, columns] on the CPU, the weight before it was rounded, where recovery will need it.
+        master: float32 [rows, columns] on the CPU, where recovery of a rounded weight starts: within the cells of its codes, on the
+            side of the weight before it was rounded.
     """
 
     weight: torch.Tensor
@@ -81,16 +83,22 @@ def solve_group(
                 sweeps=entry.quantization.sweeps,
             )
     found = []
-    for solution, result in zip(solutions, rounded, strict=True):
+    for module, solution, result in zip(modules, solutions, rounded, strict=True):
         record = solution.record() | {"tokens": group.statistics.hessian.tokens}
         if quantizer is None or result is None:
             found.append(Pruned(solution.weight.to(dtype), record))
             continue
         record["relative_error_before_rounding"] = record["relative_error"]
         record["relative_error"] = result.relative_error
-        record["sparsity"] = float((result.weight == 0).float().mean())
+        if entry.prunes:
+            record["sparsity"] = float((result.weight == 0).float().mean())
+        else:  # codes of zero are values like others
+            del record["sparsity"]
         record["quantization"] = quantizer.described[solution.name]
-        master = solution.weight.cpu() if entry.recover is not None else None
+        master = None
+        if entry.recover is not None:
+            codes = codes_of(result.weight, result.scale, quantizer.grids[module])
+            master = master_in_cell(codes, result.scale, quantizer.grids[module], solution.weight).cpu()
         found.append(Pruned(result.weight, record, result.scale, master))
     return found
 

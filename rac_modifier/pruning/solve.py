@@ -117,8 +117,8 @@ def solve(
     time. Results are float32, on the device of the Hessian; ALPS and the refit use bfloat16 products where those are fast.
 
     Args:
-        method: alps and keep always end with a refit; keep prunes what is zero in `weights` already; wanda and
-            magnitude do not change the weights that they keep, unless `refit` is set.
+        method: alps and keep always end with a refit; keep prunes what is zero in `weights` already, and none nothing, so that
+            the result is the target; wanda and magnitude do not change the weights that they keep, unless `refit` is set.
         pattern: one for all modules, or one per module: the same N:M, or unstructured with a sparsity per module.
         names: of the modules, for messages.
         cross_moment: C of each module (hessian.py); without it the target is `weights`.
@@ -167,6 +167,8 @@ def solve(
         pruned = scores.prune(working, rows, patterns, lambda w, p: scores.wanda_mask(w, hessian, p))
     elif method == "magnitude":
         pruned = scores.prune(working, rows, patterns, scores.magnitude_mask)
+    elif method == "none":
+        pruned = torch.zeros_like(working, dtype=torch.bool)
     else:
         pruned = stacked(weights, hessian) == 0
         working.masked_fill_(pruned, 0.0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from rac_modifier.errors import RacError
 from rac_modifier.quantization.grid import Grid
 
-_KNOWN = "int of 4 or 8 bits, or float of 8 (e4m3), symmetric, one scale per channel or group, such as W4A16, W8A8 or FP8_DYNAMIC"
+_KNOWN = "or float of 8 (e4m3), symmetric, one scale per channel or group, such as W4A16, W8A8 or FP8_DYNAMIC"
+_SPARSE_BITS, _DENSE_BITS = (4, 8), range(2, 9)  # of integers: those that are stored with a mask, and without one
 
 
-def grid_of(scheme: QuantizationScheme, name: str) -> Grid:
-    """The grid of a scheme's weights.
+def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool = True) -> Grid:
+    """The grid of a scheme's weights; `prunes` says whether they will be stored with a mask.
 
     Raises:
         RacError: naming `name`, when this package cannot round to it, or when activations need calibrated scales.
@@ -19,8 +22,9 @@ def grid_of(scheme: QuantizationScheme, name: str) -> Grid:
     weights = scheme.weights
     if weights is None:
         raise RacError(f"{name}: its scheme has no weights; quantize activations alone with a QuantizationModifier")
-    if not _is_known(weights):
-        raise RacError(f"{name}: weights {_describe(weights)} cannot be rounded here; use {_KNOWN}")
+    if not _is_known(weights, _SPARSE_BITS if prunes else _DENSE_BITS):
+        bits = "4 or 8 bits" if prunes else "2 to 8 bits"
+        raise RacError(f"{name}: weights {_describe(weights)} cannot be rounded here; use int of {bits}, {_KNOWN}")
     for part in ("input_activations", "output_activations"):
         args = getattr(scheme, part)
         if args is not None and args.dynamic is not True:
@@ -64,10 +68,9 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
     return f"{text}, activations {_text(inputs.type)}{inputs.num_bits}, one scale per {_text(inputs.strategy)}"
 
 
-def _is_known(weights: QuantizationArgs) -> bool:
-    kinds = {("int", 4), ("int", 8), ("float", 8)}
+def _is_known(weights: QuantizationArgs, bits: Collection[int]) -> bool:
     return (
-        (weights.type, weights.num_bits) in kinds
+        weights.num_bits in (bits if weights.type == "int" else (8,))
         and weights.strategy in ("channel", "group")
         and bool(weights.symmetric)
         and weights.actorder is None

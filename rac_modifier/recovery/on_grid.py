@@ -25,7 +25,7 @@ from rac_modifier.quantization.grid import Grid, stored
 class QuantizedWeight:
     """How a module's weight is quantized: its grid, and its scales [rows, groups] in the dtype that they are stored in.
 
-    `master` is the weight before it was rounded, with the same zeros; None: the rounded weight itself. Training starts from it:
+    `master` rounds to the same codes and has the same zeros (cells.py); None: the rounded weight itself. Training starts from it:
     a step of training is far smaller than one of a 4-bit grid, so that a weight in the middle of a grid step would hardly move.
     """
 

@@ -271,6 +271,6 @@ def _merged(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]
 def _group(name: str, entry: CalibrationEntry, recipe: dict[str, Any]) -> str:
     """What the recipe does, for a row without a group."""
     modifiers = [modifier for groups in recipe.values() for group in groups.values() for modifier in group]
-    if name != NAME:
+    if name != NAME or not getattr(entry, "prunes", True):
         return "dense quantized"
     return "sparse + quantized" if getattr(entry, "quantization", None) or len(modifiers) > 1 else "sparse"

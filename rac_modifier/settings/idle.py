@@ -50,6 +50,11 @@ def idle_pruning(settings: PruningSettings) -> Idle:
         why = "beside solver: keep, since the zeros are the model's"
         idle["sparsity",] = f"{why}; leave it out"
         idle["experimental", "allocation"] = f"{why}; leave it out"
+    elif solver == "none":
+        why = "beside solver: none, which prunes nothing; leave it out"
+        for name in ("sparsity", "mask_structure", "refit", "storage"):
+            idle[name,] = why
+        idle["experimental", "allocation"] = why
     elif settings.pattern is not None and settings.pattern.is_structured:
         idle["sparsity",] = "beside an N:M mask_structure; leave it out"
         idle["experimental", "allocation"] = (

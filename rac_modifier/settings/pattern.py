@@ -13,7 +13,8 @@ class Pattern:
     """A sparsity pattern; build it with `parse` (values of a recipe), `n_of_m` or `unstructured`.
 
     `n` of every `m` consecutive input weights of an output row are zero. As in llm-compressor's `mask_structure`, N is
-    the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the share of zeros.
+    the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the share of zeros, 0 where
+    nothing is pruned.
     """
 
     sparsity: float
@@ -26,6 +27,11 @@ class Pattern:
         if not 0.0 < sparsity < 1.0:  # also refuses nan
             raise RacError(f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5 to prune half")
         return cls(sparsity=float(sparsity))
+
+    @classmethod
+    def nothing(cls) -> Pattern:
+        """No weight: for modules that are only quantized."""
+        return cls(sparsity=0.0)
 
     @classmethod
     def n_of_m(cls, n: int, m: int) -> Pattern:
@@ -77,6 +83,8 @@ class Pattern:
         """The pattern in words, for reports."""
         if self.is_structured:
             return f"{self.n} of every {self.m} consecutive input weights are zero ({100 * self.sparsity:.4g} %)"
+        if not self.sparsity:
+            return "no weight is pruned"
         return f"{100 * self.sparsity:.4g} % of the weights are zero, anywhere"
 
     def check_shape(self, name: str, rows: int, columns: int) -> None:

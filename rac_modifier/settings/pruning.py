@@ -12,7 +12,7 @@ from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.presets import Order, Preset, with_preset
 from rac_modifier.settings.quantization import QuantizationSettings
 
-Method = Literal["sparsegpt", "alps", "wanda", "magnitude", "keep"]
+Method = Literal["sparsegpt", "alps", "wanda", "magnitude", "keep", "none"]
 Allocation = Literal["uniform", "kl"] | dict[str, float]
 UNSTRUCTURED = "0:0"
 
@@ -53,7 +53,8 @@ class PruningSettings(BaseModel):
     """The settings of ReasoningAwareSparseGPTModifier apart from calibration."""
 
     sparsity: float | None = Field(
-        None, description="share of the weights to prune, anywhere; not beside an N:M mask_structure or solver: keep"
+        None,
+        description="share of the weights to prune, anywhere; not beside an N:M mask_structure, or solver: keep or none",
     )
     mask_structure: str | None = Field(
         None,
@@ -73,7 +74,7 @@ class PruningSettings(BaseModel):
     solver: Method = Field(
         "alps",
         description="how the pruned weights are found (default: the preset's). keep: they are those that the model has pruned "
-        "already, for quantizing a sparse model",
+        "already, for quantizing a sparse model; none: nothing is pruned, for quantizing a dense model",
     )
     refit: bool = Field(
         False,
@@ -147,7 +148,14 @@ class PruningSettings(BaseModel):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        if self.solver != "keep":
+        if self.solver == "none":
+            if self.quantization is None:
+                raise RacError(
+                    "solver: none prunes nothing, and without quantization nothing is left to do; set quantization, such as "
+                    "{scheme: W4A16}, or leave solver out and set a sparsity"
+                )
+            self._pattern = Pattern.nothing()
+        elif self.solver != "keep":
             self._pattern = Pattern.parse(self.mask_structure or UNSTRUCTURED, self.sparsity)
         elif self.mask_structure not in (None, UNSTRUCTURED):
             self._pattern = Pattern.parse(self.mask_structure, None)
@@ -159,6 +167,11 @@ class PruningSettings(BaseModel):
     def pattern(self) -> Pattern | None:
         """What is pruned of all modules together; None where `solver: keep` reads it off the model's zeros."""
         return self._pattern
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any weight is pruned, or was: else the modules are only quantized."""
+        return self.solver != "none"
 
     @property
     def allocation(self) -> Allocation:

@@ -60,7 +60,7 @@ CASES += [
     ),
     Case(
         "a scheme whose targets are not pruned",
-        "quantization: its targets match none of the pruned modules",
+        "quantization: its targets match none of the modules of this entry",
         lambda b: b.prune_with(quantization={"scheme": {"W8A8": ["lm_head"]}}),
     ),
     Case(

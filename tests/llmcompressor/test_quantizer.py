@@ -39,7 +39,7 @@ def test_groups_that_do_not_divide_the_inputs_are_refused():
 
 
 def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(RacError, match="its targets match none of the pruned modules"):
+    with pytest.raises(RacError, match="its targets match none of the modules of this entry"):
         made(tiny_model(), config_groups={"w": group(4, 32, ["re:.*experts.*"])})
 
 
