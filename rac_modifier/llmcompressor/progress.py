@@ -31,7 +31,7 @@ class PruningProgress:
         shown: bool = True,
         prunes: bool = True,
     ):
-        self._verb = "pruned" if prunes else "quantized"
+        self._verb, desc = ("pruned", "pruning") if prunes else ("quantized", "quantizing")
         self._left = dict(shapes)
         self._clock = clock
         self._begin = self._last = clock()
@@ -39,7 +39,7 @@ class PruningProgress:
         self._groups: list[dict[str, Any]] = []
         self._bar = tqdm(
             total=len(shapes),
-            desc="pruning" if prunes else "quantizing",
+            desc=desc,
             bar_format=_BAR,
             disable=None if shown else True,
         )

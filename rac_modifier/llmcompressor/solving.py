@@ -30,8 +30,8 @@ class Pruned:
         weight: [rows, columns] in the dtype of the module.
         record: its entry of the run record.
         scale: of the rounded weight, None where it is not rounded.
-        master: float32 [rows, columns] on the CPU, where recovery of a rounded weight starts: within the cells of its codes, on the
-            side of the weight before it was rounded.
+        master: float32 [rows, columns] on the CPU, where recovery of a rounded weight starts: within the cells of its codes,
+            on the side of the weight before it was rounded.
     """
 
     weight: torch.Tensor
