@@ -49,7 +49,7 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
             names = find_targets(model, modifier.targets, modifier.ignore, modifier.pattern)
             check_later_modifiers(modifier, modifiers[place + 1 :], quantizes=modifier.quantization is not None)
             if modifier.quantization is not None:
-                GroupQuantizer(modifier.quantization, model, names)
+                GroupQuantizer(modifier.quantization, model, names, prunes=modifier.prunes)
         elif isinstance(modifier, QuantizationMixin):
             _check_groups(modifier, model)
 

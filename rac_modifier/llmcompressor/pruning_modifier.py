@@ -90,7 +90,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             )
         if self._experts is not None:
             self._experts.use_order(order, why)
-        logger.info(f"pruning {order} by {order} ({why})")
+        logger.info(f"{'pruning' if self.prunes else 'quantizing'} {order} by {order} ({why})")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything that can be checked, then sample and mix the calibration set."""

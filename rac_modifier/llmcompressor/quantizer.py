@@ -40,7 +40,7 @@ class GroupQuantizer:
         model: PreTrainedModel,
         names: dict[torch.nn.Module, str],
         *,
-        prunes: bool = True,
+        prunes: bool,
     ):
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         self._upstream = QuantizationModifier(

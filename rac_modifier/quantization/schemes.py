@@ -13,7 +13,7 @@ _KNOWN = "or float of 8 (e4m3), symmetric, one scale per channel or group, such 
 _SPARSE_BITS, _DENSE_BITS = (4, 8), range(2, 9)  # of integers: those that are stored with a mask, and without one
 
 
-def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool = True) -> Grid:
+def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
     """The grid of a scheme's weights; `prunes` says whether they will be stored with a mask.
 
     Raises:

@@ -10,6 +10,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.check_recipe import check_recipe, skeleton_of
 
 SPARSE = "ReasoningAwareSparseGPTModifier"
+THREE = {"num_bits": 3, "strategy": "group", "group_size": 32}
 WORDS = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
 
 
@@ -31,6 +32,7 @@ def test_a_skeleton_has_shapes_and_no_weights(skeleton):
     "modifiers",
     [
         {SPARSE: {"mask_structure": "2:4", "quantization": {"config_groups": {"w": WORDS}}}},
+        {SPARSE: {"solver": "none", "quantization": {"config_groups": {"w": {"weights": THREE}}}}},
         {
             "ReasoningAwareCalibrationModifier": {},
             "GPTQModifier": {"config_groups": {"w": WORDS}, "ignore": ["lm_head"]},

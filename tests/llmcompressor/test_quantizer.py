@@ -10,8 +10,9 @@ from rac_modifier.settings.quantization import QuantizationSettings
 from tests.tiny import linears, tiny_model
 
 
-def made(model, **settings) -> GroupQuantizer:
-    return GroupQuantizer(QuantizationSettings(**settings), model, {m: n for n, m in linears(model).items()})
+def made(model, prunes=True, **settings) -> GroupQuantizer:
+    names = {m: n for n, m in linears(model).items()}
+    return GroupQuantizer(QuantizationSettings(**settings), model, names, prunes=prunes)
 
 
 def group(bits, size, targets=("Linear",)):
@@ -62,3 +63,12 @@ def test_codes_are_read_back_exactly_from_a_bfloat16_module():
     assert torch.equal(module.weight.float(), codes)
     quantizer.compress()  # a second save finds them compressed
     assert torch.equal(module.weight.float(), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_other_integers_only_where_nothing_is_pruned(bits):
+    assert {
+        grid.bits for grid in made(tiny_model(), prunes=False, config_groups={"w": group(bits, 32)}).grids.values()
+    } == {bits}
+    with pytest.raises(RacError, match=rf"int of {bits} bits, .* use int of 4 or 8 bits"):
+        made(tiny_model(), config_groups={"w": group(bits, 32)})

@@ -27,7 +27,7 @@ def test_presets(preset, grid, text):
     found = preset_name_to_scheme(preset, ["Linear"])
     if preset == "W8A16":  # a channel or a group, by the version of compressed-tensors
         found.weights.strategy, found.weights.group_size = "channel", None
-    assert grid_of(found, "x") == grid
+    assert grid_of(found, "x", prunes=True) == grid
     assert describe_scheme(found) == text
 
 
@@ -47,13 +47,13 @@ def test_presets(preset, grid, text):
 )
 def test_weights_that_cannot_be_rounded_are_refused(weights, message):
     with pytest.raises(RacError, match=message):
-        grid_of(scheme(weights), "q_proj")
+        grid_of(scheme(weights), "q_proj", prunes=True)
 
 
 def test_a_scheme_without_weights_is_refused():
     activations = {"num_bits": 8, "dynamic": True, "strategy": "token"}
     with pytest.raises(RacError, match="q_proj: its scheme has no weights; quantize activations alone with a Quant"):
-        grid_of(scheme(None, input_activations=activations), "q_proj")
+        grid_of(scheme(None, input_activations=activations), "q_proj", prunes=True)
 
 
 @pytest.mark.parametrize("part", ["input_activations", "output_activations"])
@@ -62,4 +62,4 @@ def test_activation_scales_that_need_calibration_are_refused(part):
     with pytest.raises(
         RacError, match=rf"q_proj: {part} with static scales are not calibrated here; set dynamic: true"
     ):
-        grid_of(static, "q_proj")
+        grid_of(static, "q_proj", prunes=True)
