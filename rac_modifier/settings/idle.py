@@ -52,7 +52,7 @@ def idle_pruning(settings: PruningSettings) -> Idle:
         idle["experimental", "allocation"] = f"{why}; leave it out"
     elif solver == "none":
         why = "beside solver: none, which prunes nothing; leave it out"
-        for name in ("sparsity", "mask_structure", "refit", "storage"):
+        for name in ("sparsity", "mask_structure", "refit", "refit_steps", "storage"):
             idle[name,] = why
         idle["experimental", "allocation"] = why
     elif settings.pattern is not None and settings.pattern.is_structured:
@@ -67,7 +67,7 @@ def idle_pruning(settings: PruningSettings) -> Idle:
         idle["iterations",] = f"beside solver: {solver}; leave it out, or set solver: alps"
     if solver in ("alps", "keep"):
         idle["refit",] = f"beside solver: {solver}, which always refits the kept weights; leave it out"
-    if not settings.refits:
+    if not settings.refits and solver != "none":
         idle["refit_steps",] = f"beside solver: {solver} without a refit; leave it out, or set refit: true"
     if not settings.fits_weights:
         why = f"beside solver: {solver} without refit, quantization or reconstruct: dense, where no Hessian is inverted"

@@ -68,6 +68,18 @@ CASES += [
         "solver: keep keeps the zeros that a model has, and this module lacks them",
         lambda b: b.prune_with(solver="keep"),
     ),
+    Case(
+        "`solver: none` without quantization",
+        "solver: none prunes nothing, and without quantization nothing is left to do",
+        lambda b: b.prune_with(solver="none", mask_structure=None),
+    ),
+    Case(
+        "int of 3 bits where weights are pruned",
+        "int of 3 bits, strategy group cannot be rounded here; use int of 4 or 8 bits",
+        lambda b: b.prune_with(
+            quantization={"config_groups": {"g": {"weights": {"num_bits": 3, "strategy": "group", "group_size": 32}}}}
+        ),
+    ),
 ]
 
 

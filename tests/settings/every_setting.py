@@ -59,6 +59,7 @@ FILE = {"source": "problems.jsonl", "column": "problem"}
 DATASET = {"source": "some/dataset", "column": "problem"}
 INT4 = {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}}
 INT4_16 = {"g": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 16}}}
+ALONE = {"solver": "none", "mask_structure": None, "quantization": INT4}
 PLAIN = {"mask_structure": None, "sparsity": 0.5}
 SPARSEGPT = {"preset": "paper", "mask_structure": None, "sparsity": 0.5}
 CHECKED = traces(problems={**FILE, "answer_column": "answer"})
@@ -186,6 +187,13 @@ REFUSED = [
     Row("sparsity", 0.5),
     Row("sparsity", 0.5, {"solver": "keep", "mask_structure": None}),
     Row("experimental.allocation", "uniform"),
+    *(
+        Row(name, value, ALONE)
+        for name, value in {
+            "sparsity": 0.5, "mask_structure": "2:4", "refit": True, "refit_steps": 1, "storage": "dense", "block_size": 16,
+            "iterations": 2, "experimental.allocation": "uniform",
+        }.items()
+    ),
     Row("experimental.allocation", {"re:.*q_proj": 0.4}, {"solver": "keep", "mask_structure": None}),
     Row("block_size", 16),
     *(Row("block_size", 16, {"solver": solver}) for solver in ("wanda", "magnitude", "keep")),

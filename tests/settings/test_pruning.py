@@ -39,7 +39,7 @@ def test_the_pattern(values, pattern):
         ({"sparsity": 0.5, "experimental": {"allocation": {"x": 1.0}}}, "must lie strictly between 0 and 1"),
         ({"sparsity": 0.5, "experimental": {"alloc": "kl"}}, "Extra inputs"),
         ({"sparsity": 0.5, "dampening_frac": 0}, "greater than 0"),
-        ({"sparsity": 0.5, "solver": "admm"}, "'sparsegpt', 'alps', 'wanda', 'magnitude' or 'keep'"),
+        ({"sparsity": 0.5, "solver": "admm"}, "'sparsegpt', 'alps', 'wanda', 'magnitude', 'keep' or 'none'"),
     ],
 )
 def test_what_cannot_work_is_refused(values, message):
