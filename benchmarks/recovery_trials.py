@@ -172,7 +172,8 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
     for pattern in args.patterns:
         for seed in args.seeds:
             fresh_problems = load_problems(ProblemSource(source="arithmetic"), seed + 1000)
-            traces = first_tokens(answers(dense, tokenizer, fresh_problems, seed), 2 * max(args.tokens))
+            needed = max(args.tokens) * (2 if any("twice" in row for row in args.rows) else 1)
+            traces = first_tokens(answers(dense, tokenizer, fresh_problems, seed), needed)
             pruned = fresh(path)
             store = args.out / f"traces-{seed}.jsonl"
             oneshot(
