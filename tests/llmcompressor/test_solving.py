@@ -11,6 +11,7 @@ from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.llmcompressor.solving import Pruned, owners, solve_group, solve_together
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.hessian import Statistics
+from rac_modifier.quantization.grid import Grid
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 from tests.meeting import together
@@ -148,3 +149,35 @@ def replace_first(x):
     x = x.clone()
     x[0, 0] = float("inf")
     return x
+
+
+class Rounding:
+    """A quantizer of all modules to 4 bits in groups of 8."""
+
+    def __init__(self, modules):
+        self.grids = dict.fromkeys(modules, Grid("int", 4, 8))
+        self.described = {str(i): "int4" for i in range(9)} | dict.fromkeys(ROWS, "int4")
+
+
+@pytest.mark.parametrize("solver", ["alps", "none"])
+def test_training_starts_with_the_codes_that_are_saved(modules, batches, solver):
+    """Each master weight rounds to its code, on the side of the weight that was rounded: GPTQ and the sweeps do not take the nearest."""
+    entry = PruningEntry(
+        **({"solver": "none"} if solver == "none" else {"mask_structure": "2:4"}),
+        quantization={"config_groups": {"w": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 8}}}},
+        recover={"tokens": 100},
+    )
+    names = {module: name for name, module in modules.items()}
+    pattern = Pattern.nothing() if solver == "none" else Pattern.n_of_m(2, 4)
+    for group in groups_of(modules, batches):
+        found = solve_group(entry, group, group.modules, names, dict.fromkeys(modules, pattern), Rounding(names))
+        for one in found:
+            steps = one.scale.repeat_interleave(8, dim=1)
+            codes = (one.weight / steps).round()
+            assert torch.equal((one.master / steps).round(), codes)
+            off = (one.master / steps - codes).abs()
+            assert 0.1 < off[codes != 0].mean() < 0.45, "within the cells, and not in their middle"
+            if solver == "alps":
+                assert bool((one.master.unflatten(1, (-1, 4)) == 0).sum(-1).ge(2).all())
+            else:
+                assert (one.master != 0).float().mean() > 0.99
