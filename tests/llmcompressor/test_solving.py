@@ -161,7 +161,7 @@ class Rounding:
 
 @pytest.mark.parametrize("solver", ["alps", "none"])
 def test_training_starts_with_the_codes_that_are_saved(modules, batches, solver):
-    """Each master weight rounds to its code, on the side of the weight that was rounded: GPTQ and the sweeps do not take the nearest."""
+    """Each master weight rounds to its code, and lies on the side of the weight that was rounded."""
     entry = PruningEntry(
         **({"solver": "none"} if solver == "none" else {"mask_structure": "2:4"}),
         quantization={"config_groups": {"w": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 8}}}},
