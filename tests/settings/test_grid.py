@@ -130,9 +130,12 @@ def test_the_grids_that_documents_name_are_there():
     assert grid_names() == ["contenders", "paper", "r1_distill_1_5b", "small"]
     groups = [run.group for run in plan_rows(load_grid("paper"), "paper")]
     assert groups == ["generic text", "prompts", "RAC"] * 3
-    labels = {run.label for run in plan_rows(load_grid("contenders"), "contenders")}
+    planned = plan_rows(load_grid("contenders"), "contenders")
+    labels = {run.label for run in planned}
     sparse = {f"{pattern}{more}" for pattern in ("50 %", "60 %", "70 %", "2:4") for more in ("", " + int8", " + int4")}
-    assert labels == sparse | {"GPTQ int4", "GPTQ int3", "GPTQ int2"}
+    dense = {"GPTQ int4", "GPTQ int3", "GPTQ int2", "int4", "int3", "int2"}
+    assert labels == sparse | dense
+    assert {run.label for run in planned if run.group == "dense quantized"} == dense
 
 
 @pytest.mark.parametrize(
