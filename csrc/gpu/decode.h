@@ -12,9 +12,10 @@
 
 // The end of a kernel: adds the sums of all warps in their order, and the bias, and stores the result. Warp w has WARP_BYTES of shared
 // memory from w WARP_BYTES on, in which a lane writes words whose number is its own plus a multiple of 32: no other lane may still read
-// them. `row`: number lane % (16 ROW_TILES) of the block's rows, where it is in the result.
+// them. `row`: number lane % (16 ROW_TILES) of the block's rows, where it is in the result; `scale`: that its sums are multiplied by.
 template <int ROW_TILES, int TOKEN_TILES, int WARPS, int WARP_BYTES>
-DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* bias, u8* out, int row, int rows, int token0, int tokens) {
+DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* bias, u8* out, int row, int rows, int token0, int tokens,
+                      float scale = 1.0f) {
   const u32 lane = thread_index() % 32, own = warp_index() * WARP_BYTES;
   UNROLL
   for (int r = 0; r < ROW_TILES; r++)
@@ -31,6 +32,7 @@ DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* b
     float total = shared_load_float(at);
     UNROLL
     for (int w = 1; w < WARPS; w++) total += shared_load_float(w * WARP_BYTES + at);
+    total *= scale;
     if (u32(row) < u32(rows) && token < tokens) {  // also of a damaged order of rows
       if (bias != nullptr) total += global_load_bf16(bias + row * 2);
       global_store_bf16(out + (static_cast<long long>(token) * rows + row) * 2, total);

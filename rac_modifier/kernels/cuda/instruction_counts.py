@@ -27,6 +27,10 @@ COUNTS: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("unstructured", "sm_89"): ((192, 352), (206, 378), (218, 430)),
     ("unstructured", "sm_90"): ((204, 372), (215, 401), (227, 453)),
     ("unstructured", "sm_100"): ((216, 408), (228, 460), (254, 530)),
+    ("unstructured int8", "sm_80"): ((329, 335), (337, 359), (368, 424)),
+    ("unstructured int8", "sm_89"): ((329, 335), (336, 352), (368, 424)),
+    ("unstructured int8", "sm_90"): ((336, 352), (344, 384), (377, 455)),
+    ("unstructured int8", "sm_100"): ((341, 363), (360, 416), (404, 476)),
 }
 
 
@@ -36,7 +40,7 @@ def count_instructions(layout: Layout, architecture: str, row_tiles: int, token_
     Raises:
         RacError: an architecture, such as "sm_75", that was not counted.
     """
-    name = "unstructured" if layout.any_pattern else f"int4 g{layout.group}" if layout.group else "bf16"
+    name = layout.title if layout.any_pattern else f"int4 g{layout.group}" if layout.group else "bf16"
     if (name, architecture) not in COUNTS:
         known = ", ".join(sorted({each for _, each in COUNTS}))
         raise RacError(f"there are no instruction counts for {architecture}; they exist for {known}")

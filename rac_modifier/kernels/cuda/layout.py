@@ -14,7 +14,7 @@ from torch.nn.functional import pad as pad_zeros
 
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda import unstructured
+from rac_modifier.kernels.cuda import schedule, unstructured
 
 TILE = 16  # rows
 GROUPS = (64, 128)  # columns that share a scale, where values have four bits
@@ -26,8 +26,8 @@ class Layout:
     """A packed form. `unit_columns` columns of a tile take `unit_bytes`; rows have a multiple of `units_at_once` units.
 
     `group`: columns that share a scale, 0 for bf16. `source` has the kernels, compiled with the macros of `defines`; their
-    names begin with `prefix`. `title` is for people. A weight of any pattern has units of 128 bytes, as many as it needs, and
-    `unit_columns` 0.
+    names begin with `prefix`. `title` is for people. A weight of any pattern has units of 128 bytes, as many as it needs,
+    `unit_columns` 0, and `streams`.
     """
 
     prefix: str
@@ -37,6 +37,7 @@ class Layout:
     units_at_once: int
     group: int = 0
     title: str = "2:4"
+    streams: schedule.Streams | None = None
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -54,7 +55,7 @@ class Layout:
     @property
     def any_pattern(self) -> bool:
         """Whether it holds weights that are not 2:4."""
-        return not self.unit_columns
+        return self.streams is not None
 
     @property
     def tile_rows(self) -> int:
@@ -63,20 +64,28 @@ class Layout:
 
     def nbytes(self, rows: int, columns: int, density: float = 0.5) -> int:
         """Bytes of a packed weight [rows, columns]; where it holds any pattern, those that are expected."""
-        if self.any_pattern:
-            return unstructured.expected_bytes(rows, columns, density)
+        if self.streams is not None:
+            return unstructured.expected_bytes(rows, columns, density, self.streams)
         return -(-rows // TILE) * self.units(columns) * self.unit_bytes
 
 
 BF16 = Layout("rac_24_bf16", "sparse24_bf16.cu", 64, 1152, 2)
 INT4 = {g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + 4 * TILE * 128 // g, 2, g, "2:4 int4") for g in GROUPS}
-UNSTRUCTURED = Layout("rac_unstructured_bf16", "unstructured_bf16.cu", 0, unstructured.LINE, 1, title="unstructured")
+UNSTRUCTURED = Layout(
+    "rac_unstructured_bf16", "unstructured_bf16.cu", 0, schedule.LINE, 1, 0, "unstructured", schedule.BF16
+)
+UNSTRUCTURED_INT8 = Layout(
+    "rac_unstructured_int8", "unstructured_int8.cu", 0, schedule.LINE, 1, 0, "unstructured int8", schedule.INT8
+)
+_ANY_PATTERN = {torch.int32: UNSTRUCTURED, torch.int8: UNSTRUCTURED_INT8}  # by the dtype of what is packed
 
 
 def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool = True) -> Layout | None:
     """The layout of values of this dtype (int32: of four bits) of which `group` columns share a scale; None if there is none."""
     if stored in FLOATS:
         return BF16 if two_of_four else UNSTRUCTURED
+    if stored == torch.int8:
+        return UNSTRUCTURED_INT8 if group == columns else None
     if stored != torch.int32 or not two_of_four:
         return None
     return next((INT4[g] for g in reversed(GROUPS) if group % g == 0 or group == columns), None)
@@ -85,32 +94,33 @@ def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool =
 def layout_of_packed(packed: Tensor, rows: int, columns: int) -> Layout | None:
     """The layout of what `pack` returned for a weight [rows, columns]; None for anything else.
 
-    Weights of any pattern are int32, the others uint8, of which no two layouts take equally many bytes.
+    Weights of any pattern are int32 or int8, the others uint8, of which no two layouts take equally many bytes.
     """
     nbytes = packed.numel() * packed.element_size()
-    if packed.dim() != 1 or packed.dtype not in (torch.uint8, torch.int32):
+    if packed.dim() != 1 or packed.dtype not in (torch.uint8, *_ANY_PATTERN):
         return None
-    if packed.dtype == torch.int32:
-        fits = nbytes % unstructured.LINE == 0 and nbytes >= unstructured.least_bytes(rows, columns)
-        return UNSTRUCTURED if fits and columns <= unstructured.MOST_COLUMNS else None
+    layout = _ANY_PATTERN.get(packed.dtype)
+    if layout is not None and layout.streams is not None:
+        fits = nbytes % schedule.LINE == 0 and nbytes >= unstructured.least_bytes(rows, columns, layout.streams)
+        return layout if fits and columns <= unstructured.MOST_COLUMNS else None
     return next((layout for layout in (BF16, *INT4.values()) if layout.nbytes(rows, columns) == nbytes), None)
 
 
 def units_of(layout: Layout, packed: Tensor, columns: int) -> int:
     """What a kernel is told of the size of a packed weight: units of a tile, or of all where there is any pattern."""
-    return packed.numel() * packed.element_size() // unstructured.LINE if layout.any_pattern else layout.units(columns)
+    return packed.numel() * packed.element_size() // schedule.LINE if layout.any_pattern else layout.units(columns)
 
 
 def pack(weight: StoredWeight, layout: Layout) -> Tensor:
-    """The packed form, 1-D: uint8 of a weight with at most two of each four columns stored, int32 of any other.
+    """The packed form, 1-D: uint8 of a weight with at most two of each four columns stored, int32 or int8 of any other.
 
     Values of other float dtypes are rounded to bfloat16.
 
     Raises:
         RacError: a weight that is not 2:4, or values or scales that the layout does not hold.
     """
-    if layout.any_pattern:
-        return unstructured.pack(weight)
+    if layout.streams is not None:
+        return unstructured.pack(weight, layout.streams)
     name, group = weight.name, weight.group
     if not weight.two_of_four:
         raise RacError(

@@ -11,8 +11,17 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, layout_of, layout_of_packed, pack, units_of
-from tests.kernels.cuda.weights import bf16_weight, int4_weight, kept_of_four, unstructured_weight
+from rac_modifier.kernels.cuda.layout import (
+    BF16,
+    INT4,
+    UNSTRUCTURED,
+    UNSTRUCTURED_INT8,
+    layout_of,
+    layout_of_packed,
+    pack,
+    units_of,
+)
+from tests.kernels.cuda.weights import bf16_weight, int4_weight, int8_weight, kept_of_four, unstructured_weight
 
 
 def words_of(packed: Tensor) -> Tensor:
@@ -143,7 +152,9 @@ def test_the_layout_follows_from_dtype_and_group():
     assert layout_of(torch.int32, 192, 576) is INT4[64]
     assert layout_of(torch.int32, 1000, 1000) is INT4[128]  # one scale per row
     assert layout_of(torch.int32, 32, 512) is None
-    assert layout_of(torch.int8, 512, 512) is None
+    for two_of_four in (True, False):
+        assert layout_of(torch.int8, 512, 512, two_of_four) is UNSTRUCTURED_INT8
+        assert layout_of(torch.int8, 128, 512, two_of_four) is None
     assert layout_of(torch.float8_e4m3fn, 512, 512) is None
 
 
@@ -161,16 +172,20 @@ def test_dtype_and_size_tell_the_layout():
 
 
 def test_a_weight_of_any_pattern_is_told_by_its_dtype_and_has_a_least_size():
-    packed = pack(unstructured_weight(40, 200), UNSTRUCTURED)
-    assert packed.dtype == torch.int32
-    assert layout_of_packed(packed, 40, 200) is UNSTRUCTURED
-    assert units_of(UNSTRUCTURED, packed, 200) == packed.numel() // 32
-    assert layout_of_packed(packed.view(2, -1), 40, 200) is None
-    assert layout_of_packed(packed[:-1], 40, 200) is None
-    empty = pack(unstructured_weight(40, 200, 0.0), UNSTRUCTURED)
-    assert layout_of_packed(empty, 40, 200) is UNSTRUCTURED
-    assert layout_of_packed(empty, 100, 200) is None
-    assert layout_of_packed(empty, 40, 70000) is None
+    for layout, make, dtype in [
+        (UNSTRUCTURED, unstructured_weight, torch.int32),
+        (UNSTRUCTURED_INT8, int8_weight, torch.int8),
+    ]:
+        packed = pack(make(40, 200), layout)
+        assert packed.dtype == dtype
+        assert layout_of_packed(packed, 40, 200) is layout
+        assert units_of(layout, packed, 200) == packed.numel() * dtype.itemsize // 128
+        assert layout_of_packed(packed.view(2, -1), 40, 200) is None
+        assert layout_of_packed(packed[:-1], 40, 200) is None
+        empty = pack(make(40, 200, 0.0), layout)
+        assert layout_of_packed(empty, 40, 200) is layout
+        assert layout_of_packed(empty, 400, 200) is None
+        assert layout_of_packed(empty, 40, 70000) is None
     assert (BF16.tile_rows, UNSTRUCTURED.tile_rows) == (16, 32)
     assert (BF16.padded_columns(200), INT4[64].padded_columns(200), UNSTRUCTURED.padded_columns(200)) == (256, 256, 256)
 
