@@ -38,6 +38,7 @@ LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "dow
 # Bits of a value; columns that share a scale, 0 for all; and whether the weight is 2:4. Of any pattern, half is stored.
 FORMATS = {
     "bf16": (16, 0, True),
+    "int8": (8, 0, True),
     "int4 g128": (4, 128, True),
     "int4 g64": (4, 64, True),
     "unstructured": (16, 0, False),

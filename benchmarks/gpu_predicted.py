@@ -16,7 +16,7 @@ from pathlib import Path
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
-from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
+from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
 from rac_modifier.kernels.cuda.predict import DENSE, Time, dense_time, sparse_time
 
 TOKENS = (1, 8, 16, 32)
@@ -29,6 +29,7 @@ MODELS = {
 CONTENDERS = {
     "dense bf16": "bf16",
     "bf16": BF16,
+    "int8": INT8,
     "int4 g128": INT4[128],
     "int4 g64": INT4[64],
     "unstructured": UNSTRUCTURED,
@@ -107,6 +108,20 @@ def unstructured() -> Iterator[str]:
                 yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound_by} |"
 
 
+def int8_24() -> Iterator[str]:
+    """2:4 + int8: every card, model and number of tokens."""
+    yield "| card | model | tokens | fp8, ms | 2:4 + int8, ms | over fp8 | over bf16 | over int4 | bound by |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for card in CARDS:
+        for model in MODELS:
+            for tokens in TOKENS:
+                t, (shapes, layers) = times(card, model, tokens), MODELS[model]
+                taken = layers * sum(sparse_time(card, INT8, *s, tokens).total for s in shapes.values()) / 1000
+                gains = " | ".join(f"{t[name] / taken:.2f}x" for name in ("fp8", "bf16", "int4"))
+                numbers = f"{t['fp8']:.2f} | {taken:.2f} | {gains} | {bound(card, model, tokens, INT8)}"
+                yield f"| {card.name} | {model} | {tokens} | {numbers} |"
+
+
 def ports() -> Iterator[str]:
     """2:4 + int4 over int4 with other rates of L2: the constant that decides most and is known least."""
     yield "| card | bytes per cycle from L2 | 1 token | 8 | 16 | 32 |"
@@ -165,6 +180,7 @@ TABLES = {
     "Unstructured bfloat16": unstructured,
     "Other rates of L2": ports,
     "Unstructured int8": int8,
+    "2:4 + int8": int8_24,
 }
 
 

@@ -10,8 +10,7 @@ struct Int8Stream {
   static constexpr int STEP = 64, AHEAD = 2, RING = 64, MASKS = 2, COUNTS_BYTES = 256, ALIGNED = RING * LINE;
   static constexpr int REPEATED = 1;  // line: the second word of a window
   static constexpr bool SCALED = true;
-  // Values are multiplied as (v + 128) 2^-133 2^127 - 128 / 64, see `two_values`.
-  static DEVICE float of_scale(float scale) { return scale * 64.0f; }
+  static DEVICE float of_scale(float scale) { return scale * INTEGER_SCALE; }
 
   u32 line, bits, lane, ring;  // `line`, `bits`: 32 and 8 times the number of the next value
 
@@ -20,10 +19,6 @@ struct Int8Stream {
     ring = kept(ring_ + lane * 4);
     line = bits = 0;
   }
-
-  // A bf16 whose bits are a byte u is u 2^-133, below and above 128 alike: there the exponent becomes 1, which stands for the same
-  // power of two. So this is (u - 128) / 64 for two, and exact.
-  static DEVICE u32 two_values(u32 two) { return fma_bf16x2(two, 0x7f007f00, 0xc000c000); }
 
   // Registers 2 q and 2 q + 1 of a product. `stored`: bits 0, 4, 8 and 12.
   DEVICE void four(u32 stored, u32& first, u32& second) {
@@ -34,8 +29,7 @@ struct Int8Stream {
     const u32 count = count_bits(stored);
     line += count * 32;
     bits += count * 8;
-    first = two_values(chosen & 0x00ff00ff);
-    second = two_values(choose_bytes(chosen, 0, 0x4341));
+    four_integers(chosen, first, second);
   }
 
   template <int TOKEN_TILES>

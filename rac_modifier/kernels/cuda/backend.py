@@ -40,7 +40,7 @@ def requested() -> bool:
 
 
 def can_run(layer: Layer) -> Decision:
-    """Sparse where it is asked for, the weight is bfloat16, int8 or 2:4 in four bits, and the kernels compile and load."""
+    """Sparse where it is asked for, the weight is bfloat16, int8, or 2:4 in four bits, and the kernels compile and load."""
     dense_bytes = float(layer.served.itemsize)
     layout, problem = _plan(layer)
     size = dense_bytes if layout is None else bytes_per_weight(layer, layout)

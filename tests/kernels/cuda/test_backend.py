@@ -13,11 +13,23 @@ from rac_modifier.kernels.cuda import backend, library
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.interface import Layer
 from tests.kernels.cuda.fake_gpu import FakeDriver
-from tests.kernels.cuda.weights import assert_product, bf16_weight, int4_weight, int8_weight, unstructured_weight
+from tests.kernels.cuda.weights import (
+    assert_product,
+    bf16_weight,
+    int4_weight,
+    int8_weight,
+    kept_of_four,
+    unstructured_weight,
+)
 
 BF16 = torch.bfloat16
 HALF = Layer(4096, 4096, 0.5, BF16, BF16, 4096, two_of_four=True)
+EIGHT_BITS = replace(HALF, stored=torch.int8)
 FOUR_BITS = replace(HALF, stored=torch.int32, group=128)
+
+
+def int8_24_weight(rows: int, columns: int):
+    return int8_weight(rows, columns, kept_of_four(rows, columns).float())
 
 
 def test_it_is_off_unless_it_is_asked_for(gpu, monkeypatch):
@@ -35,7 +47,10 @@ def test_it_is_off_unless_it_is_asked_for(gpu, monkeypatch):
 ANY = replace(HALF, two_of_four=False)
 
 
-@pytest.mark.parametrize(("layer", "kernel", "size"), [(HALF, "2:4", 1.125), (FOUR_BITS, "2:4 int4", 0.40625)])
+@pytest.mark.parametrize(
+    ("layer", "kernel", "size"),
+    [(HALF, "2:4", 1.125), (FOUR_BITS, "2:4 int4", 0.40625), (EIGHT_BITS, "2:4 int8", 0.625 + 4 / 4096)],
+)
 def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     decision = cuda.can_run(layer)
     assert decision.sparse
@@ -102,8 +117,14 @@ def test_what_does_not_load_stays_dense(gpu):
 @pytest.mark.parametrize("tokens", [1, 9, 40, 129])
 @pytest.mark.parametrize(
     "make",
-    [bf16_weight, lambda rows, columns: int4_weight(rows, columns, 64), unstructured_weight, int8_weight],
-    ids=["bf16", "int4", "unstructured", "unstructured int8"],
+    [
+        bf16_weight,
+        lambda rows, columns: int4_weight(rows, columns, 64),
+        unstructured_weight,
+        int8_weight,
+        int8_24_weight,
+    ],
+    ids=["bf16", "int4", "unstructured", "unstructured int8", "int8"],
 )
 def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
     weight = make(50, 192)
@@ -132,9 +153,8 @@ def test_weights_of_any_pattern_are_claimed_with_the_bytes_that_are_expected(gpu
     assert 4 * cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 1024, rel=0.02)
 
 
-@pytest.mark.parametrize("layer", [ANY, HALF])
-def test_int8_is_claimed_whatever_its_pattern(gpu, layer):
-    decision = cuda.can_run(replace(layer, stored=torch.int8))
+def test_int8_is_claimed_whatever_its_pattern(gpu):
+    decision = cuda.can_run(replace(ANY, stored=torch.int8))
     assert decision.kernel == "sparse GPU kernel unstructured int8"
     assert "not yet measured on hardware: about 0.68 bytes" in decision.reason
     weight = int8_weight(256, 4096, 0.4)

@@ -8,7 +8,7 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import CARDS
 from rac_modifier.kernels.cuda.instruction_counts import COUNTS, count_instructions
-from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
+from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
 from rac_modifier.kernels.cuda.programs import program, tiles_of
 from tests.kernels.cuda.machine_code import kernels
 
@@ -22,6 +22,7 @@ LAYOUTS = {
     "bf16": BF16,
     "int4 g128": INT4[128],
     "int4 g64": INT4[64],
+    "2:4 int8": INT8,
     "unstructured": UNSTRUCTURED,
     "unstructured int8": UNSTRUCTURED_INT8,
 }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
+from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
 from rac_modifier.kernels.cuda.programs import program, tiles_of
 from tests.kernels.cuda.machine_code import Kernel, kernels, operation_of, operations
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"]
 # Another group changes only how many scales are read: one architecture shows it.
 BUILDS = [
-    *((layout, each) for layout in (BF16, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8) for each in ARCHITECTURES),
+    *((layout, each) for layout in (BF16, INT8, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8) for each in ARCHITECTURES),
     (INT4[64], "sm_90a"),
 ]
 # Instructions of the loop per weight of a lane, at most, by token tiles, for two row tiles. These limits hold what was found
@@ -21,6 +21,8 @@ BUILDS = [
 # weight: there, int4 with more than 8 tokens is bound by instructions.
 MOST = {("rac_24_bf16", 1): 0.9, ("rac_24_bf16", 2): 1.55, ("rac_24_bf16", 4): 2.3}
 MOST |= {("rac_24_int4", 1): 1.5, ("rac_24_int4", 2): 2.15, ("rac_24_int4", 4): 3.0}
+# 2:4 int8: 1.21-1.25, 1.44-1.59 and 1.76-2.24 were found.
+MOST |= {("rac_24_int8", 1): 1.35, ("rac_24_int8", 2): 1.7, ("rac_24_int8", 4): 2.4}
 # Any pattern: 6.0-6.8, 6.4-7.2 and 6.8-8.1 were found. An H100 can issue 11.5 while it reads a weight of 1.25 bytes, an H200
 # 8.0, a B200 5.4: there, instructions bound it.
 MOST |= {("rac_unstructured_bf16", 1): 7.2, ("rac_unstructured_bf16", 2): 7.6, ("rac_unstructured_bf16", 4): 8.6}
@@ -64,7 +66,7 @@ class TestMachineCode:
                 expand = kernels(layout, architecture)[f"{layout.prefix}_expand"].instructions
                 assert not [each for each in expand if operation_of(each) == "BSSY"]
                 continue
-            columns = 256 if layout.group and tokens == 1 else 64 if tokens > 1 and not layout.group else 128
+            columns = program(layout, rows, tokens).units * layout.unit_columns
             assert kernel.count("HMMA.SP") == kernel.count("HMMA") == rows * tokens * columns // 32, kernel.name
 
     def test_weights_come_by_asynchronous_copies_of_16_bytes(self, layout, architecture):
@@ -80,7 +82,7 @@ class TestMachineCode:
                 again = 2 if layout is UNSTRUCTURED else 1
                 assert copies == layout.streams.step // 32 * tokens + 1 + 2 + again, kernel.name
                 continue
-            units = 2 if tokens == 1 else 1
+            units = program(layout, rows, tokens).units
             pieces = rows * units * layout.unit_bytes / 16 + tokens * 8 * units * layout.unit_columns / 8
             assert pieces / 32 <= copies < pieces / 32 + 2, kernel.name
             assert kernel.count("LDSM") == units * layout.unit_columns // 32 * tokens

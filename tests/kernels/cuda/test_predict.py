@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import CARDS, card_of
 from rac_modifier.kernels.cuda.instruction_counts import COUNTS
-from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, UNSTRUCTURED_INT8
+from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8
 from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
 
-LAYOUTS = [BF16, INT4[64], INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8]
+LAYOUTS = [BF16, INT8, INT4[64], INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8]
 shapes = st.tuples(st.integers(1, 2000).map(lambda n: 16 * n), st.integers(1, 512).map(lambda n: 64 * n))
 tokens = st.integers(1, 32)
 cards = st.sampled_from(CARDS)
