@@ -35,22 +35,31 @@ from rac_modifier.kernels import cuda
 TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 129)
 ODD_SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of an 8B model
-# Columns that share a scale, 0 for bf16; and whether the weight is 2:4. Of any pattern, half is stored.
-FORMATS = {"bf16": (0, True), "int4 g128": (128, True), "int4 g64": (64, True), "unstructured": (0, False)}
+# Bits of a value; columns that share a scale, 0 for all; and whether the weight is 2:4. Of any pattern, half is stored.
+FORMATS = {
+    "bf16": (16, 0, True),
+    "int8": (8, 0, True),
+    "int4 g128": (4, 128, True),
+    "int4 g64": (4, 64, True),
+    "unstructured": (16, 0, False),
+    "unstructured int8": (8, 0, False),
+}
 CYCLED_BYTES = 512 << 20  # of weights: more than any cache
 Linear = Callable[[Tensor], Tensor]
 
 
-def random_weight(rows: int, columns: int, group: int, two_of_four: bool = True) -> StoredWeight:
-    """A weight, half of it stored: normal in bfloat16, or int4 with a scale per `group` columns (padded to whole groups)."""
+def random_weight(rows: int, columns: int, bits: int = 16, group: int = 0, two_of_four: bool = True) -> StoredWeight:
+    """A weight, half of it stored: normal in bfloat16, or integers with a scale per `group` columns (padded to whole groups)."""
     columns = -(-columns // group) * group if group else columns
     kept = (torch.rand(rows, columns // 4, 4).argsort(dim=-1) < 2).view(rows, columns)
     if not two_of_four:
         kept = torch.rand(rows, columns) < 0.5
-    if not group:
+    if bits == 16:
         return from_dense(torch.randn(rows, columns).bfloat16().masked_fill(~kept, 0.0), "random")
-    values = torch.randint(-8, 8, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
-    return replace(from_dense(values, "random"), scale=torch.rand(rows, columns // group) + 0.1, bits=4)
+    top = 1 << bits - 1
+    values = torch.randint(-top, top, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
+    scale = torch.rand(rows, columns // group if group else 1) + 0.1
+    return replace(from_dense(values, "random"), scale=scale, bits=bits)
 
 
 def packed_linear(weight: StoredWeight, bias: Tensor | None = None) -> Linear:
@@ -65,9 +74,9 @@ def check(device: str, shapes: tuple[tuple[int, int], ...], tokens: tuple[int, .
     Raises:
         RacError: a wrong result, or other bits the second time.
     """
-    for name, (group, two_of_four) in FORMATS.items():
+    for name, kind in FORMATS.items():
         for rows, columns in shapes:
-            weight = random_weight(rows, columns, group, two_of_four)
+            weight = random_weight(rows, columns, *kind)
             dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
             linear = packed_linear(weight, bias)
             for number in tokens:
@@ -75,7 +84,8 @@ def check(device: str, shapes: tuple[tuple[int, int], ...], tokens: tuple[int, .
                 y = linear(x)
                 terms = x.double().abs() @ dense.abs().T + bias.double().abs()
                 exact = x.double() @ dense.T + bias.double()
-                rounded = 2.0**-8 * terms if group and number > 128 else 0.0  # expanded, an int4 weight is rounded
+                # Expanded, integers are scaled and rounded.
+                rounded = 2.0**-8 * terms if weight.scale is not None and number > 128 else 0.0
                 error = float(((y.double() - exact).abs() / (terms * 2.0**-19 + exact.abs() * 2.0**-8 + rounded)).max())
                 what = f"{name} [{rows}, {weight.columns}] times {number} tokens"
                 if not error <= 1.0:

@@ -12,9 +12,10 @@
 
 // The end of a kernel: adds the sums of all warps in their order, and the bias, and stores the result. Warp w has WARP_BYTES of shared
 // memory from w WARP_BYTES on, in which a lane writes words whose number is its own plus a multiple of 32: no other lane may still read
-// them. `row`: number lane % (16 ROW_TILES) of the block's rows, where it is in the result.
+// them. `row`: number lane % (16 ROW_TILES) of the block's rows, where it is in the result; `scale`: that its sums are multiplied by.
 template <int ROW_TILES, int TOKEN_TILES, int WARPS, int WARP_BYTES>
-DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* bias, u8* out, int row, int rows, int token0, int tokens) {
+DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* bias, u8* out, int row, int rows, int token0, int tokens,
+                      float scale = 1.0f) {
   const u32 lane = thread_index() % 32, own = warp_index() * WARP_BYTES;
   UNROLL
   for (int r = 0; r < ROW_TILES; r++)
@@ -31,11 +32,22 @@ DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* b
     float total = shared_load_float(at);
     UNROLL
     for (int w = 1; w < WARPS; w++) total += shared_load_float(w * WARP_BYTES + at);
+    total *= scale;
     if (u32(row) < u32(rows) && token < tokens) {  // also of a damaged order of rows
       if (bias != nullptr) total += global_load_bf16(bias + row * 2);
       global_store_bf16(out + (static_cast<long long>(token) * rows + row) * 2, total);
     }
   }
+}
+
+// Integers of 8 bits as bf16: of a word of four bytes v + 128, `even` has v / 64 of bytes 0 and 2, `odd` of bytes 1 and 3. A bf16 whose
+// bits are a byte u is u 2^-133, below and above 128 alike: there the exponent becomes 1, which stands for the same power of two. So
+// this is u 2^-133 2^127 - 2, and exact.
+constexpr float INTEGER_SCALE = 64.0f;  // the sums of such values are multiplied by it
+DEVICE u32 two_integers(u32 two) { return fma_bf16x2(two, 0x7f007f00, 0xc000c000); }
+DEVICE void four_integers(u32 four, u32& even, u32& odd) {
+  even = two_integers(four & 0x00ff00ff);
+  odd = two_integers(choose_bytes(four, 0, 0x4341));
 }
 
 template <class FORMAT_, int ROW_TILES_, int TOKEN_TILES_, int UNITS_, int STAGES_, int WARPS_>
@@ -140,6 +152,11 @@ struct Decode {
         UNROLL
         for (int i = 0; i < 4; i++) sum[r][n][i] = 0.0f;
 
+    float scale = 1.0f;
+    if (FORMAT::ROW_SCALES) {
+      const int own = tile * 16 + lane % (ROW_TILES * 16), scaled = own < rows ? own : 0;
+      scale = global_load_float(weight + (last_tile + 1) * stride + scaled * 4ll) * INTEGER_SCALE;
+    }
     const u32 ring = warp * RING_BYTES, end = ring + RING_BYTES;
     UNROLL
     for (int s = 0; s < STAGES - 1; s++) {
@@ -159,7 +176,7 @@ struct Decode {
 
     SYNC_WARP();
     const int row = tile * 16 + lane % (ROW_TILES * 16);
-    add_warps<ROW_TILES, TOKEN_TILES, WARPS, RING_BYTES>(sum, bias, out, row, rows, token0, tokens);
+    add_warps<ROW_TILES, TOKEN_TILES, WARPS, RING_BYTES>(sum, bias, out, row, rows, token0, tokens, scale);
   }
 };
 

@@ -23,6 +23,7 @@ extern __shared__ __align__(128) u8 rac_shared[];
 
 DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE u32 warp_index() { return __shfl_sync(0xffffffff, threadIdx.x / 32, 0); }  // the compiler sees that it is one per warp
+DEVICE u32 kept(u32 value) { return __shfl_sync(0xffffffff, value, threadIdx.x % 32); }  // the compiler does not compute it again
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 
@@ -43,6 +44,7 @@ DEVICE uint4 shared_load16(u32 at) { return *reinterpret_cast<const uint4*>(rac_
 DEVICE u32 shared_load1(u32 at) { return rac_shared[at]; }
 DEVICE u32 shared_load2(u32 at) { return *reinterpret_cast<const unsigned short*>(rac_shared + at); }
 DEVICE u32 shared_load4(u32 at) { return *reinterpret_cast<const u32*>(rac_shared + at); }
+DEVICE uint2 shared_load8(u32 at) { return *reinterpret_cast<const uint2*>(rac_shared + at); }
 DEVICE float shared_load_float(u32 at) { return *reinterpret_cast<const float*>(rac_shared + at); }
 DEVICE void shared_store_float(u32 at, float value) { *reinterpret_cast<float*>(rac_shared + at) = value; }
 
@@ -82,7 +84,19 @@ DEVICE u32 and_or(u32 a, u32 b, u32 c) {
 // The low halves of two registers as one.
 DEVICE u32 two_halves(u32 low, u32 high) { return __byte_perm(low, high, 0x5410); }
 
-// a * b + c for two bf16 each, rounded once.
+// Four of the eight bytes of low and high; nibble k of `which`, 0 to 7, says which is byte k. The upper half of `which` is not read.
+DEVICE u32 choose_bytes(u32 low, u32 high, u32 which) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(which));  // __byte_perm masks `which`
+  return d;
+}
+
+// The low word of 64 bits, shifted to the right by the low five bits of `bits`.
+DEVICE u32 funnel_shift(u32 low, u32 high, u32 bits) { return __funnelshift_r(low, high, bits); }
+
+DEVICE u32 count_bits(u32 word) { return __popc(word); }
+
+// a * b + c for two bf16 each, rounded once; numbers below 2^-126 too.
 DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

@@ -62,7 +62,9 @@ def _notes(prediction: Prediction) -> list[str]:
         named = ", ".join(dict.fromkeys(layer.kind for layer in prediction.layers if layer.reason == reason))
         notes.append(f"{named}: {reason}")
     if not any(layer.reason is None for layer in prediction.layers):
-        notes.append("no layer has a GPU kernel: those that exist take packed 2:4 weights, in bfloat16 or int4")
+        notes.append(
+            "no layer has a GPU kernel: those that exist take packed bfloat16 and int8, and 2:4 weights of int4"
+        )
     notes += [f"{count} modules are left out: {reason}" for reason, count in prediction.left_out.items()]
     if prediction.in_cache:
         notes.append(f"L2 of the {prediction.card.title} holds all of these weights, so the times are too long")

@@ -12,7 +12,17 @@ needs_vllm()
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
-from tests.vllm_plugin.layer_kinds import KINDS, K, config_of, finish, load, make, weights_of  # noqa: E402
+from tests.vllm_plugin.layer_kinds import (  # noqa: E402
+    KINDS,
+    K,
+    config_of,
+    finish,
+    load,
+    make,
+    quantized,
+    quantized_config,
+    weights_of,
+)
 
 BF16 = torch.bfloat16
 
@@ -63,6 +73,30 @@ def test_a_rank_multiplies_its_share_of_any_pattern(gpu, monkeypatch, kind, rank
     finish(sparse)
     decision = sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix]
     assert decision.kernel == "sparse GPU kernel unstructured"
+    gpu.capturing = True
+    x = torch.randn(3, expected.shape[1]).to(BF16)
+    y = sparse.quant_method.apply(sparse, x)
+    torch.testing.assert_close(y.float(), x.float() @ expected.T, rtol=1e-2, atol=1e-2)
+    assert len(gpu.launches) == 1
+
+
+@pytest.mark.parametrize(("format", "kernel"), [(FORMAT_24, "2:4 int8"), (FORMAT_BITMASK, "unstructured int8")])
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_multiplies_its_share_of_int8(gpu, monkeypatch, kind, rank, size, format, kernel):
+    """With the limit lifted, as above."""
+    monkeypatch.setattr("rac_modifier.kernels.cuda.backend._LEAST_CEILING", 0.0)
+    on_rank(monkeypatch, rank, size)
+    dense, sparse = make(kind, None), make(kind, quantized_config(format))
+    sparse.quant_method.dtype = BF16
+    for shard, module, weight in weights_of(kind, format == FORMAT_24):
+        values, scale, meant = quantized(weight, "int8")
+        load(dense, shard, {"weight": meant})
+        load(sparse, shard, {**pack(values, format, module), "weight_scale": scale})
+    expected = dense.weight.data.clone()
+    finish(sparse)
+    decision = sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix]
+    assert decision.kernel == f"sparse GPU kernel {kernel}"
     gpu.capturing = True
     x = torch.randn(3, expected.shape[1]).to(BF16)
     y = sparse.quant_method.apply(sparse, x)

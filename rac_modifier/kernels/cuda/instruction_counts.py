@@ -23,10 +23,18 @@ COUNTS: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("int4 g64", "sm_89"): ((213, 331), (156, 636), (221, 587), (344, 352), (241, 503), (329, 655)),
     ("int4 g64", "sm_90"): ((216, 352), (171, 653), (229, 595), (349, 371), (249, 527), (337, 679)),
     ("int4 g64", "sm_100"): ((248, 368), (193, 519), (306, 710), (386, 430), (276, 572), (401, 775)),
+    ("2:4 int8", "sm_80"): ((106, 374), (125, 651), (163, 581), (155, 397), (184, 400), (225, 623)),
+    ("2:4 int8", "sm_89"): ((104, 368), (125, 651), (163, 581), (155, 397), (184, 400), (225, 623)),
+    ("2:4 int8", "sm_90"): ((112, 400), (139, 685), (172, 620), (160, 424), (185, 423), (228, 636)),
+    ("2:4 int8", "sm_100"): ((119, 369), (161, 535), (232, 736), (159, 449), (203, 477), (286, 794)),
     ("unstructured", "sm_80"): ((196, 348), (206, 378), (220, 428)),
     ("unstructured", "sm_89"): ((192, 352), (206, 378), (218, 430)),
     ("unstructured", "sm_90"): ((204, 372), (215, 401), (227, 453)),
     ("unstructured", "sm_100"): ((216, 408), (228, 460), (254, 530)),
+    ("unstructured int8", "sm_80"): ((329, 335), (337, 359), (368, 424)),
+    ("unstructured int8", "sm_89"): ((329, 335), (336, 352), (368, 424)),
+    ("unstructured int8", "sm_90"): ((336, 352), (344, 384), (377, 455)),
+    ("unstructured int8", "sm_100"): ((341, 363), (360, 416), (404, 476)),
 }
 
 
@@ -36,7 +44,8 @@ def count_instructions(layout: Layout, architecture: str, row_tiles: int, token_
     Raises:
         RacError: an architecture, such as "sm_75", that was not counted.
     """
-    name = "unstructured" if layout.any_pattern else f"int4 g{layout.group}" if layout.group else "bf16"
+    title = layout.any_pattern or layout.row_scales
+    name = layout.title if title else f"int4 g{layout.group}" if layout.group else "bf16"
     if (name, architecture) not in COUNTS:
         known = ", ".join(sorted({each for _, each in COUNTS}))
         raise RacError(f"there are no instruction counts for {architecture}; they exist for {known}")

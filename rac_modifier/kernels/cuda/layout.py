@@ -1,7 +1,8 @@
 """Weights in the order in which the lanes of a GPU's warp read them. csrc/gpu/*.cu describe the layouts.
 
 Pure functions of tensors, on the device that these are on. Of 2:4 weights, a tile is 16 rows, a unit a tile's next 64 (bf16) or
-128 (int4) columns; rows are padded to 16 and columns to 128 (bf16) or 256 (int4) with zeros. `unstructured.py` has all others.
+128 (int8, int4) columns; rows are padded to 16 and columns to 128 (bf16, int8) or 256 (int4) with zeros. `unstructured.py` has
+all others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn.functional import pad as pad_zeros
 
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda import unstructured
+from rac_modifier.kernels.cuda import schedule, unstructured
 
 TILE = 16  # rows
 GROUPS = (64, 128)  # columns that share a scale, where values have four bits
@@ -25,9 +26,9 @@ _ROWS_AT_ONCE = 1024  # bounds the memory that packing needs beside its result
 class Layout:
     """A packed form. `unit_columns` columns of a tile take `unit_bytes`; rows have a multiple of `units_at_once` units.
 
-    `group`: columns that share a scale, 0 for bf16. `source` has the kernels, compiled with the macros of `defines`; their
-    names begin with `prefix`. `title` is for people. A weight of any pattern has units of 128 bytes, as many as it needs, and
-    `unit_columns` 0.
+    `group`: columns that share a scale; 0 for bf16, and for int8, which has one per row: `row_scales`. `source` has the kernels,
+    compiled with the macros of `defines`; their names begin with `prefix`. `title` is for people. A weight of any pattern has
+    units of 128 bytes, as many as it needs, `unit_columns` 0, and `streams`.
     """
 
     prefix: str
@@ -37,6 +38,8 @@ class Layout:
     units_at_once: int
     group: int = 0
     title: str = "2:4"
+    streams: schedule.Streams | None = None
+    row_scales: bool = False
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -54,7 +57,7 @@ class Layout:
     @property
     def any_pattern(self) -> bool:
         """Whether it holds weights that are not 2:4."""
-        return not self.unit_columns
+        return self.streams is not None
 
     @property
     def tile_rows(self) -> int:
@@ -63,20 +66,30 @@ class Layout:
 
     def nbytes(self, rows: int, columns: int, density: float = 0.5) -> int:
         """Bytes of a packed weight [rows, columns]; where it holds any pattern, those that are expected."""
-        if self.any_pattern:
-            return unstructured.expected_bytes(rows, columns, density)
-        return -(-rows // TILE) * self.units(columns) * self.unit_bytes
+        if self.streams is not None:
+            return unstructured.expected_bytes(rows, columns, density, self.streams)
+        return -(-rows // TILE) * (self.units(columns) * self.unit_bytes + self.row_scales * TILE * 4)
 
 
 BF16 = Layout("rac_24_bf16", "sparse24_bf16.cu", 64, 1152, 2)
 INT4 = {g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + 4 * TILE * 128 // g, 2, g, "2:4 int4") for g in GROUPS}
-UNSTRUCTURED = Layout("rac_unstructured_bf16", "unstructured_bf16.cu", 0, unstructured.LINE, 1, title="unstructured")
+INT8 = Layout("rac_24_int8", "sparse24_int8.cu", 128, 1280, 1, title="2:4 int8", row_scales=True)
+UNSTRUCTURED = Layout(
+    "rac_unstructured_bf16", "unstructured_bf16.cu", 0, schedule.LINE, 1, 0, "unstructured", schedule.BF16
+)
+UNSTRUCTURED_INT8 = Layout(
+    "rac_unstructured_int8", "unstructured_int8.cu", 0, schedule.LINE, 1, 0, "unstructured int8", schedule.INT8, True
+)
+_TWO_OF_FOUR = (BF16, INT8, *INT4.values())
+_ANY_PATTERN = {torch.int32: UNSTRUCTURED, torch.int8: UNSTRUCTURED_INT8}  # by the dtype of what is packed
 
 
 def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool = True) -> Layout | None:
     """The layout of values of this dtype (int32: of four bits) of which `group` columns share a scale; None if there is none."""
     if stored in FLOATS:
         return BF16 if two_of_four else UNSTRUCTURED
+    if stored == torch.int8:
+        return None if group != columns else INT8 if two_of_four else UNSTRUCTURED_INT8
     if stored != torch.int32 or not two_of_four:
         return None
     return next((INT4[g] for g in reversed(GROUPS) if group % g == 0 or group == columns), None)
@@ -85,52 +98,56 @@ def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool =
 def layout_of_packed(packed: Tensor, rows: int, columns: int) -> Layout | None:
     """The layout of what `pack` returned for a weight [rows, columns]; None for anything else.
 
-    Weights of any pattern are int32, the others uint8, of which no two layouts take equally many bytes.
+    Weights of any pattern are int32 or int8, the others uint8, of which no two layouts take equally many bytes.
     """
     nbytes = packed.numel() * packed.element_size()
-    if packed.dim() != 1 or packed.dtype not in (torch.uint8, torch.int32):
+    if packed.dim() != 1 or packed.dtype not in (torch.uint8, *_ANY_PATTERN):
         return None
-    if packed.dtype == torch.int32:
-        fits = nbytes % unstructured.LINE == 0 and nbytes >= unstructured.least_bytes(rows, columns)
-        return UNSTRUCTURED if fits and columns <= unstructured.MOST_COLUMNS else None
-    return next((layout for layout in (BF16, *INT4.values()) if layout.nbytes(rows, columns) == nbytes), None)
+    layout = _ANY_PATTERN.get(packed.dtype)
+    if layout is not None and layout.streams is not None:
+        fits = nbytes % schedule.LINE == 0 and nbytes >= unstructured.least_bytes(rows, columns, layout.streams)
+        return layout if fits and columns <= unstructured.MOST_COLUMNS else None
+    return next((layout for layout in _TWO_OF_FOUR if layout.nbytes(rows, columns) == nbytes), None)
 
 
 def units_of(layout: Layout, packed: Tensor, columns: int) -> int:
     """What a kernel is told of the size of a packed weight: units of a tile, or of all where there is any pattern."""
-    return packed.numel() * packed.element_size() // unstructured.LINE if layout.any_pattern else layout.units(columns)
+    return packed.numel() * packed.element_size() // schedule.LINE if layout.any_pattern else layout.units(columns)
 
 
 def pack(weight: StoredWeight, layout: Layout) -> Tensor:
-    """The packed form, 1-D: uint8 of a weight with at most two of each four columns stored, int32 of any other.
+    """The packed form, 1-D: uint8 of a weight with at most two of each four columns stored, int32 or int8 of any other.
 
     Values of other float dtypes are rounded to bfloat16.
 
     Raises:
         RacError: a weight that is not 2:4, or values or scales that the layout does not hold.
     """
-    if layout.any_pattern:
-        return unstructured.pack(weight)
+    if layout.streams is not None:
+        return unstructured.pack(weight, layout.streams)
     name, group = weight.name, weight.group
     if not weight.two_of_four:
         raise RacError(
             f"{name}: more than two of four columns are stored; keep it dense, the layout is for 2:4 weights"
         )
-    if bool(layout.group) == (weight.scale is None) or weight.values.is_floating_point() == bool(layout.group):
+    scaled = layout.row_scales or bool(layout.group)
+    if scaled == (weight.scale is None) or weight.values.is_floating_point() == scaled:
         raise RacError(
             f"{name}: values of {weight.values.dtype}, which the layout {layout.prefix} does not hold; keep it dense"
         )
-    if layout.group and group % layout.group and group != weight.columns:
-        raise RacError(
-            f"{name}: a scale per {group} columns, where the layout has one per {layout.group}; keep it dense"
-        )
+    if group != weight.columns and (layout.row_scales or (layout.group and group % layout.group)):
+        per = layout.group or "row"
+        raise RacError(f"{name}: a scale per {group} columns, where the layout has one per {per}; keep it dense")
     if weight.zeros is not None:
         raise RacError(
             f"{name}: zero points, for which there is no GPU kernel; quantize symmetrically, or keep it dense"
         )
     if layout.group and weight.values.numel() and not -8 <= int(weight.values.min()) <= int(weight.values.max()) <= 7:
         raise RacError(f"{name}: values outside of -8 to 7, which four bits hold; keep it dense")
-    return torch.cat([_pack_rows(part, layout) for part in _parts(weight)])
+    parts = [_pack_rows(part, layout) for part in _parts(weight)]
+    if layout.row_scales and weight.scale is not None:
+        parts.append(pad_zeros(weight.scale[:, 0].float(), (0, -weight.rows % TILE)).view(torch.uint8))
+    return torch.cat(parts)
 
 
 def _parts(weight: StoredWeight) -> list[StoredWeight]:
@@ -155,7 +172,10 @@ def _pack_rows(weight: StoredWeight, layout: Layout) -> Tensor:
     # tile, h, g (row g + 8 h), unit, product, q, t (four t + 4 q of a product's eight)
     shape = (rows // TILE, 2, 8, -1, products, 2, 4)
     values = torch.stack([first, second], dim=-1).view(*shape, 2)
-    parts = [_bf16_values(values) if not layout.group else _int4_values(values), _metadata((i0 | i1 << 2).view(shape))]
+    packed = (
+        _int4_values(values) if layout.group else _int8_values(values) if layout.row_scales else _bf16_values(values)
+    )
+    parts = [packed, _metadata((i0 | i1 << 2).view(shape))]
     if layout.group:
         parts.append(_scales(weight, layout, rows))
     return torch.cat(parts, dim=-1).flatten()
@@ -165,6 +185,12 @@ def _bf16_values(values: Tensor) -> Tensor:
     """Bytes [tiles, units, 1024]: product, lane (g, t), register (q, h), value."""
     ordered = values.to(torch.bfloat16).permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous()
     return ordered.view(torch.uint8).flatten(2)
+
+
+def _int8_values(values: Tensor) -> Tensor:
+    """Bytes [tiles, units, 1024]: pair of products, lane (g, t), product, q; byte 2 b + h, plus 128."""
+    ordered = values.unflatten(4, (2, 2)).permute(0, 3, 4, 2, 7, 5, 6, 8, 1).contiguous()
+    return (ordered.view(torch.uint8) ^ 128).flatten(2)
 
 
 def _int4_values(values: Tensor) -> Tensor:

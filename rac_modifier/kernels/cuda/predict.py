@@ -10,9 +10,10 @@ multiprocessor, and the one with most blocks is counted: ceil(blocks / multiproc
 - instructions: (chunks of columns) x (those of the loop) + (warps) x (all others), see `instruction_counts.py`;
 - tensor cores: rows x columns / 2 x tokens multiply-adds, with tokens padded to 8, 16 or 32.
 
-Weights of any pattern have the bytes that are expected of their density. L2 gives a twelfth of them twice (the ring's first
-group); a warp loads 32 times from shared memory per 1024 weights, and each load counts as 128 bytes; a loop is a step of 32 rows
-and 32 columns; and all multiply-adds are done, at the rate of dense products.
+Weights of any pattern have the bytes that are expected of their density. L2 gives a part of them twice (the ring's first
+lines); a warp loads values and masks from shared memory 33 times per 1024 weights (bfloat16) or 34 times per 2048 (int8),
+and each load counts as 128 bytes; a loop is a step of 32 rows and 32 (bfloat16) or 64 (int8) columns; and all multiply-adds are
+done, at the rate of dense products.
 
 Dense kernels are taken as bound by memory alone, which favours them. Left out, also for them: the last blocks of a kernel
 that leave multiprocessors idle (in the memory's share), latency, conflicts of banks. So this is optimistic, most of all where
@@ -24,11 +25,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda import unstructured
 from rac_modifier.kernels.cuda.cards import Card
 from rac_modifier.kernels.cuda.instruction_counts import count_instructions
 from rac_modifier.kernels.cuda.layout import TILE, Layout
 from rac_modifier.kernels.cuda.programs import decode_program
+from rac_modifier.kernels.cuda.schedule import LINE
 
 REACHED = 0.85  # share of each rate that a good kernel reaches; assumed
 LAUNCH = 2.0  # microseconds per kernel within a CUDA graph, its start and its end; assumed
@@ -104,10 +105,11 @@ def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int
     size = layout.nbytes(rows, columns, density)
     blocks = program.grid(rows, tokens)[0]
     padded_tokens, padded_columns = program.token_tiles * _TOKENS, layout.padded_columns(columns)
-    if layout.any_pattern:
-        loops, halved = padded_columns // unstructured.STEP, 1
-        copied = size / blocks * (1 + unstructured.COPIED_TWICE)
-        read = loops * (unstructured.LOADS + 1) * unstructured.LINE  # and a mask
+    if layout.streams is not None:
+        loops, halved = padded_columns // layout.streams.step, 1
+        whole_tile = layout.nbytes(layout.tile_rows, columns, density)  # the last one may have fewer rows
+        copied = whole_tile * (1 + layout.streams.repeated / layout.streams.ring)
+        read = loops * layout.streams.loads * LINE
     else:
         units = layout.units(columns)
         loops, halved = units // program.units, 2

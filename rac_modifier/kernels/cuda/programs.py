@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rac_modifier.kernels.cuda import unstructured
+from rac_modifier.kernels.cuda import schedule, unstructured
 from rac_modifier.kernels.cuda.layout import TILE, Layout
 
 # More tokens than this are multiplied by a dense product with the weight expanded in parts. By bytes: the kernel reads a bf16
@@ -28,7 +28,15 @@ _INT4 = {
     (1, 4): (1, 4, 2),
     (2, 4): (1, 4, 2),
 }
-_ANY_PATTERN = ((2, 1), (2, 2), (2, 4))  # tiles; csrc/gpu/unstructured_bf16.cu has the rest
+_INT8 = {
+    (1, 1): (1, 4, 4),
+    (2, 1): (1, 4, 4),
+    (1, 2): (1, 4, 4),
+    (2, 2): (1, 3, 4),
+    (1, 4): (1, 4, 2),
+    (2, 4): (1, 4, 2),
+}
+_ANY_PATTERN = ((2, 1), (2, 2), (2, 4))  # tiles; csrc/gpu/unstructured.h has the rest
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,10 @@ def decode_program(layout: Layout, rows: int, tokens: int, processors: int, same
 def program(layout: Layout, row_tiles: int, token_tiles: int) -> Program:
     """The decode program with these tiles."""
     name = f"{layout.prefix}_r{row_tiles}_t{token_tiles}"
-    if layout.any_pattern:
-        return Program(name, row_tiles, token_tiles, 32 * unstructured.SEGMENTS, unstructured.shared_bytes(token_tiles))
-    units, stages, warps = (_INT4 if layout.group else _BF16)[row_tiles, token_tiles]
+    if layout.streams is not None:
+        shared_bytes = unstructured.shared_bytes(token_tiles, layout.streams)
+        return Program(name, row_tiles, token_tiles, 32 * schedule.SEGMENTS, shared_bytes)
+    units, stages, warps = _chunks(layout)[row_tiles, token_tiles]
     chunk = units * (row_tiles * layout.unit_bytes + token_tiles * _TOKENS * layout.unit_columns * 2)
     return Program(name, row_tiles, token_tiles, 32 * warps, warps * stages * chunk, units)
 
@@ -91,4 +100,8 @@ def all_programs(layout: Layout) -> list[Program]:
 
 def tiles_of(layout: Layout) -> tuple[tuple[int, int], ...]:
     """Row tiles and token tiles of a layout's decode programs."""
-    return _ANY_PATTERN if layout.any_pattern else tuple(sorted(_INT4 if layout.group else _BF16))
+    return _ANY_PATTERN if layout.any_pattern else tuple(sorted(_chunks(layout)))
+
+
+def _chunks(layout: Layout) -> dict[tuple[int, int], tuple[int, int, int]]:
+    return _INT4 if layout.group else _INT8 if layout.row_scales else _BF16

@@ -247,6 +247,7 @@ inline void mma_sparse_of_warp(int first, int selector) {
 
 inline u32 thread_index() { return emulator::self; }
 inline u32 warp_index() { return emulator::self / 32; }
+inline u32 kept(u32 value) { return value; }
 inline int block_x() { return emulator::block_number[0]; }
 inline int block_y() { return emulator::block_number[1]; }
 
@@ -278,6 +279,7 @@ inline u32 shared_load2(u32 at) {
     return v;
 }
 inline u32 shared_load4(u32 at) { u32 v; memcpy(&v, emulator::shared_read(at, 4), 4); return v; }
+inline uint2 shared_load8(u32 at) { uint2 v; memcpy(&v, emulator::shared_read(at, 8), 8); return v; }
 inline float shared_load_float(u32 at) { float v; memcpy(&v, emulator::shared_read(at, 4), 4); return v; }
 inline void shared_store_float(u32 at, float value) {
     emulator::before_write(at, 4);
@@ -324,6 +326,21 @@ void mma_sparse(float (&d)[4], uint4 a, const u32 (&b)[4], u32 metadata) {
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 
 inline u32 two_halves(u32 low, u32 high) { return (low & 0xffff) | high << 16; }
+
+// prmt.b32 without a mode: bit 3 of a nibble repeats the sign of the byte that its other bits choose.
+inline u32 choose_bytes(u32 low, u32 high, u32 which) {
+    u32 d = 0;
+    for (int k = 0; k < 4; k++) {
+        const u32 nibble = which >> 4 * k & 15, byte = (uint64_t(high) << 32 | low) >> 8 * (nibble & 7) & 0xff;
+        d |= (nibble & 8 ? byte & 0x80 ? 0xff : 0 : byte) << 8 * k;
+    }
+    return d;
+}
+
+// shf.r.wrap.b32
+inline u32 funnel_shift(u32 low, u32 high, u32 bits) { return u32((uint64_t(high) << 32 | low) >> (bits & 31)); }
+
+inline u32 count_bits(u32 word) { return __builtin_popcount(word); }
 
 inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     using namespace emulator;

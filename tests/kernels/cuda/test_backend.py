@@ -13,11 +13,23 @@ from rac_modifier.kernels.cuda import backend, library
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.interface import Layer
 from tests.kernels.cuda.fake_gpu import FakeDriver
-from tests.kernels.cuda.weights import assert_product, bf16_weight, int4_weight, unstructured_weight
+from tests.kernels.cuda.weights import (
+    assert_product,
+    bf16_weight,
+    int4_weight,
+    int8_weight,
+    kept_of_four,
+    unstructured_weight,
+)
 
 BF16 = torch.bfloat16
 HALF = Layer(4096, 4096, 0.5, BF16, BF16, 4096, two_of_four=True)
+EIGHT_BITS = replace(HALF, stored=torch.int8)
 FOUR_BITS = replace(HALF, stored=torch.int32, group=128)
+
+
+def int8_24_weight(rows: int, columns: int):
+    return int8_weight(rows, columns, kept_of_four(rows, columns).float())
 
 
 def test_it_is_off_unless_it_is_asked_for(gpu, monkeypatch):
@@ -35,7 +47,10 @@ def test_it_is_off_unless_it_is_asked_for(gpu, monkeypatch):
 ANY = replace(HALF, two_of_four=False)
 
 
-@pytest.mark.parametrize(("layer", "kernel", "size"), [(HALF, "2:4", 1.125), (FOUR_BITS, "2:4 int4", 0.40625)])
+@pytest.mark.parametrize(
+    ("layer", "kernel", "size"),
+    [(HALF, "2:4", 1.125), (FOUR_BITS, "2:4 int4", 0.40625), (EIGHT_BITS, "2:4 int8", 0.625 + 4 / 4096)],
+)
 def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     decision = cuda.can_run(layer)
     assert decision.sparse
@@ -49,13 +64,24 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     [
         (replace(HALF, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
         (replace(FOUR_BITS, two_of_four=False), "there is no GPU kernel for int4 in groups of 128 that is not 2:4"),
-        (replace(ANY, stored=torch.int8), "there is no GPU kernel for int8 that is not 2:4"),
+        (
+            replace(ANY, stored=torch.int8, group=128),
+            "there is no GPU kernel for int8 in groups of 128; those that exist",
+        ),
+        (
+            replace(ANY, stored=torch.int8, zero_points=True),
+            "its values have zero points; the GPU kernels take symmetric",
+        ),
+        (replace(ANY, stored=torch.int8, columns=70400, group=70400), "its 70400 columns are more than the 65536"),
         (replace(ANY, density=0.9), r"packed it takes about 2.01 bytes per weight instead of 2: at most 1.00x faster"),
         (replace(ANY, columns=70400), "its 70400 columns are more than the 65536 of the GPU kernel for any pattern"),
         (replace(ANY, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
-        (replace(FOUR_BITS, zero_points=True), "its values have zero points; the GPU kernels take symmetric int4"),
+        (
+            replace(FOUR_BITS, zero_points=True),
+            "its values have zero points; the GPU kernels take symmetric int4 and int8",
+        ),
         (replace(FOUR_BITS, group=32), "there is no GPU kernel for int4 in groups of 32"),
-        (replace(HALF, stored=torch.int8), "there is no GPU kernel for int8"),
+        (replace(HALF, stored=torch.int8, group=64), "there is no GPU kernel for int8 in groups of 64"),
         (replace(HALF, stored=torch.float8_e4m3fn), "there is no GPU kernel for float8_e4m3fn"),
         (replace(HALF, columns=100), "its 100 columns are no multiple of 8"),
     ],
@@ -91,8 +117,14 @@ def test_what_does_not_load_stays_dense(gpu):
 @pytest.mark.parametrize("tokens", [1, 9, 40, 129])
 @pytest.mark.parametrize(
     "make",
-    [bf16_weight, lambda rows, columns: int4_weight(rows, columns, 64), unstructured_weight],
-    ids=["bf16", "int4", "unstructured"],
+    [
+        bf16_weight,
+        lambda rows, columns: int4_weight(rows, columns, 64),
+        unstructured_weight,
+        int8_weight,
+        int8_24_weight,
+    ],
+    ids=["bf16", "int4", "unstructured", "unstructured int8", "int8"],
 )
 def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
     weight = make(50, 192)
@@ -119,6 +151,16 @@ def test_weights_of_any_pattern_are_claimed_with_the_bytes_that_are_expected(gpu
     weight = unstructured_weight(256, 1024, 0.3)
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
     assert 4 * cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 1024, rel=0.02)
+
+
+def test_int8_is_claimed_whatever_its_pattern(gpu):
+    decision = cuda.can_run(replace(ANY, stored=torch.int8))
+    assert decision.kernel == "sparse GPU kernel unstructured int8"
+    assert "not yet measured on hardware: about 0.68 bytes" in decision.reason
+    weight = int8_weight(256, 4096, 0.4)
+    announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
+    assert cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 4096, rel=0.02)
+    assert not cuda.can_run(Layer.of(replace(weight, scale=torch.ones(256, 2)), BF16)).sparse
 
 
 def test_what_no_kernel_reads_is_refused(gpu):

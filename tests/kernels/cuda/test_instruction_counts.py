@@ -8,7 +8,7 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import CARDS
 from rac_modifier.kernels.cuda.instruction_counts import COUNTS, count_instructions
-from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, Layout
+from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
 from rac_modifier.kernels.cuda.programs import program, tiles_of
 from tests.kernels.cuda.machine_code import kernels
 
@@ -18,7 +18,14 @@ ARCHITECTURES = {
     "sm_90": "sm_90a",
     "sm_100": "sm_100a",
 }  # the same loops, and compiled for another test
-LAYOUTS = {"bf16": BF16, "int4 g128": INT4[128], "int4 g64": INT4[64], "unstructured": UNSTRUCTURED}
+LAYOUTS = {
+    "bf16": BF16,
+    "int4 g128": INT4[128],
+    "int4 g64": INT4[64],
+    "2:4 int8": INT8,
+    "unstructured": UNSTRUCTURED,
+    "unstructured int8": UNSTRUCTURED_INT8,
+}
 
 
 def disassembled(layout: Layout, architecture: str) -> dict[tuple[int, int], tuple[int, int]]:
@@ -45,13 +52,14 @@ def test_every_card_has_counts_of_every_layout():
     assert {card.architecture for card in CARDS} == set(ARCHITECTURES)
     assert set(COUNTS) == {(layout, each) for layout in LAYOUTS for each in ARCHITECTURES}
     for (layout, _), numbers in COUNTS.items():
-        assert len(numbers) == (3 if layout == "unstructured" else 6)
+        assert len(numbers) == (3 if layout.startswith("unstructured") else 6)
 
 
 def test_a_count_is_found_by_layout_and_tiles():
     assert count_instructions(BF16, "sm_80", 2, 1) == COUNTS["bf16", "sm_80"][3]
     assert count_instructions(INT4[64], "sm_100", 1, 4) == COUNTS["int4 g64", "sm_100"][2]
     assert count_instructions(UNSTRUCTURED, "sm_90", 2, 4) == COUNTS["unstructured", "sm_90"][2]
+    assert count_instructions(UNSTRUCTURED_INT8, "sm_90", 2, 4) == COUNTS["unstructured int8", "sm_90"][2]
 
 
 def test_an_architecture_without_counts_is_an_error():

@@ -11,8 +11,18 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED, layout_of, layout_of_packed, pack, units_of
-from tests.kernels.cuda.weights import bf16_weight, int4_weight, kept_of_four, unstructured_weight
+from rac_modifier.kernels.cuda.layout import (
+    BF16,
+    INT4,
+    INT8,
+    UNSTRUCTURED,
+    UNSTRUCTURED_INT8,
+    layout_of,
+    layout_of_packed,
+    pack,
+    units_of,
+)
+from tests.kernels.cuda.weights import bf16_weight, int4_weight, int8_weight, kept_of_four, unstructured_weight
 
 
 def words_of(packed: Tensor) -> Tensor:
@@ -76,6 +86,33 @@ def test_int4_is_where_the_table_says(rows, columns, group):
     weight = int4_weight(rows, columns, group)
     found = unpack_slowly(pack(weight, INT4[group]), rows, columns, group)
     assert torch.equal(found, exact(weight))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 256), (37, 392), (5, 4)])
+def test_int8_is_where_the_table_says(rows, columns):
+    """Read number by number, as the table in csrc/gpu/sparse24_int8.cu says."""
+    weight = int8_weight(rows, columns, kept_of_four(rows, columns).float())
+    packed = pack(weight, INT8)
+    units, tiles = -(-columns // 128), -(-rows // 16)
+    assert packed.numel() == tiles * (units * 1280 + 64) == INT8.nbytes(rows, columns)
+    words, values = words_of(packed).tolist(), packed.tolist()
+    scales = packed[tiles * units * 1280 :].clone().view(torch.float32)
+    assert torch.equal(scales[:rows], weight.scale[:, 0])
+    assert not scales[rows:].any()
+    dense = torch.zeros(rows, columns, dtype=torch.int8)
+    for row in range(rows):
+        tile, in_tile = divmod(row, 16)
+        g, h = in_tile % 8, in_tile // 8
+        for column in range(0, columns, 4):
+            start, product, four, _ = element(tile, row, column, units, 128, 1280)
+            lane, q = 4 * g + four % 4, four // 4
+            holder = 4 * g + 2 * (product % 2) + q  # of the metadata
+            places = words[(start + 1024 + 128 * (product // 2) + 4 * holder) // 4] >> (16 * h + 4 * (four % 4)) & 15
+            for value, place in enumerate((places & 3, places >> 2)):
+                at = start + 512 * (product // 2) + 16 * lane + 8 * (product % 2) + 4 * q + 2 * value + h
+                if column + place < columns:
+                    dense[row, column + place] = values[at] - 128
+    assert torch.equal(dense, weight.dense())
 
 
 @pytest.mark.parametrize(("group", "groups"), [(64, 3), (128, 1), (128, 2), (64, 1)])
@@ -143,7 +180,9 @@ def test_the_layout_follows_from_dtype_and_group():
     assert layout_of(torch.int32, 192, 576) is INT4[64]
     assert layout_of(torch.int32, 1000, 1000) is INT4[128]  # one scale per row
     assert layout_of(torch.int32, 32, 512) is None
-    assert layout_of(torch.int8, 512, 512) is None
+    for two_of_four in (True, False):
+        assert layout_of(torch.int8, 512, 512, two_of_four) is (INT8 if two_of_four else UNSTRUCTURED_INT8)
+        assert layout_of(torch.int8, 128, 512, two_of_four) is None
     assert layout_of(torch.float8_e4m3fn, 512, 512) is None
 
 
@@ -154,23 +193,27 @@ def test_dtype_and_size_tell_the_layout():
 
     for rows in (1, 16, 100):
         for columns in range(8, 1200, 8):
-            for layout in (BF16, *INT4.values()):
+            for layout in (BF16, INT8, *INT4.values()):
                 assert of(layout.nbytes(rows, columns)) is layout
             assert of(BF16.nbytes(rows, columns) - 16) is None
             assert of(BF16.nbytes(rows, columns), torch.float32) is None
 
 
 def test_a_weight_of_any_pattern_is_told_by_its_dtype_and_has_a_least_size():
-    packed = pack(unstructured_weight(40, 200), UNSTRUCTURED)
-    assert packed.dtype == torch.int32
-    assert layout_of_packed(packed, 40, 200) is UNSTRUCTURED
-    assert units_of(UNSTRUCTURED, packed, 200) == packed.numel() // 32
-    assert layout_of_packed(packed.view(2, -1), 40, 200) is None
-    assert layout_of_packed(packed[:-1], 40, 200) is None
-    empty = pack(unstructured_weight(40, 200, 0.0), UNSTRUCTURED)
-    assert layout_of_packed(empty, 40, 200) is UNSTRUCTURED
-    assert layout_of_packed(empty, 100, 200) is None
-    assert layout_of_packed(empty, 40, 70000) is None
+    for layout, make, dtype in [
+        (UNSTRUCTURED, unstructured_weight, torch.int32),
+        (UNSTRUCTURED_INT8, int8_weight, torch.int8),
+    ]:
+        packed = pack(make(40, 200), layout)
+        assert packed.dtype == dtype
+        assert layout_of_packed(packed, 40, 200) is layout
+        assert units_of(layout, packed, 200) == packed.numel() * dtype.itemsize // 128
+        assert layout_of_packed(packed.view(2, -1), 40, 200) is None
+        assert layout_of_packed(packed[:-1], 40, 200) is None
+        empty = pack(make(40, 200, 0.0), layout)
+        assert layout_of_packed(empty, 40, 200) is layout
+        assert layout_of_packed(empty, 400, 200) is None
+        assert layout_of_packed(empty, 40, 70000) is None
     assert (BF16.tile_rows, UNSTRUCTURED.tile_rows) == (16, 32)
     assert (BF16.padded_columns(200), INT4[64].padded_columns(200), UNSTRUCTURED.padded_columns(200)) == (256, 256, 256)
 
@@ -191,6 +234,14 @@ def integers(values: list[int], scale: Tensor) -> StoredWeight:
             "a scale per 32 columns, where the layout has one per 64",
         ),
         (integers([1, 0, 0, 0] * 64, torch.ones(1, 2)), INT4[64], None),
+        (
+            integers([1, 0, 0, 0] * 64, torch.ones(1, 2)),
+            INT8,
+            "a scale per 128 columns, where the layout has one per row",
+        ),
+        (integers([127, 0, 0, -128], torch.ones(1, 1)), INT8, None),
+        (integers([1, 1, 0, 1], torch.ones(1, 1)), INT8, "more than two of four"),
+        (from_dense(torch.eye(4), "w"), INT8, "values of torch.float32, which the layout rac_24_int8 does not"),
         (from_dense(torch.ones(1, 2), "w"), BF16, "more than two of four"),
         (from_dense(torch.eye(4), "w"), INT4[64], "values of torch.float32, which the layout rac_24_int4 does not"),
     ],

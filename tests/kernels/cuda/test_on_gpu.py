@@ -31,7 +31,7 @@ def test_captured_graphs_compute_the_same(benchmark):
 
 
 def test_a_stream_that_is_not_the_default_one(benchmark):
-    linear = benchmark.packed_linear(benchmark.random_weight(64, 256, 0))
+    linear = benchmark.packed_linear(benchmark.random_weight(64, 256))
     x = torch.randn(4, 256, device="cuda").bfloat16()
     expected = linear(x)
     torch.cuda.synchronize()

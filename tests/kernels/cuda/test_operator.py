@@ -11,7 +11,7 @@ from rac_modifier.kernels.cuda import library, operator
 from rac_modifier.kernels.cuda.layout import BF16
 from rac_modifier.kernels.cuda.operator import sparse_linear
 from tests.kernels.cuda.fake_gpu import STREAM, FakeDriver
-from tests.kernels.cuda.weights import assert_product, bf16_weight, unstructured_weight
+from tests.kernels.cuda.weights import assert_product, bf16_weight, int8_weight, unstructured_weight
 
 DTYPE = torch.bfloat16
 
@@ -55,19 +55,21 @@ def test_many_tokens_expand_the_weight_in_parts(gpu, monkeypatch):
     assert_product(sparse_linear(x, packed, 72, 128), x, weight.dequantized(torch.float64))
 
 
-def test_any_pattern_is_one_launch_too_and_its_rows_are_put_in_their_places(gpu, monkeypatch):
-    weight = unstructured_weight(90, 128, torch.rand(90, 1))
+@pytest.mark.parametrize(("make", "kernel"), [(unstructured_weight, "bf16"), (int8_weight, "int8")])
+def test_any_pattern_is_one_launch_too_and_its_rows_are_put_in_their_places(gpu, monkeypatch, make, kernel):
+    weight = make(90, 128, torch.rand(90, 1))
     packed = cuda.pack(weight, DTYPE)["weight_packed"]
-    assert packed.dtype == torch.int32
+    exact = weight.dequantized(torch.float64)
+    expanded = weight.dequantized(DTYPE).double()
     x, bias = torch.randn(140, 128).to(DTYPE), torch.randn(90).to(DTYPE)
     y = sparse_linear(x[:3], packed, 90, 128, bias)
     (launch,) = gpu.launches
-    assert (launch.name, launch.grid) == ("rac_unstructured_bf16_r2_t1", (3, 1))
-    assert launch.values[4:] == (90, 128, 3, packed.numel() // 32, 0)
-    assert_product(y, x[:3], weight.dequantized(torch.float64), bias)
+    assert (launch.name, launch.grid) == (f"rac_unstructured_{kernel}_r2_t1", (3, 1))
+    assert launch.values[4:] == (90, 128, 3, packed.nbytes // 128, 0)
+    assert_product(y, x[:3], exact, bias)
     monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 128 * 70)  # 70 rows, of which two tiles are used
-    assert_product(sparse_linear(x, packed, 90, 128, bias), x, weight.dequantized(torch.float64), bias)
-    assert_product(sparse_linear(x, packed, 90, 128), x, weight.dequantized(torch.float64))
+    assert_product(sparse_linear(x, packed, 90, 128, bias), x, expanded, bias)
+    assert_product(sparse_linear(x, packed, 90, 128), x, expanded)
     assert [launch.values[-1] for launch in gpu.launches[1:]] == [0, 4, 0, 4]
     assert [launch.grid for launch in gpu.launches[1:3]] == [(2, 1), (1, 1)]
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
@@ -76,9 +78,10 @@ def test_any_pattern_is_one_launch_too_and_its_rows_are_put_in_their_places(gpu,
 
 
 @pytest.mark.parametrize("cut", [slice(0, -1), slice(32, 64), slice(1, None)])
-def test_a_cut_weight_of_any_pattern_is_refused(gpu, cut):
-    packed = cuda.pack(unstructured_weight(90, 128), DTYPE)["weight_packed"]
-    with pytest.raises(RacError, match=r"data: torch.int32 \[\d+\] does not fit a weight \[90, 128\]"):
+@pytest.mark.parametrize("make", [unstructured_weight, int8_weight])
+def test_a_cut_weight_of_any_pattern_is_refused(gpu, make, cut):
+    packed = cuda.pack(make(90, 128), DTYPE)["weight_packed"]
+    with pytest.raises(RacError, match=r"data: torch.int(32|8) \[\d+\] does not fit a weight \[90, 128\]"):
         sparse_linear(torch.zeros(1, 128, dtype=DTYPE), packed[cut], 90, 128)
     assert gpu.launches == []
 

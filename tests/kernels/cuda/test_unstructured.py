@@ -1,6 +1,7 @@
 """Weights of any pattern: where each number is, the schedule of copies, and the kernel on awkward ones.
 
-The oracles here are written from csrc/gpu/unstructured_bf16.cu and use none of the packer's constants.
+The oracles here are written from csrc/gpu/unstructured.h and unstructured_bf16.cu and use none of the packer's constants.
+test_unstructured_int8.py has int8.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rac_modifier.kernels.cuda.layout import UNSTRUCTURED, pack, units_of
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
 from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes, order_of
 from tests.kernels.cuda.emulate import emulate, product
-from tests.kernels.cuda.weights import assert_product, int4_weight, unstructured_weight
+from tests.kernels.cuda.weights import AWKWARD, assert_product, int4_weight, skewed, unstructured_weight
 
 
 @dataclass(frozen=True)
@@ -93,39 +94,9 @@ def check_schedule(packed: Tensor, rows: int) -> None:
         assert len(bits) < 4 or len(segment.values) - int(read[-1].max()) < 8
 
 
-def leaning(rows: int, columns: int) -> StoredWeight:
-    """Some lanes store much and others little, which change places: streams that must be filled with zeros."""
-    density = torch.full((rows, columns), 0.05)
-    density[:, : columns // 2].view(rows, -1, 32)[:, :, :8] = 0.95
-    density[:, columns // 2 :].view(rows, -1, 32)[:, :, 8:16] = 0.95
-    return unstructured_weight(rows, columns, density)
-
-
-def skewed(rows: int, columns: int) -> StoredWeight:
-    """Rows of all densities, in no order, some empty and some full; and an end that stores nothing."""
-    density = torch.rand(rows, 1).mul(1.4).sub(0.2).clamp(0, 1).expand(rows, columns).clone()
-    density[:, columns * 7 // 8 :] = 0.0
-    return unstructured_weight(rows, columns, density)
-
-
-AWKWARD = {
-    "half": lambda: unstructured_weight(70, 1032),
-    "odd": lambda: unstructured_weight(37, 200, 0.3),
-    "small": lambda: unstructured_weight(3, 8, 0.5),
-    "empty": lambda: unstructured_weight(40, 328, 0.0),
-    "full": lambda: unstructured_weight(33, 520, 1.0),
-    "sparse": lambda: unstructured_weight(32, 2056, 0.05),
-    "skewed": lambda: skewed(90, 1600),
-    "leaning": lambda: leaning(32, 4096),
-    "one row": lambda: unstructured_weight(64, 640, torch.eye(64)[:, :1]),
-    "one column": lambda: unstructured_weight(64, 640, torch.eye(640)[77]),
-    "even columns": lambda: unstructured_weight(32, 1024, torch.tensor([1.0, 0.0]).repeat(512)),
-}
-
-
 @pytest.fixture(params=AWKWARD)
 def weight(request: pytest.FixtureRequest) -> StoredWeight:
-    return AWKWARD[request.param]()
+    return AWKWARD[request.param](unstructured_weight)
 
 
 def test_each_number_is_where_the_description_says(weight):
@@ -156,7 +127,7 @@ def test_the_kernel_expands(weight):
 
 
 def test_a_token_has_the_same_bits_in_every_program():
-    weight = skewed(40, 1024)
+    weight = skewed(unstructured_weight, 40, 1024)
     packed, x = pack(weight, UNSTRUCTURED), torch.randn(8, 1024).to(torch.bfloat16)
     found = [product(UNSTRUCTURED, program(UNSTRUCTURED, *tiles), packed, x, 40)[0] for tiles in tiles_of(UNSTRUCTURED)]
     assert torch.equal(found[0], found[1])
@@ -165,7 +136,7 @@ def test_a_token_has_the_same_bits_in_every_program():
 
 def test_zeros_are_stored_only_for_streams_that_would_stay_behind():
     for make, some in [(AWKWARD["leaning"], True), (AWKWARD["half"], False), (AWKWARD["full"], False)]:
-        made = make()
+        made = make(unstructured_weight)
         _, zeros = unpack_slowly(pack(made, UNSTRUCTURED), made.rows, made.columns)
         assert bool(zeros) == some
     signs = from_dense(torch.tensor([[-0.0, 1.0, 0.0, 0.0, 0.0, -2.0, 0.0, 0.0]]).to(torch.bfloat16), "w")
@@ -174,7 +145,7 @@ def test_zeros_are_stored_only_for_streams_that_would_stay_behind():
 
 
 def test_rows_are_sorted_so_that_those_that_store_alike_are_padded_alike():
-    weight = skewed(512, 1024)
+    weight = skewed(unstructured_weight, 512, 1024)
     packed = pack(weight, UNSTRUCTURED)
     stored = (weight.dense() != 0).sum(dim=1)[order_of(packed, 512)]
     assert bool((stored.diff() <= 0).all())
@@ -222,7 +193,7 @@ def test_the_expected_size_is_that_of_random_weights(rows, columns, density):
 def test_many_rows_are_packed_in_parts(monkeypatch):
     from rac_modifier.kernels.cuda import unstructured
 
-    weight = skewed(200, 256)
+    weight = skewed(unstructured_weight, 200, 256)
     whole = pack(weight, UNSTRUCTURED)
     monkeypatch.setattr(unstructured, "_WEIGHTS_AT_ONCE", 1)
     assert torch.equal(pack(weight, UNSTRUCTURED), whole)

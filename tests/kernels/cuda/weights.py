@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -34,6 +35,45 @@ def unstructured_weight(rows: int, columns: int, density: float | Tensor = 0.5) 
     values = torch.randn(rows, columns).to(torch.bfloat16)
     values = torch.where(values == 0, torch.ones_like(values), values)
     return from_dense(values.masked_fill(torch.rand(rows, columns) >= density, 0.0), "layer")
+
+
+def int8_weight(rows: int, columns: int, density: float | Tensor = 0.5) -> StoredWeight:
+    """Values of -128 to 127, none of them 0, with a scale per row; `density` as above."""
+    values = torch.randint(-128, 127, (rows, columns)).to(torch.int8)
+    values += values >= 0
+    stored = from_dense(values.masked_fill(torch.rand(rows, columns) >= density, 0), "layer")
+    return replace(stored, scale=torch.rand(rows, 1) + 0.1)
+
+
+def leaning(make: Callable[..., StoredWeight], rows: int, columns: int) -> StoredWeight:
+    """Some lanes store much and others little, which change places: streams that must be filled with zeros."""
+    density = torch.full((rows, columns), 0.05)
+    density[:, : columns // 2].view(rows, -1, 32)[:, :, :8] = 0.95
+    density[:, columns // 2 :].view(rows, -1, 32)[:, :, 8:16] = 0.95
+    return make(rows, columns, density)
+
+
+def skewed(make: Callable[..., StoredWeight], rows: int, columns: int) -> StoredWeight:
+    """Rows of all densities, in no order, some empty and some full; and an end that stores nothing."""
+    density = torch.rand(rows, 1).mul(1.4).sub(0.2).clamp(0, 1).expand(rows, columns).clone()
+    density[:, columns * 7 // 8 :] = 0.0
+    return make(rows, columns, density)
+
+
+# Weights of any pattern by name; `make` has rows, columns and density as parameters.
+AWKWARD: dict[str, Callable[[Callable[..., StoredWeight]], StoredWeight]] = {
+    "half": lambda make: make(70, 1032),
+    "odd": lambda make: make(37, 200, 0.3),
+    "small": lambda make: make(3, 8, 0.5),
+    "empty": lambda make: make(40, 328, 0.0),
+    "full": lambda make: make(33, 520, 1.0),
+    "sparse": lambda make: make(32, 2056, 0.05),
+    "skewed": lambda make: skewed(make, 90, 1600),
+    "leaning": lambda make: leaning(make, 32, 4096),
+    "one row": lambda make: make(64, 640, torch.eye(64)[:, :1]),
+    "one column": lambda make: make(64, 640, torch.eye(640)[77]),
+    "even columns": lambda make: make(32, 1024, torch.tensor([1.0, 0.0]).repeat(512)),
+}
 
 
 def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
