@@ -71,7 +71,7 @@ CASES += [
     Case(
         "`solver: none` without quantization",
         "solver: none prunes nothing, and without quantization nothing is left to do",
-        lambda b: b.prune_with(solver="none", mask_structure=None),
+        lambda b: b.rac("prune", b.folder, b.tmp / "out", "--recipe", "rac_w4a16", "--set", "quantization=null"),
     ),
     Case(
         "int of 3 bits where weights are pruned",
