@@ -20,6 +20,7 @@ from tests.pruning.pruning_reference import (
 
 PATTERN = Pattern.n_of_m(2, 4)
 METHODS = get_args(Method)
+PRUNING = tuple(method for method in METHODS if method != "none")
 
 
 def few_tokens(method: Method) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +48,7 @@ def test_large_half_weights_are_finite():
 def test_weights_of_zero(method):
     (solution,) = solve(method, [torch.zeros(2, 8)], torch.eye(8), PATTERN)
     assert (solution.error, solution.relative_error) == (0.0, 0.0)
-    assert int(solution.mask.sum()) == (0 if method == "keep" else 8)
+    assert int(solution.mask.sum()) == {"keep": 0, "none": 16}.get(method, 8)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -64,8 +65,19 @@ def test_the_target_is_that_of_the_cross_moment_and_the_damped_hessian(method):
     assert torch.equal(plain.target, weight)
 
 
+def test_none_gives_the_target_and_keeps_every_weight():
+    weight, hessian = correlated_problem(12, 64, 200)
+    (plain,) = solve("none", [weight], hessian, Pattern.nothing())
+    assert torch.equal(plain.weight, weight)
+    (solution,) = solve("none", [weight], hessian, Pattern.nothing(), cross_moment=[gaussian(12, 64, seed=1)])
+    assert torch.equal(solution.weight, solution.target)
+    assert not torch.equal(solution.weight, weight)
+    assert bool(solution.mask.all())
+    assert (solution.error, solution.refit_steps) == (0.0, 0)
+
+
 @pytest.mark.parametrize("frac", [0.01, 1.0])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING)
 def test_the_refit_is_on_the_damped_hessian_and_the_dampening_is_recorded(method, frac):
     """Against the normal equations of each row, which a refit comes close to before its steps gain too little."""
     weight, hessian = (x.double() for x in few_tokens(method))
@@ -101,7 +113,7 @@ def test_an_undamped_refit_on_few_tokens_would_lose_other_tokens(method):
 def test_dampening_is_recorded_only_where_it_is_used(method):
     weight, hessian = correlated_problem(12, 64, 200)
     (solution,) = solve(method, [weight], hessian, PATTERN, dampening_frac=0.02)
-    assert solution.dampening_used == (0.0 if method in ("wanda", "magnitude") else 0.02)
+    assert solution.dampening_used == (0.0 if method in ("wanda", "magnitude", "none") else 0.02)
     assert (solution.factor is not None) == (method == "sparsegpt")
     assert solution.record()["dampening"] == solution.dampening_used
 
@@ -153,7 +165,7 @@ def test_dead_inputs_are_pruned_beyond_the_pattern_and_the_refit_leaves_them_zer
 
 
 @pytest.mark.parametrize("refit_steps", [0, 10])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING)
 def test_no_zero_is_negative(method, refit_steps):
     """The sparse layouts would store -0.0 as a value."""
     weight, hessian = few_tokens(method)
