@@ -1,7 +1,7 @@
 """Memory that glibc keeps for the next tensor when one is freed.
 
 By default glibc gives a block of more than some MiB back to the system when it is freed, and the next tensor of that size takes
-new pages one by one: in a run on a CPU, which makes tensors of some 100 MiB all the time, a fifth to a third of the whole.
+new pages one by one. A run on a CPU makes tensors of some 100 MiB all the time, and spends a large part of its time on that.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, from malloc.h
 _BLOCKS = 256 << 20  # blocks up to this size are kept
-_KEPT = 1 << 30  # as much, free at the top of the heap, is not given back
+_KEPT = 1 << 30  # as much, free at the end of the heap, is not given back
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed blocks up to 256 MiB, and up to 1 GiB of them, for the rest of this process.
+    """Have glibc keep freed blocks of up to 256 MiB, and up to 1 GiB at the end of the heap, for the rest of this process.
 
     Threads then share one heap, because those of their own are too small for such blocks. What environment variables set stays
     as it is.

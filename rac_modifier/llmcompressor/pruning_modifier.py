@@ -25,7 +25,7 @@ from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
 from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
-from rac_modifier.llmcompressor.quantizer import GroupQuantizer
+from rac_modifier.llmcompressor.quantizer import GroupQuantizer, rounding_of
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
 from rac_modifier.llmcompressor.sensitivity import measured_patterns
 from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
@@ -278,7 +278,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             after=[state.remove for state in (self._finished, self._recovery) if state is not None],
             processes=self._processes,
             record={
-                "method": self.solver if self.prunes else "rounding towards the dense model's outputs",
+                "method": self.solver if self.quantization is None or self.prunes else rounding_of(self.quantization),
                 "order": self._order,
                 "preset": self.preset,
                 **(pattern if self.prunes else {}),

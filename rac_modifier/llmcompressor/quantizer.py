@@ -89,6 +89,11 @@ class GroupQuantizer:
             compress_exactly(module)
 
 
+def rounding_of(settings: QuantizationSettings) -> str:
+    """How weights are rounded, for the record of a run that prunes none."""
+    return "GPTQ, then coordinate descent" if settings.sweeps else "GPTQ"
+
+
 def compress_exactly(module: Any) -> None:
     """Compress a module as llm-compressor does when it saves, but divide the weights by their scales in float32.
 
