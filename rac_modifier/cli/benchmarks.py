@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
-    from rac_modifier.frontier.benchmarks import Benchmark
+    from rac_modifier.frontier.benchmarks import Benchmark, Servers
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.grid import GridEvaluation
     from rac_modifier.settings.grid_benchmarks import GridBenchmark
@@ -97,19 +96,21 @@ class AskedBenchmarks:
 
         return [Benchmark(name, values(*asked)) for name, asked in self._asked.items()]
 
-    def ask(self, model: Path, label: str, wanted: Sequence[Benchmark]) -> Iterator[tuple[Benchmark, EvalResult]]:
-        """Each result as soon as it is there; answers are kept, so that a run that was killed goes on. One server for all.
+    def ask(
+        self, model: Path, label: str, wanted: Sequence[Benchmark], servers: Servers
+    ) -> Iterator[tuple[Benchmark, EvalResult]]:
+        """Each result as soon as it is there; answers are kept, so that a run that was killed goes on.
 
         Raises:
             RacError: a server that does not start or stops, or answers that are missing.
         """
         from rac_modifier.frontier.folder import slug
 
-        with self._servers(model) as servers:
+        with servers() as urls:
             for benchmark in wanted:
                 protocol, problems = self._asked[benchmark.name]
                 path = self.out / "benchmarks" / f"{slug(label)}-{benchmark.name}.jsonl"
-                answering = Answering(servers, self._concurrency, protocol.samples, path)
+                answering = Answering(urls, self.evaluation.in_progress, protocol.samples, path)
                 limits = {
                     **protocol.limits(),
                     "batch_size": self.evaluation.batch_size,
@@ -120,18 +121,3 @@ class AskedBenchmarks:
                     benchmark,
                     answering.run(str(model), problems, where, limits, self.prompt, self.precision, verifiers),
                 )
-
-    @property
-    def _concurrency(self) -> int:
-        return self.evaluation.concurrency or self.evaluation.batch_size
-
-    @contextmanager
-    def _servers(self, model: Path) -> Iterator[tuple[str, ...]]:
-        """The server of a model, inside the context; none where this process answers."""
-        if not self.evaluation.serve:
-            yield ()
-            return
-        from rac_modifier.sampling.own_server import VllmCommand, vllm_server
-
-        with vllm_server(VllmCommand.from_environment(), str(model), self.precision.value) as url:
-            yield (url,)

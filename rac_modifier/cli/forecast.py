@@ -34,7 +34,7 @@ def plan_of(skeleton: Any, planned: Sequence[PlannedRow], evaluation: GridEvalua
     ]
     tokens = max(entry.calibration.tokens for entry in entries)
     longest = max(entry.traces.sampling.max_new_tokens for entry in entries)
-    at_once = evaluation.concurrency or evaluation.batch_size
+    at_once = evaluation.in_progress
     asked = [Asked("answers and KL", evaluation.problems, evaluation.cap, evaluation.batch_size, served=False)]
     if evaluation.serve:
         asked.append(Asked("tokens per second", evaluation.problems, evaluation.cap, at_once, served=True))
@@ -44,8 +44,7 @@ def plan_of(skeleton: Any, planned: Sequence[PlannedRow], evaluation: GridEvalua
         answers = (protocol.problems or protocol.preset.problems) * protocol.samples
         asked.append(Asked(benchmark.preset, answers, protocol.cap, at_once, evaluation.serve))
     traces = Asked("traces", max(1, round(tokens / longest)), longest, at_once, evaluation.serve)
-    starts = (1 + bool(evaluation.benchmarks)) if evaluation.serve else 0
-    return Plan(ModelShape.of(skeleton), len(planned), tokens, traces, tuple(asked), starts)
+    return Plan(ModelShape.of(skeleton), len(planned), tokens, traces, tuple(asked), evaluation.serve)
 
 
 def forecast(plan: Plan, out: Path, *, keep_models: bool) -> list[str]:

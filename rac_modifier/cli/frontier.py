@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
+    from rac_modifier.frontier.benchmarks import Servers
     from rac_modifier.frontier.measure import HeldOut
     from rac_modifier.frontier.run import Tools
     from rac_modifier.settings.grid import GridEvaluation, PlannedRow
@@ -155,30 +158,39 @@ def _tools(
         source=source,
         load=lambda folder: load_on_accelerator(str(folder), precision),
         compress=compress,
-        serve=_server(evaluation, prompt, precision, out) if evaluation.serve else None,
+        **(_served(evaluation, prompt, precision, out) if evaluation.serve else {}),
         benchmarks=benchmarks.listed,
         ask=benchmarks.ask,
     )
 
 
-def _server(evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path) -> Any:
-    """What measures the speed of a served model; its answers are kept beside the results, and asked anew after a kill."""
+def _served(evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path) -> dict[str, Any]:
+    """Tools for `serve: true`: one server per model, and what measures its speed.
+
+    The answers are kept beside the results, and asked anew after a kill.
+    """
     from rac_modifier.cli.answering import Answering
     from rac_modifier.frontier.folder import slug
-    from rac_modifier.sampling.own_server import VllmCommand
+    from rac_modifier.sampling.own_server import ServerOnDemand, VllmCommand, vllm_server
 
-    VllmCommand.from_environment()  # refused before hours of work
+    command = VllmCommand.from_environment()  # refused before hours of work
     problems = _problems(evaluation)
     where, limits = evaluation.where(), _limits(evaluation)
 
-    def serve(folder: Path, label: str) -> EvalResult:
+    @contextmanager
+    def servers(folder: Path) -> Iterator[Servers]:
+        with ServerOnDemand(lambda: vllm_server(command, str(folder), precision.value)) as server:
+            yield server.asked
+
+    def serve(folder: Path, label: str, servers: Servers) -> EvalResult:
         answers = out / "served" / f"{slug(label)}.jsonl"
         # answers of a run that was killed would be counted without the seconds that they took
         answers.unlink(missing_ok=True)
-        answering = Answering((), evaluation.concurrency or evaluation.batch_size, 1, answers, serve=True)
-        return answering.run(str(folder), problems, where, limits, prompt, precision, {})
+        with servers() as urls:
+            answering = Answering(urls, evaluation.in_progress, 1, answers)
+            return answering.run(str(folder), problems, where, limits, prompt, precision, {})
 
-    return serve
+    return {"servers": servers, "serve": serve}
 
 
 def _held_out(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ class Benchmark:
     asked: dict[str, Any]
 
 
-Ask = Callable[[Path, str, Sequence[Benchmark]], Iterator[tuple[Benchmark, EvalResult]]]
-"""A model folder, the label of its row and the benchmarks: their results, each as soon as it is there."""
+Servers = Callable[[], AbstractContextManager[tuple[str, ...]]]
+"""Addresses of the servers of a model, inside the context; none where this process answers."""
+
+Ask = Callable[[Path, str, Sequence[Benchmark], Servers], Iterator[tuple[Benchmark, EvalResult]]]
+"""A model folder, the label of its row, the benchmarks and who answers: their results, each as soon as it is there."""
 
 
 def check_benchmarks(folder: FrontierFolder, benchmarks: Sequence[Benchmark]) -> None:
@@ -53,7 +57,7 @@ def missing_benchmarks(folder: FrontierFolder, label: str, benchmarks: Sequence[
 
 
 def ask_benchmarks(
-    folder: FrontierFolder, label: str, model: Path, benchmarks: Sequence[Benchmark], ask: Ask
+    folder: FrontierFolder, label: str, model: Path, benchmarks: Sequence[Benchmark], ask: Ask, servers: Servers
 ) -> str | None:
     """Ask a model the benchmarks that its row has no result of, and keep each result.
 
@@ -64,7 +68,7 @@ def ask_benchmarks(
     if not missing:
         return None
     try:
-        for benchmark, result in ask(model, label, missing):
+        for benchmark, result in ask(model, label, missing, servers):
             values = {"asked": benchmark.asked, "result": {**result.as_dict(), "label": label}}
             folder.add_benchmark(label, benchmark.name, values)
             logger.info(f"{label}: {benchmark.name} {result.accuracy:.1%}")

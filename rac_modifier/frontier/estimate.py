@@ -102,8 +102,8 @@ class Plan:
     tokens: int
     traces: Asked
     asked: tuple[Asked, ...]
-    starts: int
-    """Of servers, per model."""
+    served: bool
+    """Whether a server is started per model."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def estimate(plan: Plan, speed: Speed) -> list[Step]:
     for asked in plan.asked:
         expected, most = _answering(asked, plan.shape, speed)
         steps.append(Step(f"{asked.name}, {models} models", models * expected, models * most))
-    if plan.starts:
-        steps.append(Step("starts of vllm serve", models * plan.starts * START, models * plan.starts * START))
+    if plan.served:
+        steps.append(Step("starts of vllm serve", models * START, models * START))
     return steps
 
 

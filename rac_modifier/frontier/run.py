@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
 from rac_modifier.files import read_json, remove_folder
-from rac_modifier.frontier.benchmarks import Ask, Benchmark, ask_benchmarks, check_benchmarks, missing_benchmarks
+from rac_modifier.frontier.benchmarks import (
+    Ask,
+    Benchmark,
+    Servers,
+    ask_benchmarks,
+    check_benchmarks,
+    missing_benchmarks,
+)
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut, Measured, layers_of, measure, measure_dense
 from rac_modifier.frontier.sizes import checkpoint_bytes
@@ -34,6 +42,7 @@ class Tools:
         source: the folder of the dense model.
         load: a model folder to the model in memory and its tokenizer.
         compress: a recipe applied to the dense model, and saved to a folder.
+        servers: who answers for a model folder, inside the context: this process, or one server for all that follows.
         serve: tokens per second of a served model folder, as an evaluation; None: not asked for.
         benchmarks: what each model is asked besides.
         ask: asks it.
@@ -42,7 +51,8 @@ class Tools:
     source: Path
     load: Callable[[Path], tuple[Any, Any]]
     compress: Callable[[dict[str, Any], Path], None]
-    serve: Callable[[Path, str], EvalResult] | None = None
+    servers: Callable[[Path], AbstractContextManager[Servers]] = lambda _: nullcontext(lambda: nullcontext(()))
+    serve: Callable[[Path, str, Servers], EvalResult] | None = None
     benchmarks: Sequence[Benchmark] = ()
     ask: Ask | None = None
 
@@ -90,27 +100,23 @@ def run_grid(
     check_benchmarks(folder, tools.benchmarks)
     _check_models(folder, planned, tools)
     failed: dict[str, str] = {}
-    if folder.row(DENSE) is None:
-        started = time.monotonic()
-        model, tokenizer = tools.load(tools.source)
-        found = measure_dense(model, tokenizer, held_out)
-        del model
-        row = _row(DENSE, DENSE, DENSE, None, None) | {"bytes": checkpoint_bytes(tools.source), **found.figures}
-        row |= {"served": _served(tools, tools.source, DENSE), "layers": {}, "compressing": None}
-        folder.add({**row, "seconds": time.monotonic() - started}, found.traces)
-        report(folder.rows[-1])
-    _benchmarks(folder, DENSE, tools.source, tools, failed)
-    for number, run in enumerate(planned, 1):
-        new = folder.row(run.label) is None
-        if new:
-            logger.info(f"{run.label}: row {number} of {len(planned)}")
-            _finish(folder, run, held_out, tools)
+    with tools.servers(tools.source) as servers:
+        if folder.row(DENSE) is None:
+            _finish_dense(folder, held_out, tools, servers)
             report(folder.rows[-1])
-        else:
-            logger.info(f"{run.label}: finished already")
-        asked = _benchmarks(folder, run.label, folder.model(run.label), tools, failed)
+        _benchmarks(folder, DENSE, tools.source, tools, servers, failed)
+    for number, run in enumerate(planned, 1):
+        new, model = folder.row(run.label) is None, folder.model(run.label)
+        with tools.servers(model) as servers:
+            if new:
+                logger.info(f"{run.label}: row {number} of {len(planned)}")
+                _finish(folder, run, held_out, tools, servers)
+                report(folder.rows[-1])
+            else:
+                logger.info(f"{run.label}: finished already")
+            asked = _benchmarks(folder, run.label, model, tools, servers, failed)
         if (new or asked) and remove_models and run.label not in failed:
-            remove_folder(folder.model(run.label))
+            remove_folder(model)
     if failed:
         reasons = "".join(f"\n- {label}: {reason}" for label, reason in failed.items())
         raise RacError(
@@ -133,7 +139,9 @@ def _check_models(folder: FrontierFolder, planned: Sequence[PlannedRow], tools: 
         )
 
 
-def _benchmarks(folder: FrontierFolder, label: str, model: Path, tools: Tools, failed: dict[str, str]) -> bool:
+def _benchmarks(
+    folder: FrontierFolder, label: str, model: Path, tools: Tools, servers: Servers, failed: dict[str, str]
+) -> bool:
     """Ask what is missing; a reason why that cannot be done is added to `failed`, and the other rows go on.
 
     Returns:
@@ -142,7 +150,7 @@ def _benchmarks(folder: FrontierFolder, label: str, model: Path, tools: Tools, f
     if tools.ask is None or not missing_benchmarks(folder, label, tools.benchmarks):
         return False
     _free_accelerator()
-    if reason := ask_benchmarks(folder, label, model, tools.benchmarks, tools.ask):
+    if reason := ask_benchmarks(folder, label, model, tools.benchmarks, tools.ask, servers):
         failed[label] = reason
     return True
 
@@ -154,7 +162,18 @@ def _free_accelerator() -> None:
         torch.cuda.empty_cache()
 
 
-def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools) -> None:
+def _finish_dense(folder: FrontierFolder, held_out: HeldOut, tools: Tools, servers: Servers) -> None:
+    """Measure the dense model, and write it down."""
+    started = time.monotonic()
+    model, tokenizer = tools.load(tools.source)
+    found = measure_dense(model, tokenizer, held_out)
+    del model
+    row = _row(DENSE, DENSE, DENSE, None, None) | {"bytes": checkpoint_bytes(tools.source), **found.figures}
+    row |= {"served": _served(tools, tools.source, DENSE, servers), "layers": {}, "compressing": None}
+    folder.add({**row, "seconds": time.monotonic() - started}, found.traces)
+
+
+def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools, servers: Servers) -> None:
     """Compress and measure one row, and write it down."""
     started = time.monotonic()
     model_folder = folder.model(run.label)
@@ -172,7 +191,7 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
         "bytes": checkpoint_bytes(model_folder),
         "layers": layers_of(record),
         "calibration": record.get("calibration"),
-        "served": _served(tools, model_folder, run.label),
+        "served": _served(tools, model_folder, run.label, servers),
         "compressing": compressing,
         "seconds": time.monotonic() - started,
     }
@@ -197,13 +216,13 @@ def _compressed(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> flo
     return time.monotonic() - started
 
 
-def _served(tools: Tools, model: Path, label: str) -> dict[str, Any] | None:
+def _served(tools: Tools, model: Path, label: str, servers: Servers) -> dict[str, Any] | None:
     """Speed and accuracy of a served run; or, where this model cannot be served, the reason."""
     if tools.serve is None:
         return None
     _free_accelerator()
     try:
-        result = tools.serve(model, label)
+        result = tools.serve(model, label, servers)
     except RacError as error:
         logger.warning(f"{label}: not served ({error})")
         return {"not_measured": str(error)}

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -155,6 +155,49 @@ def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterat
                 raise RacError(f"{error}. {_stopped(watcher, log)}") from error
         finally:
             _stop(watcher)
+
+
+class ServerOnDemand:
+    """A server that is started when it is first asked, and stopped at the end of the context.
+
+    One that failed to start is not started again; one that an answer failed at is, since it may have stopped.
+
+    Args:
+        start: starts it, as `vllm_server` does.
+    """
+
+    def __init__(self, start: Callable[[], AbstractContextManager[str]]):
+        self._start, self._running = start, ExitStack()
+        self._url: str | None = None
+        self._failed: RacError | None = None
+
+    def __enter__(self) -> ServerOnDemand:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._running.close()
+
+    @contextmanager
+    def asked(self) -> Iterator[tuple[str]]:
+        """Its address, inside the context.
+
+        Raises:
+            RacError: it cannot be started; where the body raises one and the server has stopped, its last lines are shown.
+        """
+        if self._failed is not None:
+            raise self._failed
+        if self._url is None:
+            try:
+                self._url = self._running.enter_context(self._start())
+            except RacError as error:
+                self._failed = error
+                raise
+        try:
+            yield (self._url,)
+        except RacError:
+            self._url = None
+            self._running.__exit__(*sys.exc_info())
+            raise
 
 
 def _wait_until_ready(

@@ -70,6 +70,11 @@ class GridEvaluation(Settings):
         """The fields of `ProblemSource` that say where the problems come from."""
         return self.model_dump(include={"source", "column", "answer_column", "split"})
 
+    @property
+    def in_progress(self) -> int:
+        """Answers of a server that are in progress at once."""
+        return self.concurrency or self.batch_size
+
     def of_rows(self) -> dict[str, Any]:
         """What all rows of a folder share; benchmarks can be added later."""
         later = {"split": "train", "concurrency": None}  # settings that older folders do not have

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.cli.benchmarks import AskedBenchmarks, digest_of, protocol_of
+from rac_modifier.cli.frontier import _served
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
@@ -54,7 +55,11 @@ def asked(tmp_path: Path) -> AskedBenchmarks:
     (tmp_path / "copy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"source": str(tmp_path / "copy.jsonl"), "samples": 2, "cap": 6}
     evaluation = GridEvaluation(
-        serve=True, concurrency=3, benchmarks=[{"preset": "math-500", **small}, {"preset": "aime24", **small}]
+        serve=True,
+        concurrency=3,
+        problems=2,
+        cap=6,
+        benchmarks=[{"preset": "math-500", **small}, {"preset": "aime24", **small}],
     )
     return AskedBenchmarks(evaluation, PromptSettings(), Dtype.FLOAT32, tmp_path / "out")
 
@@ -66,12 +71,15 @@ def test_what_is_asked_is_written_down_without_paths(asked: AskedBenchmarks, tmp
     assert str(tmp_path) not in json.dumps(math.asked)
 
 
-def test_one_server_answers_all_benchmarks_of_a_model_and_answers_are_kept(
+def test_one_server_is_timed_and_answers_all_benchmarks_of_a_model_and_answers_are_kept(
     asked: AskedBenchmarks, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
     shorten_pauses(monkeypatch)
-    results = {benchmark.name: result for benchmark, result in asked.ask(tiny_folder, "2:4", asked.listed)}
+    tools = _served(asked.evaluation, asked.prompt, asked.precision, asked.out)
+    with tools["servers"](tiny_folder) as servers:
+        assert tools["serve"](tiny_folder, "2:4", servers).problems == 2
+        results = {benchmark.name: result for benchmark, result in asked.ask(tiny_folder, "2:4", asked.listed, servers)}
     assert list(results) == ["math-500", "aime24"]
     assert all((result.problems, result.samples) == (3, 2) for result in results.values())
     assert [start["argv"][1] for start in fake_vllm.starts(tmp_path)] == [str(tiny_folder)]

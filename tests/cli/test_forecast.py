@@ -20,7 +20,7 @@ def skeleton():
 def test_the_grid_for_one_gpu(skeleton) -> None:
     grid = load_grid("r1_distill_1_5b")
     plan = plan_of(skeleton, plan_rows(grid, "r1"), grid.evaluation)
-    assert (plan.rows, plan.tokens, plan.starts) == (4, 262144, 2)
+    assert (plan.rows, plan.tokens, plan.served) == (4, 262144, True)
     assert (plan.traces.answers, plan.traces.cap, plan.traces.served) == (32, 8192, True)
     assert [(one.name, one.answers, one.cap, one.at_once, one.served) for one in plan.asked] == [
         ("answers and KL", 64, 4096, 64, False),
@@ -34,7 +34,7 @@ def test_a_grid_without_a_server(skeleton, tmp_path: Path) -> None:
     grid = load_grid("small")
     rows = plan_rows(grid, "small")
     plan = plan_of(skeleton, rows, grid.evaluation)
-    assert (plan.starts, plan.traces.served, [one.served for one in plan.asked]) == (0, False, [False])
+    assert (plan.served, plan.traces.served, [one.served for one in plan.asked]) == (False, False, [False])
     estimate, *room = forecast(plan, tmp_path, keep_models=True)
     assert estimate.startswith("Estimated, not measured")
     assert len(room) == len(check(plan, tmp_path, keep_models=True)) == 3

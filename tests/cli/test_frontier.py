@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rac_modifier.cli.benchmarks import digest_of
-from rac_modifier.cli.frontier import _held_out, _server
+from rac_modifier.cli.frontier import _held_out, _served
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
@@ -124,7 +125,7 @@ def test_a_grid_that_was_killed_between_rows_goes_on(rac: Rac, grid: Any, tiny_f
 def test_a_served_evaluation_needs_answers_and_a_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAC_VLLM", "/no/vllm")
     with pytest.raises(RacError, match="is no command that can be run"):
-        _server(GridEvaluation(serve=True), PromptSettings(), Dtype.AUTO, tmp_path)
+        _served(GridEvaluation(serve=True), PromptSettings(), Dtype.AUTO, tmp_path)
     (tmp_path / "open.jsonl").write_text('{"question": "why?"}\n')
     evaluation = GridEvaluation(source=str(tmp_path / "open.jsonl"), problems=1, serve=True)
     with pytest.raises(RacError, match="name their column"):
@@ -137,20 +138,20 @@ def test_a_served_answer_is_asked_anew_so_that_its_seconds_count(
     from rac_modifier.cli.answering import Answering
 
     monkeypatch.setenv("RAC_VLLM", sys.executable)
-    seen: list[tuple[bool, bool, str]] = []
+    seen: list[tuple[bool, tuple[str, ...], str]] = []
 
     def run(self: Answering, name: str, *args: Any) -> str:
         assert self.path is not None
-        seen.append((self.path.exists(), self.serve, name))
+        seen.append((self.path.exists(), self.servers, name))
         return "result"
 
     monkeypatch.setattr(Answering, "run", run)
-    serve = _server(GridEvaluation(problems=1), PromptSettings(), Dtype.AUTO, tmp_path)
+    serve = _served(GridEvaluation(problems=1), PromptSettings(), Dtype.AUTO, tmp_path)["serve"]
     (tmp_path / "served").mkdir()
     for file in ("a-ca978112.jsonl",):  # that of the label "a"
         (tmp_path / "served" / file).touch()
-    assert serve(tmp_path / "model", "a") == "result"
-    assert seen == [(False, True, str(tmp_path / "model"))]
+    assert serve(tmp_path / "model", "a", lambda: nullcontext(("http://there",))) == "result"
+    assert seen == [(False, ("http://there",), str(tmp_path / "model"))]
 
 
 def test_the_questions_are_part_of_what_a_folder_is_of(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rac_modifier.frontier.estimate import Asked, ModelShape, Plan, Speed, descr
 SHAPE = ModelShape(parameters=1000, groups=(Group(10, (20,)),), layers=3, hidden=10, kv_bytes=40)
 SERVED = Asked("served", answers=8, cap=100, at_once=4, served=True)
 HERE = Asked("here", answers=6, cap=50, at_once=4, served=False)
-PLAN = Plan(SHAPE, rows=2, tokens=500, traces=SERVED, asked=(SERVED, HERE), starts=2)
+PLAN = Plan(SHAPE, rows=2, tokens=500, traces=SERVED, asked=(SERVED, HERE), served=True)
 SPEED = Speed(copied=1e5, computed=1e6, computed32=2e5)
 
 
@@ -29,7 +29,7 @@ def test_answers_of_a_server_read_the_weights_once_per_token_of_all():
     found = seconds()
     assert found["traces"] == pytest.approx((expected(30), expected(100)))
     assert found["served, 3 models"] == pytest.approx((3 * expected(30), 3 * expected(100)))
-    assert found["starts of vllm serve"] == (3 * 2 * 90, 3 * 2 * 90)
+    assert found["starts of vllm serve"] == (3 * 90, 3 * 90)
 
 
 def test_a_slow_processor_decides_where_it_is_slower_than_the_memory():
@@ -68,7 +68,7 @@ def test_a_mixture_of_experts_reads_all_weights_and_computes_with_some():
 
 
 def test_without_a_server_nothing_is_started():
-    assert "starts of vllm serve" not in seconds(replace(PLAN, starts=0))
+    assert "starts of vllm serve" not in seconds(replace(PLAN, served=False))
 
 
 def test_the_text_says_that_it_is_estimated_and_how():

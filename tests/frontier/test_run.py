@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_paths_of_this_machine_are_not_written_down(bench: Bench) -> None:
 
 
 def test_what_cannot_be_served_has_a_reason(bench: Bench) -> None:
-    def serve(folder: Path, label: str):
+    def serve(folder: Path, label: str, servers):
         if label == "a":
             raise RacError("no kernel reads 3 bits")
         return Served()
@@ -156,7 +157,7 @@ def test_benchmarks_are_asked_per_model_and_one_that_fails_stops_no_other(bench:
     asked: list[str] = []
     broken = {"a"}
 
-    def ask(model: Path, label: str, wanted):
+    def ask(model: Path, label: str, wanted, servers):
         asked.append(f"{label} of {model.name.partition('-')[0]}")
         for benchmark in wanted:
             if label in broken:
@@ -178,3 +179,37 @@ def test_benchmarks_are_asked_per_model_and_one_that_fails_stops_no_other(bench:
     more = replace(tools, benchmarks=[*tools.benchmarks, Benchmark("aime", {"cap": 9})])
     with pytest.raises(RacError, match="no checkpoint any more of a, b, so the benchmarks cannot be asked"):
         bench.run(ROWS[:2], tools=more)
+
+
+def test_a_model_has_one_server_for_its_speed_and_its_benchmarks(bench: Bench) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def servers(folder: Path):
+        name = "dense" if folder == bench.dense else folder.name[0]
+        said.append(f"{name} starts")
+        yield lambda: nullcontext((name,))
+        said.append(f"{name} ends")
+
+    def serve(folder: Path, label: str, servers):
+        with servers() as urls:
+            said.append(f"{label} is timed on {urls}")
+        raise RacError("not looked at here")
+
+    def ask(model: Path, label: str, wanted, servers):
+        with servers() as urls:
+            said.append(f"{label} is asked on {urls}")
+            yield wanted[0], result(label)
+
+    tools = replace(bench.tools(), servers=servers, serve=serve, benchmarks=[Benchmark("math", {"cap": 9})], ask=ask)
+    bench.run(ROWS[:1], tools=tools, remove_models=True)
+    assert said == [
+        line
+        for name in ("dense", "a")
+        for line in (
+            f"{name} starts",
+            f"{name} is timed on ('{name}',)",
+            f"{name} is asked on ('{name}',)",
+            f"{name} ends",
+        )
+    ]

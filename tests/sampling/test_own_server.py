@@ -11,7 +11,14 @@ import urllib.request
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.own_server import VllmCommand, check_serving, end_of, last_lines, vllm_server
+from rac_modifier.sampling.own_server import (
+    ServerOnDemand,
+    VllmCommand,
+    check_serving,
+    end_of,
+    last_lines,
+    vllm_server,
+)
 from tests.sampling import fake_vllm
 
 HOLDER = """
@@ -214,3 +221,46 @@ def test_an_environment_without_our_plugin_is_refused(tmp_path, monkeypatch):
             RacError, match=r"lacks rac-modifier, whose plugin reads packed checkpoints; .*python -m pip install"
         ):
             check_serving()
+
+
+def test_a_server_on_demand_starts_once_when_it_is_asked(vllm, tmp_path):
+    with ServerOnDemand(lambda: vllm_server(vllm, "m")) as server:
+        assert fake_vllm.starts(tmp_path) == []
+        with server.asked() as first:
+            pass
+        with server.asked() as second:
+            assert second == first
+        assert len(fake_vllm.starts(tmp_path)) == 1
+    assert fake_vllm.left_over(tmp_path) == []
+
+
+def test_a_server_on_demand_that_died_is_named_and_started_again(vllm, tmp_path):
+    def ask_and_kill(server):
+        with server.asked():
+            start = fake_vllm.starts(tmp_path)[-1]
+            os.kill(start["pid"], signal.SIGKILL)
+            assert fake_vllm.until(lambda: not fake_vllm.is_running(start["watcher"]))
+            raise RacError("no answer")
+
+    with ServerOnDemand(lambda: vllm_server(vllm, "m")) as server:
+        with pytest.raises(RacError, match=r"no answer\. vllm serve stopped with exit code 137"):
+            ask_and_kill(server)
+        with server.asked() as (url,):
+            assert urllib.request.urlopen(f"{url}/health").status == 200
+    assert len(fake_vllm.starts(tmp_path)) == 2
+    assert fake_vllm.left_over(tmp_path) == []
+
+
+def test_a_server_on_demand_that_cannot_start_is_tried_once(vllm, monkeypatch):
+    monkeypatch.setenv(fake_vllm.FAULT, "crash")
+    started: list[str] = []
+
+    def start():
+        started.append("m")
+        return vllm_server(vllm, "m")
+
+    with ServerOnDemand(start) as server:
+        for _ in range(2):
+            with pytest.raises(RacError, match="vllm serve stopped with exit code 1;"), server.asked():
+                pass
+    assert started == ["m"]
