@@ -127,9 +127,13 @@ def test_shipped_grids_can_be_run(name: str):
 
 
 def test_the_grids_that_documents_name_are_there():
-    assert grid_names() == ["contenders", "paper", "r1_distill_1_5b", "small"]
+    assert grid_names() == ["contenders", "paper", "quantization", "r1_distill_1_5b", "small"]
     groups = [run.group for run in plan_rows(load_grid("paper"), "paper")]
     assert groups == ["generic text", "prompts", "RAC"] * 3
+    quantized = plan_rows(load_grid("quantization"), "quantization")
+    assert [run.group for run in quantized] == ["generic text", "prompts", "RAC"] * 4
+    mixtures = [entry_of_any(run)["calibration"].get("mixture") for run in quantized]
+    assert mixtures == [{"generic": 1.0}, {"prompts": 1.0}, None] * 4
     planned = plan_rows(load_grid("contenders"), "contenders")
     labels = {run.label for run in planned}
     sparse = {f"{pattern}{more}" for pattern in ("50 %", "60 %", "70 %", "2:4") for more in ("", " + int8", " + int4")}
@@ -155,5 +159,7 @@ def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):
     with pytest.raises(RacError) as caught:
         load_grid(tmp_path / "grid.yaml")
     assert says in str(caught.value)
-    with pytest.raises(RacError, match="name a YAML file, or one of contenders, paper, r1_distill_1_5b, small"):
+    with pytest.raises(
+        RacError, match="name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, small"
+    ):
         load_grid(tmp_path / "none.yaml")
