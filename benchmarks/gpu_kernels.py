@@ -6,10 +6,10 @@ Some minutes on one GPU; the kernels have never run on one before. It stops at t
 
 1. Products of every layout and kernel with random weights, against float64; twice, with the same bits.
 2. The same out of a captured CUDA graph, and, where compute-sanitizer is installed, under memcheck and racecheck.
-3. Time per product of an 8B model's layers, in turn with torch's own bfloat16 linear, out of graphs. Weights are cycled
-   through, so that they come from the GPU's memory and not from its cache.
-
-Other contenders (vLLM's int4 and fp8 kernels) are not measured yet.
+3. Time per product of an 8B model's layers, out of graphs, in turn with what would run there instead: torch's bfloat16 linear and
+   FP8 product, 2:4 on cuSPARSELt, vLLM's int4 (Marlin) where vLLM is installed. Weights are cycled through, so that they
+   come from the GPU's memory and not from its cache. A contender that is missing says why. At 2,048 tokens our weights are
+   expanded, and the product is dense.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from gpu_contenders import CONTENDERS, NotHereError, prepared
 from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
@@ -33,6 +35,7 @@ from rac_modifier.files import write_json_atomic
 from rac_modifier.kernels import cuda
 
 TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 129)
+TIMED = (1, 8, 16, 32, 2048)
 ODD_SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of an 8B model
 # Bits of a value; columns that share a scale, 0 for all; and whether the weight is 2:4. Of any pattern, half is stored.
@@ -125,7 +128,7 @@ def check_graphs(device: str) -> None:
                 raise RacError(f"{name}, {tokens} tokens: a captured graph computes something else; report this")
 
 
-def microseconds(linears: list[Linear], x: Tensor) -> float:
+def microseconds(linears: Sequence[Callable[[Any], object]], x: Any) -> float:
     """Of one product, from a graph that goes through all of them."""
 
     def step() -> None:
@@ -141,30 +144,63 @@ def microseconds(linears: list[Linear], x: Tensor) -> float:
     return 1000 * start.elapsed_time(end) / len(linears)
 
 
-def times(device: str, tokens: tuple[int, ...], rounds: int) -> Iterator[dict[str, object]]:
-    """Medians over rounds, in which the contenders take turns."""
+@dataclass(frozen=True)
+class Timed:
+    """A contender of one layer: products with so many copies of its weight, its bytes, and what it makes of activations."""
+
+    products: Sequence[Callable[[Any], object]]
+    size: int
+    given: Callable[[Tensor], Any] = lambda x: x
+
+
+def ours(rows: int, columns: int) -> dict[str, Timed]:
+    """Every format of ours."""
+    found = {}
+    for name, kind in FORMATS.items():
+        weight = random_weight(rows, columns, *kind)
+        packed = cuda.pack(weight, torch.bfloat16)
+        size = sum(part.nbytes for part in packed.values())
+        copies = [{key: part.clone() for key, part in packed.items()} for _ in range(-(-CYCLED_BYTES // size))]
+        shape = weight.rows, weight.columns
+        found[name] = Timed([lambda x, p=p, s=shape: cuda.linear(x, p, *s) for p in copies], size)
+    return found
+
+
+def theirs(rows: int, columns: int, device: str, missing: dict[str, str]) -> dict[str, Timed]:
+    """The others; why one is not here is added to `missing`."""
+    size = 2 * rows * columns
+    weights = [torch.randn(rows, columns, device=device).bfloat16() for _ in range(-(-CYCLED_BYTES // size))]
+    found = {"dense bf16": Timed([lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights], size)}
+    for name, contender in CONTENDERS.items():
+        if name in missing:
+            continue
+        try:
+            (one,) = prepared(name, weights[0], 1)
+            size = sum(part.nbytes for part in one.values())
+            copies = prepared(name, weights[0], -(-CYCLED_BYTES // size))
+        except NotHereError as error:
+            missing[name] = str(error)
+            continue
+        found[name] = Timed([lambda x, p=p, run=contender.run: run(x, p) for p in copies], size, contender.given)
+    return found
+
+
+def times(device: str, tokens: tuple[int, ...], rounds: int, missing: dict[str, str]) -> Iterator[dict[str, object]]:
+    """Medians over rounds, in which the contenders take turns; why a contender is not here is added to `missing`."""
     for layer, (rows, columns) in LAYERS.items():
-        contenders: dict[str, tuple[list[Linear], float]] = {}
-        for name, kind in FORMATS.items():
-            weight = random_weight(rows, columns, *kind)
-            packed = cuda.pack(weight, torch.bfloat16)
-            size = sum(part.nbytes for part in packed.values())
-            copies = [{key: part.clone() for key, part in packed.items()} for _ in range(-(-CYCLED_BYTES // size))]
-            shape = weight.rows, weight.columns
-            contenders[name] = [lambda x, p=p, s=shape: cuda.linear(x, p, *s) for p in copies], size
-        size = 2 * rows * columns
-        weights = [torch.randn(rows, columns, device=device).bfloat16() for _ in range(-(-CYCLED_BYTES // size))]
-        contenders["dense bf16"] = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights], size
+        contenders = {**ours(rows, columns), **theirs(rows, columns, device, missing)}
         for number in tokens:
             x = torch.randn(number, columns, device=device).bfloat16()
-            found = {
-                name: [microseconds(linears, x) for _ in range(rounds)] for name, (linears, _) in contenders.items()
-            }
-            for name, (_, size) in contenders.items():
+            given = {name: contender.given(x) for name, contender in contenders.items()}
+            found: dict[str, list[float]] = {name: [] for name in contenders}
+            for _ in range(rounds):
+                for name, contender in contenders.items():
+                    found[name].append(microseconds(contender.products, given[name]))
+            for name, contender in contenders.items():
                 taken = statistics.median(found[name])
                 faster = statistics.median(found["dense bf16"]) / taken
                 row = {"layer": layer, "tokens": number, "contender": name, "us": taken, "faster": faster}
-                yield row | {"GB/s": size / taken / 1000}
+                yield row | {"GB/s": contender.size / taken / 1000}
 
 
 def sanitize() -> list[str]:
@@ -206,10 +242,12 @@ def main() -> None:
         "sanitizer": sanitize(),
     }
     print("| layer | tokens | contender | us | GB/s | over dense bf16 |\n|---|---|---|---|---|---|")
-    record["times"] = []
-    for row in times("cuda", (1, 8, 16, 32), arguments.rounds):
+    record["times"], record["missing"] = [], {}
+    for row in times("cuda", TIMED, arguments.rounds, record["missing"]):
         record["times"].append(row)
         print("| {layer} | {tokens} | {contender} | {us:.1f} | {GB/s:.0f} | {faster:.2f}x |".format(**row), flush=True)
+    for name, reason in record["missing"].items():
+        print(f"{name} was not measured: {reason}")
     if arguments.json:
         write_json_atomic(arguments.json, json.loads(json.dumps(record)))
 

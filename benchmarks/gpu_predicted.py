@@ -28,6 +28,8 @@ MODELS = {
 }
 CONTENDERS = {
     "dense bf16": "bf16",
+    "dense fp8": "fp8",
+    "dense int4": "int4",
     "bf16": BF16,
     "int8": INT8,
     "int4 g128": INT4[128],
@@ -164,6 +166,8 @@ def beside(measured: Path) -> Iterator[str]:
     yield f"{card.title}, {measured.name}"
     yield "| layer | tokens | contender | predicted, us | measured, us | predicted bound |\n|---|---|---|---|---|---|"
     for row in record["times"]:
+        if row["tokens"] > TOKENS[-1] or row["contender"] not in CONTENDERS:
+            continue  # prompts, and 2:4 by cuSPARSELt, are not predicted
         shape, layout = MODELS["8B"][0][row["layer"]], CONTENDERS[row["contender"]]
         dense = isinstance(layout, str)
         time: Time = (

@@ -44,6 +44,7 @@ class Shards:
     def __init__(self, prefix: str, modules: list[str], format: str | None, scales: str = "none") -> None:
         self.prefix, self.modules, self.format, self.scales = prefix, modules, format, scales
         self._parts: dict[ShardId, dict[str, Tensor]] = {}
+        self._taken = False
         # A dense weight is collected too: an ignored shard of a fused layer has one.
         self._names = parts_of(format, scales)
 
@@ -61,7 +62,7 @@ class Shards:
         """
         for part in self._names:
             delattr(layer, part)
-        parts, self._parts = self._parts, {}
+        parts, self._parts, self._taken = self._parts, {}, True
         return {shard: self._checked(shard, parts[shard]) for shard in sorted(parts, key=_position)}
 
     def row_numbers(
@@ -106,6 +107,8 @@ class Shards:
 
     def _collector(self, part: str) -> Callable[..., None]:
         def collect(param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
+            if self._taken:
+                raise loaded_again(self.prefix)
             self._parts.setdefault(loaded_shard_id, {})[part] = loaded_weight
 
         return collect
@@ -165,6 +168,14 @@ class Int4Shards(Shards):
                 "with these files"
             )
         return dense_int4.check_int4(parts, name, self.group, self.symmetric)
+
+
+def loaded_again(prefix: str) -> RacError:
+    """The error for weights that come when a layer is packed already: vLLM's `reload_weights`, also after sleep at level 2."""
+    return RacError(
+        f"{prefix}: packed weights cannot be loaded into a running server again (reload_weights; sleep at level 2 drops them), "
+        "so end this server and start another one. Sleep at level 1 keeps the weights"
+    )
 
 
 def load_shard(load: Callable[..., None], parameter: Tensor, tensor: Tensor, shard: ShardId) -> None:

@@ -23,7 +23,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 from rac_modifier.vllm_plugin.packed_experts import PackedExperts
-from rac_modifier.vllm_plugin.shards import checked, parts_of
+from rac_modifier.vllm_plugin.shards import checked, loaded_again, parts_of
 from rac_modifier.vllm_plugin.summary import Summary
 
 logger = init_logger(f"vllm.{__name__}")
@@ -46,6 +46,7 @@ class SparseExpertsMethod(FusedMoEMethodBase):
         self.prefix, self.format, self.scales, self.summary = prefix, format, scales, summary
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._others: list[tuple[str, Tensor]] = []
+        self._taken = False
         self._load, layer.load_weights = layer.load_weights, self._collect
         summary.expect()
 
@@ -73,7 +74,7 @@ class SparseExpertsMethod(FusedMoEMethodBase):
         Raises:
             RacError: naming a tensor that is damaged or missing, or does not fit the model.
         """
-        parts, self._parts = self._parts, {}
+        parts, self._parts, self._taken = self._parts, {}, True
         stored = {
             name: checked(found, self.format, self.scales, f"{self.prefix}.{name}") for name, found in parts.items()
         }
@@ -99,6 +100,8 @@ class SparseExpertsMethod(FusedMoEMethodBase):
 
     def _collect(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
         """Keep what is loaded, such as ("3.up_proj.bitmask", tensor), by module. vLLM calls it several times."""
+        if self._taken:
+            raise loaded_again(self.prefix)
         names = parts_of(self.format, self.scales)
         for name, tensor in weights:
             module, _, part = name.rpartition(".")

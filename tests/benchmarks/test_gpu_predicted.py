@@ -59,7 +59,9 @@ def test_times_of_a_card_that_is_not_known_are_an_error(benchmark, tmp_path):
 
 def test_the_names_are_those_of_the_check(benchmark):
     """`make gpu-check` writes them."""
+    import gpu_contenders
     import gpu_kernels
 
-    assert set(benchmark.CONTENDERS) == {*gpu_kernels.FORMATS, "dense bf16"}
+    assert set(benchmark.CONTENDERS) == {*gpu_kernels.FORMATS, "dense bf16", "dense fp8", "dense int4"}
+    assert {"dense fp8", "dense int4"} < set(gpu_contenders.CONTENDERS)
     assert benchmark.MODELS["8B"][0] == gpu_kernels.LAYERS

@@ -11,6 +11,7 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 needs_vllm()
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
+from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
 from rac_modifier.kernels.cpu.packed import unpack  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
@@ -135,3 +136,22 @@ def test_a_layer_that_a_backend_does_not_run_is_dense(monkeypatch):
     assert decision.reason == "dense because it is more than half stored"
     x = torch.randn(2, K)
     torch.testing.assert_close(layer.quant_method.apply(layer, x), x.sum(1, keepdim=True).expand(2, 64))
+
+
+def test_weights_that_are_loaded_again_are_refused(monkeypatch):
+    """vLLM's reload takes the packed parameters away, restores those of loading, and calls their loaders."""
+    from vllm.model_executor.model_loader.reload.layerwise import (
+        initialize_layerwise_reload,
+        record_metadata_for_reloading,
+    )
+
+    on_rank(monkeypatch, 0, 1)
+    layer = make("qkv", config_of(FORMAT_24))
+    record_metadata_for_reloading(layer)
+    shards = [(shard, pack(weight, FORMAT_24, module)) for shard, module, weight in weights_of("qkv", True)]
+    for shard, parts in shards:
+        load(layer, shard, parts)
+    finish(layer)
+    initialize_layerwise_reload(layer)
+    with pytest.raises(RacError, match=r"a\.qkv: packed weights cannot be loaded into a running server again"):
+        load(layer, *shards[0])

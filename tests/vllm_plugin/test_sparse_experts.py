@@ -239,3 +239,12 @@ def test_a_missing_expert_and_one_of_another_size_are_named():
         load(layer, weights, FORMAT_BITMASK)
         with pytest.raises(RacError, match=message):
             method.process_weights_after_loading(layer)
+
+
+def test_experts_that_are_loaded_again_are_refused():
+    layer, weights = FakeLayer(), weights_of(True)
+    method = method_of(layer, FORMAT_24)
+    load(layer, weights, FORMAT_24)
+    method.process_weights_after_loading(layer)
+    with pytest.raises(RacError, match=r"^a\.experts: packed weights cannot be loaded into a running server again"):
+        load(layer, weights, FORMAT_24)
