@@ -46,6 +46,8 @@ FORMATS = {
     "int4 g64": (4, 64, True),
     "unstructured": (16, 0, False),
     "unstructured int8": (8, 0, False),
+    "unstructured int4 g128": (4, 128, False),
+    "unstructured int4 g64": (4, 64, False),
 }
 CYCLED_BYTES = 512 << 20  # of weights: more than any cache
 Linear = Callable[[Tensor], Tensor]

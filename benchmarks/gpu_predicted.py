@@ -16,7 +16,15 @@ from pathlib import Path
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
-from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
+from rac_modifier.kernels.cuda.layout import (
+    BF16,
+    INT4,
+    INT8,
+    UNSTRUCTURED,
+    UNSTRUCTURED_INT4,
+    UNSTRUCTURED_INT8,
+    Layout,
+)
 from rac_modifier.kernels.cuda.predict import DENSE, Time, dense_time, sparse_time
 
 TOKENS = (1, 8, 16, 32)
@@ -36,6 +44,8 @@ CONTENDERS = {
     "int4 g64": INT4[64],
     "unstructured": UNSTRUCTURED,
     "unstructured int8": UNSTRUCTURED_INT8,
+    "unstructured int4 g128": UNSTRUCTURED_INT4[128],
+    "unstructured int4 g64": UNSTRUCTURED_INT4[64],
 }  # as make gpu-check names them
 
 
@@ -152,6 +162,20 @@ def int8() -> Iterator[str]:
                 yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, UNSTRUCTURED_INT8)} |"
 
 
+def int4() -> Iterator[str]:
+    """Int4 of any pattern in groups of 128: every card, model and number of tokens, over dense int4."""
+    yield "| card | model | tokens | int4, ms | 50 %, ms | 50 % over int4 | 60 % | 70 % | 50 % over fp8 | 50 % bound by |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for card in CARDS:
+        for model in MODELS:
+            for tokens in TOKENS:
+                t, layout = times(card, model, tokens), UNSTRUCTURED_INT4[128]
+                each = [unstructured_time(card, model, tokens, share, layout) for share in (0.5, 0.6, 0.7)]
+                gains = [t["int4"] / time for time in each] + [t["fp8"] / each[0]]
+                numbers = " | ".join([f"{t['int4']:.2f}", f"{each[0]:.2f}", *(f"{gain:.2f}x" for gain in gains)])
+                yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, layout)} |"
+
+
 def beside(measured: Path) -> Iterator[str]:
     """Predicted and measured times of the layers that `make gpu-check` timed.
 
@@ -185,6 +209,7 @@ TABLES = {
     "Other rates of L2": ports,
     "Unstructured int8": int8,
     "2:4 + int8": int8_24,
+    "Unstructured int4": int4,
 }
 
 

@@ -107,6 +107,7 @@ DEVICE u32 global_load2(const u8* at) { return *reinterpret_cast<const unsigned 
 DEVICE u32 global_load4(const u8* at) { return *reinterpret_cast<const u32*>(at); }
 DEVICE uint4 global_load16(const u8* at) { return *reinterpret_cast<const uint4*>(at); }
 DEVICE float global_load_float(const u8* at) { return *reinterpret_cast<const float*>(at); }
+DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
 // Rounded to nearest even.
 DEVICE u32 bf16_bits(float value) {

@@ -14,9 +14,9 @@
 //   4 bytes i: the row of the weight that is sorted row i (32 T of them; any number >= rows where there is none).
 //   16 bytes 4 k + w from 128 T on: tile k's segment w: where it begins in units; groups; first step | steps << 16; and the groups that
 //     are copied before the first step, with what steps 0 to AHEAD - 1 wait for, 8 bits each.
-//   4 bytes i from 192 T on, of FORMATs with scales: the scale of sorted row i, fp32.
+//   4 bytes i from 192 T on, of FORMATs with a scale per row: the scale of sorted row i, fp32.
 //   A segment: a byte per step (the groups to copy when it begins, after those before it are done), padded with zeros; 128 MASKS bytes
-//     per step: each lane's masks; the groups. Steps of a segment are a multiple of 128 / STEP.
+//     per step: each lane's masks; lines of scales, of FORMATs that have one per row and group of columns; the groups. Steps of a segment are a multiple of 128 / STEP.
 #pragma once
 
 #include "decode.h"
@@ -24,7 +24,7 @@
 constexpr int WARPS = 4, LINE = 128, GROUP_LINES = 8, GROUP_BYTES = GROUP_LINES * LINE, MASKS_BYTES = 8 * LINE;
 
 struct Segment {
-  const u8 *counts, *masks, *values;
+  const u8 *counts, *masks, *scales, *values;
   int first_step, steps, groups;
   u32 before;
 };
@@ -39,14 +39,15 @@ DEVICE Segment segment_of(const u8* weight, int rows, int units, int tile, u32 w
   segment.first_step = entry.z & 0xffff;
   segment.groups = entry.y;
   segment.before = entry.w;
-  const int counts = (segment.steps + LINE - 1) / LINE;
-  const long long size = counts + segment.steps * FORMAT::MASKS + static_cast<long long>(entry.y) * GROUP_LINES;
+  const int counts = (segment.steps + LINE - 1) / LINE, scales = FORMAT::scale_lines(segment.steps);
+  const long long size = counts + segment.steps * FORMAT::MASKS + scales + static_cast<long long>(entry.y) * GROUP_LINES;
   if (segment.steps > FORMAT::COUNTS_BYTES || segment.steps % (128 / FORMAT::STEP) != 0 || entry.x + size > units) {
     segment.steps = segment.groups = 0;
   }
   segment.counts = weight + entry.x * 128ll;
   segment.masks = segment.counts + counts * LINE;
-  segment.values = segment.masks + segment.steps * FORMAT::MASKS * LINE;
+  segment.scales = segment.masks + segment.steps * FORMAT::MASKS * LINE;
+  segment.values = segment.scales + scales * LINE;
   return segment;
 }
 
@@ -134,7 +135,7 @@ struct Unstructured {
     UNROLL
     for (int step = 0; step < AHEAD; step++) self.fetch(step, self.segment.before >> 8 * step & 0xff);
     FORMAT streams;
-    streams.open(self.ring, lane);
+    streams.open(self.ring, lane, self.segment);
     u32 turn = 0;
     for (int step = 0; step < steps; step++) {
       CP_ASYNC_WAIT(AHEAD - 1);
@@ -147,6 +148,72 @@ struct Unstructured {
     add_warps<2, TOKEN_TILES, WARPS, WARP_BYTES>(sum, bias, out, row, rows, token0, tokens, scale);
   }
 };
+
+// Dense rows of a FORMAT of integers of BITS bits, scaled and rounded to bf16, in the sorted order, from sorted row 16 first_tile on
+// (first_tile is even); a warp per segment.
+template <class FORMAT, int BITS>
+DEVICE void expand_integers(const u8* weight, u8* out, int rows, int columns, int units, int first_tile) {
+  constexpr int PER_WORD = 32 / BITS, ZERO = 1 << (BITS - 1);
+  const u32 lane = thread_index() % 32, g = lane / 4, t = lane % 4;
+  const int tile = first_tile / 2 + block_x();
+  const Segment segment = segment_of<FORMAT>(weight, rows, units, tile, warp_index());
+  const u8* from = segment.values + lane * 4;
+  const int values = segment.groups * GROUP_LINES * PER_WORD;
+  int next = 0;
+  float scale[4];
+  if (FORMAT::SCALED) {  // per row
+    UNROLL
+    for (int h = 0; h < 4; h++) scale[h] = FORMAT::scale_in(weight, rows, tile, segment, 0, h, g);
+  }
+  for (int step = 0; step < segment.steps; step++) {
+    if (!FORMAT::SCALED) {
+      UNROLL
+      for (int h = 0; h < 4; h++) scale[h] = FORMAT::scale_in(weight, rows, tile, segment, step, h, g);
+    }
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+      const u32 mask = global_load4(segment.masks + step * 2 * LINE + lane * 8 + i * 4);
+      UNROLL
+      for (int piece = 0; piece < 2; piece++) {  // 8 columns
+        u32 four[2][4];  // of rows g and g + 8
+        UNROLL
+        for (int p = 0; p < 4; p++) {  // group n, columns 2 p and 2 p + 1 of the piece
+          const int n = 4 * piece + p;
+          u32 bits[4];
+          UNROLL
+          for (int k = 0; k < 4; k++) {
+            const bool stored = mask >> (n % 4 + 16 * (n / 4) + 4 * k) & 1 && next < values;
+            u32 value = ZERO;
+            if (stored) value = global_load4(from + next / PER_WORD * LINE) >> (next % PER_WORD * BITS) & ((1 << BITS) - 1);
+            next += stored;
+            bits[k] = bf16_bits(scale[2 * i + k % 2] * static_cast<float>(static_cast<int>(value) - ZERO));
+          }
+          four[0][p] = two_halves(bits[0], bits[2]);
+          four[1][p] = two_halves(bits[1], bits[3]);
+        }
+        const int column = (segment.first_step + step) * 64 + t * 16 + piece * 8;
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+          const int in_part = block_x() * 32 + 16 * i + 8 * h + g;
+          if (first_tile * 16 + in_part < rows && column < columns) {
+            uint4 eight;
+            eight.x = four[h][0];
+            eight.y = four[h][1];
+            eight.z = four[h][2];
+            eight.w = four[h][3];
+            global_store16(out + (static_cast<long long>(in_part) * columns + column) * 2, eight);
+          }
+        }
+      }
+    }
+  }
+}
+
+#define EXPAND_INTEGERS_KERNEL(NAME, FORMAT, BITS)                                                               \
+  KERNEL(NAME, WARPS * 32)                                                                                       \
+  (const u8* weight, const u8*, const u8*, u8* out, int rows, int columns, int, int units, int first_tile) {     \
+    expand_integers<FORMAT, BITS>(weight, out, rows, columns, units, first_tile);                                \
+  }
 
 #define UNSTRUCTURED_KERNEL(NAME, FORMAT, TOKEN_TILES)                                                          \
   KERNEL(NAME, WARPS * 32)                                                                                      \

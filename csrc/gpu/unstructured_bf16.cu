@@ -9,11 +9,12 @@ struct Bf16Streams {
   static constexpr int STEP = 32, AHEAD = 3, RING = 96, MASKS = 1, COUNTS_BYTES = 512, ALIGNED = 128;
   static constexpr int REPEATED = 8;  // lines: half a step, 8 places, is read without a look at the ring's end
   static constexpr bool SCALED = false;
+  static DEVICE int scale_lines(int) { return 0; }
   static DEVICE float of_scale(float scale) { return scale; }
 
   u32 even, odd, end, lane;
 
-  DEVICE void open(u32 ring, u32 lane_) {
+  DEVICE void open(u32 ring, u32 lane_, const Segment&) {
     lane = lane_;
     even = ring + lane * 4;
     odd = even + 2;

@@ -10,11 +10,15 @@ struct Int8Stream {
   static constexpr int STEP = 64, AHEAD = 2, RING = 64, MASKS = 2, COUNTS_BYTES = 256, ALIGNED = RING * LINE;
   static constexpr int REPEATED = 1;  // line: the second word of a window
   static constexpr bool SCALED = true;
+  static DEVICE int scale_lines(int) { return 0; }
   static DEVICE float of_scale(float scale) { return scale * INTEGER_SCALE; }
+  static DEVICE float scale_in(const u8* weight, int rows, int tile, const Segment&, int, int h, u32 g) {
+    return global_load_float(scale_of(weight, rows, tile * 32 + h * 8 + g));
+  }
 
   u32 line, bits, lane, ring;  // `line`, `bits`: 32 and 8 times the number of the next value
 
-  DEVICE void open(u32 ring_, u32 lane_) {
+  DEVICE void open(u32 ring_, u32 lane_, const Segment&) {
     lane = lane_;
     ring = kept(ring_ + lane * 4);
     line = bits = 0;
@@ -64,54 +68,4 @@ UNSTRUCTURED_KERNEL(rac_unstructured_int8_r2_t1, Int8Stream, 1)
 UNSTRUCTURED_KERNEL(rac_unstructured_int8_r2_t2, Int8Stream, 2)
 UNSTRUCTURED_KERNEL(rac_unstructured_int8_r2_t4, Int8Stream, 4)
 
-// Dense rows in the sorted order, scaled and rounded to bf16, from sorted row 16 first_tile on (first_tile is even); a warp per segment.
-KERNEL(rac_unstructured_int8_expand, WARPS * 32)
-(const u8* weight, const u8*, const u8*, u8* out, int rows, int columns, int, int units, int first_tile) {
-  const u32 lane = thread_index() % 32, g = lane / 4, t = lane % 4;
-  const int tile = first_tile / 2 + block_x();
-  const Segment segment = segment_of<Int8Stream>(weight, rows, units, tile, warp_index());
-  const u8* from = segment.values + lane * 4;
-  const int values = segment.groups * GROUP_LINES * 4;
-  int next = 0;
-  float scale[4];
-  UNROLL
-  for (int h = 0; h < 4; h++) scale[h] = global_load_float(scale_of(weight, rows, tile * 32 + h * 8 + g));
-  for (int step = 0; step < segment.steps; step++) {
-    UNROLL
-    for (int i = 0; i < 2; i++) {
-      const u32 mask = global_load4(segment.masks + step * 2 * LINE + lane * 8 + i * 4);
-      UNROLL
-      for (int piece = 0; piece < 2; piece++) {  // 8 columns
-        u32 four[2][4];  // of rows g and g + 8
-        UNROLL
-        for (int p = 0; p < 4; p++) {  // group n, columns 2 p and 2 p + 1 of the piece
-          const int n = 4 * piece + p;
-          u32 bits[4];
-          UNROLL
-          for (int k = 0; k < 4; k++) {
-            const bool stored = mask >> (n % 4 + 16 * (n / 4) + 4 * k) & 1 && next < values;
-            u32 byte = 128;
-            if (stored) byte = global_load4(from + next / 4 * LINE) >> (next % 4 * 8) & 0xff;
-            next += stored;
-            bits[k] = bf16_bits(scale[2 * i + k % 2] * static_cast<float>(static_cast<int>(byte) - 128));
-          }
-          four[0][p] = two_halves(bits[0], bits[2]);
-          four[1][p] = two_halves(bits[1], bits[3]);
-        }
-        const int column = (segment.first_step + step) * 64 + t * 16 + piece * 8;
-        UNROLL
-        for (int h = 0; h < 2; h++) {
-          const int in_part = block_x() * 32 + 16 * i + 8 * h + g;
-          if (first_tile * 16 + in_part < rows && column < columns) {
-            uint4 eight;
-            eight.x = four[h][0];
-            eight.y = four[h][1];
-            eight.z = four[h][2];
-            eight.w = four[h][3];
-            global_store16(out + (static_cast<long long>(in_part) * columns + column) * 2, eight);
-          }
-        }
-      }
-    }
-  }
-}
+EXPAND_INTEGERS_KERNEL(rac_unstructured_int8_expand, Int8Stream, 8)

@@ -32,7 +32,7 @@ _BF16 = 2.0  # bytes
 class PredictedLayer:
     """Layers [rows, columns] of one kind that run alike, `count` of them. Times are microseconds of one.
 
-    kernel: "2:4", "2:4 int4", "unstructured", "unstructured int8" or "dense". reason: why it is dense, None for a kernel.
+    kernel: the title of a layout, such as "2:4 int4" or "unstructured", or "dense". reason: why it is dense, None for a kernel.
     nbytes: what a step reads of the weight; of an unstructured one, what is expected of its density.
     time: here. dense: what vLLM takes without our kernels, by the names of `DENSE`.
     """

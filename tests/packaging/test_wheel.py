@@ -154,6 +154,7 @@ def test_the_sources_of_the_gpu_kernels_are_found_where_it_is_installed(installe
         "sparse24_int8.cu",
         "unstructured.h",
         "unstructured_bf16.cu",
+        "unstructured_int4.cu",
         "unstructured_int8.cu",
         "True",
     ]

@@ -40,7 +40,7 @@ def requested() -> bool:
 
 
 def can_run(layer: Layer) -> Decision:
-    """Sparse where it is asked for, the weight is bfloat16, int8, or 2:4 in four bits, and the kernels compile and load."""
+    """Sparse where it is asked for, the weight is bfloat16, int8 or int4, and the kernels compile and load."""
     dense_bytes = float(layer.served.itemsize)
     layout, problem = _plan(layer)
     size = dense_bytes if layout is None else bytes_per_weight(layer, layout)
@@ -99,9 +99,8 @@ def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     if layout is None:
         name = "int4" if layer.stored == torch.int32 else str(layer.stored).removeprefix("torch.")
         groups = f" in groups of {layer.group}" if name in ("int4", "int8") else ""
-        pattern = " that is not 2:4" if name == "int4" and not layer.two_of_four else ""
-        exist = "bfloat16, int8 with one scale per row, and 2:4 with int4 in groups of 64 or 128"
-        return None, f"there is no GPU kernel for {name}{groups}{pattern}; those that exist take {exist}"
+        exist = "bfloat16, int8 with one scale per row, and int4 in groups of 64 or 128"
+        return None, f"there is no GPU kernel for {name}{groups}; those that exist take {exist}"
     if layer.columns % 8:
         return layout, f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"
     size, dense_bytes = bytes_per_weight(layer, layout), layer.served.itemsize

@@ -35,6 +35,14 @@ COUNTS: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("unstructured int8", "sm_89"): ((329, 335), (336, 352), (368, 424)),
     ("unstructured int8", "sm_90"): ((336, 352), (344, 384), (377, 455)),
     ("unstructured int8", "sm_100"): ((341, 363), (360, 416), (404, 476)),
+    ("unstructured int4 g128", "sm_80"): ((397, 323), (419, 357), (471, 425)),
+    ("unstructured int4 g128", "sm_89"): ((396, 324), (421, 355), (467, 421)),
+    ("unstructured int4 g128", "sm_90"): ((401, 351), (421, 379), (472, 448)),
+    ("unstructured int4 g128", "sm_100"): ((415, 369), (448, 432), (497, 495)),
+    ("unstructured int4 g64", "sm_80"): ((393, 319), (415, 353), (468, 420)),
+    ("unstructured int4 g64", "sm_89"): ((392, 320), (417, 359), (464, 424)),
+    ("unstructured int4 g64", "sm_90"): ((396, 348), (417, 375), (467, 453)),
+    ("unstructured int4 g64", "sm_100"): ((412, 372), (445, 435), (494, 498)),
 }
 
 
@@ -45,7 +53,8 @@ def count_instructions(layout: Layout, architecture: str, row_tiles: int, token_
         RacError: an architecture, such as "sm_75", that was not counted.
     """
     title = layout.any_pattern or layout.row_scales
-    name = layout.title if title else f"int4 g{layout.group}" if layout.group else "bf16"
+    name = layout.title if title else "int4" if layout.group else "bf16"
+    name += f" g{layout.group}" if layout.group else ""
     if (name, architecture) not in COUNTS:
         known = ", ".join(sorted({each for _, each in COUNTS}))
         raise RacError(f"there are no instruction counts for {architecture}; they exist for {known}")

@@ -80,8 +80,18 @@ UNSTRUCTURED = Layout(
 UNSTRUCTURED_INT8 = Layout(
     "rac_unstructured_int8", "unstructured_int8.cu", 0, schedule.LINE, 1, 0, "unstructured int8", schedule.INT8, True
 )
+UNSTRUCTURED_INT4 = {
+    group: Layout(
+        "rac_unstructured_int4", "unstructured_int4.cu", 0, schedule.LINE, 1, group, "unstructured int4", streams
+    )
+    for group, streams in schedule.INT4.items()
+}
 _TWO_OF_FOUR = (BF16, INT8, *INT4.values())
-_ANY_PATTERN = {torch.int32: UNSTRUCTURED, torch.int8: UNSTRUCTURED_INT8}  # by the dtype of what is packed
+_ANY_PATTERN = {  # by the dtype of what is packed
+    unstructured.PACKED[layout.streams]: layout
+    for layout in (UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values())
+    if layout.streams is not None
+}
 
 
 def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool = True) -> Layout | None:
@@ -90,15 +100,16 @@ def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool =
         return BF16 if two_of_four else UNSTRUCTURED
     if stored == torch.int8:
         return None if group != columns else INT8 if two_of_four else UNSTRUCTURED_INT8
-    if stored != torch.int32 or not two_of_four:
+    if stored != torch.int32:
         return None
-    return next((INT4[g] for g in reversed(GROUPS) if group % g == 0 or group == columns), None)
+    layouts = INT4 if two_of_four else UNSTRUCTURED_INT4
+    return next((layouts[g] for g in reversed(GROUPS) if group % g == 0 or group == columns), None)
 
 
 def layout_of_packed(packed: Tensor, rows: int, columns: int) -> Layout | None:
     """The layout of what `pack` returned for a weight [rows, columns]; None for anything else.
 
-    Weights of any pattern are int32 or int8, the others uint8, of which no two layouts take equally many bytes.
+    The dtype tells layouts of any pattern; the others are uint8, of which no two take equally many bytes.
     """
     nbytes = packed.numel() * packed.element_size()
     if packed.dim() != 1 or packed.dtype not in (torch.uint8, *_ANY_PATTERN):
@@ -116,7 +127,7 @@ def units_of(layout: Layout, packed: Tensor, columns: int) -> int:
 
 
 def pack(weight: StoredWeight, layout: Layout) -> Tensor:
-    """The packed form, 1-D: uint8 of a weight with at most two of each four columns stored, int32 or int8 of any other.
+    """The packed form, 1-D: uint8 of a weight with at most two of each four columns stored, another dtype of any other.
 
     Values of other float dtypes are rounded to bfloat16.
 

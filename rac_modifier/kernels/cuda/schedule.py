@@ -6,7 +6,7 @@ in shared memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Streams:
     step: columns; a lane has as many weights in each. count: streams of a lane. per_line: values of a stream in a line.
     ring: lines in shared memory. ahead: steps between the start of a copy and its use. behind: lines that are read behind the
     one of the last value. repeated: lines of the ring that are copied twice. loads: of 128 bytes at most that a warp makes from
-    shared memory per step, for values and masks. most_steps: of a segment.
+    shared memory per step, for values and masks. most_steps: of a segment. scale_columns: that share a line of scales behind the
+    masks; 0 where there is none.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Streams:
     repeated: int
     loads: int
     most_steps: int
+    scale_columns: int = 0
 
     @property
     def places(self) -> int:
@@ -49,9 +51,13 @@ class Streams:
         return self.step // 32
 
     @property
-    def value_bytes(self) -> int:
-        """Bytes of a value."""
-        return LINE // (32 * self.count * self.per_line)
+    def value_bits(self) -> int:
+        """Bits of a value."""
+        return LINE // (32 * self.count) * 8 // self.per_line
+
+    def scale_lines(self, steps: Tensor) -> Tensor:
+        """Lines of scales that so many steps of a segment have."""
+        return steps * self.step // self.scale_columns if self.scale_columns else torch.zeros_like(steps)
 
     def lines(self, values: Tensor) -> Tensor:
         """Lines that are there when a stream has read this many values."""
@@ -64,6 +70,7 @@ class Streams:
 
 BF16 = Streams(step=32, count=2, per_line=1, ring=96, ahead=3, behind=0, repeated=8, loads=33, most_steps=512)
 INT8 = Streams(step=64, count=1, per_line=4, ring=64, ahead=2, behind=1, repeated=1, loads=34, most_steps=256)
+INT4 = {group: replace(INT8, per_line=8, ring=32, scale_columns=group) for group in (64, 128)}
 
 
 @dataclass(frozen=True)
@@ -95,9 +102,14 @@ class Plan:
         return self.steps * self.streams.mask_lines
 
     @property
+    def scales(self) -> Tensor:
+        """Units [segments] that scales of groups of columns take."""
+        return self.streams.scale_lines(self.steps)
+
+    @property
     def units(self) -> Tensor:
         """Units [segments]."""
-        return self.counts + self.masks + self.groups * GROUP
+        return self.counts + self.masks + self.scales + self.groups * GROUP
 
 
 def plan_of(stored: Tensor, streams: Streams) -> Plan:
@@ -138,7 +150,7 @@ def _cut(stored: Tensor, streams: Streams) -> Tensor:
     """Quads [tiles, 5] at which segments begin and end, of about equally many bytes; stored [tiles, quads]: values."""
     tiles, quads = stored.shape
     most = streams.most_steps * streams.step // QUAD
-    sizes = stored * streams.value_bytes + LINE * QUAD // 32  # bytes, with the masks
+    sizes = stored * streams.value_bits // 8 + LINE * QUAD // 32  # bytes, with the masks
     ends = sizes.cumsum(dim=1)
     cuts = [torch.zeros(tiles, dtype=torch.int64)]
     for segment in range(1, SEGMENTS):

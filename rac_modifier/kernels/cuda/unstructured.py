@@ -1,6 +1,6 @@
 """Weights of any pattern in the order in which the lanes of a GPU's warp read them.
 
-csrc/gpu/unstructured.h and the two sources that include it have the layouts.
+csrc/gpu/unstructured.h and the sources that include it have the layouts.
 Pure functions of tensors, on the device that these are on. Rows are sorted by what they store and padded to 32, columns to 128.
 """
 
@@ -15,12 +15,13 @@ from torch.nn.functional import pad as pad_zeros
 from rac_modifier.checkpoint.bitmask import row_counts
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda.schedule import BF16, GROUP, INT8, LINE, QUAD, SEGMENTS, Streams, plan_of
+from rac_modifier.kernels.cuda.schedule import BF16, GROUP, INT4, INT8, LINE, QUAD, SEGMENTS, Streams, plan_of
 
 TILE = 32  # rows
 MOST_COLUMNS = 65536  # of all segments' steps
+PACKED = {BF16: torch.int32, INT8: torch.int8, INT4[64]: torch.int16, INT4[128]: torch.int64}
+"""The dtype of what is packed, which tells the layout."""
 _WEIGHTS_AT_ONCE = 1 << 22  # bounds the memory that packing needs beside its result
-_ZERO = 128  # of a byte that stores an integer
 # Standard deviations by which the largest of 64 or 32 normal numbers, the streams of a warp, is expected to be above their mean.
 _LONGEST = {64: 2.35, 32: 2.07}
 
@@ -35,14 +36,17 @@ def expected_bytes(rows: int, columns: int, density: float, streams: Streams = B
     if streams.behind:  # the last value is anywhere in its line
         lines += streams.behind + (streams.per_line + 1) / (2 * streams.per_line)
     lines = lines + (GROUP - 1) / 2 if 0 < density < 1 else math.ceil(lines / GROUP) * GROUP
-    segment = LINE * (math.ceil(steps / LINE) + steps * streams.mask_lines + lines)
+    of_scales = steps * streams.step / streams.scale_columns if streams.scale_columns else 0.0
+    segment = LINE * (math.ceil(steps / LINE) + steps * streams.mask_lines + of_scales + lines)
     return tiles * round(_header_bytes(1, streams) + SEGMENTS * segment)
 
 
 def least_bytes(rows: int, columns: int, streams: Streams = BF16) -> int:
     """Bytes of a packed weight that stores nothing: no packed weight has fewer."""
     tiles = -(-rows // TILE)
-    return _header_units(tiles, streams) * LINE + tiles * LINE * streams.steps(columns) * streams.mask_lines
+    steps = streams.steps(columns)
+    of_scales = steps * streams.step // streams.scale_columns if streams.scale_columns else 0
+    return _header_units(tiles, streams) * LINE + tiles * LINE * (steps * streams.mask_lines + of_scales)
 
 
 def padded_columns(columns: int) -> int:
@@ -67,7 +71,7 @@ def order_of(packed: Tensor, rows: int) -> Tensor:
 
 
 def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
-    """The packed form, 1-D: int32 of bfloat16, int8 of integers. Values of other float dtypes are rounded to bfloat16.
+    """The packed form, 1-D, in the dtype that `PACKED` has for the streams. Values of other float dtypes are rounded to bfloat16.
 
     Raises:
         RacError: values that these streams do not hold, too many columns, or parts that contradict each other.
@@ -88,21 +92,29 @@ def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
         )
     sorted_rows = torch.cat([order, torch.arange(rows, tiles * TILE)]).int()
     header = [sorted_rows, torch.cat(entries).flatten()]
-    if weight.scale is not None:
+    if streams is INT8 and weight.scale is not None:
         header.append(pad_zeros(weight.scale[order, 0], (0, tiles * TILE - rows)).float().view(torch.int32))
     words = torch.cat(header)
     packed = torch.cat([pad_zeros(words, (0, -len(words) % 32)), torch.cat(parts).flatten()])
-    return packed.view(torch.int32 if streams is BF16 else torch.int8)
+    return packed.view(PACKED[streams])
 
 
 def _check(weight: StoredWeight, streams: Streams) -> None:
-    integers = streams is INT8
+    integers = streams is not BF16
     if weight.values.dtype not in ((torch.int8,) if integers else FLOATS) or integers == (weight.scale is None):
         raise RacError(f"{weight.name}: values of {weight.values.dtype}, which the layout does not hold; keep it dense")
-    if weight.scale is not None and (weight.scale.shape[1] != 1 or weight.zeros is not None):
+    shared = streams.scale_columns
+    fits = weight.group == weight.columns or bool(shared and weight.group % shared == 0)
+    if weight.scale is not None and (not fits or weight.zeros is not None):
+        each = f"a scale per row and {shared} columns" if shared else "one scale per row"
         raise RacError(
-            f"{weight.name}: a scale per {weight.group} columns, or zero points, where the layout has one scale per row; "
+            f"{weight.name}: a scale per {weight.group} columns, or zero points, where the layout has {each}; "
             "keep it dense"
+        )
+    top = 1 << streams.value_bits - 1
+    if integers and weight.values.numel() and not -top <= int(weight.values.min()) <= int(weight.values.max()) < top:
+        raise RacError(
+            f"{weight.name}: values outside of {-top} to {top - 1}, which {streams.value_bits} bits hold; keep it dense"
         )
     if weight.columns > MOST_COLUMNS:
         raise RacError(f"{weight.name}: {weight.columns} columns; the kernel has at most {MOST_COLUMNS}; keep it dense")
@@ -145,22 +157,51 @@ def _pack_rows(weight: StoredWeight, begin: int, streams: Streams) -> tuple[Tens
     octets = _bits(mask, streams).view(len(mask_at), 32, -1, 8)
     words = (octets * weights).sum(dim=-1, dtype=torch.uint8).view(torch.int32)
     data[mask_at] = words.view(len(mask_at), streams.mask_lines, 32)
+    first_scale = starts + plan.counts + plan.masks
+    if streams.scale_columns:
+        inside = step * streams.step % streams.scale_columns == 0  # steps that begin a group of columns
+        line = first_scale[of_segment] + step * streams.step // streams.scale_columns
+        data[line[inside]] = _scale_lines(weight, streams)
 
     values = plan.begins.unsqueeze(-2) + mask.cumsum(dim=-2, dtype=torch.int32) - mask.int()  # their numbers
-    first = (starts + plan.counts + plan.masks)[of_segment].view(*mask.shape[:2], 1, 1, 1)
-    line, inside = first + values // streams.per_line, values % streams.per_line
-    to = ((line * 32 + torch.arange(32).view(32, 1, 1)) * streams.per_line + inside) * streams.count
-    to = to + torch.arange(streams.count)
-    dense = weight.dense() if weight.scale is not None else weight.dense().to(torch.bfloat16).view(torch.int16)
-    dense = _by_lane(dense, streams)
-    if weight.scale is not None:
-        dense = dense.view(torch.uint8) ^ _ZERO  # plus 128
-    flat = data.view(dense.dtype).view(-1)
-    flat[to.masked_select(mask)] = dense.masked_select(mask)  # masks as indices are slow
+    first = (first_scale + plan.scales)[of_segment].view(*mask.shape[:2], 1, 1, 1)
+    line, place = first + values // streams.per_line, values % streams.per_line
+    to = ((line * 32 + torch.arange(32).view(32, 1, 1)) * streams.per_line + place) * streams.count
+    to = (to + torch.arange(streams.count)).masked_select(mask)
+    if streams is BF16:
+        dense = _by_lane(weight.dense().to(torch.bfloat16).view(torch.int16), streams)
+        data.view(torch.int16).view(-1)[to] = dense.masked_select(mask)  # masks as indices are slow
+    else:
+        stored = _by_lane(weight.dense(), streams).masked_select(mask).view(torch.uint8)
+        top = 1 << streams.value_bits - 1
+        _store_integers(data, to, (stored ^ top) & 2 * top - 1, streams.value_bits)  # plus `top`
 
     before = sum((plan.before[:, n] << 8 * n for n in range(streams.ahead)), torch.zeros_like(plan.first))
     where = plan.first | plan.steps << 16
     return torch.stack([begin + starts, plan.groups, where, before], dim=1).int(), data
+
+
+def _store_integers(data: Tensor, to: Tensor, values: Tensor, bits: int) -> None:
+    """Write uint8 `values` at places `to`, counted in values of so many bits, of int32 `data`."""
+    if bits == 8:
+        data.view(torch.uint8).view(-1)[to] = values
+        return
+    halves = torch.zeros(data.numel() * 8, dtype=torch.uint8)
+    halves[to] = values
+    low, high = halves.view(-1, 2).unbind(-1)
+    data |= (low | high << 4).view(torch.int32).view(data.shape)
+
+
+def _scale_lines(weight: StoredWeight, streams: Streams) -> Tensor:
+    """Int32 [tiles x groups of columns, 32]: word 4 g + h is the scale of row 8 h + g."""
+    assert weight.scale is not None
+    groups = padded_columns(weight.columns) // streams.scale_columns
+    wide = weight.scale.float().repeat_interleave(
+        groups if weight.scale.shape[1] == 1 else weight.group // streams.scale_columns, dim=1
+    )
+    padded = pad_zeros(wide, (0, groups - wide.shape[1], 0, -weight.rows % TILE))
+    ordered = padded.unflatten(0, (-1, 4, 8)).permute(0, 3, 2, 1).contiguous()  # tile, group, g, h
+    return ordered.view(torch.int32).view(-1, 32)
 
 
 def _by_lane(rows: Tensor, streams: Streams) -> Tensor:

@@ -353,6 +353,7 @@ inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 inline u32 global_load2(const u8* at) { uint16_t v; memcpy(&v, emulator::global_read(at, 2), 2); return v; }
 inline u32 global_load4(const u8* at) { u32 v; memcpy(&v, emulator::global_read(at, 4), 4); return v; }
 inline uint4 global_load16(const u8* at) { uint4 v; memcpy(&v, emulator::global_read(at, 16), 16); return v; }
+inline float as_float(u32 bits) { float v; memcpy(&v, &bits, 4); return v; }
 inline float bf16_value(u32 bits) { return emulator::bf16(bits); }
 inline u32 bf16_bits(float value) { return emulator::to_bf16(value); }
 inline float global_load_float(const u8* at) { float v; memcpy(&v, emulator::global_read(at, 4), 4); return v; }

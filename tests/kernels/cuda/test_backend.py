@@ -16,6 +16,7 @@ from tests.kernels.cuda.fake_gpu import FakeDriver
 from tests.kernels.cuda.weights import (
     assert_product,
     bf16_weight,
+    int4_any_weight,
     int4_weight,
     int8_weight,
     kept_of_four,
@@ -63,7 +64,7 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     ("layer", "reason"),
     [
         (replace(HALF, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
-        (replace(FOUR_BITS, two_of_four=False), "there is no GPU kernel for int4 in groups of 128 that is not 2:4"),
+        (replace(FOUR_BITS, two_of_four=False, group=96), "there is no GPU kernel for int4 in groups of 96; those"),
         (
             replace(ANY, stored=torch.int8, group=128),
             "there is no GPU kernel for int8 in groups of 128; those that exist",
@@ -122,9 +123,10 @@ def test_what_does_not_load_stays_dense(gpu):
         lambda rows, columns: int4_weight(rows, columns, 64),
         unstructured_weight,
         int8_weight,
+        lambda rows, columns: int4_any_weight(64, rows, columns),
         int8_24_weight,
     ],
-    ids=["bf16", "int4", "unstructured", "unstructured int8", "int8"],
+    ids=["bf16", "int4", "unstructured", "unstructured int8", "unstructured int4", "int8"],
 )
 def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
     weight = make(50, 192)
@@ -161,6 +163,16 @@ def test_int8_is_claimed_whatever_its_pattern(gpu):
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
     assert cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 4096, rel=0.02)
     assert not cuda.can_run(Layer.of(replace(weight, scale=torch.ones(256, 2)), BF16)).sparse
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_int4_of_any_pattern_is_claimed_with_its_scales(gpu, group):
+    weight = int4_any_weight(group, 256, 4096, 0.4)
+    decision = cuda.can_run(Layer.of(weight, BF16))
+    assert decision.kernel == "sparse GPU kernel unstructured int4"
+    packed = cuda.pack(weight, BF16)["weight_packed"]
+    size = packed.numel() * packed.element_size()
+    assert size == pytest.approx(decision.bytes_per_weight * 256 * 4096, rel=0.02)
 
 
 def test_what_no_kernel_reads_is_refused(gpu):

@@ -5,20 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout, pack, units_of
+from rac_modifier.kernels.cuda.layout import (
+    BF16,
+    INT4,
+    INT8,
+    UNSTRUCTURED,
+    UNSTRUCTURED_INT4,
+    UNSTRUCTURED_INT8,
+    Layout,
+    pack,
+    units_of,
+)
 from rac_modifier.kernels.cuda.programs import all_programs, expand_grid, expand_program, program, tiles_of
 from rac_modifier.kernels.cuda.unstructured import order_of
 from tests.kernels.cuda.emulate import SOURCES, emulate, product, sites
 from tests.kernels.cuda.weights import (
     assert_product,
     bf16_weight,
+    int4_any_weight,
     int4_weight,
     int8_weight,
     kept_of_four,
     unstructured_weight,
 )
 
-LAYOUTS = [BF16, INT8, *INT4.values(), UNSTRUCTURED, UNSTRUCTURED_INT8]
+LAYOUTS = [BF16, INT8, *INT4.values(), UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values()]
 TILED = [(layout, tiles) for layout in LAYOUTS for tiles in tiles_of(layout)]
 
 
@@ -31,6 +42,8 @@ SHAPES = [(3, 37, 904), (16, 48, 256), (17, 70, 136), (32, 16, 8), (33, 20, 640)
 
 
 def weight_of(layout: Layout, rows: int, columns: int):
+    if layout in UNSTRUCTURED_INT4.values():
+        return int4_any_weight(layout.group, rows, columns)
     if layout is UNSTRUCTURED_INT8:
         return int8_weight(rows, columns)
     if layout is INT8:
@@ -83,7 +96,9 @@ def test_rows_of_very_different_sizes_and_large_values():
     assert_product(out, x, weight.dequantized(torch.float64))
 
 
-@pytest.mark.parametrize("layout", [BF16, INT8, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", [BF16, INT8, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[128]], ids=name_of
+)
 def test_a_nan_or_infinity_stays_in_its_token(layout):
     weight = weight_of(layout, 32, 256)
     x = torch.randn(3, 256).to(torch.bfloat16)
@@ -96,7 +111,9 @@ def test_a_nan_or_infinity_stays_in_its_token(layout):
     assert not bool(out[2].isfinite().any())
 
 
-@pytest.mark.parametrize("layout", [BF16, INT8, INT4[64], UNSTRUCTURED, UNSTRUCTURED_INT8], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", [BF16, INT8, INT4[64], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[64]], ids=name_of
+)
 def test_the_order_of_a_tokens_sums_follows_from_the_token_tiles_alone(layout):
     """So that one program for all numbers of tokens gives the same bits for a token alone and among others."""
     weight = weight_of(layout, 40, 640)
@@ -107,7 +124,9 @@ def test_the_order_of_a_tokens_sums_follows_from_the_token_tiles_alone(layout):
         assert torch.equal(every[7:8], alone)
 
 
-@pytest.mark.parametrize("layout", [BF16, INT8, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", [BF16, INT8, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[128]], ids=name_of
+)
 def test_a_barrier_or_wait_that_is_left_out_is_a_race(layout):
     """Each of them, in each kernel: one is needed where the ring is used again, another after a single chunk."""
     at_end, *of_24 = barriers("decode.h")

@@ -8,7 +8,15 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import CARDS
 from rac_modifier.kernels.cuda.instruction_counts import COUNTS, count_instructions
-from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
+from rac_modifier.kernels.cuda.layout import (
+    BF16,
+    INT4,
+    INT8,
+    UNSTRUCTURED,
+    UNSTRUCTURED_INT4,
+    UNSTRUCTURED_INT8,
+    Layout,
+)
 from rac_modifier.kernels.cuda.programs import program, tiles_of
 from tests.kernels.cuda.machine_code import kernels
 
@@ -25,6 +33,8 @@ LAYOUTS = {
     "2:4 int8": INT8,
     "unstructured": UNSTRUCTURED,
     "unstructured int8": UNSTRUCTURED_INT8,
+    "unstructured int4 g128": UNSTRUCTURED_INT4[128],
+    "unstructured int4 g64": UNSTRUCTURED_INT4[64],
 }
 
 
@@ -60,6 +70,7 @@ def test_a_count_is_found_by_layout_and_tiles():
     assert count_instructions(INT4[64], "sm_100", 1, 4) == COUNTS["int4 g64", "sm_100"][2]
     assert count_instructions(UNSTRUCTURED, "sm_90", 2, 4) == COUNTS["unstructured", "sm_90"][2]
     assert count_instructions(UNSTRUCTURED_INT8, "sm_90", 2, 4) == COUNTS["unstructured int8", "sm_90"][2]
+    assert count_instructions(UNSTRUCTURED_INT4[64], "sm_90", 2, 1) == COUNTS["unstructured int4 g64", "sm_90"][0]
 
 
 def test_an_architecture_without_counts_is_an_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,13 +17,21 @@ from rac_modifier.kernels.cuda.layout import (
     INT4,
     INT8,
     UNSTRUCTURED,
+    UNSTRUCTURED_INT4,
     UNSTRUCTURED_INT8,
     layout_of,
     layout_of_packed,
     pack,
     units_of,
 )
-from tests.kernels.cuda.weights import bf16_weight, int4_weight, int8_weight, kept_of_four, unstructured_weight
+from tests.kernels.cuda.weights import (
+    bf16_weight,
+    int4_any_weight,
+    int4_weight,
+    int8_weight,
+    kept_of_four,
+    unstructured_weight,
+)
 
 
 def words_of(packed: Tensor) -> Tensor:
@@ -174,7 +183,9 @@ def test_the_layout_follows_from_dtype_and_group():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert layout_of(dtype, 512, 512) is BF16
         assert layout_of(dtype, 512, 512, two_of_four=False) is UNSTRUCTURED
-    assert layout_of(torch.int32, 128, 512, two_of_four=False) is None
+    assert layout_of(torch.int32, 128, 512, two_of_four=False) is UNSTRUCTURED_INT4[128]
+    assert layout_of(torch.int32, 192, 576, two_of_four=False) is UNSTRUCTURED_INT4[64]
+    assert layout_of(torch.int32, 32, 512, two_of_four=False) is None
     assert layout_of(torch.int32, 128, 512) is INT4[128]
     assert layout_of(torch.int32, 256, 512) is INT4[128]
     assert layout_of(torch.int32, 192, 576) is INT4[64]
@@ -203,6 +214,8 @@ def test_a_weight_of_any_pattern_is_told_by_its_dtype_and_has_a_least_size():
     for layout, make, dtype in [
         (UNSTRUCTURED, unstructured_weight, torch.int32),
         (UNSTRUCTURED_INT8, int8_weight, torch.int8),
+        (UNSTRUCTURED_INT4[64], partial(int4_any_weight, 64), torch.int16),
+        (UNSTRUCTURED_INT4[128], partial(int4_any_weight, 128), torch.int64),
     ]:
         packed = pack(make(40, 200), layout)
         assert packed.dtype == dtype

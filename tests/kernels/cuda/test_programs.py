@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8
+from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
 from rac_modifier.kernels.cuda.programs import (
     all_programs,
     decode_program,
@@ -19,14 +19,14 @@ LEAST_SHARED_BYTES = 99 << 10  # per block, of sm_86, sm_89 and sm_120
 
 
 def test_the_sources_have_these_programs_and_no_others():
-    for layout in (BF16, INT8, INT4[64], UNSTRUCTURED, UNSTRUCTURED_INT8):
+    for layout in (BF16, INT8, INT4[64], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[64]):
         text = (SOURCES / layout.source).read_text()
         found = re.findall(r"KERNEL\((rac_\w+)", text)
         assert sorted(found) == sorted(each.name for each in all_programs(layout))
 
 
 def test_every_program_fits_on_every_card():
-    for layout in (BF16, INT8, *INT4.values(), UNSTRUCTURED, UNSTRUCTURED_INT8):
+    for layout in (BF16, INT8, *INT4.values(), UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values()):
         for each in all_programs(layout):
             assert each.shared_bytes <= LEAST_SHARED_BYTES
             assert each.threads in (64, 128)

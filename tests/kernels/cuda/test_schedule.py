@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_modifier.kernels.cuda.schedule import BF16, INT8, Plan, Streams, plan_of
+from rac_modifier.kernels.cuda.schedule import BF16, INT4, INT8, Plan, Streams, plan_of
 from tests.kernels.cuda.emulate import SOURCES
 
 # Lines of the ring, steps between a copy and its use, values per line, lines behind the last, steps of a segment.
-RINGS = {"bf16": (BF16, 96, 3, 1, 0, 512), "int8": (INT8, 64, 2, 4, 2, 256)}
+RINGS = {
+    "bf16": (BF16, 96, 3, 1, 0, 512),
+    "int8": (INT8, 64, 2, 4, 2, 256),
+    "int4": (INT4[64], 32, 2, 8, 2, 256),
+}
 
 
 @pytest.mark.parametrize("name", RINGS)
@@ -26,8 +30,10 @@ def test_the_numbers_are_those_of_the_source(name):
 
 
 def test_values_and_places():
-    assert (BF16.places, BF16.value_bytes, BF16.steps(129)) == (16, 2, 8)
-    assert (INT8.places, INT8.value_bytes, INT8.steps(129)) == (64, 1, 4)
+    assert (BF16.places, BF16.value_bits, BF16.steps(129)) == (16, 16, 8)
+    assert (INT8.places, INT8.value_bits, INT8.steps(129)) == (64, 8, 4)
+    assert (INT4[128].places, INT4[128].value_bits, INT4[64].steps(129)) == (64, 4, 4)
+    assert [INT4[group].scale_lines(torch.tensor(6)).item() for group in (64, 128)] == [6, 3]
     values = torch.tensor([0, 1, 3, 4, 7, 8])
     assert BF16.lines(values).tolist() == [0, 1, 3, 4, 7, 8]
     assert INT8.lines(values).tolist() == [2, 2, 2, 3, 3, 4]  # a window has the word of the next value and one more
@@ -89,4 +95,5 @@ def test_lines_are_there_in_time_and_none_is_overwritten_early(name, pattern):
     assert bool((stored + plan.extra <= streams.places).all())
     if pattern not in ("random", "short", "long"):
         assert bool(plan.extra.any()) == (pattern == "drifting")
-    assert torch.equal(plan.units, -(-plan.steps // 128) + plan.steps * streams.step // 32 + 8 * plan.groups)
+    scales = plan.steps if name == "int4" else 0  # a line per 64 columns
+    assert torch.equal(plan.units, -(-plan.steps // 128) + plan.steps * streams.step // 32 + scales + 8 * plan.groups)

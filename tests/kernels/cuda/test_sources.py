@@ -6,7 +6,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import sources
-from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8
+from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
 from tests.kernels.cuda.emulate import SOURCES
 
 
@@ -20,7 +20,7 @@ def fresh():
 def test_every_source_of_a_clone_is_read():
     found = sources.read_sources()
     assert found == {path.name: path.read_text() for path in SOURCES.iterdir()}
-    layouts = (BF16, INT4[64], INT8, UNSTRUCTURED, UNSTRUCTURED_INT8)
+    layouts = (BF16, INT4[64], INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[64])
     assert {*(layout.source for layout in layouts), "ptx.h", "decode.h", "unstructured.h"} == set(found)
 
 

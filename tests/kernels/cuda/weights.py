@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 
@@ -43,6 +44,15 @@ def int8_weight(rows: int, columns: int, density: float | Tensor = 0.5) -> Store
     values += values >= 0
     stored = from_dense(values.masked_fill(torch.rand(rows, columns) >= density, 0), "layer")
     return replace(stored, scale=torch.rand(rows, 1) + 0.1)
+
+
+def int4_any_weight(group: int, rows: int, columns: int, density: float | Tensor = 0.5) -> StoredWeight:
+    """Values of -8 to 7, none of them 0, with a scale per row and group; columns padded to whole groups; `density` as above."""
+    values = torch.randint(-8, 7, (rows, columns)).to(torch.int8)
+    values += values >= 0
+    values = pad(values.masked_fill(torch.rand(rows, columns) >= density, 0), (0, -columns % group))
+    stored = from_dense(values, "layer")
+    return replace(stored, scale=torch.rand(rows, values.shape[1] // group) + 0.1, bits=4)
 
 
 def leaning(make: Callable[..., StoredWeight], rows: int, columns: int) -> StoredWeight:
