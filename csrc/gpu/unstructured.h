@@ -149,6 +149,22 @@ struct Unstructured {
   }
 };
 
+// Stores eight columns of rows `row` and row + 8 of a tile that is expanded, where they are inside.
+DEVICE void store_eight(u8* out, const u32 (&four)[2][4], int row, int column, int rows, int columns, int first_tile) {
+  UNROLL
+  for (int h = 0; h < 2; h++) {
+    const int in_part = block_x() * 32 + row + 8 * h;
+    if (first_tile * 16 + in_part < rows && column < columns) {
+      uint4 eight;
+      eight.x = four[h][0];
+      eight.y = four[h][1];
+      eight.z = four[h][2];
+      eight.w = four[h][3];
+      global_store16(out + (static_cast<long long>(in_part) * columns + column) * 2, eight);
+    }
+  }
+}
+
 // Dense rows of a FORMAT of integers of BITS bits, scaled and rounded to bf16, in the sorted order, from sorted row 16 first_tile on
 // (first_tile is even); a warp per segment.
 template <class FORMAT, int BITS>
@@ -192,18 +208,7 @@ DEVICE void expand_integers(const u8* weight, u8* out, int rows, int columns, in
           four[1][p] = two_halves(bits[1], bits[3]);
         }
         const int column = (segment.first_step + step) * 64 + t * 16 + piece * 8;
-        UNROLL
-        for (int h = 0; h < 2; h++) {
-          const int in_part = block_x() * 32 + 16 * i + 8 * h + g;
-          if (first_tile * 16 + in_part < rows && column < columns) {
-            uint4 eight;
-            eight.x = four[h][0];
-            eight.y = four[h][1];
-            eight.z = four[h][2];
-            eight.w = four[h][3];
-            global_store16(out + (static_cast<long long>(in_part) * columns + column) * 2, eight);
-          }
-        }
+        store_eight(out, four, 16 * i + g, column, rows, columns, first_tile);
       }
     }
   }

@@ -87,18 +87,7 @@ KERNEL(rac_unstructured_bf16_expand, WARPS * 32)
         }
         four[p % 2][p / 4 * 2 + p % 4 / 2] = two_halves(values[0], values[1]);
       }
-      UNROLL
-      for (int h = 0; h < 2; h++) {
-        const int in_part = block_x() * 32 + 16 * i + 8 * h + g;
-        if (first_tile * 16 + in_part < rows && column < columns) {
-          uint4 eight;
-          eight.x = four[h][0];
-          eight.y = four[h][1];
-          eight.z = four[h][2];
-          eight.w = four[h][3];
-          global_store16(out + (static_cast<long long>(in_part) * columns + column) * 2, eight);
-        }
-      }
+      store_eight(out, four, 16 * i + g, column, rows, columns, first_tile);
     }
   }
 }
