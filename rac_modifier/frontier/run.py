@@ -33,6 +33,8 @@ from rac_modifier.frontier.sizes import checkpoint_bytes
 from rac_modifier.machine_paths import without_paths
 from rac_modifier.settings.grid import DENSE, PlannedRow
 
+_LAST_LINES = 3  # of a long reason that are kept in a row; the log has all
+
 
 @dataclass(frozen=True)
 class Tools:
@@ -163,14 +165,19 @@ def _free_accelerator() -> None:
 
 
 def _finish_dense(folder: FrontierFolder, held_out: HeldOut, tools: Tools, servers: Servers) -> None:
-    """Measure the dense model, and write it down."""
+    """Measure the dense model, and write it down. It is served first: what stops that would stop every row.
+
+    Raises:
+        RacError: it cannot be served; what measuring raises.
+    """
     started = time.monotonic()
+    served = _served(tools, tools.source, DENSE, servers)
     model, tokenizer = tools.load(tools.source)
     found = measure_dense(model, tokenizer, held_out)
     del model
     row = _row(DENSE, DENSE, DENSE, None, None) | {"bytes": checkpoint_bytes(tools.source), **found.figures}
-    row |= {"served": _served(tools, tools.source, DENSE, servers), "layers": {}, "compressing": None}
-    folder.add({**row, "seconds": time.monotonic() - started}, found.traces)
+    row |= {"served": served, "layers": {}, "compressing": None, "seconds": time.monotonic() - started}
+    folder.add(without_paths(row), found.traces)
 
 
 def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools, servers: Servers) -> None:
@@ -217,15 +224,18 @@ def _compressed(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> flo
 
 
 def _served(tools: Tools, model: Path, label: str, servers: Servers) -> dict[str, Any] | None:
-    """Speed and accuracy of a served run; or, where this model cannot be served, the reason."""
+    """Speed and accuracy of a served run; or, where a compressed model cannot be served, the reason in a few lines."""
     if tools.serve is None:
         return None
     _free_accelerator()
     try:
         result = tools.serve(model, label, servers)
     except RacError as error:
+        if label == DENSE:
+            raise RacError(f"serve: true, and the dense model cannot be served: {error}") from error
         logger.warning(f"{label}: not served ({error})")
-        return {"not_measured": str(error)}
+        first, *others = str(error).splitlines()
+        return {"not_measured": "\n".join([first, *others[-_LAST_LINES:]])}
     wanted = ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds")
     values = result.as_dict()
     return {name: values[name] for name in wanted}

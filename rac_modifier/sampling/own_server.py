@@ -30,7 +30,7 @@ _LAST_LINES = 25
 _LAST_BYTES = 16384
 _FIRST_BYTES = 1 << 20
 # The end of a traceback, alone or after a logger's prefix.
-_ERROR = re.compile(r"(?:^|\] )\s*[A-Z]\w*(?:Error|Exception): \S")
+_ERROR = re.compile(r"(?:^|\] )\s*(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \S")
 # vLLM 0.32 ends at this: a prompt that is read in parts, of a request with a seed, without a GPU.
 _SEEDED_IN_PARTS = "CPU Generator does not use offset"
 _SEEDED_IN_PARTS_ADVICE = (

@@ -141,7 +141,7 @@ def test_paths_of_this_machine_are_not_written_down(bench: Bench) -> None:
 def test_what_cannot_be_served_has_a_reason(bench: Bench) -> None:
     def serve(folder: Path, label: str, servers):
         if label == "a":
-            raise RacError("no kernel reads 3 bits")
+            raise RacError("vllm serve stopped:\n" + "\n".join(f"line {number}" for number in range(9)))
         return Served()
 
     class Served:
@@ -150,7 +150,16 @@ def test_what_cannot_be_served_has_a_reason(bench: Bench) -> None:
 
     rows = bench.run(ROWS[:1], tools=replace(bench.tools(), serve=serve))
     assert rows[0]["served"] == dict.fromkeys(("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds"), 2.0)
-    assert rows[1]["served"] == {"not_measured": "no kernel reads 3 bits"}
+    assert rows[1]["served"] == {"not_measured": "vllm serve stopped:\nline 6\nline 7\nline 8"}
+
+
+def test_a_dense_model_that_cannot_be_served_stops_the_run_before_anything_is_measured(bench: Bench) -> None:
+    def serve(folder: Path, label: str, servers):
+        raise RacError("max_model_len is too large")
+
+    with pytest.raises(RacError, match="serve: true, and the dense model cannot be served: max_model_len is too large"):
+        bench.run(ROWS[:1], tools=replace(bench.tools(), serve=serve))
+    assert bench.did == []
 
 
 def test_benchmarks_are_asked_per_model_and_one_that_fails_stops_no_other(bench: Bench) -> None:
@@ -194,7 +203,7 @@ def test_a_model_has_one_server_for_its_speed_and_its_benchmarks(bench: Bench) -
     def serve(folder: Path, label: str, servers):
         with servers() as urls:
             said.append(f"{label} is timed on {urls}")
-        raise RacError("not looked at here")
+        return result(label)
 
     def ask(model: Path, label: str, wanted, servers):
         with servers() as urls:
