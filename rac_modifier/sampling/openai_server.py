@@ -14,6 +14,7 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
+from rac_modifier.machine_paths import public_name
 from rac_modifier.sampling.completions_api import Request, trace_seed
 from rac_modifier.sampling.engine import Completion, EngineKind, EngineRecord, Failure, Probe, Prompt
 from rac_modifier.sampling.generate import Generation, warn_of_cap
@@ -141,7 +142,7 @@ class ServerEngine:
         first = found[0][0]
         return EngineRecord(
             kind=self.kind,
-            served_model=str(first["id"]),
+            served_model=public_name(str(first["id"])),  # `vllm serve FOLDER` calls it by its path
             root=PurePath(str(first["root"])).name if first.get("root") else None,
             probes=tuple(probe for _, probes in found for probe in probes),
         )

@@ -278,11 +278,12 @@ def test_the_folder_that_the_server_loaded_is_compared_with_ours(server, tokeniz
     save_tiny(tmp_path / "other", intermediate_size=96)
     identity = ModelIdentity.of_files(str(tmp_path / "own"))
     for folder, fits in (("own", True), ("other", False)):
-        server.cards[0]["root"] = str(tmp_path / folder)
+        server.cards[0]["root"] = server.cards[0]["id"] = str(tmp_path / folder)
         settings = EngineSettings(base_urls=(server.url,), verify_model=False)
         with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
             if fits:
-                assert engine.connect().root == "own"  # no folder of this machine in a record
+                record = engine.connect()
+                assert (record.root, record.served_model) == ("own", "own")  # no folder of this machine in a record
                 continue
             with pytest.raises(RacError, match=r"config\.json differs"):
                 engine.connect()
