@@ -87,10 +87,9 @@ UNSTRUCTURED_INT4 = {
     for group, streams in schedule.INT4.items()
 }
 _TWO_OF_FOUR = (BF16, INT8, *INT4.values())
+ALL = (*_TWO_OF_FOUR, UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values())
 _ANY_PATTERN = {  # by the dtype of what is packed
-    unstructured.PACKED[layout.streams]: layout
-    for layout in (UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values())
-    if layout.streams is not None
+    unstructured.PACKED[layout.streams]: layout for layout in ALL if layout.streams is not None
 }
 
 

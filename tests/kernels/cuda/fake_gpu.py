@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.kernels.cuda import backend, driver, library, operator
-from rac_modifier.kernels.cuda.layout import (
-    BF16,
-    INT4,
-    INT8,
-    TILE,
-    UNSTRUCTURED,
-    UNSTRUCTURED_INT4,
-    UNSTRUCTURED_INT8,
-    Layout,
-)
+from rac_modifier.kernels.cuda.layout import ALL, TILE, Layout
 from rac_modifier.kernels.cuda.library import Device
 from tests.kernels.cuda.emulate import emulate_pointers
 
@@ -93,11 +84,7 @@ class FakeDriver:
 
 def layout_of_code(code: bytes) -> Layout:
     """The layout of what `compiled` below returned."""
-    return next(
-        layout
-        for layout in (BF16, INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values(), *INT4.values())
-        if code == code_of(layout)
-    )
+    return next(layout for layout in ALL if code == code_of(layout))
 
 
 def code_of(layout: Layout) -> bytes:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rac_modifier.kernels.cuda.layout import (
+    ALL,
     BF16,
     INT4,
     INT8,
@@ -29,8 +30,7 @@ from tests.kernels.cuda.weights import (
     unstructured_weight,
 )
 
-LAYOUTS = [BF16, INT8, *INT4.values(), UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values()]
-TILED = [(layout, tiles) for layout in LAYOUTS for tiles in tiles_of(layout)]
+TILED = [(layout, tiles) for layout in ALL for tiles in tiles_of(layout)]
 
 
 def name_of(value: object) -> str:
@@ -64,7 +64,7 @@ def test_a_kernel_multiplies(layout, tiles):
         assert_product(out, x, weight.dequantized(torch.float64), bias)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", ALL, ids=name_of)
 def test_a_kernel_expands_a_part_of_the_rows(layout):
     rows, columns, first = 77, 264, layout.tile_rows // 16
     weight = weight_of(layout, rows, columns)
@@ -152,7 +152,7 @@ def barriers(source: str) -> list[str]:
     return [f"{source}:{n + 1}" for n, line in enumerate(lines) if any(w in line for w in ("SYNC_", "CP_ASYNC_WAIT"))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", ALL, ids=name_of)
 def test_a_program_needs_all_of_its_shared_memory_and_no_more(layout):
     weight = weight_of(layout, 32, 4096)
     x = torch.randn(1, 4096).to(torch.bfloat16)

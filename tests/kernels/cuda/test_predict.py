@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import CARDS, card_of
 from rac_modifier.kernels.cuda.instruction_counts import COUNTS
-from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
+from rac_modifier.kernels.cuda.layout import ALL, BF16, INT4, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
 from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
 
-LAYOUTS = [BF16, INT8, INT4[64], INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values()]
 shapes = st.tuples(st.integers(1, 2000).map(lambda n: 16 * n), st.integers(1, 512).map(lambda n: 64 * n))
 tokens = st.integers(1, 32)
 cards = st.sampled_from(CARDS)
@@ -119,7 +118,7 @@ def test_the_longest_resource_counts():
         assert Time(*(float(n == each) for each in range(5))).bound == name
 
 
-@given(cards, st.sampled_from(LAYOUTS), shapes, tokens)
+@given(cards, st.sampled_from(ALL), shapes, tokens)
 def test_a_better_card_is_never_slower(card, layout, shape, number):
     better = [{"bandwidth": 2 * card.bandwidth}, {"clock": 1.5 * card.clock}, {"cache_port": 2 * card.cache_port}]
     for change in better:
@@ -132,7 +131,7 @@ def test_a_better_card_is_never_slower(card, layout, shape, number):
     )
 
 
-@given(cards, st.sampled_from(LAYOUTS), shapes, st.integers(1, 300), tokens)
+@given(cards, st.sampled_from(ALL), shapes, st.integers(1, 300), tokens)
 def test_more_rows_or_columns_are_never_faster(card, layout, shape, more, number):
     rows, columns = shape
     time = sparse_time(card, layout, rows, columns, number).total
@@ -140,7 +139,7 @@ def test_more_rows_or_columns_are_never_faster(card, layout, shape, more, number
     assert sparse_time(card, layout, rows, columns + 64 * more, number).total >= time
 
 
-@given(cards, st.sampled_from(LAYOUTS), shapes, st.sampled_from([(1, 8), (9, 16), (17, 32)]))
+@given(cards, st.sampled_from(ALL), shapes, st.sampled_from([(1, 8), (9, 16), (17, 32)]))
 def test_more_tokens_of_one_kernel_are_never_faster(card, layout, shape, few_and_many):
     few, many = (sparse_time(card, layout, *shape, number).total for number in few_and_many)
     assert few <= many

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
+from rac_modifier.kernels.cuda.layout import ALL, BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
 from rac_modifier.kernels.cuda.programs import (
     all_programs,
     decode_program,
@@ -26,7 +26,7 @@ def test_the_sources_have_these_programs_and_no_others():
 
 
 def test_every_program_fits_on_every_card():
-    for layout in (BF16, INT8, *INT4.values(), UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values()):
+    for layout in ALL:
         for each in all_programs(layout):
             assert each.shared_bytes <= LEAST_SHARED_BYTES
             assert each.threads in (64, 128)
