@@ -135,6 +135,7 @@ def check_memory(
         RacError: naming the module, the bytes needed and free, and what to change.
     """
     free = free or free_bytes
+    doing = "quantizing" if need.solver == "none" else "pruning"
     parts = [(onload, need.work), (offload, need.kept)]
     if onload == offload:
         parts = [(onload, lambda group: need.work(group) + need.kept(group))]
@@ -143,7 +144,7 @@ def check_memory(
         needed, available = bytes_of(largest), free(device)
         if available is not None and device.type == "cpu":
             available //= processes
-        message = f"pruning {largest.name} is predicted to need {_gib(needed)} on {device} beside the model"
+        message = f"{doing} {largest.name} is predicted to need {_gib(needed)} on {device} beside the model"
         if available is None:
             logger.info(f"{message}; how much is free there is not known, so it is not checked")
         elif needed > available:

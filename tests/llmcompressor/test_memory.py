@@ -140,6 +140,12 @@ def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
     assert "reconstruct: pruned" not in message  # it is already
 
 
+@pytest.mark.parametrize(("solver", "doing"), [("none", "quantizing"), ("alps", "pruning"), ("keep", "pruning")])
+def test_a_run_that_only_quantizes_is_not_said_to_prune(solver, doing):
+    with pytest.raises(RacError, match=f"^{doing} down is predicted to need"):
+        check_memory(need(solver=solver), [GroupShape("down", 256, 64)], CPU, CPU, free=lambda device: 1)
+
+
 def test_activations_and_solver_are_checked_on_their_own_devices():
     group = GroupShape("down", 256, 64)
     free = {CPU: need().kept(group), OTHER: need().work(group)}
