@@ -151,6 +151,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         by_layer = "layer" in (self.order, self._order.get("order"))
         need = MemoryNeed.of(self, self._share, model, by_layer=by_layer, processes=self._processes.count)
         shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
+        if by_layer:
+            shapes = GroupShape.by_layer(model, self._names)
         check_memory(need, shapes, onload, offload, processes=self._processes.count)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

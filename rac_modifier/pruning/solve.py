@@ -224,11 +224,8 @@ def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
     return _Work(given, dampening, factor, targets, working, totals, dead, dead.unsqueeze(1))
 
 
-# 3. Mask: minimise trace((W* - W') H' (W* - W')^T) over W' that hold the pattern.
-
-
 def _sparsegpt(works: Sequence[_Work], block_size: int) -> None:
-    """By SparseGPT: all at once if they have the same shapes and patterns, else one after the other."""
+    """Step 3 by SparseGPT: all at once if they have the same shapes and patterns, else one after the other."""
     kinds = {(work.given.hessian.shape, *work.given.rows, *work.given.patterns) for work in works}
     for part in [works] if len(kinds) == 1 else [[work] for work in works]:
         given, factors = part[0].given, [work.factor for work in part if work.factor is not None]
@@ -238,7 +235,7 @@ def _sparsegpt(works: Sequence[_Work], block_size: int) -> None:
 
 
 def _choose(method: Method, work: _Work, iterations: int) -> None:
-    """By any other method."""
+    """Step 3 by any other method: minimise trace((W* - W') H' (W* - W')^T) over W' that hold the pattern."""
     given, working = work.given, work.working
     rows, patterns = given.rows, given.patterns
     if method == "alps":
