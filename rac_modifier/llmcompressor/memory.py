@@ -41,8 +41,8 @@ _SCORES_ONLY: tuple[Method, ...] = ("wanda", "magnitude")  # methods that factor
 class GroupShape:
     """Modules that read the same input of `columns` numbers, named after the first; `rows` counts the outputs of all.
 
-    `beside` are bytes of other groups' statistics, which are kept meanwhile. `alike` is the number of groups of this shape that may
-    be solved at once; 0: those of a layer's experts, where the model has some.
+    `beside` are bytes of other groups' statistics, which are kept meanwhile. `alike` is the number of groups of this shape that
+    may be solved at once; 0: those of a layer's experts, where the model has some.
     """
 
     name: str
