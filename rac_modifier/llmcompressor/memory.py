@@ -165,6 +165,7 @@ def check_memory(
     """
     free = free or free_bytes
     doing = "quantizing" if need.solver == "none" else "pruning"
+    parts: list[tuple[torch.device, Callable[[GroupShape], int]]]
     parts = [(onload, lambda group: need.work(group, onload)), (offload, need.kept)]
     if onload == offload:
         parts = [(onload, lambda group: need.work(group, onload) + need.kept(group))]
