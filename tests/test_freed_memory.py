@@ -1,11 +1,15 @@
 """Freed blocks are used again: counted in page faults of a process of its own, because the setting stays for its life."""
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+
+from rac_modifier.freed_memory import keep_freed_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has these settings")
 
@@ -57,3 +61,60 @@ def test_freed_blocks_are_used_again(where: str) -> None:
 
 def test_what_the_user_has_set_stays() -> None:
     assert faults("keep", "main", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+
+
+class Library:
+    """A C library that notes what it is told."""
+
+    def __init__(self, answers: dict[int, int] | None = None, glibc: bool = True):
+        self.told: list[tuple[int, int]] = []
+        self.answers = answers or {}
+        if glibc:
+            self.gnu_get_libc_version = None
+
+    def mallopt(self, option: int, value: int) -> int:
+        self.told.append((option, value))
+        return self.answers.get(option, 1)
+
+
+SET_BY_USERS = ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Library], Library]:
+    """Puts a library in place of the C library of this process, which itself is left as it is."""
+    for name in SET_BY_USERS:
+        monkeypatch.delenv(name, raising=False)
+
+    def load(library: Library) -> Library:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+        return library
+
+    return load
+
+
+def test_it_sets_the_thresholds_and_one_heap(load) -> None:
+    """M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX of glibc's malloc.h."""
+    library = load(Library())
+    assert keep_freed_memory() is True
+    assert dict(library.told) == {-3: 256 * 1024 * 1024, -1: 1024 * 1024 * 1024, -8: 1}
+
+
+@pytest.mark.parametrize("name", SET_BY_USERS)
+def test_each_of_the_users_settings_counts(load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    library = load(Library())
+    monkeypatch.setenv(name, "")
+    assert keep_freed_memory() is False
+    assert library.told == []
+
+
+@pytest.mark.parametrize("refused", [-3, -1, -8])
+def test_what_glibc_refuses_is_not_called_set(load, refused: int) -> None:
+    load(Library({refused: 0}))
+    assert keep_freed_memory() is False
+
+
+def test_another_c_library_is_left_alone(load) -> None:
+    library = load(Library(glibc=False))
+    assert keep_freed_memory() is False
+    assert library.told == []

@@ -13,6 +13,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from rac_modifier.llmcompressor.experts import Expert, RoutedExperts
 from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.llmcompressor.pruner import Pruner
+from rac_modifier.llmcompressor.solving import at_once
 from rac_modifier.llmcompressor.stages import Stage
 from rac_modifier.pruning.routed_tokens import ExpertTokens, all_rows, filled_up, routed_rows
 
@@ -55,7 +56,7 @@ def read_by_experts(
 
 
 def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Pruner, device: torch.device) -> None:
-    """Prune the experts of a layer; several processes solve as many experts at a time.
+    """Prune the experts of a layer; several processes solve as many experts at a time, each several where they are small.
 
     Each expert is calibrated on the tokens that the router sends to it in the pruned model, as in use later, and up to
     `expert_floor` on those that it all but sends there; or on all tokens, if `experts` says so. The dense model's inputs are
@@ -68,9 +69,10 @@ def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Prune
     ]
     near = None if routed.router is None else _Nearness(routed.router, batches, device)
     tokens: dict[str, ExpertTokens] = {}
-    for start in range(0, len(routed.experts), processes.count):
+    step = processes.count * min(at_once(group, device, pruner.solver) for group in routed.experts[0].groups)
+    for start in range(0, len(routed.experts), step):
         some = []
-        for expert in routed.experts[start : start + processes.count]:
+        for expert in routed.experts[start : start + step]:
             own = [rows[expert.number] for rows in by_expert]
             if pruner.experts == "all":
                 rows, counts = all_rows(own, counted, processes)

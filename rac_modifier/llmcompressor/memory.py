@@ -8,16 +8,17 @@ The peak comes with one group of modules that read the same input, of d columns 
     work   the larger of    statistics   4 ((1 + dense) d^2 + c batch d)      Hessian, cross moment, a batch in float32
                             solving      4 (a d^2 + b r d)                    Hessian, its factor, weights, the solver's buffers
 
-where dense is 1 with the dense target (then there are two streams of activations and a cross moment), else 0. The numbers a, b
-and c below were measured on the solvers; tests/llmcompressor/test_memory.py holds the prediction within 0.8 to 1.25 of a
-measured peak. Not counted are forward passes (attention, one batch at a time) and, layer by layer, the Hessians of a layer's
-smaller groups.
+where dense is 1 with the dense target (then there are two streams of activations and a cross moment), else 0; as often as experts
+are solved at once. The numbers a, b and c below were measured on the solvers; tests/llmcompressor/test_memory.py holds the
+prediction within 0.8 to 1.25 of the measured peak of all tensors. A process grows by more: by what the allocator keeps, and the
+scratch space of products (measured: docs/results/experts.md). Not counted are forward passes (attention, one batch at a time)
+and, layer by layer, the Hessians of a layer's smaller groups but those of experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -27,26 +28,51 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.experts import find_experts
+from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pruning import Method
 
-_FLOAT32 = 4
+_FLOAT32, _CPU = 4, torch.device("cpu")
 _SCORES_ONLY: tuple[Method, ...] = ("wanda", "magnitude")  # methods that factor no Hessian
 
 
 @dataclass(frozen=True)
 class GroupShape:
-    """Modules that read the same input of `columns` numbers, named after the first; `rows` counts the outputs of all."""
+    """Modules that read the same input of `columns` numbers, named after the first; `rows` counts the outputs of all.
+
+    `beside` are bytes of other groups' statistics, which are kept meanwhile. `alike` is the number of groups of this shape that
+    may be solved at once; 0: those of a layer's experts, where the model has some.
+    """
 
     name: str
     columns: int
     rows: int
+    beside: int = 0
+    alike: int = 0
 
     @classmethod
     def of(cls, names: dict[torch.nn.Module, str], modules: Sequence[torch.nn.Module]) -> GroupShape:
         """The shape of some of the modules of `names`."""
         shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
         return cls(names[modules[0]], shapes[0][1], sum(rows for rows, _ in shapes))
+
+    @classmethod
+    def by_layer(cls, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> list[GroupShape]:
+        """Of a run that goes layer by layer, as far as is known before: module by module, and the experts of a layer together.
+
+        They all read every token there: gate and up of all of them are one group, and the Hessian of each down is kept meanwhile.
+        """
+        left, found = dict(names), []
+        for routed in find_experts(model, names):
+            for module in routed.modules:
+                left.pop(module, None)
+            first = [module for expert in routed.experts for module in expert.first]
+            last = [cls.of(names, expert.last) for expert in routed.experts if expert.last]
+            kept = sum(_FLOAT32 * one.columns**2 for one in last)
+            found += [replace(cls.of(names, first), beside=kept)] if first else []
+            found += [replace(one, beside=kept, alike=len(last)) for one in last[:1]]
+        return found + [cls.of(names, [module]) for module in left]
 
 
 @dataclass(frozen=True)
@@ -62,7 +88,7 @@ class MemoryNeed:
         dense_target: whether the dense model's activations are kept beside the pruned model's.
         solver: of the recipe.
         refits: whether kept weights are fitted anew or rounded after the mask is chosen.
-        experts: whether the model has routed experts.
+        experts: the most routed experts of a layer, 0 where there are none.
     """
 
     tokens: int
@@ -73,7 +99,7 @@ class MemoryNeed:
     dense_target: bool
     solver: Method
     refits: bool
-    experts: bool = False
+    experts: int = 0
 
     @classmethod
     def of(
@@ -97,7 +123,7 @@ class MemoryNeed:
             dense_target=entry.reconstruct == "dense" and not by_layer,
             solver=entry.solver,
             refits=entry.refits or entry.quantization is not None,
-            experts=any(isinstance(module, LinearExperts2D) for module in model.modules()),
+            experts=max((m.num_experts for m in model.modules() if isinstance(m, LinearExperts2D)), default=0),
         )
 
     def kept(self, group: GroupShape) -> int:
@@ -107,14 +133,17 @@ class MemoryNeed:
         held = self.hidden if self.experts and self.dense_target else 0
         return self.tokens * (width * streams + held) * self.activation_bytes
 
-    def work(self, group: GroupShape) -> int:
-        """Bytes that this group's statistics and its solver need at their peak."""
+    def work(self, group: GroupShape, device: torch.device = _CPU) -> int:
+        """Bytes that this group's statistics and its solver need on `device` at their peak."""
         square, buffer = group.columns**2, group.columns * group.rows
         dense = int(self.dense_target)
         squares = 2 + 2 * dense if self.solver in _SCORES_ONLY else 3.5 + 1.5 * dense
         buffers = (8 if self.refits else 4.5) + 2 * dense
         batch = self.batch_tokens * group.columns * (2 + 2 * dense)
-        return int(_FLOAT32 * max((1 + dense) * square + batch, squares * square + buffers * buffer))
+        one = int(_FLOAT32 * max((1 + dense) * square + batch, squares * square + buffers * buffer))
+        alike = group.alike or (1 if self.by_layer else max(self.experts, 1))
+        together = at_once(group.columns, group.rows, device) if self.solver == "sparsegpt" else 1
+        return group.beside + one * min(together, alike)
 
 
 def check_memory(
@@ -135,15 +164,17 @@ def check_memory(
         RacError: naming the module, the bytes needed and free, and what to change.
     """
     free = free or free_bytes
-    parts = [(onload, need.work), (offload, need.kept)]
+    doing = "quantizing" if need.solver == "none" else "pruning"
+    parts: list[tuple[torch.device, Callable[[GroupShape], int]]]
+    parts = [(onload, lambda group: need.work(group, onload)), (offload, need.kept)]
     if onload == offload:
-        parts = [(onload, lambda group: need.work(group) + need.kept(group))]
+        parts = [(onload, lambda group: need.work(group, onload) + need.kept(group))]
     for device, bytes_of in parts:
         largest = max(groups, key=bytes_of)
         needed, available = bytes_of(largest), free(device)
         if available is not None and device.type == "cpu":
             available //= processes
-        message = f"pruning {largest.name} is predicted to need {_gib(needed)} on {device} beside the model"
+        message = f"{doing} {largest.name} is predicted to need {_gib(needed)} on {device} beside the model"
         if available is None:
             logger.info(f"{message}; how much is free there is not known, so it is not checked")
         elif needed > available:

@@ -12,6 +12,7 @@ from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.routed_tokens import ExpertTokens
 from rac_modifier.settings.presets import Order
+from rac_modifier.settings.pruning import Method
 
 
 class Pruner(Protocol):
@@ -20,6 +21,10 @@ class Pruner(Protocol):
     @property
     def order(self) -> Order:
         """The order that the recipe asks for."""
+
+    @property
+    def solver(self) -> Method:
+        """What chooses the masks, as the recipe says."""
 
     @property
     def needs_dense_stream(self) -> bool:

@@ -29,7 +29,7 @@ from rac_modifier.llmcompressor.quantizer import GroupQuantizer, rounding_of
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
 from rac_modifier.llmcompressor.sensitivity import measured_patterns
 from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
-from rac_modifier.llmcompressor.solving import Pruned, solve_group, solve_together
+from rac_modifier.llmcompressor.solving import Part, Pruned, solve_groups, solve_together
 from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
 from rac_modifier.llmcompressor.zeros import patterns_of_zeros
 from rac_modifier.model_tools import on_accelerator
@@ -151,6 +151,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         by_layer = "layer" in (self.order, self._order.get("order"))
         need = MemoryNeed.of(self, self._share, model, by_layer=by_layer, processes=self._processes.count)
         shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
+        if by_layer:
+            shapes = GroupShape.by_layer(model, self._names)
         check_memory(need, shapes, onload, offload, processes=self._processes.count)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -209,10 +211,10 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def prune_groups(self, groups: Sequence[InputGroup]) -> None:
         """Prune the modules of each group, which read the same input, and quantize them if the recipe says so."""
 
-        def solve(group: InputGroup, modules: Sequence[torch.nn.Module]) -> list[Pruned]:
-            return solve_group(self, group, modules, self._names, self._patterns, self._quantizer)
+        def solve(parts: Sequence[Part]) -> list[list[Pruned]]:
+            return solve_groups(self, parts, self._names, self._patterns, self._quantizer)
 
-        for group, found in solve_together(groups, self._names, self._processes, solve):
+        for group, found in solve_together(groups, self._names, self._processes, solve, self.solver):
             for module, pruned in zip(group.modules, found, strict=True):
                 name, record = self._names[module], pruned.record
                 if record["retries"]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.processes import Processes
-from rac_modifier.pruning.solve import solve
+from rac_modifier.pruning import sparsegpt
+from rac_modifier.pruning.solve import Problem, Solution, solve_many
 from rac_modifier.quantization.solve import Quantized, quantize
 from rac_modifier.recovery.cells import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pruning import Method
 
 
 @dataclass(frozen=True)
@@ -40,53 +43,73 @@ class Pruned:
     master: torch.Tensor | None = None
 
 
-Solve = Callable[[InputGroup, Sequence[torch.nn.Module]], list[Pruned]]
+Part = tuple[InputGroup, Sequence[torch.nn.Module]]  # a group, and those of its modules that are solved here
+Solve = Callable[[Sequence[Part]], list[list[Pruned]]]
 
 
-def solve_group(
+def solve_groups(
     entry: PruningEntry,
-    group: InputGroup,
-    modules: Sequence[torch.nn.Module],
+    parts: Sequence[Part],
     names: Mapping[torch.nn.Module, str],
     patterns: Mapping[str, Pattern],
     quantizer: GroupQuantizer | None,
-) -> list[Pruned]:
-    """Prune some modules of a group, and quantize them if the recipe says so. The modules themselves are not changed."""
-    labels = [names[module] for module in modules]
+) -> list[list[Pruned]]:
+    """Prune some modules of each group, and quantize them if the recipe says so. The modules themselves are not changed."""
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module in (module for _, modules in parts for module in modules):
             stack.enter_context(align_module_device(module))
-        weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
-        dtype = weights[0].dtype
-        hessian = group.statistics.hessian.matrix(labels[0])
-        solutions = solve(
+        problems = []
+        for group, modules in parts:
+            labels = [names[module] for module in modules]
+            weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
+            problem = Problem(
+                [w.float() for w in weights] if quantizer else weights,  # quantization rounds to their dtype later
+                group.statistics.hessian.matrix(labels[0]),
+                [patterns[label] for label in labels],
+                labels,
+                group.statistics.cross_moment([group.modules.index(module) for module in modules]),
+            )
+            problems.append(problem)
+        solved = solve_many(
             entry.solver,
-            [w.float() for w in weights] if quantizer else weights,  # quantization rounds to `dtype` later
-            hessian,
-            [patterns[label] for label in labels],
-            names=labels,
-            cross_moment=group.statistics.cross_moment([group.modules.index(module) for module in modules]),
+            problems,
             dampening_frac=entry.dampening_frac,
             block_size=entry.block_size,
             refit=entry.refit,
             iterations=entry.iterations,
             refit_steps=entry.refit_steps,
         )
-        rounded: list[Quantized | None] = [None] * len(solutions)
-        if quantizer is not None and entry.quantization is not None:
-            rounded = quantize(
-                solutions,
-                hessian,
-                [quantizer.grids.get(module) for module in modules],
-                dtype=dtype,
-                dampening_frac=entry.dampening_frac,
-                sweeps=entry.quantization.sweeps,
-            )
+        return [
+            _rounded(entry, part, solutions, problem.hessian, quantizer)
+            for part, solutions, problem in zip(parts, solved, problems, strict=True)
+        ]
+
+
+def _rounded(
+    entry: PruningEntry,
+    part: Part,
+    solutions: Sequence[Solution],
+    hessian: torch.Tensor,
+    quantizer: GroupQuantizer | None,
+) -> list[Pruned]:
+    """The results for the modules of a group, in their dtype, quantized if the recipe says so."""
+    group, modules = part
+    dtypes: list[torch.dtype] = [module.weight.dtype for module in modules]  # type: ignore[misc]
+    rounded: list[Quantized | None] = [None] * len(solutions)
+    if quantizer is not None and entry.quantization is not None:
+        rounded = quantize(
+            solutions,
+            hessian,
+            [quantizer.grids.get(module) for module in modules],
+            dtype=dtypes[0],
+            dampening_frac=entry.dampening_frac,
+            sweeps=entry.quantization.sweeps,
+        )
     found = []
     for module, solution, result in zip(modules, solutions, rounded, strict=True):
         record = solution.record() | {"tokens": group.statistics.hessian.tokens}
         if quantizer is None or result is None:
-            found.append(Pruned(solution.weight.to(dtype), record))
+            found.append(Pruned(solution.weight.to(dtypes[0]), record))
             continue
         record["relative_error_before_rounding"] = record["relative_error"]
         record["relative_error"] = result.relative_error
@@ -104,20 +127,25 @@ def solve_group(
 
 
 def solve_together(
-    groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes, solve: Solve
+    groups: Sequence[InputGroup],
+    names: Mapping[torch.nn.Module, str],
+    processes: Processes,
+    solve: Solve,
+    solver: Method,
 ) -> Iterator[tuple[InputGroup, list[Pruned]]]:
     """The modules of each group, pruned; in all processes the same.
 
-    One process solves group after group. Of several, each has the statistics of its share of the calibration set. These are
-    added up, each module is solved in one process, as upstream's GPTQ does it, and the result is sent to the others. No process
-    has the results of a group before each has solved all that it has to of `groups`, so their weights may be shared memory.
+    One process solves group after group, and small ones of one shape at once where `solver` gains by it. Of several, each has the
+    statistics of its share of the calibration set. These are added up, each module is solved in one process, as upstream's GPTQ
+    does it, and the result is sent to the others. No process has the results of a group before each has solved all that it has to
+    of `groups`, so their weights may be shared memory.
 
     Raises:
         RacError: the processes have calibrated other modules.
     """
     if processes.count == 1:
-        for group in groups:
-            yield group, solve(group, group.modules)
+        for parts in _in_turn([(group, group.modules) for group in groups], solver):
+            yield from zip((group for group, _ in parts), solve(parts), strict=True)
         return
     processes.meet()
     _check_same([[names[module] for module in group.modules] for group in groups], processes)
@@ -125,12 +153,27 @@ def solve_together(
         group.statistics.gather(processes)
     owner = owners([module for group in groups for module in group.modules], processes.count)
     solved: dict[torch.nn.Module, Pruned] = {}
-    for group in groups:
-        if own := [module for module in group.modules if owner[module] == processes.rank]:
-            solved |= zip(own, solve(group, own), strict=True)
+    mine = [(group, [module for module in group.modules if owner[module] == processes.rank]) for group in groups]
+    for parts in _in_turn([part for part in mine if part[1]], solver):
+        for (_, own), found in zip(parts, solve(parts), strict=True):
+            solved |= zip(own, found, strict=True)
     processes.meet()
     for group in groups:
         yield group, _sent(group.modules, solved, owner, processes)
+
+
+def at_once(modules: Sequence[torch.nn.Module], device: torch.device, solver: Method) -> int:
+    """How many groups of this shape are solved at once."""
+    shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
+    return sparsegpt.at_once(shapes[0][1], sum(rows for rows, _ in shapes), device) if solver == "sparsegpt" else 1
+
+
+def _in_turn(parts: Iterable[Part], solver: Method) -> Iterator[list[Part]]:
+    """The parts in their order; together those that follow each other, have one shape and are solved at once."""
+    for _, group in groupby(parts, lambda part: [module.weight.shape for module in part[1]]):
+        alike = list(group)
+        step = at_once(alike[0][1], alike[0][0].statistics.hessian.device, solver)
+        yield from (alike[i : i + step] for i in range(0, len(alike), step))
 
 
 def owners(modules: Sequence[torch.nn.Module], count: int) -> dict[torch.nn.Module, int]:

@@ -77,6 +77,11 @@ class Hessian:
         self.tokens = int(tokens)
 
     @property
+    def device(self) -> torch.device:
+        """Where it is accumulated."""
+        return self._sum.device
+
+    @property
     def sum_of_squares(self) -> torch.Tensor:
         """Weighted sum of squares of each input [columns]; Wanda's norm is its square root."""
         return self._sum.diagonal().clone()

@@ -88,10 +88,15 @@ class Factor:
 
     def block(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The diagonal blocks of U and of R at inputs [start, stop)."""
-        d = self.reversed_lower.shape[0]
-        here = slice(d - stop, d - start)
-        u = self.reversed_lower[here, here].flip(0, 1)
-        return u, torch.linalg.solve_triangular(u, torch.eye(stop - start).to(u), upper=True)
+        return diagonal_blocks(self.reversed_lower, start, stop)
+
+
+def diagonal_blocks(reversed_lower: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The diagonal blocks of U and of R at inputs [start, stop), of one factor [d, d] or of several [..., d, d]."""
+    d = reversed_lower.shape[-1]
+    here = slice(d - stop, d - start)
+    u = reversed_lower[..., here, here].flip(-2, -1)
+    return u, torch.linalg.solve_triangular(u, torch.eye(stop - start).to(u).expand_as(u), upper=True)
 
 
 def factorise(hessian: torch.Tensor, dampening: Dampening, label: str) -> Factor:

@@ -19,6 +19,8 @@ refit and i iterations, the multiply-adds are about
     factor of H' d^3 / 6    target d^2 r    sparsegpt d^2 r / 2    alps i (d^3 / 16 + d^2 r)    refit (s + 1) d^2 r
 
 Memory beside the weights: d^2 for a factor, 2 d^2 for ALPS.
+
+`solve_many` solves problems of one shape, with an H each, at once: the experts of a layer.
 """
 
 from __future__ import annotations
@@ -96,7 +98,35 @@ class Solution:
         }
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Problem:
+    """Modules that read the same input.
+
+    Attributes:
+        weights: of each module, [rows_i, d].
+        hessian: H [d, d], float32, symmetric.
+        patterns: one per module: the same N:M, or unstructured with a sparsity per module.
+        names: of the modules, for messages.
+        cross_moment: C of each module (hessian.py); without it the target is `weights`.
+    """
+
+    weights: Sequence[torch.Tensor]
+    hessian: torch.Tensor
+    patterns: Sequence[Pattern]
+    names: Sequence[str]
+    cross_moment: Sequence[torch.Tensor] | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """Of each module."""
+        return [w.shape[0] for w in self.weights]
+
+    @property
+    def label(self) -> str:
+        """For messages about the Hessian."""
+        return ", ".join(self.names)
+
+
 def solve(
     method: Method,
     weights: Sequence[torch.Tensor],
@@ -105,23 +135,34 @@ def solve(
     *,
     names: Sequence[str] | None = None,
     cross_moment: Sequence[torch.Tensor] | None = None,
+    **settings: Any,
+) -> list[Solution]:
+    """Prune the modules of one problem; `pattern` may be one for all of them. `settings` are those of `solve_many`."""
+    names = [f"weight {i}" for i in range(len(weights))] if names is None else names
+    patterns = [pattern] * len(weights) if isinstance(pattern, Pattern) else list(pattern)
+    return solve_many(method, [Problem(weights, hessian, patterns, names, cross_moment)], **settings)[0]
+
+
+@torch.no_grad()
+def solve_many(
+    method: Method,
+    problems: Sequence[Problem],
+    *,
     block_size: int = 128,
     dampening_frac: float = 0.01,
     refit: bool = False,
     iterations: int = ITERATIONS,
     refit_steps: int = REFIT_STEPS,
-) -> list[Solution]:
-    """Prune modules that read the same input: `weights`, each [rows_i, d], share `hessian` [d, d] (float32, symmetric).
+) -> list[list[Solution]]:
+    """Prune the modules of each problem, which read the same input.
 
-    Each module gets what it would get alone, except that the refit ends for all of them together; solving them together saves
-    time. Results are float32, on the device of the Hessian; ALPS and the refit use bfloat16 products where those are fast.
+    Each module gets what it would get alone, except that the refit ends for all modules of a problem together; solving them
+    together saves time. Problems of one shape are solved at once where that saves time (SparseGPT), else one after the other.
+    Results are float32, on the device of the Hessian; ALPS and the refit use bfloat16 products where those are fast.
 
     Args:
         method: alps and keep always end with a refit; keep prunes what is zero in `weights` already, and none nothing, so that
             the result is the target; wanda and magnitude do not change the weights that they keep, unless `refit` is set.
-        pattern: one for all modules, or one per module: the same N:M, or unstructured with a sparsity per module.
-        names: of the modules, for messages.
-        cross_moment: C of each module (hessian.py); without it the target is `weights`.
         block_size: of sparsegpt.
         iterations: of alps.
 
@@ -129,85 +170,131 @@ def solve(
         RacError: shapes, numbers or a pattern that cannot work, values that are not finite, or a Hessian that cannot be
             factored. No method falls back to another.
     """
-    names = [f"weight {i}" for i in range(len(weights))] if names is None else names
-    patterns = [pattern] * len(weights) if isinstance(pattern, Pattern) else list(pattern)
-    rows, label = [w.shape[0] for w in weights], ", ".join(names)
     check_settings(method, block_size, dampening_frac, iterations, refit_steps)
+    works = [_aim(method, problem, dampening_frac) for problem in problems]  # steps 1 and 2
+    if method == "sparsegpt":
+        _sparsegpt(works, block_size)
+    else:
+        for work in works:
+            _choose(method, work, iterations)
+    return [_finish(method, work, refit, iterations, refit_steps) for work in works]
+
+
+@dataclass
+class _Work:
+    """A problem between the steps: `working` is W'^T of all modules, side by side; `pruned` its mask."""
+
+    given: Problem
+    dampening: Dampening
+    factor: Factor | None
+    targets: list[torch.Tensor]
+    working: torch.Tensor
+    totals: torch.Tensor
+    dead: torch.Tensor
+    pruned: torch.Tensor
+    errors: torch.Tensor | None = None
+
+
+def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
+    """Steps 1 and 2."""
+    weights, names, hessian = given.weights, given.names, given.hessian
     check_weights(weights, names, hessian.shape[0])
-    if cross_moment is not None:
-        check_cross_moment(cross_moment, weights, names)
-    check_patterns(weights, names, patterns)
-    check_hessian(hessian, label)
+    if given.cross_moment is not None:
+        check_cross_moment(given.cross_moment, weights, names)
+    check_patterns(weights, names, given.patterns)
+    check_hessian(hessian, given.label)
 
     # 1. Damped Hessian: H' = H + lambda I with lambda = dampening_frac * mean(diag H). Where a step needs the factor U of
     #    H' = U U^T, lambda is raised until it exists.
     dampening, factor = Dampening.of(hessian, dampening_frac), None
-    if cross_moment is not None or method == "sparsegpt":
-        factor = factorise(hessian, dampening, label)
+    if given.cross_moment is not None or method == "sparsegpt":
+        factor = factorise(hessian, dampening, given.label)
         dampening = factor.dampening
 
     # 2. Target: W* = W + C H'^-1, or W itself without a cross moment.
     targets = list(weights)
-    if cross_moment is not None and factor is not None:
-        targets = target_weights(weights, cross_moment, factor, names)
+    if given.cross_moment is not None and factor is not None:
+        targets = target_weights(weights, given.cross_moment, factor, names)
 
-    # 3. Mask: minimise trace((W* - W') H' (W* - W')^T) over W' that hold the pattern. `working` is W'^T of all modules, side
-    #    by side. The weights of dead inputs are pruned too, because they never matter; scores do not change what they keep.
-    working = stacked(targets, hessian)
-    totals, errors = quadratic_form(working, hessian), None
-    dead = hessian.diagonal() == 0
+    # The weights of dead inputs are pruned too, because they never matter; scores do not change what they keep.
+    working, dead = stacked(targets, hessian), hessian.diagonal() == 0
+    totals = quadratic_form(working, hessian)
     if method not in _SCORES:
         working[dead] = 0.0
+    return _Work(given, dampening, factor, targets, working, totals, dead, dead.unsqueeze(1))
+
+
+def _sparsegpt(works: Sequence[_Work], block_size: int) -> None:
+    """Step 3 by SparseGPT: all at once if they have the same shapes and patterns, else one after the other."""
+    kinds = {(work.given.hessian.shape, *work.given.rows, *work.given.patterns) for work in works}
+    for part in [works] if len(kinds) == 1 else [[work] for work in works]:
+        given, factors = part[0].given, [work.factor for work in part if work.factor is not None]
+        found = sparsegpt.prune_alike([w.working for w in part], factors, given.rows, given.patterns, block_size)
+        for work, (working, pruned, errors) in zip(part, found, strict=True):
+            work.working, work.pruned, work.errors = working, pruned, errors
+
+
+def _choose(method: Method, work: _Work, iterations: int) -> None:
+    """Step 3 by any other method: minimise trace((W* - W') H' (W* - W')^T) over W' that hold the pattern."""
+    given, working = work.given, work.working
+    rows, patterns = given.rows, given.patterns
     if method == "alps":
-        pruned, dampening = alps.prune(working, hessian, rows, patterns, dampening, iterations=iterations, label=label)
-    elif method == "sparsegpt":
-        assert factor is not None
-        pruned, errors = sparsegpt.prune(working, factor, rows, patterns, block_size)
+        work.pruned, work.dampening = alps.prune(
+            working, given.hessian, rows, patterns, work.dampening, iterations=iterations, label=given.label
+        )
     elif method == "wanda":
-        pruned = scores.prune(working, rows, patterns, lambda w, p: scores.wanda_mask(w, hessian, p))
+        work.pruned = scores.prune(working, rows, patterns, lambda w, p: scores.wanda_mask(w, given.hessian, p))
     elif method == "magnitude":
-        pruned = scores.prune(working, rows, patterns, scores.magnitude_mask)
+        work.pruned = scores.prune(working, rows, patterns, scores.magnitude_mask)
     elif method == "none":
-        pruned = torch.zeros_like(working, dtype=torch.bool)
+        work.pruned = torch.zeros_like(working, dtype=torch.bool)
     else:
-        pruned = stacked(weights, hessian) == 0
-        working.masked_fill_(pruned, 0.0)
+        work.pruned = stacked(given.weights, given.hessian) == 0
+        working.masked_fill_(work.pruned, 0.0)
+
+
+def _finish(method: Method, work: _Work, refit: bool, iterations: int, refit_steps: int) -> list[Solution]:
+    """Step 4, and what the result loses."""
+    given, working, pruned, hessian, targets = work.given, work.working, work.pruned, work.given.hessian, work.targets
     if method not in _SCORES:
-        pruned[dead] = True
+        pruned[work.dead] = True
 
     # 4. Refit: H'_SS w'_S = (H' w*)_S for each row w' with kept columns S.
     fitted = None
     if refit or method in ("alps", "keep"):
         bf16 = linalg.bf16_is_fast(hessian.device)
         fitted = refit_kept(
-            working, pruned, stacked(targets, hessian), hessian, dampening, steps=refit_steps, bf16=bf16
+            working, pruned, stacked(targets, hessian), hessian, work.dampening, steps=refit_steps, bf16=bf16
         )
 
-    dtype = weights[0].dtype
+    dtype, errors = given.weights[0].dtype, work.errors
     if errors is None or fitted or dtype != working.dtype:  # those of SparseGPT are without a refit and before rounding
         stored = working.to(dtype).to(working.dtype)
         errors = quadratic_form(stacked(targets, hessian).sub_(stored), hessian)
     solutions = []
-    columns, each = (x.split(rows, dim=1) for x in (working, pruned)), (x.split(rows) for x in (errors, totals))
-    for name, given, target, w, mask, error, total in zip(names, weights, targets, *columns, *each, strict=True):
-        weight = w.T.contiguous().to(given)
+    columns = (x.split(given.rows, dim=1) for x in (working, pruned))
+    each = (x.split(given.rows) for x in (errors, work.totals))
+    for name, before, target, w, mask, error, total in zip(
+        given.names, given.weights, targets, *columns, *each, strict=True
+    ):
+        weight = w.T.contiguous().to(before)
         if not is_finite(weight):
-            raise RacError(f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({dampening_frac})")
+            raise RacError(f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({work.dampening.frac})")
         change, whole = max(float(error.sum()), 0.0), float(total.sum())  # rounding can make a zero error negative
         solution = Solution(
             name=name,
             weight=weight,
-            mask=mask.T.logical_not().contiguous().to(given.device),
+            mask=mask.T.logical_not().contiguous().to(before.device),
             target=target,
             error=change,
             relative_error=change / whole if whole > 0 else 0.0,
-            dampening_used=dampening.frac if factor or fitted else 0.0,
-            retries=dampening.retries,
-            dead_inputs=int(dead.sum()),
+            dampening_used=work.dampening.frac if work.factor or fitted else 0.0,
+            retries=work.dampening.retries,
+            dead_inputs=int(work.dead.sum()),
             iterations=iterations if method == "alps" else 0,
             refit_steps=fitted.steps if fitted else 0,
             refit_residual=fitted.residual if fitted else 0.0,
-            factor=factor,
+            factor=work.factor,
         )
         solutions.append(solution)
     return solutions

@@ -95,14 +95,14 @@ def drawn_out(output: str) -> None:
 
 def began_to_prune(output: str) -> None:
     """In each process: note that a group is being pruned."""
-    solve = pruning_modifier.solve_group
+    solve = pruning_modifier.solve_groups
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         with open(f"{output}.began", "a") as file:
             file.write(".")
         return solve(*args, **kwargs)
 
-    pruning_modifier.solve_group = noted
+    pruning_modifier.solve_groups = noted
 
 
 def begin(output: str, count: int) -> dict[int, int]:

@@ -113,14 +113,14 @@ def fails_at(group: int, how: Before) -> Before:
     """Do something in place of pruning the so-manieth group."""
 
     def before() -> None:
-        solve, groups = pruning_modifier.solve_group, iter(range(1, 10**6))
+        solve, groups = pruning_modifier.solve_groups, iter(range(1, 10**6))
 
         def failing(*args: Any, **kwargs: Any) -> Any:
             if next(groups) == group:
                 how()
             return solve(*args, **kwargs)
 
-        pruning_modifier.solve_group = failing
+        pruning_modifier.solve_groups = failing
 
     return before
 

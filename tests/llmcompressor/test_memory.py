@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from llmcompressor import oneshot
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -102,9 +105,14 @@ def test_the_prediction_lies_within_its_margin_of_the_measured_peak(tmp_path, tr
     assert LOWEST <= ratio <= HIGHEST, ratio
 
 
-@pytest.mark.parametrize("settings", [{"preset": "quality"}, {"preset": "quality", "reconstruct": "pruned"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"preset": "quality"}, {"preset": "quality", "reconstruct": "pruned"}, {"preset": "fast"}, {"preset": "paper"}],
+    ids=str,
+)
 def test_so_it_does_for_a_mixture_of_experts(tmp_path, monkeypatch, settings):
-    """The dense model's inputs of the experts stay while they are pruned."""
+    """The dense model's inputs of the experts stay while they are pruned. SparseGPT solves all four of a layer at once; layer by
+    layer all read the same input, and are one group."""
     shape = {"hidden_size": 512, "moe_intermediate_size": 96, "num_hidden_layers": 2}  # masks are small beside it
     model = AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path / "wide", **shape))
     ratio = measured(model, tmp_path / "traces.jsonl", monkeypatch, settings, tokens=6000)
@@ -125,6 +133,33 @@ def test_a_large_batch_counts_where_it_is_more_than_the_solver_needs():
     assert need(batch_tokens=10).work(group) < 4 * 64**2 * 12
 
 
+def test_experts_that_are_solved_at_once_are_counted_together():
+    small, large = GroupShape("gate", 64, 64), GroupShape("gate", 2048, 2048)
+    alone = need(solver="sparsegpt")
+    for group, times in ((small, 6), (large, 1)):
+        assert need(solver="sparsegpt", experts=6).work(group) == times * alone.work(group)
+    assert need(solver="alps", experts=6).work(small) == need(solver="alps").work(small)
+
+
+def test_layer_by_layer_the_experts_of_a_layer_are_one_group_beside_the_hessians_of_down(tmp_path):
+    model = linearize_moe(AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path / "mixture")))
+    names = {
+        m: n
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "layers.0" in n and not n.endswith("gate")
+    }
+    found = GroupShape.by_layer(model, names)
+    experts = [shape for shape in found if ".experts." in shape.name]
+    kept = 4 * 4 * 32**2  # bytes: of four experts of width 32 in float32
+    assert [(one.columns, one.rows, one.beside) for one in experts] == [(64, 4 * 2 * 32, kept), (32, 64, kept)]
+    of_layer, alone = need(by_layer=True, solver="sparsegpt", experts=4), need(by_layer=True, solver="sparsegpt")
+    for one, times in zip(experts, (1, 4), strict=True):  # gate and up are one group, down is four
+        assert of_layer.work(one) == times * alone.work(replace(one, beside=0, alike=1)) + kept
+    assert [one.beside for one in found if one not in experts] == [0] * 4
+    group = experts[0]
+    assert need(by_layer=True).work(group) == need(by_layer=True).work(replace(group, beside=0)) + kept
+
+
 def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
     groups = [GroupShape("small", 32, 32), GroupShape("layers.3.down", 256, 64)]
     bytes_needed = need().work(groups[1]) + need().kept(groups[1])
@@ -138,6 +173,12 @@ def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
     assert "calibration.tokens" in message
     assert "preset: paper" in message
     assert "reconstruct: pruned" not in message  # it is already
+
+
+@pytest.mark.parametrize(("solver", "doing"), [("none", "quantizing"), ("alps", "pruning"), ("keep", "pruning")])
+def test_a_run_that_only_quantizes_is_not_said_to_prune(solver, doing):
+    with pytest.raises(RacError, match=f"^{doing} down is predicted to need"):
+        check_memory(need(solver=solver), [GroupShape("down", 256, 64)], CPU, CPU, free=lambda device: 1)
 
 
 def test_activations_and_solver_are_checked_on_their_own_devices():

@@ -8,8 +8,9 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.input_groups import InputGroup
-from rac_modifier.llmcompressor.solving import Pruned, owners, solve_group, solve_together
+from rac_modifier.llmcompressor.solving import Pruned, owners, solve_groups, solve_together
 from rac_modifier.processes import Processes
+from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.hessian import Statistics
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.settings.entries import PruningEntry
@@ -51,15 +52,15 @@ def pruned(modules, batches, processes, slow=None):
     patterns = dict.fromkeys(modules, Pattern.n_of_m(2, 4))
     solved = []
 
-    def solve(group, own):
+    def solve(parts):
         if slow is not None:
             time.sleep(slow.uniform(0, 0.05))
-        solved.extend(names[module] for module in own)
-        return solve_group(ENTRY, group, own, names, patterns, None)
+        solved.extend(names[module] for _, own in parts for module in own)
+        return solve_groups(ENTRY, parts, names, patterns, None)
 
     groups = groups_of(modules, batches[processes.rank :: processes.count])
     found = {}
-    for group, results in solve_together(groups, names, processes, solve):
+    for group, results in solve_together(groups, names, processes, solve, "sparsegpt"):
         found |= zip((names[module] for module in group.modules), results, strict=True)
     return found, solved
 
@@ -91,20 +92,20 @@ def test_who_is_slow_changes_no_bit(modules, batches):
 def test_scales_masters_and_records_reach_all(modules, batches):
     names = {module: name for name, module in modules.items()}
 
-    def solve(group, own):
-        found = []
-        for module in own:
-            weight = module.weight.detach()
-            rounded = names[module] != "k"  # k is not rounded
-            scale = torch.full((len(weight), 1), 0.5) if rounded else None
-            found.append(Pruned(weight + 1, {"name": names[module]}, scale, weight * 2 if rounded else None))
-        return found
+    def made(module):
+        weight = module.weight.detach()
+        rounded = names[module] != "k"  # k is not rounded
+        scale = torch.full((len(weight), 1), 0.5) if rounded else None
+        return Pruned(weight + 1, {"name": names[module]}, scale, weight * 2 if rounded else None)
+
+    def solve(parts):
+        return [[made(module) for module in own] for _, own in parts]
 
     def run(processes):
         groups = groups_of(modules, batches)
         return {
             names[module]: one
-            for group, results in solve_together(groups, names, processes, solve)
+            for group, results in solve_together(groups, names, processes, solve, "sparsegpt")
             for module, one in zip(group.modules, results, strict=True)
         }
 
@@ -120,6 +121,35 @@ def test_scales_masters_and_records_reach_all(modules, batches):
                 assert torch.equal(one.master, weight * 2)
 
 
+@pytest.mark.parametrize(("solver", "expected"), [("sparsegpt", [2, 1, 1, 2]), ("alps", [1] * 6)])
+def test_small_groups_of_one_shape_that_follow_each_other_are_solved_at_once(monkeypatch, batches, solver, expected):
+    """At most two of 8 rows: of the first three, and of the last two. The one of 16 rows between them is alone."""
+    monkeypatch.setattr(sparsegpt, "_AT_ONCE_ON_CPU", 2 * COLUMNS * 8 + 1)
+    modules = {str(i): torch.nn.Linear(COLUMNS, rows, bias=False) for i, rows in enumerate((8, 8, 8, 16, 8, 8))}
+    names, groups = {}, []
+    for i, (name, module) in enumerate(modules.items()):
+        names[module] = name
+        groups.append(InputGroup([module], Statistics(COLUMNS, "cpu", [module.weight.detach()])))
+        for x, dense in batches:
+            groups[-1].statistics.add(x * (1 + i), torch.ones(len(x)), dense)
+    entry = ENTRY.model_copy(update={"solver": solver})
+    patterns, calls = dict.fromkeys(modules, Pattern.n_of_m(2, 4)), []
+
+    def solve(parts):
+        calls.append(len(parts))
+        return solve_groups(entry, parts, names, patterns, None)
+
+    found = {
+        names[group.modules[0]]: one for group, (one,) in solve_together(groups, names, Processes(), solve, solver)
+    }
+    assert calls == expected
+    for name, group in zip(modules, groups, strict=True):
+        ((alone,),) = solve_groups(entry, [(group, group.modules)], names, patterns, None)
+        assert found[name].record["name"] == name
+        assert torch.equal(found[name].weight != 0, alone.weight != 0)
+        torch.testing.assert_close(found[name].weight, alone.weight)
+
+
 def test_the_largest_module_is_solved_beside_all_others(modules):
     place = owners(list(modules.values()), 2)
     assert {name: place[module] for name, module in modules.items()} == {"q": 0, "down": 1, "k": 1, "v": 0}
@@ -131,7 +161,7 @@ def test_processes_that_calibrated_other_modules_are_refused(modules, batches):
 
     def run(processes):
         groups = groups_of(modules, batches)[: 2 - processes.rank]
-        return list(solve_together(groups, names, processes, lambda group, own: []))
+        return list(solve_together(groups, names, processes, lambda parts: [], "sparsegpt"))
 
     with pytest.raises(
         RacError, match=r"process 0 and process 1 have not calibrated the same modules \(down\): .*fewer"
@@ -170,7 +200,8 @@ def test_training_starts_with_the_codes_that_are_saved(modules, batches, solver)
     names = {module: name for name, module in modules.items()}
     pattern = Pattern.nothing() if solver == "none" else Pattern.n_of_m(2, 4)
     for group in groups_of(modules, batches):
-        found = solve_group(entry, group, group.modules, names, dict.fromkeys(modules, pattern), Rounding(names))
+        parts, of_all = [(group, group.modules)], dict.fromkeys(modules, pattern)
+        (found,) = solve_groups(entry, parts, names, of_all, Rounding(names))
         for one in found:
             steps = one.scale.repeat_interleave(8, dim=1)
             codes = (one.weight / steps).round()

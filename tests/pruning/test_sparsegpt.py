@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Pattern, broken_groups, solve
+from rac_modifier.pruning import Pattern, broken_groups, solve, sparsegpt
+from rac_modifier.pruning.solve import Problem, solve_many
 from tests.pruning.pruning_reference import (
     assert_near,
     column_loop,
@@ -201,3 +204,69 @@ def test_inputs_are_left_alone():
         assert torch.equal(hessian, before)
         assert not solution.weight.requires_grad
         assert broken_groups(solution.weight, Pattern.n_of_m(2, 4)) == 0
+
+
+def problems_with_a_hessian_each(patterns: list[Pattern]) -> list[Problem]:
+    """Two modules each; the second has a dead input, and the third needs more dampening than the others."""
+    found = []
+    for seed in range(4):
+        weight, hessian = random_problem(20, 72, 200, seed, torch.float64)
+        if seed == 1:
+            hessian[5], hessian[:, 5] = 0.0, 0.0
+        if seed == 2:
+            hessian[0, 1] = hessian[1, 0] = 1.05 * (hessian[0, 0] * hessian[1, 1]).sqrt()  # not positive definite
+        names = [f"{seed}.gate", f"{seed}.up"]
+        found.append(
+            Problem([weight[:12], weight[12:]], hessian, patterns, names, [0.01 * weight[:12], -0.02 * weight[12:]])
+        )
+    return found
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [Pattern.n_of_m(2, 4)] * 2,
+        [Pattern.n_of_m(1, 3)] * 2,
+        [Pattern.unstructured(0.6)] * 2,
+        [Pattern.unstructured(0.5), Pattern.unstructured(0.8)],
+    ],
+)
+def test_problems_that_are_solved_at_once_get_what_they_would_get_alone(patterns, refit, monkeypatch):
+    problems, inner, calls = problems_with_a_hessian_each(patterns), sparsegpt.prune, []
+
+    def counted(weight, *args):
+        calls.append(weight.shape)
+        return inner(weight, *args)
+
+    monkeypatch.setattr(sparsegpt, "prune", counted)
+    together = solve_many("sparsegpt", problems, block_size=40, refit=refit)
+    assert calls == [(4, 72, 20)]
+    retries = [found[0].retries for found in together]
+    assert retries[2] > 0 == retries[0]
+    for problem, found in zip(problems, together, strict=True):
+        (alone,) = solve_many("sparsegpt", [problem], block_size=40, refit=refit)
+        for one, other in zip(found, alone, strict=True):
+            assert torch.equal(one.mask, other.mask)
+            torch.testing.assert_close(one.weight, other.weight, rtol=1e-9, atol=1e-12)
+            assert one.relative_error == pytest.approx(other.relative_error, rel=1e-6)
+            assert (one.name, one.retries, one.dead_inputs) == (other.name, other.retries, other.dead_inputs)
+            assert one.dampening_used == other.dampening_used
+
+
+def test_problems_of_other_shapes_or_patterns_are_solved_one_after_the_other():
+    first, second, *_ = problems_with_a_hessian_each([Pattern.unstructured(0.5)] * 2)
+    other = replace(second, patterns=[Pattern.unstructured(0.5), Pattern.unstructured(0.7)])
+    found = solve_many("sparsegpt", [first, other])
+    for problem, solved in zip((first, other), found, strict=True):
+        (alone,) = solve_many("sparsegpt", [problem])
+        assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, solved, strict=True))
+    assert [round(float((s.weight == 0).double().mean()), 1) for s in found[1]] == [0.5, 0.7]
+
+
+def test_as_many_small_problems_at_once_as_stay_in_caches():
+    cpu = torch.device("cpu")
+    assert sparsegpt.at_once(256, 512, cpu) == 16
+    assert sparsegpt.at_once(768, 2048, cpu) == 1
+    assert sparsegpt.at_once(1 << 16, 1 << 16, cpu) == 1
+    assert sparsegpt.at_once(768, 2048, torch.device("cuda")) > 16

@@ -120,3 +120,44 @@ def test_a_dtype_that_cannot_hold_the_result_is_an_error():
     weight, keep, target, hessian = problem()
     with pytest.raises(RacError, match=r"w: the quantized weight overflows torch\.float16"):
         quantize([solved(weight * 1e6, keep, target * 1e6)], hessian, [GRIDS["fp8"]], dtype=torch.float16)
+
+
+def test_without_sweeps_the_values_are_codes_already():
+    """GPTQ alone rounds; descent would round what it leaves."""
+    weight, keep, _, hessian = problem(rows=24)
+    (result,) = quantize([solved(weight, keep, weight)], hessian, [GRIDS["int8"]], dtype=torch.float32, sweeps=0)
+    codes = result.weight.double() / result.scale.double()
+    assert float((codes - codes.round()).abs().max()) < 1e-3
+    assert len(codes.round().unique()) > 20
+    assert result.relative_error < 0.1
+
+
+def test_a_target_of_zeros_loses_nothing():
+    weight, keep, target, hessian = problem()
+    (result,) = quantize([solved(weight * 0, keep, target * 0)], hessian, [GRIDS["int4"]], dtype=torch.float32)
+    assert result.relative_error == 0.0
+    assert not result.weight.any()
+
+
+def test_the_dampening_is_one_percent_unless_it_is_set():
+    weight, keep, target, hessian = problem(rows=24)
+    args = {"hessian": hessian, "grids": [GRIDS["int4"]], "dtype": torch.float32}
+    (default,) = quantize([solved(weight, keep, target)], **args)
+    found = {
+        frac: quantize([solved(weight, keep, target)], dampening_frac=frac, **args)[0] for frac in (0.005, 0.01, 0.02)
+    }
+    assert torch.equal(default.weight, found[0.01].weight)
+    assert not torch.equal(default.weight, found[0.005].weight)
+    assert not torch.equal(default.weight, found[0.02].weight)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_rounded():
+    weight, keep, target, hessian = problem()
+    args = {"grids": [GRIDS["int4"]], "dtype": torch.float32}
+    with pytest.raises(RacError, match=r"w: weight .* and a Hessian of 44 inputs do not fit together"):
+        quantize([solved(weight, keep, target)], hessian[:44, :44], **args)
+    with pytest.raises(RacError, match=r"w: Hessian .* it must be square"):
+        quantize([solved(weight, keep, target)], hessian[:, :44], **args)
+    hessian[3, 3] = float("nan")
+    with pytest.raises(RacError, match="w: the Hessian holds values that are not finite"):
+        quantize([solved(weight, keep, target)], hessian, **args)

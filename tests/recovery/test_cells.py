@@ -67,3 +67,26 @@ def test_rounding_explains_the_zeros_of_a_dense_model_and_not_those_of_pruning()
     pruned = pruned_share(codes * kept, scale, grid, dense)
     assert 0.05 < pruned < 0.3
     assert pruned == float((~kept & (dense.abs() > 0.75 * spread_scales(scale, grid, 128))).float().mean())
+
+
+def test_a_master_weight_reaches_almost_half_way_to_the_nearer_neighbour_of_its_code():
+    """Of every code of float8 and of int4, towards a dense weight far above and far below."""
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    for grid, codes in (
+        (Grid("float", 8, None), bytes_[bytes_.isfinite()].unique()),
+        (Grid("int", 4, None), torch.arange(-8.0, 8.0)),
+    ):
+        gaps = codes.diff()
+        nearer = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
+        for away in (-1e4, 1e4):
+            master = master_in_cell(codes[None], torch.ones(1, 1), grid, torch.full((1, len(codes)), away))[0]
+            torch.testing.assert_close((master - codes).abs(), 0.45 * nearer, rtol=1e-3, atol=0.0)
+            assert bool(((master - codes) * away > 0).all())
+
+
+@pytest.mark.parametrize(("grid", "step"), [(Grid("int", 4, None), 1.0), (Grid("float", 8, None), 2.0**-9)])
+def test_a_zero_is_pruned_where_the_dense_weight_is_above_three_quarters_of_a_step(grid, step):
+    scale = torch.tensor([[0.5]])
+    dense = torch.tensor([[0.7, 0.75, 0.8, -0.8]]) * step * 0.5
+    assert pruned_share(torch.zeros(1, 4), scale, grid, dense) == 0.5
+    assert pruned_share(torch.tensor([[0.0, 0.0, step, 0.0]]), scale, grid, dense) == 0.25

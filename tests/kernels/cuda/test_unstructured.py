@@ -1,7 +1,7 @@
 """Weights of any pattern: where each number is, the schedule of copies, and the kernel on awkward ones.
 
 The oracles here are written from csrc/gpu/unstructured.h and unstructured_bf16.cu and use none of the packer's constants.
-test_unstructured_int8.py has int8.
+test_unstructured_int8.py has int8, and test_unstructured_damage.py wrong bytes of both.
 """
 
 from __future__ import annotations
@@ -222,32 +222,3 @@ def test_what_it_does_not_hold_or_is_damaged_is_refused(change, problem):
         pack(replace(weight, **change(weight)), UNSTRUCTURED)
     with pytest.raises(RacError, match=r"layer: values of torch.int8"):
         pack(int4_weight(16, 64, 64), UNSTRUCTURED)
-
-
-def test_a_schedule_that_copies_too_early_or_too_late_is_noticed():
-    """The packer decides when a line is overwritten: the emulator must see a wrong decision."""
-    packed = pack(unstructured_weight(32, 4096), UNSTRUCTURED)
-    begin, x = int(packed[32]), torch.randn(1, 4096).to(torch.bfloat16)
-    for at in (8, 16):  # the groups of nine steps all at the first or the last of them
-        wrong = packed.clone()
-        counts = wrong.view(-1, 32)[begin].view(torch.uint8)
-        groups = counts[8:17].sum()
-        counts[8:17] = 0
-        counts[at] = groups
-        _, error = product(UNSTRUCTURED, program(UNSTRUCTURED, 2, 1), wrong, x, 32)
-        assert error.startswith(("race", "read of shared memory that nobody wrote")), (at, error)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_damaged_bytes_lead_nowhere_outside(seed):
-    """Results are wrong then; but no access is out of range, whatever the packed bytes are."""
-    torch.manual_seed(seed)
-    packed = pack(unstructured_weight(40, 640), UNSTRUCTURED)
-    header = slice(0, 64 + 32) if seed % 3 else slice(64, len(packed))
-    at = torch.randint(header.start, header.stop, (1 if seed % 2 else 40,))
-    packed[at] = torch.randint(-(2**31), 2**31, at.shape).int() >> int(torch.randint(0, 28, ()))
-    x = torch.randn(3, 640).to(torch.bfloat16)
-    errors = [product(UNSTRUCTURED, program(UNSTRUCTURED, 2, 1), packed, x, 40)[1]]
-    out, sizes = torch.zeros(40, 640).to(torch.bfloat16), (40, 640, 0, packed.numel() // 32, 0)
-    errors.append(emulate(UNSTRUCTURED, expand_program(UNSTRUCTURED), (2, 1), packed, None, None, out, sizes))
-    assert not [error for error in errors if error.startswith(("access", "misaligned", "deadlock", "write to"))], errors

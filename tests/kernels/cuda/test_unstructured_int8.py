@@ -246,34 +246,3 @@ def test_what_it_does_not_hold_or_is_damaged_is_refused(change, problem):
         pack(replace(weight, **change(weight)), UNSTRUCTURED_INT8)
     with pytest.raises(RacError, match=r"layer: values of torch.bfloat16"):
         pack(bf16_weight(16, 64), UNSTRUCTURED_INT8)
-
-
-def test_a_schedule_that_copies_too_early_or_too_late_is_noticed():
-    """The packer decides when a line is overwritten: the emulator must see a wrong decision."""
-    packed = pack(int8_weight(32, 4096), UNSTRUCTURED_INT8)
-    begin, x = int(packed.view(torch.int32)[32]), torch.randn(1, 4096).to(torch.bfloat16)
-    for at in (4, 11):  # the groups of eight steps all at the first or the last of them
-        wrong = packed.clone()
-        counts = wrong.view(-1, 128)[begin].view(torch.uint8)
-        groups = counts[4:12].sum()
-        counts[4:12] = 0
-        counts[at] = groups
-        _, error = product(UNSTRUCTURED_INT8, program(UNSTRUCTURED_INT8, 2, 1), wrong, x, 32)
-        assert error.startswith(("race", "read of shared memory that nobody wrote")), (at, error)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_damaged_bytes_lead_nowhere_outside(seed):
-    """Results are wrong then; but no access is out of range, whatever the packed bytes are."""
-    torch.manual_seed(seed)
-    packed = pack(int8_weight(40, 640), UNSTRUCTURED_INT8)
-    words = packed.view(torch.int32)
-    header = slice(0, 64 + 32) if seed % 3 else slice(64, len(words))
-    at = torch.randint(header.start, header.stop, (1 if seed % 2 else 40,))
-    words[at] = torch.randint(-(2**31), 2**31, at.shape).int() >> int(torch.randint(0, 28, ()))
-    x = torch.randn(3, 640).to(torch.bfloat16)
-    errors = [product(UNSTRUCTURED_INT8, program(UNSTRUCTURED_INT8, 2, 1), packed, x, 40)[1]]
-    out, sizes = torch.zeros(40, 640).to(torch.bfloat16), (40, 640, 0, packed.numel() // 128, 0)
-    chosen = expand_program(UNSTRUCTURED_INT8)
-    errors.append(emulate(UNSTRUCTURED_INT8, chosen, (2, 1), packed, None, None, out, sizes))
-    assert not [error for error in errors if error.startswith(("access", "misaligned", "deadlock", "write to"))], errors
