@@ -34,9 +34,7 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
         )
     if not _is_known(weights, _SPARSE_BITS if prunes else _DENSE_BITS):
         bits = (
-            "4 or 8 bits"
-            if prunes
-            else "2 to 8 bits (2 to 7 with zero points: bfloat16 does not hold the values of 8)"
+            "4 or 8 bits" if prunes else "2 to 8 bits (2 to 7 with zero points: bfloat16 does not hold the values of 8)"
         )
         raise RacError(f"{name}: weights {_describe(weights)} cannot be rounded here; use int of {bits}, {_KNOWN}")
     for part in ("input_activations", "output_activations"):
