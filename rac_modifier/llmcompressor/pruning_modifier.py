@@ -226,7 +226,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 if self._quantizer is None or pruned.scale is None:
                     update_offload_parameter(module, "weight", pruned.weight)
                 else:
-                    self._quantizer.store(module, pruned.weight, pruned.scale)
+                    self._quantizer.store(module, pruned.weight, pruned.scale, pruned.zero_point)
                 if pruned.master is not None:
                     self._masters[name] = pruned.master
             names = [self._names[module] for module in group.modules]
@@ -261,7 +261,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             for module, grid in self._quantizer.grids.items():
                 name = self._names[module]
                 scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
-                quantized[name] = QuantizedWeight(grid, scale.detach().clone(), self._masters.pop(name))
+                zero = None if grid.symmetric else module.get_parameter("weight_zero_point").detach().clone()
+                quantized[name] = QuantizedWeight(grid, scale.detach().clone(), self._masters.pop(name), zero)
         self._recovered = self._recovery.run(model, {name: module for module, name in self._names.items()}, quantized)
 
     def _plan(self) -> SavePlan:

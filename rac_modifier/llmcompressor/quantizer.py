@@ -71,12 +71,15 @@ class GroupQuantizer:
         """Give the modules their schemes and empty scales; nothing is quantized in a forward pass yet."""
         self._upstream.initialize_quantization(model)
 
-    def store(self, module: torch.nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        """Put a rounded weight and its scales into a module."""
+    def store(
+        self, module: torch.nn.Module, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+    ) -> None:
+        """Put a rounded weight, its scales and its zero points (None: all 0) into a module."""
         update_offload_parameter(module, "weight", weight)
         update_offload_parameter(module, "weight_scale", scale)
+        own = module.get_parameter("weight_zero_point")
         update_offload_parameter(
-            module, "weight_zero_point", torch.zeros_like(module.get_parameter("weight_zero_point"))
+            module, "weight_zero_point", torch.zeros_like(own) if zero_point is None else zero_point.to(own.dtype)
         )
 
     def finish(self, model: PreTrainedModel) -> None:

@@ -35,12 +35,14 @@ class Pruned:
         scale: of the rounded weight, None where it is not rounded.
         master: float32 [rows, columns] on the CPU, where recovery of a rounded weight starts: within the cells of its codes,
             on the side of the weight before it was rounded.
+        zero_point: int8, in the shape of the scales, of a weight rounded to an asymmetric grid.
     """
 
     weight: torch.Tensor
     record: dict[str, Any]
     scale: torch.Tensor | None = None
     master: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
 
 
 Part = tuple[InputGroup, Sequence[torch.nn.Module]]  # a group, and those of its modules that are solved here
@@ -120,9 +122,9 @@ def _rounded(
         record["quantization"] = quantizer.described[solution.name]
         master = None
         if entry.recover is not None:
-            codes = codes_of(result.weight, result.scale, quantizer.grids[module])
+            codes = codes_of(result.weight, result.scale, quantizer.grids[module], result.zero_point)
             master = master_in_cell(codes, result.scale, quantizer.grids[module], solution.weight).cpu()
-        found.append(Pruned(result.weight, record, result.scale, master))
+        found.append(Pruned(result.weight, record, result.scale, master, result.zero_point))
     return found
 
 
@@ -204,6 +206,7 @@ def _sent(
         str(i): {
             "record": solved[module].record,
             "scale": None if (scale := solved[module].scale) is None else list(scale.shape),
+            "zero_point": solved[module].zero_point is not None,
             "master": solved[module].master is not None,
         }
         for i, module in enumerate(modules)
@@ -219,11 +222,13 @@ def _sent(
             empty = torch.empty(shape, dtype=dtype, device=processes.device)
             return processes.send(empty if tensor is None else tensor, source)
 
-        scale, master = None, None
+        scale, master, zero_point = None, None, None
         weight = send(mine.weight if mine else None, like.shape, like.dtype)
         if about[i]["scale"] is not None:
             scale = send(mine.scale if mine else None, about[i]["scale"], like.dtype)
+        if about[i]["zero_point"]:
+            zero_point = send(mine.zero_point if mine else None, about[i]["scale"], torch.int8)
         if about[i]["master"]:
             master = send(mine.master if mine else None, like.shape, torch.float32).cpu()
-        found.append(Pruned(weight, about[i]["record"], scale, master))
+        found.append(Pruned(weight, about[i]["record"], scale, master, zero_point))
     return found

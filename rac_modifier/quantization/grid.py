@@ -1,6 +1,7 @@
-"""The values that a quantized weight can have: code times scale, symmetric, with one scale per row or per group of columns.
+"""The values that a quantized weight can have: (code - zero point) times scale, with one of each per row or group of columns.
 
-Weights are transposed here, [d, rows], as in the solvers; scales are [groups, rows].
+A symmetric grid has no zero points: they are 0. Weights are transposed here, [d, rows], as in the solvers; scales and zero points
+are [groups, rows].
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ _E4M3_MAX = 448.0
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers of `bits` bits, or the 8-bit floats e4m3; `group_size` columns share a scale, with None a whole row does."""
+    """Integers of `bits` bits, or the 8-bit floats e4m3; `group_size` columns share a scale, with None a whole row does.
+
+    Without `symmetric` (integers only) they share a zero point, too: the code that means zero.
+    """
 
     kind: Literal["int", "float"]
     bits: int
     group_size: int | None = None
+    symmetric: bool = True
 
     @property
     def half_range(self) -> float:
         """The divisor that turns the largest weight into its scale, as in compressed-tensors: (max - min) / 2."""
         return _E4M3_MAX if self.kind == "float" else ((1 << self.bits) - 1) / 2
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code of an integer grid."""
+        return -(1 << (self.bits - 1))
 
     def groups(self, columns: int) -> int:
         """Number of scales of a row of `columns` weights."""
@@ -38,20 +48,45 @@ class Grid:
         """[groups, rows] to [columns, rows]: the scale of every weight."""
         return scales.repeat_interleave(self.group_size or columns, dim=0)[:columns]
 
-    def round_(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Round `weight` in place to the nearest code times `scale`, which broadcasts over it. Returns it."""
-        return self.codes_(weight.div_(scale)).mul_(scale)
+    def round_(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+        """Round `weight` in place to the nearest point of the grid, (code - `zero`) `scale`; both broadcast. Returns it."""
+        return self.codes_(weight.div_(scale), zero).mul_(scale)
 
-    def codes_(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Round weights divided by scales to codes, in place, as compressed-tensors does: clamp, then round half to even."""
+    def codes_(self, scaled: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+        """Round weights divided by scales, in place, as compressed-tensors does: clamp, then round half to even.
+
+        The result is code - `zero`, so that it means `result` times scale whether there are zero points or not.
+        """
+        if zero is not None:
+            return self.codes_(scaled.add_(zero)).sub_(zero)
         if self.kind == "float":
             scaled.clamp_(-_E4M3_MAX, _E4M3_MAX)
             return scaled.copy_(scaled.to(torch.float8_e4m3fn))
-        return scaled.clamp_(-(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1).round_()
+        return scaled.clamp_(self.lowest, -self.lowest - 1).round_()
 
 
-def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales [groups, rows], exact in `dtype`, with the least weighted error of rounding.
+@dataclass(frozen=True)
+class Steps:
+    """Scales and zero points: [groups, rows], or [columns, rows] where each weight has its own.
+
+    `zero` holds whole numbers in the dtype of the scales; None on a symmetric grid.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    def spread(self, grid: Grid, columns: int) -> Steps:
+        """Those of every weight."""
+        zero = None if self.zero is None else grid.column_scales(self.zero, columns)
+        return Steps(grid.column_scales(self.scale, columns), zero)
+
+    def of(self, column: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and zero point, [rows], of one column or group."""
+        return self.scale[column], None if self.zero is None else self.zero[column]
+
+
+def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype) -> Steps:
+    """Scales [groups, rows] of a symmetric grid, exact in `dtype`, with the least weighted error of rounding.
 
     `weight` is [d, rows] with zeros where pruned, `importance` [d] the diagonal of the Hessian. Minimises
     sum_j importance_j (w_j - round(w_j))^2 over scales between half and all of max|w| / half_range.
@@ -71,7 +106,7 @@ def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dt
             better = error < least
             least = torch.where(better, error, least)
             result[group] = torch.where(better, scale, result[group])
-    return result
+    return Steps(result)
 
 
 def stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

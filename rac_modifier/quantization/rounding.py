@@ -16,14 +16,14 @@ from __future__ import annotations
 import torch
 
 from rac_modifier.pruning.linalg import Dampening, Factor
-from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.grid import Grid, Steps
 
 _BLOCK = 128
 _SUB_BLOCK = 32
 
 
-def gptq(weight: torch.Tensor, keep: torch.Tensor, scales: torch.Tensor, grid: Grid, factor: Factor) -> None:
-    """Round `weight` [d, rows] in place; `keep` [d, rows] in its dtype: 1.0 = kept, 0.0 = pruned; `scales` [d, rows]."""
+def gptq(weight: torch.Tensor, keep: torch.Tensor, steps: Steps, grid: Grid, factor: Factor) -> None:
+    """Round `weight` [d, rows] in place; `keep` [d, rows] in its dtype: 1.0 = kept, 0.0 = pruned; `steps` of every weight."""
     d = weight.shape[0]
     change = torch.empty_like(weight)  # D = W - Q of the inputs that are done, in reversed order like the factor
     for start in range(0, d, _BLOCK):
@@ -36,7 +36,7 @@ def gptq(weight: torch.Tensor, keep: torch.Tensor, scales: torch.Tensor, grid: G
         for first in range(0, stop - start, _SUB_BLOCK):
             last = min(first + _SUB_BLOCK, stop - start)
             for j in range(first, last):
-                rounded = grid.round_(block[j].clone(), scales[start + j]).mul_(keep[start + j])
+                rounded = grid.round_(block[j].clone(), *steps.of(start + j)).mul_(keep[start + j])
                 error = torch.sub(block[j], rounded, out=errors[j]).div_(r[j, j])
                 block[j] = rounded
                 block[j + 1 : last].addr_(r[j, j + 1 : last], error, alpha=-1)
@@ -49,7 +49,7 @@ def descend(
     weight: torch.Tensor,
     target: torch.Tensor,
     keep: torch.Tensor,
-    scales: torch.Tensor,
+    steps: Steps,
     grid: Grid,
     hessian: torch.Tensor,
     dampening: Dampening,
@@ -68,7 +68,7 @@ def descend(
                 last = min(first + _SUB_BLOCK, stop - start)
                 for j in range(first, last):
                     best = torch.sub(weight[start + j], gradient[j], alpha=1 / float(dampening.diagonal[start + j]))
-                    best = grid.round_(best, scales[start + j]).mul_(keep[start + j])
+                    best = grid.round_(best, *steps.of(start + j)).mul_(keep[start + j])
                     torch.sub(best, weight[start + j], out=moves[j])
                     weight[start + j] = best
                     gradient[j + 1 : last].addr_(local[j, j + 1 : last], moves[j])

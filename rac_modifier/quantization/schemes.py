@@ -22,8 +22,20 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
     weights = scheme.weights
     if weights is None:
         raise RacError(f"{name}: its scheme has no weights; quantize activations alone with a QuantizationModifier")
+    if not weights.symmetric and (prunes or scheme.input_activations is not None):
+        why = (
+            "sparse kernels take a pruned weight for the code 0"
+            if prunes
+            else "no kernel multiplies them with quantized activations"
+        )
+        raise RacError(
+            f"{name}: weights {_describe(weights)}, so a zero is its zero point, and {why}; set symmetric: true (W4A16 in place "
+            "of W4A16_ASYM)"
+        )
     if not _is_known(weights, _SPARSE_BITS if prunes else _DENSE_BITS):
-        bits = "4 or 8 bits" if prunes else "2 to 8 bits"
+        bits = (
+            "4 or 8 bits" if prunes else "2 to 8 bits (2 to 7 with zero points: bfloat16 does not hold the values of 8)"
+        )
         raise RacError(f"{name}: weights {_describe(weights)} cannot be rounded here; use int of {bits}, {_KNOWN}")
     for part in ("input_activations", "output_activations"):
         args = getattr(scheme, part)
@@ -31,8 +43,7 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
             raise RacError(
                 f"{name}: {part} with static scales are not calibrated here; set dynamic: true (FP8_DYNAMIC in place of FP8)"
             )
-    group = weights.group_size if weights.strategy == "group" else None
-    return Grid("float" if weights.type == "float" else "int", weights.num_bits, group)
+    return _grid(weights)
 
 
 def stored_grid(scheme: QuantizationScheme, name: str) -> Grid:
@@ -43,16 +54,13 @@ def stored_grid(scheme: QuantizationScheme, name: str) -> Grid:
     """
     weights = scheme.weights
     assert weights is not None
-    kind, bits = _text(weights.type), weights.num_bits
-    numbers = bits == 8 if kind == "float" else 2 <= bits <= 8
+    numbers = weights.num_bits == 8 if _text(weights.type) == "float" else 2 <= weights.num_bits <= 8
     if not numbers or weights.strategy not in ("channel", "group") or not weights.symmetric:
         raise RacError(
             f"{name}: weights {_describe(weights)} cannot be trained through their codes; recovery knows int of 2 to 8 bits and "
             "float of 8 (e4m3), symmetric, one scale per channel or group. Recover the model before it is quantized"
         )
-    return Grid(
-        "float" if kind == "float" else "int", bits, weights.group_size if weights.strategy == "group" else None
-    )
+    return _grid(weights)
 
 
 def describe_scheme(scheme: QuantizationScheme) -> str:
@@ -62,17 +70,23 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
     scales = f", one scale per {_text(weights.strategy)}"
     if weights.strategy == "group":
         scales = f" in groups of {weights.group_size}"
-    text = f"{_text(weights.type)}{weights.num_bits}{scales}"
+    zeros = "" if weights.symmetric else ", with zero points"
+    text = f"{_text(weights.type)}{weights.num_bits}{scales}{zeros}"
     if inputs is None:
         return text
     return f"{text}, activations {_text(inputs.type)}{inputs.num_bits}, one scale per {_text(inputs.strategy)}"
+
+
+def _grid(weights: QuantizationArgs) -> Grid:
+    group = weights.group_size if weights.strategy == "group" else None
+    return Grid("float" if weights.type == "float" else "int", weights.num_bits, group, bool(weights.symmetric))
 
 
 def _is_known(weights: QuantizationArgs, bits: Collection[int]) -> bool:
     return (
         weights.num_bits in (bits if weights.type == "int" else (8,))
         and weights.strategy in ("channel", "group")
-        and bool(weights.symmetric)
+        and bool(weights.symmetric or (weights.type == "int" and weights.num_bits < 8))
         and weights.actorder is None
         and weights.scale_dtype is None
         and not weights.dynamic

@@ -13,6 +13,7 @@ from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, st
 from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.grid import Grid, search_scales
 from rac_modifier.quantization.rounding import descend, gptq
+from rac_modifier.quantization.zero_points import search_zero_points
 from rac_modifier.settings.quantization import SWEEPS
 
 
@@ -21,14 +22,16 @@ class Quantized:
     """A quantized module.
 
     Attributes:
-        weight: [rows, d], code times scale, in the dtype of the scales; zero where pruned.
+        weight: [rows, d], (code - zero point) times scale, in the dtype of the scales; zero where pruned.
         scale: [rows, groups] (one group: one scale per row), as compressed-tensors' `weight_scale`.
+        zero_point: int8 [rows, groups], as its `weight_zero_point` before it is packed; None on a symmetric grid.
         relative_error: trace((T - Q) H (T - Q)^T) / trace(T H T^T) for the target T; 0 when both are 0.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
     relative_error: float
+    zero_point: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -44,8 +47,9 @@ def quantize(
     """Round the pruned modules of `solutions` to their `grids`, one per module; a module with None is left as it is.
 
     The outputs are to stay those of the targets (rounding.py has the equations), and only weights that the masks keep
-    become nonzero. `hessian` [d, d] float32 is the one that the pruning used. Scales are chosen on the weights and the
-    diagonal of the Hessian (grid.py). They are exact in `dtype`, which is the dtype of the weights and scales returned.
+    become nonzero. `hessian` [d, d] float32 is the one that the pruning used. Scales and zero points are chosen on the weights
+    and the diagonal of the Hessian (grid.py, zero_points.py). Scales are exact in `dtype`, which is the dtype of the weights
+    and scales returned.
 
     Raises:
         RacError: shapes or numbers that cannot work, or a result that `dtype` cannot hold.
@@ -79,8 +83,9 @@ def _on_one_grid(
     keep = stacked([s.mask.to(hessian.dtype) for s in solutions], hessian)
     target = stacked([s.target for s in solutions], hessian)
     working = stacked([s.weight for s in solutions], hessian).mul_(keep)
-    scales = search_scales(working, grid, factor.dampening.diagonal, dtype)
-    spread = grid.column_scales(scales, d)
+    search = search_scales if grid.symmetric else search_zero_points
+    steps = search(working, grid, factor.dampening.diagonal, dtype)
+    spread = steps.spread(grid, d)
     gptq(working, keep, spread, grid, factor)
     descend(working, target, keep, spread, grid, hessian, factor.dampening, sweeps)
     working.add_(0.0)  # turns -0.0 into 0.0: the sparse layouts would store -0.0, and 8-bit floats have it
@@ -88,14 +93,22 @@ def _on_one_grid(
     rows = [s.weight.shape[0] for s in solutions]
     totals = quadratic_form(target, hessian)
     errors = quadratic_form(target.sub_(working), hessian)
+    zeros: Sequence[torch.Tensor | None] = [None] * len(rows)
+    if steps.zero is not None:
+        zeros = steps.zero.to(torch.int8).split(rows, 1)
     results = []
-    for name, w, scale, error, total in zip(
-        names, working.split(rows, 1), scales.split(rows, 1), errors.split(rows), totals.split(rows), strict=True
+    for name, w, scale, zero, error, total in zip(
+        names,
+        *(x.split(rows, 1) for x in (working, steps.scale)),
+        zeros,
+        *(x.split(rows) for x in (errors, totals)),
+        strict=True,
     ):
         weight = w.T.contiguous().to(dtype)
         if not is_finite(weight):
             raise RacError(f"{name}: the quantized weight overflows {dtype}; raise dampening_frac ({dampening_frac})")
         whole = float(total.sum())
         relative = max(float(error.sum()), 0.0) / whole if whole > 0 else 0.0
-        results.append(Quantized(weight, scale.T.contiguous().to(dtype), relative))
+        zero_point = None if zero is None else zero.T.contiguous()
+        results.append(Quantized(weight, scale.T.contiguous().to(dtype), relative, zero_point))
     return results

@@ -20,12 +20,14 @@ def spread_scales(scale: torch.Tensor, grid: Grid, columns: int) -> torch.Tensor
     return grid.column_scales(scale.T, columns).T
 
 
-def codes_of(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The codes [rows, columns], float32, of code times scale; `scale` is [rows, groups].
+def codes_of(weight: torch.Tensor, scale: torch.Tensor, grid: Grid, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """The codes [rows, columns], float32, of code times scale; `scale` and `zero` are [rows, groups].
 
+    On an asymmetric grid they are counted from the zero points `zero`, so that 0 means zero and code times scale the weight.
     Exact for weights that were rounded to bfloat16 or float16 too: half a step of the grid is larger than that.
     """
-    return grid.codes_(weight.float() / spread_scales(scale.float(), grid, weight.shape[1]))
+    spread = None if zero is None else spread_scales(zero.float(), grid, weight.shape[1])
+    return grid.codes_(weight.float() / spread_scales(scale.float(), grid, weight.shape[1]), spread)
 
 
 def master_in_cell(codes: torch.Tensor, scale: torch.Tensor, grid: Grid, target: torch.Tensor) -> torch.Tensor:

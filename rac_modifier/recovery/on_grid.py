@@ -25,6 +25,8 @@ from rac_modifier.quantization.grid import Grid, stored
 class QuantizedWeight:
     """How a module's weight is quantized: its grid, and its scales [rows, groups] in the dtype that they are stored in.
 
+    `zero`: the zero points [rows, groups] of an asymmetric grid, which stay as they are. Codes are counted from them.
+
     `master` rounds to the same codes and has the same zeros (cells.py); None: the rounded weight itself. Training starts from it:
     a step of training is far smaller than one of a 4-bit grid, so that a weight in the middle of a grid step would hardly move.
     """
@@ -32,6 +34,7 @@ class QuantizedWeight:
     grid: Grid
     scale: torch.Tensor
     master: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
 
 
 class OnGrid(torch.nn.Module):
@@ -42,6 +45,8 @@ class OnGrid(torch.nn.Module):
         self.grid, self.dtype = quantized.grid, quantized.scale.dtype
         self.start: torch.Tensor
         self.register_buffer("start", quantized.scale.detach().float())
+        self.zero: torch.Tensor | None
+        self.register_buffer("zero", None if quantized.zero is None else quantized.zero.detach().float())
         self.log_change = torch.nn.Parameter(torch.zeros_like(self.start))
 
     def scale(self) -> torch.Tensor:
@@ -51,25 +56,32 @@ class OnGrid(torch.nn.Module):
 
     def forward(self, master: torch.Tensor) -> torch.Tensor:
         """Code times scale."""
-        spread = self.scale().repeat_interleave(self.grid.group_size or master.shape[1], dim=1)
-        return _CodeTimesScale.apply(master, spread[:, : master.shape[1]], self.grid)
+        zero = None if self.zero is None else self._spread(self.zero, master)
+        return _CodeTimesScale.apply(master, self._spread(self.scale(), master), zero, self.grid)
+
+    def _spread(self, part: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
+        return part.repeat_interleave(self.grid.group_size or master.shape[1], dim=1)[:, : master.shape[1]]
 
 
 class _CodeTimesScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, master: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def forward(
+        ctx: Any, master: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+    ) -> torch.Tensor:
         scaled = master / scale
-        codes = grid.codes_(scaled.clone())
+        codes = grid.codes_(scaled.clone(), zero)
         lowest, highest = grid.codes_(scaled.new_tensor([-torch.inf, torch.inf]))
+        if zero is not None:
+            lowest, highest = lowest - zero, highest - zero
         clamped = (scaled < lowest) | (scaled > highest)
         ctx.save_for_backward(scaled, codes, clamped)
         return codes * scale
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         scaled, codes, clamped = ctx.saved_tensors
         for_scale = outer[0] * torch.where(clamped, codes, codes - scaled)
-        return outer[0].masked_fill(clamped, 0.0), for_scale, None
+        return outer[0].masked_fill(clamped, 0.0), for_scale, None, None
 
 
 @contextlib.contextmanager

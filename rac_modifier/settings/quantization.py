@@ -32,11 +32,11 @@ ARGUMENT_NAMES = (
     "zp_dtype", "observer", "observer_kwargs",
 )  # fmt: skip
 # An observer finds scales while it calibrates. Here the scales of weights are searched (quantization/grid.py), and only
-# dynamic activations are accepted, whose scales belong to the server. Symmetric schemes have no zero points.
+# dynamic activations are accepted, whose scales belong to the server. Zero points are stored as codes are.
 _WITHOUT_EFFECT = {
     "observer": "scales are searched for, and no observer runs",
     "observer_kwargs": "scales are searched for, and no observer runs",
-    "zp_dtype": "symmetric schemes have no zero points",
+    "zp_dtype": "zero points have as many bits as the codes, and symmetric schemes have none",
 }
 
 

@@ -36,8 +36,33 @@ CASES += [
     ),
     Case(
         "an asymmetric scheme inside the pruning entry",
-        "asymmetric cannot be rounded here; use int of 4 or 8 bits",
+        "asymmetric, so a zero is its zero point, and sparse kernels take a pruned weight for the code 0; set symmetric: true",
         lambda b: b.prune_with(quantization={"scheme": "W4A16_ASYM"}),
+    ),
+    Case(
+        "zero points beside quantized activations",
+        "no kernel multiplies them with quantized activations; set symmetric: true",
+        lambda b: b.prune_with(
+            solver="none",
+            mask_structure=None,
+            quantization={
+                "config_groups": {
+                    "g": {
+                        "weights": {"num_bits": 8, "strategy": "channel", "symmetric": False},
+                        "input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True},
+                    }
+                }
+            },
+        ),
+    ),
+    Case(
+        "an order of columns where weights are rounded here",
+        "actorder static cannot be rounded here",
+        lambda b: b.prune_with(
+            solver="none",
+            mask_structure=None,
+            **quantized(num_bits=4, strategy="group", group_size=32, actorder="static"),
+        ),
     ),
     Case(
         "a scheme with static activation scales inside the pruning entry",

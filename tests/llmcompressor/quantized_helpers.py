@@ -55,7 +55,7 @@ def saved(folder: Path, scheme: dict[str, Any], *, pruned: bool, ignore: tuple[s
 
 
 def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Codes and code times scale in float32 of every quantized module, from the file's bits."""
+    """Codes and their values in float32 of every quantized module, from the file's bits; codes are counted from zero points."""
     tensors = load_file(folder / "model.safetensors")
     found = {}
     for name in sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
@@ -63,10 +63,18 @@ def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tens
             codes = tensors[f"{name}.weight"].float()
         else:
             rows, columns = tensors[f"{name}.weight_shape"].tolist()
-            words = tensors[f"{name}.weight_packed"].to(torch.int64) & 0xFFFFFFFF
-            stream = ((words[:, :, None] >> torch.arange(32)) & 1).reshape(rows, -1)[:, : columns * bits]
-            values = (stream.view(rows, columns, bits) << torch.arange(bits)).sum(-1)
-            codes = (values - 2 ** (bits - 1)).float()
+            codes = (_unpacked(tensors[f"{name}.weight_packed"], rows, columns, bits) - 2 ** (bits - 1)).float()
+        if f"{name}.weight_zero_point" in tensors:
+            zeros = tensors[f"{name}.weight_zero_point"].T
+            zeros = (_unpacked(zeros, len(zeros), len(codes), bits) - 2 ** (bits - 1)).T
+            codes -= zeros.repeat_interleave(codes.shape[1] // zeros.shape[1], dim=1)
         scale = tensors[f"{name}.weight_scale"].float()
         found[name] = codes, codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
     return found
+
+
+def _unpacked(words: torch.Tensor, lines: int, count: int, bits: int) -> torch.Tensor:
+    """Unsigned values [lines, count] of a stream of bits in int32 words [lines, ...], lowest first."""
+    words = words.to(torch.int64) & 0xFFFFFFFF
+    stream = ((words[:, :, None] >> torch.arange(32)) & 1).reshape(lines, -1)[:, : count * bits]
+    return (stream.view(lines, count, bits) << torch.arange(bits)).sum(-1)

@@ -96,7 +96,8 @@ def test_scales_masters_and_records_reach_all(modules, batches):
         weight = module.weight.detach()
         rounded = names[module] != "k"  # k is not rounded
         scale = torch.full((len(weight), 1), 0.5) if rounded else None
-        return Pruned(weight + 1, {"name": names[module]}, scale, weight * 2 if rounded else None)
+        zeros = torch.full((len(weight), 1), -3, dtype=torch.int8) if names[module] == "v" else None
+        return Pruned(weight + 1, {"name": names[module]}, scale, weight * 2 if rounded else None, zeros)
 
     def solve(parts):
         return [[made(module) for module in own] for _, own in parts]
@@ -119,6 +120,9 @@ def test_scales_masters_and_records_reach_all(modules, batches):
             if name != "k":
                 assert torch.equal(one.scale, torch.full((ROWS[name], 1), 0.5))
                 assert torch.equal(one.master, weight * 2)
+            assert (one.zero_point is None) == (name != "v")
+            if name == "v":
+                assert torch.equal(one.zero_point, torch.full((ROWS[name], 1), -3, dtype=torch.int8))
 
 
 @pytest.mark.parametrize(("solver", "expected"), [("sparsegpt", [2, 1, 1, 2]), ("alps", [1] * 6)])
@@ -184,13 +188,13 @@ def replace_first(x):
 class Rounding:
     """A quantizer of all modules to 4 bits in groups of 8."""
 
-    def __init__(self, modules):
-        self.grids = dict.fromkeys(modules, Grid("int", 4, 8))
+    def __init__(self, modules, symmetric=True):
+        self.grids = dict.fromkeys(modules, Grid("int", 4, 8, symmetric))
         self.described = {str(i): "int4" for i in range(9)} | dict.fromkeys(ROWS, "int4")
 
 
-@pytest.mark.parametrize("solver", ["alps", "none"])
-def test_training_starts_with_the_codes_that_are_saved(modules, batches, solver):
+@pytest.mark.parametrize(("solver", "symmetric"), [("alps", True), ("none", True), ("none", False)])
+def test_training_starts_with_the_codes_that_are_saved(modules, batches, solver, symmetric):
     """Each master weight rounds to its code, and lies on the side of the weight that was rounded."""
     entry = PruningEntry(
         **({"solver": "none"} if solver == "none" else {"mask_structure": "2:4"}),
@@ -201,10 +205,14 @@ def test_training_starts_with_the_codes_that_are_saved(modules, batches, solver)
     pattern = Pattern.nothing() if solver == "none" else Pattern.n_of_m(2, 4)
     for group in groups_of(modules, batches):
         parts, of_all = [(group, group.modules)], dict.fromkeys(modules, pattern)
-        (found,) = solve_groups(entry, parts, names, of_all, Rounding(names))
+        (found,) = solve_groups(entry, parts, names, of_all, Rounding(names, symmetric))
         for one in found:
             steps = one.scale.repeat_interleave(8, dim=1)
             codes = (one.weight / steps).round()
+            assert (one.zero_point is None) == symmetric
+            if not symmetric:  # codes that are stored
+                stored = codes + one.zero_point.repeat_interleave(8, dim=1)
+                assert bool(((stored >= -8) & (stored <= 7)).all())
             assert torch.equal((one.master / steps).round(), codes)
             off = (one.master / steps - codes).abs()
             assert 0.1 < off[codes != 0].mean() < 0.45, "within the cells, and not in their middle"

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
 
-from rac_modifier.quantization.grid import Grid, search_scales, stored
+from rac_modifier.quantization.grid import Grid, Steps, search_scales, stored
 from tests.quantization.quantization_reference import GRIDS, HALF_RANGE, nearest_code, problem
 
 TYPES = {"int4": torch.int8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -52,6 +53,23 @@ def test_rounding_is_in_place_and_scales_broadcast():
     assert weight.tolist() == [[0.5, -1.0], [1.5, 7.0]]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_points_with_zero_points_are_those_of_compressed_tensors(bits):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(8, 96, generator=generator) * 2 ** (bits - 1)
+    scale = torch.rand(8, 3, generator=generator) + 0.5
+    zero = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (8, 3), generator=generator)
+    weight[0, :4] = torch.tensor([0.5, 1.5, -0.5, -2.5]) * scale[0, 0]  # halves go to even codes
+    args = QuantizationArgs(num_bits=bits, strategy="group", group_size=32, symmetric=False)
+    theirs = fake_quantize(weight, scale, zero.to(torch.int8), args)
+    grid = Grid("int", bits, 32, symmetric=False)
+    steps = Steps(scale.T, zero.T.float()).spread(grid, 96)
+    assert torch.equal(grid.round_(weight.T.clone(), steps.scale, steps.zero).T, theirs)
+    assert torch.equal(grid.codes_(weight.T / steps.scale, steps.zero) * steps.scale, theirs.T)
+    one = [grid.round_(weight[:, j].clone(), *steps.of(j)) for j in range(96)]
+    assert torch.equal(torch.stack(one, dim=1), theirs)
+
+
 @pytest.mark.parametrize(("kind", "bits", "half"), [("int", 4, 7.5), ("int", 8, 127.5), ("float", 8, 448.0)])
 def test_half_range(kind, bits, half):
     assert Grid(kind, bits).half_range == half
@@ -72,7 +90,9 @@ def test_the_scale_is_the_best_of_51_between_half_and_all_of_the_largest_weight(
     weight, _, _, hessian = problem(rows=5, dtype=torch.float64)
     importance = hessian.diagonal()
     grid, size = GRIDS[name], GRIDS[name].group_size or 48
-    ours = search_scales(weight.T.contiguous(), grid, importance, dtype)
+    found = search_scales(weight.T.contiguous(), grid, importance, dtype)
+    ours = found.scale
+    assert found.zero is None
     assert torch.equal(ours, ours.to(dtype).double())
     for row, part_of_row in enumerate(weight):
         for group, part in enumerate(part_of_row.split(size)):
@@ -89,7 +109,7 @@ def test_the_scale_is_the_best_of_51_between_half_and_all_of_the_largest_weight(
 
 
 def test_a_group_of_zeros_has_a_scale():
-    scales = search_scales(torch.zeros(48, 3), GRIDS["int4"], torch.ones(48), torch.float16)
+    scales = search_scales(torch.zeros(48, 3), GRIDS["int4"], torch.ones(48), torch.float16).scale
     assert scales.shape == (3, 3)
     assert bool((scales > 0).all())
 

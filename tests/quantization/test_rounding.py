@@ -4,61 +4,76 @@ import pytest
 import torch
 
 from rac_modifier.pruning.linalg import Dampening, factorise
-from rac_modifier.quantization.grid import search_scales
+from rac_modifier.quantization.grid import Grid, Steps, search_scales
 from rac_modifier.quantization.rounding import descend, gptq
+from rac_modifier.quantization.zero_points import search_zero_points
 from tests.pruning.pruning_reference import assert_near, dampened, solve_tolerance
 from tests.quantization.quantization_reference import GRIDS, error_of, problem
 
 D = 176  # more than one block of 128, and no multiple of a sub-block
+WITH_ZERO_POINTS = {f"int{bits} asymmetric": Grid("int", bits, 16, symmetric=False) for bits in (2, 4)}
+ALL = {**GRIDS, **WITH_ZERO_POINTS}
 
 
 def wide_problem(name: str):
     weight, keep, target, hessian = problem(d=D, rows=5, dtype=torch.float64)
-    grid = GRIDS[name]
-    scales = grid.column_scales(search_scales(weight.T, grid, hessian.diagonal(), torch.float32), D)
-    return grid, weight, keep, target, hessian, scales
+    grid = ALL[name]
+    search = search_scales if grid.symmetric else search_zero_points
+    steps = search(weight.T.contiguous(), grid, hessian.diagonal(), torch.float32).spread(grid, D)
+    return grid, weight, keep, target, hessian, steps
 
 
-def slow_gptq(weight, keep, scales, grid, hessian, frac):
+def point(grid: Grid, column: torch.Tensor, steps: Steps, j: int) -> torch.Tensor:
+    """The points of the grid nearest to a column [rows], from codes that begin at 0 where there are zero points."""
+    if steps.zero is None:
+        return grid.round_(column.clone(), steps.scale[j])
+    offset = 2 ** (grid.bits - 1)
+    unsigned = steps.zero[j] + offset
+    assert bool(((unsigned >= 0) & (unsigned < 2 * offset)).all())
+    codes = (column / steps.scale[j] + unsigned).clamp(0, 2 * offset - 1).round()
+    return (codes - unsigned) * steps.scale[j]
+
+
+def slow_gptq(weight, keep, steps, grid, hessian, frac):
     """Column by column with the inverse Hessian, as in the paper; pruned columns round to zero. All [rows, d]."""
     weight = weight.clone()
     r = torch.linalg.cholesky(torch.linalg.inv(dampened(hessian, frac)), upper=True)
     for j in range(weight.shape[1]):
         column = weight[:, j].clone()
-        rounded = grid.round_(column.clone(), scales[:, j]) * keep[:, j]
+        rounded = point(grid, column, steps, j) * keep[:, j]
         weight[:, j:] -= ((column - rounded) / r[j, j]).unsqueeze(1) * r[j, j:]
         weight[:, j] = rounded
     return weight
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", ALL)
 def test_gptq_is_the_papers_column_loop(name):
-    grid, weight, keep, _, hessian, scales = wide_problem(name)
+    grid, weight, keep, _, hessian, steps = wide_problem(name)
     working = weight.T.clone()
-    gptq(working, keep.T.double(), scales, grid, factorise(hessian, Dampening.of(hessian, 0.01), "w"))
-    slow = slow_gptq(weight, keep, scales.T, grid, hessian, 0.01)
+    gptq(working, keep.T.double(), steps, grid, factorise(hessian, Dampening.of(hessian, 0.01), "w"))
+    slow = slow_gptq(weight, keep, steps, grid, hessian, 0.01)
     assert_near(working.T, slow, solve_tolerance(dampened(hessian, 0.01), torch.float64))
 
 
-def slow_sweep(weight, target, keep, scales, grid, damped):
+def slow_sweep(weight, target, keep, steps, grid, damped):
     weight = weight.clone()
     for j in range(weight.shape[1]):
         gradient = (weight - target) @ damped[:, j]
         best = weight[:, j] - gradient / damped[j, j]
-        weight[:, j] = grid.round_(best, scales[:, j]) * keep[:, j]
+        weight[:, j] = point(grid, best, steps, j) * keep[:, j]
     return weight
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_sweep_is_coordinate_descent_over_the_kept_weights(name):
-    grid, weight, keep, target, hessian, scales = wide_problem(name)
-    start = grid.round_(weight.T.clone(), scales)
+    grid, weight, keep, target, hessian, steps = wide_problem(name)
+    start = grid.round_(weight.T.clone(), steps.scale, steps.zero)
     damped, errors = dampened(hessian, 0.01), [error_of(start.T, target, hessian)]
     slow = start.T
     for sweeps in (1, 2):
         working = start.clone()
-        descend(working, target.T, keep.T.double(), scales, grid, hessian, Dampening.of(hessian, 0.01), sweeps)
-        slow = slow_sweep(slow, target, keep, scales.T, grid, damped)
+        descend(working, target.T, keep.T.double(), steps, grid, hessian, Dampening.of(hessian, 0.01), sweeps)
+        slow = slow_sweep(slow, target, keep, steps, grid, damped)
         assert_near(working.T, slow, solve_tolerance(damped, torch.float64))
         assert not working.T[~keep].any()
         errors.append(error_of(working.T, target, damped))
@@ -66,8 +81,8 @@ def test_a_sweep_is_coordinate_descent_over_the_kept_weights(name):
 
 
 def test_no_sweep_changes_nothing():
-    grid, weight, keep, target, hessian, scales = wide_problem("int8")
-    start = grid.round_(weight.T.clone(), scales)
+    grid, weight, keep, target, hessian, steps = wide_problem("int8")
+    start = grid.round_(weight.T.clone(), steps.scale)
     working = start.clone()
-    descend(working, target.T, keep.T.double(), scales, grid, hessian, Dampening.of(hessian, 0.01), 0)
+    descend(working, target.T, keep.T.double(), steps, grid, hessian, Dampening.of(hessian, 0.01), 0)
     assert torch.equal(working, start)

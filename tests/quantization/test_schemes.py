@@ -36,7 +36,7 @@ def test_presets(preset, grid, text):
     [
         (
             {"symmetric": False},
-            r"q_proj: weights int of 8 bits, strategy channel, asymmetric cannot be rounded here; use int",
+            r"q_proj: weights int of 8 bits, strategy channel, asymmetric, so a zero is its zero point, and sparse kernels take",
         ),
         ({"num_bits": 3}, "weights int of 3 bits"),
         ({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, "weights float of 4 bits"),
@@ -48,6 +48,38 @@ def test_presets(preset, grid, text):
 def test_weights_that_cannot_be_rounded_are_refused(weights, message):
     with pytest.raises(RacError, match=message):
         grid_of(scheme(weights), "q_proj", prunes=True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_zero_points_where_nothing_is_pruned(bits):
+    found = scheme({"num_bits": bits, "symmetric": False, "strategy": "group", "group_size": 64})
+    assert grid_of(found, "x", prunes=False) == Grid("int", bits, 64, symmetric=False)
+    assert describe_scheme(found) == f"int{bits} in groups of 64, with zero points"
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts", "message"),
+    [
+        (
+            {},
+            {},
+            r"int of 8 bits, .* use int of 2 to 8 bits \(2 to 7 with zero points: bfloat16 does not hold the values of 8",
+        ),
+        (
+            {"type": "float"},
+            {},
+            "weights float of 8 bits, strategy channel, asymmetric cannot be rounded here; use int of",
+        ),
+        (
+            {},
+            {"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"}},
+            "no kernel multiplies them with quantized activations; set symmetric: true",
+        ),
+    ],
+)
+def test_zero_points_that_nothing_reads_are_refused(weights, parts, message):
+    with pytest.raises(RacError, match=message):
+        grid_of(scheme({"symmetric": False, **weights}, **parts), "x", prunes=False)
 
 
 def test_a_scheme_without_weights_is_refused():

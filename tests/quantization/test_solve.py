@@ -1,6 +1,7 @@
 import pytest
 import torch
-from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +39,51 @@ def test_upstream_saves_exactly_the_codes_that_were_chosen(name, dtype):
     assert torch.equal((codes.double() * spread).to(dtype), result.weight)
     assert not codes.double()[~keep].any()
     assert codes.double()[keep].any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [16, None])
+def test_zero_points_survive_upstreams_packing_bit_for_bit(bits, dtype, size):
+    """What was measured is what compressed-tensors decompresses from the int32 words that it made of it."""
+    weight, _, target, hessian = problem(rows=40, sparsity=0.0)
+    weight, target = weight + 0.3, target + 0.3
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    keep[:, 5] = False  # a dead input, whose weights are zero: codes of the zero point
+    grid = Grid("int", bits, size, symmetric=False)
+    (result,) = quantize([solved(weight, keep, target)], hessian, [grid], dtype=dtype)
+    assert result.zero_point.dtype == torch.int8
+    assert result.zero_point.shape == result.scale.shape == (40, 48 // (size or 48))
+    assert len(result.zero_point.unique()) > 1
+    assert not result.weight[:, 5].any()
+    arguments = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        format="pack-quantized",
+        weights=QuantizationArgs(num_bits=bits, symmetric=False, **arguments),
+    )
+    state = {
+        "weight": result.weight.float(),
+        "weight_scale": result.scale,
+        "weight_zero_point": result.zero_point,
+    }
+    stored = PackedQuantizationCompressor.compress(state, scheme)
+    assert stored["weight_zero_point"].dtype == torch.int32
+    again = PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
+    assert again.dtype == dtype
+    assert torch.equal(again, result.weight)
+
+
+def test_zero_points_lower_the_error_of_lopsided_weights():
+    weight, _, _, hessian = problem(rows=24, sparsity=0.0)
+    weight = weight.abs()
+    solution = solved(weight, torch.ones_like(weight, dtype=torch.bool), weight)
+    symmetric, asymmetric = (
+        quantize([solution], hessian, [Grid("int", 3, 16, symmetric=form)], dtype=torch.float32)[0]
+        for form in (True, False)
+    )
+    assert symmetric.zero_point is None
+    assert asymmetric.relative_error < 0.6 * symmetric.relative_error
 
 
 @settings(max_examples=25, deadline=None)

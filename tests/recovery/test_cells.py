@@ -26,6 +26,22 @@ def rounds_to(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Te
     return groups.clamp(-high, high - 1).round().reshape(weight.shape)
 
 
+def test_codes_are_counted_from_their_zero_points():
+    grid = Grid("int", 2, 32, symmetric=False)
+    zero = torch.randint(-2, 2, (12, 2), dtype=torch.int8)
+    stored = torch.randint(-2, 2, (12, 64)).float()
+    codes = stored - zero.repeat_interleave(32, dim=1)
+    scale = (torch.rand(12, 2) * 0.02 + 1e-3).to(torch.bfloat16)
+    spread = scale.float().repeat_interleave(32, dim=1)
+    weight = (codes * spread).to(torch.bfloat16)
+    assert torch.equal(codes_of(weight, scale, grid, zero), codes)
+    dense = codes * spread + torch.randn(12, 64) * 0.004
+    master = master_in_cell(codes, scale, grid, dense)
+    back = (master / spread + zero.repeat_interleave(32, dim=1)).round()
+    assert torch.equal(back, stored)
+    assert float((master - dense).abs().mean()) < 0.9 * float((codes * spread - dense).abs().mean())
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_master_weight_rounds_to_its_code_and_is_near_the_dense_weight(grid):
     codes, scale = drawn(grid)

@@ -34,6 +34,39 @@ def test_the_forward_value_is_what_will_be_stored():
     assert torch.equal(form(weight), rounded(weight, changed))
 
 
+def with_zero_points() -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
+    """Two groups of 32 columns with 2 bits, their scales and zero points, spread over the columns."""
+    zero = torch.tensor([[-2, 1], [0, -1]], dtype=torch.int8)
+    scale = torch.tensor([[0.5, 0.25], [1.0, 0.5]]).to(torch.bfloat16)
+    quantized = QuantizedWeight(Grid("int", 2, 32, symmetric=False), scale, zero=zero)
+    return quantized, scale.float().repeat_interleave(32, dim=1), zero.float().repeat_interleave(32, dim=1)
+
+
+def test_the_forward_value_with_zero_points_is_what_will_be_stored():
+    quantized, scale, zero = with_zero_points()
+    weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    form = OnGrid(quantized)
+    stored = (weight / scale + zero).clamp(-2, 1).round()
+    assert len(stored.unique()) == 4
+    assert torch.equal(form(weight), (stored - zero) * scale)
+
+
+def test_gradients_with_zero_points_stop_where_a_code_is_clamped():
+    quantized, scale, zero = with_zero_points()
+    generator = torch.Generator().manual_seed(1)
+    master = torch.randn(2, 64, generator=generator).requires_grad_()
+    outer = torch.randn(2, 64, generator=generator)
+    form = OnGrid(quantized)
+    form(master).backward(outer)
+    x = master.detach() / scale
+    outside = (x + zero > 1) | (x + zero < -2)
+    assert 20 < int(outside.sum()) < 108
+    assert torch.equal(master.grad, torch.where(outside, 0.0, outer))
+    codes = (x + zero).clamp(-2, 1).round() - zero
+    to_scale = outer * torch.where(outside, codes, codes - x) * scale
+    torch.testing.assert_close(form.log_change.grad, to_scale.unflatten(1, (2, 32)).sum(-1))
+
+
 def test_gradients_pass_through_where_nothing_is_clamped():
     """By the formulas of LSQ, element by element."""
     generator = torch.Generator().manual_seed(1)

@@ -137,7 +137,7 @@ def test_the_grids_that_documents_name_are_there():
     planned = plan_rows(load_grid("contenders"), "contenders")
     labels = {run.label for run in planned}
     sparse = {f"{pattern}{more}" for pattern in ("50 %", "60 %", "70 %", "2:4") for more in ("", " + int8", " + int4")}
-    dense = {"GPTQ int4", "GPTQ int3", "GPTQ int2", "int4", "int3", "int2"}
+    dense = {"GPTQ int4", "GPTQ int3", "GPTQ int2", "int4", "int3", "int2", "int3, asymmetric", "int2, asymmetric"}
     assert labels == sparse | dense
     assert {run.label for run in planned if run.group == "dense quantized"} == dense
 

@@ -16,6 +16,7 @@ def group(**arguments):
         {"scheme": {"W8A8": ["re:.*mlp.*"], "W4A16": ["Linear"]}},
         group(num_bits=8, type="int", symmetric=True, strategy="channel"),
         group(num_bits=4, strategy="group", group_size=32, observer=None),
+        group(num_bits=2, strategy="group", group_size=64, symmetric=False),
         {"config_groups": {"g": {"targets": ["Linear"], "weights": {}, "input_activations": None, "format": None}}},
     ],
 )
@@ -37,7 +38,7 @@ def test_what_is_accepted_stays_as_it_was_written(values):
         (group(colour=4), "use one of num_bits, type"),
         (group(observer="mse"), "config_groups.g.weights.observer: 'mse' has no effect here"),
         (group(observer_kwargs={"a": 1}), "observer_kwargs"),
-        (group(zp_dtype="torch.int8"), "symmetric schemes have no zero points"),
+        (group(zp_dtype="torch.int8"), "zero points have as many bits as the codes, and symmetric schemes have none"),
         ({"config_groups": {"g": {"weights": 8}}}, "config_groups.g.weights is 8; give its settings"),
         (
             {"config_groups": {"g": {"input_activations": {"observer": "minmax"}}}},

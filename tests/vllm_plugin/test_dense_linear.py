@@ -16,7 +16,7 @@ from rac_modifier.kernels.cpu.support import support  # noqa: E402
 from rac_modifier.vllm_plugin import dense_linear  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
 from tests.vllm_plugin.layer_kinds import KINDS, K, finish, load, make  # noqa: E402
-from tests.vllm_plugin.w4a16 import int4, quantization  # noqa: E402
+from tests.vllm_plugin.w4a16 import int4, quantization, rounded_here  # noqa: E402
 
 needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
 
@@ -60,6 +60,22 @@ def test_codes_scales_and_zero_points_are_sharded(monkeypatch, kind, rank, size,
     x = torch.randn(5, k)
     found, expected = ours.quant_method.apply(ours, x), dense.quant_method.apply(dense, x)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
+
+
+@needs_kernel
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_rounded_here_runs_on_the_int4_kernel(monkeypatch, symmetric):
+    on_rank(monkeypatch, 0, 1)
+    config = RacSparseConfig.from_config(quantization(32, symmetric))
+    layer = make("column", config)
+    tensors, meant = rounded_here(torch.randn(64, K) + 0.5, 32, symmetric)
+    assert ("weight_zero_point" in tensors) != symmetric
+    load(layer, None, tensors)
+    finish(layer)
+    (decision,) = config.summary.decisions.values()
+    assert decision.kernel == f"int4 kernel {support().isa}"
+    x = torch.randn(5, K)
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ meant.T, rtol=1e-3, atol=2e-3)
 
 
 @needs_kernel

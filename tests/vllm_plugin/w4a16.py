@@ -49,7 +49,28 @@ def int4(weight: torch.Tensor, group: int | None = 32, symmetric: bool = True) -
     return tensors, meant
 
 
-def save_w4a16(folder: Path, meant: Path, group: int | None, symmetric: bool, **changes: Any) -> None:
+def rounded_here(weight: torch.Tensor, group: int | None = 32, symmetric: bool = True) -> tuple[dict[str, Any], Any]:
+    """As `int4`, but rounded by our own quantization, on inputs of equal size, and packed as when a model is saved."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from rac_modifier.pruning.solve import Solution
+    from rac_modifier.quantization.grid import Grid
+    from rac_modifier.quantization.solve import quantize
+
+    weight = weight.float()
+    solution = Solution(name="w", weight=weight, mask=torch.ones_like(weight, dtype=torch.bool), target=weight)
+    grid = Grid("int", 4, group, symmetric)
+    (found,) = quantize([solution], torch.eye(weight.shape[1]), [grid], dtype=torch.float32)
+    assert found is not None
+    state = {"weight": found.weight, "weight_scale": found.scale, "weight_zero_point": found.zero_point}
+    scheme = QuantizationScheme(**quantization(group, symmetric)["config_groups"]["group_0"])
+    return PackedQuantizationCompressor.compress(state, scheme), found.weight
+
+
+def save_w4a16(
+    folder: Path, meant: Path, group: int | None, symmetric: bool, rounding: Any = int4, **changes: Any
+) -> None:
     """A tiny Qwen3 with every linear layer but one int4; `meant` gets the same weights dense in float32."""
     from safetensors.torch import load_file, save_file
 
@@ -68,7 +89,7 @@ def save_w4a16(folder: Path, meant: Path, group: int | None, symmetric: bool, **
         for module in [name.removesuffix(".weight") for name in tensors if name.removesuffix(".weight") in chosen]:
             # pruned weights make groups of few values; these are not
             weight = torch.randn(tensors.pop(f"{module}.weight").shape) * 0.2
-            parts, dense[f"{module}.weight"] = int4(weight, group, symmetric)
+            parts, dense[f"{module}.weight"] = rounding(weight, group, symmetric)
             tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
         save_file(tensors, path, {"format": "pt"})
         save_file(dense, meant / path.name, {"format": "pt"})
