@@ -13,9 +13,8 @@ from rac_modifier.quantization.grid import Grid, Steps, stored
 # With each zero point, the scale that covers the group is tried, and shares of it down to the least.
 _LEAST_SHARE = 0.25
 _STEPS = 31
-_NEAR = (
-    3  # zero points on either side of the one that covers the group with the finest steps: all of 2 bits, 7 of others
-)
+# Zero points on either side of the one that covers the group with the finest steps: all four of 2 bits, 7 of others.
+_NEAR = 3
 
 
 def search_zero_points(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype) -> Steps:
