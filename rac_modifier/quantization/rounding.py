@@ -57,6 +57,7 @@ def descend(
 ) -> None:
     """Coordinate descent from `weight` [d, rows] (on the grid, zero where `keep` is) towards `target`, in place."""
     d = weight.shape[0]
+    inverse = dampening.diagonal.double().reciprocal().tolist()  # on a GPU, a number per input would be waited for
     for _ in range(sweeps):
         for start in range(0, d, _BLOCK):
             stop = min(start + _BLOCK, d)
@@ -67,7 +68,7 @@ def descend(
             for first in range(0, stop - start, _SUB_BLOCK):
                 last = min(first + _SUB_BLOCK, stop - start)
                 for j in range(first, last):
-                    best = torch.sub(weight[start + j], gradient[j], alpha=1 / float(dampening.diagonal[start + j]))
+                    best = torch.sub(weight[start + j], gradient[j], alpha=inverse[start + j])
                     best = grid.round_(best, *steps.of(start + j)).mul_(keep[start + j])
                     torch.sub(best, weight[start + j], out=moves[j])
                     weight[start + j] = best

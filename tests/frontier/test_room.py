@@ -13,7 +13,7 @@ GIB = 2**30
 SHAPE = ModelShape(parameters=GIB // 2, groups=(Group(10, (20,)), Group(30, (10,))), layers=3, hidden=10, kv_bytes=1000)
 SERVED = Asked("served", answers=8, cap=100_000, at_once=64, served=True)
 HERE = Asked("here", answers=6, cap=50_000, at_once=4, served=False)
-PLAN = Plan(SHAPE, rows=3, tokens=700, traces=SERVED, asked=(SERVED, HERE), starts=2)
+PLAN = Plan(SHAPE, rows=3, tokens=700, traces=SERVED, asked=(SERVED, HERE), served=True)
 ENOUGH = Room(device=10 * GIB, host=10 * GIB, disk=10 * GIB)
 
 

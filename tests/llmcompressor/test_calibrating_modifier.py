@@ -58,7 +58,7 @@ def test_a_session_with_calibration_data_is_refused(dense):
 
 
 def test_a_failed_run_leaves_nothing_behind_that_breaks_the_next(prune, monkeypatch):
-    monkeypatch.setattr("rac_modifier.llmcompressor.solving.solve", None)
+    monkeypatch.setattr("rac_modifier.llmcompressor.solving.solve_many", None)
     with pytest.raises(TypeError):
         prune()
     monkeypatch.undo()

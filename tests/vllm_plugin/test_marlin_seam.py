@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.vllm_plugin.vllm_fixtures import needs_vllm
+
+needs_vllm()
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
