@@ -1,4 +1,4 @@
-"""Time per decoding step with transformers' attention and with ours, in turn, in one process.
+"""Time per decoding step with transformers' attention and key-value cache and with ours, in turn, in one process.
 
 python benchmarks/decode_speed.py --model MODEL --rows 32 --length 400      # a folder or id with grouped-query attention
 """
@@ -16,19 +16,21 @@ from transformers import DynamicCache
 
 from rac_modifier.cli.models import resolve
 from rac_modifier.sampling.attention import grouped_attention
+from rac_modifier.sampling.roomy_cache import roomy_cache
 
 STEPS = 8
 
 
 @torch.no_grad()
-def step_ms(model: torch.nn.Module, rows: int, length: int, grouped: bool) -> float:
+def step_ms(model: torch.nn.Module, rows: int, length: int, attention: bool, cache_too: bool) -> float:
     """The median time of a step behind `length` tokens; the first row is padded, as in sampling."""
     ids = torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
     ids %= model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[0, :5] = 0
-    cache, seconds = DynamicCache(config=model.config), []  # type: ignore[arg-type]
-    with grouped_attention(model) if grouped else contextlib.nullcontext():  # type: ignore[arg-type]
+    made = roomy_cache if cache_too else lambda config: DynamicCache(config=config)
+    cache, seconds = made(model.config), []  # type: ignore[arg-type]
+    with grouped_attention(model) if attention else contextlib.nullcontext():  # type: ignore[arg-type]
         for _ in range(STEPS + 1):
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
             started = time.perf_counter()
@@ -52,11 +54,17 @@ def main() -> None:
     torch.set_num_threads(1)
     model = fresh(resolve(args.model))
     print(machine())
-    print("| rows | length | transformers, ms per step | ours, ms per step | ratio |\n|---|---|---|---|---|")
+    print(
+        "| rows | length | transformers, ms per step | our attention | and our cache | ratio |\n|---|---|---|---|---|---|"
+    )
+    ways = ((False, False), (True, False), (True, True))
     for length in args.length:
-        times = [[step_ms(model, args.rows, length, grouped) for grouped in (False, True)] for _ in range(args.rounds)]
-        theirs, ours = (statistics.median(column) for column in zip(*times, strict=True))
-        print(f"| {args.rows} | {length} | {theirs:.0f} | {ours:.0f} | {theirs / ours:.1f} |")
+        times = [[step_ms(model, args.rows, length, *way) for way in ways] for _ in range(args.rounds)]
+        theirs, attention, both = (statistics.median(column) for column in zip(*times, strict=True))
+        print(
+            f"| {args.rows} | {length} | {theirs:.0f} | {attention:.0f} | {both:.0f} | {theirs / both:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

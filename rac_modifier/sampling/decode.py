@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rac_modifier.sampling.draw import Draw
+from rac_modifier.sampling.roomy_cache import roomy_cache
 
 # Rows are taken out once a quarter of those in the batch have ended, not at once, since that copies the key-value cache.
 _KEPT_BELOW = 0.75
@@ -43,7 +44,7 @@ def decode(
     inputs = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config)
+    cache = roomy_cache(model.config)
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     ends, longest = torch.tensor(eos, device=device), torch.tensor(limits, device=device)
     output = torch.full((len(prompts), max(limits)), pad, device=device)
