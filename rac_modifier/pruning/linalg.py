@@ -76,15 +76,21 @@ class Factor:
     """The damped Hessian as U U^T, with U [d, d] upper triangular and U^-1 = R, so that its inverse is R^T R.
 
     U is the Cholesky factor of the matrix read from the last input to the first:
-    U[i, j] = `reversed_lower`[d-1-i, d-1-j], lower triangular.
+    U[i, j] = `reversed_lower`[d-1-i, d-1-j], lower triangular. With an `order` [d], input i of U is input order[i] of H.
     """
 
     reversed_lower: torch.Tensor
     dampening: Dampening
+    order: torch.Tensor | None = None
 
     def solve(self, b: torch.Tensor) -> torch.Tensor:
         """`b` [rows, d] times the inverse of the damped Hessian."""
-        return torch.cholesky_solve(b.T.flip(0), self.reversed_lower).flip(0).T
+        if self.order is None:
+            return torch.cholesky_solve(b.T.flip(0), self.reversed_lower).flip(0).T
+        back = self.order.flip(0)
+        solved = torch.empty_like(b)
+        solved[:, back] = torch.cholesky_solve(b.T[back], self.reversed_lower).T
+        return solved
 
     def block(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The diagonal blocks of U and of R at inputs [start, stop)."""
@@ -99,22 +105,26 @@ def diagonal_blocks(reversed_lower: torch.Tensor, start: int, stop: int) -> tupl
     return u, torch.linalg.solve_triangular(u, torch.eye(stop - start).to(u).expand_as(u), upper=True)
 
 
-def factorise(hessian: torch.Tensor, dampening: Dampening, label: str) -> Factor:
+def factorise(hessian: torch.Tensor, dampening: Dampening, label: str, *, largest_first: bool = False) -> Factor:
     """Factor H with this dampening, or with a larger one where it needs it; d^3 / 6 multiply-adds.
+
+    `largest_first` orders the inputs by the diagonal of H, falling.
 
     The mean is over the Hessian as it is, so scaling H changes nothing (llm-compressor sets dead diagonals to 1 first).
 
     Raises:
         RacError: naming `label`, when it is not positive definite even with the largest dampening.
     """
-    damped = hessian.flip(0, 1)
+    order = dampening.diagonal.argsort(descending=True, stable=True) if largest_first else None
+    back = None if order is None else order.flip(0)
+    damped = hessian.flip(0, 1) if back is None else hessian[back.unsqueeze(1), back]
 
     def attempt(dampening: Dampening) -> torch.Tensor | None:
-        damped.diagonal().copy_(dampening.diagonal.flip(0))
+        damped.diagonal().copy_(dampening.diagonal.flip(0) if back is None else dampening.diagonal[back])
         lower, info = torch.linalg.cholesky_ex(damped)
         return lower if int(info) == 0 else None
 
-    return Factor(*raise_until_it_works(attempt, hessian, dampening, label))
+    return Factor(*raise_until_it_works(attempt, hessian, dampening, label), order)
 
 
 def bf16_is_fast(device: torch.device) -> bool:

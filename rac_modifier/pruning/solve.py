@@ -208,7 +208,7 @@ def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
     #    H' = U U^T, lambda is raised until it exists.
     dampening, factor = Dampening.of(hessian, dampening_frac), None
     if given.cross_moment is not None or method == "sparsegpt":
-        factor = factorise(hessian, dampening, given.label)
+        factor = factorise(hessian, dampening, given.label, largest_first=method == "none")  # the order of rounding
         dampening = factor.dampening
 
     # 2. Target: W* = W + C H'^-1, or W itself without a cross moment.

@@ -79,7 +79,9 @@ def _on_one_grid(
             f"{names[0]}: {d} inputs are no multiple of the group_size {grid.group_size}; set a group_size "
             "that divides them (config_groups), or add the module to ignore"
         )
-    factor = solutions[0].factor or factorise(hessian, Dampening.of(hessian, dampening_frac), ", ".join(names))
+    factor = solutions[0].factor
+    if factor is None:
+        factor = factorise(hessian, Dampening.of(hessian, dampening_frac), ", ".join(names), largest_first=True)
     keep = stacked([s.mask.to(hessian.dtype) for s in solutions], hessian)
     target = stacked([s.target for s in solutions], hessian)
     working = stacked([s.weight for s in solutions], hessian).mul_(keep)

@@ -67,6 +67,7 @@ def test_the_factor_gives_the_damped_hessian_its_inverse_and_its_blocks(d):
     factor = factorise(hessian, Dampening.of(hessian, 0.01), "x")
     u = factor.reversed_lower.flip(0, 1)
     assert torch.equal(u, u.triu())
+    assert factor.order is None
     tolerance = solve_tolerance(damped, torch.float64)
     assert_near(u @ u.T, damped, tolerance)
     assert_near(factor.solve(weight), weight @ torch.linalg.inv(damped), tolerance)
@@ -74,6 +75,18 @@ def test_the_factor_gives_the_damped_hessian_its_inverse_and_its_blocks(d):
     block, inverse = factor.block(start, stop)
     assert torch.equal(block, u[start:stop, start:stop])
     assert_near(inverse, torch.linalg.inv(u)[start:stop, start:stop], tolerance)
+
+
+def test_a_factor_in_the_order_of_the_largest_second_moments_gives_the_same_inverse():
+    weight, hessian = random_problem(3, 30, 100, dtype=torch.float64)
+    hessian[:, 7] = hessian[7] = 0.0  # an input that is 0 on every token: the mean is added to it
+    damped = dampened(hessian, 0.01)
+    factor = factorise(hessian, Dampening.of(hessian, 0.01), "x", largest_first=True)
+    order = sorted(range(30), key=lambda j: -float(damped[j, j]))
+    assert factor.order.tolist() == order
+    u, tolerance = factor.reversed_lower.flip(0, 1), solve_tolerance(damped, torch.float64)
+    assert_near(u @ u.T, damped[order][:, order], tolerance)
+    assert_near(factor.solve(weight), weight @ torch.linalg.inv(damped), tolerance)
 
 
 def test_a_product_is_added_as_it_is_or_rounded_to_bfloat16():

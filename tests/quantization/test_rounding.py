@@ -46,13 +46,22 @@ def slow_gptq(weight, keep, steps, grid, hessian, frac):
     return weight
 
 
+@pytest.mark.parametrize("largest_first", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_gptq_is_the_papers_column_loop(name):
+def test_gptq_is_the_papers_column_loop(name, largest_first):
+    """Also in the order of falling second moments; scales stay those of neighbouring columns."""
     grid, weight, keep, _, hessian, steps = wide_problem(name)
     working = weight.T.clone()
-    gptq(working, keep.T.double(), steps, grid, factorise(hessian, Dampening.of(hessian, 0.01), "w"))
-    slow = slow_gptq(weight, keep, steps, grid, hessian, 0.01)
-    assert_near(working.T, slow, solve_tolerance(dampened(hessian, 0.01), torch.float64))
+    damped = dampened(hessian, 0.01)
+    gptq(
+        working, keep.T.double(), steps, grid,
+        factorise(hessian, Dampening.of(hessian, 0.01), "w", largest_first=largest_first),
+    )  # fmt: skip
+    order = sorted(range(D), key=lambda j: -float(hessian[j, j])) if largest_first else list(range(D))
+    ordered = Steps(steps.scale[order], None if steps.zero is None else steps.zero[order])
+    slow = torch.empty_like(weight)
+    slow[:, order] = slow_gptq(weight[:, order], keep[:, order], ordered, grid, hessian[order][:, order], 0.01)
+    assert_near(working.T, slow, solve_tolerance(damped, torch.float64))
 
 
 def slow_sweep(weight, target, keep, steps, grid, damped):

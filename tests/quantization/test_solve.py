@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import Pattern
 from rac_modifier.pruning import solve as prune
+from rac_modifier.pruning.linalg import Dampening, factorise
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.solve import quantize
-from tests.pruning.pruning_reference import quadratic_tolerance
+from tests.pruning.pruning_reference import assert_near, dampened, quadratic_tolerance
 from tests.quantization.quantization_reference import GRIDS, error_of, nearest, problem, solved
 
 
@@ -129,11 +132,33 @@ def test_the_factor_of_the_pruning_is_used_again_with_its_dampening():
     solutions = prune("sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=0.3)
     args = {"hessian": hessian, "grids": [GRIDS["int8"]], "dtype": torch.float32}
     (ours,) = quantize(solutions, dampening_frac=0.01, **args)
-    bare = [solved(s.weight, s.mask, s.target) for s in solutions]
-    (same,) = quantize(bare, dampening_frac=0.3, **args)
-    (other,) = quantize(bare, dampening_frac=0.01, **args)
+    bare = solved(solutions[0].weight, solutions[0].mask, solutions[0].target)
+    same, other = (
+        quantize([replace(bare, factor=factorise(hessian, Dampening.of(hessian, frac), "w"))], **args)[0]
+        for frac in (0.3, 0.01)
+    )
     assert torch.equal(ours.weight, same.weight)
     assert not torch.equal(ours.weight, other.weight)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_dense_weights_are_rounded_in_the_order_of_falling_second_moments(cross):
+    """With the dense target the factor comes from `solve`, else it is made here; scales stay those of neighbouring columns."""
+    weight, _, _, hessian = problem(rows=8, dtype=torch.float64)
+    moment = [0.01 * weight @ hessian] if cross else None
+    (solution,) = prune("none", [weight], hessian, Pattern.nothing(), cross_moment=moment)
+    grid = GRIDS["int4"]
+    (found,) = quantize([solution], hessian, [grid], dtype=torch.float32, sweeps=0)
+    target = weight + (0.01 * weight @ hessian @ torch.linalg.inv(dampened(hessian, 0.01)) if cross else 0.0)
+    order = sorted(range(48), key=lambda j: -float(hessian[j, j]))
+    scale = found.scale.repeat_interleave(16, dim=1).double()
+    r = torch.linalg.cholesky(torch.linalg.inv(dampened(hessian, 0.01))[order][:, order], upper=True)
+    left = target[:, order].clone()
+    for j, column in enumerate(order):
+        point = (left[:, j] / scale[:, column]).round().clamp(-8, 7) * scale[:, column]
+        left[:, j:] -= ((left[:, j] - point) / r[j, j]).unsqueeze(1) * r[j, j:]
+        left[:, j] = point
+    assert_near(found.weight[:, order].double(), left, 1e-6)
 
 
 def test_sweeps_lower_the_error():
