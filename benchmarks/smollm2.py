@@ -156,13 +156,9 @@ class Cell:
         return f"{pattern}, {method}, {self.calibration}, {self.tokens:,} tokens, seed {self.seed}"
 
 
-def gptq(bits: int, recovered: bool) -> GPTQModifier:
-    """Upstream's GPTQ in its strongest form: groups of 64, and below 4 bits zero points and a static activation order.
-
-    Zero points cannot be trained, so that recovered rows are symmetric.
-    """
-    symmetric = bits >= 4 or recovered
-    weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": 64, "symmetric": symmetric}
+def gptq(bits: int) -> GPTQModifier:
+    """Upstream's GPTQ in its strongest form: groups of 64, and below 4 bits zero points and a static activation order."""
+    weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": 64, "symmetric": bits >= 4}
     if bits < 4:
         weights["actorder"] = "static"
     return GPTQModifier(config_groups={"w": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
@@ -175,7 +171,7 @@ def compress(model: Any, cell: Cell, settings: dict[str, Any]) -> tuple[Any, dic
         oneshot(model=model, recipe=pruning)
         return model, pruning._recovered
     calibration = rac_modifier.ReasoningAwareCalibrationModifier(**settings)
-    oneshot(model=model, recipe=[calibration, gptq(cell.dense_bits, recovered="recover" in settings)])
+    oneshot(model=model, recipe=[calibration, gptq(cell.dense_bits)])
     return settled(model), calibration._recovered
 
 

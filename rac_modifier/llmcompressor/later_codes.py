@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.quantized_checkpoint import checked_scale
+from rac_modifier.llmcompressor.quantized_checkpoint import checked_scale, zero_points
 from rac_modifier.llmcompressor.quantizer import compress_exactly
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import stored_grid
@@ -68,9 +68,10 @@ class LaterCodes:
             module: Any = self._model.get_submodule(name)
             weight = module.get_parameter("weight").data
             scale = checked_scale(module.get_parameter(SCALE).data, weight, grid, name).clone()
-            codes = codes_of(weight, scale, grid)
+            zero = zero_points(module, grid, scale, name)
+            codes = codes_of(weight, scale, grid, zero)
             master = master_in_cell(codes, scale, grid, self._dense.pop(name).to(weight.device))
-            found[name] = QuantizedWeight(grid, scale, master)
+            found[name] = QuantizedWeight(grid, scale, master, zero)
         return found
 
     def compress(self) -> None:

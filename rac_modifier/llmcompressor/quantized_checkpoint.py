@@ -10,6 +10,7 @@ from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 
 from rac_modifier.checkpoint.quantization_config import WORDS
+from rac_modifier.checkpoint.dense_int4 import ZEROS
 from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import compress_exactly
@@ -22,8 +23,6 @@ from rac_modifier.recovery.on_grid import QuantizedWeight
 _PRUNED = 0.05
 # What a tensor of a module means that cannot be trained.
 _REASONS = {
-    "weight_zero_point": "its grid is asymmetric, and a zero that is a zero point moves when scales are trained; quantize with "
-    "a symmetric scheme (W4A16 in place of W4A16_ASYM)",
     "weight_g_idx": "the columns of a group are not beside each other (activation order); quantize with actorder: weight or "
     "none",
     "weight_global_scale": "it has a second scale (NVFP4), which is not trained here; quantize to int or to float8",
@@ -34,7 +33,7 @@ def check_trainable(tensor_names: Collection[str], folder: str) -> None:
     """Refuse, before a model is loaded, a layout whose codes cannot be trained.
 
     Raises:
-        RacError: zero points, an order of columns by activations (g_idx), or global scales.
+        RacError: an order of columns by activations (g_idx), or global scales.
     """
     for name in sorted(tensor_names):
         module, _, part = name.rpartition(".")
@@ -55,7 +54,7 @@ class QuantizedCheckpoint:
         recorded: modules that config.json says are pruned.
 
     Raises:
-        RacError: scales that are not positive, or too small for their dtype.
+        RacError: scales that are not positive, or too small for their dtype, or another number of zero points.
     """
 
     def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
@@ -69,7 +68,8 @@ class QuantizedCheckpoint:
             decompress_module(module)
             weight = module.get_parameter("weight").data
             scale = checked_scale(module.get_parameter(SCALE).data, weight, grids[name], name)
-            codes = codes_of(weight, scale, grids[name])
+            zero = zero_points(module, grids[name], scale, name)
+            codes = codes_of(weight, scale, grids[name], zero)
             original = originals[name].weight.detach().to(codes.device)
             if name in recorded or pruned_share(codes, scale, grids[name], original) >= _PRUNED:
                 self.pruned.add(name)
@@ -77,7 +77,7 @@ class QuantizedCheckpoint:
             if name in self.pruned:
                 master.mul_(codes != 0)
             module.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-            self.quantized[name] = QuantizedWeight(grids[name], scale, master)
+            self.quantized[name] = QuantizedWeight(grids[name], scale, master, zero)
         if hasattr(model, "ct_decompress_hook"):
             model.ct_decompress_hook.remove()
             del model.ct_decompress_hook
@@ -91,7 +91,8 @@ class QuantizedCheckpoint:
     @property
     def packs(self) -> bool:
         """Whether the codes of all pruned modules can be stored sparse."""
-        return all(self.quantized[name].grid.bits in (4, 8) for name in self.pruned)
+        grids = [self.quantized[name].grid for name in self.pruned]
+        return all(grid.bits in (4, 8) and grid.symmetric for grid in grids)
 
 
 def check_layers(model: Any, stored: Collection[str]) -> None:
@@ -130,6 +131,20 @@ def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
         for name, scheme in schemes.items()
         if isinstance(scheme, QuantizationScheme) and scheme.weights is not None
     }
+
+
+def zero_points(module: Any, grid: Grid, scale: torch.Tensor, name: str) -> torch.Tensor | None:
+    """The zero points of a decompressed module, in the shape [rows, groups] of its scales; None on a symmetric grid.
+
+    Raises:
+        RacError: another number of them than of scales.
+    """
+    if grid.symmetric:
+        return None
+    zero = module.get_parameter(ZEROS).data if hasattr(module, ZEROS) else torch.empty(0)
+    if zero.numel() != scale.numel():
+        raise RacError(f"{name}.{ZEROS}: shape {list(zero.shape)} does not fit scales {list(scale.shape)}; restore it")
+    return zero.reshape(scale.shape).clone()
 
 
 def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:

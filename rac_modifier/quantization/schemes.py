@@ -49,16 +49,20 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
 def stored_grid(scheme: QuantizationScheme, name: str) -> Grid:
     """The grid of weights that are quantized already, to train them through their codes: int of 2 to 8 bits, or float of 8.
 
+    With zero points int of 2 to 7 bits: bfloat16 does not hold the values of 8.
+
     Raises:
-        RacError: naming `name`, for a grid that is asymmetric, has one scale per tensor or block, or other numbers.
+        RacError: naming `name`, for a grid that has one scale per tensor or block, or other numbers.
     """
     weights = scheme.weights
     assert weights is not None
-    numbers = weights.num_bits == 8 if _text(weights.type) == "float" else 2 <= weights.num_bits <= 8
-    if not numbers or weights.strategy not in ("channel", "group") or not weights.symmetric:
+    is_float = _text(weights.type) == "float"
+    numbers = weights.num_bits == 8 if is_float else 2 <= weights.num_bits <= (8 if weights.symmetric else 7)
+    if not numbers or weights.strategy not in ("channel", "group") or (is_float and not weights.symmetric):
         raise RacError(
-            f"{name}: weights {_describe(weights)} cannot be trained through their codes; recovery knows int of 2 to 8 bits and "
-            "float of 8 (e4m3), symmetric, one scale per channel or group. Recover the model before it is quantized"
+            f"{name}: weights {_describe(weights)} cannot be trained through their codes; recovery knows int of 2 to 8 bits "
+            "(2 to 7 with zero points) and float of 8 (e4m3), one scale per channel or group. Recover the model before it is "
+            "quantized"
         )
     return _grid(weights)
 

@@ -57,12 +57,8 @@ CASES += [
     ),
     Case(
         "an order of columns where weights are rounded here",
-        "actorder static cannot be rounded here",
-        lambda b: b.prune_with(
-            solver="none",
-            mask_structure=None,
-            **quantized(num_bits=4, strategy="group", group_size=32, actorder="static"),
-        ),
+        "weights.actorder: 'static' has no effect here: dense weights are rounded in the order of falling second moments",
+        lambda b: b.check(**quantized(num_bits=4, strategy="group", group_size=32, actorder="static")),
     ),
     Case(
         "a scheme with static activation scales inside the pruning entry",
@@ -154,14 +150,6 @@ def _(b: Bench) -> None:
     from rac_modifier import ReasoningAwareCalibrationModifier
 
     b.prune(later=(ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}),))
-
-
-@CASES.case("`rac recover` of an asymmetrically quantized checkpoint", "weight_zero_point: its grid is asymmetric")
-def _(b: Bench) -> None:
-    from tests.llmcompressor.quantized_helpers import grouped, saved
-
-    saved(b.tmp / "in", grouped(4, symmetric=False), pruned=False)
-    b.rac("recover", b.folder, b.tmp / "in", b.tmp / "out")
 
 
 @CASES.case("`recover:` beside a modifier that changes more than codes", "recover beside SmoothQuantModifier")

@@ -21,6 +21,8 @@ def grouped(bits: int, **changes: Any) -> dict[str, Any]:
 SCHEMES: dict[str, dict[str, Any]] = {
     "int4": grouped(4),
     "int3": grouped(3, actorder="weight"),  # the order of rounding, not of columns
+    "asymmetric int4": grouped(4, symmetric=False),
+    "asymmetric int2": grouped(2, symmetric=False),
     "int8": {"weights": CHANNEL, "input_activations": TOKEN},
     "fp8": {"weights": {**CHANNEL, "type": "float"}, "input_activations": {**TOKEN, "type": "float"}},
 }

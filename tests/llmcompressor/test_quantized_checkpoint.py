@@ -67,6 +67,9 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
         ("fp8", True, 3e-3),
         ("int4", False, 5e-4),
         ("int3", False, 1.5e-3),
+        ("asymmetric int4", False, 5e-4),
+        ("asymmetric int4", True, 3e-3),
+        ("asymmetric int2", False, 3e-3),
     ],
 )
 def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(tmp_path, monkeypatch, scheme, pruned, rate):
@@ -87,6 +90,9 @@ def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(tmp_pa
         moved += int((codes != before[name][0]).sum())
     assert moved > 0
     assert opened == 0 if pruned else opened > 0
+    asymmetric = scheme.startswith("asymmetric")
+    assert checkpoint.packs is (not asymmetric or not pruned)
+    assert all((q.zero is not None and bool(q.zero.any())) == asymmetric for q in checkpoint.quantized.values())
     quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (
         quantization["config_groups"]
@@ -137,6 +143,14 @@ def test_a_group_of_zeros_may_have_any_scale(tmp_path):
     assert float(checkpoint.quantized["model.layers.0.mlp.up_proj"].scale[3, 0]) == 1.0
 
 
+def test_zero_points_that_are_not_one_per_scale_are_refused(tmp_path):
+    model = load_model(saved(tmp_path / "in", SCHEMES["asymmetric int4"], pruned=False), dtype="auto")
+    module = model.model.layers[0].mlp.up_proj
+    module.weight_zero_point = torch.nn.Parameter(module.weight_zero_point.data[:, :1].clone(), requires_grad=False)
+    with pytest.raises(RacError, match=r"up_proj\.weight_zero_point: shape .* does not fit scales .*; restore it"):
+        QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
+
+
 def test_a_quantized_head_is_refused(tmp_path):
     model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False, ignore=()), dtype="auto")
     with pytest.raises(RacError, match=r"lm_head is quantized; .*add lm_head to ignore"):
@@ -146,7 +160,10 @@ def test_a_quantized_head_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        (grouped(4, symmetric=False), "strategy group, asymmetric cannot be trained through their codes"),
+        (
+            {"weights": {**CHANNEL, "symmetric": False}},
+            "int of 8 bits, strategy channel, asymmetric cannot be trained through",
+        ),
         (
             {"weights": {**CHANNEL, "strategy": "tensor"}, "input_activations": TOKEN},
             "strategy tensor cannot be trained",
@@ -169,7 +186,6 @@ def test_modules_that_are_merged_on_loading_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        ("weight_zero_point", "its grid is asymmetric"),
         ("weight_g_idx", "activation order"),
         ("weight_global_scale", "a second scale"),
     ],
