@@ -9,8 +9,8 @@ import torch
 from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 
-from rac_modifier.checkpoint.quantization_config import WORDS
 from rac_modifier.checkpoint.dense_int4 import ZEROS
+from rac_modifier.checkpoint.quantization_config import WORDS
 from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import compress_exactly

@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = {
     "observer": "scales are searched for, and no observer runs",
     "observer_kwargs": "scales are searched for, and no observer runs",
     "zp_dtype": "zero points have as many bits as the codes, and symmetric schemes have none",
-    "actorder": "dense weights are rounded in the order of falling second moments, sparse ones as they stand, and no order is kept",
+    "actorder": "dense weights are rounded in the order of falling second moments, sparse ones as they stand",
 }
 
 

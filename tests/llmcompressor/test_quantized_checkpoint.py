@@ -23,7 +23,7 @@ from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.llmcompressor.quantized_helpers import CHANNEL, SCHEMES, TOKEN, decoded, grouped, saved
+from tests.llmcompressor.quantized_helpers import CHANNEL, SCHEMES, TOKEN, decoded, saved
 from tests.recovery.recovery_helpers import kl_of, sequences
 from tests.tiny import linears, tiny_model
 
