@@ -94,7 +94,7 @@ CASES += [
     ),
     Case(
         "`rac frontier` with a grid that is not there",
-        "name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, small",
+        "name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, served, small",
         lambda b: b.rac("frontier", b.folder, "--recipe-grid", "none.yaml", "--out", b.tmp / "out"),
     ),
     Case(

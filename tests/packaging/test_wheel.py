@@ -95,6 +95,7 @@ def test_the_wheel_holds_every_file_of_the_package(names):
     wanted = {
         "py.typed",
         "recipes/rac_2of4.yaml",
+        "grids/served.yaml",
         "grids/small.yaml",
         "frontier/assets/page.html",
         "reasoner/assets/model.safetensors",

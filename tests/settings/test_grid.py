@@ -127,7 +127,8 @@ def test_shipped_grids_can_be_run(name: str):
 
 
 def test_the_grids_that_documents_name_are_there():
-    assert grid_names() == ["contenders", "paper", "quantization", "r1_distill_1_5b", "small"]
+    assert grid_names() == ["contenders", "paper", "quantization", "r1_distill_1_5b", "served", "small"]
+    assert {name for name in grid_names() if load_grid(name).evaluation.serve} == {"r1_distill_1_5b", "served"}
     groups = [run.group for run in plan_rows(load_grid("paper"), "paper")]
     assert groups == ["generic text", "prompts", "RAC"] * 3
     quantized = plan_rows(load_grid("quantization"), "quantization")
@@ -160,6 +161,6 @@ def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):
         load_grid(tmp_path / "grid.yaml")
     assert says in str(caught.value)
     with pytest.raises(
-        RacError, match="name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, small"
+        RacError, match="name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, served, small"
     ):
         load_grid(tmp_path / "none.yaml")
