@@ -99,7 +99,7 @@ def ended(children: Mapping[int, int], agent: bool = False) -> list[int]:
 
 def slow() -> None:
     """A process that comes late to every sum and every result."""
-    for name in ("add_up", "send", "meet"):
+    for name in ("exchanged", "joined", "send", "meet"):
         method, chance = getattr(Processes, name), random.Random(os.getpid())
 
         def late(self: Any, *args: Any, method: Any = method, chance: Any = chance) -> Any:
