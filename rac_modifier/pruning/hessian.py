@@ -11,7 +11,7 @@ from rac_modifier.processes import Processes
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.lane_sum import LaneSum
 
-_ROWS = 4096  # tokens whose inputs are converted to float32 at once
+ROWS = 4096  # tokens whose inputs are converted to float32 at once
 
 
 def block_columns(columns: int) -> int:
@@ -68,8 +68,8 @@ class Hessian:
             tokens, weight = int(counted.sum()), float(weights.sum(dtype=torch.float64))
         self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
         self._lane = (self._lane[0] + tokens, self._lane[1] + weight)
-        for start in range(0, x.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, x.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
             here = x[rows] if counted is None or bool(counted[rows].all()) else x[rows][counted[rows]]
             here = here.to(self._sums.dtype)
             if weights is not None and counted is not None:
@@ -165,8 +165,8 @@ class Statistics:
         assert dense is not None, "the cross moment needs the inputs in the dense model"
         w = token_weights.reshape(-1).to(self._sums.device, self._sums.dtype)
         x, dense = (t.reshape(-1, t.shape[-1]) for t in (x, dense))
-        for start in range(0, len(x), _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, len(x), ROWS):
+            rows = slice(start, start + ROWS)
             self._add_cross(*(t[rows].to(self._sums.device, self._sums.dtype) for t in (x, dense, w)))
 
     def _add_cross(self, x: torch.Tensor, dense: torch.Tensor, w: torch.Tensor) -> None:
