@@ -4,7 +4,7 @@
     PYTHONPATH=. python benchmarks/scale_estimate.py --measured
 
 Nothing here was measured on a GPU. Operations are those of rac_modifier/frontier/compressing.py, sampling and rates those of
-rac_modifier/frontier/estimate.py, memory that of rac_modifier/llmcompressor/memory.py, and who solves which module is decided by
+rac_modifier/frontier/estimate.py, memory that of rac_modifier/llmcompressor/memory.py, and who solves which group is decided by
 rac_modifier/llmcompressor/solving.py itself. `--measured` times the parts of a layer of the 0.5B shape on this CPU instead, for
 the table of processes (one minute of a core). docs/results/scale.md has the tables.
 """
@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import torch
 
+from rac_modifier.calibration.loader import LANES
 from rac_modifier.frontier.compressing import PASSES, Group, moments, solving
 from rac_modifier.frontier.estimate import MEAN_SHARE, REACHED, Asked, ModelShape, Plan, Speed, estimate
 from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed
@@ -168,23 +169,17 @@ def measured(tokens: int) -> list[GroupTimes]:
 def layer_seconds(times: list[GroupTimes], ranks: int, together: bool = False) -> float:
     """Of one layer in so many processes. `together`: its groups are solved at once (layer by layer), else one after the other."""
     batches = -(-TOKENS // BATCH)
-    shared = -(-batches // ranks) / batches  # the process with the most batches
-    seconds = sum(each.tokens for each in times) * shared
-    if ranks > 1:
-        seconds += sum(2 * (ranks - 1) / ranks * each.summed + each.sent for each in times) / LINK
+    lanes = max(LANES, ranks)  # today at most LANES processes share a run
+    rounds = [-(-(batches - first) // lanes) for first in range(0, lanes, ranks)]  # batches of the largest lane in each
+    seconds = sum(each.tokens for each in times) * sum(rounds) / batches
+    if ranks > 1:  # the lanes of each round are exchanged, and the sum is sent to all
+        moved = (len(rounds) + 1) * (ranks - 1) / ranks
+        seconds += sum(moved * each.summed + each.sent for each in times) / LINK
     stages = [times] if together else [[each] for each in times]
     for stage in stages:
-        modules = {
-            torch.nn.Linear(each.group.columns, rows, device="meta"): each for each in stage for rows in each.group.rows
-        }
-        owner = owners(list(modules), ranks)
         busy = [0.0] * ranks
-        mine: dict[tuple[int, int], int] = {}
-        for module, each in modules.items():
-            key = owner[module], stage.index(each)
-            mine[key] = mine.get(key, 0) + module.out_features
-        for (rank, index), rows in mine.items():
-            busy[rank] += stage[index].solving(rows)
+        for each, rank in zip(stage, owners([each.group.weights for each in stage], ranks), strict=True):
+            busy[rank] += each.solving(sum(each.group.rows))
         seconds += max(busy)
     return seconds
 

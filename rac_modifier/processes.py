@@ -1,8 +1,8 @@
 """The processes that one run shares: those that torchrun started, or this one alone.
 
 Small things, which are decided in one process or come from each, go as JSON through a gloo group of our own. Tensors go through
-the default group (NCCL on GPUs, else gloo). Sums are taken in an order that the ranks alone decide, so no result depends on
-which process was slow.
+the default group (NCCL on GPUs, else gloo). Tensors are not summed in it: the order of a sum is decided where it is taken
+(pruning/lane_sum.py), so that no result depends on which process was slow.
 """
 
 from __future__ import annotations
@@ -106,15 +106,25 @@ class Processes:
             distributed.all_reduce(total)
         return [float(value) for value in total.cpu()]
 
-    def add_up(self, tensor: torch.Tensor) -> None:
-        """Sum a tensor over the processes, in place; the same bits in all of them."""
+    def exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Of a tensor with as many equal parts as there are processes, the part of this one's number from each, by rank."""
         if self.count == 1:
-            return
+            return [tensor]
         here = tensor.to(self.device).contiguous()
+        found = torch.empty_like(here)
         with self._answered():
-            distributed.all_reduce(here)
-        if here is not tensor:
-            tensor.copy_(here)
+            distributed.all_to_all_single(found, here)
+        return list(found.to(tensor.device).chunk(self.count))
+
+    def joined(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all processes, of one shape, behind each other by rank."""
+        if self.count == 1:
+            return tensor
+        here = tensor.to(self.device).contiguous()
+        found = [torch.empty_like(here) for _ in range(self.count)]
+        with self._answered():
+            distributed.all_gather(found, here)
+        return torch.cat(found).to(tensor.device)
 
     def send(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """The tensor of the process `source`; in the others `tensor` only gives shape, dtype and device."""

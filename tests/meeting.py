@@ -47,8 +47,11 @@ class Threads(Processes):
     def sums(self, *values: float) -> list[float]:
         return [sum(column) for column in zip(*self.from_all(values), strict=True)]
 
-    def add_up(self, tensor: torch.Tensor) -> None:
-        tensor.copy_(sum(self._exchange(tensor.clone())))
+    def exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [found.chunk(self.count)[self.rank] for found in self._exchange(tensor.clone())]
+
+    def joined(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self._exchange(tensor))
 
     def send(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         return self._exchange(tensor)[source]

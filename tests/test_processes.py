@@ -30,13 +30,14 @@ with joined_processes() as processes:
             time.sleep(0.5)
             Path("first").touch()
     sums = processes.sums(0.1 + processes.rank, 2.0)
-    tensor = torch.full((3, 2), 1.0 + processes.rank)
-    processes.add_up(tensor)
+    joined = processes.joined(torch.full((2,), processes.rank))
+    exchanged = processes.exchanged(torch.arange(6) + 10 * processes.rank)
     sent = processes.send(torch.full((2,), processes.rank, dtype=torch.bfloat16), 1)
     told = [processes.from_first({"rank": processes.rank}), processes.from_all(["x" * (1 + 5 * processes.rank)])]
     processes.meet()
     same = present_processes() is processes
-    found = [processes.rank, processes.count, str(processes.device), alone, sums, tensor.tolist(), sent.tolist(), told, same]
+    found = [sums, joined.tolist(), sent.tolist(), told, same, [part.tolist() for part in exchanged]]
+    found = [processes.rank, processes.count, str(processes.device), alone, *found]
     Path(f"{processes.rank}.json").write_text(json.dumps(found))
 """
 
@@ -54,15 +55,16 @@ def test_without_torchrun_there_is_one(monkeypatch):
         assert not torch.distributed.is_initialized()
 
 
-def test_two_processes_sum_and_the_first_goes_first(tmp_path: Path):
+def test_two_processes_exchange_and_the_first_goes_first(tmp_path: Path):
     ends = started(["-c", SCRIPT], tmp_path)
     assert [code for code, _ in ends] == [0, 0], ends
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [end[:4] for end in found] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
-    assert found[0][4:] == found[1][4:]
+    assert found[0][4:-1] == found[1][4:-1]
     assert found[0][4] == [pytest.approx(1.2), 4.0]
-    assert found[0][5] == [[3.0, 3.0]] * 3
-    assert found[0][6:] == [[1.0, 1.0], [{"rank": 0}, [["x"], ["xxxxxx"]]], True]
+    assert found[0][5] == [0, 0, 1, 1]
+    assert found[0][6:-1] == [[1.0, 1.0], [{"rank": 0}, [["x"], ["xxxxxx"]]], True]
+    assert [end[-1] for end in found] == [[[0, 1, 2], [10, 11, 12]], [[3, 4, 5], [13, 14, 15]]]
 
 
 FAILS = """
@@ -111,9 +113,9 @@ def test_a_killed_process_is_noticed_while_a_program_that_it_started_goes_on(tmp
 
 def test_alone_nothing_is_exchanged():
     alone, tensor = Processes(), torch.ones(2)
-    alone.add_up(tensor)
+    assert alone.joined(tensor) is tensor
+    assert alone.exchanged(tensor)[0] is tensor
     alone.wait(), alone.meet()
-    assert torch.equal(tensor, torch.ones(2))
     assert alone.send(tensor, 0) is tensor
     assert (alone.from_first(3), alone.from_all(3)) == (3, [3])
     assert present_processes() == alone

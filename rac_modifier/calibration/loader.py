@@ -13,6 +13,9 @@ from rac_modifier.calibration.mixture import CalibrationSequence, Composition
 from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
 
+# Lanes that the batches are divided into, which processes share. 24 can be shared evenly by 2, 3, 4, 6, 8 and 12.
+LANES = 24
+
 
 class CalibrationLoader(DataLoader):
     """The dataloader that RAC uses instead of upstream's.
@@ -20,6 +23,9 @@ class CalibrationLoader(DataLoader):
     Yields `{"input_ids": int64 [rows, length]}`, padded on the right: with causal attention no real token reads what comes
     after it, so no attention mask is needed and the activations of real tokens are exact. `token_weights[i]` belongs to
     batch i, float32 [rows, length]: 0 for padding, the token's weight elsewhere.
+
+    A `share` has its batches lane by lane (pruning/lane_sum.py): with batch i, `lanes_ended[i]` of them end, and `numbers[i]` is
+    the batch's place in the share of one process alone.
 
     Modifiers that do not read token weights get `unpadded()`: the same sequences, one per batch, without any padding.
     """
@@ -50,6 +56,7 @@ class CalibrationLoader(DataLoader):
                 weights[row, : len(sequence.ids)] = torch.tensor(sequence.weights(settings))
             batches.append({"input_ids": ids})
             self.token_weights.append(weights)
+        self.lanes_ended, self.numbers = [0] * len(batches), list(range(len(batches)))
         super().__init__(_Batches(batches), batch_size=None, shuffle=False)
 
     def unpadded(self) -> CalibrationLoader:
@@ -59,24 +66,42 @@ class CalibrationLoader(DataLoader):
     def share(self, rank: int, count: int) -> CalibrationLoader:
         """Of `count` loaders that have about as many padded tokens and together all batches, number `rank`; batches are not cut.
 
+        Batches are divided into lanes, as many with any `count`, and number `rank` has each `count`-th of these. It ends as many
+        as the others, the last ones perhaps without a batch.
+
         Raises:
-            RacError: there are fewer batches.
+            RacError: there are fewer batches, or fewer lanes.
         """
-        if count == 1:
-            return self
         if len(self._groups) < count:
             raise RacError(
                 f"{count} processes share {len(self._groups)} batches of the calibration set, and each needs one: start at most "
                 f"{len(self._groups)}, or set a lower calibration.batch_tokens (now {self.settings.batch_tokens:,})"
             )
-        sizes = [weights.numel() for weights in self.token_weights]
-        loads, owners = [0] * count, [0] * len(sizes)
-        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the largest first, each to whoever has least
-            owners[index] = loads.index(min(loads))
-            loads[owners[index]] += sizes[index]
-        groups = [group for group, owner in zip(self._groups, owners, strict=True) if owner == rank]
+        if count > LANES:
+            raise RacError(f"{count} processes: at most {LANES} share a calibration set; start {LANES} or fewer")
+        lanes = self._lanes()
+        places = iter(range(len(self._groups)))
+        numbers = [[next(places) for _ in lane] for lane in lanes]
+        groups = [self._groups[index] for lane in lanes[rank::count] for index in lane]
         sequences = [sequence for group in groups for sequence in group]
-        return CalibrationLoader(sequences, self.composition, self.settings, self.pad_token_id, groups=groups)
+        share = CalibrationLoader(sequences, self.composition, self.settings, self.pad_token_id, groups=groups)
+        share.numbers = [number for lane in numbers[rank::count] for number in lane]
+        share.lanes_ended = [int(i + 1 == len(lane)) for lane in lanes[rank::count] for i in range(len(lane))]
+        share.lanes_ended[-1] += -(-len(lanes) // count) - len(lanes[rank::count])
+        return share
+
+    def _lanes(self) -> list[list[int]]:
+        """The numbers of the batches, divided into lanes of about as many padded tokens; the largest lanes first."""
+        sizes = [weights.numel() for weights in self.token_weights]
+        count = min(LANES, len(sizes))
+        loads, lanes = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
+        for index in sorted(
+            range(len(sizes)), key=lambda i: -sizes[i]
+        ):  # the largest first, each to where there is least
+            least = loads.index(min(loads))
+            lanes[least].append(index)
+            loads[least] += sizes[index]
+        return [sorted(lanes[i]) for i in sorted(range(count), key=lambda i: -loads[i])]
 
     def sha256(self) -> str:
         """A hash (64 hex digits) of the batches and of their token weights."""

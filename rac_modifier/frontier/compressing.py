@@ -69,7 +69,7 @@ def moments(group: Group, tokens: float) -> Operations:
 
 
 def solving(columns: int, rows: int) -> Operations:
-    """Of solving modules with so many rows together; each process that solves a part makes the factors itself."""
+    """Of solving modules with so many rows together."""
     factors = 2 * columns**3 * (1 / 6 + ITERATIONS / 16)
     return Operations(2 * columns**2 * rows * (ITERATIONS + REFIT_STEPS + 2), factors)
 

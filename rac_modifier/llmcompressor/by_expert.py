@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.utils import align_module_device
 from llmcompressor.pipelines.cache import IntermediatesCache
 
+from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.experts import Expert, RoutedExperts
 from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.llmcompressor.pruner import Pruner
@@ -27,16 +28,20 @@ class Batch:
         dense: the same in the dense model, None where it is not needed.
         chosen: [tokens, k], the numbers of each token's experts in the pruned model.
         weights: [tokens], those of the calibration set.
+        number: the batch's place in the calibration set of all processes.
+        lanes_ended: so many lanes end with it.
     """
 
     x: torch.Tensor
     dense: torch.Tensor | None
     chosen: torch.Tensor
     weights: torch.Tensor
+    number: int
+    lanes_ended: int
 
 
 def read_by_experts(
-    stage: Stage, pruned: IntermediatesCache, dense: IntermediatesCache | None, token_weights: Sequence[torch.Tensor]
+    stage: Stage, pruned: IntermediatesCache, dense: IntermediatesCache | None, loader: CalibrationLoader
 ) -> list[Batch]:
     """What the experts of a stage read. It stays there when the stage has run and the caches have dropped it."""
 
@@ -50,8 +55,10 @@ def read_by_experts(
             None if dense is None else kept(dense, number, stage.reads),
             kept(pruned, number, stage.chosen),
             weights.reshape(-1),
+            loader.numbers[number],
+            loader.lanes_ended[number],
         )
-        for number, weights in enumerate(token_weights)
+        for number, weights in enumerate(loader.token_weights)
     ]
 
 
@@ -69,7 +76,8 @@ def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Prune
     ]
     near = None if routed.router is None else _Nearness(routed.router, batches, device)
     tokens: dict[str, ExpertTokens] = {}
-    step = processes.count * min(at_once(group, device, pruner.solver) for group in routed.experts[0].groups)
+    together = min(at_once(group, device, pruner.solver) for group in routed.experts[0].groups)
+    numbers, step = [batch.number for batch in batches], processes.count * together
     for start in range(0, len(routed.experts), step):
         some = []
         for expert in routed.experts[start : start + step]:
@@ -78,11 +86,11 @@ def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Prune
                 rows, counts = all_rows(own, counted, processes)
             else:
                 nearness = None if near is None else partial(near.of, expert.number)
-                rows, counts = filled_up(own, counted, pruner.expert_floor, processes, nearness)
+                rows, counts = filled_up(own, counted, pruner.expert_floor, processes, nearness, numbers)
             tokens[expert.name] = counts
             some.append(_Inputs.of(expert, rows, batches, pruner, device))
-        _prune([(inputs.expert.first, inputs.tokens()) for inputs in some], pruner, device)
-        _prune([(inputs.expert.last, inputs.activated()) for inputs in some], pruner, device)
+        _prune([(inputs.expert.first, inputs.tokens()) for inputs in some], pruner, device, together)
+        _prune([(inputs.expert.last, inputs.activated()) for inputs in some], pruner, device, together)
     pruner.record_experts(routed.name, tokens)
 
 
@@ -111,11 +119,12 @@ class _Nearness:
         return (batch.x.to(self._device).float() @ weight.T for batch in self._batches)
 
 
-_Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # inputs, token weights, inputs in the dense model
+# inputs, token weights, inputs in the dense model; None without tokens. And how many lanes end with the batch
+_Rows = tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None, int]
 
 
 def _prune(
-    parts: Iterable[tuple[list[torch.nn.Module], Iterable[_Rows]]], pruner: Pruner, device: torch.device
+    parts: Iterable[tuple[list[torch.nn.Module], Iterable[_Rows]]], pruner: Pruner, device: torch.device, together: int
 ) -> None:
     groups = []
     for modules, inputs in parts:
@@ -123,10 +132,13 @@ def _prune(
             pruner.restore(modules)
         elif modules:
             groups.append(InputGroup.of(modules, device, with_cross_moment=pruner.needs_dense_stream))
-            for x, weights, dense in inputs:
-                groups[-1].statistics.add(x, weights, dense)
+            for rows, lanes_ended in inputs:
+                if rows is not None:
+                    groups[-1].statistics.add(*rows)
+                groups[-1].statistics.end_lanes(lanes_ended, pruner.processes)
+            groups[-1].statistics.finish(pruner.processes)  # before the next takes memory
     if groups:
-        pruner.prune_groups(groups)
+        pruner.prune_groups(groups, together)
 
 
 @dataclass(frozen=True)
@@ -148,11 +160,11 @@ class _Inputs:
         device: torch.device,
     ) -> _Inputs:
         """To be called while the expert is dense: what its down then reads is computed here."""
-        parts = [(taken, batch) for taken, batch in zip(rows, batches, strict=True) if len(taken)]
+        parts = list(zip(rows, batches, strict=True))
         dense: list[torch.Tensor | None] = [None] * len(parts)
         if expert.last and not pruner.was_pruned(expert.last):
             for i, (taken, batch) in enumerate(parts):
-                if batch.dense is not None:
+                if batch.dense is not None and len(taken):
                     dense[i] = expert.read_by_last(batch.dense[taken].to(device)).to(batch.dense.device)
         return cls(expert, parts, device, dense)
 
@@ -160,10 +172,17 @@ class _Inputs:
         """What gate and up read."""
         for taken, batch in self.parts:
             dense = None if batch.dense is None else batch.dense[taken].to(self.device)
-            yield batch.x[taken].to(self.device), batch.weights[taken.to(batch.weights.device)], dense
+            yield self._rows(taken, batch, batch.x[taken].to(self.device), dense)
 
     def activated(self) -> Iterator[_Rows]:
         """What down reads, after gate and up."""
         for (taken, batch), dense in zip(self.parts, self.dense, strict=True):
-            x = self.expert.read_by_last(batch.x[taken].to(self.device))
-            yield x, batch.weights[taken.to(batch.weights.device)], None if dense is None else dense.to(self.device)
+            x = batch.x[taken].to(self.device)
+            x = self.expert.read_by_last(x) if len(taken) else x
+            yield self._rows(taken, batch, x, None if dense is None else dense.to(self.device))
+
+    @staticmethod
+    def _rows(taken: torch.Tensor, batch: Batch, x: torch.Tensor, dense: torch.Tensor | None) -> _Rows:
+        if not len(taken):
+            return None, batch.lanes_ended
+        return (x, batch.weights[taken.to(batch.weights.device)], dense), batch.lanes_ended

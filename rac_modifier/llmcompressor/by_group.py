@@ -52,7 +52,7 @@ def calibrate_by_group(
                     known = pruner.was_pruned(stage.modules)  # by a run that was killed
                     routed, group = stage.experts, None
                     if routed is not None:
-                        read = read_by_experts(stage, pruned, None if dense is pruned else dense, loader.token_weights)
+                        read = read_by_experts(stage, pruned, None if dense is pruned else dense, loader)
                     for batch in batches:
                         if not known and routed is None:
                             (x,), (x_dense,) = (c.fetch(batch, [stage.reads]).values() for c in (pruned, dense))
@@ -60,6 +60,7 @@ def calibrate_by_group(
                                 stage.modules, x.device, with_cross_moment=pruner.needs_dense_stream
                             )
                             group.statistics.add(x, loader.token_weights[batch], x_dense)
+                            group.statistics.end_lanes(loader.lanes_ended[batch], pruner.processes)
                         if dense is not pruned and index < last:
                             stage.run(model, dense, batch)
                     if routed is not None:

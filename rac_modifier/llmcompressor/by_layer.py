@@ -66,6 +66,7 @@ def calibrate_by_layer(
                         session.state.current_batch_idx = batch
                         with contextlib.suppress(StopForward):
                             stage.look(model, cache, batch)
+                        pruner.end_lanes(loader.lanes_ended[batch])
                         # upstream's frames refer to the exception and it to them; that cycle would keep this batch's activations
                         gc.collect(1)
                     LifecycleCallbacks.sequential_epoch_end(submodules[index])

@@ -90,6 +90,10 @@ class HessianCollector:
         if self._stoppable and batch != self._first and self._expected and self._seen.keys() >= self._expected:
             raise StopForward
 
+    def present(self) -> list[InputGroup]:
+        """The groups that are not taken yet, in the order in which their modules ran first."""
+        return list(dict.fromkeys(self.groups.values()))
+
     def take(self, modules: Iterable[torch.nn.Module]) -> list[InputGroup]:
         """Remove and return the groups that have a module among `modules`, in the order of these."""
         done = list(dict.fromkeys(self.groups[module] for module in modules if module in self.groups))

@@ -5,14 +5,15 @@ The peak comes with one group of modules that read the same input, of d columns 
     kept   tokens (d + hidden) * bytes of an activation * streams      what the group reads, and the residual stream
            tokens hidden * bytes of an activation                      layer by layer: the residual stream alone
            and as much once more for routed experts with the dense target: the dense model's inputs stay while they are pruned
-    work   the larger of    statistics   4 ((1 + dense) d^2 + c batch d)      Hessian, cross moment, a batch in float32
-                            solving      4 (a d^2 + b r d)                    Hessian, its factor, weights, the solver's buffers
+    work   the larger of    statistics   4 (2 (1 + dense) d^2 + c rows d)   Hessian and cross moment, each with that of a lane
+                                                                            (pruning/lane_sum.py), inputs in float32
+                            solving      4 (a d^2 + b r d)                  Hessian, its factor, weights, the solver's buffers
 
-where dense is 1 with the dense target (then there are two streams of activations and a cross moment), else 0; as often as experts
-are solved at once. The numbers a, b and c below were measured on the solvers; tests/llmcompressor/test_memory.py holds the
-prediction within 0.8 to 1.25 of the measured peak of all tensors. A process grows by more: by what the allocator keeps, and the
-scratch space of products (measured: docs/results/experts.md). Not counted are forward passes (attention, one batch at a time)
-and, layer by layer, the Hessians of a layer's smaller groups but those of experts.
+where dense is 1 with the dense target (then there are two streams of activations and a cross moment), else 0, and rows those of a
+batch, at most 4,096. Solving counts as often as experts are solved at once. The numbers a, b and c below were measured on the
+solvers; tests/llmcompressor/test_memory.py holds the prediction within 0.8 to 1.25 of the measured peak of all tensors. A process
+grows by more: by what the allocator keeps, and the scratch space of products (measured: docs/results/experts.md). Not counted are
+forward passes (attention, one batch at a time) and, layer by layer, Hessians of a layer's smaller groups but those of experts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.experts import find_experts
+from rac_modifier.pruning.hessian import ROWS
 from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pruning import Method
@@ -139,11 +141,15 @@ class MemoryNeed:
         dense = int(self.dense_target)
         squares = 2 + 2 * dense if self.solver in _SCORES_ONLY else 3.5 + 1.5 * dense
         buffers = (8 if self.refits else 4.5) + 2 * dense
-        batch = self.batch_tokens * group.columns * (2 + 2 * dense)
-        one = int(_FLOAT32 * max((1 + dense) * square + batch, squares * square + buffers * buffer))
+        inputs = min(self.batch_tokens, ROWS) * group.columns * (2 + 2 * dense)
         alike = group.alike or (1 if self.by_layer else max(self.experts, 1))
-        together = at_once(group.columns, group.rows, device) if self.solver == "sparsegpt" else 1
-        return group.beside + one * min(together, alike)
+        together = min(at_once(group.columns, group.rows, device), alike) if self.solver == "sparsegpt" else 1
+        finished = (
+            0 if self.by_layer else (together - 1) * (1 + dense) * square
+        )  # of experts that are solved with this one
+        statistics = 2 * (1 + dense) * square + inputs + finished
+        solving = together * (squares * square + buffers * buffer)
+        return int(max(2 * group.beside + _FLOAT32 * statistics, group.beside + _FLOAT32 * solving))
 
 
 def check_memory(
@@ -202,7 +208,7 @@ def _next_step(need: MemoryNeed, group: GroupShape, needed: int) -> str:
     steps = []
     if need.kept(group) > needed / 4:
         steps.append(f"set a lower calibration.tokens ({need.tokens:,} tokens are calibrated on now)")
-    if need.batch_tokens * group.columns * _FLOAT32 > needed / 8:
+    if min(need.batch_tokens, ROWS) * group.columns * _FLOAT32 > needed / 8:
         steps.append(f"set a lower calibration.batch_tokens (the largest batch has {need.batch_tokens:,})")
     if need.dense_target:
         steps.append("set reconstruct: pruned, which keeps one model's activations instead of two")

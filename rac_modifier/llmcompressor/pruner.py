@@ -69,8 +69,14 @@ class Pruner(Protocol):
     def on_subgraph_start(self, modules: Iterable[torch.nn.Module]) -> None:
         """Layer by layer: the coming forward passes run these modules."""
 
-    def prune_groups(self, groups: Sequence[InputGroup]) -> None:
-        """Group by group: prune modules that read the same input, on its statistics; groups that do not depend on each other."""
+    def end_lanes(self, count: int) -> None:
+        """Layer by layer: so many lanes of the calibration set have ended."""
+
+    def prune_groups(self, groups: Sequence[InputGroup], together: int | None = None) -> None:
+        """Group by group: prune modules that read the same input, on its statistics; groups that do not depend on each other.
+
+        `together` is how many of them are solved at once; None: as many as save time.
+        """
 
     def record_experts(self, name: str, tokens: Mapping[str, ExpertTokens]) -> None:
         """Record what the experts of the layer `name` were calibrated on, by their names."""

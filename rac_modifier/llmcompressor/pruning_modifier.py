@@ -29,7 +29,7 @@ from rac_modifier.llmcompressor.quantizer import GroupQuantizer, rounding_of
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
 from rac_modifier.llmcompressor.sensitivity import measured_patterns
 from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
-from rac_modifier.llmcompressor.solving import Part, Pruned, solve_groups, solve_together
+from rac_modifier.llmcompressor.solving import Pruned, end_lanes, solve_groups, solve_together
 from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
 from rac_modifier.llmcompressor.zeros import patterns_of_zeros
 from rac_modifier.model_tools import on_accelerator
@@ -196,6 +196,11 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         assert self._collector is not None
         self._collector.expect(module for module in modules if module in self._names)
 
+    def end_lanes(self, count: int) -> None:
+        """Layer by layer: so many lanes of the calibration set have ended."""
+        assert self._collector is not None
+        end_lanes(self._collector.present(), self._names, self._processes, count)
+
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
@@ -208,13 +213,13 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         assert self._experts is not None
         self._experts.add(name, tokens)
 
-    def prune_groups(self, groups: Sequence[InputGroup]) -> None:
+    def prune_groups(self, groups: Sequence[InputGroup], together: int | None = None) -> None:
         """Prune the modules of each group, which read the same input, and quantize them if the recipe says so."""
 
-        def solve(parts: Sequence[Part]) -> list[list[Pruned]]:
-            return solve_groups(self, parts, self._names, self._patterns, self._quantizer)
+        def solve(some: Sequence[InputGroup]) -> list[list[Pruned]]:
+            return solve_groups(self, some, self._names, self._patterns, self._quantizer)
 
-        for group, found in solve_together(groups, self._names, self._processes, solve, self.solver):
+        for group, found in solve_together(groups, self._names, self._processes, solve, self.solver, together):
             for module, pruned in zip(group.modules, found, strict=True):
                 name, record = self._names[module], pruned.record
                 if record["retries"]:

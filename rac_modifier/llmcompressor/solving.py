@@ -1,9 +1,9 @@
-"""From the statistics of a group to its pruned modules: in one process, or each module in one of several."""
+"""From the statistics of a group to its pruned modules: in one process, or each group in one of several."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -45,31 +45,30 @@ class Pruned:
     zero_point: torch.Tensor | None = None
 
 
-Part = tuple[InputGroup, Sequence[torch.nn.Module]]  # a group, and those of its modules that are solved here
-Solve = Callable[[Sequence[Part]], list[list[Pruned]]]
+Solve = Callable[[Sequence[InputGroup]], list[list[Pruned]]]
 
 
 def solve_groups(
     entry: PruningEntry,
-    parts: Sequence[Part],
+    groups: Sequence[InputGroup],
     names: Mapping[torch.nn.Module, str],
     patterns: Mapping[str, Pattern],
     quantizer: GroupQuantizer | None,
 ) -> list[list[Pruned]]:
-    """Prune some modules of each group, and quantize them if the recipe says so. The modules themselves are not changed."""
+    """Prune the modules of each group, and quantize them if the recipe says so. The modules themselves are not changed."""
     with contextlib.ExitStack() as stack:
-        for module in (module for _, modules in parts for module in modules):
+        for module in (module for group in groups for module in group.modules):
             stack.enter_context(align_module_device(module))
         problems = []
-        for group, modules in parts:
-            labels = [names[module] for module in modules]
-            weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
+        for group in groups:
+            labels = [names[module] for module in group.modules]
+            weights: list[torch.Tensor] = [module.weight for module in group.modules]  # type: ignore[misc]
             problem = Problem(
                 [w.float() for w in weights] if quantizer else weights,  # quantization rounds to their dtype later
                 group.statistics.hessian.matrix(labels[0]),
                 [patterns[label] for label in labels],
                 labels,
-                group.statistics.cross_moment([group.modules.index(module) for module in modules]),
+                group.statistics.cross_moment(),
             )
             problems.append(problem)
         solved = solve_many(
@@ -82,20 +81,20 @@ def solve_groups(
             refit_steps=entry.refit_steps,
         )
         return [
-            _rounded(entry, part, solutions, problem.hessian, quantizer)
-            for part, solutions, problem in zip(parts, solved, problems, strict=True)
+            _rounded(entry, group, solutions, problem.hessian, quantizer)
+            for group, solutions, problem in zip(groups, solved, problems, strict=True)
         ]
 
 
 def _rounded(
     entry: PruningEntry,
-    part: Part,
+    group: InputGroup,
     solutions: Sequence[Solution],
     hessian: torch.Tensor,
     quantizer: GroupQuantizer | None,
 ) -> list[Pruned]:
     """The results for the modules of a group, in their dtype, quantized if the recipe says so."""
-    group, modules = part
+    modules = group.modules
     dtypes: list[torch.dtype] = [module.weight.dtype for module in modules]  # type: ignore[misc]
     rounded: list[Quantized | None] = [None] * len(solutions)
     if quantizer is not None and entry.quantization is not None:
@@ -128,40 +127,59 @@ def _rounded(
     return found
 
 
+def end_lanes(
+    groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes, count: int
+) -> None:
+    """So many lanes of the calibration set have ended, in all processes, for the statistics of each group.
+
+    Raises:
+        RacError: the processes have calibrated other modules.
+    """
+    for _ in range(count):
+        _check_same(groups, names, processes)
+        for group in groups:
+            group.statistics.end_lanes(1, processes)
+
+
 def solve_together(
     groups: Sequence[InputGroup],
     names: Mapping[torch.nn.Module, str],
     processes: Processes,
     solve: Solve,
     solver: Method,
+    together: int | None = None,
 ) -> Iterator[tuple[InputGroup, list[Pruned]]]:
-    """The modules of each group, pruned; in all processes the same.
+    """The modules of each group, pruned; in all processes the same, and with any number of processes the same bits.
 
-    One process solves group after group, and small ones of one shape at once where `solver` gains by it. Of several, each has the
-    statistics of its share of the calibration set. These are added up, each module is solved in one process, as upstream's GPTQ
-    does it, and the result is sent to the others. No process has the results of a group before each has solved all that it has to
-    of `groups`, so their weights may be shared memory.
+    Small groups of one shape that follow each other are solved at once where `solver` gains by it, `together` of them. Of
+    several processes, each has the statistics of its share of the calibration set. These are added up (lane_sum.py), each group
+    is solved in one process as it is where there is only one, and the result is sent to the others. The modules of a group stay
+    together: with fewer rows, products may be rounded otherwise. No process has the results of a group before each has
+    solved all that it has to of `groups`, so their weights may be shared memory.
 
     Raises:
         RacError: the processes have calibrated other modules.
     """
+    if processes.count > 1:
+        processes.meet()
+        _check_same(groups, names, processes)
+    for group in groups:
+        group.statistics.finish(processes)
+    units = list(_units(groups, solver, together))
     if processes.count == 1:
-        for parts in _in_turn([(group, group.modules) for group in groups], solver):
-            yield from zip((group for group, _ in parts), solve(parts), strict=True)
+        for unit in units:
+            yield from zip(unit, solve(unit), strict=True)
         return
-    processes.meet()
-    _check_same([[names[module] for module in group.modules] for group in groups], processes)
-    for group in groups:
-        group.statistics.gather(processes)
-    owner = owners([module for group in groups for module in group.modules], processes.count)
+    owner = owners([_weights(unit) for unit in units], processes.count)
     solved: dict[torch.nn.Module, Pruned] = {}
-    mine = [(group, [module for module in group.modules if owner[module] == processes.rank]) for group in groups]
-    for parts in _in_turn([part for part in mine if part[1]], solver):
-        for (_, own), found in zip(parts, solve(parts), strict=True):
-            solved |= zip(own, found, strict=True)
+    for unit, rank in zip(units, owner, strict=True):
+        if rank == processes.rank:
+            for group, found in zip(unit, solve(unit), strict=True):
+                solved |= zip(group.modules, found, strict=True)
     processes.meet()
-    for group in groups:
-        yield group, _sent(group.modules, solved, owner, processes)
+    for unit, rank in zip(units, owner, strict=True):
+        for group in unit:
+            yield group, _sent(group.modules, solved, rank, processes)
 
 
 def at_once(modules: Sequence[torch.nn.Module], device: torch.device, solver: Method) -> int:
@@ -170,25 +188,30 @@ def at_once(modules: Sequence[torch.nn.Module], device: torch.device, solver: Me
     return sparsegpt.at_once(shapes[0][1], sum(rows for rows, _ in shapes), device) if solver == "sparsegpt" else 1
 
 
-def _in_turn(parts: Iterable[Part], solver: Method) -> Iterator[list[Part]]:
-    """The parts in their order; together those that follow each other, have one shape and are solved at once."""
-    for _, group in groupby(parts, lambda part: [module.weight.shape for module in part[1]]):
-        alike = list(group)
-        step = at_once(alike[0][1], alike[0][0].statistics.hessian.device, solver)
-        yield from (alike[i : i + step] for i in range(0, len(alike), step))
+def _units(groups: Sequence[InputGroup], solver: Method, together: int | None) -> Iterator[list[InputGroup]]:
+    """The groups in their order; together those that follow each other, have one shape and are solved at once."""
+    for _, alike in groupby(groups, lambda group: [module.weight.shape for module in group.modules]):
+        some = list(alike)
+        step = together or at_once(some[0].modules, some[0].statistics.hessian.device, solver)
+        yield from (some[i : i + step] for i in range(0, len(some), step))
 
 
-def owners(modules: Sequence[torch.nn.Module], count: int) -> dict[torch.nn.Module, int]:
-    """Which process solves which module: the largest first, each where there are fewest weights so far."""
-    return greedy_bin_packing(list(modules), count, lambda module: module.weight.numel())[2]
+def _weights(groups: Sequence[InputGroup]) -> int:
+    return sum(module.get_parameter("weight").numel() for group in groups for module in group.modules)
 
 
-def _check_same(calibrated: list[list[str]], processes: Processes) -> None:
-    first, *others = processes.from_all(calibrated)
+def owners(sizes: Sequence[int], count: int) -> list[int]:
+    """Which process solves what has so many weights: the largest first, each where there are fewest weights so far."""
+    place: dict[int, int] = greedy_bin_packing(list(range(len(sizes))), count, lambda i: sizes[i])[2]
+    return [place[i] for i in range(len(sizes))]
+
+
+def _check_same(groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes) -> None:
+    first, *others = processes.from_all([[names[module] for module in group.modules] for group in groups])
     for rank, other in enumerate(others, 1):
         if other != first:
-            names, theirs = ({name for group in groups for name in group} for groups in (first, other))
-            only = sorted(names ^ theirs) or ["the same modules in other groups"]
+            ours, theirs = ({name for group in part for name in group} for part in (first, other))
+            only = sorted(ours ^ theirs) or ["the same modules in other groups"]
             raise RacError(
                 f"process 0 and process {rank} have not calibrated the same modules ({', '.join(only[:3])}): some got no token "
                 "of the share of one of them. Add them to ignore, calibrate on more tokens, or start fewer processes"
@@ -198,10 +221,10 @@ def _check_same(calibrated: list[list[str]], processes: Processes) -> None:
 def _sent(
     modules: Sequence[torch.nn.Module],
     solved: Mapping[torch.nn.Module, Pruned],
-    owner: Mapping[torch.nn.Module, int],
+    source: int,
     processes: Processes,
 ) -> list[Pruned]:
-    """The results of a group, in all processes."""
+    """The results of a group that the process `source` has solved, in all processes."""
     own = {
         str(i): {
             "record": solved[module].record,
@@ -215,10 +238,10 @@ def _sent(
     about = {int(i): one for part in processes.from_all(own) for i, one in part.items()}
     found = []
     for i, module in enumerate(modules):
-        mine, source = solved.get(module), owner[module]
+        mine = solved.get(module)
         like: torch.Tensor = module.weight.detach()  # type: ignore[operator]
 
-        def send(tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int = source) -> Any:
+        def send(tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Any:
             empty = torch.empty(shape, dtype=dtype, device=processes.device)
             return processes.send(empty if tensor is None else tensor, source)
 

@@ -9,6 +9,9 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import linalg
+from rac_modifier.pruning.lane_sum import LaneSum
+
+ROWS = 4096  # tokens whose inputs are converted to float32 at once
 
 
 def block_columns(columns: int) -> int:
@@ -21,8 +24,8 @@ class Hessian:
 
     X^T X is symmetric, so only its lower block triangle is computed, one block row at a time, each a quarter of the columns.
     This saves 3/8 of the work. (Measured on a CPU for 256, 768, 1536 and 8960 columns: smaller blocks need fewer
-    operations, but their matrix products are slower.) The sum is not scaled until it is read, so the order of the batches
-    changes only float32 rounding. bfloat16 and float16 inputs are converted to float32 first.
+    operations, but their matrix products are slower.) bfloat16 and float16 inputs are converted to float32 first, so many tokens
+    at a time. The sum is not scaled until it is read. Its order is that of the lanes (lane_sum.py), which `end_lane` ends.
 
     Attributes:
         tokens: number of rows with a weight above zero.
@@ -33,8 +36,12 @@ class Hessian:
         self.columns = columns
         self.tokens = 0
         self.weight_sum = 0.0
-        self._sum = torch.zeros(columns, columns, device=device, dtype=dtype)
-        self._block = block_columns(columns)
+        block = block_columns(columns)
+        ends = [(start, min(start + block, columns)) for start in range(0, columns, block)]
+        self._blocks = [(start, stop, stop) for start, stop in ends]
+        self._sums = LaneSum(columns, columns, device, dtype, self._blocks)
+        self._lane = (0, 0.0)  # tokens and weight of the present lane, and of those that have ended
+        self._lanes: list[tuple[int, float]] = []
 
     @torch.no_grad()
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -47,44 +54,55 @@ class Hessian:
         """
         if x.shape[-1] != self.columns:
             raise RacError(f"activations {list(x.shape)} do not end in the {self.columns} inputs of this module")
-        x = x.reshape(-1, self.columns).to(self._sum.device)
+        x = x.reshape(-1, self.columns).to(self.device)
+        counted = None
         if weights is None:
-            self.tokens += x.shape[0]
-            self.weight_sum += x.shape[0]
-            x = x.to(self._sum.dtype)
+            tokens, weight = x.shape[0], float(x.shape[0])
         else:
-            weights = weights.reshape(-1).to(self._sum)
+            weights = weights.reshape(-1).to(self.device, self._sums.dtype)
             if weights.shape[0] != x.shape[0]:
                 raise RacError(f"{weights.shape[0]} token weights for {x.shape[0]} tokens; give one weight per token")
             if not bool(((weights >= 0) & weights.isfinite()).all()):
                 raise RacError(f"token weights must be finite and >= 0; the smallest is {float(weights.min())}")
             counted = weights > 0
-            if not bool(counted.all()):
-                x, weights = x[counted], weights[counted]
-            self.tokens += x.shape[0]
-            self.weight_sum += float(weights.sum(dtype=torch.float64))
-            x = x.to(self._sum.dtype)
-            if not bool((weights == 1).all()):  # the usual case is a padding mask, which needs no scaled copy
-                x = x * weights.sqrt().unsqueeze(1)
-        for start in range(0, self.columns, self._block):
-            stop = min(start + self._block, self.columns)
-            self._sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+            tokens, weight = int(counted.sum()), float(weights.sum(dtype=torch.float64))
+        self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
+        self._lane = (self._lane[0] + tokens, self._lane[1] + weight)
+        for start in range(0, x.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            here = x[rows] if counted is None or bool(counted[rows].all()) else x[rows][counted[rows]]
+            here = here.to(self._sums.dtype)
+            if weights is not None and counted is not None:
+                of_rows = weights[rows][counted[rows]]
+                if not bool((of_rows == 1).all()):  # the usual case is a padding mask, which needs no scaled copy
+                    here = here * of_rows.sqrt().unsqueeze(1)
+            for first, last, columns in self._blocks:
+                self._sums.lane[first:last, :columns].addmm_(here[:, first:last].T, here[:, :columns])
 
-    def gather(self, processes: Processes) -> None:
-        """Add up what each process has accumulated; afterwards all of them hold the same bits."""
-        processes.add_up(self._sum)
-        tokens, self.weight_sum = processes.sums(self.tokens, self.weight_sum)
-        self.tokens = int(tokens)
+    def end_lane(self, processes: Processes) -> None:
+        """A lane of the calibration set has ended, in all processes."""
+        self._sums.end_lane(processes)
+        self._lanes.append(self._lane)
+        self._lane = (0, 0.0)
+
+    def finish(self, processes: Processes) -> None:
+        """After the last lane: the sum over all processes, with the same bits in each and with any number of them."""
+        self._sums.finish(processes)
+        by_rank = processes.from_all(self._lanes or [self._lane])
+        self.tokens, self.weight_sum = 0, 0.0
+        for lanes in zip(*by_rank, strict=True):
+            for tokens, weight in lanes:
+                self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
 
     @property
     def device(self) -> torch.device:
         """Where it is accumulated."""
-        return self._sum.device
+        return self._sums.device
 
     @property
     def sum_of_squares(self) -> torch.Tensor:
         """Weighted sum of squares of each input [columns]; Wanda's norm is its square root."""
-        return self._sum.diagonal().clone()
+        return self._sums.total.diagonal().clone()
 
     def matrix(self, name: str = "this module") -> torch.Tensor:
         """The full symmetric Hessian [columns, columns], scaled by 2 / sum(weights); a new tensor.
@@ -96,15 +114,15 @@ class Hessian:
             raise RacError(
                 f"{name}: no calibration token reached it; use more traces, or add it to ignore (an unused expert)"
             )
-        if not bool(self._sum.diagonal().isfinite().all()):  # an inf or nan in an input makes its own square inf or nan
-            bad = int((~self._sum.diagonal().isfinite()).sum())
+        finite = self._sums.total.diagonal().isfinite()  # an inf or nan in an input makes its own square inf or nan
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
             raise RacError(
                 f"{name}: activations of {bad} of {self.columns} inputs are not finite; "
                 "run the model in bfloat16 or float32, or find the layer that overflows"
             )
-        full = self._sum * (2.0 / self.weight_sum)
-        for start in range(0, self.columns, self._block):
-            stop = min(start + self._block, self.columns)
+        full = self._sums.total * (2.0 / self.weight_sum)
+        for start, stop, _ in self._blocks:
             corner = full[start:stop, start:stop]
             corner.copy_(corner.tril() + corner.tril(-1).T)
             full[start:stop, stop:] = full[stop:, start:stop].T
@@ -131,8 +149,8 @@ class Statistics:
         self._rows = [w.shape[0] for w in weights or ()]
         self._before = sum(self._rows) >= columns / 2  # before W: 2 d d operations per token; after W: 4 rows d
         self._bf16 = linalg.bf16_is_fast(torch.device(device))
-        shape = (columns if self._before else sum(self._rows), columns)
-        self._sum = None if weights is None else torch.zeros(shape, device=device)
+        rows = columns if self._before else sum(self._rows)
+        self._sums = None if weights is None else LaneSum(rows, columns, device)
 
     @torch.no_grad()
     def add(self, x: torch.Tensor, token_weights: torch.Tensor, dense: torch.Tensor | None = None) -> None:
@@ -142,11 +160,18 @@ class Statistics:
             RacError: see `Hessian.add`.
         """
         self.hessian.add(x, token_weights)
-        if self._sum is None or self._weights is None:
+        if self._sums is None or self._weights is None:
             return
         assert dense is not None, "the cross moment needs the inputs in the dense model"
-        w = token_weights.reshape(-1).to(self._sum)
-        x, dense = (t.reshape(-1, t.shape[-1]).to(self._sum) for t in (x, dense))
+        w = token_weights.reshape(-1).to(self._sums.device, self._sums.dtype)
+        x, dense = (t.reshape(-1, t.shape[-1]) for t in (x, dense))
+        for start in range(0, len(x), ROWS):
+            rows = slice(start, start + ROWS)
+            self._add_cross(*(t[rows].to(self._sums.device, self._sums.dtype) for t in (x, dense, w)))
+
+    def _add_cross(self, x: torch.Tensor, dense: torch.Tensor, w: torch.Tensor) -> None:
+        assert self._sums is not None
+        assert self._weights is not None
         if not bool((w == 1).all()):
             counted = w > 0
             x, dense, w = x[counted], dense[counted], w[counted]
@@ -155,21 +180,26 @@ class Statistics:
             difference = difference.bfloat16()
         if not self._before:
             difference = torch.cat([difference @ weight.to(difference).T for weight in self._weights], dim=1)
-        linalg.bf16_addmm(self._sum, difference.T, x, bf16=self._bf16)
+        linalg.bf16_addmm(self._sums.lane, difference.T, x, bf16=self._bf16)
 
-    def gather(self, processes: Processes) -> None:
-        """Add up what each process has accumulated; afterwards all of them hold the same bits."""
-        self.hessian.gather(processes)
-        if self._sum is not None:
-            processes.add_up(self._sum)
+    def end_lanes(self, count: int, processes: Processes) -> None:
+        """So many lanes of the calibration set have ended (one, or none yet), in all processes."""
+        for _ in range(count):
+            self.hessian.end_lane(processes)
+            if self._sums is not None:
+                self._sums.end_lane(processes)
 
-    def cross_moment(self, of: Sequence[int] | None = None) -> list[torch.Tensor] | None:
-        """C of the modules numbered `of` (None: of all), [rows, d] float32; None when no weights were given."""
-        if self._sum is None or self._weights is None:
+    def finish(self, processes: Processes) -> None:
+        """After the last lane: the sums over all processes, with the same bits in each and with any number of them."""
+        self.hessian.finish(processes)
+        if self._sums is not None:
+            self._sums.finish(processes)
+
+    def cross_moment(self) -> list[torch.Tensor] | None:
+        """C of each module, [rows, d] float32; None when no weights were given."""
+        if self._sums is None or self._weights is None:
             return None
-        scaled = self._sum * (2.0 / self.hessian.weight_sum)
-        of = range(len(self._rows)) if of is None else of
+        scaled = self._sums.total * (2.0 / self.hessian.weight_sum)
         if self._before:
-            return [self._weights[i].to(scaled) @ scaled for i in of]
-        parts = scaled.split(self._rows)
-        return [parts[i] for i in of]
+            return [weight.to(scaled) @ scaled for weight in self._weights]
+        return list(scaled.split(self._rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,32 +35,68 @@ Rows = Sequence[torch.Tensor]  # a tensor per batch
 
 
 def filled_up(
-    rows: Rows, counted: Rows, floor: int, processes: Processes, nearness: Callable[[], Rows] | None = None
+    rows: Rows,
+    counted: Rows,
+    floor: int,
+    processes: Processes,
+    nearness: Callable[[], Rows] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[torch.Tensor], ExpertTokens]:
     """The `rows` that are routed to an expert in each batch, filled up to `floor` tokens.
 
     Added are `counted` tokens that are routed elsewhere: those of the highest `nearness`, a number per token, or without it
-    tokens that are evenly spread. Each of several processes has some of the batches, and adds its part.
+    tokens that are evenly spread. Each of several processes has some of the batches, and `numbers` are the places of these
+    among all: the tokens that are added are those of one process with all batches.
     """
     routed = int(processes.sums(sum(map(len, rows)))[0])
     missing = max(floor - routed, 0)
     if not missing:
         return list(rows), ExpertTokens(routed, 0)
-    mine = missing * (processes.rank + 1) // processes.count - missing * processes.rank // processes.count
-    others = [real.index_fill(0, taken, False) for taken, real in zip(rows, counted, strict=True)]
-    places = torch.cat(others).nonzero().flatten()
-    mine = min(mine, len(places))
+    others = [real.index_fill(0, taken, False).nonzero().flatten() for taken, real in zip(rows, counted, strict=True)]
+    numbers = range(len(rows)) if numbers is None else numbers
     if nearness is None:
-        picked = torch.arange(mine, device=places.device) * len(places) // max(mine, 1)
+        picked, added = _evenly(others, missing, numbers, processes)
     else:
-        picked = torch.cat(list(nearness()))[places].sort(descending=True, stable=True).indices[:mine]
-    added = torch.zeros(sum(map(len, counted)), dtype=torch.bool, device=places.device)
-    added[places[picked]] = True
+        near = [values[places] for values, places in zip(nearness(), others, strict=True)]
+        picked, added = _nearest(near, missing, numbers, processes)
     filled = [
-        torch.cat([taken, more.nonzero().flatten()]).sort().values
-        for taken, more in zip(rows, added.split([len(real) for real in counted]), strict=True)
+        torch.cat([taken, places[torch.tensor(chosen, device=places.device, dtype=torch.long)]]).sort().values
+        for taken, places, chosen in zip(rows, others, picked, strict=True)
     ]
-    return filled, ExpertTokens(routed, int(processes.sums(mine)[0]), nearness is None)
+    return filled, ExpertTokens(routed, added, nearness is None)
+
+
+def _evenly(others: Rows, missing: int, numbers: Sequence[int], processes: Processes) -> tuple[list[list[int]], int]:
+    """Evenly spread ones of the `others` of each batch, by their places in it; and how many there are in all processes."""
+    own = [(number, len(places)) for number, places in zip(numbers, others, strict=True)]
+    sizes = sorted(tuple(pair) for part in processes.from_all(own) for pair in part)
+    before, total = {}, 0
+    for number, size in sizes:
+        before[number], total = total, total + size
+    added = min(missing, total)
+    spread = [i * total // added for i in range(added)]
+    picked = []
+    for number, places in zip(numbers, others, strict=True):
+        first, last = (bisect_left(spread, before[number] + end) for end in (0, len(places)))
+        picked.append([place - before[number] for place in spread[first:last]])
+    return picked, added
+
+
+def _nearest(near: Rows, missing: int, numbers: Sequence[int], processes: Processes) -> tuple[list[list[int]], int]:
+    """The highest values of each batch, by their places in it; and how many there are in all processes. Ties by place."""
+    values = torch.cat(list(near))
+    best = values.sort(descending=True, stable=True).indices[:missing].cpu()
+    batch = torch.arange(len(near)).repeat_interleave(torch.tensor([len(part) for part in near]))[best]
+    places = torch.cat([torch.arange(len(part)) for part in near])[best]
+    own = list(zip(values[best].tolist(), (numbers[i] for i in batch.tolist()), places.tolist(), strict=True))
+    candidates = [tuple(one) for part in processes.from_all(own) for one in part]
+    if processes.count > 1:
+        candidates = sorted(candidates, key=lambda one: (-one[0], *one[1:]))[:missing]
+    picked: dict[int, list[int]] = {number: [] for number in numbers}
+    for _, number, place in candidates:
+        if number in picked:
+            picked[number].append(place)
+    return [picked[number] for number in numbers], len(candidates)
 
 
 def all_rows(rows: Rows, counted: Rows, processes: Processes) -> tuple[list[torch.Tensor], ExpertTokens]:

@@ -148,6 +148,16 @@ def _(b: Bench) -> None:
     CalibrationLoader(sequences, compose(sequences), CalibrationSettings(), 0).share(1, 2)
 
 
+@CASES.case("more processes than can share a calibration set", "start 24 or fewer")
+def _(b: Bench) -> None:
+    from rac_modifier.calibration.loader import CalibrationLoader
+    from rac_modifier.calibration.mixture import CalibrationSequence, compose
+    from rac_modifier.settings.calibration import CalibrationSettings
+
+    sequences = [CalibrationSequence((5,) * 16, 1, "traces")] * 32
+    CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=16), 0).share(1, 32)
+
+
 @CASES.case("processes on several machines", "start it with --nnodes 1")
 def _(b: Bench) -> None:
     from rac_modifier.processes import present_processes

@@ -1,7 +1,8 @@
 """Prune in several processes, as torchrun starts them, in one scenario after another: MODEL RECIPES.
 
 Each process is a fork of this one, which has imported everything: a run of its own takes a second, not ten. It runs `rac prune`.
-RECIPES is a folder with paper.yaml, quality.yaml, recovered.yaml and few.yaml, and a mixture of experts with experts.yaml.
+RECIPES is a folder with paper.yaml, quality.yaml, int4.yaml, recovered.yaml and few.yaml, and a mixture of experts with
+experts.yaml.
 Prints what happened as JSON.
 """
 
@@ -99,7 +100,7 @@ def ended(children: Mapping[int, int], agent: bool = False) -> list[int]:
 
 def slow() -> None:
     """A process that comes late to every sum and every result."""
-    for name in ("add_up", "send", "meet"):
+    for name in ("exchanged", "joined", "send", "meet"):
         method, chance = getattr(Processes, name), random.Random(os.getpid())
 
         def late(self: Any, *args: Any, method: Any = method, chance: Any = chance) -> Any:
@@ -110,17 +111,17 @@ def slow() -> None:
 
 
 def fails_at(group: int, how: Before) -> Before:
-    """Do something in place of pruning the so-manieth group."""
+    """Do something in place of pruning the so-manieth group, with the others or beside the one that solves it."""
 
     def before() -> None:
-        solve, groups = pruning_modifier.solve_groups, iter(range(1, 10**6))
+        together, groups = pruning_modifier.solve_together, iter(range(1, 10**6))
 
         def failing(*args: Any, **kwargs: Any) -> Any:
             if next(groups) == group:
                 how()
-            return solve(*args, **kwargs)
+            return together(*args, **kwargs)
 
-        pruning_modifier.solve_groups = failing
+        pruning_modifier.solve_together = failing
 
     return before
 
@@ -166,11 +167,14 @@ def main(model: str, recipes: Path) -> None:
     ) -> None:
         codes[name] = ended(start(of, recipes / f"{recipe}.yaml", name, count, before, run))
 
-    for count in (1, 2, 4):
-        run(f"paper-{count}", "paper", count)
+    for recipe in ("paper", "quality"):
+        for count in (1, 2):
+            run(f"{recipe}-{count}", recipe, count)
+        run(f"{recipe}-4", recipe, 4, {1: slow, 3: slow})
+    for count in (1, 3):
+        run(f"int4-{count}", "int4", count, {2: slow})
     for count in (1, 2):
         run(f"experts-{count}", "experts", count, of=str(recipes / "mixture"))
-    run("slow-4", "paper", 4, {1: slow, 3: slow})
     run("upstream-2", "paper", 2, run=upstream(model, recipes / "paper.yaml", "upstream-2"))
     for count in (1, 2):
         run(f"recovered-{count}", "recovered", count)

@@ -28,11 +28,11 @@ def dense(folder):
 class Seen(ReasoningAwareSparseGPTModifier):
     """Keeps the Hessian of each module."""
 
-    def prune_groups(self, groups):
+    def prune_groups(self, groups, together=None):
         for group in groups:
             for module in group.modules:
                 HESSIANS[self._names[module]] = group.statistics.hessian.matrix().double()
-        super().prune_groups(groups)
+        super().prune_groups(groups, together)
 
 
 HESSIANS: dict[str, torch.Tensor] = {}

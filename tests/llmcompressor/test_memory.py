@@ -129,7 +129,8 @@ def test_activations_are_counted_for_each_stream():
 
 def test_a_large_batch_counts_where_it_is_more_than_the_solver_needs():
     group = GroupShape("q", 64, 64)
-    assert need(batch_tokens=10_000).work(group) == 4 * (64**2 + 10_000 * 64 * 2)
+    assert need(batch_tokens=3_000).work(group) == 4 * (2 * 64**2 + 3_000 * 64 * 2)
+    assert need(batch_tokens=10_000).work(group) == 4 * (2 * 64**2 + 4096 * 64 * 2), "converted 4,096 tokens at a time"
     assert need(batch_tokens=10).work(group) < 4 * 64**2 * 12
 
 

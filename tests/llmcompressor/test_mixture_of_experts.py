@@ -164,11 +164,11 @@ def test_a_killed_run_goes_on_between_two_experts(tmp_path, monkeypatch):
     _, whole = run(tmp_path)
     original, calls = Modifier.prune_groups, []
 
-    def killed(self, groups):
+    def killed(self, groups, together=None):
         calls.append([self._names[module] for group in groups for module in group.modules])
         if len(calls) == 2 + 2 * 2:  # q/k/v, o, one expert, and gate and up of the next one are there
             raise KeyboardInterrupt
-        original(self, groups)
+        original(self, groups, together)
 
     monkeypatch.setattr(Modifier, "prune_groups", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -32,7 +32,7 @@ class Recorder:
         self.names = {module: name for name, module in linears(model).items()}
         self.loader, self.order, self.needs_dense_stream = loader, order, False
         self.chosen, self.checked, self.started, self.pruned = None, None, [], []
-        self.before, self.known, self.restored = known, set(), []
+        self.before, self.known, self.restored, self.ended = known, set(), [], 0
         self.experts, self.expert_floor, self.processes, self.recorded = "routed", 1, Processes(), {}
 
     def calibrated_modules(self):
@@ -56,7 +56,10 @@ class Recorder:
     def on_subgraph_start(self, modules):
         self.started.append([self.names[module] for module in modules if module in self.names])
 
-    def prune_groups(self, groups):
+    def end_lanes(self, count):
+        self.ended += count
+
+    def prune_groups(self, groups, together=None):
         for group in groups:
             self.pruned.append(([self.names[module] for module in group.modules], group.statistics.hessian.tokens))
 

@@ -62,8 +62,8 @@ def test_modules_that_no_token_reached_are_an_error(prune, monkeypatch):
 
     original = Modifier.prune_groups
 
-    def all_but_up(self, groups):
-        original(self, [group for group in groups if "up_proj" not in self._names[group.modules[-1]]])
+    def all_but_up(self, groups, together=None):
+        original(self, [group for group in groups if "up_proj" not in self._names[group.modules[-1]]], together)
 
     monkeypatch.setattr(Modifier, "prune_groups", all_but_up)
     with pytest.raises(RacError, match=r"4 modules saw no calibration token, the first is .*layers\.0\.mlp\.gate_proj"):

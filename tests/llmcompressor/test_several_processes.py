@@ -1,4 +1,4 @@
-"""Pruning in several processes over gloo: the masks of one, and one clear end for all where one of them fails."""
+"""Pruning in several processes over gloo: the bits of one, and one clear end for all where one of them fails."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from tests.started import ROOT
-from tests.tiny import entry, linears, recipe, save_tiny_experts
+from tests.tiny import entry, recipe, save_tiny_experts
 
 pytestmark = pytest.mark.slow
 QUIET = {
@@ -24,17 +22,20 @@ QUIET = {
     "TQDM_DISABLE": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+INT4 = {"config_groups": {"all": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}}
 INT8 = {"config_groups": {"all": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
 
 
 @pytest.fixture(scope="module")
 def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    calibration = {"tokens": 1500, "batch_tokens": 256, "held_out_tokens": 100}
+    # about 14 batches, so that two and four processes have some in each of several lanes
+    calibration = {"tokens": 1500, "batch_tokens": 128, "held_out_tokens": 100}
     recover = {"learning_rate": 1e-4, "tokens": 300, "held_out_tokens": 100, "step_tokens": 128}
     settings = {
         "paper": {"preset": "paper", "calibration": calibration},
         "quality": {"calibration": calibration},
+        "int4": {"calibration": calibration, "quantization": INT4},
         "recovered": {"calibration": calibration, "quantization": INT8, "recover": recover},
         "few": {"calibration": {"tokens": 1500, "batch_tokens": 1024}},
     }
@@ -70,45 +71,28 @@ def result(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return record, {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-def masks(folder: Path) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return {name: linear.weight != 0 for name, linear in linears(model).items()}
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_masks_are_those_of_one_process(ran, count):
+@pytest.mark.parametrize(("name", "count"), [("paper", 2), ("paper", 4), ("quality", 2), ("quality", 4), ("int4", 3)])
+def test_any_number_of_processes_saves_the_bytes_of_one(ran, name, count):
+    """Of 3 and 4 processes, some are slow."""
     folder, told = ran
-    assert told["codes"][f"paper-{count}"] == [0] * count, (folder / f"paper-{count}.0.txt").read_text()[-2000:]
-    expected, found = masks(folder / "paper-1"), masks(folder / f"paper-{count}")
-    same = sum(int((found[name] == mask).sum()) for name, mask in expected.items())
-    assert same >= 0.999 * sum(mask.numel() for mask in expected.values())
-    one, several = (result(folder / name)[0] for name in ("paper-1", f"paper-{count}"))
-    assert several["processes"] == count
-    assert several["divergence"]["kl"] == pytest.approx(one["divergence"]["kl"], rel=1e-3)
-    assert [row["tokens"] for row in several["modules"]] == [row["tokens"] for row in one["modules"]]
-    assert several["calibration"] == one["calibration"]
+    assert told["codes"][f"{name}-{count}"] == [0] * count, (folder / f"{name}-{count}.0.txt").read_text()[-2000:]
+    (one, expected), (several, found) = (result(folder / f"{name}-{number}") for number in (1, count))
+    assert found == expected
+    assert several.pop("processes") == count
+    assert several == one
 
 
-def test_experts_have_the_tokens_that_they_have_in_one_process(ran):
-    """Routed ones and those that are added up to the floor; each process has a part of both."""
+def test_experts_are_those_of_one_process(ran):
+    """Calibrated on routed tokens, and on others that are added up to the floor; each process has a part of both."""
     folder, told = ran
     assert told["codes"]["experts-2"] == [0, 0], (folder / "experts-2.0.txt").read_text()[-2000:]
-    one, two = (result(folder / f"experts-{count}")[0] for count in (1, 2))
-    first = "model.layers.0.mlp.experts"  # before it nothing depends on how sums are rounded but attention
-    assert two["order"]["order"] == one["order"]["order"] == "group"
+    (one, expected), (two, found) = (result(folder / f"experts-{count}") for count in (1, 2))
+    assert one["order"]["order"] == "group"
     assert any(layer["starved"] for layer in one["experts"]["layers"].values())
-    for name in ("least", "median", "most"):
-        found, expected = (record["experts"]["layers"][first]["routed"][name] for record in (two, one))
-        assert found == pytest.approx(expected, abs=10), name  # a token near the border may be routed elsewhere
-    for row in two["modules"]:
-        assert row["tokens"] >= 700
-    assert two["divergence"]["kl"] == pytest.approx(one["divergence"]["kl"], rel=0.2)
-
-
-def test_who_is_slow_changes_no_bit(ran):
-    folder, told = ran
-    assert told["codes"]["slow-4"] == [0] * 4
-    assert result(folder / "slow-4") == result(folder / "paper-4")
+    assert min(row["tokens"] for row in one["modules"]) >= 700
+    assert found == expected
+    assert two.pop("processes") == 2
+    assert two == one
 
 
 def test_oneshot_of_upstream_under_torchrun_does_the_same(ran):
@@ -123,8 +107,9 @@ def test_recovery_of_quantized_weights_ends_as_in_one_process(ran):
     one, two = (result(folder / f"recovered-{count}")[0] for count in (1, 2))
     assert (one["recovery"]["processes"], two["recovery"]["processes"]) == (1, 2)
     assert two["recovery"]["kl_after"] < two["recovery"]["kl_before"]
-    # the refit of a group ends for the modules of each process apart, and ALPS on random weights follows the smallest change
-    assert two["recovery"]["kl_after"] == pytest.approx(one["recovery"]["kl_after"], rel=0.2)
+    assert two["recovery"]["kl_before"] == pytest.approx(one["recovery"]["kl_before"], rel=1e-3)
+    # training adds up gradients in the order of FSDP, and measures batches of other shapes
+    assert two["recovery"]["kl_after"] == pytest.approx(one["recovery"]["kl_after"], rel=0.02)
     assert not (folder / "rac_recovery").exists()
 
 

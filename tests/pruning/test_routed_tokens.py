@@ -1,7 +1,5 @@
 """Which tokens an expert is calibrated on."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.routed_tokens import ExpertTokens, all_rows, filled_up, routed_rows
+from tests.meeting import together
 
 ALONE = Processes()
 
@@ -75,29 +74,28 @@ def test_a_floor_above_all_tokens_takes_all_of_them(batches):
     assert same == ExpertTokens(3, 21)
 
 
-@dataclass(frozen=True)
-class OneOf:
-    """One of several processes, whose sums are known before."""
-
-    rank: int
-    count: int
-    totals: list[list[float]]
-
-    def sums(self, *values):
-        return self.totals.pop(0)
+SHARES = [[0], [1, 4], [2, 5, 3]]  # the numbers of the batches that each of three processes has
 
 
-def test_several_processes_fill_up_to_the_floor_together():
-    counted = [
-        [torch.ones(50, dtype=torch.bool)],
-        [torch.ones(40, dtype=torch.bool)],
-        [torch.ones(30, dtype=torch.bool)],
-    ]
-    rows = [[torch.arange(4)], [torch.arange(0)], [torch.arange(2)]]
-    found = [
-        filled_up(rows[rank], counted[rank], 20, OneOf(rank, 3, [[6.0], [14.0]]))  # type: ignore[arg-type]
-        for rank in range(3)
-    ]
-    assert [tokens for _, tokens in found] == [ExpertTokens(6, 14, evenly=True)] * 3
-    assert sum(len(part) for filled, _ in found for part in filled) == 20
-    assert all(set(mine[0].tolist()) <= set(filled[0].tolist()) for mine, (filled, _) in zip(rows, found, strict=True))
+@pytest.mark.parametrize("near", [False, True])
+def test_several_processes_add_the_tokens_that_one_would(near):
+    sizes = (50, 40, 30, 1, 9, 20)
+    counted = [torch.rand(size) > 0.2 for size in sizes]
+    rows = [real.nonzero().flatten()[:: 7 + i] for i, real in enumerate(counted)]
+    nearness = [(torch.rand(size) * 5).round() for size in sizes]  # many are as near as others
+    floor = sum(map(len, rows)) + 30
+
+    def of(processes, numbers):
+        def given():
+            return [nearness[i] for i in numbers]
+
+        own = [[part[i] for i in numbers] for part in (rows, counted)]
+        filled, tokens = filled_up(*own, floor, processes, given if near else None, numbers)
+        return dict(zip(numbers, (part.tolist() for part in filled), strict=True)), tokens
+
+    expected, tokens = of(ALONE, list(range(6)))
+    assert tokens == ExpertTokens(floor - 30, 30, evenly=not near)
+    ends = together(3, lambda processes: of(processes, SHARES[processes.rank]))
+    assert [tokens for _, tokens in ends] == [ExpertTokens(floor - 30, 30, evenly=not near)] * 3
+    assert {number: taken for found, _ in ends for number, taken in found.items()} == expected
+    assert sum(map(len, expected.values())) == floor

@@ -1,0 +1,124 @@
+"""Sums whose bits do not depend on how many processes (here threads) share the terms."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from rac_modifier.processes import Processes
+from rac_modifier.pruning import lane_sum
+from rac_modifier.pruning.hessian import Hessian, Statistics
+from rac_modifier.pruning.lane_sum import LaneSum
+from tests.meeting import together
+
+LANES, ROWS, COLUMNS = 7, 5, 6
+
+
+@pytest.fixture
+def lanes():
+    """The batches of each lane, of sizes that make every order of addition give other bits; lane 2 has one batch."""
+    return [[torch.randn(ROWS, COLUMNS) * 10.0**i for i in range(1 if lane == 2 else 3)] for lane in range(LANES)]
+
+
+def by_definition(lanes):
+    """Lane by lane, in the order of their numbers; each batch by batch."""
+    total = None
+    for lane in lanes:
+        one = torch.zeros(ROWS, COLUMNS)
+        for batch in lane:
+            one = one + batch
+        total = one if total is None else total + one
+    return total
+
+
+def summed(lanes, processes, blocks=None, slow=None):
+    found = LaneSum(ROWS, COLUMNS, "cpu", blocks=blocks)
+    own = lanes[processes.rank :: processes.count]
+    for lane in [*own, *[[]] * (-(-len(lanes) // processes.count) - len(own))]:
+        for batch in lane:
+            found.lane.add_(batch)
+        if slow is not None:
+            time.sleep(slow.uniform(0, 0.02))
+        found.end_lane(processes)
+    found.finish(processes)
+    return found.total
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
+def test_any_number_of_processes_gives_the_same_bits(lanes, monkeypatch, count):
+    monkeypatch.setattr(lane_sum, "_PIECE", 2 * COLUMNS + 1)  # pieces of two rows and of one
+    expected = by_definition(lanes)
+    ends = together(count, lambda processes: summed(lanes, processes)) if count > 1 else [summed(lanes, Processes())]
+    assert all(torch.equal(end, expected) for end in ends)
+
+
+def test_another_order_would_give_others(lanes):
+    """The comparison above can fail: as a share of each process, or all batches in a row."""
+    expected = by_definition(lanes)
+    assert not torch.equal(by_definition(lanes[::2]) + by_definition(lanes[1::2]), expected)
+    assert not torch.equal(by_definition([[batch for lane in lanes for batch in lane]]), expected)
+
+
+def test_who_is_slow_changes_no_bit(lanes):
+    expected = by_definition(lanes)
+    for seed in range(2):
+        ends = together(
+            3, lambda processes, seed=seed: summed(lanes, processes, slow=random.Random(seed + processes.rank))
+        )
+        assert all(torch.equal(end, expected) for end in ends)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_only_the_blocks_are_summed(lanes, count):
+    blocks, expected = [(0, 2, 3), (2, 5, 6)], by_definition(lanes)
+    ends = together(count, lambda processes: summed(lanes, processes, blocks))
+    for end in ends:
+        assert torch.equal(end[:2, :3], expected[:2, :3])
+        assert torch.equal(end[2:], expected[2:])
+
+
+def test_what_no_lane_ended_is_one():
+    total = LaneSum(1, 2, "cpu")
+    total.lane.add_(torch.tensor([[1.0, 2.0]]))
+    assert total.total.tolist() == [[1.0, 2.0]]
+    total.finish(Processes())
+    assert total.total.tolist() == [[1.0, 2.0]]
+
+
+def test_a_lane_that_was_not_ended_is_noticed():
+    total = LaneSum(1, 1, "cpu")
+    for _ in range(2):
+        total.lane.add_(1.0)
+        total.end_lane(Processes())
+    total.lane.add_(1.0)
+    with pytest.raises(AssertionError, match="was not ended"):
+        total.finish(Processes())
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_statistics_are_those_of_one_process(count):
+    """Hessian, cross moment, and what they are divided by, with weights that have no exact sum."""
+    inputs = [(torch.randn(3 + i % 4, 70), torch.rand(3 + i % 4) / 3) for i in range(18)]
+    weights = [torch.randn(20, 70), torch.randn(30, 70)]
+
+    def of(processes):
+        found = Statistics(70, "cpu", weights)
+        for lane in range(processes.rank, -(-9 // processes.count) * processes.count, processes.count):
+            for x, w in inputs[2 * lane : 2 * lane + 2]:
+                found.add(x, w, x * 1.1)
+            found.end_lanes(1, processes)
+        found.finish(processes)
+        return found.hessian.matrix(), torch.cat(found.cross_moment()), found.hessian.weight_sum, found.hessian.tokens
+
+    hessian, cross, weight, tokens = of(Processes())
+    for end in together(count, of):
+        assert torch.equal(end[0], hessian)
+        assert torch.equal(end[1], cross)
+        assert end[2:] == (weight, tokens)
+    unlaned = Hessian(70)
+    for x, w in inputs:
+        unlaned.add(x, w)
+    torch.testing.assert_close(unlaned.matrix(), hessian)
+    assert not torch.equal(unlaned.matrix(), hessian)
+    assert tokens == unlaned.tokens
