@@ -1,8 +1,8 @@
 """Weights in the order in which the lanes of a GPU's warp read them. csrc/gpu/*.cu describe the layouts.
 
 Pure functions of tensors, on the device that these are on. Of 2:4 weights, a tile is 16 rows, a unit a tile's next 64 (bf16) or
-128 (int8, fp8, int4) columns; rows are padded to 16 and columns to 128 (bf16, int8, fp8) or 256 (int4) with zeros. `unstructured.py` has
-all others.
+128 (int8, fp8, int4) columns; rows are padded to 16 and columns to 128 or 256 (int4) with zeros. `unstructured.py` has all
+others.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ class Streams:
         return -(-columns // QUAD) * (QUAD // self.step)
 
 
-BF16 = Streams(32, 2, per_line=1, ring=96, ahead=3, behind=0, repeated=8, loads=33, most_steps=512, dtype=torch.bfloat16)
+BF16 = Streams(
+    32, 2, per_line=1, ring=96, ahead=3, behind=0, repeated=8, loads=33, most_steps=512, dtype=torch.bfloat16
+)
 INT8 = Streams(step=64, count=1, per_line=4, ring=64, ahead=2, behind=1, repeated=1, loads=34, most_steps=256)
 E4M3 = replace(INT8, dtype=torch.float8_e4m3fn)
 INT4 = {group: replace(INT8, per_line=8, ring=32, scale_columns=group) for group in (64, 128)}

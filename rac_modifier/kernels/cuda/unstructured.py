@@ -131,11 +131,11 @@ def check_values(weight: StoredWeight, bits: int) -> None:
     """
     values, top = weight.values, 1 << bits - 1
     if values.dtype == torch.float8_e4m3fn and bool((values.view(torch.uint8) & 127 == 127).any()):
-        raise RacError(f"{weight.name}: values that are NaN, which the GPU kernels do not have; the checkpoint is damaged")
-    if values.dtype == torch.int8 and values.numel() and not -top <= int(values.min()) <= int(values.max()) < top:
         raise RacError(
-            f"{weight.name}: values outside of {-top} to {top - 1}, which {bits} bits hold; keep it dense"
+            f"{weight.name}: values that are NaN, which the GPU kernels do not have; the checkpoint is damaged"
         )
+    if values.dtype == torch.int8 and values.numel() and not -top <= int(values.min()) <= int(values.max()) < top:
+        raise RacError(f"{weight.name}: values outside of {-top} to {top - 1}, which {bits} bits hold; keep it dense")
 
 
 def _header_bytes(tiles: int, streams: Streams) -> int:
