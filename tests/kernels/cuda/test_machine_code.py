@@ -69,8 +69,12 @@ def decode_kernels(layout: Layout, architecture: str) -> list[tuple[int, int, Ke
     return [(r, t, found[program(layout, r, t).name]) for r, t in tiles_of(layout)]
 
 
+def name_of(value: Layout | str) -> str:
+    return value if isinstance(value, str) else value.title
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "architecture"), BUILDS, ids=lambda value: value.title if isinstance(value, Layout) else value)
+@pytest.mark.parametrize(("layout", "architecture"), BUILDS, ids=name_of)
 class TestMachineCode:
     def test_nothing_is_spilled_and_no_local_memory_is_used(self, layout, architecture):
         for name, kernel in kernels(layout, architecture).items():
