@@ -38,14 +38,17 @@ TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 129)
 TIMED = (1, 8, 16, 32, 2048)
 ODD_SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of an 8B model
-# Bits of a value; columns that share a scale, 0 for all; and whether the weight is 2:4. Of any pattern, half is stored.
+# Bits of a value; columns that share a scale, 0 for all; whether the weight is 2:4; whether values are floats of 8 bits. Of
+# any pattern, half is stored.
 FORMATS = {
     "bf16": (16, 0, True),
     "int8": (8, 0, True),
+    "fp8": (8, 0, True, True),
     "int4 g128": (4, 128, True),
     "int4 g64": (4, 64, True),
     "unstructured": (16, 0, False),
     "unstructured int8": (8, 0, False),
+    "unstructured fp8": (8, 0, False, True),
     "unstructured int4 g128": (4, 128, False),
     "unstructured int4 g64": (4, 64, False),
 }
@@ -53,8 +56,13 @@ CYCLED_BYTES = 512 << 20  # of weights: more than any cache
 Linear = Callable[[Tensor], Tensor]
 
 
-def random_weight(rows: int, columns: int, bits: int = 16, group: int = 0, two_of_four: bool = True) -> StoredWeight:
-    """A weight, half of it stored: normal in bfloat16, or integers with a scale per `group` columns (padded to whole groups)."""
+def random_weight(
+    rows: int, columns: int, bits: int = 16, group: int = 0, two_of_four: bool = True, fp8: bool = False
+) -> StoredWeight:
+    """A weight, half of it stored: normal in bfloat16, or integers or e4m3 with a scale per `group` columns.
+
+    Columns are padded to whole groups.
+    """
     columns = -(-columns // group) * group if group else columns
     kept = (torch.rand(rows, columns // 4, 4).argsort(dim=-1) < 2).view(rows, columns)
     if not two_of_four:
@@ -62,7 +70,11 @@ def random_weight(rows: int, columns: int, bits: int = 16, group: int = 0, two_o
     if bits == 16:
         return from_dense(torch.randn(rows, columns).bfloat16().masked_fill(~kept, 0.0), "random")
     top = 1 << bits - 1
-    values = torch.randint(-top, top, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
+    if fp8:  # all codes but NaN
+        codes = torch.randint(0, 127, (rows, columns)) + 128 * torch.randint(0, 2, (rows, columns))
+        values = codes.masked_fill(~kept, 0).to(torch.uint8).view(torch.float8_e4m3fn)
+    else:
+        values = torch.randint(-top, top, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
     scale = torch.rand(rows, columns // group if group else 1) + 0.1
     return replace(from_dense(values, "random"), scale=scale, bits=bits)
 
@@ -89,7 +101,7 @@ def check(device: str, shapes: tuple[tuple[int, int], ...], tokens: tuple[int, .
                 y = linear(x)
                 terms = x.double().abs() @ dense.abs().T + bias.double().abs()
                 exact = x.double() @ dense.T + bias.double()
-                # Expanded, integers are scaled and rounded.
+                # Expanded, quantized values are scaled and rounded.
                 rounded = 2.0**-8 * terms if weight.scale is not None and number > 128 else 0.0
                 error = float(((y.double() - exact).abs() / (terms * 2.0**-19 + exact.abs() * 2.0**-8 + rounded)).max())
                 what = f"{name} [{rows}, {weight.columns}] times {number} tokens"

@@ -18,9 +18,11 @@ from rac_modifier.files import read_json
 from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
 from rac_modifier.kernels.cuda.layout import (
     BF16,
+    E4M3,
     INT4,
     INT8,
     UNSTRUCTURED,
+    UNSTRUCTURED_E4M3,
     UNSTRUCTURED_INT4,
     UNSTRUCTURED_INT8,
     Layout,
@@ -40,10 +42,12 @@ CONTENDERS = {
     "dense int4": "int4",
     "bf16": BF16,
     "int8": INT8,
+    "fp8": E4M3,
     "int4 g128": INT4[128],
     "int4 g64": INT4[64],
     "unstructured": UNSTRUCTURED,
     "unstructured int8": UNSTRUCTURED_INT8,
+    "unstructured fp8": UNSTRUCTURED_E4M3,
     "unstructured int4 g128": UNSTRUCTURED_INT4[128],
     "unstructured int4 g64": UNSTRUCTURED_INT4[64],
 }  # as make gpu-check names them
@@ -65,6 +69,12 @@ def unstructured_time(card: Card, model: str, tokens: int, sparsity: float, layo
     shapes, layers = MODELS[model]
     each = [sparse_time(card, layout, *s, tokens, 1 - sparsity).total for s in shapes.values()]
     return layers * sum(each) / 1000
+
+
+def two_of_four_time(card: Card, model: str, tokens: int, layout: Layout) -> float:
+    """Milliseconds of all layers of a model, 2:4."""
+    shapes, layers = MODELS[model]
+    return layers * sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values()) / 1000
 
 
 def bound(card: Card, model: str, tokens: int, layout: Layout = INT4[128]) -> str:
@@ -127,11 +137,31 @@ def int8_24() -> Iterator[str]:
     for card in CARDS:
         for model in MODELS:
             for tokens in TOKENS:
-                t, (shapes, layers) = times(card, model, tokens), MODELS[model]
-                taken = layers * sum(sparse_time(card, INT8, *s, tokens).total for s in shapes.values()) / 1000
+                t, taken = times(card, model, tokens), two_of_four_time(card, model, tokens, INT8)
                 gains = " | ".join(f"{t[name] / taken:.2f}x" for name in ("fp8", "bf16", "int4"))
                 numbers = f"{t['fp8']:.2f} | {taken:.2f} | {gains} | {bound(card, model, tokens, INT8)}"
                 yield f"| {card.name} | {model} | {tokens} | {numbers} |"
+
+
+def fp8() -> Iterator[str]:
+    """Fp8, 2:4 and of any pattern: every card, model and number of tokens, over dense FP8 and over int4."""
+    head = "fp8, ms | 2:4 + fp8, ms | over fp8 | over int4 | bound by"
+    yield f"| card | model | tokens | {head} | 50 % + fp8, ms | over fp8 | 60 % | 70 % | 50 % over int4 | 50 % bound by |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    for card in CARDS:
+        for model in MODELS:
+            for tokens in TOKENS:
+                t, even = times(card, model, tokens), two_of_four_time(card, model, tokens, E4M3)
+                each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_E4M3) for share in (0.5, 0.6, 0.7)]
+                gains = [t["fp8"] / time for time in each] + [t["int4"] / each[0]]
+                cells = [
+                    f"{t['fp8']:.2f} | {even:.2f} | {t['fp8'] / even:.2f}x | {t['int4'] / even:.2f}x",
+                    bound(card, model, tokens, E4M3),
+                    f"{each[0]:.2f}",
+                    *(f"{gain:.2f}x" for gain in gains),
+                    bound(card, model, tokens, UNSTRUCTURED_E4M3),
+                ]
+                yield f"| {card.name} | {model} | {tokens} | {' | '.join(cells)} |"
 
 
 def ports() -> Iterator[str]:
@@ -210,6 +240,7 @@ TABLES = {
     "Unstructured int8": int8,
     "2:4 + int8": int8_24,
     "Unstructured int4": int4,
+    "Fp8 values": fp8,
 }
 
 

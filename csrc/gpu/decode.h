@@ -5,6 +5,7 @@
 // products. At the end the warps' sums are added in a fixed order: the same input gives the same bits.
 //
 // FORMAT says what a unit is: the weights of 16 rows and FORMAT::COLUMNS columns, FORMAT::BYTES, in the order that lanes read.
+// ROW_SCALES: 0, or what sums are multiplied by, times the scale of their row.
 // Lane l of a warp: g = l / 4, t = l % 4. Sums d[0], d[1] are row g, tokens 2t, 2t + 1; d[2], d[3] are row g + 8.
 #pragma once
 
@@ -38,16 +39,6 @@ DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* b
       global_store_bf16(out + (static_cast<long long>(token) * rows + row) * 2, total);
     }
   }
-}
-
-// Integers of 8 bits as bf16: of a word of four bytes v + 128, `even` has v / 64 of bytes 0 and 2, `odd` of bytes 1 and 3. A bf16 whose
-// bits are a byte u is u 2^-133, below and above 128 alike: there the exponent becomes 1, which stands for the same power of two. So
-// this is u 2^-133 2^127 - 2, and exact.
-constexpr float INTEGER_SCALE = 64.0f;  // the sums of such values are multiplied by it
-DEVICE u32 two_integers(u32 two) { return fma_bf16x2(two, 0x7f007f00, 0xc000c000); }
-DEVICE void four_integers(u32 four, u32& even, u32& odd) {
-  even = two_integers(four & 0x00ff00ff);
-  odd = two_integers(choose_bytes(four, 0, 0x4341));
 }
 
 template <class FORMAT_, int ROW_TILES_, int TOKEN_TILES_, int UNITS_, int STAGES_, int WARPS_>
@@ -155,7 +146,7 @@ struct Decode {
     float scale = 1.0f;
     if (FORMAT::ROW_SCALES) {
       const int own = tile * 16 + lane % (ROW_TILES * 16), scaled = own < rows ? own : 0;
-      scale = global_load_float(weight + (last_tile + 1) * stride + scaled * 4ll) * INTEGER_SCALE;
+      scale = global_load_float(weight + (last_tile + 1) * stride + scaled * 4ll) * FORMAT::ROW_SCALES;
     }
     const u32 ring = warp * RING_BYTES, end = ring + RING_BYTES;
     UNROLL

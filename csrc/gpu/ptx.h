@@ -84,7 +84,8 @@ DEVICE u32 and_or(u32 a, u32 b, u32 c) {
 // The low halves of two registers as one.
 DEVICE u32 two_halves(u32 low, u32 high) { return __byte_perm(low, high, 0x5410); }
 
-// Four of the eight bytes of low and high; nibble k of `which`, 0 to 7, says which is byte k. The upper half of `which` is not read.
+// Four of the eight bytes of low and high; nibble k of `which` says which is byte k, plus 8: eight times that byte's sign. The upper half of
+// `which` is not read.
 DEVICE u32 choose_bytes(u32 low, u32 high, u32 which) {
   u32 d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(which));  // __byte_perm masks `which`

@@ -7,7 +7,7 @@
 
 struct Bf16 {
   static constexpr int COLUMNS = 64, BYTES = 1152, PRODUCTS = 2;
-  static constexpr bool ROW_SCALES = false;
+  static constexpr float ROW_SCALES = 0.0f;
   u32 at, metadata;
 
   DEVICE void open(u32 unit, u32 lane) {

@@ -24,7 +24,7 @@ DEVICE uint4 eight_values(u32 word) {
 struct Int4 {
   static constexpr int COLUMNS = 128, SCALES = COLUMNS / GROUP, BYTES = 768 + 64 * SCALES, PRODUCTS = 4;
   static constexpr int PRODUCTS_PER_SCALE = GROUP / 32;
-  static constexpr bool ROW_SCALES = false;
+  static constexpr float ROW_SCALES = 0.0f;
   u32 unit, lane, words[4], metadata[2];
 
   DEVICE void open(u32 unit_, u32 lane_) {

@@ -4,6 +4,7 @@
 // packer cuts segments where they have about as many bytes. A step is a tile's next FORMAT::STEP columns, of which a lane has STEP
 // weights, in rows g, g + 8, g + 16 and g + 24, in the STEP / 4 columns that begin at t STEP / 4: these are pieces of 16 bytes of a row of x, which are
 // its B operands as they are. FORMAT says which bit of the lane's mask stands for which weight.
+// ROW_SCALES: 0, or what sums are multiplied by, times the scale of their row.
 //
 // A lane has streams of values of its own, and takes the next value of a stream where the mask says that it is stored. A line is 128
 // bytes; in each line a lane has the word whose number is its own: it reads its own bank only. A ring in shared memory has FORMAT::RING lines,
@@ -111,7 +112,8 @@ struct Unstructured {
     const u32 lane = thread_index() % 32, warp = warp_index();
     const int tile = block_x(), token0 = block_y() * TOKEN_TILES * 8;
     const int row = global_load4(weight + (tile * 32ll + lane) * 4);
-    const float scale = FORMAT::SCALED ? FORMAT::of_scale(global_load_float(scale_of(weight, rows, tile * 32 + lane))) : 1.0f;
+    float scale = 1.0f;
+    if (FORMAT::ROW_SCALES) scale = global_load_float(scale_of(weight, rows, tile * 32 + lane)) * FORMAT::ROW_SCALES;
     Unstructured self;
     self.segment = segment_of<FORMAT>(weight, rows, units, tile, warp);
     self.lane = lane;
@@ -164,61 +166,6 @@ DEVICE void store_eight(u8* out, const u32 (&four)[2][4], int row, int column, i
     }
   }
 }
-
-// Dense rows of a FORMAT of integers of BITS bits, scaled and rounded to bf16, in the sorted order, from sorted row 16 first_tile on
-// (first_tile is even); a warp per segment.
-template <class FORMAT, int BITS>
-DEVICE void expand_integers(const u8* weight, u8* out, int rows, int columns, int units, int first_tile) {
-  constexpr int PER_WORD = 32 / BITS, ZERO = 1 << (BITS - 1);
-  const u32 lane = thread_index() % 32, g = lane / 4, t = lane % 4;
-  const int tile = first_tile / 2 + block_x();
-  const Segment segment = segment_of<FORMAT>(weight, rows, units, tile, warp_index());
-  const u8* from = segment.values + lane * 4;
-  const int values = segment.groups * GROUP_LINES * PER_WORD;
-  int next = 0;
-  float scale[4];
-  if (FORMAT::SCALED) {  // per row
-    UNROLL
-    for (int h = 0; h < 4; h++) scale[h] = FORMAT::scale_in(weight, rows, tile, segment, 0, h, g);
-  }
-  for (int step = 0; step < segment.steps; step++) {
-    if (!FORMAT::SCALED) {
-      UNROLL
-      for (int h = 0; h < 4; h++) scale[h] = FORMAT::scale_in(weight, rows, tile, segment, step, h, g);
-    }
-    UNROLL
-    for (int i = 0; i < 2; i++) {
-      const u32 mask = global_load4(segment.masks + step * 2 * LINE + lane * 8 + i * 4);
-      UNROLL
-      for (int piece = 0; piece < 2; piece++) {  // 8 columns
-        u32 four[2][4];  // of rows g and g + 8
-        UNROLL
-        for (int p = 0; p < 4; p++) {  // group n, columns 2 p and 2 p + 1 of the piece
-          const int n = 4 * piece + p;
-          u32 bits[4];
-          UNROLL
-          for (int k = 0; k < 4; k++) {
-            const bool stored = mask >> (n % 4 + 16 * (n / 4) + 4 * k) & 1 && next < values;
-            u32 value = ZERO;
-            if (stored) value = global_load4(from + next / PER_WORD * LINE) >> (next % PER_WORD * BITS) & ((1 << BITS) - 1);
-            next += stored;
-            bits[k] = bf16_bits(scale[2 * i + k % 2] * static_cast<float>(static_cast<int>(value) - ZERO));
-          }
-          four[0][p] = two_halves(bits[0], bits[2]);
-          four[1][p] = two_halves(bits[1], bits[3]);
-        }
-        const int column = (segment.first_step + step) * 64 + t * 16 + piece * 8;
-        store_eight(out, four, 16 * i + g, column, rows, columns, first_tile);
-      }
-    }
-  }
-}
-
-#define EXPAND_INTEGERS_KERNEL(NAME, FORMAT, BITS)                                                               \
-  KERNEL(NAME, WARPS * 32)                                                                                       \
-  (const u8* weight, const u8*, const u8*, u8* out, int rows, int columns, int, int units, int first_tile) {     \
-    expand_integers<FORMAT, BITS>(weight, out, rows, columns, units, first_tile);                                \
-  }
 
 #define UNSTRUCTURED_KERNEL(NAME, FORMAT, TOKEN_TILES)                                                          \
   KERNEL(NAME, WARPS * 32)                                                                                      \

@@ -8,9 +8,8 @@
 struct Bf16Streams {
   static constexpr int STEP = 32, AHEAD = 3, RING = 96, MASKS = 1, COUNTS_BYTES = 512, ALIGNED = 128;
   static constexpr int REPEATED = 8;  // lines: half a step, 8 places, is read without a look at the ring's end
-  static constexpr bool SCALED = false;
+  static constexpr float ROW_SCALES = 0.0f;
   static DEVICE int scale_lines(int) { return 0; }
-  static DEVICE float of_scale(float scale) { return scale; }
 
   u32 even, odd, end, lane;
 

@@ -91,7 +91,7 @@ def test_any_pattern_has_a_kernel_and_fused_parts_the_density_of_all():
     ("changes", "reason"),
     [
         ({"dtype": torch.int8, "groups": 2}, "there is no GPU kernel for int8 in groups of 128"),
-        ({"dtype": torch.float8_e4m3fn}, "there is no GPU kernel for float8_e4m3fn"),
+        ({"dtype": torch.float8_e5m2}, "there is no GPU kernel for float8_e5m2"),
         ({"dtype": torch.int32, "groups": 8}, "there is no GPU kernel for int4 in groups of 32"),
     ],
 )

@@ -148,15 +148,17 @@ def test_the_sources_of_the_gpu_kernels_are_found_where_it_is_installed(installe
     )
     done = run(installed, tmp_path, "-c", code)
     assert done.stdout.split() == [
+        "bytes.h",
         "decode.h",
         "ptx.h",
+        "sparse24_8bit.cu",
         "sparse24_bf16.cu",
         "sparse24_int4.cu",
-        "sparse24_int8.cu",
         "unstructured.h",
+        "unstructured_8bit.cu",
         "unstructured_bf16.cu",
         "unstructured_int4.cu",
-        "unstructured_int8.cu",
+        "windows.h",
         "True",
     ]
 

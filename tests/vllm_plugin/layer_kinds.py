@@ -80,9 +80,9 @@ def finish(layer: LinearBase) -> None:
     layer.quant_method.process_weights_after_loading(layer)
 
 
-def quantized_config(format: str) -> RacSparseConfig:
-    """A config whose weights are quantized too, as `from_config` makes it."""
-    return RacSparseConfig.from_config(quantization_config(format, "int8", []))
+def quantized_config(format: str, scheme: str = "int8") -> RacSparseConfig:
+    """A config whose weights and activations are quantized too, as `from_config` makes it."""
+    return RacSparseConfig.from_config(quantization_config(format, scheme, []))
 
 
 def quantized(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -80,23 +80,29 @@ def test_a_rank_multiplies_its_share_of_any_pattern(gpu, monkeypatch, kind, rank
     assert len(gpu.launches) == 1
 
 
-@pytest.mark.parametrize(("format", "kernel"), [(FORMAT_24, "2:4 int8"), (FORMAT_BITMASK, "unstructured int8")])
-@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_multiplies_its_share_of_int8(gpu, monkeypatch, kind, rank, size, format, kernel):
-    """With the limit lifted, as above."""
+@pytest.mark.parametrize(
+    ("scheme", "rank", "size", "kind"),
+    [
+        *(("int8", *rank, kind) for rank in ((0, 1), (1, 2)) for kind in KINDS),
+        ("fp8", 0, 1, "qkv"),
+        ("fp8", 1, 2, "row"),
+    ],
+)
+@pytest.mark.parametrize(("format", "kernel"), [(FORMAT_24, "2:4"), (FORMAT_BITMASK, "unstructured")])
+def test_a_rank_multiplies_its_share_of_8_bits(gpu, monkeypatch, scheme, kind, rank, size, format, kernel):
+    """Activations stay bfloat16, although the scheme is W8A8. With the limit lifted, as above."""
     monkeypatch.setattr("rac_modifier.kernels.cuda.backend._LEAST_CEILING", 0.0)
     on_rank(monkeypatch, rank, size)
-    dense, sparse = make(kind, None), make(kind, quantized_config(format))
+    dense, sparse = make(kind, None), make(kind, quantized_config(format, scheme))
     sparse.quant_method.dtype = BF16
     for shard, module, weight in weights_of(kind, format == FORMAT_24):
-        values, scale, meant = quantized(weight, "int8")
+        values, scale, meant = quantized(weight, scheme)
         load(dense, shard, {"weight": meant})
         load(sparse, shard, {**pack(values, format, module), "weight_scale": scale})
     expected = dense.weight.data.clone()
     finish(sparse)
     decision = sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix]
-    assert decision.kernel == f"sparse GPU kernel {kernel}"
+    assert decision.kernel == f"sparse GPU kernel {kernel} {scheme}"
     gpu.capturing = True
     x = torch.randn(3, expected.shape[1]).to(BF16)
     y = sparse.quant_method.apply(sparse, x)

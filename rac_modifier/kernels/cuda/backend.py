@@ -40,7 +40,7 @@ def requested() -> bool:
 
 
 def can_run(layer: Layer) -> Decision:
-    """Sparse where it is asked for, the weight is bfloat16, int8 or int4, and the kernels compile and load."""
+    """Sparse where it is asked for, the weight is bfloat16, int8, fp8 or int4, and the kernels compile and load."""
     dense_bytes = float(layer.served.itemsize)
     layout, problem = _plan(layer)
     size = dense_bytes if layout is None else bytes_per_weight(layer, layout)
@@ -98,8 +98,8 @@ def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
         return None, "its values have zero points; the GPU kernels take symmetric int4 and int8"
     if layout is None:
         name = "int4" if layer.stored == torch.int32 else str(layer.stored).removeprefix("torch.")
-        groups = f" in groups of {layer.group}" if name in ("int4", "int8") else ""
-        exist = "bfloat16, int8 with one scale per row, and int4 in groups of 64 or 128"
+        groups = f" in groups of {layer.group}" if layer.group != layer.columns else ""
+        exist = "bfloat16, int8 and float8_e4m3fn with one scale per row, and int4 in groups of 64 or 128"
         return None, f"there is no GPU kernel for {name}{groups}; those that exist take {exist}"
     if layer.columns % 8:
         return layout, f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"

@@ -1,13 +1,13 @@
 """Weights in the order in which the lanes of a GPU's warp read them. csrc/gpu/*.cu describe the layouts.
 
 Pure functions of tensors, on the device that these are on. Of 2:4 weights, a tile is 16 rows, a unit a tile's next 64 (bf16) or
-128 (int8, int4) columns; rows are padded to 16 and columns to 128 (bf16, int8) or 256 (int4) with zeros. `unstructured.py` has
-all others.
+128 (int8, fp8, int4) columns; rows are padded to 16 and columns to 128 or 256 (int4) with zeros. `unstructured.py` has all
+others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ _ROWS_AT_ONCE = 1024  # bounds the memory that packing needs beside its result
 class Layout:
     """A packed form. `unit_columns` columns of a tile take `unit_bytes`; rows have a multiple of `units_at_once` units.
 
-    `group`: columns that share a scale; 0 for bf16, and for int8, which has one per row: `row_scales`. `source` has the kernels,
-    compiled with the macros of `defines`; their names begin with `prefix`. `title` is for people. A weight of any pattern has
-    units of 128 bytes, as many as it needs, `unit_columns` 0, and `streams`.
+    `group`: columns that share a scale; 0 for bf16, and for int8 and fp8 (e4m3), which have one per row: `row_scales`. `source`
+    has the kernels, compiled with the macros of `defines`; their names begin with `prefix`. `title` is for people. A weight of
+    any pattern has units of 128 bytes, as many as it needs, `unit_columns` 0, and `streams`. `dtype`: of the packed form.
     """
 
     prefix: str
@@ -40,11 +40,13 @@ class Layout:
     title: str = "2:4"
     streams: schedule.Streams | None = None
     row_scales: bool = False
+    e4m3: bool = False
+    dtype: torch.dtype = torch.uint8
 
     @property
     def defines(self) -> tuple[str, ...]:
         """Macros for the compiler."""
-        return (f"GROUP={self.group}",) if self.group else ()
+        return (f"GROUP={self.group}",) if self.group else ("E4M3",) if self.e4m3 else ()
 
     def padded_columns(self, columns: int) -> int:
         """Columns with their padding."""
@@ -73,32 +75,34 @@ class Layout:
 
 BF16 = Layout("rac_24_bf16", "sparse24_bf16.cu", 64, 1152, 2)
 INT4 = {g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + 4 * TILE * 128 // g, 2, g, "2:4 int4") for g in GROUPS}
-INT8 = Layout("rac_24_int8", "sparse24_int8.cu", 128, 1280, 1, title="2:4 int8", row_scales=True)
-UNSTRUCTURED = Layout(
-    "rac_unstructured_bf16", "unstructured_bf16.cu", 0, schedule.LINE, 1, 0, "unstructured", schedule.BF16
-)
-UNSTRUCTURED_INT8 = Layout(
-    "rac_unstructured_int8", "unstructured_int8.cu", 0, schedule.LINE, 1, 0, "unstructured int8", schedule.INT8, True
-)
-UNSTRUCTURED_INT4 = {
-    group: Layout(
-        "rac_unstructured_int4", "unstructured_int4.cu", 0, schedule.LINE, 1, group, "unstructured int4", streams
+INT8 = Layout("rac_24_8bit", "sparse24_8bit.cu", 128, 1280, 1, title="2:4 int8", row_scales=True)
+E4M3 = replace(INT8, title="2:4 fp8", e4m3=True, dtype=torch.uint32)
+
+
+def _any_pattern(values: str, title: str, streams: schedule.Streams) -> Layout:
+    prefix, source = f"rac_unstructured_{values}", f"unstructured_{values}.cu"
+    of_e4m3, dtype = streams is schedule.E4M3, unstructured.PACKED[streams]
+    return Layout(
+        prefix, source, 0, schedule.LINE, 1, streams.scale_columns, title, streams, streams.row_scales, of_e4m3, dtype
     )
-    for group, streams in schedule.INT4.items()
-}
-_TWO_OF_FOUR = (BF16, INT8, *INT4.values())
-ALL = (*_TWO_OF_FOUR, UNSTRUCTURED, UNSTRUCTURED_INT8, *UNSTRUCTURED_INT4.values())
-_ANY_PATTERN = {  # by the dtype of what is packed
-    unstructured.PACKED[layout.streams]: layout for layout in ALL if layout.streams is not None
-}
+
+
+UNSTRUCTURED = _any_pattern("bf16", "unstructured", schedule.BF16)
+UNSTRUCTURED_INT8 = _any_pattern("8bit", "unstructured int8", schedule.INT8)
+UNSTRUCTURED_E4M3 = _any_pattern("8bit", "unstructured fp8", schedule.E4M3)
+UNSTRUCTURED_INT4 = {group: _any_pattern("int4", "unstructured int4", schedule.INT4[group]) for group in GROUPS}
+_TWO_OF_FOUR = (BF16, INT8, E4M3, *INT4.values())
+_ANY_PATTERN = (UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_E4M3, *UNSTRUCTURED_INT4.values())
+ALL = (*_TWO_OF_FOUR, *_ANY_PATTERN)
 
 
 def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool = True) -> Layout | None:
     """The layout of values of this dtype (int32: of four bits) of which `group` columns share a scale; None if there is none."""
     if stored in FLOATS:
         return BF16 if two_of_four else UNSTRUCTURED
-    if stored == torch.int8:
-        return None if group != columns else INT8 if two_of_four else UNSTRUCTURED_INT8
+    if stored in (torch.int8, torch.float8_e4m3fn):
+        by_pattern = (UNSTRUCTURED_INT8, INT8) if stored == torch.int8 else (UNSTRUCTURED_E4M3, E4M3)
+        return by_pattern[two_of_four] if group == columns else None
     if stored != torch.int32:
         return None
     layouts = INT4 if two_of_four else UNSTRUCTURED_INT4
@@ -108,16 +112,20 @@ def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool =
 def layout_of_packed(packed: Tensor, rows: int, columns: int) -> Layout | None:
     """The layout of what `pack` returned for a weight [rows, columns]; None for anything else.
 
-    The dtype tells layouts of any pattern; the others are uint8, of which no two take equally many bytes.
+    The dtype tells it, and of uint8 the size: no two layouts of 2:4 weights in uint8 take equally many bytes.
     """
     nbytes = packed.numel() * packed.element_size()
-    if packed.dim() != 1 or packed.dtype not in (torch.uint8, *_ANY_PATTERN):
+    if packed.dim() != 1:
         return None
-    layout = _ANY_PATTERN.get(packed.dtype)
-    if layout is not None and layout.streams is not None:
-        fits = nbytes % schedule.LINE == 0 and nbytes >= unstructured.least_bytes(rows, columns, layout.streams)
-        return layout if fits and columns <= unstructured.MOST_COLUMNS else None
-    return next((layout for layout in _TWO_OF_FOUR if layout.nbytes(rows, columns) == nbytes), None)
+    for layout in ALL:
+        if packed.dtype != layout.dtype:
+            continue
+        if layout.streams is not None:
+            fits = nbytes % schedule.LINE == 0 and nbytes >= unstructured.least_bytes(rows, columns, layout.streams)
+            return layout if fits and columns <= unstructured.MOST_COLUMNS else None
+        if layout.nbytes(rows, columns) == nbytes:
+            return layout
+    return None
 
 
 def units_of(layout: Layout, packed: Tensor, columns: int) -> int:
@@ -126,7 +134,7 @@ def units_of(layout: Layout, packed: Tensor, columns: int) -> int:
 
 
 def pack(weight: StoredWeight, layout: Layout) -> Tensor:
-    """The packed form, 1-D: uint8 of a weight with at most two of each four columns stored, another dtype of any other.
+    """The packed form, 1-D, in the layout's dtype.
 
     Values of other float dtypes are rounded to bfloat16.
 
@@ -141,9 +149,10 @@ def pack(weight: StoredWeight, layout: Layout) -> Tensor:
             f"{name}: more than two of four columns are stored; keep it dense, the layout is for 2:4 weights"
         )
     scaled = layout.row_scales or bool(layout.group)
-    if scaled == (weight.scale is None) or weight.values.is_floating_point() == scaled:
+    held = (torch.float8_e4m3fn,) if layout.e4m3 else (torch.int8,) if scaled else FLOATS
+    if scaled == (weight.scale is None) or weight.values.dtype not in held:
         raise RacError(
-            f"{name}: values of {weight.values.dtype}, which the layout {layout.prefix} does not hold; keep it dense"
+            f"{name}: values of {weight.values.dtype}, which the layout {layout.title} does not hold; keep it dense"
         )
     if group != weight.columns and (layout.row_scales or (layout.group and group % layout.group)):
         per = layout.group or "row"
@@ -152,12 +161,11 @@ def pack(weight: StoredWeight, layout: Layout) -> Tensor:
         raise RacError(
             f"{name}: zero points, for which there is no GPU kernel; quantize symmetrically, or keep it dense"
         )
-    if layout.group and weight.values.numel() and not -8 <= int(weight.values.min()) <= int(weight.values.max()) <= 7:
-        raise RacError(f"{name}: values outside of -8 to 7, which four bits hold; keep it dense")
+    unstructured.check_values(weight, 4 if layout.group else 8)
     parts = [_pack_rows(part, layout) for part in _parts(weight)]
     if layout.row_scales and weight.scale is not None:
         parts.append(pad_zeros(weight.scale[:, 0].float(), (0, -weight.rows % TILE)).view(torch.uint8))
-    return torch.cat(parts)
+    return torch.cat(parts).view(layout.dtype)
 
 
 def _parts(weight: StoredWeight) -> list[StoredWeight]:
@@ -171,7 +179,8 @@ def _pack_rows(weight: StoredWeight, layout: Layout) -> Tensor:
     bits = torch.arange(8, dtype=torch.uint8, device=weight.bitmask.device)
     stored = (weight.bitmask.unsqueeze(-1) >> bits & 1).bool().flatten(1)[:, : weight.columns]
     s0, s1, _, s3 = pad_zeros(stored, padding).view(rows, -1, 4).unbind(-1)
-    d0, d1, d2, d3 = pad_zeros(weight.dense(), padding).view(rows, -1, 4).unbind(-1)
+    dense = weight.dense().view(torch.int8) if layout.e4m3 else weight.dense()
+    d0, d1, d2, d3 = pad_zeros(dense, padding).view(rows, -1, 4).unbind(-1)
     # Where the two values are: i0 < i1, also where fewer than two are stored; as torch's converter for CUTLASS has it.
     last, both = s3 | ~(s0 | s1), s0 & s1
     first = torch.where(s0, d0, torch.where(s1, d1, d2))
@@ -183,7 +192,7 @@ def _pack_rows(weight: StoredWeight, layout: Layout) -> Tensor:
     shape = (rows // TILE, 2, 8, -1, products, 2, 4)
     values = torch.stack([first, second], dim=-1).view(*shape, 2)
     packed = (
-        _int4_values(values) if layout.group else _int8_values(values) if layout.row_scales else _bf16_values(values)
+        _int4_values(values) if layout.group else _bytes(values, layout) if layout.row_scales else _bf16_values(values)
     )
     parts = [packed, _metadata((i0 | i1 << 2).view(shape))]
     if layout.group:
@@ -197,10 +206,10 @@ def _bf16_values(values: Tensor) -> Tensor:
     return ordered.view(torch.uint8).flatten(2)
 
 
-def _int8_values(values: Tensor) -> Tensor:
-    """Bytes [tiles, units, 1024]: pair of products, lane (g, t), product, q; byte 2 b + h, plus 128."""
+def _bytes(values: Tensor, layout: Layout) -> Tensor:
+    """Bytes [tiles, units, 1024]: pair of products, lane (g, t), product, q; byte 2 b + h, of int8 plus 128."""
     ordered = values.unflatten(4, (2, 2)).permute(0, 3, 4, 2, 7, 5, 6, 8, 1).contiguous()
-    return (ordered.view(torch.uint8) ^ 128).flatten(2)
+    return (ordered.view(torch.uint8) ^ (0 if layout.e4m3 else 128)).flatten(2)
 
 
 def _int4_values(values: Tensor) -> Tensor:

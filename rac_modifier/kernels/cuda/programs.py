@@ -28,7 +28,7 @@ _INT4 = {
     (1, 4): (1, 4, 2),
     (2, 4): (1, 4, 2),
 }
-_INT8 = {
+_BYTES = {
     (1, 1): (1, 4, 4),
     (2, 1): (1, 4, 4),
     (1, 2): (1, 4, 4),
@@ -104,4 +104,4 @@ def tiles_of(layout: Layout) -> tuple[tuple[int, int], ...]:
 
 
 def _chunks(layout: Layout) -> dict[tuple[int, int], tuple[int, int, int]]:
-    return _INT4 if layout.group else _INT8 if layout.row_scales else _BF16
+    return _INT4 if layout.group else _BYTES if layout.row_scales else _BF16

@@ -26,7 +26,7 @@ class Streams:
     ring: lines in shared memory. ahead: steps between the start of a copy and its use. behind: lines that are read behind the
     one of the last value. repeated: lines of the ring that are copied twice. loads: of 128 bytes at most that a warp makes from
     shared memory per step, for values and masks. most_steps: of a segment. scale_columns: that share a line of scales behind the
-    masks; 0 where there is none.
+    masks; 0 where there is none. dtype: of the values as a checkpoint has them; int8 also of those with four bits.
     """
 
     step: int
@@ -39,6 +39,7 @@ class Streams:
     loads: int
     most_steps: int
     scale_columns: int = 0
+    dtype: torch.dtype = torch.int8
 
     @property
     def places(self) -> int:
@@ -55,6 +56,11 @@ class Streams:
         """Bits of a value."""
         return LINE // (32 * self.count) * 8 // self.per_line
 
+    @property
+    def row_scales(self) -> bool:
+        """Whether a row has one scale, beside the order of rows."""
+        return self.value_bits == 8
+
     def scale_lines(self, steps: Tensor) -> Tensor:
         """Lines of scales that so many steps of a segment have."""
         return steps * self.step // self.scale_columns if self.scale_columns else torch.zeros_like(steps)
@@ -68,8 +74,11 @@ class Streams:
         return -(-columns // QUAD) * (QUAD // self.step)
 
 
-BF16 = Streams(step=32, count=2, per_line=1, ring=96, ahead=3, behind=0, repeated=8, loads=33, most_steps=512)
+BF16 = Streams(
+    32, 2, per_line=1, ring=96, ahead=3, behind=0, repeated=8, loads=33, most_steps=512, dtype=torch.bfloat16
+)
 INT8 = Streams(step=64, count=1, per_line=4, ring=64, ahead=2, behind=1, repeated=1, loads=34, most_steps=256)
+E4M3 = replace(INT8, dtype=torch.float8_e4m3fn)
 INT4 = {group: replace(INT8, per_line=8, ring=32, scale_columns=group) for group in (64, 128)}
 
 

@@ -15,11 +15,11 @@ from torch.nn.functional import pad as pad_zeros
 from rac_modifier.checkpoint.bitmask import row_counts
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda.schedule import BF16, GROUP, INT4, INT8, LINE, QUAD, SEGMENTS, Streams, plan_of
+from rac_modifier.kernels.cuda.schedule import BF16, E4M3, GROUP, INT4, INT8, LINE, QUAD, SEGMENTS, Streams, plan_of
 
 TILE = 32  # rows
 MOST_COLUMNS = 65536  # of all segments' steps
-PACKED = {BF16: torch.int32, INT8: torch.int8, INT4[64]: torch.int16, INT4[128]: torch.int64}
+PACKED = {BF16: torch.int32, INT8: torch.int8, E4M3: torch.uint16, INT4[64]: torch.int16, INT4[128]: torch.int64}
 """The dtype of what is packed, which tells the layout."""
 _WEIGHTS_AT_ONCE = 1 << 22  # bounds the memory that packing needs beside its result
 # Standard deviations by which the largest of 64 or 32 normal numbers, the streams of a warp, is expected to be above their mean.
@@ -92,7 +92,7 @@ def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
         )
     sorted_rows = torch.cat([order, torch.arange(rows, tiles * TILE)]).int()
     header = [sorted_rows, torch.cat(entries).flatten()]
-    if streams is INT8 and weight.scale is not None:
+    if streams.row_scales and weight.scale is not None:
         header.append(pad_zeros(weight.scale[order, 0], (0, tiles * TILE - rows)).float().view(torch.int32))
     words = torch.cat(header)
     packed = torch.cat([pad_zeros(words, (0, -len(words) % 32)), torch.cat(parts).flatten()])
@@ -100,8 +100,8 @@ def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
 
 
 def _check(weight: StoredWeight, streams: Streams) -> None:
-    integers = streams is not BF16
-    if weight.values.dtype not in ((torch.int8,) if integers else FLOATS) or integers == (weight.scale is None):
+    scaled = streams is not BF16
+    if weight.values.dtype not in ((streams.dtype,) if scaled else FLOATS) or scaled == (weight.scale is None):
         raise RacError(f"{weight.name}: values of {weight.values.dtype}, which the layout does not hold; keep it dense")
     shared = streams.scale_columns
     fits = weight.group == weight.columns or bool(shared and weight.group % shared == 0)
@@ -111,11 +111,7 @@ def _check(weight: StoredWeight, streams: Streams) -> None:
             f"{weight.name}: a scale per {weight.group} columns, or zero points, where the layout has {each}; "
             "keep it dense"
         )
-    top = 1 << streams.value_bits - 1
-    if integers and weight.values.numel() and not -top <= int(weight.values.min()) <= int(weight.values.max()) < top:
-        raise RacError(
-            f"{weight.name}: values outside of {-top} to {top - 1}, which {streams.value_bits} bits hold; keep it dense"
-        )
+    check_values(weight, streams.value_bits)
     if weight.columns > MOST_COLUMNS:
         raise RacError(f"{weight.name}: {weight.columns} columns; the kernel has at most {MOST_COLUMNS}; keep it dense")
     counts = row_counts(weight.bitmask)
@@ -127,9 +123,24 @@ def _check(weight: StoredWeight, streams: Streams) -> None:
         )
 
 
+def check_values(weight: StoredWeight, bits: int) -> None:
+    """Refuse quantized values that a kernel would multiply as other numbers.
+
+    Raises:
+        RacError: integers that so many bits do not hold, or fp8 that is NaN.
+    """
+    values, top = weight.values, 1 << bits - 1
+    if values.dtype == torch.float8_e4m3fn and bool((values.view(torch.uint8) & 127 == 127).any()):
+        raise RacError(
+            f"{weight.name}: values that are NaN, which the GPU kernels do not have; the checkpoint is damaged"
+        )
+    if values.dtype == torch.int8 and values.numel() and not -top <= int(values.min()) <= int(values.max()) < top:
+        raise RacError(f"{weight.name}: values outside of {-top} to {top - 1}, which {bits} bits hold; keep it dense")
+
+
 def _header_bytes(tiles: int, streams: Streams) -> int:
     """The order of rows, the segments, and scales."""
-    return tiles * (TILE * 4 + SEGMENTS * 16 + (TILE * 4 if streams is INT8 else 0))
+    return tiles * (TILE * 4 + SEGMENTS * 16 + (TILE * 4 if streams.row_scales else 0))
 
 
 def _header_units(tiles: int, streams: Streams) -> int:
@@ -172,22 +183,24 @@ def _pack_rows(weight: StoredWeight, begin: int, streams: Streams) -> tuple[Tens
         dense = _by_lane(weight.dense().to(torch.bfloat16).view(torch.int16), streams)
         data.view(torch.int16).view(-1)[to] = dense.masked_select(mask)  # masks as indices are slow
     else:
-        stored = _by_lane(weight.dense(), streams).masked_select(mask).view(torch.uint8)
-        top = 1 << streams.value_bits - 1
-        _store_integers(data, to, (stored ^ top) & 2 * top - 1, streams.value_bits)  # plus `top`
+        codes = _by_lane(weight.dense().view(torch.uint8), streams).masked_select(mask)
+        if streams is not E4M3:  # plus `top`
+            top = 1 << streams.value_bits - 1
+            codes = (codes ^ top) & 2 * top - 1
+        _store_codes(data, to, codes, streams.value_bits)
 
     before = sum((plan.before[:, n] << 8 * n for n in range(streams.ahead)), torch.zeros_like(plan.first))
     where = plan.first | plan.steps << 16
     return torch.stack([begin + starts, plan.groups, where, before], dim=1).int(), data
 
 
-def _store_integers(data: Tensor, to: Tensor, values: Tensor, bits: int) -> None:
-    """Write uint8 `values` at places `to`, counted in values of so many bits, of int32 `data`."""
+def _store_codes(data: Tensor, to: Tensor, codes: Tensor, bits: int) -> None:
+    """Write uint8 `codes` at places `to`, counted in codes of so many bits, of int32 `data`."""
     if bits == 8:
-        data.view(torch.uint8).view(-1)[to] = values
+        data.view(torch.uint8).view(-1)[to] = codes
         return
     halves = torch.zeros(data.numel() * 8, dtype=torch.uint8)
-    halves[to] = values
+    halves[to] = codes
     low, high = halves.view(-1, 2).unbind(-1)
     data |= (low | high << 4).view(torch.int32).view(data.shape)
 

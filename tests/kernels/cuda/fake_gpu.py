@@ -89,7 +89,7 @@ def layout_of_code(code: bytes) -> Layout:
 
 def code_of(layout: Layout) -> bytes:
     """Machine code that only the fake driver reads."""
-    return f"{layout.prefix} {layout.group}".encode()
+    return f"{layout.title} {layout.group}".encode()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from rac_modifier.kernels import cuda
 from rac_modifier.kernels.cuda import backend, library
@@ -16,6 +17,7 @@ from tests.kernels.cuda.fake_gpu import FakeDriver
 from tests.kernels.cuda.weights import (
     assert_product,
     bf16_weight,
+    fp8_weight,
     int4_any_weight,
     int4_weight,
     int8_weight,
@@ -27,6 +29,7 @@ BF16 = torch.bfloat16
 HALF = Layer(4096, 4096, 0.5, BF16, BF16, 4096, two_of_four=True)
 EIGHT_BITS = replace(HALF, stored=torch.int8)
 FOUR_BITS = replace(HALF, stored=torch.int32, group=128)
+FP8 = replace(HALF, stored=torch.float8_e4m3fn)
 
 
 def int8_24_weight(rows: int, columns: int):
@@ -50,7 +53,12 @@ ANY = replace(HALF, two_of_four=False)
 
 @pytest.mark.parametrize(
     ("layer", "kernel", "size"),
-    [(HALF, "2:4", 1.125), (FOUR_BITS, "2:4 int4", 0.40625), (EIGHT_BITS, "2:4 int8", 0.625 + 4 / 4096)],
+    [
+        (HALF, "2:4", 1.125),
+        (FOUR_BITS, "2:4 int4", 0.40625),
+        (EIGHT_BITS, "2:4 int8", 0.625 + 4 / 4096),
+        (FP8, "2:4 fp8", 0.625 + 4 / 4096),
+    ],
 )
 def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     decision = cuda.can_run(layer)
@@ -83,7 +91,9 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
         ),
         (replace(FOUR_BITS, group=32), "there is no GPU kernel for int4 in groups of 32"),
         (replace(HALF, stored=torch.int8, group=64), "there is no GPU kernel for int8 in groups of 64"),
-        (replace(HALF, stored=torch.float8_e4m3fn), "there is no GPU kernel for float8_e4m3fn"),
+        (replace(HALF, stored=torch.float8_e5m2), "there is no GPU kernel for float8_e5m2; those that exist take"),
+        (replace(FP8, group=128), "there is no GPU kernel for float8_e4m3fn in groups of 128"),
+        (replace(FP8, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
         (replace(HALF, columns=100), "its 100 columns are no multiple of 8"),
     ],
 )
@@ -130,6 +140,19 @@ def test_what_does_not_load_stays_dense(gpu):
 )
 def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
     weight = make(50, 192)
+    check_product(weight, tokens)
+
+
+@pytest.mark.parametrize(("tokens", "two_of_four"), [(1, False), (9, True), (129, False), (129, True)])
+def test_fp8_is_multiplied_too(gpu: FakeDriver, tokens, two_of_four):
+    weight = fp8_weight(50, 192, kept_of_four(50, 192).float() if two_of_four else 0.4)
+    check_product(weight, tokens)
+    assert {launch.name.rpartition("8bit")[0] for launch in gpu.launches} == {
+        "rac_24_" if two_of_four else "rac_unstructured_"
+    }
+
+
+def check_product(weight: StoredWeight, tokens: int) -> None:
     packed = cuda.pack(weight, BF16)
     x, bias = torch.randn(tokens, 192).to(BF16), torch.randn(50).to(BF16)
     y = cuda.linear(x, packed, 50, 192, bias)
@@ -163,6 +186,15 @@ def test_int8_is_claimed_whatever_its_pattern(gpu):
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
     assert cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 4096, rel=0.02)
     assert not cuda.can_run(Layer.of(replace(weight, scale=torch.ones(256, 2)), BF16)).sparse
+
+
+def test_fp8_is_claimed_whatever_its_pattern(gpu):
+    decision = cuda.can_run(replace(ANY, stored=torch.float8_e4m3fn))
+    assert decision.kernel == "sparse GPU kernel unstructured fp8"
+    assert "not yet measured on hardware: about 0.68 bytes" in decision.reason
+    weight = fp8_weight(256, 4096, 0.4)
+    announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
+    assert 2 * cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 4096, rel=0.02)
 
 
 @pytest.mark.parametrize("group", [64, 128])

@@ -8,9 +8,11 @@ import torch
 from rac_modifier.kernels.cuda.layout import (
     ALL,
     BF16,
+    E4M3,
     INT4,
     INT8,
     UNSTRUCTURED,
+    UNSTRUCTURED_E4M3,
     UNSTRUCTURED_INT4,
     UNSTRUCTURED_INT8,
     Layout,
@@ -23,6 +25,7 @@ from tests.kernels.cuda.emulate import SOURCES, emulate, product, sites
 from tests.kernels.cuda.weights import (
     assert_product,
     bf16_weight,
+    fp8_weight,
     int4_any_weight,
     int4_weight,
     int8_weight,
@@ -30,11 +33,12 @@ from tests.kernels.cuda.weights import (
     unstructured_weight,
 )
 
-TILED = [(layout, tiles) for layout in ALL for tiles in tiles_of(layout)]
+# test_fp8.py has products in fp8.
+TILED = [(layout, tiles) for layout in ALL if not layout.e4m3 for tiles in tiles_of(layout)]
 
 
 def name_of(value: object) -> str:
-    return f"{value.prefix}-{value.group}" if isinstance(value, Layout) else str(value)
+    return f"{value.title}-{value.group}" if isinstance(value, Layout) else str(value)
 
 
 # Rows are no multiple of 16 or an odd number of tiles, columns none of 64, 128 or 256; one weight is smaller than a chunk.
@@ -44,10 +48,9 @@ SHAPES = [(3, 37, 904), (16, 48, 256), (17, 70, 136), (32, 16, 8), (33, 20, 640)
 def weight_of(layout: Layout, rows: int, columns: int):
     if layout in UNSTRUCTURED_INT4.values():
         return int4_any_weight(layout.group, rows, columns)
-    if layout is UNSTRUCTURED_INT8:
-        return int8_weight(rows, columns)
-    if layout is INT8:
-        return int8_weight(rows, columns, kept_of_four(rows, columns).float())
+    if layout.row_scales:
+        make = fp8_weight if layout.e4m3 else int8_weight
+        return make(rows, columns, 0.5 if layout.any_pattern else kept_of_four(rows, columns).float())
     if not layout.group:
         return (unstructured_weight if layout.any_pattern else bf16_weight)(rows, columns)
     return int4_weight(rows, -(-columns // layout.group) * layout.group, layout.group)
@@ -97,7 +100,9 @@ def test_rows_of_very_different_sizes_and_large_values():
 
 
 @pytest.mark.parametrize(
-    "layout", [BF16, INT8, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[128]], ids=name_of
+    "layout",
+    [BF16, INT8, E4M3, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_E4M3, UNSTRUCTURED_INT4[128]],
+    ids=name_of,
 )
 def test_a_nan_or_infinity_stays_in_its_token(layout):
     weight = weight_of(layout, 32, 256)
@@ -112,7 +117,9 @@ def test_a_nan_or_infinity_stays_in_its_token(layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [BF16, INT8, INT4[64], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[64]], ids=name_of
+    "layout",
+    [BF16, INT8, E4M3, INT4[64], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_E4M3, UNSTRUCTURED_INT4[64]],
+    ids=name_of,
 )
 def test_the_order_of_a_tokens_sums_follows_from_the_token_tiles_alone(layout):
     """So that one program for all numbers of tokens gives the same bits for a token alone and among others."""
@@ -125,14 +132,19 @@ def test_the_order_of_a_tokens_sums_follows_from_the_token_tiles_alone(layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [BF16, INT8, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[128]], ids=name_of
+    "layout",
+    [BF16, INT8, E4M3, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_E4M3, UNSTRUCTURED_INT4[128]],
+    ids=name_of,
 )
 def test_a_barrier_or_wait_that_is_left_out_is_a_race(layout):
-    """Each of them, in each kernel: one is needed where the ring is used again, another after a single chunk."""
+    """Each of them, in each kernel: one is needed where the ring is used again, another after a single chunk.
+
+    In fp8 one kernel of each source shows it: they are those of int8.
+    """
     at_end, *of_24 = barriers("decode.h")
     named = {at_end, *(barriers("unstructured.h") if layout.any_pattern else of_24)}
     assert len(named) == (3 if layout.any_pattern else 4)
-    for tiles in tiles_of(layout):
+    for tiles in [(2, 1)] if layout.e4m3 else tiles_of(layout):
         caught = set()
         for columns in (256, 4096):
             weight = weight_of(layout, 32, columns)

@@ -10,9 +10,11 @@ from rac_modifier.kernels.cuda.cards import CARDS
 from rac_modifier.kernels.cuda.instruction_counts import COUNTS, count_instructions
 from rac_modifier.kernels.cuda.layout import (
     BF16,
+    E4M3,
     INT4,
     INT8,
     UNSTRUCTURED,
+    UNSTRUCTURED_E4M3,
     UNSTRUCTURED_INT4,
     UNSTRUCTURED_INT8,
     Layout,
@@ -31,8 +33,10 @@ LAYOUTS = {
     "int4 g128": INT4[128],
     "int4 g64": INT4[64],
     "2:4 int8": INT8,
+    "2:4 fp8": E4M3,
     "unstructured": UNSTRUCTURED,
     "unstructured int8": UNSTRUCTURED_INT8,
+    "unstructured fp8": UNSTRUCTURED_E4M3,
     "unstructured int4 g128": UNSTRUCTURED_INT4[128],
     "unstructured int4 g64": UNSTRUCTURED_INT4[64],
 }

@@ -14,9 +14,11 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.layout import (
     BF16,
+    E4M3,
     INT4,
     INT8,
     UNSTRUCTURED,
+    UNSTRUCTURED_E4M3,
     UNSTRUCTURED_INT4,
     UNSTRUCTURED_INT8,
     layout_of,
@@ -26,6 +28,7 @@ from rac_modifier.kernels.cuda.layout import (
 )
 from tests.kernels.cuda.weights import (
     bf16_weight,
+    fp8_weight,
     int4_any_weight,
     int4_weight,
     int8_weight,
@@ -99,7 +102,7 @@ def test_int4_is_where_the_table_says(rows, columns, group):
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 256), (37, 392), (5, 4)])
 def test_int8_is_where_the_table_says(rows, columns):
-    """Read number by number, as the table in csrc/gpu/sparse24_int8.cu says."""
+    """Read number by number, as the table in csrc/gpu/sparse24_8bit.cu says."""
     weight = int8_weight(rows, columns, kept_of_four(rows, columns).float())
     packed = pack(weight, INT8)
     units, tiles = -(-columns // 128), -(-rows // 16)
@@ -194,7 +197,9 @@ def test_the_layout_follows_from_dtype_and_group():
     for two_of_four in (True, False):
         assert layout_of(torch.int8, 512, 512, two_of_four) is (INT8 if two_of_four else UNSTRUCTURED_INT8)
         assert layout_of(torch.int8, 128, 512, two_of_four) is None
-    assert layout_of(torch.float8_e4m3fn, 512, 512) is None
+        assert layout_of(torch.float8_e4m3fn, 512, 512, two_of_four) is (E4M3 if two_of_four else UNSTRUCTURED_E4M3)
+        assert layout_of(torch.float8_e4m3fn, 128, 512, two_of_four) is None
+        assert layout_of(torch.float8_e5m2, 512, 512, two_of_four) is None
 
 
 def test_dtype_and_size_tell_the_layout():
@@ -206,6 +211,8 @@ def test_dtype_and_size_tell_the_layout():
         for columns in range(8, 1200, 8):
             for layout in (BF16, INT8, *INT4.values()):
                 assert of(layout.nbytes(rows, columns)) is layout
+            assert of(E4M3.nbytes(rows, columns), torch.uint32) is E4M3
+            assert of(INT4[64].nbytes(rows, columns), torch.uint32) is None
             assert of(BF16.nbytes(rows, columns) - 16) is None
             assert of(BF16.nbytes(rows, columns), torch.float32) is None
 
@@ -214,6 +221,7 @@ def test_a_weight_of_any_pattern_is_told_by_its_dtype_and_has_a_least_size():
     for layout, make, dtype in [
         (UNSTRUCTURED, unstructured_weight, torch.int32),
         (UNSTRUCTURED_INT8, int8_weight, torch.int8),
+        (UNSTRUCTURED_E4M3, fp8_weight, torch.uint16),
         (UNSTRUCTURED_INT4[64], partial(int4_any_weight, 64), torch.int16),
         (UNSTRUCTURED_INT4[128], partial(int4_any_weight, 128), torch.int64),
     ]:
@@ -240,7 +248,7 @@ def integers(values: list[int], scale: Tensor) -> StoredWeight:
     [
         (integers([8, 0, 0, 0], torch.ones(1, 1)), INT4[128], "values outside of -8 to 7"),
         (integers([-9, 0, 0, 0], torch.ones(1, 1)), INT4[128], "values outside of -8 to 7"),
-        (integers([1, 0, 0, 0], torch.ones(1, 1)), BF16, "values of torch.int8, which the layout rac_24_bf16 does not"),
+        (integers([1, 0, 0, 0], torch.ones(1, 1)), BF16, "values of torch.int8, which the layout 2:4 does not"),
         (
             integers([1, 0, 0, 0] * 64, torch.ones(1, 8)),
             INT4[64],
@@ -254,9 +262,9 @@ def integers(values: list[int], scale: Tensor) -> StoredWeight:
         ),
         (integers([127, 0, 0, -128], torch.ones(1, 1)), INT8, None),
         (integers([1, 1, 0, 1], torch.ones(1, 1)), INT8, "more than two of four"),
-        (from_dense(torch.eye(4), "w"), INT8, "values of torch.float32, which the layout rac_24_int8 does not"),
+        (from_dense(torch.eye(4), "w"), INT8, "values of torch.float32, which the layout 2:4 int8 does not"),
         (from_dense(torch.ones(1, 2), "w"), BF16, "more than two of four"),
-        (from_dense(torch.eye(4), "w"), INT4[64], "values of torch.float32, which the layout rac_24_int4 does not"),
+        (from_dense(torch.eye(4), "w"), INT4[64], "values of torch.float32, which the layout 2:4 int4 does not"),
     ],
 )
 def test_what_a_layout_does_not_hold_is_refused(weight, layout, problem):

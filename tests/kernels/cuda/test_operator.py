@@ -55,7 +55,7 @@ def test_many_tokens_expand_the_weight_in_parts(gpu, monkeypatch):
     assert_product(sparse_linear(x, packed, 72, 128), x, weight.dequantized(torch.float64))
 
 
-@pytest.mark.parametrize(("make", "kernel"), [(unstructured_weight, "bf16"), (int8_weight, "int8")])
+@pytest.mark.parametrize(("make", "kernel"), [(unstructured_weight, "bf16"), (int8_weight, "8bit")])
 def test_any_pattern_is_one_launch_too_and_its_rows_are_put_in_their_places(gpu, monkeypatch, make, kernel):
     weight = make(90, 128, torch.rand(90, 1))
     packed = cuda.pack(weight, DTYPE)["weight_packed"]

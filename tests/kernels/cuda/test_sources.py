@@ -21,7 +21,14 @@ def test_every_source_of_a_clone_is_read():
     found = sources.read_sources()
     assert found == {path.name: path.read_text() for path in SOURCES.iterdir()}
     layouts = (BF16, INT4[64], INT8, UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_INT4[64])
-    assert {*(layout.source for layout in layouts), "ptx.h", "decode.h", "unstructured.h"} == set(found)
+    assert {
+        *(layout.source for layout in layouts),
+        "ptx.h",
+        "decode.h",
+        "bytes.h",
+        "unstructured.h",
+        "windows.h",
+    } == set(found)
 
 
 def test_those_of_an_installed_package_come_first(monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """Weights of any pattern: where each number is, the schedule of copies, and the kernel on awkward ones.
 
 The oracles here are written from csrc/gpu/unstructured.h and unstructured_bf16.cu and use none of the packer's constants.
-test_unstructured_int8.py has int8, and test_unstructured_damage.py wrong bytes of both.
+test_unstructured_int8.py, test_unstructured_int4.py and test_fp8.py have other values, test_unstructured_damage.py wrong bytes.
 """
 
 from __future__ import annotations

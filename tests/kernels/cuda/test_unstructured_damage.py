@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from rac_modifier.kernels.cuda.layout import UNSTRUCTURED, UNSTRUCTURED_INT8, pack
+from rac_modifier.kernels.cuda.layout import (
+    UNSTRUCTURED,
+    UNSTRUCTURED_E4M3,
+    UNSTRUCTURED_INT4,
+    UNSTRUCTURED_INT8,
+    pack,
+)
 from rac_modifier.kernels.cuda.programs import expand_program, program
 from tests.kernels.cuda.emulate import emulate, product
-from tests.kernels.cuda.weights import int8_weight, unstructured_weight
+from tests.kernels.cuda.weights import fp8_weight, int4_any_weight, int8_weight, unstructured_weight
 
-KERNELS = {"bf16": (UNSTRUCTURED, unstructured_weight), "int8": (UNSTRUCTURED_INT8, int8_weight)}
+KERNELS = {
+    "bf16": (UNSTRUCTURED, unstructured_weight),
+    "int8": (UNSTRUCTURED_INT8, int8_weight),
+    "fp8": (UNSTRUCTURED_E4M3, fp8_weight),
+    "int4 g64": (UNSTRUCTURED_INT4[64], partial(int4_any_weight, 64)),
+    "int4 g128": (UNSTRUCTURED_INT4[128], partial(int4_any_weight, 128)),
+}
+# How many random damages each gets: fp8 is int8 with other values.
+SEEDS = {"bf16": 12, "int8": 12, "fp8": 3, "int4 g64": 12, "int4 g128": 12}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "steps", "at"),
+    ("kernel", "columns", "steps", "at"),
     [
-        ("bf16", slice(8, 17), 8),
-        ("bf16", slice(8, 17), 16),
-        ("int8", slice(4, 12), 4),
-        ("int8", slice(4, 12), 11),
+        ("bf16", 4096, slice(8, 17), 8),
+        ("bf16", 4096, slice(8, 17), 16),
+        ("int8", 4096, slice(4, 12), 4),
+        ("int8", 4096, slice(4, 12), 11),
+        ("fp8", 4096, slice(4, 12), 11),
+        *((f"int4 g{group}", 8192, slice(4, 20), at) for group in (64, 128) for at in (4, 19)),
     ],
 )
-def test_a_schedule_that_copies_too_early_or_too_late_is_noticed(kernel, steps, at):
+def test_a_schedule_that_copies_too_early_or_too_late_is_noticed(kernel, columns, steps, at):
     """The packer decides when a line is overwritten: the emulator must see a wrong decision.
 
-    The groups of eight or nine steps are copied all at the first or all at the last of them.
+    The groups of some steps are copied all at the first or all at the last of them.
     """
     layout, make = KERNELS[kernel]
-    packed = pack(make(32, 4096), layout)
-    words, x = packed.view(torch.int32), torch.randn(1, 4096).to(torch.bfloat16)
+    packed = pack(make(32, columns), layout)
+    words, x = packed.view(torch.int32), torch.randn(1, columns).to(torch.bfloat16)
     counts = words.view(-1, 32)[int(words[32])].view(torch.uint8)
     groups = counts[steps].sum()
     counts[steps] = 0
@@ -38,8 +56,7 @@ def test_a_schedule_that_copies_too_early_or_too_late_is_noticed(kernel, steps, 
     assert error.startswith(("race", "read of shared memory that nobody wrote")), error
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(("kernel", "seed"), [(kernel, seed) for kernel, most in SEEDS.items() for seed in range(most)])
 def test_damaged_bytes_lead_nowhere_outside(kernel, seed):
     """Results are wrong then; but no access is out of range, whatever the packed bytes are."""
     torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """Int8 weights of any pattern: where each number is, the schedule of copies, and the kernel on awkward ones.
 
-The oracles here are written from csrc/gpu/unstructured.h and unstructured_int8.cu and use none of the packer's constants.
+The oracles here are written from unstructured.h, windows.h and unstructured_8bit.cu in csrc/gpu/ and use none of the packer's
+constants.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def segments_of(packed: Tensor, rows: int) -> Iterator[Segment]:
         yield Segment(number // 4, where & 65535, early, counts[:steps].tolist(), masks, values)
 
 
-def unpack_slowly(packed: Tensor, rows: int, columns: int) -> tuple[Tensor, int]:
-    """The dense integers, read place by place; and how many zeros are stored."""
+def unpack_slowly(packed: Tensor, rows: int, columns: int, lifted: int = 128) -> tuple[Tensor, int]:
+    """The dense integers, read place by place; and how many zeros are stored. `lifted`: what a byte is more than its value."""
     dense, zeros = torch.zeros(rows, columns, dtype=torch.int8), 0
     order = packed.view(torch.int32)[:rows].tolist()
     assert sorted(order) == list(range(rows))
@@ -72,7 +73,7 @@ def unpack_slowly(packed: Tensor, rows: int, columns: int) -> tuple[Tensor, int]
                                 n = 2 * j + q
                                 if not mask[lane][i] >> (n % 4 + 16 * (n // 4) + 4 * k) & 1:
                                     continue
-                                value = values[lane][following] - 128
+                                value = (values[lane][following] - lifted + 128) % 256 - 128
                                 following += 1
                                 row = segment.tile * 32 + 16 * i + 8 * (k % 2) + g
                                 column = (segment.first + step) * 64 + 16 * t + 4 * j + 2 * q + k // 2

@@ -46,6 +46,14 @@ def int8_weight(rows: int, columns: int, density: float | Tensor = 0.5) -> Store
     return replace(stored, scale=torch.rand(rows, 1) + 0.1)
 
 
+def fp8_weight(rows: int, columns: int, density: float | Tensor = 0.5) -> StoredWeight:
+    """Values of e4m3, every code but the zeros and NaNs about equally often, with a scale per row; `density` as above."""
+    codes = torch.randint(1, 127, (rows, columns)) + 128 * torch.randint(0, 2, (rows, columns))
+    codes = codes.masked_fill(torch.rand(rows, columns) >= density, 0).to(torch.uint8)
+    stored = from_dense(codes.view(torch.float8_e4m3fn), "layer")
+    return replace(stored, scale=torch.rand(rows, 1) + 0.1)
+
+
 def int4_any_weight(group: int, rows: int, columns: int, density: float | Tensor = 0.5) -> StoredWeight:
     """Values of -8 to 7, none of them 0, with a scale per row and group; columns padded to whole groups; `density` as above."""
     values = torch.randint(-8, 7, (rows, columns)).to(torch.int8)
