@@ -11,7 +11,13 @@ namespace rac {
 namespace {
 
 const Kernel& kernel_of(int32_t isa) {
-    return isa >= AVX512 ? avx512_kernel : isa == AVX2 ? avx2_kernel : portable_kernel;
+    switch (isa) {
+        case PORTABLE: return portable_kernel;
+        case AVX2: return avx2_kernel;
+        case NEON:
+        case DOTPROD: return neon_kernel;
+        default: return avx512_kernel;
+    }
 }
 
 // A copy of x as a kernel reads it: of type `to`, lines padded with zeros to `stride`. Null if there is not enough memory.
@@ -163,6 +169,8 @@ bool runs(int32_t isa) {
         case AVX2: return has_avx2();
         case AVX512: return has_avx512();
         case AMX: return has_amx();
+        case NEON: return has_neon();
+        case DOTPROD: return has_dotprod();
         default: return false;
     }
 }
