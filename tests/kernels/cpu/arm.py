@@ -31,7 +31,17 @@ def arm_library(folder: Path) -> Path:
 def arm_program(folder: Path, source: str, shared: Path) -> Path:
     """A C++ file of this folder, linked to the library for ARM."""
     out = folder / Path(source).stem
-    run(COMPILER, *FLAGS, "-O1", str(HERE / source), str(shared), f"-Wl,-rpath,{shared.parent}", "-fopenmp", "-o", str(out))
+    run(
+        COMPILER,
+        *FLAGS,
+        "-O1",
+        str(HERE / source),
+        str(shared),
+        f"-Wl,-rpath,{shared.parent}",
+        "-fopenmp",
+        "-o",
+        str(out),
+    )
     return out
 
 

@@ -17,7 +17,16 @@ from rac_modifier.kernels.cpu.support import forget
 from tests.kernels.cpu.arm import PROCESSORS, ArmLibrary, arm_library, arm_program, take_arm
 from tests.kernels.cpu.kernel_helpers import SHARED, compiled_library, take
 
-KERNELS = ["portable", "avx2", "avx512", "amx", "emulated avx512", "emulated amx", *(f"arm {isa}" for isa in PROCESSORS)]
+KERNELS = [
+    "portable",
+    "avx2",
+    "avx512",
+    "amx",
+    "emulated avx512",
+    "emulated amx",
+    *(f"arm {isa}" for isa in PROCESSORS),
+]
+FLOATS_OF_NEON = ["arm dotprod"]
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +70,19 @@ def arm_processor(arm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the kernel on which the calls of a test run."""
+    return use_kernel(request, monkeypatch)
+
+
+@pytest.fixture(params=[name for name in KERNELS if name not in FLOATS_OF_NEON])
+def float_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, without those that have another one's products of floats."""
+    return use_kernel(request, monkeypatch)
+
+
+def use_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the package use the kernel that `request` names."""
     emulated, isa = "emulated" in request.param, request.param.split()[-1]
     if request.param.startswith("arm") and platform.machine() != "aarch64":
         take_arm(request.getfixturevalue("arm_processor")(PROCESSORS[isa]), isa, monkeypatch)
