@@ -21,7 +21,6 @@ namespace {
 
 constexpr int LINES = 3;  // at a time: 24 of the 32 registers hold sums
 
-// Lines [first, first + SOME) of M that are interleaved.
 template <int form, int M, int SOME>
 RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, int64_t quads, const int8_t* x, int32_t* sums) {
     int32x4_t acc[SOME][2][4];
@@ -45,17 +44,7 @@ RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, int64
     return values;
 }
 
-template <int form, int M>
-const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums) {
-    const int8_t* lines = static_cast<const int8_t*>(x.data);
-    constexpr int WHOLE = M / LINES * LINES;
-    const char* end = values;
-    for (int m = 0; m < WHOLE; m += LINES)
-        end = dot_some<form, M, LINES>(masks, values, quads, lines + 8 * m, sums + PANEL * m);
-    if constexpr (M > WHOLE)
-        end = dot_some<form, M, M - WHOLE>(masks, values, quads, lines + 8 * WHOLE, sums + PANEL * WHOLE);
-    return end;
-}
+#include "interleaved_lines.h"
 
 }  // namespace
 }  // namespace rac
@@ -63,18 +52,15 @@ RAC_TARGET_END
 
 namespace rac {
 
-#define RAC_LINES(form) {dot<form, 1>, dot<form, 2>, dot<form, 3>}
-#define RAC_MORE_LINES(form) \
-    {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>, dot<form, 5>, dot<form, 6>, dot<form, 7>, dot<form, 8>}
 extern const Kernel8 dotprod_kernel8 = {
     QUADS,
     neon_quantize,
     neon_add,
     LINES,
     LINES_TOGETHER,
-    {RAC_LINES(INT8), RAC_LINES(DENSE8)},
+    {{dot<INT8, 1>, dot<INT8, 2>, dot<INT8, 3>}, {dot<DENSE8, 1>, dot<DENSE8, 2>, dot<DENSE8, 3>}},
     {neon_expand_int8, neon_expand_dense8},
-    RAC_MORE_LINES(EXPANDED),
+    RAC_LINES(EXPANDED),
 };
 
 bool has_dotprod() {

@@ -152,6 +152,7 @@ const Kernel8* kernel8_of(int32_t isa) {
         case PORTABLE: return &portable_kernel8;
         case NEON: return &neon_kernel8;
         case DOTPROD: return &dotprod_kernel8;
+        case I8MM: return &i8mm_kernel8;
         default: return isa >= AVX512 && has_vnni() ? &avx512_kernel8 : &avx2_kernel8;
     }
 }

@@ -9,7 +9,7 @@
 namespace rac {
 
 // Two ladders: each ISA of x86-64, and each of ARM, includes those below it.
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, DOTPROD = 5, ISAS };
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, DOTPROD = 5, I8MM = 6, ISAS };
 
 // The forms of a weight that a kernel multiplies: stored values of a Type with their masks, or a block, which is some columns
 // of a panel that ExpandAndMultiply expanded.

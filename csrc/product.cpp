@@ -15,7 +15,8 @@ const Kernel& kernel_of(int32_t isa) {
         case PORTABLE: return portable_kernel;
         case AVX2: return avx2_kernel;
         case NEON:
-        case DOTPROD: return neon_kernel;
+        case DOTPROD:
+        case I8MM: return neon_kernel;
         default: return avx512_kernel;
     }
 }
@@ -171,6 +172,7 @@ bool runs(int32_t isa) {
         case AMX: return has_amx();
         case NEON: return has_neon();
         case DOTPROD: return has_dotprod();
+        case I8MM: return has_i8mm();
         default: return false;
     }
 }

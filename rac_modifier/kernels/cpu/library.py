@@ -13,7 +13,7 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 
 ABI = 3  # of csrc/library.cpp; raised with every change of the functions
-X86_ISAS, ARM_ISAS = ("avx2", "avx512", "amx"), ("neon", "dotprod")  # each includes those before it
+X86_ISAS, ARM_ISAS = ("avx2", "avx512", "amx"), ("neon", "dotprod", "i8mm")  # each includes those before it
 ISAS = ("portable", *X86_ISAS, *ARM_ISAS)  # in the order of the library's numbers
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}

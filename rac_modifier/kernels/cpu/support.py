@@ -1,6 +1,6 @@
 """What runs on this machine: the compiled library and the instruction set that is used.
 
-RAC_KERNEL=portable|avx2|avx512|amx, or portable|neon|dotprod on ARM, uses a lower instruction set than the best one, and
+RAC_KERNEL=portable|avx2|avx512|amx, or portable|neon|dotprod|i8mm on ARM, uses a lower instruction set than the best one, and
 RAC_KERNEL=off none at all.
 """
 
@@ -13,7 +13,7 @@ from functools import lru_cache
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.library import ISAS, Library, load
 
-_TITLES = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX512", "amx": "AMX", "neon": "NEON", "dotprod": "SDOT"}
+_TITLES = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX512", "amx": "AMX", "neon": "NEON", "dotprod": "SDOT", "i8mm": "SMMLA"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tests.kernels.cpu.kernel_helpers import FLAGS, HERE, SHARED, compiled_libra
 
 COMPILER, EMULATOR, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 # A processor for each instruction set that has it and none above it: an instruction of those would stop the test.
-PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1"}
+PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
 
 
 def arm_library(folder: Path) -> Path:

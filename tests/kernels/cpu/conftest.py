@@ -26,7 +26,7 @@ KERNELS = [
     "emulated amx",
     *(f"arm {isa}" for isa in PROCESSORS),
 ]
-FLOATS_OF_NEON = ["arm dotprod"]
+FLOATS_OF_NEON = ["arm dotprod", "arm i8mm"]
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ AARCH64 = 183  # EM_AARCH64 of elf.h
     [
         ("cortex-a72", ["portable", "neon"]),
         ("neoverse-n1", ["portable", "neon", "dotprod"]),
-        ("max", ["portable", "neon", "dotprod"]),
+        ("max", ["portable", "neon", "dotprod", "i8mm"]),
     ],
 )
 def test_a_processor_runs_what_it_has_and_refuses_the_rest(arm_processor, monkeypatch, processor, runs):
