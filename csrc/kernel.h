@@ -79,7 +79,7 @@ struct Product {
 };
 
 extern const Kernel portable_kernel, avx2_kernel, avx512_kernel, neon_kernel;
-extern const Dots<uint16_t> avx512_bf16_dots;  // of bf16 weights
+extern const Dots<uint16_t> avx512_bf16_dots, arm_bf16_dots;  // of bf16 weights
 
 // Panels [first, last) of a product on AMX tiles; x and the weight are bf16. False if there is not enough memory.
 bool amx_panels(const Product& product, int64_t first, int64_t last);
@@ -96,6 +96,7 @@ bool has_avx2();
 bool has_avx512();
 bool has_avx512_bf16();
 bool has_neon();
+bool has_arm_bf16();
 bool has_amx();  // requests permission from the operating system, once per process
 
 // For short loops over sums: GCC keeps the sums in registers only if it unrolls the loop early.

@@ -7,26 +7,7 @@
 namespace rac {
 namespace {
 
-// The bytes that each lane receives: of bf16 for each mask byte, of fp32 for each half of one. 0x80 gives a zero.
-struct Tables {
-    alignas(64) uint8_t bf16[256][16];
-    alignas(64) uint8_t fp32[16][16];
-    uint8_t bytes[16];  // of the fp32 values that half a mask byte stores
-    constexpr Tables() : bf16(), fp32(), bytes() {
-        for (int mask = 0; mask < 256; mask++) fill(bf16[mask], mask, 2);
-        for (int mask = 0; mask < 16; mask++) bytes[mask] = static_cast<uint8_t>(4 * fill(fp32[mask], mask, 4));
-    }
-    static constexpr int fill(uint8_t* order, int mask, int size) {
-        int stored = 0;
-        for (int lane = 0; lane < 16 / size; lane++) {
-            const bool set = mask >> lane & 1;
-            for (int i = 0; i < size; i++) order[size * lane + i] = static_cast<uint8_t>(set ? size * stored + i : 0x80);
-            stored += set;
-        }
-        return stored;
-    }
-};
-constexpr Tables tables;
+#include "neon_words.h"
 
 // 16 fp32 numbers.
 struct Rows {
@@ -58,27 +39,11 @@ struct Columns {
     Rows w[2];
 };
 
-inline uint8x16_t shuffled(const char* values, const uint8_t* order) {
-    return vqtbl1q_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(values)), vld1q_u8(order));
-}
-
-// A mask word of bf16: of[j] holds rows 4j to 4j + 3, both columns of each in a lane. Returns the address after the values.
-struct Pairs {
-    uint32x4_t of[4];
-};
-RAC_INLINE const char* spread_bf16(uint32_t mask, const char* values, Pairs& rows) {
-    const uint64_t ends = ends_of_bytes(mask), starts = ends << 8;
-    for (int j = 0; j < 4; j++)
-        rows.of[j] = vreinterpretq_u32_u8(
-            shuffled(values + 2 * (starts >> 8 * j & 0xff), tables.bf16[mask >> 8 * j & 0xff]));
-    return values + 2 * (ends >> 24 & 0xff);
-}
-
 // Returns the address of the next word's values.
 template <int form>
 RAC_INLINE const char* expand_word(uint32_t mask, const char* values, Columns& two) {
     if (form == BF16) {
-        Pairs rows;
+        Pairs<1> rows;
         values = spread_bf16(mask, values, rows);
         two.w[0] = rows_of([&](int j) { return vreinterpretq_f32_u32(vshlq_n_u32(rows.of[j], 16)); });
         two.w[1] = rows_of(
@@ -106,7 +71,7 @@ constexpr int sets_of_sums(int lines) { return lines <= 2 ? 2 : 1; }
 
 const char* expand_bf16(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride) {
     for (int64_t column = 0; column < columns; column += 2) {
-        Pairs rows;
+        Pairs<1> rows;
         values = spread_bf16(masks[column / 2], values, rows);
         uint16_t* to = static_cast<uint16_t*>(out) + column * stride;
         for (int j = 0; j < 4; j++) vst1_u16(to + 4 * j, vmovn_u32(rows.of[j]));

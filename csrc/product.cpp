@@ -21,6 +21,12 @@ const Kernel& kernel_of(int32_t isa) {
     }
 }
 
+// How an ISA multiplies bf16 by bf16 without tiles, or null.
+const Dots<uint16_t>* bf16_dots_of(int32_t isa) {
+    if (isa == AVX512 && has_avx512_bf16()) return &avx512_bf16_dots;
+    return isa == I8MM && has_arm_bf16() ? &arm_bf16_dots : nullptr;
+}
+
 // A copy of x as a kernel reads it: of type `to`, lines padded with zeros to `stride`. Null if there is not enough memory.
 void* copy_padded(const void* x, Type from, Type to, int64_t m, int64_t columns, int64_t stride) {
     const int64_t size = size_of(to);
@@ -154,7 +160,7 @@ bool multiply(const Product& product, int32_t isa, int threads) {
         if (isa == AMX)
             enough = amx_panels(product, first, last);
         else if (product.x_type == BF16)
-            enough = vector_panels(product, avx512_bf16_dots, first, last);
+            enough = vector_panels(product, *bf16_dots_of(isa), first, last);
         else
             enough = vector_panels(product, kernel_of(isa).dots, first, last);
         done = done && enough;
@@ -196,7 +202,7 @@ Status linear(const Product& out, const void* x, const void* scale, Type scale_t
     const bool both_bf16 = out.weight.type == BF16 && bf16_x;
     // With one line AVX512 is faster than tiles of 16 lines.
     if (isa == AMX && (!both_bf16 || (m == 1 && has_avx512_bf16()))) isa = AVX512;
-    const Type type = as_bf16 || (both_bf16 && (isa == AMX || has_avx512_bf16())) ? BF16 : FP32;
+    const Type type = as_bf16 || (both_bf16 && (isa == AMX || bf16_dots_of(isa))) ? BF16 : FP32;
     product.x_type = type;
     product.stride = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
     void* copy = nullptr;

@@ -26,7 +26,7 @@ KERNELS = [
     "emulated amx",
     *(f"arm {isa}" for isa in PROCESSORS),
 ]
-FLOATS_OF_NEON = ["arm dotprod", "arm i8mm"]
+FLOATS_OF_NEON = ["arm dotprod"]
 
 
 @pytest.fixture(autouse=True)
