@@ -3,9 +3,6 @@
 #include "neon.h"
 
 #if defined(RAC_NEON)
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod"))), apply_to = function)
@@ -63,21 +60,9 @@ extern const Kernel8 dotprod_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
-bool has_dotprod() {
-#if defined(__linux__)
-    constexpr unsigned long ASIMDDP = 1 << 20;  // HWCAP_ASIMDDP, which old headers lack
-    return getauxval(AT_HWCAP) & ASIMDDP;
-#elif defined(__ARM_FEATURE_DOTPROD)
-    return true;
-#else
-    return false;
-#endif
-}
-
 }  // namespace rac
 #else
 namespace rac {
 extern const Kernel8 dotprod_kernel8 = {};
-bool has_dotprod() { return false; }
 }  // namespace rac
 #endif

@@ -3,9 +3,6 @@
 #include "neon.h"
 
 #if defined(RAC_NEON)
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod+i8mm"))), apply_to = function)
@@ -90,21 +87,9 @@ extern const Kernel8 i8mm_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
-bool has_i8mm() {
-#if defined(__linux__)
-    constexpr unsigned long I8MM_OF_HWCAP2 = 1 << 13;  // HWCAP2_I8MM, which old headers lack
-    return has_dotprod() && (getauxval(AT_HWCAP2) & I8MM_OF_HWCAP2);
-#elif defined(__ARM_FEATURE_MATMUL_INT8)
-    return has_dotprod();
-#else
-    return false;
-#endif
-}
-
 }  // namespace rac
 #else
 namespace rac {
 extern const Kernel8 i8mm_kernel8 = {};
-bool has_i8mm() { return false; }
 }  // namespace rac
 #endif

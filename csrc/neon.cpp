@@ -94,12 +94,9 @@ extern const Kernel neon_kernel = {
     store,
 };
 
-bool has_neon() { return true; }
-
 }  // namespace rac
 #else
 namespace rac {
 extern const Kernel neon_kernel = {};
-bool has_neon() { return false; }
 }  // namespace rac
 #endif

@@ -2,9 +2,6 @@
 #include "neon.h"
 
 #if defined(RAC_NEON)
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=armv8.2-a+bf16"))), apply_to = function)
@@ -61,15 +58,7 @@ RAC_INLINE const char* multiply(const uint32_t* masks, const char* values, int64
     return values;
 }
 
-template <int form, int M>
-void dot(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride, float* out) {
-    multiply<form, M>(masks, values, pairs, x, stride, out, nullptr);
-}
-
-const char* expand_and_multiply(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x,
-                                int64_t stride, float* out, uint16_t* block) {
-    return multiply<BF16, LINES>(masks, values, pairs, x, stride, out, block);
-}
+#include "bf16_dots.h"
 
 }  // namespace
 }  // namespace rac
@@ -81,21 +70,9 @@ namespace rac {
 extern const Dots<uint16_t> arm_bf16_dots = {
     LINES, LINES, {RAC_LINES(BF16), {}, RAC_LINES(DENSE)}, {expand_and_multiply}};
 
-bool has_arm_bf16() {
-#if defined(__linux__)
-    constexpr unsigned long BF16_OF_HWCAP2 = 1 << 14;  // HWCAP2_BF16, which old headers lack
-    return getauxval(AT_HWCAP2) & BF16_OF_HWCAP2;
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    return true;
-#else
-    return false;
-#endif
-}
-
 }  // namespace rac
 #else
 namespace rac {
 extern const Dots<uint16_t> arm_bf16_dots = {};
-bool has_arm_bf16() { return false; }
 }  // namespace rac
 #endif

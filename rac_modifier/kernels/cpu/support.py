@@ -13,7 +13,15 @@ from functools import lru_cache
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.library import ISAS, Library, load
 
-_TITLES = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX512", "amx": "AMX", "neon": "NEON", "dotprod": "SDOT", "i8mm": "SMMLA"}
+_TITLES = {
+    "portable": "portable",
+    "avx2": "AVX2",
+    "avx512": "AVX512",
+    "amx": "AMX",
+    "neon": "NEON",
+    "dotprod": "SDOT",
+    "i8mm": "SMMLA",
+}
 
 
 @dataclass(frozen=True)
