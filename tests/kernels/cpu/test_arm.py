@@ -50,13 +50,17 @@ def test_a_processor_runs_what_it_has_and_refuses_the_rest(arm_processor, monkey
                 support()
 
 
+@pytest.fixture(scope="module")
+def driver(arm_path, tmp_path_factory):
+    return arm_program(tmp_path_factory.mktemp("driver"), "drive.cpp", arm_path)
+
+
 @pytest.mark.parametrize("processor", PROCESSORS.values())
-def test_random_and_hostile_calls(arm_path, tmp_path, processor):
-    driver = arm_program(tmp_path, "drive.cpp", arm_path)
+def test_random_and_hostile_calls(driver, processor):
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(emulated(processor, driver, "20"), capture_output=True, text=True, env=environment)
+    done = subprocess.run(emulated(processor, driver, "10"), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "20 weights" in done.stdout
+    assert "10 weights" in done.stdout
 
 
 def test_packed_data_is_the_same_as_here(arm_processor, native_path, monkeypatch):
