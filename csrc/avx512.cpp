@@ -49,36 +49,17 @@ inline const char* expand_word<DENSE>(uint32_t, const char* values, Columns& two
     return values + 128;
 }
 
+using Rows = __m512;
+inline Rows no_rows() { return _mm512_setzero_ps(); }
+inline Rows load_rows(const float* from) { return _mm512_loadu_ps(from); }
+inline void store_rows(float* to, Rows rows) { _mm512_storeu_ps(to, rows); }
+inline Rows add_rows(Rows a, Rows b) { return _mm512_add_ps(a, b); }
+inline Rows multiply_add(Rows w, float x, Rows sums) { return _mm512_fmadd_ps(w, _mm512_set1_ps(x), sums); }
+
 constexpr int LINES = 8;  // at a time
+constexpr int sets_of_sums(int) { return 2; }
 
-template <int form, int M>
-void dot(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride, float* out) {
-    __m512 acc[M][2];  // a set of sums per column of the pair hides the latency of a multiplication
-    RAC_UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
-    for (int64_t word = 0; word < pairs; word++) {
-        Columns two;
-        if (form != DENSE) _mm_prefetch(values + 1024, _MM_HINT_T0);
-        values = expand_word<form>(form == DENSE ? 0 : masks[word], values, two);
-        RAC_UNROLL for (int m = 0; m < M; m++)
-            RAC_UNROLL for (int k = 0; k < 2; k++)
-                acc[m][k] = _mm512_fmadd_ps(two.w[k], _mm512_set1_ps(x[m * stride + 2 * word + k]), acc[m][k]);
-    }
-    RAC_UNROLL for (int m = 0; m < M; m++) {
-        const __m512 sum = _mm512_add_ps(acc[m][0], acc[m][1]);
-        _mm512_storeu_ps(out + 16 * m, _mm512_add_ps(_mm512_loadu_ps(out + 16 * m), sum));
-    }
-}
-
-template <Type type>
-const char* expand(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride) {
-    for (int64_t column = 0; column < columns; column += 2) {
-        Columns two;
-        values = expand_word<type>(masks[column / 2], values, two);
-        for (int k = 0; k < 2 && column + k < columns; k++)
-            _mm512_storeu_ps(static_cast<float*>(out) + (column + k) * stride, two.w[k]);
-    }
-    return values;
-}
+#include "by_column.h"
 
 const char* expand_bf16(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride) {
     for (int64_t column = 0; column < columns; column += 2) {
@@ -92,18 +73,6 @@ const char* expand_bf16(const uint32_t* masks, const char* values, int64_t colum
                                 _mm512_cvtepi32_epi16(_mm512_srli_epi32(spread, 16)));
     }
     return values;
-}
-
-template <Type type>
-const char* expand_and_multiply(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride,
-                                float* out, float* block) {
-    values = expand<type>(masks, values, 2 * pairs, block, PANEL);
-    dot<DENSE, LINES>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out);
-    return values;
-}
-
-void store(const Product& product, int64_t panel, int64_t count, int64_t first, int64_t lines, const Sums& sums) {
-    store_lines(product, panel, count, first, lines, sums);
 }
 
 }  // namespace

@@ -68,15 +68,7 @@ inline const char* multiply(const uint32_t* masks, const char* values, int64_t p
     return values;
 }
 
-template <int form, int M>
-void dot(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x, int64_t stride, float* out) {
-    multiply<form, M>(masks, values, pairs, x, stride, out, nullptr);
-}
-
-const char* expand_and_multiply(const uint32_t* masks, const char* values, int64_t pairs, const uint16_t* x,
-                                int64_t stride, float* out, uint16_t* block) {
-    return multiply<BF16, LINES>(masks, values, pairs, x, stride, out, block);
-}
+#include "bf16_dots.h"
 
 template <int M>
 void dot_two_panels(const uint16_t* first, const uint16_t* second, int64_t pairs, const uint16_t* x, int64_t stride,

@@ -17,7 +17,7 @@ struct Kernel4 {
     Dot4 dot[2][LINES_TOGETHER];      // INT4, DENSE4; by the number of lines minus one
 };
 
-extern const Kernel4 portable_kernel4, avx2_kernel4, avx512_kernel4;
+extern const Kernel4 portable_kernel4, avx2_kernel4, avx512_kernel4, neon_kernel4;
 
 // Bytes that `count` codes take.
 inline uint64_t code_bytes(uint64_t count) { return (count + 1) / 2; }

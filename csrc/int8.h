@@ -51,9 +51,12 @@ struct Kernel8 {
     Dot8 dot_expanded[MOST_LINES];
 };
 
-extern const Kernel8 portable_kernel8, avx2_kernel8, avx512_kernel8;
+extern const Kernel8 portable_kernel8, avx2_kernel8, avx512_kernel8, neon_kernel8, dotprod_kernel8,
+    i8mm_kernel8;
 bool has_vnni();
 bool has_amx_int8();
+bool has_dotprod();
+bool has_i8mm();
 
 struct Product8 {
     Product out;               // weight, m, bias, out

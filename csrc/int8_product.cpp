@@ -12,7 +12,9 @@ namespace rac {
 namespace {
 
 const Kernel4& kernel4_of(const Kernel8& kernel) {
-    return &kernel == &avx512_kernel8 ? avx512_kernel4 : &kernel == &avx2_kernel8 ? avx2_kernel4 : portable_kernel4;
+    if (&kernel == &avx512_kernel8) return avx512_kernel4;
+    if (&kernel == &avx2_kernel8) return avx2_kernel4;
+    return &kernel == &portable_kernel8 ? portable_kernel4 : neon_kernel4;
 }
 
 // The offset in bytes of a column of the lines from `line` on; in QUADS, `lines` of them are interleaved.
@@ -146,7 +148,13 @@ bool multiply(const Product8& product, int32_t isa, int threads) {
 }  // namespace
 
 const Kernel8* kernel8_of(int32_t isa) {
-    return isa >= AVX512 && has_vnni() ? &avx512_kernel8 : isa >= AVX2 ? &avx2_kernel8 : &portable_kernel8;
+    switch (isa) {
+        case PORTABLE: return &portable_kernel8;
+        case NEON: return &neon_kernel8;
+        case DOTPROD: return &dotprod_kernel8;
+        case I8MM: return &i8mm_kernel8;
+        default: return isa >= AVX512 && has_vnni() ? &avx512_kernel8 : &avx2_kernel8;
+    }
 }
 
 Status linear8(const Product& out, const void* x, Type x_type, const void* scale, Type scale_type, int64_t groups,

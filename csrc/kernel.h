@@ -8,7 +8,8 @@
 
 namespace rac {
 
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
+// Two ladders: each ISA of x86-64, and each of ARM, includes those below it.
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, DOTPROD = 5, I8MM = 6, ISAS };
 
 // The forms of a weight that a kernel multiplies: stored values of a Type with their masks, or a block, which is some columns
 // of a panel that ExpandAndMultiply expanded.
@@ -77,8 +78,8 @@ struct Product {
     Store store;                 // of the kernel that runs
 };
 
-extern const Kernel portable_kernel, avx2_kernel, avx512_kernel;
-extern const Dots<uint16_t> avx512_bf16_dots;  // of bf16 weights
+extern const Kernel portable_kernel, avx2_kernel, avx512_kernel, neon_kernel;
+extern const Dots<uint16_t> avx512_bf16_dots, arm_bf16_dots;  // of bf16 weights
 
 // Panels [first, last) of a product on AMX tiles; x and the weight are bf16. False if there is not enough memory.
 bool amx_panels(const Product& product, int64_t first, int64_t last);
@@ -94,6 +95,8 @@ inline int64_t amx_lines(int64_t m) {
 bool has_avx2();
 bool has_avx512();
 bool has_avx512_bf16();
+bool has_neon();
+bool has_arm_bf16();
 bool has_amx();  // requests permission from the operating system, once per process
 
 // For short loops over sums: GCC keeps the sums in registers only if it unrolls the loop early.

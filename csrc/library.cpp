@@ -56,7 +56,7 @@ RAC_EXPORT int32_t rac_abi() { return RAC_ABI; }
 
 // The best instruction set that this processor and operating system run.
 RAC_EXPORT int32_t rac_best_isa() {
-    for (int32_t isa = AMX; isa > PORTABLE; isa--)
+    for (int32_t isa = ISAS - 1; isa > PORTABLE; isa--)
         if (runs(isa)) return isa;
     return PORTABLE;
 }

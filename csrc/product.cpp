@@ -11,7 +11,20 @@ namespace rac {
 namespace {
 
 const Kernel& kernel_of(int32_t isa) {
-    return isa >= AVX512 ? avx512_kernel : isa == AVX2 ? avx2_kernel : portable_kernel;
+    switch (isa) {
+        case PORTABLE: return portable_kernel;
+        case AVX2: return avx2_kernel;
+        case NEON:
+        case DOTPROD:
+        case I8MM: return neon_kernel;
+        default: return avx512_kernel;
+    }
+}
+
+// How an ISA multiplies bf16 by bf16 without tiles, or null.
+const Dots<uint16_t>* bf16_dots_of(int32_t isa) {
+    if (isa == AVX512 && has_avx512_bf16()) return &avx512_bf16_dots;
+    return isa == I8MM && has_arm_bf16() ? &arm_bf16_dots : nullptr;
 }
 
 // A copy of x as a kernel reads it: of type `to`, lines padded with zeros to `stride`. Null if there is not enough memory.
@@ -147,7 +160,7 @@ bool multiply(const Product& product, int32_t isa, int threads) {
         if (isa == AMX)
             enough = amx_panels(product, first, last);
         else if (product.x_type == BF16)
-            enough = vector_panels(product, avx512_bf16_dots, first, last);
+            enough = vector_panels(product, *bf16_dots_of(isa), first, last);
         else
             enough = vector_panels(product, kernel_of(isa).dots, first, last);
         done = done && enough;
@@ -163,6 +176,9 @@ bool runs(int32_t isa) {
         case AVX2: return has_avx2();
         case AVX512: return has_avx512();
         case AMX: return has_amx();
+        case NEON: return has_neon();
+        case DOTPROD: return has_dotprod();
+        case I8MM: return has_i8mm();
         default: return false;
     }
 }
@@ -186,7 +202,7 @@ Status linear(const Product& out, const void* x, const void* scale, Type scale_t
     const bool both_bf16 = out.weight.type == BF16 && bf16_x;
     // With one line AVX512 is faster than tiles of 16 lines.
     if (isa == AMX && (!both_bf16 || (m == 1 && has_avx512_bf16()))) isa = AVX512;
-    const Type type = as_bf16 || (both_bf16 && (isa == AMX || has_avx512_bf16())) ? BF16 : FP32;
+    const Type type = as_bf16 || (both_bf16 && (isa == AMX || bf16_dots_of(isa))) ? BF16 : FP32;
     product.x_type = type;
     product.stride = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
     void* copy = nullptr;

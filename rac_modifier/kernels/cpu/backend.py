@@ -46,7 +46,7 @@ def can_run(layer: Layer) -> Decision:
     if available.isa == "portable" and os.environ.get("RAC_KERNEL") != "portable":
         return decision(
             None,
-            "dense because this processor has neither AVX2 nor AVX512, and the portable kernel is slower than a dense "
+            "dense because this processor has none of AVX2, AVX512 and NEON, and the portable kernel is slower than a dense "
             "product; set RAC_KERNEL=portable to use it anyway",
         )
     integers = f"int{encoding.bits} " if dtype == torch.int8 else ""

@@ -34,10 +34,9 @@ def examine_library() -> list[Found]:
     library, reason = native.load()
     if library is None:
         return [Found("compiled library", "broken", reason)]
-    runs = native.ISAS[: native.ISAS.index(library.best) + 1]
     found = [
         Found("compiled library", "ok", f"{paths[0].name}, interface {native.ABI}, compiled with {library.compiler}"),
-        Found("instruction sets", "ok", f"{library.best} is the best here; runs {', '.join(runs)}"),
+        Found("instruction sets", "ok", f"{library.best} is the best here; runs {', '.join(library.runs)}"),
     ]
     try:
         found.append(Found("in use", "ok", support().reason))

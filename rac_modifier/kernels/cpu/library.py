@@ -13,7 +13,8 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 
 ABI = 3  # of csrc/library.cpp; raised with every change of the functions
-ISAS = ("portable", "avx2", "avx512", "amx")  # in the order of the library's numbers
+X86_ISAS, ARM_ISAS = ("avx2", "avx512", "amx"), ("neon", "dotprod", "i8mm")  # each includes those before it
+ISAS = ("portable", *X86_ISAS, *ARM_ISAS)  # in the order of the library's numbers
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
 INT8 = VALUE_TYPES[torch.int8]
@@ -90,6 +91,12 @@ class Library:
             call.restype, call.argtypes = result, arguments
         self.best = ISAS[self._calls.rac_best_isa()]
         self.compiler: str = self._calls.rac_compiler().decode()
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The instruction sets that this machine runs, the best one last."""
+        ladder = ARM_ISAS if self.best in ARM_ISAS else X86_ISAS
+        return ("portable", *(ladder[: ladder.index(self.best) + 1] if self.best in ladder else ()))
 
     def packed_bytes(
         self,

@@ -1,6 +1,7 @@
 """What runs on this machine: the compiled library and the instruction set that is used.
 
-RAC_KERNEL=portable|avx2|avx512|amx uses a lower instruction set than the best one, and RAC_KERNEL=off none at all.
+RAC_KERNEL=portable|avx2|avx512|amx, or portable|neon|dotprod|i8mm on ARM, uses a lower instruction set than the best one, and
+RAC_KERNEL=off none at all.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from functools import lru_cache
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.library import ISAS, Library, load
 
-_TITLES = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX512", "amx": "AMX"}
+_TITLES = {
+    "portable": "portable",
+    "avx2": "AVX2",
+    "avx512": "AVX512",
+    "amx": "AMX",
+    "neon": "NEON",
+    "dotprod": "SDOT",
+    "i8mm": "SMMLA",
+}
 
 
 @dataclass(frozen=True)
 class Support:
-    """What runs on this machine: `isa` is "amx", "avx512", "avx2", "portable" or None; `reason` is one readable line."""
+    """What runs on this machine: `isa` is one of `ISAS` or None; `reason` is one readable line."""
 
     isa: str | None
     reason: str
@@ -40,8 +49,8 @@ def support() -> Support:
         if wanted:
             raise RacError(f"RAC_KERNEL={wanted}: {reason}")
         return Support(None, reason)
-    if wanted and ISAS.index(wanted) > ISAS.index(found.best):
-        raise RacError(f"RAC_KERNEL={wanted}: this machine runs {found.best} at best; use that or a lower one")
+    if wanted and wanted not in found.runs:
+        raise RacError(f"RAC_KERNEL={wanted}: this machine runs {', '.join(found.runs)}; use one of these, or unset it")
     isa = wanted or found.best
     asked = ", requested by RAC_KERNEL" if wanted else ""
     return Support(isa, f"{_TITLES[isa]} kernel{asked}, compiled with {found.compiler}")

@@ -1,17 +1,32 @@
-"""Each instruction set as a fixture: native where the processor has it; AVX512 and AMX also emulated, on every machine."""
+"""Each instruction set as a fixture: native where the processor has it; AVX512 and AMX also emulated, on every machine.
+
+Those of ARM run on processors that qemu emulates.
+"""
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-from rac_modifier.kernels.cpu.library import ISAS, Library
+from rac_modifier.kernels.cpu.library import Library
 from rac_modifier.kernels.cpu.support import forget
-from tests.kernels.cpu.kernel_helpers import compiled_library, take
+from tests.kernels.cpu.arm import PROCESSORS, ArmLibrary, arm_library, arm_program, take_arm
+from tests.kernels.cpu.kernel_helpers import SHARED, compiled_library, take
 
-KERNELS = ["portable", "avx2", "avx512", "amx", "emulated avx512", "emulated amx"]
-SHARED = ["-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp"]
+KERNELS = [
+    "portable",
+    "avx2",
+    "avx512",
+    "amx",
+    "emulated avx512",
+    "emulated amx",
+    *(f"arm {isa}" for isa in PROCESSORS),
+]
+FLOATS_OF_NEON = ["arm dotprod"]
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +48,49 @@ def emulated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled_library(tmp_path_factory.mktemp("emulated"), "-O1", "-DRAC_EMULATE", *SHARED)
 
 
+@pytest.fixture(scope="session")
+def arm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library for ARM."""
+    return arm_library(tmp_path_factory.mktemp("arm"))
+
+
+@pytest.fixture(scope="session")
+def arm_processor(arm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ArmLibrary]]:
+    """The library on a processor of this name."""
+    server, started = arm_program(tmp_path_factory.mktemp("server"), "call_server.cpp", arm_path), []
+
+    @lru_cache
+    def start(processor: str) -> ArmLibrary:
+        started.append(ArmLibrary(server, processor))
+        return started[-1]
+
+    yield start
+    for arm in started:
+        arm.close()
+
+
 @pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the kernel on which the calls of a test run."""
+    return use_kernel(request, monkeypatch)
+
+
+@pytest.fixture(params=[name for name in KERNELS if name not in FLOATS_OF_NEON])
+def float_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, without those that have another one's products of floats."""
+    return use_kernel(request, monkeypatch)
+
+
+def use_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the package use the kernel that `request` names."""
     emulated, isa = "emulated" in request.param, request.param.split()[-1]
+    if request.param.startswith("arm") and platform.machine() != "aarch64":
+        take_arm(request.getfixturevalue("arm_processor")(PROCESSORS[isa]), isa, monkeypatch)
+        return request.param
     path = request.getfixturevalue("emulated_path" if emulated else "native_path")
-    best = Library(path).best
-    if ISAS.index(isa) > ISAS.index(best):
-        pytest.skip(f"this machine runs {best} at best")
+    found = Library(path)
+    if isa not in found.runs:
+        pytest.skip(f"this machine runs {found.best} at best")
     take(path, isa, monkeypatch)
     return request.param
 

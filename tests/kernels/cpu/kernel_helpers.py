@@ -22,6 +22,7 @@ from rac_modifier.kernels.cpu.packed import pack_dense, pack_values, unpack
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
+SHARED = ["-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp"]
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{HERE}", f"-I{CSRC}"]
 
 
@@ -33,11 +34,10 @@ class Packed(NamedTuple):
     columns: int
 
 
-def compile_sources(out: Path, *flags: str, sources: list[Path] | None = None) -> Path:
-    """All of csrc/ with g++; skips the test where there is none."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ on this machine")
+def compile_sources(out: Path, *flags: str, sources: list[Path] | None = None, compiler: str = "g++") -> Path:
+    """All of csrc/; skips the test where there is no compiler."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} on this machine")
 
     def compile_one(source: Path) -> Path:
         to = out.with_name(f"{out.name}.{source.stem}.o")
@@ -50,13 +50,13 @@ def compile_sources(out: Path, *flags: str, sources: list[Path] | None = None) -
     return out
 
 
-def compiled_library(folder: Path, *flags: str) -> Path:
+def compiled_library(folder: Path, *flags: str, compiler: str = "g++") -> Path:
     """The library of these sources and flags. Compiled once: build/ keeps it for the next run of the tests."""
     text = "".join(path.read_text() for folder in (CSRC, HERE) for path in sorted(folder.glob("*.[hc]*")))
-    digest = hashlib.sha256(f"{text}{flags}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{text}{flags}{compiler}".encode()).hexdigest()[:16]
     kept = CSRC.parent / "build" / "test-libraries" / f"_native_{digest}.so"
     if not kept.exists():
-        built = compile_sources(folder / "_native.so", *flags)
+        built = compile_sources(folder / "_native.so", *flags, compiler=compiler)
         kept.parent.mkdir(parents=True, exist_ok=True)
         unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
         shutil.copy(built, unfinished)

@@ -14,6 +14,8 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.packed import check_packed, pack_dense, pack_scale
 from tests.kernels.cpu.kernel_helpers import (
+    BLOCK,
+    LEVELS,
     Packed,
     assert_integer_product,
     bitmask_of,
@@ -56,6 +58,21 @@ def test_any_shape_and_density(kernel, rows, columns, m, density, dtype, seed):
     x = torch.randn(m, columns, generator=generator).to(dtype)
     scale = torch.rand(rows, 1, generator=generator) + 0.01
     assert_integer_product(multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale))
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize("columns", [37, 512, 600])
+def test_integer_products_are_exact(kernel, columns, density):
+    """x of integers, the largest of each block LEVELS, has a scale of 1: only sums of blocks are rounded, to float32."""
+    dense, weight = integers(20, columns, density)
+    for m in range(1, 9):
+        x = torch.randint(-LEVELS, LEVELS + 1, (m, columns)).float()
+        x[:, 0] = x[:, -1] = LEVELS
+        exact = sum(
+            (block.long() @ part.long().T).float()
+            for block, part in zip(x.split(BLOCK, 1), dense.split(BLOCK, 1), strict=True)
+        )
+        assert torch.equal(multiply(x, weight, None, pack_scale(torch.ones(20, 1))), exact)
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])

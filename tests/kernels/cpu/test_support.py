@@ -28,14 +28,18 @@ def test_a_lower_kernel_can_be_requested(native_path, monkeypatch):
 
 def test_an_unknown_kernel_is_an_error(native_path, monkeypatch):
     take(native_path, "avx1024", monkeypatch)
-    with pytest.raises(RacError, match='RAC_KERNEL="avx1024": use one of portable, avx2, avx512, amx, off'):
+    with pytest.raises(
+        RacError, match='RAC_KERNEL="avx1024": use one of portable, avx2, avx512, amx, neon, dotprod, i8mm, off'
+    ):
         support()
 
 
 def test_a_kernel_that_this_machine_lacks_is_an_error(native_path, monkeypatch):
     take(native_path, "amx", monkeypatch)
-    monkeypatch.setattr(module, "load", lambda: (SimpleNamespace(best="avx2", compiler="GCC"), ""))
-    with pytest.raises(RacError, match="RAC_KERNEL=amx: this machine runs avx2 at best"):
+    monkeypatch.setattr(
+        module, "load", lambda: (SimpleNamespace(best="avx2", runs=("portable", "avx2"), compiler="GCC"), "")
+    )
+    with pytest.raises(RacError, match="RAC_KERNEL=amx: this machine runs portable, avx2; use one of these"):
         support()
 
 

@@ -1,0 +1,33 @@
+// What the kernels of ARM processors share. NEON is part of every 64-bit one; the memory order must be little-endian.
+#pragma once
+#include "int4.h"
+
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#define RAC_NEON 1
+#include <arm_neon.h>
+
+namespace rac {
+
+// Expand8 and Expand4 into 8-bit quads, [16 rows][4 columns].
+const char* neon_expand_int8(const uint32_t* masks, const char* values, int64_t quads, void* out);
+const char* neon_expand_dense8(const uint32_t* masks, const char* values, int64_t quads, void* out);
+
+float neon_quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
+void neon_add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc);
+
+// Inlined into each ISA's translation unit, so each gets its own copy.
+namespace {
+
+// Byte i of the result: the number of bits that are set in bytes 0 to i of the mask.
+RAC_INLINE uint64_t ends_of_bytes(uint64_t mask) {
+    return vget_lane_u64(vreinterpret_u64_u8(vcnt_u8(vcreate_u8(mask))), 0) * 0x0101010101010101;
+}
+
+// A quad of 8-bit weights: w[i] holds rows 4i to 4i + 3, four columns each.
+struct Quad {
+    int8x16_t w[4];
+};
+
+}  // namespace
+}  // namespace rac
+#endif

@@ -1,0 +1,111 @@
+"""The library as ARM processors run it: cross-compiled, run by qemu-user, and called through a pipe."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rac_modifier.kernels.cpu import library, support
+from tests.kernels.cpu.kernel_helpers import FLAGS, HERE, SHARED, compiled_library, run
+
+COMPILER, EMULATOR, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
+# A processor for each instruction set that has it and none above it: an instruction of those would stop the test.
+PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
+
+
+def arm_library(folder: Path) -> Path:
+    """The library for ARM; skips the test without the two Debian packages that it needs."""
+    for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user")):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} on this machine (Debian: apt-get install {package})")
+    return compiled_library(folder, "-O2", *SHARED, compiler=COMPILER)
+
+
+def arm_program(folder: Path, source: str, shared: Path) -> Path:
+    """A C++ file of this folder, linked to the library for ARM."""
+    out = folder / Path(source).stem
+    run(
+        COMPILER,
+        *FLAGS,
+        "-O1",
+        str(HERE / source),
+        str(shared),
+        f"-Wl,-rpath,{shared.parent}",
+        "-fopenmp",
+        "-o",
+        str(out),
+    )
+    return out
+
+
+def emulated(processor: str, program: Path, *arguments: str) -> list[str]:
+    """The command that runs a program as this processor would."""
+    return [EMULATOR, "-cpu", processor, "-L", SYSROOT, str(program), *arguments]
+
+
+class ArmLibrary(library.Library):
+    """The functions of the library on an emulated processor."""
+
+    def __init__(self, server: Path, processor: str) -> None:
+        self._calls: Any = Calls(server, processor)
+        assert self._calls.rac_abi() == library.ABI
+        self.best = library.ISAS[self._calls.rac_best_isa()]
+        self.compiler = self._calls.rac_compiler().decode()
+
+    def close(self) -> None:
+        self._calls.process.communicate()
+
+
+class Calls:
+    """What ctypes.CDLL is for the library of this machine."""
+
+    def __init__(self, server: Path, processor: str) -> None:
+        self.process = subprocess.Popen(emulated(processor, server), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._call, name)
+
+    def _call(self, name: str, *values: Any) -> Any:
+        result, types = library._SIGNATURES.get(name, (ctypes.c_int32, []))
+        message, out = [_counted(name.encode())], (None, 0)
+        for i, (kind, value) in enumerate(zip(types, values, strict=True)):
+            if kind is not ctypes.c_void_p:
+                message.append(b"n" + struct.pack("<q", value))
+            elif value is None:
+                message.append(b"z")
+            else:
+                out = (value, values[i + 1])
+                message.append(b"b" + _counted(ctypes.string_at(*out)))
+        self.process.stdin.write(b"".join(message))
+        self.process.stdin.flush()
+        answer = self._read() if result is ctypes.c_char_p else struct.unpack("<q", self._exactly(8))[0]
+        left = self._read()
+        if out[0] is not None and name in ("rac_pack_weight", "rac_expand_panels", "rac_sparse_linear"):
+            ctypes.memmove(out[0], left, out[1])
+        return answer
+
+    def _read(self) -> bytes:
+        return self._exactly(struct.unpack("<q", self._exactly(8))[0])
+
+    def _exactly(self, size: int) -> bytes:
+        found = self.process.stdout.read(size)
+        assert len(found) == size, f"the emulated processor stopped with {self.process.wait()}"
+        return found
+
+
+def _counted(data: bytes) -> bytes:
+    return struct.pack("<q", len(data)) + data
+
+
+def take_arm(arm: ArmLibrary, isa: str, patch: pytest.MonkeyPatch) -> None:
+    """Make the package use this library and this RAC_KERNEL."""
+    patch.setattr(support, "load", lru_cache(lambda: (arm, "")))
+    patch.setenv("RAC_KERNEL", isa)
+    support.forget()
