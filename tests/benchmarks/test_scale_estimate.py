@@ -41,18 +41,18 @@ def test_the_models_have_their_published_sizes(benchmark):
         assert model.shape.computing / 1e9 == pytest.approx(active, rel=0.02)
 
 
-def test_processes_share_tokens_and_whole_modules(benchmark):
+def test_processes_share_tokens_and_whole_groups(benchmark):
     batches = -(-benchmark.TOKENS // benchmark.BATCH)
     two = benchmark.GroupTimes(benchmark.Group(8, (4, 4)), tokens=100.0, summed=0, sent=0, factors=3.0, per_row=0.5)
     one = benchmark.GroupTimes(benchmark.Group(16, (4,)), tokens=50.0, summed=0, sent=0, factors=2.0, per_row=1.0)
     assert benchmark.layer_seconds([two, one], 1) == 150 + (3 + 8 * 0.5) + (2 + 4 * 1.0)
-    # each of two modules in a process, with factors of its own; the group of one module keeps one process busy
-    half = -(-batches // 2) / batches
-    assert benchmark.layer_seconds([two, one], 2) == pytest.approx(150 * half + (3 + 4 * 0.5) + (2 + 4 * 1.0))
-    many = benchmark.layer_seconds([two, one], 64)
-    assert many == pytest.approx(150 * (-(-batches // 64) / batches) + 5 + 6)
-    # layer by layer, all modules are shared: the largest ones first, to processes of as many weights
-    assert benchmark.layer_seconds([two, one], 3, together=True) == pytest.approx(150 * (82 / 245) + max(5, 6))
+    # one group after the other, one process is busy
+    assert batches == 245  # 24 lanes, five of 11 batches and the others of 10
+    assert benchmark.layer_seconds([two, one], 2) == pytest.approx(150 * (3 * 11 + 9 * 10) / 245 + 7 + 6)
+    assert benchmark.layer_seconds([two, one], 16) == pytest.approx(150 * (11 + 10) / 245 + 7 + 6)  # 16 lanes, then 8
+    assert benchmark.layer_seconds([two, one], 64) == pytest.approx(150 * 4 / 245 + 7 + 6)
+    # layer by layer, a process has each group
+    assert benchmark.layer_seconds([two, one], 3, together=True) == pytest.approx(150 * 82 / 245 + max(7, 6))
 
 
 def test_what_goes_between_processes_takes_time(benchmark):
@@ -60,7 +60,8 @@ def test_what_goes_between_processes_takes_time(benchmark):
         benchmark.Group(8, (4,)), 0.0, summed=3 * 10**11, sent=6 * 10**11, factors=0.0, per_row=0.0
     )
     assert benchmark.layer_seconds([moved], 1) == 0.0
-    assert benchmark.layer_seconds([moved], 4) == pytest.approx((2 * 3 / 4 * 3 + 6) * 1e11 / benchmark.LINK)
+    # six rounds of four lanes, and the sum is sent to all
+    assert benchmark.layer_seconds([moved], 4) == pytest.approx((7 * 3 / 4 * 3 + 6) * 1e11 / benchmark.LINK)
 
 
 def test_no_speed_up_is_above_the_number_of_processes(benchmark):

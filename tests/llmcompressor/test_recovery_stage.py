@@ -62,7 +62,8 @@ def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, t
 
 def test_the_pattern_holds_and_the_weights_moved(prune, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    without, recovered = prune(), prune(recover=RECOVER)
+    longer = {**RECOVER, "tokens": 3000, "passes": 4, "held_out_tokens": 600}  # long enough that the divergence falls
+    without, recovered = prune(), prune(recover=longer)
     for name, module in linears(recovered).items():
         if name == "lm_head":
             assert torch.equal(module.weight, linears(without)[name].weight)
