@@ -1,7 +1,7 @@
 """A key-value cache with room for further tokens, so that a step does not copy what is already there.
 
 transformers' `DynamicCache` joins the whole cache and the new token at every step. Over a completion of n tokens that copies
-n² / 2 of them: on a CPU most of the time of a long completion. benchmarks/decode_speed.py measures it.
+n² / 2 of them, a share of its time that grows with its length. benchmarks/decode_speed.py measures it.
 """
 
 from __future__ import annotations
