@@ -95,9 +95,7 @@ class CalibrationLoader(DataLoader):
         sizes = [weights.numel() for weights in self.token_weights]
         count = min(LANES, len(sizes))
         loads, lanes = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
-        for index in sorted(
-            range(len(sizes)), key=lambda i: -sizes[i]
-        ):  # the largest first, each to where there is least
+        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the largest first, to where there is least
             least = loads.index(min(loads))
             lanes[least].append(index)
             loads[least] += sizes[index]

@@ -144,9 +144,8 @@ class MemoryNeed:
         inputs = min(self.batch_tokens, ROWS) * group.columns * (2 + 2 * dense)
         alike = group.alike or (1 if self.by_layer else max(self.experts, 1))
         together = min(at_once(group.columns, group.rows, device), alike) if self.solver == "sparsegpt" else 1
-        finished = (
-            0 if self.by_layer else (together - 1) * (1 + dense) * square
-        )  # of experts that are solved with this one
+        # of experts that are solved with this one
+        finished = 0 if self.by_layer else (together - 1) * (1 + dense) * square
         statistics = 2 * (1 + dense) * square + inputs + finished
         solving = together * (squares * square + buffers * buffer)
         return int(max(2 * group.beside + _FLOAT32 * statistics, group.beside + _FLOAT32 * solving))
@@ -209,7 +208,8 @@ def _next_step(need: MemoryNeed, group: GroupShape, needed: int) -> str:
     if need.kept(group) > needed / 4:
         steps.append(f"set a lower calibration.tokens ({need.tokens:,} tokens are calibrated on now)")
     if min(need.batch_tokens, ROWS) * group.columns * _FLOAT32 > needed / 8:
-        steps.append(f"set a lower calibration.batch_tokens (the largest batch has {need.batch_tokens:,})")
+        below = min(need.batch_tokens, ROWS)  # of a larger batch no more are converted at once
+        steps.append(f"set calibration.batch_tokens below {below:,} (the largest batch has {need.batch_tokens:,})")
     if need.dense_target:
         steps.append("set reconstruct: pruned, which keeps one model's activations instead of two")
     if not need.by_layer:

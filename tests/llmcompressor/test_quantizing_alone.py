@@ -138,7 +138,7 @@ def test_recovery_trains_every_weight_through_its_code(prune, tmp_path, symmetri
     zero_points.clear()
     prune(output_dir=tmp_path / "after", recover={**recover, "folder": str(tmp_path / "state")}, **alone(3, symmetric))
     record = json.loads((tmp_path / "after" / "rac_run.json").read_text())
-    assert record["recovery"]["kl_after"] < 0.99 * record["recovery"]["kl_before"]
+    assert record["recovery"]["kl_after"] < 0.97 * record["recovery"]["kl_before"]
     before, after = (decoded(tmp_path / name, 3) for name in ("before", "after"))
     assert all(not torch.equal(before[name][0], after[name][0]) for name in before), "codes of every module have moved"
     assert all(torch.equal(values, evaluated[name].float()) for name, (_, values) in after.items())

@@ -14,21 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-extern "C" {
-int32_t rac_abi();
-int32_t rac_best_isa();
-const char* rac_compiler();
-const char* rac_last_error();
-int64_t rac_packed_bytes(int64_t, int64_t, int64_t, int32_t, const uint8_t*, int64_t, int64_t);
-int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
-                        int32_t, void*, int64_t, int32_t);
-int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
-int32_t rac_value_type(const void*, int64_t);
-int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*, int64_t, int32_t, int32_t,
-                          int32_t);
-int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const void*,
-                          int64_t, int32_t, int64_t, const void*, int64_t, int32_t, void*, int64_t, int32_t, int32_t);
-}
+#include "library_calls.h"
 
 static void read_all(void* to, int64_t bytes) {
     if (std::fread(to, 1, bytes, stdin) == static_cast<size_t>(bytes)) return;

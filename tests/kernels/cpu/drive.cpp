@@ -12,19 +12,7 @@
 #include <random>
 #include <vector>
 
-extern "C" {
-int32_t rac_best_isa();
-const char* rac_last_error();
-int64_t rac_packed_bytes(int64_t, int64_t, int64_t, int32_t, const uint8_t*, int64_t, int64_t);
-int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
-                        int32_t, void*, int64_t, int32_t);
-int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
-int32_t rac_value_type(const void*, int64_t);
-int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*, int64_t, int32_t, int32_t,
-                          int32_t);
-int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const void*,
-                          int64_t, int32_t, int64_t, const void*, int64_t, int32_t, void*, int64_t, int32_t, int32_t);
-}
+#include "library_calls.h"
 constexpr int32_t OK = 0, BAD_ARGUMENT = 2;  // of csrc/status.h
 constexpr int32_t NEON = 4;  // of csrc/kernel.h: the lowest instruction set of ARM
 
