@@ -149,7 +149,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             RacError: naming the module, the bytes needed and free, and what to change.
         """
         by_layer = "layer" in (self.order, self._order.get("order"))
-        need = MemoryNeed.of(self, self._share, model, by_layer=by_layer, processes=self._processes.count)
+        need = MemoryNeed.of(self, self.known_share, model, by_layer=by_layer, processes=self._processes.count)
         shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
         if by_layer:
             shapes = GroupShape.by_layer(model, self._names)
