@@ -9,8 +9,7 @@ def fork_server() -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "llmcompressor",
-            "rac_modifier.llmcompressor.pruning_modifier",
+            "tests.preloaded",
             "rac_modifier.traces.collect",
             "tests.cli.served_child",
             "tests.traces.slow_collection",
