@@ -80,26 +80,30 @@ class Figures:
     gigabytes_per_s: float | None = None  # of the read probe in the same process
 
 
-def random_packed(rows: int, columns: int, bits: int, pruned: float) -> tuple[Tensor, Tensor]:
-    """A packed weight of random integers with its scales: one per row of int8, one per 128 columns of int4."""
+def random_packed(rows: int, columns: int, bits: int, pruned: float, copies: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Copies of a packed weight of random integers with its scales: one per row of int8, one per 128 columns of int4.
+
+    Each is packed, as served weights are: packing asks the system for huge pages, and a plain copy would not have them.
+    """
     values = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
     values = torch.where(values == 0, 1, values)
     scale = (torch.rand(rows, columns // GROUP if bits == 4 else 1) + 0.5).bfloat16().float() / columns
     scales = pack_scale(scale, narrow=bits == 4)
     if not pruned:
-        return pack_dense(values, bits), scales
+        return [(pack_dense(values, bits), scales.clone()) for _ in range(copies)]
     mask = torch.rand(rows, columns) >= pruned
     bitmask = (mask.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-    return pack_values(values[mask], bitmask, columns, bits), scales
+    kept = values[mask]
+    return [(pack_values(kept, bitmask, columns, bits), scales.clone()) for _ in range(copies)]
 
 
 def linears(name: str, args: argparse.Namespace) -> Figures:
     """The products of a decode step: every layer has memory of its own, so that no cache helps."""
     bits, pruned, head_bits = LINEARS[name]
     torch.manual_seed(0)
-    layer = [(*random_packed(n, k, bits, pruned), n, k) for n, k in SHAPES["1.5B"]]
-    weights = [(data.clone(), scale.clone(), n, k) for _ in range(args.layers) for data, scale, n, k in layer]
-    weights.append((*random_packed(args.vocab, HIDDEN, head_bits, 0.0), args.vocab, HIDDEN))
+    kinds = [(random_packed(n, k, bits, pruned, args.layers), n, k) for n, k in SHAPES["1.5B"]]
+    weights = [(*copies[layer], n, k) for layer in range(args.layers) for copies, n, k in kinds]
+    weights.append((*random_packed(args.vocab, HIDDEN, head_bits, 0.0)[0], args.vocab, HIDDEN))
     inputs = {k: torch.randn(1, k).bfloat16() for _, _, _, k in weights}
     nbytes = sum(data.nbytes + scale.nbytes for data, scale, _, _ in weights)
     times = []
