@@ -70,6 +70,7 @@ results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 c
 
 gpu-check: ## on a machine with a GPU: are the GPU kernels right, and how fast; GPU_PYTHON is the python that has vLLM or torch for CUDA
 	$(GPU_PYTHON) benchmarks/gpu_kernels.py --json gpu.json
+	if $(GPU_PYTHON) -c 'import vllm'; then $(GPU_PYTHON) benchmarks/gpu_served.py --json gpu-served.json; else echo 'vLLM is not there: no model was served'; fi
 	$(GPU_PYTHON) -m pytest tests/kernels/cuda -m gpu
 
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/

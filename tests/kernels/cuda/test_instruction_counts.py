@@ -66,7 +66,7 @@ def test_every_card_has_counts_of_every_layout():
     assert {card.architecture for card in CARDS} == set(ARCHITECTURES)
     assert set(COUNTS) == {(layout, each) for layout in LAYOUTS for each in ARCHITECTURES}
     for (layout, _), numbers in COUNTS.items():
-        assert len(numbers) == (3 if layout.startswith("unstructured") else 6)
+        assert len(numbers) == (3 if layout.startswith("unstructured") else 9)
 
 
 def test_a_count_is_found_by_layout_and_tiles():
