@@ -84,7 +84,7 @@ def test_a_layer_that_is_predicted_to_be_faster_dense_is_dense_as_it_would_be_se
     assert found.kernel == "dense"
     assert found.time == dense_time(H100, 1536, 1536, 1, 2.0)
     assert re.match(
-        r"dense because it is predicted on H100 SXM: 4\.\d us packed and 3\.\d us dense in bfl", found.reason
+        r"dense because it is predicted on H100 SXM: 3\.\d us packed and 3\.\d us dense in bfl", found.reason
     )
 
 

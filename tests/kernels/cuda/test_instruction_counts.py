@@ -85,4 +85,5 @@ def test_an_architecture_without_counts_is_an_error():
 if __name__ == "__main__":
     for name, layout in LAYOUTS.items():
         for each in ARCHITECTURES:
-            print(f'    ("{name}", "{each}"): {tuple(disassembled(layout, each).values())},')
+            counts = " ".join(f"{loop}+{others}" for loop, others in disassembled(layout, each).values())
+            print(f'    ("{name}", "{each}"): "{counts}",')
