@@ -3,9 +3,9 @@
     python benchmarks/gpu_served.py                 (with a GPU, in the environment that has vLLM; part of `make gpu-check`)
     python benchmarks/gpu_served.py --device cpu    (the same comparison for the CPU kernels)
 
-Random weights in the widths of Qwen2-1.5B, two layers: 2:4 in bfloat16, 2:4 + int4, and half of any pattern. Prompts of 24
-tokens are read in one step, and tokens are then sampled greedily one by one, out of CUDA graphs; both go through the kernels,
-which take up to 128 tokens. Each engine is a process of its own.
+Random weights in the widths of Qwen2-1.5B, two layers: 2:4 + int4; with --all also 2:4 in bfloat16, and half of any pattern.
+Prompts of 24 tokens are read in one step, and tokens are then sampled greedily one by one, out of CUDA graphs; both go through
+the kernels, which take up to 128 tokens. Each engine is a process of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rac_modifier.files import write_json_atomic
 
 # By device: the variable that chooses kernels, with its values for kernels and for dense layers.
 VARIABLES = {"cuda": ("RAC_GPU_KERNELS", "all", "off"), "cpu": ("RAC_KERNEL", "", "off")}
+MODELS = {"2:4 + int4": (True, True), "2:4": (True, False), "unstructured": (False, False)}  # 2:4 or any pattern; int4
 # Rounding to bfloat16 in another order moves a log-probability by some hundredths here; a wrong layer moves all of them by more.
 MOST_MEAN, MOST = 0.02, 0.25
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, VOCAB = 8, 24, 24, 1024
@@ -115,16 +116,16 @@ def sample_apart(folder: Path, device: str, kernels: bool) -> Sampled:
     return json.loads(out.read_text())
 
 
-def check(place: Path, device: str) -> dict[str, dict[str, float]]:
-    """Serve and compare each model. Figures by model."""
+def check(place: Path, device: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Serve and compare these of `MODELS`. Figures by model."""
     from random_model import save_model
 
     from rac_modifier.settings.pattern import Pattern
 
-    two_of_four, half = Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)
-    models = {"2:4": (two_of_four, False), "2:4 + int4": (two_of_four, True), "unstructured": (half, False)}
     found = {}
-    for name, (pattern, int4) in models.items():
+    for name in names:
+        two_of_four, int4 = MODELS[name]
+        pattern = Pattern.n_of_m(2, 4) if two_of_four else Pattern.unstructured(0.5)
         folder = place / name.replace(":", "of").replace(" + ", "-")
         save_model(folder, layers=2, vocab=VOCAB, pattern=pattern, int4=int4)
         compared = compare(sample_apart(folder, device, True), sample_apart(folder, device, False))
@@ -140,6 +141,7 @@ def check(place: Path, device: str) -> dict[str, dict[str, float]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=VARIABLES, default="cuda", help="where vLLM runs (cuda)")
+    parser.add_argument("--all", action="store_true", help="all models, not the first one alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--sample", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json_atomic(given.out, sample(given.sample, given.device))
         return
     with tempfile.TemporaryDirectory() as place:
-        found = check(Path(place), given.device)
+        found = check(Path(place), given.device, list(MODELS) if given.all else list(MODELS)[:1])
     if given.json is not None:
         write_json_atomic(given.json, found)
 

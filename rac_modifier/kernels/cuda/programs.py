@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rac_modifier.kernels.cuda import schedule, unstructured
 from rac_modifier.kernels.cuda.layout import TILE, Layout
@@ -67,6 +68,7 @@ class Program:
         return -(-rows // (TILE * self.row_tiles)), -(-tokens // (_TOKENS * self.token_tiles))
 
 
+@lru_cache(maxsize=4096)  # each launch outside of a graph asks
 def decode_program(
     layout: Layout, rows: int, columns: int, tokens: int, processors: int, same_order: bool = False
 ) -> Program:
