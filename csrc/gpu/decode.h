@@ -54,7 +54,7 @@ struct Decode {
   static constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
   static constexpr int TOKENS_AT_ONCE = 32 / PIECES;            // rows of x that a warp copies with one instruction
-  static constexpr int AT_ONCE = ROW_TILES * TOKEN_TILES > 8 ? 2 : ROW_TILES;  // row tiles whose products take turns, within the registers
+  static constexpr int AT_ONCE = ROW_TILES * TOKEN_TILES >= 8 ? 2 : ROW_TILES;  // row tiles whose products take turns, within the registers
   static_assert(PIECES <= 32 && PIECES >= 8 && TILE_BYTES % 16 == 0 && STAGES >= 3, "");
 
   // Of the 16-byte pieces of a chunk of one row tile, those of whole instructions of 32 lanes, and the others: these are
