@@ -38,7 +38,7 @@ def test_a_row_per_kind_and_one_for_the_step():
 def test_what_runs_dense_has_its_reason():
     text = render_prediction(prediction("a.o_proj", packed=False))
     assert "o_proj: dense because not pruned" in text
-    assert "no layer has a GPU kernel: those that exist take packed bfloat16 and int8, and 2:4" in text
+    assert "no layer runs on a GPU kernel; they take packed sparse weights in bfloat16, int8, fp8" in text
 
 
 def test_a_model_without_layers_has_no_step():
