@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from kernel import numbers, read_speed
+from kernel import numbers
 from peers import random_packed
 from torch import Tensor
 
@@ -94,13 +94,29 @@ def from_memory(kind: str, m: int, gigabytes: float, repeats: int) -> float:
     per_row = size_of(packed(kind, 1600)[0]) / 1600
     weights = packed(kind, LARGE_ROWS, max(2, round(gigabytes * 1e9 / (per_row * LARGE_ROWS))))
     x = torch.randn(m, COLUMNS).bfloat16()
+    calls = [call(weight, LARGE_ROWS, x) for weight in weights]
+    return size_of(weights[0]) / median_of_each(calls, repeats)
+
+
+def read_probe(repeats: int) -> float:
+    """Bytes per second of sums over, or products with, parts of half a GB of float32, whichever are faster."""
+    parts = list(torch.ones(32, 1 << 9, 1 << 13))
+    vector = torch.ones(1 << 13)
+    sums = median_of_each([part.sum for part in parts], repeats)
+    products = median_of_each([lambda part=part: torch.mv(part, vector) for part in parts], repeats)
+    return parts[0].nbytes / min(sums, products)
+
+
+def median_of_each(calls: Sequence[Callable[[], object]], repeats: int) -> float:
+    """Median seconds of a call, so that what else runs meanwhile delays single calls only. The first round is left out."""
     times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        for weight in weights:
-            call(weight, LARGE_ROWS, x)()
-        times.append(time.perf_counter() - start)
-    return sum(map(size_of, weights)) / statistics.median(times[1:])
+    for turn in range(repeats + 1):
+        for run in calls:
+            start = time.perf_counter()
+            run()
+            if turn:
+                times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def main() -> None:
@@ -122,7 +138,7 @@ def main() -> None:
     with torch.inference_mode():
         for threads, m, kind in itertools.product(arguments.threads, arguments.rows, arguments.only):
             torch.set_num_threads(threads)
-            probe = read_speed(3)
+            probe = read_probe(arguments.repeats)
             fast, rest = cached(kind, m, threads, arguments.seconds)
             slow = from_memory(kind, m, arguments.gigabytes, arguments.repeats)
             limit = "instructions" if fast < probe else "memory"
