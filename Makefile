@@ -40,7 +40,7 @@ test-compress: $(VENV)/.installed ## all tests of the compressing environment
 SERVING_TESTS = tests/vllm_plugin tests/kernels/test_plan.py tests/checkpoint/test_dense_int4.py tests/checkpoint/test_stored_weight.py tests/checkpoint/test_fuzz_stored_weight.py
 
 test-plugin: $(SERVE_VENV)/.installed ## the quick tests of the serving environment
-	$(SERVE_BIN)/python -m pytest $(SERVING_TESTS) -m "not slow"
+	OMP_NUM_THREADS=1 $(SERVE_BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(SERVING_TESTS) -m "not slow"
 
 test-serve: $(SERVE_VENV)/.installed ## all tests of the serving environment: starts vLLM's engines and servers
 	$(SERVE_BIN)/python -m pytest $(SERVING_TESTS)
@@ -90,7 +90,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(SERVE_VENV)/.installed: pyproject.toml scripts/serve_cpu_env.sh
 	PYTHON=$(PYTHON) scripts/serve_cpu_env.sh $(SERVE_VENV)
-	$(SERVE_BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6.100' 'coverage>=7.6'
+	$(SERVE_BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'coverage>=7.6'
 	touch $@
 
 # --group needs pip 25.1
