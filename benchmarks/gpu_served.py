@@ -27,7 +27,8 @@ from rac_modifier.files import write_json_atomic
 # By device: the variable that chooses kernels, with its values for kernels and for dense layers.
 VARIABLES = {"cuda": ("RAC_GPU_KERNELS", "all", "off"), "cpu": ("RAC_KERNEL", "", "off")}
 MODELS = {"2:4 + int4": (True, True), "2:4": (True, False), "unstructured": (False, False)}  # 2:4 or any pattern; int4
-# Rounding to bfloat16 in another order moves a log-probability by some hundredths here; a wrong layer moves all of them by more.
+# Rounding to bfloat16 elsewhere moves log-probabilities by 0.006 in the mean and 0.03 at most here (2:4 + int4, the CPU kernel
+# and dense); a wrong layer moves all of them by more.
 MOST_MEAN, MOST = 0.02, 0.25
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, VOCAB = 8, 24, 24, 1024
 Sampled = list[
