@@ -24,6 +24,7 @@ from rac_modifier.frontier.compressing import PASSES, Group, moments, solving
 from rac_modifier.frontier.estimate import MEAN_SHARE, REACHED, Asked, ModelShape, Plan, Speed, estimate
 from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed
 from rac_modifier.llmcompressor.solving import owners
+from rac_modifier.llmcompressor.step_memory import SolverMemory
 from rac_modifier.pruning.hessian import Statistics
 from rac_modifier.pruning.solve import solve
 from rac_modifier.settings.pattern import Pattern
@@ -256,7 +257,8 @@ def memory_table() -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for model in (each for each in MODELS if not each.everywhere):
         shape = model.shape
-        need = MemoryNeed(TOKENS, BATCH, model.hidden, 2, by_layer=False, dense_target=True, solver="alps", refits=True)
+        steps = SolverMemory("alps", dense_target=True, refits=True, float32=False)
+        need = MemoryNeed(TOKENS, BATCH, model.hidden, 2, by_layer=False, solver=steps)
         groups = list(model.layer())
         work = max(need.work(GroupShape("", group.columns, sum(group.rows))) for group in groups)
         # of a mixture, as if the statistics of all experts of a layer were there at once, and the inputs of all

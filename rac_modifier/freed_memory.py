@@ -31,3 +31,13 @@ def keep_freed_memory() -> bool:
         return False
     options = ((_MMAP_THRESHOLD, _BLOCKS), (_TRIM_THRESHOLD, _KEPT), (_ARENA_MAX, 1))
     return all(library.mallopt(option, value) == 1 for option, value in options)
+
+
+def return_freed_memory() -> None:
+    """Give back what glibc keeps, between two parts of a run: the next one needs blocks of other sizes.
+
+    What the last part has left free would be held beside what the next one takes. It costs the pages of one part, once.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # of glibc alone
+        library.malloc_trim(0)

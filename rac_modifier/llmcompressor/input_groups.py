@@ -68,6 +68,7 @@ class HessianCollector:
             if self._first < 0:
                 self._first = batch
             self._batch, self._seen = batch, {}
+            self._latest.clear()  # the inputs of the batch before, which are not needed while this one runs
         self._seen[module] = self._seen.get(module, 0) + 1
         if batch == self._first and self._seen[module] > 1:
             self._stoppable = False
