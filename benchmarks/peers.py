@@ -8,8 +8,8 @@ Contenders run in turn, each in a process of its own and with the same number of
 llama.cpp generates (`--prompt-tokens` in, `--output-tokens` out), timed by itself. "linears" are the products of one decode step,
 of all layers and the head, without attention, norms and the calls of a server: a lower bound of what a token takes. Those of
 OpenVINO are a graph of nothing else in its CPU runtime, which may run its layers in any order, on the same inputs. With
---served a token of ours is timed at the client. Weights' bytes are those that a token reads: the linear layers with their masks
-and scales, and the head. A row per contender is written to --json, with its runs.
+--served a token of ours, and of vLLM's own dense products, is timed at the client. Weights' bytes are those that a token reads:
+the linear layers with their masks and scales, and the head. A row per contender is written to --json, with its runs.
 
 Weights are random, so nothing is said here about accuracy: `kl` is null.
 """
@@ -44,6 +44,8 @@ LLAMA = {"llama.cpp Q4_0": "Q4_0", "llama.cpp Q8_0": "Q8_0"}
 LINEARS = {
     "linears, 50 % + int4, head int4": (4, 0.5, 4),
     "linears, 50 % + int4, head int8": (4, 0.5, 8),
+    "linears, 60 % + int4, head int4": (4, 0.6, 4),
+    "linears, 70 % + int4, head int4": (4, 0.7, 4),
     "linears, 50 % + int8, head int8": (8, 0.5, 8),
     "linears, dense int4, head int4": (4, 0.0, 4),
 }
@@ -51,11 +53,16 @@ OPENVINO = {  # bits of the layers and of the head; dense
     "OpenVINO linears, int4, head int4": (4, 4),
     "OpenVINO linears, int8, head int8": (8, 8),
 }
-SERVED = {  # the same as of LINEARS
+SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
     "served, 50 % + int4, head int4": (4, 0.5, 4),
     "served, 50 % + int4, head int8": (4, 0.5, 8),
+    "served, 60 % + int4, head int4": (4, 0.6, 4),
+    "served, 70 % + int4, head int4": (4, 0.7, 4),
     "served, 50 % + int8, head int8": (8, 0.5, 8),
     "served, dense int4, ours, head int4": (4, 0.0, 4),  # an ordinary W4A16 checkpoint, with --quantization rac-sparse
+    "vLLM, dense bfloat16": (16, 0.0, 16),  # vLLM's own products from here on
+    "vLLM, dense int8 (W8A8)": (8, 0.0, 16),
+    "vLLM, dense int4 (W4A16)": (4, 0.0, 16),
 }
 GROUP, HIDDEN = 128, 1536  # columns that share a scale of int4; columns of the head
 
@@ -152,7 +159,8 @@ def served(name: str, args: argparse.Namespace) -> Figures:
     from rac_modifier.settings.pattern import Pattern
 
     bits, pruned, head_bits = SERVED[name]
-    folder = args.keep / f"{'' if pruned else 'dense-'}int{bits}-{args.layers}-{args.vocab}"
+    ours = head_bits < 16
+    folder = args.keep / f"{f'{100 * pruned:.0f}-' if pruned else 'dense-'}int{bits}-{args.layers}-{args.vocab}"
     pattern = Pattern.unstructured(pruned) if pruned else None
     save_model(folder, args.layers, args.vocab, pattern, int8=bits == 8, int4=bits == 4)
     options = [
@@ -163,17 +171,17 @@ def served(name: str, args: argparse.Namespace) -> Figures:
         "2048",
         "--dtype",
         "bfloat16",
-        *([] if pruned else ["--quantization", "rac-sparse"]),
+        *(["--quantization", "rac-sparse"] if ours and not pruned else []),
     ]
     log = folder.with_suffix(".log")
-    with serving(folder, options, log, environment={"RAC_LM_HEAD": f"int{head_bits}"}) as server:
+    with serving(folder, options, log, environment={"RAC_LM_HEAD": f"int{head_bits}"} if ours else {}) as server:
         load = Load(args.prompt_tokens, args.output_tokens, args.vocab, "model")
         measure(server.url, load, 1, 1)
         speed = measure(server.url, load, 1, 2)
-    if not pruned and "has no effect on this model" in log.read_text():
+    if ours and not pruned and "has no effect on this model" in log.read_text():
         raise SystemExit(f"{name}: vLLM's own method ran it; {log} has the reason")
     each = (1 - pruned) * bits / 8 + (1 / 8 if pruned else 0) + (2 / GROUP if bits == 4 else 0)  # values, masks, scales
-    head = 0.5 + 2 / GROUP if head_bits == 4 else 1.0
+    head = 0.5 + 2 / GROUP if head_bits == 4 else head_bits / 8
     weights = args.layers * sum(n * k for n, k in SHAPES["1.5B"])
     nbytes = int(each * weights + head * args.vocab * HIDDEN)
     return Figures(nbytes, speed.each_token_ms, speed.first_token_ms / 1e3, speed.tokens_per_second)

@@ -2,6 +2,7 @@
 
     python benchmarks/pruning_time.py                   # the embedded reasoner, then two layers of Qwen2-1.5B shape
     python benchmarks/pruning_time.py --case reasoner
+    python benchmarks/pruning_time.py --case qwen2-7b-1-layer --tokens 131072
     python benchmarks/pruning_time.py --who paper "paper + refit" quality    # any of VARIANTS in common.py
 
 `ours` is SparseGPT as upstream's, in our order (group by group); the presets can be compared with each other as well.
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +57,14 @@ def reasoner_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
     return model, [CalibrationSequence(tuple(ids[at : at + 256]), 0, "traces") for at in range(0, len(ids) - 255, 256)]
 
 
-def qwen_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
-    """Two decoder layers of Qwen2-1.5B's shape with random weights, and random tokens in rows of 512."""
+QWEN_1_5B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+
+
+def qwen_case(shape: dict[str, int], layers: int, tokens: int) -> tuple[Any, list[CalibrationSequence]]:
+    """Decoder layers of a Qwen2 shape with random weights, and random tokens in rows of 512."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=4096,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=2,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
+    config = Qwen2Config(vocab_size=4096, num_hidden_layers=layers, max_position_embeddings=4096, **shape)
     model = Qwen2ForCausalLM(config)
     folder = Path(tempfile.mkdtemp())
     config.save_pretrained(folder)
@@ -80,15 +79,19 @@ WHO: dict[str, dict[str, Any] | None] = {
     "ours": VARIANTS["paper + group order"],
     **VARIANTS,
 }
-CASES = {"reasoner": (reasoner_case, 32768), "qwen2-1.5b-2-layers": (qwen_case, 16384)}
+CASES: dict[str, tuple[Callable[[int], tuple[Any, list[CalibrationSequence]]], int]] = {
+    "reasoner": (reasoner_case, 32768),
+    "qwen2-1.5b-2-layers": (partial(qwen_case, QWEN_1_5B, 2), 16384),
+    "qwen2-7b-1-layer": (partial(qwen_case, QWEN_7B, 1), 16384),
+}
 
 
 class Peer:
-    """One way to prune a fresh copy of the case's model."""
+    """Prunes fresh copies of the case's model, with so many calibration tokens (None: the case's own)."""
 
-    def __init__(self, case: str, pattern: str):
-        build, tokens = CASES[case]
-        self.model, sequences = build(tokens)
+    def __init__(self, case: str, pattern: str, tokens: int | None):
+        build, usual = CASES[case]
+        self.model, sequences = build(tokens or usual)
         self.settings = {"sparsity": 0.5, "mask_structure": pattern}
         self.calibration = CalibrationSet(
             CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=BATCH_TOKENS), 0)
@@ -123,8 +126,10 @@ class Peer:
         return float((self.hidden(model) - self.dense).square().sum() / self.dense.square().sum())
 
 
-def compare(case: str, pattern: str, rounds: int, who: list[str], with_memory: bool) -> dict[str, Any]:
-    peer = Peer(case, pattern)
+def compare(
+    case: str, pattern: str, tokens: int | None, rounds: int, who: list[str], with_memory: bool
+) -> dict[str, Any]:
+    peer = Peer(case, pattern, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in who}
     errors: dict[str, float] = {}
     for index in range(rounds):
@@ -136,7 +141,7 @@ def compare(case: str, pattern: str, rounds: int, who: list[str], with_memory: b
             )
             errors[name] = peer.error(model)
             del model
-    memory = {name: peak_memory(case, pattern, name) if with_memory else float("nan") for name in who}
+    memory = {name: peak_memory(case, pattern, tokens, name) if with_memory else float("nan") for name in who}
     for name in who:
         ratios = [s / first for s, first in zip(seconds[name], seconds[who[0]], strict=True)]
         print(
@@ -145,12 +150,20 @@ def compare(case: str, pattern: str, rounds: int, who: list[str], with_memory: b
             f"{memory[name]:.0f} MiB |",
             flush=True,
         )
-    return {"case": case, "pattern": pattern, "seconds": seconds, "errors": errors, "peak_mib": memory}
+    return {
+        "case": case,
+        "pattern": pattern,
+        "tokens": tokens,
+        "seconds": seconds,
+        "errors": errors,
+        "peak_mib": memory,
+    }
 
 
-def peak_memory(case: str, pattern: str, who: str) -> float:
+def peak_memory(case: str, pattern: str, tokens: int | None, who: str) -> float:
     """MiB that the call adds to a fresh process's peak."""
     command = [sys.executable, __file__, "--case", case, "--pattern", pattern, "--memory-of", who]
+    command += ["--tokens", str(tokens)] if tokens else []
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.strip().splitlines()[-1])
 
@@ -168,13 +181,14 @@ def main() -> None:
     parser.add_argument(
         "--who", choices=WHO, nargs="+", default=["upstream", "ours"], help="the first is what the ratios are to"
     )
+    parser.add_argument("--tokens", type=int, default=None, help="calibration tokens; each case has its own default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-memory", action="store_true", help="leave out the runs that measure peak memory")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--memory-of", choices=WHO, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        peer = Peer(args.case[0], args.pattern[0])
+        peer = Peer(args.case[0], args.pattern[0], args.tokens)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
         before = resident("VmRSS")
         peer.prune(args.memory_of)
@@ -183,8 +197,8 @@ def main() -> None:
     print(machine())
     print(f"| case | sparsity | who | time, median of {args.rounds} | ratio | error | peak memory over the start |")
     results = [
-        compare(case, pattern, args.rounds, args.who, not args.without_memory)
-        for case in args.case or CASES
+        compare(case, pattern, args.tokens, args.rounds, args.who, not args.without_memory)
+        for case in args.case or list(CASES)[:2]
         for pattern in args.pattern or ("2:4", "0:0")
     ]
     if args.json:

@@ -1,11 +1,16 @@
 """Collecting traces of the embedded reasoner through `vllm serve`, against transformers' `generate` in batches of 8.
 
     python benchmarks/trace_speed.py rates --vllm .venv-serve/bin/vllm             # tokens/s of both on the same problems
+    python benchmarks/trace_speed.py client --vllm .venv-serve/bin/vllm            # what our client adds to the server's time
     python benchmarks/trace_speed.py memory --vllm .venv-serve/bin/vllm            # a million tokens; goes on where it was
 
 `rates`: each round takes other problems, in the same order for both. The server is asked as many as hold --tokens; `generate`, as
 the paper's code calls it, the first --problems of them, eight at a time. Both sample float32 weights at the same settings.
 Tokens are those of completions up to their EOS; padding does not count. The server stays up, idle, while `generate` runs.
+
+`client`: each round completes other problems, --problems of them, twice: by a whole collection (checks of the model and of each
+answer, and the store's writes included), and by a bare load generator, which sends the same requests from ready bodies and
+reads only the number of tokens of an answer. In turn, the order reversed each round.
 
 `memory`: one collection to budgets of 10,000, 100,000 and 1,130,000 tokens, in one process, and the most memory that the
 collector (not the server) held resident in each part.
@@ -14,26 +19,30 @@ collector (not the server) held resident in each part.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
+import aiohttp
 import psutil
 import torch
 from common import fresh, machine
 from transformers import AutoTokenizer
 from vllm_server import Server, serving
 
+from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
 from rac_modifier.reasoner import reasoner_path
+from rac_modifier.sampling.completions_api import Request, trace_seed
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.prompts import render_prompt, render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
@@ -49,12 +58,14 @@ def sampling(seed: int) -> SamplingSettings:
     return SamplingSettings(temperature=0.6, top_p=0.95, top_k=0, max_new_tokens=512, seed=seed)
 
 
-def collect(server: Server, path: Path, tokens: int, seed: int, concurrency: int) -> TraceStore:
+def collect(
+    server: Server, path: Path, tokens: int, seed: int, concurrency: int, problems: int | None = None
+) -> TraceStore:
     return collect_traces(
         ModelIdentity.of_files(str(reasoner_path())),
         AutoTokenizer.from_pretrained(reasoner_path()),
         path,
-        problems=ProblemSource(),
+        problems=ProblemSource(limit=problems),
         sampling=sampling(seed),
         tokens=tokens,
         engine=EngineSettings(base_urls=(f"{server.url}/v1",), concurrency=concurrency),
@@ -121,6 +132,84 @@ def rates(server: Server, args: argparse.Namespace) -> None:
         )
 
 
+def collection_rate(server: Server, path: Path, problems: int, seed: int, concurrency: int) -> float:
+    """Completion tokens per second of a collection that ends when its problems do."""
+    path.unlink(missing_ok=True)
+    pending_path(path).unlink(missing_ok=True)
+    started = time.perf_counter()
+    with suppress(RacError):  # the problems are used up before the budget is reached; all traces are kept
+        collect(server, path, 10**9, seed, concurrency, problems)
+    seconds = time.perf_counter() - started
+    counts, found = TraceStore.read(path).counts, len(TraceStore.read(path))
+    assert found == problems, f"{found} of {problems} traces"
+    print(f"  collection: {counts.completion_tokens} tokens in {seconds:.1f} s", flush=True)
+    return counts.completion_tokens / seconds
+
+
+def bodies(problems: int, seed: int, model: str) -> list[bytes]:
+    """The requests that a collection of the first `problems` makes."""
+    settings, tokenizer = sampling(seed), AutoTokenizer.from_pretrained(reasoner_path())
+    requests = []
+    for problem in islice(load_problems(ProblemSource(), seed), problems):
+        prompt = tuple(render_question(tokenizer, problem.question, settings))
+        seed_here = trace_seed(seed, f"{problem.id}#0")
+        request = Request(prompt, settings.max_new_tokens, seed_here, (tokenizer.eos_token_id,))
+        arguments = request.arguments(model, settings)
+        requests.append(json.dumps(arguments | arguments.pop("extra_body")).encode())
+    return requests
+
+
+def bare_rate(server: Server, requests: list[bytes], concurrency: int) -> float:
+    """Completion tokens per second of a client that does nothing but send and count."""
+
+    async def load() -> int:
+        left, tokens = requests[::-1], 0
+        headers = {"Content-Type": "application/json"}
+
+        async def worker(session: aiohttp.ClientSession) -> None:
+            nonlocal tokens
+            while left:
+                async with session.post(f"{server.url}/v1/completions", data=left.pop(), headers=headers) as reply:
+                    tokens += json.loads(await reply.read())["usage"]["completion_tokens"]
+
+        connector = aiohttp.TCPConnector(limit=concurrency)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+            await asyncio.gather(*(worker(session) for _ in range(concurrency)))
+        return tokens
+
+    started = time.perf_counter()
+    tokens = asyncio.run(load())
+    seconds = time.perf_counter() - started
+    print(f"  load generator: {tokens} tokens in {seconds:.1f} s", flush=True)
+    return tokens / seconds
+
+
+def client(server: Server, args: argparse.Namespace) -> None:
+    """Our client's share of the server's throughput."""
+    path = args.out / "client.jsonl"
+    collection_rate(server, path, min(args.problems, 100), 10**6, max(args.concurrency))  # to warm up
+    print(
+        "| at a time | collection, tokens/s | load generator, tokens/s | ratio of the same round |\n|---|---|---|---|"
+    )
+    for concurrency in args.concurrency:
+        found: dict[str, list[float]] = {"ours": [], "bare": []}
+        for seed in range(args.rounds):
+            requests = bodies(args.problems, seed, str(reasoner_path()))
+            for name in ("ours", "bare") if seed % 2 == 0 else ("bare", "ours"):
+                found[name].append(
+                    bare_rate(server, requests, concurrency)
+                    if name == "bare"
+                    else collection_rate(server, path, args.problems, seed, concurrency)
+                )
+        ours, bare = found["ours"], found["bare"]
+        ratios = [one / other for one, other in zip(ours, bare, strict=True)]
+        print(
+            f"| {concurrency} | {statistics.median(ours):,.0f} | {statistics.median(bare):,.0f} | "
+            f"{statistics.median(ratios):.3f}x ({min(ratios):.3f}-{max(ratios):.3f}) |",
+            flush=True,
+        )
+
+
 @contextmanager
 def most_resident() -> Iterator[list[float]]:
     """The most MiB that this process held resident while inside, in a list of one."""
@@ -161,18 +250,20 @@ def memory(server: Server, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rates", "memory"])
+    parser.add_argument("what", choices=["rates", "client", "memory"])
     parser.add_argument("--vllm", type=Path, help="the `vllm` of a serving environment; default: beside this Python")
     parser.add_argument("--out", type=Path, default=Path("build/trace_speed"))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=60_000, help="that the server is asked for in each round")
-    parser.add_argument("--problems", type=int, default=80, help="that generate is asked in each round")
+    parser.add_argument(
+        "--problems", type=int, default=80, help="that generate, or both clients, are asked in each round"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print(machine(), flush=True)
     with serving(reasoner_path(), OPTIONS, args.out / "vllm.log", vllm=args.vllm) as server:
-        {"rates": rates, "memory": memory}[args.what](server, args)
+        {"rates": rates, "client": client, "memory": memory}[args.what](server, args)
 
 
 if __name__ == "__main__":

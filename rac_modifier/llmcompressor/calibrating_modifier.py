@@ -61,6 +61,13 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         assert self._calibration is not None
         return self._calibration
 
+    @property
+    def known_share(self) -> CalibrationLoader | None:
+        """This process's part of the calibration set; None while it has still to be sampled."""
+        if self._share is None and self._calibration is not None:
+            return self._calibration.loader.share(self._processes.rank, self._processes.count)
+        return self._share
+
     def other_modifiers(self, *, later: bool = False) -> list[Modifier]:
         """Those of the recipe beside this one; with `later` only those that run after it."""
         modifiers = list(active_session().lifecycle.recipe.modifiers)

@@ -74,6 +74,7 @@ def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
         "calibrate_session",
         "calibration_set",
         "check_run",
+        "known_share",
         "other_modifiers",
         "quantization",
         "run_record",

@@ -71,7 +71,9 @@ def test_a_given_calibration_set_takes_the_place_of_the_recipes(prune, trace_sto
     first = ReasoningAwareSparseGPTModifier(**entry(trace_store))
     oneshot(model=str(tiny_folder), recipe=first)
     monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None)
-    second = ReasoningAwareSparseGPTModifier(**entry())
+    settings = entry()
+    settings["calibration"] = {**settings.get("calibration", {}), "tokens": 10**12}  # far more than fit; without effect
+    second = ReasoningAwareSparseGPTModifier(**settings)
     second.use_calibration_set(first.calibration_set)
     model = oneshot(model=str(tiny_folder), recipe=second)
     monkeypatch.undo()
