@@ -236,7 +236,9 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func.is_view or name.startswith(("empty", "new_empty", "_reshape_alias", "detach", "_unsafe_view")):
+        if func.is_view or name.startswith(
+            ("empty", "new_empty", "_reshape_alias", "detach", "_unsafe_view", "unbind", "split")
+        ):
             return result
         if name == "_local_scalar_dense":
             self.waits += 1

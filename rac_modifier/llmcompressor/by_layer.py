@@ -71,6 +71,7 @@ def calibrate_by_layer(
                         pruner.end_lanes(loader.lanes_ended[batch])
                         # upstream's frames refer to the exception and it to them; that cycle would keep this batch's activations
                         gc.collect(1)
+                        return_freed_memory()  # blocks of the batch lie between the sums, which stay
                     LifecycleCallbacks.sequential_epoch_end(submodules[index])
                 if index < last:
                     return_freed_memory()

@@ -49,7 +49,7 @@ class GroupShape:
 
     Layer by layer, `summed` and `beside` are bytes of the other groups of the layer: of their sums while all are added up, and of
     what is left of them while this one is solved. `alike` is the number of groups of this shape that may be solved at once; 0:
-    those of a layer's experts, where the model has some.
+    those of a layer's experts, where the model has some. `routed`: of an expert that is calibrated on its own tokens.
     """
 
     name: str
@@ -58,12 +58,21 @@ class GroupShape:
     summed: int = 0
     beside: int = 0
     alike: int = 0
+    routed: bool = False
 
     @classmethod
     def of(cls, names: dict[torch.nn.Module, str], modules: Sequence[torch.nn.Module]) -> GroupShape:
         """The shape of some of the modules of `names`."""
         shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
         return cls(names[modules[0]], shapes[0][1], sum(rows for rows, _ in shapes))
+
+    @classmethod
+    def by_group(
+        cls, model: torch.nn.Module, names: dict[torch.nn.Module, str], groups: Sequence[Sequence[torch.nn.Module]]
+    ) -> list[GroupShape]:
+        """Of a run that goes group by group."""
+        routed = {module for experts in find_experts(model, names) for module in experts.modules}
+        return [replace(cls.of(names, modules), routed=modules[0] in routed) for modules in groups]
 
     @classmethod
     def by_layer(cls, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> list[GroupShape]:
@@ -198,7 +207,7 @@ class MemoryNeed:
         together = self.together(group, device)
         if not self.by_layer:  # of experts that are solved with this one
             sums += _FLOAT32 * (together - 1) * (d**2 + cross)
-        runs = self.forward(group) if self.by_layer or dense else 0
+        runs = self.forward(group) if self.by_layer or (dense and not group.routed) else 0
         return int(sums + max(inputs, runs))
 
     def solving(self, group: GroupShape, device: torch.device = _CPU) -> int:

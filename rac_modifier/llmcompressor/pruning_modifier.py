@@ -151,9 +151,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         by_layer = "layer" in (self.order, self._order.get("order"))
         options = {"by_layer": by_layer, "processes": self._processes.count, "names": self._names.values()}
         need = MemoryNeed.of(self, self.known_share, model, **options)
-        shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
-        if by_layer:
-            shapes = GroupShape.by_layer(model, self._names)
+        shapes = GroupShape.by_layer(model, self._names)
+        if not by_layer:
+            shapes = GroupShape.by_group(model, self._names, groups or [[module] for module in self._names])
         check_memory(need, shapes, onload, offload, processes=self._processes.count)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
