@@ -56,11 +56,11 @@ LAUNCH = 5e-6  # seconds per operator on a GPU, assumed
 PRESETS = ("paper", "paper + group order", "quality", "quality + int4")
 
 
-def layer(experts: int) -> Any:
-    """One layer with so many experts; each gets the share of the tokens that it would get of all of them."""
+def layer(experts: int, layers: int = 1) -> Any:
+    """A layer, or several, of so many experts; each gets the share of the tokens that it would get of all of them."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=16, head_dim=128,
+        vocab_size=4096, hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, head_dim=128,
         moe_intermediate_size=WIDTH, num_experts=experts, num_experts_per_tok=max(experts * CHOSEN // EXPERTS, 1),
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
@@ -82,9 +82,9 @@ class Measured:
         Statistics.add = self._timed("statistics", Statistics.add)  # type: ignore[method-assign]
         pruning_modifier.solve_groups = self._timed("solving", pruning_modifier.solve_groups)  # type: ignore[attr-defined]
 
-    def _begin(self, need: Any, groups: Any, *args: Any, **options: Any) -> None:
-        self._check(need, groups, *args, **options)
-        self.predicted = max(need.work(group) + need.kept(group) for group in groups)
+    def _begin(self, need: Any, groups: Any, onload: torch.device, offload: torch.device, **options: Any) -> None:
+        self._check(need, groups, onload, offload, **options)
+        self.predicted = max(need.bytes_on(onload, onload, offload, group) for group in groups)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
         self.before = resident("VmRSS")
         self.started = time.process_time()
@@ -247,7 +247,7 @@ class Launches(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor))
         took = moved / (REACHED * H100.copied)
         if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
-            a, b = given[-2:]
+            a, b = [t for t in args if isinstance(t, Tensor)][-2:]
             rate = H100.computed if a.dtype == torch.bfloat16 else H100.computed32
             took += 2 * a.numel() * b.shape[-1] / (REACHED * rate)
         self.count += 1

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py --cases "1.5B" --presets paper
 
 Each row is a run of `oneshot` in a process of its own, with random weights in float32 and 2:4: decoder layers of the shapes of
-Qwen2.5-0.5B and Qwen2-1.5B, and a layer of OLMoE-1B-7B's with 8 of its 64 experts (expert_time.py), attention left dense.
+Qwen2.5-0.5B and Qwen2-1.5B, and of OLMoE-1B-7B with 4 of its 64 experts (expert_time.py), attention left dense.
 Predicted is what the memory check says right before pruning begins; the peak is that of the process from there on (VmHWM).
 """
 
@@ -33,8 +33,8 @@ QWEN_0_5B = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads
 
 
 def experts_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
-    """A layer of experts, and random tokens."""
-    model = layer(8)
+    """Two layers of experts, and random tokens."""
+    model = layer(4, layers=2)
     rows = torch.randint(0, 4096, (tokens // ROW, ROW)).tolist()
     return model, [CalibrationSequence(tuple(row), 0, "traces") for row in rows]
 
@@ -43,7 +43,7 @@ def experts_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
 CASES: dict[str, tuple[Any, int, int, list[str]]] = {
     "0.5B, 2 layers": (partial(qwen_case, QWEN_0_5B, 2), 8192, 4096, []),
     "1.5B, 1 layer": (partial(qwen_case, QWEN_1_5B, 1), 16384, 4096, []),
-    "experts": (experts_case, 4096, 2048, ["re:.*self_attn.*"]),
+    "experts, 2 layers": (experts_case, 4096, 2048, ["re:.*self_attn.*"]),
 }
 PRESETS = ("paper", "paper + group order", "quality", "quality + int4")
 

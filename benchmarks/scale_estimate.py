@@ -23,7 +23,8 @@ import torch
 from rac_modifier.calibration.loader import LANES
 from rac_modifier.frontier.compressing import PASSES, Group, moments, solving
 from rac_modifier.frontier.estimate import MEAN_SHARE, REACHED, Asked, ModelShape, Plan, Speed, estimate
-from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed
+from rac_modifier.llmcompressor.group_shape import GroupShape
+from rac_modifier.llmcompressor.memory import MemoryNeed
 from rac_modifier.llmcompressor.solving import owners
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from rac_modifier.pruning import linalg

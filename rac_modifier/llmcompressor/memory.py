@@ -17,13 +17,15 @@ and beside that, one after the other, so that the largest counts:
 
 where no more than 4,096 tokens are converted at once, and solving counts as often as experts are solved at once. Between these
 parts freed memory is given back (freed_memory.py), so that a process grows by the largest of them.
-tests/llmcompressor/test_memory.py holds the prediction to the peak of all tensors, docs/results/experts.md to a process.
+tests/llmcompressor/test_memory.py holds the prediction to the peak of all tensors; benchmarks/memory.py compares it with what a
+process grows by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import psutil
 import torch
@@ -33,7 +35,7 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.experts import find_experts
+from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.hessian import ROWS
@@ -41,72 +43,9 @@ from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
 
 _FLOAT32, _CPU = 4, torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """Modules that read the same input of `columns` numbers, named after the first; `rows` counts the outputs of all.
-
-    Layer by layer, `summed` and `beside` are bytes of the other groups of the layer: of their sums while all are added up, and of
-    what is left of them while this one is solved. `alike` is the number of groups of this shape that may be solved at once; 0:
-    those of a layer's experts, where the model has some. `routed`: of an expert that is calibrated on its own tokens.
-    """
-
-    name: str
-    columns: int
-    rows: int
-    summed: int = 0
-    beside: int = 0
-    alike: int = 0
-    routed: bool = False
-
-    @classmethod
-    def of(cls, names: dict[torch.nn.Module, str], modules: Sequence[torch.nn.Module]) -> GroupShape:
-        """The shape of some of the modules of `names`."""
-        shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
-        return cls(names[modules[0]], shapes[0][1], sum(rows for rows, _ in shapes))
-
-    @classmethod
-    def by_group(
-        cls, model: torch.nn.Module, names: dict[torch.nn.Module, str], groups: Sequence[Sequence[torch.nn.Module]]
-    ) -> list[GroupShape]:
-        """Of a run that goes group by group."""
-        routed = {module for experts in find_experts(model, names) for module in experts.modules}
-        return [replace(cls.of(names, modules), routed=modules[0] in routed) for modules in groups]
-
-    @classmethod
-    def by_layer(cls, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> list[GroupShape]:
-        """Of a run that goes layer by layer, as far as is known before: modules of one parent with as many inputs are a group.
-
-        Gate and up of all routed experts of a layer are one group, since all of them read every token there.
-        """
-        left, layers = dict(names), {}  # type: dict[torch.nn.Module, str], dict[str, list[GroupShape]]
-        for routed in find_experts(model, names):
-            for module in routed.modules:
-                left.pop(module, None)
-            first = [module for expert in routed.experts for module in expert.first]
-            last = [cls.of(names, expert.last) for expert in routed.experts if expert.last]
-            found = [cls.of(names, first)] if first else []
-            layers.setdefault(_layer(routed.name), []).extend(found + [replace(one, alike=len(last)) for one in last])
-        groups: dict[tuple[str, int], list[torch.nn.Module]] = {}
-        for module, name in left.items():
-            groups.setdefault((name.rpartition(".")[0], module.weight.shape[1]), []).append(module)  # type: ignore[index, union-attr]
-        for (name, _), modules in groups.items():
-            layers.setdefault(_layer(name), []).append(cls.of(names, modules))
-        return [replace(one, **_others(layer, place)) for layer in layers.values() for place, one in enumerate(layer)]
-
-
-def _layer(name: str) -> str:
-    """The part of a module's name up to the number of its layer."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: number + 1])
-
-
-def _others(layer: Sequence[GroupShape], place: int) -> dict[str, int]:
-    """What the other groups of the layer keep beside one of them, at the most."""
-    squares = [_FLOAT32 * one.columns**2 for one in layer]
-    return {"summed": 2 * (sum(squares) - squares[place]), "beside": sum(squares) - squares[place]}
+# Blocks of many sizes leave gaps in glibc's heap: a process had 1.05 to 1.2 times the pages of what was in use
+# (docs/results/scale.md). Activations are kept without any, in blocks of a few sizes.
+_WITH_GAPS = 1.15
 
 
 @dataclass(frozen=True)
@@ -188,6 +127,11 @@ class MemoryNeed:
         """Bytes that this group needs on `device` at its peak: of statistics, solver, or a forward pass."""
         return int(max(self.statistics(group, device), self.solving(group, device), self.forward(group)))
 
+    def bytes_on(self, device: torch.device, onload: torch.device, offload: torch.device, group: GroupShape) -> int:
+        """Bytes of a process on `device`, where statistics and solver use `onload`, and activations are kept on `offload`."""
+        work = self.work(group, onload) * (_WITH_GAPS if device.type == "cpu" else 1) if device == onload else 0
+        return int(work) + (self.kept(group) if device == offload else 0)
+
     def forward(self, group: GroupShape) -> int:
         """Of the largest batch, while the part of the model runs that the group begins; layer by layer the whole layer."""
         width = (
@@ -249,12 +193,9 @@ def check_memory(
         RacError: naming the module, the bytes needed and free, and what to change.
     """
     free = free or free_bytes
-    doing = "quantizing" if need.solver == "none" else "pruning"
-    parts: list[tuple[torch.device, Callable[[GroupShape], int]]]
-    parts = [(onload, lambda group: need.work(group, onload)), (offload, need.kept)]
-    if onload == offload:
-        parts = [(onload, lambda group: need.work(group, onload) + need.kept(group))]
-    for device, bytes_of in parts:
+    doing = "quantizing" if need.solver.solver == "none" else "pruning"
+    for device in dict.fromkeys((onload, offload)):
+        bytes_of = partial(need.bytes_on, device, onload, offload)
         largest = max(groups, key=bytes_of)
         needed, available = bytes_of(largest), free(device)
         if available is not None and device.type == "cpu":

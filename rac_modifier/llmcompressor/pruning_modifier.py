@@ -21,8 +21,9 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.expert_record import ExpertRecord
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
+from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
-from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
+from rac_modifier.llmcompressor.memory import MemoryNeed, check_memory
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer, rounding_of
@@ -151,9 +152,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         by_layer = "layer" in (self.order, self._order.get("order"))
         options = {"by_layer": by_layer, "processes": self._processes.count, "names": self._names.values()}
         need = MemoryNeed.of(self, self.known_share, model, **options)
-        shapes = GroupShape.by_layer(model, self._names)
-        if not by_layer:
-            shapes = GroupShape.by_group(model, self._names, groups or [[module] for module in self._names])
+        each = groups or [[module] for module in self._names]
+        shapes = GroupShape.by_layer(model, self._names) if by_layer else GroupShape.by_group(model, self._names, each)
         check_memory(need, shapes, onload, offload, processes=self._processes.count)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor import memory
-from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
+from rac_modifier.llmcompressor.group_shape import GroupShape
+from rac_modifier.llmcompressor.memory import MemoryNeed, check_memory
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from tests.llmcompressor.live_bytes import LiveBytes
-from tests.tiny import entry, linears, save_tiny, save_tiny_experts, tiny_model
+from tests.tiny import entry, save_tiny, save_tiny_experts
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 LOWEST, HIGHEST = 0.85, 1.15  # predicted / measured
@@ -139,15 +140,6 @@ def test_layer_by_layer_the_experts_of_a_layer_are_one_group_beside_the_hessians
         assert of_layer.statistics(one) == alone.statistics(bare) + one.summed
 
 
-def test_layers_are_counted_apart(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "dense"))
-    names = {module: name for name, module in linears(model).items()}
-    found = GroupShape.by_layer(model, names)
-    assert [one.name.split(".")[2] for one in found] == ["0"] * 3 + ["1"] * 3
-    wide = next(one for one in found if one.name.endswith("down_proj"))
-    assert wide.beside == 4 * sum(one.columns**2 for one in found[:3] if one.columns != wide.columns)
-
-
 def test_a_forward_pass_counts_where_it_is_more():
     """A batch of 1,000 tokens: three times the residual stream, and gate and up with their product."""
     group, down = GroupShape("gate", 64, 512), GroupShape("down", 256, 64)
@@ -166,7 +158,7 @@ def test_a_forward_pass_counts_where_it_is_more():
 
 def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
     groups = [GroupShape("small", 32, 32), GroupShape("layers.3.down", 256, 64)]
-    bytes_needed = need().work(groups[1]) + need().kept(groups[1])
+    bytes_needed = need().bytes_on(CPU, CPU, CPU, groups[1])
     check_memory(need(), groups, CPU, CPU, free=lambda device: bytes_needed)
     with pytest.raises(RacError) as caught:
         check_memory(need(), groups, CPU, CPU, free=lambda device: bytes_needed - 1)
@@ -187,12 +179,20 @@ def test_a_run_that_only_quantizes_is_not_said_to_prune(solver, doing):
 
 def test_activations_and_solver_are_checked_on_their_own_devices():
     group = GroupShape("down", 256, 64)
-    free = {CPU: need().kept(group), OTHER: need().work(group)}
+    free = {CPU: need().kept(group), OTHER: need().work(group, OTHER)}
     check_memory(need(), [group], OTHER, CPU, free=free.get)
     with pytest.raises(RacError, match="on cpu"):
         check_memory(need(), [group], OTHER, CPU, free={**free, CPU: free[CPU] - 1}.get)
     with pytest.raises(RacError, match="on meta"):
         check_memory(need(), [group], OTHER, CPU, free={**free, OTHER: free[OTHER] - 1}.get)
+
+
+def test_a_process_on_a_cpu_has_gaps_between_its_blocks():
+    group = GroupShape("down", 256, 64)
+    work, kept = need().work(group), need().kept(group)
+    assert need().bytes_on(CPU, CPU, CPU, group) == int(1.15 * work) + kept
+    assert need().bytes_on(CPU, OTHER, CPU, group) == kept
+    assert need().bytes_on(OTHER, OTHER, CPU, group) == need().work(group, OTHER)
 
 
 def test_a_device_whose_free_memory_is_not_known_is_not_checked():
@@ -209,12 +209,6 @@ def test_free_memory_of_a_device_includes_what_pytorch_holds_unused(monkeypatch)
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 700)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 300)
     assert memory.free_bytes(torch.device("cuda", 0)) == 1400
-
-
-def test_a_group_has_the_rows_of_all_its_modules():
-    names = {module: name for name, module in linears(tiny_model()).items()}
-    attention = [module for module, name in names.items() if name.startswith("model.layers.0.self_attn")][:3]
-    assert GroupShape.of(names, attention) == GroupShape("model.layers.0.self_attn.q_proj", 64, 64 + 32 + 32)
 
 
 def test_a_run_is_refused_before_anything_is_sampled(prune, monkeypatch):
