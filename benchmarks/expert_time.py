@@ -60,8 +60,8 @@ def layer(experts: int, layers: int = 1) -> Any:
     """A layer, or several, of so many experts; each gets the share of the tokens that it would get of all of them."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, head_dim=128,
-        moe_intermediate_size=WIDTH, num_experts=experts, num_experts_per_tok=max(experts * CHOSEN // EXPERTS, 1),
+        vocab_size=4096, hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
+        head_dim=128, moe_intermediate_size=WIDTH, num_experts=experts, num_experts_per_tok=max(experts * CHOSEN // EXPERTS, 1),
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
     folder = tempfile.mkdtemp()
