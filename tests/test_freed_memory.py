@@ -143,6 +143,17 @@ def test_what_is_kept_is_given_back_when_asked() -> None:
     assert int(done.stdout) * os.sysconf("SC_PAGE_SIZE") > 0.9 * 10 * (16 << 20)
 
 
-def test_another_c_library_has_nothing_to_give_back(load) -> None:
+def test_it_is_given_back_once_a_second(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = load(Library())
+    calls: list[int] = []
+    monkeypatch.setattr(library, "malloc_trim", calls.append, raising=False)
+    monkeypatch.setattr("rac_modifier.freed_memory._returned", float("-inf"))
+    for second in (5.0, 5.5, 5.9, 6.0, 6.1):
+        return_freed_memory(lambda second=second: second)
+    assert calls == [0, 0]
+
+
+def test_another_c_library_has_nothing_to_give_back(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rac_modifier.freed_memory._returned", float("-inf"))
     load(Library(glibc=False))
     return_freed_memory()

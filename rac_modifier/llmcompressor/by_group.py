@@ -65,6 +65,7 @@ def calibrate_by_group(
                             group.statistics.end_lanes(loader.lanes_ended[batch], pruner.processes)
                         if dense is not pruned and index < last:
                             stage.run(model, dense, batch)
+                            return_freed_memory()  # its blocks lie between those that stay
                     if routed is not None:
                         prune_experts(routed, read, pruner, onload_device)
                         del read  # of both models, as large as a stream of activations each
@@ -76,6 +77,7 @@ def calibrate_by_group(
                     return_freed_memory()
                     for batch in batches:
                         stage.run(model, pruned, batch)
+                        return_freed_memory()
         LifecycleCallbacks.calibration_end()
 
 

@@ -80,10 +80,10 @@ class MemoryNeed:
         entry: PruningEntry,
         loader: CalibrationLoader | None,
         model: PreTrainedModel,
+        names: Collection[str],
         *,
         by_layer: bool,
         processes: int = 1,
-        names: Collection[str] = (),
     ) -> MemoryNeed:
         """What a recipe's entry needs in this process to prune the modules `names`.
 

@@ -150,11 +150,11 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             RacError: naming the module, the bytes needed and free, and what to change.
         """
         by_layer = "layer" in (self.order, self._order.get("order"))
-        options = {"by_layer": by_layer, "processes": self._processes.count, "names": self._names.values()}
-        need = MemoryNeed.of(self, self.known_share, model, **options)
+        names, count = self._names.values(), self._processes.count
+        need = MemoryNeed.of(self, self.known_share, model, names, by_layer=by_layer, processes=count)
         each = groups or [[module] for module in self._names]
         shapes = GroupShape.by_layer(model, self._names) if by_layer else GroupShape.by_group(model, self._names, each)
-        check_memory(need, shapes, onload, offload, processes=self._processes.count)
+        check_memory(need, shapes, onload, offload, processes=count)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every module to prune."""

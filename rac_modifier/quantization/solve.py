@@ -59,8 +59,8 @@ def quantize(
     sweeps: int = SWEEPS,
 ) -> list[Quantized | None]:
     """Round the modules of one problem; `quantize_many` says how."""
-    options = {"dtype": dtype, "dampening_frac": dampening_frac, "sweeps": sweeps}
-    return quantize_many([PrunedProblem(solutions, hessian, grids)], **options)[0]
+    problem = PrunedProblem(solutions, hessian, grids)
+    return quantize_many([problem], dtype=dtype, dampening_frac=dampening_frac, sweeps=sweeps)[0]
 
 
 @torch.no_grad()
