@@ -59,10 +59,11 @@ class GroupShape:
             layers.setdefault(_layer(routed.name), []).extend(found + [replace(one, alike=len(last)) for one in last])
         groups: dict[tuple[str, int], list[torch.nn.Module]] = {}
         for module, name in left.items():
-            groups.setdefault((name.rpartition(".")[0], module.weight.shape[1]), []).append(module)  # type: ignore[index, union-attr]
+            columns: int = module.weight.shape[1]  # type: ignore[assignment, index]
+            groups.setdefault((name.rpartition(".")[0], columns), []).append(module)
         for (name, _), modules in groups.items():
             layers.setdefault(_layer(name), []).append(cls.of(names, modules))
-        return [replace(one, **_others(layer, place)) for layer in layers.values() for place, one in enumerate(layer)]
+        return [_beside_others(one, layer) for layer in layers.values() for one in layer]
 
 
 def _layer(name: str) -> str:
@@ -72,7 +73,7 @@ def _layer(name: str) -> str:
     return ".".join(parts[: number + 1])
 
 
-def _others(layer: Sequence[GroupShape], place: int) -> dict[str, int]:
-    """What the other groups of the layer keep beside one of them, at the most."""
-    squares = [_FLOAT32 * one.columns**2 for one in layer]
-    return {"summed": 2 * (sum(squares) - squares[place]), "beside": sum(squares) - squares[place]}
+def _beside_others(group: GroupShape, layer: Sequence[GroupShape]) -> GroupShape:
+    """With what the other groups of its layer keep beside it, at the most."""
+    others = _FLOAT32 * (sum(one.columns**2 for one in layer) - group.columns**2)
+    return replace(group, summed=2 * others, beside=others)
