@@ -40,7 +40,7 @@ test-compress: $(VENV)/.installed ## all tests of the compressing environment
 SERVING_TESTS = tests/vllm_plugin tests/kernels/test_plan.py tests/checkpoint/test_dense_int4.py tests/checkpoint/test_stored_weight.py tests/checkpoint/test_fuzz_stored_weight.py
 
 test-plugin: $(SERVE_VENV)/.installed ## the quick tests of the serving environment
-	$(SERVE_BIN)/python -m pytest $(SERVING_TESTS) -m "not slow"
+	OMP_NUM_THREADS=1 $(SERVE_BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(SERVING_TESTS) -m "not slow"
 
 test-serve: $(SERVE_VENV)/.installed ## all tests of the serving environment: starts vLLM's engines and servers
 	$(SERVE_BIN)/python -m pytest $(SERVING_TESTS)
@@ -70,6 +70,7 @@ results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 c
 
 gpu-check: ## on a machine with a GPU: are the GPU kernels right, and how fast; GPU_PYTHON is the python that has vLLM or torch for CUDA
 	$(GPU_PYTHON) benchmarks/gpu_kernels.py --json gpu.json
+	if $(GPU_PYTHON) -c 'import vllm'; then $(GPU_PYTHON) benchmarks/gpu_served.py --json gpu-served.json; else echo 'vLLM is not there: no model was served'; fi
 	$(GPU_PYTHON) -m pytest tests/kernels/cuda -m gpu
 
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
@@ -89,7 +90,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(SERVE_VENV)/.installed: pyproject.toml scripts/serve_cpu_env.sh
 	PYTHON=$(PYTHON) scripts/serve_cpu_env.sh $(SERVE_VENV)
-	$(SERVE_BIN)/python -m pip install --quiet 'pytest>=8' 'hypothesis>=6.100' 'coverage>=7.6'
+	$(SERVE_BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'coverage>=7.6'
 	touch $@
 
 # --group needs pip 25.1

@@ -2,6 +2,7 @@
 
     pip install gguf
     python benchmarks/gguf_accuracy.py smollm2 frontier     # a model and the folder of `rac frontier`, which has its answers
+    python benchmarks/gguf_accuracy.py smollm2 frontier --out gguf.jsonl    # for `peers.py --accuracy`
 
 The linear layers are rounded by the reference code of the `gguf` package and multiplied in float32, so that this is the error of
 the weights alone: llama.cpp also rounds activations to 8 bits. Embeddings and head stay as they are, as in our checkpoints.
@@ -10,6 +11,7 @@ the weights alone: llama.cpp also rounds activations to 8 bits. Embeddings and h
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import gguf
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("frontier", type=Path)
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q5_0", "Q4_1", "Q4_0"])
+    parser.add_argument("--out", type=Path, help="a line of JSON per type is added there")
     args = parser.parse_args()
     print(machine())
     folder, dense = FrontierFolder.read(args.frontier), fresh(args.model)
@@ -50,6 +53,9 @@ def main() -> None:
         bits = rounded(model, name)
         found = divergence(dense, model, sequences, label=name, progress=False)
         print(f"| {name} | {bits:.2f} | {found.kl:.4f} ± {found.kl_stderr:.4f} | {found.agreement:.1%} |", flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(json.dumps({"label": name, "divergence": found.as_dict()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Dense and 2:4 weights on the kernels that a GPU's user has already: those of torch, and vLLM's Marlin where vLLM is installed.
+"""Dense and 2:4 weights on the kernels that a GPU's user has already: those of torch, and where vLLM is installed its Marlin,
+Machete and CUTLASS.
 
 A contender that this GPU or environment does not have says so with `NotHereError`, and the others are measured.
 """
@@ -82,6 +83,47 @@ def _int4(x: Tensor, parts: Parts) -> Tensor:
     return product(x, parts["values"], parts["scale"], parts["none"], None, kind, rows, columns)
 
 
+def _cutlass_fp8(x: tuple[Tensor, Tensor], parts: Parts) -> Tensor:
+    """vLLM's own FP8 product, which its FP8 layers use where there is no other."""
+    try:
+        from vllm import _custom_ops as ops
+    except ImportError as error:
+        raise NotHereError(f"vLLM is not here ({error})") from error
+    return ops.cutlass_scaled_mm(x[0], parts["values"].t(), x[1], parts["scale"].t(), torch.bfloat16)
+
+
+def _machete() -> tuple[Any, Any, Any, Any]:
+    """vLLM's operators, its rounding to groups, its packing into words, and the type of the codes."""
+    try:
+        from vllm import _custom_ops as ops
+        from vllm.model_executor.layers.quantization.utils.quant_utils import pack_rows, quantize_weights
+        from vllm.scalar_type import scalar_types
+    except ImportError as error:
+        raise NotHereError(f"vLLM has no Machete here ({error})") from error
+    return ops, quantize_weights, pack_rows, scalar_types.uint4b8
+
+
+def machete_words(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rounded weight [rows, columns], its words [columns / 8, rows] as Machete's writer takes them, and the scales."""
+    _, round_groups, pack_rows, kind = _machete()
+    exact, codes, scale, _ = round_groups(weight.t().contiguous(), kind, GROUP)
+    words = pack_rows(codes, 4, *codes.shape).t().contiguous().t()  # columns after columns
+    return exact.t(), words, scale.contiguous()
+
+
+def _machete_parts(weight: Tensor) -> Parts:
+    ops, _, _, kind = _machete()
+    exact, words, scale = machete_words(weight)
+    return {"values": ops.machete_prepack_B(words, weight.dtype, kind, weight.dtype), "scale": scale, "exact": exact}
+
+
+def _machete_int4(x: Tensor, parts: Parts) -> Tensor:
+    ops, _, _, kind = _machete()
+    return ops.machete_mm(
+        a=x, b_q=parts["values"], b_type=kind, b_group_scales=parts["scale"], b_group_zeros=None, b_group_size=GROUP
+    )
+
+
 def _sparse_parts(weight: Tensor) -> Parts:
     """2:4, the larger two of four kept, in the layout of cuSPARSELt."""
     grouped = weight.reshape(-1, 4)
@@ -98,7 +140,15 @@ CONTENDERS = {
         _to_e4m3,
         lambda x: x[0].double() * x[1].double(),
     ),
+    "dense fp8 by CUTLASS": Contender(
+        _fp8_parts,
+        _cutlass_fp8,
+        lambda weight, parts: parts["values"].double() * parts["scale"].double(),
+        _to_e4m3,
+        lambda x: x[0].double() * x[1].double(),
+    ),
     "dense int4": Contender(_int4_parts, _int4, lambda weight, parts: parts["exact"].double()),
+    "dense int4 by Machete": Contender(_machete_parts, _machete_int4, lambda weight, parts: parts["exact"].double()),
     "2:4 by cuSPARSELt": Contender(
         _sparse_parts,
         lambda x, parts: torch.nn.functional.linear(x, parts["sparse"]),

@@ -7,9 +7,12 @@ Some minutes on one GPU; the kernels have never run on one before. It stops at t
 1. Products of every layout and kernel with random weights, against float64; twice, with the same bits.
 2. The same out of a captured CUDA graph, and, where compute-sanitizer is installed, under memcheck and racecheck.
 3. Time per product of an 8B model's layers, out of graphs, in turn with what would run there instead: torch's bfloat16 linear and
-   FP8 product, 2:4 on cuSPARSELt, vLLM's int4 (Marlin) where vLLM is installed. Weights are cycled through, so that they
-   come from the GPU's memory and not from its cache. A contender that is missing says why. At 2,048 tokens our weights are
-   expanded, and the product is dense.
+   FP8 product, 2:4 on cuSPARSELt, and where vLLM is installed its int4 (Marlin, Machete) and FP8 (CUTLASS). Weights are
+   cycled through, so that they come from the GPU's memory and not from its cache. A contender that is missing says why. At
+   2,048 tokens our weights are expanded, and the product is dense.
+4. What a launch costs: a product that does nearly nothing, out of a graph and called one by one.
+
+`gpu_served.py` serves a model with vLLM on the kernels and dense; `make gpu-check` runs both.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -217,6 +221,19 @@ def times(device: str, tokens: tuple[int, ...], rounds: int, missing: dict[str, 
                 yield row | {"GB/s": contender.size / taken / 1000}
 
 
+def launch_overhead(device: str, calls: int = 1000) -> dict[str, float]:
+    """Microseconds per call of a product [16, 128] with one token: replayed in a graph, and called from Python."""
+    linear = packed_linear(random_weight(16, 128))
+    x = torch.randn(1, 128, device=device).bfloat16()
+    replayed = microseconds([linear] * 100, x)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        linear(x)
+    torch.cuda.synchronize()
+    return {"graph": replayed, "called": 1e6 * (time.perf_counter() - start) / calls}
+
+
 def sanitize() -> list[str]:
     """Memcheck and racecheck of the products, where compute-sanitizer is installed; what ran."""
     tool = shutil.which("compute-sanitizer")
@@ -254,7 +271,9 @@ def main() -> None:
         "torch": torch.__version__,
         "checked": checked,
         "sanitizer": sanitize(),
+        "launch": launch_overhead("cuda"),
     }
+    print("a launch takes {graph:.1f} us in a graph and {called:.1f} us from Python".format(**record["launch"]))
     print("| layer | tokens | contender | us | GB/s | over dense bf16 |\n|---|---|---|---|---|---|")
     record["times"], record["missing"] = [], {}
     for row in times("cuda", TIMED, arguments.rounds, record["missing"]):

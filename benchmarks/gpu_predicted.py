@@ -17,6 +17,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
 from rac_modifier.kernels.cuda.layout import (
+    ALL,
     BF16,
     E4M3,
     INT4,
@@ -27,9 +28,11 @@ from rac_modifier.kernels.cuda.layout import (
     UNSTRUCTURED_INT8,
     Layout,
 )
-from rac_modifier.kernels.cuda.predict import DENSE, Time, dense_time, sparse_time
+from rac_modifier.kernels.cuda.predict import DENSE, Time, dense_time, over_dense, prompt_times, sparse_time, time_of
+from rac_modifier.kernels.cuda.programs import program
 
 TOKENS = (1, 8, 16, 32)
+PROMPT = 2048
 # Rows and columns of qkv, o, gate_up, down; number of layers. From the models' config.json.
 MODELS = {
     "1.5B": ({"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)}, 28),
@@ -39,7 +42,9 @@ MODELS = {
 CONTENDERS = {
     "dense bf16": "bf16",
     "dense fp8": "fp8",
+    "dense fp8 by CUTLASS": "fp8",
     "dense int4": "int4",
+    "dense int4 by Machete": "int4",
     "bf16": BF16,
     "int8": INT8,
     "fp8": E4M3,
@@ -165,15 +170,16 @@ def fp8() -> Iterator[str]:
 
 
 def ports() -> Iterator[str]:
-    """2:4 + int4 over int4 with other rates of L2: the constant that decides most and is known least."""
+    """2:4 + int4 over int4 where L2 gives half of what is taken, and twice as much: it decides most with more tokens."""
     yield "| card | bytes per cycle from L2 | 1 token | 8 | 16 | 32 |"
     yield "|---|---|---|---|---|---|"
     for name in ("h100", "4090"):
-        for port in (16, 32, 64):
+        own = card_of(name).cache_port
+        for port in (own / 2, own, 2 * own):
             card = replace(card_of(name), cache_port=port)
             found = [times(card, "8B", tokens) for tokens in TOKENS]
             gains = " | ".join(f"{t['int4'] / t['2:4 int4']:.2f}x" for t in found)
-            yield f"| {name} | {port} | {gains} |"
+            yield f"| {name} | {port:g} | {gains} |"
 
 
 def int8() -> Iterator[str]:
@@ -232,8 +238,65 @@ def beside(measured: Path) -> Iterator[str]:
         yield f"| {row['layer']} | {row['tokens']} | {row['contender']} | {time.total:.1f} | {row['us']:.1f} | {time.bound} |"
 
 
+def chosen() -> Iterator[str]:
+    """Which layers stay dense with RAC_GPU_KERNELS=on, since they are predicted to be faster so: half stored, 8 tokens."""
+    yield "| card | layout | dense, over the kernel |"
+    yield "|---|---|---|"
+    for card in CARDS:
+        for layout in ALL:
+            faster = []
+            for model, (shapes, _) in MODELS.items():
+                for layer, shape in shapes.items():
+                    gain = over_dense(card, layout, *shape, 0.5)[0]
+                    faster += [f"{model} {layer} {1 / gain:.2f}x"] if gain < 1.0 else []
+            if faster:
+                group = f", groups of {layout.group}" if layout.group else ""
+                yield f"| {card.name} | {layout.title}{group} | {', '.join(faster)} |"
+
+
+def prompts() -> Iterator[str]:
+    """A prompt of 2,048 tokens: the time of all layers, expanded part by part, over that of dense bfloat16."""
+    layouts = {"2:4": BF16, "2:4 + int4": INT4[128], "50 %": UNSTRUCTURED, "50 % + int8": UNSTRUCTURED_INT8}
+    yield f"| card | model | dense bf16, ms | {' | '.join(layouts)} |"
+    yield f"|---|---|---|{'---|' * len(layouts)}"
+    for card in CARDS:
+        for model, (shapes, layers) in MODELS.items():
+            each = {
+                name: [prompt_times(card, layout, *shape, PROMPT, 0.5) for shape in shapes.values()]
+                for name, layout in layouts.items()
+            }
+            dense = sum(time for _, time in each["2:4"])
+            over = " | ".join(f"{sum(time for time, _ in found) / dense:.2f}x" for found in each.values())
+            yield f"| {card.name} | {model} | {layers * dense / 1000:.1f} | {over} |"
+
+
+def row_tiles() -> Iterator[str]:
+    """Row tiles per block of 2:4 + int4, as chosen, and what the best single choice for all layers would take."""
+    yield "| card | model | tokens | 16 rows per block, over int4 | 32 rows | 64 rows | chosen |"
+    yield "|---|---|---|---|---|---|---|"
+    for card in CARDS:
+        for model, (shapes, _) in MODELS.items():
+            for tokens, tiles in ((8, 1), (16, 2), (32, 4)):
+                layout, dense = (
+                    INT4[128],
+                    sum(dense_time(card, *s, tokens, DENSE["int4"]).total for s in shapes.values()),
+                )
+                fixed = [
+                    sum(
+                        time_of(card, layout, program(layout, n, tiles), *s, tokens, 0.5).total for s in shapes.values()
+                    )
+                    for n in (1, 2, 4)
+                ]
+                own = sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values())
+                gains = " | ".join(f"{dense / each:.2f}x" for each in (*fixed, own))
+                yield f"| {card.name} | {model} | {tokens} | {gains} |"
+
+
 TABLES = {
     "The cards": cards,
+    "Layers that stay dense": chosen,
+    "Rows per block": row_tiles,
+    "Prompts": prompts,
     "Whole models": models,
     "Unstructured bfloat16": unstructured,
     "Other rates of L2": ports,

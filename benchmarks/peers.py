@@ -11,7 +11,9 @@ OpenVINO are a graph of nothing else in its CPU runtime, which may run its layer
 --served a token of ours, and of vLLM's own dense products, is timed at the client. Weights' bytes are those that a token reads:
 the linear layers with their masks and scales, and the head. A row per contender is written to --json, with its runs.
 
-Weights are random, so nothing is said here about accuracy: `kl` is null.
+Weights are random. So that accuracy stands beside speed, --accuracy gives files with what the formats cost a real model:
+rows.jsonl of a `rac frontier` folder and what gguf_accuracy.py has written, as for SmolLM2 (smollm2_frontier.py). The KL is that
+of the weights alone, in groups of that model's recipes; contenders whose rounding is not in the files have none.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from rac_modifier.kernels.cpu.operator import sparse_linear
 from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values
 from rac_modifier.kernels.cpu.support import support
 
-LLAMA = {"llama.cpp Q4_0": "Q4_0", "llama.cpp Q8_0": "Q8_0"}
+LLAMA = {"llama.cpp Q4_0": "Q4_0", "llama.cpp Q4_K_M": "Q4_K_M", "llama.cpp Q8_0": "Q8_0"}
 # bits of the layers, share that is pruned, bits of the head
 LINEARS = {
     "linears, 50 % + int4, head int4": (4, 0.5, 4),
@@ -78,26 +80,30 @@ class Figures:
     gigabytes_per_s: float | None = None  # of the read probe in the same process
 
 
-def random_packed(rows: int, columns: int, bits: int, pruned: float) -> tuple[Tensor, Tensor]:
-    """A packed weight of random integers with its scales: one per row of int8, one per 128 columns of int4."""
+def random_packed(rows: int, columns: int, bits: int, pruned: float, copies: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Copies of a packed weight of random integers with its scales: one per row of int8, one per 128 columns of int4.
+
+    Each is packed, as served weights are: packing asks the system for huge pages, and a plain copy would not have them.
+    """
     values = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
     values = torch.where(values == 0, 1, values)
     scale = (torch.rand(rows, columns // GROUP if bits == 4 else 1) + 0.5).bfloat16().float() / columns
     scales = pack_scale(scale, narrow=bits == 4)
     if not pruned:
-        return pack_dense(values, bits), scales
+        return [(pack_dense(values, bits), scales.clone()) for _ in range(copies)]
     mask = torch.rand(rows, columns) >= pruned
     bitmask = (mask.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-    return pack_values(values[mask], bitmask, columns, bits), scales
+    kept = values[mask]
+    return [(pack_values(kept, bitmask, columns, bits), scales.clone()) for _ in range(copies)]
 
 
 def linears(name: str, args: argparse.Namespace) -> Figures:
     """The products of a decode step: every layer has memory of its own, so that no cache helps."""
     bits, pruned, head_bits = LINEARS[name]
     torch.manual_seed(0)
-    layer = [(*random_packed(n, k, bits, pruned), n, k) for n, k in SHAPES["1.5B"]]
-    weights = [(data.clone(), scale.clone(), n, k) for _ in range(args.layers) for data, scale, n, k in layer]
-    weights.append((*random_packed(args.vocab, HIDDEN, head_bits, 0.0), args.vocab, HIDDEN))
+    kinds = [(random_packed(n, k, bits, pruned, args.layers), n, k) for n, k in SHAPES["1.5B"]]
+    weights = [(*copies[layer], n, k) for layer in range(args.layers) for copies, n, k in kinds]
+    weights.append((*random_packed(args.vocab, HIDDEN, head_bits, 0.0)[0], args.vocab, HIDDEN))
     inputs = {k: torch.randn(1, k).bfloat16() for _, _, _, k in weights}
     nbytes = sum(data.nbytes + scale.nbytes for data, scale, _, _ in weights)
     times = []
@@ -206,19 +212,35 @@ def run(name: str, args: argparse.Namespace) -> Figures:
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def kl_of(name: str, measured: dict[str, float]) -> float | None:
+    """KL to the dense model of the contender's format, nats per token; None where it was not measured."""
+    if name in LLAMA:
+        return measured.get(LLAMA[name])
+    bits, pruned, _ = {**LINEARS, **SERVED}.get(name, (0, 0.0, 0))
+    if pruned:
+        return measured.get(f"{100 * pruned:.0f} % + int{bits}")
+    return {16: 0.0, 4: measured.get("int4")}.get(bits)  # W8A8 rounds activations too, OpenVINO in its own way
+
+
+def read_accuracy(paths: list[Path]) -> dict[str, float]:
+    """By label, the KL of rows of `rac frontier` or of gguf_accuracy.py."""
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return {row["label"]: row["divergence"]["kl"] for row in rows if row.get("divergence")}
+
+
 def median(values: list[float | None]) -> float | None:
     return statistics.median(v for v in values if v is not None) if any(v is not None for v in values) else None
 
 
-def row(name: str, runs: list[Figures]) -> dict[str, Any]:
-    """The medians of a contender's runs, and every run."""
+def row(name: str, runs: list[Figures], measured: dict[str, float]) -> dict[str, Any]:
+    """The medians of a contender's runs, every run, and the KL of its format if that was `measured`."""
     return {
         "name": name,
         "weight_bytes": runs[0].weight_bytes,
         "first_token_s": median([r.first_token_s for r in runs]),
         "ms_per_token": median([r.ms_per_token for r in runs]),
         "tokens_per_s": median([r.tokens_per_s for r in runs]),
-        "kl": None,
+        "kl": kl_of(name, measured),
         "runs": [asdict(r) for r in runs],
     }
 
@@ -227,9 +249,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """As Markdown; ratios of the time per token, from within each round, to llama.cpp Q4_0."""
     base = next((r for r in rows if r["name"] == "llama.cpp Q4_0"), None)
     lines = [
-        "| contender | weights GB | GB/s | of probe | first token s | ms per token | tokens/s | Q4_0's time over its own |"
+        "| contender | weights GB | GB/s | of probe | first token s | ms per token | tokens/s | Q4_0's time over its own | KL |"
     ]
-    lines.append("|" + "---|" * 8)
+    lines.append("|" + "---|" * 9)
     for r in rows:
         gigabytes = r["weight_bytes"] / 1e9
         speed = gigabytes / r["ms_per_token"] * 1e3
@@ -243,6 +265,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for value, digits in ((r["first_token_s"], 2), (r["ms_per_token"], 1), (r["tokens_per_s"], 1)):
             cells.append("-" if value is None else f"{value:.{digits}f}")
         cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "-")
+        cells.append("-" if r["kl"] is None else f"{r['kl']:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -270,6 +293,7 @@ def main() -> None:
     parser.add_argument("--served", action="store_true", help="our models in `vllm serve` too")
     parser.add_argument("--only", nargs="+", help="these contenders, by their names")
     parser.add_argument("--keep", type=Path, help="folder for models, used again where they exist")
+    parser.add_argument("--accuracy", type=Path, nargs="+", default=[], help="files with the KL of formats")
     parser.add_argument("--json", type=Path, help="write a row per contender there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -283,6 +307,7 @@ def main() -> None:
     if args.output_tokens < 4 or args.rounds < 1 or args.threads < 1:
         parser.error("--output-tokens must be at least 4, --rounds and --threads at least 1")
     names = [name for name in names if not args.only or name in args.only]
+    measured = read_accuracy(args.accuracy)  # before hours of work
     from common import machine
 
     about = {"machine": machine(), "kernel": support().reason, "threads": args.threads, "versions": versions()}
@@ -296,7 +321,7 @@ def main() -> None:
                 started = time.monotonic()
                 runs[name].append(run(name, args))
                 print(f"round {turn + 1}: {name}, {time.monotonic() - started:.0f} s", flush=True)
-    rows = [row(name, of) for name, of in runs.items()]
+    rows = [row(name, of, measured) for name, of in runs.items()]
     print(
         f"\n{args.layers} layers of Qwen2-1.5B's shape, vocabulary {args.vocab:,}, {args.rounds} rounds\n\n{table(rows)}"
     )

@@ -19,7 +19,7 @@ constexpr int LEVELS = 127 * 256 + 127;  // the largest integer of x: both its b
 enum Format8 { INTEGERS, TILES, QUADS };
 constexpr int LINES_TOGETHER = 8;  // interleaved in QUADS
 
-// Some lines in one block of columns. `sums`, used only by QUADS: the sum of each line's integers, `sums_stride` apart.
+// Some lines in one block of columns. `sums`: the sum of each line's integers, `sums_stride` apart.
 struct Lines8 {
     const void* data;
     int64_t stride;
@@ -30,7 +30,7 @@ struct Lines8 {
 // sums[m][n] = sum over the columns of x[m] w[n], for `quads` of one panel. Returns the address after the values of these.
 using Dot8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums);
 
-// Quads in the kernel's own dense form, at most 2 bytes per weight. Returns the address after the values of these.
+// Quads in the kernel's own dense form, at most 2 bytes per weight; [16 rows][4 columns] of signed bytes, but on AVX2 and AVXVNNI. Returns the address after the values of these.
 using Expand8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, void* out);
 
 // `columns` numbers of x, of one line and block, as integers and as the two bytes of each. Returns their scale: NaN if a value
@@ -51,8 +51,7 @@ struct Kernel8 {
     Dot8 dot_expanded[MOST_LINES];
 };
 
-extern const Kernel8 portable_kernel8, avx2_kernel8, avx512_kernel8, neon_kernel8, dotprod_kernel8,
-    i8mm_kernel8;
+extern const Kernel8 portable_kernel8, avx2_kernel8, avxvnni_kernel8, avx512_kernel8, neon_kernel8, dotprod_kernel8, i8mm_kernel8;
 bool has_vnni();
 bool has_amx_int8();
 bool has_dotprod();

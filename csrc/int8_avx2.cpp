@@ -22,38 +22,19 @@ namespace {
 namespace rac {
 namespace {
 
-constexpr int EXPANDED = 4;  // a form: 16-bit weights of whole quads
+#include "avx2_quads.h"
 
 // Four vectors of 16-bit weights: w[i] holds rows 4i to 4i + 3, four columns each.
 struct Quad {
     __m256i w[4];
 };
 
-// 8 bytes from each of two addresses.
-inline __m128i two(const void* low, const void* high) {
-    const __m128i half = _mm_loadl_epi64(static_cast<const __m128i*>(low));
-    return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(half), static_cast<const __m64*>(high)));
-}
-
-// As assembly: compilers zero the destination first, which helps old processors only and is one in ten instructions here.
-inline uint64_t count(uint64_t mask) {
-    uint64_t bits;
-    __asm__("popcntq %1, %0" : "=r"(bits) : "r"(mask));
-    return bits;
-}
-
 // As assembly, in place: GCC would copy the sums and run out of registers.
 inline void add(__m256i& sum, __m256i term) { __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(term)); }
 
-// The 16 weights of the lowest 16 bits of the mask.
-inline __m256i expand16(uint64_t mask, const char* values) {
-    const uint64_t low = mask & 0xff, high = mask >> 8 & 0xff;
-    const __m128i stored = two(values, values + count(low));
-    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(stored, two(tables.low[low], tables.high[high])));
-}
-
+// Returns the address after the values of this quad.
 template <int form>
-inline const char* expand_quad(const uint32_t* masks, const char* values, Quad& quad) {
+inline const char* expand_quad(const uint32_t* masks, const char* values, Quad& quad, const Zeros& zeros = {}) {
     if (form == EXPANDED) {
         for (int i = 0; i < 4; i++) quad.w[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(values) + i);
         return values + 2 * QUAD;
@@ -63,38 +44,62 @@ inline const char* expand_quad(const uint32_t* masks, const char* values, Quad& 
             quad.w[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values) + i));
         return values + QUAD;
     }
-    const uint64_t first = masks[0], second = masks[1];
-    const char* middle = values + count(first);
-    quad.w[0] = expand16(first, values);
-    quad.w[1] = expand16(first >> 16, values + count(first & 0xffff));
-    quad.w[2] = expand16(second, middle);
-    quad.w[3] = expand16(second >> 16, middle + count(second & 0xffff));
-    return middle + count(second);
+    if (form == LOW || form == HIGH) {
+        const __m128i halves = _mm_set1_epi8(15);
+        for (int i = 0; i < 4; i++) {
+            const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values) + i);
+            quad.w[i] = _mm256_cvtepu8_epi16(_mm_and_si128(form == LOW ? both : _mm_srli_epi16(both, 4), halves));
+        }
+        return form == LOW ? values : values + QUAD;
+    }
+    __m128i bytes[4];
+    values = spread_quad<form>(masks, values, zeros, bytes);
+    RAC_UNROLL for (int i = 0; i < 4; i++) quad.w[i] = _mm256_cvtepi8_epi16(bytes[i]);
+    return values;
 }
 
+template <int M>
+inline void add_quad(__m256i (&acc)[M][4], const Quad& quad, const int16_t* x, int64_t stride) {
+    RAC_UNROLL for (int m = 0; m < M; m++) {
+        const __m256i four = _mm256_set1_epi64x(*reinterpret_cast<const long long*>(x + m * stride));
+        RAC_UNROLL for (int i = 0; i < 4; i++) add(acc[m][i], _mm256_madd_epi16(quad.w[i], four));
+    }
+}
+
+// A Dot8, which takes codes of zero too.
 template <int form, int M>
-const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums) {
+inline const char* multiply(const uint32_t* masks, const char* values, const Zeros& zeros, int64_t quads, const Lines8& x,
+                            int32_t* sums) {
     const int16_t* lines = static_cast<const int16_t*>(x.data);
     __m256i acc[M][4];
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < 4; i++) acc[m][i] = _mm256_setzero_si256();
-    for (int64_t q = 0; q < quads; q++) {
-        Quad quad;
-        if (form != EXPANDED) _mm_prefetch(values + 1024, _MM_HINT_T0);
-        values = expand_quad<form>(masks + 2 * q, values, quad);
-        for (int m = 0; m < M; m++) {
-            const __m256i four =
-                _mm256_set1_epi64x(*reinterpret_cast<const long long*>(lines + m * x.stride + 4 * q));
-            for (int i = 0; i < 4; i++) add(acc[m][i], _mm256_madd_epi16(quad.w[i], four));
-        }
+    RAC_UNROLL for (int m = 0; m < M; m++)
+        RAC_UNROLL for (int i = 0; i < 4; i++) acc[m][i] = _mm256_setzero_si256();
+    Quad quad;
+    int64_t q = 0;
+    for (; q + 2 <= quads; q += 2) {
+        if (form != EXPANDED && form != CODES) _mm_prefetch(values + 1024, _MM_HINT_T0);
+        if (form == INT8 || form == DENSE8) _mm_prefetch(values + 1024 + 64, _MM_HINT_T0);
+        values = expand_quad<first_of(form)>(masks + 2 * q, values, quad, zeros);
+        add_quad<M>(acc, quad, lines + 4 * q, x.stride);
+        values = expand_quad<second_of(form)>(masks + 2 * q + 2, values, quad, zeros);
+        add_quad<M>(acc, quad, lines + 4 * q + 4, x.stride);
     }
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++) {
+    if (q < quads) {
+        values = expand_quad<first_of(form)>(masks + 2 * q, values, quad, zeros);
+        add_quad<M>(acc, quad, lines + 4 * q, x.stride);
+    }
+    RAC_UNROLL for (int m = 0; m < M; m++)
+        RAC_UNROLL for (int half = 0; half < 2; half++) {
             const __m256i eight_rows = _mm256_hadd_epi32(acc[m][2 * half], acc[m][2 * half + 1]);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16 * m + 8 * half),
                                 _mm256_permute4x64_epi64(eight_rows, 0xd8));
         }
     return values;
+}
+
+template <int form, int M>
+const char* dot(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums) {
+    return multiply<form, M>(masks, values, {}, quads, x, sums);
 }
 
 template <int form>
@@ -109,58 +114,38 @@ const char* expand(const uint32_t* masks, const char* values, int64_t quads, voi
     return values;
 }
 
-// The 16 codes of zero, plus `more`, each one in the four columns of its row, as 16-bit numbers.
-inline Quad zeros_of_rows(const uint8_t* zeros, int more) {
-    alignas(32) int16_t columns[QUAD];
-    for (int i = 0; i < QUAD; i++) columns[i] = static_cast<int16_t>(more + (zeros ? zeros[i / 4] : ZERO_CODE));
-    Quad quad;
-    for (int i = 0; i < 4; i++) quad.w[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(columns) + i);
-    return quad;
-}
+constexpr Format8 FORMAT = INTEGERS;
+#include "few_lines4.h"
 
-// An Expand4 of DENSE4, at most BLOCK_MOST columns.
-const char* expand_dense4(const uint32_t*, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
-    const Quad zero = zeros_of_rows(zeros, 0);
-    const __m128i halves = _mm_set1_epi8(15);
-    __m256i* to = static_cast<__m256i*>(out);
-    for (int64_t q = 0; q < quads; q += 2, codes += QUAD, to += 8)
-        for (int i = 0; i < 4; i++) {
-            const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + i);
-            const __m128i low = _mm_and_si128(both, halves), high = _mm_and_si128(_mm_srli_epi16(both, 4), halves);
-            _mm256_store_si256(to + i, _mm256_sub_epi16(_mm256_cvtepu8_epi16(low), zero.w[i]));
-            if (q + 1 < quads) _mm256_store_si256(to + 4 + i, _mm256_sub_epi16(_mm256_cvtepu8_epi16(high), zero.w[i]));
-        }
+// The next quad of a 4-bit weight as 16-bit values.
+template <int form>
+inline const char* expand_codes(const uint32_t* masks, const char* codes, const Zeros& zeros, __m256i* out) {
+    Quad quad;
+    codes = expand_quad<form>(masks, codes, quad, zeros);
+    for (int i = 0; i < 4; i++)
+        _mm256_store_si256(out + i, _mm256_sub_epi16(quad.w[i], _mm256_cvtepi8_epi16(zeros.of[i])));
     return codes;
 }
 
-// An Expand4 of INT4, at most BLOCK_MOST columns: first each code becomes a byte, then these are spread as 8-bit weights are.
-const char* expand_int4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
-    constexpr int PLUS = 16;  // so that a stored code is not 0
-    const Quad zero = zeros_of_rows(zeros, PLUS);
-    const __m128i halves = _mm_set1_epi8(15), plus = _mm_set1_epi8(PLUS);
-    uint64_t size = 0;
-    for (int64_t q = 0; q < quads; q++) size += code_bytes(count(masks[2 * q]) + count(masks[2 * q + 1]));
-    char bytes[PANEL * BLOCK_MOST + 64];
-    for (uint64_t at = 0; at < size; at += 16) {  // the codes have 64 bytes of padding
-        _mm_prefetch(codes + at + 1024, _MM_HINT_T0);
-        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + at));
-        const __m128i low = _mm_or_si128(_mm_and_si128(both, halves), plus);
-        const __m128i high = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(both, 4), halves), plus);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 2 * at), _mm_unpacklo_epi8(low, high));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 2 * at + 16), _mm_unpackhi_epi8(low, high));
-    }
+// An Expand4 of DENSE4.
+const char* expand_dense4(const uint32_t*, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    const Zeros zero = zeros_of_rows(zeros);
     __m256i* to = static_cast<__m256i*>(out);
-    const char* values = bytes;
-    for (int64_t q = 0; q < quads; q++, to += 4) {
-        Quad quad;
-        const char* end = expand_quad<INT8>(masks + 2 * q, values, quad);
-        for (int i = 0; i < 4; i++) {
-            const __m256i stored = _mm256_cmpgt_epi16(quad.w[i], _mm256_setzero_si256());
-            _mm256_store_si256(to + i, _mm256_and_si256(_mm256_sub_epi16(quad.w[i], zero.w[i]), stored));
-        }
-        values += 2 * code_bytes(static_cast<uint64_t>(end - values));
+    for (int64_t q = 0; q < quads; q += 2, to += 8) {
+        codes = expand_codes<LOW>(nullptr, codes, zero, to);
+        if (q + 1 < quads) codes = expand_codes<HIGH>(nullptr, codes, zero, to + 4);
     }
-    return codes + size;
+    return codes;
+}
+
+// An Expand4 of INT4: first each code becomes a byte, then these are spread as 8-bit weights are.
+const char* expand_int4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    const Zeros zero = zeros_of_rows(zeros);
+    char bytes[WIDENED];
+    const char *end = widen(masks, codes, quads, bytes), *values = bytes;
+    for (int64_t q = 0; q < quads; q++)
+        values = expand_codes<CODES>(masks + 2 * q, values, zero, static_cast<__m256i*>(out) + 4 * q);
+    return end;
 }
 
 float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
@@ -182,7 +167,7 @@ extern const Kernel8 avx2_kernel8 = {
     INTEGERS, quantize, add, 2, 2, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(EXPANDED),
 };
 
-extern const Kernel4 avx2_kernel4 = {{expand_int4, expand_dense4}, 0, {}};
+extern const Kernel4 avx2_kernel4 = {{expand_int4, expand_dense4}, RAC_FEW_LINES(add)};
 
 }  // namespace rac
 #else

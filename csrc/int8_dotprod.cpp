@@ -18,26 +18,40 @@ namespace {
 
 constexpr int LINES = 3;  // at a time: 24 of the 32 registers hold sums
 
+template <int SOME>
+RAC_INLINE void add_quad(int32x4_t (&acc)[SOME][2][4], const Quad& quad, const int8_t* x) {
+    RAC_UNROLL for (int m = 0; m < SOME; m++) {
+        const int8x8_t both = vld1_s8(x + 8 * m);
+        RAC_UNROLL for (int i = 0; i < 4; i++) {
+            acc[m][0][i] = vdotq_lane_s32(acc[m][0][i], quad.w[i], both, 0);
+            acc[m][1][i] = vdotq_lane_s32(acc[m][1][i], quad.w[i], both, 1);
+        }
+    }
+}
+
 template <int form, int M, int SOME>
-RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, int64_t quads, const int8_t* x, int32_t* sums) {
+RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, const Zeros& zeros, int64_t quads,
+                                const Lines8& lines, int line, int32_t* sums) {
+    const int8_t* x = static_cast<const int8_t*>(lines.data) + 8 * line;
     int32x4_t acc[SOME][2][4];
     RAC_UNROLL for (auto& line : acc)
         RAC_UNROLL for (auto& of_byte : line)
             RAC_UNROLL for (int32x4_t& rows : of_byte) rows = vdupq_n_s32(0);
-    for (int64_t q = 0; q < quads; q++, x += 8 * M) {
-        Quad quad;
-        values = expand_quad<form>(masks + 2 * q, values, quad);
-        RAC_UNROLL for (int m = 0; m < SOME; m++) {
-            const int8x8_t both = vld1_s8(x + 8 * m);
-            RAC_UNROLL for (int i = 0; i < 4; i++) {
-                acc[m][0][i] = vdotq_lane_s32(acc[m][0][i], quad.w[i], both, 0);
-                acc[m][1][i] = vdotq_lane_s32(acc[m][1][i], quad.w[i], both, 1);
-            }
-        }
+    Quad quad;
+    int64_t q = 0;
+    for (; q + 2 <= quads; q += 2, x += 16 * M) {
+        values = expand_quad<first_of(form)>(masks + 2 * q, values, quad, zeros);
+        add_quad<SOME>(acc, quad, x);
+        values = expand_quad<second_of(form)>(masks + 2 * q + 2, values, quad, zeros);
+        add_quad<SOME>(acc, quad, x + 8 * M);
+    }
+    if (q < quads) {
+        values = expand_quad<first_of(form)>(masks + 2 * q, values, quad, zeros);
+        add_quad<SOME>(acc, quad, x);
     }
     RAC_UNROLL for (int m = 0; m < SOME; m++)
         RAC_UNROLL for (int i = 0; i < 4; i++)
-            vst1q_s32(sums + PANEL * m + 4 * i, vaddq_s32(vshlq_n_s32(acc[m][0][i], 8), acc[m][1][i]));
+            vst1q_s32(sums + PANEL * (line + m) + 4 * i, vaddq_s32(vshlq_n_s32(acc[m][0][i], 8), acc[m][1][i]));
     return values;
 }
 
@@ -60,9 +74,12 @@ extern const Kernel8 dotprod_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
+extern const Kernel4 dotprod_kernel4 = {{neon_expand_int4, neon_expand_dense4}, RAC_FEW_LINES(neon_add)};
+
 }  // namespace rac
 #else
 namespace rac {
 extern const Kernel8 dotprod_kernel8 = {};
+extern const Kernel4 dotprod_kernel4 = {};
 }  // namespace rac
 #endif

@@ -44,26 +44,28 @@ RAC_INLINE void add_two_quads(int32x4_t (&acc)[SOME][8], const Quad& first, cons
 }
 
 template <int form, int M, int SOME>
-RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, int64_t quads, const int8_t* x, int32_t* sums) {
+RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, const Zeros& zeros, int64_t quads,
+                                const Lines8& lines, int line, int32_t* sums) {
+    const int8_t* x = static_cast<const int8_t*>(lines.data) + 8 * line;
     int32x4_t acc[SOME][8];
     RAC_UNROLL for (auto& line : acc)
         RAC_UNROLL for (int32x4_t& rows : line) rows = vdupq_n_s32(0);
     Quad first, second;
     int64_t q = 0;
     for (; q + 2 <= quads; q += 2, x += 16 * M) {
-        values = expand_quad<form>(masks + 2 * q, values, first);
-        values = expand_quad<form>(masks + 2 * q + 2, values, second);
+        values = expand_quad<first_of(form)>(masks + 2 * q, values, first, zeros);
+        values = expand_quad<second_of(form)>(masks + 2 * q + 2, values, second, zeros);
         add_two_quads<SOME>(acc, first, second, x, x + 8 * M);
     }
     if (q < quads) {
-        values = expand_quad<form>(masks + 2 * q, values, first);
+        values = expand_quad<first_of(form)>(masks + 2 * q, values, first, zeros);
         RAC_UNROLL for (int8x16_t& rows : second.w) rows = vdupq_n_s8(0);
         add_two_quads<SOME>(acc, first, second, x, x);
     }
     RAC_UNROLL for (int m = 0; m < SOME; m++)
         RAC_UNROLL for (int i = 0; i < 4; i++) {
             const int32x4_t &a = acc[m][2 * i], &b = acc[m][2 * i + 1];
-            vst1q_s32(sums + PANEL * m + 4 * i, vaddq_s32(vshlq_n_s32(vuzp1q_s32(a, b), 8), vuzp2q_s32(a, b)));
+            vst1q_s32(sums + PANEL * (line + m) + 4 * i, vaddq_s32(vshlq_n_s32(vuzp1q_s32(a, b), 8), vuzp2q_s32(a, b)));
         }
     return values;
 }
@@ -87,9 +89,12 @@ extern const Kernel8 i8mm_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
+extern const Kernel4 i8mm_kernel4 = {{neon_expand_int4, neon_expand_dense4}, RAC_FEW_LINES(neon_add)};
+
 }  // namespace rac
 #else
 namespace rac {
 extern const Kernel8 i8mm_kernel8 = {};
+extern const Kernel4 i8mm_kernel4 = {};
 }  // namespace rac
 #endif

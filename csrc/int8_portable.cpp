@@ -79,6 +79,6 @@ extern const Kernel8 portable_kernel8 = {
     INTEGERS, quantize, add, 4, 4, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(DENSE8),
 };
 
-extern const Kernel4 portable_kernel4 = {{expand4<INT4>, expand4<DENSE4>}, 0, {}};
+extern const Kernel4 portable_kernel4 = {{expand4<INT4>, expand4<DENSE4>}, {}};
 
 }  // namespace rac

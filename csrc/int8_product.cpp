@@ -14,6 +14,9 @@ namespace {
 const Kernel4& kernel4_of(const Kernel8& kernel) {
     if (&kernel == &avx512_kernel8) return avx512_kernel4;
     if (&kernel == &avx2_kernel8) return avx2_kernel4;
+    if (&kernel == &avxvnni_kernel8) return avxvnni_kernel4;
+    if (&kernel == &dotprod_kernel8) return dotprod_kernel4;
+    if (&kernel == &i8mm_kernel8) return i8mm_kernel4;
     return &kernel == &portable_kernel8 ? portable_kernel4 : neon_kernel4;
 }
 
@@ -37,6 +40,9 @@ void quantize(const Product8& product, const void* x, Type type, Format8 format,
         const int64_t first_line = format == QUADS ? line / LINES_TOGETHER * LINES_TOGETHER : line;
         const int64_t lines = std::min<int64_t>(m - first_line, LINES_TOGETHER);
         char* to = out + offset_of(format, first_line, lines, stride, first);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < count; k++) sum += integers[k];
+        sums[line * product.blocks + block] = sum;
         if (format == INTEGERS) {
             std::memcpy(to, integers, whole * sizeof *integers);
         } else if (format == TILES) {
@@ -46,9 +52,6 @@ void quantize(const Product8& product, const void* x, Type type, Format8 format,
                 std::memcpy(to + 1024, bytes[1] + k, 64);
             }
         } else {
-            int32_t sum = 0;
-            for (int64_t k = 0; k < count; k++) sum += integers[k];
-            sums[line * product.blocks + block] = sum;
             to += 8 * (line - first_line);
             for (int64_t k = 0; k < whole; k += 4, to += 8 * lines) {
                 std::memcpy(to, bytes[0] + k, 4);
@@ -94,9 +97,13 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
     return values;
 }
 
-// A few lines times panels [first, last) of a 4-bit weight.
-void few_lines4(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
-    const Dot4 dot = kernel4_of(kernel).dot[product.out.weight.type - INT4][product.out.m - 1];
+// How a few lines are multiplied with a 4-bit weight; null where it is expanded first.
+Dot4 few_lines_of(const Product8& product, const Kernel8& kernel) {
+    if (!is_four_bit(product.out.weight.type) || product.out.m > LINES_TOGETHER) return nullptr;
+    return kernel4_of(kernel).dot[product.out.weight.type - INT4][product.out.m - 1];
+}
+
+void few_lines4(const Product8& product, Dot4 dot, int64_t first, int64_t last) {
     alignas(64) float acc[LINES_TOGETHER * PANEL];
     for (int64_t panel = first; panel < last; panel++) {
         dot(product, panel, acc);
@@ -105,8 +112,8 @@ void few_lines4(const Product8& product, const Kernel8& kernel, int64_t first, i
 }
 
 bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
-    if (is_four_bit(product.out.weight.type) && product.out.m <= kernel4_of(kernel).lines) {
-        few_lines4(product, kernel, first, last);
+    if (const Dot4 dot = few_lines_of(product, kernel)) {
+        few_lines4(product, dot, first, last);
         return true;
     }
     const int64_t m = product.out.m, step = m <= FEW_LINES ? 1 : PANELS_PER_CHUNK;
@@ -153,6 +160,7 @@ const Kernel8* kernel8_of(int32_t isa) {
         case NEON: return &neon_kernel8;
         case DOTPROD: return &dotprod_kernel8;
         case I8MM: return &i8mm_kernel8;
+        case AVXVNNI: return &avxvnni_kernel8;
         default: return isa >= AVX512 && has_vnni() ? &avx512_kernel8 : &avx2_kernel8;
     }
 }
@@ -230,7 +238,8 @@ void write_columns(const int8_t* quads, int64_t count, Number* out, int64_t stri
 }  // namespace
 
 void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type out_type, int64_t stride) {
-    const Kernel8& kernel = kernel8_of(isa) == &avx2_kernel8 ? portable_kernel8 : *kernel8_of(isa);  // AVX2 expands to 16 bits
+    // AVX2 expands to 16 bits, AVXVNNI to unsigned bytes.
+    const Kernel8 *fast = kernel8_of(isa), &kernel = fast == &avx2_kernel8 || isa == AVXVNNI ? portable_kernel8 : *fast;
     const char* values = weight.values_of(panel);
     const int64_t group = weight.zero_groups > 1 ? weight.columns / weight.zero_groups : weight.columns;
     int8_t block[PANEL * BLOCK_MOST];

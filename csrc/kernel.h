@@ -8,8 +8,8 @@
 
 namespace rac {
 
-// Two ladders: each ISA of x86-64, and each of ARM, includes those below it.
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, DOTPROD = 5, I8MM = 6, ISAS };
+// In the order of preference, of x86-64 and of ARM. Each includes those below it, but AVX512 does not include AVXVNNI.
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, AMX = 4, NEON = 5, DOTPROD = 6, I8MM = 7, ISAS };
 
 // The forms of a weight that a kernel multiplies: stored values of a Type with their masks, or a block, which is some columns
 // of a panel that ExpandAndMultiply expanded.
@@ -93,6 +93,7 @@ inline int64_t amx_lines(int64_t m) {
     return ((m + chunks - 1) / chunks + 31) / 32 * 32;
 }
 bool has_avx2();
+bool has_avx_vnni();
 bool has_avx512();
 bool has_avx512_bf16();
 bool has_neon();

@@ -6,7 +6,7 @@
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
-#define RAC_ABI 3
+#define RAC_ABI 4
 #endif
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -60,6 +60,9 @@ RAC_EXPORT int32_t rac_best_isa() {
         if (runs(isa)) return isa;
     return PORTABLE;
 }
+
+// 1 where this processor and operating system run an instruction set.
+RAC_EXPORT int32_t rac_runs(int32_t isa) { return runs(isa); }
 
 RAC_EXPORT const char* rac_compiler() {
 #if defined(_OPENMP)

@@ -12,6 +12,14 @@ namespace rac {
 const char* neon_expand_int8(const uint32_t* masks, const char* values, int64_t quads, void* out);
 const char* neon_expand_dense8(const uint32_t* masks, const char* values, int64_t quads, void* out);
 
+// The codes of some quads of INT4, of at most BLOCK_MOST columns: each one becomes a byte of `bytes`, where those of a quad start at an
+// even address. Returns the address after these codes.
+const char* widen(const uint32_t* masks, const char* codes, int64_t quads, char* bytes);
+constexpr int64_t WIDENED = PANEL * BLOCK_MOST + 64;  // bytes that it may write
+
+const char* neon_expand_int4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
+const char* neon_expand_dense4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
+
 float neon_quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
 void neon_add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc);
 

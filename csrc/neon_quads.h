@@ -2,7 +2,11 @@
 
 #include "quad_tables.h"
 
-constexpr int EXPANDED = 4;  // a form: 8-bit quads, in the first-level cache
+// Forms, beside those of a Type. EXPANDED: 8-bit quads, in the first-level cache. CODES: what widen wrote. LOW and HIGH: the two
+// quads of 64 bytes of DENSE4.
+constexpr int EXPANDED = 6, CODES = 7, LOW = 8, HIGH = 9;
+constexpr int first_of(int form) { return form == DENSE4 ? LOW : form; }
+constexpr int second_of(int form) { return form == DENSE4 ? HIGH : form; }
 
 inline uint64_t mask_of_quad(const uint32_t* masks) {
     uint64_t mask;
@@ -25,19 +29,32 @@ RAC_INLINE int8x16_t two(const void* low, const void* high) {
     return vcombine_s8(vld1_s8(static_cast<const int8_t*>(low)), vld1_s8(static_cast<const int8_t*>(high)));
 }
 
-// Returns the address after the values of this quad.
+// The 16 codes of zero, each one in the four columns of its row.
+using Zeros = Quad;
+inline Zeros zeros_of_rows(const uint8_t* zeros) {
+    int8_t columns[QUAD];
+    for (int i = 0; i < QUAD; i++) columns[i] = static_cast<int8_t>(zeros ? zeros[i / 4] : ZERO_CODE);
+    return load_quad(reinterpret_cast<const char*>(columns));
+}
+
+// Returns the address after the values of this quad. Where no code is stored, `zeros` is put.
 template <int form>
-RAC_INLINE const char* expand_quad(const uint32_t* masks, const char* values, Quad& quad) {
-    if (form != EXPANDED) __builtin_prefetch(values + 1024);
-    if (form != INT8) {
+RAC_INLINE const char* expand_quad(const uint32_t* masks, const char* values, Quad& quad, const Zeros& zeros = {}) {
+    if (form != EXPANDED && form != CODES) __builtin_prefetch(values + 1024);
+    if (form != INT8 && form != CODES) {
         quad = load_quad(values);
-        return values + QUAD;
+        for (int8x16_t& w : quad.w) {
+            if (form == LOW) w = vandq_s8(w, vdupq_n_s8(15));
+            if (form == HIGH) w = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4));
+        }
+        return form == LOW ? values : values + QUAD;
     }
     const uint64_t mask = mask_of_quad(masks), ends = ends_of_bytes(mask), starts = ends << 8;
     for (int i = 0; i < 4; i++) {
         const uint64_t low = mask >> 16 * i & 0xff, high = mask >> (16 * i + 8) & 0xff;
         const int8x16_t stored = two(values + (starts >> 16 * i & 0xff), values + (starts >> (16 * i + 8) & 0xff));
-        quad.w[i] = vqtbl1q_s8(stored, vreinterpretq_u8_s8(two(tables.low[low], tables.high[high])));
+        const uint8x16_t order = vreinterpretq_u8_s8(two(tables.low[low], tables.high[high]));
+        quad.w[i] = form == CODES ? vqtbx1q_s8(zeros.w[i], stored, order) : vqtbl1q_s8(stored, order);
     }
-    return values + (ends >> 56);
+    return values + (form == CODES ? 2 * code_bytes(ends >> 56) : ends >> 56);
 }

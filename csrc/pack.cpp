@@ -11,14 +11,21 @@
 namespace rac {
 namespace {
 
-// Huge pages save address translations while a weight is read. Where the system has none, this does nothing.
-void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+constexpr int ADVICE_HUGE = 14, ADVICE_COLLAPSE = 25;  // of Linux's interface; old headers lack the second
+#else
+constexpr int ADVICE_HUGE = 0, ADVICE_COLLAPSE = 0;
+#endif
+
+// Huge pages save address translations while a weight is read. ADVICE_HUGE is for pages that are not there yet, ADVICE_COLLAPSE (from
+// Linux 6.1 on) for those of memory that was in use before. Where the system has none, this does nothing.
+void advise_huge_pages(void* data, int64_t bytes, int advice) {
 #if defined(__linux__)
     const uintptr_t page = uintptr_t{1} << 21, start = reinterpret_cast<uintptr_t>(data);
     const uintptr_t first = (start + page - 1) / page * page, last = (start + bytes) / page * page;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    if (last > first) (void)!madvise(reinterpret_cast<void*>(first), last - first, advice);
 #else
-    (void)data, (void)bytes;
+    (void)data, (void)bytes, (void)advice;
 #endif
 }
 
@@ -237,7 +244,7 @@ Status pack(const Unpacked& from, int64_t rows, int64_t columns, int32_t type, v
                           (long long)layout.bytes);
     }
     if (status == OK) {
-        advise_huge_pages(data, bytes);
+        advise_huge_pages(data, bytes, ADVICE_HUGE);
         write_header(data, sizes);
         char* base = static_cast<char*>(data);
         std::memset(base + layout.values_end, 0, bytes - layout.values_end);
@@ -254,6 +261,7 @@ Status pack(const Unpacked& from, int64_t rows, int64_t columns, int32_t type, v
         if (status == OK && type == INT8) pack_all<int8_t, INT8>(weight, from.values, from.bitmask, starts, threads);
         if (status == OK && type == DENSE8) pack_dense8(weight, integers, threads);
         if (status == OK && is_four_bit(type)) status = pack_four_bit(weight, integers, from.bitmask, starts, threads);
+        advise_huge_pages(data, bytes, ADVICE_COLLAPSE);
     }
     std::free(starts);
     return status;

@@ -13,7 +13,8 @@ namespace {
 const Kernel& kernel_of(int32_t isa) {
     switch (isa) {
         case PORTABLE: return portable_kernel;
-        case AVX2: return avx2_kernel;
+        case AVX2:
+        case AVXVNNI: return avx2_kernel;
         case NEON:
         case DOTPROD:
         case I8MM: return neon_kernel;
@@ -174,6 +175,7 @@ bool runs(int32_t isa) {
     switch (isa) {
         case PORTABLE: return true;
         case AVX2: return has_avx2();
+        case AVXVNNI: return has_avx_vnni();
         case AVX512: return has_avx512();
         case AMX: return has_amx();
         case NEON: return has_neon();

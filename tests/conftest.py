@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import entry, save_tiny
-
 TESTS = Path(__file__).parent
 # What runs in the serving environment, which has vLLM and no llm-compressor: folders and files, relative to tests/.
 SERVING_TESTS = (
@@ -117,6 +115,8 @@ def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3 (untied head, float32) with its tokenizer; not to be written to."""
+    from tests.tiny import save_tiny  # here, since the process that hands out the tests to others needs no transformers
+
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
@@ -127,6 +127,7 @@ def trace_store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.collect import collect_traces
+    from tests.tiny import entry
 
     path = tmp_path_factory.mktemp("store") / "traces.jsonl"
     settings = TraceSettings(**entry()["traces"])

@@ -8,6 +8,11 @@ def fork_server() -> ForkServerContext:
     """A server that has imported what the children need, in a process without threads: a child is a quick and safe fork of it."""
     context = get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.traces.slow_collection", "rac_modifier.traces.collect", "tests.cli.served_child"]
+        [
+            "tests.preloaded",
+            "rac_modifier.traces.collect",
+            "tests.cli.served_child",
+            "tests.traces.slow_collection",
+        ]
     )
     return context

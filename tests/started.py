@@ -1,4 +1,4 @@
-"""Several processes that share a recovery, as torchrun starts them."""
+"""Several processes of one run, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 
 
-def started(arguments: list[str], folder: Path, count: int = 2) -> list[tuple[int, str]]:
-    """Start Python so often, as torchrun does: exit codes and standard errors."""
+def places(count: int) -> list[dict[str, str]]:
+    """The variables of the environment that torchrun gives to each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def started(arguments: list[str], folder: Path, count: int = 2) -> list[tuple[int, str]]:
+    """Start Python so often, as torchrun does: exit codes and standard errors."""
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],
             cwd=folder,
-            env={**os.environ, **own, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **place, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(count)
+        for place in places(count)
     ]
     try:
         errors = [process.communicate(timeout=240)[1] for process in processes]
@@ -34,3 +42,20 @@ def started(arguments: list[str], folder: Path, count: int = 2) -> list[tuple[in
         for process in processes:
             process.kill()
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def started_forks(
+    main: Callable[[], None], words: Sequence[str], folder: Path, count: int = 2
+) -> list[tuple[int | None, str]]:
+    """The same of forks that call a function of a module with these words; see forked.py."""
+    errors = [folder.with_name(f"{folder.name}.{count}.{rank}.err") for rank in range(count)]
+    processes = [
+        forked.start(main, words, folder, path, place) for path, place in zip(errors, places(count), strict=True)
+    ]
+    try:
+        for process in processes:
+            process.join(240)
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.exitcode, path.read_text()) for process, path in zip(processes, errors, strict=True)]

@@ -13,10 +13,11 @@
 
 // The end of a kernel: adds the sums of all warps in their order, and the bias, and stores the result. Warp w has WARP_BYTES of shared
 // memory from w WARP_BYTES on, in which a lane writes words whose number is its own plus a multiple of 32: no other lane may still read
-// them. `row`: number lane % (16 ROW_TILES) of the block's rows, where it is in the result; `scale`: that its sums are multiplied by.
+// them. `row`: number thread_index() % (16 ROW_TILES) of the block's rows, where it is in the result; `scale`: that its sums are multiplied by.
 template <int ROW_TILES, int TOKEN_TILES, int WARPS, int WARP_BYTES>
 DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* bias, u8* out, int row, int rows, int token0, int tokens,
                       float scale = 1.0f) {
+  static_assert(WARPS * 32 % (ROW_TILES * 16) == 0, "a thread's outputs are of one row");
   const u32 lane = thread_index() % 32, own = warp_index() * WARP_BYTES;
   UNROLL
   for (int r = 0; r < ROW_TILES; r++)
@@ -53,6 +54,7 @@ struct Decode {
   static constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
   static constexpr int TOKENS_AT_ONCE = 32 / PIECES;            // rows of x that a warp copies with one instruction
+  static constexpr int AT_ONCE = ROW_TILES * TOKEN_TILES >= 8 ? 2 : ROW_TILES;  // row tiles whose products take turns, within the registers
   static_assert(PIECES <= 32 && PIECES >= 8 && TILE_BYTES % 16 == 0 && STAGES >= 3, "");
 
   // Of the 16-byte pieces of a chunk of one row tile, those of whole instructions of 32 lanes, and the others: these are
@@ -62,7 +64,7 @@ struct Decode {
 
   const u8* weight;  // this lane's first piece of the first row tile, in this warp's next chunk
   const u8* x;       // this lane's piece of its first token, in this warp's next chunk
-  long long next_tile;              // bytes to the next row tile
+  long long tile_from[ROW_TILES];   // from `weight`
   long long other_from[OTHER_COPIES ? OTHER_COPIES : 1];  // from `weight`
   u32 other_to[OTHER_COPIES ? OTHER_COPIES : 1];          // from the stage
   u32 lane, x_to;
@@ -73,7 +75,7 @@ struct Decode {
     UNROLL
     for (int r = 0; r < ROW_TILES; r++)
       UNROLL
-      for (int i = 0; i < WHOLE; i++) cp_async(stage + lane * 16 + r * TILE_BYTES + i * 512, weight + r * next_tile + i * 512);
+      for (int i = 0; i < WHOLE; i++) cp_async(stage + lane * 16 + r * TILE_BYTES + i * 512, weight + tile_from[r] + i * 512);
     UNROLL
     for (int i = 0; i < OTHER_COPIES; i++)
       if (32 * i + 32 <= ALL_OTHERS || 32 * i + lane < ALL_OTHERS) cp_async(stage + other_to[i], weight + other_from[i]);
@@ -92,21 +94,23 @@ struct Decode {
     const u32 row = stage + WEIGHT_BYTES + (lane % 8) * PIECES * 16;
     const u32 swizzled = ((lane / 8) ^ (lane % 8)) * 16;
     UNROLL
-    for (int unit = 0; unit < UNITS; unit++) {
-      FORMAT weights[ROW_TILES];
-      float part[ROW_TILES][TOKEN_TILES][4];  // for formats with scales
+    for (int unit = 0; unit < UNITS; unit++)
       UNROLL
-      for (int r = 0; r < ROW_TILES; r++) weights[r].open(stage + r * TILE_BYTES + unit * FORMAT::BYTES, lane);
-      UNROLL
-      for (int product = 0; product < FORMAT::PRODUCTS; product++) {
-        u32 b[TOKEN_TILES][4];
-        const int j = unit * FORMAT::PRODUCTS + product;
+      for (int first = 0; first < ROW_TILES; first += AT_ONCE) {
+        FORMAT weights[AT_ONCE];
+        float part[AT_ONCE][TOKEN_TILES][4];  // for formats with scales
         UNROLL
-        for (int n = 0; n < TOKEN_TILES; n++) ldmatrix(b[n], row + n * 8 * PIECES * 16 + (swizzled ^ (j * 64)));
+        for (int r = 0; r < AT_ONCE; r++) weights[r].open(stage + (first + r) * TILE_BYTES + unit * FORMAT::BYTES, lane);
         UNROLL
-        for (int r = 0; r < ROW_TILES; r++) weights[r].multiply(product, sum[r], part[r], b);
+        for (int product = 0; product < FORMAT::PRODUCTS; product++) {
+          u32 b[TOKEN_TILES][4];
+          const int j = unit * FORMAT::PRODUCTS + product;
+          UNROLL
+          for (int n = 0; n < TOKEN_TILES; n++) ldmatrix(b[n], row + n * 8 * PIECES * 16 + (swizzled ^ (j * 64)));
+          UNROLL
+          for (int r = 0; r < AT_ONCE; r++) weights[r].multiply(product, sum[first + r], part[r], b);
+        }
       }
-    }
   }
 
   // The whole kernel. `units` is the number of units of a row tile in memory, a multiple of UNITS.
@@ -122,11 +126,13 @@ struct Decode {
     self.columns = columns;
     self.tokens = tokens - token0;
     self.weight = weight + tile * stride + warp * TILE_BYTES + lane * 16;
-    self.next_tile = tile < last_tile ? stride : 0;  // an odd last tile is read twice
+    const int behind = last_tile - tile;  // whole tiles behind the block's first; beyond them, the last one is read again
+    UNROLL
+    for (int r = 0; r < ROW_TILES; r++) self.tile_from[r] = r == 0 ? 0 : (r < behind ? r : behind) * stride;
     UNROLL
     for (int i = 0; i < OTHER_COPIES; i++) {
-      const u32 r = (32 * i + lane) / OTHERS, piece = WHOLE * 32 + (32 * i + lane) % OTHERS;
-      self.other_from[i] = r * self.next_tile + piece * 16 - lane * 16;
+      const int r = (32 * i + lane) / OTHERS, piece = WHOLE * 32 + (32 * i + lane) % OTHERS;
+      self.other_from[i] = (r < behind ? r : behind) * stride + (piece - int(lane)) * 16;
       self.other_to[i] = r * TILE_BYTES + piece * 16;
     }
     const u32 token = lane / PIECES, piece = lane % PIECES;
@@ -145,7 +151,7 @@ struct Decode {
 
     float scale = 1.0f;
     if (FORMAT::ROW_SCALES) {
-      const int own = tile * 16 + lane % (ROW_TILES * 16), scaled = own < rows ? own : 0;
+      const int own = tile * 16 + thread_index() % (ROW_TILES * 16), scaled = own < rows ? own : 0;
       scale = global_load_float(weight + (last_tile + 1) * stride + scaled * 4ll) * FORMAT::ROW_SCALES;
     }
     const u32 ring = warp * RING_BYTES, end = ring + RING_BYTES;
@@ -166,7 +172,7 @@ struct Decode {
     }
 
     SYNC_WARP();
-    const int row = tile * 16 + lane % (ROW_TILES * 16);
+    const int row = tile * 16 + thread_index() % (ROW_TILES * 16);
     add_warps<ROW_TILES, TOKEN_TILES, WARPS, RING_BYTES>(sum, bias, out, row, rows, token0, tokens, scale);
   }
 };

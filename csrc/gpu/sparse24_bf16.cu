@@ -33,6 +33,9 @@ DECODE_KERNEL(rac_24_bf16_r1_t2, Bf16, 1, 2, 1, 4, 4)
 DECODE_KERNEL(rac_24_bf16_r2_t2, Bf16, 2, 2, 1, 4, 4)
 DECODE_KERNEL(rac_24_bf16_r1_t4, Bf16, 1, 4, 1, 3, 4)
 DECODE_KERNEL(rac_24_bf16_r2_t4, Bf16, 2, 4, 1, 3, 4)
+DECODE_KERNEL(rac_24_bf16_r4_t1, Bf16, 4, 1, 1, 4, 4)
+DECODE_KERNEL(rac_24_bf16_r4_t2, Bf16, 4, 2, 1, 3, 4)
+DECODE_KERNEL(rac_24_bf16_r4_t4, Bf16, 4, 4, 1, 4, 2)
 
 // Dense rows of tiles first_tile + block_x, bf16 [rows, columns] from row 16 first_tile on; a warp per unit.
 KERNEL(rac_24_bf16_expand, 128)

@@ -63,7 +63,7 @@ def _notes(prediction: Prediction) -> list[str]:
         notes.append(f"{named}: {reason}")
     if not any(layer.reason is None for layer in prediction.layers):
         notes.append(
-            "no layer has a GPU kernel: those that exist take packed bfloat16 and int8, and 2:4 weights of int4"
+            "no layer runs on a GPU kernel; they take packed sparse weights in bfloat16, int8, fp8 (e4m3) and int4"
         )
     notes += [f"{count} modules are left out: {reason}" for reason, count in prediction.left_out.items()]
     if prediction.in_cache:

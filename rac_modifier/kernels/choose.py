@@ -25,7 +25,7 @@ def has_backend(device: str) -> bool:
     """Whether layers may run sparse on a device type: there is a backend, and on a GPU it was asked for.
 
     Raises:
-        RacError: RAC_GPU_KERNELS is neither on nor off.
+        RacError: RAC_GPU_KERNELS is none of on, all and off.
     """
     return device in BACKENDS and (device != "cuda" or cuda.requested())
 

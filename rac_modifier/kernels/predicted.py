@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow, is_embedding
-from rac_modifier.kernels.cuda.backend import fit
+from rac_modifier.kernels.cuda.backend import fit, slower
 from rac_modifier.kernels.cuda.cards import Card, card_of
 from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
 from rac_modifier.kernels.interface import Layer
@@ -146,6 +146,8 @@ def _predict(module: _Module, card: Card, tokens: int) -> PredictedLayer:
     layout, reason, own = None, module.reason, module.own
     if module.layer is not None:
         layout, problem = fit(module.layer)
+        if layout is not None and problem is None:
+            problem = slower(module.layer, layout, card)
         if problem is not None:
             layout, reason = None, f"dense because {problem}"
     contenders = {name: size if module.quantizable else _BF16 for name, size in DENSE.items()}

@@ -24,7 +24,9 @@ def sparse(b: Bench, shard: str | None = None) -> Path:
     return b.tmp / "sparse"
 
 
-@CASES.case("`RAC_GPU_KERNELS` that is neither on nor off", 'RAC_GPU_KERNELS="yes": use on or off, or unset it')
+@CASES.case(
+    "`RAC_GPU_KERNELS` that is none of on, all and off", 'RAC_GPU_KERNELS="yes": use on, all or off, or unset it'
+)
 def _(b: Bench) -> None:
     from rac_modifier.kernels.choose import has_backend
 

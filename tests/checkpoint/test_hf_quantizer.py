@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, pipeline
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from rac_modifier.checkpoint.bitmask import pack_unstructured
 from rac_modifier.checkpoint.hf_quantizer import SparseHfQuantizer
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.weight_conversion import Unpack
-from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     SCHEMES,
     Q,
@@ -233,71 +231,7 @@ def test_peft_adapters_are_trained_on_it(saved: Saved) -> None:
     assert torch.equal(adapted.base_model.model.get_submodule(f"{Q}.base_layer").weight, expected[f"{Q}.weight"])
 
 
-@pytest.mark.parametrize("part", ["compressed", "bitmask", "row_offsets"])
-def test_damage_is_named(saved: Saved, part: str) -> None:
-    folder, _, _ = saved("unstructured")
-    tensors = load_file(folder / "model.safetensors")
-    tensors[f"{Q}.{part}"] = torch.zeros_like(tensors[f"{Q}.{part}"])[: -1 if part == "compressed" else None]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RacError, match=rf"^{Q}\."):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.o_proj.shape"])
-def test_another_shape_than_the_models_is_an_error(saved: Saved, name: str) -> None:
-    """With a quantizer, transformers would put it into the model."""
-    folder, _, _ = saved("unstructured")
-    tensors = load_file(folder / "model.safetensors")
-    if name.endswith(".weight"):
-        tensors[name] = tensors[name][:3]
-    else:
-        module = name.removesuffix(".shape")
-        tensors = {n: t for n, t in tensors.items() if not n.startswith(f"{module}.")}
-        narrow = torch.ones(8, 16, dtype=torch.bfloat16)
-        tensors |= {f"{module}.{part}": tensor for part, tensor in pack_unstructured(narrow).items()}
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        RacError, match=rf"^{name.rpartition('.')[0]}\.weight: its shape .* does not fit the model's config"
-    ):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_codes_without_their_config_group_are_not_taken_for_weights(tmp_path: Path) -> None:
-    modules = save_quantized(tmp_path, "2:4", "w8a8")
-    pack_checkpoint(tmp_path, modules, ["lm_head"])
-    config = config_of(tmp_path)
-    for key in ("config_groups", "quantization_status"):
-        del config["quantization_config"][key]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RacError, match=r"values are torch\.int8, but no config group .* restore the config\.json"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_a_state_dict_cannot_be_unpacked(saved: Saved) -> None:
-    folder, expected, _ = saved()
-    config = AutoConfig.from_pretrained(folder)
-    with pytest.raises(RacError, match="give from_pretrained a folder or a hub id"):
-        type(tiny_model()).from_pretrained(None, config=config, state_dict=expected)
-
-
-def test_a_model_that_would_be_sharded_while_it_is_loaded_is_refused(
-    saved: Saved, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, _, _ = saved()
-    config = AutoConfig.from_pretrained(folder)
-    monkeypatch.setattr(type(config), "distributed_config", {"tp_size": 2}, raising=False)  # as for tp_plan="auto"
-    with pytest.raises(RacError, match="cannot be sharded while they are loaded; save the model with storage: dense"):
-        AutoModelForCausalLM.from_pretrained(folder, config=config)
-
-
 def test_a_dense_stored_sparse_checkpoint_is_an_ordinary_one(saved: Saved) -> None:
     folder, expected, modules = saved(packed=False)
     mark_dense(folder, modules)
     assert_same_state(AutoModelForCausalLM.from_pretrained(folder), expected)
-
-
-def test_stock_transformers_refuses_a_packed_folder(saved: Saved) -> None:
-    """A property of transformers, not of this package: nobody gets random weights without an error."""
-    folder, _, _ = saved()
-    with pytest.raises(Exception):  # noqa: B017, PT011
-        stock(folder)

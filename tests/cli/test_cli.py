@@ -45,11 +45,11 @@ def test_what_typer_refuses(rac, args):
 def test_the_embedded_reasoner_end_to_end(rac, recipe_file, tmp_path):
     """The README's commands, small: the pruned reasoner still reasons."""
     out = tmp_path / "out"
-    options = ["-r", recipe_file, "-s", f"traces.store={tmp_path / 's.jsonl'}", "-s", "calibration.tokens=16384",
+    options = ["-r", recipe_file, "-s", f"traces.store={tmp_path / 's.jsonl'}", "-s", "calibration.tokens=8192",
                "-s", "traces.sampling.max_new_tokens=512", "-s", "calibration.batch_tokens=4096"]  # fmt: skip
     assert rac("prune", "reasoner", out, *options, "--precision", "float32")[0] == 0
     results = tmp_path / "eval.json"
-    code, _, _ = rac("eval", out, "--problems", 40, "--cap", 512, "--precision", "float32", "--json", results)
+    code, _, _ = rac("eval", out, "--problems", 24, "--cap", 512, "--precision", "float32", "--json", results)
     assert code == 0
     assert json.loads(results.read_text())["results"][0]["accuracy"] > 0.6
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -16,6 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from rac_modifier import cli
 from rac_modifier.cli.benchmarks import digest_of
 from rac_modifier.cli.frontier import _held_out, _served
 from rac_modifier.cli.options import Dtype
@@ -23,6 +22,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
 from rac_modifier.settings.prompt import PromptSettings
 from tests.cli.conftest import Rac
+from tests.forked import start
 from tests.tiny import NAME, entry
 
 W4 = {"w": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}
@@ -82,16 +82,14 @@ def test_check_names_the_rows_and_writes_nothing(rac: Rac, grid: Any, tiny_folde
 @pytest.mark.slow
 def test_a_grid_that_was_killed_between_rows_goes_on(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
     words = ["frontier", str(tiny_folder), "--recipe-grid", str(grid(ROWS)), "--out", str(tmp_path / "out")]
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "rac_modifier.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    killed = start(cli.main, words, tmp_path, tmp_path / "errors.txt")
     rows, deadline = tmp_path / "out" / "rows.jsonl", time.monotonic() + 300
     while not (rows.exists() and rows.read_bytes().count(b"\n") >= 2):
-        assert killed.poll() is None, "it ended before it was killed"
+        assert killed.is_alive(), "it ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     before = rows.read_bytes()
     assert b'"int4"' not in before
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ import torch
 import typer
 from safetensors.torch import load_file
 
+from rac_modifier import cli
 from rac_modifier.checkpoint.convert import unpack_model
 from rac_modifier.cli.interrupt import packing_step, resumable, saving_step
 from rac_modifier.traces.store import TraceStore
+from tests.cli import stopped_child
 from tests.cli.conftest import Rac
 from tests.cli.test_recover import OPTIONS
+from tests.forked import start
 from tests.tiny import entry, recipe
 
 
@@ -87,43 +91,51 @@ def test_every_command_ends_in_one_line(
 
 
 # A job in the background of a script, such as a CI run, inherits an ignored SIGINT: Python then raises no KeyboardInterrupt.
-# STOP_AT: when a file whose path ends so has been put in place, wait there, and make the file "stopped".
-RAC = """
-import functools, os, signal, time
+NEW_PYTHON = """
+import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from rac_modifier.cli import main
-if end := os.environ.get("STOP_AT"):
-    replace = os.replace
-    def replace_and_wait(source, target):
-        replace(source, target)
-        if str(target).endswith(end):
-            open("stopped", "w").write("\\n" * 3)
-            time.sleep(120)
-    os.replace = replace_and_wait
-    if end == "recovery.safetensors":
-        from rac_modifier.llmcompressor import recovery_stage
-        recovery_stage.recover = functools.partial(recovery_stage.recover, save_seconds=0.0)
 main()
 """
 
 
+def ctrl_c(pid: int, ready: Path, ended: Callable[[], bool]) -> None:
+    """Press Ctrl-C as soon as the file `ready` holds several lines."""
+    deadline = time.monotonic() + 120
+    while not ready.exists() or ready.read_bytes().count(b"\n") < 3:
+        assert not ended()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(pid, signal.SIGINT)  # to the whole group, as a terminal does
+
+
 def interrupted(command: list[str], folder: Path, ready: Path, stop_at: str = "") -> tuple[int, str]:
-    """Start a command, press Ctrl-C as soon as the file `ready` holds several lines: exit code, standard error."""
+    """Start a command in a fork and interrupt it when it is `ready`: exit code, standard error."""
+    errors = folder / "errors.txt"
+    errors.unlink(missing_ok=True)
+    process = start(stopped_child.main if stop_at else cli.main, command, folder, errors, {"STOP_AT": stop_at})
+    assert process.pid is not None
+    try:
+        ctrl_c(process.pid, ready, lambda: not process.is_alive())
+        process.join(60)
+        assert process.exitcode is not None
+        return process.exitcode, errors.read_text()
+    finally:  # a test that fails leaves no process behind
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def interrupted_in_new_python(command: list[str], folder: Path, ready: Path) -> tuple[int, str]:
+    """The same in a new Python, as a shell starts it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", RAC, *command], cwd=folder, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "STOP_AT": stop_at},
+        [sys.executable, "-c", NEW_PYTHON, *command], cwd=folder, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
-        while not ready.exists() or ready.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        # to the whole group, as a terminal does
-        os.killpg(process.pid, signal.SIGINT)
+        ctrl_c(process.pid, ready, lambda: process.poll() is not None)
         _, error = process.communicate(timeout=60)
         return process.returncode, error
-    finally:  # a test that fails leaves no process behind
+    finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -153,7 +165,9 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["collect", "prune"])
-def test_ctrl_c_while_traces_are_sampled(tiny_folder: Path, tmp_path: Path, command: str) -> None:
+def test_ctrl_c_while_traces_are_sampled(
+    rac: Rac, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     """The traces so far are in the store; the same command, with a smaller budget, ends from there."""
     store = tmp_path / "traces.jsonl"
     settings = entry(store)
@@ -162,15 +176,14 @@ def test_ctrl_c_while_traces_are_sampled(tiny_folder: Path, tmp_path: Path, comm
     out = tmp_path / "out"
     words = ["traces", "collect", str(tiny_folder)] if command == "collect" else ["prune", str(tiny_folder), str(out)]
     words += ["-r", "recipe.yaml"]
-    assert "run the same command again" in only_line(*interrupted(words, tmp_path, store))
+    stop = interrupted_in_new_python if command == "prune" else interrupted
+    assert "run the same command again" in only_line(*stop(words, tmp_path, store))
     assert not out.exists()
     held = [trace.id for trace in TraceStore.read(store)]
     assert held
-    again = [*words, "-s", "calibration.tokens=300"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rac_modifier.cli", *again], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    code, _, error = rac(*words, "-s", "calibration.tokens=300")
+    assert code == 0, error
     assert [trace.id for trace in TraceStore.read(store)][: len(held)] == held
 
 

@@ -38,7 +38,7 @@ def test_a_row_per_kind_and_one_for_the_step():
 def test_what_runs_dense_has_its_reason():
     text = render_prediction(prediction("a.o_proj", packed=False))
     assert "o_proj: dense because not pruned" in text
-    assert "no layer has a GPU kernel: those that exist take packed bfloat16 and int8, and 2:4" in text
+    assert "no layer runs on a GPU kernel; they take packed sparse weights in bfloat16, int8, fp8" in text
 
 
 def test_a_model_without_layers_has_no_step():
@@ -60,7 +60,8 @@ def test_the_command_predicts_in_place_of_the_cpus_plan(rac, sparse_folder):
     code, stdout, _ = rac("inspect", sparse_folder, "--device", "h100", "--tokens", "16")
     assert code == 0
     assert f"On one H100 SXM, a step of 16 tokens, RAC_GPU_KERNELS=on, bfloat16: {NOT_MEASURED}" in stdout
-    assert re.search(r"^down_proj +\d+ +\d+x\d+ +2:4 ", stdout, re.MULTILINE)
+    assert re.search(r"^down_proj +\d+ +\d+x\d+ +dense ", stdout, re.MULTILINE)  # so small that launches decide
+    assert re.search(r"^ *down_proj: dense because it is predicted on H100 SXM: ", stdout, re.MULTILINE)
     assert "lm_head: dense because" in stdout
     assert "this machine's CPU" not in stdout
     code, stdout, _ = rac("inspect", sparse_folder, "--device", "h100", "--json")

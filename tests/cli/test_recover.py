@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
+from rac_modifier import cli
 from rac_modifier.cli.recover import check_made_from
 from rac_modifier.errors import RacError
 from rac_modifier.recovery.training_loop import TrainingLoop
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
-from tests.started import started
+from tests.started import started_forks
 from tests.tiny import entry, linears, recipe, save_tiny
 
 SETTINGS = ["tokens=3000", "held_out_tokens=150", "step_tokens=100", "batch_tokens=400", "learning_rate=0.001"]
@@ -114,10 +115,10 @@ def test_an_output_that_cannot_be_written_costs_no_training(rac, tiny_folder, sp
 @pytest.mark.slow
 def test_two_processes_write_one_checkpoint(tiny_folder, sparse_folder, tmp_path):
     """As torchrun starts them; the divergence is that of one process."""
-    command = ["-m", "rac_modifier.cli", "recover", str(tiny_folder), str(sparse_folder), "out", *OPTIONS]
-    ends = started(command, tmp_path)
+    words = ["recover", str(tiny_folder), str(sparse_folder)]
+    ends = started_forks(cli.main, [*words, "out", *OPTIONS], tmp_path)
     assert [code for code, _ in ends] == [0, 0], ends
-    alone = started([*command[:5], "alone", *command[6:]], tmp_path, count=1)
+    alone = started_forks(cli.main, [*words, "alone", *OPTIONS], tmp_path, count=1)
     assert alone[0][0] == 0, alone
     two, one = (json.loads((tmp_path / name / "rac_run.json").read_text())["recovery"] for name in ("out", "alone"))
     assert (two["processes"], one["processes"]) == (2, 1)

@@ -62,7 +62,7 @@ def test_twenty_kills_end_as_an_undisturbed_run(tiny_folder, tmp_path):
         before = written(killed)
         child = start(killed, DELAY)
         if number % 2:  # at any time, mostly while it or its server starts
-            time.sleep(rng.uniform(0, 2))
+            time.sleep(rng.uniform(0, 1))
         else:
             deadline = time.monotonic() + 300  # a busy machine
             while written(killed) <= before and child.is_alive():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from rac_modifier.kernels.plan import PlanRow, plan_row
 from rac_modifier.kernels.predicted import Prediction, predict_checkpoint
 
 H100 = card_of("h100")
-SHAPES = {"q_proj": (64, 128), "k_proj": (32, 128), "v_proj": (32, 128), "o_proj": (128, 64)}
+SHAPES = {"q_proj": (1024, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 1024)}
 
 
 def row(name: str, rows: int, columns: int, **changes: object) -> ModuleRow:
@@ -52,15 +53,15 @@ def test_parts_are_fused_and_layers_that_run_alike_are_one_row():
     plan = [planned(name, *SHAPES[name.rpartition(".")[2]]) for name in names]
     found = predict([*modules, row("lm_head", 1000, 128, stored="dense", reason="not pruned")], plan, tokens=9)
     assert [(each.kind, each.rows, each.columns, each.count, each.kernel) for each in found.layers] == [
-        ("qkv_proj", 128, 128, 2, "2:4"),
-        ("o_proj", 128, 64, 2, "2:4"),
+        ("qkv_proj", 2048, 2048, 2, "2:4"),
+        ("o_proj", 2048, 1024, 2, "2:4"),
         ("lm_head", 1000, 128, 1, "dense"),
     ]
     qkv, o, head = found.layers
-    assert qkv.time == sparse_time(H100, BF16, 128, 128, 9)
+    assert qkv.time == sparse_time(H100, BF16, 2048, 2048, 9)
     assert (qkv.reason, head.reason) == (None, "dense because not pruned")
     assert head.time == dense_time(H100, 1000, 128, 9, 2.0)
-    assert qkv.dense["int4"] == dense_time(H100, 128, 128, 9, 0.515625).total
+    assert qkv.dense["int4"] == dense_time(H100, 2048, 2048, 9, 0.515625).total
     assert head.dense == dict.fromkeys(["bf16", "fp8", "int4"], head.time.total), (
         "nobody quantizes the output matrix here"
     )
@@ -70,21 +71,33 @@ def test_parts_are_fused_and_layers_that_run_alike_are_one_row():
 
 
 def test_four_bits_in_groups_have_a_kernel():
-    (layer,) = predict([row("a.o_proj", 64, 256)], [planned("a.o_proj", 64, 256, torch.int32, groups=2)]).layers
-    assert (layer.kernel, layer.time) == ("2:4 int4", sparse_time(H100, INT4[128], 64, 256, 1))
-    assert layer.nbytes == INT4[128].nbytes(64, 256)
+    shape = 4096, 2048
+    (layer,) = predict([row("a.o_proj", *shape)], [planned("a.o_proj", *shape, torch.int32, groups=16)]).layers
+    assert (layer.kernel, layer.time) == ("2:4 int4", sparse_time(H100, INT4[128], *shape, 1))
+    assert layer.nbytes == INT4[128].nbytes(*shape)
+
+
+def test_a_layer_that_is_predicted_to_be_faster_dense_is_dense_as_it_would_be_served():
+    """[1536, 1536] of any pattern has 48 blocks for 132 multiprocessors."""
+    layer = planned("a.o_proj", 1536, 1536, two_of_four=False)
+    (found,) = predict([row("a.o_proj", 1536, 1536)], [layer]).layers
+    assert found.kernel == "dense"
+    assert found.time == dense_time(H100, 1536, 1536, 1, 2.0)
+    assert re.match(
+        r"dense because it is predicted on H100 SXM: 3\.\d us packed and 3\.\d us dense in bfl", found.reason
+    )
 
 
 def test_any_pattern_has_a_kernel_and_fused_parts_the_density_of_all():
-    modules = [row("a.gate_proj", 64, 512), row("a.up_proj", 192, 512)]
+    modules = [row("a.gate_proj", 2048, 4096), row("a.up_proj", 6144, 4096)]
     plan = [
-        plan_row(m.name, m.rows, 512, int(m.rows * 512 * density), torch.bfloat16, torch.bfloat16)
+        plan_row(m.name, m.rows, 4096, int(m.rows * 4096 * density), torch.bfloat16, torch.bfloat16)
         for m, density in zip(modules, (0.25, 0.5), strict=True)
     ]
     (layer,) = predict(modules, plan).layers
-    assert (layer.kernel, layer.rows) == ("unstructured", 256)
-    assert layer.nbytes == UNSTRUCTURED.nbytes(256, 512, 0.4375)
-    assert layer.time == sparse_time(H100, UNSTRUCTURED, 256, 512, 1, 0.4375)
+    assert (layer.kernel, layer.rows) == ("unstructured", 8192)
+    assert layer.nbytes == UNSTRUCTURED.nbytes(8192, 4096, 0.4375)
+    assert layer.time == sparse_time(H100, UNSTRUCTURED, 8192, 4096, 1, 0.4375)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +116,7 @@ def test_a_packed_layer_without_a_kernel_is_dense_in_bfloat16(changes, reason):
 
 
 def test_a_float32_checkpoint_is_served_in_bfloat16():
-    (layer,) = predict([row("a.o_proj", 64, 64)], [planned("a.o_proj", 64, 64, torch.float32)]).layers
+    (layer,) = predict([row("a.o_proj", 2048, 2048)], [planned("a.o_proj", 2048, 2048, torch.float32)]).layers
     assert layer.kernel == "2:4"
 
 

@@ -190,8 +190,9 @@ def table(kills: list[Kill], count: int) -> list[str]:
     return lines
 
 
-def main(count_of_kills: int, count: int) -> None:
+def main() -> None:
     """See above."""
+    count_of_kills, count = (int(word) for word in sys.argv[1:])
     torch.set_num_threads(1)
     finished_groups._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
     save_tiny(Path(_MODEL))
@@ -226,4 +227,4 @@ def main(count_of_kills: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main()

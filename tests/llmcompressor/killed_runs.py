@@ -21,7 +21,6 @@ from llmcompressor import oneshot
 import rac_modifier  # noqa: F401 - registers the modifier
 from rac_modifier.llmcompressor import finished_groups
 
-finished_groups._SAVE_SECONDS = 0.0
 GROUPS = 8  # four in each of the tiny model's two layers
 
 
@@ -53,8 +52,11 @@ def wait_for(files: int, child: int) -> bool:
     return False
 
 
-def main(model: str, recipe: str, kills: int) -> None:
+def main() -> None:
+    """See above."""
+    model, recipe, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
+    finished_groups._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
     begun = time.monotonic()
     _, status = os.waitpid(start(model, recipe, "undisturbed"), 0)
     assert status == 0
@@ -83,4 +85,4 @@ def main(model: str, recipe: str, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main()

@@ -156,8 +156,9 @@ def upstream(model: str, recipe: Path, output: str) -> Before:
     return run
 
 
-def main(model: str, recipes: Path) -> None:
+def main() -> None:
     """See above."""
+    model, recipes = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     finished_groups._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
     codes: dict[str, list[int]] = {}
@@ -189,4 +190,4 @@ def main(model: str, recipes: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from rac_modifier import RacError
 from rac_modifier.llmcompressor import finished_groups, solving
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
+from tests import forked
+from tests.llmcompressor import killed_runs
 from tests.tiny import entry, recipe
 
 GROUPS = 8  # four in each of the tiny model's two layers
@@ -216,9 +216,7 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_twenty_kills_change_nothing(tiny_folder, trace_store, tmp_path):
     """SIGKILL at random times, also while a group is being written; every start is a process of its own."""
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store)))
-    script = Path(__file__).parent / "killed_runs.py"
-    command = [sys.executable, str(script), str(tiny_folder), "recipe.yaml", "20"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    ran = forked.run(killed_runs.main, [str(tiny_folder), "recipe.yaml", "20"], tmp_path)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found["kills"] == 20

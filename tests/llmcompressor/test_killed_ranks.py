@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import forked
+from tests.llmcompressor import killed_ranks
 from tests.llmcompressor.killed_ranks import AFTER, BEFORE, MOMENTS, SAVING, WRITING, Kill, table
-from tests.llmcompressor.test_several_processes import QUIET, result
+from tests.llmcompressor.test_several_processes import result
 
 KILLS = 20
 
@@ -34,8 +34,7 @@ def test_the_table_counts_kills_by_moment_and_process():
 
 @pytest.mark.slow
 def test_twenty_kills_of_one_of_two_processes_change_nothing(tmp_path: Path):
-    command = [sys.executable, "-m", "tests.llmcompressor.killed_ranks", str(KILLS), "2"]
-    ran = subprocess.run(command, cwd=tmp_path, env=QUIET, capture_output=True, text=True, timeout=3600)
+    ran = forked.run(killed_ranks.main, [str(KILLS), "2"], tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
     told = json.loads(ran.stdout.splitlines()[-1])
     kills = told["kills"]

@@ -8,13 +8,15 @@ import pytest
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor import memory
 from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.memory import MemoryNeed, check_memory
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
+from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.traces.collect import collect_traces
 from tests.llmcompressor.live_bytes import LiveBytes
 from tests.tiny import entry, save_tiny, save_tiny_experts
 
@@ -71,17 +73,28 @@ def test_the_prediction_lies_within_its_margin_of_the_measured_peak(tmp_path, tr
     assert LOWEST <= ratio <= HIGHEST, ratio
 
 
+@pytest.fixture(scope="module")
+def wide_mixture(tmp_path_factory):
+    """The folder of a mixture of experts, and a store of its traces, which several runs read."""
+    shape = {"hidden_size": 512, "moe_intermediate_size": 96, "num_hidden_layers": 2}  # masks are small beside it
+    folder = save_tiny_experts(tmp_path_factory.mktemp("mixture") / "wide", **shape)
+    settings = TraceSettings(**entry()["traces"])
+    loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    store = folder.with_name("traces.jsonl")
+    collect_traces(*loaded, store, problems=settings.problems, sampling=settings.sampling, tokens=6000, progress=False)
+    return folder, store
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"preset": "quality"}, {"preset": "quality", "reconstruct": "pruned"}, {"preset": "fast"}, {"preset": "paper"}],
     ids=str,
 )
-def test_so_it_does_for_a_mixture_of_experts(tmp_path, monkeypatch, settings):
+def test_so_it_does_for_a_mixture_of_experts(wide_mixture, monkeypatch, settings):
     """The dense model's inputs of the experts stay while they are pruned. SparseGPT solves all four of a layer at once; layer by
     layer all read the same input, and are one group."""
-    shape = {"hidden_size": 512, "moe_intermediate_size": 96, "num_hidden_layers": 2}  # masks are small beside it
-    model = AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path / "wide", **shape))
-    ratio = measured(model, tmp_path / "traces.jsonl", monkeypatch, settings, tokens=6000)
+    folder, store = wide_mixture
+    ratio = measured(AutoModelForCausalLM.from_pretrained(folder), store, monkeypatch, settings, tokens=6000)
     assert LOWEST <= ratio <= HIGHEST, ratio
 
 

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.started import ROOT
+from tests import forked
+from tests.llmcompressor import several_processes
 from tests.tiny import entry, recipe, save_tiny_experts
 
 pytestmark = pytest.mark.slow
-QUIET = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "TQDM_DISABLE": "1",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-}
 INT4 = {"config_groups": {"all": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}}
 INT8 = {"config_groups": {"all": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
 
@@ -44,14 +35,7 @@ def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, Any
     save_tiny_experts(folder / "mixture")
     of_experts = {"solver": "sparsegpt", "expert_floor": 700, "calibration": calibration}
     (folder / "experts.yaml").write_text(recipe(entry(folder / "mixture.jsonl", **of_experts)))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.llmcompressor.several_processes", str(tiny_folder), str(folder)],
-        cwd=folder,
-        env=QUIET,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+    done = forked.run(several_processes.main, [str(tiny_folder), str(folder)], folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads(done.stdout.splitlines()[-1])
 

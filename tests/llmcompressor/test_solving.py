@@ -179,7 +179,7 @@ def test_processes_that_calibrated_other_modules_are_refused(modules, batches, w
     def step(groups, processes):
         if when == "at the end of a lane":
             end_lanes(groups, names, processes, 1)
-        return list(solve_together(groups, names, processes, lambda some: [], "sparsegpt"))
+        return list(solve_together(groups, names, processes, lambda some: [], gains_at_once=True))
 
     def run(processes):
         groups = groups_of(modules, [])[: 2 - processes.rank]

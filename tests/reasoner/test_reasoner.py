@@ -18,9 +18,11 @@ from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import direct_answer_prompt, reasoner_path
 from rac_modifier.sampling.prompts import render_prompt
+from tests import forked
+from tests.reasoner import training_run
+from tests.reasoner.training_run import TRAINING
 
 ROOT = Path(__file__).parents[2]
-TRAINING = ROOT / "training" / "train_reasoner.py"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_its_completions_are_long_next_to_its_prompts(answered):
 
 @pytest.mark.slow
 def test_it_fails_without_thinking(reasoner):
-    problems = held_out_problems("arithmetic", 600)
+    problems = held_out_problems("arithmetic", 240)
     result = evaluate(*reasoner, problems, label="direct", max_new_tokens=64, render=direct_answer_prompt)
     assert result.accuracy < 0.2
 
@@ -124,21 +126,28 @@ def test_direct_answer_prompt_needs_a_template_that_opens_the_thinking():
         direct_answer_prompt(byte_tokenizer("Q: {{ messages[0].content }}"), "1+1?")
 
 
+SETTINGS = ["--steps", "4", "--tokens", "1024", "--threads", "1", "--no-compile"]
+# With these, the script does not restart itself to have them.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "0", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+
+
 def train(folder, *options):
-    settings = ("--steps", "4", "--tokens", "1024", "--threads", "1", "--no-compile")
-    command = [sys.executable, str(TRAINING), "--out", str(folder / "out"), "--work", str(folder / "work")]
-    subprocess.run([*command, *settings, *options], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    """In a fork, whose malloc is as it was."""
+    folder.mkdir(exist_ok=True)
+    words = ["--out", str(folder / "out"), "--work", str(folder / "work"), *SETTINGS, *options]
+    done = forked.run(training_run.main, words, folder, MALLOC)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_training_is_deterministic_and_resumes_bit_by_bit(tmp_path):
-    train(tmp_path / "a")
+    """As a command that runs to the end, and in two parts."""
+    command = [sys.executable, str(TRAINING), "--out", str(tmp_path / "a/out"), "--work", str(tmp_path / "a/work")]
+    subprocess.run([*command, *SETTINGS], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    train(tmp_path / "b", "--stop-after", "2")
+    assert not (tmp_path / "b" / "out").exists()
     train(tmp_path / "b")
-    train(tmp_path / "c", "--stop-after", "2")
-    assert not (tmp_path / "c" / "out").exists()
-    train(tmp_path / "c")
-    first, *others = (load_file(tmp_path / run / "out" / "model.safetensors") for run in "abc")
-    state, *states = (load_file(tmp_path / run / "work" / "state.safetensors") for run in "abc")
-    for expected, found in [(first, other) for other in others] + [(state, other) for other in states]:
+    for file in ("out/model.safetensors", "work/state.safetensors"):
+        expected, found = (load_file(tmp_path / run / file) for run in "ab")
         assert expected.keys() == found.keys()
         assert not [name for name in expected if not torch.equal(expected[name], found[name])]

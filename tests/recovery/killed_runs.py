@@ -63,8 +63,9 @@ def ended(child: int, reads: int) -> int:
     return steps
 
 
-def main(kills: int) -> None:
+def main() -> None:
     """See above."""
+    kills = int(sys.argv[1])
     torch.set_num_threads(1)
     begun = time.monotonic()
     steps = ended(*start(Path("undisturbed")))
@@ -86,4 +87,4 @@ def main(kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

@@ -1,4 +1,4 @@
-"""What test_sharded.py starts in each of two processes: `python -m tests.recovery.sharded_run FOLDER`."""
+"""What test_sharded_processes.py starts in each of two processes."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ class Killed(BaseException):
     """Ends a run as a kill does."""
 
 
-def main(folder: Path) -> None:
-    """Run every kind, and one that is killed and goes on; the first process leaves the weights, both their number of them."""
+def main() -> None:
+    """FOLDER: run every kind, and one that is killed and goes on; the first process leaves the weights, both their number of
+    them."""
+    folder = Path(sys.argv[1])
     step = TrainingLoop.step
     with joined_processes() as processes:
         for kind in ("plain", "recomputed", "quantized"):
@@ -88,7 +90,3 @@ def main(folder: Path) -> None:
             },
             folder / f"killed-{processes.rank}.safetensors",
         )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

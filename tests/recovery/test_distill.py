@@ -92,9 +92,16 @@ def test_a_default_learning_rate_that_diverges_is_lowered(monkeypatch):
     assert result.kl_after == min(kl for _, kl in result.curve)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(monkeypatch):
+@pytest.fixture(scope="module")
+def undisturbed():
+    """The result and the model of a run of SETTINGS."""
+    dense, model = dense_and_sparse()
+    return run(model, dense), model
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(undisturbed, monkeypatch):
     dense, sparse = dense_and_sparse()
-    last = run(copy.deepcopy(sparse), dense).steps
+    last = undisturbed[0].steps
     step, taken = TrainingLoop.step, 0
 
     def broken(self, *args):
@@ -120,9 +127,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kills", [(2,), (3, 4, 2), (2, 2, 3)])
-def test_killed_runs_end_as_an_undisturbed_one(tmp_path, monkeypatch, kills):
-    dense, undisturbed = dense_and_sparse()
-    expected = run(undisturbed, dense)
+def test_killed_runs_end_as_an_undisturbed_one(undisturbed, tmp_path, monkeypatch, kills):
+    expected, model_of_it = undisturbed
+    dense, _ = dense_and_sparse()
     step, calls, killed_at = TrainingLoop.step, 0, -1
 
     def counted(self, *args):
@@ -143,7 +150,7 @@ def test_killed_runs_end_as_an_undisturbed_one(tmp_path, monkeypatch, kills):
     assert 0 < calls < expected.steps  # it went on, and did not start again
     assert result.curve == expected.curve
     assert (result.kl_after, result.kept, result.steps) == (expected.kl_after, expected.kept, expected.steps)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), model_of_it.parameters(), strict=True))
 
 
 def test_a_state_of_other_settings_is_not_used(tmp_path):

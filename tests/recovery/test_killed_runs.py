@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.started import ROOT
+from tests import forked
+from tests.recovery import killed_runs
 
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.recovery.killed_runs", "20"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run(killed_runs.main, ["20"], tmp_path)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["kills"] == 20

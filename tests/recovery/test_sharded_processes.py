@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from rac_modifier.processes import Processes
+from tests.recovery import sharded_run
 from tests.recovery.recovery_helpers import dense_and_sparse
 from tests.recovery.sharded_run import NAME, run
-from tests.started import started
+from tests.started import started_forks
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    ends = started(["-m", "tests.recovery.sharded_run", str(folder)], folder)
+    ends = started_forks(sharded_run.main, [str(folder)], folder)
     assert [code for code, _ in ends] == [0, 0], ends
     return folder
 

@@ -1,6 +1,14 @@
+"""A fake server, and engines on it."""
+
 import pytest
 
+from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.sampling.openai_server import ServerEngine
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from tests.sampling.fake_server import FakeServer, shorten_pauses
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=20).resolved(None)
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +21,30 @@ def server():
     server = FakeServer()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def identity():
+    return ModelIdentity.of_model(tiny_model())
+
+
+@pytest.fixture
+def make(server, identity, tokenizer):
+    made = []
+
+    def make(*, urls=None, weights=None, **engine):
+        settings = {"concurrency": 4, "verify_model": False, "timeout": 5, **engine}
+        one = ServerEngine(
+            EngineSettings(base_urls=urls or (server.url,), **settings), identity, tokenizer, SAMPLING, weights
+        )
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.close()

@@ -1,6 +1,5 @@
 """The engine on servers: how many prompts are under way, which server completes which, and how it ends."""
 
-import contextlib
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -11,42 +10,11 @@ from loguru import logger
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.engine import Failure, Prompt
-from rac_modifier.sampling.generate import generate, warn_of_cap
-from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.openai_server import ServerEngine, least_busy
+from rac_modifier.sampling.generate import warn_of_cap
+from rac_modifier.sampling.openai_server import least_busy
 from rac_modifier.sampling.server_client import ServerClient
-from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from tests.sampling.fake_server import NAME, FakeServer, rule
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
-
-SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=20).resolved(None)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def identity():
-    return ModelIdentity.of_model(tiny_model())
-
-
-@pytest.fixture
-def make(server, identity, tokenizer):
-    made = []
-
-    def make(*, urls=None, weights=None, **engine):
-        settings = {"concurrency": 4, "verify_model": False, "timeout": 5, **engine}
-        one = ServerEngine(
-            EngineSettings(base_urls=urls or (server.url,), **settings), identity, tokenizer, SAMPLING, weights
-        )
-        made.append(one)
-        return one
-
-    yield make
-    for one in made:
-        one.close()
+from tests.sampling.conftest import SAMPLING
+from tests.sampling.fake_server import FakeServer, rule
 
 
 def prompts(count, start=0):
@@ -255,56 +223,3 @@ def test_closing_drops_what_is_under_way(make, server):
     assert not engine._thread.is_alive()
     thread.join(20)
     assert ended == ["cancelled"]
-
-
-@pytest.mark.parametrize(
-    ("cards", "engine", "words"),
-    [
-        ([{"id": "other"}], {"model": "tiny"}, "does not serve 'tiny', but 'other'"),
-        ([{"id": "a"}, {"id": "b"}], {}, "serves 'a', 'b'; set engine.model"),
-        ([{"id": "a", "parent": "b"}], {"model": "a"}, "adapter"),
-        ([{"id": "a", "max_model_len": 20}], {}, "--max-model-len"),
-    ],
-)
-def test_another_model_is_refused_by_its_entry(make, server, cards, engine, words):
-    server.cards = cards
-    with pytest.raises(RacError, match=words):
-        make(**engine).connect()
-
-
-def test_the_folder_that_the_server_loaded_is_compared_with_ours(server, tokenizer, tmp_path):
-    """Where both see the same files."""
-    save_tiny(tmp_path / "own")
-    save_tiny(tmp_path / "other", intermediate_size=96)
-    identity = ModelIdentity.of_files(str(tmp_path / "own"))
-    for folder, fits in (("own", True), ("other", False)):
-        server.cards[0]["root"] = server.cards[0]["id"] = str(tmp_path / folder)
-        settings = EngineSettings(base_urls=(server.url,), verify_model=False)
-        with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
-            if fits:
-                record = engine.connect()
-                assert (record.root, record.served_model) == ("own", "own")  # no folder of this machine in a record
-                continue
-            with pytest.raises(RacError, match=r"config\.json differs"):
-                engine.connect()
-
-
-def test_the_record_holds_greedy_tokens_where_the_model_is_checked(make, server, tokenizer):
-    model = tiny_model()
-
-    def greedy(body):
-        settings = SamplingSettings(temperature=0, max_new_tokens=body["max_tokens"])
-        return list(generate(model, tokenizer, [body["prompt"]], settings, [""])[0].ids)
-
-    server.answer = greedy
-    record = make(verify_model=True, weights=model).connect()
-    assert (record.kind, record.served_model, record.root, len(record.probes)) == ("openai", NAME, "tiny", 4)
-    assert all(
-        list(p.completion_ids) == greedy({"prompt": list(p.prompt_ids), "max_tokens": 24}) for p in record.probes
-    )
-    assert make().connect().probes == ()
-    with pytest.raises(RacError, match=r"holds another model than .*verify_model: false"):
-        make(verify_model=True, weights=tiny_model(seed=1)).connect()
-    server.fault = lambda number, body: "500"
-    with pytest.raises(RacError, match=r"does not answer a short greedy prompt: .*told to answer 500"):
-        make(verify_model=True, tries=2).connect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import re
@@ -122,6 +123,10 @@ def loaded(models: Path, kind: str = "own") -> Any:
     return AutoModelForCausalLM.from_pretrained(models / kind)
 
 
+def digest(weight: torch.Tensor) -> str:
+    return hashlib.sha256(weight.float().numpy().tobytes()).hexdigest()
+
+
 def pruned(models: Path, settings: dict[str, Any], save_to: Path, kind: str = "own") -> Outcome:
     """The weights that a run of oneshot leaves, its order, and the tensors that it saves; or its error."""
     model = loaded(models, kind)
@@ -136,7 +141,7 @@ def pruned(models: Path, settings: dict[str, Any], save_to: Path, kind: str = "o
     record = json.loads((save_to / "rac_run.json").read_text())
     files = {path.name: path.stat().st_size for path in save_to.glob("*.safetensors")}
     return {
-        "weights": {key: value.float().flatten().tolist() for key, value in model.state_dict().items()},
+        "weights": {key: digest(value) for key, value in model.state_dict().items()},
         "order": record["order"],
         "files": files,
         "activations": record.get("recovery", {}).get("activation_checkpointing"),  # the same weights in less memory
@@ -187,42 +192,56 @@ def kind_of(row: Row) -> str:
     return "experts" if row.path.startswith("expert_") or row.path == "experts" else "own"
 
 
-def both(row: Row, observe: Any) -> tuple[Outcome, Outcome]:
+@pytest.fixture(scope="module")
+def known() -> dict[str, Outcome]:
+    """What each base gave: many rows share one."""
+    return {}
+
+
+def both(row: Row, known: dict[str, Outcome], observe: Any, what: str = "calibrated") -> tuple[Outcome, Outcome]:
+    """What `observe` gives for the base of a row, and for the row."""
     base = started(row.base)
-    return observe(copy.deepcopy(base)), observe(copy.deepcopy(entry_of(row)))
+    key = json.dumps([what, base], sort_keys=True)
+    if key not in known:
+        known[key] = observe(copy.deepcopy(base))
+    return known[key], observe(copy.deepcopy(entry_of(row)))
+
+
+def both_pruned(row: Row, models: Path, known: dict[str, Outcome], place: Path) -> tuple[Outcome, Outcome]:
+    """The same of `pruned`."""
+    saved, kind = iter((place / "one", place / "two")), kind_of(row)
+    return both(row, known, lambda settings: pruned(models, settings, next(saved), kind), f"pruned {kind}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", PRUNED, ids=name)
-def test_a_setting_of_pruning_changes_the_result(row, models, place):
-    saved = iter((place / "one", place / "two"))
-    before, after = both(row, lambda settings: pruned(models, settings, next(saved), kind_of(row)))
+def test_a_setting_of_pruning_changes_the_result(row, models, known, place):
+    before, after = both_pruned(row, models, known, place)
     assert not isinstance(before, str), before
     assert before != after
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", CALIBRATED, ids=name)
-def test_a_setting_of_calibration_changes_the_calibration_set(row, models, place):
+def test_a_setting_of_calibration_changes_the_calibration_set(row, models, known, place):
     prepare(models, row)
-    before, after = both(row, lambda settings: calibrated(models, settings))
+    before, after = both(row, known, lambda settings: calibrated(models, settings))
     assert isinstance(before, str) is row.path.endswith("allow_off_policy"), before
     assert before != after
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", REFUSED, ids=name)
-def test_what_is_refused_would_have_changed_nothing(row, models, place, monkeypatch):
+def test_what_is_refused_would_have_changed_nothing(row, models, known, place, monkeypatch):
     """The refusals are no more than right: let through, the setting changes nothing."""
     if row.path == "sparsity" and not row.base:
         return  # refused where the pattern is read, which knows one of the two alone
     monkeypatch.setattr(entries, "refuse_idle", lambda *args: None)
     prunes = "." not in row.path or row.path.startswith(("experimental", "recover")) or "solver" in row.base
     if prunes:
-        saved = iter((place / "one", place / "two"))
-        before, after = both(row, lambda settings: pruned(models, settings, next(saved), kind_of(row)))
+        before, after = both_pruned(row, models, known, place)
     else:
-        before, after = both(row, lambda settings: calibrated(models, settings))
+        before, after = both(row, known, lambda settings: calibrated(models, settings))
         assert isinstance(before, str) is (row.base == ENGINE), before
     assert before == after
 

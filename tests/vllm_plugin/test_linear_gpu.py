@@ -133,3 +133,17 @@ def test_where_nobody_asks_for_it_everything_is_dense(gpu, monkeypatch):
     finish(layer)
     assert "RAC_GPU_KERNELS=on" in layer.quant_method.summary.decisions["a.column"].reason
     assert gpu.calls == []
+
+
+def test_lora_finds_the_device_of_a_packed_layer(gpu, monkeypatch):
+    """Its layers ask the wrapped one for `weight`, or for the name that our packed weight has."""
+    from vllm.lora.layers.utils import _get_lora_device
+
+    on_rank(monkeypatch, 0, 1)
+    layer = make("column", config_of(FORMAT_24))
+    layer.quant_method.dtype = BF16
+    ((shard, module, weight),) = weights_of("column", True, BF16)
+    load(layer, shard, pack(weight, FORMAT_24, module))
+    finish(layer)
+    assert not hasattr(layer, "weight")
+    assert _get_lora_device(layer) == layer.weight_packed.device

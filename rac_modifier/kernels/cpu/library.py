@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-ABI = 3  # of csrc/library.cpp; raised with every change of the functions
-X86_ISAS, ARM_ISAS = ("avx2", "avx512", "amx"), ("neon", "dotprod", "i8mm")  # each includes those before it
+ABI = 4  # of csrc/library.cpp; raised with every change of the functions
+X86_ISAS, ARM_ISAS = ("avx2", "avxvnni", "avx512", "amx"), ("neon", "dotprod", "i8mm")
 ISAS = ("portable", *X86_ISAS, *ARM_ISAS)  # in the order of the library's numbers
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
@@ -28,6 +28,7 @@ _BUFFER: list[object] = [c_void_p, c_int64]  # address and bytes
 # name: (result, arguments)
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "rac_best_isa": (c_int32, []),
+    "rac_runs": (c_int32, [c_int32]),
     "rac_compiler": (c_char_p, []),
     "rac_last_error": (c_char_p, []),
     "rac_packed_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int32, *_BUFFER, c_int64]),
@@ -95,8 +96,7 @@ class Library:
     @property
     def runs(self) -> tuple[str, ...]:
         """The instruction sets that this machine runs, the best one last."""
-        ladder = ARM_ISAS if self.best in ARM_ISAS else X86_ISAS
-        return ("portable", *(ladder[: ladder.index(self.best) + 1] if self.best in ladder else ()))
+        return tuple(isa for isa in ISAS if self._calls.rac_runs(_NUMBER[isa]))
 
     def packed_bytes(
         self,

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import ARM_ISAS, DENSE8, INT8, TYPES, VALUE_TYPES, Library
+from rac_modifier.kernels.cpu.library import ARM_ISAS, DENSE8, INT8, TYPES, VALUE_TYPES, X86_ISAS, Library
 from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import library_and_isa
 
 # The largest number of rows of x for which the kernel itself is the faster way: measured on shapes of a 1.5B model, on AVX512 up
-# to 512 and on AMX up to 1024. Those of ARM are assumed to be as AVX2: they were never timed.
-CROSSOVER = {"portable": 8, "avx2": math.inf, "avx512": math.inf, "amx": math.inf, **dict.fromkeys(ARM_ISAS, math.inf)}
+# to 512 and on AMX up to 1024. Those of ARM and AVX-VNNI are assumed to be as AVX2: they were never timed.
+CROSSOVER = {"portable": 8, **dict.fromkeys((*X86_ISAS, *ARM_ISAS), math.inf)}
 # The same for weights of 8 and of 4 bits, which are multiplied as integers. Portable: assumed.
-CROSSOVER8 = {"portable": 8, "avx2": 512, "avx512": math.inf, "amx": math.inf, **dict.fromkeys(ARM_ISAS, 512)}
+CROSSOVER8 = {**CROSSOVER, **dict.fromkeys(("avx2", "avxvnni", *ARM_ISAS), 512)}
 CROSSOVER4 = {**CROSSOVER8, "amx": 512}
 _FEW = 8  # rows that every kernel multiplies itself: no call to learn the type of the values
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache

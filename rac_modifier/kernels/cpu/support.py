@@ -1,7 +1,7 @@
 """What runs on this machine: the compiled library and the instruction set that is used.
 
-RAC_KERNEL=portable|avx2|avx512|amx, or portable|neon|dotprod|i8mm on ARM, uses a lower instruction set than the best one, and
-RAC_KERNEL=off none at all.
+RAC_KERNEL=portable|avx2|avxvnni|avx512|amx, or portable|neon|dotprod|i8mm on ARM, uses a lower instruction set than the best one,
+and RAC_KERNEL=off none at all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rac_modifier.kernels.cpu.library import ISAS, Library, load
 _TITLES = {
     "portable": "portable",
     "avx2": "AVX2",
+    "avxvnni": "AVX-VNNI",
     "avx512": "AVX512",
     "amx": "AMX",
     "neon": "NEON",

@@ -1,6 +1,6 @@
 """The three functions of the GPU backend: whether a layer runs on its kernels, packing, and the product.
 
-The kernels were compiled and emulated, but never run on a GPU. They are used only where RAC_GPU_KERNELS=on asks for them.
+The kernels were compiled and emulated, but never run on a GPU. They are used only where RAC_GPU_KERNELS asks for them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import layout as layouts
 from rac_modifier.kernels.cuda import library, operator
+from rac_modifier.kernels.cuda.cards import Card, reported_card
+from rac_modifier.kernels.cuda.predict import over_dense
 from rac_modifier.kernels.cuda.unstructured import MOST_COLUMNS
 from rac_modifier.kernels.interface import Decision, Layer
 
 VARIABLE = "RAC_GPU_KERNELS"
+CHOICES = ("on", "all", "off")
 NOT_REQUESTED = (
     f"the GPU kernels have been checked in an emulator but never run on a GPU; {VARIABLE}=on uses them all the same"
 )
@@ -33,14 +36,23 @@ def requested() -> bool:
     Raises:
         RacError: it asks for something else.
     """
+    return _wanted() != "off"
+
+
+def _wanted() -> str:
+    """`on`: kernels where they are predicted to be faster than dense bfloat16, or are not predicted. `all`: all that exist."""
     wanted = os.environ.get(VARIABLE) or "off"
-    if wanted not in ("on", "off"):
-        raise RacError(f'{VARIABLE}="{wanted}": use on or off, or unset it; off is the default')
-    return wanted == "on"
+    if wanted not in CHOICES:
+        raise RacError(f'{VARIABLE}="{wanted}": use on, all or off, or unset it; off is the default')
+    return wanted
 
 
 def can_run(layer: Layer) -> Decision:
-    """Sparse where it is asked for, the weight is bfloat16, int8, fp8 or int4, and the kernels compile and load."""
+    """Sparse where it is asked for, the weight is bfloat16, int8, fp8 or int4, and the kernels compile and load.
+
+    Where the card is in the table of `cards`, a layer that is predicted to be faster dense stays dense, unless all kernels are
+    asked for.
+    """
     dense_bytes = float(layer.served.itemsize)
     layout, problem = _plan(layer)
     size = dense_bytes if layout is None else bytes_per_weight(layer, layout)
@@ -50,6 +62,10 @@ def can_run(layer: Layer) -> Decision:
     kernel = f"sparse GPU kernel {layout.title}"
     about = "about " if layout.any_pattern else ""
     reason = f"{kernel}, not yet measured on hardware: {about}{size:.2f} bytes per weight instead of {dense_bytes:.0f}"
+    device = library.current_device()
+    card = None if device is None else reported_card(device.reported, device.processors)
+    if card is not None:
+        reason += f"; {over_dense(card, layout, layer.rows, layer.columns, layer.density)[1]}"
     return Decision(True, kernel, reason, size, dense_bytes)
 
 
@@ -57,7 +73,7 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     """`weight_packed` in the kernels' layout (csrc/gpu/), on the current GPU.
 
     Raises:
-        RacError: a weight that no layout holds, or no kernels for it here.
+        RacError: a weight that no layout holds, no kernels for it here, or too little memory.
     """
     bits = torch.int32 if weight.bits == 4 else weight.values.dtype
     layout = layouts.layout_of(bits, weight.group, weight.columns, weight.two_of_four)
@@ -67,7 +83,14 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     problem = library.prepare(device, layout)
     if problem is not None:
         raise RacError(f"{weight.name}: {problem}")
-    return {DATA: layouts.pack(weight, layout).to(torch_device(device))}
+    packed = layouts.pack(weight, layout)
+    try:
+        return {DATA: packed.to(torch_device(device))}
+    except torch.OutOfMemoryError as error:
+        raise RacError(
+            f"{weight.name}: {packed.nbytes >> 20} MB do not fit into the GPU's memory beside what is there; use more GPUs "
+            "(--tensor-parallel-size) or a larger one"
+        ) from error
 
 
 def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
@@ -113,6 +136,15 @@ def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     return layout, None
 
 
+def slower(layer: Layer, layout: layouts.Layout, card: Card) -> str | None:
+    """Why the layer stays dense on a card: it is predicted to be faster so, in the memory that this takes."""
+    gain, times = over_dense(card, layout, layer.rows, layer.columns, layer.density)
+    if gain >= 1.0:
+        return None
+    packed = bytes_per_weight(layer, layout)
+    return f"it is {times}; dense it takes {layer.served.itemsize} bytes per weight, packed {packed:.2f}: {VARIABLE}=all packs it"
+
+
 def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     """The layout, and why the layer stays dense; numbers first, the device last."""
     if not requested():
@@ -125,4 +157,7 @@ def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
         return layout, "torch finds no CUDA device"
     if device.capability < _LEAST_CAPABILITY:
         return layout, f"{device.architecture} has no cp.async and no mma.sp; sm_80 is the first that has"
+    card = reported_card(device.reported, device.processors)
+    if card is not None and _wanted() != "all" and (problem := slower(layer, layout, card)) is not None:
+        return layout, problem
     return layout, library.prepare(device, layout)

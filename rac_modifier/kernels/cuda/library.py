@@ -16,11 +16,12 @@ from rac_modifier.kernels.cuda.sources import read_sources
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its number for torch, compute capability and multiprocessors."""
+    """A GPU: its number for torch, compute capability, multiprocessors, and the name that its driver reports."""
 
     index: int
     capability: tuple[int, int]
     processors: int
+    reported: str = ""
 
     @property
     def architecture(self) -> str:
@@ -37,7 +38,7 @@ def current_device() -> Device | None:
         return None
     index = torch.cuda.current_device()
     found = torch.cuda.get_device_properties(index)
-    return Device(index, (found.major, found.minor), found.multi_processor_count)
+    return Device(index, (found.major, found.minor), found.multi_processor_count, found.name)
 
 
 def prepare(device: Device, layout: Layout) -> str | None:

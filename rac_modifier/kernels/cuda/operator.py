@@ -53,7 +53,7 @@ def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor 
     (tokens, columns), rows, units = x.shape, out.shape[1], units_of(layout, data, x.shape[1])
     same_order = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
     if tokens <= MOST_TOKENS or same_order:
-        program = decode_program(layout, rows, tokens, device.processors, same_order)
+        program = decode_program(layout, rows, columns, tokens, device.processors, same_order)
         pointers = data.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
         arguments = (*pointers, rows, columns, tokens, units, 0)
         module.launch(program.name, program.grid(rows, tokens), program.threads, stream, arguments)

@@ -28,7 +28,8 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import Card
 from rac_modifier.kernels.cuda.instruction_counts import count_instructions
 from rac_modifier.kernels.cuda.layout import TILE, Layout
-from rac_modifier.kernels.cuda.programs import decode_program
+from rac_modifier.kernels.cuda.operator import SCRATCH_BYTES
+from rac_modifier.kernels.cuda.programs import Program, decode_program
 from rac_modifier.kernels.cuda.schedule import LINE
 
 REACHED = 0.85  # share of each rate that a good kernel reaches; assumed
@@ -36,6 +37,7 @@ LAUNCH = 2.0  # microseconds per kernel within a CUDA graph, its start and its e
 MOST_TOKENS = 32  # more are not memory bound in dense kernels, and run in several passes of ours
 # Bytes per weight of what vLLM runs dense: cuBLAS; CUTLASS, one scale per row; Marlin or Machete, a 16-bit scale per 128 columns.
 DENSE = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
+DECODE_TOKENS = 8  # of the step that layers are decided for; the kernels take as long for 1 token as for 8
 _ISSUED = 4  # instructions of warps per multiprocessor and cycle: four schedulers, one each
 _SHARED = 128  # bytes of shared memory per multiprocessor and cycle: 32 banks of 4
 _TOKENS = 8  # of a token tile
@@ -100,7 +102,12 @@ def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int
     Raises:
         RacError: a number of tokens that the formula is not for.
     """
-    program = decode_program(layout, rows, check_tokens(tokens), card.processors)
+    program = decode_program(layout, rows, columns, check_tokens(tokens), card.processors)
+    return time_of(card, layout, program, rows, columns, tokens, density)
+
+
+def time_of(card: Card, layout: Layout, program: Program, rows: int, columns: int, tokens: int, density: float) -> Time:
+    """The same on one of the layout's programs, whose token tiles hold the tokens."""
     loop, others = count_instructions(layout, card.architecture, program.row_tiles, program.token_tiles)
     size = layout.nbytes(rows, columns, density)
     blocks = program.grid(rows, tokens)[0]
@@ -126,6 +133,33 @@ def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int
         instructions=busiest(loops * loop + program.threads // 32 * others, _ISSUED),
         tensor_cores=busiest(program.row_tiles * TILE * padded_columns / halved * padded_tokens, card.products),
     )
+
+
+def over_dense(card: Card, layout: Layout, rows: int, columns: int, density: float) -> tuple[float, str]:
+    """How many times as fast as dense bfloat16 a decode step of a layer is on its kernel, and that in words.
+
+    Dense bfloat16 is what runs otherwise: the weight is expanded, since vLLM has no kernel for its packed form.
+    """
+    packed = sparse_time(card, layout, rows, columns, DECODE_TOKENS, density).total
+    dense = dense_time(card, rows, columns, DECODE_TOKENS, DENSE["bf16"]).total
+    took = f"{packed:.1f} us packed and {dense:.1f} us dense in bfloat16 for {DECODE_TOKENS} tokens, by bytes and instructions"
+    return dense / packed, f"predicted on {card.title}: {took}"
+
+
+def prompt_times(
+    card: Card, layout: Layout, rows: int, columns: int, tokens: int, density: float
+) -> tuple[float, float]:
+    """Microseconds of a product with a prompt's tokens, more than the kernels take: packed, and dense in bfloat16.
+
+    The weight is expanded in parts: its packed bytes are read and those of bfloat16 written, at the rate of memory, and the
+    dense product of the part is bound by the published rate of such products, or by memory. A launch for each.
+    """
+    weights = rows * columns
+    moved = 1e6 * 2 * (weights + tokens * (rows + columns)) / card.bandwidth / REACHED
+    product = max(1e6 * 2 * weights * tokens / card.peak / REACHED, moved)
+    parts = -(-2 * weights // SCRATCH_BYTES)
+    expanding = 1e6 * (layout.nbytes(rows, columns, density) + 2 * weights) / card.bandwidth / REACHED
+    return expanding + product + 2 * parts * LAUNCH, product + LAUNCH
 
 
 def _memory(card: Card, size: float, rows: int, columns: int, tokens: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rac_modifier.kernels.cuda import schedule, unstructured
 from rac_modifier.kernels.cuda.layout import TILE, Layout
@@ -19,6 +20,9 @@ _BF16 = {
     (2, 2): (1, 4, 4),
     (1, 4): (1, 3, 4),
     (2, 4): (1, 3, 4),
+    (4, 1): (1, 4, 4),
+    (4, 2): (1, 3, 4),
+    (4, 4): (1, 4, 2),
 }
 _INT4 = {
     (1, 1): (2, 3, 4),
@@ -27,6 +31,9 @@ _INT4 = {
     (2, 2): (1, 4, 4),
     (1, 4): (1, 4, 2),
     (2, 4): (1, 4, 2),
+    (4, 1): (1, 4, 4),
+    (4, 2): (1, 3, 4),
+    (4, 4): (1, 3, 2),
 }
 _BYTES = {
     (1, 1): (1, 4, 4),
@@ -35,6 +42,9 @@ _BYTES = {
     (2, 2): (1, 3, 4),
     (1, 4): (1, 4, 2),
     (2, 4): (1, 4, 2),
+    (4, 1): (1, 3, 4),
+    (4, 2): (1, 4, 2),
+    (4, 4): (1, 3, 2),
 }
 _ANY_PATTERN = ((2, 1), (2, 2), (2, 4))  # tiles; csrc/gpu/unstructured.h has the rest
 
@@ -58,16 +68,35 @@ class Program:
         return -(-rows // (TILE * self.row_tiles)), -(-tokens // (_TOKENS * self.token_tiles))
 
 
-def decode_program(layout: Layout, rows: int, tokens: int, processors: int, same_order: bool = False) -> Program:
+@lru_cache(maxsize=4096)  # each launch outside of a graph asks
+def decode_program(
+    layout: Layout, rows: int, columns: int, tokens: int, processors: int, same_order: bool = False
+) -> Program:
     """What multiplies `tokens` tokens on a GPU with this many multiprocessors.
 
-    Two row tiles per block read x half as often; one, where two would leave multiprocessors without a block, but weights of any
-    pattern are packed in two. `same_order`: a
-    token's sums have one order, whatever the number of tokens (it does not depend on the row tiles).
+    A block reads all of x, so more row tiles per block read it less often; fewer leave less for the busiest multiprocessor.
+    Taken: those with which the busiest one is done first. Weights of any pattern are packed in two. `same_order`: a token's
+    sums have one order, whatever the number of tokens.
     """
-    row_tiles = 2 if layout.any_pattern or rows > TILE * processors else 1
-    token_tiles = 4 if same_order else next((n for n in (1, 2) if tokens <= _TOKENS * n), 4)
-    return program(layout, row_tiles, token_tiles)
+    if same_order:
+        tokens = _TOKENS * 4
+    token_tiles = next((n for n in (1, 2) if tokens <= _TOKENS * n), 4)
+    choices = [program(layout, *tiles) for tiles in tiles_of(layout) if tiles[1] == token_tiles]
+    return min(choices, key=lambda each: _slowest(each, layout, rows, columns, tokens, processors))
+
+
+def _slowest(program: Program, layout: Layout, rows: int, columns: int, tokens: int, processors: int) -> int:
+    """Work of the multiprocessor with most blocks: of the two that row tiles decide, the one that takes longer.
+
+    That is what it takes from L2, at about 32 bytes per cycle, or what it writes to shared memory and reads there, at 128.
+    """
+    if layout.any_pattern:
+        return 0  # there is one choice
+    along_rows, along_tokens = program.grid(rows, tokens)
+    weights = program.row_tiles * layout.units(columns) * layout.unit_bytes
+    padded = _TOKENS * program.token_tiles
+    x, padded_x = (2 * columns * number for number in (min(tokens, padded), padded))
+    return -(-along_rows * along_tokens // processors) * max(2 * (weights + x), weights + padded_x)
 
 
 def program(layout: Layout, row_tiles: int, token_tiles: int) -> Program:

@@ -28,11 +28,11 @@ def arm_library(folder: Path) -> Path:
     return compiled_library(folder, "-O2", *SHARED, compiler=COMPILER)
 
 
-def arm_program(folder: Path, source: str, shared: Path) -> Path:
-    """A C++ file of this folder, linked to the library for ARM."""
+def arm_program(folder: Path, source: str, shared: Path, compiler: str = COMPILER) -> Path:
+    """A C++ file of this folder, linked to the library for ARM, or to that of another compiler."""
     out = folder / Path(source).stem
     run(
-        COMPILER,
+        compiler,
         *FLAGS,
         "-O1",
         str(HERE / source),

@@ -77,6 +77,7 @@ int main() {
     if (name == #function) call(function)
         RAC_CALL(rac_abi);
         RAC_CALL(rac_best_isa);
+        RAC_CALL(rac_runs);
         RAC_CALL(rac_compiler);
         RAC_CALL(rac_last_error);
         RAC_CALL(rac_packed_bytes);

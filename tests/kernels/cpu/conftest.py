@@ -20,13 +20,14 @@ from tests.kernels.cpu.kernel_helpers import SHARED, compiled_library, take
 KERNELS = [
     "portable",
     "avx2",
+    "avxvnni",
     "avx512",
     "amx",
     "emulated avx512",
     "emulated amx",
     *(f"arm {isa}" for isa in PROCESSORS),
 ]
-FLOATS_OF_NEON = ["arm dotprod"]
+OTHERS_FLOATS = ["avxvnni", "arm dotprod"]  # their products of floats are those of AVX2 and of NEON
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return use_kernel(request, monkeypatch)
 
 
-@pytest.fixture(params=[name for name in KERNELS if name not in FLOATS_OF_NEON])
+@pytest.fixture(params=[name for name in KERNELS if name not in OTHERS_FLOATS])
 def float_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same, without those that have another one's products of floats."""
     return use_kernel(request, monkeypatch)

@@ -13,14 +13,14 @@
 #include <vector>
 
 #include "library_calls.h"
-constexpr int32_t OK = 0, BAD_ARGUMENT = 2;  // of csrc/status.h
-constexpr int32_t NEON = 4;  // of csrc/kernel.h: the lowest instruction set of ARM
+constexpr int32_t OK = 0, BAD_ARGUMENT = 2, NO_SUCH_ISA = 3;  // of csrc/status.h
+constexpr int32_t ISAS = 8;  // of csrc/kernel.h
 
 // The instruction sets that this processor runs.
 static std::vector<int32_t> isas() {
-    std::vector<int32_t> found = {0};
-    const int32_t best = rac_best_isa();
-    for (int32_t isa = best < NEON ? 1 : NEON; isa <= best; isa++) found.push_back(isa);
+    std::vector<int32_t> found;
+    for (int32_t isa = -1; isa <= ISAS; isa++)
+        if (rac_runs(isa)) found.push_back(isa);
     return found;
 }
 
@@ -138,6 +138,8 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
         std::vector<uint8_t> x(m * c.columns * size_of(x_type)), bias(c.rows * size_of(bias_type));
         std::vector<uint8_t> out(m * c.rows * size_of(x_type));
         for (int64_t i = 0; i < m * c.columns; i++) put(x.data(), x_type, i, static_cast<float>(below(5) - 2));
+        if (!compare && below(2))  // any bits: NaN, infinities, denormal numbers
+            for (uint8_t& byte : x) byte = static_cast<uint8_t>(rng());
         for (int64_t i = 0; i < c.rows; i++) put(bias.data(), bias_type, i, static_cast<float>(below(5) - 2));
         const bool with_bias = below(2), integers = c.type >= 2;
         int64_t groups = 1;  // of a multiple of four columns, in DENSE4 of eight, up to 512
@@ -290,10 +292,26 @@ static void extremes() {
         }
 }
 
+// What this processor does not run is refused, not tried.
+static void missing_instruction_sets() {
+    const Case c = random_case();
+    const std::vector<int32_t> there = isas();
+    std::vector<uint8_t> x(c.columns * 4), out(c.rows * 4);
+    for (int32_t isa = -1; isa <= ISAS; isa++) {
+        if (std::find(there.begin(), there.end(), isa) != there.end()) continue;
+        require(rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, x.data(), x.size(), 1, 1, nullptr, 0, 1, 1, nullptr, 0, 1,
+                                  out.data(), out.size(), isa, 1) == NO_SUCH_ISA,
+                "a product on an instruction set that is missing");
+        require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, 0, 0, out.data(), 0, 1, isa, 1) == NO_SUCH_ISA,
+                "panels on an instruction set that is missing");
+    }
+}
+
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
     int64_t refused = 0, harmless = 0;
     extremes();
+    missing_instruction_sets();
     for (int round = 0; round < rounds; round++) {
         Case c = random_case();
         multiply_and_expand(c, c.data.get(), true);

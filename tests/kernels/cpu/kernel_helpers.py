@@ -19,6 +19,7 @@ from torch import Tensor
 from rac_modifier.kernels.cpu import library, support
 from rac_modifier.kernels.cpu.operator import sparse_linear
 from rac_modifier.kernels.cpu.packed import pack_dense, pack_values, unpack
+from tests.kept_builds import kept_build
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
@@ -54,14 +55,11 @@ def compiled_library(folder: Path, *flags: str, compiler: str = "g++") -> Path:
     """The library of these sources and flags. Compiled once: build/ keeps it for the next run of the tests."""
     text = "".join(path.read_text() for folder in (CSRC, HERE) for path in sorted(folder.glob("*.[hc]*")))
     digest = hashlib.sha256(f"{text}{flags}{compiler}".encode()).hexdigest()[:16]
-    kept = CSRC.parent / "build" / "test-libraries" / f"_native_{digest}.so"
-    if not kept.exists():
-        built = compile_sources(folder / "_native.so", *flags, compiler=compiler)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
-        shutil.copy(built, unfinished)
-        unfinished.rename(kept)
-    return kept
+
+    def build(out: Path) -> None:
+        shutil.copy(compile_sources(folder / "_native.so", *flags, compiler=compiler), out)
+
+    return kept_build(f"_native_{digest}.so", build)
 
 
 def run(*command: str) -> None:

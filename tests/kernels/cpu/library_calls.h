@@ -5,6 +5,7 @@
 extern "C" {
 int32_t rac_abi();
 int32_t rac_best_isa();
+int32_t rac_runs(int32_t);
 const char* rac_compiler();
 const char* rac_last_error();
 int64_t rac_packed_bytes(int64_t, int64_t, int64_t, int32_t, const uint8_t*, int64_t, int64_t);

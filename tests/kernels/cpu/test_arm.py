@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu.library import ISAS
 from rac_modifier.kernels.cpu.support import support
 from tests.kernels.cpu.arm import COMPILER, PROCESSORS, arm_program, emulated, take_arm
 from tests.kernels.cpu.kernel_helpers import random_mask, sparse, take
@@ -38,7 +39,7 @@ def test_a_processor_runs_what_it_has_and_refuses_the_rest(arm_processor, monkey
     take_arm(arm, runs[-1], monkeypatch)
     _, weight = sparse(random_mask(20, 40, 0.5), torch.bfloat16)
     x, out = torch.randn(3, 40), torch.zeros(3, 20)
-    for isa in ("portable", "avx2", "avx512", "amx", *PROCESSORS):
+    for isa in ISAS:
         take_arm(arm, isa, monkeypatch)
         if isa in runs:
             arm.linear(*weight, x, None, None, out, isa)

@@ -186,7 +186,7 @@ def test_scale_and_bias_may_be_left_out(native, weight):
 
 def test_an_instruction_set_that_is_none(native, weight):
     out = torch.zeros(40, 16)
-    for isa in (-1, 7):
+    for isa in (-1, 8):
         status = native.calls.rac_expand_panels(
             *(*buffer(weight.data), *numbers(20, 40, 0, 1)), *(*buffer(out), FP32, isa, 1)
         )

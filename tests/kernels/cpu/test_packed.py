@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu.library import DENSE8, Library
 from rac_modifier.kernels.cpu.packed import check_packed
 from tests.kernels.cpu.kernel_helpers import Packed, bitmask_of, multiply, pack, random_mask, sparse, unpacked
 
@@ -174,3 +178,32 @@ def test_random_damage_is_refused_or_harmless(best):
         multiply(torch.ones(rng.choice([1, 20]), 70), damaged)
         unpacked(damaged)
     assert 100 < accepted < 1400
+
+
+COLLAPSE = 25  # MADV_COLLAPSE, from Linux 6.1 on
+
+
+def huge_bytes(address: int) -> int:
+    """Bytes in huge pages of the mapping that holds this address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_a_weight_is_in_huge_pages_although_its_memory_was_in_use_before(native_path):
+    with mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as probe:
+        probe[::4096] = b"x" * (len(probe) // 4096)
+        try:
+            probe.madvise(mmap.MADV_HUGEPAGE)
+            probe.madvise(COLLAPSE)
+        except OSError as error:
+            pytest.skip(f"this system puts no pages together: {error}")
+    library, rows, columns = Library(native_path), 4096, 2048
+    data = torch.ones(library.packed_bytes(rows, columns, rows * columns, DENSE8), dtype=torch.uint8)  # in small pages
+    library.pack(torch.ones(rows, columns, dtype=torch.int8), None, None, rows, columns, DENSE8, data)
+    assert huge_bytes(data.data_ptr() + data.nbytes // 2) >= 2 << 20

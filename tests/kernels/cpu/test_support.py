@@ -29,7 +29,8 @@ def test_a_lower_kernel_can_be_requested(native_path, monkeypatch):
 def test_an_unknown_kernel_is_an_error(native_path, monkeypatch):
     take(native_path, "avx1024", monkeypatch)
     with pytest.raises(
-        RacError, match='RAC_KERNEL="avx1024": use one of portable, avx2, avx512, amx, neon, dotprod, i8mm, off'
+        RacError,
+        match='RAC_KERNEL="avx1024": use one of portable, avx2, avxvnni, avx512, amx, neon, dotprod, i8mm, off',
     ):
         support()
 

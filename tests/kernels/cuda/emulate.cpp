@@ -41,7 +41,7 @@ inline void run_block(int threads, int shared_bytes) {
         all_done = true;
         for (self = 0; self < threads && error.empty(); self++) {
             if (fibres[self].done) continue;
-            swapcontext(&scheduler, &fibres[self].context);
+            resume(fibres[self]);
             all_done = all_done && fibres[self].done;
         }
         if (!all_done && progress == before && error.empty()) error = "deadlock: some threads never come to " + block.what;

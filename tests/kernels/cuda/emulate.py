@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from rac_modifier.kernels.cuda.layout import Layout, units_of
 from rac_modifier.kernels.cuda.programs import Program
+from tests.kept_builds import kept_build
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc" / "gpu"
@@ -33,16 +33,14 @@ def library(layout: Layout) -> ctypes.CDLL:
     files = sorted([*SOURCES.iterdir(), HERE / "emulator.h", HERE / "emulate.cpp"])
     what = [layout.source, *layout.defines]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files) + repr(what).encode()).hexdigest()[:16]
-    kept = HERE.parents[2] / "build" / "test-libraries" / f"_emulated_{digest}.so"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
+
+    def build(out: Path) -> None:
         flags = [*FLAGS, *(f"-D{define}" for define in layout.defines), "-include", str(SOURCES / layout.source)]
-        command = [compiler, *flags, str(HERE / "emulate.cpp"), "-o", str(unfinished)]
-        done = subprocess.run([*command, "-ldl"], capture_output=True, text=True)
+        command = [compiler, *flags, str(HERE / "emulate.cpp"), "-o", str(out), "-ldl"]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        unfinished.rename(kept)
-    loaded = ctypes.CDLL(str(kept))
+
+    loaded = ctypes.CDLL(str(kept_build(f"_emulated_{digest}.so", build)))
     loaded.emulate.restype = loaded.emulated_sites.restype = ctypes.c_char_p
     return loaded
 

@@ -9,6 +9,7 @@
 // until its thread waits for it: the bytes are NaN meanwhile, and any access to them is a race.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -40,9 +41,10 @@ struct Copy { u32 to; u8 bytes[16]; };
 struct Granule { int writer = -1; u32 when = 0; bool in_flight = false; };  // of 4 bytes
 struct Meeting { std::string what; int arrived = 0; uint64_t generation = 0; std::vector<int> lanes; };
 struct Fibre {
-    ucontext_t context;
+    ucontext_t context;  // of its start
+    jmp_buf place;       // where it waits
     std::vector<char> stack;
-    bool done = false;
+    bool started = false, done = false;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
 };
@@ -57,18 +59,28 @@ inline std::vector<Fibre> fibres;
 inline std::vector<Meeting> warps;
 inline Meeting block;
 inline std::vector<Operands> operands;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int self, block_number[2];
 inline uint64_t progress;
 inline std::string error, skipped;             // `skipped`: the barrier or wait that is left out, "file:line"
 inline std::set<std::string> sites;
 
-[[noreturn]] inline void fail(const std::string& text) {
-    if (error.empty()) error = text + " (thread " + std::to_string(self) + ", block " + std::to_string(block_number[0]) + ")";
-    while (true) swapcontext(&fibres[self].context, &scheduler);
+// Switches are jumps: swapcontext would also change the signal mask, which is two system calls.
+[[gnu::noinline]] inline void resume(Fibre& fibre) {
+    if (_setjmp(scheduler)) return;
+    if (fibre.started) _longjmp(fibre.place, 1);
+    fibre.started = true;
+    setcontext(&fibre.context);
 }
 
-inline void yield() { swapcontext(&fibres[self].context, &scheduler); }
+[[gnu::noinline]] inline void yield() {
+    if (!_setjmp(fibres[self].place)) _longjmp(scheduler, 1);
+}
+
+[[noreturn]] inline void fail(const std::string& text) {
+    if (error.empty()) error = text + " (thread " + std::to_string(self) + ", block " + std::to_string(block_number[0]) + ")";
+    while (true) yield();
+}
 
 inline std::string site(const char* file, int line) {
     std::string name(file);

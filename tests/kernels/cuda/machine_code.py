@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,7 @@ from rac_modifier.kernels.cuda import nvrtc
 from rac_modifier.kernels.cuda.layout import Layout
 from rac_modifier.kernels.cuda.library import compile_options
 from rac_modifier.kernels.cuda.sources import read_sources
-
-KEPT = Path(__file__).parents[3] / "build" / "test-libraries"
+from tests.kept_builds import kept_build
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,23 @@ def disassembler() -> str:
 
 @functools.cache
 def kernels(layout: Layout, architecture: str) -> dict[str, Kernel]:
-    """The kernels of a layout by name. Compiled once: build/ keeps the text for the next run of the tests."""
+    """The kernels of a layout by name."""
     chosen, tool = compiler(), disassembler()
     sources, options = read_sources(), [*compile_options(architecture, layout), "--ptxas-options=-v"]
-    digest = hashlib.sha256(repr((chosen.version, sources, layout.source, options)).encode()).hexdigest()[:16]
-    kept = KEPT / f"_machine_code_{digest}"
-    if not kept.with_suffix(".log").exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
+    what = (chosen.version, tool, sources, layout.source, options)
+
+    def build(out: Path) -> None:
         code, log = chosen.build(sources, layout.source, options)
-        kept.with_suffix(".cubin").write_bytes(code)
-        kept.with_suffix(".log").write_text(log)
-    command = [tool, "-c", str(kept.with_suffix(".cubin"))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {name: _kernel(name, body, kept.with_suffix(".log").read_text()) for name, body in _bodies(done.stdout)}
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(code)
+            cubin.flush()
+            done = subprocess.run([tool, "-c", cubin.name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        out.write_text(json.dumps({"log": log, "code": done.stdout}))
+
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    found = json.loads(kept_build(f"_machine_code_{digest}.json", build).read_text())
+    return {name: _kernel(name, body, found["log"]) for name, body in _bodies(found["code"])}
 
 
 def _bodies(text: str) -> list[tuple[str, str]]:

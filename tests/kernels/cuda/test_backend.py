@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from rac_modifier.kernels import cuda
 from rac_modifier.kernels.cuda import backend, library
+from rac_modifier.kernels.cuda.cards import card_of
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.interface import Layer
 from tests.kernels.cuda.fake_gpu import FakeDriver
@@ -43,12 +45,64 @@ def test_it_is_off_unless_it_is_asked_for(gpu, monkeypatch):
         assert not decision.sparse
         assert "never run on a GPU; RAC_GPU_KERNELS=on uses them" in decision.reason
     monkeypatch.setenv("RAC_GPU_KERNELS", "yes")
-    with pytest.raises(RacError, match='RAC_GPU_KERNELS="yes": use on or off'):
+    with pytest.raises(RacError, match='RAC_GPU_KERNELS="yes": use on, all or off'):
         cuda.can_run(HALF)
     assert gpu.calls == []
 
 
 ANY = replace(HALF, two_of_four=False)
+NARROW = replace(ANY, rows=1536, columns=1536, group=1536)  # 48 blocks for 132 multiprocessors
+
+
+def on_card(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The device is a card of the table."""
+    card = card_of(name)
+    device = Device(0, card.capability, card.processors, card.reported)
+    monkeypatch.setattr(library, "current_device", lambda: device)
+
+
+def test_a_layer_that_is_predicted_to_be_faster_dense_stays_dense_unless_all_are_asked_for(gpu, monkeypatch):
+    on_card(monkeypatch, "h100")
+    decision = cuda.can_run(NARROW)
+    assert (decision.sparse, decision.kernel) == (False, "dense")
+    assert re.fullmatch(
+        r"dense because it is predicted on H100 SXM: 3\.\d us packed and 3\.\d us dense in bfloat16 for 8 tokens, by bytes "
+        r"and instructions; dense it takes 2 bytes per weight, packed 1\.3\d: RAC_GPU_KERNELS=all packs it",
+        decision.reason,
+    )
+    assert gpu.calls == []  # nothing was compiled or loaded for it
+    wide = cuda.can_run(ANY)
+    assert wide.sparse
+    assert re.search(r"instead of 2; predicted on H100 SXM: \d+\.\d us packed and 13\.\d us dense", wide.reason)
+    monkeypatch.setenv("RAC_GPU_KERNELS", "all")
+    asked = cuda.can_run(NARROW)
+    assert asked.sparse
+    assert "predicted on H100 SXM: 3." in asked.reason
+    assert cuda.pack(unstructured_weight(32, 128), BF16)  # what was chosen is packed
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "sparse"),
+    [
+        # a B200 is bound by L2 and instructions where others are bound by memory
+        ("b200", replace(HALF, rows=1536, columns=8960, group=8960), False),
+        ("h100", replace(HALF, rows=1536, columns=8960, group=8960), True),
+        ("b200", replace(ANY, stored=torch.int32, group=128, rows=5120, columns=27648), False),
+        ("l4", replace(ANY, stored=torch.int32, group=128, rows=5120, columns=27648), True),
+        ("b200", FOUR_BITS, True),
+    ],
+)
+def test_the_card_decides(gpu, monkeypatch, name, layer, sparse):
+    on_card(monkeypatch, name)
+    assert cuda.can_run(layer).sparse is sparse
+
+
+def test_on_a_card_that_is_not_in_the_table_nothing_is_predicted(gpu, monkeypatch):
+    for other in (Device(0, (8, 9), 142, "NVIDIA L40"), Device(0, (9, 0), 114, "NVIDIA H100 80GB HBM3")):
+        monkeypatch.setattr(library, "current_device", lambda other=other: other)
+        decision = cuda.can_run(NARROW)
+        assert decision.sparse
+        assert "predicted" not in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -211,6 +265,15 @@ def test_what_no_kernel_reads_is_refused(gpu):
     with pytest.raises(RacError, match=r"layer: torch\.bfloat16 served in torch\.float16 has no GPU kernel here"):
         cuda.pack(bf16_weight(16, 64), torch.float16)
     assert backend.requested()
+
+
+def test_too_little_memory_is_said(gpu, monkeypatch):
+    def full(device: Device) -> torch.device:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backend, "torch_device", full)
+    with pytest.raises(RacError, match=r"layer: 9 MB do not fit into the GPU's memory .*--tensor-parallel-size"):
+        cuda.pack(bf16_weight(2048, 4096), BF16)
 
 
 def test_under_torch_compile(gpu):

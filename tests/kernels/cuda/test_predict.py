@@ -12,7 +12,17 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import CARDS, card_of
 from rac_modifier.kernels.cuda.instruction_counts import COUNTS
 from rac_modifier.kernels.cuda.layout import ALL, BF16, INT4, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
-from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
+from rac_modifier.kernels.cuda.predict import (
+    DENSE,
+    Time,
+    check_tokens,
+    dense_time,
+    over_dense,
+    prompt_times,
+    sparse_time,
+    time_of,
+)
+from rac_modifier.kernels.cuda.programs import decode_program
 
 shapes = st.tuples(st.integers(1, 2000).map(lambda n: 16 * n), st.integers(1, 512).map(lambda n: 64 * n))
 tokens = st.integers(1, 32)
@@ -20,18 +30,18 @@ cards = st.sampled_from(CARDS)
 
 
 def test_an_int4_layer_of_an_h100_by_hand(monkeypatch):
-    """[28672, 4096] times 8 tokens: two row tiles and one token tile per block, so 896 blocks of 32 rows, at most 7 per
+    """[28672, 4096] times 8 tokens: four row tiles and one token tile per block, so 448 blocks of 64 rows, at most 4 per
     multiprocessor. A unit, 16 rows and 128 columns, has 512 bytes of values, 256 of metadata, 64 of scales: 832."""
-    monkeypatch.setitem(COUNTS, ("int4 g128", "sm_90"), ((0, 0),) * 3 + ((329, 375),) + ((0, 0),) * 2)
+    monkeypatch.setitem(COUNTS, ("int4 g128", "sm_90"), ((0, 0),) * 6 + ((329, 375),) + ((0, 0),) * 2)
     time = sparse_time(card_of("h100"), INT4[128], 28672, 4096, 8)
     weights, x, out = 1792 * 32 * 832, 8 * 4096 * 2, 8 * 28672 * 2
     assert time.memory == pytest.approx((weights + x + out) / 3.35e12 / 0.85 * 1e6)
-    per_block = 2 * 32 * 832
+    per_block = 4 * 32 * 832
     cycle = 1e6 / 1.83e9 / 0.85
-    assert time.cache == pytest.approx(7 * (per_block + x) / 32 * cycle)
-    assert time.shared == pytest.approx(7 * 2 * (per_block + x) / 128 * cycle)
-    assert time.instructions == pytest.approx(7 * (16 * 329 + 4 * 375) / 4 * cycle)  # a chunk has 256 columns
-    assert time.tensor_cores == pytest.approx(7 * 32 * 4096 * 8 / 2 / 1024 * cycle)
+    assert time.cache == pytest.approx(4 * (per_block + x) / 35 * cycle)
+    assert time.shared == pytest.approx(4 * 2 * (per_block + x) / 128 * cycle)
+    assert time.instructions == pytest.approx(4 * (32 * 329 + 4 * 375) / 4 * cycle)  # a chunk has 128 columns
+    assert time.tensor_cores == pytest.approx(4 * 64 * 4096 * 8 / 2 / 1024 * cycle)
     assert time.bound == "memory"
     assert time.total == pytest.approx(time.memory + 2.0)
 
@@ -39,11 +49,11 @@ def test_an_int4_layer_of_an_h100_by_hand(monkeypatch):
 def test_a_bf16_layer_of_a_4090_by_hand(monkeypatch):
     """[1000, 1000] times 20 tokens, padded to 63 tiles of 16 rows, 1024 columns and 32 tokens: one row tile per block, since
     128 multiprocessors have no second. A unit has 64 columns, 1152 bytes, and is a chunk."""
-    monkeypatch.setitem(COUNTS, ("bf16", "sm_89"), ((0, 0),) * 2 + ((83, 565),) + ((0, 0),) * 3)
+    monkeypatch.setitem(COUNTS, ("bf16", "sm_89"), ((0, 0),) * 2 + ((83, 565),) + ((0, 0),) * 6)
     time = sparse_time(card_of("4090"), BF16, 1000, 1000, 20)
     assert time.memory == pytest.approx((63 * 16 * 1152 + 20 * 2000 * 2) / 1.008e12 / 0.85 * 1e6)
     cycle = 1e6 / 2.52e9 / 0.85
-    assert time.cache == pytest.approx((16 * 1152 + 20 * 1000 * 2) / 16 * cycle)
+    assert time.cache == pytest.approx((16 * 1152 + 20 * 1000 * 2) / 15 * cycle)
     assert time.shared == pytest.approx(2 * (16 * 1152 + 32 * 1024 * 2) / 128 * cycle)
     assert time.instructions == pytest.approx((16 * 83 + 4 * 565) / 4 * cycle)
     assert time.tensor_cores == pytest.approx(16 * 1024 * 32 / 2 / 256 * cycle)
@@ -59,7 +69,7 @@ def test_a_layer_of_any_pattern_by_hand(monkeypatch):
     block = 32 * 4 + 4 * (16 + 128 * (1 + 32 + lines))
     assert time.memory == pytest.approx((128 * block + 8 * 8192 * 2) / 3.35e12 / 0.85 * 1e6, rel=1e-4)
     cycle = 1e6 / 1.83e9 / 0.85
-    assert time.cache == pytest.approx((block * 13 / 12 + 8 * 8192) / 32 * cycle, rel=1e-4)
+    assert time.cache == pytest.approx((block * 13 / 12 + 8 * 8192) / 35 * cycle, rel=1e-4)
     loads = 128 * 33 * 128  # of values and masks
     assert time.shared == pytest.approx((block * 13 / 12 + loads + 2 * 8 * 8192) / 128 * cycle, rel=1e-4)
     assert time.instructions == pytest.approx((128 * 204 + 4 * 372) / 4 * cycle)
@@ -76,7 +86,7 @@ def test_an_int8_layer_by_hand(monkeypatch):
     block = 2 * 32 * 4 + 4 * (16 + 128 * (1 + 16 * 2 + lines))
     assert time.memory == pytest.approx((128 * block + 8 * 8192 * 2) / 3.35e12 / 0.85 * 1e6, rel=1e-4)
     cycle = 1e6 / 1.83e9 / 0.85
-    assert time.cache == pytest.approx((block * 65 / 64 + 8 * 8192) / 32 * cycle, rel=1e-4)
+    assert time.cache == pytest.approx((block * 65 / 64 + 8 * 8192) / 35 * cycle, rel=1e-4)
     loads = 64 * (2 * 16 + 2) * 128  # of windows and masks
     assert time.shared == pytest.approx((block * 65 / 64 + loads + 2 * 8 * 8192) / 128 * cycle, rel=1e-4)
     assert time.instructions == pytest.approx((64 * 336 + 4 * 352) / 4 * cycle)
@@ -92,7 +102,7 @@ def test_an_int4_layer_of_any_pattern_by_hand(monkeypatch):
     block = 32 * 4 + 4 * (16 + 128 * (1 + 16 * 2 + 8 + lines))
     assert time.memory == pytest.approx((128 * block + 8 * 8192 * 2) / 1.008e12 / 0.85 * 1e6, rel=1e-4)
     cycle = 1e6 / 2.52e9 / 0.85
-    assert time.cache == pytest.approx((block * 33 / 32 + 8 * 8192) / 16 * cycle, rel=1e-4)
+    assert time.cache == pytest.approx((block * 33 / 32 + 8 * 8192) / 15 * cycle, rel=1e-4)
     assert time.instructions == pytest.approx((64 * 400 + 4 * 300) / 4 * cycle)
 
 
@@ -110,6 +120,27 @@ def test_a_dense_layer_by_hand():
     assert time.total == pytest.approx((4096 * 1024 / 2 + 3 * 5120 * 2) / 2.039e12 / 0.85 * 1e6 + 2.0)
     assert time.bound == "memory"
     assert DENSE == {"bf16": 2.0, "fp8": 1.0, "int4": 0.515625}
+
+
+def test_a_prompt_by_hand():
+    """[28672, 4096] times 2048 tokens on an H100: 235 MB in bfloat16 are four parts of 64 MB; the product bound by its rate."""
+    packed, dense = prompt_times(card_of("h100"), INT4[128], 28672, 4096, 2048, 0.5)
+    product = 2 * 28672 * 4096 * 2048 / 989e12 / 0.85 * 1e6
+    expanding = (1792 * 32 * 832 + 2 * 28672 * 4096) / 3.35e12 / 0.85 * 1e6
+    assert dense == pytest.approx(product + 2)
+    assert packed == pytest.approx(expanding + product + 4 * 2 * 2)
+    short = prompt_times(card_of("h100"), INT4[128], 28672, 4096, 129, 0.5)[1]  # bound by memory
+    assert short == pytest.approx(2 * (28672 * 4096 + 129 * (28672 + 4096)) / 3.35e12 / 0.85 * 1e6 + 2)
+
+
+def test_a_layer_over_dense_bfloat16_in_words():
+    gain, words = over_dense(card_of("h100"), INT4[128], 28672, 4096, 0.5)
+    packed = sparse_time(card_of("h100"), INT4[128], 28672, 4096, 8).total
+    dense = dense_time(card_of("h100"), 28672, 4096, 8, 2.0).total
+    assert gain == dense / packed
+    assert words.startswith(
+        f"predicted on H100 SXM: {packed:.1f} us packed and {dense:.1f} us dense in bfloat16 for 8 tokens"
+    )
 
 
 def test_the_longest_resource_counts():
@@ -132,16 +163,22 @@ def test_a_better_card_is_never_slower(card, layout, shape, number):
 
 
 @given(cards, st.sampled_from(ALL), shapes, st.integers(1, 300), tokens)
-def test_more_rows_or_columns_are_never_faster(card, layout, shape, more, number):
+def test_more_rows_or_columns_are_never_faster_on_the_same_program(card, layout, shape, more, number):
     rows, columns = shape
-    time = sparse_time(card, layout, rows, columns, number).total
-    assert sparse_time(card, layout, rows + 16 * more, columns, number).total >= time
-    assert sparse_time(card, layout, rows, columns + 64 * more, number).total >= time
+    chosen = decode_program(layout, rows, columns, number, card.processors)
+
+    def time(rows: int, columns: int) -> float:
+        return time_of(card, layout, chosen, rows, columns, number, 0.5).total
+
+    assert sparse_time(card, layout, rows, columns, number).total == time(rows, columns)
+    assert time(rows + 16 * more, columns) >= time(rows, columns)
+    assert time(rows, columns + 64 * more) >= time(rows, columns)
 
 
 @given(cards, st.sampled_from(ALL), shapes, st.sampled_from([(1, 8), (9, 16), (17, 32)]))
-def test_more_tokens_of_one_kernel_are_never_faster(card, layout, shape, few_and_many):
-    few, many = (sparse_time(card, layout, *shape, number).total for number in few_and_many)
+def test_more_tokens_of_one_program_are_never_faster(card, layout, shape, few_and_many):
+    chosen = decode_program(layout, *shape, few_and_many[0], card.processors)
+    few, many = (time_of(card, layout, chosen, *shape, number, 0.5).total for number in few_and_many)
     assert few <= many
 
 

@@ -1,10 +1,23 @@
-"""Sizes and grids of the programs."""
+"""Sizes and grids of the programs, and which one is taken."""
 
 from __future__ import annotations
 
 import re
 
-from rac_modifier.kernels.cuda.layout import ALL, BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
+import pytest
+
+from rac_modifier.kernels.cuda.cards import CARDS
+from rac_modifier.kernels.cuda.layout import (
+    ALL,
+    BF16,
+    E4M3,
+    INT4,
+    INT8,
+    UNSTRUCTURED,
+    UNSTRUCTURED_INT4,
+    UNSTRUCTURED_INT8,
+)
+from rac_modifier.kernels.cuda.predict import time_of
 from rac_modifier.kernels.cuda.programs import (
     all_programs,
     decode_program,
@@ -34,16 +47,50 @@ def test_every_program_fits_on_every_card():
 
 def test_tokens_choose_the_program():
     for tokens, tiles in [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (32, 4), (33, 4), (128, 4)]:
-        assert decode_program(BF16, 4096, tokens, 132).token_tiles == tiles
-        assert decode_program(BF16, 4096, tokens, 132, same_order=True).token_tiles == 4
+        assert decode_program(BF16, 4096, 4096, tokens, 132).token_tiles == tiles
+        assert decode_program(BF16, 4096, 4096, tokens, 132, same_order=True).token_tiles == 4
 
 
-def test_rows_choose_one_or_two_tiles_per_block():
-    assert decode_program(BF16, 16 * 132, 1, 132).row_tiles == 1
-    assert decode_program(BF16, 16 * 132 + 1, 1, 132).row_tiles == 2
-    assert decode_program(UNSTRUCTURED, 16, 1, 132).row_tiles == 2  # it is packed so
+@pytest.mark.parametrize(
+    ("layout", "rows", "columns", "tokens", "row_tiles"),
+    [
+        (BF16, 16 * 132, 4096, 1, 1),  # a tile per multiprocessor
+        (BF16, 16 * 132 + 1, 4096, 1, 2),  # one of them would have two blocks
+        (INT4[128], 28672, 4096, 1, 2),  # 7 blocks of 2 tiles, and 4 blocks of 4: 16
+        (INT4[128], 28672, 4096, 8, 4),  # x is read 4 times in place of 7
+        (INT4[128], 4096, 4096, 8, 2),  # 128 blocks; 64 would leave half of the multiprocessors idle
+        (INT4[128], 4096, 4096, 64, 4),  # twice as many, along the tokens
+        (UNSTRUCTURED, 16, 4096, 1, 2),  # it is packed so
+    ],
+)
+def test_rows_and_tokens_choose_the_tiles_per_block(layout, rows, columns, tokens, row_tiles):
+    assert decode_program(layout, rows, columns, tokens, 132).row_tiles == row_tiles
+
+
+@pytest.mark.parametrize("layout", [BF16, INT8, E4M3, *INT4.values()])
+def test_the_chosen_tiles_are_hardly_slower_than_the_best(layout):
+    """By the predicted times, for every card: the choice itself knows neither clocks nor instructions."""
+    for card in CARDS:
+        for rows, columns in ((1536, 1536), (17920, 1536), (6144, 4096), (28672, 4096), (4096, 14336), (5120, 27648)):
+            for tokens, token_tiles in ((1, 1), (8, 1), (16, 2), (32, 4)):
+                chosen = decode_program(layout, rows, columns, tokens, card.processors)
+                each = [program(layout, tiles, token_tiles) for tiles in (1, 2, 4)]
+                times = {one: time_of(card, layout, one, rows, columns, tokens, 0.5).total for one in each}
+                assert times[chosen] <= 1.02 * min(times.values())
+
+
+def test_a_batch_invariant_program_does_not_depend_on_the_tokens():
+    for layout in (BF16, INT4[64]):
+        for rows in (16, 2112, 4096, 28672):
+            found = {
+                decode_program(layout, rows, 4096, tokens, 132, same_order=True) for tokens in (1, 8, 33, 128, 500)
+            }
+            assert len(found) == 1
+
+
+def test_tiles_of_a_layout():
     assert tiles_of(UNSTRUCTURED) == ((2, 1), (2, 2), (2, 4))
-    assert tiles_of(BF16) == ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4))
+    assert tiles_of(BF16) == tuple((rows, tokens) for rows in (1, 2, 4) for tokens in (1, 2, 4))
 
 
 def test_grids_cover_rows_tokens_and_units():

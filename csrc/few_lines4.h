@@ -1,0 +1,43 @@
+// Included inside the anonymous namespace of sources, in the section that is compiled for their ISA: a few lines times a 4-bit weight,
+// without writing the expanded weight.
+//
+// A code is multiplied as it is, and a pruned weight as its code of zero. What the codes of zero add, each one times the sum of x, is
+// subtracted at the end of a block.
+//
+// Such a source defines FORMAT, which is that of its Kernel8; Zeros and zeros_of_rows; widen, which makes a byte of each code of a
+// block; and multiply<form, M>, a Dot8 that also gets the codes of zero, for the forms CODES (what widen wrote) and DENSE4.
+
+template <int form, int M>
+const char* dot_codes(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, const Lines8& x,
+                      int32_t* sums) {
+    const Zeros zero = zeros_of_rows(zeros);
+    if (form == DENSE4) return multiply<DENSE4, M>(masks, codes, zero, quads, x, sums);
+    char bytes[WIDENED];
+    const char* end = widen(masks, codes, quads, bytes);
+    multiply<CODES, M>(masks, bytes, zero, quads, x, sums);
+    return end;
+}
+
+template <int form, int M, AddScaled add>
+void few_lines(const Product8& product, int64_t panel, float* acc) {
+    const Weight& weight = product.out.weight;
+    const char* codes = weight.values_of(panel);
+    for (int i = 0; i < M * PANEL; i++) acc[i] = 0;
+    for (int64_t block = 0; block < product.blocks; block++) {
+        const int64_t column = block * product.block, left = weight.columns - column;
+        const int64_t quads = ((left < product.block ? left : product.block) + 3) / 4;
+        const uint32_t* masks = form == INT4 ? weight.masks_of(panel) + column / 2 : nullptr;
+        const uint8_t* zeros = product.zeros_of(panel, block);
+        const Lines8 x = {product.x + 2 * column * (FORMAT == QUADS ? M : 1), product.stride, product.x_sums + block,
+                          product.blocks};
+        int32_t sums[M * PANEL];
+        codes = dot_codes<form, M>(masks, codes, zeros, quads, x, sums);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < PANEL; n++)
+                sums[m * PANEL + n] -= (zeros ? zeros[n] : ZERO_CODE) * x.sums[m * x.sums_stride];
+        add_block(product, add, panel, block, 0, M, sums, acc);
+    }
+}
+
+#define RAC_FEW_LINES(add) \
+    {{few_lines<INT4, 1, add>, few_lines<INT4, 2, add>}, {few_lines<DENSE4, 1, add>, few_lines<DENSE4, 2, add>}}

@@ -1,0 +1,29 @@
+"""A run of `rac` that waits for Ctrl-C at a certain moment."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from typing import Any
+
+from rac_modifier import cli
+
+
+def main() -> None:
+    """`rac`. When a file whose path ends in STOP_AT has been put in place, wait there, and make the file "stopped"."""
+    end, replace = os.environ["STOP_AT"], os.replace
+
+    def replace_and_wait(source: Any, target: Any) -> None:
+        replace(source, target)
+        if str(target).endswith(end):
+            with open("stopped", "w") as file:
+                file.write("\n" * 3)
+            time.sleep(120)
+
+    os.replace = replace_and_wait  # type: ignore[assignment]
+    if end == "recovery.safetensors":
+        from rac_modifier.llmcompressor import recovery_stage
+
+        recovery_stage.recover = functools.partial(recovery_stage.recover, save_seconds=0.0)
+    cli.main()
