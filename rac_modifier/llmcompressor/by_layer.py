@@ -78,4 +78,5 @@ def calibrate_by_layer(
                     with HooksMixin.disable_hooks():
                         for batch in range(len(loader)):
                             stage.run(model, cache, batch)
+                            return_freed_memory()
         LifecycleCallbacks.calibration_end()
