@@ -41,27 +41,27 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
 from rac_modifier.frontier.estimate import REACHED
 from rac_modifier.llmcompressor import memory, pruning_modifier
-from rac_modifier.pruning import linalg
+from rac_modifier.pruning import linalg, sparsegpt
 from rac_modifier.pruning.hessian import Statistics
 from rac_modifier.pruning.solve import Problem, solve_many
 from rac_modifier.pruning.topk import ranks_in_groups
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solve import quantize
+from rac_modifier.quantization.solve import PrunedProblem, quantize_many
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.pattern import Pattern
 
 HIDDEN, WIDTH, EXPERTS, CHOSEN, LAYERS = 2048, 1024, 64, 8, 16
 ROW, BATCH_TOKENS = 512, 2048
 LAUNCH = 5e-6  # seconds per operator on a GPU, assumed
-PRESETS = ("paper", "paper + group order", "quality")
+PRESETS = ("paper", "paper + group order", "quality", "quality + int4")
 
 
-def layer(experts: int) -> Any:
-    """One layer with so many experts; each gets the share of the tokens that it would get of all of them."""
+def layer(experts: int, layers: int = 1) -> Any:
+    """A layer, or several, of so many experts; each gets the share of the tokens that it would get of all of them."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=16, head_dim=128,
-        moe_intermediate_size=WIDTH, num_experts=experts, num_experts_per_tok=max(experts * CHOSEN // EXPERTS, 1),
+        vocab_size=4096, hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
+        head_dim=128, moe_intermediate_size=WIDTH, num_experts=experts, num_experts_per_tok=max(experts * CHOSEN // EXPERTS, 1),
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
     folder = tempfile.mkdtemp()
@@ -82,9 +82,9 @@ class Measured:
         Statistics.add = self._timed("statistics", Statistics.add)  # type: ignore[method-assign]
         pruning_modifier.solve_groups = self._timed("solving", pruning_modifier.solve_groups)  # type: ignore[attr-defined]
 
-    def _begin(self, need: Any, groups: Any, *args: Any, **options: Any) -> None:
-        self._check(need, groups, *args, **options)
-        self.predicted = max(need.work(group) + need.kept(group) for group in groups)
+    def _begin(self, need: Any, groups: Any, onload: torch.device, offload: torch.device, **options: Any) -> None:
+        self._check(need, groups, onload, offload, **options)
+        self.predicted = max(need.bytes_on(onload, onload, offload, group) for group in groups)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
         self.before = resident("VmRSS")
         self.started = time.process_time()
@@ -236,7 +236,9 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func.is_view or name.startswith(("empty", "new_empty", "_reshape_alias", "detach", "_unsafe_view")):
+        if func.is_view or name.startswith(
+            ("empty", "new_empty", "_reshape_alias", "detach", "_unsafe_view", "unbind", "split")
+        ):
             return result
         if name == "_local_scalar_dense":
             self.waits += 1
@@ -245,7 +247,7 @@ class Launches(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor))
         took = moved / (REACHED * H100.copied)
         if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
-            a, b = given[-2:]
+            a, b = [t for t in args if isinstance(t, Tensor)][-2:]
             rate = H100.computed if a.dtype == torch.bfloat16 else H100.computed32
             took += 2 * a.numel() * b.shape[-1] / (REACHED * rate)
         self.count += 1
@@ -255,24 +257,36 @@ class Launches(TorchDispatchMode):
 
 
 def launches_table() -> None:
-    """Per expert: gate and up are solved, and down."""
+    """Per expert: gate and up are solved, and down. Rounding also of as many experts as are rounded at once on a GPU."""
     linalg.bf16_is_fast = lambda device: True  # as on the GPU
     print(
         f"| solver | operators | waits | launches at {LAUNCH * 1e6:.0f} us | work, counted | the longer of both, each |"
     )
     print("|---" * 6 + "|")
-    for solver, cross, bits in (("alps", True, 0), ("sparsegpt", False, 0), ("none", False, 4)):
+    several = sparsegpt.at_once(HIDDEN, 2 * WIDTH, torch.device("cuda"))
+    for label, solver, experts in (
+        ("alps", "alps", 1),
+        ("sparsegpt", "sparsegpt", 1),
+        ("rounding to int4 alone", "none", 1),
+        (f"rounding to int4 alone, {several} experts at once", "none", several),
+    ):
         counted = Launches()
-        for columns, rows in ((HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN)):
-            given = problem(columns, rows, 0, cross)
-            with counted:
-                (found,) = solve_many(solver, [given])
-                if bits:
-                    quantize(found, given.hessian, [Grid("int", bits, 128)], dtype=torch.bfloat16)
-        label = f"rounding to int{bits} alone" if bits else solver
+        for shape in ((HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN)):
+            count_solve(counted, solver, shape, experts)
         times = (counted.count * LAUNCH, counted.seconds, counted.with_launches)
-        cells = " | ".join(f"{seconds * 1000:.1f} ms" for seconds in times)
-        print(f"| {label} | {counted.count:,} | {counted.waits:,} | {cells} |", flush=True)
+        cells = " | ".join(f"{seconds / experts * 1000:.1f} ms" for seconds in times)
+        print(f"| {label} | {counted.count / experts:,.0f} | {counted.waits / experts:,.1f} | {cells} |", flush=True)
+
+
+def count_solve(counted: Launches, solver: Any, shape: tuple[int, int], experts: int) -> None:
+    """Count the solve of some experts' modules of one shape, and their rounding where nothing is pruned."""
+    given = [problem(*shape, seed, cross=solver == "alps") for seed in range(experts)]
+    with counted:
+        found = solve_many(solver, given)
+        if solver == "none":
+            grids = [Grid("int", 4, 128)]
+            solved = [PrunedProblem(s, g.hessian, grids) for s, g in zip(found, given, strict=True)]
+            quantize_many(solved, dtype=torch.bfloat16)
 
 
 def main() -> None:

@@ -16,14 +16,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from unittest import mock
 
 import torch
 
 from rac_modifier.calibration.loader import LANES
 from rac_modifier.frontier.compressing import PASSES, Group, moments, solving
 from rac_modifier.frontier.estimate import MEAN_SHARE, REACHED, Asked, ModelShape, Plan, Speed, estimate
-from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed
+from rac_modifier.llmcompressor.group_shape import GroupShape
+from rac_modifier.llmcompressor.memory import MemoryNeed
 from rac_modifier.llmcompressor.solving import owners
+from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
+from rac_modifier.pruning import linalg
 from rac_modifier.pruning.hessian import Statistics
 from rac_modifier.pruning.solve import solve
 from rac_modifier.settings.pattern import Pattern
@@ -55,6 +59,23 @@ class Model:
     experts: int = 0
     chosen: int = 0
     everywhere: bool = False
+
+    @property
+    def hidden_size(self) -> int:
+        """This and the next as in a config of transformers."""
+        return self.hidden
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Of 128 numbers each."""
+        return self.queries // self.head_dim
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Likewise."""
+        return self.keys // self.head_dim
+
+    head_dim = 128
 
     def layer(self) -> Iterator[Group]:
         """The groups of a layer."""
@@ -256,9 +277,13 @@ def memory_table() -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for model in (each for each in MODELS if not each.everywhere):
         shape = model.shape
-        need = MemoryNeed(TOKENS, BATCH, model.hidden, 2, by_layer=False, dense_target=True, solver="alps", refits=True)
+        steps = SolverMemory("alps", dense_target=True, refits=True, float32=False)
+        attention = Attention.of(model, [(1, BATCH)] * (-(-TOKENS // BATCH)), 2)  # a trace per batch
+        need = MemoryNeed(TOKENS, BATCH, model.hidden, 2, by_layer=False, solver=steps, attention=attention)
         groups = list(model.layer())
-        work = max(need.work(GroupShape("", group.columns, sum(group.rows))) for group in groups)
+        shapes = [GroupShape("", group.columns, sum(group.rows), routed=group.share < 1) for group in groups]
+        with mock.patch.object(linalg, "bf16_is_fast", return_value=True):  # as on the GPU
+            work = max(map(need.work, shapes))
         # of a mixture, as if the statistics of all experts of a layer were there at once, and the inputs of all
         work += sum(moved_between(group)[0] for group in groups[2:]) if model.experts else 0
         widest = max(group.columns for group in groups[:3])

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
+from collections.abc import Callable
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, from malloc.h
 _BLOCKS = 256 << 20  # blocks up to this size are kept
 _KEPT = 1 << 30  # as much, free at the end of the heap, is not given back
+_RETURN_SECONDS = 1.0
+_returned = float("-inf")  # when it was last done
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
 
 
@@ -31,3 +35,18 @@ def keep_freed_memory() -> bool:
         return False
     options = ((_MMAP_THRESHOLD, _BLOCKS), (_TRIM_THRESHOLD, _KEPT), (_ARENA_MAX, 1))
     return all(library.mallopt(option, value) == 1 for option, value in options)
+
+
+def return_freed_memory(now: Callable[[], float] = time.monotonic) -> None:
+    """Give back what glibc keeps, between two parts of a run: the next one needs blocks of other sizes.
+
+    What the last part has left free would be held beside what the next one takes. The next one has to take new pages, so it is
+    done once a second at most: the parts of a small model, where memory is not short, are over in less.
+    """
+    global _returned
+    if now() - _returned < _RETURN_SECONDS:
+        return
+    _returned = now()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # of glibc alone
+        library.malloc_trim(0)

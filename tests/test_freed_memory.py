@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rac_modifier.freed_memory import keep_freed_memory
+from rac_modifier.freed_memory import keep_freed_memory, return_freed_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has these settings")
 
@@ -118,3 +118,42 @@ def test_another_c_library_is_left_alone(load) -> None:
     library = load(Library(glibc=False))
     assert keep_freed_memory() is False
     assert library.told == []
+
+
+RETURNED = """
+import torch
+from rac_modifier.freed_memory import keep_freed_memory, return_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1])
+
+assert keep_freed_memory()
+blocks = [torch.ones(4 << 20) for _ in range(20)]  # 16 MiB each
+small = blocks[1::2]  # every other one stays: what is free lies between them
+del blocks
+before = resident()
+return_freed_memory()
+print(before - resident())
+"""
+
+
+def test_what_is_kept_is_given_back_when_asked() -> None:
+    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * os.sysconf("SC_PAGE_SIZE") > 0.9 * 10 * (16 << 20)
+
+
+def test_it_is_given_back_once_a_second(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = load(Library())
+    calls: list[int] = []
+    monkeypatch.setattr(library, "malloc_trim", calls.append, raising=False)
+    monkeypatch.setattr("rac_modifier.freed_memory._returned", float("-inf"))
+    for second in (5.0, 5.5, 5.9, 6.0, 6.1):
+        return_freed_memory(lambda second=second: second)
+    assert calls == [0, 0]
+
+
+def test_another_c_library_has_nothing_to_give_back(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rac_modifier.freed_memory._returned", float("-inf"))
+    load(Library(glibc=False))
+    return_freed_memory()

@@ -76,7 +76,7 @@ def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Prune
     ]
     near = None if routed.router is None else _Nearness(routed.router, batches, device)
     tokens: dict[str, ExpertTokens] = {}
-    together = min(at_once(group, device, pruner.solver) for group in routed.experts[0].groups)
+    together = min(at_once(group, device, pruner.gains_at_once) for group in routed.experts[0].groups)
     numbers, step = [batch.number for batch in batches], processes.count * together
     for start in range(0, len(routed.experts), step):
         some = []

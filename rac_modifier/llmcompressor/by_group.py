@@ -12,6 +12,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 
 from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.freed_memory import return_freed_memory
 from rac_modifier.llmcompressor.by_expert import prune_experts, read_by_experts
 from rac_modifier.llmcompressor.experts import only_routed_tokens
 from rac_modifier.llmcompressor.input_groups import InputGroup
@@ -47,6 +48,7 @@ def calibrate_by_group(
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
                 if stage.modules:
+                    return_freed_memory()
                     if pruner.needs_dense_stream and dense is pruned:  # until here nothing was pruned
                         dense = _copy(pruned)
                     known = pruner.was_pruned(stage.modules)  # by a run that was killed
@@ -63,6 +65,7 @@ def calibrate_by_group(
                             group.statistics.end_lanes(loader.lanes_ended[batch], pruner.processes)
                         if dense is not pruned and index < last:
                             stage.run(model, dense, batch)
+                            return_freed_memory()  # its blocks lie between those that stay
                     if routed is not None:
                         prune_experts(routed, read, pruner, onload_device)
                         del read  # of both models, as large as a stream of activations each
@@ -71,8 +74,10 @@ def calibrate_by_group(
                     else:
                         pruner.prune_groups([group])
                 if index < last:
+                    return_freed_memory()
                     for batch in batches:
                         stage.run(model, pruned, batch)
+                        return_freed_memory()
         LifecycleCallbacks.calibration_end()
 
 

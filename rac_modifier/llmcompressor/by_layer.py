@@ -17,6 +17,7 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.freed_memory import return_freed_memory
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage, use_own_configs
 from rac_modifier.model_tools import StopForward
@@ -57,6 +58,7 @@ def calibrate_by_layer(
         )
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
+                return_freed_memory()
                 here = [module for module in submodules[index] if module in wanted]
                 if pruner.was_pruned(here):  # by a run that was killed
                     pruner.restore(here)
@@ -69,9 +71,12 @@ def calibrate_by_layer(
                         pruner.end_lanes(loader.lanes_ended[batch])
                         # upstream's frames refer to the exception and it to them; that cycle would keep this batch's activations
                         gc.collect(1)
+                        return_freed_memory()  # blocks of the batch lie between the sums, which stay
                     LifecycleCallbacks.sequential_epoch_end(submodules[index])
                 if index < last:
+                    return_freed_memory()
                     with HooksMixin.disable_hooks():
                         for batch in range(len(loader)):
                             stage.run(model, cache, batch)
+                            return_freed_memory()
         LifecycleCallbacks.calibration_end()

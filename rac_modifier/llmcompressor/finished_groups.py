@@ -100,7 +100,9 @@ class FinishedGroups:
         records: Mapping[str, dict[str, Any]],
         masters: Mapping[str, torch.Tensor],
     ) -> None:
-        """A group is pruned: it is written now, or together with the groups after it.
+        """A group is pruned, or several that may have been solved at once: written now, or with those after it.
+
+        They are all there afterwards or none: solved again without the others, the rest would have other bits.
 
         Raises:
             RacError: the disk is full, or the folder cannot be written. What was written before stays.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -45,7 +46,8 @@ class HessianCollector:
         self.names = names
         self.groups: dict[torch.nn.Module, InputGroup] = {}
         self._first_batch: dict[InputGroup, int] = {}
-        self._latest: dict[InputGroup, tuple[int, torch.Tensor]] = {}  # batch number and input
+        # batch number and input, which lives no longer for it: where it is gone, no other module can be given it
+        self._latest: dict[InputGroup, tuple[int, weakref.ref[torch.Tensor]]] = {}
         self._expected: frozenset[torch.nn.Module] = frozenset()
         self._batch = -1
         self._seen: dict[torch.nn.Module, int] = {}
@@ -80,7 +82,7 @@ class HessianCollector:
                     "to ignore"
                 )
             group.statistics.add(x, weights)
-            self._latest[group] = (batch, x)
+            self._latest[group] = (batch, weakref.ref(x))
         elif self._input_of(group, batch) is not x:
             raise RuntimeError(
                 f"{self.names[module]} no longer reads the same input as {self.names[group.modules[0]]}; "
@@ -119,4 +121,4 @@ class HessianCollector:
     def _input_of(self, group: InputGroup, batch: int) -> torch.Tensor | None:
         """The input of a group in this batch; None when it has not been observed yet."""
         latest = self._latest.get(group)
-        return latest[1] if latest is not None and latest[0] == batch else None
+        return latest[1]() if latest is not None and latest[0] == batch else None

@@ -1,25 +1,31 @@
 """How much memory pruning needs beside the model, predicted before it starts, so that a run that cannot fit ends at once.
 
-The peak comes with one group of modules that read the same input, of d columns and r output rows together. It is the sum of
+A run goes from group to group: modules that read the same input, of d columns and r output rows together. It holds
 
     kept   tokens (d + hidden) * bytes of an activation * streams      what the group reads, and the residual stream
            tokens hidden * bytes of an activation                      layer by layer: the residual stream alone
            and as much once more for routed experts with the dense target: the dense model's inputs stay while they are pruned
-    work   the larger of    statistics   4 (2 (1 + dense) d^2 + c rows d)   Hessian and cross moment, each with that of a lane
-                                                                            (pruning/lane_sum.py), inputs in float32
-                            solving      4 (a d^2 + b r d)                  Hessian, its factor, weights, the solver's buffers
+           masks and positions of attention                            which upstream's cache keeps from layer to layer
 
-where dense is 1 with the dense target (then there are two streams of activations and a cross moment), else 0, and rows those of a
-batch, at most 4,096. Solving counts as often as experts are solved at once. The numbers a, b and c below were measured on the
-solvers; tests/llmcompressor/test_memory.py holds the prediction within 0.8 to 1.25 of the measured peak of all tensors. A process
-grows by more: by what the allocator keeps, and the scratch space of products (measured: docs/results/experts.md). Not counted are
-forward passes (attention, one batch at a time) and, layer by layer, Hessians of a layer's smaller groups but those of experts.
+and beside that, one after the other, so that the largest counts:
+
+    statistics   4 (2 d^2 + 2 c)       Hessian and cross moment (c numbers, with the dense target), each with that of a lane
+                                       (pruning/lane_sum.py); a batch of inputs in float32; layer by layer those of all groups
+                                       of the layer. Meanwhile batches run: of the layer, or in the dense stream.
+    solving      4 (a d^2 + b r d)     Hessian, its factor, weights, the solver's buffers (step_memory.py)
+    forward      of the largest batch: attention, or what the group's modules return
+
+where no more than 4,096 tokens are converted at once, and solving counts as often as experts are solved at once. Between these
+parts freed memory is given back (freed_memory.py), so that a process grows by the largest of them.
+tests/llmcompressor/test_memory.py holds the prediction to the peak of all tensors; benchmarks/memory.py compares it with what a
+process grows by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import psutil
 import torch
@@ -29,52 +35,17 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.experts import find_experts
+from rac_modifier.llmcompressor.group_shape import GroupShape
+from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
+from rac_modifier.pruning import linalg
 from rac_modifier.pruning.hessian import ROWS
 from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
-from rac_modifier.settings.pruning import Method
 
 _FLOAT32, _CPU = 4, torch.device("cpu")
-_SCORES_ONLY: tuple[Method, ...] = ("wanda", "magnitude")  # methods that factor no Hessian
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """Modules that read the same input of `columns` numbers, named after the first; `rows` counts the outputs of all.
-
-    `beside` are bytes of other groups' statistics, which are kept meanwhile. `alike` is the number of groups of this shape that
-    may be solved at once; 0: those of a layer's experts, where the model has some.
-    """
-
-    name: str
-    columns: int
-    rows: int
-    beside: int = 0
-    alike: int = 0
-
-    @classmethod
-    def of(cls, names: dict[torch.nn.Module, str], modules: Sequence[torch.nn.Module]) -> GroupShape:
-        """The shape of some of the modules of `names`."""
-        shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
-        return cls(names[modules[0]], shapes[0][1], sum(rows for rows, _ in shapes))
-
-    @classmethod
-    def by_layer(cls, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> list[GroupShape]:
-        """Of a run that goes layer by layer, as far as is known before: module by module, and the experts of a layer together.
-
-        They all read every token there: gate and up of all of them are one group, and the Hessian of each down is kept meanwhile.
-        """
-        left, found = dict(names), []
-        for routed in find_experts(model, names):
-            for module in routed.modules:
-                left.pop(module, None)
-            first = [module for expert in routed.experts for module in expert.first]
-            last = [cls.of(names, expert.last) for expert in routed.experts if expert.last]
-            kept = sum(_FLOAT32 * one.columns**2 for one in last)
-            found += [replace(cls.of(names, first), beside=kept)] if first else []
-            found += [replace(one, beside=kept, alike=len(last)) for one in last[:1]]
-        return found + [cls.of(names, [module]) for module in left]
+# Blocks of many sizes leave gaps in glibc's heap, so that a process takes more pages than its blocks need (how well the prediction
+# fits then: docs/results/scale.md). Activations are kept with hardly any, in blocks of a few sizes.
+_WITH_GAPS = 1.15
 
 
 @dataclass(frozen=True)
@@ -87,10 +58,10 @@ class MemoryNeed:
         hidden: width of the residual stream.
         activation_bytes: of one number of an activation.
         by_layer: whether activations are kept between layers only, and not between groups.
-        dense_target: whether the dense model's activations are kept beside the pruned model's.
-        solver: of the recipe.
-        refits: whether kept weights are fitted anew or rounded after the mask is chosen.
+        solver: its steps.
         experts: the most routed experts of a layer, 0 where there are none.
+        attention: of the model; nothing before the calibration set is there.
+        attention_follows_all: whether attention may run after any group, because none of its modules is in one.
     """
 
     tokens: int
@@ -98,10 +69,10 @@ class MemoryNeed:
     hidden: int
     activation_bytes: int
     by_layer: bool
-    dense_target: bool
-    solver: Method
-    refits: bool
+    solver: SolverMemory
     experts: int = 0
+    attention: Attention = field(default_factory=Attention)
+    attention_follows_all: bool = False
 
     @classmethod
     def of(
@@ -109,46 +80,99 @@ class MemoryNeed:
         entry: PruningEntry,
         loader: CalibrationLoader | None,
         model: PreTrainedModel,
+        names: Collection[str],
         *,
         by_layer: bool,
         processes: int = 1,
     ) -> MemoryNeed:
-        """What a recipe's entry needs in this process; without a `loader`, for its share of the tokens that are asked for."""
+        """What a recipe's entry needs in this process to prune the modules `names`.
+
+        Without a `loader`, for its share of the tokens that are asked for.
+        """
         embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-        sizes = [weights.numel() for weights in loader.token_weights] if loader else []
+        batches = [(len(weights), weights.shape[1]) for weights in loader.token_weights] if loader else []
+        sizes = [rows * length for rows, length in batches]
         return cls(
             tokens=sum(sizes) or -(-entry.calibration.tokens // processes),
             batch_tokens=max(sizes, default=min(entry.calibration.tokens, entry.calibration.batch_tokens)),
             hidden=embedding.shape[1],
             activation_bytes=embedding.element_size(),
             by_layer=by_layer,
-            dense_target=entry.reconstruct == "dense" and not by_layer,
-            solver=entry.solver,
-            refits=entry.refits or entry.quantization is not None,
+            solver=SolverMemory(
+                entry.solver,
+                dense_target=entry.reconstruct == "dense" and not by_layer,
+                refits=entry.refits,
+                rounds=entry.quantization is not None,
+                zero_points=entry.quantization is not None and entry.quantization.has_zero_points,
+                float32=embedding.dtype == torch.float32,
+            ),
             experts=max((m.num_experts for m in model.modules() if isinstance(m, LinearExperts2D)), default=0),
+            attention=Attention.of(model.config.get_text_config(), batches, embedding.element_size()),
+            attention_follows_all=not any("attn" in name or "attention" in name for name in names),
         )
+
+    @property
+    def dense_target(self) -> bool:
+        """Whether the dense model's activations are kept beside the pruned model's."""
+        return self.solver.dense_target
 
     def kept(self, group: GroupShape) -> int:
         """Bytes of activations that are kept while this group is pruned."""
         width = self.hidden if self.by_layer else group.columns + self.hidden
         streams = 2 if self.dense_target else 1
         held = self.hidden if self.experts and self.dense_target else 0
-        return self.tokens * (width * streams + held) * self.activation_bytes
+        return self.tokens * (width * streams + held) * self.activation_bytes + self.attention.kept
 
     def work(self, group: GroupShape, device: torch.device = _CPU) -> int:
-        """Bytes that this group's statistics and its solver need on `device` at their peak."""
-        square, buffer = group.columns**2, group.columns * group.rows
-        dense = int(self.dense_target)
-        squares = 2 + 2 * dense if self.solver in _SCORES_ONLY else 3.5 + 1.5 * dense
-        buffers = (8 if self.refits else 4.5) + 2 * dense
-        inputs = min(self.batch_tokens, ROWS) * group.columns * (2 + 2 * dense)
+        """Bytes that this group needs on `device` at its peak: of statistics, solver, or a forward pass."""
+        return int(max(self.statistics(group, device), self.solving(group, device), self.forward(group)))
+
+    def bytes_on(self, device: torch.device, onload: torch.device, offload: torch.device, group: GroupShape) -> int:
+        """Bytes of a process on `device`, where statistics and solver use `onload`, and activations are kept on `offload`."""
+        work = self.work(group, onload) * (_WITH_GAPS if device.type == "cpu" else 1) if device == onload else 0
+        return int(work) + (self.kept(group) if device == offload else 0)
+
+    def forward(self, group: GroupShape) -> int:
+        """Of the largest batch, while the part of the model runs that the group begins; layer by layer the whole layer."""
+        width = (
+            3 * self.hidden + 1.5 * group.rows
+        )  # gate and up with their product; residual, its norm and what is added
+        modules = int(self.batch_tokens * width * self.activation_bytes)
+        attends = self.by_layer or self.attention_follows_all or group.columns == self.hidden
+        return max(modules, self.attention.peak if attends else 0)
+
+    def statistics(self, group: GroupShape, device: torch.device = _CPU) -> int:
+        """Of sums, while batches are added and run."""
+        d, dense = group.columns, int(self.dense_target)
+        cross = dense * d * (d if group.rows >= d / 2 else group.rows)
+        product = 0.5 * cross if linalg.bf16_is_fast(device) else 0.0
+        sums = _FLOAT32 * 2 * (d**2 + cross) + group.summed
+        inputs = _FLOAT32 * (min(self.batch_tokens, ROWS) * d * (2 + 2 * dense) + product)
+        together = self.together(group, device)
+        if not self.by_layer:  # of experts that are solved with this one
+            sums += _FLOAT32 * (together - 1) * (d**2 + cross)
+        runs = self.forward(group) if self.by_layer or (dense and not group.routed) else 0
+        return int(sums + max(inputs, runs))
+
+    def solving(self, group: GroupShape, device: torch.device = _CPU) -> int:
+        """Of the solver's largest step."""
+        together = self.together(group, device)
+        # of those that wait: a Hessian and a factor, and what they were given or have become
+        waiting = (together - 1) * (2 * group.columns**2 + 3 * group.columns * group.rows)
+        most = 0.0
+        for name, numbers in (
+            replace(self.solver, bf16=linalg.bf16_is_fast(device)).steps(group.columns, group.rows).items()
+        ):
+            at_once = self.solver.solver == "sparsegpt" or name == "rounding"
+            most = max(most, together * numbers if at_once else numbers + waiting)
+        return int(group.beside + _FLOAT32 * most)
+
+    def together(self, group: GroupShape, device: torch.device) -> int:
+        """How many groups like this one are solved at once."""
+        if self.solver.solver != "sparsegpt" and not self.solver.rounds:
+            return 1
         alike = group.alike or (1 if self.by_layer else max(self.experts, 1))
-        together = min(at_once(group.columns, group.rows, device), alike) if self.solver == "sparsegpt" else 1
-        # of experts that are solved with this one
-        finished = 0 if self.by_layer else (together - 1) * (1 + dense) * square
-        statistics = 2 * (1 + dense) * square + inputs + finished
-        solving = together * (squares * square + buffers * buffer)
-        return int(max(2 * group.beside + _FLOAT32 * statistics, group.beside + _FLOAT32 * solving))
+        return min(at_once(group.columns, group.rows, device), alike)
 
 
 def check_memory(
@@ -169,12 +193,9 @@ def check_memory(
         RacError: naming the module, the bytes needed and free, and what to change.
     """
     free = free or free_bytes
-    doing = "quantizing" if need.solver == "none" else "pruning"
-    parts: list[tuple[torch.device, Callable[[GroupShape], int]]]
-    parts = [(onload, lambda group: need.work(group, onload)), (offload, need.kept)]
-    if onload == offload:
-        parts = [(onload, lambda group: need.work(group, onload) + need.kept(group))]
-    for device, bytes_of in parts:
+    doing = "quantizing" if need.solver.solver == "none" else "pruning"
+    for device in dict.fromkeys((onload, offload)):
+        bytes_of = partial(need.bytes_on, device, onload, offload)
         largest = max(groups, key=bytes_of)
         needed, available = bytes_of(largest), free(device)
         if available is not None and device.type == "cpu":

@@ -12,7 +12,6 @@ from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.routed_tokens import ExpertTokens
 from rac_modifier.settings.presets import Order
-from rac_modifier.settings.pruning import Method
 
 
 class Pruner(Protocol):
@@ -23,8 +22,8 @@ class Pruner(Protocol):
         """The order that the recipe asks for."""
 
     @property
-    def solver(self) -> Method:
-        """What chooses the masks, as the recipe says."""
+    def gains_at_once(self) -> bool:
+        """Whether small groups are solved faster at once."""
 
     @property
     def needs_dense_stream(self) -> bool:

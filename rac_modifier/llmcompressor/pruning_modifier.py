@@ -21,8 +21,9 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.expert_record import ExpertRecord
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
+from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
-from rac_modifier.llmcompressor.memory import GroupShape, MemoryNeed, check_memory
+from rac_modifier.llmcompressor.memory import MemoryNeed, check_memory
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer, rounding_of
@@ -149,11 +150,11 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             RacError: naming the module, the bytes needed and free, and what to change.
         """
         by_layer = "layer" in (self.order, self._order.get("order"))
-        need = MemoryNeed.of(self, self.known_share, model, by_layer=by_layer, processes=self._processes.count)
-        shapes = [GroupShape.of(self._names, modules) for modules in groups or [[module] for module in self._names]]
-        if by_layer:
-            shapes = GroupShape.by_layer(model, self._names)
-        check_memory(need, shapes, onload, offload, processes=self._processes.count)
+        names, count = self._names.values(), self._processes.count
+        need = MemoryNeed.of(self, self.known_share, model, names, by_layer=by_layer, processes=count)
+        each = groups or [[module] for module in self._names]
+        shapes = GroupShape.by_layer(model, self._names) if by_layer else GroupShape.by_group(model, self._names, each)
+        check_memory(need, shapes, onload, offload, processes=count)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every module to prune."""
@@ -219,7 +220,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         def solve(some: Sequence[InputGroup]) -> list[list[Pruned]]:
             return solve_groups(self, some, self._names, self._patterns, self._quantizer)
 
-        for group, found in solve_together(groups, self._names, self._processes, solve, self.solver, together):
+        for group, found in solve_together(groups, self._names, self._processes, solve, self.gains_at_once, together):
             for module, pruned in zip(group.modules, found, strict=True):
                 name, record = self._names[module], pruned.record
                 if record["retries"]:
@@ -234,11 +235,11 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                     self._quantizer.store(module, pruned.weight, pruned.scale, pruned.zero_point)
                 if pruned.master is not None:
                     self._masters[name] = pruned.master
-            names = [self._names[module] for module in group.modules]
-            if self._finished is not None and self._processes.is_first:
-                self._finished.add(dict(zip(names, group.modules, strict=True)), self._results, self._masters)
             assert self._progress is not None
-            self._progress.done(names)
+            self._progress.done([self._names[module] for module in group.modules])
+        if self._finished is not None and self._processes.is_first:
+            done = {self._names[module]: module for group in groups for module in group.modules}
+            self._finished.add(done, self._results, self._masters)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Stop watching; a module that no calibration token reached is an error, not a silent gap."""

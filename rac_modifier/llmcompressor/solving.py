@@ -13,16 +13,16 @@ from compressed_tensors.distributed import greedy_bin_packing
 from compressed_tensors.utils import align_module_device
 
 from rac_modifier.errors import RacError
+from rac_modifier.freed_memory import return_freed_memory
 from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
-from rac_modifier.quantization.solve import Quantized, quantize
+from rac_modifier.quantization.solve import PrunedProblem, Quantized, quantize_many
 from rac_modifier.recovery.cells import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
-from rac_modifier.settings.pruning import Method
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def solve_groups(
             weights: list[torch.Tensor] = [module.weight for module in group.modules]  # type: ignore[misc]
             problem = Problem(
                 [w.float() for w in weights] if quantizer else weights,  # quantization rounds to their dtype later
-                group.statistics.hessian.matrix(labels[0]),
+                group.statistics.hessian.matrix(labels[0], take=True),
                 [patterns[label] for label in labels],
                 labels,
-                group.statistics.cross_moment(),
+                group.statistics.cross_moment(take=True),
             )
             problems.append(problem)
         solved = solve_many(
@@ -79,33 +79,32 @@ def solve_groups(
             refit=entry.refit,
             iterations=entry.iterations,
             refit_steps=entry.refit_steps,
+            keep_factor=quantizer is not None,
         )
-        return [
-            _rounded(entry, group, solutions, problem.hessian, quantizer)
-            for group, solutions, problem in zip(groups, solved, problems, strict=True)
-        ]
+        rounded: list[list[Quantized | None]] = [[None] * len(solutions) for solutions in solved]
+        if quantizer is not None and entry.quantization is not None:
+            rounded = quantize_many(
+                [
+                    PrunedProblem(solutions, problem.hessian, [quantizer.grids.get(module) for module in group.modules])
+                    for group, solutions, problem in zip(groups, solved, problems, strict=True)
+                ],
+                dtype=groups[0].modules[0].get_parameter("weight").dtype,
+                dampening_frac=entry.dampening_frac,
+                sweeps=entry.quantization.sweeps,
+            )
+        return [_results(entry, *one, quantizer) for one in zip(groups, solved, rounded, strict=True)]
 
 
-def _rounded(
+def _results(
     entry: PruningEntry,
     group: InputGroup,
     solutions: Sequence[Solution],
-    hessian: torch.Tensor,
+    rounded: Sequence[Quantized | None],
     quantizer: GroupQuantizer | None,
 ) -> list[Pruned]:
     """The results for the modules of a group, in their dtype, quantized if the recipe says so."""
     modules = group.modules
     dtypes: list[torch.dtype] = [module.weight.dtype for module in modules]  # type: ignore[misc]
-    rounded: list[Quantized | None] = [None] * len(solutions)
-    if quantizer is not None and entry.quantization is not None:
-        rounded = quantize(
-            solutions,
-            hessian,
-            [quantizer.grids.get(module) for module in modules],
-            dtype=dtypes[0],
-            dampening_frac=entry.dampening_frac,
-            sweeps=entry.quantization.sweeps,
-        )
     found = []
     for module, solution, result in zip(modules, solutions, rounded, strict=True):
         record = solution.record() | {"tokens": group.statistics.hessian.tokens}
@@ -146,12 +145,12 @@ def solve_together(
     names: Mapping[torch.nn.Module, str],
     processes: Processes,
     solve: Solve,
-    solver: Method,
+    gains_at_once: bool,
     together: int | None = None,
 ) -> Iterator[tuple[InputGroup, list[Pruned]]]:
     """The modules of each group, pruned; in all processes the same, and with any number of processes the same bits.
 
-    Small groups of one shape that follow each other are solved at once where `solver` gains by it, `together` of them. Of
+    Small groups of one shape that follow each other are solved at once where that saves time, `together` of them. Of
     several processes, each has the statistics of its share of the calibration set. These are added up (lane_sum.py), each group
     is solved in one process as it is where there is only one, and the result is sent to the others. The modules of a group stay
     together: with fewer rows, products may be rounded otherwise. No process has the results of a group before each has
@@ -165,7 +164,8 @@ def solve_together(
         _check_same(groups, names, processes)
     for group in groups:
         group.statistics.finish(processes)
-    units = list(_units(groups, solver, together))
+    units = list(_units(groups, gains_at_once, together))
+    return_freed_memory()
     if processes.count == 1:
         for unit in units:
             yield from zip(unit, solve(unit), strict=True)
@@ -182,17 +182,17 @@ def solve_together(
             yield group, _sent(group.modules, solved, rank, processes)
 
 
-def at_once(modules: Sequence[torch.nn.Module], device: torch.device, solver: Method) -> int:
-    """How many groups of this shape are solved at once."""
+def at_once(modules: Sequence[torch.nn.Module], device: torch.device, gains: bool) -> int:
+    """How many groups of this shape are solved at once, where their solver `gains` by it."""
     shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
-    return sparsegpt.at_once(shapes[0][1], sum(rows for rows, _ in shapes), device) if solver == "sparsegpt" else 1
+    return sparsegpt.at_once(shapes[0][1], sum(rows for rows, _ in shapes), device) if gains else 1
 
 
-def _units(groups: Sequence[InputGroup], solver: Method, together: int | None) -> Iterator[list[InputGroup]]:
+def _units(groups: Sequence[InputGroup], gains_at_once: bool, together: int | None) -> Iterator[list[InputGroup]]:
     """The groups in their order; together those that follow each other, have one shape and are solved at once."""
     for _, alike in groupby(groups, lambda group: [module.weight.shape for module in group.modules]):
         some = list(alike)
-        step = together or at_once(some[0].modules, some[0].statistics.hessian.device, solver)
+        step = together or at_once(some[0].modules, some[0].statistics.hessian.device, gains_at_once)
         yield from (some[i : i + step] for i in range(0, len(some), step))
 
 

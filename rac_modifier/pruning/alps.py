@@ -61,7 +61,8 @@ def prune(
 
     `patterns` has one pattern per module. Unstructured: exactly floor(numel * sparsity) weights of each module, anywhere in it;
     N:M, the same for all modules: the N lowest of each group.
-    Memory beside the arguments: 2 d^2 (a matrix and its factor, then its inverse) and 6 buffers like `weight`.
+    Memory beside the arguments: d^2 (a matrix, then its factor and its inverse in the same place), half as much once more where
+    products are bfloat16, and 6 buffers like `weight`.
 
     Returns:
         The mask of what was pruned, bool [d, sum(rows)], and the dampening that the factorisation needed.
@@ -115,14 +116,14 @@ def _solver(hessian: torch.Tensor, dampening: Dampening, rho: float, columns: in
     """A function of x and y that adds (H + dampening + rho diag)^-1 y to x; None when that matrix is not positive definite."""
     matrix = hessian.clone()
     matrix.diagonal().add_(dampening.added).add_(dampening.diagonal, alpha=rho)
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    factor = linalg.cholesky_(matrix)
     del matrix
-    if int(info):
+    if factor is None:
         return None
     bf16 = linalg.bf16_is_fast(hessian.device)
     if not bf16 and hessian.shape[0] > _INVERSE_UP_TO * columns:
-        return lambda x, y: x.add_(torch.cholesky_solve(y, factor))
-    inverse = torch.cholesky_inverse(factor)
+        return lambda x, y: x.add_(linalg.cholesky_solve(y, factor))
+    inverse = torch.cholesky_inverse(factor, out=factor)
     inverse = inverse.bfloat16() if bf16 else inverse
     return lambda x, y: linalg.bf16_addmm(x, inverse, y, bf16=bf16)
 

@@ -104,8 +104,10 @@ class Hessian:
         """Weighted sum of squares of each input [columns]; Wanda's norm is its square root."""
         return self._sums.total.diagonal().clone()
 
-    def matrix(self, name: str = "this module") -> torch.Tensor:
+    def matrix(self, name: str = "this module", *, take: bool = False) -> torch.Tensor:
         """The full symmetric Hessian [columns, columns], scaled by 2 / sum(weights); a new tensor.
+
+        With `take` it is the memory of the sum itself, which is gone from here, so that there is never a second matrix.
 
         Raises:
             RacError: naming the module, when no token was counted or an activation was not finite.
@@ -121,7 +123,7 @@ class Hessian:
                 f"{name}: activations of {bad} of {self.columns} inputs are not finite; "
                 "run the model in bfloat16 or float32, or find the layer that overflows"
             )
-        full = self._sums.total * (2.0 / self.weight_sum)
+        full = (self._sums.take() if take else self._sums.total.clone()).mul_(2.0 / self.weight_sum)
         for start, stop, _ in self._blocks:
             corner = full[start:stop, start:stop]
             corner.copy_(corner.tril() + corner.tril(-1).T)
@@ -195,11 +197,11 @@ class Statistics:
         if self._sums is not None:
             self._sums.finish(processes)
 
-    def cross_moment(self) -> list[torch.Tensor] | None:
-        """C of each module, [rows, d] float32; None when no weights were given."""
+    def cross_moment(self, *, take: bool = False) -> list[torch.Tensor] | None:
+        """C of each module, [rows, d] float32; None when no weights were given. `take` as for `Hessian.matrix`."""
         if self._sums is None or self._weights is None:
             return None
-        scaled = self._sums.total * (2.0 / self.hessian.weight_sum)
+        scaled = (self._sums.take() if take else self._sums.total.clone()).mul_(2.0 / self.hessian.weight_sum)
         if self._before:
             return [weight.to(scaled) @ scaled for weight in self._weights]
         return list(scaled.split(self._rows))

@@ -60,6 +60,12 @@ class LaneSum:
         assert not self._open, "the last lane was not ended"
         return self._total
 
+    def take(self) -> torch.Tensor:
+        """The sum of all lanes, to be changed in place: it is gone from here."""
+        total = self.total
+        self._total = self._lane = None
+        return total
+
     def end_lane(self, processes: Processes) -> None:
         """Add the lane to the sum, in all processes, each with a lane of its own (without a batch, where there are no more)."""
         if processes.count > 1:

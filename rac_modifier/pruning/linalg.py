@@ -86,10 +86,10 @@ class Factor:
     def solve(self, b: torch.Tensor) -> torch.Tensor:
         """`b` [rows, d] times the inverse of the damped Hessian."""
         if self.order is None:
-            return torch.cholesky_solve(b.T.flip(0), self.reversed_lower).flip(0).T
+            return cholesky_solve(b.T.flip(0), self.reversed_lower).flip(0).T
         back = self.order.flip(0)
         solved = torch.empty_like(b)
-        solved[:, back] = torch.cholesky_solve(b.T[back], self.reversed_lower).T
+        solved[:, back] = cholesky_solve(b.T[back], self.reversed_lower).T
         return solved
 
     def block(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,14 +117,26 @@ def factorise(hessian: torch.Tensor, dampening: Dampening, label: str, *, larges
     """
     order = dampening.diagonal.argsort(descending=True, stable=True) if largest_first else None
     back = None if order is None else order.flip(0)
-    damped = hessian.flip(0, 1) if back is None else hessian[back.unsqueeze(1), back]
 
     def attempt(dampening: Dampening) -> torch.Tensor | None:
+        damped = hessian.flip(0, 1) if back is None else hessian[back.unsqueeze(1), back]
         damped.diagonal().copy_(dampening.diagonal.flip(0) if back is None else dampening.diagonal[back])
-        lower, info = torch.linalg.cholesky_ex(damped)
-        return lower if int(info) == 0 else None
+        return cholesky_(damped)
 
     return Factor(*raise_until_it_works(attempt, hessian, dampening, label), order)
+
+
+def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The lower Cholesky factor of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite."""
+    by_columns = matrix.mT  # as LAPACK has it: of a matrix that lies row by row, a second one would be made
+    lower, info = torch.linalg.cholesky_ex(by_columns, out=(by_columns, matrix.new_empty((), dtype=torch.int32)))
+    return lower if int(info) == 0 else None
+
+
+def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """(`lower` `lower`^T)^-1 `b`, for b [d, rows]. torch.cholesky_solve copies `lower` first."""
+    solved = torch.linalg.solve_triangular(lower, b, upper=False)
+    return torch.linalg.solve_triangular(lower.mT, solved, upper=True)
 
 
 def bf16_is_fast(device: torch.device) -> bool:

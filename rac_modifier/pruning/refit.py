@@ -57,6 +57,7 @@ def refit(
     """
     keep = pruned.logical_not().to(weight.dtype)
     weight.mul_(keep)
+    whole = torch.linalg.vecdot(target, target * dampening.diagonal.unsqueeze(1), dim=0)  # before there are buffers
     added, inverse = dampening.added.unsqueeze(1), dampening.diagonal.reciprocal().unsqueeze(1)
 
     direction = target - weight
@@ -66,7 +67,6 @@ def refit(
     rounded = hessian.bfloat16() if bf16 else hessian
     product = torch.mul(residual, inverse)
     energy = torch.linalg.vecdot(residual, product, dim=0)
-    whole = torch.linalg.vecdot(target, target * dampening.diagonal.unsqueeze(1), dim=0)
     goal = tolerance**2 * whole
     direction.copy_(product)
     step, gained = 0, math.inf

@@ -18,7 +18,7 @@ refit and i iterations, the multiply-adds are about
 
     factor of H' d^3 / 6    target d^2 r    sparsegpt d^2 r / 2    alps i (d^3 / 16 + d^2 r)    refit (s + 1) d^2 r
 
-Memory beside the weights: d^2 for a factor, 2 d^2 for ALPS.
+Memory beside the weights: d^2 for a factor, 1.5 d^2 for ALPS.
 
 `solve_many` solves problems of one shape, with an H each, at once: the experts of a layer.
 """
@@ -32,15 +32,7 @@ from typing import Any
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import alps, linalg, scores, sparsegpt
-from rac_modifier.pruning.checks import (
-    check_cross_moment,
-    check_hessian,
-    check_patterns,
-    check_settings,
-    check_weights,
-    is_finite,
-)
+from rac_modifier.pruning import alps, checks, linalg, scores, sparsegpt
 from rac_modifier.pruning.dense_target import target_weights
 from rac_modifier.pruning.linalg import Dampening, Factor, factorise, quadratic_form, stacked
 from rac_modifier.pruning.refit import refit as refit_kept
@@ -153,6 +145,7 @@ def solve_many(
     refit: bool = False,
     iterations: int = ITERATIONS,
     refit_steps: int = REFIT_STEPS,
+    keep_factor: bool = True,
 ) -> list[list[Solution]]:
     """Prune the modules of each problem, which read the same input.
 
@@ -165,17 +158,19 @@ def solve_many(
             the result is the target; wanda and magnitude do not change the weights that they keep, unless `refit` is set.
         block_size: of sparsegpt.
         iterations: of alps.
+        keep_factor: whether solutions have their `factor`; it takes the memory of a Hessian.
 
     Raises:
         RacError: shapes, numbers or a pattern that cannot work, values that are not finite, or a Hessian that cannot be
             factored. No method falls back to another.
     """
-    check_settings(method, block_size, dampening_frac, iterations, refit_steps)
+    checks.check_settings(method, block_size, dampening_frac, iterations, refit_steps)
     works = [_aim(method, problem, dampening_frac) for problem in problems]  # steps 1 and 2
     if method == "sparsegpt":
         _sparsegpt(works, block_size)
-    else:
-        for work in works:
+    for work in works:
+        work.factor = work.factor if keep_factor else None
+        if method != "sparsegpt":
             _choose(method, work, iterations)
     return [_finish(method, work, refit, iterations, refit_steps) for work in works]
 
@@ -186,6 +181,7 @@ class _Work:
 
     given: Problem
     dampening: Dampening
+    damped: bool
     factor: Factor | None
     targets: list[torch.Tensor]
     working: torch.Tensor
@@ -198,11 +194,11 @@ class _Work:
 def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
     """Steps 1 and 2."""
     weights, names, hessian = given.weights, given.names, given.hessian
-    check_weights(weights, names, hessian.shape[0])
+    checks.check_weights(weights, names, hessian.shape[0])
     if given.cross_moment is not None:
-        check_cross_moment(given.cross_moment, weights, names)
-    check_patterns(weights, names, given.patterns)
-    check_hessian(hessian, given.label)
+        checks.check_cross_moment(given.cross_moment, weights, names)
+    checks.check_patterns(weights, names, given.patterns)
+    checks.check_hessian(hessian, given.label)
 
     # 1. Damped Hessian: H' = H + lambda I with lambda = dampening_frac * mean(diag H). Where a step needs the factor U of
     #    H' = U U^T, lambda is raised until it exists.
@@ -221,7 +217,7 @@ def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
     totals = quadratic_form(working, hessian)
     if method not in _SCORES:
         working[dead] = 0.0
-    return _Work(given, dampening, factor, targets, working, totals, dead, dead.unsqueeze(1))
+    return _Work(given, dampening, factor is not None, factor, targets, working, totals, dead, dead.unsqueeze(1))
 
 
 def _sparsegpt(works: Sequence[_Work], block_size: int) -> None:
@@ -278,7 +274,7 @@ def _finish(method: Method, work: _Work, refit: bool, iterations: int, refit_ste
         given.names, given.weights, targets, *columns, *each, strict=True
     ):
         weight = w.T.contiguous().to(before)
-        if not is_finite(weight):
+        if not checks.is_finite(weight):
             raise RacError(f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({work.dampening.frac})")
         change, whole = max(float(error.sum()), 0.0), float(total.sum())  # rounding can make a zero error negative
         solution = Solution(
@@ -288,7 +284,7 @@ def _finish(method: Method, work: _Work, refit: bool, iterations: int, refit_ste
             target=target,
             error=change,
             relative_error=change / whole if whole > 0 else 0.0,
-            dampening_used=work.dampening.frac if work.factor or fitted else 0.0,
+            dampening_used=work.dampening.frac if work.damped or fitted else 0.0,
             retries=work.dampening.retries,
             dead_inputs=int(work.dead.sum()),
             iterations=iterations if method == "alps" else 0,

@@ -1,7 +1,7 @@
 """The values that a quantized weight can have: (code - zero point) times scale, with one of each per row or group of columns.
 
 A symmetric grid has no zero points: they are 0. Weights are transposed here, [d, rows], as in the solvers; scales and zero points
-are [groups, rows].
+are [groups, rows]. All may have a leading dimension: several problems.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Grid:
 
     def column_scales(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
         """[groups, rows] to [columns, rows]: the scale of every weight."""
-        return scales.repeat_interleave(self.group_size or columns, dim=0)[:columns]
+        return scales.repeat_interleave(self.group_size or columns, dim=-2)[..., :columns, :]
 
     def round_(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
         """Round `weight` in place to the nearest point of the grid, (code - `zero`) `scale`; both broadcast. Returns it."""
@@ -82,7 +82,7 @@ class Steps:
 
     def of(self, column: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and zero point, [rows], of one column or group."""
-        return self.scale[column], None if self.zero is None else self.zero[column]
+        return self.scale.select(-2, column), None if self.zero is None else self.zero.select(-2, column)
 
 
 def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype) -> Steps:
@@ -91,21 +91,21 @@ def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dt
     `weight` is [d, rows] with zeros where pruned, `importance` [d] the diagonal of the Hessian. Minimises
     sum_j importance_j (w_j - round(w_j))^2 over scales between half and all of max|w| / half_range.
     """
-    d, rows = weight.shape
+    *several, d, rows = weight.shape
     size = grid.group_size or d
-    result = weight.new_empty(grid.groups(d), rows)
+    result = weight.new_empty(*several, grid.groups(d), rows)
     for group, start in enumerate(range(0, d, size)):
-        part, weights = weight[start : start + size], importance[start : start + size].unsqueeze(1)
-        largest = part.abs().amax(dim=0) / grid.half_range
+        part, weights = weight[..., start : start + size, :], importance[..., start : start + size].unsqueeze(-1)
+        largest = part.abs().amax(dim=-2) / grid.half_range
         largest = torch.where(largest == 0, 1.0, largest)  # a group of zeros only: any scale is right
         least = torch.full_like(largest, torch.inf)
         for step in range(_STEPS):
             shrink = _SHRINK[1] - (_SHRINK[1] - _SHRINK[0]) * step / (_STEPS - 1)
             scale = stored(largest * shrink, dtype)
-            error = grid.round_(part.clone(), scale).sub_(part).square_().mul_(weights).sum(dim=0)
+            error = grid.round_(part.clone(), scale.unsqueeze(-2)).sub_(part).square_().mul_(weights).sum(dim=-2)
             better = error < least
             least = torch.where(better, error, least)
-            result[group] = torch.where(better, scale, result[group])
+            result[..., group, :] = torch.where(better, scale, result[..., group, :])
     return Steps(result)
 
 

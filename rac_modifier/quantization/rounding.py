@@ -11,9 +11,16 @@ weight W that the refit gave.
 2. *Coordinate descent.* R does not depend on the mask, so the corrections that pruned weights received were not placed best.
    Each sweep sets every kept weight, with the others fixed, to the grid point nearest to the minimum of the error along it,
    q_j - ((Q - T) H)_j / H_jj. The error falls with each move, and only kept weights move.
+
+Both take several problems of one shape: the experts of a mixture. What is done for each input, on a row of weights, is done for
+all problems at once, because its calls take longer than its work; matrix products are taken problem by problem. So each problem
+gets the bits that it gets alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -24,30 +31,45 @@ _BLOCK = 128
 _SUB_BLOCK = 32
 
 
-def gptq(weight: torch.Tensor, keep: torch.Tensor, steps: Steps, grid: Grid, factor: Factor) -> None:
-    """Round `weight` [d, rows] in place; `keep` [d, rows] in its dtype: 1.0 = kept, 0.0 = pruned; `steps` of every weight."""
-    d = weight.shape[0]
-    order = torch.arange(d, device=weight.device) if factor.order is None else factor.order
-    at = order.tolist()
+def gptq(weight: torch.Tensor, keep: torch.Tensor, steps: Steps, grid: Grid, factors: Sequence[Factor]) -> None:
+    """Round `weight` [problems, d, rows] in place, with a factor for each problem.
+
+    `keep` is in its shape and dtype: 1.0 = kept, 0.0 = pruned. `steps` are those of every weight.
+    """
+    orders = [factor.order for factor in factors if factor.order is not None]
+    if orders:
+        sorted_weight, sorted_keep = _sorted(weight, orders), _sorted(keep, orders)
+        zero = None if steps.zero is None else _sorted(steps.zero, orders)
+        own = [replace(factor, order=None) for factor in factors]
+        gptq(sorted_weight, sorted_keep, Steps(_sorted(steps.scale, orders), zero), grid, own)
+        for each, order, result in zip(weight, orders, sorted_weight, strict=True):
+            each[order] = result
+        return
+    d = weight.shape[1]
     change = torch.empty_like(weight)  # D = W - Q of the inputs that are done, in reversed order like the factor
     for start in range(0, d, _BLOCK):
         stop = min(start + _BLOCK, d)
-        these, here, before = order[start:stop], slice(d - stop, d - start), slice(d - start, d)
-        _, r = factor.block(start, stop)
-        passed_on = (factor.reversed_lower[before, here].T @ change[before]).flip(0)
-        given = weight[these]
-        block = torch.addmm(given, r.T, passed_on)
+        here, before = slice(d - stop, d - start), slice(d - start, d)
+        r = torch.stack([factor.block(start, stop)[1] for factor in factors])
+        block = torch.empty_like(weight[:, start:stop])
+        for number, factor in enumerate(factors):
+            passed_on = (factor.reversed_lower[before, here].T @ change[number, before]).flip(0)
+            torch.addmm(weight[number, start:stop], r[number].T, passed_on, out=block[number])
         errors = torch.empty_like(block)
+        rows, kept, errors_of = (x.unbind(1) for x in (block, keep[:, start:stop], errors))
+        diagonal = r.diagonal(dim1=1, dim2=2).split(1, dim=1)
         for first in range(0, stop - start, _SUB_BLOCK):
             last = min(first + _SUB_BLOCK, stop - start)
             for j in range(first, last):
-                rounded = grid.round_(block[j].clone(), *steps.of(at[start + j])).mul_(keep[at[start + j]])
-                error = torch.sub(block[j], rounded, out=errors[j]).div_(r[j, j])
-                block[j] = rounded
-                block[j + 1 : last].addr_(r[j, j + 1 : last], error, alpha=-1)
-            block[last:].addmm_(r[first:last, last:].T, errors[first:last], alpha=-1)
-        change[here] = (given - block).flip(0)
-        weight[these] = block
+                rounded = grid.round_(rows[j].clone(), *steps.of(start + j)).mul_(kept[j])
+                error = torch.sub(rows[j], rounded, out=errors_of[j]).div_(diagonal[j])
+                rows[j].copy_(rounded)
+                _add_outer(block[:, j + 1 : last], r[:, j, j + 1 : last], error, -1)
+            for number in range(len(factors)):
+                r_last = r[number, first:last, last:].T
+                block[number, last:].addmm_(r_last, errors[number, first:last], alpha=-1)
+        change[:, here] = (weight[:, start:stop] - block).flip(1)
+        weight[:, start:stop] = block
 
 
 def descend(
@@ -56,26 +78,42 @@ def descend(
     keep: torch.Tensor,
     steps: Steps,
     grid: Grid,
-    hessian: torch.Tensor,
-    dampening: Dampening,
+    hessians: Sequence[torch.Tensor],
+    dampenings: Sequence[Dampening],
     sweeps: int,
 ) -> None:
-    """Coordinate descent from `weight` [d, rows] (on the grid, zero where `keep` is) towards `target`, in place."""
-    d = weight.shape[0]
-    inverse = dampening.diagonal.double().reciprocal().tolist()  # on a GPU, a number per input would be waited for
+    """Coordinate descent from `weight` [problems, d, rows] (on the grid, zero where `keep` is) towards `target`, in place."""
+    d = weight.shape[1]
+    added = torch.stack([dampening.added for dampening in dampenings])
+    inverse = torch.stack([dampening.diagonal for dampening in dampenings]).double().reciprocal().to(weight)
     for _ in range(sweeps):
         for start in range(0, d, _BLOCK):
             stop = min(start + _BLOCK, d)
-            gradient = hessian[start:stop] @ (weight - target)
-            gradient.addcmul_(dampening.added[start:stop].unsqueeze(1), weight[start:stop] - target[start:stop])
-            local = hessian[start:stop, start:stop]
+            gradient = torch.empty_like(weight[:, start:stop])
+            for number, hessian in enumerate(hessians):
+                torch.mm(hessian[start:stop], weight[number] - target[number], out=gradient[number])
+            gradient.addcmul_(added[:, start:stop, None], weight[:, start:stop] - target[:, start:stop])
+            local = torch.stack([hessian[start:stop, start:stop] for hessian in hessians])
             moves = torch.empty_like(gradient)
+            here = (x[:, start:stop] for x in (weight, keep, inverse.unsqueeze(2)))
+            rows, kept, step, slope, moves_of = (x.unbind(1) for x in (*here, gradient, moves))
             for first in range(0, stop - start, _SUB_BLOCK):
                 last = min(first + _SUB_BLOCK, stop - start)
                 for j in range(first, last):
-                    best = torch.sub(weight[start + j], gradient[j], alpha=inverse[start + j])
-                    best = grid.round_(best, *steps.of(start + j)).mul_(keep[start + j])
-                    torch.sub(best, weight[start + j], out=moves[j])
-                    weight[start + j] = best
-                    gradient[j + 1 : last].addr_(local[j, j + 1 : last], moves[j])
-                gradient[last:].addmm_(local[first:last, last:].T, moves[first:last])
+                    best = torch.addcmul(rows[j], slope[j], step[j], value=-1)
+                    best = grid.round_(best, *steps.of(start + j)).mul_(kept[j])
+                    move = torch.sub(best, rows[j], out=moves_of[j])
+                    rows[j].copy_(best)
+                    _add_outer(gradient[:, j + 1 : last], local[:, j, j + 1 : last], move, 1)
+                for number in range(len(hessians)):
+                    gradient[number, last:].addmm_(local[number, first:last, last:].T, moves[number, first:last])
+
+
+def _sorted(x: torch.Tensor, orders: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`x` [problems, d, rows] with the inputs of each problem in its order; a new tensor."""
+    return torch.stack([each[order] for each, order in zip(x, orders, strict=True)])
+
+
+def _add_outer(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sign: int) -> None:
+    """`out` [problems, n, rows] += `sign` `a` [problems, n] times `b` [problems, rows]."""
+    out.addcmul_(a.unsqueeze(2), b.unsqueeze(1), value=sign)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.checks import check_hessian, check_weights, is_finite
-from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, stacked
+from rac_modifier.pruning.linalg import Dampening, Factor, factorise, quadratic_form, stacked
 from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.grid import Grid, search_scales
 from rac_modifier.quantization.rounding import descend, gptq
@@ -34,7 +34,21 @@ class Quantized:
     zero_point: torch.Tensor | None = None
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class PrunedProblem:
+    """A problem that was pruned: its modules, the Hessian [d, d] that the pruning used, and a grid for each module or None."""
+
+    solutions: Sequence[Solution]
+    hessian: torch.Tensor
+    grids: Sequence[Grid | None]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for problems that can be rounded at once."""
+        ordered = [s.factor is None or s.factor.order is not None for s in self.solutions[:1]]
+        return (tuple(self.hessian.shape), *(tuple(s.weight.shape) for s in self.solutions), *self.grids, *ordered)
+
+
 def quantize(
     solutions: Sequence[Solution],
     hessian: torch.Tensor,
@@ -44,65 +58,102 @@ def quantize(
     dampening_frac: float = 0.01,
     sweeps: int = SWEEPS,
 ) -> list[Quantized | None]:
-    """Round the pruned modules of `solutions` to their `grids`, one per module; a module with None is left as it is.
+    """Round the modules of one problem; `quantize_many` says how."""
+    problem = PrunedProblem(solutions, hessian, grids)
+    return quantize_many([problem], dtype=dtype, dampening_frac=dampening_frac, sweeps=sweeps)[0]
+
+
+@torch.no_grad()
+def quantize_many(
+    problems: Sequence[PrunedProblem], *, dtype: torch.dtype, dampening_frac: float = 0.01, sweeps: int = SWEEPS
+) -> list[list[Quantized | None]]:
+    """Round the pruned modules of each problem to their grids; a module with None is left as it is.
 
     The outputs are to stay those of the targets (rounding.py has the equations), and only weights that the masks keep
-    become nonzero. `hessian` [d, d] float32 is the one that the pruning used. Scales and zero points are chosen on the weights
-    and the diagonal of the Hessian (grid.py, zero_points.py). Scales are exact in `dtype`, which is the dtype of the weights
-    and scales returned.
+    become nonzero. Scales and zero points are chosen on the weights and the diagonal of the Hessian (grid.py, zero_points.py).
+    Scales are exact in `dtype`, which is the dtype of the weights and scales returned. Problems of one shape with the same grids
+    are rounded at once, with the bits of one after the other.
 
     Raises:
         RacError: shapes or numbers that cannot work, or a result that `dtype` cannot hold.
     """
-    check_weights([s.weight for s in solutions], [s.name for s in solutions], hessian.shape[0])
-    check_hessian(hessian, ", ".join(s.name for s in solutions))
-    results: list[Quantized | None] = [None] * len(solutions)
-    for grid in dict.fromkeys(grid for grid in grids if grid is not None):
-        members = [i for i, other in enumerate(grids) if other == grid]
-        rounded = _on_one_grid([solutions[i] for i in members], hessian, grid, dtype, dampening_frac, sweeps)
-        for i, result in zip(members, rounded, strict=True):
-            results[i] = result
+    for problem in problems:
+        names = [s.name for s in problem.solutions]
+        check_weights([s.weight for s in problem.solutions], names, problem.hessian.shape[0])
+        check_hessian(problem.hessian, ", ".join(names))
+    results: list[list[Quantized | None]] = [[None] * len(problem.solutions) for problem in problems]
+    kinds = {problem.kind for problem in problems}
+    for part in [range(len(problems))] if len(kinds) == 1 else [[number] for number in range(len(problems))]:
+        grids = problems[part[0]].grids
+        for grid in dict.fromkeys(grid for grid in grids if grid is not None):
+            members = [i for i, other in enumerate(grids) if other == grid]
+            some = [replace(problems[n], solutions=[problems[n].solutions[i] for i in members]) for n in part]
+            for number, rounded in zip(part, _on_one_grid(some, grid, dtype, dampening_frac, sweeps), strict=True):
+                for i, result in zip(members, rounded, strict=True):
+                    results[number][i] = result
     return results
 
 
 def _on_one_grid(
-    solutions: Sequence[Solution],
-    hessian: torch.Tensor,
-    grid: Grid,
-    dtype: torch.dtype,
-    dampening_frac: float,
-    sweeps: int,
-) -> list[Quantized]:
-    names, d = [s.name for s in solutions], hessian.shape[0]
+    problems: Sequence[PrunedProblem], grid: Grid, dtype: torch.dtype, dampening_frac: float, sweeps: int
+) -> list[list[Quantized]]:
+    """The modules of problems of one shape."""
+    hessians = [problem.hessian for problem in problems]
+    d = hessians[0].shape[0]
     if grid.group_size and d % grid.group_size:
         raise RacError(
-            f"{names[0]}: {d} inputs are no multiple of the group_size {grid.group_size}; set a group_size "
+            f"{problems[0].solutions[0].name}: {d} inputs are no multiple of the group_size {grid.group_size}; set a group_size "
             "that divides them (config_groups), or add the module to ignore"
         )
-    factor = solutions[0].factor
-    if factor is None:
-        factor = factorise(hessian, Dampening.of(hessian, dampening_frac), ", ".join(names), largest_first=True)
-    keep = stacked([s.mask.to(hessian.dtype) for s in solutions], hessian)
-    target = stacked([s.target for s in solutions], hessian)
-    working = stacked([s.weight for s in solutions], hessian).mul_(keep)
+    factors = [_factor(problem, dampening_frac) for problem in problems]
+    keep = _together(problems, lambda s: s.mask.to(hessians[0].dtype))
+    target = _together(problems, lambda s: s.target)
+    working = _together(problems, lambda s: s.weight).mul_(keep)
     search = search_scales if grid.symmetric else search_zero_points
-    steps = search(working, grid, factor.dampening.diagonal, dtype)
+    steps = search(working, grid, torch.stack([f.dampening.diagonal for f in factors]), dtype)
     spread = steps.spread(grid, d)
-    gptq(working, keep, spread, grid, factor)
-    descend(working, target, keep, spread, grid, hessian, factor.dampening, sweeps)
+    gptq(working, keep, spread, grid, factors)
+    descend(working, target, keep, spread, grid, hessians, [f.dampening for f in factors], sweeps)
     working.add_(0.0)  # turns -0.0 into 0.0: the sparse layouts would store -0.0, and 8-bit floats have it
+    zeros = [None] * len(problems) if steps.zero is None else steps.zero
+    each = zip(problems, working, target, steps.scale, zeros, strict=True)
+    return [_results(*one, dtype, dampening_frac) for one in each]
 
-    rows = [s.weight.shape[0] for s in solutions]
-    totals = quadratic_form(target, hessian)
-    errors = quadratic_form(target.sub_(working), hessian)
-    zeros: Sequence[torch.Tensor | None] = [None] * len(rows)
-    if steps.zero is not None:
-        zeros = steps.zero.to(torch.int8).split(rows, 1)
+
+def _factor(problem: PrunedProblem, dampening_frac: float) -> Factor:
+    """That of the pruning, where it needed one."""
+    hessian, names = problem.hessian, ", ".join(s.name for s in problem.solutions)
+    found = problem.solutions[0].factor
+    return found or factorise(hessian, Dampening.of(hessian, dampening_frac), names, largest_first=True)
+
+
+def _together(problems: Sequence[PrunedProblem], part: Callable[[Solution], torch.Tensor]) -> torch.Tensor:
+    """A part of all solutions [problems, d, rows]; of one problem, no second copy."""
+    found = [stacked([part(s) for s in problem.solutions], problem.hessian) for problem in problems]
+    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+
+
+def _results(
+    problem: PrunedProblem,
+    working: torch.Tensor,
+    target: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    dtype: torch.dtype,
+    dampening_frac: float,
+) -> list[Quantized]:
+    """Of one problem, from its weights, targets [d, rows], scales and zero points [groups, rows]; `target` is overwritten."""
+    rows = [s.weight.shape[0] for s in problem.solutions]
+    totals = quadratic_form(target, problem.hessian)
+    errors = quadratic_form(target.sub_(working), problem.hessian)
+    of_modules: Sequence[torch.Tensor | None] = [None] * len(rows)
+    if zeros is not None:
+        of_modules = zeros.to(torch.int8).split(rows, 1)
     results = []
     for name, w, scale, zero, error, total in zip(
-        names,
-        *(x.split(rows, 1) for x in (working, steps.scale)),
-        zeros,
+        [s.name for s in problem.solutions],
+        *(x.split(rows, 1) for x in (working, scales)),
+        of_modules,
         *(x.split(rows) for x in (errors, totals)),
         strict=True,
     ):

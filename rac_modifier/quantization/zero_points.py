@@ -23,12 +23,13 @@ def search_zero_points(weight: torch.Tensor, grid: Grid, importance: torch.Tenso
     As `grid.search_scales`, over both ends of the range: minimises sum_j importance_j (w_j - (c_j - z) s)^2 over zero points z
     near the one whose range fits that of the group, and scales s.
     """
-    d, rows = weight.shape
+    *several, d, rows = weight.shape
     size = grid.group_size or d
-    scales, zeros = (weight.new_empty(grid.groups(d), rows) for _ in range(2))
+    scales, zeros = (weight.new_empty(*several, grid.groups(d), rows) for _ in range(2))
     for group, start in enumerate(range(0, d, size)):
-        scales[group], zeros[group] = _search(
-            weight[start : start + size], grid, importance[start : start + size].unsqueeze(1), dtype
+        columns = slice(start, start + size)
+        scales[..., group, :], zeros[..., group, :] = _search(
+            weight[..., columns, :], grid, importance[..., columns].unsqueeze(-1), dtype
         )
     return Steps(scales, zeros)
 
@@ -36,9 +37,9 @@ def search_zero_points(weight: torch.Tensor, grid: Grid, importance: torch.Tenso
 def _search(
     part: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point [rows] of one group of columns, `part` [columns, rows]; `importance` [columns, 1]."""
+    """Scale and zero point [..., rows] of one group of columns, `part` [..., columns, rows]; `importance` [..., columns, 1]."""
     lowest, highest = grid.lowest, -grid.lowest - 1
-    low, high = part.amin(dim=0).clamp_(max=0.0), part.amax(dim=0).clamp_(min=0.0)
+    low, high = part.amin(dim=-2).clamp_(max=0.0), part.amax(dim=-2).clamp_(min=0.0)
     finest = (high - low) / (highest - lowest)
     finest = torch.where(finest == 0, 1.0, finest)  # a group of zeros only: any scale is right
     count = min(1 << grid.bits, 2 * _NEAR + 1)
@@ -53,7 +54,8 @@ def _search(
         covering = torch.where(covering == 0, finest, covering)
         for step in range(_STEPS):
             scale = stored(covering * (1 - (1 - _LEAST_SHARE) * step / (_STEPS - 1)), dtype)
-            error = grid.round_(part.clone(), scale, zero).sub_(part).square_().mul_(importance).sum(dim=0)
+            rounded = grid.round_(part.clone(), scale.unsqueeze(-2), zero.unsqueeze(-2))
+            error = rounded.sub_(part).square_().mul_(importance).sum(dim=-2)
             better = error < least
             least = torch.where(better, error, least)
             best_scale = torch.where(better, scale, best_scale)

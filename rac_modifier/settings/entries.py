@@ -100,6 +100,11 @@ class PruningEntry(CalibrationEntry, PruningSettings):
         None, description="train the kept weights after pruning, with the mask fixed; default: no training"
     )
 
+    @property
+    def gains_at_once(self) -> bool:
+        """Whether small problems are solved faster at once: by SparseGPT and by rounding, which take one input at a time."""
+        return self.solver == "sparsegpt" or self.quantization is not None
+
     def idle_settings(self) -> Idle:
         """The settings that have no effect beside the others, and why."""
         idle = idle_calibration(self.traces, self.calibration) | idle_pruning(self)

@@ -55,6 +55,15 @@ class QuantizationSettings(Settings):
         SWEEPS, ge=0, description="passes of coordinate descent over the rounded weights; 0: GPTQ alone"
     )
 
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether weights of any scheme have zero points."""
+        presets = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ())
+        weights = [group.get("weights") or {} for group in (self.config_groups or {}).values()]
+        return any(name.upper().endswith("_ASYM") for name in presets) or any(
+            each.get("symmetric") is False for each in weights
+        )
+
     @model_validator(mode="after")
     def _names_are_known(self) -> QuantizationSettings:
         if (self.scheme is None) == (self.config_groups is None):

@@ -182,6 +182,48 @@ def test_a_killed_run_goes_on_between_two_experts(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "settings", [{"solver": "sparsegpt"}, {"solver": "sparsegpt", "reconstruct": "pruned"}], ids=str
+)
+def test_a_run_killed_among_experts_that_were_solved_at_once_ends_with_the_same_bytes(tmp_path, monkeypatch, settings):
+    """Gate and up of all four are one product per step: solved again without those that were put back, they would have other
+    bits. So none of them counts until all are there."""
+    from rac_modifier.llmcompressor import finished_groups, solving
+    from rac_modifier.llmcompressor.progress import PruningProgress
+
+    monkeypatch.setattr(finished_groups, "_SAVE_SECONDS", 0.0)
+    solved, inner = [], solving.solve_many
+
+    def counted(method, problems, **options):
+        solved.append([name.removeprefix("model.layers.") for problem in problems for name in problem.names])
+        return inner(method, problems, **options)
+
+    monkeypatch.setattr(solving, "solve_many", counted)
+    folder, _ = run(tmp_path, **settings)
+    undisturbed, expected = list(solved), weights_of(folder)
+    assert [len(names) for names in undisturbed[:4]] == [3, 1, 2 * EXPERTS, EXPERTS]
+
+    done, calls = PruningProgress.done, []
+
+    def killed(self, names):
+        calls.append(names)
+        if len(calls) == 2 + 2:  # q/k/v, o, and two of the four experts' gate and up are put back
+            raise KeyboardInterrupt
+        done(self, names)
+
+    monkeypatch.setattr(PruningProgress, "done", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, name="killed", **settings)
+    solved.clear()
+    folder, _ = run(tmp_path, name="killed", **settings)
+    assert solved == undisturbed[2:]
+    assert weights_of(folder) == expected
+
+
+def weights_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
 def test_each_layer_is_calibrated_under_the_models_own_attention(pruned):
     """Upstream's tracer loses which attention is in force where a config is passed on, and with it the causal mask."""
     _, model = pruned

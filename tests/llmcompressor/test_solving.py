@@ -65,7 +65,7 @@ def pruned(modules, batches, processes, slow=None):
         own = [*own, (batches[0][0][:0], batches[0][1][:0])]
     groups = groups_of(modules, own, processes)
     found = {}
-    for group, results in solve_together(groups, names, processes, solve, "sparsegpt"):
+    for group, results in solve_together(groups, names, processes, solve, True):
         found |= zip((names[module] for module in group.modules), results, strict=True)
     return found, solved
 
@@ -109,7 +109,7 @@ def test_scales_masters_and_records_reach_all(modules, batches):
         groups = groups_of(modules, batches, processes)
         return {
             names[module]: one
-            for group, results in solve_together(groups, names, processes, solve, "sparsegpt")
+            for group, results in solve_together(groups, names, processes, solve, True)
             for module, one in zip(group.modules, results, strict=True)
         }
 
@@ -133,12 +133,17 @@ def test_small_groups_of_one_shape_that_follow_each_other_are_solved_at_once(mon
     """At most two of 8 rows: of the first three, and of the last two. The one of 16 rows between them is alone."""
     monkeypatch.setattr(sparsegpt, "_AT_ONCE_ON_CPU", 2 * COLUMNS * 8 + 1)
     modules = {str(i): torch.nn.Linear(COLUMNS, rows, bias=False) for i, rows in enumerate((8, 8, 8, 16, 8, 8))}
-    names, groups = {}, []
-    for i, (name, module) in enumerate(modules.items()):
-        names[module] = name
-        groups.append(InputGroup([module], Statistics(COLUMNS, "cpu", [module.weight.detach()])))
-        for x, dense in batches:
-            groups[-1].statistics.add(x * (1 + i), torch.ones(len(x)), dense)
+    names = {module: name for name, module in modules.items()}
+
+    def made():
+        groups = []
+        for i, module in enumerate(modules.values()):
+            groups.append(InputGroup([module], Statistics(COLUMNS, "cpu", [module.weight.detach()])))
+            for x, dense in batches:
+                groups[-1].statistics.add(x * (1 + i), torch.ones(len(x)), dense)
+            groups[-1].statistics.finish(Processes())
+        return groups
+
     entry = ENTRY.model_copy(update={"solver": solver})
     patterns, calls = dict.fromkeys(modules, Pattern.n_of_m(2, 4)), []
 
@@ -147,14 +152,15 @@ def test_small_groups_of_one_shape_that_follow_each_other_are_solved_at_once(mon
         return solve_groups(entry, some, names, patterns, None)
 
     found = {
-        names[group.modules[0]]: one for group, (one,) in solve_together(groups, names, Processes(), solve, solver)
+        names[group.modules[0]]: one
+        for group, (one,) in solve_together(made(), names, Processes(), solve, entry.gains_at_once)
     }
     assert calls == expected
     if solver == "sparsegpt":  # so many at a time where that is asked for
         calls.clear()
-        list(solve_together(groups[:3], names, Processes(), solve, solver, together=1))
+        list(solve_together(made()[:3], names, Processes(), solve, entry.gains_at_once, together=1))
         assert calls == [1, 1, 1]
-    for name, group in zip(modules, groups, strict=True):
+    for name, group in zip(modules, made(), strict=True):
         ((alone,),) = solve_groups(entry, [group], names, patterns, None)
         assert found[name].record["name"] == name
         assert torch.equal(found[name].weight != 0, alone.weight != 0)
@@ -173,7 +179,7 @@ def test_processes_that_calibrated_other_modules_are_refused(modules, batches, w
     def step(groups, processes):
         if when == "at the end of a lane":
             end_lanes(groups, names, processes, 1)
-        return list(solve_together(groups, names, processes, lambda some: [], "sparsegpt"))
+        return list(solve_together(groups, names, processes, lambda some: [], gains_at_once=True))
 
     def run(processes):
         groups = groups_of(modules, [])[: 2 - processes.rank]

@@ -23,6 +23,11 @@ def wide_problem(name: str):
     return grid, weight, keep, target, hessian, steps
 
 
+def alone(steps: Steps) -> Steps:
+    """As those of one problem."""
+    return Steps(steps.scale[None], None if steps.zero is None else steps.zero[None])
+
+
 def point(grid: Grid, column: torch.Tensor, steps: Steps, j: int) -> torch.Tensor:
     """The points of the grid nearest to a column [rows], from codes that begin at 0 where there are zero points."""
     if steps.zero is None:
@@ -53,10 +58,8 @@ def test_gptq_is_the_papers_column_loop(name, largest_first):
     grid, weight, keep, _, hessian, steps = wide_problem(name)
     working = weight.T.clone()
     damped = dampened(hessian, 0.01)
-    gptq(
-        working, keep.T.double(), steps, grid,
-        factorise(hessian, Dampening.of(hessian, 0.01), "w", largest_first=largest_first),
-    )  # fmt: skip
+    factor = factorise(hessian, Dampening.of(hessian, 0.01), "w", largest_first=largest_first)
+    gptq(working[None], keep.T.double()[None], alone(steps), grid, [factor])
     order = sorted(range(D), key=lambda j: -float(hessian[j, j])) if largest_first else list(range(D))
     ordered = Steps(steps.scale[order], None if steps.zero is None else steps.zero[order])
     slow = torch.empty_like(weight)
@@ -81,7 +84,8 @@ def test_a_sweep_is_coordinate_descent_over_the_kept_weights(name):
     slow = start.T
     for sweeps in (1, 2):
         working = start.clone()
-        descend(working, target.T, keep.T.double(), steps, grid, hessian, Dampening.of(hessian, 0.01), sweeps)
+        kept, dampening = keep.T.double()[None], Dampening.of(hessian, 0.01)
+        descend(working[None], target.T[None], kept, alone(steps), grid, [hessian], [dampening], sweeps)
         slow = slow_sweep(slow, target, keep, steps, grid, damped)
         assert_near(working.T, slow, solve_tolerance(damped, torch.float64))
         assert not working.T[~keep].any()
@@ -93,5 +97,6 @@ def test_no_sweep_changes_nothing():
     grid, weight, keep, target, hessian, steps = wide_problem("int8")
     start = grid.round_(weight.T.clone(), steps.scale)
     working = start.clone()
-    descend(working, target.T, keep.T.double(), steps, grid, hessian, Dampening.of(hessian, 0.01), 0)
+    kept, dampening = keep.T.double()[None], Dampening.of(hessian, 0.01)
+    descend(working[None], target.T[None], kept, alone(steps), grid, [hessian], [dampening], 0)
     assert torch.equal(working, start)

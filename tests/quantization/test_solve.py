@@ -12,8 +12,9 @@ from rac_modifier.errors import RacError
 from rac_modifier.pruning import Pattern
 from rac_modifier.pruning import solve as prune
 from rac_modifier.pruning.linalg import Dampening, factorise
+from rac_modifier.quantization import solve
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solve import quantize
+from rac_modifier.quantization.solve import PrunedProblem, quantize, quantize_many
 from tests.pruning.pruning_reference import assert_near, dampened, quadratic_tolerance
 from tests.quantization.quantization_reference import GRIDS, error_of, nearest, problem, solved
 
@@ -42,6 +43,54 @@ def test_upstream_saves_exactly_the_codes_that_were_chosen(name, dtype):
     assert torch.equal((codes.double() * spread).to(dtype), result.weight)
     assert not codes.double()[~keep].any()
     assert codes.double()[keep].any()
+
+
+@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "in the order of rounding alone"])
+@pytest.mark.parametrize("name", [*GRIDS, "zero points"])
+def test_problems_that_are_rounded_at_once_get_the_bits_that_they_get_alone(name, pruned, monkeypatch):
+    """Each has two modules of an odd number of rows, one of them on another grid; the others' weights do not matter."""
+    grids = [GRIDS.get(name, Grid("int", 4, 16, symmetric=False)), Grid("int", 8, 16)]
+    problems, calls, inner = [], [], solve.gptq
+
+    def counted(weight, *args):
+        calls.append(weight.shape)
+        return inner(weight, *args)
+
+    monkeypatch.setattr(solve, "gptq", counted)
+    for seed in range(3):
+        weight, keep, target, hessian = problem(rows=50, d=176, seed=seed, sparsity=0.5 * pruned)
+        factor = factorise(hessian, Dampening.of(hessian, 0.01 * (1 + seed)), "w") if pruned else None
+        parts = zip("ab", *(t.split([37, 13]) for t in (weight, keep, target)), strict=True)
+        found = [replace(solved(w, k, t, module), factor=factor) for module, w, k, t in parts]
+        problems.append(PrunedProblem(found, hessian, grids))
+    together = quantize_many(problems, dtype=torch.bfloat16)
+    assert calls == [(3, 176, 37), (3, 176, 13)]
+    for one, results in zip(problems, together, strict=True):
+        alone = quantize(one.solutions, one.hessian, grids, dtype=torch.bfloat16)
+        for a, b in zip(alone, results, strict=True):
+            assert torch.equal(a.weight, b.weight)
+            assert torch.equal(a.scale, b.scale)
+            assert (a.zero_point is None) == (b.zero_point is None)
+            assert a.zero_point is None or torch.equal(a.zero_point, b.zero_point)
+            assert a.relative_error == b.relative_error
+    assert not torch.equal(together[0][0].weight, together[1][0].weight)
+
+
+def test_problems_of_other_shapes_or_grids_are_rounded_one_after_the_other():
+    grid, problems = Grid("int", 4, 16), []
+    for rows, of_second in ((8, grid), (12, grid), (8, None)):
+        weight, keep, target, hessian = problem(rows=rows, seed=rows)
+        solutions = [solved(weight, keep, target, "a"), solved(weight, keep, target, "b")]
+        problems.append(PrunedProblem(solutions, hessian, [grid, of_second]))
+    found = quantize_many(problems, dtype=torch.float32)
+    assert [[None if one is None else len(one.weight) for one in results] for results in found] == [
+        [8, 8],
+        [12, 12],
+        [8, None],
+    ]
+    for one, results in zip(problems, found, strict=True):
+        alone = quantize(one.solutions, one.hessian, one.grids, dtype=torch.float32)
+        assert torch.equal(alone[0].weight, results[0].weight)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
