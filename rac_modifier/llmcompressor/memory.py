@@ -43,8 +43,8 @@ from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
 
 _FLOAT32, _CPU = 4, torch.device("cpu")
-# Blocks of many sizes leave gaps in glibc's heap, so that a process takes more pages than its blocks need (how well the prediction
-# fits then: docs/results/scale.md). Activations are kept with hardly any, in blocks of a few sizes.
+# Blocks of many sizes leave gaps in glibc's heap, so that a process takes more pages than its blocks need
+# (docs/results/scale.md has how well the prediction fits then). Activations are kept with hardly any, in blocks of a few sizes.
 _WITH_GAPS = 1.15
 
 
