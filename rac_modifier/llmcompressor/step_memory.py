@@ -13,6 +13,7 @@ from typing import Any
 from rac_modifier.settings.pruning import Method
 
 _BLOCK = 128  # inputs that are pruned or rounded before the others are corrected
+_SCORES_ONLY: tuple[Method, ...] = ("wanda", "magnitude")  # methods that factor no Hessian
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SolverMemory:
         given = 2.0 * self.dense_target + converted  # cross moment and target
         factored = self.dense_target or self.solver == "sparsegpt"
         factor = float(factored and self.rounds)  # rounding uses it again
-        by_score = self.solver in ("wanda", "magnitude")
+        by_score = self.solver in _SCORES_ONLY
         found = {
             "result": (
                 1.0 + factor,
