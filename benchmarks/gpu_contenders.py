@@ -132,21 +132,20 @@ def _sparse_parts(weight: Tensor) -> Parts:
     return {"sparse": torch.sparse.to_sparse_semi_structured(pruned), "exact": pruned}
 
 
+def _dense_fp8(product: Callable[[Any, Parts], Tensor]) -> Contender:
+    """FP8 weights and activations, by this product."""
+    return Contender(
+        _fp8_parts,
+        product,
+        lambda weight, parts: parts["values"].double() * parts["scale"].double(),
+        _to_e4m3,
+        lambda x: x[0].double() * x[1].double(),
+    )
+
+
 CONTENDERS = {
-    "dense fp8": Contender(
-        _fp8_parts,
-        _fp8,
-        lambda weight, parts: parts["values"].double() * parts["scale"].double(),
-        _to_e4m3,
-        lambda x: x[0].double() * x[1].double(),
-    ),
-    "dense fp8 by CUTLASS": Contender(
-        _fp8_parts,
-        _cutlass_fp8,
-        lambda weight, parts: parts["values"].double() * parts["scale"].double(),
-        _to_e4m3,
-        lambda x: x[0].double() * x[1].double(),
-    ),
+    "dense fp8": _dense_fp8(_fp8),
+    "dense fp8 by CUTLASS": _dense_fp8(_cutlass_fp8),
     "dense int4": Contender(_int4_parts, _int4, lambda weight, parts: parts["exact"].double()),
     "dense int4 by Machete": Contender(_machete_parts, _machete_int4, lambda weight, parts: parts["exact"].double()),
     "2:4 by cuSPARSELt": Contender(

@@ -134,9 +134,8 @@ class MemoryNeed:
 
     def forward(self, group: GroupShape) -> int:
         """Of the largest batch, while the part of the model runs that the group begins; layer by layer the whole layer."""
-        width = (
-            3 * self.hidden + 1.5 * group.rows
-        )  # gate and up with their product; residual, its norm and what is added
+        # the residual, its norm and what is added to it; gate and up with their product
+        width = 3 * self.hidden + 1.5 * group.rows
         modules = int(self.batch_tokens * width * self.activation_bytes)
         attends = self.by_layer or self.attention_follows_all or group.columns == self.hidden
         return max(modules, self.attention.peak if attends else 0)
@@ -160,9 +159,8 @@ class MemoryNeed:
         # of those that wait: a Hessian and a factor, and what they were given or have become
         waiting = (together - 1) * (2 * group.columns**2 + 3 * group.columns * group.rows)
         most = 0.0
-        for name, numbers in (
-            replace(self.solver, bf16=linalg.bf16_is_fast(device)).steps(group.columns, group.rows).items()
-        ):
+        solver = replace(self.solver, bf16=linalg.bf16_is_fast(device))
+        for name, numbers in solver.steps(group.columns, group.rows).items():
             at_once = self.solver.solver == "sparsegpt" or name == "rounding"
             most = max(most, together * numbers if at_once else numbers + waiting)
         return int(group.beside + _FLOAT32 * most)

@@ -110,13 +110,19 @@ def test_a_rank_multiplies_its_share_of_8_bits(gpu, monkeypatch, scheme, kind, r
     assert len(gpu.launches) == 1
 
 
-def test_a_weight_that_gains_nothing_stays_dense_with_the_reason(gpu, monkeypatch):
+def finished_column(format_name, monkeypatch):
+    """A column-parallel layer of one rank, in bfloat16, with a weight of the format loaded."""
     on_rank(monkeypatch, 0, 1)
-    layer = make("column", config_of(FORMAT_BITMASK))
+    layer = make("column", config_of(format_name))
     layer.quant_method.dtype = BF16
-    ((shard, module, weight),) = weights_of("column", False, BF16)
-    load(layer, shard, pack(weight, FORMAT_BITMASK, module))
+    ((shard, module, weight),) = weights_of("column", format_name == FORMAT_24, BF16)
+    load(layer, shard, pack(weight, format_name, module))
     finish(layer)
+    return layer
+
+
+def test_a_weight_that_gains_nothing_stays_dense_with_the_reason(gpu, monkeypatch):
+    layer = finished_column(FORMAT_BITMASK, monkeypatch)
     reason = layer.quant_method.summary.decisions["a.column"].reason
     assert reason.startswith("dense because packed it takes about ")
     assert gpu.launches == []
@@ -125,12 +131,7 @@ def test_a_weight_that_gains_nothing_stays_dense_with_the_reason(gpu, monkeypatc
 
 def test_where_nobody_asks_for_it_everything_is_dense(gpu, monkeypatch):
     monkeypatch.delenv("RAC_GPU_KERNELS")
-    on_rank(monkeypatch, 0, 1)
-    layer = make("column", config_of(FORMAT_24))
-    layer.quant_method.dtype = BF16
-    ((shard, module, weight),) = weights_of("column", True, BF16)
-    load(layer, shard, pack(weight, FORMAT_24, module))
-    finish(layer)
+    layer = finished_column(FORMAT_24, monkeypatch)
     assert "RAC_GPU_KERNELS=on" in layer.quant_method.summary.decisions["a.column"].reason
     assert gpu.calls == []
 
@@ -139,11 +140,6 @@ def test_lora_finds_the_device_of_a_packed_layer(gpu, monkeypatch):
     """Its layers ask the wrapped one for `weight`, or for the name that our packed weight has."""
     from vllm.lora.layers.utils import _get_lora_device
 
-    on_rank(monkeypatch, 0, 1)
-    layer = make("column", config_of(FORMAT_24))
-    layer.quant_method.dtype = BF16
-    ((shard, module, weight),) = weights_of("column", True, BF16)
-    load(layer, shard, pack(weight, FORMAT_24, module))
-    finish(layer)
+    layer = finished_column(FORMAT_24, monkeypatch)
     assert not hasattr(layer, "weight")
     assert _get_lora_device(layer) == layer.weight_packed.device
