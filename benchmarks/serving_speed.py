@@ -3,12 +3,14 @@
     .venv-serve/bin/python benchmarks/serving_speed.py                                       # about an hour on two AVX2 cores
     .venv-serve/bin/python benchmarks/serving_speed.py --sparsity 0.5 0.6 0.7 2:4
     .venv-serve/bin/python benchmarks/serving_speed.py --compare dense dense-int8 sparse int8  # int8: sparse, head too
+    .venv-serve/bin/python benchmarks/serving_speed.py --concurrency 16 --first-token 512 2048  # long prompts, one at a time
     .venv-serve/bin/python benchmarks/serving_speed.py --layers 2 --vocab 4096 --rounds 1    # a quick test: minutes
 
 Each round starts a new server for each model, in reverse order in every second round. A server is warmed up and then gets
 prompts of random token ids at each concurrency: every request has `--prompt-tokens` in and exactly `--output-tokens` out,
 and no prompt is in a prefix cache. The tables show medians over the rounds; a ratio is the median of the rounds' own ratios
-to the first model of the table. Tokens per second include the time for prompts, "each further" does not.
+to the first model of the table. Tokens per second include the time for prompts, "each further" does not. With --first-token,
+single requests with prompts of these lengths follow, and a table of their times to the first token.
 Other options, such as --enforce-eager, are passed to `vllm serve`.
 """
 
@@ -46,6 +48,7 @@ class Run:
     resident_bytes: int
     others: float
     speeds: dict[int, Speed]
+    first_token_ms: dict[int, float]  # by tokens of the prompt
 
 
 def default_dtype() -> str:
@@ -87,9 +90,11 @@ def run(checkpoint: Path, args: argparse.Namespace, options: list[str], log: Pat
         measure(server.url, warm_up, max(args.concurrency), max(args.concurrency))
         started, others = time.perf_counter(), busy_seconds() - server.cpu_seconds() - time.process_time()
         speeds = {c: measure(server.url, load, c, max(c * args.waves, FEWEST)) for c in args.concurrency}
+        prompts = {n: replace(load, prompt_tokens=n, output_tokens=2) for n in args.first_token}
+        first_token = {n: measure(server.url, prompt, 1, FEWEST).first_token_ms for n, prompt in prompts.items()}
         others = busy_seconds() - server.cpu_seconds() - time.process_time() - others
         others /= time.perf_counter() - started
-    return Run(server.ready_seconds, resident, max(others, 0.0), speeds)
+    return Run(server.ready_seconds, resident, max(others, 0.0), speeds, first_token)
 
 
 def comparison(figures: dict[str, list[float]], name: str, form: str) -> list[str]:
@@ -111,6 +116,16 @@ def speed_table(runs: dict[str, list[Run]], concurrency: list[int]) -> list[str]
                 figures = {of: [getattr(run.speeds[c], field) for run in runs[of]] for of in runs}
                 cells += comparison(figures, name, form)
             lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def first_token_table(runs: dict[str, list[Run]], lengths: list[int]) -> list[str]:
+    lines = ["| tokens of the prompt | model | first token ms | ratio |", "|" + "---|" * 4]
+    for length in lengths:
+        figures = {name: [run.first_token_ms[length] for run in of] for name, of in runs.items()}
+        lines += [
+            "| " + " | ".join([f"{length:,}", name, *comparison(figures, name, "{:,.0f}")]) + " |" for name in runs
+        ]
     return lines
 
 
@@ -136,7 +151,7 @@ def kernel_lines(log: Path) -> list[str]:
 
 def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) -> None:
     """Build, measure in turn, print the tables."""
-    length = args.prompt_tokens + args.output_tokens
+    length = max(args.prompt_tokens + args.output_tokens, *(n + 2 for n in args.first_token), 0)
     options = [
         "--served-model-name",
         NAME,
@@ -166,6 +181,8 @@ def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) ->
         f"other programs kept {min(loads):.2f}-{max(loads):.2f} of {os.cpu_count()} cores busy\n"
     )
     print("\n".join(speed_table(runs, args.concurrency)) + "\n")
+    if args.first_token:
+        print("\n".join(first_token_table(runs, args.first_token)) + "\n")
     print("\n".join(size_table(runs, checkpoints)))
     if args.json:
         record = {
@@ -193,11 +210,12 @@ def main() -> None:
     parser.add_argument("--waves", type=int, default=2, help=f"requests = waves x concurrency, {FEWEST} at least")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64, help="at least 2")
+    parser.add_argument("--first-token", type=int, nargs="+", default=[], help="lengths of prompts, one at a time")
     parser.add_argument("--keep", type=Path, help="folder for checkpoints and logs, used again where they exist")
     parser.add_argument("--json", type=Path, help="write every run's figures there")
     args, serve_options = parser.parse_known_args()
-    if args.output_tokens < 2 or min(args.rounds, args.waves, *args.concurrency) < 1:
-        parser.error("--output-tokens must be at least 2, and --rounds, --waves and --concurrency at least 1")
+    if args.output_tokens < 2 or min(args.rounds, args.waves, *args.concurrency, *args.first_token) < 1:
+        parser.error("--output-tokens must be at least 2, and the other numbers at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped as well
     print(machine(), flush=True)
     if args.keep:
