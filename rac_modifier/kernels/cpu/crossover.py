@@ -1,8 +1,8 @@
 """Up to how many rows of x the kernel itself is the faster way, timed on this machine.
 
-Above that number, panels are expanded for a dense product of torch (operator.py). On one thread, so that the result is that of a
-core and not of how many there are: both ways are divided among threads alike. It is this thread's processor time, the least of several
-ones: other work on the machine changes both little. A dense product must be clearly faster to be chosen.
+Above that number, panels are expanded for a dense product of torch (operator.py). Timed on one thread, so that the result is
+that of a core and not of how many there are: both ways are divided among threads alike. The least of several processor times of
+this thread counts: other work on the machine changes these little. A dense product must be clearly faster to be chosen.
 """
 
 from __future__ import annotations
