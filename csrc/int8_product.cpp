@@ -68,6 +68,12 @@ constexpr int64_t CHUNK = 240;  // lines, in whole groups of QUADS, that several
 constexpr int64_t PANELS_PER_CHUNK = 8;  // panels that are multiplied by such lines while these are in the cache
 constexpr int64_t FEW_LINES = 32;  // so few lines stay in the cache anyway: panels are read one by one
 
+// Up to how many double lines values are spread anew for each group of lines, and not written: where a kernel multiplies a whole
+// group of QUADS as it spreads them.
+int64_t direct_lines(const Kernel8& kernel) {
+    return kernel.lines == LINES_TOGETHER ? 4 * LINES_TOGETHER : kernel.lines;
+}
+
 // Lines [line, line + lines) times one block of one panel, added to acc [lines][PANEL]. Returns the address of the next block's
 // values.
 const char* multiply_block(const Product8& product, const Kernel8& kernel, int64_t panel, int64_t block,
@@ -82,10 +88,15 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
         return {x, product.stride, product.x_sums + at * per_double * product.blocks + block, product.blocks, product.bytes};
     };
     int32_t sums[2 * MOST_LINES * PANEL];
-    if (product.doubles(product.out.m) <= kernel.lines && !is_four_bit(weight.type)) {
-        values = kernel.dot[form][doubles - 1](masks, values, quads, x_lines(line / per_double, doubles), sums);
-        add_block(product, kernel.add, panel, block, line, lines, sums, acc);
-        return values;
+    if (product.doubles(product.out.m) <= direct_lines(kernel) && !is_four_bit(weight.type)) {
+        const char* end = values;
+        for (int64_t at = 0; at < doubles; at += kernel.lines) {
+            const int64_t some = std::min<int64_t>(doubles - at, kernel.lines), done = at * per_double;
+            end = kernel.dot[form][some - 1](masks, values, quads, x_lines(line / per_double + at, some), sums);
+            add_block(product, kernel.add, panel, block, line + done, std::min(lines - done, some * per_double), sums,
+                      acc + done * PANEL);
+        }
+        return end;
     }
     alignas(64) char expanded[2 * PANEL * BLOCK_MOST];
     if (is_four_bit(weight.type))
@@ -102,24 +113,32 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
     return values;
 }
 
-// How a few lines are multiplied with a 4-bit weight; null where it is expanded first.
-Dot4 few_lines_of(const Product8& product, const Kernel8& kernel) {
+// Whether 4-bit values are spread anew for each group of lines, and not written.
+bool is_direct4(const Product8& product, const Kernel8& kernel) {
     const int64_t doubles = product.doubles(product.out.m);
-    if (!is_four_bit(product.out.weight.type) || doubles > LINES_TOGETHER) return nullptr;
-    return kernel4_of(kernel).dot[product.out.weight.type - INT4][doubles - 1];
+    const int64_t most = std::max<int64_t>(direct_lines(kernel), LINES_TOGETHER);
+    if (!is_four_bit(product.out.weight.type) || doubles > most) return false;
+    return kernel4_of(kernel).dot[product.out.weight.type - INT4][std::min<int64_t>(doubles, LINES_TOGETHER) - 1];
 }
 
-void few_lines4(const Product8& product, Dot4 dot, int64_t first, int64_t last) {
+void few_lines4(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
     alignas(64) float acc[2 * LINES_TOGETHER * PANEL];
-    for (int64_t panel = first; panel < last; panel++) {
-        dot(product, panel, acc);
-        product.out.store(product.out, panel, 1, 0, product.out.m, {acc, 0, 0, PANEL});
-    }
+    const int64_t step = LINES_TOGETHER * product.per_double();
+    for (int64_t panel = first; panel < last; panel++)
+        for (int64_t line = 0; line < product.out.m; line += step) {
+            Product8 part = product;
+            part.out.m = std::min(product.out.m - line, step);
+            part.x += offset_of(QUADS, line / product.per_double(), 0, product.stride, 0);
+            part.x_scale += line * product.blocks;
+            part.x_sums += line * product.blocks;
+            kernel4_of(kernel).dot[product.out.weight.type - INT4][product.doubles(part.out.m) - 1](part, panel, acc);
+            product.out.store(product.out, panel, 1, line, part.out.m, {acc, 0, 0, PANEL});
+        }
 }
 
 bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
-    if (const Dot4 dot = few_lines_of(product, kernel)) {
-        few_lines4(product, dot, first, last);
+    if (is_direct4(product, kernel)) {
+        few_lines4(product, kernel, first, last);
         return true;
     }
     const int64_t m = product.out.m, step = m <= FEW_LINES ? 1 : PANELS_PER_CHUNK;
