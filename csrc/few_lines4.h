@@ -22,20 +22,21 @@ template <int form, int M, AddScaled add>
 void few_lines(const Product8& product, int64_t panel, float* acc) {
     const Weight& weight = product.out.weight;
     const char* codes = weight.values_of(panel);
-    for (int i = 0; i < M * PANEL; i++) acc[i] = 0;
+    const int lines = static_cast<int>(product.out.m);  // at most 2 M
+    for (int i = 0; i < lines * PANEL; i++) acc[i] = 0;
     for (int64_t block = 0; block < product.blocks; block++) {
         const int64_t column = block * product.block, left = weight.columns - column;
         const int64_t quads = ((left < product.block ? left : product.block) + 3) / 4;
         const uint32_t* masks = form == INT4 ? weight.masks_of(panel) + column / 2 : nullptr;
         const uint8_t* zeros = product.zeros_of(panel, block);
         const Lines8 x = {product.x + 2 * column * (FORMAT == QUADS ? M : 1), product.stride, product.x_sums + block,
-                          product.blocks};
-        int32_t sums[M * PANEL];
+                          product.blocks, product.bytes};
+        int32_t sums[2 * M * PANEL] = {};
         codes = dot_codes<form, M>(masks, codes, zeros, quads, x, sums);
-        for (int m = 0; m < M; m++)
+        for (int m = 0; m < lines; m++)
             for (int n = 0; n < PANEL; n++)
                 sums[m * PANEL + n] -= (zeros ? zeros[n] : ZERO_CODE) * x.sums[m * x.sums_stride];
-        add_block(product, add, panel, block, 0, M, sums, acc);
+        add_block(product, add, panel, block, 0, lines, sums, acc);
     }
 }
 

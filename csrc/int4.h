@@ -13,7 +13,7 @@ using Dot4 = void (*)(const Product8& product, int64_t panel, float* acc);
 
 struct Kernel4 {
     Expand4 expand[2];                // INT4, DENSE4
-    Dot4 dot[2][LINES_TOGETHER];      // INT4, DENSE4; by the number of lines minus one. Null, or more lines: `expand` is used
+    Dot4 dot[2][LINES_TOGETHER];      // INT4, DENSE4; by the number of double lines minus one. Null, or more lines: `expand` is used
 };
 
 extern const Kernel4 portable_kernel4, avx2_kernel4, avxvnni_kernel4, avx512_kernel4, neon_kernel4, dotprod_kernel4, i8mm_kernel4;

@@ -66,14 +66,10 @@ struct SumsOfQuads {
     inline void multiply(int set, __m512i codes, const char* x) {
         RAC_UNROLL for (int i = 0; i < 2 * M; i++) add_products(of[set][i / 2][i % 2], codes, x + 4 * i);
     }
-    inline __m512i sum(int m) const {
-        __m512i high = of[0][m][0], low = of[0][m][1];
-        if (SETS == 2) {
-            high = _mm512_add_epi32(high, of[SETS - 1][m][0]);
-            low = _mm512_add_epi32(low, of[SETS - 1][m][1]);
-        }
-        return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+    inline __m512i byte_sum(int m, int byte) const {
+        return SETS == 2 ? _mm512_add_epi32(of[0][m][byte], of[SETS - 1][m][byte]) : of[0][m][byte];
     }
+    inline __m512i sum(int m) const { return _mm512_add_epi32(_mm512_slli_epi32(byte_sum(m, 0), 8), byte_sum(m, 1)); }
 };
 
 // Four-bit quads of one block, from `codes` on, times M lines.
@@ -117,30 +113,41 @@ void dot(const Product8& product, int64_t panel, float* acc) {
     const char* codes = weight.values_of(panel);
     const uint32_t* masks = form == INT4 ? weight.masks_of(panel) : nullptr;
     Zeros zeros = zeros_of_rows(product.zeros_of(panel, 0));
-    __m512 scale = scale_of_rows(product, panel, 0), added[M];
-    RAC_UNROLL for (int m = 0; m < M; m++) added[m] = _mm512_setzero_ps();
+    const int64_t lines = product.out.m;  // at most 2 M
+    __m512 scale = scale_of_rows(product, panel, 0);
+    for (int64_t m = 0; m < lines; m++) _mm512_storeu_ps(acc + PANEL * m, _mm512_setzero_ps());
     for (int64_t block = 0; block < product.blocks; block++) {
         const int64_t column = block * product.block, left = weight.columns - column;
         const int64_t quads = ((left < product.block ? left : product.block) + 3) / 4;
         if (weight.zero_groups > 1) zeros = zeros_of_rows(product.zeros_of(panel, block));
         if (product.groups > 1) scale = scale_of_rows(product, panel, block);
+        const Lines8 x = {product.x + 2 * column * M, product.stride, product.x_sums + block, product.blocks, product.bytes};
         SumsOfQuads<M> sums;
         RAC_UNROLL for (int m = 0; m < M; m++) {
-            const int32_t x_sum = product.x_sums[m * product.blocks + block];
             // Wrap-around is harmless: the sum of all terms fits.
-            sums.of[0][m][0] = _mm512_setzero_si512();
-            sums.of[0][m][1] = _mm512_mullo_epi32(zeros.numbers, _mm512_set1_epi32(static_cast<int>(0u - static_cast<unsigned>(x_sum))));
+            RAC_UNROLL for (int byte = 0; byte < 2; byte++)
+                sums.of[0][m][byte] =
+                    byte || x.bytes ? _mm512_mullo_epi32(zeros.numbers, _mm512_set1_epi32(static_cast<int>(0u - x.sum_of(m, byte))))
+                                    : _mm512_setzero_si512();
             if (SumsOfQuads<M>::SETS == 2) sums.of[SumsOfQuads<M>::SETS - 1][m][0] = sums.of[SumsOfQuads<M>::SETS - 1][m][1] = _mm512_setzero_si512();
         }
         codes = multiply_quads<form, M>(sums, masks + (form == INT4 ? column / 2 : 0), codes, zeros.bytes, quads,
-                                        product.x + 2 * column * M);
+                                        static_cast<const char*>(x.data));
+        const auto add = [&](int64_t line, __m512i sum) __attribute__((always_inline)) {
+            const __m512 x_scale = _mm512_set1_ps(product.x_scale[line * product.blocks + block]);
+            const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), x_scale), scale);
+            float* to = acc + PANEL * line;
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), scaled));
+        };
         RAC_UNROLL for (int m = 0; m < M; m++) {
-            const __m512 scaled =
-                _mm512_mul_ps(_mm512_cvtepi32_ps(sums.sum(m)), _mm512_set1_ps(product.x_scale[m * product.blocks + block]));
-            added[m] = _mm512_add_ps(added[m], _mm512_mul_ps(scaled, scale));
+            if (product.bytes) {
+                add(2 * m, sums.byte_sum(m, 0));
+                if (2 * m + 1 < lines) add(2 * m + 1, sums.byte_sum(m, 1));
+            } else {
+                add(m, sums.sum(m));
+            }
         }
     }
-    RAC_UNROLL for (int m = 0; m < M; m++) _mm512_storeu_ps(acc + PANEL * m, added[m]);
 }
 
 // An Expand4 into 8-bit quads.

@@ -4,6 +4,10 @@
 // An outlier in x therefore reduces the accuracy of the other columns of its own block, and of no others. As long as it is
 // less than about 500 times larger than they are, 16 bits are more accurate than bf16. The sums of a block fit 32 bits: 512
 // products of at most 128 * 32639. A value that is not finite makes its line of the result NaN.
+//
+// Where a weight says so (byte_x), x is rounded to bytes. Then a kernel that multiplies bytes gets two lines in place of the two bytes of
+// one, and multiplies them in the same instructions: half of these for each line. Both, a line of two bytes and two lines of one, are a
+// `double line`.
 #pragma once
 #include "kernel.h"
 
@@ -12,30 +16,39 @@ namespace rac {
 constexpr int64_t BLOCK_MOST = 512;  // columns
 constexpr int64_t BLOCK_ROOM = BLOCK_MOST + 64;  // the last block of a line includes its padding
 constexpr int LEVELS = 127 * 256 + 127;  // the largest integer of x: both its bytes, signed, are within -127..127
+constexpr int BYTE_LEVELS = 127;  // of one byte
 
 // How a kernel reads x. INTEGERS: int16 [m][stride]. The others are for instructions that multiply bytes, with
 // x = 256 first + second. TILES: [m / 16][stride / 64][2][16][64]. QUADS: up to 8 lines interleaved,
-// [stride / 4][lines][2][4]. What comes after the last column is multiplied by zero; stride is a multiple of 64.
+// [stride / 4][lines][2][4]. With x of one byte, first and second are those of two lines: neighbours in QUADS, 16 apart in TILES. What comes after the last column is multiplied by zero; stride is a multiple of 64.
 enum Format8 { INTEGERS, TILES, QUADS };
-constexpr int LINES_TOGETHER = 8;  // interleaved in QUADS
+constexpr int LINES_TOGETHER = 8;  // interleaved in QUADS: double lines
 
-// Some lines in one block of columns. `sums`: the sum of each line's integers, `sums_stride` apart.
+// Some double lines in one block of columns. `sums`: the sum of each line's integers, `sums_stride` apart. `bytes`: x has one byte.
 struct Lines8 {
     const void* data;
     int64_t stride;
     const int32_t* sums;
     int64_t sums_stride;
+    bool bytes;
+
+    int per_double() const { return bytes ? 2 : 1; }
+    // The sum of the integers that the products with byte `byte` of double line `m` belong to: 0 for the first byte of two.
+    uint32_t sum_of(int64_t m, int byte) const {
+        if (bytes) return static_cast<uint32_t>(sums[(2 * m + byte) * sums_stride]);
+        return byte ? static_cast<uint32_t>(sums[m * sums_stride]) : 0;
+    }
 };
 
-// sums[m][n] = sum over the columns of x[m] w[n], for `quads` of one panel. Returns the address after the values of these.
+// sums[m][n] = sum over the columns of x[m] w[n], for `quads` of one panel and each line of some double lines. Returns the address after the values of these.
 using Dot8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, const Lines8& x, int32_t* sums);
 
 // Quads in the kernel's own dense form, at most 2 bytes per weight; [16 rows][4 columns] of signed bytes, but on AVX2 and AVXVNNI. Returns the address after the values of these.
 using Expand8 = const char* (*)(const uint32_t* masks, const char* values, int64_t quads, void* out);
 
-// `columns` numbers of x, of one line and block, as integers and as the two bytes of each. Returns their scale: NaN if a value
+// `columns` numbers of x, of one line and block, as integers of at most `levels` and as the two bytes of each. Returns their scale: NaN if a value
 // is not finite, 0 if all are zero or nearly zero.
-using Quantize = float (*)(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
+using Quantize = float (*)(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
 
 // acc[m][n] += sums[m][n] * x_scale[m * stride] * scale[n].
 using AddScaled = void (*)(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines,
@@ -46,7 +59,7 @@ struct Kernel8 {
     Quantize quantize;
     AddScaled add;
     int lines, expanded_lines;  // how many entries of `dot` and of `dot_expanded` exist
-    Dot8 dot[2][MOST_LINES];    // weights as stored: INT8, DENSE8; by the number of lines minus one
+    Dot8 dot[2][MOST_LINES];    // weights as stored: INT8, DENSE8; by the number of double lines minus one
     Expand8 expand[2];          // INT8, DENSE8
     Dot8 dot_expanded[MOST_LINES];
 };
@@ -62,12 +75,15 @@ struct Product8 {
     const char* x;             // in a Format8, `stride` numbers of two bytes per line
     int64_t stride;
     const float* x_scale;      // [m][blocks]
-    const int32_t* x_sums;     // [m][blocks], the sums of the integers
+    const int32_t* x_sums;     // [m][blocks], the sums of the integers; with `bytes`, these and x_scale have an even number of lines
+    bool bytes;                // x has one byte per number: lines are multiplied in twos
     int64_t block, blocks;     // columns; a multiple of 4, for AMX of 64
     const void* scale;         // [panels][groups][16]
     Type scale_type;           // FP32, or BF16 of 4-bit weights
     int64_t groups;            // 1, or one per block
 
+    int64_t per_double() const { return bytes ? 2 : 1; }
+    int64_t doubles(int64_t lines) const { return (lines + per_double() - 1) / per_double(); }
     int64_t scale_at(int64_t panel, int64_t block) const { return (panel * groups + (groups > 1 ? block : 0)) * PANEL; }
     const uint8_t* zeros_of(int64_t panel, int64_t block) const {
         return out.weight.zeros_of(panel, out.weight.zero_groups > 1 ? block : 0);
@@ -82,7 +98,7 @@ namespace {
 #define RAC_INLINE __attribute__((always_inline)) inline
 
 template <class Read>
-RAC_INLINE float quantize_as(Read read, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+RAC_INLINE float quantize_as(Read read, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
     float numbers[BLOCK_MOST];
     uint32_t most = 0;
     for (int64_t k = 0; k < columns; k++) {
@@ -95,7 +111,7 @@ RAC_INLINE float quantize_as(Read read, int64_t columns, int16_t* integers, int8
     float largest;
     std::memcpy(&largest, &most, sizeof largest);
     const bool finite = most < 0x7f800000, some = finite && largest >= 1e-30f;
-    const float inverse = some ? LEVELS / largest : 0;
+    const float inverse = some ? static_cast<float>(levels) / largest : 0;
     for (int64_t k = 0; k < columns; k++) {
         const float value = some ? numbers[k] * inverse : 0;
         integers[k] = static_cast<int16_t>(static_cast<int32_t>(value + (value < 0 ? -0.5f : 0.5f)));
@@ -104,16 +120,17 @@ RAC_INLINE float quantize_as(Read read, int64_t columns, int16_t* integers, int8
         bytes[1][k] = static_cast<int8_t>(integers[k] & 0xff);
         bytes[0][k] = static_cast<int8_t>((integers[k] - bytes[1][k]) >> 8);
     }
-    return some ? largest / LEVELS : finite ? 0 : __builtin_nanf("");
+    return some ? largest / static_cast<float>(levels) : finite ? 0 : __builtin_nanf("");
 }
 
-RAC_INLINE float quantize_block(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+RAC_INLINE float quantize_block(const void* x, Type type, int64_t columns, int levels, int16_t* integers,
+                                int8_t (*bytes)[BLOCK_ROOM]) {
     if (type == BF16) {
         const uint16_t* from = static_cast<const uint16_t*>(x);
-        return quantize_as([=](int64_t k) __attribute__((always_inline)) { return from_bf16(from[k]); }, columns, integers, bytes);
+        return quantize_as([=](int64_t k) __attribute__((always_inline)) { return from_bf16(from[k]); }, columns, levels, integers, bytes);
     }
     const float* from = static_cast<const float*>(x);
-    return quantize_as([=](int64_t k) __attribute__((always_inline)) { return from[k]; }, columns, integers, bytes);
+    return quantize_as([=](int64_t k) __attribute__((always_inline)) { return from[k]; }, columns, levels, integers, bytes);
 }
 
 // An AddScaled.

@@ -1,7 +1,7 @@
 // 8-bit and 4-bit weights on AMX: tdpbssd multiplies both bytes of x with a tile of 16 quads x 16 rows x 4 columns.
 //
 // Two panels at a time. A block of columns is expanded once (a dense weight needs no expansion) and used by all lines, 16 at a
-// time. Tiles 0-3 hold the sums [byte][panel], 4-5 the bytes of x, 6-7 the weights.
+// time. Tiles 0-3 hold the sums [byte][panel], 4-5 the bytes of x, 6-7 the weights. With x of one byte, the two bytes are 16 lines each.
 #include "int4.h"
 
 #if (defined(__x86_64__) && defined(__linux__) && \
@@ -94,11 +94,14 @@ void multiply(const int8_t* x, const int8_t* const* weights, int64_t tiles, int3
     finish_stores(sums);
 }
 
-// acc[line][16] += (256 sums[0] + sums[1]) * x_scale * scale: the integer sums of one panel and some lines, [byte][16][16].
-inline void add_scaled(const int32_t* sums, const float* x_scale, int64_t stride, __m512 scale, int64_t lines, float* acc) {
+// acc[line][16] += sum * x_scale * scale: the integer sums of one panel and some lines, [byte][16][16]. `bytes`: those of both bytes are
+// of two lines, otherwise of one.
+inline void add_scaled(const int32_t* sums, bool bytes, const float* x_scale, int64_t stride, __m512 scale, int64_t lines,
+                       float* acc) {
     for (int64_t i = 0; i < lines; i++, sums += PANEL, acc += PANEL) {
-        const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(sums), 8);
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(high, _mm512_loadu_si512(sums + 256)));
+        const __m512i first = _mm512_loadu_si512(sums);
+        const __m512 sum = _mm512_cvtepi32_ps(
+            bytes ? first : _mm512_add_epi32(_mm512_slli_epi32(first, 8), _mm512_loadu_si512(sums + 256)));
         const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(x_scale[i * stride])), scale);
         _mm512_storeu_ps(acc, _mm512_add_ps(_mm512_loadu_ps(acc), scaled));
     }
@@ -147,13 +150,16 @@ void multiply_lines(const Product8& product, int64_t first, int64_t count, int64
                 weights[p] = tiles_of(product, first + panel + p, block, columns, to.expanded + p * MOST_TILES * TILE,
                                       values[panel + p]);
             }
-            const int8_t* x = reinterpret_cast<const int8_t*>(product.x) + 2 * (line * product.stride + 16 * column);
-            for (int64_t at = 0; at < m; at += 16) {
-                const int64_t lines = smaller(m - at, 16);
-                (panels == 2 ? multiply<true> : multiply<false>)(x + 2 * at * product.stride, weights, tiles, sums);
+            const int64_t per_double = product.per_double();
+            const int8_t* x =
+                reinterpret_cast<const int8_t*>(product.x) + 2 * (line / per_double * product.stride + 16 * column);
+            for (int64_t at = 0; at < m; at += 16 * per_double) {
+                (panels == 2 ? multiply<true> : multiply<false>)(x + 2 * (at / per_double) * product.stride, weights, tiles, sums);
                 for (int p = 0; p < panels; p++)
-                    add_scaled(sums + 512 * p, product.x_scale + (line + at) * product.blocks + block, product.blocks, scales[p],
-                               lines, to.acc + ((panel + p) * m + at) * PANEL);
+                    for (int64_t i = at; i < smaller(m, at + 16 * per_double); i += 16)
+                        add_scaled(sums + 512 * p + 256 * ((i - at) / 16), product.bytes,
+                                   product.x_scale + (line + i) * product.blocks + block, product.blocks, scales[p],
+                                   smaller(m - i, 16), to.acc + ((panel + p) * m + i) * PANEL);
             }
         }
     }

@@ -148,8 +148,8 @@ const char* expand_int4(const uint32_t* masks, const char* codes, const uint8_t*
     return end;
 }
 
-float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
-    return quantize_block(x, type, columns, integers, bytes);
+float quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+    return quantize_block(x, type, columns, levels, integers, bytes);
 }
 
 void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {

@@ -49,8 +49,8 @@ const char* dot(const uint32_t* masks, const char* values, int64_t quads, const 
     __m512i acc[SETS][M][2];
     RAC_UNROLL for (int m = 0; m < M; m++) {
         // Wrap-around is harmless: the sum of both terms fits.
-        acc[0][m][0] = _mm512_setzero_si512();
-        acc[0][m][1] = _mm512_set1_epi32(static_cast<int>(-128u * static_cast<unsigned>(x.sums[m * x.sums_stride])));
+        acc[0][m][0] = _mm512_set1_epi32(static_cast<int>(-128u * x.sum_of(m, 0)));
+        acc[0][m][1] = _mm512_set1_epi32(static_cast<int>(-128u * x.sum_of(m, 1)));
         if (SETS == 2) acc[SETS - 1][m][0] = acc[SETS - 1][m][1] = _mm512_setzero_si512();
     }
     // Two quads are spread while the two before them are multiplied.
@@ -82,7 +82,12 @@ const char* dot(const uint32_t* masks, const char* values, int64_t quads, const 
             high = _mm512_add_epi32(high, acc[SETS - 1][m][0]);
             low = _mm512_add_epi32(low, acc[SETS - 1][m][1]);
         }
-        _mm512_storeu_si512(sums + PANEL * m, _mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+        if (x.bytes) {
+            _mm512_storeu_si512(sums + PANEL * 2 * m, high);
+            _mm512_storeu_si512(sums + PANEL * (2 * m + 1), low);
+        } else {
+            _mm512_storeu_si512(sums + PANEL * m, _mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+        }
     }
     return values;
 }
@@ -94,8 +99,8 @@ const char* expand(const uint32_t* masks, const char* values, int64_t quads, voi
     return values;
 }
 
-float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
-    return quantize_block(x, type, columns, integers, bytes);
+float quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+    return quantize_block(x, type, columns, levels, integers, bytes);
 }
 
 // As add_scaled_sums, one vector per line.

@@ -80,10 +80,9 @@ RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, const
     RAC_UNROLL for (int m = 0; m < SOME; m++)
         RAC_UNROLL for (int i = 0; i < 2; i++) {
             // Wrap-around is harmless: the sum of both terms fits.
-            const unsigned sum = static_cast<unsigned>(lines.sums[(line + m) * lines.sums_stride]);
             const bool of_codes = form == CODES || form == DENSE4;
-            acc[m][0][i] = _mm256_setzero_si256();
-            acc[m][1][i] = _mm256_set1_epi32(of_codes ? 0 : static_cast<int>(-128u * sum));
+            RAC_UNROLL for (int byte = 0; byte < 2; byte++)
+                acc[m][byte][i] = _mm256_set1_epi32(of_codes ? 0 : static_cast<int>(-128u * lines.sum_of(line + m, byte)));
         }
     Quad quad;
     int64_t q = 0;
@@ -100,9 +99,15 @@ RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, const
         add_quad<SOME>(acc, quad, x);
     }
     RAC_UNROLL for (int m = 0; m < SOME; m++)
-        RAC_UNROLL for (int i = 0; i < 2; i++)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + PANEL * (line + m)) + i,
-                                _mm256_add_epi32(_mm256_slli_epi32(acc[m][0][i], 8), acc[m][1][i]));
+        RAC_UNROLL for (int i = 0; i < 2; i++) {
+            __m256i* to = reinterpret_cast<__m256i*>(sums + PANEL * lines.per_double() * (line + m)) + i;
+            if (lines.bytes) {
+                _mm256_storeu_si256(to, acc[m][0][i]);
+                _mm256_storeu_si256(to + 2, acc[m][1][i]);
+            } else {
+                _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_slli_epi32(acc[m][0][i], 8), acc[m][1][i]));
+            }
+        }
     return values;
 }
 
@@ -152,8 +157,8 @@ const char* expand4(const uint32_t* masks, const char* codes, const uint8_t* zer
     return end;
 }
 
-float quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
-    return quantize_block(x, type, columns, integers, bytes);
+float quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
+    return quantize_block(x, type, columns, levels, integers, bytes);
 }
 
 void add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc) {

@@ -50,8 +50,7 @@ RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, const
         add_quad<SOME>(acc, quad, x);
     }
     RAC_UNROLL for (int m = 0; m < SOME; m++)
-        RAC_UNROLL for (int i = 0; i < 4; i++)
-            vst1q_s32(sums + PANEL * (line + m) + 4 * i, vaddq_s32(vshlq_n_s32(acc[m][0][i], 8), acc[m][1][i]));
+        RAC_UNROLL for (int i = 0; i < 4; i++) store_sums(lines, line + m, acc[m][0][i], acc[m][1][i], sums + 4 * i);
     return values;
 }
 

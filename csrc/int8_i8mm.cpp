@@ -65,7 +65,7 @@ RAC_INLINE const char* dot_some(const uint32_t* masks, const char* values, const
     RAC_UNROLL for (int m = 0; m < SOME; m++)
         RAC_UNROLL for (int i = 0; i < 4; i++) {
             const int32x4_t &a = acc[m][2 * i], &b = acc[m][2 * i + 1];
-            vst1q_s32(sums + PANEL * (line + m) + 4 * i, vaddq_s32(vshlq_n_s32(vuzp1q_s32(a, b), 8), vuzp2q_s32(a, b)));
+            store_sums(lines, line + m, vuzp1q_s32(a, b), vuzp2q_s32(a, b), sums + 4 * i);
         }
     return values;
 }

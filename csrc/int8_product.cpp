@@ -20,7 +20,7 @@ const Kernel4& kernel4_of(const Kernel8& kernel) {
     return &kernel == &portable_kernel8 ? portable_kernel4 : neon_kernel4;
 }
 
-// The offset in bytes of a column of the lines from `line` on; in QUADS, `lines` of them are interleaved.
+// The offset in bytes of a column of the double lines from `line` on; in QUADS, `lines` of them are interleaved.
 int64_t offset_of(Format8 format, int64_t line, int64_t lines, int64_t stride, int64_t column) {
     return 2 * line * stride + column * (format == INTEGERS ? 2 : 2 * lines);
 }
@@ -33,37 +33,46 @@ void quantize(const Product8& product, const void* x, Type type, Format8 format,
     const int64_t m = product.out.m, columns = product.out.weight.columns, stride = product.stride;
     const int64_t first = block * product.block, count = std::min(product.block, columns - first);
     const int64_t whole = block + 1 < product.blocks ? count : stride - first, size = type == BF16 ? 2 : 4;
+    const int64_t doubles = product.doubles(m), per_double = product.per_double();
+    const int levels = product.bytes ? BYTE_LEVELS : LEVELS;
     for (int64_t line = 0; line < m; line++) {
         const void* from = static_cast<const char*>(x) + (line * columns + first) * size;
-        scales[line * product.blocks + block] = quantize_line(from, type, count, integers, bytes);
+        scales[line * product.blocks + block] = quantize_line(from, type, count, levels, integers, bytes);
         for (int64_t k = count; k < whole; k++) integers[k] = bytes[0][k] = bytes[1][k] = 0;
-        const int64_t first_line = format == QUADS ? line / LINES_TOGETHER * LINES_TOGETHER : line;
-        const int64_t lines = std::min<int64_t>(m - first_line, LINES_TOGETHER);
-        char* to = out + offset_of(format, first_line, lines, stride, first);
         int32_t sum = 0;
         for (int64_t k = 0; k < count; k++) sum += integers[k];
         sums[line * product.blocks + block] = sum;
         if (format == INTEGERS) {
-            std::memcpy(to, integers, whole * sizeof *integers);
+            std::memcpy(out + offset_of(format, line, 1, stride, first), integers, whole * sizeof *integers);
         } else if (format == TILES) {
-            to = out + 2 * (line / 16 * 16 * stride + 16 * first) + 64 * (line % 16);
+            const int64_t lines = 16 * per_double, row = line % lines;
+            char* to = out + 2 * (line / lines * 16 * stride + 16 * first) + 1024 * (row / 16) + 64 * (row % 16);
             for (int64_t k = 0; k < whole; k += 64, to += 2048) {
-                std::memcpy(to, bytes[0] + k, 64);
-                std::memcpy(to + 1024, bytes[1] + k, 64);
+                if (!product.bytes) std::memcpy(to, bytes[0] + k, 64);
+                std::memcpy(to + (product.bytes ? 0 : 1024), bytes[1] + k, 64);
             }
         } else {
-            to += 8 * (line - first_line);
+            const int64_t at = line / per_double, first_line = at / LINES_TOGETHER * LINES_TOGETHER;
+            const int64_t lines = std::min<int64_t>(doubles - first_line, LINES_TOGETHER);
+            char* to = out + offset_of(format, first_line, lines, stride, first) + 8 * (at - first_line);
+            if (product.bytes) to += 4 * (line % 2);
             for (int64_t k = 0; k < whole; k += 4, to += 8 * lines) {
-                std::memcpy(to, bytes[0] + k, 4);
-                std::memcpy(to + 4, bytes[1] + k, 4);
+                if (!product.bytes) std::memcpy(to, bytes[0] + k, 4);
+                std::memcpy(to + (product.bytes ? 0 : 4), bytes[1] + k, 4);
             }
         }
     }
 }
 
-constexpr int64_t CHUNK = 240;  // lines that several panels use in turn: with BLOCK_MOST half of a second-level cache
+constexpr int64_t CHUNK = 240;  // lines, in whole groups of QUADS, that several panels use in turn: with BLOCK_MOST half of a second-level cache
 constexpr int64_t PANELS_PER_CHUNK = 8;  // panels that are multiplied by such lines while these are in the cache
 constexpr int64_t FEW_LINES = 32;  // so few lines stay in the cache anyway: panels are read one by one
+
+// Up to how many double lines values are spread anew for each group of lines, and not written: where a kernel multiplies a whole
+// group of QUADS as it spreads them.
+int64_t direct_lines(const Kernel8& kernel) {
+    return kernel.lines == LINES_TOGETHER ? 4 * LINES_TOGETHER : kernel.lines;
+}
 
 // Lines [line, line + lines) times one block of one panel, added to acc [lines][PANEL]. Returns the address of the next block's
 // values.
@@ -73,15 +82,21 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
     const int64_t form = weight.type - INT8, column = block * product.block;
     const int64_t quads = (std::min(product.block, weight.columns - column) + 3) / 4;
     const uint32_t* masks = weight.masks_of(panel) + (is_dense(weight.type) ? 0 : column / 2);
+    const int64_t per_double = product.per_double(), doubles = product.doubles(lines);
     const auto x_lines = [&](int64_t at, int64_t some) -> Lines8 {
         const char* x = product.x + offset_of(kernel.format, at, some, product.stride, column);
-        return {x, product.stride, product.x_sums + at * product.blocks + block, product.blocks};
+        return {x, product.stride, product.x_sums + at * per_double * product.blocks + block, product.blocks, product.bytes};
     };
-    int32_t sums[MOST_LINES * PANEL];
-    if (product.out.m <= kernel.lines && !is_four_bit(weight.type)) {
-        values = kernel.dot[form][lines - 1](masks, values, quads, x_lines(line, lines), sums);
-        add_block(product, kernel.add, panel, block, line, lines, sums, acc);
-        return values;
+    int32_t sums[2 * MOST_LINES * PANEL];
+    if (product.doubles(product.out.m) <= direct_lines(kernel) && !is_four_bit(weight.type)) {
+        const char* end = values;
+        for (int64_t at = 0; at < doubles; at += kernel.lines) {
+            const int64_t some = std::min<int64_t>(doubles - at, kernel.lines), done = at * per_double;
+            end = kernel.dot[form][some - 1](masks, values, quads, x_lines(line / per_double + at, some), sums);
+            add_block(product, kernel.add, panel, block, line + done, std::min(lines - done, some * per_double), sums,
+                      acc + done * PANEL);
+        }
+        return end;
     }
     alignas(64) char expanded[2 * PANEL * BLOCK_MOST];
     if (is_four_bit(weight.type))
@@ -89,31 +104,41 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
                                                                 expanded);
     else
         values = kernel.expand[form](masks, values, quads, expanded);
-    for (int64_t at = 0; at < lines; at += kernel.expanded_lines) {
-        const int64_t some = std::min<int64_t>(lines - at, kernel.expanded_lines);
-        kernel.dot_expanded[some - 1](nullptr, expanded, quads, x_lines(line + at, some), sums);
-        add_block(product, kernel.add, panel, block, line + at, some, sums, acc + at * PANEL);
+    for (int64_t at = 0; at < doubles; at += kernel.expanded_lines) {
+        const int64_t some = std::min<int64_t>(doubles - at, kernel.expanded_lines), done = at * per_double;
+        kernel.dot_expanded[some - 1](nullptr, expanded, quads, x_lines(line / per_double + at, some), sums);
+        add_block(product, kernel.add, panel, block, line + done, std::min(lines - done, some * per_double), sums,
+                  acc + done * PANEL);
     }
     return values;
 }
 
-// How a few lines are multiplied with a 4-bit weight; null where it is expanded first.
-Dot4 few_lines_of(const Product8& product, const Kernel8& kernel) {
-    if (!is_four_bit(product.out.weight.type) || product.out.m > LINES_TOGETHER) return nullptr;
-    return kernel4_of(kernel).dot[product.out.weight.type - INT4][product.out.m - 1];
+// Whether 4-bit values are spread anew for each group of lines, and not written.
+bool is_direct4(const Product8& product, const Kernel8& kernel) {
+    const int64_t doubles = product.doubles(product.out.m);
+    const int64_t most = std::max<int64_t>(direct_lines(kernel), LINES_TOGETHER);
+    if (!is_four_bit(product.out.weight.type) || doubles > most) return false;
+    return kernel4_of(kernel).dot[product.out.weight.type - INT4][std::min<int64_t>(doubles, LINES_TOGETHER) - 1];
 }
 
-void few_lines4(const Product8& product, Dot4 dot, int64_t first, int64_t last) {
-    alignas(64) float acc[LINES_TOGETHER * PANEL];
-    for (int64_t panel = first; panel < last; panel++) {
-        dot(product, panel, acc);
-        product.out.store(product.out, panel, 1, 0, product.out.m, {acc, 0, 0, PANEL});
-    }
+void few_lines4(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
+    alignas(64) float acc[2 * LINES_TOGETHER * PANEL];
+    const int64_t step = LINES_TOGETHER * product.per_double();
+    for (int64_t panel = first; panel < last; panel++)
+        for (int64_t line = 0; line < product.out.m; line += step) {
+            Product8 part = product;
+            part.out.m = std::min(product.out.m - line, step);
+            part.x += offset_of(QUADS, line / product.per_double(), 0, product.stride, 0);
+            part.x_scale += line * product.blocks;
+            part.x_sums += line * product.blocks;
+            kernel4_of(kernel).dot[product.out.weight.type - INT4][product.doubles(part.out.m) - 1](part, panel, acc);
+            product.out.store(product.out, panel, 1, line, part.out.m, {acc, 0, 0, PANEL});
+        }
 }
 
 bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t first, int64_t last) {
-    if (const Dot4 dot = few_lines_of(product, kernel)) {
-        few_lines4(product, dot, first, last);
+    if (is_direct4(product, kernel)) {
+        few_lines4(product, kernel, first, last);
         return true;
     }
     const int64_t m = product.out.m, step = m <= FEW_LINES ? 1 : PANELS_PER_CHUNK;
@@ -165,6 +190,8 @@ const Kernel8* kernel8_of(int32_t isa) {
     }
 }
 
+bool multiplies_bytes(int32_t isa) { return kernel8_of(isa)->format == QUADS; }
+
 Status linear8(const Product& out, const void* x, Type x_type, const void* scale, Type scale_type, int64_t groups,
                int32_t isa, int threads) {
     const int64_t columns = out.weight.columns, zero_groups = out.weight.zero_groups;
@@ -188,22 +215,27 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
                         (long long)product.block, (long long)unit);
     }
     if (isa == AMX && (!has_amx_int8() || product.block % 64)) isa = AVX512;
+    product.bytes = out.weight.byte_x && multiplies_bytes(isa);
+    const int64_t doubles = product.doubles(out.m);
     // It expands in registers, which is faster with few lines.
-    if (isa == AMX && out.m <= LINES_TOGETHER && has_vnni()) isa = AVX512;
+    if (isa == AMX && doubles <= LINES_TOGETHER && has_vnni()) isa = AVX512;
     const Format8 format = isa == AMX ? TILES : kernel8_of(isa)->format;
     product.blocks = (columns + product.block - 1) / product.block;
     product.stride = (columns + 63) / 64 * 64;
-    const int64_t lines = isa == AMX ? (out.m + 15) / 16 * 16 : out.m;  // AMX reads 16 lines at a time
-    const int64_t line_bytes = 2 * product.stride;
+    const int64_t together = isa == AMX ? 16 : LINES_TOGETHER;
+    const int64_t lines = isa == AMX ? (doubles + 15) / 16 * 16 : doubles;  // AMX reads 16 of them at a time
+    const int64_t line_bytes = 2 * product.stride, numbers = doubles * product.per_double() * product.blocks;
     char* integers = static_cast<char*>(std::aligned_alloc(64, lines * line_bytes));
-    float* scales = static_cast<float*>(std::malloc(out.m * product.blocks * sizeof(float)));
-    int32_t* sums = static_cast<int32_t*>(std::malloc(out.m * product.blocks * sizeof(int32_t)));
+    float* scales = static_cast<float*>(std::calloc(numbers, sizeof(float)));
+    int32_t* sums = static_cast<int32_t*>(std::calloc(numbers, sizeof(int32_t)));
     Status status = OK;
     if (!integers || !scales || !sums) {
         status = fail(NO_MEMORY, "no memory for the activations");
     } else {
-        const int64_t whole = out.m / 16 * 16;  // lines of tiles that have no other ones
-        if (lines > out.m) std::memset(integers + whole * line_bytes, 0, (lines - whole) * line_bytes);
+        // Double lines of tiles, or of interleaved ones, that have no line without numbers.
+        const int64_t whole = out.m / product.per_double() / together * together;
+        if (lines * product.per_double() > out.m)
+            std::memset(integers + whole * line_bytes, 0, (lines - whole) * line_bytes);
         (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && out.m * columns > 32768)
         for (int64_t block = 0; block < product.blocks; block++)

@@ -48,6 +48,8 @@ Status view(const void* data, int64_t bytes, Weight* weight) {
                          header.type, header.code_bytes, header.zero_groups};
     if (!layout_of(sizes, &layout))
         return fail(DAMAGED, "its header has impossible sizes");
+    if (header.byte_x < 0 || header.byte_x > (header.type >= INT8 ? 1 : 0))
+        return fail(DAMAGED, "its header has %d where activations are rounded to bytes or not", header.byte_x);
     if (layout.bytes != bytes)
         return fail(DAMAGED, "%lld bytes where its header needs %lld", (long long)bytes, (long long)layout.bytes);
     const char* base = static_cast<const char*>(data);
@@ -59,6 +61,7 @@ Status view(const void* data, int64_t bytes, Weight* weight) {
     weight->words = layout.words;
     weight->zero_groups = header.zero_groups;
     weight->type = static_cast<Type>(header.type);
+    weight->byte_x = header.byte_x != 0;
     weight->offsets = reinterpret_cast<const uint64_t*>(base + sizeof header);
     weight->masks = reinterpret_cast<const uint32_t*>(base + layout.masks_at);
     weight->zeros = reinterpret_cast<const uint8_t*>(base + layout.zeros_at);
@@ -76,6 +79,17 @@ void write_header(void* data, const Sizes& sizes) {
     header.code_bytes = sizes.code_bytes;
     header.zero_groups = sizes.zero_groups;
     std::memcpy(data, &header, sizeof header);
+}
+
+Status set_byte_x(void* data, int64_t bytes, bool byte_x) {
+    Weight weight = {};
+    RAC_TRY(view(data, bytes, &weight));
+    if (weight.type < INT8) return fail(BAD_ARGUMENT, "activations are rounded for weights of integers only");
+    Header header;
+    std::memcpy(&header, data, sizeof header);
+    header.byte_x = byte_x;
+    std::memcpy(data, &header, sizeof header);
+    return OK;
 }
 
 Status check(const Weight& weight) {

@@ -11,7 +11,8 @@
 // 8-bit integers are multiplied one quad at a time: two words are the mask of a quad, 16 x 4 weights,
 //     int8: bit 4n + k of the 64, little-endian
 // Where every weight is stored there are no words, and each quad of a panel is 64 bytes (DENSE8, columns padded to 64).
-// The scales of integers, one per row or one per row and group of columns, are kept outside of the packed data.
+// The scales of integers, one per row or one per row and group of columns, are kept outside of the packed data. `byte_x` of the header
+// is 1 where x is rounded to bytes in a product with them, and 0 where it is rounded to 16 bits; only integers may have 1.
 //
 // 4-bit integers (INT4) have the masks of 8-bit ones. A value is stored as a code of four bits, 0 to 15: the value plus the
 // code of zero, which is 8, or given for each row and group of columns. The codes of a quad are in the order of its bits, two
@@ -60,7 +61,7 @@ struct Sizes {
 struct Header {
     char magic[8];
     int32_t type;
-    int32_t unused;
+    int32_t byte_x;
     int64_t rows, columns, nonzeros, code_bytes, zero_groups;
     char pad[8];
 };
@@ -75,6 +76,7 @@ struct Layout {
 struct Weight {
     int64_t rows, columns, nonzeros, panels, words, code_bytes, zero_groups;
     Type type;
+    bool byte_x;
     const uint64_t* offsets;
     const uint32_t* masks;
     const uint8_t* zeros;
@@ -98,6 +100,9 @@ struct Weight {
 bool layout_of(const Sizes& sizes, Layout* layout);
 
 void write_header(void* data, const Sizes& sizes);
+
+// Set `byte_x` of a packed weight of integers.
+Status set_byte_x(void* data, int64_t bytes, bool byte_x);
 
 // Bytes of the codes of INT4, from a bitmask [rows][ceil(columns / 8)].
 int64_t count_code_bytes(const uint8_t* bitmask, int64_t rows, int64_t columns);

@@ -6,7 +6,7 @@
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
-#define RAC_ABI 4
+#define RAC_ABI 5
 #endif
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -114,6 +114,21 @@ RAC_EXPORT int32_t rac_check_weight(const void* data, int64_t bytes, int64_t row
 RAC_EXPORT int32_t rac_value_type(const void* data, int64_t bytes) {
     Weight weight;
     return view(data, bytes, &weight) == OK ? weight.type : -1;
+}
+
+// Whether x is rounded to 8 bits or to 16 in products with this packed weight of integers. 16 is what packing leaves. Instruction sets
+// that do not multiply bytes round to 16 bits always.
+RAC_EXPORT int32_t rac_set_activation_bits(void* data, int64_t bytes, int32_t bits) {
+    if (bits != 8 && bits != 16) return fail(BAD_ARGUMENT, "activations of %d bits; 8 and 16 are possible", bits);
+    return set_byte_x(data, bytes, bits == 8);
+}
+
+// The bits that x is rounded to in products with a packed weight of integers on an instruction set; 0 where it is not rounded to
+// integers, -1 where the header is damaged.
+RAC_EXPORT int32_t rac_activation_bits(const void* data, int64_t bytes, int32_t isa) {
+    Weight weight;
+    if (view(data, bytes, &weight) != OK) return -1;
+    return weight.type < INT8 ? 0 : weight.byte_x && multiplies_bytes(isa) ? 8 : 16;
 }
 
 // Panels [first, last) as dense columns, without scale: out[columns][16 * (last - first)].

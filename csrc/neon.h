@@ -20,7 +20,7 @@ constexpr int64_t WIDENED = PANEL * BLOCK_MOST + 64;  // bytes that it may write
 const char* neon_expand_int4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
 const char* neon_expand_dense4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
 
-float neon_quantize(const void* x, Type type, int64_t columns, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
+float neon_quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
 void neon_add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc);
 
 // Inlined into each ISA's translation unit, so each gets its own copy.

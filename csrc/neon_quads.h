@@ -37,6 +37,17 @@ inline Zeros zeros_of_rows(const uint8_t* zeros) {
     return load_quad(reinterpret_cast<const char*>(columns));
 }
 
+// Four rows' sums of the first and of the second bytes of double line `m`, to its place from `sums` on.
+RAC_INLINE void store_sums(const Lines8& lines, int m, const int32x4_t& first, const int32x4_t& second, int32_t* sums) {
+    sums += PANEL * lines.per_double() * m;
+    if (lines.bytes) {
+        vst1q_s32(sums, first);
+        vst1q_s32(sums + PANEL, second);
+    } else {
+        vst1q_s32(sums, vaddq_s32(vshlq_n_s32(first, 8), second));
+    }
+}
+
 // Returns the address after the values of this quad. Where no code is stored, `zeros` is put.
 template <int form>
 RAC_INLINE const char* expand_quad(const uint32_t* masks, const char* values, Quad& quad, const Zeros& zeros = {}) {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from rac_modifier.checkpoint.license import CARD_NAME
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, with_int8_activations
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
 from rac_modifier.machine_paths import without_paths
@@ -80,6 +81,14 @@ def add_measured(
         raise RacError(f"{card}: cannot be read ({error}); mend it, or leave --card out") from error
     write_json_atomic(folder / RUN_RECORD_NAME, record)
     write_text_atomic(card, with_measured(text, record))
+
+
+def record_activations(folder: Path, modules: Sequence[str], entry: Mapping[str, Any]) -> None:
+    """Write the modules with activations in 8 bits into config.json of a packed model, and what was measured into its record."""
+    config = read_json(folder / CONFIG_FILE)
+    record = read_json(folder / RUN_RECORD_NAME)
+    write_json_atomic(folder / RUN_RECORD_NAME, {**record, "activations": without_paths(dict(entry))})
+    write_json_atomic(folder / CONFIG_FILE, with_int8_activations(config, modules))
 
 
 def with_measured(card: str, record: Mapping[str, Any]) -> str:

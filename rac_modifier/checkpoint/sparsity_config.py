@@ -8,7 +8,7 @@ its mask structure, for packed weights and for weights that are stored dense.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -27,6 +27,7 @@ _EXPECTED = {
     "targets": "not a list of module names",
     "ignore": "not a list of module names",
     "modules": "not an object with the mask structure of each module",
+    "int8_activations": "not a list of module names",
 }
 
 
@@ -105,10 +106,14 @@ class SparsityConfig(_Entry):
 
 
 class SparsityRecord(_Entry):
-    """`rac_sparsity`: how the pruned weights are stored, and the mask structure of each pruned module."""
+    """`rac_sparsity`: how the pruned weights are stored, and the mask structure of each pruned module.
+
+    `int8_activations`: quantized modules whose inputs may be rounded to 8 bits, as `rac activations` found.
+    """
 
     storage: Literal["packed", "dense"] = "packed"
     modules: dict[str, str] = {}
+    int8_activations: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
@@ -192,8 +197,16 @@ def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[
     return marked
 
 
+def with_int8_activations(config: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """A copy of the config of a packed model in which these modules have inputs of 8 bits, and no other one."""
+    names = sorted(modules)
+    record = {key: value for key, value in config[RAC_KEY].items() if key != "int8_activations"}
+    return {**config, RAC_KEY: {**record, "int8_activations": names} if names else record}
+
+
 def _record(storage: Literal["packed", "dense"], structures: dict[str, str]) -> dict[str, Any]:
-    return {RAC_KEY: SparsityRecord(storage=storage, modules=structures).model_dump(mode="json")}
+    record = SparsityRecord(storage=storage, modules=structures)
+    return {RAC_KEY: record.model_dump(mode="json", exclude={"int8_activations"})}
 
 
 def without_sparsity(quantization: dict[str, Any]) -> dict[str, Any] | None:

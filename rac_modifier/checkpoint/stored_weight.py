@@ -28,6 +28,7 @@ class StoredWeight:
     `starts` int64 [N + 1] is where each row begins in `values`. `name` is for messages. Quantized values (int8, fp8; 4-bit
     values are int8 too) have a `scale` float32 [N, groups], one per row and group of equally many columns. `bits` is 4 for
     4-bit values, -8 to 7, or a code of 0 to 15 minus its code of zero, `zeros` uint8 [N, groups].
+    activation_bits: what a kernel of integers may round the inputs of this layer to, 16 or 8.
     """
 
     values: Tensor
@@ -38,6 +39,7 @@ class StoredWeight:
     scale: Tensor | None = None
     bits: int = 8
     zeros: Tensor | None = None
+    activation_bits: int = 16
 
     @property
     def rows(self) -> int:

@@ -13,6 +13,7 @@ import typer
 import typer.core
 
 from rac_modifier.cli import recipes, traces
+from rac_modifier.cli.activations import activations
 from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.frontier import frontier
@@ -62,6 +63,7 @@ app.command()(report)
 app.command()(inspect)
 app.command()(pack)
 app.command()(unpack)
+app.command()(activations)
 app.command()(schema)
 app.command()(doctor)
 

@@ -20,7 +20,8 @@ class Layer:
     density: share of the weights that is stored, 0 to 1. stored: dtype of the stored values, int32 for words of 4-bit
     values. served: dtype of the activations, and of the weight if the layer runs dense. group: columns that share a scale.
     two_of_four: at most two of each four neighbouring columns are stored. zero_points: groups have one.
-    group_bytes: bytes of the scale, and of the zero point if there is one, of a row and group.
+    group_bytes: bytes of the scale, and of the zero point if there is one, of a row and group. activation_bits: what a
+    kernel of integers may round activations to, 16 or 8.
 
     Raises:
         RacError: sizes that are not positive, or a density outside of 0 to 1.
@@ -35,6 +36,7 @@ class Layer:
     group_bytes: int = 4
     two_of_four: bool = False
     zero_points: bool = False
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1 or not 0.0 <= self.density <= 1.0:
@@ -56,6 +58,7 @@ class Layer:
             weight.group_bytes,
             two_of_four=weight.two_of_four,
             zero_points=weight.zeros is not None,
+            activation_bits=weight.activation_bits,
         )
 
 

@@ -13,7 +13,13 @@ from rac_modifier.checkpoint.dense_int4 import ORDER, ZEROS
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import FORMAT_24, packed_modules
 from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, ignored_modules, packed_format, recorded_structures
+from rac_modifier.checkpoint.sparsity_config import (
+    CONFIG_FILE,
+    SparsityRecord,
+    ignored_modules,
+    packed_format,
+    recorded_structures,
+)
 from rac_modifier.checkpoint.stored_weight import FLOATS, SCALE
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
@@ -47,15 +53,20 @@ def plan_row(
     device: str = "cpu",
     two_of_four: bool = False,
     scale_bytes: int = 4,
+    activation_bits: int = 16,
 ) -> PlanRow:
     """Decide for a packed module from numbers alone: `stored` values of `dtype`, served in `served` on a device type.
 
     int32 stands for words of 4-bit values; `groups` is the number of scales per row, each of `scale_bytes`; `two_of_four`: the
-    weight is 2:4.
+    weight is 2:4. `activation_bits`: 8 where the checkpoint records that these are enough.
     """
     density = stored / (rows * columns) if rows > 0 and columns > 0 else -1.0
     group = columns // max(groups, 1)
-    layer = Layer(rows, columns, density, dtype, served, group, scale_bytes, two_of_four=two_of_four)
+    layer = Layer(
+        *(rows, columns, density, dtype, served, group, scale_bytes),
+        two_of_four=two_of_four,
+        activation_bits=activation_bits,
+    )
     decision, _ = choose(layer, device)
     return PlanRow(module, rows, columns, density, decision, layer)
 
@@ -72,7 +83,11 @@ def plan_checkpoint(folder: str | Path, dtype: torch.dtype | None = None, device
     config = read_json(Path(folder) / CONFIG_FILE)
     two_of_four = packed_format(config) == FORMAT_24  # raises for a format that cannot be served
     with TensorFiles(folder) as files:
-        rows = [_packed_row(files, module, dtype, device, two_of_four) for module in packed_modules(files.where)]
+        int8 = SparsityRecord.of(config).int8_activations
+        rows = [
+            _packed_row(files, module, dtype, device, two_of_four, 8 if module in int8 else 16)
+            for module in packed_modules(files.where)
+        ]
         dense = {
             **dict.fromkeys(ignored_modules(config), "it is not pruned (in ignore)"),
             **dict.fromkeys(recorded_structures(config), "it is stored dense; serve with --quantization rac-sparse"),
@@ -122,7 +137,9 @@ def render_plan(rows: Sequence[PlanRow]) -> str:
     return "\n".join(lines)
 
 
-def _packed_row(files: TensorFiles, module: str, dtype: torch.dtype | None, device: str, two_of_four: bool) -> PlanRow:
+def _packed_row(
+    files: TensorFiles, module: str, dtype: torch.dtype | None, device: str, two_of_four: bool, activation_bits: int
+) -> PlanRow:
     shape = files.tensor(f"{module}.shape") if files.shape(f"{module}.shape") in ((2,), (2, 1)) else torch.zeros(0)
     own, stored_shape = files.dtype(f"{module}.compressed"), files.shape(f"{module}.compressed")
     rows, columns = shape.flatten().tolist() if shape.dtype == torch.int64 else (0, 0)
@@ -135,7 +152,9 @@ def _packed_row(files: TensorFiles, module: str, dtype: torch.dtype | None, devi
     shape_of_scale = files.shape(scale) if scale in files else ()
     groups = shape_of_scale[1] if len(shape_of_scale) == 2 else 1
     scale_bytes = 2 if scale in files and files.dtype(scale) == torch.bfloat16 else 4
-    return plan_row(module, rows, columns, stored, own, dtype or _served(own), groups, device, two_of_four, scale_bytes)
+    served = dtype or _served(own)
+    sizes = (rows, columns, stored, own, served, groups, device, two_of_four, scale_bytes, activation_bits)
+    return plan_row(module, *sizes)
 
 
 def _served(stored: torch.dtype) -> torch.dtype:

@@ -23,7 +23,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu.operator import use_crossovers
 from rac_modifier.vllm_plugin import METHOD
+from rac_modifier.vllm_plugin.activations import activation_bits
+from rac_modifier.vllm_plugin.crossover import crossovers
 from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod, by_vllm, logger, record
 from rac_modifier.vllm_plugin.head import VARIABLE, RoundedHeadMethod, wanted_bits
 from rac_modifier.vllm_plugin.shards import Int4Shards
@@ -36,6 +39,7 @@ class DenseInt4Config(CompressedTensorsConfig):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.crossovers: dict[str, float] = {}
         self.summary = Summary(layers="quantized layers", kernel="an int4 kernel")
 
     @classmethod
@@ -60,7 +64,11 @@ class DenseInt4Config(CompressedTensorsConfig):
         Raises:
             RacError: the folder lacks a tensor of its index, which vLLM notices in unquantized models only.
         """
+        from vllm.platforms import current_platform
+
         check_index(model_name)
+        if current_platform.is_cpu():
+            self.crossovers = crossovers(("int4",))
         if getattr(hf_config, "rac_sparsity", None):
             logger.info(
                 "this int4 checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse kernels"
@@ -68,6 +76,7 @@ class DenseInt4Config(CompressedTensorsConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """vLLM's method of one layer, or ours for an int4 linear layer and for a head that RAC_LM_HEAD rounds."""
+        use_crossovers(self.crossovers)
         method = super().get_quant_method(layer, prefix)
         if isinstance(layer, ParallelLMHead) and (bits := wanted_bits()) is not None:
             if method is not None:
@@ -83,7 +92,7 @@ class DenseInt4Config(CompressedTensorsConfig):
         weights = layer.scheme
         group = None if weights.strategy == "channel" else weights.group_size
         shards = Int4Shards(prefix, fused_modules(prefix, self.packed_modules_mapping), group, bool(weights.symmetric))
-        return DenseInt4LinearMethod(shards, method, self.summary)
+        return DenseInt4LinearMethod(shards, method, self.summary, activation_bits())
 
     def _why_not(self, layer: Any, prefix: str, method: QuantizeMethodBase) -> str | None:
         """Why vLLM runs a quantized layer, from config.json alone; None where the kernel may run it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,8 +49,11 @@ def record(summary: Summary, layer: str, decision: Decision) -> None:
 class DenseInt4LinearMethod(LinearMethodBase):
     """The method of one layer. `inner` is vLLM's own for the same layer."""
 
-    def __init__(self, shards: Int4Shards, inner: LinearMethodBase, summary: Summary) -> None:
+    def __init__(
+        self, shards: Int4Shards, inner: LinearMethodBase, summary: Summary, activation_bits: int = 16
+    ) -> None:
         self.shards, self.inner, self.summary = shards, inner, summary
+        self.activation_bits = activation_bits
         self.vllms: Decision | None = None
         self.packed: PackedWeight | None = None
         summary.expect()
@@ -98,6 +102,7 @@ class DenseInt4LinearMethod(LinearMethodBase):
         share = share.select_rows(rows)
         if self.columns < self.all_columns:
             share = share.select_columns(getattr(layer, "tp_rank", 0) * self.columns, self.columns)
+        share = replace(share, activation_bits=self.activation_bits)
         decision, backend = choose(Layer.of(share, self.dtype), _DEVICE)
         if backend is None:  # `_why_not` has asked for a weight of at least as many bytes
             raise RacError(

@@ -7,6 +7,7 @@ out, and one decision is made: the layer runs on a sparse kernel, or it is expan
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,11 +36,12 @@ class RacSparseLinearMethod(LinearMethodBase):
     """The method of one layer. `inner` is vLLM's own method for the same weight stored dense, quantized or not.
 
     Quantized weights stay quantized on a sparse kernel. Dense, they become floats, except where `inner` is vLLM's method for
-    quantized weights.
+    quantized weights. `activation_bits`: what a kernel of integers may round activations to.
     """
 
-    def __init__(self, shards: Shards, inner: LinearMethodBase, summary: Summary) -> None:
+    def __init__(self, shards: Shards, inner: LinearMethodBase, summary: Summary, activation_bits: int = 16) -> None:
         self.shards, self.inner, self.summary = shards, inner, summary
+        self.activation_bits = activation_bits
         self.as_quantized = not isinstance(inner, UnquantizedLinearMethod)
         self.dense: Parameter | None = None
         self.packed: PackedWeight | None = None
@@ -99,6 +101,7 @@ class RacSparseLinearMethod(LinearMethodBase):
         share = stack(sparse, self.shards.prefix).select_rows(rows)
         if self.columns < self.all_columns:
             share = share.select_columns(rank * self.columns, self.columns)
+        share = replace(share, activation_bits=self.activation_bits)
         return *choose(Layer.of(share, self.dtype), self.device.type), share
 
     def _create_dense(self, layer: Any) -> Parameter:

@@ -5,6 +5,7 @@ Modules that need vLLM's layers are imported in `get_quant_method`: at registrat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,20 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
+from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import has_backend
+from rac_modifier.kernels.cpu.operator import use_crossovers
 from rac_modifier.vllm_plugin import METHOD
+from rac_modifier.vllm_plugin.activations import VARIABLE, activation_bits, wanted_bits
+from rac_modifier.vllm_plugin.crossover import crossovers
 from rac_modifier.vllm_plugin.sparse_layers import (
     SparseLayers,
     fused_modules,
     is_in_words,
     is_packed,
     is_quantized,
+    kinds_of,
     parse_dense_stored,
     parse_packed,
 )
@@ -50,6 +56,8 @@ class RacSparseConfig(QuantizationConfig):
         self.layers = layers
         self.quantized = quantized
         self.in_words = in_words
+        self.kinds: tuple[str, ...] = ("floats",)  # of weights, as `crossovers` names them
+        self.crossovers: dict[str, float] = {}
         self.summary = Summary()
 
     @classmethod
@@ -83,7 +91,9 @@ class RacSparseConfig(QuantizationConfig):
 
             # vLLM refuses any sparsity_config, so its config is made of the rest.
             quantized = CompressedTensorsConfig.from_config({k: v for k, v in config.items() if k != "sparsity_config"})
-        return cls(parse_packed(config), quantized, is_in_words(config))
+        made = cls(parse_packed(config), quantized, is_in_words(config))
+        made.kinds = kinds_of(config)
+        return made
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM calls this once before it loads anything, with the checkpoint's folder or its name on the hub.
@@ -94,9 +104,20 @@ class RacSparseConfig(QuantizationConfig):
             RacError: the folder lacks a tensor of its index. vLLM checks this for unquantized models only, and would
                 otherwise serve, for example, an embedding that was never loaded.
         """
+        from vllm.platforms import current_platform
+
         check_index(model_name)
+        record = getattr(hf_config, RAC_KEY, None)
         if self.layers is None:
-            self.layers = parse_dense_stored(getattr(hf_config, "rac_sparsity", None))
+            self.layers = parse_dense_stored(record)
+        elif self.quantized is not None:
+            self.layers = replace(self.layers, int8_activations=SparsityRecord.of({RAC_KEY: record}).int8_activations)
+        if self.quantized is None and wanted_bits() is not None:
+            raise RacError(
+                f"{VARIABLE}: the weights of this checkpoint are floats, and activations are rounded for integers only; unset it"
+            )
+        if current_platform.is_cpu():
+            self.crossovers = crossovers(self.kinds)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules as vLLM does."""
@@ -113,12 +134,14 @@ class RacSparseConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from rac_modifier.vllm_plugin.experts import expand_experts
-        from rac_modifier.vllm_plugin.head import RoundedHeadMethod, wanted_bits
+        from rac_modifier.vllm_plugin.head import RoundedHeadMethod
+        from rac_modifier.vllm_plugin.head import wanted_bits as bits_of_head
         from rac_modifier.vllm_plugin.linear import RacSparseLinearMethod
         from rac_modifier.vllm_plugin.shards import Shards
         from rac_modifier.vllm_plugin.sparse_experts import SparseExpertsMethod
 
         assert self.layers is not None
+        use_crossovers(self.crossovers)
         if isinstance(layer, LinearBase):
             modules = fused_modules(prefix, self.packed_modules_mapping)
             if not any(self.layers.holds(module) for module in modules):
@@ -129,7 +152,8 @@ class RacSparseConfig(QuantizationConfig):
             inner = None if ours else self._inner(layer, prefix)
             scales = "none" if self.quantized is None else "ours" if ours else "vllm's"
             shards = Shards(prefix, modules, self.layers.format, scales)
-            return RacSparseLinearMethod(shards, inner or UnquantizedLinearMethod(), self.summary)
+            bits = activation_bits(set(modules) <= set(self.layers.int8_activations))
+            return RacSparseLinearMethod(shards, inner or UnquantizedLinearMethod(), self.summary, bits)
         if isinstance(layer, RoutedExperts):
             format = self.layers.format
             if format is not None and torch.empty(0).device.type == "cpu":
@@ -137,8 +161,8 @@ class RacSparseConfig(QuantizationConfig):
                 return SparseExpertsMethod(layer, prefix, format, scales, self.summary)
             return expand_experts(layer, prefix, self.layers, self._inner(layer, prefix), self.summary)
         inner = self._inner(layer, prefix)
-        if inner is None and isinstance(layer, ParallelLMHead) and (bits := wanted_bits()) is not None:
-            return RoundedHeadMethod(bits)
+        if inner is None and isinstance(layer, ParallelLMHead) and (of_head := bits_of_head()) is not None:
+            return RoundedHeadMethod(of_head)
         return inner
 
     def _inner(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

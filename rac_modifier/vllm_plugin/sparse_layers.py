@@ -18,12 +18,14 @@ class SparseLayers:
     """Which linear modules are stored sparse, and how.
 
     `format` is one of `checkpoint.formats.PARTS`, or None where the weights are stored dense. `targets` and `ignore` are
-    module names, "re:" patterns or, as in compressed-tensors, "Linear" for all.
+    module names, "re:" patterns or, as in compressed-tensors, "Linear" for all. `int8_activations`: names of modules whose inputs
+    may be rounded to 8 bits.
     """
 
     format: str | None
     targets: tuple[str, ...]
     ignore: tuple[str, ...] = ()
+    int8_activations: tuple[str, ...] = ()
 
     def holds(self, module: str) -> bool:
         """Whether the weight of the linear `module`, named as on disk, is stored sparse."""
@@ -31,13 +33,15 @@ class SparseLayers:
 
     def renamed(self, rename: Mapping[str, str]) -> SparseLayers:
         """With module names replaced; names that are not in `rename` stay."""
-        targets, ignore = (tuple(rename.get(entry, entry) for entry in old) for old in (self.targets, self.ignore))
-        return replace(self, targets=targets, ignore=ignore)
+        lists = (self.targets, self.ignore, self.int8_activations)
+        targets, ignore, int8 = (tuple(rename.get(entry, entry) for entry in old) for old in lists)
+        return replace(self, targets=targets, ignore=ignore, int8_activations=int8)
 
     @property
     def names(self) -> list[str]:
         """The entries that are module names, neither patterns nor classes."""
-        return [entry for entry in (*self.targets, *self.ignore) if "." in entry and not entry.startswith("re:")]
+        entries = (*self.targets, *self.ignore, *self.int8_activations)
+        return [entry for entry in entries if "." in entry and not entry.startswith("re:")]
 
 
 def is_packed(quantization: object) -> bool:
@@ -93,6 +97,16 @@ def is_in_words(quantization: Mapping[str, Any]) -> bool:
         else []
     )
     return PACK_QUANTIZED in [quantization.get("format"), *formats]
+
+
+def kinds_of(quantization: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the kernels multiply the weights of a `quantization_config` as: "floats", "int8", "int4", one or several of them."""
+    found = {
+        f"int{weights.get('num_bits')}" if weights.get("type", "int") == "int" else "floats"
+        for group in (quantization.get("config_groups") or {}).values()
+        if isinstance(weights := group.get("weights"), Mapping)
+    }
+    return tuple(sorted(kind for kind in found if kind in ("int8", "int4", "floats"))) or ("floats",)
 
 
 def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:

@@ -79,6 +79,22 @@ def test_what_is_rounded_here_runs_on_the_int4_kernel(monkeypatch, symmetric):
 
 
 @needs_kernel
+def test_activations_of_8_bits_on_request(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    monkeypatch.setenv("RAC_ACTIVATIONS", "int8")
+    config = RacSparseConfig.from_config(quantization())
+    layer = make("column", config)
+    ((_, tensors, meant),) = weights_of("column")
+    load(layer, None, tensors)
+    finish(layer)
+    (decision,) = config.summary.decisions.values()
+    assert "(activations in " in decision.kernel
+    x = torch.randn(5, K)
+    found, exact = layer.quant_method.apply(layer, x), x @ meant.T
+    assert 1e-5 < float((found - exact).norm() / exact.norm()) < 0.02
+
+
+@needs_kernel
 def test_bfloat16_with_a_bias_compiled(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     layer = make("column", RacSparseConfig.from_config(quantization(symmetric=False)), bias=True)

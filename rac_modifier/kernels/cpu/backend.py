@@ -11,7 +11,8 @@ from torch import Tensor
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.encoding import ValueEncoding, encoding_of
-from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values, split_groups
+from rac_modifier.kernels.cpu.library import BYTE_ISAS
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values, set_activation_bits, split_groups
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision, Layer
 
@@ -51,7 +52,14 @@ def can_run(layer: Layer) -> Decision:
         )
     integers = f"int{encoding.bits} " if dtype == torch.int8 else ""
     kernel = f"{'sparse ' if masked else ''}{integers}kernel {available.isa}"
-    kernel += f" ({encoding.note})" if encoding.note else ""
+    notes = [encoding.note] if encoding.note else []
+    if dtype == torch.int8 and layer.activation_bits == 8:
+        notes.append(
+            "activations in 8 bits"
+            if available.isa in BYTE_ISAS
+            else "activations in 16 bits, since it multiplies no bytes"
+        )
+    kernel += f" ({'; '.join(notes)})" if notes else ""
     return decision(
         kernel,
         f"{kernel}: {bytes_per_weight:.2f} bytes per weight instead of the {baseline}, at most {ceiling:.2f}x faster",
@@ -74,6 +82,8 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
         packed = {DATA: pack_dense(values.reshape(weight.rows, weight.columns), encoding.bits, zeros)}
     else:
         packed = {DATA: pack_values(values, weight.bitmask, weight.columns, encoding.bits, zeros)}
+    if encoding.dtype == torch.int8 and weight.activation_bits == 8:
+        set_activation_bits(packed[DATA], 8)
     if weight.scale is not None:
         packed[SCALE] = pack_scale(weight.scale, weight.group, narrow=four)
     return packed

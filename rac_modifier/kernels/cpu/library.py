@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-ABI = 4  # of csrc/library.cpp; raised with every change of the functions
+ABI = 5  # of csrc/library.cpp; raised with every change of the functions
 X86_ISAS, ARM_ISAS = ("avx2", "avxvnni", "avx512", "amx"), ("neon", "dotprod", "i8mm")
 ISAS = ("portable", *X86_ISAS, *ARM_ISAS)  # in the order of the library's numbers
+BYTE_ISAS = ("avxvnni", "avx512", "amx", "dotprod", "i8mm")  # they multiply bytes of x; the others 16 bits
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
 INT8 = VALUE_TYPES[torch.int8]
@@ -41,6 +42,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "rac_check_weight": (c_int32, [*_BUFFER, c_int64, c_int64, c_int32]),
     "rac_value_type": (c_int32, _BUFFER),
+    "rac_activation_bits": (c_int32, [*_BUFFER, c_int32]),
+    "rac_set_activation_bits": (c_int32, [*_BUFFER, c_int32]),
     "rac_expand_panels": (
         c_int32,
         [
@@ -141,6 +144,15 @@ class Library:
     def value_type(self, data: Tensor) -> int:
         """The type of the values, from the header; -1 where it is damaged."""
         return self._calls.rac_value_type(*_buffer(data))
+
+    def activation_bits(self, data: Tensor, isa: str) -> int:
+        """Bits that x is rounded to in products with packed integers; 0 for floats, -1 where the header is damaged."""
+        return self._calls.rac_activation_bits(*_buffer(data), _NUMBER[isa])
+
+    def set_activation_bits(self, data: Tensor, bits: int) -> None:
+        """Have x rounded to `bits`, 8 or 16, in products with these packed integers."""
+        status = self._calls.rac_set_activation_bits(*_buffer(data), bits)
+        self._raise_if(status, f"activations in {bits} bits")
 
     def expand(self, data: Tensor, rows: int, columns: int, first: int, last: int, out: Tensor, isa: str) -> None:
         """Panels [first, last) of 16 rows into `out` [columns, 16 (last - first)]: the rows transposed, without scale."""

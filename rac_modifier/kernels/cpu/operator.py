@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import library_and_isa
 
 # The largest number of rows of x for which the kernel itself is the faster way: measured on shapes of a 1.5B model, on AVX512 up
-# to 512 and on AMX up to 1024. Those of ARM and AVX-VNNI are assumed to be as AVX2: they were never timed.
+# to 512 and on AMX up to 1024. Those of ARM and AVX-VNNI are assumed to be as AVX2. A server measures (crossover.py).
 CROSSOVER = {"portable": 8, **dict.fromkeys((*X86_ISAS, *ARM_ISAS), math.inf)}
 # The same for weights of 8 and of 4 bits, which are multiplied as integers. Portable: assumed.
 CROSSOVER8 = {**CROSSOVER, **dict.fromkeys(("avx2", "avxvnni", *ARM_ISAS), 512)}
 CROSSOVER4 = {**CROSSOVER8, "amx": 512}
+_chosen: dict[str, float] = {}  # by kind of weight, where `use_crossovers` was called
 _FEW = 8  # rows that every kernel multiplies itself: no call to learn the type of the values
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
 
@@ -58,18 +60,27 @@ def _forward(
     if bias is not None:
         bias = bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    if x.shape[0] <= _FEW or x.shape[0] <= _crossover(library.value_type(data))[isa]:
+    if x.shape[0] <= _FEW or x.shape[0] <= _crossover(library.value_type(data), isa):
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
-        _expand_and_multiply(library, isa, data, x, scale, bias, out)
+        expand_and_multiply(library, isa, data, x, scale, bias, out)
     return out if len(shape) == 2 else out.view(*shape[:-1], rows)
 
 
-def _crossover(value_type: int) -> dict[str, float]:
-    return CROSSOVER if value_type < INT8 else CROSSOVER8 if value_type in (INT8, DENSE8) else CROSSOVER4
+def use_crossovers(rows: Mapping[str, float]) -> None:
+    """From now on the kernels multiply so many rows of x themselves, by kind of weight: floats, int8, int4; else the tables'."""
+    _chosen.clear()
+    _chosen.update(rows)
 
 
-def _expand_and_multiply(
+def _crossover(value_type: int, isa: str) -> float:
+    kind = "floats" if value_type < INT8 else "int8" if value_type in (INT8, DENSE8) else "int4"
+    if kind in _chosen:
+        return _chosen[kind]
+    return {"floats": CROSSOVER, "int8": CROSSOVER8, "int4": CROSSOVER4}[kind][isa]
+
+
+def expand_and_multiply(
     library: Library, isa: str, data: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
     """Fill `out` by dense products with chunks of the weight; in fp32 unless this machine multiplies bf16 fast.

@@ -65,8 +65,25 @@ def split_groups(scale: Tensor, group: int, unit: int = 4) -> Tensor:
     """Scales [N, groups], with groups of more than 512 columns cut into equal parts of a multiple of `unit` columns."""
     if scale.shape[1] == 1 or group <= MOST_GROUP:
         return scale
-    parts = next(n for n in range(2, group) if group % (unit * n) == 0 and group // n <= MOST_GROUP)
-    return scale.repeat_interleave(parts, dim=1)
+    return scale.repeat_interleave(_parts(group, unit), dim=1)
+
+
+def block_of(columns: int, group: int, unit: int = 4) -> int:
+    """Columns of x that share a scale in a product with integers of which `group` of `columns` columns share one."""
+    if group == columns:
+        return min(columns, MOST_GROUP)
+    return group if group <= MOST_GROUP else group // _parts(group, unit)
+
+
+def set_activation_bits(data: Tensor, bits: int) -> None:
+    """Have x rounded to 8 bits, or to 16 as when `data` was packed, in products with these packed integers.
+
+    Instruction sets that do not multiply bytes (`BYTE_ISAS`) round to 16 bits in any case.
+
+    Raises:
+        RacError: other bits, or packed floats.
+    """
+    library_and_isa()[0].set_activation_bits(data, bits)
 
 
 def pack_scale(scale: Tensor, group: int = 0, narrow: bool = False) -> Tensor:
@@ -120,6 +137,10 @@ def unpack(data: Tensor, rows: int, columns: int) -> Tensor:
         part = dense[first * PANEL : last * PANEL]
         part.copy_(transposed.t()[: len(part)])
     return dense
+
+
+def _parts(group: int, unit: int) -> int:
+    return next(n for n in range(2, group) if group % (unit * n) == 0 and group // n <= MOST_GROUP)
 
 
 def _pack(

@@ -16,6 +16,12 @@ from rac_modifier.kernels.cpu import library, support
 from tests.kernels.cpu.kernel_helpers import FLAGS, HERE, SHARED, compiled_library, run
 
 COMPILER, EMULATOR, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
+_WRITE = (
+    "rac_pack_weight",
+    "rac_set_activation_bits",
+    "rac_expand_panels",
+    "rac_sparse_linear",
+)  # to their last buffer
 # A processor for each instruction set that has it and none above it: an instruction of those would stop the test.
 PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
 
@@ -87,7 +93,7 @@ class Calls:
         self.process.stdin.flush()
         answer = self._read() if result is ctypes.c_char_p else struct.unpack("<q", self._exactly(8))[0]
         left = self._read()
-        if out[0] is not None and name in ("rac_pack_weight", "rac_expand_panels", "rac_sparse_linear"):
+        if out[0] is not None and name in _WRITE:
             ctypes.memmove(out[0], left, out[1])
         return answer
 

@@ -84,6 +84,8 @@ int main() {
         RAC_CALL(rac_pack_weight);
         RAC_CALL(rac_check_weight);
         RAC_CALL(rac_value_type);
+        RAC_CALL(rac_activation_bits);
+        RAC_CALL(rac_set_activation_bits);
         RAC_CALL(rac_expand_panels);
         RAC_CALL(rac_sparse_linear);
     }

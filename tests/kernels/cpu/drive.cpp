@@ -67,7 +67,7 @@ static int64_t size_of(int32_t type) { return type == 0 ? 2 : type == 1 ? 4 : 1;
 
 struct Case {
     int64_t rows, columns, bytes, zero_groups = 0;
-    int32_t type;
+    int32_t type, activation_bits = 16;
     std::vector<float> dense;
     Buffer data;
 };
@@ -112,6 +112,11 @@ static Case random_case() {
         require(pack(value_bytes, masks, mask_bytes, zeros.data(), zero_bytes - 1, c.data.get(), c.bytes) == BAD_ARGUMENT,
                 "refuse short zeros");
     require(rac_check_weight(c.data.get(), c.bytes, c.rows, c.columns, c.type) == OK, "check what was packed");
+    c.activation_bits = below(2) ? 8 : 16;
+    require(rac_set_activation_bits(c.data.get(), c.bytes, 7) == BAD_ARGUMENT, "refuse activations of 7 bits");
+    const int32_t set = rac_set_activation_bits(c.data.get(), c.bytes, c.activation_bits);
+    require(set == (c.type >= 2 ? OK : BAD_ARGUMENT), "activation bits of integers only");
+    require(rac_check_weight(c.data.get(), c.bytes, c.rows, c.columns, c.type) == OK, "check with activation bits");
     if (!masked) {
         require(rac_packed_bytes(c.rows, c.columns, count - 1, c.type, nullptr, 0, c.zero_groups) < 0,
                 "a dense weight with a hole");
@@ -181,7 +186,7 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
                 sum += get(x.data(), x_type, line * c.columns + k) * weight;
                 terms += 2 * std::fabs(weight);  // 2: the largest x
             }
-            const float rounding = (x_type == 0 ? std::fabs(sum) / 128 : 0) + (integers ? terms / 32639 : 0);
+            const float rounding = (x_type == 0 ? std::fabs(sum) / 128 : 0) + (integers ? terms / (rac_activation_bits(data, c.bytes, isa) == 8 ? 127 : 32639) : 0);
             require(std::fabs(get(out.data(), x_type, i) - sum) <= rounding, "product");
         }
 

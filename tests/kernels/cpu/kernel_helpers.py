@@ -151,12 +151,14 @@ def expanded(kernel: str, dtype: torch.dtype, dense: Tensor, scale: Tensor, bias
     return scaled(dense, scale.bfloat16()).bfloat16().double(), bias.bfloat16().float()
 
 
-def assert_integer_product(y: Tensor, x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None) -> None:
-    """Y is x W^T + bias, x within half a step of its blocks' integers; `weight` is the scaled one."""
+def assert_integer_product(
+    y: Tensor, x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None, levels: int = LEVELS
+) -> None:
+    """Y is x W^T + bias, x within half a step of its blocks' integers, at most `levels`; `weight` is the scaled one."""
     exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     block, bound = weight.shape[1] // groups if groups > 1 else BLOCK, torch.zeros_like(exact)
     for x_block, w_block in zip(x.double().abs().split(block, 1), weight.abs().split(block, 1), strict=True):
-        bound += 0.502 / LEVELS * x_block.amax(1, keepdim=True) * w_block.sum(1)
+        bound += 0.502 / levels * x_block.amax(1, keepdim=True) * w_block.sum(1)
     if bias is not None:
         exact, terms = exact + bias.double(), terms + bias.double().abs()
     bound += terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)

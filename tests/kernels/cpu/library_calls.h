@@ -13,6 +13,8 @@ int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, const uin
                         int32_t, void*, int64_t, int32_t);
 int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
 int32_t rac_value_type(const void*, int64_t);
+int32_t rac_activation_bits(const void*, int64_t, int32_t);
+int32_t rac_set_activation_bits(void*, int64_t, int32_t);
 int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*, int64_t, int32_t, int32_t,
                           int32_t);
 int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const void*,

@@ -11,7 +11,8 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, from
 from rac_modifier.errors import RacError
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu import backend
-from rac_modifier.kernels.cpu.support import Support
+from rac_modifier.kernels.cpu.library import BYTE_ISAS
+from rac_modifier.kernels.cpu.support import Support, library_and_isa
 from rac_modifier.kernels.interface import Decision, Layer
 from tests.kernels.cpu.kernel_helpers import random_mask, take
 
@@ -46,6 +47,30 @@ def test_the_kernel_of_integers_is_named(avx2):
     assert (whole.kernel, whole.bytes_per_weight, whole.ceiling) == ("int8 kernel avx2", 1.0, 2.0)
     whole = decide(64, 64, 1.0, torch.int32, BF16)
     assert (whole.kernel, whole.bytes_per_weight, whole.ceiling) == ("int4 kernel avx2", 0.5, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("isa", "stored", "kernel"),
+    [
+        ("avx512", torch.int8, "sparse int8 kernel avx512 (activations in 8 bits)"),
+        ("dotprod", torch.int32, "sparse int4 kernel dotprod (activations in 8 bits)"),
+        ("avx2", torch.int8, "sparse int8 kernel avx2 (activations in 16 bits, since it multiplies no bytes)"),
+        ("avx512", BF16, "sparse kernel avx512"),
+    ],
+)
+def test_activations_of_8_bits_are_named(isa, stored, kernel, monkeypatch):
+    monkeypatch.setattr(backend, "support", lambda: Support(isa, "a test's"))
+    assert cpu.can_run(Layer(64, 64, 0.5, stored, BF16, 64, activation_bits=8)).kernel == kernel
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "dense int4 with zeros", "bf16", "int8 in groups of 6"])
+def test_packed_with_the_activation_bits_of_the_weight(best, name):
+    """Floats, and integers that are kept as floats, have none."""
+    library, isa = library_and_isa()
+    for bits in (8, 16):
+        data = cpu.pack(replace(WEIGHTS[name], activation_bits=bits), BF16)["weight_packed"]
+        expected = 0 if name in ("bf16", "int8 in groups of 6") else bits if isa in BYTE_ISAS else 16
+        assert library.activation_bits(data, isa) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""Up to how many rows of x the kernel itself is the faster way, timed on this machine.
+
+Above that number, panels are expanded for a dense product of torch (operator.py). Timed on one thread, so that the result is
+that of a core and not of how many there are: both ways are divided among threads alike. The least of several processor times of
+this thread counts: other work on the machine changes these little. A dense product must be clearly faster to be chosen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rac_modifier.checkpoint.stored_weight import from_dense
+from rac_modifier.kernels.cpu.library import Library
+from rac_modifier.kernels.cpu.operator import expand_and_multiply
+from rac_modifier.kernels.cpu.packed import pack_scale, pack_values
+from rac_modifier.kernels.cpu.support import library_and_isa
+
+KINDS = ("floats", "int8", "int4")
+ROWS = (64, 256, 1024)  # of x
+_SHAPE = (512, 1024)  # of the weight
+_REPEATS = 4
+MARGIN = 1.15
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The largest number of rows of x that the kernel multiplies itself, inf for any; `kind` is one of `KINDS`.
+
+    seconds: of processor time, of the kernel and of the dense product, by rows of x, as far as they were timed.
+    """
+
+    kind: str
+    rows: float
+    seconds: Mapping[int, tuple[float, float]]
+
+    def describe(self) -> str:
+        """One line."""
+        times = ", ".join(f"{m} rows {1e3 * own:.1f} / {1e3 * dense:.1f}" for m, (own, dense) in self.seconds.items())
+        limit = "any number of rows" if math.isinf(self.rows) else f"up to {self.rows:.0f} rows, more by dense products"
+        return f"{self.kind}: the kernel multiplies {limit} (ms of the kernel / of a dense product: {times})"
+
+
+def measure_crossovers(kinds: Sequence[str]) -> list[Crossover]:
+    """Time the kernel in use and the dense product on a 50 % sparse weight of each kind, with bfloat16 activations.
+
+    Takes about a tenth of a second of one core per kind.
+
+    Raises:
+        RacError: there is no compiled kernel.
+    """
+    library, isa = library_and_isa()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [_measure(kind, library, isa) for kind in kinds]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rows_up_to(seconds: Mapping[int, tuple[float, float]]) -> float:
+    """Rows up to which the kernel stays, from times of the kernel and of the dense product by rows, in ascending order."""
+    before = ROWS[0] // 2
+    for rows, (own, dense) in seconds.items():
+        if own > MARGIN * dense:
+            return before
+        before = rows
+    return math.inf
+
+
+@torch.inference_mode()
+def _measure(kind: str, library: Library, isa: str) -> Crossover:
+    data, scale = _weight(kind)
+    rows, columns = _SHAPE
+    seconds: dict[int, tuple[float, float]] = {}
+    for m in ROWS:
+        x = torch.randn(m, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+        out = torch.empty(m, rows, dtype=x.dtype)
+        own, dense = [], []
+        for _ in range(_REPEATS):
+            start = time.thread_time()
+            library.linear(data, rows, columns, x, scale, None, out, isa)
+            between = time.thread_time()
+            expand_and_multiply(library, isa, data, x, scale, None, out)
+            dense.append(time.thread_time() - between)
+            own.append(between - start)
+        seconds[m] = (min(own), min(dense))
+        if not math.isinf(rows_up_to(seconds)):
+            break
+    return Crossover(kind, rows_up_to(seconds), seconds)
+
+
+def _weight(kind: str) -> tuple[Tensor, Tensor | None]:
+    """A 50 % sparse weight, packed, and its scales."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(_SHAPE, generator=generator) < 0.5
+    if kind == "floats":
+        stored = from_dense(torch.randn(_SHAPE, generator=generator).bfloat16().masked_fill(~mask, 0), kind)
+        return pack_values(stored.values, stored.bitmask, stored.columns), None
+    values = torch.randint(1, 8, _SHAPE, dtype=torch.int8, generator=generator).masked_fill(~mask, 0)
+    stored = from_dense(values, kind)
+    bits, groups = (8, 1) if kind == "int8" else (4, _SHAPE[1] // 128)
+    scale = pack_scale(torch.full((_SHAPE[0], groups), 0.01), _SHAPE[1] // groups)
+    return pack_values(stored.values, stored.bitmask, stored.columns, bits), scale

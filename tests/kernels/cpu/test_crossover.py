@@ -1,0 +1,88 @@
+"""From how many rows on a dense product is faster: what times decide, the timing itself, and its effect on products."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rac_modifier.kernels.cpu import crossover
+from rac_modifier.kernels.cpu.crossover import KINDS, ROWS, Crossover, measure_crossovers, rows_up_to
+from rac_modifier.kernels.cpu.operator import use_crossovers
+from rac_modifier.kernels.cpu.packed import pack_scale
+from tests.kernels.cpu.kernel_helpers import multiply, scaled, threads
+from tests.kernels.cpu.test_int8_product import integers
+
+
+@pytest.fixture(autouse=True)
+def _tables_afterwards():
+    yield
+    use_crossovers({})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rows"),
+    [
+        ({64: (1.0, 2.0), 256: (1.0, 1.0), 1024: (1.1, 1.0)}, math.inf),  # within the margin
+        ({64: (1.0, 2.0), 256: (1.0, 1.0), 1024: (1.2, 1.0)}, 256),
+        ({64: (1.0, 2.0), 256: (2.0, 1.0)}, 64),
+        ({64: (2.0, 1.0)}, 32),
+    ],
+)
+def test_what_times_decide(seconds, rows):
+    assert rows_up_to(seconds) == rows
+
+
+def test_timed_on_the_kernel_in_use(best):
+    with threads(2):
+        found = measure_crossovers(KINDS)
+        assert torch.get_num_threads() == 2
+    assert [each.kind for each in found] == list(KINDS)
+    for each in found:
+        assert list(each.seconds) == list(ROWS[: len(each.seconds)])
+        assert all(0 < time < 10 for both in each.seconds.values() for time in both)
+        assert each.rows == rows_up_to(each.seconds)
+        assert (len(each.seconds) == len(ROWS)) or not math.isinf(each.rows)
+
+
+def test_a_slow_kernel_stops_at_the_first_number_of_rows(best, monkeypatch):
+    """The larger numbers are not timed where a smaller one has decided."""
+    real, calls = crossover.library_and_isa(), []
+
+    class Slow:
+        def linear(self, *arguments):
+            calls.append(arguments[3].shape[0])
+            for _ in range(20):
+                real[0].linear(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(real[0], name)
+
+    monkeypatch.setattr(crossover, "library_and_isa", lambda: (Slow(), real[1]))
+    monkeypatch.setattr(crossover, "MARGIN", 1e-9)
+    (found,) = measure_crossovers(["int8"])
+    assert found.rows == 32
+    assert set(calls) == {64}
+
+
+def test_described_with_its_figures():
+    text = Crossover("int8", 256, {64: (0.001, 0.002), 256: (0.003, 0.0031)}).describe()
+    assert text == (
+        "int8: the kernel multiplies up to 256 rows, more by dense products "
+        "(ms of the kernel / of a dense product: 64 rows 1.0 / 2.0, 256 rows 3.0 / 3.1)"
+    )
+    assert "multiplies any number of rows (ms" in Crossover("int4", math.inf, {}).describe()
+
+
+def test_what_is_chosen_decides_how_rows_are_multiplied(best):
+    """A dense product does not round x in float32, and the kernel of integers does."""
+    dense, weight = integers(40, 300, 0.5)
+    scale = torch.rand(40, 1) + 0.01
+    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ scaled(dense, scale).T
+    errors = {}
+    for rows in (39, 40):
+        use_crossovers({"int8": rows, "floats": 8})
+        errors[rows] = float((multiply(x, weight, None, pack_scale(scale)) - exact).norm() / exact.norm())
+    assert errors[39] < 1e-6 < 5e-6 < errors[40] < 1e-3
