@@ -16,6 +16,7 @@ from rac_modifier.cli import recipes, traces
 from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.frontier import frontier
+from rac_modifier.cli.head import head
 from rac_modifier.cli.inspect import inspect
 from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.pack import pack, unpack
@@ -57,6 +58,7 @@ app.command()(recover)
 app.add_typer(traces.app, name="traces")
 app.add_typer(recipes.app, name="recipes")
 app.command("eval")(evaluate)
+app.command()(head)
 app.command()(frontier)
 app.command()(report)
 app.command()(inspect)
