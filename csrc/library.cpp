@@ -6,7 +6,7 @@
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
-#define RAC_ABI 4
+#define RAC_ABI 5
 #endif
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
