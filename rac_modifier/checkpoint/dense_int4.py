@@ -1,7 +1,7 @@
 """A dense weight of 4-bit values as compressed-tensors' format pack-quantized stores it (W4A16): checked, a value per element.
 
 A weight is (code - code of zero) * scale. Codes of 0 to 15 are in int32 words along the columns; the codes of zero, one per
-row and group of columns, are in int32 words along the rows.
+row and group of columns, are in int32 words along the rows. `check_int8` reads what heads and embeddings of 8 bits have.
 """
 
 from __future__ import annotations
@@ -41,15 +41,8 @@ def check_int4(
         )
     rows, columns = _shape(tensors, name)
     codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}")
-    scale = check_scale(tensors, codes.dtype, rows, columns, name)
-    assert scale is not None  # since the values are integers
-    groups = 1 if group is None else columns // group
-    if scale.shape[1] != groups or groups * (group or columns) != columns:
-        raise RacError(
-            f"{name}.{SCALE}: {scale.shape[1]} per row of {columns} columns, but config.json has "
-            f"{'one per row' if group is None else f'groups of {group} columns'}; restore the config.json that was saved "
-            "with these files"
-        )
+    scale = _check_groups(tensors, codes, name, group)
+    groups = scale.shape[1]
     zeros = None
     if symmetric and ZEROS in tensors:
         raise RacError(
@@ -63,6 +56,49 @@ def check_int4(
     return replace(all_stored(codes, name), scale=scale, bits=4, zeros=zeros)
 
 
+def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = None) -> StoredWeight:
+    """Check the tensors of a symmetric dense int8 weight as untrusted input, and return it with every value stored.
+
+    `tensors`: `weight` int8 [N, K], or `weight_packed` int32 [N, ceil(K/4)] and `weight_shape` [2]; and `weight_scale`
+    [N, K / group]. `group` None: one scale per row, or one for all.
+
+    Raises:
+        RacError: as `check_int4`.
+    """
+    for part in (ZEROS, ORDER):
+        if part in tensors:
+            raise RacError(
+                f"{name}.{part}: the int8 kernels read symmetric weights with neighbouring columns in a group; quantize it so, "
+                "or to int4"
+            )
+    if "weight" in tensors:
+        values = tensors["weight"]
+        if values.dtype != torch.int8 or values.dim() != 2 or not values.numel():
+            raise RacError(
+                f"{name}.weight: {values.dtype} {list(values.shape)}, but config.json says that it is int8; restore the "
+                "config.json that was saved with these files"
+            )
+    else:
+        rows, columns = _shape(tensors, name)
+        values = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", bits=8)
+    return replace(all_stored(values, name), scale=_check_groups(tensors, values, name, group))
+
+
+def _check_groups(tensors: Mapping[str, Tensor], codes: Tensor, name: str, group: int | None) -> Tensor:
+    """The scales float32 [N, K / group] of codes [N, K]; `group` None: [N, 1]."""
+    rows, columns = codes.shape
+    scale = check_scale(tensors, codes.dtype, rows, columns, name)
+    assert scale is not None  # since the values are integers
+    groups = 1 if group is None else columns // group
+    if scale.shape[1] != groups or groups * (group or columns) != columns:
+        raise RacError(
+            f"{name}.{SCALE}: {scale.shape[1]} per row of {columns} columns, but config.json has "
+            f"{'one per row' if group is None else f'groups of {group} columns'}; restore the config.json that was saved "
+            "with these files"
+        )
+    return scale
+
+
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """N and K; both are compared with the other parts before anything is sized by them."""
     shape = part_of(tensors, name, WORDS_SHAPE)
@@ -74,14 +110,14 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def _unpacked(words: Tensor, lines: int, count: int, name: str, along: int = 1) -> Tensor:
-    """The codes minus 8, int8 [lines, count], of matrix `words`, whose dimension `along` holds eight codes per word."""
+def _unpacked(words: Tensor, lines: int, count: int, name: str, along: int = 1, bits: int = 4) -> Tensor:
+    """The codes minus 8 (of 8 bits: 128), int8 [lines, count], of matrix `words`, whose dimension `along` is packed."""
     if words.dim() != 2 or words.shape[1 - along] != lines:
         raise RacError(
             f"{name}: shape {list(words.shape)}, where dimension {1 - along} must be {lines}; the checkpoint is damaged, copy it "
             "again"
         )
     try:
-        return unpack_words(words if along else words.t(), 4, count)
+        return unpack_words(words if along else words.t(), bits, count)
     except RacError as error:
         raise RacError(f"{name}: {error}") from error

@@ -17,6 +17,7 @@ from rac_modifier.cli.activations import activations
 from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.frontier import frontier
+from rac_modifier.cli.head import head
 from rac_modifier.cli.inspect import inspect
 from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.pack import pack, unpack
@@ -58,6 +59,7 @@ app.command()(recover)
 app.add_typer(traces.app, name="traces")
 app.add_typer(recipes.app, name="recipes")
 app.command("eval")(evaluate)
+app.command()(head)
 app.command()(frontier)
 app.command()(report)
 app.command()(inspect)

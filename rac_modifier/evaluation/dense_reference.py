@@ -40,7 +40,7 @@ class DenseReference:
         """
         check_sequences(sequences)
         check_ids("dense", model, sequences)
-        head = _head(model)
+        head = output_head(model)
         self._batches = list(batches_of_like_length(sequences, batch_tokens))
         self._entering: list[torch.Tensor] = []
         self._head = _probe(head)
@@ -76,7 +76,7 @@ class DenseReference:
         Raises:
             RacError: its output head has changed since, or logits are not finite.
         """
-        head = _head(pruned)
+        head = output_head(pruned)
         if not torch.equal(_probe(head), self._head) or getattr(head, "quantization_scheme", None) is not None:
             raise RacError("the output head was changed too, and with it what the dense model would have predicted")
         started = time.monotonic()
@@ -107,7 +107,8 @@ class DenseReference:
             hook.remove()
 
 
-def _head(model: Any) -> Any:
+def output_head(model: Any) -> Any:
+    """The output head of a causal LM, or a RacError where there is none."""
     head = model.get_output_embeddings()
     if head is None:
         raise RacError(f"{type(model).__name__} has no output embeddings, so its predictions cannot be compared")

@@ -6,6 +6,7 @@ methods of int4 linear layers are replaced. Imported when such a checkpoint is s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
     CompressedTensorsLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
@@ -28,10 +29,12 @@ from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.activations import activation_bits
 from rac_modifier.vllm_plugin.crossover import crossovers
 from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod, by_vllm, logger, record
-from rac_modifier.vllm_plugin.head import VARIABLE, RoundedHeadMethod, wanted_bits
 from rac_modifier.vllm_plugin.shards import Int4Shards
 from rac_modifier.vllm_plugin.sparse_layers import fused_modules
+from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods, why_not
 from rac_modifier.vllm_plugin.summary import Summary
+
+_OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)  # in a target that names heads or embeddings
 
 
 class DenseInt4Config(CompressedTensorsConfig):
@@ -41,6 +44,7 @@ class DenseInt4Config(CompressedTensorsConfig):
         super().__init__(*args, **kwargs)
         self.crossovers: dict[str, float] = {}
         self.summary = Summary(layers="quantized layers", kernel="an int4 kernel")
+        self.vocabulary = VocabularyMethods()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DenseInt4Config:
@@ -50,7 +54,10 @@ class DenseInt4Config(CompressedTensorsConfig):
             RacError: it has no int4 weights that the kernel reads, so the option would have no effect.
         """
         made: DenseInt4Config = super().from_config(config)
-        reasons = [why_not_int4(scheme, made.quant_format) for scheme in made.target_scheme_map.values()]
+        reasons = [
+            (why_not if _OF_VOCABULARY.search(target) else why_not_int4)(scheme, made.quant_format)
+            for target, scheme in made.target_scheme_map.items()
+        ]
         if None not in reasons:
             raise RacError(
                 f"--quantization {METHOD}: this checkpoint is neither packed sparse nor dense int4 "
@@ -75,14 +82,12 @@ class DenseInt4Config(CompressedTensorsConfig):
             )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """vLLM's method of one layer, or ours for an int4 linear layer and for a head that RAC_LM_HEAD rounds."""
+        """vLLM's method of one layer, or ours: for an int4 linear layer, and for a head or embedding of int8 or int4."""
         use_crossovers(self.crossovers)
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._of_vocabulary(layer, prefix)
         method = super().get_quant_method(layer, prefix)
-        if isinstance(layer, ParallelLMHead) and (bits := wanted_bits()) is not None:
-            if method is not None:
-                raise RacError(f"{VARIABLE}=int{bits}: the checkpoint has a quantized head already; unset {VARIABLE}")
-            return RoundedHeadMethod(bits)
-        if not isinstance(layer, (LinearBase, ParallelLMHead, RoutedExperts)):
+        if not isinstance(layer, (LinearBase, RoutedExperts)):
             return method
         if method is None or isinstance(method, (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)):
             return method
@@ -94,6 +99,14 @@ class DenseInt4Config(CompressedTensorsConfig):
         shards = Int4Shards(prefix, fused_modules(prefix, self.packed_modules_mapping), group, bool(weights.symmetric))
         return DenseInt4LinearMethod(shards, method, self.summary, activation_bits())
 
+    def _of_vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a head or an embedding; vLLM's own for a quantized one is recorded with the reason."""
+        vllms = super().get_quant_method
+        method = self.vocabulary.choose(layer, prefix, self, lambda: vllms(layer, prefix))
+        scheme = self.get_scheme_dict(layer, prefix)
+        reason = None if scheme is None else why_not(scheme, self.quant_format)
+        return method if method is None or reason is None else self._left_to_vllm(method, prefix, reason)
+
     def _why_not(self, layer: Any, prefix: str, method: QuantizeMethodBase) -> str | None:
         """Why vLLM runs a quantized layer, from config.json alone; None where the kernel may run it."""
         if isinstance(layer, RoutedExperts):
@@ -102,8 +115,6 @@ class DenseInt4Config(CompressedTensorsConfig):
         reason = None if scheme is None else why_not_int4(scheme, self.quant_format)
         if reason is not None:
             return reason
-        if isinstance(layer, ParallelLMHead):
-            return "a quantized head has no int4 kernel"
         if type(method) is not CompressedTensorsLinearMethod:
             return "its inputs or outputs are transformed"
         modules = fused_modules(prefix, self.packed_modules_mapping)

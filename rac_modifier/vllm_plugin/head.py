@@ -1,103 +1,121 @@
-"""An lm_head of int8 or int4 on request: unpruned, it is a large part of what a decode step reads.
+"""An lm_head and an embedding of int8 or int4 on request: unpruned, a head is a large part of what a decode step reads.
 
 RAC_LM_HEAD=int8 rounds each row of the head to 255 levels while it is loaded, and multiplies it on an int8 kernel without
 masks: one byte per weight. RAC_LM_HEAD=int4 rounds groups of 128 columns (or 64, or 32) to 16 levels: 0.52 bytes per weight.
-The log has the error of the weights. An embedding that is tied to the head stays as it is.
+The log has the error of the weights, and `rac head` measures what it does to predictions. RAC_EMBEDDING rounds the embedding
+in the same way, which saves memory, not time. One that is tied to the head shares its copy; else it stays as it is.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from rac_modifier.checkpoint.round_to_nearest import quantize_groups, quantize_rows
-from rac_modifier.checkpoint.stored_weight import all_stored, dequantize
+from rac_modifier.checkpoint.round_to_nearest import head_group, relative_error, round_head
+from rac_modifier.checkpoint.stored_weight import all_stored
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
-from rac_modifier.kernels.interface import Layer
-from rac_modifier.vllm_plugin.packed_weight import PackedWeight
+from rac_modifier.kernels.interface import Layer, stay_dense
+from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod, logger
 
-logger = init_logger(f"vllm.{__name__}")
-VARIABLE = "RAC_LM_HEAD"
-_GROUPS = (128, 64, 32)  # columns that share a scale of int4: the first that divides the head's columns
+VARIABLE, EMBEDDING = "RAC_LM_HEAD", "RAC_EMBEDDING"
 
 
-def wanted_bits() -> int | None:
-    """Bits of the head that the environment requests; None where it requests nothing.
+def wanted_bits(variable: str = VARIABLE) -> int | None:
+    """Bits of the head, or of the embedding, that the environment requests; None where it requests nothing.
 
     Raises:
         RacError: it requests something else.
     """
-    wanted = os.environ.get(VARIABLE) or None
+    wanted = os.environ.get(variable) or None
     if wanted not in (None, "int8", "int4"):
+        what = "head" if variable == VARIABLE else "embedding"
         raise RacError(
-            f'{VARIABLE}="{wanted}": the head can be int8 or int4; unset it to leave the head as it is stored'
+            f'{variable}="{wanted}": the {what} can be int8 or int4; unset it to leave the {what} as it is stored'
         )
     return None if wanted is None else int(wanted[3:])
 
 
-class RoundedHeadMethod(QuantizeMethodBase):
-    """Loads a head as vLLM does, then keeps it in 8 or 4 bits. Where there is no kernel, vLLM's own method runs it."""
+class RoundedMethod(VocabularyMethod):
+    """Loads a head or an embedding as vLLM does, then keeps it in 8 or 4 bits. Where there is no kernel it stays as it is."""
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-        self.plain = UnquantizedEmbeddingMethod()
-        self.packed: PackedWeight | None = None
+    def __init__(self, variable: str, bits: int) -> None:
+        super().__init__()
+        self.variable, self.bits = variable, bits
 
-    def create_weights(self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
-        """As for a head in floats."""
-        self.plain.create_weights(layer, *weight_args, **extra_weight_attrs)
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """Tie the head to the embedding.
+
+        Raises:
+            RacError: both are rounded, to different widths.
+        """
+        method = getattr(embed_tokens, "quant_method", None)
+        if isinstance(method, RoundedMethod) and method.bits != self.bits:
+            raise RacError(
+                f"{EMBEDDING}=int{method.bits} and {VARIABLE}=int{self.bits}: this model's head and embedding are one weight; "
+                "set both alike"
+            )
+        return super().tie_weights(layer, embed_tokens)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Quantize, or log why not. A tied weight is not freed, since the embedding holds it too."""
+        """Quantize, or log why not. A tied weight is not freed while the embedding holds it too."""
+        what = "head" if self.variable == VARIABLE else "embedding"
+        if self.shares(layer):
+            logger.info("%s=int%d: the head is the tied embedding's weight; both share it", self.variable, self.bits)
+            return
         weight: Tensor = layer.get_parameter("weight")
         rows, columns = weight.shape
-        group = columns if self.bits == 8 else self._group(columns)
+        try:
+            group = head_group(columns, self.bits)
+        except RacError as error:
+            raise RacError(f"{self.variable}=int{self.bits}: {error}") from error
         stored_as = torch.int8 if self.bits == 8 else torch.int32
         group_bytes = 4 if self.bits == 8 else 2
-        decision, backend = choose(
-            Layer(rows, columns, 1.0, stored_as, weight.dtype, group, group_bytes), weight.device.type
-        )
+        device = weight.device.type
+        decision, backend = choose(Layer(rows, columns, 1.0, stored_as, weight.dtype, group, group_bytes), device)
+        if self.variable == EMBEDDING and device != "cpu":
+            decision, backend = (
+                stay_dense(f"rows are looked up in packed weights on CPUs only, not {device}", weight.dtype),
+                None,
+            )
         if backend is None:
-            logger.info("%s=int%d: the head stays as it is stored: %s", VARIABLE, self.bits, decision.reason)
-            self.plain.process_weights_after_loading(layer)
+            logger.info("%s=int%d: the %s stays as it is stored: %s", self.variable, self.bits, what, decision.reason)
+            self.keep_plain(layer)
             return
-        values, scale = quantize_rows(weight.data) if self.bits == 8 else quantize_groups(weight.data, group)
-        stored = replace(all_stored(values, "lm_head"), scale=scale, bits=self.bits)
-        error = _relative_error(weight.data, values, scale)
-        del layer.weight
-        self.packed = PackedWeight(layer, backend, stored, weight.dtype)
-        logger.info(
-            "%s=int%d: the head [%d, %d] runs on the %s; rounding changed its weights by %.1f %% of their norm",
-            *(VARIABLE, self.bits, rows, columns, decision.reason, 100 * error),
+        values, scale = round_head(weight.data, self.bits)
+        error = relative_error(weight.data, values, scale)
+        nbytes = weight.nbytes
+        stored = replace(all_stored(values, what), scale=scale, bits=self.bits)
+        self.keep_packed(layer, backend, stored, weight.dtype)
+        runs = (
+            f"runs on the {decision.reason}"
+            if what == "head"
+            else f"takes {decision.bytes_per_weight:.2f} bytes per weight"
         )
-
-    @staticmethod
-    def _group(columns: int) -> int:
-        group = next((group for group in _GROUPS if columns % group == 0), None)
-        if group is None:
-            raise RacError(f"{VARIABLE}=int4: the head has {columns} columns, no multiple of 32; use {VARIABLE}=int8")
-        return group
-
-    def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits of x [..., K]."""
-        return self._apply(layer, *args, **kwargs)
-
-    def _apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.packed is None:
-            return self.plain.apply(layer, x, bias)
-        return self.packed.linear(layer, x, bias)
+        logger.info(
+            "%s=int%d: the %s [%d, %d] %s; rounding changed its weights by %.1f %% of their norm; "
+            "`rac head` measures what a rounded head does to predictions",
+            *(self.variable, self.bits, what, rows, columns, runs, 100 * error),
+        )
+        if self.tied is not None:
+            logger.info(
+                "the embedding that is tied to the head keeps its own copy of %.1f MB; %s=int%d lets both share one",
+                *(nbytes / 1e6, EMBEDDING, self.bits),
+            )
 
 
-def _relative_error(weight: Tensor, values: Tensor, scale: Tensor) -> float:
-    """||W - Q|| / ||W||, of at most 4,096 rows, evenly spaced."""
-    rows = slice(None, None, -(-len(weight) // 4096))
-    exact = weight[rows].float()
-    return float((dequantize(values[rows], scale[rows], torch.float32) - exact).norm() / exact.norm())
+class UntiedHeadMethod(UnquantizedEmbeddingMethod):
+    """vLLM's method of a head that stays in floats, beside an embedding that is rounded: they must be two weights."""
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> NoReturn:
+        """Refuse, since one weight would be kept twice (RacError)."""
+        bits = wanted_bits(EMBEDDING)
+        raise RacError(
+            f"{EMBEDDING}=int{bits}: this model's embedding is its head, too; set {VARIABLE}=int{bits} as well, or unset "
+            f"{EMBEDDING}"
+        )

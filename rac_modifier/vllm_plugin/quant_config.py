@@ -35,6 +35,8 @@ from rac_modifier.vllm_plugin.summary import Summary
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
+    from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods
+
 
 class RacSparseConfig(QuantizationConfig):
     """Packed sparse checkpoints; and, with `--quantization rac-sparse`, pruned ones that are stored dense.
@@ -59,6 +61,7 @@ class RacSparseConfig(QuantizationConfig):
         self.kinds: tuple[str, ...] = ("floats",)  # of weights, as `crossovers` names them
         self.crossovers: dict[str, float] = {}
         self.summary = Summary()
+        self.vocabulary: VocabularyMethods | None = None
 
     @classmethod
     def override_quantization_method(
@@ -128,17 +131,16 @@ class RacSparseConfig(QuantizationConfig):
             self.quantized.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of one layer; None for embeddings, lm_head and attention, which vLLM runs."""
+        """The method of one layer; None for attention, and for embeddings and lm_head that are in floats, which vLLM runs."""
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from rac_modifier.vllm_plugin.experts import expand_experts
-        from rac_modifier.vllm_plugin.head import RoundedHeadMethod
-        from rac_modifier.vllm_plugin.head import wanted_bits as bits_of_head
         from rac_modifier.vllm_plugin.linear import RacSparseLinearMethod
         from rac_modifier.vllm_plugin.shards import Shards
         from rac_modifier.vllm_plugin.sparse_experts import SparseExpertsMethod
+        from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods
 
         assert self.layers is not None
         use_crossovers(self.crossovers)
@@ -160,10 +162,10 @@ class RacSparseConfig(QuantizationConfig):
                 scales = "none" if self.quantized is None else "ours"
                 return SparseExpertsMethod(layer, prefix, format, scales, self.summary)
             return expand_experts(layer, prefix, self.layers, self._inner(layer, prefix), self.summary)
-        inner = self._inner(layer, prefix)
-        if inner is None and isinstance(layer, ParallelLMHead) and (of_head := bits_of_head()) is not None:
-            return RoundedHeadMethod(of_head)
-        return inner
+        if isinstance(layer, VocabParallelEmbedding):
+            self.vocabulary = self.vocabulary or VocabularyMethods()
+            return self.vocabulary.choose(layer, prefix, self.quantized, lambda: self._inner(layer, prefix))
+        return self._inner(layer, prefix)
 
     def _inner(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """vLLM's own method for quantized weights, if they are."""

@@ -24,8 +24,9 @@ from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.vllm_plugin import METHOD, dense_config  # noqa: E402
 from rac_modifier.vllm_plugin.dense_config import DenseInt4Config  # noqa: E402
 from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod  # noqa: E402
-from rac_modifier.vllm_plugin.head import RoundedHeadMethod  # noqa: E402
+from rac_modifier.vllm_plugin.head import RoundedMethod  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
+from rac_modifier.vllm_plugin.stored_vocabulary import StoredMethod, why_not  # noqa: E402
 from tests.vllm_plugin.layer_kinds import make  # noqa: E402
 from tests.vllm_plugin.w4a16 import quantization  # noqa: E402
 
@@ -133,7 +134,7 @@ def test_parts_of_a_fused_layer(monkeypatch, other, reason):
     assert config.summary.decisions["a.qkv"].reason == f"vLLM's own method because {reason}"
 
 
-def test_experts_a_quantized_head_and_transforms_stay_with_vllm(monkeypatch):
+def test_experts_and_transforms_stay_with_vllm(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     config = RacSparseConfig.from_config(quantization(ignore=[]))
     given = CompressedTensorsLinearMethod(config)
@@ -143,9 +144,6 @@ def test_experts_a_quantized_head_and_transforms_stay_with_vllm(monkeypatch):
     experts = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(experts)
     assert config._why_not(experts, "a.experts", given) == "experts have no int4 kernel"
-    assert config.get_quant_method(head(), "lm_head") is given
-    assert config.summary.expected == 1
-    assert config._why_not(head(), "lm_head", given) == "a quantized head has no int4 kernel"
 
     class Transformed(CompressedTensorsLinearMethod):
         pass
@@ -155,13 +153,45 @@ def test_experts_a_quantized_head_and_transforms_stay_with_vllm(monkeypatch):
     assert config._why_not(layer, "a.b", given) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"bits": 8}, None),
+        ({"bits": 8, "inputs": INPUTS}, None),
+        ({"bits": 8, "symmetric": False}, "its weights are asymmetric int8"),
+        ({"type": "float"}, "its weights are float4"),
+        ({"inputs": INPUTS}, "its activations are quantized too"),
+        ({"strategy": "tensor", "group_size": None}, "its scales are per tensor"),
+    ],
+)
+def test_a_quantized_head(monkeypatch, changes, reason):
+    """The kernels' where they read it; else vLLM's own, with the reason in the summary."""
+    on_rank(monkeypatch, 0, 1)
+    groups = {"g": group_of(["Linear"]), "h": group_of(["lm_head"], **changes)}
+    config = RacSparseConfig.from_config(quantization(config_groups=groups, ignore=[]))
+    scheme = config.get_scheme_dict(head(), "lm_head")
+    assert why_not(scheme, "pack-quantized") == reason
+    given = CompressedTensorsLinearMethod(config)
+    monkeypatch.setattr(CompressedTensorsConfig, "get_quant_method", lambda self, layer, prefix: given)
+    method = config.get_quant_method(head(), "lm_head")
+    assert isinstance(method, StoredMethod) == (reason is None)
+    assert config.summary.expected == (reason is not None)
+
+
+def test_a_head_alone_is_quantized():
+    """The option has an effect then, for int8 too, which linear layers have no kernel for."""
+    groups = {"h": group_of(["re:.*lm_head"], bits=8)}
+    assert isinstance(RacSparseConfig.from_config(quantization(config_groups=groups, ignore=[])), DenseInt4Config)
+
+
 def test_the_head_on_request(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     config = RacSparseConfig.from_config(quantization())
     assert config.get_quant_method(head(), "lm_head") is None
     monkeypatch.setenv("RAC_LM_HEAD", "int8")
     method = config.get_quant_method(head(), "lm_head")
-    assert isinstance(method, RoundedHeadMethod)
+    assert isinstance(method, RoundedMethod)
     assert method.bits == 8
     groups = {"g": group_of(["Linear", "lm_head"])}
     quantized = RacSparseConfig.from_config(quantization(config_groups=groups, ignore=[]))

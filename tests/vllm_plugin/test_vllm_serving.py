@@ -84,7 +84,7 @@ def test_int8_head(tmp_path, monkeypatch, tied):
     folder = save_model(tmp_path / "model", "qwen3", "2:4", tie_word_embeddings=tied)
     monkeypatch.setenv("RAC_LM_HEAD", "int8")
     tokens, methods = serve(folder, TOKENS)
-    assert methods["lm_head"] == ("packed" if support().isa else "RoundedHeadMethod")
+    assert methods["lm_head"] == ("packed" if support().isa else "RoundedMethod")
 
     model = load_model(folder, dtype="float32")
     values, scale = quantize_rows(model.get_output_embeddings().weight.data)

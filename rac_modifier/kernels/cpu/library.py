@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -62,6 +63,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
             *(*_BUFFER, c_int32, c_int32),  # out, instruction set, threads
         ],
     ),
+    "rac_register_operator": (c_int32, [c_void_p, c_int32]),
+    "rac_use_operator": (c_int32, [c_int32, c_int64]),  # instruction set, most lines
 }
 # The next step by the code that a function returns, which is a Status of csrc/status.h.
 _NEXT_STEPS = {
@@ -182,6 +185,20 @@ class Library:
             *(*_buffer(out), _NUMBER[isa], torch.get_num_threads()),
         )
         self._raise_if(status, f"sparse_linear with a weight [{rows}, {columns}]")
+
+    @property
+    def handle(self) -> int:
+        """The same number for the same loaded library."""
+        return self._calls._handle
+
+    def register_operator(self, functions: Sequence[int | None]) -> None:
+        """Give torch the operator in C++; `functions` are those of its C interface, by address (native_operator.py)."""
+        addresses = (c_void_p * len(functions))(*functions)
+        self._raise_if(self._calls.rac_register_operator(addresses, len(functions)), "the operator in C++")
+
+    def use_operator(self, isa: str | None, lines: int) -> None:
+        """Let it multiply up to `lines` rows of x with `isa`; None: nothing."""
+        self._calls.rac_use_operator(-1 if isa is None else _NUMBER[isa], lines)
 
     def _raise_if(self, status: int, what: str) -> None:
         if status:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu import native_operator
 from rac_modifier.kernels.cpu.library import ARM_ISAS, DENSE8, INT8, TYPES, VALUE_TYPES, X86_ISAS, Library
 from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import library_and_isa
@@ -44,7 +45,13 @@ def sparse_linear(
     Raises:
         RacError: other dtypes, or shapes that do not fit.
     """
-    return torch.ops.rac_modifier.sparse_linear(x, data, rows, columns, bias, scale)
+    if not native_operator.state.active:
+        return torch.ops.rac_modifier.sparse_linear(x, data, rows, columns, bias, scale)
+    try:
+        return torch.ops.rac_modifier.native_linear(x, data, rows, columns, bias, scale)
+    except RuntimeError:
+        _forward(x, data, rows, columns, bias, scale)  # raises what the operator in C++ can only print
+        raise
 
 
 def _forward(
@@ -148,10 +155,12 @@ def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None,
     return x.new_empty(*x.shape[:-1], rows)
 
 
-if not hasattr(torch.ops.rac_modifier, "sparse_linear"):  # once per process, also if this module is loaded again
-    torch.library.define(
-        "rac_modifier::sparse_linear",
-        "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None) -> Tensor",
-    )
-    torch.library.impl("rac_modifier::sparse_linear", "cpu", _forward)
-    torch.library.register_fake("rac_modifier::sparse_linear", _fake)
+# Once per process, also if this module is loaded again. `native_linear` is this one where its own in C++ is not registered.
+for _name, _key in (("sparse_linear", "cpu"), ("native_linear", "CompositeExplicitAutograd")):
+    if not hasattr(torch.ops.rac_modifier, _name):
+        torch.library.define(
+            f"rac_modifier::{_name}",
+            "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None) -> Tensor",
+        )
+        torch.library.impl(f"rac_modifier::{_name}", _key, _forward)
+        torch.library.register_fake(f"rac_modifier::{_name}", _fake)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu import native_operator
 from rac_modifier.kernels.cpu.library import ISAS, Library, load
 
 _TITLES = {
@@ -68,6 +69,7 @@ def library_and_isa() -> tuple[Library, str]:
     loaded, _ = load()
     if found.isa is None or loaded is None:
         raise RacError(f"a sparse weight needs the compiled kernel; {found.reason}, or keep the weight dense")
+    native_operator.activate(loaded, found.isa)
     return loaded, found.isa
 
 
@@ -75,3 +77,4 @@ def forget() -> None:
     """Decide anew at the next use. For tests that change RAC_KERNEL or the library."""
     for cached in (load, support, library_and_isa):
         cached.cache_clear()
+    native_operator.deactivate()

@@ -1,0 +1,91 @@
+"""`rac head`: what rounding the output head, as RAC_LM_HEAD does while a model is loaded, costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
+from rac_modifier.cli.options import AsJson, Dtype, Model, Precision, print_json
+from rac_modifier.cli.protocol import written_options
+from rac_modifier.errors import RacError
+
+if TYPE_CHECKING:
+    from rac_modifier.evaluation.teacher_forcing import TokenSequence
+
+_SAMPLING = ("source", "column", "cap", "batch_size", "seed")  # options without effect on stored traces
+
+
+def head(
+    context: typer.Context,
+    model: Model,
+    bits: Annotated[list[int] | None, typer.Option(help="8 or 4 (repeatable); default: both")] = None,
+    traces: Annotated[
+        Path | None, typer.Option(metavar="STORE", help="measure on the model's own traces; default: sample it")
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="samples, or traces of the store")] = 64,
+    source: Annotated[
+        str,
+        typer.Option(help="of problems: arithmetic (held out), reasoning-gym:TASK, a file or a dataset id"),
+    ] = "arithmetic",
+    column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
+    cap: Annotated[int, typer.Option(min=1, help="most new tokens of a sample")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples generated together")] = 64,
+    seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
+    precision: Precision = Dtype.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a rounded head costs: KL and top-1 agreement with the unrounded one, on the model's own samples.
+
+    vllm serve rounds the head with RAC_LM_HEAD=int8 or int4; this rounds it with the same function.
+
+    Example: rac head reasoner --bits 4
+    """
+    from rac_modifier.checkpoint.round_to_nearest import HEAD_BITS
+
+    widths = list(dict.fromkeys(bits or HEAD_BITS))
+    if unknown := [width for width in widths if width not in HEAD_BITS]:
+        raise RacError(f"--bits {unknown[0]}: a head can be rounded to 8 or 4 bits")
+    if traces is not None and (idle := written_options(context) & set(_SAMPLING)):
+        option = min(idle).replace("_", "-")
+        raise RacError(f"--{option} is for sampling and has no effect on stored traces; leave it or --traces out")
+    check_model(resolve(model))
+    from rac_modifier.cli.tables import render_results
+    from rac_modifier.evaluation.own_samples import sequences_from_store
+    from rac_modifier.evaluation.rounded_head import measure_rounded_head, rounded_head_table
+
+    loaded, tokenizer = load_on_accelerator(model, precision)
+    measured_on = (
+        _samples(model, loaded, tokenizer, source, column, sequences, cap, batch_size, seed)
+        if traces is None
+        else sequences_from_store(traces, loaded, limit=sequences)
+    )
+    found = [measure_rounded_head(loaded, measured_on, width) for width in widths]
+    if as_json:
+        print_json({"heads": [each.as_dict() for each in found]})
+    else:
+        typer.echo(render_results(rounded_head_table(found)))
+
+
+def _samples(
+    model: str,
+    loaded: Any,
+    tokenizer: Any,
+    source: str,
+    column: str | None,
+    count: int,
+    cap: int,
+    batch_size: int,
+    seed: int,
+) -> list[TokenSequence]:
+    from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
+    from rac_modifier.evaluation.own_samples import sample_sequences
+    from rac_modifier.problems.held_out import held_out_problems
+    from rac_modifier.settings.sampling import SamplingSettings
+
+    prompt = choose_prompt({model: recorded_prompts(resolve(model))}).prompt
+    sampling = SamplingSettings(max_new_tokens=cap, batch_size=batch_size, seed=seed, **prompt.model_dump())
+    problems = held_out_problems(source, count, seed, column, None)
+    return sample_sequences(loaded, tokenizer, problems, sampling)
