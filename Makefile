@@ -15,7 +15,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= python
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors mutants lint schema docs results gpu-check dist test-dist test-matrix clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors arm-tools mutants lint schema docs results gpu-check dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,9 @@ test-serve: $(SERVE_VENV)/.installed ## all tests of the serving environment: st
 
 test-processors: $(VENV)/.installed ## numeric tests with other thread counts and instruction sets; not part of `make test`
 	scripts/test_processors.sh $(BIN)/python
+
+arm-tools: ## what `make test` needs to run the ARM kernels too, in an emulator; Debian and Ubuntu, with root or without
+	scripts/arm_tools.sh
 
 mutants: $(VENV)/.installed $(SERVE_VENV)/.installed ## MUTANTS wrong versions of the code (200), and which no test notices; takes an hour, can be interrupted
 	$(BIN)/python -m scripts.mutants --sample $(MUTANTS) --workers $(WORKERS) --compress $(BIN)/python --serve $(SERVE_BIN)/python

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from kernel import numbers
-from peers import random_packed
+from peer_contenders import random_packed
 from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import from_dense

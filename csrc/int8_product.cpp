@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "int4.h"
+#include "shares.h"
 
 namespace rac {
 namespace {
@@ -163,18 +164,10 @@ bool vector_panels8(const Product8& product, const Kernel8& kernel, int64_t firs
 }
 
 bool multiply(const Product8& product, int32_t isa, int threads) {
-    const int64_t doubles = (product.out.weight.panels + 1) / 2;  // AMX multiplies two panels at a time
-    if (threads > doubles) threads = static_cast<int>(doubles);
-    bool done = true;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : done) if (threads > 1)
-    for (int share = 0; share < threads; share++) {
-        int64_t first = 2 * (doubles * share / threads), last = 2 * (doubles * (share + 1) / threads);
-        if (last > product.out.weight.panels) last = product.out.weight.panels;
-        const bool enough =
-            isa == AMX ? amx_panels8(product, first, last) : vector_panels8(product, *kernel8_of(isa), first, last);
-        done = done && enough;
-    }
-    return done;
+    const int64_t least = product.out.m <= FEW_LINES ? 1 : SHARE_PAIRS;
+    return in_shares(product.out.weight.panels, threads, least, [&](int64_t first, int64_t last) {
+        return isa == AMX ? amx_panels8(product, first, last) : vector_panels8(product, *kernel8_of(isa), first, last);
+    });
 }
 
 }  // namespace

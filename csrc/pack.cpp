@@ -1,8 +1,10 @@
 // From a row-major bitmask and its values to the packed layout.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
 #include "layout.h"
+#include "shares.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -62,13 +64,21 @@ void pack_panel(const uint8_t* bitmask, int64_t row_bytes, int64_t rows, const c
     }
 }
 
+// Call pack(panel) on the thread that will multiply the panel. Returns whether all calls returned true.
+template <class Pack>
+bool each_panel(const Weight& weight, int threads, const Pack& pack) {
+    return in_shares(weight.panels, threads, 1, [&](int64_t first, int64_t last) {
+        bool done = true;
+        for (int64_t panel = first; panel < last; panel++) done = pack(panel) && done;
+        return done;
+    });
+}
+
 // `starts`: the number of values before each row.
 template <class Value, Type type>
 void pack_all(const Weight& weight, const void* values, const uint8_t* bitmask, const int64_t* starts, int threads) {
     const int64_t row_bytes = (weight.columns + 7) / 8;
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < weight.panels; panel++) {
+    each_panel(weight, threads, [&](int64_t panel) {
         const int64_t row = panel * PANEL, rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
         const char* from[PANEL];
         for (int64_t n = 0; n < rows; n++)
@@ -76,20 +86,20 @@ void pack_all(const Weight& weight, const void* values, const uint8_t* bitmask, 
         pack_panel<Value, type>(bitmask + row * row_bytes, row_bytes, rows, from, weight.words / TILE_WORDS,
                                 const_cast<uint32_t*>(weight.masks_of(panel)),
                                 reinterpret_cast<Value*>(const_cast<char*>(weight.values_of(panel))));
-    }
+        return true;
+    });
 }
 
 void pack_dense8(const Weight& weight, const int8_t* values, int threads) {
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < weight.panels; panel++) {
+    each_panel(weight, threads, [&](int64_t panel) {
         int8_t* to = reinterpret_cast<int8_t*>(const_cast<char*>(weight.values_of(panel)));
         const int64_t row = panel * PANEL, rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
         std::memset(to, 0, dense_panel(DENSE8, weight.columns));
         for (int64_t n = 0; n < rows; n++)
             for (int64_t column = 0; column < weight.columns; column++)
                 to[column / 4 * QUAD + 4 * n + column % 4] = values[(row + n) * weight.columns + column];
-    }
+        return true;
+    });
 }
 
 // The code of an integer in a row and column; -1 if there is none.
@@ -130,34 +140,35 @@ void pack_codes(const Weight& weight, int64_t panel, const int8_t* bytes, bool* 
     }
 }
 
+// The codes of a panel of INT4 from its int8 values. False if there is not enough memory.
+bool pack_int4(const Weight& weight, int64_t panel, const int8_t* values, const uint8_t* bitmask, const int64_t* starts, bool* fits) {
+    const int64_t row_bytes = (weight.columns + 7) / 8, row = panel * PANEL;
+    const int64_t rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
+    const char* from[PANEL];
+    for (int64_t n = 0; n < rows; n++) from[n] = reinterpret_cast<const char*>(values) + starts[row + n];
+    int8_t* bytes = static_cast<int8_t*>(std::malloc(starts[row + rows] - starts[row] + 1));
+    if (!bytes) return false;
+    pack_panel<int8_t, INT4>(bitmask + row * row_bytes, row_bytes, rows, from, weight.words / TILE_WORDS,
+                             const_cast<uint32_t*>(weight.masks_of(panel)), bytes);
+    pack_codes(weight, panel, bytes, fits);
+    std::free(bytes);
+    return true;
+}
+
 // Four-bit weights, DENSE4 or INT4, from int8 values.
 Status pack_four_bit(const Weight& weight, const int8_t* values, const uint8_t* bitmask, const int64_t* starts,
                      int threads) {
-    const int64_t row_bytes = (weight.columns + 7) / 8;
-    bool fits = true, memory = true;
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : fits, memory)
-    for (int64_t panel = 0; panel < weight.panels; panel++) {
-        bool panel_fits = true;
-        if (weight.type == DENSE4) {
-            pack_dense4(weight, panel, values, &panel_fits);
-        } else {
-            const int64_t row = panel * PANEL, rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
-            const char* from[PANEL];
-            for (int64_t n = 0; n < rows; n++) from[n] = reinterpret_cast<const char*>(values) + starts[row + n];
-            int8_t* bytes = static_cast<int8_t*>(std::malloc(starts[row + rows] - starts[row] + 1));
-            if (bytes) {
-                pack_panel<int8_t, INT4>(bitmask + row * row_bytes, row_bytes, rows, from, weight.words / TILE_WORDS,
-                                         const_cast<uint32_t*>(weight.masks_of(panel)), bytes);
-                pack_codes(weight, panel, bytes, &panel_fits);
-            }
-            memory = memory && bytes;
-            std::free(bytes);
-        }
-        fits = fits && panel_fits;
-    }
+    std::atomic<bool> memory = true;
+    const bool fit = each_panel(weight, threads, [&](int64_t panel) {
+        bool fits = true;
+        if (weight.type == DENSE4)
+            pack_dense4(weight, panel, values, &fits);
+        else if (!pack_int4(weight, panel, values, bitmask, starts, &fits))
+            memory = false;
+        return fits;
+    });
     if (!memory) return fail(NO_MEMORY, "no memory for the codes of a panel");
-    return fits ? OK : fail(BAD_ARGUMENT, "values: one of them does not fit four bits, 0 to 15 with its code of zero");
+    return fit ? OK : fail(BAD_ARGUMENT, "values: one of them does not fit four bits, 0 to 15 with its code of zero");
 }
 
 // Where the codes of each panel start.

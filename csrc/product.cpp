@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "int8_product.h"
+#include "shares.h"
 
 namespace rac {
 namespace {
@@ -148,25 +149,12 @@ bool vector_panels(const Product& product, const Dots<X>& dots, int64_t first, i
     return true;
 }
 
-// Each thread multiplies a contiguous share of the panels. The share is even, since AMX multiplies two panels at a time.
 bool multiply(const Product& product, int32_t isa, int threads) {
-    const int64_t doubles = (product.weight.panels + 1) / 2;
-    if (threads > doubles) threads = static_cast<int>(doubles);
-    bool done = true;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : done) if (threads > 1)
-    for (int share = 0; share < threads; share++) {
-        int64_t first = 2 * (doubles * share / threads), last = 2 * (doubles * (share + 1) / threads);
-        if (last > product.weight.panels) last = product.weight.panels;
-        bool enough;
-        if (isa == AMX)
-            enough = amx_panels(product, first, last);
-        else if (product.x_type == BF16)
-            enough = vector_panels(product, *bf16_dots_of(isa), first, last);
-        else
-            enough = vector_panels(product, kernel_of(isa).dots, first, last);
-        done = done && enough;
-    }
-    return done;
+    return in_shares(product.weight.panels, threads, product.m <= FEW_LINES ? 1 : SHARE_PAIRS, [&](int64_t first, int64_t last) {
+        if (isa == AMX) return amx_panels(product, first, last);
+        if (product.x_type == BF16) return vector_panels(product, *bf16_dots_of(isa), first, last);
+        return vector_panels(product, kernel_of(isa).dots, first, last);
+    });
 }
 
 }  // namespace

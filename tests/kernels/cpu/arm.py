@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import struct
 import subprocess
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 
 from rac_modifier.kernels.cpu import library, support
-from tests.kernels.cpu.kernel_helpers import FLAGS, HERE, SHARED, compiled_library, run
+from tests.kernels.cpu.kernel_helpers import CSRC, FLAGS, HERE, SHARED, compiled_library, run
 
-COMPILER, EMULATOR, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
+COMPILER, EMULATOR, X86_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64", "qemu-x86_64"
+TOOLS = CSRC.parent / "build" / "arm-tools"  # where scripts/arm_tools.sh unpacks them without root
+os.environ["PATH"] += f"{os.pathsep}{TOOLS / 'bin'}"
+SYSROOT = next((str(path) for path in TOOLS.glob("root/usr/aarch64-linux-gnu")), "/usr/aarch64-linux-gnu")
 _WRITE = (
     "rac_pack_weight",
     "rac_set_activation_bits",
@@ -26,11 +30,16 @@ _WRITE = (
 PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
 
 
+def need_tool(tool: str) -> None:
+    """Skip the test if the machine does not have it."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"no {tool} on this machine: `make arm-tools` installs it on Debian and Ubuntu")
+
+
 def arm_library(folder: Path) -> Path:
-    """The library for ARM; skips the test without the two Debian packages that it needs."""
-    for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user")):
-        if shutil.which(tool) is None:
-            pytest.skip(f"no {tool} on this machine (Debian: apt-get install {package})")
+    """The library for ARM; skips the test without the cross compiler and the emulator that it needs."""
+    for tool in (COMPILER, EMULATOR):
+        need_tool(tool)
     return compiled_library(folder, "-O2", *SHARED, compiler=COMPILER)
 
 

@@ -6,7 +6,6 @@ The products are compared in the tests that take a kernel (conftest.py), beside 
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 import subprocess
 
@@ -16,7 +15,7 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.library import ISAS
 from rac_modifier.kernels.cpu.support import support
-from tests.kernels.cpu.arm import COMPILER, PROCESSORS, arm_program, emulated, take_arm
+from tests.kernels.cpu.arm import COMPILER, PROCESSORS, arm_program, emulated, need_tool, take_arm
 from tests.kernels.cpu.kernel_helpers import random_mask, sparse, take
 from tests.kernels.cpu.test_build import build
 from tests.kernels.cpu.test_int8_product import integers
@@ -79,8 +78,7 @@ def test_packed_data_is_the_same_as_here(arm_processor, native_path, monkeypatch
 
 @pytest.mark.slow
 def test_setup_builds_the_library_for_arm(tmp_path):
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no {COMPILER} on this machine (Debian: apt-get install g++-aarch64-linux-gnu)")
+    need_tool(COMPILER)
     done = build(tmp_path, CC=COMPILER, CXX=COMPILER, LDSHARED=f"{COMPILER} -shared", LDCXXSHARED=f"{COMPILER} -shared")
     assert done.returncode == 0, done.stderr
     (built,) = (tmp_path / "lib").rglob("_native*.so")

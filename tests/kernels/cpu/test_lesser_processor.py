@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.kernels.cpu.library import ISAS
-from tests.kernels.cpu.arm import arm_program
+from tests.kernels.cpu.arm import X86_EMULATOR, arm_program, need_tool
 from tests.kernels.cpu.kernel_helpers import run
 
-EMULATOR = "qemu-x86_64"
 # The last has AVX512, and qemu leaves it out.
 BEST = {
     "Nehalem": "portable",
@@ -33,9 +32,8 @@ def emulated(processor: str, program: Path, *arguments: str) -> subprocess.Compl
     """What a program does on this processor; skips the test without the emulator."""
     if platform.machine() != "x86_64":
         pytest.skip("for a library of x86-64")
-    if shutil.which(EMULATOR) is None:
-        pytest.skip(f"no {EMULATOR} on this machine (Debian: apt-get install qemu-user)")
-    command = [EMULATOR, "-cpu", processor, str(program), *arguments]
+    need_tool(X86_EMULATOR)
+    command = [X86_EMULATOR, "-cpu", processor, str(program), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
 
 

@@ -1,0 +1,99 @@
+"""The rows and the table of peers.py, its command, and that torchao's int4 products are those of its codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rac_modifier.kernels.cpu.support import support
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+KEYS = ["name", "weight_bytes", "first_token_s", "ms_per_token", "tokens_per_s", "kl", "runs"]
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peer_table
+
+    return peer_table
+
+
+def test_the_kl_is_that_of_the_format(tables):
+    measured = {"Q4_0": 0.1, "50 % + int4": 0.2, "int4": 0.04, "50 % + int8": 0.15}
+    expected = {
+        "llama.cpp Q4_0": 0.1,
+        "llama.cpp Q8_0": None,
+        "linears, 50 % + int4, head int8": 0.2,
+        "served, 50 % + int8, head int8": 0.15,
+        "linears, dense int4, head int4": 0.04,
+        "linears, 70 % + int4, head int4": None,
+        "vLLM, dense bfloat16": 0.0,
+        "vLLM, dense int8 (W8A8)": None,
+        "OpenVINO linears, int4, head int4": None,
+        "torchao linears, int4, head int4": None,
+    }
+    assert {name: tables.kl_of(name, measured) for name in expected} == expected
+
+
+def test_ratios_are_of_one_round_and_medians_of_all(tables):
+    figures = tables.Figures
+    base = [figures(8 * 10**8, 40.0, 2.0, 14.0), figures(8 * 10**8, 80.0, 4.0, 7.0)]
+    other = [figures(6 * 10**8, 20.0, gigabytes_per_s=40.0), figures(6 * 10**8, 60.0, gigabytes_per_s=20.0)]
+    rows = [tables.row("llama.cpp Q4_0", base, {}), tables.row("linears, dense int4, head int4", other, {"int4": 0.04})]
+    assert [list(row) for row in rows] == [KEYS, KEYS]
+    assert [row["ms_per_token"] for row in rows] == [60.0, 40.0]
+    first, second = tables.table(rows).splitlines()[2:]
+    assert first == "| llama.cpp Q4_0 | 0.800 | 13.3 | - | 3.00 | 60.0 | 10.5 | 1.00x (1.00-1.00) | - |"
+    assert (
+        second == "| linears, dense int4, head int4 | 0.600 | 15.0 | 50% | - | 40.0 | - | 1.67x (1.33-2.00) | 0.040 |"
+    )
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(BENCHMARKS / "peers.py"), "--threads", "1", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(support().isa is None, reason=support().reason)
+def test_the_command_writes_a_row_per_contender(tmp_path):
+    name = "linears, 50 % + int4, head int4"
+    size = ["--layers", "1", "--vocab", "1024", "--output-tokens", "4"]
+    done = run("--rounds", "2", *size, "--only", name, "--json", str(tmp_path / "peers.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "peers.json").read_text())
+    assert list(found) == ["machine", "kernel", "threads", "versions", "rows"]
+    (row,) = found["rows"]
+    assert list(row) == KEYS
+    assert row["name"] == name
+    assert len(row["runs"]) == 2
+    weights = 2048 * 1536 + 1536 * 1536 + 17920 * 1536 + 1536 * 8960
+    assert row["weight_bytes"] / (weights + 1024 * 1536) == pytest.approx(0.41, abs=0.01)  # scales in fp32
+    assert f"| {name} | " in done.stdout
+
+
+def test_an_unknown_contender_is_refused():
+    done = run("--only", "linears, 51 % + int4")
+    assert done.returncode == 2
+    assert "--only 'linears, 51 % + int4': known are llama.cpp Q4_0, " in done.stderr
+
+
+def test_torchao_multiplies_its_codes(monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import torchao_linears
+
+    nbytes, milliseconds = torchao_linears.decode_step([(256, 512), (512, 256)], 128, 4)  # checks each product
+    assert nbytes == 2 * (256 * 512 // 2 + 256 * 512 // 128 * 4)
+    assert milliseconds > 0
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: torch.zeros(1, weight.shape[0]))
+    with pytest.raises(RuntimeError, match=r"torchao: a product \[256, 512\] differs by"):
+        torchao_linears.decode_step([(256, 512)], 128, 4)
