@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -62,6 +63,11 @@ def layer(experts: int, layers: int = 1) -> Any:
     return model
 
 
+def faults() -> int:
+    """Pages that this process was given so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 class Measured:
     """Seconds in statistics and solver, and memory from the last memory check on; in place while `oneshot` runs."""
 
@@ -79,7 +85,7 @@ class Measured:
         self.predicted = max(need.bytes_on(onload, onload, offload, group) for group in groups)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
         self.before = resident("VmRSS")
-        self.started = time.process_time()
+        self.started, self.faults = time.process_time(), faults()
 
     def _timed(self, part: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:

@@ -5,21 +5,24 @@
 
 Each row is a run of `oneshot` in a process of its own, with random weights in float32 and 2:4: decoder layers of the shapes of
 Qwen2.5-0.5B and Qwen2-1.5B, and of OLMoE-1B-7B with 4 of its 64 experts (expert_time.py), attention left dense.
-Predicted is what the memory check says right before pruning begins; the peak is that of the process from there on (VmHWM).
+Predicted is what the memory check says right before pruning begins; the peak is that of the process from there on (VmHWM), and so
+are the seconds of the processor, and the pages that the process was given, which includes those that it had given back.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
+import time
 from functools import partial
 from typing import Any
 
 import torch
 from common import VARIANTS, machine
-from expert_time import ROW, Measured, layer
+from expert_time import ROW, Measured, faults, layer
 from llmcompressor import oneshot
 from pruning_time import QWEN_1_5B, qwen_case, resident
 
@@ -45,7 +48,13 @@ CASES: dict[str, tuple[Any, int, int, list[str]]] = {
     "1.5B, 1 layer": (partial(qwen_case, QWEN_1_5B, 1), 16384, 4096, []),
     "experts, 2 layers": (experts_case, 4096, 2048, ["re:.*self_attn.*"]),
 }
-PRESETS = ("paper", "paper + group order", "quality", "quality + int4")
+PRESETS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"mask_structure": "2:4", **VARIANTS[name]}
+        for name in ("paper", "paper + group order", "quality", "quality + int4")
+    },
+    "dense + int4": {"solver": "none", "quantization": {"scheme": "W4A16"}},
+}
 
 
 def run(case: str, preset: str) -> dict[str, float]:
@@ -55,27 +64,32 @@ def run(case: str, preset: str) -> dict[str, float]:
     measured = Measured()
     settings = CalibrationSettings(batch_tokens=batch_tokens)
     recipe = rac_modifier.ReasoningAwareSparseGPTModifier(
-        mask_structure="2:4",
         ignore=["re:.*lm_head", *dense],
         calibration={"tokens": tokens, "batch_tokens": batch_tokens, "held_out_tokens": 0},
-        **VARIANTS[preset],
+        **PRESETS[preset],
     )
     recipe.use_calibration_set(CalibrationSet(CalibrationLoader(sequences, compose(sequences), settings, 0)))
     oneshot(model=model.eval(), recipe=recipe)
-    return {"predicted": measured.predicted, "peak": (resident("VmHWM") - measured.before) * 2**20}
+    return {
+        "predicted": measured.predicted,
+        "peak": (resident("VmHWM") - measured.before) * 2**20,
+        "seconds": time.process_time() - measured.started,
+        "pages": (faults() - measured.faults) * resource.getpagesize(),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(run(*args.one)))
         return
     print(
-        f"{machine()}\n\n| case | preset | predicted | peak of the process | predicted / peak |\n|---|---|---|---|---|"
+        f"{machine()}\n\n| case | preset | predicted | peak of the process | predicted / peak | processor | pages |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for case in args.cases:
         for preset in args.presets:
@@ -83,7 +97,9 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found = json.loads(done.stdout.strip().splitlines()[-1])
             cells = (f"{found[name] / 2**20:,.0f} MiB" for name in ("predicted", "peak"))
-            print(f"| {case} | {preset} | {' | '.join(cells)} | {found['predicted'] / found['peak']:.2f} |", flush=True)
+            ratio = found["predicted"] / found["peak"]
+            cost = f"{found['seconds']:.1f} s | {found['pages'] / 2**20:,.0f} MiB"
+            print(f"| {case} | {preset} | {' | '.join(cells)} | {ratio:.2f} | {cost} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, from malloc.h
 _BLOCKS = 256 << 20  # blocks up to this size are kept
 _KEPT = 1 << 30  # as much, free at the end of the heap, is not given back
 _RETURN_SECONDS = 1.0
 _returned = float("-inf")  # when it was last done
+_limit: int | None = None  # bytes of the process
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
 
 
@@ -37,16 +39,33 @@ def keep_freed_memory() -> bool:
     return all(library.mallopt(option, value) == 1 for option, value in options)
 
 
-def return_freed_memory(now: Callable[[], float] = time.monotonic) -> None:
-    """Give back what glibc keeps, between two parts of a run: the next one needs blocks of other sizes.
+def expect_growth(predicted: int) -> None:
+    """From here on this process is predicted to grow by so many bytes: `return_freed_memory` keeps it below that."""
+    global _limit
+    _limit = resident() + predicted
 
-    What the last part has left free would be held beside what the next one takes. The next one has to take new pages, so it is
-    done once a second at most: the parts of a small model, where memory is not short, are over in less.
+
+def return_freed_memory(needed: int = 0, now: Callable[[], float] = time.monotonic) -> None:
+    """Give back what glibc keeps, between two parts of a run, where this process would else grow beyond what is predicted.
+
+    The next part needs blocks of other sizes: what the last one has left free would be held beside them. Giving it back has a
+    price, since each page that is taken anew is cleared first. So it is done only where the next part, which takes `needed` bytes
+    of new blocks, would end above the prediction, and once a second at most. What cannot be kept below it becomes the new limit.
     """
-    global _returned
-    if now() - _returned < _RETURN_SECONDS:
+    global _returned, _limit
+    if _limit is None or resident() + needed <= _limit or now() - _returned < _RETURN_SECONDS:
         return
     _returned = now()
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # of glibc alone
         library.malloc_trim(0)
+        _limit = max(_limit, resident() + needed)
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say it as Linux does."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,7 @@
 """Freed blocks are used again: counted in page faults of a process of its own, because the setting stays for its life."""
 
 import ctypes
+import mmap
 import os
 import platform
 import subprocess
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rac_modifier.freed_memory import keep_freed_memory, return_freed_memory
+from rac_modifier.freed_memory import expect_growth, keep_freed_memory, resident, return_freed_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has these settings")
 
@@ -122,7 +123,7 @@ def test_another_c_library_is_left_alone(load) -> None:
 
 RETURNED = """
 import torch
-from rac_modifier.freed_memory import keep_freed_memory, return_freed_memory
+from rac_modifier.freed_memory import expect_growth, keep_freed_memory, return_freed_memory
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -133,7 +134,10 @@ blocks = [torch.ones(4 << 20) for _ in range(20)]  # 16 MiB each
 small = blocks[1::2]  # every other one stays: what is free lies between them
 del blocks
 before = resident()
+expect_growth(1 << 20)
 return_freed_memory()
+assert resident() == before, "nothing is given back below what is predicted"
+return_freed_memory(2 << 20)
 print(before - resident())
 """
 
@@ -143,17 +147,48 @@ def test_what_is_kept_is_given_back_when_asked() -> None:
     assert int(done.stdout) * os.sysconf("SC_PAGE_SIZE") > 0.9 * 10 * (16 << 20)
 
 
-def test_it_is_given_back_once_a_second(load, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = load(Library())
-    calls: list[int] = []
+@pytest.fixture
+def trims(load, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The calls of malloc_trim, which leave the process at 1,000 bytes; nothing was predicted or given back before."""
+    library, calls = load(Library()), list[int]()
     monkeypatch.setattr(library, "malloc_trim", calls.append, raising=False)
     monkeypatch.setattr("rac_modifier.freed_memory._returned", float("-inf"))
+    monkeypatch.setattr("rac_modifier.freed_memory._limit", None)
+    monkeypatch.setattr("rac_modifier.freed_memory.resident", lambda: 1000)
+    return calls
+
+
+def test_it_is_given_back_once_a_second(trims) -> None:
+    expect_growth(-1)
     for second in (5.0, 5.5, 5.9, 6.0, 6.1):
-        return_freed_memory(lambda second=second: second)
-    assert calls == [0, 0]
+        return_freed_memory(2 * int(10 * second), lambda second=second: second)
+    assert trims == [0, 0]
+
+
+def test_it_is_given_back_only_where_the_prediction_would_be_exceeded(trims) -> None:
+    seconds = iter(range(100))
+    return_freed_memory(10**9, lambda: next(seconds))
+    assert trims == [], "nothing is predicted"
+    expect_growth(200)
+    return_freed_memory(200, lambda: next(seconds))
+    assert trims == []
+    return_freed_memory(201, lambda: next(seconds))
+    assert trims == [0]
+    return_freed_memory(201, lambda: next(seconds))
+    assert trims == [0], "what it could not be kept below is the limit from there on"
+    return_freed_memory(202, lambda: next(seconds))
+    assert trims == [0, 0]
 
 
 def test_another_c_library_has_nothing_to_give_back(load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rac_modifier.freed_memory._returned", float("-inf"))
+    monkeypatch.setattr("rac_modifier.freed_memory._limit", -1)
     load(Library(glibc=False))
     return_freed_memory()
+
+
+def test_resident_memory_is_read_from_the_system() -> None:
+    with mmap.mmap(-1, 64 << 20) as block:
+        before = resident()
+        block.write(b"x" * (64 << 20))
+        assert resident() - before > 60 << 20

@@ -12,10 +12,11 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 
 from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.float32_products import FasterLinears
 from rac_modifier.freed_memory import return_freed_memory
 from rac_modifier.llmcompressor.by_expert import prune_experts, read_by_experts
 from rac_modifier.llmcompressor.experts import only_routed_tokens
-from rac_modifier.llmcompressor.input_groups import InputGroup
+from rac_modifier.llmcompressor.input_groups import InputGroup, bytes_of_sums
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage
 
@@ -39,6 +40,7 @@ def calibrate_by_group(
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
+        stack.enter_context(FasterLinears())
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(only_routed_tokens())
         pruned = IntermediatesCache.from_dataloader(loader, onload_device, offload_device)
@@ -48,7 +50,7 @@ def calibrate_by_group(
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
                 if stage.modules:
-                    return_freed_memory()
+                    return_freed_memory(bytes_of_sums(stage.modules))
                     if pruner.needs_dense_stream and dense is pruned:  # until here nothing was pruned
                         dense = _copy(pruned)
                     known = pruner.was_pruned(stage.modules)  # by a run that was killed

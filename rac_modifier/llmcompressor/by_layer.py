@@ -17,7 +17,9 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.float32_products import FasterLinears
 from rac_modifier.freed_memory import return_freed_memory
+from rac_modifier.llmcompressor.input_groups import bytes_of_sums
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage, use_own_configs
 from rac_modifier.model_tools import StopForward
@@ -53,13 +55,14 @@ def calibrate_by_layer(
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
+        stack.enter_context(FasterLinears())
         cache = IntermediatesCache.from_dataloader(
             loader, onload_device, torch.device(dataset_args.sequential_offload_device)
         )
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
-                return_freed_memory()
                 here = [module for module in submodules[index] if module in wanted]
+                return_freed_memory(max((bytes_of_sums([module]) for module in here), default=0))
                 if pruner.was_pruned(here):  # by a run that was killed
                     pruner.restore(here)
                 elif here:

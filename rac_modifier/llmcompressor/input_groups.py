@@ -32,6 +32,11 @@ class InputGroup:
         return cls(modules, Statistics(weights[0].shape[1], device, weights if with_cross_moment else None))
 
 
+def bytes_of_sums(modules: list[torch.nn.Module]) -> int:
+    """What the Hessian of modules that read one tensor takes, with that of a lane (pruning/lane_sum.py)."""
+    return 2 * 4 * modules[0].get_parameter("weight").shape[1] ** 2
+
+
 class HessianCollector:
     """Collects the input groups of the modules that run: each module's input is observed, and complete groups are taken.
 

@@ -16,7 +16,7 @@ and beside that, one after the other, so that the largest counts:
     forward      of the largest batch: attention, or what the group's modules return
 
 where no more than 4,096 tokens are converted at once, and solving counts as often as experts are solved at once. Between these
-parts freed memory is given back (freed_memory.py), so that a process grows by the largest of them.
+parts freed memory is given back where the process would else grow by more than the largest of them (freed_memory.py).
 tests/llmcompressor/test_memory.py holds the prediction to the peak of all tensors; benchmarks/memory.py compares it with what a
 process grows by.
 """
@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
+from rac_modifier.freed_memory import expect_growth
 from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from rac_modifier.pruning import linalg
@@ -191,6 +192,7 @@ def check_memory(
         RacError: naming the module, the bytes needed and free, and what to change.
     """
     free = free or free_bytes
+    expect_growth(max(need.bytes_on(_CPU, onload, offload, group) for group in groups))
     doing = "quantizing" if need.solver.solver == "none" else "pruning"
     for device in dict.fromkeys((onload, offload)):
         bytes_of = partial(need.bytes_on, device, onload, offload)

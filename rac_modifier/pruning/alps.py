@@ -116,14 +116,14 @@ def _solver(hessian: torch.Tensor, dampening: Dampening, rho: float, columns: in
     """A function of x and y that adds (H + dampening + rho diag)^-1 y to x; None when that matrix is not positive definite."""
     matrix = hessian.clone()
     matrix.diagonal().add_(dampening.added).add_(dampening.diagonal, alpha=rho)
-    factor = linalg.cholesky_(matrix)
-    del matrix
-    if factor is None:
-        return None
     bf16 = linalg.bf16_is_fast(hessian.device)
     if not bf16 and hessian.shape[0] > _INVERSE_UP_TO * columns:
-        return lambda x, y: x.add_(linalg.cholesky_solve(y, factor))
-    inverse = torch.cholesky_inverse(factor, out=factor)
+        factor = linalg.cholesky_(matrix)
+        return None if factor is None else lambda x, y: x.add_(linalg.cholesky_solve(y, factor))
+    inverse = linalg.inverse_(matrix)
+    del matrix
+    if inverse is None:
+        return None
     inverse = inverse.bfloat16() if bf16 else inverse
     return lambda x, y: linalg.bf16_addmm(x, inverse, y, bf16=bf16)
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.float32_products import add_product, onednn_is_faster, product
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import linalg
+from rac_modifier.pruning.blocked import mirror_lower_
 from rac_modifier.pruning.lane_sum import LaneSum
 
 ROWS = 4096  # tokens whose inputs are converted to float32 at once
@@ -71,13 +73,14 @@ class Hessian:
         for start in range(0, x.shape[0], ROWS):
             rows = slice(start, start + ROWS)
             here = x[rows] if counted is None or bool(counted[rows].all()) else x[rows][counted[rows]]
-            here = here.to(self._sums.dtype)
+            here = here.T.to(self._sums.dtype)  # a product is fastest where the tokens of an input lie side by side
             if weights is not None and counted is not None:
                 of_rows = weights[rows][counted[rows]]
                 if not bool((of_rows == 1).all()):  # the usual case is a padding mask, which needs no scaled copy
-                    here = here * of_rows.sqrt().unsqueeze(1)
+                    here = here * of_rows.sqrt()
+            here = here.contiguous() if onednn_is_faster(here.device) else here
             for first, last, columns in self._blocks:
-                self._sums.lane[first:last, :columns].addmm_(here[:, first:last].T, here[:, :columns])
+                add_product(self._sums.lane[first:last, :columns], here[first:last], here[:columns].T)
 
     def end_lane(self, processes: Processes) -> None:
         """A lane of the calibration set has ended, in all processes."""
@@ -124,11 +127,7 @@ class Hessian:
                 "run the model in bfloat16 or float32, or find the layer that overflows"
             )
         full = (self._sums.take() if take else self._sums.total.clone()).mul_(2.0 / self.weight_sum)
-        for start, stop, _ in self._blocks:
-            corner = full[start:stop, start:stop]
-            corner.copy_(corner.tril() + corner.tril(-1).T)
-            full[start:stop, stop:] = full[stop:, start:stop].T
-        return full
+        return mirror_lower_(full, block_columns(self.columns))
 
 
 class Statistics:
@@ -203,5 +202,5 @@ class Statistics:
             return None
         scaled = (self._sums.take() if take else self._sums.total.clone()).mul_(2.0 / self.hessian.weight_sum)
         if self._before:
-            return [weight.to(scaled) @ scaled for weight in self._weights]
+            return [product(weight.to(scaled), scaled) for weight in self._weights]
         return list(scaled.split(self._rows))

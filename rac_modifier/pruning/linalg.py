@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.float32_products import add_product, onednn_is_faster
+from rac_modifier.pruning import blocked
 
 # Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would hardly matter, and the
 # result would be magnitude pruning under another name.
@@ -128,6 +130,8 @@ def factorise(hessian: torch.Tensor, dampening: Dampening, label: str, *, larges
 
 def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
     """The lower Cholesky factor of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite."""
+    if _in_blocks(matrix):
+        return blocked.cholesky_(matrix)
     by_columns = matrix.mT  # as LAPACK has it: of a matrix that lies row by row, a second one would be made
     lower, info = torch.linalg.cholesky_ex(by_columns, out=(by_columns, matrix.new_empty((), dtype=torch.int32)))
     return lower if int(info) == 0 else None
@@ -135,8 +139,24 @@ def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
 
 def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """(`lower` `lower`^T)^-1 `b`, for b [d, rows]. torch.cholesky_solve copies `lower` first."""
+    if _in_blocks(lower):
+        return blocked.solve(b, lower)
     solved = torch.linalg.solve_triangular(lower, b, upper=False)
     return torch.linalg.solve_triangular(lower.mT, solved, upper=True)
+
+
+def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The inverse of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite."""
+    if _in_blocks(matrix):
+        return blocked.inverse_(matrix)
+    factor = cholesky_(matrix)
+    return None if factor is None else torch.cholesky_inverse(factor, out=factor)
+
+
+def _in_blocks(matrix: torch.Tensor) -> bool:
+    """Whether products of blocks are faster than LAPACK."""
+    large = matrix.shape[0] >= 2 * blocked.BLOCK
+    return large and matrix.dtype == torch.float32 and onednn_is_faster(matrix.device)
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -154,7 +174,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: bool) -> torch.Tensor:
     """`out` + `a` @ `b`, in place; with `bf16` both factors are rounded to bfloat16, else the product is as they are."""
-    return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else out.addmm_(a, b)
+    return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else add_product(out, a, b)
 
 
 def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rac_modifier.float32_products import add_product
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.linalg import Dampening
 
@@ -61,7 +62,7 @@ def refit(
     added, inverse = dampening.added.unsqueeze(1), dampening.diagonal.reciprocal().unsqueeze(1)
 
     direction = target - weight
-    residual = torch.mul(direction, added).addmm_(hessian, direction)
+    residual = add_product(torch.mul(direction, added), hessian, direction)
     error = torch.linalg.vecdot(direction, residual, dim=0)
     residual.mul_(keep)
     rounded = hessian.bfloat16() if bf16 else hessian

@@ -5,7 +5,7 @@ import torch
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
-from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier import ReasoningAwareSparseGPTModifier, float32_products
 from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.pruning.solve import solve
 from rac_modifier.settings.pattern import Pattern
@@ -79,3 +79,16 @@ def test_it_is_pruning_each_group_on_a_model_run_anew(tiny_folder, trace_store, 
         # a tie that rounding turns another way changes single weights; the modules must agree
         close = torch.isclose(ours.weight, theirs.weight, rtol=1e-3, atol=1e-4).float().mean()
         assert close > 0.98, (name, float(close))
+
+
+@pytest.mark.parametrize("preset", ["paper", "quality"])
+def test_linear_layers_of_forward_passes_may_go_to_onednn(trace_store, dense, preset, monkeypatch):
+    """Which products do: tests/test_float32_products.py. Here what is asked about, in both orders."""
+    asked, inner = set(), float32_products._gains
+    monkeypatch.setattr(float32_products, "_gains", lambda x, weight: asked.add(x.ndim) or inner(x, weight))
+    prune(trace_store, dense, preset=preset)
+    assert 3 in asked, "[rows, tokens, columns] are activations of the model"
+    asked.clear()
+    with torch.no_grad():
+        dense(torch.ones(1, 4, dtype=torch.long))
+    assert not asked, "the run has ended"

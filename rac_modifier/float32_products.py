@@ -1,0 +1,75 @@
+"""float32 products on a CPU where oneDNN computes them faster than the library that torch calls.
+
+torch gives float32 products to Intel's MKL, which does not use all that processors of AMD have. oneDNN, which is in torch too and
+computes its bfloat16 products, does: `benchmarks/float32_rates.py` compares them. Results differ in the last bits, as between any
+two libraries. The same product of the same shape goes the same way in every process of a machine.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_LEAST = 1 << 26  # multiply-adds: with fewer, what a call of oneDNN costs is more than it gains
+_LEAST_ROWS = 256  # of the first factor: with fewer, a copy of the second costs too much
+_ROWS = 2048  # of a result that is added: so many are there beside it
+
+
+def onednn_is_faster(device: torch.device) -> bool:
+    """Whether float32 products on this device are given to oneDNN: on processors of AMD with AVX-512."""
+    return device.type == "cpu" and _on_this_cpu()
+
+
+@functools.cache
+def _on_this_cpu() -> bool:
+    known = hasattr(torch.cpu, "get_capabilities")  # not in torch 2.10
+    has = torch.cpu.get_capabilities() if known else {}
+    built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return bool(built and has.get("avx512_f") and str(has.get("cpu_name", "")).startswith("AMD"))
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a` [m, k] @ `b` [k, n]."""
+    return _onednn(a, b.T) if _gains(a, b.T) else a @ b
+
+
+def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0) -> torch.Tensor:
+    """`out` [m, n] += `alpha` `a` [m, k] @ `b` [k, n], in place."""
+    if not _gains(a, b.T):
+        return out.addmm_(a, b, alpha=alpha)
+    weight = b.T.contiguous()
+    for part, rows in zip(out.split(_ROWS), a.split(_ROWS), strict=True):
+        part.add_(_onednn(rows, weight), alpha=alpha)
+    return out
+
+
+def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN is faster for `x` [..., k] @ `weight` [n, k]^T."""
+    large = x.numel() * weight.shape[0] >= _LEAST and x.numel() >= _LEAST_ROWS * x.shape[-1]
+    return large and x.dtype == weight.dtype == torch.float32 and onednn_is_faster(x.device)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x` [..., k] @ `weight` [n, k]^T + `bias`, by the operator that torch's own compiler uses for linear layers.
+
+    With a weight that does not lie row by row, oneDNN takes a way that is a hundred times slower, so that it is copied first.
+    """
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.contiguous(), bias, "none", [], "")
+    return result
+
+
+class FasterLinears(TorchFunctionMode):
+    """While it is in place, linear layers that compute float32 without gradients go to oneDNN where that is faster."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear and not kwargs and not torch.is_grad_enabled():
+            x, weight, *bias = args
+            plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight))
+            if plain and _gains(x, weight):
+                return _onednn(x, weight, *bias)
+        return func(*args, **(kwargs or {}))

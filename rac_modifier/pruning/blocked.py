@@ -1,0 +1,94 @@
+"""Factor, solve and inverse of positive definite matrices block by block, so that nearly all of it are large products.
+
+LAPACK's are in the library that torch calls, which is slow on some processors (float32_products.py). Each works on
+the lower triangle of a symmetric matrix A [d, d], in its memory, with blocks of 512 rows and columns.
+
+*Cholesky*, d^3 / 6 multiply-adds: L11 = chol(A11), L21 = A21 L11^-T, then the same with A22 - L21 L21^T.
+
+*Inverse*, d^3 / 2 multiply-adds: the factor, then X = L^-1 row by row of blocks, X_k = [-L_kk^-1 L_k X, L_kk^-1], then X^T X.
+X^T is kept above the diagonal, so that the numbers that a product sums up lie side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rac_modifier.float32_products import add_product, product
+
+BLOCK = 512
+_ROWS = 512  # of a triangle that are updated at once
+
+
+def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The lower factor [d, d], zero above the diagonal, in the memory of `matrix`; None where it is not positive definite."""
+    d = matrix.shape[0]
+    for start in range(0, d, BLOCK):
+        stop = min(start + BLOCK, d)
+        corner = matrix[start:stop, start:stop]
+        lower, info = torch.linalg.cholesky_ex(corner)
+        if int(info):
+            return None
+        corner.copy_(lower)
+        if stop < d:
+            below = product(matrix[stop:, start:stop], _inverse_of_triangle(lower).T)
+            matrix[stop:, start:stop] = below
+            _lower_by(matrix[stop:, stop:], below, below)
+    return matrix.tril_()
+
+
+def solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """(`lower` `lower`^T)^-1 `b`, for b [d, rows]; a new tensor."""
+    found, d = b.T.clone(memory_format=torch.contiguous_format), len(b)
+    starts = range(0, d, BLOCK)
+    for start in starts:
+        here = slice(start, start + BLOCK)
+        if start:
+            add_product(found[:, here], found[:, :start], lower[here, :start].T, alpha=-1)
+        found[:, here] = torch.linalg.solve_triangular(lower[here, here].mT, found[:, here], upper=True, left=False)
+    for start in reversed(starts):
+        here, after = slice(start, start + BLOCK), slice(start + BLOCK, d)
+        if start + BLOCK < d:
+            add_product(found[:, here], found[:, after], lower[after, here], alpha=-1)
+        found[:, here] = torch.linalg.solve_triangular(lower[here, here], found[:, here], upper=False, left=False)
+    return found.T
+
+
+def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The inverse [d, d], symmetric, in the memory of `matrix`; None where it is not positive definite."""
+    d = matrix.shape[0]
+    if cholesky_(matrix) is None:
+        return None
+    blocks = [slice(start, min(start + BLOCK, d)) for start in range(0, d, BLOCK)]
+    for here in blocks:  # L is below the diagonal and X^T above it; in the corners L, then X^T
+        corner, start = _inverse_of_triangle(matrix[here, here]), here.start
+        before = torch.empty_like(matrix[here, :start])
+        for columns in (one for one in blocks if one.start < start):  # where X is zero above `columns.start`
+            left = slice(columns.start, start)
+            before[:, columns] = product(matrix[here, left], matrix[columns, left].T)
+        matrix[:start, here] = product(corner, before).neg_().T
+        matrix[here, here] = corner.T
+    for here in blocks:  # the result takes the place of L; only earlier ones read the corner
+        stop, after = here.stop, slice(here.start, d)
+        matrix[here, :stop] = product(matrix[here, after], matrix[:stop, after].T)
+    return mirror_lower_(matrix, BLOCK)
+
+
+def mirror_lower_(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """Copy the lower triangle of `matrix` [d, d] to the upper one, so many rows at a time."""
+    for start in range(0, matrix.shape[0], block):
+        stop = start + block
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+    return matrix
+
+
+def _lower_by(matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """The lower triangle of `matrix` [n, n] -= that of `a` `b`^T, both [n, block]."""
+    for first in range(0, len(matrix), _ROWS):
+        last = min(first + _ROWS, len(matrix))
+        add_product(matrix[first:last, :last], a[first:last], b[:last].T, alpha=-1)
+
+
+def _inverse_of_triangle(lower: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
