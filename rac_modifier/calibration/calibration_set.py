@@ -31,6 +31,7 @@ from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.records import Trace
 
 _ALONE = Processes()
+_MANY_UNFINISHED = 0.5  # of the traces: then a warning says so
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ def _build(
     if pools:
         require_traces(composition)
     logger.info(composition.describe())
+    if composition.unfinished_share >= _MANY_UNFINISHED:
+        logger.warning(
+            f"{composition.unfinished_share:.0%} of the traces were cut at traces.sampling.max_new_tokens, so that calibration "
+            "sees few endings of answers; raise it"
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), pools, prompts)
 

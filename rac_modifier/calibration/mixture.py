@@ -58,6 +58,12 @@ class Composition:
         """All real tokens."""
         return self.prompt_tokens + self.trace_tokens + self.generic_tokens
 
+    @property
+    def unfinished_share(self) -> float:
+        """Of the traces, those that hit the cap of sampling; 0 without traces."""
+        traces = sum(part["sequences"] for key, part in self.parts.items() if Part.parse(key).kind == "traces")
+        return self.unfinished_traces / traces if traces else 0.0
+
     def as_dict(self) -> dict[str, int | dict[str, dict[str, int]]]:
         """For the run record."""
         return {"tokens": self.tokens, **asdict(self)}
@@ -70,8 +76,8 @@ class Composition:
         return (
             f"calibrating on {self.tokens:,} tokens in {self.sequences:,} sequences{parts}: "
             f"{self.trace_tokens:,} of chain of thought, {self.prompt_tokens:,} of prompts, "
-            f"{self.generic_tokens:,} of generic text; {self.unfinished_traces:,} traces hit the sampling cap, "
-            f"{self.truncated_sequences:,} sequences were cut to fit"
+            f"{self.generic_tokens:,} of generic text; {self.unfinished_traces:,} traces ({self.unfinished_share:.0%}) hit the "
+            f"sampling cap, {self.truncated_sequences:,} sequences were cut to fit"
         )
 
 

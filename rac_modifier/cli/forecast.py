@@ -25,15 +25,17 @@ def plan_of(skeleton: Any, planned: Sequence[PlannedRow], evaluation: GridEvalua
         RacError: a benchmark that does not exist.
     """
     from rac_modifier.frontier.estimate import Asked, ModelShape, Plan
-    from rac_modifier.settings.recipe import check_entry, find_named_entry
+    from rac_modifier.settings.recipe import check_entry, find_named_entry, has_entry
 
     entries = [
         check_entry(entry, run.label, name)
         for run in planned
+        if has_entry(run.recipe)
         for name, entry in [find_named_entry(run.recipe, run.label)]
     ]
-    tokens = max(entry.calibration.tokens for entry in entries)
-    longest = max(entry.traces.sampling.max_new_tokens for entry in entries)
+    # rows of upstream's modifiers alone, such as round-to-nearest, calibrate on nothing
+    tokens = max((entry.calibration.tokens for entry in entries), default=1)
+    longest = max((entry.traces.sampling.max_new_tokens for entry in entries), default=1)
     at_once = evaluation.in_progress
     asked = [Asked("answers and KL", evaluation.problems, evaluation.cap, evaluation.batch_size, served=False)]
     if evaluation.serve:

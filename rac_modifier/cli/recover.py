@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Collection
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from rac_modifier.cli.options import AsJson, Dtype, Precision, print_json
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
+    from rac_modifier.traces.records import Trace
     from rac_modifier.traces.store import TraceStore
 
 
@@ -29,7 +31,8 @@ def recover(
     store: Annotated[
         Path | None,
         typer.Option(
-            "--traces", help="trace store of the dense model that was not calibrated on; missing traces are sampled"
+            "--traces",
+            help="trace store of the dense model; what calibration used is left out, missing traces are sampled",
         ),
     ] = None,
     problems: Annotated[
@@ -126,35 +129,33 @@ def _recover(
     from rac_modifier.llmcompressor.quantized_checkpoint import QuantizedCheckpoint, check_layers
     from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
     from rac_modifier.llmcompressor.zeros import sparse_modules
-    from rac_modifier.model_tools import on_accelerator
-    from rac_modifier.sampling.shared_engine import end_sampling, help_sampling
-    from rac_modifier.traces.collect import collect_traces
-    from rac_modifier.traces.store import TraceStore
+    from rac_modifier.settings.prompt import PromptSettings
+    from rac_modifier.traces.fresh import fresh_traces, used_traces
 
     stored = _quantized_modules(sparse)
     model, tokenizer = load(dense, precision)
+    check_dense(model, dense)
     pruned, _ = load(str(sparse), precision)
     check_layers(pruned, stored)
     check_made_from(pruned, model)
     checkpoint = QuantizedCheckpoint(pruned, model, recorded_structures(pruned.config.to_dict()))
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
     text = before_sampling(model, lambda: tokenizer, settings, processes)
-    if processes.is_first:
-        with on_accelerator(model):
-            tokens = settings.reserved_tokens
-            store = collect_traces(
-                model, tokenizer, store_path, problems=problems, sampling=sampling, tokens=tokens, processes=processes
-            )
-        end_sampling(processes, str(store.path))
-    else:
-        store = TraceStore.read(help_sampling(model, tokenizer, processes))
-    _check_fresh(sparse, store)
-    stage = RecoveryStage(model, list(store), settings, keep=True, processes=processes, generic=text)
+    before = _record_of(sparse)
+    stores = {name: dict(one) for name, one in (before.get("trace_stores") or {}).items() if isinstance(one, dict)}
+    known = {str(one.get("sha256")) for one in stores.values()}
+    store = _collected(processes, model, tokenizer, store_path, problems, sampling, settings.reserved_tokens, known)
+    traces: list[Trace] = fresh_traces(store, used_traces(store, known), settings.reserved_tokens)
+    stage = RecoveryStage(model, traces, settings, keep=True, processes=processes, generic=text)
     del model
     done = stage.run(pruned, modules, checkpoint.quantized)
     if not processes.is_first:
         return None
     record: dict[str, Any] = {"method": "recover", "recovered_from": str(sparse), "recovery": done}
+    name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
+    stores[name] = {"path": str(store.path), "sha256": store.sha256(), "model": store.header.model}
+    prompt = PromptSettings.of(store.header.sampling).model_dump()
+    record |= {"trace_stores": stores, "prompts": before.get("prompts") or {"recovery": prompt}}
     if patterns:
         first = next(iter(patterns.values()))
         record |= {"pattern": f"{first.describe()} (of the first module)", "mask_structure": first.mask_structure}
@@ -179,6 +180,66 @@ def _recover(
             "and run the same command again, which does not train again"
         ) from error
     return done["kl_before"], done["kl_after"]
+
+
+def _collected(
+    processes: Any,
+    model: Any,
+    tokenizer: Any,
+    path: Path | None,
+    problems: Any,
+    sampling: Any,
+    tokens: int,
+    known: Collection[str],
+) -> TraceStore:
+    """The store of the dense model's traces, with `tokens` tokens beyond those that a run of a `known` hash used."""
+    from loguru import logger
+
+    from rac_modifier.model_tools import on_accelerator
+    from rac_modifier.sampling.shared_engine import end_sampling, help_sampling
+    from rac_modifier.traces.collect import collect_traces
+    from rac_modifier.traces.fresh import tokens_up_to, used_traces
+    from rac_modifier.traces.store import TraceStore
+
+    if not processes.is_first:
+        return TraceStore.read(help_sampling(model, tokenizer, processes))
+    asked = {"problems": problems, "sampling": sampling, "processes": processes}
+    with on_accelerator(model):
+        store = collect_traces(model, tokenizer, path, tokens=tokens, **asked)
+        if used := used_traces(store, known):
+            logger.info(f"{store.path}: its first {used:,} traces were used before; recovery takes others")
+            store = collect_traces(model, tokenizer, path, tokens=tokens_up_to(store, used) + tokens, **asked)
+    end_sampling(processes, str(store.path))
+    return store
+
+
+def _record_of(sparse: Path) -> dict[str, Any]:
+    """The run record of the checkpoint; empty where it has none."""
+    from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+    from rac_modifier.files import read_json
+
+    return dict(read_json(sparse / RUN_RECORD_NAME)) if (sparse / RUN_RECORD_NAME).is_file() else {}
+
+
+def check_dense(model: Any, name: str) -> None:
+    """Refuse a teacher that is itself compressed: the two models may be swapped (RacError)."""
+    import torch
+
+    from rac_modifier.recovery.fixed_mask import masks_of_zeros
+
+    how = ""
+    if getattr(model.config, "quantization_config", None) is not None and any(
+        getattr(module, "quantization_scheme", None) is not None for module in model.modules()
+    ):
+        how = "quantized"
+    elif sparse := masks_of_zeros(model, least_sparsity=0.05):
+        linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+        how = f"sparse ({len(sparse)} of its {linears} linear layers)" if 2 * len(sparse) > linears else ""
+    if how:
+        raise RacError(
+            f"{name} is {how}, and the first model has to be the dense one, which the other is trained towards: rac recover "
+            "DENSE SPARSE OUT (base_model in rac_run.json names the dense one)"
+        )
 
 
 def check_made_from(pruned: Any, dense: Any) -> None:
@@ -219,18 +280,3 @@ def _quantized_modules(sparse: Path) -> set[str]:
     with TensorFiles(sparse) as files:
         check_trainable(files.where, str(sparse))
         return quantized_names(files.where)
-
-
-def _check_fresh(sparse: Path, store: TraceStore) -> None:
-    """Refuse the very store that the checkpoint was calibrated on (RacError)."""
-    from rac_modifier.checkpoint.record import RUN_RECORD_NAME
-    from rac_modifier.files import read_json
-
-    if not (sparse / RUN_RECORD_NAME).is_file():
-        return
-    calibrated = read_json(sparse / RUN_RECORD_NAME).get("trace_stores") or {}
-    if store.sha256() in {entry.get("sha256") for entry in calibrated.values() if isinstance(entry, dict)}:
-        raise RacError(
-            f"{store.path}: {sparse} was calibrated on these traces, and recovery needs fresh ones; leave --traces out, or name "
-            "another store"
-        )

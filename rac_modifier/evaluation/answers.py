@@ -69,7 +69,7 @@ def evaluate_into_file(
 
     Raises:
         RacError: problems that cannot be graded; a file of another model or other settings, or in use; servers that cannot be
-            reached, hold another model, return no token ids, or did not answer some problems. Answers so far are kept.
+            reached, hold another model, or did not answer some problems. Answers so far are kept.
     """
     check_problems(problems)
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
@@ -77,7 +77,7 @@ def evaluate_into_file(
     header = store_header(identity, tokenizer, sampling, source)
     path = path or default_path(identity, sampling, source)
     started = time.monotonic()
-    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling)) as chosen:
+    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling, takes_text=True)) as chosen:
         if not path.exists():
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:

@@ -192,7 +192,8 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
     reference = Measured(row, folder.traces(DENSE))
     found = measure(run.label, model, dense, tokenizer, held_out, reference)
     del model, dense
-    record = read_json(model_folder / RUN_RECORD_NAME)
+    path = model_folder / RUN_RECORD_NAME
+    record = read_json(path) if path.is_file() else {}  # upstream's modifiers alone write none
     row = _row(run.label, run.row, run.group, run.seed, run.recipe) | found.figures
     row |= {
         "bytes": checkpoint_bytes(model_folder),

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.calibration_modifier import check_stands_first
 from rac_modifier.llmcompressor.pruning_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
@@ -52,6 +53,19 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
                 GroupQuantizer(modifier.quantization, model, names, prunes=modifier.prunes)
         elif isinstance(modifier, QuantizationMixin):
             _check_groups(modifier, model)
+    if not any(isinstance(modifier, CalibratingModifier) for modifier in modifiers):
+        _check_needs_no_data(modifiers)
+
+
+def _check_needs_no_data(modifiers: list[Any]) -> None:
+    """Refuse a recipe without a modifier of ours that calibrates, or that does nothing at all."""
+    names = [type(modifier).__name__ for modifier in modifiers if modifier.requires_calibration_data]
+    if names:
+        raise RacError(
+            f"{names[0]} calibrates, and nothing says on what; add ReasoningAwareCalibrationModifier: {{}} before it"
+        )
+    if not modifiers:
+        raise RacError("its recipe has no modifier; name one, such as QuantizationModifier")
 
 
 def _check_groups(modifier: Any, model: PreTrainedModel) -> None:

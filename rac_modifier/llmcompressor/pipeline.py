@@ -20,6 +20,7 @@ from compressed_tensors.offload import set_onload_device
 from compressed_tensors.registry.registry import _REGISTRY
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import CompressionSession, active_session
+from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from llmcompressor.utils.dev import get_main_device
@@ -92,7 +93,7 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             return
         if pruner is not None:
             pruner.use_order("layer", "other modifiers calibrate in the same pass (pipeline='sequential')")
-        with _in_session(session, run.loader.unpadded()) as unpadded:
+        with _in_session(session, run.loader.unpadded()) as unpadded, _without_pinning():
             SequentialPipeline.__call__(model, unpadded, dataset_args)
 
 
@@ -104,6 +105,18 @@ def _in_session(session: CompressionSession, loader: CalibrationLoader) -> Itera
         yield loader
     finally:
         session.state.data.calib = before
+
+
+@contextlib.contextmanager
+def _without_pinning() -> Iterator[None]:
+    """AWQModifier pins activations for copies to a device; without a device torch refuses that, and there is nothing to copy."""
+    pin = IntermediatesCache.pin_memory
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *args, **options: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = pin  # type: ignore[method-assign]
 
 
 def _prune(

@@ -14,6 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rac_modifier.errors import RacError
+from rac_modifier.recovery.adapters import inside_adapters, mask_adapters
 
 
 def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[str, torch.Tensor]:
@@ -22,9 +23,14 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
     Only matrices of linear layers with at least `least_sparsity` zeros count as pruned.
 
     Raises:
-        RacError: no matrix is sparse.
+        RacError: no matrix is sparse, or the layers are quantized.
     """
     masks = masks_of_zeros(model, least_sparsity)
+    if not masks and any(getattr(module, "quantization_scheme", None) is not None for module in model.modules()):
+        raise RacError(
+            f"the linear layers of this {type(model).__name__} hold codes, which no trainer of weights can train; recover it "
+            "with rac recover, which trains through the codes, or train it before it is quantized"
+        )
     if not masks:
         raise RacError(
             f"no linear layer of this {type(model).__name__} has {least_sparsity:.0%} of zeros or more, so there is no mask to "
@@ -35,10 +41,10 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
 
 def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, torch.Tensor]:
     """As `sparse_masks`; empty where no matrix is sparse."""
-    masks = {}
+    masks, adapters = {}, inside_adapters(model)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, torch.nn.Linear) or not isinstance(weight, torch.nn.Parameter):
+        if not isinstance(module, torch.nn.Linear) or not isinstance(weight, torch.nn.Parameter) or module in adapters:
             continue
         mask = weight.detach() != 0
         if float(mask.sum()) <= (1 - least_sparsity) * mask.numel():
@@ -73,6 +79,14 @@ class FixedMask:
             if self._parameters[name].requires_grad
         ]
         self._hooks.append(register_optimizer_step_post_hook(lambda *_: self.apply()))
+        self._mask_adapters(model)
+        # Those that a trainer adds inside the context are found when the model is called. PEFT calls its forward without hooks.
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        called = [module for module in (model, embeddings) if isinstance(module, torch.nn.Module)]
+        self._hooks += [m.register_forward_pre_hook(lambda *_: self._mask_adapters(model)) for m in called]
+
+    def _mask_adapters(self, model: torch.nn.Module) -> None:
+        mask_adapters(model, {self._parameters[name]: mask for name, mask in self.masks.items()})
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -105,7 +119,9 @@ def fixed_mask(model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None 
         with rac_modifier.fixed_mask(model):
             SFTTrainer(model=model, ...).train()
 
-    Full parameters have to be trained; adapters that are merged later (LoRA) would fill the zeros at the merge.
+    LoRA adapters of PEFT are masked, too (adapters.py), also those that a trainer adds inside the context: what they add to a
+    pruned weight is zero in training and when they are merged into this model. An adapter that is saved alone and loaded
+    elsewhere is not: merge it, and save the model.
 
     Raises:
         RacError: see `FixedMask`; at the end, weights that were moved in a way that no hook sees.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,16 @@ def trace_seed(seed: int, key: str) -> int:
     return int.from_bytes(digest, "little") % 2**31
 
 
-def read_answer(request: Request, content: bytes, vocab_size: int, server: str) -> Generation:
+def read_answer(
+    request: Request,
+    content: bytes,
+    vocab_size: int,
+    server: str,
+    tokenize: Callable[[str], Sequence[int]] | None = None,
+) -> Generation:
     """The completion in the body of an answer with status 200.
+
+    `tokenize` is called with the text of an answer without token ids, and its EOS is added; None: such an answer is refused.
 
     Raises:
         UnusableError: the answer is cut short or contradicts itself.
@@ -68,6 +77,8 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
     """
     choice, usage = _only_choice(content)
     ids = choice.get("token_ids")
+    if ids is None and tokenize is not None:
+        return _from_text(request, choice, tokenize)
     if ids is None:
         raise RacError(
             f"{server} returned text without token ids, and traces are never tokenized again from text: it must "
@@ -103,6 +114,14 @@ def _only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise UnusableError(f"no completion in the answer ({type(error).__name__}: {str(error)[:80]})") from error
     raise UnusableError("no completion in the answer")
+
+
+def _from_text(request: Request, choice: dict[str, Any], tokenize: Callable[[str], Sequence[int]]) -> Generation:
+    text, reason = choice.get("text"), choice.get("finish_reason")
+    if not isinstance(text, str) or reason not in ("stop", "length") or (reason == "length" and not text):
+        raise UnusableError(f"finish_reason {reason!r} of the text {str(text)[:60]!r}")
+    ids = tuple(tokenize(text))
+    return Generation((*ids, request.eos[0]) if reason == "stop" else ids, reason)
 
 
 def _finished(request: Request, ids: tuple[int, ...], reason: Any, server: str) -> Generation:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from rac_modifier.sampling.generate import Generation
 
-EngineKind = Literal["transformers", "openai"]
+EngineKind = Literal["transformers", "openai", "openai text"]
+"""`openai text`: servers that return text alone, which was tokenized here: enough to judge answers, not to calibrate on."""
 
 
 @dataclass(frozen=True)

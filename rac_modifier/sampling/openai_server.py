@@ -46,9 +46,10 @@ class ServerEngine:
         tokenizer: of that model, for EOS and for the prompts of the check.
         sampling: resolved settings.
         model: the model itself, where its weights are in memory; the servers' greedy tokens are compared with it.
+        takes_text: accept servers that return no token ids, where they are asked to verify the model; `kind` is then
+            "openai text" once one of them has answered.
     """
 
-    kind: EngineKind = "openai"
     batch_size = 1
 
     def __init__(
@@ -58,11 +59,14 @@ class ServerEngine:
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingSettings,
         model: PreTrainedModel | None = None,
+        takes_text: bool = False,
     ):
+        self.kind: EngineKind = "openai"
         self._settings, self._identity, self._tokenizer = settings, identity, tokenizer
         self._sampling, self._model = sampling, model
         self._eos = identity.eos(tokenizer)
-        self._servers = [ServerClient(url, settings) for url in settings.base_urls]
+        tokenize = self._tokenized if takes_text and settings.verify_model else None
+        self._servers = [ServerClient(url, settings, tokenize) for url in settings.base_urls]
         several, tries = len(self._servers) > 1, settings.tries
         # Tries per server: first a few at each of several servers, then all that are left at each.
         first = min(_TRIES_BEFORE_ANOTHER, tries) if several else tries
@@ -147,6 +151,11 @@ class ServerEngine:
             probes=tuple(probe for _, probes in found for probe in probes),
         )
 
+    def _tokenized(self, text: str) -> list[int]:
+        """The ids of an answer that came as text alone."""
+        self.kind = "openai text"
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
     async def _look_at(self, server: ServerClient) -> tuple[dict[str, Any], list[Probe]]:
         url = server.url
         card = served_model(await server.list_models(), self._settings.model, url)
@@ -155,6 +164,12 @@ class ServerEngine:
         if isinstance(limit := card.get("max_model_len"), int):
             self._server_limit = min(limit, self._server_limit or limit)
         probes = await self._probe(server) if self._settings.verify_model else []
+        if self.kind == "openai text":
+            logger.warning(
+                f"{url} returns text without token ids: answers are tokenized here, so that their lengths may differ by a few "
+                "tokens, and the served model is known by its name alone"
+            )
+            return card, []
         if not probes:
             logger.warning(
                 f"{url}: the served model is not compared with the model to be compressed (verify_model: false)"

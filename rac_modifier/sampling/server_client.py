@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable, Sequence
 
 from loguru import logger
 
@@ -44,12 +45,18 @@ class ServerClient:
         under_way: completions that are waited for.
         failing: the last completion failed, after all its tries.
 
+    Args:
+        url: see above.
+        settings: time-outs, tries, key.
+        tokenize: for answers without token ids; None: they are refused.
+
     Raises:
         RacError: the settings name an API key that is not there.
     """
 
-    def __init__(self, url: str, settings: EngineSettings):
+    def __init__(self, url: str, settings: EngineSettings, tokenize: Callable[[str], Sequence[int]] | None = None):
         self.url = url
+        self._tokenize = tokenize
         self.under_way = 0
         self.failing = False
         self._timeout = settings.timeout
@@ -118,7 +125,7 @@ class ServerClient:
             client = self._client.with_options(max_retries=tries - 1)
             try:
                 answer = await client.completions.with_raw_response.create(extra_headers=self._headers, **arguments)
-                return read_answer(request, answer.content, vocab_size, self.url)
+                return read_answer(request, answer.content, vocab_size, self.url, self._tokenize)
             except UnusableError as error:
                 tries -= answer.retries_taken + 1
                 if tries < 1:

@@ -22,8 +22,10 @@ from rac_modifier.settings.recipe import (
     NAME,
     apply_overrides,
     check_entry,
+    check_layout,
     describe_errors,
     find_named_entry,
+    has_entry,
     read_recipe,
 )
 
@@ -135,7 +137,7 @@ class PlannedRow:
         seed: the one that the grid names, or None.
         recipe: whole, as `oneshot` takes it.
         prompts: the prompt settings that it calibrates with.
-        sources: the problems that it calibrates on.
+        sources: the problems that it calibrates on; none without a modifier of ours, as for round-to-nearest.
     """
 
     label: str
@@ -229,6 +231,9 @@ def _labels(row: GridRow) -> list[str]:
 
 def _runs(row: GridRow, grid: Grid) -> list[PlannedRow]:
     """The runs of one row."""
+    whole = _whole(row)
+    if not has_entry(whole):
+        return [_without_calibration(row, whole)]
     runs: list[PlannedRow] = []
     seeds: list[int | None] = [None] if row.seeds is None else [*row.seeds]
     for label, seed in zip(_labels(row), seeds, strict=True):
@@ -247,14 +252,27 @@ def _runs(row: GridRow, grid: Grid) -> list[PlannedRow]:
     return runs
 
 
+def _without_calibration(row: GridRow, recipe: Any) -> PlannedRow:
+    """A row of upstream's modifiers alone, which no trace reaches: `check_recipe` refuses those that calibrate."""
+    for name, value in {"set": row.set, "seeds": row.seeds}.items():
+        if value:
+            raise RacError(f"{name}: {value!r} changes an entry of ours, and its recipe has none; leave {name} out")
+    check_layout(recipe, "its recipe")
+    return PlannedRow(row.label, row.label, row.group or "dense quantized", None, recipe, (), frozenset())
+
+
+def _whole(row: GridRow) -> Any:
+    """The recipe of a row in the layout that llm-compressor reads."""
+    if isinstance(row.recipe, str):
+        return read_recipe(row.recipe)
+    stage, group = _STAGE
+    whole = any(str(key).endswith("_stage") for key in row.recipe)
+    return copy.deepcopy(row.recipe if whole else {stage: {group: row.recipe}})
+
+
 def _recipe(row: GridRow, grid: Grid, seed: int | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The name of our entry, the whole recipe, and its entry, with what is shared and what the row sets."""
-    if isinstance(row.recipe, str):
-        recipe = read_recipe(row.recipe)
-    else:
-        stage, group = _STAGE
-        whole = any(str(key).endswith("_stage") for key in row.recipe)
-        recipe = copy.deepcopy(row.recipe if whole else {stage: {group: row.recipe}})
+    recipe = _whole(row)
     name, entry = find_named_entry(recipe, "its recipe")
     for part in ("traces", "calibration"):
         if shared := getattr(grid.shared, part):

@@ -87,6 +87,25 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
     return found[0]
 
 
+def has_entry(recipe: Any) -> bool:
+    """Whether one of our modifiers is anywhere in a recipe."""
+    if not isinstance(recipe, dict):
+        return False
+    return bool(ENTRIES.keys() & recipe.keys()) or any(map(has_entry, recipe.values()))
+
+
+def check_layout(recipe: Any, where: str) -> None:
+    """Refuse a recipe, without an entry of ours, that llm-compressor would overlook (RacError)."""
+    stages = recipe.items() if isinstance(recipe, dict) else [("", None)]
+    for stage, groups in stages:
+        names = groups if isinstance(groups, dict) else {"": None}
+        if not str(stage).endswith("_stage") or not all(str(name).endswith("_modifiers") for name in names):
+            raise RacError(
+                f"{where}: llm-compressor would overlook {stage or recipe!r}; write it as quantization_stage: "
+                "quantization_modifiers: QuantizationModifier: {...}"
+            )
+
+
 def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> CalibrationEntry:
     """Validate the settings of our modifier of this name.
 

@@ -83,6 +83,11 @@ def collect_traces(
     header = store_header(identity, tokenizer, sampling, problems)
     path = Path(store_path) if store_path is not None else default_store_path(header.fingerprint, sampling, problems)
     stored = read_header(path)
+    if stored is not None and stored.engine.kind == "openai text":
+        raise RacError(
+            f"{str(path)!r} holds answers of a server that returns no token ids, and they were tokenized from their text: they "
+            "are there to be judged, and no traces; name another path"
+        )
     if stored is not None and stored.fingerprint != header.fingerprint:
         if not allow_off_policy:
             raise RacError(_off_policy_message(path, stored, header))
@@ -135,8 +140,11 @@ def engine_for(
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingSettings,
     processes: Processes = _ALONE,
+    takes_text: bool = False,
 ) -> Engine:
     """The servers that `settings` name, or without settings the model in this process, or in each of `processes`.
+
+    `takes_text` accepts servers that return no token ids.
 
     Raises:
         RacError: neither.
@@ -144,7 +152,7 @@ def engine_for(
     if settings is not None:
         from rac_modifier.sampling.openai_server import ServerEngine
 
-        return ServerEngine(settings, identity, tokenizer, sampling, model)
+        return ServerEngine(settings, identity, tokenizer, sampling, model, takes_text)
     if model is None:
         raise RacError("the model's weights are not in memory: load it, or name servers that sample it")
     if processes.count > 1:

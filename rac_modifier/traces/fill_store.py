@@ -166,7 +166,7 @@ class FillStore:
         self._engine.connect()
         filled = self._store.header.engine.kind
         if filled != self._engine.kind:
-            way_out = "give its servers (traces.engine)" if filled == "openai" else "leave traces.engine out"
+            way_out = "give its servers (traces.engine)" if filled != "transformers" else "leave traces.engine out"
             raise RacError(
                 f"trace store {str(self._store.path)!r} holds too few tokens, and was filled by another engine ({filled}, "
                 f"not {self._engine.kind}), which draws other samples: {way_out}, or name another path"

@@ -14,6 +14,7 @@ from tests.tiny import NAME
 CASES = Cases()
 GOOD = {"label": "good", "recipe": {NAME: {"sparsity": 0.5}}}
 GPTQ = {"scheme": "W4A16", "ignore": ["lm_head"]}
+BYTES = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}
 
 
 def frontier(b: Bench, *rows: dict[str, Any], **parts: Any) -> None:
@@ -67,6 +68,18 @@ CASES += [
         lambda b: frontier(
             b, {"label": "int4", "recipe": {"GPTQModifier": GPTQ, "ReasoningAwareCalibrationModifier": {}}}
         ),
+    ),
+    Case(
+        "a grid with a modifier that calibrates, and nothing that says on what",
+        "GPTQModifier calibrates, and nothing says on what; add ReasoningAwareCalibrationModifier: {} before it",
+        lambda b: frontier(
+            b, {"label": "int8", "recipe": {"GPTQModifier": {"config_groups": {"w": BYTES}, "ignore": ["lm_head"]}}}
+        ),
+    ),
+    Case(
+        "a grid with calibration seeds for a row that calibrates on nothing",
+        "seeds: [0, 1] changes an entry of ours, and its recipe has none",
+        lambda b: frontier(b, {"label": "nearest", "recipe": {"QuantizationModifier": GPTQ}, "seeds": [0, 1]}),
     ),
     Case(
         "a grid with one label twice",

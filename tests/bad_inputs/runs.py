@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.bad_inputs.bench import Bench, Case, Cases
-from tests.tiny import NAME, entry, tiny_tokenizer
+from tests.tiny import NAME, entry, linears, save_tiny, tiny_tokenizer
 
 CASES = Cases()
 
@@ -177,3 +177,31 @@ def _(b: Bench) -> None:
     two = Processes(0, 2)
     b.monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.present_processes", lambda: two)
     b.prune(later=(GPTQModifier(scheme="W4A16", ignore=["lm_head"]),))
+
+
+@CASES.case(
+    "`rac recover` with the sparse model in the place of the dense one", "the first model has to be the dense one"
+)
+def _(b: Bench) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save_tiny(b.tmp / "sparse")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for linear in linears(model).values():
+        linear.weight.data[:, ::2] = 0.0
+    model.save_pretrained(folder)
+    b.rac("recover", folder, b.folder, b.tmp / "out")
+
+
+@CASES.case(
+    "LoRA adapters with dropout on a sparse model, in `fixed_mask`",
+    "lora_dropout cannot be masked; set lora_dropout=0.0",
+)
+def _(b: Bench) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from rac_modifier.recovery.fixed_mask import fixed_mask
+    from tests.recovery.recovery_helpers import dense_and_sparse
+
+    with fixed_mask(get_peft_model(dense_and_sparse()[1], LoraConfig(target_modules=["q_proj"], lora_dropout=0.1))):
+        pass

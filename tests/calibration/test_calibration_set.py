@@ -2,6 +2,7 @@ import json
 from collections import Counter
 
 import pytest
+from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier.calibration.calibration_set import build_calibration_set
@@ -60,6 +61,19 @@ def test_prompts_and_generic_text_come_beside_traces(build):
     for sequence in made.loader.sequences:
         by_kind[sequence.kind] += len(sequence.ids)
     assert by_kind == {"traces": 300, "prompts": 150, "generic": 150}
+
+
+def test_a_warning_says_that_most_traces_were_cut(build):
+    said: list[str] = []
+    handler = logger.add(lambda message: said.append(str(message)), level="WARNING")
+    try:
+        composition = build().loader.composition
+        build(mixture={"prompts": 1.0})
+    finally:
+        logger.remove(handler)
+    assert composition.unfinished_share > 0.5  # the tiny model hardly ever ends an answer
+    (warning,) = [text for text in said if "of the traces were cut at traces.sampling.max_new_tokens" in text]
+    assert f"{composition.unfinished_share:.0%} of the traces" in warning
 
 
 def test_without_traces_nothing_is_sampled(build, tmp_path):

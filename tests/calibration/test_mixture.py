@@ -128,6 +128,7 @@ def test_truncated_and_unfinished_are_counted():
     pool = {"traces": [trace(i, 3, 7, "length" if i < 2 else "stop") for i in range(5)]}
     _, composition = mix(pool, settings(tokens=45))
     assert composition.unfinished_traces == 2
+    assert "2 traces (40%) hit the sampling cap" in composition.describe()
     assert composition.truncated_sequences == 1  # the last one, to meet the budget
     _, composition = mix({"traces": [trace(i, 3, 30) for i in range(5)]}, settings(tokens=80, max_sequence_tokens=16))
     assert composition.truncated_sequences == 5

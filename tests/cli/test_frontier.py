@@ -70,6 +70,18 @@ def test_a_whole_grid_is_checked_before_anything_runs(rac: Rac, grid: Any, tiny_
     assert not (tmp_path / "out").exists()
 
 
+def test_round_to_nearest_is_a_row_too(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """It calibrates on nothing, so that its recipe has no entry of ours."""
+    nearest = {"label": "nearest", "recipe": {"QuantizationModifier": {"config_groups": W4, "ignore": ["lm_head"]}}}
+    code, _, error = rac("frontier", tiny_folder, "--recipe-grid", grid([nearest]), "--out", tmp_path / "out")
+    assert code == 0, error
+    dense, row = read(tmp_path / "out")
+    assert (row["group"], row["calibration"], row["layers"]) == ("dense quantized", None, {})
+    assert row["bytes"]["bits_per_weight"] == pytest.approx(5.0)  # a scale of 32 bits for 32 weights
+    assert row["bytes"]["head"] == dense["bytes"]["head"]
+    assert row["divergence"]["kl"] > 0
+
+
 def test_check_names_the_rows_and_writes_nothing(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
     code, out, _ = rac("frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out", "--check")
     lines = out.splitlines()

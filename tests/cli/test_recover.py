@@ -16,7 +16,9 @@ import rac_modifier
 from rac_modifier import cli
 from rac_modifier.cli.recover import check_made_from
 from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.recovery.training_loop import TrainingLoop
+from rac_modifier.traces.store import TraceStore
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
@@ -185,24 +187,77 @@ def test_models_that_do_not_belong_together_are_refused(rac, tiny_folder, sparse
     assert not (tmp_path / "out").exists()
 
 
-def test_the_traces_of_calibration_are_refused(rac, tiny_folder, sparse_folder, trace_store, tmp_path, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """What a run trained on and held out."""
+    found = {}
+    train = recovery_stage.recover
+
+    def spy(model, teacher, training, held_out, settings, **options):
+        found.update(training=training, held_out=held_out)
+        return train(model, teacher, training, held_out, settings, **options)
+
+    monkeypatch.setattr(recovery_stage, "recover", spy)
+    return found
+
+
+def test_what_calibration_or_an_earlier_recovery_used_is_neither_trained_on_nor_held_out(
+    rac, tiny_folder, trace_store, tmp_path, monkeypatch, seen
+):
+    """Of one store, which each run finds too short and extends."""
     monkeypatch.chdir(tmp_path)
-    options = ["--set", "tokens=60", "--set", "held_out_tokens=64"]
-    code, _, stderr = rac(
-        "recover",
-        tiny_folder,
-        sparse_folder,
-        "out",
-        "--traces",
-        trace_store,
-        "--seed",
-        "0",
+    shutil.copy(trace_store, "store.jsonl")
+    (tmp_path / "recipe.yaml").write_text(recipe(entry(tmp_path / "store.jsonl")))
+    assert rac("prune", tiny_folder, "sparse", "-r", "recipe.yaml", "-s", "calibration.tokens=500")[0] == 0
+    used = {tuple(trace.prompt_ids + trace.completion_ids) for trace in TraceStore.read("store.jsonl")}
+    words = [*OPTIONS, "--traces", "store.jsonl"]
+    for number, (given, output) in enumerate((("sparse", "once"), ("once", "twice"))):
+        code, _, stderr = rac("recover", tiny_folder, given, output, *words)
+        assert code == 0, stderr
+        trained = {tuple(ids) for part in ("training", "held_out") for ids, _ in seen[part]}
+        assert len(trained) > 20
+        assert not trained & used, number
+        used |= trained
+    record = json.loads((tmp_path / "twice" / "rac_run.json").read_text())
+    assert list(record["trace_stores"]) == ["traces", "recovery", "recovery 2"]
+    assert record["prompts"].keys() == {"traces"}
+
+
+def test_no_more_is_trained_on_than_the_settings_say(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch, seen):
+    """Of a store that holds more."""
+    monkeypatch.chdir(tmp_path)
+    assert rac("recover", tiny_folder, sparse_folder, "long", *OPTIONS)[0] == 0
+    (store,) = (tmp_path / "rac_traces").glob("*.jsonl")
+    held = TraceStore.read(store).counts.tokens
+    small = [
+        "--set",
+        "tokens=700",
         "--max-new-tokens",
-        40,
-        *options,
-    )
-    assert code != 0
-    assert "recovery needs fresh ones" in " ".join(stderr.split())
+        "40",
+        "--set",
+        "held_out_tokens=150",
+        "--set",
+        "step_tokens=100",
+    ]
+    code, _, stderr = rac("recover", tiny_folder, sparse_folder, "short", *small, "--traces", store)
+    assert code == 0, stderr
+    trained = sum(len(ids) for part in ("training", "held_out") for ids, _ in seen[part])
+    assert 850 <= trained < 850 + 100  # up to the end of a trace
+    assert TraceStore.read(store).counts.tokens == held
+
+
+def test_a_teacher_that_is_sparse_or_quantized_is_refused(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch):
+    """Embeddings and head are the dense model's, so that nothing else tells them apart; the two folders may be swapped."""
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = rac("recover", sparse_folder, tiny_folder, "out", *OPTIONS)
+    assert code == 1
+    said = " ".join(stderr.split())
+    assert "is sparse (14 of its 15 linear layers), and the first model has to be the dense one" in said
+    saved(save_tiny(tmp_path / "int4"), SCHEMES["int3"], pruned=False)
+    code, _, stderr = rac("recover", "int4", sparse_folder, "out", *OPTIONS)
+    assert code == 1
+    assert "int4 is quantized, and the first model has to be the dense one" in " ".join(stderr.split())
+    assert not (tmp_path / "rac_traces").exists()
 
 
 def test_a_setting_that_is_not_one_is_refused(rac, tiny_folder, sparse_folder, tmp_path):

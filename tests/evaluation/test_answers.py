@@ -12,6 +12,7 @@ from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
 from tests.sampling.fake_server import FakeServer
 from tests.tiny import byte_tokenizer, tiny_model
@@ -47,12 +48,13 @@ def server(tokenizer):
         return [*tokenizer.encode(text, add_special_tokens=False), 1]
 
     fake.answer = answer
+    fake.text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     yield fake
     fake.close()
 
 
-def served(server, tokenizer, model, path, problems=PROBLEMS, **changes):
-    engine = EngineSettings(base_urls=(server.url,), concurrency=3, tries=2, verify_model=False)
+def served(server, tokenizer, model, path, problems=PROBLEMS, *, verify=False, **changes):
+    engine = EngineSettings(base_urls=(server.url,), concurrency=3, tries=2, verify_model=verify)
     return evaluate_into_file(
         ModelIdentity.of_model(model), tokenizer, problems, label="served", source=SOURCE,
         sampling=sampling(**changes), path=path, engine=engine, progress=False,
@@ -69,6 +71,26 @@ def test_a_server_is_asked_each_problem_once_and_its_answers_are_checked(server,
     assert len(server.bodies) == 12
     assert again.tokens_per_second == 0.0
     assert again.correct_answers == found.correct_answers
+
+
+def test_a_server_without_token_ids_is_judged_by_its_text(server, tokenizer, model, tmp_path):
+    """As llama.cpp answers: the same accuracy and lengths, and nothing that could be calibrated on."""
+    exact = served(server, tokenizer, model, tmp_path / "a.jsonl", PROBLEMS[:6], verify=True)
+    server.fault = lambda number, body: "no_ids"
+    found = served(server, tokenizer, model, tmp_path / "b.jsonl", PROBLEMS[:6], verify=True)
+    timed = {"seconds": 0.0, "tokens_per_second": 0.0}
+    assert {**found.as_dict(), **timed} == {**exact.as_dict(), **timed}
+    kinds = [TraceStore.read(tmp_path / f"{name}.jsonl").header.engine.kind for name in "ab"]
+    assert kinds == ["openai", "openai text"]
+    assert served(server, tokenizer, model, tmp_path / "b.jsonl", verify=True).problems == 12, "it is gone on with"
+    with pytest.raises(
+        RacError, match=r"holds too few tokens, and was filled by another engine \(openai, not openai text"
+    ):
+        served(server, tokenizer, model, tmp_path / "a.jsonl", verify=True)
+    with pytest.raises(RacError, match=r"b\.jsonl' holds answers of a server that returns no token ids"):
+        collect_traces(
+            model, tokenizer, tmp_path / "b.jsonl", problems=SOURCE, sampling=sampling(), tokens=10, progress=False
+        )
 
 
 def test_what_is_missing_is_asked_again(server, tokenizer, model, tmp_path):

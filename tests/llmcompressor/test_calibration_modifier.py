@@ -1,13 +1,16 @@
 """Calibration for other modifiers' sake."""
 
 import pytest
+import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 
 from rac_modifier import RacError, ReasoningAwareCalibrationModifier
-from tests.llmcompressor.modifier_helpers import gptq_w4
+from tests.llmcompressor.modifier_helpers import gptq_w4, int4
 from tests.tiny import calibration_entry, linears
 
 
@@ -35,6 +38,22 @@ def test_the_record_names_the_method_and_the_traces(calibrate, record_of):
     assert record["calibration"]["trace_tokens"] > 0
     assert "pattern" not in record
     assert type(CalibrationPipeline.from_modifiers([gptq_w4()])) is SequentialPipeline
+
+
+def test_awq_runs_where_there_is_no_device_to_copy_to(calibrate):
+    """Upstream's AWQModifier pins memory, which torch refuses there. Afterwards its cache is as it was."""
+    pin = IntermediatesCache.pin_memory
+    nearest = QuantizationModifier(ignore=["lm_head"], **int4())
+    model, plain = calibrate(later=[AWQModifier(), nearest]), calibrate(later=[gptq_w4()])
+    assert IntermediatesCache.pin_memory is pin
+    norms = [name for name, _ in model.named_parameters() if name.endswith("layernorm.weight")]
+    assert any(not torch.equal(model.get_parameter(name), plain.get_parameter(name)) for name in norms), (
+        "AWQ scales them"
+    )
+    for name, module in linears(model).items():
+        if name != "lm_head":
+            codes = module.weight.view(len(module.weight), -1, 32) / module.weight_scale[..., None]
+            assert 7.0 < float(codes.abs().max()) <= 7.51, name  # rounded in the forward pass, and when it is saved
 
 
 def test_no_weight_is_pruned(calibrate):

@@ -37,7 +37,12 @@ def test_a_skeleton_has_shapes_and_no_weights(skeleton):
             "ReasoningAwareCalibrationModifier": {},
             "GPTQModifier": {"config_groups": {"w": WORDS}, "ignore": ["lm_head"]},
         },
-        {"AWQModifier": {}, "QuantizationModifier": {"config_groups": {"w": WORDS}, "ignore": ["lm_head"]}},
+        {
+            "ReasoningAwareCalibrationModifier": {},
+            "AWQModifier": {},
+            "QuantizationModifier": {"config_groups": {"w": WORDS}, "ignore": ["lm_head"]},
+        },
+        {"QuantizationModifier": {"config_groups": {"w": WORDS}, "ignore": ["lm_head"]}},
     ],
     ids=lambda modifiers: "+".join(modifiers),
 )
@@ -61,6 +66,11 @@ def test_what_fits_passes(skeleton, modifiers):
             "stands behind GPTQModifier, which changes the model before its traces are taken; write it first",
         ),
         ({"NoSuchModifier": {}}, "NoSuchModifier"),
+        (
+            {"GPTQModifier": {"config_groups": {"w": WORDS}}},
+            "GPTQModifier calibrates, and nothing says on what; add ReasoningAwareCalibrationModifier: {} before it",
+        ),
+        ({}, "its recipe has no modifier"),
     ],
 )
 def test_what_does_not_fit_is_refused(skeleton, modifiers, says):

@@ -3,18 +3,32 @@
 import pytest
 import torch
 
-from rac_modifier.recovery.fixed_mask import fixed_mask
+import rac_modifier
+from rac_modifier.checkpoint.convert import pack_model
+from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.errors import RacError
+from rac_modifier.recovery.fixed_mask import FixedMask
+from tests.llmcompressor.quantized_helpers import SCHEMES, saved
 from tests.recovery.recovery_helpers import dense_and_sparse
-from tests.tiny import tiny_tokenizer
+from tests.tiny import save_tiny, tiny_tokenizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'rac-modifier[trl]'")
 
 
-def test_trls_sft_trainer_keeps_every_zero(tmp_path):
+@pytest.fixture
+def packed(tmp_path):
+    """A sparse model as a user has it: packed on disk, and loaded."""
+    _, sparse = dense_and_sparse()
+    sparse.save_pretrained(tmp_path / "sparse")
+    tiny_tokenizer().save_pretrained(tmp_path / "sparse")
+    pack_model(plan_packing(tmp_path / "sparse"), tmp_path / "packed", "sparse")
+    return rac_modifier.load_model(tmp_path / "packed")
+
+
+def trained(model, tmp_path, **options):
+    """After a few steps of TRL's SFTTrainer."""
     from datasets import Dataset
 
-    _, sparse = dense_and_sparse()
-    before = {name: p.detach().clone() for name, p in sparse.named_parameters()}
     config = trl.SFTConfig(
         output_dir=str(tmp_path),
         max_steps=6,
@@ -30,9 +44,37 @@ def test_trls_sft_trainer_keeps_every_zero(tmp_path):
         seed=0,
     )
     data = Dataset.from_dict({"text": [f"{i} plus {i} is {2 * i}" for i in range(40)]})
-    with fixed_mask(sparse):
-        trl.SFTTrainer(model=sparse, args=config, train_dataset=data, processing_class=tiny_tokenizer()).train()
-    for name, parameter in sparse.named_parameters():
+    options |= {"args": config, "train_dataset": data, "processing_class": tiny_tokenizer()}
+    trainer = trl.SFTTrainer(model=model, **options)
+    trainer.train()
+    return trainer.model
+
+
+def check(model, before):
+    """Every zero is there, and all matrices have moved."""
+    for name, parameter in model.named_parameters():
         if "proj" in name:
             assert torch.equal(parameter == 0, before[name] == 0), name
             assert not torch.equal(parameter, before[name]), name
+
+
+def test_trls_sft_trainer_keeps_every_zero_of_a_packed_model(packed, tmp_path):
+    before = {name: p.detach().clone() for name, p in packed.named_parameters()}
+    with rac_modifier.fixed_mask(packed):
+        trained(packed, tmp_path)
+    check(packed, before)
+
+
+def test_adapters_that_trl_adds_are_merged_under_the_mask(packed, tmp_path):
+    peft = pytest.importorskip("peft")
+    before = {name: p.detach().clone() for name, p in packed.named_parameters()}
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    with rac_modifier.fixed_mask(packed):
+        merged = trained(packed, tmp_path, peft_config=lora).merge_and_unload()
+    check(merged, before)
+
+
+def test_codes_are_no_weights_to_train(tmp_path):
+    saved(save_tiny(tmp_path / "int4"), SCHEMES["int4"], pruned=True)
+    with pytest.raises(RacError, match="hold codes, which no trainer of weights can train; recover it with"):
+        FixedMask(rac_modifier.load_model(tmp_path / "int4"))

@@ -40,6 +40,7 @@ class FakeServer:
     def __init__(self, port: int = 0) -> None:
         self.fault: Callable[[int, dict[str, Any]], str | None] = lambda number, body: None
         self.answer: Callable[[dict[str, Any]], list[int]] = rule
+        self.text: Callable[[list[int]], str] = lambda ids: "text"
         self.eos = {EOS}
         self.cards: list[dict[str, Any]] = [{"id": NAME, "root": "/models/tiny", "max_model_len": 512}]
         self.list_status = 200
@@ -117,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         ids = self.fake.answer(body)
         choice = {
             "index": 0,
-            "text": "text",
+            "text": self.fake.text(ids),
             "finish_reason": "stop" if ids[-1] in self.fake.eos else "length",
             "token_ids": ids,
             "prompt_token_ids": body["prompt"],

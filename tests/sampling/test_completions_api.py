@@ -58,6 +58,30 @@ def test_answers_to_ask_for_again(content):
         read_answer(REQUEST, content, 10, "s")
 
 
+@pytest.mark.parametrize(
+    ("choice", "ids", "reason"),
+    [
+        ({"text": "ab"}, (97, 98, 1), "stop"),
+        ({"text": ""}, (1,), "stop"),
+        ({"text": "abcde", "finish_reason": "length"}, (97, 98, 99, 100, 101), "length"),
+    ],
+)
+def test_text_without_ids_is_tokenized_where_that_is_enough(choice, ids, reason):
+    """The EOS is not in the text, and a count of other tokens may be above the cap."""
+    found = read_answer(REQUEST, answer(token_ids=None, **choice), 10, "s", lambda text: text.encode())
+    assert (found.ids, found.finish_reason) == (ids, reason)
+    exact = read_answer(REQUEST, answer(text="other"), 10, "s", lambda text: text.encode())
+    assert exact.ids == (5, 6, 1), "ids that are there count"
+
+
+@pytest.mark.parametrize(
+    "choice", [{}, {"text": 5}, {"text": "a", "finish_reason": "abort"}, {"text": "", "finish_reason": "length"}]
+)
+def test_text_to_ask_for_again(choice):
+    with pytest.raises(UnusableError, match="finish_reason"):
+        read_answer(REQUEST, answer(token_ids=None, **choice), 10, "s", lambda text: text.encode())
+
+
 @given(st.integers(0, len(answer(usage={"completion_tokens": 3})) - 1))
 def test_no_cut_answer_passes(length):
     with pytest.raises(UnusableError):

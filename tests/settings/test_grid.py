@@ -119,6 +119,37 @@ def test_all_models_are_asked_with_the_prompt_of_the_rows():
         shared_prompt(plan_rows(grid({"set": brief}, {}), "grid"), "grid")
 
 
+NEAREST = {"QuantizationModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}
+
+
+def test_a_row_of_upstreams_modifiers_alone_calibrates_on_nothing():
+    shared = {"calibration": {"tokens": 1000}}
+    nearest, whole = plan_rows(
+        grid({"recipe": NEAREST}, {"recipe": {"q_stage": {"q_modifiers": NEAREST}}, "group": "other"}, shared=shared),
+        "grid",
+    )
+    assert entry_of(nearest, "QuantizationModifier") == NEAREST["QuantizationModifier"]
+    assert (nearest.group, nearest.prompts, nearest.sources) == ("dense quantized", (), frozenset())
+    assert (whole.recipe, whole.group) == ({"q_stage": {"q_modifiers": NEAREST}}, "other")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"seeds": [0, 1]}, r"seeds: \[0, 1\] changes an entry of ours, and its recipe has none"),
+        ({"set": {"calibration.tokens": 9}}, "set: .* changes an entry of ours, and its recipe has none"),
+        (
+            {"recipe": {"q_stage": {"q": NEAREST}}},
+            "llm-compressor would overlook 'q_stage'; write it as quantization_stage",
+        ),
+        ({"recipe": {"q_stage": []}}, "llm-compressor would overlook 'q_stage'"),
+    ],
+)
+def test_what_has_no_effect_on_such_a_row_is_refused(row, says):
+    with pytest.raises(RacError, match=says):
+        plan_rows(grid({"recipe": NEAREST, **row}), "grid")
+
+
 @pytest.mark.parametrize("name", grid_names())
 def test_shipped_grids_can_be_run(name: str):
     planned = plan_rows(load_grid(name), name)
@@ -138,7 +169,18 @@ def test_the_grids_that_documents_name_are_there():
     planned = plan_rows(load_grid("contenders"), "contenders")
     labels = {run.label for run in planned}
     sparse = {f"{pattern}{more}" for pattern in ("50 %", "60 %", "70 %", "2:4") for more in ("", " + int8", " + int4")}
-    dense = {"GPTQ int4", "GPTQ int3", "GPTQ int2", "int4", "int3", "int2", "int3, asymmetric", "int2, asymmetric"}
+    dense = {
+        "round-to-nearest int4",
+        "AWQ int4",
+        "GPTQ int4",
+        "GPTQ int3",
+        "GPTQ int2",
+        "int4",
+        "int3",
+        "int2",
+        "int3, asymmetric",
+        "int2, asymmetric",
+    }
     assert labels == sparse | dense
     assert {run.label for run in planned if run.group == "dense quantized"} == dense
 
