@@ -2,7 +2,7 @@
 
     .venv-serve/bin/python benchmarks/serving_speed.py                                       # about an hour on two AVX2 cores
     .venv-serve/bin/python benchmarks/serving_speed.py --sparsity 0.5 0.6 0.7 2:4
-    .venv-serve/bin/python benchmarks/serving_speed.py --compare dense dense-int8 sparse int8  # int8: sparse, head too
+    .venv-serve/bin/python benchmarks/serving_speed.py --compare dense dense-int8 sparse int8 int8-8  # both: sparse, head too
     .venv-serve/bin/python benchmarks/serving_speed.py --concurrency 16 --first-token 512 2048  # long prompts, one at a time
     .venv-serve/bin/python benchmarks/serving_speed.py --layers 2 --vocab 4096 --rounds 1    # a quick test: minutes
 
@@ -36,7 +36,9 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 
 NAME = "model"
-DENSE, DENSE8, SPARSE, INT8 = "dense", "dense-int8", "sparse", "int8"
+DENSE, DENSE8, SPARSE, INT8, INT8_8 = "dense", "dense-int8", "sparse", "int8", "int8-8"
+SUFFIX = {INT8: " int8", INT8_8: " int8, activations int8"}  # of labels
+ENVIRONMENT = {INT8: {"RAC_LM_HEAD": "int8"}, INT8_8: {"RAC_LM_HEAD": "int8", "RAC_ACTIVATIONS": "int8"}}
 FEWEST = 4  # requests, so that the median time to the first token means something
 
 
@@ -69,22 +71,23 @@ def label(pattern: Pattern) -> str:
     return f"{pattern.n}:{pattern.m} sparse" if pattern.is_structured else f"{100 * pattern.sparsity:g}% sparse"
 
 
-def build(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
-    """The checkpoints to compare, by label. Ratios are to the first one."""
-    checkpoints = {}
+def build(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dict[str, str]]]:
+    """The checkpoints to compare, and what their servers' environments add, by label. Ratios are to the first one."""
+    checkpoints, environments = {}, {}
     for kind in args.compare:
         for pattern in [None] if kind in (DENSE, DENSE8) else args.sparsity:
-            name = kind.replace("-", " ") if pattern is None else label(pattern) + (" int8" if kind == INT8 else "")
-            slug = name.replace(" ", "-").replace("%", "").replace(":", "of")
+            name = kind.replace("-", " ") if pattern is None else label(pattern) + SUFFIX.get(kind, "")
+            slug = name.partition(",")[0].replace(" ", "-").replace("%", "").replace(":", "of")
             checkpoints[name] = folder / f"{slug}-{args.layers}-layers-{args.vocab}-vocab"
-            save_model(checkpoints[name], args.layers, args.vocab, pattern, kind in (DENSE8, INT8))
-    return checkpoints
+            save_model(checkpoints[name], args.layers, args.vocab, pattern, kind in (DENSE8, INT8, INT8_8))
+            environments[name] = ENVIRONMENT.get(kind, {})
+    return checkpoints, environments
 
 
-def run(checkpoint: Path, args: argparse.Namespace, options: list[str], log: Path, int8: bool) -> Run:
-    """Start a server, measure it, stop it. `int8`: with an int8 head."""
+def run(checkpoint: Path, args: argparse.Namespace, options: list[str], log: Path, environment: dict[str, str]) -> Run:
+    """Start a server, measure it, stop it."""
     load = Load(args.prompt_tokens, args.output_tokens, args.vocab, NAME)
-    with serving(checkpoint, options, log, environment={"RAC_LM_HEAD": "int8"} if int8 else None) as server:
+    with serving(checkpoint, options, log, environment=environment) as server:
         resident = server.resident()
         warm_up = replace(load, output_tokens=min(8, load.output_tokens))
         measure(server.url, warm_up, max(args.concurrency), max(args.concurrency))
@@ -162,12 +165,12 @@ def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) ->
         str(length),
     ]
     options += ["--no-enable-prefix-caching", "--gpu-memory-utilization", "0.3", *serve_options]
-    checkpoints = build(folder, args)
+    checkpoints, environments = build(folder, args)
     runs: dict[str, list[Run]] = {name: [] for name in checkpoints}
     for index in range(args.rounds):
         for name in list(checkpoints)[:: 1 if index % 2 == 0 else -1]:
             started, log = time.monotonic(), folder / f"{checkpoints[name].name}.log"
-            runs[name].append(run(checkpoints[name], args, options, log, name.endswith("sparse int8")))
+            runs[name].append(run(checkpoints[name], args, options, log, environments[name]))
             took, others = time.monotonic() - started, runs[name][-1].others
             print(
                 f"round {index + 1}: {name} took {took:.0f} s, other programs kept {others:.2f} cores busy", flush=True
@@ -198,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--compare", choices=(DENSE, DENSE8, SPARSE, INT8), nargs="+", default=[DENSE, SPARSE])
+    parser.add_argument("--compare", choices=(DENSE, DENSE8, SPARSE, INT8, INT8_8), nargs="+", default=[DENSE, SPARSE])
     parser.add_argument(
         "--sparsity", type=parse_pattern, nargs="+", default=[Pattern.unstructured(0.5)], help="shares, or N:M"
     )
