@@ -87,7 +87,7 @@ def measure_rounded_head(
     check_sequences(sequences)
     check_ids("dense", model, sequences)
     started = time.monotonic()
-    weight = weight.detach()
+    weight, bias_of_head = weight.detach(), getattr(head, "bias", None)
     on_cpu = weight.cpu()
     values, scale = round_head(on_cpu, bits)
     label = f"int{bits} head"
@@ -97,7 +97,7 @@ def measure_rounded_head(
         logits = [torch.empty(*x.shape[:-1], len(weight), device=x.device) for _ in range(2)]
         for part in row_chunks(*weight.shape):
             rounded = dequantize(values[part], scale[part], torch.float32).to(x.device)
-            bias = None if module.bias is None else module.bias[part].float()
+            bias = None if bias_of_head is None else bias_of_head[part].float()
             for of, rows in zip(logits, (weight[part].float(), rounded), strict=True):
                 of[..., part] = F.linear(x, rows, bias)
         return torch.cat(logits)
@@ -116,7 +116,8 @@ def measure_rounded_head(
         hook.remove()
     return RoundedHead(
         bits,
-        *weight.shape,
+        len(weight),
+        weight.shape[1],
         values.numel() * bits // 8 + scale.numel() * (4 if bits == 8 else 2),
         weight.nbytes,
         relative_error(on_cpu, values, scale),
@@ -141,7 +142,7 @@ def rounded_head_table(found: Sequence[RoundedHead]) -> ResultTable:
                 f"int{each.bits}",
                 f"{each.nbytes / 1e6:.1f}",
                 f"{each.weight_error:.1%}",
-                f"{kl:.6f}" + ("" if errors[0] is None else f" ± {errors[0]:.6f}"),
+                f"{kl:.1e}" + ("" if errors[0] is None else f" ± {errors[0]:.1e}"),
                 f"{agreement:.2%}" + ("" if errors[1] is None else f" ± {errors[1]:.2%}"),
             )
         )

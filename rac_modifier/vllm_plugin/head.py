@@ -88,7 +88,7 @@ class RoundedMethod(VocabularyMethod):
             self.keep_plain(layer)
             return
         values, scale = round_head(weight.data, self.bits)
-        error = relative_error(weight.data, values, scale)
+        change = relative_error(weight.data, values, scale)
         nbytes = weight.nbytes
         stored = replace(all_stored(values, what), scale=scale, bits=self.bits)
         self.keep_packed(layer, backend, stored, weight.dtype)
@@ -100,7 +100,7 @@ class RoundedMethod(VocabularyMethod):
         logger.info(
             "%s=int%d: the %s [%d, %d] %s; rounding changed its weights by %.1f %% of their norm; "
             "`rac head` measures what a rounded head does to predictions",
-            *(self.variable, self.bits, what, rows, columns, runs, 100 * error),
+            *(self.variable, self.bits, what, rows, columns, runs, 100 * change),
         )
         if self.tied is not None:
             logger.info(
