@@ -28,7 +28,10 @@ from rac_modifier.errors import RacError
 
 ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "k", "v"
 _QKV = {"q": 0, "k": 1, "v": 2}
-_DTYPES = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
+_DTYPES = {
+    **{"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64},
+    **{dense_int4.WORDS: torch.int32, dense_int4.WORDS_SHAPE: torch.int64, dense_int4.ZEROS: torch.int32},
+}
 # Scales of activations are not used: the kernels round activations less than any scheme does.
 _UNUSED = ("input_scale", "input_zero_point")
 _ASYMMETRIC = (dense_int4.ZEROS, dense_int4.ORDER)

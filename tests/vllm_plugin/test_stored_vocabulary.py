@@ -108,6 +108,13 @@ def test_logits_and_rows_are_those_of_the_stored_weight(monkeypatch, name, kerne
     torch.testing.assert_close(embedding(ids), meant[ids])
 
 
+def test_the_parameters_have_the_dtypes_on_disk(monkeypatch):
+    """Else vLLM warns of each."""
+    tensors, _ = stored(torch.randn(ROWS, COLUMNS), "int4 asymmetric")
+    head = made(monkeypatch, ParallelLMHead, "int4 asymmetric")
+    assert {part: getattr(head, part).dtype for part in tensors} == {part: t.dtype for part, t in tensors.items()}
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_has_its_rows(monkeypatch, rank):
     if support().isa in (None, "portable"):
