@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rac_modifier.cli.models import load_on_accelerator
+from rac_modifier.cli.models import load_on_accelerator, own_samples
 from rac_modifier.cli.options import AsJson, Dtype, Precision, print_json
-
-if TYPE_CHECKING:
-    from rac_modifier.evaluation.teacher_forcing import TokenSequence
 
 
 def activations(
@@ -46,10 +43,12 @@ def activations(
         rounded_inputs,
     )
     from rac_modifier.evaluation.dense_reference import DenseReference
+    from rac_modifier.problems.held_out import held_out_problems
 
     layers = quantized_layers(folder)
     model, tokenizer = load_on_accelerator(str(folder), precision)
-    samples = _samples(folder, model, tokenizer, source, column, sequences, cap, batch_size, seed)
+    problems = held_out_problems(source, sequences, seed, column, None)
+    samples = own_samples(str(folder), model, tokenizer, problems, cap, batch_size, seed)
     found = measure_activations(model, layers, samples)
     chosen = [each.layer for each in found if each.loses_nothing(limit)]
     reference = DenseReference(model, samples)
@@ -74,24 +73,3 @@ def activations(
         f"the most likely token is the same for {divergence['agreement']:.2%} of {divergence['tokens']:,}"
     )
     typer.echo("nothing was written (--check)" if check else f"written into config.json of {folder}")
-
-
-def _samples(
-    folder: Path,
-    model: Any,
-    tokenizer: Any,
-    source: str,
-    column: str | None,
-    count: int,
-    cap: int,
-    batch_size: int,
-    seed: int,
-) -> list[TokenSequence]:
-    from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.own_samples import sample_sequences
-    from rac_modifier.problems.held_out import held_out_problems
-    from rac_modifier.settings.sampling import SamplingSettings
-
-    prompt = choose_prompt({str(folder): recorded_prompts(str(folder))}).prompt
-    sampling = SamplingSettings(max_new_tokens=cap, batch_size=batch_size, seed=seed, **prompt.model_dump())
-    return sample_sequences(model, tokenizer, held_out_problems(source, count, seed, column, None), sampling)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
+from rac_modifier.cli.models import check_model, load_on_accelerator, own_samples, resolve
 from rac_modifier.cli.options import AsJson, Dtype, Model, Precision, print_json
 from rac_modifier.cli.protocol import written_options
 from rac_modifier.errors import RacError
-
-if TYPE_CHECKING:
-    from rac_modifier.evaluation.teacher_forcing import TokenSequence
 
 _SAMPLING = ("source", "column", "cap", "batch_size", "seed")  # options without effect on stored traces
 
@@ -55,37 +52,16 @@ def head(
     from rac_modifier.cli.tables import render_results
     from rac_modifier.evaluation.own_samples import sequences_from_store
     from rac_modifier.evaluation.rounded_head import measure_rounded_head, rounded_head_table
+    from rac_modifier.problems.held_out import held_out_problems
 
     loaded, tokenizer = load_on_accelerator(model, precision)
-    measured_on = (
-        _samples(model, loaded, tokenizer, source, column, sequences, cap, batch_size, seed)
-        if traces is None
-        else sequences_from_store(traces, loaded, limit=sequences)
-    )
+    if traces is None:
+        problems = held_out_problems(source, sequences, seed, column, None)
+        measured_on = own_samples(model, loaded, tokenizer, problems, cap, batch_size, seed)
+    else:
+        measured_on = sequences_from_store(traces, loaded, limit=sequences)
     found = [measure_rounded_head(loaded, measured_on, width) for width in widths]
     if as_json:
         print_json({"heads": [each.as_dict() for each in found]})
     else:
         typer.echo(render_results(rounded_head_table(found)))
-
-
-def _samples(
-    model: str,
-    loaded: Any,
-    tokenizer: Any,
-    source: str,
-    column: str | None,
-    count: int,
-    cap: int,
-    batch_size: int,
-    seed: int,
-) -> list[TokenSequence]:
-    from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.own_samples import sample_sequences
-    from rac_modifier.problems.held_out import held_out_problems
-    from rac_modifier.settings.sampling import SamplingSettings
-
-    prompt = choose_prompt({model: recorded_prompts(resolve(model))}).prompt
-    sampling = SamplingSettings(max_new_tokens=cap, batch_size=batch_size, seed=seed, **prompt.model_dump())
-    problems = held_out_problems(source, count, seed, column, None)
-    return sample_sequences(loaded, tokenizer, problems, sampling)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.freed_memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from rac_modifier.evaluation.teacher_forcing import TokenSequence
+    from rac_modifier.problems.source import Problem
 
 
 def resolve(model: str) -> str:
@@ -98,3 +102,16 @@ def check_output(output: Path, source: str) -> None:
     check_output_folder(
         output, folder, 2 * sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder else 0
     )
+
+
+def own_samples(
+    model: str, loaded: Any, tokenizer: Any, problems: list[Problem], cap: int, batch_size: int, seed: int
+) -> list[TokenSequence]:
+    """What a loaded model answers to these problems, under the prompt of its run record. One sample each."""
+    from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
+    from rac_modifier.evaluation.own_samples import sample_sequences
+    from rac_modifier.settings.sampling import SamplingSettings
+
+    prompt = choose_prompt({model: recorded_prompts(resolve(model))}).prompt
+    sampling = SamplingSettings(max_new_tokens=cap, batch_size=batch_size, seed=seed, **prompt.model_dump())
+    return sample_sequences(loaded, tokenizer, problems, sampling)
