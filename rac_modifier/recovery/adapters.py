@@ -42,7 +42,8 @@ def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, tor
         RacError: an adapter of a pruned weight that is no plain LoRA of a linear layer, or that has dropout.
     """
     for name, layer in _tuner_layers(model).items():
-        mask = masks.get(getattr(layer.get_base_layer(), "weight", None))
+        weight: Any = getattr(layer.get_base_layer(), "weight", None)
+        mask = None if weight is None else masks.get(weight)
         if mask is None or hasattr(layer, _MASKED):
             continue
         _check(name, layer)

@@ -81,8 +81,8 @@ class FixedMask:
         self._hooks.append(register_optimizer_step_post_hook(lambda *_: self.apply()))
         self._mask_adapters(model)
         # Those that a trainer adds inside the context are found when the model is called. PEFT calls its forward without hooks.
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        called = [module for module in (model, embeddings) if isinstance(module, torch.nn.Module)]
+        embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+        called: list[torch.nn.Module] = [model] if embeddings is None else [model, embeddings]
         self._hooks += [m.register_forward_pre_hook(lambda *_: self._mask_adapters(model)) for m in called]
 
     def _mask_adapters(self, model: torch.nn.Module) -> None:
