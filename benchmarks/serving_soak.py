@@ -1,13 +1,14 @@
 """A soak of `vllm serve` on a packed checkpoint: thousands of requests, of which some clients leave; is its memory flat?
 
     make serve-demo                                                   # writes demo/served
-    .venv-serve/bin/python benchmarks/serving_soak.py demo/served     # 5,000 requests, about ten minutes on one core
+    .venv-serve/bin/python benchmarks/serving_soak.py demo/served     # 5,000 requests, about five minutes on one core
 
 Prompts of random token ids and of many lengths, many at a time. `--leave` of the clients go away before their answer is complete:
-half of them in the middle of a stream, half before the first byte. Memory is that of the server's processes (PSS), sampled after
-each 100 requests. The exit code is 1 if a sample after the first `--settle` requests differs from the one at that point by more
-than `--tolerance`, if a request fails, if requests of clients that left stay in the engine, or if the answer to one prompt is
-not the same before and after. Other options, such as --dtype bfloat16, are passed to `vllm serve`.
+half of them in the middle of a stream, half before the first byte. Memory is what the server's processes have allocated, sampled
+after each 100 requests: PSS without the pages of files, whose share depends on who else reads them. The exit code is 1 if a
+sample after the first `--settle` requests differs from the one at that point by more than `--tolerance`, if a request fails, if
+requests of clients that left stay in the engine, or if the answer to one prompt is not the same before and after. Other options,
+such as --dtype bfloat16, are passed to `vllm serve`.
 
 The cache for keys and values has few blocks (`--num-gpu-blocks-override`), so that the first requests use all of them: the pages
 of a larger one are touched one by one, which looks like a leak.
@@ -224,7 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = args.log or Path(folder, "server.log")
         with serving(args.checkpoint, [*OPTIONS, *serve_options], log, timeout=3600) as server:
-            found = asyncio.run(soak(server.url, server.resident, vocab, args))
+            found = asyncio.run(soak(server.url, server.allocated, vocab, args))
         sparse = [line for line in log.read_text(errors="replace").splitlines() if "rac-sparse:" in line]
     print(sparse[0].partition("] ")[2] if sparse else "no layer is reported to run on a sparse kernel")
     print(found.table())
