@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def products() -> None:
         row(
             f"linear layer {columns} -> {rows}",
             2 * TOKENS * rows * columns,
-            lambda x=x, weight=weight: x @ weight.T,
-            lambda x=x, weight=weight: float32_products.product(x, weight.T),
+            partial(torch.matmul, x, weight.T),
+            partial(float32_products.product, x, weight.T),
         )
     x, out = torch.randn(TOKENS, HIDDEN), torch.zeros(HIDDEN, HIDDEN)
 

@@ -18,6 +18,7 @@ _KEPT = 1 << 30  # as much, free at the end of the heap, is not given back
 _RETURN_SECONDS = 1.0
 _returned = float("-inf")  # when it was last done
 _limit: int | None = None  # bytes of the process
+_ROOM = 0.25  # of what is predicted, which the next part may take before it is asked again
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
 
 
@@ -40,9 +41,9 @@ def keep_freed_memory() -> bool:
 
 
 def expect_growth(predicted: int) -> None:
-    """From here on this process is predicted to grow by so many bytes: `return_freed_memory` keeps it below that."""
+    """From here on this process is predicted to grow by so many bytes: `return_freed_memory` is to keep it below that."""
     global _limit
-    _limit = resident() + predicted
+    _limit = resident() + int(predicted * (1 - _ROOM))
 
 
 def return_freed_memory(needed: int = 0, now: Callable[[], float] = time.monotonic) -> None:
@@ -50,7 +51,8 @@ def return_freed_memory(needed: int = 0, now: Callable[[], float] = time.monoton
 
     The next part needs blocks of other sizes: what the last one has left free would be held beside them. Giving it back has a
     price, since each page that is taken anew is cleared first. So it is done only where the next part, which takes `needed` bytes
-    of new blocks, would end above the prediction, and once a second at most. What cannot be kept below it becomes the new limit.
+    of new blocks, would end above three quarters of the prediction, and once a second at most. What cannot be kept below that
+    becomes the new limit.
     """
     global _returned, _limit
     if _limit is None or resident() + needed <= _limit or now() - _returned < _RETURN_SECONDS:

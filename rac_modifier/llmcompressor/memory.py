@@ -11,7 +11,8 @@ and beside that, one after the other, so that the largest counts:
 
     statistics   4 (2 d^2 + 2 c)       Hessian and cross moment (c numbers, with the dense target), each with that of a lane
                                        (pruning/lane_sum.py); a batch of inputs in float32; layer by layer those of all groups
-                                       of the layer. Meanwhile batches run: of the layer, or in the dense stream.
+                                       of the layer. Meanwhile batches run: of the layer (with copies of what is
+                                       added), or in the dense stream.
     solving      4 (a d^2 + b r d)     Hessian, its factor, weights, the solver's buffers (step_memory.py)
     forward      of the largest batch: attention, or what the group's modules return
 
@@ -35,11 +36,12 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
+from rac_modifier.float32_products import onednn_is_faster
 from rac_modifier.freed_memory import expect_growth
 from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from rac_modifier.pruning import linalg
-from rac_modifier.pruning.hessian import ROWS
+from rac_modifier.pruning.hessian import ROWS, block_columns
 from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
 
@@ -152,7 +154,12 @@ class MemoryNeed:
         if not self.by_layer:  # of experts that are solved with this one
             sums += _FLOAT32 * (together - 1) * (d**2 + cross)
         runs = self.forward(group) if self.by_layer or (dense and not group.routed) else 0
-        return int(sums + max(inputs, runs))
+        return int(sums + max(inputs, runs + (self.copies(group, device) if self.by_layer else 0)))
+
+    def copies(self, group: GroupShape, device: torch.device = _CPU) -> int:
+        """Of the inputs of a batch, input by input, and of a block row of its sum, where products take these (hessian.py)."""
+        tokens = min(self.batch_tokens, ROWS // 2) + block_columns(group.columns)
+        return _FLOAT32 * tokens * group.columns if onednn_is_faster(device) else 0
 
     def solving(self, group: GroupShape, device: torch.device = _CPU) -> int:
         """Of the solver's largest step."""

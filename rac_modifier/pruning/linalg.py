@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.float32_products import add_product, onednn_is_faster
+from rac_modifier.float32_products import onednn_is_faster
 from rac_modifier.pruning import blocked
 
 # Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would hardly matter, and the
@@ -174,7 +174,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: bool) -> torch.Tensor:
     """`out` + `a` @ `b`, in place; with `bf16` both factors are rounded to bfloat16, else the product is as they are."""
-    return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else add_product(out, a, b)
+    return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else out.addmm_(a, b)
 
 
 def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

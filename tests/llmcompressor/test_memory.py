@@ -166,7 +166,14 @@ def test_a_forward_pass_counts_where_it_is_more():
     dense = need(attention=attention, dense_target=True)  # the dense stream runs while sums are there
     assert dense.work(group) == dense.statistics(group) == 10**9 + 4 * 2 * 2 * 64**2
     layer = need(attention=attention, by_layer=True)
-    assert layer.work(down) == 10**9 + 4 * 2 * 256**2
+    assert layer.work(down) == 10**9 + 4 * 2 * 256**2 + layer.copies(down)
+
+
+@pytest.mark.parametrize(("faster", "numbers"), [(True, (100 + 64) * 256), (False, 0)])
+def test_inputs_are_copied_where_onednn_multiplies_them(faster, numbers, monkeypatch):
+    """A batch of 100 tokens, and a block row of 64 columns."""
+    monkeypatch.setattr(memory, "onednn_is_faster", lambda device: faster)
+    assert need().copies(GroupShape("down", 256, 64)) == 4 * numbers
 
 
 def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
