@@ -92,7 +92,7 @@ def files_of(folder: Path) -> set[str]:
 def test_the_wheel_holds_every_file_of_the_package(names):
     package = files_of(ROOT / "rac_modifier")
     kernels = {f"rac_modifier/kernels/cuda/source/{path.name}" for path in (ROOT / "csrc" / "gpu").iterdir()}
-    assert len(kernels) == 11
+    assert len(kernels) == 12
     assert {name for name in names if ".dist-info/" not in name} == package | kernels
     wanted = {
         "py.typed",
