@@ -160,6 +160,7 @@ def test_the_sources_of_the_gpu_kernels_are_found_where_it_is_installed(installe
         "unstructured_8bit.cu",
         "unstructured_bf16.cu",
         "unstructured_int4.cu",
+        "wide.h",
         "windows.h",
         "True",
     ]
