@@ -2,14 +2,15 @@
 
     make gpu-check     (or: python benchmarks/gpu_kernels.py --json gpu.json)
 
-Some minutes on one GPU; the kernels have never run on one before. It stops at the first wrong result. In this order:
+At most `--seconds` on one GPU, where what does not fit is named and left out; `--dry-run` says without a GPU how long the parts
+on the CPU take. The kernels have never run on a GPU before. It stops at the first wrong result. In this order:
 
-1. Products of every layout and kernel with random weights, against float64; twice, with the same bits.
+1. Products of every layout and kernel with random weights, against float64; twice, with the same bits. Small weights first.
 2. The same out of a captured CUDA graph, and, where compute-sanitizer is installed, under memcheck and racecheck.
 3. Time per product of an 8B model's layers, out of graphs, in turn with what would run there instead: torch's bfloat16 linear and
    FP8 product, 2:4 on cuSPARSELt, and where vLLM is installed its int4 (Marlin, Machete) and FP8 (CUTLASS). Weights are
    cycled through, so that they come from the GPU's memory and not from its cache. A contender that is missing says why. At
-   2,048 tokens our weights are expanded, and the product is dense.
+   2,048 tokens our weights are expanded, and the product is dense. Small layers first.
 4. What a launch costs: a product that does nearly nothing, out of a graph and called one by one.
 
 `gpu_served.py` serves a model with vLLM on the kernels and dense; `make gpu-check` runs both.
@@ -26,77 +27,40 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gpu_budget import Budget, plan
 from gpu_contenders import CONTENDERS, NotHereError, prepared
+from gpu_formats import FORMATS, TIMED_FORMATS, Linear, packed_linear, random_weight
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.files import write_json_atomic
 from rac_modifier.kernels import cuda
 
-TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 129)
-TIMED = (1, 8, 16, 32, 2048)
+TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 128, 257)
+TIMED = (1, 8, 16, 32, 64, 128, 2048)
 ODD_SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))
-LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of an 8B model
-# Bits of a value; columns that share a scale, 0 for all; whether the weight is 2:4; whether values are floats of 8 bits. Of
-# any pattern, half is stored.
-FORMATS = {
-    "bf16": (16, 0, True),
-    "int8": (8, 0, True),
-    "fp8": (8, 0, True, True),
-    "int4 g128": (4, 128, True),
-    "int4 g64": (4, 64, True),
-    "unstructured": (16, 0, False),
-    "unstructured int8": (8, 0, False),
-    "unstructured fp8": (8, 0, False, True),
-    "unstructured int4 g128": (4, 128, False),
-    "unstructured int4 g64": (4, 64, False),
-}
+LAYERS = {"o": (4096, 4096), "qkv": (6144, 4096), "down": (4096, 14336), "gate_up": (28672, 4096)}  # of an 8B model
+# By which share of the time small products must have begun, and compute-sanitizer and packing must be done.
+CHECKED_BY, SANITIZED_BY, PACKED_BY = 0.35, 0.6, 0.85
 CYCLED_BYTES = 512 << 20  # of weights: more than any cache
-Linear = Callable[[Tensor], Tensor]
 
 
-def random_weight(
-    rows: int, columns: int, bits: int = 16, group: int = 0, two_of_four: bool = True, fp8: bool = False
-) -> StoredWeight:
-    """A weight, half of it stored: normal in bfloat16, or integers or e4m3 with a scale per `group` columns.
-
-    Columns are padded to whole groups.
-    """
-    columns = -(-columns // group) * group if group else columns
-    kept = (torch.rand(rows, columns // 4, 4).argsort(dim=-1) < 2).view(rows, columns)
-    if not two_of_four:
-        kept = torch.rand(rows, columns) < 0.5
-    if bits == 16:
-        return from_dense(torch.randn(rows, columns).bfloat16().masked_fill(~kept, 0.0), "random")
-    top = 1 << bits - 1
-    if fp8:  # all codes but NaN
-        codes = torch.randint(0, 127, (rows, columns)) + 128 * torch.randint(0, 2, (rows, columns))
-        values = codes.masked_fill(~kept, 0).to(torch.uint8).view(torch.float8_e4m3fn)
-    else:
-        values = torch.randint(-top, top, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
-    scale = torch.rand(rows, columns // group if group else 1) + 0.1
-    return replace(from_dense(values, "random"), scale=scale, bits=bits)
-
-
-def packed_linear(weight: StoredWeight, bias: Tensor | None = None) -> Linear:
-    """The product on the kernels."""
-    packed = cuda.pack(weight, torch.bfloat16)
-    return lambda x: cuda.linear(x, packed, weight.rows, weight.columns, bias)
-
-
-def check(device: str, shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...]) -> Iterator[dict[str, object]]:
+def check(
+    device: str, shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], budget: Budget
+) -> Iterator[dict[str, object]]:
     """One row per product: its largest error over what sums in fp32 and one rounding allow. 1 is the bound.
 
     Raises:
         RacError: a wrong result, or other bits the second time.
     """
-    for name, kind in FORMATS.items():
-        for rows, columns in shapes:
+    for rows, columns in shapes:
+        for name, kind in FORMATS.items():
+            if not budget.allows(f"products of {name} [{rows}, {columns}]", CHECKED_BY):
+                continue
             weight = random_weight(rows, columns, *kind)
             dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
             linear = packed_linear(weight, bias)
@@ -132,7 +96,7 @@ def check_graphs(device: str) -> None:
     """A replayed product has the bits of a launched one, for other activations in the same memory."""
     for name, kind in FORMATS.items():
         linear = packed_linear(random_weight(272, 512, *kind))
-        for tokens in (1, 16, 32, 256):
+        for tokens in (1, 16, 32, 64, 300):
             x, out = torch.zeros(tokens, 512, dtype=torch.bfloat16, device=device), torch.empty(0)
             kept = [out]
 
@@ -171,11 +135,13 @@ class Timed:
     given: Callable[[Tensor], Any] = lambda x: x
 
 
-def ours(rows: int, columns: int) -> dict[str, Timed]:
-    """Every format of ours."""
+def ours(layer: str, rows: int, columns: int, budget: Budget) -> dict[str, Timed]:
+    """The formats of ours that there is time to pack."""
     found = {}
-    for name, kind in FORMATS.items():
-        weight = random_weight(rows, columns, *kind)
+    for name in TIMED_FORMATS:
+        if not budget.allows(f"times of {name} in {layer}", PACKED_BY):
+            continue
+        weight = random_weight(rows, columns, *FORMATS[name])
         packed = cuda.pack(weight, torch.bfloat16)
         size = sum(part.nbytes for part in packed.values())
         copies = [{key: part.clone() for key, part in packed.items()} for _ in range(-(-CYCLED_BYTES // size))]
@@ -203,11 +169,17 @@ def theirs(rows: int, columns: int, device: str, missing: dict[str, str]) -> dic
     return found
 
 
-def times(device: str, tokens: tuple[int, ...], rounds: int, missing: dict[str, str]) -> Iterator[dict[str, object]]:
+def times(
+    device: str, tokens: tuple[int, ...], rounds: int, missing: dict[str, str], budget: Budget
+) -> Iterator[dict[str, object]]:
     """Medians over rounds, in which the contenders take turns; why a contender is not here is added to `missing`."""
     for layer, (rows, columns) in LAYERS.items():
-        contenders = {**ours(rows, columns), **theirs(rows, columns, device, missing)}
+        if not budget.allows(f"times of {layer}", PACKED_BY):
+            continue
+        contenders = {**ours(layer, rows, columns, budget), **theirs(rows, columns, device, missing)}
         for number in tokens:
+            if not budget.allows(f"times of {layer} at {number} tokens"):
+                continue
             x = torch.randn(number, columns, device=device).bfloat16()
             given = {name: contender.given(x) for name, contender in contenders.items()}
             found: dict[str, list[float]] = {name: [] for name in contenders}
@@ -234,35 +206,64 @@ def launch_overhead(device: str, calls: int = 1000) -> dict[str, float]:
     return {"graph": replayed, "called": 1e6 * (time.perf_counter() - start) / calls}
 
 
-def sanitize() -> list[str]:
-    """Memcheck and racecheck of the products, where compute-sanitizer is installed; what ran."""
+def sanitize(budget: Budget) -> list[str]:
+    """Memcheck and racecheck of small products, where compute-sanitizer is installed; what ran through."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not installed: memory accesses and races were not checked on the hardware")
         return []
+    ran = []
     for kind in ("memcheck", "racecheck"):
+        seconds = budget.left(SANITIZED_BY) / (2 - len(ran))
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--only-check"]
-        if subprocess.run(command).returncode:
+        try:
+            # the run inside ends by itself, with what it came to
+            found = subprocess.run([*command, "--seconds", str(seconds)], timeout=seconds * 2 + 10).returncode
+        except subprocess.TimeoutExpired:
+            budget.leave_out(f"compute-sanitizer {kind}")
+            continue
+        if found:
             raise RacError(
                 f"compute-sanitizer {kind} found an error; do not set RAC_GPU_KERNELS, and report its output"
             )
-    return ["memcheck", "racecheck"]
+        ran.append(kind)
+    return ran
+
+
+def report(budget: Budget) -> None:
+    """Print what was left out."""
+    for what in budget.left_out:
+        print(f"left out, since its share of {budget.seconds:.0f} seconds was over: {what}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write everything to this file")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing (9)")
+    parser.add_argument("--seconds", type=float, default=360, help="leave out what does not fit into this time (360)")
     parser.add_argument("--only-check", action="store_true", help="small products only, no timing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="no GPU: how much there is to do, and how long its parts take on this machine",
+    )
     arguments = parser.parse_args()
+    if arguments.dry_run:
+        for line in plan(ODD_SHAPES, TOKENS, LAYERS, TIMED, arguments.rounds):
+            print(line)
+        return
     os.environ[cuda.VARIABLE] = "on"
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device; run this on a machine with a GPU")
     torch.manual_seed(0)
     shapes = ODD_SHAPES[:-1] if arguments.only_check else ODD_SHAPES
-    checked = list(check("cuda", shapes, TOKENS))
+    budget = Budget(arguments.seconds)
+    if arguments.only_check:
+        budget.shares = False
+    checked = list(check("cuda", shapes, TOKENS, budget))
     print(f"{torch.cuda.get_device_name()}: {len(checked)} products are right")
     if arguments.only_check:
+        report(budget)
         return
     check_graphs("cuda")
     print("captured graphs compute the same")
@@ -270,17 +271,19 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "checked": checked,
-        "sanitizer": sanitize(),
+        "sanitizer": sanitize(budget),
         "launch": launch_overhead("cuda"),
     }
     print("a launch takes {graph:.1f} us in a graph and {called:.1f} us from Python".format(**record["launch"]))
     print("| layer | tokens | contender | us | GB/s | over dense bf16 |\n|---|---|---|---|---|---|")
     record["times"], record["missing"] = [], {}
-    for row in times("cuda", TIMED, arguments.rounds, record["missing"]):
+    for row in times("cuda", TIMED, arguments.rounds, record["missing"], budget):
         record["times"].append(row)
         print("| {layer} | {tokens} | {contender} | {us:.1f} | {GB/s:.0f} | {faster:.2f}x |".format(**row), flush=True)
     for name, reason in record["missing"].items():
         print(f"{name} was not measured: {reason}")
+    record["left_out"] = budget.left_out
+    report(budget)
     if arguments.json:
         write_json_atomic(arguments.json, json.loads(json.dumps(record)))
 

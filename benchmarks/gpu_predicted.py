@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from gpu_models import MODELS, TOKENS, batches, fp8, groups, int4, int8, int8_24, models, times, unstructured
+
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
@@ -20,25 +22,32 @@ from rac_modifier.kernels.cuda.layout import (
     ALL,
     BF16,
     E4M3,
+    E4M3_GROUPS,
     INT4,
     INT8,
+    INT8_GROUPS,
     UNSTRUCTURED,
     UNSTRUCTURED_E4M3,
+    UNSTRUCTURED_E4M3_GROUPS,
     UNSTRUCTURED_INT4,
     UNSTRUCTURED_INT8,
+    UNSTRUCTURED_INT8_GROUPS,
     Layout,
 )
-from rac_modifier.kernels.cuda.predict import DENSE, Time, dense_time, over_dense, prompt_times, sparse_time, time_of
-from rac_modifier.kernels.cuda.programs import program
+from rac_modifier.kernels.cuda.predict import (
+    DENSE,
+    LAUNCH,
+    REACHED,
+    Time,
+    dense_time,
+    over_dense,
+    prompt_times,
+    sparse_time,
+    time_of,
+)
+from rac_modifier.kernels.cuda.programs import MOST_TOKENS, decode_program, program, tiles_of
 
-TOKENS = (1, 8, 16, 32)
 PROMPT = 2048
-# Rows and columns of qkv, o, gate_up, down; number of layers. From the models' config.json.
-MODELS = {
-    "1.5B": ({"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)}, 28),
-    "8B": ({"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}, 32),
-    "32B": ({"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (55296, 5120), "down": (5120, 27648)}, 64),
-}
 CONTENDERS = {
     "dense bf16": "bf16",
     "dense fp8": "fp8",
@@ -47,48 +56,23 @@ CONTENDERS = {
     "dense int4 by Machete": "int4",
     "bf16": BF16,
     "int8": INT8,
+    "int8 g128": INT8_GROUPS[128],
+    "int8 g64": INT8_GROUPS[64],
     "fp8": E4M3,
+    "fp8 g128": E4M3_GROUPS[128],
+    "fp8 g64": E4M3_GROUPS[64],
     "int4 g128": INT4[128],
     "int4 g64": INT4[64],
-    "unstructured": UNSTRUCTURED,
+    "unstructured bf16": UNSTRUCTURED,
     "unstructured int8": UNSTRUCTURED_INT8,
+    "unstructured int8 g128": UNSTRUCTURED_INT8_GROUPS[128],
+    "unstructured int8 g64": UNSTRUCTURED_INT8_GROUPS[64],
     "unstructured fp8": UNSTRUCTURED_E4M3,
+    "unstructured fp8 g128": UNSTRUCTURED_E4M3_GROUPS[128],
+    "unstructured fp8 g64": UNSTRUCTURED_E4M3_GROUPS[64],
     "unstructured int4 g128": UNSTRUCTURED_INT4[128],
     "unstructured int4 g64": UNSTRUCTURED_INT4[64],
 }  # as make gpu-check names them
-
-
-def times(card: Card, model: str, tokens: int) -> dict[str, float]:
-    """Milliseconds of all layers of a model, by format."""
-    shapes, layers = MODELS[model]
-    found = {
-        name: sum(dense_time(card, *s, tokens, size).total for s in shapes.values()) for name, size in DENSE.items()
-    }
-    for name, layout in (("2:4", BF16), ("2:4 int4", INT4[128])):
-        found[name] = sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values())
-    return {name: layers * time / 1000 for name, time in found.items()}
-
-
-def unstructured_time(card: Card, model: str, tokens: int, sparsity: float, layout: Layout = UNSTRUCTURED) -> float:
-    """Milliseconds of all layers of a model with this share of zeros anywhere."""
-    shapes, layers = MODELS[model]
-    each = [sparse_time(card, layout, *s, tokens, 1 - sparsity).total for s in shapes.values()]
-    return layers * sum(each) / 1000
-
-
-def two_of_four_time(card: Card, model: str, tokens: int, layout: Layout) -> float:
-    """Milliseconds of all layers of a model, 2:4."""
-    shapes, layers = MODELS[model]
-    return layers * sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values()) / 1000
-
-
-def bound(card: Card, model: str, tokens: int, layout: Layout = INT4[128]) -> str:
-    """What most of the time of a layout is bound by."""
-    each = [sparse_time(card, layout, *shape, tokens) for shape in MODELS[model][0].values()]
-    sums: dict[str, float] = {}
-    for time in each:
-        sums[time.bound] = sums.get(time.bound, 0.0) + time.total
-    return max(sums, key=sums.__getitem__)
 
 
 def cards() -> Iterator[str]:
@@ -99,74 +83,6 @@ def cards() -> Iterator[str]:
     for c in CARDS:
         rates = f"{c.bandwidth / 1e9:,.0f} | {c.processors} | {c.clock / 1e9:.2f} | {c.products:,}"
         yield f"| {c.title} | `{c.name}` | {rates} | {c.cache >> 20} | {c.cache_port} |"
-
-
-def models() -> Iterator[str]:
-    """Every card, model and number of tokens."""
-    absolute = "dense bf16, ms | fp8, ms | int4, ms | 2:4, ms | 2:4 + int4, ms"
-    relative = "2:4 over bf16 | 2:4 + int4 over bf16 | over fp8 | over int4"
-    yield f"| card | model | tokens | {absolute} | {relative} | bound by |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t = times(card, model, tokens)
-                sparse = t["2:4 int4"]
-                gains = (t["bf16"] / t["2:4"], t["bf16"] / sparse, t["fp8"] / sparse, t["int4"] / sparse)
-                numbers = [f"{t[name]:.2f}" for name in (*DENSE, "2:4", "2:4 int4")] + [
-                    f"{gain:.2f}x" for gain in gains
-                ]
-                yield f"| {card.name} | {model} | {tokens} | {' | '.join(numbers)} | {bound(card, model, tokens)} |"
-
-
-def unstructured() -> Iterator[str]:
-    """Bfloat16 of any pattern: every card, model and number of tokens, over dense bfloat16, and at 70 % over FP8."""
-    absolute = "dense bf16, ms | 50 %, ms"
-    yield f"| card | model | tokens | {absolute} | 50 % over bf16 | 60 % | 70 % | 80 % | 70 % over fp8 | 50 % bound by |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t = times(card, model, tokens)
-                found = [unstructured_time(card, model, tokens, sparsity) for sparsity in (0.5, 0.6, 0.7, 0.8)]
-                gains = " | ".join(f"{t['bf16'] / each:.2f}x" for each in found)
-                numbers = f"{t['bf16']:.2f} | {found[0]:.2f} | {gains} | {t['fp8'] / found[2]:.2f}x"
-                bound_by = bound(card, model, tokens, UNSTRUCTURED)
-                yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound_by} |"
-
-
-def int8_24() -> Iterator[str]:
-    """2:4 + int8: every card, model and number of tokens."""
-    yield "| card | model | tokens | fp8, ms | 2:4 + int8, ms | over fp8 | over bf16 | over int4 | bound by |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t, taken = times(card, model, tokens), two_of_four_time(card, model, tokens, INT8)
-                gains = " | ".join(f"{t[name] / taken:.2f}x" for name in ("fp8", "bf16", "int4"))
-                numbers = f"{t['fp8']:.2f} | {taken:.2f} | {gains} | {bound(card, model, tokens, INT8)}"
-                yield f"| {card.name} | {model} | {tokens} | {numbers} |"
-
-
-def fp8() -> Iterator[str]:
-    """Fp8, 2:4 and of any pattern: every card, model and number of tokens, over dense FP8 and over int4."""
-    head = "fp8, ms | 2:4 + fp8, ms | over fp8 | over int4 | bound by"
-    yield f"| card | model | tokens | {head} | 50 % + fp8, ms | over fp8 | 60 % | 70 % | 50 % over int4 | 50 % bound by |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t, even = times(card, model, tokens), two_of_four_time(card, model, tokens, E4M3)
-                each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_E4M3) for share in (0.5, 0.6, 0.7)]
-                gains = [t["fp8"] / time for time in each] + [t["int4"] / each[0]]
-                cells = [
-                    f"{t['fp8']:.2f} | {even:.2f} | {t['fp8'] / even:.2f}x | {t['int4'] / even:.2f}x",
-                    bound(card, model, tokens, E4M3),
-                    f"{each[0]:.2f}",
-                    *(f"{gain:.2f}x" for gain in gains),
-                    bound(card, model, tokens, UNSTRUCTURED_E4M3),
-                ]
-                yield f"| {card.name} | {model} | {tokens} | {' | '.join(cells)} |"
 
 
 def ports() -> Iterator[str]:
@@ -180,36 +96,6 @@ def ports() -> Iterator[str]:
             found = [times(card, "8B", tokens) for tokens in TOKENS]
             gains = " | ".join(f"{t['int4'] / t['2:4 int4']:.2f}x" for t in found)
             yield f"| {name} | {port:g} | {gains} |"
-
-
-def int8() -> Iterator[str]:
-    """Int8 of any pattern: every card, model and number of tokens, over dense FP8, and at 50 % over the others."""
-    gains_of = "50 % over fp8 | 60 % | 70 % | 50 % over bf16 | over int4"
-    yield f"| card | model | tokens | fp8, ms | 50 %, ms | {gains_of} | 50 % bound by |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t = times(card, model, tokens)
-                each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_INT8) for share in (0.5, 0.6, 0.7)]
-                half = each[0]
-                gains = [t["fp8"] / time for time in each] + [t["bf16"] / half, t["int4"] / half]
-                numbers = " | ".join([f"{t['fp8']:.2f}", f"{half:.2f}", *(f"{gain:.2f}x" for gain in gains)])
-                yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, UNSTRUCTURED_INT8)} |"
-
-
-def int4() -> Iterator[str]:
-    """Int4 of any pattern in groups of 128: every card, model and number of tokens, over dense int4."""
-    yield "| card | model | tokens | int4, ms | 50 %, ms | 50 % over int4 | 60 % | 70 % | 50 % over fp8 | 50 % bound by |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t, layout = times(card, model, tokens), UNSTRUCTURED_INT4[128]
-                each = [unstructured_time(card, model, tokens, share, layout) for share in (0.5, 0.6, 0.7)]
-                gains = [t["int4"] / time for time in each] + [t["fp8"] / each[0]]
-                numbers = " | ".join([f"{t['int4']:.2f}", f"{each[0]:.2f}", *(f"{gain:.2f}x" for gain in gains)])
-                yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, layout)} |"
 
 
 def beside(measured: Path) -> Iterator[str]:
@@ -226,7 +112,7 @@ def beside(measured: Path) -> Iterator[str]:
     yield f"{card.title}, {measured.name}"
     yield "| layer | tokens | contender | predicted, us | measured, us | predicted bound |\n|---|---|---|---|---|---|"
     for row in record["times"]:
-        if row["tokens"] > TOKENS[-1] or row["contender"] not in CONTENDERS:
+        if row["tokens"] > MOST_TOKENS or row["contender"] not in CONTENDERS:
             continue  # prompts, and 2:4 by cuSPARSELt, are not predicted
         shape, layout = MODELS["8B"][0][row["layer"]], CONTENDERS[row["contender"]]
         dense = isinstance(layout, str)
@@ -272,31 +158,89 @@ def prompts() -> Iterator[str]:
 
 def row_tiles() -> Iterator[str]:
     """Row tiles per block of 2:4 + int4, as chosen, and what the best single choice for all layers would take."""
-    yield "| card | model | tokens | 16 rows per block, over int4 | 32 rows | 64 rows | chosen |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| card | model | tokens | 16 rows per block, over int4 | 32 rows | 64 rows | 128 rows | chosen |"
+    yield "|---|---|---|---|---|---|---|---|"
     for card in CARDS:
         for model, (shapes, _) in MODELS.items():
-            for tokens, tiles in ((8, 1), (16, 2), (32, 4)):
+            for tokens, tiles in ((8, 1), (16, 2), (32, 4), (64, 8)):
                 layout, dense = (
                     INT4[128],
                     sum(dense_time(card, *s, tokens, DENSE["int4"]).total for s in shapes.values()),
                 )
-                fixed = [
-                    sum(
-                        time_of(card, layout, program(layout, n, tiles), *s, tokens, 0.5).total for s in shapes.values()
-                    )
-                    for n in (1, 2, 4)
-                ]
-                own = sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values())
-                gains = " | ".join(f"{dense / each:.2f}x" for each in (*fixed, own))
-                yield f"| {card.name} | {model} | {tokens} | {gains} |"
+                gains = []
+                for n in (1, 2, 4, 8):
+                    own = (n, tiles) if n == 8 else (n, min(tiles, 4))  # fewer rows have at most 32 tokens per block
+                    if own not in tiles_of(layout):
+                        gains.append("")
+                        continue
+                    each = program(layout, *own)
+                    taken = sum(time_of(card, layout, each, *s, tokens, 0.5).total for s in shapes.values())
+                    gains.append(f"{dense / taken:.2f}x")
+                chosen = sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values())
+                gains.append(f"{dense / chosen:.2f}x")
+                yield f"| {card.name} | {model} | {tokens} | {' | '.join(gains)} |"
+
+
+def split() -> Iterator[str]:
+    """1.5B at 8 tokens, if a layer's columns could go over more blocks, whose sums a second kernel adds in a fixed order."""
+    layouts = {
+        "2:4": BF16,
+        "2:4 + int8": INT8,
+        "2:4 + int4": INT4[128],
+        "50 %": UNSTRUCTURED,
+        "50 % + int8": UNSTRUCTURED_INT8,
+    }
+    tokens, shapes = 8, MODELS["1.5B"][0].values()
+    yield f"| card | {' | '.join(layouts)} |"
+    yield f"|---|{'---|' * len(layouts)}"
+    for card in CARDS:
+
+        def taken(layout: Layout, rows: int, columns: int, parts: int, card: Card = card) -> float:
+            """Of the fastest program; parts of the columns are as more rows of fewer columns."""
+            tried = [program(layout, *tiles) for tiles in tiles_of(layout) if tiles[1] == 1]
+            shape = rows * parts, columns // parts
+            one = min(time_of(card, layout, each, *shape, tokens, 0.5).total for each in tried)
+            sums = 1e6 * 4 * tokens * rows * parts / card.bandwidth / REACHED
+            return one + (LAUNCH + sums if parts > 1 else 0.0)
+
+        gains = []
+        for layout in layouts.values():
+            now = sum(sparse_time(card, layout, *shape, tokens).total for shape in shapes)
+            gains.append(now / sum(min(taken(layout, *shape, parts) for parts in (1, 2, 4, 8)) for shape in shapes))
+        yield f"| {card.name} | {' | '.join(f'{gain:.2f}x' for gain in gains)} |"
+
+
+def expanding() -> Iterator[str]:
+    """8B: the time to expand and multiply over the kernels', by tokens."""
+    layouts = {
+        "2:4": BF16,
+        "2:4 + int8": INT8,
+        "2:4 + int4": INT4[128],
+        "50 %": UNSTRUCTURED,
+        "50 % + int8": UNSTRUCTURED_INT8,
+    }
+    yield f"| card | tokens | {' | '.join(layouts)} |"
+    yield f"|---|---|{'---|' * len(layouts)}"
+    for card in CARDS:
+        for tokens in (128, 192, 256, 384):
+            gains = []
+            for layout in layouts.values():
+                expanded = kernels = 0.0
+                for shape in MODELS["8B"][0].values():
+                    chosen = decode_program(layout, *shape, tokens, card.processors)
+                    kernels += time_of(card, layout, chosen, *shape, tokens, 0.5).total
+                    expanded += prompt_times(card, layout, *shape, tokens, 0.5)[0]
+                gains.append(f"{expanded / kernels:.2f}x")
+            yield f"| {card.name} | {tokens} | {' | '.join(gains)} |"
 
 
 TABLES = {
     "The cards": cards,
     "Layers that stay dense": chosen,
     "Rows per block": row_tiles,
+    "Columns over more blocks": split,
     "Prompts": prompts,
+    "From how many tokens on weights are expanded": expanding,
     "Whole models": models,
     "Unstructured bfloat16": unstructured,
     "Other rates of L2": ports,
@@ -304,6 +248,8 @@ TABLES = {
     "2:4 + int8": int8_24,
     "Unstructured int4": int4,
     "Fp8 values": fp8,
+    "8-bit values in groups": groups,
+    "Batches of 33 to 128 tokens": batches,
 }
 
 

@@ -5,7 +5,7 @@
 
 Random weights in the widths of Qwen2-1.5B, two layers: 2:4 + int4; with --all also 2:4 in bfloat16, and half of any pattern.
 Prompts of 24 tokens are read in one step, and tokens are then sampled greedily one by one, out of CUDA graphs; both go through
-the kernels, which take up to 128 tokens. Each engine is a process of its own.
+the kernels, which take at least 128 tokens. Each engine is a process of its own.
 """
 
 from __future__ import annotations

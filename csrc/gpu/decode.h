@@ -42,6 +42,12 @@ DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* b
   }
 }
 
+// Where the scale of a row is, of FORMATs with ROW_SCALES.
+template <class FORMAT>
+DEVICE const u8* row_scale(const u8* weight, int rows, int units, int row) {
+  return weight + static_cast<long long>((rows + 15) / 16) * units * FORMAT::BYTES + row * 4ll;
+}
+
 template <class FORMAT_, int ROW_TILES_, int TOKEN_TILES_, int UNITS_, int STAGES_, int WARPS_>
 struct Decode {
   using FORMAT = FORMAT_;
@@ -64,34 +70,44 @@ struct Decode {
 
   const u8* weight;  // this lane's first piece of the first row tile, in this warp's next chunk
   const u8* x;       // this lane's piece of its first token, in this warp's next chunk
-  long long tile_from[ROW_TILES];   // from `weight`
-  long long other_from[OTHER_COPIES ? OTHER_COPIES : 1];  // from `weight`
+  int tile_from[ROW_TILES];   // from `weight`
+  int other_from[OTHER_COPIES ? OTHER_COPIES : 1];  // from `weight`
   u32 other_to[OTHER_COPIES ? OTHER_COPIES : 1];          // from the stage
   u32 lane, x_to;
   int columns, tokens, next_column;
 
-  // Starts the copies of the next chunk of this warp into its ring.
-  DEVICE void load(u32 stage) {
+  // Starts the copies of the weights of this warp's next chunk.
+  DEVICE void load_weights(u32 to) {
     UNROLL
     for (int r = 0; r < ROW_TILES; r++)
       UNROLL
-      for (int i = 0; i < WHOLE; i++) cp_async(stage + lane * 16 + r * TILE_BYTES + i * 512, weight + tile_from[r] + i * 512);
+      for (int i = 0; i < WHOLE; i++) cp_async(to + lane * 16 + r * TILE_BYTES + i * 512, weight + tile_from[r] + i * 512);
     UNROLL
     for (int i = 0; i < OTHER_COPIES; i++)
-      if (32 * i + 32 <= ALL_OTHERS || 32 * i + lane < ALL_OTHERS) cp_async(stage + other_to[i], weight + other_from[i]);
+      if (32 * i + 32 <= ALL_OTHERS || 32 * i + lane < ALL_OTHERS) cp_async(to + other_to[i], weight + other_from[i]);
+    weight += WARPS * TILE_BYTES;
+  }
+
+  // Starts the copies of TOKENS rows of x of the same chunk.
+  template <int TOKENS>
+  DEVICE void load_x(u32 to) {
     const bool inside = next_column < columns;
     UNROLL
-    for (int i = 0; i < TOKEN_TILES * 8; i += TOKENS_AT_ONCE) {
-      const u32 to = stage + WEIGHT_BYTES + (x_to ^ (i % 8 * 16)) + i * PIECES * 16;
-      cp_async(to, x + static_cast<long long>(i) * columns * 2, inside && i + int(lane / PIECES) < tokens ? 16 : 0);
+    for (int i = 0; i < TOKENS; i += TOKENS_AT_ONCE) {
+      const u32 row = to + (x_to ^ (i % 8 * 16)) + i * PIECES * 16;
+      cp_async(row, x + static_cast<long long>(i) * columns * 2, inside && i + int(lane / PIECES) < tokens ? 16 : 0);
     }
-    weight += WARPS * TILE_BYTES;
     x += WARPS * COLUMNS * 2;
     next_column += WARPS * COLUMNS;
   }
 
-  DEVICE void multiply(u32 stage, float (&sum)[ROW_TILES][TOKEN_TILES][4]) {
-    const u32 row = stage + WEIGHT_BYTES + (lane % 8) * PIECES * 16;
+  DEVICE void load(u32 stage) {
+    load_weights(stage);
+    load_x<TOKEN_TILES * 8>(stage + WEIGHT_BYTES);
+  }
+
+  DEVICE void multiply(u32 weights_at, u32 x_at, float (&sum)[ROW_TILES][TOKEN_TILES][4]) {
+    const u32 row = x_at + (lane % 8) * PIECES * 16;
     const u32 swizzled = ((lane / 8) ^ (lane % 8)) * 16;
     UNROLL
     for (int unit = 0; unit < UNITS; unit++)
@@ -100,7 +116,7 @@ struct Decode {
         FORMAT weights[AT_ONCE];
         float part[AT_ONCE][TOKEN_TILES][4];  // for formats with scales
         UNROLL
-        for (int r = 0; r < AT_ONCE; r++) weights[r].open(stage + (first + r) * TILE_BYTES + unit * FORMAT::BYTES, lane);
+        for (int r = 0; r < AT_ONCE; r++) weights[r].open(weights_at + (first + r) * TILE_BYTES + unit * FORMAT::BYTES, lane);
         UNROLL
         for (int product = 0; product < FORMAT::PRODUCTS; product++) {
           u32 b[TOKEN_TILES][4];
@@ -113,33 +129,38 @@ struct Decode {
       }
   }
 
-  // The whole kernel. `units` is the number of units of a row tile in memory, a multiple of UNITS.
-  static DEVICE void run(const u8* weight, const u8* x, const u8* bias, u8* out, int rows, int columns, int tokens, int units) {
-    const u32 lane = thread_index() % 32, warp = warp_index();
-    const int tile = block_x() * ROW_TILES, last_tile = (rows - 1) / 16;
-    const int token0 = block_y() * TOKEN_TILES * 8;
-    const int chunks = units / UNITS;
-    const int count = (chunks + WARPS - 1 - int(warp)) / WARPS;
+  // Gets ready for the row tiles from `tile` on, which is one of the weight's, the tokens from `token0` on, and chunk `chunk` first.
+  DEVICE void begin(const u8* weight_, const u8* x_, int rows, int columns_, int all_tokens, int units, int tile, int token0, int chunk) {
     const long long stride = static_cast<long long>(units) * FORMAT::BYTES;
-    Decode self;
-    self.lane = lane;
-    self.columns = columns;
-    self.tokens = tokens - token0;
-    self.weight = weight + tile * stride + warp * TILE_BYTES + lane * 16;
-    const int behind = last_tile - tile;  // whole tiles behind the block's first; beyond them, the last one is read again
+    lane = thread_index() % 32;
+    columns = columns_;
+    tokens = all_tokens - token0;
+    weight = weight_ + tile * stride + chunk * TILE_BYTES + lane * 16;
+    const int behind = (rows - 1) / 16 - tile;  // whole tiles behind the first; beyond them, the last one is read again
     UNROLL
-    for (int r = 0; r < ROW_TILES; r++) self.tile_from[r] = r == 0 ? 0 : (r < behind ? r : behind) * stride;
+    for (int r = 0; r < ROW_TILES; r++) tile_from[r] = r == 0 ? 0 : int((r < behind ? r : behind) * stride);
     UNROLL
     for (int i = 0; i < OTHER_COPIES; i++) {
       const int r = (32 * i + lane) / OTHERS, piece = WHOLE * 32 + (32 * i + lane) % OTHERS;
-      self.other_from[i] = (r < behind ? r : behind) * stride + (piece - int(lane)) * 16;
-      self.other_to[i] = r * TILE_BYTES + piece * 16;
+      other_from[i] = int((r < behind ? r : behind) * stride) + (piece - int(lane)) * 16;
+      other_to[i] = r * TILE_BYTES + piece * 16;
     }
     const u32 token = lane / PIECES, piece = lane % PIECES;
-    self.next_column = warp * COLUMNS + piece * 8;
-    self.x = x + (static_cast<long long>(token0 + token) * columns + self.next_column) * 2;
+    next_column = chunk * COLUMNS + piece * 8;
+    x = x_ + (static_cast<long long>(token0 + token) * columns + next_column) * 2;
     // Rows of 8 tokens would start in the same bank: each token's pieces are permuted by its number.
-    self.x_to = (token * PIECES + (piece ^ token % 8)) * 16;
+    x_to = (token * PIECES + (piece ^ token % 8)) * 16;
+  }
+
+  // The whole kernel. `units` is the number of units of a row tile in memory, a multiple of UNITS. Blocks of the same rows are neighbours, so that
+  // they read the weights at about the same time: once from memory, and then from L2.
+  static DEVICE void run(const u8* weight, const u8* x, const u8* bias, u8* out, int rows, int columns, int tokens, int units) {
+    const u32 warp = warp_index();
+    const int tile = block_y() * ROW_TILES, token0 = block_x() * TOKEN_TILES * 8;
+    const int chunks = units / UNITS;
+    const int count = (chunks + WARPS - 1 - int(warp)) / WARPS;
+    Decode self;
+    self.begin(weight, x, rows, columns, tokens, units, tile, token0, warp);
 
     float sum[ROW_TILES][TOKEN_TILES][4];
     UNROLL
@@ -152,7 +173,7 @@ struct Decode {
     float scale = 1.0f;
     if (FORMAT::ROW_SCALES) {
       const int own = tile * 16 + thread_index() % (ROW_TILES * 16), scaled = own < rows ? own : 0;
-      scale = global_load_float(weight + (last_tile + 1) * stride + scaled * 4ll) * FORMAT::ROW_SCALES;
+      scale = global_load_float(row_scale<FORMAT>(weight, rows, units, scaled)) * FORMAT::ROW_SCALES;
     }
     const u32 ring = warp * RING_BYTES, end = ring + RING_BYTES;
     UNROLL
@@ -166,7 +187,7 @@ struct Decode {
       SYNC_WARP();  // this chunk is there for all lanes, and all have read the one that is overwritten now
       if (i + STAGES - 1 < count) self.load(write);
       cp_async_commit();
-      self.multiply(read, sum);
+      self.multiply(read, read + WEIGHT_BYTES, sum);
       read = read + STAGE_BYTES == end ? ring : read + STAGE_BYTES;
       write = write + STAGE_BYTES == end ? ring : write + STAGE_BYTES;
     }
@@ -176,6 +197,18 @@ struct Decode {
     add_warps<ROW_TILES, TOKEN_TILES, WARPS, RING_BYTES>(sum, bias, out, row, rows, token0, tokens, scale);
   }
 };
+
+// Adds the sums of a group of columns, times the scales of rows g and g + 8.
+template <int TOKEN_TILES>
+DEVICE void add_scaled(float (&sum)[TOKEN_TILES][4], const float (&part)[TOKEN_TILES][4], float low, float high) {
+  UNROLL
+  for (int n = 0; n < TOKEN_TILES; n++) {
+    sum[n][0] += low * part[n][0];
+    sum[n][1] += low * part[n][1];
+    sum[n][2] += high * part[n][2];
+    sum[n][3] += high * part[n][3];
+  }
+}
 
 // Where two values stand in four columns: those of columns 0 and 1, and of 2 and 3. `places` is a nibble of metadata.
 DEVICE uint2 four_columns(u32 values, u32 places) {
@@ -187,8 +220,10 @@ DEVICE uint2 four_columns(u32 values, u32 places) {
 }
 
 // All kernels have the same parameters. `bias` may be null; `first_tile` is used by those that expand.
-#define DECODE_KERNEL(NAME, ...)                                                                                      \
+#define DECODE_KERNEL_AS(KERNEL, NAME, ...)                                                                           \
   KERNEL(NAME, (Decode<__VA_ARGS__>::WARPS * 32))                                                                     \
   (const u8* weight, const u8* x, const u8* bias, u8* out, int rows, int columns, int tokens, int units, int) {       \
     Decode<__VA_ARGS__>::run(weight, x, bias, out, rows, columns, tokens, units);                                     \
   }
+#define DECODE_KERNEL(NAME, ...) DECODE_KERNEL_AS(KERNEL, NAME, __VA_ARGS__)
+#define LARGE_DECODE_KERNEL(NAME, ...) DECODE_KERNEL_AS(LARGE_KERNEL, NAME, __VA_ARGS__)

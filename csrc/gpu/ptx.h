@@ -14,6 +14,8 @@ typedef unsigned int u32;
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
 #define KERNEL(NAME, THREADS) extern "C" __global__ void __launch_bounds__(THREADS) NAME
+// With all registers that leave room for two blocks: some kernels are spilled otherwise, though there are registers.
+#define LARGE_KERNEL(NAME, THREADS) extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME
 #define SYNC_THREADS() __syncthreads()
 #define SYNC_WARP() __syncwarp()
 // Waits until at most COUNT groups of this thread's copies are unfinished.

@@ -3,7 +3,7 @@
 //     its four columns 32 j + 16 (r / 2) + 4 t ...: two values, in the order of their columns.
 //   bytes 1024 + 4 l: lane l's metadata. Lanes with t / 2 = j serve product j; t % 2 = 0 has its columns 0 to 15, 1 has 16 to 31.
 //     Bits 0-15 are row g, bits 16-31 row g + 8: per four columns i0 | i1 << 2, where the two values are; i0 < i1 always.
-#include "decode.h"
+#include "wide.h"
 
 struct Bf16 {
   static constexpr int COLUMNS = 64, BYTES = 1152, PRODUCTS = 2;
@@ -36,6 +36,9 @@ DECODE_KERNEL(rac_24_bf16_r2_t4, Bf16, 2, 4, 1, 3, 4)
 DECODE_KERNEL(rac_24_bf16_r4_t1, Bf16, 4, 1, 1, 4, 4)
 DECODE_KERNEL(rac_24_bf16_r4_t2, Bf16, 4, 2, 1, 3, 4)
 DECODE_KERNEL(rac_24_bf16_r4_t4, Bf16, 4, 4, 1, 4, 2)
+// 128 rows: token tiles, units per chunk, stages.
+WIDE_KERNEL(rac_24_bf16_r8_t4, Bf16, 4, 1, 5)
+WIDE_KERNEL(rac_24_bf16_r8_t8, Bf16, 8, 1, 5)
 
 // Dense rows of tiles first_tile + block_x, bf16 [rows, columns] from row 16 first_tile on; a warp per unit.
 KERNEL(rac_24_bf16_expand, 128)

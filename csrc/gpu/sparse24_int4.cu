@@ -3,7 +3,7 @@
 //     says which weights these are), plus 8.
 //   bytes 512 + 128 p + 4 l: lane l's metadata of products 2p and 2p + 1, as in sparse24_bf16.cu.
 //   bytes 768 + 64 s + 4 i: the scale of row i and columns s GROUP to (s + 1) GROUP of the unit, fp32.
-#include "decode.h"
+#include "wide.h"
 
 // Values b = 0 and b = 1 of register r, as bf16: 0x4300 is 128, whose last mantissa bit is worth 1, so 0x4300 | n is 128 + n.
 // Subtracting 136 is exact.
@@ -30,6 +30,7 @@ struct Int4 {
   DEVICE void open(u32 unit_, u32 lane_) {
     unit = unit_;
     lane = lane_;
+    if (GROUP == 64) return;  // more sums of scales need registers: half of the values at a time
     const uint4 four = shared_load16(unit + lane * 16);
     words[0] = four.x;
     words[1] = four.y;
@@ -42,6 +43,12 @@ struct Int4 {
   // The products of a scale are summed unscaled, then scaled and added in fp32.
   template <int TOKEN_TILES>
   DEVICE void multiply(int product, float (&sum)[TOKEN_TILES][4], float (&part)[TOKEN_TILES][4], const u32 (&b)[TOKEN_TILES][4]) {
+    if (GROUP == 64 && product % 2 == 0) {
+      const uint2 two = shared_load8(unit + lane * 16 + product * 4);
+      words[product] = two.x;
+      words[product + 1] = two.y;
+      metadata[product / 2] = shared_load4(unit + 512 + product * 64 + lane * 4);
+    }
     const uint4 a = eight_values(words[product]);
     UNROLL
     for (int n = 0; n < TOKEN_TILES; n++) {
@@ -51,14 +58,7 @@ struct Int4 {
     }
     if ((product + 1) % PRODUCTS_PER_SCALE == 0) {
       const u32 at = unit + 768 + product / PRODUCTS_PER_SCALE * 64 + lane / 4 * 4;
-      const float low = shared_load_float(at), high = shared_load_float(at + 32);
-      UNROLL
-      for (int n = 0; n < TOKEN_TILES; n++) {
-        sum[n][0] += low * part[n][0];
-        sum[n][1] += low * part[n][1];
-        sum[n][2] += high * part[n][2];
-        sum[n][3] += high * part[n][3];
-      }
+      add_scaled(sum, part, shared_load_float(at), shared_load_float(at + 32));
     }
   }
 };
@@ -93,8 +93,11 @@ DECODE_KERNEL(rac_24_int4_r1_t1, Int4, 1, 1, 2, 3, 4)
 DECODE_KERNEL(rac_24_int4_r2_t1, Int4, 2, 1, 2, 3, 4)
 DECODE_KERNEL(rac_24_int4_r1_t2, Int4, 1, 2, 1, 4, 4)
 DECODE_KERNEL(rac_24_int4_r2_t2, Int4, 2, 2, 1, 4, 4)
-DECODE_KERNEL(rac_24_int4_r1_t4, Int4, 1, 4, 1, 4, 2)
+LARGE_DECODE_KERNEL(rac_24_int4_r1_t4, Int4, 1, 4, 1, 4, 2)
 DECODE_KERNEL(rac_24_int4_r2_t4, Int4, 2, 4, 1, 4, 2)
 DECODE_KERNEL(rac_24_int4_r4_t1, Int4, 4, 1, 1, 4, 4)
 DECODE_KERNEL(rac_24_int4_r4_t2, Int4, 4, 2, 1, 3, 4)
 DECODE_KERNEL(rac_24_int4_r4_t4, Int4, 4, 4, 1, 3, 2)
+// 128 rows: token tiles, units per chunk, stages.
+WIDE_KERNEL(rac_24_int4_r8_t4, Int4, 4, 1, 5)
+WIDE_KERNEL(rac_24_int4_r8_t8, Int4, 8, 1, 4)

@@ -1,6 +1,6 @@
 // Few tokens times a weight of any pattern, out [tokens, rows] = x [tokens, columns] W^T + bias.
 //
-// Rows are sorted by what they store, and cut into tiles of 32. A block has a tile, each of its four warps a segment of the columns; the
+// The rows of each 512 are sorted by what they store, and cut into tiles of 32. A block has a tile, each of its four warps a segment of the columns; the
 // packer cuts segments where they have about as many bytes. A step is a tile's next FORMAT::STEP columns, of which a lane has STEP
 // weights, in rows g, g + 8, g + 16 and g + 24, in the STEP / 4 columns that begin at t STEP / 4: these are pieces of 16 bytes of a row of x, which are
 // its B operands as they are. FORMAT says which bit of the lane's mask stands for which weight.
@@ -12,7 +12,7 @@
 // stores zeros in the streams of lanes that would stay behind by more than the ring holds.
 //
 // The packed weight, in units of 128 bytes where not said otherwise; T tiles:
-//   4 bytes i: the row of the weight that is sorted row i (32 T of them; any number >= rows where there is none).
+//   4 bytes i: the row of the weight that is sorted row i, of the same 512 (32 T of them; any number >= rows where there is none).
 //   16 bytes 4 k + w from 128 T on: tile k's segment w: where it begins in units; groups; first step | steps << 16; and the groups that
 //     are copied before the first step, with what steps 0 to AHEAD - 1 wait for, 8 bits each.
 //   4 bytes i from 192 T on, of FORMATs with a scale per row: the scale of sorted row i, fp32.
@@ -22,6 +22,7 @@
 
 #include "decode.h"
 
+constexpr int SORTED = 512;  // rows
 constexpr int WARPS = 4, LINE = 128, GROUP_LINES = 8, GROUP_BYTES = GROUP_LINES * LINE, MASKS_BYTES = 8 * LINE;
 
 struct Segment {
@@ -110,7 +111,7 @@ struct Unstructured {
 
   static DEVICE void run(const u8* weight, const u8* x, const u8* bias, u8* out, int rows, int columns, int tokens, int units) {
     const u32 lane = thread_index() % 32, warp = warp_index();
-    const int tile = block_x(), token0 = block_y() * TOKEN_TILES * 8;
+    const int tile = block_y(), token0 = block_x() * TOKEN_TILES * 8;  // as in decode.h
     const int row = global_load4(weight + (tile * 32ll + lane) * 4);
     float scale = 1.0f;
     if (FORMAT::ROW_SCALES) scale = global_load_float(scale_of(weight, rows, tile * 32 + lane)) * FORMAT::ROW_SCALES;
@@ -151,18 +152,26 @@ struct Unstructured {
   }
 };
 
-// Stores eight columns of rows `row` and row + 8 of a tile that is expanded, where they are inside.
-DEVICE void store_eight(u8* out, const u32 (&four)[2][4], int row, int column, int rows, int columns, int first_tile) {
+// Where sorted rows g, g + 8, g + 16 and g + 24 of a tile are in a part of the weight that is expanded; -1 where there is none, also of a damaged order.
+DEVICE void rows_in_part(const u8* weight, int tile, u32 g, int rows, int first_tile, int (&in_part)[4]) {
+  UNROLL
+  for (int h = 0; h < 4; h++) {
+    const u32 sorted = tile * 32 + 8 * h + g, row = global_load4(weight + sorted * 4ll);
+    in_part[h] = row < u32(rows) && row / SORTED == sorted / SORTED ? int(row) - first_tile * 16 : -1;
+  }
+}
+
+// Stores eight columns of two rows of a part that is expanded, where they are inside.
+DEVICE void store_eight(u8* out, const u32 (&four)[2][4], const int* in_part, int column, int columns) {
   UNROLL
   for (int h = 0; h < 2; h++) {
-    const int in_part = block_x() * 32 + row + 8 * h;
-    if (first_tile * 16 + in_part < rows && column < columns) {
+    if (in_part[h] >= 0 && column < columns) {
       uint4 eight;
       eight.x = four[h][0];
       eight.y = four[h][1];
       eight.z = four[h][2];
       eight.w = four[h][3];
-      global_store16(out + (static_cast<long long>(in_part) * columns + column) * 2, eight);
+      global_store16(out + (static_cast<long long>(in_part[h]) * columns + column) * 2, eight);
     }
   }
 }

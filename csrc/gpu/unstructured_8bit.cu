@@ -1,5 +1,5 @@
-// Weights of 8 bits of any pattern with a scale per row: int8, or fp8 where E4M3 is defined. Steps, groups of four weights, masks and windows are
-// those of windows.h; a value is a byte as bytes.h has it.
+// Weights of 8 bits of any pattern: int8, or fp8 where E4M3 is defined. Compiled with a scale per row, or with one per row and GROUP columns, 64 or 128.
+// Steps, groups of four weights, masks and windows are those of windows.h, and scales of groups too; a value is a byte as bytes.h has it.
 #include "bytes.h"
 #include "windows.h"
 
@@ -8,6 +8,9 @@ struct Bytes : Values8 {
   static DEVICE u32 bytes(u32 window) { return window; }
 };
 
+#ifdef GROUP
+using ByteStream = GroupedWindows<Bytes, GROUP>;
+#else
 struct ByteStream : Windows<Bytes> {
   static constexpr float ROW_SCALES = Values8::SCALE;
   static DEVICE int scale_lines(int) { return 0; }
@@ -26,6 +29,7 @@ struct ByteStream : Windows<Bytes> {
     multiply_tile(mask.y, b, sum[1]);
   }
 };
+#endif
 
 UNSTRUCTURED_KERNEL(rac_unstructured_8bit_r2_t1, ByteStream, 1)
 UNSTRUCTURED_KERNEL(rac_unstructured_8bit_r2_t2, ByteStream, 2)

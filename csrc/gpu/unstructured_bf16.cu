@@ -60,7 +60,7 @@ UNSTRUCTURED_KERNEL(rac_unstructured_bf16_r2_t1, Bf16Streams, 1)
 UNSTRUCTURED_KERNEL(rac_unstructured_bf16_r2_t2, Bf16Streams, 2)
 UNSTRUCTURED_KERNEL(rac_unstructured_bf16_r2_t4, Bf16Streams, 4)
 
-// Dense rows in the sorted order, from sorted row 16 first_tile on (first_tile is even); a warp per segment.
+// Dense rows, from row 16 first_tile on, a multiple of 512; a warp per segment.
 KERNEL(rac_unstructured_bf16_expand, WARPS * 32)
 (const u8* weight, const u8*, const u8*, u8* out, int rows, int columns, int, int units, int first_tile) {
   const u32 lane = thread_index() % 32, g = lane / 4, t = lane % 4;
@@ -68,6 +68,8 @@ KERNEL(rac_unstructured_bf16_expand, WARPS * 32)
   const Segment segment = segment_of<Bf16Streams>(weight, rows, units, tile, warp_index());
   const u8* from = segment.values + lane * 4;
   const int lines = segment.groups * GROUP_LINES;
+  int in_part[4];
+  rows_in_part(weight, tile, g, rows, first_tile, in_part);
   int next[2] = {0, 0};
   for (int step = 0; step < segment.steps; step++) {
     const u32 mask = global_load4(segment.masks + step * LINE + lane * 4);
@@ -86,7 +88,7 @@ KERNEL(rac_unstructured_bf16_expand, WARPS * 32)
         }
         four[p % 2][p / 4 * 2 + p % 4 / 2] = two_halves(values[0], values[1]);
       }
-      store_eight(out, four, 16 * i + g, column, rows, columns, first_tile);
+      store_eight(out, four, in_part + 2 * i, column, columns);
     }
   }
 }

@@ -62,7 +62,54 @@ struct Windows {
   }
 };
 
-// Dense rows, scaled and rounded to bf16, in the sorted order, from sorted row 16 first_tile on (first_tile is even); a warp per segment.
+// With a scale per row and COLUMNS_PER_SCALE columns. Behind the masks of a segment, a line of scales per so many columns: word 4 g + h is the scale of
+// row 8 h + g, fp32.
+template <class VALUES, int COLUMNS_PER_SCALE>
+struct GroupedWindows : Windows<VALUES> {
+  using Base = Windows<VALUES>;
+  static constexpr int STEP = Base::STEP;
+  static constexpr float ROW_SCALES = 0.0f;
+  static DEVICE int scale_lines(int steps) { return steps * STEP / COLUMNS_PER_SCALE; }
+  static DEVICE float scale_in(const u8*, int, int, const Segment& segment, int step, int h, u32 g) {
+    return global_load_float(segment.scales + step * STEP / COLUMNS_PER_SCALE * LINE + (g * 4 + h) * 4);
+  }
+
+  const u8* scales;  // of this lane's rows, in the step that comes next
+  uint4 next;        // these, which were asked for a step ahead
+  int step, steps;
+
+  DEVICE void open(u32 ring, u32 lane, const Segment& segment) {
+    Base::begin(ring, lane);
+    step = 0;
+    steps = segment.steps;
+    scales = segment.scales + lane / 4 * 16;
+    if (steps > 0) next = global_load16(scales);
+  }
+
+  // The products of a step are summed unscaled, then scaled and added in fp32.
+  template <int TOKEN_TILES>
+  DEVICE void multiply(u32 masks, u32 x, float (&sum)[2][TOKEN_TILES][4]) {
+    const uint2 mask = shared_load8(masks + Base::lane * 8);
+    const uint4 words = next;
+    const float scale[4] = {as_float(words.x) * VALUES::SCALE, as_float(words.y) * VALUES::SCALE, as_float(words.z) * VALUES::SCALE,
+                            as_float(words.w) * VALUES::SCALE};
+    step++;
+    if (step % (COLUMNS_PER_SCALE / STEP) == 0) scales += LINE;
+    if (step < steps) next = global_load16(scales);
+    uint4 b[TOKEN_TILES][2];
+    Base::load(x, b);
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+      float part[TOKEN_TILES][4];
+      UNROLL
+      for (int n = 0; n < TOKEN_TILES; n++) part[n][0] = part[n][1] = part[n][2] = part[n][3] = 0.0f;
+      Base::multiply_tile(i == 0 ? mask.x : mask.y, b, part);
+      add_scaled(sum[i], part, scale[2 * i], scale[2 * i + 1]);
+    }
+  }
+};
+
+// Dense rows, scaled and rounded to bf16, from row 16 first_tile on, a multiple of 512; a warp per segment.
 template <class FORMAT, class VALUES>
 DEVICE void expand_windows(const u8* weight, u8* out, int rows, int columns, int units, int first_tile) {
   constexpr int BITS = VALUES::BITS, PER_WORD = 32 / BITS, CODES = (1 << BITS) - 1;
@@ -71,7 +118,8 @@ DEVICE void expand_windows(const u8* weight, u8* out, int rows, int columns, int
   const Segment segment = segment_of<FORMAT>(weight, rows, units, tile, warp_index());
   const u8* from = segment.values + lane * 4;
   const int values = segment.groups * GROUP_LINES * PER_WORD;
-  int next = 0;
+  int next = 0, in_part[4];
+  rows_in_part(weight, tile, g, rows, first_tile, in_part);
   float scale[4];
   if (FORMAT::ROW_SCALES) {
     UNROLL
@@ -104,7 +152,7 @@ DEVICE void expand_windows(const u8* weight, u8* out, int rows, int columns, int
           four[1][p] = two_halves(bits[1], bits[3]);
         }
         const int column = (segment.first_step + step) * 64 + t * 16 + piece * 8;
-        store_eight(out, four, 16 * i + g, column, rows, columns, first_tile);
+        store_eight(out, four, in_part + 2 * i, column, columns);
       }
     }
   }

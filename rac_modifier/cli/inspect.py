@@ -31,7 +31,7 @@ def inspect(
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(metavar="M", help="tokens per step for --device, 1 to 32; 1 if it is not given")
+        int | None, typer.Option(metavar="M", help="tokens per step for --device, 1 to 128; 1 if it is not given")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -112,9 +112,9 @@ def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--device", "cuda:99")
 
 
-@CASES.case("predicting times of a step of many tokens", "64 tokens: times are predicted for 1 to 32")
+@CASES.case("predicting times of a step of many tokens", "129 tokens: times are predicted for 1 to 128")
 def _(b: Bench) -> None:
-    b.rac("inspect", b.folder, "--device", "h100", "--tokens", "64")
+    b.rac("inspect", b.folder, "--device", "h100", "--tokens", "129")
 
 
 @CASES.case("a number of tokens for `rac inspect` without a GPU", "name a GPU with --device, such as --device h100")

@@ -103,7 +103,7 @@ def test_any_pattern_has_a_kernel_and_fused_parts_the_density_of_all():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": torch.int8, "groups": 2}, "there is no GPU kernel for int8 in groups of 128"),
+        ({"dtype": torch.int8, "groups": 8}, "there is no GPU kernel for int8 in groups of 32"),
         ({"dtype": torch.float8_e5m2}, "there is no GPU kernel for float8_e5m2"),
         ({"dtype": torch.int32, "groups": 8}, "there is no GPU kernel for int4 in groups of 32"),
     ],
@@ -164,5 +164,5 @@ def test_a_model_larger_than_the_cache_is_said_to_be():
 
 
 def test_a_number_of_tokens_that_is_not_predicted_is_an_error():
-    with pytest.raises(RacError, match="64 tokens"):
-        predict([], [], tokens=64)
+    with pytest.raises(RacError, match="129 tokens"):
+        predict([], [], tokens=129)

@@ -92,7 +92,7 @@ def files_of(folder: Path) -> set[str]:
 def test_the_wheel_holds_every_file_of_the_package(names):
     package = files_of(ROOT / "rac_modifier")
     kernels = {f"rac_modifier/kernels/cuda/source/{path.name}" for path in (ROOT / "csrc" / "gpu").iterdir()}
-    assert len(kernels) == 11
+    assert len(kernels) == 12
     assert {name for name in names if ".dist-info/" not in name} == package | kernels
     wanted = {
         "py.typed",
@@ -160,6 +160,7 @@ def test_the_sources_of_the_gpu_kernels_are_found_where_it_is_installed(installe
         "unstructured_8bit.cu",
         "unstructured_bf16.cu",
         "unstructured_int4.cu",
+        "wide.h",
         "windows.h",
         "True",
     ]

@@ -48,7 +48,7 @@ def test_a_rank_multiplies_its_share_on_the_gpu(gpu: FakeDriver, monkeypatch, ki
         load(sparse, shard, pack(weight, format, module))
     expected = dense.weight.data.clone()
     finish(sparse)
-    assert [name for name, _ in sparse.named_parameters()] == ["weight_packed"]
+    assert [name for name, _ in sparse.named_parameters()] == ["weight_packed", "weight_packed_layout"]
     decision = sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix]
     assert decision.kernel == "sparse GPU kernel 2:4"
     gpu.capturing = True  # from here on nothing may be loaded

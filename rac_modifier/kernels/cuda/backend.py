@@ -26,6 +26,7 @@ NOT_REQUESTED = (
     f"the GPU kernels have been checked in an emulator but never run on a GPU; {VARIABLE}=on uses them all the same"
 )
 DATA = "weight_packed"  # vLLM's LoRA looks for this name
+LAYOUT = "weight_packed_layout"  # [0, number of the layout]: numbers in a shape are read without waiting for the GPU
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_CEILING = 1.1  # below this, a kernel would have to be perfect to gain anything
 
@@ -70,7 +71,7 @@ def can_run(layer: Layer) -> Decision:
 
 
 def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
-    """`weight_packed` in the kernels' layout (csrc/gpu/), on the current GPU.
+    """`weight_packed` in the kernels' layout (csrc/gpu/), and `weight_packed_layout`, which tells it, on the current GPU.
 
     Raises:
         RacError: a weight that no layout holds, no kernels for it here, or too little memory.
@@ -85,12 +86,13 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
         raise RacError(f"{weight.name}: {problem}")
     packed = layouts.pack(weight, layout)
     try:
-        return {DATA: packed.to(torch_device(device))}
+        there = packed.to(torch_device(device))
     except torch.OutOfMemoryError as error:
         raise RacError(
             f"{weight.name}: {packed.nbytes >> 20} MB do not fit into the GPU's memory beside what is there; use more GPUs "
             "(--tensor-parallel-size) or a larger one"
         ) from error
+    return {DATA: there, LAYOUT: there.new_empty(0, layouts.ALL.index(layout), dtype=torch.uint8)}
 
 
 def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
@@ -99,7 +101,7 @@ def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bia
     Raises:
         RacError: other dtypes, or shapes that do not fit the packed weight.
     """
-    return operator.sparse_linear(x, packed[DATA], rows, columns, bias)
+    return operator.sparse_linear(x, packed[DATA], packed[LAYOUT].shape[1], rows, columns, bias)
 
 
 def torch_device(device: library.Device) -> torch.device:
@@ -122,7 +124,7 @@ def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     if layout is None:
         name = "int4" if layer.stored == torch.int32 else str(layer.stored).removeprefix("torch.")
         groups = f" in groups of {layer.group}" if layer.group != layer.columns else ""
-        exist = "bfloat16, int8 and float8_e4m3fn with one scale per row, and int4 in groups of 64 or 128"
+        exist = "bfloat16, and int8, float8_e4m3fn and int4 with one scale per row or in groups of 64 or 128"
         return None, f"there is no GPU kernel for {name}{groups}; those that exist take {exist}"
     if layer.columns % 8:
         return layout, f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"

@@ -7,7 +7,9 @@ others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import schedule, unstructured
 
 TILE = 16  # rows
-GROUPS = (64, 128)  # columns that share a scale, where values have four bits
+GROUPS = (64, 128)  # columns that may share a scale
 _ROWS_AT_ONCE = 1024  # bounds the memory that packing needs beside its result
 
 
@@ -26,9 +28,10 @@ _ROWS_AT_ONCE = 1024  # bounds the memory that packing needs beside its result
 class Layout:
     """A packed form. `unit_columns` columns of a tile take `unit_bytes`; rows have a multiple of `units_at_once` units.
 
-    `group`: columns that share a scale; 0 for bf16, and for int8 and fp8 (e4m3), which have one per row: `row_scales`. `source`
-    has the kernels, compiled with the macros of `defines`; their names begin with `prefix`. `title` is for people. A weight of
-    any pattern has units of 128 bytes, as many as it needs, `unit_columns` 0, and `streams`. `dtype`: of the packed form.
+    `bits`: of a value. `group`: columns that share a scale; 0 for bf16, and for int8 and fp8 (e4m3) with one per row, which is
+    `row_scales`. `source` has the kernels, compiled with the macros of `defines`; their names begin with `prefix`. `title` is for
+    people. `dtype`: of the packed form. A weight of any pattern has units of 128 bytes, as many as it needs, `unit_columns` 0,
+    and `streams`.
     """
 
     prefix: str
@@ -39,14 +42,19 @@ class Layout:
     group: int = 0
     title: str = "2:4"
     streams: schedule.Streams | None = None
-    row_scales: bool = False
+    bits: int = 16
     e4m3: bool = False
     dtype: torch.dtype = torch.uint8
 
     @property
     def defines(self) -> tuple[str, ...]:
         """Macros for the compiler."""
-        return (f"GROUP={self.group}",) if self.group else ("E4M3",) if self.e4m3 else ()
+        return (*([f"GROUP={self.group}"] if self.group else []), *(["E4M3"] if self.e4m3 else []))
+
+    @property
+    def row_scales(self) -> bool:
+        """Whether a row has one scale, behind all units."""
+        return self.bits == 8 and not self.group
 
     def padded_columns(self, columns: int) -> int:
         """Columns with their padding."""
@@ -66,6 +74,11 @@ class Layout:
         """Rows that are packed together."""
         return unstructured.TILE if self.any_pattern else TILE
 
+    @property
+    def expanded_rows(self) -> int:
+        """Rows that are expanded together."""
+        return unstructured.SORTED if self.any_pattern else TILE
+
     def nbytes(self, rows: int, columns: int, density: float = 0.5) -> int:
         """Bytes of a packed weight [rows, columns]; where it holds any pattern, those that are expected."""
         if self.streams is not None:
@@ -73,59 +86,66 @@ class Layout:
         return -(-rows // TILE) * (self.units(columns) * self.unit_bytes + self.row_scales * TILE * 4)
 
 
+def _scale_bytes(group: int) -> int:
+    """Of a unit of 128 columns."""
+    return 4 * TILE * 128 // group
+
+
 BF16 = Layout("rac_24_bf16", "sparse24_bf16.cu", 64, 1152, 2)
-INT4 = {g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + 4 * TILE * 128 // g, 2, g, "2:4 int4") for g in GROUPS}
-INT8 = Layout("rac_24_8bit", "sparse24_8bit.cu", 128, 1280, 1, title="2:4 int8", row_scales=True)
+INT4 = {
+    g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + _scale_bytes(g), 2, g, "2:4 int4", bits=4) for g in GROUPS
+}
+INT8 = Layout("rac_24_8bit", "sparse24_8bit.cu", 128, 1280, 1, title="2:4 int8", bits=8)
 E4M3 = replace(INT8, title="2:4 fp8", e4m3=True, dtype=torch.uint32)
+INT8_GROUPS = {group: replace(INT8, unit_bytes=1280 + _scale_bytes(group), group=group) for group in GROUPS}
+E4M3_GROUPS = {group: replace(E4M3, unit_bytes=1280 + _scale_bytes(group), group=group) for group in GROUPS}
 
 
 def _any_pattern(values: str, title: str, streams: schedule.Streams) -> Layout:
     prefix, source = f"rac_unstructured_{values}", f"unstructured_{values}.cu"
-    of_e4m3, dtype = streams is schedule.E4M3, unstructured.PACKED[streams]
-    return Layout(
-        prefix, source, 0, schedule.LINE, 1, streams.scale_columns, title, streams, streams.row_scales, of_e4m3, dtype
-    )
+    of_e4m3, dtype = streams.dtype == torch.float8_e4m3fn, unstructured.PACKED[streams]
+    bits = streams.value_bits
+    return Layout(prefix, source, 0, schedule.LINE, 1, streams.scale_columns, title, streams, bits, of_e4m3, dtype)
 
 
 UNSTRUCTURED = _any_pattern("bf16", "unstructured", schedule.BF16)
 UNSTRUCTURED_INT8 = _any_pattern("8bit", "unstructured int8", schedule.INT8)
 UNSTRUCTURED_E4M3 = _any_pattern("8bit", "unstructured fp8", schedule.E4M3)
+UNSTRUCTURED_INT8_GROUPS = {g: _any_pattern("8bit", "unstructured int8", schedule.INT8_GROUPS[g]) for g in GROUPS}
+UNSTRUCTURED_E4M3_GROUPS = {g: _any_pattern("8bit", "unstructured fp8", schedule.E4M3_GROUPS[g]) for g in GROUPS}
 UNSTRUCTURED_INT4 = {group: _any_pattern("int4", "unstructured int4", schedule.INT4[group]) for group in GROUPS}
-_TWO_OF_FOUR = (BF16, INT8, E4M3, *INT4.values())
-_ANY_PATTERN = (UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_E4M3, *UNSTRUCTURED_INT4.values())
-ALL = (*_TWO_OF_FOUR, *_ANY_PATTERN)
+# By dtype of the values, and whether the weight is 2:4; then by the columns that share a scale, 0 for all.
+_QUANTIZED = {
+    (torch.int8, True): {0: INT8, **INT8_GROUPS},
+    (torch.int8, False): {0: UNSTRUCTURED_INT8, **UNSTRUCTURED_INT8_GROUPS},
+    (torch.float8_e4m3fn, True): {0: E4M3, **E4M3_GROUPS},
+    (torch.float8_e4m3fn, False): {0: UNSTRUCTURED_E4M3, **UNSTRUCTURED_E4M3_GROUPS},
+    (torch.int32, True): INT4,
+    (torch.int32, False): UNSTRUCTURED_INT4,
+}
+ALL = (BF16, UNSTRUCTURED, *(layout for by_group in _QUANTIZED.values() for layout in by_group.values()))
+"""Every layout; the operator is told the number of one."""
 
 
 def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool = True) -> Layout | None:
     """The layout of values of this dtype (int32: of four bits) of which `group` columns share a scale; None if there is none."""
     if stored in FLOATS:
         return BF16 if two_of_four else UNSTRUCTURED
-    if stored in (torch.int8, torch.float8_e4m3fn):
-        by_pattern = (UNSTRUCTURED_INT8, INT8) if stored == torch.int8 else (UNSTRUCTURED_E4M3, E4M3)
-        return by_pattern[two_of_four] if group == columns else None
-    if stored != torch.int32:
-        return None
-    layouts = INT4 if two_of_four else UNSTRUCTURED_INT4
-    return next((layouts[g] for g in reversed(GROUPS) if group % g == 0 or group == columns), None)
+    layouts = _QUANTIZED.get((stored, two_of_four), {})
+    if group == columns and 0 in layouts:
+        return layouts[0]
+    return next((layouts[g] for g in reversed(GROUPS) if g in layouts and (group % g == 0 or group == columns)), None)
 
 
-def layout_of_packed(packed: Tensor, rows: int, columns: int) -> Layout | None:
-    """The layout of what `pack` returned for a weight [rows, columns]; None for anything else.
-
-    The dtype tells it, and of uint8 the size: no two layouts of 2:4 weights in uint8 take equally many bytes.
-    """
+def fits(layout: Layout, packed: Tensor, rows: int, columns: int) -> bool:
+    """Whether a tensor has the form of what `pack` returns in this layout for a weight [rows, columns]."""
     nbytes = packed.numel() * packed.element_size()
-    if packed.dim() != 1:
-        return None
-    for layout in ALL:
-        if packed.dtype != layout.dtype:
-            continue
-        if layout.streams is not None:
-            fits = nbytes % schedule.LINE == 0 and nbytes >= unstructured.least_bytes(rows, columns, layout.streams)
-            return layout if fits and columns <= unstructured.MOST_COLUMNS else None
-        if layout.nbytes(rows, columns) == nbytes:
-            return layout
-    return None
+    if packed.dim() != 1 or packed.dtype != layout.dtype:
+        return False
+    if layout.streams is None:
+        return nbytes == layout.nbytes(rows, columns)
+    enough = nbytes >= unstructured.least_bytes(rows, columns, layout.streams)
+    return enough and nbytes % schedule.LINE == 0 and columns <= unstructured.MOST_COLUMNS
 
 
 def units_of(layout: Layout, packed: Tensor, columns: int) -> int:
@@ -148,20 +168,20 @@ def pack(weight: StoredWeight, layout: Layout) -> Tensor:
         raise RacError(
             f"{name}: more than two of four columns are stored; keep it dense, the layout is for 2:4 weights"
         )
-    scaled = layout.row_scales or bool(layout.group)
+    scaled = layout.bits < 16
     held = (torch.float8_e4m3fn,) if layout.e4m3 else (torch.int8,) if scaled else FLOATS
     if scaled == (weight.scale is None) or weight.values.dtype not in held:
         raise RacError(
             f"{name}: values of {weight.values.dtype}, which the layout {layout.title} does not hold; keep it dense"
         )
-    if group != weight.columns and (layout.row_scales or (layout.group and group % layout.group)):
+    if scaled and group != weight.columns and (layout.row_scales or group % layout.group):
         per = layout.group or "row"
         raise RacError(f"{name}: a scale per {group} columns, where the layout has one per {per}; keep it dense")
     if weight.zeros is not None:
         raise RacError(
             f"{name}: zero points, for which there is no GPU kernel; quantize symmetrically, or keep it dense"
         )
-    unstructured.check_values(weight, 4 if layout.group else 8)
+    unstructured.check_values(weight, layout.bits)
     parts = [_pack_rows(part, layout) for part in _parts(weight)]
     if layout.row_scales and weight.scale is not None:
         parts.append(pad_zeros(weight.scale[:, 0].float(), (0, -weight.rows % TILE)).view(torch.uint8))
@@ -191,10 +211,12 @@ def _pack_rows(weight: StoredWeight, layout: Layout) -> Tensor:
     # tile, h, g (row g + 8 h), unit, product, q, t (four t + 4 q of a product's eight)
     shape = (rows // TILE, 2, 8, -1, products, 2, 4)
     values = torch.stack([first, second], dim=-1).view(*shape, 2)
-    packed = (
-        _int4_values(values) if layout.group else _bytes(values, layout) if layout.row_scales else _bf16_values(values)
-    )
-    parts = [packed, _metadata((i0 | i1 << 2).view(shape))]
+    in_order: dict[int, Callable[[Tensor], Tensor]] = {
+        4: _int4_values,
+        8: partial(_bytes, e4m3=layout.e4m3),
+        16: _bf16_values,
+    }
+    parts = [in_order[layout.bits](values), _metadata((i0 | i1 << 2).view(shape))]
     if layout.group:
         parts.append(_scales(weight, layout, rows))
     return torch.cat(parts, dim=-1).flatten()
@@ -206,10 +228,10 @@ def _bf16_values(values: Tensor) -> Tensor:
     return ordered.view(torch.uint8).flatten(2)
 
 
-def _bytes(values: Tensor, layout: Layout) -> Tensor:
+def _bytes(values: Tensor, e4m3: bool) -> Tensor:
     """Bytes [tiles, units, 1024]: pair of products, lane (g, t), product, q; byte 2 b + h, of int8 plus 128."""
     ordered = values.unflatten(4, (2, 2)).permute(0, 3, 4, 2, 7, 5, 6, 8, 1).contiguous()
-    return (ordered.view(torch.uint8) ^ (0 if layout.e4m3 else 128)).flatten(2)
+    return (ordered.view(torch.uint8) ^ (0 if e4m3 else 128)).flatten(2)
 
 
 def _int4_values(values: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from rac_modifier.kernels.cuda.sources import read_sources
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its number for torch, compute capability, multiprocessors, and the name that its driver reports."""
+    """A GPU: its number for torch, compute capability, multiprocessors, the name that its driver reports, and bytes of L2."""
 
     index: int
     capability: tuple[int, int]
     processors: int
     reported: str = ""
+    cache: int = 0
 
     @property
     def architecture(self) -> str:
@@ -38,7 +39,7 @@ def current_device() -> Device | None:
         return None
     index = torch.cuda.current_device()
     found = torch.cuda.get_device_properties(index)
-    return Device(index, (found.major, found.minor), found.multi_processor_count, found.name)
+    return Device(index, (found.major, found.minor), found.multi_processor_count, found.name, found.L2_cache_size)
 
 
 def prepare(device: Device, layout: Layout) -> str | None:

@@ -10,33 +10,33 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import library
-from rac_modifier.kernels.cuda.layout import TILE, Layout, layout_of_packed, units_of
+from rac_modifier.kernels.cuda.layout import ALL, TILE, Layout, fits, units_of
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.cuda.programs import (
-    MOST_TOKENS,
     decode_program,
     expand_grid,
     expand_program,
+    most_tokens,
+    part_rows,
 )
-from rac_modifier.kernels.cuda.unstructured import order_of
 
 SCRATCH_BYTES = 64 << 20  # of expanded rows at a time
 _ALIGNMENT = 16  # bytes; what cp.async copies
 
 
-def sparse_linear(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+def sparse_linear(x: Tensor, data: Tensor, layout: int, rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
     """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in bfloat16, summed in fp32.
 
-    `data`: what `layout.pack` returned, on x's device.
+    `data`: what `layout.pack` returned, on x's device. `layout`: the number of its layout in `layout.ALL`.
 
     Raises:
         RacError: other dtypes or shapes, or a device without loaded kernels.
     """
-    return torch.ops.rac_modifier.sparse_linear_gpu(x, data, rows, columns, bias)
+    return torch.ops.rac_modifier.sparse_linear_gpu(x, data, layout, rows, columns, bias)
 
 
-def _forward(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
-    layout = _check(x, data, rows, columns, bias)
+def _forward(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+    layout = _check(x, data, number, rows, columns, bias)
     device = _device(x)
     flat = x.reshape(-1, columns).contiguous()
     if flat.data_ptr() % _ALIGNMENT:
@@ -52,16 +52,14 @@ def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor 
     module, stream = library.module(device, layout), _stream(x)
     (tokens, columns), rows, units = x.shape, out.shape[1], units_of(layout, data, x.shape[1])
     same_order = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
-    if tokens <= MOST_TOKENS or same_order:
+    if tokens <= most_tokens(layout) or same_order:
         program = decode_program(layout, rows, columns, tokens, device.processors, same_order)
         pointers = data.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
         arguments = (*pointers, rows, columns, tokens, units, 0)
         module.launch(program.name, program.grid(rows, tokens), program.threads, stream, arguments)
         return
     program = expand_program(layout)
-    tile = layout.tile_rows
-    step = min(-(-rows // tile) * tile, max(tile, SCRATCH_BYTES // (2 * columns) // tile * tile))
-    order = order_of(data, rows) if layout.any_pattern else None
+    step = part_rows(layout, rows, columns, tokens, device.processors, device.cache, SCRATCH_BYTES)
     dense = x.new_empty(min(step, rows), columns)
     for first in range(0, rows, step):
         part = dense[: min(step, rows - first)]
@@ -69,10 +67,7 @@ def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor 
         arguments = data.data_ptr(), 0, 0, part.data_ptr(), rows, columns, 0, units, first // TILE
         module.launch(program.name, grid, program.threads, stream, arguments)
         rows_here = slice(first, first + len(part))
-        if order is not None:
-            here = order[rows_here]
-            out.index_copy_(1, here, x @ part.T if bias is None else torch.addmm(bias[here], x, part.T))
-        elif bias is None:
+        if bias is None:
             torch.mm(x, part.T, out=out[:, rows_here])
         else:
             torch.addmm(bias[rows_here], x, part.T, out=out[:, rows_here])
@@ -81,7 +76,8 @@ def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor 
 def _device(x: Tensor) -> Device:
     """The GPU of a tensor."""
     found = torch.cuda.get_device_properties(x.device)
-    return Device(x.device.index, (found.major, found.minor), found.multi_processor_count)
+    capability, processors = (found.major, found.minor), found.multi_processor_count
+    return Device(x.device.index, capability, processors, found.name, found.L2_cache_size)
 
 
 def _current(x: Tensor) -> AbstractContextManager[object]:
@@ -94,16 +90,19 @@ def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Layout:
-    """The layout of the packed weight, which its dtype and size tell."""
+def _check(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None) -> Layout:
+    """The layout of this number, which the packed weight must fit."""
     if x.dtype != torch.bfloat16 or x.dim() < 1 or x.shape[-1] != columns:
         raise RacError(f"x: {x.dtype} {list(x.shape)}; the sparse GPU kernel takes bfloat16 with {columns} columns")
     if columns % 8:
         raise RacError(f"a weight of {columns} columns: the GPU kernels need a multiple of 8; keep it dense")
-    layout = layout_of_packed(data, rows, columns)
-    if layout is None or data.data_ptr() % _ALIGNMENT:
+    if not 0 <= number < len(ALL):
+        raise RacError(f"layout {number}: there are {len(ALL)}; pass what `pack` returned")
+    layout = ALL[number]
+    if not fits(layout, data, rows, columns) or data.data_ptr() % _ALIGNMENT:
         raise RacError(
-            f"data: {data.dtype} {list(data.shape)} does not fit a weight [{rows}, {columns}]; pass what `pack` returned"
+            f"data: {data.dtype} {list(data.shape)} does not fit a weight [{rows}, {columns}] in the layout {layout.title}; "
+            "pass what `pack` returned"
         )
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,)):
         raise RacError(f"bias: {bias.dtype} {list(bias.shape)}; the weight's {rows} rows need bfloat16 [{rows}]")
@@ -112,14 +111,14 @@ def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None
     return layout
 
 
-def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 if not hasattr(torch.ops.rac_modifier, "sparse_linear_gpu"):  # once per process, also if this module is loaded again
     torch.library.define(
         "rac_modifier::sparse_linear_gpu",
-        "(Tensor x, Tensor data, int rows, int columns, Tensor? bias) -> Tensor",
+        "(Tensor x, Tensor data, int layout, int rows, int columns, Tensor? bias) -> Tensor",
     )
     torch.library.impl("rac_modifier::sparse_linear_gpu", "cuda", _forward)
     torch.library.register_fake("rac_modifier::sparse_linear_gpu", _fake)

@@ -2,22 +2,24 @@
 
     time = max over resources of (work / rate / REACHED) + LAUNCH
 
-Memory: the bytes of the weight, x and the result, over the bandwidth of the card. The other resources belong to a
-multiprocessor, and the one with most blocks is counted: ceil(blocks / multiprocessors) blocks. Of a block of the sparse kernels:
+Memory: the bytes of the weight, once for all tokens, of x and of the result, over the bandwidth of the card. The other resources
+belong to a multiprocessor, and the one with most blocks is counted: ceil(blocks / multiprocessors) blocks. Of a block of the
+sparse kernels:
 
 - L2: its weights, and x, which each block reads again;
-- shared memory: weights and x, written once and read once;
-- instructions: (chunks of columns) x (those of the loop) + (warps) x (all others), see `instruction_counts.py`;
-- tensor cores: rows x columns / 2 x tokens multiply-adds, with tokens padded to 8, 16 or 32.
+- shared memory: weights and x, written once and read once, x by each warp where warps share the rows of a block;
+- instructions: (chunks of columns) x (those of the loop, of each warp where warps share the rows) + (warps) x (all others), see
+  `instruction_counts.py`;
+- tensor cores: rows x columns / 2 x tokens multiply-adds, with tokens padded to 8, 16, 32 or 64.
 
 Weights of any pattern have the bytes that are expected of their density. L2 gives a part of them twice (the ring's first
 lines); a warp loads values and masks from shared memory 33 times per 1024 weights (bfloat16) or 34 times per 2048 (int8),
 and each load counts as 128 bytes; a loop is a step of 32 rows and 32 (bfloat16) or 64 (int8) columns; and all multiply-adds are
 done, at the rate of dense products.
 
-Dense kernels are taken as bound by memory alone, which favours them. Left out, also for them: the last blocks of a kernel
-that leave multiprocessors idle (in the memory's share), latency, conflicts of banks. So this is optimistic, most of all where
-a second resource is close to the first.
+Dense kernels are taken as bound by memory, or by the published rate of products, which favours them. Left out, also for them: the
+last blocks of a kernel that leave multiprocessors idle (in the memory's share), latency, conflicts of banks. So this is
+optimistic, most of all where a second resource is close to the first.
 """
 
 from __future__ import annotations
@@ -29,18 +31,25 @@ from rac_modifier.kernels.cuda.cards import Card
 from rac_modifier.kernels.cuda.instruction_counts import count_instructions
 from rac_modifier.kernels.cuda.layout import TILE, Layout
 from rac_modifier.kernels.cuda.operator import SCRATCH_BYTES
-from rac_modifier.kernels.cuda.programs import Program, decode_program
+from rac_modifier.kernels.cuda.programs import (
+    MOST_TOKENS,
+    PRODUCT_BLOCK,
+    Program,
+    decode_program,
+    part_rows,
+    product_waves,
+)
 from rac_modifier.kernels.cuda.schedule import LINE
 
 REACHED = 0.85  # share of each rate that a good kernel reaches; assumed
 LAUNCH = 2.0  # microseconds per kernel within a CUDA graph, its start and its end; assumed
-MOST_TOKENS = 32  # more are not memory bound in dense kernels, and run in several passes of ours
 # Bytes per weight of what vLLM runs dense: cuBLAS; CUTLASS, one scale per row; Marlin or Machete, a 16-bit scale per 128 columns.
 DENSE = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
 DECODE_TOKENS = 8  # of the step that layers are decided for; the kernels take as long for 1 token as for 8
 _ISSUED = 4  # instructions of warps per multiprocessor and cycle: four schedulers, one each
 _SHARED = 128  # bytes of shared memory per multiprocessor and cycle: 32 banks of 4
 _TOKENS = 8  # of a token tile
+_FP8_PRODUCTS = (8, 9)  # capability from which on products of fp8 are twice as fast
 
 
 @dataclass(frozen=True)
@@ -82,16 +91,15 @@ def check_tokens(tokens: int) -> int:
         RacError: fewer than 1, or more than the formula is for.
     """
     if not 1 <= tokens <= MOST_TOKENS:
-        raise RacError(
-            f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}, where reading weights takes longest"
-        )
+        raise RacError(f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}, which the kernels multiply")
     return tokens
 
 
 def dense_time(card: Card, rows: int, columns: int, tokens: int, bytes_per_weight: float) -> Time:
     """Of x [tokens, columns] times a dense weight [rows, columns], in bfloat16."""
-    size = rows * columns * bytes_per_weight
-    return Time(_memory(card, size, rows, columns, check_tokens(tokens)))
+    memory = _memory(card, rows * columns * bytes_per_weight, rows, columns, check_tokens(tokens))
+    peak = card.peak * (2 if bytes_per_weight == DENSE["fp8"] and card.capability >= _FP8_PRODUCTS else 1)
+    return Time(memory, tensor_cores=1e6 * 2 * rows * columns * tokens / peak / REACHED)
 
 
 def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int, density: float = 0.5) -> Time:
@@ -107,10 +115,11 @@ def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int
 
 
 def time_of(card: Card, layout: Layout, program: Program, rows: int, columns: int, tokens: int, density: float) -> Time:
-    """The same on one of the layout's programs, whose token tiles hold the tokens."""
+    """The same on one of the layout's programs."""
     loop, others = count_instructions(layout, card.architecture, program.row_tiles, program.token_tiles)
     size = layout.nbytes(rows, columns, density)
-    blocks = program.grid(rows, tokens)[0]
+    along_tokens, along_rows = program.grid(rows, tokens)
+    blocks = along_tokens * along_rows
     padded_tokens, padded_columns = program.token_tiles * _TOKENS, layout.padded_columns(columns)
     if layout.streams is not None:
         loops, halved = padded_columns // layout.streams.step, 1
@@ -122,15 +131,17 @@ def time_of(card: Card, layout: Layout, program: Program, rows: int, columns: in
         loops, halved = units // program.units, 2
         copied = read = program.row_tiles * units * layout.unit_bytes
 
+    warps = program.threads // 32
+
     def busiest(work: float, per_cycle: float) -> float:
         cycles = -(-blocks // card.processors) * work / per_cycle
         return 1e6 * cycles / card.clock / REACHED
 
     return Time(
         memory=_memory(card, size, rows, columns, tokens),
-        cache=busiest(copied + 2 * tokens * columns, card.cache_port),
-        shared=busiest(copied + read + 2 * 2 * padded_tokens * padded_columns, _SHARED),
-        instructions=busiest(loops * loop + program.threads // 32 * others, _ISSUED),
+        cache=busiest(copied + 2 * min(tokens, padded_tokens) * columns, card.cache_port),
+        shared=busiest(copied + read + 2 * (1 + program.x_reads) * padded_tokens * padded_columns, _SHARED),
+        instructions=busiest(loops * loop * warps // program.split + warps * others, _ISSUED),
         tensor_cores=busiest(program.row_tiles * TILE * padded_columns / halved * padded_tokens, card.products),
     )
 
@@ -151,15 +162,23 @@ def prompt_times(
 ) -> tuple[float, float]:
     """Microseconds of a product with a prompt's tokens, more than the kernels take: packed, and dense in bfloat16.
 
-    The weight is expanded in parts: its packed bytes are read and those of bfloat16 written, at the rate of memory, and the
-    dense product of the part is bound by the published rate of such products, or by memory. A launch for each.
+    The weight is expanded in parts: packed bytes are read and those of bfloat16 written, at the rate of memory, or of L2 where
+    half of it holds the part. The dense product of each part is bound by the published rate of such products, in whole waves
+    of blocks, or by memory. A launch for each.
     """
-    weights = rows * columns
-    moved = 1e6 * 2 * (weights + tokens * (rows + columns)) / card.bandwidth / REACHED
-    product = max(1e6 * 2 * weights * tokens / card.peak / REACHED, moved)
-    parts = -(-2 * weights // SCRATCH_BYTES)
-    expanding = 1e6 * (layout.nbytes(rows, columns, density) + 2 * weights) / card.bandwidth / REACHED
-    return expanding + product + 2 * parts * LAUNCH, product + LAUNCH
+
+    def product(rows: int) -> float:
+        waves = product_waves(rows, tokens, card.processors)
+        products = waves * card.processors * PRODUCT_BLOCK[0] * PRODUCT_BLOCK[1] * columns
+        return max(1e6 * 2 * products / card.peak / REACHED, _memory(card, 2 * rows * columns, rows, columns, tokens))
+
+    step = part_rows(layout, rows, columns, tokens, card.processors, card.cache, SCRATCH_BYTES)
+    in_cache = 2 * step * columns <= card.cache // 2 and not layout.any_pattern
+    read = layout.nbytes(rows, columns, density) / card.bandwidth
+    written = 2 * rows * columns / (card.processors * card.cache_port * card.clock if in_cache else card.bandwidth)
+    expanding = 1e6 * (max(read, written) if in_cache else read + written) / REACHED
+    parts = [min(step, rows - first) for first in range(0, rows, step)]
+    return expanding + sum(product(part) + 2 * LAUNCH for part in parts), product(rows) + LAUNCH
 
 
 def _memory(card: Card, size: float, rows: int, columns: int, tokens: int) -> float:

@@ -59,7 +59,7 @@ class Streams:
     @property
     def row_scales(self) -> bool:
         """Whether a row has one scale, beside the order of rows."""
-        return self.value_bits == 8
+        return self.value_bits == 8 and not self.scale_columns
 
     def scale_lines(self, steps: Tensor) -> Tensor:
         """Lines of scales that so many steps of a segment have."""
@@ -79,6 +79,8 @@ BF16 = Streams(
 )
 INT8 = Streams(step=64, count=1, per_line=4, ring=64, ahead=2, behind=1, repeated=1, loads=34, most_steps=256)
 E4M3 = replace(INT8, dtype=torch.float8_e4m3fn)
+INT8_GROUPS = {group: replace(INT8, scale_columns=group) for group in (64, 128)}
+E4M3_GROUPS = {group: replace(E4M3, scale_columns=group) for group in (64, 128)}
 INT4 = {group: replace(INT8, per_line=8, ring=32, scale_columns=group) for group in (64, 128)}
 
 

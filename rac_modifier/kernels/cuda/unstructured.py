@@ -1,7 +1,8 @@
 """Weights of any pattern in the order in which the lanes of a GPU's warp read them.
 
 csrc/gpu/unstructured.h and the sources that include it have the layouts.
-Pure functions of tensors, on the device that these are on. Rows are sorted by what they store and padded to 32, columns to 128.
+Pure functions of tensors, on the device that these are on. Of each 512 rows, those are neighbours that store about as much; rows
+are padded to 32, columns to 128.
 """
 
 from __future__ import annotations
@@ -15,12 +16,32 @@ from torch.nn.functional import pad as pad_zeros
 from rac_modifier.checkpoint.bitmask import row_counts
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda.schedule import BF16, E4M3, GROUP, INT4, INT8, LINE, QUAD, SEGMENTS, Streams, plan_of
+from rac_modifier.kernels.cuda.schedule import (
+    BF16,
+    E4M3,
+    E4M3_GROUPS,
+    GROUP,
+    INT4,
+    INT8,
+    INT8_GROUPS,
+    LINE,
+    QUAD,
+    SEGMENTS,
+    Streams,
+    plan_of,
+)
 
 TILE = 32  # rows
+SORTED = 512  # rows that are sorted together, so that a part of a weight, which is expanded, has whole ones of these
 MOST_COLUMNS = 65536  # of all segments' steps
-PACKED = {BF16: torch.int32, INT8: torch.int8, E4M3: torch.uint16, INT4[64]: torch.int16, INT4[128]: torch.int64}
-"""The dtype of what is packed, which tells the layout."""
+PACKED = {
+    BF16: torch.int32,
+    **dict.fromkeys((INT8, *INT8_GROUPS.values()), torch.int8),
+    **dict.fromkeys((E4M3, *E4M3_GROUPS.values()), torch.uint16),
+    INT4[64]: torch.int16,
+    INT4[128]: torch.int64,
+}
+"""The dtype of what is packed."""
 _WEIGHTS_AT_ONCE = 1 << 22  # bounds the memory that packing needs beside its result
 # Standard deviations by which the largest of 64 or 32 normal numbers, the streams of a warp, is expected to be above their mean.
 _LONGEST = {64: 2.35, 32: 2.07}
@@ -65,11 +86,6 @@ def shared_bytes(token_tiles: int, streams: Streams = BF16) -> int:
     return (SEGMENTS - 1) * (-(-size // aligned) * aligned) + size
 
 
-def order_of(packed: Tensor, rows: int) -> Tensor:
-    """Int64 [rows]: the row of the weight that each sorted row is."""
-    return packed.view(torch.int32)[:rows].long()
-
-
 def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
     """The packed form, 1-D, in the dtype that `PACKED` has for the streams. Values of other float dtypes are rounded to bfloat16.
 
@@ -78,7 +94,8 @@ def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
     """
     _check(weight, streams)
     rows, tiles = weight.rows, -(-weight.rows // TILE)
-    order = row_counts(weight.bitmask).argsort(descending=True, stable=True)
+    counts = row_counts(weight.bitmask).split(SORTED)
+    order = torch.cat([SORTED * n + part.argsort(descending=True, stable=True) for n, part in enumerate(counts)])
     at_once = max(1, _WEIGHTS_AT_ONCE // (weight.columns * TILE)) * TILE
     begin, entries, parts = _header_units(tiles, streams), [], []
     for part in order.split(at_once):
@@ -184,7 +201,7 @@ def _pack_rows(weight: StoredWeight, begin: int, streams: Streams) -> tuple[Tens
         data.view(torch.int16).view(-1)[to] = dense.masked_select(mask)  # masks as indices are slow
     else:
         codes = _by_lane(weight.dense().view(torch.uint8), streams).masked_select(mask)
-        if streams is not E4M3:  # plus `top`
+        if streams.dtype == torch.int8:  # plus `top`
             top = 1 << streams.value_bits - 1
             codes = (codes ^ top) & 2 * top - 1
         _store_codes(data, to, codes, streams.value_bits)

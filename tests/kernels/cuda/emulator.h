@@ -30,6 +30,7 @@ struct uint4 { u32 x, y, z, w; };
 #define UNROLL
 #define NO_UNROLL
 #define KERNEL(NAME, THREADS) extern "C" const int NAME##_threads = THREADS; extern "C" void NAME
+#define LARGE_KERNEL KERNEL
 #define SYNC_THREADS() emulator::sync(emulator::site(__FILE__, __LINE__), emulator::block)
 #define SYNC_WARP() emulator::sync(emulator::site(__FILE__, __LINE__), emulator::warp())
 #define CP_ASYNC_WAIT(COUNT) emulator::wait_group(emulator::site(__FILE__, __LINE__), COUNT)

@@ -37,7 +37,7 @@ class FakeDriver:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.launches: list[SimpleNamespace] = []
-        self.most_shared: dict[str, int] = {}
+        self.most_shared: dict[tuple[Layout, str], int] = {}
         self.refuses_code = False
         self.capturing = False
 
@@ -52,7 +52,7 @@ class FakeDriver:
     def cuFuncSetAttribute(self, function: tuple[Layout, str], attribute: str, value: int) -> tuple[Any, ...]:  # noqa: N802
         self._call("cuFuncSetAttribute")
         assert attribute == "most shared bytes"
-        self.most_shared[function[1]] = value
+        self.most_shared[function] = value
         return (Status(0),)
 
     def cuFuncLoad(self, function: tuple[Layout, str]) -> tuple[Any, ...]:  # noqa: N802
@@ -65,7 +65,7 @@ class FakeDriver:
         layout, name = function
         assert (grid[2], block[1:], extra) == (1, (1, 1), 0)
         assert [type_.__name__ for type_ in types] == ["c_void_p"] * 4 + ["c_int"] * 5
-        if shared_bytes > self.most_shared.get(name, 48 << 10):
+        if shared_bytes > self.most_shared.get(function, 48 << 10):
             return (Status(1),)
         self.launches.append(SimpleNamespace(name=name, grid=grid[:2], stream=stream, values=values))
         rows, columns, tokens, units, first_tile = values[4:]

@@ -20,6 +20,7 @@ from tests.kernels.cuda.weights import (
     assert_product,
     bf16_weight,
     fp8_weight,
+    grouped_weight,
     int4_any_weight,
     int4_weight,
     int8_weight,
@@ -112,6 +113,8 @@ def test_on_a_card_that_is_not_in_the_table_nothing_is_predicted(gpu, monkeypatc
         (FOUR_BITS, "2:4 int4", 0.40625),
         (EIGHT_BITS, "2:4 int8", 0.625 + 4 / 4096),
         (FP8, "2:4 fp8", 0.625 + 4 / 4096),
+        (replace(EIGHT_BITS, group=128), "2:4 int8", 0.65625),
+        (replace(FP8, group=64), "2:4 fp8", 0.6875),
     ],
 )
 def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
@@ -128,8 +131,8 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
         (replace(HALF, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
         (replace(FOUR_BITS, two_of_four=False, group=96), "there is no GPU kernel for int4 in groups of 96; those"),
         (
-            replace(ANY, stored=torch.int8, group=128),
-            "there is no GPU kernel for int8 in groups of 128; those that exist",
+            replace(ANY, stored=torch.int8, group=96),
+            "there is no GPU kernel for int8 in groups of 96; those that exist",
         ),
         (
             replace(ANY, stored=torch.int8, zero_points=True),
@@ -144,9 +147,9 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
             "its values have zero points; the GPU kernels take symmetric int4 and int8",
         ),
         (replace(FOUR_BITS, group=32), "there is no GPU kernel for int4 in groups of 32"),
-        (replace(HALF, stored=torch.int8, group=64), "there is no GPU kernel for int8 in groups of 64"),
+        (replace(HALF, stored=torch.int8, group=32), "there is no GPU kernel for int8 in groups of 32"),
         (replace(HALF, stored=torch.float8_e5m2), "there is no GPU kernel for float8_e5m2; those that exist take"),
-        (replace(FP8, group=128), "there is no GPU kernel for float8_e4m3fn in groups of 128"),
+        (replace(FP8, group=32), "there is no GPU kernel for float8_e4m3fn in groups of 32"),
         (replace(FP8, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
         (replace(HALF, columns=100), "its 100 columns are no multiple of 8"),
     ],
@@ -179,7 +182,7 @@ def test_what_does_not_load_stays_dense(gpu):
         cuda.pack(bf16_weight(16, 64), BF16)
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 40, 129])
+@pytest.mark.parametrize("tokens", [1, 9, 40, 257])
 @pytest.mark.parametrize(
     "make",
     [
@@ -189,15 +192,26 @@ def test_what_does_not_load_stays_dense(gpu):
         int8_weight,
         lambda rows, columns: int4_any_weight(64, rows, columns),
         int8_24_weight,
+        lambda rows, columns: grouped_weight(int8_weight, 64, rows, columns, kept_of_four(rows, columns).float()),
+        lambda rows, columns: grouped_weight(fp8_weight, 64, rows, columns, 0.4),
     ],
-    ids=["bf16", "int4", "unstructured", "unstructured int8", "unstructured int4", "int8"],
+    ids=[
+        "bf16",
+        "int4",
+        "unstructured",
+        "unstructured int8",
+        "unstructured int4",
+        "int8",
+        "int8 in groups",
+        "unstructured fp8 in groups",
+    ],
 )
 def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
     weight = make(50, 192)
     check_product(weight, tokens)
 
 
-@pytest.mark.parametrize(("tokens", "two_of_four"), [(1, False), (9, True), (129, False), (129, True)])
+@pytest.mark.parametrize(("tokens", "two_of_four"), [(1, False), (9, True), (129, False), (257, True)])
 def test_fp8_is_multiplied_too(gpu: FakeDriver, tokens, two_of_four):
     weight = fp8_weight(50, 192, kept_of_four(50, 192).float() if two_of_four else 0.4)
     check_product(weight, tokens)
@@ -211,7 +225,7 @@ def check_product(weight: StoredWeight, tokens: int) -> None:
     x, bias = torch.randn(tokens, 192).to(BF16), torch.randn(50).to(BF16)
     y = cuda.linear(x, packed, 50, 192, bias)
     assert y.dtype == BF16
-    dense = weight.dequantized(BF16 if tokens > 128 else torch.float64)  # expanded, it is rounded
+    dense = weight.dequantized(BF16 if tokens >= 129 else torch.float64)  # expanded, it is rounded
     assert_product(y, x, dense.double(), bias)
     assert cuda.linear(x.view(1, tokens, 192), packed, 50, 192).shape == (1, tokens, 50)
 

@@ -11,6 +11,7 @@ from rac_modifier.kernels.cuda.layout import (
     E4M3,
     INT4,
     INT8,
+    INT8_GROUPS,
     UNSTRUCTURED,
     UNSTRUCTURED_E4M3,
     UNSTRUCTURED_INT4,
@@ -20,12 +21,12 @@ from rac_modifier.kernels.cuda.layout import (
     units_of,
 )
 from rac_modifier.kernels.cuda.programs import all_programs, expand_grid, expand_program, program, tiles_of
-from rac_modifier.kernels.cuda.unstructured import order_of
 from tests.kernels.cuda.emulate import SOURCES, emulate, product, sites
 from tests.kernels.cuda.weights import (
     assert_product,
     bf16_weight,
     fp8_weight,
+    grouped_weight,
     int4_any_weight,
     int4_weight,
     int8_weight,
@@ -43,14 +44,18 @@ def name_of(value: object) -> str:
 
 # Rows are no multiple of 16 or an odd number of tiles, columns none of 64, 128 or 256; one weight is smaller than a chunk.
 SHAPES = [(3, 37, 904), (16, 48, 256), (17, 70, 136), (32, 16, 8), (33, 20, 640)]
+LARGE = [(66, 134, 904), (40, 24, 128)]  # more tokens than a tile holds, and more rows, or few of both
 
 
 def weight_of(layout: Layout, rows: int, columns: int):
     if layout in UNSTRUCTURED_INT4.values():
         return int4_any_weight(layout.group, rows, columns)
-    if layout.row_scales:
+    if layout.bits == 8:
         make = fp8_weight if layout.e4m3 else int8_weight
-        return make(rows, columns, 0.5 if layout.any_pattern else kept_of_four(rows, columns).float())
+        density = 0.5 if layout.any_pattern else kept_of_four(rows, columns).float()
+        return (
+            grouped_weight(make, layout.group, rows, columns, density) if layout.group else make(rows, columns, density)
+        )
     if not layout.group:
         return (unstructured_weight if layout.any_pattern else bf16_weight)(rows, columns)
     return int4_weight(rows, -(-columns // layout.group) * layout.group, layout.group)
@@ -58,7 +63,7 @@ def weight_of(layout: Layout, rows: int, columns: int):
 
 @pytest.mark.parametrize(("layout", "tiles"), TILED, ids=name_of)
 def test_a_kernel_multiplies(layout, tiles):
-    for tokens, rows, columns in [(1, 33, 264), (8, 40, 520), *SHAPES]:
+    for tokens, rows, columns in [(1, 33, 264), (8, 40, 520), *SHAPES, *(LARGE if tiles[0] == 8 else [])]:
         weight = weight_of(layout, rows, columns)
         x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(rows).to(torch.bfloat16)
         bias = None if tokens == 16 else bias
@@ -69,14 +74,13 @@ def test_a_kernel_multiplies(layout, tiles):
 
 @pytest.mark.parametrize("layout", ALL, ids=name_of)
 def test_a_kernel_expands_a_part_of_the_rows(layout):
-    rows, columns, first = 77, 264, layout.tile_rows // 16
+    rows, columns, first = layout.expanded_rows + 61, 264, layout.expanded_rows // 16
     weight = weight_of(layout, rows, columns)
     packed, dense = pack(weight, layout), weight.dequantized(torch.bfloat16)
     out = torch.full((rows - 16 * first, weight.columns), torch.nan, dtype=torch.bfloat16)
     sizes = (rows, weight.columns, 0, units_of(layout, packed, weight.columns), first)
     grid = expand_grid(layout, *out.shape)
     assert emulate(layout, expand_program(layout), grid, packed, None, None, out, sizes) == ""
-    dense = dense[order_of(packed, rows)] if layout.any_pattern else dense
     assert torch.equal(out, dense[16 * first :])
 
 
@@ -101,7 +105,17 @@ def test_rows_of_very_different_sizes_and_large_values():
 
 @pytest.mark.parametrize(
     "layout",
-    [BF16, INT8, E4M3, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_E4M3, UNSTRUCTURED_INT4[128]],
+    [
+        BF16,
+        INT8,
+        INT8_GROUPS[64],
+        E4M3,
+        INT4[128],
+        UNSTRUCTURED,
+        UNSTRUCTURED_INT8,
+        UNSTRUCTURED_E4M3,
+        UNSTRUCTURED_INT4[128],
+    ],
     ids=name_of,
 )
 def test_a_nan_or_infinity_stays_in_its_token(layout):
@@ -118,21 +132,31 @@ def test_a_nan_or_infinity_stays_in_its_token(layout):
 
 @pytest.mark.parametrize(
     "layout",
-    [BF16, INT8, E4M3, INT4[64], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_E4M3, UNSTRUCTURED_INT4[64]],
+    [
+        BF16,
+        INT8,
+        INT8_GROUPS[128],
+        E4M3,
+        INT4[64],
+        UNSTRUCTURED,
+        UNSTRUCTURED_INT8,
+        UNSTRUCTURED_E4M3,
+        UNSTRUCTURED_INT4[64],
+    ],
     ids=name_of,
 )
 def test_the_order_of_a_tokens_sums_follows_from_the_token_tiles_alone(layout):
     """So that one program for all numbers of tokens gives the same bits for a token alone and among others; and the row
-    tiles do not matter, where as many warps share the columns."""
+    tiles do not matter, where as many warps share the columns: one, where they share the rows."""
     weight = weight_of(layout, 40, 640)
     packed, x = pack(weight, layout), torch.randn(20, 640).to(torch.bfloat16)
     by_warps = {}
-    for tiles in [(rows, 4) for rows in (1, 2, 4) if (rows, 4) in tiles_of(layout)]:
+    for tiles in [(rows, 4) for rows in (1, 2, 4, 8) if (rows, 4) in tiles_of(layout)]:
         chosen = program(layout, *tiles)
         every, _ = product(layout, chosen, packed, x, 40)
         alone, _ = product(layout, chosen, packed, x[7:8], 40)
         assert torch.equal(every[7:8], alone)
-        assert torch.equal(every, by_warps.setdefault(chosen.threads, every))
+        assert torch.equal(every, by_warps.setdefault(chosen.split, every))
 
 
 @pytest.mark.parametrize(
@@ -146,9 +170,11 @@ def test_a_barrier_or_wait_that_is_left_out_is_a_race(layout):
     In fp8 one kernel of each source shows it: they are those of int8.
     """
     at_end, *of_24 = barriers("decode.h")
-    named = {at_end, *(barriers("unstructured.h") if layout.any_pattern else of_24)}
-    assert len(named) == (3 if layout.any_pattern else 4)
+    of_columns = {at_end, *(barriers("unstructured.h") if layout.any_pattern else of_24)}
+    assert len(of_columns) == (3 if layout.any_pattern else 4)
     for tiles in [(2, 1)] if layout.e4m3 else tiles_of(layout):
+        named = of_columns if program(layout, *tiles).split > 1 else set(barriers("wide.h"))
+        assert len(named) >= 2
         caught = set()
         for columns in (256, 4096, 128):
             if caught == named:

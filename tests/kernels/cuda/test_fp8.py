@@ -14,12 +14,20 @@ from torch import Tensor
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import schedule
-from rac_modifier.kernels.cuda.layout import E4M3, INT8, UNSTRUCTURED_E4M3, UNSTRUCTURED_INT8, Layout, pack, units_of
+from rac_modifier.kernels.cuda.layout import (
+    E4M3,
+    E4M3_GROUPS,
+    INT8,
+    UNSTRUCTURED_E4M3,
+    UNSTRUCTURED_INT8,
+    Layout,
+    pack,
+    units_of,
+)
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program
-from rac_modifier.kernels.cuda.unstructured import order_of
 from tests.kernels.cuda.emulate import emulate, product
 from tests.kernels.cuda.test_unstructured_int8 import check_schedule, unpack_slowly
-from tests.kernels.cuda.weights import AWKWARD, assert_product, fp8_weight, int8_weight, kept_of_four
+from tests.kernels.cuda.weights import AWKWARD, assert_product, fp8_weight, grouped_weight, int8_weight, kept_of_four
 
 FP8 = torch.float8_e4m3fn
 BOTH = pytest.mark.parametrize("layout", [E4M3, UNSTRUCTURED_E4M3], ids=lambda layout: layout.title)
@@ -71,7 +79,7 @@ def test_every_code_is_expanded(layout, size):
     sizes = (254, 8, 0, units_of(layout, packed, 8), 0)
     assert emulate(layout, expand_program(layout), expand_grid(layout, 254, 8), packed, None, None, out, sizes) == ""
     expected = (dense.float() * weight.scale).to(torch.bfloat16)
-    assert torch.equal(out, expected[order_of(packed, 254)] if layout.any_pattern else expected)
+    assert torch.equal(out, expected)
     assert torch.equal(weight.dequantized(torch.bfloat16), expected)
 
 
@@ -108,6 +116,16 @@ def test_the_kernel_of_2_of_4_multiplies(rows, columns, tokens, tiles, most):
     out, error = product(E4M3, program(E4M3, *tiles), pack(weight, E4M3), x, rows, bias)
     assert error == ""
     assert_product(out, x, weight.dense().double() * weight.scale.double(), bias)
+
+
+@pytest.mark.parametrize(("tokens", "tiles"), [(1, (1, 1)), (8, (2, 1)), (3, (4, 1)), (16, (1, 2)), (17, (2, 4))])
+@pytest.mark.parametrize("group", [64, 128])
+def test_the_kernel_of_2_of_4_multiplies_with_scales_of_groups(group, tokens, tiles):
+    weight = grouped_weight(fp8_weight, group, 37, 456, kept_of_four(37, 456).float())
+    x, layout = torch.randn(tokens, weight.columns).to(torch.bfloat16), E4M3_GROUPS[group]
+    out, error = product(layout, program(layout, *tiles), pack(weight, layout), x, 37)
+    assert error == ""
+    assert_product(out, x, weight.dequantized(torch.float64))
 
 
 @BOTH

@@ -13,22 +13,29 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.layout import (
+    ALL,
     BF16,
     E4M3,
+    E4M3_GROUPS,
     INT4,
     INT8,
+    INT8_GROUPS,
     UNSTRUCTURED,
     UNSTRUCTURED_E4M3,
+    UNSTRUCTURED_E4M3_GROUPS,
     UNSTRUCTURED_INT4,
     UNSTRUCTURED_INT8,
+    UNSTRUCTURED_INT8_GROUPS,
+    Layout,
+    fits,
     layout_of,
-    layout_of_packed,
     pack,
     units_of,
 )
 from tests.kernels.cuda.weights import (
     bf16_weight,
     fp8_weight,
+    grouped_weight,
     int4_any_weight,
     int4_weight,
     int8_weight,
@@ -101,22 +108,31 @@ def test_int4_is_where_the_table_says(rows, columns, group):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 256), (37, 392), (5, 4)])
-def test_int8_is_where_the_table_says(rows, columns):
+@pytest.mark.parametrize("group", [0, 64, 128])
+def test_int8_is_where_the_table_says(rows, columns, group):
     """Read number by number, as the table in csrc/gpu/sparse24_8bit.cu says."""
     weight = int8_weight(rows, columns, kept_of_four(rows, columns).float())
-    packed = pack(weight, INT8)
-    units, tiles = -(-columns // 128), -(-rows // 16)
-    assert packed.numel() == tiles * (units * 1280 + 64) == INT8.nbytes(rows, columns)
-    words, values = words_of(packed).tolist(), packed.tolist()
-    scales = packed[tiles * units * 1280 :].clone().view(torch.float32)
-    assert torch.equal(scales[:rows], weight.scale[:, 0])
-    assert not scales[rows:].any()
-    dense = torch.zeros(rows, columns, dtype=torch.int8)
+    if group:
+        weight = grouped_weight(int8_weight, group, rows, columns, kept_of_four(rows, columns).float())
+    columns, layout = weight.columns, INT8_GROUPS[group] if group else INT8
+    packed = pack(weight, layout)
+    units, tiles, unit_bytes = -(-columns // 128), -(-rows // 16), 1280 + (64 * 128 // group if group else 0)
+    assert packed.numel() == tiles * (units * unit_bytes + (0 if group else 64)) == layout.nbytes(rows, columns)
+    words, values, floats = words_of(packed).tolist(), packed.tolist(), packed.view(torch.float32).tolist()
+    if not group:
+        scales = packed[tiles * units * 1280 :].clone().view(torch.float32)
+        assert torch.equal(scales[:rows], weight.scale[:, 0])
+        assert not scales[rows:].any()
+    dense, scale = torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows, columns)
     for row in range(rows):
         tile, in_tile = divmod(row, 16)
         g, h = in_tile % 8, in_tile // 8
         for column in range(0, columns, 4):
-            start, product, four, _ = element(tile, row, column, units, 128, 1280)
+            start, product, four, _ = element(tile, row, column, units, 128, unit_bytes)
+            if group:
+                scale[row, column : column + 4] = floats[
+                    (start + 1280 + 64 * (product * 32 // group) + 4 * in_tile) // 4
+                ]
             lane, q = 4 * g + four % 4, four // 4
             holder = 4 * g + 2 * (product % 2) + q  # of the metadata
             places = words[(start + 1024 + 128 * (product // 2) + 4 * holder) // 4] >> (16 * h + 4 * (four % 4)) & 15
@@ -125,6 +141,7 @@ def test_int8_is_where_the_table_says(rows, columns):
                 if column + place < columns:
                     dense[row, column + place] = values[at] - 128
     assert torch.equal(dense, weight.dense())
+    assert not group or torch.equal(scale, weight.scale.repeat_interleave(group, dim=1))
 
 
 @pytest.mark.parametrize(("group", "groups"), [(64, 3), (128, 1), (128, 2), (64, 1)])
@@ -195,47 +212,54 @@ def test_the_layout_follows_from_dtype_and_group():
     assert layout_of(torch.int32, 1000, 1000) is INT4[128]  # one scale per row
     assert layout_of(torch.int32, 32, 512) is None
     for two_of_four in (True, False):
+        int8 = INT8_GROUPS if two_of_four else UNSTRUCTURED_INT8_GROUPS
+        fp8 = E4M3_GROUPS if two_of_four else UNSTRUCTURED_E4M3_GROUPS
         assert layout_of(torch.int8, 512, 512, two_of_four) is (INT8 if two_of_four else UNSTRUCTURED_INT8)
-        assert layout_of(torch.int8, 128, 512, two_of_four) is None
         assert layout_of(torch.float8_e4m3fn, 512, 512, two_of_four) is (E4M3 if two_of_four else UNSTRUCTURED_E4M3)
-        assert layout_of(torch.float8_e4m3fn, 128, 512, two_of_four) is None
+        for dtype, by_group in ((torch.int8, int8), (torch.float8_e4m3fn, fp8)):
+            assert layout_of(dtype, 128, 512, two_of_four) is by_group[128]
+            assert layout_of(dtype, 192, 576, two_of_four) is by_group[64]
+            assert layout_of(dtype, 32, 512, two_of_four) is None
         assert layout_of(torch.float8_e5m2, 512, 512, two_of_four) is None
 
 
-def test_dtype_and_size_tell_the_layout():
-    def of(nbytes: int, dtype: torch.dtype = torch.uint8) -> object:
-        packed = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device="meta")
-        return layout_of_packed(packed, rows, columns)
+def test_dtype_and_size_must_fit_the_layout():
+    def of(layout: Layout, nbytes: int, dtype: torch.dtype) -> bool:
+        return fits(layout, torch.empty(nbytes // dtype.itemsize, dtype=dtype, device="meta"), rows, columns)
 
-    for rows in (1, 16, 100):
-        for columns in range(8, 1200, 8):
-            for layout in (BF16, INT8, *INT4.values()):
-                assert of(layout.nbytes(rows, columns)) is layout
-            assert of(E4M3.nbytes(rows, columns), torch.uint32) is E4M3
-            assert of(INT4[64].nbytes(rows, columns), torch.uint32) is None
-            assert of(BF16.nbytes(rows, columns) - 16) is None
-            assert of(BF16.nbytes(rows, columns), torch.float32) is None
+    for layout in ALL:
+        if layout.any_pattern:
+            continue
+        for rows in (1, 16, 100):
+            for columns in range(8, 1200, 88):
+                nbytes = layout.nbytes(rows, columns)
+                assert of(layout, nbytes, layout.dtype)
+                assert not of(layout, nbytes - 16, layout.dtype)
+                assert not of(layout, nbytes + 16, layout.dtype)
+                assert not of(layout, nbytes, torch.float32)
 
 
-def test_a_weight_of_any_pattern_is_told_by_its_dtype_and_has_a_least_size():
+def test_a_weight_of_any_pattern_has_a_dtype_and_a_least_size():
     for layout, make, dtype in [
         (UNSTRUCTURED, unstructured_weight, torch.int32),
         (UNSTRUCTURED_INT8, int8_weight, torch.int8),
+        (UNSTRUCTURED_INT8_GROUPS[64], partial(grouped_weight, int8_weight, 64), torch.int8),
         (UNSTRUCTURED_E4M3, fp8_weight, torch.uint16),
         (UNSTRUCTURED_INT4[64], partial(int4_any_weight, 64), torch.int16),
         (UNSTRUCTURED_INT4[128], partial(int4_any_weight, 128), torch.int64),
     ]:
         packed = pack(make(40, 200), layout)
         assert packed.dtype == dtype
-        assert layout_of_packed(packed, 40, 200) is layout
+        assert fits(layout, packed, 40, 200)
         assert units_of(layout, packed, 200) == packed.numel() * dtype.itemsize // 128
-        assert layout_of_packed(packed.view(2, -1), 40, 200) is None
-        assert layout_of_packed(packed[:-1], 40, 200) is None
+        assert not fits(layout, packed.view(2, -1), 40, 200)
+        assert not fits(layout, packed[:-1], 40, 200)
         empty = pack(make(40, 200, 0.0), layout)
-        assert layout_of_packed(empty, 40, 200) is layout
-        assert layout_of_packed(empty, 400, 200) is None
-        assert layout_of_packed(empty, 40, 70000) is None
+        assert fits(layout, empty, 40, 200)
+        assert not fits(layout, empty, 400, 200)
+        assert not fits(layout, empty, 40, 70000)
     assert (BF16.tile_rows, UNSTRUCTURED.tile_rows) == (16, 32)
+    assert (BF16.expanded_rows, UNSTRUCTURED.expanded_rows) == (16, 512)
     assert (BF16.padded_columns(200), INT4[64].padded_columns(200), UNSTRUCTURED.padded_columns(200)) == (256, 256, 256)
 
 

@@ -23,7 +23,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_products_are_right(benchmark):
-    assert len(list(benchmark.check("cuda", benchmark.ODD_SHAPES, benchmark.TOKENS))) > 50
+    """Within a minute; `make gpu-check` has ten in all."""
+    assert len(list(benchmark.check("cuda", benchmark.ODD_SHAPES, benchmark.TOKENS, benchmark.Budget(60)))) > 50
 
 
 def test_captured_graphs_compute_the_same(benchmark):

@@ -46,7 +46,7 @@ def test_every_program_fits_on_every_card():
 
 
 def test_tokens_choose_the_program():
-    for tokens, tiles in [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (32, 4), (33, 4), (128, 4)]:
+    for tokens, tiles in [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (32, 4), (33, 4), (64, 4)]:
         assert decode_program(BF16, 4096, 4096, tokens, 132).token_tiles == tiles
         assert decode_program(BF16, 4096, 4096, tokens, 132, same_order=True).token_tiles == 4
 
@@ -60,6 +60,11 @@ def test_tokens_choose_the_program():
         (INT4[128], 28672, 4096, 8, 4),  # x is read 4 times in place of 7
         (INT4[128], 4096, 4096, 8, 2),  # 128 blocks; 64 would leave half of the multiprocessors idle
         (INT4[128], 4096, 4096, 64, 4),  # twice as many, along the tokens
+        (INT4[128], 28672, 4096, 32, 8),  # x is read once per 128 rows
+        (INT4[128], 28672, 4096, 128, 8),
+        (BF16, 28672, 4096, 64, 8),
+        (INT8, 4096, 4096, 32, 2),  # 32 blocks of 128 rows would leave three of four multiprocessors idle
+        (UNSTRUCTURED, 28672, 4096, 128, 2),
         (UNSTRUCTURED, 16, 4096, 1, 2),  # it is packed so
     ],
 )
@@ -72,11 +77,13 @@ def test_the_chosen_tiles_are_hardly_slower_than_the_best(layout):
     """By the predicted times, for every card: the choice itself knows neither clocks nor instructions."""
     for card in CARDS:
         for rows, columns in ((1536, 1536), (17920, 1536), (6144, 4096), (28672, 4096), (4096, 14336), (5120, 27648)):
-            for tokens, token_tiles in ((1, 1), (8, 1), (16, 2), (32, 4)):
+            for tokens, token_tiles in ((1, (1,)), (8, (1,)), (16, (2,)), (32, (4,)), (64, (4, 8)), (128, (4, 8))):
                 chosen = decode_program(layout, rows, columns, tokens, card.processors)
-                each = [program(layout, tiles, token_tiles) for tiles in (1, 2, 4)]
+                each = [program(layout, *tiles) for tiles in tiles_of(layout) if tiles[1] in token_tiles]
                 times = {one: time_of(card, layout, one, rows, columns, tokens, 0.5).total for one in each}
-                assert times[chosen] <= 1.02 * min(times.values())
+                # a 4090 may be bound by tensor cores there, whose rate the choice does not know
+                most = 1.02 if tokens <= 32 else 1.2 if card.name == "4090" else 1.07
+                assert times[chosen] <= most * min(times.values())
 
 
 def test_a_batch_invariant_program_does_not_depend_on_the_tokens():
@@ -90,15 +97,25 @@ def test_a_batch_invariant_program_does_not_depend_on_the_tokens():
 
 def test_tiles_of_a_layout():
     assert tiles_of(UNSTRUCTURED) == ((2, 1), (2, 2), (2, 4))
-    assert tiles_of(BF16) == tuple((rows, tokens) for rows in (1, 2, 4) for tokens in (1, 2, 4))
+    shared_columns = [(rows, tokens) for rows in (1, 2, 4) for tokens in (1, 2, 4)]
+    assert tiles_of(BF16) == tiles_of(INT8) == tiles_of(INT4[64]) == (*shared_columns, (8, 4), (8, 8))
+
+
+def test_warps_share_the_columns_of_a_block_or_its_rows():
+    for layout in (BF16, INT8, INT4[64]):
+        wide, narrow = program(layout, 8, 8), program(layout, 4, 4)
+        assert (wide.split, wide.x_reads, wide.threads) == (1, 4, 128)  # each warp reads all of x
+        assert (narrow.split, narrow.x_reads) == (narrow.threads // 32, 1)
+    assert program(UNSTRUCTURED, 2, 4).split == 4
 
 
 def test_grids_cover_rows_tokens_and_units():
-    assert program(BF16, 2, 1).grid(33, 8) == (2, 1)
-    assert program(BF16, 1, 4).grid(33, 33) == (3, 2)
+    assert program(BF16, 2, 1).grid(33, 8) == (1, 2)
+    assert program(BF16, 1, 4).grid(33, 33) == (2, 3)
+    assert program(BF16, 8, 8).grid(129, 65) == (2, 2)
     assert expand_grid(BF16, 33, 200) == (3, 1)
     assert expand_grid(BF16, 16, 264) == (1, 2)
     assert expand_grid(INT4[64], 16, 1040) == (1, 3)
     assert expand_grid(UNSTRUCTURED, 33, 4096) == (2, 1)
-    assert program(UNSTRUCTURED, 2, 4).grid(33, 33) == (2, 2)
+    assert program(UNSTRUCTURED, 2, 4).grid(33, 65) == (3, 2)
     assert expand_program(INT4[64]).shared_bytes == 0

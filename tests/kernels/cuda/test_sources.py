@@ -25,6 +25,7 @@ def test_every_source_of_a_clone_is_read():
         *(layout.source for layout in layouts),
         "ptx.h",
         "decode.h",
+        "wide.h",
         "bytes.h",
         "unstructured.h",
         "windows.h",

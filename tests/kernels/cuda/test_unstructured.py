@@ -16,9 +16,9 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.layout import UNSTRUCTURED, pack, units_of
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
-from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes, order_of
+from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes
 from tests.kernels.cuda.emulate import emulate, product
-from tests.kernels.cuda.weights import AWKWARD, assert_product, int4_weight, skewed, unstructured_weight
+from tests.kernels.cuda.weights import AWKWARD, assert_product, int4_weight, order_of, skewed, unstructured_weight
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def test_the_kernel_expands(weight):
     sizes = (weight.rows, weight.columns, 0, units_of(UNSTRUCTURED, packed, weight.columns), 0)
     grid = expand_grid(UNSTRUCTURED, *out.shape)
     assert emulate(UNSTRUCTURED, expand_program(UNSTRUCTURED), grid, packed, None, None, out, sizes) == ""
-    assert torch.equal(out, weight.dense()[order_of(packed, weight.rows)])
+    assert torch.equal(out, weight.dense())
 
 
 def test_a_token_has_the_same_bits_in_every_program():
@@ -151,6 +151,17 @@ def test_rows_are_sorted_so_that_those_that_store_alike_are_padded_alike():
     assert bool((stored.diff() <= 0).all())
     padded = packed.numel() * 4 / (2 * weight.values.numel() + 512 * 1024 / 8)
     assert padded < 1.3  # bytes over those of values and masks alone
+
+
+def test_rows_are_sorted_within_512_so_that_a_part_of_the_weight_is_a_part_of_the_packed_one():
+    weight = unstructured_weight(552, 32, torch.rand(552, 1))
+    packed = pack(weight, UNSTRUCTURED)
+    order = order_of(packed, 552)
+    assert order[:512].sort().values.tolist() == list(range(512))
+    stored = (weight.dense() != 0).sum(dim=1)[order]
+    assert bool((stored[:512].diff() <= 0).all())
+    assert bool((stored[512:].diff() <= 0).all())
+    assert int(stored[512]) > int(stored[511])
 
 
 def test_segments_have_about_as_many_bytes_and_all_columns():

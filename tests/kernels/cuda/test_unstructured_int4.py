@@ -17,7 +17,7 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.layout import UNSTRUCTURED_INT4, Layout, pack, units_of
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
-from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes, order_of
+from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes
 from tests.kernels.cuda.emulate import emulate, product
 from tests.kernels.cuda.weights import AWKWARD, assert_product, int4_any_weight, skewed
 
@@ -153,7 +153,7 @@ def test_the_kernel_expands(weight, layout):
     sizes = (weight.rows, weight.columns, 0, units_of(layout, packed, weight.columns), 0)
     grid, chosen = expand_grid(layout, *out.shape), expand_program(layout)
     assert emulate(layout, chosen, grid, packed, None, None, out, sizes) == ""
-    assert torch.equal(out, weight.dequantized(torch.bfloat16)[order_of(packed, weight.rows)])
+    assert torch.equal(out, weight.dequantized(torch.bfloat16))
 
 
 def test_every_nibble_is_its_number(layout, group):

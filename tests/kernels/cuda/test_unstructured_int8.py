@@ -17,16 +17,17 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.layout import UNSTRUCTURED_INT8, pack, units_of
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
-from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes, order_of, shared_bytes
+from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes, shared_bytes
 from tests.kernels.cuda.emulate import emulate, product
-from tests.kernels.cuda.weights import AWKWARD, assert_product, bf16_weight, int8_weight, skewed
+from tests.kernels.cuda.weights import AWKWARD, assert_product, bf16_weight, int8_weight, order_of, skewed
 
 INT8 = UNSTRUCTURED_INT8.streams
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment as the description says where its parts are. masks [steps, 32, 2]; values uint8 [lines, 32, 4]."""
+    """One segment as the description says where its parts are. masks [steps, 32, 2]; values uint8 [lines, 32, 4]; scales
+    [steps x 64 / group, 32] float32, none where a row has one scale."""
 
     tile: int
     first: int
@@ -34,31 +35,34 @@ class Segment:
     counts: list[int]
     masks: Tensor
     values: Tensor
+    scales: Tensor
 
 
-def segments_of(packed: Tensor, rows: int) -> Iterator[Segment]:
+def segments_of(packed: Tensor, rows: int, group: int = 0) -> Iterator[Segment]:
     tiles = -(-rows // 32)
     words = packed.view(torch.int32)
     units = words.view(-1, 32)
     for number in range(4 * tiles):
         begin, groups, where, before = words[32 * tiles + 4 * number :][:4].tolist()
         steps = where >> 16
-        of_counts = -(-steps // 128)
+        of_counts, of_scales = -(-steps // 128), steps * 64 // group if group else 0
         counts = units[begin : begin + of_counts].contiguous().view(torch.uint8).flatten()
         masks = units[begin + of_counts :][: 2 * steps].reshape(steps, 32, 2)
-        values = units[begin + of_counts + 2 * steps :][: 8 * groups].contiguous().view(torch.uint8).view(-1, 32, 4)
+        after = units[begin + of_counts + 2 * steps :]
+        values = after[of_scales : of_scales + 8 * groups].contiguous().view(torch.uint8).view(-1, 32, 4)
+        scales = after[:of_scales].contiguous().view(torch.float32)
         assert not counts[steps:].any()
         early = [before >> shift & 255 for shift in (0, 8)]
         assert before >> 16 == 0
-        yield Segment(number // 4, where & 65535, early, counts[:steps].tolist(), masks, values)
+        yield Segment(number // 4, where & 65535, early, counts[:steps].tolist(), masks, values, scales)
 
 
-def unpack_slowly(packed: Tensor, rows: int, columns: int, lifted: int = 128) -> tuple[Tensor, int]:
+def unpack_slowly(packed: Tensor, rows: int, columns: int, lifted: int = 128, group: int = 0) -> tuple[Tensor, int]:
     """The dense integers, read place by place; and how many zeros are stored. `lifted`: what a byte is more than its value."""
     dense, zeros = torch.zeros(rows, columns, dtype=torch.int8), 0
     order = packed.view(torch.int32)[:rows].tolist()
     assert sorted(order) == list(range(rows))
-    for segment in segments_of(packed, rows):
+    for segment in segments_of(packed, rows, group):
         masks, values = (
             (segment.masks.long() & 0xFFFFFFFF).tolist(),
             segment.values.permute(1, 0, 2).flatten(1).tolist(),
@@ -85,10 +89,10 @@ def unpack_slowly(packed: Tensor, rows: int, columns: int, lifted: int = 128) ->
     return dense, zeros
 
 
-def check_schedule(packed: Tensor, rows: int) -> None:
+def check_schedule(packed: Tensor, rows: int, group: int = 0) -> None:
     """Goes through the steps as the ring does: 64 lines, groups of 8, copies of a step arrive two steps later. Of a stream that
     has read n values, line n // 4 and the one behind it may be in a window."""
-    for segment in segments_of(packed, rows):
+    for segment in segments_of(packed, rows, group):
         bits = segment.masks[:, :, :, None] >> torch.arange(32) & 1
         per_step = bits.sum(dim=(2, 3))
         read = torch.cat([torch.zeros(1, 32, dtype=torch.int64), per_step.cumsum(0)])
@@ -144,7 +148,7 @@ def test_the_kernel_expands(weight):
     sizes = (weight.rows, weight.columns, 0, units_of(UNSTRUCTURED_INT8, packed, weight.columns), 0)
     grid, chosen = expand_grid(UNSTRUCTURED_INT8, *out.shape), expand_program(UNSTRUCTURED_INT8)
     assert emulate(UNSTRUCTURED_INT8, chosen, grid, packed, None, None, out, sizes) == ""
-    assert torch.equal(out, weight.dequantized(torch.bfloat16)[order_of(packed, weight.rows)])
+    assert torch.equal(out, weight.dequantized(torch.bfloat16))
 
 
 def test_every_byte_is_its_number():

@@ -63,6 +63,15 @@ def int4_any_weight(group: int, rows: int, columns: int, density: float | Tensor
     return replace(stored, scale=torch.rand(rows, values.shape[1] // group) + 0.1, bits=4)
 
 
+def grouped_weight(
+    make: Callable[..., StoredWeight], group: int, rows: int, columns: int, density: float | Tensor = 0.5
+) -> StoredWeight:
+    """Int8 or fp8 that `make` makes, with a scale per row and group; columns padded to whole groups; `density` as above."""
+    values = make(rows, columns, density).dense()
+    padded = pad(values.view(torch.int8), (0, -columns % group)).view(values.dtype)
+    return replace(from_dense(padded, "layer"), scale=torch.rand(rows, padded.shape[1] // group) + 0.1)
+
+
 def leaning(make: Callable[..., StoredWeight], rows: int, columns: int) -> StoredWeight:
     """Some lanes store much and others little, which change places: streams that must be filled with zeros."""
     density = torch.full((rows, columns), 0.05)
@@ -92,6 +101,11 @@ AWKWARD: dict[str, Callable[[Callable[..., StoredWeight]], StoredWeight]] = {
     "one column": lambda make: make(64, 640, torch.eye(640)[77]),
     "even columns": lambda make: make(32, 1024, torch.tensor([1.0, 0.0]).repeat(512)),
 }
+
+
+def order_of(packed: Tensor, rows: int) -> Tensor:
+    """Int64 [rows]: the row of a packed weight of any pattern that each sorted row is."""
+    return packed.view(torch.int32)[:rows].long()
 
 
 def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
