@@ -13,7 +13,10 @@ from vllm.logger import init_logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.crossover import measure_crossovers
+from rac_modifier.kernels.cpu.operator import use_crossovers
 from rac_modifier.kernels.cpu.support import support
+
+__all__ = ["VARIABLE", "crossovers", "use_crossovers", "wanted_rows"]
 
 logger = init_logger(f"vllm.{__name__}")
 VARIABLE = "RAC_CROSSOVER"

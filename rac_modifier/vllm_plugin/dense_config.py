@@ -24,10 +24,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.operator import use_crossovers
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.activations import activation_bits
-from rac_modifier.vllm_plugin.crossover import crossovers
+from rac_modifier.vllm_plugin.crossover import crossovers, use_crossovers
 from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod, by_vllm, logger, record
 from rac_modifier.vllm_plugin.shards import Int4Shards
 from rac_modifier.vllm_plugin.sparse_layers import fused_modules

@@ -16,10 +16,9 @@ from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import has_backend
-from rac_modifier.kernels.cpu.operator import use_crossovers
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.activations import VARIABLE, activation_bits, wanted_bits
-from rac_modifier.vllm_plugin.crossover import crossovers
+from rac_modifier.vllm_plugin.crossover import crossovers, use_crossovers
 from rac_modifier.vllm_plugin.sparse_layers import (
     SparseLayers,
     fused_modules,

@@ -253,7 +253,9 @@ def test_int8_is_claimed_whatever_its_pattern(gpu):
     weight = int8_weight(256, 4096, 0.4)
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
     assert cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 4096, rel=0.02)
-    assert not cuda.can_run(Layer.of(replace(weight, scale=torch.ones(256, 2)), BF16)).sparse
+    in_groups = cuda.can_run(Layer.of(replace(weight, scale=torch.ones(256, 64)), BF16))  # of 64 columns
+    assert in_groups.kernel == "sparse GPU kernel unstructured int8"
+    assert not cuda.can_run(Layer.of(replace(weight, scale=torch.ones(256, 128)), BF16)).sparse  # of 32
 
 
 def test_fp8_is_claimed_whatever_its_pattern(gpu):
