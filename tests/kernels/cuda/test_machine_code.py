@@ -63,7 +63,8 @@ MOST |= {("unstructured", 1): 7.2, ("unstructured", 2): 7.6, ("unstructured", 4)
 # Int8 of any pattern: 5.1-5.4, 5.2-5.7 and 5.7-6.5 were found, of which some 4 take values out of the stream and make bfloat16
 # of them. An H100 can issue 6.2 while it reads a weight of 0.68 bytes, an H200 4.3, a B200 2.9: there, instructions bound it.
 MOST |= {("unstructured int8", 1): 5.6, ("unstructured int8", 2): 6.0, ("unstructured int8", 4): 6.8}
-# Fp8 of any pattern: 6.1-6.3, 6.2-6.6 and 6.7-7.3 (up to 8.0 with scales of groups); a weight costs one instruction more than in int8.
+# Fp8 of any pattern: 6.1-6.3, 6.2-6.6 and 6.7-7.3, up to 8.0 with scales of groups; a weight costs one instruction more than in
+# int8.
 MOST |= {("unstructured fp8", 1): 6.6, ("unstructured fp8", 2): 7.0, ("unstructured fp8", 4): 7.7}
 # Int4 of any pattern: 6.1-6.5, 6.5-7.0 and 7.3-7.8 were found. An H100 can issue 3.9 while it reads 0.42 bytes, a B200
 # 1.8, a 4090 17 and an L4 21: only on the last two does memory bound it.
