@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from common import machine
-from frontier_answers import answers_in
+from frontier_answers import answers_in, read_rows
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     load = {"pretrained_model_name_or_path": args.model, "dtype": "auto"}
     dense, tokenizer = AutoModelForCausalLM.from_pretrained(**load), AutoTokenizer.from_pretrained(args.model)
     answers = answers_in(FrontierFolder.read(args.frontier), tokenizer)
-    done = {json.dumps(row["what"]) for row in read(args.out)}
+    done = {json.dumps(row["what"]) for row in read_rows(args.out)}
     for label, seed, tokens, recover in itertools.product(args.rows, args.seeds, args.tokens, args.recover):
         what = {"row": label, "tokens": tokens, "recover": recover, "seed": seed}
         if json.dumps(what) in done:
@@ -60,10 +60,6 @@ def run(args: argparse.Namespace) -> None:
         row["divergence"] = divergence(dense, model, answers, label=label, progress=False).as_dict()
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -91,7 +87,7 @@ def main() -> None:
     print(machine(), flush=True)
     if not args.report_only:
         run(args)
-    report(read(args.out))
+    report(read_rows(args.out))
 
 
 if __name__ == "__main__":

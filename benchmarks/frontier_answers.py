@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.problems.held_out import held_out_problems
@@ -19,3 +23,8 @@ def answers_in(folder: FrontierFolder, tokenizer: object) -> list[TokenSequence]
     prompts = [tuple(render_question(tokenizer, problem.question, sampling)) for problem in problems]
     traces = folder.traces(DENSE)
     return [((*prompt, *trace["ids"]), len(prompt)) for prompt, trace in zip(prompts, traces, strict=True)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that a benchmark has appended to a file so far; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

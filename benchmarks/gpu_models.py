@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from rac_modifier.kernels.cuda.cards import CARDS, Card
@@ -28,6 +29,15 @@ MODELS = {
     "1.5B": ({"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)}, 28),
     "8B": ({"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}, 32),
     "32B": ({"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (55296, 5120), "down": (5120, 27648)}, 64),
+}
+EVERY = [*itertools.product(CARDS, MODELS, TOKENS)]
+# The formats that batches are predicted for.
+OF_BATCHES = {
+    "2:4": BF16,
+    "2:4 + int8": INT8,
+    "2:4 + int4": INT4[128],
+    "50 %": UNSTRUCTURED,
+    "50 % + int8": UNSTRUCTURED_INT8,
 }
 
 
@@ -70,16 +80,12 @@ def models() -> Iterator[str]:
     relative = "2:4 over bf16 | 2:4 + int4 over bf16 | over fp8 | over int4"
     yield f"| card | model | tokens | {absolute} | {relative} | bound by |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t = times(card, model, tokens)
-                sparse = t["2:4 int4"]
-                gains = (t["bf16"] / t["2:4"], t["bf16"] / sparse, t["fp8"] / sparse, t["int4"] / sparse)
-                numbers = [f"{t[name]:.2f}" for name in (*DENSE, "2:4", "2:4 int4")] + [
-                    f"{gain:.2f}x" for gain in gains
-                ]
-                yield f"| {card.name} | {model} | {tokens} | {' | '.join(numbers)} | {bound(card, model, tokens)} |"
+    for card, model, tokens in EVERY:
+        t = times(card, model, tokens)
+        sparse = t["2:4 int4"]
+        gains = (t["bf16"] / t["2:4"], t["bf16"] / sparse, t["fp8"] / sparse, t["int4"] / sparse)
+        numbers = [f"{t[name]:.2f}" for name in (*DENSE, "2:4", "2:4 int4")] + [f"{gain:.2f}x" for gain in gains]
+        yield f"| {card.name} | {model} | {tokens} | {' | '.join(numbers)} | {bound(card, model, tokens)} |"
 
 
 def unstructured() -> Iterator[str]:
@@ -87,28 +93,24 @@ def unstructured() -> Iterator[str]:
     absolute = "dense bf16, ms | 50 %, ms"
     yield f"| card | model | tokens | {absolute} | 50 % over bf16 | 60 % | 70 % | 80 % | 70 % over fp8 | 50 % bound by |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t = times(card, model, tokens)
-                found = [unstructured_time(card, model, tokens, sparsity) for sparsity in (0.5, 0.6, 0.7, 0.8)]
-                gains = " | ".join(f"{t['bf16'] / each:.2f}x" for each in found)
-                numbers = f"{t['bf16']:.2f} | {found[0]:.2f} | {gains} | {t['fp8'] / found[2]:.2f}x"
-                bound_by = bound(card, model, tokens, UNSTRUCTURED)
-                yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound_by} |"
+    for card, model, tokens in EVERY:
+        t = times(card, model, tokens)
+        found = [unstructured_time(card, model, tokens, sparsity) for sparsity in (0.5, 0.6, 0.7, 0.8)]
+        gains = " | ".join(f"{t['bf16'] / each:.2f}x" for each in found)
+        numbers = f"{t['bf16']:.2f} | {found[0]:.2f} | {gains} | {t['fp8'] / found[2]:.2f}x"
+        bound_by = bound(card, model, tokens, UNSTRUCTURED)
+        yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound_by} |"
 
 
 def int8_24() -> Iterator[str]:
     """2:4 + int8: every card, model and number of tokens."""
     yield "| card | model | tokens | fp8, ms | 2:4 + int8, ms | over fp8 | over bf16 | over int4 | bound by |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t, taken = times(card, model, tokens), layout_time(card, model, tokens, INT8)
-                gains = " | ".join(f"{t[name] / taken:.2f}x" for name in ("fp8", "bf16", "int4"))
-                numbers = f"{t['fp8']:.2f} | {taken:.2f} | {gains} | {bound(card, model, tokens, INT8)}"
-                yield f"| {card.name} | {model} | {tokens} | {numbers} |"
+    for card, model, tokens in EVERY:
+        t, taken = times(card, model, tokens), layout_time(card, model, tokens, INT8)
+        gains = " | ".join(f"{t[name] / taken:.2f}x" for name in ("fp8", "bf16", "int4"))
+        numbers = f"{t['fp8']:.2f} | {taken:.2f} | {gains} | {bound(card, model, tokens, INT8)}"
+        yield f"| {card.name} | {model} | {tokens} | {numbers} |"
 
 
 def fp8() -> Iterator[str]:
@@ -116,20 +118,18 @@ def fp8() -> Iterator[str]:
     head = "fp8, ms | 2:4 + fp8, ms | over fp8 | over int4 | bound by"
     yield f"| card | model | tokens | {head} | 50 % + fp8, ms | over fp8 | 60 % | 70 % | 50 % over int4 | 50 % bound by |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t, even = times(card, model, tokens), layout_time(card, model, tokens, E4M3)
-                each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_E4M3) for share in (0.5, 0.6, 0.7)]
-                gains = [t["fp8"] / time for time in each] + [t["int4"] / each[0]]
-                cells = [
-                    f"{t['fp8']:.2f} | {even:.2f} | {t['fp8'] / even:.2f}x | {t['int4'] / even:.2f}x",
-                    bound(card, model, tokens, E4M3),
-                    f"{each[0]:.2f}",
-                    *(f"{gain:.2f}x" for gain in gains),
-                    bound(card, model, tokens, UNSTRUCTURED_E4M3),
-                ]
-                yield f"| {card.name} | {model} | {tokens} | {' | '.join(cells)} |"
+    for card, model, tokens in EVERY:
+        t, even = times(card, model, tokens), layout_time(card, model, tokens, E4M3)
+        each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_E4M3) for share in (0.5, 0.6, 0.7)]
+        gains = [t["fp8"] / time for time in each] + [t["int4"] / each[0]]
+        cells = [
+            f"{t['fp8']:.2f} | {even:.2f} | {t['fp8'] / even:.2f}x | {t['int4'] / even:.2f}x",
+            bound(card, model, tokens, E4M3),
+            f"{each[0]:.2f}",
+            *(f"{gain:.2f}x" for gain in gains),
+            bound(card, model, tokens, UNSTRUCTURED_E4M3),
+        ]
+        yield f"| {card.name} | {model} | {tokens} | {' | '.join(cells)} |"
 
 
 def int8() -> Iterator[str]:
@@ -137,29 +137,25 @@ def int8() -> Iterator[str]:
     gains_of = "50 % over fp8 | 60 % | 70 % | 50 % over bf16 | over int4"
     yield f"| card | model | tokens | fp8, ms | 50 %, ms | {gains_of} | 50 % bound by |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t = times(card, model, tokens)
-                each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_INT8) for share in (0.5, 0.6, 0.7)]
-                half = each[0]
-                gains = [t["fp8"] / time for time in each] + [t["bf16"] / half, t["int4"] / half]
-                numbers = " | ".join([f"{t['fp8']:.2f}", f"{half:.2f}", *(f"{gain:.2f}x" for gain in gains)])
-                yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, UNSTRUCTURED_INT8)} |"
+    for card, model, tokens in EVERY:
+        t = times(card, model, tokens)
+        each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_INT8) for share in (0.5, 0.6, 0.7)]
+        half = each[0]
+        gains = [t["fp8"] / time for time in each] + [t["bf16"] / half, t["int4"] / half]
+        numbers = " | ".join([f"{t['fp8']:.2f}", f"{half:.2f}", *(f"{gain:.2f}x" for gain in gains)])
+        yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, UNSTRUCTURED_INT8)} |"
 
 
 def int4() -> Iterator[str]:
     """Int4 of any pattern in groups of 128: every card, model and number of tokens, over dense int4."""
     yield "| card | model | tokens | int4, ms | 50 %, ms | 50 % over int4 | 60 % | 70 % | 50 % over fp8 | 50 % bound by |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        for model in MODELS:
-            for tokens in TOKENS:
-                t, layout = times(card, model, tokens), UNSTRUCTURED_INT4[128]
-                each = [unstructured_time(card, model, tokens, share, layout) for share in (0.5, 0.6, 0.7)]
-                gains = [t["int4"] / time for time in each] + [t["fp8"] / each[0]]
-                numbers = " | ".join([f"{t['int4']:.2f}", f"{each[0]:.2f}", *(f"{gain:.2f}x" for gain in gains)])
-                yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, layout)} |"
+    for card, model, tokens in EVERY:
+        t, layout = times(card, model, tokens), UNSTRUCTURED_INT4[128]
+        each = [unstructured_time(card, model, tokens, share, layout) for share in (0.5, 0.6, 0.7)]
+        gains = [t["int4"] / time for time in each] + [t["fp8"] / each[0]]
+        numbers = " | ".join([f"{t['int4']:.2f}", f"{each[0]:.2f}", *(f"{gain:.2f}x" for gain in gains)])
+        yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, layout)} |"
 
 
 def groups() -> Iterator[str]:
@@ -182,20 +178,13 @@ def groups() -> Iterator[str]:
 
 def batches() -> Iterator[str]:
     """Batches beyond 32 tokens: every card and model, over dense bfloat16, and 2:4 + int4 over int4."""
-    layouts = {
-        "2:4": BF16,
-        "2:4 + int8": INT8,
-        "2:4 + int4": INT4[128],
-        "50 %": UNSTRUCTURED,
-        "50 % + int8": UNSTRUCTURED_INT8,
-    }
-    yield f"| card | model | tokens | dense bf16, ms | {' | '.join(layouts)} | 2:4 + int4 over int4 |"
-    yield f"|---|---|---|---|{'---|' * len(layouts)}---|"
+    yield f"| card | model | tokens | dense bf16, ms | {' | '.join(OF_BATCHES)} | 2:4 + int4 over int4 |"
+    yield f"|---|---|---|---|{'---|' * len(OF_BATCHES)}---|"
     for card in CARDS:
         for model in MODELS:
             for tokens in (32, 64, 128):
                 t = times(card, model, tokens)
-                taken = {name: layout_time(card, model, tokens, layout) for name, layout in layouts.items()}
+                taken = {name: layout_time(card, model, tokens, layout) for name, layout in OF_BATCHES.items()}
                 gains = " | ".join(f"{t['bf16'] / each:.2f}x" for each in taken.values())
                 int4 = t["int4"] / taken["2:4 + int4"]
                 yield f"| {card.name} | {model} | {tokens} | {t['bf16']:.2f} | {gains} | {int4:.2f}x |"

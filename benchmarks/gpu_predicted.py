@@ -13,7 +13,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from gpu_models import MODELS, TOKENS, batches, fp8, groups, int4, int8, int8_24, models, times, unstructured
+from gpu_models import (
+    MODELS,
+    OF_BATCHES,
+    TOKENS,
+    batches,
+    fp8,
+    groups,
+    int4,
+    int8,
+    int8_24,
+    models,
+    times,
+    unstructured,
+)
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
@@ -183,16 +196,9 @@ def row_tiles() -> Iterator[str]:
 
 def split() -> Iterator[str]:
     """1.5B at 8 tokens, if a layer's columns could go over more blocks, whose sums a second kernel adds in a fixed order."""
-    layouts = {
-        "2:4": BF16,
-        "2:4 + int8": INT8,
-        "2:4 + int4": INT4[128],
-        "50 %": UNSTRUCTURED,
-        "50 % + int8": UNSTRUCTURED_INT8,
-    }
     tokens, shapes = 8, MODELS["1.5B"][0].values()
-    yield f"| card | {' | '.join(layouts)} |"
-    yield f"|---|{'---|' * len(layouts)}"
+    yield f"| card | {' | '.join(OF_BATCHES)} |"
+    yield f"|---|{'---|' * len(OF_BATCHES)}"
     for card in CARDS:
 
         def taken(layout: Layout, rows: int, columns: int, parts: int, card: Card = card) -> float:
@@ -204,7 +210,7 @@ def split() -> Iterator[str]:
             return one + (LAUNCH + sums if parts > 1 else 0.0)
 
         gains = []
-        for layout in layouts.values():
+        for layout in OF_BATCHES.values():
             now = sum(sparse_time(card, layout, *shape, tokens).total for shape in shapes)
             gains.append(now / sum(min(taken(layout, *shape, parts) for parts in (1, 2, 4, 8)) for shape in shapes))
         yield f"| {card.name} | {' | '.join(f'{gain:.2f}x' for gain in gains)} |"
@@ -212,19 +218,12 @@ def split() -> Iterator[str]:
 
 def expanding() -> Iterator[str]:
     """8B: the time to expand and multiply over the kernels', by tokens."""
-    layouts = {
-        "2:4": BF16,
-        "2:4 + int8": INT8,
-        "2:4 + int4": INT4[128],
-        "50 %": UNSTRUCTURED,
-        "50 % + int8": UNSTRUCTURED_INT8,
-    }
-    yield f"| card | tokens | {' | '.join(layouts)} |"
-    yield f"|---|---|{'---|' * len(layouts)}"
+    yield f"| card | tokens | {' | '.join(OF_BATCHES)} |"
+    yield f"|---|---|{'---|' * len(OF_BATCHES)}"
     for card in CARDS:
         for tokens in (128, 192, 256, 384):
             gains = []
-            for layout in layouts.values():
+            for layout in OF_BATCHES.values():
                 expanded = kernels = 0.0
                 for shape in MODELS["8B"][0].values():
                     chosen = decode_program(layout, *shape, tokens, card.processors)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 from common import machine
-from frontier_answers import answers_in
+from frontier_answers import answers_in, read_rows
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     load = {"pretrained_model_name_or_path": args.model, "dtype": "auto"}
     dense, tokenizer = AutoModelForCausalLM.from_pretrained(**load), AutoTokenizer.from_pretrained(args.model)
     answers = answers_in(FrontierFolder.read(args.frontier), tokenizer)[:: args.every]
-    done = [row["what"] for row in read(args.out)]
+    done = [row["what"] for row in read_rows(args.out)]
     for label, calibration in itertools.product(args.rows, args.calibrations):
         what = {"row": label, "calibration": calibration, "tokens": args.tokens, "seed": args.seed}
         what["answers"] = len(answers)
@@ -77,10 +77,6 @@ def run(args: argparse.Namespace) -> None:
         row["top1"] = [fmean(each.agrees) for each in found]
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -132,7 +128,7 @@ def main() -> None:
     print(machine(), flush=True)
     if not args.report_only:
         run(args)
-    report(read(args.out))
+    report(read_rows(args.out))
 
 
 if __name__ == "__main__":

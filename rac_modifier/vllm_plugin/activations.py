@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu.library import BYTE_ISAS
+from rac_modifier.kernels.cpu.support import support
 
 VARIABLE = "RAC_ACTIVATIONS"
 _BITS = {"int8": 8, "int16": 16}
@@ -26,6 +28,26 @@ def wanted_bits() -> int | None:
             f'{VARIABLE}="{wanted}": activations can be int8 or int16; unset it to take what the checkpoint records'
         )
     return None if wanted is None else _BITS[wanted]
+
+
+def check_effect(*, integers: bool, on_cpu: bool) -> None:
+    """Refuse a request that changes nothing. `integers`: the checkpoint has weights of integers.
+
+    Raises:
+        RacError: its weights are floats, or RAC_ACTIVATIONS=int8 where no kernel multiplies bytes.
+    """
+    wanted = wanted_bits()
+    if wanted is not None and not integers:
+        raise RacError(
+            f"{VARIABLE}: the weights of this checkpoint are floats, and activations are rounded for integers only; unset it"
+        )
+    available = support()
+    if wanted == 8 and not (on_cpu and available.isa in BYTE_ISAS):
+        here = available.reason if on_cpu else "this is not a CPU"
+        raise RacError(
+            f"{VARIABLE}=int8: only CPU kernels that multiply bytes ({', '.join(BYTE_ISAS)}) take activations of 8 bits; here: "
+            f"{here}; unset it"
+        )
 
 
 def activation_bits(recorded: bool = False) -> int:

@@ -25,7 +25,7 @@ from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
-from rac_modifier.vllm_plugin.activations import activation_bits
+from rac_modifier.vllm_plugin.activations import activation_bits, check_effect
 from rac_modifier.vllm_plugin.crossover import crossovers, use_crossovers
 from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod, by_vllm, logger, record
 from rac_modifier.vllm_plugin.shards import Int4Shards
@@ -73,6 +73,7 @@ class DenseInt4Config(CompressedTensorsConfig):
         from vllm.platforms import current_platform
 
         check_index(model_name)
+        check_effect(integers=True, on_cpu=current_platform.is_cpu())
         if current_platform.is_cpu():
             self.crossovers = crossovers(("int4",))
         if getattr(hf_config, "rac_sparsity", None):

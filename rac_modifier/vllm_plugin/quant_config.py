@@ -17,7 +17,7 @@ from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import has_backend
 from rac_modifier.vllm_plugin import METHOD
-from rac_modifier.vllm_plugin.activations import VARIABLE, activation_bits, wanted_bits
+from rac_modifier.vllm_plugin.activations import activation_bits, check_effect
 from rac_modifier.vllm_plugin.crossover import crossovers, use_crossovers
 from rac_modifier.vllm_plugin.sparse_layers import (
     SparseLayers,
@@ -114,10 +114,7 @@ class RacSparseConfig(QuantizationConfig):
             self.layers = parse_dense_stored(record)
         elif self.quantized is not None:
             self.layers = replace(self.layers, int8_activations=SparsityRecord.of({RAC_KEY: record}).int8_activations)
-        if self.quantized is None and wanted_bits() is not None:
-            raise RacError(
-                f"{VARIABLE}: the weights of this checkpoint are floats, and activations are rounded for integers only; unset it"
-            )
+        check_effect(integers=self.quantized is not None, on_cpu=current_platform.is_cpu())
         if current_platform.is_cpu():
             self.crossovers = crossovers(self.kinds)
 

@@ -66,7 +66,8 @@ def test_no_other_place_names_the_folder_of_a_backend():
 
     What only CPUs have is imported by name: looking rows up, the measured crossover, activations in 8 bits.
     """
-    of_cpus = ("vllm_plugin/vocabulary.py", "vllm_plugin/crossover.py", "evaluation/activation_bits.py")
+    of_cpus = [f"vllm_plugin/{name}.py" for name in ("vocabulary", "crossover", "activations")]
+    of_cpus.append("evaluation/activation_bits.py")
     named_in = {PACKAGE / path for path in ("kernels/choose.py", "kernels/predicted.py", *of_cpus)}
     for path in PACKAGE.rglob("*.py"):
         if path in named_in or path.parent.name in BACKENDS:

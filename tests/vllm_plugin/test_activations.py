@@ -16,7 +16,7 @@ from rac_modifier.checkpoint.formats import FORMAT_BITMASK, pack  # noqa: E402
 from rac_modifier.checkpoint.sparsity_config import with_int8_activations, with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.cpu.support import library_and_isa, support  # noqa: E402
-from rac_modifier.vllm_plugin import quant_config  # noqa: E402
+from rac_modifier.vllm_plugin import activations, quant_config  # noqa: E402
 from rac_modifier.vllm_plugin.activations import activation_bits, wanted_bits  # noqa: E402
 from tests.vllm_plugin.layer_kinds import (  # noqa: E402
     finish,
@@ -122,3 +122,18 @@ def test_a_request_without_effect_is_refused(monkeypatch):
     )
     with pytest.raises(RacError, match="RAC_ACTIVATIONS: the weights of this checkpoint are floats, and activations"):
         floats.maybe_update_config("model", hf_config())
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_8_bits_are_refused_where_no_kernel_multiplies_bytes(monkeypatch, isa):
+    monkeypatch.setenv("RAC_ACTIVATIONS", "int8")
+    monkeypatch.setattr(activations, "support", lambda: SimpleNamespace(isa=isa, reason="some kernel"))
+    with pytest.raises(RacError, match=r"RAC_ACTIVATIONS=int8: only CPU kernels .* here: this is not a CPU; unset it"):
+        activations.check_effect(integers=True, on_cpu=False)
+    if isa == "avx512":
+        activations.check_effect(integers=True, on_cpu=True)
+        return
+    with pytest.raises(
+        RacError, match=r"multiply bytes \(.*avx512.*\) take activations of 8 bits; here: some kernel; unset"
+    ):
+        activations.check_effect(integers=True, on_cpu=True)

@@ -91,7 +91,7 @@ def check_tokens(tokens: int) -> int:
         RacError: fewer than 1, or more than the formula is for.
     """
     if not 1 <= tokens <= MOST_TOKENS:
-        raise RacError(f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}, which the kernels multiply")
+        raise RacError(f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}; give a number of these")
     return tokens
 
 
