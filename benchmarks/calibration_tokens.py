@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
     answers = answers_in(FrontierFolder.read(args.frontier), tokenizer)
     done = {json.dumps(row["what"]) for row in read_rows(args.out)}
     for label, seed, tokens, recover in itertools.product(args.rows, args.seeds, args.tokens, args.recover):
-        what = {"row": label, "tokens": tokens, "recover": recover, "seed": seed} | ({"set": args.set} if args.set else {})
+        what = {"row": label, "tokens": tokens, "recover": recover, "seed": seed} | (
+            {"set": args.set} if args.set else {}
+        )
         if json.dumps(what) in done:
             continue
         model = AutoModelForCausalLM.from_pretrained(**load)
@@ -86,7 +88,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--recover", type=int, nargs="+", default=[0], help="tokens of recovery, 0 for none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting (repeatable)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting (repeatable)"
+    )
     parser.add_argument("--out", type=Path, default=Path("calibration_tokens.jsonl"))
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
