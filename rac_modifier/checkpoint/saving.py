@@ -17,6 +17,7 @@ from rac_modifier.checkpoint import upload as hub
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
 from rac_modifier.checkpoint.license import CARD_NAME, license_of
+from rac_modifier.checkpoint.measured import write_int8_activations
 from rac_modifier.checkpoint.names_on_disk import keep_expert_names, names_on_disk
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
@@ -41,8 +42,9 @@ def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...
 class SavePlan:
     """What a compressed model must look like on disk; without `modules` nothing is pruned, checked or packed.
 
-    `patterns` has one pattern per module of `modules`. `record` is the run's part of the record beside the weights; versions
-    and the base model are added when it is written. `tokenizer` is a path or id, None for that of the base model.
+    `patterns` has one pattern per module of `modules`; the activations of `int8_activations`, some of these, may have 8 bits.
+    `record` is the run's part of the record beside the weights; versions and the base model are added when it is written.
+    `tokenizer` is a path or id, None for that of the base model.
     `prepare(model, save_compressed)` is called before saving, those of `after` when everything is written. Of several `processes`
     all save, and the first one writes.
     """
@@ -50,6 +52,7 @@ class SavePlan:
     record: dict[str, Any]
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     modules: Mapping[str, torch.nn.Linear] = field(default_factory=dict)
+    int8_activations: Sequence[str] = ()
     storage: Literal["packed", "dense"] = "packed"
     tokenizer: str | None = None
     prepare: Callable[[PreTrainedModel, bool], None] = _nothing
@@ -119,8 +122,15 @@ def _write_rest(
         modules = {saved[name]: plan.patterns[name].mask_structure for name in plan.modules}
         if packed:
             pack_checkpoint(folder, modules, dense_linears=[saved[name] for name in dense_linears])
+            if plan.int8_activations:
+                write_int8_activations(folder, [saved[name] for name in plan.int8_activations])
         else:
             mark_dense(folder, modules)
+            if plan.int8_activations:
+                logger.warning(
+                    f"{len(plan.int8_activations)} modules lose nothing with activations in 8 bits, which only a packed "
+                    "checkpoint can record; save it with save_compressed=True"
+                )
     source = model.config._name_or_path
     record = {"base_model": source, **plan.record, "versions": environment()}
     if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):

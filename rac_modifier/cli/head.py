@@ -8,11 +8,22 @@ from typing import Annotated
 import typer
 
 from rac_modifier.cli.models import check_model, load_on_accelerator, own_samples, resolve
-from rac_modifier.cli.options import AsJson, Dtype, Model, Precision, print_json
+from rac_modifier.cli.options import (
+    SAMPLING,
+    AsJson,
+    BatchSize,
+    Cap,
+    Column,
+    Dtype,
+    Model,
+    Precision,
+    Seed,
+    Sequences,
+    Source,
+    print_json,
+)
 from rac_modifier.cli.protocol import written_options
 from rac_modifier.errors import RacError
-
-_SAMPLING = ("source", "column", "cap", "batch_size", "seed")  # options without effect on stored traces
 
 
 def head(
@@ -22,15 +33,12 @@ def head(
     traces: Annotated[
         Path | None, typer.Option(metavar="STORE", help="measure on the model's own traces; default: sample it")
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="samples, or traces of the store")] = 64,
-    source: Annotated[
-        str,
-        typer.Option(help="of problems: arithmetic (held out), reasoning-gym:TASK, a file or a dataset id"),
-    ] = "arithmetic",
-    column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
-    cap: Annotated[int, typer.Option(min=1, help="most new tokens of a sample")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="samples generated together")] = 64,
-    seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
+    sequences: Sequences = 64,
+    source: Source = "arithmetic",
+    column: Column = None,
+    cap: Cap = 256,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
     precision: Precision = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +53,7 @@ def head(
     widths = list(dict.fromkeys(bits or HEAD_BITS))
     if unknown := [width for width in widths if width not in HEAD_BITS]:
         raise RacError(f"--bits {unknown[0]}: a head can be rounded to 8 or 4 bits")
-    if traces is not None and (idle := written_options(context) & set(_SAMPLING)):
+    if traces is not None and (idle := written_options(context) & set(SAMPLING)):
         option = min(idle).replace("_", "-")
         raise RacError(f"--{option} is for sampling and has no effect on stored traces; leave it or --traces out")
     check_model(resolve(model))

@@ -47,6 +47,15 @@ Precision = Annotated[
         metavar="DTYPE", help="auto (as stored), bfloat16, float16 or float32 (fast on CPUs without bfloat16)"
     ),
 ]
+Sequences = Annotated[int, typer.Option(min=1, help="samples of the model, or traces of its store, to measure on")]
+Source = Annotated[
+    str, typer.Option(help="of problems: arithmetic (held out), reasoning-gym:TASK, a file or a dataset id")
+]
+Column = Annotated[str | None, typer.Option(help="column of the question (file or dataset)")]
+Cap = Annotated[int, typer.Option(min=1, help="most new tokens of a sample")]
+BatchSize = Annotated[int, typer.Option(min=1, help="samples generated together")]
+Seed = Annotated[int, typer.Option(help="seed of problems and sampling")]
+SAMPLING = ("source", "column", "cap", "batch_size", "seed")  # what of these has no effect on stored traces
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on standard output, and nothing else there")]
 
 

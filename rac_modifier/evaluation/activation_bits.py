@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,14 @@ from torch import Tensor
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.dense_reference import DenseReference
 from rac_modifier.evaluation.divergence import check_ids
 from rac_modifier.evaluation.report import ResultTable
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.files import read_json
 from rac_modifier.kernels.cpu.encoding import encoding_of
 from rac_modifier.kernels.cpu.packed import block_of
-from rac_modifier.kernels.interface import Layer
+from rac_modifier.kernels.interface import EXPERT
 from rac_modifier.kernels.plan import plan_checkpoint
 from rac_modifier.model_tools import evaluating
 
@@ -44,6 +45,16 @@ class QuantizedLayer:
     block: int
     own_error: float
 
+    @classmethod
+    def of(cls, module: str, stored: torch.dtype, group: int, columns: int, own_error: float) -> Self | None:
+        """The layer of values of dtype `stored` (int32: 4-bit values) of which `group` of `columns` columns share a scale.
+
+        None where the CPU kernels multiply it as floats, and for a routed expert, whose inputs keep 16 bits.
+        """
+        if EXPERT.search(module) or encoding_of(stored, group, columns, torch.bfloat16).dtype != torch.int8:
+            return None
+        return cls(module, block_of(columns, group, 8 if stored == torch.int32 else 4), own_error)
+
 
 @dataclass(frozen=True)
 class ActivationError:
@@ -57,6 +68,45 @@ class ActivationError:
         return self.error <= limit * self.layer.own_error
 
 
+@dataclass(frozen=True)
+class ActivationChoice:
+    """The layers that get 8 bits, since these add at most `limit` of the layer's own error.
+
+    errors: of all layers that were measured. divergence: of the model with the chosen layers in 8 bits from the one with none,
+    as `DivergenceResult.as_dict` has it.
+    """
+
+    limit: float
+    errors: tuple[ActivationError, ...]
+    divergence: Mapping[str, Any]
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the chosen layers."""
+        return [each.layer.module for each in self.errors if each.loses_nothing(self.limit)]
+
+    def as_dict(self, source: str) -> dict[str, Any]:
+        """The entry of the run record; `source`: of the sequences."""
+        chosen = set(self.modules)
+        return {
+            "limit": self.limit,
+            "source": source,
+            "layers": {
+                each.layer.module: {"error": each.error, "bits": 8 if each.layer.module in chosen else 16}
+                for each in self.errors
+            },
+            **{key: self.divergence[key] for key in ("sequences", "tokens", "kl", "kl_stderr", "agreement")},
+        }
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{len(self.modules)} of {len(self.errors)} layers in 8 bits: KL {self.divergence['kl']:.2e} nats per token from the "
+            f"model with none, and the most likely token is the same for {self.divergence['agreement']:.2%} of "
+            f"{self.divergence['tokens']:,}"
+        )
+
+
 def quantized_layers(folder: Path) -> list[QuantizedLayer]:
     """The packed linear layers of a checkpoint that the CPU kernels multiply as integers, with what their run records of each.
 
@@ -65,27 +115,26 @@ def quantized_layers(folder: Path) -> list[QuantizedLayer]:
     """
     if not (folder / CONFIG_FILE).is_file() or packed_format(read_json(folder / CONFIG_FILE)) is None:
         raise RacError(f"{folder}: no folder of a packed checkpoint; pack the model first (rac pack)")
-    found = [(row.module, _block(row.layer)) for row in plan_checkpoint(folder) if row.layer and _is_integer(row.layer)]
-    if not found:
+    rows = {
+        row.module: (row.layer.stored, row.layer.group, row.layer.columns)
+        for row in plan_checkpoint(folder)
+        if row.layer
+    }
+    rows = {module: row for module, row in rows.items() if QuantizedLayer.of(module, *row, own_error=0.0)}
+    if not rows:
         raise RacError(
-            f"{folder}: none of its packed weights is int8 or int4, and activations are rounded for these only; quantize it too"
+            f"{folder}: none of its packed weights is int8 or int4 (routed experts aside), and activations are rounded for "
+            "these only; quantize it too"
         )
     record = read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).is_file() else {}
     own = {m["name"]: m["relative_error"] for m in record.get("modules") or [] if "relative_error" in m}
-    if missing := [module for module, _ in found if module not in own]:
+    if missing := [module for module in rows if module not in own]:
         raise RacError(
             f"{folder}: {RUN_RECORD_NAME} has no error of {missing[0]} ({len(missing)} layers in all), and 8 bits are compared "
             "with it; prune and quantize the model in one run of rac, or set RAC_ACTIVATIONS=int8 for all layers unmeasured"
         )
-    return [QuantizedLayer(module, block, float(own[module])) for module, block in found]
-
-
-def _is_integer(layer: Layer) -> bool:
-    return encoding_of(layer.stored, layer.group, layer.columns, layer.served).dtype == torch.int8
-
-
-def _block(layer: Layer) -> int:
-    return block_of(layer.columns, layer.group, 8 if layer.stored == torch.int32 else 4)
+    layers = [QuantizedLayer.of(module, *row, own_error=float(own[module])) for module, row in rows.items()]
+    return [layer for layer in layers if layer is not None]
 
 
 def rounded(x: Tensor, block: int, bits: int) -> Tensor:
@@ -127,6 +176,21 @@ def measure_activations(
     if damaged := [each for each in found if not 0 <= each.error < float("inf")]:
         raise RacError(f"{damaged[0].layer.module}: its activations are not finite; load the model in float32")
     return found
+
+
+def choose_activations(
+    model: Any, layers: Sequence[QuantizedLayer], sequences: Sequence[TokenSequence], limit: float
+) -> ActivationChoice:
+    """Measure each layer, choose those that lose nothing, and measure what all of these in 8 bits do to predictions.
+
+    Raises:
+        RacError: what `measure_activations` and `DenseReference` raise.
+    """
+    errors = tuple(measure_activations(model, layers, sequences))
+    reference = DenseReference(model, sequences)
+    with rounded_inputs(model, [each.layer for each in errors if each.loses_nothing(limit)]):
+        divergence = reference.divergence(model, label="8 bits")
+    return ActivationChoice(limit, errors, divergence.as_dict())
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import generate
 from rac_modifier.sampling.model_identity import model_fingerprint
@@ -59,9 +59,7 @@ def sequences_from_store(path: str | os.PathLike[str], dense: Any, *, limit: int
             f"trace store {str(store.path)!r} holds traces of another model ({store.header.model!r}), and divergence is "
             "measured on samples of the dense model itself; name its store, or sample anew"
         )
-    sequences: list[TokenSequence] = [
-        ((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in islice(store, limit)
-    ]
+    sequences = [sequence_of(trace) for trace in islice(store, limit)]
     if not sequences:
         raise RacError(f"trace store {str(store.path)!r} holds no traces; collect some first")
     return sequences

@@ -11,7 +11,7 @@ from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.dense_reference import DenseReference
 from rac_modifier.evaluation.divergence import DivergenceResult
-from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 
 
 class RunDivergence:
@@ -32,8 +32,7 @@ class RunDivergence:
             self._why = "the traces may be another model's (traces.allow_off_policy)"
         else:
             try:
-                sequences = [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in calibration.held_out]
-                self._held_out = DenseReference(model, sequences)
+                self._held_out = DenseReference(model, [sequence_of(trace) for trace in calibration.held_out])
                 if calibrated := _calibrated(calibration, self._held_out.tokens):
                     self._calibrated = DenseReference(model, calibrated)
             except RacError as error:

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import evaluating
+from rac_modifier.traces.records import Trace
 
 # Token ids, and how many of the first ones are the prompt.
 TokenSequence = tuple[Sequence[int], int]
+
+
+def sequence_of(trace: Trace) -> TokenSequence:
+    """A stored trace: its prompt and its completion."""
+    return (*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
+
+EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a module of a routed expert
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow, is_embe
 from rac_modifier.kernels.cuda.backend import fit, slower
 from rac_modifier.kernels.cuda.cards import Card, card_of
 from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
-from rac_modifier.kernels.interface import Layer
+from rac_modifier.kernels.interface import EXPERT, Layer
 from rac_modifier.kernels.plan import PlanRow
 
 __all__ = ["PredictedLayer", "Prediction", "card_of", "check_tokens", "predict_checkpoint"]
@@ -22,7 +21,6 @@ _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 _KEPT_IN_16_BITS = ("lm_head", "gate", "shared_expert_gate", "router")  # by every contender; last part of a name
 _QUANTIZED = ("I8", "I4", "F8_E4M3", "F8_E5M2")
 _BF16 = 2.0  # bytes
@@ -101,7 +99,7 @@ def predict_checkpoint(report: CheckpointReport, plan: Sequence[PlanRow], card: 
         parent, _, last = row.name.rpartition(".")
         if not row.read_per_token:
             left_out["an embedding, of which a token reads one row"] += 1
-        elif _EXPERT.search(row.name):
+        elif EXPERT.search(row.name):
             left_out["experts: which of them a token reads is not known here"] += 1
         else:
             parts.setdefault((f"{parent}.{_FUSED.get(last, last)}", row.columns), []).append(_module(row, planned))

@@ -146,6 +146,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             self.after_pruning(state.model)
         if succeeded and self._divergence is not None:
             self._measured = self._divergence.measure(state.model)
+            self.after_measuring(state.model)
         if succeeded:
             self._processes.wait()  # the first one measures
         self._divergence = None
@@ -153,6 +154,9 @@ class CalibratingModifier(CalibrationEntry, Modifier):
 
     def after_pruning(self, model: PreTrainedModel) -> None:
         """What is done with the model when every modifier of the recipe has run, before it is measured."""
+
+    def after_measuring(self, model: PreTrainedModel) -> None:
+        """What the first process measures further, of the model as it will be saved."""
 
     def about_run(self, model: PreTrainedModel) -> dict[str, Any]:
         """What the weights of a run depend on, as far as it is known before sampling.

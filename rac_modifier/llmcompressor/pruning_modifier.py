@@ -18,6 +18,7 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.activation_stage import ActivationStage
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.expert_record import ExpertRecord
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
@@ -36,7 +37,6 @@ from rac_modifier.llmcompressor.zeros import patterns_of_zeros
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.routed_tokens import ExpertTokens
-from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 
@@ -56,6 +56,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)
     _finished: FinishedGroups | None = PrivateAttr(default=None)
     _masters: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)  # weights before they were rounded
+    _activations: ActivationStage | None = PrivateAttr(default=None)
     _experts: ExpertRecord | None = PrivateAttr(default=None)
     _order: dict[str, str] = PrivateAttr(default_factory=dict)
     _results: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
@@ -96,27 +97,25 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything that can be checked, then sample and mix the calibration set."""
         self.check_run(state, prunes=True)
-        model = state.model
+        model, oneshot = state.model, find_oneshot()
         self._names = find_targets(model, self.targets, self.ignore, self.pattern)
         check_later_modifiers(self, self.other_modifiers(later=True), quantizes=self.quantization is not None)
         if self.solver == "keep":
-            self._patterns, described = patterns_of_zeros(self._names, self.pattern, detect=self.mask_structure is None)
+            detect = self.mask_structure is None
+            self._patterns, self._described = patterns_of_zeros(self._names, self.pattern, detect=detect)
         elif self.solver == "none":
-            self._patterns, described = dict.fromkeys(self._names.values(), Pattern.nothing()), ""
+            self._patterns = dict.fromkeys(self._names.values(), Pattern.nothing())
         else:
             assert self.pattern is not None  # as PruningSettings has checked
             self._patterns = listed_patterns(model, self._names, self.pattern, self.allocation)
-            described = describe_patterns(self.pattern, self.allocation)
-        self._described = described
+            self._described = describe_patterns(self.pattern, self.allocation)
         if self.quantization is not None:
             self._quantizer = GroupQuantizer(self.quantization, model, self._names, prunes=self.prunes)
+            self._activations = ActivationStage.of(self.quantization, self._quantizer, oneshot)
             if not self.prunes:  # what no scheme matches stays as it is
                 self._names = {module: name for module, name in self._names.items() if module in self._quantizer.grids}
-        if self.prunes:
-            logger.info(f"pruning {len(self._names)} modules: {described}")
-        else:
-            logger.info(f"quantizing {len(self._names)} modules, without pruning")
-        oneshot = find_oneshot()
+        what = f"{len(self._names)} modules"
+        logger.info(f"pruning {what}: {self._described}" if self.prunes else f"quantizing {what}, without pruning")
         self._experts = ExpertRecord(self, model, self._names)
         self._experts.check(oneshot)
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
@@ -262,14 +261,13 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if self._processes.count > 1:
             self._processes.meet()
             remove_dispatch(model)  # FSDP places the weights itself
-        quantized = {}
-        if self._quantizer is not None:
-            for module, grid in self._quantizer.grids.items():
-                name = self._names[module]
-                scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
-                zero = None if grid.symmetric else module.get_parameter("weight_zero_point").detach().clone()
-                quantized[name] = QuantizedWeight(grid, scale.detach().clone(), self._masters.pop(name), zero)
+        quantized = self._quantizer.take_masters(self._names, self._masters) if self._quantizer else {}
         self._recovered = self._recovery.run(model, {name: module for module, name in self._names.items()}, quantized)
+
+    def after_measuring(self, model: PreTrainedModel) -> None:
+        """The bits of activations, where the recipe asks for them."""
+        if self._activations is not None:
+            self._activations.measure(model, self._names, self._results, self.calibration_set.held_out)
 
     def _plan(self) -> SavePlan:
         def prepare(model: PreTrainedModel, save_compressed: bool) -> None:
@@ -282,6 +280,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             patterns=self._patterns,
             modules=pruned if self.prunes else {},
             storage=self.storage,
+            int8_activations=self._activations.modules if self._activations else (),
             tokenizer=self.tokenizer_name,
             prepare=prepare,
             after=[state.remove for state in (self._finished, self._recovery) if state is not None],
@@ -295,6 +294,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 **(self._experts.record() if self._experts else {}),
                 "time": self._progress.record() if self._progress else {},
                 **({"recovery": self._recovered} if self._recovered else {}),
+                **(self._activations.record() if self._activations else {}),
                 "modules": [self._results[name] for name in self._names.values() if name in self._results],
             },
         )

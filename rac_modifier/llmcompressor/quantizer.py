@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization import (
+    QuantizationScheme,
+    QuantizationStatus,
+    disable_quantization,
+    enable_quantization,
+)
 from compressed_tensors.utils import (
     get_direct_state_dict,
     match_named_modules,
@@ -19,8 +26,10 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.activation_bits import QuantizedLayer
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
+from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.quantization import QuantizationSettings
 
 
@@ -85,6 +94,44 @@ class GroupQuantizer:
     def finish(self, model: PreTrainedModel) -> None:
         """From now on forward passes quantize, also activations where a scheme has them."""
         self._upstream.end_calibration(model)
+
+    def take_masters(
+        self, names: Mapping[torch.nn.Module, str], masters: dict[str, torch.Tensor]
+    ) -> dict[str, QuantizedWeight]:
+        """What training through the codes starts from, by name. `masters`, the weights before rounding, are taken out."""
+        taken = {}
+        for module, grid in self.grids.items():
+            scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
+            zero = None if grid.symmetric else module.get_parameter("weight_zero_point").detach().clone()
+            taken[names[module]] = QuantizedWeight(grid, scale.detach().clone(), masters.pop(names[module]), zero)
+        return taken
+
+    def integer_layers(
+        self, names: Mapping[torch.nn.Module, str], results: Mapping[str, Mapping[str, Any]]
+    ) -> list[QuantizedLayer]:
+        """The modules that the CPU kernels multiply as integers; `results`: what the run recorded of each, by name."""
+        layers = []
+        for module, grid in self.grids.items():
+            if grid.kind == "int":
+                stored = torch.int32 if grid.bits == 4 else torch.int8
+                columns, name = module.get_parameter("weight").shape[1], names[module]
+                error = results[name]["relative_error"]
+                layers.append(QuantizedLayer.of(name, stored, grid.group_size or columns, columns, error))
+        return [layer for layer in layers if layer is not None]
+
+    @contextlib.contextmanager
+    def as_served(self) -> Iterator[None]:
+        """Forward passes without the rounding of activations that a scheme asks for: our kernels have their own.
+
+        The weights are rounded ones already.
+        """
+        for module in self.grids:
+            disable_quantization(module)
+        try:
+            yield
+        finally:
+            for module in self.grids:
+                enable_quantization(module)
 
     def compress(self) -> None:
         """Compress as llm-compressor does when it saves, with the very codes that were measured."""

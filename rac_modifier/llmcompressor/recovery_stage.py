@@ -12,7 +12,7 @@ from loguru import logger
 
 from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 from rac_modifier.files import remove_folder
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes
@@ -156,7 +156,7 @@ def split_traces(traces: Sequence[Trace], held_out_tokens: int) -> tuple[list[To
     problems: set[tuple[str, str]] = set()
     tokens = 0
     for trace in traces:
-        sequence = ((*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids))
+        sequence = sequence_of(trace)
         problem = (trace.problem_id, str(trace.prompt_ids))
         if tokens < held_out_tokens or problem in problems:
             problems.add(problem)

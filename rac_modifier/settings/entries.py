@@ -9,7 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import without_paths
 from rac_modifier.settings.calibration import CalibrationBudget, CalibrationSettings
-from rac_modifier.settings.idle import Idle, idle_calibration, idle_pruning, idle_recovery, refuse_idle
+from rac_modifier.settings.idle import (
+    Idle,
+    idle_activations,
+    idle_calibration,
+    idle_pruning,
+    idle_recovery,
+    refuse_idle,
+)
 from rac_modifier.settings.presets import PRESETS
 from rac_modifier.settings.pruning import PruningSettings
 from rac_modifier.settings.recovery import RecoverySettings
@@ -108,7 +115,7 @@ class PruningEntry(CalibrationEntry, PruningSettings):
     def idle_settings(self) -> Idle:
         """The settings that have no effect beside the others, and why."""
         idle = idle_calibration(self.traces, self.calibration) | idle_pruning(self)
-        return idle | idle_recovery(self.recover, ("recover",))
+        return idle | idle_activations(self, self.calibration) | idle_recovery(self.recover, ("recover",))
 
 
 ENTRIES: dict[str, type[CalibrationEntry]] = {

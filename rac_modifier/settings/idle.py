@@ -88,6 +88,24 @@ def idle_pruning(settings: PruningSettings) -> Idle:
     return idle
 
 
+def idle_activations(settings: PruningSettings, calibration: CalibrationBudget) -> Idle:
+    """Of what an entry sets about the bits of activations."""
+    quantization, why = settings.quantization, ""
+    if quantization is None:
+        return {}
+    if not settings.prunes:
+        why = "beside solver: none: only packed sparse checkpoints record it; leave it out, and serve with RAC_ACTIVATIONS=int8"
+    elif settings.storage == "dense":
+        why = "beside storage: dense: only packed checkpoints record it; leave it out, or set storage: packed"
+    elif not quantization.has_integers:
+        why = "beside weights that are floats: activations are rounded for integers only; leave it out, or set scheme: W8A16"
+    elif not calibration.parts("traces"):
+        why = _NO_TRACES
+    elif not calibration.held_out_tokens:
+        why = "beside calibration.held_out_tokens: 0, since it is measured on held-out traces; leave it out, or hold some out"
+    return {("quantization", "int8_activation_limit"): why} if why else {}
+
+
 def idle_recovery(settings: RecoverySettings | None, where: Path = ()) -> Idle:
     """Of what is set about recovery; `where` is its place in an entry."""
     if settings is None:

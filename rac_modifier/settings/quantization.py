@@ -25,6 +25,8 @@ PRESET_SCHEMES = frozenset((
     "W2A4", "W2A8", "W2A16", "W3A4", "W3A8", "W3A16", "W4A4", "W4A8", "W4A16",
     "W5A8", "W5A16", "W6A8", "W6A16", "W7A8", "W7A16", "W8A16",
 ))  # fmt: skip
+# The presets whose weights are floats, or none, begin so.
+_FLOATS = ("FP8", "NVFP4", "MXFP", "UNQUANTIZED")
 GROUP_NAMES = ("targets", "weights", "input_activations", "output_activations", "format")
 QUANTIZED_PARTS = ("weights", "input_activations", "output_activations")
 ARGUMENT_NAMES = (
@@ -54,13 +56,32 @@ class QuantizationSettings(Settings):
     sweeps: int = Field(
         SWEEPS, ge=0, description="passes of coordinate descent over the rounded weights; 0: GPTQ alone"
     )
+    int8_activation_limit: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="record the pruned modules whose activations the CPU kernels may round to 8 bits in place of 16: those of "
+        "which 8 bits add at most this share of the module's own error, measured on the held-out traces at the end of the run; "
+        "0.01 is the default of `rac activations`. Default: not measured, and all have 16",
+    )
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether weights of any scheme are integers."""
+        weights = [group.get("weights") or {} for group in (self.config_groups or {}).values()]
+        return any(not name.upper().startswith(_FLOATS) for name in self._presets) or any(
+            each.get("type", "int") == "int" for each in weights
+        )
+
+    @property
+    def _presets(self) -> list[str]:
+        return [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ())
 
     @property
     def has_zero_points(self) -> bool:
         """Whether weights of any scheme have zero points."""
-        presets = [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ())
         weights = [group.get("weights") or {} for group in (self.config_groups or {}).values()]
-        return any(name.upper().endswith("_ASYM") for name in presets) or any(
+        return any(name.upper().endswith("_ASYM") for name in self._presets) or any(
             each.get("symmetric") is False for each in weights
         )
 
@@ -68,7 +89,7 @@ class QuantizationSettings(Settings):
     def _names_are_known(self) -> QuantizationSettings:
         if (self.scheme is None) == (self.config_groups is None):
             raise RacError("quantization: set either scheme or config_groups, for example scheme: W4A16")
-        for name in [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ()):
+        for name in self._presets:
             if name.upper() not in PRESET_SCHEMES:
                 raise RacError(
                     f"scheme {name!r}: no preset of llm-compressor; use W4A16, W8A8, FP8_DYNAMIC, or config_groups"

@@ -101,6 +101,23 @@ CASES += [
             quantization={"config_groups": {"g": {"weights": {"num_bits": 3, "strategy": "group", "group_size": 32}}}}
         ),
     ),
+    Case(
+        "bits of activations, for weights that are floats",
+        "quantization.int8_activation_limit: 0.01 has no effect beside weights that are floats",
+        lambda b: b.check(quantization={"scheme": "FP8_DYNAMIC", "int8_activation_limit": 0.01}),
+    ),
+    Case(
+        "bits of activations, without held-out traces",
+        "quantization.int8_activation_limit: 0.01 has no effect beside calibration.held_out_tokens: 0",
+        lambda b: b.check(
+            quantization={"scheme": "W8A16", "int8_activation_limit": 0.01}, calibration={"held_out_tokens": 0}
+        ),
+    ),
+    Case(
+        "bits of activations, in a checkpoint that is not packed",
+        "quantization.int8_activation_limit: 0.01 has no effect beside storage: dense",
+        lambda b: b.check(storage="dense", quantization={"scheme": "W8A16", "int8_activation_limit": 0.01}),
+    ),
 ]
 
 

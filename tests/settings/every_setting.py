@@ -59,6 +59,8 @@ FILE = {"source": "problems.jsonl", "column": "problem"}
 DATASET = {"source": "some/dataset", "column": "problem"}
 INT4 = {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}}
 INT4_16 = {"g": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 16}}}
+HELD_OUT = {"calibration": {"held_out_tokens": 60}}
+LIMIT = "quantization.int8_activation_limit"
 ALONE = {"solver": "none", "mask_structure": None, "quantization": INT4}
 PLAIN = {"mask_structure": None, "sparsity": 0.5}
 SPARSEGPT = {"preset": "paper", "mask_structure": None, "sparsity": 0.5}
@@ -84,6 +86,7 @@ PRUNED = [
     Row("quantization.scheme", "W8A8", {"quantization": {"scheme": "FP8_DYNAMIC"}}),
     Row("quantization.config_groups", INT4_16, {"quantization": INT4}),
     Row("quantization.sweeps", 0, {"quantization": INT4}),
+    Row(LIMIT, 0.5, {"quantization": INT4, **HELD_OUT}),
     Row("preset", "paper"),
     Row("solver", "magnitude"),
     Row("refit", True, SPARSEGPT),
@@ -195,6 +198,16 @@ REFUSED = [
         }.items()
     ),
     Row("experimental.allocation", {"re:.*q_proj": 0.4}, {"solver": "keep", "mask_structure": None}),
+    *(
+        Row(LIMIT, 0.5, beside)
+        for beside in (
+            {"quantization": INT4},
+            {"quantization": INT4, **PROMPTS},
+            {"quantization": INT4, "storage": "dense", **HELD_OUT},
+            {"quantization": {"scheme": "FP8_DYNAMIC"}, **HELD_OUT},
+            {**ALONE, **HELD_OUT},
+        )
+    ),
     Row("block_size", 16),
     *(Row("block_size", 16, {"solver": solver}) for solver in ("wanda", "magnitude", "keep")),
     *(Row("iterations", 2, {"solver": solver}) for solver in ("sparsegpt", "wanda", "magnitude", "keep")),

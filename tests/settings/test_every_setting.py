@@ -139,12 +139,14 @@ def pruned(models: Path, settings: dict[str, Any], save_to: Path, kind: str = "o
     except RacError as error:
         return str(error)
     record = json.loads((save_to / "rac_run.json").read_text())
+    config = json.loads((save_to / "config.json").read_text())
     files = {path.name: path.stat().st_size for path in save_to.glob("*.safetensors")}
     return {
         "weights": {key: digest(value) for key, value in model.state_dict().items()},
         "order": record["order"],
         "files": files,
         "activations": record.get("recovery", {}).get("activation_checkpointing"),  # the same weights in less memory
+        "int8_activations": config.get("rac_sparsity", {}).get("int8_activations"),
     }
 
 
@@ -237,7 +239,8 @@ def test_what_is_refused_would_have_changed_nothing(row, models, known, place, m
     if row.path == "sparsity" and not row.base:
         return  # refused where the pattern is read, which knows one of the two alone
     monkeypatch.setattr(entries, "refuse_idle", lambda *args: None)
-    prunes = "." not in row.path or row.path.startswith(("experimental", "recover")) or "solver" in row.base
+    of_pruning = row.path.startswith(("experimental", "quantization", "recover"))
+    prunes = "." not in row.path or of_pruning or "solver" in row.base
     if prunes:
         before, after = both_pruned(row, models, known, place)
     else:

@@ -1,0 +1,75 @@
+"""The layers whose activations may have 8 bits, chosen at the end of a run on the traces that it holds out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from llmcompressor.entrypoints.oneshot import Oneshot
+from loguru import logger
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.activation_bits import ActivationChoice, choose_activations
+from rac_modifier.evaluation.teacher_forcing import sequence_of
+from rac_modifier.llmcompressor.quantizer import GroupQuantizer
+from rac_modifier.settings.quantization import QuantizationSettings
+from rac_modifier.traces.records import Trace
+
+SOURCE = "held-out traces"
+_SETTING = "quantization.int8_activation_limit"
+
+
+class ActivationStage:
+    """What `rac activations` measures on samples, measured on held-out traces. A failure is recorded and ends no run."""
+
+    def __init__(self, limit: float, quantizer: GroupQuantizer):
+        self._limit, self._quantizer = limit, quantizer
+        self._why = "the run did not end"
+        self._choice: ActivationChoice | None = None
+
+    @classmethod
+    def of(cls, settings: QuantizationSettings, quantizer: GroupQuantizer, oneshot: Oneshot | None) -> Self | None:
+        """None where the recipe sets no limit.
+
+        Raises:
+            RacError: `oneshot` is told to save a checkpoint that cannot record the choice.
+        """
+        limit = settings.int8_activation_limit
+        if limit is not None and oneshot is not None and not oneshot.model_args.save_compressed:
+            raise RacError(
+                f"{_SETTING}: {limit} has no effect beside oneshot's save_compressed=False: only packed checkpoints record it; "
+                "leave one of them out"
+            )
+        return None if limit is None else cls(limit, quantizer)
+
+    def measure(
+        self,
+        model: Any,
+        names: Mapping[torch.nn.Module, str],
+        results: Mapping[str, Mapping[str, Any]],
+        held_out: Sequence[Trace],
+    ) -> None:
+        """Choose among the modules `names` of a model whose weights are rounded; `results`: what the run recorded of each."""
+        try:
+            layers = self._quantizer.integer_layers(names, results)
+            if not layers:
+                raise RacError("no pruned module (beside routed experts) has weights that are multiplied as integers")
+            if not held_out:
+                raise RacError("no traces were held out; raise calibration.held_out_tokens")
+            with self._quantizer.as_served():
+                self._choice = choose_activations(model, layers, [*map(sequence_of, held_out)], self._limit)
+        except (RacError, RuntimeError) as error:
+            self._why = str(error)
+            logger.warning(f"{_SETTING}: not measured, so that all activations keep 16 bits: {error}")
+        else:
+            logger.info(f"activations, on held-out traces: {self._choice.describe()}")
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """The modules with activations of 8 bits."""
+        return [] if self._choice is None else self._choice.modules
+
+    def record(self) -> Mapping[str, Any]:
+        """What the run record says, as `rac activations` writes it."""
+        return {"activations": self._choice.as_dict(SOURCE) if self._choice else {"not_measured": self._why}}
