@@ -201,6 +201,14 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
+    "`rac recover --set` of a setting that does not exist",
+    "--set: tokns: there is no such setting (value 5); did you mean tokens?",
+)
+def _(b: Bench) -> None:
+    b.rac("recover", b.folder, b.folder, b.tmp / "out", "--set", "tokns=5")
+
+
+@CASES.case(
     "`rac recover` with the sparse model in the place of the dense one", "the first model has to be the dense one"
 )
 def _(b: Bench) -> None:
