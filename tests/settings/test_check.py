@@ -1,8 +1,8 @@
 import pytest
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import check_settings
+from rac_modifier.settings.check import check_settings, describe_errors
 
 
 class Inner(BaseModel):
@@ -54,6 +54,17 @@ def test_a_mistake_has_its_key_its_value_and_the_next_step(values, says):
     with pytest.raises(RacError) as caught:
         check_settings(Outer, values, "file.yaml")
     assert str(caught.value) == f"file.yaml: {says}"
+
+
+def test_a_value_of_a_hundred_characters_is_whole():
+    with pytest.raises(RacError, match=f"value '{'y' * 98}'\\)$"):
+        check_settings(Outer, {"name": "a", "inner": {"seed": "y" * 98}}, "f")
+
+
+def test_without_the_settings_the_next_step_is_the_schema():
+    with pytest.raises(ValidationError) as caught:
+        Outer(name="a", nme=1)
+    assert describe_errors(caught.value) == "nme: there is no such setting (value 1); see `rac schema`"
 
 
 def test_right_settings_come_back():

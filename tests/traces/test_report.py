@@ -31,3 +31,5 @@ def test_a_selection_on_the_command_line():
     for text in ("correct", "{answers: [", "[1]", "{answer: correct}", "{max_tokens: 0}"):
         with pytest.raises(RacError, match="--select"):
             read_select(text)
+    with pytest.raises(RacError, match=r"--select '.*': answer: there is no such setting .*; did you mean answers\?"):
+        read_select("{answer: correct}")
