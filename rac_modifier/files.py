@@ -50,8 +50,8 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         raise RacError(f"{path}: cannot be written ({error}); make room or choose another folder") from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_json(path: str | Path, next_step: str = "is this a saved model folder?") -> dict[str, Any]:
+    """A JSON object from a file; `next_step` ends the message where there is none.
 
     Raises:
         RacError: no such file, not JSON, or not an object.
@@ -59,7 +59,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         obj = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise RacError(f"{path}: cannot be read as JSON ({error}); is this a saved model folder?") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path, which stands before it
+        raise RacError(f"{path}: cannot be read as JSON ({reason}); {next_step}") from error
     if not isinstance(obj, dict):
         raise RacError(f"{path}: holds a {type(obj).__name__} where an object is expected")
     return obj

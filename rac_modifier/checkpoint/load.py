@@ -8,6 +8,7 @@ from typing import Any, cast
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.output_folder import check_is_id
 from rac_modifier.checkpoint.packed_names import check_packed
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
 from rac_modifier.errors import RacError
@@ -38,8 +39,8 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pre
     if local := Path(model).is_dir():
         with TensorFiles(model) as files:
             check_packed(files, packed_format(read_json(Path(model) / CONFIG_FILE)))
-    elif str(model).count("/") != 1 or str(model)[0] in "./~":  # no hub id: no need to ask the network
-        raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
+    else:
+        check_is_id(model)
     kwargs = {**from_pretrained_kwargs, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(str(model), output_loading_info=True, **kwargs)

@@ -5,11 +5,31 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from rac_modifier.checkpoint.files import JOURNAL_FILE
 from rac_modifier.checkpoint.new_files import is_leftover
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
 from rac_modifier.errors import RacError
 
 # What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*", "NOTICE*"]
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Why this is no folder of a saved model, in words; None where it is one, or was being packed when the job was cut off."""
+    files = [folder] if folder.is_file() else sorted(folder.glob("*"))
+    if any((folder / name).is_file() for name in (CONFIG_FILE, JOURNAL_FILE)):
+        return None
+    if any(file.suffix.lower() == ".gguf" for file in files):
+        return "GGUF, which is not read; take the model that it was made from, with its safetensors files"
+    if folder.is_file():
+        return "a file; name the folder that it is in"
+    return f"no {CONFIG_FILE} is in it" if folder.is_dir() else "no such folder"
+
+
+def check_is_id(model: str | Path) -> None:
+    """Refuse what can be no hub id, where there is no folder of this name, without asking the network (RacError)."""
+    if str(model).count("/") != 1 or str(model)[0] in "./~":
+        raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -18,10 +38,11 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         RacError: no such folder or model.
     """
-    if Path(model).is_dir():
+    if Path(model).exists():
+        if problem := folder_problem(Path(model)):
+            raise RacError(f"{model}: {problem}; give the folder of a saved model, or a hub id as owner/name")
         return Path(model)
-    if str(model).count("/") != 1 or str(model)[0] in "./~":
-        raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
+    check_is_id(model)
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -46,7 +67,7 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
         need: bytes that must be free.
 
     Raises:
-        RacError: a file, the source itself, a folder that is not empty, or too little room.
+        RacError: a file, or a folder in a file, the source itself, a folder that is not empty, or too little room.
     """
     if folder.exists() and not folder.is_dir():
         raise RacError(f"output {folder} is a file; name a folder")
@@ -55,6 +76,8 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
     if folder.is_dir() and any(not is_leftover(path.name) for path in folder.iterdir()):
         raise in_use(folder)
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise RacError(f"output {folder}: {parent} is a file, so no folder can be made in it; name another folder")
     free = shutil.disk_usage(parent).free
     if free < need:
         raise RacError(

@@ -97,7 +97,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             _write_rest(model, folder, current, dense_linears, packed)
             if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
                 source = current.tokenizer or model.config._name_or_path
-                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+                AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
             what = f"{len(current.modules)} pruned modules ({current.storage})" if current.modules else "the model"
             logger.info(f"saved {what} to {folder}")
             for step in current.after:

@@ -54,20 +54,20 @@ app = typer.Typer(
     context_settings={"max_content_width": 100},
     rich_markup_mode=None,  # plain help: a line per option, where boxes take two or three
 )
-app.command()(prune)
-app.command()(recover)
-app.add_typer(traces.app, name="traces")
-app.add_typer(recipes.app, name="recipes")
-app.command("eval")(evaluate)
-app.command()(head)
-app.command()(frontier)
-app.command()(report)
-app.command()(inspect)
-app.command()(pack)
-app.command()(unpack)
-app.command()(activations)
-app.command()(schema)
-app.command()(doctor)
+app.command(short_help="Prune or quantize a model with a recipe.")(prune)
+app.command(short_help="Train the kept weights of a sparse or quantized model.")(recover)
+app.add_typer(traces.app, name="traces", short_help="Collect a model's own traces, look into a store, export it.")
+app.add_typer(recipes.app, name="recipes", short_help="List the recipes that ship with the package.")
+app.command("eval", short_help="Compare models: accuracy, thinking, divergence.")(evaluate)
+app.command(short_help="Measure what a rounded head costs.")(head)
+app.command(short_help="Run a grid of recipes on a model, and measure each.")(frontier)
+app.command(short_help="Draw what rac frontier measured, as one HTML page.")(report)
+app.command(short_help="Show what a checkpoint holds, and how it would be served.")(inspect)
+app.command(short_help="Pack the zeros of a pruned model away.")(pack)
+app.command(short_help="Write a packed checkpoint with dense weights.")(unpack)
+app.command(short_help="Find the layers that need activations of 8 bits only.")(activations)
+app.command(short_help="Print the JSON Schema of a recipe entry.")(schema)
+app.command(short_help="Print versions, extras, kernels and devices.")(doctor)
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def main() -> None:
         typer.secho(f"error: {_how_to_install(error)}", fg="red", err=True)
         sys.exit(1)
     except ValidationError as error:
-        from rac_modifier.settings.recipe import describe_errors
+        from rac_modifier.settings.check import describe_errors
 
         typer.secho(f"error: {describe_errors(error)}", fg="red", err=True)
         sys.exit(1)

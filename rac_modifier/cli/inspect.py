@@ -44,6 +44,8 @@ def inspect(
     Example: rac inspect packed-model --device h100 --tokens 8
     """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
+    from rac_modifier.checkpoint.output_folder import folder_problem
+    from rac_modifier.cli.models import resolve
     from rac_modifier.cli.predicted import prediction_figures, render_prediction
     from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_int4, render_plan
     from rac_modifier.kernels.predicted import card_of, check_tokens, predict_checkpoint
@@ -51,6 +53,11 @@ def inspect(
     if tokens is not None and device is None:
         raise RacError(f"--tokens {tokens} is for predicted times; name a GPU with --device, such as --device h100")
     card, number = None if device is None else card_of(device), check_tokens(1 if tokens is None else tokens)
+    checkpoint = Path(resolve(str(checkpoint)))
+    if problem := folder_problem(checkpoint):
+        raise RacError(
+            f"{checkpoint}: {problem}; give the folder of a saved model (hf download ID --local-dir FOLDER makes one)"
+        )
     report = inspect_checkpoint(checkpoint)
     if as_json:
         rows = plan_checkpoint(checkpoint) if report.sound else []

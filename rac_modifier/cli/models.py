@@ -23,13 +23,28 @@ def resolve(model: str) -> str:
 
 def check_model(source: str) -> None:
     """Refuse a model that does not exist, before hours of work (RacError)."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, __version__
 
+    from rac_modifier.checkpoint.output_folder import folder_problem
+
+    folder = Path(source)
+    next_step = 'give a model folder, a Hugging Face id, or "reasoner"'
+    if (folder.exists() or source.count("/") > 1 or source[0] in "./~") and (problem := folder_problem(folder)):
+        raise RacError(f"no model at {source!r} ({problem}); {next_step}")
     try:
-        AutoConfig.from_pretrained(source)
+        AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise RacError(
+                f"the model {source!r} brings code of its own (auto_map in its config.json), which is not run here; take a "
+                f"model of an architecture that transformers {__version__} has"
+            ) from error
+        if folder.is_dir():
+            raise RacError(
+                f"no model at {source!r} ({_first_line(error)}); transformers {__version__} must be able to read its config.json"
+            ) from error
         raise RacError(
-            f'no model at {source!r} ({_first_line(error)}); give a model folder, a Hugging Face id, or "reasoner"'
+            f"no model at {source!r} (no folder here, and from the hub: {_first_line(error)}); {next_step}"
         ) from error
 
 
@@ -38,7 +53,7 @@ def load_tokenizer(source: str, next_step: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RacError(f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); {next_step}") from error
     # For some model types transformers makes a tokenizer without a vocabulary where there are no tokenizer files.
@@ -78,7 +93,10 @@ def unpacked(source: str, precision: Dtype) -> Any:
     from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
     from rac_modifier.files import read_json
 
-    if not (Path(source) / CONFIG_FILE).is_file() or packed_format(read_json(Path(source) / CONFIG_FILE)) is None:
+    folder = Path(source)
+    if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
+        raise RacError(f"{source}: no weights are in it; complete the download, or save the model as safetensors")
+    if not (folder / CONFIG_FILE).is_file() or packed_format(read_json(folder / CONFIG_FILE)) is None:
         return source
     return load_model(source, dtype=precision.value)
 

@@ -34,7 +34,7 @@ StoresModel = Annotated[
 ]
 
 
-@app.command("collect")
+@app.command("collect", short_help="Sample the traces that a recipe will calibrate on.")
 def collect(
     model: Model,
     recipe: Recipe,
@@ -113,7 +113,7 @@ def _pool_figures(pool: TracePool) -> dict[str, Any]:
     }
 
 
-@app.command("inspect")
+@app.command("inspect", short_help="Print what a trace store holds.")
 def inspect(
     store: Store,
     samples: Annotated[int, typer.Option(min=0, help="how many traces to print as text")] = 1,
@@ -162,7 +162,7 @@ def _store_figures(store: TraceStore) -> dict[str, Any]:
     return {"store": store.path, "header": store.header.model_dump(mode="json"), "counts": asdict(store.counts)}
 
 
-@app.command("export")
+@app.command("export", short_help="Write a store as Parquet, one row per trace.")
 def export(
     store: Store,
     output: Annotated[Path, typer.Argument(help="file to write, .parquet")],

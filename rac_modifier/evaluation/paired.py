@@ -93,7 +93,7 @@ def read_results(path: Path) -> list[EvalResult]:
     Raises:
         RacError: not such a file, or one of another version.
     """
-    results = read_json(path).get("results")
+    results = read_json(path, "write it with: rac eval DENSE --json FILE").get("results")
     if not isinstance(results, list) or not results:
         raise RacError(f"{path} holds no accuracies; write it with: rac eval DENSE --json {path}")
     try:

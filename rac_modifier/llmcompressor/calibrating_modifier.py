@@ -189,7 +189,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             return self._given_tokenizer
         source = self.tokenizer or model.config._name_or_path
         try:
-            return AutoTokenizer.from_pretrained(source)
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise RacError(
                 f"no tokenizer could be loaded from {source!r} ({error}); name one in the recipe (tokenizer: path or id)"

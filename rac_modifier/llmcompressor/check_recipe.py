@@ -23,7 +23,9 @@ from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targe
 def skeleton_of(source: str) -> PreTrainedModel:
     """The model of a folder or id with shapes and without weights."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(source, trust_remote_code=False)
+        )
     return model
 
 

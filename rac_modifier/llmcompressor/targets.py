@@ -45,12 +45,14 @@ def find_targets(
         if pattern is not None:
             pattern.check_shape(name, *module.weight.shape)
         found[module] = name
+    some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:3]
+    has = f"of this {type(model).__name__}; it has, for example, {', '.join(some) or 'no Linear at all'}"
     if not found:
-        some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:3]
-        raise RacError(
-            f"targets {targets} with ignore {ignore} match no linear layer of this {type(model).__name__}; "
-            f"it has, for example, {', '.join(some) or 'no Linear at all'}"
-        )
+        raise RacError(f"targets {targets} with ignore {ignore} match no linear layer {has}")
+    for setting, names in {"targets": targets, "ignore": ignore}.items():
+        for name in names:
+            if next(iter(match_named_modules(model, [name])), None) is None:
+                raise RacError(f"{setting}: {name!r} has no effect, since it matches no module {has}")
     if head in found and model.get_input_embeddings().weight is head.weight:
         raise RacError(
             f"{found[head]} shares its weight with the input embedding, so pruning it prunes the embedding; "

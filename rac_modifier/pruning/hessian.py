@@ -104,11 +104,6 @@ class Hessian:
         """Where it is accumulated."""
         return self._sums.device
 
-    @property
-    def sum_of_squares(self) -> torch.Tensor:
-        """Weighted sum of squares of each input [columns]; Wanda's norm is its square root."""
-        return self._sums.total.diagonal().clone()
-
     def matrix(self, name: str = "this module", *, take: bool = False) -> torch.Tensor:
         """The full symmetric Hessian [columns, columns], scaled by 2 / sum(weights); a new tensor.
 

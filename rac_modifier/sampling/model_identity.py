@@ -76,7 +76,7 @@ class ModelIdentity:
             RacError: no such model, or no safetensors files.
         """
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(config)
             generation = _generation_config(source, skeleton)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import Settings
+from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.entries import CalibrationEntry
 from rac_modifier.settings.grid_benchmarks import GridBenchmark
 from rac_modifier.settings.problems import ProblemSource
@@ -23,10 +23,10 @@ from rac_modifier.settings.recipe import (
     apply_overrides,
     check_entry,
     check_layout,
-    describe_errors,
     find_named_entry,
     has_entry,
     read_recipe,
+    read_yaml,
 )
 
 DENSE = "dense"
@@ -161,17 +161,10 @@ def load_grid(named: str | Path) -> Grid:
         RacError: no such file, not YAML, or settings that do not exist.
     """
     path = FOLDER / f"{named}.yaml" if str(named) in grid_names() else Path(named)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        shipped = ", ".join(grid_names())
-        raise RacError(f"grid {path} cannot be read ({error}); name a YAML file, or one of {shipped}") from error
-    except yaml.YAMLError as error:
-        raise RacError(f"{path} is not YAML: {error}") from error
-    try:
-        return Grid.model_validate(content)
-    except ValidationError as error:
-        raise RacError(f"{path}: {describe_errors(error)}") from error
+    content = read_yaml(path, "grid", f"name a YAML file, or one of {', '.join(grid_names())}")
+    if has_entry(content) and "rows" not in content:
+        raise RacError(f"{path} is a recipe and no grid; write a grid with rows: [{{label: one, recipe: {path}}}]")
+    return check_settings(Grid, content, str(path))
 
 
 def plan_rows(

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from rac_modifier.errors import RacError
+
+
+def check_is_text(mask_structure: Any) -> Any:
+    """Refuse a number, such as 124, which YAML makes of 2:4 without quotes (RacError)."""
+    if isinstance(mask_structure, int) and mask_structure >= 60:
+        written = ":".join(map(str, divmod(mask_structure, 60)))  # in YAML 1.1, colons separate digits of base 60
+        raise RacError(f'{mask_structure} is what YAML reads {written} as; write "{written}", in quotes')
+    if isinstance(mask_structure, int | float):
+        raise RacError(f'{mask_structure} is no pattern; write "2:4", or for a share of the weights sparsity: 0.5')
+    return mask_structure
 
 
 @dataclass(frozen=True)

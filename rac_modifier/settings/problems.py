@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import Settings, keep_as_written
@@ -12,6 +12,7 @@ from rac_modifier.settings.base import Settings, keep_as_written
 ARITHMETIC = "arithmetic"
 GYM_PREFIX = "reasoning-gym:"
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_OTHER_TABLES = (".csv", ".tsv", ".xlsx")  # whose values have no types: an answer 007 would become 7
 
 # What is set for the data sets of the paper where the user sets nothing.
 PRESETS: dict[str, dict[str, str]] = {
@@ -73,6 +74,15 @@ class ProblemSource(Settings):
             return validate(values)  # another configuration has other columns
         source = validate({**values, **preset, **given})
         keep_as_written(source, given)
+        return source
+
+    @field_validator("source")
+    @classmethod
+    def _is_read(cls, source: str) -> str:
+        if source.lower().endswith(_OTHER_TABLES):
+            raise RacError(
+                f"{source!r} is a table of a kind that is not read; save it as one of {', '.join(FILE_SUFFIXES)}"
+            )
         return source
 
     @model_validator(mode="after")

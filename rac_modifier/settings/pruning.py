@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, ModelWrapValidatorHandler, PrivateAttr, f
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import Settings, keep_as_written
-from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pattern import Pattern, check_is_text
 from rac_modifier.settings.presets import Order, Preset, with_preset
 from rac_modifier.settings.quantization import QuantizationSettings
 
@@ -129,6 +129,11 @@ class PruningSettings(BaseModel):
     )
 
     _pattern: Pattern | None = PrivateAttr(default=None)
+
+    @field_validator("mask_structure", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        return check_is_text(value)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
 from rac_modifier.settings.shipped_recipes import find_recipe
 
@@ -40,18 +41,21 @@ def read_recipe(named: str | Path) -> Any:
     Raises:
         RacError: no such recipe, or not YAML.
     """
-    path = find_recipe(named)
+    return read_yaml(find_recipe(named), "recipe", "name a YAML file")
+
+
+def read_yaml(path: Path, what: str, next_step: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        RacError: no such file (the message ends in `next_step`), or not YAML.
+    """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RacError(f"recipe {path} cannot be read ({error}); name a YAML file") from error
+        raise RacError(f"{what} {path} cannot be read ({error}); {next_step}") from error
     except yaml.YAMLError as error:
-        raise RacError(f"{path} is not YAML: {error}") from error
-
-
-def find_entry(recipe: Any, where: str) -> dict[str, Any]:
-    """The settings of `find_named_entry` alone."""
-    return find_named_entry(recipe, where)[1]
+        raise RacError(f"{path} is not YAML; repair it, or name another file ({error})") from error
 
 
 def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
@@ -68,7 +72,8 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
         return f"write it as pruning_stage: pruning_modifiers: {name}: {{...}}"
 
     if not isinstance(recipe, dict):
-        raise RacError(f"{where} holds no recipe but {type(recipe).__name__}; {layout()}")
+        what = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
+        raise RacError(f"{where} {what}; {layout()}")
     found: list[tuple[str, dict[str, Any]]] = []
     for stage, groups in recipe.items():
         for group, modifiers in groups.items() if isinstance(groups, dict) else ():
@@ -112,24 +117,7 @@ def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> Calibrat
     Raises:
         RacError: with every mistake in one message.
     """
-    try:
-        return ENTRIES[name].model_validate(entry)
-    except ValidationError as error:
-        raise RacError(f"{where}: {describe_errors(error)}") from error
-
-
-def describe_errors(error: ValidationError) -> str:
-    """Pydantic's findings as `key.sub: what is wrong`, one per line."""
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = f"there is no such setting (value {item['input']!r}); see `rac schema`"
-        elif item["type"] != "value_error":
-            message = f"{message} (value {item['input']!r})"
-        lines.append(f"{key}: {message}" if key else message)
-    return "\n".join(lines)
+    return check_settings(ENTRIES[name], entry, where)
 
 
 def schema(name: str = NAME) -> str:
@@ -158,8 +146,8 @@ def _apply(entry: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RacError(f"--set {override!r} is not key=value, for example --set calibration.tokens=32768")
-    try:
-        value = yaml.safe_load(text)
+    try:  # YAML would read 2:4 as the number 124
+        value = text if re.fullmatch(r"[0-9]+:[0-9]+", text) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RacError(f"--set {override!r}: the value is not YAML ({error})") from error
     *parents, last = key.split(".")

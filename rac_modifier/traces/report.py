@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.failures import read_failures
 from rac_modifier.traces.grading import Judge
@@ -87,14 +87,12 @@ def read_select(text: str | None) -> SelectSettings | None:
     if text is None:
         return None
     try:
-        return SelectSettings(**yaml.safe_load(text))
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}" for e in error.errors())
-        raise RacError(f"--select {text!r}: {wrong}") from error
-    except (yaml.YAMLError, TypeError) as error:
-        raise RacError(
-            f"--select {text!r} is not a selection; write it like '{{answers: correct, finished: true}}'"
-        ) from error
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise RacError(f"--select {text!r} is not a selection; write it like '{{answers: correct, finished: true}}'")
+    return check_settings(SelectSettings, values, f"--select {text!r}")
 
 
 def _bucket(length: int) -> int:

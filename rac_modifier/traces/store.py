@@ -292,4 +292,6 @@ def _first_line(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.readline()
     except OSError as error:
-        raise RacError(f"trace store {str(path)!r} cannot be read: {error}") from error
+        raise RacError(
+            f"trace store {str(path)!r} cannot be read ({error.strerror or error}); name another path"
+        ) from error

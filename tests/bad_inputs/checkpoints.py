@@ -132,6 +132,11 @@ def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--device", "h100")
 
 
-@CASES.case("looking into a folder that is not there", "is this a saved model folder?")
+@CASES.case("looking into a folder that is not there", "no such folder; give the folder of a saved model")
 def _(b: Bench) -> None:
     b.rac("inspect", b.tmp / "nowhere")
+
+
+@CASES.case("looking into a model of the hub", "hf download ID --local-dir FOLDER makes one")
+def _(b: Bench) -> None:
+    b.rac("inspect", "owner/name")

@@ -88,6 +88,11 @@ CASES += [
         lambda b: b.rac("eval", b.folder, "--card", "--direct"),
     ),
     Case(
+        "`rac eval --baseline` of a file that is not there",
+        "no.json: cannot be read as JSON (No such file or directory); write it with: rac eval DENSE --json FILE",
+        lambda b: b.rac("eval", b.folder, "--baseline", "no.json"),
+    ),
+    Case(
         "a system prompt for the bare question",
         "has no place without a chat template",
         lambda b: b.rac("eval", b.folder, "--template", "none", "--system-prompt", "Be brief."),

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from rac_modifier import recipe
 from tests.bad_inputs.bench import Bench, Case, Cases
 from tests.frontier.sample import write_sample
 from tests.tiny import NAME
@@ -35,6 +36,11 @@ def changed(b: Bench, name: str, old: str, new: str) -> Path:
 
 
 CASES += [
+    Case(
+        "a recipe in the place of a grid",
+        "is a recipe and no grid; write a grid with rows: [{label: one, recipe: ",
+        lambda b: b.rac("frontier", b.folder, "--recipe-grid", recipe("rac_2of4"), "--out", b.tmp / "out"),
+    ),
     Case(
         "a grid with a recipe that cannot be run",
         "Rows that could run: good",

@@ -50,7 +50,7 @@ def _(b: Bench) -> None:
     b.rac("pack", file.parent, b.tmp / "out")
 
 
-@CASES.case("`rac pack` of a folder without config.json", "config.json: cannot be read as JSON")
+@CASES.case("`rac pack` of a folder without config.json", "no config.json is in it; give the folder of a saved model")
 def _(b: Bench) -> None:
     (sparse(b) / "config.json").unlink()
     b.rac("pack", b.tmp / "sparse", b.tmp / "out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import yaml
+
 from tests.bad_inputs.bench import Bench, Case, Cases
 from tests.tiny import save_tiny
 
@@ -22,6 +24,26 @@ for text, says in (
 ):
     CASES.append(Case(f'`mask_structure: "{text}"`', says, lambda b, text=text: b.check(mask_structure=text)))
 CASES += [
+    Case(
+        "`mask_structure: 2:4` without quotes",
+        'mask_structure: 124 is what YAML reads 2:4 as; write "2:4", in quotes',
+        lambda b: b.check(mask_structure=yaml.safe_load("2:4")),
+    ),
+    Case(
+        "a share as `mask_structure`",
+        'mask_structure: 0.5 is no pattern; write "2:4", or for a share of the weights sparsity: 0.5',
+        lambda b: b.check(mask_structure=0.5),
+    ),
+    Case(
+        "`ignore` of a module that the model does not have",
+        "ignore: 're:.*mlp.experts.*' has no effect, since it matches no module of this Qwen3ForCausalLM; it has",
+        lambda b: b.prune_with(ignore=["re:.*mlp.experts.*"]),
+    ),
+    Case(
+        "one of several targets that matches nothing",
+        "targets: 're:.*query_key_value$' has no effect, since it matches no module of this Qwen3ForCausalLM; it has",
+        lambda b: b.prune_with(targets=["re:.*q_proj$", "re:.*query_key_value$"]),
+    ),
     Case(
         "`sparsity` beside an N:M `mask_structure`",
         'sparsity: 0.5 has no effect beside mask_structure "2:4", which prunes 0.5 of the weights; leave sparsity out',

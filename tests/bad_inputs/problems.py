@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from tests.bad_inputs.bench import Bench, Case, Cases
@@ -19,6 +21,11 @@ CASES += [
         "a problem file of unknown columns, none named",
         "which column holds the question? Set `column` to one of: text",
         lambda b: b.prune_with(traces=b.problems({"text": "1+1?"})),
+    ),
+    Case(
+        "a problem file whose values have no types",
+        "traces.problems.source: 'my.csv' is a table of a kind that is not read; save it as one of .jsonl, .json, .parquet",
+        lambda b: b.check(traces={"problems": {"source": "my.csv"}}),
     ),
     Case("an empty problem file", "holds no problems", lambda b: b.prune_with(traces=b.problems())),
     Case(
@@ -84,3 +91,55 @@ def _(b: Bench) -> None:
 @CASES.case("an answer column of dates", "must hold text or a number, it holds a datetime; write the answers as text")
 def _(b: Bench) -> None:
     b.prune_with(traces=b.problems({"problem": "When?", "answer": "2024-01-05"}, answer_column="answer"))
+
+
+@CASES.case("a GGUF file in the place of a model", "GGUF, which is not read; take the model that it was made from")
+def _(b: Bench) -> None:
+    (b.tmp / "model.gguf").write_bytes(b"GGUF")
+    b.rac("eval", b.tmp / "model.gguf")
+
+
+@CASES.case("a folder of GGUF files", "GGUF, which is not read; take the model that it was made from")
+def _(b: Bench) -> None:
+    (b.tmp / "model").mkdir()
+    (b.tmp / "model" / "model.gguf").write_bytes(b"GGUF")
+    b.rac("pack", b.tmp / "model", "--check")
+
+
+@CASES.case("a file of a model in the place of its folder", "a file; name the folder that it is in")
+def _(b: Bench) -> None:
+    b.rac("eval", b.folder / "model.safetensors")
+
+
+@CASES.case("an empty folder in the place of a model", "no config.json is in it")
+def _(b: Bench) -> None:
+    (b.tmp / "model").mkdir()
+    b.rac_prune(model=b.tmp / "model")
+
+
+@CASES.case("pruning a download without weights", "no weights are in it; complete the download")
+def _(b: Bench) -> None:
+    folder = save_tiny(b.tmp / "model")
+    (folder / "model.safetensors").unlink()
+    b.rac_prune(model=folder)
+
+
+def of_type(b: Bench, **changes: Any) -> Path:
+    """The tiny model with another config.json."""
+    config = save_tiny(b.tmp / "model") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "new", **changes}))
+    return config.parent
+
+
+@CASES.case("a model of an architecture that transformers does not have", "must be able to read its config.json")
+def _(b: Bench) -> None:
+    b.rac_prune(model=of_type(b))
+
+
+@CASES.case("a model that brings code of its own", "auto_map in its config.json), which is not run here")
+def _(b: Bench) -> None:
+    def asked(*args: Any) -> str:
+        raise AssertionError("asked whether to run the code")
+
+    b.monkeypatch.setattr("builtins.input", asked)
+    b.rac_prune(model=of_type(b, auto_map={"AutoConfig": "configuration_new.NewConfig"}))

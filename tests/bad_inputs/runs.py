@@ -25,6 +25,22 @@ CASES += [
         lambda b: b.check(calibration={"token": 5}),
     ),
     Case(
+        "a setting in another group",
+        "tokens: there is no such setting (value 5); did you mean calibration.tokens or recover.tokens?",
+        lambda b: b.check(tokens=5),
+    ),
+    Case(
+        "a misspelt setting",
+        "traces.sample: there is no such setting (value {'seed': 1}); did you mean traces.sampling?",
+        lambda b: b.check(traces={"sample": {"seed": 1}}),
+    ),
+    Case(
+        "a setting like no other",
+        "calibration.gpu: there is no such setting (value 1); use calibration.tokens, calibration.mixture",
+        lambda b: b.check(calibration={"gpu": 1}),
+    ),
+    Case("an empty recipe", "recipe.yaml is empty; write it as pruning_stage:", lambda b: b.rac_prune("")),
+    Case(
         "a recipe without this modifier",
         f"has no {NAME} or ReasoningAwareCalibrationModifier",
         lambda b: b.rac_prune("s_stage: {m_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}"),
@@ -115,6 +131,11 @@ def _(b: Bench) -> None:
     b.prune(output_dir=str(b.tmp))
 
 
+@CASES.case("an output folder below a file", "traces.jsonl is a file, so no folder can be made in it; name another")
+def _(b: Bench) -> None:
+    b.rac_prune(out="traces.jsonl/out")
+
+
 @CASES.case("more tokens than fit into memory", "set a lower calibration.tokens")
 def _(b: Bench) -> None:
     b.monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2**20}))
@@ -177,6 +198,14 @@ def _(b: Bench) -> None:
     two = Processes(0, 2)
     b.monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.present_processes", lambda: two)
     b.prune(later=(GPTQModifier(scheme="W4A16", ignore=["lm_head"]),))
+
+
+@CASES.case(
+    "`rac recover --set` of a setting that does not exist",
+    "--set: tokns: there is no such setting (value 5); did you mean tokens?",
+)
+def _(b: Bench) -> None:
+    b.rac("recover", b.folder, b.folder, b.tmp / "out", "--set", "tokns=5")
 
 
 @CASES.case(

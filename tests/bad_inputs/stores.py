@@ -43,6 +43,11 @@ def _(b: Bench) -> None:
     b.prune()
 
 
+@CASES.case("a folder in the place of the store", "cannot be read (Is a directory); name another path")
+def _(b: Bench) -> None:
+    b.rac("traces", "inspect", b.folder)
+
+
 @CASES.case("looking into an empty store", "holds no header; collect traces first")
 def _(b: Bench) -> None:
     b.store.write_bytes(b"")

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from rac_modifier.checkpoint.files import JOURNAL_FILE
 from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
 from rac_modifier.errors import RacError
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert local_folder(tmp_path) == tmp_path
+
+
+def test_a_folder_whose_packing_was_cut_off_is_one(tmp_path: Path) -> None:
+    """What reads it has a better message."""
+    (tmp_path / JOURNAL_FILE).write_text("{}")
     assert local_folder(tmp_path) == tmp_path
 
 

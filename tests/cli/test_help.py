@@ -42,6 +42,11 @@ def test_help_fits_a_screen(path: tuple[str, ...]) -> None:
     assert max(map(len, lines)) <= COLUMNS
 
 
+@pytest.mark.parametrize("path", [path for path in ALL if not path or path == ("traces",)], ids=" ".join)
+def test_no_command_of_a_list_is_cut_short(path: tuple[str, ...]) -> None:
+    assert not [line for line in help_of(path) if line.startswith("  ") and line.endswith("...")]
+
+
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
 def test_help_has_an_example_with_options_that_exist(path: tuple[str, ...]) -> None:
     text = re.sub(r"\n +", " ", "\n".join(help_of(path)))

@@ -136,3 +136,8 @@ def test_json_has_what_is_printed(rac, sparse_folder):
     served = {row["module"]: row for row in found["served"]}
     assert served["lm_head"]["sparse"] is False
     assert all(row["reason"] for row in found["served"])
+
+
+def test_the_embedded_model_has_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.app(["inspect", "reasoner"], standalone_mode=False)
+    assert "no matrix is recorded as pruned" in capsys.readouterr().out

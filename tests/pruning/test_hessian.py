@@ -34,9 +34,6 @@ def test_equals_the_direct_sum(columns, tokens, batches, seed):
     assert_is_the_sum(matrix, x)
     assert torch.equal(matrix, matrix.T)
     assert hessian.tokens == hessian.weight_sum == batches * tokens
-    squares = x.double().square().sum((0, 1))
-    eps = torch.finfo(torch.float32).eps
-    assert ((hessian.sum_of_squares - squares).abs() <= batches * tokens * eps * squares).all()
 
 
 def test_weights_are_repeated_tokens():
@@ -107,11 +104,13 @@ def test_no_token_is_an_error():
     ],
 )
 def test_refuses_bad_batches(x, weights):
-    hessian = Hessian(8)
+    hessian, fresh = Hessian(8), Hessian(8)
     with pytest.raises(RacError):
         hessian.add(x, weights)
     assert hessian.tokens == 0
-    assert not hessian.sum_of_squares.any()
+    for one in (hessian, fresh):  # nothing of the bad batch is left
+        one.add(torch.eye(8))
+    assert torch.equal(hessian.matrix(), fresh.matrix())
 
 
 def test_matrix_leaves_the_sum_alone():

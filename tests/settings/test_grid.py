@@ -190,7 +190,7 @@ def test_the_grids_that_documents_name_are_there():
     [
         ("rows: [", "is not YAML"),
         ("rows: []", "rows: "),
-        ("rows: [{label: a}]", "rows.0.recipe: Field required"),
+        ("rows: [{label: a}]", "rows.0.recipe: is missing; add it"),
         ("rows: [{label: a, recipe: b}]\nevaluation: {problem: 3}", "evaluation.problem: there is no such setting"),
         ("rows: [{label: a, recipe: b}]\nevaluation: {top_p: 0.9}", "top_p=0.9 has no effect on greedy answers"),
         ("rows: [{label: 2:4, recipe: b}]", "label 124 is a number (YAML reads 2:4 as 124); write it in quotes"),

@@ -6,7 +6,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.entries import ENTRIES
-from rac_modifier.settings.recipe import check_entry, find_entry, find_named_entry, load_recipe, schema
+from rac_modifier.settings.recipe import check_entry, find_named_entry, load_recipe, schema
 from tests.tiny import NAME, entry, recipe
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
         "sparsity=null",
     ]  # fmt: skip
     content = load_recipe(path, overrides)
-    settings = find_entry(content, "r")
+    _, settings = find_named_entry(content, "r")
     assert settings["calibration"] == {**entry()["calibration"], "tokens": 7}
     assert settings["traces"]["store"] == "a.jsonl"
     assert settings["traces"]["sampling"]["max_new_tokens"] == 40
@@ -70,10 +70,18 @@ def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
     assert content["quant_stage"]["quant_modifiers"]["QuantizationModifier"]["scheme"] == "FP8_DYNAMIC"
 
 
+def test_a_pattern_on_the_command_line_needs_no_quotes(tmp_path):
+    """YAML reads 1:4 as the number 64."""
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe(entry()))
+    assert find_named_entry(load_recipe(path, ["mask_structure=1:4"]), "r")[1]["mask_structure"] == "1:4"
+
+
 def test_a_group_that_the_recipe_lacks_can_be_set(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(recipe({"sparsity": 0.5, "traces": None}))
-    assert find_entry(load_recipe(path, ["calibration.seed=4", "traces.store=s"]), "r") == {
+    content = load_recipe(path, ["calibration.seed=4", "traces.store=s"])
+    assert find_named_entry(content, "r")[1] == {
         "sparsity": 0.5, "calibration": {"seed": 4}, "traces": {"store": "s"},
     }  # fmt: skip
 
@@ -107,7 +115,7 @@ def test_a_layout_in_which_llm_compressor_finds_nothing_is_refused(text, tmp_pat
 
 def test_an_entry_without_settings_is_read_as_empty(tmp_path):
     (tmp_path / "r.yaml").write_text(f"pruning_stage: {{pruning_modifiers: {{{NAME}: }}}}")
-    assert find_entry(load_recipe(tmp_path / "r.yaml", ["sparsity=0.5"]), "r") == {"sparsity": 0.5}
+    assert find_named_entry(load_recipe(tmp_path / "r.yaml", ["sparsity=0.5"]), "r") == (NAME, {"sparsity": 0.5})
 
 
 def test_a_recipe_cannot_name_code(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from llmcompressor import oneshot
 
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.load import load_model
-from rac_modifier.settings.recipe import find_entry, load_recipe
+from rac_modifier.settings.recipe import find_named_entry, load_recipe
 from tests.tiny import is_2of4, linears, save_tiny
 
 RECIPES = sorted((Path(__file__).parents[2] / "rac_modifier" / "recipes").glob("*.yaml"))
@@ -18,7 +18,7 @@ SMALL_RECOVERY = ["recover.tokens=2000", "recover.held_out_tokens=400"]
 
 
 def is_offline(path: Path) -> bool:
-    problems = find_entry(yaml.safe_load(path.read_text()), path.name)["traces"]["problems"]
+    problems = find_named_entry(yaml.safe_load(path.read_text()), path.name)[1]["traces"]["problems"]
     return problems["source"] == "arithmetic" or problems["source"].startswith("reasoning-gym:")
 
 

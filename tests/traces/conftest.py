@@ -9,8 +9,10 @@ from rac_modifier.sampling.prompts import render_prompt
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
+from tests import tiny
 from tests.sampling.fake_server import FakeServer, rule, shorten_pauses
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.traces.long_store import fill
 
 LONGEST = 20  # tokens of a completion
 
@@ -74,3 +76,14 @@ def is_exact(tokenizer):
         return True
 
     return is_exact
+
+
+@pytest.fixture(scope="package")
+def byte_tokenizer():
+    return tiny.byte_tokenizer()
+
+
+@pytest.fixture(scope="package")
+def long_store(byte_tokenizer, tmp_path_factory):
+    """2,499 traces."""
+    return fill(tmp_path_factory.mktemp("store") / "s.jsonl", byte_tokenizer)

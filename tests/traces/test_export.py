@@ -3,71 +3,39 @@
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.export import export_parquet
-from rac_modifier.traces.store import StoreHeader, Trace, TraceStore
-from tests.tiny import byte_tokenizer
-
-HEADER = StoreHeader(
-    fingerprint="f" * 64,
-    model="tiny",
-    tokenizer="t" * 64,
-    chat_template="abc",
-    sampling=SamplingSettings().resolved(None),
-    problems=ProblemSource(),
-)
+from rac_modifier.traces.store import TraceStore
+from tests.traces.long_store import HEADER
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
-
-
-def trace(tokenizer, i):
-    text = "12 " * (i % 40) + f"</think>\\boxed{{{i if i % 4 else 'x'}}}"
-    ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-    return Trace(
-        f"p{i}#0", f"p{i}", (3, 4), ids, "stop" if i % 3 else "length", 0, f"{i} é?", None if i == 4 else str(i)
-    )
-
-
-@pytest.fixture(scope="module")
-def store(tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("store") / "s.jsonl"
-    with TraceStore.open_append(path, HEADER) as opened:
-        opened.append_many([trace(tokenizer, i) for i in range(2500) if i != 4])
-    return TraceStore.read(path)
-
-
-def test_parquet_holds_the_ids_as_they_are(store, tokenizer, tmp_path):
+def test_parquet_holds_the_ids_as_they_are(long_store, byte_tokenizer, tmp_path):
     import datasets
 
-    assert export_parquet(store, tmp_path / "out.parquet") == len(store) == 2499
+    assert export_parquet(long_store, tmp_path / "out.parquet") == len(long_store) == 2499
     rows = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "out.parquet"), split="train", cache_dir=str(tmp_path)
     )
-    for one, row in zip(store, rows, strict=True):
+    for one, row in zip(long_store, rows, strict=True):
         assert row["id"] == one.id
         assert (tuple(row["prompt_ids"]), tuple(row["completion_ids"])) == (one.prompt_ids, one.completion_ids)
         assert (row["question"], row["answer"], row["finish_reason"]) == (one.question, one.answer, one.finish_reason)
     assert [path.name for path in tmp_path.glob("out*")] == ["out.parquet"]
 
 
-def test_text_shows_tags_and_eos(store, tokenizer, tmp_path):
+def test_text_shows_tags_and_eos(long_store, byte_tokenizer, tmp_path):
     import pyarrow.parquet
 
-    export_parquet(store, tmp_path / "out.parquet", tokenizer)
+    export_parquet(long_store, tmp_path / "out.parquet", byte_tokenizer)
     first = pyarrow.parquet.read_table(tmp_path / "out.parquet").slice(1, 1).to_pylist()[0]
     assert first["completion"] == "12 </think>\\boxed{1}<|end|>"
-    assert first["prompt"] == tokenizer.decode([3, 4])
+    assert first["prompt"] == byte_tokenizer.decode([3, 4])
 
 
-def test_what_cannot_be_exported(store, tmp_path):
+def test_what_cannot_be_exported(long_store, tmp_path):
     with pytest.raises(RacError, match=r"does not end in \.parquet"):
-        export_parquet(store, tmp_path / "out.csv")
+        export_parquet(long_store, tmp_path / "out.csv")
     with pytest.raises(RacError, match="its folder does not exist"):
-        export_parquet(store, tmp_path / "none" / "out.parquet")
+        export_parquet(long_store, tmp_path / "none" / "out.parquet")
     with (
         TraceStore.open_append(tmp_path / "e.jsonl", HEADER) as empty,
         pytest.raises(RacError, match="holds no traces"),
@@ -75,11 +43,11 @@ def test_what_cannot_be_exported(store, tmp_path):
         export_parquet(empty, tmp_path / "out.parquet")
 
 
-def test_a_full_disk_leaves_no_half_file(store, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_half_file(long_store, tmp_path, monkeypatch):
     def full(_from, _to):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(RacError, match=r"out\.parquet' cannot be written .*make room"):
-        export_parquet(store, tmp_path / "out.parquet")
+        export_parquet(long_store, tmp_path / "out.parquet")
     assert list(tmp_path.glob("out*")) == []
