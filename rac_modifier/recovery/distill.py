@@ -20,7 +20,7 @@ from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.hidden_states import check_head
 from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
 from rac_modifier.recovery.recomputing import recomputing
-from rac_modifier.recovery.schedule import default_learning_rate, plan_steps
+from rac_modifier.recovery.schedule import default_learning_rate, most_padding, plan_steps
 from rac_modifier.recovery.sharded import spread
 from rac_modifier.recovery.teacher import Teacher, name_of
 from rac_modifier.recovery.trained_parameters import in_float32, trained_name
@@ -125,6 +125,7 @@ def recover(
         batch_tokens=settings.batch_tokens,
         passes=settings.passes,
         seed=settings.seed,
+        most_padding=most_padding(model.device, processes.count),
     )
     started, cpu = time.monotonic(), time.process_time()
     masks = sparse_masks(model) if masks is None else masks

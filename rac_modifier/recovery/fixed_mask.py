@@ -92,7 +92,7 @@ class FixedMask:
     def apply(self) -> None:
         """Set to zero what has to be zero: against an optimizer that moves weights without a gradient (noise, momentum)."""
         for name, mask in self.masks.items():
-            self._parameters[name].mul_(mask)
+            self._parameters[name].mul_(mask.view(torch.uint8))  # bool itself is multiplied half as fast on a CPU
 
     @torch.no_grad()
     def check(self) -> None:
@@ -136,6 +136,6 @@ def fixed_mask(model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None 
 
 def _masked(mask: torch.Tensor) -> Any:
     def hook(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * mask.to(gradient.device)
+        return gradient * mask.to(gradient.device).view(torch.uint8)
 
     return hook

@@ -34,6 +34,12 @@ def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tenso
     """
     ids, completion = padded(batch)
     wanted = completion[:, 1:].to(model.device)  # the state at a position predicts the next token
+    states = input_of_head(model, ids[:, :-1].to(model.device))
+    return states[wanted.to(states.device)]
+
+
+def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states [rows, tokens, d] at all positions of `ids` [rows, tokens]; see `predicting_states`."""
     found: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -42,9 +48,9 @@ def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tenso
 
     hook = output_head(model).register_forward_pre_hook(keep)
     try:
-        model(input_ids=ids[:, :-1].to(model.device), use_cache=False)
+        model(input_ids=ids, use_cache=False)
     except StopForward:
-        return found[0][wanted.to(found[0].device)]
+        return found[0]
     finally:
         hook.remove()
     raise RacError(f"{type(model).__name__} does not call its output embeddings, so there is no state to train on")

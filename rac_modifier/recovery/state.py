@@ -110,7 +110,7 @@ def load_state(folder: Path, key: str, shards: Whole, optimizer: torch.optim.Opt
                 part, _, of = name.partition("/")
                 tensor, parameter = file.get_tensor(name), shards.parameters[of]
                 if part == "step":
-                    optimizer.state[parameter][part] = tensor
+                    optimizer.state[parameter][part] = tensor.to(parameter.device)
                 elif part == "best":
                     progress.best[of] = shards.part(of, tensor).clone()
                 elif part == "weight":

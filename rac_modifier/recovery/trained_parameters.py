@@ -15,9 +15,7 @@ def in_float32(model: Any) -> Iterator[None]:
 
     Buffers stay as they are: rotary frequencies would lose precision on their way through bfloat16.
     """
-    frozen = {
-        id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()
-    }
+    frozen = frozen_parameters(model)
     before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -33,6 +31,11 @@ def in_float32(model: Any) -> Iterator[None]:
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(requires_grad)
+
+
+def frozen_parameters(model: Any) -> set[int]:
+    """The ids of the parameters of embeddings and head, which are not trained."""
+    return {id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()}
 
 
 def trained_name(name: str, quantized: Mapping[str, QuantizedWeight]) -> str:

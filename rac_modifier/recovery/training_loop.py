@@ -87,7 +87,8 @@ class TrainingLoop:
             self.shards.local(self.parameters[name]).copy_(self.shards.part(name, master))
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0)
+        # fused: one pass over weights and moments, where torch's default on a CPU takes twelve and ten times as long
+        return torch.optim.AdamW(self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0, fused=True)
 
     def _train_at(self, rate: float, done: Progress) -> None:
         """Take the steps that are left, check the held-out KL, and write the state now and then."""
@@ -166,7 +167,12 @@ class TrainingLoop:
         done.curve.append((done.step, kl))
         if kl < done.best_kl:
             done.best_kl, done.best_step = kl, done.step
-            done.best = {name: self.shards.local(p).to("cpu", copy=True) for name, p in self.parameters.items()}
+            for name, parameter in self.parameters.items():
+                weight = self.shards.local(parameter)
+                if name in done.best:  # one copy in memory, not two
+                    done.best[name].copy_(weight)
+                else:
+                    done.best[name] = weight.to("cpu", copy=True)
         return kl
 
     @torch.no_grad()

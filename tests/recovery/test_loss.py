@@ -23,10 +23,11 @@ def oracle(hidden: torch.Tensor, dense: torch.Tensor, weight: torch.Tensor) -> t
     return total.item(), h.grad
 
 
-@pytest.mark.parametrize("elements", [1 << 25, 22])
-def test_loss_and_gradient_are_those_of_the_definition(elements, monkeypatch):
-    """In one chunk, and in chunks of two tokens with a last one of one."""
+@pytest.mark.parametrize(("elements", "cached"), [(1 << 25, 1 << 19), (22, 1 << 19), (44, 11), (1 << 25, 22)])
+def test_loss_and_gradient_are_those_of_the_definition(elements, cached, monkeypatch):
+    """In one chunk, and in chunks of two or four tokens with a shorter last one, in parts of one token or two."""
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(loss, "_CACHED_ELEMENTS", cached)
     hidden, dense, head = case()
     found = head_kl(hidden, dense, head)
     (3.0 * found).backward()
@@ -49,3 +50,27 @@ def test_equal_states_cost_nothing_and_pull_nowhere():
     found.backward()
     assert abs(found.item()) < 1e-6
     assert float(hidden.grad.abs().max()) < 1e-6
+
+
+def test_a_measurement_multiplies_with_the_head_twice_and_a_step_three_times(monkeypatch):
+    """A held-out check needs no gradient, which is a third of the products."""
+    calls = []
+    product = loss.product
+    monkeypatch.setattr(loss, "product", lambda a, b: calls.append(1) or product(a, b))
+    hidden, dense, head = case()
+    measured = head_kl(hidden.detach(), dense, head)
+    assert len(calls) == 2
+    assert head_kl(hidden, dense, head).item() == measured.item()
+    assert len(calls) == 5
+
+
+def test_logits_that_are_large_cost_no_precision():
+    """Both sums of exponentials are near 1,000, and the KL is near 1."""
+    hidden, _, head = case()
+    weight = torch.cat([head.weight.detach(), torch.full((11, 1), 1000.0)], dim=1)
+    one = torch.ones(7, 1)
+    head = torch.nn.Linear(6, 11, bias=False)
+    head.weight.data = weight
+    student, dense = torch.cat([hidden.detach(), one], 1), torch.cat([hidden.detach().flip(0), one], 1)
+    total, _ = oracle(student, dense, weight)
+    assert head_kl(student, dense, head).item() == pytest.approx(total, rel=1e-3)
