@@ -29,19 +29,31 @@ class ActivationStage:
         self._choice: ActivationChoice | None = None
 
     @classmethod
-    def of(cls, settings: QuantizationSettings, quantizer: GroupQuantizer, oneshot: Oneshot | None) -> Self | None:
-        """None where the recipe sets no limit.
+    def of(
+        cls,
+        settings: QuantizationSettings,
+        quantizer: GroupQuantizer,
+        names: Mapping[torch.nn.Module, str],
+        oneshot: Oneshot | None,
+    ) -> Self | None:
+        """None where the recipe sets no limit; `names`: of the pruned modules.
 
         Raises:
-            RacError: `oneshot` is told to save a checkpoint that cannot record the choice.
+            RacError: there is nothing to choose, or `oneshot` is told to save a checkpoint that cannot record the choice.
         """
-        limit = settings.int8_activation_limit
-        if limit is not None and oneshot is not None and not oneshot.model_args.save_compressed:
+        if (limit := settings.int8_activation_limit) is None:
+            return None
+        if oneshot is not None and not oneshot.model_args.save_compressed:
             raise RacError(
                 f"{_SETTING}: {limit} has no effect beside oneshot's save_compressed=False: only packed checkpoints record it; "
                 "leave one of them out"
             )
-        return None if limit is None else cls(limit, quantizer)
+        if not quantizer.integer_layers(names, lambda name: 0.0):
+            raise RacError(
+                f"{_SETTING}: {limit} has no effect here: no pruned module is int8 or int4 as the CPU kernels multiply it "
+                "(routed experts aside); leave it out, or set scheme: W8A16 for other modules"
+            )
+        return cls(limit, quantizer)
 
     def measure(
         self,
@@ -52,9 +64,7 @@ class ActivationStage:
     ) -> None:
         """Choose among the modules `names` of a model whose weights are rounded; `results`: what the run recorded of each."""
         try:
-            layers = self._quantizer.integer_layers(names, results)
-            if not layers:
-                raise RacError("no pruned module (beside routed experts) has weights that are multiplied as integers")
+            layers = self._quantizer.integer_layers(names, lambda name: results[name]["relative_error"])
             if not held_out:
                 raise RacError("no traces were held out; raise calibration.held_out_tokens")
             with self._quantizer.as_served():

@@ -111,7 +111,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             self._described = describe_patterns(self.pattern, self.allocation)
         if self.quantization is not None:
             self._quantizer = GroupQuantizer(self.quantization, model, self._names, prunes=self.prunes)
-            self._activations = ActivationStage.of(self.quantization, self._quantizer, oneshot)
+            self._activations = ActivationStage.of(self.quantization, self._quantizer, self._names, oneshot)
             if not self.prunes:  # what no scheme matches stays as it is
                 self._names = {module: name for module, name in self._names.items() if module in self._quantizer.grids}
         what = f"{len(self._names)} modules"

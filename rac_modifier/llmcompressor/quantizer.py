@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -107,16 +107,15 @@ class GroupQuantizer:
         return taken
 
     def integer_layers(
-        self, names: Mapping[torch.nn.Module, str], results: Mapping[str, Mapping[str, Any]]
+        self, names: Mapping[torch.nn.Module, str], own_error: Callable[[str], float]
     ) -> list[QuantizedLayer]:
-        """The modules that the CPU kernels multiply as integers; `results`: what the run recorded of each, by name."""
+        """The modules that the CPU kernels multiply as integers; `own_error`: of a module, by its name."""
         layers = []
         for module, grid in self.grids.items():
             if grid.kind == "int":
                 stored = torch.int32 if grid.bits == 4 else torch.int8
                 columns, name = module.get_parameter("weight").shape[1], names[module]
-                error = results[name]["relative_error"]
-                layers.append(QuantizedLayer.of(name, stored, grid.group_size or columns, columns, error))
+                layers.append(QuantizedLayer.of(name, stored, grid.group_size or columns, columns, own_error(name)))
         return [layer for layer in layers if layer is not None]
 
     @contextlib.contextmanager

@@ -122,6 +122,15 @@ def test_routed_experts_keep_16_bits(prune, settings, tmp_path):
     assert {layer.module for layer in quantized_layers(tmp_path / "out")} == record["layers"].keys()
 
 
+def test_groups_that_are_multiplied_as_floats_are_refused_before_the_run(prune, settings, tmp_path):
+    pairs = {"num_bits": 8, "strategy": "group", "group_size": 2}
+    settings["quantization"] = {"config_groups": {"g": {"weights": pairs}}, "int8_activation_limit": 0.01}
+    with pytest.raises(
+        RacError, match=r"int8_activation_limit: 0\.01 has no effect here: no pruned module is int8 or int4 as"
+    ):
+        prune(output_dir=tmp_path / "out", **settings)
+
+
 def test_a_checkpoint_that_cannot_record_it_is_refused_before_the_run(prune, settings, tmp_path):
     with pytest.raises(
         RacError, match=r"int8_activation_limit: 0\.01 has no effect beside oneshot's save_compressed=False"
