@@ -211,7 +211,13 @@ def memory_table() -> Iterator[str]:
         attention = Attention.of(model, [(1, BATCH)] * (-(-TOKENS // BATCH)), 2)  # a trace per batch
         need = MemoryNeed(TOKENS, BATCH, model.hidden, 2, by_layer=False, solver=steps, attention=attention)
         groups = list(model.layer())
-        shapes = in_order([GroupShape("", g.columns, sum(g.rows), routed=g.share < 1) for g in groups + groups[:1]])
+        names = ["layer.attn.q", "layer.attn.o", *["layer.mlp.each"] * (len(groups) - 2), "layer.attn.q"]
+        shapes = in_order(
+            [
+                GroupShape(name, group.columns, sum(group.rows), routed=group.share < 1)
+                for name, group in zip(names, groups + groups[:1], strict=True)  # and the next layer's first
+            ]
+        )
         with mock.patch.object(linalg, "bf16_is_fast", return_value=True):  # as on the GPU
             work = max(map(need.work, shapes))
         # of a mixture, as if the statistics of all experts of a layer were there at once, and the inputs of all

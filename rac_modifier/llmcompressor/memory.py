@@ -165,7 +165,8 @@ class MemoryNeed:
         # the residual, its norm and what is added to it; gate and up with their product
         width = 3 * self.hidden + 1.5 * group.rows
         modules = int(self.batch_tokens * width * self.activation_bytes)
-        attends = self.by_layer or self.attention_follows_all or group.columns == self.hidden
+        before_attention = group.columns == self.hidden and ".mlp." not in group.name  # q, k and v, or o
+        attends = self.by_layer or self.attention_follows_all or before_attention
         return max(modules, self.attention.peak if attends else 0)
 
     def statistics(self, group: GroupShape, device: torch.device = _CPU) -> int:

@@ -168,6 +168,7 @@ def test_a_forward_pass_counts_where_it_is_more():
     assert need(attention=attention, attention_follows_all=True).forward(down) == 10**9
     dense = need(attention=attention, dense_target=True)  # the dense stream runs while sums are there
     assert dense.work(group) == dense.statistics(group) == 10**9 + 4 * 2 * 2 * 64**2
+    assert attends.forward(replace(group, name="layers.0.mlp.gate_proj")) == need().forward(group), "nor behind gate"
     layer = need(attention=attention, by_layer=True)
     assert layer.work(down) == 10**9 + 4 * 256**2 * (1 + 10 / 16) + layer.copies(down)
 
