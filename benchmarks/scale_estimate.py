@@ -24,7 +24,7 @@ from scale_models import MODELS, Model
 from rac_modifier.calibration.loader import LANES
 from rac_modifier.frontier.compressing import PASSES, Group, moments, solving
 from rac_modifier.frontier.estimate import MEAN_SHARE, REACHED, Asked, Plan, Speed, estimate
-from rac_modifier.llmcompressor.group_shape import GroupShape
+from rac_modifier.llmcompressor.group_shape import GroupShape, in_order
 from rac_modifier.llmcompressor.memory import MemoryNeed
 from rac_modifier.llmcompressor.solving import owners
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
@@ -211,14 +211,20 @@ def memory_table() -> Iterator[str]:
         attention = Attention.of(model, [(1, BATCH)] * (-(-TOKENS // BATCH)), 2)  # a trace per batch
         need = MemoryNeed(TOKENS, BATCH, model.hidden, 2, by_layer=False, solver=steps, attention=attention)
         groups = list(model.layer())
-        shapes = [GroupShape("", group.columns, sum(group.rows), routed=group.share < 1) for group in groups]
+        names = ["layer.attn.q", "layer.attn.o", *["layer.mlp.each"] * (len(groups) - 2), "layer.attn.q"]
+        shapes = in_order(
+            [
+                GroupShape(name, group.columns, sum(group.rows), routed=group.share < 1)
+                for name, group in zip(names, groups + groups[:1], strict=True)  # and the next layer's first
+            ]
+        )
         with mock.patch.object(linalg, "bf16_is_fast", return_value=True):  # as on the GPU
             work = max(map(need.work, shapes))
         # of a mixture, as if the statistics of all experts of a layer were there at once, and the inputs of all
         work += sum(moved_between(group)[0] for group in groups[2:]) if model.experts else 0
         widest = max(group.columns for group in groups[:3])
         inputs = model.inner * max(model.chosen, 1)
-        kept = need.kept(GroupShape("", max(widest, inputs), 0))
+        kept = need.kept(GroupShape("", max(widest, inputs), 0)) if model.experts else max(map(need.kept, shapes))
         layer = 2 * sum(group.weights for group in model.layer())
         disk = shape.nbytes * (1 + 0.57) + shape.nbytes + 4 * TOKENS
         cells = " | ".join(f"{count / 1e9:,.1f} GB" for count in (work, layer, shape.nbytes, kept, disk))

@@ -3,6 +3,9 @@
 torch gives float32 products to Intel's MKL, which does not use all that processors of AMD have. oneDNN, which is in torch too and
 computes its bfloat16 products, does: `benchmarks/float32_rates.py` compares them. Results differ in the last bits, as between any
 two libraries. The same product of the same shape goes the same way in every process of a machine.
+
+oneDNN makes code for each shape of a product and keeps it, 0.57 MiB each, half of that to the end of the process. So where the
+number of tokens varies, from batch to batch or from expert to expert, zeros are added to make it one of a few sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 _LEAST = 1 << 26  # multiply-adds: with fewer, what a call of oneDNN costs is more than it gains
 _LEAST_ROWS = 256  # of the first factor: with fewer, a copy of the second costs too much
+SIZES_PER_DOUBLING = 8  # of numbers of tokens that products are given
+CODE_OF_A_SHAPE = 0.57 * 2**20  # bytes that oneDNN keeps for a product of a new shape
 _ROWS = 2048  # of a result that is added: so many are there beside it
 
 
@@ -61,6 +66,18 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return result
 
 
+def one_of_few_sizes(count: int) -> int:
+    """`count` or a little more: there are eight sizes per power of two, at most an eighth above."""
+    step = max((1 << count.bit_length()) // (2 * SIZES_PER_DOUBLING), 1)
+    return -(-count // step) * step
+
+
+def with_rows_of_zeros(x: torch.Tensor) -> torch.Tensor:
+    """`x` [rows, k] with zeros up to one of a few sizes; `x` itself where it has such a size."""
+    more = one_of_few_sizes(len(x)) - len(x)
+    return torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x
+
+
 class FasterLinears(TorchFunctionMode):
     """While it is in place, linear layers that compute float32 without gradients go to oneDNN where that is faster."""
 
@@ -71,5 +88,6 @@ class FasterLinears(TorchFunctionMode):
             x, weight, *bias = args
             plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight))
             if plain and _gains(x, weight):
-                return _onednn(x, weight, *bias)
+                found = _onednn(with_rows_of_zeros(x.reshape(-1, x.shape[-1])), weight, *bias)
+                return found[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
         return func(*args, **(kwargs or {}))

@@ -15,7 +15,7 @@ from pathlib import Path
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, from malloc.h
 _BLOCKS = 256 << 20  # blocks up to this size are kept
 _KEPT = 1 << 30  # as much, free at the end of the heap, is not given back
-_RETURN_SECONDS = 1.0
+_RETURN_SECONDS = 1.0  # of the processor
 _returned = float("-inf")  # when it was last done
 _limit: int | None = None  # bytes of the process
 _ROOM = 0.25  # of what is predicted, which the next part may take before it is asked again
@@ -46,13 +46,13 @@ def expect_growth(predicted: int) -> None:
     _limit = resident() + int(predicted * (1 - _ROOM))
 
 
-def return_freed_memory(needed: int = 0, now: Callable[[], float] = time.monotonic) -> None:
+def return_freed_memory(needed: int = 0, now: Callable[[], float] = time.process_time) -> None:
     """Give back what glibc keeps, between two parts of a run, where this process would else grow beyond what is predicted.
 
     The next part needs blocks of other sizes: what the last one has left free would be held beside them. Giving it back has a
     price, since each page that is taken anew is cleared first. So it is done only where the next part, which takes `needed` bytes
-    of new blocks, would end above three quarters of the prediction, and once a second at most. What cannot be kept below that
-    becomes the new limit.
+    of new blocks, would end above three quarters of the prediction, and once in a second of the processor at most (a run beside
+    other work keeps as much as one alone). What cannot be kept below that becomes the new limit.
     """
     global _returned, _limit
     if _limit is None or resident() + needed <= _limit or now() - _returned < _RETURN_SECONDS:

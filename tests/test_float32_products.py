@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from rac_modifier import float32_products
-from rac_modifier.float32_products import FasterLinears, add_product, product
+from rac_modifier.float32_products import (
+    FasterLinears,
+    add_product,
+    one_of_few_sizes,
+    product,
+    with_rows_of_zeros,
+)
 from tests.pruning.pruning_reference import assert_near, gaussian
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -76,7 +82,7 @@ def test_linear_layers_are_computed_so_while_the_mode_is_in_place(bias, calls):
         expected = layer.double()(x.double())
         with FasterLinears():
             found = layer.float()(x)
-        assert calls == [(2, 25, 40, 30)]
+        assert calls == [(52, 40, 30)], "50 tokens, and two of zeros"
         layer(x)
     with FasterLinears():
         assert layer(x).requires_grad, "training keeps torch's own"
@@ -117,3 +123,27 @@ def test_torch_still_has_the_operator_and_names_the_processor():
     assert schema.startswith("mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, ")
     capabilities = torch.cpu.get_capabilities()
     assert capabilities["architecture"] != "x86_64" or isinstance(capabilities["cpu_name"], str)
+
+
+def test_numbers_of_tokens_become_a_few_sizes():
+    """Those that are a multiple of 512 up to 8,192 stay as they are."""
+    sizes = [one_of_few_sizes(count) for count in range(1, 4097)]
+    assert all(count <= size <= 1.125 * count for count, size in enumerate(sizes, 1))
+    assert len(set(sizes[2047:])) == 9
+    assert all(one_of_few_sizes(count) == count for count in (*range(1, 17), *range(512, 8193, 512)))
+    x = torch.randn(1000, 3)
+    assert with_rows_of_zeros(x[:896]).data_ptr() == x.data_ptr()
+    longer = with_rows_of_zeros(x)
+    assert torch.equal(longer[:1000], x)
+    assert longer.shape == (1024, 3)
+    assert not longer[1000:].any()
+
+
+def test_linear_layers_are_given_few_numbers_of_tokens(calls):
+    layer = torch.nn.Linear(40, 30)
+    with torch.no_grad(), FasterLinears():
+        for count in range(500, 520):
+            x = gaussian(1, count, 40)
+            assert layer(x).shape == (1, count, 30)
+            torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias, rtol=1e-4, atol=1e-4)
+    assert set(calls) == {(512, 40, 30), (576, 40, 30)}

@@ -15,6 +15,7 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.float32_products import FasterLinears
 from rac_modifier.freed_memory import return_freed_memory
 from rac_modifier.llmcompressor.by_expert import prune_experts, read_by_experts
+from rac_modifier.llmcompressor.dense_stream import DenseStream
 from rac_modifier.llmcompressor.experts import only_routed_tokens
 from rac_modifier.llmcompressor.input_groups import InputGroup, bytes_of_sums
 from rac_modifier.llmcompressor.pruner import Pruner
@@ -33,8 +34,8 @@ def calibrate_by_group(
 
     Upstream takes all Hessians of a decoder layer before it prunes any of its modules. This costs a second pass, and
     o_proj and the MLP are calibrated on inputs that they will not get in the pruned model. Activations are kept as in upstream,
-    in an `IntermediatesCache`; with the dense target (`pruner.needs_dense_stream`) there are two. The routed experts of a layer
-    are a stage of their own (by_expert.py).
+    in an `IntermediatesCache`; with the dense target (`pruner.needs_dense_stream`) there are two (dense_stream.py). The routed
+    experts of a layer are a stage of their own (by_expert.py).
     """
     LifecycleCallbacks.calibration_start()
     with contextlib.ExitStack() as stack:
@@ -44,30 +45,40 @@ def calibrate_by_group(
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(only_routed_tokens())
         pruned = IntermediatesCache.from_dataloader(loader, onload_device, offload_device)
-        dense = pruned
-        batches = range(len(loader))
+        dense: DenseStream | None = None  # until something was pruned, both models' activations are the same
+        batches, tokens = range(len(loader)), sum(weights.numel() for weights in loader.token_weights)
         last = max(i for i, stage in enumerate(stages) if stage.modules)
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
                 if stage.modules:
                     return_freed_memory(bytes_of_sums(stage.modules))
-                    if pruner.needs_dense_stream and dense is pruned:  # until here nothing was pruned
-                        dense = _copy(pruned)
+                    if pruner.needs_dense_stream and dense is None:
+                        dense = DenseStream(model, pruned, tokens)
                     known = pruner.was_pruned(stage.modules)  # by a run that was killed
                     routed, group = stage.experts, None
                     if routed is not None:
-                        read = read_by_experts(stage, pruned, None if dense is pruned else dense, loader)
-                    for batch in batches:
-                        if not known and routed is None:
-                            (x,), (x_dense,) = (c.fetch(batch, [stage.reads]).values() for c in (pruned, dense))
-                            group = group or InputGroup.of(
-                                stage.modules, x.device, with_cross_moment=pruner.needs_dense_stream
-                            )
-                            group.statistics.add(x, loader.token_weights[batch], x_dense)
-                            group.statistics.end_lanes(loader.lanes_ended[batch], pruner.processes)
-                        if dense is not pruned and index < last:
-                            stage.run(model, dense, batch)
-                            return_freed_memory()  # its blocks lie between those that stay
+                        read = read_by_experts(stage, pruned, None if dense is None else dense.cache, loader)
+                    waits = dense is not None and index < last and dense.waits(stage, stages[index + 1])
+                    with dense.catching_up() if dense is not None else contextlib.nullcontext():
+                        for batch in batches:
+                            if dense is not None:
+                                dense.catch_up(batch)
+                            if not known and routed is None:
+                                inputs = [
+                                    _input(stage, cache, batch) for cache in (pruned, *([dense.cache] if dense else []))
+                                ]
+                                group = group or InputGroup.of(
+                                    stage.modules, inputs[0].device, with_cross_moment=pruner.needs_dense_stream
+                                )
+                                group.statistics.add(inputs[0], loader.token_weights[batch], inputs[-1])
+                                del inputs  # the caches need not keep them any longer
+                                group.statistics.end_lanes(loader.lanes_ended[batch], pruner.processes)
+                            if dense is not None and index == last:
+                                dense.forget(batch)
+                            elif dense is not None and not waits:
+                                dense.run(stage, batch)
+                    if dense is not None and waits:
+                        dense.leave(stage)
                     if routed is not None:
                         prune_experts(routed, read, pruner, onload_device)
                         del read  # of both models, as large as a stream of activations each
@@ -83,6 +94,7 @@ def calibrate_by_group(
         LifecycleCallbacks.calibration_end()
 
 
-def _copy(cache: IntermediatesCache) -> IntermediatesCache:
-    """A second cache that holds the same tensors."""
-    return IntermediatesCache([dict(batch) for batch in cache.batch_intermediates], cache.offload_device)
+def _input(stage: Stage, cache: IntermediatesCache, batch: int) -> torch.Tensor:
+    """What the modules of a stage read in one batch."""
+    (x,) = cache.fetch(batch, [str(stage.reads)]).values()
+    return x

@@ -8,8 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from rac_modifier.llmcompressor.experts import find_experts
+from rac_modifier.pruning.hessian import numbers_of_lane
 
 _FLOAT32 = 4
+
+
+def saves_by_waiting(here: GroupShape | None, after: GroupShape | None, tokens: int) -> bool:
+    """Whether the weights of a group take less than the dense model's inputs of the group after it, where these are wider.
+
+    The dense stream waits there (dense_stream.py). Not beside routed experts, which take what they read from all batches.
+    """
+    if here is None or after is None or here.routed or after.routed:
+        return False
+    return tokens * (after.columns - here.columns) > here.columns * here.rows
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,7 @@ class GroupShape:
     Layer by layer, `summed` and `beside` are bytes of the other groups of the layer: of their sums while all are added up, and of
     what is left of them while this one is solved. `alike` is the number of groups of this shape that may be solved at once; 0:
     those of a layer's experts, where the model has some. `routed`: of an expert that is calibrated on its own tokens.
+    `before` and `after` are the groups around this one, group by group.
     """
 
     name: str
@@ -28,6 +40,8 @@ class GroupShape:
     beside: int = 0
     alike: int = 0
     routed: bool = False
+    before: GroupShape | None = None
+    after: GroupShape | None = None
 
     @classmethod
     def of(cls, names: dict[torch.nn.Module, str], modules: Sequence[torch.nn.Module]) -> GroupShape:
@@ -41,7 +55,7 @@ class GroupShape:
     ) -> list[GroupShape]:
         """Of a run that goes group by group."""
         routed = {module for experts in find_experts(model, names) for module in experts.modules}
-        return [replace(cls.of(names, modules), routed=modules[0] in routed) for modules in groups]
+        return in_order([replace(cls.of(names, modules), routed=modules[0] in routed) for modules in groups])
 
     @classmethod
     def by_layer(cls, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> list[GroupShape]:
@@ -66,6 +80,12 @@ class GroupShape:
         return [_beside_others(one, layer) for layer in layers.values() for one in layer]
 
 
+def in_order(groups: Sequence[GroupShape]) -> list[GroupShape]:
+    """The groups of a run, each with those around it."""
+    around = zip([None, *groups[:-1]], groups, [*groups[1:], None], strict=True)
+    return [replace(one, before=before, after=after) for before, one, after in around]
+
+
 def _layer(name: str) -> str:
     """The part of a module's name up to the number of its layer."""
     parts = name.split(".")
@@ -75,5 +95,6 @@ def _layer(name: str) -> str:
 
 def _beside_others(group: GroupShape, layer: Sequence[GroupShape]) -> GroupShape:
     """With what the other groups of its layer keep beside it, at the most."""
-    others = _FLOAT32 * (sum(one.columns**2 for one in layer) - group.columns**2)
-    return replace(group, summed=2 * others, beside=others)
+    beside = _FLOAT32 * (sum(one.columns**2 for one in layer) - group.columns**2)
+    lanes = _FLOAT32 * (sum(numbers_of_lane(one.columns) for one in layer) - numbers_of_lane(group.columns))
+    return replace(group, summed=beside + lanes, beside=beside)

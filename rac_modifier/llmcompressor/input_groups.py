@@ -12,7 +12,7 @@ from compressed_tensors.utils import align_module_device
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import StopForward
-from rac_modifier.pruning.hessian import Statistics
+from rac_modifier.pruning.hessian import Statistics, numbers_of_lane
 
 
 @dataclass(eq=False)
@@ -34,7 +34,8 @@ class InputGroup:
 
 def bytes_of_sums(modules: list[torch.nn.Module]) -> int:
     """What the Hessian of modules that read one tensor takes, with that of a lane (pruning/lane_sum.py)."""
-    return 2 * 4 * modules[0].get_parameter("weight").shape[1] ** 2
+    columns = modules[0].get_parameter("weight").shape[1]
+    return 4 * (columns**2 + numbers_of_lane(columns))
 
 
 class HessianCollector:

@@ -2,21 +2,24 @@
 
 A run goes from group to group: modules that read the same input, of d columns and r output rows together. It holds
 
-    kept   tokens (d + hidden) * bytes of an activation * streams      what the group reads, and the residual stream
+    kept   tokens (d + hidden) * bytes of an activation                what the group reads, and the residual stream
            tokens hidden * bytes of an activation                      layer by layer: the residual stream alone
-           and as much once more for routed experts with the dense target: the dense model's inputs stay while they are pruned
+           and as much once more for the dense target, where d is that of the group before if the dense stream waits there
+           (dense_stream.py), and hidden of routed experts: the dense model's inputs stay while they are pruned
            masks and positions of attention                            which upstream's cache keeps from layer to layer
 
 and beside that, one after the other, so that the largest counts:
 
-    statistics   4 (2 d^2 + 2 c)       Hessian and cross moment (c numbers, with the dense target), each with that of a lane
-                                       (pruning/lane_sum.py); a batch of inputs in float32; layer by layer those of all groups
-                                       of the layer. Meanwhile batches run: of the layer (with copies of what is
-                                       added), or in the dense stream.
+    statistics   4 (d^2 + t + 2 c)     Hessian and cross moment (c numbers, with the dense target), each with that of a lane
+                                       (of t numbers, pruning/lane_sum.py); a batch of inputs in float32; layer by layer those of
+                                       all groups of the layer. Meanwhile batches run: of the layer (with copies of what is
+                                       added), or in the dense stream, with the dense weights of the group before and a batch of
+                                       inputs if it waited there.
     solving      4 (a d^2 + b r d)     Hessian, its factor, weights, the solver's buffers (step_memory.py)
     forward      of the largest batch: attention, or what the group's modules return
 
-where no more than 4,096 tokens are converted at once, and solving counts as often as experts are solved at once. Between these
+and on a CPU where products go to oneDNN its code for experts' numbers of tokens, which stays (`MemoryNeed.code`). Here
+no more than 4,096 tokens are converted at once, and solving counts as often as experts are solved at once. Between these
 parts freed memory is given back where the process would else grow by more than the largest of them (freed_memory.py).
 tests/llmcompressor/test_memory.py holds the prediction to the peak of all tensors; benchmarks/memory.py compares it with what a
 process grows by.
@@ -36,12 +39,12 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
-from rac_modifier.float32_products import onednn_is_faster
+from rac_modifier.float32_products import CODE_OF_A_SHAPE, SIZES_PER_DOUBLING, onednn_is_faster
 from rac_modifier.freed_memory import expect_growth
-from rac_modifier.llmcompressor.group_shape import GroupShape
+from rac_modifier.llmcompressor.group_shape import GroupShape, saves_by_waiting
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from rac_modifier.pruning import linalg
-from rac_modifier.pruning.hessian import ROWS, block_columns
+from rac_modifier.pruning.hessian import ROWS, block_columns, blocks_of_triangle, numbers_of_lane
 from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
 
@@ -119,12 +122,23 @@ class MemoryNeed:
         """Whether the dense model's activations are kept beside the pruned model's."""
         return self.solver.dense_target
 
+    def waits(self, group: GroupShape | None, after: GroupShape | None) -> bool:
+        """Whether the dense stream does not run a group before the next one takes its statistics (dense_stream.py)."""
+        return self.dense_target and not self.by_layer and saves_by_waiting(group, after, self.tokens)
+
     def kept(self, group: GroupShape) -> int:
         """Bytes of activations that are kept while this group is pruned."""
         width = self.hidden if self.by_layer else group.columns + self.hidden
-        streams = 2 if self.dense_target else 1
+        width += (self._dense_columns(group) + self.hidden) if self.dense_target else 0
         held = self.hidden if self.experts and self.dense_target else 0
-        return self.tokens * (width * streams + held) * self.activation_bytes + self.attention.kept
+        return self.tokens * (width + held) * self.activation_bytes + self.attention.kept
+
+    def _dense_columns(self, group: GroupShape) -> int:
+        """Inputs that the dense model is kept at, where its stream begins with this group or where that ends, if it is more."""
+        before, after = group.before, group.after
+        begins = before if before is not None and self.waits(before, group) else group
+        ends = group if self.waits(group, after) else after or begins
+        return max(begins.columns, ends.columns)
 
     def work(self, group: GroupShape, device: torch.device = _CPU) -> int:
         """Bytes that this group needs on `device` at its peak: of statistics, solver, or a forward pass."""
@@ -133,14 +147,26 @@ class MemoryNeed:
     def bytes_on(self, device: torch.device, onload: torch.device, offload: torch.device, group: GroupShape) -> int:
         """Bytes of a process on `device`, where statistics and solver use `onload`, and activations are kept on `offload`."""
         work = self.work(group, onload) * (_WITH_GAPS if device.type == "cpu" else 1) if device == onload else 0
-        return int(work) + (self.kept(group) if device == offload else 0)
+        code = self.code(group, onload) if device == onload else 0
+        return int(work) + code + (self.kept(group) if device == offload else 0)
+
+    def code(self, group: GroupShape, device: torch.device = _CPU) -> int:
+        """Of oneDNN's code for products of experts, gate with up and down: each has other numbers of tokens.
+
+        Their Hessians block row by block row, a forward pass, and the cross moment (float32_products.py).
+        """
+        if not (group.routed and onednn_is_faster(device)):
+            return 0
+        each = len(blocks_of_triangle(group.columns)) + 1 + self.dense_target
+        return int(CODE_OF_A_SHAPE * SIZES_PER_DOUBLING * 2 * each)
 
     def forward(self, group: GroupShape) -> int:
         """Of the largest batch, while the part of the model runs that the group begins; layer by layer the whole layer."""
         # the residual, its norm and what is added to it; gate and up with their product
         width = 3 * self.hidden + 1.5 * group.rows
         modules = int(self.batch_tokens * width * self.activation_bytes)
-        attends = self.by_layer or self.attention_follows_all or group.columns == self.hidden
+        before_attention = group.columns == self.hidden and ".mlp." not in group.name  # q, k and v, or o
+        attends = self.by_layer or self.attention_follows_all or before_attention
         return max(modules, self.attention.peak if attends else 0)
 
     def statistics(self, group: GroupShape, device: torch.device = _CPU) -> int:
@@ -148,13 +174,21 @@ class MemoryNeed:
         d, dense = group.columns, int(self.dense_target)
         cross = dense * d * (d if group.rows >= d / 2 else group.rows)
         product = 0.5 * cross if linalg.bf16_is_fast(device) else 0.0
-        sums = _FLOAT32 * 2 * (d**2 + cross) + group.summed
+        sums = _FLOAT32 * (d**2 + numbers_of_lane(d) + 2 * cross) + group.summed
         inputs = _FLOAT32 * (min(self.batch_tokens, ROWS) * d * (2 + 2 * dense) + product)
         together = self.together(group, device)
         if not self.by_layer:  # of experts that are solved with this one
             sums += _FLOAT32 * (together - 1) * (d**2 + cross)
-        runs = self.forward(group) if self.by_layer or (dense and not group.routed) else 0
+        here = self.by_layer or (dense and not group.routed and not self.waits(group, group.after))
+        runs = self.forward(group) if here else 0
+        if group.before is not None and self.waits(group.before, group):
+            sums += self.weights(group.before) + self.batch_tokens * d * self.activation_bytes
+            runs = max(runs, self.forward(group.before))
         return int(sums + max(inputs, runs + (self.copies(group, device) if self.by_layer else 0)))
+
+    def weights(self, group: GroupShape) -> int:
+        """Bytes of the weights of a group."""
+        return group.columns * group.rows * self.activation_bytes
 
     def copies(self, group: GroupShape, device: torch.device = _CPU) -> int:
         """Of the inputs of a batch, input by input, and of a block row of its sum, where products take these (hessian.py)."""
@@ -171,7 +205,8 @@ class MemoryNeed:
         for name, numbers in solver.steps(group.columns, group.rows).items():
             at_once = self.solver.solver == "sparsegpt" or name == "rounding"
             most = max(most, together * numbers if at_once else numbers + waiting)
-        return int(group.beside + _FLOAT32 * most)
+        left = self.weights(group) if self.waits(group, group.after) else 0
+        return int(group.beside + left + _FLOAT32 * most)
 
     def together(self, group: GroupShape, device: torch.device) -> int:
         """How many groups like this one are solved at once."""

@@ -68,8 +68,8 @@ class SolverMemory:
         if self.solver == "sparsegpt":
             found["pruning"] = (2.0, given + 2.25, 4.5, 5.0)
         if self.solver == "alps":
-            # the matrix, its factor and its inverse are in one place; it stays in bfloat16 where that is fast
-            found["pruning"] = (2.0 + half + factor, given + 5.25, 0.0, 0.0)
+            # the matrix, its factor and its inverse are in one place, also in bfloat16
+            found["pruning"] = (2.0 + factor, given + 5.25, 0.0, 0.0)
         if self.refits:
             found["refit"] = (1.0 + half + factor, given + 7.25, 0.0, 0.0)
         if self.rounds:

@@ -61,8 +61,8 @@ def prune(
 
     `patterns` has one pattern per module. Unstructured: exactly floor(numel * sparsity) weights of each module, anywhere in it;
     N:M, the same for all modules: the N lowest of each group.
-    Memory beside the arguments: d^2 (a matrix, then its factor and its inverse in the same place), half as much once more where
-    products are bfloat16, and 6 buffers like `weight`.
+    Memory beside the arguments: d^2 (a matrix, then its factor and its inverse in the same place, also in bfloat16), and 6
+    buffers like `weight`.
 
     Returns:
         The mask of what was pruned, bool [d, sum(rows)], and the dampening that the factorisation needed.
@@ -124,7 +124,7 @@ def _solver(hessian: torch.Tensor, dampening: Dampening, rho: float, columns: in
     del matrix
     if inverse is None:
         return None
-    inverse = inverse.bfloat16() if bf16 else inverse
+    inverse = linalg.rounded_to_bf16_(inverse) if bf16 else inverse
     return lambda x, y: linalg.bf16_addmm(x, inverse, y, bf16=bf16)
 
 

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.float32_products import add_product, onednn_is_faster, product
+from rac_modifier.float32_products import (
+    add_product,
+    one_of_few_sizes,
+    onednn_is_faster,
+    product,
+    with_rows_of_zeros,
+)
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.blocked import mirror_lower_
-from rac_modifier.pruning.lane_sum import LaneSum
+from rac_modifier.pruning.lane_sum import Block, LaneSum
 
 ROWS = 4096  # tokens whose inputs are converted to float32 at once
 
@@ -19,6 +25,18 @@ ROWS = 4096  # tokens whose inputs are converted to float32 at once
 def block_columns(columns: int) -> int:
     """Columns of a block row of the lower triangle."""
     return min(1024, max(64, columns // 4))
+
+
+def blocks_of_triangle(columns: int) -> list[Block]:
+    """The lower block triangle of [columns, columns], as (first row, last row + 1, number of columns)."""
+    block = block_columns(columns)
+    ends = [min(start + block, columns) for start in range(0, columns, block)]
+    return list(zip(range(0, columns, block), ends, ends, strict=True))
+
+
+def numbers_of_lane(columns: int) -> int:
+    """How many numbers the sum of a lane has, of the `columns`^2 of a Hessian."""
+    return sum((last - first) * width for first, last, width in blocks_of_triangle(columns))
 
 
 class Hessian:
@@ -38,9 +56,7 @@ class Hessian:
         self.columns = columns
         self.tokens = 0
         self.weight_sum = 0.0
-        block = block_columns(columns)
-        ends = [(start, min(start + block, columns)) for start in range(0, columns, block)]
-        self._blocks = [(start, stop, stop) for start, stop in ends]
+        self._blocks = blocks_of_triangle(columns)
         self._sums = LaneSum(columns, columns, device, dtype, self._blocks)
         self._lane = (0, 0.0)  # tokens and weight of the present lane, and of those that have ended
         self._lanes: list[tuple[int, float]] = []
@@ -75,14 +91,21 @@ class Hessian:
         for start in range(0, x.shape[0], at_once):
             rows = slice(start, start + at_once)
             here = x[rows] if counted is None or bool(counted[rows].all()) else x[rows][counted[rows]]
-            here = here.T.to(self._sums.dtype)
+            laid = self._input_by_input(here) if copied else here.T.to(self._sums.dtype)
             if weights is not None and counted is not None:
                 of_rows = weights[rows][counted[rows]]
                 if not bool((of_rows == 1).all()):  # the usual case is a padding mask, which needs no scaled copy
-                    here = here * of_rows.sqrt()
-            here = here.contiguous() if copied else here
-            for first, last, columns in self._blocks:
-                add_product(self._sums.lane[first:last, :columns], here[first:last], here[:columns].T)
+                    scale = torch.nn.functional.pad(of_rows.sqrt(), (0, laid.shape[1] - len(of_rows)))
+                    laid = laid * scale
+            for (first, last, columns), part in zip(self._blocks, self._sums.lane, strict=True):
+                add_product(part, laid[first:last], laid[:columns].T)
+
+    def _input_by_input(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [tokens, columns] transposed in a copy, with zeros up to one of a few numbers of tokens."""
+        laid = torch.empty(self.columns, one_of_few_sizes(len(x)), dtype=self._sums.dtype, device=self.device)
+        laid[:, : len(x)] = x.T
+        laid[:, len(x) :] = 0.0
+        return laid
 
     def end_lane(self, processes: Processes) -> None:
         """A lane of the calibration set has ended, in all processes."""
@@ -176,9 +199,11 @@ class Statistics:
         difference = (dense - x).mul_(w.unsqueeze(1))
         if self._bf16:
             difference = difference.bfloat16()
+            if difference.device.type == "cpu":  # oneDNN's products
+                difference, x = with_rows_of_zeros(difference), with_rows_of_zeros(x.bfloat16())
         if not self._before:
             difference = torch.cat([difference @ weight.to(difference).T for weight in self._weights], dim=1)
-        linalg.bf16_addmm(self._sums.lane, difference.T, x, bf16=self._bf16)
+        linalg.bf16_addmm(self._sums.lane[0], difference.T, x, bf16=self._bf16)
 
     def end_lanes(self, count: int, processes: Processes) -> None:
         """So many lanes of the calibration set have ended (one, or none yet), in all processes."""

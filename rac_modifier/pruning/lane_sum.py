@@ -18,13 +18,15 @@ import torch
 
 from rac_modifier.processes import Processes
 
+Block = tuple[int, int, int]
 _PIECE = 1 << 22  # elements that are exchanged at once
 
 
 class LaneSum:
     """A sum of matrices [rows, columns]: batches are added to `lane`, and `end_lane` adds that to the sum of the lanes before.
 
-    `blocks` are the parts of the matrices that are used, as (first row, last row + 1, number of columns).
+    `blocks` are the parts of the matrices that are used, as (first row, last row + 1, number of columns). A lane has no memory
+    for the rest.
     """
 
     def __init__(
@@ -33,30 +35,27 @@ class LaneSum:
         columns: int,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
-        blocks: Sequence[tuple[int, int, int]] | None = None,
+        blocks: Sequence[Block] | None = None,
     ):
         self.rows, self.columns, self.dtype, self.device = rows, columns, dtype, torch.device(device)
-        self._blocks = blocks or [(0, rows, columns)]
-        self._lane: torch.Tensor | None = self._zeros()
+        self._blocks = list(blocks or [(0, rows, columns)])
+        self._lane: list[torch.Tensor] | None = None
         self._open = False  # whether something was added since the last lane ended
         self._total: torch.Tensor | None = None
         self._parts: list[torch.Tensor] = []  # with several processes, of each piece what this one adds up
 
     @property
-    def lane(self) -> torch.Tensor:
-        """The sum of the present lane, to be added to in place."""
-        if self._lane is None:
-            self._lane = self._zeros()
+    def lane(self) -> list[torch.Tensor]:
+        """The sum of the present lane, block by block, to be added to in place."""
         self._open = True
-        return self._lane
+        return self._zeroed_lane()
 
     @property
     def total(self) -> torch.Tensor:
-        """The sum of all lanes; with several processes, after `finish`."""
+        """The sum of all lanes; with several processes, after `finish`. What is in no block is zero."""
         if self._total is None:
-            assert self._lane is not None
             assert not self._parts, "the parts of several processes are put together by finish"
-            return self._lane
+            return self._whole(self._zeroed_lane())
         assert not self._open, "the last lane was not ended"
         return self._total
 
@@ -71,12 +70,11 @@ class LaneSum:
         if processes.count > 1:
             self._exchange(processes)
         elif self._total is None:
-            self._total, self._lane = self.lane, None
+            self._total, self._lane = self._whole(self._zeroed_lane()), None
         else:
-            assert self._lane is not None
-            for first, last, columns in self._blocks:
-                self._total[first:last, :columns].add_(self._lane[first:last, :columns])
-            self._lane.zero_()
+            for (first, last, columns), part in zip(self._blocks, self._zeroed_lane(), strict=True):
+                self._total[first:last, :columns].add_(part)
+                part.zero_()
         self._open = False
 
     def finish(self, processes: Processes) -> None:
@@ -84,21 +82,37 @@ class LaneSum:
         if self._total is None and not self._parts:
             self.end_lane(processes)
         assert not self._open, "the last lane was not ended"
-        if self._parts:
-            assert self._lane is not None
-            for (first, last, columns), part in zip(self._pieces(), self._parts, strict=True):
-                piece = self._lane[first:last, :columns]
-                piece.copy_(processes.joined(part)[: piece.numel()].view_as(piece))
-            self._total, self._parts = self._lane, []
         self._lane = None
+        if self._parts:
+            self._total = torch.zeros(self.rows, self.columns, device=self.device, dtype=self.dtype)
+            for (block, start, stop), part in zip(self._pieces(), self._parts, strict=True):
+                first, _, columns = self._blocks[block]
+                piece = self._total[first + start : first + stop, :columns]
+                piece.copy_(processes.joined(part)[: piece.numel()].view_as(piece))
+            self._parts = []
 
-    def _zeros(self) -> torch.Tensor:
-        return torch.zeros(self.rows, self.columns, device=self.device, dtype=self.dtype)
+    def _zeroed_lane(self) -> list[torch.Tensor]:
+        """That of the present lane; zeros where it has none yet."""
+        if self._lane is None:
+            self._lane = [
+                torch.zeros(last - first, columns, device=self.device, dtype=self.dtype)
+                for first, last, columns in self._blocks
+            ]
+        return self._lane
+
+    def _whole(self, lane: list[torch.Tensor]) -> torch.Tensor:
+        """The matrix of a lane: its own memory where that is one block."""
+        if self._blocks == [(0, self.rows, self.columns)]:
+            return lane[0]
+        whole = torch.zeros(self.rows, self.columns, device=self.device, dtype=self.dtype)
+        for (first, last, columns), part in zip(self._blocks, lane, strict=True):
+            whole[first:last, :columns] = part
+        return whole
 
     def _exchange(self, processes: Processes) -> None:
-        lane = self.lane
-        for number, (first, last, columns) in enumerate(self._pieces()):
-            piece = lane[first:last, :columns].flatten()
+        lane = self._zeroed_lane()
+        for number, (block, start, stop) in enumerate(self._pieces()):
+            piece = lane[block][start:stop].flatten()
             each = -(-piece.numel() // processes.count)
             ours, *others = processes.exchanged(
                 torch.nn.functional.pad(piece, (0, each * processes.count - len(piece)))
@@ -109,11 +123,12 @@ class LaneSum:
                 self._parts[number].add_(ours)
             for other in others:
                 self._parts[number].add_(other)
-        lane.zero_()
+        for part in lane:
+            part.zero_()
 
     def _pieces(self) -> Iterator[tuple[int, int, int]]:
-        """The blocks, cut into pieces that are exchanged at once."""
-        for first, last, columns in self._blocks:
+        """Pieces that are exchanged at once: the number of a block, and the first row in it and the last + 1."""
+        for number, (first, last, columns) in enumerate(self._blocks):
             step = max(_PIECE // columns, 1)
-            for start in range(first, last, step):
-                yield start, min(start + step, last), columns
+            for start in range(0, last - first, step):
+                yield number, start, min(start + step, last - first)

@@ -172,6 +172,21 @@ def bf16_is_fast(device: torch.device) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
+def rounded_to_bf16_(matrix: torch.Tensor) -> torch.Tensor:
+    """A float32 `matrix` [rows, columns] in bfloat16, in the first half of its memory: it is gone after that.
+
+    It lies row by row or column by column, and so does the result.
+    """
+    if not matrix.is_contiguous():
+        return rounded_to_bf16_(matrix.mT).mT
+    rows, columns = matrix.shape
+    rounded = matrix.view(-1).view(torch.bfloat16)[: rows * columns].view(rows, columns)
+    for start in range(0, rows, _BLOCK):  # what is written lies before what is still to be read
+        here = slice(start, start + _BLOCK)
+        rounded[here] = matrix[here].bfloat16()
+    return rounded
+
+
 def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: bool) -> torch.Tensor:
     """`out` + `a` @ `b`, in place; with `bf16` both factors are rounded to bfloat16, else the product is as they are."""
     return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else out.addmm_(a, b)

@@ -30,3 +30,6 @@ def test_group_by_group_the_routed_experts_are_known(tmp_path):
     found = GroupShape.by_group(model, names, [[module] for module in names])
     assert {one.name: one.routed for one in found} == {name: ".experts." in name for name in names.values()}
     assert {one.routed for one in found} == {False, True}
+    assert [one.after.name for one in found[:-1]] == [one.name for one in found[1:]]
+    assert [one.before.name for one in found[1:]] == [one.name for one in found[:-1]]
+    assert (found[0].before, found[-1].after) == (None, None)

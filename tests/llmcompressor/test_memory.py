@@ -103,6 +103,8 @@ def test_activations_are_counted_for_each_stream():
     group = GroupShape("down", 256, 64)
     assert need().kept(group) == 1000 * 320 * 2
     assert need(dense_target=True).kept(group) == 2 * 1000 * 320 * 2
+    wider = replace(group, after=GroupShape("q", 270, 64))
+    assert need(dense_target=True).kept(wider) == 1000 * (320 + 334) * 2, "it ends at what the next group reads"
     assert need(by_layer=True).kept(group) == 1000 * 64 * 2
 
 
@@ -110,6 +112,7 @@ def test_a_large_batch_counts_where_it_is_more_than_the_solver_needs():
     group = GroupShape("q", 64, 64)
     assert need(batch_tokens=3_000).statistics(group) == 4 * (2 * 64**2 + 3_000 * 64 * 2)
     assert need(batch_tokens=10_000).statistics(group) == 4 * (2 * 64**2 + 4096 * 64 * 2), "4,096 tokens at a time"
+    assert need().statistics(GroupShape("q", 256, 64)) == 4 * (256**2 * (1 + 10 / 16) + 100 * 256 * 2), "half a lane"
     assert need(batch_tokens=10_000).work(group) == need(batch_tokens=10_000).forward(group) == 10_000 * 2 * 4.5 * 64
     assert need(batch_tokens=10).work(group) < 4 * 64**2 * 12
 
@@ -165,8 +168,28 @@ def test_a_forward_pass_counts_where_it_is_more():
     assert need(attention=attention, attention_follows_all=True).forward(down) == 10**9
     dense = need(attention=attention, dense_target=True)  # the dense stream runs while sums are there
     assert dense.work(group) == dense.statistics(group) == 10**9 + 4 * 2 * 2 * 64**2
+    assert attends.forward(replace(group, name="layers.0.mlp.gate_proj")) == need().forward(group), "nor behind gate"
     layer = need(attention=attention, by_layer=True)
-    assert layer.work(down) == 10**9 + 4 * 2 * 256**2 + layer.copies(down)
+    assert layer.work(down) == 10**9 + 4 * 256**2 * (1 + 10 / 16) + layer.copies(down)
+
+
+def test_where_the_dense_stream_waits_its_weights_are_counted_and_not_its_wide_inputs():
+    """1,000 tokens of 256 - 64 numbers more are more than the 64 * 100 weights of gate and up."""
+    gate, down = GroupShape("gate", 64, 100), GroupShape("down", 256, 64)
+    gate, down = replace(gate, after=down), replace(down, before=gate)
+    dense, alone = need(dense_target=True), need(dense_target=True, tokens=10)
+    assert dense.waits(gate, down)
+    assert not alone.waits(gate, down)
+    assert not need().waits(gate, down)
+    assert not dense.waits(gate, replace(down, routed=True))
+    assert dense.kept(gate) == 1000 * 4 * 64 * 2
+    assert dense.kept(down) == 1000 * (256 + 3 * 64) * 2
+    assert dense.solving(gate) == alone.solving(gate) + 64 * 100 * 2
+    assert dense.solving(down) == alone.solving(down)
+    batch = need(dense_target=True, batch_tokens=10_000)
+    runs = max(batch.forward(gate), batch.forward(down))
+    sums = 4 * (256**2 * (1 + 10 / 16) + 2 * 64 * 256) + 64 * 100 * 2 + 10_000 * 256 * 2
+    assert batch.statistics(down) == sums + max(runs, 4 * (4096 * 256 * 4 + 0.5 * 64 * 256))
 
 
 @pytest.mark.parametrize(("faster", "numbers"), [(True, (100 + 64) * 256), (False, 0)])
@@ -213,6 +236,18 @@ def test_a_process_on_a_cpu_has_gaps_between_its_blocks():
     assert need().bytes_on(CPU, CPU, CPU, group) == int(1.15 * work) + kept
     assert need().bytes_on(CPU, OTHER, CPU, group) == kept
     assert need().bytes_on(OTHER, OTHER, CPU, group) == need().work(group, OTHER)
+
+
+@pytest.mark.parametrize(("faster", "shapes"), [(True, 8 * 2 * (4 + 1 + 1)), (False, 0)])
+def test_code_for_the_tokens_of_experts_is_counted_where_onednn_multiplies(faster, shapes, monkeypatch):
+    """Four block rows of a Hessian, a forward pass and a cross moment, of two groups, in eight sizes."""
+    monkeypatch.setattr(memory, "onednn_is_faster", lambda device: faster)
+    group, dense = GroupShape("gate", 256, 64, routed=True), need(dense_target=True)
+    assert dense.code(group) == int(shapes * 0.57 * 2**20)
+    assert dense.code(replace(group, routed=False)) == 0
+    assert need().code(group) == int(shapes * 5 / 6 * 0.57 * 2**20)
+    whole = dense.bytes_on(CPU, CPU, CPU, group)
+    assert whole == int(1.15 * dense.work(group)) + dense.kept(group) + dense.code(group)
 
 
 def test_a_device_whose_free_memory_is_not_known_is_not_checked():

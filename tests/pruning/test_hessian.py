@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import Hessian, Statistics, linalg
+from rac_modifier.pruning import hessian as of_inputs
 from tests.pruning.pruning_reference import assert_near, gaussian
 
 
@@ -168,3 +169,40 @@ def test_bfloat16_products_change_the_cross_moment_less_than_other_tokens_would(
     rounded = moment(slice(None))
     assert not torch.equal(rounded, exact)
     assert (rounded - exact).norm() < 0.01 * (half - exact).norm()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_where_onednn_multiplies_it_is_given_few_numbers_of_tokens(weighted, monkeypatch):
+    """Zeros are added up to one of a few sizes; the sums stay those of the tokens."""
+    sizes = set()
+    inner = of_inputs.add_product
+
+    def spy(out, a, b):
+        sizes.add(a.shape[1])
+        inner(out, a, b)
+
+    monkeypatch.setattr(of_inputs, "onednn_is_faster", lambda device: True)
+    monkeypatch.setattr(of_inputs, "add_product", spy)
+    for tokens in (500, 505, 511, 513, 530):
+        x, w = gaussian(tokens, 70), torch.rand(tokens) if weighted else torch.ones(tokens)
+        found = Hessian(70)
+        found.add(x, w)
+        torch.testing.assert_close(found.matrix(), 2 / w.sum() * (x * w.unsqueeze(1)).T @ x, rtol=1e-4, atol=1e-4)
+    assert sizes == {512, 576}
+
+
+@pytest.mark.parametrize("rows", [30, 200])
+def test_so_are_bfloat16_products_of_the_cross_moment(rows, monkeypatch):
+    seen = []
+    inner = linalg.bf16_addmm
+    monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: True)
+    monkeypatch.setattr(
+        linalg, "bf16_addmm", lambda out, a, b, *, bf16: (seen.append(a.shape[1]), inner(out, a, b, bf16=bf16))[1]
+    )
+    x, dense, weight = gaussian(500, 70), gaussian(500, 70, seed=1), gaussian(rows, 70, seed=2)
+    found = Statistics(70, "cpu", [weight])
+    found.add(x, torch.ones(500), dense)
+    (moment,) = found.cross_moment()
+    expected = 2 / 500 * (weight @ (dense - x).T) @ x
+    assert (moment - expected).norm() < 0.02 * expected.norm()
+    assert seen == [512]

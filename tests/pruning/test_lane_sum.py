@@ -8,7 +8,7 @@ import torch
 
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import lane_sum
-from rac_modifier.pruning.hessian import Hessian, Statistics
+from rac_modifier.pruning.hessian import Hessian, Statistics, blocks_of_triangle
 from rac_modifier.pruning.lane_sum import LaneSum
 from tests.meeting import together
 
@@ -37,7 +37,8 @@ def summed(lanes, processes, blocks=None, slow=None):
     own = lanes[processes.rank :: processes.count]
     for lane in [*own, *[[]] * (-(-len(lanes) // processes.count) - len(own))]:
         for batch in lane:
-            found.lane.add_(batch)
+            for (first, last, columns), part in zip(blocks or [(0, ROWS, COLUMNS)], found.lane, strict=True):
+                part.add_(batch[first:last, :columns])
         if slow is not None:
             time.sleep(slow.uniform(0, 0.02))
         found.end_lane(processes)
@@ -76,11 +77,18 @@ def test_only_the_blocks_are_summed(lanes, count):
     for end in ends:
         assert torch.equal(end[:2, :3], expected[:2, :3])
         assert torch.equal(end[2:], expected[2:])
+        assert not end[:2, 3:].any()
+
+
+def test_a_lane_has_no_memory_beside_its_blocks():
+    """A Hessian of four block rows: 1 + 2 + 3 + 4 of 16 blocks."""
+    sums = LaneSum(256, 256, "cpu", blocks=blocks_of_triangle(256))
+    assert sum(part.numel() for part in sums.lane) == 256**2 * 10 // 16
 
 
 def test_what_no_lane_ended_is_one():
     total = LaneSum(1, 2, "cpu")
-    total.lane.add_(torch.tensor([[1.0, 2.0]]))
+    total.lane[0].add_(torch.tensor([[1.0, 2.0]]))
     assert total.total.tolist() == [[1.0, 2.0]]
     total.finish(Processes())
     assert total.total.tolist() == [[1.0, 2.0]]
@@ -89,9 +97,9 @@ def test_what_no_lane_ended_is_one():
 def test_a_lane_that_was_not_ended_is_noticed():
     total = LaneSum(1, 1, "cpu")
     for _ in range(2):
-        total.lane.add_(1.0)
+        total.lane[0].add_(1.0)
         total.end_lane(Processes())
-    total.lane.add_(1.0)
+    total.lane[0].add_(1.0)
     with pytest.raises(AssertionError, match="was not ended"):
         total.finish(Processes())
 

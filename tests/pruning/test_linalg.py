@@ -154,3 +154,15 @@ def test_weights_are_stacked_side_by_side_and_transposed():
     result = stacked(weights, torch.eye(3))
     assert result.is_contiguous()
     assert torch.equal(result, torch.cat([weights[0].float(), weights[1]]).T)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (600, 300)])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_matrix_is_rounded_in_its_own_memory(shape, by_columns):
+    matrix = torch.randn(shape)
+    matrix = matrix.mT if by_columns else matrix
+    expected, memory = matrix.bfloat16(), matrix.untyped_storage().data_ptr()
+    found = linalg.rounded_to_bf16_(matrix)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+    assert found.untyped_storage().data_ptr() == memory
