@@ -51,7 +51,7 @@ def find_targets(
         raise RacError(f"targets {targets} with ignore {ignore} match no linear layer {has}")
     for setting, names in {"targets": targets, "ignore": ignore}.items():
         for name in names:
-            if next(iter(match_named_modules(model, [name])), None) is None:
+            if next(iter(match_named_modules(model, [name])), None) is None and not _has_merged_experts(model):
                 raise RacError(f"{setting}: {name!r} has no effect, since it matches no module {has}")
     if head in found and model.get_input_embeddings().weight is head.weight:
         raise RacError(
@@ -59,6 +59,12 @@ def find_targets(
             "leave it out of targets, or load the model with tie_word_embeddings=False"
         )
     return found
+
+
+def _has_merged_experts(model: PreTrainedModel) -> bool:
+    """Whether the experts of a layer are one module, as transformers loads them. A run splits them, and then they have names."""
+    experts = [module for name, module in model.named_modules() if name.endswith(".experts")]
+    return any(not any(isinstance(part, torch.nn.Linear) for part in module.modules()) for module in experts)
 
 
 def check_later_modifiers(ours: Modifier, later: Iterable[Modifier], *, quantizes: bool) -> None:

@@ -44,8 +44,8 @@ def _apply_chat_template(
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.chat_template is None:
         raise RacError(
-            f"tokenizer {name!r} has no chat template; set template='none' to give the model the bare question, "
-            "or set tokenizer.chat_template"
+            f"tokenizer {name!r} has no chat template; give the model the bare question (traces.sampling.template: none in a "
+            "recipe, --template none of rac eval), or set tokenizer.chat_template"
         )
     messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     messages.append({"role": "user", "content": question})

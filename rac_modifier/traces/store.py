@@ -180,7 +180,7 @@ class TraceStore:
         if differences := header_differences(stored, header):
             raise RacError(
                 f"trace store {str(self.path)!r} was filled under other settings ({'; '.join(differences)}); "
-                "use the settings of the store, or name another path"
+                "use the settings of the store, or name another path (traces.store)"
             )
         self.header = stored
         torn = self._scan()

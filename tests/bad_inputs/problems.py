@@ -74,7 +74,10 @@ def _(b: Bench) -> None:
     b.prune_with(traces={"problems": {"source": "some/dataset"}, "store": str(b.tmp / "new.jsonl")})
 
 
-@CASES.case("a model whose tokenizer has no chat template", "has no chat template; set template='none'")
+@CASES.case(
+    "a model whose tokenizer has no chat template",
+    "has no chat template; give the model the bare question (traces.sampling.template: none in a recipe, --template none",
+)
 def _(b: Bench) -> None:
     bare = save_tiny(b.tmp / "bare", chat_template=None)
     b.prune(str(bare), settings={"traces": {"store": str(b.tmp / "new.jsonl")}})

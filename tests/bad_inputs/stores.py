@@ -18,7 +18,10 @@ def _(b: Bench) -> None:
     b.prune(str(save_tiny(b.tmp / "other", seed=1)))
 
 
-@CASES.case("a store that was filled under other settings", "sampling.max_new_tokens: 40 in the store, 41 asked for")
+@CASES.case(
+    "a store that was filled under other settings",
+    "sampling.max_new_tokens: 40 in the store, 41 asked for); use the settings of the store, or name another path (traces.store)",
+)
 def _(b: Bench) -> None:
     b.prune_with(traces={"store": str(b.store), "sampling": {"temperature": 1.0, "max_new_tokens": 41}})
 

@@ -8,6 +8,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.check_recipe import check_recipe, skeleton_of
+from tests.tiny import save_tiny_experts
 
 SPARSE = "ReasoningAwareSparseGPTModifier"
 THREE = {"num_bits": 3, "strategy": "group", "group_size": 32}
@@ -21,6 +22,12 @@ def recipe(**modifiers):
 @pytest.fixture(scope="module")
 def skeleton(tiny_folder: Path):
     return skeleton_of(str(tiny_folder))
+
+
+def test_an_expert_may_be_ignored_by_its_name(tmp_path):
+    """A skeleton has the experts of a layer in one module, and a run splits them."""
+    mixture = skeleton_of(str(save_tiny_experts(tmp_path / "experts")))
+    check_recipe(recipe(**{SPARSE: {"sparsity": 0.5, "ignore": ["re:.*experts.2.*"]}}), mixture)
 
 
 def test_a_skeleton_has_shapes_and_no_weights(skeleton):
@@ -55,6 +62,7 @@ def test_what_fits_passes(skeleton, modifiers):
     [
         ({SPARSE: {"mask_structure": "3:6"}}, "q_proj"),
         ({SPARSE: {"sparsity": 0.5, "targets": ["re:none"]}}, "match no linear layer"),
+        ({SPARSE: {"sparsity": 0.5, "ignore": ["re:.*experts.2.*"]}}, "ignore: 're:.*experts.2.*' has no effect"),
         ({SPARSE: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}, "no multiple of the group_size 128"),
         ({SPARSE: {"sparsity": 0.5}, "GPTQModifier": {"scheme": "W4A16"}}, "fills pruned weights again"),
         ({"GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}, "no multiple of the group_size 128"),

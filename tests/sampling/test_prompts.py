@@ -22,7 +22,9 @@ def test_a_system_prompt_stands_first_and_there_is_none_by_default():
 
 def test_without_a_template_the_bare_question_is_an_option_not_a_fallback():
     tokenizer = tiny_tokenizer(chat_template=None)
-    with pytest.raises(RacError, match="no chat template; set template='none'"):
+    with pytest.raises(
+        RacError, match=r"no chat template; give the model the bare question .*--template none of rac eval"
+    ):
         render_prompt(tokenizer, "2+2?")
     assert text(render_prompt(tokenizer, "2+2?", template="none")) == "2+2?"
 
