@@ -17,6 +17,7 @@ from rac_modifier.pruning import blocked
 MAX_DAMPENING = 1.0
 _FIRST_RETRY = 1e-4  # when dampening_frac is 0
 _BLOCK = 256  # rows of H in one step of quadratic_form
+_ROUNDED_AT_ONCE = 64  # rows of a matrix, which are copied
 
 T = TypeVar("T")
 
@@ -181,8 +182,8 @@ def rounded_to_bf16_(matrix: torch.Tensor) -> torch.Tensor:
         return rounded_to_bf16_(matrix.mT).mT
     rows, columns = matrix.shape
     rounded = matrix.view(-1).view(torch.bfloat16)[: rows * columns].view(rows, columns)
-    for start in range(0, rows, _BLOCK):  # what is written lies before what is still to be read
-        here = slice(start, start + _BLOCK)
+    for start in range(0, rows, _ROUNDED_AT_ONCE):  # what is written lies before what is still to be read
+        here = slice(start, start + _ROUNDED_AT_ONCE)
         rounded[here] = matrix[here].bfloat16()
     return rounded
 
