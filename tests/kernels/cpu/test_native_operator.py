@@ -138,6 +138,27 @@ def test_opcheck_and_a_compiled_graph(active):
         assert torch.equal(step(x), torch.ops.rac_modifier.sparse_linear(x * 2, data, 40, 96, None, scale) + 1)
 
 
+@pytest.mark.slow
+def test_a_graph_in_cpp_calls_it_without_python(active):
+    """With Inductor's cpp_wrapper, which docs/serving.md describes."""
+    data, scale = dense4()
+
+    def step(x):
+        return operator.sparse_linear(x * 2, data, 40, 96, None, scale) + 1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, options={"cpp_wrapper": True})
+    inputs = [torch.randn(m, 96) for m in (2, 3, 9)]
+    with torch.no_grad():
+        compiled(inputs[0])
+        called = []
+        sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_filename) if event == "call" else None)
+        found = [compiled(x) for x in inputs]
+        sys.setprofile(None)
+    assert all(torch.equal(y, step(x)) for x, y in zip(inputs, found, strict=True))
+    assert called
+    assert not [name for name in called if name.endswith("torch/_ops.py")]
+
+
 def test_without_it_all_is_in_python(active, in_python):
     data, scale = dense8()
     x = torch.randn(2, 96)
