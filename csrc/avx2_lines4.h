@@ -93,20 +93,25 @@ RAC_INLINE void add_both(Parts<M>& parts, __m256i both, const char* x_low, const
     add_two<M, FIRST>(parts, _mm256_and_si256(both, halves), x_low, _mm256_and_si256(_mm256_srli_epi16(both, 4), halves), x_high);
 }
 
-// `pairs` pairs of quads of DENSE4, at most 4.
+// `pairs` pairs of quads of DENSE4, at most 4, times SOME of M lines, from `line` on.
+template <int M, int SOME>
+RAC_INLINE void multiply_some(const char* codes, int64_t pairs, const char* x, int line, Sums4<M>& sums) {
+    x += 8 * line;
+    Parts<SOME> parts[2];
+    RAC_UNROLL for (int half = 0; half < 2; half++) add_both<SOME, true>(parts[half], load_half(codes + 32 * half), x, x + 8 * M);
+    RAC_UNROLL for (int64_t pair = 1; pair < pairs; pair++)
+        RAC_UNROLL for (int half = 0; half < 2; half++) {
+            const char* x_here = x + 16 * M * pair;
+            add_both<SOME, false>(parts[half], load_half(codes + QUAD * pair + 32 * half), x_here, x_here + 8 * M);
+        }
+    RAC_UNROLL for (int half = 0; half < 2; half++) parts[half].into(sums.of[half] + line);
+}
+
+// More than two lines at a time need more registers than there are.
 template <int M>
 RAC_INLINE void multiply_pairs(const char* codes, int64_t pairs, const char* x, Sums4<M>& sums) {
-    constexpr int HALVES = M <= 2 ? 2 : 1;  // at a time: more lines need the registers
-    RAC_UNROLL for (int half = 0; half < 2; half += HALVES) {
-        Parts<M> parts[HALVES];
-        RAC_UNROLL for (int h = 0; h < HALVES; h++)
-            add_both<M, true>(parts[h], load_half(codes + 32 * (half + h)), x, x + 8 * M);
-        RAC_UNROLL for (int64_t pair = 1; pair < pairs; pair++) {
-            const char *here = codes + QUAD * pair + 32 * half, *x_here = x + 16 * M * pair;
-            RAC_UNROLL for (int h = 0; h < HALVES; h++) add_both<M, false>(parts[h], load_half(here + 32 * h), x_here, x_here + 8 * M);
-        }
-        RAC_UNROLL for (int h = 0; h < HALVES; h++) parts[h].into(sums.of[half + h]);
-    }
+    multiply_some<M, M <= 2 ? M : 2>(codes, pairs, x, 0, sums);
+    if constexpr (M > 2) multiply_some<M, M - 2>(codes, pairs, x, 2, sums);
 }
 
 template <int M>
@@ -216,6 +221,16 @@ RAC_INLINE void codes_of(const Planes& planes, const __m256i (&zeros)[4], __m256
     RAC_UNROLL for (int i = 0; i < 4; i++) codes[i] = bits[i];
 }
 
+// The parts of a unit times SOME of M lines, from `line` on.
+template <int M, int SOME>
+RAC_INLINE void multiply_unit(const __m256i (&codes)[4], const char* x, int line, __m256i (*sums)[2]) {
+    x += 8 * line;
+    Parts<SOME> parts;
+    add_both<SOME, true>(parts, codes[0], x, x + 32 * M);
+    RAC_UNROLL for (int i = 1; i < 4; i++) add_both<SOME, false>(parts, codes[i], x + 8 * M * i, x + 8 * M * (i + 4));
+    parts.into(sums + line);
+}
+
 template <int M>
 void planes_lines(const Product8& product, int64_t panel, float* acc) {
     const Weight& weight = product.out.weight;
@@ -234,10 +249,8 @@ void planes_lines(const Product8& product, int64_t panel, float* acc) {
             RAC_UNROLL for (int half = 0; half < 2; half++) {
                 __m256i codes[4];
                 codes_of(units.read(), zeros.of[half], codes);
-                Parts<M> parts;
-                add_both<M, true>(parts, codes[0], x, x + 32 * M);
-                RAC_UNROLL for (int i = 1; i < 4; i++) add_both<M, false>(parts, codes[i], x + 8 * M * i, x + 8 * M * (i + 4));
-                parts.into(sums.of[half]);
+                multiply_unit<M, M <= 2 ? M : 2>(codes, x, 0, sums.of[half]);
+                if constexpr (M > 2) multiply_unit<M, M - 2>(codes, x, 2, sums.of[half]);
             }
         }
         ends.add(sums);

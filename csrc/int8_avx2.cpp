@@ -162,7 +162,7 @@ struct Parts {
         else
             add16(of[m][byte], sum);
     }
-    inline void into(__m256i (&sums)[M][2]) const {
+    inline void into(__m256i (*sums)[2]) const {
         RAC_UNROLL for (int i = 0; i < 2 * M; i++)
             rac::add(sums[i / 2][i % 2], _mm256_madd_epi16(of[i / 2][i % 2], _mm256_set1_epi16(1)));
     }

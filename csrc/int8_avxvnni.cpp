@@ -168,7 +168,7 @@ struct Parts {
         add_products(of[m][byte], low, x_low);
         add_products(of[m][byte], high, x_high);
     }
-    inline void into(__m256i (&sums)[M][2]) const {
+    inline void into(__m256i (*sums)[2]) const {
         RAC_UNROLL for (int i = 0; i < 2 * M; i++) sums[i / 2][i % 2] = _mm256_add_epi32(sums[i / 2][i % 2], of[i / 2][i % 2]);
     }
 };
