@@ -61,16 +61,23 @@ def random_packed(rows: int, columns: int, bits: int, pruned: float, copies: int
 
     Each is packed, as served weights are: packing asks the system for huge pages, and a plain copy would not have them.
     """
+    return packed_integers(rows, columns, bits, pruned, copies, GROUP if bits == 4 else columns)
+
+
+def packed_integers(
+    rows: int, columns: int, bits: int, pruned: float, copies: int = 1, group: int = GROUP
+) -> list[tuple[Tensor, Tensor]]:
+    """The same, with a scale per row and `group` columns."""
     values = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
     values = torch.where(values == 0, 1, values)
-    scale = (torch.rand(rows, columns // GROUP if bits == 4 else 1) + 0.5).bfloat16().float() / columns
+    scale = (torch.rand(rows, columns // group) + 0.5).bfloat16().float() / columns
     scales = pack_scale(scale, narrow=bits == 4)
     if not pruned:
         return [(pack_dense(values, bits), scales.clone()) for _ in range(copies)]
     mask = torch.rand(rows, columns) >= pruned
     bitmask = (mask.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     kept = values[mask]
-    return [(pack_values(kept, bitmask, columns, bits), scales.clone()) for _ in range(copies)]
+    return [(pack_values(kept, bitmask, columns, bits, group=group), scales.clone()) for _ in range(copies)]
 
 
 def linears(name: str, args: argparse.Namespace) -> Figures:

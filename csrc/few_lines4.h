@@ -40,5 +40,4 @@ void few_lines(const Product8& product, int64_t panel, float* acc) {
     }
 }
 
-#define RAC_FEW_LINES(add) \
-    {{few_lines<INT4, 1, add>, few_lines<INT4, 2, add>}, {few_lines<DENSE4, 1, add>, few_lines<DENSE4, 2, add>}}
+#define RAC_FEW_LINES(type, add) {few_lines<type, 1, add>, few_lines<type, 2, add>}

@@ -12,11 +12,21 @@ using Expand4 = const char* (*)(const uint32_t* masks, const char* codes, const 
 using Dot4 = void (*)(const Product8& product, int64_t panel, float* acc);
 
 struct Kernel4 {
-    Expand4 expand[2];                // INT4, DENSE4
-    Dot4 dot[2][LINES_TOGETHER];      // INT4, DENSE4; by the number of double lines minus one. Null, or more lines: `expand` is used
+    Expand4 expand[3];                // INT4, DENSE4, PLANES4; null where the ISA cannot multiply this type
+    Dot4 dot[3][LINES_TOGETHER];      // by the number of double lines minus one. Null, or more lines: `expand` is used
+    Format8 format[3];                // of x, for `dot`
 };
 
 extern const Kernel4 portable_kernel4, avx2_kernel4, avxvnni_kernel4, avx512_kernel4, neon_kernel4, dotprod_kernel4, i8mm_kernel4;
+
+// An Expand4 of PLANES4 to [16 rows][4 columns] of signed bytes, for processors with AVX2 and pdep.
+extern const Expand4 avx2_planes_to_bytes;
+
+// Whether an instruction set multiplies PLANES4 on this processor, and whether that is faster than INT4.
+bool runs_planes(int32_t isa);
+bool prefers_planes(int32_t isa);
+bool has_pdep();
+bool has_fast_pdep();
 
 // Bytes that `count` codes take.
 inline uint64_t code_bytes(uint64_t count) { return (count + 1) / 2; }

@@ -181,7 +181,7 @@ namespace rac {
 #define RAC_LINES4(form) \
     {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>, dot<form, 5>, dot<form, 6>, dot<form, 7>, dot<form, 8>}
 extern const Kernel4 avx512_kernel4 = {
-    {expand<INT4>, expand<DENSE4>}, {RAC_LINES4(INT4), RAC_LINES4(DENSE4)},
+    {expand<INT4>, expand<DENSE4>}, {RAC_LINES4(INT4), RAC_LINES4(DENSE4)}, {QUADS, QUADS},
 };
 
 }  // namespace rac

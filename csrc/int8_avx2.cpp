@@ -148,6 +148,39 @@ const char* expand_int4(const uint32_t* masks, const char* codes, const uint8_t*
     return end;
 }
 
+// Eight parts of a DENSE4 or PLANES4 weight times x. The sums of 16 bits, of two columns each, fit: 16 products of at most 15 * 127.
+template <int M>
+struct Parts {
+    __m256i of[M][2];
+
+    template <bool FIRST>
+    inline void add(int m, int byte, __m256i low, __m256i x_low, __m256i high, __m256i x_high) {
+        __m256i sum = _mm256_maddubs_epi16(low, x_low);
+        add16(sum, _mm256_maddubs_epi16(high, x_high));
+        if (FIRST)
+            of[m][byte] = sum;
+        else
+            add16(of[m][byte], sum);
+    }
+    inline void into(__m256i (*sums)[2]) const {
+        RAC_UNROLL for (int i = 0; i < 2 * M; i++)
+            rac::add(sums[i / 2][i % 2], _mm256_madd_epi16(of[i / 2][i % 2], _mm256_set1_epi16(1)));
+    }
+    static inline void add16(__m256i& sum, __m256i term) { __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(term)); }
+};
+
+inline void store_part(void* out, int64_t quad, int half, __m256i bytes) {
+    __m256i* to = static_cast<__m256i*>(out) + 4 * quad + 2 * half;
+    _mm256_store_si256(to, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)));
+    _mm256_store_si256(to + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1)));
+}
+
+inline void store_bytes(void* out, int64_t quad, int half, __m256i bytes) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out) + 2 * quad + half, bytes);
+}
+
+#include "avx2_lines4.h"
+
 float quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
     return quantize_block(x, type, columns, levels, integers, bytes);
 }
@@ -167,12 +200,19 @@ extern const Kernel8 avx2_kernel8 = {
     INTEGERS, quantize, add, 2, 2, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(EXPANDED),
 };
 
-extern const Kernel4 avx2_kernel4 = {{expand_int4, expand_dense4}, RAC_FEW_LINES(add)};
+extern const Expand4 avx2_planes_to_bytes = expand_planes<store_bytes>;
+
+extern const Kernel4 avx2_kernel4 = {
+    {expand_int4, expand_dense4, expand_planes<store_part>},
+    {RAC_FEW_LINES(INT4, add), RAC_FEW_LINES4},
+    {INTEGERS, QUADS, QUADS},
+};
 
 }  // namespace rac
 #else
 namespace rac {
 extern const Kernel8 avx2_kernel8 = {};
 extern const Kernel4 avx2_kernel4 = {};
+extern const Expand4 avx2_planes_to_bytes = nullptr;
 }  // namespace rac
 #endif

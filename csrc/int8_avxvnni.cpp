@@ -157,6 +157,28 @@ const char* expand4(const uint32_t* masks, const char* codes, const uint8_t* zer
     return end;
 }
 
+// Eight parts of a DENSE4 or PLANES4 weight times x.
+template <int M>
+struct Parts {
+    __m256i of[M][2];
+
+    template <bool FIRST>
+    inline void add(int m, int byte, __m256i low, __m256i x_low, __m256i high, __m256i x_high) {
+        if (FIRST) of[m][byte] = _mm256_setzero_si256();
+        add_products(of[m][byte], low, x_low);
+        add_products(of[m][byte], high, x_high);
+    }
+    inline void into(__m256i (*sums)[2]) const {
+        RAC_UNROLL for (int i = 0; i < 2 * M; i++) sums[i / 2][i % 2] = _mm256_add_epi32(sums[i / 2][i % 2], of[i / 2][i % 2]);
+    }
+};
+
+inline void store_part(void* out, int64_t quad, int half, __m256i bytes) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out) + 2 * quad + half, _mm256_add_epi8(bytes, _mm256_set1_epi8(-128)));
+}
+
+#include "avx2_lines4.h"
+
 float quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
     return quantize_block(x, type, columns, levels, integers, bytes);
 }
@@ -182,7 +204,11 @@ extern const Kernel8 avxvnni_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
-extern const Kernel4 avxvnni_kernel4 = {{expand4<INT4>, expand4<DENSE4>}, RAC_FEW_LINES(add)};
+extern const Kernel4 avxvnni_kernel4 = {
+    {expand4<INT4>, expand4<DENSE4>, expand_planes<store_part>},
+    {RAC_FEW_LINES(INT4, add), RAC_FEW_LINES4},
+    {QUADS, QUADS, QUADS},
+};
 
 // cpuid is asked once: it is slow in a virtual machine.
 bool has_avx_vnni() {

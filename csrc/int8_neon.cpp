@@ -148,7 +148,7 @@ extern const Kernel8 neon_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
-extern const Kernel4 neon_kernel4 = {{neon_expand_int4, neon_expand_dense4}, RAC_FEW_LINES(neon_add)};
+extern const Kernel4 neon_kernel4 = {{neon_expand_int4, neon_expand_dense4}, {RAC_FEW_LINES(INT4, neon_add), RAC_FEW_LINES(DENSE4, neon_add)}, {FORMAT, FORMAT}};
 
 }  // namespace rac
 #else

@@ -64,6 +64,28 @@ const char* expand4(const uint32_t* masks, const char* codes, const uint8_t* zer
     return form == DENSE4 ? codes + (quads + 1) / 2 * QUAD : codes;
 }
 
+// An Expand4 of PLANES4.
+const char* expand_planes(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    int8_t* to = static_cast<int8_t*>(out);
+    std::memset(to, 0, QUAD * quads);
+    for (int64_t word = 0; word < (quads + 7) / 8 * TILE_WORDS; word += 2) {
+        const uint64_t count = RAC_COUNT(masks[word]) + RAC_COUNT(masks[word + 1]), bytes = bytes_of_codes(PLANES4, count) / 4;
+        uint64_t at = 0;
+        for (int64_t half = word; half < word + 2; half++)
+            for (uint32_t left = masks[half]; left; left &= left - 1, at++) {
+                const int bit = __builtin_ctz(left), row = row_of(PLANES4, half, bit);
+                const int64_t column = column_of(PLANES4, half, bit);
+                int code = 0;
+                for (int plane = 0; plane < 4; plane++)
+                    code |= (static_cast<uint8_t>(codes[bytes * plane + at / 8]) >> at % 8 & 1) << plane;
+                const int zero = zeros ? zeros[row] : ZERO_CODE;
+                to[column / 4 * QUAD + 4 * row + column % 4] = static_cast<int8_t>((code ^ zero) - zero);
+            }
+        codes += 4 * bytes;
+    }
+    return codes;
+}
+
 float quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
     return quantize_block(x, type, columns, levels, integers, bytes);
 }
@@ -79,6 +101,6 @@ extern const Kernel8 portable_kernel8 = {
     INTEGERS, quantize, add, 4, 4, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(DENSE8),
 };
 
-extern const Kernel4 portable_kernel4 = {{expand4<INT4>, expand4<DENSE4>}, {}};
+extern const Kernel4 portable_kernel4 = {{expand4<INT4>, expand4<DENSE4>, expand_planes}, {}, {}};
 
 }  // namespace rac

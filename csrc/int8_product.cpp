@@ -183,6 +183,10 @@ const Kernel8* kernel8_of(int32_t isa) {
     }
 }
 
+bool runs_planes(int32_t isa) { return isa == PORTABLE || ((isa == AVX2 || isa == AVXVNNI) && has_pdep()); }
+
+bool prefers_planes(int32_t isa) { return (isa == AVX2 || isa == AVXVNNI) && has_fast_pdep(); }
+
 bool multiplies_bytes(int32_t isa) { return kernel8_of(isa)->format == QUADS; }
 
 Status linear8(const Product& out, const void* x, Type x_type, const void* scale, Type scale_type, int64_t groups,
@@ -194,6 +198,8 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
     if (zero_groups > 1 && zero_groups != groups)
         return fail(BAD_ARGUMENT, "scale: %lld groups, where the weight's zeros have %lld", (long long)groups,
                     (long long)zero_groups);
+    if (out.weight.type == PLANES4 && !runs_planes(isa))
+        return fail(BAD_ARGUMENT, "it was packed for AVX2 with pdep, and this instruction set does not multiply it; pack it again");
     Product8 product;
     product.out = out;
     product.scale = scale;
@@ -202,7 +208,7 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
     product.block = BLOCK_MOST;
     if (groups > 1) {
         product.block = columns / groups;
-        const int64_t unit = out.weight.type == DENSE4 ? PAIR_OF_QUADS : 4;
+        const int64_t unit = out.weight.type == DENSE4 ? PAIR_OF_QUADS : out.weight.type == PLANES4 ? TILE_COLUMNS : 4;
         if (product.block % unit || product.block > BLOCK_MOST)
             return fail(BAD_ARGUMENT, "scale: groups of %lld columns; they must have a multiple of %lld, at most 512",
                         (long long)product.block, (long long)unit);
@@ -212,7 +218,10 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
     const int64_t doubles = product.doubles(out.m);
     // It expands in registers, which is faster with few lines.
     if (isa == AMX && doubles <= LINES_TOGETHER && has_vnni()) isa = AVX512;
-    const Format8 format = isa == AMX ? TILES : kernel8_of(isa)->format;
+    const bool direct = isa != AMX && is_direct4(product, *kernel8_of(isa));
+    const Format8 format = isa == AMX ? TILES
+                           : direct   ? kernel4_of(*kernel8_of(isa)).format[out.weight.type - INT4]
+                                      : kernel8_of(isa)->format;
     product.blocks = (columns + product.block - 1) / product.block;
     product.stride = (columns + 63) / 64 * 64;
     const int64_t together = isa == AMX ? 16 : LINES_TOGETHER;
@@ -264,16 +273,19 @@ void write_columns(const int8_t* quads, int64_t count, Number* out, int64_t stri
 
 void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type out_type, int64_t stride) {
     // AVX2 expands to 16 bits, AVXVNNI to unsigned bytes.
-    const Kernel8 *fast = kernel8_of(isa), &kernel = fast == &avx2_kernel8 || isa == AVXVNNI ? portable_kernel8 : *fast;
+    const Kernel8 *fast = kernel8_of(isa), &kernel = fast == &avx2_kernel8 || isa == AVXVNNI || weight.type == PLANES4 ? portable_kernel8 : *fast;
+    const bool fast_planes = weight.type == PLANES4 && isa != PORTABLE && runs_planes(isa);
     const char* values = weight.values_of(panel);
     const int64_t group = weight.zero_groups > 1 ? weight.columns / weight.zero_groups : weight.columns;
     int8_t block[PANEL * BLOCK_MOST];
     for (int64_t first = 0, count; first < weight.columns; first += count) {
         count = std::min({BLOCK_MOST, weight.columns - first, group - first % group});
         const uint32_t* masks = weight.masks_of(panel) + (is_dense(weight.type) ? 0 : first / 2);
-        if (is_four_bit(weight.type))
-            values = kernel4_of(kernel).expand[weight.type - INT4](masks, values, weight.zeros_of(panel, first / group),
-                                                                   (count + 3) / 4, block);
+        const Expand4 expand = fast_planes                ? avx2_planes_to_bytes
+                               : is_four_bit(weight.type) ? kernel4_of(kernel).expand[weight.type - INT4]
+                                                          : nullptr;
+        if (expand)
+            values = expand(masks, values, weight.zeros_of(panel, first / group), (count + 3) / 4, block);
         else
             values = kernel.expand[weight.type - INT8](masks, values, (count + 3) / 4, block);
         if (out_type == BF16)

@@ -10,10 +10,10 @@ static const int64_t LIMIT = int64_t{1} << 31;  // of rows and columns; every pr
 bool layout_of(const Sizes& sizes, Layout* layout) {
     const int64_t rows = sizes.rows, columns = sizes.columns, nonzeros = sizes.nonzeros, groups = sizes.zero_groups;
     const int32_t type = sizes.type;
-    if (rows < 1 || columns < 1 || rows >= LIMIT || columns >= LIMIT || type < BF16 || type > DENSE4) return false;
+    if (rows < 1 || columns < 1 || rows >= LIMIT || columns >= LIMIT || type < BF16 || type >= TYPES) return false;
     if (nonzeros < 0 || nonzeros > rows * columns || rows * columns >= int64_t{1} << 48) return false;
     if (groups < 0 || groups > columns || (groups && !is_four_bit(type))) return false;
-    if (groups > 1 && (columns % groups || columns / groups % PAIR_OF_QUADS)) return false;
+    if (groups > 1 && (columns % groups || columns / groups % zero_unit(type))) return false;
     layout->panels = (rows + PANEL - 1) / PANEL;
     layout->words = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_WORDS;
     int64_t stored = nonzeros * size_of(static_cast<Type>(type));
@@ -22,9 +22,11 @@ bool layout_of(const Sizes& sizes, Layout* layout) {
         layout->words = 0;
         stored = layout->panels * dense_panel(type, columns);
     }
-    if (type == INT4) {
+    if (has_codes(type)) {
         stored = sizes.code_bytes;
-        if (stored < (nonzeros + 1) / 2 || stored > (nonzeros + layout->panels * ((columns + 3) / 4)) / 2) return false;
+        // Half bytes of padding, at most, of 64 bits of masks.
+        const int64_t padding = type == PLANES4 ? layout->panels * layout->words / 2 * 7 : layout->panels * ((columns + 3) / 4);
+        if (stored < (nonzeros + 1) / 2 || stored > (nonzeros + padding) / 2 || (type == PLANES4 && stored % 4)) return false;
     } else if (sizes.code_bytes) {
         return false;
     }
@@ -34,6 +36,33 @@ bool layout_of(const Sizes& sizes, Layout* layout) {
     layout->values_end = layout->values_at + stored;
     layout->bytes = (layout->values_end + 63) / 64 * 64 + 64;
     return true;
+}
+
+int64_t count_code_bytes(int32_t type, const uint8_t* bitmask, int64_t rows, int64_t columns) {
+    const int64_t row_bytes = (columns + 7) / 8;
+    const auto byte = [=](int64_t row, int64_t at) {
+        return row < rows && at < row_bytes ? static_cast<unsigned>(bitmask[row * row_bytes + at]) : 0u;
+    };
+    uint64_t bytes = 0;
+    if (type == PLANES4)
+        for (int64_t row = 0; row < rows; row += 2)
+            for (int64_t tile = 0; tile < row_bytes; tile += 4) {
+                uint64_t count = 0;
+                for (int64_t at = tile; at < tile + 4; at++)
+                    count += __builtin_popcount(byte(row, at)) + __builtin_popcount(byte(row + 1, at));
+                bytes += bytes_of_codes(type, count);
+            }
+    else
+        for (int64_t row = 0; row < rows; row += PANEL)
+            for (int64_t at = 0; at < row_bytes; at++) {
+                uint64_t low = 0, high = 0;  // of the two quads in a byte of each row
+                for (int64_t n = row; n < row + PANEL; n++) {
+                    low += __builtin_popcount(byte(n, at) & 15);
+                    high += __builtin_popcount(byte(n, at) >> 4);
+                }
+                bytes += bytes_of_codes(type, low) + bytes_of_codes(type, high);
+            }
+    return static_cast<int64_t>(bytes);
 }
 
 Status view(const void* data, int64_t bytes, Weight* weight) {
@@ -109,12 +138,12 @@ Status check(const Weight& weight) {
         for (int64_t word = 0; word < weight.words; word += 2) {
             const uint64_t count = __builtin_popcount(masks[word]) + __builtin_popcount(masks[word + 1]);
             values += count;
-            size += weight.type == INT4 ? (count + 1) / 2 : count;
+            size += has_codes(weight.type) ? bytes_of_codes(weight.type, count) : count;
         }
         if (weight.offsets[panel] + size != weight.offsets[panel + 1])
             return fail(DAMAGED, "panel %lld: its masks and its offset disagree", (long long)panel);
         // A bit beyond the last column would be multiplied by the padding of x.
-        for (int64_t word = weight.columns / 4 * 2; word < weight.words; word++)
+        for (int64_t word = weight.columns / TILE_COLUMNS * TILE_WORDS; word < weight.words; word++)
             for (int bit = 0; bit < 32; bit++)
                 if (masks[word] >> bit & 1 && column_of(weight.type, word, bit) >= weight.columns)
                     return fail(DAMAGED, "panel %lld: bits beyond the last column", (long long)panel);

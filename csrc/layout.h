@@ -20,7 +20,13 @@
 // Where every weight is stored there are no words (DENSE4): 64 bytes hold two neighbouring quads, the first one in the low
 // halves, the second one in the high ones; columns are padded to 64.
 //
-//     Header | offsets: u64[panels + 1], in values, of INT4 in bytes | pad to 64 | masks: u32[panels][words]
+// PLANES4 has the same codes as bits, for processors that spread 64 bits of an integer register at once (pdep) and have no
+// instruction that spreads bytes. Each 32 columns of a row have a mask word: bit 8o + t is column 4t + o. The masks of two
+// neighbouring rows are 64 bits. Each of the n codes there is XORed with its code of zero, and the bits 0 of all of them, then
+// bits 1, 2 and 3, take (n + 7) / 8 bytes each. So a pruned weight is four zeros, and the XOR makes its code of zero of them.
+//
+//     Header | offsets: u64[panels + 1], in values, of INT4 and PLANES4 in bytes
+//     | pad to 64 | masks: u32[panels][words]
 //     | zeros: u8[panels][zero_groups][16] | pad to 64 | values | pad, >= 64 bytes
 //
 // Because of the last pad, a kernel can load a whole vector at the last value.
@@ -31,7 +37,7 @@
 
 namespace rac {
 
-enum Type : int32_t { BF16 = 0, FP32 = 1, INT8 = 2, DENSE8 = 3, INT4 = 4, DENSE4 = 5 };
+enum Type : int32_t { BF16 = 0, FP32 = 1, INT8 = 2, DENSE8 = 3, INT4 = 4, DENSE4 = 5, PLANES4 = 6, TYPES };
 
 constexpr int64_t PANEL = 16;  // rows
 constexpr int64_t TILE_WORDS = 16;
@@ -39,9 +45,23 @@ constexpr int64_t TILE_COLUMNS = 2 * TILE_WORDS;
 constexpr int64_t QUAD = 4 * PANEL;  // weights of four columns of a panel
 
 constexpr bool is_dense(int32_t type) { return type == DENSE8 || type == DENSE4; }
-constexpr bool is_four_bit(int32_t type) { return type == INT4 || type == DENSE4; }
+constexpr bool is_four_bit(int32_t type) { return type >= INT4; }
+constexpr bool has_codes(int32_t type) { return type == INT4 || type == PLANES4; }  // and masks
 constexpr int ZERO_CODE = 8;  // of a 4-bit weight without zeros
 constexpr int64_t PAIR_OF_QUADS = 8;  // columns that share the bytes of DENSE4
+
+// Columns that a group with a code of zero has a multiple of.
+constexpr int64_t zero_unit(int32_t type) { return type == PLANES4 ? TILE_COLUMNS : PAIR_OF_QUADS; }
+
+// Bytes of `count` codes that share 64 bits of masks.
+constexpr uint64_t bytes_of_codes(int32_t type, uint64_t count) {
+    return type == PLANES4 ? (count + 7) / 8 * 4 : (count + 1) / 2;
+}
+
+// The fewest bytes of the codes of a weight: 0 where it has none.
+constexpr int64_t least_code_bytes(int32_t type, int64_t values) {
+    return has_codes(type) ? static_cast<int64_t>(bytes_of_codes(type, static_cast<uint64_t>(values))) : 0;
+}
 
 // Bytes of a panel of a DENSE8 or DENSE4 weight.
 constexpr int64_t dense_panel(int32_t type, int64_t columns) {
@@ -50,7 +70,7 @@ constexpr int64_t dense_panel(int32_t type, int64_t columns) {
 
 constexpr int64_t size_of(Type type) { return type == BF16 ? 2 : type == FP32 ? 4 : 1; }
 
-// What decides how many bytes a packed matrix has. `code_bytes`: of the codes of INT4, otherwise 0. `zero_groups`: groups of
+// What decides how many bytes a packed matrix has. `code_bytes`: of the codes of INT4 and PLANES4, otherwise 0. `zero_groups`: groups of
 // equally many columns whose code of zero is given, or 0; only for 4-bit weights.
 struct Sizes {
     int64_t rows, columns, nonzeros;
@@ -83,7 +103,7 @@ struct Weight {
     const char* values;
 
     int64_t pairs() const { return (columns + 1) / 2; }
-    uint64_t stored() const { return static_cast<uint64_t>(type == INT4 ? code_bytes : nonzeros); }  // as offsets count
+    uint64_t stored() const { return static_cast<uint64_t>(has_codes(type) ? code_bytes : nonzeros); }  // as offsets count
     int64_t value_bytes() const { return size_of(type); }
     const uint32_t* masks_of(int64_t panel) const { return masks + panel * words; }
     const char* values_of(int64_t panel) const {
@@ -93,6 +113,12 @@ struct Weight {
     // The 16 codes of zero of a panel and group, or null where all are ZERO_CODE.
     const uint8_t* zeros_of(int64_t panel, int64_t group) const {
         return zero_groups ? zeros + (panel * zero_groups + group) * PANEL : nullptr;
+    }
+    // The code of a 4-bit value in a row of a panel and a column; -1 if there is none.
+    int code_of(int64_t panel, int64_t row, int64_t column, int value) const {
+        const uint8_t* of_rows = zeros_of(panel, zero_group_of(column));
+        const int code = value + (of_rows ? of_rows[row] : ZERO_CODE);
+        return code >= 0 && code <= 15 ? code : -1;
     }
 };
 
@@ -104,8 +130,8 @@ void write_header(void* data, const Sizes& sizes);
 // Set `byte_x` of a packed weight of integers.
 Status set_byte_x(void* data, int64_t bytes, bool byte_x);
 
-// Bytes of the codes of INT4, from a bitmask [rows][ceil(columns / 8)].
-int64_t count_code_bytes(const uint8_t* bitmask, int64_t rows, int64_t columns);
+// Bytes of the codes of INT4 or PLANES4, from a bitmask [rows][ceil(columns / 8)].
+int64_t count_code_bytes(int32_t type, const uint8_t* bitmask, int64_t rows, int64_t columns);
 
 struct Unpacked {
     const void* values;  // row-major, of any alignment; of 4-bit weights int8
@@ -127,9 +153,11 @@ Status check(const Weight& weight);
 
 // The row of a panel, and the column of a matrix, that a bit of a word stands for.
 inline int row_of(Type type, int64_t word, int bit) {
+    if (type == PLANES4) return static_cast<int>(word % TILE_WORDS);
     return type == BF16 ? bit >> 1 : type == FP32 ? bit & 15 : static_cast<int>(word % 2) * 8 + (bit >> 2);
 }
 inline int64_t column_of(Type type, int64_t word, int bit) {
+    if (type == PLANES4) return word / TILE_WORDS * TILE_COLUMNS + bit % 8 * 4 + bit / 8;
     return type == BF16 ? 2 * word + (bit & 1) : type == FP32 ? 2 * word + (bit >> 4) : word / 2 * 4 + (bit & 3);
 }
 

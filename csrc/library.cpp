@@ -1,12 +1,13 @@
 // The C interface. Every pointer comes with its size in bytes, and every size is checked here before anything is read.
 //
 // Functions that can fail return a Status; rac_last_error() has the text, until the thread's next failure.
+#include "int4.h"
 #include "int8_product.h"
 #include "product.h"
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
-#define RAC_ABI 5
+#define RAC_ABI 6
 #endif
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -80,15 +81,20 @@ RAC_EXPORT const char* rac_compiler() {
 // Why the calling thread's latest call failed.
 RAC_EXPORT const char* rac_last_error() { return last_error(); }
 
-// Bytes of a packed weight; -1 for sizes that are impossible or do not fit each other. INT4 needs the bitmask.
+// The value type in which an instruction set multiplies sparse 4-bit weights fastest on this processor: INT4 or PLANES4. PLANES4 needs
+// scales, and codes of zero, that are one per row or in groups of a multiple of 32 columns; only portable code and those that prefer
+// it multiply it.
+RAC_EXPORT int32_t rac_sparse_int4_type(int32_t isa) { return prefers_planes(isa) ? PLANES4 : INT4; }
+
+// Bytes of a packed weight; -1 for sizes that are impossible or do not fit each other. INT4 and PLANES4 need the bitmask.
 RAC_EXPORT int64_t rac_packed_bytes(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, const uint8_t* bitmask,
                                     int64_t bitmask_bytes, int64_t zero_groups) {
-    Sizes sizes = {rows, columns, nonzeros, type, type == INT4 ? nonzeros - nonzeros / 2 : 0, zero_groups};
+    Sizes sizes = {rows, columns, nonzeros, type, least_code_bytes(type, nonzeros), zero_groups};
     Layout layout;
     if (!layout_of(sizes, &layout)) return -1;
-    if (type != INT4) return layout.bytes;
+    if (!has_codes(type)) return layout.bytes;
     if (!bitmask || bitmask_bytes != rows * ((columns + 7) / 8)) return -1;
-    sizes.code_bytes = count_code_bytes(bitmask, rows, columns);
+    sizes.code_bytes = count_code_bytes(type, bitmask, rows, columns);
     return layout_of(sizes, &layout) ? layout.bytes : -1;
 }
 

@@ -51,9 +51,10 @@ void pack_panel(const uint8_t* bitmask, int64_t row_bytes, int64_t rows, const c
                 const int column = __builtin_ctz(left);
                 std::memcpy(&dense[n][column], from[n], sizeof(Value));
                 from[n] += sizeof(Value);
-                const int word = type >= INT8 ? column / 4 * 2 + n / 8 : column / 2;
+                const int word = type == PLANES4 ? n : type >= INT8 ? column / 4 * 2 + n / 8 : column / 2;
                 masks[word] |= uint32_t{1} << (type == BF16   ? 2 * n + column % 2
                                                : type == FP32 ? 16 * (column % 2) + n
+                                               : type == PLANES4 ? column % 4 * 8 + column / 4
                                                               : n % 8 * 4 + column % 4);
             }
         for (int word = 0; word < TILE_WORDS; word++)
@@ -102,24 +103,32 @@ void pack_dense8(const Weight& weight, const int8_t* values, int threads) {
     });
 }
 
-// The code of an integer in a row and column; -1 if there is none.
-int code_of(const Weight& weight, int64_t panel, int64_t row, int64_t column, int8_t value) {
-    const uint8_t* zeros = weight.zeros_of(panel, weight.zero_group_of(column));
-    const int code = value + (zeros ? zeros[row] : ZERO_CODE);
-    return code >= 0 && code <= 15 ? code : -1;
-}
-
 void pack_dense4(const Weight& weight, int64_t panel, const int8_t* values, bool* fits) {
     uint8_t* to = reinterpret_cast<uint8_t*>(const_cast<char*>(weight.values_of(panel)));
     const int64_t first = panel * PANEL, rows = weight.rows - first < PANEL ? weight.rows - first : PANEL;
     std::memset(to, 0, dense_panel(DENSE4, weight.columns));
     for (int64_t n = 0; n < rows; n++)
         for (int64_t column = 0; column < weight.columns; column++) {
-            const int code = code_of(weight, panel, n, column, values[(first + n) * weight.columns + column]);
+            const int code = weight.code_of(panel, n, column, values[(first + n) * weight.columns + column]);
             const int64_t at = column / PAIR_OF_QUADS * QUAD + 4 * n + column % 4;
             if (code < 0) *fits = false;
             else to[at] = static_cast<uint8_t>(to[at] | code << (column % PAIR_OF_QUADS < 4 ? 0 : 4));
         }
+}
+
+// `count` codes as the bytes that layout.h describes. Returns the address after them.
+uint8_t* write_codes(Type type, const uint8_t* codes, const uint8_t* zeros, int count, uint8_t* to) {
+    const int64_t bytes = static_cast<int64_t>(bytes_of_codes(type, count));
+    std::memset(to, 0, bytes);
+    for (int i = 0; i < count; i++)
+        if (type == INT4)
+            to[i / 2] = static_cast<uint8_t>(to[i / 2] | codes[i] << 4 * (i % 2));
+        else
+            for (int bit = 0; bit < 4; bit++) {
+                uint8_t& byte = to[bytes / 4 * bit + i / 8];
+                byte = static_cast<uint8_t>(byte | ((codes[i] ^ zeros[i]) >> bit & 1) << i % 8);
+            }
+    return to + bytes;
 }
 
 // `bytes`: the values of the panel in the order of its masks.
@@ -127,20 +136,24 @@ void pack_codes(const Weight& weight, int64_t panel, const int8_t* bytes, bool* 
     const uint32_t* masks = weight.masks_of(panel);
     uint8_t* to = reinterpret_cast<uint8_t*>(const_cast<char*>(weight.values_of(panel)));
     for (int64_t word = 0; word < weight.words; word += 2) {
+        uint8_t codes[QUAD], zeros[QUAD];
         int count = 0;
         for (int64_t half = word; half < word + 2; half++)
             for (uint32_t left = masks[half]; left; left &= left - 1, count++) {
-                const int bit = __builtin_ctz(left);
-                const int code = code_of(weight, panel, row_of(INT4, half, bit), column_of(INT4, half, bit), *bytes++);
+                const int bit = __builtin_ctz(left), row = row_of(weight.type, half, bit);
+                const int64_t column = column_of(weight.type, half, bit);
+                const int code = weight.code_of(panel, row, column, *bytes++);
                 if (code < 0) *fits = false;
-                else if (count % 2) *to++ |= static_cast<uint8_t>(code << 4);
-                else *to = static_cast<uint8_t>(code);
+                codes[count] = static_cast<uint8_t>(code & 15);
+                const uint8_t* of_rows = weight.zeros_of(panel, weight.zero_group_of(column));
+                zeros[count] = of_rows ? of_rows[row] : static_cast<uint8_t>(ZERO_CODE);
             }
-        to += count % 2;
+        to = write_codes(weight.type, codes, zeros, count, to);
     }
 }
 
-// The codes of a panel of INT4 from its int8 values. False if there is not enough memory.
+// The codes of a panel of INT4 or PLANES4 from its int8 values. False if there is not enough memory.
+template <Type type>
 bool pack_int4(const Weight& weight, int64_t panel, const int8_t* values, const uint8_t* bitmask, const int64_t* starts, bool* fits) {
     const int64_t row_bytes = (weight.columns + 7) / 8, row = panel * PANEL;
     const int64_t rows = weight.rows - row < PANEL ? weight.rows - row : PANEL;
@@ -148,14 +161,14 @@ bool pack_int4(const Weight& weight, int64_t panel, const int8_t* values, const 
     for (int64_t n = 0; n < rows; n++) from[n] = reinterpret_cast<const char*>(values) + starts[row + n];
     int8_t* bytes = static_cast<int8_t*>(std::malloc(starts[row + rows] - starts[row] + 1));
     if (!bytes) return false;
-    pack_panel<int8_t, INT4>(bitmask + row * row_bytes, row_bytes, rows, from, weight.words / TILE_WORDS,
+    pack_panel<int8_t, type>(bitmask + row * row_bytes, row_bytes, rows, from, weight.words / TILE_WORDS,
                              const_cast<uint32_t*>(weight.masks_of(panel)), bytes);
     pack_codes(weight, panel, bytes, fits);
     std::free(bytes);
     return true;
 }
 
-// Four-bit weights, DENSE4 or INT4, from int8 values.
+// Four-bit weights, DENSE4, INT4 or PLANES4, from int8 values.
 Status pack_four_bit(const Weight& weight, const int8_t* values, const uint8_t* bitmask, const int64_t* starts,
                      int threads) {
     std::atomic<bool> memory = true;
@@ -163,7 +176,7 @@ Status pack_four_bit(const Weight& weight, const int8_t* values, const uint8_t* 
         bool fits = true;
         if (weight.type == DENSE4)
             pack_dense4(weight, panel, values, &fits);
-        else if (!pack_int4(weight, panel, values, bitmask, starts, &fits))
+        else if (!(weight.type == INT4 ? pack_int4<INT4> : pack_int4<PLANES4>)(weight, panel, values, bitmask, starts, &fits))
             memory = false;
         return fits;
     });
@@ -179,10 +192,10 @@ void write_offsets(const uint8_t* bitmask, const int64_t* starts, const Sizes& s
         const int64_t row = panel * PANEL < sizes.rows ? panel * PANEL : sizes.rows;
         if (is_dense(sizes.type)) {
             offsets[panel] = static_cast<uint64_t>(panel * dense_panel(sizes.type, sizes.columns));
-        } else if (sizes.type == INT4) {
+        } else if (has_codes(sizes.type)) {
             offsets[panel] = codes;
             const int64_t rows = sizes.rows - row < PANEL ? sizes.rows - row : PANEL;
-            if (rows) codes += count_code_bytes(bitmask + row * row_bytes, rows, sizes.columns);
+            if (rows) codes += count_code_bytes(sizes.type, bitmask + row * row_bytes, rows, sizes.columns);
         } else {
             offsets[panel] = static_cast<uint64_t>(starts[row]);
         }
@@ -208,27 +221,12 @@ Status count_rows(const uint8_t* bitmask, int64_t rows, int64_t columns, int64_t
 
 }  // namespace
 
-int64_t count_code_bytes(const uint8_t* bitmask, int64_t rows, int64_t columns) {
-    const int64_t row_bytes = (columns + 7) / 8;
-    int64_t bytes = 0;
-    for (int64_t row = 0; row < rows; row += PANEL)
-        for (int64_t byte = 0; byte < row_bytes; byte++) {
-            int low = 0, high = 0;  // of the two quads in a byte of each row
-            for (int64_t n = row; n < row + PANEL && n < rows; n++) {
-                low += __builtin_popcount(bitmask[n * row_bytes + byte] & 15);
-                high += __builtin_popcount(bitmask[n * row_bytes + byte] >> 4);
-            }
-            bytes += (low + 1) / 2 + (high + 1) / 2;
-        }
-    return bytes;
-}
-
 Status pack(const Unpacked& from, int64_t rows, int64_t columns, int32_t type, void* data, int64_t bytes, int threads) {
-    if (type < BF16 || type > DENSE4) return fail(BAD_ARGUMENT, "there is no value type %d", type);
+    if (type < BF16 || type >= TYPES) return fail(BAD_ARGUMENT, "there is no value type %d", type);
     const int64_t size = size_of(static_cast<Type>(type)), count = from.value_bytes / size;
     if (from.value_bytes < 0 || from.value_bytes % size || (from.value_bytes && !from.values))
         return fail(BAD_ARGUMENT, "values: %lld bytes are no whole number of values", (long long)from.value_bytes);
-    Sizes sizes = {rows, columns, count, type, type == INT4 ? count - count / 2 : 0, from.zero_groups};
+    Sizes sizes = {rows, columns, count, type, least_code_bytes(type, count), from.zero_groups};
     Layout layout;
     if (!layout_of(sizes, &layout))
         return fail(BAD_ARGUMENT, "%lld values do not fit a weight [%lld, %lld]", (long long)count, (long long)rows,
@@ -241,14 +239,14 @@ Status pack(const Unpacked& from, int64_t rows, int64_t columns, int32_t type, v
     if (from.zero_bytes != zero_bytes || (zero_bytes && !from.zeros))
         return fail(BAD_ARGUMENT, "zeros: %lld bytes, where %lld are needed", (long long)from.zero_bytes,
                     (long long)zero_bytes);
-    if (!data || bytes < layout.bytes || (type != INT4 && bytes != layout.bytes))
+    if (!data || bytes < layout.bytes || (!has_codes(type) && bytes != layout.bytes))
         return fail(BAD_ARGUMENT, "data: %lld bytes, where %lld are needed", (long long)bytes, (long long)layout.bytes);
     if (reinterpret_cast<uintptr_t>(data) % 64) return fail(BAD_ARGUMENT, "data: not aligned to 64 bytes");
     int64_t* starts = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
     if (!starts) return fail(NO_MEMORY, "no memory for the starts of %lld rows", (long long)rows);
     Status status = is_dense(type) ? OK : count_rows(from.bitmask, rows, columns, count, starts);
-    if (status == OK && type == INT4) {
-        sizes.code_bytes = count_code_bytes(from.bitmask, rows, columns);
+    if (status == OK && has_codes(type)) {
+        sizes.code_bytes = count_code_bytes(type, from.bitmask, rows, columns);
         layout_of(sizes, &layout);
         if (layout.bytes != bytes)
             status = fail(BAD_ARGUMENT, "data: %lld bytes, where %lld are needed", (long long)bytes,

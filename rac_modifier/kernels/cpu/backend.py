@@ -11,8 +11,15 @@ from torch import Tensor
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.encoding import ValueEncoding, encoding_of
-from rac_modifier.kernels.cpu.library import BYTE_ISAS
-from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values, set_activation_bits, split_groups
+from rac_modifier.kernels.cpu.library import BYTE_ISAS, PLANES4
+from rac_modifier.kernels.cpu.packed import (
+    pack_dense,
+    pack_scale,
+    pack_values,
+    set_activation_bits,
+    sparse_int4_type,
+    split_groups,
+)
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision, Layer
 
@@ -26,8 +33,8 @@ def can_run(layer: Layer) -> Decision:
     encoding = encoding_of(layer.stored, layer.group, layer.columns, layer.served)
     dtype, dense_bytes = encoding.dtype, layer.served.itemsize
     masked = not _without_masks(dtype, layer.density)
-    bytes_per_weight = _bytes_per_weight(layer, encoding, masked)
     available = support()
+    bytes_per_weight = _bytes_per_weight(layer, encoding, masked, available.isa is not None)
 
     def decision(kernel: str | None, reason: str) -> Decision:
         return Decision(kernel is not None, kernel or "dense", reason, bytes_per_weight, dense_bytes)
@@ -81,7 +88,7 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     if _without_masks(encoding.dtype, weight.density):
         packed = {DATA: pack_dense(values.reshape(weight.rows, weight.columns), encoding.bits, zeros)}
     else:
-        packed = {DATA: pack_values(values, weight.bitmask, weight.columns, encoding.bits, zeros)}
+        packed = {DATA: pack_values(values, weight.bitmask, weight.columns, encoding.bits, zeros, weight.group)}
     if encoding.dtype == torch.int8 and weight.activation_bits == 8:
         set_activation_bits(packed[DATA], 8)
     if weight.scale is not None:
@@ -108,7 +115,7 @@ def _without_masks(dtype: torch.dtype, density: float) -> bool:
     return dtype == torch.int8 and density == 1.0
 
 
-def _bytes_per_weight(layer: Layer, encoding: ValueEncoding, masked: bool) -> float:
+def _bytes_per_weight(layer: Layer, encoding: ValueEncoding, masked: bool, packs: bool) -> float:
     panels, weights = -(-layer.rows // 16), layer.rows * layer.columns
     # float16 is packed as float32, exactly
     value_bytes = 4 if encoding.dtype == torch.float16 else encoding.dtype.itemsize
@@ -119,7 +126,9 @@ def _bytes_per_weight(layer: Layer, encoding: ValueEncoding, masked: bool) -> fl
     total += panels * -(-layer.columns // 32) * 16 * _WORD_BYTES
     values = value_bytes * layer.density
     if encoding.bits == 4:
-        # half a byte in every second quad, where its values are odd in number
-        padding = 0.25 * panels * -(-layer.columns // 4) if 0 < layer.density < 1 else 0.0
-        values = layer.density / 2 + padding / weights
+        # Where values are pruned at random. INT4: half a byte in every second quad. PLANES4: 3.5 bits in each plane, on average.
+        padding = 0.25 * panels * -(-layer.columns // 4)
+        if packs and sparse_int4_type(layer.columns, layer.group) == PLANES4:
+            padding = 1.75 * panels * 8 * -(-layer.columns // 32)
+        values = layer.density / 2 + (padding / weights if 0 < layer.density < 1 else 0.0)
     return values + total / weights

@@ -106,4 +106,4 @@ def _weight(kind: str) -> tuple[Tensor, Tensor | None]:
     stored = from_dense(values, kind)
     bits, groups = (8, 1) if kind == "int8" else (4, _SHAPE[1] // 128)
     scale = pack_scale(torch.full((_SHAPE[0], groups), 0.01), _SHAPE[1] // groups)
-    return pack_values(stored.values, stored.bitmask, stored.columns, bits), scale
+    return pack_values(stored.values, stored.bitmask, stored.columns, bits, group=_SHAPE[1] // groups), scale

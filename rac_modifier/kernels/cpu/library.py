@@ -13,15 +13,16 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-ABI = 5  # of csrc/library.cpp; raised with every change of the functions
+ABI = 6  # of csrc/library.cpp; raised with every change of the functions
 X86_ISAS, ARM_ISAS = ("avx2", "avxvnni", "avx512", "amx"), ("neon", "dotprod", "i8mm")
 ISAS = ("portable", *X86_ISAS, *ARM_ISAS)  # in the order of the library's numbers
 BYTE_ISAS = ("avxvnni", "avx512", "amx", "dotprod", "i8mm")  # they multiply bytes of x; the others 16 bits
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
 INT8 = VALUE_TYPES[torch.int8]
-DENSE8, INT4, DENSE4 = 3, 4, 5  # int8 without masks; int8 whose values take four bits, with masks and without
-FOUR_BIT = (INT4, DENSE4)
+# int8 without masks; int8 whose values take four bits, with masks and without; with masks, as planes of bits
+DENSE8, INT4, DENSE4, PLANES4 = 3, 4, 5, 6
+FOUR_BIT = (INT4, DENSE4, PLANES4)
 _NUMBER = {isa: number for number, isa in enumerate(ISAS)}
 _REINSTALL = (
     "install a C++ compiler and reinstall rac-modifier (pip install --force-reinstall --no-deps --no-cache-dir)"
@@ -33,6 +34,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "rac_runs": (c_int32, [c_int32]),
     "rac_compiler": (c_char_p, []),
     "rac_last_error": (c_char_p, []),
+    "rac_sparse_int4_type": (c_int32, [c_int32]),
     "rac_packed_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int32, *_BUFFER, c_int64]),
     "rac_pack_weight": (
         c_int32,
@@ -104,6 +106,13 @@ class Library:
         """The instruction sets that this machine runs, the best one last."""
         return tuple(isa for isa in ISAS if self._calls.rac_runs(_NUMBER[isa]))
 
+    def sparse_int4_type(self, isa: str) -> int:
+        """The type in which an instruction set multiplies sparse 4-bit values fastest: `INT4` or `PLANES4`.
+
+        `PLANES4` needs scales, and codes of zero, that are one per row or in groups of a multiple of 32 columns.
+        """
+        return self._calls.rac_sparse_int4_type(_NUMBER[isa])
+
     def packed_bytes(
         self,
         rows: int,
@@ -115,7 +124,7 @@ class Library:
     ) -> int:
         """Bytes of a packed weight of a type (`VALUE_TYPES`, `DENSE8`, ...); -1 for impossible sizes.
 
-        `INT4` needs the bitmask. `zero_groups`: groups of columns whose code of zero is given.
+        `INT4` and `PLANES4` need the bitmask. `zero_groups`: groups of columns whose code of zero is given.
         """
         limit = 1 << 62
         if not all(-limit < size < limit for size in (rows, columns, nonzeros)):

@@ -6,21 +6,26 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import DENSE4, DENSE8, FOUR_BIT, INT4, VALUE_TYPES
+from rac_modifier.kernels.cpu.library import DENSE4, DENSE8, FOUR_BIT, INT4, PLANES4, VALUE_TYPES
 from rac_modifier.kernels.cpu.support import library_and_isa
 
 PANEL = 16  # rows
 MOST_GROUP = 512  # columns that share a scale, where a row has several
+_TILE = 32  # columns of a mask word of PLANES4
 _UNPACK_BYTES = 32 << 20
 
 
-def pack_values(values: Tensor, bitmask: Tensor, columns: int, bits: int = 8, zeros: Tensor | None = None) -> Tensor:
+def pack_values(
+    values: Tensor, bitmask: Tensor, columns: int, bits: int = 8, zeros: Tensor | None = None, group: int = 0
+) -> Tensor:
     """The packed form, uint8 [bytes], of a sparse weight [N, columns].
 
     `values`: the stored values, row-major, of any shape (2:4 has [N, K/2]); bfloat16, float32, int8, or float16, which
     is converted to float32: bfloat16 would round. `bitmask`: uint8 [N, ceil(columns / 8)], bit i of byte j is column
     8j + i. `bits` 4: int8 values are kept as codes of four bits, -8 to 7. `zeros`: the codes of zero of such values, uint8
-    [N, groups], 0 to 15 for each row and group of columns; a value is then a code minus its code of zero.
+    [N, groups], 0 to 15 for each row and group of columns; a value is then a code minus its code of zero. `group`: how many
+    columns share a scale. With this number, 4-bit values are packed as this processor multiplies them fastest; with 0 the
+    scales may be in any groups.
 
     Raises:
         RacError: these do not fit together.
@@ -42,7 +47,10 @@ def pack_values(values: Tensor, bitmask: Tensor, columns: int, bits: int = 8, ze
     for name, tensor in (("values", values), ("bitmask", bitmask)):
         if tensor.device.type != "cpu":
             raise RacError(f"{name}: on {tensor.device}, where the CPU is needed; move the tensor there")
-    return _pack(values, bitmask.contiguous(), _panels(zeros), rows, columns, _type_of(values.dtype, True, bits))
+    value_type = _type_of(values.dtype, True, bits)
+    if value_type == INT4:
+        value_type = sparse_int4_type(columns, group)
+    return _pack(values, bitmask.contiguous(), _panels(zeros), rows, columns, value_type)
 
 
 def pack_dense(weight: Tensor, bits: int = 8, zeros: Tensor | None = None) -> Tensor:
@@ -59,6 +67,13 @@ def pack_dense(weight: Tensor, bits: int = 8, zeros: Tensor | None = None) -> Te
         )
     rows, columns = weight.shape
     return _pack(weight, None, _panels(zeros), rows, columns, _type_of(weight.dtype, False, bits))
+
+
+def sparse_int4_type(columns: int, group: int) -> int:
+    """INT4, or PLANES4 where this processor multiplies that faster and `group` columns that share a scale allow it."""
+    library, isa = library_and_isa()
+    whole = group > 0 and (group == columns or block_of(columns, group, 8) % _TILE == 0)
+    return library.sparse_int4_type(isa) if whole else INT4
 
 
 def split_groups(scale: Tensor, group: int, unit: int = 4) -> Tensor:
@@ -113,7 +128,10 @@ def check_packed(data: Tensor, rows: int, columns: int, dtype: torch.dtype, mask
         )
     if not all(isinstance(size, int) and 0 < size < 2**31 for size in (rows, columns)):
         raise RacError(f"packed weight of shape [{rows}, {columns}]: both must be between 1 and 2^31 - 1")
-    library_and_isa()[0].check(data, rows, columns, _type_of(dtype, masked, bits))
+    library, value_type = library_and_isa()[0], _type_of(dtype, masked, bits)
+    if value_type == INT4 and library.value_type(data) == PLANES4:
+        value_type = PLANES4
+    library.check(data, rows, columns, value_type)
 
 
 def unpack(data: Tensor, rows: int, columns: int) -> Tensor:

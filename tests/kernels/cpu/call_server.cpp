@@ -80,6 +80,7 @@ int main() {
         RAC_CALL(rac_runs);
         RAC_CALL(rac_compiler);
         RAC_CALL(rac_last_error);
+        RAC_CALL(rac_sparse_int4_type);
         RAC_CALL(rac_packed_bytes);
         RAC_CALL(rac_pack_weight);
         RAC_CALL(rac_check_weight);

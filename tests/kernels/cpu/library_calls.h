@@ -12,6 +12,7 @@ int64_t rac_packed_bytes(int64_t, int64_t, int64_t, int32_t, const uint8_t*, int
 int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
                         int32_t, void*, int64_t, int32_t);
 int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
+int32_t rac_sparse_int4_type(int32_t);
 int32_t rac_value_type(const void*, int64_t);
 int32_t rac_activation_bits(const void*, int64_t, int32_t);
 int32_t rac_set_activation_bits(void*, int64_t, int32_t);

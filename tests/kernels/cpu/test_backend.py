@@ -11,7 +11,7 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, from
 from rac_modifier.errors import RacError
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu import backend
-from rac_modifier.kernels.cpu.library import BYTE_ISAS
+from rac_modifier.kernels.cpu.library import BYTE_ISAS, PLANES4
 from rac_modifier.kernels.cpu.support import Support, library_and_isa
 from rac_modifier.kernels.interface import Decision, Layer
 from tests.kernels.cpu.kernel_helpers import random_mask, take
@@ -182,6 +182,19 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(best):
         assert announced * four.rows * four.columns == pytest.approx(nbytes, abs=512)
         bits = four.bits * four.density + (four.density < 1) + group_bits
         assert announced == pytest.approx(bits / 8, rel=0.015)
+
+
+def test_the_bytes_that_are_announced_of_planes(native_path, monkeypatch):
+    take(native_path, "avx2", monkeypatch)
+    library, isa = library_and_isa()
+    if library.sparse_int4_type(isa) != PLANES4:
+        pytest.skip("this processor has no fast pdep")
+    for group, planes in ((64, True), (1024, True), (8, False)):
+        four = four_bit(160, 1024, 0.5, 1024 // group)
+        packed = cpu.pack(four, BF16)
+        assert (library.value_type(packed["weight_packed"]) == PLANES4) == planes
+        announced = cpu.can_run(Layer.of(four, BF16)).bytes_per_weight * four.rows * four.columns
+        assert announced == pytest.approx(sum(tensor.nbytes for tensor in packed.values()), rel=0.01)
 
 
 def test_integers_that_are_all_stored_need_no_masks(best):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import product
 
 import pytest
 import torch
@@ -31,9 +32,18 @@ MANY = (1, 2, 3, 5, 8, 9, 16, 35)  # rows of x: each way of the kernels
 
 
 def weight_of(
-    rows: int, columns: int, density: float, groups: int = 1, asymmetric: bool = False, seed: int = 0
+    rows: int,
+    columns: int,
+    density: float,
+    groups: int = 1,
+    asymmetric: bool = False,
+    seed: int = 0,
+    known: bool = True,
 ) -> tuple[Tensor, Packed]:
-    """A random weight of 4-bit codes minus codes of zero, with stored zeros: dense int8, and packed; no masks at density 1."""
+    """A random weight of 4-bit codes minus codes of zero, with stored zeros: dense int8, and packed; no masks at density 1.
+
+    `known`: the groups are known as it is packed, so that it has the layout that is best here.
+    """
     generator = torch.Generator().manual_seed(seed)
     zeros = torch.full((rows, groups), 8, dtype=torch.uint8)
     if asymmetric:
@@ -44,8 +54,13 @@ def weight_of(
     if density == 1.0:
         return dense, Packed(pack_dense(dense, 4, given), rows, columns)
     mask = random_mask(rows, columns, density, seed)
-    data = pack_values(dense[mask], bitmask_of(mask), columns, 4, given)
+    data = pack_values(dense[mask], bitmask_of(mask), columns, 4, given, columns // groups if known else 0)
     return dense.masked_fill(~mask, 0), Packed(data, rows, columns)
+
+
+def layouts(kernel: str) -> tuple[bool, ...]:
+    """Values of `known`: both where they make a difference."""
+    return (True, False) if kernel in ("avx2", "avxvnni") else (True,)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -56,10 +71,11 @@ def weight_of(
     density=st.sampled_from([0.0, 0.1, 0.5, 0.97, 1.0]),
     asymmetric=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    known=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape_and_density(kernel, rows, columns, m, density, asymmetric, dtype, seed):
-    dense, weight = weight_of(rows, columns, density, 1, asymmetric, seed)
+def test_any_shape_and_density(kernel, rows, columns, m, density, asymmetric, dtype, known, seed):
+    dense, weight = weight_of(rows, columns, density, 1, asymmetric, seed, known)
     assert torch.equal(unpacked(weight), dense)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, columns, generator=generator).to(dtype)
@@ -72,23 +88,24 @@ def test_any_shape_and_density(kernel, rows, columns, m, density, asymmetric, dt
 @pytest.mark.parametrize("columns", [32, 37, 128, 200, 512])
 def test_integer_products_are_exact(kernel, columns, density, asymmetric):
     """x of integers, the largest of them LEVELS, has a scale of 1: the result is the integer, rounded once to float32."""
-    dense, weight = weight_of(20, columns, density, 1, asymmetric)
-    for m in MANY:
-        x = torch.randint(-LEVELS, LEVELS + 1, (m, columns)).float()
-        x[:, columns // 2] = LEVELS
-        exact = x.long() @ dense.long().T
-        y = multiply(x, weight, None, pack_scale(torch.ones(20, 1)))
-        assert torch.equal(y, exact.float())
+    for known in layouts(kernel):
+        dense, weight = weight_of(20, columns, density, 1, asymmetric, known=known)
+        for m in MANY:
+            x = torch.randint(-LEVELS, LEVELS + 1, (m, columns)).float()
+            x[:, columns // 2] = LEVELS
+            exact = x.long() @ dense.long().T
+            y = multiply(x, weight, None, pack_scale(torch.ones(20, 1)))
+            assert torch.equal(y, exact.float())
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("columns", "groups"), [(1024, 8), (768, 12), (256, 8), (1024, 2), (96, 12)])
 def test_scales_and_zeros_in_groups(kernel, columns, groups, asymmetric, density):
-    dense, weight = weight_of(37, columns, density, groups, asymmetric)
-    assert torch.equal(unpacked(weight), dense)
     scale = torch.rand(37, groups) + 0.01
-    for narrow in (False, True):
+    for narrow, known in product((False, True), layouts(kernel)):
+        dense, weight = weight_of(37, columns, density, groups, asymmetric, known=known)
+        assert torch.equal(unpacked(weight), dense)
         scale = scale.bfloat16().float() if narrow else scale
         packed = pack_scale(scale, narrow=True)
         assert packed.dtype == (torch.bfloat16 if narrow else torch.float32)
@@ -118,10 +135,12 @@ def test_the_largest_sums_fit(kernel, value, density):
         zeros = torch.full((16, 1), zero, dtype=torch.uint8)
         mask = torch.ones(16, 1024, dtype=torch.bool)
         whole = density == 1.0
-        data = pack_dense(dense, 4, zeros) if whole else pack_values(dense[mask], bitmask_of(mask), 1024, 4, zeros)
-        for m in (1, 3, 12):
-            y = multiply(torch.full((m, 1024), value), Packed(data, 16, 1024), None, pack_scale(torch.ones(16, 1)))
-            torch.testing.assert_close(y, torch.full((m, 16), (code - zero) * 1024 * value))
+        for known in layouts(kernel):
+            sparse = pack_values(dense[mask], bitmask_of(mask), 1024, 4, zeros, 1024 if known else 0)
+            data = pack_dense(dense, 4, zeros) if whole else sparse
+            for m in (1, 3, 12):
+                y = multiply(torch.full((m, 1024), value), Packed(data, 16, 1024), None, pack_scale(torch.ones(16, 1)))
+                torch.testing.assert_close(y, torch.full((m, 16), (code - zero) * 1024 * value))
 
 
 @pytest.mark.parametrize("m", [1, 5, 20])
@@ -142,8 +161,9 @@ def test_empty_rows_give_the_bias(kernel):
     mask = random_mask(40, 256, 0.5)
     mask[3:21] = False
     dense = torch.randint(-8, 8, (40, 256), dtype=torch.int8).masked_fill(~mask, 0)
-    weight, bias = Packed(pack_values(dense[mask], bitmask_of(mask), 256, 4), 40, 256), torch.randn(40)
-    for m in (1, 4, 11):
+    bias = torch.randn(40)
+    for m, group in product((1, 4, 11), (0, 128)):
+        weight = Packed(pack_values(dense[mask], bitmask_of(mask), 256, 4, group=group), 40, 256)
         y = multiply(torch.randn(m, 256), weight, bias, pack_scale(torch.rand(40, 2)))
         assert torch.equal(y[:, 3:21], bias[3:21].expand(m, -1))
 
