@@ -57,9 +57,8 @@ def step_bytes(
                 if weight.requires_grad:
                     weight.register_post_accumulate_grad_hook(_drop_gradient)
         ids = torch.zeros(rows, length - 1, dtype=torch.long)
-        head = output_head(student)
-        row: torch.Tensor = head.weight[0]  # type: ignore[assignment,index]
-        states = row.new_empty(predicted, len(row))
+        head: Any = output_head(student)
+        states = head.weight.new_empty(predicted, head.weight.shape[1])
         with _LiveBytes() as live, recomputing(student, checkpointing):
             for _ in range(micro_batches):
                 with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
