@@ -112,10 +112,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             self._quantizer = GroupQuantizer(self.quantization, model, self._names, prunes=self.prunes)
             if not self.prunes:  # what no scheme matches stays as it is
                 self._names = {module: name for module, name in self._names.items() if module in self._quantizer.grids}
-        if self.prunes:
-            logger.info(f"pruning {len(self._names)} modules: {described}")
-        else:
-            logger.info(f"quantizing {len(self._names)} modules, without pruning")
+        doing, how = ("pruning", f": {described}") if self.prunes else ("quantizing", ", without pruning")
+        logger.info(f"{doing} {len(self._names)} modules{how}")
         oneshot = find_oneshot()
         self._experts = ExpertRecord(self, model, self._names)
         self._experts.check(oneshot)
@@ -127,8 +125,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         text = before_sampling(model, lambda: self._load_tokenizer(model), recover, *run)
         loader = self.build_calibration(state, recover.reserved_tokens if recover else 0).loader
         if recover is not None:
-            reserved, keep = self.calibration_set.reserved, self._finished is not None
-            self._recovery = RecoveryStage(model, reserved, recover, keep, *run, generic=text)
+            reserved = self.calibration_set.reserved
+            self._recovery = RecoveryStage(model, reserved, recover, self._finished is not None, *run, text)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader, self._processes)
