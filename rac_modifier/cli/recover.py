@@ -141,13 +141,14 @@ def _recover(
     check_made_from(pruned, model)
     checkpoint = QuantizedCheckpoint(pruned, model, recorded_structures(pruned.config.to_dict()))
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
-    text = before_sampling(model, lambda: tokenizer, settings, processes)
+    run = processes, bool(checkpoint.quantized)
+    text = before_sampling(model, lambda: tokenizer, settings, *run)
     before = _record_of(sparse)
     stores = {name: dict(one) for name, one in (before.get("trace_stores") or {}).items() if isinstance(one, dict)}
     known = {str(one.get("sha256")) for one in stores.values()}
     store = _collected(processes, model, tokenizer, store_path, problems, sampling, settings.reserved_tokens, known)
     traces: list[Trace] = fresh_traces(store, used_traces(store, known), settings.reserved_tokens)
-    stage = RecoveryStage(model, traces, settings, keep=True, processes=processes, generic=text)
+    stage = RecoveryStage(model, traces, settings, True, *run, generic=text)
     del model
     done = stage.run(pruned, modules, checkpoint.quantized)
     if not processes.is_first:

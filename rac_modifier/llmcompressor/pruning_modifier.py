@@ -122,11 +122,12 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if oneshot is not None and oneshot.output_dir is not None:
             self._finished = FinishedGroups(unfinished(oneshot.output_dir), self.about_run(model))
         self.check_memory(model, [], get_main_device(), torch.device(offload))
-        text = before_sampling(model, lambda: self._load_tokenizer(model), self.recover, self._processes)
-        loader = self.build_calibration(state, self.recover.reserved_tokens if self.recover else 0).loader
-        if self.recover is not None:
-            reserved, keep = self.calibration_set.reserved, self._finished is not None
-            self._recovery = RecoveryStage(model, reserved, self.recover, keep, self._processes, generic=text)
+        recover, run = self.recover, (self._processes, self.quantization is not None)
+        text = before_sampling(model, lambda: self._load_tokenizer(model), recover, *run)
+        loader = self.build_calibration(state, recover.reserved_tokens if recover else 0).loader
+        if recover is not None:
+            reserved = self.calibration_set.reserved
+            self._recovery = RecoveryStage(model, reserved, recover, self._finished is not None, *run, text)
         if self.allocation == "kl" and self.pattern is not None:
             with on_accelerator(model):
                 self._patterns = measured_patterns(model, self._names, self.pattern, loader, self._processes)

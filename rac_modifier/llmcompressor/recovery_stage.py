@@ -38,6 +38,7 @@ class RecoveryStage:
         settings: RecoverySettings,
         keep: bool = False,
         processes: Processes = _ALONE,
+        quantizes: bool = False,
         generic: Sequence[TokenSequence] = (),
     ):
         """One forward pass of the dense model over `traces`, which calibration does not use, and over `generic`.
@@ -48,15 +49,17 @@ class RecoveryStage:
             settings: of recovery.
             keep: leave the state after training to `remove`, so that a run that is killed while it saves goes on from there.
             processes: that train together, all on this machine.
+            quantizes: whether weights are trained through codes.
             generic: text to train on beside the traces (`generic_sequences`); none of it decides what is kept.
 
         Raises:
-            RacError: too few traces, a head that is not supported, or too little disk space.
+            RacError: too few traces, a head that is not supported, or too little memory or disk space.
         """
         self._settings, self._keep, self._processes = settings, keep, processes
         self._held_out, training = split_traces(traces, settings.held_out_tokens)
         self._training = [*training, *generic]
         self._generic_tokens = sum(len(ids) for ids, _ in generic)
+        check_recovery_memory(model, settings, processes, training=self._training, quantizes=quantizes)
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
         with processes.first_before_others(), on_accelerator(model):
@@ -110,16 +113,22 @@ class RecoveryStage:
 
 
 def before_sampling(
-    model: Any, tokenizer: Callable[[], Any], settings: RecoverySettings | None, processes: Processes = _ALONE
+    model: Any,
+    tokenizer: Callable[[], Any],
+    settings: RecoverySettings | None,
+    processes: Processes = _ALONE,
+    quantizes: bool = False,
 ) -> list[TokenSequence]:
     """What can be refused before hours of sampling is refused; returns the generic text to train on.
+
+    `quantizes` says whether weights are trained through codes.
 
     Raises:
         RacError: too little memory to train the model in, or too little generic text.
     """
     if settings is None:
         return []
-    check_recovery_memory(model, processes.count)
+    check_recovery_memory(model, settings, processes, quantizes=quantizes)
     return generic_sequences(tokenizer, settings)
 
 
