@@ -88,7 +88,7 @@ class ModelIdentity:
             logger.warning(
                 f"{source!r}: tensors in its files have other names than in the model; loading the weights to identify it"
             )
-            return cls.of_model(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+            return cls.of_model(AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False))
         return cls._of(skeleton, fingerprint, generation)
 
     @classmethod

@@ -86,3 +86,9 @@ def test_a_rounded_head_and_its_error() -> None:
     rounded = (values.view(6, 3, 32) * scales[:, :, None]).view(6, 96)
     assert relative_error(weight, values, scales) == pytest.approx(float((rounded - weight).norm() / weight.norm()))
     assert relative_error(rounded, values, scales) == 0.0
+
+
+@pytest.mark.parametrize(("rows", "error"), [(4096, 0.5**0.5), (4097, 0.0)])
+def test_the_error_is_of_every_row_up_to_4096_and_of_every_second_one_beyond(rows: int, error: float) -> None:
+    values = (torch.arange(rows)[:, None] % 2 == 0).to(torch.int8)  # every odd row is wrong
+    assert relative_error(torch.ones(rows, 1), values, torch.ones(rows, 1)) == pytest.approx(error)
