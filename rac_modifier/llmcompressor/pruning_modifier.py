@@ -114,8 +114,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             self._activations = ActivationStage.of(self.quantization, self._quantizer, self._names, oneshot)
             if not self.prunes:  # what no scheme matches stays as it is
                 self._names = {module: name for module, name in self._names.items() if module in self._quantizer.grids}
-        what = f"{len(self._names)} modules"
-        logger.info(f"pruning {what}: {self._described}" if self.prunes else f"quantizing {what}, without pruning")
+        doing, how = ("pruning", f": {self._described}") if self.prunes else ("quantizing", ", without pruning")
+        logger.info(f"{doing} {len(self._names)} modules{how}")
         self._experts = ExpertRecord(self, model, self._names)
         self._experts.check(oneshot)
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
@@ -150,8 +150,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             RacError: naming the module, the bytes needed and free, and what to change.
         """
         by_layer = "layer" in (self.order, self._order.get("order"))
-        names, count = self._names.values(), self._processes.count
-        need = MemoryNeed.of(self, self.known_share, model, names, by_layer=by_layer, processes=count)
+        count = self._processes.count
+        need = MemoryNeed.of(self, self.known_share, model, self._names.values(), by_layer=by_layer, processes=count)
         each = groups or [[module] for module in self._names]
         shapes = GroupShape.by_layer(model, self._names) if by_layer else GroupShape.by_group(model, self._names, each)
         check_memory(need, shapes, onload, offload, processes=count)
@@ -165,9 +165,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             loader, batch = state.data.calib, state.current_batch_idx
             if not isinstance(loader, CalibrationLoader):
-                raise RacError(
-                    "the calibration pipeline does not run on this recipe's calibration set; use pipeline='independent'"
-                )
+                raise RacError("the pipeline does not run on this recipe's calibration set; use pipeline='independent'")
             collector.observe(module, args[0], loader.token_weights[batch], batch)
 
         for module in self._names:
