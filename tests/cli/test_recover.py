@@ -124,9 +124,10 @@ def test_two_processes_write_one_checkpoint(tiny_folder, sparse_folder, tmp_path
     assert alone[0][0] == 0, alone
     two, one = (json.loads((tmp_path / name / "rac_run.json").read_text())["recovery"] for name in ("out", "alone"))
     assert (two["processes"], one["processes"]) == (2, 1)
-    # where the processor multiplies bfloat16 fast, training runs in it, and sums depend on the batch
+    # where the processor multiplies bfloat16 fast, training runs in it, and sums depend on the batches, of which one process has
+    # more; in float32 both agree closely (tests/recovery/test_sharded_processes.py)
     assert two["kl_before"] == pytest.approx(one["kl_before"], rel=1e-3)
-    assert two["kl_after"] == pytest.approx(one["kl_after"], rel=1e-3)
+    assert two["kl_after"] == pytest.approx(one["kl_after"], rel=4e-3)
     assert not (tmp_path / "rac_recovery").exists()
     before, after = (linears(rac_modifier.load_model(folder)) for folder in (sparse_folder, tmp_path / "out"))
     assert all(torch.equal(module.weight == 0, before[name].weight == 0) for name, module in after.items())
