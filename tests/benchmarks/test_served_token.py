@@ -66,7 +66,7 @@ def test_calls_between_the_signals(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert not (tmp_path / f"{process.pid}.json").exists()
     (python, c, polled), (more_python, more_c, _) = found
     assert more_python - python == 25
-    assert more_c - c == 50
+    assert 50 <= more_c - c <= 55  # reading longer lines may take some more
     assert polled == 0
 
 

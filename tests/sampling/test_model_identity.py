@@ -105,7 +105,7 @@ def test_files_that_name_tensors_differently_are_loaded(tmp_path, monkeypatch):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["other.name"] = tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(model_identity.AutoModelForCausalLM, "from_pretrained", lambda source, dtype: model)
+    monkeypatch.setattr(model_identity.AutoModelForCausalLM, "from_pretrained", lambda source, **kwargs: model)
     assert ModelIdentity.of_files(str(tmp_path)) == ModelIdentity.of_model(model)
 
 

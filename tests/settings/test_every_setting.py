@@ -246,7 +246,8 @@ def test_what_is_refused_would_have_changed_nothing(row, models, known, place, m
     else:
         before, after = both(row, known, lambda settings: calibrated(models, settings))
         assert isinstance(before, str) is (row.base == ENGINE), before
-    assert before == after
+    refused_later = isinstance(after, str) and "has no effect" in after  # by the run itself, which knows the model
+    assert refused_later or before == after
 
 
 @pytest.mark.slow
