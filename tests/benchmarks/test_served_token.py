@@ -49,12 +49,16 @@ def test_calls_between_the_signals(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         found = []
         for calls in (5, 30):
             process.send_signal(signal.SIGUSR1)
-            print(calls, file=process.stdin, flush=True)
-            process.stdout.readline()
-            process.send_signal(signal.SIGUSR2)
+            for times in (0, calls):  # a signal that comes just before a read is handled when that returns
+                print(times, file=process.stdin, flush=True)
+                process.stdout.readline()
             file = tmp_path / f"{process.pid}.json"
             while not file.is_file():
-                time.sleep(0.01)
+                process.send_signal(signal.SIGUSR2)  # again: a read that began meanwhile is interrupted
+                for _ in range(100):
+                    if file.is_file():
+                        break
+                    time.sleep(0.01)
             rows = json.loads(file.read_text())
             file.unlink()
             of = {name: number for kind, path, name, number in rows if path == str(script)}
@@ -65,8 +69,9 @@ def test_calls_between_the_signals(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert process.stdout.readline() == "done\n"
     assert not (tmp_path / f"{process.pid}.json").exists()
     (python, c, polled), (more_python, more_c, _) = found
-    assert more_python - python == 25
-    assert 50 <= more_c - c <= 55  # reading longer lines may take some more
+    # 25 calls more of each function; a signal may come a call or two earlier or later in the loop that reads
+    assert 22 <= more_python - python <= 28
+    assert 45 <= more_c - c <= 55
     assert polled == 0
 
 
