@@ -6,10 +6,11 @@
     .venv-serve/bin/python benchmarks/served_token.py --alone [--compilation-config JSON] # one process, without a server
 
 One request at a time, greedy. Calls are counted by Python's own profiler in the main thread of each process, in a request that
-is not timed. Other work on the machine does not change them, but for those of a process that polls for its next step:
-these are in a column of their own. Processor time is the least of several requests; other work makes it longer. Both are
-differences of a long and a short request, so that the prompt does not count. The server has one thread for products, which so
-wait for no other one. --alone counts a step of vLLM's engine with model and sampler, in this process.
+is not timed. Those of a process that polls for its next step are in a column of their own; their number, and with it other
+calls of that process, depends on what else the machine does. Processor time is the least of several requests; other work
+makes it longer. Both are differences of a long and a short request, so that the prompt does not count. The server has one
+thread for products, which so wait for no other one. --alone counts a step of vLLM's engine with model and sampler, in this
+process.
 """
 
 from __future__ import annotations

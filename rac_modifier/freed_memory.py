@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# Blocks of many sizes leave gaps in glibc's heap, so that a process takes so many times the pages that its blocks need (how well
+# predictions fit with that: docs/results/scale.md).
+WITH_GAPS = 1.15
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, from malloc.h
 _BLOCKS = 256 << 20  # blocks up to this size are kept
 _KEPT = 1 << 30  # as much, free at the end of the heap, is not given back

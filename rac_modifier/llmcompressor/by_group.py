@@ -58,15 +58,14 @@ def calibrate_by_group(
                     routed, group = stage.experts, None
                     if routed is not None:
                         read = read_by_experts(stage, pruned, None if dense is None else dense.cache, loader)
+                    caches = [pruned, *([] if dense is None else [dense.cache])]
                     waits = dense is not None and index < last and dense.waits(stage, stages[index + 1])
                     with dense.catching_up() if dense is not None else contextlib.nullcontext():
                         for batch in batches:
                             if dense is not None:
                                 dense.catch_up(batch)
                             if not known and routed is None:
-                                inputs = [
-                                    _input(stage, cache, batch) for cache in (pruned, *([dense.cache] if dense else []))
-                                ]
+                                inputs = [_input(stage, cache, batch) for cache in caches]
                                 group = group or InputGroup.of(
                                     stage.modules, inputs[0].device, with_cross_moment=pruner.needs_dense_stream
                                 )

@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.float32_products import CODE_OF_A_SHAPE, SIZES_PER_DOUBLING, onednn_is_faster
-from rac_modifier.freed_memory import expect_growth
+from rac_modifier.freed_memory import WITH_GAPS, expect_growth
 from rac_modifier.llmcompressor.group_shape import GroupShape, saves_by_waiting
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from rac_modifier.pruning import linalg
@@ -49,9 +49,6 @@ from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
 
 _FLOAT32, _CPU = 4, torch.device("cpu")
-# Blocks of many sizes leave gaps in glibc's heap, so that a process takes more pages than its blocks need (how well the
-# prediction fits then: docs/results/scale.md). Activations are kept with hardly any, in blocks of a few sizes.
-_WITH_GAPS = 1.15
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,8 @@ class MemoryNeed:
 
     def bytes_on(self, device: torch.device, onload: torch.device, offload: torch.device, group: GroupShape) -> int:
         """Bytes of a process on `device`, where statistics and solver use `onload`, and activations are kept on `offload`."""
-        work = self.work(group, onload) * (_WITH_GAPS if device.type == "cpu" else 1) if device == onload else 0
+        # activations are kept with hardly any gaps, in blocks of a few sizes
+        work = self.work(group, onload) * (WITH_GAPS if device.type == "cpu" else 1) if device == onload else 0
         code = self.code(group, onload) if device == onload else 0
         return int(work) + code + (self.kept(group) if device == offload else 0)
 

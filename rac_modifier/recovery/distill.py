@@ -20,7 +20,7 @@ from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.hidden_states import check_head
 from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
 from rac_modifier.recovery.recomputing import recomputing
-from rac_modifier.recovery.schedule import default_learning_rate, most_padding, plan_steps
+from rac_modifier.recovery.schedule import default_learning_rate, steps_of_run
 from rac_modifier.recovery.sharded import spread
 from rac_modifier.recovery.teacher import Teacher, name_of
 from rac_modifier.recovery.trained_parameters import in_float32, trained_name
@@ -119,14 +119,7 @@ def recover(
     if both:
         raise RacError(f"{len(both)} held-out traces are among the training traces; give traces of other problems")
     check_head(model, min(held_out, key=lambda s: len(s[0])))
-    steps = plan_steps(
-        training,
-        step_tokens=settings.step_tokens,
-        batch_tokens=settings.batch_tokens,
-        passes=settings.passes,
-        seed=settings.seed,
-        most_padding=most_padding(model.device, processes.count),
-    )
+    steps = steps_of_run(training, settings, model.device, processes.count)
     started, cpu = time.monotonic(), time.process_time()
     masks = sparse_masks(model) if masks is None else masks
     quantized = quantized or {}

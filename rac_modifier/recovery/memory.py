@@ -21,10 +21,11 @@ from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.freed_memory import WITH_GAPS
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.recomputing import decoder_layers
-from rac_modifier.recovery.schedule import most_padding, plan_steps
+from rac_modifier.recovery.schedule import steps_of_run
 from rac_modifier.recovery.simulated_step import step_bytes
 from rac_modifier.recovery.trained_parameters import frozen_parameters
 from rac_modifier.settings.recovery import RecoverySettings
@@ -32,8 +33,6 @@ from rac_modifier.settings.recovery import RecoverySettings
 _FLOAT32, _MOMENTS, _MASK, _BEST = 4, 8, 1, 4
 _STATE = _FLOAT32 + _MOMENTS  # on its way from a GPU to the disk
 _CODE, _MASTERS = 9, 8
-# Blocks of many sizes leave gaps in glibc's heap, as in llmcompressor/memory.py.
-WITH_GAPS = 1.15
 _MARGIN = 0.9  # of the free memory
 _GIB = 2**30
 _ALONE = Processes()
@@ -70,16 +69,8 @@ def largest_batches(
     training: Sequence[TokenSequence], settings: RecoverySettings, device: torch.device, processes: int
 ) -> list[Batch]:
     """Of the very batches that will be trained on, the largest that begins a step, and the largest that follows one."""
-    steps = plan_steps(
-        training,
-        step_tokens=settings.step_tokens,
-        batch_tokens=settings.batch_tokens,
-        passes=settings.passes,
-        seed=settings.seed,
-        most_padding=most_padding(device, processes),
-    )
     largest: dict[bool, Batch] = {}
-    for step in steps:
+    for step in steps_of_run(training, settings, device, processes):
         for number, sequences in enumerate(step.batches):
             lengths, completions = [len(ids) for ids, _ in sequences], [len(ids) - prompt for ids, prompt in sequences]
             batch = Batch(len(sequences), max(lengths), sum(completions), number > 0)
@@ -211,9 +202,11 @@ def _step_bytes(model: Any, batch: Batch, device: torch.device, checkpointing: b
 
 
 def _check(need: int, free: int, where: str, settings: RecoverySettings, counted: RecoveryNeed) -> None:
-    of_step = "activations are not counted" if counted.step is None else (
-        f"{counted.step / _GIB:.1f} GiB of it for a step on {counted.batch.rows} x {counted.batch.length:,} tokens"
-    )  # fmt: skip
+    of_step = "activations are not counted"
+    if counted.step is not None:
+        of_step = (
+            f"{counted.step / _GIB:.1f} GiB of it for a step on {counted.batch.rows} x {counted.batch.length:,} tokens"
+        )
     message = f"recover: training needs about {need / _GIB:.1f} GiB on {where} beside the model ({of_step})"
     if need <= _MARGIN * free:
         logger.info(f"{message}; {free / _GIB:.1f} GiB are free")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.settings.recovery import RecoverySettings
 
 # The best of three rates in trials at two sizes: 1e-3 at 3.4 M parameters, 2e-4 at 135 M; a power law through both.
 _RATE, _PARAMETERS, _EXPONENT = 2e-4, 135e6, -0.437
@@ -57,6 +58,20 @@ def most_padding(device: torch.device, processes: int) -> int | None:
     On a GPU a batch costs as much as a thousand tokens and more, and of several processes each takes its part of every batch.
     """
     return _BATCH_COST if device.type == "cpu" and processes == 1 else None
+
+
+def steps_of_run(
+    training: Sequence[TokenSequence], settings: RecoverySettings, device: torch.device, processes: int
+) -> list[Step]:
+    """The steps of a run of so many processes that trains on this device."""
+    return plan_steps(
+        training,
+        step_tokens=settings.step_tokens,
+        batch_tokens=settings.batch_tokens,
+        passes=settings.passes,
+        seed=settings.seed,
+        most_padding=most_padding(device, processes),
+    )
 
 
 def plan_steps(
