@@ -3,7 +3,7 @@
     cd build/smollm2-frontier                       # made by smollm2_frontier.py; `frontier` holds the dense model's answers
     python ../../benchmarks/calibration_tokens.py smollm2 frontier --rows "60 %" "2:4" --tokens 8192 32768 131072
     python ../../benchmarks/calibration_tokens.py smollm2 frontier --rows "60 %" --tokens 32768 --recover 65536 --seeds 0 1 2
-    python ../../benchmarks/calibration_tokens.py smollm2 frontier --rows "60 %" --tokens 65536 --set experimental.allocation=kl
+    python ../../benchmarks/calibration_tokens.py smollm2 frontier --rows "60 %" --tokens 65536 --set refit_steps=5
 
 KL and top-1 are measured on the frontier's answers of the dense model, so that its rows and these can be compared. A row that is
 in --out already is not run again. Seeds choose among the traces of the stores, which have to hold enough of them.

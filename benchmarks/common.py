@@ -36,7 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quality + int4": {"preset": "quality", "quantization": {"scheme": "W4A16"}},
     "quality, 8 iterations": {"preset": "quality", "iterations": 8, "refit_steps": 6},
     "quality + recovery": {"preset": "quality", "recover": {"tokens": 80_000}},
-    "quality + allocation": {"preset": "quality", "experimental": {"allocation": "kl"}},
 }
 
 

@@ -42,6 +42,8 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
     "vLLM, dense int8 (W8A8)": (8, 0.0, 16),
     "vLLM, dense int4 (W4A16)": (4, 0.0, 16),
 }
+ONE_PROCESS = ", one process"  # vLLM's engine and worker in one process: none polls for the other (docs/serving.md)
+SERVED |= {name + ONE_PROCESS: kind for name, kind in SERVED.items() if not name.startswith("vLLM")}
 GROUP, HIDDEN = 128, 1536  # columns that share a scale of int4; columns of the head
 
 
@@ -171,8 +173,12 @@ def served(name: str, args: argparse.Namespace) -> Figures:
         "bfloat16",
         *(["--quantization", "rac-sparse"] if ours and not pruned else []),
     ]
+    environment = {"RAC_LM_HEAD": f"int{head_bits}"} if ours else {}
+    if name.endswith(ONE_PROCESS):
+        options += ["--distributed-executor-backend", "uni"]
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     log = folder.with_suffix(".log")
-    with serving(folder, options, log, environment={"RAC_LM_HEAD": f"int{head_bits}"} if ours else {}) as server:
+    with serving(folder, options, log, environment=environment) as server:
         load = Load(args.prompt_tokens, args.output_tokens, args.vocab, "model")
         measure(server.url, load, 1, 1)
         speed = measure(server.url, load, 1, 2)

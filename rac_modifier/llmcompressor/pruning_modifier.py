@@ -29,12 +29,10 @@ from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer, rounding_of
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
-from rac_modifier.llmcompressor.sensitivity import measured_patterns
 from rac_modifier.llmcompressor.shares import describe_patterns, listed_patterns
 from rac_modifier.llmcompressor.solving import Pruned, end_lanes, solve_groups, solve_together
 from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
 from rac_modifier.llmcompressor.zeros import patterns_of_zeros
-from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.routed_tokens import ExpertTokens
 from rac_modifier.settings.entries import PruningEntry
@@ -124,13 +122,10 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.check_memory(model, [], get_main_device(), torch.device(offload))
         recover, run = self.recover, (self._processes, self.quantization is not None)
         text = before_sampling(model, lambda: self._load_tokenizer(model), recover, *run)
-        loader = self.build_calibration(state, recover.reserved_tokens if recover else 0).loader
+        self.build_calibration(state, recover.reserved_tokens if recover else 0)
         if recover is not None:
             reserved = self.calibration_set.reserved
             self._recovery = RecoveryStage(model, reserved, recover, self._finished is not None, *run, text)
-        if self.allocation == "kl" and self.pattern is not None:
-            with on_accelerator(model):
-                self._patterns = measured_patterns(model, self._names, self.pattern, loader, self._processes)
         if self._quantizer is not None:
             self._quantizer.attach(model)
         save_with_record(model, self._plan)

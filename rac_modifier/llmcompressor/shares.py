@@ -6,10 +6,8 @@ numbers add up to floor(all weights * sparsity). ALPS prunes exactly that many; 
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from compressed_tensors.utils import match_named_modules
@@ -21,36 +19,15 @@ from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import Allocation
 
 _AGREEMENT = 1e-3  # between the average of a list that names every module and the sparsity asked for
-_HALF = 0.5  # of the way from uniform to the optimum
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """What pruning one module alone does to the model's predictions.
-
-    Attributes:
-        weights: how many the module has.
-        kl: nats per token, from the dense model, when `sparsity` of the module's weights are pruned by score.
-        thresholds: the score below which a share k / (len - 1) of its weights lie, ascending.
-        lost: the sum of the pruned weights' scores.
-    """
-
-    weights: int
-    kl: float
-    thresholds: Sequence[float]
-    lost: float
-
-
-def describe_patterns(pattern: Pattern, allocation: Allocation) -> str:
+def describe_patterns(pattern: Pattern, allocation: Allocation | None) -> str:
     """The pattern in words; the run record lists each module's share."""
-    if allocation == "uniform":
-        return pattern.describe()
-    how = "as listed" if isinstance(allocation, dict) else "by measured KL"
-    return f"{pattern.describe()}, more in some modules than in others, {how}"
+    return pattern.describe() + (", more in some modules than in others, as listed" if allocation else "")
 
 
 def listed_patterns(
-    model: PreTrainedModel, names: Mapping[torch.nn.Module, str], pattern: Pattern, allocation: Allocation
+    model: PreTrainedModel, names: Mapping[torch.nn.Module, str], pattern: Pattern, allocation: Allocation | None
 ) -> dict[str, Pattern]:
     """Patterns from shares by module name or "re:" pattern, where a module's last match counts; see `listed_shares`.
 
@@ -59,7 +36,7 @@ def listed_patterns(
     Raises:
         RacError: a name that matches no module to be pruned, or shares that cannot make the average.
     """
-    if not isinstance(allocation, dict):
+    if not allocation:
         return dict.fromkeys(names.values(), pattern)
     shares: dict[str, float] = {}
     for target, share in allocation.items():
@@ -137,37 +114,3 @@ def listed_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity
             f"average {sparsity}; it must lie between 0 and 1: change the shares or the sparsity"
         )
     return {name: given.get(name, share) for name in sizes}
-
-
-def sensitive_shares(found: Mapping[str, Sensitivity], sparsity: float) -> dict[str, float]:
-    """Half-way from uniform to the shares that minimise the sum of the modules' KL.
-
-    A module's KL is modelled as proportional to the sum of its pruned weights' scores, KL_m(s) = a_m * lost_m(s), with the
-    measured a_m = kl / lost. At the minimum all modules have one threshold of a_m * score. Half-way, since the errors of modules
-    are not independent and each was measured alone.
-    """
-    price = {name: max(s.kl, 1e-12) / max(s.lost, 1e-30) for name, s in found.items()}
-    total = sum(s.weights for s in found.values())
-
-    def shares_at(threshold: float) -> dict[str, float]:
-        return {name: _share_below(s.thresholds, threshold / price[name]) for name, s in found.items()}
-
-    low, high = 0.0, max(s.thresholds[-1] * price[name] for name, s in found.items())
-    for _ in range(100):
-        middle = (low + high) / 2
-        share = sum(found[name].weights * x for name, x in shares_at(middle).items()) / total
-        low, high = (middle, high) if share < sparsity else (low, middle)
-    best = shares_at(high)
-    return {name: sparsity + _HALF * (best[name] - sparsity) for name in found}
-
-
-def _share_below(thresholds: Sequence[float], value: float) -> float:
-    """The share of scores below `value`, linear between the thresholds."""
-    above = bisect.bisect_right(thresholds, value)
-    steps = len(thresholds) - 1
-    if above == 0:
-        return 0.0
-    if above > steps:
-        return 1.0
-    below, next_ = thresholds[above - 1], thresholds[above]
-    return (above - 1 + (value - below) / (next_ - below)) / steps

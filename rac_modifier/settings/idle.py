@@ -49,15 +49,14 @@ def idle_pruning(settings: PruningSettings) -> Idle:
     if solver == "keep":
         why = "beside solver: keep, since the zeros are the model's"
         idle["sparsity",] = f"{why}; leave it out"
-        idle["experimental", "allocation"] = f"{why}; leave it out"
+        idle["allocation",] = f"{why}; leave it out"
     elif solver == "none":
         why = "beside solver: none, which prunes nothing; leave it out"
-        for name in ("sparsity", "mask_structure", "refit", "refit_steps", "storage"):
+        for name in ("sparsity", "mask_structure", "allocation", "refit", "refit_steps", "storage"):
             idle[name,] = why
-        idle["experimental", "allocation"] = why
     elif settings.pattern is not None and settings.pattern.is_structured:
         idle["sparsity",] = "beside an N:M mask_structure; leave it out"
-        idle["experimental", "allocation"] = (
+        idle["allocation",] = (
             f'beside mask_structure "{settings.pattern.mask_structure}": N:M prunes the same share of every module; leave it '
             f'out, or set mask_structure "{UNSTRUCTURED}" and a sparsity'
         )

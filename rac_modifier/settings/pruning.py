@@ -7,13 +7,13 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, PrivateAttr, field_validator, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Settings, keep_as_written
+from rac_modifier.settings.base import keep_as_written
 from rac_modifier.settings.pattern import Pattern, check_is_text
 from rac_modifier.settings.presets import Order, Preset, with_preset
 from rac_modifier.settings.quantization import QuantizationSettings
 
 Method = Literal["sparsegpt", "alps", "wanda", "magnitude", "keep", "none"]
-Allocation = Literal["uniform", "kl"] | dict[str, float]
+Allocation = dict[str, float]  # by module name or "re:" pattern
 UNSTRUCTURED = "0:0"
 
 # On layers of the reasoner and of SmolLM2 at 50 to 80 % and 2:4 the summed error is within 2 % of that after 12 iterations in
@@ -21,32 +21,6 @@ UNSTRUCTURED = "0:0"
 ITERATIONS = 16
 REFIT_STEPS = 10
 EXPERT_FLOOR = 512
-
-
-class ExperimentalSettings(Settings):
-    """Options that cost time and have shown no gain in our measurements (docs/results/accuracy.md). They may change or go.
-
-    To move an option here, or back: move its field, and its property in PruningSettings, with which the code reads it.
-    """
-
-    allocation: Allocation = Field(
-        "uniform",
-        description="how an unstructured sparsity is divided among modules. uniform: the same share for each; kl: by how much "
-        "each module's own pruning changes the predictions, half-way from uniform, at a forward pass of 2,048 tokens per "
-        "module; or shares by module name or re: pattern (the last match counts), where the modules that none names get the "
-        "one share that makes the average the sparsity asked for",
-    )
-
-    @field_validator("allocation")
-    @classmethod
-    def _shares_are_possible(cls, allocation: Allocation) -> Allocation:
-        for target, share in allocation.items() if isinstance(allocation, dict) else ():
-            if not 0.0 < share < 1.0:
-                raise RacError(
-                    f"allocation gives {target!r} the share {share}: must lie strictly between 0 and 1; name a module that "
-                    "is to stay dense in ignore"
-                )
-        return allocation
 
 
 class PruningSettings(BaseModel):
@@ -60,6 +34,12 @@ class PruningSettings(BaseModel):
         None,
         description='"N:M" prunes N of every M consecutive inputs, as in SparseGPTModifier; "0:0" is unstructured. '
         "Default: unstructured; with solver: keep, 2:4 if all pruned modules have it, else unstructured",
+    )
+    allocation: Allocation | None = Field(
+        None,
+        min_length=1,
+        description="for an unstructured sparsity: shares of modules that differ from it, by module name or re: pattern (the "
+        "last match counts); the modules that none names get the one share that makes the average the sparsity asked for",
     )
     quantization: QuantizationSettings | None = Field(
         None,
@@ -124,9 +104,6 @@ class PruningSettings(BaseModel):
         "packed",
         description="packed: sparse-24-bitmask for 2:4, else sparse-bitmask; dense: ordinary weights with zeros",
     )
-    experimental: ExperimentalSettings = Field(
-        ExperimentalSettings(), description="options without a measured gain; off by default"
-    )
 
     _pattern: Pattern | None = PrivateAttr(default=None)
 
@@ -140,13 +117,22 @@ class PruningSettings(BaseModel):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("allocation")
+    @classmethod
+    def _shares_are_possible(cls, allocation: Allocation | None) -> Allocation | None:
+        for target, share in (allocation or {}).items():
+            if not 0.0 < share < 1.0:
+                raise RacError(
+                    f"allocation gives {target!r} the share {share}: must lie strictly between 0 and 1; name a module that "
+                    "is to stay dense in ignore"
+                )
+        return allocation
+
     @model_validator(mode="wrap")
     @classmethod
     def _preset_fills_in(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
             return validate(values)
-        for name in ExperimentalSettings.model_fields.keys() & values.keys() - cls.model_fields.keys():
-            raise RacError(f"{name}: {values[name]!r} is now under experimental; write experimental: {{{name}: ...}}")
         settings = validate(with_preset(values))
         keep_as_written(settings, values)
         return settings
@@ -177,11 +163,6 @@ class PruningSettings(BaseModel):
     def prunes(self) -> bool:
         """Whether any weight is pruned, or was: else the modules are only quantized."""
         return self.solver != "none"
-
-    @property
-    def allocation(self) -> Allocation:
-        """Of `experimental`."""
-        return self.experimental.allocation
 
     @property
     def refits(self) -> bool:

@@ -80,11 +80,6 @@ CASES += [
         lambda b: b.check(preset="paper", solver="wanda", dampening_frac=0.1),
     ),
     Case(
-        "an option that is experimental now",
-        "allocation: 'kl' is now under experimental; write experimental: {allocation: ...}",
-        lambda b: b.check(allocation="kl"),
-    ),
-    Case(
         "neither `sparsity` nor an N:M `mask_structure`",
         'mask_structure "0:0" with no sparsity',
         lambda b: b.check(mask_structure="0:0"),
@@ -103,22 +98,22 @@ CASES += [
     Case(
         "`allocation` beside an N:M pattern",
         "N:M prunes the same share of every module",
-        lambda b: b.check(experimental={"allocation": "kl"}),
+        lambda b: b.check(allocation={"re:.*q_proj": 0.6}),
     ),
     Case(
         "a share of 0 in `allocation`",
         "name a module that is to stay dense in ignore",
-        lambda b: b.check(mask_structure="0:0", sparsity=0.5, experimental={"allocation": {"re:.*q_proj": 0.0}}),
+        lambda b: b.check(mask_structure="0:0", sparsity=0.5, allocation={"re:.*q_proj": 0.0}),
     ),
     Case(
         "`allocation` of a module that is not there",
         "matches none of the 14 modules to be pruned",
-        lambda b: b.prune_with(mask_structure="0:0", sparsity=0.5, experimental={"allocation": {"re:.*c_proj": 0.4}}),
+        lambda b: b.prune_with(mask_structure="0:0", sparsity=0.5, allocation={"re:.*c_proj": 0.4}),
     ),
     Case(
         "`allocation` that leaves the other modules too little",
         "to make the average 0.2; it must lie between 0 and 1",
-        lambda b: b.prune_with(mask_structure="0:0", sparsity=0.2, experimental={"allocation": {"re:.*mlp.*": 0.9}}),
+        lambda b: b.prune_with(mask_structure="0:0", sparsity=0.2, allocation={"re:.*mlp.*": 0.9}),
     ),
     Case("an unknown solver", "Input should be 'sparsegpt'", lambda b: b.check(solver="sparsegtp")),
 ]

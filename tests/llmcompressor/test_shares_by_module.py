@@ -15,12 +15,11 @@ def total(model) -> int:
     return sum(module.weight.numel() for module in linears(model).values())
 
 
-@pytest.mark.parametrize("allocation", ["kl", {"re:.*down_proj": 0.3, "model.layers.0.mlp.down_proj": 0.5}])
-def test_the_average_is_exact_and_each_module_has_its_own(prune, tmp_path, allocation):
+def test_the_average_is_exact_and_each_module_has_its_own(prune, tmp_path):
     model = prune(
         mask_structure="0:0",
         sparsity=0.6,
-        experimental={"allocation": allocation},
+        allocation={"re:.*down_proj": 0.3, "model.layers.0.mlp.down_proj": 0.5},
         reconstruct="pruned",
         output_dir=tmp_path / "out",
     )
@@ -30,9 +29,8 @@ def test_the_average_is_exact_and_each_module_has_its_own(prune, tmp_path, alloc
     assert len(set(shares.values())) > 2
     for name, module in linears(model).items():
         assert shares[name] == pytest.approx(zeros(model)[name] / module.weight.numel())
-    if isinstance(allocation, dict):
-        assert shares["model.layers.0.mlp.down_proj"] == pytest.approx(0.5, abs=1e-3)
-        assert shares["model.layers.1.mlp.down_proj"] == pytest.approx(0.3, abs=1e-3)
+    assert shares["model.layers.0.mlp.down_proj"] == pytest.approx(0.5, abs=1e-3)
+    assert shares["model.layers.1.mlp.down_proj"] == pytest.approx(0.3, abs=1e-3)
     assert "more in some modules than in others" in record["pattern"]
     assert zeros(rac_modifier.load_model(tmp_path / "out")) == zeros(model)
 
@@ -44,7 +42,7 @@ def test_every_solver_prunes_each_module_by_its_share(prune, solver):
         sparsity=0.5,
         solver=solver,
         reconstruct="pruned",
-        experimental={"allocation": {"re:.*q_proj": 0.8, "re:.*k_proj": 0.2}},
+        allocation={"re:.*q_proj": 0.8, "re:.*k_proj": 0.2},
     )
     counts = zeros(model)
     for name, module in linears(model).items():
@@ -55,7 +53,7 @@ def test_every_solver_prunes_each_module_by_its_share(prune, solver):
 
 
 def test_a_module_that_lost_its_own_pattern_is_refused_at_save(prune, tmp_path):
-    model = prune(mask_structure="0:0", sparsity=0.5, experimental={"allocation": {"model.layers.0.mlp.up_proj": 0.9}})
+    model = prune(mask_structure="0:0", sparsity=0.5, allocation={"model.layers.0.mlp.up_proj": 0.9})
     module = model.model.layers[0].mlp.up_proj
     module.weight.data[:32] = 1.0  # half of it: enough zeros are left for 50 %, not for its 90 %
     with pytest.raises(RacError, match=r"layers\.0\.mlp\.up_proj .*90 %"):

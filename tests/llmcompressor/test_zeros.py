@@ -26,7 +26,7 @@ def test_keep_needs_no_pattern_and_keeps_exactly_the_zeros(prune, tmp_path, off_
     assert record["mask_structure"] == "2:4"
     assert {row.structure for row in inspect_checkpoint(tmp_path / "structured").sparse} == {"2:4"}
 
-    uneven = prune(mask_structure=None, sparsity=0.3, experimental={"allocation": {"re:.*q_proj": 0.6}})
+    uneven = prune(mask_structure=None, sparsity=0.3, allocation={"re:.*q_proj": 0.6})
     zeros = {name: module.weight == 0 for name, module in linears(uneven).items()}
     kept = prune(model=uneven, output_dir=tmp_path / "uneven", **settings)
     assert all(torch.equal(module.weight == 0, zeros[name]) for name, module in linears(kept).items())

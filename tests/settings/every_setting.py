@@ -111,7 +111,7 @@ PRUNED = [
         }.items()
     ),
     *(Row(f"recover.generic.{r.path}", r.value, recovered_text(r.base)) for r in NAMED_TEXT),
-    Row("experimental.allocation", {"re:.*q_proj": 0.8}, PLAIN),
+    Row("allocation", {"re:.*q_proj": 0.8}, PLAIN),
 ]  # fmt: skip
 
 # Of a source of traces; `traces.sources.*` has the same.
@@ -189,15 +189,14 @@ NAMED_PROMPTS = {"traces": {"sources": {"s": {"problems": {}}}}, **mixture("prom
 REFUSED = [
     Row("sparsity", 0.5),
     Row("sparsity", 0.5, {"solver": "keep", "mask_structure": None}),
-    Row("experimental.allocation", "uniform"),
     *(
         Row(name, value, ALONE)
         for name, value in {
             "sparsity": 0.5, "mask_structure": "2:4", "refit": True, "refit_steps": 1, "storage": "dense", "block_size": 16,
-            "iterations": 2, "experimental.allocation": "uniform",
+            "iterations": 2, "allocation": {"re:.*q_proj": 0.4},
         }.items()
     ),
-    Row("experimental.allocation", {"re:.*q_proj": 0.4}, {"solver": "keep", "mask_structure": None}),
+    Row("allocation", {"re:.*q_proj": 0.4}, {"solver": "keep", "mask_structure": None}),
     *(
         Row(LIMIT, 0.5, beside)
         for beside in (

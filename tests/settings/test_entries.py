@@ -12,7 +12,7 @@ SETTINGS = [
     {"sparsity": 0.6, "preset": "fast", "block_size": 64},
     {"sparsity": 0.6, "preset": "paper", "solver": "magnitude"},
     {"solver": "keep", "quantization": {"scheme": "W4A16"}},
-    {"sparsity": 0.5, "experimental": {"allocation": {"a": 0.25}}},
+    {"sparsity": 0.5, "allocation": {"a": 0.25}},
     {"sparsity": 0.5, "calibration": {"mixture": "prompts@1"}, "traces": {"sampling": {"seed": 4}}},
     {"sparsity": 0.5, "calibration": {"mixture": "text:python-docs@1", "seed": 5}},
     {

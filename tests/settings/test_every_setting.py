@@ -239,7 +239,7 @@ def test_what_is_refused_would_have_changed_nothing(row, models, known, place, m
     if row.path == "sparsity" and not row.base:
         return  # refused where the pattern is read, which knows one of the two alone
     monkeypatch.setattr(entries, "refuse_idle", lambda *args: None)
-    of_pruning = row.path.startswith(("experimental", "quantization", "recover"))
+    of_pruning = row.path.startswith(("quantization", "recover"))
     prunes = "." not in row.path or of_pruning or "solver" in row.base
     if prunes:
         before, after = both_pruned(row, models, known, place)

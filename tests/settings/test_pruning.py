@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from rac_modifier.settings.pattern import Pattern
-from rac_modifier.settings.pruning import ExperimentalSettings, PruningSettings
+from rac_modifier.settings.pruning import PruningSettings
 
 
 def test_a_preset_fills_in_what_is_not_set():
@@ -35,9 +35,9 @@ def test_the_pattern(values, pattern):
         ({}, "unstructured needs one"),
         ({"solver": "keep", "mask_structure": "4:4"}, "N must be at least 1 and less than M"),
         ({"mask_structure": "2:4", "order": "layer"}, "set reconstruct: pruned, or order: auto"),
-        ({"sparsity": 0.5, "allocation": "kl"}, "write experimental: {allocation: ...}"),
-        ({"sparsity": 0.5, "experimental": {"allocation": {"x": 1.0}}}, "must lie strictly between 0 and 1"),
-        ({"sparsity": 0.5, "experimental": {"alloc": "kl"}}, "Extra inputs"),
+        ({"sparsity": 0.5, "allocation": "kl"}, "Input should be a valid dictionary"),
+        ({"sparsity": 0.5, "allocation": {}}, "at least 1 item"),
+        ({"sparsity": 0.5, "allocation": {"x": 1.0}}, "must lie strictly between 0 and 1"),
         ({"sparsity": 0.5, "dampening_frac": 0}, "greater than 0"),
         ({"sparsity": 0.5, "solver": "admm"}, "'sparsegpt', 'alps', 'wanda', 'magnitude', 'keep' or 'none'"),
     ],
@@ -51,16 +51,6 @@ def test_what_cannot_work_is_refused(values, message):
 def test_one_target_is_a_list_of_one():
     settings = PruningSettings(sparsity=0.5, targets="Linear", ignore="lm_head")
     assert (settings.targets, settings.ignore) == (["Linear"], ["lm_head"])
-
-
-def test_experimental_options_are_off_and_read_through_the_settings():
-    settings = PruningSettings(sparsity=0.5)
-    assert {name: getattr(settings, name) for name in ExperimentalSettings.model_fields} == {
-        "allocation": "uniform",
-    }
-    changed = {"allocation": {"a": 0.2}}
-    settings = PruningSettings(sparsity=0.5, experimental=changed)
-    assert {name: getattr(settings, name) for name in changed} == changed
 
 
 @pytest.mark.parametrize(
