@@ -1,9 +1,10 @@
 """Signed values of 2, 3, 4 or 8 bits in int32 words, as compressed-tensors' format pack-quantized holds them.
 
-A value v is stored as v + 2^(bits-1), lowest bits first, one value after the other: of 3 bits some are in two words, as of compressed-tensors 0.19. What is
-packed here has 4 or 8 bits, as sparse weights do; its last word is filled up with the value 0. compressed-tensors'
-own functions give the same words (a test compares them). They are not used, since importing them imports transformers, and
-serving and `rac inspect` do without it; and they do not take the one-dimensional values of an unstructured weight.
+A value v is stored as v + 2^(bits-1), lowest bits first, one value after the other; of 3 bits some are in two words, as of
+compressed-tensors 0.19. What is packed here has 4 or 8 bits, as sparse weights do, and its last word is filled up with the value
+0. compressed-tensors' own functions give the same words (a test compares them). They are not used, since importing them imports
+transformers, and serving and `rac inspect` do without it; and they do not take the one-dimensional values of an unstructured
+weight.
 """
 
 from __future__ import annotations
