@@ -67,7 +67,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(support().isa is None, reason=support().reason)
 @pytest.mark.parametrize(
-    ("name", "layer_bytes"), [("linears, 50 % + int4, head int4", 0.39), ("linears, dense int3, head int4", 0.41)]
+    ("name", "layer_bytes"), [("linears, 50 % + int4, head int4", 0.41), ("linears, dense int3, head int4", 0.44)]
 )
 def test_the_command_writes_a_row_per_contender(tmp_path, name, layer_bytes):
     size = ["--layers", "1", "--vocab", "1024", "--output-tokens", "4"]
@@ -80,7 +80,7 @@ def test_the_command_writes_a_row_per_contender(tmp_path, name, layer_bytes):
     assert row["name"] == name
     assert len(row["runs"]) == 2
     weights = 2048 * 1536 + 1536 * 1536 + 17920 * 1536 + 1536 * 8960
-    expected = layer_bytes * weights + 0.52 * 1024 * 1536
+    expected = layer_bytes * weights + 0.53 * 1024 * 1536  # scales in fp32
     assert row["weight_bytes"] == pytest.approx(expected, rel=0.03)
     assert f"| {name} | " in done.stdout
 
