@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rac_modifier.checkpoint.int32_words import pack_words
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.checkpoint.round_to_nearest import quantize_rows
 from rac_modifier.settings.pattern import Pattern
@@ -60,14 +61,12 @@ def save_model(
             "ignore": ["lm_head"],
         }
     if codes is not None:
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
         for name in linears:
             weight = state.pop(f"{name}.weight")
             values, scale = rounded_groups(weight, codes)
             shape = torch.tensor(weight.shape)
             state |= {
-                f"{name}.weight_packed": pack_to_int32(values, codes).contiguous(),
+                f"{name}.weight_packed": pack_words(values, 4) if codes == 4 else pack_three(values),
                 f"{name}.weight_scale": scale,
                 f"{name}.weight_shape": shape,
             }
@@ -95,6 +94,13 @@ def rounded_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         (values == 0) & (groups != 0), groups.sign().to(torch.int8), values
     )  # so that the density stays
     return values.view(weight.shape), scale
+
+
+def pack_three(values: Tensor) -> Tensor:
+    """Int8 [N, K] of 3 bits as int32 [N, 3 K / 32], bit after bit; compressed-tensors 0.17, of vLLM 0.32, packs otherwise."""
+    codes = (values + 4).view(len(values), -1, 8).int()
+    eight = (codes << torch.arange(0, 24, 3, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    return torch.stack([eight >> at & 255 for at in (0, 8, 16)], dim=-1).to(torch.uint8).flatten(1).view(torch.int32)
 
 
 def random_zeros(weight: Tensor, pattern: Pattern) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rac_modifier.checkpoint.int32_words import unpack_words
 from rac_modifier.kernels.cpu.support import support
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -89,6 +90,16 @@ def test_an_unknown_contender_is_refused():
     done = run("--only", "linears, 51 % + int4")
     assert done.returncode == 2
     assert "--only 'linears, 51 % + int4': known are llama.cpp Q4_0, " in done.stderr
+
+
+def test_words_of_3_bits_are_those_of_a_checkpoint(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import random_model
+
+    weight = torch.randn(7, 128)
+    values, _ = random_model.rounded_groups(weight, 3)
+    assert (int(values.min()), int(values.max())) == (-3, 3)
+    assert torch.equal(unpack_words(random_model.pack_three(values), 3, 128), values)
 
 
 def test_torchao_multiplies_its_codes(monkeypatch):
