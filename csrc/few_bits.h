@@ -23,6 +23,7 @@ RAC_INLINE const char* widen_codes(const char* codes, int64_t quads, char* lines
         std::memcpy(lines + QUAD * line + at, &part, sizeof part);
     };
     for (int64_t q = 0; q < quads; q += 2 * lines_widened(form)) {
+        for (int line = 0; line < lines_stored(form); line++) __builtin_prefetch(codes + 1024 + QUAD * line);
         RAC_UNROLL for (int at = 0; at < QUAD; at += 16) {
             const Part first = load(0, at);
             if (form == DENSE2) {
