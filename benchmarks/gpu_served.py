@@ -128,7 +128,7 @@ def check(place: Path, device: str, names: Sequence[str]) -> dict[str, dict[str,
         two_of_four, int4 = MODELS[name]
         pattern = Pattern.n_of_m(2, 4) if two_of_four else Pattern.unstructured(0.5)
         folder = place / name.replace(":", "of").replace(" + ", "-")
-        save_model(folder, layers=2, vocab=VOCAB, pattern=pattern, int4=int4)
+        save_model(folder, layers=2, vocab=VOCAB, pattern=pattern, codes=4 if int4 else None)
         compared = compare(sample_apart(folder, device, True), sample_apart(folder, device, False))
         found[name] = vars(compared)
         print(

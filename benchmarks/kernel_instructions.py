@@ -29,14 +29,22 @@ from rac_modifier.kernels.cpu.support import support
 
 COLUMNS = 1536  # as in the 1.5B shape
 COUNTED, TIMED = (16, 80), (64, 192)  # rows of the two weights
-KINDS = {"dense int4": 0.0, "50 % + int4": 0.5, "60 % + int4": 0.6, "70 % + int4": 0.7}  # share that is pruned
+# bits, and the share that is pruned
+KINDS = {
+    "dense int4": (4, 0.0),
+    "dense int3": (3, 0.0),
+    "dense int2": (2, 0.0),
+    "50 % + int4": (4, 0.5),
+    "60 % + int4": (4, 0.6),
+    "70 % + int4": (4, 0.7),
+}
 PTRACE_TRACEME, PTRACE_CONT, PTRACE_SINGLESTEP = 0, 7, 9
 UNIT = 64  # weights that counts and times are given for
 
 
-def product(pruned: float, rows: int, m: int, group: int) -> tuple[Callable[[], Tensor], int]:
+def product(bits: int, pruned: float, rows: int, m: int, group: int) -> tuple[Callable[[], Tensor], int]:
     """A product with a random weight [rows, COLUMNS], and the bytes of this weight with its scales."""
-    ((data, scale),) = packed_integers(rows, COLUMNS, 4, pruned, group=group)
+    ((data, scale),) = packed_integers(rows, COLUMNS, bits, pruned, group=group)
     x = torch.randn(m, COLUMNS).bfloat16()
     return lambda: sparse_linear(x, data, rows, COLUMNS, None, scale), data.nbytes + scale.nbytes
 
@@ -112,7 +120,7 @@ def main() -> None:
     print("|" + "---|" * 5)
     with torch.inference_mode():
         for m, kind in itertools.product(arguments.rows, arguments.only):
-            calls = {rows: product(KINDS[kind], rows, m, arguments.group) for rows in (*COUNTED, *TIMED)}
+            calls = {rows: product(*KINDS[kind], rows, m, arguments.group) for rows in (*COUNTED, *TIMED)}
             counted = [instructions(calls[rows][0]) for rows in COUNTED]
             times = seconds([calls[rows][0] for rows in TIMED], arguments.repeats)
             sizes = [calls[rows][1] for rows in TIMED]

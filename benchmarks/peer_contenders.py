@@ -25,6 +25,7 @@ LINEARS = {
     "linears, 70 % + int4, head int4": (4, 0.7, 4),
     "linears, 50 % + int8, head int8": (8, 0.5, 8),
     "linears, dense int4, head int4": (4, 0.0, 4),
+    "linears, dense int3, head int4": (3, 0.0, 4),
 }
 OPENVINO = {  # bits of the layers and of the head; dense
     "OpenVINO linears, int4, head int4": (4, 4),
@@ -38,6 +39,7 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
     "served, 70 % + int4, head int4": (4, 0.7, 4),
     "served, 50 % + int8, head int8": (8, 0.5, 8),
     "served, dense int4, ours, head int4": (4, 0.0, 4),  # an ordinary W4A16 checkpoint, with --quantization rac-sparse
+    "served, dense int3, ours, head int4": (3, 0.0, 4),  # the same with 3 bits, as rac_w3a16 saves it
     "vLLM, dense bfloat16": (16, 0.0, 16),  # vLLM's own products from here on
     "vLLM, dense int8 (W8A8)": (8, 0.0, 16),
     "vLLM, dense int4 (W4A16)": (4, 0.0, 16),
@@ -45,6 +47,7 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
 ONE_PROCESS = ", one process"  # vLLM's engine and worker in one process: none polls for the other (docs/serving.md)
 SERVED |= {name + ONE_PROCESS: kind for name, kind in SERVED.items() if not name.startswith("vLLM")}
 GROUP, HIDDEN = 128, 1536  # columns that share a scale of int4; columns of the head
+GROUPS = {4: GROUP, 3: 64}  # by bits, as in the recipes
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,22 @@ class Figures:
 
 
 def random_packed(rows: int, columns: int, bits: int, pruned: float, copies: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """Copies of a packed weight of random integers with its scales: one per row of int8, one per 128 columns of int4.
+    """Copies of a packed weight of random integers with its scales: one per row of int8, one per 128 columns of int4, 64 of int3.
 
     Each is packed, as served weights are: packing asks the system for huge pages, and a plain copy would not have them.
     """
-    return packed_integers(rows, columns, bits, pruned, copies, GROUP if bits == 4 else columns)
+    return packed_integers(rows, columns, bits, pruned, copies, GROUPS.get(bits, columns))
 
 
 def packed_integers(
     rows: int, columns: int, bits: int, pruned: float, copies: int = 1, group: int = GROUP
 ) -> list[tuple[Tensor, Tensor]]:
     """The same, with a scale per row and `group` columns."""
-    values = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
+    most = min((1 << (bits - 1)) - 1, 7)
+    values = torch.randint(-most, most + 1, (rows, columns), dtype=torch.int8)
     values = torch.where(values == 0, 1, values)
     scale = (torch.rand(rows, columns // group) + 0.5).bfloat16().float() / columns
-    scales = pack_scale(scale, narrow=bits == 4)
+    scales = pack_scale(scale, narrow=bits < 8)
     if not pruned:
         return [(pack_dense(values, bits), scales.clone()) for _ in range(copies)]
     mask = torch.rand(rows, columns) >= pruned
@@ -162,7 +166,7 @@ def served(name: str, args: argparse.Namespace) -> Figures:
     ours = head_bits < 16
     folder = args.keep / f"{f'{100 * pruned:.0f}-' if pruned else 'dense-'}int{bits}-{args.layers}-{args.vocab}"
     pattern = Pattern.unstructured(pruned) if pruned else None
-    save_model(folder, args.layers, args.vocab, pattern, int8=bits == 8, int4=bits == 4)
+    save_model(folder, args.layers, args.vocab, pattern, int8=bits == 8, codes=bits if bits in GROUPS else None)
     options = [
         "--served-model-name",
         "model",
@@ -184,7 +188,9 @@ def served(name: str, args: argparse.Namespace) -> Figures:
         speed = measure(server.url, load, 1, 2)
     if ours and not pruned and "has no effect on this model" in log.read_text():
         raise SystemExit(f"{name}: vLLM's own method ran it; {log} has the reason")
-    each = (1 - pruned) * bits / 8 + (1 / 8 if pruned else 0) + (2 / GROUP if bits == 4 else 0)  # values, masks, scales
+    each = (
+        (1 - pruned) * bits / 8 + (1 / 8 if pruned else 0) + (2 / GROUPS[bits] if bits in GROUPS else 0)
+    )  # values, masks, scales
     head = 0.5 + 2 / GROUP if head_bits == 4 else head_bits / 8
     weights = args.layers * sum(n * k for n, k in SHAPES["1.5B"])
     nbytes = int(each * weights + head * args.vocab * HIDDEN)

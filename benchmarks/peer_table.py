@@ -18,7 +18,9 @@ def kl_of(name: str, measured: dict[str, float]) -> float | None:
     bits, pruned, _ = {**LINEARS, **SERVED}.get(name, (0, 0.0, 0))
     if pruned:
         return measured.get(f"{100 * pruned:.0f} % + int{bits}")
-    return {16: 0.0, 4: measured.get("int4")}.get(bits)  # W8A8 rounds activations too, OpenVINO in its own way
+    return {16: 0.0, 4: measured.get("int4"), 3: measured.get("int3")}.get(
+        bits
+    )  # W8A8 rounds activations too, OpenVINO in its own way
 
 
 def read_accuracy(paths: list[Path]) -> dict[str, float]:

@@ -13,16 +13,17 @@ from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.checkpoint.round_to_nearest import quantize_rows
 from rac_modifier.settings.pattern import Pattern
 
-GROUP = 128  # columns that share a scale of int4
+GROUPS = {4: 128, 3: 64}  # columns that share a scale, by bits
 
 
 def save_model(
-    folder: Path, layers: int, vocab: int, pattern: Pattern | None, int8: bool = False, int4: bool = False
+    folder: Path, layers: int, vocab: int, pattern: Pattern | None, int8: bool = False, codes: int | None = None
 ) -> None:
     """Save the model in bfloat16, tied embeddings; with a `pattern`, its linear layers pruned at random and packed.
 
-    `int8`: these layers are also rounded to int8, with one scale per row. `int4`: to int4, with bfloat16 scales of groups of
-    128 columns. Without a pattern these are ordinary W8A8 and W4A16 checkpoints. Nothing is written if the folder exists.
+    `int8`: these layers are also rounded to int8, with one scale per row. `codes`: to 4 or 3 bits, with bfloat16 scales
+    of groups of 128 or 64 columns. Without a pattern these are ordinary W8A8 and W4A16 checkpoints. Nothing is written if the
+    folder exists.
     """
     if folder.exists():
         return
@@ -59,17 +60,17 @@ def save_model(
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
             "ignore": ["lm_head"],
         }
-    if int4:
+    if codes is not None:
         for name in linears:
             weight = state.pop(f"{name}.weight")
-            values, scale = int4_groups(weight)
+            values, scale = rounded_groups(weight, codes)
             shape = torch.tensor(weight.shape)
             state |= {
-                f"{name}.weight_packed": pack_words(values, 4),
+                f"{name}.weight_packed": pack_words(values, 4) if codes == 4 else pack_three(values),
                 f"{name}.weight_scale": scale,
                 f"{name}.weight_shape": shape,
             }
-        grid = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+        grid = {"num_bits": codes, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUPS[codes]}
         model.config.quantization_config = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -84,15 +85,22 @@ def save_model(
     unfinished.rename(folder)
 
 
-def int4_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [N, K] rounded to int4, symmetric: int8 values of -7 to 7, and scales bfloat16 [N, K / 128]; zeros stay zero."""
-    groups = weight.float().view(len(weight), -1, GROUP)
-    scale = (groups.abs().amax(dim=-1) / 7).bfloat16()
-    values = (groups / scale.float().clamp_min(1e-30)[:, :, None]).round().clamp(-7, 7).to(torch.int8)
+def rounded_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] rounded to `bits`, symmetric: int8 values, and scales bfloat16 [N, K / group]; zeros stay zero."""
+    groups, most = weight.float().view(len(weight), -1, GROUPS[bits]), (1 << (bits - 1)) - 1
+    scale = (groups.abs().amax(dim=-1) / most).bfloat16()
+    values = (groups / scale.float().clamp_min(1e-30)[:, :, None]).round().clamp(-most, most).to(torch.int8)
     values = torch.where(
         (values == 0) & (groups != 0), groups.sign().to(torch.int8), values
     )  # so that the density stays
     return values.view(weight.shape), scale
+
+
+def pack_three(values: Tensor) -> Tensor:
+    """Int8 [N, K] of 3 bits as int32 [N, 3 K / 32], bit after bit; compressed-tensors 0.17, of vLLM 0.32, packs otherwise."""
+    codes = (values + 4).view(len(values), -1, 8).int()
+    eight = (codes << torch.arange(0, 24, 3, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    return torch.stack([eight >> at & 255 for at in (0, 8, 16)], dim=-1).to(torch.uint8).flatten(1).view(torch.int32)
 
 
 def random_zeros(weight: Tensor, pattern: Pattern) -> Tensor:

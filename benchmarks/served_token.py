@@ -132,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     model = args.keep / f"50-int4-{args.layers}-{args.vocab}"
     args.keep.mkdir(parents=True, exist_ok=True)
-    save_model(model, args.layers, args.vocab, Pattern.unstructured(0.5), int4=True)
+    save_model(model, args.layers, args.vocab, Pattern.unstructured(0.5), codes=4)
     if args.alone:
         alone(model, args.compilation_config)
         os._exit(0)  # at once: the engine has nothing to save

@@ -1,5 +1,5 @@
 // Included inside the anonymous namespace of sources that multiply bytes by AVX2 or AVX-VNNI, in the section that is compiled for their
-// ISA: a few lines, as QUADS, times a DENSE4 or PLANES4 weight, without writing the expanded weight.
+// ISA: a few lines, as QUADS, times a weight of few bits but INT4, without writing the expanded weight.
 //
 // A code is multiplied as it is, and a pruned weight as its code of zero. What the codes of zero add, each one times the sum of x, is
 // subtracted at the end of a block.
@@ -86,10 +86,10 @@ RAC_INLINE void add_two(Parts<M>& parts, __m256i low, const char* x_low, __m256i
         }
 }
 
-// The low codes of each byte, and the high ones, times two quads of x.
-template <int M, bool FIRST>
+// The low codes of each byte, and the high ones, times two quads of x. MASK: of the bits of a code in half a byte.
+template <int M, bool FIRST, int MASK = 15>
 RAC_INLINE void add_both(Parts<M>& parts, __m256i both, const char* x_low, const char* x_high) {
-    const __m256i halves = _mm256_set1_epi8(15);
+    const __m256i halves = _mm256_set1_epi8(MASK);
     add_two<M, FIRST>(parts, _mm256_and_si256(both, halves), x_low, _mm256_and_si256(_mm256_srli_epi16(both, 4), halves), x_high);
 }
 
@@ -133,6 +133,77 @@ void dense_lines(const Product8& product, int64_t panel, float* acc) {
         codes += QUAD * pairs;
         ends.add(sums);
     }
+}
+
+// 32 columns of half of the rows of DENSE3 or DENSE2, from `codes` on, as lines of DENSE4; with other bits where code_mask has none.
+template <int form>
+RAC_INLINE void load_lines(const char* codes, __m256i (&lines)[4]) {
+    if constexpr (form == DENSE2) {
+        for (int i = 0; i < 2; i++) {
+            lines[2 * i] = load_half(codes + QUAD * i);
+            lines[2 * i + 1] = _mm256_srli_epi16(lines[2 * i], 2);
+        }
+    } else {
+        for (int i = 0; i < 3; i++) lines[i] = load_half(codes + QUAD * i);
+        const __m256i low = _mm256_and_si256(_mm256_srli_epi16(lines[0], 3), _mm256_set1_epi8(0x11));
+        const __m256i middle = _mm256_and_si256(_mm256_srli_epi16(lines[1], 2), _mm256_set1_epi8(0x22));
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(lines[2], 1), _mm256_set1_epi8(0x44));
+        lines[3] = _mm256_or_si256(_mm256_or_si256(low, middle), high);
+    }
+}
+
+// Such lines times SOME of M lines of x, from `line` on.
+template <int form, int M, int SOME>
+RAC_INLINE void multiply_lines(const __m256i (&lines)[4], const char* x, int line, __m256i (*sums)[2]) {
+    x += 8 * line;
+    Parts<SOME> parts;
+    add_both<SOME, true, code_mask(form)>(parts, lines[0], x, x + 8 * M);
+    RAC_UNROLL for (int i = 1; i < 4; i++)
+        add_both<SOME, false, code_mask(form)>(parts, lines[i], x + 16 * M * i, x + 16 * M * i + 8 * M);
+    parts.into(sums + line);
+}
+
+// DENSE3 and DENSE2.
+template <int form, int M>
+void narrow_lines(const Product8& product, int64_t panel, float* acc) {
+    const Weight& weight = product.out.weight;
+    const char* codes = weight.values_of(panel);
+    constexpr int LINES = 4 * lines_stored(form) / lines_widened(form);  // of 32 columns
+    Ends<M> ends(product, panel, acc);
+    for (int64_t column = 0, block = product.block; column < weight.columns; column += block) {
+        const int64_t left = weight.columns - column;
+        const int64_t tiles = ((left < block ? left : block) + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        const char* x = product.x + 2 * column * M;
+        Sums4<M> sums;
+        for (int64_t tile = 0; tile < tiles; tile++, codes += LINES * QUAD, x += 2 * TILE_COLUMNS * M) {
+            for (int line = 0; line < LINES; line++) _mm_prefetch(codes + 1024 + QUAD * line, _MM_HINT_T0);
+            RAC_UNROLL for (int half = 0; half < 2; half++) {
+                __m256i lines[4];
+                load_lines<form>(codes + 32 * half, lines);
+                multiply_lines<form, M, M <= 2 ? M : 2>(lines, x, 0, sums.of[half]);
+                if constexpr (M > 2) multiply_lines<form, M, M - 2>(lines, x, 2, sums.of[half]);
+            }
+        }
+        ends.add(sums);
+    }
+}
+
+// An Expand4 of DENSE3 or DENSE2, of whole tiles of 32 columns: there is room for them. `store` as in expand_planes.
+template <int form, void (*store)(void*, int64_t, int, __m256i)>
+const char* expand_lines(const uint32_t*, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    const __m256i of_code = _mm256_set1_epi8(code_mask(form));
+    for (int64_t quad = 0; quad < quads; quad += 8, codes += 8 / lines_widened(form) / 2 * lines_stored(form) * QUAD)
+        RAC_UNROLL for (int half = 0; half < 2; half++) {
+            const __m256i zero = _mm256_mullo_epi32(zeros_of_half(zeros, half), _mm256_set1_epi32(0x01010101));
+            __m256i lines[4];
+            load_lines<form>(codes + 32 * half, lines);
+            RAC_UNROLL for (int i = 0; i < 4; i++) {
+                const __m256i low = _mm256_and_si256(lines[i], of_code), high = _mm256_and_si256(_mm256_srli_epi16(lines[i], 4), of_code);
+                store(out, quad + 2 * i, half, _mm256_sub_epi8(low, zero));
+                store(out, quad + 2 * i + 1, half, _mm256_sub_epi8(high, zero));
+            }
+        }
+    return codes;
 }
 
 // PLANES4: the bits 0 to 3 of a `unit`, the codes of 8 rows x 32 columns: byte 4r + o of a plane has those of row r and columns 4t + o.
@@ -283,6 +354,7 @@ const char* expand_planes(const uint32_t* masks, const char* codes, const uint8_
     return units.codes;
 }
 
+#define RAC_NARROW(form) {narrow_lines<form, 1>, narrow_lines<form, 2>, narrow_lines<form, 3>, narrow_lines<form, 4>}
 #define RAC_FEW_LINES4                                                                                       \
-    {dense_lines<1>, dense_lines<2>, dense_lines<3>, dense_lines<4>}, {                                      \
-        planes_lines<1>, planes_lines<2>, planes_lines<3>, planes_lines<4> }
+    {dense_lines<1>, dense_lines<2>, dense_lines<3>, dense_lines<4>},                                        \
+        {planes_lines<1>, planes_lines<2>, planes_lines<3>, planes_lines<4>}, RAC_NARROW(DENSE3), RAC_NARROW(DENSE2)

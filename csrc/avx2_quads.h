@@ -3,7 +3,7 @@
 
 // Forms, beside those of a Type. EXPANDED: what the source's own expand functions write. CODES: what widen wrote. LOW and HIGH: the two
 // quads of 64 bytes of DENSE4.
-constexpr int EXPANDED = 6, CODES = 7, LOW = 8, HIGH = 9;
+constexpr int EXPANDED = TYPES, CODES = TYPES + 1, LOW = TYPES + 2, HIGH = TYPES + 3;
 constexpr int first_of(int form) { return form == DENSE4 ? LOW : form; }
 constexpr int second_of(int form) { return form == DENSE4 ? HIGH : form; }
 

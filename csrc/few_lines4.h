@@ -1,17 +1,23 @@
-// Included inside the anonymous namespace of sources, in the section that is compiled for their ISA: a few lines times a 4-bit weight,
-// without writing the expanded weight.
+// Included inside the anonymous namespace of sources, in the section that is compiled for their ISA: a few lines times a weight of few
+// bits, without writing the expanded weight.
 //
 // A code is multiplied as it is, and a pruned weight as its code of zero. What the codes of zero add, each one times the sum of x, is
 // subtracted at the end of a block.
 //
-// Such a source defines FORMAT, which is that of its Kernel8; Zeros and zeros_of_rows; widen, which makes a byte of each code of a
-// block; and multiply<form, M>, a Dot8 that also gets the codes of zero, for the forms CODES (what widen wrote) and DENSE4.
+// Such a source includes few_bits.h and defines FORMAT, which is that of its Kernel8; Zeros and zeros_of_rows; widen, which makes a
+// byte of each code of a block; and multiply<form, M>, a Dot8 that also gets the codes of zero, for the forms CODES (what widen wrote) and DENSE4.
 
 template <int form, int M>
 const char* dot_codes(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, const Lines8& x,
                       int32_t* sums) {
     const Zeros zero = zeros_of_rows(zeros);
     if (form == DENSE4) return multiply<DENSE4, M>(masks, codes, zero, quads, x, sums);
+    if constexpr (is_narrow(form)) {
+        alignas(64) char lines[CODE_LINES];
+        const char* after = widen_codes<form>(codes, quads, lines);
+        multiply<DENSE4, M>(masks, lines, zero, quads, x, sums);
+        return after;
+    }
     char bytes[WIDENED];
     const char* end = widen(masks, codes, quads, bytes);
     multiply<CODES, M>(masks, bytes, zero, quads, x, sums);

@@ -1,20 +1,23 @@
-// What an instruction set provides for 4-bit weights, beside its Kernel8: x and what is expanded have the same forms.
+// What an instruction set provides for weights of few bits, beside its Kernel8: x and what is expanded have the same forms.
 #pragma once
 #include "int8.h"
 
 namespace rac {
 
-// Quads of a 4-bit weight as an Expand8 leaves them: code minus the code of zero of each row, `zeros` [16] (null: all are
-// ZERO_CODE), and 0 where nothing is stored. DENSE4 starts at a pair of quads. Returns the address after these codes.
+// Quads of a weight of few bits as an Expand8 leaves them: code minus the code of zero of each row, `zeros` [16] (null: all are
+// ZERO_CODE), and 0 where nothing is stored. Types without masks start at lines that hold whole quads. Returns the address after these
+// codes.
 using Expand4 = const char* (*)(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
 
 // acc[m][16] = all lines of x times one panel, scaled.
 using Dot4 = void (*)(const Product8& product, int64_t panel, float* acc);
 
+constexpr int FEW_BITS = TYPES - INT4;
+
 struct Kernel4 {
-    Expand4 expand[3];                // INT4, DENSE4, PLANES4; null where the ISA cannot multiply this type
-    Dot4 dot[3][LINES_TOGETHER];      // by the number of double lines minus one. Null, or more lines: `expand` is used
-    Format8 format[3];                // of x, for `dot`
+    Expand4 expand[FEW_BITS];            // by Type from INT4 on; null where the ISA cannot multiply this type
+    Dot4 dot[FEW_BITS][LINES_TOGETHER];  // by the number of double lines minus one. Null, or more lines: `expand` is used
+    Format8 format[FEW_BITS];            // of x, for `dot`
 };
 
 extern const Kernel4 portable_kernel4, avx2_kernel4, avxvnni_kernel4, avx512_kernel4, neon_kernel4, dotprod_kernel4, i8mm_kernel4;

@@ -1,4 +1,4 @@
-// 4-bit weights on AVX512 with VNNI: two codes per byte are widened to a byte each, vpexpandb spreads the codes of a quad over
+// Weights of 4 to 2 bits on AVX512 with VNNI: two codes per byte are widened to a byte each, vpexpandb spreads the codes of a quad over
 // the codes of zero, and vpdpbusd multiplies four columns at a time.
 //
 // A code is unsigned, as one factor of vpdpbusd must be. What its code of zero adds to the product, which is the code times the
@@ -23,6 +23,7 @@ namespace rac {
 namespace {
 
 #include "add_products.h"
+#include "few_bits.h"
 #include "scale_of_rows.h"
 
 // Up to 64 codes, one per byte, of a quad of INT4 with this mask; the code of zero of `zeros` where nothing is stored.
@@ -72,7 +73,22 @@ struct SumsOfQuads {
     inline __m512i sum(int m) const { return _mm512_add_epi32(_mm512_slli_epi32(byte_sum(m, 0), 8), byte_sum(m, 1)); }
 };
 
-// Four-bit quads of one block, from `codes` on, times M lines.
+// The next lines of codes, as DENSE4 has them; of DENSE3 and DENSE2 with other bits where code_mask has none. Returns the address after
+// them.
+template <int form>
+inline const char* load_lines(const char* codes, __m512i (&lines)[lines_widened(form)]) {
+    constexpr int FROM = lines_stored(form);
+    for (int i = 0; i < FROM; i++) lines[i] = _mm512_loadu_si512(codes + QUAD * i);
+    if constexpr (form == DENSE2) lines[1] = _mm512_srli_epi32(lines[0], 2);
+    if constexpr (form == DENSE3) {  // by tables, the second number where the third has a one, else the first
+        const __m512i low = _mm512_set1_epi32(0x11111111), high = _mm512_set1_epi32(0x44444444);
+        const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi32(lines[0], 3), _mm512_srli_epi32(lines[1], 2), low, 0xe4);
+        lines[3] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(lines[2], 1), two, high, 0xe4);
+    }
+    return codes + QUAD * FROM;
+}
+
+// Quads of few bits of one block, from `codes` on, times M lines.
 template <int form, int M>
 inline const char* multiply_quads(SumsOfQuads<M>& sums, const uint32_t* masks, const char* codes, __m512i zeros, int64_t quads,
                                   const char* x) {
@@ -84,6 +100,20 @@ inline const char* multiply_quads(SumsOfQuads<M>& sums, const uint32_t* masks, c
             const __m512i both = _mm512_loadu_si512(codes);
             sums.multiply(0, _mm512_and_si512(both, halves), x);
             sums.multiply(SECOND, _mm512_and_si512(_mm512_srli_epi32(both, 4), halves), x + 8 * M);
+        }
+        return codes;
+    }
+    if constexpr (is_narrow(form)) {
+        constexpr int LINES = lines_widened(form), FROM = lines_stored(form);
+        const __m512i of_code = _mm512_set1_epi32(0x01010101 * code_mask(form));
+        for (int64_t q = 0; q < quads; q += 2 * LINES) {
+            for (int i = 0; i < FROM; i++) _mm_prefetch(codes + 4096 + QUAD * i, _MM_HINT_T0);
+            __m512i lines[LINES];
+            codes = load_lines<form>(codes, lines);
+            RAC_UNROLL for (int i = 0; i < LINES; i++, x += 16 * M) {
+                sums.multiply(0, _mm512_and_si512(lines[i], of_code), x);
+                sums.multiply(SECOND, _mm512_and_si512(_mm512_srli_epi32(lines[i], 4), of_code), x + 8 * M);
+            }
         }
         return codes;
     }
@@ -155,6 +185,19 @@ template <int form>
 const char* expand(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
     const __m512i zero = zeros_of_rows(zeros).bytes, halves = _mm512_set1_epi32(0x0f0f0f0f);
     char* to = static_cast<char*>(out);
+    if constexpr (is_narrow(form)) {  // whole lines: there is room for them
+        constexpr int LINES = lines_widened(form);
+        const __m512i of_code = _mm512_set1_epi32(0x01010101 * code_mask(form));
+        for (int64_t q = 0; q < quads; q += 2 * LINES) {
+            __m512i lines[LINES];
+            codes = load_lines<form>(codes, lines);
+            RAC_UNROLL for (int i = 0; i < LINES; i++, to += 2 * QUAD) {
+                _mm512_storeu_si512(to, _mm512_sub_epi8(_mm512_and_si512(lines[i], of_code), zero));
+                _mm512_storeu_si512(to + QUAD, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi32(lines[i], 4), of_code), zero));
+            }
+        }
+        return codes;
+    }
     if (form == DENSE4) {
         for (int64_t q = 0; q < quads; q += 2, codes += QUAD) {
             const __m512i both = _mm512_loadu_si512(codes);
@@ -181,7 +224,9 @@ namespace rac {
 #define RAC_LINES4(form) \
     {dot<form, 1>, dot<form, 2>, dot<form, 3>, dot<form, 4>, dot<form, 5>, dot<form, 6>, dot<form, 7>, dot<form, 8>}
 extern const Kernel4 avx512_kernel4 = {
-    {expand<INT4>, expand<DENSE4>}, {RAC_LINES4(INT4), RAC_LINES4(DENSE4)}, {QUADS, QUADS},
+    {expand<INT4>, expand<DENSE4>, nullptr, expand<DENSE3>, expand<DENSE2>},
+    {RAC_LINES4(INT4), RAC_LINES4(DENSE4), {}, RAC_LINES4(DENSE3), RAC_LINES4(DENSE2)},
+    {QUADS, QUADS, QUADS, QUADS, QUADS},
 };
 
 }  // namespace rac

@@ -1,4 +1,4 @@
-// Products with 8-bit and 4-bit weights: exact integer arithmetic between two roundings. First x is rounded to 16-bit integers, with
+// Products with weights of 8 to 2 bits: exact integer arithmetic between two roundings. First x is rounded to 16-bit integers, with
 // one scale per line and block of columns. At the end the sums of a block become fp32, times the scales of x and of the weight.
 //
 // An outlier in x therefore reduces the accuracy of the other columns of its own block, and of no others. As long as it is
@@ -79,7 +79,7 @@ struct Product8 {
     bool bytes;                // x has one byte per number: lines are multiplied in twos
     int64_t block, blocks;     // columns; a multiple of 4, for AMX of 64
     const void* scale;         // [panels][groups][16]
-    Type scale_type;           // FP32, or BF16 of 4-bit weights
+    Type scale_type;           // FP32, or BF16 of weights of few bits
     int64_t groups;            // 1, or one per block
 
     int64_t per_double() const { return bytes ? 2 : 1; }

@@ -1,4 +1,4 @@
-// 8-bit and 4-bit weights on AMX: tdpbssd multiplies both bytes of x with a tile of 16 quads x 16 rows x 4 columns.
+// Weights of 8 to 2 bits on AMX: tdpbssd multiplies both bytes of x with a tile of 16 quads x 16 rows x 4 columns.
 //
 // Two panels at a time. A block of columns is expanded once (a dense weight needs no expansion) and used by all lines, 16 at a
 // time. Tiles 0-3 hold the sums [byte][panel], 4-5 the bytes of x, 6-7 the weights. With x of one byte, the two bytes are 16 lines each.
@@ -117,8 +117,8 @@ const int8_t* tiles_of(const Product8& product, int64_t panel, int64_t block, in
     const Weight& weight = product.out.weight;
     const int64_t column = block * product.block, tiles = (columns + 63) / 64;
     if (weight.type == DENSE8) return reinterpret_cast<const int8_t*>(values) + column * PANEL;
-    const uint32_t* masks = weight.masks_of(panel) + (weight.type == DENSE4 ? 0 : column / 2);
-    if (is_four_bit(weight.type)) {
+    const uint32_t* masks = weight.masks_of(panel) + (is_dense(weight.type) ? 0 : column / 2);
+    if (is_few_bits(weight.type)) {
         const int64_t quads = (columns + 3) / 4;
         values = avx512_kernel4.expand[weight.type - INT4](masks, values, product.zeros_of(panel, block), quads, to);
         std::memset(to + QUAD * quads, 0, TILE * tiles - QUAD * quads);

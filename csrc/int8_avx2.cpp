@@ -1,4 +1,4 @@
-// 8-bit and 4-bit weights on AVX2: they are widened to 16 bits, and vpmaddwd multiplies two columns at a time, exactly.
+// Weights of 8 to 2 bits on AVX2: they are widened to 16 bits, and vpmaddwd multiplies two columns at a time, exactly.
 #include "int4.h"
 
 #if defined(__x86_64__)
@@ -23,6 +23,7 @@ namespace rac {
 namespace {
 
 #include "avx2_quads.h"
+#include "few_bits.h"
 
 // Four vectors of 16-bit weights: w[i] holds rows 4i to 4i + 3, four columns each.
 struct Quad {
@@ -148,7 +149,7 @@ const char* expand_int4(const uint32_t* masks, const char* codes, const uint8_t*
     return end;
 }
 
-// Eight parts of a DENSE4 or PLANES4 weight times x. The sums of 16 bits, of two columns each, fit: 16 products of at most 15 * 127.
+// Eight parts of a weight of few bits times x. The sums of 16 bits, of two columns each, fit: 16 products of at most 15 * 127.
 template <int M>
 struct Parts {
     __m256i of[M][2];
@@ -203,9 +204,9 @@ extern const Kernel8 avx2_kernel8 = {
 extern const Expand4 avx2_planes_to_bytes = expand_planes<store_bytes>;
 
 extern const Kernel4 avx2_kernel4 = {
-    {expand_int4, expand_dense4, expand_planes<store_part>},
+    {expand_int4, expand_dense4, expand_planes<store_part>, expand_lines<DENSE3, store_part>, expand_lines<DENSE2, store_part>},
     {RAC_FEW_LINES(INT4, add), RAC_FEW_LINES4},
-    {INTEGERS, QUADS, QUADS},
+    {INTEGERS, QUADS, QUADS, QUADS, QUADS},
 };
 
 }  // namespace rac

@@ -1,8 +1,8 @@
-// 8-bit and 4-bit weights on AVX-VNNI, which processors without AVX512 have: weights are spread as on AVX2, and vpdpbusd multiplies four
+// Weights of 8 to 2 bits on AVX-VNNI, which processors without AVX512 have: weights are spread as on AVX2, and vpdpbusd multiplies four
 // columns at a time.
 //
 // One factor of vpdpbusd is unsigned. So 128 is added to every 8-bit weight, pruned ones included, and what this adds to the product,
-// 128 times the sum of x, is subtracted again. Codes of four bits are unsigned as they are.
+// 128 times the sum of x, is subtracted again. Codes of few bits are unsigned as they are.
 #include "int4.h"
 
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
@@ -28,6 +28,7 @@ namespace rac {
 namespace {
 
 #include "avx2_quads.h"
+#include "few_bits.h"
 
 // Two vectors of unsigned bytes: w[i] holds rows 8i to 8i + 7, four columns each.
 struct Quad {
@@ -157,7 +158,7 @@ const char* expand4(const uint32_t* masks, const char* codes, const uint8_t* zer
     return end;
 }
 
-// Eight parts of a DENSE4 or PLANES4 weight times x.
+// Eight parts of a weight of few bits times x.
 template <int M>
 struct Parts {
     __m256i of[M][2];
@@ -205,9 +206,9 @@ extern const Kernel8 avxvnni_kernel8 = {
 };
 
 extern const Kernel4 avxvnni_kernel4 = {
-    {expand4<INT4>, expand4<DENSE4>, expand_planes<store_part>},
+    {expand4<INT4>, expand4<DENSE4>, expand_planes<store_part>, expand_lines<DENSE3, store_part>, expand_lines<DENSE2, store_part>},
     {RAC_FEW_LINES(INT4, add), RAC_FEW_LINES4},
-    {QUADS, QUADS, QUADS},
+    {QUADS, QUADS, QUADS, QUADS, QUADS},
 };
 
 // cpuid is asked once: it is slow in a virtual machine.

@@ -1,4 +1,4 @@
-// 8-bit and 4-bit weights on ARM processors with SDOT (ARMv8.2 with dot products): four columns at a time, signed bytes times
+// Weights of 8 to 2 bits on ARM processors with SDOT (ARMv8.2 with dot products): four columns at a time, signed bytes times
 // signed bytes. x is two bytes, so there are two sums per row of the weight and line of x.
 #include "neon.h"
 
@@ -14,6 +14,7 @@
 namespace rac {
 namespace {
 
+#include "few_bits.h"
 #include "neon_quads.h"
 
 constexpr int LINES = 3;  // at a time: 24 of the 32 registers hold sums
@@ -73,7 +74,7 @@ extern const Kernel8 dotprod_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
-extern const Kernel4 dotprod_kernel4 = {{neon_expand_int4, neon_expand_dense4}, {RAC_FEW_LINES(INT4, neon_add), RAC_FEW_LINES(DENSE4, neon_add)}, {FORMAT, FORMAT}};
+extern const Kernel4 dotprod_kernel4 = {RAC_EXPAND4, RAC_DOT4, RAC_FORMAT4};
 
 }  // namespace rac
 #else

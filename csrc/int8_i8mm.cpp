@@ -1,4 +1,4 @@
-// 8-bit and 4-bit weights on ARM processors with SMMLA (ARMv8.6): two rows of the weight, eight columns of each, times two lines of
+// Weights of 8 to 2 bits on ARM processors with SMMLA (ARMv8.6): two rows of the weight, eight columns of each, times two lines of
 // eight signed bytes. These two are both bytes of a line of x, so that a line needs no other one.
 #include "neon.h"
 
@@ -14,6 +14,7 @@
 namespace rac {
 namespace {
 
+#include "few_bits.h"
 #include "neon_quads.h"
 
 // Lanes 0 and 1 of both, in turn.
@@ -89,7 +90,7 @@ extern const Kernel8 i8mm_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
-extern const Kernel4 i8mm_kernel4 = {{neon_expand_int4, neon_expand_dense4}, {RAC_FEW_LINES(INT4, neon_add), RAC_FEW_LINES(DENSE4, neon_add)}, {FORMAT, FORMAT}};
+extern const Kernel4 i8mm_kernel4 = {RAC_EXPAND4, RAC_DOT4, RAC_FORMAT4};
 
 }  // namespace rac
 #else

@@ -1,4 +1,4 @@
-// 8-bit and 4-bit weights on NEON: a quad is spread by bytes of its mask, widened to 16 bits and multiplied by columns, exactly.
+// Weights of 8 to 2 bits on NEON: a quad is spread by bytes of its mask, widened to 16 bits and multiplied by columns, exactly.
 #include "neon.h"
 
 #if defined(RAC_NEON)
@@ -6,6 +6,7 @@
 namespace rac {
 namespace {
 
+#include "few_bits.h"
 #include "neon_quads.h"
 
 // sums[i] += rows 4i to 4i + 3 of column k times x[k].
@@ -128,6 +129,14 @@ const char* neon_expand_dense4(const uint32_t*, const char* codes, const uint8_t
     return codes;
 }
 
+const char* neon_expand_dense3(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    return expand_narrow<DENSE3, neon_expand_dense4>(masks, codes, zeros, quads, out);
+}
+
+const char* neon_expand_dense2(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out) {
+    return expand_narrow<DENSE2, neon_expand_dense4>(masks, codes, zeros, quads, out);
+}
+
 float neon_quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]) {
     return quantize_block(x, type, columns, levels, integers, bytes);
 }
@@ -148,7 +157,7 @@ extern const Kernel8 neon_kernel8 = {
     RAC_LINES(EXPANDED),
 };
 
-extern const Kernel4 neon_kernel4 = {{neon_expand_int4, neon_expand_dense4}, {RAC_FEW_LINES(INT4, neon_add), RAC_FEW_LINES(DENSE4, neon_add)}, {FORMAT, FORMAT}};
+extern const Kernel4 neon_kernel4 = {RAC_EXPAND4, RAC_DOT4, RAC_FORMAT4};
 
 }  // namespace rac
 #else

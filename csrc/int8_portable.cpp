@@ -1,10 +1,12 @@
-// 8-bit and 4-bit weights on any processor, in plain C++.
+// Weights of 8 to 2 bits on any processor, in plain C++.
 #include <cstring>
 
 #include "int4.h"
 
 namespace rac {
 namespace {
+
+#include "few_bits.h"
 
 // The 64 weights of a quad, [16][4].
 template <int form>
@@ -101,6 +103,8 @@ extern const Kernel8 portable_kernel8 = {
     INTEGERS, quantize, add, 4, 4, {RAC_LINES(INT8), RAC_LINES(DENSE8)}, {expand<INT8>, expand<DENSE8>}, RAC_LINES(DENSE8),
 };
 
-extern const Kernel4 portable_kernel4 = {{expand4<INT4>, expand4<DENSE4>, expand_planes}, {}, {}};
+extern const Kernel4 portable_kernel4 = {
+    {expand4<INT4>, expand4<DENSE4>, expand_planes, expand_narrow<DENSE3, expand4<DENSE4>>, expand_narrow<DENSE2, expand4<DENSE4>>}, {}, {},
+};
 
 }  // namespace rac

@@ -1,4 +1,4 @@
-// The product with 8-bit and 4-bit weights: x is rounded to integers; which kernel multiplies which panels and lines.
+// The product with weights of 8 to 2 bits: x is rounded to integers; which kernel multiplies which panels and lines.
 #include "int8_product.h"
 
 #include <algorithm>
@@ -89,7 +89,7 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
         return {x, product.stride, product.x_sums + at * per_double * product.blocks + block, product.blocks, product.bytes};
     };
     int32_t sums[2 * MOST_LINES * PANEL];
-    if (product.doubles(product.out.m) <= direct_lines(kernel) && !is_four_bit(weight.type)) {
+    if (product.doubles(product.out.m) <= direct_lines(kernel) && !is_few_bits(weight.type)) {
         const char* end = values;
         for (int64_t at = 0; at < doubles; at += kernel.lines) {
             const int64_t some = std::min<int64_t>(doubles - at, kernel.lines), done = at * per_double;
@@ -100,7 +100,7 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
         return end;
     }
     alignas(64) char expanded[2 * PANEL * BLOCK_MOST];
-    if (is_four_bit(weight.type))
+    if (is_few_bits(weight.type))
         values = kernel4_of(kernel).expand[weight.type - INT4](masks, values, product.zeros_of(panel, block), quads,
                                                                 expanded);
     else
@@ -114,11 +114,11 @@ const char* multiply_block(const Product8& product, const Kernel8& kernel, int64
     return values;
 }
 
-// Whether 4-bit values are spread anew for each group of lines, and not written.
+// Whether codes of few bits are spread anew for each group of lines, and not written.
 bool is_direct4(const Product8& product, const Kernel8& kernel) {
     const int64_t doubles = product.doubles(product.out.m);
     const int64_t most = std::max<int64_t>(direct_lines(kernel), LINES_TOGETHER);
-    if (!is_four_bit(product.out.weight.type) || doubles > most) return false;
+    if (!is_few_bits(product.out.weight.type) || doubles > most) return false;
     return kernel4_of(kernel).dot[product.out.weight.type - INT4][std::min<int64_t>(doubles, LINES_TOGETHER) - 1];
 }
 
@@ -193,7 +193,7 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
                int32_t isa, int threads) {
     const int64_t columns = out.weight.columns, zero_groups = out.weight.zero_groups;
     if (!scale) return fail(BAD_ARGUMENT, "scale: missing, a weight of integers needs one");
-    if (scale_type != FP32 && !is_four_bit(out.weight.type))
+    if (scale_type != FP32 && !is_few_bits(out.weight.type))
         return fail(BAD_ARGUMENT, "scale: an 8-bit weight needs one in fp32");
     if (zero_groups > 1 && zero_groups != groups)
         return fail(BAD_ARGUMENT, "scale: %lld groups, where the weight's zeros have %lld", (long long)groups,
@@ -208,7 +208,7 @@ Status linear8(const Product& out, const void* x, Type x_type, const void* scale
     product.block = BLOCK_MOST;
     if (groups > 1) {
         product.block = columns / groups;
-        const int64_t unit = out.weight.type == DENSE4 ? PAIR_OF_QUADS : out.weight.type == PLANES4 ? TILE_COLUMNS : 4;
+        const int64_t unit = scale_unit(out.weight.type);
         if (product.block % unit || product.block > BLOCK_MOST)
             return fail(BAD_ARGUMENT, "scale: groups of %lld columns; they must have a multiple of %lld, at most 512",
                         (long long)product.block, (long long)unit);
@@ -282,7 +282,7 @@ void expand8(const Weight& weight, int64_t panel, int32_t isa, void* out, Type o
         count = std::min({BLOCK_MOST, weight.columns - first, group - first % group});
         const uint32_t* masks = weight.masks_of(panel) + (is_dense(weight.type) ? 0 : first / 2);
         const Expand4 expand = fast_planes                ? avx2_planes_to_bytes
-                               : is_four_bit(weight.type) ? kernel4_of(kernel).expand[weight.type - INT4]
+                               : is_few_bits(weight.type) ? kernel4_of(kernel).expand[weight.type - INT4]
                                                           : nullptr;
         if (expand)
             values = expand(masks, values, weight.zeros_of(panel, first / group), (count + 3) / 4, block);

@@ -1,4 +1,4 @@
-// What product.cpp calls for 8-bit and 4-bit weights.
+// What product.cpp calls for weights of 8 to 2 bits.
 #pragma once
 #include "int8.h"
 

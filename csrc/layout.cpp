@@ -12,7 +12,7 @@ bool layout_of(const Sizes& sizes, Layout* layout) {
     const int32_t type = sizes.type;
     if (rows < 1 || columns < 1 || rows >= LIMIT || columns >= LIMIT || type < BF16 || type >= TYPES) return false;
     if (nonzeros < 0 || nonzeros > rows * columns || rows * columns >= int64_t{1} << 48) return false;
-    if (groups < 0 || groups > columns || (groups && !is_four_bit(type))) return false;
+    if (groups < 0 || groups > columns || (groups && !is_few_bits(type)) || (!groups && is_narrow(type))) return false;
     if (groups > 1 && (columns % groups || columns / groups % zero_unit(type))) return false;
     layout->panels = (rows + PANEL - 1) / PANEL;
     layout->words = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_WORDS;
@@ -124,7 +124,8 @@ Status set_byte_x(void* data, int64_t bytes, bool byte_x) {
 Status check(const Weight& weight) {
     if (weight.offsets[0] != 0) return fail(DAMAGED, "the first offset is not 0");
     for (int64_t i = 0; i < weight.panels * weight.zero_groups * PANEL; i++)
-        if (weight.zeros[i] > 15) return fail(DAMAGED, "a code of zero is %d, more than 15", weight.zeros[i]);
+        if (weight.zeros[i] >> value_bits(weight.type))
+            return fail(DAMAGED, "a code of zero is %d, more than %d", weight.zeros[i], (1 << value_bits(weight.type)) - 1);
     if (is_dense(weight.type)) {  // its padding is multiplied by zeros, or its products are not written
         for (int64_t panel = 0; panel <= weight.panels; panel++)
             if (weight.offsets[panel] != static_cast<uint64_t>(panel * dense_panel(weight.type, weight.columns)))

@@ -20,7 +20,14 @@
 // Where every weight is stored there are no words (DENSE4): 64 bytes hold two neighbouring quads, the first one in the low
 // halves, the second one in the high ones; columns are padded to 64.
 //
-// PLANES4 has the same codes as bits, for processors that spread 64 bits of an integer register at once (pdep) and have no
+// DENSE3 and DENSE2 have codes of three and two bits, of a weight of which every value is stored, and always codes of zero. They are
+// packed so that a few shifts make lines of 64 bytes of them as DENSE4 has (few_bits.h). Byte 4n + k of a line is of row n and of column
+// k of its quads; columns are padded to 64.
+// DENSE3: three lines hold eight quads. Bits 0 to 2 of line i are quad 2i, bits 4 to 6 are quad 2i + 1. Bit 3 of line i is bit i of
+// quad 6, and bit 7 is bit i of quad 7.
+// DENSE2: a line holds four quads, in bits 0, 4, 2 and 6 and the ones above these.
+//
+// PLANES4 has the same codes as INT4, as bits, for processors that spread 64 bits of an integer register at once (pdep) and have no
 // instruction that spreads bytes. Each 32 columns of a row have a mask word: bit 8o + t is column 4t + o. The masks of two
 // neighbouring rows are 64 bits. Each of the n codes there is XORed with its code of zero, and the bits 0 of all of them, then
 // bits 1, 2 and 3, take (n + 7) / 8 bytes each. So a pruned weight is four zeros, and the XOR makes its code of zero of them.
@@ -37,21 +44,27 @@
 
 namespace rac {
 
-enum Type : int32_t { BF16 = 0, FP32 = 1, INT8 = 2, DENSE8 = 3, INT4 = 4, DENSE4 = 5, PLANES4 = 6, TYPES };
+enum Type : int32_t { BF16 = 0, FP32 = 1, INT8 = 2, DENSE8 = 3, INT4 = 4, DENSE4 = 5, PLANES4 = 6, DENSE3 = 7, DENSE2 = 8, TYPES };
 
 constexpr int64_t PANEL = 16;  // rows
 constexpr int64_t TILE_WORDS = 16;
 constexpr int64_t TILE_COLUMNS = 2 * TILE_WORDS;
 constexpr int64_t QUAD = 4 * PANEL;  // weights of four columns of a panel
 
-constexpr bool is_dense(int32_t type) { return type == DENSE8 || type == DENSE4; }
-constexpr bool is_four_bit(int32_t type) { return type >= INT4; }
+constexpr bool is_narrow(int32_t type) { return type == DENSE3 || type == DENSE2; }
+constexpr bool is_dense(int32_t type) { return type == DENSE8 || type == DENSE4 || is_narrow(type); }
+constexpr bool is_few_bits(int32_t type) { return type >= INT4; }  // codes of two to four bits
+constexpr int value_bits(int32_t type) { return type == DENSE2 ? 2 : type == DENSE3 ? 3 : is_few_bits(type) ? 4 : 8; }
 constexpr bool has_codes(int32_t type) { return type == INT4 || type == PLANES4; }  // and masks
 constexpr int ZERO_CODE = 8;  // of a 4-bit weight without zeros
 constexpr int64_t PAIR_OF_QUADS = 8;  // columns that share the bytes of DENSE4
 
 // Columns that a group with a code of zero has a multiple of.
-constexpr int64_t zero_unit(int32_t type) { return type == PLANES4 ? TILE_COLUMNS : PAIR_OF_QUADS; }
+constexpr int64_t zero_unit(int32_t type) {
+    return type == PLANES4 || is_narrow(type) ? TILE_COLUMNS : PAIR_OF_QUADS;
+}
+// Columns that a group with a scale has a multiple of.
+constexpr int64_t scale_unit(int32_t type) { return !is_few_bits(type) || type == INT4 ? 4 : zero_unit(type); }
 
 // Bytes of `count` codes that share 64 bits of masks.
 constexpr uint64_t bytes_of_codes(int32_t type, uint64_t count) {
@@ -63,15 +76,13 @@ constexpr int64_t least_code_bytes(int32_t type, int64_t values) {
     return has_codes(type) ? static_cast<int64_t>(bytes_of_codes(type, static_cast<uint64_t>(values))) : 0;
 }
 
-// Bytes of a panel of a DENSE8 or DENSE4 weight.
-constexpr int64_t dense_panel(int32_t type, int64_t columns) {
-    return (columns + 63) / 64 * 16 * QUAD / (type == DENSE4 ? 2 : 1);
-}
+// Bytes of a panel of a weight without masks.
+constexpr int64_t dense_panel(int32_t type, int64_t columns) { return (columns + 63) / 64 * 2 * QUAD * value_bits(type); }
 
 constexpr int64_t size_of(Type type) { return type == BF16 ? 2 : type == FP32 ? 4 : 1; }
 
 // What decides how many bytes a packed matrix has. `code_bytes`: of the codes of INT4 and PLANES4, otherwise 0. `zero_groups`: groups of
-// equally many columns whose code of zero is given, or 0; only for 4-bit weights.
+// equally many columns whose code of zero is given, or 0; only for weights of few bits.
 struct Sizes {
     int64_t rows, columns, nonzeros;
     int32_t type;
@@ -114,11 +125,11 @@ struct Weight {
     const uint8_t* zeros_of(int64_t panel, int64_t group) const {
         return zero_groups ? zeros + (panel * zero_groups + group) * PANEL : nullptr;
     }
-    // The code of a 4-bit value in a row of a panel and a column; -1 if there is none.
+    // The code of a value of few bits in a row of a panel and a column; -1 if there is none.
     int code_of(int64_t panel, int64_t row, int64_t column, int value) const {
         const uint8_t* of_rows = zeros_of(panel, zero_group_of(column));
         const int code = value + (of_rows ? of_rows[row] : ZERO_CODE);
-        return code >= 0 && code <= 15 ? code : -1;
+        return code >= 0 && code < 1 << value_bits(type) ? code : -1;
     }
 };
 
@@ -134,9 +145,9 @@ Status set_byte_x(void* data, int64_t bytes, bool byte_x);
 int64_t count_code_bytes(int32_t type, const uint8_t* bitmask, int64_t rows, int64_t columns);
 
 struct Unpacked {
-    const void* values;  // row-major, of any alignment; of 4-bit weights int8
+    const void* values;  // row-major, of any alignment; of few bits int8
     int64_t value_bytes;
-    const uint8_t* bitmask;  // [rows][ceil(columns / 8)]; none for DENSE8 and DENSE4
+    const uint8_t* bitmask;  // [rows][ceil(columns / 8)]; none for types without masks
     int64_t bitmask_bytes;
     const uint8_t* zeros;  // [panels][zero_groups][16]
     int64_t zero_bytes, zero_groups;

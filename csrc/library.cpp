@@ -7,7 +7,7 @@
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
-#define RAC_ABI 6
+#define RAC_ABI 7
 #endif
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -98,7 +98,8 @@ RAC_EXPORT int64_t rac_packed_bytes(int64_t rows, int64_t columns, int64_t nonze
     return layout_of(sizes, &layout) ? layout.bytes : -1;
 }
 
-// Fill `data`. No bitmask for DENSE8 and DENSE4. `zeros`: the codes of zero of a 4-bit weight, [panels][zero_groups][16].
+// Fill `data`. No bitmask for types without masks. `zeros`: the codes of zero of a weight of few bits, [panels][zero_groups][16]; DENSE3
+// and DENSE2 need them.
 RAC_EXPORT int32_t rac_pack_weight(const void* values, int64_t value_bytes, const uint8_t* bitmask, int64_t bitmask_bytes,
                                    const uint8_t* zeros, int64_t zero_bytes, int64_t zero_groups, int64_t rows,
                                    int64_t columns, int32_t type, void* data, int64_t bytes, int32_t threads) {
@@ -157,7 +158,7 @@ RAC_EXPORT int32_t rac_expand_panels(const void* data, int64_t bytes, int64_t ro
 // out[m][rows] = x[m][columns] W^T + bias[rows], all contiguous; out is of x's type. On AMX, fp32 uses AVX512.
 //
 // `scale` is [panels][groups][16]: factors for each row of the weight and each of `groups` equally wide groups of columns, in
-// fp32, for 4-bit weights also in bf16. Weights of integers need it. Floats may have one group, or none: a null `scale` of 0
+// fp32, for weights of few bits also in bf16. Weights of integers need it. Floats may have one group, or none: a null `scale` of 0
 // bytes. The same for a missing bias.
 RAC_EXPORT int32_t rac_sparse_linear(const void* data, int64_t bytes, int64_t rows, int64_t columns, const void* x,
                                      int64_t x_bytes, int32_t x_type, int64_t m, const void* scale,

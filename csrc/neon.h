@@ -19,6 +19,12 @@ constexpr int64_t WIDENED = PANEL * BLOCK_MOST + 64;  // bytes that it may write
 
 const char* neon_expand_int4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
 const char* neon_expand_dense4(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
+const char* neon_expand_dense3(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
+const char* neon_expand_dense2(const uint32_t* masks, const char* codes, const uint8_t* zeros, int64_t quads, void* out);
+#define RAC_EXPAND4 {neon_expand_int4, neon_expand_dense4, nullptr, neon_expand_dense3, neon_expand_dense2}
+#define RAC_DOT4                                                                                                             \
+    {RAC_FEW_LINES(INT4, neon_add), RAC_FEW_LINES(DENSE4, neon_add), {}, RAC_FEW_LINES(DENSE3, neon_add), RAC_FEW_LINES(DENSE2, neon_add)}
+#define RAC_FORMAT4 {FORMAT, FORMAT, FORMAT, FORMAT, FORMAT}
 
 float neon_quantize(const void* x, Type type, int64_t columns, int levels, int16_t* integers, int8_t (*bytes)[BLOCK_ROOM]);
 void neon_add(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines, float* acc);

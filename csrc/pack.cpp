@@ -103,16 +103,26 @@ void pack_dense8(const Weight& weight, const int8_t* values, int threads) {
     });
 }
 
-void pack_dense4(const Weight& weight, int64_t panel, const int8_t* values, bool* fits) {
+// Put a code where layout.h says. `to`: the byte of its row and column of a quad, in the first line of a panel.
+void put_code(Type type, uint8_t* to, int64_t column, int code) {
+    const auto add = [](uint8_t& byte, int bits) { byte = static_cast<uint8_t>(byte | bits); };
+    const int64_t quad = column / 4;
+    if (type == DENSE4) return add(to[quad / 2 * QUAD], code << 4 * (quad % 2));
+    if (type == DENSE2) return add(to[quad / 4 * QUAD], code << (quad % 2 * 4 + quad % 4 / 2 * 2));
+    to += quad / 8 * 3 * QUAD;
+    if (quad % 8 < 6) return add(to[quad % 8 / 2 * QUAD], code << 4 * (quad % 2));
+    for (int bit = 0; bit < 3; bit++) add(to[bit * QUAD], (code >> bit & 1) << (quad % 2 ? 7 : 3));
+}
+
+void pack_dense_codes(const Weight& weight, int64_t panel, const int8_t* values, bool* fits) {
     uint8_t* to = reinterpret_cast<uint8_t*>(const_cast<char*>(weight.values_of(panel)));
     const int64_t first = panel * PANEL, rows = weight.rows - first < PANEL ? weight.rows - first : PANEL;
-    std::memset(to, 0, dense_panel(DENSE4, weight.columns));
+    std::memset(to, 0, dense_panel(weight.type, weight.columns));
     for (int64_t n = 0; n < rows; n++)
         for (int64_t column = 0; column < weight.columns; column++) {
             const int code = weight.code_of(panel, n, column, values[(first + n) * weight.columns + column]);
-            const int64_t at = column / PAIR_OF_QUADS * QUAD + 4 * n + column % 4;
             if (code < 0) *fits = false;
-            else to[at] = static_cast<uint8_t>(to[at] | code << (column % PAIR_OF_QUADS < 4 ? 0 : 4));
+            else put_code(weight.type, to + 4 * n + column % 4, column, code);
         }
 }
 
@@ -168,20 +178,22 @@ bool pack_int4(const Weight& weight, int64_t panel, const int8_t* values, const 
     return true;
 }
 
-// Four-bit weights, DENSE4, INT4 or PLANES4, from int8 values.
-Status pack_four_bit(const Weight& weight, const int8_t* values, const uint8_t* bitmask, const int64_t* starts,
+// Weights of few bits from int8 values.
+Status pack_few_bits(const Weight& weight, const int8_t* values, const uint8_t* bitmask, const int64_t* starts,
                      int threads) {
     std::atomic<bool> memory = true;
     const bool fit = each_panel(weight, threads, [&](int64_t panel) {
         bool fits = true;
-        if (weight.type == DENSE4)
-            pack_dense4(weight, panel, values, &fits);
+        if (is_dense(weight.type))
+            pack_dense_codes(weight, panel, values, &fits);
         else if (!(weight.type == INT4 ? pack_int4<INT4> : pack_int4<PLANES4>)(weight, panel, values, bitmask, starts, &fits))
             memory = false;
         return fits;
     });
     if (!memory) return fail(NO_MEMORY, "no memory for the codes of a panel");
-    return fit ? OK : fail(BAD_ARGUMENT, "values: one of them does not fit four bits, 0 to 15 with its code of zero");
+    const int bits = value_bits(weight.type);
+    return fit ? OK
+               : fail(BAD_ARGUMENT, "values: one of them does not fit %d bits, 0 to %d with its code of zero", bits, (1 << bits) - 1);
 }
 
 // Where the codes of each panel start.
@@ -269,7 +281,7 @@ Status pack(const Unpacked& from, int64_t rows, int64_t columns, int32_t type, v
         if (status == OK && type == FP32) pack_all<uint32_t, FP32>(weight, from.values, from.bitmask, starts, threads);
         if (status == OK && type == INT8) pack_all<int8_t, INT8>(weight, from.values, from.bitmask, starts, threads);
         if (status == OK && type == DENSE8) pack_dense8(weight, integers, threads);
-        if (status == OK && is_four_bit(type)) status = pack_four_bit(weight, integers, from.bitmask, starts, threads);
+        if (status == OK && is_few_bits(type)) status = pack_few_bits(weight, integers, from.bitmask, starts, threads);
         advise_huge_pages(data, bytes, ADVICE_COLLAPSE);
     }
     std::free(starts);

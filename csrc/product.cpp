@@ -183,11 +183,11 @@ Status linear(const Product& out, const void* x, const void* scale, Type scale_t
     const bool bf16_units = isa == AVX512 && bf16_x && has_avx512_bf16();
     // Integers are exact in bf16. From more lines than fit together on, multiplying them as bf16 is faster than as two
     // planes of bytes.
-    const bool as_bf16 = integers && !is_four_bit(out.weight.type) && bf16_units && m > LINES_TOGETHER && groups == 1 && scale &&
+    const bool as_bf16 = integers && !is_few_bits(out.weight.type) && bf16_units && m > LINES_TOGETHER && groups == 1 && scale &&
                          !out.weight.byte_x;
     if (integers && !as_bf16) return linear8(product, x, out.out_type, scale, scale_type, groups, isa, threads);
     if (scale && groups != 1) return fail(BAD_ARGUMENT, "scale: only weights of integers have scales in groups");
-    if (scale && scale_type != FP32) return fail(BAD_ARGUMENT, "scale: only 4-bit weights have one that is not fp32");
+    if (scale && scale_type != FP32) return fail(BAD_ARGUMENT, "scale: only weights of few bits have one that is not fp32");
     product.scale = static_cast<const float*>(scale);
     const bool both_bf16 = out.weight.type == BF16 && bf16_x;
     // With one line AVX512 is faster than tiles of 16 lines.

@@ -9,7 +9,7 @@ bool runs(int32_t isa);
 
 // out[m][rows] = x[m][columns] W^T + bias: `out` holds all but x, `scale` and the way to round. x is contiguous and of the
 // same type as the result. `scale` is [panels][groups][16] or null: integers need it, floats may have one group. It is fp32;
-// that of 4-bit weights may be bf16.
+// that of weights of few bits may be bf16.
 Status linear(const Product& out, const void* x, const void* scale, Type scale_type, int64_t groups, int32_t isa,
               int threads);
 

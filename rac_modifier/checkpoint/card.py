@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -13,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from rac_modifier.checkpoint.license import License
 from rac_modifier.checkpoint.measured import divergence_sentence, is_number, number, with_measured
 
+_FEW_BITS = re.compile(r"int[23]\b")  # in the text of a scheme; vLLM has no CPU kernel for them
 # Counts of the calibration set that have words of their own, in this order.
 _COUNTS = (
     ("tokens", "tokens in all"),
@@ -51,14 +53,15 @@ def model_card(record: Mapping[str, Any], license: License | None = None, packed
         ),
         "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking length and speed are **not** "
         "measured during compression: before use, evaluate this model and its base model at the same token limit.",
-        how_to_use(packed),
+        how_to_use(packed, record.get("quantization") or ()),
         versions(record),
     ]
     return with_measured("\n\n".join(part for part in parts if part) + "\n", record)
 
 
-def how_to_use(packed: bool) -> str:
-    """The sections of a card that have the commands for loading and serving."""
+def how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
+    """The sections of a card that have the commands for loading and serving. `schemes`: the record's, of quantized weights."""
+    few = sorted({found[0] for scheme in schemes if not packed and (found := _FEW_BITS.search(scheme))})
     first = "import rac_modifier  # lets transformers read packed sparse weights\n" if packed else ""
     load = (
         f"```python\n{first}from transformers import AutoModelForCausalLM\n\n"
@@ -69,10 +72,15 @@ def how_to_use(packed: bool) -> str:
             "\n\n`rac_modifier.load_model` does the same, and raises an error where transformers only warns of missing weights."
             " `rac unpack` writes an ordinary dense checkpoint, which needs no rac_modifier."
         )
-    serve = "```bash\nvllm serve path/to/this/folder\n```\n\n"
+    option = " --quantization rac-sparse" if few else ""
+    serve = f"```bash\nvllm serve path/to/this/folder{option}\n```\n\n"
     if packed:
         serve += "rac_modifier must be installed beside vLLM: its plugin reads the packed weights. `rac inspect` shows which "
         serve += "layers run on sparse kernels."
+    elif few:
+        serve += (
+            f"rac_modifier must be installed beside vLLM, which has no kernel for {' or '.join(few)} weights on a CPU."
+        )
     else:
         serve += "The weights are stored dense, so stock vLLM serves them."
     return f"## Load\n\n{load}\n\n## Serve\n\n{serve}"

@@ -1,8 +1,10 @@
-"""Signed values of 4 or 8 bits in int32 words, as compressed-tensors' format pack-quantized holds them.
+"""Signed values of 2, 3, 4 or 8 bits in int32 words, as compressed-tensors' format pack-quantized holds them.
 
-A value v is stored as v + 2^(bits-1), lowest bits first; the last word is filled up with the value 0. compressed-tensors'
-own functions give the same words (a test compares them). They are not used, since importing them imports transformers, and
-serving and `rac inspect` do without it; and they do not take the one-dimensional values of an unstructured weight.
+A value v is stored as v + 2^(bits-1), lowest bits first, one value after the other; of 3 bits some are in two words, as of
+compressed-tensors 0.19. What is packed here has 4 or 8 bits, as sparse weights do, and its last word is filled up with the value
+0. compressed-tensors' own functions give the same words (a test compares them). They are not used, since importing them imports
+transformers, and serving and `rac inspect` do without it; and they do not take the one-dimensional values of an unstructured
+weight.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-BITS = (4, 8)
+BITS = (4, 8)  # of values that are packed here
+_READ = (2, 3, *BITS)
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
@@ -21,7 +24,8 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
     Raises:
         RacError: another dtype, another number of bits, or a value that does not fit it.
     """
-    _check_bits(bits)
+    if bits not in BITS:
+        raise RacError(f"{bits} bits per value cannot be packed sparse; quantize to {' or '.join(map(str, BITS))} bits")
     if values.dtype != torch.int8:
         raise RacError(f"values of {values.dtype} cannot be packed into int32 words; quantized values must be int8")
     limit = 1 << (bits - 1)
@@ -41,15 +45,27 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     Raises:
         RacError: another dtype, another number of bits, or not the number of words that `count` values take.
     """
-    _check_bits(bits)
+    if bits not in _READ:
+        raise RacError(f"words of {bits}-bit values are not read here; those of {', '.join(map(str, _READ))} bits are")
+    whole = -(-count // (32 // bits))  # words, if no value is in two
+    if bits == 3 and words.dim() and words.shape[-1] == whole != word_count(count, bits):
+        raise RacError(
+            f"{whole} words of {count} values of 3 bits are ten in each, as compressed-tensors 0.17 packs them; save the model "
+            "with 0.19 or later"
+        )
     if words.dtype != torch.int32 or not words.dim() or words.shape[-1] != word_count(count, bits):
         raise RacError(
             f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits, which take "
             f"{word_count(count, bits)} int32; the checkpoint is damaged"
         )
     lifted = words.contiguous().view(torch.uint8)
-    if bits == 4:
-        lifted = torch.stack([lifted & 0x0F, lifted >> 4], dim=-1).flatten(-2)
+    if bits == 3:  # eight values in three bytes
+        lifted = torch.nn.functional.pad(lifted, (0, -lifted.shape[-1] % 3))
+        a, b, c = lifted[..., ::3], lifted[..., 1::3], lifted[..., 2::3]
+        lifted = torch.stack([a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5], dim=-1) & 7
+        lifted = lifted.flatten(-2)
+    elif bits < 8:
+        lifted = torch.stack([lifted >> at for at in range(0, 8, bits)], dim=-1).flatten(-2) & ((1 << bits) - 1)
     limit = 1 << (bits - 1)
     return (lifted[..., :count].to(torch.int16) - limit).to(torch.int8)
 
@@ -57,8 +73,3 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 def word_count(count: int, bits: int) -> int:
     """Int32 words that `count` values of `bits` bits take."""
     return -(-count * bits // 32)
-
-
-def _check_bits(bits: int) -> None:
-    if bits not in BITS:
-        raise RacError(f"{bits} bits per value cannot be packed sparse; quantize to {' or '.join(map(str, BITS))} bits")

@@ -27,7 +27,8 @@ class StoredWeight:
 
     `starts` int64 [N + 1] is where each row begins in `values`. `name` is for messages. Quantized values (int8, fp8; 4-bit
     values are int8 too) have a `scale` float32 [N, groups], one per row and group of equally many columns. `bits` is 4 for
-    4-bit values, -8 to 7, or a code of 0 to 15 minus its code of zero, `zeros` uint8 [N, groups].
+    4-bit values, -8 to 7, or a code of 0 to 15 minus its code of zero, `zeros` uint8 [N, groups]; where all are stored it may
+    be 3 or 2, too.
     activation_bits: what a kernel of integers may round the inputs of this layer to, 16 or 8.
     """
 

@@ -47,7 +47,7 @@ def inspect(
     from rac_modifier.checkpoint.output_folder import folder_problem
     from rac_modifier.cli.models import resolve
     from rac_modifier.cli.predicted import prediction_figures, render_prediction
-    from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_int4, render_plan
+    from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, render_plan
     from rac_modifier.kernels.predicted import card_of, check_tokens, predict_checkpoint
 
     if tokens is not None and device is None:
@@ -75,11 +75,12 @@ def inspect(
         typer.echo(f"\n{render_prediction(predict_checkpoint(report, rows, card, number))}")
     elif rows:
         typer.echo(f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}")
-    elif int4 := plan_dense_int4(checkpoint):
-        typer.echo(
-            "\nvLLM runs the int4 weights on kernels of its own. With --quantization rac-sparse, on this machine's CPU:\n"
-            f"{render_plan(int4)}"
-        )
+    elif dense := plan_dense_codes(checkpoint):
+        few = sorted({row.layer.word_bits for row in dense if row.layer is not None and row.layer.word_bits < 4})
+        own = "runs the int4 weights on kernels of its own"
+        if few:
+            own = f"has no kernel for int{' and int'.join(map(str, few))} weights on a CPU"
+        typer.echo(f"\nvLLM {own}. With --quantization rac-sparse, on this machine's CPU:\n{render_plan(dense)}")
 
 
 def render_report(report: CheckpointReport) -> str:

@@ -20,8 +20,9 @@ EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a module of a routed 
 class Layer:
     """The numbers of a linear layer [rows, columns] that a backend decides on.
 
-    density: share of the weights that is stored, 0 to 1. stored: dtype of the stored values, int32 for words of 4-bit
-    values. served: dtype of the activations, and of the weight if the layer runs dense. group: columns that share a scale.
+    density: share of the weights that is stored, 0 to 1. stored: dtype of the stored values, int32 for words of
+    values of `word_bits` bits: 4, or 3 or 2 of a weight without a mask. served: dtype of the activations, and of the weight if
+    the layer runs dense. group: columns that share a scale.
     two_of_four: at most two of each four neighbouring columns are stored. zero_points: groups have one.
     group_bytes: bytes of the scale, and of the zero point if there is one, of a row and group. activation_bits: what a
     kernel of integers may round activations to, 16 or 8.
@@ -40,6 +41,7 @@ class Layer:
     two_of_four: bool = False
     zero_points: bool = False
     activation_bits: int = 16
+    word_bits: int = 4
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1 or not 0.0 <= self.density <= 1.0:
@@ -55,13 +57,14 @@ class Layer:
             weight.rows,
             weight.columns,
             weight.density,
-            torch.int32 if weight.bits == 4 else weight.values.dtype,
+            torch.int32 if weight.bits < 8 else weight.values.dtype,
             served,
             weight.group,
             weight.group_bytes,
             two_of_four=weight.two_of_four,
             zero_points=weight.zeros is not None,
             activation_bits=weight.activation_bits,
+            word_bits=weight.bits if weight.bits < 8 else 4,
         )
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from rac_modifier.checkpoint.dense_int4 import ORDER, ZEROS
+from rac_modifier.checkpoint.dense_codes import BITS, ORDER, ZEROS
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import FORMAT_24, packed_modules
+from rac_modifier.checkpoint.int32_words import word_count
 from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE
 from rac_modifier.checkpoint.sparsity_config import (
     CONFIG_FILE,
@@ -54,11 +55,12 @@ def plan_row(
     two_of_four: bool = False,
     scale_bytes: int = 4,
     activation_bits: int = 16,
+    word_bits: int = 4,
 ) -> PlanRow:
     """Decide for a packed module from numbers alone: `stored` values of `dtype`, served in `served` on a device type.
 
-    int32 stands for words of 4-bit values; `groups` is the number of scales per row, each of `scale_bytes`; `two_of_four`: the
-    weight is 2:4. `activation_bits`: 8 where the checkpoint records that these are enough.
+    int32 stands for words of values of `word_bits`; `groups` is the number of scales per row, each of `scale_bytes`;
+    `two_of_four`: the weight is 2:4. `activation_bits`: 8 where the checkpoint records that these are enough.
     """
     density = stored / (rows * columns) if rows > 0 and columns > 0 else -1.0
     group = columns // max(groups, 1)
@@ -66,6 +68,7 @@ def plan_row(
         *(rows, columns, density, dtype, served, group, scale_bytes),
         two_of_four=two_of_four,
         activation_bits=activation_bits,
+        word_bits=word_bits,
     )
     decision, _ = choose(layer, device)
     return PlanRow(module, rows, columns, density, decision, layer)
@@ -100,8 +103,8 @@ def plan_checkpoint(folder: str | Path, dtype: torch.dtype | None = None, device
     return rows
 
 
-def plan_dense_int4(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
-    """How each module of 4-bit weights without a mask (W4A16) would run with `vllm serve --quantization rac-sparse`.
+def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
+    """How each module of 2-, 3- or 4-bit weights without a mask would run with `vllm serve --quantization rac-sparse`.
 
     Raises:
         RacError: no readable checkpoint, or sizes that cannot be.
@@ -113,7 +116,9 @@ def plan_dense_int4(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
             if parts[WORDS_SHAPE] not in files or files.shape(parts[WORDS_SHAPE]) != (2,):
                 continue
             n, k = files.tensor(parts[WORDS_SHAPE]).tolist()
-            if min(n, k) < 1 or files.shape(parts[WORDS]) != (n, -(-k // 8)):  # other bits, or damaged
+            words = files.shape(parts[WORDS])
+            bits = next((b for b in reversed(BITS) if words == (n, word_count(k, b))), None) if min(n, k) > 0 else None
+            if bits is None:  # other bits, or damaged
                 continue
             if parts[ORDER] in files:
                 decision = stay_dense("its columns were reordered (actorder: group)", torch.bfloat16)
@@ -121,9 +126,8 @@ def plan_dense_int4(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
                 continue
             groups = files.shape(parts[SCALE])[-1] if parts[SCALE] in files else 1
             scale_bytes = files.dtype(parts[SCALE]).itemsize if parts[SCALE] in files else 4
-            rows.append(
-                plan_row(module, n, k, n * k, torch.int32, torch.bfloat16, groups, device, scale_bytes=scale_bytes)
-            )
+            numbers = (module, n, k, n * k, torch.int32, torch.bfloat16, groups, device)
+            rows.append(plan_row(*numbers, scale_bytes=scale_bytes, word_bits=bits))
     return rows
 
 

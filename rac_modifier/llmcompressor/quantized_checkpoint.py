@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 
-from rac_modifier.checkpoint.dense_int4 import ZEROS
+from rac_modifier.checkpoint.dense_codes import ZEROS
 from rac_modifier.checkpoint.quantization_config import WORDS
 from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError

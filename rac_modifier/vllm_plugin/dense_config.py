@@ -1,7 +1,8 @@
-"""With `--quantization rac-sparse`, dense int4 (W4A16) checkpoints of compressed-tensors run on the int4 kernel.
+"""With `--quantization rac-sparse`, dense checkpoints of compressed-tensors of 2 to 4 bits (W4A16) run on our kernels.
 
 The config is vLLM's own for compressed-tensors, so whatever has no kernel here is served as without this package; only the
-methods of int4 linear layers are replaced. Imported when such a checkpoint is served: vLLM has loaded its layers by then.
+methods of linear layers of 2 to 4 bits are replaced. Imported when such a checkpoint is served: vLLM has loaded its layers by
+then.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from rac_modifier.checkpoint.dense_codes import BITS
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.activations import activation_bits, check_effect
 from rac_modifier.vllm_plugin.crossover import crossovers, use_crossovers
-from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod, by_vllm, logger, record
-from rac_modifier.vllm_plugin.shards import Int4Shards
+from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod, by_vllm, logger, record
+from rac_modifier.vllm_plugin.shards import CodeShards
 from rac_modifier.vllm_plugin.sparse_layers import fused_modules
 from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods, why_not
 from rac_modifier.vllm_plugin.summary import Summary
@@ -36,32 +38,36 @@ from rac_modifier.vllm_plugin.summary import Summary
 _OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)  # in a target that names heads or embeddings
 
 
-class DenseInt4Config(CompressedTensorsConfig):
-    """vLLM's config of a compressed-tensors checkpoint with int4 weights, for which `--quantization rac-sparse` was given."""
+class DenseCodesConfig(CompressedTensorsConfig):
+    """vLLM's config of a compressed-tensors checkpoint with weights of 2 to 4 bits and `--quantization rac-sparse`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.crossovers: dict[str, float] = {}
-        self.summary = Summary(layers="quantized layers", kernel="an int4 kernel")
+        self.summary = Summary(layers="quantized layers")
         self.vocabulary = VocabularyMethods()
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DenseInt4Config:
+    def from_config(cls, config: dict[str, Any]) -> DenseCodesConfig:
         """From the checkpoint's `quantization_config`.
 
         Raises:
-            RacError: it has no int4 weights that the kernel reads, so the option would have no effect.
+            RacError: it has no weights that the kernels read, so the option would have no effect.
         """
-        made: DenseInt4Config = super().from_config(config)
+        made: DenseCodesConfig = super().from_config(config)
         reasons = [
-            (why_not if _OF_VOCABULARY.search(target) else why_not_int4)(scheme, made.quant_format)
+            (why_not if _OF_VOCABULARY.search(target) else why_not_codes)(scheme, made.quant_format)
             for target, scheme in made.target_scheme_map.items()
         ]
         if None not in reasons:
             raise RacError(
-                f"--quantization {METHOD}: this checkpoint is neither packed sparse nor dense int4 "
+                f"--quantization {METHOD}: this checkpoint is neither packed sparse nor dense int4, int3 or int2 "
                 f"({reasons[0] if reasons else 'it quantizes nothing'}), so the option has no effect; leave it out"
             )
+        kinds = sorted(
+            {scheme["weights"].num_bits for scheme in made.target_scheme_map.values()} & {*BITS}, reverse=True
+        )
+        made.summary.kernel = f"an {' or '.join(f'int{bits}' for bits in kinds or BITS)} kernel"
         return made
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -77,12 +83,10 @@ class DenseInt4Config(CompressedTensorsConfig):
         if current_platform.is_cpu():
             self.crossovers = crossovers(("int4",))
         if getattr(hf_config, "rac_sparsity", None):
-            logger.info(
-                "this int4 checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse kernels"
-            )
+            logger.info("this checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse kernels")
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """vLLM's method of one layer, or ours: for an int4 linear layer, and for a head or embedding of int8 or int4."""
+        """vLLM's method of one layer, or ours: for a linear layer of 2 to 4 bits, and for a head or embedding of int8 or int4."""
         use_crossovers(self.crossovers)
         if isinstance(layer, VocabParallelEmbedding):
             return self._of_vocabulary(layer, prefix)
@@ -96,8 +100,9 @@ class DenseInt4Config(CompressedTensorsConfig):
             return self._left_to_vllm(method, prefix, reason)
         weights = layer.scheme
         group = None if weights.strategy == "channel" else weights.group_size
-        shards = Int4Shards(prefix, fused_modules(prefix, self.packed_modules_mapping), group, bool(weights.symmetric))
-        return DenseInt4LinearMethod(shards, method, self.summary, activation_bits())
+        modules = fused_modules(prefix, self.packed_modules_mapping)
+        shards = CodeShards(prefix, modules, group, bool(weights.symmetric), weights.num_bits)
+        return DenseCodesLinearMethod(shards, method, self.summary, activation_bits())
 
     def _of_vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         """The method of a head or an embedding; vLLM's own for a quantized one is recorded with the reason."""
@@ -110,9 +115,9 @@ class DenseInt4Config(CompressedTensorsConfig):
     def _why_not(self, layer: Any, prefix: str, method: QuantizeMethodBase) -> str | None:
         """Why vLLM runs a quantized layer, from config.json alone; None where the kernel may run it."""
         if isinstance(layer, RoutedExperts):
-            return "experts have no int4 kernel"
+            return "dense experts of few bits have no kernel"
         scheme = self.get_scheme_dict(layer, prefix)
-        reason = None if scheme is None else why_not_int4(scheme, self.quant_format)
+        reason = None if scheme is None else why_not_codes(scheme, self.quant_format)
         if reason is not None:
             return reason
         if type(method) is not CompressedTensorsLinearMethod:
@@ -135,15 +140,14 @@ class DenseInt4Config(CompressedTensorsConfig):
         return method
 
 
-def why_not_int4(scheme: Mapping[str, Any], format: str | None) -> str | None:
-    """Why the int4 kernel does not read weights of a `scheme` of vLLM's target_scheme_map; None where it does.
+def why_not_codes(scheme: Mapping[str, Any], format: str | None) -> str | None:
+    """Why no kernel of ours reads weights of a `scheme` of vLLM's target_scheme_map; None where it does.
 
     `format`: that of the checkpoint, for a scheme without one of its own.
     """
     weights = scheme["weights"].model_dump(mode="json")  # names in place of enums
-    kind = f"{weights['type']}{weights['num_bits']}"
-    if kind != "int4":
-        return f"its weights are {kind}"
+    if weights["type"] != "int" or weights["num_bits"] not in BITS:
+        return f"its weights are {weights['type']}{weights['num_bits']}"
     if scheme.get("input_activations") is not None or scheme.get("output_activations") is not None:
         return "its activations are quantized too"
     own = scheme.get("format") or format
@@ -159,5 +163,5 @@ def _kind(scheme: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
     if scheme is None:
         return None
     weights = scheme["weights"]
-    reason = why_not_int4(scheme, PACK_QUANTIZED)
+    reason = why_not_codes(scheme, PACK_QUANTIZED)
     return weights.num_bits, weights.strategy, weights.group_size, weights.symmetric, reason

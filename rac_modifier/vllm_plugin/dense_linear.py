@@ -1,4 +1,4 @@
-"""A linear layer of vLLM whose weight is dense int4 (W4A16), on the int4 kernel or by vLLM's own method.
+"""A linear layer of vLLM whose weight is dense and of 2 to 4 bits (W4A16), on our kernel or by vLLM's own method.
 
 What can be decided from numbers is decided before loading: vLLM's own method then gets the layer as if this package were not
 there. Otherwise the parts are collected, checked and cut as those of sparse layers are (linear.py).
@@ -22,11 +22,11 @@ from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Decision, Layer
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.packed_weight import PackedWeight
-from rac_modifier.vllm_plugin.shards import Int4Shards
+from rac_modifier.vllm_plugin.shards import CodeShards
 from rac_modifier.vllm_plugin.summary import Summary
 
 logger = init_logger(f"vllm.{__name__}")
-_DEVICE = "cpu"  # the one whose backend multiplies dense int4
+_DEVICE = "cpu"  # the one whose backend multiplies dense weights of few bits
 
 
 def by_vllm(reason: str) -> Decision:
@@ -46,11 +46,11 @@ def record(summary: Summary, layer: str, decision: Decision) -> None:
 
 
 @register_weight_loader_v2_supported_method
-class DenseInt4LinearMethod(LinearMethodBase):
+class DenseCodesLinearMethod(LinearMethodBase):
     """The method of one layer. `inner` is vLLM's own for the same layer."""
 
     def __init__(
-        self, shards: Int4Shards, inner: LinearMethodBase, summary: Summary, activation_bits: int = 16
+        self, shards: CodeShards, inner: LinearMethodBase, summary: Summary, activation_bits: int = 16
     ) -> None:
         self.shards, self.inner, self.summary = shards, inner, summary
         self.activation_bits = activation_bits
@@ -71,7 +71,7 @@ class DenseInt4LinearMethod(LinearMethodBase):
         """Register the parameters that collect the parts, or those of vLLM's method.
 
         Raises:
-            RacError: neither the int4 kernel nor vLLM's method runs the layer.
+            RacError: neither our kernel nor vLLM's method runs the layer.
         """
         self.loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         self.rows, self.columns, self.all_columns = sum(output_partition_sizes), input_size_per_partition, input_size
@@ -86,8 +86,8 @@ class DenseInt4LinearMethod(LinearMethodBase):
             self.inner.create_weights(layer, *sizes, **extra_weight_attrs)
         except ValueError as error:
             raise RacError(
-                f"{self.shards.prefix}: the int4 kernel does not run it because {reason}, and vLLM's own method does not either "
-                f"({error}); quantize it in groups of 32, 64 or 128 columns"
+                f"{self.shards.prefix}: the int{self.shards.bits} kernel does not run it because {reason}, and vLLM's own method "
+                f"does not either ({error}); quantize it in groups of 32, 64 or 128 columns"
             ) from error
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -120,7 +120,7 @@ class DenseInt4LinearMethod(LinearMethodBase):
     def _why_not(self, device: str) -> str | None:
         """Why the kernel does not run this rank's share; None where it does."""
         if device != _DEVICE:
-            return f"there is no dense int4 kernel for {device}"
+            return f"there is no dense int{self.shards.bits} kernel for {device}"
         whole = self.shards.group or self.all_columns
         if self.all_columns % whole:
             return f"its {self.all_columns} columns are no multiple of its groups of {whole}"
@@ -129,7 +129,9 @@ class DenseInt4LinearMethod(LinearMethodBase):
             return f"its groups have {group} columns on a rank, no multiple of 4"
         zeros = not self.shards.symmetric
         sizes = Layer(
-            self.rows, self.columns, 1.0, torch.int32, self.dtype, group, 4 + zeros, zero_points=zeros
+            *(self.rows, self.columns, 1.0, torch.int32, self.dtype, group, 4 + zeros),
+            zero_points=zeros,
+            word_bits=self.shards.bits,
         )  # scales are known after loading: 4 bytes at most
         decision, backend = choose(sizes, device)
         return None if backend is not None else decision.reason.removeprefix("dense because ")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class RacSparseConfig(QuantizationConfig):
     """Packed sparse checkpoints; and, with `--quantization rac-sparse`, pruned ones that are stored dense.
 
-    With this option, a checkpoint of dense int4 weights gets a `DenseInt4Config` in its place.
+    With this option, a checkpoint of dense weights of 2 to 4 bits gets a `DenseCodesConfig` in its place.
 
     `layers`: what is stored sparse; None until `maybe_update_config` has read it from the config of a dense-stored
     checkpoint. `quantized`: vLLM's own config for weights that are quantized too. `in_words`: whether that expects several
@@ -71,16 +71,16 @@ class RacSparseConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        """From the checkpoint's `quantization_config`: of this class, or a `DenseInt4Config` of dense int4 weights.
+        """From the checkpoint's `quantization_config`: of this class, or a `DenseCodesConfig` of dense weights of few bits.
 
         Raises:
             RacError: `--quantization rac-sparse` was given and has no effect on this checkpoint.
         """
         if not is_packed(config):
             if config.get("quant_method") == COMPRESSED_TENSORS:
-                from rac_modifier.vllm_plugin.dense_config import DenseInt4Config
+                from rac_modifier.vllm_plugin.dense_config import DenseCodesConfig
 
-                return DenseInt4Config.from_config(config)
+                return DenseCodesConfig.from_config(config)
             raise RacError(
                 f"--quantization {METHOD}: this checkpoint is quantized by {config.get('quant_method')!r}, and not packed "
                 "sparse; leave the option out"

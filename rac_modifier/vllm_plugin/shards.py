@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
 
-from rac_modifier.checkpoint import dense_int4
+from rac_modifier.checkpoint import dense_codes
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS
 from rac_modifier.checkpoint.stored_weight import (
     FLOATS,
@@ -30,11 +30,11 @@ ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "
 _QKV = {"q": 0, "k": 1, "v": 2}
 _DTYPES = {
     **{"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64},
-    **{dense_int4.WORDS: torch.int32, dense_int4.WORDS_SHAPE: torch.int64, dense_int4.ZEROS: torch.int32},
+    **{dense_codes.WORDS: torch.int32, dense_codes.WORDS_SHAPE: torch.int64, dense_codes.ZEROS: torch.int32},
 }
 # Scales of activations are not used: the kernels round activations less than any scheme does.
 _UNUSED = ("input_scale", "input_zero_point")
-_ASYMMETRIC = (dense_int4.ZEROS, dense_int4.ORDER)
+_ASYMMETRIC = (dense_codes.ZEROS, dense_codes.ORDER)
 
 
 class Shards:
@@ -155,22 +155,25 @@ def checked(parts: Mapping[str, Tensor], format: str | None, scales: str, name: 
     return dequantize(weight, check_scale(parts, weight.dtype, rows, columns, name), torch.float32)
 
 
-class Int4Shards(Shards):
-    """Shards of dense int4 weights (checkpoint/dense_int4.py), all of one kind: `group` columns share a scale, None for a row."""
+class CodeShards(Shards):
+    """Shards of dense weights of 2 to 4 `bits` (checkpoint/dense_codes.py), all of one kind.
 
-    def __init__(self, prefix: str, modules: list[str], group: int | None, symmetric: bool) -> None:
+    `group` columns share a scale, None for a row.
+    """
+
+    def __init__(self, prefix: str, modules: list[str], group: int | None, symmetric: bool, bits: int = 4) -> None:
         super().__init__(prefix, modules, None)
-        self.group, self.symmetric = group, symmetric
-        self._names = (*dense_int4.PARTS, "weight")
+        self.group, self.symmetric, self.bits = group, symmetric, bits
+        self._names = (*dense_codes.PARTS, "weight")
 
     def _checked(self, shard: ShardId, parts: dict[str, Tensor]) -> StoredWeight:
         name = self.name(shard)
         if "weight" in parts:
             raise RacError(
-                f"{name}.weight: not quantized, but config.json says that it is int4; restore the config.json that was saved "
-                "with these files"
+                f"{name}.weight: not quantized, but config.json says that it is int{self.bits}; restore the config.json that "
+                "was saved with these files"
             )
-        return dense_int4.check_int4(parts, name, self.group, self.symmetric)
+        return dense_codes.check_codes(parts, name, self.group, self.symmetric, self.bits)
 
 
 def loaded_again(prefix: str) -> RacError:

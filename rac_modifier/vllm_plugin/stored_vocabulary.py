@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from rac_modifier.checkpoint.dense_int4 import PARTS, check_int4, check_int8
+from rac_modifier.checkpoint.dense_codes import PARTS, check_codes, check_int8
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
 from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, stack
 from rac_modifier.errors import RacError
@@ -153,7 +153,7 @@ class _VocabularyShards(Shards):
     def _checked(self, shard: ShardId, parts: dict[str, Tensor]) -> StoredWeight:
         group = self.weights.group_size if self.weights.strategy == "group" else None
         if self.weights.num_bits == 4:
-            return check_int4(parts, self.prefix, group, bool(self.weights.symmetric))
+            return check_codes(parts, self.prefix, group, bool(self.weights.symmetric))
         return check_int8(parts, self.prefix, group)
 
 

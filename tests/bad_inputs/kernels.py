@@ -48,7 +48,7 @@ def _(b: Bench) -> None:
     support.support.__wrapped__()
 
 
-@CASES.case("a value that does not fit four bits", "values: one of them does not fit four bits, 0 to 15 with its code")
+@CASES.case("a value that does not fit four bits", "values: one of them does not fit 4 bits, 0 to 15 with its code")
 def _(b: Bench) -> None:
     pack(8)
 
@@ -58,16 +58,12 @@ def _(b: Bench) -> None:
     pack(-8, zeros=torch.full((16, 1), 16, dtype=torch.uint8))
 
 
-@CASES.case(
-    "codes of zero of another dtype", "zeros: torch.int8, 2 groups; 4-bit values of a weight [16, 64] need uint8"
-)
+@CASES.case("codes of zero of another dtype", "zeros: torch.int8, 2 groups; codes of a weight [16, 64] need uint8")
 def _(b: Bench) -> None:
     pack(zeros=torch.full((16, 2), 8, dtype=torch.int8))
 
 
-@CASES.case(
-    "codes of zero of an int8 weight", "zeros: torch.uint8, 1 groups; 4-bit values of a weight [16, 64] need uint8"
-)
+@CASES.case("codes of zero of an int8 weight", "zeros: torch.uint8, 1 groups; codes of a weight [16, 64] need uint8")
 def _(b: Bench) -> None:
     pack(bits=8, zeros=torch.full((16, 1), 8, dtype=torch.uint8))
 
@@ -115,7 +111,7 @@ def _(b: Bench) -> None:
 
 def check(symmetric: bool = False, group: int | None = 32, **changes: Tensor | None) -> None:
     """Read a dense int4 weight [16, 64] of a checkpoint, with some of its parts replaced; None: left out."""
-    from rac_modifier.checkpoint.dense_int4 import check_int4
+    from rac_modifier.checkpoint.dense_codes import check_codes
 
     parts: dict[str, Tensor | None] = {
         "weight_packed": torch.zeros(16, 8, dtype=torch.int32),
@@ -124,7 +120,7 @@ def check(symmetric: bool = False, group: int | None = 32, **changes: Tensor | N
         "weight_zero_point": torch.zeros(2, 2, dtype=torch.int32),
     }
     tensors = {part: tensor for part, tensor in (parts | changes).items() if tensor is not None}
-    check_int4(tensors, "model.layers.0.mlp.up_proj", group, symmetric)
+    check_codes(tensors, "model.layers.0.mlp.up_proj", group, symmetric)
 
 
 @CASES.case("a dense int4 weight that lacks a part", "up_proj.weight_packed: missing from the checkpoint")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rac_modifier.checkpoint.int32_words import unpack_words
 from rac_modifier.kernels.cpu.support import support
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -26,13 +27,15 @@ def tables(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_kl_is_that_of_the_format(tables):
-    measured = {"Q4_0": 0.1, "50 % + int4": 0.2, "int4": 0.04, "50 % + int8": 0.15}
+    measured = {"Q4_0": 0.1, "50 % + int4": 0.2, "int4": 0.04, "int3": 0.13, "50 % + int8": 0.15}
     expected = {
         "llama.cpp Q4_0": 0.1,
         "llama.cpp Q8_0": None,
         "linears, 50 % + int4, head int8": 0.2,
         "served, 50 % + int8, head int8": 0.15,
         "linears, dense int4, head int4": 0.04,
+        "linears, dense int3, head int4": 0.13,
+        "served, dense int3, ours, head int4": 0.13,
         "linears, 70 % + int4, head int4": None,
         "vLLM, dense bfloat16": 0.0,
         "vLLM, dense int8 (W8A8)": None,
@@ -64,8 +67,10 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(support().isa is None, reason=support().reason)
-def test_the_command_writes_a_row_per_contender(tmp_path):
-    name = "linears, 50 % + int4, head int4"
+@pytest.mark.parametrize(
+    ("name", "layer_bytes"), [("linears, 50 % + int4, head int4", 0.41), ("linears, dense int3, head int4", 0.44)]
+)
+def test_the_command_writes_a_row_per_contender(tmp_path, name, layer_bytes):
     size = ["--layers", "1", "--vocab", "1024", "--output-tokens", "4"]
     done = run("--rounds", "2", *size, "--only", name, "--json", str(tmp_path / "peers.json"))
     assert done.returncode == 0, done.stderr
@@ -76,7 +81,8 @@ def test_the_command_writes_a_row_per_contender(tmp_path):
     assert row["name"] == name
     assert len(row["runs"]) == 2
     weights = 2048 * 1536 + 1536 * 1536 + 17920 * 1536 + 1536 * 8960
-    assert row["weight_bytes"] / (weights + 1024 * 1536) == pytest.approx(0.41, abs=0.01)  # scales in fp32
+    expected = layer_bytes * weights + 0.53 * 1024 * 1536  # scales in fp32
+    assert row["weight_bytes"] == pytest.approx(expected, rel=0.03)
     assert f"| {name} | " in done.stdout
 
 
@@ -84,6 +90,16 @@ def test_an_unknown_contender_is_refused():
     done = run("--only", "linears, 51 % + int4")
     assert done.returncode == 2
     assert "--only 'linears, 51 % + int4': known are llama.cpp Q4_0, " in done.stderr
+
+
+def test_words_of_3_bits_are_those_of_a_checkpoint(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import random_model
+
+    weight = torch.randn(7, 128)
+    values, _ = random_model.rounded_groups(weight, 3)
+    assert (int(values.min()), int(values.max())) == (-3, 3)
+    assert torch.equal(unpack_words(random_model.pack_three(values), 3, 128), values)
 
 
 def test_torchao_multiplies_its_codes(monkeypatch):

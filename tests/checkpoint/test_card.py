@@ -134,6 +134,19 @@ def test_how_to_serve() -> None:
     assert "import rac_modifier" not in dense
 
 
+@pytest.mark.parametrize(
+    ("scheme", "name"), [("int3 in groups of 64", "int3"), ("int2 one scale per channel, asymmetric", "int2")]
+)
+def test_how_to_serve_few_bits(scheme: str, name: str) -> None:
+    record = {**RECORD, "quantization": [f"{scheme} (pack-quantized)"]}
+    card = model_card(record, packed=False)
+    assert "vllm serve path/to/this/folder --quantization rac-sparse\n" in card
+    assert f"vLLM, which has no kernel for {name} weights on a CPU." in card
+    assert "stock vLLM" not in card
+    four = model_card({**RECORD, "quantization": ["int4 in groups of 128 (pack-quantized)"]}, packed=False)
+    assert "rac-sparse" not in four
+
+
 def test_huggingface_hub_reads_the_front_matter() -> None:
     data = ModelCard(model_card(RECORD, License("mit"))).data
     assert isinstance(data, ModelCardData)

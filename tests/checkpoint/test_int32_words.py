@@ -29,6 +29,24 @@ def test_words_are_compressed_tensors_own_of_the_values_filled_up_with_zeros(row
     assert torch.equal(unpack_words(pack_words(values[0], bits), bits, columns), values[0])
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([2, 3]), st.integers(0, 100))
+def test_words_of_few_bits_are_read_as_compressed_tensors_writes_them(rows, columns, bits, seed):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    values = random_values(rows, columns, bits, seed)
+    words = helpers.pack_to_int32(values, bits)
+    if words.shape[1] != -(-columns * bits // 32):
+        pytest.skip("compressed-tensors 0.17 has ten values of 3 bits in each word")
+    assert torch.equal(unpack_words(words, bits, columns), values)
+    with pytest.raises(RacError, match=f"does not hold {columns + 90} values of {bits} bits"):
+        unpack_words(words, bits, columns + 90)
+
+
+def test_words_of_other_bits_are_refused():
+    with pytest.raises(RacError, match="words of 5-bit values are not read here; those of 2, 3, 4, 8 bits are"):
+        unpack_words(torch.zeros(1, 5, dtype=torch.int32), 5, 32)
+
+
 def test_known_nibbles():
     values = torch.tensor([-8, 7, 0, 1, -1, 2, 3, 4, 5], dtype=torch.int8)
     # lowest nibble first, each + 8; the second word is filled up with the value 0

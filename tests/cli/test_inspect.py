@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rac_modifier import cli
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import WeightScheme
 from rac_modifier.cli.inspect import render_report, speed_line, totals
+from rac_modifier.kernels.cpu.support import support
 from tests.tiny import linears, tiny_model
 
 
@@ -117,6 +120,33 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     gains = [float(gain) for gain in re.findall(r"at most ([0-9.]+)x", printed)]
     assert all(gain > 1.1 for gain in gains)
     assert gains or "No module runs on a sparse kernel here" in printed
+
+
+@pytest.mark.parametrize(
+    ("bits", "says"),
+    [(4, "vLLM runs the int4 weights on kernels of its own."), (3, "vLLM has no kernel for int3 weights on a CPU.")],
+)
+def test_dense_weights_of_few_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int, says: str) -> None:
+    grid = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": grid}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    tensors = {
+        "a.weight_packed": torch.zeros(64, 128 * bits // 32, dtype=torch.int32),
+        "a.weight_scale": torch.ones(64, 2, dtype=torch.bfloat16),
+        "a.weight_shape": torch.tensor([64, 128]),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    cli.app(["inspect", str(tmp_path)], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert f"\n{says} With --quantization rac-sparse, on this machine's CPU:\na (64x128): " in printed
+    assert (
+        support().isa in (None, "portable")
+        or f"int{bits} kernel {support().isa}: 0.{41 if bits == 3 else 53}" in printed
+    )
 
 
 def test_inspect_lists_the_modules_and_their_pattern(rac, sparse_folder):

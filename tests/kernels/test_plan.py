@@ -15,7 +15,7 @@ from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import backend
 from rac_modifier.kernels.cpu.support import Support
-from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_int4, plan_row, render_plan
+from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, plan_row, render_plan
 from tests.checkpoint.test_stored_weight import random_weight
 
 AVX2 = Support("avx2", "a test's")
@@ -143,18 +143,25 @@ def test_plan_of_a_damaged_checkpoint(tmp_path, shape):
         plan_checkpoint(folder)
 
 
-def test_dense_int4_modules_would_run_on_the_int4_kernel(tmp_path):
+def test_dense_codes_modules_would_run_on_the_int4_kernel(tmp_path):
     """Groups of 64 columns, a bfloat16 scale each: half a byte and 2 / 64. What the kernel does not read is named or left out."""
     tensors = {}
     for name, words in (("a", 16), ("reordered", 16), ("eight_bits", 32)):
         tensors[f"{name}.weight_packed"] = torch.zeros(64, words, dtype=torch.int32)
         tensors[f"{name}.weight_scale"] = torch.ones(64, 2, dtype=torch.bfloat16)
         tensors[f"{name}.weight_shape"] = torch.tensor([64, 128])
+    tensors |= {
+        "three.weight_packed": torch.zeros(64, 12, dtype=torch.int32),
+        "three.weight_scale": torch.ones(64, 2, dtype=torch.bfloat16),
+        "three.weight_shape": torch.tensor([64, 128]),
+    }
     tensors["reordered.weight_g_idx"] = torch.zeros(128, dtype=torch.int32)
     save_file(tensors, tmp_path / "model.safetensors")
-    found = {row.module: row for row in plan_dense_int4(tmp_path)}
-    assert found.keys() == {"a", "reordered"}
+    found = {row.module: row for row in plan_dense_codes(tmp_path)}
+    assert found.keys() == {"a", "reordered", "three"}
     assert (found["a"].rows, found["a"].columns, found["a"].density) == (64, 128, 1.0)
     assert found["a"].decision.bytes_per_weight == 0.5 + 2 / 64
     assert found["a"].decision.reason.startswith("int4 kernel avx2")
+    assert found["three"].decision.bytes_per_weight == 0.375 + 2 / 64
+    assert found["three"].decision.reason.startswith("int3 kernel avx2")
     assert found["reordered"].decision.reason == "dense because its columns were reordered (actorder: group)"

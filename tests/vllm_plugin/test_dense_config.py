@@ -1,4 +1,4 @@
-"""The config of dense int4 checkpoints: which layers get the kernel, and what vLLM runs."""
+"""The config of dense checkpoints of few bits: which layers get the kernel, and what vLLM runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  
 
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.vllm_plugin import METHOD, dense_config  # noqa: E402
-from rac_modifier.vllm_plugin.dense_config import DenseInt4Config  # noqa: E402
-from rac_modifier.vllm_plugin.dense_linear import DenseInt4LinearMethod  # noqa: E402
+from rac_modifier.vllm_plugin.dense_config import DenseCodesConfig  # noqa: E402
+from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod  # noqa: E402
 from rac_modifier.vllm_plugin.head import RoundedMethod  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
 from rac_modifier.vllm_plugin.stored_vocabulary import StoredMethod, why_not  # noqa: E402
@@ -52,7 +52,7 @@ def test_on_request_only():
     assert RacSparseConfig.override_quantization_method(config, "compressed-tensors") is None
     assert RacSparseConfig.override_quantization_method(config, METHOD) == METHOD
     made = RacSparseConfig.from_config(config)
-    assert isinstance(made, DenseInt4Config)
+    assert isinstance(made, DenseCodesConfig)
     assert isinstance(made, CompressedTensorsConfig)
 
 
@@ -60,6 +60,7 @@ def test_on_request_only():
     ("changes", "reason"),
     [
         ({"config_groups": {"g": group_of(["Linear"], bits=8)}}, "its weights are int8"),
+        ({"config_groups": {"g": group_of(["Linear"], bits=5)}}, "its weights are int5"),
         ({"config_groups": {"g": group_of(["Linear"], type="float")}}, "its weights are float4"),
         ({"config_groups": {"g": group_of(["Linear"], inputs=INPUTS)}}, "its activations are quantized too"),
         ({"format": "mixed-precision"}, "its format is mixed-precision, not pack-quantized"),
@@ -77,7 +78,7 @@ def test_scales_per_tensor_have_no_kernel():
         quantization(config_groups={"g": group_of(["Linear"], strategy="tensor", group_size=None)})
     )
     (scheme,) = config.target_scheme_map.values()
-    assert dense_config.why_not_int4(scheme, "pack-quantized") == "its scales are per tensor"
+    assert dense_config.why_not_codes(scheme, "pack-quantized") == "its scales are per tensor"
 
 
 def test_reordered_columns_are_refused_by_vllm_with_its_reason():
@@ -89,26 +90,26 @@ def test_reordered_columns_are_refused_by_vllm_with_its_reason():
 
 
 def test_the_method_of_each_layer(monkeypatch):
-    """int4 in groups of 32 and per row get ours, int8 vLLM's with a reason, and what is ignored vLLM's without one."""
+    """int4 in groups of 32, and int3 per row, get ours, int8 vLLM's with a reason, and what is ignored vLLM's without one."""
     on_rank(monkeypatch, 0, 1)
     monkeypatch.setattr(CompressedTensorsWNA16, "create_weights", lambda self, **sizes: None)  # no int8 on a CPU
     groups = {
         "a": group_of(["re:.*column", "re:.*row"]),
-        "b": group_of(["a.q", "a.k", "a.v"], symmetric=False, strategy="channel", group_size=None),
+        "b": group_of(["a.q", "a.k", "a.v"], bits=3, symmetric=False, strategy="channel", group_size=None),
         "c": group_of(["a.gate", "a.up"], bits=8),
     }
     config = RacSparseConfig.from_config(quantization(config_groups=groups, ignore=["a.row"]))
     methods = {kind: make(kind, config).quant_method for kind in ("column", "row", "qkv", "merged")}
     assert {kind: type(method) for kind, method in methods.items()} == {
-        "column": DenseInt4LinearMethod,
+        "column": DenseCodesLinearMethod,
         "row": linear.UnquantizedLinearMethod,
-        "qkv": DenseInt4LinearMethod,
+        "qkv": DenseCodesLinearMethod,
         "merged": CompressedTensorsLinearMethod,
     }
     column, qkv = methods["column"].shards, methods["qkv"].shards
-    assert (column.group, column.symmetric, column.modules) == (32, True, ["a.column"])
-    assert (qkv.group, qkv.symmetric, qkv.modules) == (None, False, ["a.q", "a.k", "a.v"])
-    assert config.summary.expected == 3
+    assert (column.group, column.symmetric, column.bits, column.modules) == (32, True, 4, ["a.column"])
+    assert (qkv.group, qkv.symmetric, qkv.bits, qkv.modules) == (None, False, 3, ["a.q", "a.k", "a.v"])
+    assert (config.summary.expected, config.summary.kernel) == (3, "an int4 or int3 kernel")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,7 @@ def test_the_method_of_each_layer(monkeypatch):
     [
         (group_of(["a.k"], group_size=16), "the parts of this fused layer are quantized differently"),
         (group_of(["a.k"], symmetric=False), "the parts of this fused layer are quantized differently"),
+        (group_of(["a.k"], bits=3), "the parts of this fused layer are quantized differently"),
         (group_of(["a.k"], actorder="static"), None),  # how codes were chosen makes no difference
     ],
 )
@@ -143,7 +145,7 @@ def test_experts_and_transforms_stay_with_vllm(monkeypatch):
 
     experts = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(experts)
-    assert config._why_not(experts, "a.experts", given) == "experts have no int4 kernel"
+    assert config._why_not(experts, "a.experts", given) == "dense experts of few bits have no kernel"
 
     class Transformed(CompressedTensorsLinearMethod):
         pass
@@ -159,6 +161,7 @@ def test_experts_and_transforms_stay_with_vllm(monkeypatch):
         ({}, None),
         ({"bits": 8}, None),
         ({"bits": 8, "inputs": INPUTS}, None),
+        ({"bits": 3}, "its weights are int3"),
         ({"bits": 8, "symmetric": False}, "its weights are asymmetric int8"),
         ({"type": "float"}, "its weights are float4"),
         ({"inputs": INPUTS}, "its activations are quantized too"),
@@ -182,7 +185,7 @@ def test_a_quantized_head(monkeypatch, changes, reason):
 def test_a_head_alone_is_quantized():
     """The option has an effect then, for int8 too, which linear layers have no kernel for."""
     groups = {"h": group_of(["re:.*lm_head"], bits=8)}
-    assert isinstance(RacSparseConfig.from_config(quantization(config_groups=groups, ignore=[])), DenseInt4Config)
+    assert isinstance(RacSparseConfig.from_config(quantization(config_groups=groups, ignore=[])), DenseCodesConfig)
 
 
 def test_the_head_on_request(monkeypatch):

@@ -1,4 +1,4 @@
-"""Dense int4 layers on every rank, against vLLM's own sharding of the weight that the codes mean."""
+"""Dense layers of 4 bits and fewer on every rank, against vLLM's own sharding of the weight that the codes mean."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def weights_of(kind, group=32, symmetric=True):
+def weights_of(kind, group=32, symmetric=True, bits=4):
     """Of each shard: its id, its tensors on disk, and the weight that they mean."""
-    return [(shard, *int4(torch.randn(rows, K), group, symmetric)) for shard, _, rows in KINDS[kind][2]]
+    return [(shard, *int4(torch.randn(rows, K), group, symmetric, bits)) for shard, _, rows in KINDS[kind][2]]
 
 
 @needs_kernel
@@ -63,17 +63,46 @@ def test_codes_scales_and_zero_points_are_sharded(monkeypatch, kind, rank, size,
 
 
 @needs_kernel
+@pytest.mark.parametrize("bits", [3, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_what_is_rounded_here_runs_on_the_int4_kernel(monkeypatch, symmetric):
+@pytest.mark.parametrize("group", [32, None])
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
+@pytest.mark.parametrize("kind", ["row", "merged", "qkv"])
+def test_few_bits_are_sharded(monkeypatch, kind, rank, size, group, symmetric, bits):
+    """Codes of 3 bits lie across words, which are unpacked before they are cut. A group that a rank cuts takes four bits."""
+    on_rank(monkeypatch, rank, size)
+    config = RacSparseConfig.from_config(quantization(group, symmetric, bits))
+    dense, ours = make(kind, None), make(kind, config)
+    for shard, tensors, meant in weights_of(kind, group, symmetric, bits):
+        assert tensors["weight_packed"].shape[1] == K * bits // 32
+        load(dense, shard, {"weight": meant})
+        load(ours, shard, tensors)
+    n, k = dense.weight.shape
+    finish(ours)
+    finish(dense)
+    (decision,) = config.summary.decisions.values()
+    cut = group is not None and k % 32 != 0
+    wide = f" (int{bits} values in groups of {8 if size == 4 else 16}, four bits each)"
+    assert decision.kernel == f"int{4 if cut else bits} kernel {support().isa}{wide if cut else ''}"
+    assert ours.weight_packed.numel() <= -(-n // 16) * 16 * 64 * -(-k // 64) * (4 if cut else bits) // 8 + 1024
+    x = torch.randn(5, k)
+    found, expected = ours.quant_method.apply(ours, x), dense.quant_method.apply(dense, x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_rounded_here_runs_on_the_kernel(monkeypatch, symmetric, bits):
     on_rank(monkeypatch, 0, 1)
-    config = RacSparseConfig.from_config(quantization(32, symmetric))
+    config = RacSparseConfig.from_config(quantization(32, symmetric, bits))
     layer = make("column", config)
-    tensors, meant = rounded_here(torch.randn(64, K) + 0.5, 32, symmetric)
+    tensors, meant = rounded_here(torch.randn(64, K) + 0.5, 32, symmetric, bits)
     assert ("weight_zero_point" in tensors) != symmetric
     load(layer, None, tensors)
     finish(layer)
     (decision,) = config.summary.decisions.values()
-    assert decision.kernel == f"int4 kernel {support().isa}"
+    assert decision.kernel == f"int{bits} kernel {support().isa}"
     x = torch.randn(5, K)
     torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ meant.T, rtol=1e-3, atol=2e-3)
 
@@ -161,14 +190,22 @@ def test_vllms_own_method_with_the_reason(monkeypatch, logged, why, group, rank,
     ]
 
 
-def test_neither_kernel_runs_it(monkeypatch):
+@pytest.mark.parametrize(("group", "bits"), [(12, 4), (32, 3), (32, 2)])
+def test_neither_kernel_runs_it(monkeypatch, group, bits):
     """vLLM's reason and ours, and what to do."""
     on_rank(monkeypatch, 0, 1)
     without_kernels(monkeypatch)
     with pytest.raises(
-        RacError, match=r"^a\.row: .*switched off by a test, and vLLM's own .*Failed to find(?s:.*)groups of 32"
+        RacError,
+        match=rf"^a\.row: the int{bits} kernel .*switched off by a test, and vLLM's own .*Failed to find(?s:.*)groups of 32",
     ):
-        make("row", RacSparseConfig.from_config(quantization(12)))
+        make("row", RacSparseConfig.from_config(quantization(group, bits=bits)))
+
+
+def test_an_odd_group_of_3_bits_says_why(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    with pytest.raises(RacError, match=r"^a\.row: the int3 kernel .*96 columns are no multiple of its groups of 40"):
+        make("row", RacSparseConfig.from_config(quantization(40, bits=3)))
 
 
 @needs_kernel

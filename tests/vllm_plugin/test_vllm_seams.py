@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.vllm_plugin import w4a16
-from tests.vllm_plugin.vllm_fixtures import needs_vllm, save_model
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, save_model
 
 needs_vllm()
 
@@ -116,10 +116,10 @@ def test_weight_loader_v2_is_registered():
     import rac_modifier.vllm_plugin.dense_linear
     import rac_modifier.vllm_plugin.linear  # noqa: F401
 
-    assert {"RacSparseLinearMethod", "DenseInt4LinearMethod"} <= {*linear.WEIGHT_LOADER_V2_SUPPORTED}
+    assert {"RacSparseLinearMethod", "DenseCodesLinearMethod"} <= {*linear.WEIGHT_LOADER_V2_SUPPORTED}
 
 
-def test_compressed_tensors_config_has_what_dense_int4_reads():
+def test_compressed_tensors_config_has_what_dense_codes_read():
     """Schemes by target, the scheme of a layer, and its numbers; `channel` has no group size of its own."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
@@ -135,8 +135,22 @@ def test_compressed_tensors_config_has_what_dense_int4_reads():
     assert config.get_scheme_dict(torch.nn.Linear(64, 64), "lm_head") is None  # ignored
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 2])
+def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(monkeypatch, bits, symmetric):
+    """So our config gets its say first. Without it there is no kernel on a CPU, which docs/serving.md says."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    on_rank(monkeypatch, 0, 1)
+    config = CompressedTensorsConfig.from_config(w4a16.quantization(32, symmetric, bits))
+    scheme = config.get_scheme(torch.nn.Linear(64, 64), "model.a")
+    assert (scheme.num_bits, scheme.symmetric, scheme.group_size) == (bits, symmetric, 32)
+    with pytest.raises(ValueError, match="Failed to find a kernel that can implement the WNA16 linear layer"):
+        linear.ReplicatedLinear(64, 64, quant_config=config, prefix="model.a")
+
+
 def test_a_method_may_be_finished_by_a_function_of_ours():
-    """`DenseInt4Config` replaces `process_weights_after_loading` of single methods; vLLM calls it on the object."""
+    """`DenseCodesConfig` replaces `process_weights_after_loading` of single methods; vLLM calls it on the object."""
     from vllm.model_executor.model_loader import utils
 
     source = inspect.getsource(utils.process_weights_after_loading)

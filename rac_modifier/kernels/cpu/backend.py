@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.kernels.cpu import operator
-from rac_modifier.kernels.cpu.encoding import ValueEncoding, encoding_of
+from rac_modifier.kernels.cpu.encoding import UNIT, ValueEncoding, encoding_of
 from rac_modifier.kernels.cpu.library import BYTE_ISAS, PLANES4
 from rac_modifier.kernels.cpu.packed import (
     pack_dense,
@@ -30,7 +30,7 @@ _LEAST_CEILING = 1.1  # below this, a kernel would have to be perfect to gain an
 
 def can_run(layer: Layer) -> Decision:
     """Sparse where this machine has a kernel for the values and the packed weight is at least 1.1 times smaller."""
-    encoding = encoding_of(layer.stored, layer.group, layer.columns, layer.served)
+    encoding = encoding_of(layer.stored, layer.group, layer.columns, layer.served, layer.word_bits)
     dtype, dense_bytes = encoding.dtype, layer.served.itemsize
     masked = not _without_masks(dtype, layer.density)
     available = support()
@@ -79,12 +79,13 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     Raises:
         RacError: a dtype that no kernel reads, or no compiled library.
     """
-    encoding = encoding_of(Layer.of(weight, served).stored, weight.group, weight.columns, served)
+    layer = Layer.of(weight, served)
+    encoding = encoding_of(layer.stored, weight.group, weight.columns, served, layer.word_bits)
     if weight.scale is not None and not encoding.scaled:
         weight = weight.floats(encoding.dtype)
     values = weight.values.to(encoding.dtype)
-    four = encoding.bits == 4
-    zeros = None if weight.zeros is None or not four else split_groups(weight.zeros, weight.group, 8)
+    codes, unit = encoding.bits < 8, UNIT[encoding.bits]
+    zeros = None if weight.zeros is None or not codes else split_groups(weight.zeros, weight.group, unit)
     if _without_masks(encoding.dtype, weight.density):
         packed = {DATA: pack_dense(values.reshape(weight.rows, weight.columns), encoding.bits, zeros)}
     else:
@@ -92,7 +93,7 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     if encoding.dtype == torch.int8 and weight.activation_bits == 8:
         set_activation_bits(packed[DATA], 8)
     if weight.scale is not None:
-        packed[SCALE] = pack_scale(weight.scale, weight.group, narrow=four)
+        packed[SCALE] = pack_scale(weight.scale, weight.group, narrow=codes, unit=unit)
     return packed
 
 

@@ -13,16 +13,18 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-ABI = 6  # of csrc/library.cpp; raised with every change of the functions
+ABI = 7  # of csrc/library.cpp; raised with every change of the functions
 X86_ISAS, ARM_ISAS = ("avx2", "avxvnni", "avx512", "amx"), ("neon", "dotprod", "i8mm")
 ISAS = ("portable", *X86_ISAS, *ARM_ISAS)  # in the order of the library's numbers
 BYTE_ISAS = ("avxvnni", "avx512", "amx", "dotprod", "i8mm")  # they multiply bytes of x; the others 16 bits
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
 INT8 = VALUE_TYPES[torch.int8]
-# int8 without masks; int8 whose values take four bits, with masks and without; with masks, as planes of bits
-DENSE8, INT4, DENSE4, PLANES4 = 3, 4, 5, 6
-FOUR_BIT = (INT4, DENSE4, PLANES4)
+# int8 without masks; int8 whose values take four bits, with masks and without; with masks, as planes of bits; and without
+# masks those that take three and two bits
+DENSE8, INT4, DENSE4, PLANES4, DENSE3, DENSE2 = 3, 4, 5, 6, 7, 8
+BITS = {INT4: 4, DENSE4: 4, PLANES4: 4, DENSE3: 3, DENSE2: 2}  # of types whose values are codes
+DENSE_TYPES = {8: DENSE8, 4: DENSE4, 3: DENSE3, 2: DENSE2}  # without masks, by bits
 _NUMBER = {isa: number for number, isa in enumerate(ISAS)}
 _REINSTALL = (
     "install a C++ compiler and reinstall rac-modifier (pip install --force-reinstall --no-deps --no-cache-dir)"
@@ -124,7 +126,8 @@ class Library:
     ) -> int:
         """Bytes of a packed weight of a type (`VALUE_TYPES`, `DENSE8`, ...); -1 for impossible sizes.
 
-        `INT4` and `PLANES4` need the bitmask. `zero_groups`: groups of columns whose code of zero is given.
+        `INT4` and `PLANES4` need the bitmask. `zero_groups`: groups of columns whose code of zero is given, of `DENSE3` and
+        `DENSE2` at least 1.
         """
         limit = 1 << 62
         if not all(-limit < size < limit for size in (rows, columns, nonzeros)):
@@ -141,7 +144,7 @@ class Library:
         value_type: int,
         data: Tensor,
     ) -> None:
-        """Fill `data`, uint8 [packed_bytes]; no bitmask without masks. `zeros` of 4-bit values: uint8 [panels, groups, 16]."""
+        """Fill `data`, uint8 [packed_bytes]; no bitmask without masks. `zeros` of codes: uint8 [panels, groups, 16]."""
         status = self._calls.rac_pack_weight(
             *(*_buffer(values), *_buffer(bitmask), *_buffer(zeros), 0 if zeros is None else zeros.shape[1]),
             *(rows, columns, value_type, *_buffer(data), torch.get_num_threads()),

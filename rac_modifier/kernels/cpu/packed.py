@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import DENSE4, DENSE8, FOUR_BIT, INT4, PLANES4, VALUE_TYPES
+from rac_modifier.kernels.cpu.library import BITS, DENSE_TYPES, INT4, PLANES4, VALUE_TYPES
 from rac_modifier.kernels.cpu.support import library_and_isa
 
 PANEL = 16  # rows
@@ -56,16 +56,19 @@ def pack_values(
 def pack_dense(weight: Tensor, bits: int = 8, zeros: Tensor | None = None) -> Tensor:
     """The packed form, uint8 [bytes], of an int8 weight [N, K] of which all values are stored, without masks.
 
-    `bits` and `zeros` as for `pack_values`.
+    `bits`: 8, or 4, 3 or 2 for values that are kept as codes of so many bits; `zeros` as for `pack_values`. Groups must have a
+    multiple of `UNIT[bits]` columns (encoding.py).
 
     Raises:
-        RacError: another dtype, or not a matrix on the CPU.
+        RacError: another dtype, or not a matrix on the CPU; or values that do not fit these bits.
     """
     if weight.dtype != torch.int8 or weight.dim() != 2 or weight.device.type != "cpu":
         raise RacError(
             f"weight: {weight.dtype} {list(weight.shape)} on {weight.device}; an int8 matrix on the CPU is needed"
         )
     rows, columns = weight.shape
+    if zeros is None and bits < 4:  # these always have codes of zero
+        zeros = torch.full((rows, 1), 1 << (bits - 1), dtype=torch.uint8)
     return _pack(weight, None, _panels(zeros), rows, columns, _type_of(weight.dtype, False, bits))
 
 
@@ -101,13 +104,14 @@ def set_activation_bits(data: Tensor, bits: int) -> None:
     library_and_isa()[0].set_activation_bits(data, bits)
 
 
-def pack_scale(scale: Tensor, group: int = 0, narrow: bool = False) -> Tensor:
+def pack_scale(scale: Tensor, group: int = 0, narrow: bool = False, unit: int | None = None) -> Tensor:
     """Scales [N, groups], one per row and group of columns, as the kernels read them: float32 [panels, groups, 16].
 
     Groups of more than 512 columns are split where `group` is that number of columns. `narrow`: bfloat16 where this holds
-    every one exactly, as for the scales of a bfloat16 checkpoint; only 4-bit values may have such scales.
+    every one exactly, as for the scales of a bfloat16 checkpoint; only values of 4 bits or less may have such scales. `unit`:
+    that of `split_groups`, by default 8 with `narrow` and else 4.
     """
-    packed = _panels(split_groups(scale, group, 8 if narrow else 4).float())
+    packed = _panels(split_groups(scale, group, unit or (8 if narrow else 4)).float())
     assert packed is not None
     return packed.bfloat16() if narrow and torch.equal(packed.bfloat16().float(), packed) else packed
 
@@ -116,8 +120,8 @@ def check_packed(data: Tensor, rows: int, columns: int, dtype: torch.dtype, mask
     """Check everything in packed data that the kernels rely on. Data that passes makes no kernel read outside of it.
 
     Raises:
-        RacError: data that is not a packed weight [rows, columns] of this dtype; `masked` False: int8 without masks, `bits` 4:
-            int8 kept as codes of four bits.
+        RacError: data that is not a packed weight [rows, columns] of this dtype; `masked` False: int8 without masks, `bits` 4, 3
+            or 2: int8 kept as codes of so many bits.
     """
     if dtype not in VALUE_TYPES or not ((masked and bits == 8) or dtype == torch.int8):
         raise RacError(f"packed weight of {dtype}: values are bfloat16, float32 or int8; convert them first")
@@ -143,7 +147,7 @@ def unpack(data: Tensor, rows: int, columns: int) -> Tensor:
     library, isa = library_and_isa()
     value_type = library.value_type(data)
     dtype = next((d for d, number in VALUE_TYPES.items() if number == value_type), torch.int8)
-    check_packed(data, rows, columns, dtype, value_type not in (DENSE8, DENSE4), 4 if value_type in FOUR_BIT else 8)
+    check_packed(data, rows, columns, dtype, value_type not in DENSE_TYPES.values(), BITS.get(value_type, 8))
     dense = torch.empty(rows, columns, dtype=dtype)
     panels = -(-rows // PANEL)
     expanded = torch.float32 if dtype == torch.int8 else dtype
@@ -167,14 +171,14 @@ def _pack(
     library, _ = library_and_isa()
     groups = 0 if zeros is None else zeros.shape[1]
     if zeros is not None and (
-        value_type not in FOUR_BIT
+        value_type not in BITS
         or zeros.dtype != torch.uint8
         or zeros.shape[0] != -(-rows // PANEL)
         or not groups
         or columns % groups
     ):
         raise RacError(
-            f"zeros: {zeros.dtype}, {groups} groups; 4-bit values of a weight [{rows}, {columns}] need uint8 [{rows}, groups]"
+            f"zeros: {zeros.dtype}, {groups} groups; codes of a weight [{rows}, {columns}] need uint8 [{rows}, groups]"
         )
     nbytes = library.packed_bytes(rows, columns, values.numel(), value_type, bitmask, groups)
     if nbytes < 0:
@@ -188,10 +192,10 @@ def _pack(
 
 
 def _type_of(dtype: torch.dtype, masked: bool, bits: int) -> int:
-    """The number that the library has for values of `dtype` in `bits` (4: of int8) with masks or without."""
-    if dtype == torch.int8 and bits == 4:
-        return INT4 if masked else DENSE4
-    return VALUE_TYPES[dtype] if masked else DENSE8
+    """The number that the library has for values of `dtype` in `bits` (of int8) with masks or without."""
+    if not masked:
+        return DENSE_TYPES[bits]
+    return INT4 if dtype == torch.int8 and bits == 4 else VALUE_TYPES[dtype]
 
 
 def _panels(of_rows: Tensor | None) -> Tensor | None:

@@ -117,12 +117,14 @@ def bytes_per_weight(layer: Layer, layout: layouts.Layout) -> float:
 def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     """The layout, and why no GPU runs the layer on a kernel; from numbers alone."""
     layout = layouts.layout_of(layer.stored, layer.group, layer.columns, layer.two_of_four)
+    if layer.word_bits != 4:
+        layout = None
     if layer.served != torch.bfloat16:
         return layout, f"it is served in {layer.served}; the GPU kernels multiply bfloat16"
     if layer.zero_points:
         return None, "its values have zero points; the GPU kernels take symmetric int4 and int8"
     if layout is None:
-        name = "int4" if layer.stored == torch.int32 else str(layer.stored).removeprefix("torch.")
+        name = f"int{layer.word_bits}" if layer.stored == torch.int32 else str(layer.stored).removeprefix("torch.")
         groups = f" in groups of {layer.group}" if layer.group != layer.columns else ""
         exist = "bfloat16, and int8, float8_e4m3fn and int4 with one scale per row or in groups of 64 or 128"
         return None, f"there is no GPU kernel for {name}{groups}; those that exist take {exist}"

@@ -10,7 +10,7 @@
 #include "library_calls.h"
 constexpr int32_t OK = 0, BAD_ARGUMENT = 2, NO_SUCH_ISA = 3;  // of csrc/status.h
 constexpr int32_t PORTABLE = 0, AVXVNNI = 2, ISAS = 8;  // of csrc/kernel.h
-constexpr int32_t PLANES4 = 6;           // of csrc/layout.h
+constexpr int32_t PLANES4 = 6, DENSE3 = 7, DENSE2 = 8;  // of csrc/layout.h
 
 static bool has_pdep() {
 #if defined(__x86_64__)
@@ -39,13 +39,14 @@ static Case random_case() {
     Case c;
     c.rows = 1 + below(below(4) ? 40 : 130);
     c.columns = 1 + below(below(4) ? 70 : 700);
-    c.type = static_cast<int32_t>(below(7));
-    const bool masked = c.type != 3 && c.type != 5;
+    c.type = static_cast<int32_t>(below(9));
+    const bool narrow = c.type == DENSE3 || c.type == DENSE2, masked = c.type != 3 && c.type != 5 && !narrow;
     const int64_t panels = (c.rows + 15) / 16;
-    if (c.type >= 4 && below(2)) c.zero_groups = 1 + below(1 + c.columns / 8);
-    if (c.zero_groups > 1 && c.columns % ((c.type == PLANES4 ? 32 : 8) * c.zero_groups)) c.zero_groups = 1;
+    if (narrow || (c.type >= 4 && below(2))) c.zero_groups = 1 + below(1 + c.columns / 8);
+    if (c.zero_groups > 1 && c.columns % ((c.type >= PLANES4 ? 32 : 8) * c.zero_groups)) c.zero_groups = 1;
     std::vector<uint8_t> zeros(panels * c.zero_groups * 16);
-    for (uint8_t& zero : zeros) zero = static_cast<uint8_t>(3 + below(10));  // values are -3 to 3
+    // Values are -3 to 3, in 3 bits -3 to 2 and in 2 bits -1 and 0.
+    for (uint8_t& zero : zeros) zero = static_cast<uint8_t>(c.type == DENSE3 ? 3 + below(3) : c.type == DENSE2 ? 1 + below(3) : 3 + below(10));
     const int64_t density = masked ? below(101) : 101, row_bytes = (c.columns + 7) / 8;
     c.dense.assign(c.rows * c.columns, 0);
     std::vector<uint8_t> bitmask(c.rows * row_bytes);
@@ -54,7 +55,7 @@ static Case random_case() {
         for (int64_t column = 0; column < c.columns; column++)
             if (below(100) < density) {
                 bitmask[row * row_bytes + column / 8] |= 1 << (column % 8);
-                kept.push_back(c.dense[row * c.columns + column] = static_cast<float>(below(7) - 3));
+                kept.push_back(c.dense[row * c.columns + column] = static_cast<float>(c.type == DENSE3 ? below(6) - 3 : c.type == DENSE2 ? below(2) - 1 : below(7) - 3));
             }
     const int64_t count = static_cast<int64_t>(kept.size());
     std::vector<uint8_t> values(count * size_of(c.type));
@@ -110,8 +111,8 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
             for (uint8_t& byte : x) byte = static_cast<uint8_t>(rng());
         for (int64_t i = 0; i < c.rows; i++) put(bias.data(), bias_type, i, static_cast<float>(below(5) - 2));
         const bool with_bias = below(2), integers = c.type >= 2;
-        int64_t groups = 1;  // of a multiple of four columns, in DENSE4 of eight, in PLANES4 of 32, up to 512
-        const int64_t unit = c.type == 5 ? 8 : c.type == PLANES4 ? 32 : 4;
+        int64_t groups = 1;  // of a multiple of four columns, in DENSE4 of eight, in PLANES4, DENSE3 and DENSE2 of 32, up to 512
+        const int64_t unit = c.type == 5 ? 8 : c.type >= PLANES4 ? 32 : 4;
         for (int64_t g = 2; integers && below(2) && g <= c.columns / unit; g++)
             if (c.columns % (unit * g) == 0 && c.columns / g <= 512) groups = g;
         if (c.zero_groups > 1) {
@@ -233,7 +234,7 @@ static void extremes() {
     for (int64_t a : extreme)
         for (int64_t b : extreme)
             for (int64_t n : extreme)
-                for (int32_t type : {-1, 0, 1, 2, 3, 4, 5, 6, 7, INT32_MAX}) {
+                for (int32_t type : {-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, INT32_MAX}) {
                     rac_packed_bytes(a, b, n, type, nullptr, n, a);
                     rac_packed_bytes(a, b, n, type, nullptr, n, n);
                     rac_check_weight(nullptr, n, a, b, type);

@@ -24,6 +24,7 @@ from tests.kernels.cpu.kernel_helpers import (
     sparse,
     threads,
 )
+from tests.kernels.cpu.test_few_bits import weight_of as weight_of_few_bits
 from tests.kernels.cpu.test_int4_product import weight_of
 from tests.kernels.cpu.test_int8_product import integers
 
@@ -33,9 +34,14 @@ ROWS = (1, 2, 3, 8, 9, 15, 16, 17, 31, 32, 33, 49)  # of x: odd and even, and ea
 def eight_bits(
     rows: int, columns: int, density: float, bits: int, groups: int = 1, seed: int = 0
 ) -> tuple[Tensor, Packed]:
-    """A random weight of int8, or of int4 with codes of zero, dense and packed, that takes activations of 8 bits."""
+    """A random weight of int8, or of fewer bits with codes of zero, dense and packed, that takes activations of 8 bits.
+
+    One of 3 or 2 bits has no zeros, whatever the density.
+    """
     if bits == 8:
         dense, weight = integers(rows, columns, density, seed)
+    elif bits < 4:
+        dense, weight = weight_of_few_bits(rows, columns, bits, groups, True, seed)
     else:
         # zeros of groups wider than 512 are split where a layer is packed, in backend.py
         dense, weight = weight_of(rows, columns, density, groups, columns // groups <= 512 or groups == 1, seed)
@@ -60,8 +66,7 @@ def test_which_instruction_sets_multiply_bytes(kernel):
     assert library.activation_bits(weight.data, isa) == 16
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize(("bits", "density"), [(8, 0.5), (8, 1.0), (4, 0.5), (4, 1.0), (3, 1.0), (2, 1.0)])
 @pytest.mark.parametrize("columns", [37, 512, 600])
 def test_integer_products_are_exact(kernel, columns, density, bits):
     """x of integers, the largest of each block 127, has a scale of 1: only sums of blocks are rounded, to float32."""
@@ -86,7 +91,7 @@ def test_integer_products_are_exact(kernel, columns, density, bits):
     columns=st.integers(1, 700),
     m=st.integers(1, 70),
     density=st.sampled_from([0.0, 0.5, 1.0]),
-    bits=st.sampled_from([8, 4]),
+    bits=st.sampled_from([8, 4, 3, 2]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 1000),
 )

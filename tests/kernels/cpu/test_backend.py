@@ -47,6 +47,9 @@ def test_the_kernel_of_integers_is_named(avx2):
     assert (whole.kernel, whole.bytes_per_weight, whole.ceiling) == ("int8 kernel avx2", 1.0, 2.0)
     whole = decide(64, 64, 1.0, torch.int32, BF16)
     assert (whole.kernel, whole.bytes_per_weight, whole.ceiling) == ("int4 kernel avx2", 0.5, 4.0)
+    for bits in (3, 2):
+        few = cpu.can_run(Layer(64, 64, 1.0, torch.int32, BF16, 64, word_bits=bits))
+        assert (few.kernel, few.bytes_per_weight) == (f"int{bits} kernel avx2", bits / 8)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_activations_of_8_bits_are_named(isa, stored, kernel, monkeypatch):
     assert cpu.can_run(Layer(64, 64, 0.5, stored, BF16, 64, activation_bits=8)).kernel == kernel
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "dense int4 with zeros", "bf16", "int8 in groups of 6"])
+@pytest.mark.parametrize("name", ["int8", "int4", "dense int4 with zeros", "int3", "bf16", "int8 in groups of 6"])
 def test_packed_with_the_activation_bits_of_the_weight(best, name):
     """Floats, and integers that are kept as floats, have none."""
     library, isa = library_and_isa()
@@ -115,17 +118,19 @@ def stored(rows: int, columns: int, density: float, dtype: torch.dtype, groups: 
     return replace(weight, scale=scale)
 
 
-def four_bit(rows: int, columns: int, density: float, groups: int, asymmetric: bool = False) -> StoredWeight:
-    """A random weight of 4-bit values, no zeros among those that are stored."""
+def four_bit(
+    rows: int, columns: int, density: float, groups: int, asymmetric: bool = False, bits: int = 4
+) -> StoredWeight:
+    """A random weight of values of `bits`, of a sparse one no zeros among those that are stored."""
     generator = torch.Generator().manual_seed(3)
-    zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8, generator=generator) if asymmetric else None
-    dense = torch.randint(0, 16, (rows, columns), dtype=torch.int8, generator=generator)
-    dense -= 8 if zeros is None else zeros.to(torch.int8).repeat_interleave(columns // groups, dim=1)
+    zeros = torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8, generator=generator) if asymmetric else None
+    dense = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.int8, generator=generator)
+    dense -= 1 << (bits - 1) if zeros is None else zeros.to(torch.int8).repeat_interleave(columns // groups, dim=1)
     scale = (torch.rand(rows, groups, generator=generator) + 0.1).bfloat16().float()
     if density < 1.0:
         dense = dense.masked_fill(~random_mask(rows, columns, density), 0)
     weight = all_stored(dense, "layer") if density == 1.0 else from_dense(dense, "layer")
-    return replace(weight, scale=scale, bits=4, zeros=zeros)
+    return replace(weight, scale=scale, bits=bits, zeros=zeros)
 
 
 WEIGHTS = {
@@ -141,6 +146,13 @@ WEIGHTS = {
     "dense int4 with zeros": four_bit(37, 96, 1.0, 3, True),
     "int4 in groups of 1040": four_bit(37, 2080, 0.5, 2, True),
     "int4 in groups of 12": four_bit(37, 96, 0.5, 8, True),
+    "int3": four_bit(37, 100, 1.0, 1, bits=3),
+    "int3 in groups": four_bit(37, 96, 1.0, 3, bits=3),
+    "int3 in groups of 544": four_bit(37, 1088, 1.0, 2, True, 3),
+    "int3 in groups of 24": four_bit(37, 96, 1.0, 4, True, 3),
+    "int3 in groups of 6": four_bit(37, 96, 1.0, 16, True, 3),
+    "int2 with zeros": four_bit(37, 96, 1.0, 3, True, 2),
+    "int2 in groups of 12": four_bit(37, 96, 1.0, 8, True, 2),
 }
 
 
@@ -156,7 +168,7 @@ def test_packed_and_multiplied_as_the_dense_weight(best, name, served):
     assert (y.dtype, y.shape) == (served, (2, 3, weight.rows))
     expected = torch.nn.functional.linear(x.double(), weight.dequantized(torch.float64), bias.double())
     # Values in groups of 6, and float32 values that are served in bfloat16, are rounded to bfloat16.
-    rounded = served != FP32 or name == "int8 in groups of 6"
+    rounded = served != FP32 or name.endswith("groups of 6")
     bound = (2.0**-7 if rounded else 1e-4) * (x.double().abs() @ weight.dequantized(torch.float64).abs().T + 1)
     assert bool(((y.double() - expected).abs() <= bound).all())
 
@@ -175,6 +187,8 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(best):
         (four_bit(160, 1024, 0.5, 8), 16 / 128),
         (four_bit(160, 1024, 0.5, 8, True), 24 / 128),
         (four_bit(160, 1024, 1.0, 32), 16 / 32),
+        (four_bit(160, 1024, 1.0, 16, bits=3), 16 / 64),
+        (four_bit(160, 1024, 1.0, 8, True, 2), 24 / 128),
         (stored(160, 1024, 0.5, torch.int8, 8), 32 / 128),
     ):
         announced = cpu.can_run(Layer.of(four, BF16)).bytes_per_weight

@@ -38,6 +38,28 @@ def test_encodings(stored, group, encoding):
     assert encoding_of(stored, group, 96, FP32) == encoding
 
 
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize(
+    ("group", "kept", "note"),
+    [
+        (32, None, ""),
+        (96, None, ""),
+        (192, None, ""),
+        (24, 4, "int{} values in groups of 24, four bits each"),
+        (12, 8, "int{} values in groups of 12, one byte each"),
+    ],
+)
+def test_few_bits_take_more_in_groups_that_their_form_does_not_hold(group, kept, note, bits):
+    expected = ValueEncoding(torch.int8, True, note.format(bits), bits=kept or bits)
+    assert encoding_of(torch.int32, group, 192, FP32, bits) == expected
+
+
+def test_few_bits_with_a_scale_per_row_have_any_number_of_columns():
+    assert encoding_of(torch.int32, 37, 37, FP32, 3) == ValueEncoding(torch.int8, True, bits=3)
+    note = "int3 values in groups of 2, rounded to bfloat16"
+    assert encoding_of(torch.int32, 2, 96, FP32, 3) == ValueEncoding(BF16, False, note)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_bfloat16_holds_every_fp8_value(dtype):
     values = torch.arange(256, dtype=torch.uint8).view(dtype)

@@ -270,10 +270,10 @@ def test_forged_data_is_refused(best):
 
 def test_what_does_not_fit_is_refused(best):
     values = torch.full((16, 64), 8, dtype=torch.int8)  # -8 to 7 fit
-    with pytest.raises(RacError, match="does not fit four bits"):
+    with pytest.raises(RacError, match="does not fit 4 bits"):
         pack_dense(values, 4)
     mask = torch.ones(16, 64, dtype=torch.bool)
-    with pytest.raises(RacError, match="does not fit four bits"):
+    with pytest.raises(RacError, match="does not fit 4 bits"):
         pack_values(values[mask], bitmask_of(mask), 64, 4)
     fine = values - 8
     for zeros in (

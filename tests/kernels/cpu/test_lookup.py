@@ -24,6 +24,9 @@ def stored(kind: str):
     if kind == "int4":
         values, scale = quantize_groups(weight, 32)
         return replace(all_stored(values, "w"), scale=scale, bits=4)
+    if kind == "int3":
+        values, scale = quantize_groups(weight, 32)
+        return replace(all_stored(values.clamp(-4, 3), "w"), scale=scale, bits=3)
     if kind == "int4 with zeros":
         values, scale = quantize_groups(weight, 32)
         zeros = torch.randint(0, 16, scale.shape, dtype=torch.uint8)
@@ -33,7 +36,7 @@ def stored(kind: str):
     return from_dense(weight.masked_fill(torch.rand(ROWS, COLUMNS) < 0.5, 0), "w")
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "int4 with zeros", "floats"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int3", "int4 with zeros", "floats"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_in_any_order_and_often(kernel, kind, dtype):
     weight = stored(kind)

@@ -130,6 +130,7 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     [
         (replace(HALF, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
         (replace(FOUR_BITS, two_of_four=False, group=96), "there is no GPU kernel for int4 in groups of 96; those"),
+        (replace(FOUR_BITS, density=1.0, word_bits=3), "there is no GPU kernel for int3"),
         (
             replace(ANY, stored=torch.int8, group=96),
             "there is no GPU kernel for int8 in groups of 96; those that exist",

@@ -1,7 +1,7 @@
-"""A dense weight of 4-bit values as compressed-tensors' format pack-quantized stores it (W4A16): checked, a value per element.
+"""A dense weight of 2 to 4 bits as compressed-tensors' format pack-quantized stores it (W4A16): checked, a value per element.
 
-A weight is (code - code of zero) * scale. Codes of 0 to 15 are in int32 words along the columns; the codes of zero, one per
-row and group of columns, are in int32 words along the rows. `check_int8` reads what heads and embeddings of 8 bits have.
+A weight is (code - code of zero) * scale. Codes, of four bits 0 to 15, are in int32 words along the columns; the codes of zero,
+one per row and group of columns, are in int32 words along the rows. `check_int8` reads what heads and embeddings of 8 bits have.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from rac_modifier.errors import RacError
 
 ZEROS, ORDER = "weight_zero_point", "weight_g_idx"
 PARTS = (WORDS, SCALE, WORDS_SHAPE, ZEROS, ORDER)
-_LOWEST = -8  # `unpack_words` returns codes minus 8
+BITS = (2, 3, 4)
 
 
-def check_int4(
-    tensors: Mapping[str, Tensor], name: str, group: int | None = None, symmetric: bool = True
+def check_codes(
+    tensors: Mapping[str, Tensor], name: str, group: int | None = None, symmetric: bool = True, bits: int = 4
 ) -> StoredWeight:
-    """Check the tensors of a dense int4 weight as untrusted input, and return it with every value stored.
+    """Check the tensors of a dense weight of 2, 3 or 4 `bits` as untrusted input, and return it with every value stored.
 
-    `tensors`: `weight_packed` int32 [N, ceil(K/8)], `weight_scale` [N, K / group], `weight_shape` [2]; without `symmetric`
-    also `weight_zero_point` int32 [ceil(N/8), K / group]. `group` None: one scale per row.
+    `tensors`: `weight_packed` int32 [N, ceil(K bits / 32)], `weight_scale` [N, K / group], `weight_shape` [2]; without
+    `symmetric` also `weight_zero_point` int32 [ceil(N bits / 32), K / group]. `group` None: one scale per row.
 
     Raises:
         RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each other or these arguments.
     """
+    assert bits in BITS
     if ORDER in tensors:
         raise RacError(
-            f"{name}.{ORDER}: its columns were reordered (actorder: group), and the int4 kernels read groups of neighbouring "
+            f"{name}.{ORDER}: its columns were reordered (actorder: group), and the kernels read groups of neighbouring "
             "columns; leave out --quantization rac-sparse, or quantize with actorder: static"
         )
     rows, columns = _shape(tensors, name)
-    codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}")
+    codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", bits)
     scale = _check_groups(tensors, codes, name, group)
     groups = scale.shape[1]
     zeros = None
@@ -50,10 +51,12 @@ def check_int4(
             "saved with these files"
         )
     if not symmetric:
-        zeros = _unpacked(part_of(tensors, name, ZEROS), groups, rows, f"{name}.{ZEROS}", along=0).t().contiguous()
+        zeros = (
+            _unpacked(part_of(tensors, name, ZEROS), groups, rows, f"{name}.{ZEROS}", bits, along=0).t().contiguous()
+        )
         codes.view(rows, groups, -1).sub_(zeros[:, :, None])
-        zeros = (zeros - _LOWEST).to(torch.uint8)
-    return replace(all_stored(codes, name), scale=scale, bits=4, zeros=zeros)
+        zeros = (zeros + (1 << (bits - 1))).to(torch.uint8)
+    return replace(all_stored(codes, name), scale=scale, bits=bits, zeros=zeros)
 
 
 def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = None) -> StoredWeight:
@@ -63,7 +66,7 @@ def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = Non
     [N, K / group]. `group` None: one scale per row, or one for all.
 
     Raises:
-        RacError: as `check_int4`.
+        RacError: as `check_codes`.
     """
     for part in (ZEROS, ORDER):
         if part in tensors:
@@ -80,7 +83,7 @@ def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = Non
             )
     else:
         rows, columns = _shape(tensors, name)
-        values = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", bits=8)
+        values = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", 8)
     return replace(all_stored(values, name), scale=_check_groups(tensors, values, name, group))
 
 
@@ -110,8 +113,8 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def _unpacked(words: Tensor, lines: int, count: int, name: str, along: int = 1, bits: int = 4) -> Tensor:
-    """The codes minus 8 (of 8 bits: 128), int8 [lines, count], of matrix `words`, whose dimension `along` is packed."""
+def _unpacked(words: Tensor, lines: int, count: int, name: str, bits: int, along: int = 1) -> Tensor:
+    """The codes minus 2^(bits-1), int8 [lines, count], of matrix `words`, whose dimension `along` is packed."""
     if words.dim() != 2 or words.shape[1 - along] != lines:
         raise RacError(
             f"{name}: shape {list(words.shape)}, where dimension {1 - along} must be {lines}; the checkpoint is damaged, copy it "

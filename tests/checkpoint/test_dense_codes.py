@@ -1,28 +1,28 @@
-"""Dense int4 weights: read as compressed-tensors writes them, and refused where parts do not fit."""
+"""Dense weights of 4 bits and fewer: read as compressed-tensors writes them, and refused where parts do not fit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from rac_modifier.checkpoint.dense_int4 import check_int4
+from rac_modifier.checkpoint.dense_codes import check_codes
 from rac_modifier.errors import RacError
 
 
-def words(codes: list[list[int]]) -> torch.Tensor:
-    """Rows of codes of 0 to 15 as int32, the first code in the lowest bits; the last word is filled up with zeros."""
+def words(codes: list[list[int]], bits: int = 4) -> torch.Tensor:
+    """Rows of codes as int32, the first code in the lowest bits; the last word is filled up with zeros."""
     packed = []
     for row in codes:
-        row = row + [0] * (-len(row) % 8)
-        numbers = [sum(code << 4 * i for i, code in enumerate(row[at : at + 8])) for at in range(0, len(row), 8)]
+        number = sum(code << bits * i for i, code in enumerate(row))
+        numbers = [number >> 32 * at & 0xFFFFFFFF for at in range(-(-len(row) * bits // 32))]
         packed.append([n - (1 << 32) if n >= 1 << 31 else n for n in numbers])
     return torch.tensor(packed, dtype=torch.int32)
 
 
-def drawn(rows: int, columns: int, groups: int) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
+def drawn(rows: int, columns: int, groups: int, bits: int = 4) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
     """The tensors of an asymmetric weight, and the weight, code by code."""
-    codes = torch.randint(0, 16, (rows, columns)).tolist()
-    zeros = torch.randint(0, 16, (rows, groups)).tolist()
+    codes = torch.randint(0, 1 << bits, (rows, columns)).tolist()
+    zeros = torch.randint(0, 1 << bits, (rows, groups)).tolist()
     scale = torch.rand(rows, groups) + 0.5
     width = columns // groups
     weight = [
@@ -31,10 +31,10 @@ def drawn(rows: int, columns: int, groups: int) -> tuple[dict[str, torch.Tensor]
     ]
     by_group = [[zeros[n][g] for n in range(rows)] for g in range(groups)]
     tensors = {
-        "weight_packed": words(codes),
+        "weight_packed": words(codes, bits),
         "weight_scale": scale,
         "weight_shape": torch.tensor([rows, columns]),
-        "weight_zero_point": words(by_group).T.contiguous(),
+        "weight_zero_point": words(by_group, bits).T.contiguous(),
     }
     return tensors, weight
 
@@ -50,7 +50,7 @@ def test_the_weight_is_that_of_its_codes(rows, columns, groups, form):
         tensors["weight_zero_point"] = words([[8] * rows] * groups).T
         weight = drawn_with(tensors, rows, columns, groups)
         del tensors["weight_zero_point"]
-    found = check_int4(tensors, "w", None if groups == 1 else columns // groups, symmetric)
+    found = check_codes(tensors, "w", None if groups == 1 else columns // groups, symmetric)
     assert (found.rows, found.columns, found.bits, found.density) == (rows, columns, 4, 1.0)
     assert (found.zeros is None) == symmetric
     torch.testing.assert_close(found.dequantized(torch.float32), torch.tensor(weight))
@@ -71,24 +71,42 @@ def drawn_with(tensors: dict[str, torch.Tensor], rows: int, columns: int, groups
     ]
 
 
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(1, 8, 1), (3, 64, 2), (16, 24, 3), (9, 37, 1), (11, 96, 3)])
+def test_weights_of_few_bits(rows, columns, groups, bits):
+    tensors, weight = drawn(rows, columns, groups, bits)
+    found = check_codes(tensors, "w", None if groups == 1 else columns // groups, False, bits)
+    assert (found.rows, found.columns, found.bits, found.density) == (rows, columns, bits, 1.0)
+    torch.testing.assert_close(found.dequantized(torch.float32), torch.tensor(weight))
+    codes = found.dense().view(rows, groups, -1) + found.zeros[:, :, None].to(torch.int8)
+    assert torch.equal(words(codes.view(rows, columns).tolist(), bits), tensors["weight_packed"])
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, None])
-def test_what_compressed_tensors_compresses(group, symmetric):
+def test_what_compressed_tensors_compresses(group, symmetric, bits):
     """Its own compressor writes the tensors, and its own decompressor says what they mean."""
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     arguments = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
     scheme = QuantizationScheme(
-        targets=["Linear"], weights=QuantizationArgs(num_bits=4, symmetric=symmetric, **arguments)
+        targets=["Linear"], weights=QuantizationArgs(num_bits=bits, symmetric=symmetric, **arguments)
     )
     shape = (20, 1 if group is None else 96 // group)
     state = {"weight": torch.randn(20, 96), "weight_scale": torch.rand(shape) / 4 + 0.1}
     if not symmetric:
-        state["weight_zero_point"] = torch.randint(-8, 8, shape, dtype=torch.int8)
+        state["weight_zero_point"] = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), shape, dtype=torch.int8)
     compressor = PackedQuantizationCompressor
     tensors = compressor.compress(state, scheme)
-    found = check_int4(tensors, "w", group, symmetric)
+    if tensors["weight_packed"].shape[1] == -(-96 // 10):  # 0.17, which vLLM 0.32 asks for
+        with pytest.raises(
+            RacError, match=r"^w\.weight_packed: 10 words of 96 values of 3 bits are ten in each, .*0\.19 or"
+        ):
+            check_codes(tensors, "w", group, symmetric, bits)
+        return
+    found = check_codes(tensors, "w", group, symmetric, bits)
     torch.testing.assert_close(
         found.dequantized(torch.float32), compressor.decompress(tensors, scheme)["weight"], rtol=1e-6, atol=1e-6
     )
@@ -123,14 +141,14 @@ DAMAGE = [
 def test_damaged_parts(change, message):
     tensors = {**drawn(9, 32, 2)[0], **change}
     with pytest.raises(RacError, match=f"^m.{message}"):
-        check_int4({part: tensor for part, tensor in tensors.items() if tensor is not None}, "m", 16, False)
+        check_codes({part: tensor for part, tensor in tensors.items() if tensor is not None}, "m", 16, False)
 
 
 def test_zero_points_of_a_symmetric_weight_and_groups_that_config_json_does_not_have():
     tensors, _ = drawn(4, 32, 2)
     with pytest.raises(RacError, match=r"^m.weight_zero_point: must not be there, .*; restore the config\.json"):
-        check_int4(tensors, "m", 16)
+        check_codes(tensors, "m", 16)
     with pytest.raises(RacError, match=r"^m.weight_scale: 2 per row .* config\.json has one per row; restore"):
-        check_int4(tensors, "m", None, False)
+        check_codes(tensors, "m", None, False)
     with pytest.raises(RacError, match=r"^m.weight_scale: 2 per row .* config\.json has groups of 12 columns"):
-        check_int4(tensors, "m", 12, False)
+        check_codes(tensors, "m", 12, False)
