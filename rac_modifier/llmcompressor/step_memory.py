@@ -10,9 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rac_modifier.pruning.alps import AT_ONCE_ON_CPU
+from rac_modifier.pruning.blocked import BLOCK
 from rac_modifier.settings.pruning import Method
 
 _BLOCK = 128  # inputs that are pruned or rounded before the others are corrected
+_OF_PART = 3  # tensors as large as a part of the weights that ALPS goes through at once
 _SCORES_ONLY: tuple[Method, ...] = ("wanda", "magnitude")  # methods that factor no Hessian
 
 
@@ -42,10 +45,14 @@ class SolverMemory:
         """Of each step, how many numbers of float32 are there at the most: Hessian, factor, buffers and blocks of inputs."""
         block = min(_BLOCK, columns)
         sizes = (columns**2, columns * rows, block * rows, block**2)
-        return {
+        found = {
             name: sum(count * size for count, size in zip(counts, sizes, strict=True))
             for name, counts in self._counts().items()
         }
+        if self.solver == "alps":
+            corner = min(BLOCK, columns) ** 2 / 2  # what is there beside it while it is inverted
+            found["pruning"] += _OF_PART * min(AT_ONCE_ON_CPU, columns * rows) + corner
+        return found
 
     def _counts(self) -> dict[str, tuple[float, float, float, float]]:
         """Of each step, how many matrices [d, d], [r, d], [r, block] and [block, block]."""
@@ -68,8 +75,8 @@ class SolverMemory:
         if self.solver == "sparsegpt":
             found["pruning"] = (2.0, given + 2.25, 4.5, 5.0)
         if self.solver == "alps":
-            # the matrix, its factor and its inverse are in one place, also in bfloat16
-            found["pruning"] = (2.0 + factor, given + 5.25, 0.0, 0.0)
+            # the matrix, its factor or its inverse are in one place, also in bfloat16
+            found["pruning"] = (2.0 + factor, given + 3.0 - half, 0.0, 0.0)
         if self.refits:
             found["refit"] = (1.0 + half + factor, given + 7.25, 0.0, 0.0)
         if self.rounds:
