@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rac_modifier.pruning.alps import AT_ONCE_ON_CPU
-from rac_modifier.pruning.blocked import BLOCK
+from rac_modifier.pruning.blocked import BLOCK as CORNER
+from rac_modifier.pruning.linalg import AT_ONCE_ON_CPU, BLOCK, VECTORS
 from rac_modifier.settings.pruning import Method
 
 _BLOCK = 128  # inputs that are pruned or rounded before the others are corrected
-_OF_PART = 3  # tensors as large as a part of the weights that ALPS goes through at once
 _SCORES_ONLY: tuple[Method, ...] = ("wanda", "magnitude")  # methods that factor no Hessian
 
 
@@ -49,9 +48,13 @@ class SolverMemory:
             name: sum(count * size for count, size in zip(counts, sizes, strict=True))
             for name, counts in self._counts().items()
         }
+        part = min(AT_ONCE_ON_CPU, columns * rows)
+        if self.solver not in _SCORES_ONLY:  # whose scores take more
+            found["result"] += min(VECTORS, rows) * (columns + min(BLOCK, columns))
         if self.solver == "alps":
-            corner = min(BLOCK, columns) ** 2 / 2  # what is there beside it while it is inverted
-            found["pruning"] += _OF_PART * min(AT_ONCE_ON_CPU, columns * rows) + corner
+            found["pruning"] += 3 * part + min(CORNER, columns) ** 2 / 2  # what is beside a corner while it is inverted
+        if self.refits:
+            found["refit"] += part
         return found
 
     def _counts(self) -> dict[str, tuple[float, float, float, float]]:
@@ -78,7 +81,12 @@ class SolverMemory:
             # the matrix, its factor or its inverse are in one place, also in bfloat16
             found["pruning"] = (2.0 + factor, given + 3.0 - half, 0.0, 0.0)
         if self.refits:
-            found["refit"] = (1.0 + half + factor, given + 7.25, 0.0, 0.0)
+            found["refit"] = (
+                1.0 + half + factor,
+                given + 4.25 + half,
+                2.0 - 2 * half,
+                0.0,
+            )  # and 256 rows of a product
         if self.rounds:
             # inputs are sorted where pruning left no factor in their own order
             in_order = 0.0 if factored and self.solver != "none" else 3.0 + self.zero_points

@@ -44,9 +44,6 @@ from rac_modifier.settings.pattern import Pattern
 _RHO = (0.2, 0.5)
 _RELAXATION = 1.5
 _STAGE = 4  # iterations at one rho
-_PRODUCT_ROWS = 256  # of a product that is added: so many are there beside the state
-# Weights that the passes over memory take at once: on a CPU they stay in its caches, on a GPU, where calls take longer, more.
-AT_ONCE_ON_CPU, _AT_ONCE_ON_GPU = 1 << 17, 1 << 22
 
 AddSolution = Callable[[torch.Tensor, torch.Tensor], object]
 
@@ -93,21 +90,13 @@ def prune(
             del later
         for _ in range(repeats):
             above = None if patterns[0].is_structured else _thresholds(z, scale, rows, patterns)
-            for here in _parts(z, patterns[0].m):
+            for here in linalg.parts(z, max(patterns[0].m, 1)):
                 keep = _keep(z[here], scale[here], patterns[0], above)
                 _pull(z[here], target[here], keep, penalty[here], pull[here], rho, before)
             before = rho
             add_solution(z, pull)
     del add_solution, target, pull
     return _finally_pruned(z, scale, rows, patterns), dampening
-
-
-def _parts(z: torch.Tensor, m: int) -> list[slice]:
-    """Inputs that are gone through together, in whole groups of a pattern of `m`."""
-    at_once = AT_ONCE_ON_CPU if z.device.type == "cpu" else _AT_ONCE_ON_GPU
-    group = max(m, 1)
-    step = max(at_once // z.shape[1] // group * group, group)
-    return [slice(start, start + step) for start in range(0, z.shape[0], step)]
 
 
 def _pull(
@@ -209,7 +198,7 @@ def _solver(
         return lambda x, y: x.addmm_(ready, y)
 
     def add_product(x: torch.Tensor, y: torch.Tensor) -> None:
-        for some, of_inverse in zip(x.split(_PRODUCT_ROWS), ready.split(_PRODUCT_ROWS), strict=True):
-            some.add_(of_inverse @ y)
+        for some in linalg.row_blocks(x):
+            x[some].add_(ready[some] @ y)
 
     return add_product

@@ -85,12 +85,12 @@ def test_several_parts_are_as_good_as_one(monkeypatch):
     """Of the passes over memory and of the products; parts end between groups of a pattern."""
     weight, hessian = correlated_problem(20, 96, 400)
     for pattern in (Pattern.n_of_m(3, 6), Pattern.unstructured(0.6)):
-        monkeypatch.setattr(alps, "AT_ONCE_ON_CPU", 1 << 17)
+        monkeypatch.setattr(linalg, "AT_ONCE_ON_CPU", 1 << 17)
         (whole,) = solve("alps", [weight], hessian, pattern)
-        monkeypatch.setattr(alps, "AT_ONCE_ON_CPU", 20 * 16)  # 12 and 16 inputs
+        monkeypatch.setattr(linalg, "AT_ONCE_ON_CPU", 20 * 16)  # 12 and 16 inputs
         (parts,) = solve("alps", [weight], hessian, pattern)
         assert torch.equal(whole.mask, parts.mask)
-        assert torch.equal(whole.weight, parts.weight)
+        assert_near(parts.weight, whole.weight, 1e-5)  # the refit's sums are in another order
 
 
 @pytest.mark.parametrize(
