@@ -18,11 +18,31 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.flatten()
-    threshold = flat.kthvalue(count).values
+    threshold = _kth_lowest(flat, count)
     mask = flat < threshold
     missing = count - int(mask.sum())
     mask[(flat == threshold).nonzero()[:missing, 0]] = True
     return mask.view(scores.shape)
+
+
+def _kth_lowest(flat: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count`-th lowest entry, from 1. Of many, only those between two values of a sample are selected from.
+
+    Those hold it but for one time in 1e8 where the sample is like the rest, and else it is selected from all.
+    """
+    size = len(flat)
+    if size >= 8 * _SAMPLE:
+        sample = flat[:: size // _SAMPLE | 1]
+        share, taken = count / size, len(sample)
+        near = 6 * math.sqrt(share * (1 - share) * taken) + 1
+        first, last = math.floor(share * taken - near), math.ceil(share * taken + near)
+        low = sample.kthvalue(first).values if first >= 1 else flat.new_tensor(-math.inf)
+        high = sample.kthvalue(last).values if last <= taken else flat.new_tensor(math.inf)
+        before = int((flat < low).sum())
+        between = flat[(flat >= low) & (flat <= high)]
+        if before < count <= before + len(between):
+            return between.kthvalue(count - before).values
+    return flat.kthvalue(count).values
 
 
 def lowest_along(scores: torch.Tensor, count: int, dim: int) -> torch.Tensor:

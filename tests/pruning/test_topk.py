@@ -16,6 +16,22 @@ def test_lowest_is_exact_under_ties(values, data):
     assert sorted(scores[mask].tolist()) == sorted(values)[:count]
 
 
+@pytest.mark.parametrize("kind", ["even", "ties", "what a sample misses"])
+def test_lowest_of_many_is_exact(kind):
+    """Those near the threshold are found from a sample; where that misleads, all are gone through."""
+    size = 400_000
+    scores = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    if kind == "ties":
+        scores = (scores * 5).floor()
+    if kind == "what a sample misses":
+        scores[:: size // 32_768 | 1] += 1.0
+    for count in (1, 3, 1000, 160_000, 399_990, size):
+        mask = lowest(scores, count)
+        assert int(mask.sum()) == count
+        assert scores[mask].max() == scores.sort().values[count - 1]
+        assert count == size or scores[~mask].min() >= scores[mask].max()
+
+
 def test_lowest_of_a_strided_matrix():
     scores = torch.arange(12.0).view(3, 4).T
     assert torch.equal(lowest(scores, 5), scores < 5)
