@@ -22,7 +22,7 @@ import torch
 from scale_models import MODELS, Model
 
 from rac_modifier.calibration.loader import LANES
-from rac_modifier.frontier.compressing import PASSES, Group, moments, solving
+from rac_modifier.frontier.compressing import PASSES, Group, Operations, moments, solving
 from rac_modifier.frontier.estimate import MEAN_SHARE, REACHED, Asked, Plan, Speed, estimate
 from rac_modifier.llmcompressor.group_shape import GroupShape, in_order
 from rac_modifier.llmcompressor.memory import MemoryNeed
@@ -72,8 +72,10 @@ def counted(group: Group, hidden: int, tokens: int) -> GroupTimes:
     # per stream and stage: read for the statistics, read to run it, written
     moved = 2 * 2 * tokens * group.share * (2 * group.columns + hidden) / HOST
     statistics = moments(group, tokens).seconds(*rates)
-    none, one = solving(group.columns, 0).seconds(*rates), solving(group.columns, 1).seconds(*rates)
-    return GroupTimes(group, passes + moved + statistics, *moved_between(group), none, one - none)
+    rows = sum(group.rows)
+    work = solving(group.columns, rows)
+    factors, products = Operations(0.0, work.float32).seconds(*rates), Operations(work.products, 0.0).seconds(*rates)
+    return GroupTimes(group, passes + moved + statistics, *moved_between(group), factors, products / rows)
 
 
 def moved_between(group: Group) -> tuple[int, int]:

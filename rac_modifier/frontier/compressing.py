@@ -5,11 +5,11 @@ pruning/solve.py, pruning/alps.py):
 
     second moments, float32       2 T b       b = d^2 / 2 and the blocks on the diagonal
     cross moments, bfloat16       2 T d^2 + 2 d^2 r, or 4 T d r where r < d / 2
-    factors, float32              2 d^3 (1 / 6 + i / 16)         of the damped Hessian and of each stage of ALPS
-    products, bfloat16            2 d^2 r (i + s + 2)            of ALPS, of the refit and its first gradient, and the target
+    factors, float32              2 (d^3 / 6 + f)                of the damped Hessian and of each stage of ALPS
+    products, bfloat16            2 (p + d^2 r (s + 2))          of ALPS, of the refit and its first gradient, and the target
 
-with i iterations and at most s steps of the refit. Attention between tokens and passes over memory are not counted. The
-products are float32 on devices without fast bfloat16.
+with f and p of ALPS itself (alps.multiply_adds) and at most s steps of the refit. Attention between tokens and passes over memory
+are not counted. The products are float32 on devices without fast bfloat16.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rac_modifier.pruning import alps
 from rac_modifier.pruning.hessian import block_columns
 from rac_modifier.settings.pruning import ITERATIONS, REFIT_STEPS
 
@@ -70,8 +71,8 @@ def moments(group: Group, tokens: float) -> Operations:
 
 def solving(columns: int, rows: int) -> Operations:
     """Of solving modules with so many rows together."""
-    factors = 2 * columns**3 * (1 / 6 + ITERATIONS / 16)
-    return Operations(2 * columns**2 * rows * (ITERATIONS + REFIT_STEPS + 2), factors)
+    factors, products = alps.multiply_adds(columns, rows, ITERATIONS)
+    return Operations(2 * (products + columns**2 * rows * (REFIT_STEPS + 2)), 2 * (columns**3 / 6 + factors))
 
 
 def groups_of(modules: Iterable[tuple[str, torch.nn.Module]], head: torch.nn.Module | None) -> tuple[Group, ...]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rac_modifier.pruning.blocked import BLOCK as CORNER
+from rac_modifier.pruning.linalg import AT_ONCE_ON_CPU, BLOCK, VECTORS
 from rac_modifier.settings.pruning import Method
 
 _BLOCK = 128  # inputs that are pruned or rounded before the others are corrected
@@ -42,10 +44,18 @@ class SolverMemory:
         """Of each step, how many numbers of float32 are there at the most: Hessian, factor, buffers and blocks of inputs."""
         block = min(_BLOCK, columns)
         sizes = (columns**2, columns * rows, block * rows, block**2)
-        return {
+        found = {
             name: sum(count * size for count, size in zip(counts, sizes, strict=True))
             for name, counts in self._counts().items()
         }
+        part = min(AT_ONCE_ON_CPU, columns * rows)
+        if self.solver not in _SCORES_ONLY:  # whose scores take more
+            found["result"] += min(VECTORS, rows) * (columns + min(BLOCK, columns))
+        if self.solver == "alps":
+            found["pruning"] += 3 * part + min(CORNER, columns) ** 2 / 2  # what is beside a corner while it is inverted
+        if self.refits:
+            found["refit"] += part
+        return found
 
     def _counts(self) -> dict[str, tuple[float, float, float, float]]:
         """Of each step, how many matrices [d, d], [r, d], [r, block] and [block, block]."""
@@ -68,10 +78,15 @@ class SolverMemory:
         if self.solver == "sparsegpt":
             found["pruning"] = (2.0, given + 2.25, 4.5, 5.0)
         if self.solver == "alps":
-            # the matrix, its factor and its inverse are in one place, also in bfloat16
-            found["pruning"] = (2.0 + factor, given + 5.25, 0.0, 0.0)
+            # the matrix, its factor or its inverse are in one place, also in bfloat16
+            found["pruning"] = (2.0 + factor, given + 3.0 - half, 0.0, 0.0)
         if self.refits:
-            found["refit"] = (1.0 + half + factor, given + 7.25, 0.0, 0.0)
+            found["refit"] = (
+                1.0 + half + factor,
+                given + 4.25 + half,
+                2.0 - 2 * half,
+                0.0,
+            )  # and 256 rows of a product
         if self.rounds:
             # inputs are sorted where pruning left no factor in their own order
             in_order = 0.0 if factored and self.solver != "none" else 3.0 + self.zero_points

@@ -14,15 +14,17 @@ large one W and D must agree. So rho rises in a few stages, and U is rescaled wi
 rho as the support settles, which saves choosing the stages but takes a few hundred iterations. a > 1 is over-relaxation (Boyd
 et al., 2011, section 3.4.3), which the paper does not use: it is free, lowers the error by 2 % and makes rho matter less.
 
-Three things reduce the cost.
+Four things reduce the cost.
 *No eigendecomposition.* The paper diagonalises H once, to be free to change rho. That takes about 10 d^3 operations, half of
 them bound by memory (on one core 131 ms for d = 768, where a Cholesky factor takes 6 ms and the inverse 13 ms more). With
-few stages one factor per stage is cheaper: d^3 / 3 operations, or d^3 with the explicit inverse, whose product is faster
-than two triangular solves. The inverse is formed unless d is more than four times the rows.
-*bfloat16 products* with the inverse, on devices with units for them (linalg.py). Scaled as above, H + diag(rho_j) has no
-eigenvalue below rho, so rounding changes little (0.1 % of the summed error on the reasoner's layers). Factors, inverses and
-states are float32.
-*Approximate thresholds.* Within the iterations an unstructured threshold comes from a sample; the last one is exact.
+few stages one factor per stage is cheaper.
+*The inverse only where it pays.* It makes an iteration one product, where a factor takes products with its blocks
+(blocked.py), but takes three times as long to make. `multiply_adds` counts both.
+*bfloat16 products* with either, on devices with units for them (linalg.py). Scaled as above, H + diag(rho_j) has no
+eigenvalue below rho, so rounding changes little (0.1 % of the summed error on the reasoner's layers). Factors and states are
+float32.
+*Approximate thresholds, few passes over memory.* Within the iterations an unstructured threshold comes from a sample; the last
+one is exact. D is not kept: it is made of Z and the threshold, a few inputs at a time, which stay in the caches.
 """
 
 from __future__ import annotations
@@ -31,20 +33,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rac_modifier.pruning import linalg
+from rac_modifier.pruning import blocked, linalg
 from rac_modifier.pruning.linalg import Dampening
-from rac_modifier.pruning.topk import lowest, ranks_in_groups, sampled_threshold
+from rac_modifier.pruning.topk import lowest, ranks_in_groups, sampled_places, sampled_threshold
 from rac_modifier.settings.pattern import Pattern
 
 # rho of the first and of the last stage, relative to the diagonal of H, and a of the equations. On the reasoner's layers at 50,
 # 60, 80 % and 2:4, with 16 iterations, other pairs between 0.1 and 0.7 change the sum of the errors by -1 to +5 %; one fixed rho
-# costs 24-41 % (with 12). Stages of 8 and of 4 iterations differ by 1 % (2 % at 2:4), and each stage costs one factor.
+# costs 24-41 % (with 12).
 _RHO = (0.2, 0.5)
 _RELAXATION = 1.5
-_STAGE = 8  # iterations at one rho
-_INVERSE_UP_TO = 4  # times the rows; with products in bfloat16 there is always an inverse
+_STAGE = 4  # iterations at one rho
 
-AddSolution = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+AddSolution = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 def prune(
@@ -61,8 +62,8 @@ def prune(
 
     `patterns` has one pattern per module. Unstructured: exactly floor(numel * sparsity) weights of each module, anywhere in it;
     N:M, the same for all modules: the N lowest of each group.
-    Memory beside the arguments: d^2 (a matrix, then its factor and its inverse in the same place, also in bfloat16), and 6
-    buffers like `weight`.
+    Memory beside the arguments: d^2 (a matrix, then its factor or inverse in the same place, also in bfloat16), and while it
+    iterates two buffers like `weight`, at the end four.
 
     Returns:
         The mask of what was pruned, bool [d, sum(rows)], and the dampening that the factorisation needed.
@@ -70,38 +71,83 @@ def prune(
     Raises:
         RacError: naming `label`, when H is not positive definite even with the largest dampening.
     """
-    schedule = _stages(iterations)
-    first, columns = schedule[0][0], weight.shape[1]
+    stages, columns = _stages(iterations), weight.shape[1]
+    bf16 = linalg.bf16_is_fast(hessian.device)
     add_solution, dampening = linalg.raise_until_it_works(
-        lambda dampening: _solver(hessian, dampening, first, columns), hessian, dampening, label
+        lambda dampening: _solver(hessian, dampening, *stages[0], columns, bf16=bf16), hessian, dampening, label
     )
     penalty = dampening.diagonal.unsqueeze(1)
     scale = penalty.sqrt()
-
-    target = weight.clone()
-    z, kept = weight, torch.empty_like(weight)  # Z and D of the equations
-    keep = torch.empty_like(weight)
-    torch.mul(z, _keep(z, scale, rows, patterns, keep), out=kept)
-    before = first
-    for rho, repeats in schedule:
+    z, target = weight, weight.clone()
+    pull = torch.empty_like(weight, dtype=torch.bfloat16 if bf16 else weight.dtype)
+    before = stages[0][0]
+    for rho, repeats in stages:
         if rho != before:
-            z.sub_(kept).mul_(before / rho).add_(kept)
             del add_solution  # frees its matrix before the next is made
-            add_solution = _later_solver(hessian, dampening, rho, columns)
-            before = rho
+            later = _solver(hessian, dampening, rho, repeats, columns, bf16=bf16)
+            assert later is not None, "a positive definite matrix stays so when its diagonal grows"
+            add_solution = later
+            del later
         for _ in range(repeats):
-            pull = torch.mul(kept, 2, out=keep).sub_(z).sub_(target).mul_(penalty).mul_(rho * _RELAXATION)
-            z.sub_(kept, alpha=_RELAXATION).add_(target, alpha=_RELAXATION)
+            above = None if patterns[0].is_structured else _thresholds(z, scale, rows, patterns)
+            for here in linalg.parts(z, max(patterns[0].m, 1)):
+                keep = _keep(z[here], scale[here], patterns[0], above)
+                _pull(z[here], target[here], keep, penalty[here], pull[here], rho, before)
+            before = rho
             add_solution(z, pull)
-            torch.mul(z, _keep(z, scale, rows, patterns, keep), out=kept)
-    scores = torch.mul(z, scale, out=keep).abs_()
+    del add_solution, target, pull
+    return _finally_pruned(z, scale, rows, patterns), dampening
+
+
+def _pull(
+    z: torch.Tensor,
+    target: torch.Tensor,
+    keep: torch.Tensor,
+    penalty: torch.Tensor,
+    pull: torch.Tensor,
+    rho: float,
+    before: float,
+) -> None:
+    """Of some inputs, before the solution is added: Z - a D + a T into `z`, and a diag(rho_j) (D - U - T) into `pull`.
+
+    U is rescaled from rho = `before`. `keep`, 1.0 for what D keeps of Z, is overwritten.
+    """
+    kept = keep.mul_(z)
+    if rho != before:
+        z.sub_(kept).mul_(before / rho).add_(kept)
+    moved = kept - target
+    pull.copy_(kept.sub_(z).add_(moved).mul_(penalty * (rho * _RELAXATION)))
+    z.sub_(moved, alpha=_RELAXATION)
+
+
+def _thresholds(z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]) -> torch.Tensor:
+    """Of each column [1, sum(rows)], the score that what is kept of its module has to be above; the number is approximate."""
+    found = []
+    for part, pattern in zip(z.split(list(rows), dim=1), patterns, strict=True):
+        inputs, outputs = sampled_places(*part.shape, part.device)
+        scores = part[inputs, outputs].mul_(scale[inputs, 0]).abs_()
+        found.append(z.new_full((1, part.shape[1]), sampled_threshold(scores, pattern.sparsity)))
+    return torch.cat(found, dim=1)
+
+
+def _keep(z: torch.Tensor, scale: torch.Tensor, pattern: Pattern, above: torch.Tensor | None) -> torch.Tensor:
+    """1.0 where the pattern keeps some inputs of Z, else 0.0."""
+    scores = torch.mul(z, scale).abs_()
+    return ranks_in_groups(scores, pattern.m).ge_(pattern.n) if above is None else scores.gt_(above)
+
+
+def _finally_pruned(
+    z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
+) -> torch.Tensor:
+    """The exact mask, bool, of what the patterns prune; these become 0 in `z`."""
+    scores = torch.mul(z, scale).abs_()
     if patterns[0].is_structured:
         pruned = ranks_in_groups(scores, patterns[0].m) < patterns[0].n
     else:
         parts = zip(scores.split(list(rows), dim=1), patterns, strict=True)
         pruned = torch.cat([lowest(part, int(part.numel() * pattern.sparsity)) for part, pattern in parts], dim=1)
-    weight.masked_fill_(pruned, 0.0)
-    return pruned, dampening
+    z.masked_fill_(pruned, 0.0)
+    return pruned
 
 
 def _stages(iterations: int) -> list[tuple[float, int]]:
@@ -112,35 +158,47 @@ def _stages(iterations: int) -> list[tuple[float, int]]:
     return [(first * (last / first) ** (i / max(count - 1, 1)), size) for i, size in enumerate(sizes)]
 
 
-def _solver(hessian: torch.Tensor, dampening: Dampening, rho: float, columns: int) -> AddSolution | None:
-    """A function of x and y that adds (H + dampening + rho diag)^-1 y to x; None when that matrix is not positive definite."""
+def multiply_adds(inputs: int, rows: int, iterations: int) -> tuple[float, float]:
+    """Of `prune` for d inputs and r rows of all modules: in factors and inverses (float32), and in products with them."""
+    each = [_of_stage(inputs, rows, n, inverse=_forms_inverse(inputs, rows, n)) for _, n in _stages(iterations)]
+    return sum(matrix for matrix, _ in each), sum(products for _, products in each)
+
+
+def _of_stage(d: int, r: int, n: int, *, inverse: bool) -> tuple[float, float]:
+    """The same of n iterations; with a factor, its corners of b inputs are multiplied twice."""
+    b = min(blocked.BLOCK, d)
+    return (d**3 / 2, n * d**2 * r) if inverse else (d**3 / 6, n * (d**2 + d * b) * r)
+
+
+def _forms_inverse(inputs: int, rows: int, repeats: int) -> bool:
+    """Whether the inverse takes fewer multiply-adds than the factor, for so many iterations."""
+    with_inverse, with_factor = (sum(_of_stage(inputs, rows, repeats, inverse=each)) for each in (True, False))
+    return with_inverse < with_factor
+
+
+def _solver(
+    hessian: torch.Tensor, dampening: Dampening, rho: float, repeats: int, columns: int, *, bf16: bool
+) -> AddSolution | None:
+    """A function of x and y that adds (H + dampening + rho diag)^-1 y to x, and may overwrite y.
+
+    None when that matrix is not positive definite. With `bf16` y is bfloat16.
+    """
     matrix = hessian.clone()
     matrix.diagonal().add_(dampening.added).add_(dampening.diagonal, alpha=rho)
-    bf16 = linalg.bf16_is_fast(hessian.device)
-    if not bf16 and hessian.shape[0] > _INVERSE_UP_TO * columns:
-        factor = linalg.cholesky_(matrix)
-        return None if factor is None else lambda x, y: x.add_(linalg.cholesky_solve(y, factor))
-    inverse = linalg.inverse_(matrix)
+    inverts = _forms_inverse(len(hessian), columns, repeats)
+    found = linalg.inverse_(matrix) if inverts else linalg.cholesky_(matrix)
     del matrix
-    if inverse is None:
+    if found is None:
         return None
-    inverse = linalg.rounded_to_bf16_(inverse) if bf16 else inverse
-    return lambda x, y: linalg.bf16_addmm(x, inverse, y, bf16=bf16)
+    found = found if inverts else blocked.invert_corners_(found)
+    ready = linalg.rounded_to_bf16_(found) if bf16 else found
+    if not inverts:
+        return lambda x, y: x.add_(blocked.solve_(y, ready))
+    if not bf16:
+        return lambda x, y: x.addmm_(ready, y)
 
+    def add_product(x: torch.Tensor, y: torch.Tensor) -> None:
+        for some in linalg.row_blocks(x):
+            x[some].add_(ready[some] @ y)
 
-def _later_solver(hessian: torch.Tensor, dampening: Dampening, rho: float, columns: int) -> AddSolution:
-    solver = _solver(hessian, dampening, rho, columns)
-    assert solver is not None, "a positive definite matrix stays so when its diagonal grows"
-    return solver
-
-
-def _keep(
-    z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern], scores: torch.Tensor
-) -> torch.Tensor:
-    """1.0 where the pattern keeps z, else 0.0; the unstructured number is approximate. Overwrites the buffer `scores`."""
-    torch.mul(z, scale, out=scores).abs_()
-    if patterns[0].is_structured:
-        return ranks_in_groups(scores, patterns[0].m).ge_(patterns[0].n)
-    for part, pattern in zip(scores.split(list(rows), dim=1), patterns, strict=True):
-        part.gt_(sampled_threshold(part, pattern.sparsity))
-    return scores
+    return add_product

@@ -5,6 +5,8 @@ the lower triangle of a symmetric matrix A [d, d], in its memory, with blocks of
 
 *Cholesky*, d^3 / 6 multiply-adds: L11 = chol(A11), L21 = A21 L11^-T, then the same with A22 - L21 L21^T.
 
+*Solve*, d^2 multiply-adds per right side, and d BLOCK more for the corners: L v = b block by block, then L^T x = v back.
+
 *Inverse*, d^3 / 2 multiply-adds: the factor, then X = L^-1 row by row of blocks, X_k = [-L_kk^-1 L_k X, L_kk^-1], then X^T X.
 X^T is kept above the diagonal, so that the numbers that a product sums up lie side by side.
 """
@@ -17,6 +19,7 @@ from rac_modifier.float32_products import add_product, product
 
 BLOCK = 512
 _ROWS = 512  # of a triangle that are updated at once
+_SMALL = 64  # rows of a triangle that is inverted by LAPACK
 
 
 def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
@@ -51,6 +54,28 @@ def solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
             add_product(found[:, here], found[:, after], lower[after, here], alpha=-1)
         found[:, here] = torch.linalg.solve_triangular(lower[here, here], found[:, here], upper=False, left=False)
     return found.T
+
+
+def invert_corners_(lower: torch.Tensor) -> torch.Tensor:
+    """A lower factor [d, d] with its diagonal blocks inverted, in its memory, as `solve_` takes it."""
+    for start in range(0, len(lower), BLOCK):
+        _invert_triangle_(lower[start : start + BLOCK, start : start + BLOCK])
+    return lower
+
+
+def solve_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """(L L^T)^-1 `b` in the memory of b [d, rows], for a factor L after `invert_corners_`; both of one dtype, bfloat16 too."""
+    d = len(b)
+    starts = range(0, d, BLOCK)
+    for start in starts:
+        here = slice(start, start + BLOCK)
+        left = b[here] - lower[here, :start] @ b[:start] if start else b[here]
+        b[here] = lower[here, here] @ left
+    for start in reversed(starts):
+        here, after = slice(start, start + BLOCK), slice(start + BLOCK, d)
+        left = b[here] - lower[after, here].T @ b[after] if start + BLOCK < d else b[here]
+        b[here] = lower[here, here].T @ left
+    return b
 
 
 def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
@@ -91,4 +116,18 @@ def _lower_by(matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _inverse_of_triangle(lower: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+    found = lower.clone(memory_format=torch.contiguous_format)
+    _invert_triangle_(found)
+    return found
+
+
+def _invert_triangle_(lower: torch.Tensor) -> None:
+    """A triangle that is zero above its diagonal, by halves: where A and C have B between them, -C^-1 B A^-1 takes its place."""
+    half = len(lower) // 2
+    if len(lower) <= _SMALL:
+        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False))
+        return
+    first, last = lower[:half, :half], lower[half:, half:]
+    _invert_triangle_(first)
+    _invert_triangle_(last)
+    lower[half:, :half] = (last @ (lower[half:, :half] @ first)).neg_()

@@ -9,15 +9,19 @@ from typing import TypeVar
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.float32_products import onednn_is_faster
+from rac_modifier.float32_products import add_product, onednn_is_faster, product
 from rac_modifier.pruning import blocked
 
 # Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would hardly matter, and the
 # result would be magnitude pruning under another name.
 MAX_DAMPENING = 1.0
 _FIRST_RETRY = 1e-4  # when dampening_frac is 0
-_BLOCK = 256  # rows of H in one step of quadratic_form
+BLOCK, _SUMMED, VECTORS = 512, 2048, 1024  # of quadratic_form: rows of H, numbers that are summed up, vectors at once
 _ROUNDED_AT_ONCE = 64  # rows of a matrix, which are copied
+
+_PRODUCT_ROWS = 256  # of a product that is added: so many are there beside what it is added to
+# Numbers that passes over memory take at once: on a CPU they stay in its caches, on a GPU, where calls take longer, more.
+AT_ONCE_ON_CPU, _AT_ONCE_ON_GPU = 1 << 17, 1 << 22
 
 T = TypeVar("T")
 
@@ -188,6 +192,18 @@ def rounded_to_bf16_(matrix: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
+def parts(matrix: torch.Tensor, group: int = 1) -> list[slice]:
+    """Rows of `matrix` that passes over memory take at once, in whole groups of so many."""
+    at_once = AT_ONCE_ON_CPU if matrix.device.type == "cpu" else _AT_ONCE_ON_GPU
+    step = max(at_once // max(matrix.shape[1], 1) // group * group, group)
+    return [slice(start, min(start + step, len(matrix))) for start in range(0, len(matrix), step)]
+
+
+def row_blocks(matrix: torch.Tensor) -> list[slice]:
+    """Rows of a product of this shape that are computed at once."""
+    return [slice(i, min(i + _PRODUCT_ROWS, len(matrix))) for i in range(0, len(matrix), _PRODUCT_ROWS)]
+
+
 def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: bool) -> torch.Tensor:
     """`out` + `a` @ `b`, in place; with `bf16` both factors are rounded to bfloat16, else the product is as they are."""
     return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else out.addmm_(a, b)
@@ -196,15 +212,19 @@ def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: boo
 def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
 
-    Uses the lower triangle and counts what is left of the diagonal blocks twice: half the work of a full product.
+    Uses the lower triangle and counts what is left of the diagonal blocks twice: half the work of a full product. Products have
+    one of a few shapes (float32_products.py).
     """
     result = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    for start in range(0, vectors.shape[0], _BLOCK):
-        block = slice(start, start + _BLOCK)
-        product = hessian[block, block] @ vectors[block]
-        if start:
-            product.addmm_(hessian[block, :start], vectors[:start], alpha=2)
-        result += product.mul_(vectors[block]).sum(0)
+    for some, found in zip(vectors.split(VECTORS, dim=1), result.split(VECTORS), strict=True):
+        lying = some.T.contiguous()
+        for start in range(0, len(hessian), BLOCK):
+            block = slice(start, start + BLOCK)
+            moved = product(lying[:, block], hessian[block, block])
+            for first in range(0, start, _SUMMED):
+                before = slice(first, min(first + _SUMMED, start))
+                add_product(moved, lying[:, before], hessian[block, before].T, alpha=2)
+            found += moved.mul_(lying[:, block]).sum(1)
     return result
 
 

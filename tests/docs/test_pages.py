@@ -123,10 +123,9 @@ def test_linked_files_exist(page):
 
 @each_page
 def test_programs_that_a_page_names_exist(page):
-    """Files of benchmarks/, examples/, tests/, scripts/ and training/; what was removed is named with its history."""
+    """Files of benchmarks/, examples/, tests/, scripts/ and training/."""
     named = re.findall(r"\b(?:benchmarks|examples|scripts|tests|training)/[\w/.-]*\w", page.read_text())
-    missing = {name for name in named if not (ROOT / name).exists()}
-    assert missing <= {"benchmarks/preset_costs.py"}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
 # Counted or rounded here, not measured: bytes per weight, and sizes.

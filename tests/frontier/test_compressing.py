@@ -1,18 +1,18 @@
-"""The counted operations of pruning: against a count of an earlier program, and of a product that is really made."""
+"""The counted operations of pruning, against the products that are really made."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rac_modifier.frontier.compressing import PASSES, Group, Operations, groups_of, moments, solving
-
-PAGE = (Path(__file__).parents[2] / "docs" / "results" / "pruning_time.md").read_text()
-# hidden, inner, keys, layers of DeepSeek-R1-Distill-Qwen
-SHAPES = {"1.5B": (1536, 8960, 256, 28), "7B": (3584, 18944, 512, 28), "32B": (5120, 27648, 1024, 64)}
+from rac_modifier.frontier.compressing import Group, Operations, groups_of, moments, solving
+from rac_modifier.pruning import Pattern, alps, blocked, linalg, solve
+from rac_modifier.settings.pruning import ITERATIONS, REFIT_STEPS
+from tests.pruning.pruning_reference import correlated_problem
 
 
 def groups(hidden: int, inner: int, keys: int, layers: int) -> list[Group]:
@@ -25,21 +25,36 @@ def groups(hidden: int, inner: int, keys: int, layers: int) -> list[Group]:
     return block * layers
 
 
-@pytest.mark.parametrize("tokens", [1_000_000, 131_072, 16_384])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_count_is_that_of_the_page(shape: str, tokens: int) -> None:
-    """The page's was made by an earlier program, which described the solver by itself; the two differ by a step."""
-    row = next(line for line in PAGE.splitlines() if line.startswith(f"| {shape} | {tokens:,} | quality |"))
-    _, _, _, _, total, _, _, passes, statistics, solver, _ = (cell.strip() for cell in row.split("|"))
-    found = groups(*SHAPES[shape])
-    parts = [
-        PASSES * 2 * tokens * sum(group.weights for group in found),
-        sum(sum(vars(moments(group, tokens)).values()) for group in found),
-        sum(sum(vars(solving(group.columns, sum(group.rows))).values()) for group in found),
-    ]
-    assert sum(parts) == pytest.approx(2 * float(total), rel=0.05)
-    for share, operations in zip((passes, statistics, solver), parts, strict=True):
-        assert operations / sum(parts) == pytest.approx(float(share.removesuffix("%")) / 100, abs=0.02)
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        factors = {"aten::mm": args[:2], "aten::addmm": args[1:3], "aten::addmm_": args[1:3]}.get(func._schema.name)
+        if factors:
+            self.operations += 2 * factors[0].numel() * factors[1].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [8, 200])  # by a factor, and by the inverse
+def test_products_of_the_solver_are_counted(rows: int, monkeypatch: pytest.MonkeyPatch, float32_products: None) -> None:
+    """Without those of LAPACK, which is what makes factors here and solves for the target: d^2 r of what is counted."""
+    monkeypatch.setattr(blocked, "BLOCK", 32)
+    monkeypatch.setattr(linalg, "_in_blocks", lambda matrix: False)
+    columns = 160
+    weight, hessian = correlated_problem(rows, columns, 400)
+    assert alps._forms_inverse(columns, rows, 4) == (rows == 200)
+    with Products() as made:
+        (found,) = solve("alps", [weight], hessian, Pattern.n_of_m(2, 4))
+    quadratic = 2 * 2 * columns**2 * rows  # of two errors
+    left_out = (REFIT_STEPS - found.refit_steps + 1) * 2 * columns**2 * rows
+    counted = solving(columns, rows)
+    assert made.operations == pytest.approx(counted.products - left_out + quadratic, rel=1e-9)
+    assert counted.float32 == 2 * columns**3 * (1 / 6 + 3 / (2 if rows == 200 else 6))
+    assert ITERATIONS == 12
 
 
 def test_tokens_that_do_not_reach_a_group_are_not_counted() -> None:

@@ -61,7 +61,7 @@ CASES = {
     "int4 alone": SolverMemory("none", rounds=True, float32=False),
     "int4 alone, zero points": SolverMemory("none", rounds=True, zero_points=True, float32=False),
     "int4 alone, dense target": SolverMemory("none", dense_target=True, rounds=True),
-    "keep": SolverMemory("keep", refits=True),
+    "keep": SolverMemory("keep", dense_target=True, refits=True),  # else its weights fit, and no step is taken
     "wanda": SolverMemory("wanda"),
     "wanda, dense target": SolverMemory("wanda", dense_target=True),
 }

@@ -4,7 +4,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Pattern, alps, broken_groups, solve
+from rac_modifier.pruning import Pattern, alps, blocked, broken_groups, linalg, solve
 from tests.pruning.pruning_reference import (
     assert_near,
     correlated_problem,
@@ -20,7 +20,7 @@ from tests.pruning.pruning_reference import (
 def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """11 iterations in the paper's form on columns scaled by sqrt(diag H), float64: explicit W, D and V, exact thresholds.
 
-    Over-relaxed by 1.5; rho is 0.2 in the first 6 iterations and 0.5 in the last 5. These are our numbers, not the paper's.
+    Over-relaxed by 1.5; rho is 0.2 in the first 4 iterations and 0.5 in the last 3. These are our numbers, not the paper's.
     """
     h = dampened(hessian, 0.01)
     scale = h.diagonal().sqrt()
@@ -35,7 +35,7 @@ def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch
 
     kept = project(t)
     v = 0.2 * (t - kept)
-    for rho in 6 * [0.2] + 5 * [0.5]:
+    for rho in 4 * [0.2] + 4 * [0.1**0.5] + 3 * [0.5]:
         w = torch.linalg.solve(h + rho * torch.eye(d, dtype=torch.float64), (t @ h - v + rho * kept).T).T
         w = 1.5 * w - 0.5 * kept
         z = w + v / rho
@@ -54,14 +54,43 @@ def test_is_the_papers_iteration(pattern):
     assert_near(solution.weight, expected, solve_tolerance(dampened(hessian, 0.01), torch.float64))
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.6)])
-def test_triangular_solves_and_the_inverse_agree(pattern, monkeypatch):
+def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):
+    """Rounding to bfloat16 moves 3 to 6 % of a mask by itself, on layers of SmolLM2, and the error by 0.1 %."""
     weight, hessian = correlated_problem(20, 96, 400)
-    (inverse,) = solve("alps", [weight], hessian, pattern)
-    monkeypatch.setattr(alps, "_INVERSE_UP_TO", 0)
-    (solves,) = solve("alps", [weight], hessian, pattern)
-    assert (inverse.mask == solves.mask).float().mean() > 0.995
-    assert solves.error == pytest.approx(inverse.error, rel=0.01)
+    monkeypatch.setattr(blocked, "BLOCK", 32)
+    monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: bf16)
+    found = {}
+    for inverts in (True, False):
+        monkeypatch.setattr(alps, "_forms_inverse", lambda *shape, inverts=inverts: inverts)
+        (found[inverts],) = solve("alps", [weight], hessian, pattern)
+    assert (found[True].mask == found[False].mask).float().mean() > (0.94 if bf16 else 0.995)
+    assert found[False].error == pytest.approx(found[True].error, rel=0.01)
+
+
+@pytest.mark.parametrize(("inputs", "rows"), [(64, 8), (600, 40), (1536, 576), (8960, 1536), (18944, 3584)])
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_the_inverse_is_formed_where_it_takes_fewer_multiply_adds(inputs, rows, repeats):
+    """Counted step by step; of a factor without its corners, which have a share of BLOCK / inputs."""
+    b = min(blocked.BLOCK, inputs)
+    corners, before = inputs * b, (inputs**2 - inputs * b) / 2
+    factor = inputs**3 / 6 + repeats * rows * 2 * (corners + before)
+    inverse = inputs**3 / 2 + repeats * rows * inputs**2
+    assert abs(factor / inverse - 1) > 1e-3
+    assert alps._forms_inverse(inputs, rows, repeats) == (inverse < factor)
+
+
+def test_several_parts_are_as_good_as_one(monkeypatch):
+    """Of the passes over memory and of the products; parts end between groups of a pattern."""
+    weight, hessian = correlated_problem(20, 96, 400)
+    for pattern in (Pattern.n_of_m(3, 6), Pattern.unstructured(0.6)):
+        monkeypatch.setattr(linalg, "AT_ONCE_ON_CPU", 1 << 17)
+        (whole,) = solve("alps", [weight], hessian, pattern)
+        monkeypatch.setattr(linalg, "AT_ONCE_ON_CPU", 20 * 16)  # 12 and 16 inputs
+        (parts,) = solve("alps", [weight], hessian, pattern)
+        assert torch.equal(whole.mask, parts.mask)
+        assert_near(parts.weight, whole.weight, 1e-5)  # the refit's sums are in another order
 
 
 @pytest.mark.parametrize(

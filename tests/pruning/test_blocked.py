@@ -13,6 +13,7 @@ SIZES = [1, 16, 17, 70, 130]
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK", 16)
     monkeypatch.setattr(blocked, "_ROWS", 40)
+    monkeypatch.setattr(blocked, "_SMALL", 5)
 
 
 def problem(d: int) -> torch.Tensor:
@@ -54,6 +55,18 @@ def test_a_solve_leaves_the_right_sides_alone(d):
     found = blocked.solve(right, torch.linalg.cholesky(exact).float())
     assert_near(found, torch.linalg.solve(exact, right.double()), solve_tolerance(exact, torch.float32))
     assert torch.equal(right, before)
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_solve_in_place_takes_a_factor_with_inverted_corners(d, dtype):
+    exact, right = problem(d), gaussian(5, d).T.contiguous().to(dtype)
+    expected = torch.linalg.solve(exact, right.double())
+    lower = blocked.invert_corners_(torch.linalg.cholesky(exact).float())
+    found = blocked.solve_(right, lower.to(dtype))
+    assert found.data_ptr() == right.data_ptr()
+    margin = 50.0 if dtype == torch.float32 else 1.0  # rounding to bfloat16 happens to each number once
+    assert_near(found, expected, solve_tolerance(exact, dtype, margin))
 
 
 @pytest.mark.parametrize("at", [0, 20, 69])

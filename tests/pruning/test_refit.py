@@ -24,7 +24,8 @@ from tests.pruning.pruning_reference import (
 
 def refitted(start, kept, target, hessian, frac=0.01, **options):
     weight = start.T.clone(memory_format=torch.contiguous_format)
-    done = refit(weight, ~kept.T.contiguous(), target.T.contiguous(), hessian, Dampening.of(hessian, frac), **options)
+    aim = target.T.clone(memory_format=torch.contiguous_format)
+    done = refit(weight, ~kept.T.contiguous(), aim, hessian, Dampening.of(hessian, frac), **options)
     return weight.T, done
 
 
