@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
 import shlex
@@ -90,13 +91,30 @@ class VllmCommand:
     def arguments(self, model: str, dtype: str, port: int) -> list[str]:
         """The whole command line."""
         where = ["--host", _HOST, "--port", str(port)]
-        return [self.path, "serve", model, *where, "--dtype", dtype, *self.options]
+        asked = any(option.split("=")[0] in ("--quantization", "-q") for option in self.options)
+        ours = ["--quantization", "rac-sparse"] if _has_few_bits(model) and not asked else []
+        return [self.path, "serve", model, *where, "--dtype", dtype, *ours, *self.options]
 
     def environment(self) -> dict[str, str]:
         """This process's variables, without a PYTHONPATH that is meant for this environment and not for vLLM's."""
         own = Path(self.path).parent == Path(sys.executable).parent
         variables = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
         return {"VLLM_NO_USAGE_STATS": "1", **variables}
+
+
+def _has_few_bits(model: str) -> bool:
+    """Whether it is a folder with weights of 2 or 3 bits, for which vLLM has no CPU kernel of its own."""
+    try:
+        groups = json.loads((Path(model) / "config.json").read_text())["quantization_config"]["config_groups"]
+        return any(group["weights"]["num_bits"] in (2, 3) for group in groups.values())
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # no folder, or vLLM says what is wrong with it
+        return False
 
 
 def check_serving() -> None:

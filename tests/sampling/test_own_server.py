@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,23 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
 def test_two_at_once_have_ports_of_their_own(vllm):
     with vllm_server(vllm, "a") as first, vllm_server(vllm, "b") as second:
         assert first != second
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "added"), [(2, (), True), (3, (), True), (4, (), False), (3, ("-q", "x"), False)]
+)
+def test_weights_of_two_or_three_bits_are_served_on_our_kernels(tmp_path, bits, options, added):
+    config = {"quantization_config": {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = VllmCommand("vllm", options).arguments(str(tmp_path), "auto", 1)
+    assert ("--quantization rac-sparse" in " ".join(command)) is added
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"quantization_config": {"config_groups": {"a": 1}}}'])
+def test_a_model_whose_config_says_nothing_gets_no_option(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert "rac-sparse" not in VllmCommand("vllm").arguments(str(tmp_path), "auto", 1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), ValueError("body")])
