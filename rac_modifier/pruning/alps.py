@@ -124,7 +124,7 @@ def _thresholds(z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patte
     """Of each column [1, sum(rows)], the score that what is kept of its module has to be above; the number is approximate."""
     found = []
     for part, pattern in zip(z.split(list(rows), dim=1), patterns, strict=True):
-        inputs, outputs = sampled_places(*part.shape, part.device)
+        inputs, outputs = sampled_places(part.shape[0], part.shape[1], part.device)
         scores = part[inputs, outputs].mul_(scale[inputs, 0]).abs_()
         found.append(z.new_full((1, part.shape[1]), sampled_threshold(scores, pattern.sparsity)))
     return torch.cat(found, dim=1)
