@@ -44,7 +44,7 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
     "vLLM, dense int8 (W8A8)": (8, 0.0, 16),
     "vLLM, dense int4 (W4A16)": (4, 0.0, 16),
 }
-ONE_PROCESS = ", one process"  # vLLM's engine and worker in one process: none polls for the other (docs/serving.md)
+ONE_PROCESS = ", one process"  # vLLM's engine and worker in one, so that none polls for the other, without statistics
 SERVED |= {name + ONE_PROCESS: kind for name, kind in SERVED.items() if not name.startswith("vLLM")}
 GROUP, HIDDEN = 128, 1536  # columns that share a scale of int4; columns of the head
 GROUPS = {4: GROUP, 3: 64}  # by bits, as in the recipes
@@ -179,7 +179,7 @@ def served(name: str, args: argparse.Namespace) -> Figures:
     ]
     environment = {"RAC_LM_HEAD": f"int{head_bits}"} if ours else {}
     if name.endswith(ONE_PROCESS):
-        options += ["--distributed-executor-backend", "uni"]
+        options += ["--distributed-executor-backend", "uni", "--disable-log-stats"]
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     log = folder.with_suffix(".log")
     with serving(folder, options, log, environment=environment) as server:
