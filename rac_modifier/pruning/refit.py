@@ -80,7 +80,7 @@ def refit(
         for some in linalg.row_blocks(weight):
             found = rounded[some] @ factor
             for inner in linalg.parts(found):
-                here = slice(some.start + inner.start, min(some.start + inner.stop, some.stop))
+                here = slice(some.start + inner.start, some.start + inner.stop)
                 torch.mul(direction[here], added[here], out=product[here]).add_(found[inner])
                 product[here].masked_fill_(pruned[here], 0.0)
                 curvature += (direction[here] * product[here]).sum(0)

@@ -37,7 +37,6 @@ class PruningSettings(BaseModel):
     )
     allocation: Allocation | None = Field(
         None,
-        min_length=1,
         description="for an unstructured sparsity: shares of modules that differ from it, by module name or re: pattern (the "
         "last match counts); the modules that none names get the one share that makes the average the sparsity asked for",
     )
@@ -117,6 +116,16 @@ class PruningSettings(BaseModel):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _names_modules(cls, allocation: Any) -> Any:
+        if allocation is not None and (not isinstance(allocation, dict) or not allocation):
+            raise RacError(
+                f"allocation is {allocation!r}, and must be shares by module, such as {{'re:.*down_proj': 0.4}}; leave it out to "
+                "prune the same share of each"
+            )
+        return allocation
+
     @field_validator("allocation")
     @classmethod
     def _shares_are_possible(cls, allocation: Allocation | None) -> Allocation | None:
@@ -133,6 +142,11 @@ class PruningSettings(BaseModel):
     def _preset_fills_in(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
             return validate(values)
+        if "experimental" in values:
+            raise RacError(
+                f"experimental: {values['experimental']!r}: this group is gone; write allocation: {{module: share}} beside "
+                "sparsity, and leave allocation: kl out, which gained nothing"
+            )
         settings = validate(with_preset(values))
         keep_as_written(settings, values)
         return settings

@@ -101,6 +101,16 @@ CASES += [
         lambda b: b.check(allocation={"re:.*q_proj": 0.6}),
     ),
     Case(
+        "`allocation` that is no list of shares",
+        "allocation is 'kl', and must be shares by module, such as",
+        lambda b: b.check(mask_structure="0:0", sparsity=0.5, allocation="kl"),
+    ),
+    Case(
+        "the group `experimental` of older recipes",
+        "this group is gone; write allocation: {module: share} beside sparsity",
+        lambda b: b.check(mask_structure="0:0", sparsity=0.5, experimental={"allocation": "kl"}),
+    ),
+    Case(
         "a share of 0 in `allocation`",
         "name a module that is to stay dense in ignore",
         lambda b: b.check(mask_structure="0:0", sparsity=0.5, allocation={"re:.*q_proj": 0.0}),

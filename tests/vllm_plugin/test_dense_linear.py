@@ -37,6 +37,19 @@ def weights_of(kind, group=32, symmetric=True, bits=4):
     return [(shard, *int4(torch.randn(rows, K), group, symmetric, bits)) for shard, _, rows in KINDS[kind][2]]
 
 
+def loaded(kind, config, group, symmetric, bits=4):
+    """A dense layer and one of `config` with the same weights, and their rows and columns on this rank."""
+    dense, ours = make(kind, None), make(kind, config)
+    for shard, tensors, meant in weights_of(kind, group, symmetric, bits):
+        assert tensors["weight_packed"].shape[1] == K * bits // 32
+        load(dense, shard, {"weight": meant})
+        load(ours, shard, tensors)
+    n, k = dense.weight.shape
+    finish(ours)
+    finish(dense)
+    return dense, ours, n, k
+
+
 @needs_kernel
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, 96, None])
@@ -45,13 +58,7 @@ def weights_of(kind, group=32, symmetric=True, bits=4):
 def test_codes_scales_and_zero_points_are_sharded(monkeypatch, kind, rank, size, group, symmetric):
     on_rank(monkeypatch, rank, size)
     config = RacSparseConfig.from_config(quantization(group, symmetric))
-    dense, ours = make(kind, None), make(kind, config)
-    for shard, tensors, meant in weights_of(kind, group, symmetric):
-        load(dense, shard, {"weight": meant})
-        load(ours, shard, tensors)
-    n, k = dense.weight.shape
-    finish(ours)
-    finish(dense)
+    dense, ours, n, k = loaded(kind, config, group, symmetric)
     (decision,) = config.summary.decisions.values()
     assert decision.kernel == f"int4 kernel {support().isa}"
     assert ours.weight_packed.dtype == torch.uint8
@@ -72,14 +79,7 @@ def test_few_bits_are_sharded(monkeypatch, kind, rank, size, group, symmetric, b
     """Codes of 3 bits lie across words, which are unpacked before they are cut. A group that a rank cuts takes four bits."""
     on_rank(monkeypatch, rank, size)
     config = RacSparseConfig.from_config(quantization(group, symmetric, bits))
-    dense, ours = make(kind, None), make(kind, config)
-    for shard, tensors, meant in weights_of(kind, group, symmetric, bits):
-        assert tensors["weight_packed"].shape[1] == K * bits // 32
-        load(dense, shard, {"weight": meant})
-        load(ours, shard, tensors)
-    n, k = dense.weight.shape
-    finish(ours)
-    finish(dense)
+    dense, ours, n, k = loaded(kind, config, group, symmetric, bits)
     (decision,) = config.summary.decisions.values()
     cut = group is not None and k % 32 != 0
     wide = f" (int{bits} values in groups of {8 if size == 4 else 16}, four bits each)"

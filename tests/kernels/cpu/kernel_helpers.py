@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_modifier.kernels.cpu import library, support
+from rac_modifier.kernels.cpu import library, operator, support
 from rac_modifier.kernels.cpu.operator import sparse_linear
-from rac_modifier.kernels.cpu.packed import pack_dense, pack_values, unpack
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values, unpack
 from tests.kept_builds import kept_build
 
 HERE = Path(__file__).parent
@@ -164,3 +164,39 @@ def assert_integer_product(
     bound += terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
     assert y.shape == exact.shape
     assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())
+
+
+def assert_threads_change_nothing(weight: Packed, scale: Tensor) -> None:
+    """For each way of the kernels by the number of rows of x."""
+    for m in (1, 7, 20, 70):
+        x = torch.randn(m, weight.columns)
+        with threads(1):
+            one = multiply(x, weight, None, scale)
+        for number in (2, 3):
+            with threads(number):
+                assert torch.equal(multiply(x, weight, None, scale), one)
+
+
+def assert_expanded_panels(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, dense: Tensor, weight: Packed, groups: int
+) -> None:
+    """The path of many rows, in several chunks with a tail: x is not rounded. `dense` is int8, with `groups` of columns."""
+    monkeypatch.setattr(operator, "CROSSOVER4", dict.fromkeys(operator.CROSSOVER4, 0))
+    monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
+    rows, columns = dense.shape
+    scale = (torch.rand(rows, groups) + 0.01).bfloat16().float()
+    for dtype in (torch.bfloat16, torch.float32):
+        x, bias = torch.randn(130, columns).to(dtype), torch.randn(rows)
+        y = multiply(x, weight, bias, pack_scale(scale, narrow=True))
+        times, plus = expanded(kernel, dtype, dense, scale, bias)
+        assert_integer_product(y, x, times, groups, plus)
+
+
+def assert_many_lines_and_panels(dense: Tensor, weight: Packed, groups: int) -> None:
+    """More lines than AMX uses at a time, with a tail."""
+    rows, columns = dense.shape
+    scale = (torch.rand(rows, groups) + 0.01).bfloat16().float()
+    x, bias = torch.randn(401, columns), torch.randn(rows)
+    assert_integer_product(
+        multiply(x, weight, bias, pack_scale(scale, narrow=True)), x, scaled(dense, scale), groups, bias
+    )

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.packed import check_packed, pack_dense, pack_scale, pack_values, unpack
 from tests.kernels.cpu.kernel_helpers import (
     LEVELS,
     Packed,
+    assert_expanded_panels,
     assert_integer_product,
+    assert_many_lines_and_panels,
+    assert_threads_change_nothing,
     bitmask_of,
-    expanded,
     multiply,
     random_mask,
     scaled,
-    threads,
     unpacked,
 )
 
@@ -171,38 +171,21 @@ def test_empty_rows_give_the_bias(kernel):
 def test_threads_change_nothing(kernel):
     for density in (0.5, 1.0):
         _, weight = weight_of(200, 640, density, 5, True)
-        scale = pack_scale(torch.rand(200, 5))
-        for m in (1, 7, 20, 70):
-            x = torch.randn(m, 640)
-            with threads(1):
-                one = multiply(x, weight, None, scale)
-            for number in (2, 3):
-                with threads(number):
-                    assert torch.equal(multiply(x, weight, None, scale), one)
+        assert_threads_change_nothing(weight, pack_scale(torch.rand(200, 5)))
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_chunks_of_lines_and_groups_of_panels(kernel, density):
     """More lines than AMX uses at a time, with a tail, and more panels than share them; with codes of zero."""
     dense, weight = weight_of(16 * 17 + 3, 192, density, 3, True)
-    scale = (torch.rand(16 * 17 + 3, 3) + 0.01).bfloat16().float()
-    x, bias = torch.randn(401, 192), torch.randn(16 * 17 + 3)
-    assert_integer_product(multiply(x, weight, bias, pack_scale(scale, narrow=True)), x, scaled(dense, scale), 3, bias)
+    assert_many_lines_and_panels(dense, weight, 3)
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_expanded_panels(kernel, groups, density, monkeypatch):
-    """The path of many rows, in several chunks with a tail: x is not rounded."""
-    monkeypatch.setattr(operator, "CROSSOVER4", dict.fromkeys(operator.CROSSOVER4, 0))
-    monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
     dense, weight = weight_of(90, 80, density, groups, True)
-    scale = (torch.rand(90, groups) + 0.01).bfloat16().float()
-    for dtype in DTYPES:
-        x, bias = torch.randn(130, 80).to(dtype), torch.randn(90)
-        y = multiply(x, weight, bias, pack_scale(scale, narrow=True))
-        times, plus = expanded(kernel, dtype, dense, scale, bias)
-        assert_integer_product(y, x, times, groups, plus)
+    assert_expanded_panels(kernel, monkeypatch, dense, weight, groups)
 
 
 def test_the_layout_byte_by_byte(best):
