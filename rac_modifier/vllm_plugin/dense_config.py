@@ -31,7 +31,7 @@ from rac_modifier.vllm_plugin.activations import activation_bits, check_effect
 from rac_modifier.vllm_plugin.crossover import crossovers, use_crossovers
 from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod, by_vllm, logger, record
 from rac_modifier.vllm_plugin.shards import CodeShards
-from rac_modifier.vllm_plugin.sparse_layers import fused_modules
+from rac_modifier.vllm_plugin.sparse_layers import fused_modules, stored_name
 from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods, why_not
 from rac_modifier.vllm_plugin.summary import Summary
 
@@ -87,6 +87,7 @@ class DenseCodesConfig(CompressedTensorsConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """vLLM's method of one layer, or ours: for a linear layer of 2 to 4 bits, and for a head or embedding of int8 or int4."""
+        prefix = stored_name(prefix)
         use_crossovers(self.crossovers)
         if isinstance(layer, VocabParallelEmbedding):
             return self._of_vocabulary(layer, prefix)

@@ -28,6 +28,7 @@ from rac_modifier.vllm_plugin.sparse_layers import (
     kinds_of,
     parse_dense_stored,
     parse_packed,
+    stored_name,
 )
 from rac_modifier.vllm_plugin.summary import Summary
 
@@ -139,6 +140,7 @@ class RacSparseConfig(QuantizationConfig):
         from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods
 
         assert self.layers is not None
+        prefix = stored_name(prefix)
         use_crossovers(self.crossovers)
         if isinstance(layer, LinearBase):
             modules = fused_modules(prefix, self.packed_modules_mapping)

@@ -12,6 +12,8 @@ from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
 from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, SparsityConfig, SparsityRecord
 from rac_modifier.errors import RacError
 
+DRAFT = "draft_model"  # vllm.v1.spec_decode.draft_model gives it to `get_model` as the prefix of all layers
+
 
 @dataclass(frozen=True)
 class SparseLayers:
@@ -107,6 +109,11 @@ def kinds_of(quantization: Mapping[str, Any]) -> tuple[str, ...]:
         if isinstance(weights := group.get("weights"), Mapping)
     }
     return tuple(sorted(kind for kind in found if kind in ("int8", "int4", "floats"))) or ("floats",)
+
+
+def stored_name(prefix: str) -> str:
+    """A layer of the server as the checkpoint names it: the layers of a draft (speculative decoding) have a prefix of vLLM's."""
+    return prefix.removeprefix(f"{DRAFT}.")
 
 
 def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:

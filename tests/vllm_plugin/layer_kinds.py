@@ -50,13 +50,13 @@ KINDS: dict[str, tuple[type, dict[str, Any], list[tuple[Any, str, int]]]] = {
 PREFIX = {"merged": "a.gate_up", "merged on disk": "a.gate_up", "qkv": "a.qkv", "qkv on disk": "a.qkv"}
 
 
-def make(kind: str, config: RacSparseConfig | None, bias: bool = False) -> LinearBase:
+def make(kind: str, config: RacSparseConfig | None, bias: bool = False, within: str = "") -> LinearBase:
+    """A layer of vLLM. `within`: what stands before its name, as before those of a draft."""
     cls, arguments, _ = KINDS[kind]
     if config is not None:
         config.packed_modules_mapping = FUSED
-    return cls(
-        **arguments, bias=bias, quant_config=config, prefix=PREFIX.get(kind, f"a.{kind}"), params_dtype=torch.float32
-    )
+    prefix = within + PREFIX.get(kind, f"a.{kind}")
+    return cls(**arguments, bias=bias, quant_config=config, prefix=prefix, params_dtype=torch.float32)
 
 
 def load(layer: LinearBase, shard: Any, tensors: dict[str, torch.Tensor]) -> None:

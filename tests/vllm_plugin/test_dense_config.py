@@ -89,7 +89,8 @@ def test_reordered_columns_are_refused_by_vllm_with_its_reason():
         RacSparseConfig.from_config(quantization(config_groups={"g": group_of(["Linear"], actorder=order)}))
 
 
-def test_the_method_of_each_layer(monkeypatch):
+@pytest.mark.parametrize("within", ["", "draft_model."])
+def test_the_method_of_each_layer(monkeypatch, within):
     """int4 in groups of 32, and int3 per row, get ours, int8 vLLM's with a reason, and what is ignored vLLM's without one."""
     on_rank(monkeypatch, 0, 1)
     monkeypatch.setattr(CompressedTensorsWNA16, "create_weights", lambda self, **sizes: None)  # no int8 on a CPU
@@ -99,7 +100,7 @@ def test_the_method_of_each_layer(monkeypatch):
         "c": group_of(["a.gate", "a.up"], bits=8),
     }
     config = RacSparseConfig.from_config(quantization(config_groups=groups, ignore=["a.row"]))
-    methods = {kind: make(kind, config).quant_method for kind in ("column", "row", "qkv", "merged")}
+    methods = {kind: make(kind, config, within=within).quant_method for kind in ("column", "row", "qkv", "merged")}
     assert {kind: type(method) for kind, method in methods.items()} == {
         "column": DenseCodesLinearMethod,
         "row": linear.UnquantizedLinearMethod,

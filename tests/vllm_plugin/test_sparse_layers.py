@@ -17,6 +17,7 @@ from rac_modifier.vllm_plugin.sparse_layers import (
     is_quantized,
     parse_dense_stored,
     parse_packed,
+    stored_name,
 )
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -129,3 +130,8 @@ def test_fused_layers():
 def test_quantised_besides():
     assert not is_quantized(quantization())
     assert is_quantized({**quantization(), "config_groups": {"group_0": {}}})
+
+
+def test_layers_of_a_draft_have_the_names_of_its_checkpoint():
+    assert stored_name("draft_model.model.layers.0.mlp.down_proj") == "model.layers.0.mlp.down_proj"
+    assert stored_name("model.draft_model.layers.0.mlp.down_proj") == "model.draft_model.layers.0.mlp.down_proj"

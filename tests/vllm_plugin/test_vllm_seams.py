@@ -218,3 +218,14 @@ def test_the_kernel_is_one_operator_with_a_fake():
     with FakeTensorMode():
         out = torch.ops.rac_modifier.sparse_linear(torch.zeros(2, 3, 8), torch.zeros(9, dtype=torch.uint8), 5, 8, None)
     assert out.shape == (2, 3, 5)
+
+
+def test_a_draft_model_is_loaded_with_a_prefix():
+    """`stored_name` takes it off; `quantization` of the speculative config is how a dense draft of few bits gets our kernels."""
+    from vllm.config import SpeculativeConfig
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    from rac_modifier.vllm_plugin.sparse_layers import DRAFT
+
+    assert f'prefix="{DRAFT}"' in inspect.getsource(DraftModelProposer._get_model)
+    assert "quantization" in {field.name for field in dataclasses.fields(SpeculativeConfig)}

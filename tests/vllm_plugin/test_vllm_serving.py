@@ -109,6 +109,29 @@ def test_dense_stored_weights_on_request(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(tmp_path, monkeypatch, structure):
+    from vllm import SamplingParams
+
+    from rac_modifier.vllm_plugin import linear
+    from tests.vllm_plugin.vllm_fixtures import PROMPTS, engine
+
+    said: list[str] = []
+    monkeypatch.setattr(linear.logger, "info", lambda message, *arguments: said.append(message % arguments))
+    other = "unstructured" if structure == "2:4" else "2:4"  # the draft often errs: its weights have another mask
+    target = save_model(tmp_path / "target", "qwen3", other, packed=False)
+    draft = save_model(tmp_path / "draft", "qwen3", structure)
+    speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
+    with engine(target, speculative_config=speculative, disable_log_stats=False) as model:
+        params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+        outputs = model.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+        counts = {metric.name: metric.value for metric in model.get_metrics() if hasattr(metric, "value")}
+    assert [list(output.outputs[0].token_ids) for output in outputs] == reference(target, TOKENS)
+    assert 0 < counts["vllm:spec_decode_num_accepted_tokens"] < counts["vllm:spec_decode_num_draft_tokens"]
+    assert said[0].startswith(f"rac-sparse: {7 if support().isa else 0} of 7 pruned layers")
+
+
+@pytest.mark.slow
 def test_one_summary_at_load(tmp_path, monkeypatch):
     from rac_modifier.vllm_plugin import linear
 
