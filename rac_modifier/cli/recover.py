@@ -71,7 +71,7 @@ def recover(
     refuse_idle(settings, idle_recovery(settings))
     source, sampling = _asked(store, problems, column, max_new_tokens, seed)
     check_model(resolve(dense))
-    check_model(str(sparse))
+    check_model(resolve(str(sparse)))
     check_output(output, str(sparse))
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
