@@ -81,7 +81,7 @@ def evaluate(
     serve: Annotated[
         bool, typer.Option("--serve", help="start vllm serve for each model, and stop it at the end")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="answers in progress at once")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="answers of a server in progress at once")] = 64,
     answers: Annotated[
         Path | None,
         typer.Option(help="file of the answers, to go on after a kill"),
@@ -124,10 +124,11 @@ def evaluate(
     if divergence and len(models) < 2:
         raise RacError("--divergence compares pruned models with the first one; name at least two models")
     asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p, run_code)
-    asked = asked.with_preset(preset, written_options(context))
+    written = written_options(context)
+    asked = asked.with_preset(preset, written)
     asked.check(divergence=divergence, direct=direct)
     in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve)
-    in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature)
+    in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature, written=written)
     if divergence and baseline is not None:
         raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
     paired_with = [] if baseline is None else read_results(baseline)
