@@ -24,6 +24,13 @@ def frontier(b: Bench, *rows: dict[str, Any], **parts: Any) -> None:
     b.rac("frontier", b.folder, "--recipe-grid", path, "--out", b.tmp / "out")
 
 
+def written(b: Bench, text: str) -> Path:
+    """A grid file with this text."""
+    path = b.tmp / "text.yaml"
+    path.write_text(text)
+    return path
+
+
 def collect(b: Bench, *options: str) -> None:
     b.rac("traces", "collect", b.folder, "-r", "rac_2of4", *options)
 
@@ -125,6 +132,11 @@ CASES += [
         "a grid with a benchmark twice",
         "benchmarks names math-500 twice; name each once",
         lambda b: frontier(b, evaluation={"benchmarks": [{"preset": "math-500"}, {"preset": "math-500", "cap": 9}]}),
+    ),
+    Case(
+        "a grid that is a text",
+        "holds no grid but str; write it as rows:",
+        lambda b: b.rac("frontier", b.folder, "--recipe-grid", written(b, "hello"), "--out", b.tmp / "f"),
     ),
     Case(
         "a grid with a concurrency and no server",
