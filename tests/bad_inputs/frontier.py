@@ -145,7 +145,7 @@ CASES += [
     ),
     Case(
         "a grid that does not fit the memory or the disk",
-        "nothing was started, because this does not fit:\n- ",
+        "nothing was started, because this does not fit:",
         lambda b: frontier(b, shared={"calibration": {"tokens": 10**15}}),
     ),
     Case(
