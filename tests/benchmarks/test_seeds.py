@@ -1,6 +1,5 @@
 """The plots and tables of repeated runs, which the benchmarks share."""
 
-
 import pytest
 
 from benchmarks.seeds import column_positions, parse_sparsity, plot_accuracy, summarise_seeds
