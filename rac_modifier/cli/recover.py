@@ -97,10 +97,8 @@ def _asked(
     from rac_modifier.settings.sampling import SamplingSettings
     from rac_modifier.traces.store import TraceStore
 
-    source, sampling = (
-        ProblemSource(),
-        SamplingSettings(seed=1),
-    )  # another seed than calibration's default gives other traces
+    # another seed than calibration's default gives other traces
+    source, sampling = ProblemSource(), SamplingSettings(seed=1)
     if store is not None and store.is_file():
         header = TraceStore.read(store).header
         source, sampling = header.problems, header.sampling
