@@ -93,6 +93,8 @@ def _asked(
     store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None, seed: int | None
 ) -> tuple[Any, Any]:
     """Problems and sampling: those of the store, where there is one, with what the command line says instead."""
+    from loguru import logger
+
     from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.sampling import SamplingSettings
     from rac_modifier.traces.store import TraceStore
@@ -102,6 +104,8 @@ def _asked(
     if store is not None and store.is_file():
         header = TraceStore.read(store).header
         source, sampling = header.problems, header.sampling
+    elif store is not None:
+        logger.warning(f"there is no trace store at {store} yet: all traces are sampled, and kept there")
     if problems is not None or column is not None:
         source = ProblemSource(source=problems or source.source, column=column)
     changes = {name: value for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)) if value is not None}
