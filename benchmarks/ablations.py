@@ -27,6 +27,7 @@ from typing import Any
 from common import fresh, machine
 from llmcompressor import oneshot
 from seeds import parse_sparsity
+from trace_loss import trace_loss
 from transformers import AutoTokenizer
 
 import rac_modifier
@@ -35,7 +36,6 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.own_samples import sample_sequences
-from rac_modifier.evaluation.teacher_forcing import trace_loss
 from rac_modifier.problems import arithmetic as tasks
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.sampling.prompts import render_prompt

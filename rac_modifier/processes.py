@@ -157,6 +157,9 @@ class Processes:
         )
 
 
+ALONE = Processes()  # a run in this process
+
+
 def _bytes(text: bytes, size: int) -> torch.Tensor:
     """uint8 [size], with `text` at its beginning."""
     data = torch.zeros(size, dtype=torch.uint8)

@@ -64,6 +64,7 @@ def errors_table() -> str:
 
 def test_no_case_is_there_twice():
     assert len({c.did for c in CASES}) == len(CASES) >= 25
+    assert not [c.did for c in CASES if "\n" in c.did + c.says]  # a row of the table is a line
 
 
 def test_the_published_table_is_that_of_the_tests():

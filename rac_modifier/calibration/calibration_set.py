@@ -22,7 +22,7 @@ from rac_modifier.calibration.mixture import (
 from rac_modifier.calibration.trace_budget import collect_for_calibration
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.problems.source import load_problems
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.shared_engine import end_sampling, help_sampling
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
@@ -30,7 +30,6 @@ from rac_modifier.settings.prompt import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.records import Trace
 
-_ALONE = Processes()
 _MANY_UNFINISHED = 0.5  # of the traces: then a warning says so
 
 
@@ -72,7 +71,7 @@ def build_calibration_set(
     calibration: CalibrationSettings,
     progress: bool = True,
     reserved_tokens: int = 0,
-    processes: Processes = _ALONE,
+    processes: Processes = ALONE,
 ) -> CalibrationSet:
     """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import on_accelerator
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
 from rac_modifier.settings.traces import TraceSettings
@@ -21,8 +21,6 @@ from rac_modifier.traces.grading import Judge
 _ENOUGH_TO_JUDGE = 256  # traces, after which the share that a selection keeps is known well enough
 _GROWTH = 4.0  # most growth of a store from one check of its selection to the next
 
-_ALONE = Processes()
-
 
 def collect_for_calibration(
     model: PreTrainedModel | ModelIdentity,
@@ -31,7 +29,7 @@ def collect_for_calibration(
     calibration: CalibrationSettings,
     progress: bool = True,
     reserved_tokens: int = 0,
-    processes: Processes = _ALONE,
+    processes: Processes = ALONE,
 ) -> dict[str, TracePool]:
     """Fill a store for each part of the mixture that consists of traces; returns what is kept of them, by part.
 
@@ -62,7 +60,7 @@ def collect_part(
     wanted: int,
     progress: bool,
     reserved_tokens: int = 0,
-    processes: Processes = _ALONE,
+    processes: Processes = ALONE,
 ) -> TracePool:
     """Collect until `wanted` tokens are selected, beside those that are held out or reserved; counted as the traces will be cut.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,37 @@ class Answering:
     @property
     def wanted(self) -> bool:
         """Whether answers go through a file."""
-        return bool(self.servers) or self.serve or self.path is not None or self.samples > 1
+        return self.served or self.path is not None or self.samples > 1
 
-    def check(self, models: Sequence[str], *, divergence: bool, direct: bool, temperature: float | None) -> None:
-        """Refuse what has no effect or cannot be, before anything is loaded (RacError)."""
+    @property
+    def served(self) -> bool:
+        """Whether a server answers, and not the model in this process."""
+        return self.serve or bool(self.servers)
+
+    def check(
+        self,
+        models: Sequence[str],
+        *,
+        divergence: bool,
+        direct: bool,
+        temperature: float | None,
+        written: Collection[str] = (),
+    ) -> None:
+        """Refuse what has no effect or cannot be, before anything is loaded (RacError).
+
+        Args:
+            models: as the user wrote them.
+            divergence, direct, temperature: the options of these names.
+            written: names of the options that the user wrote.
+        """
+        if "concurrency" in written and not self.served:
+            raise RacError(
+                f"--concurrency {self.concurrency} is for --server and --serve; leave it out, or set --batch-size"
+            )
+        if "batch_size" in written and self.served:
+            raise RacError("--batch-size is for a model in this process; leave it out, or set --concurrency")
+        if "precision" in written and self.servers:
+            raise RacError("--precision is for a model that is loaded here, and a server has one loaded; leave it out")
         if not self.wanted:
             return
         if divergence or direct:
@@ -62,6 +89,11 @@ class Answering:
             )
         if self.samples > 1 and not temperature:
             raise RacError(f"--samples {self.samples} at temperature 0 are the same answer; give --temperature 0.6")
+        if self.servers:
+            from rac_modifier.settings.check import check_settings
+            from rac_modifier.settings.sampling import EngineSettings
+
+            check_settings(EngineSettings, {"base_urls": self.servers}, "--server")
         if self.serve:
             from rac_modifier.sampling.own_server import VllmCommand
 
@@ -92,8 +124,7 @@ class Answering:
         from rac_modifier.settings.problems import ProblemSource
         from rac_modifier.settings.sampling import SamplingSettings
 
-        served = self.serve or bool(self.servers)
-        model, tokenizer = subject_of(name) if served else load_on_accelerator(name, precision)
+        model, tokenizer = subject_of(name) if self.served else load_on_accelerator(name, precision)
         sampling = SamplingSettings(top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump())
         interrupted = resumable("the answers so far are kept; run the same command again to go on")
         with interrupted, self._engine(name, precision, sampling.max_new_tokens) as engine:

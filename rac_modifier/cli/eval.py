@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +12,7 @@ import typer
 from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
-from rac_modifier.cli.options import Dtype, Precision, print_json
+from rac_modifier.cli.options import Column, Dtype, Precision, Seed, print_json
 from rac_modifier.cli.protocol import Protocol, written_options
 from rac_modifier.errors import RacError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.prompt import PromptSettings
-    from rac_modifier.settings.sampling import SamplingSettings
 
 
 class TemplateName(StrEnum):
@@ -49,7 +48,7 @@ def evaluate(
     run_code: Annotated[
         bool, typer.Option("--run-code", help="let --preset livecodebench run the model's programs here, confined")
     ] = False,
-    column: Annotated[str | None, typer.Option(help="column of the question (file or dataset)")] = None,
+    column: Column = None,
     answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
     cap: Annotated[int, typer.Option(min=1, help="most new tokens per answer")] = 512,
     temperature: Annotated[
@@ -57,46 +56,33 @@ def evaluate(
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="0.95 is the default; with --divergence the model's own")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
-    seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
+    seed: Seed = 0,
     system_prompt: Annotated[
-        str | None,
-        typer.Option(help='for all models, "" for none; default: as in calibration'),
+        str | None, typer.Option(help='for all models, "" for none; default: as in calibration')
     ] = None,
     template: Annotated[
-        TemplateName | None,
-        typer.Option(help="chat, or none for the bare question; default: as in calibration"),
+        TemplateName | None, typer.Option(help="chat, or none for the bare question; default: as in calibration")
     ] = None,
     thinking: Annotated[
         bool | None,
         typer.Option(
-            "--thinking/--no-thinking",
-            help="enable_thinking of the chat template; default: as in calibration",
+            "--thinking/--no-thinking", help="enable_thinking of the chat template; default: as in calibration"
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="answers per problem, for pass@k")] = 1,
-    server: Annotated[
-        list[str] | None,
-        typer.Option(help="OpenAI-compatible server of the one model named"),
-    ] = None,
+    server: Annotated[list[str] | None, typer.Option(help="OpenAI-compatible server of the one model named")] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="start vllm serve for each model, and stop it at the end")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="answers in progress at once")] = 64,
-    answers: Annotated[
-        Path | None,
-        typer.Option(help="file of the answers, to go on after a kill"),
-    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="answers of a server in progress at once")] = 64,
+    answers: Annotated[Path | None, typer.Option(help="file of the answers, to go on after a kill")] = None,
     baseline: Annotated[Path | None, typer.Option(help="the dense model's --json FILE, to be paired with")] = None,
     precision: Precision = Dtype.AUTO,
     direct: Annotated[bool, typer.Option("--direct", help="close the thinking before it begins")] = False,
     divergence: Annotated[
-        bool,
-        typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model"),
+        bool, typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model")
     ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="draw the results; .png, .svg or .pdf"),
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the results; .png, .svg or .pdf")] = None,
     card: Annotated[bool, typer.Option("--card", help="write the figures into README.md of the models")] = False,
     json_out: Annotated[
         Path | None,
@@ -116,30 +102,19 @@ def evaluate(
     from rac_modifier.evaluation.plot import plot_bars, plot_file
     from rac_modifier.evaluation.report import accuracy_table
     from rac_modifier.files import write_json_atomic
-    from rac_modifier.settings.sampling import SamplingSettings
 
-    to_stdout = json_out == Path("-")
-    if json_out is not None and not to_stdout and not json_out.absolute().parent.is_dir():
-        raise RacError(f"--json {json_out}: its folder does not exist; create it first")
-    if divergence and len(models) < 2:
-        raise RacError("--divergence compares pruned models with the first one; name at least two models")
+    written = written_options(context)
     asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p, run_code)
-    asked = asked.with_preset(preset, written_options(context))
+    asked = asked.with_preset(preset, written)
     asked.check(divergence=divergence, direct=direct)
     in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve)
-    in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature)
-    if divergence and baseline is not None:
-        raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
+    in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature, written=written)
+    _check_options(models, divergence, direct, baseline, card, json_out)
     paired_with = [] if baseline is None else read_results(baseline)
-    if divergence and direct:
-        raise RacError("--divergence samples the model with its thinking; give it without --direct")
     if plot is not None:
         plot_file(plot)
     carded = models if len(models) == 1 or paired_with else models[1:]
-    if card:
-        if direct:
-            raise RacError("--card is for accuracy with the thinking; leave out --card or --direct")
-        folders = [own_folder(name) for name in carded]
+    folders = [own_folder(name) for name in carded] if card else []
     for name in models:
         check_model(resolve(name))
     choice = choose_prompt(
@@ -150,30 +125,12 @@ def evaluate(
     )
     if direct and choice.prompt.template == "none":
         raise RacError("--direct closes the thinking that a chat template opens; use it with --template chat")
-    chosen = asked.load(seed)
+    run = _Run(models, asked.load(seed), asked, choice.prompt, precision, batch_size, seed)
+    pairs: list[PairedDifference] = []
     if divergence:
-        sampling = SamplingSettings(
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            max_new_tokens=asked.cap,
-            batch_size=batch_size,
-            seed=seed,
-            **choice.prompt.model_dump(),
-        )
-        with resumable("nothing is kept; run the same command again"):
-            results, table = _divergence(models, chosen, sampling, precision, plot)
-        pairs: list[PairedDifference] = []
+        results, table = run.divergence(plot)
     else:
-        limits = asked.limits() | {"batch_size": batch_size, "seed": seed}
-        if in_file.wanted:
-            where, verifiers = asked.where(), asked.verifiers(chosen)
-            found = [in_file.run(name, chosen, where, limits, choice.prompt, precision, verifiers) for name in models]
-        else:
-            limits["verifiers"] = asked.verifiers(chosen)
-            with resumable(
-                "no answer is kept; run the same command again, for one model with --answers FILE to keep them"
-            ):
-                found = _accuracy(models, chosen, limits, precision, choice.prompt, direct)
+        found = run.answers_in_file(in_file) if in_file.wanted else run.answers(direct)
         if plot is not None:
             plot_bars(found, plot)
         results, table = [result.as_dict() for result in found], accuracy_table(found)
@@ -181,25 +138,115 @@ def evaluate(
         pairs = [paired_difference(first, other) for other in others]
     content = {"divergence" if divergence else "results": results, "prompt": choice.prompt.model_dump()}
     if not divergence:
-        content["protocol"] = asked.record(len(chosen))
+        content["protocol"] = asked.record(len(run.problems))
     if pairs:
         content["paired"] = [pair.as_dict() for pair in pairs]
+    to_stdout = json_out == Path("-")
     if to_stdout:
         print_json(content)
     else:
         lines = [render_results(table), *(f"{pair.describe()}." for pair in pairs), choice.describe()]
-        typer.echo("\n".join([*lines, *asked.describe(len(chosen))]))
+        typer.echo("\n".join([*lines, *asked.describe(len(run.problems))]))
         if json_out is not None:
             write_json_atomic(json_out, content)
     if card:
         conditions = {
             "source": asked.source,
             "prompt": choice.prompt.describe(),
-            "protocol": asked.describe(len(chosen)),
+            "protocol": asked.describe(len(run.problems)),
         }
         reference = {"label": models[0]} if divergence else first.as_dict() if pairs else None
         _write_cards(folders, results, pairs, conditions, reference)
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
+
+
+def _check_options(
+    models: list[str], divergence: bool, direct: bool, baseline: Path | None, card: bool, json_out: Path | None
+) -> None:
+    """Refuse options that do not go together, and a file that cannot be written (RacError)."""
+    if json_out is not None and json_out != Path("-") and not json_out.absolute().parent.is_dir():
+        raise RacError(f"--json {json_out}: its folder does not exist; create it first")
+    if divergence and len(models) < 2:
+        raise RacError("--divergence compares pruned models with the first one; name at least two models")
+    if divergence and baseline is not None:
+        raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
+    if divergence and direct:
+        raise RacError("--divergence samples the model with its thinking; give it without --direct")
+    if card and direct:
+        raise RacError("--card is for accuracy with the thinking; leave out --card or --direct")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all models are asked, and how."""
+
+    models: list[str]
+    problems: list[Problem]
+    asked: Protocol
+    prompt: PromptSettings
+    precision: Dtype
+    batch_size: int
+    seed: int
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        return {**self.asked.limits(), "batch_size": self.batch_size, "seed": self.seed}
+
+    def answers_in_file(self, in_file: Answering) -> list[EvalResult]:
+        """The accuracy of each model, its answers kept in a file."""
+        where, verifiers = self.asked.where(), self.asked.verifiers(self.problems)
+        return [
+            in_file.run(name, self.problems, where, self._limits, self.prompt, self.precision, verifiers)
+            for name in self.models
+        ]
+
+    def answers(self, direct: bool) -> list[EvalResult]:
+        """The accuracy of each model in this process; `direct` closes the thinking before it begins."""
+        from rac_modifier.evaluation.accuracy import evaluate as run
+        from rac_modifier.reasoner import direct_answer_prompt
+        from rac_modifier.sampling.prompts import render_prompt
+
+        def render(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+            if direct:
+                return direct_answer_prompt(tokenizer, question, self.prompt.system_prompt)
+            return render_prompt(
+                tokenizer, question, self.prompt.system_prompt, self.prompt.template, self.prompt.thinking
+            )
+
+        how = {**self._limits, "render": render, "verifiers": self.asked.verifiers(self.problems)}
+        with resumable("no answer is kept; run the same command again, for one model with --answers FILE to keep them"):
+            return [
+                run(*load_on_accelerator(name, self.precision), self.problems, label=name, **how)
+                for name in self.models
+            ]
+
+    def divergence(self, plot: Path | None) -> tuple[list[dict[str, Any]], ResultTable]:
+        """KL and top-1 agreement of each model but the first with the first, on samples of the first."""
+        from rac_modifier.evaluation.divergence import divergence
+        from rac_modifier.evaluation.own_samples import sample_sequences
+        from rac_modifier.evaluation.plot import plot_divergence
+        from rac_modifier.evaluation.report import divergence_table
+        from rac_modifier.settings.sampling import SamplingSettings
+
+        sampling = SamplingSettings(
+            temperature=self.asked.temperature,
+            top_p=self.asked.top_p,
+            max_new_tokens=self.asked.cap,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            **self.prompt.model_dump(),
+        )
+        first, *others = self.models
+        with resumable("nothing is kept; run the same command again"):
+            dense, tokenizer = load_on_accelerator(first, self.precision)
+            sequences = sample_sequences(dense, tokenizer, self.problems, sampling)
+            results = [
+                divergence(dense, load_on_accelerator(name, self.precision)[0], sequences, label=name)
+                for name in others
+            ]
+        if plot is not None:
+            plot_divergence(results, plot)
+        return [result.as_dict() for result in results], divergence_table(results)
 
 
 def _write_cards(
@@ -220,41 +267,3 @@ def _write_cards(
             paired = replace(pairs[i], first=first, second=second).describe()
         kind: Literal["accuracy", "divergence"] = "divergence" if "kl" in result else "accuracy"
         add_measured(folder, kind, result, conditions=conditions, reference=reference, paired=paired)
-
-
-def _accuracy(
-    models: list[str],
-    problems: list[Problem],
-    limits: dict[str, Any],
-    precision: Dtype,
-    prompt: PromptSettings,
-    direct: bool,
-) -> list[EvalResult]:
-    from rac_modifier.evaluation.accuracy import evaluate as run
-    from rac_modifier.reasoner import direct_answer_prompt
-    from rac_modifier.sampling.prompts import render_prompt
-
-    def render(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-        if direct:
-            return direct_answer_prompt(tokenizer, question, prompt.system_prompt)
-        return render_prompt(tokenizer, question, prompt.system_prompt, prompt.template, prompt.thinking)
-
-    return [
-        run(*load_on_accelerator(name, precision), problems, label=name, render=render, **limits) for name in models
-    ]
-
-
-def _divergence(
-    models: list[str], problems: list[Problem], sampling: SamplingSettings, precision: Dtype, plot: Path | None
-) -> tuple[list[dict[str, Any]], ResultTable]:
-    from rac_modifier.evaluation.divergence import divergence
-    from rac_modifier.evaluation.own_samples import sample_sequences
-    from rac_modifier.evaluation.plot import plot_divergence
-    from rac_modifier.evaluation.report import divergence_table
-
-    dense, tokenizer = load_on_accelerator(models[0], precision)
-    sequences = sample_sequences(dense, tokenizer, problems, sampling)
-    results = [divergence(dense, load_on_accelerator(name, precision)[0], sequences, label=name) for name in models[1:]]
-    if plot is not None:
-        plot_divergence(results, plot)
-    return [result.as_dict() for result in results], divergence_table(results)

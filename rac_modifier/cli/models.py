@@ -23,14 +23,16 @@ def resolve(model: str) -> str:
 
 def check_model(source: str) -> None:
     """Refuse a model that does not exist, before hours of work (RacError)."""
-    from transformers import AutoConfig, __version__
-
     from rac_modifier.checkpoint.output_folder import folder_problem
 
     folder = Path(source)
     next_step = 'give a model folder, a Hugging Face id, or "reasoner"'
     if (folder.exists() or source.count("/") > 1 or source[0] in "./~") and (problem := folder_problem(folder)):
         raise RacError(f"no model at {source!r} ({problem}); {next_step}")
+    if not folder.is_dir() and (problem := _hub_problem(source)):
+        raise RacError(f"no model at {source!r} (no folder here, and {problem}); {next_step}")
+    from transformers import AutoConfig, __version__  # takes seconds
+
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -46,6 +48,22 @@ def check_model(source: str) -> None:
         raise RacError(
             f"no model at {source!r} (no folder here, and from the hub: {_first_line(error)}); {next_step}"
         ) from error
+
+
+def _hub_problem(name: str) -> str | None:
+    """Why a model that is not in the cache cannot be had; transformers would try to connect for half a minute."""
+    import httpx
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+        return f"the hub cannot be reached: {_first_line(error)}"
+    except (HfHubHTTPError, HFValidationError):  # transformers says what it is
+        pass
+    return None
 
 
 def load_tokenizer(source: str, next_step: str) -> Any:

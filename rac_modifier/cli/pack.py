@@ -55,9 +55,8 @@ def pack(
 
     with resumable(packing_step(None)):
         source = local_folder(resolve(model))
-        if (
-            out is not None and not check and not (out / JOURNAL_FILE).exists()
-        ):  # else pack_model finishes what is there
+        # where there is a journal, pack_model finishes what is there
+        if out is not None and not check and not (out / JOURNAL_FILE).exists():
             check_output_folder(out, source, 0)
     with resumable(lambda: packing_step(None if check else out)):
         plan = plan_packing(source, drop_negative_zeros)

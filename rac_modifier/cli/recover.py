@@ -71,7 +71,7 @@ def recover(
     refuse_idle(settings, idle_recovery(settings))
     source, sampling = _asked(store, problems, column, max_new_tokens, seed)
     check_model(resolve(dense))
-    check_model(str(sparse))
+    check_model(resolve(str(sparse)))
     check_output(output, str(sparse))
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
@@ -93,17 +93,19 @@ def _asked(
     store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None, seed: int | None
 ) -> tuple[Any, Any]:
     """Problems and sampling: those of the store, where there is one, with what the command line says instead."""
+    from loguru import logger
+
     from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.sampling import SamplingSettings
     from rac_modifier.traces.store import TraceStore
 
-    source, sampling = (
-        ProblemSource(),
-        SamplingSettings(seed=1),
-    )  # another seed than calibration's default gives other traces
+    # another seed than calibration's default gives other traces
+    source, sampling = ProblemSource(), SamplingSettings(seed=1)
     if store is not None and store.is_file():
         header = TraceStore.read(store).header
         source, sampling = header.problems, header.sampling
+    elif store is not None:
+        logger.warning(f"there is no trace store at {store} yet: all traces are sampled, and kept there")
     if problems is not None or column is not None:
         source = ProblemSource(source=problems or source.source, column=column)
     changes = {name: value for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)) if value is not None}

@@ -177,6 +177,8 @@ def export(
     from rac_modifier.traces.export import export_parquet
     from rac_modifier.traces.store import TraceStore
 
+    if model is not None and not text:
+        raise RacError(f"--model {model} has no effect without --text; leave it out, or add --text")
     opened = TraceStore.read(store)
     tokenizer = _tokenizer_of(opened, model, "or leave --text out") if text else None
     rows = export_parquet(opened, output, tokenizer)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
 from rac_modifier.files import write_text_atomic
+from rac_modifier.problems.answer_checker import check_installed
 from rac_modifier.problems.answers import Verifier, is_correct
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
@@ -74,9 +75,10 @@ def evaluate(
         generate: completes one batch per call; default: the model in this process.
 
     Raises:
-        RacError: no problems, a problem without an answer, an id twice, a setting out of range, `rows_path` not writable.
+        RacError: no problems, a problem without an answer, an id twice, a setting out of range, math-verify
+            not installed, `rows_path` not writable.
     """
-    check_problems(problems)
+    check_problems(problems, verifiers or {})
     settings = _settings(max_new_tokens, temperature, top_p, batch_size, seed)
     prompts = [render(tokenizer, problem.question) for problem in problems]
     # Longest first: prompts of similar length share a batch, and a batch too large for memory fails at once.
@@ -98,8 +100,11 @@ def evaluate(
     return summarise(rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed)
 
 
-def check_problems(problems: Sequence[Problem]) -> None:
-    """Refuse problems that cannot be graded: none at all, one without an answer, an id twice (RacError)."""
+def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier]) -> None:
+    """Refuse problems that cannot be graded (RacError): none at all, one without an answer, an id twice, no math-verify.
+
+    `verifiers` replace math-verify for the tasks that they are named by.
+    """
     if not problems:
         raise RacError("no problems to evaluate on; give at least one (check the problem source and its limit)")
     without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
@@ -113,6 +118,8 @@ def check_problems(problems: Sequence[Problem]) -> None:
         if p.id in seen:
             raise RacError(f"problem id {p.id!r} appears twice; give each problem once")
         seen.add(p.id)
+    if any((p.task or "") not in verifiers for p in problems):
+        check_installed("mathematics")
 
 
 def _settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int, seed: int) -> SamplingSettings:

@@ -71,7 +71,7 @@ def evaluate_into_file(
         RacError: problems that cannot be graded; a file of another model or other settings, or in use; servers that cannot be
             reached, hold another model, or did not answer some problems. Answers so far are kept.
     """
-    check_problems(problems)
+    check_problems(problems, verifiers or {})
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
     in_memory = None if isinstance(model, ModelIdentity) else model
     header = store_header(identity, tokenizer, sampling, source)

@@ -77,7 +77,7 @@ def choose_prompt(
         thinking: None takes the recorded one.
 
     Raises:
-        RacError: several recorded values where none is given here; a system prompt without a template.
+        RacError: several recorded values where none is given here; a system prompt or `thinking` without a template.
     """
     known = {
         f"{model} ({part})" if len(prompts) > 1 else model: prompt
@@ -90,6 +90,11 @@ def choose_prompt(
             raise RacError(
                 f"system prompt {system_prompt!r} has no place without a chat template; leave --system-prompt out, or use "
                 "--template chat"
+            )
+        if thinking is not None:
+            raise RacError(
+                "--thinking and --no-thinking are for a chat template, and the questions are asked without one; leave them out, "
+                "or use --template chat"
             )
         chosen = PromptSettings(template="none")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,9 +112,11 @@ def plot_file(path: str | os.PathLike[str]) -> Path:
     """The path of a plot that can be written; its folder is created.
 
     Raises:
-        RacError: another file type than .png, .svg or .pdf.
+        RacError: another file type than .png, .svg or .pdf, matplotlib missing.
     """
     path = Path(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RacError("plots need matplotlib; pip install 'rac-modifier[eval]'")
     if path.suffix.lower() not in _FORMATS:
         raise RacError(f"cannot write a plot to {str(path)!r}; use a name that ends in {', '.join(_FORMATS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,15 +124,9 @@ def plot_file(path: str | os.PathLike[str]) -> Path:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches; without pyplot, which would keep it and choose a backend for the whole process.
+    """An empty figure, in inches; without pyplot, which would keep it and choose a backend for the whole process."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        RacError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RacError("plots need matplotlib; pip install 'rac-modifier[eval]'") from error
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 

@@ -1,15 +1,12 @@
-"""Given sequences as a model's input (teacher forcing): checked, batched, padded; and the loss on them."""
+"""Given sequences as a model's input (teacher forcing): checked, batched, padded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from rac_modifier.errors import RacError
-from rac_modifier.model_tools import evaluating
 from rac_modifier.traces.records import Trace
 
 # Token ids, and how many of the first ones are the prompt.
@@ -19,26 +16,6 @@ TokenSequence = tuple[Sequence[int], int]
 def sequence_of(trace: Trace) -> TokenSequence:
     """A stored trace: its prompt and its completion."""
     return (*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids)
-
-
-@torch.no_grad()
-def trace_loss(model: Any, sequences: Sequence[TokenSequence], batch_tokens: int = 4096) -> float:
-    """Mean teacher-forced negative log-likelihood of completion tokens, in nats per token.
-
-    It ranks pruned models as their accuracy does, and needs only one forward pass.
-
-    Args:
-        model: a transformers causal LM.
-        sequences: token ids and the length of the prompt, on which no loss is counted.
-        batch_tokens: most padded tokens of a batch; a longer sequence gets its own batch.
-
-    Raises:
-        RacError: no sequences, or one without a prompt or without a completion.
-    """
-    check_sequences(sequences)
-    with evaluating(model):
-        losses = [_batch_loss(model, batch) for batch in batches_of_like_length(sequences, batch_tokens)]
-    return sum(losses) / sum(len(ids) - prompt_length for ids, prompt_length in sequences)
 
 
 def check_sequences(sequences: Sequence[TokenSequence]) -> None:
@@ -76,16 +53,3 @@ def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[row, : len(sequence)] = torch.tensor(sequence)
         completion[row, prompt_length : len(sequence)] = True
     return ids, completion
-
-
-def _batch_loss(model: Any, batch: list[TokenSequence]) -> float:
-    """The sum of the loss over a batch."""
-    ids, completion = padded(batch)
-    target = ids.masked_fill(~completion, -100)
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        target[:, 1:].flatten().to(logits.device),
-        ignore_index=-100,
-        reduction="sum",
-    ).item()

@@ -15,7 +15,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 from rac_modifier.files import remove_folder
 from rac_modifier.model_tools import on_accelerator
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.memory import check_recovery_memory
@@ -24,8 +24,6 @@ from rac_modifier.recovery.teacher import StoredTeacher
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace
-
-_ALONE = Processes()
 
 
 class RecoveryStage:
@@ -37,7 +35,7 @@ class RecoveryStage:
         traces: Sequence[Trace],
         settings: RecoverySettings,
         keep: bool = False,
-        processes: Processes = _ALONE,
+        processes: Processes = ALONE,
         quantizes: bool = False,
         generic: Sequence[TokenSequence] = (),
     ):
@@ -116,7 +114,7 @@ def before_sampling(
     model: Any,
     tokenizer: Callable[[], Any],
     settings: RecoverySettings | None,
-    processes: Processes = _ALONE,
+    processes: Processes = ALONE,
     quantizes: bool = False,
 ) -> list[TokenSequence]:
     """What can be refused before hours of sampling is refused; returns the generic text to train on.

@@ -15,7 +15,7 @@ from loguru import logger
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.model_tools import evaluating
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.hidden_states import check_head
 from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
@@ -29,7 +29,6 @@ from rac_modifier.settings.recovery import RecoverySettings
 
 _LOWER, _TRIES = 3.0, 3  # the default learning rate is lowered by this factor, up to so many tries
 _SAVE_SECONDS = 300.0
-_ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def recover(
     state: Path | None = None,
     autocast: torch.dtype | None = None,
     progress: bool = True,
-    processes: Processes = _ALONE,
+    processes: Processes = ALONE,
     save_seconds: float = _SAVE_SECONDS,
 ) -> Recovery:
     """Train `model` in place towards the dense model; it ends with the weights of the lowest held-out KL, perhaps its own.

@@ -22,7 +22,7 @@ from loguru import logger
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.freed_memory import WITH_GAPS
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.recomputing import decoder_layers
 from rac_modifier.recovery.schedule import steps_of_run
@@ -35,7 +35,6 @@ _STATE = _FLOAT32 + _MOMENTS  # on its way from a GPU to the disk
 _CODE, _MASTERS = 9, 8
 _MARGIN = 0.9  # of the free memory
 _GIB = 2**30
-_ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class RecoveryNeed:
 def check_recovery_memory(
     model: Any,
     settings: RecoverySettings,
-    processes: Processes = _ALONE,
+    processes: Processes = ALONE,
     *,
     training: Sequence[TokenSequence] | None = None,
     quantizes: bool = False,

@@ -158,12 +158,15 @@ def load_grid(named: str | Path) -> Grid:
     """A grid, its layout checked; `named` is a path, or the name of a grid that ships with the package.
 
     Raises:
-        RacError: no such file, not YAML, or settings that do not exist.
+        RacError: no such file, not YAML, no grid, or settings that do not exist.
     """
     path = FOLDER / f"{named}.yaml" if str(named) in grid_names() else Path(named)
     content = read_yaml(path, "grid", f"name a YAML file, or one of {', '.join(grid_names())}")
     if has_entry(content) and "rows" not in content:
         raise RacError(f"{path} is a recipe and no grid; write a grid with rows: [{{label: one, recipe: {path}}}]")
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else f"holds no grid but {type(content).__name__}"
+        raise RacError(f"{path} {what}; write it as rows: [{{label: one, recipe: rac_2of4}}]")
     return check_settings(Grid, content, str(path))
 
 

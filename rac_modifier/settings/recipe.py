@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ def load_recipe(named: str | Path, overrides: list[str] | None = None) -> dict[s
         RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an entry with settings that
             cannot work, or an override that is not `key=value`.
     """
-    recipe, path = read_recipe(named), find_recipe(named)
-    name, entry = find_named_entry(recipe, str(path))
+    recipe = read_recipe(named)
+    name, entry = find_named_entry(recipe, str(named))
     apply_overrides(entry, overrides or [])
-    check_entry(entry, str(path), name)
+    check_entry(entry, str(named), name)
     return recipe
 
 
@@ -75,8 +76,10 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
         what = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
         raise RacError(f"{where} {what}; {layout()}")
     found: list[tuple[str, dict[str, Any]]] = []
+    others: list[str] = []
     for stage, groups in recipe.items():
         for group, modifiers in groups.items() if isinstance(groups, dict) else ():
+            others += map(str, modifiers) if isinstance(modifiers, dict) else []
             for name in ENTRIES.keys() & modifiers.keys() if isinstance(modifiers, dict) else ():
                 if not (str(stage).endswith("_stage") and str(group).endswith("_modifiers")):
                     raise RacError(f"{where}: llm-compressor would overlook {stage}: {group}: {name}; {layout(name)}")
@@ -85,7 +88,9 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
                     raise RacError(f"{where}: {name} holds {modifiers[name]!r}, not settings; {layout(name)}")
                 found.append((name, modifiers[name]))
     if not found:
-        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {layout()}")
+        misspelt = [(other, ours) for other in others for ours in get_close_matches(other, ENTRIES, n=1, cutoff=0.9)]
+        next_step = "{} is no modifier; did you mean {}?".format(*misspelt[0]) if misspelt else layout()
+        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {next_step}")
     if len(found) > 1:
         names = " and ".join(sorted(name for name, _ in found))
         raise RacError(f"{where} has {names}; leave one of them out: one calibrates the whole recipe")

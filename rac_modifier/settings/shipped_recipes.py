@@ -52,5 +52,5 @@ def summary(name: str) -> str:
 
 def _suggestion(name: str) -> str:
     close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.5)
-    meant = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{meant}Name a YAML file, or one of the recipes that `rac recipes` lists"
+    meant = f"did you mean {' or '.join(close)}? Or " if close else ""
+    return f"{meant}name a YAML file, or one of the recipes that `rac recipes` lists"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem, load_problems
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.engine import Engine
 from rac_modifier.sampling.in_process import InProcessEngine
 from rac_modifier.sampling.model_identity import ModelIdentity, tokenizer_fingerprint
@@ -26,8 +26,6 @@ from rac_modifier.traces.failures import forget_failures
 from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.records import settings_of_record
 from rac_modifier.traces.store import StoreHeader, TraceStore, read_header
-
-_ALONE = Processes()
 
 
 def collect_traces(
@@ -42,7 +40,7 @@ def collect_traces(
     retry_failed: bool = False,
     allow_off_policy: bool = False,
     progress: bool = True,
-    processes: Processes = _ALONE,
+    processes: Processes = ALONE,
 ) -> TraceStore:
     """Fill the store at `store_path` (None: `default_store_path`) up to `tokens` prompt and completion tokens.
 
@@ -139,7 +137,7 @@ def engine_for(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingSettings,
-    processes: Processes = _ALONE,
+    processes: Processes = ALONE,
     takes_text: bool = False,
 ) -> Engine:
     """The servers that `settings` name, or without settings the model in this process, or in each of `processes`.

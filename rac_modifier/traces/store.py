@@ -80,7 +80,9 @@ class TraceStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise RacError(f"trace store {str(path)!r} cannot be opened for writing: {error}") from error
+            raise RacError(
+                f"trace store {str(path)!r} cannot be opened for writing ({error.strerror}); name a file that can be written"
+            ) from error
         store = cls(path, header, fd)
         try:
             store._lock()

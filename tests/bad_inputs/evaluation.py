@@ -68,6 +68,21 @@ CASES += [
         lambda b: b.rac("eval", b.folder, "--direct", "--template", "none"),
     ),
     Case(
+        "`rac eval --thinking` without a template",
+        "--thinking and --no-thinking are for a chat template",
+        lambda b: b.rac("eval", b.folder, "--template", "none", "--thinking"),
+    ),
+    Case(
+        "`rac eval --concurrency` without a server",
+        "--concurrency 9 is for --server and --serve; leave it out, or set --batch-size",
+        lambda b: b.rac("eval", b.folder, "--concurrency", "9"),
+    ),
+    Case(
+        "`rac eval --column` with problems that are generated",
+        "column='text' does not apply: source 'arithmetic' generates its problems; leave column out",
+        lambda b: b.rac("eval", b.folder, "--column", "text"),
+    ),
+    Case(
         "`rac eval --plot` to another kind of file",
         "use a name that ends in .png, .svg, .pdf",
         lambda b: b.rac("eval", b.folder, "--plot", "plot.txt"),

@@ -24,6 +24,13 @@ def frontier(b: Bench, *rows: dict[str, Any], **parts: Any) -> None:
     b.rac("frontier", b.folder, "--recipe-grid", path, "--out", b.tmp / "out")
 
 
+def written(b: Bench, text: str) -> Path:
+    """A grid file with this text."""
+    path = b.tmp / "text.yaml"
+    path.write_text(text)
+    return path
+
+
 def collect(b: Bench, *options: str) -> None:
     b.rac("traces", "collect", b.folder, "-r", "rac_2of4", *options)
 
@@ -127,13 +134,18 @@ CASES += [
         lambda b: frontier(b, evaluation={"benchmarks": [{"preset": "math-500"}, {"preset": "math-500", "cap": 9}]}),
     ),
     Case(
+        "a grid that is a text",
+        "holds no grid but str; write it as rows:",
+        lambda b: b.rac("frontier", b.folder, "--recipe-grid", written(b, "hello"), "--out", b.tmp / "f"),
+    ),
+    Case(
         "a grid with a concurrency and no server",
         "concurrency=9 is for a server; set serve: true, or set batch_size",
         lambda b: frontier(b, evaluation={"concurrency": 9}),
     ),
     Case(
         "a grid that does not fit the memory or the disk",
-        "nothing was started, because this does not fit:\n- ",
+        "nothing was started, because this does not fit:",
         lambda b: frontier(b, shared={"calibration": {"tokens": 10**15}}),
     ),
     Case(

@@ -46,6 +46,11 @@ CASES += [
         lambda b: b.rac_prune("s_stage: {m_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}"),
     ),
     Case(
+        "a misspelt name of the modifier",
+        f"ReasoningAwareSparseGptModifier is no modifier; did you mean {NAME}?",
+        lambda b: b.rac_prune("s_stage: {m_modifiers: {ReasoningAwareSparseGptModifier: {sparsity: 0.5}}}"),
+    ),
+    Case(
         "a stage without its suffix, which llm-compressor overlooks",
         "llm-compressor would overlook pruning: pruning_modifiers",
         lambda b: b.rac_prune(f"pruning: {{pruning_modifiers: {{{NAME}: {{sparsity: 0.5}}}}}}"),

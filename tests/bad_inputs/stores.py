@@ -109,6 +109,11 @@ def _(b: Bench) -> None:
     b.rac("traces", "export", b.store, b.tmp / "out.csv")
 
 
+@CASES.case("`rac traces export --model` without text", "has no effect without --text; leave it out, or add --text")
+def _(b: Bench) -> None:
+    b.rac("traces", "export", b.store, b.tmp / "out.parquet", "--model", b.folder)
+
+
 @CASES.case("collecting for a recipe without traces", "so there is nothing to collect")
 def _(b: Bench) -> None:
     path = b.tmp / "r.yaml"

@@ -55,6 +55,24 @@ def test_what_cannot_be_is_refused(changes, options, message) -> None:
     check(answering(), **{**options, "models": ("a",)})
 
 
+@pytest.mark.parametrize(
+    ("changes", "written", "message"),
+    [
+        (
+            {"path": Path("a.jsonl")},
+            "concurrency",
+            "--concurrency 4 is for --server and --serve; leave it out, or set --b",
+        ),
+        ({"servers": ("http://a",)}, "batch_size", "--batch-size is for a model in this process; .* set --concurrency"),
+        ({"servers": ("http://a",)}, "precision", "--precision is for a model that is loaded here"),
+        ({"servers": ("a",)}, "source", "--server: base_urls: 'a' is no address of a server; write it like http://"),
+    ],
+)
+def test_an_option_without_effect_and_a_wrong_address_are_refused(changes, written, message) -> None:
+    with pytest.raises(RacError, match=message):
+        answering(**changes).check(("a",), divergence=False, direct=False, temperature=None, written={written})
+
+
 def test_several_answers_of_several_models_have_files_of_their_own() -> None:
     check(answering(samples=2), models=("a", "b"), temperature=0.6)
 

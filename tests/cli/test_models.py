@@ -19,6 +19,19 @@ def test_a_model_that_is_not_there_is_named_with_what_may_be_given(tmp_path):
         models.check_model(str(tmp_path / "gone"))
 
 
+@pytest.mark.parametrize("name", ["gone", "owner/gone"])
+def test_a_name_on_a_hub_that_cannot_be_reached_is_refused_at_once(monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
+    )
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    with pytest.raises(
+        RacError, match=rf"no model at '{name}' \(no folder here, and the hub cannot be reached: .+\); give"
+    ):
+        models.check_model(name)
+
+
 @pytest.mark.parametrize("kept", ["config.json", "generation_config.json"])
 def test_a_missing_tokenizer_ends_in_the_next_step(tiny_folder, tmp_path, kept):
     """With config.json alone, transformers returns a tokenizer without a vocabulary."""

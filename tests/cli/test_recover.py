@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
+from loguru import logger
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
 from rac_modifier import cli
-from rac_modifier.cli.recover import check_made_from
+from rac_modifier.cli.recover import _asked, check_made_from
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.recovery.training_loop import TrainingLoop
@@ -291,3 +292,15 @@ def test_json_is_alone_on_standard_output(tiny_folder, sparse_folder, tmp_path):
     found = json.loads(done.stdout)
     assert found["output"] == "out"
     assert 0 <= found["kl_after"] <= found["kl_before"]
+
+
+def test_a_store_that_is_not_there_is_named(tmp_path, trace_store):
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}")
+    _asked(trace_store, None, None, None, None)
+    assert not said
+    _asked(tmp_path / "typo.jsonl", None, None, None, None)
+    logger.remove(sink)
+    assert [line.strip() for line in said] == [
+        f"there is no trace store at {tmp_path / 'typo.jsonl'} yet: all traces are sampled, and kept there"
+    ]

@@ -97,6 +97,14 @@ def test_bad_input(tokenizer, problems, changes, message):
         run(tokenizer, problems, **changes)
 
 
+def test_nothing_is_generated_where_answers_could_not_be_checked(tokenizer, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RacError, match="needs math-verify; pip install"):
+        run(tokenizer, generate=None)
+    own = {"a": str.__eq__}
+    assert run(tokenizer, PROBLEMS[:2], verifiers=own).correct == 1
+
+
 def test_real_generation_is_measured_and_repeatable(tokenizer):
     model = tiny_model()
     arguments = {"label": "x", "max_new_tokens": 12, "progress": False, "temperature": 1.0}

@@ -116,3 +116,8 @@ def test_different_prompts_need_a_choice(known, given, option):
 def test_a_system_prompt_needs_a_template():
     with pytest.raises(RacError, match="system prompt 'X' has no place without a chat template"):
         choose_prompt({"a": {"traces": BRIEF}}, template="none", system_prompt="X")
+
+
+def test_thinking_needs_a_template():
+    with pytest.raises(RacError, match="--no-thinking are for a chat template"):
+        choose_prompt({}, template="none", thinking=False)

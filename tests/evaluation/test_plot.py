@@ -1,9 +1,7 @@
-import sys
-
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.plot import plot_bars, plot_divergence
+from rac_modifier.evaluation.plot import plot_bars, plot_divergence, plot_file
 from tests.evaluation.drawn import drawn as drawn
 from tests.evaluation.test_divergence import result as divergence_result
 from tests.evaluation.test_results import result, row
@@ -94,10 +92,15 @@ def test_bars_are_written_at_one_cap_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "draw", [lambda: plot_bars([result([row()])], "p.png"), lambda: plot_divergence([divergence_result()], "p.png")]
+    "draw",
+    [
+        lambda: plot_bars([result([row()])], "p.png"),
+        lambda: plot_divergence([divergence_result()], "p.png"),
+        lambda: plot_file("p.png"),  # what `rac eval --plot` calls before it loads a model
+    ],
 )
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch, draw):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RacError, match=r"rac-modifier\[eval\]"):
         draw()

@@ -1,5 +1,4 @@
 import pytest
-from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.held_out import held_out_problems
@@ -37,5 +36,5 @@ def test_too_few():
 
 
 def test_the_split_is_that_of_a_dataset(tmp_path):
-    with pytest.raises(ValidationError, match=r"split=.test. does not apply"):
+    with pytest.raises(RacError, match=r"split=.test. does not apply"):
         held_out_problems(str(tmp_path / "problems.jsonl"), 1, split="test")

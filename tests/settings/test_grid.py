@@ -194,7 +194,7 @@ def test_the_grids_that_documents_name_are_there():
         ("rows: [{label: a, recipe: b}]\nevaluation: {problem: 3}", "evaluation.problem: there is no such setting"),
         ("rows: [{label: a, recipe: b}]\nevaluation: {top_p: 0.9}", "top_p=0.9 has no effect on greedy answers"),
         ("rows: [{label: 2:4, recipe: b}]", "label 124 is a number (YAML reads 2:4 as 124); write it in quotes"),
-        ("- 1", "Input should be a valid dictionary"),
+        ("- 1", "holds no grid but list; write it as rows: "),
     ],
 )
 def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):

@@ -55,7 +55,7 @@ def test_an_unknown_name_is_refused_with_names_that_are_close(function, name, cl
 
 @pytest.mark.parametrize("function", [recipe, find_recipe])
 def test_a_name_like_no_other_has_no_suggestion(function):
-    with pytest.raises(RacError, match=r"zzz'?; Name a YAML file, or one of the recipes that `rac recipes` lists"):
+    with pytest.raises(RacError, match=r"zzz'?; name a YAML file, or one of the recipes that `rac recipes` lists"):
         function("zzz")
 
 
