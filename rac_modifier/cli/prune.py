@@ -43,7 +43,7 @@ def prune(
     set_: Overrides = None,
     precision: Precision = Dtype.AUTO,
     check: Annotated[
-        bool, typer.Option("--check", help="only check recipes, and exit: rac prune --check RECIPE...")
+        bool, typer.Option("--check", help="only check the command, or recipes: rac prune --check RECIPE...")
     ] = False,
 ) -> None:
     """Prune or quantize a model with a recipe, and save it.
@@ -56,7 +56,9 @@ def prune(
     Example: rac prune --check my_recipe.yaml rac_2of4
     """
     overrides = [*(set_ or []), *([f"preset={preset}"] if preset else [])]
-    if check:
+    if check and (model is None or recipe is None):
+        if precision is not Dtype.AUTO:
+            raise RacError(f"--precision {precision} has no effect on a check of recipes; leave it out")
         check_recipes([Path(path) for path in (model, output, *(more or ()), recipe) if path is not None], overrides)
         return
     if model is None or output is None or recipe is None or more:
@@ -65,6 +67,12 @@ def prune(
             "to check recipes alone: rac prune --check RECIPE...",
             param_hint="MODEL OUTPUT --recipe",
         )
+    if check:
+        check_recipes([recipe], overrides)
+        check_model(resolve(model))
+        check_output(Path(output), resolve(model))
+        typer.echo(f"{model} can be read and {output} written; start it without --check")
+        return
     _prune(model, Path(output), recipe, overrides, precision)
 
 

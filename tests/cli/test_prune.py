@@ -73,3 +73,24 @@ def test_schema_prints_the_published_file_and_nothing_else():
     published = ROOT / "docs" / "recipe.schema.json"
     done = subprocess.run([sys.executable, "-m", "rac_modifier.cli", "schema"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, published.read_text())
+
+
+def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
+    """With a model and an output folder `--check` reads and writes nothing, and refuses what the run would refuse."""
+    command = ["prune", tiny_folder, tmp_path / "out", "-r", recipe_file, "--check"]
+    code, stdout, _ = rac(*command)
+    assert code == 0
+    assert f"{recipe_file}: valid" in stdout
+    assert "start it without --check" in stdout
+    assert not (tmp_path / "out").exists()
+    for name, broken in (("no-model", 1), ("full", 2)):
+        (tmp_path / "full").mkdir(exist_ok=True)
+        (tmp_path / "full" / "x").touch()
+        changed = [*command]
+        changed[broken] = tmp_path / name
+        code, _, stderr = rac(*changed)
+        assert code != 0
+        assert name in stderr
+    code, _, stderr = rac("prune", recipe_file, "--check", "--precision", "float32")
+    assert code != 0
+    assert "--precision float32 has no effect" in stderr
