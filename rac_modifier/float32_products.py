@@ -41,13 +41,15 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _onednn(a, b.T) if _gains(a, b.T) else a @ b
 
 
-def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0) -> torch.Tensor:
-    """`out` [m, n] += `alpha` `a` [m, k] @ `b` [k, n], in place."""
+def add_product(
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0, rows: int = _ROWS
+) -> torch.Tensor:
+    """`out` [m, n] += `alpha` `a` [m, k] @ `b` [k, n], in place; so many `rows` are there beside it."""
     if not _gains(a, b.T):
         return out.addmm_(a, b, alpha=alpha)
     weight = b.T.contiguous()
-    for part, rows in zip(out.split(_ROWS), a.split(_ROWS), strict=True):
-        part.add_(_onednn(rows, weight), alpha=alpha)
+    for part, some in zip(out.split(rows), a.split(rows), strict=True):
+        part.add_(_onednn(some, weight), alpha=alpha)
     return out
 
 

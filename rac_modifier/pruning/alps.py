@@ -21,14 +21,15 @@ few stages one factor per stage is cheaper.
 *The inverse only where it pays.* It makes an iteration one product, where a factor takes products with its blocks
 (blocked.py), but takes three times as long to make. `multiply_adds` counts both.
 *bfloat16 products* with either, on devices with units for them (linalg.py). Scaled as above, H + diag(rho_j) has no
-eigenvalue below rho, so rounding changes little (0.1 % of the summed error on the reasoner's layers). Factors and states are
-float32.
+eigenvalue below rho, so rounding changes little (0.1 % of the summed error on the reasoner's layers). A large factor is made
+with them too (blocked.py), unless a pivot shows that rounding spoilt it. States and inverses are float32.
 *Approximate thresholds, few passes over memory.* Within the iterations an unstructured threshold comes from a sample; the last
 one is exact. D is not kept: it is made of Z and the threshold, a few inputs at a time, which stay in the caches.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -176,6 +177,18 @@ def _forms_inverse(inputs: int, rows: int, repeats: int) -> bool:
     return with_inverse < with_factor
 
 
+def _shifted(hessian: torch.Tensor, dampening: Dampening, rho: float) -> torch.Tensor:
+    """H + dampening + rho diag, a new tensor."""
+    matrix = hessian.clone()
+    matrix.diagonal().add_(dampening.added).add_(dampening.diagonal, alpha=rho)
+    return matrix
+
+
+def _is_spoilt(lower: torch.Tensor, dampening: Dampening, rho: float) -> bool:
+    """Whether rounding has taken a pivot of a factor below half of rho diag: exactly, all are at least rho diag."""
+    return bool((lower.diagonal().square() < dampening.diagonal * (rho / 2)).any())
+
+
 def _solver(
     hessian: torch.Tensor, dampening: Dampening, rho: float, repeats: int, columns: int, *, bf16: bool
 ) -> AddSolution | None:
@@ -183,11 +196,12 @@ def _solver(
 
     None when that matrix is not positive definite. With `bf16` y is bfloat16.
     """
-    matrix = hessian.clone()
-    matrix.diagonal().add_(dampening.added).add_(dampening.diagonal, alpha=rho)
     inverts = _forms_inverse(len(hessian), columns, repeats)
-    found = linalg.inverse_(matrix) if inverts else linalg.cholesky_(matrix)
-    del matrix
+    shifted = functools.partial(_shifted, hessian, dampening, rho)
+    found = linalg.inverse_(shifted()) if inverts else linalg.cholesky_(shifted(), bf16=bf16)
+    if bf16 and not inverts and (found is None or _is_spoilt(found, dampening, rho)):
+        found = None  # before the next is made
+        found = linalg.cholesky_(shifted())
     if found is None:
         return None
     found = found if inverts else blocked.invert_corners_(found)

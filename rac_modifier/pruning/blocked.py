@@ -3,7 +3,8 @@
 LAPACK's are in the library that torch calls, which is slow on some processors (float32_products.py). Each works on
 the lower triangle of a symmetric matrix A [d, d], in its memory, with blocks of 512 rows and columns.
 
-*Cholesky*, d^3 / 6 multiply-adds: L11 = chol(A11), L21 = A21 L11^-T, then the same with A22 - L21 L21^T.
+*Cholesky*, d^3 / 6 multiply-adds, from the first block of columns to the last, with L on the left of it:
+A_k <- A_k - L_left L_k,left^T, L_kk = chol(A_kk), L_below,k = A_below,k L_kk^-T. Each number is written once or twice.
 
 *Solve*, d^2 multiply-adds per right side, and d BLOCK more for the corners: L v = b block by block, then L^T x = v back.
 
@@ -18,24 +19,34 @@ import torch
 from rac_modifier.float32_products import add_product, product
 
 BLOCK = 512
-_ROWS = 512  # of a triangle that are updated at once
+_ROWS = 1024  # of a block of columns that are updated at once
 _SMALL = 64  # rows of a triangle that is inverted by LAPACK
 
 
-def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
-    """The lower factor [d, d], zero above the diagonal, in the memory of `matrix`; None where it is not positive definite."""
+def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | None:
+    """The lower factor [d, d], zero above the diagonal, in the memory of `matrix`; None where it is not positive definite.
+
+    `bf16` rounds the factors of products to bfloat16, but for those with the first 512 inputs: these carry most of what all
+    inputs share, and what rounding it would leave can be larger than the small eigenvalues.
+    """
     d = matrix.shape[0]
     for start in range(0, d, BLOCK):
         stop = min(start + BLOCK, d)
-        corner = matrix[start:stop, start:stop]
+        here, below = slice(start, stop), slice(stop, d)
+        exact = slice(0, min(BLOCK if bf16 else d, start))
+        if start:
+            add_product(matrix[start:, here], matrix[start:, exact], matrix[here, exact].T, alpha=-1, rows=_ROWS)
+        if bf16 and start > BLOCK:
+            _subtract_rounded(matrix, start, stop)
+        corner = matrix[here, here]
         lower, info = torch.linalg.cholesky_ex(corner)
         if int(info):
             return None
         corner.copy_(lower)
         if stop < d:
-            below = product(matrix[stop:, start:stop], _inverse_of_triangle(lower).T)
-            matrix[stop:, start:stop] = below
-            _lower_by(matrix[stop:, stop:], below, below)
+            inverse = _inverse_of_triangle(lower).T
+            for rows in matrix[below, here].split(_ROWS):
+                rows.copy_(product(rows, inverse))
     return matrix.tril_()
 
 
@@ -43,16 +54,17 @@ def solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """(`lower` `lower`^T)^-1 `b`, for b [d, rows]; a new tensor."""
     found, d = b.T.clone(memory_format=torch.contiguous_format), len(b)
     starts = range(0, d, BLOCK)
-    for start in starts:
+    corners = [_inverse_of_triangle(lower[start : start + BLOCK, start : start + BLOCK]) for start in starts]
+    for start, corner in zip(starts, corners, strict=True):
         here = slice(start, start + BLOCK)
         if start:
             add_product(found[:, here], found[:, :start], lower[here, :start].T, alpha=-1)
-        found[:, here] = torch.linalg.solve_triangular(lower[here, here].mT, found[:, here], upper=True, left=False)
-    for start in reversed(starts):
+        found[:, here] = product(found[:, here], corner.T)
+    for start, corner in reversed(list(zip(starts, corners, strict=True))):
         here, after = slice(start, start + BLOCK), slice(start + BLOCK, d)
         if start + BLOCK < d:
             add_product(found[:, here], found[:, after], lower[after, here], alpha=-1)
-        found[:, here] = torch.linalg.solve_triangular(lower[here, here], found[:, here], upper=False, left=False)
+        found[:, here] = product(found[:, here], corner)
     return found.T
 
 
@@ -108,11 +120,12 @@ def mirror_lower_(matrix: torch.Tensor, block: int) -> torch.Tensor:
     return matrix
 
 
-def _lower_by(matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """The lower triangle of `matrix` [n, n] -= that of `a` `b`^T, both [n, block]."""
-    for first in range(0, len(matrix), _ROWS):
-        last = min(first + _ROWS, len(matrix))
-        add_product(matrix[first:last, :last], a[first:last], b[:last].T, alpha=-1)
+def _subtract_rounded(matrix: torch.Tensor, start: int, stop: int) -> None:
+    """From columns [start, stop) of `matrix`, on and below the diagonal, the products in bfloat16 of L on their left."""
+    left = slice(BLOCK, start)
+    of_block = matrix[start:stop, left].bfloat16().T
+    for rows in matrix[start:].split(_ROWS):
+        rows[:, start:stop].sub_(rows[:, left].bfloat16() @ of_block)
 
 
 def _inverse_of_triangle(lower: torch.Tensor) -> torch.Tensor:

@@ -133,10 +133,13 @@ def factorise(hessian: torch.Tensor, dampening: Dampening, label: str, *, larges
     return Factor(*raise_until_it_works(attempt, hessian, dampening, label), order)
 
 
-def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
-    """The lower Cholesky factor of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite."""
+def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | None:
+    """The lower Cholesky factor of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite.
+
+    `bf16` rounds products where it is computed block by block (blocked.py).
+    """
     if _in_blocks(matrix):
-        return blocked.cholesky_(matrix)
+        return blocked.cholesky_(matrix, bf16=bf16)
     by_columns = matrix.mT  # as LAPACK has it: of a matrix that lies row by row, a second one would be made
     lower, info = torch.linalg.cholesky_ex(by_columns, out=(by_columns, matrix.new_empty((), dtype=torch.int32)))
     return lower if int(info) == 0 else None
@@ -209,21 +212,28 @@ def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: boo
     return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else out.addmm_(a, b)
 
 
-def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor, *, bf16: bool = False) -> torch.Tensor:
     """v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
 
     Uses the lower triangle and counts what is left of the diagonal blocks twice: half the work of a full product. Products have
-    one of a few shapes (float32_products.py).
+    one of a few shapes (float32_products.py). `bf16` rounds the factors of H v where there are 1024 inputs or more.
     """
     result = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    bf16 = bf16 and len(hessian) >= 2 * BLOCK
     for some, found in zip(vectors.split(VECTORS, dim=1), result.split(VECTORS), strict=True):
         lying = some.T.contiguous()
+        rounded = lying.bfloat16() if bf16 else lying
         for start in range(0, len(hessian), BLOCK):
-            block = slice(start, start + BLOCK)
-            moved = product(lying[:, block], hessian[block, block])
-            for first in range(0, start, _SUMMED):
-                before = slice(first, min(first + _SUMMED, start))
-                add_product(moved, lying[:, before], hessian[block, before].T, alpha=2)
+            block, left = slice(start, start + BLOCK), slice(0, start + BLOCK)
+            if bf16:
+                weight = hessian[block, left].bfloat16()
+                weight[:, :start] *= 2  # exact
+                moved = (rounded[:, left] @ weight.T).float()
+            else:
+                moved = product(lying[:, block], hessian[block, block])
+                for first in range(0, start, _SUMMED):
+                    before = slice(first, min(first + _SUMMED, start))
+                    add_product(moved, lying[:, before], hessian[block, before].T, alpha=2)
             found += moved.mul_(lying[:, block]).sum(1)
     return result
 

@@ -35,6 +35,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.pruning import alps, checks, linalg, scores, sparsegpt
 from rac_modifier.pruning.dense_target import target_weights
 from rac_modifier.pruning.linalg import Dampening, Factor, factorise, quadratic_form, stacked
+from rac_modifier.pruning.refit import errors_as_stored
 from rac_modifier.pruning.refit import refit as refit_kept
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import ITERATIONS, REFIT_STEPS, Method
@@ -214,7 +215,7 @@ def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
 
     # The weights of dead inputs are pruned too, because they never matter; scores do not change what they keep.
     working, dead = stacked(targets, hessian), hessian.diagonal() == 0
-    totals = quadratic_form(working, hessian)
+    totals = quadratic_form(working, hessian, bf16=linalg.bf16_is_fast(hessian.device))
     if method not in _SCORES:
         working[dead] = 0.0
     return _Work(given, dampening, factor is not None, factor, targets, working, totals, dead, dead.unsqueeze(1))
@@ -256,9 +257,8 @@ def _finish(method: Method, work: _Work, refit: bool, iterations: int, refit_ste
         pruned[work.dead] = True
 
     # 4. Refit: H'_SS w'_S = (H' w*)_S for each row w' with kept columns S.
-    fitted = None
+    fitted, bf16 = None, linalg.bf16_is_fast(hessian.device)
     if refit or method in ("alps", "keep"):
-        bf16 = linalg.bf16_is_fast(hessian.device)
         fitted = refit_kept(
             working, pruned, stacked(targets, hessian), hessian, work.dampening, steps=refit_steps, bf16=bf16
         )
@@ -266,7 +266,8 @@ def _finish(method: Method, work: _Work, refit: bool, iterations: int, refit_ste
     dtype, errors = given.weights[0].dtype, work.errors
     if errors is None or fitted or dtype != working.dtype:  # those of SparseGPT are without a refit and before rounding
         stored = working.to(dtype).to(working.dtype)
-        errors = quadratic_form(stacked(targets, hessian).sub_(stored), hessian)
+        said = fitted if bf16 and method == "alps" else None  # others lower the error by much, and say it less well
+        errors = errors_as_stored(said, working, stored, stacked(targets, hessian), hessian, work.dampening)
     solutions = []
     columns = (x.split(given.rows, dim=1) for x in (working, pruned))
     each = (x.split(given.rows) for x in (errors, work.totals))

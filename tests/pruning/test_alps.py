@@ -54,6 +54,26 @@ def test_is_the_papers_iteration(pattern):
     assert_near(solution.weight, expected, solve_tolerance(dampened(hessian, 0.01), torch.float64))
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_factor_that_rounding_spoils_is_made_of_float32_products(spoilt, monkeypatch):
+    """Spoilt: 512 inputs share nearly all, and the first block of inputs has nothing of it."""
+    monkeypatch.setattr(blocked, "BLOCK", 16)
+    monkeypatch.setattr(linalg, "onednn_is_faster", lambda device: True)
+    monkeypatch.setattr(alps, "_forms_inverse", lambda *sizes: False)
+    hessian = torch.eye(528)
+    sizes = torch.rand(512, generator=torch.Generator().manual_seed(0)) + 0.5
+    hessian[16:, 16:] = torch.full((512, 512), 1.0 if spoilt else 1e-3).fill_diagonal_(1.0) * sizes * sizes[:, None]
+    made, inner = [], blocked.cholesky_
+    monkeypatch.setattr(blocked, "cholesky_", lambda matrix, bf16: made.append(bf16) or inner(matrix, bf16=bf16))
+    dampening = linalg.Dampening.of(hessian, 0.01)
+    add_solution = alps._solver(hessian, dampening, 0.02, 4, 3, bf16=True)
+    assert made == ([True, False] if spoilt else [True])
+    right = gaussian(528, 3)
+    exact = torch.linalg.solve(hessian + torch.diag(dampening.added + 0.02 * dampening.diagonal), right)
+    found = add_solution(torch.zeros(528, 3), right.bfloat16())
+    assert_near(found, exact, 0.05 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.6)])
 def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):

@@ -31,6 +31,25 @@ def test_the_factor_is_that_of_the_matrix_in_its_memory(d):
 
 
 @pytest.mark.parametrize("d", SIZES)
+def test_a_factor_by_products_in_bfloat16_is_near(d):
+    exact = dampened(random_problem(3, d, 2 * d)[1], 0.2)
+    found = [blocked.cholesky_(exact.float(), bf16=bf16).double() for bf16 in (False, True)]
+    assert torch.equal(*found) == (d <= 32)  # nothing but the first block is to the left of a second one
+    assert_near(found[1] @ found[1].T, exact, solve_tolerance(torch.eye(1), torch.bfloat16) * d**0.5)
+
+
+def test_what_all_inputs_share_is_not_rounded():
+    d = 512
+    sizes = torch.rand(d, generator=torch.Generator().manual_seed(0)) + 0.5
+    exact = sizes * sizes[:, None] + 0.05 * torch.diag(sizes**2)
+    lower = blocked.cholesky_(exact.clone(), bf16=True)
+    assert_near(lower @ lower.T, exact, 1e-3)
+    apart = torch.eye(d + 16)
+    apart[16:, 16:] = exact  # now the first block has nothing of it
+    assert blocked.cholesky_(apart, bf16=True) is None
+
+
+@pytest.mark.parametrize("d", SIZES)
 def test_the_inverse_is_symmetric_and_in_its_memory(d):
     exact = problem(d)
     matrix = exact.float()
@@ -88,7 +107,9 @@ def test_large_float32_matrices_go_by_blocks_where_products_are_faster(faster, d
     seen = []
     for name in ("cholesky_", "inverse_", "solve"):
         inner = getattr(blocked, name)
-        monkeypatch.setattr(blocked, name, lambda *args, name=name, inner=inner: seen.append(name) or inner(*args))
+        monkeypatch.setattr(
+            blocked, name, lambda *args, name=name, inner=inner, **kw: seen.append(name) or inner(*args, **kw)
+        )
     monkeypatch.setattr(linalg, "onednn_is_faster", lambda device: faster)
     for d in (31, 32):
         exact = problem(d)

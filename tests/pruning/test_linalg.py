@@ -152,6 +152,17 @@ def test_quadratic_form(d, monkeypatch):
         assert tolerance < 1e-2 * expected
 
 
+def test_quadratic_form_by_products_in_bfloat16(monkeypatch):
+    """From two blocks of inputs on, with the same sum but for rounding."""
+    monkeypatch.setattr(linalg, "BLOCK", 128)
+    for d, same in ((200, True), (600, False)):
+        x, v = gaussian(50, d), gaussian(d, 40, seed=1)
+        exact, rounded = (quadratic_form(v, x.T @ x, bf16=bf16) for bf16 in (False, True))
+        assert torch.equal(exact, rounded) == same
+        assert float(rounded.sum()) == pytest.approx(float(exact.sum()), rel=1e-3)
+        assert float((rounded / exact - 1).abs().max()) < 1e-2
+
+
 def test_weights_are_stacked_side_by_side_and_transposed():
     weights = [gaussian(2, 3).bfloat16(), gaussian(1, 3, seed=1)]
     result = stacked(weights, torch.eye(3))
