@@ -45,7 +45,10 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
     "vLLM, dense int4 (W4A16)": (4, 0.0, 16),
 }
 ONE_PROCESS = ", one process"  # vLLM's engine and worker in one, so that none polls for the other, without statistics
-SERVED |= {name + ONE_PROCESS: kind for name, kind in SERVED.items() if not name.startswith("vLLM")}
+IN_CPP = f"{ONE_PROCESS}, step in C++"  # and the compiled step calls its pieces from C++
+SERVED |= {
+    name + how: kind for name, kind in SERVED.items() if name.startswith("served") for how in (ONE_PROCESS, IN_CPP)
+}
 GROUP, HIDDEN = 128, 1536  # columns that share a scale of int4; columns of the head
 GROUPS = {4: GROUP, 3: 64}  # by bits, as in the recipes
 
@@ -178,9 +181,12 @@ def served(name: str, args: argparse.Namespace) -> Figures:
         *(["--quantization", "rac-sparse"] if ours and not pruned else []),
     ]
     environment = {"RAC_LM_HEAD": f"int{head_bits}"} if ours else {}
-    if name.endswith(ONE_PROCESS):
+    if ONE_PROCESS in name:
         options += ["--distributed-executor-backend", "uni", "--disable-log-stats"]
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if name.endswith(IN_CPP):
+        options += ["--compilation-config", json.dumps({"inductor_compile_config": {"cpp_wrapper": True}})]
+        environment["VLLM_USE_LAYERNAME"] = "0"
     log = folder.with_suffix(".log")
     with serving(folder, options, log, environment=environment) as server:
         load = Load(args.prompt_tokens, args.output_tokens, args.vocab, "model")

@@ -17,23 +17,29 @@ GROUPS = {4: 128, 3: 64}  # columns that share a scale, by bits
 
 
 def save_model(
-    folder: Path, layers: int, vocab: int, pattern: Pattern | None, int8: bool = False, codes: int | None = None
+    folder: Path,
+    layers: int,
+    vocab: int,
+    pattern: Pattern | None,
+    int8: bool = False,
+    codes: int | None = None,
+    narrow: bool = False,
 ) -> None:
     """Save the model in bfloat16, tied embeddings; with a `pattern`, its linear layers pruned at random and packed.
 
     `int8`: these layers are also rounded to int8, with one scale per row. `codes`: to 4 or 3 bits, with bfloat16 scales
-    of groups of 128 or 64 columns. Without a pattern these are ordinary W8A8 and W4A16 checkpoints. Nothing is written if the
-    folder exists.
+    of groups of 128 or 64 columns. Without a pattern these are ordinary W8A8 and W4A16 checkpoints. `narrow`: of 256 columns,
+    so that products take next to no time. Nothing is written if the folder exists.
     """
     if folder.exists():
         return
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab,
-        hidden_size=1536,
-        intermediate_size=8960,
+        hidden_size=256 if narrow else 1536,
+        intermediate_size=512 if narrow else 8960,
         num_hidden_layers=layers,
-        num_attention_heads=12,
+        num_attention_heads=2 if narrow else 12,
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=True,

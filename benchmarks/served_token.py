@@ -4,13 +4,15 @@
     .venv-serve/bin/python benchmarks/served_token.py --layers 28 -- --stream-interval 8  # what is behind -- goes to vLLM
     .venv-serve/bin/python benchmarks/served_token.py -- --enforce-eager                  # ready sooner: nothing is compiled
     .venv-serve/bin/python benchmarks/served_token.py --alone [--compilation-config JSON] # one process, without a server
+    .venv-serve/bin/python benchmarks/served_token.py --alone --narrow --layers 28 --vocab 151936 # and what is no product
 
 One request at a time, greedy. Calls are counted by Python's own profiler in the main thread of each process, in a request that
 is not timed. Those of a process that polls for its next step are in a column of their own; their number, and with it other
 calls of that process, depends on what else the machine does. Processor time is the least of several requests; other work
 makes it longer. Both are differences of a long and a short request, so that the prompt does not count. The server has one
 thread for products, which so wait for no other one. --alone counts a step of vLLM's engine with model and sampler, in this
-process.
+process, and times its parts. --narrow has layers of 256 columns, whose products take next to no time; the rest is that of other
+models of as many layers.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -100,7 +103,7 @@ def alone(model: Path, compilation: dict[str, Any]) -> None:
         **LIMITS,
     )
     engine = llm.llm_engine
-    sampling = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0, max_tokens=230, ignore_eos=True, detokenize=False)
     engine.add_request("0", {"prompt_token_ids": list(range(1, 17))}, sampling)
     for _ in range(SHORT):
         engine.step()
@@ -117,7 +120,43 @@ def alone(model: Path, compilation: dict[str, Any]) -> None:
         engine.step()
         times.append(1e3 * (time.thread_time() - started))
     print("| Python functions | C functions | processor ms |\n|---|---|---|")
-    print(f"| {python / STEPS:,.0f} | {c / STEPS:,.0f} | {min(times):.2f} |", flush=True)
+    print(f"| {python / STEPS:,.0f} | {c / STEPS:,.0f} | {min(times):.2f} |\n")
+    print("| part | processor ms, median |\n|---|---|")
+    for part, milliseconds in parts(engine).items():
+        print(f"| {part} | {milliseconds:.2f} |", flush=True)
+
+
+def parts(engine: Any) -> dict[str, float]:
+    """Median milliseconds of processor time of the parts of 60 steps, and of whole steps."""
+    core = engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    timed: dict[str, list[float]] = {}
+
+    def time_calls(owner: Any, method: str, part: str) -> None:
+        call, times = getattr(owner, method), timed.setdefault(part, [])
+
+        def timing(*args: Any, **kwargs: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                times.append(1e3 * (time.thread_time() - started))
+
+        object.__setattr__(owner, method, timing)
+
+    time_calls(core.scheduler, "schedule", "scheduling")
+    time_calls(runner, "_prepare_inputs", "inputs")
+    time_calls(runner, "_build_attention_metadata", "attention metadata")
+    time_calls(runner, "_model_forward", "layers")
+    time_calls(runner.model, "compute_logits", "head")
+    time_calls(runner, "_sample", "sampling")
+    time_calls(runner, "_bookkeeping_sync", "tokens into the batch")
+    time_calls(core.scheduler, "update_from_output", "tokens to requests")
+    time_calls(engine.output_processor, "process_outputs", "outputs")
+    time_calls(engine, "step", "the whole step")
+    for _ in range(60):
+        engine.step()
+    return {part: statistics.median(times) for part, times in timed.items()}
 
 
 def main() -> None:
@@ -127,12 +166,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=5, help="that are timed")
     parser.add_argument("--keep", type=Path, default=Path("build/served_token"), help="folder of the models")
     parser.add_argument("--alone", action="store_true", help="no server: an engine in this process")
+    parser.add_argument("--narrow", action="store_true", help="layers of 256 columns")
     parser.add_argument("--compilation-config", type=json.loads, default={}, help="with --alone: vLLM's, as JSON")
     parser.add_argument("options", nargs="*", help="of vllm serve, behind --")
     args = parser.parse_args()
-    model = args.keep / f"50-int4-{args.layers}-{args.vocab}"
+    model = args.keep / f"{'narrow-' if args.narrow else ''}50-int4-{args.layers}-{args.vocab}"
     args.keep.mkdir(parents=True, exist_ok=True)
-    save_model(model, args.layers, args.vocab, Pattern.unstructured(0.5), codes=4)
+    save_model(model, args.layers, args.vocab, Pattern.unstructured(0.5), codes=4, narrow=args.narrow)
     if args.alone:
         alone(model, args.compilation_config)
         os._exit(0)  # at once: the engine has nothing to save
