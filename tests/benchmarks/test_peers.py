@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +115,42 @@ def test_torchao_multiplies_its_codes(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: torch.zeros(1, weight.shape[0]))
     with pytest.raises(RuntimeError, match=r"torchao: a product \[256, 512\] differs by"):
         torchao_linears.decode_step([(256, 512)], 128, 4)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "environment"),
+    [
+        ("", [], {}),
+        (", one process", ["--distributed-executor-backend", "uni"], {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+        (
+            ", one process, step in C++",
+            ["--distributed-executor-backend", "uni", "--compilation-config"],
+            {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_LAYERNAME": "0"},
+        ),
+    ],
+)
+def test_the_suffix_of_a_served_contender_sets_its_options(tables, monkeypatch, tmp_path, suffix, options, environment):
+    import peer_contenders
+
+    seen = []
+
+    @contextlib.contextmanager
+    def serving(folder, options, log, environment):
+        seen.append((options, environment))
+        yield SimpleNamespace(url="")
+
+    speed = SimpleNamespace(each_token_ms=1.0, first_token_ms=1.0, tokens_per_second=1.0)
+    client = SimpleNamespace(Load=lambda *_: None, measure=lambda *_: speed)
+    monkeypatch.setitem(sys.modules, "streaming_client", client)
+    monkeypatch.setitem(sys.modules, "vllm_server", SimpleNamespace(serving=serving))
+    monkeypatch.setitem(sys.modules, "random_model", SimpleNamespace(save_model=lambda *_, **__: None))
+    args = SimpleNamespace(keep=tmp_path, layers=1, vocab=16, prompt_tokens=1, output_tokens=1)
+    name = f"served, 50 % + int4, head int4{suffix}"
+    peer_contenders.served(name, args)
+    ((found, variables),) = seen
+    assert [option for option in found if option in {*options, "uni", "--compilation-config"}] == options
+    assert variables == {"RAC_LM_HEAD": "int4", **environment}
+    if "--compilation-config" in found:
+        config = json.loads(found[found.index("--compilation-config") + 1])
+        assert config == {"inductor_compile_config": {"cpp_wrapper": True}}
+    assert tables.kl_of(name, {"50 % + int4": 0.2}) == 0.2
