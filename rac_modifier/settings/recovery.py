@@ -12,7 +12,7 @@ class RecoverySettings(Settings):
     """Training of the kept weights towards the dense model's predictions after pruning, with the mask fixed."""
 
     tokens: int = Field(
-        65_536,
+        131_072,
         ge=1,
         description="prompt and completion tokens of the traces to train on; calibration does not use these traces, and "
         "missing ones are sampled",
