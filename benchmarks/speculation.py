@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import statistics
+import sys
 import tempfile
 import time
 import urllib.request
@@ -156,6 +158,7 @@ def main() -> None:
         parser.error("give a MODEL with --drafts and --problems, or --random")
     if args.model is not None and not (args.drafts and args.problems):
         parser.error("a MODEL needs --drafts and --problems")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a server is stopped as well
     if args.problems:
         args.asked = [json.loads(line)["problem"] for line in args.problems.read_text().splitlines()][: args.count]
     with tempfile.TemporaryDirectory() as folder:
