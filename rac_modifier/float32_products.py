@@ -42,9 +42,10 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def add_product(
-    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0, rows: int = _ROWS
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0, rows: int | None = None
 ) -> torch.Tensor:
-    """`out` [m, n] += `alpha` `a` [m, k] @ `b` [k, n], in place; so many `rows` are there beside it."""
+    """`out` [m, n] += `alpha` `a` [m, k] @ `b` [k, n], in place; `rows` of the product, or 2048, are there beside it."""
+    rows = rows or _ROWS
     if not _gains(a, b.T):
         return out.addmm_(a, b, alpha=alpha)
     weight = b.T.contiguous()
