@@ -47,7 +47,7 @@ RANDOM_DRAFTS = {"50 % + int4": (0.5, 4), "70 % + int4": (0.7, 4), "dense int3":
 
 @dataclass
 class Run:
-    """What one server did. `answers`: token ids per problem. Counters are None without a draft."""
+    """What the servers of one row did. `answers`: token ids per problem. Without a draft the counters are 0."""
 
     ms_per_token: list[float] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)

@@ -81,7 +81,7 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
     code, stdout, _ = rac(*command)
     assert code == 0
     assert f"{recipe_file}: valid" in stdout
-    assert "start it without --check" in stdout
+    assert "run the same command without --check" in stdout
     assert not (tmp_path / "out").exists()
     for name, broken in (("no-model", 1), ("full", 2)):
         (tmp_path / "full").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""`rac recover`: what it writes, and what it refuses before anything is trained."""
+"""`rac recover`: what it trains on, and what it writes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,16 @@ from transformers import AutoModelForCausalLM
 
 import rac_modifier
 from rac_modifier import cli
-from rac_modifier.cli.recover import _asked, check_made_from
-from rac_modifier.errors import RacError
+from rac_modifier.cli.recover import _asked
 from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.traces.store import TraceStore
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors
+from tests.cli.recover_options import OPTIONS
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
 from tests.started import started_forks
 from tests.tiny import entry, linears, recipe, save_tiny
-
-SETTINGS = ["tokens=3000", "held_out_tokens=150", "step_tokens=100", "batch_tokens=400", "learning_rate=0.001"]
-OPTIONS = ["--max-new-tokens", "40", *(part for setting in SETTINGS for part in ("--set", setting))]
 
 
 def test_the_recovered_checkpoint_is_packed_and_keeps_every_zero(
@@ -155,40 +152,6 @@ def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path, m
     assert "quantized" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_model_that_another_method_quantized_is_refused(rac, tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder, tmp_path / "in")
-    config = json.loads((tmp_path / "in" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    code, _, stderr = rac("recover", tiny_folder, tmp_path / "in", tmp_path / "out", *OPTIONS)
-    assert code != 0
-    assert "quantized by 'gptq'; recovery reads and writes compressed-tensors" in " ".join(stderr.split())
-
-
-@pytest.mark.parametrize("part", ["model.embed_tokens", "lm_head"])
-def test_another_embedding_or_head_is_another_model(part):
-    dense, other = tiny.tiny_model(), tiny.tiny_model()
-    check_made_from(other, dense)
-    other.get_submodule(part).weight.data[3, 3] += 1
-    with pytest.raises(RacError, match="their embeddings or heads differ"):
-        check_made_from(other, dense)
-
-
-@pytest.mark.parametrize("dense", ["another", "dense"])
-def test_models_that_do_not_belong_together_are_refused(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch, dense):
-    monkeypatch.chdir(tmp_path)
-    if dense == "another":
-        save_tiny(tmp_path / "another", seed=5)
-        code, _, stderr = rac("recover", "another", sparse_folder, "out", *OPTIONS)
-        wanted = "was not made from this Qwen3ForCausalLM: their embeddings or heads differ; name the dense"
-    else:
-        code, _, stderr = rac("recover", tiny_folder, tiny_folder, "out", *OPTIONS)
-        wanted = "there is no mask to hold; prune the model first"
-    assert code != 0
-    assert wanted in " ".join(stderr.split())
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.fixture
 def seen(monkeypatch):
     """What a run trained on and held out."""
@@ -246,31 +209,6 @@ def test_no_more_is_trained_on_than_the_settings_say(rac, tiny_folder, sparse_fo
     trained = sum(len(ids) for part in ("training", "held_out") for ids, _ in seen[part])
     assert 850 <= trained < 850 + 100  # up to the end of a trace
     assert TraceStore.read(store).counts.tokens == held
-
-
-def test_a_teacher_that_is_sparse_or_quantized_is_refused(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch):
-    """Embeddings and head are the dense model's, so that nothing else tells them apart; the two folders may be swapped."""
-    monkeypatch.chdir(tmp_path)
-    code, _, stderr = rac("recover", sparse_folder, tiny_folder, "out", *OPTIONS)
-    assert code == 1
-    said = " ".join(stderr.split())
-    assert "is sparse (14 of its 15 linear layers), and the first model has to be the dense one" in said
-    saved(save_tiny(tmp_path / "int4"), SCHEMES["int3"], pruned=False)
-    code, _, stderr = rac("recover", "int4", sparse_folder, "out", *OPTIONS)
-    assert code == 1
-    assert "int4 is quantized, and the first model has to be the dense one" in " ".join(stderr.split())
-    assert not (tmp_path / "rac_traces").exists()
-
-
-def test_a_setting_that_is_not_one_is_refused(rac, tiny_folder, sparse_folder, tmp_path):
-    code, _, stderr = rac("recover", tiny_folder, sparse_folder, tmp_path / "out", "--set", "steps=3")
-    assert code != 0
-    assert "steps: there is no such setting" in stderr
-    code, _, stderr = rac(
-        "recover", tiny_folder, sparse_folder, tmp_path / "out", "--set", "generic.sequence_tokens=64"
-    )
-    assert code == 1
-    assert "has no effect beside generic_share: 0; leave it out, or set a share" in stderr
 
 
 @pytest.mark.slow
