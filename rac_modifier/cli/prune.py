@@ -71,7 +71,7 @@ def prune(
         check_recipes([recipe], overrides)
         check_model(resolve(model))
         check_output(Path(output), resolve(model))
-        typer.echo(f"nothing is wrong with {model} and {output}, either; run the same command without --check")
+        typer.echo(f"{model} and {output} are fine, too; run the same command without --check")
         return
     _prune(model, Path(output), recipe, overrides, precision)
 
