@@ -73,6 +73,7 @@ def frontier(
     if grid.evaluation.serve:
         check_serving()
     if check:
+        _check_folder(model, planned, grid.evaluation, prompt, out, precision)
         lines = [f"{run.label}: {run.group}" for run in planned]
         typer.echo("\n".join([*lines, *forecast(plan, out, keep_models=not remove_models)]))
         return
@@ -108,24 +109,51 @@ def _run(
 ) -> None:
     from rac_modifier.frontier.folder import FrontierFolder
     from rac_modifier.frontier.run import check_finished, run_grid
-    from rac_modifier.machine_paths import public_name
-    from rac_modifier.sampling.model_identity import ModelIdentity
 
     held_out = _held_out(evaluation, prompt)
     tools = _tools(model, evaluation, prompt, precision, out, benchmarks)
-    about = {
+    with FrontierFolder(out) as folder:
+        folder.begin(_about(model, tools.source, evaluation, prompt, precision, held_out))
+        check_finished(folder, planned)
+        run_grid(folder, planned, held_out, tools, remove_models=remove_models, report=_say)
+    typer.echo(f"{len(planned) + 1} rows in {out}; look at them with: rac report {out} -o report.html")
+
+
+def _check_folder(
+    model: str,
+    planned: list[PlannedRow],
+    evaluation: GridEvaluation,
+    prompt: PromptSettings,
+    out: Path,
+    precision: Dtype,
+) -> None:
+    """Refuse a folder whose results cannot be gone on with; a new one is not made."""
+    from rac_modifier.checkpoint.output_folder import local_folder
+    from rac_modifier.frontier.folder import FrontierFolder
+    from rac_modifier.frontier.run import check_finished
+
+    folder = FrontierFolder(out)
+    if folder.about:
+        source = local_folder(resolve(model))
+        folder.check(_about(model, source, evaluation, prompt, precision, _held_out(evaluation, prompt)))
+        check_finished(folder, planned)
+
+
+def _about(
+    model: str, source: Path, evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, held_out: HeldOut
+) -> dict[str, Any]:
+    """What all rows of a folder share."""
+    from rac_modifier.machine_paths import public_name
+    from rac_modifier.sampling.model_identity import ModelIdentity
+
+    return {
         "model": public_name(model),
-        "fingerprint": ModelIdentity.of_files(str(tools.source)).fingerprint,
+        "fingerprint": ModelIdentity.of_files(str(source)).fingerprint,
         "evaluation": {**evaluation.of_rows(), "source": public_name(evaluation.source)},
         "prompt": prompt.model_dump(),
         "precision": precision.value,
         "problems": digest_of(held_out.problems),
     }
-    with FrontierFolder(out) as folder:
-        folder.begin(about)
-        check_finished(folder, planned)
-        run_grid(folder, planned, held_out, tools, remove_models=remove_models, report=_say)
-    typer.echo(f"{len(planned) + 1} rows in {out}; look at them with: rac report {out} -o report.html")
 
 
 def _tools(

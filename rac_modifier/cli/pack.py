@@ -93,7 +93,7 @@ def unpack(
     from rac_modifier.checkpoint.output_folder import local_folder
 
     with resumable(packing_step(None)):
-        source = local_folder(packed)
+        source = local_folder(resolve(packed))
     with resumable(lambda: packing_step(out)):
         summary = unpack_model(source, out)
     if as_json:

@@ -18,6 +18,7 @@ from rac_modifier.errors import RacError
 if TYPE_CHECKING:
     from rac_modifier.calibration.trace_pool import TracePool
     from rac_modifier.settings.traces import TraceSettings
+    from rac_modifier.traces.records import Trace
     from rac_modifier.traces.store import TraceStore
 
 _CONCURRENCY = 64  # the default
@@ -116,7 +117,9 @@ def _pool_figures(pool: TracePool) -> dict[str, Any]:
 @app.command("inspect", short_help="Print what a trace store holds.")
 def inspect(
     store: Store,
-    samples: Annotated[int, typer.Option(min=0, help="how many traces to print as text")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(min=0, help="how many traces to print as text; default: 1, with --json 0")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="also check every answer and print how many are right")
     ] = False,
@@ -140,9 +143,12 @@ def inspect(
     settings = read_select(select)
     if as_json:
         found = _store_figures(opened)
-        if verify or settings is not None:
-            tokenizer = _tokenizer_of(opened, model, "or leave --verify and --select out")
-            found |= verified_figures(opened, tokenizer, verify, settings)
+        if verify or samples or settings is not None:
+            tokenizer = _tokenizer_of(opened, model, "or leave --verify, --select and --samples out")
+            if verify or settings is not None:
+                found |= verified_figures(opened, tokenizer, verify, settings)
+            if samples:
+                found["samples"] = [_sample(trace, tokenizer) for trace in islice(opened, samples)]
         print_json(found)
         return
     typer.echo(describe_store(opened))
@@ -151,9 +157,14 @@ def inspect(
     tokenizer = _tokenizer_of(opened, model, "or give --samples 0 alone for the counts")
     if verify or settings is not None:
         typer.echo(describe_verified(opened, tokenizer, verify, settings))
-    for trace in islice(opened, samples):
+    for trace in islice(opened, 1 if samples is None else samples):
         typer.echo(f"\n--- {trace.id} ({trace.finish_reason}, answer: {trace.answer})")
         typer.echo(tokenizer.decode([*trace.prompt_ids, *trace.completion_ids]))
+
+
+def _sample(trace: Trace, tokenizer: Any) -> dict[str, Any]:
+    text = tokenizer.decode([*trace.prompt_ids, *trace.completion_ids])
+    return {"id": trace.id, "finish_reason": trace.finish_reason, "answer": trace.answer, "text": text}
 
 
 def _store_figures(store: TraceStore) -> dict[str, Any]:

@@ -77,6 +77,14 @@ class FrontierFolder:
             self.about = {"version": VERSION, **about}
             write_json_atomic(self.folder / ABOUT, self.about)
             return
+        self.check(about)
+
+    def check(self, about: Mapping[str, Any]) -> None:
+        """Check that the rows that are there share this; nothing is written.
+
+        Raises:
+            RacError: the folder is of another model, other problems or other sampling.
+        """
         for key, value in about.items():
             if self.about.get(key) != value:
                 raise RacError(

@@ -127,6 +127,9 @@ def test_a_grid_that_was_killed_between_rows_goes_on(rac: Rac, grid: Any, tiny_f
 
     code, _, error = rac(*words, "--precision", "float64")
     assert code == 2
+    code, out, error = rac(*words, "--precision", "bfloat16", "--check")
+    assert (code, out) == (1, ""), "a check refuses the folder that the run would refuse"
+    assert "was measured with another precision" in error
     code, _, error = rac(*words, "--precision", "bfloat16")
     assert code == 1
     assert "was measured with another precision" in error

@@ -119,3 +119,9 @@ def test_an_interruption_leaves_nothing_and_ends_in_130(
     assert code == 130
     assert err.strip() == f"interrupted: {tmp_path / 'out'} is not written; run the same command again"
     assert not (tmp_path / "out").exists()
+
+
+def test_unpack_knows_the_embedded_model(rac: Rac, tmp_path: Path) -> None:
+    code, _, err = rac("unpack", "reasoner", tmp_path / "out")
+    assert code == 1
+    assert "is not packed" in err

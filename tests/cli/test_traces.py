@@ -72,6 +72,11 @@ def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
     assert found["counts"]["traces"] == len(held)
     assert (found["right"], found["selected"]) == (0, held.counts.finished)
     assert found["header"]["model"] == tiny_folder.name
+    assert "samples" not in found
+
+    found = json.loads(rac("traces", "inspect", store, "--model", tiny_folder, "--json", "--samples", 2)[1])
+    assert [sample["id"] for sample in found["samples"]] == [trace.id for trace in held][:2]
+    assert next(iter(held)).question.replace(" ", "") in found["samples"][0]["text"].replace(" ", "")
 
     out = tmp_path / "new.parquet"
     assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {"output": str(out), "traces": len(held)}
