@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,14 +125,13 @@ def _recover(
 ) -> tuple[float, float] | None:
     """Held-out KL before and after; None in another process than the first."""
     import torch
-    from safetensors import SafetensorError
 
     from rac_modifier.checkpoint.saving import SavePlan, save_with_record
     from rac_modifier.checkpoint.sparsity_config import recorded_structures
     from rac_modifier.llmcompressor.quantized_checkpoint import QuantizedCheckpoint, check_layers
     from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
     from rac_modifier.llmcompressor.zeros import sparse_modules
-    from rac_modifier.settings.prompt import PromptSettings
+    from rac_modifier.recovery.check_pair import check_dense, check_made_from
     from rac_modifier.traces.fresh import fresh_traces, used_traces
 
     stored = _quantized_modules(sparse)
@@ -146,8 +145,7 @@ def _recover(
     run = processes, bool(checkpoint.quantized)
     text = before_sampling(model, lambda: tokenizer, settings, *run)
     before = _record_of(sparse)
-    stores = {name: dict(one) for name, one in (before.get("trace_stores") or {}).items() if isinstance(one, dict)}
-    known = {str(one.get("sha256")) for one in stores.values()}
+    known = {str(one.get("sha256")) for one in _stores_of(before).values()}
     store = _collected(processes, model, tokenizer, store_path, problems, sampling, settings.reserved_tokens, known)
     traces: list[Trace] = fresh_traces(store, used_traces(store, known), settings.reserved_tokens)
     stage = RecoveryStage(model, traces, settings, True, *run, generic=text)
@@ -155,16 +153,8 @@ def _recover(
     done = stage.run(pruned, modules, checkpoint.quantized)
     if not processes.is_first:
         return None
-    record: dict[str, Any] = {"method": "recover", "recovered_from": str(sparse), "recovery": done}
-    name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
-    stores[name] = {"path": str(store.path), "sha256": store.sha256(), "model": store.header.model}
-    prompt = PromptSettings.of(store.header.sampling).model_dump()
-    record |= {"trace_stores": stores, "prompts": before.get("prompts") or {"recovery": prompt}}
-    if patterns:
-        first = next(iter(patterns.values()))
-        record |= {"pattern": f"{first.describe()} (of the first module)", "mask_structure": first.mask_structure}
     plan = SavePlan(
-        record=record,
+        record=_recovered_record(before, sparse, store, patterns, done),
         patterns=patterns,
         modules={name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)},
         storage="packed" if checkpoint.packs else "dense",
@@ -174,16 +164,52 @@ def _recover(
     )
     pruned.config._name_or_path = resolve(dense)
     save_with_record(pruned, lambda: plan)
+    _write(pruned, tokenizer, output, stage.folder)
+    return done["kl_before"], done["kl_after"]
+
+
+def _stores_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The trace stores of a run record, by part."""
+    return {name: dict(one) for name, one in (record.get("trace_stores") or {}).items() if isinstance(one, dict)}
+
+
+def _recovered_record(
+    before: dict[str, Any], sparse: Path, store: TraceStore, patterns: Mapping[str, Any], done: dict[str, Any]
+) -> dict[str, Any]:
+    """The run record of the recovered checkpoint: stores and prompts of the runs before, and what recovery did.
+
+    Args:
+        before: the record of the checkpoint that was recovered.
+        patterns: the sparsity pattern of each module; empty for a model that is quantized alone.
+        done: of the recovery stage.
+    """
+    from rac_modifier.settings.prompt import PromptSettings
+
+    stores = _stores_of(before)
+    name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
+    stores[name] = {"path": str(store.path), "sha256": store.sha256(), "model": store.header.model}
+    prompt = PromptSettings.of(store.header.sampling).model_dump()
+    record = {"method": "recover", "recovered_from": str(sparse), "recovery": done, "trace_stores": stores}
+    record["prompts"] = before.get("prompts") or {"recovery": prompt}
+    if patterns:
+        first = next(iter(patterns.values()))
+        record |= {"pattern": f"{first.describe()} (of the first module)", "mask_structure": first.mask_structure}
+    return record
+
+
+def _write(recovered: Any, tokenizer: Any, output: Path, trained: Path) -> None:
+    """Write the checkpoint; where that fails, `output` is as before and the weights in `trained` are kept (RacError)."""
+    from safetensors import SafetensorError
+
     try:
         tokenizer.save_pretrained(output)
-        pruned.save_pretrained(output)  # last: an output with a card is complete
+        recovered.save_pretrained(output)  # last: an output with a card is complete
     except (OSError, SafetensorError, RacError) as error:
         shutil.rmtree(output, ignore_errors=True)  # it was new or empty
         raise RacError(
-            f"{output}: the recovered model cannot be written ({error}); what was trained is kept in {stage.folder}: make room, "
+            f"{output}: the recovered model cannot be written ({error}); what was trained is kept in {trained}: make room, "
             "and run the same command again, which does not train again"
         ) from error
-    return done["kl_before"], done["kl_after"]
 
 
 def _collected(
@@ -223,45 +249,6 @@ def _record_of(sparse: Path) -> dict[str, Any]:
     from rac_modifier.files import read_json
 
     return dict(read_json(sparse / RUN_RECORD_NAME)) if (sparse / RUN_RECORD_NAME).is_file() else {}
-
-
-def check_dense(model: Any, name: str) -> None:
-    """Refuse a teacher that is itself compressed: the two models may be swapped (RacError)."""
-    import torch
-
-    from rac_modifier.recovery.fixed_mask import masks_of_zeros
-
-    how = ""
-    if getattr(model.config, "quantization_config", None) is not None and any(
-        getattr(module, "quantization_scheme", None) is not None for module in model.modules()
-    ):
-        how = "quantized"
-    elif sparse := masks_of_zeros(model, least_sparsity=0.05):
-        linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-        how = f"sparse ({len(sparse)} of its {linears} linear layers)" if 2 * len(sparse) > linears else ""
-    if how:
-        raise RacError(
-            f"{name} is {how}, and the first model has to be the dense one, which the other is trained towards: rac recover "
-            "DENSE SPARSE OUT (base_model in rac_run.json names the dense one)"
-        )
-
-
-def check_made_from(pruned: Any, dense: Any) -> None:
-    """Refuse a dense model that is another than the one that was compressed: their embeddings or heads differ (RacError)."""
-    import torch
-
-    same = type(pruned) is type(dense)
-    for part in ("get_input_embeddings", "get_output_embeddings"):
-        modules = [getattr(m, part)() for m in (pruned, dense)]
-        if None in modules:  # a model without a head is refused later
-            continue
-        ours, theirs = (module.weight for module in modules)
-        same = same and ours.shape == theirs.shape and torch.equal(ours.float(), theirs.float())
-    if not same:
-        raise RacError(
-            f"the {type(pruned).__name__} to recover was not made from this {type(dense).__name__}: their embeddings or heads "
-            "differ; name the dense model that was compressed (base_model in rac_run.json)"
-        )
 
 
 def _quantized_modules(sparse: Path) -> set[str]:
