@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import random
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from kernel import SHAPES, read_speed
@@ -46,6 +49,9 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
 }
 ONE_PROCESS = ", one process"  # vLLM's engine and worker in one, so that none polls for the other, without statistics
 IN_CPP = f"{ONE_PROCESS}, step in C++"  # and the compiled step calls its pieces from C++
+IN_PYTHON = {  # the same models in this process, by vLLM's `LLM`: no server and no client, as llama.cpp is timed
+    name.replace("served", "in Python"): kind for name, kind in SERVED.items() if name.startswith("served")
+}
 SERVED |= {
     name + how: kind for name, kind in SERVED.items() if name.startswith("served") for how in (ONE_PROCESS, IN_CPP)
 }
@@ -159,17 +165,12 @@ def llama(name: str, args: argparse.Namespace) -> Figures:
 
 def served(name: str, args: argparse.Namespace) -> Figures:
     """Generate with `vllm serve` on our kernels; timed at the client."""
-    from random_model import save_model
     from streaming_client import Load, measure
     from vllm_server import serving
 
-    from rac_modifier.settings.pattern import Pattern
-
     bits, pruned, head_bits = SERVED[name]
     ours = head_bits < 16
-    folder = args.keep / f"{f'{100 * pruned:.0f}-' if pruned else 'dense-'}int{bits}-{args.layers}-{args.vocab}"
-    pattern = Pattern.unstructured(pruned) if pruned else None
-    save_model(folder, args.layers, args.vocab, pattern, int8=bits == 8, codes=bits if bits in GROUPS else None)
+    folder = saved(bits, pruned, args)
     options = [
         "--served-model-name",
         "model",
@@ -194,17 +195,82 @@ def served(name: str, args: argparse.Namespace) -> Figures:
         speed = measure(server.url, load, 1, 2)
     if ours and not pruned and "has no effect on this model" in log.read_text():
         raise SystemExit(f"{name}: vLLM's own method ran it; {log} has the reason")
-    each = (
-        (1 - pruned) * bits / 8 + (1 / 8 if pruned else 0) + (2 / GROUPS[bits] if bits in GROUPS else 0)
-    )  # values, masks, scales
+    nbytes = bytes_read(bits, pruned, head_bits, args)
+    return Figures(nbytes, speed.each_token_ms, speed.first_token_ms / 1e3, speed.tokens_per_second)
+
+
+def in_python(name: str, args: argparse.Namespace) -> Figures:
+    """Generate with vLLM's `LLM` in this process; the engine is stepped as `LLM.generate` does, and each step is timed."""
+    bits, pruned, head_bits = IN_PYTHON[name]
+    folder = saved(bits, pruned, args)
+    os.environ |= {
+        "RAC_LM_HEAD": f"int{head_bits}",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    from vllm import LLM, SamplingParams
+
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm").addHandler(handler)
+    engine = LLM(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=2048,
+        gpu_memory_utilization=0.5,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+        **({} if pruned else {"quantization": "rac-sparse"}),
+    ).llm_engine
+    if unused := [text for text in said if "has no effect on this model" in text]:
+        raise SystemExit(f"{name}: vLLM's own method ran it: {unused[0]}")
+    sampling = SamplingParams(temperature=0, max_tokens=args.output_tokens, ignore_eos=True, detokenize=False)
+    draw = random.Random(0)
+    firsts, each, totals = [], [], []
+    for turn in range(3):  # the first one warms up
+        prompt = [draw.randrange(args.vocab - 1) for _ in range(args.prompt_tokens)]
+        started = time.perf_counter()
+        engine.add_request(str(turn), {"prompt_token_ids": prompt}, sampling)
+        moments = []
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            moments += [time.perf_counter() - started] * len(outputs)
+        if len(moments) != args.output_tokens:
+            raise SystemExit(f"{name}: asked for {args.output_tokens} tokens, and {len(moments)} came")
+        firsts.append(moments[0])
+        each.append(1e3 * (moments[-1] - moments[0]) / (args.output_tokens - 1))
+        totals.append(args.output_tokens / moments[-1])
+    nbytes = bytes_read(bits, pruned, head_bits, args)
+    return Figures(nbytes, statistics.median(each[1:]), statistics.median(firsts[1:]), statistics.median(totals[1:]))
+
+
+def saved(bits: int, pruned: float, args: argparse.Namespace) -> Path:
+    """The folder of a checkpoint with random weights; made where it is not there yet."""
+    from random_model import save_model
+
+    from rac_modifier.settings.pattern import Pattern
+
+    folder: Path = args.keep / f"{f'{100 * pruned:.0f}-' if pruned else 'dense-'}int{bits}-{args.layers}-{args.vocab}"
+    pattern = Pattern.unstructured(pruned) if pruned else None
+    save_model(folder, args.layers, args.vocab, pattern, int8=bits == 8, codes=bits if bits in GROUPS else None)
+    return folder
+
+
+def bytes_read(bits: int, pruned: float, head_bits: int, args: argparse.Namespace) -> int:
+    """Bytes of the values, masks and scales that a token reads, of all layers and the head."""
+    each = (1 - pruned) * bits / 8 + (1 / 8 if pruned else 0) + (2 / GROUPS[bits] if bits in GROUPS else 0)
     head = 0.5 + 2 / GROUP if head_bits == 4 else head_bits / 8
     weights = args.layers * sum(n * k for n, k in SHAPES["1.5B"])
-    nbytes = int(each * weights + head * args.vocab * HIDDEN)
-    return Figures(nbytes, speed.each_token_ms, speed.first_token_ms / 1e3, speed.tokens_per_second)
+    return int(each * weights + head * args.vocab * HIDDEN)
 
 
 def one(name: str, args: argparse.Namespace) -> Figures:
     """Run a contender in this process."""
     torch.set_num_threads(args.threads)
-    kinds = {linears: LINEARS, openvino_linears: OPENVINO, torchao_linears: TORCHAO, llama: LLAMA, served: SERVED}
+    kinds = {linears: LINEARS, openvino_linears: OPENVINO, torchao_linears: TORCHAO, llama: LLAMA}
+    kinds |= {served: SERVED, in_python: IN_PYTHON}
     return next(kind for kind, names in kinds.items() if name in names)(name, args)

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peer_contenders import LINEARS, LLAMA, SERVED, Figures
+from peer_contenders import IN_PYTHON, LINEARS, LLAMA, SERVED, Figures
 
 
 def kl_of(name: str, measured: dict[str, float]) -> float | None:
     """KL to the dense model of the contender's format, nats per token; None where it was not measured."""
     if name in LLAMA:
         return measured.get(LLAMA[name])
-    bits, pruned, _ = {**LINEARS, **SERVED}.get(name, (0, 0.0, 0))
+    bits, pruned, _ = {**LINEARS, **SERVED, **IN_PYTHON}.get(name, (0, 0.0, 0))
     if pruned:
         return measured.get(f"{100 * pruned:.0f} % + int{bits}")
     return {16: 0.0, 4: measured.get("int4"), 3: measured.get("int3")}.get(

@@ -9,8 +9,9 @@ llama.cpp generates (`--prompt-tokens` in, `--output-tokens` out), timed by itse
 of all layers and the head, without attention, norms and the calls of a server: a lower bound of what a token takes. Those of
 OpenVINO are a graph of nothing else in its CPU runtime, which may run its layers in any order, on the same inputs; those of
 torchao are calls of its int4 weights, layer by layer. With --served a token of ours, and of vLLM's own dense products, is timed
-at the client. Weights' bytes are those that a token reads: the linear layers with their masks and scales, and the head. A row
-per contender is written to --json, with its runs.
+at the client; "in Python" are the same models by vLLM's `LLM` in the process, without a server, as llama.cpp is timed. Weights'
+bytes are those that a token reads: the linear layers with their masks and scales, and the head. A row per contender is written
+to --json, with its runs.
 
 Weights are random. So that accuracy stands beside speed, --accuracy gives files with what the formats cost a real model:
 rows.jsonl of a `rac frontier` folder and what gguf_accuracy.py has written, as for SmolLM2 (smollm2_frontier.py). The KL is that
@@ -31,7 +32,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from peer_contenders import LINEARS, LLAMA, OPENVINO, SERVED, TORCHAO, Figures, one
+from peer_contenders import IN_PYTHON, LINEARS, LLAMA, OPENVINO, SERVED, TORCHAO, Figures, one
 from peer_table import read_accuracy, row, table
 
 from rac_modifier.kernels.cpu.support import support
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64, help="at least 4")
-    parser.add_argument("--served", action="store_true", help="our models in `vllm serve` too")
+    parser.add_argument("--served", action="store_true", help="our models in `vllm serve` and in vLLM's `LLM`, too")
     parser.add_argument("--only", nargs="+", help="these contenders, by their names")
     parser.add_argument("--keep", type=Path, help="folder for models, used again where they exist")
     parser.add_argument("--accuracy", type=Path, nargs="+", default=[], help="files with the KL of formats")
@@ -80,9 +81,9 @@ def main() -> None:
     if args.one:
         print(json.dumps(asdict(one(args.one, args))))
         return
-    names = [*LLAMA, *OPENVINO, *TORCHAO, *LINEARS, *(SERVED if args.served else ())]
+    names = [*LLAMA, *OPENVINO, *TORCHAO, *LINEARS, *((*IN_PYTHON, *SERVED) if args.served else ())]
     if unknown := sorted({*(args.only or ())} - {*names}):
-        parser.error(f"--only {unknown[0]!r}: known are {', '.join(names)}; the served ones need --served")
+        parser.error(f"--only {unknown[0]!r}: known are {', '.join(names)}; those of vLLM need --served")
     if args.output_tokens < 4 or args.rounds < 1 or args.threads < 1:
         parser.error("--output-tokens must be at least 4, --rounds and --threads at least 1")
     names = [name for name in names if not args.only or name in args.only]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -154,3 +155,54 @@ def test_the_suffix_of_a_served_contender_sets_its_options(tables, monkeypatch, 
         config = json.loads(found[found.index("--compilation-config") + 1])
         assert config == {"inductor_compile_config": {"cpp_wrapper": True}}
     assert tables.kl_of(name, {"50 % + int4": 0.2}) == 0.2
+
+
+@pytest.fixture
+def engine(tables, monkeypatch, tmp_path):
+    """vLLM's engine for `in_python`: a step of the prompt takes 3 s, each further one 0.5 s, on a clock of its own."""
+    import peer_contenders
+
+    now, left, asked = [0.0], [0], {}
+
+    def step():
+        now[0] += 3.0 if left[0] == asked["tokens"] else 0.5
+        left[0] -= 1
+        return ["token"]
+
+    def add_request(number, prompt, sampling):
+        assert len(prompt["prompt_token_ids"]) == 4
+        left[0] = asked["tokens"]
+
+    def made(**options):
+        asked["options"] = options
+        for text in asked.get("warns", []):
+            logging.getLogger("vllm.rac").warning(text)
+        unfinished = SimpleNamespace(add_request=add_request, step=step, has_unfinished_requests=lambda: left[0] > 0)
+        return SimpleNamespace(llm_engine=unfinished)
+
+    def sampling(max_tokens, **_):
+        asked["tokens"] = max_tokens
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=made, SamplingParams=sampling))
+    monkeypatch.setitem(sys.modules, "random_model", SimpleNamespace(save_model=lambda *_, **__: None))
+    monkeypatch.setattr(peer_contenders.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    args = SimpleNamespace(keep=tmp_path, layers=1, vocab=16, prompt_tokens=4, output_tokens=9)
+    return SimpleNamespace(run=lambda name: peer_contenders.in_python(name, args), asked=asked)
+
+
+def test_an_engine_in_this_process_is_timed_step_by_step(tables, engine):
+    figures = engine.run("in Python, 50 % + int4, head int4")
+    assert (figures.first_token_s, figures.ms_per_token) == (3.0, 500.0)
+    assert figures.tokens_per_s == pytest.approx(9 / 7.0)
+    assert "quantization" not in engine.asked["options"]
+    assert os.environ["RAC_LM_HEAD"] == "int4"
+    assert tables.kl_of("in Python, 50 % + int4, head int4", {"50 % + int4": 0.2}) == 0.2
+    engine.run("in Python, dense int4, ours, head int4")
+    assert engine.asked["options"]["quantization"] == "rac-sparse"
+
+
+def test_dense_codes_that_vllms_own_method_ran_are_no_contender_of_ours(engine):
+    engine.asked["warns"] = ["--quantization rac-sparse has no effect on this model here; leave it out"]
+    with pytest.raises(SystemExit, match="vLLM's own method ran it"):
+        engine.run("in Python, dense int4, ours, head int4")
