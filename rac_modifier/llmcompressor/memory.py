@@ -20,7 +20,8 @@ and beside that, one after the other, so that the largest counts:
 
 and on a CPU where products go to oneDNN its code for experts' numbers of tokens, which stays (`MemoryNeed.code`). Here
 no more than 4,096 tokens are converted at once, and solving counts as often as experts are solved at once. Between these
-parts freed memory is given back where the process would else grow by more than the largest of them (freed_memory.py).
+parts, and before operators with large results, freed memory is given back where the process has grown to 95 % of the largest of
+them (freed_memory.py).
 tests/llmcompressor/test_memory.py holds the prediction to the peak of all tensors; benchmarks/memory.py compares it with what a
 process grows by.
 """
