@@ -18,10 +18,14 @@ WITH_GAPS = 1.15
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, from malloc.h
 _BLOCKS = 256 << 20  # blocks up to this size are kept
 _KEPT = 1 << 30  # as much, free at the end of the heap, is not given back
-_RETURN_SECONDS = 1.0  # of the processor
-_returned = float("-inf")  # when it was last done
+_ROOM = 0.05  # of what is predicted, which an operator may take before the next one asks again
+_LARGE = 1 / 32  # of what is predicted: operators with a result of this size ask
+_PAUSE = (
+    10.0  # times as long as giving back took, before it is done again: taking the pages anew costs five times as much
+)
+_not_before = float("-inf")  # seconds of the processor
 _limit: int | None = None  # bytes of the process
-_ROOM = 0.25  # of what is predicted, which the next part may take before it is asked again
+_large = 0  # bytes of a result
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
 
 
@@ -45,26 +49,33 @@ def keep_freed_memory() -> bool:
 
 def expect_growth(predicted: int) -> None:
     """From here on this process is predicted to grow by so many bytes: `return_freed_memory` is to keep it below that."""
-    global _limit
-    _limit = resident() + int(predicted * (1 - _ROOM))
+    global _limit, _large
+    _limit, _large = resident() + int(predicted * (1 - _ROOM)), int(predicted * _LARGE)
 
 
-def return_freed_memory(needed: int = 0, now: Callable[[], float] = time.process_time) -> None:
-    """Give back what glibc keeps, between two parts of a run, where this process would else grow beyond what is predicted.
+def return_freed_memory(result: int | None = None, now: Callable[[], float] = time.process_time) -> None:
+    """Give back what glibc keeps, where this process has grown to 95 % of what is predicted.
 
-    The next part needs blocks of other sizes: what the last one has left free would be held beside them. Giving it back has a
-    price, since each page that is taken anew is cleared first. So it is done only where the next part, which takes `needed` bytes
-    of new blocks, would end above three quarters of the prediction, and once in a second of the processor at most (a run beside
-    other work keeps as much as one alone). What cannot be kept below that becomes the new limit.
+    What comes next needs blocks of other sizes: what was left free would be held beside them. Giving it back has a price, since
+    each page that is taken anew is cleared first. So it is done only there, and after a pause of ten times as long as it took the
+    last time. What the process has after it becomes the new limit, if it is more.
+
+    Args:
+        result: bytes of the result of the operator that comes next; below a 32nd of what is predicted nothing is done.
+        now: seconds of the processor.
     """
-    global _returned, _limit
-    if _limit is None or resident() + needed <= _limit or now() - _returned < _RETURN_SECONDS:
+    global _not_before, _limit
+    if _limit is None or (result is not None and result < _large):
         return
-    _returned = now()
+    if resident() <= _limit or now() < _not_before:
+        return
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # of glibc alone
+        began = now()
         library.malloc_trim(0)
-        _limit = max(_limit, resident() + needed)
+        ended = now()
+        _not_before = ended + _PAUSE * (ended - began)
+        _limit = max(_limit, resident())
 
 
 def resident() -> int:

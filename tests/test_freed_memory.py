@@ -134,11 +134,15 @@ blocks = [torch.ones(4 << 20) for _ in range(20)]  # 16 MiB each
 small = blocks[1::2]  # every other one stays: what is free lies between them
 del blocks
 before = resident()
-expect_growth(2 << 20)
+expect_growth(64 << 20)
 return_freed_memory()
 assert resident() == before, "nothing is given back below what is predicted"
+more = torch.ones(16 << 20)  # 64 MiB, which fit in no gap
+return_freed_memory((2 << 20) - 1)
+assert resident() >= before, "nothing is given back before a small result"
+grown = resident()
 return_freed_memory(2 << 20)
-print(before - resident())
+print(grown - resident())
 """
 
 
@@ -147,41 +151,70 @@ def test_what_is_kept_is_given_back_when_asked() -> None:
     assert int(done.stdout) * os.sysconf("SC_PAGE_SIZE") > 0.9 * 10 * (16 << 20)
 
 
+class Process:
+    """A process of `bytes`; giving memory back takes `took` seconds and leaves it `kept` bytes, at most."""
+
+    def __init__(self) -> None:
+        self.bytes, self.kept, self.took, self.seconds, self.calls = 1000, 1000, 0.0, 5.0, 0
+
+    def trim(self, pad: int) -> None:
+        self.bytes, self.seconds, self.calls = min(self.bytes, self.kept), self.seconds + self.took, self.calls + 1
+
+    def grows_to(self, count: int, result: int | None = None) -> int:
+        """How often memory was given back until it has grown to so many bytes and was asked."""
+        self.bytes = count
+        return_freed_memory(result, lambda: self.seconds)
+        return self.calls
+
+
 @pytest.fixture
-def trims(load, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The calls of malloc_trim, which leave the process at 1,000 bytes; nothing was predicted or given back before."""
-    library, calls = load(Library()), list[int]()
-    monkeypatch.setattr(library, "malloc_trim", calls.append, raising=False)
-    monkeypatch.setattr("rac_modifier.freed_memory._returned", float("-inf"))
+def process(load, monkeypatch: pytest.MonkeyPatch) -> Process:
+    """In place of this one; nothing was predicted or given back before."""
+    library, process = load(Library()), Process()
+    monkeypatch.setattr(library, "malloc_trim", process.trim, raising=False)
+    monkeypatch.setattr("rac_modifier.freed_memory._not_before", float("-inf"))
     monkeypatch.setattr("rac_modifier.freed_memory._limit", None)
-    monkeypatch.setattr("rac_modifier.freed_memory.resident", lambda: 1000)
-    return calls
+    monkeypatch.setattr("rac_modifier.freed_memory._large", 0)
+    monkeypatch.setattr("rac_modifier.freed_memory.resident", lambda: process.bytes)
+    return process
 
 
-def test_it_is_given_back_once_a_second(trims) -> None:
-    expect_growth(-4)
-    for second in (5.0, 5.5, 5.9, 6.0, 6.1):
-        return_freed_memory(2 * int(10 * second), lambda second=second: second)
-    assert trims == [0, 0]
-
-
-def test_it_is_given_back_only_where_the_prediction_would_be_exceeded(trims) -> None:
-    seconds = iter(range(100))
-    return_freed_memory(10**9, lambda: next(seconds))
-    assert trims == [], "nothing is predicted"
+def test_it_is_given_back_where_the_process_comes_near_what_is_predicted(process) -> None:
+    assert process.grows_to(10**9) == 0, "nothing is predicted"
+    process.bytes = 1000
     expect_growth(800)
-    return_freed_memory(600, lambda: next(seconds))
-    assert trims == []
-    return_freed_memory(601, lambda: next(seconds))
-    assert trims == [0]
-    return_freed_memory(601, lambda: next(seconds))
-    assert trims == [0], "what it could not be kept below is the limit from there on"
-    return_freed_memory(602, lambda: next(seconds))
-    assert trims == [0, 0]
+    assert process.grows_to(1760) == 0
+    assert process.grows_to(1761) == 1
+    assert process.grows_to(1761) == 2
+
+
+def test_what_a_process_has_after_it_is_the_limit_from_there_on(process) -> None:
+    expect_growth(800)
+    process.kept = 1790
+    assert process.grows_to(1800) == 1
+    assert process.grows_to(1790) == 1
+    assert process.grows_to(1791) == 2
+
+
+def test_it_is_given_back_before_large_results_alone(process) -> None:
+    expect_growth(800)
+    assert process.grows_to(1799, result=24) == 0
+    assert process.grows_to(1799, result=25) == 1
+
+
+def test_after_it_comes_a_pause_of_ten_times_as_long(process) -> None:
+    expect_growth(800)
+    process.took = 0.25
+    assert process.grows_to(1800) == 1
+    assert process.seconds == 5.25
+    process.seconds = 7.74
+    assert process.grows_to(1800) == 1
+    process.seconds = 7.75
+    assert process.grows_to(1800) == 2
 
 
 def test_another_c_library_has_nothing_to_give_back(load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rac_modifier.freed_memory._returned", float("-inf"))
+    monkeypatch.setattr("rac_modifier.freed_memory._not_before", float("-inf"))
     monkeypatch.setattr("rac_modifier.freed_memory._limit", -1)
     load(Library(glibc=False))
     return_freed_memory()

@@ -17,7 +17,8 @@ from rac_modifier.freed_memory import return_freed_memory
 from rac_modifier.llmcompressor.by_expert import prune_experts, read_by_experts
 from rac_modifier.llmcompressor.dense_stream import DenseStream
 from rac_modifier.llmcompressor.experts import only_routed_tokens
-from rac_modifier.llmcompressor.input_groups import InputGroup, bytes_of_sums
+from rac_modifier.llmcompressor.input_groups import InputGroup
+from rac_modifier.llmcompressor.large_results import before_operator
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage
 
@@ -41,7 +42,7 @@ def calibrate_by_group(
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
-        stack.enter_context(FasterLinears())
+        stack.enter_context(FasterLinears(before=before_operator))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(only_routed_tokens())
         pruned = IntermediatesCache.from_dataloader(loader, onload_device, offload_device)
@@ -51,7 +52,7 @@ def calibrate_by_group(
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
                 if stage.modules:
-                    return_freed_memory(bytes_of_sums(stage.modules))
+                    return_freed_memory()
                     if pruner.needs_dense_stream and dense is None:
                         dense = DenseStream(model, pruned, tokens)
                     known = pruner.was_pruned(stage.modules)  # by a run that was killed

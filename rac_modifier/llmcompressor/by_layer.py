@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.float32_products import FasterLinears
 from rac_modifier.freed_memory import return_freed_memory
-from rac_modifier.llmcompressor.input_groups import bytes_of_sums
+from rac_modifier.llmcompressor.large_results import before_operator
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage, use_own_configs
 from rac_modifier.model_tools import StopForward
@@ -55,14 +55,14 @@ def calibrate_by_layer(
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
-        stack.enter_context(FasterLinears())
+        stack.enter_context(FasterLinears(before=before_operator))
         cache = IntermediatesCache.from_dataloader(
             loader, onload_device, torch.device(dataset_args.sequential_offload_device)
         )
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
                 here = [module for module in submodules[index] if module in wanted]
-                return_freed_memory(max((bytes_of_sums([module]) for module in here), default=0))
+                return_freed_memory()
                 if pruner.was_pruned(here):  # by a run that was killed
                     pruner.restore(here)
                 elif here:

@@ -12,7 +12,7 @@ from compressed_tensors.utils import align_module_device
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import StopForward
-from rac_modifier.pruning.hessian import Statistics, numbers_of_lane
+from rac_modifier.pruning.hessian import Statistics
 
 
 @dataclass(eq=False)
@@ -30,12 +30,6 @@ class InputGroup:
                 stack.enter_context(align_module_device(module))
             weights: list[torch.Tensor] = [module.weight.detach() for module in modules]  # type: ignore[operator]
         return cls(modules, Statistics(weights[0].shape[1], device, weights if with_cross_moment else None))
-
-
-def bytes_of_sums(modules: list[torch.nn.Module]) -> int:
-    """What the Hessian of modules that read one tensor takes, with that of a lane (pruning/lane_sum.py)."""
-    columns = modules[0].get_parameter("weight").shape[1]
-    return 4 * (columns**2 + numbers_of_lane(columns))
 
 
 class HessianCollector:

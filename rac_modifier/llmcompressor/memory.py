@@ -16,11 +16,13 @@ and beside that, one after the other, so that the largest counts:
                                        added), or in the dense stream, with the dense weights of the group before and a batch of
                                        inputs if it waited there.
     solving      4 (a d^2 + b r d)     Hessian, its factor, weights, the solver's buffers (step_memory.py)
-    forward      of the largest batch: attention, or what the group's modules return
+    forward      of the largest batch: attention, or what the group's modules return; beside it, of the batches before it, what
+                 the next group reads
 
 and on a CPU where products go to oneDNN its code for experts' numbers of tokens, which stays (`MemoryNeed.code`). Here
 no more than 4,096 tokens are converted at once, and solving counts as often as experts are solved at once. Between these
-parts freed memory is given back where the process would else grow by more than the largest of them (freed_memory.py).
+parts, and before operators with large results, freed memory is given back where the process has grown to 95 % of the largest of
+them (freed_memory.py).
 tests/llmcompressor/test_memory.py holds the prediction to the peak of all tensors; benchmarks/memory.py compares it with what a
 process grows by.
 """
@@ -137,6 +139,13 @@ class MemoryNeed:
         ends = group if self.waits(group, after) else after or begins
         return max(begins.columns, ends.columns)
 
+    def grows(self, group: GroupShape) -> int:
+        """Bytes of activations more when the last batch runs: those before it have become what the next group reads."""
+        if self.by_layer or group.routed or group.after is None:
+            return 0
+        wider = max(group.after.columns - group.columns, 0)
+        return max(self.tokens - self.batch_tokens, 0) * wider * self.activation_bytes
+
     def work(self, group: GroupShape, device: torch.device = _CPU) -> int:
         """Bytes that this group needs on `device` at its peak: of statistics, solver, or a forward pass."""
         return int(max(self.statistics(group, device), self.solving(group, device), self.forward(group)))
@@ -144,7 +153,10 @@ class MemoryNeed:
     def bytes_on(self, device: torch.device, onload: torch.device, offload: torch.device, group: GroupShape) -> int:
         """Bytes of a process on `device`, where statistics and solver use `onload`, and activations are kept on `offload`."""
         # activations are kept with hardly any gaps, in blocks of a few sizes
-        work = self.work(group, onload) * (WITH_GAPS if device.type == "cpu" else 1) if device == onload else 0
+        gaps, work = WITH_GAPS if device.type == "cpu" else 1.0, 0.0
+        if device == onload:
+            runs = gaps * self.forward(group) + (self.grows(group) if device == offload else 0)
+            work = max(gaps * self.work(group, onload), runs)
         code = self.code(group, onload) if device == onload else 0
         return int(work) + code + (self.kept(group) if device == offload else 0)
 

@@ -165,7 +165,7 @@ def solve_together(
     for group in groups:
         group.statistics.finish(processes)
     units = list(_units(groups, gains_at_once, together))
-    return_freed_memory(max(map(_taken_by_solver, units), default=0))
+    return_freed_memory()
     if processes.count == 1:
         for unit in units:
             yield from zip(unit, solve(unit), strict=True)
@@ -194,12 +194,6 @@ def _units(groups: Sequence[InputGroup], gains_at_once: bool, together: int | No
         some = list(alike)
         step = together or at_once(some[0].modules, some[0].statistics.hessian.device, gains_at_once)
         yield from (some[i : i + step] for i in range(0, len(some), step))
-
-
-def _taken_by_solver(groups: Sequence[InputGroup]) -> int:
-    """About how many bytes the solver takes beside the sums: a factor, and six buffers like the weights (step_memory.py)."""
-    columns = groups[0].statistics.hessian.columns
-    return 4 * (len(groups) * columns**2 + 6 * _weights(groups))
 
 
 def _weights(groups: Sequence[InputGroup]) -> int:

@@ -173,6 +173,20 @@ def test_a_forward_pass_counts_where_it_is_more():
     assert layer.work(down) == 10**9 + 4 * 256**2 * (1 + 10 / 16) + layer.copies(down)
 
 
+def test_while_the_last_batch_runs_the_others_have_what_the_next_group_reads():
+    """6,000 of 10,000 tokens have 256 numbers of two bytes in place of 64 by then; none have less."""
+    gate = GroupShape("gate", 64, 512, after=GroupShape("down", 256, 64))
+    large = need(tokens=10_000, batch_tokens=4000)
+    assert large.grows(gate) == 6000 * (256 - 64) * 2
+    assert large.work(gate) == large.forward(gate)
+    assert large.bytes_on(CPU, CPU, CPU, gate) == large.kept(gate) + int(1.15 * large.work(gate) + large.grows(gate))
+    assert large.bytes_on(OTHER, OTHER, CPU, gate) == large.work(gate, OTHER), "they are kept elsewhere"
+    for other in (need(by_layer=True), need(batch_tokens=1000)):
+        assert other.grows(gate) == 0
+    for group in (replace(gate, routed=True), replace(gate, after=None), GroupShape("down", 256, 64, after=gate)):
+        assert large.grows(group) == 0
+
+
 def test_where_the_dense_stream_waits_its_weights_are_counted_and_not_its_wide_inputs():
     """1,000 tokens of 256 - 64 numbers more are more than the 64 * 100 weights of gate and up."""
     gate, down = GroupShape("gate", 64, 100), GroupShape("down", 256, 64)
