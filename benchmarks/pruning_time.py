@@ -59,6 +59,7 @@ def reasoner_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
 
 QWEN_1_5B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+HALF_OF_7B = {"hidden_size": 1792, "intermediate_size": 9472, "num_attention_heads": 14, "num_key_value_heads": 2}
 
 
 def qwen_case(shape: dict[str, int], layers: int, tokens: int) -> tuple[Any, list[CalibrationSequence]]:
@@ -83,6 +84,7 @@ CASES: dict[str, tuple[Callable[[int], tuple[Any, list[CalibrationSequence]]], i
     "reasoner": (reasoner_case, 32768),
     "qwen2-1.5b-2-layers": (partial(qwen_case, QWEN_1_5B, 2), 16384),
     "qwen2-7b-1-layer": (partial(qwen_case, QWEN_7B, 1), 16384),
+    "qwen2-7b-half": (partial(qwen_case, HALF_OF_7B, 1), 8192),  # an eighth of the products
 }
 
 

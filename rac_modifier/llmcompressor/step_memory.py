@@ -79,7 +79,8 @@ class SolverMemory:
             found["pruning"] = (2.0, given + 2.25, 4.5, 5.0)
         if self.solver == "alps":
             # the matrix, its factor or its inverse are in one place, also in bfloat16
-            found["pruning"] = (2.0 + factor, given + 3.0 - half, 0.0, 0.0)
+            found["pruning"] = (2.0 + factor, given + 3.25 - half, 0.0, 0.0)
+            found["final mask"] = (2.0 + factor, given + 3.75, 0.0, 0.0)  # scores, and masks
         if self.refits:
             found["refit"] = (
                 1.0 + half + factor,

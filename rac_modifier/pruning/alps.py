@@ -14,6 +14,9 @@ large one W and D must agree. So rho rises in a few stages, and U is rescaled wi
 rho as the support settles, which saves choosing the stages but takes a few hundred iterations. a > 1 is over-relaxation (Boyd
 et al., 2011, section 3.4.3), which the paper does not use: it is free, lowers the error by 2 % and makes rho matter less.
 
+Two more iterations have the final mask: D keeps the same weights in both. So they are ADMM for the best values of these, with the
+U and the matrix that are there already, and gain more than as many steps of the refit, which begins anew.
+
 Four things reduce the cost.
 *No eigendecomposition.* The paper diagonalises H once, to be free to change rho. That takes about 10 d^3 operations, half of
 them bound by memory (on one core 131 ms for d = 768, where a Cholesky factor takes 6 ms and the inverse 13 ms more). With
@@ -45,6 +48,9 @@ from rac_modifier.settings.pattern import Pattern
 _RHO = (0.2, 0.5)
 _RELAXATION = 1.5
 _STAGE = 4  # iterations at one rho
+# Iterations with the final mask. On layers of SmolLM2 at 60 %, two of them and a step of the refit leave 0.1 to 0.5 % less of the
+# error than the four or five steps that it takes without them; with 1,024 instead of 8,192 tokens, 0.5 to 3 % less.
+SETTLING = 2
 
 AddSolution = Callable[[torch.Tensor, torch.Tensor], object]
 
@@ -64,7 +70,7 @@ def prune(
     `patterns` has one pattern per module. Unstructured: exactly floor(numel * sparsity) weights of each module, anywhere in it;
     N:M, the same for all modules: the N lowest of each group.
     Memory beside the arguments: d^2 (a matrix, then its factor or inverse in the same place, also in bfloat16), and while it
-    iterates two buffers like `weight`, at the end four.
+    iterates two buffers like `weight`, and three at the most while the final mask is chosen.
 
     Returns:
         The mask of what was pruned, bool [d, sum(rows)], and the dampening that the factorisation needed.
@@ -81,7 +87,7 @@ def prune(
     scale = penalty.sqrt()
     z, target = weight, weight.clone()
     pull = torch.empty_like(weight, dtype=torch.bfloat16 if bf16 else weight.dtype)
-    before = stages[0][0]
+    before, settles, pruned = stages[0][0], sum(repeats for _, repeats in stages) - SETTLING, None
     for rho, repeats in stages:
         if rho != before:
             del add_solution  # frees its matrix before the next is made
@@ -90,14 +96,21 @@ def prune(
             add_solution = later
             del later
         for _ in range(repeats):
-            above = None if patterns[0].is_structured else _thresholds(z, scale, rows, patterns)
+            if settles == 0:
+                del pull  # while there are scores
+                pruned = _pruned(z, scale, rows, patterns)
+                pull = torch.empty_like(weight, dtype=torch.bfloat16 if bf16 else weight.dtype)
+            chooses = pruned is None and not patterns[0].is_structured
+            above = _thresholds(z, scale, rows, patterns) if chooses else None
             for here in linalg.parts(z, max(patterns[0].m, 1)):
-                keep = _keep(z[here], scale[here], patterns[0], above)
+                keep = _keep(z[here], scale[here], patterns[0], above) if pruned is None else (~pruned[here]).to(z)
                 _pull(z[here], target[here], keep, penalty[here], pull[here], rho, before)
-            before = rho
+            before, settles = rho, settles - 1
             add_solution(z, pull)
     del add_solution, target, pull
-    return _finally_pruned(z, scale, rows, patterns), dampening
+    assert pruned is not None, "the last iterations have the final mask"
+    z.masked_fill_(pruned, 0.0)
+    return pruned, dampening
 
 
 def _pull(
@@ -137,25 +150,26 @@ def _keep(z: torch.Tensor, scale: torch.Tensor, pattern: Pattern, above: torch.T
     return ranks_in_groups(scores, pattern.m).ge_(pattern.n) if above is None else scores.gt_(above)
 
 
-def _finally_pruned(
-    z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
-) -> torch.Tensor:
-    """The exact mask, bool, of what the patterns prune; these become 0 in `z`."""
-    scores = torch.mul(z, scale).abs_()
+def _pruned(z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]) -> torch.Tensor:
+    """The exact mask, bool, of what the patterns prune."""
+    found = torch.empty_like(z, dtype=torch.bool)
     if patterns[0].is_structured:
-        pruned = ranks_in_groups(scores, patterns[0].m) < patterns[0].n
-    else:
-        parts = zip(scores.split(list(rows), dim=1), patterns, strict=True)
-        pruned = torch.cat([lowest(part, int(part.numel() * pattern.sparsity)) for part, pattern in parts], dim=1)
-    z.masked_fill_(pruned, 0.0)
-    return pruned
+        for here in linalg.parts(z, patterns[0].m):
+            scores = torch.mul(z[here], scale[here]).abs_()
+            torch.lt(ranks_in_groups(scores, patterns[0].m), patterns[0].n, out=found[here])
+        return found
+    columns = (x.split(list(rows), dim=1) for x in (z, found))
+    for part, pruned, pattern in zip(*columns, patterns, strict=True):
+        pruned.copy_(lowest(torch.mul(part, scale).abs_(), int(part.numel() * pattern.sparsity)))
+    return found
 
 
 def _stages(iterations: int) -> list[tuple[float, int]]:
-    """The values of rho, each with its number of iterations; these sum to `iterations`."""
+    """The values of rho, each with its number of iterations; these sum to `iterations` and those that settle."""
     count = -(-iterations // _STAGE)
     first, last = _RHO
     sizes = [iterations // count + (i < iterations % count) for i in range(count)]
+    sizes[-1] += SETTLING
     return [(first * (last / first) ** (i / max(count - 1, 1)), size) for i, size in enumerate(sizes)]
 
 

@@ -16,7 +16,7 @@ model (without token weights; hessian.py has them):
 Modules that read the same input share H and are solved together: for d inputs and r rows of all modules, with s steps of the
 refit and i iterations, the multiply-adds are about
 
-    factor of H' d^3 / 6    target d^2 r    sparsegpt d^2 r / 2    alps i (d^3 / 24 + d^2 r)    refit (s + 1) d^2 r
+    factor of H' d^3 / 6    target d^2 r    sparsegpt d^2 r / 2    alps i d^3 / 24 + (i + 2) d^2 r    refit (s + 1) d^2 r
 
 Memory beside the weights: d^2 for a factor, and as much for a matrix of ALPS.
 

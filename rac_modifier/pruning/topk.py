@@ -39,7 +39,7 @@ def _kth_lowest(flat: torch.Tensor, count: int) -> torch.Tensor:
         low = sample.kthvalue(first).values if first >= 1 else flat.new_tensor(-math.inf)
         high = sample.kthvalue(last).values if last <= taken else flat.new_tensor(math.inf)
         before = int((flat < low).sum())
-        between = flat[(flat >= low) & (flat <= high)]
+        between = flat[(flat >= low).logical_and_(flat <= high)]
         if before < count <= before + len(between):
             return between.kthvalue(count - before).values
     return flat.kthvalue(count).values

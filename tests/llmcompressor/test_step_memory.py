@@ -9,7 +9,7 @@ import torch
 
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from rac_modifier.processes import Processes
-from rac_modifier.pruning import linalg
+from rac_modifier.pruning import alps, linalg
 from rac_modifier.pruning.hessian import Statistics
 from rac_modifier.pruning.solve import Problem, solve_many
 from rac_modifier.quantization.grid import Grid
@@ -76,6 +76,15 @@ def test_a_step_has_as_many_matrices_as_are_counted(name, bf16, monkeypatch):
     for columns, rows in ((512, 32), (256, 1024)):
         counted = 4 * max(memory.steps(columns, rows).values())
         assert 0.93 <= counted / peak_of(memory, columns, rows) <= 1.07, (columns, rows)
+
+
+def test_the_scores_of_an_unstructured_mask_are_counted():
+    """Beside the Hessian, the matrix, the weights and their target."""
+    z, live = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0)), LiveBytes()
+    with live:
+        alps._pruned(z, torch.ones(256, 1), [4096], [Pattern.unstructured(0.5)])
+    counted = SolverMemory("alps").steps(256, 4096)["final mask"] - 2 * 256**2 - 2 * z.numel()
+    assert 0.93 <= 4 * counted / live.peak <= 1.07
 
 
 def test_attention_keeps_masks_and_has_its_scores_twice():

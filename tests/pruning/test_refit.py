@@ -1,3 +1,4 @@
+import importlib
 import itertools
 
 import pytest
@@ -111,6 +112,21 @@ def test_says_the_damped_error_of_each_row(bf16):
     assert done.steps > 1
     exact = torch.tensor([trace_error(w[None] - o[None], h) for w, o in zip(weight, ours, strict=True)])
     assert_near(done.errors, exact, float(exact.max()) * (5e-3 if bf16 else 1e-5))
+
+
+def test_the_first_gradient_of_many_inputs_is_rounded(monkeypatch):
+    weight, hessian = correlated_problem(24, 256, 900)
+    kept = random_mask(24, 256, share=0.5)
+    exact, _ = refitted(weight, kept, weight, hessian, gain=0.0)
+    least, module = trace_error(weight - exact, dampened(hessian, 0.01)), importlib.import_module(refit.__module__)
+    float32_products, inner = [], module.add_product
+    monkeypatch.setattr(module, "add_product", lambda *args: float32_products.append(args) or inner(*args))
+    for large in (257, 256):
+        monkeypatch.setattr(module, "LARGE", large)
+        ours, done = refitted(weight, kept, weight, hessian, bf16=True, gain=0.0)
+        assert len(float32_products) == 1  # that of the first round
+        assert trace_error(weight - ours, dampened(hessian, 0.01)) < 1.005 * least
+        assert float(done.errors.sum()) == pytest.approx(least, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
