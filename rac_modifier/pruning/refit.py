@@ -64,8 +64,8 @@ def refit(
     the memory of `target`, which is gone after that. Passes over memory go through a few inputs at a time.
 
     `bf16` (linalg.py) rounds the products of the steps. They are few and short, so the error changes by 0.2 % on layers of the
-    reasoner and of SmolLM2. With `LARGE` inputs or more the first gradient is rounded too: with 9,472 random ones that moves the
-    error by 0.01 %, and what `errors` says of it by 0.06 %. With fewer, fewer roundings cancel (0.3 % with 1,536 of SmolLM2).
+    reasoner and of SmolLM2. With `LARGE` inputs or more the first gradient is rounded too: what `errors` says is then 0.06 % off
+    with 9,472 random inputs. With fewer, fewer roundings cancel (0.3 % with 1,536 of SmolLM2).
     """
     weight.masked_fill_(pruned, 0.0)
     added, inverse = dampening.added.unsqueeze(1), dampening.diagonal.reciprocal().unsqueeze(1)
