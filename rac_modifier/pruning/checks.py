@@ -29,7 +29,7 @@ def check_settings(method: str, block_size: int, dampening_frac: float, iteratio
     if block_size < 1:
         raise RacError(f"block_size {block_size}: must be at least 1; 128 is usual")
     if iterations < 1:
-        raise RacError(f"iterations {iterations}: ALPS needs at least 1; 11 is usual")
+        raise RacError(f"iterations {iterations}: ALPS needs at least 1; 12 is usual")
     if refit_steps < 0:
         raise RacError(f"refit_steps {refit_steps}: must not be negative; 10 is usual, refit=False turns the refit off")
     if not (dampening_frac >= 0 and math.isfinite(dampening_frac)):

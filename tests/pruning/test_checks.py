@@ -25,7 +25,7 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
         ({"dampening_frac": -0.1}, "dampening_frac -0.1: must be finite and >= 0; 0.01 is usual"),
         ({"dampening_frac": math.nan}, "dampening_frac nan"),
         ({"dampening_frac": math.inf}, "dampening_frac inf"),
-        ({"iterations": 0}, "iterations 0: ALPS needs at least 1; 11 is usual"),
+        ({"iterations": 0}, "iterations 0: ALPS needs at least 1; 12 is usual"),
         ({"refit_steps": -1}, "refit_steps -1: must not be negative; 10 is usual"),
         ({"weights": []}, "0 weights, 1 names: give one of each per module"),
         ({"names": ["a", "b"]}, "1 weights, 2 names"),
