@@ -111,7 +111,8 @@ def test_bfloat16_products_hardly_change_the_error(pattern, method, refit, scale
     monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: True)
     (ours,) = solve(method, [weight], hessian, pattern, refit=refit)
     assert not torch.equal(ours.weight, exact.weight)
-    assert ours.error == pytest.approx(exact.error, rel=0.025)  # 2.1 % where inputs differ most: the refit takes one step
+    # 2.1 % where inputs differ most, because the refit takes one step
+    assert ours.error == pytest.approx(exact.error, rel=0.025)
     change = weight - ours.weight
     assert ours.error == pytest.approx(trace_error(change, hessian), abs=quadratic_tolerance(change, hessian))
     assert int((~ours.mask).sum()) == weight.numel() * pattern.sparsity // 1
