@@ -50,7 +50,7 @@ def test_compressing():
     hessian = 2 * 500 * 10 * 10 / 2e5
     cross = (2 * 500 * 10 * 10 + 2 * 10 * 10 * 20) / 1e6
     factors = 2 * 10**3 * (1 / 6 + 3 / 2) / 2e5  # of the damped Hessian, and three inverses
-    products = (12 + 10 + 2) * 2 * 10 * 10 * 20 / 1e6
+    products = (12 + 2 + 10 + 2) * 2 * 10 * 10 * 20 / 1e6
     expected = 2 * (passes + hessian + cross + factors + products) / 0.4
     assert seconds()["compress, 2 rows"] == pytest.approx((expected, expected))
 
