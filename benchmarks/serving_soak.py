@@ -226,7 +226,11 @@ def main() -> None:
         log = args.log or Path(folder, "server.log")
         with serving(args.checkpoint, [*OPTIONS, *serve_options], log, timeout=3600) as server:
             found = asyncio.run(soak(server.url, server.allocated, vocab, args))
-        sparse = [line for line in log.read_text(errors="replace").splitlines() if "rac-sparse:" in line and " run on " in line]
+        sparse = [
+            line
+            for line in log.read_text(errors="replace").splitlines()
+            if "rac-sparse:" in line and " run on " in line
+        ]
     print(sparse[0].partition("] ")[2] if sparse else "no layer is reported to run on a sparse kernel")
     print(found.table())
     if args.json:
