@@ -47,25 +47,23 @@ def row(name: str, runs: list[Figures], measured: dict[str, float]) -> dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown; ratios of the time per token, from within each round, to llama.cpp Q4_0."""
+    """As Markdown; ratios to llama.cpp Q4_0, of the time per token and of tokens per second, from within each round."""
     base = next((r for r in rows if r["name"] == "llama.cpp Q4_0"), None)
-    lines = [
-        "| contender | weights GB | GB/s | of probe | first token s | ms per token | tokens/s | Q4_0's time over its own | KL |"
-    ]
-    lines.append("|" + "---|" * 9)
+    head = "| contender | weights GB | GB/s | of probe | first token s | ms per token | tokens/s "
+    lines = [head + "| Q4_0's time over its own | in all | KL |"]
+    lines.append("|" + "---|" * 10)
     for r in rows:
         gigabytes = r["weight_bytes"] / 1e9
         speed = gigabytes / r["ms_per_token"] * 1e3
         probe = median([run["gigabytes_per_s"] for run in r["runs"]])
-        ratios = (
-            [b["ms_per_token"] / a["ms_per_token"] for a, b in zip(r["runs"], base["runs"], strict=True)]
-            if base
-            else []
-        )
+        runs = list(zip(r["runs"], base["runs"], strict=True)) if base else []
+        ratios = [b["ms_per_token"] / a["ms_per_token"] for a, b in runs]
+        in_all = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in runs if a["tokens_per_s"] and b["tokens_per_s"]]
         cells = [r["name"], f"{gigabytes:.3f}", f"{speed:.1f}", "-" if probe is None else f"{speed / probe:.0%}"]
         for value, digits in ((r["first_token_s"], 2), (r["ms_per_token"], 1), (r["tokens_per_s"], 1)):
             cells.append("-" if value is None else f"{value:.{digits}f}")
-        cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "-")
+        for of in (ratios, in_all):
+            cells.append(f"{statistics.median(of):.2f}x ({min(of):.2f}-{max(of):.2f})" if of else "-")
         cells.append("-" if r["kl"] is None else f"{r['kl']:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -11,7 +11,6 @@ number of tokens varies, from batch to batch or from expert to expert, zeros are
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,20 +82,11 @@ def with_rows_of_zeros(x: torch.Tensor) -> torch.Tensor:
 
 
 class FasterLinears(TorchFunctionMode):
-    """While it is in place, linear layers that compute float32 without gradients go to oneDNN where that is faster.
-
-    `before` is called with each operator and its arguments, before it is computed.
-    """
-
-    def __init__(self, before: Callable[[Any, tuple[Any, ...]], None] | None = None):
-        super().__init__()
-        self._before = before
+    """While it is in place, linear layers that compute float32 without gradients go to oneDNN where that is faster."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._before is not None:
-            self._before(func, args)
         if func is torch.nn.functional.linear and not kwargs and not torch.is_grad_enabled():
             x, weight, *bias = args
             plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight))

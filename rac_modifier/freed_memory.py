@@ -20,9 +20,8 @@ _BLOCKS = 256 << 20  # blocks up to this size are kept
 _KEPT = 1 << 30  # as much, free at the end of the heap, is not given back
 _ROOM = 0.05  # of what is predicted, which an operator may take before the next one asks again
 _LARGE = 1 / 32  # of what is predicted: operators with a result of this size ask
-_PAUSE = (
-    10.0  # times as long as giving back took, before it is done again: taking the pages anew costs five times as much
-)
+# So many times as long as giving back took, before it is done again: taking the pages anew costs five times as much.
+_PAUSE = 10.0
 _not_before = float("-inf")  # seconds of the processor
 _limit: int | None = None  # bytes of the process
 _large = 0  # bytes of a result

@@ -133,7 +133,7 @@ def _check_folder(
     from rac_modifier.frontier.run import check_finished
 
     folder = FrontierFolder(out)
-    if folder.about:
+    if folder.about or folder.rows:
         source = local_folder(resolve(model))
         folder.check(_about(model, source, evaluation, prompt, precision, _held_out(evaluation, prompt)))
         check_finished(folder, planned)

@@ -69,15 +69,10 @@ class FrontierFolder:
         Raises:
             RacError: the folder is of another model, other problems or other sampling.
         """
+        self.check(about)
         if not self.about:
-            if self.rows:
-                raise RacError(
-                    f"{self.folder / ROWS} has rows and {ABOUT} is missing; put it back, or name another folder"
-                )
             self.about = {"version": VERSION, **about}
             write_json_atomic(self.folder / ABOUT, self.about)
-            return
-        self.check(about)
 
     def check(self, about: Mapping[str, Any]) -> None:
         """Check that the rows that are there share this; nothing is written.
@@ -85,8 +80,10 @@ class FrontierFolder:
         Raises:
             RacError: the folder is of another model, other problems or other sampling.
         """
+        if self.rows and not self.about:
+            raise RacError(f"{self.folder / ROWS} has rows and {ABOUT} is missing; put it back, or name another folder")
         for key, value in about.items():
-            if self.about.get(key) != value:
+            if self.about and self.about.get(key) != value:
                 raise RacError(
                     f"{self.folder} was measured with another {key} ({_short(self.about.get(key))} there, {_short(value)} now), "
                     "and rows of both cannot be compared; name another folder"

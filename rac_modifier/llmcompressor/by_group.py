@@ -18,7 +18,7 @@ from rac_modifier.llmcompressor.by_expert import prune_experts, read_by_experts
 from rac_modifier.llmcompressor.dense_stream import DenseStream
 from rac_modifier.llmcompressor.experts import only_routed_tokens
 from rac_modifier.llmcompressor.input_groups import InputGroup
-from rac_modifier.llmcompressor.large_results import before_operator
+from rac_modifier.llmcompressor.large_results import BeforeLargeResults
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage
 
@@ -42,7 +42,8 @@ def calibrate_by_group(
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
-        stack.enter_context(FasterLinears(before=before_operator))
+        stack.enter_context(FasterLinears())
+        stack.enter_context(BeforeLargeResults())
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(only_routed_tokens())
         pruned = IntermediatesCache.from_dataloader(loader, onload_device, offload_device)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.float32_products import FasterLinears
 from rac_modifier.freed_memory import return_freed_memory
-from rac_modifier.llmcompressor.large_results import before_operator
+from rac_modifier.llmcompressor.large_results import BeforeLargeResults
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage, use_own_configs
 from rac_modifier.model_tools import StopForward
@@ -55,7 +55,8 @@ def calibrate_by_layer(
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
-        stack.enter_context(FasterLinears(before=before_operator))
+        stack.enter_context(FasterLinears())
+        stack.enter_context(BeforeLargeResults())
         cache = IntermediatesCache.from_dataloader(
             loader, onload_device, torch.device(dataset_args.sequential_offload_device)
         )

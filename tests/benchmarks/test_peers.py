@@ -56,10 +56,16 @@ def test_ratios_are_of_one_round_and_medians_of_all(tables):
     assert [list(row) for row in rows] == [KEYS, KEYS]
     assert [row["ms_per_token"] for row in rows] == [60.0, 40.0]
     first, second = tables.table(rows).splitlines()[2:]
-    assert first == "| llama.cpp Q4_0 | 0.800 | 13.3 | - | 3.00 | 60.0 | 10.5 | 1.00x (1.00-1.00) | - |"
     assert (
-        second == "| linears, dense int4, head int4 | 0.600 | 15.0 | 50% | - | 40.0 | - | 1.67x (1.33-2.00) | 0.040 |"
+        first
+        == "| llama.cpp Q4_0 | 0.800 | 13.3 | - | 3.00 | 60.0 | 10.5 | 1.00x (1.00-1.00) | 1.00x (1.00-1.00) | - |"
     )
+    linears = "| linears, dense int4, head int4 | 0.600 | 15.0 | 50% | - | 40.0 | - | 1.67x (1.33-2.00) | - | 0.040 |"
+    assert second == linears
+    whole = tables.row(
+        "in Python, 50 % + int4, head int4", [figures(1, 20.0, 1.0, 21.0), figures(1, 20.0, 1.0, 14.0)], {}
+    )
+    assert "| 1.75x (1.50-2.00) | - |" in tables.table([rows[0], whole]).splitlines()[-1]
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import torch
 
 from rac_modifier.float32_products import FasterLinears
 from rac_modifier.llmcompressor import large_results
-from rac_modifier.llmcompressor.large_results import before_operator
+from rac_modifier.llmcompressor.large_results import BeforeLargeResults, before_operator
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def asked(monkeypatch):
 )
 def test_the_bytes_of_the_result_are_known(compute, asked):
     x, w = torch.ones(2, 3, 5), torch.ones(20, 5)
-    with torch.no_grad(), FasterLinears(before=before_operator):
+    with torch.no_grad(), FasterLinears(), BeforeLargeResults():
         found = compute(x, w)
     assert asked[-1] == found.nbytes == 2 * 3 * 20 * 4
 

@@ -1,4 +1,4 @@
-"""The memory prediction against what is really allocated, and the refusal that follows from it."""
+"""What the memory prediction counts, and the refusal that follows from it; whole runs are in test_memory_of_runs.py."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
+from rac_modifier import RacError
 from rac_modifier.llmcompressor import memory
 from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.memory import MemoryNeed, check_memory
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
-from rac_modifier.settings.traces import TraceSettings
-from rac_modifier.traces.collect import collect_traces
-from tests.llmcompressor.live_bytes import LiveBytes
-from tests.tiny import entry, save_tiny, save_tiny_experts
+from tests.tiny import save_tiny_experts
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
-LOWEST, HIGHEST = 0.85, 1.15  # predicted / measured
 
 
 def need(**changes) -> MemoryNeed:
@@ -31,71 +26,6 @@ def need(**changes) -> MemoryNeed:
     solver = {"solver": "alps", "refits": True, "float32": False}
     solver |= {name: changes.pop(name) for name in list(changes) if name in SolverMemory.__dataclass_fields__}
     return MemoryNeed(**{**settings, **changes}, solver=SolverMemory(**solver))
-
-
-def measured(model, store, monkeypatch, settings, tokens=3000) -> float:
-    """Predicted bytes over those of the measured peak."""
-    predicted, live = [], LiveBytes()
-    inner = memory.check_memory
-
-    def spy(need, groups, onload, offload, **options):
-        predicted.append(max(need.work(group) + need.kept(group) for group in groups))
-        live.reset()  # the last call is the one right before pruning
-        inner(need, groups, onload, offload, **options)
-
-    monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.check_memory", spy)
-    options = entry(store, **settings)
-    options["traces"]["allow_off_policy"] = True  # the store is another model's
-    options["calibration"] = {"tokens": tokens, "batch_tokens": 256, "held_out_tokens": 0}
-    with live:
-        oneshot(model=model, recipe=ReasoningAwareSparseGPTModifier(**options))
-    return predicted[-1] / (live.peak - live.base)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"preset": "quality"},
-        {"preset": "quality", "reconstruct": "pruned"},
-        {"preset": "fast"},
-        {"preset": "paper"},
-        {"solver": "wanda", "reconstruct": "pruned"},
-        {"preset": "quality", "quantization": {"scheme": "W8A8"}},
-    ],
-    ids=str,
-)
-def test_the_prediction_lies_within_its_margin_of_the_measured_peak(tmp_path, trace_store, monkeypatch, settings):
-    """The peak is that of the second down_proj, where both models' activations differ: they, statistics and solver together."""
-    model = AutoModelForCausalLM.from_pretrained(
-        save_tiny(tmp_path / "wide", hidden_size=128, intermediate_size=640, num_attention_heads=2)
-    )
-    ratio = measured(model, trace_store, monkeypatch, settings)
-    assert LOWEST <= ratio <= HIGHEST, ratio
-
-
-@pytest.fixture(scope="module")
-def wide_mixture(tmp_path_factory):
-    """The folder of a mixture of experts, and a store of its traces, which several runs read."""
-    shape = {"hidden_size": 512, "moe_intermediate_size": 96, "num_hidden_layers": 2}  # masks are small beside it
-    folder = save_tiny_experts(tmp_path_factory.mktemp("mixture") / "wide", **shape)
-    settings = TraceSettings(**entry()["traces"])
-    loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    store = folder.with_name("traces.jsonl")
-    collect_traces(*loaded, store, problems=settings.problems, sampling=settings.sampling, tokens=6000, progress=False)
-    return folder, store
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"preset": "quality"}, {"preset": "quality", "reconstruct": "pruned"}, {"preset": "fast"}, {"preset": "paper"}],
-    ids=str,
-)
-def test_so_it_does_for_a_mixture_of_experts(wide_mixture, monkeypatch, settings):
-    """The dense model's inputs of the experts stay while they are pruned. SparseGPT solves all four of a layer at once; layer by
-    layer all read the same input, and are one group."""
-    folder, store = wide_mixture
-    ratio = measured(AutoModelForCausalLM.from_pretrained(folder), store, monkeypatch, settings, tokens=6000)
-    assert LOWEST <= ratio <= HIGHEST, ratio
 
 
 def test_activations_are_counted_for_each_stream():
