@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,14 +73,48 @@ def frontier(
     benchmarks.check()
     if grid.evaluation.serve:
         check_serving()
+    asked = _Asked(model, planned, grid.evaluation, prompt, out, precision)
     if check:
-        _check_folder(model, planned, grid.evaluation, prompt, out, precision)
+        _check_folder(asked)
         lines = [f"{run.label}: {run.group}" for run in planned]
         typer.echo("\n".join([*lines, *forecast(plan, out, keep_models=not remove_models)]))
         return
     check_room(plan, out, keep_models=not remove_models)
     with resumable(_KEPT):
-        _run(model, planned, grid.evaluation, prompt, out, precision, remove_models, benchmarks)
+        _run(asked, remove_models, benchmarks)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The rows of a grid on a model, how they are measured, and where the results go."""
+
+    model: str
+    planned: list[PlannedRow]
+    evaluation: GridEvaluation
+    prompt: PromptSettings
+    out: Path
+    precision: Dtype
+
+    @property
+    def source(self) -> Path:
+        """The folder of the model."""
+        from rac_modifier.checkpoint.output_folder import local_folder
+
+        return local_folder(resolve(self.model))
+
+    def about(self, held_out: HeldOut) -> dict[str, Any]:
+        """What all rows of a folder share."""
+        from rac_modifier.machine_paths import public_name
+        from rac_modifier.sampling.model_identity import ModelIdentity
+
+        return {
+            "model": public_name(self.model),
+            "fingerprint": ModelIdentity.of_files(str(self.source)).fingerprint,
+            "evaluation": {**self.evaluation.of_rows(), "source": public_name(self.evaluation.source)},
+            "prompt": self.prompt.model_dump(),
+            "precision": self.precision.value,
+            "problems": digest_of(held_out.problems),
+        }
 
 
 def _skeleton(source: str) -> Any:
@@ -97,80 +132,38 @@ def _check_on(skeleton: Any) -> Any:
     return lambda recipe: check_recipe(recipe, skeleton)
 
 
-def _run(
-    model: str,
-    planned: list[PlannedRow],
-    evaluation: GridEvaluation,
-    prompt: PromptSettings,
-    out: Path,
-    precision: Dtype,
-    remove_models: bool,
-    benchmarks: AskedBenchmarks,
-) -> None:
+def _run(asked: _Asked, remove_models: bool, benchmarks: AskedBenchmarks) -> None:
     from rac_modifier.frontier.folder import FrontierFolder
     from rac_modifier.frontier.run import check_finished, run_grid
 
-    held_out = _held_out(evaluation, prompt)
-    tools = _tools(model, evaluation, prompt, precision, out, benchmarks)
-    with FrontierFolder(out) as folder:
-        folder.begin(_about(model, tools.source, evaluation, prompt, precision, held_out))
-        check_finished(folder, planned)
-        run_grid(folder, planned, held_out, tools, remove_models=remove_models, report=_say)
-    typer.echo(f"{len(planned) + 1} rows in {out}; look at them with: rac report {out} -o report.html")
+    held_out, tools = _held_out(asked.evaluation, asked.prompt), _tools(asked, benchmarks)
+    with FrontierFolder(asked.out) as folder:
+        folder.begin(asked.about(held_out))
+        check_finished(folder, asked.planned)
+        run_grid(folder, asked.planned, held_out, tools, remove_models=remove_models, report=_say)
+    typer.echo(
+        f"{len(asked.planned) + 1} rows in {asked.out}; look at them with: rac report {asked.out} -o report.html"
+    )
 
 
-def _check_folder(
-    model: str,
-    planned: list[PlannedRow],
-    evaluation: GridEvaluation,
-    prompt: PromptSettings,
-    out: Path,
-    precision: Dtype,
-) -> None:
+def _check_folder(asked: _Asked) -> None:
     """Refuse a folder whose results cannot be gone on with; a new one is not made."""
-    from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.frontier.folder import FrontierFolder
     from rac_modifier.frontier.run import check_finished
 
-    folder = FrontierFolder(out)
+    folder = FrontierFolder(asked.out)
     if folder.about or folder.rows:
-        source = local_folder(resolve(model))
-        folder.check(_about(model, source, evaluation, prompt, precision, _held_out(evaluation, prompt)))
-        check_finished(folder, planned)
+        folder.check(asked.about(_held_out(asked.evaluation, asked.prompt)))
+        check_finished(folder, asked.planned)
 
 
-def _about(
-    model: str, source: Path, evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, held_out: HeldOut
-) -> dict[str, Any]:
-    """What all rows of a folder share."""
-    from rac_modifier.machine_paths import public_name
-    from rac_modifier.sampling.model_identity import ModelIdentity
-
-    return {
-        "model": public_name(model),
-        "fingerprint": ModelIdentity.of_files(str(source)).fingerprint,
-        "evaluation": {**evaluation.of_rows(), "source": public_name(evaluation.source)},
-        "prompt": prompt.model_dump(),
-        "precision": precision.value,
-        "problems": digest_of(held_out.problems),
-    }
-
-
-def _tools(
-    model: str,
-    evaluation: GridEvaluation,
-    prompt: PromptSettings,
-    precision: Dtype,
-    out: Path,
-    benchmarks: AskedBenchmarks,
-) -> Tools:
+def _tools(asked: _Asked, benchmarks: AskedBenchmarks) -> Tools:
     import yaml
 
-    from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.cli.models import load_on_accelerator, unpacked
     from rac_modifier.frontier.run import Tools
 
-    source = local_folder(resolve(model))
+    source, evaluation, precision = asked.source, asked.evaluation, asked.precision
 
     def compress(recipe: dict[str, Any], folder: Path) -> None:
         from llmcompressor import oneshot
@@ -186,7 +179,7 @@ def _tools(
         source=source,
         load=lambda folder: load_on_accelerator(str(folder), precision),
         compress=compress,
-        **(_served(evaluation, prompt, precision, out) if evaluation.serve else {}),
+        **(_served(evaluation, asked.prompt, precision, asked.out) if evaluation.serve else {}),
         benchmarks=benchmarks.listed,
         ask=benchmarks.ask,
     )

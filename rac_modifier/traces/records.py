@@ -9,6 +9,7 @@ The checksum is over the bytes of the value as they are in the file, so checking
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -72,7 +73,11 @@ def header_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:
     for part, free in _FREE_FIELDS.items():
         old, new = getattr(stored, part).model_dump(), getattr(wanted, part).model_dump()
         for name in old:
-            if name not in free and old[name] != new[name]:
+            if (
+                name not in free
+                and old[name] != new[name]
+                and not (name == "source" and _one_file(old[name], new[name]))
+            ):
                 differences.append(_difference(f"{part}.{name}", old[name], new[name]))
     return differences
 
@@ -124,6 +129,11 @@ def decode_trace(line: bytes) -> Trace:
 
 def _prefix(kind: str, payload: bytes) -> bytes:
     return f'{{"crc32":"{zlib.crc32(payload):08x}","{kind}":'.encode()
+
+
+def _one_file(first: str, second: str) -> bool:
+    """Whether two sources name the same file by different paths."""
+    return os.path.isfile(first) and os.path.isfile(second) and os.path.samefile(first, second)
 
 
 def _difference(name: str, stored: Any, wanted: Any) -> str:

@@ -94,6 +94,16 @@ def test_what_keeps_two_runs_from_sharing_a_store():
     ]
 
 
+def test_one_file_of_problems_may_be_named_by_another_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"problem": "1 + 1"}\n')
+    asked = [ProblemSource(source=path) for path in ("a.jsonl", str(tmp_path / "a.jsonl"), "b.jsonl", "c/a.jsonl")]
+    first, same, other, missing = (HEADER.model_copy(update={"problems": one}) for one in asked)
+    assert header_differences(first, same) == header_differences(same, first) == []
+    assert len(header_differences(first, other)) == len(header_differences(first, missing)) == 1
+
+
 def test_the_settings_of_a_record_are_those_that_decide_a_trace():
     record = settings_of_record(HEADER.sampling, HEADER.problems)
     assert "seed" in record["sampling"]
