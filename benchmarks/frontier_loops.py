@@ -2,28 +2,19 @@
 
     python benchmarks/frontier_loops.py frontier
 
-An answer loops if its last 200 tokens repeat a stretch of at most 100. Greedy answers of small models do; where a grid samples
-(`evaluation.temperature`), the same is counted.
+An answer loops if it was cut while its end repeated itself (`rac_modifier.traces.repeats`). Greedy answers of small models do;
+where a grid samples (`evaluation.temperature`), the same is counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
-
-TAIL, LONGEST = 200, 100  # tokens
-
-
-def period(ids: Sequence[int]) -> int:
-    """The length of the stretch that the last `TAIL` tokens repeat; 0 if there is none of at most `LONGEST`."""
-    tail = ids[-TAIL:]
-    lengths = range(1, min(LONGEST, len(tail) // 2) + 1)
-    return next((n for n in lengths if tail[n:] == tail[:-n]), 0)
+from rac_modifier.traces.repeats import repeated_tokens
 
 
 def main() -> None:
@@ -37,7 +28,7 @@ def main() -> None:
         traces = folder.traces(row["label"])
         cut = [trace for trace in traces if trace["finish"] == "length"]
         finished = [len(trace["ids"]) for trace in traces if trace["finish"] != "length"]
-        cells = [row["label"], len(traces), len(cut), sum(period(trace["ids"]) > 0 for trace in cut)]
+        cells = [row["label"], len(traces), len(cut), sum(repeated_tokens(trace["ids"]) > 0 for trace in cut)]
         cells += [sum(trace["id"] in dense for trace in cut), round(statistics.mean(finished)) if finished else "-"]
         print(f"| {' | '.join(map(str, cells))} |")
 

@@ -47,13 +47,20 @@ from rac_modifier.recovery.schedule import default_learning_rate, plan_steps, ra
 from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.traces.repeats import repeated_tokens
 
 MOVE_EVERY, FIRST_SHARE, LAST_MOVE = 10, 0.1, 0.75
 ROWS = ("fixed", "fixed, twice", "on-policy", "moving")
 
 
 def train(
-    model: Any, teacher: LiveTeacher, sequences: list[TokenSequence], pattern: str | float, *, moving: bool
+    model: Any,
+    teacher: LiveTeacher,
+    sequences: list[TokenSequence],
+    pattern: str | float,
+    *,
+    moving: bool,
+    step_tokens: int = 2048,
 ) -> None:
     """One pass over `sequences`; the zeros stay, or move."""
     masks = sparse_masks(model)
@@ -63,7 +70,7 @@ def train(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = plan_steps(sequences, step_tokens=2048, batch_tokens=4096, passes=1, seed=0)
+    steps = plan_steps(sequences, step_tokens=step_tokens, batch_tokens=4096, passes=1, seed=0)
     highest = default_learning_rate(sum(p.numel() for p in model.parameters()))
     for number, step in enumerate(steps):
         for group in optimizer.param_groups:
@@ -111,15 +118,9 @@ def moved(weight: torch.Tensor, mask: torch.Tensor, pattern: str | float, share:
     return new.view_as(mask)
 
 
-def without_repeated_tail(ids: tuple[int, ...], start: int, longest: int = 64) -> tuple[int, ...]:
-    """A completion that ends in three and more copies of up to `longest` tokens, cut after the first copy."""
-    for period in range(1, longest + 1):
-        same = 0
-        while start + period + same < len(ids) and ids[-1 - same] == ids[-1 - same - period]:
-            same += 1
-        if same >= 2 * period:
-            return ids[: len(ids) - same]
-    return ids
+def without_repeated_tail(ids: tuple[int, ...], start: int) -> tuple[int, ...]:
+    """A sequence whose completion ends by repeating itself, cut after the first copy."""
+    return ids[: len(ids) - repeated_tokens(ids[start:])]
 
 
 def first_tokens(sequences: Iterator[TokenSequence], tokens: int) -> list[TokenSequence]:

@@ -15,7 +15,7 @@ from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.grading import Judge
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Selection, select
+from rac_modifier.traces.selection import Selection, as_used, select
 from rac_modifier.traces.store import TraceStore
 
 _HELD_OUT_PROBLEMS = 4  # at least, so that one unusual trace does not decide the result
@@ -72,7 +72,7 @@ class TracePool:
         self._judge, self._tokenizer, self._calibration = judge, tokenizer, calibration
         self._ids: list[str] = []
         hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
-        for trace in select(reserve.others(hold_out.others(store)), self.selection, judge):
+        for trace in select(reserve.others(hold_out.others(as_used(store, settings))), self.selection, judge):
             self.lengths.append(trace.tokens)
             self._ids.append(trace.id)
         self.held_out, self.reserved = tuple(hold_out.held), tuple(reserve.held)
@@ -103,7 +103,7 @@ class TracePool:
     def _read(self, wanted: dict[str, int]) -> list[CalibrationSequence]:
         weighting = find_weighting(self._calibration.trace_weighting, self._judge.is_right)
         found: dict[int, CalibrationSequence] = {}
-        for trace in self.store:
+        for trace in as_used(self.store, self.selection.settings):
             if (place := wanted.get(trace.id)) is not None:
                 weight = 1.0 if weighting is None else weighting(trace)
                 found[place] = trace_sequence(trace, self._answer_start(trace), weight)

@@ -25,8 +25,9 @@ class ResultTable:
 def accuracy_table(results: Sequence[EvalResult], *, allow_mixed_caps: bool = False) -> ResultTable:
     """Results in the order given; the note states the cap and the sampling.
 
-    `thinking` and `tokens` are means per answer; `unfinished` is the share of answers cut off at the cap. With several answers
-    per problem, accuracy is pass@1, and pass@k for the largest k stands beside it.
+    `thinking` and `tokens` are means per answer; `unfinished` is the share of answers cut off at the cap. Where some of them
+    repeated themselves at their end, `repeating` is the share of these among all answers. With several answers per problem,
+    accuracy is pass@1, and pass@k for the largest k stands beside it.
 
     Raises:
         RacError: no results, or results of different caps (a longer cap finishes more answers, so accuracy and length
@@ -50,17 +51,21 @@ def accuracy_table(results: Sequence[EvalResult], *, allow_mixed_caps: bool = Fa
     head = ["model", "accuracy", "95 % CI", "thinking", "tokens", "unfinished", "tokens/s", "minutes", "problems"]
     if several > 1:
         head.append(f"pass@{several}")
+    loops = any(r.repeating_share for r in results)
+    if loops:
+        head.append("repeating")
     temperatures = sorted({r.temperature for r in results})
     sampling = ", ".join("greedy" if t == 0 else f"temperature {t:g}" for t in temperatures)
     answers = f"; {several} answers per problem" if several > 1 else ""
+    answers += "; repeating: answers that were cut off while their end repeated itself" if loops else ""
     return ResultTable(
         head=(*head, "cap") if mixed else tuple(head),
-        rows=tuple((*_cells(r), str(r.cap)) if mixed else _cells(r) for r in results),
+        rows=tuple((*_cells(r, loops), str(r.cap)) if mixed else _cells(r, loops) for r in results),
         note=f"{sampling}{answers}" if mixed else f"At most {caps[0]} new tokens per answer; {sampling}{answers}.",
     )
 
 
-def _cells(result: EvalResult) -> tuple[str, ...]:
+def _cells(result: EvalResult, loops: bool) -> tuple[str, ...]:
     return (
         result.label,
         f"{result.accuracy:.1%}",
@@ -72,6 +77,7 @@ def _cells(result: EvalResult) -> tuple[str, ...]:
         f"{result.seconds / 60:.1f}",
         str(result.problems),
         *((f"{result.pass_at[str(result.samples)]:.1%}",) if result.samples > 1 else ()),
+        *(("-" if result.repeating_share is None else f"{result.repeating_share:.1%}",) if loops else ()),
     )
 
 

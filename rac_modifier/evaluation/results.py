@@ -27,6 +27,7 @@ class Row:
     thinking_tokens: int  # up to and including </think>; all of them where that is missing
     text: str
     sample: int  # which of several answers
+    repeats: bool = False  # cut off while its end repeated itself
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class EvalResult:
     seed: int
     per_task: dict[str, float]  # accuracy of each named task
     correct_answers: dict[str, int]  # by problem; what two results are paired by
+    repeating_share: float | None = (
+        None  # of all answers, those cut off while they repeated themselves; None: not counted
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""
@@ -65,8 +69,9 @@ class EvalResult:
             RacError: a field is missing or unknown.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        if values.keys() != names:
-            missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
+        needed = names - {"repeating_share"}  # older results do not have it
+        if not needed <= values.keys() <= names:
+            missing, unknown = sorted(needed - values.keys()), sorted(values.keys() - names)
             raise RacError(
                 f"not an evaluation result: missing {missing}, unknown {unknown}; evaluate again with this version"
             )
@@ -147,4 +152,5 @@ def summarise(
         seed=seed,
         per_task={task: fmean(row.correct for row in rows if row.task == task) for task in tasks},
         correct_answers=correct,
+        repeating_share=fmean(row.repeats for row in rows),
     )

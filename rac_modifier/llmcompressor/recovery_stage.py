@@ -20,6 +20,7 @@ from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.memory import check_recovery_memory
 from rac_modifier.recovery.on_grid import QuantizedWeight
+from rac_modifier.recovery.state import hold
 from rac_modifier.recovery.teacher import StoredTeacher
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings
@@ -51,7 +52,8 @@ class RecoveryStage:
             generic: text to train on beside the traces (`generic_sequences`); none of it decides what is kept.
 
         Raises:
-            RacError: too few traces, a head that is not supported, or too little memory or disk space.
+            RacError: too few traces, a head that is not supported, too little memory or disk space, or another run that is in the
+                same folder.
         """
         self._settings, self._keep, self._processes = settings, keep, processes
         self._held_out, training = split_traces(traces, settings.held_out_tokens)
@@ -60,6 +62,7 @@ class RecoveryStage:
         check_recovery_memory(model, settings, processes, training=self._training, quantizes=quantizes)
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
+        self._lock = hold(self.folder) if processes.is_first else None
         with processes.first_before_others(), on_accelerator(model):
             self._teacher = StoredTeacher.write(
                 model, [*self._held_out, *self._training], self.folder / "teacher", key=fingerprint
@@ -106,6 +109,8 @@ class RecoveryStage:
     def remove(self) -> None:
         """Remove the dense model's hidden states and the state of training; there is no need of them when all is saved."""
         remove_folder(self.folder)
+        if self._lock is not None:
+            self._lock.close()
         with contextlib.suppress(OSError):  # another run's folder is beside it
             self.folder.parent.rmdir()
 

@@ -5,11 +5,12 @@ Several processes gather it, and the first one writes it; so a run may go on in 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.recovery.sharded import Whole
 
 _FILE = "recovery.safetensors"
+_LOCK = ".lock"
 
 
 @dataclass
@@ -43,6 +45,37 @@ class Progress:
     curve: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = ""
     tries: int = 0
+
+
+def hold(folder: Path) -> IO[str]:
+    """Keep other processes out of a folder of recovery until the file that is returned is closed, or this process ends.
+
+    Raises:
+        RacError: another process is there, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("a+")
+    except OSError as error:
+        raise RacError(
+            f"{folder}: the dense model's states cannot be kept there ({error}); name another folder (recover.folder)"
+        ) from error
+    lock.seek(0)
+    holder = lock.read()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if holder == str(os.getpid()):  # an earlier run of this process, which failed
+            return lock
+        lock.close()
+        raise RacError(
+            f"{folder} is in use by another process ({holder}), which recovers the same model; wait for it to end, or name "
+            "another folder (recover.folder)"
+        ) from error
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
 
 
 def save_state(folder: Path, progress: Progress, shards: Whole, optimizer: torch.optim.Optimizer) -> None:

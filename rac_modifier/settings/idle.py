@@ -220,6 +220,8 @@ def _idle_in_selection(select: SelectSettings, of_traces: list[TraceSettings]) -
             "least_share",
             "without a selection, which all traces pass; leave it out, or select, such as finished: true",
         )
+    if select.finished:
+        yield "repeated_tails", "beside finished: true, which keeps no completion that was cut; leave one of them out"
     if any(one.allow_off_policy for one in of_traces):
         return  # the store may hold what was sampled in other ways
     samples = max((one.sampling.samples_per_problem for one in of_traces), default=1)

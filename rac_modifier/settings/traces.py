@@ -33,6 +33,11 @@ class SelectSettings(Settings):
     min_tokens: int | None = Field(None, ge=1, description="keep traces with at least this many completion tokens")
     max_tokens: int | None = Field(None, ge=1, description="keep traces with at most this many completion tokens")
     dedupe: bool = Field(False, description="of completions with the same token ids keep the first")
+    repeated_tails: Literal["keep", "cut"] = Field(
+        "keep",
+        description="cut: a completion that was cut at the cap while it repeated itself ends with the first copy; for "
+        "calibration, recovery and what is held out",
+    )
     per_problem: int | None = Field(None, ge=1, description="keep at most this many traces per problem, the first ones")
     pass_rate: tuple[float, float] | None = Field(
         None,
@@ -68,7 +73,8 @@ class SelectSettings(Settings):
     def keeps_all(self) -> bool:
         """Whether every trace is kept."""
         limits = (self.min_tokens, self.max_tokens, self.per_problem)
-        return not (self.checks_answers or self.finished or self.dedupe or any(limits))
+        cuts = self.repeated_tails == "cut"
+        return not (self.checks_answers or self.finished or self.dedupe or cuts or any(limits))
 
     def check_against(self, max_new_tokens: int, samples_per_problem: int) -> None:
         """Refuse what no trace sampled so can meet.

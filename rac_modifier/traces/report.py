@@ -13,7 +13,8 @@ from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.failures import read_failures
 from rac_modifier.traces.grading import Judge
-from rac_modifier.traces.selection import Selection, select
+from rac_modifier.traces.repeats import without_repeats
+from rac_modifier.traces.selection import Selection, as_used, select
 from rac_modifier.traces.store import TraceStore
 
 _BAR = 40
@@ -40,11 +41,16 @@ def describe_store(store: TraceStore) -> str:
         lines.append(f"failed      {failed:,} problems, skipped (set traces.retry_failed to try them again)")
     lengths: Counter[int] = Counter()
     reasons: Counter[str] = Counter()
+    repeating = repeated = 0
     for trace in store:
         lengths[_bucket(len(trace.completion_ids))] += 1
         reasons[trace.finish_reason] += 1
+        cut = len(trace.completion_ids) - len(without_repeats(trace).completion_ids)
+        repeating, repeated = repeating + (cut > 0), repeated + cut
     if reasons:
         lines.append("ended by    " + ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()))
+        if repeating:
+            lines.append(f"repeating   {repeating:,} that were cut end in repetitions, {repeated:,} tokens")
         lines += ["completion tokens", *_histogram(lengths)]
     return "\n".join(lines)
 
@@ -73,7 +79,7 @@ def verified_figures(
         found["ms_per_trace"] = 1000 * (time.perf_counter() - started) / len(store)
     if settings is not None:
         selection = Selection(settings)
-        found["selected_tokens"] = sum(trace.tokens for trace in select(store, selection, judge))
+        found["selected_tokens"] = sum(t.tokens for t in select(as_used(store, settings), selection, judge))
         found |= {"selected": selection.kept, "selection": selection.describe()}
     return found
 

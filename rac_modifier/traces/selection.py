@@ -8,6 +8,7 @@ from itertools import groupby
 
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import Trace
+from rac_modifier.traces.repeats import without_repeats
 
 Judged = tuple[Trace, bool | None]
 Judging = Callable[[Iterable[Trace]], Iterator[tuple[Trace, bool]]]
@@ -87,3 +88,8 @@ def select(traces: Iterable[Trace], selection: Selection, judge: Judging) -> Ite
     if selection.settings.checks_answers:
         return selection.keep(judge(traces))
     return selection.keep((trace, None) for trace in traces)
+
+
+def as_used(traces: Iterable[Trace], settings: SelectSettings) -> Iterable[Trace]:
+    """The traces with repeated tails cut, where the settings say so; to be done before they are selected or held out."""
+    return map(without_repeats, traces) if settings.repeated_tails == "cut" else traces

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+
 import torch
 
 from tests.bad_inputs.bench import Bench, Case, Cases
@@ -211,6 +213,19 @@ def _(b: Bench) -> None:
 )
 def _(b: Bench) -> None:
     b.rac("recover", b.folder, b.folder, b.tmp / "out", "--set", "tokns=5")
+
+
+@CASES.case(
+    "two runs that recover one model in one folder", "is in use by another process (1), which recovers the same"
+)
+def _(b: Bench) -> None:
+    folder = b.tmp / "recovery"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:
+        lock.write("1")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        b.prune_with(recover={"tokens": 200, "held_out_tokens": 64, "folder": str(folder)})
 
 
 @CASES.case(

@@ -1,4 +1,4 @@
-"""Loops at the end of answers, and the table of frontier_loops.py."""
+"""The table of frontier_loops.py."""
 
 from __future__ import annotations
 
@@ -19,24 +19,6 @@ def loops(monkeypatch: pytest.MonkeyPatch):
     import frontier_loops
 
     return frontier_loops
-
-
-@pytest.mark.parametrize(
-    ("ids", "length"),
-    [
-        ([], 0),
-        ([7], 0),
-        ([7, 7], 1),
-        (list(range(50)) + [1, 2, 3] * 80, 3),
-        (list(range(1000)), 0),
-        (list(range(100)) * 4, 100),
-        (list(range(101)) * 4, 0),  # longer than what counts
-        ([1, 2, 3] * 80 + [4], 0),  # it left the loop
-        ([5] * 300 + list(range(10, 200)), 0),
-    ],
-)
-def test_the_period_is_that_of_the_tail(loops, ids, length):
-    assert loops.period(ids) == length
 
 
 def test_the_table_counts_cut_and_looping_answers(loops, tmp_path, monkeypatch, capsys):

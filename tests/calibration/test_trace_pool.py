@@ -109,6 +109,22 @@ def test_the_pool_counts_what_the_selection_keeps_and_what_is_held_out(pool_of):
     assert pool_of(traces, {"max_tokens": 12}, 30, max_sequence_tokens=15).usable_tokens() == 44
 
 
+def test_repeated_tails_are_cut_from_what_is_held_out_reserved_and_drawn(pool_of):
+    def looping(number: int) -> Trace:
+        ids = (*range(20), *(number, number + 1) * 40)
+        return Trace(f"{number}#0", str(number), (1,) * 4, ids, "length", 0, "?", None)
+
+    traces = [looping(100 + number) for number in range(20)]
+    kept = pool_of(traces, held_out_tokens=30)
+    assert kept.held_out == tuple(traces[:4])
+    assert kept.usable_tokens() == 16 * 104
+    pool = pool_of(traces, {"repeated_tails": "cut", "max_tokens": 30}, held_out_tokens=30)
+    assert [t.completion_ids for t in pool.held_out] == [t.completion_ids[:22] for t in traces[:4]]
+    assert pool.usable_tokens() == 16 * 26
+    assert {len(s.ids) for s in pool.draw("traces", 1000)} == {26}
+    assert not any(s.finished for s in pool.draw("traces", 1000))
+
+
 def test_a_draw_is_as_many_whole_traces_as_make_up_the_tokens(pool_of):
     traces = [trace(str(i)) for i in range(50)]
     pool = pool_of(traces)

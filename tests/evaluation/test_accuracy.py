@@ -54,6 +54,19 @@ def test_lengths_count_tokens_with_eos_and_closing_tag(tokenizer):
     assert run(tokenizer, PROBLEMS[2:3]).mean_thinking_tokens == len("on and on")
 
 
+def test_an_answer_that_was_cut_while_it_repeated_itself_is_counted(tokenizer, tmp_path):
+    script = SCRIPT | {"short": "and on " * 20 + "...", "longer": "and on " * 20, "half": "a" * 70 + "b..."}
+    result = run(tokenizer, generate=Scripted(script), max_new_tokens=200, rows_path=tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(r["finish"], r["repeats"]) for r in rows] == [
+        ("length", True),
+        ("stop", False),
+        ("stop", False),
+        ("length", False),
+    ]
+    assert (result.repeating_share, result.unfinished_share) == (0.25, 0.5)
+
+
 def test_prompts_of_like_length_share_a_batch_longest_first(tokenizer):
     generate = Scripted(SCRIPT)
     run(tokenizer, batch_size=2, generate=generate)

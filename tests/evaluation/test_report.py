@@ -3,6 +3,7 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.plot import plot_divergence
 from rac_modifier.evaluation.report import accuracy_table, divergence_table
+from rac_modifier.evaluation.results import EvalResult
 from tests.evaluation.test_divergence import result as divergence_result
 from tests.evaluation.test_results import result, row
 
@@ -13,6 +14,14 @@ def test_a_row_per_result_in_the_order_given():
     assert table.rows[0] == ("dense", "100.0%", "20.7-100.0", "8", "10", "0.0%", "5", "0.0", "1")
     assert table.rows[1][:6] == ("2:4, RAC", "50.0%", "9.5-90.5", "8", "10", "50.0%")
     assert table.note == "At most 64 new tokens per answer; greedy."
+
+
+def test_a_column_for_answers_that_repeat_themselves_where_there_are_any():
+    looping = [row(correct=False, finish="length", repeats=True) for _ in range(2)]
+    older = EvalResult.from_dict({k: v for k, v in result([row()]).as_dict().items() if k != "repeating_share"})
+    table = accuracy_table([result([row()]), result([row(), *looping, row()]), older])
+    assert [line[-1] for line in (table.head, *table.rows)] == ["repeating", "0.0%", "50.0%", "-"]
+    assert table.note.endswith("greedy; repeating: answers that were cut off while their end repeated itself.")
 
 
 def test_different_caps_are_refused_unless_asked_for():

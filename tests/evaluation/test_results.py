@@ -19,8 +19,8 @@ from rac_modifier.evaluation.results import (
 NUMBERS = itertools.count()
 
 
-def row(correct=True, finish="stop", tokens=10, thinking=8, task="addition", name=None, sample=0):
-    return Row(name or f"p{next(NUMBERS)}", task, correct, finish, 5, tokens, thinking, "", sample)
+def row(correct=True, finish="stop", tokens=10, thinking=8, task="addition", name=None, sample=0, repeats=False):
+    return Row(name or f"p{next(NUMBERS)}", task, correct, finish, 5, tokens, thinking, "", sample, repeats)
 
 
 def result(rows, **changes):

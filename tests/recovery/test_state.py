@@ -1,10 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.recovery import state as module
 from rac_modifier.recovery.sharded import Whole
-from rac_modifier.recovery.state import Progress, load_state, save_state
+from rac_modifier.recovery.state import Progress, hold, load_state, save_state
 
 
 def trained(steps: int):
@@ -54,3 +57,40 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
         save_state(tmp_path, Progress("key", 4), *trained(4))
     assert (tmp_path / "recovery.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["recovery.safetensors"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from rac_modifier.recovery.state import hold
+lock = hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_keeps_this_one_out_of_a_folder_until_it_ends(tmp_path):
+    folder = tmp_path / "rac_recovery" / "model"
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for _ in range(2):
+            with pytest.raises(RacError, match=rf"another process \({other.pid}\).*recover\.folder"):
+                hold(folder)
+        other.kill()
+        other.wait()
+        hold(folder).close()  # a killed one holds nothing
+
+
+def test_a_failed_run_does_not_keep_out_the_next_one_of_its_process(tmp_path):
+    first = hold(tmp_path)
+    second = hold(tmp_path)
+    assert not first.closed
+    first.close()
+    second.close()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RacError, match=r"name another folder \(recover\.folder\)"):
+        hold(tmp_path / "file" / "state")

@@ -25,6 +25,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings import entries
 from rac_modifier.settings.entries import ENTRIES, PruningEntry
 from rac_modifier.settings.recipe import check_entry
+from rac_modifier.traces import repeats
 from tests.sampling.fake_server import FakeServer
 from tests.settings.every_setting import (
     BASE,
@@ -114,6 +115,7 @@ def place(models, tmp_path, monkeypatch):
     # a selection that keeps too little is refused after four traces, not after some hundred
     enough = next(name for name in vars(trace_budget) if name.startswith("_ENOUGH_TO_"))
     monkeypatch.setattr(trace_budget, enough, 4)
+    monkeypatch.setattr(repeats, "repeated_tokens", lambda ids: 1)  # the tiny model does not repeat itself
     inner = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return tmp_path

@@ -4,7 +4,9 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.traces import SelectSettings
-from rac_modifier.traces.report import describe_store, describe_verified, read_select
+from rac_modifier.traces.records import Trace
+from rac_modifier.traces.report import describe_store, describe_verified, read_select, verified_figures
+from rac_modifier.traces.store import TraceStore
 
 
 def test_a_store_in_words(long_store):
@@ -14,6 +16,18 @@ def test_a_store_in_words(long_store):
     bars = [line.split() for line in text.splitlines() if line.startswith("  from")]
     assert sum(int(count.replace(",", "")) for _, _, count, _ in bars) == len(long_store)
     assert [int(low) for _, low, _, _ in bars] == sorted(int(low) for _, low, _, _ in bars)
+
+
+def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):
+    ends = [((5, 6) * 50, "length"), ((5, 6) * 50, "stop"), (tuple(range(100)), "length")]
+    traces = [Trace(f"{i}#0", f"{i}", (1,) * 4, ids, end, 0, "?", None) for i, (ids, end) in enumerate(ends)]
+    with TraceStore.open_append(tmp_path / "s.jsonl", long_store.header) as store:
+        store.append_many(traces)
+    text = describe_store(store)
+    assert "repeating   1 that were cut end in repetitions, 98 tokens" in text
+    assert "repeating" not in describe_store(long_store)
+    found = verified_figures(store, None, False, SelectSettings(repeated_tails="cut"))
+    assert found["selected_tokens"] == 3 * 104 - 98
 
 
 def test_what_is_right_and_what_a_selection_keeps(long_store, byte_tokenizer):
