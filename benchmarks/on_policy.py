@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
 
     measured(dense, "dense")
     entry = calibration_tokens.entry(
-        yaml.safe_load(calibration_tokens.GRID.read_text()), args.row, 65536, 0, args.seed, []
+        yaml.safe_load(calibration_tokens.GRID.read_text()), args.row, args.calibration, 0, args.seed, []
     )
     oneshot(model=model, tokenizer=tokenizer, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**entry))
     measured(model, "not recovered")
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("frontier", type=Path)
     parser.add_argument("--row", default="60 %", help="a label of smollm2_grid.yaml")
+    parser.add_argument("--calibration", type=int, default=65536, help="tokens")
     parser.add_argument("--tokens", type=int, default=65536, help="of the dense model's answers")
     parser.add_argument("--further", type=int, default=32768, help="of further answers, the dense model's or its own")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.6], help="at which it answers")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from rac_modifier.errors import RacError
 
@@ -37,11 +39,47 @@ def describe_errors(error: ValidationError, settings: type[BaseModel] | None = N
         elif item["type"] == "missing":
             message = "is missing; add it"
         elif item["type"] != "value_error":
-            message = f"{message} (value {_shown(item['input'])})"
+            message = f"{_in_plain_words(item)} (value {_shown(item['input'])})"
         elif item["loc"]:
             message = message.removeprefix(f"{item['loc'][-1]}: ")  # the key names it
         lines.append(f"{key}: {message}" if key else message)
     return "\n".join(lines)
+
+
+_PLAIN = {
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text; put it in quotes",
+    "string_too_short": "must not be empty",
+    "list_type": "must be a list, such as [a, b]",
+    "tuple_type": "must be a list, such as [a, b]",
+    "dict_type": "must be settings by name, such as {{name: value}}",
+    "model_type": "must be settings by name, such as {{name: value}}",
+}
+
+
+def _in_plain_words(item: ErrorDetails) -> str:
+    """What the value has to be; pydantic's own words where there are no plainer ones."""
+    words = _PLAIN.get(item["type"])
+    if words is None:
+        return item["msg"]
+    message = words.format(**item.get("ctx", {}))
+    if item["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        close = difflib.get_close_matches(str(item["input"]), known, n=1)
+        message += f"; did you mean {close[0]!r}?" if close else ""
+    return message
 
 
 def _shown(value: Any) -> str:

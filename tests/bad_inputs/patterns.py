@@ -125,7 +125,7 @@ CASES += [
         "to make the average 0.2; it must lie between 0 and 1",
         lambda b: b.prune_with(mask_structure="0:0", sparsity=0.2, allocation={"re:.*mlp.*": 0.9}),
     ),
-    Case("an unknown solver", "Input should be 'sparsegpt'", lambda b: b.check(solver="sparsegtp")),
+    Case("an unknown solver", "did you mean 'sparsegpt'?", lambda b: b.check(solver="sparsegtp")),
 ]
 
 

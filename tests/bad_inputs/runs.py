@@ -76,7 +76,7 @@ CASES += [
     ),
     Case(
         "a preset that does not exist",
-        "preset: Input should be 'quality', 'fast' or 'paper'",
+        "preset: must be 'quality', 'fast' or 'paper'",
         lambda b: b.check(preset="best"),
     ),
     Case(

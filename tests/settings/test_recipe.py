@@ -152,7 +152,7 @@ def test_a_recipe_has_one_of_our_modifiers(tmp_path, second):
         ("=5", "is not key=value"),
         ("sparsity=[", "the value is not YAML"),
         ("sparsity.x=1", "sparsity is not a group of settings"),
-        ("solver.x=1", "Input should be"),
+        ("solver.x=1", "must be"),
     ],
 )
 def test_overrides_that_cannot_be(tmp_path, override, message):
