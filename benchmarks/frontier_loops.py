@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
-from rac_modifier.traces.repeats import repeated_tokens
+from rac_modifier.traces.repeats import repeats
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         traces = folder.traces(row["label"])
         cut = [trace for trace in traces if trace["finish"] == "length"]
         finished = [len(trace["ids"]) for trace in traces if trace["finish"] != "length"]
-        cells = [row["label"], len(traces), len(cut), sum(repeated_tokens(trace["ids"]) > 0 for trace in cut)]
+        cells = [row["label"], len(traces), len(cut), sum(repeats(trace["ids"], trace["finish"]) for trace in cut)]
         cells += [sum(trace["id"] in dense for trace in cut), round(statistics.mean(finished)) if finished else "-"]
         print(f"| {' | '.join(map(str, cells))} |")
 

@@ -133,6 +133,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
             "mean": length["mean"],
             "percentiles": length["percentiles"],
             "cut": length["cut_share"],
+            "repeating": length.get("repeating_share"),  # rows of earlier versions do not have it
             "thinking": length["thinking"],
         },
         "speed": (served or {}).get("tokens_per_second"),

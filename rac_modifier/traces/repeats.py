@@ -26,8 +26,13 @@ def repeated_tokens(ids: Sequence[int]) -> int:
     return 0
 
 
+def repeats(ids: Sequence[int], finish_reason: str) -> bool:
+    """Whether a completion was cut at the cap while it repeated itself."""
+    return finish_reason == "length" and repeated_tokens(ids) > 0
+
+
 def without_repeats(trace: Trace) -> Trace:
     """The trace up to the end of the first copy, if it was cut at the cap while it repeated itself; else as it is."""
-    if trace.finish_reason != "length" or not (repeated := repeated_tokens(trace.completion_ids)):
+    if not repeats(trace.completion_ids, trace.finish_reason):
         return trace
-    return replace(trace, completion_ids=trace.completion_ids[:-repeated])
+    return replace(trace, completion_ids=trace.completion_ids[: -repeated_tokens(trace.completion_ids)])

@@ -50,6 +50,7 @@ def row(label: str, group: str, megabytes: float, accuracy: float, kl: float | N
             "mean": 20.0,
             "percentiles": {"50": 20.0, "90": 30.0, "99": 40.0},
             "cut_share": 0.25,
+            **({"repeating_share": 0.125} if group == "sparse" else {}),  # others are of an earlier version
             "thinking": [10, 20, 20, 30],
         },
         "layers": layers if "sparse" in group else {},

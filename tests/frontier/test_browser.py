@@ -98,6 +98,7 @@ def test_everything_is_drawn(opened: Opened) -> None:
     assert opened.texts("#layers figcaption") == ["Relative error of the output", "Sparsity"]
     assert opened.texts("#layers figure:first-child tbody tr:last-child td") == ["0.020", "0.020"]
     assert "25.0 %" in opened.text("#lengths")
+    assert opened.texts("#lengths tbody tr:last-child td") == ["not counted", "12.5 %"]
     assert opened.count("#lengths svg rect") == 20
 
 

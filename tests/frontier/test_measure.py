@@ -7,6 +7,7 @@ import torch
 
 from rac_modifier.frontier.measure import HeldOut, layers_of, measure, measure_dense
 from rac_modifier.problems.source import Problem
+from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -60,6 +61,22 @@ def test_answers_are_graded_and_paired_where_there_are_answers(models):
     assert found.figures["length"]["mean"] == pytest.approx(sum(lengths) / 5)
     cut = [trace["finish"] == "length" for trace in found.traces]
     assert found.figures["length"]["cut_share"] == pytest.approx(sum(cut) / 5)
+    assert found.figures["length"]["repeating_share"] == 0.0
+
+
+def test_answers_that_were_cut_while_they_repeated_themselves(models, monkeypatch):
+    dense, _ = models
+    ends = [
+        ((5, 6) * 40, "length"),
+        ((5, 6) * 40, "stop"),
+        (tuple(range(80)), "length"),
+        ((7,), "stop"),
+        ((7,) * 64, "length"),
+    ]
+    answers = [Generation(ids, reason) for ids, reason in ends]
+    monkeypatch.setattr("rac_modifier.frontier.measure.ask", lambda *_: answers)
+    found = measure_dense(dense, tiny_tokenizer(), HeldOut(PROBLEMS, SAMPLING)).figures["length"]
+    assert (found["cut_share"], found["repeating_share"]) == pytest.approx((3 / 5, 2 / 5))
 
 
 def test_without_answers_nothing_is_graded(models):

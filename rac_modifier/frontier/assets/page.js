@@ -176,7 +176,8 @@ function drawLengths(row) {
     make("table", {}, make("thead", {}, head), make("tbody", {},
       line("mean, tokens", (length) => length.mean.toFixed(1)),
       ...["50", "90", "99"].map((part) => line(`${part}th percentile`, (length) => length.percentiles[part].toFixed(0))),
-      line("cut at the cap", (length) => percent(length.cut)))),
+      line("cut at the cap", (length) => percent(length.cut)),
+      line("cut while repeating themselves", (length) => length.repeating == null ? "not counted" : percent(length.repeating)))),
     histogram(dense.thinking, own.thinking, look(row.group).colour));
 }
 
