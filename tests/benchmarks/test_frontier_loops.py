@@ -22,15 +22,24 @@ def loops(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_table_counts_cut_and_looping_answers(loops, tmp_path, monkeypatch, capsys):
-    def trace(name, ids, finish):
-        return {"id": name, "ids": ids, "finish": finish}
+    def trace(name, ids, finish, **values):
+        return {"id": name, "ids": ids, "finish": finish, **values}
 
+    looping = [8, 9] + [4] * 300  # 299 tokens repeat
+    kl = {"a": [0.5] * 3, "b": [0.2] * 3 + [0.01] * 299, "c": [1.1] * 5}
     with FrontierFolder(tmp_path) as folder:
         folder.begin({"model": "m"})
-        whole, looping, other = trace("a", [1, 2, 3], "stop"), trace("b", [4] * 300, "length"), [*range(300)]
-        folder.add({"label": "dense"}, [whole, looping, trace("c", [1] * 5, "stop")])
-        folder.add({"label": "50 %"}, [trace("a", other, "length"), looping, trace("c", [1] * 9, "stop")])
+        answers = trace("a", [1, 2, 3], "stop"), trace("b", looping, "length"), trace("c", [1] * 5, "stop")
+        folder.add({"label": "dense"}, list(answers))
+        own = [("a", [*range(300)], "length"), ("b", looping, "length"), ("c", [1] * 9, "stop")]
+        folder.add({"label": "50 %"}, [trace(*each, kl=kl[each[0]]) for each in own])
     monkeypatch.setattr(sys, "argv", ["frontier_loops.py", str(tmp_path)])
     loops.main()
-    assert capsys.readouterr().out.splitlines()[2:] == ["| dense | 3 | 1 | 1 | 1 | 4 |", "| 50 % | 3 | 2 | 1 | 1 | 9 |"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "299 of the 310 tokens of the dense model's answers repeat what stands before them."
+    outside = (3 * 0.5 + 3 * 0.2 + 5 * 1.1) / 11
+    assert lines[4:] == [
+        "| dense | 3 | 1 | 1 | 1 | 4 | - | - |",
+        f"| 50 % | 3 | 2 | 1 | 1 | 9 | {outside:.3f} | 0.010 |",
+    ]
     assert json.loads((tmp_path / "frontier.json").read_text())["model"] == "m"
