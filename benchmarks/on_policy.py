@@ -1,13 +1,13 @@
 """Does training on its own answers mend how a recovered model's answers end? On SmolLM2, at equal numbers of tokens.
 
     cd build/smollm2-frontier                       # made by smollm2_frontier.py; `frontier` holds the dense model's answers
-    python ../../benchmarks/on_policy.py smollm2 frontier --row "60 %" --tokens 65536 --further 32768
+    rac prune smollm2 recovered --recipe recovered.yaml           # a recipe with `recover:`
+    python ../../benchmarks/on_policy.py smollm2 recovered frontier --tokens 32768
 
-The model is pruned as the grid's row, then trained as `recover:` does, on fresh answers of the dense model (`off-policy`). From
-these weights it is trained once more: on further answers of the dense model, or on answers that it samples itself, with the dense
-model's predictions on them and repeated tails cut (`on-policy`; ShortOPD, arXiv 2607.13124). Each model answers the frontier's
-problems; an answer is cut at the cap, and loops if it was cut while it repeated itself (frontier_loops.py). A row that is in
---out already is not run again.
+RECOVERED is trained once more, with its mask, loss and rates of `recover:`: on further answers of the dense model, or on answers
+that it samples itself, with the dense model's predictions on them (on-policy; ShortOPD, arXiv 2607.13124). Repeated tails are cut
+from both. Each model answers the frontier's problems; an answer is cut at the cap, and loops if it was cut while it repeated
+itself. A row that is in --out already is not measured again.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import calibration_tokens
-import yaml
 from common import fresh, machine
 from frontier_answers import answers_in, read_rows
-from llmcompressor import oneshot
 from recovery_trials import first_tokens, train, without_repeated_tail
 from transformers import AutoTokenizer
 
-import rac_modifier
+import rac_modifier  # noqa: F401 - makes packed checkpoints loadable
 from rac_modifier.evaluation.divergence import divergence
 from rac_modifier.evaluation.own_samples import sample_sequences
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
@@ -43,7 +40,7 @@ from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.repeats import repeated_tokens
 
 CAP, BATCH = 1024, 64
-ROWS = ("dense", "not recovered", "off-policy", "off-policy, further", "on-policy")
+ROWS = ("dense", "recovered", "further", "on-policy")
 
 
 def both_kinds(seed: int) -> Iterator[Problem]:
@@ -100,32 +97,19 @@ def run(args: argparse.Namespace) -> None:
     done = {row["label"] for row in read_rows(args.out)}
     if done >= set(ROWS):
         return
-    dense, model, tokenizer = fresh(args.model), fresh(args.model), AutoTokenizer.from_pretrained(args.model)
+    dense, model, tokenizer = fresh(args.model), fresh(args.recovered), AutoTokenizer.from_pretrained(args.model)
     teacher, measure, problems = LiveTeacher(dense), Measure(args, dense, tokenizer), both_kinds(args.seed + 1000)
-    cpu = time.process_time()
-
-    def measured(model: Any, label: str) -> None:
-        nonlocal cpu
+    for label, untrained in (("dense", dense), ("recovered", model)):
         if label not in done:
-            measure.row(model, label, time.process_time() - cpu)
+            measure.row(untrained, label, 0.0)
+    for number, (label, writer) in enumerate((("further", dense), ("on-policy", model))):
+        if label in done:
+            continue
         cpu = time.process_time()
-
-    def trained(model: Any, sequences: list[TokenSequence]) -> Any:
-        train(model, teacher, sequences, 0.0, moving=False, step_tokens=512)
-        return model
-
-    measured(dense, "dense")
-    entry = calibration_tokens.entry(
-        yaml.safe_load(calibration_tokens.GRID.read_text()), args.row, args.calibration, 0, args.seed, []
-    )
-    oneshot(model=model, tokenizer=tokenizer, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**entry))
-    measured(model, "not recovered")
-    trained(model, first_tokens(answers(dense, tokenizer, problems, args.seed), args.tokens))
-    measured(model, "off-policy")
-    further = first_tokens(answers(dense, tokenizer, problems, args.seed + 1), args.further)
-    measured(trained(copy.deepcopy(model), further), "off-policy, further")
-    own = first_tokens(answers(model, tokenizer, problems, args.seed + 2), args.further)
-    measured(trained(model, own), "on-policy")
+        sequences = first_tokens(answers(writer, tokenizer, problems, args.seed + number), args.tokens)
+        trained = copy.deepcopy(model)
+        train(trained, teacher, sequences, 0.0, moving=False, step_tokens=512)
+        measure.row(trained, label, time.process_time() - cpu)
 
 
 def described(row: dict[str, Any], temperatures: list[float]) -> str:
@@ -140,11 +124,9 @@ def described(row: dict[str, Any], temperatures: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("recovered", type=Path, help="a sparse checkpoint that was made from it")
     parser.add_argument("frontier", type=Path)
-    parser.add_argument("--row", default="60 %", help="a label of smollm2_grid.yaml")
-    parser.add_argument("--calibration", type=int, default=65536, help="tokens")
-    parser.add_argument("--tokens", type=int, default=65536, help="of the dense model's answers")
-    parser.add_argument("--further", type=int, default=32768, help="of further answers, the dense model's or its own")
+    parser.add_argument("--tokens", type=int, default=32768, help="of further answers, the dense model's or its own")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.6], help="at which it answers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("on_policy.jsonl"))

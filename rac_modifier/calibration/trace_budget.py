@@ -99,6 +99,8 @@ def collect_part(
             logger.info(f"{part.key}: {pool.selection.describe()}")
             selected = f". For {part.key}, traces.select {pool.selection.describe()}, {usable:,} tokens of {wanted:,}"
         if usable >= wanted:
+            if pool.repeated_tokens:
+                logger.info(f"{part.key}: {pool.repeated_tokens:,} tokens of tails that repeat are left out")
             return pool
         _check_hopeful(pool, part, traces.select.least_share)
         retry_failed = False  # once per run is enough

@@ -54,6 +54,7 @@ class TracePool:
         selection: how many traces were kept, and why the others were not.
         held_out: the first traces of the store, kept out whatever the selection is.
         reserved: the traces after them, kept out for training after pruning.
+        repeated_tokens: how many tokens of the store are left out because they repeat what stands before them.
     """
 
     def __init__(
@@ -72,10 +73,18 @@ class TracePool:
         self._judge, self._tokenizer, self._calibration = judge, tokenizer, calibration
         self._ids: list[str] = []
         hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
-        for trace in select(reserve.others(hold_out.others(as_used(store, settings))), self.selection, judge):
+        self.repeated_tokens = store.counts.tokens
+        for trace in select(
+            reserve.others(hold_out.others(self._counted(as_used(store, settings)))), self.selection, judge
+        ):
             self.lengths.append(trace.tokens)
             self._ids.append(trace.id)
         self.held_out, self.reserved = tuple(hold_out.held), tuple(reserve.held)
+
+    def _counted(self, traces: Iterable[Trace]) -> Iterator[Trace]:
+        for trace in traces:
+            self.repeated_tokens -= trace.tokens
+            yield trace
 
     def usable_tokens(self) -> int:
         """Tokens of all kept traces, each cut to `max_sequence_tokens`."""

@@ -222,23 +222,30 @@ def _collected(
     tokens: int,
     known: Collection[str],
 ) -> TraceStore:
-    """The store of the dense model's traces, with `tokens` tokens beyond those that a run of a `known` hash used."""
+    """The store of the dense model's traces, with `tokens` tokens to train on beyond what a run of a `known` hash used."""
     from loguru import logger
 
     from rac_modifier.model_tools import on_accelerator
     from rac_modifier.sampling.shared_engine import end_sampling, help_sampling
     from rac_modifier.traces.collect import collect_traces
-    from rac_modifier.traces.fresh import tokens_up_to, used_traces
+    from rac_modifier.traces.fresh import fresh_traces, used_traces
     from rac_modifier.traces.store import TraceStore
 
     if not processes.is_first:
         return TraceStore.read(help_sampling(model, tokenizer, processes))
     asked = {"problems": problems, "sampling": sampling, "processes": processes}
+    wanted, said = tokens, False
     with on_accelerator(model):
-        store = collect_traces(model, tokenizer, path, tokens=tokens, **asked)
-        if used := used_traces(store, known):
-            logger.info(f"{store.path}: its first {used:,} traces were used before; recovery takes others")
-            store = collect_traces(model, tokenizer, path, tokens=tokens_up_to(store, used) + tokens, **asked)
+        while True:
+            store = collect_traces(model, tokenizer, path, tokens=wanted, **asked)
+            used = used_traces(store, known)
+            if used and not said:
+                logger.info(f"{store.path}: its first {used:,} traces were used before; recovery takes others")
+                said = True
+            missing = tokens - sum(trace.tokens for trace in fresh_traces(store, used, tokens))
+            if missing <= 0:
+                break
+            wanted = store.counts.tokens + missing
     end_sampling(processes, str(store.path))
     return store
 

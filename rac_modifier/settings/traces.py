@@ -33,10 +33,10 @@ class SelectSettings(Settings):
     min_tokens: int | None = Field(None, ge=1, description="keep traces with at least this many completion tokens")
     max_tokens: int | None = Field(None, ge=1, description="keep traces with at most this many completion tokens")
     dedupe: bool = Field(False, description="of completions with the same token ids keep the first")
-    repeated_tails: Literal["keep", "cut"] = Field(
-        "keep",
-        description="cut: a completion that was cut at the cap while it repeated itself ends with the first copy; for "
-        "calibration, recovery and what is held out",
+    repeated_tails: Literal["cut", "keep"] = Field(
+        "cut",
+        description="cut: a completion that was cut at the cap while it repeated itself ends before the second copy, for "
+        "calibration, recovery and what is held out; keep: it is used whole",
     )
     per_problem: int | None = Field(None, ge=1, description="keep at most this many traces per problem, the first ones")
     pass_rate: tuple[float, float] | None = Field(
@@ -73,8 +73,7 @@ class SelectSettings(Settings):
     def keeps_all(self) -> bool:
         """Whether every trace is kept."""
         limits = (self.min_tokens, self.max_tokens, self.per_problem)
-        cuts = self.repeated_tails == "cut"
-        return not (self.checks_answers or self.finished or self.dedupe or cuts or any(limits))
+        return not (self.checks_answers or self.finished or self.dedupe or any(limits))
 
     def check_against(self, max_new_tokens: int, samples_per_problem: int) -> None:
         """Refuse what no trace sampled so can meet.
@@ -117,7 +116,8 @@ class TraceSettings(Settings):
     problems: ProblemSource = Field(ProblemSource(), description="the problems that the model is asked")
     sampling: SamplingSettings = Field(SamplingSettings(), description="how the model is sampled")
     select: SelectSettings = Field(
-        SelectSettings(), description="which traces are calibrated on; default: all of them, as in the paper"
+        SelectSettings(),
+        description="which traces are calibrated on; default: all of them, as in the paper, but without tails that repeat",
     )
     engine: EngineSettings | None = Field(
         None, description="OpenAI-compatible servers that sample; default: the model samples in this process"

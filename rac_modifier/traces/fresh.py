@@ -11,6 +11,7 @@ from collections.abc import Collection
 from itertools import islice
 
 from rac_modifier.traces.records import Trace
+from rac_modifier.traces.repeats import without_repeats
 from rac_modifier.traces.store import TraceStore
 
 
@@ -26,15 +27,13 @@ def used_traces(store: TraceStore, hashes: Collection[str]) -> int:
     return used
 
 
-def tokens_up_to(store: TraceStore, count: int) -> int:
-    """Prompt and completion tokens of the first `count` traces."""
-    return sum(trace.tokens for trace in islice(store, count))
-
-
 def fresh_traces(store: TraceStore, used: int, tokens: int) -> list[Trace]:
-    """The traces after the first `used`, in their order, up to the one that reaches `tokens` prompt and completion tokens."""
+    """The traces after the first `used`, in their order, up to the one that reaches `tokens` prompt and completion tokens.
+
+    Tails that repeat are cut, as `traces.select.repeated_tails` does by default.
+    """
     chosen: list[Trace] = []
-    for trace in islice(store, used, None):
+    for trace in map(without_repeats, islice(store, used, None)):
         if tokens <= 0:
             break
         chosen.append(trace)

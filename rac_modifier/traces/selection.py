@@ -1,4 +1,4 @@
-"""Which traces of a store are calibrated on. By default all of them, as in the paper."""
+"""Which traces of a store are calibrated on. By default all of them, as in the paper, but without tails that repeat."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def place(models, tmp_path, monkeypatch):
     # a selection that keeps too little is refused after four traces, not after some hundred
     enough = next(name for name in vars(trace_budget) if name.startswith("_ENOUGH_TO_"))
     monkeypatch.setattr(trace_budget, enough, 4)
-    monkeypatch.setattr(repeats, "repeated_tokens", lambda ids: 1)  # the tiny model does not repeat itself
+    monkeypatch.setattr(repeats, "repeated_tokens", lambda ids: ids[0] % 2)  # the tiny model itself does not repeat
     inner = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return tmp_path

@@ -2,7 +2,8 @@
 
 import shutil
 
-from rac_modifier.traces.fresh import fresh_traces, tokens_up_to, used_traces
+from rac_modifier.traces.fresh import fresh_traces, used_traces
+from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
 
 
@@ -34,7 +35,15 @@ def test_fresh_traces_are_those_after_them(trace_store):
     assert fresh == traces[5 : 5 + len(fresh)]
     assert sum(t.tokens for t in fresh[:-1]) < 100 <= sum(t.tokens for t in fresh)
     assert fresh_traces(store, len(traces), 100) == []
-    assert tokens_up_to(store, 5) == sum(t.tokens for t in traces[:5])
+
+
+def test_fresh_traces_end_where_they_begin_to_repeat(trace_store, tmp_path):
+    header = TraceStore.read(trace_store).header
+    loops = [Trace(f"{i}#0", f"{i}", (1,) * 4, (*range(i), *(5, 6) * 50), "length", 0, "?", None) for i in range(4)]
+    with TraceStore.open_append(tmp_path / "loops.jsonl", header) as store:
+        store.append_many(loops)
+    fresh = fresh_traces(TraceStore.read(tmp_path / "loops.jsonl"), 1, 15)
+    assert [t.completion_ids for t in fresh] == [(0, 5, 6), (0, 1, 5, 6)]  # 7 and 8 tokens with their prompts
 
 
 def test_a_line_that_is_being_written_does_not_count(trace_store, tmp_path):

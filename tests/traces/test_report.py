@@ -26,7 +26,7 @@ def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):
     text = describe_store(store)
     assert "repeating   1 that were cut end in repetitions, 98 tokens" in text
     assert "repeating" not in describe_store(long_store)
-    found = verified_figures(store, None, False, SelectSettings(repeated_tails="cut"))
+    found = verified_figures(store, None, False, SelectSettings())
     assert found["selected_tokens"] == 3 * 104 - 98
 
 
