@@ -10,6 +10,7 @@ make the KL of a row small.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +18,10 @@ from typing import Any
 
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
-from rac_modifier.traces.repeats import repeated_tokens, repeats
+from rac_modifier.traces.repeats import repeated_tail
 
 COLUMNS = ("row", "answers", "cut", "of them looping", "cut of the dense model too", "tokens of a finished one, mean")
 COLUMNS += ("KL outside of repetitions", "KL in them")
-
-
-def tail(trace: Mapping[str, Any]) -> int:
-    """How many tokens at the end of an answer repeat what stands before them."""
-    return repeated_tokens(trace["ids"]) if repeats(trace["ids"], trace["finish"]) else 0
 
 
 def split_kl(traces: Sequence[Mapping[str, Any]], tails: Mapping[str, int]) -> list[str]:
@@ -38,11 +34,25 @@ def split_kl(traces: Sequence[Mapping[str, Any]], tails: Mapping[str, int]) -> l
     return [f"{statistics.fmean(values):.3f}" if values else "-" for values in parts]
 
 
+def paired(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """How much more KL per token `second` has on the same answers, with one standard error over these (a ratio estimate)."""
+    before = {trace["id"]: trace["kl"] for trace in first}
+    lengths = [len(trace["kl"]) for trace in second]
+    more = [sum(trace["kl"]) - sum(before[trace["id"]]) for trace in second]
+    mean, count = sum(more) / sum(lengths), len(more)
+    squares = sum((each - mean * length) ** 2 for each, length in zip(more, lengths, strict=True))
+    return mean, math.sqrt(squares / (count * (count - 1))) * count / sum(lengths)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = FrontierFolder.read(parser.parse_args().folder)
-    tails = {trace["id"]: tail(trace) for trace in folder.traces(DENSE)}
+    parser.add_argument(
+        "--beside", metavar="LABEL", help="a row whose KL is taken from that of the others, paired over answers"
+    )
+    args = parser.parse_args()
+    folder = FrontierFolder.read(args.folder)
+    tails = {trace["id"]: repeated_tail(trace["ids"], trace["finish"]) for trace in folder.traces(DENSE)}
     dense = {trace["id"] for trace in folder.traces(DENSE) if trace["finish"] == "length"}
     tokens = sum(len(trace["ids"]) for trace in folder.traces(DENSE))
     print(
@@ -53,10 +63,19 @@ def main() -> None:
         traces = folder.traces(row["label"])
         cut = [trace for trace in traces if trace["finish"] == "length"]
         finished = [len(trace["ids"]) for trace in traces if trace["finish"] != "length"]
-        cells = [row["label"], len(traces), len(cut), sum(tail(trace) > 0 for trace in cut)]
+        cells = [
+            row["label"],
+            len(traces),
+            len(cut),
+            sum(repeated_tail(trace["ids"], trace["finish"]) > 0 for trace in cut),
+        ]
         cells += [sum(trace["id"] in dense for trace in cut), round(statistics.mean(finished)) if finished else "-"]
         cells += ["-", "-"] if row["label"] == DENSE else split_kl(traces, tails)
         print(f"| {' | '.join(map(str, cells))} |")
+    for row in folder.rows if args.beside else ():
+        if row["label"] not in (DENSE, args.beside):
+            more, error = paired(folder.traces(args.beside), folder.traces(row["label"]))
+            print(f"{row['label']}: KL {more:+.4f} ± {error:.4f} beside {args.beside}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does training on its own answers mend how a recovered model's answers end? On SmolLM2, at equal numbers of tokens.
 
     cd build/smollm2-frontier                       # made by smollm2_frontier.py; `frontier` holds the dense model's answers
-    rac prune smollm2 recovered --recipe recovered.yaml           # a recipe with `recover:`
+    rac prune smollm2 recovered --recipe recovered.yaml           # as the last row of smollm2_stopping_grid.yaml
     python ../../benchmarks/on_policy.py smollm2 recovered frontier --tokens 32768
 
 RECOVERED is trained once more, with its mask, loss and rates of `recover:`: on further answers of the dense model, or on answers
@@ -24,7 +24,7 @@ from typing import Any
 
 from common import fresh, machine
 from frontier_answers import answers_in, read_rows
-from recovery_trials import first_tokens, train, without_repeated_tail
+from recovery_trials import answers, first_tokens, train
 from transformers import AutoTokenizer
 
 import rac_modifier  # noqa: F401 - makes packed checkpoints loadable
@@ -47,14 +47,6 @@ def both_kinds(seed: int) -> Iterator[Problem]:
     """Training prompts: instructions and arithmetic in turn."""
     kinds = [load_problems(ProblemSource(source=source), seed) for source in ("train.jsonl", "arithmetic")]
     return itertools.chain.from_iterable(zip(*kinds, strict=False))
-
-
-def answers(model: Any, tokenizer: Any, problems: Iterator[Problem], seed: int) -> Iterator[TokenSequence]:
-    """Sampled answers to ever new problems, without tails that repeat."""
-    sampling = SamplingSettings(max_new_tokens=CAP, batch_size=BATCH, seed=seed)
-    while asked := list(itertools.islice(problems, BATCH)):
-        for ids, start in sample_sequences(model, tokenizer, asked, sampling, progress=False):
-            yield without_repeated_tail(tuple(ids), start), start
 
 
 def endings(sequences: list[TokenSequence], eos: int) -> dict[str, float]:
@@ -106,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         if label in done:
             continue
         cpu = time.process_time()
-        sequences = first_tokens(answers(writer, tokenizer, problems, args.seed + number), args.tokens)
+        sequences = first_tokens(answers(writer, tokenizer, problems, args.seed + number, CAP, BATCH), args.tokens)
         trained = copy.deepcopy(model)
         train(trained, teacher, sequences, 0.0, moving=False, step_tokens=512)
         measure.row(trained, label, time.process_time() - cpu)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import time
@@ -131,11 +132,12 @@ def first_tokens(sequences: Iterator[TokenSequence], tokens: int) -> list[TokenS
     return chosen
 
 
-def answers(model: Any, tokenizer: Any, problems: Iterator[Problem], seed: int) -> Iterator[TokenSequence]:
-    """Sampled answers to ever new problems."""
-    sampling = SamplingSettings(max_new_tokens=512, batch_size=128, seed=seed)
-    while True:
-        asked = [next(problems) for _ in range(sampling.batch_size)]
+def answers(
+    model: Any, tokenizer: Any, problems: Iterator[Problem], seed: int, cap: int = 512, batch: int = 128
+) -> Iterator[TokenSequence]:
+    """Sampled answers to ever new problems, without tails that repeat."""
+    sampling = SamplingSettings(max_new_tokens=cap, batch_size=batch, seed=seed)
+    while asked := list(itertools.islice(problems, batch)):
         for ids, start in sample_sequences(model, tokenizer, asked, sampling, progress=False):
             yield without_repeated_tail(tuple(ids), start), start
 

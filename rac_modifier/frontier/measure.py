@@ -20,7 +20,7 @@ from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.repeats import repeats
+from rac_modifier.traces.repeats import repeated_tail
 
 MOST_TRACES = 300
 """Problems whose traces are kept; accuracy and divergence are measured on all."""
@@ -102,7 +102,7 @@ def _answer(
             "mean": fmean(lengths),
             "percentiles": {str(share): float(np.percentile(lengths, share)) for share in (50, 90, 99)},
             "cut_share": fmean(answer.finish_reason != "stop" for answer in answers),
-            "repeating_share": fmean(repeats(answer.ids, answer.finish_reason) for answer in answers),
+            "repeating_share": fmean(repeated_tail(answer.ids, answer.finish_reason) > 0 for answer in answers),
             "thinking": lengths,
         },
         "accuracy": None,

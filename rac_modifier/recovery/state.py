@@ -60,16 +60,16 @@ def hold(folder: Path) -> IO[str]:
         raise RacError(
             f"{folder}: the dense model's states cannot be kept there ({error}); name another folder (recover.folder)"
         ) from error
-    lock.seek(0)
-    holder = lock.read()
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        lock.seek(0)
+        holder = lock.read()
         if holder == str(os.getpid()):  # an earlier run of this process, which failed
             return lock
         lock.close()
         raise RacError(
-            f"{folder} is in use by another process ({holder}), which recovers the same model; wait for it to end, or name "
+            f"{folder} is in use by another process (pid {holder}), which recovers the same model; wait for it to end, or name "
             "another folder (recover.folder)"
         ) from error
     lock.truncate(0)

@@ -73,11 +73,8 @@ def header_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:
     for part, free in _FREE_FIELDS.items():
         old, new = getattr(stored, part).model_dump(), getattr(wanted, part).model_dump()
         for name in old:
-            if (
-                name not in free
-                and old[name] != new[name]
-                and not (name == "source" and _one_file(old[name], new[name]))
-            ):
+            same = old[name] == new[name] or (name == "source" and _one_file(old[name], new[name]))
+            if name not in free and not same:
                 differences.append(_difference(f"{part}.{name}", old[name], new[name]))
     return differences
 

@@ -26,13 +26,12 @@ def repeated_tokens(ids: Sequence[int]) -> int:
     return 0
 
 
-def repeats(ids: Sequence[int], finish_reason: str) -> bool:
-    """Whether a completion was cut at the cap while it repeated itself."""
-    return finish_reason == "length" and repeated_tokens(ids) > 0
+def repeated_tail(ids: Sequence[int], finish_reason: str) -> int:
+    """`repeated_tokens` of a completion that was cut at the cap; 0 for one that ended by itself."""
+    return repeated_tokens(ids) if finish_reason == "length" else 0
 
 
 def without_repeats(trace: Trace) -> Trace:
     """The trace up to the end of the first copy, if it was cut at the cap while it repeated itself; else as it is."""
-    if not repeats(trace.completion_ids, trace.finish_reason):
-        return trace
-    return replace(trace, completion_ids=trace.completion_ids[: -repeated_tokens(trace.completion_ids)])
+    tail = repeated_tail(trace.completion_ids, trace.finish_reason)
+    return replace(trace, completion_ids=trace.completion_ids[:-tail]) if tail else trace

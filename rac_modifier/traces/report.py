@@ -13,7 +13,7 @@ from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.failures import read_failures
 from rac_modifier.traces.grading import Judge
-from rac_modifier.traces.repeats import without_repeats
+from rac_modifier.traces.repeats import repeated_tail
 from rac_modifier.traces.selection import Selection, as_used, select
 from rac_modifier.traces.store import TraceStore
 
@@ -45,8 +45,8 @@ def describe_store(store: TraceStore) -> str:
     for trace in store:
         lengths[_bucket(len(trace.completion_ids))] += 1
         reasons[trace.finish_reason] += 1
-        cut = len(trace.completion_ids) - len(without_repeats(trace).completion_ids)
-        repeating, repeated = repeating + (cut > 0), repeated + cut
+        tail = repeated_tail(trace.completion_ids, trace.finish_reason)
+        repeating, repeated = repeating + (tail > 0), repeated + tail
     if reasons:
         lines.append("ended by    " + ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()))
         if repeating:

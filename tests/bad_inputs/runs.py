@@ -216,7 +216,7 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "two runs that recover one model in one folder", "is in use by another process (1), which recovers the same"
+    "two runs that recover one model in one folder", "is in use by another process (pid 1), which recovers the same"
 )
 def _(b: Bench) -> None:
     folder = b.tmp / "recovery"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -43,3 +44,12 @@ def test_the_table_counts_cut_and_looping_answers(loops, tmp_path, monkeypatch, 
         f"| 50 % | 3 | 2 | 1 | 1 | 9 | {outside:.3f} | 0.010 |",
     ]
     assert json.loads((tmp_path / "frontier.json").read_text())["model"] == "m"
+
+
+def test_two_rows_are_paired_over_answers(loops):
+    """Answers of one length: the mean of their differences, and the standard error of that mean."""
+    first = [{"id": name, "kl": [0.5, 0.1]} for name in "abc"]
+    second = [{"id": name, "kl": [0.5 + more, 0.1 + more]} for name, more in zip("cab", (0.1, 0.2, 0.6), strict=True)]
+    more, error = loops.paired(first, second)
+    assert more == pytest.approx(0.3)
+    assert error == pytest.approx(statistics.stdev((0.1, 0.2, 0.6)) / 3**0.5)

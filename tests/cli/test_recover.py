@@ -15,9 +15,14 @@ from transformers import AutoModelForCausalLM
 
 import rac_modifier
 from rac_modifier import cli
-from rac_modifier.cli.recover import _asked
+from rac_modifier.cli.recover import _asked, _collected
 from rac_modifier.llmcompressor import recovery_stage
+from rac_modifier.processes import ALONE
 from rac_modifier.recovery.training_loop import TrainingLoop
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.traces import repeats
+from rac_modifier.traces.fresh import fresh_traces
 from rac_modifier.traces.store import TraceStore
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors
@@ -242,3 +247,18 @@ def test_a_store_that_is_not_there_is_named(tmp_path, trace_store):
     assert [line.strip() for line in said] == [
         f"there is no trace store at {tmp_path / 'typo.jsonl'} yet: all traces are sampled, and kept there"
     ]
+
+
+def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(tiny_folder, tmp_path, monkeypatch):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), tiny.tiny_tokenizer()
+    monkeypatch.setattr(repeats, "repeated_tokens", lambda ids: 6)  # of each completion that was cut at 12 tokens
+    sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
+    asked = (ALONE, model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling)
+    store = _collected(*asked, tokens=300, known=set())
+    assert store.counts.tokens > 300 + 6
+    assert sum(trace.tokens for trace in fresh_traces(store, 0, 10**6)) >= 300
+    used, whole = len(store), store.counts.tokens
+    more = _collected(*asked, tokens=300, known={store.sha256()})
+    assert len(more) > used
+    assert more.counts.tokens >= whole + 300
+    assert sum(trace.tokens for trace in fresh_traces(more, used, 10**6)) >= 300

@@ -75,7 +75,7 @@ def test_another_process_keeps_this_one_out_of_a_folder_until_it_ends(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         for _ in range(2):
-            with pytest.raises(RacError, match=rf"another process \({other.pid}\).*recover\.folder"):
+            with pytest.raises(RacError, match=rf"another process \(pid {other.pid}\).*recover\.folder"):
                 hold(folder)
         other.kill()
         other.wait()
