@@ -27,19 +27,8 @@ from rac_modifier.settings.entries import ENTRIES, PruningEntry
 from rac_modifier.settings.recipe import check_entry
 from rac_modifier.traces import repeats
 from tests.sampling.fake_server import FakeServer
-from tests.settings.every_setting import (
-    BASE,
-    CALIBRATED,
-    ENGINE,
-    LONG,
-    PRUNED,
-    REFUSED,
-    SERVED,
-    Row,
-    leaves,
-    merged,
-    nested,
-)
+from tests.settings.every_setting import BASE, CALIBRATED, LONG, PRUNED, SERVED, Row, leaves, merged, nested
+from tests.settings.idle_settings import ENGINE, REFUSED
 from tests.tiny import byte_tokenizer, linears, save_tiny, save_tiny_experts, tiny_model, tiny_tokenizer
 
 Outcome = Any  # what can be compared: lists and mappings of numbers and text
