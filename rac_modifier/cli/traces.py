@@ -170,7 +170,10 @@ def _sample(trace: Trace, tokenizer: Any) -> dict[str, Any]:
 def _store_figures(store: TraceStore) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {"store": store.path, "header": store.header.model_dump(mode="json"), "counts": asdict(store.counts)}
+    from rac_modifier.traces.report import count_endings
+
+    header, endings = store.header.model_dump(mode="json"), vars(count_endings(store))
+    return {"store": store.path, "header": header, "counts": asdict(store.counts), "endings": endings}
 
 
 @app.command("export", short_help="Write a store as Parquet, one row per trace.")

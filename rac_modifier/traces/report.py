@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -13,11 +15,34 @@ from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.failures import read_failures
 from rac_modifier.traces.grading import Judge
+from rac_modifier.traces.records import Trace
 from rac_modifier.traces.repeats import repeated_tail
 from rac_modifier.traces.selection import Selection, as_used, select
 from rac_modifier.traces.store import TraceStore
 
 _BAR = 40
+
+
+@dataclass
+class Endings:
+    """How long traces are, why they ended, and how many were cut while they repeated themselves."""
+
+    lengths: Counter[int] = field(default_factory=Counter)  # completion tokens, by lower bounds of a histogram's bars
+    ended_by: Counter[str] = field(default_factory=Counter)
+    repeating: int = 0  # traces
+    repeated_tokens: int = 0
+
+
+def count_endings(traces: Iterable[Trace]) -> Endings:
+    """The endings of these traces."""
+    found = Endings()
+    for trace in traces:
+        found.lengths[_bucket(len(trace.completion_ids))] += 1
+        found.ended_by[trace.finish_reason] += 1
+        tail = repeated_tail(trace.completion_ids, trace.finish_reason)
+        found.repeating += tail > 0
+        found.repeated_tokens += tail
+    return found
 
 
 def describe_store(store: TraceStore) -> str:
@@ -39,19 +64,14 @@ def describe_store(store: TraceStore) -> str:
     ]
     if failed := len(read_failures(store.path)):
         lines.append(f"failed      {failed:,} problems, skipped (set traces.retry_failed to try them again)")
-    lengths: Counter[int] = Counter()
-    reasons: Counter[str] = Counter()
-    repeating = repeated = 0
-    for trace in store:
-        lengths[_bucket(len(trace.completion_ids))] += 1
-        reasons[trace.finish_reason] += 1
-        tail = repeated_tail(trace.completion_ids, trace.finish_reason)
-        repeating, repeated = repeating + (tail > 0), repeated + tail
-    if reasons:
-        lines.append("ended by    " + ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()))
-        if repeating:
-            lines.append(f"repeating   {repeating:,} that were cut end in repetitions, {repeated:,} tokens")
-        lines += ["completion tokens", *_histogram(lengths)]
+    endings = count_endings(store)
+    if endings.ended_by:
+        lines.append("ended by    " + ", ".join(f"{reason} {n:,}" for reason, n in endings.ended_by.most_common()))
+        if endings.repeating:
+            lines.append(
+                f"repeating   {endings.repeating:,} that were cut end in repetitions, {endings.repeated_tokens:,} tokens"
+            )
+        lines += ["completion tokens", *_histogram(endings.lengths)]
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 from loguru import logger
 
@@ -73,6 +74,8 @@ def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
     assert (found["right"], found["selected"]) == (0, held.counts.finished)
     assert found["header"]["model"] == tiny_folder.name
     assert "samples" not in found
+    assert found["endings"]["ended_by"] == Counter(trace.finish_reason for trace in held)
+    assert sum(found["endings"]["lengths"].values()) == len(held)
 
     found = json.loads(rac("traces", "inspect", store, "--model", tiny_folder, "--json", "--samples", 2)[1])
     assert [sample["id"] for sample in found["samples"]] == [trace.id for trace in held][:2]
