@@ -249,6 +249,8 @@ def _say(row: dict[str, Any]) -> None:
     parts = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
     if row["divergence"]:
         parts.append(f"KL {row['divergence']['kl']:.3g}, top-1 {row['divergence']['agreement']:.1%}")
+    if outside := row.get("outside_repetitions"):  # rows of earlier versions do not have it
+        parts.append(f"KL outside of repetitions {outside['kl']:.3g}")
     if row["accuracy"]:
         parts.append(f"accuracy {row['accuracy']['accuracy']:.1%}")
     typer.echo(", ".join(parts))

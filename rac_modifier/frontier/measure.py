@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 
 from rac_modifier.evaluation.accuracy import row_of
-from rac_modifier.evaluation.divergence import divergence_per_token, summarise_divergence
+from rac_modifier.evaluation.divergence import (
+    TokenDivergence,
+    divergence_per_token,
+    mean_over_tokens,
+    summarise_divergence,
+)
 from rac_modifier.evaluation.paired import paired_difference
 from rac_modifier.evaluation.results import EvalResult, summarise
 from rac_modifier.frontier.traces import ask, trace_of
@@ -79,6 +84,7 @@ def measure(label: str, model: Any, dense: Any, tokenizer: Any, held_out: HeldOu
     tokens = divergence_per_token(dense, model, sequences, label=label)
     found = summarise_divergence(tokens, label=label, seconds=time.monotonic() - started)
     figures["divergence"] = found.as_dict()
+    figures["outside_repetitions"] = _outside_repetitions(of_dense, tokens)
     if figures["accuracy"] and reference.figures["accuracy"]:
         first, second = (EvalResult.from_dict(each["accuracy"]) for each in (reference.figures, figures))
         figures["paired"] = paired_difference(first, second).as_dict()
@@ -107,6 +113,7 @@ def _answer(
         },
         "accuracy": None,
         "divergence": None,
+        "outside_repetitions": None,
         "paired": None,
     }
     if not held_out.graded:
@@ -125,6 +132,18 @@ def _answer(
     )
     figures["accuracy"] = result.as_dict()
     return answers, figures, [row.correct for row in rows]
+
+
+def _outside_repetitions(
+    answers: Sequence[Generation], tokens: Sequence[TokenDivergence]
+) -> dict[str, float | None] | None:
+    """KL on the dense model's answers without tails that repeat, which are easy to predict; None where no answer has one."""
+    tails = [repeated_tail(answer.ids, answer.finish_reason) for answer in answers]
+    if not any(tails):
+        return None
+    kl = [row.kl[: len(row.kl) - tail] for row, tail in zip(tokens, tails, strict=True)]
+    mean, error = mean_over_tokens(kl)
+    return {"tokens": sum(map(len, kl)), "kl": mean, "kl_stderr": error}
 
 
 def layers_of(record: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

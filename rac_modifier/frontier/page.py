@@ -128,6 +128,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         "accuracy": accuracy and [accuracy["accuracy"], accuracy["ci_low"], accuracy["ci_high"]],
         "paired": row["paired"] and PairedDifference(**row["paired"]).describe(),
         "kl": divergence and [divergence["kl"], divergence["kl_stderr"]],
+        "outside": (outside := row.get("outside_repetitions")) and [outside["kl"], outside["kl_stderr"]],
         "agreement": divergence and [divergence["agreement"], divergence["agreement_stderr"]],
         "length": {
             "mean": length["mean"],

@@ -45,6 +45,8 @@ def row(label: str, group: str, megabytes: float, accuracy: float, kl: float | N
         "bytes": {**sizes, "bits_per_weight": megabytes},
         "accuracy": interval,
         "divergence": None if kl is None else divergence,
+        # other rows are of an earlier version
+        **({"outside_repetitions": {"tokens": 9, "kl": 2 * (kl or 0), "kl_stderr": None}} if group == "sparse" else {}),
         "paired": None,
         "length": {
             "mean": 20.0,

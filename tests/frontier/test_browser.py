@@ -102,6 +102,11 @@ def test_everything_is_drawn(opened: Opened) -> None:
     assert opened.count("#lengths svg rect") == 20
 
 
+def test_kl_outside_of_repetitions_has_a_column_where_a_row_has_it(opened: Opened) -> None:
+    assert opened.texts("#rows thead th")[3:6] == ["KL", "KL outside of repetitions", "top-1"]
+    assert opened.texts("#rows tbody td:nth-child(5)") == ["-", "0.0200", "0.1000", "-", "-", "-"]
+
+
 def test_the_frontier_joins_what_nothing_beats(opened: Opened) -> None:
     """Fewer bytes and more accuracy: int2, 50 % + int4, GPTQ int4 and dense; 50 % and 2:4 are beaten."""
     path = opened.page.locator("#charts figure:first-child .front").get_attribute("d")

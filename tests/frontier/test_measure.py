@@ -45,6 +45,7 @@ def test_divergence_is_measured_on_the_dense_answers_in_the_order_of_the_problem
         values += kl
     assert found.figures["divergence"]["kl"] == pytest.approx(sum(values) / len(values), rel=1e-3)
     assert found.figures["divergence"]["tokens"] == len(values)
+    assert found.figures["outside_repetitions"] is None, "no answer repeats itself"
     assert sum(values) > 0.01, "the models differ, so that this says something"
 
 
@@ -77,6 +78,28 @@ def test_answers_that_were_cut_while_they_repeated_themselves(models, monkeypatc
     monkeypatch.setattr("rac_modifier.frontier.measure.ask", lambda *_: answers)
     found = measure_dense(dense, tiny_tokenizer(), HeldOut(PROBLEMS, SAMPLING)).figures["length"]
     assert (found["cut_share"], found["repeating_share"]) == pytest.approx((3 / 5, 2 / 5))
+
+
+def test_kl_outside_of_repetitions_leaves_tails_of_cut_answers_out(models, monkeypatch):
+    dense, other = models
+    tokenizer, held_out = tiny_tokenizer(), HeldOut(PROBLEMS[:3], SAMPLING)
+    ends = [((5, 6) * 40, "length"), ((5, 6) * 40, "stop"), ((9, 8, 7), "stop")]
+    answers = [Generation(ids, reason) for ids, reason in ends]
+    monkeypatch.setattr("rac_modifier.frontier.measure.ask", lambda *_: answers)
+    reference = measure_dense(dense, tokenizer, held_out)
+    found = measure("other", other, dense, tokenizer, held_out, reference).figures["outside_repetitions"]
+    rows = [
+        kl_along(dense, other, render_question(tokenizer, problem.question, SAMPLING), answer.ids)
+        for problem, answer in zip(held_out.problems, answers, strict=True)
+    ]
+    rows[0] = rows[0][:2]  # the first copy
+    values = [value for row in rows for value in row]
+    mean = sum(values) / len(values)
+    squares = sum((sum(row) - mean * len(row)) ** 2 for row in rows)
+    assert found["tokens"] == len(values) == 85
+    assert found["kl"] == pytest.approx(mean, rel=1e-3)
+    assert found["kl_stderr"] == pytest.approx((1.5 * squares) ** 0.5 / 85, rel=1e-3)
+    assert reference.figures["outside_repetitions"] is None
 
 
 def test_without_answers_nothing_is_graded(models):

@@ -37,6 +37,7 @@ function describe(row) {
   if (row.accuracy) lines.push(`accuracy ${percent(row.accuracy[0])} (${percent(row.accuracy[1])} to ${percent(row.accuracy[2])})`);
   for (const [name, { accuracy }] of Object.entries(row.benchmarks)) lines.push(`${name} ${percent(accuracy[0])} (${percent(accuracy[1])} to ${percent(accuracy[2])})`);
   if (row.kl) lines.push(`KL ${small(row.kl[0])} nats per token, top-1 agreement ${percent(row.agreement[0], 2)}`);
+  if (row.outside) lines.push(`KL outside of repetitions ${small(row.outside[0])}`);
   if (row.speed) lines.push(`${row.speed.toFixed(0)} tokens per second`);
   return `${lines.join("\n")}\n\n${row.recipe}`;
 }
@@ -86,11 +87,12 @@ function drawCharts() {
   $("charts").replaceChildren(...figures, ...(figures.length ? [] : ["No row is shown."]));
 }
 
+const measured = (value) => value ? `${small(value[0])}${value[1] === null ? "" : ` ± ${small(value[1])}`}` : "-";
 const COLUMNS = [
   ["row", (row) => row.label],
   ["MB", (row) => megabytes(row.bytes.total)],
   ["bits per weight", (row) => row.bytes.bits_per_weight.toFixed(2)],
-  ["KL", (row) => row.kl ? `${small(row.kl[0])}${row.kl[1] === null ? "" : ` ± ${small(row.kl[1])}`}` : "-"],
+  ["KL", (row) => measured(row.kl)],
   ["top-1", (row) => row.agreement ? percent(row.agreement[0], 2) : "-"],
   ["accuracy", (row) => row.accuracy ? percent(row.accuracy[0]) : "-"],
   ["95 %", (row) => row.accuracy ? `${(100 * row.accuracy[1]).toFixed(1)} to ${(100 * row.accuracy[2]).toFixed(1)}` : "-"],
@@ -108,7 +110,8 @@ const COLUMNS = [
 
 function drawTable() {
   const asked = benchmarksOf().map((name) => [name, (row) => accuracyOf(row, name) ? percent(accuracyOf(row, name)[0]) : "-"]);
-  const columns = [...COLUMNS.slice(0, 7), ...asked, ...COLUMNS.slice(7)];
+  const outside = study().rows.some((row) => row.outside) ? [["KL outside of repetitions", (row) => measured(row.outside)]] : [];
+  const columns = [...COLUMNS.slice(0, 4), ...outside, ...COLUMNS.slice(4, 7), ...asked, ...COLUMNS.slice(7)];
   const head = make("tr", {}, ...columns.map(([name]) => make("th", { scope: "col", text: name })));
   const body = shown().map((row) => {
     const button = make("button", { type: "button", text: row.label, title: row.not_served || "" });
