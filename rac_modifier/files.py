@@ -1,12 +1,14 @@
-"""JSON and text files that are written whole or not at all."""
+"""JSON and text files that are written whole or not at all, and files that one process uses at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,22 @@ def remove_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
         os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def lock(descriptor: int, patience: float) -> bool:
+    """Lock an open file against other processes, until it is closed; False where another one holds it for `patience` seconds.
+
+    Raises:
+        RacError: the file system has no locks.
+    """
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= give_up:
+                return False
+            time.sleep(0.05)
+        except OSError as error:
+            raise RacError(f"files cannot be locked there ({error.strerror}); use another file system") from error

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, remove_folder, write_json_atomic, write_text_atomic
+from rac_modifier.files import lock, read_json, remove_folder, write_json_atomic, write_text_atomic
 
 
 def test_round_trip_and_mode(tmp_path: Path) -> None:
@@ -84,3 +87,33 @@ def test_a_kill_while_a_folder_is_removed_leaves_no_part_of_it(tmp_path: Path, m
     remove_folder(folder)
     assert list(tmp_path.iterdir()) == []
     remove_folder(folder)  # it is not there
+
+
+def test_a_lock_is_had_once(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with (tmp_path / "a").open() as first, (tmp_path / "a").open() as second:
+        assert lock(first.fileno(), 0.0)
+        started = time.monotonic()
+        assert not lock(second.fileno(), 0.2)
+        assert time.monotonic() - started >= 0.2
+        first.close()
+        assert lock(second.fileno(), 0.0)
+
+
+def test_a_lock_that_is_released_in_time_is_had(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with (tmp_path / "a").open() as first, (tmp_path / "a").open() as second:
+        assert lock(first.fileno(), 0.0)
+        closing = threading.Timer(0.3, first.close)
+        closing.start()
+        assert lock(second.fileno(), 60.0)
+        closing.join()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with (tmp_path / "a").open("w") as file, pytest.raises(RacError, match=r"No locks available.*another file system"):
+        lock(file.fileno(), 0.0)

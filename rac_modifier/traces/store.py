@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,12 @@ from loguru import logger
 from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
+from rac_modifier.files import lock
 from rac_modifier.traces.records import StoreHeader, Trace, decode, decode_trace, encode, header_differences
 
 __all__ = ["StoreHeader", "Trace", "TraceCounts", "TraceStore", "read_header"]
+
+_PATIENCE = 10.0  # seconds that another process may hold the lock: less is enough for one that finds all traces there
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ class TraceStore:
             ) from error
         store = cls(path, header, fd)
         try:
-            store._lock()
+            if not lock(fd, _PATIENCE):
+                raise RacError(
+                    f"trace store {str(path)!r} is in use by another process; wait for it to end, or name another path"
+                )
             store._open_locked(header)
         except BaseException:
             store.close()
@@ -162,15 +167,6 @@ class TraceStore:
                 digest.update(block)
                 left -= len(block)
         return digest.hexdigest()
-
-    def _lock(self) -> None:
-        assert self._fd is not None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RacError(
-                f"trace store {str(self.path)!r} is in use by another process; wait for it to end, or name another path"
-            ) from error
 
     def _open_locked(self, header: StoreHeader) -> None:
         stored = read_header(self.path)

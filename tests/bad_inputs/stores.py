@@ -59,6 +59,7 @@ def _(b: Bench) -> None:
 
 @CASES.case("a store that another process fills", "is in use by another process")
 def _(b: Bench) -> None:
+    b.monkeypatch.setattr("rac_modifier.traces.store._PATIENCE", 0.0)
     with b.store.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         b.prune()

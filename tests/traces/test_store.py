@@ -1,6 +1,7 @@
 import fcntl
 import os
 import resource
+import threading
 
 import pytest
 
@@ -108,12 +109,22 @@ def test_a_doubled_line_is_corrupt(filled):
         TraceStore.read(filled)
 
 
-def test_only_one_writer(filled):
+def test_only_one_writer(filled, monkeypatch):
+    monkeypatch.setattr("rac_modifier.traces.store._PATIENCE", 0.2)
     with TraceStore.open_append(filled, HEADER):
         with pytest.raises(RacError, match="in use by another process"):
             TraceStore.open_append(filled, HEADER)
         assert len(TraceStore.read(filled)) == 3
     TraceStore.open_append(filled, HEADER).close()
+
+
+def test_a_second_writer_waits_for_one_that_is_done_soon(filled):
+    first = TraceStore.open_append(filled, HEADER)
+    closing = threading.Timer(0.5, first.close)
+    closing.start()
+    with TraceStore.open_append(filled, HEADER) as store:
+        assert len(store) == 3
+    closing.join()
 
 
 def test_a_failed_open_leaves_no_lock(filled):
