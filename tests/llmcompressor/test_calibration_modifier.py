@@ -3,11 +3,13 @@
 import pytest
 import torch
 from llmcompressor import oneshot
+from llmcompressor.modifiers.autoround import AutoRoundModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
+from transformers import AutoModelForCausalLM
 
 from rac_modifier import RacError, ReasoningAwareCalibrationModifier
 from tests.llmcompressor.modifier_helpers import gptq_w4, int4
@@ -54,6 +56,25 @@ def test_awq_runs_where_there_is_no_device_to_copy_to(calibrate):
         if name != "lm_head":
             codes = module.weight.view(len(module.weight), -1, 32) / module.weight_scale[..., None]
             assert 7.0 < float(codes.abs().max()) <= 7.51, name  # rounded in the forward pass, and when it is saved
+
+
+def test_autoround_learns_its_rounding_on_the_traces(calibrate, tiny_folder):
+    """Upstream's AutoRoundModifier: its scales fit the codes, and some codes are not those nearest to the dense weights."""
+    settings = {"iters": 8, "enable_torch_compile": False, "batch_size": 4, "ignore": ["lm_head"]}
+    model = calibrate(later=[AutoRoundModifier(**settings, **int4())])
+    dense = linears(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    moved = total = 0
+    for name, module in linears(model).items():
+        if name != "lm_head":
+            weight, nearest = (
+                w.detach().float().view(len(w), -1, 32) / module.weight_scale.float()[..., None]
+                for w in (module.weight, dense[name].weight)
+            )
+            assert float((weight - weight.round()).abs().max()) < 0.05, name
+            away = (weight.round() - nearest.round().clamp(-8, 7)).abs()
+            assert int(away.max()) == 1, name
+            moved, total = moved + int(away.sum()), total + away.numel()
+    assert 0.001 < moved / total < 0.2
 
 
 def test_no_weight_is_pruned(calibrate):
