@@ -27,14 +27,15 @@ def plan_of(skeleton: Any, planned: Sequence[PlannedRow], evaluation: GridEvalua
     from rac_modifier.frontier.estimate import Asked, ModelShape, Plan
     from rac_modifier.settings.recipe import check_entry, find_named_entry, has_entry
 
-    entries = [
-        check_entry(entry, run.label, name)
-        for run in planned
-        if has_entry(run.recipe)
-        for name, entry in [find_named_entry(run.recipe, run.label)]
-    ]
-    # rows of upstream's modifiers alone, such as round-to-nearest, calibrate on nothing
+    entries, autorounded = [], 0
+    for run in planned:  # rows of upstream's modifiers alone, such as round-to-nearest, calibrate on nothing
+        if has_entry(run.recipe):
+            name, content = find_named_entry(run.recipe, run.label)
+            entries.append(check_entry(content, run.label, name))
+            autorounded += _autorounded(run.recipe, entries[-1].traces.sampling.max_new_tokens)
+    recovers = [entry.recover for entry in entries if entry.recover]
     tokens = max((entry.calibration.tokens for entry in entries), default=1)
+    sampled = tokens + max((recover.reserved_tokens for recover in recovers), default=0)
     longest = max((entry.traces.sampling.max_new_tokens for entry in entries), default=1)
     at_once = evaluation.in_progress
     asked = [Asked("answers and KL", evaluation.problems, evaluation.cap, evaluation.batch_size, served=False)]
@@ -45,8 +46,27 @@ def plan_of(skeleton: Any, planned: Sequence[PlannedRow], evaluation: GridEvalua
         assert protocol.preset is not None
         answers = (protocol.problems or protocol.preset.problems) * protocol.samples
         asked.append(Asked(benchmark.preset, answers, protocol.cap, at_once, evaluation.serve))
-    traces = Asked("traces", max(1, round(tokens / longest)), longest, at_once, evaluation.serve)
-    return Plan(ModelShape.of(skeleton), len(planned), tokens, traces, tuple(asked), evaluation.serve)
+    traces = Asked("traces", max(1, round(sampled / longest)), longest, at_once, evaluation.serve)
+    return Plan(
+        ModelShape.of(skeleton),
+        len(planned),
+        tokens,
+        traces,
+        tuple(asked),
+        evaluation.serve,
+        recovered=sum(recover.tokens * recover.passes for recover in recovers),
+        autorounded=autorounded,
+    )
+
+
+def _autorounded(recipe: dict[str, Any], longest: int) -> int:
+    """Tokens that AutoRoundModifier passes through each layer; it pads its batches to the longest sequence."""
+    modifiers = [modifier for stage in recipe.values() for group in stage.values() for modifier in group.items()]
+    return sum(
+        settings.get("iters", 200) * settings.get("batch_size", 8) * longest
+        for name, settings in modifiers
+        if name == "AutoRoundModifier"
+    )
 
 
 def forecast(plan: Plan, out: Path, *, keep_models: bool) -> list[str]:

@@ -8,6 +8,8 @@ the dtype of the model, and in float32). All else is arithmetic. For a model of 
     T tokens of c answers at once                   T / c of these, with n half of the mean length
     a forward pass over T tokens                    2 P T / (F E)
     compressing with T tokens                       2 passes (two models), and the operations that compressing.py counts
+    training on T tokens                            (2 + 6) P T / (F E): the dense model's states, then forward and backward
+        through the linear layers alone             6 P T / (F E), by AutoRound
 
 with kv the bytes of keys and values per token and E = 0.4, the share of the measured speed that such code reaches: an
 assumption, as is the mean length of an answer, 0.3 of its cap. What is printed is therefore marked as estimated; the upper figure
@@ -104,6 +106,10 @@ class Plan:
     asked: tuple[Asked, ...]
     served: bool
     """Whether a server is started per model."""
+    recovered: int = 0
+    """Tokens that all rows together are trained on."""
+    autorounded: int = 0
+    """Tokens that AutoRound passes through each layer, in all rows and iterations together."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,9 @@ def estimate(plan: Plan, speed: Speed) -> list[Step]:
     steps = [Step("traces", *_answering(plan.traces, plan.shape, speed))]
     compressing = plan.rows * _compressing(plan, speed)
     steps.append(Step(f"compress, {plan.rows} rows", compressing, compressing))
+    for name, work in _training(plan).items():
+        seconds = work / max(speed.computed, speed.computed32) / REACHED
+        steps.append(Step(name, seconds, seconds))
     for asked in plan.asked:
         expected, most = _answering(asked, plan.shape, speed)
         steps.append(Step(f"{asked.name}, {models} models", models * expected, models * most))
@@ -190,6 +199,13 @@ def _compressing(plan: Plan, speed: Speed) -> float:
     passes = PASSES * 2 * shape.computing * plan.tokens / speed.computed
     work = [moments(group, plan.tokens) + solving(group.columns, sum(group.rows)) for group in shape.groups]
     return (passes + sum(part.seconds(*rates) for part in work)) / REACHED
+
+
+def _training(plan: Plan) -> dict[str, float]:
+    """Operations of training, of all rows that do so."""
+    linear = sum(group.weights * group.share for group in plan.shape.groups)
+    found = {"recover": 8 * plan.shape.computing * plan.recovered, "AutoRound": 6 * linear * plan.autorounded}
+    return {name: work for name, work in found.items() if work}
 
 
 def _seconds(work: Any, device: Any) -> float:

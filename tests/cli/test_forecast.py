@@ -8,7 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rac_modifier.cli.forecast import check, forecast, plan_of
 from rac_modifier.errors import RacError
-from rac_modifier.settings.grid import GridEvaluation, load_grid, plan_rows
+from rac_modifier.settings.grid import Grid, GridEvaluation, load_grid, plan_rows
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,36 @@ def test_the_grid_for_one_gpu(skeleton) -> None:
         ("math-500", 500 * 4, 32768, 256, True),
         ("aime24", 30 * 64, 32768, 256, True),
     ]
+
+
+def test_rows_that_train(skeleton) -> None:
+    int4 = {"config_groups": {"w": {"targets": ["Linear"], "weights": {"num_bits": 4}}}}
+    grid = Grid(
+        shared={
+            "traces": {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 100}},
+            "calibration": {"tokens": 1000},
+        },
+        evaluation=GridEvaluation(source="arithmetic"),
+        rows=[
+            {"label": "a", "recipe": {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5}}},
+            {
+                "label": "b",
+                "recipe": {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5}},
+                "set": {"recover": {"tokens": 3000, "passes": 2, "held_out_tokens": 500}},
+            },
+            {"label": "c", "recipe": {"ReasoningAwareCalibrationModifier": {}, "AutoRoundModifier": int4}},
+            {
+                "label": "d",
+                "recipe": {
+                    "ReasoningAwareCalibrationModifier": {},
+                    "AutoRoundModifier": {**int4, "iters": 3, "batch_size": 2},
+                },
+            },
+        ],
+    )
+    plan = plan_of(skeleton, plan_rows(grid, "rows"), grid.evaluation)
+    assert (plan.recovered, plan.autorounded) == (6000, 200 * 8 * 100 + 3 * 2 * 100)
+    assert (plan.tokens, plan.traces.answers) == (1000, 45)
 
 
 def test_a_grid_without_a_server(skeleton, tmp_path: Path) -> None:

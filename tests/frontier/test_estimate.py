@@ -55,6 +55,16 @@ def test_compressing():
     assert seconds()["compress, 2 rows"] == pytest.approx((expected, expected))
 
 
+def test_training_is_counted_where_rows_train():
+    assert not {"recover", "AutoRound"} & seconds().keys()
+    found = seconds(replace(PLAN, recovered=300, autorounded=7000))
+    assert found["recover"] == pytest.approx(2 * (8 * 1000 * 300 / 1e6 / 0.4,))
+    assert found["AutoRound"] == pytest.approx(2 * (6 * 200 * 7000 / 1e6 / 0.4,))
+    assert {name: found[name] for name in seconds()} == seconds()
+    slow = replace(SPEED, computed=1e4)  # bfloat16 is slower than float32 there, so that float32 is taken
+    assert seconds(replace(PLAN, recovered=300), slow)["recover"][0] == pytest.approx(8 * 1000 * 300 / 2e5 / 0.4)
+
+
 def test_a_mixture_of_experts_reads_all_weights_and_computes_with_some():
     few = replace(PLAN, shape=replace(SHAPE, active=100))
     assert (
