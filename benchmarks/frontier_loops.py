@@ -1,6 +1,7 @@
 """How the answers of the rows of a `rac frontier` folder end, and KL where the dense model's answers do not repeat themselves.
 
     python benchmarks/frontier_loops.py frontier
+    python benchmarks/frontier_loops.py frontier --beside "60 %, recovered"     # and each row beside that one, problem by problem
 
 An answer loops if it was cut at the cap while it repeated itself (`rac_modifier.traces.repeats`). Greedy answers of small models
 do; where a grid samples (`evaluation.temperature`), the same is counted. Tokens that repeat are easy to predict, so that they
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rac_modifier.evaluation.paired import mcnemar
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
 from rac_modifier.traces.repeats import repeated_tail
@@ -44,11 +46,20 @@ def paired(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any
     return mean, math.sqrt(squares / (count * (count - 1))) * count / sum(lengths)
 
 
+def cut_beside(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> str:
+    """How many answers are cut in one of two rows alone, with McNemar's exact test of both being cut as often."""
+    before, after = ({trace["id"] for trace in traces if trace["finish"] == "length"} for traces in (first, second))
+    less, more = len(before - after), len(after - before)
+    return f"{more} answers cut here alone, {less} there alone (McNemar p = {mcnemar(less, more):.2g})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--beside", metavar="LABEL", help="a row whose KL is taken from that of the others, paired over answers"
+        "--beside",
+        metavar="LABEL",
+        help="a row that the others are compared with, answer by answer: KL, and which are cut",
     )
     args = parser.parse_args()
     folder = FrontierFolder.read(args.folder)
@@ -73,9 +84,12 @@ def main() -> None:
         cells += ["-", "-"] if row["label"] == DENSE else split_kl(traces, tails)
         print(f"| {' | '.join(map(str, cells))} |")
     for row in folder.rows if args.beside else ():
-        if row["label"] not in (DENSE, args.beside):
+        if row["label"] == DENSE != args.beside:
+            print(f"{DENSE}: {cut_beside(folder.traces(args.beside), folder.traces(DENSE))}")
+        elif row["label"] != args.beside:
             more, error = paired(folder.traces(args.beside), folder.traces(row["label"]))
-            print(f"{row['label']}: KL {more:+.4f} ± {error:.4f} beside {args.beside}")
+            cut = cut_beside(folder.traces(args.beside), folder.traces(row["label"]))
+            print(f"{row['label']}: KL {more:+.4f} ± {error:.4f} beside {args.beside}; {cut}")
 
 
 if __name__ == "__main__":

@@ -53,3 +53,10 @@ def test_two_rows_are_paired_over_answers(loops):
     more, error = loops.paired(first, second)
     assert more == pytest.approx(0.3)
     assert error == pytest.approx(statistics.stdev((0.1, 0.2, 0.6)) / 3**0.5)
+
+
+def test_cut_answers_are_paired_too(loops):
+    """Of ten problems: cut in both 1, in the first alone 6, in the second alone 1; 2 (1 + 7) / 2^7 = 0.125."""
+    ends = [("length", "length"), *[("length", "stop")] * 6, ("stop", "length"), *[("stop", "stop")] * 2]
+    first, second = ([{"id": i, "finish": end[which]} for i, end in enumerate(ends)] for which in (0, 1))
+    assert loops.cut_beside(first, second) == "1 answers cut here alone, 6 there alone (McNemar p = 0.12)"
