@@ -43,6 +43,14 @@ def test_a_line_that_a_kill_left_is_cut_off(tmp_path: Path, left: str) -> None:
     assert [json.loads(line)["label"] for line in lines] == ["a", "b/ü", "d"]
 
 
+def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(RacError, match=r"rows\.jsonl: cannot be read \(.*directory"):
+        FrontierFolder(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "frontier.json", "traces"])
 def test_results_of_another_version_are_refused(tmp_path: Path, name: str) -> None:
     folder = filled(tmp_path)

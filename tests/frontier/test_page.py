@@ -93,6 +93,15 @@ def test_figures_and_answers_are_those_of_the_folder(text: str) -> None:
     assert own["kl"] == "001qz000"
 
 
+@pytest.mark.parametrize(
+    ("temperature", "said"), [(0.0, "(arithmetic), greedy, at most"), (0.6, ", temperature 0.6, at most")]
+)
+def test_how_answers_were_drawn_is_said(tmp_path: Path, temperature: float, said: str) -> None:
+    about = {**ABOUT, "evaluation": {**ABOUT["evaluation"], "temperature": temperature}}
+    (study,) = data_of(page([write_sample(tmp_path / "a", about)], 300))["studies"]
+    assert said in study["about"]
+
+
 def test_digits_of_divergence() -> None:
     assert [kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)] == list("0019irzz")
 
