@@ -65,7 +65,7 @@ def _autorounded(recipe: dict[str, Any], longest: int) -> int:
     return sum(
         settings.get("iters", 200) * settings.get("batch_size", 8) * longest
         for name, settings in modifiers
-        if name == "AutoRoundModifier"
+        if name == "AutoRoundModifier" and settings
     )
 
 
