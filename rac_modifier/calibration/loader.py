@@ -60,8 +60,13 @@ class CalibrationLoader(DataLoader):
         super().__init__(_Batches(batches), batch_size=None, shuffle=False)
 
     def unpadded(self) -> CalibrationLoader:
-        """The same sequences in the same order, one per batch."""
-        return CalibrationLoader(self.sequences, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
+        """The same sequences, one per batch, the longest one first and the others in the same order.
+
+        AutoRound takes the rotary positions of the first sequence for all, zeros beyond its length (llm-compressor 0.14).
+        """
+        longest = max(range(len(self.sequences)), key=lambda i: len(self.sequences[i].ids))
+        ordered = [self.sequences[longest], *self.sequences[:longest], *self.sequences[longest + 1 :]]
+        return CalibrationLoader(ordered, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
 
     def share(self, rank: int, count: int) -> CalibrationLoader:
         """Of `count` loaders that have about as many padded tokens and together all batches, number `rank`; batches are not cut.

@@ -69,10 +69,10 @@ def test_batches_come_in_the_order_of_the_seed_and_twice_the_same():
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, made, strict=True))
 
 
-def test_unpadded_is_one_sequence_a_batch_in_the_same_order():
-    wanted = sequences([30, 5, 17, 50])
+def test_unpadded_is_one_sequence_per_batch_the_longest_first():
+    wanted = sequences([30, 5, 50, 17])
     alone = loader(wanted).unpadded()
-    assert [tuple(b["input_ids"][0].tolist()) for b in alone] == [s.ids for s in wanted]
+    assert [tuple(b["input_ids"][0].tolist()) for b in alone] == [wanted[i].ids for i in (2, 0, 1, 3)]
     assert all(bool((w > 0).all()) for w in alone.token_weights)
 
 

@@ -1,6 +1,7 @@
 """llm-compressor's calibration pipelines: how one is chosen and called, and what our loops use of them."""
 
 import inspect
+from types import SimpleNamespace
 
 import torch
 from compressed_tensors.registry.registry import _REGISTRY
@@ -133,3 +134,20 @@ def test_seam_intermediates_cache():
     cache.delete(1, {"input_ids"})
     assert list(cache.fetch(1, {"hidden", "input_ids"})) == ["hidden"]
     assert list(cache.fetch(0, {"input_ids"})) == ["input_ids"]
+
+
+def test_seam_autoround_takes_the_positions_of_the_first_sequence_for_all():
+    """Padded with zeros to the longest one, as llm-compressor does. Once that is mended, `CalibrationLoader.unpadded` need not
+    put the longest sequence first."""
+    from auto_round.algorithms.block_runner import BlockForwardRunner
+    from auto_round.utils import SHARED_CACHE_KEYS
+    from llmcompressor.modifiers.autoround import AutoRoundModifier
+
+    assert "position_embeddings" in SHARED_CACHE_KEYS
+    short, long = ((torch.zeros(1, length, 4),) for length in (2, 5))
+    cosine = [{"position_embeddings": (torch.ones(1, length, 2),)} for length in (2, 5)]
+    padded, _ = AutoRoundModifier()._pad_captured_inputs(list(zip((short, long), cosine, strict=True)))
+    others = {"position_embeddings": [kwargs["position_embeddings"] for _, kwargs in padded]}
+    runner = SimpleNamespace(batch_dim=0, shared_cache_keys=SHARED_CACHE_KEYS)
+    _, chosen = BlockForwardRunner._select_batch(runner, [args[0] for args, _ in padded], others, torch.tensor([0, 1]))
+    assert chosen["position_embeddings"][0][0, :, 0].tolist() == [1, 1, 0, 0, 0]
