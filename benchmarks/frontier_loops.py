@@ -84,12 +84,14 @@ def main() -> None:
         cells += ["-", "-"] if row["label"] == DENSE else split_kl(traces, tails)
         print(f"| {' | '.join(map(str, cells))} |")
     for row in folder.rows if args.beside else ():
-        if row["label"] == DENSE != args.beside:
-            print(f"{DENSE}: {cut_beside(folder.traces(args.beside), folder.traces(DENSE))}")
-        elif row["label"] != args.beside:
-            more, error = paired(folder.traces(args.beside), folder.traces(row["label"]))
-            cut = cut_beside(folder.traces(args.beside), folder.traces(row["label"]))
-            print(f"{row['label']}: KL {more:+.4f} ± {error:.4f} beside {args.beside}; {cut}")
+        if row["label"] == args.beside:
+            continue
+        first, second = folder.traces(args.beside), folder.traces(row["label"])
+        parts = [cut_beside(first, second)]
+        if DENSE not in (row["label"], args.beside):
+            more, error = paired(first, second)
+            parts.insert(0, f"KL {more:+.4f} ± {error:.4f}")
+        print(f"{row['label']} beside {args.beside}: {'; '.join(parts)}")
 
 
 if __name__ == "__main__":

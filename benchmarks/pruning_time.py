@@ -138,10 +138,12 @@ def compare(
         for name in who if index % 2 == 0 else who[::-1]:
             took, model = peer.prune(name)
             seconds[name].append(took)
-            print(
-                f"{case} {pattern} round {index + 1}: {name} {took:.2f} s, {peer.cpu_seconds:.2f} s of CPU", flush=True
-            )
             errors[name] = peer.error(model)
+            print(
+                f"{case} {pattern} round {index + 1}: {name} {took:.2f} s, {peer.cpu_seconds:.2f} s of CPU, error "
+                f"{errors[name]:.5f}",
+                flush=True,
+            )
             del model
     memory = {name: peak_memory(case, pattern, tokens, name) if with_memory else float("nan") for name in who}
     for name in who:

@@ -43,6 +43,16 @@ def test_the_table_counts_cut_and_looping_answers(loops, tmp_path, monkeypatch, 
         "| dense | 3 | 1 | 1 | 1 | 4 | - | - |",
         f"| 50 % | 3 | 2 | 1 | 1 | 9 | {outside:.3f} | 0.010 |",
     ]
+    monkeypatch.setattr(sys, "argv", ["frontier_loops.py", str(tmp_path), "--beside", "dense"])
+    loops.main()
+    assert capsys.readouterr().out.splitlines()[6:] == [
+        "50 % beside dense: 1 answers cut here alone, 0 there alone (McNemar p = 1)"
+    ]
+    monkeypatch.setattr(sys, "argv", ["frontier_loops.py", str(tmp_path), "--beside", "50 %"])
+    loops.main()
+    assert capsys.readouterr().out.splitlines()[6:] == [
+        "dense beside 50 %: 0 answers cut here alone, 1 there alone (McNemar p = 1)"
+    ]
     assert json.loads((tmp_path / "frontier.json").read_text())["model"] == "m"
 
 
