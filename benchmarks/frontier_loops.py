@@ -11,12 +11,12 @@ make the KL of a row small.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rac_modifier.evaluation.divergence import mean_over_tokens
 from rac_modifier.evaluation.paired import mcnemar
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
@@ -36,14 +36,12 @@ def split_kl(traces: Sequence[Mapping[str, Any]], tails: Mapping[str, int]) -> l
     return [f"{statistics.fmean(values):.3f}" if values else "-" for values in parts]
 
 
-def paired(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """How much more KL per token `second` has on the same answers, with one standard error over these (a ratio estimate)."""
+def paired(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
+    """How much more KL per token `second` has on the same answers, with one standard error over these."""
     before = {trace["id"]: trace["kl"] for trace in first}
-    lengths = [len(trace["kl"]) for trace in second]
-    more = [sum(trace["kl"]) - sum(before[trace["id"]]) for trace in second]
-    mean, count = sum(more) / sum(lengths), len(more)
-    squares = sum((each - mean * length) ** 2 for each, length in zip(more, lengths, strict=True))
-    return mean, math.sqrt(squares / (count * (count - 1))) * count / sum(lengths)
+    return mean_over_tokens(
+        [[b - a for a, b in zip(before[trace["id"]], trace["kl"], strict=True)] for trace in second]
+    )
 
 
 def cut_beside(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> str:

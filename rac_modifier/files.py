@@ -80,7 +80,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def lock(descriptor: int, patience: float) -> bool:
+def lock(descriptor: int, path: Path, patience: float) -> bool:
     """Lock an open file against other processes, until it is closed; False where another one holds it for `patience` seconds.
 
     Raises:
@@ -96,4 +96,6 @@ def lock(descriptor: int, patience: float) -> bool:
                 return False
             time.sleep(0.05)
         except OSError as error:
-            raise RacError(f"files cannot be locked there ({error.strerror}); use another file system") from error
+            raise RacError(
+                f"{path} cannot be locked ({error.strerror}); name one on a file system that has locks"
+            ) from error

@@ -92,21 +92,21 @@ def test_a_kill_while_a_folder_is_removed_leaves_no_part_of_it(tmp_path: Path, m
 def test_a_lock_is_had_once(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with (tmp_path / "a").open() as first, (tmp_path / "a").open() as second:
-        assert lock(first.fileno(), 0.0)
+        assert lock(first.fileno(), tmp_path / "a", 0.0)
         started = time.monotonic()
-        assert not lock(second.fileno(), 0.2)
+        assert not lock(second.fileno(), tmp_path / "a", 0.2)
         assert time.monotonic() - started >= 0.2
         first.close()
-        assert lock(second.fileno(), 0.0)
+        assert lock(second.fileno(), tmp_path / "a", 0.0)
 
 
 def test_a_lock_that_is_released_in_time_is_had(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with (tmp_path / "a").open() as first, (tmp_path / "a").open() as second:
-        assert lock(first.fileno(), 0.0)
+        assert lock(first.fileno(), tmp_path / "a", 0.0)
         closing = threading.Timer(0.3, first.close)
         closing.start()
-        assert lock(second.fileno(), 60.0)
+        assert lock(second.fileno(), tmp_path / "a", 60.0)
         closing.join()
 
 
@@ -115,5 +115,10 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with (tmp_path / "a").open("w") as file, pytest.raises(RacError, match=r"No locks available.*another file system"):
-        lock(file.fileno(), 0.0)
+    with (
+        (tmp_path / "a").open("w") as file,
+        pytest.raises(
+            RacError, match=r"/a cannot be locked \(No locks available\); name one on a file system that has locks"
+        ),
+    ):
+        lock(file.fileno(), tmp_path / "a", 0.0)

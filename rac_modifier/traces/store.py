@@ -87,7 +87,7 @@ class TraceStore:
             ) from error
         store = cls(path, header, fd)
         try:
-            if not lock(fd, _PATIENCE):
+            if not lock(fd, path, _PATIENCE):
                 raise RacError(
                     f"trace store {str(path)!r} is in use by another process; wait for it to end, or name another path"
                 )

@@ -144,6 +144,7 @@ def test_seam_autoround_takes_the_positions_of_the_first_sequence_for_all():
     from llmcompressor.modifiers.autoround import AutoRoundModifier
 
     assert "position_embeddings" in SHARED_CACHE_KEYS
+    assert (AutoRoundModifier().iters, AutoRoundModifier().batch_size) == (200, 8)  # what `rac frontier --check` counts
     short, long = ((torch.zeros(1, length, 4),) for length in (2, 5))
     cosine = [{"position_embeddings": (torch.ones(1, length, 2),)} for length in (2, 5)]
     padded, _ = AutoRoundModifier()._pad_captured_inputs(list(zip((short, long), cosine, strict=True)))
