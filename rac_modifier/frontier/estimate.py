@@ -31,6 +31,7 @@ REACHED = 0.4
 MEAN_SHARE = 0.3
 LAUNCH = 1e-3  # seconds per layer and step
 START = 90.0  # seconds of a start of `vllm serve`
+_COPIED = 1 << 27  # bytes: more than caches hold, and long enough that a wait for a busy core does not decide
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,11 @@ class Speed:
     @classmethod
     def measured(cls, dtype: torch.dtype) -> Speed:
         """Of the accelerator, or the CPU where there is none."""
-        device, size = torch.device("cpu"), 256  # side of the matrices
+        device, size = torch.device("cpu"), 1024  # side of the matrices
         if (accelerator := torch.accelerator.current_accelerator()) is not None:
             device, size = accelerator, 4096
-        block = torch.zeros(size * size * 8, dtype=torch.uint8, device=device)
-        copy = _seconds(lambda: block.clone(), device)
+        block, copy_of_it = torch.zeros(2, _COPIED, dtype=torch.uint8, device=device)
+        copy = _seconds(lambda: copy_of_it.copy_(block), device)
         products = [torch.ones(size, size, dtype=each, device=device) for each in (dtype, torch.float32)]
         computed, computed32 = (2 * size**3 / _seconds(lambda x=x: x @ x, device) for x in products)
         return cls(2 * block.numel() / copy, computed, computed32)
