@@ -32,11 +32,11 @@ _LAST_BYTES = 16384
 _FIRST_BYTES = 1 << 20
 # The end of a traceback, alone or after a logger's prefix.
 _ERROR = re.compile(r"(?:^|\] )\s*(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \S")
-# vLLM 0.32 ends at this: a prompt that is read in parts, of a request with a seed, without a GPU.
+# vLLM 0.32 ends at this: a prompt that is read in parts, of a request with a seed, without a GPU. Ours have seeds.
 _SEEDED_IN_PARTS = "CPU Generator does not use offset"
 _SEEDED_IN_PARTS_ADVICE = (
     "On a CPU, vLLM fails where it reads the prompt of a request with a seed in parts: set "
-    "RAC_VLLM_OPTIONS='--no-enable-chunked-prefill --max-model-len N --max-num-batched-tokens N'"
+    "RAC_VLLM_OPTIONS=--no-enable-chunked-prefill"
 )
 _WATCHER = Path(__file__).with_name("server_watch.py")
 
@@ -91,9 +91,25 @@ class VllmCommand:
     def arguments(self, model: str, dtype: str, port: int) -> list[str]:
         """The whole command line."""
         where = ["--host", _HOST, "--port", str(port)]
-        asked = any(option.split("=")[0] in ("--quantization", "-q") for option in self.options)
+        asked = self._says("quantization") or any(option.split("=")[0] == "-q" for option in self.options)
         ours = ["--quantization", "rac-sparse"] if _has_few_bits(model) and not asked else []
-        return [self.path, "serve", model, *where, "--dtype", dtype, *ours, *self.options]
+        whole = (
+            [] if not self.is_cpu_build() or self._says("enable-chunked-prefill") else ["--no-enable-chunked-prefill"]
+        )
+        return [self.path, "serve", model, *where, "--dtype", dtype, *ours, *whole, *self.options]
+
+    def is_cpu_build(self) -> bool:
+        """Whether its vLLM computes on the CPU, by the end of its version; False where there is no python beside the command."""
+        python = Path(self.path).parent / "python"
+        if not python.exists():
+            return False
+        asked = [str(python), "-I", "-c", "from importlib.metadata import version; print(version('vllm'))"]
+        answer = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        return answer.stdout.strip().endswith("+cpu")
+
+    def _says(self, name: str) -> bool:
+        """Whether an option is among the user's, or its negation."""
+        return any(option.split("=")[0] in (f"--{name}", f"--no-{name}") for option in self.options)
 
     def environment(self) -> dict[str, str]:
         """This process's variables, without a PYTHONPATH that is meant for this environment and not for vLLM's."""

@@ -71,6 +71,26 @@ def test_weights_of_two_or_three_bits_are_served_on_our_kernels(tmp_path, bits, 
     assert ("--quantization rac-sparse" in " ".join(command)) is added
 
 
+@pytest.mark.parametrize(
+    ("version", "options", "added"),
+    [
+        ("0.32.0+cpu", (), True),
+        ("0.32.0", (), False),
+        ("", (), False),
+        ("0.32.0+cpu", ("--enable-chunked-prefill",), False),
+        ("0.32.0+cpu", ("--max-model-len=8192",), True),
+    ],
+)
+def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, version, options, added):
+    """It would end at the first prompt that it reads in parts: our requests have seeds."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {version}\n")
+    python.chmod(0o700)
+    command = VllmCommand(str(tmp_path / "vllm"), options).arguments("model", "auto", 1)
+    assert ("--no-enable-chunked-prefill" in command) is added
+    assert command[-len(options) :] == list(options) or not options
+
+
 @pytest.mark.parametrize("config", [None, "{", "[]", '{"quantization_config": {"config_groups": {"a": 1}}}'])
 def test_a_model_whose_config_says_nothing_gets_no_option(tmp_path, config):
     if config is not None:
@@ -130,7 +150,8 @@ def test_a_server_that_cannot_read_seeded_prompts_in_parts_is_explained(tmp_path
         log.flush()
         text = end_of(log)
     assert text.startswith(
-        "On a CPU, vLLM fails where it reads the prompt of a request with a seed in parts: set RAC_VLLM_OPTIONS='--no-"
+        "On a CPU, vLLM fails where it reads the prompt of a request with a seed in parts: set "
+        "RAC_VLLM_OPTIONS=--no-enable-chunked-prefill. Its first error:\n"
     )
     assert "Its first error:\n(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n" in text
 
