@@ -15,6 +15,8 @@ from rac_modifier.settings.calibration import CalibrationSettings
 
 # Lanes that the batches are divided into, which processes share. 24 can be shared evenly by 2, 3, 4, 6, 8 and 12.
 LANES = 24
+# Tokens of a row of `joined()`: the length of a sequence that AutoRound takes by default.
+ROW_TOKENS = 2048
 
 
 class CalibrationLoader(DataLoader):
@@ -27,7 +29,8 @@ class CalibrationLoader(DataLoader):
     A `share` has its batches lane by lane (pruning/lane_sum.py): with batch i, `lanes_ended[i]` of them end, and `numbers[i]` is
     the batch's place in the share of one process alone.
 
-    Modifiers that do not read token weights get `unpadded()`: the same sequences, one per batch, without any padding.
+    Modifiers that do not read token weights get `unpadded()`: the same sequences, one per batch, without any padding. AutoRound
+    gets `joined()`.
     """
 
     def __init__(
@@ -60,13 +63,22 @@ class CalibrationLoader(DataLoader):
         super().__init__(_Batches(batches), batch_size=None, shuffle=False)
 
     def unpadded(self) -> CalibrationLoader:
-        """The same sequences, one per batch, the longest one first and the others in the same order.
+        """The same sequences, one per batch, in the same order."""
+        return CalibrationLoader(self.sequences, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
 
-        AutoRound takes the rotary positions of the first sequence for all, zeros beyond its length (llm-compressor 0.14).
+    def joined(self) -> CalibrationLoader:
+        """The same tokens, one sequence after the other, in rows of equal length, one per batch; what fills no row is left out.
+
+        A row has as many tokens as the longest sequence, at most 2,048. For AutoRound, which counts padding in its loss and takes
+        the rotary positions of the first row for all (llm-compressor 0.14, auto-round 0.15).
         """
-        longest = max(range(len(self.sequences)), key=lambda i: len(self.sequences[i].ids))
-        ordered = [self.sequences[longest], *self.sequences[:longest], *self.sequences[longest + 1 :]]
-        return CalibrationLoader(ordered, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
+        length = min(ROW_TOKENS, max(len(sequence.ids) for sequence in self.sequences))
+        ids = [token for sequence in self.sequences for token in sequence.ids]
+        rows = [
+            CalibrationSequence(ids=tuple(ids[i : i + length]), prompt_tokens=0, kind="joined")
+            for i in range(0, len(ids) - length + 1, length)
+        ]
+        return CalibrationLoader(rows, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
 
     def share(self, rank: int, count: int) -> CalibrationLoader:
         """Of `count` loaders that have about as many padded tokens and together all batches, number `rank`; batches are not cut.

@@ -60,10 +60,12 @@ def plan_of(skeleton: Any, planned: Sequence[PlannedRow], evaluation: GridEvalua
 
 
 def _autorounded(recipe: dict[str, Any], longest: int) -> int:
-    """Tokens that AutoRoundModifier passes through each layer; it pads its batches to the longest sequence."""
+    """Tokens that AutoRoundModifier passes through each layer, whose rows have as many as the longest sequence, up to a limit."""
+    from rac_modifier.calibration.loader import ROW_TOKENS
+
     modifiers = [modifier for stage in recipe.values() for group in stage.values() for modifier in group.items()]
     return sum(
-        settings.get("iters", 200) * settings.get("batch_size", 8) * longest
+        settings.get("iters", 200) * settings.get("batch_size", 8) * min(longest, ROW_TOKENS)
         for name, settings in modifiers
         if name == "AutoRoundModifier" and settings
     )

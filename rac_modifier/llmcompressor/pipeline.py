@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,12 @@ from compressed_tensors.offload import set_onload_device
 from compressed_tensors.registry.registry import _REGISTRY
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import CompressionSession, active_session
+from llmcompressor.modifiers import Modifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from llmcompressor.utils.dev import get_main_device
+from loguru import logger
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
@@ -93,8 +95,20 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             return
         if pruner is not None:
             pruner.use_order("layer", "other modifiers calibrate in the same pass (pipeline='sequential')")
-        with _in_session(session, run.loader.unpadded()) as unpadded, _without_pinning():
-            SequentialPipeline.__call__(model, unpadded, dataset_args)
+        with _in_session(session, _without_padding(run.loader, modifiers)) as loader, _without_pinning():
+            SequentialPipeline.__call__(model, loader, dataset_args)
+
+
+def _without_padding(loader: CalibrationLoader, modifiers: Iterable[Modifier]) -> CalibrationLoader:
+    """One sequence per batch; for AutoRound, rows of equal length."""
+    if not any(type(modifier).__name__ == "AutoRoundModifier" for modifier in modifiers):
+        return loader.unpadded()
+    joined = loader.joined()
+    logger.info(
+        f"AutoRound counts padding in its loss: {len(loader.sequences):,} sequences are joined to {len(joined):,} rows of "
+        f"{len(joined.sequences[0].ids):,} tokens"
+    )
+    return joined
 
 
 @contextlib.contextmanager

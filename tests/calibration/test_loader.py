@@ -69,11 +69,28 @@ def test_batches_come_in_the_order_of_the_seed_and_twice_the_same():
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, made, strict=True))
 
 
-def test_unpadded_is_one_sequence_per_batch_the_longest_first():
+def test_unpadded_is_one_sequence_per_batch_in_the_same_order():
     wanted = sequences([30, 5, 50, 17])
     alone = loader(wanted).unpadded()
-    assert [tuple(b["input_ids"][0].tolist()) for b in alone] == [wanted[i].ids for i in (2, 0, 1, 3)]
+    assert [tuple(b["input_ids"][0].tolist()) for b in alone] == [s.ids for s in wanted]
     assert all(bool((w > 0).all()) for w in alone.token_weights)
+
+
+@given(lengths=LENGTHS)
+def test_joined_is_rows_of_equal_length_and_the_same_tokens_in_order(lengths):
+    wanted = sequences(lengths)
+    rows = [batch["input_ids"] for batch in loader(wanted).joined()]
+    assert {tuple(row.shape) for row in rows} == {(1, max(lengths))}
+    found = torch.cat(rows, dim=1)[0].tolist()
+    given_ids = [token for sequence in wanted for token in sequence.ids]
+    assert found == given_ids[: len(found)]
+    assert len(given_ids) - len(found) < max(lengths)
+
+
+def test_rows_of_long_sequences_have_2048_tokens():
+    rows = loader(sequences([3000, 5000, 200])).joined()
+    assert [b["input_ids"].shape[1] for b in rows] == [2048] * 4
+    assert all(bool((w == 1).all()) for w in rows.token_weights)
 
 
 def hessians(model, batches, weights) -> dict[str, torch.Tensor]:

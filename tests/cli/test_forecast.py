@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rac_modifier.cli.forecast import check, forecast, plan_of
+from rac_modifier.cli.forecast import _autorounded, check, forecast, plan_of
 from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import Grid, GridEvaluation, load_grid, plan_rows
 
@@ -58,6 +58,12 @@ def test_rows_that_train(skeleton) -> None:
     plan = plan_of(skeleton, plan_rows(grid, "rows"), grid.evaluation)
     assert (plan.recovered, plan.autorounded) == (6000, 200 * 8 * 100 + 3 * 2 * 100)
     assert (plan.tokens, plan.traces.answers) == (1000, 45)
+
+
+def test_rows_for_autoround_have_at_most_2048_tokens() -> None:
+    recipe = {"stage": {"modifiers": {"AutoRoundModifier": {"iters": 3, "batch_size": 2}}}}
+    assert _autorounded(recipe, 5000) == 3 * 2 * 2048
+    assert _autorounded(recipe, 100) == 3 * 2 * 100
 
 
 def test_a_grid_without_a_server(skeleton, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor.pipeline import ReasoningAwareSequentialPipeline, Run, put_in_place, take_away
+from tests.llmcompressor.modifier_helpers import int4
 from tests.tiny import NAME, entry, linears, tiny_model
 
 
@@ -137,8 +138,8 @@ def test_seam_intermediates_cache():
 
 
 def test_seam_autoround_takes_the_positions_of_the_first_sequence_for_all():
-    """Padded with zeros to the longest one, as llm-compressor does. Once that is mended, `CalibrationLoader.unpadded` need not
-    put the longest sequence first."""
+    """Padded with zeros to the longest one, as llm-compressor does. Once that and the next seam are mended, AutoRound needs no
+    `CalibrationLoader.joined`."""
     from auto_round.algorithms.block_runner import BlockForwardRunner
     from auto_round.utils import SHARED_CACHE_KEYS
     from llmcompressor.modifiers.autoround import AutoRoundModifier
@@ -152,3 +153,23 @@ def test_seam_autoround_takes_the_positions_of_the_first_sequence_for_all():
     runner = SimpleNamespace(batch_dim=0, shared_cache_keys=SHARED_CACHE_KEYS)
     _, chosen = BlockForwardRunner._select_batch(runner, [args[0] for args, _ in padded], others, torch.tensor([0, 1]))
     assert chosen["position_embeddings"][0][0, :, 0].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_seam_autoround_counts_padding_in_its_loss(monkeypatch, tiny_folder):
+    """llm-compressor sets `attention_mask` on AutoRound, which takes the mask from token ids that it is not given."""
+    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.autoround import AutoRoundModifier
+
+    masks, get_loss = [], SignRoundQuantizer._get_loss
+
+    def recorded(self, *args, **kwargs):
+        masks.append(inspect.signature(get_loss).bind(self, *args, **kwargs).arguments.get("valid_token_mask"))
+        return get_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(SignRoundQuantizer, "_get_loss", recorded)
+    ragged = torch.utils.data.DataLoader([{"input_ids": torch.arange(3, 3 + n)[None]} for n in (4, 9)], batch_size=None)
+    settings = {"iters": 1, "enable_torch_compile": False, "ignore": ["lm_head"], "batch_size": 2}
+    oneshot(model=str(tiny_folder), dataset=ragged, recipe=[AutoRoundModifier(**settings, **int4())])
+    assert masks
+    assert set(masks) == {None}

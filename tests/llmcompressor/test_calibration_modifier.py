@@ -77,6 +77,24 @@ def test_autoround_learns_its_rounding_on_the_traces(calibrate, tiny_folder):
     assert 0.001 < moved / total < 0.2
 
 
+def test_autoround_gets_rows_of_equal_length_and_others_whole_sequences(calibrate, monkeypatch):
+    """It would count padding in its loss."""
+    lengths, run = [], SequentialPipeline.__call__
+
+    def recorded(model, dataloader, dataset_args):
+        lengths.append([batch["input_ids"].shape[1] for batch in dataloader])
+        return run(model, dataloader, dataset_args)
+
+    monkeypatch.setattr(SequentialPipeline, "__call__", staticmethod(recorded))
+    calibrate(later=[AutoRoundModifier(iters=1, enable_torch_compile=False, ignore=["lm_head"], **int4())])
+    calibrate(later=[gptq_w4()])
+    rows, whole = lengths
+    assert len(rows) > 1
+    assert set(rows) == {max(whole)}
+    assert len(set(whole)) > 1
+    assert sum(whole) - max(whole) < sum(rows) <= sum(whole)
+
+
 def test_no_weight_is_pruned(calibrate):
     model = calibrate(later=[gptq_w4()])
     assert all(float((m.weight == 0).float().mean()) < 0.2 for m in linears(model).values())
