@@ -45,7 +45,7 @@ from rac_modifier.recovery.fixed_mask import sparse_masks
 from rac_modifier.recovery.hidden_states import output_head, predicting_states
 from rac_modifier.recovery.loss import head_kl
 from rac_modifier.recovery.schedule import default_learning_rate, plan_steps, rate_at
-from rac_modifier.recovery.teacher import LiveTeacher
+from rac_modifier.recovery.teacher import LiveTeacher, StoredTeacher
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.repeats import repeated_tokens
@@ -56,7 +56,7 @@ ROWS = ("fixed", "fixed, twice", "on-policy", "moving")
 
 def train(
     model: Any,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | StoredTeacher,
     sequences: list[TokenSequence],
     pattern: str | float,
     *,

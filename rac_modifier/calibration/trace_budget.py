@@ -19,7 +19,7 @@ from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.grading import Judge
 
 _ENOUGH_TO_JUDGE = 256  # traces, after which the share that a selection keeps is known well enough
-_GROWTH = 4.0  # most growth of a store from one check of its selection to the next
+_GROWTH = 4.0  # most growth of what a selection judges, from one check to the next, beyond what is wanted
 
 
 def collect_for_calibration(
@@ -104,9 +104,17 @@ def collect_part(
             return pool
         _check_hopeful(pool, part, traces.select.least_share)
         retry_failed = False  # once per run is enough
-        others = store.counts.tokens - pool.kept_out_tokens
-        more = others * min(wanted / usable, _GROWTH) if usable else max(others * _GROWTH, wanted)
-        tokens = max(store.counts.tokens + 1, math.ceil(pool.kept_out_tokens + more))
+        tokens = max(store.counts.tokens + 1, _store_tokens(pool, wanted, held_out + reserved))
+
+
+def _store_tokens(pool: TracePool, wanted: int, kept_out: int) -> int:
+    """How many tokens a store needs, going by what is usable of those that it has: `wanted` beside `kept_out`."""
+    sampled, usable = pool.store.counts.tokens, pool.usable_tokens()
+    without_tails = sampled - pool.repeated_tokens
+    judged = without_tails - pool.kept_out_tokens
+    most = max(judged * _GROWTH, wanted)
+    others = min(judged * wanted / usable, most) if usable else most
+    return math.ceil((max(pool.kept_out_tokens, kept_out) + others) * sampled / without_tails)
 
 
 def _check_hopeful(pool: TracePool, part: Part, least_share: float) -> None:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,6 +116,26 @@ def test_collection_continues_until_the_budget_is_met_as_traces_will_be_cut(coll
     assert pool.usable_tokens() == sum(min(t.tokens, 16) for t in pool.store) >= 400
     assert pool.store.counts.tokens > 400
     assert pool.usable_tokens() < 400 + 16 * 16  # and little more: at most one batch
+
+
+@pytest.mark.parametrize(
+    ("sampled", "repeated", "kept_out", "usable", "expected"),
+    [
+        (150, 50, 98, 2, 200),  # two thirds are usable: (100 kept out + 33 wanted) / (2 / 3)
+        (90, 30, 60, 0, 200),  # nothing is left over yet, and less is kept out than wanted
+        (1100, 0, 100, 20, 1750),  # a fiftieth is usable, so 33 need 1,650 of the others
+        (1100, 0, 100, 2, 4100),  # at most four times as many others in one round
+        (300, 0, 100, 20, 430),
+    ],
+)
+def test_a_store_grows_by_what_is_usable_of_it(sampled, repeated, kept_out, usable, expected):
+    pool = SimpleNamespace(
+        store=SimpleNamespace(counts=SimpleNamespace(tokens=sampled)),
+        repeated_tokens=repeated,
+        kept_out_tokens=kept_out,
+        usable_tokens=lambda: usable,
+    )
+    assert trace_budget._store_tokens(pool, 33, 100) == pytest.approx(expected, abs=1)
 
 
 def test_a_selection_that_keeps_nothing_ends_with_an_error(collect, monkeypatch):
