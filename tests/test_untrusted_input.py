@@ -22,6 +22,10 @@ ALLOWED = {
     ("sampling/server_watch.py", "subprocess"): "runs the words of its own command line, without a shell",
     ("sampling/own_server.py", "subprocess"): "the user's own vllm with a list of words, without a shell",
     (
+        "sampling/vllm_command.py",
+        "subprocess",
+    ): "the python beside the user's own vllm, with literal code, without a shell",
+    (
         "problems/programs.py",
         "subprocess",
     ): "runs programs of models, asked for with --run-code alone, each behind confined.py",

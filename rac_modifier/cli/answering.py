@@ -95,7 +95,7 @@ class Answering:
 
             check_settings(EngineSettings, {"base_urls": self.servers}, "--server")
         if self.serve:
-            from rac_modifier.sampling.own_server import VllmCommand
+            from rac_modifier.sampling.vllm_command import VllmCommand
 
             VllmCommand.from_environment()
 
@@ -147,7 +147,8 @@ class Answering:
 
         how: dict[str, Any] = {"concurrency": self.concurrency, "timeout": timeout_of(cap)}
         if self.serve:
-            from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+            from rac_modifier.sampling.own_server import vllm_server
+            from rac_modifier.sampling.vllm_command import VllmCommand
 
             with vllm_server(VllmCommand.from_environment(), resolve(name), precision.value) as url:
                 yield EngineSettings(base_urls=(url,), **how)

@@ -59,7 +59,7 @@ def frontier(
 
     Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
     """
-    from rac_modifier.sampling.own_server import check_serving
+    from rac_modifier.sampling.vllm_command import check_serving
     from rac_modifier.settings.grid import load_grid, plan_rows, shared_prompt
 
     grid = load_grid(recipe_grid)
@@ -192,7 +192,8 @@ def _served(evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype
     """
     from rac_modifier.cli.answering import Answering
     from rac_modifier.frontier.folder import slug
-    from rac_modifier.sampling.own_server import ServerOnDemand, VllmCommand, vllm_server
+    from rac_modifier.sampling.own_server import ServerOnDemand, vllm_server
+    from rac_modifier.sampling.vllm_command import VllmCommand
 
     command = VllmCommand.from_environment()  # refused before hours of work
     problems = _problems(evaluation)

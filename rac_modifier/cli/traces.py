@@ -90,7 +90,8 @@ def _served(model: str, precision: Dtype, concurrency: int, traces: TraceSetting
     from loguru import logger
 
     from rac_modifier.cli.answering import timeout_of
-    from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+    from rac_modifier.sampling.own_server import vllm_server
+    from rac_modifier.sampling.vllm_command import VllmCommand
     from rac_modifier.settings.sampling import EngineSettings
 
     every = [traces.sampling, *(source.sampling for source in traces.sources.values() if source.sampling)]

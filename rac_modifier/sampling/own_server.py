@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import re
-import shlex
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,8 +19,8 @@ from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.server_watch import GRACE
+from rac_modifier.sampling.vllm_command import HOST, VllmCommand
 
-_HOST = "127.0.0.1"
 _LOOK_EVERY = 0.2  # seconds
 _SAY_EVERY = 30.0  # seconds
 _LAST_LINES = 25
@@ -39,117 +35,6 @@ _SEEDED_IN_PARTS_ADVICE = (
     "RAC_VLLM_OPTIONS=--no-enable-chunked-prefill"
 )
 _WATCHER = Path(__file__).with_name("server_watch.py")
-
-
-@dataclass(frozen=True)
-class VllmCommand:
-    """Which `vllm` is started, and how.
-
-    Attributes:
-        path: of the command.
-        options: added to `vllm serve MODEL`.
-        timeout: seconds until it must be ready.
-    """
-
-    path: str
-    options: tuple[str, ...] = ()
-    timeout: float = 1800.0
-
-    @classmethod
-    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> VllmCommand:
-        """RAC_VLLM (else `vllm` on the PATH), RAC_VLLM_OPTIONS and RAC_VLLM_TIMEOUT.
-
-        Raises:
-            RacError: no such command, or values that cannot be read.
-        """
-        named = variables.get("RAC_VLLM")
-        path = shutil.which(named or "vllm", path=variables.get("PATH"))
-        if path is None and named:
-            raise RacError(
-                f"RAC_VLLM={named!r} is no command that can be run; name the vllm of the environment that has it"
-            )
-        if path is None:
-            raise RacError(
-                "no vllm on the PATH; install it in an environment of its own (scripts/serve_cpu_env.sh does, for a CPU), and "
-                "name it with RAC_VLLM=/path/to/environment/bin/vllm"
-            )
-        try:
-            options = tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", "")))
-        except ValueError as error:
-            raise RacError(
-                f"RAC_VLLM_OPTIONS={variables['RAC_VLLM_OPTIONS']!r}: {error}; write it as for a shell"
-            ) from error
-        text = variables.get("RAC_VLLM_TIMEOUT") or str(cls.timeout)
-        try:
-            timeout = float(text)
-        except ValueError:
-            timeout = 0.0
-        if not 0 < timeout < float("inf"):
-            raise RacError(f"RAC_VLLM_TIMEOUT={text!r} is no number of seconds above 0")
-        return cls(path, options, timeout)
-
-    def arguments(self, model: str, dtype: str, port: int) -> list[str]:
-        """The whole command line."""
-        where = ["--host", _HOST, "--port", str(port)]
-        asked = self._says("quantization") or any(option.split("=")[0] == "-q" for option in self.options)
-        ours = ["--quantization", "rac-sparse"] if _has_few_bits(model) and not asked else []
-        whole = (
-            [] if not self.is_cpu_build() or self._says("enable-chunked-prefill") else ["--no-enable-chunked-prefill"]
-        )
-        return [self.path, "serve", model, *where, "--dtype", dtype, *ours, *whole, *self.options]
-
-    def is_cpu_build(self) -> bool:
-        """Whether its vLLM computes on the CPU, by the end of its version; False where there is no python beside the command."""
-        python = Path(self.path).parent / "python"
-        if not python.exists():
-            return False
-        asked = [str(python), "-I", "-c", "from importlib.metadata import version; print(version('vllm'))"]
-        answer = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        return answer.stdout.strip().endswith("+cpu")
-
-    def _says(self, name: str) -> bool:
-        """Whether an option is among the user's, or its negation."""
-        return any(option.split("=")[0] in (f"--{name}", f"--no-{name}") for option in self.options)
-
-    def environment(self) -> dict[str, str]:
-        """This process's variables, without a PYTHONPATH that is meant for this environment and not for vLLM's."""
-        own = Path(self.path).parent == Path(sys.executable).parent
-        variables = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
-        return {"VLLM_NO_USAGE_STATS": "1", **variables}
-
-
-def _has_few_bits(model: str) -> bool:
-    """Whether it is a folder with weights of 2 or 3 bits, for which vLLM has no CPU kernel of its own."""
-    try:
-        groups = json.loads((Path(model) / "config.json").read_text())["quantization_config"]["config_groups"]
-        return any(group["weights"]["num_bits"] in (2, 3) for group in groups.values())
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):  # no folder, or vLLM says what is wrong with it
-        return False
-
-
-def check_serving() -> None:
-    """Refuse early what every served model would fail at: no vLLM, or none with this package, whose plugin reads packed files.
-
-    Raises:
-        RacError: saying what is missing, and what to do.
-    """
-    command = VllmCommand.from_environment()
-    python = Path(command.path).parent / "python"
-    if not python.exists():
-        logger.info(f"{command.path} has no python beside it, so it is not known whether it has this package")
-        return
-    asked = [str(python), "-I", "-c", "from importlib.metadata import version; version('rac-modifier')"]
-    if subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
-        raise RacError(
-            f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed checkpoints; "
-            f"{python} -m pip install 'rac-modifier[serve]'"
-        )
 
 
 @contextmanager
@@ -169,7 +54,7 @@ def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterat
     port = _free_port()
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
-        logger.info(f"starting {command.path} serve {model} on http://{_HOST}:{port}")
+        logger.info(f"starting {command.path} serve {model} on http://{HOST}:{port}")
         watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_WATCHER), *command.arguments(model, dtype, port)],
             stdin=subprocess.PIPE,
@@ -182,7 +67,7 @@ def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterat
             _wait_until_ready(command, watcher, port, log, started)
             logger.info(f"vllm serve is ready after {time.monotonic() - started:.0f} s")
             try:
-                yield f"http://{_HOST}:{port}"
+                yield f"http://{HOST}:{port}"
             except RacError as error:
                 if watcher.poll() is None:
                     raise
@@ -257,7 +142,7 @@ def _wait_until_ready(
 
 
 def _is_healthy(port: int) -> bool:
-    connection = http.client.HTTPConnection(_HOST, port, timeout=5)  # urllib would ask a proxy
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)  # urllib would ask a proxy
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
@@ -309,5 +194,5 @@ def _stop(watcher: subprocess.Popen[bytes]) -> None:
 
 def _free_port() -> int:
     with socket.socket() as free:
-        free.bind((_HOST, 0))
+        free.bind((HOST, 0))
         return int(free.getsockname()[1])

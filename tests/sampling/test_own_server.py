@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,19 +11,14 @@ import urllib.request
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.own_server import (
-    ServerOnDemand,
-    VllmCommand,
-    check_serving,
-    end_of,
-    last_lines,
-    vllm_server,
-)
+from rac_modifier.sampling.own_server import ServerOnDemand, end_of, last_lines, vllm_server
+from rac_modifier.sampling.vllm_command import VllmCommand
 from tests.sampling import fake_vllm
 
 HOLDER = """
 import signal, sys, time
-from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+from rac_modifier.sampling.own_server import vllm_server
+from rac_modifier.sampling.vllm_command import VllmCommand
 # a job in the background of a script inherits ignored signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -59,43 +53,6 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
 def test_two_at_once_have_ports_of_their_own(vllm):
     with vllm_server(vllm, "a") as first, vllm_server(vllm, "b") as second:
         assert first != second
-
-
-@pytest.mark.parametrize(
-    ("bits", "options", "added"), [(2, (), True), (3, (), True), (4, (), False), (3, ("-q", "x"), False)]
-)
-def test_weights_of_two_or_three_bits_are_served_on_our_kernels(tmp_path, bits, options, added):
-    config = {"quantization_config": {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    command = VllmCommand("vllm", options).arguments(str(tmp_path), "auto", 1)
-    assert ("--quantization rac-sparse" in " ".join(command)) is added
-
-
-@pytest.mark.parametrize(
-    ("version", "options", "added"),
-    [
-        ("0.32.0+cpu", (), True),
-        ("0.32.0", (), False),
-        ("", (), False),
-        ("0.32.0+cpu", ("--enable-chunked-prefill",), False),
-        ("0.32.0+cpu", ("--max-model-len=8192",), True),
-    ],
-)
-def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, version, options, added):
-    """It would end at the first prompt that it reads in parts: our requests have seeds."""
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho {version}\n")
-    python.chmod(0o700)
-    command = VllmCommand(str(tmp_path / "vllm"), options).arguments("model", "auto", 1)
-    assert ("--no-enable-chunked-prefill" in command) is added
-    assert command[-len(options) :] == list(options) or not options
-
-
-@pytest.mark.parametrize("config", [None, "{", "[]", '{"quantization_config": {"config_groups": {"a": 1}}}'])
-def test_a_model_whose_config_says_nothing_gets_no_option(tmp_path, config):
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
-    assert "rac-sparse" not in VllmCommand("vllm").arguments(str(tmp_path), "auto", 1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), ValueError("body")])
@@ -204,37 +161,6 @@ def test_no_process_is_left_when_ours_ends_by_a_signal(vllm, tmp_path, monkeypat
     assert fake_vllm.left_over(tmp_path) == []
 
 
-def test_which_vllm(tmp_path):
-    path = fake_vllm.install(tmp_path)
-    found = VllmCommand.from_environment({"PATH": str(tmp_path)})
-    assert (found.path, found.options, found.timeout) == (str(path), (), 1800)
-    variables = {
-        "RAC_VLLM": str(path),
-        "RAC_VLLM_OPTIONS": "--a 1 --b 'x y'",
-        "RAC_VLLM_TIMEOUT": "5",
-        "PATH": "/nowhere",
-    }
-    assert VllmCommand.from_environment(variables) == VllmCommand(str(path), ("--a", "1", "--b", "x y"), 5)
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({}, "no vllm on the PATH; .* name it with RAC_VLLM=/path"),
-        ({"RAC_VLLM": "/no/vllm"}, "RAC_VLLM='/no/vllm' is no command that can be run"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_OPTIONS": "--a 'x"}, "RAC_VLLM_OPTIONS=.*No closing quotation"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "soon"}, "RAC_VLLM_TIMEOUT='soon' is no number of seconds above 0"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "-1"}, "RAC_VLLM_TIMEOUT='-1'"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "nan"}, "RAC_VLLM_TIMEOUT='nan'"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "inf"}, "RAC_VLLM_TIMEOUT='inf'"),
-    ],
-)
-def test_wrong_variables_are_named(variables, message):
-    path = "/bin:/usr/bin" if "sh" in variables.values() else "/nowhere"
-    with pytest.raises(RacError, match=message):
-        VllmCommand.from_environment({"PATH": path, **variables})
-
-
 def test_last_lines_of_a_long_log_with_bytes_that_are_no_text(tmp_path):
     with (tmp_path / "log").open("w+b") as log:
         assert last_lines(log, 3) == []
@@ -244,22 +170,6 @@ def test_last_lines_of_a_long_log_with_bytes_that_are_no_text(tmp_path):
         log.write(b"!")  # still at the end
         log.flush()
         assert last_lines(log, 1) == ["end!"]
-
-
-def test_an_environment_without_our_plugin_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
-    check_serving()  # there is no python to ask beside it
-    python = tmp_path / "python"
-    for code in (0, 1):
-        python.write_text(f'#!/bin/sh\n[ "$1" = -I ] && exit {code}\n')
-        python.chmod(0o755)
-        if code == 0:
-            check_serving()
-            continue
-        with pytest.raises(
-            RacError, match=r"lacks rac-modifier, whose plugin reads packed checkpoints; .*python -m pip install"
-        ):
-            check_serving()
 
 
 def test_a_server_on_demand_starts_once_when_it_is_asked(vllm, tmp_path):

@@ -1,0 +1,136 @@
+"""Which `vllm serve` is started: its command, its options, and what its environment has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loguru import logger
+
+from rac_modifier.errors import RacError
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class VllmCommand:
+    """Which `vllm` is started, and how.
+
+    Attributes:
+        path: of the command.
+        options: added to `vllm serve MODEL`.
+        timeout: seconds until it must be ready.
+    """
+
+    path: str
+    options: tuple[str, ...] = ()
+    timeout: float = 1800.0
+
+    @classmethod
+    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> VllmCommand:
+        """RAC_VLLM (else `vllm` on the PATH), RAC_VLLM_OPTIONS and RAC_VLLM_TIMEOUT.
+
+        Raises:
+            RacError: no such command, or values that cannot be read.
+        """
+        named = variables.get("RAC_VLLM")
+        path = shutil.which(named or "vllm", path=variables.get("PATH"))
+        if path is None and named:
+            raise RacError(
+                f"RAC_VLLM={named!r} is no command that can be run; name the vllm of the environment that has it"
+            )
+        if path is None:
+            raise RacError(
+                "no vllm on the PATH; install it in an environment of its own (scripts/serve_cpu_env.sh does, for a CPU), and "
+                "name it with RAC_VLLM=/path/to/environment/bin/vllm"
+            )
+        try:
+            options = tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", "")))
+        except ValueError as error:
+            raise RacError(
+                f"RAC_VLLM_OPTIONS={variables['RAC_VLLM_OPTIONS']!r}: {error}; write it as for a shell"
+            ) from error
+        text = variables.get("RAC_VLLM_TIMEOUT") or str(cls.timeout)
+        try:
+            timeout = float(text)
+        except ValueError:
+            timeout = 0.0
+        if not 0 < timeout < float("inf"):
+            raise RacError(f"RAC_VLLM_TIMEOUT={text!r} is no number of seconds above 0")
+        return cls(path, options, timeout)
+
+    def arguments(self, model: str, dtype: str, port: int) -> list[str]:
+        """The whole command line."""
+        where = ["--host", HOST, "--port", str(port)]
+        asked = self._says("quantization") or any(option.split("=")[0] == "-q" for option in self.options)
+        ours = ["--quantization", "rac-sparse"] if _has_few_bits(model) and not asked else []
+        parted = self._says("enable-chunked-prefill") or not self.is_cpu_build()
+        whole = (
+            [] if parted else ["--no-enable-chunked-prefill"]
+        )  # else vLLM 0.32 ends at a request with a seed, as ours are
+        return [self.path, "serve", model, *where, "--dtype", dtype, *ours, *whole, *self.options]
+
+    def is_cpu_build(self) -> bool:
+        """Whether its vLLM computes on the CPU, by the end of its version; False where there is no python beside the command."""
+        return (self.version_of("vllm") or "").endswith("+cpu")
+
+    def python(self) -> Path | None:
+        """That of the command's environment, where it is beside it."""
+        python = Path(self.path).parent / "python"
+        return python if python.exists() else None
+
+    def version_of(self, package: str) -> str | None:
+        """The version of a package in the command's environment; None where it lacks it, or there is no `python()`."""
+        if (python := self.python()) is None:
+            return None
+        asked = [str(python), "-I", "-c", f"from importlib.metadata import version; print(version({package!r}))"]
+        answer = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    def _says(self, name: str) -> bool:
+        """Whether an option is among the user's, or its negation."""
+        return any(option.split("=")[0] in (f"--{name}", f"--no-{name}") for option in self.options)
+
+    def environment(self) -> dict[str, str]:
+        """This process's variables, without a PYTHONPATH that is meant for this environment and not for vLLM's."""
+        own = Path(self.path).parent == Path(sys.executable).parent
+        variables = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
+        return {"VLLM_NO_USAGE_STATS": "1", **variables}
+
+
+def _has_few_bits(model: str) -> bool:
+    """Whether it is a folder with weights of 2 or 3 bits, for which vLLM has no CPU kernel of its own."""
+    try:
+        groups = json.loads((Path(model) / "config.json").read_text())["quantization_config"]["config_groups"]
+        return any(group["weights"]["num_bits"] in (2, 3) for group in groups.values())
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # no folder, or vLLM says what is wrong with it
+        return False
+
+
+def check_serving() -> None:
+    """Refuse early what every served model would fail at: no vLLM, or none with this package, whose plugin reads packed files.
+
+    Raises:
+        RacError: saying what is missing, and what to do.
+    """
+    command = VllmCommand.from_environment()
+    if command.python() is None:
+        logger.info(f"{command.path} has no python beside it, so it is not known whether it has this package")
+    elif command.version_of("rac-modifier") is None:
+        raise RacError(
+            f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed checkpoints; "
+            f"{command.python()} -m pip install 'rac-modifier[serve]'"
+        )
