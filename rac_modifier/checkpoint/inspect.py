@@ -193,15 +193,15 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleR
     structure = config.record.modules.get(name)
     weight: Tensor | None = None
     sparsity, ok, problem = None, None, None
-    # a zero weight of an asymmetric scheme is stored as its zero point, so zeros are not counted
-    if f"{name}.weight_zero_point" in files or not rows * columns:
-        pass
-    elif part == WORDS:
+    asymmetric = f"{name}.weight_zero_point" in files  # a zero weight is stored as its zero point, so zeros are not counted
+    if part == WORDS and rows * columns:
         if (unpacked := words_weight(files, name, config.schemes)) is not None:
             weight, bits = unpacked
             (rows, columns), dtype = weight.shape, f"I{bits}"
-    elif files.dtype(tensor_name) in DTYPES:
+    elif rows * columns and not asymmetric and files.dtype(tensor_name) in DTYPES:
         weight = files.tensor(tensor_name)
+    if asymmetric:
+        weight = None
     if weight is not None:
         sparsity = count_zeros(weight) / weight.numel()
         if structure is not None:

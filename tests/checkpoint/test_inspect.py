@@ -149,6 +149,23 @@ def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
     assert report.stored_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_words_with_zero_points_have_the_shape_of_their_weight(tmp_path: Path) -> None:
+    """3 bits: 32 codes in 3 words per row; zeros are not counted, since a zero weight is stored as its zero point."""
+    tensors = {
+        "a.weight_packed": torch.zeros(4, 3, dtype=torch.int32),
+        "a.weight_shape": torch.tensor([4, 32]),
+        "a.weight_scale": torch.ones(4, 1),
+        "a.weight_zero_point": torch.zeros(1, 1, dtype=torch.int32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    weights = {"num_bits": 3, "strategy": "channel", "symmetric": False}
+    config = {"format": "pack-quantized", "config_groups": {"w": {"targets": ["Linear"], "weights": weights}}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    (row,) = inspect_checkpoint(tmp_path).modules
+    assert (row.rows, row.columns, row.dtype, row.stored, row.sparsity) == (4, 32, "I3", "quantized", None)
+    assert row.bytes_per_weight == (48 + 16 + 16 + 4) / (4 * 32)
+
+
 def test_words_of_codes_count_with_their_shape_and_scale(tmp_path: Path) -> None:
     tensors = {
         "a.weight_packed": torch.zeros(4, 4, dtype=torch.int32),  # codes of 0, which mean -8
