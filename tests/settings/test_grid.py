@@ -171,6 +171,7 @@ def test_the_grids_that_documents_name_are_there():
     sparse = {f"{pattern}{more}" for pattern in ("50 %", "60 %", "70 %", "2:4") for more in ("", " + int8", " + int4")}
     dense = {
         "round-to-nearest int4",
+        "round-to-nearest int3",
         "AWQ int4",
         "GPTQ int4",
         "GPTQ int3",
@@ -183,6 +184,7 @@ def test_the_grids_that_documents_name_are_there():
         "int2",
         "int3, asymmetric",
         "int2, asymmetric",
+        "int3 and int2, asymmetric",
     }
     assert labels == sparse | dense
     assert {run.label for run in planned if run.group == "dense quantized"} == dense
