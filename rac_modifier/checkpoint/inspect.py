@@ -193,9 +193,8 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleR
     structure = config.record.modules.get(name)
     weight: Tensor | None = None
     sparsity, ok, problem = None, None, None
-    asymmetric = (
-        f"{name}.weight_zero_point" in files
-    )  # a zero weight is stored as its zero point, so zeros are not counted
+    # a zero weight of an asymmetric scheme is stored as its zero point, so zeros are not counted
+    asymmetric = f"{name}.weight_zero_point" in files
     if part == WORDS and rows * columns:
         if (unpacked := words_weight(files, name, config.schemes)) is not None:
             weight, bits = unpacked

@@ -173,3 +173,17 @@ def test_seam_autoround_counts_padding_in_its_loss(monkeypatch, tiny_folder):
     oneshot(model=str(tiny_folder), dataset=ragged, recipe=[AutoRoundModifier(**settings, **int4())])
     assert masks
     assert set(masks) == {None}
+
+
+def test_seam_autoround_loses_its_zero_points(tiny_folder):
+    """They stay those that llm-compressor began with, 0. Once that is mended, the pipeline need not refuse them."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.autoround import AutoRoundModifier
+
+    weights = {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False}
+    settings = {"iters": 1, "enable_torch_compile": False, "ignore": ["lm_head"], "batch_size": 2}
+    groups = {"w": {"targets": ["Linear"], "weights": weights}}
+    data = torch.utils.data.DataLoader([{"input_ids": torch.arange(3, 12)[None]}] * 2, batch_size=None)
+    model = oneshot(model=str(tiny_folder), dataset=data, recipe=[AutoRoundModifier(**settings, config_groups=groups)])
+    rounded = [module for name, module in linears(model).items() if name != "lm_head"]
+    assert not any(module.weight_zero_point.any() for module in rounded)

@@ -95,6 +95,16 @@ def test_autoround_gets_rows_of_equal_length_and_others_whole_sequences(calibrat
     assert sum(whole) - max(whole) < sum(rows) <= sum(whole)
 
 
+def test_autoround_with_zero_points_is_refused(calibrate):
+    """llm-compressor 0.14 leaves them out of the module that it saves (tests/contracts/test_pipelines.py)."""
+    asymmetric = {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False}
+    groups = {"w": {"targets": ["Linear"], "weights": asymmetric}}
+    with pytest.raises(
+        RacError, match=r"AutoRoundModifier with symmetric: false: .* without their zero points; set sym"
+    ):
+        calibrate(later=[AutoRoundModifier(iters=1, ignore=["lm_head"], config_groups=groups)])
+
+
 def test_no_weight_is_pruned(calibrate):
     model = calibrate(later=[gptq_w4()])
     assert all(float((m.weight == 0).float().mean()) < 0.2 for m in linears(model).values())
