@@ -18,6 +18,7 @@ from rac_modifier.freed_memory import keep_freed_memory
 from rac_modifier.llmcompressor.oneshot_arguments import check_arguments, find_oneshot, given_tokenizer
 from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
 from rac_modifier.llmcompressor.pruner import Pruner
+from rac_modifier.llmcompressor.targets import check_autoround
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes, present_processes
 from rac_modifier.sampling.model_identity import model_fingerprint
@@ -79,9 +80,10 @@ class CalibratingModifier(CalibrationEntry, Modifier):
 
         Raises:
             RacError: several processes that do not share this recipe, a second such modifier, a dataset or other arguments of
-                `oneshot` that would have no effect, or an output folder that is in use.
+                `oneshot` that would have no effect, an output folder that is in use, or AutoRound with zero points.
         """
         name = type(self).__name__
+        check_autoround(self.other_modifiers())
         self._processes = present_processes()
         if self._processes.count > 1 and not (prunes and all(_runs_alone(m) for m in self.other_modifiers())):
             beside = ", ".join(type(m).__name__ for m in self.other_modifiers())

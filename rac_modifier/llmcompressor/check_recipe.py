@@ -17,7 +17,7 @@ from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.calibration_modifier import check_stands_first
 from rac_modifier.llmcompressor.pruning_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
-from rac_modifier.llmcompressor.targets import check_later_modifiers, find_targets
+from rac_modifier.llmcompressor.targets import check_autoround, check_later_modifiers, find_targets
 
 
 def skeleton_of(source: str) -> PreTrainedModel:
@@ -55,6 +55,7 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
                 GroupQuantizer(modifier.quantization, model, names, prunes=modifier.prunes)
         elif isinstance(modifier, QuantizationMixin):
             _check_groups(modifier, model)
+    check_autoround(modifiers)
     if not any(isinstance(modifier, CalibratingModifier) for modifier in modifiers):
         _check_needs_no_data(modifiers)
 

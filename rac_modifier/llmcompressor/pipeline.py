@@ -14,7 +14,6 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from compressed_tensors.offload import set_onload_device
@@ -30,11 +29,11 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.by_group import calibrate_by_group
 from rac_modifier.llmcompressor.by_layer import calibrate_by_layer
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage, UntraceableError, trace_stages
+from rac_modifier.llmcompressor.targets import is_autoround
 
 _NAME = "sequential"
 
@@ -102,20 +101,9 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
 
 
 def _without_padding(loader: CalibrationLoader, modifiers: Iterable[Modifier]) -> CalibrationLoader:
-    """One sequence per batch; for AutoRound, rows of equal length.
-
-    Raises:
-        RacError: AutoRound with zero points.
-    """
-    rounding: list[Any] = [modifier for modifier in modifiers if type(modifier).__name__ == "AutoRoundModifier"]
-    if not rounding:
+    """One sequence per batch; for AutoRound, rows of equal length."""
+    if not any(is_autoround(modifier) for modifier in modifiers):
         return loader.unpadded()
-    schemes = [scheme for modifier in rounding for scheme in modifier.resolved_config.config_groups.values()]
-    if any(scheme.weights is not None and not scheme.weights.symmetric for scheme in schemes):
-        raise RacError(
-            "AutoRoundModifier with symmetric: false: llm-compressor 0.14 saves its weights without their zero points; set "
-            "symmetric: true, or use GPTQModifier or ReasoningAwareSparseGPTModifier with solver: none"
-        )
     joined = loader.joined()
     logger.info(
         f"AutoRound counts padding in its loss: {len(loader.sequences):,} sequences are joined to {len(joined):,} rows of "

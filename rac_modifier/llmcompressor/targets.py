@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from compressed_tensors.utils import match_named_modules
@@ -84,3 +85,23 @@ def check_later_modifiers(ours: Modifier, later: Iterable[Modifier], *, quantize
             raise RacError(
                 f"{name} after {type(ours).__name__} with quantization would quantize twice; leave one of them out"
             )
+
+
+def is_autoround(modifier: Modifier) -> bool:
+    """By its name, because importing AutoRoundModifier imports auto-round."""
+    return type(modifier).__name__ == "AutoRoundModifier"
+
+
+def check_autoround(modifiers: Iterable[Modifier]) -> None:
+    """Refuse AutoRound with zero points, which llm-compressor 0.14 loses, before anything is sampled.
+
+    Raises:
+        RacError: saying what to use instead.
+    """
+    rounding: list[Any] = [modifier for modifier in modifiers if is_autoround(modifier)]
+    schemes = [scheme for modifier in rounding for scheme in modifier.resolved_config.config_groups.values()]
+    if any(scheme.weights is not None and not scheme.weights.symmetric for scheme in schemes):
+        raise RacError(
+            "AutoRoundModifier with symmetric: false: llm-compressor 0.14 saves its weights without their zero points; set "
+            "symmetric: true, or use GPTQModifier or ReasoningAwareSparseGPTModifier with solver: none"
+        )

@@ -78,6 +78,13 @@ def test_what_fits_passes(skeleton, modifiers):
             {"GPTQModifier": {"config_groups": {"w": WORDS}}},
             "GPTQModifier calibrates, and nothing says on what; add ReasoningAwareCalibrationModifier: {} before it",
         ),
+        (
+            {
+                "ReasoningAwareCalibrationModifier": {},
+                "AutoRoundModifier": {"config_groups": {"w": {**WORDS, "weights": {**THREE, "symmetric": False}}}},
+            },
+            "AutoRoundModifier with symmetric: false: llm-compressor 0.14 saves its weights without their zero points",
+        ),
         ({}, "its recipe has no modifier"),
     ],
 )
