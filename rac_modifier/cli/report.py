@@ -25,13 +25,13 @@ def report(
     Example: rac report reasoner-frontier -o report.html
     """
     from rac_modifier.files import write_text_atomic
-    from rac_modifier.frontier.page import check_size, page
+    from rac_modifier.frontier.page import check_size, page, problems_shown
 
     if output.suffix not in (".html", ".htm"):
         raise RacError(f"{output} is not the name of a page; use a name that ends in .html")
     if not output.absolute().parent.is_dir():
         raise RacError(f"{output}: its folder does not exist; create it first")
     text = page(folders, traces)
-    check_size(text, output, traces)
+    check_size(text, output, problems_shown(folders, traces))
     write_text_atomic(output, text)
     typer.echo(f"{output}: {len(text.encode()) / 1e6:.2f} MB; open it in a browser")

@@ -41,13 +41,16 @@ class FrontierFolder:
             RacError: results of another version, or a damaged file.
         """
         self.folder = folder
-        self.about: dict[str, Any] = {}
         self._lock = -1
-        if (folder / ABOUT).exists():
-            self.about = read_json(folder / ABOUT)
-            _check_version(self.about, folder / ABOUT)
-        self.rows, self._end = _read_rows(folder / ROWS)
-        self.benchmarks, self._benchmarks_end = _read_rows(folder / BENCHMARKS)
+        self._read()
+
+    def _read(self) -> None:
+        self.about: dict[str, Any] = {}
+        if (self.folder / ABOUT).exists():
+            self.about = read_json(self.folder / ABOUT)
+            _check_version(self.about, self.folder / ABOUT)
+        self.rows, self._end = _read_rows(self.folder / ROWS)
+        self.benchmarks, self._benchmarks_end = _read_rows(self.folder / BENCHMARKS)
 
     @classmethod
     def read(cls, folder: Path) -> FrontierFolder:
@@ -157,6 +160,11 @@ class FrontierFolder:
             ) from error
         except OSError as error:
             raise RacError(f"{self.folder}: cannot be written to ({error}); name another folder") from error
+        try:
+            self._read()  # another rac frontier may have added rows until it released the lock
+        except BaseException:
+            os.close(self._lock)
+            raise
         return self
 
     def __exit__(

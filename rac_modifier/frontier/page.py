@@ -33,7 +33,9 @@ _SMALLEST, _DECADES = 1e-3, 4  # of KL in nats: digit 0 is below, digit 1 starts
 
 
 def page(folders: Sequence[Path], most_traces: int) -> str:
-    """The page of one or several folders; those that share model and evaluation are shown together.
+    """The page of one or several folders; those that share model, evaluation and the dense model's answers are shown together.
+
+    On another processor the same model may write other answers, and KL along other answers cannot be compared.
 
     Args:
         folders: of `rac frontier`.
@@ -45,8 +47,11 @@ def page(folders: Sequence[Path], most_traces: int) -> str:
     studies: dict[str, list[FrontierFolder]] = {}
     for folder in folders:
         found = FrontierFolder.read(folder)
-        studies.setdefault(json.dumps(found.about, sort_keys=True), []).append(found)
-    data = {"studies": [_study(group) for group in studies.values()]}
+        if found.row(DENSE) is None:
+            raise RacError(f"{folder}: the dense model was not measured; run its grid again")
+        shared = [found.about, [trace["ids"] for trace in found.traces(DENSE)]]
+        studies.setdefault(json.dumps(shared, sort_keys=True), []).append(found)
+    data = {"studies": _named_apart([_study(group) for group in studies.values()], list(studies.values()))}
     traces = [_traces(group, most_traces) for group in studies.values()]
     files = resources.files("rac_modifier.frontier") / "assets"
     text = {
@@ -67,18 +72,32 @@ def page(folders: Sequence[Path], most_traces: int) -> str:
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def check_size(text: str, path: Path, most_traces: int) -> None:
-    """Refuse a page that is too large (RacError), before it is written."""
+def problems_shown(folders: Sequence[Path], most_traces: int) -> int:
+    """The largest number of problems of a folder whose answers a page of these shows."""
+    return min(most_traces, max(FrontierFolder.read(folder).about["evaluation"]["problems"] for folder in folders))
+
+
+def check_size(text: str, path: Path, shown: int) -> None:
+    """Refuse a page that is too large (RacError), before it is written. `shown`: problems whose answers are on it."""
     if (size := len(text.encode())) > MOST_BYTES:
         raise RacError(
             f"{path} would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; show the answers of fewer problems "
-            f"than {most_traces} (--traces {max(1, most_traces * MOST_BYTES // size // 2)}), or fewer folders"
+            f"than {shown} (--traces {shown * MOST_BYTES // size // 2}), or fewer folders"
         )
 
 
 def _hash(text: str) -> str:
     """As a Content-Security-Policy names what it allows."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _named_apart(studies: list[dict[str, Any]], groups: list[list[FrontierFolder]]) -> list[dict[str, Any]]:
+    """Those of one model and one source get the name of their first folder, too."""
+    names = [study["name"] for study in studies]
+    return [
+        study | ({"name": f"{name}, {group[0].folder.name}"} if names.count(name) > 1 else {})
+        for study, name, group in zip(studies, names, groups, strict=True)
+    ]
 
 
 def _study(group: list[FrontierFolder]) -> dict[str, Any]:
@@ -100,8 +119,6 @@ def _study(group: list[FrontierFolder]) -> dict[str, Any]:
 def _rows(group: list[FrontierFolder]) -> list[dict[str, Any]]:
     """The rows of folders that belong together, the dense model first and once."""
     rows = {row["label"]: row for row in group[0].rows if row["label"] == DENSE}
-    if not rows:
-        raise RacError(f"{group[0].folder}: the dense model was not measured; run its grid again")
     for folder in group:
         for row in folder.rows:
             if row["label"] in rows and row["label"] != DENSE:

@@ -71,7 +71,7 @@ def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> Non
     if changed:
         raise RacError(
             f"{folder.folder} has rows that were run with another recipe: {', '.join(changed)}; give the new ones another label, "
-            "out, or name another folder"
+            "or name another folder"
         )
 
 
@@ -102,11 +102,15 @@ def run_grid(
     check_benchmarks(folder, tools.benchmarks)
     _check_models(folder, planned, tools)
     failed: dict[str, str] = {}
+    new = folder.row(DENSE) is None
     with tools.servers(tools.source) as servers:
-        if folder.row(DENSE) is None:
-            _finish_dense(folder, held_out, tools, servers)
-            report(folder.rows[-1])
+        # Before it is measured: what stops the server would stop every row. It ends before the model is loaded here, because it
+        # reserves most of the device.
+        served = _served(tools, tools.source, DENSE, servers) if new else None
         _benchmarks(folder, DENSE, tools.source, tools, servers, failed)
+    if new:
+        _finish_dense(folder, held_out, tools, served)
+        report(folder.rows[-1])
     for number, run in enumerate(planned, 1):
         new, model = folder.row(run.label) is None, folder.model(run.label)
         with tools.servers(model) as servers:
@@ -164,14 +168,9 @@ def _free_accelerator() -> None:
         torch.cuda.empty_cache()
 
 
-def _finish_dense(folder: FrontierFolder, held_out: HeldOut, tools: Tools, servers: Servers) -> None:
-    """Measure the dense model, and write it down. It is served first: what stops that would stop every row.
-
-    Raises:
-        RacError: it cannot be served; what measuring raises.
-    """
+def _finish_dense(folder: FrontierFolder, held_out: HeldOut, tools: Tools, served: dict[str, Any] | None) -> None:
+    """Measure the dense model, and write it down (RacError: what measuring raises)."""
     started = time.monotonic()
-    served = _served(tools, tools.source, DENSE, servers)
     model, tokenizer = tools.load(tools.source)
     found = measure_dense(model, tokenizer, held_out)
     del model

@@ -157,6 +157,14 @@ def test_a_mark_is_chosen_by_a_click_and_by_the_keyboard(opened: Opened) -> None
     assert opened.text("#tip").startswith("50 % + int4\n2.000 MB in all")
 
 
+def test_a_row_of_the_table_keeps_the_focus_when_it_is_chosen(opened: Opened) -> None:
+    opened.page.locator("#rows tr[data-label='2:4'] button").press("Enter")
+    assert opened.page.locator("#chosen").text_content() == "2:4"
+    assert opened.page.evaluate("document.activeElement.textContent") == "2:4"
+    opened.page.keyboard.press("Tab")
+    assert opened.page.evaluate("document.activeElement.textContent") == "50 % + int4"
+
+
 def test_the_recipe_is_shown_at_the_mark(opened: Opened) -> None:
     opened.page.locator(f"{POINTS}[data-label='50 %'] .mark").hover()
     tip = opened.page.locator("#tip")

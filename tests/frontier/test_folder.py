@@ -95,6 +95,17 @@ def test_a_second_writer_waits(tmp_path: Path) -> None:
         pass
 
 
+def test_rows_that_another_writer_added_in_between_are_kept(tmp_path: Path) -> None:
+    """Between reading the folder and holding its lock."""
+    late = FrontierFolder(tmp_path)
+    filled(tmp_path)
+    before = [row["label"] for row in FrontierFolder(tmp_path).rows]
+    with late:
+        late.add({"label": "late"}, [])
+    assert [row["label"] for row in FrontierFolder(tmp_path).rows] == [*before, "late"]
+    assert before
+
+
 def test_a_folder_without_results_or_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(RacError, match="holds no results of rac frontier; make them with"):
         FrontierFolder.read(tmp_path)

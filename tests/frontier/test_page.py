@@ -16,7 +16,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.frontier.folder import FrontierFolder
-from rac_modifier.frontier.page import MOST_BYTES, check_size, kl_digit, page
+from rac_modifier.frontier.page import MOST_BYTES, check_size, kl_digit, page, problems_shown
 from tests.frontier.sample import ABOUT, HOSTILE, ROWS, row, write_sample
 
 
@@ -128,6 +128,20 @@ def test_folders_of_one_evaluation_are_shown_together(tmp_path: Path) -> None:
         page([a, write_sample(tmp_path / "d", rows=ROWS[:2])], 300)
 
 
+def test_folders_with_other_answers_of_the_dense_model_are_shown_apart(tmp_path: Path) -> None:
+    """As another processor writes them: KL along them cannot be compared."""
+    a, b = (write_sample(tmp_path / name, rows=[ROWS[0], ROWS[place]]) for place, name in ((1, "a"), (2, "b")))
+    together = data_of(page([a, b], 300))["studies"]
+    assert [study["name"] for study in together] == ["tiny, arithmetic"]
+    path = next((b / "traces").glob("dense*.json"))
+    content = json.loads(path.read_text())
+    content["traces"][0]["ids"][0] += 1
+    path.write_text(json.dumps(content))
+    apart = data_of(page([a, b], 300))["studies"]
+    assert [study["name"] for study in apart] == ["tiny, arithmetic, a", "tiny, arithmetic, b"]
+    assert [[row["label"] for row in study["rows"]] for study in apart] == [["dense", "50 %"], ["dense", "2:4"]]
+
+
 def test_a_folder_without_its_dense_model(tmp_path: Path) -> None:
     with pytest.raises(RacError, match="the dense model was not measured"):
         page([write_sample(tmp_path, rows=ROWS[1:2])], 300)
@@ -161,3 +175,11 @@ def test_a_page_of_300_problems_fits(tmp_path: Path) -> None:
 def test_a_page_that_is_too_large_is_refused() -> None:
     with pytest.raises(RacError, match=r"would have 10\.0 MB, more than 5 MB; .* than 300 \(--traces 75\)"):
         check_size("x" * 10_000_000, Path("x.html"), 300)
+
+
+def test_advice_counts_the_problems_that_there_are(tmp_path: Path) -> None:
+    folders = [
+        write_sample(tmp_path / str(count), {**ABOUT, "evaluation": {**ABOUT["evaluation"], "problems": count}})
+        for count in (2, 5)
+    ]
+    assert [problems_shown(folders, most) for most in (300, 3)] == [5, 3]

@@ -125,8 +125,10 @@ function drawTable() {
 }
 
 function drawRows() {
+  const focused = document.activeElement?.closest("#rows tr")?.dataset.label;
   drawCharts();
   drawTable();
+  if (focused !== undefined) document.querySelector(`#rows tr[data-label="${CSS.escape(focused)}"] button`)?.focus();
 }
 
 // --- the chosen row --------------------------------------------------------------------------------------------------
