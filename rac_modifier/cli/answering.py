@@ -31,13 +31,17 @@ def timeout_of(cap: int) -> float:
 
 @dataclass(frozen=True)
 class Answering:
-    """What the options say: addresses of servers, answers in progress at once, answers per problem, file, a server of our own."""
+    """What the options say: addresses of servers, answers in progress at once and per problem, file, a server of our own.
+
+    `served_as`: what the servers call the model.
+    """
 
     servers: tuple[str, ...]
     concurrency: int
     samples: int
     path: Path | None
     serve: bool = False
+    served_as: str | None = None
 
     @property
     def wanted(self) -> bool:
@@ -73,6 +77,8 @@ class Answering:
             raise RacError("--batch-size is for a model in this process; leave it out, or set --concurrency")
         if "precision" in written and self.servers:
             raise RacError("--precision is for a model that is loaded here, and a server has one loaded; leave it out")
+        if self.served_as is not None and not self.servers:
+            raise RacError(f"--served-as {self.served_as} is for --server; leave it out")
         if not self.wanted:
             return
         if divergence or direct:
@@ -93,7 +99,7 @@ class Answering:
             from rac_modifier.settings.check import check_settings
             from rac_modifier.settings.sampling import EngineSettings
 
-            check_settings(EngineSettings, {"base_urls": self.servers}, "--server")
+            check_settings(EngineSettings, {"base_urls": self.servers, "model": self.served_as}, "--server")
         if self.serve:
             from rac_modifier.sampling.vllm_command import VllmCommand
 
@@ -153,4 +159,4 @@ class Answering:
             with vllm_server(VllmCommand.from_environment(), resolve(name), precision.value) as url:
                 yield EngineSettings(base_urls=(url,), **how)
         else:
-            yield EngineSettings(base_urls=self.servers, **how) if self.servers else None
+            yield EngineSettings(base_urls=self.servers, model=self.served_as, **how) if self.servers else None

@@ -71,6 +71,9 @@ def evaluate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="answers per problem, for pass@k")] = 1,
     server: Annotated[list[str] | None, typer.Option(help="OpenAI-compatible server of the one model named")] = None,
+    served_as: Annotated[
+        str | None, typer.Option(metavar="NAME", help="what the server calls the model, if not by its own name")
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="start vllm serve for each model, and stop it at the end")
     ] = False,
@@ -107,7 +110,7 @@ def evaluate(
     asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p, run_code)
     asked = asked.with_preset(preset, written)
     asked.check(divergence=divergence, direct=direct)
-    in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve)
+    in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve, served_as)
     in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature, written=written)
     _check_options(models, divergence, direct, baseline, card, json_out)
     paired_with = [] if baseline is None else read_results(baseline)

@@ -77,7 +77,7 @@ def evaluate_into_file(
     header = store_header(identity, tokenizer, sampling, source)
     path = path or default_path(identity, sampling, source)
     started = time.monotonic()
-    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling, takes_text=True)) as chosen:
+    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)) as chosen:
         if not path.exists():
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:

@@ -24,6 +24,7 @@ from rac_modifier.sampling.probes import (
     PROBE_SAMPLING,
     PROBE_TOKENS,
     check_card,
+    check_name,
     check_probes,
     served_model,
 )
@@ -46,8 +47,9 @@ class ServerEngine:
         tokenizer: of that model, for EOS and for the prompts of the check.
         sampling: resolved settings.
         model: the model itself, where its weights are in memory; the servers' greedy tokens are compared with it.
-        takes_text: accept servers that return no token ids, where they are asked to verify the model; `kind` is then
-            "openai text" once one of them has answered.
+        evaluates: answers are judged, and nothing is calibrated on them. Servers that return no token ids are accepted then
+            where `verify_model` is set; `kind` is "openai text" once one of them has answered. The name of what a server
+            loaded is compared with that of the model, unless `settings.model` names it or `model` is there.
     """
 
     batch_size = 1
@@ -59,13 +61,15 @@ class ServerEngine:
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingSettings,
         model: PreTrainedModel | None = None,
-        takes_text: bool = False,
+        evaluates: bool = False,
     ):
         self.kind: EngineKind = "openai"
         self._settings, self._identity, self._tokenizer = settings, identity, tokenizer
         self._sampling, self._model = sampling, model
         self._eos = identity.eos(tokenizer)
-        tokenize = self._tokenized if takes_text and settings.verify_model else None
+        tokenize = self._tokenized if evaluates and settings.verify_model else None
+        self._evaluates = evaluates
+        self._by_name = evaluates and model is None and settings.model is None
         self._servers = [ServerClient(url, settings, tokenize) for url in settings.base_urls]
         several, tries = len(self._servers) > 1, settings.tries
         # Tries per server: first a few at each of several servers, then all that are left at each.
@@ -160,6 +164,8 @@ class ServerEngine:
         url = server.url
         card = served_model(await server.list_models(), self._settings.model, url)
         check_card(card, self._identity.source, self._identity.context, self._sampling.max_new_tokens, url)
+        if self._by_name:
+            check_name(card, self._identity.source, url)
         self._served[url] = str(card["id"])
         if isinstance(limit := card.get("max_model_len"), int):
             self._server_limit = min(limit, self._server_limit or limit)
@@ -174,6 +180,8 @@ class ServerEngine:
             logger.warning(
                 f"{url}: the served model is not compared with the model to be compressed (verify_model: false)"
             )
+        elif self._evaluates:
+            logger.info(f"{url}: the served model is known by its name alone")
         elif self._model is None:
             logger.info(f"{url}: greedy tokens are kept in the store, to be compared when the model is in memory")
         else:

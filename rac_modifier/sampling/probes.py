@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
+from rac_modifier.machine_paths import public_name
 from rac_modifier.model_tools import evaluating
 from rac_modifier.sampling.engine import Probe
 from rac_modifier.settings.sampling import SamplingSettings
@@ -77,6 +79,31 @@ def check_card(card: dict[str, Any], model: str, context: int | None, max_new_to
             f"{server} takes sequences of up to {limit} tokens, and max_new_tokens={max_new_tokens} does not fit: start it "
             f"with a larger --max-model-len{f' (the model has {context})' if context else ''}, or sample fewer tokens"
         )
+
+
+def check_name(card: dict[str, Any], model: str, server: str) -> None:
+    """Compare the name of what a server loaded with that of the model, where no weights are here to compare.
+
+    A folder counts by its own name, a Hugging Face id and its folder in the cache by the name behind the organisation.
+
+    Raises:
+        RacError: they differ.
+    """
+    root = card.get("root")
+    served, own = _last_name(root) if isinstance(root, str) else "", _last_name(os.path.abspath(model) if model else "")
+    if served and own and served != own:
+        raise RacError(
+            f"{server} serves {public_name(root)!r}, and the model to be evaluated is {public_name(model)!r}; name the model "
+            "that is served, or, if they are the same under two names, set engine.model (rac eval: --served-as) to "
+            f"{card['id']!r}"
+        )
+
+
+def _last_name(model: str) -> str:
+    """What stays the same wherever a model is: "b" of "/x/b", "a/b" and "models--a--b/snapshots/4f2"; "" of "."."""
+    path = PurePath(model)
+    cached = next((part for part in path.parts if part.startswith("models--")), path.name)
+    return cached.split("--")[-1].lower()
 
 
 @torch.no_grad()

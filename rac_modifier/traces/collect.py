@@ -138,11 +138,11 @@ def engine_for(
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingSettings,
     processes: Processes = ALONE,
-    takes_text: bool = False,
+    evaluates: bool = False,
 ) -> Engine:
     """The servers that `settings` name, or without settings the model in this process, or in each of `processes`.
 
-    `takes_text` accepts servers that return no token ids.
+    `evaluates`: the completions are answers to be judged; see `ServerEngine`.
 
     Raises:
         RacError: neither.
@@ -150,7 +150,7 @@ def engine_for(
     if settings is not None:
         from rac_modifier.sampling.openai_server import ServerEngine
 
-        return ServerEngine(settings, identity, tokenizer, sampling, model, takes_text)
+        return ServerEngine(settings, identity, tokenizer, sampling, model, evaluates)
     if model is None:
         raise RacError("the model's weights are not in memory: load it, or name servers that sample it")
     if processes.count > 1:

@@ -78,6 +78,11 @@ CASES += [
         lambda b: b.rac("eval", b.folder, "--concurrency", "9"),
     ),
     Case(
+        "`rac eval --served-as` without a server",
+        "--served-as m is for --server; leave it out",
+        lambda b: b.rac("eval", b.folder, "--served-as", "m"),
+    ),
+    Case(
         "`rac eval --column` with problems that are generated",
         "column='text' does not apply: source 'arithmetic' generates its problems; leave column out",
         lambda b: b.rac("eval", b.folder, "--column", "text"),

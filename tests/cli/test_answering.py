@@ -63,6 +63,8 @@ def test_what_cannot_be_is_refused(changes, options, message) -> None:
             "concurrency",
             "--concurrency 4 is for --server and --serve; leave it out, or set --b",
         ),
+        ({"served_as": "m"}, "served_as", "--served-as m is for --server; leave it out"),
+        ({"served_as": "m", "serve": True}, "served_as", "--served-as m is for --server; leave it out"),
         ({"servers": ("http://a",)}, "batch_size", "--batch-size is for a model in this process; .* set --concurrency"),
         ({"servers": ("http://a",)}, "precision", "--precision is for a model that is loaded here"),
         ({"servers": ("a",)}, "source", "--server: base_urls: 'a' is no address of a server; write it like http://"),
@@ -96,6 +98,25 @@ def test_a_served_model_is_paired_with_the_dense_one(rac, tiny_folder, tmp_path,
         assert code == 0, err
         assert len(server.bodies) == asked
         assert "McNemar p = 1" in out
+    finally:
+        server.close()
+
+
+def test_a_server_of_another_model_is_refused_before_it_is_asked(rac, tiny_folder, tmp_path, monkeypatch) -> None:
+    """The dense model in the place of the compressed one would be judged as the compressed one."""
+    monkeypatch.chdir(tmp_path)
+    server = FakeServer()
+    server.cards = [{"id": "m", "root": "/models/another", "max_model_len": 512}]
+    command = ("eval", tiny_folder, "--problems", 3, "--cap", 8, "--server", server.url)
+    try:
+        code, _, err = rac(*command)
+        assert code == 1
+        assert f"serves 'another', and the model to be evaluated is '{tiny_folder.name}'; name the model that is" in err
+        assert all(body["max_tokens"] != 8 for body in server.bodies), "no problem was asked"
+        code, _, err = rac(*command, "--served-as", "n")
+        assert code == 1
+        assert "does not serve 'n', but 'm'" in err
+        assert rac(*command, "--served-as", "m")[0] == 0
     finally:
         server.close()
 

@@ -1,13 +1,14 @@
 """Which model a server holds: by its list, its files and its greedy tokens."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.engine import Probe
-from rac_modifier.sampling.probes import check_card, check_probes, served_model
+from rac_modifier.sampling.probes import check_card, check_name, check_probes, served_model
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -48,6 +49,41 @@ def test_folders_of_two_models_are_told_apart(tmp_path):
     check_card({"root": str(copy)}, str(one), 512, 10, "s")
     with pytest.raises(RacError, match="differs from that of"):
         check_card({"root": str(other)}, str(one), 512, 10, "s")
+
+
+@pytest.mark.parametrize(
+    ("root", "model"),
+    [
+        ("/models/reasoner", "/home/reasoner"),
+        ("org/Name", "org/name"),
+        ("/cache/models--org--name/snapshots/4f2a", "org/name"),
+        ("org/name", "/data/name"),
+        (".", "/data/name"),
+        (None, "/data/name"),
+        ("", "/data/name"),
+        ("/models/reasoner", ""),
+        (f"/models/{Path.cwd().name}", "."),
+    ],
+)
+def test_one_model_in_two_places_passes(root, model):
+    check_name({"id": "a", "root": root}, model, "s")
+
+
+@pytest.mark.parametrize(
+    ("root", "model"),
+    [
+        ("/models/reasoner", "/models/reasoner-2of4"),
+        ("org/name", "other/name-FP8"),
+        ("/cache/models--org--name/snapshots/4f2a", "/cache/models--org--name-int4/snapshots/4f2a"),
+        ("/models/reasoner", "."),
+    ],
+)
+def test_a_model_of_another_name_is_refused(root, model):
+    words = (
+        r"s serves '.+', and the model to be evaluated is '.+'; .* set engine\.model \(rac eval: --served-as\) to 'a'"
+    )
+    with pytest.raises(RacError, match=words):
+        check_name({"id": "a", "root": root}, model, "s")
 
 
 @pytest.mark.parametrize(
