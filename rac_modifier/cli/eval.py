@@ -72,12 +72,12 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="answers per problem, for pass@k")] = 1,
     server: Annotated[list[str] | None, typer.Option(help="OpenAI-compatible server of the one model named")] = None,
     served_as: Annotated[
-        str | None, typer.Option(metavar="NAME", help="what the server calls the model, if not by its own name")
+        str | None, typer.Option(metavar="NAME", help="the name under which the server has the model")
     ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="start vllm serve for each model, and stop it at the end")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="answers of a server in progress at once")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="served answers in progress")] = 64,
     answers: Annotated[Path | None, typer.Option(help="file of the answers, to go on after a kill")] = None,
     baseline: Annotated[Path | None, typer.Option(help="the dense model's --json FILE, to be paired with")] = None,
     precision: Precision = Dtype.AUTO,
