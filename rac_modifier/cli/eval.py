@@ -77,7 +77,7 @@ def evaluate(
     serve: Annotated[
         bool, typer.Option("--serve", help="start vllm serve for each model, and stop it at the end")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="served answers in progress")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="answers of a server in progress at once")] = 64,
     answers: Annotated[Path | None, typer.Option(help="file of the answers, to go on after a kill")] = None,
     baseline: Annotated[Path | None, typer.Option(help="the dense model's --json FILE, to be paired with")] = None,
     precision: Precision = Dtype.AUTO,

@@ -96,12 +96,15 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
 
 
 def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
-    """`load`, and the model moved to the accelerator where there is one."""
-    import torch
+    """`load`, and the model moved to the accelerator where there is one; a RacError where it does not fit there."""
+    from rac_modifier.model_tools import accelerator, check_fits
 
     loaded, tokenizer = load(model, precision)
-    if torch.accelerator.is_available():
-        loaded = loaded.to(torch.accelerator.current_accelerator())
+    if (device := accelerator()) is not None:
+        check_fits(
+            loaded, device, "use a device with more memory, or hide it (CUDA_VISIBLE_DEVICES=) to compute on the CPU"
+        )
+        loaded = loaded.to(device)
     return loaded, tokenizer
 
 

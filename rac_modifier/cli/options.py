@@ -43,9 +43,7 @@ class PresetName(StrEnum):
 
 Precision = Annotated[
     Dtype,
-    typer.Option(
-        metavar="DTYPE", help="auto (as stored), bfloat16, float16 or float32 (fast on CPUs without bfloat16)"
-    ),
+    typer.Option(metavar="DTYPE", help="auto (as stored), bfloat16, float16 or float32"),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="samples of the model, or traces of its store, to measure on")]
 Source = Annotated[
