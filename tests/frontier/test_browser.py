@@ -11,7 +11,7 @@ import pytest
 
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.page import page
-from tests.frontier.sample import ABOUT, HOSTILE, ROWS, write_sample
+from tests.frontier.sample import ABOUT, HOSTILE, ROWS, dense_trace, own_trace, row, write_sample
 from tests.frontier.test_benchmarks import result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -247,3 +247,23 @@ def test_the_accuracy_on_a_benchmark(opened: Opened) -> None:
     assert "50 % against dense: -75.0 points" in opened.text("#recipe")
     opened.page.select_option("#study", "0")
     assert opened.texts("#charts figcaption")[0] == "Accuracy against bytes"
+
+
+def test_a_column_that_no_row_has_is_left_out_and_one_chart_does_not_fill_the_page(
+    browser: Any, opened: Opened, tmp_path: Path
+) -> None:
+    """Problems without answers, not served: no accuracy, no speed."""
+    with FrontierFolder(tmp_path / "bare") as folder:
+        folder.begin(ABOUT)
+        for values, traces in zip(ROWS[:2], ([dense_trace(1)], [own_trace(1, equal=True)]), strict=True):
+            folder.add(row(*values) | {"accuracy": None, "served": None}, traces)
+    (tmp_path / "bare.html").write_text(page([tmp_path / "bare"], 300))
+    bare = Opened(browser, tmp_path / "bare.html")
+    heads, fewer = (each.texts("#rows thead th") for each in (opened, bare))
+    lacking = {"accuracy", "95 %", "tokens/s"}
+    assert lacking <= set(heads)
+    assert not lacking & set(fewer)
+    assert {"row", "MB", "KL", "cut", "values"} <= set(fewer)
+    assert bare.count("#charts figure") == 1
+    assert bare.page.evaluate("document.querySelector('#charts figure').offsetWidth / document.body.offsetWidth") < 0.6
+    bare.page.close()

@@ -111,7 +111,8 @@ const COLUMNS = [
 function drawTable() {
   const asked = benchmarksOf().map((name) => [name, (row) => accuracyOf(row, name) ? percent(accuracyOf(row, name)[0]) : "-"]);
   const outside = study().rows.some((row) => row.outside) ? [["KL outside of repetitions", (row) => measured(row.outside)]] : [];
-  const columns = [...COLUMNS.slice(0, 4), ...outside, ...COLUMNS.slice(4, 7), ...asked, ...COLUMNS.slice(7)];
+  const columns = [...COLUMNS.slice(0, 4), ...outside, ...COLUMNS.slice(4, 7), ...asked, ...COLUMNS.slice(7)]
+    .filter(([, value]) => study().rows.some((row) => value(row) !== "-"));
   const head = make("tr", {}, ...columns.map(([name]) => make("th", { scope: "col", text: name })));
   const body = shown().map((row) => {
     const button = make("button", { type: "button", text: row.label, title: row.not_served || "" });
