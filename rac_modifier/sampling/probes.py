@@ -90,7 +90,8 @@ def check_name(card: dict[str, Any], model: str, server: str) -> None:
         RacError: they differ.
     """
     root = card.get("root")
-    served, own = _last_name(root) if isinstance(root, str) else "", _last_name(os.path.abspath(model) if model else "")
+    root = root if isinstance(root, str) else ""
+    served, own = _last_name(root), _last_name(os.path.abspath(model) if model else "")
     if served and own and served != own:
         raise RacError(
             f"{server} serves {public_name(root)!r}, and the model to be evaluated is {public_name(model)!r}; name the model "
