@@ -9,7 +9,9 @@ import os
 import random
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -157,7 +159,7 @@ def llama(name: str, args: argparse.Namespace) -> Figures:
         if (timings["prompt_n"], timings["predicted_n"]) != (args.prompt_tokens, args.output_tokens):
             raise SystemExit(f"{name}: asked for {args.output_tokens} tokens, and it counts {timings}")
         firsts.append(timings["prompt_ms"] / 1e3)
-        each.append(timings["predicted_ms"] / timings["predicted_n"])
+        each.append(timings["predicted_ms"] / (args.output_tokens - 1))  # its clock starts at the first token
         totals.append(args.output_tokens / (timings["prompt_ms"] + timings["predicted_ms"]) * 1e3)
     nbytes = path.stat().st_size  # names and norms are below 1 % of it
     return Figures(nbytes, statistics.median(each[1:]), statistics.median(firsts[1:]), statistics.median(totals[1:]))
@@ -266,6 +268,18 @@ def bytes_read(bits: int, pruned: float, head_bits: int, args: argparse.Namespac
     head = 0.5 + 2 / GROUP if head_bits == 4 else head_bits / 8
     weights = args.layers * sum(n * k for n, k in SHAPES["1.5B"])
     return int(each * weights + head * args.vocab * HIDDEN)
+
+
+def not_installed(name: str) -> str | None:
+    """The reason if a package that a contender needs is not installed in this environment."""
+    needs: list[tuple[Mapping[str, object], tuple[str, ...]]] = [
+        (LLAMA, ("xllamacpp", "gguf")),
+        (OPENVINO, ("openvino",)),
+        (TORCHAO, ("torchao",)),
+        ({**SERVED, **IN_PYTHON}, ("vllm",)),
+    ]
+    missing = [package for names, some in needs if name in names for package in some if not find_spec(package)]
+    return f"not installed: {' and '.join(missing)}" if missing else None
 
 
 def one(name: str, args: argparse.Namespace) -> Figures:

@@ -81,7 +81,7 @@ class DenseCodesConfig(CompressedTensorsConfig):
         check_index(model_name)
         check_effect(integers=True, on_cpu=current_platform.is_cpu())
         if current_platform.is_cpu():
-            self.crossovers = crossovers(("int4",))
+            self.crossovers = crossovers(("int4",), activation_bits() == 8)
         if getattr(hf_config, "rac_sparsity", None):
             logger.info("this checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse kernels")
 

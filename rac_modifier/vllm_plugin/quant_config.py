@@ -117,7 +117,7 @@ class RacSparseConfig(QuantizationConfig):
             self.layers = replace(self.layers, int8_activations=SparsityRecord.of({RAC_KEY: record}).int8_activations)
         check_effect(integers=self.quantized is not None, on_cpu=current_platform.is_cpu())
         if current_platform.is_cpu():
-            self.crossovers = crossovers(self.kinds)
+            self.crossovers = crossovers(self.kinds, activation_bits(bool(self.layers.int8_activations)) == 8)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules as vLLM does."""

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from rac_modifier.checkpoint.int32_words import unpack_words
 from rac_modifier.kernels.cpu.support import support
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-KEYS = ["name", "weight_bytes", "first_token_s", "ms_per_token", "tokens_per_s", "kl", "runs"]
+KEYS = ["name", "weight_bytes", "first_token_s", "ms_per_token", "tokens_per_s", "kl", "runs", "failed"]
 
 
 @pytest.fixture
@@ -50,9 +51,12 @@ def test_the_kl_is_that_of_the_format(tables):
 
 def test_ratios_are_of_one_round_and_medians_of_all(tables):
     figures = tables.Figures
-    base = [figures(8 * 10**8, 40.0, 2.0, 14.0), figures(8 * 10**8, 80.0, 4.0, 7.0)]
-    other = [figures(6 * 10**8, 20.0, gigabytes_per_s=40.0), figures(6 * 10**8, 60.0, gigabytes_per_s=20.0)]
-    rows = [tables.row("llama.cpp Q4_0", base, {}), tables.row("linears, dense int4, head int4", other, {"int4": 0.04})]
+    base = {1: figures(8 * 10**8, 40.0, 2.0, 14.0), 2: figures(8 * 10**8, 80.0, 4.0, 7.0)}
+    other = {2: figures(6 * 10**8, 60.0, gigabytes_per_s=20.0), 1: figures(6 * 10**8, 20.0, gigabytes_per_s=40.0)}
+    rows = [
+        tables.row("llama.cpp Q4_0", base, {}, None),
+        tables.row("linears, dense int4, head int4", other, {"int4": 0.04}, None),
+    ]
     assert [list(row) for row in rows] == [KEYS, KEYS]
     assert [row["ms_per_token"] for row in rows] == [60.0, 40.0]
     first, second = tables.table(rows).splitlines()[2:]
@@ -62,10 +66,124 @@ def test_ratios_are_of_one_round_and_medians_of_all(tables):
     )
     linears = "| linears, dense int4, head int4 | 0.600 | 15.0 | 50% | - | 40.0 | - | 1.67x (1.33-2.00) | - | 0.040 |"
     assert second == linears
-    whole = tables.row(
-        "in Python, 50 % + int4, head int4", [figures(1, 20.0, 1.0, 21.0), figures(1, 20.0, 1.0, 14.0)], {}
-    )
+    python = {1: figures(1, 20.0, 1.0, 21.0), 2: figures(1, 20.0, 1.0, 14.0)}
+    whole = tables.row("in Python, 50 % + int4, head int4", python, {}, None)
     assert "| 1.75x (1.50-2.00) | - |" in tables.table([rows[0], whole]).splitlines()[-1]
+
+
+def test_a_missing_round_leaves_the_others_paired(tables):
+    figures = tables.Figures
+    base = tables.row("llama.cpp Q4_0", {2: figures(8 * 10**8, 80.0)}, {}, "failed in round 3: why")
+    other = {1: figures(6 * 10**8, 20.0), 2: figures(6 * 10**8, 60.0)}
+    ours = tables.row("linears, dense int4, head int4", other, {}, None)
+    absent = tables.row("llama.cpp Q8_0", {}, {"Q8_0": 0.1}, "not installed: gguf")
+    assert (absent["weight_bytes"], absent["ms_per_token"], absent["runs"]) == (None, None, [])
+    lines = tables.table([base, ours, absent]).splitlines()
+    assert "| 1.33x (1.33-1.33) |" in lines[3]
+    assert lines[4] == "| llama.cpp Q8_0 |" + " - |" * 9
+    assert lines[5:] == ["", "- llama.cpp Q4_0: failed in round 3: why", "- llama.cpp Q8_0: not installed: gguf"]
+    without_base = tables.table([tables.row("llama.cpp Q4_0", {}, {}, "why"), ours]).splitlines()
+    assert without_base[3].endswith("| - | - | - |")
+
+
+@pytest.fixture
+def peers(tables, monkeypatch):
+    """peers.py on an environment where only gguf is missing."""
+    import peer_contenders
+    import peers
+
+    monkeypatch.setattr(peer_contenders, "find_spec", lambda package: None if package == "gguf" else package)
+    return peers
+
+
+def test_one_that_fails_does_not_end_the_run(tables, peers, monkeypatch):
+    """It is not started again; what ran before counts, and rows are saved after each round."""
+    started, saved = [], []
+    good, bad = "linears, dense int4, head int4", "linears, dense int3, head int4"
+
+    def run(name, args):
+        started.append(name)
+        return "Broken: why" if name == bad and started.count(bad) == 2 else tables.Figures(10, float(len(started)))
+
+    monkeypatch.setattr(peers, "run", run)
+    rows, failed = peers.measure(["llama.cpp Q4_0", bad, good], SimpleNamespace(rounds=3), {}, saved.append)
+    assert failed
+    assert started == [bad, good, good, bad, good]
+    assert [len(each) for each in saved] == [3, 3, 3]
+    assert [[len(row["runs"]) for row in each] for each in saved] == [[0, 1, 1], [0, 1, 2], [0, 1, 3]]
+    assert rows == saved[-1]
+    assert [row["failed"] for row in rows] == ["not installed: gguf", "failed in round 2: Broken: why", None]
+    assert [run["round"] for run in rows[2]["runs"]] == [1, 2, 3]
+    assert (rows[1]["ms_per_token"], rows[2]["ms_per_token"]) == (1.0, 3.0)
+    assert peers.measure(["llama.cpp Q4_0", good], SimpleNamespace(rounds=1), {}, saved.append)[1] is False
+
+
+def test_what_each_contender_needs(peers, monkeypatch):
+    import peer_contenders
+
+    assert peer_contenders.not_installed("llama.cpp Q4_0") == "not installed: gguf"
+    assert peer_contenders.not_installed("linears, dense int4, head int4") is None
+    assert peer_contenders.not_installed("in Python, 50 % + int4, head int4") is None
+    monkeypatch.setattr(peer_contenders, "find_spec", lambda package: None)
+    assert peer_contenders.not_installed("llama.cpp Q8_0") == "not installed: xllamacpp and gguf"
+    needs = {
+        "openvino": "OpenVINO linears, int4, head int4",
+        "torchao": "torchao linears, int4, head int4",
+        "vllm": "vLLM, dense bfloat16",
+    }
+    assert {package: peer_contenders.not_installed(name) for package, name in needs.items()} == {
+        package: f"not installed: {package}" for package in needs
+    }
+
+
+@pytest.mark.parametrize("error", [SystemExit("too few tokens"), ValueError("too few tokens"), SystemExit(1)], ids=repr)
+def test_a_process_that_fails_says_why(peers, monkeypatch, capsys, error):
+    def fails(name, args):
+        raise error
+
+    monkeypatch.setattr(peers, "one", fails)
+    if error.args == (1,):  # of a signal
+        with pytest.raises(SystemExit):
+            peers.answer_of("a", None)
+        return
+    assert peers.answer_of("a", None) == {"failed": f"{type(error).__name__}: too few tokens"}
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "written", "reason"),
+    [
+        (-11, "", "its process ended with -11"),
+        (0, "", "its process wrote no figures: ''"),
+        (0, "late words\n", "its process wrote no figures: 'late words"),
+        (0, 'words\n{"failed": "ValueError: x"}\n', "ValueError: x"),
+        (0, '{"weight_bytes": 1, "ms_per_token": 2.0}\n', None),
+    ],
+)
+def test_what_a_process_leaves(tables, peers, monkeypatch, tmp_path, code, written, reason):
+    sizes = dict.fromkeys(("layers", "vocab", "prompt_tokens", "output_tokens", "threads"), 4)
+    monkeypatch.setattr(
+        peers.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code, written)
+    )
+    found = peers.run("a", SimpleNamespace(keep=tmp_path, **sizes))
+    assert found == tables.Figures(1, 2.0) if reason is None else found.startswith(reason)
+
+
+def test_llama_times_one_step_less_than_tokens(tables, monkeypatch, tmp_path):
+    """Its server starts the clock of generation when the first token is there, and counts that token."""
+    import peer_contenders
+
+    timings = {"prompt_n": 4, "prompt_ms": 100.0, "predicted_n": 9, "predicted_ms": 80.0}
+    params = SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+    server = SimpleNamespace(handle_completions=lambda body: {"timings": timings})
+    llama = SimpleNamespace(CommonParams=lambda: params, Server=lambda params: server)
+    monkeypatch.setitem(sys.modules, "xllamacpp", llama)
+    writes = SimpleNamespace(write_gguf=lambda path, *_: path.write_bytes(bytes(5)))
+    monkeypatch.setitem(sys.modules, "gguf_model", writes)
+    args = SimpleNamespace(keep=tmp_path, layers=1, vocab=16, prompt_tokens=4, output_tokens=9, threads=1)
+    found = peer_contenders.llama("llama.cpp Q4_0", args)
+    assert (found.weight_bytes, found.ms_per_token, found.first_token_s) == (5, 10.0, 0.1)
+    assert found.tokens_per_s == pytest.approx(9 / 0.18)
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -99,6 +217,25 @@ def test_an_unknown_contender_is_refused():
     done = run("--only", "linears, 51 % + int4")
     assert done.returncode == 2
     assert "--only 'linears, 51 % + int4': known are llama.cpp Q4_0, " in done.stderr
+
+
+def test_a_folder_that_does_not_exist_is_refused_before_anything_runs(tmp_path):
+    done = run("--only", "linears, dense int4, head int4", "--json", str(tmp_path / "none" / "peers.json"))
+    assert done.returncode == 2
+    assert "its folder does not exist; make it first" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("torchao linears, int4, head int4", "torchao"), ("llama.cpp Q4_0", "gguf")]
+)
+def test_alone_and_not_installed_nothing_is_measured(tmp_path, name, package):
+    if find_spec(package):
+        pytest.skip(f"{package} is installed")
+    done = run("--rounds", "1", "--only", name, "--json", str(tmp_path / "peers.json"))
+    assert done.returncode == 1
+    (row,) = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    assert row["failed"].startswith("not installed: ")
+    assert row["runs"] == []
 
 
 def test_words_of_3_bits_are_those_of_a_checkpoint(monkeypatch):

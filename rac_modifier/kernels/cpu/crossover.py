@@ -1,8 +1,10 @@
 """Up to how many rows of x the kernel itself is the faster way, timed on this machine.
 
-Above that number, panels are expanded for a dense product of torch (operator.py). Timed on one thread, so that the result is
-that of a core and not of how many there are: both ways are divided among threads alike. The least of several processor times of
-this thread counts: other work on the machine changes these little. A dense product must be clearly faster to be chosen.
+Above that number, panels are expanded for a dense product of torch (operator.py). Each kind of weight is timed as it is run: with
+activations of 16 bits, and, where layers have them, with those of 8, which another kernel multiplies. Timed on one thread, so
+that the result is that of a core and not of how many there are: both ways are divided among threads alike. The least of several
+processor times of this thread counts: other work on the machine changes these little. A dense product must be clearly faster to
+be chosen.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import from_dense
 from rac_modifier.kernels.cpu.library import Library
-from rac_modifier.kernels.cpu.operator import expand_and_multiply
-from rac_modifier.kernels.cpu.packed import pack_scale, pack_values
+from rac_modifier.kernels.cpu.operator import EIGHT_BITS, expand_and_multiply
+from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, set_activation_bits
 from rac_modifier.kernels.cpu.support import library_and_isa
 
-KINDS = ("floats", "int8", "int4")
 ROWS = (64, 256, 1024)  # of x
 _SHAPE = (512, 1024)  # of the weight
 _REPEATS = 4
@@ -30,7 +31,7 @@ MARGIN = 1.15
 
 @dataclass(frozen=True)
 class Crossover:
-    """The largest number of rows of x that the kernel multiplies itself, inf for any; `kind` is one of `KINDS`.
+    """The largest number of rows of x that the kernel multiplies itself, inf for any; `kind` is one of `operator.KINDS`.
 
     seconds: of processor time, of the kernel and of the dense product, by rows of x, as far as they were timed.
     """
@@ -76,6 +77,8 @@ def rows_up_to(seconds: Mapping[int, tuple[float, float]]) -> float:
 @torch.inference_mode()
 def _measure(kind: str, library: Library, isa: str) -> Crossover:
     data, scale = _weight(kind)
+    if kind.endswith(EIGHT_BITS):
+        set_activation_bits(data, 8)
     rows, columns = _SHAPE
     seconds: dict[int, tuple[float, float]] = {}
     for m in ROWS:
@@ -104,6 +107,6 @@ def _weight(kind: str) -> tuple[Tensor, Tensor | None]:
         return pack_values(stored.values, stored.bitmask, stored.columns), None
     values = torch.randint(1, 8, _SHAPE, dtype=torch.int8, generator=generator).masked_fill(~mask, 0)
     stored = from_dense(values, kind)
-    bits, groups = (8, 1) if kind == "int8" else (4, _SHAPE[1] // 128)
+    bits, groups = (8, 1) if kind.startswith("int8") else (4, _SHAPE[1] // 128)
     scale = pack_scale(torch.full((_SHAPE[0], groups), 0.01), _SHAPE[1] // groups)
     return pack_values(stored.values, stored.bitmask, stored.columns, bits, group=_SHAPE[1] // groups), scale

@@ -17,16 +17,19 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import native_operator
 from rac_modifier.kernels.cpu.library import ARM_ISAS, DENSE8, INT8, TYPES, VALUE_TYPES, X86_ISAS, Library
 from rac_modifier.kernels.cpu.packed import PANEL
-from rac_modifier.kernels.cpu.support import library_and_isa
+from rac_modifier.kernels.cpu.support import dense_products_in_bf16, library_and_isa
 
-# The largest number of rows of x for which the kernel itself is the faster way: measured on shapes of a 1.5B model, on AVX512 up
-# to 512 and on AMX up to 1024. Those of ARM and AVX-VNNI are assumed to be as AVX2. A server measures (crossover.py).
+# The largest number of rows of x for which the kernel itself is the faster way: measured on shapes of a 1.5B model, on AVX512
+# (beside dense products in float32) up to 512 and on AMX up to 1024. Those of ARM and AVX-VNNI are assumed to be as AVX2. A
+# server measures (crossover.py).
 CROSSOVER = {"portable": 8, **dict.fromkeys((*X86_ISAS, *ARM_ISAS), math.inf)}
 # The same for weights of 8 and of 4 bits, which are multiplied as integers. Portable: assumed.
 CROSSOVER8 = {**CROSSOVER, **dict.fromkeys(("avx2", "avxvnni", *ARM_ISAS), 512)}
 CROSSOVER4 = {**CROSSOVER8, "amx": 512}
 _chosen: dict[str, float] = {}  # by kind of weight, where `use_crossovers` was called
-_FEW = 8  # rows that every kernel multiplies itself: no call to learn the type of the values
+FEW = native_operator.LINES  # rows that every kernel multiplies itself: no call to learn the type of the values
+EIGHT_BITS = " with 8-bit activations"  # behind a kind of weights of integers: another kernel multiplies these
+KINDS = ("floats", "int8", "int4", f"int8{EIGHT_BITS}", f"int4{EIGHT_BITS}")
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
 
 _scratch = threading.local()
@@ -67,7 +70,7 @@ def _forward(
     if bias is not None:
         bias = bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    if x.shape[0] <= _FEW or x.shape[0] <= _crossover(library.value_type(data), isa):
+    if x.shape[0] <= FEW or x.shape[0] <= _crossover(library, data, isa):
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
         expand_and_multiply(library, isa, data, x, scale, bias, out)
@@ -75,28 +78,41 @@ def _forward(
 
 
 def use_crossovers(rows: Mapping[str, float]) -> None:
-    """From now on the kernels multiply so many rows of x themselves, by kind of weight: floats, int8, int4; else the tables'."""
-    _chosen.clear()
+    """From now on the kernels multiply so many rows of x themselves, by kind of weight (`KINDS`).
+
+    Other kinds keep what an earlier call gave, for another model of this process, or the number of the tables. `rows` below 8
+    act as 8.
+    """
     _chosen.update(rows)
 
 
-def _crossover(value_type: int, isa: str) -> float:
+def forget_crossovers() -> None:
+    """Take the numbers of the tables again. For tests."""
+    _chosen.clear()
+
+
+def _crossover(library: Library, data: Tensor, isa: str) -> float:
+    value_type = library.value_type(data)
     kind = "floats" if value_type < INT8 else "int8" if value_type in (INT8, DENSE8) else "int4"
-    if kind in _chosen:
-        return _chosen[kind]
-    return {"floats": CROSSOVER, "int8": CROSSOVER8, "int4": CROSSOVER4}[kind][isa]
+    table = {"floats": CROSSOVER, "int8": CROSSOVER8, "int4": CROSSOVER4}[kind]
+    if library.activation_bits(data, isa) == 8:
+        kind += EIGHT_BITS
+    return _chosen.get(kind, table[isa])
 
 
 def expand_and_multiply(
     library: Library, isa: str, data: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
-    """Fill `out` by dense products with chunks of the weight; in fp32 unless this machine multiplies bf16 fast.
+    """Fill `out` by dense products with chunks of the weight.
 
-    Integers are exact in bf16; their scales, and what comes out of both, are rounded to it, as a dense bf16 model's weights are.
+    In bf16 where x is in bf16, torch multiplies that faster than fp32 on this processor (`dense_products_in_bf16`), and the
+    weight's values are exact in it: integers, or bf16 without a scale. Else in fp32. Scales of integers, what they are multiplied
+    to, and the bias are rounded to bf16 then, as a dense bf16 model's weights are; sums are in fp32.
     """
     rows, columns, value_type = out.shape[1], x.shape[1], library.value_type(data)
     in_bf16 = value_type >= INT8 or (value_type == VALUE_TYPES[torch.bfloat16] and scale is None)
-    dtype = x.dtype if isa == "amx" and x.dtype == torch.bfloat16 and in_bf16 else torch.float32
+    fast = x.dtype == torch.bfloat16 and in_bf16 and dense_products_in_bf16(isa)
+    dtype = torch.bfloat16 if fast else torch.float32
     x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     panels = -(-rows // PANEL)
     step = min(panels, max(1, SCRATCH_BYTES // (columns * PANEL * dtype.itemsize)))

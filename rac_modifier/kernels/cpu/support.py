@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import native_operator
 from rac_modifier.kernels.cpu.library import ISAS, Library, load
@@ -71,6 +73,23 @@ def library_and_isa() -> tuple[Library, str]:
         raise RacError(f"a sparse weight needs the compiled kernel; {found.reason}, or keep the weight dense")
     native_operator.activate(loaded, found.isa)
     return loaded, found.isa
+
+
+def dense_products_in_bf16(isa: str) -> bool:
+    """Whether torch's dense products of bfloat16 are faster than those of float32 on the processor where `isa` is in use.
+
+    With AMX they are. With AVX512 that depends on AVX512-BF16 (Zen 4, Zen 5, Cooper Lake), which torch knows of its processor.
+    A lower instruction set is treated as a processor without it.
+    """
+    return isa == "amx" or (isa == "avx512" and _torch_has_avx512_bf16())
+
+
+def _torch_has_avx512_bf16() -> bool:
+    """False where this torch cannot say it: float32 is right everywhere."""
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 has none
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())
 
 
 def forget() -> None:

@@ -145,10 +145,17 @@ def scaled(dense: Tensor, scale: Tensor) -> Tensor:
 
 
 def expanded(kernel: str, dtype: torch.dtype, dense: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled weight and bias of the path of many rows. AMX multiplies bfloat16: scale, weight and bias are rounded to it."""
-    if not kernel.endswith("amx") or dtype != torch.bfloat16:
+    """Scaled weight and bias of the path of many rows. Where that multiplies bfloat16, they and the scale are rounded to it."""
+    if dtype != torch.bfloat16 or not multiplies_bf16(kernel):
         return scaled(dense, scale), bias
     return scaled(dense, scale.bfloat16()).bfloat16().double(), bias.bfloat16().float()
+
+
+def multiplies_bf16(kernel: str) -> bool:
+    """Whether dense products are in bfloat16 beside this kernel: by AMX, or by AVX512-BF16 as Linux names it."""
+    flags = Path("/proc/cpuinfo")
+    has = flags.exists() and "avx512_bf16" in flags.read_text().split()
+    return kernel.endswith("amx") or (kernel.endswith("avx512") and has)
 
 
 def assert_integer_product(

@@ -8,17 +8,22 @@ import pytest
 import torch
 
 from rac_modifier.kernels.cpu import crossover
-from rac_modifier.kernels.cpu.crossover import KINDS, ROWS, Crossover, measure_crossovers, rows_up_to
-from rac_modifier.kernels.cpu.operator import use_crossovers
-from rac_modifier.kernels.cpu.packed import pack_scale
+from rac_modifier.kernels.cpu.crossover import ROWS, Crossover, measure_crossovers, rows_up_to
+from rac_modifier.kernels.cpu.library import BYTE_ISAS
+from rac_modifier.kernels.cpu.operator import forget_crossovers, use_crossovers
+from rac_modifier.kernels.cpu.packed import pack_scale, set_activation_bits
+from rac_modifier.kernels.cpu.support import library_and_isa
 from tests.kernels.cpu.kernel_helpers import multiply, scaled, threads
 from tests.kernels.cpu.test_int8_product import integers
+
+SIXTEEN = ["floats", "int8", "int4"]
+EIGHT = ["int8 with 8-bit activations", "int4 with 8-bit activations"]
 
 
 @pytest.fixture(autouse=True)
 def _tables_afterwards():
     yield
-    use_crossovers({})
+    forget_crossovers()
 
 
 @pytest.mark.parametrize(
@@ -36,14 +41,33 @@ def test_what_times_decide(seconds, rows):
 
 def test_timed_on_the_kernel_in_use(best):
     with threads(2):
-        found = measure_crossovers(KINDS)
+        found = measure_crossovers([*SIXTEEN, *EIGHT])
         assert torch.get_num_threads() == 2
-    assert [each.kind for each in found] == list(KINDS)
+    assert [each.kind for each in found] == [*SIXTEEN, *EIGHT]
     for each in found:
         assert list(each.seconds) == list(ROWS[: len(each.seconds)])
         assert all(0 < time < 10 for both in each.seconds.values() for time in both)
         assert each.rows == rows_up_to(each.seconds)
         assert (len(each.seconds) == len(ROWS)) or not math.isinf(each.rows)
+
+
+def test_each_kind_is_timed_with_its_activations(best, monkeypatch):
+    real, bits = crossover.library_and_isa(), {}
+
+    class Seen:
+        def linear(self, data, *arguments):
+            bits[kind] = real[0].activation_bits(data, real[1])
+            real[0].linear(data, *arguments)
+
+        def __getattr__(self, name):
+            return getattr(real[0], name)
+
+    monkeypatch.setattr(crossover, "library_and_isa", lambda: (Seen(), real[1]))
+    monkeypatch.setattr(crossover, "ROWS", (9,))
+    for kind in (*SIXTEEN, *EIGHT):
+        measure_crossovers([kind])
+    eight = 8 if real[1] in BYTE_ISAS else 16
+    assert bits == {"floats": 0, "int8": 16, "int4": 16, EIGHT[0]: eight, EIGHT[1]: eight}
 
 
 def test_a_slow_kernel_stops_at_the_first_number_of_rows(best, monkeypatch):
@@ -73,6 +97,40 @@ def test_described_with_its_figures():
         "(ms of the kernel / of a dense product: 64 rows 1.0 / 2.0, 256 rows 3.0 / 3.1)"
     )
     assert "multiplies any number of rows (ms" in Crossover("int4", math.inf, {}).describe()
+
+
+def runs_dense(weight, scale, rows: int) -> bool:
+    """Whether a float32 x of so many rows is not rounded."""
+    x = torch.randn(rows, 300, generator=torch.Generator().manual_seed(0))
+    use = multiply(x, weight[1], None, pack_scale(scale))
+    exact = x.double() @ scaled(weight[0], scale).T
+    return float((use - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_a_second_model_leaves_the_kinds_that_it_does_not_have(best):
+    weight, scale = integers(40, 300, 0.5), torch.rand(40, 1) + 0.01
+    use_crossovers({"int8": 20})
+    for second in ({"int4": 64}, {}, {"floats": 9, EIGHT[0]: 64}):
+        use_crossovers(second)
+        assert [runs_dense(weight, scale, rows) for rows in (20, 21)] == [False, True]
+    use_crossovers({"int8": 30})  # measured again
+    assert [runs_dense(weight, scale, rows) for rows in (21, 30, 31)] == [False, False, True]
+    forget_crossovers()
+    assert not runs_dense(weight, scale, 31)
+
+
+def test_activations_of_8_bits_have_a_number_of_their_own(best):
+    weight, scale = integers(40, 300, 0.5), torch.rand(40, 1) + 0.01
+    set_activation_bits(weight[1].data, 8)
+    use_crossovers({"int8": 20, EIGHT[0]: 30})
+    last = 30 if library_and_isa()[1] in BYTE_ISAS else 20
+    assert [runs_dense(weight, scale, rows) for rows in (last, last + 1)] == [False, True]
+
+
+def test_up_to_8_rows_are_never_dense(best):
+    weight, scale = integers(40, 300, 0.5), torch.rand(40, 1) + 0.01
+    use_crossovers({"int8": 0})
+    assert [runs_dense(weight, scale, rows) for rows in (8, 9)] == [False, True]
 
 
 def test_what_is_chosen_decides_how_rows_are_multiplied(best):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import pytest
@@ -11,7 +12,18 @@ from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
-from tests.kernels.cpu.kernel_helpers import assert_product, bitmask_of, multiply, pack, random_mask, sparse, threads
+from rac_modifier.kernels.cpu.packed import pack_scale, pack_values
+from rac_modifier.kernels.cpu.support import library_and_isa
+from tests.kernels.cpu.kernel_helpers import (
+    Packed,
+    assert_product,
+    bitmask_of,
+    multiply,
+    pack,
+    random_mask,
+    sparse,
+    threads,
+)
 
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(1, 1), (17, 33), (16, 32), (48, 576), (5, 1000), (100, 257), (33, 64)]
@@ -93,6 +105,98 @@ def test_expanded_panels(float_kernel, weights, monkeypatch):
         x, bias = torch.randn(130, 70).to(dtype), torch.randn(90).bfloat16()
         assert_product(multiply(x, weight), x, dense)
         assert_product(multiply(x, weight, bias), x, dense, bias)
+
+
+class Spy:
+    """A library that records what panels are expanded to."""
+
+    def __init__(self, library):
+        self.library, self.dtypes = library, set()
+
+    def expand(self, *arguments):
+        self.dtypes.add(arguments[5].dtype)
+        self.library.expand(*arguments)
+
+    def __getattr__(self, name):
+        return getattr(self.library, name)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "amx"])
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16", "bfloat16 with a scale", "float32"])
+def test_dense_products_in_bf16_are_within_its_rounding(best, monkeypatch, kind, units, isa):
+    """At most twice the error of a dense bfloat16 model, and none of its errors where the product is in float32.
+
+    torch multiplies bfloat16 on every processor; so the choice is tested on each, with the panels expanded by portable code.
+    """
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False)
+    mask, generator = random_mask(90, 640, 0.5), torch.Generator().manual_seed(0)
+    scale = torch.rand(90, 1, generator=generator) / 7 + 0.01
+    if kind.startswith("int"):
+        dense = torch.randint(-7, 8, (90, 640), dtype=torch.int8, generator=generator).masked_fill(~mask, 0)
+        data = pack_values(dense[mask], bitmask_of(mask), 640, int(kind[3:]))
+    else:
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        dense = torch.randn(90, 640, generator=generator).to(dtype).masked_fill(~mask, 0)
+        data = pack_values(dense[mask], bitmask_of(mask), 640)
+    scaled = kind.startswith("int") or kind.endswith("scale")
+    exact_weight = dense.double() * (scale.double() if scaled else 1)
+    spy = Spy(library_and_isa()[0])
+    for dtype in DTYPES:
+        x, out = torch.randn(130, 640, generator=generator).to(dtype), torch.empty(130, 90, dtype=dtype)
+        spy.dtypes.clear()
+        product = functools.partial(operator.expand_and_multiply, _PortablePanels(spy), isa)
+        product(data, x, pack_scale(scale) if scaled else None, None, out)
+        fast = isa == "amx" or (isa == "avx512" and units)
+        in_bf16 = fast and dtype == torch.bfloat16 and (kind.startswith("int") or kind == "bfloat16")
+        assert spy.dtypes == {torch.bfloat16 if in_bf16 else torch.float32}
+        exact = x.double() @ exact_weight.T
+        error = (out.double() - exact).norm()
+        rounded_once = (exact.to(dtype).double() - exact).norm()
+        if in_bf16 and scaled:
+            model = (x.double() @ exact_weight.bfloat16().double().T).bfloat16().double()
+            assert error <= 2 * (model - exact).norm()
+            assert error > 1.1 * rounded_once
+        else:
+            assert error <= 1.05 * rounded_once + 1e-6 * exact.norm()
+
+
+class _PortablePanels:
+    """Expands panels by portable code, whatever the instruction set that was chosen."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def expand(self, *arguments):
+        self.library.expand(*arguments[:-1], "portable")
+
+    def value_type(self, data):
+        return self.library.value_type(data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_change_nothing_that_a_dense_product_is_given(best, dtype, monkeypatch):
+    """What torch makes of it may depend on the number of threads, within the rounding of its sums (docs/serving.md)."""
+    monkeypatch.setattr(operator, "CROSSOVER8", dict.fromkeys(operator.CROSSOVER8, 8))
+    monkeypatch.setattr(operator, "SCRATCH_BYTES", 3 * 16 * 640 * 4)  # several chunks
+    mask = random_mask(200, 640, 0.5)
+    dense = torch.randint(-7, 8, (200, 640), dtype=torch.int8).masked_fill(~mask, 0)
+    weight = Packed(pack_values(dense[mask], bitmask_of(mask), 640), 200, 640)
+    scale = 2.0 ** torch.randint(-9, -4, (200, 5))  # exact in bfloat16, as what it multiplies
+    x, given, by_torch = torch.randn(9, 640).to(dtype), {1: [], 2: [], 3: []}, torch.mm
+    for number in given:
+
+        def record(x, panels, number=number):
+            given[number].append(panels.clone())
+            return by_torch(x, panels)
+
+        monkeypatch.setattr(torch, "mm", record)
+        with threads(number):
+            y = multiply(x, weight, None, pack_scale(scale, 128))
+        assert_product(y, x, dense.double() * scale.double().repeat_interleave(128, 1))
+    assert len(given[1]) >= 3
+    for number in (2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(given[1], given[number], strict=True))
 
 
 def test_any_strides_and_leading_dimensions(float_kernel):

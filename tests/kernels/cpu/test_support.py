@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import support as module
 from rac_modifier.kernels.cpu.library import ISAS, Library
-from rac_modifier.kernels.cpu.support import Support, forget, library_and_isa, support
+from rac_modifier.kernels.cpu.support import Support, dense_products_in_bf16, forget, library_and_isa, support
 from tests.kernels.cpu.kernel_helpers import take
 
 
@@ -24,6 +27,25 @@ def test_a_lower_kernel_can_be_requested(native_path, monkeypatch):
     assert support() == Support("portable", support().reason)
     assert "RAC_KERNEL" in support().reason
     assert library_and_isa()[1] == "portable"
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_dense_products_are_in_bf16_where_the_processor_has_units_for_it(has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": has}, raising=False)
+    lower = ("portable", "avx2", "avxvnni", "neon", "dotprod", "i8mm")
+    expected = {"amx": True, "avx512": has, **dict.fromkeys(lower, False)}
+    assert {isa: dense_products_in_bf16(isa) for isa in expected} == expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.10
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    assert dense_products_in_bf16("avx512") is has
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert not dense_products_in_bf16("avx512")
+
+
+def test_torch_knows_this_processor_as_linux_does():
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        pytest.skip("x86-64 on Linux only")
+    assert dense_products_in_bf16("avx512") == ("avx512_bf16" in Path("/proc/cpuinfo").read_text().split())
 
 
 def test_an_unknown_kernel_is_an_error(native_path, monkeypatch):
