@@ -5,6 +5,9 @@ BIN = $(VENV)/bin
 # Compressing and serving need other versions of the same packages: an environment each.
 SERVE_VENV ?= .venv-serve
 SERVE_BIN = $(SERVE_VENV)/bin
+# lighteval needs other versions than this package's checks of answers.
+LIGHTEVAL_VENV ?= .venv-lighteval
+LIGHTEVAL_BIN = $(LIGHTEVAL_VENV)/bin
 # What builds wheels; small.
 DIST_VENV ?= .venv-dist
 DIST_BIN = $(DIST_VENV)/bin
@@ -15,7 +18,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= python
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors arm-tools mutants lint schema docs results gpu-check dist test-dist test-matrix clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors lighteval arm-tools mutants lint schema docs results gpu-check dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,6 +51,9 @@ test-serve: $(SERVE_VENV)/.installed ## all tests of the serving environment: st
 test-processors: $(VENV)/.installed ## numeric tests with other thread counts and instruction sets; not part of `make test`
 	scripts/test_processors.sh $(BIN)/python
 
+lighteval: $(VENV)/.installed $(SERVE_VENV)/.installed $(LIGHTEVAL_VENV)/.installed ## install lighteval, and test it on a packed checkpoint; not part of `make test`
+	RAC_LIGHTEVAL=$(abspath $(LIGHTEVAL_BIN))/lighteval RAC_VLLM=$(abspath $(SERVE_BIN))/vllm $(BIN)/python -m pytest -rs tests/evaluation/test_lighteval.py
+
 arm-tools: ## what `make test` needs to run the ARM kernels too, in an emulator; Debian and Ubuntu, with root or without
 	scripts/arm_tools.sh
 
@@ -71,10 +77,8 @@ results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 c
 	$(BIN)/python benchmarks/reasoner_table.py
 	$(BIN)/python benchmarks/smollm2.py
 
-gpu-check: ## on a machine with a GPU: are the GPU kernels right, and how fast; GPU_PYTHON is the python that has vLLM or torch for CUDA
-	$(GPU_PYTHON) benchmarks/gpu_kernels.py --json gpu.json
-	if $(GPU_PYTHON) -c 'import vllm'; then $(GPU_PYTHON) benchmarks/gpu_served.py --json gpu-served.json; else echo 'vLLM is not there: no model was served'; fi
-	$(GPU_PYTHON) -m pytest tests/kernels/cuda -m gpu
+gpu-check: ## on a machine with a GPU, within ten minutes: are the GPU kernels right, and how fast; GPU_PYTHON is the python that has vLLM or torch for CUDA
+	$(GPU_PYTHON) benchmarks/gpu_check.py
 
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
 	$(DIST_BIN)/python scripts/dist.py
@@ -94,6 +98,15 @@ $(VENV)/.installed: pyproject.toml
 $(SERVE_VENV)/.installed: pyproject.toml scripts/serve_cpu_env.sh
 	PYTHON=$(PYTHON) scripts/serve_cpu_env.sh $(SERVE_VENV)
 	$(SERVE_BIN)/python -m pip install --quiet 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'coverage>=7.6'
+	touch $@
+
+# litellm 1.110 and xxhash 4.1 break it; it downloads this file if it is not there, whatever the task
+$(LIGHTEVAL_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LIGHTEVAL_VENV)
+	$(LIGHTEVAL_BIN)/python -m pip install --quiet --upgrade pip
+	$(LIGHTEVAL_BIN)/python -m pip install --quiet -e . 'lighteval==0.13.0' 'litellm<1.80' 'xxhash<4' diskcache \
+		'transformers>=5.15,<5.18' 'compressed-tensors>=0.19,<0.20' loguru
+	touch $$(echo $(LIGHTEVAL_VENV)/lib/python3.*/site-packages/lighteval/tasks/tasks)/tinyBenchmarks.pkl
 	touch $@
 
 # --group needs pip 25.1

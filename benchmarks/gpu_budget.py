@@ -43,6 +43,7 @@ class Budget:
 
 
 def plan(
+    programs_shape: tuple[int, int],
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
     layers: Mapping[str, tuple[int, int]],
@@ -50,9 +51,13 @@ def plan(
     rounds: int,
 ) -> Iterator[str]:
     """What a run has to do, and how long its parts on the CPU take here."""
-    weights = sum(rows * columns for rows, columns in shapes)
+    kernels = [len(all_programs(layout)) for layout in layouts.ALL]
+    weights = sum(rows * columns for rows, columns in (programs_shape, *shapes))
     products = len(shapes) * len(FORMATS) * len(tokens)
-    yield f"checks: {products:,} products of {weights / 1e6:.0f} million weights in each of {len(FORMATS)} formats, each twice"
+    yield (
+        f"checks: {sum(kernels)} programs and {products:,} products of {weights / 1e6:.0f} million weights in each of "
+        f"{len(FORMATS)} formats, each twice"
+    )
     to_time = sum(rows * columns for rows, columns in layers.values())
     steps = len(layers) * len(timed) * rounds
     yield f"times: {to_time / 1e6:.0f} million weights in each of {len(TIMED_FORMATS)} formats; {steps} rounds of all contenders"
@@ -63,7 +68,6 @@ def plan(
         f"making and packing weights: {making:.0f} s here with {torch.get_num_threads()} threads, by a sample of "
         f"[{_SAMPLE[0]}, {_SAMPLE[1]}] of each format; most for {slowest}, {1e9 * each[slowest]:.0f} ns per weight"
     )
-    kernels = [len(all_programs(layout)) for layout in layouts.ALL]
     yield f"compiling {sum(kernels)} kernels of {len(kernels)} layouts: {_compiling(kernels)}"
     yield "not in it: what the GPU does, compute-sanitizer, and the served model"
 

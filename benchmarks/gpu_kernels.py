@@ -5,15 +5,20 @@
 At most `--seconds` on one GPU, where what does not fit is named and left out; `--dry-run` says without a GPU how long the parts
 on the CPU take. The kernels have never run on a GPU before. It stops at the first wrong result. In this order:
 
-1. Products of every layout and kernel with random weights, against float64; twice, with the same bits. Small weights first.
-2. The same out of a captured CUDA graph, and, where compute-sanitizer is installed, under memcheck and racecheck.
-3. Time per product of an 8B model's layers, out of graphs, in turn with what would run there instead: torch's bfloat16 linear and
+1. Every program of every layout with a small random weight, against float64; twice, with the same bits. This card would choose
+   some of them only for shapes that are not checked below.
+2. Products of every layout as the operator chooses their programs, likewise; small weights first. For weights that are
+   expanded, cuBLAS is told to sum in fp32: by default it may add parts of a product in bfloat16.
+3. The same on another stream and out of a captured CUDA graph, and, where compute-sanitizer is installed, 1 and 2 under memcheck
+   and racecheck.
+4. What a launch costs: a product that does nearly nothing, out of a graph and called one by one.
+5. Time per product of an 8B model's layers, out of graphs, in turn with what would run there instead: torch's bfloat16 linear and
    FP8 product, 2:4 on cuSPARSELt, and where vLLM is installed its int4 (Marlin, Machete) and FP8 (CUTLASS). Weights are
    cycled through, so that they come from the GPU's memory and not from its cache. A contender that is missing says why. At
    2,048 tokens our weights are expanded, and the product is dense. Small layers first.
-4. What a launch costs: a product that does nearly nothing, out of a graph and called one by one.
 
-`gpu_served.py` serves a model with vLLM on the kernels and dense; `make gpu-check` runs both.
+`--json` is written anew after each part, so that what is finished is kept. `gpu_served.py` serves a model with vLLM on the
+kernels and dense; `make gpu-check` (`gpu_check.py`) runs both.
 """
 
 from __future__ import annotations
@@ -33,81 +38,27 @@ from typing import Any
 import torch
 from gpu_budget import Budget, plan
 from gpu_contenders import CONTENDERS, NotHereError, prepared
-from gpu_formats import FORMATS, TIMED_FORMATS, Linear, packed_linear, random_weight
+from gpu_correct import (
+    ODD_SHAPES,
+    PROGRAMS_SHAPE,
+    TOKENS,
+    captured,
+    check,
+    check_graphs,
+    check_programs,
+    check_streams,
+)
+from gpu_formats import FORMATS, TIMED_FORMATS, packed_linear, random_weight
 from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import write_json_atomic
 from rac_modifier.kernels import cuda
 
-TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 128, 257)
 TIMED = (1, 8, 16, 32, 64, 128, 2048)
-ODD_SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))
 LAYERS = {"o": (4096, 4096), "qkv": (6144, 4096), "down": (4096, 14336), "gate_up": (28672, 4096)}  # of an 8B model
-# By which share of the time small products must have begun, and compute-sanitizer and packing must be done.
-CHECKED_BY, SANITIZED_BY, PACKED_BY = 0.35, 0.6, 0.85
+SANITIZED_BY, PACKED_BY = 0.6, 0.85  # by which share of the time compute-sanitizer and packing must be done
 CYCLED_BYTES = 512 << 20  # of weights: more than any cache
-
-
-def check(
-    device: str, shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], budget: Budget
-) -> Iterator[dict[str, object]]:
-    """One row per product: its largest error over what sums in fp32 and one rounding allow. 1 is the bound.
-
-    Raises:
-        RacError: a wrong result, or other bits the second time.
-    """
-    for rows, columns in shapes:
-        for name, kind in FORMATS.items():
-            if not budget.allows(f"products of {name} [{rows}, {columns}]", CHECKED_BY):
-                continue
-            weight = random_weight(rows, columns, *kind)
-            dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
-            linear = packed_linear(weight, bias)
-            for number in tokens:
-                x = torch.randn(number, weight.columns).bfloat16().to(device)
-                y = linear(x)
-                terms = x.double().abs() @ dense.abs().T + bias.double().abs()
-                exact = x.double() @ dense.T + bias.double()
-                # Expanded, quantized values are scaled and rounded.
-                rounded = 2.0**-8 * terms if weight.scale is not None and number > 128 else 0.0
-                error = float(((y.double() - exact).abs() / (terms * 2.0**-19 + exact.abs() * 2.0**-8 + rounded)).max())
-                what = f"{name} [{rows}, {weight.columns}] times {number} tokens"
-                if not error <= 1.0:
-                    raise RacError(
-                        f"{what}: wrong by {error:.3g} times the bound; do not set RAC_GPU_KERNELS, and report this"
-                    )
-                if not torch.equal(linear(x), y):
-                    raise RacError(f"{what}: other bits the second time; do not set RAC_GPU_KERNELS, and report this")
-                yield {"format": name, "rows": rows, "columns": weight.columns, "tokens": number, "error": error}
-
-
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of what `run` launches, after a run outside of it."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
-def check_graphs(device: str) -> None:
-    """A replayed product has the bits of a launched one, for other activations in the same memory."""
-    for name, kind in FORMATS.items():
-        linear = packed_linear(random_weight(272, 512, *kind))
-        for tokens in (1, 16, 32, 64, 300):
-            x, out = torch.zeros(tokens, 512, dtype=torch.bfloat16, device=device), torch.empty(0)
-            kept = [out]
-
-            def step(kept: list[Tensor] = kept, x: Tensor = x, linear: Linear = linear) -> None:
-                kept[0] = linear(x)
-
-            graph = captured(step)
-            x.copy_(torch.randn(tokens, 512))
-            graph.replay()
-            if not torch.equal(kept[0], linear(x)):
-                raise RacError(f"{name}, {tokens} tokens: a captured graph computes something else; report this")
 
 
 def microseconds(linears: Sequence[Callable[[Any], object]], x: Any) -> float:
@@ -249,43 +200,59 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.dry_run:
-        for line in plan(ODD_SHAPES, TOKENS, LAYERS, TIMED, arguments.rounds):
+        for line in plan(PROGRAMS_SHAPE, ODD_SHAPES, TOKENS, LAYERS, TIMED, arguments.rounds):
             print(line)
         return
     os.environ[cuda.VARIABLE] = "on"
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device; run this on a machine with a GPU")
     torch.manual_seed(0)
-    shapes = ODD_SHAPES[:-1] if arguments.only_check else ODD_SHAPES
+    record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "finished": False}
     budget = Budget(arguments.seconds)
-    if arguments.only_check:
-        budget.shares = False
-    checked = list(check("cuda", shapes, TOKENS, budget))
-    print(f"{torch.cuda.get_device_name()}: {len(checked)} products are right")
-    if arguments.only_check:
+
+    def keep() -> None:
+        record["left_out"] = budget.left_out
+        if arguments.json:
+            write_json_atomic(arguments.json, json.loads(json.dumps(record)))
+
+    try:
+        run(record, budget, arguments.rounds, arguments.only_check, keep)
+        record["finished"] = True
+    except RacError as error:
+        record["error"] = str(error)
+        raise
+    finally:
+        keep()
         report(budget)
+
+
+def run(record: dict[str, Any], budget: Budget, rounds: int, only_check: bool, keep: Callable[[], None]) -> None:
+    """All parts, whose results are added to `record`; `keep` is called after each."""
+    shapes = ODD_SHAPES
+    if only_check:
+        budget.shares, shapes = False, ODD_SHAPES[:-1]
+    record["programs"] = list(check_programs("cuda", *PROGRAMS_SHAPE, budget))
+    print(f"{record['device']}: {len(record['programs'])} programs are right")
+    record["checked"] = list(check("cuda", shapes, TOKENS, budget))
+    print(f"{len(record['checked'])} products are right")
+    keep()
+    if only_check:
         return
+    check_streams("cuda")
     check_graphs("cuda")
-    print("captured graphs compute the same")
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "checked": checked,
-        "sanitizer": sanitize(budget),
-        "launch": launch_overhead("cuda"),
-    }
+    print("products on another stream and out of captured graphs are the same", flush=True)
+    record["sanitizer"] = sanitize(budget)
+    record["launch"] = launch_overhead("cuda")
     print("a launch takes {graph:.1f} us in a graph and {called:.1f} us from Python".format(**record["launch"]))
+    keep()
     print("| layer | tokens | contender | us | GB/s | over dense bf16 |\n|---|---|---|---|---|---|")
     record["times"], record["missing"] = [], {}
-    for row in times("cuda", TIMED, arguments.rounds, record["missing"], budget):
+    for row in times("cuda", TIMED, rounds, record["missing"], budget):
         record["times"].append(row)
         print("| {layer} | {tokens} | {contender} | {us:.1f} | {GB/s:.0f} | {faster:.2f}x |".format(**row), flush=True)
+        keep()
     for name, reason in record["missing"].items():
         print(f"{name} was not measured: {reason}")
-    record["left_out"] = budget.left_out
-    report(budget)
-    if arguments.json:
-        write_json_atomic(arguments.json, json.loads(json.dumps(record)))
 
 
 if __name__ == "__main__":

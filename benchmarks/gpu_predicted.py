@@ -115,13 +115,17 @@ def beside(measured: Path) -> Iterator[str]:
     """Predicted and measured times of the layers that `make gpu-check` timed.
 
     Raises:
-        RacError: a card that is not in the table.
+        RacError: a card that is not in the table, or a run that ended before anything was timed.
     """
     record = read_json(measured)
     card = next((card for card in CARDS if card.reported == record.get("device")), None)
     if card is None:
         known = ", ".join(card.reported for card in CARDS)
         raise RacError(f'{measured}: device "{record.get("device")}" is not in the table of cards, which has {known}')
+    if not record.get("times"):
+        raise RacError(
+            f"{measured}: nothing was timed ({record.get('error', 'the run ended before')}); run make gpu-check again"
+        )
     yield f"{card.title}, {measured.name}"
     yield "| layer | tokens | contender | predicted, us | measured, us | predicted bound |\n|---|---|---|---|---|---|"
     for row in record["times"]:

@@ -117,13 +117,13 @@ def sample_apart(folder: Path, device: str, kernels: bool) -> Sampled:
     return json.loads(out.read_text())
 
 
-def check(place: Path, device: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Serve and compare these of `MODELS`. Figures by model."""
+def check(place: Path, device: str, names: Sequence[str], kept: Path | None) -> None:
+    """Serve and compare these of `MODELS`; figures by model go to the file `kept`, anew after each one."""
     from random_model import save_model
 
     from rac_modifier.settings.pattern import Pattern
 
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name in names:
         two_of_four, int4 = MODELS[name]
         pattern = Pattern.n_of_m(2, 4) if two_of_four else Pattern.unstructured(0.5)
@@ -131,12 +131,13 @@ def check(place: Path, device: str, names: Sequence[str]) -> dict[str, dict[str,
         save_model(folder, layers=2, vocab=VOCAB, pattern=pattern, codes=4 if int4 else None)
         compared = compare(sample_apart(folder, device, True), sample_apart(folder, device, False))
         found[name] = vars(compared)
+        if kept is not None:
+            write_json_atomic(kept, found)
         print(
             f"{name}: {compared.alike} of {compared.sampled} tokens alike before a prompt's first that differs; "
             f"log-probabilities differ by {compared.mean:.2g} in the mean, {compared.largest:.2g} at most",
             flush=True,
         )
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -155,9 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json_atomic(given.out, sample(given.sample, given.device))
         return
     with tempfile.TemporaryDirectory() as place:
-        found = check(Path(place), given.device, list(MODELS) if given.all else list(MODELS)[:1])
-    if given.json is not None:
-        write_json_atomic(given.json, found)
+        check(Path(place), given.device, list(MODELS) if given.all else list(MODELS)[:1], given.json)
 
 
 if __name__ == "__main__":

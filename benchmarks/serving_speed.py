@@ -2,7 +2,7 @@
 
     .venv-serve/bin/python benchmarks/serving_speed.py                                       # about an hour on two AVX2 cores
     .venv-serve/bin/python benchmarks/serving_speed.py --sparsity 0.5 0.6 0.7 2:4
-    .venv-serve/bin/python benchmarks/serving_speed.py --compare dense dense-int8 sparse int8 int8-8  # both: sparse, head too
+    .venv-serve/bin/python benchmarks/serving_speed.py --compare dense dense-int8 dense-int4 int8 int8-8
     .venv-serve/bin/python benchmarks/serving_speed.py --concurrency 16 --first-token 512 2048  # long prompts, one at a time
     .venv-serve/bin/python benchmarks/serving_speed.py --layers 2 --vocab 4096 --rounds 1    # a quick test: minutes
 
@@ -11,6 +11,8 @@ prompts of random token ids at each concurrency: every request has `--prompt-tok
 and no prompt is in a prefix cache. The tables show medians over the rounds; a ratio is the median of the rounds' own ratios
 to the first model of the table. Tokens per second include the time for prompts, "each further" does not. With --first-token,
 single requests with prompts of these lengths follow, and a table of their times to the first token.
+In --compare "dense" and "dense-int8" are vLLM's own bfloat16 and W8A8, all others run on our kernels; a name that ends in -8 has
+activations of 8 bits, others of 16; where weights have 8 bits the head has, too, and 4 where they have fewer.
 Other options, such as --enforce-eager, are passed to `vllm serve`.
 """
 
@@ -36,10 +38,52 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 
 NAME = "model"
-DENSE, DENSE8, SPARSE, INT8, INT8_8 = "dense", "dense-int8", "sparse", "int8", "int8-8"
-SUFFIX = {INT8: " int8", INT8_8: " int8, activations int8"}  # of labels
-ENVIRONMENT = {INT8: {"RAC_LM_HEAD": "int8"}, INT8_8: {"RAC_LM_HEAD": "int8", "RAC_ACTIVATIONS": "int8"}}
 FEWEST = 4  # requests, so that the median time to the first token means something
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What --compare names: weights of 16 or fewer bits, on our kernels or vLLM's own. Heads are rounded on our kernels alone."""
+
+    sparse: bool = False
+    bits: int = 16
+    ours: bool = True
+    activations: int = 16
+
+    @property
+    def name(self) -> str:
+        """As tables have it, without the sparsity."""
+        bits = "" if self.bits == 16 else f" int{self.bits}"
+        owner = ", ours" if self.ours and not self.sparse and self.bits < 16 else ""
+        return f"{bits}{owner}{', activations int8' if self.activations == 8 else ''}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of its server."""
+        if not self.ours or self.bits == 16:
+            return {}
+        head = {"RAC_LM_HEAD": "int8" if self.bits == 8 else "int4"}
+        return head | ({"RAC_ACTIVATIONS": "int8"} if self.activations == 8 else {})
+
+    @property
+    def options(self) -> list[str]:
+        """Of `vllm serve`: a dense checkpoint of few bits is on our kernels where that is asked for."""
+        return ["--quantization", "rac-sparse"] if self.ours and not self.sparse and self.bits < 16 else []
+
+
+KINDS = {
+    "dense": Kind(ours=False),
+    "dense-int8": Kind(bits=8, ours=False),
+    "dense-int4": Kind(bits=4),
+    "dense-int4-8": Kind(bits=4, activations=8),
+    "dense-int3": Kind(bits=3),
+    "dense-int3-8": Kind(bits=3, activations=8),
+    "sparse": Kind(sparse=True),
+    "int8": Kind(sparse=True, bits=8),
+    "int8-8": Kind(sparse=True, bits=8, activations=8),
+    "int4": Kind(sparse=True, bits=4),
+    "int4-8": Kind(sparse=True, bits=4, activations=8),
+}
 
 
 @dataclass(frozen=True)
@@ -71,23 +115,33 @@ def label(pattern: Pattern) -> str:
     return f"{pattern.n}:{pattern.m} sparse" if pattern.is_structured else f"{100 * pattern.sparsity:g}% sparse"
 
 
-def build(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dict[str, str]]]:
-    """The checkpoints to compare, and what their servers' environments add, by label. Ratios are to the first one."""
-    checkpoints, environments = {}, {}
-    for kind in args.compare:
-        for pattern in [None] if kind in (DENSE, DENSE8) else args.sparsity:
-            name = kind.replace("-", " ") if pattern is None else label(pattern) + SUFFIX.get(kind, "")
-            slug = name.partition(",")[0].replace(" ", "-").replace("%", "").replace(":", "of")
-            checkpoints[name] = folder / f"{slug}-{args.layers}-layers-{args.vocab}-vocab"
-            save_model(checkpoints[name], args.layers, args.vocab, pattern, kind in (DENSE8, INT8, INT8_8))
-            environments[name] = ENVIRONMENT.get(kind, {})
-    return checkpoints, environments
+@dataclass(frozen=True)
+class Contender:
+    """A checkpoint and how it is served."""
+
+    checkpoint: Path
+    kind: Kind
 
 
-def run(checkpoint: Path, args: argparse.Namespace, options: list[str], log: Path, environment: dict[str, str]) -> Run:
+def build(folder: Path, args: argparse.Namespace) -> dict[str, Contender]:
+    """The checkpoints to compare, by label. Ratios are to the first one."""
+    found = {}
+    for kind in (KINDS[name] for name in args.compare):
+        for pattern in args.sparsity if kind.sparse else [None]:
+            start = "dense" if pattern is None else label(pattern)
+            stored = f"{start} int{kind.bits}" if kind.bits < 16 else start
+            slug = stored.replace(" ", "-").replace("%", "").replace(":", "of")
+            checkpoint = folder / f"{slug}-{args.layers}-layers-{args.vocab}-vocab"
+            codes = kind.bits if kind.bits < 8 else None
+            save_model(checkpoint, args.layers, args.vocab, pattern, int8=kind.bits == 8, codes=codes)
+            found[f"{start}{kind.name}"] = Contender(checkpoint, kind)
+    return found
+
+
+def run(contender: Contender, args: argparse.Namespace, options: list[str], log: Path) -> Run:
     """Start a server, measure it, stop it."""
-    load = Load(args.prompt_tokens, args.output_tokens, args.vocab, NAME)
-    with serving(checkpoint, options, log, environment=environment) as server:
+    load, kind = Load(args.prompt_tokens, args.output_tokens, args.vocab, NAME), contender.kind
+    with serving(contender.checkpoint, [*options, *kind.options], log, environment=kind.environment) as server:
         resident = server.resident()
         warm_up = replace(load, output_tokens=min(8, load.output_tokens))
         measure(server.url, warm_up, max(args.concurrency), max(args.concurrency))
@@ -132,9 +186,9 @@ def first_token_table(runs: dict[str, list[Run]], lengths: list[int]) -> list[st
     return lines
 
 
-def size_table(runs: dict[str, list[Run]], checkpoints: dict[str, Path]) -> list[str]:
+def size_table(runs: dict[str, list[Run]], contenders: dict[str, Contender]) -> list[str]:
     lines = ["| model | on disk GB | ratio | resident GB | ratio | start to ready s | ratio |", "|" + "---|" * 7]
-    disk = {name: [size_on_disk(checkpoint) / 1e9] for name, checkpoint in checkpoints.items()}
+    disk = {name: [size_on_disk(contender.checkpoint) / 1e9] for name, contender in contenders.items()}
     resident = {name: [run.resident_bytes / 1e9 for run in of] for name, of in runs.items()}
     ready = {name: [run.ready_seconds for run in of] for name, of in runs.items()}
     for name in runs:
@@ -165,12 +219,12 @@ def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) ->
         str(length),
     ]
     options += ["--no-enable-prefix-caching", "--gpu-memory-utilization", "0.3", *serve_options]
-    checkpoints, environments = build(folder, args)
-    runs: dict[str, list[Run]] = {name: [] for name in checkpoints}
+    contenders = build(folder, args)
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
     for index in range(args.rounds):
-        for name in list(checkpoints)[:: 1 if index % 2 == 0 else -1]:
-            started, log = time.monotonic(), folder / f"{checkpoints[name].name}.log"
-            runs[name].append(run(checkpoints[name], args, options, log, environments[name]))
+        for name in list(contenders)[:: 1 if index % 2 == 0 else -1]:
+            started, log = time.monotonic(), folder / f"{contenders[name].checkpoint.name}.log"
+            runs[name].append(run(contenders[name], args, options, log))
             took, others = time.monotonic() - started, runs[name][-1].others
             print(
                 f"round {index + 1}: {name} took {took:.0f} s, other programs kept {others:.2f} cores busy", flush=True
@@ -186,12 +240,12 @@ def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) ->
     print("\n".join(speed_table(runs, args.concurrency)) + "\n")
     if args.first_token:
         print("\n".join(first_token_table(runs, args.first_token)) + "\n")
-    print("\n".join(size_table(runs, checkpoints)))
+    print("\n".join(size_table(runs, contenders)))
     if args.json:
         record = {
             "machine": machine(),
             "settings": {key: str(value) for key, value in vars(args).items()} | {"serve_options": options},
-            "bytes_on_disk": {name: size_on_disk(checkpoint) for name, checkpoint in checkpoints.items()},
+            "bytes_on_disk": {name: size_on_disk(contender.checkpoint) for name, contender in contenders.items()},
             "runs": {name: [asdict(run) for run in of] for name, of in runs.items()},
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -201,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--compare", choices=(DENSE, DENSE8, SPARSE, INT8, INT8_8), nargs="+", default=[DENSE, SPARSE])
+    parser.add_argument("--compare", choices=tuple(KINDS), nargs="+", default=["dense", "sparse"])
     parser.add_argument(
         "--sparsity", type=parse_pattern, nargs="+", default=[Pattern.unstructured(0.5)], help="shares, or N:M"
     )

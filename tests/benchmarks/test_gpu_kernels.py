@@ -1,7 +1,8 @@
-"""The check that runs on a GPU, here on the fake one; that it notices a wrong result; and that it needs a GPU."""
+"""What `make gpu-check` runs first: its time, what it writes, and that it needs a GPU. test_gpu_correct.py has the checks."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda import operator
 from rac_modifier.kernels.cuda.layout import ALL
 from rac_modifier.kernels.cuda.programs import all_programs
 from tests.kernels.cuda.fake_gpu import fake_gpu
@@ -26,26 +26,6 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
 
     with fake_gpu(monkeypatch):
         yield gpu_kernels
-
-
-def test_right_products_pass(benchmark):
-    budget = benchmark.Budget(3600)
-    rows = list(benchmark.check("cpu", ((16, 128), (37, 200)), (1, 9, 257), budget))
-    assert [row["format"] for row in rows] == [name for _ in range(2) for name in benchmark.FORMATS for _ in range(3)]
-    assert all(0 < row["error"] <= 1 for row in rows)
-    assert budget.left_out == []
-
-
-def test_what_there_is_no_time_for_is_named(benchmark, monkeypatch):
-    moments = iter([0.0, 1.0, 4.0, 3.0, 90.0])
-    budget = benchmark.Budget(10.0, lambda: next(moments))
-    some = {name: benchmark.FORMATS[name] for name in ("bf16", "int8 g64")}
-    monkeypatch.setattr(benchmark, "FORMATS", some)
-    rows = list(benchmark.check("cpu", ((16, 128),), (1,), budget))  # 0.35 of 10 seconds are over when int8 would begin
-    assert [row["format"] for row in rows] == ["bf16"]
-    assert budget.left(0.6) == 3.0
-    assert not budget.allows("times of o")
-    assert budget.left_out == ["products of int8 g64 [16, 128]", "times of o"]
 
 
 def test_a_run_inside_compute_sanitizer_that_takes_too_long_is_ended_and_named(benchmark, monkeypatch):
@@ -69,38 +49,92 @@ def test_a_dry_run_says_how_much_there_is_to_do(benchmark, monkeypatch):
 
     monkeypatch.setattr(gpu_budget, "_SAMPLE", (32, 256))
     monkeypatch.setattr(gpu_budget, "_compiling", lambda kernels: f"{sum(kernels)} kernels")
-    lines = list(gpu_budget.plan(((16, 128), (37, 200)), (1, 8), {"o": (64, 128)}, (1, 2048), 3))
-    assert lines[0].startswith(f"checks: {2 * len(benchmark.FORMATS) * 2} products")
+    lines = list(gpu_budget.plan((40, 264), ((16, 128), (37, 200)), (1, 8), {"o": (64, 128)}, (1, 2048), 3))
+    assert lines[0].startswith(f"checks: 144 programs and {2 * len(benchmark.FORMATS) * 2} products")
     assert lines[1].endswith("6 rounds of all contenders")
     assert "ns per weight" in lines[2]
     names = {each.name for layout in ALL for each in all_programs(layout)}
     assert len(names) < int(lines[3].split()[1])  # of some layouts they are compiled anew, for other groups
 
 
-def test_a_wrong_product_is_an_error(benchmark, monkeypatch):
-    right = operator._fill
+@pytest.fixture
+def parts(benchmark, monkeypatch: pytest.MonkeyPatch):
+    """A run whose parts return at once; `wrong` names the one that finds something wrong."""
+    state = {"wrong": ""}
 
-    def wrong(device, layout, x, data, bias, out):
-        right(device, layout, x, data, bias, out)
-        out[-1, 3] *= 1.03
+    def part(name: str, *found: object):
+        def act(*arguments: object):
+            if state["wrong"] == name:
+                raise RacError(f"{name} is wrong")
+            return found[0] if found else None
 
-    monkeypatch.setattr(operator, "_fill", wrong)
-    with pytest.raises(RacError, match=r"bf16 \[16, 128\] times 1 tokens: wrong by .*do not set RAC_GPU_KERNELS"):
-        list(benchmark.check("cpu", ((16, 128),), (1,), benchmark.Budget(3600)))
+        monkeypatch.setattr(benchmark, name, act)
+
+    part("check_programs", [{"program": "r1_t1", "error": 0.5}])
+    part("check", [{"format": "bf16", "error": 0.5}])
+    part("check_streams")
+    part("check_graphs")
+    part("sanitize", ["memcheck"])
+    part("launch_overhead", {"graph": 2.0, "called": 9.0})
+    row = {"layer": "o", "tokens": 1, "contender": "2:4", "us": 3.0, "GB/s": 9.0, "faster": 1.5}
+    part("times", [row])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    return state
 
 
-def test_other_bits_the_second_time_are_an_error(benchmark, monkeypatch):
-    right, calls = operator._fill, []
+def run_with(benchmark, monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels.py", *map(str, arguments)])
+    benchmark.main()
 
-    def unsteady(device, layout, x, data, bias, out):
-        right(device, layout, x, data, bias, out)
-        calls.append(0)
-        if len(calls) == 2:
-            out.view(torch.int16)[0, 0] += 1
 
-    monkeypatch.setattr(operator, "_fill", unsteady)
-    with pytest.raises(RacError, match=r"other bits the second time"):
-        list(benchmark.check("cpu", ((16, 128),), (1,), benchmark.Budget(3600)))
+def test_everything_is_written(benchmark, parts, monkeypatch, tmp_path, capsys):
+    run_with(benchmark, monkeypatch, "--json", tmp_path / "gpu.json")
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["finished"] is True
+    assert set(record) == {
+        *("device", "torch", "finished", "programs", "checked", "sanitizer", "launch", "times", "missing", "left_out")
+    }
+    assert [row["contender"] for row in record["times"]] == ["2:4"]
+    assert "a GPU: 1 programs are right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kept"),
+    [
+        ("check_programs", set()),
+        ("check_streams", {"programs", "checked"}),
+        ("sanitize", {"programs", "checked"}),
+        ("times", {"programs", "checked", "sanitizer", "launch", "times", "missing"}),
+    ],
+)
+def test_what_was_finished_before_an_error_is_written_with_the_error(
+    benchmark, parts, monkeypatch, tmp_path, wrong, kept
+):
+    parts["wrong"] = wrong
+    with pytest.raises(RacError, match=f"{wrong} is wrong"):
+        run_with(benchmark, monkeypatch, "--json", tmp_path / "gpu.json")
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert (record["finished"], record["error"]) == (False, f"{wrong} is wrong")
+    assert set(record) == {"device", "torch", "finished", "error", "left_out", *kept}
+
+
+def test_a_run_that_is_ended_from_outside_keeps_what_it_finished(benchmark, parts, monkeypatch, tmp_path):
+    def interrupted(budget: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "sanitize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_with(benchmark, monkeypatch, "--json", tmp_path / "gpu.json")
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["finished"] is False
+    assert record["checked"] == [{"format": "bf16", "error": 0.5}]
+
+
+def test_under_compute_sanitizer_programs_and_products_alone_run(benchmark, parts, monkeypatch, tmp_path, capsys):
+    parts["wrong"] = "check_streams"  # which does not run
+    run_with(benchmark, monkeypatch, "--only-check")
+    assert "1 programs are right\n1 products are right\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -57,6 +57,16 @@ def test_times_of_a_card_that_is_not_known_are_an_error(benchmark, tmp_path):
         list(benchmark.beside(tmp_path / "gpu.json"))
 
 
+def test_a_run_that_ended_before_anything_was_timed_is_an_error(benchmark, tmp_path):
+    for record, reason in (
+        ({}, "the run ended before"),
+        ({"times": [], "error": "bf16: wrong by 3"}, "bf16: wrong by 3"),
+    ):
+        (tmp_path / "gpu.json").write_text(json.dumps({"device": "NVIDIA L4"} | record))
+        with pytest.raises(RacError, match=rf"nothing was timed \({reason}\); run make gpu-check again"):
+            list(benchmark.beside(tmp_path / "gpu.json"))
+
+
 def test_the_names_are_those_of_the_check(benchmark):
     """`make gpu-check` writes them."""
     import gpu_contenders

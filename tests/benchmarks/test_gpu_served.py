@@ -1,12 +1,14 @@
-"""The comparison of two served runs, and that it notices a wrong layer. test_served.py of the serving environment runs vLLM."""
+"""The comparison of two served runs, and that it notices a wrong layer. `make gpu-check` serves the model."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +59,23 @@ def test_many_small_differences_are_an_error(served):
 def test_what_is_not_a_number_is_an_error(served):
     with pytest.raises(RacError, match="differ by nan"):
         served.compare([DENSE[0] | {"read": [float("nan"), -2.5]}, DENSE[1]], DENSE)
+
+
+def test_what_was_compared_is_kept_when_the_next_model_does_not_end(served, monkeypatch, tmp_path):
+    """`make gpu-check` interrupts it when its time is over."""
+
+    def sample_apart(folder: Path, device: str, kernels: bool):
+        if folder.name == "2of4":
+            raise KeyboardInterrupt
+        return copy.deepcopy(DENSE)
+
+    monkeypatch.setitem(sys.modules, "random_model", SimpleNamespace(save_model=lambda *arguments, **options: None))
+    monkeypatch.setattr(served, "sample_apart", sample_apart)
+    with pytest.raises(KeyboardInterrupt):
+        served.check(tmp_path, "cuda", ["2:4 + int4", "2:4"], tmp_path / "served.json")
+    assert json.loads((tmp_path / "served.json").read_text()) == {
+        "2:4 + int4": {"alike": 6, "sampled": 6, "mean": 0.0, "largest": 0.0}
+    }
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

@@ -126,7 +126,7 @@ def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     if layout is None:
         name = f"int{layer.word_bits}" if layer.stored == torch.int32 else str(layer.stored).removeprefix("torch.")
         groups = f" in groups of {layer.group}" if layer.group != layer.columns else ""
-        exist = "bfloat16, and int8, float8_e4m3fn and int4 with one scale per row or in groups of 64 or 128"
+        exist = "bfloat16, and int8, float8_e4m3fn and int4 with one scale per row or in groups of a multiple of 64"
         return None, f"there is no GPU kernel for {name}{groups}; those that exist take {exist}"
     if layer.columns % 8:
         return layout, f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"

@@ -2,8 +2,8 @@
 
 An entry is valid for one source, one set of options, one NVRTC version and one architecture: its name is a digest of these. It
 begins with a digest of its own content, so that a cut or changed file is compiled again. The folder is the user's own:
-RAC_GPU_CACHE, or rac_modifier/gpu in XDG_CACHE_HOME or ~/.cache. Where it cannot be written, or others can write to it,
-nothing is kept and the log says so.
+RAC_GPU_CACHE, or rac_modifier/gpu in XDG_CACHE_HOME or ~/.cache. Where there is no home, or the folder cannot be written or
+others can write to it, nothing is kept and the log says so, once per process and reason.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,15 @@ _MAGIC = b"rac-cubin-1\n"
 _DIGEST_BYTES = 32
 
 
-def folder() -> Path:
-    """Where entries are kept."""
-    chosen = os.environ.get(VARIABLE)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else base / "rac_modifier" / "gpu"
+def folder() -> Path | None:
+    """Where entries are kept; None where no variable names a folder and the user has no home, as in some containers."""
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "rac_modifier" / "gpu"
+    except RuntimeError:  # neither HOME nor an entry in the table of users
+        return None
 
 
 def key_of(*parts: str) -> str:
@@ -37,18 +42,22 @@ def key_of(*parts: str) -> str:
 
 def cached(key: str, build: Callable[[], bytes]) -> bytes:
     """The entry `key`, or what `build` returns, which then is kept."""
-    kept = folder() / f"{key}.cubin"
-    refused = _prepare(kept.parent)
-    if refused is None:
-        found = _read(kept, key)
-        if found is not None:
-            return found
+    place = folder()
+    refused = f"user {os.getuid()} has no home folder" if place is None else _prepare(place)
+    kept = None if place is None or refused is not None else place / f"{key}.cubin"
+    if kept is not None and (found := _read(kept, key)) is not None:
+        return found
     content = build()
-    if refused is None:
+    if kept is not None:
         refused = _write(kept, _header(key, content) + content)
     if refused is not None:
-        logger.warning("compiled GPU kernels are not kept, each process compiles them: %s; set %s", refused, VARIABLE)
+        _warn(refused)
     return content
+
+
+@lru_cache(maxsize=64)  # once per reason, not once per layout
+def _warn(refused: str) -> None:
+    logger.warning("compiled GPU kernels are not kept, each process compiles them: %s; set %s", refused, VARIABLE)
 
 
 def _prepare(place: Path) -> str | None:

@@ -8,7 +8,7 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import cache, nvrtc
-from rac_modifier.kernels.cuda.driver import Module
+from rac_modifier.kernels.cuda.driver import Module, TryAgainError
 from rac_modifier.kernels.cuda.layout import Layout
 from rac_modifier.kernels.cuda.programs import all_programs
 from rac_modifier.kernels.cuda.sources import read_sources
@@ -43,12 +43,17 @@ def current_device() -> Device | None:
 
 
 def prepare(device: Device, layout: Layout) -> str | None:
-    """Compile and load what a layout needs on the current device, before any graph is captured; the reason if it cannot be."""
+    """Compile and load what a layout needs on a device, before any graph is captured; the reason if it cannot be.
+
+    A reason that may pass, such as too little memory, is not kept: the next layer tries again.
+    """
     key = (device.index, layout)
     if key not in _loaded:
         try:
             kernels = {program.name: program.shared_bytes for program in all_programs(layout)}
-            _loaded[key] = Module(compiled(device.architecture, layout), kernels)
+            _loaded[key] = Module(compiled(device.architecture, layout), kernels, device.index)
+        except TryAgainError as error:
+            return str(error)
         except RacError as error:
             _loaded[key] = str(error)
     found = _loaded[key]
@@ -63,7 +68,8 @@ def module(device: Device, layout: Layout) -> Module:
     """
     found = _loaded.get((device.index, layout))
     if not isinstance(found, Module):
-        raise RacError(f"no GPU kernels are loaded on device {device.index} ({found}); pack the weight in this process")
+        reason = f" ({found})" if found else ""
+        raise RacError(f"no GPU kernels are loaded on device {device.index}{reason}; pack the weight in this process")
     return found
 
 

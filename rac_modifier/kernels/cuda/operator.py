@@ -13,6 +13,7 @@ from rac_modifier.kernels.cuda import library
 from rac_modifier.kernels.cuda.layout import ALL, TILE, Layout, fits, units_of
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.cuda.programs import (
+    Program,
     decode_program,
     expand_grid,
     expand_program,
@@ -49,15 +50,13 @@ def _forward(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias
 
 
 def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    module, stream = library.module(device, layout), _stream(x)
-    (tokens, columns), rows, units = x.shape, out.shape[1], units_of(layout, data, x.shape[1])
+    (tokens, columns), rows = x.shape, out.shape[1]
     same_order = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
     if tokens <= most_tokens(layout) or same_order:
         program = decode_program(layout, rows, columns, tokens, device.processors, same_order)
-        pointers = data.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
-        arguments = (*pointers, rows, columns, tokens, units, 0)
-        module.launch(program.name, program.grid(rows, tokens), program.threads, stream, arguments)
+        run_program(device, layout, program, x, data, bias, out)
         return
+    module, stream, units = library.module(device, layout), _stream(x), units_of(layout, data, columns)
     program = expand_program(layout)
     step = part_rows(layout, rows, columns, tokens, device.processors, device.cache, SCRATCH_BYTES)
     dense = x.new_empty(min(step, rows), columns)
@@ -71,6 +70,21 @@ def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor 
             torch.mm(x, part.T, out=out[:, rows_here])
         else:
             torch.addmm(bias[rows_here], x, part.T, out=out[:, rows_here])
+
+
+def run_program(
+    device: Device, layout: Layout, program: Program, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """Launch one decode program: out [tokens, rows] of x [tokens, columns]. Nothing is checked; `sparse_linear` does that.
+
+    Raises:
+        RacError: the layout's kernels are not loaded on the device.
+    """
+    (tokens, columns), rows = x.shape, out.shape[1]
+    pointers = data.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    arguments = (*pointers, rows, columns, tokens, units_of(layout, data, columns), 0)
+    grid = program.grid(rows, tokens)
+    library.module(device, layout).launch(program.name, grid, program.threads, _stream(x), arguments)
 
 
 def _device(x: Tensor) -> Device:

@@ -13,9 +13,9 @@ sparse kernels:
 - tensor cores: rows x columns / 2 x tokens multiply-adds, with tokens padded to 8, 16, 32 or 64.
 
 Weights of any pattern have the bytes that are expected of their density. L2 gives a part of them twice (the ring's first
-lines); a warp loads values and masks from shared memory 33 times per 1024 weights (bfloat16) or 34 times per 2048 (int8),
-and each load counts as 128 bytes; a loop is a step of 32 rows and 32 (bfloat16) or 64 (int8) columns; and all multiply-adds are
-done, at the rate of dense products.
+lines); a warp loads values and masks from shared memory 33 times per 1024 weights (bfloat16) or 34 times per 2048 (int8, fp8
+and int4), and each load counts as 128 bytes; a loop is a step of 32 rows and 32 columns (bfloat16) or 64 (the others); and all
+multiply-adds are done, at the rate of dense products.
 
 Dense kernels are taken as bound by memory, or by the published rate of products, which favours them. Left out, also for them: the
 last blocks of a kernel that leave multiprocessors idle (in the memory's share), latency, conflicts of banks. So this is

@@ -38,6 +38,22 @@ class Kernel:
         """Instructions of the loop that begin with this."""
         return sum(operation_of(instruction).startswith(operation) for instruction in self.loop)
 
+    def first(self, operation: str) -> int:
+        """Where the first of these instructions is in the loop."""
+        return next(n for n, each in enumerate(self.loop) if operation_of(each).startswith(operation))
+
+    def unfinished_groups(self) -> int:
+        """The number of cp.async.wait_group: groups of copies that the loop's wait, the only one, leaves under way.
+
+        All architectures here have `DEPBAR.LE SB0, 0x2` for it; an instruction of another form fails.
+        """
+        waits = [each for each in self.instructions if operation_of(each).startswith("DEPBAR")]
+        assert len(waits) == 1, waits
+        assert waits[0] in self.loop, waits
+        found = re.fullmatch(r"DEPBAR\.LE SB0, 0x([0-9a-f]+) ;", waits[0])
+        assert found, waits
+        return int(found[1], 16)
+
 
 def operation_of(instruction: str) -> str:
     """Such as HMMA.SP.16832.F32.BF16, without a predicate."""

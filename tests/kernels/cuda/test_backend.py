@@ -15,7 +15,7 @@ from rac_modifier.kernels.cuda import backend, library
 from rac_modifier.kernels.cuda.cards import card_of
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.interface import Layer
-from tests.kernels.cuda.fake_gpu import FakeDriver
+from tests.kernels.cuda.fake_gpu import FakeDriver, Status
 from tests.kernels.cuda.weights import (
     assert_product,
     bf16_weight,
@@ -115,6 +115,7 @@ def test_on_a_card_that_is_not_in_the_table_nothing_is_predicted(gpu, monkeypatc
         (FP8, "2:4 fp8", 0.625 + 4 / 4096),
         (replace(EIGHT_BITS, group=128), "2:4 int8", 0.65625),
         (replace(FP8, group=64), "2:4 fp8", 0.6875),
+        (replace(FP8, group=192), "2:4 fp8", 0.6875),
     ],
 )
 def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
@@ -129,7 +130,11 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
     ("layer", "reason"),
     [
         (replace(HALF, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
-        (replace(FOUR_BITS, two_of_four=False, group=96), "there is no GPU kernel for int4 in groups of 96; those"),
+        (
+            replace(FOUR_BITS, two_of_four=False, group=96),
+            "there is no GPU kernel for int4 in groups of 96; those that exist take bfloat16, and int8, float8_e4m3fn and int4 "
+            "with one scale per row or in groups of a multiple of 64",
+        ),
         (replace(FOUR_BITS, density=1.0, word_bits=3), "there is no GPU kernel for int3"),
         (
             replace(ANY, stored=torch.int8, group=96),
@@ -176,7 +181,7 @@ def test_a_device_that_cannot(gpu, monkeypatch, device, reason):
 
 
 def test_what_does_not_load_stays_dense(gpu):
-    gpu.refuses_code = True
+    gpu.refuses = Status.CUDA_ERROR_NO_BINARY_FOR_GPU
     reason = cuda.can_run(HALF).reason
     assert reason.startswith("dense because cuModuleLoadData: the GPU's driver answers CUDA_ERROR_NO_BINARY_FOR_GPU")
     with pytest.raises(RacError, match="layer: cuModuleLoadData"):
@@ -210,6 +215,23 @@ def test_what_does_not_load_stays_dense(gpu):
 def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
     weight = make(50, 192)
     check_product(weight, tokens)
+
+
+def test_without_a_driver_or_a_function_of_it_a_layer_stays_dense_with_the_reason(gpu, monkeypatch):
+    """`cuda-bindings` has every name, and raises RuntimeErrors of its own at the call."""
+
+    def missing(*arguments: object) -> None:
+        raise RuntimeError('"cuda" is an NVIDIA driver library and can only be found via system search')
+
+    monkeypatch.setattr(FakeDriver, "cuInit", missing)
+    decision = cuda.can_run(HALF)
+    assert not decision.sparse
+    assert decision.reason == (
+        'dense because cuInit cannot be called ("cuda" is an NVIDIA driver library and can only be found via system search); '
+        "install or update NVIDIA's driver, and see that `nvidia-smi` lists the GPU"
+    )
+    with pytest.raises(RacError, match="layer: cuInit cannot be called"):
+        cuda.pack(bf16_weight(16, 64), BF16)
 
 
 @pytest.mark.parametrize(("tokens", "two_of_four"), [(1, False), (9, True), (129, False), (257, True)])

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shutil
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -13,6 +18,12 @@ from rac_modifier.kernels.cuda import cache
 from rac_modifier.kernels.cuda.cache import cached, folder, key_of
 
 KEY = key_of("a", "b")
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """Each reason is logged once per process."""
+    cache._warn.cache_clear()
 
 
 @pytest.fixture
@@ -127,6 +138,109 @@ def test_two_at_once_both_get_the_code_and_leave_one_entry(kept):
     assert results == [b"code" * 1000] * 4
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
     assert cached(KEY, Build(b"not called")) == b"code" * 1000
+
+
+PROCESS = """
+import sys, time
+from pathlib import Path
+from rac_modifier.kernels.cuda.cache import cached, key_of
+
+own, processes = Path(sys.argv[1]), int(sys.argv[2])
+
+def build():
+    own.touch()
+    until = time.monotonic() + 60
+    while len(list(own.parent.glob("*.builds"))) < processes:  # all compile at once
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return b"code" * 100_000
+
+assert cached(key_of("a", "b"), build) == b"code" * 100_000
+assert cached(key_of("a", "b"), lambda: b"not called") == b"code" * 100_000
+"""
+
+
+def test_two_processes_that_compile_at_once_both_get_the_code_and_leave_one_entry(kept, tmp_path):
+    """Both build before either writes."""
+    (tmp_path / "marks").mkdir()
+    running = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path / "marks" / f"{n}.builds", "2"]) for n in range(2)
+    ]
+    assert [each.wait(timeout=120) for each in running] == [0, 0]
+    assert len(list((tmp_path / "marks").iterdir())) == 2
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert cached(KEY, Build(b"not called")) == b"code" * 100_000
+
+
+READ_ONLY = """
+import os, sys
+from rac_modifier.kernels.cuda.cache import cached, key_of
+
+if os.getuid() == 0:  # root may write anywhere
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+print(cached(key_of("a", "b"), lambda: b"not called").decode())
+print(cached(key_of("a", "c"), lambda: b"compiled").decode())
+"""
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o555])
+def test_a_read_only_folder_is_read_and_what_it_lacks_is_compiled_and_said(monkeypatch, mode):
+    """As the user whom the folder belongs to, who is not root; pytest's own folders would be hidden from that user."""
+    place = Path(tempfile.mkdtemp(prefix="rac-read-only-"))
+    monkeypatch.setenv(cache.VARIABLE, str(place))
+    try:
+        cached(KEY, Build(b"kept"))
+        if os.getuid() == 0:
+            for path in (place, *place.iterdir()):
+                os.chown(path, 65534, 65534)
+        place.chmod(mode)
+        done = subprocess.run([sys.executable, "-c", READ_ONLY], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["kept", "compiled"]
+        assert f"{place} cannot be written (Permission denied); set RAC_GPU_CACHE" in done.stderr
+        assert [path.name for path in place.iterdir()] == [f"{KEY}.cubin"]
+    finally:
+        place.chmod(0o700)
+        shutil.rmtree(place)
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container whose user has no HOME and is not in the table of users."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in (cache.VARIABLE, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(RuntimeError):
+        Path.home()
+
+
+def test_without_a_home_nothing_is_kept_and_one_line_says_so(no_home, caplog):
+    assert folder() is None
+    for name in "abc":  # of three layouts
+        assert cached(key_of(name), Build()) == b"code"
+    (record,) = caplog.records
+    assert record.message == (
+        "compiled GPU kernels are not kept, each process compiles them: "
+        f"user {os.getuid()} has no home folder; set RAC_GPU_CACHE"
+    )
+
+
+@pytest.mark.parametrize("variable", [cache.VARIABLE, "XDG_CACHE_HOME"])
+def test_without_a_home_a_folder_that_a_variable_names_is_used(no_home, monkeypatch, tmp_path, caplog, variable):
+    monkeypatch.setenv(variable, str(tmp_path / "kept"))
+    again = Build(b"not called")
+    cached(KEY, Build())
+    assert cached(KEY, again) == b"code"
+    assert again.count == 0
+    assert len(list((tmp_path / "kept").rglob("*.cubin"))) == 1
+    assert caplog.records == []
 
 
 def test_where_it_is_by_default(monkeypatch, tmp_path):

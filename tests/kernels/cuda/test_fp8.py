@@ -1,6 +1,7 @@
 """Values of fp8 (e4m3): every code, products, placement, and what is refused; 2:4 and of any pattern.
 
 The sources are int8's with another conversion, so shapes, schedules and damage are tested in few cases here, and fully for int8.
+Each program of 2:4 and of any pattern, with a scale per row, multiplies one weight at least.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rac_modifier.kernels.cuda.layout import (
     pack,
     units_of,
 )
-from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program
+from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
 from tests.kernels.cuda.emulate import emulate, product
 from tests.kernels.cuda.test_unstructured_int8 import check_schedule, unpack_slowly
 from tests.kernels.cuda.weights import AWKWARD, assert_product, fp8_weight, grouped_weight, int8_weight, kept_of_four
@@ -83,33 +84,47 @@ def test_every_code_is_expanded(layout, size):
     assert torch.equal(weight.dequantized(torch.bfloat16), expected)
 
 
-# Every weight, every number of tokens, and every program.
+# Every awkward weight, each with one number of tokens, which gives the program: all three.
 PAIRS = list(zip(AWKWARD, [1, 3, 8, 16, 17, 32, 16, 3, 1, 32, 8], strict=True))
+
+
+def tiles_for(tokens: int) -> tuple[int, int]:
+    return 2, 1 if tokens <= 8 else 2 if tokens == 16 else 4
 
 
 @pytest.mark.parametrize(("name", "tokens"), PAIRS)
 def test_the_kernel_of_any_pattern_multiplies(name, tokens):
     weight, layout = AWKWARD[name](fp8_weight), UNSTRUCTURED_E4M3
-    tiles = 2, 1 if tokens <= 8 else 2 if tokens == 16 else 4
+    tiles = tiles_for(tokens)
     x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(weight.rows).to(torch.bfloat16)
     out, error = product(layout, program(layout, *tiles), pack(weight, layout), x, weight.rows, bias)
     assert error == ""
     assert_product(out, x, weight.dense().double() * weight.scale.double(), bias)
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "tokens", "tiles", "most"),
-    [
-        (33, 264, 1, (1, 1), 2),
-        (37, 904, 3, (2, 1), 2),
-        (40, 520, 8, (2, 1), 1),
-        (48, 256, 16, (1, 2), 2),
-        (48, 392, 16, (2, 2), 2),
-        (70, 136, 17, (1, 4), 2),
-        (16, 8, 32, (2, 4), 2),
-        (20, 200, 3, (1, 1), 0),
-    ],
-)
+SHAPES_24 = [
+    (33, 264, 1, (1, 1), 2),
+    (37, 904, 3, (2, 1), 2),
+    (40, 520, 8, (2, 1), 1),
+    (48, 256, 16, (1, 2), 2),
+    (48, 392, 16, (2, 2), 2),
+    (70, 136, 17, (1, 4), 2),
+    (16, 8, 32, (2, 4), 2),
+    (20, 200, 3, (1, 1), 0),
+    (70, 264, 5, (4, 1), 2),
+    (66, 904, 13, (4, 2), 2),
+    (40, 136, 29, (4, 4), 2),
+    (134, 648, 35, (8, 4), 2),  # two blocks along the rows, and two along the tokens
+    (40, 264, 66, (8, 8), 2),
+]
+
+
+def test_every_program_has_a_weight():
+    assert {tiles for _, _, _, tiles, _ in SHAPES_24} == set(tiles_of(E4M3))
+    assert {tiles_for(tokens) for _, tokens in PAIRS} == set(tiles_of(UNSTRUCTURED_E4M3))
+
+
+@pytest.mark.parametrize(("rows", "columns", "tokens", "tiles", "most"), SHAPES_24)
 def test_the_kernel_of_2_of_4_multiplies(rows, columns, tokens, tiles, most):
     weight = fp8_weight(rows, columns, kept_of_four(rows, columns, most).float())
     x, bias = torch.randn(tokens, columns).to(torch.bfloat16), torch.randn(rows).to(torch.bfloat16)
@@ -118,7 +133,10 @@ def test_the_kernel_of_2_of_4_multiplies(rows, columns, tokens, tiles, most):
     assert_product(out, x, weight.dense().double() * weight.scale.double(), bias)
 
 
-@pytest.mark.parametrize(("tokens", "tiles"), [(1, (1, 1)), (8, (2, 1)), (3, (4, 1)), (16, (1, 2)), (17, (2, 4))])
+@pytest.mark.parametrize(
+    ("tokens", "tiles"),
+    [(1, (1, 1)), (8, (2, 1)), (3, (4, 1)), (16, (1, 2)), (17, (2, 4)), (9, (4, 2)), (20, (8, 4)), (40, (8, 8))],
+)
 @pytest.mark.parametrize("group", [64, 128])
 def test_the_kernel_of_2_of_4_multiplies_with_scales_of_groups(group, tokens, tiles):
     weight = grouped_weight(fp8_weight, group, 37, 456, kept_of_four(37, 456).float())

@@ -8,7 +8,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import cache, library, nvrtc
 from rac_modifier.kernels.cuda.layout import BF16, INT4
 from rac_modifier.kernels.cuda.library import Device, compile_options, compiled, module, prepare
-from tests.kernels.cuda.fake_gpu import H100
+from tests.kernels.cuda.fake_gpu import H100, Status
 
 
 class FakeCompiler:
@@ -30,16 +30,32 @@ def test_each_device_and_layout_is_loaded_once(gpu):
         assert prepare(H100, INT4[64]) is None
     assert gpu.calls.count("cuModuleLoadData") == 3
     assert module(H100, BF16) is not module(second, BF16)
+    assert {device for device, _, _ in gpu.most_shared} == {0, 1}  # each in the context of its device
+    assert gpu.contexts == []
 
 
 def test_what_failed_once_is_not_tried_for_every_layer(gpu):
-    gpu.refuses_code = True
+    gpu.refuses = Status.CUDA_ERROR_NO_BINARY_FOR_GPU
     reasons = {prepare(H100, BF16) for _ in range(3)}
     assert len(reasons) == 1
     assert "NO_BINARY_FOR_GPU" in str(reasons)
     assert gpu.calls.count("cuModuleLoadData") == 1
     with pytest.raises(RacError, match=r"no GPU kernels are loaded on device 0 \(cuModuleLoadData"):
         module(H100, BF16)
+
+
+def test_what_may_pass_is_tried_again_by_the_next_layer(gpu):
+    gpu.refuses = Status.CUDA_ERROR_OUT_OF_MEMORY
+    reason = prepare(H100, BF16)
+    assert (
+        "cuModuleLoadData: the GPU's driver answers CUDA_ERROR_OUT_OF_MEMORY; free some of the GPU's memory" in reason
+    )
+    assert "update the driver" not in reason
+    with pytest.raises(RacError, match="no GPU kernels are loaded on device 0"):
+        module(H100, BF16)
+    gpu.refuses = Status.CUDA_SUCCESS
+    assert prepare(H100, BF16) is None
+    module(H100, BF16)
 
 
 def test_compiled_code_is_kept_by_architecture_options_version_and_source(monkeypatch, tmp_path):

@@ -90,6 +90,10 @@ MOST_REGISTERS = {
 }  # by threads: three blocks fit into 65,536; shared memory allows fewer on most cards
 MOST_REGISTERS_OF_WIDE = 255  # of blocks of 128 rows: two fit into 65,536
 
+H100_SHARED = 228 << 10  # bytes of a multiprocessor; a block takes 1,024 beside its own
+# Bytes of weights under way per multiprocessor where it is less than 19,900: 16 rows and 32 tokens, for layers of few rows.
+LEAST_UNDER_WAY = {"rac_24_int4_r1_t4": 14_900}
+
 
 def budget(layout: Layout, rows: int, tokens: int) -> float:
     """Instructions of the loop per weight of a lane, at most, by row tiles and token tiles."""
@@ -171,6 +175,27 @@ class TestMachineCode:
             # Four row tiles may take turns in halves, which read x one after the other, or keep it in registers.
             assert kernel.count("LDSM") in ((loads, 2 * loads) if rows == 4 and tokens > 1 else (loads,)), kernel.name
 
+    def test_copies_of_two_chunks_or_more_are_under_way_while_one_is_multiplied(self, layout, architecture):
+        """Rings of 3 to 5 chunks. Before the loop, copies of `stages - 1` chunks are started, a group each; each round waits
+        until all but `stages - 2` groups are done, and starts those of one more chunk before its products."""
+        for rows, tokens, kernel in decode_kernels(layout, architecture):
+            stages = kernel.unfinished_groups() + 2
+            assert stages >= 3, kernel.name
+            commits = sum(operation_of(each) == "LDGDEPBAR" for each in kernel.instructions)
+            assert commits == stages - 1 + 1, kernel.name  # before the loop, and in it
+            assert kernel.first("DEPBAR") < kernel.first("LDGSTS") < kernel.first("LDGDEPBAR"), kernel.name
+            copies = [n for n, each in enumerate(kernel.loop) if operation_of(each).startswith("LDGSTS")]
+            assert copies[-1] < min(kernel.first("LDGDEPBAR"), kernel.first("HMMA")), kernel.name
+            if layout.streams is None:
+                assert copies[-1] < kernel.first("LDSM"), kernel.name
+                chunk = program(layout, rows, tokens).units * (
+                    rows * layout.unit_bytes + tokens * 8 * layout.unit_columns * 2
+                )
+                rings = 1 if rows == 8 else program(layout, rows, tokens).threads // 32
+                assert program(layout, rows, tokens).shared_bytes == rings * stages * chunk, kernel.name
+            else:
+                assert stages == layout.streams.ahead + 1, kernel.name
+
     def test_the_loop_is_within_its_budget(self, layout, architecture):
         for rows, tokens, kernel in decode_kernels(layout, architecture):
             if rows > 1 and layout.group != 64:
@@ -178,3 +203,19 @@ class TestMachineCode:
                 per_weight = len(kernel.loop) / (8 * products / tokens)
                 most = budget(layout, rows, tokens)
                 assert per_weight <= most, (kernel.name, per_weight, operations(kernel))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [one for one, each in BUILDS if each == "sm_90a" and not one.any_pattern], ids=name_of
+)
+def test_enough_bytes_of_2_of_4_weights_are_under_way_on_an_h100(layout):
+    """If the grid has as many blocks as registers and shared memory leave room for: 3.35 TB/s over 132 multiprocessors are
+    20 KB in 0.8 us. x is not counted, which comes from L2. Of any pattern, how much a step copies depends on the weight: the
+    number of steps is shown above, and what is copied when in test_schedule.py."""
+    for rows, tokens, kernel in decode_kernels(layout, "sm_90a"):
+        each = program(layout, rows, tokens)
+        blocks = min(H100_SHARED // (each.shared_bytes + 1024), 65536 // (kernel.registers * each.threads))
+        chunk = each.units * rows * layout.unit_bytes
+        under_way = blocks * (1 if rows == 8 else each.threads // 32) * (kernel.unfinished_groups() + 1) * chunk
+        assert under_way >= LEAST_UNDER_WAY.get(kernel.name, 19_900), (kernel.name, under_way)

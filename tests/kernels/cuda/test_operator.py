@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels import cuda
-from rac_modifier.kernels.cuda import library, operator
-from rac_modifier.kernels.cuda.layout import ALL, BF16, UNSTRUCTURED, UNSTRUCTURED_INT8
+from rac_modifier.kernels.cuda import driver, library, operator
+from rac_modifier.kernels.cuda.layout import ALL, BF16, UNSTRUCTURED, UNSTRUCTURED_INT8, pack
+from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.cuda.operator import sparse_linear
-from rac_modifier.kernels.cuda.programs import part_rows
-from tests.kernels.cuda.fake_gpu import STREAM, FakeDriver
+from rac_modifier.kernels.cuda.programs import all_programs, part_rows, program
+from tests.kernels.cuda.fake_gpu import STREAM, FakeDriver, code_of
 from tests.kernels.cuda.weights import assert_product, bf16_weight, int8_weight, unstructured_weight
 
 DTYPE = torch.bfloat16
@@ -35,6 +39,89 @@ def test_one_launch_on_torchs_stream(gpu, packed, tokens, name, grid):
     (launch,) = gpu.launches
     assert (launch.name, launch.grid, launch.stream) == (f"rac_24_bf16_{name}", grid, STREAM)
     assert launch.values == (packed.data_ptr(), x.data_ptr(), bias.data_ptr(), y.data_ptr(), 48, 128, tokens, 2, 0)
+
+
+class OnFirst(torch.Tensor):
+    """A tensor in the CPU's memory that says that it is on the first GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+class OnSecond(torch.Tensor):
+    device = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch):
+    """The driver of an H100 and an RTX 4090, with torch's own functions of devices and streams replaced, and none of ours."""
+    fake = FakeDriver()
+    kinds = [(9, 0, 132, 50 << 20), (8, 9, 128, 72 << 20)]
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        major, minor, processors, cache = kinds[device.index]
+        return SimpleNamespace(
+            major=major, minor=minor, multi_processor_count=processors, name=f"GPU {device.index}", L2_cache_size=cache
+        )
+
+    @contextmanager
+    def current(device: torch.device):
+        with fake.on(device.index):
+            yield
+
+    monkeypatch.setattr(driver, "bindings", lambda: fake)
+    monkeypatch.setattr(library, "compiled", lambda architecture, layout: code_of(layout))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0xA0 + 0x10 * device.index)
+    )
+    library.forget()
+    yield fake
+    library.forget()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_each_of_two_gpus_of_different_kinds_has_its_own_module_context_and_stream(two_gpus, tokens):
+    """Whatever device is current: what counts is where the tensors are."""
+    weight = bf16_weight(16 * 130, 64)  # 130 tiles: with two per block there is one for each of 128 multiprocessors
+    data = pack(weight, BF16)
+    for index, capability in enumerate([(9, 0), (8, 9)]):
+        assert library.prepare(Device(index, capability, 1), BF16) is None
+    x, bias = torch.randn(tokens, 64).to(DTYPE), torch.randn(weight.rows).to(DTYPE)
+    two_gpus.contexts.append(0)
+    for kind in (OnSecond, OnFirst, OnSecond):
+        there = [each.as_subclass(kind) for each in (x, data, bias)]
+        y = operator._forward(there[0], there[1], NUMBER, weight.rows, 64, there[2])
+        assert isinstance(y, kind)
+        assert_product(y.as_subclass(torch.Tensor), x, weight.dequantized(torch.float64), bias)
+    assert two_gpus.contexts == [0]
+    assert [(launch.device, launch.stream) for launch in two_gpus.launches] == [(1, 0xB0), (0, 0xA0), (1, 0xB0)]
+    if tokens == 1:  # the multiprocessors of each decide
+        names = [launch.name.removeprefix("rac_24_bf16_") for launch in two_gpus.launches]
+        assert names == ["r2_t1", "r1_t1", "r2_t1"]
+
+
+def test_tensors_on_a_gpu_whose_kernels_were_not_loaded_are_refused(two_gpus):
+    data = pack(bf16_weight(48, 128), BF16)
+    assert library.prepare(Device(0, (9, 0), 132), BF16) is None
+    x = torch.zeros(1, 128, dtype=DTYPE).as_subclass(OnSecond)
+    with pytest.raises(RacError, match="no GPU kernels are loaded on device 1; pack the weight in this process"):
+        operator._forward(x, data.as_subclass(OnSecond), NUMBER, 48, 128, None)
+    with pytest.raises(RacError, match="x is on cuda:1; the weight and the bias must be there too"):
+        operator._forward(x, data.as_subclass(OnFirst), NUMBER, 48, 128, None)
+    assert two_gpus.launches == []
+
+
+def test_each_program_can_be_run_by_itself(gpu, packed):
+    x, here = torch.eye(128).to(DTYPE), Device(0, (9, 0), 132)
+    expected = sparse_linear(x, packed, NUMBER, 48, 128)
+    gpu.launches.clear()
+    for each in all_programs(BF16)[:-1]:
+        out = torch.full((128, 48), torch.nan, dtype=DTYPE)
+        operator.run_program(here, BF16, each, x, packed, None, out)
+        assert torch.equal(out, expected)
+        assert (gpu.launches[-1].name, gpu.launches[-1].grid) == (each.name, each.grid(48, 128))
+    assert program(BF16, 8, 8).name == gpu.launches[-1].name
 
 
 def test_nothing_but_launches_while_a_graph_is_captured(gpu, packed):
