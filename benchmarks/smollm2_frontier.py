@@ -59,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--each", type=int, default=32, help="held-out problems of each kind")
-    parser.add_argument("--recovery-tokens", type=int, default=131072, help="that the grid's longest recovery trains on")
+    parser.add_argument(
+        "--recovery-tokens", type=int, default=131072, help="that the grid's longest recovery trains on"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "smollm2" / "config.json").exists():

@@ -10,6 +10,10 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel
 
+from rac_modifier.errors import RacError
+
+_OTHER_DEVICE = 'use a device with more memory, or load the model with device_map="auto", which is left as it is'
+
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Raised by a hook that has all the activations it needs, to skip the rest of this forward pass."""
@@ -28,20 +32,90 @@ def evaluating(*models: Any) -> Iterator[None]:
             model.train(training)
 
 
+def accelerator() -> torch.device | None:
+    """The accelerator of this process; None where there is none."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def is_placed(model: PreTrainedModel) -> bool:
+    """Whether somebody has decided where the weights are: device_map, offloading, or a device other than the CPU."""
+    from compressed_tensors.offload.cache import OffloadCache  # takes a second
+
+    return (
+        hasattr(model, "hf_device_map")
+        or any(isinstance(module._parameters, OffloadCache) for module in model.modules())
+        or any(p.device.type != "cpu" for p in model.parameters())
+    )
+
+
 @contextlib.contextmanager
-def on_accelerator(model: PreTrainedModel) -> Iterator[None]:
+def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> Iterator[None]:
     """Move a model that is on the CPU, where oneshot loads it, to the accelerator, and afterwards back.
 
     A model that is placed already (device_map, offloading) is not moved.
+
+    Raises:
+        RacError: the weights do not fit into the free memory of the accelerator; its text ends in `next_step`.
     """
-    placed = hasattr(model, "hf_device_map") or any(p.device.type != "cpu" for p in model.parameters())
-    if placed or not torch.accelerator.is_available():
+    device = accelerator()
+    if device is None or is_placed(model):
         yield
         return
-    device = torch.accelerator.current_accelerator()
+    check_fits(model, device, next_step)
     logger.info(f"moving the model to {device}")
     model.to(device)  # type: ignore[arg-type]
     try:
         yield
     finally:
         model.to("cpu")  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
+    """Compute on the accelerator with weights that stay on the CPU: each module's are copied there when it runs.
+
+    For a few forward passes of a model of any size, as pruning itself runs them. In several processes all of them have to come
+    here, since the weights are in shared memory from then on. A model that is placed already is left as it is.
+    """
+    device = accelerator()
+    if device is None or is_placed(model):
+        yield
+        return
+    from compressed_tensors.offload import remove_dispatch, set_onload_device
+
+    set_onload_device(model, device)
+    try:
+        yield
+    finally:
+        remove_dispatch(model)
+
+
+def check_fits(model: PreTrainedModel, device: torch.device, next_step: str = _OTHER_DEVICE) -> None:
+    """Refuse to move a model to a device that has no room for it.
+
+    Beside the weights, room is left for what a forward pass needs at least: 5 % of them, and not less than 1 GB, which is what
+    compressed-tensors leaves when it places a model.
+
+    Raises:
+        RacError: with the bytes needed and free; its text ends in `next_step`.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    weights = sum(t.numel() * t.element_size() for t in tensors.values())
+    free = free_bytes(device)
+    if free is not None and weights + max(weights // 20, 10**9) > free:
+        raise RacError(
+            f"the weights of the model take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}, "
+            f"where there must be room for a forward pass, too: {next_step}"
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where that cannot be found out."""
+    if device.type == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own reserve
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return None

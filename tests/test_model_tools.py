@@ -1,7 +1,17 @@
 import pytest
 import torch
+from compressed_tensors.offload import set_onload_device
 
-from rac_modifier.model_tools import StopForward, evaluating, on_accelerator
+from rac_modifier import model_tools
+from rac_modifier.errors import RacError
+from rac_modifier.model_tools import (
+    StopForward,
+    check_fits,
+    evaluating,
+    is_placed,
+    on_accelerator,
+    streamed_to_accelerator,
+)
 from tests.tiny import tiny_model
 
 
@@ -37,6 +47,7 @@ def test_a_model_on_the_cpu_is_moved_to_the_accelerator_and_back(monkeypatch):
     monkeypatch.setattr(type(model), "to", lambda self, device: moves.append(str(device)))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: 2 * 10**9)
     with on_accelerator(model):
         assert moves == ["cuda"]
     assert moves == ["cuda", "cpu"]
@@ -64,3 +75,78 @@ def test_without_an_accelerator_nothing_is_moved(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with on_accelerator(model):
         pass
+
+
+def test_offloaded_weights_are_placed_wherever_they_are_computed_with():
+    """What oneshot makes of a model with a device_map: hf_device_map is gone, and the parameters may be on the CPU."""
+    model = tiny_model()
+    assert not is_placed(model)
+    set_onload_device(model, "cpu")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert is_placed(model)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_bytes_and_the_next_step(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "to", lambda self, device: pytest.fail(f"moved to {device}"))
+    monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: 2**29)
+    with (
+        pytest.raises(RacError, match=r"0\.0 GiB, and 0\.5 GiB are free on cuda, .*: do this$"),
+        on_accelerator(model, "do this"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("gigabytes", "room"), [(2, 1.0), (40, 2.0)])
+def test_room_for_a_forward_pass_is_left(monkeypatch, gigabytes, room):
+    """A twentieth of the weights, and at least 1 GB."""
+    model = torch.nn.Module()
+    model.register_parameter("weight", torch.nn.Parameter(torch.empty(gigabytes * 10**9 // 4, device="meta")))
+    model.alias = model.weight  # counted once
+    needed = int((gigabytes + room) * 10**9)
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: needed)
+    check_fits(model, torch.device("cuda"))
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(RacError, match='device_map="auto"'):
+        check_fits(model, torch.device("cuda"))
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: None)  # not known: not checked
+    check_fits(model, torch.device("cuda"))
+
+
+def test_weights_are_streamed_module_by_module_and_stay_where_they_are(monkeypatch):
+    model, ids, used = tiny_model(), torch.arange(5)[None], []
+    expected, places = model(input_ids=ids).logits, [p.data_ptr() for p in model.parameters()]
+    monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(type(model), "to", lambda self, device: pytest.fail(f"moved to {device}"))
+    with streamed_to_accelerator(model):
+        assert is_placed(model)
+        hook = model.lm_head.register_forward_pre_hook(lambda m, args: used.append(m._parameters.onload_device))
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        hook.remove()
+    assert used == [torch.device("cpu")]
+    assert not is_placed(model)
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_placed_model_is_not_streamed_elsewhere(monkeypatch):
+    model = tiny_model()
+    set_onload_device(model, "cpu")
+    monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("meta"))
+    with streamed_to_accelerator(model):
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert is_placed(model)
+
+
+def test_free_memory_is_what_the_host_says(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 12345}))
+    assert model_tools.free_bytes(torch.device("cpu")) == 12345
+    assert model_tools.free_bytes(torch.device("meta")) is None
+
+
+def test_free_memory_of_a_device_includes_what_pytorch_holds_unused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 700)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 300)
+    assert model_tools.free_bytes(torch.device("cuda", 0)) == 1400

@@ -55,6 +55,11 @@ class CalibrationSet:
         """The traces of all parts that were kept out of the loader for training after pruning."""
         return (*(trace for pool in self.pools.values() for trace in pool.reserved), *self.received)
 
+    def identity(self) -> dict[str, Any]:
+        """What says whether it is the same set: its hash, and each trace store with the hash of its file (first process)."""
+        stores = {f"{key}: {pool.store.path}": f"sha256 {pool.store.sha256()[:12]}" for key, pool in self.pools.items()}
+        return {"calibration set": self.loader.sha256(), "trace stores": stores}
+
     def as_dict(self) -> dict[str, Any]:
         """For the run record: counts, the prompt settings, and each trace store with its hash and what was selected from it."""
         return {

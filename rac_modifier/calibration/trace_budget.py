@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.errors import RacError
-from rac_modifier.model_tools import on_accelerator
+from rac_modifier.model_tools import accelerator, on_accelerator
 from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
 from rac_modifier.settings.traces import TraceSettings
-from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.collect import collect_traces, default_store_path
 from rac_modifier.traces.grading import Judge
+from rac_modifier.traces.store import TraceStore, read_header
 
 _ENOUGH_TO_JUDGE = 256  # traces, after which the share that a selection keeps is known well enough
+_SERVE = (
+    "fill the trace store with a server first, which can divide the model over several devices (rac traces collect MODEL "
+    "--recipe RECIPE --serve), and start this run again; or name servers in traces.engine"
+)
 _GROWTH = 4.0  # most growth of what a selection judges, from one check to the next, beyond what is wanted
 
 
@@ -75,8 +81,9 @@ def collect_part(
     judge: Judge | None = None  # one for all rounds, since it remembers its verdicts
     selected = ""  # what the selection kept so far, for the message when the problems end
     while True:
-        with contextlib.nullcontext() if isinstance(model, ModelIdentity) or traces.engine else on_accelerator(model):
-            try:
+        try:
+            samples = _samples_here(model, traces, tokens)
+            with on_accelerator(samples, _SERVE) if samples is not None else contextlib.nullcontext():
                 store = collect_traces(
                     model,
                     tokenizer,
@@ -90,8 +97,8 @@ def collect_part(
                     progress=progress,
                     processes=processes,
                 )
-            except RacError as error:
-                raise RacError(f"{error}{selected}") from error
+        except RacError as error:
+            raise RacError(f"{error}{selected}") from error
         judge = judge or Judge(tokenizer, store.header)
         pool = TracePool(store, traces.select, judge, tokenizer, calibration, held_out, reserved)
         usable = pool.usable_tokens()
@@ -105,6 +112,24 @@ def collect_part(
         _check_hopeful(pool, part, traces.select.least_share)
         retry_failed = False  # once per run is enough
         tokens = max(store.counts.tokens + 1, _store_tokens(pool, wanted, held_out + reserved))
+
+
+def _samples_here(model: PreTrainedModel | ModelIdentity, traces: TraceSettings, tokens: int) -> PreTrainedModel | None:
+    """The model, where it has to be on an accelerator because it samples in this process.
+
+    None where servers sample, where the store holds `tokens` already, and without an accelerator.
+    """
+    if isinstance(model, ModelIdentity) or traces.engine is not None or accelerator() is None:
+        return None
+    if traces.store is not None:
+        path = Path(traces.store)
+    else:
+        identity = ModelIdentity.of_model(model)
+        sampling = traces.sampling.resolved(identity.generation_config)
+        path = default_store_path(identity.fingerprint, sampling, traces.problems)
+    if read_header(path) is None:
+        return model
+    return None if TraceStore.read(path).counts.tokens >= tokens else model
 
 
 def _store_tokens(pool: TracePool, wanted: int, kept_out: int) -> int:

@@ -9,6 +9,7 @@ from rac_modifier.checkpoint.files import JOURNAL_FILE
 from rac_modifier.checkpoint.new_files import is_leftover
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
 from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
 
 # What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*", "NOTICE*"]
@@ -75,15 +76,75 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
         raise RacError(f"output folder {folder} is the model itself, which is left as it is; name another folder")
     if folder.is_dir() and any(not is_leftover(path.name) for path in folder.iterdir()):
         raise in_use(folder)
-    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    parent = _existing(folder)
     if not parent.is_dir():
         raise RacError(f"output {folder}: {parent} is a file, so no folder can be made in it; name another folder")
-    free = shutil.disk_usage(parent).free
-    if free < need:
+    check_room(folder, need)
+
+
+def check_room(folder: Path, need: int, groups: int = 0) -> None:
+    """Refuse a folder on a disk with too little room.
+
+    Args:
+        folder: need not exist.
+        need: bytes that the checkpoint takes at most while it is packed.
+        groups: bytes that a pruning run keeps beside it of what is pruned; those that are there already count as written.
+
+    Raises:
+        RacError: with the bytes that are free and needed.
+    """
+    groups = max(groups - sum(file.stat().st_size for file in unfinished(folder).glob("*.safetensors")), 0)
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < need + groups:
+        beside = f", and what is pruned so far up to {groups / 2**30:.1f} GiB beside it" if groups else ""
         raise RacError(
             f"{folder}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to {need / 2**30:.1f} GiB while it is "
-            "packed; free some or name a folder on another disk"
+            f"packed{beside}; free some or name a folder on another disk"
         )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what exists of the path to it."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def bytes_of_weights(model: str) -> int | None:
+    """Bytes of the weights of a model folder, or of a hub id as far as it is in the hub's cache; None where it is not there.
+
+    No network is used.
+    """
+    if Path(model).is_dir():
+        files = list(Path(model).glob("*.safetensors")) or list(Path(model).glob("*.bin"))
+        return sum(file.stat().st_size for file in files)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (index := _cached(model, f"{name}.index.json")) is not None:
+            total = read_json(index).get("metadata", {}).get("total_size")
+            return int(total) if total else None
+        if (file := _cached(model, name)) is not None:
+            return file.stat().st_size
+    return None
+
+
+def cached_folder(model: str) -> Path | None:
+    """The folder itself, or that of a hub id in the hub's cache; None where it is not there. No network is used."""
+    if Path(model).is_dir():
+        return Path(model)
+    config = _cached(model, CONFIG_FILE)
+    return config.parent if config is not None else None
+
+
+def _cached(model: str, name: str) -> Path | None:
+    """A file of a hub id, where it is in the hub's cache."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(model, name)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def unfinished(output: str | Path) -> Path:

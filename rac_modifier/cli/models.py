@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.freed_memory import keep_freed_memory
+
+_NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.teacher_forcing import TokenSequence
@@ -122,6 +125,50 @@ def unpacked(source: str, precision: Dtype) -> Any:
     return load_model(source, dtype=precision.value)
 
 
+def check_loading(source: str, precision: Dtype) -> None:
+    """Refuse a model that does not fit into the memory of the host while it is loaded, before it is.
+
+    The processes of a run share the pages of its files. What has to be converted to another dtype, and experts, which
+    transformers merges, each of them has for itself until pruning begins. A model that is not in the hub's cache is not checked.
+
+    Raises:
+        RacError: with the bytes that are needed and free, and what is not shared.
+    """
+    import psutil
+    import torch
+
+    from rac_modifier.checkpoint.files import INDEX_FILE, SINGLE_FILE, TensorFiles
+    from rac_modifier.checkpoint.output_folder import cached_folder
+    from rac_modifier.processes import started_processes
+
+    folder, count = cached_folder(source), started_processes()
+    if folder is None or not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return
+    shared = own = 0
+    with TensorFiles(folder) as files:
+        for name in files.by_file():
+            stored, nbytes = files.dtype(name), files.nbytes(name)
+            wanted = (
+                stored if precision is Dtype.AUTO or not stored.is_floating_point else getattr(torch, precision.value)
+            )
+            nbytes = nbytes // stored.itemsize * wanted.itemsize
+            if wanted is not stored or _NUMBERED_EXPERT.search(name):
+                own += nbytes
+            else:
+                shared += nbytes
+    needed, available = shared + count * own, int(psutil.virtual_memory().available)
+    if needed <= available:
+        return
+    why, step = "", "use a machine with more memory"
+    if count > 1 and own:
+        why = f" in {count} processes, of which each has {own / 2**30:.1f} GiB of converted weights or merged experts for itself,"
+        step = f"start fewer than {count} processes, or {step}"
+    raise RacError(
+        f"loading {source}{why} takes {needed / 2**30:.1f} GiB of the host's memory, and {available / 2**30:.1f} GiB are "
+        f"available: {step}"
+    )
+
+
 def subject_of(model: str) -> tuple[Any, Any]:
     """Identity and tokenizer of a model that servers sample; its weights are not loaded."""
     from rac_modifier.sampling.model_identity import ModelIdentity
@@ -132,15 +179,25 @@ def subject_of(model: str) -> tuple[Any, Any]:
     return ModelIdentity.of_files(source), tokenizer
 
 
-def check_output(output: Path, source: str) -> None:
-    """Refuse an output folder that the result could not be written to, before hours of work (RacError)."""
-    from rac_modifier.checkpoint.output_folder import check_output_folder
+def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> None:
+    """Refuse an output folder that the result could not be written to, before hours of work.
 
-    folder = Path(source) if Path(source).is_dir() else None
+    With `keeps_groups`, what is pruned so far is kept beside it, and takes as much as the model at most.
+
+    Raises:
+        RacError: see `check_output_folder` and `check_room`.
+    """
+    from loguru import logger
+
+    from rac_modifier.checkpoint.output_folder import bytes_of_weights, check_output_folder, check_room
+
+    size = bytes_of_weights(source)
+    check_output_folder(output, Path(source) if Path(source).is_dir() else None, 0)
+    if size is None:
+        logger.info(f"{source} is not in the hub's cache yet: the disk is checked for room once the model is loaded")
+        return
     # the dense weights and the packed ones, while they are packed in place
-    check_output_folder(
-        output, folder, 2 * sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder else 0
-    )
+    check_room(output, 2 * size, size if keeps_groups else 0)
 
 
 def own_samples(

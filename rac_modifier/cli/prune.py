@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rac_modifier.cli.interrupt import resumable, saving_step
-from rac_modifier.cli.models import check_model, check_output, resolve, unpacked
+from rac_modifier.cli.models import check_loading, check_model, check_output, resolve, unpacked
 from rac_modifier.cli.options import Dtype, Overrides, Precision, PresetName
 from rac_modifier.errors import RacError
 
@@ -70,7 +70,8 @@ def prune(
     if check:
         check_recipes([recipe], overrides)
         check_model(resolve(model))
-        check_output(Path(output), resolve(model))
+        check_output(Path(output), resolve(model), keeps_groups=True)
+        check_loading(resolve(model), precision)
         typer.echo(f"{model} and {output} are fine, too; run the same command without --check")
         return
     _prune(model, Path(output), recipe, overrides, precision)
@@ -107,7 +108,8 @@ def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precisi
     content = load_recipe(recipe, overrides)
     source = resolve(model)
     check_model(source)
-    check_output(output, source)
+    check_output(output, source, keeps_groups=True)
+    check_loading(source, precision)
     with resumable(lambda: _how_to_go_on(output)):
         from llmcompressor import oneshot
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import contextlib
 from typing import Any, Self
 
+import torch
 from llmcompressor.core import CompressionSession, State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -15,11 +16,12 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.run_divergence import RunDivergence
 from rac_modifier.freed_memory import keep_freed_memory
+from rac_modifier.llmcompressor.finished_groups import made_with
 from rac_modifier.llmcompressor.oneshot_arguments import check_arguments, find_oneshot, given_tokenizer
 from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.targets import check_autoround
-from rac_modifier.model_tools import on_accelerator
+from rac_modifier.model_tools import accelerator, streamed_to_accelerator
 from rac_modifier.processes import Processes, present_processes
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import CalibrationEntry
@@ -124,11 +126,12 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 f"the {processes.count} processes were given different calibration sets; give all of them the same"
             )
         self._share = loader.share(processes.rank, processes.count)
-        if processes.is_first:
-            with on_accelerator(state.model):
-                off_policy = self.traces.allow_off_policy
+        off_policy = self.traces.allow_off_policy
+        measures = processes.from_first(bool(self._calibration.held_out) and not off_policy)
+        with streamed_to_accelerator(state.model) if measures else contextlib.nullcontext():
+            if processes.is_first:
                 self._divergence = RunDivergence(state.model, self._calibration, off_policy=off_policy)
-        processes.wait()
+            processes.wait()
         return self._calibration
 
     def calibrate_session(self, state: State, pruner: Pruner | None) -> None:
@@ -168,7 +171,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         return {
             "recipe": self.model_dump(mode="json", exclude={"traces", "tokenizer"}),
             "model": model_fingerprint(model),
-            "version of rac-modifier": version("rac-modifier"),
+            **made_with(accelerator() or torch.device("cpu")),
         }
 
     def run_record(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What a run has pruned so far, in a folder beside its output: a run that was killed goes on from there when it starts again.
 
 Activations are not kept. A run that goes on puts the pruned weights back and repeats the forward passes, so its calibration sees
-the same activations, and it ends with the same weights (on the same machine with the same versions).
+the same activations, and it ends with the same weights, on the same machine: with other versions or another number of threads it
+is refused. Statistics are not kept, nor a digest of them: those of a group that is there are not computed again, so there is
+nothing to compare a digest with. What they depend on is compared: model, recipe, calibration set, versions and threads.
 """
 
 from __future__ import annotations
@@ -9,23 +11,52 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from rac_modifier.checkpoint.output_folder import check_room
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, remove_folder, write_json_atomic
 
 _SAVE_SECONDS = 30.0  # groups that are pruned within this time are written together; a kill loses no more
 _ABOUT = "about.json"
+_CALIBRATION = "calibration set"
+_STORES = "trace stores"  # not compared, since a store may have grown: named where the calibration set is another
+_MADE_WITH = "made with"
 _PARAMETERS = ("weight", "weight_scale", "weight_zero_point")
 _MASTER = "master"  # the weight before it was rounded
+
+
+def made_with(device: torch.device) -> dict[str, Any]:
+    """What the bits of a run on `device` depend on beside its settings: versions, and on a CPU the number of threads."""
+    packages = ("rac-modifier", "torch", "transformers", "llmcompressor", "compressed-tensors")
+    threads = {"threads (OMP_NUM_THREADS)": torch.get_num_threads()} if device.type == "cpu" else {}
+    return {_MADE_WITH: {**{name: version(name) for name in packages}, **threads}}
+
+
+def check_disk(output: Path, model: torch.nn.Module, modules: Iterable[torch.nn.Module], *, masters: bool) -> None:
+    """Refuse a run whose disk has too little room, before anything is sampled.
+
+    Counted are the weights, dense and packed, and those of the pruned `modules`, which are kept until the end; with `masters`
+    also as they were before they were rounded, in float32.
+
+    Raises:
+        RacError: with the bytes that are free and needed.
+    """
+    with disable_onloading():
+        whole = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights: list[torch.Tensor] = [module.weight for module in modules]  # type: ignore[misc]
+        groups = sum(w.numel() * (w.element_size() + (4 if masters else 0)) for w in weights)
+    check_room(output, 2 * whole, groups)
 
 
 class FinishedGroups:
@@ -159,11 +190,22 @@ class FinishedGroups:
             return  # nothing was written, or not even this
         there = read_json(self.folder / _ABOUT)
         for key, value in about.items():
-            if there.get(key) != value:
+            old = there.get(key)
+            if old == value or key == _STORES:
+                continue
+            if key == _MADE_WITH:
                 raise RacError(
-                    f"{self.folder} holds what a run with another {key} has pruned{_difference(there.get(key), value)}; "
-                    "start that run again to go on with it, or remove the folder to start anew"
+                    f"{self.folder} holds what a run has pruned that was begun with {_changes(old or {}, value)}, and would not "
+                    "end with the same bits: use the same, or remove the folder to start again"
                 )
+            because = _difference(old, value)
+            before, now = there.get(_STORES) or {}, about.get(_STORES) or {}
+            if key == _CALIBRATION and before and now and before != now:
+                because = f", since a trace store is another one ({_changes(before, now)})"
+            raise RacError(
+                f"{self.folder} holds what a run with another {key} has pruned{because}; "
+                "start that run again to go on with it, or remove the folder to start anew"
+            )
 
     def _unwritable(self, why: object) -> RacError:
         return RacError(
@@ -181,6 +223,12 @@ def _names(path: Path) -> list[str]:
             return list(file.metadata() or ())
     except (OSError, SafetensorError) as error:
         raise RacError(f"{path}: cannot be read ({error}); remove {path.parent} to start anew") from error
+
+
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What was and what is, of all that differs."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return ", ".join(f"{name} {there.get(name, 'unknown')}, now {here.get(name, 'none')}" for name in names)
 
 
 def _difference(there: Any, here: Any) -> str:

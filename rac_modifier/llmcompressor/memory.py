@@ -33,7 +33,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import psutil
 import torch
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
@@ -45,6 +44,7 @@ from rac_modifier.float32_products import CODE_OF_A_SHAPE, SIZES_PER_DOUBLING, o
 from rac_modifier.freed_memory import WITH_GAPS, expect_growth
 from rac_modifier.llmcompressor.group_shape import GroupShape, saves_by_waiting
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
+from rac_modifier.model_tools import free_bytes
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.hessian import ROWS, block_columns, blocks_of_triangle, numbers_of_lane
 from rac_modifier.pruning.sparsegpt import at_once
@@ -259,16 +259,6 @@ def check_memory(
             raise RacError(f"{message}, and {_gib(available)} are free: {_next_step(need, largest, bytes_of(largest))}")
         else:
             logger.info(f"{message}; {_gib(available)} are free")
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where that cannot be found out."""
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own reserve
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return None
 
 
 def _gib(count: int) -> str:

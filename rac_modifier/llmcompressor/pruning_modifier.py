@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.activation_stage import ActivationStage
 from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.expert_record import ExpertRecord
-from rac_modifier.llmcompressor.finished_groups import FinishedGroups
+from rac_modifier.llmcompressor.finished_groups import FinishedGroups, check_disk
 from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
 from rac_modifier.llmcompressor.memory import MemoryNeed, check_memory
@@ -118,6 +119,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self._experts.check(oneshot)
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
         if oneshot is not None and oneshot.output_dir is not None:
+            masters = self.recover is not None and self.quantization is not None
+            check_disk(Path(oneshot.output_dir), model, self._names, masters=masters)
             self._finished = FinishedGroups(unfinished(oneshot.output_dir), self.about_run(model))
         self.check_memory(model, [], get_main_device(), torch.device(offload))
         recover, run = self.recover, (self._processes, self.quantization is not None)
@@ -169,8 +172,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def resume(self) -> None:
         """Find what a run of the same recipe, model and calibration set had pruned before it was killed."""
         if self._finished is not None:
-            calibrated = self.calibration_set.loader.sha256()
-            self._finished.begin({"order": self._order["order"], "calibration set": calibrated})
+            self._finished.begin({"order": self._order["order"], **self.calibration_set.identity()})
 
     def was_pruned(self, modules: Iterable[torch.nn.Module]) -> bool:
         """Whether all of these were pruned before the last run was killed."""

@@ -161,7 +161,8 @@ class Statistics:
     how the error that the output has before this module is pruned correlates with the inputs (dense_target.py uses it).
     The sum is kept as [d, d], to be multiplied by W at the end, or as [rows, d], whichever costs less. Its products
     are bfloat16 where that is fast, which changes C by less than a hundredth of what other tokens would change. Those of the
-    Hessian are float32, because it must stay positive definite.
+    Hessian are float32: it must stay positive definite, which rounded inputs would not ensure. (Inputs that are bfloat16 already
+    have exact products, and CUDA sums those in float32, so bfloat16 products would do there; that is not done.)
     """
 
     def __init__(self, columns: int, device: torch.device | str, weights: Sequence[torch.Tensor] | None = None):

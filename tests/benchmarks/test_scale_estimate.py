@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results" / "scale.md"
+GUIDE = ROOT / "docs" / "scale.md"
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,58 @@ def test_the_page_has_the_tables_of_the_command(benchmark):
     for title, table in benchmark.TABLES.items():
         section = page[page.index(f"\n## {title}") :]
         assert "\n".join(table()) in section, title
+
+
+def rows(table) -> dict[str, list[str]]:
+    """The cells of a table by its first column, or by its first two where those are a model and a number of GPUs."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("| ")]
+    return {f"{row[0]}, {row[1]}" if cells[0][1] == "GPUs" else row[0]: row[1:] for row in cells}
+
+
+def gigabytes(text: str) -> float:
+    number, unit = text.split()
+    return float(number.replace(",", "")) * {"GB": 1.0, "TB": 1000.0}[unit]
+
+
+def minutes(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"min": 1.0, "h": 60.0}[unit]
+
+
+def test_the_guide_has_the_numbers_of_the_command(benchmark):
+    guide = GUIDE.read_text()
+    up = rows(benchmark.TABLES["Processes"]())
+    won = rows(guide[guide.index("### What more GPUs win") :].splitlines())
+    assert {name: won[name] for name in ("7B", "32B", "70B")} == {name: up[name][:4] for name in ("7B", "32B", "70B")}
+    memory, hours = rows(benchmark.TABLES["Memory and disk"]()), rows(benchmark.TABLES["Hours"]())
+    section = guide[guide.index("| model | machine |") : guide.index("While it is pruned")]
+    machines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "GPU" in line]
+    assert len(machines) == 4
+    for name, machine, host, disk, time in machines:
+        model, gpus = name.partition(",")[0].replace("B mixture", "B MoE"), machine.split()[0]
+        _, _, weights, activations, on_disk = memory[model]
+        assert gigabytes(host) == pytest.approx(gigabytes(weights) + gigabytes(activations), abs=0.5), name
+        assert gigabytes(disk) == pytest.approx(gigabytes(on_disk), abs=50 if "TB" in disk else 0.5), name
+        assert minutes(time) == pytest.approx(
+            minutes(hours[f"{model}, {gpus}"][-1]), abs=30 if " h" in time else 0.5
+        ), name
+
+
+def test_the_guide_says_what_the_parts_that_stay_allow(benchmark):
+    guide = " ".join(GUIDE.read_text().split())
+    up, hours = rows(benchmark.TABLES["Processes"]()), rows(benchmark.TABLES["Hours"]())
+    for name, limit in (("7B", 5), ("70B", 4)):
+        assert f"near {limit} ({name})" in guide
+        assert 1 / (float(up[name][-1].rstrip("%")) / 100) == pytest.approx(limit, abs=0.5)
+    assert "six to seven times as fast as one" in guide
+    for model in ("7B", "32B", "70B"):
+        one, eight = (minutes(row[-1]) - minutes(row[-2]) for row in (hours[f"{model}, 1"], hours[f"{model}, 8"]))
+        assert 5.5 < one / eight < 7.5
+    assert "with one it takes 3 h in place of 2" in guide
+    assert round(minutes(hours["235B MoE, 1"][-1]) / 60) == 3
+    assert round(minutes(hours["235B MoE, 8"][-1]) / 60) == 2
+    assert "8 x 470 GB" in guide
+    assert round(gigabytes(rows(benchmark.TABLES["Memory and disk"]())["235B MoE"][2])) == 470
 
 
 def test_the_page_says_that_nothing_was_measured_on_a_gpu():

@@ -49,6 +49,15 @@ def test_the_sequences_are_the_stored_ids(build, trace_store):
     assert made.as_dict()["trace_stores"]["traces"]["sha256"] == TraceStore.read(trace_store).sha256()
 
 
+def test_its_identity_is_that_of_the_sequences_and_names_the_stores(build, trace_store):
+    one, two, other = (build(seed=seed).identity() for seed in (0, 0, 1))
+    assert one == two
+    assert one["calibration set"] != other["calibration set"]
+    said = {f"traces: {trace_store}": f"sha256 {TraceStore.read(trace_store).sha256()[:12]}"}
+    assert one["trace stores"] == other["trace stores"] == said
+    assert build(mixture={"prompts": 1.0}).identity()["trace stores"] == {}
+
+
 def test_the_choice_is_made_over_the_whole_store(build, trace_store):
     """A large store is sampled by the seed, not read from its front."""
     front = [(*t.prompt_ids, *t.completion_ids) for t in TraceStore.read(trace_store)][:9]

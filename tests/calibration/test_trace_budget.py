@@ -1,8 +1,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rac_modifier import model_tools
 from rac_modifier.calibration import trace_budget
 from rac_modifier.calibration.trace_budget import collect_for_calibration
 from rac_modifier.errors import RacError
@@ -65,6 +67,45 @@ def test_a_store_that_holds_exactly_enough_is_only_read(collect, trace_store, tm
     pool = collect(settings, tokens=TraceStore.read(trace_store).counts.tokens)["traces"]
     assert pool.usable_tokens() == TraceStore.read(trace_store).counts.tokens
     assert pool.store.path.read_bytes() == trace_store.read_bytes()
+
+
+@pytest.fixture
+def small_accelerator(model, monkeypatch):
+    """An accelerator that the model does not fit on, and that it must not be moved to."""
+    for module in (model_tools, trace_budget):
+        monkeypatch.setattr(module, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(type(model), "to", lambda self, device: pytest.fail(f"moved to {device}"))
+
+
+@pytest.mark.usefixtures("small_accelerator")
+def test_a_model_is_not_moved_where_the_store_holds_enough(collect, trace_store):
+    assert collect(entry(trace_store)["traces"], tokens=300)["traces"].usable_tokens() >= 300
+
+
+def test_the_default_store_is_looked_at_too(collect, request, tmp_path):
+    collect({}, tokens=300)
+    (tmp_path / "rac_traces").rename(tmp_path / "kept")
+    request.getfixturevalue("small_accelerator")
+    with pytest.raises(RacError, match="GiB are free on cuda"):
+        collect({}, tokens=300)
+    (tmp_path / "kept").rename(tmp_path / "rac_traces")
+    assert collect({}, tokens=300)["traces"].usable_tokens() >= 300
+
+
+@pytest.mark.usefixtures("small_accelerator")
+@pytest.mark.parametrize("there", [False, True], ids=["no store", "a store with too few"])
+def test_a_model_that_does_not_fit_is_refused_before_it_samples(collect, trace_store, tmp_path, there):
+    if there:
+        (tmp_path / "own.jsonl").write_bytes(trace_store.read_bytes())
+    with pytest.raises(
+        RacError, match=r"are free on cuda, .*: fill the trace store .*rac traces collect MODEL .*--serve"
+    ):
+        collect(entry(tmp_path / "own.jsonl")["traces"], tokens=10**5)
+    if there:
+        assert (tmp_path / "own.jsonl").read_bytes() == trace_store.read_bytes()
+    else:
+        assert not (tmp_path / "own.jsonl").exists()
 
 
 def test_traces_are_held_out_of_each_part_beside_its_share(collect):

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.checkpoint.files import JOURNAL_FILE
-from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
+from rac_modifier.checkpoint.output_folder import (
+    bytes_of_weights,
+    cached_folder,
+    check_output_folder,
+    check_room,
+    local_folder,
+    unfinished,
+)
 from rac_modifier.errors import RacError
 
 
@@ -83,3 +90,61 @@ def test_what_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_output_folder(tmp_path / "new", source, 3 * 2**30)
     with pytest.raises(RacError, match=r"3\.0 GiB are free, the checkpoint needs up to 3\.5 GiB"):
         check_output_folder(tmp_path / "new", source, 7 * 2**29)
+
+
+def test_groups_that_are_kept_beside_the_output_need_room_until_they_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 5 * 2**30))
+    check_room(out, 3 * 2**30, 2 * 2**30)
+    with pytest.raises(
+        RacError,
+        match=r"5\.0 GiB are free, the checkpoint needs up to 3\.0 GiB .* what is pruned so far up to 2\.5 GiB beside it; free",
+    ):
+        check_room(out, 3 * 2**30, 5 * 2**29)
+    unfinished(out).mkdir()
+    with (unfinished(out) / "group-00000.safetensors").open("wb") as file:
+        file.truncate(2**29)  # of a run that goes on: written already
+    check_room(out, 3 * 2**30, 5 * 2**29)
+    with pytest.raises(RacError, match="beside it"):
+        check_room(out, 3 * 2**30, 5 * 2**29 + 1)
+
+
+def test_the_bytes_of_weights_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(70))
+    assert bytes_of_weights(str(tmp_path)) == 70
+    (tmp_path / "model-1.safetensors").write_bytes(bytes(40))
+    (tmp_path / "model-2.safetensors").write_bytes(bytes(2))
+    assert bytes_of_weights(str(tmp_path)) == 42  # the same weights in another format are not read
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of owner/model in an empty cache of the hub, which cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--owner--model" / "refs").mkdir()
+    (tmp_path / "models--owner--model" / "refs" / "main").write_text("a" * 40)
+    return snapshot
+
+
+def test_the_bytes_of_weights_of_a_hub_id_are_those_in_the_cache(cached: Path) -> None:
+    assert bytes_of_weights("owner/model") is None  # not there yet
+    assert bytes_of_weights("owner/other") is None
+    assert bytes_of_weights("no hub id//") is None
+    (cached / "model.safetensors").write_bytes(bytes(30))
+    assert bytes_of_weights("owner/model") == 30
+    (cached / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 99}, "weight_map": {}}')
+    assert bytes_of_weights("owner/model") == 99
+    (cached / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert bytes_of_weights("owner/model") is None
+
+
+def test_the_folder_of_a_hub_id_is_that_in_the_cache(cached: Path, tmp_path: Path) -> None:
+    assert cached_folder("owner/model") is None
+    (cached / "config.json").write_text("{}")
+    assert cached_folder("owner/model") == cached
+    assert cached_folder(str(tmp_path)) == tmp_path

@@ -1,4 +1,6 @@
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +96,37 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
     code, _, stderr = rac("prune", recipe_file, "--check", "--precision", "float32")
     assert code != 0
     assert "--precision float32 has no effect" in stderr
+
+
+@pytest.mark.slow
+def test_torchrun_itself_saves_the_bytes_of_one_process(tiny_folder, trace_store, tmp_path):
+    """Its agent, its variables and processes that import all anew, where the other tests fork processes that look alike."""
+    calibration = {"tokens": 1500, "batch_tokens": 128, "held_out_tokens": 100}
+    (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store, calibration=calibration)))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    saved = {}
+    for name, start in {"one": [sys.executable], "two": command}.items():
+        words = ["-m", "rac_modifier.cli", "prune", tiny_folder, tmp_path / name, "--recipe", tmp_path / "recipe.yaml"]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*start, *map(str, words)], capture_output=True, text=True, env=variables, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count(f"saved to {tmp_path / name}") == 1
+        saved[name] = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+    assert saved["two"] == saved["one"] != {}
+    record = json.loads((tmp_path / "two" / "rac_run.json").read_text())
+    assert record["processes"] == 2
+    assert "processes" not in json.loads((tmp_path / "one" / "rac_run.json").read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -27,7 +27,8 @@ from llmcompressor import oneshot
 from torch import distributed
 
 import rac_modifier  # noqa: F401 - registers the modifier
-from rac_modifier import cli, processes
+from rac_modifier import cli, model_tools, processes
+from rac_modifier.calibration import trace_budget
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor import finished_groups, pruning_modifier
 from rac_modifier.processes import Processes
@@ -145,6 +146,13 @@ def patience_of(seconds: float) -> Before:
     return before
 
 
+def small_accelerator() -> None:
+    """The CPU in the part of an accelerator that the model must not be moved to as a whole."""
+    for module in (model_tools, trace_budget):
+        module.accelerator = lambda: torch.device("cpu")
+    model_tools.free_bytes = lambda device: 0
+
+
 def upstream(model: str, recipe: Path, output: str) -> Before:
     """`oneshot` of llm-compressor in a user's own script, which joins the processes itself."""
 
@@ -176,6 +184,7 @@ def main() -> None:
         run(f"int4-{count}", "int4", count, {2: slow})
     for count in (1, 2):
         run(f"experts-{count}", "experts", count, of=str(recipes / "mixture"))
+    run("streamed-2", "quality", 2, {0: small_accelerator, 1: small_accelerator})
     run("upstream-2", "paper", 2, run=upstream(model, recipes / "paper.yaml", "upstream-2"))
     for count in (1, 2):
         run(f"recovered-{count}", "recovered", count)

@@ -198,18 +198,6 @@ def test_a_device_whose_free_memory_is_not_known_is_not_checked():
     check_memory(need(), [GroupShape("down", 256, 64)], OTHER, OTHER)
 
 
-def test_free_memory_is_what_the_host_says(monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 12345}))
-    assert memory.free_bytes(CPU) == 12345
-
-
-def test_free_memory_of_a_device_includes_what_pytorch_holds_unused(monkeypatch):
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 5000))
-    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 700)
-    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 300)
-    assert memory.free_bytes(torch.device("cuda", 0)) == 1400
-
-
 def test_a_run_is_refused_before_anything_is_sampled(prune, monkeypatch):
     monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))

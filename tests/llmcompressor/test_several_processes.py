@@ -79,6 +79,13 @@ def test_experts_are_those_of_one_process(ran):
     assert two == one
 
 
+def test_a_model_larger_than_the_accelerators_is_measured_and_pruned_as_any_other(ran):
+    """Its weights, shared by the processes, are streamed to the accelerator where the held-out divergence is measured."""
+    folder, told = ran
+    assert told["codes"]["streamed-2"] == [0, 0], (folder / "streamed-2.0.txt").read_text()[-2000:]
+    assert result(folder / "streamed-2") == result(folder / "quality-2")
+
+
 def test_oneshot_of_upstream_under_torchrun_does_the_same(ran):
     folder, told = ran
     assert told["codes"]["upstream-2"] == [0, 0], (folder / "upstream-2.0.txt").read_text()[-2000:]
