@@ -23,8 +23,9 @@ from rac_modifier.kernels.cpu.operator import EIGHT_BITS, expand_and_multiply
 from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, set_activation_bits
 from rac_modifier.kernels.cpu.support import library_and_isa
 
-ROWS = (64, 256, 1024)  # of x
-_SHAPE = (512, 1024)  # of the weight
+ROWS = (64, 256, 1024, 2048)  # of x
+# Of the weight: about as large as layers are. Of a smaller one, what is expanded stays in the cache nearest to the core.
+_SHAPE = (2048, 1536)
 _REPEATS = 4
 MARGIN = 1.15
 
@@ -50,7 +51,7 @@ class Crossover:
 def measure_crossovers(kinds: Sequence[str]) -> list[Crossover]:
     """Time the kernel in use and the dense product on a 50 % sparse weight of each kind, with bfloat16 activations.
 
-    Takes about a tenth of a second of one core per kind.
+    Takes about a second of one core per kind.
 
     Raises:
         RacError: there is no compiled kernel.
@@ -65,13 +66,13 @@ def measure_crossovers(kinds: Sequence[str]) -> list[Crossover]:
 
 
 def rows_up_to(seconds: Mapping[int, tuple[float, float]]) -> float:
-    """Rows up to which the kernel stays, from times of the kernel and of the dense product by rows, in ascending order."""
-    before = ROWS[0] // 2
-    for rows, (own, dense) in seconds.items():
-        if own > MARGIN * dense:
-            return before
-        before = rows
-    return math.inf
+    """Rows up to which the kernel stays, from times of the kernel and of the dense product by rows, in ascending order.
+
+    That is one less than the first number with which the dense product was clearly faster: between two numbers that were timed
+    it may be slower, because expanding the weight takes as long for few rows as for many.
+    """
+    faster = (rows - 1 for rows, (own, dense) in seconds.items() if own > MARGIN * dense)
+    return next(faster, math.inf)
 
 
 @torch.inference_mode()
