@@ -30,7 +30,7 @@ def take(folders: list[Path], out: Path, chosen: str | None, height: int) -> Non
         shown.goto(file.as_uri())
         if chosen is not None:
             shown.locator("#rows button", has_text=chosen).first.click()
-            shown.evaluate("scrollTo(0, 0)")
+        shown.evaluate("document.querySelector('details').open = false; scrollTo(0, 0)")
         shown.screenshot(path=out)
         browser.close()
 
