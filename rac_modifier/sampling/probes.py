@@ -101,10 +101,8 @@ def check_name(card: dict[str, Any], model: str, server: str) -> None:
 
 
 def _last_name(model: str) -> str:
-    """What stays the same wherever a model is: "b" of "/x/b", "a/b" and "models--a--b/snapshots/4f2"; "" of "."."""
-    path = PurePath(model)
-    cached = next((part for part in path.parts if part.startswith("models--")), path.name)
-    return cached.split("--")[-1].lower()
+    """What stays the same wherever a model is: "b" of "/x/b", "a/b" and the hub's cache of a/b; "" of "."."""
+    return PurePath(public_name(model)).name.lower()
 
 
 @torch.no_grad()

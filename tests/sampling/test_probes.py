@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.reasoner import reasoner_path
 from rac_modifier.sampling.engine import Probe
 from rac_modifier.sampling.probes import check_card, check_name, check_probes, served_model
 from tests.tiny import save_tiny, tiny_model
@@ -63,6 +64,8 @@ def test_folders_of_two_models_are_told_apart(tmp_path):
         ("", "/data/name"),
         ("/models/reasoner", ""),
         (f"/models/{Path.cwd().name}", "."),
+        ("/models/reasoner", reasoner_path()),
+        (reasoner_path(), reasoner_path()),
     ],
 )
 def test_one_model_in_two_places_passes(root, model):
