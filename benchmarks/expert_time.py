@@ -38,7 +38,7 @@ import rac_modifier
 from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
-from rac_modifier.llmcompressor import memory, pruning_modifier
+from rac_modifier.llmcompressor import memory_check, pruning_modifier
 from rac_modifier.pruning.hessian import Statistics
 from rac_modifier.pruning.solve import solve_many
 from rac_modifier.pruning.topk import ranks_in_groups
@@ -75,17 +75,18 @@ class Measured:
         self.seconds = {"statistics": 0.0, "solving": 0.0}
         self.predicted = 0
         self.before = 0.0
-        self._check = memory.check_memory
+        self._check = memory_check.check_memory
         pruning_modifier.check_memory = self._begin  # type: ignore[attr-defined]
         Statistics.add = self._timed("statistics", Statistics.add)  # type: ignore[method-assign]
         pruning_modifier.solve_groups = self._timed("solving", pruning_modifier.solve_groups)  # type: ignore[attr-defined]
 
-    def _begin(self, need: Any, groups: Any, onload: torch.device, offload: torch.device, **options: Any) -> None:
-        self._check(need, groups, onload, offload, **options)
+    def _begin(self, need: Any, groups: Any, onload: torch.device, offload: torch.device, **options: Any) -> Any:
+        need = self._check(need, groups, onload, offload, **options)
         self.predicted = max(need.bytes_on(onload, onload, offload, group) for group in groups)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
         self.before = resident("VmRSS")
         self.started, self.faults = time.process_time(), faults()
+        return need
 
     def _timed(self, part: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:

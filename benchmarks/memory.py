@@ -1,7 +1,7 @@
 """Memory that a run is predicted to need, beside what its process grows by: the table in docs/results/scale.md.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py                   # minutes of a core, 4 GB
-    OMP_NUM_THREADS=1 python benchmarks/memory.py --cases "1.5B" --presets paper
+    OMP_NUM_THREADS=1 python benchmarks/memory.py --cases "1.5B, 1 layer" --presets paper quality --free 2
 
 Each row is a run of `oneshot` in a process of its own, with random weights in float32 and 2:4: decoder layers of the shapes of
 Qwen2.5-0.5B and Qwen2-1.5B, and of OLMoE-1B-7B with 4 of its 64 experts (expert_time.py), attention left dense.
@@ -30,6 +30,7 @@ import rac_modifier
 from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
+from rac_modifier.llmcompressor import memory_check
 from rac_modifier.settings.calibration import CalibrationSettings
 
 QWEN_0_5B = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -82,8 +83,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument(
+        "--free", type=float, help="GiB that are taken to be free; where activations do not fit, some are computed twice"
+    )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.free:
+        memory_check.free_bytes = lambda device: int(args.free * 2**30)  # type: ignore[attr-defined]
     if args.one:
         print(json.dumps(run(*args.one)))
         return
@@ -94,6 +100,7 @@ def main() -> None:
     for case in args.cases:
         for preset in args.presets:
             command = [sys.executable, __file__, "--one", case, preset]
+            command += ["--free", str(args.free)] if args.free else []
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found = json.loads(done.stdout.strip().splitlines()[-1])
             cells = (f"{found[name] / 2**20:,.0f} MiB" for name in ("predicted", "peak"))

@@ -4,11 +4,13 @@
     python benchmarks/pruning_time.py --case reasoner
     python benchmarks/pruning_time.py --case qwen2-7b-1-layer --tokens 131072
     python benchmarks/pruning_time.py --who paper "paper + refit" quality    # any of VARIANTS in common.py
+    python benchmarks/pruning_time.py --rounds 0 --free 16    # each once in its own process, as if 16 GiB were free
 
 `ours` is SparseGPT as upstream's, in our order (group by group); the presets can be compared with each other as well.
 All go through upstream's `oneshot` on a fresh copy of the same model, in one process, in turn; the time is that of the
 whole call. The batches hold no padding, which upstream would count. The error compares the last hidden state with the
-dense model's on the calibration batches. Peak memory comes from one further process for each, over its size before the call.
+dense model's on the calibration batches. Peak memory comes from one further process for each, over its size before the call;
+with `--rounds 0` time and error come from that process, too.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import rac_modifier
 from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
+from rac_modifier.llmcompressor import memory_check
 from rac_modifier.settings.calibration import CalibrationSettings
 
 BATCH_TOKENS = 4096
@@ -129,7 +132,7 @@ class Peer:
 
 
 def compare(
-    case: str, pattern: str, tokens: int | None, rounds: int, who: list[str], with_memory: bool
+    case: str, pattern: str, tokens: int | None, rounds: int, who: list[str], with_memory: bool, free: float | None
 ) -> dict[str, Any]:
     peer = Peer(case, pattern, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in who}
@@ -145,7 +148,11 @@ def compare(
                 flush=True,
             )
             del model
-    memory = {name: peak_memory(case, pattern, tokens, name) if with_memory else float("nan") for name in who}
+    alone = {name: by_itself(case, pattern, tokens, free, name) if with_memory else {} for name in who}
+    memory = {name: alone[name].get("mib", float("nan")) for name in who}
+    for name in who if not rounds else ():
+        seconds[name], errors[name] = [alone[name]["seconds"]], alone[name]["error"]
+        print(f"{case} {pattern}: {name} {seconds[name][0]:.2f} s, {alone[name]['cpu']:.2f} s of CPU", flush=True)
     for name in who:
         ratios = [s / first for s, first in zip(seconds[name], seconds[who[0]], strict=True)]
         print(
@@ -164,12 +171,13 @@ def compare(
     }
 
 
-def peak_memory(case: str, pattern: str, tokens: int | None, who: str) -> float:
-    """MiB that the call adds to a fresh process's peak."""
+def by_itself(case: str, pattern: str, tokens: int | None, free: float | None, who: str) -> dict[str, float]:
+    """One run in a process of its own: MiB that the call adds to its peak, seconds, those of the processor, error."""
     command = [sys.executable, __file__, "--case", case, "--pattern", pattern, "--memory-of", who]
     command += ["--tokens", str(tokens)] if tokens else []
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.strip().splitlines()[-1])
+    command += ["--free", str(free)] if free else []
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
 
 
 def resident(field: str) -> float:
@@ -186,22 +194,34 @@ def main() -> None:
         "--who", choices=WHO, nargs="+", default=["upstream", "ours"], help="the first is what the ratios are to"
     )
     parser.add_argument("--tokens", type=int, default=None, help="calibration tokens; each case has its own default")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: each once, in a process of its own")
+    parser.add_argument(
+        "--free",
+        type=float,
+        help="GiB that are taken to be free; where activations do not fit, some are computed twice",
+    )
     parser.add_argument("--without-memory", action="store_true", help="leave out the runs that measure peak memory")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--memory-of", choices=WHO, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.free:
+        memory_check.free_bytes = lambda device: int(args.free * 2**30)  # type: ignore[attr-defined]
+    if args.without_memory and not args.rounds:
+        parser.error("--rounds 0 measures in the processes that --without-memory leaves out: give one of both")
     if args.memory_of:
         peer = Peer(args.case[0], args.pattern[0], args.tokens)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
         before = resident("VmRSS")
-        peer.prune(args.memory_of)
-        print(resident("VmHWM") - before)
+        took, model = peer.prune(args.memory_of)
+        found = {"mib": resident("VmHWM") - before, "seconds": took, "cpu": peer.cpu_seconds}
+        print(json.dumps({**found, "error": peer.error(model)}))
         return
     print(machine())
-    print(f"| case | sparsity | who | time, median of {args.rounds} | ratio | error | peak memory over the start |")
+    print(
+        f"| case | sparsity | who | time, median of {args.rounds or 1} | ratio | error | peak memory over the start |"
+    )
     results = [
-        compare(case, pattern, args.tokens, args.rounds, args.who, not args.without_memory)
+        compare(case, pattern, args.tokens, args.rounds, args.who, not args.without_memory, args.free)
         for case in args.case or list(CASES)[:2]
         for pattern in args.pattern or ("2:4", "0:0")
     ]

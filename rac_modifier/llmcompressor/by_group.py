@@ -19,6 +19,7 @@ from rac_modifier.llmcompressor.dense_stream import DenseStream
 from rac_modifier.llmcompressor.experts import only_routed_tokens
 from rac_modifier.llmcompressor.input_groups import InputGroup
 from rac_modifier.llmcompressor.large_results import BeforeLargeResults
+from rac_modifier.llmcompressor.pruned_stream import PrunedStream, read
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.stages import Stage
 
@@ -30,13 +31,16 @@ def calibrate_by_group(
     pruner: Pruner,
     onload_device: torch.device,
     offload_device: torch.device,
+    *,
+    twice_before: int = 0,
 ) -> None:
     """Prune the modules of each stage on their inputs in the pruned model, then run the stage.
 
     Upstream takes all Hessians of a decoder layer before it prunes any of its modules. This costs a second pass, and
     o_proj and the MLP are calibrated on inputs that they will not get in the pruned model. Activations are kept as in upstream,
-    in an `IntermediatesCache`; with the dense target (`pruner.needs_dense_stream`) there are two (dense_stream.py). The routed
-    experts of a layer are a stage of their own (by_expert.py).
+    in an `IntermediatesCache` (pruned_stream.py; `twice_before`: with less kept); with the dense
+    target (`pruner.needs_dense_stream`) there are two (dense_stream.py). The routed experts of a layer are a stage of their own
+    (by_expert.py).
     """
     LifecycleCallbacks.calibration_start()
     with contextlib.ExitStack() as stack:
@@ -46,7 +50,8 @@ def calibrate_by_group(
         stack.enter_context(BeforeLargeResults())
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(only_routed_tokens())
-        pruned = IntermediatesCache.from_dataloader(loader, onload_device, offload_device)
+        cache = IntermediatesCache.from_dataloader(loader, onload_device, offload_device)
+        pruned = PrunedStream(model, cache, twice_before=twice_before)
         dense: DenseStream | None = None  # until something was pruned, both models' activations are the same
         batches, tokens = range(len(loader)), sum(weights.numel() for weights in loader.token_weights)
         last = max(i for i, stage in enumerate(stages) if stage.modules)
@@ -55,19 +60,20 @@ def calibrate_by_group(
                 if stage.modules:
                     return_freed_memory()
                     if pruner.needs_dense_stream and dense is None:
-                        dense = DenseStream(model, pruned, tokens)
+                        dense = DenseStream(model, cache, tokens)
                     known = pruner.was_pruned(stage.modules)  # by a run that was killed
                     routed, group = stage.experts, None
                     if routed is not None:
-                        read = read_by_experts(stage, pruned, None if dense is None else dense.cache, loader)
-                    caches = [pruned, *([] if dense is None else [dense.cache])]
+                        of_experts = read_by_experts(stage, cache, None if dense is None else dense.cache, loader)
                     waits = dense is not None and index < last and dense.waits(stage, stages[index + 1])
                     with dense.catching_up() if dense is not None else contextlib.nullcontext():
                         for batch in batches:
                             if dense is not None:
                                 dense.catch_up(batch)
                             if not known and routed is None:
-                                inputs = [_input(stage, cache, batch) for cache in caches]
+                                inputs = [pruned.inputs(stage, batch)]
+                                if dense is not None:
+                                    inputs.append(read(stage, dense.cache, batch))
                                 group = group or InputGroup.of(
                                     stage.modules, inputs[0].device, with_cross_moment=pruner.needs_dense_stream
                                 )
@@ -81,21 +87,12 @@ def calibrate_by_group(
                     if dense is not None and waits:
                         dense.leave(stage)
                     if routed is not None:
-                        prune_experts(routed, read, pruner, onload_device)
-                        del read  # of both models, as large as a stream of activations each
+                        prune_experts(routed, of_experts, pruner, onload_device)
+                        del of_experts  # of both models, as large as a stream of activations each
                     elif group is None:
                         pruner.restore(stage.modules)
                     else:
                         pruner.prune_groups([group])
                 if index < last:
-                    return_freed_memory()
-                    for batch in batches:
-                        stage.run(model, pruned, batch)
-                        return_freed_memory()
+                    pruned.run(stage, stages[index + 1])
         LifecycleCallbacks.calibration_end()
-
-
-def _input(stage: Stage, cache: IntermediatesCache, batch: int) -> torch.Tensor:
-    """What the modules of a stage read in one batch."""
-    (x,) = cache.fetch(batch, [str(stage.reads)]).values()
-    return x

@@ -18,9 +18,16 @@ def saves_by_waiting(here: GroupShape | None, after: GroupShape | None, tokens: 
 
     The dense stream waits there (dense_stream.py). Not beside routed experts, which take what they read from all batches.
     """
-    if here is None or after is None or here.routed or after.routed:
+    if here is None or after is None or not widens(here, after, after.columns):
         return False
     return tokens * (after.columns - here.columns) > here.columns * here.rows
+
+
+def widens(here: GroupShape | None, after: GroupShape | None, columns: int) -> bool:
+    """Whether the group `after` reads `columns` numbers, and this one fewer. Not beside routed experts."""
+    if here is None or after is None or here.routed or after.routed:
+        return False
+    return here.columns < after.columns == columns
 
 
 @dataclass(frozen=True)

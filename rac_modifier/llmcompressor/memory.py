@@ -5,7 +5,8 @@ A run goes from group to group: modules that read the same input, of d columns a
     kept   tokens (d + hidden) * bytes of an activation                what the group reads, and the residual stream
            tokens hidden * bytes of an activation                      layer by layer: the residual stream alone
            and as much once more for the dense target, where d is that of the group before if the dense stream waits there
-           (dense_stream.py), and hidden of routed experts: the dense model's inputs stay while they are pruned
+           (dense_stream.py), and hidden of routed experts: the dense model's inputs stay while they are pruned;
+           where all that does not fit, d is that of the group before for the pruned model too (pruned_stream.py)
            masks and positions of attention                            which upstream's cache keeps from layer to layer
 
 and beside that, one after the other, so that the largest counts:
@@ -29,28 +30,24 @@ process grows by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from loguru import logger
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.errors import RacError
 from rac_modifier.float32_products import CODE_OF_A_SHAPE, SIZES_PER_DOUBLING, onednn_is_faster
-from rac_modifier.freed_memory import WITH_GAPS, expect_growth
-from rac_modifier.llmcompressor.group_shape import GroupShape, saves_by_waiting
+from rac_modifier.freed_memory import WITH_GAPS
+from rac_modifier.llmcompressor.group_shape import GroupShape, saves_by_waiting, widens
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
-from rac_modifier.model_tools import free_bytes
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.hessian import ROWS, block_columns, blocks_of_triangle, numbers_of_lane
 from rac_modifier.pruning.sparsegpt import at_once
 from rac_modifier.settings.entries import PruningEntry
 
-_FLOAT32, _CPU = 4, torch.device("cpu")
+FLOAT32, _CPU = 4, torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,8 @@ class MemoryNeed:
         hidden: width of the residual stream.
         activation_bytes: of one number of an activation.
         by_layer: whether activations are kept between layers only, and not between groups.
+        twice_before: groups before those that read so many columns run twice, so that the pruned model's wide inputs are not
+            kept; 0: none does.
         solver: its steps.
         experts: the most routed experts of a layer, 0 where there are none.
         attention: of the model; nothing before the calibration set is there.
@@ -78,6 +77,7 @@ class MemoryNeed:
     experts: int = 0
     attention: Attention = field(default_factory=Attention)
     attention_follows_all: bool = False
+    twice_before: int = 0
 
     @classmethod
     def of(
@@ -125,12 +125,21 @@ class MemoryNeed:
         """Whether the dense stream does not run a group before the next one takes its statistics (dense_stream.py)."""
         return self.dense_target and not self.by_layer and saves_by_waiting(group, after, self.tokens)
 
+    def runs_twice(self, group: GroupShape | None, after: GroupShape | None) -> bool:
+        """Whether the pruned model runs a group once for the statistics of the next one, and again with it."""
+        return not self.by_layer and widens(group, after, self.twice_before)
+
     def kept(self, group: GroupShape) -> int:
         """Bytes of activations that are kept while this group is pruned."""
-        width = self.hidden if self.by_layer else group.columns + self.hidden
+        width = self.hidden if self.by_layer else self._columns(group) + self.hidden
         width += (self._dense_columns(group) + self.hidden) if self.dense_target else 0
         held = self.hidden if self.experts and self.dense_target else 0
         return self.tokens * (width + held) * self.activation_bytes + self.attention.kept
+
+    def _columns(self, group: GroupShape) -> int:
+        """Inputs that the pruned model is kept at while this group is pruned."""
+        before = group.before
+        return before.columns if before is not None and self.runs_twice(before, group) else group.columns
 
     def _dense_columns(self, group: GroupShape) -> int:
         """Inputs that the dense model is kept at, where its stream begins with this group or where that ends, if it is more."""
@@ -141,9 +150,9 @@ class MemoryNeed:
 
     def grows(self, group: GroupShape) -> int:
         """Bytes of activations more when the last batch runs: those before it have become what the next group reads."""
-        if self.by_layer or group.routed or group.after is None:
+        if self.by_layer or group.routed or group.after is None or self.runs_twice(group, group.after):
             return 0
-        wider = max(group.after.columns - group.columns, 0)
+        wider = max(group.after.columns - self._columns(group), 0)
         return max(self.tokens - self.batch_tokens, 0) * wider * self.activation_bytes
 
     def work(self, group: GroupShape, device: torch.device = _CPU) -> int:
@@ -177,22 +186,32 @@ class MemoryNeed:
         modules = int(self.batch_tokens * width * self.activation_bytes)
         before_attention = group.columns == self.hidden and ".mlp." not in group.name  # q, k and v, or o
         attends = self.by_layer or self.attention_follows_all or before_attention
-        return max(modules, self.attention.peak if attends else 0)
+        here = max(modules, self.attention.peak if attends else 0)
+        if group.before is None or not self.runs_twice(group.before, group):
+            return here
+        return max(self.forward(group.before), here + self.inputs(group))
+
+    def inputs(self, group: GroupShape) -> int:
+        """Bytes of what a group reads in the largest batch."""
+        return self.batch_tokens * group.columns * self.activation_bytes
 
     def statistics(self, group: GroupShape, device: torch.device = _CPU) -> int:
         """Of sums, while batches are added and run."""
         d, dense = group.columns, int(self.dense_target)
         cross = dense * d * (d if group.rows >= d / 2 else group.rows)
         product = 0.5 * cross if linalg.bf16_is_fast(device) else 0.0
-        sums = _FLOAT32 * (d**2 + numbers_of_lane(d) + 2 * cross) + group.summed
-        inputs = _FLOAT32 * (min(self.batch_tokens, ROWS) * d * (2 + 2 * dense) + product)
+        sums = FLOAT32 * (d**2 + numbers_of_lane(d) + 2 * cross) + group.summed
+        inputs = FLOAT32 * (min(self.batch_tokens, ROWS) * d * (2 + 2 * dense) + product)
         together = self.together(group, device)
         if not self.by_layer:  # of experts that are solved with this one
-            sums += _FLOAT32 * (together - 1) * (d**2 + cross)
+            sums += FLOAT32 * (together - 1) * (d**2 + cross)
         here = self.by_layer or (dense and not group.routed and not self.waits(group, group.after))
         runs = self.forward(group) if here else 0
         if group.before is not None and self.waits(group.before, group):
-            sums += self.weights(group.before) + self.batch_tokens * d * self.activation_bytes
+            sums += self.weights(group.before) + self.inputs(group)
+            runs = max(runs, self.forward(group.before))
+        if group.before is not None and self.runs_twice(group.before, group):
+            sums += self.inputs(group)
             runs = max(runs, self.forward(group.before))
         return int(sums + max(inputs, runs + (self.copies(group, device) if self.by_layer else 0)))
 
@@ -203,7 +222,7 @@ class MemoryNeed:
     def copies(self, group: GroupShape, device: torch.device = _CPU) -> int:
         """Of the inputs of a batch, input by input, and of a block row of its sum, where products take these (hessian.py)."""
         tokens = min(self.batch_tokens, ROWS // 2) + block_columns(group.columns)
-        return _FLOAT32 * tokens * group.columns if onednn_is_faster(device) else 0
+        return FLOAT32 * tokens * group.columns if onednn_is_faster(device) else 0
 
     def solving(self, group: GroupShape, device: torch.device = _CPU) -> int:
         """Of the solver's largest step."""
@@ -216,7 +235,7 @@ class MemoryNeed:
             at_once = self.solver.solver == "sparsegpt" or name == "rounding"
             most = max(most, together * numbers if at_once else numbers + waiting)
         left = self.weights(group) if self.waits(group, group.after) else 0
-        return int(group.beside + left + _FLOAT32 * most)
+        return int(group.beside + left + FLOAT32 * most)
 
     def together(self, group: GroupShape, device: torch.device) -> int:
         """How many groups like this one are solved at once."""
@@ -224,58 +243,3 @@ class MemoryNeed:
             return 1
         alike = group.alike or (1 if self.by_layer else max(self.experts, 1))
         return min(at_once(group.columns, group.rows, device), alike)
-
-
-def check_memory(
-    need: MemoryNeed,
-    groups: Sequence[GroupShape],
-    onload: torch.device,
-    offload: torch.device,
-    free: Callable[[torch.device], int | None] | None = None,
-    *,
-    processes: int = 1,
-) -> None:
-    """Refuse a run whose largest group needs more memory than is free; say how much that is.
-
-    Statistics and solver use `onload`, activations are kept on `offload`; where both are one device, both count there.
-    Of several processes on one machine, each has a device of its own, and an equal part of the memory of the host.
-
-    Raises:
-        RacError: naming the module, the bytes needed and free, and what to change.
-    """
-    free = free or free_bytes
-    expect_growth(max(need.bytes_on(_CPU, onload, offload, group) for group in groups))
-    doing = "quantizing" if need.solver.solver == "none" else "pruning"
-    for device in dict.fromkeys((onload, offload)):
-        bytes_of = partial(need.bytes_on, device, onload, offload)
-        largest = max(groups, key=bytes_of)
-        needed, available = bytes_of(largest), free(device)
-        if available is not None and device.type == "cpu":
-            available //= processes
-        message = f"{doing} {largest.name} is predicted to need {_gib(needed)} on {device} beside the model"
-        if available is None:
-            logger.info(f"{message}; how much is free there is not known, so it is not checked")
-        elif needed > available:
-            raise RacError(f"{message}, and {_gib(available)} are free: {_next_step(need, largest, bytes_of(largest))}")
-        else:
-            logger.info(f"{message}; {_gib(available)} are free")
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB ({count:,} bytes)"
-
-
-def _next_step(need: MemoryNeed, group: GroupShape, needed: int) -> str:
-    """What would help most: fewer activations, smaller batches, or a lighter method."""
-    steps = []
-    if need.kept(group) > needed / 4:
-        steps.append(f"set a lower calibration.tokens ({need.tokens:,} tokens are calibrated on now)")
-    if min(need.batch_tokens, ROWS) * group.columns * _FLOAT32 > needed / 8:
-        below = min(need.batch_tokens, ROWS)  # of a larger batch no more are converted at once
-        steps.append(f"set calibration.batch_tokens below {below:,} (the largest batch has {need.batch_tokens:,})")
-    if need.dense_target:
-        steps.append("set reconstruct: pruned, which keeps one model's activations instead of two")
-    if not need.by_layer:
-        steps.append("set preset: paper, which keeps activations between layers only")
-    steps.append(f"add {group.name} to ignore")
-    return ", or ".join(steps)

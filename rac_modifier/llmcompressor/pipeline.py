@@ -155,9 +155,9 @@ def _prune(
         except UntraceableError as error:
             why = str(error)
     pruner.use_order("group" if stages else "layer", why)
-    pruner.check_memory(model, [group for stage in stages for group in stage.groups], device, offload)
+    twice_before = pruner.check_memory(model, [group for stage in stages for group in stage.groups], device, offload)
     pruner.resume()
     if stages:
-        calibrate_by_group(model, loader, stages, pruner, device, offload)
+        calibrate_by_group(model, loader, stages, pruner, device, offload, twice_before=twice_before)
     else:
         calibrate_by_layer(model, loader, pruner, dataset_args, session, device)

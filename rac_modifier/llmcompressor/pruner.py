@@ -53,8 +53,12 @@ class Pruner(Protocol):
         groups: list[list[torch.nn.Module]],
         onload: torch.device,
         offload: torch.device,
-    ) -> None:
-        """Refuse to start where the largest of these groups (none: of the modules) needs more memory than is free."""
+    ) -> int:
+        """Refuse to start where the largest of these groups (none: of the modules) needs more memory than is free.
+
+        Returns:
+            0; or, where it fits only if stages run twice before those that read so many columns, that number (pruned_stream.py).
+        """
 
     def resume(self) -> None:
         """Find what a run of the same recipe, model and calibration set had pruned before it was killed."""

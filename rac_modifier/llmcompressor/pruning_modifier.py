@@ -25,7 +25,8 @@ from rac_modifier.llmcompressor.expert_record import ExpertRecord
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups, check_disk
 from rac_modifier.llmcompressor.group_shape import GroupShape
 from rac_modifier.llmcompressor.input_groups import HessianCollector, InputGroup
-from rac_modifier.llmcompressor.memory import MemoryNeed, check_memory
+from rac_modifier.llmcompressor.memory import MemoryNeed
+from rac_modifier.llmcompressor.memory_check import check_memory
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.progress import PruningProgress
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer, rounding_of
@@ -141,8 +142,11 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         groups: list[list[torch.nn.Module]],
         onload: torch.device,
         offload: torch.device,
-    ) -> None:
+    ) -> int:
         """Refuse to start where the largest of these groups (none: of the modules) needs more memory than is free.
+
+        Returns:
+            0; or, where it fits only if stages run twice before those that read so many columns, that number (pruned_stream.py).
 
         Raises:
             RacError: naming the module, the bytes needed and free, and what to change.
@@ -152,7 +156,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         need = MemoryNeed.of(self, self.known_share, model, self._names.values(), by_layer=by_layer, processes=count)
         each = groups or [[module] for module in self._names]
         shapes = GroupShape.by_layer(model, self._names) if by_layer else GroupShape.by_group(model, self._names, each)
-        check_memory(need, shapes, onload, offload, processes=count)
+        return check_memory(need, shapes, onload, offload, processes=count).twice_before
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every module to prune."""

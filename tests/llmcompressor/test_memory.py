@@ -9,10 +9,9 @@ import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import AutoModelForCausalLM
 
-from rac_modifier import RacError
 from rac_modifier.llmcompressor import memory
 from rac_modifier.llmcompressor.group_shape import GroupShape
-from rac_modifier.llmcompressor.memory import MemoryNeed, check_memory
+from rac_modifier.llmcompressor.memory import MemoryNeed
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from tests.tiny import save_tiny_experts
 
@@ -143,37 +142,6 @@ def test_inputs_are_copied_where_onednn_multiplies_them(faster, numbers, monkeyp
     assert need().copies(GroupShape("down", 256, 64)) == 4 * numbers
 
 
-def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
-    groups = [GroupShape("small", 32, 32), GroupShape("layers.3.down", 256, 64)]
-    bytes_needed = need().bytes_on(CPU, CPU, CPU, groups[1])
-    check_memory(need(), groups, CPU, CPU, free=lambda device: bytes_needed)
-    with pytest.raises(RacError) as caught:
-        check_memory(need(), groups, CPU, CPU, free=lambda device: bytes_needed - 1)
-    message = str(caught.value)
-    assert "layers.3.down" in message
-    assert f"({bytes_needed:,} bytes)" in message
-    assert f"({bytes_needed - 1:,} bytes) are free" in message
-    assert "calibration.tokens" in message
-    assert "preset: paper" in message
-    assert "reconstruct: pruned" not in message  # it is already
-
-
-@pytest.mark.parametrize(("solver", "doing"), [("none", "quantizing"), ("alps", "pruning"), ("keep", "pruning")])
-def test_a_run_that_only_quantizes_is_not_said_to_prune(solver, doing):
-    with pytest.raises(RacError, match=f"^{doing} down is predicted to need"):
-        check_memory(need(solver=solver), [GroupShape("down", 256, 64)], CPU, CPU, free=lambda device: 1)
-
-
-def test_activations_and_solver_are_checked_on_their_own_devices():
-    group = GroupShape("down", 256, 64)
-    free = {CPU: need().kept(group), OTHER: need().work(group, OTHER)}
-    check_memory(need(), [group], OTHER, CPU, free=free.get)
-    with pytest.raises(RacError, match="on cpu"):
-        check_memory(need(), [group], OTHER, CPU, free={**free, CPU: free[CPU] - 1}.get)
-    with pytest.raises(RacError, match="on meta"):
-        check_memory(need(), [group], OTHER, CPU, free={**free, OTHER: free[OTHER] - 1}.get)
-
-
 def test_a_process_on_a_cpu_has_gaps_between_its_blocks():
     group = GroupShape("down", 256, 64)
     work, kept = need().work(group), need().kept(group)
@@ -194,28 +162,31 @@ def test_code_for_the_tokens_of_experts_is_counted_where_onednn_multiplies(faste
     assert whole == int(1.15 * dense.work(group)) + dense.kept(group) + dense.code(group)
 
 
-def test_a_device_whose_free_memory_is_not_known_is_not_checked():
-    check_memory(need(), [GroupShape("down", 256, 64)], OTHER, OTHER)
-
-
-def test_a_run_is_refused_before_anything_is_sampled(prune, monkeypatch):
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    with pytest.raises(RacError, match=r"down_proj is predicted to need .* on cpu .* are free: .*calibration\.tokens"):
-        prune()
-
-
-def test_padding_is_counted_once_the_calibration_set_is_there(prune, monkeypatch):
-    """Two checks: with the budget before sampling, with padded batches and the traced groups before pruning."""
-    seen = []
-    monkeypatch.setattr(
-        "rac_modifier.llmcompressor.pruning_modifier.check_memory",
-        lambda need, groups, onload, offload, **_: seen.append((need, groups)),
+def test_where_gate_runs_twice_downs_inputs_are_counted_for_one_batch():
+    """Of 1,000 tokens in batches of 100: gate's 64 numbers of two bytes are kept in place of down's 256."""
+    o, gate, down = GroupShape("o", 32, 64), GroupShape("gate", 64, 500), GroupShape("down", 256, 64)
+    q = GroupShape("q", 64, 64)
+    o, gate = replace(o, after=gate), replace(gate, before=o, after=down)
+    down = replace(down, before=gate, after=q)
+    once, twice = need(), need(twice_before=256)
+    assert (twice.runs_twice(gate, down), twice.runs_twice(o, gate), once.runs_twice(gate, down)) == (
+        True,
+        False,
+        False,
     )
-    prune(calibration={"tokens": 1500, "batch_tokens": 512})
-    (before, modules), (after, groups) = seen
-    assert (before.tokens, before.batch_tokens) == (1500, 512)
-    assert after.tokens > 1500
-    assert after.batch_tokens <= 512
-    assert len(modules) == 14
-    assert [group.rows for group in groups[:4]] == [128, 64, 256, 64]
+    assert not need(twice_before=256, by_layer=True).runs_twice(gate, down)
+    assert not twice.runs_twice(gate, replace(down, routed=True))
+    assert once.kept(down) == 1000 * (256 + 64) * 2
+    assert twice.kept(down) == twice.kept(gate) == 1000 * (64 + 64) * 2
+    assert (once.grows(gate), twice.grows(gate), twice.grows(down)) == (900 * (256 - 64) * 2, 0, 0)
+    batch = 100 * 256 * 2
+    assert twice.forward(down) == max(once.forward(gate), once.forward(down) + batch)
+    sums = 4 * 256**2 * (1 + 10 / 16) + batch
+    assert twice.statistics(down) == sums + max(once.forward(gate), 4 * 100 * 256 * 2)
+    both = need(twice_before=256, dense_target=True, tokens=10_000)
+    assert both.waits(gate, down)
+    assert both.kept(down) == 10_000 * 4 * 64 * 2
+    assert both.statistics(down) == (
+        4 * (256**2 * (1 + 10 / 16) + 2 * 64 * 256) + 64 * 500 * 2 + 2 * batch
+        + max(once.forward(gate), once.forward(down) + batch, 4 * (100 * 256 * 4 + 0.5 * 64 * 256))
+    )  # fmt: skip
