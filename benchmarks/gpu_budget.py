@@ -72,12 +72,12 @@ def plan(
     yield "not in it: what the GPU does, compute-sanitizer, and the served model"
 
 
-def _seconds_to_make(kind: tuple[int, int, bool, bool]) -> float:
-    bits, group, two_of_four, fp8 = kind
+def _seconds_to_make(kind: tuple[int, int, bool, bool, bool]) -> float:
+    bits, _, two_of_four, *_ = kind
     start = time.perf_counter()
-    weight = random_weight(*_SAMPLE, bits, group, two_of_four, fp8)
+    weight = random_weight(*_SAMPLE, *kind)
     stored = torch.int32 if bits == 4 else weight.values.dtype
-    layout = layouts.layout_of(stored, weight.group, weight.columns, two_of_four)
+    layout = layouts.layout_of(stored, weight.group, weight.columns, two_of_four, weight.group_bytes)
     assert layout is not None
     layouts.pack(weight, layout)
     return time.perf_counter() - start

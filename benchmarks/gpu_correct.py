@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels import cuda
-from rac_modifier.kernels.cuda import library
-from rac_modifier.kernels.cuda.backend import DATA, LAYOUT
+from rac_modifier.kernels.cuda import cusparselt, library
+from rac_modifier.kernels.cuda.backend import DATA, LAYOUT, PROMPTS
 from rac_modifier.kernels.cuda.layout import ALL
 from rac_modifier.kernels.cuda.operator import run_program
 from rac_modifier.kernels.cuda.programs import Program, all_programs, expand_program, most_tokens
@@ -21,8 +21,14 @@ from rac_modifier.kernels.cuda.programs import Program, all_programs, expand_pro
 TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 128, 257)
 PROGRAMS_SHAPE = (200, 4104)  # parts of 16 to 128 rows, and each ring goes round more than once
 ODD_SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))
+PROMPTS_SHAPE = (272, 1024)  # for cuSPARSELt, which wants multiples of 16
+PROMPTS_TOKENS = (257, 2048)  # and multiples of 8, to which they are padded
 # By which share of the time programs of a layout, which are compiled then, and products of a weight must have begun.
 PROGRAMS_BY, CHECKED_BY = 0.5, 0.35
+
+
+class NotCapturedError(RacError):
+    """Why a product cannot be part of a CUDA graph."""
 
 
 @contextmanager
@@ -37,10 +43,18 @@ def exact_sums() -> Iterator[None]:
         setting.allow_bf16_reduced_precision_reduction = before
 
 
-def error_of(what: str, linear: Linear, x: Tensor, dense: Tensor, bias: Tensor, expanded: bool) -> float:
+def error_of(
+    what: str,
+    linear: Linear,
+    x: Tensor,
+    dense: Tensor,
+    bias: Tensor,
+    expanded: bool,
+    variable: str = cuda.VARIABLE,
+) -> float:
     """The largest error of a product over what sums in fp32 and one rounding allow. 1 is the bound.
 
-    `dense`: the weight in float64. `expanded`: its scaled values are rounded to bfloat16 first.
+    `dense`: the weight in float64. `expanded`: its scaled values are rounded to bfloat16 first. `variable`: asks for the product.
 
     Raises:
         RacError: a wrong result, or other bits the second time.
@@ -52,9 +66,9 @@ def error_of(what: str, linear: Linear, x: Tensor, dense: Tensor, bias: Tensor, 
     bound = terms * 2.0**-19 + exact.abs() * 2.0**-8 + (2.0**-8 * terms if expanded else 0.0)
     error = float(((y.double() - exact).abs() / bound).max())
     if not error <= 1.0:
-        raise RacError(f"{what}: wrong by {error:.3g} times the bound; do not set RAC_GPU_KERNELS, and report this")
+        raise RacError(f"{what}: wrong by {error:.3g} times the bound; do not set {variable}, and report this")
     if not torch.equal(again, y):
-        raise RacError(f"{what}: other bits the second time; do not set RAC_GPU_KERNELS, and report this")
+        raise RacError(f"{what}: other bits the second time; do not set {variable}, and report this")
     return error
 
 
@@ -113,6 +127,46 @@ def check(
                 yield {"format": name, "rows": rows, "columns": weight.columns, "tokens": number, "error": error}
 
 
+def check_prompts(device: str, budget: Budget, missing: dict[str, str]) -> Iterator[dict[str, object]]:
+    """One row per product of a 2:4 weight on cuSPARSELt, as RAC_GPU_PROMPTS=cusparselt has it where that is faster.
+
+    Why cuSPARSELt is not here, or not in CUDA graphs, is added to `missing`.
+
+    Raises:
+        RacError: a wrong result, or other bits the second time or out of a graph.
+    """
+    what = "prompts by cuSPARSELt"
+    if not torch.backends.cusparselt.is_available():
+        missing[what] = f"torch {torch.__version__} has none"
+        return
+    rows, columns = PROMPTS_SHAPE
+    for name, kind in FORMATS.items():
+        if not kind[2] or not budget.allows(f"{what} of {name}", PROGRAMS_BY):
+            continue
+        weight = random_weight(rows, columns, *kind)
+        dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
+        packed = cuda.pack(weight, torch.bfloat16)
+        try:
+            packed[PROMPTS] = cusparselt.compress(weight.dequantized(torch.bfloat16), torch.device(device))
+        except RacError as error:
+            missing[what] = str(error)
+            return
+
+        def run(x: Tensor, packed: dict[str, Tensor] = packed, bias: Tensor = bias) -> Tensor:
+            return cuda.linear(x, packed, rows, columns, bias)
+
+        for number in PROMPTS_TOKENS:
+            x = torch.randn(number, columns).bfloat16().to(device)
+            named = f"{what}, {name} [{rows}, {columns}] times {number} tokens"
+            error = error_of(named, run, x, dense, bias, weight.scale is not None, cusparselt.VARIABLE)
+            yield {"format": name, "tokens": number, "error": error}
+        x = torch.zeros(512, columns, dtype=torch.bfloat16, device=device)
+        try:
+            check_graph(f"{what} of {name}", run, x)
+        except NotCapturedError as error:
+            missing[f"{what} in a captured graph"] = str(error)
+
+
 def check_streams(device: str) -> None:
     """A product on a stream that is not the default one has the bits of one on the default one."""
     linear, x = packed_linear(random_weight(64, 256)), torch.randn(4, 256, device=device).bfloat16()
@@ -140,14 +194,26 @@ def check_graphs(device: str) -> None:
     for name, kind in FORMATS.items():
         linear = packed_linear(random_weight(272, 512, *kind))
         for tokens in (1, 16, 32, 64, 300):
-            x, out = torch.zeros(tokens, 512, dtype=torch.bfloat16, device=device), torch.empty(0)
-            kept = [out]
+            check_graph(name, linear, torch.zeros(tokens, 512, dtype=torch.bfloat16, device=device))
 
-            def step(kept: list[Tensor] = kept, x: Tensor = x, linear: Linear = linear) -> None:
-                kept[0] = linear(x)
 
-            graph = captured(step)
-            x.copy_(torch.randn(tokens, 512))
-            graph.replay()
-            if not torch.equal(kept[0], linear(x)):
-                raise RacError(f"{name}, {tokens} tokens: a captured graph computes something else; report this")
+def check_graph(what: str, linear: Linear, x: Tensor) -> None:
+    """The same for one product; `x` is written.
+
+    Raises:
+        NotCapturedError: it cannot be captured.
+        RacError: a graph of another product.
+    """
+    kept = [torch.empty(0)]
+
+    def step() -> None:
+        kept[0] = linear(x)
+
+    try:
+        graph = captured(step)
+    except (RuntimeError, RacError) as error:
+        raise NotCapturedError(f"{what}: {str(error).splitlines()[0]}") from error
+    x.copy_(torch.randn(x.shape))
+    graph.replay()
+    if not torch.equal(kept[0], linear(x)):
+        raise RacError(f"{what}, {len(x)} tokens: a captured graph computes something else; report this")

@@ -11,10 +11,10 @@ from torch import Tensor
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.kernels import cuda
 
-# Bits of a value; columns that share a scale, 0 for all; whether the weight is 2:4; whether values are floats of 8 bits. Of
-# any pattern, half is stored.
+# Bits of a value; columns that share a scale, 0 for all; whether the weight is 2:4; whether values are floats of 8 bits; whether
+# bfloat16 does not hold the scales. Of any pattern, half is stored.
 FORMATS = {
-    f"{pattern}{kind}": (bits, group, not pattern, fp8)
+    f"{pattern}{kind}": (bits, group, not pattern, fp8, False)
     for pattern in ("", "unstructured ")
     for kind, bits, group, fp8 in [
         ("bf16", 16, 0, False),
@@ -28,16 +28,25 @@ FORMATS = {
         ("int4 g64", 4, 64, False),
     ]
 }
-TIMED_FORMATS = tuple(name for name in FORMATS if not name.endswith("g64"))  # groups of 64 differ by a few scales
+FP32_SCALES = {f"int4 g{group} fp32 scales": (4, group, True, False, True) for group in (128, 64)}
+# Groups of 64, and scales in fp32, differ by a few bytes.
+TIMED_FORMATS = tuple(name for name in FORMATS if not name.endswith("g64"))
+FORMATS |= FP32_SCALES
 Linear = Callable[[Tensor], Tensor]
 
 
 def random_weight(
-    rows: int, columns: int, bits: int = 16, group: int = 0, two_of_four: bool = True, fp8: bool = False
+    rows: int,
+    columns: int,
+    bits: int = 16,
+    group: int = 0,
+    two_of_four: bool = True,
+    fp8: bool = False,
+    fp32_scales: bool = False,
 ) -> StoredWeight:
     """A weight, half of it stored: normal in bfloat16, or integers or e4m3 with a scale per `group` columns.
 
-    Columns are padded to whole groups.
+    Columns are padded to whole groups. `fp32_scales`: bfloat16 does not hold the scales exactly.
     """
     columns = -(-columns // group) * group if group else columns
     kept = (torch.rand(rows, columns // 4, 4).argsort(dim=-1) < 2).view(rows, columns)
@@ -52,6 +61,7 @@ def random_weight(
     else:
         values = torch.randint(-top, top, (rows, columns), dtype=torch.int8).masked_fill(~kept, 0)
     scale = torch.rand(rows, columns // group if group else 1) + 0.1
+    scale = scale if fp32_scales else scale.bfloat16().float()
     return replace(from_dense(values, "random"), scale=scale, bits=bits)
 
 

@@ -9,8 +9,8 @@ on the CPU take. The kernels have never run on a GPU before. It stops at the fir
    some of them only for shapes that are not checked below.
 2. Products of every layout as the operator chooses their programs, likewise; small weights first. For weights that are
    expanded, cuBLAS is told to sum in fp32: by default it may add parts of a product in bfloat16.
-3. The same on another stream and out of a captured CUDA graph, and, where compute-sanitizer is installed, 1 and 2 under memcheck
-   and racecheck.
+3. The same on another stream and out of a captured CUDA graph; prompts times 2:4 weights on cuSPARSELt, where torch has it; and,
+   where compute-sanitizer is installed, 1 and 2 under memcheck and racecheck.
 4. What a launch costs: a product that does nearly nothing, out of a graph and called one by one.
 5. Time per product of an 8B model's layers, out of graphs, in turn with what would run there instead: torch's bfloat16 linear and
    FP8 product, 2:4 on cuSPARSELt, and where vLLM is installed its int4 (Marlin, Machete) and FP8 (CUTLASS). Weights are
@@ -46,6 +46,7 @@ from gpu_correct import (
     check,
     check_graphs,
     check_programs,
+    check_prompts,
     check_streams,
 )
 from gpu_formats import FORMATS, TIMED_FORMATS, packed_linear, random_weight
@@ -140,8 +141,8 @@ def times(
             for name, contender in contenders.items():
                 taken = statistics.median(found[name])
                 faster = statistics.median(found["dense bf16"]) / taken
-                row = {"layer": layer, "tokens": number, "contender": name, "us": taken, "faster": faster}
-                yield row | {"GB/s": contender.size / taken / 1000}
+                row = {"layer": layer, "rows": rows, "columns": columns, "tokens": number, "contender": name}
+                yield row | {"us": taken, "faster": faster, "GB/s": contender.size / taken / 1000}
 
 
 def launch_overhead(device: str, calls: int = 1000) -> dict[str, float]:
@@ -241,12 +242,15 @@ def run(record: dict[str, Any], budget: Budget, rounds: int, only_check: bool, k
     check_streams("cuda")
     check_graphs("cuda")
     print("products on another stream and out of captured graphs are the same", flush=True)
+    record["missing"] = {}
+    record["prompts"] = list(check_prompts("cuda", budget, record["missing"]))
+    print(f"{len(record['prompts'])} prompts by cuSPARSELt are right")
     record["sanitizer"] = sanitize(budget)
     record["launch"] = launch_overhead("cuda")
     print("a launch takes {graph:.1f} us in a graph and {called:.1f} us from Python".format(**record["launch"]))
     keep()
     print("| layer | tokens | contender | us | GB/s | over dense bf16 |\n|---|---|---|---|---|---|")
-    record["times"], record["missing"] = [], {}
+    record["times"] = []
     for row in times("cuda", TIMED, rounds, record["missing"], budget):
         record["times"].append(row)
         print("| {layer} | {tokens} | {contender} | {us:.1f} | {GB/s:.0f} | {faster:.2f}x |".format(**row), flush=True)

@@ -29,29 +29,15 @@ from gpu_models import (
 )
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json
 from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
-from rac_modifier.kernels.cuda.layout import (
-    ALL,
-    BF16,
-    E4M3,
-    E4M3_GROUPS,
-    INT4,
-    INT8,
-    INT8_GROUPS,
-    UNSTRUCTURED,
-    UNSTRUCTURED_E4M3,
-    UNSTRUCTURED_E4M3_GROUPS,
-    UNSTRUCTURED_INT4,
-    UNSTRUCTURED_INT8,
-    UNSTRUCTURED_INT8_GROUPS,
-    Layout,
-)
+from rac_modifier.kernels.cuda.layout import ALL, BF16, INT4, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
+from rac_modifier.kernels.cuda.measured import CONTENDERS, read_measured
 from rac_modifier.kernels.cuda.predict import (
     DENSE,
     LAUNCH,
     REACHED,
     Time,
+    cusparselt_time,
     dense_time,
     over_dense,
     prompt_times,
@@ -61,31 +47,6 @@ from rac_modifier.kernels.cuda.predict import (
 from rac_modifier.kernels.cuda.programs import MOST_TOKENS, decode_program, program, tiles_of
 
 PROMPT = 2048
-CONTENDERS = {
-    "dense bf16": "bf16",
-    "dense fp8": "fp8",
-    "dense fp8 by CUTLASS": "fp8",
-    "dense int4": "int4",
-    "dense int4 by Machete": "int4",
-    "bf16": BF16,
-    "int8": INT8,
-    "int8 g128": INT8_GROUPS[128],
-    "int8 g64": INT8_GROUPS[64],
-    "fp8": E4M3,
-    "fp8 g128": E4M3_GROUPS[128],
-    "fp8 g64": E4M3_GROUPS[64],
-    "int4 g128": INT4[128],
-    "int4 g64": INT4[64],
-    "unstructured bf16": UNSTRUCTURED,
-    "unstructured int8": UNSTRUCTURED_INT8,
-    "unstructured int8 g128": UNSTRUCTURED_INT8_GROUPS[128],
-    "unstructured int8 g64": UNSTRUCTURED_INT8_GROUPS[64],
-    "unstructured fp8": UNSTRUCTURED_E4M3,
-    "unstructured fp8 g128": UNSTRUCTURED_E4M3_GROUPS[128],
-    "unstructured fp8 g64": UNSTRUCTURED_E4M3_GROUPS[64],
-    "unstructured int4 g128": UNSTRUCTURED_INT4[128],
-    "unstructured int4 g64": UNSTRUCTURED_INT4[64],
-}  # as make gpu-check names them
 
 
 def cards() -> Iterator[str]:
@@ -115,30 +76,21 @@ def beside(measured: Path) -> Iterator[str]:
     """Predicted and measured times of the layers that `make gpu-check` timed.
 
     Raises:
-        RacError: a card that is not in the table, or a run that ended before anything was timed.
+        RacError: what `read_measured` does not read.
     """
-    record = read_json(measured)
-    card = next((card for card in CARDS if card.reported == record.get("device")), None)
-    if card is None:
-        known = ", ".join(card.reported for card in CARDS)
-        raise RacError(f'{measured}: device "{record.get("device")}" is not in the table of cards, which has {known}')
-    if not record.get("times"):
-        raise RacError(
-            f"{measured}: nothing was timed ({record.get('error', 'the run ended before')}); run make gpu-check again"
-        )
-    yield f"{card.title}, {measured.name}"
+    found = read_measured(measured)
+    yield f"{found.card.title}, {found.source}"
     yield "| layer | tokens | contender | predicted, us | measured, us | predicted bound |\n|---|---|---|---|---|---|"
-    for row in record["times"]:
-        if row["tokens"] > MOST_TOKENS or row["contender"] not in CONTENDERS:
+    for row in found.times:
+        if row.tokens > MOST_TOKENS or row.contender not in CONTENDERS:
             continue  # prompts, and 2:4 by cuSPARSELt, are not predicted
-        shape, layout = MODELS["8B"][0][row["layer"]], CONTENDERS[row["contender"]]
-        dense = isinstance(layout, str)
+        shape, layout = (row.rows, row.columns), CONTENDERS[row.contender]
         time: Time = (
-            dense_time(card, *shape, row["tokens"], DENSE[layout])
-            if dense
-            else sparse_time(card, layout, *shape, row["tokens"])
+            dense_time(found.card, *shape, row.tokens, DENSE[layout])
+            if isinstance(layout, str)
+            else sparse_time(found.card, layout, *shape, row.tokens)
         )
-        yield f"| {row['layer']} | {row['tokens']} | {row['contender']} | {time.total:.1f} | {row['us']:.1f} | {time.bound} |"
+        yield f"| {row.layer} | {row.tokens} | {row.contender} | {time.total:.1f} | {row.us:.1f} | {time.bound} |"
 
 
 def chosen() -> Iterator[str]:
@@ -158,10 +110,10 @@ def chosen() -> Iterator[str]:
 
 
 def prompts() -> Iterator[str]:
-    """A prompt of 2,048 tokens: the time of all layers, expanded part by part, over that of dense bfloat16."""
+    """A prompt of 2,048 tokens: the time of all layers, expanded part by part or by cuSPARSELt, over that of dense bfloat16."""
     layouts = {"2:4": BF16, "2:4 + int4": INT4[128], "50 %": UNSTRUCTURED, "50 % + int8": UNSTRUCTURED_INT8}
-    yield f"| card | model | dense bf16, ms | {' | '.join(layouts)} |"
-    yield f"|---|---|---|{'---|' * len(layouts)}"
+    yield f"| card | model | dense bf16, ms | {' | '.join(layouts)} | 2:4, any values, by cuSPARSELt |"
+    yield f"|---|---|---|{'---|' * len(layouts)}---|"
     for card in CARDS:
         for model, (shapes, layers) in MODELS.items():
             each = {
@@ -170,7 +122,8 @@ def prompts() -> Iterator[str]:
             }
             dense = sum(time for _, time in each["2:4"])
             over = " | ".join(f"{sum(time for time, _ in found) / dense:.2f}x" for found in each.values())
-            yield f"| {card.name} | {model} | {layers * dense / 1000:.1f} | {over} |"
+            sparse = sum(cusparselt_time(card, *shape, PROMPT) for shape in shapes.values())
+            yield f"| {card.name} | {model} | {layers * dense / 1000:.1f} | {over} | {sparse / dense:.2f}x |"
 
 
 def row_tiles() -> Iterator[str]:

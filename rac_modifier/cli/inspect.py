@@ -33,6 +33,12 @@ def inspect(
     tokens: Annotated[
         int | None, typer.Option(metavar="M", help="tokens per step for --device, 1 to 128; 1 if it is not given")
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JSON", help="with --device: put the times of this file of make gpu-check beside the predicted"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds, and whether serving it on this machine will be faster: if not, why not.
@@ -42,16 +48,23 @@ def inspect(
     Example: rac inspect packed-model
 
     Example: rac inspect packed-model --device h100 --tokens 8
+
+    Example: rac inspect packed-model --device cuda:0 --tokens 8 --measured gpu.json
     """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
     from rac_modifier.checkpoint.output_folder import folder_problem
     from rac_modifier.cli.models import resolve
     from rac_modifier.cli.predicted import prediction_figures, render_prediction
     from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, render_plan
-    from rac_modifier.kernels.predicted import card_of, check_tokens, predict_checkpoint
+    from rac_modifier.kernels.predicted import card_of, check_tokens, predict_checkpoint, read_measured
 
     if tokens is not None and device is None:
         raise RacError(f"--tokens {tokens} is for predicted times; name a GPU with --device, such as --device h100")
+    if measured is not None and device is None:
+        raise RacError(
+            f"--measured {measured} is shown beside predicted times; name the GPU with --device, such as --device cuda:0"
+        )
+    times = None if measured is None else read_measured(measured)
     card, number = None if device is None else card_of(device), check_tokens(1 if tokens is None else tokens)
     checkpoint = Path(resolve(str(checkpoint)))
     if problem := folder_problem(checkpoint):
@@ -63,8 +76,9 @@ def inspect(
         rows = plan_checkpoint(checkpoint) if report.sound else []
         found = figures(report, rows)
         if card is not None:
-            sound = report.sound
-            found["predicted"] = prediction_figures(predict_checkpoint(report, rows, card, number)) if sound else None
+            found["predicted"] = (
+                prediction_figures(predict_checkpoint(report, rows, card, number), times) if report.sound else None
+            )
         print_json(found)
         return
     typer.echo(render_report(report))
@@ -72,7 +86,7 @@ def inspect(
     if card is not None:
         if not report.sound:
             raise RacError(f"{checkpoint}: not sound, see the notes of the table; no times are predicted")
-        typer.echo(f"\n{render_prediction(predict_checkpoint(report, rows, card, number))}")
+        typer.echo(f"\n{render_prediction(predict_checkpoint(report, rows, card, number), times)}")
     elif rows:
         typer.echo(f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}")
     elif dense := plan_dense_codes(checkpoint):

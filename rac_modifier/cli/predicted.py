@@ -6,15 +6,22 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rac_modifier.kernels.predicted import Prediction
+    from rac_modifier.kernels.predicted import Measured, Prediction
 
 NOT_MEASURED = "predicted, nothing was measured on a GPU"
 _HEAD = ("layer", "count", "shape", "runs", "us", "bound by", "over bf16", "over fp8", "over int4")
+_MEASURED, _NONE = "measured us", "-"
 _DENSE = ("bf16", "fp8", "int4")
 
 
-def render_prediction(prediction: Prediction) -> str:
-    """A table with a row per kind of layer and one for the step, and the lines about it."""
+def render_prediction(prediction: Prediction, measured: Measured | None = None) -> str:
+    """A table with a row per kind of layer and one for the step, and the lines about it; measured times are a column of it.
+
+    Raises:
+        RacError: `measured` is of another card, or has none of these layers.
+    """
+    from rac_modifier.kernels.predicted import measured_times
+
     rows: list[tuple[str, ...]] = [_HEAD]
     for layer in prediction.layers:
         gains = tuple(f"{layer.dense[name] / layer.time.total:.2f}x" for name in _DENSE)
@@ -27,15 +34,27 @@ def render_prediction(prediction: Prediction) -> str:
         rows.append(
             ("all", str(sum(layer.count for layer in prediction.layers)), "", "", f"{prediction.here:.1f}", "", *gains)
         )
+    said, notes = NOT_MEASURED, _notes(prediction)
+    if measured is not None:
+        found = measured_times(prediction, measured)
+        rows = [(*row[:5], cell, *row[5:]) for row, cell in zip(rows, _cells(prediction, found), strict=True)]
+        said = f"us: predicted; {_MEASURED}: {measured.source}, by make gpu-check"
+        notes.insert(0, _counted(found.count(None)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     many = "1 token" if prediction.tokens == 1 else f"{prediction.tokens} tokens"
-    head = f"On one {prediction.card.title}, a step of {many}, RAC_GPU_KERNELS=on, bfloat16: {NOT_MEASURED}"
-    return "\n".join([head, *table, *_notes(prediction)])
+    head = f"On one {prediction.card.title}, a step of {many}, RAC_GPU_KERNELS=on, bfloat16: {said}"
+    return "\n".join([head, *table, *notes])
 
 
-def prediction_figures(prediction: Prediction) -> dict[str, Any]:
-    """What is printed, as values for JSON; times in microseconds."""
+def prediction_figures(prediction: Prediction, measured: Measured | None = None) -> dict[str, Any]:
+    """What is printed, as values for JSON; times in microseconds, None where nothing was measured.
+
+    Raises:
+        RacError: `measured` is of another card, or has none of these layers.
+    """
+    from rac_modifier.kernels.predicted import measured_times
+
     rows = [
         asdict(layer) | {"us": layer.time.total, "bound": layer.time.bound, "dense_us": dict(layer.dense)}
         for layer in prediction.layers
@@ -43,8 +62,12 @@ def prediction_figures(prediction: Prediction) -> dict[str, Any]:
     for row in rows:
         row["resources_us"] = row.pop("time")
         del row["dense"]
+    if measured is not None:
+        for row, us in zip(rows, measured_times(prediction, measured), strict=True):
+            row["measured_us"] = us
+    note = NOT_MEASURED if measured is None else f"predicted; measured_us by make gpu-check, {measured.source}"
     return {
-        "note": NOT_MEASURED,
+        "note": note,
         "card": asdict(prediction.card),
         "tokens": prediction.tokens,
         "layers": rows,
@@ -52,6 +75,20 @@ def prediction_figures(prediction: Prediction) -> dict[str, Any]:
         "dense_us": {name: prediction.dense(name) for name in _DENSE},
         "left_out": dict(prediction.left_out),
     }
+
+
+def _cells(prediction: Prediction, found: list[float | None]) -> list[str]:
+    """The column of measured times: its head, a cell per row, and the step, where all of it was measured."""
+    cells = [_NONE if us is None else f"{us:.1f}" for us in found]
+    step = [us * layer.count for us, layer in zip(found, prediction.layers, strict=True) if us is not None]
+    return [_MEASURED, *cells, f"{sum(step):.1f}" if len(step) == len(found) else _NONE]
+
+
+def _counted(missing: int) -> str:
+    if not missing:
+        return f"{_MEASURED}: of all rows"
+    rows = "1 row has" if missing == 1 else f"{missing} rows have"
+    return f"{_MEASURED}: {rows} none ({_NONE}), for its shape, kernel or number of tokens; the check times layers of an 8B model"
 
 
 def _notes(prediction: Prediction) -> list[str]:

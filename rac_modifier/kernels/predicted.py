@@ -9,13 +9,24 @@ from dataclasses import dataclass, replace
 import torch
 
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow, is_embedding
+from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.backend import fit, slower
 from rac_modifier.kernels.cuda.cards import Card, card_of
+from rac_modifier.kernels.cuda.measured import Measured, contender_of, read_measured
 from rac_modifier.kernels.cuda.predict import DENSE, Time, check_tokens, dense_time, sparse_time
 from rac_modifier.kernels.interface import EXPERT, Layer
 from rac_modifier.kernels.plan import PlanRow
 
-__all__ = ["PredictedLayer", "Prediction", "card_of", "check_tokens", "predict_checkpoint"]
+__all__ = [
+    "Measured",
+    "PredictedLayer",
+    "Prediction",
+    "card_of",
+    "check_tokens",
+    "measured_times",
+    "predict_checkpoint",
+    "read_measured",
+]
 
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -32,7 +43,8 @@ class PredictedLayer:
 
     kernel: the title of a layout, such as "2:4 int4" or "unstructured", or "dense". reason: why it is dense, None for a kernel.
     nbytes: what a step reads of the weight; of an unstructured one, what is expected of its density.
-    time: here. dense: what vLLM takes without our kernels, by the names of `DENSE`.
+    time: here. dense: what vLLM takes without our kernels, by the names of `DENSE`. contender: what `make gpu-check` calls it,
+    None where it does not time that.
     """
 
     kind: str
@@ -44,6 +56,7 @@ class PredictedLayer:
     nbytes: float
     time: Time
     dense: Mapping[str, float]
+    contender: str | None
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,29 @@ def predict_checkpoint(report: CheckpointReport, plan: Sequence[PlanRow], card: 
     return Prediction(card, tokens, tuple(replace(layer, count=counts[key]) for key, layer in kinds.items()), left_out)
 
 
+def measured_times(prediction: Prediction, measured: Measured) -> list[float | None]:
+    """Microseconds that a product of each predicted layer took; None where its shape, kernel or number of tokens was not timed.
+
+    Raises:
+        RacError: times of another card, or none of any of these layers.
+    """
+    if measured.card != prediction.card:
+        raise RacError(
+            f"{measured.source} was measured on {measured.card.title}, and times are predicted for {prediction.card.title}; give "
+            f"--device {measured.card.name}, or the file of that card"
+        )
+    tokens = prediction.tokens
+    found = [measured.us(each.rows, each.columns, tokens, each.contender) for each in prediction.layers]
+    if not any(found):
+        there = ", ".join(dict.fromkeys(f"{each.rows}x{each.columns}" for each in measured.times))
+        numbers = ", ".join(str(number) for number in sorted({each.tokens for each in measured.times}))
+        raise RacError(
+            f"{measured.source} has no time of any of these layers with {tokens} tokens per step; it has layers of {there} with "
+            f"{numbers} tokens"
+        )
+    return found
+
+
 def _module(row: ModuleRow, planned: Mapping[str, PlanRow]) -> _Module:
     kind, plan = row.name.rpartition(".")[2], planned.get(row.name)
     quantizable = kind not in _KEPT_IN_16_BITS and not is_embedding(row.name)
@@ -135,7 +171,8 @@ def _fuse(name: str, parts: Sequence[_Module]) -> Iterator[_Module]:
         reason = "dense because the parts of the fused layer are stored differently"
     elif layers:
         stored = sum(each.rows * each.density for each in layers)
-        whole = replace(layers[0], rows=rows, density=stored / rows)
+        scales = max(each.group_bytes for each in layers)  # those of all parts are packed alike
+        whole = replace(layers[0], rows=rows, density=stored / rows, group_bytes=scales)
     yield _Module(name.rpartition(".")[2], rows, first.columns, whole, reason, own, all(p.quantizable for p in parts))
 
 
@@ -152,11 +189,12 @@ def _predict(module: _Module, card: Card, tokens: int) -> PredictedLayer:
     dense = {name: dense_time(card, *shape, tokens, size).total for name, size in contenders.items()}
     if layout is None:
         time, size = dense_time(card, *shape, tokens, own), own * module.rows * module.columns
-        return PredictedLayer(module.kind, *shape, 1, "dense", reason, size, time, dense)
+        return PredictedLayer(module.kind, *shape, 1, "dense", reason, size, time, dense, contender_of(None, 1.0, own))
     assert module.layer is not None
     density = module.layer.density
     time = sparse_time(card, layout, *shape, tokens, density)
-    return PredictedLayer(module.kind, *shape, 1, layout.title, None, layout.nbytes(*shape, density), time, dense)
+    size, contender = layout.nbytes(*shape, density), contender_of(layout, density, own)
+    return PredictedLayer(module.kind, *shape, 1, layout.title, None, size, time, dense, contender)
 
 
 def _alike(layer: PredictedLayer) -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rac_modifier.kernels.cuda.cards import card_of
 from rac_modifier.kernels.cuda.layout import ALL
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.cuda.programs import all_programs
+from tests.kernels.cuda import fake_cusparselt
 from tests.kernels.cuda import fake_gpu as fakes
 from tests.kernels.cuda.fake_gpu import FakeDriver, fake_gpu
 
@@ -64,7 +66,7 @@ def test_every_program_is_launched_on_each_card_whatever_it_would_choose(benchma
     with fake_gpu(monkeypatch, Device(0, card.capability, card.processors, card.reported)) as gpu:
         found = list(benchmark.check_programs("cpu", rows, columns, benchmark.Budget(3600)))
     assert launched(gpu) == EVERY
-    assert len(found) == len(gpu.launches) == len(EVERY) == 9 * 12 + 9 * 4
+    assert len(found) == len(gpu.launches) == len(EVERY) == 11 * 12 + 9 * 4
     for launch in gpu.launches:  # more than one block along tokens, and along rows
         if "expand" not in launch.name:
             assert launch.grid[0] == 2
@@ -162,6 +164,94 @@ def test_a_wrong_expanded_weight_is_an_error_that_names_it(benchmark, gpu, monke
     monkeypatch.setattr(operator, "_fill", changed)
     with pytest.raises(RacError, match=r"program rac_24_bf16_expand of bf16 \[16, 128\] times 257 tokens: wrong by"):
         list(benchmark.check_programs("cpu", 16, 128, benchmark.Budget(3600)))
+
+
+def test_prompts_on_cusparselt_are_checked_in_every_2_of_4_format(benchmark, gpu, monkeypatch):
+    fake_cusparselt.install(monkeypatch)
+    monkeypatch.delenv("RAC_GPU_PROMPTS")  # the check has it whatever the environment asks for
+    monkeypatch.setattr(benchmark, "PROMPTS_SHAPE", (32, 256))
+    monkeypatch.setattr(benchmark, "captured", Graph)
+    missing: dict[str, str] = {}
+    rows = list(benchmark.check_prompts("cpu", benchmark.Budget(3600), missing))
+    of_24 = [name for name, kind in benchmark.FORMATS.items() if kind[2]]
+    assert [(row["format"], row["tokens"]) for row in rows] == [(name, n) for name in of_24 for n in (257, 2048)]
+    assert all(0 < row["error"] <= 1 for row in rows)
+    assert missing == {}
+    assert gpu.launches == []
+
+    def wrong(*arguments: object, **options: object) -> torch.Tensor:
+        found = fake_cusparselt.sparse_mm(*arguments, **options)
+        found[2, 3] *= 1.03
+        return found
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", wrong)
+    with pytest.raises(
+        RacError, match=r"cuSPARSELt, bf16 \[32, 256\] times 257 tokens: wrong by .*not set RAC_GPU_PROMPTS,"
+    ):
+        list(benchmark.check_prompts("cpu", benchmark.Budget(3600), missing))
+
+
+class Graph:
+    """What was captured, run again."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self.replay = run
+        run()
+
+
+class StaleGraph(Graph):
+    """The result for the first activations."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        run()
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_graph_of_another_product_is_an_error(benchmark, monkeypatch):
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    monkeypatch.setattr(benchmark, "captured", Graph)
+    benchmark.check_graph("bf16", double, torch.zeros(8, 16))
+    monkeypatch.setattr(benchmark, "captured", StaleGraph)
+    with pytest.raises(RacError, match="bf16, 8 tokens: a captured graph computes something else"):
+        benchmark.check_graph("bf16", double, torch.zeros(8, 16))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, RacError])
+def test_why_cusparselt_is_not_in_a_graph_is_kept(benchmark, gpu, monkeypatch, error):
+    def refuse(run: Callable[[], object]) -> None:
+        raise error("operation not permitted when stream is capturing\nmore")
+
+    fake_cusparselt.install(monkeypatch)
+    monkeypatch.delenv("RAC_GPU_PROMPTS")
+    monkeypatch.setattr(benchmark, "captured", refuse)
+    monkeypatch.setattr(benchmark, "FORMATS", {"bf16": benchmark.FORMATS["bf16"]})
+    monkeypatch.setattr(benchmark, "PROMPTS_SHAPE", (16, 128))
+    missing: dict[str, str] = {}
+    assert len(list(benchmark.check_prompts("cpu", benchmark.Budget(3600), missing))) == 2
+    assert missing == {
+        "prompts by cuSPARSELt in a captured graph": "prompts by cuSPARSELt of bf16: operation not permitted when stream is "
+        "capturing"
+    }
+    with pytest.raises(RacError, match="int8: operation not permitted"):  # of a kernel of ours
+        benchmark.check_graph("int8", lambda x: x, torch.zeros(8, 16))
+
+
+def test_why_cusparselt_is_not_here_is_kept(benchmark, gpu, monkeypatch):
+    def refuse(dense: torch.Tensor) -> None:
+        raise RuntimeError("architecture mismatch")
+
+    missing: dict[str, str] = {}
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert list(benchmark.check_prompts("cpu", benchmark.Budget(3600), missing)) == []
+    assert missing == {"prompts by cuSPARSELt": f"torch {torch.__version__} has none"}
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "_cslt_compress", refuse)
+    assert list(benchmark.check_prompts("cpu", benchmark.Budget(3600), missing)) == []
+    assert missing == {"prompts by cuSPARSELt": "cuSPARSELt: architecture mismatch; unset RAC_GPU_PROMPTS"}
 
 
 def test_other_bits_the_second_time_are_an_error(benchmark, gpu, monkeypatch):

@@ -50,7 +50,7 @@ def test_a_dry_run_says_how_much_there_is_to_do(benchmark, monkeypatch):
     monkeypatch.setattr(gpu_budget, "_SAMPLE", (32, 256))
     monkeypatch.setattr(gpu_budget, "_compiling", lambda kernels: f"{sum(kernels)} kernels")
     lines = list(gpu_budget.plan((40, 264), ((16, 128), (37, 200)), (1, 8), {"o": (64, 128)}, (1, 2048), 3))
-    assert lines[0].startswith(f"checks: 144 programs and {2 * len(benchmark.FORMATS) * 2} products")
+    assert lines[0].startswith(f"checks: 168 programs and {2 * len(benchmark.FORMATS) * 2} products")
     assert lines[1].endswith("6 rounds of all contenders")
     assert "ns per weight" in lines[2]
     names = {each.name for layout in ALL for each in all_programs(layout)}
@@ -74,9 +74,19 @@ def parts(benchmark, monkeypatch: pytest.MonkeyPatch):
     part("check", [{"format": "bf16", "error": 0.5}])
     part("check_streams")
     part("check_graphs")
+    part("check_prompts", [{"format": "bf16", "tokens": 257, "error": 0.5}])
     part("sanitize", ["memcheck"])
     part("launch_overhead", {"graph": 2.0, "called": 9.0})
-    row = {"layer": "o", "tokens": 1, "contender": "2:4", "us": 3.0, "GB/s": 9.0, "faster": 1.5}
+    row = {
+        "layer": "o",
+        "rows": 4096,
+        "columns": 4096,
+        "tokens": 1,
+        "contender": "2:4",
+        "us": 3.0,
+        "GB/s": 9.0,
+        "faster": 1.5,
+    }
     part("times", [row])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -93,7 +103,8 @@ def test_everything_is_written(benchmark, parts, monkeypatch, tmp_path, capsys):
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["finished"] is True
     assert set(record) == {
-        *("device", "torch", "finished", "programs", "checked", "sanitizer", "launch", "times", "missing", "left_out")
+        *("device", "torch", "finished", "programs", "checked", "prompts", "sanitizer", "launch", "times", "missing"),
+        "left_out",
     }
     assert [row["contender"] for row in record["times"]] == ["2:4"]
     assert "a GPU: 1 programs are right" in capsys.readouterr().out
@@ -104,8 +115,9 @@ def test_everything_is_written(benchmark, parts, monkeypatch, tmp_path, capsys):
     [
         ("check_programs", set()),
         ("check_streams", {"programs", "checked"}),
-        ("sanitize", {"programs", "checked"}),
-        ("times", {"programs", "checked", "sanitizer", "launch", "times", "missing"}),
+        ("check_prompts", {"programs", "checked", "missing"}),
+        ("sanitize", {"programs", "checked", "prompts", "missing"}),
+        ("times", {"programs", "checked", "prompts", "sanitizer", "launch", "times", "missing"}),
     ],
 )
 def test_what_was_finished_before_an_error_is_written_with_the_error(

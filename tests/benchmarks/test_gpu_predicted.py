@@ -42,7 +42,8 @@ def test_a_model_takes_its_layers_times(benchmark):
 
 
 def test_measured_times_stand_beside_predicted_ones(benchmark, tmp_path):
-    rows = [{"layer": "o", "tokens": 8, "contender": name, "us": 12.345} for name in benchmark.CONTENDERS]
+    shape = {"layer": "o", "rows": 4096, "columns": 4096, "tokens": 8}
+    rows = [shape | {"contender": name, "us": 12.345} for name in benchmark.CONTENDERS]
     (tmp_path / "gpu.json").write_text(json.dumps({"device": "NVIDIA L4", "times": rows}))
     lines = list(benchmark.beside(tmp_path / "gpu.json"))
     assert lines[0] == "L4, gpu.json"

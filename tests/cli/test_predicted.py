@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
 from rac_modifier.cli.predicted import NOT_MEASURED, prediction_figures, render_prediction
+from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import card_of
+from rac_modifier.kernels.cuda.measured import Measured, MeasuredRow
 from rac_modifier.kernels.predicted import Prediction, predict_checkpoint
 from tests.kernels.test_predicted import planned
 
@@ -54,6 +59,55 @@ def test_json_has_what_is_printed():
     assert layer["us"] == layer["resources_us"]["memory"] + layer["resources_us"]["launch"]
     assert values["us"] == 2 * layer["us"]
     assert values["dense_us"]["fp8"] == 2 * layer["dense_us"]["fp8"]
+
+
+def measured(*us: float, card: str = "l4", rows: int = 8192) -> Measured:
+    """Of square layers on the 2:4 kernel with 8 tokens."""
+    times = tuple(MeasuredRow("o", n * rows, n * rows, 8, "bf16", each) for n, each in enumerate(us, start=1))
+    return Measured("gpu.json", card_of(card), times)
+
+
+def test_measured_times_stand_beside_the_predicted_ones():
+    found = prediction("a.o_proj", "b.o_proj")
+    alone = [re.split(r" {2,}", line) for line in render_prediction(found).splitlines()[1:4]]
+    head, *table, counted, _ = render_prediction(found, measured(901.25)).splitlines()[:6]
+    assert head.endswith("RAC_GPU_KERNELS=on, bfloat16: us: predicted; measured us: gpu.json, by make gpu-check")
+    cells = [re.split(r" {2,}", line) for line in table]
+    assert [row[:5] for row in cells[:2]] == [row[:5] for row in alone[:2]]
+    assert [cells[0][5], cells[1][5]] == ["measured us", "901.2"]
+    assert cells[2][2:4] == [alone[2][2], "1802.5"]  # two layers
+    assert [row[6:] for row in cells[:2]] == [row[5:] for row in alone[:2]]
+    assert counted == "measured us: of all rows"
+    assert NOT_MEASURED not in render_prediction(found, measured(901.25))
+
+
+def test_what_was_not_measured_has_a_dash_and_is_counted():
+    found = prediction("a.o_proj", "b.lm_head")
+    assert [layer.kernel for layer in found.layers] == ["2:4", "2:4"]
+    half = replace(found, layers=(found.layers[0], replace(found.layers[1], rows=1000)))
+    lines = render_prediction(half, measured(901.25)).splitlines()
+    cells = {line.split()[0]: re.split(r" {2,}", line) for line in lines[2:5]}
+    assert (cells["o_proj"][5], cells["lm_head"][5], cells["all"][3]) == ("901.2", "-", "-")
+    assert lines[5].startswith("measured us: 1 row has none (-), for its shape, kernel or number of tokens")
+    values = json.loads(json.dumps(prediction_figures(half, measured(901.25)), allow_nan=False))
+    assert [layer["measured_us"] for layer in values["layers"]] == [901.25, None]
+    assert values["note"] == "predicted; measured_us by make gpu-check, gpu.json"
+    assert all("measured_us" not in layer for layer in prediction_figures(half)["layers"])
+
+
+def test_times_of_another_card_or_of_no_layer_are_refused_by_name():
+    found = prediction("a.o_proj")
+    for show in (render_prediction, prediction_figures):
+        with pytest.raises(
+            RacError,
+            match=r"gpu\.json was measured on H100 SXM, and times are predicted for L4; give --device h100, or the file",
+        ):
+            show(found, measured(9.0, card="h100"))
+        with pytest.raises(
+            RacError,
+            match="has no time of any of these layers with 8 tokens per step; it has layers of 64x64, 128x128 with 8",
+        ):
+            show(found, measured(9.0, 8.0, rows=64))
 
 
 def test_the_command_predicts_in_place_of_the_cpus_plan(rac, sparse_folder):

@@ -11,7 +11,7 @@ import torch
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import card_of
-from rac_modifier.kernels.cuda.layout import BF16, INT4, UNSTRUCTURED
+from rac_modifier.kernels.cuda.layout import BF16, INT4, INT4_FP32_SCALES, UNSTRUCTURED
 from rac_modifier.kernels.cuda.predict import dense_time, sparse_time
 from rac_modifier.kernels.interface import stay_dense
 from rac_modifier.kernels.plan import PlanRow, plan_row
@@ -33,9 +33,16 @@ def row(name: str, rows: int, columns: int, **changes: object) -> ModuleRow:
 
 
 def planned(
-    name: str, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, groups: int = 1, two_of_four: bool = True
+    name: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.bfloat16,
+    groups: int = 1,
+    two_of_four: bool = True,
+    scale_bytes: int = 4,
 ) -> PlanRow:
-    return plan_row(name, rows, columns, rows * columns // 2, dtype, dtype, groups, two_of_four=two_of_four)
+    stored = rows * columns // 2
+    return plan_row(name, rows, columns, stored, dtype, dtype, groups, two_of_four=two_of_four, scale_bytes=scale_bytes)
 
 
 def predict(modules: list[ModuleRow], plan: list[PlanRow], tokens: int = 1) -> Prediction:
@@ -72,9 +79,15 @@ def test_parts_are_fused_and_layers_that_run_alike_are_one_row():
 
 def test_four_bits_in_groups_have_a_kernel():
     shape = 4096, 2048
-    (layer,) = predict([row("a.o_proj", *shape)], [planned("a.o_proj", *shape, torch.int32, groups=16)]).layers
-    assert (layer.kernel, layer.time) == ("2:4 int4", sparse_time(H100, INT4[128], *shape, 1))
-    assert layer.nbytes == INT4[128].nbytes(*shape)
+    for scale_bytes, layout in ((2, INT4[128]), (4, INT4_FP32_SCALES[128])):
+        plan = [planned("a.o_proj", *shape, torch.int32, groups=16, scale_bytes=scale_bytes)]
+        (layer,) = predict([row("a.o_proj", *shape)], plan).layers
+        assert (layer.kernel, layer.time) == (layout.title, sparse_time(H100, layout, *shape, 1))
+        assert layer.nbytes == layout.nbytes(*shape)
+    parts = [f"a.{each}_proj" for each in "qkv"]  # one part needs scales of float32, so the fused layer has them
+    plan = [planned(name, *shape, torch.int32, 16, scale_bytes=4 if "k" in name[:3] else 2) for name in parts]
+    (layer,) = predict([row(name, *shape) for name in parts], plan).layers
+    assert (layer.rows, layer.kernel) == (3 * 4096, INT4_FP32_SCALES[128].title)
 
 
 def test_a_layer_that_is_predicted_to_be_faster_dense_is_dense_as_it_would_be_served():

@@ -30,8 +30,8 @@ class Layout:
 
     `bits`: of a value. `group`: columns that share a scale; 0 for bf16, and for int8 and fp8 (e4m3) with one per row, which is
     `row_scales`. `source` has the kernels, compiled with the macros of `defines`; their names begin with `prefix`. `title` is for
-    people. `dtype`: of the packed form. A weight of any pattern has units of 128 bytes, as many as it needs, `unit_columns` 0,
-    and `streams`.
+    people. `dtype`: of the packed form. `scale_bytes`: of one of a group, 2 (bfloat16) or 4 (float32). A weight of any pattern
+    has units of 128 bytes, as many as it needs, `unit_columns` 0, and `streams`.
     """
 
     prefix: str
@@ -45,11 +45,13 @@ class Layout:
     bits: int = 16
     e4m3: bool = False
     dtype: torch.dtype = torch.uint8
+    scale_bytes: int = 4
 
     @property
     def defines(self) -> tuple[str, ...]:
         """Macros for the compiler."""
-        return (*([f"GROUP={self.group}"] if self.group else []), *(["E4M3"] if self.e4m3 else []))
+        every = {f"GROUP={self.group}": self.group, "E4M3": self.e4m3, "BF16_SCALES": self.scale_bytes == 2}
+        return tuple(macro for macro, wanted in every.items() if wanted)
 
     @property
     def row_scales(self) -> bool:
@@ -86,15 +88,17 @@ class Layout:
         return -(-rows // TILE) * (self.units(columns) * self.unit_bytes + self.row_scales * TILE * 4)
 
 
-def _scale_bytes(group: int) -> int:
-    """Of a unit of 128 columns."""
-    return 4 * TILE * 128 // group
+def _scale_bytes(group: int, each: int = 4) -> int:
+    """Of a unit of 128 columns; `each`: of one scale."""
+    return each * TILE * 128 // group
 
 
 BF16 = Layout("rac_24_bf16", "sparse24_bf16.cu", 64, 1152, 2)
-INT4 = {
-    g: Layout("rac_24_int4", "sparse24_int4.cu", 128, 768 + _scale_bytes(g), 2, g, "2:4 int4", bits=4) for g in GROUPS
-}
+_INT4 = Layout("rac_24_int4", "sparse24_int4.cu", 128, 768, 2, title="2:4 int4", bits=4, scale_bytes=2)
+INT4 = {g: replace(_INT4, unit_bytes=768 + _scale_bytes(g, 2), group=g) for g in GROUPS}
+_INT4_FP32 = replace(_INT4, title="2:4 int4 with fp32 scales", scale_bytes=4)
+INT4_FP32_SCALES = {g: replace(_INT4_FP32, unit_bytes=768 + _scale_bytes(g), group=g) for g in GROUPS}
+"""For scales that bfloat16 does not hold exactly, such as those of float16."""
 INT8 = Layout("rac_24_8bit", "sparse24_8bit.cu", 128, 1280, 1, title="2:4 int8", bits=8)
 E4M3 = replace(INT8, title="2:4 fp8", e4m3=True, dtype=torch.uint32)
 INT8_GROUPS = {group: replace(INT8, unit_bytes=1280 + _scale_bytes(group), group=group) for group in GROUPS}
@@ -123,15 +127,26 @@ _QUANTIZED = {
     (torch.int32, True): INT4,
     (torch.int32, False): UNSTRUCTURED_INT4,
 }
-ALL = (BF16, UNSTRUCTURED, *(layout for by_group in _QUANTIZED.values() for layout in by_group.values()))
+ALL = (
+    *(BF16, UNSTRUCTURED),
+    *(layout for by_group in _QUANTIZED.values() for layout in by_group.values()),
+    *INT4_FP32_SCALES.values(),
+)
 """Every layout; the operator is told the number of one."""
 
 
-def layout_of(stored: torch.dtype, group: int, columns: int, two_of_four: bool = True) -> Layout | None:
-    """The layout of values of this dtype (int32: of four bits) of which `group` columns share a scale; None if there is none."""
+def layout_of(
+    stored: torch.dtype, group: int, columns: int, two_of_four: bool = True, scale_bytes: int = 2
+) -> Layout | None:
+    """The layout of values of this dtype (int32: of four bits) of which `group` columns share a scale; None if there is none.
+
+    `scale_bytes`: the fewest that hold a scale exactly, 2 (bfloat16) or 4.
+    """
     if stored in FLOATS:
         return BF16 if two_of_four else UNSTRUCTURED
     layouts = _QUANTIZED.get((stored, two_of_four), {})
+    if layouts is INT4 and scale_bytes > 2:
+        layouts = INT4_FP32_SCALES
     if group == columns and 0 in layouts:
         return layouts[0]
     return next((layouts[g] for g in reversed(GROUPS) if g in layouts and (group % g == 0 or group == columns)), None)
@@ -180,6 +195,10 @@ def pack(weight: StoredWeight, layout: Layout) -> Tensor:
     if weight.zeros is not None:
         raise RacError(
             f"{name}: zero points, for which there is no GPU kernel; quantize symmetrically, or keep it dense"
+        )
+    if layout.scale_bytes == 2 and weight.group_bytes > 2:
+        raise RacError(
+            f"{name}: scales that bfloat16 does not hold exactly; pack it in the layout {layout.title} with fp32 scales"
         )
     unstructured.check_values(weight, layout.bits)
     parts = [_pack_rows(part, layout) for part in _parts(weight)]
@@ -254,7 +273,7 @@ def _metadata(nibbles: Tensor) -> Tensor:
 
 
 def _scales(weight: StoredWeight, layout: Layout, rows: int) -> Tensor:
-    """Bytes [tiles, units, 64 per group]: float32, group, row of the tile."""
+    """Bytes [tiles, units, 16 scales per group]: group, row of the tile; in bfloat16 rows g and g + 8 side by side."""
     assert weight.scale is not None
     wide = weight.scale
     if wide.shape[1] > 1 and weight.group > layout.group:
@@ -264,7 +283,10 @@ def _scales(weight: StoredWeight, layout: Layout, rows: int) -> Tensor:
     if wide.shape[1] == 1:
         wide = wide.expand(-1, groups)
     padded = pad_zeros(wide.float(), (0, groups - wide.shape[1], 0, rows - weight.rows))
-    return padded.view(rows // TILE, TILE, -1, per_unit).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
+    ordered = padded.view(rows // TILE, TILE, -1, per_unit).permute(0, 2, 3, 1).contiguous()
+    if layout.scale_bytes == 2:
+        ordered = ordered.bfloat16().unflatten(-1, (2, 8)).transpose(-1, -2).contiguous()
+    return ordered.view(torch.uint8).flatten(2)
 
 
 def _bytes_of(words: Tensor) -> Tensor:

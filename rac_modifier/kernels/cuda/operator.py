@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda import library
+from rac_modifier.kernels.cuda import cusparselt, library
 from rac_modifier.kernels.cuda.layout import ALL, TILE, Layout, fits, units_of
 from rac_modifier.kernels.cuda.library import Device
 from rac_modifier.kernels.cuda.programs import (
@@ -25,23 +24,37 @@ SCRATCH_BYTES = 64 << 20  # of expanded rows at a time
 _ALIGNMENT = 16  # bytes; what cp.async copies
 
 
-def sparse_linear(x: Tensor, data: Tensor, layout: int, rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+def sparse_linear(
+    x: Tensor,
+    data: Tensor,
+    layout: int,
+    rows: int,
+    columns: int,
+    bias: Tensor | None = None,
+    compressed: Tensor | None = None,
+) -> Tensor:
     """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in bfloat16, summed in fp32.
 
-    `data`: what `layout.pack` returned, on x's device. `layout`: the number of its layout in `layout.ALL`.
+    `data`: what `layout.pack` returned, on x's device. `layout`: the number of its layout in `layout.ALL`. `compressed`: the copy
+    for cuSPARSELt, which then multiplies more tokens than the kernels do.
 
     Raises:
         RacError: other dtypes or shapes, or a device without loaded kernels.
     """
-    return torch.ops.rac_modifier.sparse_linear_gpu(x, data, layout, rows, columns, bias)
+    return torch.ops.rac_modifier.sparse_linear_gpu(x, data, layout, rows, columns, bias, compressed)
 
 
-def _forward(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None) -> Tensor:
-    layout = _check(x, data, number, rows, columns, bias)
+def _forward(
+    x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None, compressed: Tensor | None = None
+) -> Tensor:
+    layout = _check(x, data, number, rows, columns, bias, compressed)
     device = _device(x)
     flat = x.reshape(-1, columns).contiguous()
     if flat.data_ptr() % _ALIGNMENT:
         flat = flat.clone()
+    if compressed is not None and len(flat) > most_tokens(layout):
+        with _current(x):
+            return cusparselt.product(flat, compressed, bias).view(*x.shape[:-1], rows)
     out = x.new_empty(flat.shape[0], rows)
     if flat.shape[0]:
         with _current(x):
@@ -51,11 +64,12 @@ def _forward(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias
 
 def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
     (tokens, columns), rows = x.shape, out.shape[1]
-    same_order = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
+    same_order = cusparselt.batch_invariant()
     if tokens <= most_tokens(layout) or same_order:
         program = decode_program(layout, rows, columns, tokens, device.processors, same_order)
         run_program(device, layout, program, x, data, bias, out)
         return
+    cusparselt.check_effect(device.index)
     module, stream, units = library.module(device, layout), _stream(x), units_of(layout, data, columns)
     program = expand_program(layout)
     step = part_rows(layout, rows, columns, tokens, device.processors, device.cache, SCRATCH_BYTES)
@@ -104,7 +118,9 @@ def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _check(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None) -> Layout:
+def _check(
+    x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None, compressed: Tensor | None
+) -> Layout:
     """The layout of this number, which the packed weight must fit."""
     if x.dtype != torch.bfloat16 or x.dim() < 1 or x.shape[-1] != columns:
         raise RacError(f"x: {x.dtype} {list(x.shape)}; the sparse GPU kernel takes bfloat16 with {columns} columns")
@@ -120,19 +136,29 @@ def _check(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: 
         )
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,)):
         raise RacError(f"bias: {bias.dtype} {list(bias.shape)}; the weight's {rows} rows need bfloat16 [{rows}]")
-    if any(other is not None and other.device != x.device for other in (data, bias)) or not data.is_contiguous():
+    if (
+        any(other is not None and other.device != x.device for other in (data, bias, compressed))
+        or not data.is_contiguous()
+    ):
         raise RacError(f"x is on {x.device}; the weight and the bias must be there too, and contiguous")
+    if compressed is not None and (compressed.dtype != torch.bfloat16 or 2 * compressed.numel() < rows * columns):
+        raise RacError(
+            f"compressed: {compressed.dtype} {list(compressed.shape)} is no copy of a weight [{rows}, {columns}] for cuSPARSELt; "
+            "pass what `cusparselt.compress` returned"
+        )
     return layout
 
 
-def _fake(x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+def _fake(
+    x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None, compressed: Tensor | None = None
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 if not hasattr(torch.ops.rac_modifier, "sparse_linear_gpu"):  # once per process, also if this module is loaded again
     torch.library.define(
         "rac_modifier::sparse_linear_gpu",
-        "(Tensor x, Tensor data, int layout, int rows, int columns, Tensor? bias) -> Tensor",
+        "(Tensor x, Tensor data, int layout, int rows, int columns, Tensor? bias, Tensor? compressed=None) -> Tensor",
     )
     torch.library.impl("rac_modifier::sparse_linear_gpu", "cuda", _forward)
     torch.library.register_fake("rac_modifier::sparse_linear_gpu", _fake)

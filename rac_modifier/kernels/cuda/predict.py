@@ -46,6 +46,9 @@ LAUNCH = 2.0  # microseconds per kernel within a CUDA graph, its start and its e
 # Bytes per weight of what vLLM runs dense: cuBLAS; CUTLASS, one scale per row; Marlin or Machete, a 16-bit scale per 128 columns.
 DENSE = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
 DECODE_TOKENS = 8  # of the step that layers are decided for; the kernels take as long for 1 token as for 8
+# Share of twice the rate of dense products that cuSPARSELt is taken to reach with a 2:4 weight; assumed, see docs/results/gpu.md.
+CUSPARSELT = 0.75
+_COMPRESSED = 2 * 9 / 16  # bytes per weight of its copy in bfloat16
 _ISSUED = 4  # instructions of warps per multiprocessor and cycle: four schedulers, one each
 _SHARED = 128  # bytes of shared memory per multiprocessor and cycle: 32 banks of 4
 _TOKENS = 8  # of a token tile
@@ -168,9 +171,7 @@ def prompt_times(
     """
 
     def product(rows: int) -> float:
-        waves = product_waves(rows, tokens, card.processors)
-        products = waves * card.processors * PRODUCT_BLOCK[0] * PRODUCT_BLOCK[1] * columns
-        return max(1e6 * 2 * products / card.peak / REACHED, _memory(card, 2 * rows * columns, rows, columns, tokens))
+        return max(_products(card, rows, columns, tokens), _memory(card, 2 * rows * columns, rows, columns, tokens))
 
     step = part_rows(layout, rows, columns, tokens, card.processors, card.cache, SCRATCH_BYTES)
     in_cache = 2 * step * columns <= card.cache // 2 and not layout.any_pattern
@@ -179,6 +180,22 @@ def prompt_times(
     expanding = 1e6 * (max(read, written) if in_cache else read + written) / REACHED
     parts = [min(step, rows - first) for first in range(0, rows, step)]
     return expanding + sum(product(part) + 2 * LAUNCH for part in parts), product(rows) + LAUNCH
+
+
+def cusparselt_time(card: Card, rows: int, columns: int, tokens: int) -> float:
+    """Microseconds of a product of a 2:4 weight with a prompt's tokens on cuSPARSELt.
+
+    At `CUSPARSELT` times twice the rate of a dense product in the same waves of blocks, or bound by memory. A launch.
+    """
+    products = _products(card, rows, columns, tokens) / (2 * CUSPARSELT)
+    return max(products, _memory(card, _COMPRESSED * rows * columns, rows, columns, tokens)) + LAUNCH
+
+
+def _products(card: Card, rows: int, columns: int, tokens: int) -> float:
+    """Microseconds that the tensor cores take for a dense product, in whole waves of blocks."""
+    waves = product_waves(rows, tokens, card.processors)
+    products = waves * card.processors * PRODUCT_BLOCK[0] * PRODUCT_BLOCK[1] * columns
+    return 1e6 * 2 * products / card.peak / REACHED
 
 
 def _memory(card: Card, size: float, rows: int, columns: int, tokens: int) -> float:

@@ -9,7 +9,14 @@ import torch
 
 from rac_modifier.kernels import cuda
 from rac_modifier.kernels.interface import Layer
-from tests.kernels.cuda.weights import bf16_weight, fp8_weight, int4_any_weight, int8_weight, unstructured_weight
+from tests.kernels.cuda.weights import (
+    bf16_weight,
+    fp8_weight,
+    int4_any_weight,
+    int4_weight,
+    int8_weight,
+    unstructured_weight,
+)
 
 BF16 = torch.bfloat16
 HALF = Layer(4096, 4096, 0.5, BF16, BF16, 4096, two_of_four=True)
@@ -20,6 +27,14 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(gpu):
     weight = bf16_weight(40, 200)
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
     assert cuda.pack(weight, BF16)["weight_packed"].numel() == announced * 40 * 200
+    sizes = []
+    for scales in (BF16, torch.float16, torch.float32):
+        weight = int4_weight(32, 512, 128, scales)
+        decision = cuda.can_run(Layer.of(weight, BF16))
+        assert cuda.pack(weight, BF16)["weight_packed"].numel() == decision.bytes_per_weight * 32 * 512
+        sizes.append((decision.kernel.removeprefix("sparse GPU kernel "), decision.bytes_per_weight))
+    fp32 = ("2:4 int4 with fp32 scales", 0.40625)
+    assert sizes == [("2:4 int4", 0.390625), fp32, fp32]
 
 
 def test_weights_of_any_pattern_are_claimed_with_the_bytes_that_are_expected(gpu):

@@ -31,7 +31,7 @@ from tests.kernels.cuda.weights import (
 BF16 = torch.bfloat16
 HALF = Layer(4096, 4096, 0.5, BF16, BF16, 4096, two_of_four=True)
 EIGHT_BITS = replace(HALF, stored=torch.int8)
-FOUR_BITS = replace(HALF, stored=torch.int32, group=128)
+FOUR_BITS = replace(HALF, stored=torch.int32, group=128, group_bytes=2)
 FP8 = replace(HALF, stored=torch.float8_e4m3fn)
 
 
@@ -110,7 +110,8 @@ def test_on_a_card_that_is_not_in_the_table_nothing_is_predicted(gpu, monkeypatc
     ("layer", "kernel", "size"),
     [
         (HALF, "2:4", 1.125),
-        (FOUR_BITS, "2:4 int4", 0.40625),
+        (FOUR_BITS, "2:4 int4", 0.390625),
+        (replace(FOUR_BITS, group_bytes=4), "2:4 int4 with fp32 scales", 0.40625),
         (EIGHT_BITS, "2:4 int8", 0.625 + 4 / 4096),
         (FP8, "2:4 fp8", 0.625 + 4 / 4096),
         (replace(EIGHT_BITS, group=128), "2:4 int8", 0.65625),
@@ -194,6 +195,7 @@ def test_what_does_not_load_stays_dense(gpu):
     [
         bf16_weight,
         lambda rows, columns: int4_weight(rows, columns, 64),
+        lambda rows, columns: int4_weight(rows, columns, 64, scales=torch.float16),
         unstructured_weight,
         int8_weight,
         lambda rows, columns: int4_any_weight(64, rows, columns),
@@ -204,6 +206,7 @@ def test_what_does_not_load_stays_dense(gpu):
     ids=[
         "bf16",
         "int4",
+        "int4 with scales of float16",
         "unstructured",
         "unstructured int8",
         "unstructured int4",

@@ -13,6 +13,7 @@ from rac_modifier.kernels.cuda.layout import (
     E4M3,
     E4M3_GROUPS,
     INT4,
+    INT4_FP32_SCALES,
     INT8,
     INT8_GROUPS,
     UNSTRUCTURED,
@@ -36,6 +37,8 @@ LAYOUTS = {
     "bf16": BF16,
     "int4 g128": INT4[128],
     "int4 g64": INT4[64],
+    "int4 fp32 g128": INT4_FP32_SCALES[128],
+    "int4 fp32 g64": INT4_FP32_SCALES[64],
     "2:4 int8": INT8,
     "2:4 int8 g128": INT8_GROUPS[128],
     "2:4 int8 g64": INT8_GROUPS[64],
@@ -61,12 +64,12 @@ def disassembled(layout: Layout, architecture: str) -> dict[tuple[int, int], tup
     return {tiles: (len(k.loop), len(k.instructions) - len(k.loop)) for tiles, k in each.items()}
 
 
-# 8-bit values in groups add the same few instructions everywhere: one architecture each.
+# 8-bit values in groups, and scales in fp32, add the same few instructions everywhere: one architecture each.
 CASES = [
     (layout, each)
     for n, layout in enumerate(LAYOUTS)
     for m, each in enumerate(ARCHITECTURES)
-    if LAYOUTS[layout].bits != 8 or not LAYOUTS[layout].group or n % len(ARCHITECTURES) == m
+    if not (LAYOUTS[layout].group and (LAYOUTS[layout].bits == 8 or "fp32" in layout)) or n % len(ARCHITECTURES) == m
 ]
 
 
@@ -92,6 +95,7 @@ def test_every_card_has_counts_of_every_layout():
 def test_a_count_is_found_by_layout_and_tiles():
     assert count_instructions(BF16, "sm_80", 2, 1) == COUNTS["bf16", "sm_80"][3]
     assert count_instructions(INT4[64], "sm_100", 1, 4) == COUNTS["int4 g64", "sm_100"][2]
+    assert count_instructions(INT4_FP32_SCALES[64], "sm_80", 2, 2) == COUNTS["int4 fp32 g64", "sm_80"][4]
     assert count_instructions(UNSTRUCTURED, "sm_90", 2, 4) == COUNTS["unstructured", "sm_90"][2]
     assert count_instructions(UNSTRUCTURED_INT8, "sm_90", 2, 4) == COUNTS["unstructured int8", "sm_90"][2]
     assert count_instructions(UNSTRUCTURED_INT4[64], "sm_90", 2, 1) == COUNTS["unstructured int4 g64", "sm_90"][0]

@@ -14,6 +14,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.layout import (
     BF16,
     INT4,
+    INT4_FP32_SCALES,
     INT8,
     INT8_GROUPS,
     layout_of,
@@ -42,9 +43,10 @@ def element(
     return (tile * units + unit) * unit_bytes, product, in_product // 4, in_product % 4
 
 
-def unpack_slowly(packed: Tensor, rows: int, columns: int, group: int) -> Tensor:
+def unpack_slowly(packed: Tensor, rows: int, columns: int, group: int, fp32_scales: bool = False) -> Tensor:
     """The dense weight in float64, read number by number as the tables in csrc/gpu/ say where each one is."""
-    unit_columns, unit_bytes = (128, 768 + 64 * 128 // group) if group else (64, 1152)
+    of_scales = 64 if fp32_scales else 32
+    unit_columns, unit_bytes = (128, 768 + of_scales * 128 // group) if group else (64, 1152)
     at_once = 2 * unit_columns
     units = -(-columns // at_once) * 2
     assert packed.numel() == -(-rows // 16) * units * unit_bytes
@@ -63,7 +65,8 @@ def unpack_slowly(packed: Tensor, rows: int, columns: int, group: int) -> Tensor
             for value, place in enumerate((places & 3, places >> 2)):
                 if group:
                     nibble = words[(start + 16 * lane + 4 * product) // 4] >> 4 * (register + 4 * value) & 15
-                    scale = floats[(start + 768 + 64 * (product * 32 // group) + 4 * in_tile) // 4]
+                    scales_at = start + 768 + of_scales * (product * 32 // group)
+                    scale = floats[scales_at // 4 + in_tile] if fp32_scales else halves[scales_at // 2 + 2 * g + h]
                     number = scale * (nibble - 8)
                 else:
                     number = halves[(start + 512 * product + 16 * lane + 4 * register) // 2 + value]
@@ -89,6 +92,34 @@ def test_int4_is_where_the_table_says(rows, columns, group):
     weight = int4_weight(rows, columns, group)
     found = unpack_slowly(pack(weight, INT4[group]), rows, columns, group)
     assert torch.equal(found, exact(weight))
+    weight = int4_weight(rows, columns, group, scales=torch.float16)
+    found = unpack_slowly(pack(weight, INT4_FP32_SCALES[group]), rows, columns, group, fp32_scales=True)
+    assert torch.equal(found, exact(weight))
+
+
+def test_int4_takes_the_bytes_of_its_values_metadata_and_16_bit_scales():
+    """A weight of 2:4: half of 4 bits, half of 2 bits, and a scale per group."""
+    for group in (64, 128):
+        packed = pack(int4_weight(64, 1024, group), INT4[group])
+        assert packed.numel() == 64 * 1024 * (4 / 2 + 2 / 2 + 16 / group) / 8
+        packed = pack(int4_weight(64, 1024, group, scales=torch.float32), INT4_FP32_SCALES[group])
+        assert packed.numel() == 64 * 1024 * (4 / 2 + 2 / 2 + 32 / group) / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_scales_that_bfloat16_does_not_hold_are_refused_rather_than_rounded(dtype):
+    weight = int4_weight(16, 256, 128, scales=dtype)
+    with pytest.raises(
+        RacError, match="layer: scales that bfloat16 does not hold exactly; pack it in the layout 2:4 int4"
+    ):
+        pack(weight, INT4[128])
+    one = weight.scale.bfloat16().float()
+    one[3, 1] = 1 + 2.0**-8  # a single one, half a step beside a bfloat16
+    with pytest.raises(RacError, match="scales that bfloat16 does not hold"):
+        pack(replace(weight, scale=one), INT4[128])
+    one[3, 1] = 1 + 2.0**-7
+    weight = replace(weight, scale=one)
+    assert torch.equal(unpack_slowly(pack(weight, INT4[128]), 16, 256, 128), exact(weight))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 256), (37, 392), (5, 4)])
@@ -131,7 +162,7 @@ def test_int8_is_where_the_table_says(rows, columns, group):
 @pytest.mark.parametrize(("group", "groups"), [(64, 3), (128, 1), (128, 2), (64, 1)])
 def test_wider_groups_and_one_scale_per_row_repeat_their_scales(group, groups):
     columns = 192 * groups if groups == 3 else 256 * groups
-    weight = replace(int4_weight(16, columns, 64), scale=torch.rand(16, groups) + 0.1)
+    weight = replace(int4_weight(16, columns, 64), scale=(torch.rand(16, groups) + 0.1).bfloat16().float())
     assert layout_of(torch.int32, weight.group, columns) is not None
     found = unpack_slowly(pack(weight, INT4[group]), 16, columns, group)
     assert torch.equal(found, exact(weight))

@@ -17,6 +17,7 @@ from rac_modifier.kernels.cuda.layout import (
     E4M3,
     E4M3_GROUPS,
     INT4,
+    INT4_FP32_SCALES,
     INT8,
     INT8_GROUPS,
     UNSTRUCTURED,
@@ -52,6 +53,10 @@ def test_the_layout_follows_from_dtype_and_group():
     assert layout_of(torch.int32, 192, 576) is INT4[64]
     assert layout_of(torch.int32, 1000, 1000) is INT4[128]  # one scale per row
     assert layout_of(torch.int32, 32, 512) is None
+    assert layout_of(torch.int32, 256, 512, scale_bytes=4) is INT4_FP32_SCALES[128]
+    assert layout_of(torch.int32, 192, 576, scale_bytes=4) is INT4_FP32_SCALES[64]
+    assert layout_of(torch.int32, 32, 512, scale_bytes=4) is None
+    assert layout_of(torch.int32, 128, 512, two_of_four=False, scale_bytes=4) is UNSTRUCTURED_INT4[128]
     for two_of_four in (True, False):
         int8 = INT8_GROUPS if two_of_four else UNSTRUCTURED_INT8_GROUPS
         fp8 = E4M3_GROUPS if two_of_four else UNSTRUCTURED_E4M3_GROUPS

@@ -82,6 +82,7 @@ def test_options_name_the_card_and_the_group():
         "--gpu-architecture=sm_120",
         "--std=c++17",
         "--define-macro=GROUP=64",
+        "--define-macro=BF16_SCALES",
     ]
 
 

@@ -9,6 +9,7 @@ from rac_modifier.kernels.cuda.layout import (
     E4M3,
     E4M3_GROUPS,
     INT4,
+    INT4_FP32_SCALES,
     INT8,
     INT8_GROUPS,
     UNSTRUCTURED,
@@ -23,7 +24,7 @@ from rac_modifier.kernels.cuda.programs import all_programs, program, tiles_of
 from tests.kernels.cuda.machine_code import Kernel, kernels, operation_of, operations
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"]
-# Another group changes only how many scales are read: one architecture shows it.
+# Another group changes only how many scales are read, and another type only how: one architecture shows it.
 BUILDS = [
     *(
         (layout, each)
@@ -40,6 +41,7 @@ BUILDS = [
         for each in ARCHITECTURES
     ),
     (INT4[64], "sm_90a"),
+    (INT4_FP32_SCALES[128], "sm_90a"),
     (UNSTRUCTURED_INT4[64], "sm_90a"),
     (INT8_GROUPS[128], "sm_90a"),
     (E4M3_GROUPS[64], "sm_80"),
@@ -53,6 +55,7 @@ BUILDS = [
 # weight: there, int4 with more than 8 tokens is bound by instructions.
 MOST = {("2:4", 1): 0.9, ("2:4", 2): 1.55, ("2:4", 4): 2.3}
 MOST |= {("2:4 int4", 1): 1.5, ("2:4 int4", 2): 2.15, ("2:4 int4", 4): 3.0}
+MOST |= {("2:4 int4 with fp32 scales", tokens): MOST["2:4 int4", tokens] for tokens in (1, 2, 4)}
 # 2:4 int8: 1.21-1.25, 1.44-1.59 and 1.76-2.24 were found.
 MOST |= {("2:4 int8", 1): 1.35, ("2:4 int8", 2): 1.7, ("2:4 int8", 4): 2.4}
 # 2:4 fp8: 1.69-1.73, 1.92-2.12 and 2.26-2.73; a value costs one instruction more than in int8.
@@ -78,12 +81,14 @@ MOST_OF_FOUR = {
     "2:4 fp8": (1.7, 1.85, 2.25),
 }
 # 128 rows, of which a warp has two row tiles and 32 or 64 tokens.
+MOST_OF_FOUR["2:4 int4 with fp32 scales"] = MOST_OF_FOUR["2:4 int4"]
 MOST_OF_WIDE = {
     "2:4": (1.6, 2.2),
     "2:4 int4": (2.5, 3.5),
     "2:4 int8": (2.0, 3.0),
     "2:4 fp8": (2.4, 3.4),
 }
+MOST_OF_WIDE["2:4 int4 with fp32 scales"] = MOST_OF_WIDE["2:4 int4"]
 MOST_REGISTERS = {
     128: 168,
     64: 255,
@@ -91,8 +96,9 @@ MOST_REGISTERS = {
 MOST_REGISTERS_OF_WIDE = 255  # of blocks of 128 rows: two fit into 65,536
 
 H100_SHARED = 228 << 10  # bytes of a multiprocessor; a block takes 1,024 beside its own
-# Bytes of weights under way per multiprocessor where it is less than 19,900: 16 rows and 32 tokens, for layers of few rows.
-LEAST_UNDER_WAY = {"rac_24_int4_r1_t4": 14_900}
+# Bytes of weights under way per multiprocessor where it is less than 19,900, for layers of few rows. A fifth stage would leave an
+# A100 room for one block of the first and the last in place of two.
+LEAST_UNDER_WAY = {"rac_24_int4_r1_t2": 19_200, "rac_24_int4_r1_t4": 14_400, "rac_24_int4_r2_t4": 19_200}
 
 
 def budget(layout: Layout, rows: int, tokens: int) -> float:

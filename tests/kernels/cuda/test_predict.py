@@ -16,6 +16,7 @@ from rac_modifier.kernels.cuda.predict import (
     DENSE,
     Time,
     check_tokens,
+    cusparselt_time,
     dense_time,
     over_dense,
     prompt_times,
@@ -31,12 +32,12 @@ cards = st.sampled_from(CARDS)
 
 def test_an_int4_layer_of_an_h100_by_hand(monkeypatch):
     """[28672, 4096] times 8 tokens: four row tiles and one token tile per block, so 448 blocks of 64 rows, at most 4 per
-    multiprocessor. A unit, 16 rows and 128 columns, has 512 bytes of values, 256 of metadata, 64 of scales: 832."""
+    multiprocessor. A unit, 16 rows and 128 columns, has 512 bytes of values, 256 of metadata, 32 of scales: 800."""
     monkeypatch.setitem(COUNTS, ("int4 g128", "sm_90"), ((0, 0),) * 6 + ((329, 375),) + ((0, 0),) * 2)
     time = sparse_time(card_of("h100"), INT4[128], 28672, 4096, 8)
-    weights, x, out = 1792 * 32 * 832, 8 * 4096 * 2, 8 * 28672 * 2
+    weights, x, out = 1792 * 32 * 800, 8 * 4096 * 2, 8 * 28672 * 2
     assert time.memory == pytest.approx((weights + x + out) / 3.35e12 / 0.85 * 1e6)
-    per_block = 4 * 32 * 832
+    per_block = 4 * 32 * 800
     cycle = 1e6 / 1.83e9 / 0.85
     assert time.cache == pytest.approx(4 * (per_block + x) / 35 * cycle)
     assert time.shared == pytest.approx(4 * 2 * (per_block + x) / 128 * cycle)
@@ -127,9 +128,9 @@ def test_a_large_batch_by_hand(monkeypatch):
     weight comes from memory once. Each of four warps has 32 rows, and reads all of x from shared memory."""
     monkeypatch.setitem(COUNTS, ("int4 g128", "sm_90"), ((0, 0),) * 10 + ((900, 700),))
     time = sparse_time(card_of("h100"), INT4[128], 28672, 4096, 128)
-    weights, x, out = 1792 * 32 * 832, 128 * 4096 * 2, 128 * 28672 * 2
+    weights, x, out = 1792 * 32 * 800, 128 * 4096 * 2, 128 * 28672 * 2
     assert time.memory == pytest.approx((weights + x + out) / 3.35e12 / 0.85 * 1e6)
-    cycle, per_block = 1e6 / 1.83e9 / 0.85, 8 * 32 * 832
+    cycle, per_block = 1e6 / 1.83e9 / 0.85, 8 * 32 * 800
     assert time.cache == pytest.approx(4 * (per_block + x / 2) / 35 * cycle)
     assert time.shared == pytest.approx(4 * (2 * per_block + 5 * x / 2) / 128 * cycle)
     assert time.instructions == pytest.approx(4 * 4 * (32 * 900 + 700) / 4 * cycle)
@@ -149,7 +150,7 @@ def test_a_prompt_by_hand():
     blocks of 128 rows and tokens, two waves of 132, as many in all as the whole weight."""
     packed, dense = prompt_times(card_of("h100"), INT4[128], 28672, 4096, 2048, 0.5)
     product = 2 * 28 * 132 * 128 * 128 * 4096 / 989e12 / 0.85 * 1e6
-    read, written = 1792 * 32 * 832 / 3.35e12, 2 * 28672 * 4096 / (132 * 35 * 1.83e9)
+    read, written = 1792 * 32 * 800 / 3.35e12, 2 * 28672 * 4096 / (132 * 35 * 1.83e9)
     assert dense == pytest.approx(product + 2)
     assert packed == pytest.approx(max(read, written) / 0.85 * 1e6 + product + 14 * 2 * 2)
     any_pattern, _ = prompt_times(card_of("h100"), UNSTRUCTURED, 28672, 4096, 2048, 0.5)  # 4 parts, written to memory
@@ -157,6 +158,20 @@ def test_a_prompt_by_hand():
     assert any_pattern == pytest.approx(moved / 3.35e12 / 0.85 * 1e6 + product + 4 * 2 * 2)
     short = prompt_times(card_of("h100"), INT4[128], 28672, 4096, 129, 0.5)[1]  # bound by memory
     assert short == pytest.approx(2 * (28672 * 4096 + 129 * (28672 + 4096)) / 3.35e12 / 0.85 * 1e6 + 2)
+
+
+def test_a_prompt_by_cusparselt_by_hand():
+    """[28672, 4096] times 2048 tokens on an H100: 28 waves of 132 blocks of 128 rows and tokens, at 1.5 times the dense rate."""
+    product = 2 * 28 * 132 * 128 * 128 * 4096 / (1.5 * 989e12) / 0.85 * 1e6
+    assert cusparselt_time(card_of("h100"), 28672, 4096, 2048) == pytest.approx(product + 2)
+    few = cusparselt_time(card_of("h100"), 28672, 4096, 8)  # bound by memory: 9/16 of the bytes of bfloat16
+    assert few == pytest.approx((28672 * 4096 * 1.125 + 2 * 8 * (28672 + 4096)) / 3.35e12 / 0.85 * 1e6 + 2)
+
+
+@given(cards, shapes, st.sampled_from([300, 2048, 8192]))
+def test_cusparselt_takes_at_least_half_of_a_dense_product(card, shape, number):
+    dense = prompt_times(card, BF16, *shape, number, 0.5)[1]
+    assert dense / 2 <= cusparselt_time(card, *shape, number) <= dense
 
 
 def test_a_layer_over_dense_bfloat16_in_words():

@@ -81,8 +81,8 @@ def test_the_chosen_tiles_are_hardly_slower_than_the_best(layout):
                 chosen = decode_program(layout, rows, columns, tokens, card.processors)
                 each = [program(layout, *tiles) for tiles in tiles_of(layout) if tiles[1] in token_tiles]
                 times = {one: time_of(card, layout, one, rows, columns, tokens, 0.5).total for one in each}
-                # a 4090 may be bound by tensor cores there, whose rate the choice does not know
-                most = 1.02 if tokens <= 32 else 1.2 if card.name == "4090" else 1.07
+                # a B200 may be bound by instructions, and a 4090 by tensor cores: the choice does not know their rates
+                most = (1.04 if card.name == "b200" else 1.02) if tokens <= 32 else 1.2 if card.name == "4090" else 1.07
                 assert times[chosen] <= most * min(times.values())
 
 

@@ -23,12 +23,12 @@ def bf16_weight(rows: int, columns: int, most: int = 2) -> StoredWeight:
     return from_dense(values.masked_fill(~kept_of_four(rows, columns, most), 0.0), "layer")
 
 
-def int4_weight(rows: int, columns: int, group: int) -> StoredWeight:
-    """Values of -8 to 7, none of them 0, with a scale per row and group."""
+def int4_weight(rows: int, columns: int, group: int, scales: torch.dtype = torch.bfloat16) -> StoredWeight:
+    """Values of -8 to 7, none of them 0, with a scale per row and group, of `scales`: a dtype that holds them exactly."""
     values = torch.randint(-8, 7, (rows, columns)).to(torch.int8)
     values += values >= 0
     stored = from_dense(values.masked_fill(~kept_of_four(rows, columns), 0), "layer")
-    return replace(stored, scale=torch.rand(rows, columns // group) + 0.1, bits=4)
+    return replace(stored, scale=(torch.rand(rows, columns // group) + 0.1).to(scales).float(), bits=4)
 
 
 def unstructured_weight(rows: int, columns: int, density: float | Tensor = 0.5) -> StoredWeight:
