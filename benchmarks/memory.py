@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument(
-        "--free", type=float, help="GiB that are taken to be free; where activations do not fit, some are computed twice"
+        "--free",
+        type=float,
+        help="GiB that are taken to be free; where activations do not fit, some are computed twice",
     )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -5,20 +5,17 @@
 
 Nothing here was measured on a GPU. Operations are those of rac_modifier/frontier/compressing.py, sampling and rates those of
 rac_modifier/frontier/estimate.py, memory that of rac_modifier/llmcompressor/memory.py, and who solves which group is decided by
-rac_modifier/llmcompressor/solving.py itself. `--measured` times the parts of a layer of the 0.5B shape on this CPU instead, for
-the table of processes (one minute of a core). docs/results/scale.md has the tables.
+rac_modifier/llmcompressor/solving.py itself. `--measured` times the parts of a run of the 0.5B shape on this CPU instead, for the
+table of processes (scale_measured.py; three minutes of a core). docs/results/scale.md has the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from unittest import mock
 
-import torch
 from scale_models import MODELS, Model
 
 from rac_modifier.calibration.loader import LANES
@@ -29,9 +26,6 @@ from rac_modifier.llmcompressor.memory import MemoryNeed
 from rac_modifier.llmcompressor.solving import owners
 from rac_modifier.llmcompressor.step_memory import Attention, SolverMemory
 from rac_modifier.pruning import linalg
-from rac_modifier.pruning.hessian import Statistics
-from rac_modifier.pruning.solve import solve
-from rac_modifier.settings.pattern import Pattern
 
 # Of the makers' data sheets (H100 SXM); of the first three, REACHED of it is assumed.
 H100 = Speed(copied=3.35e12, computed=989e12, computed32=67e12)
@@ -50,7 +44,8 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 class GroupTimes:
     """Seconds of one group of a layer in one process: what is shared by tokens, moved bytes included, and what per module.
 
-    `summed` are the bytes of its statistics and `sent` those of its results, between processes.
+    `summed` are the bytes of its statistics and `sent` those of its results, between processes. `products` is the part of
+    `tokens` that forward passes take, where that is measured.
     """
 
     group: Group
@@ -59,6 +54,7 @@ class GroupTimes:
     sent: int
     factors: float
     per_row: float
+    products: float = 0.0
 
     def solving(self, rows: int) -> float:
         """Of so many rows in one process."""
@@ -83,40 +79,6 @@ def moved_between(group: Group) -> tuple[int, int]:
     rows = sum(group.rows)
     cross = group.columns * (group.columns if rows >= group.columns / 2 else rows)
     return 4 * (group.columns**2 + cross), 2 * group.weights
-
-
-def measured(tokens: int) -> list[GroupTimes]:
-    """Of the groups of a layer of Qwen2.5-0.5B on this CPU in one thread: products of forward passes, statistics, solver.
-
-    Prints a row per group. Times are of the processor, those of tokens taken to be in proportion to their number.
-    """
-    torch.manual_seed(0)
-    found = []
-    for group in Model("0.5B", 24, 896, 4864, 896, 128, 151_936).layer():
-        rows = sum(group.rows)
-        weights = [torch.randn(each, group.columns) for each in group.rows]
-        x = torch.randn(tokens, group.columns)
-        parts = list(zip(x.split(1024), (x + 0.1 * torch.randn_like(x)).split(1024), strict=True))
-        statistics = Statistics(group.columns, "cpu", weights)
-        times = [time.process_time()]
-        for part, _ in parts * PASSES:
-            for weight in weights:
-                part @ weight.T
-        times.append(time.process_time())
-        for part, dense in parts:
-            statistics.add(part, torch.ones(len(part)), dense)
-        times.append(time.process_time())
-        hessian, cross = statistics.hessian.matrix(), statistics.cross_moment()
-        solve("alps", weights, hessian, Pattern.n_of_m(2, 4), cross_moment=cross)
-        times.append(time.process_time())
-        passes, added, solved = (after - before for before, after in pairwise(times))
-        work = solving(group.columns, rows)  # the factors' share of the time is taken to be that of the operations
-        factors = solved * work.float32 / (work.float32 + work.products)
-        summed, sent = moved_between(group)
-        each = GroupTimes(group, (passes + added) * TOKENS / tokens, summed, sent, factors, (solved - factors) / rows)
-        found.append(each)
-        print(f"| {group.columns} -> {rows} | {passes:.1f} s | {added:.1f} s | {solved:.1f} s |", flush=True)
-    return found
 
 
 def layer_seconds(times: list[GroupTimes], ranks: int, together: bool = False) -> float:
@@ -263,10 +225,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="with --measured; seconds are for a million")
     asked = parser.parse_args()
     if asked.measured:
-        torch.set_num_threads(1)
-        print("| group | forward passes | statistics | solving |", "|---|---|---|---|", sep="\n")
-        times = measured(asked.tokens)
-        print(*ranks_table({"a layer of 0.5B, measured": [layer_seconds(times, ranks) for ranks in RANKS]}), sep="\n")
+        import scale_measured
+
+        scale_measured.show(asked.tokens)
         return
     for title, table in TABLES.items():
         print(f"## {title}\n")

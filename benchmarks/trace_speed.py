@@ -10,7 +10,8 @@ Tokens are those of completions up to their EOS; padding does not count. The ser
 
 `client`: each round completes other problems, --problems of them, twice: by a whole collection (checks of the model and of each
 answer, and the store's writes included), and by a bare load generator, which sends the same requests from ready bodies and
-reads only the number of tokens of an answer. In turn, the order reversed each round.
+reads only the number of tokens of an answer. In turn, the order reversed each round. The last columns are the processor time of
+each client per 1,000 completion tokens, which it takes from a server on the same cores.
 
 `memory`: one collection to budgets of 10,000, 100,000 and 1,130,000 tokens, in one process, and the most memory that the
 collector (not the server) held resident in each part.
@@ -29,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 import psutil
@@ -132,18 +134,41 @@ def rates(server: Server, args: argparse.Namespace) -> None:
         )
 
 
-def collection_rate(server: Server, path: Path, problems: int, seed: int, concurrency: int) -> float:
-    """Completion tokens per second of a collection that ends when its problems do."""
+class Took(NamedTuple):
+    """What a client took: the seconds of the clock and of its processor, and the completion tokens that it got."""
+
+    seconds: float
+    busy: float
+    tokens: int
+
+    @property
+    def rate(self) -> float:
+        """Completion tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def busy_ms(self) -> float:
+        """Milliseconds of the processor per 1,000 completion tokens."""
+        return 1e6 * self.busy / self.tokens
+
+
+def told(what: str, took: Took) -> Took:
+    """Prints it."""
+    print(f"  {what}: {took.tokens} tokens in {took.seconds:.1f} s, {took.busy:.2f} s of the processor", flush=True)
+    return took
+
+
+def collection(server: Server, path: Path, problems: int, seed: int, concurrency: int) -> Took:
+    """A collection that ends when its problems do."""
     path.unlink(missing_ok=True)
     pending_path(path).unlink(missing_ok=True)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     with suppress(RacError):  # the problems are used up before the budget is reached; all traces are kept
         collect(server, path, 10**9, seed, concurrency, problems)
-    seconds = time.perf_counter() - started
-    counts, found = TraceStore.read(path).counts, len(TraceStore.read(path))
-    assert found == problems, f"{found} of {problems} traces"
-    print(f"  collection: {counts.completion_tokens} tokens in {seconds:.1f} s", flush=True)
-    return counts.completion_tokens / seconds
+    seconds, busy = time.perf_counter() - started, time.process_time() - busy
+    counts = TraceStore.read(path).counts
+    assert counts.traces == problems, f"{counts.traces} of {problems} traces"
+    return told("collection", Took(seconds, busy, counts.completion_tokens))
 
 
 def bodies(problems: int, seed: int, model: str) -> list[bytes]:
@@ -154,13 +179,12 @@ def bodies(problems: int, seed: int, model: str) -> list[bytes]:
         prompt = tuple(render_question(tokenizer, problem.question, settings))
         seed_here = trace_seed(seed, f"{problem.id}#0")
         request = Request(prompt, settings.max_new_tokens, seed_here, (tokenizer.eos_token_id,))
-        arguments = request.arguments(model, settings)
-        requests.append(json.dumps(arguments | arguments.pop("extra_body")).encode())
+        requests.append(json.dumps(request.body(model, settings)).encode())
     return requests
 
 
-def bare_rate(server: Server, requests: list[bytes], concurrency: int) -> float:
-    """Completion tokens per second of a client that does nothing but send and count."""
+def bare_load(server: Server, requests: list[bytes], concurrency: int) -> Took:
+    """A client that does nothing but send and count."""
 
     async def load() -> int:
         left, tokens = requests[::-1], 0
@@ -177,35 +201,35 @@ def bare_rate(server: Server, requests: list[bytes], concurrency: int) -> float:
             await asyncio.gather(*(worker(session) for _ in range(concurrency)))
         return tokens
 
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     tokens = asyncio.run(load())
-    seconds = time.perf_counter() - started
-    print(f"  load generator: {tokens} tokens in {seconds:.1f} s", flush=True)
-    return tokens / seconds
+    return told("load generator", Took(time.perf_counter() - started, time.process_time() - busy, tokens))
 
 
 def client(server: Server, args: argparse.Namespace) -> None:
     """Our client's share of the server's throughput."""
     path = args.out / "client.jsonl"
-    collection_rate(server, path, min(args.problems, 100), 10**6, max(args.concurrency))  # to warm up
+    collection(server, path, min(args.problems, 100), 10**6, max(args.concurrency))  # to warm up
     print(
-        "| at a time | collection, tokens/s | load generator, tokens/s | ratio of the same round |\n|---|---|---|---|"
+        "| at a time | collection, tokens/s | load generator, tokens/s | ratio of the same round "
+        "| collection, processor ms per 1,000 tokens | load generator |\n|---|---|---|---|---|---|"
     )
     for concurrency in args.concurrency:
-        found: dict[str, list[float]] = {"ours": [], "bare": []}
+        found: dict[str, list[Took]] = {"ours": [], "bare": []}
         for seed in range(args.rounds):
             requests = bodies(args.problems, seed, str(reasoner_path()))
             for name in ("ours", "bare") if seed % 2 == 0 else ("bare", "ours"):
                 found[name].append(
-                    bare_rate(server, requests, concurrency)
+                    bare_load(server, requests, concurrency)
                     if name == "bare"
-                    else collection_rate(server, path, args.problems, seed, concurrency)
+                    else collection(server, path, args.problems, seed, concurrency)
                 )
-        ours, bare = found["ours"], found["bare"]
-        ratios = [one / other for one, other in zip(ours, bare, strict=True)]
+        ratios = [one.rate / other.rate for one, other in zip(found["ours"], found["bare"], strict=True)]
+        ours, bare = (statistics.median(took.rate for took in each) for each in found.values())
+        busy = " | ".join(f"{statistics.median(took.busy_ms for took in each):.1f}" for each in found.values())
         print(
-            f"| {concurrency} | {statistics.median(ours):,.0f} | {statistics.median(bare):,.0f} | "
-            f"{statistics.median(ratios):.3f}x ({min(ratios):.3f}-{max(ratios):.3f}) |",
+            f"| {concurrency} | {ours:,.0f} | {bare:,.0f} | "
+            f"{statistics.median(ratios):.3f}x ({min(ratios):.3f}-{max(ratios):.3f}) | {busy} |",
             flush=True,
         )
 

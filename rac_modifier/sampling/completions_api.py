@@ -26,8 +26,8 @@ class Request:
     seed: int
     eos: tuple[int, ...]
 
-    def arguments(self, model: str, sampling: SamplingSettings) -> dict[str, Any]:
-        """The arguments of openai's `completions.create`; `sampling` must be resolved.
+    def body(self, model: str, sampling: SamplingSettings) -> dict[str, Any]:
+        """What is sent to /v1/completions, before it is JSON; `sampling` must be resolved.
 
         Every setting that a server would otherwise take from the model's generation_config is named: only temperature, top_k
         and top_p shape the distribution, as in this process.
@@ -43,13 +43,12 @@ class Request:
             "seed": self.seed,
             "stream": False,
             "n": 1,
-            "extra_body": {  # what vLLM takes beside OpenAI's own settings
-                "top_k": sampling.top_k or -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop_token_ids": list(self.eos),
-                "return_token_ids": True,
-            },
+            # What vLLM takes beside OpenAI's own settings:
+            "top_k": sampling.top_k or -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(self.eos),
+            "return_token_ids": True,
         }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from itertools import chain
 from pathlib import PurePath
+from queue import SimpleQueue
 from typing import Any
 
 from loguru import logger
@@ -36,6 +37,8 @@ _TRIES_BEFORE_ANOTHER = 2  # with several servers, so that one that hangs or is 
 # Prompts are taken up to this many times the concurrency ahead of the oldest unfinished one. That keeps the servers busy while
 # one long completion is waited for, and bounds how many finished ones are in memory.
 _LOOK_AHEAD = 4
+# One prompt more is taken for each so many, and sent as soon as a completion ends: servers do not wait while traces are written.
+_READY = 8
 
 
 class ServerEngine:
@@ -77,6 +80,7 @@ class ServerEngine:
         self._rounds = [n for n in (first, tries - first) if n]
         self._served: dict[str, str] = {}
         self._server_limit: int | None = None  # the shortest max_model_len
+        self._places = asyncio.Semaphore(settings.concurrency)
         self._record: EngineRecord | None = None
         # An event loop in a thread of its own: it runs on while traces are written, and works in a notebook, which has a loop.
         self._loop = asyncio.new_event_loop()
@@ -94,25 +98,29 @@ class ServerEngine:
         return self._record
 
     def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Sequence[Completion]]:
-        """Complete prompts, `concurrency` at once; call `connect` first.
+        """Complete prompts, `concurrency` at once; a few more are taken and wait. Call `connect` first.
 
         Raises:
             RacError: a server wants a key, does not return token ids, or the like.
         """
         prompts = chain.from_iterable(batches)
         under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}  # the oldest first
+        done: SimpleQueue[Future[Generation | Failure]] = SimpleQueue()
         taken = 0
         while True:
             while self._has_room(under_way, taken) and (prompt := next(prompts, None)) is not None:
                 future = asyncio.run_coroutine_threadsafe(self._complete(prompt), self._loop)
                 under_way[future] = taken, prompt
+                future.add_done_callback(done.put)
                 taken += 1
             if not under_way:
                 return
-            done = wait(under_way, return_when=FIRST_COMPLETED).done
+            ended = [done.get()]
+            while not done.empty():
+                ended.append(done.get())
             finished: list[Completion] = []
             stop: RacError | None = None
-            for future in [future for future in under_way if future in done]:
+            for future in sorted(ended, key=lambda future: under_way[future][0]):
                 _, prompt = under_way.pop(future)
                 try:
                     finished.append(Completion(prompt, future.result()))
@@ -126,7 +134,8 @@ class ServerEngine:
     def _has_room(self, under_way: dict[Future[Generation | Failure], tuple[int, Prompt]], taken: int) -> bool:
         oldest = next(iter(under_way.values()))[0] if under_way else taken
         concurrency = self._settings.concurrency
-        return len(under_way) < concurrency and taken - oldest < _LOOK_AHEAD * concurrency
+        room = concurrency + concurrency // _READY
+        return len(under_way) < room and taken - oldest < _LOOK_AHEAD * concurrency
 
     def close(self) -> None:
         """Drop the requests under way (a server notices, and stops working on them) and end the thread."""
@@ -211,6 +220,11 @@ class ServerEngine:
                 f"{self._server_limit}; serve with a larger one"
             )
         request = Request(prompt.ids, limit, trace_seed(self._sampling.seed, prompt.key), self._eos)
+        async with self._places:
+            return await self._ask_any(request)
+
+    async def _ask_any(self, request: Request) -> Generation | Failure:
+        """Ask one server after the other, until one completes the prompt."""
         reason = ""
         for tries in self._rounds:
             tried: list[ServerClient] = []

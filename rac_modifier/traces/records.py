@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -89,7 +89,7 @@ def settings_of_record(sampling: SamplingSettings, problems: ProblemSource) -> d
 
 def encode(kind: Literal["header", "trace"], value: StoreHeader | Trace) -> bytes:
     """One line of a store, newline included."""
-    data = value.model_dump() if isinstance(value, StoreHeader) else asdict(value)
+    data = value.model_dump() if isinstance(value, StoreHeader) else vars(value)
     payload = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
     return _prefix(kind, payload) + payload + b"}\n"
 

@@ -140,3 +140,39 @@ def _(b: Bench) -> None:
 @CASES.case("looking into a model of the hub", "hf download ID --local-dir FOLDER makes one")
 def _(b: Bench) -> None:
     b.rac("inspect", "owner/name")
+
+
+@CASES.case("activations of a model of the hub", "no folder of a checkpoint; give the folder of a packed int8 or int4")
+def _(b: Bench) -> None:
+    b.rac("activations", "owner/name")
+
+
+@CASES.case("activations of a model in floats", "its weights are neither quantized nor packed; give the folder")
+def _(b: Bench) -> None:
+    b.rac("activations", b.folder)
+
+
+def _activations_of(b: Bench, quantization: dict[str, object]) -> None:
+    shutil.copytree(b.folder, b.tmp / "model")
+    config = json.loads((b.tmp / "model" / "config.json").read_text())
+    (b.tmp / "model" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    b.rac("activations", b.tmp / "model")
+
+
+@CASES.case(
+    "activations of a dense model whose activations are quantized",
+    "no kernel multiplies its dense weights with rounded activations (its activations are quantized too: int4 in groups of 32",
+)
+def _(b: Bench) -> None:
+    inputs = {"num_bits": 8, "type": "float", "strategy": "token"}
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": "pack-quantized"}
+    _activations_of(b, {"quant_method": "compressed-tensors", "config_groups": {"g": group}})
+
+
+@CASES.case(
+    "activations of a dense int8 model", "with rounded activations (its weights are int8: int8 one scale per channel"
+)
+def _(b: Bench) -> None:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}, "format": "pack-quantized"}
+    _activations_of(b, {"quant_method": "compressed-tensors", "config_groups": {"g": group}})

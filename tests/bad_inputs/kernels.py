@@ -1,4 +1,4 @@
-"""Mistakes about int4 weights: what the kernels refuse, and dense int4 checkpoints whose parts do not fit each other."""
+"""Mistakes about int4 weights: what the kernels refuse, and dense checkpoints of few bits whose parts do not fit each other."""
 
 from __future__ import annotations
 
@@ -176,3 +176,63 @@ def _(b: Bench) -> None:
 @CASES.case("int4 weights with reordered columns", "weight_g_idx: its columns were reordered (actorder: group)")
 def _(b: Bench) -> None:
     check(weight_g_idx=torch.arange(64))
+
+
+def gptq(symmetric: bool = True, bits: int = 4, reordered: bool = False, **changes: Tensor | None) -> None:
+    """Read a GPTQ weight [32, 64] in groups of 32 columns, with some of its parts replaced; None: left out."""
+    from rac_modifier.checkpoint.gptq_awq import check_gptq
+
+    parts: dict[str, Tensor | None] = {
+        "qweight": torch.zeros(2 * bits, 32, dtype=torch.int32),
+        "qzeros": torch.full((2, bits), 0x77777777 if bits == 4 else 0, dtype=torch.int32),
+        "scales": torch.ones(2, 32),
+    }
+    tensors = {part: tensor for part, tensor in (parts | changes).items() if tensor is not None}
+    check_gptq(tensors, "model.layers.0.mlp.up_proj", bits, 32, symmetric, "gptq", reordered)
+
+
+@CASES.case("a GPTQ weight that lacks a part", "up_proj.scales: missing from the checkpoint")
+def _(b: Bench) -> None:
+    gptq(scales=None)
+
+
+@CASES.case("a GPTQ weight in other groups than config.json has", "but its 32 rows in 2 groups have [2, 32]; restore")
+def _(b: Bench) -> None:
+    gptq(scales=torch.ones(4, 32))
+
+
+@CASES.case("GPTQ zero points of fewer rows than the weight", "32 rows and 64 columns in 2 groups has [2, 4]; restore")
+def _(b: Bench) -> None:
+    gptq(qzeros=torch.zeros(2, 3, dtype=torch.int32))
+
+
+@CASES.case(
+    "GPTQ zero points, where config.json is symmetric", "not 8 everywhere, but config.json says that it is symmetric"
+)
+def _(b: Bench) -> None:
+    gptq(qzeros=torch.zeros(2, 4, dtype=torch.int32))
+
+
+@CASES.case(
+    "GPTQ zero points of 3 bits in format 1", "have two meanings, since AutoGPTQ and GPTQModel subtract different"
+)
+def _(b: Bench) -> None:
+    gptq(symmetric=False, bits=3)
+
+
+@CASES.case("a g_idx that fills groups unevenly", "up_proj.g_idx: does not give 32 columns to each of 2 groups")
+def _(b: Bench) -> None:
+    gptq(g_idx=torch.zeros(64, dtype=torch.int32))
+
+
+@CASES.case("desc_act without g_idx", "up_proj.g_idx: missing from the checkpoint")
+def _(b: Bench) -> None:
+    gptq(reordered=True)
+
+
+@CASES.case("AWQ zero points, where config.json has none", "not all 8, but config.json says zero_point: false; restore")
+def _(b: Bench) -> None:
+    from rac_modifier.checkpoint.gptq_awq import check_awq
+
+    words = {"qweight": torch.zeros(64, 4, dtype=torch.int32), "qzeros": torch.zeros(2, 4, dtype=torch.int32)}
+    check_awq({**words, "scales": torch.ones(2, 32)}, "model.layers.0.mlp.up_proj", 32, True)

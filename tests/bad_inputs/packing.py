@@ -34,6 +34,26 @@ def _(b: Bench) -> None:
     has_backend("cuda")
 
 
+@CASES.case(
+    "`RAC_GPU_PROMPTS` that is neither expand nor cusparselt", 'RAC_GPU_PROMPTS="cutlass": use expand or cusparselt'
+)
+def _(b: Bench) -> None:
+    from rac_modifier.kernels.choose import has_backend
+
+    b.monkeypatch.setenv("RAC_GPU_PROMPTS", "cutlass")
+    has_backend("cuda")
+
+
+@CASES.case(
+    "`RAC_GPU_PROMPTS=cusparselt` without the GPU kernels", "GPU kernels, which are off; set RAC_GPU_KERNELS=on too"
+)
+def _(b: Bench) -> None:
+    from rac_modifier.kernels.choose import has_backend
+
+    b.monkeypatch.setenv("RAC_GPU_PROMPTS", "cusparselt")
+    has_backend("cuda")
+
+
 @CASES.case("`rac pack` of a dense model", "nothing to pack: no module would get smaller")
 def _(b: Bench) -> None:
     b.rac("pack", b.folder, b.tmp / "out")

@@ -1,12 +1,15 @@
 """The tiny model, dense and pruned."""
 
 import json
+from typing import Any
 
 import pytest
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from rac_modifier import ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
+from rac_modifier.llmcompressor import finished_groups, solving
+from tests.llmcompressor.unfinished_runs import Killed
 from tests.tiny import calibration_entry, entry
 
 
@@ -65,3 +68,29 @@ def record_of(tmp_path):
 def off_policy(trace_store):
     """Trace settings that take the float32 model's traces for a model made of it."""
     return {**entry(trace_store)["traces"], "allow_off_policy": True}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Each group is written as soon as it is pruned."""
+    monkeypatch.setattr(finished_groups, "_SAVE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def solved(monkeypatch):
+    """The names of each group that is solved; after `solved.lives` of them a run dies."""
+
+    class Solved(list):
+        lives = 10**6
+
+    groups, solve = Solved(), solving.solve_many
+
+    def counted(method: Any, problems: Any, **kwargs: Any) -> Any:
+        if groups.lives == 0:
+            raise Killed
+        groups.lives -= 1
+        groups.extend(problem.names for problem in problems)
+        return solve(method, problems, **kwargs)
+
+    monkeypatch.setattr(solving, "solve_many", counted)
+    return groups

@@ -103,17 +103,12 @@ def test_answers_that_another_try_does_not_mend(content, words):
 
 
 def test_the_request_leaves_nothing_to_the_servers_defaults():
-    arguments = REQUEST.arguments("m", SamplingSettings(temperature=0.6, top_p=0.95, top_k=20))
-    beside = arguments.pop("extra_body")
-    assert arguments == {
+    assert REQUEST.body("m", SamplingSettings(temperature=0.6, top_p=0.95, top_k=20)) == {
         "model": "m", "prompt": [3, 4], "max_tokens": 4, "temperature": 0.6, "top_p": 0.95, "presence_penalty": 0.0,
         "frequency_penalty": 0.0, "seed": 0, "stream": False, "n": 1,
-    }  # fmt: skip
-    assert beside == {
         "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [1, 2], "return_token_ids": True,
     }  # fmt: skip
-    off = REQUEST.arguments("m", SamplingSettings(temperature=0.6, top_p=0.95, top_k=0))
-    assert off["extra_body"]["top_k"] == -1
+    assert REQUEST.body("m", SamplingSettings(temperature=0.6, top_p=0.95, top_k=0))["top_k"] == -1
 
 
 def test_seeds_follow_seed_and_key():

@@ -64,6 +64,21 @@ def test_prompts_are_taken_only_as_there_is_room(make, server):
     assert seen == len(taken) == 101
 
 
+def test_servers_do_not_wait_for_whoever_takes_the_completions(make, server):
+    """One prompt more is ready for eight, and is sent while the caller is busy; never are more than eight under way."""
+    server.delay = lambda body: 0.01
+    engine = make(concurrency=8)
+    engine.connect()
+    finished = engine.iter_completions([[p] for p in prompts(30)])
+    seen = len(next(finished))
+    deadline = time.monotonic() + 20
+    while len(server.bodies) < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(server.bodies) == 9
+    assert seen + sum(len(some) for some in finished) == 30
+    assert server.most_at_once <= 8
+
+
 def test_what_is_yielded_may_depend_on_completions(make):
     """Prompts are taken in the caller's thread, after it has seen what was finished."""
     engine = make(concurrency=1)

@@ -136,6 +136,8 @@ def test_only_a_key_that_the_settings_name_is_sent(server, monkeypatch):
     assert len(server.headers) == 2
     assert not any("secret" in value for headers in server.headers for value in headers.values())
     assert not any("authorization" in headers for headers in server.headers)
+    told = {name for headers in server.headers for name in headers if name.startswith(("x-stainless", "openai"))}
+    assert told <= {"x-stainless-retry-count", "x-stainless-raw-response"}  # nothing about this machine
     server.headers.clear()
     with pytest.raises(RacError, match="'RAC_TEST_KEY', which is not set"):
         complete(server, api_key_env="RAC_TEST_KEY")
