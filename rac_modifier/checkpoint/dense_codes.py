@@ -6,6 +6,7 @@ one per row and group of columns, are in int32 words along the rows. `check_int8
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import part_of
 from rac_modifier.checkpoint.int32_words import unpack_words
-from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE
+from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED, WORDS, WORDS_SHAPE
 from rac_modifier.checkpoint.stored_weight import SCALE, StoredWeight, all_stored, check_scale
 from rac_modifier.errors import RacError
 
 ZEROS, ORDER = "weight_zero_point", "weight_g_idx"
 PARTS = (WORDS, SCALE, WORDS_SHAPE, ZEROS, ORDER)
 BITS = (2, 3, 4)
+OF_VOCABULARY = re.compile(
+    "lm_head|embed", re.IGNORECASE
+)  # in the name of a head or an embedding, or of a target for these
 
 
 def check_codes(
@@ -57,6 +61,22 @@ def check_codes(
         codes.view(rows, groups, -1).sub_(zeros[:, :, None])
         zeros = (zeros + (1 << (bits - 1))).to(torch.uint8)
     return replace(all_stored(codes, name), scale=scale, bits=bits, zeros=zeros)
+
+
+def why_not_codes(kind: str, bits: int, strategy: str, format: str | None, *, activations: bool) -> str | None:
+    """Why no kernel reads dense weights of a scheme; None where one does.
+
+    `kind` int or float; `strategy`: what shares a scale; `activations`: whether the scheme quantizes these too.
+    """
+    if kind != "int" or bits not in BITS:
+        return f"its weights are {kind}{bits}"
+    if activations:
+        return "its activations are quantized too"
+    if format != PACK_QUANTIZED:
+        return f"its format is {format}, not {PACK_QUANTIZED}"
+    if strategy not in ("group", "channel"):
+        return f"its scales are per {strategy}"
+    return None
 
 
 def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = None) -> StoredWeight:
@@ -121,6 +141,7 @@ def _unpacked(words: Tensor, lines: int, count: int, name: str, bits: int, along
             "again"
         )
     try:
-        return unpack_words(words if along else words.t(), bits, count)
+        # A copy, since a transposed line counts as contiguous, and its words cannot be viewed as bytes.
+        return unpack_words(words if along else words.t().clone(memory_format=torch.contiguous_format), bits, count)
     except RacError as error:
         raise RacError(f"{name}: {error}") from error

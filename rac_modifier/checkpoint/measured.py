@@ -84,14 +84,18 @@ def add_measured(
 
 
 def record_activations(folder: Path, modules: Sequence[str], entry: Mapping[str, Any]) -> None:
-    """Write the modules with activations in 8 bits into config.json of a packed model, and what was measured into its record."""
-    record = read_json(folder / RUN_RECORD_NAME)
-    write_json_atomic(folder / RUN_RECORD_NAME, {**record, "activations": without_paths(dict(entry))})
+    """Write the modules with activations in 8 bits into config.json of a model, and what was measured into its run record.
+
+    A model of another tool has no run record, and gets none.
+    """
+    if (folder / RUN_RECORD_NAME).is_file():
+        record = read_json(folder / RUN_RECORD_NAME)
+        write_json_atomic(folder / RUN_RECORD_NAME, {**record, "activations": without_paths(dict(entry))})
     write_int8_activations(folder, modules)
 
 
 def write_int8_activations(folder: Path, modules: Sequence[str]) -> None:
-    """Write the modules with activations in 8 bits into config.json of a packed model."""
+    """Write the modules with activations in 8 bits into config.json of a model."""
     write_json_atomic(folder / CONFIG_FILE, with_int8_activations(read_json(folder / CONFIG_FILE), modules))
 
 

@@ -22,7 +22,7 @@ from rac_modifier.checkpoint.names_on_disk import keep_expert_names, names_on_di
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY
+from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
 from rac_modifier.machine_paths import text_without_paths, without_paths
@@ -131,6 +131,8 @@ def _write_rest(
                     f"{len(plan.int8_activations)} modules lose nothing with activations in 8 bits, which only a packed "
                     "checkpoint can record; save it with save_compressed=True"
                 )
+    elif SparsityRecord.of(read_json(folder / CONFIG_FILE)).int8_activations:
+        write_int8_activations(folder, [])  # measured with the weights that the model had before
     source = model.config._name_or_path
     record = {"base_model": source, **plan.record, "versions": environment()}
     if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):

@@ -2,7 +2,7 @@
 
 `quantization_config.sparsity_config` is compressed-tensors' entry and means packed weights; stock vLLM from 0.19 on
 refuses it with a clear error. `rac_sparsity` is our own entry, which nothing else reads: it names every pruned module and
-its mask structure, for packed weights and for weights that are stored dense.
+its mask structure, for packed weights and for weights that are stored dense, and the modules with activations in 8 bits.
 """
 
 from __future__ import annotations
@@ -198,10 +198,17 @@ def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[
 
 
 def with_int8_activations(config: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
-    """A copy of the config of a packed model in which these modules have inputs of 8 bits, and no other one."""
+    """A copy of a config in which these modules have inputs of 8 bits, and no other one.
+
+    A config without `rac_sparsity` (dense weights of few bits, not pruned) gets one, which goes again with the last name.
+    """
     names = sorted(modules)
-    record = {key: value for key, value in config[RAC_KEY].items() if key != "int8_activations"}
-    return {**config, RAC_KEY: {**record, "int8_activations": names} if names else record}
+    before = config.get(RAC_KEY) or {"storage": "dense", "modules": {}}
+    record = {key: value for key, value in before.items() if key != "int8_activations"}
+    if names:
+        return {**config, RAC_KEY: {**record, "int8_activations": names}}
+    others = {key: value for key, value in config.items() if key != RAC_KEY}
+    return {**others, RAC_KEY: record} if record.get("modules") else others
 
 
 def _record(storage: Literal["packed", "dense"], structures: dict[str, str]) -> dict[str, Any]:

@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.dense_reference import DenseReference
 from rac_modifier.evaluation.divergence import check_ids
 from rac_modifier.evaluation.report import ResultTable
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
-from rac_modifier.files import read_json
-from rac_modifier.kernels.cpu.encoding import encoding_of
+from rac_modifier.kernels.cpu.encoding import UNIT, encoding_of
 from rac_modifier.kernels.cpu.packed import block_of
 from rac_modifier.kernels.interface import EXPERT
-from rac_modifier.kernels.plan import plan_checkpoint
 from rac_modifier.model_tools import evaluating
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/int8.h)
@@ -38,33 +33,46 @@ LIMIT = 0.01  # of the layer's own error
 class QuantizedLayer:
     """A layer whose weight is kept as integers. `block`: columns of x that share a scale.
 
-    own_error: ||W x - Q x||^2 / ||W x||^2 for the weight W before and Q after pruning and rounding, from the run record.
+    own_error: ||W x - Q x||^2 / ||W x||^2 for the weight W before and Q after pruning and rounding; None until it is measured.
     """
 
     module: str
     block: int
-    own_error: float
+    own_error: float | None
 
     @classmethod
-    def of(cls, module: str, stored: torch.dtype, group: int, columns: int, own_error: float) -> Self | None:
-        """The layer of values of dtype `stored` (int32: 4-bit values) of which `group` of `columns` columns share a scale.
+    def of(
+        cls,
+        module: str,
+        stored: torch.dtype,
+        group: int,
+        columns: int,
+        own_error: float | None,
+        word_bits: int = 4,
+    ) -> Self | None:
+        """The layer of values of dtype `stored` (int32: of `word_bits` bits) of which `group` of `columns` columns share a scale.
 
         None where the CPU kernels multiply it as floats, and for a routed expert, whose inputs keep 16 bits.
         """
-        if EXPERT.search(module) or encoding_of(stored, group, columns, torch.bfloat16).dtype != torch.int8:
+        encoding = encoding_of(stored, group, columns, torch.bfloat16, word_bits)
+        if EXPERT.search(module) or encoding.dtype != torch.int8:
             return None
-        return cls(module, block_of(columns, group, 8 if stored == torch.int32 else 4), own_error)
+        return cls(module, block_of(columns, group, UNIT[encoding.bits]), own_error)
 
 
 @dataclass(frozen=True)
 class ActivationError:
-    """What 8 bits cost a layer: `error` is ||Q (x8 - x16)||^2 / ||Q x16||^2, for x rounded to 8 and to 16 bits."""
+    """What 8 bits cost a layer: `error` is ||Q (x8 - x16)||^2 / ||Q x16||^2, for x rounded to 8 and to 16 bits.
+
+    The layer's own error is known.
+    """
 
     layer: QuantizedLayer
     error: float
 
     def loses_nothing(self, limit: float) -> bool:
         """Whether the error is at most `limit` times the layer's own."""
+        assert self.layer.own_error is not None
         return self.error <= limit * self.layer.own_error
 
 
@@ -85,6 +93,12 @@ class ActivationChoice:
         """The names of the chosen layers."""
         return [each.layer.module for each in self.errors if each.loses_nothing(self.limit)]
 
+    @property
+    def least_share(self) -> float:
+        """The least that 8 bits add to a layer, as a share of its own error; infinite where no layer has one."""
+        shares = [each.error / each.layer.own_error for each in self.errors if each.layer.own_error]
+        return min(shares, default=float("inf"))
+
     def as_dict(self, source: str) -> dict[str, Any]:
         """The entry of the run record; `source`: of the sequences."""
         chosen = set(self.modules)
@@ -92,7 +106,11 @@ class ActivationChoice:
             "limit": self.limit,
             "source": source,
             "layers": {
-                each.layer.module: {"error": each.error, "bits": 8 if each.layer.module in chosen else 16}
+                each.layer.module: {
+                    "error": each.error,
+                    "own_error": each.layer.own_error,
+                    "bits": 8 if each.layer.module in chosen else 16,
+                }
                 for each in self.errors
             },
             **{key: self.divergence[key] for key in ("sequences", "tokens", "kl", "kl_stderr", "agreement")},
@@ -100,41 +118,16 @@ class ActivationChoice:
 
     def describe(self) -> str:
         """One line."""
+        if not self.modules:
+            return (
+                f"0 of {len(self.errors)} layers in 8 bits: 8 bits add at least {self.least_share:.3g} of a layer's own error, "
+                f"and the limit is {self.limit:g}; a larger --limit takes more layers"
+            )
         return (
             f"{len(self.modules)} of {len(self.errors)} layers in 8 bits: KL {self.divergence['kl']:.2e} nats per token from the "
             f"model with none, and the most likely token is the same for {self.divergence['agreement']:.2%} of "
             f"{self.divergence['tokens']:,}"
         )
-
-
-def quantized_layers(folder: Path) -> list[QuantizedLayer]:
-    """The packed linear layers of a checkpoint that the CPU kernels multiply as integers, with what their run records of each.
-
-    Raises:
-        RacError: no packed checkpoint, none with such layers, or one without a run record that has the errors.
-    """
-    if not (folder / CONFIG_FILE).is_file() or packed_format(read_json(folder / CONFIG_FILE)) is None:
-        raise RacError(f"{folder}: no folder of a packed checkpoint; pack the model first (rac pack)")
-    rows = {
-        row.module: (row.layer.stored, row.layer.group, row.layer.columns)
-        for row in plan_checkpoint(folder)
-        if row.layer
-    }
-    rows = {module: row for module, row in rows.items() if QuantizedLayer.of(module, *row, own_error=0.0)}
-    if not rows:
-        raise RacError(
-            f"{folder}: none of its packed weights is int8 or int4 (routed experts aside), and activations are rounded for "
-            "these only; quantize it too"
-        )
-    record = read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).is_file() else {}
-    own = {m["name"]: m["relative_error"] for m in record.get("modules") or [] if "relative_error" in m}
-    if missing := [module for module in rows if module not in own]:
-        raise RacError(
-            f"{folder}: {RUN_RECORD_NAME} has no error of {missing[0]} ({len(missing)} layers in all), and 8 bits are compared "
-            "with it; prune and quantize the model in one run of rac, or set RAC_ACTIVATIONS=int8 for all layers unmeasured"
-        )
-    layers = [QuantizedLayer.of(module, *row, own_error=float(own[module])) for module, row in rows.items()]
-    return [layer for layer in layers if layer is not None]
 
 
 def rounded(x: Tensor, block: int, bits: int) -> Tensor:
@@ -148,45 +141,81 @@ def rounded(x: Tensor, block: int, bits: int) -> Tensor:
     return (integers * (largest / levels)).flatten(-2)[..., :columns]
 
 
+def check_original(model: Any, dense: Any, layers: Sequence[QuantizedLayer]) -> None:
+    """Refuse a dense model against which the own errors of these layers cannot be measured.
+
+    Raises:
+        RacError: it is quantized itself, it lacks a layer or has another shape of it, or its norms differ: then it is another
+            model, or its weights were rescaled before they were rounded, as by AWQ, so that the layers have other inputs.
+    """
+    modules, originals = dict(model.named_modules()), dict(dense.named_modules())
+    for name in (layer.module for layer in layers if layer.module in modules):
+        if getattr(originals.get(name), "quantization_scheme", None) is not None:
+            raise RacError(f"{name}: quantized in the dense model too; name the model that was quantized")
+        ours, theirs = (_sizes(found.get(name)) for found in (modules, originals))
+        if ours != theirs:
+            raise RacError(f"{name}: {ours} here and {theirs} in the dense model; name the model that was quantized")
+    vectors = {name: p for name, p in dense.named_parameters() if p.dim() == 1}
+    for name, own in model.named_parameters():
+        other = vectors.get(name)
+        if other is None or torch.allclose(own.float(), other.to(own.device).float(), rtol=0.02, atol=1e-5):
+            continue
+        raise RacError(
+            f"{name}: differs from that of the dense model, so that is another model, or its weights were rescaled before they "
+            "were rounded (as by AWQ), and own errors cannot be measured; name the model that was quantized, or set "
+            "RAC_ACTIVATIONS=int8 for all layers unmeasured"
+        )
+
+
 @torch.no_grad()
 def measure_activations(
-    model: Any, layers: Sequence[QuantizedLayer], sequences: Sequence[TokenSequence]
+    model: Any, layers: Sequence[QuantizedLayer], sequences: Sequence[TokenSequence], dense: Any = None
 ) -> list[ActivationError]:
     """The error of each layer's output on all tokens of `sequences`, in float32: one forward pass per sequence.
+
+    `dense`: the model before pruning and rounding (`check_original`), for layers whose own error is not known.
 
     Raises:
         RacError: a layer that the model does not have, sequences that `divergence` refuses, or activations that are not finite.
     """
-    sums = {layer.module: [0.0, 0.0] for layer in layers}
+    sums = {layer.module: [0.0, 0.0, 0.0, 0.0] for layer in layers}
+    originals: Mapping[str, Any] = {} if dense is None else dict(dense.named_modules())
 
     def add(layer: QuantizedLayer, module: Any, x: Tensor) -> None:
         weight, eight, sixteen = module.weight.float(), rounded(x, layer.block, 8), rounded(x, layer.block, 16)
-        for i, of in enumerate((eight - sixteen, sixteen)):
-            sums[layer.module][i] += float(F.linear(of, weight).square().sum(dtype=torch.float64))
+        outputs = [F.linear(eight - sixteen, weight), F.linear(sixteen, weight)]
+        if layer.own_error is None:
+            original = originals[layer.module].weight.to(weight)
+            outputs += [F.linear(x.float(), original - weight), F.linear(x.float(), original)]
+        for i, output in enumerate(outputs):
+            sums[layer.module][i] += float(output.square().sum(dtype=torch.float64))
 
     check_sequences(sequences)
-    check_ids("packed", model, sequences)
+    check_ids("quantized", model, sequences)
     with _hooks(model, layers, add), evaluating(model):
         for ids, _ in sequences:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
-    found = [
-        ActivationError(layer, change / whole if whole else 0.0)
-        for layer, (change, whole) in zip(layers, sums.values(), strict=True)
-    ]
+    found = []
+    for layer, (change, whole, own, original) in zip(layers, sums.values(), strict=True):
+        if layer.own_error is None:
+            layer = replace(layer, own_error=own / original if original else 0.0)
+        found.append(ActivationError(layer, change / whole if whole else 0.0))
     if damaged := [each for each in found if not 0 <= each.error < float("inf")]:
         raise RacError(f"{damaged[0].layer.module}: its activations are not finite; load the model in float32")
     return found
 
 
 def choose_activations(
-    model: Any, layers: Sequence[QuantizedLayer], sequences: Sequence[TokenSequence], limit: float
+    model: Any, layers: Sequence[QuantizedLayer], sequences: Sequence[TokenSequence], limit: float, dense: Any = None
 ) -> ActivationChoice:
     """Measure each layer, choose those that lose nothing, and measure what all of these in 8 bits do to predictions.
+
+    `dense` as for `measure_activations`.
 
     Raises:
         RacError: what `measure_activations` and `DenseReference` raise.
     """
-    errors = tuple(measure_activations(model, layers, sequences))
+    errors = tuple(measure_activations(model, layers, sequences, dense))
     reference = DenseReference(model, sequences)
     with rounded_inputs(model, [each.layer for each in errors if each.loses_nothing(limit)]):
         divergence = reference.divergence(model, label="8 bits")
@@ -228,7 +257,8 @@ def _hooks(
         for layer in layers:
             if layer.module not in modules:
                 raise RacError(
-                    f"{layer.module}: packed in the checkpoint, but no layer of this model; save the model again"
+                    f"{layer.module}: quantized in the checkpoint, but no layer of the model as transformers names them; set "
+                    "RAC_ACTIVATIONS=int8 for all layers unmeasured"
                 )
 
             def hook(module: Any, args: tuple[Tensor, ...], layer: QuantizedLayer = layer) -> Any:
@@ -236,3 +266,9 @@ def _hooks(
 
             stack.callback(modules[layer.module].register_forward_pre_hook(hook).remove)
         yield
+
+
+def _sizes(module: Any) -> str:
+    return (
+        f"[{module.out_features}, {module.in_features}]" if isinstance(module, torch.nn.Linear) else "no linear layer"
+    )

@@ -93,9 +93,12 @@ def idle_activations(settings: PruningSettings, calibration: CalibrationBudget) 
     if quantization is None:
         return {}
     if not settings.prunes:
-        why = "beside solver: none: only packed sparse checkpoints record it; leave it out, and serve with RAC_ACTIVATIONS=int8"
+        why = (
+            "beside solver: none: a run that only quantizes does not measure it; leave it out, and run rac activations on the "
+            "result"
+        )
     elif settings.storage == "dense":
-        why = "beside storage: dense: only packed checkpoints record it; leave it out, or set storage: packed"
+        why = "beside storage: dense: a sparse checkpoint records it only if it is packed; leave it out, or set storage: packed"
     elif not quantization.has_integers:
         why = "beside weights that are floats: activations are rounded for integers only; leave it out, or set scheme: W8A16"
     elif not calibration.parts("traces"):

@@ -7,9 +7,8 @@ then.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -22,9 +21,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from rac_modifier.checkpoint.dense_codes import BITS
+from rac_modifier.checkpoint import dense_codes
+from rac_modifier.checkpoint.dense_codes import BITS, OF_VOCABULARY
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
+from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.activations import activation_bits, check_effect
@@ -35,15 +36,20 @@ from rac_modifier.vllm_plugin.sparse_layers import fused_modules, stored_name
 from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods, why_not
 from rac_modifier.vllm_plugin.summary import Summary
 
-_OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)  # in a target that names heads or embeddings
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
 
 
 class DenseCodesConfig(CompressedTensorsConfig):
-    """vLLM's config of a compressed-tensors checkpoint with weights of 2 to 4 bits and `--quantization rac-sparse`."""
+    """vLLM's config of a compressed-tensors checkpoint with weights of 2 to 4 bits and `--quantization rac-sparse`.
+
+    `int8_activations`: the modules whose inputs may be rounded to 8 bits, from `maybe_update_config` on.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.crossovers: dict[str, float] = {}
+        self.int8_activations: tuple[str, ...] = ()
         self.summary = Summary(layers="quantized layers")
         self.vocabulary = VocabularyMethods()
 
@@ -56,7 +62,7 @@ class DenseCodesConfig(CompressedTensorsConfig):
         """
         made: DenseCodesConfig = super().from_config(config)
         reasons = [
-            (why_not if _OF_VOCABULARY.search(target) else why_not_codes)(scheme, made.quant_format)
+            (why_not if OF_VOCABULARY.search(target) else why_not_codes)(scheme, made.quant_format)
             for target, scheme in made.target_scheme_map.items()
         ]
         if None not in reasons:
@@ -74,16 +80,25 @@ class DenseCodesConfig(CompressedTensorsConfig):
         """vLLM calls this once before it loads anything, with the checkpoint's folder or its name on the hub.
 
         Raises:
-            RacError: the folder lacks a tensor of its index, which vLLM notices in unquantized models only.
+            RacError: the folder lacks a tensor of its index, which vLLM notices in unquantized models only; or `rac_sparsity`
+                in its config.json is malformed.
         """
         from vllm.platforms import current_platform
 
         check_index(model_name)
+        recorded = SparsityRecord.of({RAC_KEY: getattr(hf_config, RAC_KEY, None)})
+        self.int8_activations = recorded.int8_activations
         check_effect(integers=True, on_cpu=current_platform.is_cpu())
         if current_platform.is_cpu():
-            self.crossovers = crossovers(("int4",), activation_bits() == 8)
-        if getattr(hf_config, "rac_sparsity", None):
+            self.crossovers = crossovers(("int4",), activation_bits(bool(self.int8_activations)) == 8)
+        if recorded.modules:
             logger.info("this checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse kernels")
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename modules as vLLM does."""
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        mapped = {name: hf_to_vllm_mapper.map_name(name) for name in self.int8_activations}
+        self.int8_activations = tuple(new or old for old, new in mapped.items())
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """vLLM's method of one layer, or ours: for a linear layer of 2 to 4 bits, and for a head or embedding of int8 or int4."""
@@ -103,7 +118,8 @@ class DenseCodesConfig(CompressedTensorsConfig):
         group = None if weights.strategy == "channel" else weights.group_size
         modules = fused_modules(prefix, self.packed_modules_mapping)
         shards = CodeShards(prefix, modules, group, bool(weights.symmetric), weights.num_bits)
-        return DenseCodesLinearMethod(shards, method, self.summary, activation_bits())
+        bits = activation_bits(set(modules) <= set(self.int8_activations))
+        return DenseCodesLinearMethod(shards, method, self.summary, bits)
 
     def _of_vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         """The method of a head or an embedding; vLLM's own for a quantized one is recorded with the reason."""
@@ -147,16 +163,11 @@ def why_not_codes(scheme: Mapping[str, Any], format: str | None) -> str | None:
     `format`: that of the checkpoint, for a scheme without one of its own.
     """
     weights = scheme["weights"].model_dump(mode="json")  # names in place of enums
-    if weights["type"] != "int" or weights["num_bits"] not in BITS:
-        return f"its weights are {weights['type']}{weights['num_bits']}"
-    if scheme.get("input_activations") is not None or scheme.get("output_activations") is not None:
-        return "its activations are quantized too"
+    activations = scheme.get("input_activations") is not None or scheme.get("output_activations") is not None
     own = scheme.get("format") or format
-    if own != PACK_QUANTIZED:
-        return f"its format is {own}, not {PACK_QUANTIZED}"
-    if weights["strategy"] not in ("group", "channel"):
-        return f"its scales are per {weights['strategy']}"
-    return None
+    return dense_codes.why_not_codes(
+        weights["type"], weights["num_bits"], weights["strategy"], own, activations=activations
+    )
 
 
 def _kind(scheme: Mapping[str, Any] | None) -> tuple[Any, ...] | None:

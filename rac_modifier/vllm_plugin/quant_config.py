@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 class RacSparseConfig(QuantizationConfig):
     """Packed sparse checkpoints; and, with `--quantization rac-sparse`, pruned ones that are stored dense.
 
-    With this option, a checkpoint of dense weights of 2 to 4 bits gets a `DenseCodesConfig` in its place.
+    With this option, a checkpoint of dense weights of 2 to 4 bits gets a `DenseCodesConfig` in its place, or that of GPTQ or AWQ.
 
     `layers`: what is stored sparse; None until `maybe_update_config` has read it from the config of a dense-stored
     checkpoint. `quantized`: vLLM's own config for weights that are quantized too. `in_words`: whether that expects several
@@ -72,7 +72,7 @@ class RacSparseConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        """From the checkpoint's `quantization_config`: of this class, or a `DenseCodesConfig` of dense weights of few bits.
+        """From the checkpoint's `quantization_config`: of this class, or one of dense weights of few bits.
 
         Raises:
             RacError: `--quantization rac-sparse` was given and has no effect on this checkpoint.
@@ -82,6 +82,14 @@ class RacSparseConfig(QuantizationConfig):
                 from rac_modifier.vllm_plugin.dense_config import DenseCodesConfig
 
                 return DenseCodesConfig.from_config(config)
+            if config.get("quant_method") == "gptq":
+                from rac_modifier.vllm_plugin.gptq_config import GptqCodesConfig
+
+                return GptqCodesConfig.from_config(config)
+            if config.get("quant_method") == "awq":
+                from rac_modifier.vllm_plugin.awq_config import AwqCodesConfig
+
+                return AwqCodesConfig.from_config(config)
             raise RacError(
                 f"--quantization {METHOD}: this checkpoint is quantized by {config.get('quant_method')!r}, and not packed "
                 "sparse; leave the option out"

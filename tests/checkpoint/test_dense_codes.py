@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rac_modifier.checkpoint.dense_codes import check_codes
+from rac_modifier.checkpoint.dense_codes import check_codes, why_not_codes
 from rac_modifier.errors import RacError
 
 
@@ -59,6 +59,15 @@ def test_the_weight_is_that_of_its_codes(rows, columns, groups, form):
         assert torch.equal(words(codes.view(rows, columns).tolist()), tensors["weight_packed"])
 
 
+def test_zero_points_of_all_rows_in_one_line_of_words():
+    """As read from a file: the words of a line lie side by side."""
+    tensors, weight = drawn(8, 32, 2)
+    tensors["weight_zero_point"] = torch.tensor(tensors["weight_zero_point"].tolist(), dtype=torch.int32)
+    assert tensors["weight_zero_point"].stride() == (2, 1)
+    found = check_codes(tensors, "w", 16, False)
+    torch.testing.assert_close(found.dequantized(torch.float32), torch.tensor(weight))
+
+
 def drawn_with(tensors: dict[str, torch.Tensor], rows: int, columns: int, groups: int) -> list[list[float]]:
     """The weight of these words with a code of zero of 8."""
     return [
@@ -110,6 +119,23 @@ def test_what_compressed_tensors_compresses(group, symmetric, bits):
     torch.testing.assert_close(
         found.dequantized(torch.float32), compressor.decompress(tensors, scheme)["weight"], rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (("int", 4, "group", "pack-quantized"), None),
+        (("int", 2, "channel", "pack-quantized"), None),
+        (("int", 8, "channel", "pack-quantized"), "its weights are int8"),
+        (("float", 4, "group", "pack-quantized"), "its weights are float4"),
+        (("int", 3, "tensor", "pack-quantized"), "its scales are per tensor"),
+        (("int", 4, "group", "int-quantized"), "its format is int-quantized, not pack-quantized"),
+    ],
+)
+def test_which_schemes_a_kernel_reads(scheme, reason):
+    assert why_not_codes(*scheme, activations=False) == reason
+    if reason is None:
+        assert why_not_codes(*scheme, activations=True) == "its activations are quantized too"
 
 
 DAMAGE = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.checkpoint.card import model_card
-from rac_modifier.checkpoint.measured import add_measured, own_folder, with_measured
+from rac_modifier.checkpoint.measured import add_measured, own_folder, record_activations, with_measured
 from rac_modifier.checkpoint.packed_card import packed_card, unpacked_card
 from rac_modifier.errors import RacError
 
@@ -144,3 +144,17 @@ def test_a_card_that_cannot_be_read_changes_nothing(folder: Path) -> None:
     with pytest.raises(RacError, match=r"README\.md: cannot be read"):
         add_accuracy(folder)
     assert (folder / "rac_run.json").read_bytes() == before
+
+
+def test_activations_of_a_model_with_and_without_a_run_record(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    before = json.loads((folder / "rac_run.json").read_text())
+    record_activations(folder, ["b", "a"], {"limit": 0.01, "source": str(folder / "problems.jsonl")})
+    assert json.loads((folder / "config.json").read_text())["rac_sparsity"]["int8_activations"] == ["a", "b"]
+    record = json.loads((folder / "rac_run.json").read_text())
+    assert record == {**before, "activations": {"limit": 0.01, "source": "problems.jsonl"}}
+
+    (folder / "rac_run.json").unlink()
+    record_activations(folder, [], {"limit": 0.0})
+    assert json.loads((folder / "config.json").read_text()) == {}
+    assert not (folder / "rac_run.json").exists()  # with one, `rac eval --card` would take it for a model of rac

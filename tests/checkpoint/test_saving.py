@@ -61,6 +61,14 @@ def test_nothing_pruned_is_saved_with_its_record_alone(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "rac_run.json").exists()
 
 
+def test_the_activations_of_the_model_before_are_not_passed_on(tmp_path: Path) -> None:
+    """They were measured with other weights."""
+    model = pruned(patterns={}, modules={})
+    model.config.rac_sparsity = {"storage": "dense", "modules": {}, "int8_activations": ["model.layers.0.mlp.up_proj"]}
+    model.save_pretrained(tmp_path / "out")
+    assert "rac_sparsity" not in config_of(tmp_path / "out")
+
+
 def test_files_are_small_enough_to_be_packed_one_at_a_time(tmp_path: Path) -> None:
     """Unless the caller says otherwise; transformers would write files of 50 GB."""
     asked = []

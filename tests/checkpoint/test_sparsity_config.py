@@ -16,6 +16,7 @@ from rac_modifier.checkpoint.sparsity_config import (
     packed_format,
     recorded_structures,
     with_dense_mark,
+    with_int8_activations,
     with_packed,
     without_sparsity,
 )
@@ -45,6 +46,19 @@ def test_what_packing_writes() -> None:
         },
         "rac_sparsity": {"storage": "packed", "modules": {"a.b": "2:4"}},
     }
+
+
+def test_modules_with_activations_of_8_bits() -> None:
+    """Of a pruned model beside its modules; of one that is quantized alone they come and go with the entry."""
+    pruned = with_packed({"model_type": "x"}, "sparse-bitmask", {"a.b": "2:4"}, 0.5, [])
+    for config in (pruned, {"model_type": "x", "quantization_config": INT8}):
+        written = with_int8_activations(config, ["c", "a.b"])
+        assert SparsityRecord.of(written).int8_activations == ("a.b", "c")
+        assert SparsityRecord.of(written).modules == SparsityRecord.of(config).modules
+        assert SparsityRecord.of(with_int8_activations(written, ["d"])).int8_activations == ("d",)
+        assert with_int8_activations(written, []) == config
+        assert with_int8_activations(config, []) == config
+    assert written["rac_sparsity"] == {"storage": "dense", "modules": {}, "int8_activations": ["a.b", "c"]}
 
 
 @pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])

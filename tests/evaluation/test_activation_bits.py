@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activation_bits import (
     LEVELS,
+    ActivationChoice,
     ActivationError,
     QuantizedLayer,
     activation_table,
+    check_original,
     measure_activations,
-    quantized_layers,
     rounded,
     rounded_inputs,
 )
@@ -87,6 +86,17 @@ def test_the_limit_is_a_share_of_the_layers_own_error():
     assert not ActivationError(layer(own_error=0.0), 1e-9).loses_nothing(0.01)
 
 
+def test_a_limit_that_no_layer_keeps_is_said_with_the_one_that_some_would():
+    errors = (ActivationError(layer(own_error=0.1), 5e-3), ActivationError(layer(own_error=0.4), 8e-3))
+    found = ActivationChoice(0.01, errors, {"kl": 0.0, "agreement": 1.0, "tokens": 9})
+    assert found.describe() == (
+        "0 of 2 layers in 8 bits: 8 bits add at least 0.02 of a layer's own error, and the limit is 0.01; a larger --limit takes "
+        "more layers"
+    )
+    some = ActivationChoice(0.03, errors, {"kl": 1e-6, "agreement": 1.0, "tokens": 9})
+    assert some.describe().startswith("1 of 2 layers in 8 bits: KL 1.00e-06 nats")
+
+
 def test_the_inputs_of_these_layers_are_rounded_and_of_no_others():
     model = tiny_model()
     seen = {}
@@ -111,20 +121,86 @@ def test_activations_that_are_not_finite_are_refused():
 
 
 def test_a_layer_that_the_model_does_not_have_is_refused():
-    with pytest.raises(RacError, match=r"model\.layers\.7\.x: packed in the checkpoint, but no layer of this model"):
+    with pytest.raises(RacError, match=r"model\.layers\.7\.x: quantized in the checkpoint, but no layer of"):
         measure_activations(tiny_model(), [layer("model.layers.7.x")], sequences())
 
 
-def test_what_has_no_quantized_layers_is_refused(tmp_path: Path):
-    with pytest.raises(RacError, match=r"no folder of a packed checkpoint; pack the model first"):
-        quantized_layers(tmp_path)
-    model = tiny_model()
-    for linear in linears(model).values():
-        linear.weight.data.view(-1, 4)[:, :2] = 0
-    model.save_pretrained(tmp_path)
-    with pytest.raises(RacError, match="no folder of a packed checkpoint"):
-        quantized_layers(tmp_path)
-    pack_checkpoint(tmp_path, dict.fromkeys(linears(model), "2:4"), dense_linears=["lm_head"])
-    assert "sparsity_config" in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    with pytest.raises(RacError, match="none of its packed weights is int8 or int4"):
-        quantized_layers(tmp_path)
+@pytest.mark.parametrize(
+    ("stored", "group", "columns", "bits", "block"),
+    [
+        (torch.int32, 64, 256, 4, 64),
+        (torch.int32, 1024, 4096, 4, 512),
+        (torch.int32, 4096, 4096, 4, 512),  # one scale per row
+        (torch.int32, 1056, 2112, 4, 352),
+        (torch.int32, 1280, 2560, 4, 320),  # thirds are no multiple of 8
+        (torch.int32, 1056, 2112, 3, 352),
+        (torch.int32, 640, 1280, 3, 320),
+        (torch.int32, 1040, 2080, 3, 208),  # no multiple of 32, so four bits each, in fifths
+        (torch.int8, 1020, 2040, 4, 340),
+    ],
+)
+def test_the_columns_that_share_a_scale_of_x(stored, group, columns, bits, block):
+    """The largest equal parts of a group that have at most 512 columns and a multiple of what the kernel takes at once."""
+    assert QuantizedLayer.of("a.b", stored, group, columns, None, word_bits=bits) == QuantizedLayer("a.b", block, None)
+
+
+def test_values_that_are_multiplied_as_floats_and_experts_are_no_such_layers():
+    assert QuantizedLayer.of("a.b", torch.int32, 30, 120, None) is None
+    assert QuantizedLayer.of("a.b", torch.float8_e4m3fn, 120, 120, None) is None
+    assert QuantizedLayer.of("a.experts.3.up_proj", torch.int32, 32, 128, None) is None
+
+
+def original_and_rounded():
+    """A model, and one whose `DOWN` is another: rounded to 15 steps per row."""
+    dense, model = tiny_model(), tiny_model()
+    weight = model.get_submodule(DOWN).weight.data
+    step = weight.abs().amax(1, keepdim=True) / 7
+    weight.copy_((weight / step).round() * step)
+    return dense, model
+
+
+def test_an_own_error_that_is_not_known_is_measured():
+    """Against both products in float64; a known one is kept."""
+    dense, model = original_and_rounded()
+    (ids, prompt), *_ = sequences()
+    seen = []
+    handle = model.get_submodule(DOWN).register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+    handle.remove()
+    before, after = (m.get_submodule(DOWN).weight.detach().double() for m in (dense, model))
+    expected = float((seen[0] @ (before - after).T).square().sum() / (seen[0] @ before.T).square().sum())
+    unknown = replace(layer(), own_error=None)
+    check_original(model, dense, [unknown])
+    (found,) = measure_activations(model, [unknown], [(ids, prompt)], dense)
+    assert found.layer.own_error == pytest.approx(expected, rel=1e-3)
+    assert 1e-4 < expected < 0.1
+    assert found.error == measure_activations(model, [layer()], [(ids, prompt)])[0].error
+    (kept,) = measure_activations(model, [layer(own_error=0.25)], [(ids, prompt)], dense)
+    assert kept.layer.own_error == 0.25
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "norm",
+            r"model\.layers\.0\.post_attention_layernorm\.weight: differs .*rescaled before they were rounded \(as by AWQ\)",
+        ),
+        ("shape", rf"{DOWN}: \[64, 128\] here and \[64, 256\] in the dense model; name the model that was quantized"),
+        ("missing", rf"{DOWN}: \[64, 128\] here and no linear layer in the dense model"),
+        ("quantized", rf"{DOWN}: quantized in the dense model too; name the model that was quantized"),
+    ],
+)
+def test_what_own_errors_cannot_be_measured_against(change, message):
+    dense, model = original_and_rounded()
+    if change == "norm":
+        dense.get_submodule("model.layers.0.post_attention_layernorm").weight.data[3] *= 1.1
+    elif change == "shape":
+        dense = tiny_model(intermediate_size=256)
+    elif change == "missing":
+        dense.get_submodule("model.layers.0.mlp").down_proj = torch.nn.Identity()
+    else:
+        dense.get_submodule(DOWN).quantization_scheme = object()
+    with pytest.raises(RacError, match=f"^{message}"):
+        check_original(model, dense, [replace(layer(), own_error=None)])

@@ -13,7 +13,8 @@ from rac_modifier.calibration.trace_pool import HoldOut
 from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.sparsity_config import SparsityRecord
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activation_bits import choose_activations, quantized_layers
+from rac_modifier.evaluation.activation_bits import choose_activations
+from rac_modifier.evaluation.activation_layers import quantized_layers
 from rac_modifier.evaluation.teacher_forcing import sequence_of
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.modifier_helpers import int4
@@ -51,7 +52,7 @@ def test_the_record_is_that_of_the_command_on_the_same_traces(prune, settings, t
 
     hold_out = HoldOut(300)
     list(hold_out.others(TraceStore.read(tmp_path / "own.jsonl")))
-    layers = quantized_layers(tmp_path / "out")
+    layers = quantized_layers(tmp_path / "out").layers
     choice = choose_activations(load_model(tmp_path / "out"), layers, [*map(sequence_of, hold_out.held)], 0.01)
     again = choice.as_dict("held-out traces")
     assert again["tokens"] == record["tokens"]
@@ -119,7 +120,7 @@ def test_routed_experts_keep_16_bits(prune, settings, tmp_path):
     record, int8 = written(tmp_path / "out")
     assert len(record["layers"]) == 8  # of attention
     assert int8
-    assert {layer.module for layer in quantized_layers(tmp_path / "out")} == record["layers"].keys()
+    assert {layer.module for layer in quantized_layers(tmp_path / "out").layers} == record["layers"].keys()
 
 
 def test_groups_that_are_multiplied_as_floats_are_refused_before_the_run(prune, settings, tmp_path):

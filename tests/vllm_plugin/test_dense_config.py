@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
 
 from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.vllm_plugin import METHOD, dense_config  # noqa: E402
+from rac_modifier.vllm_plugin import METHOD, activations, dense_config  # noqa: E402
 from rac_modifier.vllm_plugin.dense_config import DenseCodesConfig  # noqa: E402
 from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod  # noqa: E402
 from rac_modifier.vllm_plugin.head import RoundedMethod  # noqa: E402
@@ -213,12 +213,45 @@ def test_pruned_weights_that_are_stored_dense_are_said(monkeypatch, tmp_path):
     monkeypatch.setattr(dense_config.logger, "info", said.append)
     config = RacSparseConfig.from_config(quantization())
     config.maybe_update_config(str(tmp_path), hf_config=SimpleNamespace())
+    alone = {"storage": "dense", "modules": {}, "int8_activations": ["a.q"]}  # quantized and not pruned
+    config.maybe_update_config(str(tmp_path), hf_config=SimpleNamespace(rac_sparsity=alone))
     assert said == []
     config.maybe_update_config(str(tmp_path), hf_config=SimpleNamespace(rac_sparsity={"modules": {"a": "2:4"}}))
     assert "`rac pack`" in said[0]
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(RacError, match=r"model-1\.safetensors"):
         config.maybe_update_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(("requested", "expected"), [(None, (8, 16, 16)), ("int16", (16, 16, 16)), ("int8", (8, 8, 8))])
+def test_recorded_layers_take_8_bits(monkeypatch, tmp_path, requested, expected):
+    """A fused layer where all its parts are recorded; the names are those that vLLM gives."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    on_rank(monkeypatch, 0, 1)
+    monkeypatch.setattr(activations, "support", lambda: SimpleNamespace(isa="avx512", reason="a test's"))
+    kinds = []
+    monkeypatch.setattr(dense_config, "crossovers", lambda *asked: kinds.append(asked) or {})
+    monkeypatch.delenv("RAC_ACTIVATIONS", raising=False)
+    if requested:
+        monkeypatch.setenv("RAC_ACTIVATIONS", requested)
+    config = RacSparseConfig.from_config(quantization())
+    recorded = ["b.q", "b.k", "b.v", "b.gate", "b.column", "b.other"]
+    record = {"storage": "dense", "modules": {}, "int8_activations": recorded}
+    config.maybe_update_config(str(tmp_path), hf_config=SimpleNamespace(rac_sparsity=record))
+    assert config.int8_activations == tuple(recorded)
+    assert kinds == [(("int4",), 8 in expected)]
+    mapper = WeightsMapper(orig_to_new_prefix={"b.": "a."})
+    config.apply_vllm_mapper(mapper.get_rename_mapper())
+    methods = [make(kind, config).quant_method for kind in ("qkv", "merged", "row")]
+    assert tuple(method.activation_bits for method in methods) == expected
+    assert make("column", config).quant_method.activation_bits == expected[0]
+
+
+def test_a_malformed_record_is_refused(tmp_path):
+    config = RacSparseConfig.from_config(quantization())
+    with pytest.raises(RacError, match=r"rac_sparsity\.int8_activations is 'a\.q', not a list of module names"):
+        config.maybe_update_config(str(tmp_path), SimpleNamespace(rac_sparsity={"int8_activations": "a.q"}))
 
 
 def test_a_config_is_not_changed_by_what_is_made_from_it():

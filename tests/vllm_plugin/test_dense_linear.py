@@ -12,6 +12,7 @@ needs_vllm()
 from vllm.model_executor.layers.linear import ReplicatedLinear  # noqa: E402
 
 from rac_modifier.errors import RacError  # noqa: E402
+from rac_modifier.kernels.cpu.library import BYTE_ISAS  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
 from rac_modifier.vllm_plugin import dense_linear  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
@@ -121,6 +122,36 @@ def test_activations_of_8_bits_on_request(monkeypatch):
     x = torch.randn(5, K)
     found, exact = layer.quant_method.apply(layer, x), x @ meant.T
     assert 1e-5 < float((found - exact).norm() / exact.norm()) < 0.02
+
+
+@needs_kernel
+def test_how_many_layers_have_activations_of_8_bits_is_logged(monkeypatch, logged):
+    """What config.json records, of two layers; the other one multiplies as before."""
+    on_rank(monkeypatch, 0, 1)
+    monkeypatch.delenv("RAC_ACTIVATIONS", raising=False)
+    config = RacSparseConfig.from_config(quantization())
+    config.int8_activations = ("a.q", "a.k", "a.v", "a.row")
+    layers = {kind: make(kind, config) for kind in ("qkv", "column", "row")}
+    errors = {}
+    for kind, layer in layers.items():
+        shards = weights_of(kind)
+        for shard, tensors, _ in shards:
+            load(layer, shard, tensors)
+        finish(layer)
+        exact = torch.cat([meant for _, _, meant in shards])
+        x = torch.randn(5, K)
+        product = x @ exact.T
+        errors[kind] = float((layer.quant_method.apply(layer, x) - product).norm() / product.norm())
+    bytes_multiplied = support().isa in BYTE_ISAS
+    note = "activations in 8 bits" if bytes_multiplied else "activations in 16 bits, since it multiplies no bytes"
+    lines = logged[0].splitlines()
+    assert lines[0] == "info: rac-sparse: 3 of 3 quantized layers run on an int4 kernel"
+    assert sorted(line.partition(",")[0] if "(" not in line else line.partition(" layer")[0] for line in lines[1:]) == [
+        f"  int4 kernel {support().isa} ({note}): 2",
+        f"  int4 kernel {support().isa}: 1 layer",
+    ]
+    assert errors["column"] < 1e-4
+    assert all((errors[kind] > 1e-3) == bytes_multiplied for kind in ("qkv", "row"))
 
 
 @needs_kernel

@@ -32,8 +32,8 @@ def test_the_config_fulfils_the_abstract_class():
 
 
 def test_quantization_of_another_kind_on_request_is_an_error():
-    with pytest.raises(RacError, match="not packed sparse"):
-        RacSparseConfig.from_config({"quant_method": "gptq"})
+    with pytest.raises(RacError, match="quantized by 'fp8', and not packed sparse"):
+        RacSparseConfig.from_config({"quant_method": "fp8"})
 
 
 def test_apply_vllm_mapper_renames_modules():
