@@ -1,5 +1,5 @@
 // What the operating system says about an ARM processor.
-#include "neon.h"
+#include "sve.h"
 
 #if defined(RAC_NEON) && defined(__linux__)
 #include <sys/auxv.h>
@@ -42,5 +42,17 @@ bool has_neon() { return has_bit(false, 1, true); }                             
 bool has_dotprod() { return has_bit(false, 20, DOTPROD_ALWAYS); }               // HWCAP_ASIMDDP
 bool has_i8mm() { return has_dotprod() && has_bit(true, 13, I8MM_ALWAYS); }     // HWCAP2_I8MM
 bool has_arm_bf16() { return has_bit(true, 14, BF16_ALWAYS); }                  // HWCAP2_BF16
+
+bool has_sve() {
+#if defined(RAC_SVE)
+    return has_bit(false, 22, false);  // HWCAP_SVE
+#else
+    return false;  // the compiler has none
+#endif
+}
+
+// With shorter vectors, integers take fewer instructions than NEON and, by LLVM's models, the same time or more; bf16 takes more of both
+// (docs/serving.md).
+bool prefers_sve() { return sve_bits() >= 512; }
 
 }  // namespace rac

@@ -21,6 +21,7 @@ struct Kernel4 {
 };
 
 extern const Kernel4 portable_kernel4, avx2_kernel4, avxvnni_kernel4, avx512_kernel4, neon_kernel4, dotprod_kernel4, i8mm_kernel4;
+const Kernel4& sve_kernel4();  // as sve_kernel
 
 // An Expand4 of PLANES4 to [16 rows][4 columns] of signed bytes, for processors with AVX2 and pdep.
 extern const Expand4 avx2_planes_to_bytes;

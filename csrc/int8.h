@@ -65,6 +65,7 @@ struct Kernel8 {
 };
 
 extern const Kernel8 portable_kernel8, avx2_kernel8, avxvnni_kernel8, avx512_kernel8, neon_kernel8, dotprod_kernel8, i8mm_kernel8;
+const Kernel8& sve_kernel8();  // as sve_kernel
 bool has_vnni();
 bool has_amx_int8();
 bool has_dotprod();

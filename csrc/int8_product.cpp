@@ -18,6 +18,7 @@ const Kernel4& kernel4_of(const Kernel8& kernel) {
     if (&kernel == &avxvnni_kernel8) return avxvnni_kernel4;
     if (&kernel == &dotprod_kernel8) return dotprod_kernel4;
     if (&kernel == &i8mm_kernel8) return i8mm_kernel4;
+    if (&kernel == &sve_kernel8()) return sve_kernel4();
     return &kernel == &portable_kernel8 ? portable_kernel4 : neon_kernel4;
 }
 
@@ -178,6 +179,7 @@ const Kernel8* kernel8_of(int32_t isa) {
         case NEON: return &neon_kernel8;
         case DOTPROD: return &dotprod_kernel8;
         case I8MM: return &i8mm_kernel8;
+        case SVE: return &sve_kernel8();
         case AVXVNNI: return &avxvnni_kernel8;
         default: return isa >= AVX512 && has_vnni() ? &avx512_kernel8 : &avx2_kernel8;
     }

@@ -8,8 +8,9 @@
 
 namespace rac {
 
-// In the order of preference, of x86-64 and of ARM. Each includes those below it, but AVX512 does not include AVXVNNI.
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, AMX = 4, NEON = 5, DOTPROD = 6, I8MM = 7, ISAS };
+// In the order of preference, of x86-64 and of ARM. Each includes those below it, but AVX512 does not include AVXVNNI, and SVE includes
+// neither DOTPROD nor I8MM. SVE is preferred only where prefers_sve().
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, AMX = 4, NEON = 5, DOTPROD = 6, I8MM = 7, SVE = 8, ISAS };
 
 // The forms of a weight that a kernel multiplies: stored values of a Type with their masks, or a block, which is some columns
 // of a panel that ExpandAndMultiply expanded.
@@ -80,6 +81,8 @@ struct Product {
 
 extern const Kernel portable_kernel, avx2_kernel, avx512_kernel, neon_kernel;
 extern const Dots<uint16_t> avx512_bf16_dots, arm_bf16_dots;  // of bf16 weights
+const Kernel& sve_kernel();  // for this processor's vectors; that of NEON where it has none
+int sve_bits();              // of a vector, or 0
 
 // Panels [first, last) of a product on AMX tiles; x and the weight are bf16. False if there is not enough memory.
 bool amx_panels(const Product& product, int64_t first, int64_t last);
@@ -98,6 +101,8 @@ bool has_avx512();
 bool has_avx512_bf16();
 bool has_neon();
 bool has_arm_bf16();
+bool has_sve();
+bool prefers_sve();
 bool has_amx();  // requests permission from the operating system, once per process
 
 // For short loops over sums: GCC keeps the sums in registers only if it unrolls the loop early.

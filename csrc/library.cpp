@@ -55,10 +55,10 @@ Status check_float(const char* name, int32_t type) {
 
 RAC_EXPORT int32_t rac_abi() { return RAC_ABI; }
 
-// The best instruction set that this processor and operating system run.
+// The best instruction set that this processor and operating system run: the last of those that run, except SVE where it is not preferred.
 RAC_EXPORT int32_t rac_best_isa() {
     for (int32_t isa = ISAS - 1; isa > PORTABLE; isa--)
-        if (runs(isa)) return isa;
+        if (runs(isa) && (isa != SVE || prefers_sve())) return isa;
     return PORTABLE;
 }
 

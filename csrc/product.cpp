@@ -19,6 +19,7 @@ const Kernel& kernel_of(int32_t isa) {
         case NEON:
         case DOTPROD:
         case I8MM: return neon_kernel;
+        case SVE: return sve_kernel();
         default: return avx512_kernel;
     }
 }
@@ -169,6 +170,7 @@ bool runs(int32_t isa) {
         case NEON: return has_neon();
         case DOTPROD: return has_dotprod();
         case I8MM: return has_i8mm();
+        case SVE: return has_sve();
         default: return false;
     }
 }

@@ -81,7 +81,7 @@ def test_a_fused_layer_takes_8_bits_where_all_parts_do(recorded, requested, bits
         monkeypatch.setenv("RAC_ACTIVATIONS", requested)
     layer, _ = loaded("qkv", recorded, monkeypatch)
     isa = support().isa
-    assert bits_of(layer) == (bits if isa in ("avxvnni", "avx512", "amx", "dotprod", "i8mm") else 16)
+    assert bits_of(layer) == (bits if isa in ("avxvnni", "avx512", "amx", "dotprod", "i8mm", "sve") else 16)
     decision = layer.quant_method.summary.decisions["a.qkv"]
     assert ("activations in" in decision.kernel) == (bits == 8)
 

@@ -69,7 +69,7 @@ def test_set_or_invariant_and_then_not_measured(monkeypatch):
 def test_layers_with_8_bits_are_measured_as_they_run(monkeypatch):
     """AVX2 multiplies no bytes, so such a layer runs there with 16 bits."""
     assert crossovers(["floats", "int8"], eight_bits=True) == {"floats": 256, "int8": 256}
-    for isa in ("avxvnni", "avx512", "amx", "dotprod", "i8mm"):
+    for isa in ("avxvnni", "avx512", "amx", "dotprod", "i8mm", "sve"):
         monkeypatch.setattr(crossover, "support", lambda isa=isa: Support(isa, "a test's"))
         assert crossovers(["floats", "int8"]) == {"floats": 256, "int8": 256}
         found = crossovers(["floats", "int8", "int4"], eight_bits=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 
 ABI = 7  # of csrc/library.cpp; raised with every change of the functions
-X86_ISAS, ARM_ISAS = ("avx2", "avxvnni", "avx512", "amx"), ("neon", "dotprod", "i8mm")
+X86_ISAS, ARM_ISAS = ("avx2", "avxvnni", "avx512", "amx"), ("neon", "dotprod", "i8mm", "sve")
 ISAS = ("portable", *X86_ISAS, *ARM_ISAS)  # in the order of the library's numbers
-BYTE_ISAS = ("avxvnni", "avx512", "amx", "dotprod", "i8mm")  # they multiply bytes of x; the others 16 bits
+BYTE_ISAS = ("avxvnni", "avx512", "amx", "dotprod", "i8mm", "sve")  # they multiply bytes of x; the others 16 bits
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
 INT8 = VALUE_TYPES[torch.int8]
@@ -105,7 +105,7 @@ class Library:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """The instruction sets that this machine runs, the best one last."""
+        """The instruction sets that this machine runs. The last one is the best, but `sve` only where its vectors are long."""
         return tuple(isa for isa in ISAS if self._calls.rac_runs(_NUMBER[isa]))
 
     def sparse_int4_type(self, isa: str) -> int:

@@ -1,7 +1,7 @@
 """What runs on this machine: the compiled library and the instruction set that is used.
 
-RAC_KERNEL=portable|avx2|avxvnni|avx512|amx, or portable|neon|dotprod|i8mm on ARM, uses a lower instruction set than the best one,
-and RAC_KERNEL=off none at all.
+RAC_KERNEL=portable|avx2|avxvnni|avx512|amx, or portable|neon|dotprod|i8mm|sve on ARM, uses another instruction set than the best
+one, and RAC_KERNEL=off none at all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _TITLES = {
     "neon": "NEON",
     "dotprod": "SDOT",
     "i8mm": "SMMLA",
+    "sve": "SVE",
 }
 
 

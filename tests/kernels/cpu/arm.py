@@ -27,7 +27,9 @@ _WRITE = (
     "rac_sparse_linear",
 )  # to their last buffer
 # A processor for each instruction set that has it and none above it: an instruction of those would stop the test.
-PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
+PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max,sve=off", "sve": "a64fx"}
+# Processors whose SVE has vectors of so many bits.
+VECTORS = {bits: f"max,sve-max-vq={bits // 128},sve-default-vector-length=-1" for bits in (128, 256, 512, 1024, 2048)}
 
 
 def need_tool(tool: str) -> None:

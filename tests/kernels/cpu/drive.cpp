@@ -9,7 +9,7 @@
 #include "drive_tools.h"
 #include "library_calls.h"
 constexpr int32_t OK = 0, BAD_ARGUMENT = 2, NO_SUCH_ISA = 3;  // of csrc/status.h
-constexpr int32_t PORTABLE = 0, AVXVNNI = 2, ISAS = 8;  // of csrc/kernel.h
+constexpr int32_t PORTABLE = 0, AVXVNNI = 2, ISAS = 9;  // of csrc/kernel.h
 constexpr int32_t PLANES4 = 6, DENSE3 = 7, DENSE2 = 8;  // of csrc/layout.h
 
 constexpr int64_t MOST_OF_MANY = 1500;  // numbers of a weight

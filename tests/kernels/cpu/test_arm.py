@@ -15,7 +15,7 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.library import ISAS
 from rac_modifier.kernels.cpu.support import support
-from tests.kernels.cpu.arm import COMPILER, PROCESSORS, arm_program, emulated, need_tool, take_arm
+from tests.kernels.cpu.arm import COMPILER, PROCESSORS, VECTORS, arm_program, emulated, need_tool, take_arm
 from tests.kernels.cpu.kernel_helpers import random_mask, sparse, take
 from tests.kernels.cpu.test_build import build
 from tests.kernels.cpu.test_int8_product import integers
@@ -28,7 +28,8 @@ AARCH64 = 183  # EM_AARCH64 of elf.h
     [
         ("cortex-a72", ["portable", "neon"]),
         ("neoverse-n1", ["portable", "neon", "dotprod"]),
-        ("max", ["portable", "neon", "dotprod", "i8mm"]),
+        ("max,sve=off", ["portable", "neon", "dotprod", "i8mm"]),
+        ("a64fx", ["portable", "neon", "sve"]),
     ],
 )
 def test_a_processor_runs_what_it_has_and_refuses_the_rest(arm_processor, monkeypatch, processor, runs):
@@ -55,7 +56,7 @@ def driver(arm_path, tmp_path_factory):
     return arm_program(tmp_path_factory.mktemp("driver"), "drive.cpp", arm_path)
 
 
-@pytest.mark.parametrize("processor", PROCESSORS.values())
+@pytest.mark.parametrize("processor", [*PROCESSORS.values(), VECTORS[128], VECTORS[256], VECTORS[2048]])
 def test_random_and_hostile_calls(driver, processor):
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(emulated(processor, driver, "10"), capture_output=True, text=True, env=environment)

@@ -228,7 +228,7 @@ def test_not_a_number_and_infinity_spread_as_in_a_dense_product(float_kernel, m,
 @pytest.mark.parametrize("m", [1, 30])
 def test_a_lower_kernel_uses_no_bfloat16_units(float_kernel, m):
     """These flush numbers below 2^-126 to zero; fp32 arithmetic keeps them."""
-    if float_kernel not in ("portable", "avx2", "arm neon"):
+    if float_kernel not in ("portable", "avx2", "arm neon", "arm sve"):
         pytest.skip("this kernel may use bfloat16 units")
     x = torch.full((m, 40), 2.0**-130).bfloat16()
     ones = pack(torch.ones(17, 40).bfloat16(), bitmask_of(random_mask(17, 40, 1.0)), 40)

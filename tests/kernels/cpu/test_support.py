@@ -32,7 +32,7 @@ def test_a_lower_kernel_can_be_requested(native_path, monkeypatch):
 @pytest.mark.parametrize("has", [True, False])
 def test_dense_products_are_in_bf16_where_the_processor_has_units_for_it(has, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": has}, raising=False)
-    lower = ("portable", "avx2", "avxvnni", "neon", "dotprod", "i8mm")
+    lower = ("portable", "avx2", "avxvnni", "neon", "dotprod", "i8mm", "sve")
     expected = {"amx": True, "avx512": has, **dict.fromkeys(lower, False)}
     assert {isa: dense_products_in_bf16(isa) for isa in expected} == expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.10
@@ -52,7 +52,7 @@ def test_an_unknown_kernel_is_an_error(native_path, monkeypatch):
     take(native_path, "avx1024", monkeypatch)
     with pytest.raises(
         RacError,
-        match='RAC_KERNEL="avx1024": use one of portable, avx2, avxvnni, avx512, amx, neon, dotprod, i8mm, off',
+        match='RAC_KERNEL="avx1024": use one of portable, avx2, avxvnni, avx512, amx, neon, dotprod, i8mm, sve, off',
     ):
         support()
 
