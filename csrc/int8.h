@@ -54,6 +54,18 @@ using Quantize = float (*)(const void* x, Type type, int64_t columns, int levels
 using AddScaled = void (*)(const int32_t* sums, const float* x_scale, int64_t stride, const float* scale, int64_t lines,
                            float* acc);
 
+// Where the sums of two panels go: acc[line][n] += sum * x_scale[line * Lines8::sums_stride] * scale[n], of the first `lines` lines. Those
+// of the second panel are `second` numbers behind, with the 16 scales that come next.
+struct Sums8 {
+    int64_t lines;
+    const float *x_scale, *scale;
+    float* acc;
+    int64_t second;
+};
+
+// Some double lines times two panels of expanded quads, the second one PANEL * BLOCK_MOST bytes behind the first.
+using Pair8 = void (*)(const char* expanded, int64_t quads, const Lines8& x, const Sums8& to);
+
 struct Kernel8 {
     Format8 format;
     Quantize quantize;
@@ -62,6 +74,7 @@ struct Kernel8 {
     Dot8 dot[2][MOST_LINES];    // weights as stored: INT8, DENSE8; by the number of double lines minus one
     Expand8 expand[2];          // INT8, DENSE8
     Dot8 dot_expanded[MOST_LINES];
+    Pair8 pair[MOST_LINES] = {};  // of two panels; null where they are multiplied one by one
 };
 
 extern const Kernel8 portable_kernel8, avx2_kernel8, avxvnni_kernel8, avx512_kernel8, neon_kernel8, dotprod_kernel8, i8mm_kernel8;
@@ -86,6 +99,9 @@ struct Product8 {
     int64_t per_double() const { return bytes ? 2 : 1; }
     int64_t doubles(int64_t lines) const { return (lines + per_double() - 1) / per_double(); }
     int64_t scale_at(int64_t panel, int64_t block) const { return (panel * groups + (groups > 1 ? block : 0)) * PANEL; }
+    void read_scale(int64_t panel, int64_t block, float* to) const {
+        for (int64_t n = 0; n < PANEL; n++) to[n] = read(scale, scale_type, scale_at(panel, block) + n);
+    }
     const uint8_t* zeros_of(int64_t panel, int64_t block) const {
         return out.weight.zeros_of(panel, out.weight.zero_groups > 1 ? block : 0);
     }
@@ -149,7 +165,7 @@ RAC_INLINE void add_scaled_sums(const int32_t* sums, const float* x_scale, int64
 inline void add_block(const Product8& product, AddScaled add, int64_t panel, int64_t block, int64_t line, int64_t lines,
                       const int32_t* sums, float* acc) {
     float scale[PANEL];
-    for (int64_t n = 0; n < PANEL; n++) scale[n] = read(product.scale, product.scale_type, product.scale_at(panel, block) + n);
+    product.read_scale(panel, block, scale);
     add(sums, product.x_scale + line * product.blocks + block, product.blocks, scale, lines, acc);
 }
 

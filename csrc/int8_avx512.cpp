@@ -92,6 +92,51 @@ const char* dot(const uint32_t* masks, const char* values, int64_t quads, const 
     return values;
 }
 
+// Double lines [FIRST, FIRST + SOME) of M times two panels. A number of x is loaded once for both: with one panel, loads are the limit.
+template <int M, int FIRST, int SOME>
+inline void multiply_pair(const char* expanded, int64_t quads, const Lines8& x, const Sums8& to_sums) {
+    const __m512i plus = _mm512_set1_epi32(static_cast<int>(0x80808080));
+    const char* lines = static_cast<const char*>(x.data) + 8 * FIRST;
+    __m512i sums[2][2 * SOME];
+    RAC_UNROLL for (int i = 0; i < 2 * SOME; i++)
+        sums[0][i] = sums[1][i] = _mm512_set1_epi32(static_cast<int>(-128u * x.sum_of(FIRST + i / 2, i % 2)));
+    for (int64_t q = 0; q < quads; q++, expanded += QUAD, lines += 8 * M) {
+        const __m512i first = _mm512_xor_si512(_mm512_loadu_si512(expanded), plus);
+        const __m512i second = _mm512_xor_si512(_mm512_loadu_si512(expanded + PANEL * BLOCK_MOST), plus);
+        RAC_UNROLL for (int i = 0; i < 2 * SOME; i++) {
+            const __m512i number = four_bytes(lines + 4 * i);
+            add_products(sums[0][i], first, number);
+            add_products(sums[1][i], second, number);
+        }
+    }
+    RAC_UNROLL for (int panel = 0; panel < 2; panel++) {
+        const __m512 scale = _mm512_loadu_ps(to_sums.scale + PANEL * panel);
+        const auto add = [&](int64_t line, __m512i sum) __attribute__((always_inline)) {
+            float* to = to_sums.acc + to_sums.second * panel + PANEL * line;
+            const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(to_sums.x_scale[line * x.sums_stride]));
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_mul_ps(scaled, scale)));
+        };
+        RAC_UNROLL for (int m = 0; m < SOME; m++) {
+            const __m512i high = sums[panel][2 * m], low = sums[panel][2 * m + 1];
+            const int64_t line = FIRST + m;
+            if (x.bytes) {
+                add(2 * line, high);
+                if (2 * line + 1 < to_sums.lines) add(2 * line + 1, low);
+            } else {
+                add(line, _mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+            }
+        }
+    }
+}
+
+// A Pair8.
+template <int M>
+void pair(const char* expanded, int64_t quads, const Lines8& x, const Sums8& to) {
+    constexpr int SOME = M < 4 ? M : 4;
+    multiply_pair<M, 0, SOME>(expanded, quads, x, to);
+    if constexpr (M > 4) multiply_pair<M, SOME, M - SOME>(expanded, quads, x, to);
+}
+
 template <int form>
 const char* expand(const uint32_t* masks, const char* values, int64_t quads, void* out) {
     for (int64_t q = 0; q < quads; q++)
@@ -129,6 +174,7 @@ extern const Kernel8 avx512_kernel8 = {
     {RAC_LINES(INT8), RAC_LINES(DENSE8)},
     {expand<INT8>, expand<DENSE8>},
     RAC_LINES(EXPANDED),
+    {pair<1>, pair<2>, pair<3>, pair<4>, pair<5>, pair<6>, pair<7>, pair<8>},
 };
 
 bool has_vnni() {

@@ -110,6 +110,7 @@ def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
         RacError: no readable checkpoint, or sizes that cannot be.
     """
     rows = []
+    int8 = SparsityRecord.of(read_json(Path(folder) / CONFIG_FILE)).int8_activations
     with TensorFiles(folder) as files:
         for module in sorted(name.removesuffix(f".{WORDS}") for name in files.where if name.endswith(f".{WORDS}")):
             parts = {part: f"{module}.{part}" for part in (WORDS, WORDS_SHAPE, SCALE, ZEROS, ORDER)}
@@ -127,7 +128,8 @@ def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
             groups = files.shape(parts[SCALE])[-1] if parts[SCALE] in files else 1
             scale_bytes = files.dtype(parts[SCALE]).itemsize if parts[SCALE] in files else 4
             numbers = (module, n, k, n * k, torch.int32, torch.bfloat16, groups, device)
-            rows.append(plan_row(*numbers, scale_bytes=scale_bytes, word_bits=bits))
+            few = 8 if module in int8 else 16
+            rows.append(plan_row(*numbers, scale_bytes=scale_bytes, activation_bits=few, word_bits=bits))
     return rows
 
 

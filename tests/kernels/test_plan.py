@@ -157,7 +157,9 @@ def test_dense_codes_modules_would_run_on_the_int4_kernel(tmp_path):
     }
     tensors["reordered.weight_g_idx"] = torch.zeros(128, dtype=torch.int32)
     save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"rac_sparsity": {"int8_activations": ["three"]}}))
     found = {row.module: row for row in plan_dense_codes(tmp_path)}
+    assert [found[name].layer.activation_bits for name in ("a", "three")] == [16, 8]
     assert found.keys() == {"a", "reordered", "three"}
     assert (found["a"].rows, found["a"].columns, found["a"].density) == (64, 128, 1.0)
     assert found["a"].decision.bytes_per_weight == 0.5 + 2 / 64

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activation_bits import rounded
+from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.library import BYTE_ISAS
 from rac_modifier.kernels.cpu.packed import block_of, check_packed, pack_scale, set_activation_bits, split_groups
 from rac_modifier.kernels.cpu.support import library_and_isa
@@ -83,6 +84,26 @@ def test_integer_products_are_exact(kernel, columns, density, bits):
             assert torch.equal(y, exact)
         else:
             torch.testing.assert_close(y, exact, rtol=1e-3, atol=20.0)
+
+
+@pytest.mark.parametrize(("bits", "density"), [(8, 0.5), (4, 0.5), (4, 1.0), (2, 1.0)])
+@pytest.mark.parametrize("byte", [False, True], ids=["16 bits", "8 bits"])
+def test_many_lines_times_an_odd_number_of_panels_are_exact(kernel, byte, density, bits, monkeypatch):
+    """So many lines that panels are multiplied in twos, with every tail; the fifth panel of 16 rows is alone, and not whole."""
+    for name in ("CROSSOVER8", "CROSSOVER4"):
+        monkeypatch.setattr(operator, name, dict.fromkeys(getattr(operator, name), 10**6))
+    dense, weight = eight_bits(16 * 4 + 5, 600, density, bits)
+    set_activation_bits(weight.data, 8 if byte else 16)
+    most = levels_here(weight)
+    generator = torch.Generator().manual_seed(0)
+    for m in (*range(65, 82), 500):
+        x = torch.randint(-most, most + 1, (m, 600), generator=generator).float()
+        x[:, 0] = x[:, -1] = most
+        exact = sum(
+            (block.long() @ part.long().T).float()
+            for block, part in zip(x.split(BLOCK, 1), dense.split(BLOCK, 1), strict=True)
+        )
+        assert torch.equal(multiply(x, weight, None, pack_scale(torch.ones(16 * 4 + 5, 1))), exact), m
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
