@@ -2,6 +2,7 @@
 
     python benchmarks/trace_speed.py rates --vllm .venv-serve/bin/vllm             # tokens/s of both on the same problems
     python benchmarks/trace_speed.py client --vllm .venv-serve/bin/vllm            # what our client adds to the server's time
+    python benchmarks/trace_speed.py client --vllm .venv-serve/bin/vllm --model FOLDER --problems 64    # of another model's
     python benchmarks/trace_speed.py memory --vllm .venv-serve/bin/vllm            # a million tokens; goes on where it was
 
 `rates`: each round takes other problems, in the same order for both. The server is asked as many as hold --tokens; `generate`, as
@@ -51,6 +52,7 @@ from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.fill_store import pending_path
 from rac_modifier.traces.store import TraceStore
 
+REASONER = reasoner_path()
 OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3"]
 REFERENCE_BATCH = 8
 STEPS = (10_000, 100_000, 1_130_000)  # the last one so that completions alone are a million
@@ -61,11 +63,17 @@ def sampling(seed: int) -> SamplingSettings:
 
 
 def collect(
-    server: Server, path: Path, tokens: int, seed: int, concurrency: int, problems: int | None = None
+    server: Server,
+    path: Path,
+    tokens: int,
+    seed: int,
+    concurrency: int,
+    problems: int | None = None,
+    model: Path = REASONER,
 ) -> TraceStore:
     return collect_traces(
-        ModelIdentity.of_files(str(reasoner_path())),
-        AutoTokenizer.from_pretrained(reasoner_path()),
+        ModelIdentity.of_files(str(model)),
+        AutoTokenizer.from_pretrained(model),
         path,
         problems=ProblemSource(limit=problems),
         sampling=sampling(seed),
@@ -112,8 +120,8 @@ def reference_rate(model, tokenizer, problems: int, seed: int) -> float:
 
 
 def rates(server: Server, args: argparse.Namespace) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
-    model = fresh(reasoner_path())
+    tokenizer = AutoTokenizer.from_pretrained(REASONER)
+    model = fresh(REASONER)
     server_rate(server, args.out / "warm-up.jsonl", 5_000, 10**6, max(args.concurrency))
     reference_rate(model, tokenizer, REFERENCE_BATCH, 10**6)
     found: dict[int | str, list[float]] = {}
@@ -158,28 +166,28 @@ def told(what: str, took: Took) -> Took:
     return took
 
 
-def collection(server: Server, path: Path, problems: int, seed: int, concurrency: int) -> Took:
+def collection(server: Server, path: Path, problems: int, seed: int, concurrency: int, model: Path) -> Took:
     """A collection that ends when its problems do."""
     path.unlink(missing_ok=True)
     pending_path(path).unlink(missing_ok=True)
     started, busy = time.perf_counter(), time.process_time()
     with suppress(RacError):  # the problems are used up before the budget is reached; all traces are kept
-        collect(server, path, 10**9, seed, concurrency, problems)
+        collect(server, path, 10**9, seed, concurrency, problems, model)
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
     counts = TraceStore.read(path).counts
     assert counts.traces == problems, f"{counts.traces} of {problems} traces"
     return told("collection", Took(seconds, busy, counts.completion_tokens))
 
 
-def bodies(problems: int, seed: int, model: str) -> list[bytes]:
+def bodies(problems: int, seed: int, model: Path) -> list[bytes]:
     """The requests that a collection of the first `problems` makes."""
-    settings, tokenizer = sampling(seed), AutoTokenizer.from_pretrained(reasoner_path())
+    settings, tokenizer = sampling(seed), AutoTokenizer.from_pretrained(model)
     requests = []
     for problem in islice(load_problems(ProblemSource(), seed), problems):
         prompt = tuple(render_question(tokenizer, problem.question, settings))
         seed_here = trace_seed(seed, f"{problem.id}#0")
         request = Request(prompt, settings.max_new_tokens, seed_here, (tokenizer.eos_token_id,))
-        requests.append(json.dumps(request.body(model, settings)).encode())
+        requests.append(json.dumps(request.body(str(model), settings)).encode())
     return requests
 
 
@@ -209,7 +217,7 @@ def bare_load(server: Server, requests: list[bytes], concurrency: int) -> Took:
 def client(server: Server, args: argparse.Namespace) -> None:
     """Our client's share of the server's throughput."""
     path = args.out / "client.jsonl"
-    collection(server, path, min(args.problems, 100), 10**6, max(args.concurrency))  # to warm up
+    collection(server, path, min(args.problems, 100), 10**6, max(args.concurrency), args.model)  # to warm up
     print(
         "| at a time | collection, tokens/s | load generator, tokens/s | ratio of the same round "
         "| collection, processor ms per 1,000 tokens | load generator |\n|---|---|---|---|---|---|"
@@ -217,12 +225,12 @@ def client(server: Server, args: argparse.Namespace) -> None:
     for concurrency in args.concurrency:
         found: dict[str, list[Took]] = {"ours": [], "bare": []}
         for seed in range(args.rounds):
-            requests = bodies(args.problems, seed, str(reasoner_path()))
+            requests = bodies(args.problems, seed, args.model)
             for name in ("ours", "bare") if seed % 2 == 0 else ("bare", "ours"):
                 found[name].append(
                     bare_load(server, requests, concurrency)
                     if name == "bare"
-                    else collection(server, path, args.problems, seed, concurrency)
+                    else collection(server, path, args.problems, seed, concurrency, args.model)
                 )
         ratios = [one.rate / other.rate for one, other in zip(found["ours"], found["bare"], strict=True)]
         ours, bare = (statistics.median(took.rate for took in each) for each in found.values())
@@ -283,10 +291,13 @@ def main() -> None:
     parser.add_argument(
         "--problems", type=int, default=80, help="that generate, or both clients, are asked in each round"
     )
+    parser.add_argument("--model", type=Path, default=REASONER, help="folder of the model, for `client`")
     args = parser.parse_args()
+    if args.what != "client" and args.model != REASONER:
+        parser.error(f"--model is for client, not for {args.what}")
     args.out.mkdir(parents=True, exist_ok=True)
     print(machine(), flush=True)
-    with serving(reasoner_path(), OPTIONS, args.out / "vllm.log", vllm=args.vllm) as server:
+    with serving(args.model, OPTIONS, args.out / "vllm.log", vllm=args.vllm) as server:
         {"rates": rates, "client": client, "memory": memory}[args.what](server, args)
 
 
