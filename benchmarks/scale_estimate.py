@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 from scale_models import MODELS, Model
@@ -167,8 +167,9 @@ def hours_table() -> Iterator[str]:
 
 def memory_table() -> Iterator[str]:
     """Bytes of the device, of the host and of the disk."""
-    yield "| model | on the GPU: the largest group | layer of weights | host: weights | host: activations | disk |"
-    yield "|---|---|---|---|---|---|"
+    host = "host: weights | host: activations | computed twice"
+    yield f"| model | on the GPU: the largest group | layer of weights | {host} | disk |"
+    yield "|---|---|---|---|---|---|---|"
     for model in (each for each in MODELS if not each.everywhere):
         shape = model.shape
         steps = SolverMemory("alps", dense_target=True, refits=True, float32=False)
@@ -189,9 +190,11 @@ def memory_table() -> Iterator[str]:
         widest = max(group.columns for group in groups[:3])
         inputs = model.inner * max(model.chosen, 1)
         kept = need.kept(GroupShape("", max(widest, inputs), 0)) if model.experts else max(map(need.kept, shapes))
+        twice = replace(need, twice_before=max(group.columns for group in shapes if not group.routed))
+        less = kept if model.experts else max(map(twice.kept, shapes))
         layer = 2 * sum(group.weights for group in model.layer())
         disk = shape.nbytes * (1 + 0.57) + shape.nbytes + 4 * TOKENS
-        cells = " | ".join(f"{count / 1e9:,.1f} GB" for count in (work, layer, shape.nbytes, kept, disk))
+        cells = " | ".join(f"{count / 1e9:,.1f} GB" for count in (work, layer, shape.nbytes, kept, less, disk))
         yield f"| {model.name} | {cells} |"
 
 

@@ -55,7 +55,7 @@ def test_the_guide_has_the_numbers_of_the_command(benchmark):
     assert len(machines) == 4
     for name, machine, host, disk, time in machines:
         model, gpus = name.partition(",")[0].replace("B mixture", "B MoE"), machine.split()[0]
-        _, _, weights, activations, on_disk = memory[model]
+        _, _, weights, activations, _, on_disk = memory[model]
         assert gigabytes(host) == pytest.approx(gigabytes(weights) + gigabytes(activations), abs=0.5), name
         assert gigabytes(disk) == pytest.approx(gigabytes(on_disk), abs=50 if "TB" in disk else 0.5), name
         assert minutes(time) == pytest.approx(
