@@ -22,9 +22,8 @@ from rac_modifier.errors import RacError
 ZEROS, ORDER = "weight_zero_point", "weight_g_idx"
 PARTS = (WORDS, SCALE, WORDS_SHAPE, ZEROS, ORDER)
 BITS = (2, 3, 4)
-OF_VOCABULARY = re.compile(
-    "lm_head|embed", re.IGNORECASE
-)  # in the name of a head or an embedding, or of a target for these
+# In the name of a head or an embedding, or of a target for these.
+OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)
 
 
 def check_codes(
@@ -141,7 +140,6 @@ def _unpacked(words: Tensor, lines: int, count: int, name: str, bits: int, along
             "again"
         )
     try:
-        # A copy, since a transposed line counts as contiguous, and its words cannot be viewed as bytes.
-        return unpack_words(words if along else words.t().clone(memory_format=torch.contiguous_format), bits, count)
+        return unpack_words(words if along else words.t(), bits, count)
     except RacError as error:
         raise RacError(f"{name}: {error}") from error

@@ -63,8 +63,7 @@ def check_gptq(
             f"{name}.{WORDS}: {len(words)} words per row hold no whole number of {bits}-bit codes; {_RESTORE}"
         )
     groups = _groups(columns, group, f"{name}.{WORDS}")
-    # A copy, since a transposed line counts as contiguous, and its words cannot be viewed as bytes.
-    codes = unpack_words(words.t().clone(memory_format=torch.contiguous_format), bits, columns)
+    codes = unpack_words(words.t(), bits, columns)
     scale = _scales(tensors, name, groups, rows)
     zeros = _matrix(tensors, name, ZEROS)
     _fits(zeros, [groups, word_count(rows, bits)], f"{name}.{ZEROS}", rows, columns)

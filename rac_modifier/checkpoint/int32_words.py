@@ -58,7 +58,8 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
             f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits, which take "
             f"{word_count(count, bits)} int32; the checkpoint is damaged"
         )
-    lifted = words.contiguous().view(torch.uint8)
+    # a copy: one line of a larger or transposed matrix may count as contiguous, and cannot be viewed as bytes
+    lifted = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 3:  # eight values in three bytes
         lifted = torch.nn.functional.pad(lifted, (0, -lifted.shape[-1] % 3))
         a, b, c = lifted[..., ::3], lifted[..., 1::3], lifted[..., 2::3]

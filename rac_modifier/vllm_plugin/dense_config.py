@@ -30,7 +30,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.activations import activation_bits, check_effect
 from rac_modifier.vllm_plugin.crossover import crossovers, use_crossovers
-from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod, by_vllm, logger, record
+from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod, logger, record_when_loaded
 from rac_modifier.vllm_plugin.shards import CodeShards
 from rac_modifier.vllm_plugin.sparse_layers import fused_modules, stored_name
 from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods, why_not
@@ -113,7 +113,7 @@ class DenseCodesConfig(CompressedTensorsConfig):
             return method
         reason = self._why_not(layer, prefix, method)
         if reason is not None:
-            return self._left_to_vllm(method, prefix, reason)
+            return record_when_loaded(method, self.summary, prefix, reason)
         weights = layer.scheme
         group = None if weights.strategy == "channel" else weights.group_size
         modules = fused_modules(prefix, self.packed_modules_mapping)
@@ -127,7 +127,7 @@ class DenseCodesConfig(CompressedTensorsConfig):
         method = self.vocabulary.choose(layer, prefix, self, lambda: vllms(layer, prefix))
         scheme = self.get_scheme_dict(layer, prefix)
         reason = None if scheme is None else why_not(scheme, self.quant_format)
-        return method if method is None or reason is None else self._left_to_vllm(method, prefix, reason)
+        return method if method is None or reason is None else record_when_loaded(method, self.summary, prefix, reason)
 
     def _why_not(self, layer: Any, prefix: str, method: QuantizeMethodBase) -> str | None:
         """Why vLLM runs a quantized layer, from config.json alone; None where the kernel may run it."""
@@ -143,18 +143,6 @@ class DenseCodesConfig(CompressedTensorsConfig):
         if len({_kind(self.get_scheme_dict(layer, module)) for module in modules}) > 1:
             return "the parts of this fused layer are quantized differently"
         return None
-
-    def _left_to_vllm(self, method: QuantizeMethodBase, prefix: str, reason: str) -> QuantizeMethodBase:
-        """vLLM's method of one layer, which records the reason when the layer has been loaded."""
-        finish = method.process_weights_after_loading
-
-        def finish_and_record(layer: torch.nn.Module) -> None:
-            finish(layer)
-            record(self.summary, prefix, by_vllm(reason))
-
-        method.process_weights_after_loading = finish_and_record
-        self.summary.expect()
-        return method
 
 
 def why_not_codes(scheme: Mapping[str, Any], format: str | None) -> str | None:

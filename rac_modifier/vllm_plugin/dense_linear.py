@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
@@ -43,6 +44,19 @@ def record(summary: Summary, layer: str, decision: Decision) -> None:
         logger.info("%s", text)
     else:
         logger.warning("%s\n  --quantization %s has no effect on this model here; leave it out", text, METHOD)
+
+
+def record_when_loaded(method: QuantizeMethodBase, summary: Summary, prefix: str, reason: str) -> QuantizeMethodBase:
+    """vLLM's own method of a layer, which adds the `reason` why vLLM runs it to `summary` when the layer has been loaded."""
+    finish = method.process_weights_after_loading
+
+    def finish_and_record(layer: torch.nn.Module) -> None:
+        finish(layer)
+        record(summary, prefix, by_vllm(reason))
+
+    method.process_weights_after_loading = finish_and_record
+    summary.expect()
+    return method
 
 
 @register_weight_loader_v2_supported_method

@@ -15,7 +15,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from rac_modifier.checkpoint.gptq_awq import ORDER, PARTS, Ordered
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
-from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod, by_vllm, record
+from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod, record_when_loaded
 from rac_modifier.vllm_plugin.shards import CodeShards, ShardId
 from rac_modifier.vllm_plugin.summary import Summary
 
@@ -120,6 +120,7 @@ def left_to_vllm(method: QuantizeMethodBase, summary: Summary, prefix: str, reas
 
     Its `create_weights` raises a RacError with both reasons where vLLM does not run the layer either.
     """
+    record_when_loaded(method, summary, prefix, reason)
     create, finish = method.create_weights, method.process_weights_after_loading
 
     def create_or_refuse(layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
@@ -129,13 +130,11 @@ def left_to_vllm(method: QuantizeMethodBase, summary: Summary, prefix: str, reas
             raise refused(prefix, reason, error) from error
         _check_order_of(layer, prefix)
 
-    def finish_and_record(layer: torch.nn.Module) -> None:
+    def finish_without_order(layer: torch.nn.Module) -> None:
         delattr(layer, ORDER)
         finish(layer)
-        record(summary, prefix, by_vllm(reason))
 
-    method.create_weights, method.process_weights_after_loading = create_or_refuse, finish_and_record
-    summary.expect()
+    method.create_weights, method.process_weights_after_loading = create_or_refuse, finish_without_order
     return method
 
 
