@@ -65,7 +65,7 @@ def _fitting(
     free: Callable[[torch.device], int | None],
     processes: int,
 ) -> MemoryNeed:
-    """The same run; where its activations do not fit, and do with less kept, what is before the widest groups runs twice."""
+    """The same run; where its activations do not fit, what is before the widest groups runs twice, if less is kept then."""
     available = free(offload)
     if available is not None and offload.type == "cpu":
         available //= processes
@@ -74,10 +74,11 @@ def _fitting(
     needs = [max(one.bytes_on(offload, onload, offload, group) for group in groups) for one in (need, twice)]
     if available is None or needs[0] <= available or needs[1] >= needs[0]:
         return need
-    logger.info(
-        f"the inputs of the widest modules are computed twice in place of kept, since {_gib(available)} are free on {offload}: "
-        f"that takes {_gib(needs[0] - needs[1])} less and some more time, and the result is the same"
-    )
+    if needs[1] <= available:
+        logger.info(
+            f"the inputs of the widest modules are computed twice in place of kept, since {_gib(available)} are free on "
+            f"{offload}: that takes {_gib(needs[0] - needs[1])} less and some more time, and the result is the same"
+        )
     return twice
 
 
