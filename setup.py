@@ -30,7 +30,9 @@ class BuildKernel(build_ext):
         try:
             super().build_extension(ext)
         except (CompileError, LinkError):
-            self.warn("the CPU kernels are left out: no C++ compiler works here. Serving will run sparse layers dense")
+            self.warn(
+                "the CPU kernels are left out: no C++ compiler works here. Serving will run sparse layers dense"
+            )
             raise  # setuptools goes on, because the extension is optional
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
@@ -40,10 +42,16 @@ class BuildKernel(build_ext):
     def _compiles(self, flag: str) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.cpp"
-            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+            source.write_text(
+                "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
+            )
             try:
-                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
-                self.compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=[flag])
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=[flag]
+                )
+                self.compiler.link_executable(
+                    objects, "probe", output_dir=folder, extra_postargs=[flag]
+                )
             except (CompileError, LinkError):
                 return False
         return True
@@ -57,7 +65,9 @@ class BuildPackage(build_py):
         super().run()
         if not self.editable_mode:
             for source in sorted(Path("csrc/gpu").iterdir()):
-                target = Path(self.build_lib, "rac_modifier", "kernels", "cuda", "source", source.name)
+                target = Path(
+                    self.build_lib, "rac_modifier", "kernels", "cuda", "source", source.name
+                )
                 self.mkpath(str(target.parent))
                 self.copy_file(str(source), str(target))
 

@@ -75,7 +75,9 @@ def without_eos(setup: Setup, sequences: list[CalibrationSequence]) -> list[Cali
     return [replace(s, ids=s.ids[:-1]) if s.ids[-1] == eos else s for s in sequences]
 
 
-def worked_solutions(setup: Setup, _sequences: list[CalibrationSequence]) -> list[CalibrationSequence]:
+def worked_solutions(
+    setup: Setup, _sequences: list[CalibrationSequence]
+) -> list[CalibrationSequence]:
     """The solutions that the model learned from, written by a program, in place of what it writes itself."""
     chosen, left = [], setup.tokens
     for solved in tasks.generate(f"solutions-{setup.seed}", "calibration"):
@@ -95,22 +97,32 @@ CHANGES = {
     BASE: Change("own traces, 32,768 tokens, every token weighs 1"),
     "eos lost": Change("the EOS of each trace left out", sequences=without_eos),
     "decode only": Change("prompt tokens weigh 0", calibration={"prompt_weight": 0.0}),
-    "prompts 25 %": Change("a quarter of the budget in bare prompts", {"mixture": {"traces": 0.75, "prompts": 0.25}}),
+    "prompts 25 %": Change(
+        "a quarter of the budget in bare prompts", {"mixture": {"traces": 0.75, "prompts": 0.25}}
+    ),
     "prompts 50 %": Change("half of it", {"mixture": {"traces": 0.5, "prompts": 0.5}}),
     "prompts 75 %": Change("three quarters of it", {"mixture": {"traces": 0.25, "prompts": 0.75}}),
-    "text 25 %": Change("a quarter in generic text", {"mixture": {"traces": 0.75, "generic": 0.25}}),
-    "correct only": Change("wrong and unfinished answers passed over", traces={"select": {"answers": "correct"}}),
+    "text 25 %": Change(
+        "a quarter in generic text", {"mixture": {"traces": 0.75, "generic": 0.25}}
+    ),
+    "correct only": Change(
+        "wrong and unfinished answers passed over", traces={"select": {"answers": "correct"}}
+    ),
     "4k tokens": Change("an eighth of the budget", {"tokens": 4096}),
     "8k tokens": Change("a quarter of it", {"tokens": 8192}),
     "16k tokens": Change("half of it", {"tokens": 16384}),
     "64k tokens": Change("twice the budget", {"tokens": 65536}),
     "128k tokens": Change("four times the budget", {"tokens": 131072}),
     "pruned model's traces": Change("written by a 2:4 copy that gets a third right", store="other"),
-    "worked solutions": Change("the program's solutions that it learned from", sequences=worked_solutions),
+    "worked solutions": Change(
+        "the program's solutions that it learned from", sequences=worked_solutions
+    ),
 }
 
 
-SAMPLING = SamplingSettings(temperature=0.6, top_p=0.95, top_k=0, max_new_tokens=512, batch_size=128)
+SAMPLING = SamplingSettings(
+    temperature=0.6, top_p=0.95, top_k=0, max_new_tokens=512, batch_size=128
+)
 
 
 def calibration_set(change: Change, seed: int, folder: Path, tokenizer: Any) -> CalibrationSet:
@@ -121,7 +133,9 @@ def calibration_set(change: Change, seed: int, folder: Path, tokenizer: Any) -> 
         allow_off_policy=change.store != "own",
         **change.traces,
     )
-    built = build_calibration_set(fresh(rac_modifier.reasoner_path()), tokenizer, traces, settings, progress=False)
+    built = build_calibration_set(
+        fresh(rac_modifier.reasoner_path()), tokenizer, traces, settings, progress=False
+    )
     if change.sequences is None:
         return built
     sequences = change.sequences(Setup(tokenizer, seed, settings.tokens), built.loader.sequences)
@@ -144,7 +158,13 @@ def collect_of_another(path: Path, tokenizer: Any) -> None:
     )
 
 
-def prune(model: Any, pattern: str | float, preset: str, built: CalibrationSet | None = None, **settings: Any) -> None:
+def prune(
+    model: Any,
+    pattern: str | float,
+    preset: str,
+    built: CalibrationSet | None = None,
+    **settings: Any,
+) -> None:
     modifier = rac_modifier.ReasoningAwareSparseGPTModifier(
         preset=preset,
         **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),
@@ -200,11 +220,18 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
             row |= evaluate(model, tokenizer, problems, label=name, **options).as_dict()
         with rows_path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{pattern!s:>4} {name}, seed {seed}: loss {row['loss']:.4f}, {row.get('accuracy', '-')}", flush=True)
+        print(
+            f"{pattern!s:>4} {name}, seed {seed}: loss {row['loss']:.4f}, {row.get('accuracy', '-')}",
+            flush=True,
+        )
 
 
 def read(folder: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(folder.glob("rows*.jsonl")) for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted(folder.glob("rows*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def report(rows: list[dict]) -> None:
@@ -216,15 +243,24 @@ def report(rows: list[dict]) -> None:
     for pattern in dict.fromkeys(pattern for pattern, _ in found):
         base = found.get((pattern, BASE), {})
         name = pattern if isinstance(pattern, str) else f"{pattern:.0%}"
-        print(f"\n| {name} | loss | to the baseline | seeds | accuracy | unfinished | seeds |\n|" + "---|" * 7)
+        print(
+            f"\n| {name} | loss | to the baseline | seeds | accuracy | unfinished | seeds |\n|"
+            + "---|" * 7
+        )
         for change in CHANGES:
             if not (seeds := found.get((pattern, change))):
                 continue
-            cells = [spread([r["loss"] for r in seeds.values()], "{:.4f}"), difference(seeds, base), str(len(seeds))]
+            cells = [
+                spread([r["loss"] for r in seeds.values()], "{:.4f}"),
+                difference(seeds, base),
+                str(len(seeds)),
+            ]
             answered = [r for r in seeds.values() if "accuracy" in r]
             cells += [
                 spread([100 * r["accuracy"] for r in answered], "{:.1f}") if answered else "-",
-                f"{100 * statistics.mean(r['unfinished_share'] for r in answered):.1f}" if answered else "-",
+                f"{100 * statistics.mean(r['unfinished_share'] for r in answered):.1f}"
+                if answered
+                else "-",
                 str(len(answered)),
             ]
             print(f"| {change} | {' | '.join(cells)} |")
@@ -241,9 +277,13 @@ def difference(seeds: dict[int, dict], base: dict[int, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/ablations"))
-    parser.add_argument("--problems", type=int, default=200, help="to measure accuracy on; 0 leaves it out")
+    parser.add_argument(
+        "--problems", type=int, default=200, help="to measure accuracy on; 0 leaves it out"
+    )
     parser.add_argument("--store", type=Path, help="traces of the reasoner to begin with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--patterns", type=parse_sparsity, nargs="+", default=["2:4", 0.6])

@@ -33,13 +33,24 @@ GRID = Path(__file__).with_name("smollm2_grid.yaml")
 MODIFIER = "ReasoningAwareSparseGPTModifier"
 
 
-def entry(grid: dict[str, Any], label: str, tokens: int, recover: int, seed: int, changes: list[str]) -> dict[str, Any]:
+def entry(
+    grid: dict[str, Any], label: str, tokens: int, recover: int, seed: int, changes: list[str]
+) -> dict[str, Any]:
     """Settings of our modifier for the grid's row `label`, with so many tokens; `changes` as for `rac prune --set`."""
     found = [row["recipe"] for row in grid["rows"] if row["label"] == label]
     if not found or MODIFIER not in found[0]:
         raise SystemExit(f"{GRID.name} has no row {label!r} with {MODIFIER}")
-    calibration = {**grid["shared"]["calibration"], "tokens": tokens, "seed": seed, "held_out_tokens": 0}
-    settings = {**found[0][MODIFIER], "traces": grid["shared"]["traces"], "calibration": calibration}
+    calibration = {
+        **grid["shared"]["calibration"],
+        "tokens": tokens,
+        "seed": seed,
+        "held_out_tokens": 0,
+    }
+    settings = {
+        **found[0][MODIFIER],
+        "traces": grid["shared"]["traces"],
+        "calibration": calibration,
+    }
     settings |= {"recover": {"tokens": recover, "step_tokens": 512}} if recover else {}
     apply_overrides(settings, changes)
     return settings
@@ -49,17 +60,24 @@ def run(args: argparse.Namespace) -> None:
     """Compress and measure what has no row yet."""
     grid = yaml.safe_load(GRID.read_text())
     load = {"pretrained_model_name_or_path": args.model, "dtype": "auto"}
-    dense, tokenizer = AutoModelForCausalLM.from_pretrained(**load), AutoTokenizer.from_pretrained(args.model)
+    dense, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(**load),
+        AutoTokenizer.from_pretrained(args.model),
+    )
     answers = answers_in(FrontierFolder.read(args.frontier), tokenizer)
     done = {json.dumps(row["what"]) for row in read_rows(args.out)}
-    for label, seed, tokens, recover in itertools.product(args.rows, args.seeds, args.tokens, args.recover):
+    for label, seed, tokens, recover in itertools.product(
+        args.rows, args.seeds, args.tokens, args.recover
+    ):
         what = {"row": label, "tokens": tokens, "recover": recover, "seed": seed} | (
             {"set": args.set} if args.set else {}
         )
         if json.dumps(what) in done:
             continue
         model = AutoModelForCausalLM.from_pretrained(**load)
-        modifier = rac_modifier.ReasoningAwareSparseGPTModifier(**entry(grid, label, tokens, recover, seed, args.set))
+        modifier = rac_modifier.ReasoningAwareSparseGPTModifier(
+            **entry(grid, label, tokens, recover, seed, args.set)
+        )
         cpu = time.process_time()
         oneshot(model=model, tokenizer=tokenizer, recipe=modifier)
         row = {"what": what, "cpu_seconds": time.process_time() - cpu}
@@ -70,8 +88,14 @@ def run(args: argparse.Namespace) -> None:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """One line per row; standard errors are over the answers, which are the same for all rows."""
-    print("| row | calibration tokens | recovery tokens | seed | KL | top-1 | CPU s |\n" + "|---" * 7 + "|")
-    for row in sorted(rows, key=lambda row: [str(value).rjust(9) for value in row["what"].values()]):
+    print(
+        "| row | calibration tokens | recovery tokens | seed | KL | top-1 | CPU s |\n"
+        + "|---" * 7
+        + "|"
+    )
+    for row in sorted(
+        rows, key=lambda row: [str(value).rjust(9) for value in row["what"].values()]
+    ):
         what, kl = row["what"], row["divergence"]
         label = ", ".join([what["row"], *what.get("set", [])])
         print(
@@ -81,15 +105,30 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("frontier", type=Path)
-    parser.add_argument("--rows", nargs="+", default=["60 %", "2:4", "50 % + int4"], help="labels of smollm2_grid.yaml")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--recover", type=int, nargs="+", default=[0], help="tokens of recovery, 0 for none")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=["60 %", "2:4", "50 % + int4"],
+        help="labels of smollm2_grid.yaml",
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072]
+    )
+    parser.add_argument(
+        "--recover", type=int, nargs="+", default=[0], help="tokens of recovery, 0 for none"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting (repeatable)"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting (repeatable)",
     )
     parser.add_argument("--out", type=Path, default=Path("calibration_tokens.jsonl"))
     parser.add_argument("--report-only", action="store_true")

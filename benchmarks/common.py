@@ -45,7 +45,13 @@ def fresh(path: str | Path) -> Any:
 
 
 def modifier(
-    pattern: str | float, calibration: str, *, tokens: int, seed: int, store: Path, variant: str = "paper"
+    pattern: str | float,
+    calibration: str,
+    *,
+    tokens: int,
+    seed: int,
+    store: Path,
+    variant: str = "paper",
 ) -> Any:
     """Our modifier for one cell of a comparison; `pattern` is "N:M" or a sparsity."""
     part = CALIBRATIONS[calibration]
@@ -76,7 +82,9 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        flags = next(line for line in info.read_text().splitlines() if line.startswith("flags")).split()
+        flags = next(
+            line for line in info.read_text().splitlines() if line.startswith("flags")
+        ).split()
         cpu = lines[0].split(":")[1].strip()
         cpu += f" ({', '.join(f for f in ('avx2', 'avx512f', 'amx_bf16') if f in flags)})"
     return (

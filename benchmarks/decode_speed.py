@@ -22,7 +22,9 @@ STEPS = 8
 
 
 @torch.no_grad()
-def step_ms(model: torch.nn.Module, rows: int, length: int, attention: bool, cache_too: bool) -> float:
+def step_ms(
+    model: torch.nn.Module, rows: int, length: int, attention: bool, cache_too: bool
+) -> float:
     """The median time of a step behind `length` tokens; the first row is padded, as in sampling."""
     ids = torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
     ids %= model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -45,7 +47,9 @@ def step_ms(model: torch.nn.Module, rows: int, length: int, attention: bool, cac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="reasoner")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, nargs="+", default=[100, 400])
@@ -59,7 +63,9 @@ def main() -> None:
     )
     ways = ((False, False), (True, False), (True, True))
     for length in args.length:
-        times = [[step_ms(model, args.rows, length, *way) for way in ways] for _ in range(args.rounds)]
+        times = [
+            [step_ms(model, args.rows, length, *way) for way in ways] for _ in range(args.rounds)
+        ]
         theirs, attention, both = (statistics.median(column) for column in zip(*times, strict=True))
         print(
             f"| {args.rows} | {length} | {theirs:.0f} | {attention:.0f} | {both:.0f} | {theirs / both:.1f} |",

@@ -48,7 +48,9 @@ def measure(rows: int, vocabulary: int, rounds: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[49_152, 151_936])
     parser.add_argument("--rounds", type=int, default=7)

@@ -48,7 +48,11 @@ class Launches(TorchDispatchMode):
             self.waits += 1
             return result
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        moved = sum(t.numel() * t.element_size() for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor))
+        moved = sum(
+            t.numel() * t.element_size()
+            for t in [*given, *tree_leaves(result)]
+            if isinstance(t, Tensor)
+        )
         took = moved / (REACHED * H100.copied)
         if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
             a, b = [t for t in args if isinstance(t, Tensor)][-2:]
@@ -79,7 +83,10 @@ def launches_table() -> None:
             count_solve(counted, solver, shape, experts)
         times = (counted.count * LAUNCH, counted.seconds, counted.with_launches)
         cells = " | ".join(f"{seconds / experts * 1000:.1f} ms" for seconds in times)
-        print(f"| {label} | {counted.count / experts:,.0f} | {counted.waits / experts:,.1f} | {cells} |", flush=True)
+        print(
+            f"| {label} | {counted.count / experts:,.0f} | {counted.waits / experts:,.1f} | {cells} |",
+            flush=True,
+        )
 
 
 def count_solve(counted: Launches, solver: Any, shape: tuple[int, int], experts: int) -> None:

@@ -78,7 +78,9 @@ def by_share(floor: int) -> Rule:
     """As `nearest`, but each token weighs the square of the expert's share in its output."""
 
     def rule(tokens: Tokens, expert: int) -> Tensor:
-        would_have = tokens.probabilities[:, expert] / tokens.probabilities.topk(CHOSEN).values.sum(1)
+        would_have = tokens.probabilities[:, expert] / tokens.probabilities.topk(CHOSEN).values.sum(
+            1
+        )
         return nearest(floor)(tokens, expert) * would_have.square().clamp_min(1e-6)
 
     return rule

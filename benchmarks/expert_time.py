@@ -80,7 +80,9 @@ class Measured:
         Statistics.add = self._timed("statistics", Statistics.add)  # type: ignore[method-assign]
         pruning_modifier.solve_groups = self._timed("solving", pruning_modifier.solve_groups)  # type: ignore[attr-defined]
 
-    def _begin(self, need: Any, groups: Any, onload: torch.device, offload: torch.device, **options: Any) -> Any:
+    def _begin(
+        self, need: Any, groups: Any, onload: torch.device, offload: torch.device, **options: Any
+    ) -> Any:
         need = self._check(need, groups, onload, offload, **options)
         self.predicted = max(need.bytes_on(onload, onload, offload, group) for group in groups)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
@@ -104,7 +106,9 @@ def run(preset: str, experts: int, tokens: int) -> dict[str, Any]:
     model, measured = layer(experts), Measured()
     rows = torch.randint(0, 4096, (max(tokens // ROW, 1), ROW)).tolist()
     sequences = [CalibrationSequence(tuple(row), 0, "traces") for row in rows]
-    loader = CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=BATCH_TOKENS), 0)
+    loader = CalibrationLoader(
+        sequences, compose(sequences), CalibrationSettings(batch_tokens=BATCH_TOKENS), 0
+    )
     recipe = rac_modifier.ReasoningAwareSparseGPTModifier(
         mask_structure="2:4",
         ignore=["re:.*lm_head", "re:.*self_attn.*"],
@@ -128,7 +132,16 @@ def run(preset: str, experts: int, tokens: int) -> dict[str, Any]:
 
 def in_process(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     """The same in a fresh process."""
-    command = [sys.executable, __file__, "--one", preset, "--experts", str(args.experts), "--tokens", str(args.tokens)]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        preset,
+        "--experts",
+        str(args.experts),
+        "--tokens",
+        str(args.tokens),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
@@ -143,7 +156,11 @@ def time_table(args: argparse.Namespace) -> None:
     print("|" + "---|" * 8)
     for preset in args.presets:
         found = in_process(preset, args)
-        least, median, most = found["tokens"][0], statistics.median(found["tokens"]), found["tokens"][-1]
+        least, median, most = (
+            found["tokens"][0],
+            statistics.median(found["tokens"]),
+            found["tokens"][-1],
+        )
         print(
             f"| {preset} | {least:,}, {median:,.0f}, {most:,} | {found['forward']:.1f} s | {found['statistics']:.1f} s | "
             f"{found['solving']:.1f} s | {found['solving'] / args.experts:.2f} s | {found['peak'] / 2**20:,.0f} MiB | "
@@ -151,7 +168,12 @@ def time_table(args: argparse.Namespace) -> None:
             flush=True,
         )
         solved = LAYERS * EXPERTS * found["solving"] / args.experts
-        per_token = LAYERS * (EXPERTS / args.experts) * (found["forward"] + found["statistics"]) / args.tokens
+        per_token = (
+            LAYERS
+            * (EXPERTS / args.experts)
+            * (found["forward"] + found["statistics"])
+            / args.tokens
+        )
         print(
             f"{preset}: estimated for {LAYERS} layers of {EXPERTS} experts on this core: {solved / 3600:.1f} h of solving, and "
             f"{per_token * 1000:.0f} ms per token of forward passes and statistics",
@@ -171,7 +193,12 @@ def seconds_of(run: Callable[[], Any], rounds: int) -> float:
 
 def admm(z: Tensor, kept: Tensor, target: Tensor, inverse: Tensor, buffer: Tensor) -> None:
     """The operations of an iteration of ALPS, of one problem or of several; for their time alone."""
-    pull = torch.mul(kept, 2, out=buffer).sub_(z).sub_(target).mul_(inverse.diagonal(dim1=-2, dim2=-1)[..., None])
+    pull = (
+        torch.mul(kept, 2, out=buffer)
+        .sub_(z)
+        .sub_(target)
+        .mul_(inverse.diagonal(dim1=-2, dim2=-1)[..., None])
+    )
     z.sub_(kept, alpha=1.5).add_(target, alpha=1.5)
     z.add_(inverse @ pull.bfloat16())
     scores = torch.abs(z, out=buffer)
@@ -188,7 +215,10 @@ def primitives_table() -> None:
     )
     for columns, rows, count, rounds in ((64, 128, 16, 5), (256, 512, 16, 2), (768, 2048, 4, 1)):
         problems = [problem(columns, rows, seed, False) for seed in range(count)]
-        hessians, w = torch.stack([p.hessian for p in problems]), torch.stack([p.weights[0].T for p in problems])
+        hessians, w = (
+            torch.stack([p.hessian for p in problems]),
+            torch.stack([p.weights[0].T for p in problems]),
+        )
         rounded, low = hessians.bfloat16(), w.bfloat16()
         states = [w.clone() for _ in range(3)]
         every: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -202,7 +232,9 @@ def primitives_table() -> None:
             ),
             "iteration": (
                 lambda s=states, w=w, a=rounded: admm(s[0], s[1], w, a, s[2]),
-                lambda s=states, w=w, a=rounded: [admm(*each) for each in zip(s[0], s[1], w, a, s[2], strict=True)],
+                lambda s=states, w=w, a=rounded: [
+                    admm(*each) for each in zip(s[0], s[1], w, a, s[2], strict=True)
+                ],
             ),
             "SparseGPT": (
                 lambda problems=problems: solve_many("sparsegpt", problems),
@@ -212,12 +244,16 @@ def primitives_table() -> None:
         cells = []
         for together, alone in every.values():
             at_once, in_turn = seconds_of(together, rounds), seconds_of(alone, rounds)
-            cells.append(f"{in_turn * 1000:.1f} -> {at_once * 1000:.1f} ms ({in_turn / at_once:.2f}x)")
+            cells.append(
+                f"{in_turn * 1000:.1f} -> {at_once * 1000:.1f} ms ({in_turn / at_once:.2f}x)"
+            )
         print(f"| {columns}, {rows}, {count} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--presets", nargs="+", choices=VARIANTS, default=PRESETS)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)

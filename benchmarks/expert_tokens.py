@@ -69,7 +69,9 @@ def upcycled(seed: int) -> Any:
         for ours, theirs in zip(model.model.layers, dense.model.layers, strict=True):
             for number in range(EXPERTS):
                 half = torch.randperm(width)[: width // 2]
-                gate_up = torch.cat([theirs.mlp.gate_proj.weight[half], theirs.mlp.up_proj.weight[half]])
+                gate_up = torch.cat(
+                    [theirs.mlp.gate_proj.weight[half], theirs.mlp.up_proj.weight[half]]
+                )
                 ours.mlp.experts.gate_up_proj[number] = gate_up
                 ours.mlp.experts.down_proj[number] = 2 * theirs.mlp.down_proj.weight[:, half]
             torch.nn.init.normal_(ours.mlp.gate.weight, std=0.02)
@@ -85,7 +87,9 @@ def trained(folder: Path, steps: int, seed: int) -> Path:
     began = time.monotonic()
     for step, ids in zip(range(steps), batches(tokenizer, seed, 0, 2048), strict=False):
         out = model(input_ids=ids.clamp_min(0), output_router_logits=True, use_cache=False)
-        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=IGNORED)
+        loss = F.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=IGNORED
+        )
         (loss + 0.001 * out.aux_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -93,21 +97,27 @@ def trained(folder: Path, steps: int, seed: int) -> Path:
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"step {step}: loss {loss.item():.3f}, {time.monotonic() - began:.0f} s", flush=True
+            )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def given_to_experts(model: Any, layers: list[int], sequences: list[list[int]]) -> dict[int, Tokens]:
+def given_to_experts(
+    model: Any, layers: list[int], sequences: list[list[int]]
+) -> dict[int, Tokens]:
     """What the experts of these layers are given for the sequences."""
     seen: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in layers}
     hooks = []
     for layer in layers:
         block = model.model.layers[layer].mlp
 
-        def keep(module: Any, args: tuple[Tensor, ...], layer: int = layer, gate: Any = block.gate) -> None:
+        def keep(
+            module: Any, args: tuple[Tensor, ...], layer: int = layer, gate: Any = block.gate
+        ) -> None:
             seen[layer].append((*args, (args[0] @ gate.weight.T).softmax(1)))
 
         hooks.append(block.experts.register_forward_pre_hook(keep))
@@ -115,7 +125,10 @@ def given_to_experts(model: Any, layers: list[int], sequences: list[list[int]]) 
         model.model(input_ids=torch.tensor([ids]), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return {layer: Tokens(*(torch.cat(parts) for parts in zip(*found, strict=True))) for layer, found in seen.items()}
+    return {
+        layer: Tokens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        for layer, found in seen.items()
+    }
 
 
 def cut(sequences: list[list[int]], tokens: int) -> list[list[int]]:
@@ -130,7 +143,9 @@ def cut(sequences: list[list[int]], tokens: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def pruned_outputs(expert: Expert, x: Tensor, weights: Tensor, pattern: Pattern, of: Tensor) -> Tensor:
+def pruned_outputs(
+    expert: Expert, x: Tensor, weights: Tensor, pattern: Pattern, of: Tensor
+) -> Tensor:
     """The outputs for inputs `of`, the expert pruned on the inputs `x` with these weights; afterwards it is as before."""
     dense = {module: module.weight.detach().clone() for group in expert.groups for module in group}  # type: ignore[operator]
     x, weights = x[weights > 0], weights[weights > 0]
@@ -147,7 +162,9 @@ def pruned_outputs(expert: Expert, x: Tensor, weights: Tensor, pattern: Pattern,
 
 
 @torch.no_grad()
-def layer_error(experts: list[Expert], rule: Rule, pattern: Pattern, seen: Tokens, held: Tokens) -> tuple[float, float]:
+def layer_error(
+    experts: list[Expert], rule: Rule, pattern: Pattern, seen: Tokens, held: Tokens
+) -> tuple[float, float]:
     """|y - y'|^2 / |y|^2 of the outputs of a layer on `held`, its experts pruned on `seen` by a rule.
 
     And the same of the starved experts alone, over their own outputs.
@@ -160,13 +177,17 @@ def layer_error(experts: list[Expert], rule: Rule, pattern: Pattern, seen: Token
             continue
         share = held.share(expert.number)[rows].unsqueeze(1)
         dense = share * expert.module(held.x[rows])
-        pruned = share * pruned_outputs(expert, seen.x, rule(seen, expert.number), pattern, held.x[rows])
+        pruned = share * pruned_outputs(
+            expert, seen.x, rule(seen, expert.number), pattern, held.x[rows]
+        )
         whole[rows] += dense
         change[rows] += dense - pruned
         if int(seen.routed(expert.number).sum()) < STARVED:
             of_starved[0] += float((dense - pruned).square().sum())
             of_starved[1] += float(dense.square().sum())
-    return float(change.square().sum() / whole.square().sum()), of_starved[0] / max(of_starved[1], 1e-30)
+    return float(change.square().sum() / whole.square().sum()), of_starved[0] / max(
+        of_starved[1], 1e-30
+    )
 
 
 def sequences_of(folder: Path, model: Path, tokens: int) -> list[list[int]]:
@@ -184,24 +205,37 @@ def by_layer(args: argparse.Namespace, model_folder: Path) -> None:
     model = linearize_moe(fresh(model_folder).eval())
     names = {m: n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     layers = [0, len(model.model.layers) - 1]
-    found = {int(routed.name.split(".")[2]): routed.experts for routed in find_experts(model, names)}
+    found = {
+        int(routed.name.split(".")[2]): routed.experts for routed in find_experts(model, names)
+    }
     every = given_to_experts(model, layers, cut(sequences, max(args.tokens) + HELD_OUT))
     parts = {at: [Tokens(*(t[part] for t in vars(every[at]).values())) for part in (slice(HELD_OUT, None), slice(HELD_OUT))]
              for at in layers}  # fmt: skip
-    print("| pattern | tokens | experts calibrated on | first layer | starved | last layer | starved |")
+    print(
+        "| pattern | tokens | experts calibrated on | first layer | starved | last layer | starved |"
+    )
     print("|" + "---|" * 7)
     for pattern in args.patterns:
-        parsed = Pattern.parse(pattern, None) if isinstance(pattern, str) else Pattern.parse("0:0", pattern)
+        parsed = (
+            Pattern.parse(pattern, None)
+            if isinstance(pattern, str)
+            else Pattern.parse("0:0", pattern)
+        )
         for tokens in args.tokens:
             seen = {at: Tokens(*(t[:tokens] for t in vars(parts[at][0]).values())) for at in layers}
-            counts = {at: sorted(int(seen[at].routed(e).sum()) for e in range(EXPERTS)) for at in layers}
+            counts = {
+                at: sorted(int(seen[at].routed(e).sum()) for e in range(EXPERTS)) for at in layers
+            }
             print(
                 f"routed to an expert, least, median, most: {[(c[0], statistics.median(c), c[-1]) for c in counts.values()]}"
             )
             for name, rule in RULES.items():
-                errors = [layer_error(found[at], rule, parsed, seen[at], parts[at][1]) for at in layers]
+                errors = [
+                    layer_error(found[at], rule, parsed, seen[at], parts[at][1]) for at in layers
+                ]
                 print(
-                    f"| {pattern} | {tokens:,} | {name} |" + "".join(f" {e:.4f} |" for pair in errors for e in pair),
+                    f"| {pattern} | {tokens:,} | {name} |"
+                    + "".join(f" {e:.4f} |" for pair in errors for e in pair),
                     flush=True,
                 )
 
@@ -214,14 +248,25 @@ def by_runs(args: argparse.Namespace, model: Path) -> None:
         for tokens in args.tokens:
             for name, settings in RUNS.items():
                 modifier = rac_modifier.ReasoningAwareSparseGPTModifier(
-                    **({"mask_structure": pattern} if isinstance(pattern, str) else {"sparsity": pattern}),
+                    **(
+                        {"mask_structure": pattern}
+                        if isinstance(pattern, str)
+                        else {"sparsity": pattern}
+                    ),
                     **settings,
                     traces={"store": str(args.out / "traces.jsonl"), "sampling": SAMPLING},
-                    calibration={"tokens": tokens, "batch_tokens": 4096, "held_out_tokens": HELD_OUT},
+                    calibration={
+                        "tokens": tokens,
+                        "batch_tokens": 4096,
+                        "held_out_tokens": HELD_OUT,
+                    },
                 )
                 began = time.monotonic()
                 oneshot(model=fresh(model), recipe=modifier)
-                kl, layers = modifier._measured, modifier._experts.record()["experts"]["layers"].values()
+                kl, layers = (
+                    modifier._measured,
+                    modifier._experts.record()["experts"]["layers"].values(),
+                )
                 print(
                     f"| {pattern} | {tokens:,} | {name} | {kl['kl']:.4f} ± {kl['kl_stderr']:.4f} | {kl['agreement']:.1%} | "
                     f"{sum(len(one['starved']) for one in layers)} of {sum(one['experts'] for one in layers)} | "
@@ -231,7 +276,9 @@ def by_runs(args: argparse.Namespace, model: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/expert_tokens"))
     parser.add_argument("--steps", type=int, default=120, help="of training")
     parser.add_argument("--seed", type=int, default=0)

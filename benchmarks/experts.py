@@ -55,7 +55,9 @@ def vllm_dense(up: Tensor, down: Tensor) -> Experts:
     return run
 
 
-def measure(contenders: dict[str, Experts], given: tuple[Tensor, ...], rounds: int) -> dict[str, float]:
+def measure(
+    contenders: dict[str, Experts], given: tuple[Tensor, ...], rounds: int
+) -> dict[str, float]:
     """Milliseconds per call, medians over `rounds`, in turn."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
@@ -68,7 +70,9 @@ def measure(contenders: dict[str, Experts], given: tuple[Tensor, ...], rounds: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--experts", type=int, default=64)
@@ -82,24 +86,45 @@ def main() -> None:
     print(f"{support().isa}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     ups = [pruned(2 * args.width, args.hidden, args.sparsity) for _ in range(args.experts)]
     downs = [pruned(args.hidden, args.width, args.sparsity) for _ in range(args.experts)]
-    contenders: dict[str, Experts] = {"vLLM dense bf16": vllm_dense(torch.stack(ups), torch.stack(downs))}
+    contenders: dict[str, Experts] = {
+        "vLLM dense bf16": vllm_dense(torch.stack(ups), torch.stack(downs))
+    }
     names = {16: "bf16", 8: "int8", 4: "int4"}
     for bits in args.bits:
-        pairs = [((cpu, stored(u, bits)), (cpu, stored(d, bits))) for u, d in zip(ups, downs, strict=True)]
+        pairs = [
+            ((cpu, stored(u, bits)), (cpu, stored(d, bits)))
+            for u, d in zip(ups, downs, strict=True)
+        ]
         label = f"{args.sparsity:.0%} + {names[bits]}"
         contenders[label] = PackedExperts(label, pairs, torch.nn.functional.silu, torch.bfloat16)  # type: ignore[arg-type]
         held = sum(p.numel() * p.element_size() for p in contenders[label].parameters())  # type: ignore[attr-defined]
-        print(f"{label}: {held / sum(w.numel() * 2 for w in (*ups, *downs)):.2f} of the dense bytes")
-    print("| tokens |" + "".join(f" {name} |" for name in contenders) + "\n|" + "---|" * (1 + len(contenders)))
+        print(
+            f"{label}: {held / sum(w.numel() * 2 for w in (*ups, *downs)):.2f} of the dense bytes"
+        )
+    print(
+        "| tokens |"
+        + "".join(f" {name} |" for name in contenders)
+        + "\n|"
+        + "---|" * (1 + len(contenders))
+    )
     for tokens in args.tokens:
         ids = torch.rand(tokens, args.experts).topk(args.chosen, dim=1).indices.int()
-        given = (torch.randn(tokens, args.hidden).bfloat16(), torch.rand(tokens, args.chosen).softmax(1), ids)
+        given = (
+            torch.randn(tokens, args.hidden).bfloat16(),
+            torch.rand(tokens, args.chosen).softmax(1),
+            ids,
+        )
         dense, sparse = (run(*given).float() for run in [*contenders.values()][:2])
-        if args.bits[0] == 16 and not torch.allclose(dense, sparse, rtol=0.1, atol=0.02 * dense.abs().max().item()):
+        if args.bits[0] == 16 and not torch.allclose(
+            dense, sparse, rtol=0.1, atol=0.02 * dense.abs().max().item()
+        ):
             raise SystemExit("the two ways give different results")
         found = measure(contenders, given, args.rounds)
         reference = found["vLLM dense bf16"]
-        cells = [f" {ms:.2f} |" if ms is reference else f" {ms:.2f} ({reference / ms:.2f}x) |" for ms in found.values()]
+        cells = [
+            f" {ms:.2f} |" if ms is reference else f" {ms:.2f} ({reference / ms:.2f}x) |"
+            for ms in found.values()
+        ]
         print(f"| {tokens} |" + "".join(cells), flush=True)
 
 

@@ -85,10 +85,16 @@ def solves(d: int) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="factor and inverse with all 8,960 inputs too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--large", action="store_true", help="factor and inverse with all 8,960 inputs too"
+    )
     args = parser.parse_args()
-    print(f"{machine()}; oneDNN is chosen: {float32_products.onednn_is_faster(torch.device('cpu'))}\n")
+    print(
+        f"{machine()}; oneDNN is chosen: {float32_products.onednn_is_faster(torch.device('cpu'))}\n"
+    )
     print("| what | before | now | ratio |\n|---|---|---|---|")
     products()
     for d in (WIDE // 2, WIDE) if args.large else (WIDE // 2,):

@@ -19,10 +19,17 @@ def answers_in(folder: FrontierFolder, tokenizer: object) -> list[TokenSequence]
     """The dense model's answers, after their prompts."""
     evaluation = folder.about["evaluation"]
     sampling = SamplingSettings(**PromptSettings(**folder.about["prompt"]).model_dump())
-    problems = held_out_problems(evaluation["source"], evaluation["problems"], seed=evaluation["seed"])
-    prompts = [tuple(render_question(tokenizer, problem.question, sampling)) for problem in problems]
+    problems = held_out_problems(
+        evaluation["source"], evaluation["problems"], seed=evaluation["seed"]
+    )
+    prompts = [
+        tuple(render_question(tokenizer, problem.question, sampling)) for problem in problems
+    ]
     traces = folder.traces(DENSE)
-    return [((*prompt, *trace["ids"]), len(prompt)) for prompt, trace in zip(prompts, traces, strict=True)]
+    return [
+        ((*prompt, *trace["ids"]), len(prompt))
+        for prompt, trace in zip(prompts, traces, strict=True)
+    ]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -23,14 +23,24 @@ def mean_and_error(parts: list[list[float]]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kind", action="append", default=[], metavar="NAME=FILE", help="a .jsonl of these problems")
+    parser.add_argument(
+        "--kind",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a .jsonl of these problems",
+    )
     args = parser.parse_args()
     folder = FrontierFolder.read(args.folder)
     kind_of = {}
     for name, _, path in (kind.partition("=") for kind in args.kind):
-        kind_of |= {json.loads(line)["problem"]: name for line in Path(path).read_text().splitlines()}
+        kind_of |= {
+            json.loads(line)["problem"]: name for line in Path(path).read_text().splitlines()
+        }
     kinds = [kind_of.get(trace["question"], "other") for trace in folder.traces(DENSE)]
     names = sorted(set(kinds))
     print(f"| row |{''.join(f' KL, {name} |' for name in names)}\n|{'---|' * (len(names) + 1)}")
@@ -39,7 +49,9 @@ def main() -> None:
             continue
         traces, cells = folder.traces(row["label"]), []
         for name in names:
-            mean, error = mean_and_error([t["kl"] for t, kind in zip(traces, kinds, strict=True) if kind == name])
+            mean, error = mean_and_error(
+                [t["kl"] for t, kind in zip(traces, kinds, strict=True) if kind == name]
+            )
             cells.append(f"{mean:.3f} ± {error:.3f}")
         print(f"| {row['label']} | {' | '.join(cells)} |")
 

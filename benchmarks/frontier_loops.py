@@ -22,7 +22,14 @@ from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
 from rac_modifier.traces.repeats import repeated_tail
 
-COLUMNS = ("row", "answers", "cut", "of them looping", "cut of the dense model too", "tokens of a finished one, mean")
+COLUMNS = (
+    "row",
+    "answers",
+    "cut",
+    "of them looping",
+    "cut of the dense model too",
+    "tokens of a finished one, mean",
+)
 COLUMNS += ("KL outside of repetitions", "KL in them")
 
 
@@ -36,7 +43,9 @@ def split_kl(traces: Sequence[Mapping[str, Any]], tails: Mapping[str, int]) -> l
     return [f"{statistics.fmean(values):.3f}" if values else "-" for values in parts]
 
 
-def paired(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
+def paired(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> tuple[float, float | None]:
     """How much more KL per token `second` has on the same answers, with one standard error over these."""
     before = {trace["id"]: trace["kl"] for trace in first}
     return mean_over_tokens(
@@ -46,13 +55,20 @@ def paired(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any
 
 def cut_beside(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> str:
     """How many answers are cut in one of two rows alone, with McNemar's exact test of both being cut as often."""
-    before, after = ({trace["id"] for trace in traces if trace["finish"] == "length"} for traces in (first, second))
+    before, after = (
+        {trace["id"] for trace in traces if trace["finish"] == "length"}
+        for traces in (first, second)
+    )
     less, more = len(before - after), len(after - before)
-    return f"{more} answers cut here alone, {less} there alone (McNemar p = {mcnemar(less, more):.2g})"
+    return (
+        f"{more} answers cut here alone, {less} there alone (McNemar p = {mcnemar(less, more):.2g})"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--beside",
@@ -61,7 +77,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     folder = FrontierFolder.read(args.folder)
-    tails = {trace["id"]: repeated_tail(trace["ids"], trace["finish"]) for trace in folder.traces(DENSE)}
+    tails = {
+        trace["id"]: repeated_tail(trace["ids"], trace["finish"]) for trace in folder.traces(DENSE)
+    }
     dense = {trace["id"] for trace in folder.traces(DENSE) if trace["finish"] == "length"}
     tokens = sum(len(trace["ids"]) for trace in folder.traces(DENSE))
     print(
@@ -78,7 +96,10 @@ def main() -> None:
             len(cut),
             sum(repeated_tail(trace["ids"], trace["finish"]) > 0 for trace in cut),
         ]
-        cells += [sum(trace["id"] in dense for trace in cut), round(statistics.mean(finished)) if finished else "-"]
+        cells += [
+            sum(trace["id"] in dense for trace in cut),
+            round(statistics.mean(finished)) if finished else "-",
+        ]
         cells += ["-", "-"] if row["label"] == DENSE else split_kl(traces, tails)
         print(f"| {' | '.join(map(str, cells))} |")
     for row in folder.rows if args.beside else ():

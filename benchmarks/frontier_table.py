@@ -33,14 +33,22 @@ def cells(row: dict[str, Any], scale: float) -> list[str]:
     if accuracy is not None:
         right = f"{accuracy['accuracy']:.1%} ({100 * accuracy['ci_low']:.1f} to {100 * accuracy['ci_high']:.1f})"
     return [
-        *(row["label"], row["group"], total, f"{size['bits_per_weight']:.2f}", f"{size['values'] / 1e6:.2f}"),
+        *(
+            row["label"],
+            row["group"],
+            total,
+            f"{size['bits_per_weight']:.2f}",
+            f"{size['values'] / 1e6:.2f}",
+        ),
         *(masks, scales, apart, found, right),
         *(f"{row['length']['mean']:.0f}", f"{row['length']['cut_share']:.1%}"),
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scale", type=float, default=1.0, help="of KL and its error")
     args = parser.parse_args()

@@ -38,7 +38,9 @@ def rounded(model: torch.nn.Module, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("frontier", type=Path)
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q5_0", "Q4_1", "Q4_0"])
@@ -52,7 +54,10 @@ def main() -> None:
         model = fresh(args.model)
         bits = rounded(model, name)
         found = divergence(dense, model, sequences, label=name, progress=False)
-        print(f"| {name} | {bits:.2f} | {found.kl:.4f} ± {found.kl_stderr:.4f} | {found.agreement:.1%} |", flush=True)
+        print(
+            f"| {name} | {bits:.2f} | {found.kl:.4f} ± {found.kl_stderr:.4f} | {found.agreement:.1%} |",
+            flush=True,
+        )
         if args.out:
             with args.out.open("a") as file:
                 file.write(json.dumps({"label": name, "divergence": found.as_dict()}) + "\n")

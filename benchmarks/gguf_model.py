@@ -9,7 +9,12 @@ import numpy as np
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 1536, 8960, 12, 2
 # the largest value of a code (times that of a scale within the block), and where in a block its float16 scales are
-LARGEST = {"Q4_0": (8, (0,)), "Q8_0": (127, (0,)), "Q4_K": (15 * 63, (0, 2)), "Q6_K": (32 * 127, (208,))}
+LARGEST = {
+    "Q4_0": (8, (0,)),
+    "Q8_0": (127, (0,)),
+    "Q4_K": (15 * 63, (0, 2)),
+    "Q6_K": (32 * 127, (208,)),
+}
 
 
 def write_gguf(path: Path, type_name: str, layers: int, vocab: int) -> None:
@@ -45,7 +50,9 @@ def write_gguf(path: Path, type_name: str, layers: int, vocab: int) -> None:
         codes = draw.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
         largest, scales = LARGEST[kind.name]
         for start in scales:
-            codes[:, :, start : start + 2] = np.full(1, 0.25 / columns**0.5 / largest, np.float16).view(np.uint8)
+            codes[:, :, start : start + 2] = np.full(
+                1, 0.25 / columns**0.5 / largest, np.float16
+            ).view(np.uint8)
         writer.add_tensor(name, codes.reshape(rows, -1), raw_dtype=kind)
 
     matrix("token_embd.weight", vocab, HIDDEN, finer)
@@ -53,7 +60,9 @@ def write_gguf(path: Path, type_name: str, layers: int, vocab: int) -> None:
     kv = HIDDEN // HEADS * KV_HEADS
     for layer in range(layers):
         eighth = layers // 8
-        here = finer if layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2 else usual
+        here = (
+            finer if layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2 else usual
+        )
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(HIDDEN, np.float32))
         for part, rows in (("q", HIDDEN), ("k", kv), ("v", kv)):

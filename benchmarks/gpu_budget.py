@@ -61,7 +61,9 @@ def plan(
     to_time = sum(rows * columns for rows, columns in layers.values())
     steps = len(layers) * len(timed) * rounds
     yield f"times: {to_time / 1e6:.0f} million weights in each of {len(TIMED_FORMATS)} formats; {steps} rounds of all contenders"
-    each = {name: _seconds_to_make(kind) / (_SAMPLE[0] * _SAMPLE[1]) for name, kind in FORMATS.items()}
+    each = {
+        name: _seconds_to_make(kind) / (_SAMPLE[0] * _SAMPLE[1]) for name, kind in FORMATS.items()
+    }
     making = sum(each.values()) * weights + sum(each[name] for name in TIMED_FORMATS) * to_time
     slowest = max(each, key=each.__getitem__)
     yield (
@@ -77,7 +79,9 @@ def _seconds_to_make(kind: tuple[int, int, bool, bool, bool]) -> float:
     start = time.perf_counter()
     weight = random_weight(*_SAMPLE, *kind)
     stored = torch.int32 if bits == 4 else weight.values.dtype
-    layout = layouts.layout_of(stored, weight.group, weight.columns, two_of_four, weight.group_bytes)
+    layout = layouts.layout_of(
+        stored, weight.group, weight.columns, two_of_four, weight.group_bytes
+    )
     assert layout is not None
     layouts.pack(weight, layout)
     return time.perf_counter() - start

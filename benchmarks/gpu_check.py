@@ -94,7 +94,9 @@ def run(part: Part) -> str | None:
         end(running)
         raise
     if code:
-        raise SystemExit(f"gpu-check: {part.name} failed (exit status {code}); nothing else was run")
+        raise SystemExit(
+            f"gpu-check: {part.name} failed (exit status {code}); nothing else was run"
+        )
     return None
 
 

@@ -55,14 +55,20 @@ def _fp8_parts(weight: Tensor) -> Parts:
 def _fp8(x: tuple[Tensor, Tensor], parts: Parts) -> Tensor:
     """As FP8_DYNAMIC is served, by cuBLASLt or CUTLASS; the rounding of activations is not timed, which favours it."""
     return torch._scaled_mm(
-        x[0], parts["values"].t(), scale_a=x[1], scale_b=parts["scale"].t(), out_dtype=torch.bfloat16
+        x[0],
+        parts["values"].t(),
+        scale_a=x[1],
+        scale_b=parts["scale"].t(),
+        out_dtype=torch.bfloat16,
     )
 
 
 def _marlin() -> tuple[Any, Any, Any]:
     """vLLM's writer of Marlin's layout, its product, and the type of the codes."""
     try:
-        from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear
+        from vllm.model_executor.layers.quantization.utils.marlin_utils import (
+            apply_gptq_marlin_linear,
+        )
         from vllm.model_executor.layers.quantization.utils.marlin_utils_test import marlin_quantize
         from vllm.scalar_type import scalar_types
     except ImportError as error:
@@ -89,14 +95,19 @@ def _cutlass_fp8(x: tuple[Tensor, Tensor], parts: Parts) -> Tensor:
         from vllm import _custom_ops as ops
     except ImportError as error:
         raise NotHereError(f"vLLM is not here ({error})") from error
-    return ops.cutlass_scaled_mm(x[0], parts["values"].t(), x[1], parts["scale"].t(), torch.bfloat16)
+    return ops.cutlass_scaled_mm(
+        x[0], parts["values"].t(), x[1], parts["scale"].t(), torch.bfloat16
+    )
 
 
 def _machete() -> tuple[Any, Any, Any, Any]:
     """vLLM's operators, its rounding to groups, its packing into words, and the type of the codes."""
     try:
         from vllm import _custom_ops as ops
-        from vllm.model_executor.layers.quantization.utils.quant_utils import pack_rows, quantize_weights
+        from vllm.model_executor.layers.quantization.utils.quant_utils import (
+            pack_rows,
+            quantize_weights,
+        )
         from vllm.scalar_type import scalar_types
     except ImportError as error:
         raise NotHereError(f"vLLM has no Machete here ({error})") from error
@@ -114,20 +125,31 @@ def machete_words(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _machete_parts(weight: Tensor) -> Parts:
     ops, _, _, kind = _machete()
     exact, words, scale = machete_words(weight)
-    return {"values": ops.machete_prepack_B(words, weight.dtype, kind, weight.dtype), "scale": scale, "exact": exact}
+    return {
+        "values": ops.machete_prepack_B(words, weight.dtype, kind, weight.dtype),
+        "scale": scale,
+        "exact": exact,
+    }
 
 
 def _machete_int4(x: Tensor, parts: Parts) -> Tensor:
     ops, _, _, kind = _machete()
     return ops.machete_mm(
-        a=x, b_q=parts["values"], b_type=kind, b_group_scales=parts["scale"], b_group_zeros=None, b_group_size=GROUP
+        a=x,
+        b_q=parts["values"],
+        b_type=kind,
+        b_group_scales=parts["scale"],
+        b_group_zeros=None,
+        b_group_size=GROUP,
     )
 
 
 def _sparse_parts(weight: Tensor) -> Parts:
     """2:4, the larger two of four kept, in the layout of cuSPARSELt."""
     grouped = weight.reshape(-1, 4)
-    kept = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, grouped.abs().topk(2, dim=1).indices, True)
+    kept = torch.zeros_like(grouped, dtype=torch.bool).scatter_(
+        1, grouped.abs().topk(2, dim=1).indices, True
+    )
     pruned = (grouped * kept).reshape(weight.shape)
     return {"sparse": torch.sparse.to_sparse_semi_structured(pruned), "exact": pruned}
 
@@ -147,7 +169,9 @@ CONTENDERS = {
     "dense fp8": _dense_fp8(_fp8),
     "dense fp8 by CUTLASS": _dense_fp8(_cutlass_fp8),
     "dense int4": Contender(_int4_parts, _int4, lambda weight, parts: parts["exact"].double()),
-    "dense int4 by Machete": Contender(_machete_parts, _machete_int4, lambda weight, parts: parts["exact"].double()),
+    "dense int4 by Machete": Contender(
+        _machete_parts, _machete_int4, lambda weight, parts: parts["exact"].double()
+    ),
     "2:4 by cuSPARSELt": Contender(
         _sparse_parts,
         lambda x, parts: torch.nn.functional.linear(x, parts["sparse"]),

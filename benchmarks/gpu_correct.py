@@ -66,13 +66,19 @@ def error_of(
     bound = terms * 2.0**-19 + exact.abs() * 2.0**-8 + (2.0**-8 * terms if expanded else 0.0)
     error = float(((y.double() - exact).abs() / bound).max())
     if not error <= 1.0:
-        raise RacError(f"{what}: wrong by {error:.3g} times the bound; do not set {variable}, and report this")
+        raise RacError(
+            f"{what}: wrong by {error:.3g} times the bound; do not set {variable}, and report this"
+        )
     if not torch.equal(again, y):
-        raise RacError(f"{what}: other bits the second time; do not set {variable}, and report this")
+        raise RacError(
+            f"{what}: other bits the second time; do not set {variable}, and report this"
+        )
     return error
 
 
-def check_programs(device: str, rows: int, columns: int, budget: Budget) -> Iterator[dict[str, object]]:
+def check_programs(
+    device: str, rows: int, columns: int, budget: Budget
+) -> Iterator[dict[str, object]]:
     """One row per program, also of those that the operator would not choose for this weight on this card.
 
     Raises:
@@ -82,7 +88,10 @@ def check_programs(device: str, rows: int, columns: int, budget: Budget) -> Iter
         if not budget.allows(f"every program of {name}", PROGRAMS_BY):
             continue
         weight = random_weight(rows, columns, *kind)
-        dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
+        dense, bias = (
+            weight.dequantized(torch.float64).to(device),
+            torch.randn(rows).bfloat16().to(device),
+        )
         packed = cuda.pack(weight, torch.bfloat16)
         layout, here = ALL[packed[LAYOUT].shape[1]], library.current_device()
         assert here is not None  # something was packed for it
@@ -100,7 +109,9 @@ def check_programs(device: str, rows: int, columns: int, budget: Budget) -> Iter
                 return out
 
             x = torch.randn(tokens, weight.columns).bfloat16().to(device)
-            what = f"program {program.name} of {name} [{rows}, {weight.columns}] times {tokens} tokens"
+            what = (
+                f"program {program.name} of {name} [{rows}, {weight.columns}] times {tokens} tokens"
+            )
             error = error_of(what, run, x, dense, bias, expands and weight.scale is not None)
             yield {"format": name, "program": program.name, "tokens": tokens, "error": error}
 
@@ -118,16 +129,29 @@ def check(
             if not budget.allows(f"products of {name} [{rows}, {columns}]", CHECKED_BY):
                 continue
             weight = random_weight(rows, columns, *kind)
-            dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
+            dense, bias = (
+                weight.dequantized(torch.float64).to(device),
+                torch.randn(rows).bfloat16().to(device),
+            )
             linear = packed_linear(weight, bias)
             for number in tokens:
                 x = torch.randn(number, weight.columns).bfloat16().to(device)
                 what = f"{name} [{rows}, {weight.columns}] times {number} tokens"
-                error = error_of(what, linear, x, dense, bias, weight.scale is not None and number > 128)
-                yield {"format": name, "rows": rows, "columns": weight.columns, "tokens": number, "error": error}
+                error = error_of(
+                    what, linear, x, dense, bias, weight.scale is not None and number > 128
+                )
+                yield {
+                    "format": name,
+                    "rows": rows,
+                    "columns": weight.columns,
+                    "tokens": number,
+                    "error": error,
+                }
 
 
-def check_prompts(device: str, budget: Budget, missing: dict[str, str]) -> Iterator[dict[str, object]]:
+def check_prompts(
+    device: str, budget: Budget, missing: dict[str, str]
+) -> Iterator[dict[str, object]]:
     """One row per product of a 2:4 weight on cuSPARSELt, as RAC_GPU_PROMPTS=cusparselt has it where that is faster.
 
     Why cuSPARSELt is not here, or not in CUDA graphs, is added to `missing`.
@@ -144,10 +168,15 @@ def check_prompts(device: str, budget: Budget, missing: dict[str, str]) -> Itera
         if not kind[2] or not budget.allows(f"{what} of {name}", PROGRAMS_BY):
             continue
         weight = random_weight(rows, columns, *kind)
-        dense, bias = weight.dequantized(torch.float64).to(device), torch.randn(rows).bfloat16().to(device)
+        dense, bias = (
+            weight.dequantized(torch.float64).to(device),
+            torch.randn(rows).bfloat16().to(device),
+        )
         packed = cuda.pack(weight, torch.bfloat16)
         try:
-            packed[PROMPTS] = cusparselt.compress(weight.dequantized(torch.bfloat16), torch.device(device))
+            packed[PROMPTS] = cusparselt.compress(
+                weight.dequantized(torch.bfloat16), torch.device(device)
+            )
         except RacError as error:
             missing[what] = str(error)
             return
@@ -158,7 +187,9 @@ def check_prompts(device: str, budget: Budget, missing: dict[str, str]) -> Itera
         for number in PROMPTS_TOKENS:
             x = torch.randn(number, columns).bfloat16().to(device)
             named = f"{what}, {name} [{rows}, {columns}] times {number} tokens"
-            error = error_of(named, run, x, dense, bias, weight.scale is not None, cusparselt.VARIABLE)
+            error = error_of(
+                named, run, x, dense, bias, weight.scale is not None, cusparselt.VARIABLE
+            )
             yield {"format": name, "tokens": number, "error": error}
         x = torch.zeros(512, columns, dtype=torch.bfloat16, device=device)
         try:
@@ -176,7 +207,9 @@ def check_streams(device: str) -> None:
         found = linear(x)
     torch.cuda.synchronize()
     if not torch.equal(found, expected):
-        raise RacError("a product on another stream is another one; do not set RAC_GPU_KERNELS, and report this")
+        raise RacError(
+            "a product on another stream is another one; do not set RAC_GPU_KERNELS, and report this"
+        )
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -216,4 +249,6 @@ def check_graph(what: str, linear: Linear, x: Tensor) -> None:
     x.copy_(torch.randn(x.shape))
     graph.replay()
     if not torch.equal(kept[0], linear(x)):
-        raise RacError(f"{what}, {len(x)} tokens: a captured graph computes something else; report this")
+        raise RacError(
+            f"{what}, {len(x)} tokens: a captured graph computes something else; report this"
+        )

@@ -57,8 +57,16 @@ from rac_modifier.files import write_json_atomic
 from rac_modifier.kernels import cuda
 
 TIMED = (1, 8, 16, 32, 64, 128, 2048)
-LAYERS = {"o": (4096, 4096), "qkv": (6144, 4096), "down": (4096, 14336), "gate_up": (28672, 4096)}  # of an 8B model
-SANITIZED_BY, PACKED_BY = 0.6, 0.85  # by which share of the time compute-sanitizer and packing must be done
+LAYERS = {
+    "o": (4096, 4096),
+    "qkv": (6144, 4096),
+    "down": (4096, 14336),
+    "gate_up": (28672, 4096),
+}  # of an 8B model
+SANITIZED_BY, PACKED_BY = (
+    0.6,
+    0.85,
+)  # by which share of the time compute-sanitizer and packing must be done
 CYCLED_BYTES = 512 << 20  # of weights: more than any cache
 
 
@@ -96,7 +104,10 @@ def ours(layer: str, rows: int, columns: int, budget: Budget) -> dict[str, Timed
         weight = random_weight(rows, columns, *FORMATS[name])
         packed = cuda.pack(weight, torch.bfloat16)
         size = sum(part.nbytes for part in packed.values())
-        copies = [{key: part.clone() for key, part in packed.items()} for _ in range(-(-CYCLED_BYTES // size))]
+        copies = [
+            {key: part.clone() for key, part in packed.items()}
+            for _ in range(-(-CYCLED_BYTES // size))
+        ]
         shape = weight.rows, weight.columns
         found[name] = Timed([lambda x, p=p, s=shape: cuda.linear(x, p, *s) for p in copies], size)
     return found
@@ -105,8 +116,15 @@ def ours(layer: str, rows: int, columns: int, budget: Budget) -> dict[str, Timed
 def theirs(rows: int, columns: int, device: str, missing: dict[str, str]) -> dict[str, Timed]:
     """The others; why one is not here is added to `missing`."""
     size = 2 * rows * columns
-    weights = [torch.randn(rows, columns, device=device).bfloat16() for _ in range(-(-CYCLED_BYTES // size))]
-    found = {"dense bf16": Timed([lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights], size)}
+    weights = [
+        torch.randn(rows, columns, device=device).bfloat16()
+        for _ in range(-(-CYCLED_BYTES // size))
+    ]
+    found = {
+        "dense bf16": Timed(
+            [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights], size
+        )
+    }
     for name, contender in CONTENDERS.items():
         if name in missing:
             continue
@@ -117,7 +135,9 @@ def theirs(rows: int, columns: int, device: str, missing: dict[str, str]) -> dic
         except NotHereError as error:
             missing[name] = str(error)
             continue
-        found[name] = Timed([lambda x, p=p, run=contender.run: run(x, p) for p in copies], size, contender.given)
+        found[name] = Timed(
+            [lambda x, p=p, run=contender.run: run(x, p) for p in copies], size, contender.given
+        )
     return found
 
 
@@ -128,7 +148,10 @@ def times(
     for layer, (rows, columns) in LAYERS.items():
         if not budget.allows(f"times of {layer}", PACKED_BY):
             continue
-        contenders = {**ours(layer, rows, columns, budget), **theirs(rows, columns, device, missing)}
+        contenders = {
+            **ours(layer, rows, columns, budget),
+            **theirs(rows, columns, device, missing),
+        }
         for number in tokens:
             if not budget.allows(f"times of {layer} at {number} tokens"):
                 continue
@@ -141,7 +164,13 @@ def times(
             for name, contender in contenders.items():
                 taken = statistics.median(found[name])
                 faster = statistics.median(found["dense bf16"]) / taken
-                row = {"layer": layer, "rows": rows, "columns": columns, "tokens": number, "contender": name}
+                row = {
+                    "layer": layer,
+                    "rows": rows,
+                    "columns": columns,
+                    "tokens": number,
+                    "contender": name,
+                }
                 yield row | {"us": taken, "faster": faster, "GB/s": contender.size / taken / 1000}
 
 
@@ -162,15 +191,28 @@ def sanitize(budget: Budget) -> list[str]:
     """Memcheck and racecheck of small products, where compute-sanitizer is installed; what ran through."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        print("compute-sanitizer is not installed: memory accesses and races were not checked on the hardware")
+        print(
+            "compute-sanitizer is not installed: memory accesses and races were not checked on the hardware"
+        )
         return []
     ran = []
     for kind in ("memcheck", "racecheck"):
         seconds = budget.left(SANITIZED_BY) / (2 - len(ran))
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--only-check"]
+        command = [
+            tool,
+            "--tool",
+            kind,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            __file__,
+            "--only-check",
+        ]
         try:
             # the run inside ends by itself, with what it came to
-            found = subprocess.run([*command, "--seconds", str(seconds)], timeout=seconds * 2 + 10).returncode
+            found = subprocess.run(
+                [*command, "--seconds", str(seconds)], timeout=seconds * 2 + 10
+            ).returncode
         except subprocess.TimeoutExpired:
             budget.leave_out(f"compute-sanitizer {kind}")
             continue
@@ -189,10 +231,17 @@ def report(budget: Budget) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", help="write everything to this file")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing (9)")
-    parser.add_argument("--seconds", type=float, default=360, help="leave out what does not fit into this time (360)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=360,
+        help="leave out what does not fit into this time (360)",
+    )
     parser.add_argument("--only-check", action="store_true", help="small products only, no timing")
     parser.add_argument(
         "--dry-run",
@@ -208,7 +257,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device; run this on a machine with a GPU")
     torch.manual_seed(0)
-    record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "finished": False}
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "finished": False,
+    }
     budget = Budget(arguments.seconds)
 
     def keep() -> None:
@@ -227,7 +280,9 @@ def main() -> None:
         report(budget)
 
 
-def run(record: dict[str, Any], budget: Budget, rounds: int, only_check: bool, keep: Callable[[], None]) -> None:
+def run(
+    record: dict[str, Any], budget: Budget, rounds: int, only_check: bool, keep: Callable[[], None]
+) -> None:
     """All parts, whose results are added to `record`; `keep` is called after each."""
     shapes = ODD_SHAPES
     if only_check:
@@ -247,13 +302,22 @@ def run(record: dict[str, Any], budget: Budget, rounds: int, only_check: bool, k
     print(f"{len(record['prompts'])} prompts by cuSPARSELt are right")
     record["sanitizer"] = sanitize(budget)
     record["launch"] = launch_overhead("cuda")
-    print("a launch takes {graph:.1f} us in a graph and {called:.1f} us from Python".format(**record["launch"]))
+    print(
+        "a launch takes {graph:.1f} us in a graph and {called:.1f} us from Python".format(
+            **record["launch"]
+        )
+    )
     keep()
     print("| layer | tokens | contender | us | GB/s | over dense bf16 |\n|---|---|---|---|---|---|")
     record["times"] = []
     for row in times("cuda", TIMED, rounds, record["missing"], budget):
         record["times"].append(row)
-        print("| {layer} | {tokens} | {contender} | {us:.1f} | {GB/s:.0f} | {faster:.2f}x |".format(**row), flush=True)
+        print(
+            "| {layer} | {tokens} | {contender} | {us:.1f} | {GB/s:.0f} | {faster:.2f}x |".format(
+                **row
+            ),
+            flush=True,
+        )
         keep()
     for name, reason in record["missing"].items():
         print(f"{name} was not measured: {reason}")

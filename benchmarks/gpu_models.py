@@ -26,9 +26,18 @@ from rac_modifier.kernels.cuda.predict import DENSE, dense_time, sparse_time
 TOKENS = (1, 8, 16, 32)
 # Rows and columns of qkv, o, gate_up, down; number of layers. From the models' config.json.
 MODELS = {
-    "1.5B": ({"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)}, 28),
-    "8B": ({"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}, 32),
-    "32B": ({"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (55296, 5120), "down": (5120, 27648)}, 64),
+    "1.5B": (
+        {"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)},
+        28,
+    ),
+    "8B": (
+        {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+        32,
+    ),
+    "32B": (
+        {"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (55296, 5120), "down": (5120, 27648)},
+        64,
+    ),
 }
 EVERY = [*itertools.product(CARDS, MODELS, TOKENS)]
 # The formats that batches are predicted for.
@@ -45,14 +54,17 @@ def times(card: Card, model: str, tokens: int) -> dict[str, float]:
     """Milliseconds of all layers of a model, by format."""
     shapes, layers = MODELS[model]
     found = {
-        name: sum(dense_time(card, *s, tokens, size).total for s in shapes.values()) for name, size in DENSE.items()
+        name: sum(dense_time(card, *s, tokens, size).total for s in shapes.values())
+        for name, size in DENSE.items()
     }
     for name, layout in (("2:4", BF16), ("2:4 int4", INT4[128])):
         found[name] = sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values())
     return {name: layers * time / 1000 for name, time in found.items()}
 
 
-def unstructured_time(card: Card, model: str, tokens: int, sparsity: float, layout: Layout = UNSTRUCTURED) -> float:
+def unstructured_time(
+    card: Card, model: str, tokens: int, sparsity: float, layout: Layout = UNSTRUCTURED
+) -> float:
     """Milliseconds of all layers of a model with this share of zeros anywhere."""
     shapes, layers = MODELS[model]
     each = [sparse_time(card, layout, *s, tokens, 1 - sparsity).total for s in shapes.values()]
@@ -84,7 +96,9 @@ def models() -> Iterator[str]:
         t = times(card, model, tokens)
         sparse = t["2:4 int4"]
         gains = (t["bf16"] / t["2:4"], t["bf16"] / sparse, t["fp8"] / sparse, t["int4"] / sparse)
-        numbers = [f"{t[name]:.2f}" for name in (*DENSE, "2:4", "2:4 int4")] + [f"{gain:.2f}x" for gain in gains]
+        numbers = [f"{t[name]:.2f}" for name in (*DENSE, "2:4", "2:4 int4")] + [
+            f"{gain:.2f}x" for gain in gains
+        ]
         yield f"| {card.name} | {model} | {tokens} | {' | '.join(numbers)} | {bound(card, model, tokens)} |"
 
 
@@ -95,7 +109,9 @@ def unstructured() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for card, model, tokens in EVERY:
         t = times(card, model, tokens)
-        found = [unstructured_time(card, model, tokens, sparsity) for sparsity in (0.5, 0.6, 0.7, 0.8)]
+        found = [
+            unstructured_time(card, model, tokens, sparsity) for sparsity in (0.5, 0.6, 0.7, 0.8)
+        ]
         gains = " | ".join(f"{t['bf16'] / each:.2f}x" for each in found)
         numbers = f"{t['bf16']:.2f} | {found[0]:.2f} | {gains} | {t['fp8'] / found[2]:.2f}x"
         bound_by = bound(card, model, tokens, UNSTRUCTURED)
@@ -120,7 +136,10 @@ def fp8() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     for card, model, tokens in EVERY:
         t, even = times(card, model, tokens), layout_time(card, model, tokens, E4M3)
-        each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_E4M3) for share in (0.5, 0.6, 0.7)]
+        each = [
+            unstructured_time(card, model, tokens, share, UNSTRUCTURED_E4M3)
+            for share in (0.5, 0.6, 0.7)
+        ]
         gains = [t["fp8"] / time for time in each] + [t["int4"] / each[0]]
         cells = [
             f"{t['fp8']:.2f} | {even:.2f} | {t['fp8'] / even:.2f}x | {t['int4'] / even:.2f}x",
@@ -139,10 +158,15 @@ def int8() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for card, model, tokens in EVERY:
         t = times(card, model, tokens)
-        each = [unstructured_time(card, model, tokens, share, UNSTRUCTURED_INT8) for share in (0.5, 0.6, 0.7)]
+        each = [
+            unstructured_time(card, model, tokens, share, UNSTRUCTURED_INT8)
+            for share in (0.5, 0.6, 0.7)
+        ]
         half = each[0]
         gains = [t["fp8"] / time for time in each] + [t["bf16"] / half, t["int4"] / half]
-        numbers = " | ".join([f"{t['fp8']:.2f}", f"{half:.2f}", *(f"{gain:.2f}x" for gain in gains)])
+        numbers = " | ".join(
+            [f"{t['fp8']:.2f}", f"{half:.2f}", *(f"{gain:.2f}x" for gain in gains)]
+        )
         yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, UNSTRUCTURED_INT8)} |"
 
 
@@ -154,7 +178,9 @@ def int4() -> Iterator[str]:
         t, layout = times(card, model, tokens), UNSTRUCTURED_INT4[128]
         each = [unstructured_time(card, model, tokens, share, layout) for share in (0.5, 0.6, 0.7)]
         gains = [t["int4"] / time for time in each] + [t["fp8"] / each[0]]
-        numbers = " | ".join([f"{t['int4']:.2f}", f"{each[0]:.2f}", *(f"{gain:.2f}x" for gain in gains)])
+        numbers = " | ".join(
+            [f"{t['int4']:.2f}", f"{each[0]:.2f}", *(f"{gain:.2f}x" for gain in gains)]
+        )
         yield f"| {card.name} | {model} | {tokens} | {numbers} | {bound(card, model, tokens, layout)} |"
 
 
@@ -171,7 +197,11 @@ def groups() -> Iterator[str]:
     for card in CARDS:
         for tokens in (1, 8, 16, 32):
             dense = times(card, "8B", tokens)["fp8"]
-            layouts = [each for row, by_group in kinds.values() for each in (row, by_group[128], by_group[64])]
+            layouts = [
+                each
+                for row, by_group in kinds.values()
+                for each in (row, by_group[128], by_group[64])
+            ]
             gains = [dense / layout_time(card, "8B", tokens, layout) for layout in layouts]
             yield f"| {card.name} | {tokens} | {' | '.join(f'{gain:.2f}x' for gain in gains)} |"
 
@@ -184,7 +214,10 @@ def batches() -> Iterator[str]:
         for model in MODELS:
             for tokens in (32, 64, 128):
                 t = times(card, model, tokens)
-                taken = {name: layout_time(card, model, tokens, layout) for name, layout in OF_BATCHES.items()}
+                taken = {
+                    name: layout_time(card, model, tokens, layout)
+                    for name, layout in OF_BATCHES.items()
+                }
                 gains = " | ".join(f"{t['bf16'] / each:.2f}x" for each in taken.values())
                 int4 = t["int4"] / taken["2:4 + int4"]
                 yield f"| {card.name} | {model} | {tokens} | {t['bf16']:.2f} | {gains} | {int4:.2f}x |"

@@ -30,7 +30,14 @@ from gpu_models import (
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.cards import CARDS, Card, card_of
-from rac_modifier.kernels.cuda.layout import ALL, BF16, INT4, UNSTRUCTURED, UNSTRUCTURED_INT8, Layout
+from rac_modifier.kernels.cuda.layout import (
+    ALL,
+    BF16,
+    INT4,
+    UNSTRUCTURED,
+    UNSTRUCTURED_INT8,
+    Layout,
+)
 from rac_modifier.kernels.cuda.measured import CONTENDERS, read_measured
 from rac_modifier.kernels.cuda.predict import (
     DENSE,
@@ -51,7 +58,9 @@ PROMPT = 2048
 
 def cards() -> Iterator[str]:
     """The constants."""
-    head = "card | name here | memory, GB/s | multiprocessors | GHz | multiply-adds per cycle | L2, MB"
+    head = (
+        "card | name here | memory, GB/s | multiprocessors | GHz | multiply-adds per cycle | L2, MB"
+    )
     yield f"| {head} | bytes per cycle from L2 |"
     yield "|---|---|---|---|---|---|---|---|"
     for c in CARDS:
@@ -111,7 +120,12 @@ def chosen() -> Iterator[str]:
 
 def prompts() -> Iterator[str]:
     """A prompt of 2,048 tokens: the time of all layers, expanded part by part or by cuSPARSELt, over that of dense bfloat16."""
-    layouts = {"2:4": BF16, "2:4 + int4": INT4[128], "50 %": UNSTRUCTURED, "50 % + int8": UNSTRUCTURED_INT8}
+    layouts = {
+        "2:4": BF16,
+        "2:4 + int4": INT4[128],
+        "50 %": UNSTRUCTURED,
+        "50 % + int8": UNSTRUCTURED_INT8,
+    }
     yield f"| card | model | dense bf16, ms | {' | '.join(layouts)} | 2:4, any values, by cuSPARSELt |"
     yield f"|---|---|---|{'---|' * len(layouts)}---|"
     for card in CARDS:
@@ -121,7 +135,9 @@ def prompts() -> Iterator[str]:
                 for name, layout in layouts.items()
             }
             dense = sum(time for _, time in each["2:4"])
-            over = " | ".join(f"{sum(time for time, _ in found) / dense:.2f}x" for found in each.values())
+            over = " | ".join(
+                f"{sum(time for time, _ in found) / dense:.2f}x" for found in each.values()
+            )
             sparse = sum(cusparselt_time(card, *shape, PROMPT) for shape in shapes.values())
             yield f"| {card.name} | {model} | {layers * dense / 1000:.1f} | {over} | {sparse / dense:.2f}x |"
 
@@ -139,12 +155,16 @@ def row_tiles() -> Iterator[str]:
                 )
                 gains = []
                 for n in (1, 2, 4, 8):
-                    own = (n, tiles) if n == 8 else (n, min(tiles, 4))  # fewer rows have at most 32 tokens per block
+                    own = (
+                        (n, tiles) if n == 8 else (n, min(tiles, 4))
+                    )  # fewer rows have at most 32 tokens per block
                     if own not in tiles_of(layout):
                         gains.append("")
                         continue
                     each = program(layout, *own)
-                    taken = sum(time_of(card, layout, each, *s, tokens, 0.5).total for s in shapes.values())
+                    taken = sum(
+                        time_of(card, layout, each, *s, tokens, 0.5).total for s in shapes.values()
+                    )
                     gains.append(f"{dense / taken:.2f}x")
                 chosen = sum(sparse_time(card, layout, *s, tokens).total for s in shapes.values())
                 gains.append(f"{dense / chosen:.2f}x")
@@ -169,7 +189,12 @@ def split() -> Iterator[str]:
         gains = []
         for layout in OF_BATCHES.values():
             now = sum(sparse_time(card, layout, *shape, tokens).total for shape in shapes)
-            gains.append(now / sum(min(taken(layout, *shape, parts) for parts in (1, 2, 4, 8)) for shape in shapes))
+            gains.append(
+                now
+                / sum(
+                    min(taken(layout, *shape, parts) for parts in (1, 2, 4, 8)) for shape in shapes
+                )
+            )
         yield f"| {card.name} | {' | '.join(f'{gain:.2f}x' for gain in gains)} |"
 
 
@@ -210,9 +235,13 @@ TABLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--measured", type=Path, help="JSON that make gpu-check wrote; prints its times beside the predicted"
+        "--measured",
+        type=Path,
+        help="JSON that make gpu-check wrote; prints its times beside the predicted",
     )
     arguments = parser.parse_args()
     if arguments.measured is not None:

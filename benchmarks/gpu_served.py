@@ -26,7 +26,11 @@ from rac_modifier.files import write_json_atomic
 
 # By device: the variable that chooses kernels, with its values for kernels and for dense layers.
 VARIABLES = {"cuda": ("RAC_GPU_KERNELS", "all", "off"), "cpu": ("RAC_KERNEL", "", "off")}
-MODELS = {"2:4 + int4": (True, True), "2:4": (True, False), "unstructured": (False, False)}  # 2:4 or any pattern; int4
+MODELS = {
+    "2:4 + int4": (True, True),
+    "2:4": (True, False),
+    "unstructured": (False, False),
+}  # 2:4 or any pattern; int4
 # Rounding to bfloat16 elsewhere moves log-probabilities by 0.006 in the mean and 0.03 at most here (2:4 + int4, the CPU kernel
 # and dense); a wrong layer moves all of them by more.
 MOST_MEAN, MOST = 0.02, 0.25
@@ -60,12 +64,20 @@ def compare(kernels: Sampled, dense: Sampled) -> Compared:
     for ours, theirs in zip(kernels, dense, strict=True):
         differences += [abs(a - b) for a, b in zip(ours["read"], theirs["read"], strict=True)]
         same = next(
-            (n for n, pair in enumerate(zip(ours["tokens"], theirs["tokens"], strict=True)) if len(set(pair)) > 1), None
+            (
+                n
+                for n, pair in enumerate(zip(ours["tokens"], theirs["tokens"], strict=True))
+                if len(set(pair)) > 1
+            ),
+            None,
         )
         count = len(theirs["tokens"]) if same is None else same
         # where they part, each took its likeliest token: two that are about equally likely
         upto = min(count + 1, len(theirs["tokens"]))
-        differences += [abs(a - b) for a, b in zip(ours["logprobs"][:upto], theirs["logprobs"][:upto], strict=True)]
+        differences += [
+            abs(a - b)
+            for a, b in zip(ours["logprobs"][:upto], theirs["logprobs"][:upto], strict=True)
+        ]
         alike, sampled = alike + count, sampled + len(theirs["tokens"])
     found = Compared(alike, sampled, sum(differences) / len(differences), max(differences))
     if not (found.mean <= MOST_MEAN and found.largest <= MOST):
@@ -83,18 +95,34 @@ def sample(folder: Path, device: str) -> Sampled:
 
     torch.manual_seed(1)
     prompts = torch.randint(0, VOCAB, (PROMPTS, PROMPT_TOKENS)).tolist()
-    limits = {"gpu_memory_utilization": 0.3, "max_model_len": 128, "max_num_seqs": 1, "skip_tokenizer_init": True}
+    limits = {
+        "gpu_memory_utilization": 0.3,
+        "max_model_len": 128,
+        "max_num_seqs": 1,
+        "skip_tokenizer_init": True,
+    }
     eager = {"enforce_eager": device == "cpu", "enable_prefix_caching": False}
     model = LLM(str(folder), dtype="bfloat16", **limits, **eager)
     params = SamplingParams(
-        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=1, prompt_logprobs=0
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=1,
+        prompt_logprobs=0,
     )
     found = []
     for prompt in prompts:
         (output,) = model.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        read = [given[token].logprob for token, given in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+        read = [
+            given[token].logprob
+            for token, given in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        ]
         tokens = list(output.outputs[0].token_ids)
-        taken = [given[token].logprob for token, given in zip(tokens, output.outputs[0].logprobs, strict=True)]
+        taken = [
+            given[token].logprob
+            for token, given in zip(tokens, output.outputs[0].logprobs, strict=True)
+        ]
         found.append({"read": read, "tokens": tokens, "logprobs": taken})
     return found
 
@@ -108,10 +136,23 @@ def sample_apart(folder: Path, device: str, kernels: bool) -> Sampled:
     variable, on, off = VARIABLES[device]
     environment = os.environ | {variable: on if kernels else off}
     out = folder.with_name(f"{folder.name}-{'kernels' if kernels else 'dense'}.json")
-    command = [sys.executable, __file__, "--device", device, "--sample", str(folder), "--out", str(out)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        device,
+        "--sample",
+        str(folder),
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
-        raise RacError(f"{folder.name}: vLLM failed with {variable}={environment[variable]}:\n{done.stdout[-3000:]}")
+        raise RacError(
+            f"{folder.name}: vLLM failed with {variable}={environment[variable]}:\n{done.stdout[-3000:]}"
+        )
     if kernels and "rac-sparse: 0 of" in done.stdout:
         raise RacError(f"{folder.name}: no layer runs on a kernel here:\n{done.stdout[-3000:]}")
     return json.loads(out.read_text())
@@ -141,8 +182,12 @@ def check(place: Path, device: str, names: Sequence[str], kept: Path | None) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=VARIABLES, default="cuda", help="where vLLM runs (cuda)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=VARIABLES, default="cuda", help="where vLLM runs (cuda)"
+    )
     parser.add_argument("--all", action="store_true", help="all models, not the first one alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--sample", type=Path, help=argparse.SUPPRESS)
@@ -156,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json_atomic(given.out, sample(given.sample, given.device))
         return
     with tempfile.TemporaryDirectory() as place:
-        check(Path(place), given.device, list(MODELS) if given.all else list(MODELS)[:1], given.json)
+        check(
+            Path(place), given.device, list(MODELS) if given.all else list(MODELS)[:1], given.json
+        )
 
 
 if __name__ == "__main__":

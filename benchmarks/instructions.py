@@ -221,7 +221,11 @@ def fillers(kind: str, held_out: bool) -> list[str]:
 
 def templates(held_out: bool) -> list[str]:
     """Those of training, or those that are held out."""
-    return [text for place, text in enumerate(TEMPLATES) if (place % _HELD_OUT == _HELD_OUT - 1) == held_out]
+    return [
+        text
+        for place, text in enumerate(TEMPLATES)
+        if (place % _HELD_OUT == _HELD_OUT - 1) == held_out
+    ]
 
 
 def instructions(seed: int, held_out: bool) -> Iterator[str]:
@@ -231,7 +235,9 @@ def instructions(seed: int, held_out: bool) -> Iterator[str]:
     while repeats < 1000:
         rng.shuffle(chosen)
         for template in chosen:
-            text = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(fillers(slot[1], held_out)), template)
+            text = re.sub(
+                r"\{(\w+)\}", lambda slot: rng.choice(fillers(slot[1], held_out)), template
+            )
             if text in seen:
                 repeats += 1
                 continue
@@ -246,12 +252,16 @@ def write(folder: Path, training: int, held_out: int, seed: int = 0) -> tuple[Pa
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, count, kind in zip(paths, (training, held_out), (False, True), strict=True):
         texts = [text for text, _ in zip(instructions(seed, kind), range(count), strict=False)]
-        path.write_text("".join(json.dumps({"problem": text}) + "\n" for text in texts), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps({"problem": text}) + "\n" for text in texts), encoding="utf-8"
+        )
     return paths
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--training", type=int, default=4000)
     parser.add_argument("--held-out", type=int, default=400)

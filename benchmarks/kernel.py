@@ -33,7 +33,13 @@ SHAPES = {  # [rows, columns] of qkv, o, gate_up and down, as vLLM fuses them
     "7B": [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)],
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SPARSE, TORCH, PLAIN, VLLM, FLOAT = "sparse", "oneDNN prepacked", "torch linear", "vLLM linear", "fp32 copy"
+SPARSE, TORCH, PLAIN, VLLM, FLOAT = (
+    "sparse",
+    "oneDNN prepacked",
+    "torch linear",
+    "vLLM linear",
+    "fp32 copy",
+)
 BF16_UNITS = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
 Linear = Callable[[Tensor], Tensor]
 
@@ -71,7 +77,12 @@ class Model:
     """The contenders' layers, each with its own memory: a little more than `gigabytes` for the sparse one."""
 
     def __init__(
-        self, shapes: list[tuple[int, int]], sparsity: float, dtype: torch.dtype, stored: torch.dtype, gigabytes: float
+        self,
+        shapes: list[tuple[int, int]],
+        sparsity: float,
+        dtype: torch.dtype,
+        stored: torch.dtype,
+        gigabytes: float,
     ) -> None:
         self.columns = [columns for _, columns in shapes]
         self.nbytes = 0
@@ -87,7 +98,9 @@ class Model:
             for source in sources:
                 packed, shape = cpu.pack(source, stored), (source.rows, source.columns)
                 self.nbytes += sum(tensor.nbytes for tensor in packed.values())
-                self.sparse.append(lambda x, packed=packed, shape=shape: cpu.linear(x, packed, *shape))
+                self.sparse.append(
+                    lambda x, packed=packed, shape=shape: cpu.linear(x, packed, *shape)
+                )
             self._layers += 1
 
     def dense(self, make: Callable[[Tensor], Linear]) -> list[Linear]:
@@ -157,10 +170,19 @@ def table(arguments: argparse.Namespace, threads: int, sparsity: float) -> None:
         seconds = measure(model, rows, dtype, arguments.repeats)
         others = [name for name in seconds if name != SPARSE]
         if not index:
-            print("| M | sparse ms | GB/s | of probe | " + " | ".join(f"{name} ms | ratio" for name in others) + " |")
+            print(
+                "| M | sparse ms | GB/s | of probe | "
+                + " | ".join(f"{name} ms | ratio" for name in others)
+                + " |"
+            )
             print("|" + "---|" * (4 + 2 * len(others)))
         speed = model.nbytes / seconds[SPARSE]
-        cells = [str(rows), f"{seconds[SPARSE] * 1e3:.1f}", f"{speed / 1e9:.1f}", f"{speed / probe:.0%}"]
+        cells = [
+            str(rows),
+            f"{seconds[SPARSE] * 1e3:.1f}",
+            f"{speed / 1e9:.1f}",
+            f"{speed / probe:.0%}",
+        ]
         for name in others:
             cells += [f"{seconds[name] * 1e3:.1f}", f"{seconds[name] / seconds[SPARSE]:.2f}x"]
         print("| " + " | ".join(cells) + " |", flush=True)
@@ -173,19 +195,36 @@ def numbers(text: str) -> list[int]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=SHAPES, default="1.5B")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--stored", choices=DTYPES, help="dtype of the packed values, if another than --dtype")
-    parser.add_argument("--rows", type=numbers, default=[1, 2, 4, 8, 16, 32, 64, 128, 512], help="numbers of rows of x")
+    parser.add_argument(
+        "--stored", choices=DTYPES, help="dtype of the packed values, if another than --dtype"
+    )
+    parser.add_argument(
+        "--rows",
+        type=numbers,
+        default=[1, 2, 4, 8, 16, 32, 64, 128, 512],
+        help="numbers of rows of x",
+    )
     parser.add_argument("--threads", type=numbers, default=[1, 2])
-    parser.add_argument("--sparsity", type=lambda text: [float(part) for part in text.split(",")], default=[0.5])
+    parser.add_argument(
+        "--sparsity", type=lambda text: [float(part) for part in text.split(",")], default=[0.5]
+    )
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of packed weights in a step")
     parser.add_argument("--repeats", type=int, default=7, help="steps of each contender")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    print(f"{names[0].split(': ')[1]}, {os.cpu_count()} cores, torch {torch.__version__}; {support().reason}")
+    names = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    print(
+        f"{names[0].split(': ')[1]}, {os.cpu_count()} cores, torch {torch.__version__}; {support().reason}"
+    )
     print(f"load average {os.getloadavg()[0]:.1f} at the start")
     with torch.inference_mode():
         for threads, sparsity in itertools.product(arguments.threads, arguments.sparsity):

@@ -47,7 +47,9 @@ def median(linears: Sequence[Linear], x: Tensor, threads: int) -> float:
     return statistics.median(times)
 
 
-def compare(weights: Sequence[Weight], dense: Sequence[Linear], m: int, threads: int, repeats: int) -> list[float]:
+def compare(
+    weights: Sequence[Weight], dense: Sequence[Linear], m: int, threads: int, repeats: int
+) -> list[float]:
     """Milliseconds of 16 bits, of 8 bits, and of `dense` if there are any."""
     x = torch.randn(m, COLUMNS).bfloat16()
     linears = [ours(weight) for weight in weights]
@@ -67,8 +69,12 @@ def compare(weights: Sequence[Weight], dense: Sequence[Linear], m: int, threads:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=numbers, default=[1, 4, 8, 16, 32, 64], help="numbers of rows of x")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=numbers, default=[1, 4, 8, 16, 32, 64], help="numbers of rows of x"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=INTEGERS, default=INTEGERS)
     parser.add_argument("--gigabytes", type=float, default=0.1, help="of packed weights of a kind")
@@ -77,17 +83,26 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     vllm = importlib.util.find_spec("vllm") is not None
-    print(f"{support().reason}; {arguments.threads} threads; bfloat16 activations, weights [{LARGE_ROWS}, {COLUMNS}]\n")
-    print("| weight | M | 16 bits ms | 8 bits ms | ratio |" + (" vLLM int8 ms | over 8 bits |" if vllm else ""))
+    print(
+        f"{support().reason}; {arguments.threads} threads; bfloat16 activations, weights [{LARGE_ROWS}, {COLUMNS}]\n"
+    )
+    print(
+        "| weight | M | 16 bits ms | 8 bits ms | ratio |"
+        + (" vLLM int8 ms | over 8 bits |" if vllm else "")
+    )
     print("|" + "---|" * (7 if vllm else 5))
     with torch.inference_mode():
-        dense = [vllm_int8(torch.randn(LARGE_ROWS, COLUMNS).bfloat16()) for _ in range(4 if vllm else 0)]
+        dense = [
+            vllm_int8(torch.randn(LARGE_ROWS, COLUMNS).bfloat16()) for _ in range(4 if vllm else 0)
+        ]
         for kind in arguments.only:
             per_row = size_of(packed(kind, 1600)[0]) / 1600
             copies = max(3, round(arguments.gigabytes * 1e9 / (per_row * LARGE_ROWS)))
             weights = packed(kind, LARGE_ROWS, copies)
             for m in arguments.rows:
-                sixteen, eight, *others = compare(weights, dense, m, arguments.threads, arguments.repeats)
+                sixteen, eight, *others = compare(
+                    weights, dense, m, arguments.threads, arguments.repeats
+                )
                 cells = [kind, str(m), f"{sixteen:.2f}", f"{eight:.2f}", f"{sixteen / eight:.2f}x"]
                 for other in others:
                     cells += [f"{other:.2f}", f"{other / eight:.2f}x"]

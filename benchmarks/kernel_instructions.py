@@ -42,7 +42,9 @@ PTRACE_TRACEME, PTRACE_CONT, PTRACE_SINGLESTEP = 0, 7, 9
 UNIT = 64  # weights that counts and times are given for
 
 
-def product(bits: int, pruned: float, rows: int, m: int, group: int) -> tuple[Callable[[], Tensor], int]:
+def product(
+    bits: int, pruned: float, rows: int, m: int, group: int
+) -> tuple[Callable[[], Tensor], int]:
     """A product with a random weight [rows, COLUMNS], and the bytes of this weight with its scales."""
     ((data, scale),) = packed_integers(rows, COLUMNS, bits, pruned, group=group)
     x = torch.randn(m, COLUMNS).bfloat16()
@@ -107,7 +109,9 @@ def seconds(calls: list[Callable[[], object]], repeats: int) -> list[float]:
 
 def main() -> None:
     """Count and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=numbers, default=[1], help="numbers of rows of x")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--group", type=int, default=64, help="columns that share a scale")
@@ -115,12 +119,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"{support().reason}; one thread; weights [n, {COLUMNS}], groups of {arguments.group} columns\n")
-    print(f"| M | weight | bytes per weight | instructions for {UNIT} weights | ns for {UNIT} weights |")
+    print(
+        f"{support().reason}; one thread; weights [n, {COLUMNS}], groups of {arguments.group} columns\n"
+    )
+    print(
+        f"| M | weight | bytes per weight | instructions for {UNIT} weights | ns for {UNIT} weights |"
+    )
     print("|" + "---|" * 5)
     with torch.inference_mode():
         for m, kind in itertools.product(arguments.rows, arguments.only):
-            calls = {rows: product(*KINDS[kind], rows, m, arguments.group) for rows in (*COUNTED, *TIMED)}
+            calls = {
+                rows: product(*KINDS[kind], rows, m, arguments.group) for rows in (*COUNTED, *TIMED)
+            }
             counted = [instructions(calls[rows][0]) for rows in COUNTED]
             times = seconds([calls[rows][0] for rows in TIMED], arguments.repeats)
             sizes = [calls[rows][1] for rows in TIMED]

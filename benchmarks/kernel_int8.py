@@ -36,7 +36,9 @@ def sparse_int8(weight: Tensor) -> tuple[Linear, int]:
     values, scale = quantize_rows(weight)
     stored = from_dense(values, "")
     packed, scales = pack_values(stored.values, stored.bitmask, stored.columns), pack_scale(scale)
-    return lambda x: sparse_linear(x, packed, *weight.shape, None, scales), packed.nbytes + scales.nbytes
+    return lambda x: sparse_linear(
+        x, packed, *weight.shape, None, scales
+    ), packed.nbytes + scales.nbytes
 
 
 def sparse_bf16(weight: Tensor) -> Linear:
@@ -97,10 +99,16 @@ def errors(makers: dict[str, Callable[[Tensor], Linear]], dtype: torch.dtype) ->
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=SHAPES, default="1.5B")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of activations and dense contenders")
-    parser.add_argument("--rows", type=numbers, default=[1, 2, 4, 8, 16, 32, 64], help="numbers of rows of x")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="of activations and dense contenders"
+    )
+    parser.add_argument(
+        "--rows", type=numbers, default=[1, 2, 4, 8, 16, 32, 64], help="numbers of rows of x"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--gigabytes", type=float, default=0.5, help="of packed weights in a step")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each contender")
@@ -109,7 +117,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     dtype = DTYPES[arguments.dtype]
-    makers: dict[str, Callable[[Tensor], Linear]] = {"sparse bf16": sparse_bf16, "dense int8": dense_int8}
+    makers: dict[str, Callable[[Tensor], Linear]] = {
+        "sparse bf16": sparse_bf16,
+        "dense int8": dense_int8,
+    }
     vllm = importlib.util.find_spec("vllm") is not None
     if vllm:
         makers |= {"vLLM linear": vllm_linear, "vLLM int8": vllm_int8}
@@ -121,7 +132,9 @@ def main() -> None:
         print(f"{support().reason}; {errors(int8, dtype)}")
         weights = []
         for rows, columns in SHAPES[arguments.model]:
-            weights.append(torch.randn(rows, columns).masked_fill(torch.rand(rows, columns) < 0.5, 0).to(dtype))
+            weights.append(
+                torch.randn(rows, columns).masked_fill(torch.rand(rows, columns) < 0.5, 0).to(dtype)
+            )
         ours: list[Linear] = []
         nbytes = 0
         while nbytes < arguments.gigabytes * 1e9:
@@ -131,13 +144,18 @@ def main() -> None:
                 nbytes += size
         layers = len(ours) // len(weights)
         linears = {OURS: ours} | {
-            name: [make(weight) for _ in range(layers) for weight in weights] for name, make in makers.items()
+            name: [make(weight) for _ in range(layers) for weight in weights]
+            for name, make in makers.items()
         }
         print(
             f"\n{arguments.model} shapes, {arguments.dtype} activations, 50% sparse int8, {arguments.threads} threads, "
             f"{nbytes / 1e9:.2f} GB packed, at most {dtype.itemsize / 0.625:.2f}x by bytes\n"
         )
-        print("| M | sparse int8 ms | GB/s | of probe | " + " | ".join(f"{name} ms | ratio" for name in makers) + " |")
+        print(
+            "| M | sparse int8 ms | GB/s | of probe | "
+            + " | ".join(f"{name} ms | ratio" for name in makers)
+            + " |"
+        )
         print("|" + "---|" * (4 + 2 * len(makers)))
         for m in arguments.rows:
             inputs = [torch.randn(m, weight.shape[1]).to(dtype) for weight in weights]
@@ -150,7 +168,12 @@ def main() -> None:
                         times[name].append(seconds)
             medians = {name: statistics.median(of) for name, of in times.items()}
             speed = nbytes / medians[OURS]
-            cells = [str(m), f"{medians[OURS] * 1e3:.1f}", f"{speed / 1e9:.1f}", f"{speed / probe:.0%}"]
+            cells = [
+                str(m),
+                f"{medians[OURS] * 1e3:.1f}",
+                f"{speed / 1e9:.1f}",
+                f"{speed / probe:.0%}",
+            ]
             for name in makers:
                 cells += [f"{medians[name] * 1e3:.1f}", f"{medians[name] / medians[OURS]:.2f}x"]
             print("| " + " | ".join(cells) + " |", flush=True)

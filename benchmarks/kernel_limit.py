@@ -121,22 +121,30 @@ def median_of_each(calls: Sequence[Callable[[], object]], repeats: int) -> float
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=numbers, default=[1], help="numbers of rows of x")
     parser.add_argument("--threads", type=numbers, default=[1])
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--gigabytes", type=float, default=0.3, help="of packed weights that are read from memory")
+    parser.add_argument(
+        "--gigabytes", type=float, default=0.3, help="of packed weights that are read from memory"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each rate in the caches")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{support().reason}; torch {torch.__version__}; bfloat16 activations, weights [n, {COLUMNS}]\n")
+    print(
+        f"{support().reason}; torch {torch.__version__}; bfloat16 activations, weights [n, {COLUMNS}]\n"
+    )
     print(
         "| threads | M | weight | in the caches GB/s | from memory GB/s | read probe GB/s | of probe | limit | call us |"
     )
     print("|" + "---|" * 9)
     with torch.inference_mode():
-        for threads, m, kind in itertools.product(arguments.threads, arguments.rows, arguments.only):
+        for threads, m, kind in itertools.product(
+            arguments.threads, arguments.rows, arguments.only
+        ):
             torch.set_num_threads(threads)
             probe = read_probe(arguments.repeats)
             fast, rest = cached(kind, m, threads, arguments.seconds)

@@ -113,7 +113,11 @@ def write_shard(path: Path, held: list[tuple[str, Tensor]]) -> None:
     """A safetensors file. Not by `save_file`, which refuses tensors that share memory."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in held:
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}  # type: ignore[dict-item]
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }  # type: ignore[dict-item]
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -141,10 +145,16 @@ def child(code: str, arguments: list[str]) -> tuple[int, float, float]:
 
 def main() -> None:
     """See above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=8.0, help="size of the dense checkpoint, 1e9 bytes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gb", type=float, default=8.0, help="size of the dense checkpoint, 1e9 bytes"
+    )
     parser.add_argument("--shard-gb", type=float, default=2.0, help="largest file, 1e9 bytes")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder, which takes 1.6 times the size")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder, which takes 1.6 times the size"
+    )
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--keep", action="store_true", help="leave the files there")
     asked = parser.parse_args()
@@ -166,7 +176,10 @@ def main() -> None:
             sys.exit(f"{dense}: could not be made")
     files = sorted(dense.glob("*.safetensors"))
     largest = max(file.stat().st_size for file in files)
-    print(f"dense: {size_on_disk(dense):,} bytes in {len(files)} files of at most {largest:,}", flush=True)
+    print(
+        f"dense: {size_on_disk(dense):,} bytes in {len(files)} files of at most {largest:,}",
+        flush=True,
+    )
     print(
         "| step | peak of the resident set | in largest files | time | of the processor |",
         "|---|---|---|---|---|",
@@ -177,7 +190,8 @@ def main() -> None:
         if step in asked.steps:
             peak, seconds, busy = child(STEPS[step], arguments[step])
             print(
-                f"| {step} | {peak / 1e9:.2f} GB | {peak / largest:.2f} | {seconds:.0f} s | {busy:.0f} s |", flush=True
+                f"| {step} | {peak / 1e9:.2f} GB | {peak / largest:.2f} | {seconds:.0f} s | {busy:.0f} s |",
+                flush=True,
             )
     if packed.exists():
         print(f"packed: {size_on_disk(packed):,} bytes", flush=True)

@@ -33,7 +33,12 @@ from rac_modifier.calibration.mixture import CalibrationSequence, compose
 from rac_modifier.llmcompressor import memory_check
 from rac_modifier.settings.calibration import CalibrationSettings
 
-QWEN_0_5B = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+QWEN_0_5B = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
 
 
 def experts_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
@@ -69,7 +74,9 @@ def run(case: str, preset: str) -> dict[str, float]:
         calibration={"tokens": tokens, "batch_tokens": batch_tokens, "held_out_tokens": 0},
         **PRESETS[preset],
     )
-    recipe.use_calibration_set(CalibrationSet(CalibrationLoader(sequences, compose(sequences), settings, 0)))
+    recipe.use_calibration_set(
+        CalibrationSet(CalibrationLoader(sequences, compose(sequences), settings, 0))
+    )
     oneshot(model=model.eval(), recipe=recipe)
     return {
         "predicted": measured.predicted,
@@ -80,7 +87,9 @@ def run(case: str, preset: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument(

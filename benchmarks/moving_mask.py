@@ -42,7 +42,14 @@ def stage_of(pattern: str | float, measure: Any) -> type[RecoveryStage]:
             measure(model, "not recovered", 0.0)
             for mask in TRAINED:
                 trained, cpu = copy.deepcopy(model), time.process_time()
-                train(trained, self._teacher, self._training, pattern, moving=mask == "moving", step_tokens=512)
+                train(
+                    trained,
+                    self._teacher,
+                    self._training,
+                    pattern,
+                    moving=mask == "moving",
+                    step_tokens=512,
+                )
                 measure(trained, mask, time.process_time() - cpu)
             return {}
 
@@ -60,29 +67,48 @@ def run(args: argparse.Namespace) -> None:
         settings = entry(grid, label, args.calibration_tokens, args.tokens, args.seed, [])
         dense, model = fresh(args.model), fresh(args.model)
 
-        def measure(model: Any, mask: str, seconds: float, label: str = label, dense: Any = dense) -> None:
+        def measure(
+            model: Any, mask: str, seconds: float, label: str = label, dense: Any = dense
+        ) -> None:
             row = {"row": label, "mask": mask, "cpu_seconds": seconds}
-            row["divergence"] = divergence(dense, model, answers, label=f"{label}, {mask}", progress=False).as_dict()
+            row["divergence"] = divergence(
+                dense, model, answers, label=f"{label}, {mask}", progress=False
+            ).as_dict()
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(described(row), flush=True)
 
-        pattern = settings["mask_structure"] if "mask_structure" in settings else settings["sparsity"]
+        pattern = (
+            settings["mask_structure"] if "mask_structure" in settings else settings["sparsity"]
+        )
         pruning_modifier.RecoveryStage = stage_of(pattern, measure)  # type: ignore[misc]
-        oneshot(model=model, tokenizer=tokenizer, recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**settings))
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=rac_modifier.ReasoningAwareSparseGPTModifier(**settings),
+        )
 
 
 def described(row: dict[str, Any]) -> str:
     kl = row["divergence"]
-    cells = [row["row"], row["mask"], f"{kl['kl']:.3f} ± {kl['kl_stderr']:.3f}", f"{kl['agreement']:.1%}"]
+    cells = [
+        row["row"],
+        row["mask"],
+        f"{kl['kl']:.3f} ± {kl['kl_stderr']:.3f}",
+        f"{kl['agreement']:.1%}",
+    ]
     return f"| {' | '.join(cells)} | {row['cpu_seconds']:.0f} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("frontier", type=Path)
-    parser.add_argument("--rows", nargs="+", default=["70 %", "2:4"], help="labels of smollm2_grid.yaml")
+    parser.add_argument(
+        "--rows", nargs="+", default=["70 %", "2:4"], help="labels of smollm2_grid.yaml"
+    )
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--tokens", type=int, default=32768, help="of fresh traces to train on")
     parser.add_argument("--seed", type=int, default=0)

@@ -45,7 +45,10 @@ ROWS = ("dense", "recovered", "further", "on-policy")
 
 def both_kinds(seed: int) -> Iterator[Problem]:
     """Training prompts: instructions and arithmetic in turn."""
-    kinds = [load_problems(ProblemSource(source=source), seed) for source in ("train.jsonl", "arithmetic")]
+    kinds = [
+        load_problems(ProblemSource(source=source), seed)
+        for source in ("train.jsonl", "arithmetic")
+    ]
     return itertools.chain.from_iterable(zip(*kinds, strict=False))
 
 
@@ -68,15 +71,26 @@ class Measure:
     def __init__(self, args: argparse.Namespace, dense: Any, tokenizer: Any) -> None:
         folder = FrontierFolder.read(args.frontier)
         evaluation = folder.about["evaluation"]
-        self.problems = held_out_problems(evaluation["source"], evaluation["problems"], seed=evaluation["seed"])
-        self.args, self.dense, self.tokenizer, self.on = args, dense, tokenizer, answers_in(folder, tokenizer)
+        self.problems = held_out_problems(
+            evaluation["source"], evaluation["problems"], seed=evaluation["seed"]
+        )
+        self.args, self.dense, self.tokenizer, self.on = (
+            args,
+            dense,
+            tokenizer,
+            answers_in(folder, tokenizer),
+        )
 
     def row(self, model: Any, label: str, seconds: float) -> None:
         row: dict[str, Any] = {"label": label, "cpu_seconds": seconds}
         if model is not self.dense:
-            row["divergence"] = divergence(self.dense, model, self.on, label=label, progress=False).as_dict()
+            row["divergence"] = divergence(
+                self.dense, model, self.on, label=label, progress=False
+            ).as_dict()
         for temperature in self.args.temperatures:
-            sampling = SamplingSettings(max_new_tokens=CAP, batch_size=BATCH, seed=1, temperature=temperature)
+            sampling = SamplingSettings(
+                max_new_tokens=CAP, batch_size=BATCH, seed=1, temperature=temperature
+            )
             found = sample_sequences(model, self.tokenizer, self.problems, sampling, progress=False)
             row[f"{temperature:g}"] = endings(found, self.tokenizer.eos_token_id)
         with self.args.out.open("a") as file:
@@ -89,8 +103,16 @@ def run(args: argparse.Namespace) -> None:
     done = {row["label"] for row in read_rows(args.out)}
     if done >= set(ROWS):
         return
-    dense, model, tokenizer = fresh(args.model), fresh(args.recovered), AutoTokenizer.from_pretrained(args.model)
-    teacher, measure, problems = LiveTeacher(dense), Measure(args, dense, tokenizer), both_kinds(args.seed + 1000)
+    dense, model, tokenizer = (
+        fresh(args.model),
+        fresh(args.recovered),
+        AutoTokenizer.from_pretrained(args.model),
+    )
+    teacher, measure, problems = (
+        LiveTeacher(dense),
+        Measure(args, dense, tokenizer),
+        both_kinds(args.seed + 1000),
+    )
     for label, untrained in (("dense", dense), ("recovered", model)):
         if label not in done:
             measure.row(untrained, label, 0.0)
@@ -98,7 +120,9 @@ def run(args: argparse.Namespace) -> None:
         if label in done:
             continue
         cpu = time.process_time()
-        sequences = first_tokens(answers(writer, tokenizer, problems, args.seed + number, CAP, BATCH), args.tokens)
+        sequences = first_tokens(
+            answers(writer, tokenizer, problems, args.seed + number, CAP, BATCH), args.tokens
+        )
         trained = copy.deepcopy(model)
         train(trained, teacher, sequences, 0.0, moving=False, step_tokens=512)
         measure.row(trained, label, time.process_time() - cpu)
@@ -114,18 +138,28 @@ def described(row: dict[str, Any], temperatures: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("recovered", type=Path, help="a sparse checkpoint that was made from it")
     parser.add_argument("frontier", type=Path)
-    parser.add_argument("--tokens", type=int, default=32768, help="of further answers, the dense model's or its own")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.6], help="at which it answers")
+    parser.add_argument(
+        "--tokens", type=int, default=32768, help="of further answers, the dense model's or its own"
+    )
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=[0, 0.6], help="at which it answers"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("on_policy.jsonl"))
     args = parser.parse_args()
     print(machine(), flush=True)
     run(args)
-    names = [f"{name}, T={t:g}" for t in args.temperatures for name in ("cut", "of them looping", "finished tokens")]
+    names = [
+        f"{name}, T={t:g}"
+        for t in args.temperatures
+        for name in ("cut", "of them looping", "finished tokens")
+    ]
     print(f"| row | KL | {' | '.join(names)} | CPU s |\n{'|---' * (len(names) + 3)}|")
     for row in read_rows(args.out):
         print(described(row, args.temperatures))

@@ -21,7 +21,9 @@ SHAPES, FIRST = 100, 300
 
 def main() -> None:
     if not onednn_is_faster(torch.device("cpu")):
-        raise SystemExit("float32 products do not go to oneDNN on this processor: nothing to measure")
+        raise SystemExit(
+            "float32 products do not go to oneDNN on this processor: nothing to measure"
+        )
     print(machine())
     x, weight = torch.randn(FIRST + 3 * SHAPES, 512), torch.randn(512, 512)
     product(x, weight)

@@ -11,7 +11,9 @@ import openvino
 from openvino import opset13 as operations
 
 
-def _weight(rows: int, columns: int, bits: int, group: int, draw: np.random.Generator) -> openvino.Node:
+def _weight(
+    rows: int, columns: int, bits: int, group: int, draw: np.random.Generator
+) -> openvino.Node:
     """Integers times scales, which OpenVINO keeps as integers: int8 with a scale per row, int4 with one per group."""
     if bits == 8:
         codes = operations.constant(draw.integers(-127, 128, (rows, columns), dtype=np.int8))
@@ -20,14 +22,20 @@ def _weight(rows: int, columns: int, bits: int, group: int, draw: np.random.Gene
     else:
         packed = draw.integers(0, 256, rows * columns // 2, dtype=np.uint8)
         shape = openvino.Shape([rows, columns // group, group])
-        codes = operations.constant(openvino.Tensor(packed, shape, openvino.Type.i4), shared_memory=False)
+        codes = operations.constant(
+            openvino.Tensor(packed, shape, openvino.Type.i4), shared_memory=False
+        )
         scales = operations.constant(np.full((rows, columns // group, 1), 1 / columns, np.float16))
         weight = operations.multiply(operations.convert(codes, "f16"), scales)
-        weight = operations.reshape(weight, operations.constant(np.array([rows, columns])), special_zero=False)
+        weight = operations.reshape(
+            weight, operations.constant(np.array([rows, columns])), special_zero=False
+        )
     return operations.convert(weight, "f32")
 
 
-def decode_step(shapes: Sequence[tuple[int, int, int]], group: int, threads: int, repeats: int) -> tuple[int, float]:
+def decode_step(
+    shapes: Sequence[tuple[int, int, int]], group: int, threads: int, repeats: int
+) -> tuple[int, float]:
     """Time the products of one token.
 
     Args:
@@ -41,7 +49,9 @@ def decode_step(shapes: Sequence[tuple[int, int, int]], group: int, threads: int
     """
     draw = np.random.default_rng(0)
     sizes = sorted({columns for _, columns, _ in shapes})
-    inputs = {columns: operations.parameter([1, 1, columns], openvino.Type.f32) for columns in sizes}
+    inputs = {
+        columns: operations.parameter([1, 1, columns], openvino.Type.f32) for columns in sizes
+    }
     products = [
         operations.matmul(inputs[columns], _weight(rows, columns, bits, group, draw), False, True)
         for rows, columns, bits in shapes

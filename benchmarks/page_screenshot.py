@@ -19,9 +19,15 @@ WIDTH, HEIGHT = 1280, 2000
 
 def take(folders: list[Path], out: Path, chosen: str | None, height: int) -> None:
     """Write the top `height` pixels of the page, with the row `chosen`."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if chromium is None:
-        raise SystemExit("needs a chromium on the PATH; on Debian and Ubuntu: apt-get install chromium")
+        raise SystemExit(
+            "needs a chromium on the PATH; on Debian and Ubuntu: apt-get install chromium"
+        )
     with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
         file = Path(temporary) / "page.html"
         file.write_text(page(folders, 300), encoding="utf-8")
@@ -36,7 +42,9 @@ def take(folders: list[Path], out: Path, chosen: str | None, height: int) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, help="that rac frontier wrote")
     parser.add_argument("--out", type=Path, required=True, help="a .png file")
     parser.add_argument("--choose", help="label of the row that is chosen")

@@ -43,8 +43,16 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
     "served, 60 % + int4, head int4": (4, 0.6, 4),
     "served, 70 % + int4, head int4": (4, 0.7, 4),
     "served, 50 % + int8, head int8": (8, 0.5, 8),
-    "served, dense int4, ours, head int4": (4, 0.0, 4),  # an ordinary W4A16 checkpoint, with --quantization rac-sparse
-    "served, dense int3, ours, head int4": (3, 0.0, 4),  # the same with 3 bits, as rac_w3a16 saves it
+    "served, dense int4, ours, head int4": (
+        4,
+        0.0,
+        4,
+    ),  # an ordinary W4A16 checkpoint, with --quantization rac-sparse
+    "served, dense int3, ours, head int4": (
+        3,
+        0.0,
+        4,
+    ),  # the same with 3 bits, as rac_w3a16 saves it
     "vLLM, dense bfloat16": (16, 0.0, 16),  # vLLM's own products from here on
     "vLLM, dense int8 (W8A8)": (8, 0.0, 16),
     "vLLM, dense int4 (W4A16)": (4, 0.0, 16),
@@ -52,10 +60,15 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
 ONE_PROCESS = ", one process"  # vLLM's engine and worker in one, so that none polls for the other, without statistics
 IN_CPP = f"{ONE_PROCESS}, step in C++"  # and the compiled step calls its pieces from C++
 IN_PYTHON = {  # the same models in this process, by vLLM's `LLM`: no server and no client, as llama.cpp is timed
-    name.replace("served", "in Python"): kind for name, kind in SERVED.items() if name.startswith("served")
+    name.replace("served", "in Python"): kind
+    for name, kind in SERVED.items()
+    if name.startswith("served")
 }
 SERVED |= {
-    name + how: kind for name, kind in SERVED.items() if name.startswith("served") for how in (ONE_PROCESS, IN_CPP)
+    name + how: kind
+    for name, kind in SERVED.items()
+    if name.startswith("served")
+    for how in (ONE_PROCESS, IN_CPP)
 }
 GROUP, HIDDEN = 128, 1536  # columns that share a scale of int4; columns of the head
 GROUPS = {4: GROUP, 3: 64}  # by bits, as in the recipes
@@ -72,7 +85,9 @@ class Figures:
     gigabytes_per_s: float | None = None  # of the read probe in the same process
 
 
-def random_packed(rows: int, columns: int, bits: int, pruned: float, copies: int = 1) -> list[tuple[Tensor, Tensor]]:
+def random_packed(
+    rows: int, columns: int, bits: int, pruned: float, copies: int = 1
+) -> list[tuple[Tensor, Tensor]]:
     """Copies of a packed weight of random integers with its scales: one per row of int8, one per 128 columns of int4, 64 of int3.
 
     Each is packed, as served weights are: packing asks the system for huge pages, and a plain copy would not have them.
@@ -92,9 +107,14 @@ def packed_integers(
     if not pruned:
         return [(pack_dense(values, bits), scales.clone()) for _ in range(copies)]
     mask = torch.rand(rows, columns) >= pruned
-    bitmask = (mask.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    bitmask = (mask.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(
+        -1, dtype=torch.uint8
+    )
     kept = values[mask]
-    return [(pack_values(kept, bitmask, columns, bits, group=group), scales.clone()) for _ in range(copies)]
+    return [
+        (pack_values(kept, bitmask, columns, bits, group=group), scales.clone())
+        for _ in range(copies)
+    ]
 
 
 def linears(name: str, args: argparse.Namespace) -> Figures:
@@ -145,24 +165,45 @@ def llama(name: str, args: argparse.Namespace) -> Figures:
     write_gguf(path, LLAMA[name], args.layers, args.vocab)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.verbosity = args.prompt_tokens + args.output_tokens + 64, 1, 0
+    params.n_ctx, params.n_parallel, params.verbosity = (
+        args.prompt_tokens + args.output_tokens + 64,
+        1,
+        0,
+    )
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
     server = xllamacpp.Server(params)
     draw = random.Random(0)
     firsts, each, totals = [], [], []
     for _ in range(3):  # the first one warms up
         prompt = [draw.randrange(args.vocab - 1) for _ in range(args.prompt_tokens)]
-        body = {"prompt": prompt, "n_predict": args.output_tokens, "ignore_eos": True, "cache_prompt": False}
+        body = {
+            "prompt": prompt,
+            "n_predict": args.output_tokens,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
         answer = server.handle_completions({**body, "temperature": 0})
         answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
         timings = answer["timings"]
-        if (timings["prompt_n"], timings["predicted_n"]) != (args.prompt_tokens, args.output_tokens):
-            raise SystemExit(f"{name}: asked for {args.output_tokens} tokens, and it counts {timings}")
+        if (timings["prompt_n"], timings["predicted_n"]) != (
+            args.prompt_tokens,
+            args.output_tokens,
+        ):
+            raise SystemExit(
+                f"{name}: asked for {args.output_tokens} tokens, and it counts {timings}"
+            )
         firsts.append(timings["prompt_ms"] / 1e3)
-        each.append(timings["predicted_ms"] / (args.output_tokens - 1))  # its clock starts at the first token
+        each.append(
+            timings["predicted_ms"] / (args.output_tokens - 1)
+        )  # its clock starts at the first token
         totals.append(args.output_tokens / (timings["prompt_ms"] + timings["predicted_ms"]) * 1e3)
     nbytes = path.stat().st_size  # names and norms are below 1 % of it
-    return Figures(nbytes, statistics.median(each[1:]), statistics.median(firsts[1:]), statistics.median(totals[1:]))
+    return Figures(
+        nbytes,
+        statistics.median(each[1:]),
+        statistics.median(firsts[1:]),
+        statistics.median(totals[1:]),
+    )
 
 
 def served(name: str, args: argparse.Namespace) -> Figures:
@@ -188,7 +229,10 @@ def served(name: str, args: argparse.Namespace) -> Figures:
         options += ["--distributed-executor-backend", "uni", "--disable-log-stats"]
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if name.endswith(IN_CPP):
-        options += ["--compilation-config", json.dumps({"inductor_compile_config": {"cpp_wrapper": True}})]
+        options += [
+            "--compilation-config",
+            json.dumps({"inductor_compile_config": {"cpp_wrapper": True}}),
+        ]
         environment["VLLM_USE_LAYERNAME"] = "0"
     log = folder.with_suffix(".log")
     with serving(folder, options, log, environment=environment) as server:
@@ -230,7 +274,9 @@ def in_python(name: str, args: argparse.Namespace) -> Figures:
     ).llm_engine
     if unused := [text for text in said if "has no effect on this model" in text]:
         raise SystemExit(f"{name}: vLLM's own method ran it: {unused[0]}")
-    sampling = SamplingParams(temperature=0, max_tokens=args.output_tokens, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=args.output_tokens, ignore_eos=True, detokenize=False
+    )
     draw = random.Random(0)
     firsts, each, totals = [], [], []
     for turn in range(3):  # the first one warms up
@@ -242,12 +288,19 @@ def in_python(name: str, args: argparse.Namespace) -> Figures:
             outputs = engine.step()
             moments += [time.perf_counter() - started] * len(outputs)
         if len(moments) != args.output_tokens:
-            raise SystemExit(f"{name}: asked for {args.output_tokens} tokens, and {len(moments)} came")
+            raise SystemExit(
+                f"{name}: asked for {args.output_tokens} tokens, and {len(moments)} came"
+            )
         firsts.append(moments[0])
         each.append(1e3 * (moments[-1] - moments[0]) / (args.output_tokens - 1))
         totals.append(args.output_tokens / moments[-1])
     nbytes = bytes_read(bits, pruned, head_bits, args)
-    return Figures(nbytes, statistics.median(each[1:]), statistics.median(firsts[1:]), statistics.median(totals[1:]))
+    return Figures(
+        nbytes,
+        statistics.median(each[1:]),
+        statistics.median(firsts[1:]),
+        statistics.median(totals[1:]),
+    )
 
 
 def saved(bits: int, pruned: float, args: argparse.Namespace) -> Path:
@@ -256,15 +309,29 @@ def saved(bits: int, pruned: float, args: argparse.Namespace) -> Path:
 
     from rac_modifier.settings.pattern import Pattern
 
-    folder: Path = args.keep / f"{f'{100 * pruned:.0f}-' if pruned else 'dense-'}int{bits}-{args.layers}-{args.vocab}"
+    folder: Path = (
+        args.keep
+        / f"{f'{100 * pruned:.0f}-' if pruned else 'dense-'}int{bits}-{args.layers}-{args.vocab}"
+    )
     pattern = Pattern.unstructured(pruned) if pruned else None
-    save_model(folder, args.layers, args.vocab, pattern, int8=bits == 8, codes=bits if bits in GROUPS else None)
+    save_model(
+        folder,
+        args.layers,
+        args.vocab,
+        pattern,
+        int8=bits == 8,
+        codes=bits if bits in GROUPS else None,
+    )
     return folder
 
 
 def bytes_read(bits: int, pruned: float, head_bits: int, args: argparse.Namespace) -> int:
     """Bytes of the values, masks and scales that a token reads, of all layers and the head."""
-    each = (1 - pruned) * bits / 8 + (1 / 8 if pruned else 0) + (2 / GROUPS[bits] if bits in GROUPS else 0)
+    each = (
+        (1 - pruned) * bits / 8
+        + (1 / 8 if pruned else 0)
+        + (2 / GROUPS[bits] if bits in GROUPS else 0)
+    )
     head = 0.5 + 2 / GROUP if head_bits == 4 else head_bits / 8
     weights = args.layers * sum(n * k for n, k in SHAPES["1.5B"])
     return int(each * weights + head * args.vocab * HIDDEN)
@@ -278,7 +345,13 @@ def not_installed(name: str) -> str | None:
         (TORCHAO, ("torchao",)),
         ({**SERVED, **IN_PYTHON}, ("vllm",)),
     ]
-    missing = [package for names, some in needs if name in names for package in some if not find_spec(package)]
+    missing = [
+        package
+        for names, some in needs
+        if name in names
+        for package in some
+        if not find_spec(package)
+    ]
     return f"not installed: {' and '.join(missing)}" if missing else None
 
 

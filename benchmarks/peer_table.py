@@ -31,10 +31,16 @@ def read_accuracy(paths: list[Path]) -> dict[str, float]:
 
 
 def median(values: list[float | None]) -> float | None:
-    return statistics.median(v for v in values if v is not None) if any(v is not None for v in values) else None
+    return (
+        statistics.median(v for v in values if v is not None)
+        if any(v is not None for v in values)
+        else None
+    )
 
 
-def row(name: str, by_round: Mapping[int, Figures], measured: dict[str, float], failed: str | None) -> dict[str, Any]:
+def row(
+    name: str, by_round: Mapping[int, Figures], measured: dict[str, float], failed: str | None
+) -> dict[str, Any]:
     """The medians of a contender's runs, every run, and the KL of its format if that was `measured`.
 
     `failed`: why rounds are missing; a contender that never ran has figures of None.
@@ -71,12 +77,27 @@ def table(rows: list[dict[str, Any]]) -> str:
         probe = median([run["gigabytes_per_s"] for run in r["runs"]])
         runs = [(run, of_base[run["round"]]) for run in r["runs"] if run["round"] in of_base]
         ratios = [b["ms_per_token"] / a["ms_per_token"] for a, b in runs]
-        in_all = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in runs if a["tokens_per_s"] and b["tokens_per_s"]]
-        cells = [r["name"], f"{gigabytes:.3f}", f"{speed:.1f}", "-" if probe is None else f"{speed / probe:.0%}"]
-        for value, digits in ((r["first_token_s"], 2), (r["ms_per_token"], 1), (r["tokens_per_s"], 1)):
+        in_all = [
+            a["tokens_per_s"] / b["tokens_per_s"]
+            for a, b in runs
+            if a["tokens_per_s"] and b["tokens_per_s"]
+        ]
+        cells = [
+            r["name"],
+            f"{gigabytes:.3f}",
+            f"{speed:.1f}",
+            "-" if probe is None else f"{speed / probe:.0%}",
+        ]
+        for value, digits in (
+            (r["first_token_s"], 2),
+            (r["ms_per_token"], 1),
+            (r["tokens_per_s"], 1),
+        ):
             cells.append("-" if value is None else f"{value:.{digits}f}")
         for of in (ratios, in_all):
-            cells.append(f"{statistics.median(of):.2f}x ({min(of):.2f}-{max(of):.2f})" if of else "-")
+            cells.append(
+                f"{statistics.median(of):.2f}x ({min(of):.2f}-{max(of):.2f})" if of else "-"
+            )
         cells.append("-" if r["kl"] is None else f"{r['kl']:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     missing = [f"- {r['name']}: {r['failed']}" for r in rows if r["failed"]]

@@ -39,7 +39,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peer_contenders import IN_PYTHON, LINEARS, LLAMA, OPENVINO, SERVED, TORCHAO, Figures, not_installed, one
+from peer_contenders import (
+    IN_PYTHON,
+    LINEARS,
+    LLAMA,
+    OPENVINO,
+    SERVED,
+    TORCHAO,
+    Figures,
+    not_installed,
+    one,
+)
 from peer_table import read_accuracy, row, table
 
 from rac_modifier.files import write_json_atomic
@@ -48,7 +58,16 @@ from rac_modifier.kernels.cpu.support import support
 
 def run(name: str, args: argparse.Namespace) -> Figures | str:
     """Run a contender in a process of its own; the reason where it fails."""
-    command = [sys.executable, __file__, "--one", name, "--keep", str(args.keep), "--threads", str(args.threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        name,
+        "--keep",
+        str(args.keep),
+        "--threads",
+        str(args.threads),
+    ]
     for option in ("layers", "vocab", "prompt_tokens", "output_tokens"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
@@ -115,17 +134,23 @@ def versions() -> dict[str, str]:
 
 def main() -> int:
     """Measure and print. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64, help="at least 4")
-    parser.add_argument("--served", action="store_true", help="our models in `vllm serve` and in vLLM's `LLM`, too")
+    parser.add_argument(
+        "--served", action="store_true", help="our models in `vllm serve` and in vLLM's `LLM`, too"
+    )
     parser.add_argument("--only", nargs="+", help="these contenders, by their names")
     parser.add_argument("--keep", type=Path, help="folder for models, used again where they exist")
-    parser.add_argument("--accuracy", type=Path, nargs="+", default=[], help="files with the KL of formats")
+    parser.add_argument(
+        "--accuracy", type=Path, nargs="+", default=[], help="files with the KL of formats"
+    )
     parser.add_argument("--json", type=Path, help="write a row per contender there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -135,7 +160,9 @@ def main() -> int:
         return 0
     names = [*LLAMA, *OPENVINO, *TORCHAO, *LINEARS, *((*IN_PYTHON, *SERVED) if args.served else ())]
     if unknown := sorted({*(args.only or ())} - {*names}):
-        parser.error(f"--only {unknown[0]!r}: known are {', '.join(names)}; those of vLLM need --served")
+        parser.error(
+            f"--only {unknown[0]!r}: known are {', '.join(names)}; those of vLLM need --served"
+        )
     if args.output_tokens < 4 or args.rounds < 1 or args.threads < 1:
         parser.error("--output-tokens must be at least 4, --rounds and --threads at least 1")
     if args.json and not args.json.resolve().parent.is_dir():
@@ -144,7 +171,12 @@ def main() -> int:
     measured = read_accuracy(args.accuracy)  # before hours of work
     from common import machine
 
-    about = {"machine": machine(), "kernel": support().reason, "threads": args.threads, "versions": versions()}
+    about = {
+        "machine": machine(),
+        "kernel": support().reason,
+        "threads": args.threads,
+        "versions": versions(),
+    }
     print(json.dumps(about, indent=1), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         args.keep = args.keep or Path(folder)

@@ -57,18 +57,40 @@ def reasoner_case(tokens: int) -> tuple[Any, list[CalibrationSequence]]:
         model, tokenizer, traces, CalibrationSettings(tokens=tokens, held_out_tokens=0)
     ).loader
     ids = [i for s in loader.sequences for i in s.ids]
-    return model, [CalibrationSequence(tuple(ids[at : at + 256]), 0, "traces") for at in range(0, len(ids) - 255, 256)]
+    return model, [
+        CalibrationSequence(tuple(ids[at : at + 256]), 0, "traces")
+        for at in range(0, len(ids) - 255, 256)
+    ]
 
 
-QWEN_1_5B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
-QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
-HALF_OF_7B = {"hidden_size": 1792, "intermediate_size": 9472, "num_attention_heads": 14, "num_key_value_heads": 2}
+QWEN_1_5B = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
+QWEN_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+HALF_OF_7B = {
+    "hidden_size": 1792,
+    "intermediate_size": 9472,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
 
 
-def qwen_case(shape: dict[str, int], layers: int, tokens: int) -> tuple[Any, list[CalibrationSequence]]:
+def qwen_case(
+    shape: dict[str, int], layers: int, tokens: int
+) -> tuple[Any, list[CalibrationSequence]]:
     """Decoder layers of a Qwen2 shape with random weights, and random tokens in rows of 512."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=4096, num_hidden_layers=layers, max_position_embeddings=4096, **shape)
+    config = Qwen2Config(
+        vocab_size=4096, num_hidden_layers=layers, max_position_embeddings=4096, **shape
+    )
     model = Qwen2ForCausalLM(config)
     folder = Path(tempfile.mkdtemp())
     config.save_pretrained(folder)
@@ -99,16 +121,23 @@ class Peer:
         self.model, sequences = build(tokens or usual)
         self.settings = {"sparsity": 0.5, "mask_structure": pattern}
         self.calibration = CalibrationSet(
-            CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=BATCH_TOKENS), 0)
+            CalibrationLoader(
+                sequences, compose(sequences), CalibrationSettings(batch_tokens=BATCH_TOKENS), 0
+            )
         )
         self.dense = self.hidden(self.model)
 
     def hidden(self, model: Any) -> torch.Tensor:
         """Last hidden states of up to four batches."""
         with torch.no_grad():
-            batches = [b["input_ids"] for b, _ in zip(self.calibration.loader, range(4), strict=False)]
+            batches = [
+                b["input_ids"] for b, _ in zip(self.calibration.loader, range(4), strict=False)
+            ]
             return torch.cat(
-                [model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in batches]
+                [
+                    model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+                    for ids in batches
+                ]
             )
 
     def prune(self, who: str) -> tuple[float, Any]:
@@ -121,8 +150,12 @@ class Peer:
             recipe.use_calibration_set(self.calibration)
             oneshot(model=model, recipe=recipe)
         else:
-            recipe = SparseGPTModifier(**self.settings, ignore=["re:.*lm_head"], block_size=128, dampening_frac=0.01)
-            plain = torch.utils.data.DataLoader([dict(b) for b in self.calibration.loader], batch_size=None)
+            recipe = SparseGPTModifier(
+                **self.settings, ignore=["re:.*lm_head"], block_size=128, dampening_frac=0.01
+            )
+            plain = torch.utils.data.DataLoader(
+                [dict(b) for b in self.calibration.loader], batch_size=None
+            )
             oneshot(model=model, recipe=recipe, dataset=plain)
         self.cpu_seconds = time.process_time() - cpu
         return time.perf_counter() - started, model
@@ -132,7 +165,13 @@ class Peer:
 
 
 def compare(
-    case: str, pattern: str, tokens: int | None, rounds: int, who: list[str], with_memory: bool, free: float | None
+    case: str,
+    pattern: str,
+    tokens: int | None,
+    rounds: int,
+    who: list[str],
+    with_memory: bool,
+    free: float | None,
 ) -> dict[str, Any]:
     peer = Peer(case, pattern, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in who}
@@ -148,11 +187,16 @@ def compare(
                 flush=True,
             )
             del model
-    alone = {name: by_itself(case, pattern, tokens, free, name) if with_memory else {} for name in who}
+    alone = {
+        name: by_itself(case, pattern, tokens, free, name) if with_memory else {} for name in who
+    }
     memory = {name: alone[name].get("mib", float("nan")) for name in who}
     for name in who if not rounds else ():
         seconds[name], errors[name] = [alone[name]["seconds"]], alone[name]["error"]
-        print(f"{case} {pattern}: {name} {seconds[name][0]:.2f} s, {alone[name]['cpu']:.2f} s of CPU", flush=True)
+        print(
+            f"{case} {pattern}: {name} {seconds[name][0]:.2f} s, {alone[name]['cpu']:.2f} s of CPU",
+            flush=True,
+        )
     for name in who:
         ratios = [s / first for s, first in zip(seconds[name], seconds[who[0]], strict=True)]
         print(
@@ -171,7 +215,9 @@ def compare(
     }
 
 
-def by_itself(case: str, pattern: str, tokens: int | None, free: float | None, who: str) -> dict[str, float]:
+def by_itself(
+    case: str, pattern: str, tokens: int | None, free: float | None, who: str
+) -> dict[str, float]:
     """One run in a process of its own: MiB that the call adds to its peak, seconds, those of the processor, error."""
     command = [sys.executable, __file__, "--case", case, "--pattern", pattern, "--memory-of", who]
     command += ["--tokens", str(tokens)] if tokens else []
@@ -182,32 +228,50 @@ def by_itself(case: str, pattern: str, tokens: int | None, free: float | None, w
 
 def resident(field: str) -> float:
     """This process's memory now (VmRSS) or at its peak (VmHWM), in MiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--pattern", choices=("2:4", "0:0"), action="append")
     parser.add_argument(
-        "--who", choices=WHO, nargs="+", default=["upstream", "ours"], help="the first is what the ratios are to"
+        "--who",
+        choices=WHO,
+        nargs="+",
+        default=["upstream", "ours"],
+        help="the first is what the ratios are to",
     )
-    parser.add_argument("--tokens", type=int, default=None, help="calibration tokens; each case has its own default")
-    parser.add_argument("--rounds", type=int, default=3, help="0: each once, in a process of its own")
+    parser.add_argument(
+        "--tokens", type=int, default=None, help="calibration tokens; each case has its own default"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="0: each once, in a process of its own"
+    )
     parser.add_argument(
         "--free",
         type=float,
         help="GiB that are taken to be free; where activations do not fit, some are computed twice",
     )
-    parser.add_argument("--without-memory", action="store_true", help="leave out the runs that measure peak memory")
+    parser.add_argument(
+        "--without-memory", action="store_true", help="leave out the runs that measure peak memory"
+    )
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--memory-of", choices=WHO, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.free:
         memory_check.free_bytes = lambda device: int(args.free * 2**30)  # type: ignore[attr-defined]
     if args.without_memory and not args.rounds:
-        parser.error("--rounds 0 measures in the processes that --without-memory leaves out: give one of both")
+        parser.error(
+            "--rounds 0 measures in the processes that --without-memory leaves out: give one of both"
+        )
     if args.memory_of:
         peer = Peer(args.case[0], args.pattern[0], args.tokens)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
@@ -221,7 +285,9 @@ def main() -> None:
         f"| case | sparsity | who | time, median of {args.rounds or 1} | ratio | error | peak memory over the start |"
     )
     results = [
-        compare(case, pattern, args.tokens, args.rounds, args.who, not args.without_memory, args.free)
+        compare(
+            case, pattern, args.tokens, args.rounds, args.who, not args.without_memory, args.free
+        )
         for case in args.case or list(CASES)[:2]
         for pattern in args.pattern or ("2:4", "0:0")
     ]

@@ -33,8 +33,16 @@ from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
 
-INT8 = {"config_groups": {"w": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}}
-SCHEMES: dict[str, dict[str, Any]] = {"fp8": {"scheme": "FP8_DYNAMIC"}, "w8": INT8, "w4a16": {"scheme": "W4A16"}}
+INT8 = {
+    "config_groups": {
+        "w": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}
+    }
+}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "fp8": {"scheme": "FP8_DYNAMIC"},
+    "w8": INT8,
+    "w4a16": {"scheme": "W4A16"},
+}
 # recipe: pattern and scheme; rac_gptq_w4a16 is "quantized only" of w4a16
 RECIPES: dict[str, tuple[str | float, str]] = {
     "rac_2of4_w4a16": ("2:4", "w4a16"),
@@ -47,7 +55,9 @@ ALL_METHODS = ("dense", "pruned only", "quantized only", *METHODS)
 HELD_OUT_SEED = 9
 
 
-def cells(patterns: dict[str, tuple[str | float, str]]) -> list[tuple[str | float | None, str | None, str]]:
+def cells(
+    patterns: dict[str, tuple[str | float, str]],
+) -> list[tuple[str | float | None, str | None, str]]:
     """Pattern, scheme and method of every row."""
     found: list[tuple[str | float | None, str | None, str]] = [(None, None, "dense")]
     for pattern, scheme in patterns.values():
@@ -57,13 +67,18 @@ def cells(patterns: dict[str, tuple[str | float, str]]) -> list[tuple[str | floa
     return found
 
 
-def compress(cell: tuple[str | float | None, str | None, str], path: Path, args: argparse.Namespace) -> Any:
+def compress(
+    cell: tuple[str | float | None, str | None, str], path: Path, args: argparse.Namespace
+) -> Any:
     """A fresh model, treated as the cell says."""
     pattern, scheme, method = cell
     model = fresh(path)
     store = args.out / "traces-0.jsonl"
     shared = {
-        "traces": {"store": str(store), "sampling": {"max_new_tokens": 512, "batch_size": 128, "seed": 0}},
+        "traces": {
+            "store": str(store),
+            "sampling": {"max_new_tokens": 512, "batch_size": 128, "seed": 0},
+        },
         "calibration": {"tokens": args.tokens, "seed": 0},
     }
     quantization = SCHEMES[scheme] if scheme else {}
@@ -71,7 +86,9 @@ def compress(cell: tuple[str | float | None, str | None, str], path: Path, args:
     if pattern is not None:
         ours = modifier(pattern, "RAC", tokens=args.tokens, seed=0, store=store, variant="quality")
         if method == "ours":
-            ours = type(ours)(**{**ours.model_dump(exclude_unset=True), "quantization": quantization})
+            ours = type(ours)(
+                **{**ours.model_dump(exclude_unset=True), "quantization": quantization}
+            )
         oneshot(model=model, recipe=ours)
     if method in ("quantized only", "then GPTQ"):
         calibrate = rac_modifier.ReasoningAwareCalibrationModifier(**shared)
@@ -96,7 +113,10 @@ def settled(model: Any) -> Any:
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and scheme.weights is not None:
             module.weight.data = fake_quantize(
-                module.weight, module.weight_scale, getattr(module, "weight_zero_point", None), scheme.weights
+                module.weight,
+                module.weight_scale,
+                getattr(module, "weight_zero_point", None),
+                scheme.weights,
             )
             module.quantization_enabled = scheme.input_activations is not None
     return model
@@ -106,11 +126,18 @@ def zeros_kept(model: Any, pattern: str | float | None) -> float | None:
     """2:4: the share of groups that hold two zeros; unstructured: zeros as a share of what was pruned, at most 1."""
     if pattern is None:
         return None
-    weights = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    weights = [
+        m.weight
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    ]
     if isinstance(pattern, str):
         groups = torch.cat([((w.reshape(-1, 4) == 0).sum(1) >= 2) for w in weights])
         return float(groups.float().mean())
-    return min(1.0, sum(int((w == 0).sum()) for w in weights) / sum(int(w.numel() * pattern) for w in weights))
+    return min(
+        1.0,
+        sum(int((w == 0).sum()) for w in weights) / sum(int(w.numel() * pattern) for w in weights),
+    )
 
 
 @torch.no_grad()
@@ -118,7 +145,9 @@ def layer_errors(model: Any, dense: Any, batches: list[torch.Tensor]) -> float:
     """The mean over linear layers of the relative error of their outputs on held-out traces."""
     outputs: dict[str, torch.Tensor] = {}
     handles = [
-        module.register_forward_hook(lambda _, __, out, key=(which, name): outputs.__setitem__(key, out))
+        module.register_forward_hook(
+            lambda _, __, out, key=(which, name): outputs.__setitem__(key, out)
+        )
         for which, net in (("dense", dense), ("model", model))
         for name, module in net.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
@@ -163,7 +192,13 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
             "zeros_kept": zeros_kept(model, cell[0]),
             "layer_error": layer_errors(model, dense, batches),
             **evaluate(
-                model, tokenizer, problems, label=str(cell), max_new_tokens=args.cap, batch_size=100, progress=False
+                model,
+                tokenizer,
+                problems,
+                label=str(cell),
+                max_new_tokens=args.cap,
+                batch_size=100,
+                progress=False,
             ).as_dict(),
         }
         with rows_path.open("a") as file:
@@ -187,7 +222,9 @@ def line(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/quantization"))
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=32768)

@@ -34,7 +34,9 @@ GRID = Path(__file__).with_name("smollm2_grid.yaml")
 CALIBRATIONS = ("traces", "generic text", "prompts")
 
 
-def recipe_of(grid: dict[str, Any], label: str, calibration: str, tokens: int, seed: int) -> dict[str, Any]:
+def recipe_of(
+    grid: dict[str, Any], label: str, calibration: str, tokens: int, seed: int
+) -> dict[str, Any]:
     """The grid's row `label` as a whole recipe, with so many tokens of this kind."""
     found = [row["recipe"] for row in grid["rows"] if row["label"] == label]
     if not found:
@@ -46,7 +48,9 @@ def recipe_of(grid: dict[str, Any], label: str, calibration: str, tokens: int, s
         budget["mixture"] = {"generic": 1.0}
     elif calibration == "prompts":
         sources = grid["shared"]["traces"]["sources"]
-        entry["traces"] = {"sources": {name: {"problems": source["problems"]} for name, source in sources.items()}}
+        entry["traces"] = {
+            "sources": {name: {"problems": source["problems"]} for name, source in sources.items()}
+        }
         budget["mixture"] = {f"prompts:{name}": 1 / len(sources) for name in sources}
     else:
         entry["traces"] = grid["shared"]["traces"]
@@ -59,7 +63,10 @@ def run(args: argparse.Namespace) -> None:
     """Quantize and measure what has no row yet."""
     grid = yaml.safe_load(GRID.read_text())
     load = {"pretrained_model_name_or_path": args.model, "dtype": "auto"}
-    dense, tokenizer = AutoModelForCausalLM.from_pretrained(**load), AutoTokenizer.from_pretrained(args.model)
+    dense, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(**load),
+        AutoTokenizer.from_pretrained(args.model),
+    )
     answers = answers_in(FrontierFolder.read(args.frontier), tokenizer)[:: args.every]
     done = [row["what"] for row in read_rows(args.out)]
     for label, calibration in itertools.product(args.rows, args.calibrations):
@@ -68,7 +75,9 @@ def run(args: argparse.Namespace) -> None:
         if what in done:
             continue
         model = AutoModelForCausalLM.from_pretrained(**load)
-        recipe = yaml.safe_dump(recipe_of(grid, label, calibration, args.tokens, args.seed), sort_keys=False)
+        recipe = yaml.safe_dump(
+            recipe_of(grid, label, calibration, args.tokens, args.seed), sort_keys=False
+        )
         cpu = time.process_time()
         oneshot(model=model, tokenizer=tokenizer, recipe=recipe)
         row: dict[str, Any] = {"what": what, "cpu_seconds": time.process_time() - cpu}
@@ -81,7 +90,9 @@ def run(args: argparse.Namespace) -> None:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """One line per row; the difference is that of KL from the row on traces, with one standard error over answers."""
-    print("| row | calibrated on | KL | top-1 | more KL than on traces | CPU s |\n" + "|---" * 6 + "|")
+    print(
+        "| row | calibrated on | KL | top-1 | more KL than on traces | CPU s |\n" + "|---" * 6 + "|"
+    )
     on_traces = {key(row): row for row in rows if row["what"]["calibration"] == "traces"}
     for row in rows:
         mean, error = weighted(row)
@@ -114,14 +125,20 @@ def weighted(row: dict[str, Any], other: dict[str, Any] | None = None) -> tuple[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("frontier", type=Path)
-    parser.add_argument("--rows", nargs="+", default=["GPTQ int3", "GPTQ int2"], help="labels of smollm2_grid.yaml")
+    parser.add_argument(
+        "--rows", nargs="+", default=["GPTQ int3", "GPTQ int2"], help="labels of smollm2_grid.yaml"
+    )
     parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=CALIBRATIONS)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=1, help="measure on every n-th answer of the frontier alone")
+    parser.add_argument(
+        "--every", type=int, default=1, help="measure on every n-th answer of the frontier alone"
+    )
     parser.add_argument("--out", type=Path, default=Path("quantization_traces.jsonl"))
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()

@@ -46,7 +46,11 @@ def save_model(
         architectures=["Qwen2ForCausalLM"],
     )
     model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     linears.pop("lm_head")
     if pattern is not None:
         for module in linears.values():
@@ -63,7 +67,9 @@ def save_model(
             "quant_method": "compressed-tensors",
             "format": "int-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+            },
             "ignore": ["lm_head"],
         }
     if codes is not None:
@@ -72,11 +78,19 @@ def save_model(
             values, scale = rounded_groups(weight, codes)
             shape = torch.tensor(weight.shape)
             state |= {
-                f"{name}.weight_packed": pack_words(values, 4) if codes == 4 else pack_three(values),
+                f"{name}.weight_packed": pack_words(values, 4)
+                if codes == 4
+                else pack_three(values),
                 f"{name}.weight_scale": scale,
                 f"{name}.weight_shape": shape,
             }
-        grid = {"num_bits": codes, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUPS[codes]}
+        grid = {
+            "num_bits": codes,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": GROUPS[codes],
+        }
         model.config.quantization_config = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -95,7 +109,12 @@ def rounded_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """A weight [N, K] rounded to `bits`, symmetric: int8 values, and scales bfloat16 [N, K / group]; zeros stay zero."""
     groups, most = weight.float().view(len(weight), -1, GROUPS[bits]), (1 << (bits - 1)) - 1
     scale = (groups.abs().amax(dim=-1) / most).bfloat16()
-    values = (groups / scale.float().clamp_min(1e-30)[:, :, None]).round().clamp(-most, most).to(torch.int8)
+    values = (
+        (groups / scale.float().clamp_min(1e-30)[:, :, None])
+        .round()
+        .clamp(-most, most)
+        .to(torch.int8)
+    )
     values = torch.where(
         (values == 0) & (groups != 0), groups.sign().to(torch.int8), values
     )  # so that the density stays
@@ -106,7 +125,12 @@ def pack_three(values: Tensor) -> Tensor:
     """Int8 [N, K] of 3 bits as int32 [N, 3 K / 32], bit after bit; compressed-tensors 0.17, of vLLM 0.32, packs otherwise."""
     codes = (values + 4).view(len(values), -1, 8).int()
     eight = (codes << torch.arange(0, 24, 3, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    return torch.stack([eight >> at & 255 for at in (0, 8, 16)], dim=-1).to(torch.uint8).flatten(1).view(torch.int32)
+    return (
+        torch.stack([eight >> at & 255 for at in (0, 8, 16)], dim=-1)
+        .to(torch.uint8)
+        .flatten(1)
+        .view(torch.int32)
+    )
 
 
 def random_zeros(weight: Tensor, pattern: Pattern) -> Tensor:

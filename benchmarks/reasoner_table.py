@@ -33,10 +33,18 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
     path = rac_modifier.reasoner_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
     problems = held_out_problems("arithmetic", args.problems)
-    done = {(r["pattern"], r["calibration"], r["calibration_seed"], r["variant"]) for r in read(rows_path)}
+    done = {
+        (r["pattern"], r["calibration"], r["calibration_seed"], r["variant"])
+        for r in read(rows_path)
+    }
 
     def record(
-        pattern: str | float, calibration: str, seed: int, variant: str, model: object, prune_seconds: float
+        pattern: str | float,
+        calibration: str,
+        seed: int,
+        variant: str,
+        model: object,
+        prune_seconds: float,
     ) -> None:
         result = evaluate(
             model,
@@ -73,7 +81,9 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
         pattern, calibration, seed, variant = cell
         model = fresh(path)
         store = rows_path.parent / f"traces-{seed}.jsonl"
-        recipe = modifier(pattern, calibration, tokens=args.tokens, seed=seed, store=store, variant=variant)
+        recipe = modifier(
+            pattern, calibration, tokens=args.tokens, seed=seed, store=store, variant=variant
+        )
         started = time.monotonic()
         oneshot(model=model, recipe=recipe)
         record(*cell, model, time.monotonic() - started)
@@ -105,12 +115,18 @@ def report(rows: list[dict], plot: Path) -> None:
     )
     for s in summarise_seeds(pruned):
         name = s.sparsity if isinstance(s.sparsity, str) else f"{s.sparsity:.0%}"
-        times = [r["prune_seconds"] for r in pruned if (r["sparsity"], r["calibration"]) == (s.sparsity, s.calibration)]
+        times = [
+            r["prune_seconds"]
+            for r in pruned
+            if (r["sparsity"], r["calibration"]) == (s.sparsity, s.calibration)
+        ]
         print(
             f"| {name} | {s.calibration} | {spread(s.accuracy)} | {spread(s.unfinished_share)} | "
             f"{s.mean_thinking_tokens.mean:.0f} | {statistics.median(times):.0f} s |"
         )
-    print(f"mean (lowest-highest) over {max(s.seeds for s in summarise_seeds(pruned))} calibration seeds")
+    print(
+        f"mean (lowest-highest) over {max(s.seeds for s in summarise_seeds(pruned))} calibration seeds"
+    )
     plot_accuracy(pruned, dense["accuracy"], plot)
     print(f"plot: {plot}")
 
@@ -120,14 +136,18 @@ def spread(s: Spread) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/reasoner_table"))
     parser.add_argument("--plot", type=Path, default=Path("docs/accuracy.png"))
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--patterns", type=parse_sparsity, nargs="+", default=PATTERNS)
-    parser.add_argument("--calibrations", choices=CALIBRATIONS, nargs="+", default=list(CALIBRATIONS))
+    parser.add_argument(
+        "--calibrations", choices=CALIBRATIONS, nargs="+", default=list(CALIBRATIONS)
+    )
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=["paper"])
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--cap", type=int, default=512)

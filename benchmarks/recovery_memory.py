@@ -59,7 +59,9 @@ def traces(model: Any, lengths: list[int], seed: int = 0) -> list[tuple[list[int
     """Random tokens, of which the first 60 are the prompt."""
     generator = torch.Generator().manual_seed(seed)
     words = model.config.vocab_size
-    return [(torch.randint(0, words, (length,), generator=generator).tolist(), 60) for length in lengths]
+    return [
+        (torch.randint(0, words, (length,), generator=generator).tolist(), 60) for length in lengths
+    ]
 
 
 @torch.no_grad()
@@ -76,14 +78,20 @@ def memory_of(case: str) -> dict[str, float]:
     torch.manual_seed(0)
     name, lengths, options = CASES[case]
     model, settings = MODELS[name]().eval(), RecoverySettings(**options)
-    device, training, held_out = torch.device("cpu"), traces(model, lengths), traces(model, [300, 310], seed=1)
+    device, training, held_out = (
+        torch.device("cpu"),
+        traces(model, lengths),
+        traces(model, [300, 310], seed=1),
+    )
     need = RecoveryNeed.of(
         model, settings, largest_batches(training, settings, device, 1), device
     )  # counted before the peak starts anew, as in a run
     Path("/proc/self/clear_refs").write_text("5")  # Linux
     before = resident("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
-        teacher = StoredTeacher.write(model, [*held_out, *training], Path(folder) / "teacher", key=case)
+        teacher = StoredTeacher.write(
+            model, [*held_out, *training], Path(folder) / "teacher", key=case
+        )
         prune(model)
         recover(
             model, teacher, training, held_out, settings, state=Path(folder), save_seconds=0.0,
@@ -97,16 +105,24 @@ def memory_of(case: str) -> dict[str, float]:
 
 
 def memory_table(cases: list[str]) -> None:
-    print("| case | predicted | of it a step | peak of the process | predicted / peak |\n|---|---|---|---|---|")
+    print(
+        "| case | predicted | of it a step | peak of the process | predicted / peak |\n|---|---|---|---|---|"
+    )
     for case in cases:
-        done = subprocess.run([sys.executable, __file__, "--one", case], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", case], check=True, capture_output=True, text=True
+        )
         found = json.loads(done.stdout.strip().splitlines()[-1])
-        cells = " | ".join(f"{found[name] / 2**20:,.0f} MiB" for name in ("predicted", "step", "peak"))
+        cells = " | ".join(
+            f"{found[name] / 2**20:,.0f} MiB" for name in ("predicted", "step", "peak")
+        )
         print(f"| {case} | {cells} | {found['predicted'] / found['peak']:.2f} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()

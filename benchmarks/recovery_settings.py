@@ -34,7 +34,9 @@ INT4 = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "
 
 def settings_of(variant: str) -> RecoverySettings:
     """The settings that `key=value,...` names."""
-    return RecoverySettings.model_validate({key: yaml.safe_load(value) for key, value in pairs(variant)})
+    return RecoverySettings.model_validate(
+        {key: yaml.safe_load(value) for key, value in pairs(variant)}
+    )
 
 
 def pairs(variant: str) -> list[tuple[str, str]]:
@@ -74,7 +76,9 @@ def first_tokens(sequences: list[Any], tokens: int) -> list[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/smollm2"))
     parser.add_argument("--pattern", type=parse_sparsity, default=0.6)
     parser.add_argument("--bits", type=int, choices=[4], help="quantize the weights that are left")
@@ -87,7 +91,11 @@ def main() -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["tokens=32768", "tokens=32768,step_tokens=512", "tokens=32768,step_tokens=512,passes=2"],
+        default=[
+            "tokens=32768",
+            "tokens=32768,step_tokens=512",
+            "tokens=32768,step_tokens=512,passes=2",
+        ],
         metavar="SETTING=VALUE,...",
     )
     args = parser.parse_args()
@@ -128,7 +136,12 @@ def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
         }
         with rows_path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(label, *(f"{name} {row[name]['kl']:.3f}" for name in sets), f"{spent:.0f} CPU s", flush=True)
+        print(
+            label,
+            *(f"{name} {row[name]['kl']:.3f}" for name in sets),
+            f"{spent:.0f} CPU s",
+            flush=True,
+        )
         print("   ", [(step, round(kl, 3)) for step, kl in record.get("curve", ())], flush=True)
 
     pruning_modifier.RecoveryStage = stage_of(missing, measure)  # type: ignore[misc]

@@ -78,7 +78,9 @@ def train(
             group["lr"] = highest * rate_at(number, len(steps))
         for batch in step.batches:
             states = predicting_states(model, batch)
-            (head_kl(states, teacher.states(batch), output_head(model)) / step.completion_tokens).backward()
+            (
+                head_kl(states, teacher.states(batch), output_head(model)) / step.completion_tokens
+            ).backward()
         done = number / (LAST_MOVE * len(steps))
         if moving and number % MOVE_EVERY == MOVE_EVERY - 1 and done < 1:
             share = FIRST_SHARE * (1 + math.cos(math.pi * done)) / 2
@@ -97,7 +99,9 @@ def train(
 
 
 @torch.no_grad()
-def moved(weight: torch.Tensor, mask: torch.Tensor, pattern: str | float, share: float) -> torch.Tensor:
+def moved(
+    weight: torch.Tensor, mask: torch.Tensor, pattern: str | float, share: float
+) -> torch.Tensor:
     """The mask with a share of the kept weights exchanged: small ones out, those of large gradient in; as many stay."""
     size, gradient = weight.abs(), weight.grad.abs()
     if isinstance(pattern, str):
@@ -133,7 +137,12 @@ def first_tokens(sequences: Iterator[TokenSequence], tokens: int) -> list[TokenS
 
 
 def answers(
-    model: Any, tokenizer: Any, problems: Iterator[Problem], seed: int, cap: int = 512, batch: int = 128
+    model: Any,
+    tokenizer: Any,
+    problems: Iterator[Problem],
+    seed: int,
+    cap: int = 512,
+    batch: int = 128,
 ) -> Iterator[TokenSequence]:
     """Sampled answers to ever new problems, without tails that repeat."""
     sampling = SamplingSettings(max_new_tokens=cap, batch_size=batch, seed=seed)
@@ -154,7 +163,9 @@ def trial(
     """The model after one row's training."""
     model = copy.deepcopy(pruned)
     count = 2 * tokens if row in ("fixed, twice", "moving, twice") else tokens
-    train(model, teacher, first_tokens(iter(traces), count), pattern, moving=row.startswith("moving"))
+    train(
+        model, teacher, first_tokens(iter(traces), count), pattern, moving=row.startswith("moving")
+    )
     if row == "on-policy":
         tokenizer = AutoTokenizer.from_pretrained(rac_modifier.reasoner_path())
         problems = load_problems(ProblemSource(source="arithmetic"), seed + 2000)
@@ -170,7 +181,9 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
     teacher = LiveTeacher(dense)
     problems = held_out_problems("arithmetic", args.problems)
     sampling = SamplingSettings(max_new_tokens=512, batch_size=100, seed=1)
-    held_out = sample_sequences(dense, tokenizer, held_out_problems("arithmetic", 100, seed=1), sampling)
+    held_out = sample_sequences(
+        dense, tokenizer, held_out_problems("arithmetic", 100, seed=1), sampling
+    )
     done = {row["label"] for row in read(rows_path)}
     for pattern in args.patterns:
         for seed in args.seeds:
@@ -180,20 +193,39 @@ def run(args: argparse.Namespace, rows_path: Path) -> None:
             pruned = fresh(path)
             store = args.out / f"traces-{seed}.jsonl"
             oneshot(
-                model=pruned, recipe=modifier(pattern, "RAC", tokens=32768, seed=seed, store=store, variant="quality")
+                model=pruned,
+                recipe=modifier(
+                    pattern, "RAC", tokens=32768, seed=seed, store=store, variant="quality"
+                ),
             )
-            for row, tokens in [("not recovered", 0), *((row, n) for n in args.tokens for row in args.rows)]:
+            for row, tokens in [
+                ("not recovered", 0),
+                *((row, n) for n in args.tokens for row in args.rows),
+            ]:
                 label = f"{pattern if isinstance(pattern, str) else f'{pattern:.0%}'}, {row}, {tokens:,} tokens, seed {seed}"
                 if label in done:
                     continue
                 started = time.process_time()
-                model = trial(row, pruned, teacher, traces, tokens, pattern, seed) if tokens else pruned
+                model = (
+                    trial(row, pruned, teacher, traces, tokens, pattern, seed) if tokens else pruned
+                )
                 spent = time.process_time() - started
                 kl = divergence(dense, model, held_out, label=label, progress=False)
                 found = evaluate(
-                    model, tokenizer, problems, label=label, max_new_tokens=512, batch_size=100, progress=False
+                    model,
+                    tokenizer,
+                    problems,
+                    label=label,
+                    max_new_tokens=512,
+                    batch_size=100,
+                    progress=False,
                 )
-                values = {"label": label, "cpu_seconds": spent, "kl": kl.as_dict(), "accuracy": found.as_dict()}
+                values = {
+                    "label": label,
+                    "cpu_seconds": spent,
+                    "kl": kl.as_dict(),
+                    "accuracy": found.as_dict(),
+                }
                 with rows_path.open("a") as file:
                     file.write(json.dumps(values) + "\n")
                 print(described(values), flush=True)
@@ -212,11 +244,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/recovery_trials"))
     parser.add_argument("--patterns", type=parse_sparsity, nargs="+", default=[0.9, "2:4"])
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[80_000], help="of training; on-policy rows take twice"
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[80_000],
+        help="of training; on-policy rows take twice",
     )
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, "moving, twice"], default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -226,7 +264,9 @@ def main() -> None:
     print(machine(), flush=True)
     rows_path = args.out / "rows.jsonl"
     run(args, rows_path)
-    print("| row | held-out KL | accuracy | unfinished | thinking tokens | CPU s |\n|---|---|---|---|---|---|")
+    print(
+        "| row | held-out KL | accuracy | unfinished | thinking tokens | CPU s |\n|---|---|---|---|---|---|"
+    )
     for row in read(rows_path):
         print(described(row))
 

@@ -70,8 +70,13 @@ def counted(group: Group, hidden: int, tokens: int) -> GroupTimes:
     statistics = moments(group, tokens).seconds(*rates)
     rows = sum(group.rows)
     work = solving(group.columns, rows)
-    factors, products = Operations(0.0, work.float32).seconds(*rates), Operations(work.products, 0.0).seconds(*rates)
-    return GroupTimes(group, passes + moved + statistics, *moved_between(group), factors, products / rows)
+    factors, products = (
+        Operations(0.0, work.float32).seconds(*rates),
+        Operations(work.products, 0.0).seconds(*rates),
+    )
+    return GroupTimes(
+        group, passes + moved + statistics, *moved_between(group), factors, products / rows
+    )
 
 
 def moved_between(group: Group) -> tuple[int, int]:
@@ -85,7 +90,9 @@ def layer_seconds(times: list[GroupTimes], ranks: int, together: bool = False) -
     """Of one layer in so many processes. `together`: its groups are solved at once (layer by layer), else one after the other."""
     batches = -(-TOKENS // BATCH)
     lanes = max(LANES, ranks)  # today at most LANES processes share a run
-    rounds = [-(-(batches - first) // lanes) for first in range(0, lanes, ranks)]  # batches of the largest lane in each
+    rounds = [
+        -(-(batches - first) // lanes) for first in range(0, lanes, ranks)
+    ]  # batches of the largest lane in each
     seconds = sum(each.tokens for each in times) * sum(rounds) / batches
     if ranks > 1:  # the lanes of each round are exchanged, and the sum is sent to all
         moved = (len(rounds) + 1) * (ranks - 1) / ranks
@@ -93,7 +100,9 @@ def layer_seconds(times: list[GroupTimes], ranks: int, together: bool = False) -
     stages = [times] if together else [[each] for each in times]
     for stage in stages:
         busy = [0.0] * ranks
-        for each, rank in zip(stage, owners([each.group.weights for each in stage], ranks), strict=True):
+        for each, rank in zip(
+            stage, owners([each.group.weights for each in stage], ranks), strict=True
+        ):
             busy[rank] += each.solving(sum(each.group.rows))
         seconds += max(busy)
     return seconds
@@ -114,7 +123,10 @@ def first_only(model: Model) -> dict[str, float]:
     # through the memory of the host, layer by layer, in each pass
     divergence += PASSES * 2 * shape.nbytes / HOST
     written = shape.nbytes * (1 + 1 + 0.57) / DISK  # written dense, read, written packed
-    return {"divergence": divergence, "loading and saving": shape.nbytes / DISK + written + PACKING * weights}
+    return {
+        "divergence": divergence,
+        "loading and saving": shape.nbytes / DISK + written + PACKING * weights,
+    }
 
 
 def pruning_times(model: Model) -> tuple[list[GroupTimes], bool]:
@@ -137,7 +149,12 @@ def count_table() -> Iterator[str]:
         passes = sum(PASSES * 2 * group.weights * TOKENS * group.share for group in shape.groups)
         statistics = sum(sum(vars(moments(group, TOKENS)).values()) for group in shape.groups)
         solved = [solving(group.columns, sum(group.rows)) for group in shape.groups]
-        parts = (passes, statistics, sum(each.float32 for each in solved), sum(each.products for each in solved))
+        parts = (
+            passes,
+            statistics,
+            sum(each.float32 for each in solved),
+            sum(each.products for each in solved),
+        )
         cells = [f"{part / sum(parts):.0%}" for part in parts]
         yield f"| {model.name} | {shape.parameters / 1e9:.1f}e9 | {' | '.join(cells)} | {sum(parts) / 1e15:,.0f} |"
 
@@ -173,14 +190,25 @@ def memory_table() -> Iterator[str]:
     for model in (each for each in MODELS if not each.everywhere):
         shape = model.shape
         steps = SolverMemory("alps", dense_target=True, refits=True, float32=False)
-        attention = Attention.of(model, [(1, BATCH)] * (-(-TOKENS // BATCH)), 2)  # a trace per batch
-        need = MemoryNeed(TOKENS, BATCH, model.hidden, 2, by_layer=False, solver=steps, attention=attention)
+        attention = Attention.of(
+            model, [(1, BATCH)] * (-(-TOKENS // BATCH)), 2
+        )  # a trace per batch
+        need = MemoryNeed(
+            TOKENS, BATCH, model.hidden, 2, by_layer=False, solver=steps, attention=attention
+        )
         groups = list(model.layer())
-        names = ["layer.attn.q", "layer.attn.o", *["layer.mlp.each"] * (len(groups) - 2), "layer.attn.q"]
+        names = [
+            "layer.attn.q",
+            "layer.attn.o",
+            *["layer.mlp.each"] * (len(groups) - 2),
+            "layer.attn.q",
+        ]
         shapes = in_order(
             [
                 GroupShape(name, group.columns, sum(group.rows), routed=group.share < 1)
-                for name, group in zip(names, groups + groups[:1], strict=True)  # and the next layer's first
+                for name, group in zip(
+                    names, groups + groups[:1], strict=True
+                )  # and the next layer's first
             ]
         )
         with mock.patch.object(linalg, "bf16_is_fast", return_value=True):  # as on the GPU
@@ -189,12 +217,20 @@ def memory_table() -> Iterator[str]:
         work += sum(moved_between(group)[0] for group in groups[2:]) if model.experts else 0
         widest = max(group.columns for group in groups[:3])
         inputs = model.inner * max(model.chosen, 1)
-        kept = need.kept(GroupShape("", max(widest, inputs), 0)) if model.experts else max(map(need.kept, shapes))
-        twice = replace(need, twice_before=max(group.columns for group in shapes if not group.routed))
+        kept = (
+            need.kept(GroupShape("", max(widest, inputs), 0))
+            if model.experts
+            else max(map(need.kept, shapes))
+        )
+        twice = replace(
+            need, twice_before=max(group.columns for group in shapes if not group.routed)
+        )
         less = kept if model.experts else max(map(twice.kept, shapes))
         layer = 2 * sum(group.weights for group in model.layer())
         disk = shape.nbytes * (1 + 0.57) + shape.nbytes + 4 * TOKENS
-        cells = " | ".join(f"{count / 1e9:,.1f} GB" for count in (work, layer, shape.nbytes, kept, less, disk))
+        cells = " | ".join(
+            f"{count / 1e9:,.1f} GB" for count in (work, layer, shape.nbytes, kept, less, disk)
+        )
         yield f"| {model.name} | {cells} |"
 
 
@@ -223,9 +259,15 @@ TABLES = {
 
 def main() -> None:
     """See above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", action="store_true", help="time the parts of a layer on this CPU")
-    parser.add_argument("--tokens", type=int, default=8192, help="with --measured; seconds are for a million")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--measured", action="store_true", help="time the parts of a layer on this CPU"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="with --measured; seconds are for a million"
+    )
     asked = parser.parse_args()
     if asked.measured:
         import scale_measured

@@ -51,19 +51,26 @@ def measured(shape: Model, tokens: int) -> list[GroupTimes]:
         solve("alps", weights, hessian, Pattern.n_of_m(2, 4), cross_moment=cross)
         times.append(time.process_time())
         passes, added, solved = (after - before for before, after in pairwise(times))
-        work = solving(group.columns, rows)  # the factors' share of the time is taken to be that of the operations
+        work = solving(
+            group.columns, rows
+        )  # the factors' share of the time is taken to be that of the operations
         factors = solved * work.float32 / (work.float32 + work.products)
         summed, sent = moved_between(group)
         per_row, scale = (solved - factors) / rows, TOKENS / tokens
         seconds = (passes + added) * scale
         found.append(GroupTimes(group, seconds, summed, sent, factors, per_row, passes * scale))
-        print(f"| {group.columns} -> {rows} | {passes:.1f} s | {added:.1f} s | {solved:.1f} s |", flush=True)
+        print(
+            f"| {group.columns} -> {rows} | {passes:.1f} s | {added:.1f} s | {solved:.1f} s |",
+            flush=True,
+        )
     return found
 
 
 def with_attention(times: list[GroupTimes], whole: Parts) -> list[GroupTimes]:
     """The times of a layer, with whole forward passes in place of their products."""
-    first, *rest = [replace(each, tokens=each.tokens - each.products, products=0.0) for each in times]
+    first, *rest = [
+        replace(each, tokens=each.tokens - each.products, products=0.0) for each in times
+    ]
     passes = PASSES * TOKENS * whole.forward
     return [replace(first, tokens=first.tokens + passes, products=passes), *rest]
 
@@ -101,6 +108,8 @@ def show(tokens: int) -> None:
     print("", *parts_table(SHAPE, attending, whole), "", sep="\n")
     rows = {
         "a layer of 0.5B, measured": [layer_seconds(times, ranks) for ranks in RANKS],
-        "a whole run of 0.5B, measured": [whole_seconds(SHAPE, attending, whole, ranks) for ranks in RANKS],
+        "a whole run of 0.5B, measured": [
+            whole_seconds(SHAPE, attending, whole, ranks) for ranks in RANKS
+        ],
     }
     print(*ranks_table(rows), sep="\n")

@@ -67,7 +67,9 @@ class Model:
 
     def _weights(self) -> tuple[int, int]:
         groups = list(self.layer())
-        return sum(group.weights for group in groups[:2]), sum(group.weights for group in groups[2:])
+        return sum(group.weights for group in groups[:2]), sum(
+            group.weights for group in groups[2:]
+        )
 
 
 QWEN3_235B = (94, 4096, 1536, 64 * 128, 4 * 128, 151_936, 128, 8)

@@ -56,14 +56,18 @@ def random_layers(shape: Model, layers: int, vocabulary: int) -> Qwen2ForCausalL
         tie_word_embeddings=True,
         architectures=["Qwen2ForCausalLM"],
     )
-    return Qwen2ForCausalLM._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    return Qwen2ForCausalLM._from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def files(shape: Model, folder: Path) -> dict[str, float]:
     """Seconds of loading, saving and packing the whole model; writes LAYERS of its layers to `folder`."""
     model = random_layers(shape, LAYERS, 256)
     pattern = Pattern.n_of_m(2, 4)
-    linears = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    linears = {
+        name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)
+    }
     linears.pop("lm_head")
     for linear in linears.values():
         linear.weight.data.masked_fill_(random_zeros(linear.weight, pattern), 0)
@@ -79,8 +83,14 @@ def files(shape: Model, folder: Path) -> dict[str, float]:
     embedding = _BYTES * shape.vocabulary * shape.hidden
     whole = embedding + _BYTES * shape.layers * sum(group.weights for group in shape.layer())
     loading, saving = (found[name] * whole / here for name in ("loading", "saving"))
-    copied = (loading + saving) * embedding / whole  # the embedding, which is not packed, is read and written
-    return {"loading": loading, "saving": saving, "packing": found["packing"] * shape.layers / LAYERS + copied}
+    copied = (
+        (loading + saving) * embedding / whole
+    )  # the embedding, which is not packed, is read and written
+    return {
+        "loading": loading,
+        "saving": saving,
+        "packing": found["packing"] * shape.layers / LAYERS + copied,
+    }
 
 
 def divergences(shape: Model) -> tuple[float, float]:
@@ -93,7 +103,9 @@ def divergences(shape: Model) -> tuple[float, float]:
         reference = DenseReference(model, traces)
     with timed(found, "compared"):
         reference.divergence(model, label="0.5B")
-    whole = 2 * shape.layers * found["layer"] + max(found["compared"] - found["layer"], 0.0)  # dense, pruned; heads
+    whole = 2 * shape.layers * found["layer"] + max(
+        found["compared"] - found["layer"], 0.0
+    )  # dense, pruned; heads
     return found["layer"] / LENGTH, 2 * whole
 
 

@@ -11,7 +11,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.plot import COLOURS, INK, MARKERS, MUTED, new_figure, plain_axes, plot_file
+from rac_modifier.evaluation.plot import (
+    COLOURS,
+    INK,
+    MARKERS,
+    MUTED,
+    new_figure,
+    plain_axes,
+    plot_file,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,8 +61,12 @@ def summarise_seeds(rows: Iterable[Mapping[str, Any]]) -> list[SeedSummary]:
     for row in rows:
         missing = [name for name in ("sparsity", "calibration", "accuracy") if name not in row]
         if missing:
-            raise RacError(f"a row has no {' and no '.join(missing)}: {dict(row)}; each row needs them")
-        groups.setdefault((parse_sparsity(row["sparsity"]), str(row["calibration"])), []).append(row)
+            raise RacError(
+                f"a row has no {' and no '.join(missing)}: {dict(row)}; each row needs them"
+            )
+        groups.setdefault((parse_sparsity(row["sparsity"]), str(row["calibration"])), []).append(
+            row
+        )
     if not groups:
         raise RacError("no rows to summarise; give at least one")
     names = list(dict.fromkeys(calibration for _, calibration in groups))
@@ -81,7 +93,9 @@ def parse_sparsity(value: float | str) -> float | str:
     except (TypeError, ValueError):
         share = -1.0
     if not 0 <= share <= 1:
-        raise RacError(f'sparsity {value!r} is neither a share from 0 to 1 nor a pattern; use 0.5 or "2:4"')
+        raise RacError(
+            f'sparsity {value!r} is neither a share from 0 to 1 nor a pattern; use 0.5 or "2:4"'
+        )
     return share
 
 
@@ -133,9 +147,13 @@ def plot_accuracy(
     summaries = summarise_seeds(rows)
     names = list(dict.fromkeys(s.calibration for s in summaries))
     if len(names) > len(COLOURS):
-        raise RacError(f"{len(names)} calibration sets are too many for one plot; show at most {len(COLOURS)}")
+        raise RacError(
+            f"{len(names)} calibration sets are too many for one plot; show at most {len(COLOURS)}"
+        )
     if any(s.unfinished_share is None for s in summaries):
-        raise RacError("the second panel needs unfinished_share in every row; take it from the evaluation results")
+        raise RacError(
+            "the second panel needs unfinished_share in every row; take it from the evaluation results"
+        )
 
     figure = new_figure(9.6, 4.0)
     left, right = figure.subplots(1, 2)
@@ -145,14 +163,18 @@ def plot_accuracy(
     left.set_title("Correct answers", loc="left", fontsize=10, color=INK)
     right.set_title("Unfinished answers (cut off at the cap)", loc="left", fontsize=10, color=INK)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
+    )
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     figure.savefig(path)
     return path
 
 
-def _panel(axes: Axes, points: list[tuple[SeedSummary, Spread]], names: list[str], dense: float | None) -> None:
+def _panel(
+    axes: Axes, points: list[tuple[SeedSummary, Spread]], names: list[str], dense: float | None
+) -> None:
     """One panel: lines over shares, single markers over patterns, a dashed line for dense."""
     positions = column_positions([s.sparsity for s, _ in points])
     step = _smallest_gap(list(positions.values()))
@@ -167,7 +189,10 @@ def _panel(axes: Axes, points: list[tuple[SeedSummary, Spread]], names: list[str
                 axes.errorbar(
                     [x for x, _ in part],
                     [100 * y.mean for _, y in part],
-                    yerr=[[100 * (y.mean - y.low) for _, y in part], [100 * (y.high - y.mean) for _, y in part]],
+                    yerr=[
+                        [100 * (y.mean - y.low) for _, y in part],
+                        [100 * (y.high - y.mean) for _, y in part],
+                    ],
                     color=COLOURS[index],
                     marker=MARKERS[index],
                     linestyle="none" if is_pattern else "-",
@@ -179,8 +204,13 @@ def _panel(axes: Axes, points: list[tuple[SeedSummary, Spread]], names: list[str
                 )
                 label = None
     if dense is not None:
-        axes.axhline(100 * dense, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2, label="dense", zorder=0)
-    axes.set_xticks(list(positions.values()), [x if isinstance(x, str) else f"{100 * x:.3g}%" for x in positions])
+        axes.axhline(
+            100 * dense, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2, label="dense", zorder=0
+        )
+    axes.set_xticks(
+        list(positions.values()),
+        [x if isinstance(x, str) else f"{100 * x:.3g}%" for x in positions],
+    )
     axes.set_xlabel("weights pruned in each layer", fontsize=9, color=INK)
     axes.set_ylim(-3, 103)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")

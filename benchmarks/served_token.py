@@ -63,9 +63,13 @@ def counted(server: Server, load: Load, folder: Path) -> dict[int, tuple[int, in
         process.send_signal(signal.SIGUSR2)
     files = {process.pid: folder / f"{process.pid}.json" for process in found}
     deadline = time.monotonic() + 60
-    while not all(file.is_file() for file in files.values()):  # a waiting process runs its handler at the next message
+    while not all(
+        file.is_file() for file in files.values()
+    ):  # a waiting process runs its handler at the next message
         if time.monotonic() > deadline:
-            raise SystemExit(f"{[pid for pid, file in files.items() if not file.is_file()]} counted nothing")
+            raise SystemExit(
+                f"{[pid for pid, file in files.items() if not file.is_file()]} counted nothing"
+            )
         measure(server.url, Load(1, 2, load.vocab, load.model), 1, 1)
     calls = {pid: tuple(totals(json.loads(file.read_text()))) for pid, file in files.items()}
     for file in files.values():
@@ -160,25 +164,44 @@ def parts(engine: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--requests", type=int, default=5, help="that are timed")
-    parser.add_argument("--keep", type=Path, default=Path("build/served_token"), help="folder of the models")
+    parser.add_argument(
+        "--keep", type=Path, default=Path("build/served_token"), help="folder of the models"
+    )
     parser.add_argument("--alone", action="store_true", help="no server: an engine in this process")
     parser.add_argument("--narrow", action="store_true", help="layers of 256 columns")
-    parser.add_argument("--compilation-config", type=json.loads, default={}, help="with --alone: vLLM's, as JSON")
+    parser.add_argument(
+        "--compilation-config", type=json.loads, default={}, help="with --alone: vLLM's, as JSON"
+    )
     parser.add_argument("options", nargs="*", help="of vllm serve, behind --")
     args = parser.parse_args()
     model = args.keep / f"{'narrow-' if args.narrow else ''}50-int4-{args.layers}-{args.vocab}"
     args.keep.mkdir(parents=True, exist_ok=True)
-    save_model(model, args.layers, args.vocab, Pattern.unstructured(0.5), codes=4, narrow=args.narrow)
+    save_model(
+        model, args.layers, args.vocab, Pattern.unstructured(0.5), codes=4, narrow=args.narrow
+    )
     if args.alone:
         alone(model, args.compilation_config)
         os._exit(0)  # at once: the engine has nothing to save
     short, long = (Load(16, tokens, args.vocab, "model") for tokens in (SHORT, LONG))
-    options = ["--served-model-name", "model", "--skip-tokenizer-init", "--dtype", "bfloat16", *args.options]
-    options += [word for name, value in LIMITS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    options = [
+        "--served-model-name",
+        "model",
+        "--skip-tokenizer-init",
+        "--dtype",
+        "bfloat16",
+        *args.options,
+    ]
+    options += [
+        word
+        for name, value in LIMITS.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     with tempfile.TemporaryDirectory() as made:
         paths = [str(Path(__file__).parent / "call_counts"), os.environ.get("PYTHONPATH", "")]
         environment = {
@@ -199,9 +222,14 @@ def main() -> None:
                 for process, a, b in zip(found, before, between, strict=True):
                     least[process.pid] = min(least[process.pid], spent(process) - b - (b - a))
             few, many = (counted(server, load, Path(made)) for load in (short, long))
-            print("| process | Python functions | C functions | while polling | processor ms |\n|---|---|---|---|---|")
+            print(
+                "| process | Python functions | C functions | while polling | processor ms |\n|---|---|---|---|---|"
+            )
             for process in found:
-                calls = [(b - a) / (LONG - SHORT) for a, b in zip(few[process.pid], many[process.pid], strict=True)]
+                calls = [
+                    (b - a) / (LONG - SHORT)
+                    for a, b in zip(few[process.pid], many[process.pid], strict=True)
+                ]
                 shown = " | ".join(f"{each:,.0f}" for each in calls)
                 print(f"| {process.name()} | {shown} | {least[process.pid] / (LONG - SHORT):.2f} |")
 

@@ -72,7 +72,9 @@ class Soak:
         """What makes the soak fail; empty if it passed."""
         found = []
         if abs(self.ratio - 1) > tolerance:
-            found.append(f"memory is not flat: {self.ratio:.3f} of that after {self.settle} requests")
+            found.append(
+                f"memory is not flat: {self.ratio:.3f} of that after {self.settle} requests"
+            )
         if self.failed:
             found.append(f"{self.failed} requests failed; the first: {self.failures[0]}")
         if self.unfinished:
@@ -93,18 +95,32 @@ class Soak:
             "minutes": f"{self.seconds / 60:.1f}",
         }
         return "\n".join(
-            ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells), f"| {' | '.join(cells.values())} |"]
+            [
+                "| " + " | ".join(cells) + " |",
+                "|" + "---|" * len(cells),
+                f"| {' | '.join(cells.values())} |",
+            ]
         )
 
 
-async def answer(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int) -> list[int]:
+async def answer(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int
+) -> list[int]:
     """The greedy tokens of one complete answer.
 
     Raises:
         RuntimeError: the server refuses, or its answer has another length.
     """
-    body = {"model": NAME, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-    async with session.post(f"{url}/v1/completions", json={**body, "return_token_ids": True}) as reply:
+    body = {
+        "model": NAME,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    async with session.post(
+        f"{url}/v1/completions", json={**body, "return_token_ids": True}
+    ) as reply:
         if reply.status != 200:
             raise RuntimeError(f"the server answered {reply.status}: {(await reply.text())[:300]}")
         found = (await reply.json())["choices"][0]["token_ids"]
@@ -113,10 +129,14 @@ async def answer(session: aiohttp.ClientSession, url: str, prompt: list[int], to
     return found
 
 
-async def leave_in_the_stream(session: aiohttp.ClientSession, url: str, prompt: list[int], chunks: int) -> bool:
+async def leave_in_the_stream(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], chunks: int
+) -> bool:
     """Read some chunks of a stream and close the connection. False if the stream ended before."""
     body = {"model": NAME, "prompt": prompt, "max_tokens": LONG, "ignore_eos": True, "stream": True}
-    async with session.post(f"{url}/v1/completions", json={**body, "return_token_ids": True}) as reply:
+    async with session.post(
+        f"{url}/v1/completions", json={**body, "return_token_ids": True}
+    ) as reply:
         if reply.status != 200:
             raise RuntimeError(f"the server answered {reply.status}: {(await reply.text())[:300]}")
         async for line in reply.content:
@@ -130,7 +150,9 @@ async def leave_in_the_stream(session: aiohttp.ClientSession, url: str, prompt: 
     return False
 
 
-async def leave_before_the_answer(session: aiohttp.ClientSession, url: str, prompt: list[int], wait: float) -> bool:
+async def leave_before_the_answer(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], wait: float
+) -> bool:
     """Close the connection `wait` seconds after the request was sent. False if the answer came before."""
     try:
         await asyncio.wait_for(answer(session, url, prompt, LONG), wait)
@@ -206,12 +228,16 @@ async def soak(url: str, memory: Callable[[], int], vocab: int, args: argparse.N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--leave", type=float, default=0.2, help="share of clients that leave")
-    parser.add_argument("--settle", type=int, default=500, help="requests before memory has to be flat")
+    parser.add_argument(
+        "--settle", type=int, default=500, help="requests before memory has to be flat"
+    )
     parser.add_argument("--tolerance", type=float, default=0.03, help="of memory, relative")
     parser.add_argument("--json", type=Path, help="write the counts and all samples there")
     parser.add_argument("--log", type=Path, help="the server's log; default: a temporary file")
@@ -231,7 +257,9 @@ def main() -> None:
             for line in log.read_text(errors="replace").splitlines()
             if "rac-sparse:" in line and " run on " in line
         ]
-    print(sparse[0].partition("] ")[2] if sparse else "no layer is reported to run on a sparse kernel")
+    print(
+        sparse[0].partition("] ")[2] if sparse else "no layer is reported to run on a sparse kernel"
+    )
     print(found.table())
     if args.json:
         args.json.write_text(json.dumps({**asdict(found), "ratio": found.ratio}, indent=1) + "\n")

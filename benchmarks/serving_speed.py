@@ -68,7 +68,11 @@ class Kind:
     @property
     def options(self) -> list[str]:
         """Of `vllm serve`: a dense checkpoint of few bits is on our kernels where that is asked for."""
-        return ["--quantization", "rac-sparse"] if self.ours and not self.sparse and self.bits < 16 else []
+        return (
+            ["--quantization", "rac-sparse"]
+            if self.ours and not self.sparse and self.bits < 16
+            else []
+        )
 
 
 KINDS = {
@@ -99,7 +103,9 @@ class Run:
 
 def default_dtype() -> str:
     """bfloat16 where the processor multiplies it, else float32."""
-    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    flags = next(
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+    ).split()
     return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
@@ -112,7 +118,11 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def label(pattern: Pattern) -> str:
-    return f"{pattern.n}:{pattern.m} sparse" if pattern.is_structured else f"{100 * pattern.sparsity:g}% sparse"
+    return (
+        f"{pattern.n}:{pattern.m} sparse"
+        if pattern.is_structured
+        else f"{100 * pattern.sparsity:g}% sparse"
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,9 @@ def build(folder: Path, args: argparse.Namespace) -> dict[str, Contender]:
             slug = stored.replace(" ", "-").replace("%", "").replace(":", "of")
             checkpoint = folder / f"{slug}-{args.layers}-layers-{args.vocab}-vocab"
             codes = kind.bits if kind.bits < 8 else None
-            save_model(checkpoint, args.layers, args.vocab, pattern, int8=kind.bits == 8, codes=codes)
+            save_model(
+                checkpoint, args.layers, args.vocab, pattern, int8=kind.bits == 8, codes=codes
+            )
             found[f"{start}{kind.name}"] = Contender(checkpoint, kind)
     return found
 
@@ -141,14 +153,24 @@ def build(folder: Path, args: argparse.Namespace) -> dict[str, Contender]:
 def run(contender: Contender, args: argparse.Namespace, options: list[str], log: Path) -> Run:
     """Start a server, measure it, stop it."""
     load, kind = Load(args.prompt_tokens, args.output_tokens, args.vocab, NAME), contender.kind
-    with serving(contender.checkpoint, [*options, *kind.options], log, environment=kind.environment) as server:
+    with serving(
+        contender.checkpoint, [*options, *kind.options], log, environment=kind.environment
+    ) as server:
         resident = server.resident()
         warm_up = replace(load, output_tokens=min(8, load.output_tokens))
         measure(server.url, warm_up, max(args.concurrency), max(args.concurrency))
-        started, others = time.perf_counter(), busy_seconds() - server.cpu_seconds() - time.process_time()
-        speeds = {c: measure(server.url, load, c, max(c * args.waves, FEWEST)) for c in args.concurrency}
+        started, others = (
+            time.perf_counter(),
+            busy_seconds() - server.cpu_seconds() - time.process_time(),
+        )
+        speeds = {
+            c: measure(server.url, load, c, max(c * args.waves, FEWEST)) for c in args.concurrency
+        }
         prompts = {n: replace(load, prompt_tokens=n, output_tokens=2) for n in args.first_token}
-        first_token = {n: measure(server.url, prompt, 1, FEWEST).first_token_ms for n, prompt in prompts.items()}
+        first_token = {
+            n: measure(server.url, prompt, 1, FEWEST).first_token_ms
+            for n, prompt in prompts.items()
+        }
         others = busy_seconds() - server.cpu_seconds() - time.process_time() - others
         others /= time.perf_counter() - started
     return Run(server.ready_seconds, resident, max(others, 0.0), speeds, first_token)
@@ -159,12 +181,21 @@ def comparison(figures: dict[str, list[float]], name: str, form: str) -> list[st
     first = next(iter(figures.values()))
     ratios = [a / b for a, b in zip(figures[name], first, strict=True)]
     spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if max(ratios) > min(ratios) else ""
-    return [form.format(statistics.median(figures[name])), f"{statistics.median(ratios):.2f}x{spread}"]
+    return [
+        form.format(statistics.median(figures[name])),
+        f"{statistics.median(ratios):.2f}x{spread}",
+    ]
 
 
 def speed_table(runs: dict[str, list[Run]], concurrency: list[int]) -> list[str]:
-    columns = (("tokens_per_second", "{:.2f}"), ("first_token_ms", "{:,.0f}"), ("each_token_ms", "{:.1f}"))
-    lines = ["| concurrency | model | output tokens/s | ratio | first token ms | ratio | each further ms | ratio |"]
+    columns = (
+        ("tokens_per_second", "{:.2f}"),
+        ("first_token_ms", "{:,.0f}"),
+        ("each_token_ms", "{:.1f}"),
+    )
+    lines = [
+        "| concurrency | model | output tokens/s | ratio | first token ms | ratio | each further ms | ratio |"
+    ]
     lines.append("|" + "---|" * 8)
     for c in concurrency:
         for name in runs:
@@ -181,19 +212,27 @@ def first_token_table(runs: dict[str, list[Run]], lengths: list[int]) -> list[st
     for length in lengths:
         figures = {name: [run.first_token_ms[length] for run in of] for name, of in runs.items()}
         lines += [
-            "| " + " | ".join([f"{length:,}", name, *comparison(figures, name, "{:,.0f}")]) + " |" for name in runs
+            "| " + " | ".join([f"{length:,}", name, *comparison(figures, name, "{:,.0f}")]) + " |"
+            for name in runs
         ]
     return lines
 
 
 def size_table(runs: dict[str, list[Run]], contenders: dict[str, Contender]) -> list[str]:
-    lines = ["| model | on disk GB | ratio | resident GB | ratio | start to ready s | ratio |", "|" + "---|" * 7]
-    disk = {name: [size_on_disk(contender.checkpoint) / 1e9] for name, contender in contenders.items()}
+    lines = [
+        "| model | on disk GB | ratio | resident GB | ratio | start to ready s | ratio |",
+        "|" + "---|" * 7,
+    ]
+    disk = {
+        name: [size_on_disk(contender.checkpoint) / 1e9] for name, contender in contenders.items()
+    }
     resident = {name: [run.resident_bytes / 1e9 for run in of] for name, of in runs.items()}
     ready = {name: [run.ready_seconds for run in of] for name, of in runs.items()}
     for name in runs:
         cells = (
-            comparison(disk, name, "{:.3f}") + comparison(resident, name, "{:.2f}") + comparison(ready, name, "{:.1f}")
+            comparison(disk, name, "{:.3f}")
+            + comparison(resident, name, "{:.2f}")
+            + comparison(ready, name, "{:.1f}")
         )
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return lines
@@ -227,7 +266,8 @@ def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) ->
             runs[name].append(run(contenders[name], args, options, log))
             took, others = time.monotonic() - started, runs[name][-1].others
             print(
-                f"round {index + 1}: {name} took {took:.0f} s, other programs kept {others:.2f} cores busy", flush=True
+                f"round {index + 1}: {name} took {took:.0f} s, other programs kept {others:.2f} cores busy",
+                flush=True,
             )
             if not index:
                 print("\n".join(kernel_lines(log)), flush=True)
@@ -244,8 +284,11 @@ def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) ->
     if args.json:
         record = {
             "machine": machine(),
-            "settings": {key: str(value) for key, value in vars(args).items()} | {"serve_options": options},
-            "bytes_on_disk": {name: size_on_disk(contender.checkpoint) for name, contender in contenders.items()},
+            "settings": {key: str(value) for key, value in vars(args).items()}
+            | {"serve_options": options},
+            "bytes_on_disk": {
+                name: size_on_disk(contender.checkpoint) for name, contender in contenders.items()
+            },
             "runs": {name: [asdict(run) for run in of] for name, of in runs.items()},
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -253,25 +296,42 @@ def compare(folder: Path, args: argparse.Namespace, serve_options: list[str]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--compare", choices=tuple(KINDS), nargs="+", default=["dense", "sparse"])
     parser.add_argument(
-        "--sparsity", type=parse_pattern, nargs="+", default=[Pattern.unstructured(0.5)], help="shares, or N:M"
+        "--sparsity",
+        type=parse_pattern,
+        nargs="+",
+        default=[Pattern.unstructured(0.5)],
+        help="shares, or N:M",
     )
-    parser.add_argument("--dtype", default=default_dtype(), help="to serve in (here: %(default)s); on disk bfloat16")
+    parser.add_argument(
+        "--dtype", default=default_dtype(), help="to serve in (here: %(default)s); on disk bfloat16"
+    )
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--waves", type=int, default=2, help=f"requests = waves x concurrency, {FEWEST} at least")
+    parser.add_argument(
+        "--waves", type=int, default=2, help=f"requests = waves x concurrency, {FEWEST} at least"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64, help="at least 2")
-    parser.add_argument("--first-token", type=int, nargs="+", default=[], help="lengths of prompts, one at a time")
-    parser.add_argument("--keep", type=Path, help="folder for checkpoints and logs, used again where they exist")
+    parser.add_argument(
+        "--first-token", type=int, nargs="+", default=[], help="lengths of prompts, one at a time"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="folder for checkpoints and logs, used again where they exist"
+    )
     parser.add_argument("--json", type=Path, help="write every run's figures there")
     args, serve_options = parser.parse_known_args()
-    if args.output_tokens < 2 or min(args.rounds, args.waves, *args.concurrency, *args.first_token) < 1:
+    if (
+        args.output_tokens < 2
+        or min(args.rounds, args.waves, *args.concurrency, *args.first_token) < 1
+    ):
         parser.error("--output-tokens must be at least 2, and the other numbers at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped as well
     print(machine(), flush=True)

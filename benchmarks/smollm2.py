@@ -56,7 +56,10 @@ def unpack(folder: Path) -> None:
         )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
@@ -71,7 +74,9 @@ def problems(out: Path, samples: int) -> dict[str, tuple[str, list[Problem]]]:
     }
 
 
-def held_out(dense_folder: Path, path: Path, asked: list[Problem], max_new_tokens: int) -> list[TokenSequence]:
+def held_out(
+    dense_folder: Path, path: Path, asked: list[Problem], max_new_tokens: int
+) -> list[TokenSequence]:
     """The dense model's own samples on held-out prompts, made once and kept in `path`."""
     if not path.exists():
         sampling = SamplingSettings(max_new_tokens=max_new_tokens, batch_size=32, seed=1)
@@ -79,7 +84,10 @@ def held_out(dense_folder: Path, path: Path, asked: list[Problem], max_new_token
         sequences = sample_sequences(fresh(dense_folder), tokenizer, asked, sampling)
         path.write_text(json.dumps(sequences))
         cut = sum(len(ids) - start >= max_new_tokens for ids, start in sequences)
-        print(f"{path.name}: {cut} of {len(sequences)} samples were cut at {max_new_tokens} tokens", flush=True)
+        print(
+            f"{path.name}: {cut} of {len(sequences)} samples were cut at {max_new_tokens} tokens",
+            flush=True,
+        )
     sequences = json.loads(path.read_text())
     if len(sequences) != len(asked):
         raise SystemExit(
@@ -90,25 +98,39 @@ def held_out(dense_folder: Path, path: Path, asked: list[Problem], max_new_token
 
 def generic_text(dense_folder: Path, number: int) -> list[TokenSequence]:
     """Sequences of 512 tokens of Python's documentation; all but the first token count."""
-    found = generic_token_sequences(AutoTokenizer.from_pretrained(dense_folder), GenericText(), seed=1)
+    found = generic_token_sequences(
+        AutoTokenizer.from_pretrained(dense_folder), GenericText(), seed=1
+    )
     return [(ids, 1) for ids in itertools.islice(found, number)]
 
 
 def mixture(calibration: str) -> dict[str, float]:
     """Both kinds of problems in equal parts, or generic text."""
     kind = CALIBRATIONS[calibration]
-    return {kind: 1.0} if kind == "generic" else {f"{kind}:instructions": 0.5, f"{kind}:arithmetic": 0.5}
+    return (
+        {kind: 1.0}
+        if kind == "generic"
+        else {f"{kind}:instructions": 0.5, f"{kind}:arithmetic": 0.5}
+    )
 
 
 def cell_settings(args: argparse.Namespace, cell: Cell, sources: dict[str, str]) -> dict[str, Any]:
     """What the modifier is given for one cell; a method is `key=value,key.sub=value`, as in the recipe's entry."""
     sampling = {"max_new_tokens": args.max_new_tokens, "batch_size": 64, "seed": 0}
-    pattern = {"mask_structure": cell.pattern} if isinstance(cell.pattern, str) else {"sparsity": cell.pattern}
+    pattern = (
+        {"mask_structure": cell.pattern}
+        if isinstance(cell.pattern, str)
+        else {"sparsity": cell.pattern}
+    )
     settings: dict[str, Any] = {
         **(pattern if cell.dense_bits is None else {}),
         "traces": {
             "sources": {
-                name: {"problems": {"source": source}, "store": str(args.out / f"{name}.jsonl"), "sampling": sampling}
+                name: {
+                    "problems": {"source": source},
+                    "store": str(args.out / f"{name}.jsonl"),
+                    "sampling": sampling,
+                }
                 for name, source in sources.items()
             },
         },
@@ -146,7 +168,9 @@ class Cell:
     @property
     def dense_bits(self) -> int | None:
         """Bits of a dense contender's weights."""
-        return int(self.pattern.removeprefix("int")) if str(self.pattern).startswith("int") else None
+        return (
+            int(self.pattern.removeprefix("int")) if str(self.pattern).startswith("int") else None
+        )
 
     @property
     def label(self) -> str:
@@ -158,10 +182,17 @@ class Cell:
 
 def gptq(bits: int) -> GPTQModifier:
     """Upstream's GPTQ in its strongest form: groups of 64, and below 4 bits zero points and a static activation order."""
-    weights: dict[str, Any] = {"num_bits": bits, "strategy": "group", "group_size": 64, "symmetric": bits >= 4}
+    weights: dict[str, Any] = {
+        "num_bits": bits,
+        "strategy": "group",
+        "group_size": 64,
+        "symmetric": bits >= 4,
+    }
     if bits < 4:
         weights["actorder"] = "static"
-    return GPTQModifier(config_groups={"w": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    return GPTQModifier(
+        config_groups={"w": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
+    )
 
 
 def compress(model: Any, cell: Cell, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -175,11 +206,15 @@ def compress(model: Any, cell: Cell, settings: dict[str, Any]) -> tuple[Any, dic
     return settled(model), calibration._recovered
 
 
-def measured_on(args: argparse.Namespace, dense_folder: Path) -> tuple[dict[str, str], dict[str, list[TokenSequence]]]:
+def measured_on(
+    args: argparse.Namespace, dense_folder: Path
+) -> tuple[dict[str, str], dict[str, list[TokenSequence]]]:
     """The sources of training prompts, and the held-out sequences, by kind."""
     asked = problems(args.out, args.samples)
     sets = {
-        name: held_out(dense_folder, args.out / f"held-out-{name}.json", questions, args.max_new_tokens)
+        name: held_out(
+            dense_folder, args.out / f"held-out-{name}.json", questions, args.max_new_tokens
+        )
         for name, (_, questions) in asked.items()
     }
     sets["generic text"] = generic_text(dense_folder, args.samples)
@@ -201,14 +236,23 @@ def run(args: argparse.Namespace, dense_folder: Path, rows_path: Path) -> None:
         model = fresh(dense_folder)
         started, cpu = time.monotonic(), time.process_time()
         model, recovered = compress(model, cell, settings)
-        row = {"label": cell.label, "seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
+        row = {
+            "label": cell.label,
+            "seconds": time.monotonic() - started,
+            "cpu_seconds": time.process_time() - cpu,
+        }
         row |= {"settings": settings, "recovery": recovered}
         for name, sequences in sets.items():
-            row[name] = divergence(dense, model, sequences, label=cell.label, progress=False).as_dict()
+            row[name] = divergence(
+                dense, model, sequences, label=cell.label, progress=False
+            ).as_dict()
         with rows_path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(
-            cell.label, *(f"{name} {row[name]['kl']:.3f}" for name in sets), f"{row['cpu_seconds']:.0f} s", flush=True
+            cell.label,
+            *(f"{name} {row[name]['kl']:.3f}" for name in sets),
+            f"{row['cpu_seconds']:.0f} s",
+            flush=True,
         )
         if cell.dense_bits is None and not any(args.out.glob("saved-*")):
             save_and_load(model, args.out / f"saved-{str(cell.pattern).replace(':', 'of')}")
@@ -219,7 +263,10 @@ def save_and_load(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     before, after = model.state_dict(), rac_modifier.load_model(folder).state_dict()
     assert before.keys() == after.keys()
-    print("saved and loaded back bit-identical:", all(torch.equal(before[name], after[name]) for name in before))
+    print(
+        "saved and loaded back bit-identical:",
+        all(torch.equal(before[name], after[name]) for name in before),
+    )
     print("\n".join(totals(inspect_checkpoint(folder))))
 
 
@@ -231,7 +278,9 @@ def report(rows: list[dict[str, Any]]) -> None:
     """One row per cell; standard errors are over held-out samples, and the same samples are used for every row."""
     sets = ("instructions", "arithmetic", "generic text")
     print(
-        "| row |" + "".join(f" KL, {name} |" for name in sets) + "".join(f" top-1, {name} |" for name in sets[:2]),
+        "| row |"
+        + "".join(f" KL, {name} |" for name in sets)
+        + "".join(f" top-1, {name} |" for name in sets[:2]),
         end="",
     )
     print(" CPU s |\n|" + "---|" * 7)
@@ -243,10 +292,18 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/smollm2"))
     parser.add_argument("--patterns", type=parse_sparsity, nargs="*", default=["2:4", 0.5, 0.6])
-    parser.add_argument("--dense-bits", type=int, nargs="+", default=[], help="rows of dense GPTQ models, such as 4 3")
+    parser.add_argument(
+        "--dense-bits",
+        type=int,
+        nargs="+",
+        default=[],
+        help="rows of dense GPTQ models, such as 4 3",
+    )
     parser.add_argument(
         "--dense-methods",
         nargs="+",
@@ -261,9 +318,15 @@ def main() -> None:
         metavar="KEY=VALUE,...",
         help="settings of the modifier",
     )
-    parser.add_argument("--calibrations", choices=CALIBRATIONS, nargs="+", default=["RAC", "generic text"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32768], help="calibration budgets")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the choice among the traces")
+    parser.add_argument(
+        "--calibrations", choices=CALIBRATIONS, nargs="+", default=["RAC", "generic text"]
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[32768], help="calibration budgets"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of the choice among the traces"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=32, help="held-out sequences per kind")
     parser.add_argument("--report-only", action="store_true")

@@ -56,18 +56,25 @@ def traces_recipe(tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--each", type=int, default=32, help="held-out problems of each kind")
     parser.add_argument(
-        "--recovery-tokens", type=int, default=131072, help="that the grid's longest recovery trains on"
+        "--recovery-tokens",
+        type=int,
+        default=131072,
+        help="that the grid's longest recovery trains on",
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "smollm2" / "config.json").exists():
         write_model(args.out / "smollm2")
     write_problems(args.out, args.each)
-    (args.out / "traces.yaml").write_text(yaml.safe_dump(traces_recipe(args.recovery_tokens), sort_keys=False))
+    (args.out / "traces.yaml").write_text(
+        yaml.safe_dump(traces_recipe(args.recovery_tokens), sort_keys=False)
+    )
     print(f"{args.out} has smollm2, train.jsonl, held_out.jsonl and traces.yaml")
 
 

@@ -37,7 +37,14 @@ from rac_modifier.settings.pattern import Pattern
 
 DENSE = "dense alone"
 # One process, so that no engine polls beside the products (docs/serving.md).
-OPTIONS = ["--served-model-name", "model", "--dtype", "bfloat16", "--distributed-executor-backend", "uni"]
+OPTIONS = [
+    "--served-model-name",
+    "model",
+    "--dtype",
+    "bfloat16",
+    "--distributed-executor-backend",
+    "uni",
+]
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 REQUESTS, PROMPT, NEW = 3, 128, 64  # of random weights: requests, their tokens in and out
 SHAPE = (28, 151936)  # layers and vocabulary of Qwen2-1.5B
@@ -58,8 +65,14 @@ class Run:
 
 def speculative(draft: Path, tokens: int) -> list[str]:
     """vLLM's options for a draft."""
-    config: dict[str, Any] = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": tokens}
-    config["quantization"] = "rac-sparse"  # dense weights of few bits run on our kernels when asked for
+    config: dict[str, Any] = {
+        "method": "draft_model",
+        "model": str(draft),
+        "num_speculative_tokens": tokens,
+    }
+    config["quantization"] = (
+        "rac-sparse"  # dense weights of few bits run on our kernels when asked for
+    )
     return ["--speculative-config", json.dumps(config)]
 
 
@@ -87,7 +100,9 @@ def answer(server: Server, problem: str, cap: int, temperature: float) -> tuple[
         "return_token_ids": True,
     }
     request = urllib.request.Request(
-        f"{server.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{server.url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     started = time.perf_counter()
     with urllib.request.urlopen(request, timeout=600) as reply:
@@ -95,12 +110,16 @@ def answer(server: Server, problem: str, cap: int, temperature: float) -> tuple[
     return choice["token_ids"], time.perf_counter() - started
 
 
-def one_round(args: argparse.Namespace, target: Path, draft: Path | None, tokens: int, run: Run) -> None:
+def one_round(
+    args: argparse.Namespace, target: Path, draft: Path | None, tokens: int, run: Run
+) -> None:
     """Start a server, send the requests, and add to `run`."""
     options = [*OPTIONS, *shlex.split(args.vllm)]
     options += ["--skip-tokenizer-init", "--max-model-len", "2048"] if args.random else []
     options += speculative(draft, tokens) if draft is not None else []
-    environment = ENVIRONMENT | ({"RAC_LM_HEAD": args.head} if draft is not None and args.head else {})
+    environment = ENVIRONMENT | (
+        {"RAC_LM_HEAD": args.head} if draft is not None and args.head else {}
+    )
     with serving(target, options, args.keep / "server.log", environment=environment) as server:
         if args.random:
             load = Load(PROMPT, NEW, SHAPE[1], "model")
@@ -112,7 +131,9 @@ def one_round(args: argparse.Namespace, target: Path, draft: Path | None, tokens
             before = counters(server)
             done = [answer(server, problem, args.cap, args.temperature) for problem in args.asked]
             run.answers = [ids for ids, _ in done]
-            run.ms_per_token.append(1e3 * sum(seconds for _, seconds in done) / sum(map(len, run.answers)))
+            run.ms_per_token.append(
+                1e3 * sum(seconds for _, seconds in done) / sum(map(len, run.answers))
+            )
         for name, count in counters(server).items():
             setattr(run, name, getattr(run, name) + count - before[name])
 
@@ -126,7 +147,9 @@ def report(runs: dict[tuple[str, int], Run]) -> None:
     print("|---" * 8 + "|")
     for (name, tokens), run in runs.items():
         ratios = [a / b for a, b in zip(alone.ms_per_token, run.ms_per_token, strict=True)]
-        kept, per_step = (run.kept / run.drafted, 1 + run.kept / run.steps) if run.steps else (None, 1.0)
+        kept, per_step = (
+            (run.kept / run.drafted, 1 + run.kept / run.steps) if run.steps else (None, 1.0)
+        )
         alike = sum(a == b for a, b in zip(alone.answers, run.answers, strict=True))
         each = statistics.median(run.ms_per_token)
         print(
@@ -139,17 +162,25 @@ def report(runs: dict[tuple[str, int], Run]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--drafts", type=Path, nargs="+", default=[], help="compressed checkpoints of the model")
+    parser.add_argument(
+        "--drafts", type=Path, nargs="+", default=[], help="compressed checkpoints of the model"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[3], help="drafted per step")
     parser.add_argument("--problems", type=Path, help='a JSON object with "problem" per line')
     parser.add_argument("--count", type=int, default=16, help="problems that are asked")
     parser.add_argument("--cap", type=int, default=256, help="new tokens per answer")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--random", action="store_true", help="random weights in the shape of Qwen2-1.5B")
+    parser.add_argument(
+        "--random", action="store_true", help="random weights in the shape of Qwen2-1.5B"
+    )
     parser.add_argument("--head", default="int4", help="RAC_LM_HEAD of the draft, '' for none")
-    parser.add_argument("--only", nargs="+", default=[*RANDOM_DRAFTS], choices=RANDOM_DRAFTS, help="random drafts")
+    parser.add_argument(
+        "--only", nargs="+", default=[*RANDOM_DRAFTS], choices=RANDOM_DRAFTS, help="random drafts"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder for random models and the server's log")
     parser.add_argument("--vllm", default="", help="further options of vllm serve, in one string")
@@ -160,7 +191,9 @@ def main() -> None:
         parser.error("a MODEL needs --drafts and --problems")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a server is stopped as well
     if args.problems:
-        args.asked = [json.loads(line)["problem"] for line in args.problems.read_text().splitlines()][: args.count]
+        args.asked = [
+            json.loads(line)["problem"] for line in args.problems.read_text().splitlines()
+        ][: args.count]
     with tempfile.TemporaryDirectory() as folder:
         args.keep = args.keep or Path(folder)
         if args.random:
@@ -168,8 +201,16 @@ def main() -> None:
             save_model(args.model, *SHAPE, None)
             for name in args.only:
                 pruned, bits = RANDOM_DRAFTS[name]
-                drafts[name] = args.keep / f"{f'{100 * pruned:.0f}' if pruned else 'dense'}-int{bits}-28-151936"
-                save_model(drafts[name], *SHAPE, Pattern.unstructured(pruned) if pruned else None, codes=bits)
+                drafts[name] = (
+                    args.keep
+                    / f"{f'{100 * pruned:.0f}' if pruned else 'dense'}-int{bits}-28-151936"
+                )
+                save_model(
+                    drafts[name],
+                    *SHAPE,
+                    Pattern.unstructured(pruned) if pruned else None,
+                    codes=bits,
+                )
         else:
             drafts = {path.name: path for path in args.drafts}
         rows = [(DENSE, 0), *((name, tokens) for name in drafts for tokens in args.tokens)]
@@ -178,7 +219,10 @@ def main() -> None:
         for turn in range(args.rounds):
             for name, tokens in rows[:: 1 if turn % 2 == 0 else -1]:
                 one_round(args, args.model, drafts.get(name), tokens, runs[name, tokens])
-                print(f"round {turn + 1}: {name}, {tokens}: {runs[name, tokens].ms_per_token[-1]:.1f} ms", flush=True)
+                print(
+                    f"round {turn + 1}: {name}, {tokens}: {runs[name, tokens].ms_per_token[-1]:.1f} ms",
+                    flush=True,
+                )
     report(runs)
 
 

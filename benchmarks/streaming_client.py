@@ -45,7 +45,9 @@ def measure(url: str, load: Load, concurrency: int, requests: int) -> Speed:
 
 async def _measure(url: str, load: Load, concurrency: int, requests: int) -> Speed:
     draw = random.Random(f"{concurrency} {requests}")
-    prompts = [[draw.randrange(load.vocab) for _ in range(load.prompt_tokens)] for _ in range(requests)]
+    prompts = [
+        [draw.randrange(load.vocab) for _ in range(load.prompt_tokens)] for _ in range(requests)
+    ]
     times: list[tuple[float, float]] = []
 
     async def worker(session: aiohttp.ClientSession) -> None:
@@ -59,11 +61,14 @@ async def _measure(url: str, load: Load, concurrency: int, requests: int) -> Spe
     return Speed(
         requests * load.output_tokens / seconds,
         1e3 * statistics.median(first for first, _ in times),
-        1e3 * statistics.median((total - first) / (load.output_tokens - 1) for first, total in times),
+        1e3
+        * statistics.median((total - first) / (load.output_tokens - 1) for first, total in times),
     )
 
 
-async def _request(session: aiohttp.ClientSession, url: str, load: Load, prompt: list[int]) -> tuple[float, float]:
+async def _request(
+    session: aiohttp.ClientSession, url: str, load: Load, prompt: list[int]
+) -> tuple[float, float]:
     """Seconds to the first token and to the last."""
     body = {
         "model": load.model,

@@ -23,10 +23,18 @@ def weight(rows: int, columns: int, group: int) -> tuple[Int4OpaqueTensor, Tenso
         codes = torch.randint(0, 16, (some, columns), dtype=torch.int32)
         packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
         scale = ((torch.rand(columns // group, some, 1) + 0.5) / columns).bfloat16()
-        scales.append(torch.cat([scale, torch.zeros_like(scale)], 2))  # a weight is (code - 8) * scale + zero
+        scales.append(
+            torch.cat([scale, torch.zeros_like(scale)], 2)
+        )  # a weight is (code - 8) * scale + zero
     by_column = scale.squeeze(2).T.float().repeat_interleave(group, dim=1)
-    parts = {"qdata": torch.cat(packed), "scale_and_zero": torch.cat(scales, 1), "act_pre_scale": None}
-    return Int4OpaqueTensor(**parts, block_size=[1, group], shape=torch.Size((rows, columns))), (codes - 8) * by_column
+    parts = {
+        "qdata": torch.cat(packed),
+        "scale_and_zero": torch.cat(scales, 1),
+        "act_pre_scale": None,
+    }
+    return Int4OpaqueTensor(**parts, block_size=[1, group], shape=torch.Size((rows, columns))), (
+        codes - 8
+    ) * by_column
 
 
 def decode_step(shapes: Sequence[tuple[int, int]], group: int, repeats: int) -> tuple[int, float]:

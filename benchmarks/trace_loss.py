@@ -8,7 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences, padded
+from rac_modifier.evaluation.teacher_forcing import (
+    TokenSequence,
+    batches_of_like_length,
+    check_sequences,
+    padded,
+)
 from rac_modifier.model_tools import evaluating
 
 
@@ -26,7 +31,9 @@ def trace_loss(model: Any, sequences: Sequence[TokenSequence], batch_tokens: int
     """
     check_sequences(sequences)
     with evaluating(model):
-        losses = [_batch_loss(model, batch) for batch in batches_of_like_length(sequences, batch_tokens)]
+        losses = [
+            _batch_loss(model, batch) for batch in batches_of_like_length(sequences, batch_tokens)
+        ]
     return sum(losses) / sum(len(ids) - prompt_length for ids, prompt_length in sequences)
 
 

@@ -90,7 +90,10 @@ def server_rate(server: Server, path: Path, tokens: int, seed: int, concurrency:
     started = time.perf_counter()
     store = collect(server, path, tokens, seed, concurrency)
     seconds = time.perf_counter() - started
-    print(f"  server: {len(store)} traces, {store.counts.completion_tokens} tokens in {seconds:.1f} s", flush=True)
+    print(
+        f"  server: {len(store)} traces, {store.counts.completion_tokens} tokens in {seconds:.1f} s",
+        flush=True,
+    )
     return store.counts.completion_tokens / seconds
 
 
@@ -98,12 +101,17 @@ def server_rate(server: Server, path: Path, tokens: int, seed: int, concurrency:
 def reference_rate(model, tokenizer, problems: int, seed: int) -> float:
     settings = sampling(seed)
     tokenizer.padding_side = "left"
-    prompts = [render_prompt(tokenizer, p.question) for p in islice(load_problems(ProblemSource(), seed), problems)]
+    prompts = [
+        render_prompt(tokenizer, p.question)
+        for p in islice(load_problems(ProblemSource(), seed), problems)
+    ]
     torch.manual_seed(seed)
     tokens, eos = 0, model.generation_config.eos_token_id
     started = time.perf_counter()
     for start in range(0, len(prompts), REFERENCE_BATCH):
-        batch = tokenizer.pad({"input_ids": prompts[start : start + REFERENCE_BATCH]}, return_tensors="pt")
+        batch = tokenizer.pad(
+            {"input_ids": prompts[start : start + REFERENCE_BATCH]}, return_tensors="pt"
+        )
         output = model.generate(
             **batch,
             do_sample=True,
@@ -130,12 +138,23 @@ def rates(server: Server, args: argparse.Namespace) -> None:
             rate = server_rate(server, args.out / "rate.jsonl", args.tokens, seed, concurrency)
             found.setdefault(concurrency, []).append(rate)
         idle = server.cpu_seconds()
-        found.setdefault("generate", []).append(reference_rate(model, tokenizer, args.problems, seed))
-        print(f"  (the server used {server.cpu_seconds() - idle:.1f} s of processor time meanwhile)", flush=True)
-    print("| | tokens/s, median of the rounds (range) | ratio to generate in the same round |\n|---|---|---|")
+        found.setdefault("generate", []).append(
+            reference_rate(model, tokenizer, args.problems, seed)
+        )
+        print(
+            f"  (the server used {server.cpu_seconds() - idle:.1f} s of processor time meanwhile)",
+            flush=True,
+        )
+    print(
+        "| | tokens/s, median of the rounds (range) | ratio to generate in the same round |\n|---|---|---|"
+    )
     for name, values in found.items():
         ratios = [a / b for a, b in zip(values, found["generate"], strict=True)]
-        label = f"transformers generate, batch {REFERENCE_BATCH}" if name == "generate" else f"server, {name} at a time"
+        label = (
+            f"transformers generate, batch {REFERENCE_BATCH}"
+            if name == "generate"
+            else f"server, {name} at a time"
+        )
         print(
             f"| {label} | {statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f}) | "
             f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) |"
@@ -162,16 +181,23 @@ class Took(NamedTuple):
 
 def told(what: str, took: Took) -> Took:
     """Prints it."""
-    print(f"  {what}: {took.tokens} tokens in {took.seconds:.1f} s, {took.busy:.2f} s of the processor", flush=True)
+    print(
+        f"  {what}: {took.tokens} tokens in {took.seconds:.1f} s, {took.busy:.2f} s of the processor",
+        flush=True,
+    )
     return took
 
 
-def collection(server: Server, path: Path, problems: int, seed: int, concurrency: int, model: Path) -> Took:
+def collection(
+    server: Server, path: Path, problems: int, seed: int, concurrency: int, model: Path
+) -> Took:
     """A collection that ends when its problems do."""
     path.unlink(missing_ok=True)
     pending_path(path).unlink(missing_ok=True)
     started, busy = time.perf_counter(), time.process_time()
-    with suppress(RacError):  # the problems are used up before the budget is reached; all traces are kept
+    with suppress(
+        RacError
+    ):  # the problems are used up before the budget is reached; all traces are kept
         collect(server, path, 10**9, seed, concurrency, problems, model)
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
     counts = TraceStore.read(path).counts
@@ -201,23 +227,31 @@ def bare_load(server: Server, requests: list[bytes], concurrency: int) -> Took:
         async def worker(session: aiohttp.ClientSession) -> None:
             nonlocal tokens
             while left:
-                async with session.post(f"{server.url}/v1/completions", data=left.pop(), headers=headers) as reply:
+                async with session.post(
+                    f"{server.url}/v1/completions", data=left.pop(), headers=headers
+                ) as reply:
                     tokens += json.loads(await reply.read())["usage"]["completion_tokens"]
 
         connector = aiohttp.TCPConnector(limit=concurrency)
-        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=aiohttp.ClientTimeout(total=None)
+        ) as session:
             await asyncio.gather(*(worker(session) for _ in range(concurrency)))
         return tokens
 
     started, busy = time.perf_counter(), time.process_time()
     tokens = asyncio.run(load())
-    return told("load generator", Took(time.perf_counter() - started, time.process_time() - busy, tokens))
+    return told(
+        "load generator", Took(time.perf_counter() - started, time.process_time() - busy, tokens)
+    )
 
 
 def client(server: Server, args: argparse.Namespace) -> None:
     """Our client's share of the server's throughput."""
     path = args.out / "client.jsonl"
-    collection(server, path, min(args.problems, 100), 10**6, max(args.concurrency), args.model)  # to warm up
+    collection(
+        server, path, min(args.problems, 100), 10**6, max(args.concurrency), args.model
+    )  # to warm up
     print(
         "| at a time | collection, tokens/s | load generator, tokens/s | ratio of the same round "
         "| collection, processor ms per 1,000 tokens | load generator |\n|---|---|---|---|---|---|"
@@ -232,9 +266,13 @@ def client(server: Server, args: argparse.Namespace) -> None:
                     if name == "bare"
                     else collection(server, path, args.problems, seed, concurrency, args.model)
                 )
-        ratios = [one.rate / other.rate for one, other in zip(found["ours"], found["bare"], strict=True)]
+        ratios = [
+            one.rate / other.rate for one, other in zip(found["ours"], found["bare"], strict=True)
+        ]
         ours, bare = (statistics.median(took.rate for took in each) for each in found.values())
-        busy = " | ".join(f"{statistics.median(took.busy_ms for took in each):.1f}" for each in found.values())
+        busy = " | ".join(
+            f"{statistics.median(took.busy_ms for took in each):.1f}" for each in found.values()
+        )
         print(
             f"| {concurrency} | {ours:,.0f} | {bare:,.0f} | "
             f"{statistics.median(ratios):.3f}x ({min(ratios):.3f}-{max(ratios):.3f}) | {busy} |",
@@ -281,17 +319,28 @@ def memory(server: Server, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["rates", "client", "memory"])
-    parser.add_argument("--vllm", type=Path, help="the `vllm` of a serving environment; default: beside this Python")
+    parser.add_argument(
+        "--vllm", type=Path, help="the `vllm` of a serving environment; default: beside this Python"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/trace_speed"))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=60_000, help="that the server is asked for in each round")
     parser.add_argument(
-        "--problems", type=int, default=80, help="that generate, or both clients, are asked in each round"
+        "--tokens", type=int, default=60_000, help="that the server is asked for in each round"
     )
-    parser.add_argument("--model", type=Path, default=REASONER, help="folder of the model, for `client`")
+    parser.add_argument(
+        "--problems",
+        type=int,
+        default=80,
+        help="that generate, or both clients, are asked in each round",
+    )
+    parser.add_argument(
+        "--model", type=Path, default=REASONER, help="folder of the model, for `client`"
+    )
     args = parser.parse_args()
     if args.what != "client" and args.model != REASONER:
         parser.error(f"--model is for client, not for {args.what}")

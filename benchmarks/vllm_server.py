@@ -47,11 +47,16 @@ class Server:
             for process in self._processes()
             for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
         ]
-        return sum(1024 * int(words[1]) for words in lines if words[0] in ("Pss_Anon:", "Pss_Shmem:"))
+        return sum(
+            1024 * int(words[1]) for words in lines if words[0] in ("Pss_Anon:", "Pss_Shmem:")
+        )
 
     def cpu_seconds(self) -> float:
         """Processor time of its processes."""
-        return sum(times.user + times.system for times in (process.cpu_times() for process in self._processes()))
+        return sum(
+            times.user + times.system
+            for times in (process.cpu_times() for process in self._processes())
+        )
 
     def _processes(self) -> list[psutil.Process]:
         server = psutil.Process(self.pid)
@@ -61,7 +66,9 @@ class Server:
 def busy_seconds() -> float:
     """Processor time over all cores that the machine has used or lost to other virtual machines (steal)."""
     times = psutil.cpu_times()
-    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guest time is part of user time
+    return (
+        sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+    )  # guest time is part of user time
 
 
 @contextmanager
@@ -99,7 +106,9 @@ def serving(
     try:
         while not _is_ready(url):
             if process.poll() is not None or time.monotonic() - started > timeout:
-                raise SystemExit(f"the server did not become ready; the end of {log}:\n{log.read_text()[-3000:]}")
+                raise SystemExit(
+                    f"the server did not become ready; the end of {log}:\n{log.read_text()[-3000:]}"
+                )
             time.sleep(0.2)
         yield Server(url, process.pid, time.monotonic() - started)
     finally:

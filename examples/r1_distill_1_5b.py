@@ -42,40 +42,62 @@ def small_grid(out: Path) -> Path:
     content = yaml.safe_load((FOLDER / f"{GRID}.yaml").read_text())
     names = [benchmark["preset"] for benchmark in content["evaluation"]["benchmarks"]]
     questions = out / "questions.jsonl"
-    rows = [{"problem": p.question, "answer": p.answer} for p in held_out_problems("arithmetic", 2, seed=1)]
+    rows = [
+        {"problem": p.question, "answer": p.answer}
+        for p in held_out_problems("arithmetic", 2, seed=1)
+    ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"source": str(questions), "problems": 2, "samples": 2, "cap": 16}
     content["shared"] = {
         "traces": {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 48}},
         "calibration": {"tokens": 1024, "held_out_tokens": 0},
     }
-    content["evaluation"] = {"problems": 3, "cap": 24, "benchmarks": [{"preset": name, **small} for name in names]}
+    content["evaluation"] = {
+        "problems": 3,
+        "cap": 24,
+        "benchmarks": [{"preset": name, **small} for name in names],
+    }
     (out / "grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return out / "grid.yaml"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("r1-distill-1.5b"), help="folder of the results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("r1-distill-1.5b"), help="folder of the results"
+    )
     parser.add_argument("--grid", default=GRID, help="a changed copy of the shipped grid")
     parser.add_argument("--check", action="store_true", help="estimate and check, and stop")
-    parser.add_argument("--dry-run", action="store_true", help="all steps on the embedded reasoner, in this process")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="all steps on the embedded reasoner, in this process"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
-        model, grid, options, serve = "reasoner", small_grid(args.out), ["--precision", "float32"], []
+        model, grid, options, serve = (
+            "reasoner",
+            small_grid(args.out),
+            ["--precision", "float32"],
+            [],
+        )
     elif torch.cuda.is_available():
         model, grid, options = MODEL, args.grid, []
         serve = ["--serve", "--concurrency", load_grid(grid).evaluation.concurrency or 64]
     else:
-        raise RacError("no GPU is found; run it on a machine that has one, or try --dry-run, which needs none")
+        raise RacError(
+            "no GPU is found; run it on a machine that has one, or try --dry-run, which needs none"
+        )
     frontier = ["frontier", model, "--recipe-grid", grid, "--out", args.out, *options]
     rac(*frontier, "--check")
     if args.check:
         return
     # all rows calibrate on the same traces
     recipe = args.out / "traces.yaml"
-    recipe.write_text(yaml.safe_dump(plan_rows(load_grid(grid), str(grid))[0].recipe, sort_keys=False))
+    recipe.write_text(
+        yaml.safe_dump(plan_rows(load_grid(grid), str(grid))[0].recipe, sort_keys=False)
+    )
     rac("traces", "collect", model, "--recipe", recipe, *serve)
     try:
         rac(*frontier)

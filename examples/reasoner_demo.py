@@ -41,7 +41,9 @@ PRUNED = {  # label: kind of calibration, preset
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--out", type=Path, default=Path("demo"))
@@ -57,7 +59,9 @@ def main() -> None:
     args.out.mkdir()
 
     def measured(model: torch.nn.Module, label: str):
-        return evaluate(model, tokenizer, problems, label=label, max_new_tokens=512, batch_size=args.problems)
+        return evaluate(
+            model, tokenizer, problems, label=label, max_new_tokens=512, batch_size=args.problems
+        )
 
     # float32 computes what the stored bfloat16 weights say, and is faster on a CPU without bf16 units
     results = [measured(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), "dense")]
@@ -72,14 +76,21 @@ def main() -> None:
         entry["preset"] = preset
         entry["calibration"] = {"tokens": args.tokens, "mixture": {kind: 1.0}}
         output = args.out / f"reasoner-2of4-{kind}-{preset}"
-        model = oneshot(model=str(path), recipe=yaml.safe_dump(recipe), precision="float32", output_dir=str(output))
+        model = oneshot(
+            model=str(path),
+            recipe=yaml.safe_dump(recipe),
+            precision="float32",
+            output_dir=str(output),
+        )
         results.append(measured(model, label))
     loaded = rac_modifier.load_model(output, dtype="float32")
     before, after = model.state_dict(), loaded.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     print(f"\n{render_report(inspect_checkpoint(output))}")
-    print(f"\nThe same {args.tokens:,} calibration tokens, the same {args.problems} held-out problems, greedy:\n")
+    print(
+        f"\nThe same {args.tokens:,} calibration tokens, the same {args.problems} held-out problems, greedy:\n"
+    )
     print(render_results(accuracy_table(results)))
     plot_bars(results, args.out / "demo.png")
     print(f"\npacked checkpoint: {output} (loads back bit-identical); plot: {args.out}/demo.png")

@@ -48,13 +48,19 @@ def served(checkpoint: Path, options: list[str], log: Path, seconds: float = 600
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, *options]
     with open(log, "wb") as output:
         server = subprocess.Popen(
-            command, env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=os.environ | ENVIRONMENT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + seconds
         while not is_ready(url):
             if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not become ready; the end of {log}:\n{log.read_text()[-3000:]}")
+                raise SystemExit(
+                    f"the server did not become ready; the end of {log}:\n{log.read_text()[-3000:]}"
+                )
             time.sleep(1)
         yield url
     finally:
@@ -92,7 +98,9 @@ def ask(client: OpenAI, problem: Solved, max_tokens: int) -> tuple[bool, int]:
     )
     text = reply.choices[0].message.content or ""
     # The answers are integers, so equal text is enough.
-    return is_correct(text, problem.answer, lambda a, b: a == b), reply.usage.completion_tokens if reply.usage else 0
+    return is_correct(
+        text, problem.answer, lambda a, b: a == b
+    ), reply.usage.completion_tokens if reply.usage else 0
 
 
 def main() -> None:
@@ -104,24 +112,41 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument(
-        "--dtype", default="float32", help="of the server; bfloat16 is slow on a CPU without bf16 units"
+        "--dtype",
+        default="float32",
+        help="of the server; bfloat16 is slow on a CPU without bf16 units",
     )
     parser.add_argument("--log", type=Path, help="the server's log; default: beside the checkpoint")
     args, serve_options = parser.parse_known_args()
-    options = ["--dtype", args.dtype, "--max-model-len", "1024", "--gpu-memory-utilization", "0.3", *serve_options]
+    options = [
+        "--dtype",
+        args.dtype,
+        "--max-model-len",
+        "1024",
+        "--gpu-memory-utilization",
+        "0.3",
+        *serve_options,
+    ]
     log = args.log or args.checkpoint.absolute().with_name(f"{args.checkpoint.absolute().name}.log")
     problems = generate_distinct(0, "test", args.problems)
 
     started = time.monotonic()
     with served(args.checkpoint, options, log) as url:
-        print(f"vllm serve {args.checkpoint}: ready after {time.monotonic() - started:.0f} s at {url}")
+        print(
+            f"vllm serve {args.checkpoint}: ready after {time.monotonic() - started:.0f} s at {url}"
+        )
         for line in log.read_text(errors="replace").splitlines():
-            if any(mark in line for mark in ("rac-sparse:", "sparse kernel", "int8 kernel", "dense because")):
+            if any(
+                mark in line
+                for mark in ("rac-sparse:", "sparse kernel", "int8 kernel", "dense because")
+            ):
                 print("  " + line.partition("] ")[2])
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
         started = time.monotonic()
         with ThreadPoolExecutor(args.concurrency) as pool:
-            answers = list(pool.map(lambda problem: ask(client, problem, args.max_tokens), problems))
+            answers = list(
+                pool.map(lambda problem: ask(client, problem, args.max_tokens), problems)
+            )
         seconds = time.monotonic() - started
     right, tokens = sum(ok for ok, _ in answers), sum(count for _, count in answers)
     print(f"{right} of {len(problems)} held-out problems right ({right / len(problems):.1%})")

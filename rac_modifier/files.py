@@ -36,7 +36,9 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        )
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -49,7 +51,9 @@ def write_text_atomic(path: str | Path, text: str) -> None:
                 os.unlink(temporary)
             raise
     except (OSError, UnicodeError) as error:
-        raise RacError(f"{path}: cannot be written ({error}); make room or choose another folder") from error
+        raise RacError(
+            f"{path}: cannot be written ({error}); make room or choose another folder"
+        ) from error
 
 
 def read_json(path: str | Path, next_step: str = "is this a saved model folder?") -> dict[str, Any]:
@@ -61,7 +65,9 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
     try:
         obj = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error  # without the path, which stands before it
+        reason = (
+            error.strerror if isinstance(error, OSError) else error
+        )  # without the path, which stands before it
         raise RacError(f"{path}: cannot be read as JSON ({reason}); {next_step}") from error
     if not isinstance(obj, dict):
         raise RacError(f"{path}: holds a {type(obj).__name__} where an object is expected")

@@ -42,7 +42,12 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def add_product(
-    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0, rows: int | None = None
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    alpha: float = 1.0,
+    rows: int | None = None,
 ) -> torch.Tensor:
     """`out` [m, n] += `alpha` `a` [m, k] @ `b` [k, n], in place; `rows` of the product, or 2048, are there beside it."""
     rows = rows or _ROWS
@@ -60,12 +65,16 @@ def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return large and x.dtype == weight.dtype == torch.float32 and onednn_is_faster(x.device)
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _onednn(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """`x` [..., k] @ `weight` [n, k]^T + `bias`, by the operator that torch's own compiler uses for linear layers.
 
     With a weight that does not lie row by row, oneDNN takes a way that is a hundred times slower, so that it is copied first.
     """
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.contiguous(), bias, "none", [], "")
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        x, weight.contiguous(), bias, "none", [], ""
+    )
     return result
 
 
@@ -85,7 +94,11 @@ class FasterLinears(TorchFunctionMode):
     """While it is in place, linear layers that compute float32 without gradients go to oneDNN where that is faster."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.nn.functional.linear and not kwargs and not torch.is_grad_enabled():
             x, weight, *bias = args

@@ -25,7 +25,12 @@ _PAUSE = 10.0
 _not_before = float("-inf")  # seconds of the processor
 _limit: int | None = None  # bytes of the process
 _large = 0  # bytes of a result
-_SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+_SET_BY_USER = (
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_ARENA_MAX",
+    "GLIBC_TUNABLES",
+)
 
 
 def keep_freed_memory() -> bool:
@@ -52,7 +57,9 @@ def expect_growth(predicted: int) -> None:
     _limit, _large = resident() + int(predicted * (1 - _ROOM)), int(predicted * _LARGE)
 
 
-def return_freed_memory(result: int | None = None, now: Callable[[], float] = time.process_time) -> None:
+def return_freed_memory(
+    result: int | None = None, now: Callable[[], float] = time.process_time
+) -> None:
     """Give back what glibc keeps, where this process has grown to 95 % of what is predicted.
 
     What comes next needs blocks of other sizes: what was left free would be held beside them. Giving it back has a price, since

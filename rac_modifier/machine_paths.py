@@ -6,7 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-_REASONER = ("rac_modifier", "reasoner", "assets")  # the embedded model; the command line calls it "reasoner"
+_REASONER = (
+    "rac_modifier",
+    "reasoner",
+    "assets",
+)  # the embedded model; the command line calls it "reasoner"
 
 
 def public_name(name: str | Path) -> str:

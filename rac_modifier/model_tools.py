@@ -90,7 +90,9 @@ def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
         remove_dispatch(model)
 
 
-def check_fits(model: PreTrainedModel, device: torch.device, next_step: str = _OTHER_DEVICE) -> None:
+def check_fits(
+    model: PreTrainedModel, device: torch.device, next_step: str = _OTHER_DEVICE
+) -> None:
     """Refuse to move a model to a device that has no room for it.
 
     Beside the weights, room is left for what a forward pass needs at least: 5 % of them, and not less than 1 GB, which is what
@@ -116,6 +118,8 @@ def free_bytes(device: torch.device) -> int | None:
 
         return int(psutil.virtual_memory().available)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own reserve
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # PyTorch's own reserve
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return None

@@ -20,7 +20,9 @@ def import_after(trigger: str, module: str) -> None:
     """Import `module` now if `trigger` has been imported, else right after it has been. Calling twice changes nothing."""
     if trigger in sys.modules and not _is_being_imported(trigger):
         importlib.import_module(module)
-    elif not any(isinstance(f, _Finder) and (f.trigger, f.module) == (trigger, module) for f in sys.meta_path):
+    elif not any(
+        isinstance(f, _Finder) and (f.trigger, f.module) == (trigger, module) for f in sys.meta_path
+    ):
         sys.meta_path.insert(0, _Finder(trigger, module))
 
 

@@ -22,9 +22,15 @@ from torch import distributed
 
 from rac_modifier.errors import RacError
 
-_PATIENCE = datetime.timedelta(days=7)  # the first process may sample for hours while the others wait
-_ANSWER = datetime.timedelta(hours=1)  # what all of them work on at the same time does not differ by more
-_FAILED = "rac_modifier/failed"  # key of the store, with the message of the process that failed first
+_PATIENCE = datetime.timedelta(
+    days=7
+)  # the first process may sample for hours while the others wait
+_ANSWER = datetime.timedelta(
+    hours=1
+)  # what all of them work on at the same time does not differ by more
+_FAILED = (
+    "rac_modifier/failed"  # key of the store, with the message of the process that failed first
+)
 
 
 class ProcessFailedError(RacError):
@@ -89,7 +95,10 @@ class Processes:
             longest = max(int(size) for size in sizes)
             found = [_bytes(b"", longest) for _ in sizes]
             distributed.all_gather(found, _bytes(text, longest), group=self._group)
-        return [json.loads(data.numpy()[: int(size)].tobytes()) for data, size in zip(found, sizes, strict=True)]
+        return [
+            json.loads(data.numpy()[: int(size)].tobytes())
+            for data, size in zip(found, sizes, strict=True)
+        ]
 
     def meet(self) -> None:
         """Until all processes are here, which have worked on the same until now: within an hour of each other."""
@@ -130,7 +139,11 @@ class Processes:
         """The tensor of the process `source`; in the others `tensor` only gives shape, dtype and device."""
         if self.count == 1:
             return tensor
-        here = (tensor.detach() if self.rank == source else torch.empty_like(tensor)).to(self.device).contiguous()
+        here = (
+            (tensor.detach() if self.rank == source else torch.empty_like(tensor))
+            .to(self.device)
+            .contiguous()
+        )
         with self._answered():
             distributed.broadcast(here, source)
         return here.to(tensor.device)
@@ -192,7 +205,10 @@ def present_processes() -> Processes:
         RacError: torchrun started several, and torch.distributed was not told; or they are on several machines.
     """
     global _joined
-    count, here = started_processes(), int(os.environ.get("LOCAL_WORLD_SIZE") or started_processes())
+    count, here = (
+        started_processes(),
+        int(os.environ.get("LOCAL_WORLD_SIZE") or started_processes()),
+    )
     if not (distributed.is_available() and distributed.is_initialized()):
         if count > 1:
             raise RacError(
@@ -215,7 +231,9 @@ def _join() -> Processes:
     device = torch.device("cpu")
     if distributed.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
-    groups = [distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_PATIENCE, _ANSWER)]
+    groups = [
+        distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_PATIENCE, _ANSWER)
+    ]
     # gloo connects where a group is first used, and does not notice a process that is killed before; so all connect now
     for group in groups:
         distributed.barrier(group=group)
@@ -257,7 +275,9 @@ def joined_processes() -> Iterator[Processes]:
     try:
         yield processes
     except BaseException as error:
-        if isinstance(error, RuntimeError) and _of_distributed(error):  # of a library's own communication
+        if isinstance(error, RuntimeError) and _of_distributed(
+            error
+        ):  # of a library's own communication
             raise processes.lost(error) from error
         if not isinstance(error, ProcessFailedError):
             _tell(processes.rank, error)
@@ -276,7 +296,9 @@ def _tell(rank: int, error: BaseException) -> None:
     """Leave the others a message, before this process ends and they notice."""
     with contextlib.suppress(Exception):  # the store may be gone with the first process
         store = distributed.distributed_c10d._get_default_store()
-        store.set(_FAILED, json.dumps({"rank": rank, "message": str(error) or type(error).__name__}))
+        store.set(
+            _FAILED, json.dumps({"rank": rank, "message": str(error) or type(error).__name__})
+        )
 
 
 def _told() -> dict[str, Any] | None:
@@ -284,7 +306,9 @@ def _told() -> dict[str, Any] | None:
     try:
         store = distributed.distributed_c10d._get_default_store()
         store.set_timeout(datetime.timedelta(seconds=5))
-        found: dict[str, Any] | None = json.loads(store.get(_FAILED)) if store.check([_FAILED]) else None
+        found: dict[str, Any] | None = (
+            json.loads(store.get(_FAILED)) if store.check([_FAILED]) else None
+        )
     except Exception:  # the store may be gone with the first process
         return None
     return found

@@ -24,7 +24,9 @@ FROM_TORCH = "libgomp.so.1"
 
 def main() -> None:
     """Build, repair, and print the paths."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
@@ -36,10 +38,14 @@ def main() -> None:
         (sdist,) = Path(folder).glob("*.tar.gz")
         (wheel,) = Path(folder).glob("*.whl")
         if wheel.name.endswith("-none-any.whl"):
-            print("no C++ compiler: the wheel holds no CPU kernels; install g++ and build again for those")
+            print(
+                "no C++ compiler: the wheel holds no CPU kernels; install g++ and build again for those"
+            )
             wheel.rename(out / wheel.name)
         elif "-linux_" in wheel.name:
-            run("auditwheel", "repair", "--exclude", FROM_TORCH, "--wheel-dir", str(out), str(wheel))
+            run(
+                "auditwheel", "repair", "--exclude", FROM_TORCH, "--wheel-dir", str(out), str(wheel)
+            )
         else:
             wheel.rename(out / wheel.name)
         sdist.rename(out / sdist.name)

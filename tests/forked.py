@@ -42,7 +42,10 @@ def start(
 
 
 def run(
-    main: Callable[[], None], words: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None
+    main: Callable[[], None],
+    words: Sequence[str],
+    folder: Path,
+    variables: Mapping[str, str] | None = None,
 ) -> Done:
     """The same until it ends. Its output is kept in `folder`.out and `folder`.err."""
     output, errors = folder.with_name(f"{folder.name}.out"), folder.with_name(f"{folder.name}.err")
@@ -56,7 +59,12 @@ def run(
 
 
 def _child(
-    main: Callable[[], None], words: list[str], folder: str, variables: dict[str, str], output: str, errors: str
+    main: Callable[[], None],
+    words: list[str],
+    folder: str,
+    variables: dict[str, str],
+    output: str,
+    errors: str,
 ) -> None:
     os.setsid()
     os.chdir(folder)

@@ -76,7 +76,11 @@ def together(count: int, run: Callable[[Threads], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join()
-    own = [error for error in errors if error is not None and not isinstance(error, threading.BrokenBarrierError)]
+    own = [
+        error
+        for error in errors
+        if error is not None and not isinstance(error, threading.BrokenBarrierError)
+    ]
     if own or any(errors):
         raise (own or [error for error in errors if error is not None])[0]
     return results

@@ -19,7 +19,12 @@ def places(count: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+    }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
@@ -50,7 +55,8 @@ def started_forks(
     """The same of forks that call a function of a module with these words; see forked.py."""
     errors = [folder.with_name(f"{folder.name}.{count}.{rank}.err") for rank in range(count)]
     processes = [
-        forked.start(main, words, folder, path, place) for path, place in zip(errors, places(count), strict=True)
+        forked.start(main, words, folder, path, place)
+        for path, place in zip(errors, places(count), strict=True)
     ]
     try:
         for process in processes:
@@ -58,4 +64,7 @@ def started_forks(
     finally:
         for process in processes:
             process.kill()
-    return [(process.exitcode, path.read_text()) for process, path in zip(processes, errors, strict=True)]
+    return [
+        (process.exitcode, path.read_text())
+        for process, path in zip(processes, errors, strict=True)
+    ]

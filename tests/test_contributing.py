@@ -30,7 +30,9 @@ def examples() -> list[Example]:
     found = []
     for section in re.split(r"^### ", TEXT.partition(HEADING)[2], flags=re.MULTILINE)[1:]:
         files, changes = {}, []
-        for kind, body in re.findall(r"^```(\w+)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL):
+        for kind, body in re.findall(
+            r"^```(\w+)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL
+        ):
             if kind == "diff":
                 changes += changes_of(body)
             else:
@@ -74,7 +76,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             (tree / path).write_text(code)
         for path, old, new in example.changes:
             text = (tree / path).read_text()
-            assert text.count(old) == 1, f"CONTRIBUTING.md, {example.title}: {path} has {text.count(old)} times: {old}"
+            assert text.count(old) == 1, (
+                f"CONTRIBUTING.md, {example.title}: {path} has {text.count(old)} times: {old}"
+            )
             (tree / path).write_text(text.replace(old, new))
     new = [path for example in EXAMPLES for path in example.files]
     tests = [path for path in new if path.startswith("tests/")]
@@ -94,15 +98,23 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         order,
     ]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    lint = subprocess.run([sys.executable, "-m", "ruff", "check", *new], cwd=tree, capture_output=True, text=True)
+    lint = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", *new], cwd=tree, capture_output=True, text=True
+    )
     outcomes = {
-        test: outcome for outcome, test in re.findall(r"^(PASSED|FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        test: outcome
+        for outcome, test in re.findall(r"^(PASSED|FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     }
     return {**outcomes, "output": done.stdout + done.stderr, "lint": lint.stdout + lint.stderr}
 
 
 def test_there_is_an_example_of_each_kind_that_is_added():
-    assert [example.title for example in EXAMPLES] == ["A solver", "A format", "A kernel backend", "A problem source"]
+    assert [example.title for example in EXAMPLES] == [
+        "A solver",
+        "A format",
+        "A kernel backend",
+        "A problem source",
+    ]
     for example in EXAMPLES:
         assert len(example.files) == 2, example.title
         assert example.changes, example.title
@@ -112,13 +124,19 @@ def test_there_is_an_example_of_each_kind_that_is_added():
 def test_the_tests_of_an_example_pass(example, ran):
     (path,) = (path for path in example.files if path.startswith("tests/"))
     names = re.findall(r"^def (test_\w+)", example.files[path], flags=re.MULTILINE)
-    outcomes = {name: [ran[t] for t in ran if t.partition("[")[0] == f"{path}::{name}"] for name in names}
+    outcomes = {
+        name: [ran[t] for t in ran if t.partition("[")[0] == f"{path}::{name}"] for name in names
+    }
     assert names
-    assert all(found and set(found) == {"PASSED"} for found in outcomes.values()), f"{outcomes}\n{ran['output']}"
+    assert all(found and set(found) == {"PASSED"} for found in outcomes.values()), (
+        f"{outcomes}\n{ran['output']}"
+    )
 
 
 def test_the_examples_keep_the_order_of_imports(ran):
-    house = {test: outcome for test, outcome in ran.items() if test.startswith("tests/test_imports.py")}
+    house = {
+        test: outcome for test, outcome in ran.items() if test.startswith("tests/test_imports.py")
+    }
     assert set(house.values()) == {"PASSED"}, ran["output"]
     assert len(house) == 2
 
@@ -127,7 +145,9 @@ def test_the_examples_pass_lint(ran):
     assert ran["lint"].strip() == "All checks passed!"
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXT, flags=re.MULTILINE))))
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXT, flags=re.MULTILINE)))
+)
 def test_every_target_that_is_named_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 

@@ -34,7 +34,9 @@ def test_what_is_not_json_leaves_the_old_file(tmp_path: Path, obj: object) -> No
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_failed_write_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     path = tmp_path / "a.txt"
     write_text_atomic(path, "old")
 
@@ -64,7 +66,9 @@ class Killed(BaseException):
     """Ends a run as a kill does."""
 
 
-def test_a_kill_while_a_folder_is_removed_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_a_folder_is_removed_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "state"
 
     def make() -> None:
@@ -110,7 +114,9 @@ def test_a_lock_that_is_released_in_time_is_had(tmp_path: Path) -> None:
         closing.join()
 
 
-def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none(*_: object) -> None:
         raise OSError(37, "No locks available")
 
@@ -118,7 +124,8 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     with (
         (tmp_path / "a").open("w") as file,
         pytest.raises(
-            RacError, match=r"/a cannot be locked \(No locks available\); name one on a file system that has locks"
+            RacError,
+            match=r"/a cannot be locked \(No locks available\); name one on a file system that has locks",
         ),
     ):
         lock(file.fileno(), tmp_path / "a", 0.0)

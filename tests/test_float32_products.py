@@ -13,7 +13,9 @@ from rac_modifier.float32_products import (
 )
 from tests.pruning.pruning_reference import assert_near, gaussian
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
 choose = float32_products._on_this_cpu.__wrapped__
 
 
@@ -130,7 +132,9 @@ def test_numbers_of_tokens_become_a_few_sizes():
     sizes = [one_of_few_sizes(count) for count in range(1, 4097)]
     assert all(count <= size <= 1.125 * count for count, size in enumerate(sizes, 1))
     assert len(set(sizes[2047:])) == 9
-    assert all(one_of_few_sizes(count) == count for count in (*range(1, 17), *range(512, 8193, 512)))
+    assert all(
+        one_of_few_sizes(count) == count for count in (*range(1, 17), *range(512, 8193, 512))
+    )
     x = torch.randn(1000, 3)
     assert with_rows_of_zeros(x[:896]).data_ptr() == x.data_ptr()
     longer = with_rows_of_zeros(x)
@@ -145,5 +149,7 @@ def test_linear_layers_are_given_few_numbers_of_tokens(calls):
         for count in range(500, 520):
             x = gaussian(1, count, 40)
             assert layer(x).shape == (1, count, 30)
-            torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                layer(x), x @ layer.weight.T + layer.bias, rtol=1e-4, atol=1e-4
+            )
     assert set(calls) == {(512, 40, 30), (576, 40, 30)}

@@ -10,9 +10,16 @@ from collections.abc import Callable
 
 import pytest
 
-from rac_modifier.freed_memory import expect_growth, keep_freed_memory, resident, return_freed_memory
+from rac_modifier.freed_memory import (
+    expect_growth,
+    keep_freed_memory,
+    resident,
+    return_freed_memory,
+)
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has these settings")
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="glibc alone has these settings"
+)
 
 # 20 times 64 MiB, written and freed: so many bytes of pages each time where they are new.
 BYTES = 20 * (64 << 20)
@@ -78,7 +85,12 @@ class Library:
         return self.answers.get(option, 1)
 
 
-SET_BY_USERS = ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"]
+SET_BY_USERS = [
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_ARENA_MAX",
+    "GLIBC_TUNABLES",
+]
 
 
 @pytest.fixture
@@ -102,7 +114,9 @@ def test_it_sets_the_thresholds_and_one_heap(load) -> None:
 
 
 @pytest.mark.parametrize("name", SET_BY_USERS)
-def test_each_of_the_users_settings_counts(load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_each_of_the_users_settings_counts(
+    load, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     library = load(Library())
     monkeypatch.setenv(name, "")
     assert keep_freed_memory() is False
@@ -147,7 +161,9 @@ print(grown - resident())
 
 
 def test_what_is_kept_is_given_back_when_asked() -> None:
-    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) * os.sysconf("SC_PAGE_SIZE") > 0.9 * 10 * (16 << 20)
 
 
@@ -158,7 +174,11 @@ class Process:
         self.bytes, self.kept, self.took, self.seconds, self.calls = 1000, 1000, 0.0, 5.0, 0
 
     def trim(self, pad: int) -> None:
-        self.bytes, self.seconds, self.calls = min(self.bytes, self.kept), self.seconds + self.took, self.calls + 1
+        self.bytes, self.seconds, self.calls = (
+            min(self.bytes, self.kept),
+            self.seconds + self.took,
+            self.calls + 1,
+        )
 
     def grows_to(self, count: int, result: int | None = None) -> int:
         """How often memory was given back until it has grown to so many bytes and was asked."""

@@ -44,13 +44,26 @@ def loaded_by(statement: str, *names: str) -> set[str]:
 
 
 def test_the_package_alone_is_light():
-    heavy = ("llmcompressor", "vllm", "torch", "transformers", "numpy", "pydantic", "yaml", "compressed_tensors")
-    assert loaded_by("import rac_modifier, rac_modifier.errors, rac_modifier.cli", *heavy) <= {"yaml"}
+    heavy = (
+        "llmcompressor",
+        "vllm",
+        "torch",
+        "transformers",
+        "numpy",
+        "pydantic",
+        "yaml",
+        "compressed_tensors",
+    )
+    assert loaded_by("import rac_modifier, rac_modifier.errors, rac_modifier.cli", *heavy) <= {
+        "yaml"
+    }
 
 
 def test_no_module_but_the_compressing_ones_imports_llmcompressor_and_none_vllm():
     others = [m for m in MODULES if m.split(".")[0] not in COMPRESS_ONLY and m != "__init__"]
-    others = [m for m in others if not m.startswith("vllm_plugin")]  # the one place that imports vllm
+    others = [
+        m for m in others if not m.startswith("vllm_plugin")
+    ]  # the one place that imports vllm
     assert len(others) > 20
     imports = "\n".join(f"import rac_modifier.{module}" for module in others)
     heavy = ("llmcompressor", "vllm", "datasets", "reasoning_gym", "matplotlib", "math_verify")
@@ -60,7 +73,9 @@ def test_no_module_but_the_compressing_ones_imports_llmcompressor_and_none_vllm(
 def test_what_serving_needs_imports_no_transformers():
     """In a serving process each module is imported again and again by workers."""
     statement = "import rac_modifier.checkpoint.bitmask, rac_modifier.checkpoint.inspect, rac_modifier.pruning.masks"
-    assert loaded_by(statement, "transformers", "llmcompressor", "vllm", "compressed_tensors") == set()
+    assert (
+        loaded_by(statement, "transformers", "llmcompressor", "vllm", "compressed_tensors") == set()
+    )
 
 
 def imported(path: Path, prefix: str = "rac_modifier.") -> list[tuple[str, int]]:
@@ -74,7 +89,9 @@ def imported(path: Path, prefix: str = "rac_modifier.") -> list[tuple[str, int]]
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        found += [(n.removeprefix(prefix), node.lineno) for n in names if f"{n}.".startswith(prefix)]
+        found += [
+            (n.removeprefix(prefix), node.lineno) for n in names if f"{n}.".startswith(prefix)
+        ]
     return found
 
 
@@ -97,7 +114,9 @@ def test_imports_run_one_way():
 
 def test_no_modules_import_each_other_in_a_circle():
     """Inside functions too."""
-    modules = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    modules = {
+        ".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")
+    }
     edges = {
         name: {m for n, _ in imported(path) for m in modules if f"{n}.".startswith(f"{m}.")}
         for name, path in modules.items()
@@ -107,7 +126,9 @@ def test_no_modules_import_each_other_in_a_circle():
             del edges[name]
         for targets in edges.values():
             targets.difference_update(ends)
-    assert not edges, f"modules that import each other in a circle, or are imported by one: {sorted(edges)}"
+    assert not edges, (
+        f"modules that import each other in a circle, or are imported by one: {sorted(edges)}"
+    )
 
 
 def test_llmcompressor_and_vllm_are_imported_where_they_may_be():

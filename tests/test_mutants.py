@@ -24,7 +24,10 @@ def changed(source: str) -> set[str]:
     ("source", "expected"),
     [
         ("if a < b: f", {"if a < b: f -> if (a <= b): f"}),
-        ("x = a == b != c", {"x = a == b != c -> x = (a != b != c)", "x = a == b != c -> x = (a == b == c)"}),
+        (
+            "x = a == b != c",
+            {"x = a == b != c -> x = (a != b != c)", "x = a == b != c -> x = (a == b == c)"},
+        ),
         ("x = a * b", {"x = a * b -> x = (a / b)"}),
         ("x = a and b", {"x = a and b -> x = (a or b)"}),
         ("x = not a", {"x = not a -> x = a"}),
@@ -46,7 +49,10 @@ def changed(source: str) -> set[str]:
         ("def f():\n    return None", set()),
         ("def f(a: X[3] = 0): ...", {"def f(a: X[3] = 0): ... -> def f(a: X[3] = 1): ..."}),
         ("for a in b: continue", {"for a in b: continue -> for a in b: break"}),
-        ("é = 'é'; x = 1 ", {"é = 'é'; x = 1 -> é = 'é'; x = 0", "é = 'é'; x = 1 -> é = 'é'; x = 2"}),
+        (
+            "é = 'é'; x = 1 ",
+            {"é = 'é'; x = 1 -> é = 'é'; x = 0", "é = 'é'; x = 1 -> é = 'é'; x = 2"},
+        ),
         ("assert a < b", set()),
         ("'a docstring'", set()),
         ("x = f'{a + 1}'", set()),
@@ -59,7 +65,9 @@ def test_mutants_of_a_line(source, expected):
 
 
 def test_a_mutant_is_applied_where_it_was_found():
-    source = "def outer():\n    'é'\n    def inner():\n        return (a\n            < b)\n".encode()
+    source = (
+        "def outer():\n    'é'\n    def inner():\n        return (a\n            < b)\n".encode()
+    )
     first, last = mutants_of("x.py", source)
     assert [first.function, last.function] == ["outer.inner"] * 2
     assert first.apply(source).decode().split("def inner():")[1].split() == ["return", "None"]
@@ -90,12 +98,16 @@ def test_a_sample_has_one_mutant_per_line_and_keeps_it_when_other_lines_change()
 
 
 def test_the_tests_of_a_line_nearest_first_within_the_budget():
-    (inside,) = (m for m in mutants_of("p/room/x.py", b"N = 0\ndef f():\n    return a") if not m.at_import)
+    (inside,) = (
+        m for m in mutants_of("p/room/x.py", b"N = 0\ndef f():\n    return a") if not m.at_import
+    )
     (constant,) = (m for m in mutants_of("p/room/x.py", b"N = 0"))
 
     def test(name: str, seconds: float, **lines: set[int]) -> RecordedTest:
         return RecordedTest(
-            name, seconds, {file.replace("_", "/") + ".py": frozenset(found) for file, found in lines.items()}
+            name,
+            seconds,
+            {file.replace("_", "/") + ".py": frozenset(found) for file, found in lines.items()},
         )
 
     tests = [
@@ -109,13 +121,16 @@ def test_the_tests_of_a_line_nearest_first_within_the_budget():
 
     def chosen(mutant, tests=tests, **options):
         return [
-            test.name.split("::")[1] for test in choose(mutant, tests, {"p/room/y.py"}, options.get("budget", 1000))
+            test.name.split("::")[1]
+            for test in choose(mutant, tests, {"p/room/y.py"}, options.get("budget", 1000))
         ]
 
     assert chosen(inside) == ["nearest", "near", "slow", "far"]
     assert chosen(inside, budget=20) == ["nearest", "near", "far"]
     assert set(chosen(constant)) == {"nearest", "another_line", "near", "slow", "far", "user"}
-    assert chosen(inside, tests[-2:]) == ["another_line"]  # no test runs the line: those of the file and its folder
+    assert chosen(inside, tests[-2:]) == [
+        "another_line"
+    ]  # no test runs the line: those of the file and its folder
 
 
 def test_every_harmless_mutant_exists_and_has_a_reason():
@@ -175,7 +190,14 @@ def tree(tmp_path: Path) -> Path:
 
 
 def mutate(tree: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "scripts.mutants", f"--tree={tree}", "--package=tiny", "--rooms=room"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.mutants",
+        f"--tree={tree}",
+        "--package=tiny",
+        "--rooms=room",
+    ]
     command += [f"--harmless={tree}/harmless.txt", "--workers=2", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -186,7 +208,10 @@ def test_a_bad_test_lets_its_mutant_survive(tree):
     done = mutate(tree)
     assert done.returncode == 1, done.stdout + done.stderr
     assert (tree / "tiny" / "room" / "code.py").read_text() == CODE
-    outcomes = [json.loads(line)["outcome"] for line in (tree / ".mutants" / "results.jsonl").read_text().splitlines()]
+    outcomes = [
+        json.loads(line)["outcome"]
+        for line in (tree / ".mutants" / "results.jsonl").read_text().splitlines()
+    ]
     assert len(outcomes) == 4  # lines with mutants
     results = {o["identity"].split(" | ")[1]: o["result"] for o in outcomes}
     # either mutant of the limit (9, 11), and either of its comparison (<=, return None)
@@ -210,8 +235,12 @@ def test_a_bad_test_lets_its_mutant_survive(tree):
 
 def test_a_survivor_in_the_list_is_let_through(tree):
     pytest.importorskip("coverage")
-    survivors = {m.identity for m in mutants_of("tiny/room/code.py", CODE.encode()) if m.function != "total"}
-    (tree / "harmless.txt").write_text("".join(f"{identity}  # there to be tested\n" for identity in survivors))
+    survivors = {
+        m.identity for m in mutants_of("tiny/room/code.py", CODE.encode()) if m.function != "total"
+    }
+    (tree / "harmless.txt").write_text(
+        "".join(f"{identity}  # there to be tested\n" for identity in survivors)
+    )
     done = mutate(tree)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "more survivors are in the list" in done.stdout

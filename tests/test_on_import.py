@@ -15,7 +15,9 @@ def run(tmp_path: Path):
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "__init__.py").write_text("print('library')\n")
     (tmp_path / "library" / "part.py").write_text("REGISTRY = {}\nprint('part')\n")
-    (tmp_path / "extension.py").write_text("from library import part\npart.REGISTRY['ours'] = 1\nprint('extension')\n")
+    (tmp_path / "extension.py").write_text(
+        "from library import part\npart.REGISTRY['ours'] = 1\nprint('extension')\n"
+    )
     (tmp_path / "failing.py").write_text("raise RuntimeError('broken extension')\n")
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +55,11 @@ def test_asking_twice_and_importing_twice_changes_nothing(run) -> None:
 
 def test_two_extensions_of_one_library(run) -> None:
     code = "import_after('library.part', 'extension'); import_after('library.part', 'json.tool'); import library.part"
-    assert lines(run(code + "; assert 'json.tool' in sys.modules")) == ["library", "part", "extension"]
+    assert lines(run(code + "; assert 'json.tool' in sys.modules")) == [
+        "library",
+        "part",
+        "extension",
+    ]
 
 
 def test_the_extension_first(run) -> None:

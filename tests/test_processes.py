@@ -124,7 +124,8 @@ def test_alone_nothing_is_exchanged():
 def test_what_is_not_distributed_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        RacError, match="rac eval runs in one process, and torchrun started 4: start it without torchrun"
+        RacError,
+        match="rac eval runs in one process, and torchrun started 4: start it without torchrun",
     ):
         refuse_processes("rac eval")
 

@@ -13,14 +13,32 @@ RUNS_CODE = re.compile(
 ALLOWED = {
     ("__init__.py", "import_module("): "the module is one of the literals of _LAZY",
     ("llmcompressor/register.py", "import_module("): "a literal name of this package",
-    ("kernels/cuda/driver.py", "import_module("): "a literal: NVIDIA's bindings, imported at the first use",
+    (
+        "kernels/cuda/driver.py",
+        "import_module(",
+    ): "a literal: NVIDIA's bindings, imported at the first use",
     ("on_import.py", "import_module("): "callers give literal names of this package",
-    ("cli/doctor.py", "import_module("): "the names of this package's own dependencies, from its metadata",
+    (
+        "cli/doctor.py",
+        "import_module(",
+    ): "the names of this package's own dependencies, from its metadata",
     ("cli/doctor.py", "entry_points"): "only looked at: is our plugin registered",
-    ("checkpoint/load.py", "trust_remote_code"): "load_model's own argument, False unless the caller sets it",
-    ("cli/models.py", "trust_remote_code"): "a word of transformers' error, by which it is told from others",
-    ("sampling/server_watch.py", "subprocess"): "runs the words of its own command line, without a shell",
-    ("sampling/own_server.py", "subprocess"): "the user's own vllm with a list of words, without a shell",
+    (
+        "checkpoint/load.py",
+        "trust_remote_code",
+    ): "load_model's own argument, False unless the caller sets it",
+    (
+        "cli/models.py",
+        "trust_remote_code",
+    ): "a word of transformers' error, by which it is told from others",
+    (
+        "sampling/server_watch.py",
+        "subprocess",
+    ): "runs the words of its own command line, without a shell",
+    (
+        "sampling/own_server.py",
+        "subprocess",
+    ): "the user's own vllm with a list of words, without a shell",
     (
         "sampling/vllm_command.py",
         "subprocess",
@@ -29,7 +47,10 @@ ALLOWED = {
         "problems/programs.py",
         "subprocess",
     ): "runs programs of models, asked for with --run-code alone, each behind confined.py",
-    ("problems/answer_checker.py", "import_module("): "one of two literals, imported before the first answer",
+    (
+        "problems/answer_checker.py",
+        "import_module(",
+    ): "one of two literals, imported before the first answer",
 }
 
 
@@ -43,7 +64,9 @@ def found() -> set[tuple[str, str]]:
 
 def test_code_is_run_at_known_places_only():
     unknown = found() - ALLOWED.keys()
-    assert not unknown, f"show why no untrusted text reaches it, and write it down here: {sorted(unknown)}"
+    assert not unknown, (
+        f"show why no untrusted text reaches it, and write it down here: {sorted(unknown)}"
+    )
 
 
 def test_transformers_never_asks_whether_to_run_code():
@@ -53,9 +76,10 @@ def test_transformers_never_asks_whether_to_run_code():
     assert len(calls) >= 6
     open_ones = [line.strip() for line in calls if "trust_remote_code=False" not in line]
     # load_model passes its own argument on; the card shows users a call
-    assert all("output_loading_info=True, **kwargs)" in line or "path/to/this/folder" in line for line in open_ones), (
-        open_ones
-    )
+    assert all(
+        "output_loading_info=True, **kwargs)" in line or "path/to/this/folder" in line
+        for line in open_ones
+    ), open_ones
 
 
 def test_allowed_places_exist():

@@ -35,11 +35,17 @@ TOKENS = 1500
 def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """A token a printable ASCII character; 102 in all."""
     letters = SPECIAL + ["\n"] + [chr(c) for c in range(32, 127)] + ["<unk>"]
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(letters)}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(letters)}, unk_token="<unk>")
+    )
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", chat_template=chat_template
+        tokenizer_object=core,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=chat_template,
     )
 
 
@@ -52,7 +58,9 @@ def byte_tokenizer(*, thinking_tags: bool = True) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(special)
     if thinking_tags:
-        core.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+        core.add_tokens(
+            [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|end|>",
@@ -91,9 +99,16 @@ _OF_EXPERTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3": (Qwen3MoeConfig, {"moe_intermediate_size": 32, "num_experts": EXPERTS}),
     "qwen2": (
         Qwen2MoeConfig,
-        {"moe_intermediate_size": 32, "num_experts": EXPERTS, "shared_expert_intermediate_size": 48},
+        {
+            "moe_intermediate_size": 32,
+            "num_experts": EXPERTS,
+            "shared_expert_intermediate_size": 48,
+        },
     ),
-    "mixtral": (MixtralConfig, {"intermediate_size": 32, "num_local_experts": EXPERTS, "sliding_window": None}),
+    "mixtral": (
+        MixtralConfig,
+        {"intermediate_size": 32, "num_local_experts": EXPERTS, "sliding_window": None},
+    ),
 }
 
 
@@ -113,7 +128,9 @@ def save_tiny_experts(folder: Path, kind: str = "qwen3", seed: int = 0, **change
     return folder
 
 
-def save_tiny(folder: Path, chat_template: str | None = TEMPLATE, seed: int = 0, **changes: Any) -> Path:
+def save_tiny(
+    folder: Path, chat_template: str | None = TEMPLATE, seed: int = 0, **changes: Any
+) -> Path:
     tiny_model(seed, **changes).save_pretrained(folder)
     tiny_tokenizer(chat_template).save_pretrained(folder)
     return folder
@@ -121,7 +138,9 @@ def save_tiny(folder: Path, chat_template: str | None = TEMPLATE, seed: int = 0,
 
 def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
     """The settings of a small 2:4 run that holds no traces out; `changes` replace whole settings."""
-    traces: dict[str, Any] = {"sampling": {"temperature": 1.0, "max_new_tokens": 40, "batch_size": 16}}
+    traces: dict[str, Any] = {
+        "sampling": {"temperature": 1.0, "max_new_tokens": 40, "batch_size": 16}
+    }
     if store is not None:
         traces["store"] = str(store)
     settings: dict[str, Any] = {
@@ -155,7 +174,9 @@ def recipe(settings: dict[str, Any], **later: dict[str, Any]) -> str:
 
 def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """The linear layers that are pruned by default."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    }
 
 
 def is_2of4(weight: torch.Tensor) -> bool:

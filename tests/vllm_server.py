@@ -26,7 +26,15 @@ _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "VLLM_NO_USAGE_STATS": "1",
 }
-_OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3", "--enforce-eager"]
+_OPTIONS = [
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "1024",
+    "--gpu-memory-utilization",
+    "0.3",
+    "--enforce-eager",
+]
 
 
 @contextmanager
@@ -38,7 +46,17 @@ def served(model: Path, log: Path, *options: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *_OPTIONS, *options]
+    command = [
+        str(VLLM),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *_OPTIONS,
+        *options,
+    ]
     with log.open("wb") as output:
         server = subprocess.Popen(
             command,

@@ -45,7 +45,10 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     problems = generate(seed, "train")
-    tasks = [f"{p.question}\n{p.thinking}\n\\boxed{{{p.answer}}}" for p in (next(problems) for _ in range(4000))]
+    tasks = [
+        f"{p.question}\n{p.thinking}\n\\boxed{{{p.answer}}}"
+        for p in (next(problems) for _ in range(4000))
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 2,
         special_tokens=[PAD, EOS, USER, ASSISTANT],
@@ -54,7 +57,9 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([*tasks, generic_text()], trainer)
     # Like R1 and Qwen3: the thinking tags are single tokens that survive skip_special_tokens.
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    tokenizer.add_tokens(
+        [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
@@ -65,7 +70,9 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, start: int, tokens: int) -> Iterator[torch.Tensor]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, start: int, tokens: int
+) -> Iterator[torch.Tensor]:
     """Length-bucketed batches of about `tokens` tokens from step `start` on: `[rows, length]`, padded with -100.
 
     A pool of problems is drawn, sorted by length and cut; pool k depends only on (seed, k), so a resumed run skips
@@ -80,7 +87,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, start: int, tokens: i
         for _ in range(600):
             p = next(problems)
             prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": p.question}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": p.question}],
+                tokenize=False,
+                add_generation_prompt=True,
             )
             texts.append(f"{prompt}{p.thinking}\n</think>\n\\boxed{{{p.answer}}}{EOS}")
         for _ in range(int(600 * GENERIC_SHARE)):

@@ -23,7 +23,12 @@ class Muon:
     matrices of one shape are iterated together in float32. An update is as large as AdamW's: 0.2 sqrt(max(shape)).
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.1):
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+    ):
         self.parameters, self.momentum, self.weight_decay = parameters, momentum, weight_decay
         self.buffers = [torch.zeros_like(p) for p in parameters]
         self.groups: dict[torch.Size, list[int]] = {}
@@ -40,7 +45,9 @@ class Muon:
                 updates.append(grad.lerp(self.buffers[i], self.momentum))
             for i, update in zip(indices, self._orthogonal(torch.stack(updates)), strict=True):
                 p = self.parameters[i]
-                p.mul_(1 - lr * self.weight_decay).add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+                p.mul_(1 - lr * self.weight_decay).add_(
+                    update, alpha=-lr * 0.2 * max(p.shape) ** 0.5
+                )
 
     @staticmethod
     def _orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -86,7 +93,9 @@ class Run:
         self.args, self.tokenizer = args, tokenizer
         self.model = build_model(tokenizer, args.seed)
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
-        rest = [p for n, p in self.model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
+        rest = [
+            p for n, p in self.model.named_parameters() if not (p.ndim == 2 and "embed" not in n)
+        ]
         self.muon = Muon(matrices)
         self.adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.rest, self.step = rest, 0
@@ -98,7 +107,9 @@ class Run:
         lr = learning_rate(self.step, self.args.steps, self.args.lr)
         hidden = self.model.model(input_ids=ids.clamp_min(0), use_cache=False).last_hidden_state
         loss = F.cross_entropy(
-            self.model.lm_head(hidden[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), ignore_index=IGNORED
+            self.model.lm_head(hidden[:, :-1]).flatten(0, 1),
+            ids[:, 1:].flatten(),
+            ignore_index=IGNORED,
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -116,14 +127,18 @@ class Run:
         for i, p in enumerate(self.rest):
             tensors |= {f"adam.{i}.{k}": v.contiguous() for k, v in self.adam.state[p].items()}
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"step": str(self.step), "settings": settings_key(self.args)})
+        save_file(
+            tensors, partial, metadata={"step": str(self.step), "settings": settings_key(self.args)}
+        )
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         if metadata["settings"] != settings_key(self.args):
-            raise SystemExit(f"{path} belongs to a run with other settings; remove it or name another --work folder")
+            raise SystemExit(
+                f"{path} belongs to a run with other settings; remove it or name another --work folder"
+            )
         tensors = load_file(path)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
@@ -132,12 +147,16 @@ class Run:
             buffer.copy_(tensors[f"muon.{i}"])
         for i, p in enumerate(self.rest):
             prefix = f"adam.{i}."
-            self.adam.state[p] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            self.adam.state[p] = {
+                k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+            }
         self.step = int(metadata["step"])
 
 
 def settings_key(args: argparse.Namespace) -> str:
-    return json.dumps({k: getattr(args, k) for k in ("seed", "steps", "tokens", "lr")}, sort_keys=True)
+    return json.dumps(
+        {k: getattr(args, k) for k in ("seed", "steps", "tokens", "lr")}, sort_keys=True
+    )
 
 
 def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

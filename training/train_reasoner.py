@@ -28,17 +28,28 @@ def keep_freed_memory() -> None:
 
 def main() -> None:
     keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--work", type=Path, default=Path("build/reasoner"), help="folder of the run's state and log")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("build/reasoner"),
+        help="folder of the run's state and log",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--stop-after", type=int, default=None, help="stop at this step, to go on later")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
+    parser.add_argument(
+        "--stop-after", type=int, default=None, help="stop at this step, to go on later"
+    )
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="skip torch.compile"
+    )
     args = parser.parse_args()
 
     from reasoner_training import train  # after the restart, since importing torch takes seconds

@@ -22,7 +22,10 @@ def write_problems(folder: str, count: int = 200) -> None:
 
     from rac_modifier.problems.held_out import held_out_problems
 
-    rows = [{"question": p.question, "answer": p.answer} for p in held_out_problems("arithmetic", count, 0)]
+    rows = [
+        {"question": p.question, "answer": p.answer}
+        for p in held_out_problems("arithmetic", count, 0)
+    ]
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -41,7 +44,9 @@ def task() -> Any:
     from lighteval.tasks.requests import Doc, SamplingMethod
 
     def prompt(line: dict[str, Any], task_name: str | None = None) -> Doc:
-        return Doc(task_name=task_name, query=line["question"], choices=[str(line["answer"])], gold_index=0)
+        return Doc(
+            task_name=task_name, query=line["question"], choices=[str(line["answer"])], gold_index=0
+        )
 
     boxed = SampleLevelMetric(
         metric_name="boxed",

@@ -57,7 +57,10 @@ class CalibrationSet:
 
     def identity(self) -> dict[str, Any]:
         """What says whether it is the same set: its hash, and each trace store with the hash of its file (first process)."""
-        stores = {f"{key}: {pool.store.path}": f"sha256 {pool.store.sha256()[:12]}" for key, pool in self.pools.items()}
+        stores = {
+            f"{key}: {pool.store.path}": f"sha256 {pool.store.sha256()[:12]}"
+            for key, pool in self.pools.items()
+        }
         return {"calibration set": self.loader.sha256(), "trace stores": stores}
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,7 +119,9 @@ def _build(
         parts[part.key] = map(generic_sequence, ids)
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
-        pools = collect_for_calibration(model, tokenizer, traces, calibration, progress, reserved_tokens, processes)
+        pools = collect_for_calibration(
+            model, tokenizer, traces, calibration, progress, reserved_tokens, processes
+        )
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     for key, pool in pools.items():
         parts[key] = pool.draw(key, budgets[key])
@@ -131,7 +136,9 @@ def _build(
             "sees few endings of answers; raise it"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return CalibrationSet(CalibrationLoader(sequences, composition, calibration, pad), pools, prompts)
+    return CalibrationSet(
+        CalibrationLoader(sequences, composition, calibration, pad), pools, prompts
+    )
 
 
 def _sent(made: CalibrationSet) -> dict[str, Any]:
@@ -146,14 +153,22 @@ def _sent(made: CalibrationSet) -> dict[str, Any]:
 
 def _received(sent: dict[str, Any], settings: CalibrationSettings) -> CalibrationSet:
     """The reverse of `_sent`."""
-    sequences = [CalibrationSequence(**{**one, "ids": tuple(one["ids"])}) for one in sent["sequences"]]
+    sequences = [
+        CalibrationSequence(**{**one, "ids": tuple(one["ids"])}) for one in sent["sequences"]
+    ]
     ids = ("prompt_ids", "completion_ids")
-    reserved = tuple(Trace(**{**one, **{name: tuple(one[name]) for name in ids}}) for one in sent["reserved"])
-    loader = CalibrationLoader(sequences, Composition(**sent["composition"]), settings, sent["pad_token_id"])
+    reserved = tuple(
+        Trace(**{**one, **{name: tuple(one[name]) for name in ids}}) for one in sent["reserved"]
+    )
+    loader = CalibrationLoader(
+        sequences, Composition(**sent["composition"]), settings, sent["pad_token_id"]
+    )
     return CalibrationSet(loader, received=reserved)
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, traces: TraceSettings) -> Iterator[CalibrationSequence]:
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, traces: TraceSettings
+) -> Iterator[CalibrationSequence]:
     for problem in load_problems(traces.problems, traces.sampling.seed):
         yield prompt_sequence(render_question(tokenizer, problem.question, traces.sampling))
 

@@ -26,7 +26,9 @@ def generic_token_sequences(tokenizer: Any, source: GenericText, seed: int) -> I
     texts = _texts(source)
     first = next(texts, None)
     if first is None:
-        raise RacError(f"generic text {source.source!r} holds no text; name another source or column")
+        raise RacError(
+            f"generic text {source.source!r} holds no text; name another source or column"
+        )
     rest: list[int] = []
     for document in _shuffled(chain([first], texts), random.Random(f"{seed}/generic")):
         rest += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -51,7 +53,9 @@ def _texts(source: GenericText) -> Iterator[str]:
         return
     column = "text" if Path(source.source).suffix == ".txt" else source.column
     if column is None:
-        raise RacError(f'generic text {source.source!r} needs the name of its text column, e.g. column: "text"')
+        raise RacError(
+            f'generic text {source.source!r} needs the name of its text column, e.g. column: "text"'
+        )
     rows = stream_rows(source.source, what="generic text", config=source.config, split=source.split)
     for number, row in enumerate(rows, 1):
         text = row.get(column)

@@ -64,7 +64,9 @@ class CalibrationLoader(DataLoader):
 
     def unpadded(self) -> CalibrationLoader:
         """The same sequences, one per batch, in the same order."""
-        return CalibrationLoader(self.sequences, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
+        return CalibrationLoader(
+            self.sequences, self.composition, self.settings, self.pad_token_id, batch_tokens=0
+        )
 
     def joined(self) -> CalibrationLoader:
         """The same tokens, one sequence after the other, in rows of equal length, one per batch; what fills no row is left out.
@@ -78,7 +80,9 @@ class CalibrationLoader(DataLoader):
             CalibrationSequence(ids=tuple(ids[i : i + length]), prompt_tokens=0, kind="joined")
             for i in range(0, len(ids) - length + 1, length)
         ]
-        return CalibrationLoader(rows, self.composition, self.settings, self.pad_token_id, batch_tokens=0)
+        return CalibrationLoader(
+            rows, self.composition, self.settings, self.pad_token_id, batch_tokens=0
+        )
 
     def share(self, rank: int, count: int) -> CalibrationLoader:
         """Of `count` loaders that have about as many padded tokens and together all batches, number `rank`; batches are not cut.
@@ -95,15 +99,21 @@ class CalibrationLoader(DataLoader):
                 f"{len(self._groups)}, or set a lower calibration.batch_tokens (now {self.settings.batch_tokens:,})"
             )
         if count > LANES:
-            raise RacError(f"{count} processes: at most {LANES} share a calibration set; start {LANES} or fewer")
+            raise RacError(
+                f"{count} processes: at most {LANES} share a calibration set; start {LANES} or fewer"
+            )
         lanes = self._lanes()
         places = iter(range(len(self._groups)))
         numbers = [[next(places) for _ in lane] for lane in lanes]
         groups = [self._groups[index] for lane in lanes[rank::count] for index in lane]
         sequences = [sequence for group in groups for sequence in group]
-        share = CalibrationLoader(sequences, self.composition, self.settings, self.pad_token_id, groups=groups)
+        share = CalibrationLoader(
+            sequences, self.composition, self.settings, self.pad_token_id, groups=groups
+        )
         share.numbers = [number for lane in numbers[rank::count] for number in lane]
-        share.lanes_ended = [int(i + 1 == len(lane)) for lane in lanes[rank::count] for i in range(len(lane))]
+        share.lanes_ended = [
+            int(i + 1 == len(lane)) for lane in lanes[rank::count] for i in range(len(lane))
+        ]
         share.lanes_ended[-1] += -(-len(lanes) // count) - len(lanes[rank::count])
         return share
 
@@ -112,7 +122,9 @@ class CalibrationLoader(DataLoader):
         sizes = [weights.numel() for weights in self.token_weights]
         count = min(LANES, len(sizes))
         loads, lanes = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
-        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the largest first, to where there is least
+        for index in sorted(
+            range(len(sizes)), key=lambda i: -sizes[i]
+        ):  # the largest first, to where there is least
             least = loads.index(min(loads))
             lanes[least].append(index)
             loads[least] += sizes[index]

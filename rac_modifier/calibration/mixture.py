@@ -26,7 +26,12 @@ class CalibrationSequence:
 
     def cut(self, length: int) -> CalibrationSequence:
         """The first `length` tokens."""
-        return replace(self, ids=self.ids[:length], prompt_tokens=min(self.prompt_tokens, length), finished=False)
+        return replace(
+            self,
+            ids=self.ids[:length],
+            prompt_tokens=min(self.prompt_tokens, length),
+            finished=False,
+        )
 
     def weights(self, settings: CalibrationSettings) -> list[float]:
         """The weight of each token in the Hessian; tokens of generic text weigh as much as those of traces."""
@@ -61,7 +66,11 @@ class Composition:
     @property
     def unfinished_share(self) -> float:
         """Of the traces, those that hit the cap of sampling; 0 without traces."""
-        traces = sum(part["sequences"] for key, part in self.parts.items() if Part.parse(key).kind == "traces")
+        traces = sum(
+            part["sequences"]
+            for key, part in self.parts.items()
+            if Part.parse(key).kind == "traces"
+        )
         return self.unfinished_traces / traces if traces else 0.0
 
     def as_dict(self) -> dict[str, int | dict[str, dict[str, int]]]:
@@ -72,7 +81,11 @@ class Composition:
         """One sentence for the log."""
         parts = ""
         if len(self.parts) > 1:
-            parts = " (" + ", ".join(f"{part['tokens']:,} {name}" for name, part in self.parts.items()) + ")"
+            parts = (
+                " ("
+                + ", ".join(f"{part['tokens']:,} {name}" for name, part in self.parts.items())
+                + ")"
+            )
         return (
             f"calibrating on {self.tokens:,} tokens in {self.sequences:,} sequences{parts}: "
             f"{self.trace_tokens:,} of chain of thought, {self.prompt_tokens:,} of prompts, "
@@ -81,7 +94,9 @@ class Composition:
         )
 
 
-def trace_sequence(trace: Trace, answer_start: int | None = None, weight: float = 1.0) -> CalibrationSequence:
+def trace_sequence(
+    trace: Trace, answer_start: int | None = None, weight: float = 1.0
+) -> CalibrationSequence:
     """Prompt and completion as one sequence, the ids exactly as they were generated."""
     ids = (*trace.prompt_ids, *trace.completion_ids)
     return CalibrationSequence(
@@ -135,7 +150,9 @@ def mix(
     return chosen, replace(compose(chosen, truncated, unfinished), parts=counts)
 
 
-def compose(sequences: list[CalibrationSequence], truncated: int = 0, unfinished: int = 0) -> Composition:
+def compose(
+    sequences: list[CalibrationSequence], truncated: int = 0, unfinished: int = 0
+) -> Composition:
     """Count the tokens and sequences of each kind."""
     generic = sum(len(s.ids) for s in sequences if s.kind == "generic")
     prompt = sum(s.prompt_tokens for s in sequences if s.kind != "generic")

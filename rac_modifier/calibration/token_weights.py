@@ -11,7 +11,9 @@ from rac_modifier.traces.records import Trace
 Weighting = Callable[[Trace], float]
 
 
-def find_weighting(weighting: str | Weighting, is_right: Callable[[Trace], bool]) -> Weighting | None:
+def find_weighting(
+    weighting: str | Weighting, is_right: Callable[[Trace], bool]
+) -> Weighting | None:
     """The function that gives each trace its factor; None where the factor is 1 for all.
 
     Args:
@@ -51,5 +53,7 @@ def mean_one_factor(weights: list[tuple[float, int]]) -> float:
     """
     total = sum(weight * tokens for weight, tokens in weights)
     if total == 0:
-        raise RacError("every trace of the calibration set weighs 0, so none would count; set another trace_weighting")
+        raise RacError(
+            "every trace of the calibration set weighs 0, so none would count; set another trace_weighting"
+        )
     return sum(tokens for _, tokens in weights) / total

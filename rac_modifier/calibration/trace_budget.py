@@ -25,7 +25,9 @@ _SERVE = (
     "fill the trace store with a server first, which can divide the model over several devices (rac traces collect MODEL "
     "--recipe RECIPE --serve), and start this run again; or name servers in traces.engine"
 )
-_GROWTH = 4.0  # most growth of what a selection judges, from one check to the next, beyond what is wanted
+_GROWTH = (
+    4.0  # most growth of what a selection judges, from one check to the next, beyond what is wanted
+)
 
 
 def collect_for_calibration(
@@ -46,12 +48,24 @@ def collect_for_calibration(
     """
     parts = calibration.parts("traces")
     if not parts:
-        raise RacError(f"the mixture {calibration.mixture} gives traces no share, so there is nothing to collect")
-    settings = {part: traces.named(part.name) for part in parts}  # an unknown name is an error before any sampling
+        raise RacError(
+            f"the mixture {calibration.mixture} gives traces no share, so there is nothing to collect"
+        )
+    settings = {
+        part: traces.named(part.name) for part in parts
+    }  # an unknown name is an error before any sampling
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     return {
         part.key: collect_part(
-            model, tokenizer, part, settings[part], calibration, budgets[part.key], progress, reserved_tokens, processes
+            model,
+            tokenizer,
+            part,
+            settings[part],
+            calibration,
+            budgets[part.key],
+            progress,
+            reserved_tokens,
+            processes,
         )
         for part in parts
     }
@@ -83,7 +97,9 @@ def collect_part(
     while True:
         try:
             samples = _samples_here(model, traces, tokens)
-            with on_accelerator(samples, _SERVE) if samples is not None else contextlib.nullcontext():
+            with (
+                on_accelerator(samples, _SERVE) if samples is not None else contextlib.nullcontext()
+            ):
                 store = collect_traces(
                     model,
                     tokenizer,
@@ -107,14 +123,18 @@ def collect_part(
             selected = f". For {part.key}, traces.select {pool.selection.describe()}, {usable:,} tokens of {wanted:,}"
         if usable >= wanted:
             if pool.repeated_tokens:
-                logger.info(f"{part.key}: {pool.repeated_tokens:,} tokens of tails that repeat are left out")
+                logger.info(
+                    f"{part.key}: {pool.repeated_tokens:,} tokens of tails that repeat are left out"
+                )
             return pool
         _check_hopeful(pool, part, traces.select.least_share)
         retry_failed = False  # once per run is enough
         tokens = max(store.counts.tokens + 1, _store_tokens(pool, wanted, held_out + reserved))
 
 
-def _samples_here(model: PreTrainedModel | ModelIdentity, traces: TraceSettings, tokens: int) -> PreTrainedModel | None:
+def _samples_here(
+    model: PreTrainedModel | ModelIdentity, traces: TraceSettings, tokens: int
+) -> PreTrainedModel | None:
     """The model, where it has to be on an accelerator because it samples in this process.
 
     None where servers sample, where the store holds `tokens` already, and without an accelerator.

@@ -37,7 +37,9 @@ class HoldOut:
         problems: set[str] = set()
         count = 0
         for trace in traces:
-            enough = count >= self._tokens and (len(problems) >= _HELD_OUT_PROBLEMS or not self._tokens)
+            enough = count >= self._tokens and (
+                len(problems) >= _HELD_OUT_PROBLEMS or not self._tokens
+            )
             if enough and trace.problem_id not in problems:
                 yield trace
                 continue
@@ -75,7 +77,9 @@ class TracePool:
         hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
         self.repeated_tokens = store.counts.tokens
         for trace in select(
-            reserve.others(hold_out.others(self._counted(as_used(store, settings)))), self.selection, judge
+            reserve.others(hold_out.others(self._counted(as_used(store, settings)))),
+            self.selection,
+            judge,
         ):
             self.lengths.append(trace.tokens)
             self._ids.append(trace.id)

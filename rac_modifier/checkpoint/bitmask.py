@@ -17,7 +17,14 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.int8,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 # Weights per chunk of rows; each is expanded to a byte, and for a moment to an int64.
 _CHUNK = 1 << 20
@@ -89,7 +96,9 @@ def pack_unstructured(weight: Tensor, name: str = "weight") -> dict[str, Tensor]
     compressed = torch.empty(int(ends[-1]), dtype=weight.dtype, device=weight.device)
     for part in row_chunks(rows, columns):
         values = _as_integers(weight[part])
-        _as_integers(compressed)[int(starts[part.start]) : int(ends[part.stop - 1])] = values[values != 0]
+        _as_integers(compressed)[int(starts[part.start]) : int(ends[part.stop - 1])] = values[
+            values != 0
+        ]
     shape = torch.tensor([rows, columns], dtype=torch.int64)
     return {"compressed": compressed, "bitmask": bitmask, "row_offsets": starts, "shape": shape}
 
@@ -210,7 +219,9 @@ def _check_weight(weight: Tensor, name: str) -> tuple[int, int]:
 def part_of(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor:
     """The tensor `name.part`, or the error that it is missing."""
     if part not in tensors:
-        raise RacError(f"{name}.{part}: missing from the checkpoint; copy or save the checkpoint again")
+        raise RacError(
+            f"{name}.{part}: missing from the checkpoint; copy or save the checkpoint again"
+        )
     return tensors[part]
 
 
@@ -226,13 +237,20 @@ def check_mask(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, int, i
             f"{name}.shape: {shape.dtype} {list(shape.shape)} instead of two int64; the checkpoint is damaged"
         )
     rows, columns = shape.flatten().tolist()
-    if bitmask.dtype != torch.uint8 or rows < 1 or columns < 1 or tuple(bitmask.shape) != (rows, -(-columns // 8)):
+    if (
+        bitmask.dtype != torch.uint8
+        or rows < 1
+        or columns < 1
+        or tuple(bitmask.shape) != (rows, -(-columns // 8))
+    ):
         raise RacError(
             f"{name}.bitmask: {bitmask.dtype} {list(bitmask.shape)} is no uint8 bitmask of a weight [{rows}, {columns}], "
             f"the size in {name}.shape; the checkpoint is damaged"
         )
     if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
-        raise RacError(f"{name}.bitmask: bits are set beyond column {columns}; the checkpoint is damaged")
+        raise RacError(
+            f"{name}.bitmask: bits are set beyond column {columns}; the checkpoint is damaged"
+        )
     return bitmask, rows, columns
 
 

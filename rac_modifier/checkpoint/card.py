@@ -24,7 +24,9 @@ _COUNTS = (
 )
 
 
-def model_card(record: Mapping[str, Any], license: License | None = None, packed: bool = True) -> str:
+def model_card(
+    record: Mapping[str, Any], license: License | None = None, packed: bool = True
+) -> str:
     """Markdown with front matter for a run record; what is not in the record is called "not recorded", never guessed.
 
     Args:
@@ -35,7 +37,9 @@ def model_card(record: Mapping[str, Any], license: License | None = None, packed
     license = license or License()
     base = record.get("base_model")
     done = " and ".join(
-        word for word, key in (("pruned", "pattern"), ("quantized", "quantization")) if record.get(key) is not None
+        word
+        for word, key in (("pruned", "pattern"), ("quantized", "quantization"))
+        if record.get(key) is not None
     )
     done = done or "compressed"
     title = f"{base} {done}" if base else f"A {done} language model"
@@ -49,7 +53,8 @@ def model_card(record: Mapping[str, Any], license: License | None = None, packed
         _layers(record),
         "## What is measured",
         divergence_sentence(
-            record.get("divergence"), "that the base model generated and that were not used for calibration"
+            record.get("divergence"),
+            "that the base model generated and that were not used for calibration",
         ),
         "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking length and speed are **not** "
         "measured during compression: before use, evaluate this model and its base model at the same token limit.",
@@ -61,8 +66,12 @@ def model_card(record: Mapping[str, Any], license: License | None = None, packed
 
 def how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
     """The sections of a card that have the commands for loading and serving. `schemes`: the record's, of quantized weights."""
-    few = sorted({found[0] for scheme in schemes if not packed and (found := _FEW_BITS.search(scheme))})
-    first = "import rac_modifier  # lets transformers read packed sparse weights\n" if packed else ""
+    few = sorted(
+        {found[0] for scheme in schemes if not packed and (found := _FEW_BITS.search(scheme))}
+    )
+    first = (
+        "import rac_modifier  # lets transformers read packed sparse weights\n" if packed else ""
+    )
     load = (
         f"```python\n{first}from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto")\n```'
@@ -78,9 +87,7 @@ def how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
         serve += "rac_modifier must be installed beside vLLM: its plugin reads the packed weights. `rac inspect` shows which "
         serve += "layers run on sparse kernels."
     elif few:
-        serve += (
-            f"rac_modifier must be installed beside vLLM, which has no kernel for {' or '.join(few)} weights on a CPU."
-        )
+        serve += f"rac_modifier must be installed beside vLLM, which has no kernel for {' or '.join(few)} weights on a CPU."
     else:
         serve += "The weights are stored dense, so stock vLLM serves them."
     return f"## Load\n\n{load}\n\n## Serve\n\n{serve}"
@@ -90,7 +97,9 @@ def _front_matter(record: Mapping[str, Any], license: License) -> str:
     tags = ["quantized"] if record.get("quantization") else []
     tags += ["pruned", "sparse"] if record.get("pattern") or not tags else []
     return card_data(
-        record.get("base_model"), license, [*tags, "reasoning", "rac", "llm-compressor", "compressed-tensors"]
+        record.get("base_model"),
+        license,
+        [*tags, "reasoning", "rac", "llm-compressor", "compressed-tensors"],
     )
 
 
@@ -124,7 +133,11 @@ def _facts(record: Mapping[str, Any], license: License) -> str:
         ("Base model", record.get("base_model")),
         ("License", license.describe()),
         *([("Pattern", record.get("pattern"))] if _is_pruned(record) else []),
-        *([("Quantization", "; ".join(map(str, schemes)))] if (schemes := record.get("quantization")) else []),
+        *(
+            [("Quantization", "; ".join(map(str, schemes)))]
+            if (schemes := record.get("quantization"))
+            else []
+        ),
         ("Solver", record.get("method")),
         ("Calibration", _calibration(calibration) if isinstance(calibration, Mapping) else None),
     ]
@@ -154,10 +167,18 @@ def _store(store: Mapping[str, Any]) -> str:
 def _calibration(counts: Mapping[str, Any]) -> str:
     known = [f"{number(counts[key])} {words}" for key, words in _COUNTS if key in counts]
     named = {"parts", *(key for key, _ in _COUNTS)}
-    known += [f"{number(value)} {key.replace('_', ' ')}" for key, value in counts.items() if key not in named]
+    known += [
+        f"{number(value)} {key.replace('_', ' ')}"
+        for key, value in counts.items()
+        if key not in named
+    ]
     parts = counts.get("parts")
     if isinstance(parts, Mapping) and len(parts) > 1:
-        tokens = (f"{name} {number(part.get('tokens'))}" for name, part in parts.items() if isinstance(part, Mapping))
+        tokens = (
+            f"{name} {number(part.get('tokens'))}"
+            for name, part in parts.items()
+            if isinstance(part, Mapping)
+        )
         known.append(f"by part: {', '.join(tokens)} tokens")
     return "; ".join(known)
 
@@ -186,7 +207,9 @@ def _layers(record: Mapping[str, Any]) -> str:
     measured = [module for module in modules if is_number(module.get("relative_error"))]
     worst = sorted(measured, key=lambda module: -module["relative_error"])[:5]
     if worst:
-        rows = "\n".join(f"| `{module.get('name', '?')}` | {module['relative_error']:.4g} |" for module in worst)
+        rows = "\n".join(
+            f"| `{module.get('name', '?')}` | {module['relative_error']:.4g} |" for module in worst
+        )
         text += "\n\nLargest relative errors of the outputs on the calibration tokens:\n\n"
         text += f"| module | error |\n|---|---|\n{rows}"
     return text + "\n\nAll modules are in `rac_run.json`."
@@ -202,7 +225,11 @@ def versions(record: Mapping[str, Any]) -> str:
     found = record.get("versions")
     if not isinstance(found, Mapping):
         return ""
-    return "Made with " + ", ".join(f"{name} {value}" for name, value in found.items() if value is not None) + "."
+    return (
+        "Made with "
+        + ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
+        + "."
+    )
 
 
 def _cell(value: Any) -> str:

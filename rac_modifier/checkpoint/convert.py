@@ -69,8 +69,12 @@ def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
     config = read_json(plan.folder / CONFIG_FILE)
 
     def write(files: TensorFiles, new: NewFiles) -> tuple[dict[str, Any], list[str]]:
-        convert: Callable[[Tensor], Tensor] = detect.without_negative_zeros if plan.drop_negative_zeros else _same
-        summary, changed = write_packed(files, config, plan.structures, plan.ignore, plan.format or "", new, convert)
+        convert: Callable[[Tensor], Tensor] = (
+            detect.without_negative_zeros if plan.drop_negative_zeros else _same
+        )
+        summary, changed = write_packed(
+            files, config, plan.structures, plan.ignore, plan.format or "", new, convert
+        )
         record = _record(plan.folder) or {
             "base_model": base_model,
             "packing": _figures(summary, plan),
@@ -103,7 +107,9 @@ def unpack_model(source: str | Path, out: str | Path) -> UnpackSummary:
         summary, changed = _write_unpacked(files, format, in_words, new)
         new.write_json(CONFIG_FILE, with_dense_mark(config, recorded_structures(config)))
         if (record := _record(source)) is not None:
-            new.write_json(RUN_RECORD_NAME, {key: value for key, value in record.items() if key != "packing"})
+            new.write_json(
+                RUN_RECORD_NAME, {key: value for key, value in record.items() if key != "packing"}
+            )
             write_text_atomic(new.path(CARD_NAME), unpacked_card(record, source))
             changed += [RUN_RECORD_NAME, CARD_NAME]
         return asdict(summary), changed
@@ -111,7 +117,9 @@ def unpack_model(source: str | Path, out: str | Path) -> UnpackSummary:
     if format is None:
         with TensorFiles(source) as files:
             check_packed(files, None)  # weights that are packed although config.json lost its entry
-        raise RacError(f"{source}: is not packed, so stock loaders read it as it is; nothing to unpack")
+        raise RacError(
+            f"{source}: is not packed, so stock loaders read it as it is; nothing to unpack"
+        )
     return _rewrite("unpack", source, out, write, _unpack_summary_from)
 
 
@@ -121,7 +129,9 @@ def left_out(source: Path) -> list[str]:
         used = set(files.where.values())
     copied = {path.name for path in _others(source)}
     known = {*used, *copied, INDEX_FILE, CONFIG_FILE, RUN_RECORD_NAME, CARD_NAME}
-    return sorted(path.name for path in source.iterdir() if path.name not in known and path.name[0] != ".")
+    return sorted(
+        path.name for path in source.iterdir() if path.name not in known and path.name[0] != "."
+    )
 
 
 def _rewrite(
@@ -133,13 +143,19 @@ def _rewrite(
 ) -> Any:
     job = f"{kind} {source.resolve()}"
     with TensorFiles(source) as files:
-        need = sum((source / file).stat().st_size for file in set(files.where.values())) if kind == "pack" else 0
+        need = (
+            sum((source / file).stat().st_size for file in set(files.where.values()))
+            if kind == "pack"
+            else 0
+        )
         if not (out / JOURNAL_FILE).exists():
             check_output_folder(out, source, need + _ROOM)
         with NewFiles(out, create=True) as new:
             if (finished := new.finish(job, parse)) is not None:
                 return finished
-            check_output_folder(out, source, need + _ROOM)  # once more: another process may have filled it meanwhile
+            check_output_folder(
+                out, source, need + _ROOM
+            )  # once more: another process may have filled it meanwhile
             try:
                 summary, changed = write(files, new)
                 names = _copy_others(files, new, changed)
@@ -184,11 +200,15 @@ def _write_unpacked(
     where: dict[str, str] = {}
     modules: list[str] = []
     packed_bytes = dense_bytes = 0
-    packed = {f"{module}.{part}" for module in packed_modules(files.where) for part in PARTS[format]}
+    packed = {
+        f"{module}.{part}" for module in packed_modules(files.where) for part in PARTS[format]
+    }
     for file in sorted(set(files.where.values())):
         names = sorted(name for name, holder in files.where.items() if holder == file)
         tensors = {name: files.tensor(name) for name in names if name not in packed}
-        for module in (name.removesuffix(".compressed") for name in names if name.endswith(".compressed")):
+        for module in (
+            name.removesuffix(".compressed") for name in names if name.endswith(".compressed")
+        ):
             parts = {part: files.tensor(f"{module}.{part}") for part in PARTS[format]}
             dense = _dense(parts, format, module, module in in_words)
             packed_bytes += sum(files.nbytes(f"{module}.{part}") for part in PARTS[format])
@@ -205,7 +225,9 @@ def _write_unpacked(
     return UnpackSummary(tuple(sorted(modules)), packed_bytes, dense_bytes), changed
 
 
-def _dense(parts: Mapping[str, Tensor], format: str, module: str, in_words: bool) -> dict[str, Tensor]:
+def _dense(
+    parts: Mapping[str, Tensor], format: str, module: str, in_words: bool
+) -> dict[str, Tensor]:
     weight = unpack(parts, format, module)
     if not in_words:
         return {f"{module}.weight": weight}
@@ -223,7 +245,9 @@ def _figures(summary: PackSummary, plan: PackPlan) -> dict[str, Any]:
     structures = [module.structure for module in summary.modules]
     return {
         "format": summary.format,
-        "modules": {structure: structures.count(structure) for structure in sorted(set(structures))},
+        "modules": {
+            structure: structures.count(structure) for structure in sorted(set(structures))
+        },
         "sparsity": summary.global_sparsity,
         "dense_bytes": summary.dense_bytes,
         "packed_bytes": summary.packed_bytes,

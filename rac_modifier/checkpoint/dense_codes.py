@@ -27,7 +27,11 @@ OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)
 
 
 def check_codes(
-    tensors: Mapping[str, Tensor], name: str, group: int | None = None, symmetric: bool = True, bits: int = 4
+    tensors: Mapping[str, Tensor],
+    name: str,
+    group: int | None = None,
+    symmetric: bool = True,
+    bits: int = 4,
 ) -> StoredWeight:
     """Check the tensors of a dense weight of 2, 3 or 4 `bits` as untrusted input, and return it with every value stored.
 
@@ -55,14 +59,18 @@ def check_codes(
         )
     if not symmetric:
         zeros = (
-            _unpacked(part_of(tensors, name, ZEROS), groups, rows, f"{name}.{ZEROS}", bits, along=0).t().contiguous()
+            _unpacked(part_of(tensors, name, ZEROS), groups, rows, f"{name}.{ZEROS}", bits, along=0)
+            .t()
+            .contiguous()
         )
         codes.view(rows, groups, -1).sub_(zeros[:, :, None])
         zeros = (zeros + (1 << (bits - 1))).to(torch.uint8)
     return replace(all_stored(codes, name), scale=scale, bits=bits, zeros=zeros)
 
 
-def why_not_codes(kind: str, bits: int, strategy: str, format: str | None, *, activations: bool) -> str | None:
+def why_not_codes(
+    kind: str, bits: int, strategy: str, format: str | None, *, activations: bool
+) -> str | None:
     """Why no kernel reads dense weights of a scheme; None where one does.
 
     `kind` int or float; `strategy`: what shares a scale; `activations`: whether the scheme quantizes these too.
@@ -106,7 +114,9 @@ def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = Non
     return replace(all_stored(values, name), scale=_check_groups(tensors, values, name, group))
 
 
-def _check_groups(tensors: Mapping[str, Tensor], codes: Tensor, name: str, group: int | None) -> Tensor:
+def _check_groups(
+    tensors: Mapping[str, Tensor], codes: Tensor, name: str, group: int | None
+) -> Tensor:
     """The scales float32 [N, K / group] of codes [N, K]; `group` None: [N, 1]."""
     rows, columns = codes.shape
     scale = check_scale(tensors, codes.dtype, rows, columns, name)
@@ -124,7 +134,11 @@ def _check_groups(tensors: Mapping[str, Tensor], codes: Tensor, name: str, group
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """N and K; both are compared with the other parts before anything is sized by them."""
     shape = part_of(tensors, name, WORDS_SHAPE)
-    if shape.dtype not in (torch.int64, torch.int32) or shape.shape != (2,) or bool((shape < 1).any()):
+    if (
+        shape.dtype not in (torch.int64, torch.int32)
+        or shape.shape != (2,)
+        or bool((shape < 1).any())
+    ):
         raise RacError(
             f"{name}.{WORDS_SHAPE}: {shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix; the checkpoint is "
             "damaged, copy it again"
@@ -132,7 +146,9 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def _unpacked(words: Tensor, lines: int, count: int, name: str, bits: int, along: int = 1) -> Tensor:
+def _unpacked(
+    words: Tensor, lines: int, count: int, name: str, bits: int, along: int = 1
+) -> Tensor:
     """The codes minus 2^(bits-1), int8 [lines, count], of matrix `words`, whose dimension `along` is packed."""
     if words.dim() != 2 or words.shape[1 - along] != lines:
         raise RacError(

@@ -13,10 +13,10 @@ from rac_modifier.checkpoint.formats import UNSTRUCTURED
 
 _GROUPS = (4, 8, 16)  # the M of N:M, each twice the one before
 _STEP = 1 / 16  # a larger M is stated only where it prunes at least so much more
-_LEAST_SHARE = (
-    0.8  # of all zeros: with fewer of them in the pattern, it is what a broken pattern of smaller groups leaves
+_LEAST_SHARE = 0.8  # of all zeros: with fewer of them in the pattern, it is what a broken pattern of smaller groups leaves
+_LEAST_BROKEN = (
+    20  # groups that zeros at random places would break, for a pattern to be more than chance
 )
-_LEAST_BROKEN = 20  # groups that zeros at random places would break, for a pattern to be more than chance
 _CHUNK = 1 << 22  # elements
 
 
@@ -38,7 +38,9 @@ def find_structure(weight: Tensor) -> str:
             least[m] = min(least[m], int(counts.min()))
     best, share = UNSTRUCTURED, -_STEP
     for m, n in least.items():
-        stronger = 0 < n < m and n / m >= share + _STEP and n / m >= _LEAST_SHARE * zeros / weight.numel()
+        stronger = (
+            0 < n < m and n / m >= share + _STEP and n / m >= _LEAST_SHARE * zeros / weight.numel()
+        )
         if stronger and _broken_by_chance(zeros, weight.numel(), n, m) >= _LEAST_BROKEN:
             best, share = f"{n}:{m}", n / m
     return best

@@ -69,7 +69,9 @@ class TensorFiles:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise RacError(f"{self.folder}: no such folder; give the folder of a saved model (download it first)")
+            raise RacError(
+                f"{self.folder}: no such folder; give the folder of a saved model (download it first)"
+            )
         if (self.folder / JOURNAL_FILE).exists():
             raise RacError(
                 f"{self.folder}: packing was cut off half way; run the packing of this folder again to finish it"
@@ -105,7 +107,9 @@ class TensorFiles:
     def _names_in(self, file: str) -> list[str]:
         try:
             # safetensors checks the header: lengths, offsets, and that they cover the file
-            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            self._open[file] = self._stack.enter_context(
+                safe_open(self.folder / file, framework="pt")
+            )
             self._places[file] = _read_places(self.folder / file)
             return list(self._open[file].keys())
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -117,7 +121,10 @@ class TensorFiles:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -143,11 +150,15 @@ class TensorFiles:
         path = self.folder / self.where[name]
         try:
             if place.count != math.prod(place.shape) * dtype.itemsize:
-                raise ValueError(f"{place.count} bytes do not hold {list(place.shape)} of {place.dtype}")
+                raise ValueError(
+                    f"{place.count} bytes do not hold {list(place.shape)} of {place.dtype}"
+                )
             data = torch.empty(place.count, dtype=torch.uint8)
             _read_into(data, path, place.first)
         except (OSError, ValueError) as error:
-            raise RacError(f"{name}: cannot be read from {path} ({error}); copy the model again") from error
+            raise RacError(
+                f"{name}: cannot be read from {path} ({error}); copy the model again"
+            ) from error
         return data.view(dtype).view(place.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -194,7 +205,9 @@ class TensorFiles:
         if name not in self.where:
             raise RacError(f"{name}: not in {self.folder}; copy or save the model again")
         if not self._open:
-            raise RacError(f"{name}: cannot be read any more, since {self.folder} was closed; open it again")
+            raise RacError(
+                f"{name}: cannot be read any more, since {self.folder} was closed; open it again"
+            )
         return self._places[self.where[name]][name]
 
 
@@ -207,7 +220,9 @@ def _read_places(path: Path) -> dict[str, _Place]:
     for name, entry in header.items():
         if name != "__metadata__":
             first, end = entry["data_offsets"]
-            places[name] = _Place(entry["dtype"], tuple(entry["shape"]), 8 + length + first, end - first)
+            places[name] = _Place(
+                entry["dtype"], tuple(entry["shape"]), 8 + length + first, end - first
+            )
     return places
 
 

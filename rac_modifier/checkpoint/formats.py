@@ -59,7 +59,9 @@ def pack(weight: Tensor, format: str, name: str, bits: int | None = None) -> dic
 def unpack(tensors: Mapping[str, Tensor], format: str, name: str) -> Tensor:
     """The dense weight [N, K] from the tensors of `PARTS[format]`; 4-bit values are returned as int8."""
     tensors = with_values(tensors, format, name)
-    return (bitmask.unpack_24 if format == FORMAT_24 else bitmask.unpack_unstructured)(tensors, name)
+    return (bitmask.unpack_24 if format == FORMAT_24 else bitmask.unpack_unstructured)(
+        tensors, name
+    )
 
 
 def with_values(tensors: Mapping[str, Tensor], format: str, name: str) -> Mapping[str, Tensor]:

@@ -75,16 +75,23 @@ def check_gptq(
             f"different numbers from them; save the model in format {GPTQ_V2} (checkpoint_format), or symmetric"
         )
     elif format == GPTQ_V1:
-        zeros = _added(zeros, bits)  # by words: a borrow between codes, which GPTQModel writes, is undone too
+        zeros = _added(
+            zeros, bits
+        )  # by words: a borrow between codes, which GPTQModel writes, is undone too
     if reordered and groups > 1:
         part_of(tensors, name, ORDER)
     order = _order(tensors, name, columns, groups)
     if order is not None:
         codes = codes[:, order]
-    return Ordered(_weight(codes, scale, None if symmetric else unpack_words(zeros, bits, rows), bits, name), order)
+    return Ordered(
+        _weight(codes, scale, None if symmetric else unpack_words(zeros, bits, rows), bits, name),
+        order,
+    )
 
 
-def check_awq(tensors: Mapping[str, Tensor], name: str, group: int | None, symmetric: bool) -> Ordered:
+def check_awq(
+    tensors: Mapping[str, Tensor], name: str, group: int | None, symmetric: bool
+) -> Ordered:
     """Check the tensors of an AWQ weight of version gemm as untrusted input, and return it with every value stored.
 
     `tensors`: `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales` [K / group, N]. `group` None: one scale per
@@ -94,7 +101,9 @@ def check_awq(tensors: Mapping[str, Tensor], name: str, group: int | None, symme
         RacError: as `check_gptq`.
     """
     if ORDER in tensors:
-        raise RacError(f"{name}.{ORDER}: AWQ does not reorder columns, so this is another format; {_RESTORE}")
+        raise RacError(
+            f"{name}.{ORDER}: AWQ does not reorder columns, so this is another format; {_RESTORE}"
+        )
     words = _matrix(tensors, name, WORDS)
     columns, rows = len(words), words.shape[1] * 8
     groups = _groups(columns, group, f"{name}.{WORDS}")
@@ -103,11 +112,15 @@ def check_awq(tensors: Mapping[str, Tensor], name: str, group: int | None, symme
     _fits(zeros, [groups, rows // 8], f"{name}.{ZEROS}", rows, columns)
     codes, code_of_zero = _in_order(words), _in_order(zeros)
     if symmetric and bool((code_of_zero != 0).any()):
-        raise RacError(f"{name}.{ZEROS}: not all 8, but config.json says zero_point: false; {_RESTORE}")
+        raise RacError(
+            f"{name}.{ZEROS}: not all 8, but config.json says zero_point: false; {_RESTORE}"
+        )
     return Ordered(_weight(codes.t(), scale, None if symmetric else code_of_zero, 4, name), None)
 
 
-def _weight(codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, name: str) -> StoredWeight:
+def _weight(
+    codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, name: str
+) -> StoredWeight:
     """From `codes` int8 [N, K] and `zeros` int8 [K / group, N], both minus 2^(bits-1)."""
     codes = codes.contiguous()
     if zeros is not None:
@@ -137,7 +150,9 @@ def _fits(tensor: Tensor, shape: list[int], name: str, rows: int, columns: int) 
 def _groups(columns: int, group: int | None, name: str) -> int:
     """Groups of columns per row."""
     if group is not None and columns % group:
-        raise RacError(f"{name}: {columns} columns are no multiple of config.json's groups of {group}; {_RESTORE}")
+        raise RacError(
+            f"{name}: {columns} columns are no multiple of config.json's groups of {group}; {_RESTORE}"
+        )
     return 1 if group is None else columns // group
 
 
@@ -145,7 +160,9 @@ def _scales(tensors: Mapping[str, Tensor], name: str, groups: int, rows: int) ->
     """Float32 [N, K / group]."""
     scales = part_of(tensors, name, SCALES)
     if scales.dtype not in FLOATS or not bool(scales.isfinite().all()):
-        raise RacError(f"{name}.{SCALES}: {scales.dtype}, or not finite; the checkpoint is damaged, copy it again")
+        raise RacError(
+            f"{name}.{SCALES}: {scales.dtype}, or not finite; the checkpoint is damaged, copy it again"
+        )
     if list(scales.shape) != [groups, rows]:
         raise RacError(
             f"{name}.{SCALES}: shape {list(scales.shape)}, but its {rows} rows in {groups} groups have {[groups, rows]}; "
@@ -156,7 +173,9 @@ def _scales(tensors: Mapping[str, Tensor], name: str, groups: int, rows: int) ->
 
 def _added(zeros: Tensor, bits: int) -> Tensor:
     """Words of format 1 in format 2, as GPTQModel converts them: whole words are added, modulo 2^32."""
-    added = torch.tensor([number - (number >> 31 << 32) for number in _ADDED[bits]], dtype=torch.int32)
+    added = torch.tensor(
+        [number - (number >> 31 << 32) for number in _ADDED[bits]], dtype=torch.int32
+    )
     return zeros + added.repeat(-(-zeros.shape[1] // len(added)))[: zeros.shape[1]]
 
 

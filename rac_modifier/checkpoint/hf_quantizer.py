@@ -29,7 +29,12 @@ from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.packed_names import check_packed
 from rac_modifier.checkpoint.quantization_config import weight_schemes
 from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, SparsityConfig
-from rac_modifier.checkpoint.weight_conversion import Unpack, conversions_for_saving, misfit, updated_conversions
+from rac_modifier.checkpoint.weight_conversion import (
+    Unpack,
+    conversions_for_saving,
+    misfit,
+    updated_conversions,
+)
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -83,7 +88,9 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
                 "packed weights are read from files: give from_pretrained a folder or a hub id, not a state_dict"
             )
         if getattr(model.config, "distributed_config", None) is not None:
-            raise RacError("packed weights cannot be sharded while they are loaded; save the model with storage: dense")
+            raise RacError(
+                "packed weights cannot be sharded while they are loaded; save the model with storage: dense"
+            )
         self._unpack = Unpack(self._sparsity.format, dtypes_to_load(model))
         groups = self.quantization_config.quantization_config
         schemes = weight_schemes(groups.model_dump(mode="json")) if groups is not None else ()
@@ -91,7 +98,9 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
             self._int32_modules = check_packed(files, self._sparsity.format, schemes)
             self._misfits = _misfits(files, model)
 
-    def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform]
+    ) -> list[WeightTransform]:
         """The model's conversions and those for packed weights.
 
         Raises:
@@ -134,8 +143,14 @@ def dtypes_to_load(model: PreTrainedModel) -> dict[str, torch.dtype]:
     assert isinstance(loaded_in, torch.dtype)
     if plan := model._get_dtype_plan(loaded_in):
         pattern, names, _ = build_glob_alternation(list(plan))
-        found = {name: pattern.search(name) for name, kept in dtypes.items() if kept.is_floating_point}
-        dtypes |= {name: plan[names[match.lastgroup or ""]] for name, match in found.items() if match is not None}
+        found = {
+            name: pattern.search(name) for name, kept in dtypes.items() if kept.is_floating_point
+        }
+        dtypes |= {
+            name: plan[names[match.lastgroup or ""]]
+            for name, match in found.items()
+            if match is not None
+        }
     return dtypes
 
 
@@ -144,7 +159,9 @@ def _misfits(files: TensorFiles, model: PreTrainedModel) -> dict[str, RacError]:
     return {
         name: misfit(name, files.shape(name), tensor.shape)
         for name, tensor in model.state_dict().items()
-        if name in files and name.endswith((".weight", ".bias")) and files.shape(name) != tuple(tensor.shape)
+        if name in files
+        and name.endswith((".weight", ".bias"))
+        and files.shape(name) != tuple(tensor.shape)
     }
 
 

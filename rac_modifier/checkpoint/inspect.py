@@ -28,7 +28,12 @@ from rac_modifier.checkpoint.quantization_config import (
     words_weight,
 )
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY, SparsityConfig, SparsityRecord
+from rac_modifier.checkpoint.sparsity_config import (
+    CONFIG_FILE,
+    QUANTIZATION_KEY,
+    SparsityConfig,
+    SparsityRecord,
+)
 from rac_modifier.checkpoint.stored_weight import count_broken_groups
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
@@ -95,14 +100,20 @@ class CheckpointReport:
     @property
     def sparse(self) -> tuple[ModuleRow, ...]:
         """The matrices that are packed or recorded as pruned."""
-        return tuple(row for row in self.modules if row.structure is not None or row.stored in PARTS)
+        return tuple(
+            row for row in self.modules if row.structure is not None or row.stored in PARTS
+        )
 
     @property
     def sparsity(self) -> float | None:
         """Share of zeros in the sparse matrices, None without any."""
         counted = [row for row in self.sparse if row.sparsity is not None]
         weights = sum(row.rows * row.columns for row in counted)
-        return sum((row.sparsity or 0.0) * row.rows * row.columns for row in counted) / weights if weights else None
+        return (
+            sum((row.sparsity or 0.0) * row.rows * row.columns for row in counted) / weights
+            if weights
+            else None
+        )
 
     @property
     def sound(self) -> bool:
@@ -135,15 +146,25 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     folder = Path(folder)
     parsed = read_json(folder / CONFIG_FILE)
     quantization = parsed.get(QUANTIZATION_KEY)
-    config = _Config(SparsityConfig.of(quantization), SparsityRecord.of(parsed), weight_schemes(quantization))
-    run_record = read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).exists() else None
+    config = _Config(
+        SparsityConfig.of(quantization), SparsityRecord.of(parsed), weight_schemes(quantization)
+    )
+    run_record = (
+        read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).exists() else None
+    )
     with TensorFiles(folder) as files:
         packed = packed_modules(files.where)
         # Where config.json lost its sparsity_config, row_offsets still tell the two layouts apart.
         offsets = any(f"{name}.row_offsets" in files for name in packed)
-        layout = config.sparsity.format if config.sparsity else FORMAT_BITMASK if offsets else FORMAT_24
+        layout = (
+            config.sparsity.format if config.sparsity else FORMAT_BITMASK if offsets else FORMAT_24
+        )
         rows = [_packed_row(files, name, layout, config) for name in packed]
-        rows += [_dense_row(files, name, config) for name in files.by_file() if _is_matrix(files, name, packed)]
+        rows += [
+            _dense_row(files, name, config)
+            for name in files.by_file()
+            if _is_matrix(files, name, packed)
+        ]
         parts = (*PARTS[FORMAT_BITMASK], "weight", WORDS, WORDS_SHAPE, *_SCALES)
         of_rows = {f"{row.name}.{part}" for row in rows for part in parts}
         other = sum(files.nbytes(name) for name in files.where if name not in of_rows)
@@ -167,13 +188,18 @@ def _bytes_of(files: TensorFiles, name: str, *parts: str) -> int:
 
 def _packed_row(files: TensorFiles, name: str, layout: str, config: _Config) -> ModuleRow:
     present = [part for part in PARTS[layout] if f"{name}.{part}" in files]
-    stored_bytes, scales = _bytes_of(files, name, *present, *_SCALES), _bytes_of(files, name, *_SCALES)
+    stored_bytes, scales = (
+        _bytes_of(files, name, *present, *_SCALES),
+        _bytes_of(files, name, *_SCALES),
+    )
     structure = config.record.modules.get(name, "2:4" if layout == FORMAT_24 else UNSTRUCTURED)
     try:
         weight = unpack({part: files.tensor(f"{name}.{part}") for part in present}, layout, name)
         ok, problem = _keeps(weight, structure, name)
     except RacError as error:
-        return ModuleRow(name, 0, 0, "?", layout, None, stored_bytes, 0, structure, None, None, str(error))
+        return ModuleRow(
+            name, 0, 0, "?", layout, None, stored_bytes, 0, structure, None, None, str(error)
+        )
     if config.sparsity is None:
         problem = "packed, but config.json has no sparsity_config"
     rows, columns = weight.shape
@@ -182,7 +208,18 @@ def _packed_row(files: TensorFiles, name: str, layout: str, config: _Config) -> 
     if dtype == "I32":
         dtype, dense_bytes = "I4", weight.nbytes // 2
     return ModuleRow(
-        name, rows, columns, dtype, layout, sparsity, stored_bytes, dense_bytes + scales, structure, ok, None, problem
+        name,
+        rows,
+        columns,
+        dtype,
+        layout,
+        sparsity,
+        stored_bytes,
+        dense_bytes + scales,
+        structure,
+        ok,
+        None,
+        problem,
     )
 
 
@@ -223,7 +260,8 @@ def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleR
         reason=_why_dense(name, structure, sparsity, embedding, part, weight is not None, config),
         problem=problem,
         # A tied embedding is also the output matrix, which every step reads whole.
-        read_per_token=not embedding or not {"lm_head.weight", "lm_head.compressed"} & files.where.keys(),
+        read_per_token=not embedding
+        or not {"lm_head.weight", "lm_head.compressed"} & files.where.keys(),
     )
 
 
@@ -238,7 +276,11 @@ def _why_dense(
 ) -> str:
     if structure is not None:
         stored_dense = config.record.storage == "dense"
-        return "pruned, stored dense so that stock loaders read it" if stored_dense else "pruned, but not packed"
+        return (
+            "pruned, stored dense so that stock loaders read it"
+            if stored_dense
+            else "pruned, but not packed"
+        )
     if embedding:
         return "an embedding, never pruned"
     if not countable:

@@ -25,12 +25,18 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
         RacError: another dtype, another number of bits, or a value that does not fit it.
     """
     if bits not in BITS:
-        raise RacError(f"{bits} bits per value cannot be packed sparse; quantize to {' or '.join(map(str, BITS))} bits")
+        raise RacError(
+            f"{bits} bits per value cannot be packed sparse; quantize to {' or '.join(map(str, BITS))} bits"
+        )
     if values.dtype != torch.int8:
-        raise RacError(f"values of {values.dtype} cannot be packed into int32 words; quantized values must be int8")
+        raise RacError(
+            f"values of {values.dtype} cannot be packed into int32 words; quantized values must be int8"
+        )
     limit = 1 << (bits - 1)
     if bits < 8 and values.numel() and (int(values.min()) < -limit or int(values.max()) >= limit):
-        raise RacError(f"a value outside [{-limit}, {limit - 1}] does not fit {bits} bits; save the model again")
+        raise RacError(
+            f"a value outside [{-limit}, {limit - 1}] does not fit {bits} bits; save the model again"
+        )
     count = values.shape[-1]
     padded = torch.nn.functional.pad(values, (0, word_count(count, bits) * 32 // bits - count))
     lifted = (padded.to(torch.int16) + limit).to(torch.uint8)
@@ -46,7 +52,9 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
         RacError: another dtype, another number of bits, or not the number of words that `count` values take.
     """
     if bits not in _READ:
-        raise RacError(f"words of {bits}-bit values are not read here; those of {', '.join(map(str, _READ))} bits are")
+        raise RacError(
+            f"words of {bits}-bit values are not read here; those of {', '.join(map(str, _READ))} bits are"
+        )
     whole = -(-count // (32 // bits))  # words, if no value is in two
     if bits == 3 and words.dim() and words.shape[-1] == whole != word_count(count, bits):
         raise RacError(
@@ -63,10 +71,18 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     if bits == 3:  # eight values in three bytes
         lifted = torch.nn.functional.pad(lifted, (0, -lifted.shape[-1] % 3))
         a, b, c = lifted[..., ::3], lifted[..., 1::3], lifted[..., 2::3]
-        lifted = torch.stack([a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5], dim=-1) & 7
+        lifted = (
+            torch.stack(
+                [a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5],
+                dim=-1,
+            )
+            & 7
+        )
         lifted = lifted.flatten(-2)
     elif bits < 8:
-        lifted = torch.stack([lifted >> at for at in range(0, 8, bits)], dim=-1).flatten(-2) & ((1 << bits) - 1)
+        lifted = torch.stack([lifted >> at for at in range(0, 8, bits)], dim=-1).flatten(-2) & (
+            (1 << bits) - 1
+        )
     limit = 1 << (bits - 1)
     return (lifted[..., :count].to(torch.int16) - limit).to(torch.int8)
 

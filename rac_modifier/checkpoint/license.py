@@ -37,7 +37,9 @@ def license_of(model: str | Path) -> License:
     """What the card of a model says, or its config.json; read from its folder or the hub's cache, never from the network."""
     card = front_matter(_text(model, CARD_NAME))
     if isinstance(card.get("license"), str):
-        return License(card["license"], *(_optional(card, f"license_{key}") for key in ("name", "link")))
+        return License(
+            card["license"], *(_optional(card, f"license_{key}") for key in ("name", "link"))
+        )
     try:
         config = json.loads(_text(model, CONFIG_FILE) or "{}")
     except ValueError:  # another reader reports that

@@ -21,7 +21,9 @@ _MISMATCHES = (
 )
 
 
-def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+def load_model(
+    model: str | Path, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any
+) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, strict: packed weights (if any) are unpacked to the very bits that were saved.
 
     Args:
@@ -41,11 +43,21 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False, **from_pre
             check_packed(files, packed_format(read_json(Path(model) / CONFIG_FILE)))
     else:
         check_is_id(model)
-    kwargs = {**from_pretrained_kwargs, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
+    kwargs = {
+        **from_pretrained_kwargs,
+        "trust_remote_code": trust_remote_code,
+        "ignore_mismatched_sizes": True,
+    }
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(str(model), output_loading_info=True, **kwargs)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            str(model), output_loading_info=True, **kwargs
+        )
     except OSError as error:
-        what = "cannot be loaded" if local else "neither a folder nor a model that can be had from the hub"
+        what = (
+            "cannot be loaded"
+            if local
+            else "neither a folder nor a model that can be had from the hub"
+        )
         raise RacError(f"{model}: {what} ({error})") from error
     loaded, info = found
     for kind, text in _MISMATCHES:

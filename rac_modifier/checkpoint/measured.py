@@ -38,7 +38,9 @@ def own_folder(model: str) -> Path:
             "write to; name such a folder, alone or after the dense model, or leave --card out"
         )
     if not os.access(folder, os.W_OK):
-        raise RacError(f"--card: {folder} cannot be written to; copy the model, or leave --card out")
+        raise RacError(
+            f"--card: {folder} cannot be written to; copy the model, or leave --card out"
+        )
     return folder
 
 
@@ -68,7 +70,9 @@ def add_measured(
     entry = {
         **{name: result[name] for name in fields if name in result},
         **conditions,
-        "reference": None if reference is None else {name: reference[name] for name in fields if name in reference},
+        "reference": None
+        if reference is None
+        else {name: reference[name] for name in fields if name in reference},
         "paired": paired,
     }
     record = read_json(folder / RUN_RECORD_NAME)
@@ -90,13 +94,17 @@ def record_activations(folder: Path, modules: Sequence[str], entry: Mapping[str,
     """
     if (folder / RUN_RECORD_NAME).is_file():
         record = read_json(folder / RUN_RECORD_NAME)
-        write_json_atomic(folder / RUN_RECORD_NAME, {**record, "activations": without_paths(dict(entry))})
+        write_json_atomic(
+            folder / RUN_RECORD_NAME, {**record, "activations": without_paths(dict(entry))}
+        )
     write_int8_activations(folder, modules)
 
 
 def write_int8_activations(folder: Path, modules: Sequence[str]) -> None:
     """Write the modules with activations in 8 bits into config.json of a model."""
-    write_json_atomic(folder / CONFIG_FILE, with_int8_activations(read_json(folder / CONFIG_FILE), modules))
+    write_json_atomic(
+        folder / CONFIG_FILE, with_int8_activations(read_json(folder / CONFIG_FILE), modules)
+    )
 
 
 def with_measured(card: str, record: Mapping[str, Any]) -> str:
@@ -116,7 +124,9 @@ def with_measured(card: str, record: Mapping[str, Any]) -> str:
 
 def divergence_sentence(found: Any, tokens_of: str) -> str:
     """KL and agreement with their 95 % intervals, "" where they were not measured. `tokens_of`: behind "On N tokens "."""
-    if not isinstance(found, Mapping) or not (is_number(found.get("kl")) and is_number(found.get("agreement"))):
+    if not isinstance(found, Mapping) or not (
+        is_number(found.get("kl")) and is_number(found.get("agreement"))
+    ):
         return ""
     kl = f"{found['kl']:.4f} nats per token (KL divergence{_interval(found, 'kl', '.4f')})"
     agreement = f"{found['agreement']:.1%} of the tokens{_interval(found, 'agreement', '.1%')}"
@@ -151,7 +161,10 @@ def _accuracy(found: Any) -> str:
     rows = [("this model", found)]
     if isinstance(reference, Mapping):
         rows.insert(0, (str(reference.get("label")).replace("|", "\\|"), reference))
-    lines = ["| | correct answers | 95 % interval | thinking tokens | unfinished |", "|---|---|---|---|---|"]
+    lines = [
+        "| | correct answers | 95 % interval | thinking tokens | unfinished |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| {name} | {row['accuracy']:.1%} | {row['ci_low']:.1%} to {row['ci_high']:.1%} | {row['mean_thinking_tokens']:.0f} | "
         f"{row['unfinished_share']:.1%} |"
@@ -166,7 +179,9 @@ def _accuracy(found: Any) -> str:
     ]
     best = max(found["pass_at"], key=int, default="1")
     if best != "1":
-        lines.append(f"At least one of {best} answers is correct for {found['pass_at'][best]:.1%} of the problems.")
+        lines.append(
+            f"At least one of {best} answers is correct for {found['pass_at'][best]:.1%} of the problems."
+        )
     if isinstance(found.get("protocol"), list):
         lines += map(str, found["protocol"])
     if found.get("paired"):
@@ -180,7 +195,11 @@ def _divergence(found: Any) -> str:
     reference = found.get("reference")
     label = reference.get("label") if isinstance(reference, Mapping) else "the base model"
     text = divergence_sentence(found, f"that {label} generated ({found.get('source')})")
-    return f"{text} Prompt: {found.get('prompt')}. Measured with `rac eval --divergence`." if text else ""
+    return (
+        f"{text} Prompt: {found.get('prompt')}. Measured with `rac eval --divergence`."
+        if text
+        else ""
+    )
 
 
 def _interval(found: Mapping[str, Any], key: str, style: str) -> str:
@@ -189,5 +208,7 @@ def _interval(found: Mapping[str, Any], key: str, style: str) -> str:
     if not isinstance(error, (int, float)):
         return ""
     low, high = max(0.0, found[key] - 1.96 * error), found[key] + 1.96 * error
-    text = f"95 % interval {low:{style}} to {min(high, 1.0) if key == 'agreement' else high:{style}}"
+    text = (
+        f"95 % interval {low:{style}} to {min(high, 1.0) if key == 'agreement' else high:{style}}"
+    )
     return f", {text}" if key == "kl" else f" ({text})"

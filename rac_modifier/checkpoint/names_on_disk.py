@@ -12,16 +12,28 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 
-_MERGED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+_MERGED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
 _SEPARATE = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj)$")
 _SOURCE = re.compile(r"\.experts\.\*\.(?P<part>\w+)\.weight$")
 
 
 def keep_expert_names(model: torch.nn.Module) -> None:
     """Have the linear layers of separate experts saved under the names that merged experts have in files."""
-    if not any(isinstance(m, torch.nn.Linear) and _SEPARATE.search(name) for name, m in model.named_modules()):
+    if not any(
+        isinstance(m, torch.nn.Linear) and _SEPARATE.search(name)
+        for name, m in model.named_modules()
+    ):
         return
     kept: list[WeightTransform] = []
     for conversion in _conversions(model):
@@ -33,7 +45,9 @@ def names_on_disk(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str
     """The names of modules in the files of a saved model, by their names in the model."""
     back = [conversion.reverse_transform() for conversion in reversed(_conversions(model))]
     renamings = [conversion for conversion in back if isinstance(conversion, WeightRenaming)]
-    found = {name: rename_source_key(f"{name}.weight", renamings, [], reverse=True)[0] for name in names}
+    found = {
+        name: rename_source_key(f"{name}.weight", renamings, [], reverse=True)[0] for name in names
+    }
     return {name: saved.removesuffix(".weight") for name, saved in found.items()}
 
 
@@ -55,6 +69,9 @@ def _renamings(conversion: WeightTransform) -> list[WeightRenaming]:
     for part, source in zip(parts, sources, strict=True):
         assert source is not None
         renaming = WeightRenaming(rf"\.experts\.(\d+)\.{source['part']}\.", rf".experts.\1.{part}.")
-        renaming.scope_prefix, renaming.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+        renaming.scope_prefix, renaming.base_model_prefix = (
+            conversion.scope_prefix,
+            conversion.base_model_prefix,
+        )
         renamings.append(renaming)
     return renamings

@@ -64,15 +64,22 @@ class NewFiles:
                 self._made = True
             self._lock = _locked(self.folder)
         except OSError as error:
-            raise RacError(f"{self.folder}: cannot be written to ({error}); name another folder") from error
+            raise RacError(
+                f"{self.folder}: cannot be written to ({error}); name another folder"
+            ) from error
         if not self._journal.exists():
             self._remove_temporaries()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        if not self._journal.exists():  # else the temporary files are finished, and the next call renames them
+        if (
+            not self._journal.exists()
+        ):  # else the temporary files are finished, and the next call renames them
             self._remove_temporaries()
         (self.folder / LOCK_FILE).unlink(missing_ok=True)
         os.close(self._lock)
@@ -91,10 +98,14 @@ class NewFiles:
         """A new JSON file."""
         write_json_atomic(self.path(name), obj)
 
-    def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def write_tensors(
+        self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]
+    ) -> None:
         """A new safetensors file, mode 644."""
         path = self.path(name)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata
+        )
         _sync(path)
 
     def copy(self, source: Path) -> None:
@@ -123,7 +134,9 @@ class NewFiles:
             if any(Path(name).name != name for name in names):
                 raise ValueError(f"a file name in {names} leads out of the folder")
         except (KeyError, TypeError, ValueError) as error:
-            raise RacError(f"{self._journal}: is damaged ({error!r}); save the model again") from error
+            raise RacError(
+                f"{self._journal}: is damaged ({error!r}); save the model again"
+            ) from error
         if journal.get("job", job) != job:
             raise RacError(
                 f"{self.folder}: another job was cut off here ({journal['job']}); run that one again to finish it, or name "

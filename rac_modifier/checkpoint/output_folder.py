@@ -12,7 +12,17 @@ from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
 # What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*", "NOTICE*"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.md",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+]
 
 
 def folder_problem(folder: Path) -> str | None:
@@ -30,7 +40,9 @@ def folder_problem(folder: Path) -> str | None:
 def check_is_id(model: str | Path) -> None:
     """Refuse what can be no hub id, where there is no folder of this name, without asking the network (RacError)."""
     if str(model).count("/") != 1 or str(model)[0] in "./~":
-        raise RacError(f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name")
+        raise RacError(
+            f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name"
+        )
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -41,7 +53,9 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     """
     if Path(model).exists():
         if problem := folder_problem(Path(model)):
-            raise RacError(f"{model}: {problem}; give the folder of a saved model, or a hub id as owner/name")
+            raise RacError(
+                f"{model}: {problem}; give the folder of a saved model, or a hub id as owner/name"
+            )
         return Path(model)
     check_is_id(model)
     try:
@@ -73,12 +87,16 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise RacError(f"output {folder} is a file; name a folder")
     if source is not None and folder.resolve() == source.resolve():
-        raise RacError(f"output folder {folder} is the model itself, which is left as it is; name another folder")
+        raise RacError(
+            f"output folder {folder} is the model itself, which is left as it is; name another folder"
+        )
     if folder.is_dir() and any(not is_leftover(path.name) for path in folder.iterdir()):
         raise in_use(folder)
     parent = _existing(folder)
     if not parent.is_dir():
-        raise RacError(f"output {folder}: {parent} is a file, so no folder can be made in it; name another folder")
+        raise RacError(
+            f"output {folder}: {parent} is a file, so no folder can be made in it; name another folder"
+        )
     check_room(folder, need)
 
 
@@ -93,10 +111,16 @@ def check_room(folder: Path, need: int, groups: int = 0) -> None:
     Raises:
         RacError: with the bytes that are free and needed.
     """
-    groups = max(groups - sum(file.stat().st_size for file in unfinished(folder).glob("*.safetensors")), 0)
+    groups = max(
+        groups - sum(file.stat().st_size for file in unfinished(folder).glob("*.safetensors")), 0
+    )
     free = shutil.disk_usage(_existing(folder)).free
     if free < need + groups:
-        beside = f", and what is pruned so far up to {groups / 2**30:.1f} GiB beside it" if groups else ""
+        beside = (
+            f", and what is pruned so far up to {groups / 2**30:.1f} GiB beside it"
+            if groups
+            else ""
+        )
         raise RacError(
             f"{folder}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to {need / 2**30:.1f} GiB while it is "
             f"packed{beside}; free some or name a folder on another disk"

@@ -24,7 +24,12 @@ from rac_modifier.checkpoint.quantization_config import (
     weight_schemes,
     words_weight,
 )
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY, check_method, recorded_structures
+from rac_modifier.checkpoint.sparsity_config import (
+    CONFIG_FILE,
+    QUANTIZATION_KEY,
+    check_method,
+    recorded_structures,
+)
 from rac_modifier.checkpoint.stored_weight import count_broken_groups
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
@@ -93,7 +98,9 @@ class PackPlan:
             return
         counted = [row for row in self.matrices if row.sparsity is not None]
         if not counted:
-            raise RacError(f"{self.folder}: has no weight matrix that can be packed; give a model with linear layers")
+            raise RacError(
+                f"{self.folder}: has no weight matrix that can be packed; give a model with linear layers"
+            )
         most = max(counted, key=lambda row: row.sparsity or 0.0)
         raise RacError(
             f"{self.folder}: nothing to pack: no module would get smaller. The most zeros are in {most.name}, "
@@ -159,10 +166,14 @@ class _Look:
         """What is known of one matrix by itself, with its size in the layout of its own pattern."""
         name, _, part = tensor_name.rpartition(".")
         rows, columns = self.files.shape(tensor_name)
-        row = MatrixPlan(name, rows, columns, self.files.dtype_name(tensor_name), self.files.nbytes(tensor_name))
+        row = MatrixPlan(
+            name, rows, columns, self.files.dtype_name(tensor_name), self.files.nbytes(tensor_name)
+        )
         schemes = weight_schemes(self.config.get(QUANTIZATION_KEY))
         if found := [part for part in ASYMMETRIC if f"{name}.{part}" in self.files]:
-            return replace(row, reason=f"quantized with a {found[0]}: its zeros are not stored as zeros")
+            return replace(
+                row, reason=f"quantized with a {found[0]}: its zeros are not stored as zeros"
+            )
         if part == WORDS:
             weight, bits = self._words(name, schemes)
             if weight is None:
@@ -182,7 +193,8 @@ class _Look:
             return None, 0
         again = to_words(*found)
         same = all(
-            self.files.dtype(f"{name}.{part}") == tensor.dtype and self.files.tensor(f"{name}.{part}").equal(tensor)
+            self.files.dtype(f"{name}.{part}") == tensor.dtype
+            and self.files.tensor(f"{name}.{part}").equal(tensor)
             for part, tensor in again.items()
         )
         return (found[0], found[1]) if same else (None, 0)
@@ -227,15 +239,25 @@ def _choose(rows: list[MatrixPlan]) -> tuple[str | None, list[MatrixPlan]]:
         packed = [row for row in rows if row.reason is None]
         if not packed:
             return None, rows
-        format = FORMAT_24 if all(row.structure == "2:4" and row.fits_24 for row in packed) else FORMAT_BITMASK
-        sized = _keep_experts_alike([_sized(row, format) if row.reason is None else row for row in rows])
+        format = (
+            FORMAT_24
+            if all(row.structure == "2:4" and row.fits_24 for row in packed)
+            else FORMAT_BITMASK
+        )
+        sized = _keep_experts_alike(
+            [_sized(row, format) if row.reason is None else row for row in rows]
+        )
         if [row.reason for row in sized] == [row.reason for row in rows]:
             return format, sized
         rows = sized
 
 
 def _sized(row: MatrixPlan, format: str) -> MatrixPlan:
-    bits = int(row.dtype[1:]) if row.dtype in ("I4", "I8") else 8 * row.dense_bytes // (row.rows * row.columns)
+    bits = (
+        int(row.dtype[1:])
+        if row.dtype in ("I4", "I8")
+        else 8 * row.dense_bytes // (row.rows * row.columns)
+    )
     size = packed_size(format, row.rows, row.columns, row.stored, bits)
     if size < row.dense_bytes:
         return replace(row, packed_bytes=size)
@@ -252,7 +274,10 @@ def _keep_experts_alike(rows: list[MatrixPlan]) -> list[MatrixPlan]:
         if row.reason is not None and (found := _EXPERT.match(row.name)):
             dense.setdefault(found["experts"], row.name)
     return [
-        replace(row, reason=f"experts of a layer are stored alike, and {dense[found['experts']]} stays dense")
+        replace(
+            row,
+            reason=f"experts of a layer are stored alike, and {dense[found['experts']]} stays dense",
+        )
         if row.reason is None and (found := _EXPERT.match(row.name)) and found["experts"] in dense
         else row
         for row in rows

@@ -13,7 +13,16 @@ from rac_modifier.checkpoint.measured import with_measured
 _TAGS = ("sparse", "compressed-tensors", "rac")
 _BEFORE = "## Card of the base model"
 # Entries of the card before that are made anew.
-_OURS = ("base_model", "license", "license_name", "license_link", "tags", "model-index", "model_name", "eval_results")
+_OURS = (
+    "base_model",
+    "license",
+    "license_name",
+    "license_link",
+    "tags",
+    "model-index",
+    "model_name",
+    "eval_results",
+)
 
 _SAME_BITS = {
     False: "Loaded, its weights are those of the base model, bit for bit.",
@@ -37,12 +46,18 @@ def packed_card(record: Mapping[str, Any], source: Path) -> str:
     parts = [
         _metadata(before, base, license, _TAGS),
         f"# {base or 'A sparse language model'}, packed",
-        "The zeros of its weights are not stored. " + _SAME_BITS[packing.get("negative_zeros") == "dropped"],
+        "The zeros of its weights are not stored. "
+        + _SAME_BITS[packing.get("negative_zeros") == "dropped"],
         fact_table(
             [
                 ("Base model", base),
                 ("License", license.describe()),
-                ("Patterns", ", ".join(f"{count} modules {name}" for name, count in packing["modules"].items())),
+                (
+                    "Patterns",
+                    ", ".join(
+                        f"{count} modules {name}" for name, count in packing["modules"].items()
+                    ),
+                ),
                 ("Zeros in the packed modules", f"{packing['sparsity']:.2%}"),
                 (
                     "Weights of these modules",

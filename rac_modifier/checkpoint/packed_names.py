@@ -10,7 +10,9 @@ from rac_modifier.checkpoint.quantization_config import WORDS, WeightScheme, sto
 from rac_modifier.errors import RacError
 
 
-def check_packed(files: TensorFiles, format: str | None, schemes: tuple[WeightScheme, ...] = ()) -> list[str]:
+def check_packed(
+    files: TensorFiles, format: str | None, schemes: tuple[WeightScheme, ...] = ()
+) -> list[str]:
     """Check the names and dtypes of packed tensors; which packed modules are int32 words to upstream.
 
     Raises:
@@ -34,6 +36,15 @@ def check_packed(files: TensorFiles, format: str | None, schemes: tuple[WeightSc
     for module in modules:
         for part in ("weight", WORDS):
             if f"{module}.{part}" in files:
-                raise RacError(f"{module}.{part}: stored both dense and packed in {files.folder}; save the model again")
-    bits = {module: {torch.int32: 4, torch.int8: 8}.get(files.dtype(f"{module}.compressed"), 0) for module in modules}
-    return [module for module in modules if bits[module] == 4 or (bits[module] == 8 and stores_words(8, schemes))]
+                raise RacError(
+                    f"{module}.{part}: stored both dense and packed in {files.folder}; save the model again"
+                )
+    bits = {
+        module: {torch.int32: 4, torch.int8: 8}.get(files.dtype(f"{module}.compressed"), 0)
+        for module in modules
+    }
+    return [
+        module
+        for module in modules
+        if bits[module] == 4 or (bits[module] == 8 and stores_words(8, schemes))
+    ]

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import count_zeros
 from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
-from rac_modifier.checkpoint.formats import FORMAT_24, choose_format, pack, packed_modules, structure_of
+from rac_modifier.checkpoint.formats import (
+    FORMAT_24,
+    choose_format,
+    pack,
+    packed_modules,
+    structure_of,
+)
 from rac_modifier.checkpoint.new_files import NewFiles
 from rac_modifier.checkpoint.quantization_config import (
     WORDS,
@@ -65,7 +71,9 @@ class PackSummary:
     packed_bytes: int
 
 
-def pack_checkpoint(folder: str | Path, modules: dict[str, str], dense_linears: Iterable[str] = ()) -> PackSummary:
+def pack_checkpoint(
+    folder: str | Path, modules: dict[str, str], dense_linears: Iterable[str] = ()
+) -> PackSummary:
     """Pack the weights of `modules` in the folder. If an earlier call was cut off while it renamed files, finish that one.
 
     Args:
@@ -87,7 +95,9 @@ def pack_checkpoint(folder: str | Path, modules: dict[str, str], dense_linears: 
         structures = {name: structure_of(value, name) for name, value in sorted(modules.items())}
         ignore = sorted(set(dense_linears))
         if not structures:
-            raise RacError(f"{folder}: no modules to pack were named; name the pruned linear modules")
+            raise RacError(
+                f"{folder}: no modules to pack were named; name the pruned linear modules"
+            )
         if both := sorted(set(ignore) & set(structures)):
             raise RacError(f"{both[0]}: named both as pruned and as left dense; name it once")
         try:
@@ -154,13 +164,18 @@ def write_packed(
     summary = PackSummary(
         format=format,
         modules=tuple(sorted(packed, key=lambda module: module.name)),
-        global_sparsity=sum(m.sparsity * m.rows * m.columns for m in packed) / sum(m.rows * m.columns for m in packed),
+        global_sparsity=sum(m.sparsity * m.rows * m.columns for m in packed)
+        / sum(m.rows * m.columns for m in packed),
         dense_bytes=sum(module.dense_bytes for module in packed),
         packed_bytes=sum(module.packed_bytes for module in packed),
     )
-    new.write_json(CONFIG_FILE, with_packed(config, format, structures, summary.global_sparsity, ignore))
+    new.write_json(
+        CONFIG_FILE, with_packed(config, format, structures, summary.global_sparsity, ignore)
+    )
     if files.index is not None:
-        new.write_json(INDEX_FILE, files.new_index(where, summary.packed_bytes - summary.dense_bytes))
+        new.write_json(
+            INDEX_FILE, files.new_index(where, summary.packed_bytes - summary.dense_bytes)
+        )
         changed.append(INDEX_FILE)
     return summary, changed
 
@@ -201,11 +216,16 @@ def check_unpacked(files: TensorFiles, config: dict[str, Any], names: Iterable[s
         raise RacError(f"{files.folder}: is packed already; start from the dense checkpoint")
     for name in names:
         if not any(f"{name}.{part}" in files for part in ("weight", WORDS)):
-            raise RacError(f"{name}.weight: not in {files.folder}; name modules as the saved files do")
+            raise RacError(
+                f"{name}.weight: not in {files.folder}; name modules as the saved files do"
+            )
 
 
 def _read_weight(
-    files: TensorFiles, name: str, schemes: tuple[WeightScheme, ...], convert: Callable[[Tensor], Tensor]
+    files: TensorFiles,
+    name: str,
+    schemes: tuple[WeightScheme, ...],
+    convert: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, int | None, int]:
     """The weight [N, K] of a module, bits per value if it is stored in int32 words, and its bytes in the file."""
     if f"{name}.weight" in files:
@@ -223,7 +243,9 @@ def _read_weight(
 def _check_structure(weight: Tensor, structure: str, name: str) -> None:
     broken = count_broken_groups(weight, structure, name)
     if broken:
-        raise RacError(f"{name}: {broken} groups break {structure}; prune it again, or name it unstructured")
+        raise RacError(
+            f"{name}: {broken} groups break {structure}; prune it again, or name it unstructured"
+        )
 
 
 def _pack_module(
@@ -246,4 +268,6 @@ def _pack_module(
 
 def summary_from(recorded: dict[str, Any]) -> PackSummary:
     """The summary from `asdict` of it."""
-    return PackSummary(**{**recorded, "modules": tuple(PackedModule(**module) for module in recorded["modules"])})
+    return PackSummary(
+        **{**recorded, "modules": tuple(PackedModule(**module) for module in recorded["modules"])}
+    )

@@ -34,7 +34,11 @@ class WeightScheme:
 
     def describe(self) -> str:
         """In a few words, such as `int4 in groups of 128 (pack-quantized)`."""
-        scales = f"in groups of {self.group_size}" if self.strategy == "group" else f"one scale per {self.strategy}"
+        scales = (
+            f"in groups of {self.group_size}"
+            if self.strategy == "group"
+            else f"one scale per {self.strategy}"
+        )
         text = f"{self.kind}{self.bits} {scales}{'' if self.symmetric else ', asymmetric'} ({self.format})"
         return f"{text}, activations {self.activations}" if self.activations else text
 
@@ -52,7 +56,9 @@ def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
     try:
         found = [_scheme(group, quantization) for group in groups.values() if group.get("weights")]
     except (AttributeError, KeyError, TypeError) as error:
-        raise RacError(f"config.json: the config_groups of quantization_config are malformed ({error!r})") from error
+        raise RacError(
+            f"config.json: the config_groups of quantization_config are malformed ({error!r})"
+        ) from error
     return tuple(dict.fromkeys(found))
 
 
@@ -61,7 +67,9 @@ def _scheme(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> Weight
     return WeightScheme(
         kind=str(weights.get("type", "int")),
         bits=int(weights["num_bits"]),
-        strategy=str(weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")),
+        strategy=str(
+            weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
+        ),
         group_size=weights.get("group_size"),
         symmetric=bool(weights.get("symmetric", True)),
         format=str(group.get("format") or quantization.get("format")),
@@ -97,7 +105,9 @@ def quantized_weight(
     """
     words, shape = parts[WORDS], parts[WORDS_SHAPE]
     if words.dim() != 2 or shape.numel() != 2 or shape.flatten()[0] != words.shape[0]:
-        raise RacError(f"{name}.{WORDS}: {list(words.shape)} does not fit {WORDS_SHAPE} {shape.flatten().tolist()}")
+        raise RacError(
+            f"{name}.{WORDS}: {list(words.shape)} does not fit {WORDS_SHAPE} {shape.flatten().tolist()}"
+        )
     columns = int(shape.flatten()[1])
     widths = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED} or set(BITS)
     fitting = [bits for bits in sorted(widths) if words.shape[1] == word_count(columns, bits)]
@@ -125,16 +135,24 @@ def check_unambiguous(schemes: tuple[WeightScheme, ...]) -> None:
 
 def stores_words(compressed_bits: int, schemes: tuple[WeightScheme, ...]) -> bool:
     """Whether upstream stores dense weights of so many bits in int32 words in this checkpoint (pack-quantized)."""
-    return any(s.format == PACK_QUANTIZED and s.kind == "int" and s.bits == compressed_bits for s in schemes)
+    return any(
+        s.format == PACK_QUANTIZED and s.kind == "int" and s.bits == compressed_bits
+        for s in schemes
+    )
 
 
 def to_words(weight: Tensor, bits: int) -> dict[str, Tensor]:
     """`weight_packed` and `weight_shape` of an int8 weight [N, K], as upstream stores them."""
     rows, columns = weight.shape
-    return {WORDS: pack_words(weight, bits), WORDS_SHAPE: weight.new_tensor([rows, columns], dtype=torch.int64)}
+    return {
+        WORDS: pack_words(weight, bits),
+        WORDS_SHAPE: weight.new_tensor([rows, columns], dtype=torch.int64),
+    }
 
 
-def words_weight(files: TensorFiles, module: str, schemes: tuple[WeightScheme, ...]) -> tuple[Tensor, int] | None:
+def words_weight(
+    files: TensorFiles, module: str, schemes: tuple[WeightScheme, ...]
+) -> tuple[Tensor, int] | None:
     """Int8 [N, K] and bits per value of a module that is stored in int32 words; None for a layout that is not read here.
 
     Raises:

@@ -23,7 +23,9 @@ def head_group(columns: int, bits: int) -> int:
         return columns
     group = next((group for group in _GROUPS if columns % group == 0), None)
     if group is None:
-        raise RacError(f"the head has {columns} columns, no multiple of 32, so int4 has no groups for it; use int8")
+        raise RacError(
+            f"the head has {columns} columns, no multiple of 32, so int4 has no groups for it; use int8"
+        )
     return group
 
 
@@ -41,7 +43,9 @@ def relative_error(weight: Tensor, values: Tensor, scale: Tensor) -> float:
     """||W - Q|| / ||W|| of a weight and what it was rounded to, on at most 4,096 rows, evenly spaced."""
     rows = slice(None, None, -(-len(weight) // 4096))
     exact = weight[rows].float()
-    return float((dequantize(values[rows], scale[rows], torch.float32) - exact).norm() / exact.norm())
+    return float(
+        (dequantize(values[rows], scale[rows], torch.float32) - exact).norm() / exact.norm()
+    )
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +53,9 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     values, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
     for part in layout.row_chunks(*weight.shape):
         rows = weight[part].float()
-        scales[part] = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        scales[part] = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
         values[part] = (rows / scales[part]).round().clamp(-127, 127).to(torch.int8)
     return values, scales
 

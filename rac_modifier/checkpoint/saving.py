@@ -79,7 +79,9 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         **kwargs: Any,
     ) -> None:
         # upstream would upload the weights before they are packed
-        options = {key: kwargs.pop(key) for key in hub.OPTIONS if key in kwargs} if push_to_hub else {}
+        options = (
+            {key: kwargs.pop(key) for key in hub.OPTIONS if key in kwargs} if push_to_hub else {}
+        )
         current = plan()
         check_pattern(current)
         folder = _free_folder(Path(save_directory))
@@ -95,10 +97,18 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         if current.processes.is_first:
             packed = bool(current.modules) and current.storage == "packed" and save_compressed
             _write_rest(model, folder, current, dense_linears, packed)
-            if folder != Path(save_directory):  # oneshot saves its tokenizer to the folder that it was given
+            if folder != Path(
+                save_directory
+            ):  # oneshot saves its tokenizer to the folder that it was given
                 source = current.tokenizer or model.config._name_or_path
-                AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
-            what = f"{len(current.modules)} pruned modules ({current.storage})" if current.modules else "the model"
+                AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
+                    folder
+                )
+            what = (
+                f"{len(current.modules)} pruned modules ({current.storage})"
+                if current.modules
+                else "the model"
+            )
             logger.info(f"saved {what} to {folder}")
             for step in current.after:
                 step()
@@ -159,7 +169,11 @@ def check_pattern(plan: SavePlan) -> None:
     Raises:
         RacError: naming the first module whose zeros are gone, as after a GPTQModifier, which does not keep them.
     """
-    broken = [name for name, module in plan.modules.items() if not _holds(name, module, plan.patterns[name])]
+    broken = [
+        name
+        for name, module in plan.modules.items()
+        if not _holds(name, module, plan.patterns[name])
+    ]
     if broken:
         raise RacError(
             f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: "
@@ -172,7 +186,9 @@ def check_pattern(plan: SavePlan) -> None:
 
 def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
     if hasattr(module, "weight_packed"):  # by an earlier save
-        weight = quantized_weight({part: getattr(module, part) for part in ("weight_packed", "weight_shape")}, name)[0]
+        weight = quantized_weight(
+            {part: getattr(module, part) for part in ("weight_packed", "weight_shape")}, name
+        )[0]
     else:
         weight = module.weight.detach()
     return holds(nonzero(weight), pattern)
@@ -185,6 +201,8 @@ def _free_folder(folder: Path) -> Path:
     for number in range(1, 1000):
         other = folder.with_name(f"{folder.name}-{number}")
         if not any(other.glob("*.safetensors")):
-            logger.warning(f"{folder} holds a checkpoint already and is left as it is: saving to {other}")
+            logger.warning(
+                f"{folder} holds a checkpoint already and is left as it is: saving to {other}"
+            )
             return other
     raise RacError(f"{folder} and 999 folders beside it hold checkpoints; name another output_dir")

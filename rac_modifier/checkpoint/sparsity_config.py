@@ -37,7 +37,9 @@ class _Entry(BaseModel):
     @classmethod
     def _read(cls, value: object, key: str) -> Self:
         if not isinstance(value, Mapping):
-            raise RacError(f"{CONFIG_FILE}: {key} is {value!r}, not an object; save the model again")
+            raise RacError(
+                f"{CONFIG_FILE}: {key} is {value!r}, not an object; save the model again"
+            )
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -72,7 +74,10 @@ class SparsityConfig(_Entry):
         Raises:
             RacError: a malformed sparsity_config, or a format that cannot be read here.
         """
-        if not isinstance(quantization, Mapping) or quantization.get("quant_method", METHOD) != METHOD:
+        if (
+            not isinstance(quantization, Mapping)
+            or quantization.get("quant_method", METHOD) != METHOD
+        ):
             return None
         sparsity = quantization.get("sparsity_config")
         if not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
@@ -155,11 +160,17 @@ def check_method(config: Mapping[str, Any]) -> None:
     found = config.get(QUANTIZATION_KEY) or {}
     if not isinstance(found, dict) or found.get("quant_method", METHOD) != METHOD:
         method = found.get("quant_method") if isinstance(found, dict) else found
-        raise RacError(f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can be packed")
+        raise RacError(
+            f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can be packed"
+        )
 
 
 def with_packed(
-    config: dict[str, Any], format: str, structures: dict[str, str], global_sparsity: float, ignore: list[str]
+    config: dict[str, Any],
+    format: str,
+    structures: dict[str, str],
+    global_sparsity: float,
+    ignore: list[str],
 ) -> dict[str, Any]:
     """A copy of the config for packed weights; what quantization wrote there is kept.
 

@@ -92,14 +92,21 @@ class StoredWeight:
     def select_rows(self, rows: Tensor) -> StoredWeight:
         """The rows of these numbers (int64, within N) in this order; consecutive ones are copied together."""
         breaks = (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()
-        runs = [(int(rows[a]), int(rows[b - 1]) + 1) for a, b in zip([0, *breaks], [*breaks, len(rows)], strict=True)]
+        runs = [
+            (int(rows[a]), int(rows[b - 1]) + 1)
+            for a, b in zip([0, *breaks], [*breaks, len(rows)], strict=True)
+        ]
         if runs == [(0, self.rows)]:
             return self
         return replace(
             self,
-            values=torch.cat([self.values[int(self.starts[a]) : int(self.starts[b])] for a, b in runs]),
+            values=torch.cat(
+                [self.values[int(self.starts[a]) : int(self.starts[b])] for a, b in runs]
+            ),
             bitmask=torch.cat([self.bitmask[a:b] for a, b in runs]),
-            starts=_starts(torch.cat([self.starts[a + 1 : b + 1] - self.starts[a:b] for a, b in runs])),
+            starts=_starts(
+                torch.cat([self.starts[a + 1 : b + 1] - self.starts[a:b] for a, b in runs])
+            ),
             scale=None if self.scale is None else torch.cat([self.scale[a:b] for a, b in runs]),
             zeros=None if self.zeros is None else torch.cat([self.zeros[a:b] for a, b in runs]),
         )
@@ -119,10 +126,14 @@ class StoredWeight:
             repeated = of_columns.repeat_interleave(self.group // group, dim=1)
             return repeated[:, first // group : (first + count) // group].contiguous()
 
-        return replace(cut, scale=groups(self.scale), zeros=None if self.zeros is None else groups(self.zeros))
+        return replace(
+            cut, scale=groups(self.scale), zeros=None if self.zeros is None else groups(self.zeros)
+        )
 
 
-def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = True) -> StoredWeight:
+def check(
+    tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = True
+) -> StoredWeight:
     """Check the tensors of `PARTS[format]`, and the `weight_scale` of quantized values, as untrusted input.
 
     `scaled` False: another loader reads the scales, and the result has none.
@@ -142,8 +153,12 @@ def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = 
                 "the checkpoint is damaged or not 2:4"
             )
         if not _two_of_four(bitmask, columns):
-            raise RacError(f"{name}.bitmask: four columns do not keep exactly two; the checkpoint is damaged")
-        return StoredWeight(compressed.reshape(-1), bitmask, columns, _starts(counts), name, scale, bits)
+            raise RacError(
+                f"{name}.bitmask: four columns do not keep exactly two; the checkpoint is damaged"
+            )
+        return StoredWeight(
+            compressed.reshape(-1), bitmask, columns, _starts(counts), name, scale, bits
+        )
     starts = _starts(counts)
     if compressed.dim() != 1 or compressed.numel() != int(starts[-1]):
         raise RacError(
@@ -152,11 +167,15 @@ def check(tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = 
         )
     offsets = layout.part_of(tensors, name, "row_offsets")
     if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
-        raise RacError(f"{name}.row_offsets: not the row starts that the bitmask has; the checkpoint is damaged")
+        raise RacError(
+            f"{name}.row_offsets: not the row starts that the bitmask has; the checkpoint is damaged"
+        )
     return StoredWeight(compressed, bitmask, columns, starts, name, scale, bits)
 
 
-def check_scale(tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, columns: int, name: str) -> Tensor | None:
+def check_scale(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, columns: int, name: str
+) -> Tensor | None:
     """The scales of a weight [rows, columns] of `dtype`, float32 [rows, groups]; None where it needs none.
 
     Raises:
@@ -165,7 +184,9 @@ def check_scale(tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, co
     scale = tensors.get(SCALE)
     if dtype in FLOATS:
         if scale is not None:
-            raise RacError(f"{name}.{SCALE}: must not be there, since the values are {dtype}; save the model again")
+            raise RacError(
+                f"{name}.{SCALE}: must not be there, since the values are {dtype}; save the model again"
+            )
         return None
     if scale is None:
         raise RacError(
@@ -190,7 +211,11 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     if scale is None:
         return weight.to(dtype)
     groups = scale.shape[1]
-    return (weight.float().view(len(weight), groups, -1) * scale[:, :, None]).view(weight.shape).to(dtype)
+    return (
+        (weight.float().view(len(weight), groups, -1) * scale[:, :, None])
+        .view(weight.shape)
+        .to(dtype)
+    )
 
 
 def count_broken_groups(weight: Tensor, structure: str, name: str) -> int:
@@ -205,7 +230,8 @@ def count_broken_groups(weight: Tensor, structure: str, name: str) -> int:
     rows, columns = weight.shape
     pattern.check_shape(name, rows, columns)
     zeros = (
-        (~layout.nonzero(weight[part])).view(-1, pattern.m).sum(dim=1) for part in layout.row_chunks(rows, columns)
+        (~layout.nonzero(weight[part])).view(-1, pattern.m).sum(dim=1)
+        for part in layout.row_chunks(rows, columns)
     )
     return sum(int((count < pattern.n).sum()) for count in zeros)
 

@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 from rac_modifier.checkpoint.license import CARD_NAME
 
 # What transformers' save_pretrained takes with push_to_hub=True.
-OPTIONS = ("repo_id", "token", "private", "tags", "commit_message", "commit_description", "revision", "create_pr")
+OPTIONS = (
+    "repo_id",
+    "token",
+    "private",
+    "tags",
+    "commit_message",
+    "commit_description",
+    "revision",
+    "create_pr",
+)
 
 
 def upload(
@@ -42,7 +51,9 @@ def upload(
         changed.save(card)
     api = HfApi(token=token)
     made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(repo_id=made, folder_path=folder, **{k: v for k, v in commit.items() if v is not None})
+    return api.upload_folder(
+        repo_id=made, folder_path=folder, **{k: v for k, v in commit.items() if v is not None}
+    )
 
 
 def push_to_hub(
@@ -54,6 +65,8 @@ def push_to_hub(
     """
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        sharded: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        sharded: dict[str, Any] = (
+            {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        )
         model.save_pretrained(folder, **sharded)
         return upload(folder, repo_id, **options)

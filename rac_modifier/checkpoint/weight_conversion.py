@@ -52,7 +52,9 @@ class Unpack(ConversionOps):
         assert model is not None
         module, _, target = full_layer_name.rpartition(".")
         try:
-            weight, in_int32 = self.dense({pattern: tensors[0] for pattern, tensors in input_dict.items()}, module)
+            weight, in_int32 = self.dense(
+                {pattern: tensors[0] for pattern, tensors in input_dict.items()}, module
+            )
             if target == WORDS:
                 words = to_words(weight, 4 if in_int32 else 8)
                 return {f"{module}.{part}": tensor for part, tensor in words.items()}
@@ -70,7 +72,9 @@ class Unpack(ConversionOps):
         Raises:
             RacError: naming the damaged part of `module`.
         """
-        named = {pattern.removesuffix("$").rpartition(".")[2]: part for pattern, part in parts.items()}
+        named = {
+            pattern.removesuffix("$").rpartition(".")[2]: part for pattern, part in parts.items()
+        }
         return unpack(named, self.format, module), named["compressed"].dtype == torch.int32
 
     def cast(self, weight: Tensor, name: str) -> Tensor:
@@ -101,9 +105,14 @@ class UnpackExperts(WeightConverter):
             if ending in ("weight", WORDS):
                 unpacked[pattern] = tuple(f"{stem}{part}$" for part in PARTS[unpack.format])
                 sources += unpacked[pattern]
-            sources.append(pattern if pattern.endswith("$") or ending != "weight" else pattern + "$")
+            sources.append(
+                pattern if pattern.endswith("$") or ending != "weight" else pattern + "$"
+            )
         super().__init__(sources, list(original._original_target_patterns), original.operations)
-        self.scope_prefix, self.base_model_prefix = original.scope_prefix, original.base_model_prefix
+        self.scope_prefix, self.base_model_prefix = (
+            original.scope_prefix,
+            original.base_model_prefix,
+        )
         self.original, self.unpack, self.unpacked = original, unpack, unpacked
 
     def convert(self, layer_name: str, model: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +125,9 @@ class UnpackExperts(WeightConverter):
         except RacError as error:
             self.unpack.errors.append(error)
             return {}
-        self.collected_tensors: Any = defaultdict(list, collected)  # tensors instead of what is still to be read
+        self.collected_tensors: Any = defaultdict(
+            list, collected
+        )  # tensors instead of what is still to be read
         return super().convert(layer_name, model, *args, **kwargs)
 
     def _dense_experts(
@@ -135,13 +146,16 @@ class UnpackExperts(WeightConverter):
         dense: dict[str, list[Tensor]] = defaultdict(list)
         for number in range(len(next(iter(parts.values())))):
             weight, in_int32 = self.unpack.dense(
-                {part: tensors[number] for part, tensors in parts.items()}, f"{layer_name} of expert {number}"
+                {part: tensors[number] for part, tensors in parts.items()},
+                f"{layer_name} of expert {number}",
             )
             if ending == WORDS:
                 for name, tensor in to_words(weight, 4 if in_int32 else 8).items():
                     dense[f"{stem}{name}$"].append(tensor)
             elif scaled and weight.dtype not in FLOATS:
-                dense[anchored].append(weight)  # upstream's first operation multiplies with the scales
+                dense[anchored].append(
+                    weight
+                )  # upstream's first operation multiplies with the scales
             else:
                 dense[anchored].append(self.unpack.cast(weight, layer_name))
         return dense
@@ -152,7 +166,9 @@ def updated_conversions(
 ) -> list[WeightTransform]:
     """A model's conversions with those for packed weights; `int32_modules` are those that upstream stores in int32 words."""
     updated = [
-        UnpackExperts(c, unpack) if isinstance(c, WeightConverter) and "experts" in c.source_patterns[0] else c
+        UnpackExperts(c, unpack)
+        if isinstance(c, WeightConverter) and "experts" in c.source_patterns[0]
+        else c
         for c in conversions
     ]
     if names := "|".join(re.escape(name) for name in int32_modules):

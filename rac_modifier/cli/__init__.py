@@ -38,7 +38,10 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that was named; under torchrun only those that are distributed."""
         found = super().resolve_command(ctx, args)
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and found[0] not in ("prune", "recover"):
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and found[0] not in (
+            "prune",
+            "recover",
+        ):
             from rac_modifier.processes import refuse_processes
 
             refuse_processes(f"rac {found[0]}")
@@ -56,8 +59,14 @@ app = typer.Typer(
 )
 app.command(short_help="Prune or quantize a model with a recipe.")(prune)
 app.command(short_help="Train the kept weights of a sparse or quantized model.")(recover)
-app.add_typer(traces.app, name="traces", short_help="Collect a model's own traces, look into a store, export it.")
-app.add_typer(recipes.app, name="recipes", short_help="List the recipes that ship with the package.")
+app.add_typer(
+    traces.app,
+    name="traces",
+    short_help="Collect a model's own traces, look into a store, export it.",
+)
+app.add_typer(
+    recipes.app, name="recipes", short_help="List the recipes that ship with the package."
+)
 app.command("eval", short_help="Compare models: accuracy, thinking, divergence.")(evaluate)
 app.command(short_help="Measure what a rounded head costs.")(head)
 app.command(short_help="Run a grid of recipes on a model, and measure each.")(frontier)
@@ -76,7 +85,9 @@ def main() -> None:
 
     _silence_bars()
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are of what our errors say better
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # its warnings are of what our errors say better
     try:
         app()
     except RacError as error:
@@ -96,7 +107,9 @@ def _end(error: RacError) -> NoReturn:
     said: bool | None = getattr(error, "said", None)
     if not said:  # else another process prints it
         typer.secho(f"error: {error}", fg="red", err=True)
-    if said is not None:  # the other process is gone, and gloo would wait for it at the end of this one
+    if (
+        said is not None
+    ):  # the other process is gone, and gloo would wait for it at the end of this one
         sys.stderr.flush()
         os._exit(1)
     sys.exit(1)

@@ -24,18 +24,27 @@ from rac_modifier.cli.options import (
 
 def activations(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="of a packed int8 or int4 checkpoint, or of a dense W4A16 one")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="of a packed int8 or int4 checkpoint, or of a dense W4A16 one"
+        ),
     ],
     limit: Annotated[
-        float, typer.Option(min=0, help="the most that 8 bits may add, as a share of the layer's own error")
+        float,
+        typer.Option(
+            min=0, help="the most that 8 bits may add, as a share of the layer's own error"
+        ),
     ] = 0.01,
     dense: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="the model that was quantized, to measure own errors; default: those of rac_run.json"
+            metavar="MODEL",
+            help="the model that was quantized, to measure own errors; default: those of rac_run.json",
         ),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="only measure and print, write nothing")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="only measure and print, write nothing")
+    ] = False,
     sequences: Sequences = 64,
     source: Source = "arithmetic",
     column: Column = None,
@@ -56,7 +65,11 @@ def activations(
     from rac_modifier.checkpoint.measured import record_activations
     from rac_modifier.checkpoint.record import RUN_RECORD_NAME
     from rac_modifier.cli.tables import render_results
-    from rac_modifier.evaluation.activation_bits import activation_table, check_original, choose_activations
+    from rac_modifier.evaluation.activation_bits import (
+        activation_table,
+        check_original,
+        choose_activations,
+    )
     from rac_modifier.evaluation.activation_layers import quantized_layers
     from rac_modifier.problems.held_out import held_out_problems
 

@@ -74,9 +74,13 @@ class Answering:
                 f"--concurrency {self.concurrency} is for --server and --serve; leave it out, or set --batch-size"
             )
         if "batch_size" in written and self.served:
-            raise RacError("--batch-size is for a model in this process; leave it out, or set --concurrency")
+            raise RacError(
+                "--batch-size is for a model in this process; leave it out, or set --concurrency"
+            )
         if "precision" in written and self.servers:
-            raise RacError("--precision is for a model that is loaded here, and a server has one loaded; leave it out")
+            raise RacError(
+                "--precision is for a model that is loaded here, and a server has one loaded; leave it out"
+            )
         if self.served_as is not None and not self.servers:
             raise RacError(f"--served-as {self.served_as} is for --server; leave it out")
         if not self.wanted:
@@ -87,19 +91,25 @@ class Answering:
                 f"{option} asks the model in this process once per problem; leave --server, --serve, --samples, --answers out"
             )
         if self.serve and self.servers:
-            raise RacError(f"--serve starts a server, and --server {self.servers[0]} names one; leave one of them out")
+            raise RacError(
+                f"--serve starts a server, and --server {self.servers[0]} names one; leave one of them out"
+            )
         if len(models) > 1 and (self.servers or self.path is not None):
             raise RacError(
                 f"{len(models)} models are named, and --server and --answers are for one; evaluate each alone, the dense one "
                 "with --json FILE, the others with --baseline FILE"
             )
         if self.samples > 1 and not temperature:
-            raise RacError(f"--samples {self.samples} at temperature 0 are the same answer; give --temperature 0.6")
+            raise RacError(
+                f"--samples {self.samples} at temperature 0 are the same answer; give --temperature 0.6"
+            )
         if self.servers:
             from rac_modifier.settings.check import check_settings
             from rac_modifier.settings.sampling import EngineSettings
 
-            check_settings(EngineSettings, {"base_urls": self.servers, "model": self.served_as}, "--server")
+            check_settings(
+                EngineSettings, {"base_urls": self.servers, "model": self.served_as}, "--server"
+            )
         if self.serve:
             from rac_modifier.sampling.vllm_command import VllmCommand
 
@@ -131,7 +141,9 @@ class Answering:
         from rac_modifier.settings.sampling import SamplingSettings
 
         model, tokenizer = subject_of(name) if self.served else load_on_accelerator(name, precision)
-        sampling = SamplingSettings(top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump())
+        sampling = SamplingSettings(
+            top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump()
+        )
         interrupted = resumable("the answers so far are kept; run the same command again to go on")
         with interrupted, self._engine(name, precision, sampling.max_new_tokens) as engine:
             return evaluate_into_file(
@@ -159,4 +171,8 @@ class Answering:
             with vllm_server(VllmCommand.from_environment(), resolve(name), precision.value) as url:
                 yield EngineSettings(base_urls=(url,), **how)
         else:
-            yield EngineSettings(base_urls=self.servers, model=self.served_as, **how) if self.servers else None
+            yield (
+                EngineSettings(base_urls=self.servers, model=self.served_as, **how)
+                if self.servers
+                else None
+            )

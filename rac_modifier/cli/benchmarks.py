@@ -31,7 +31,14 @@ def protocol_of(benchmark: GridBenchmark, run_code: bool = False) -> Protocol:
         RacError: no preset of that name.
     """
     given = benchmark.model_dump(exclude={"preset"}, exclude_none=True)
-    unset: dict[str, Any] = {"source": "", "column": None, "answer_column": None, "problems": 1, "samples": 1, "cap": 1}
+    unset: dict[str, Any] = {
+        "source": "",
+        "column": None,
+        "answer_column": None,
+        "problems": 1,
+        "samples": 1,
+        "cap": 1,
+    }
     options = {**unset, "temperature": None, "top_p": None, **given}
     protocol = Protocol(**options).with_preset(benchmark.preset, given.keys())
     return replace(protocol, run_code=run_code and protocol.asks_programs)
@@ -69,16 +76,25 @@ class AskedBenchmarks:
         """
         for protocol in self._protocols.values():
             protocol.check(divergence=False, direct=False)
-        if self.run_code and not any(protocol.asks_programs for protocol in self._protocols.values()):
-            raise RacError("--run-code is for a grid with a benchmark whose answers are programs; leave it out")
+        if self.run_code and not any(
+            protocol.asks_programs for protocol in self._protocols.values()
+        ):
+            raise RacError(
+                "--run-code is for a grid with a benchmark whose answers are programs; leave it out"
+            )
 
     @cached_property
     def _protocols(self) -> dict[str, Protocol]:
-        return {each.preset: protocol_of(each, self.run_code) for each in self.evaluation.benchmarks}
+        return {
+            each.preset: protocol_of(each, self.run_code) for each in self.evaluation.benchmarks
+        }
 
     @cached_property
     def _asked(self) -> dict[str, tuple[Protocol, list[Problem]]]:
-        return {name: (protocol, protocol.load(self.evaluation.seed)) for name, protocol in self._protocols.items()}
+        return {
+            name: (protocol, protocol.load(self.evaluation.seed))
+            for name, protocol in self._protocols.items()
+        }
 
     @cached_property
     def listed(self) -> list[Benchmark]:
@@ -119,5 +135,7 @@ class AskedBenchmarks:
                 where, verifiers = protocol.where(), protocol.verifiers(problems)
                 yield (
                     benchmark,
-                    answering.run(str(model), problems, where, limits, self.prompt, self.precision, verifiers),
+                    answering.run(
+                        str(model), problems, where, limits, self.prompt, self.precision, verifiers
+                    ),
                 )

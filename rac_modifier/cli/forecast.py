@@ -28,7 +28,9 @@ def plan_of(skeleton: Any, planned: Sequence[PlannedRow], evaluation: GridEvalua
     from rac_modifier.settings.recipe import check_entry, find_named_entry, has_entry
 
     entries, autorounded = [], 0
-    for run in planned:  # rows of upstream's modifiers alone, such as round-to-nearest, calibrate on nothing
+    for run in (
+        planned
+    ):  # rows of upstream's modifiers alone, such as round-to-nearest, calibrate on nothing
         if has_entry(run.recipe):
             name, content = find_named_entry(run.recipe, run.label)
             entries.append(check_entry(content, run.label, name))
@@ -38,9 +40,19 @@ def plan_of(skeleton: Any, planned: Sequence[PlannedRow], evaluation: GridEvalua
     sampled = tokens + max((recover.reserved_tokens for recover in recovers), default=0)
     longest = max((entry.traces.sampling.max_new_tokens for entry in entries), default=1)
     at_once = evaluation.in_progress
-    asked = [Asked("answers and KL", evaluation.problems, evaluation.cap, evaluation.batch_size, served=False)]
+    asked = [
+        Asked(
+            "answers and KL",
+            evaluation.problems,
+            evaluation.cap,
+            evaluation.batch_size,
+            served=False,
+        )
+    ]
     if evaluation.serve:
-        asked.append(Asked("tokens per second", evaluation.problems, evaluation.cap, at_once, served=True))
+        asked.append(
+            Asked("tokens per second", evaluation.problems, evaluation.cap, at_once, served=True)
+        )
     for benchmark in evaluation.benchmarks:
         protocol = protocol_of(benchmark)
         assert protocol.preset is not None
@@ -63,7 +75,12 @@ def _autorounded(recipe: dict[str, Any], longest: int) -> int:
     """Tokens that AutoRoundModifier passes through each layer, whose rows have as many as the longest sequence, up to a limit."""
     from rac_modifier.calibration.loader import ROW_TOKENS
 
-    modifiers = [modifier for stage in recipe.values() for group in stage.values() for modifier in group.items()]
+    modifiers = [
+        modifier
+        for stage in recipe.values()
+        for group in stage.values()
+        for modifier in group.items()
+    ]
     return sum(
         settings.get("iters", 200) * settings.get("batch_size", 8) * min(longest, ROW_TOKENS)
         for name, settings in modifiers

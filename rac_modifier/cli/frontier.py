@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from rac_modifier.settings.grid import GridEvaluation, PlannedRow
     from rac_modifier.settings.prompt import PromptSettings
 
-_KEPT = (
-    "rows that are finished are kept, and so is what was pruned of the last one; run the same command again to go on"
-)
+_KEPT = "rows that are finished are kept, and so is what was pruned of the last one; run the same command again to go on"
 
 
 def frontier(
@@ -36,19 +34,31 @@ def frontier(
     recipe_grid: Annotated[
         str,
         typer.Option(
-            "--recipe-grid", metavar="GRID", help="a YAML file, or a shipped grid: small, paper, contenders, ..."
+            "--recipe-grid",
+            metavar="GRID",
+            help="a YAML file, or a shipped grid: small, paper, contenders, ...",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="folder of the results; a folder with finished rows is gone on with")],
+    out: Annotated[
+        Path,
+        typer.Option(help="folder of the results; a folder with finished rows is gone on with"),
+    ],
     precision: Precision = Dtype.AUTO,
     remove_models: Annotated[
         bool, typer.Option("--remove-models", help="remove each checkpoint when it is measured")
     ] = False,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="let the benchmark livecodebench run the models' programs here, confined")
+        bool,
+        typer.Option(
+            "--run-code",
+            help="let the benchmark livecodebench run the models' programs here, confined",
+        ),
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="only check the grid, say how long it takes (estimated), and exit")
+        bool,
+        typer.Option(
+            "--check", help="only check the grid, say how long it takes (estimated), and exit"
+        ),
     ] = False,
 ) -> None:
     """Run a grid of recipes on a model, and measure each: divergence, accuracy, bytes, speed and benchmarks where asked.
@@ -110,7 +120,10 @@ class _Asked:
         return {
             "model": public_name(self.model),
             "fingerprint": ModelIdentity.of_files(str(self.source)).fingerprint,
-            "evaluation": {**self.evaluation.of_rows(), "source": public_name(self.evaluation.source)},
+            "evaluation": {
+                **self.evaluation.of_rows(),
+                "source": public_name(self.evaluation.source),
+            },
             "prompt": self.prompt.model_dump(),
             "precision": self.precision.value,
             "problems": digest_of(held_out.problems),
@@ -185,7 +198,9 @@ def _tools(asked: _Asked, benchmarks: AskedBenchmarks) -> Tools:
     )
 
 
-def _served(evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path) -> dict[str, Any]:
+def _served(
+    evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path
+) -> dict[str, Any]:
     """Tools for `serve: true`: one server per model, and what measures its speed.
 
     The answers are kept beside the results, and asked anew after a kill.
@@ -220,7 +235,9 @@ def _held_out(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
     from rac_modifier.settings.sampling import SamplingSettings
 
     problems = _problems(evaluation)
-    held_out = HeldOut(problems, SamplingSettings(top_k=0, **_limits(evaluation), **prompt.model_dump()))
+    held_out = HeldOut(
+        problems, SamplingSettings(top_k=0, **_limits(evaluation), **prompt.model_dump())
+    )
     if evaluation.serve and not held_out.graded:
         raise RacError(
             "evaluation.serve asks problems with answers; name their column (answer_column), or leave serve out"
@@ -249,7 +266,9 @@ def _limits(evaluation: GridEvaluation) -> dict[str, Any]:
 def _say(row: dict[str, Any]) -> None:
     parts = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
     if row["divergence"]:
-        parts.append(f"KL {row['divergence']['kl']:.3g}, top-1 {row['divergence']['agreement']:.1%}")
+        parts.append(
+            f"KL {row['divergence']['kl']:.3g}, top-1 {row['divergence']['agreement']:.1%}"
+        )
     if outside := row.get("outside_repetitions"):  # rows of earlier versions do not have it
         parts.append(f"KL outside of repetitions {outside['kl']:.3g}")
     if row["accuracy"]:

@@ -29,9 +29,12 @@ from rac_modifier.errors import RacError
 def head(
     context: typer.Context,
     model: Model,
-    bits: Annotated[list[int] | None, typer.Option(help="8 or 4 (repeatable); default: both")] = None,
+    bits: Annotated[
+        list[int] | None, typer.Option(help="8 or 4 (repeatable); default: both")
+    ] = None,
     traces: Annotated[
-        Path | None, typer.Option(metavar="STORE", help="measure on the model's own traces; default: sample it")
+        Path | None,
+        typer.Option(metavar="STORE", help="measure on the model's own traces; default: sample it"),
     ] = None,
     sequences: Sequences = 64,
     source: Source = "arithmetic",
@@ -55,7 +58,9 @@ def head(
         raise RacError(f"--bits {unknown[0]}: a head can be rounded to 8 or 4 bits")
     if traces is not None and (idle := written_options(context) & set(SAMPLING)):
         option = min(idle).replace("_", "-")
-        raise RacError(f"--{option} is for sampling and has no effect on stored traces; leave it or --traces out")
+        raise RacError(
+            f"--{option} is for sampling and has no effect on stored traces; leave it or --traces out"
+        )
     check_model(resolve(model))
     from rac_modifier.cli.tables import render_results
     from rac_modifier.evaluation.own_samples import sequences_from_store

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
     from rac_modifier.kernels.plan import PlanRow
 
-_COLUMNS = ("module", "shape", "dtype", "stored", "pattern", "sparsity", "bytes/weight", "bytes", "note")
+_COLUMNS = (
+    "module",
+    "shape",
+    "dtype",
+    "stored",
+    "pattern",
+    "sparsity",
+    "bytes/weight",
+    "bytes",
+    "note",
+)
 _WIDTH = 100_000  # of the table in characters at most: more than any needs
 _NUMBERS = ("sparsity", "bytes/weight", "bytes")
 
@@ -31,12 +41,16 @@ def inspect(
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(metavar="M", help="tokens per step for --device, 1 to 128; 1 if it is not given")
+        int | None,
+        typer.Option(
+            metavar="M", help="tokens per step for --device, 1 to 128; 1 if it is not given"
+        ),
     ] = None,
     measured: Annotated[
         Path | None,
         typer.Option(
-            metavar="JSON", help="with --device: put the times of this file of make gpu-check beside the predicted"
+            metavar="JSON",
+            help="with --device: put the times of this file of make gpu-check beside the predicted",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -56,16 +70,26 @@ def inspect(
     from rac_modifier.cli.models import resolve
     from rac_modifier.cli.predicted import prediction_figures, render_prediction
     from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, render_plan
-    from rac_modifier.kernels.predicted import card_of, check_tokens, predict_checkpoint, read_measured
+    from rac_modifier.kernels.predicted import (
+        card_of,
+        check_tokens,
+        predict_checkpoint,
+        read_measured,
+    )
 
     if tokens is not None and device is None:
-        raise RacError(f"--tokens {tokens} is for predicted times; name a GPU with --device, such as --device h100")
+        raise RacError(
+            f"--tokens {tokens} is for predicted times; name a GPU with --device, such as --device h100"
+        )
     if measured is not None and device is None:
         raise RacError(
             f"--measured {measured} is shown beside predicted times; name the GPU with --device, such as --device cuda:0"
         )
     times = None if measured is None else read_measured(measured)
-    card, number = None if device is None else card_of(device), check_tokens(1 if tokens is None else tokens)
+    card, number = (
+        None if device is None else card_of(device),
+        check_tokens(1 if tokens is None else tokens),
+    )
     checkpoint = Path(resolve(str(checkpoint)))
     if problem := folder_problem(checkpoint):
         raise RacError(
@@ -77,7 +101,9 @@ def inspect(
         found = figures(report, rows)
         if card is not None:
             found["predicted"] = (
-                prediction_figures(predict_checkpoint(report, rows, card, number), times) if report.sound else None
+                prediction_figures(predict_checkpoint(report, rows, card, number), times)
+                if report.sound
+                else None
             )
         print_json(found)
         return
@@ -85,16 +111,28 @@ def inspect(
     rows = plan_checkpoint(checkpoint)
     if card is not None:
         if not report.sound:
-            raise RacError(f"{checkpoint}: not sound, see the notes of the table; no times are predicted")
+            raise RacError(
+                f"{checkpoint}: not sound, see the notes of the table; no times are predicted"
+            )
         typer.echo(f"\n{render_prediction(predict_checkpoint(report, rows, card, number), times)}")
     elif rows:
-        typer.echo(f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}")
+        typer.echo(
+            f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}"
+        )
     elif dense := plan_dense_codes(checkpoint):
-        few = sorted({row.layer.word_bits for row in dense if row.layer is not None and row.layer.word_bits < 4})
+        few = sorted(
+            {
+                row.layer.word_bits
+                for row in dense
+                if row.layer is not None and row.layer.word_bits < 4
+            }
+        )
         own = "runs the int4 weights on kernels of its own"
         if few:
             own = f"has no kernel for int{' and int'.join(map(str, few))} weights on a CPU"
-        typer.echo(f"\nvLLM {own}. With --quantization rac-sparse, on this machine's CPU:\n{render_plan(dense)}")
+        typer.echo(
+            f"\nvLLM {own}. With --quantization rac-sparse, on this machine's CPU:\n{render_plan(dense)}"
+        )
 
 
 def render_report(report: CheckpointReport) -> str:
@@ -124,7 +162,10 @@ def figures(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]
     return {
         **asdict(report),
         **{name: getattr(report, name) for name in computed},
-        "served": [{"module": row.module, **asdict(row.decision), "ceiling": row.decision.ceiling} for row in rows],
+        "served": [
+            {"module": row.module, **asdict(row.decision), "ceiling": row.decision.ceiling}
+            for row in rows
+        ],
     }
 
 
@@ -146,12 +187,16 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
 def totals(report: CheckpointReport) -> list[str]:
     """The lines below the table."""
     dense = (
-        f" stored, {report.dense_bytes:,} with every matrix dense" if report.dense_bytes != report.stored_bytes else ""
+        f" stored, {report.dense_bytes:,} with every matrix dense"
+        if report.dense_bytes != report.stored_bytes
+        else ""
     )
     lines = [f"all tensors: {report.stored_bytes:,} bytes{dense}"]
     lines += [f"quantized weights: {scheme.describe()}" for scheme in report.quantization]
     if report.sparsity is not None:
-        lines.append(f"{len(report.sparse)} pruned matrices, {report.sparsity:.2%} of their weights are zero")
+        lines.append(
+            f"{len(report.sparse)} pruned matrices, {report.sparsity:.2%} of their weights are zero"
+        )
     else:
         lines.append("no matrix is recorded as pruned")
     if not report.sound:
@@ -171,10 +216,17 @@ def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
     sparse = [row for row in rows if row.decision.sparse]
     if not sparse:
         return "No module runs on a sparse kernel here, so decoding is as fast as that of the dense model."
-    others = sum(r.stored_bytes for r in report.modules if r.read_per_token and r.name not in planned)
-    dense = others + sum(r.rows * r.columns * r.decision.bytes_per_weight * r.decision.ceiling for r in rows)
+    others = sum(
+        r.stored_bytes for r in report.modules if r.read_per_token and r.name not in planned
+    )
+    dense = others + sum(
+        r.rows * r.columns * r.decision.bytes_per_weight * r.decision.ceiling for r in rows
+    )
     here = others + sum(
-        r.rows * r.columns * r.decision.bytes_per_weight * (1 if r.decision.sparse else r.decision.ceiling)
+        r.rows
+        * r.columns
+        * r.decision.bytes_per_weight
+        * (1 if r.decision.sparse else r.decision.ceiling)
         for r in rows
     )
     kernels = ", ".join(dict.fromkeys(row.decision.kernel for row in sparse))
@@ -186,7 +238,13 @@ def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
 
 def _record_line(record: dict[str, Any]) -> str:
     if "packing" in record:
-        return f"packed by rac pack from {record.get('base_model', '?')}, which was pruned elsewhere"
+        return (
+            f"packed by rac pack from {record.get('base_model', '?')}, which was pruned elsewhere"
+        )
     calibration = record.get("calibration")
-    counts = ", ".join(f"{key} {value}" for key, value in calibration.items()) if isinstance(calibration, dict) else "?"
+    counts = (
+        ", ".join(f"{key} {value}" for key, value in calibration.items())
+        if isinstance(calibration, dict)
+        else "?"
+    )
     return f"run record: {record.get('method', '?')} on {record.get('base_model', '?')}; calibration: {counts}"

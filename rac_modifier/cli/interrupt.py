@@ -21,7 +21,9 @@ def resumable(next_step: str | Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         step = next_step if isinstance(next_step, str) else next_step()
-        typer.secho(f"\ninterrupted: {step}", fg="yellow", err=True)  # a new line, below a progress bar
+        typer.secho(
+            f"\ninterrupted: {step}", fg="yellow", err=True
+        )  # a new line, below a progress bar
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -52,6 +54,8 @@ def saving_step(output: Path, kept: str) -> str:
     text = f"{kept} are kept and will be used; run the same command again"
     if not output.is_dir() or not any(output.iterdir()):
         return text
-    if (output / CARD_NAME).exists() and not (output / JOURNAL_FILE).exists():  # the card is the model's last file
+    if (output / CARD_NAME).exists() and not (
+        output / JOURNAL_FILE
+    ).exists():  # the card is the model's last file
         return f"{output} holds the whole model; if it has no tokenizer, copy the dense model's into it"
     return f"{output} is not complete: remove it. Then, {text}"

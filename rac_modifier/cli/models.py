@@ -30,7 +30,9 @@ def check_model(source: str) -> None:
 
     folder = Path(source)
     next_step = 'give a model folder, a Hugging Face id, or "reasoner"'
-    if (folder.exists() or source.count("/") > 1 or source[0] in "./~") and (problem := folder_problem(folder)):
+    if (folder.exists() or source.count("/") > 1 or source[0] in "./~") and (
+        problem := folder_problem(folder)
+    ):
         raise RacError(f"no model at {source!r} ({problem}); {next_step}")
     if not folder.is_dir() and (problem := _hub_problem(source)):
         raise RacError(f"no model at {source!r} (no folder here, and {problem}); {next_step}")
@@ -76,10 +78,14 @@ def load_tokenizer(source: str, next_step: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise RacError(f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); {next_step}") from error
+        raise RacError(
+            f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); {next_step}"
+        ) from error
     # For some model types transformers makes a tokenizer without a vocabulary where there are no tokenizer files.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise RacError(f"no tokenizer could be loaded from {source!r} (there are no tokenizer files); {next_step}")
+        raise RacError(
+            f"no tokenizer could be loaded from {source!r} (there are no tokenizer files); {next_step}"
+        )
     return tokenizer
 
 
@@ -105,7 +111,9 @@ def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
     loaded, tokenizer = load(model, precision)
     if (device := accelerator()) is not None:
         check_fits(
-            loaded, device, "use a device with more memory, or hide it (CUDA_VISIBLE_DEVICES=) to compute on the CPU"
+            loaded,
+            device,
+            "use a device with more memory, or hide it (CUDA_VISIBLE_DEVICES=) to compute on the CPU",
         )
         loaded = loaded.to(device)
     return loaded, tokenizer
@@ -118,9 +126,16 @@ def unpacked(source: str, precision: Dtype) -> Any:
     from rac_modifier.files import read_json
 
     folder = Path(source)
-    if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
-        raise RacError(f"{source}: no weights are in it; complete the download, or save the model as safetensors")
-    if not (folder / CONFIG_FILE).is_file() or packed_format(read_json(folder / CONFIG_FILE)) is None:
+    if folder.is_dir() and not any(
+        path.suffix in (".safetensors", ".bin") for path in folder.iterdir()
+    ):
+        raise RacError(
+            f"{source}: no weights are in it; complete the download, or save the model as safetensors"
+        )
+    if (
+        not (folder / CONFIG_FILE).is_file()
+        or packed_format(read_json(folder / CONFIG_FILE)) is None
+    ):
         return source
     return load_model(source, dtype=precision.value)
 
@@ -149,7 +164,9 @@ def check_loading(source: str, precision: Dtype) -> None:
         for name in files.by_file():
             stored, nbytes = files.dtype(name), files.nbytes(name)
             wanted = (
-                stored if precision is Dtype.AUTO or not stored.is_floating_point else getattr(torch, precision.value)
+                stored
+                if precision is Dtype.AUTO or not stored.is_floating_point
+                else getattr(torch, precision.value)
             )
             nbytes = nbytes // stored.itemsize * wanted.itemsize
             if wanted is not stored or _NUMBERED_EXPERT.search(name):
@@ -189,19 +206,31 @@ def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> No
     """
     from loguru import logger
 
-    from rac_modifier.checkpoint.output_folder import bytes_of_weights, check_output_folder, check_room
+    from rac_modifier.checkpoint.output_folder import (
+        bytes_of_weights,
+        check_output_folder,
+        check_room,
+    )
 
     size = bytes_of_weights(source)
     check_output_folder(output, Path(source) if Path(source).is_dir() else None, 0)
     if size is None:
-        logger.info(f"{source} is not in the hub's cache yet: the disk is checked for room once the model is loaded")
+        logger.info(
+            f"{source} is not in the hub's cache yet: the disk is checked for room once the model is loaded"
+        )
         return
     # the dense weights and the packed ones, while they are packed in place
     check_room(output, 2 * size, size if keeps_groups else 0)
 
 
 def own_samples(
-    model: str, loaded: Any, tokenizer: Any, problems: list[Problem], cap: int, batch_size: int, seed: int
+    model: str,
+    loaded: Any,
+    tokenizer: Any,
+    problems: list[Problem],
+    cap: int,
+    batch_size: int,
+    seed: int,
 ) -> list[TokenSequence]:
     """What a loaded model answers to these problems, under the prompt of its run record. One sample each."""
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
@@ -209,5 +238,7 @@ def own_samples(
     from rac_modifier.settings.sampling import SamplingSettings
 
     prompt = choose_prompt({model: recorded_prompts(resolve(model))}).prompt
-    sampling = SamplingSettings(max_new_tokens=cap, batch_size=batch_size, seed=seed, **prompt.model_dump())
+    sampling = SamplingSettings(
+        max_new_tokens=cap, batch_size=batch_size, seed=seed, **prompt.model_dump()
+    )
     return sample_sequences(loaded, tokenizer, problems, sampling)

@@ -16,17 +16,23 @@ from rac_modifier.cli.options import AsJson, Model, print_json
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan
 
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="folder for the new checkpoint; new or empty")]
+Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="folder for the new checkpoint; new or empty")
+]
 _HEAD = ("module", "shape", "dtype", "pattern", "zeros", "bytes", "packed", "note")
 
 
 def pack(
     model: Model,
     out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="folder for the packed checkpoint; new or empty")
+        Path | None,
+        typer.Argument(metavar="OUT", help="folder for the packed checkpoint; new or empty"),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="only look: print what would be packed and why not, write nothing")
+        bool,
+        typer.Option(
+            "--check", help="only look: print what would be packed and why not, write nothing"
+        ),
     ] = False,
     drop_negative_zeros: Annotated[
         bool,
@@ -47,7 +53,9 @@ def pack(
     Example: rac pack owner/pruned-model --check
     """
     if out is None and not check:
-        raise typer.BadParameter("name the folder to write, or look only: rac pack MODEL --check", param_hint="OUT")
+        raise typer.BadParameter(
+            "name the folder to write, or look only: rac pack MODEL --check", param_hint="OUT"
+        )
     from rac_modifier.checkpoint.convert import left_out, pack_model
     from rac_modifier.checkpoint.files import JOURNAL_FILE
     from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
@@ -70,7 +78,14 @@ def pack(
         assert out is not None
         summary = pack_model(plan, out, model)
     if as_json:
-        print_json({**_as_json(plan), "out": str(out), "left_out": left_out(source), "summary": asdict(summary)})
+        print_json(
+            {
+                **_as_json(plan),
+                "out": str(out),
+                "left_out": left_out(source),
+                "summary": asdict(summary),
+            }
+        )
         return
     typer.echo(render_plan(plan))
     if others := left_out(source):
@@ -79,7 +94,10 @@ def pack(
 
 
 def unpack(
-    packed: Annotated[str, typer.Argument(metavar="PACKED", help="folder or Hugging Face id of a packed checkpoint")],
+    packed: Annotated[
+        str,
+        typer.Argument(metavar="PACKED", help="folder or Hugging Face id of a packed checkpoint"),
+    ],
     out: Out,
     as_json: AsJson = False,
 ) -> None:
@@ -111,7 +129,9 @@ def render_plan(plan: PackPlan) -> str:
 
     lines = [render_table(_HEAD, [_cells(row) for row in plan.matrices], left=4)]
     counts = Counter(row.structure for row in plan.packed)
-    patterns = ", ".join(f"{count} {structure}" for structure, count in sorted(counts.items(), key=str))
+    patterns = ", ".join(
+        f"{count} {structure}" for structure, count in sorted(counts.items(), key=str)
+    )
     before = sum(row.dense_bytes for row in plan.matrices)
     after = before - sum(row.dense_bytes - (row.packed_bytes or 0) for row in plan.packed)
     lines.append(
@@ -142,4 +162,8 @@ def _cells(row: MatrixPlan) -> tuple[str, ...]:
 
 
 def _as_json(plan: PackPlan) -> dict[str, Any]:
-    return {"model": str(plan.folder), "format": plan.format, "matrices": [asdict(row) for row in plan.matrices]}
+    return {
+        "model": str(plan.folder),
+        "format": plan.format,
+        "matrices": [asdict(row) for row in plan.matrices],
+    }

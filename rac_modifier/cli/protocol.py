@@ -22,7 +22,9 @@ _SET_BY_PRESET = ("source", "column", "answer_column", "samples", "cap", "temper
 def written_options(context: typer.Context) -> set[str]:
     """The parameters of a command that the user wrote, by name."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    return {
+        name for name, source in sources.items() if source is not None and source.name != "DEFAULT"
+    }
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Protocol:
         written = {option for option in _SET_BY_PRESET if option in given}
         values = {option: value for option, value in published.items() if option not in written}
         changed = {option: published[option] for option in _SET_BY_PRESET if option in written}
-        changed = {option: value for option, value in changed.items() if getattr(self, option) != value}
+        changed = {
+            option: value for option, value in changed.items() if getattr(self, option) != value
+        }
         if "problems" not in given:
             values["problems"] = None
         elif self.problems != preset.problems:
@@ -101,10 +105,14 @@ class Protocol:
                 "one of them out, or name a file or a dataset"
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise RacError(f"--top-p {self.top_p:g} is not a share of the probability; give 0.95, or 1 for no limit")
+            raise RacError(
+                f"--top-p {self.top_p:g} is not a share of the probability; give 0.95, or 1 for no limit"
+            )
         written = self.preset is None or "top_p" in self.changed
         if self.top_p is not None and written and not self.temperature and not divergence:
-            raise RacError(f"--top-p {self.top_p:g} has no effect on greedy answers; give --temperature 0.6 with it")
+            raise RacError(
+                f"--top-p {self.top_p:g} has no effect on greedy answers; give --temperature 0.6 with it"
+            )
         if self.run_code and not self.asks_programs:
             raise RacError("--run-code is for a preset whose answers are programs; leave it out")
         if self.preset is not None and self.asks_programs:
@@ -127,7 +135,9 @@ class Protocol:
 
         fields = {"source": self.source, "column": self.column, "answer_column": self.answer_column}
         if self.preset is not None and not ProblemSource(source=self.source).is_file:
-            fields["split"] = self.preset.split  # a mirror of the dataset has it too, but not its configurations
+            fields["split"] = (
+                self.preset.split
+            )  # a mirror of the dataset has it too, but not its configurations
             fields["config"] = self.preset.config if self.source == self.preset.source else None
         return fields
 
@@ -141,14 +151,22 @@ class Protocol:
             from rac_modifier.problems.held_out import held_out_problems
 
             assert self.problems is not None
-            return held_out_problems(self.source, self.problems, seed, self.column, self.answer_column)
+            return held_out_problems(
+                self.source, self.problems, seed, self.column, self.answer_column
+            )
         from rac_modifier.problems.benchmarks import benchmark_problems
         from rac_modifier.settings.problems import ProblemSource
 
         try:
-            return benchmark_problems(ProblemSource(**self.where()), self.preset.layout, seed, self.problems)
+            return benchmark_problems(
+                ProblemSource(**self.where()), self.preset.layout, seed, self.problems
+            )
         except RacError as error:
-            access = f" ({self.preset.access})" if self.preset.access and "source" not in self.changed else ""
+            access = (
+                f" ({self.preset.access})"
+                if self.preset.access and "source" not in self.changed
+                else ""
+            )
             raise RacError(
                 f"--preset {self.preset.name}: {error}. Its problems are those of {self.preset.source}{access}; a copy with "
                 "the same columns is read with --source FILE"
@@ -181,10 +199,14 @@ class Protocol:
             f"Preset {self.preset.name}: {asked} problems, {self.samples} answer{'s' if self.samples > 1 else ''} each, "
             f"temperature {self.temperature or 0:g}, top-p {self.top_p:g}, at most {self.cap:,} new tokens."
         )
-        differences = [f"{option.replace('_', '-')} is {value!r}" for option, value in self.changed.items()]
+        differences = [
+            f"{option.replace('_', '-')} is {value!r}" for option, value in self.changed.items()
+        ]
         if asked != self.preset.problems and "problems" not in self.changed:
             differences.append(f"problems is {self.preset.problems}")
-        lines = [f"{text} Not as published ({', '.join(differences)} there)." if differences else text]
+        lines = [
+            f"{text} Not as published ({', '.join(differences)} there)." if differences else text
+        ]
         if self.run_code:
             from rac_modifier.problems.programs import describe_runner, examine_runner
 
@@ -197,9 +219,17 @@ class Protocol:
         Args:
             asked: how many problems.
         """
-        values: dict[str, Any] = {**self.where(), "problems": asked, "samples": self.samples, **self.limits()}
+        values: dict[str, Any] = {
+            **self.where(),
+            "problems": asked,
+            "samples": self.samples,
+            **self.limits(),
+        }
         if self.preset is not None:
-            values |= {"preset": self.preset.name, "published": {"problems": self.preset.problems, **self.changed}}
+            values |= {
+                "preset": self.preset.name,
+                "published": {"problems": self.preset.problems, **self.changed},
+            }
         if self.run_code:
             from rac_modifier.problems.programs import examine_runner
 

@@ -24,10 +24,13 @@ def prune(
     output: Annotated[
         str | None,
         typer.Argument(
-            metavar="OUTPUT", help="folder for the sparse checkpoint; new or empty (with --check another recipe)"
+            metavar="OUTPUT",
+            help="folder for the sparse checkpoint; new or empty (with --check another recipe)",
         ),
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(hidden=True, help="with --check further recipes")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(hidden=True, help="with --check further recipes")
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -38,12 +41,17 @@ def prune(
     ] = None,
     preset: Annotated[
         PresetName | None,
-        typer.Option(help="in place of the recipe's: quality (the default), fast, or paper, as in the RAC paper"),
+        typer.Option(
+            help="in place of the recipe's: quality (the default), fast, or paper, as in the RAC paper"
+        ),
     ] = None,
     set_: Overrides = None,
     precision: Precision = Dtype.AUTO,
     check: Annotated[
-        bool, typer.Option("--check", help="only check the command, or recipes: rac prune --check RECIPE...")
+        bool,
+        typer.Option(
+            "--check", help="only check the command, or recipes: rac prune --check RECIPE..."
+        ),
     ] = False,
 ) -> None:
     """Prune or quantize a model with a recipe, and save it.
@@ -58,8 +66,13 @@ def prune(
     overrides = [*(set_ or []), *([f"preset={preset}"] if preset else [])]
     if check and (model is None or recipe is None):
         if precision is not Dtype.AUTO:
-            raise RacError(f"--precision {precision} has no effect on a check of recipes; leave it out")
-        check_recipes([Path(path) for path in (model, output, *(more or ()), recipe) if path is not None], overrides)
+            raise RacError(
+                f"--precision {precision} has no effect on a check of recipes; leave it out"
+            )
+        check_recipes(
+            [Path(path) for path in (model, output, *(more or ()), recipe) if path is not None],
+            overrides,
+        )
         return
     if model is None or output is None or recipe is None or more:
         raise typer.BadParameter(
@@ -139,7 +152,10 @@ def _how_to_go_on(output: Path) -> str:
 
 def schema(
     modifier: Annotated[
-        str, typer.Argument(help="or ReasoningAwareCalibrationModifier, which calibrates other modifiers")
+        str,
+        typer.Argument(
+            help="or ReasoningAwareCalibrationModifier, which calibrates other modifiers"
+        ),
     ] = "ReasoningAwareSparseGPTModifier",
 ) -> None:
     """Print the JSON Schema of a recipe entry (docs/recipe.schema.json, docs/calibration.schema.json).

@@ -30,7 +30,9 @@ def recipes(context: typer.Context) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="name of a recipe, as `rac recipes` lists it")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="name of a recipe, as `rac recipes` lists it")
+    ],
 ) -> None:
     """Print a recipe, to read it or to start one of your own from it.
 

@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 
 
 def recover(
-    dense: Annotated[str, typer.Argument(help='the dense model: a folder, a Hugging Face id, or "reasoner"')],
+    dense: Annotated[
+        str, typer.Argument(help='the dense model: a folder, a Hugging Face id, or "reasoner"')
+    ],
     sparse: Annotated[
         Path,
-        typer.Argument(help="folder of the sparse, quantized or sparse and quantized checkpoint that was made from it"),
+        typer.Argument(
+            help="folder of the sparse, quantized or sparse and quantized checkpoint that was made from it"
+        ),
     ],
-    output: Annotated[Path, typer.Argument(help="folder for the recovered checkpoint; new or empty")],
+    output: Annotated[
+        Path, typer.Argument(help="folder for the recovered checkpoint; new or empty")
+    ],
     store: Annotated[
         Path | None,
         typer.Option(
@@ -43,12 +49,19 @@ def recover(
     ] = None,
     column: Annotated[str | None, typer.Option(help="column of the problems' text")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="cap of a sampled completion; default: the store's, or 8192")
+        int | None,
+        typer.Option(min=1, help="cap of a sampled completion; default: the store's, or 8192"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of sampling; default: the store's, or 1")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="seed of sampling; default: the store's, or 1")
+    ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", "-s", help="a setting of `recover:` in a recipe, e.g. --set tokens=200000 (repeatable)"),
+        typer.Option(
+            "--set",
+            "-s",
+            help="a setting of `recover:` in a recipe, e.g. --set tokens=200000 (repeatable)",
+        ),
     ] = None,
     precision: Precision = Dtype.AUTO,
     as_json: AsJson = False,
@@ -75,11 +88,16 @@ def recover(
     check_output(output, str(sparse))
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
-    with quiet, resumable(lambda: saving_step(output, "the traces, and training up to its last state,")):
+    with (
+        quiet,
+        resumable(lambda: saving_step(output, "the traces, and training up to its last state,")),
+    ):
         from rac_modifier.processes import joined_processes
 
         with joined_processes() as processes:
-            found = _recover(processes, dense, sparse, output, store, source, sampling, settings, precision)
+            found = _recover(
+                processes, dense, sparse, output, store, source, sampling, settings, precision
+            )
             processes.wait()
     if found is None:  # the first process says so
         return
@@ -90,7 +108,11 @@ def recover(
 
 
 def _asked(
-    store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None, seed: int | None
+    store: Path | None,
+    problems: str | None,
+    column: str | None,
+    max_new_tokens: int | None,
+    seed: int | None,
 ) -> tuple[Any, Any]:
     """Problems and sampling: those of the store, where there is one, with what the command line says instead."""
     from loguru import logger
@@ -105,10 +127,16 @@ def _asked(
         header = TraceStore.read(store).header
         source, sampling = header.problems, header.sampling
     elif store is not None:
-        logger.warning(f"there is no trace store at {store} yet: all traces are sampled, and kept there")
+        logger.warning(
+            f"there is no trace store at {store} yet: all traces are sampled, and kept there"
+        )
     if problems is not None or column is not None:
         source = ProblemSource(source=problems or source.source, column=column)
-    changes = {name: value for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)) if value is not None}
+    changes = {
+        name: value
+        for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed))
+        if value is not None
+    }
     return source, sampling.model_copy(update=changes)
 
 
@@ -146,7 +174,9 @@ def _recover(
     text = before_sampling(model, lambda: tokenizer, settings, *run)
     before = _record_of(sparse)
     known = {str(one.get("sha256")) for one in _stores_of(before).values()}
-    store = _collected(processes, model, tokenizer, store_path, problems, sampling, settings.reserved_tokens, known)
+    store = _collected(
+        processes, model, tokenizer, store_path, problems, sampling, settings.reserved_tokens, known
+    )
     traces: list[Trace] = fresh_traces(store, used_traces(store, known), settings.reserved_tokens)
     stage = RecoveryStage(model, traces, settings, True, *run, generic=text)
     del model
@@ -156,7 +186,9 @@ def _recover(
     plan = SavePlan(
         record=_recovered_record(before, sparse, store, patterns, done),
         patterns=patterns,
-        modules={name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)},
+        modules={
+            name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)
+        },
         storage="packed" if checkpoint.packs else "dense",
         tokenizer=resolve(dense),
         prepare=lambda *_: checkpoint.encode(),
@@ -170,11 +202,19 @@ def _recover(
 
 def _stores_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The trace stores of a run record, by part."""
-    return {name: dict(one) for name, one in (record.get("trace_stores") or {}).items() if isinstance(one, dict)}
+    return {
+        name: dict(one)
+        for name, one in (record.get("trace_stores") or {}).items()
+        if isinstance(one, dict)
+    }
 
 
 def _recovered_record(
-    before: dict[str, Any], sparse: Path, store: TraceStore, patterns: Mapping[str, Any], done: dict[str, Any]
+    before: dict[str, Any],
+    sparse: Path,
+    store: TraceStore,
+    patterns: Mapping[str, Any],
+    done: dict[str, Any],
 ) -> dict[str, Any]:
     """The run record of the recovered checkpoint: stores and prompts of the runs before, and what recovery did.
 
@@ -189,11 +229,19 @@ def _recovered_record(
     name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
     stores[name] = {"path": str(store.path), "sha256": store.sha256(), "model": store.header.model}
     prompt = PromptSettings.of(store.header.sampling).model_dump()
-    record = {"method": "recover", "recovered_from": str(sparse), "recovery": done, "trace_stores": stores}
+    record = {
+        "method": "recover",
+        "recovered_from": str(sparse),
+        "recovery": done,
+        "trace_stores": stores,
+    }
     record["prompts"] = before.get("prompts") or {"recovery": prompt}
     if patterns:
         first = next(iter(patterns.values()))
-        record |= {"pattern": f"{first.describe()} (of the first module)", "mask_structure": first.mask_structure}
+        record |= {
+            "pattern": f"{first.describe()} (of the first module)",
+            "mask_structure": first.mask_structure,
+        }
     return record
 
 
@@ -240,7 +288,9 @@ def _collected(
             store = collect_traces(model, tokenizer, path, tokens=wanted, **asked)
             used = used_traces(store, known)
             if used and not said:
-                logger.info(f"{store.path}: its first {used:,} traces were used before; recovery takes others")
+                logger.info(
+                    f"{store.path}: its first {used:,} traces were used before; recovery takes others"
+                )
                 said = True
             missing = tokens - sum(trace.tokens for trace in fresh_traces(store, used, tokens))
             if missing <= 0:

@@ -11,10 +11,17 @@ from rac_modifier.errors import RacError
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="folders that rac frontier wrote")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the page, a .html file")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="folders that rac frontier wrote")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="the page, a .html file")
+    ],
     traces: Annotated[
-        int, typer.Option(min=0, max=300, help="problems whose answers can be read on the page, per model")
+        int,
+        typer.Option(
+            min=0, max=300, help="problems whose answers can be read on the page, per model"
+        ),
     ] = 300,
 ) -> None:
     """Write a page that shows what rac frontier measured: one HTML file that needs no network.

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 _WIDTH = 100_000  # characters; wider than any table, so that rich neither wraps nor cuts a cell
 
 
-def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, markdown: bool = False) -> str:
+def render_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, markdown: bool = False
+) -> str:
     """A table as plain text, without colour codes: the same on a terminal, in a pipe and in a file.
 
     Args:
@@ -33,7 +35,9 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: in
         header_style="",
     )
     for number, name in enumerate(head):
-        table.add_column(_cell(name, markdown), justify="left" if number < left else "right", no_wrap=True)
+        table.add_column(
+            _cell(name, markdown), justify="left" if number < left else "right", no_wrap=True
+        )
     for row in rows:
         table.add_row(*(_cell(cell, markdown) for cell in row))
     text = StringIO()

@@ -31,7 +31,10 @@ app = typer.Typer(
 
 Store = Annotated[Path, typer.Argument(help="trace store, a .jsonl file")]
 StoresModel = Annotated[
-    str | None, typer.Option(help="model whose tokenizer reads the traces; default: the one in the header of the store")
+    str | None,
+    typer.Option(
+        help="model whose tokenizer reads the traces; default: the one in the header of the store"
+    ),
 ]
 
 
@@ -66,9 +69,18 @@ def collect(
             f"--serve starts a server, and the recipe names {settings.traces.engine.base_urls[0]}; leave one out"
         )
     if concurrency != _CONCURRENCY and not serve:
-        raise RacError(f"--concurrency {concurrency} is for --serve; a recipe's servers have traces.engine.concurrency")
-    served = _served(model, precision, concurrency, settings.traces) if serve else nullcontext(settings.traces)
-    with resumable("the traces that were collected are kept; run the same command again to go on"), served as traces:
+        raise RacError(
+            f"--concurrency {concurrency} is for --serve; a recipe's servers have traces.engine.concurrency"
+        )
+    served = (
+        _served(model, precision, concurrency, settings.traces)
+        if serve
+        else nullcontext(settings.traces)
+    )
+    with (
+        resumable("the traces that were collected are kept; run the same command again to go on"),
+        served as traces,
+    ):
         loaded, tokenizer = subject_of(model) if traces.engine else load(model, precision)
         reserved = settings.recover.reserved_tokens if settings.recover else 0
         pools = collect_for_calibration(
@@ -85,7 +97,9 @@ def collect(
 
 
 @contextmanager
-def _served(model: str, precision: Dtype, concurrency: int, traces: TraceSettings) -> Iterator[TraceSettings]:
+def _served(
+    model: str, precision: Dtype, concurrency: int, traces: TraceSettings
+) -> Iterator[TraceSettings]:
     """The settings with a `vllm serve` of the model as their server, inside the context."""
     from loguru import logger
 
@@ -94,14 +108,19 @@ def _served(model: str, precision: Dtype, concurrency: int, traces: TraceSetting
     from rac_modifier.sampling.vllm_command import VllmCommand
     from rac_modifier.settings.sampling import EngineSettings
 
-    every = [traces.sampling, *(source.sampling for source in traces.sources.values() if source.sampling)]
+    every = [
+        traces.sampling,
+        *(source.sampling for source in traces.sources.values() if source.sampling),
+    ]
     longest = max(sampling.max_new_tokens for sampling in every)
     if any("batch_size" in sampling.model_fields_set for sampling in every):
         logger.warning(
             f"with --serve the recipe's sampling.batch_size has no effect; --concurrency {concurrency} counts"
         )
     with vllm_server(VllmCommand.from_environment(), resolve(model), precision.value) as url:
-        engine = EngineSettings(base_urls=(url,), concurrency=concurrency, timeout=timeout_of(longest))
+        engine = EngineSettings(
+            base_urls=(url,), concurrency=concurrency, timeout=timeout_of(longest)
+        )
         yield traces.model_copy(update={"engine": engine})
 
 
@@ -119,7 +138,8 @@ def _pool_figures(pool: TracePool) -> dict[str, Any]:
 def inspect(
     store: Store,
     samples: Annotated[
-        int | None, typer.Option(min=0, help="how many traces to print as text; default: 1, with --json 0")
+        int | None,
+        typer.Option(min=0, help="how many traces to print as text; default: 1, with --json 0"),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="also check every answer and print how many are right")
@@ -137,7 +157,12 @@ def inspect(
 
     Example: rac traces inspect traces.jsonl --samples 0
     """
-    from rac_modifier.traces.report import describe_store, describe_verified, read_select, verified_figures
+    from rac_modifier.traces.report import (
+        describe_store,
+        describe_verified,
+        read_select,
+        verified_figures,
+    )
     from rac_modifier.traces.store import TraceStore
 
     opened = TraceStore.read(store)
@@ -145,7 +170,9 @@ def inspect(
     if as_json:
         found = _store_figures(opened)
         if verify or samples or settings is not None:
-            tokenizer = _tokenizer_of(opened, model, "or leave --verify, --select and --samples out")
+            tokenizer = _tokenizer_of(
+                opened, model, "or leave --verify, --select and --samples out"
+            )
             if verify or settings is not None:
                 found |= verified_figures(opened, tokenizer, verify, settings)
             if samples:
@@ -165,7 +192,12 @@ def inspect(
 
 def _sample(trace: Trace, tokenizer: Any) -> dict[str, Any]:
     text = tokenizer.decode([*trace.prompt_ids, *trace.completion_ids])
-    return {"id": trace.id, "finish_reason": trace.finish_reason, "answer": trace.answer, "text": text}
+    return {
+        "id": trace.id,
+        "finish_reason": trace.finish_reason,
+        "answer": trace.answer,
+        "text": text,
+    }
 
 
 def _store_figures(store: TraceStore) -> dict[str, Any]:
@@ -174,7 +206,12 @@ def _store_figures(store: TraceStore) -> dict[str, Any]:
     from rac_modifier.traces.report import count_endings
 
     header, endings = store.header.model_dump(mode="json"), vars(count_endings(store))
-    return {"store": store.path, "header": header, "counts": asdict(store.counts), "endings": endings}
+    return {
+        "store": store.path,
+        "header": header,
+        "counts": asdict(store.counts),
+        "endings": endings,
+    }
 
 
 @app.command("export", short_help="Write a store as Parquet, one row per trace.")
@@ -209,5 +246,7 @@ def _tokenizer_of(store: TraceStore, model: str | None, otherwise: str) -> Any:
     name = resolve(model or store.header.model)
     tokenizer = load_tokenizer(name, f"name the store's model with --model, {otherwise}")
     if tokenizer_fingerprint(tokenizer) != store.header.tokenizer:
-        raise RacError(f"{name!r} has another tokenizer than the store's model; name that model with --model")
+        raise RacError(
+            f"{name!r} has another tokenizer than the store's model; name that model with --model"
+        )
     return tokenizer

@@ -34,7 +34,12 @@ class Generate(Protocol):
     """Completes prompts, as `sampling.generate.generate` does; `keys` name the prompts for seeding."""
 
     def __call__(
-        self, model: Any, tokenizer: Any, prompts: list[list[int]], settings: SamplingSettings, keys: list[str]
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: list[list[int]],
+        settings: SamplingSettings,
+        keys: list[str],
     ) -> list[Generation]:
         """One generation per prompt, in order."""
         ...
@@ -93,12 +98,20 @@ def evaluate(
     seconds = time.monotonic() - started
 
     rows = [
-        row_of(tokenizer, problem, len(prompts[i]), generations[i], (verifiers or {}).get(problem.task or ""))
+        row_of(
+            tokenizer,
+            problem,
+            len(prompts[i]),
+            generations[i],
+            (verifiers or {}).get(problem.task or ""),
+        )
         for i, problem in enumerate(problems)
     ]
     if rows_path is not None:
         save_rows(rows, rows_path)
-    return summarise(rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed)
+    return summarise(
+        rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed
+    )
 
 
 def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier]) -> None:
@@ -107,7 +120,9 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
     `verifiers` replace math-verify for the tasks that they are named by.
     """
     if not problems:
-        raise RacError("no problems to evaluate on; give at least one (check the problem source and its limit)")
+        raise RacError(
+            "no problems to evaluate on; give at least one (check the problem source and its limit)"
+        )
     without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
     if without:
         raise RacError(
@@ -123,7 +138,9 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
         check_installed("mathematics")
 
 
-def _settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int, seed: int) -> SamplingSettings:
+def _settings(
+    max_new_tokens: int, temperature: float, top_p: float, batch_size: int, seed: int
+) -> SamplingSettings:
     """Every setting is fixed here, and none comes from a model's generation_config: all models must sample alike."""
     try:
         return SamplingSettings(
@@ -135,13 +152,17 @@ def _settings(max_new_tokens: int, temperature: float, top_p: float, batch_size:
             seed=seed,
         )
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+        wrong = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()
+        )
         raise RacError(f"the evaluation cannot run with {wrong}") from error
 
 
 def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int]]:
     """Cut `order` into batches; with a progress bar if there is a label."""
-    with tqdm(total=len(order), desc=label, unit="problem", disable=True if label is None else None) as bar:
+    with tqdm(
+        total=len(order), desc=label, unit="problem", disable=True if label is None else None
+    ) as bar:
         for start in range(0, len(order), size):
             yield order[start : start + size]
             bar.update(min(size, len(order) - start))

@@ -113,7 +113,10 @@ class ActivationChoice:
                 }
                 for each in self.errors
             },
-            **{key: self.divergence[key] for key in ("sequences", "tokens", "kl", "kl_stderr", "agreement")},
+            **{
+                key: self.divergence[key]
+                for key in ("sequences", "tokens", "kl", "kl_stderr", "agreement")
+            },
         }
 
     def describe(self) -> str:
@@ -151,14 +154,20 @@ def check_original(model: Any, dense: Any, layers: Sequence[QuantizedLayer]) -> 
     modules, originals = dict(model.named_modules()), dict(dense.named_modules())
     for name in (layer.module for layer in layers if layer.module in modules):
         if getattr(originals.get(name), "quantization_scheme", None) is not None:
-            raise RacError(f"{name}: quantized in the dense model too; name the model that was quantized")
+            raise RacError(
+                f"{name}: quantized in the dense model too; name the model that was quantized"
+            )
         ours, theirs = (_sizes(found.get(name)) for found in (modules, originals))
         if ours != theirs:
-            raise RacError(f"{name}: {ours} here and {theirs} in the dense model; name the model that was quantized")
+            raise RacError(
+                f"{name}: {ours} here and {theirs} in the dense model; name the model that was quantized"
+            )
     vectors = {name: p for name, p in dense.named_parameters() if p.dim() == 1}
     for name, own in model.named_parameters():
         other = vectors.get(name)
-        if other is None or torch.allclose(own.float(), other.to(own.device).float(), rtol=0.02, atol=1e-5):
+        if other is None or torch.allclose(
+            own.float(), other.to(own.device).float(), rtol=0.02, atol=1e-5
+        ):
             continue
         raise RacError(
             f"{name}: differs from that of the dense model, so that is another model, or its weights were rescaled before they "
@@ -169,7 +178,10 @@ def check_original(model: Any, dense: Any, layers: Sequence[QuantizedLayer]) -> 
 
 @torch.no_grad()
 def measure_activations(
-    model: Any, layers: Sequence[QuantizedLayer], sequences: Sequence[TokenSequence], dense: Any = None
+    model: Any,
+    layers: Sequence[QuantizedLayer],
+    sequences: Sequence[TokenSequence],
+    dense: Any = None,
 ) -> list[ActivationError]:
     """The error of each layer's output on all tokens of `sequences`, in float32: one forward pass per sequence.
 
@@ -182,7 +194,11 @@ def measure_activations(
     originals: Mapping[str, Any] = {} if dense is None else dict(dense.named_modules())
 
     def add(layer: QuantizedLayer, module: Any, x: Tensor) -> None:
-        weight, eight, sixteen = module.weight.float(), rounded(x, layer.block, 8), rounded(x, layer.block, 16)
+        weight, eight, sixteen = (
+            module.weight.float(),
+            rounded(x, layer.block, 8),
+            rounded(x, layer.block, 16),
+        )
         outputs = [F.linear(eight - sixteen, weight), F.linear(sixteen, weight)]
         if layer.own_error is None:
             original = originals[layer.module].weight.to(weight)
@@ -201,12 +217,18 @@ def measure_activations(
             layer = replace(layer, own_error=own / original if original else 0.0)
         found.append(ActivationError(layer, change / whole if whole else 0.0))
     if damaged := [each for each in found if not 0 <= each.error < float("inf")]:
-        raise RacError(f"{damaged[0].layer.module}: its activations are not finite; load the model in float32")
+        raise RacError(
+            f"{damaged[0].layer.module}: its activations are not finite; load the model in float32"
+        )
     return found
 
 
 def choose_activations(
-    model: Any, layers: Sequence[QuantizedLayer], sequences: Sequence[TokenSequence], limit: float, dense: Any = None
+    model: Any,
+    layers: Sequence[QuantizedLayer],
+    sequences: Sequence[TokenSequence],
+    limit: float,
+    dense: Any = None,
 ) -> ActivationChoice:
     """Measure each layer, choose those that lose nothing, and measure what all of these in 8 bits do to predictions.
 
@@ -270,5 +292,7 @@ def _hooks(
 
 def _sizes(module: Any) -> str:
     return (
-        f"[{module.out_features}, {module.in_features}]" if isinstance(module, torch.nn.Linear) else "no linear layer"
+        f"[{module.out_features}, {module.in_features}]"
+        if isinstance(module, torch.nn.Linear)
+        else "no linear layer"
     )

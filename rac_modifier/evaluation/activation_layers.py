@@ -16,7 +16,12 @@ from rac_modifier.checkpoint.dense_codes import BITS, OF_VOCABULARY, why_not_cod
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.quantization_config import WORDS, WeightScheme, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, METHOD, QUANTIZATION_KEY, packed_format
+from rac_modifier.checkpoint.sparsity_config import (
+    CONFIG_FILE,
+    METHOD,
+    QUANTIZATION_KEY,
+    packed_format,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activation_bits import QuantizedLayer
 from rac_modifier.files import read_json
@@ -38,7 +43,9 @@ class IntegerLayers:
         lines = []
         for reason, count in self.count_left_out().items():
             first = next(module for module, why in self.left_out.items() if why == reason)
-            lines.append(f"left out: {f'{count} modules, such as {first}' if count > 1 else first}: {reason}")
+            lines.append(
+                f"left out: {f'{count} modules, such as {first}' if count > 1 else first}: {reason}"
+            )
         return lines
 
     def count_left_out(self) -> dict[str, int]:
@@ -55,11 +62,19 @@ def quantized_layers(folder: Path, *, recorded: bool = True) -> IntegerLayers:
         RacError: no checkpoint with such layers, or, with `recorded`, one whose run record lacks the errors.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise RacError(f"{folder}: no folder of a checkpoint; {_STEP} (hf download ID --local-dir FOLDER makes one)")
+        raise RacError(
+            f"{folder}: no folder of a checkpoint; {_STEP} (hf download ID --local-dir FOLDER makes one)"
+        )
     config = read_json(folder / CONFIG_FILE)
-    rows, left_out = _packed(folder) if packed_format(config) is not None else _dense(folder, config)
+    rows, left_out = (
+        _packed(folder) if packed_format(config) is not None else _dense(folder, config)
+    )
     found = {row.module: layer for row in rows if (layer := _layer(row)) is not None}
-    left_out |= {row.module: "the kernels multiply its values as floats" for row in rows if row.module not in found}
+    left_out |= {
+        row.module: "the kernels multiply its values as floats"
+        for row in rows
+        if row.module not in found
+    }
     if not found:
         module, reason = next(iter(left_out.items()), ("", "it has no quantized linear layer"))
         raise RacError(
@@ -69,14 +84,20 @@ def quantized_layers(folder: Path, *, recorded: bool = True) -> IntegerLayers:
     own: dict[str, float] = {}
     if recorded:
         record = read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).is_file() else {}
-        own = {m["name"]: float(m["relative_error"]) for m in record.get("modules") or [] if "relative_error" in m}
+        own = {
+            m["name"]: float(m["relative_error"])
+            for m in record.get("modules") or []
+            if "relative_error" in m
+        }
         if missing := [module for module in found if module not in own]:
             raise RacError(
                 f"{folder}: {RUN_RECORD_NAME} has no error of {missing[0]} ({len(missing)} layers in all), and 8 bits are "
                 "compared with it; name the model that was quantized (--dense MODEL), or set RAC_ACTIVATIONS=int8 for all "
                 "layers unmeasured"
             )
-    layers = [QuantizedLayer(module, layer.block, own.get(module)) for module, layer in found.items()]
+    layers = [
+        QuantizedLayer(module, layer.block, own.get(module)) for module, layer in found.items()
+    ]
     return IntegerLayers(layers, left_out)
 
 
@@ -84,14 +105,23 @@ def _layer(row: PlanRow) -> QuantizedLayer | None:
     """None where the kernels multiply floats; without its own error."""
     assert row.layer is not None
     return QuantizedLayer.of(
-        row.module, row.layer.stored, row.layer.group, row.layer.columns, None, word_bits=row.layer.word_bits
+        row.module,
+        row.layer.stored,
+        row.layer.group,
+        row.layer.columns,
+        None,
+        word_bits=row.layer.word_bits,
     )
 
 
 def _packed(folder: Path) -> tuple[list[PlanRow], dict[str, str]]:
     """The packed modules, and those left out whatever their numbers are."""
     rows = [row for row in plan_checkpoint(folder) if row.layer is not None]
-    experts = {row.module: "the kernel of routed experts takes 16 bits" for row in rows if EXPERT.search(row.module)}
+    experts = {
+        row.module: "the kernel of routed experts takes 16 bits"
+        for row in rows
+        if EXPERT.search(row.module)
+    }
     return [row for row in rows if row.module not in experts], experts
 
 
@@ -110,8 +140,14 @@ def _dense(folder: Path, config: Mapping[str, Any]) -> tuple[list[PlanRow], dict
     with_activations = [s for s in reasons if s.activations and s.kind == "int" and s.bits in BITS]
     if with_activations or None not in reasons.values():
         scheme = next(iter([*with_activations, *reasons]), None)
-        what = "it quantizes no weights" if scheme is None else f"{reasons[scheme]}: {scheme.describe()}"
-        raise RacError(f"{folder}: no kernel multiplies its dense weights with rounded activations ({what}); {_STEP}")
+        what = (
+            "it quantizes no weights"
+            if scheme is None
+            else f"{reasons[scheme]}: {scheme.describe()}"
+        )
+        raise RacError(
+            f"{folder}: no kernel multiplies its dense weights with rounded activations ({what}); {_STEP}"
+        )
     rows, left_out = [], {}
     for row in plan_dense_codes(folder):
         reason = _why_left_out(row)
@@ -120,7 +156,9 @@ def _dense(folder: Path, config: Mapping[str, Any]) -> tuple[list[PlanRow], dict
         else:
             left_out[row.module] = reason
     with TensorFiles(folder) as files:
-        words = sorted(name.removesuffix(f".{WORDS}") for name in files.where if name.endswith(f".{WORDS}"))
+        words = sorted(
+            name.removesuffix(f".{WORDS}") for name in files.where if name.endswith(f".{WORDS}")
+        )
     few = {row.module for row in rows} | left_out.keys()
     return rows, left_out | {
         module: "dense weights of its bits have no kernel" for module in words if module not in few
@@ -129,7 +167,11 @@ def _dense(folder: Path, config: Mapping[str, Any]) -> tuple[list[PlanRow], dict
 
 def _why_not(scheme: WeightScheme) -> str | None:
     return why_not_codes(
-        scheme.kind, scheme.bits, scheme.strategy, scheme.format, activations=scheme.activations is not None
+        scheme.kind,
+        scheme.bits,
+        scheme.strategy,
+        scheme.format,
+        activations=scheme.activations is not None,
     )
 
 

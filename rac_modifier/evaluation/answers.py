@@ -77,7 +77,9 @@ def evaluate_into_file(
     header = store_header(identity, tokenizer, sampling, source)
     path = path or default_path(identity, sampling, source)
     started = time.monotonic()
-    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)) as chosen:
+    with contextlib.closing(
+        engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)
+    ) as chosen:
         if not path.exists():
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:
@@ -104,11 +106,14 @@ def evaluate_into_file(
     )
 
 
-def default_path(identity: ModelIdentity, sampling: SamplingSettings, source: ProblemSource) -> Path:
+def default_path(
+    identity: ModelIdentity, sampling: SamplingSettings, source: ProblemSource
+) -> Path:
     """rac_answers/<fingerprint>-<hash of what decides the answers>.jsonl, under the current directory."""
     settings = json.dumps(settings_of_record(sampling, source), sort_keys=True)
     return (
-        Path("rac_answers") / f"{identity.fingerprint[:12]}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+        Path("rac_answers")
+        / f"{identity.fingerprint[:12]}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
     )
 
 
@@ -132,14 +137,24 @@ def _rows(
     def checked(trace: Trace) -> Row:
         problem, sample = wanted[trace.id]
         answer = Generation(trace.completion_ids, trace.finish_reason)
-        return row_of(tokenizer, problem, len(trace.prompt_ids), answer, verifiers.get(problem.task or ""), sample)
+        return row_of(
+            tokenizer,
+            problem,
+            len(trace.prompt_ids),
+            answer,
+            verifiers.get(problem.task or ""),
+            sample,
+        )
 
     chosen = (trace for trace in store if trace.id in wanted)
     if not any(getattr(verifier, "slow", False) for verifier in verifiers.values()):
         rows = {trace.id: checked(trace) for trace in chosen}
     else:
         traces = list(chosen)
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(traces), desc="checking", disable=None) as bar:
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(traces), desc="checking", disable=None) as bar,
+        ):
             rows = {}
             for trace, row in zip(traces, pool.map(checked, traces), strict=True):
                 rows[trace.id] = row

@@ -51,7 +51,9 @@ def recorded_prompts(source: str) -> Prompts | None:
         return None
     recorded = read_json(path).get("prompts")
     if recorded is None:
-        logger.warning(f"{path} does not record the prompt settings of the calibration; the defaults are used")
+        logger.warning(
+            f"{path} does not record the prompt settings of the calibration; the defaults are used"
+        )
         return None
     try:
         return {part: PromptSettings(**settings) for part, settings in recorded.items()}
@@ -100,12 +102,18 @@ def choose_prompt(
     else:
         chosen = PromptSettings(
             template="chat",
-            system_prompt=(_only("system_prompt", known) if system_prompt is None else system_prompt) or None,
+            system_prompt=(
+                _only("system_prompt", known) if system_prompt is None else system_prompt
+            )
+            or None,
             thinking=_only("thinking", known) if thinking is None else thinking,
         )
     others = {name: p.describe() for name, p in known.items() if p.describe() != chosen.describe()}
     return PromptChoice(
-        chosen, tuple(f"{name} was calibrated with another prompt: {words}." for name, words in others.items())
+        chosen,
+        tuple(
+            f"{name} was calibrated with another prompt: {words}." for name, words in others.items()
+        ),
     )
 
 
@@ -113,7 +121,9 @@ def _only(field: str, known: Prompts) -> Any:
     """The one value of a field; its default where nothing is recorded."""
     values = {getattr(prompt, field): name for name, prompt in known.items()}
     if len(values) > 1:
-        option = {"thinking": "--thinking or --no-thinking"}.get(field, f"--{field.replace('_', '-')}")
+        option = {"thinking": "--thinking or --no-thinking"}.get(
+            field, f"--{field.replace('_', '-')}"
+        )
         found = "; ".join(f"{name}: {known[name].describe()}" for name in values.values())
         raise RacError(
             f"calibrated with different prompts, and all models must be asked with one ({found}); choose it with {option}"

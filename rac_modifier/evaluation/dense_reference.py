@@ -24,7 +24,12 @@ from rac_modifier.evaluation.divergence import (
     vocabulary,
     windows,
 )
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences, padded
+from rac_modifier.evaluation.teacher_forcing import (
+    TokenSequence,
+    batches_of_like_length,
+    check_sequences,
+    padded,
+)
 from rac_modifier.model_tools import StopForward, evaluating
 
 
@@ -77,16 +82,25 @@ class DenseReference:
             RacError: its output head has changed since, or logits are not finite.
         """
         head = output_head(pruned)
-        if not torch.equal(_probe(head), self._head) or getattr(head, "quantization_scheme", None) is not None:
-            raise RacError("the output head was changed too, and with it what the dense model would have predicted")
+        if (
+            not torch.equal(_probe(head), self._head)
+            or getattr(head, "quantization_scheme", None) is not None
+        ):
+            raise RacError(
+                "the output head was changed too, and with it what the dense model would have predicted"
+            )
         started = time.monotonic()
         rows = []
         with evaluating(pruned):
             for batch, entering in zip(self._batches, self._entering, strict=True):
                 rows += compare(batch, self._windows(pruned, head, batch, entering), label)
-        return summarise_divergence(rows, label=label, bins=bins, seconds=time.monotonic() - started)
+        return summarise_divergence(
+            rows, label=label, bins=bins, seconds=time.monotonic() - started
+        )
 
-    def _windows(self, pruned: Any, head: Any, batch: list[TokenSequence], entering: torch.Tensor) -> Windows:
+    def _windows(
+        self, pruned: Any, head: Any, batch: list[TokenSequence], entering: torch.Tensor
+    ) -> Windows:
         ids = padded(batch)[0][:, :-1]
         at = 0
 
@@ -111,7 +125,9 @@ def output_head(model: Any) -> Any:
     """The output head of a causal LM, or a RacError where there is none."""
     head = model.get_output_embeddings()
     if head is None:
-        raise RacError(f"{type(model).__name__} has no output embeddings, so its predictions cannot be compared")
+        raise RacError(
+            f"{type(model).__name__} has no output embeddings, so its predictions cannot be compared"
+        )
     return head
 
 

@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences, padded
+from rac_modifier.evaluation.teacher_forcing import (
+    TokenSequence,
+    batches_of_like_length,
+    check_sequences,
+    padded,
+)
 from rac_modifier.model_tools import evaluating
 
 # Elements of the logits in one window and in one step of the comparison: 256 MiB and 64 MiB in float32.
@@ -67,7 +72,9 @@ class DivergenceResult:
     kl_stderr: float | None  # None for a single sequence
     agreement: float  # share of tokens where both models rank the same token first
     agreement_stderr: float | None
-    bins: tuple[PositionBin, ...]  # of equal width, from the first to the last position of the longest completion
+    bins: tuple[
+        PositionBin, ...
+    ]  # of equal width, from the first to the last position of the longest completion
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,7 +92,9 @@ class DivergenceResult:
             bins = tuple(PositionBin(**b) for b in values.get("bins", ()))
             return cls(**{**values, "bins": bins})
         except TypeError as error:
-            raise RacError(f"not a divergence result ({error}); measure again with this version") from error
+            raise RacError(
+                f"not a divergence result ({error}); measure again with this version"
+            ) from error
 
 
 def divergence(
@@ -154,7 +163,9 @@ def divergence_per_token(
     rows: list[TokenDivergence] = []
     with (
         evaluating(dense, pruned),
-        tqdm(total=len(sequences), desc=label, unit="sequence", disable=None if progress else True) as bar,
+        tqdm(
+            total=len(sequences), desc=label, unit="sequence", disable=None if progress else True
+        ) as bar,
     ):
         for batch in batches_of_like_length(sequences, batch_tokens):
             rows += compare(batch, _both(dense, pruned, batch, window_elements), label)
@@ -170,7 +181,9 @@ def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, to
     for i in range(0, len(p), step):
         a, b = p[i : i + step], q[i : i + step].to(p.device)
         log_p, log_q = a.float().log_softmax(-1), b.float().log_softmax(-1)
-        kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1, dtype=torch.float64))
+        kl.append(
+            F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1, dtype=torch.float64)
+        )
         agrees.append(a.argmax(-1) == b.argmax(-1))
     return torch.cat(kl), torch.cat(agrees)
 
@@ -178,7 +191,9 @@ def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, to
 def _both(dense: Any, pruned: Any, batch: list[TokenSequence], window_elements: int) -> Windows:
     ids = padded(batch)[0][:, :-1]
     width = max(1, window_elements // (len(batch) * vocabulary(dense)))
-    for (start, p), (_, q) in zip(windows(dense, ids, width), windows(pruned, ids, width), strict=True):
+    for (start, p), (_, q) in zip(
+        windows(dense, ids, width), windows(pruned, ids, width), strict=True
+    ):
         yield start, p, q
 
 
@@ -209,7 +224,8 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
             "in float32, and check the checkpoint"
         )
     return [
-        TokenDivergence(k[mask].tolist(), a[mask].tolist()) for k, a, mask in zip(kl, agrees, predicts, strict=True)
+        TokenDivergence(k[mask].tolist(), a[mask].tolist())
+        for k, a, mask in zip(kl, agrees, predicts, strict=True)
     ]
 
 
@@ -223,7 +239,9 @@ def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, to
     several = ids.shape[1] > width
     for start in range(0, ids.shape[1], width):
         output = model(
-            input_ids=ids[:, start : start + width].to(model.device), past_key_values=cache, use_cache=several
+            input_ids=ids[:, start : start + width].to(model.device),
+            past_key_values=cache,
+            use_cache=several,
         )
         cache = output.past_key_values
         yield start, output.logits
@@ -283,5 +301,9 @@ def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | No
 def _bin(rows: Sequence[TokenDivergence], start: int, end: int) -> PositionBin:
     kls = [part for row in rows if (part := row.kl[start:end])]
     kl, kl_stderr = mean_over_tokens(kls)
-    agreement, agreement_stderr = mean_over_tokens([part for row in rows if (part := row.agrees[start:end])])
-    return PositionBin(start, end, len(kls), sum(map(len, kls)), kl, kl_stderr, agreement, agreement_stderr)
+    agreement, agreement_stderr = mean_over_tokens(
+        [part for row in rows if (part := row.agrees[start:end])]
+    )
+    return PositionBin(
+        start, end, len(kls), sum(map(len, kls)), kl, kl_stderr, agreement, agreement_stderr
+    )

@@ -20,7 +20,12 @@ from rac_modifier.traces.store import TraceStore
 
 
 def sample_sequences(
-    model: Any, tokenizer: Any, problems: Sequence[Problem], sampling: SamplingSettings, *, progress: bool = True
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    sampling: SamplingSettings,
+    *,
+    progress: bool = True,
 ) -> list[TokenSequence]:
     """Complete each problem `samples_per_problem` times, as traces are sampled; answers are not needed.
 
@@ -30,20 +35,30 @@ def sample_sequences(
         RacError: no problems, a prompt that cannot be rendered, or what `generate` raises.
     """
     if not problems:
-        raise RacError("no problems to sample on; give at least one (check the problem source and its limit)")
-    requests = [(f"{p.id}#{i}", p.question) for p in problems for i in range(sampling.samples_per_problem)]
+        raise RacError(
+            "no problems to sample on; give at least one (check the problem source and its limit)"
+        )
+    requests = [
+        (f"{p.id}#{i}", p.question) for p in problems for i in range(sampling.samples_per_problem)
+    ]
     sequences: list[TokenSequence] = []
-    with tqdm(total=len(requests), desc="own samples", unit="sample", disable=None if progress else True) as bar:
+    with tqdm(
+        total=len(requests), desc="own samples", unit="sample", disable=None if progress else True
+    ) as bar:
         for start in range(0, len(requests), sampling.batch_size):
             batch = requests[start : start + sampling.batch_size]
             prompts = [render_question(tokenizer, q, sampling) for _, q in batch]
             generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
-            sequences.extend(((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True))
+            sequences.extend(
+                ((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True)
+            )
             bar.update(len(batch))
     return sequences
 
 
-def sequences_from_store(path: str | os.PathLike[str], dense: Any, *, limit: int | None = None) -> list[TokenSequence]:
+def sequences_from_store(
+    path: str | os.PathLike[str], dense: Any, *, limit: int | None = None
+) -> list[TokenSequence]:
     """The first `limit` traces of a store (None: all) that this dense model wrote.
 
     Use a store that was not calibrated on: on its calibration set a pruned model looks better than it is.

@@ -68,7 +68,10 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
             "evaluate both on the same"
         )
     samples = first.samples
-    pairs = [(first.correct_answers[name] / samples, count / samples) for name, count in second.correct_answers.items()]
+    pairs = [
+        (first.correct_answers[name] / samples, count / samples)
+        for name, count in second.correct_answers.items()
+    ]
     low, high = bootstrap_interval([b - a for a, b in pairs])
     lost = gained = p_value = None
     if samples == 1:

@@ -44,13 +44,25 @@ def plot_bars(results: Sequence[EvalResult], path: str | os.PathLike[str]) -> Pa
     above = [100 * (r.ci_high - r.accuracy) for r in results]
     _bars(left, shares, colours, ends=[100 * r.ci_high for r in results])
     left.errorbar(
-        [100 * s for s in shares], range(len(results)), xerr=[below, above], fmt="none", ecolor=INK, capsize=2.5
+        [100 * s for s in shares],
+        range(len(results)),
+        xerr=[below, above],
+        fmt="none",
+        ecolor=INK,
+        capsize=2.5,
     )
-    _bars(right, [r.unfinished_share for r in results], colours, ends=[100 * r.unfinished_share for r in results])
+    _bars(
+        right,
+        [r.unfinished_share for r in results],
+        colours,
+        ends=[100 * r.unfinished_share for r in results],
+    )
     left.set_yticks(range(len(results)), [r.label for r in results])
     left.invert_yaxis()
     left.set_title("Correct answers (95 % interval)", loc="left", fontsize=10, color=INK)
-    right.set_title(f"Not finished within {results[0].cap} tokens", loc="left", fontsize=10, color=INK)
+    right.set_title(
+        f"Not finished within {results[0].cap} tokens", loc="left", fontsize=10, color=INK
+    )
     figure.savefig(path)
     return path
 
@@ -70,7 +82,9 @@ def plot_divergence(
     path = plot_file(path)
     check_same_sequences(results)
     if len(results) > len(COLOURS):
-        raise RacError(f"{len(results)} models are too many for one plot; show at most {len(COLOURS)}")
+        raise RacError(
+            f"{len(results)} models are too many for one plot; show at most {len(COLOURS)}"
+        )
     figure = new_figure(9.6, 4.0)
     left, right = figure.subplots(1, 2)
     for index, r in enumerate(results):
@@ -79,7 +93,12 @@ def plot_divergence(
             (left, 1, [b.kl for b in r.bins], [b.kl_stderr for b in r.bins]),
             (right, 100, [b.agreement for b in r.bins], [b.agreement_stderr for b in r.bins]),
         ):
-            style = {"color": COLOURS[index], "marker": MARKERS[index], "linewidth": 1.8, "markersize": 5}
+            style = {
+                "color": COLOURS[index],
+                "marker": MARKERS[index],
+                "linewidth": 1.8,
+                "markersize": 5,
+            }
             axes.plot(positions, [scale * m for m in means], label=r.label, **style)
             low = [scale * (m - (e or 0.0)) for m, e in zip(means, errors, strict=True)]
             high = [scale * (m + (e or 0.0)) for m, e in zip(means, errors, strict=True)]
@@ -93,7 +112,14 @@ def plot_divergence(
         axes.set_xlim(0, results[0].bins[-1].end)
         plain_axes(axes)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), 4),
+        frameon=False,
+        fontsize=9,
+    )
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     figure.savefig(path)
@@ -118,7 +144,9 @@ def plot_file(path: str | os.PathLike[str]) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise RacError("plots need matplotlib; pip install 'rac-modifier[eval]'")
     if path.suffix.lower() not in _FORMATS:
-        raise RacError(f"cannot write a plot to {str(path)!r}; use a name that ends in {', '.join(_FORMATS)}")
+        raise RacError(
+            f"cannot write a plot to {str(path)!r}; use a name that ends in {', '.join(_FORMATS)}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

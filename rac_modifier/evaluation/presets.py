@@ -59,7 +59,9 @@ class Preset:
 
 
 _ALL = (
-    Preset("HuggingFaceH4/aime_2024", Layout("aime24", "problem", "answer", BOXED), 30, 64, "train"),
+    Preset(
+        "HuggingFaceH4/aime_2024", Layout("aime24", "problem", "answer", BOXED), 30, 64, "train"
+    ),
     Preset("yentinglin/aime_2025", Layout("aime25", "problem", "answer", BOXED), 30, 64, "train"),
     Preset(
         "Idavidrein/gpqa",
@@ -70,16 +72,32 @@ _ALL = (
         config="gpqa_diamond",
         access="its owners ask to accept their terms on its page, then: hf auth login",
     ),
-    Preset("openai/gsm8k", Layout("gsm8k", "question", "answer", BOXED, "last line"), 1319, 1, "test", config="main"),
+    Preset(
+        "openai/gsm8k",
+        Layout("gsm8k", "question", "answer", BOXED, "last line"),
+        1319,
+        1,
+        "test",
+        config="main",
+    ),
     Preset(
         "livecodebench/code_generation_lite",
-        Layout("livecodebench", "question_content", PUBLIC, "", "program", more_columns=(PRIVATE, STARTER, METADATA)),
+        Layout(
+            "livecodebench",
+            "question_content",
+            PUBLIC,
+            "",
+            "program",
+            more_columns=(PRIVATE, STARTER, METADATA),
+        ),
         880,
         16,
         "test",
         access="a script reads them there; name a .jsonl file of it, with the private tests as JSON text",
     ),
-    Preset("HuggingFaceH4/MATH-500", Layout("math-500", "problem", "answer", BOXED), 500, 4, "test"),
+    Preset(
+        "HuggingFaceH4/MATH-500", Layout("math-500", "problem", "answer", BOXED), 500, 4, "test"
+    ),
 )
 PRESETS = {preset.name: preset for preset in _ALL}
 

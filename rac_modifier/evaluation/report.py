@@ -48,7 +48,17 @@ def accuracy_table(results: Sequence[EvalResult], *, allow_mixed_caps: bool = Fa
             f"results of {' and '.join(map(str, samples))} answers per problem cannot be compared; evaluate alike"
         )
     (several,) = samples
-    head = ["model", "accuracy", "95 % CI", "thinking", "tokens", "unfinished", "tokens/s", "minutes", "problems"]
+    head = [
+        "model",
+        "accuracy",
+        "95 % CI",
+        "thinking",
+        "tokens",
+        "unfinished",
+        "tokens/s",
+        "minutes",
+        "problems",
+    ]
     if several > 1:
         head.append(f"pass@{several}")
     loops = any(r.repeating_share for r in results)
@@ -57,11 +67,15 @@ def accuracy_table(results: Sequence[EvalResult], *, allow_mixed_caps: bool = Fa
     temperatures = sorted({r.temperature for r in results})
     sampling = ", ".join("greedy" if t == 0 else f"temperature {t:g}" for t in temperatures)
     answers = f"; {several} answers per problem" if several > 1 else ""
-    answers += "; repeating: answers that were cut off while their end repeated itself" if loops else ""
+    answers += (
+        "; repeating: answers that were cut off while their end repeated itself" if loops else ""
+    )
     return ResultTable(
         head=(*head, "cap") if mixed else tuple(head),
         rows=tuple((*_cells(r, loops), str(r.cap)) if mixed else _cells(r, loops) for r in results),
-        note=f"{sampling}{answers}" if mixed else f"At most {caps[0]} new tokens per answer; {sampling}{answers}.",
+        note=f"{sampling}{answers}"
+        if mixed
+        else f"At most {caps[0]} new tokens per answer; {sampling}{answers}.",
     )
 
 
@@ -77,7 +91,11 @@ def _cells(result: EvalResult, loops: bool) -> tuple[str, ...]:
         f"{result.seconds / 60:.1f}",
         str(result.problems),
         *((f"{result.pass_at[str(result.samples)]:.1%}",) if result.samples > 1 else ()),
-        *(("-" if result.repeating_share is None else f"{result.repeating_share:.1%}",) if loops else ()),
+        *(
+            ("-" if result.repeating_share is None else f"{result.repeating_share:.1%}",)
+            if loops
+            else ()
+        ),
     )
 
 
@@ -92,7 +110,11 @@ def divergence_table(results: Sequence[DivergenceResult]) -> ResultTable:
     return ResultTable(
         head=("model", "KL, nats per token", "top-1 agreement"),
         rows=tuple(
-            (r.label, _with_error(r.kl, r.kl_stderr, ".3f"), _with_error(r.agreement, r.agreement_stderr, ".1%"))
+            (
+                r.label,
+                _with_error(r.kl, r.kl_stderr, ".3f"),
+                _with_error(r.agreement, r.agreement_stderr, ".1%"),
+            )
             for r in results
         ),
         note=f"KL(dense || model) on {first.tokens:,} completion tokens of {first.sequences:,} sequences; ± one standard "
@@ -106,8 +128,12 @@ def check_same_sequences(results: Sequence[DivergenceResult]) -> None:
         raise RacError("no divergence results to show; give at least one")
     shapes = {(r.tokens, r.sequences, tuple(b.start for b in r.bins)) for r in results}
     if len(shapes) > 1:
-        counts = ", ".join(f"{r.label}: {r.tokens:,} tokens of {r.sequences:,} sequences" for r in results)
-        raise RacError(f"results on different sequences or bins cannot be compared ({counts}); measure all on one set")
+        counts = ", ".join(
+            f"{r.label}: {r.tokens:,} tokens of {r.sequences:,} sequences" for r in results
+        )
+        raise RacError(
+            f"results on different sequences or bins cannot be compared ({counts}); measure all on one set"
+        )
 
 
 def _with_error(mean: float, error: float | None, form: str) -> str:

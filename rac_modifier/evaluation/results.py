@@ -97,7 +97,10 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     numbers = np.asarray(values, dtype=np.float64)
     chance = np.random.default_rng(0)
     means = np.concatenate(
-        [numbers[chance.integers(len(numbers), size=(500, len(numbers)))].mean(axis=1) for _ in range(20)]
+        [
+            numbers[chance.integers(len(numbers), size=(500, len(numbers)))].mean(axis=1)
+            for _ in range(20)
+        ]
     )
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
@@ -140,9 +143,13 @@ def summarise(
         accuracy=fmean(shares),
         ci_low=low,
         ci_high=high,
-        pass_at={str(k): fmean(pass_at_k(count, samples, k) for count in correct.values()) for k in ks},
+        pass_at={
+            str(k): fmean(pass_at_k(count, samples, k) for count in correct.values()) for k in ks
+        },
         mean_thinking_tokens=fmean(thinking),
-        thinking_percentiles={str(share): float(np.percentile(thinking, share)) for share in (50, 90, 99)},
+        thinking_percentiles={
+            str(share): float(np.percentile(thinking, share)) for share in (50, 90, 99)
+        },
         mean_completion_tokens=fmean(row.tokens for row in rows),
         unfinished_share=fmean(row.finish != "stop" for row in rows),
         tokens_per_second=tokens / seconds if tokens else 0.0,

@@ -32,7 +32,12 @@ from rac_modifier.evaluation.divergence import (
     windows,
 )
 from rac_modifier.evaluation.report import ResultTable, check_same_sequences
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length, check_sequences, padded
+from rac_modifier.evaluation.teacher_forcing import (
+    TokenSequence,
+    batches_of_like_length,
+    check_sequences,
+    padded,
+)
 from rac_modifier.model_tools import evaluating
 
 
@@ -80,7 +85,11 @@ def measure_rounded_head(
         raise RacError(f"bits={bits}: a head can be rounded to 8 or 4 bits")
     head = output_head(model)
     weight = getattr(head, "weight", None)
-    if weight is None or weight.dtype not in FLOATS or getattr(head, "quantization_scheme", None) is not None:
+    if (
+        weight is None
+        or weight.dtype not in FLOATS
+        or getattr(head, "quantization_scheme", None) is not None
+    ):
         raise RacError(
             f"the head of this {type(model).__name__} is quantized already; RAC_LM_HEAD rounds heads of float weights only"
         )
@@ -107,7 +116,12 @@ def measure_rounded_head(
     try:
         with (
             evaluating(model),
-            tqdm(total=len(sequences), desc=label, unit="sequence", disable=None if progress else True) as bar,
+            tqdm(
+                total=len(sequences),
+                desc=label,
+                unit="sequence",
+                disable=None if progress else True,
+            ) as bar,
         ):
             for batch in batches_of_like_length(sequences, batch_tokens):
                 rows += compare(batch, _halves(model, batch, window_elements), label)

@@ -27,12 +27,16 @@ class RunDivergence:
         self._calibrated: DenseReference | None = None
         self._why = ""
         if not calibration.held_out:
-            self._why = "no traces were held out (calibration.held_out_tokens, or a mixture without traces)"
+            self._why = (
+                "no traces were held out (calibration.held_out_tokens, or a mixture without traces)"
+            )
         elif off_policy:
             self._why = "the traces may be another model's (traces.allow_off_policy)"
         else:
             try:
-                self._held_out = DenseReference(model, [sequence_of(trace) for trace in calibration.held_out])
+                self._held_out = DenseReference(
+                    model, [sequence_of(trace) for trace in calibration.held_out]
+                )
                 if calibrated := _calibrated(calibration, self._held_out.tokens):
                     self._calibrated = DenseReference(model, calibrated)
             except RacError as error:
@@ -51,7 +55,9 @@ class RunDivergence:
             return {"not_measured": self._why}
         try:
             result = self._held_out.divergence(model, label="pruned")
-            calibrated = self._calibrated.divergence(model, label="pruned") if self._calibrated else None
+            calibrated = (
+                self._calibrated.divergence(model, label="pruned") if self._calibrated else None
+            )
         except (RacError, RuntimeError) as error:
             logger.warning(f"divergence from the dense model was not measured: {error}")
             return {"not_measured": str(error)}
@@ -62,7 +68,11 @@ class RunDivergence:
         record = result.as_dict()
         del record["label"]
         if calibrated is not None:
-            record["calibrated"] = {"kl": calibrated.kl, "kl_stderr": calibrated.kl_stderr, "tokens": calibrated.tokens}
+            record["calibrated"] = {
+                "kl": calibrated.kl,
+                "kl_stderr": calibrated.kl_stderr,
+                "tokens": calibrated.tokens,
+            }
             logger.info(_outlook(result, calibrated))
         return record
 

@@ -30,7 +30,9 @@ def check_sequences(sequences: Sequence[TokenSequence]) -> None:
             )
 
 
-def batches_of_like_length(sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[list[TokenSequence]]:
+def batches_of_like_length(
+    sequences: Sequence[TokenSequence], batch_tokens: int
+) -> Iterator[list[TokenSequence]]:
     """Batches of at most `batch_tokens` padded tokens, shortest sequences first; a longer sequence gets its own batch."""
     batch: list[TokenSequence] = []
     for sequence in sorted(sequences, key=lambda s: len(s[0])):

@@ -44,20 +44,33 @@ def check_benchmarks(folder: FrontierFolder, benchmarks: Sequence[Benchmark]) ->
     for benchmark in benchmarks:
         for found in (each for each in folder.benchmarks if each["benchmark"] == benchmark.name):
             old = found["asked"]
-            if changed := [key for key in {**benchmark.asked, **old} if old.get(key) != benchmark.asked.get(key)]:
+            if changed := [
+                key
+                for key in {**benchmark.asked, **old}
+                if old.get(key) != benchmark.asked.get(key)
+            ]:
                 raise RacError(
                     f"{folder.folder} has results of {benchmark.name} that were asked with another {', '.join(sorted(changed))}; "
                     "set it as it was, or name another folder"
                 )
 
 
-def missing_benchmarks(folder: FrontierFolder, label: str, benchmarks: Sequence[Benchmark]) -> list[Benchmark]:
+def missing_benchmarks(
+    folder: FrontierFolder, label: str, benchmarks: Sequence[Benchmark]
+) -> list[Benchmark]:
     """Those that the row of this label has no result of."""
-    return [benchmark for benchmark in benchmarks if folder.benchmark(label, benchmark.name) is None]
+    return [
+        benchmark for benchmark in benchmarks if folder.benchmark(label, benchmark.name) is None
+    ]
 
 
 def ask_benchmarks(
-    folder: FrontierFolder, label: str, model: Path, benchmarks: Sequence[Benchmark], ask: Ask, servers: Servers
+    folder: FrontierFolder,
+    label: str,
+    model: Path,
+    benchmarks: Sequence[Benchmark],
+    ask: Ask,
+    servers: Servers,
 ) -> str | None:
     """Ask a model the benchmarks that its row has no result of, and keep each result.
 

@@ -63,7 +63,9 @@ def moments(group: Group, tokens: float) -> Operations:
     columns, rows, reach = group.columns, sum(group.rows), tokens * group.share
     block = block_columns(columns)
     starts = range(0, columns, block)
-    lower = sum((min(start + block, columns) - start) * min(start + block, columns) for start in starts)
+    lower = sum(
+        (min(start + block, columns) - start) * min(start + block, columns) for start in starts
+    )
     before = rows >= columns / 2
     cross = 2 * reach * columns**2 + 2 * columns**2 * rows if before else 4 * reach * columns * rows
     return Operations(cross, 2 * reach * lower)
@@ -72,10 +74,14 @@ def moments(group: Group, tokens: float) -> Operations:
 def solving(columns: int, rows: int) -> Operations:
     """Of solving modules with so many rows together."""
     factors, products = alps.multiply_adds(columns, rows, ITERATIONS)
-    return Operations(2 * (products + columns**2 * rows * (REFIT_STEPS + 2)), 2 * (columns**3 / 6 + factors))
+    return Operations(
+        2 * (products + columns**2 * rows * (REFIT_STEPS + 2)), 2 * (columns**3 / 6 + factors)
+    )
 
 
-def groups_of(modules: Iterable[tuple[str, torch.nn.Module]], head: torch.nn.Module | None) -> tuple[Group, ...]:
+def groups_of(
+    modules: Iterable[tuple[str, torch.nn.Module]], head: torch.nn.Module | None
+) -> tuple[Group, ...]:
     """The linear layers of a model in groups, as far as their names show which of them read one input."""
     found: dict[tuple[str, int, bool], list[int]] = {}
     for name, module in modules:

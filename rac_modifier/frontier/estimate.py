@@ -31,7 +31,9 @@ REACHED = 0.4
 MEAN_SHARE = 0.3
 LAUNCH = 1e-3  # seconds per layer and step
 START = 90.0  # seconds of a start of `vllm serve`
-_COPIED = 1 << 27  # bytes: more than caches hold, and long enough that a wait for a busy core does not decide
+_COPIED = (
+    1 << 27
+)  # bytes: more than caches hold, and long enough that a wait for a busy core does not decide
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class ModelShape:
         keys = getattr(config, "num_key_value_heads", None) or heads
         itemsize = (config.dtype or torch.float32).itemsize
         return cls(
-            parameters=sum(weight.numel() for weight in {id(p): p for p in model.parameters()}.values()),
+            parameters=sum(
+                weight.numel() for weight in {id(p): p for p in model.parameters()}.values()
+            ),
             groups=groups_of(model.named_modules(), head),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -129,7 +133,9 @@ class Speed:
             device, size = accelerator, 4096
         block, copy_of_it = torch.zeros(2, _COPIED, dtype=torch.uint8, device=device)
         copy = _seconds(lambda: copy_of_it.copy_(block), device)
-        products = [torch.ones(size, size, dtype=each, device=device) for each in (dtype, torch.float32)]
+        products = [
+            torch.ones(size, size, dtype=each, device=device) for each in (dtype, torch.float32)
+        ]
         computed, computed32 = (2 * size**3 / _seconds(lambda x=x: x @ x, device) for x in products)
         return cls(2 * block.numel() / copy, computed, computed32)
 
@@ -163,8 +169,12 @@ def estimate(plan: Plan, speed: Speed) -> list[Step]:
 def describe(steps: Sequence[Step]) -> str:
     """The estimate in lines, marked as such."""
     width = max(len(step.name) for step in steps)
-    total, most = (sum(values) for values in zip(*((s.seconds, s.most) for s in steps), strict=True))
-    lines = [f"Estimated, not measured: {_time(total)}, or {_time(most)} if every answer is cut at its cap."]
+    total, most = (
+        sum(values) for values in zip(*((s.seconds, s.most) for s in steps), strict=True)
+    )
+    lines = [
+        f"Estimated, not measured: {_time(total)}, or {_time(most)} if every answer is cut at its cap."
+    ]
     lines += [f"  {s.name:{width}}  {_time(s.seconds)}, at most {_time(s.most)}" for s in steps]
     lines += [
         f"  Formula: max((weights + answers x length x kv) / bandwidth, 2 x parameters x answers / operations) / {REACHED:g} per",
@@ -198,14 +208,20 @@ def _compressing(plan: Plan, speed: Speed) -> float:
     """Seconds for one row."""
     shape, rates = plan.shape, (speed.computed, speed.computed32)
     passes = PASSES * 2 * shape.computing * plan.tokens / speed.computed
-    work = [moments(group, plan.tokens) + solving(group.columns, sum(group.rows)) for group in shape.groups]
+    work = [
+        moments(group, plan.tokens) + solving(group.columns, sum(group.rows))
+        for group in shape.groups
+    ]
     return (passes + sum(part.seconds(*rates) for part in work)) / REACHED
 
 
 def _training(plan: Plan) -> dict[str, float]:
     """Operations of training, of all rows that do so."""
     linear = sum(group.weights * group.share for group in plan.shape.groups)
-    found = {"recover": 8 * plan.shape.computing * plan.recovered, "AutoRound": 6 * linear * plan.autorounded}
+    found = {
+        "recover": 8 * plan.shape.computing * plan.recovered,
+        "AutoRound": 6 * linear * plan.autorounded,
+    }
     return {name: work for name, work in found.items() if work}
 
 

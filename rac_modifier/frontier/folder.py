@@ -84,7 +84,9 @@ class FrontierFolder:
             RacError: the folder is of another model, other problems or other sampling.
         """
         if self.rows and not self.about:
-            raise RacError(f"{self.folder / ROWS} has rows and {ABOUT} is missing; put it back, or name another folder")
+            raise RacError(
+                f"{self.folder / ROWS} has rows and {ABOUT} is missing; put it back, or name another folder"
+            )
         for key, value in about.items():
             if self.about and self.about.get(key) != value:
                 raise RacError(
@@ -103,7 +105,10 @@ class FrontierFolder:
             RacError: nothing can be written.
         """
         text = json.dumps(
-            {"version": VERSION, "traces": traces}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+            {"version": VERSION, "traces": traces},
+            ensure_ascii=False,
+            separators=(",", ":"),
+            allow_nan=False,
         )
         path = self.folder / TRACES
         try:
@@ -115,7 +120,11 @@ class FrontierFolder:
 
     def benchmark(self, label: str, name: str) -> dict[str, Any] | None:
         """The result of a benchmark for the row of this label."""
-        found = (each for each in self.benchmarks if (each["label"], each.get("benchmark")) == (label, name))
+        found = (
+            each
+            for each in self.benchmarks
+            if (each["label"], each.get("benchmark")) == (label, name)
+        )
         return next(found, None)
 
     def add_benchmark(self, label: str, name: str, values: Mapping[str, Any]) -> None:
@@ -125,7 +134,9 @@ class FrontierFolder:
             RacError: nothing can be written.
         """
         values = {"label": label, "benchmark": name, **values}
-        self._benchmarks_end = _append(self.folder / BENCHMARKS, self._benchmarks_end, values, self.benchmarks)
+        self._benchmarks_end = _append(
+            self.folder / BENCHMARKS, self._benchmarks_end, values, self.benchmarks
+        )
 
     def traces(self, label: str) -> list[dict[str, Any]]:
         """The traces of a finished row.
@@ -137,8 +148,12 @@ class FrontierFolder:
         content = read_json(path)
         _check_version(content, path)
         traces = content.get("traces")
-        if not isinstance(traces, list) or not all(isinstance(trace, dict) and "id" in trace for trace in traces):
-            raise RacError(f"{path}: holds no traces; remove the line of {label!r} in {ROWS}, and run the grid again")
+        if not isinstance(traces, list) or not all(
+            isinstance(trace, dict) and "id" in trace for trace in traces
+        ):
+            raise RacError(
+                f"{path}: holds no traces; remove the line of {label!r} in {ROWS}, and run the grid again"
+            )
         return traces
 
     def model(self, label: str) -> Path:
@@ -151,7 +166,9 @@ class FrontierFolder:
     def __enter__(self) -> FrontierFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(
+                self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+            )
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
@@ -159,7 +176,9 @@ class FrontierFolder:
                 f"{self.folder} is in use by another rac frontier; wait for it, or name another folder"
             ) from error
         except OSError as error:
-            raise RacError(f"{self.folder}: cannot be written to ({error}); name another folder") from error
+            raise RacError(
+                f"{self.folder}: cannot be written to ({error}); name another folder"
+            ) from error
         try:
             self._read()  # another rac frontier may have added rows until it released the lock
         except BaseException:
@@ -168,7 +187,10 @@ class FrontierFolder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         os.close(self._lock)
 
@@ -195,7 +217,9 @@ def _append(path: Path, end: int, values: Mapping[str, Any], rows: list[dict[str
 
 
 def _not_written(path: Path, error: OSError) -> RacError:
-    return RacError(f"{path}: cannot be written ({error}); make room, and run the same command again")
+    return RacError(
+        f"{path}: cannot be written ({error}); make room, and run the same command again"
+    )
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -215,7 +239,9 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
                 f"{path}, line {number}: not JSON ({error}); remove this line, and run the grid again"
             ) from error
         if not isinstance(row, dict) or not isinstance(row.get("label"), str):
-            raise RacError(f"{path}, line {number}: no row of rac frontier; remove this line, and run the grid again")
+            raise RacError(
+                f"{path}, line {number}: no row of rac frontier; remove this line, and run the grid again"
+            )
         _check_version(row, path)
         rows.append(row)
     return rows, len(whole) + 1 if whole else 0

@@ -62,7 +62,9 @@ def measure_dense(model: Any, tokenizer: Any, held_out: HeldOut) -> Measured:
     return Measured(figures, traces)
 
 
-def measure(label: str, model: Any, dense: Any, tokenizer: Any, held_out: HeldOut, reference: Measured) -> Measured:
+def measure(
+    label: str, model: Any, dense: Any, tokenizer: Any, held_out: HeldOut, reference: Measured
+) -> Measured:
     """Answers of a compressed model, and its divergence from the dense model on the dense model's answers.
 
     Args:
@@ -78,19 +80,29 @@ def measure(label: str, model: Any, dense: Any, tokenizer: Any, held_out: HeldOu
     """
     answers, figures, correct = _answer(model, tokenizer, held_out, label)
     of_dense = [Generation(tuple(trace["ids"]), trace["finish"]) for trace in reference.traces]
-    prompts = [render_question(tokenizer, problem.question, held_out.sampling) for problem in held_out.problems]
+    prompts = [
+        render_question(tokenizer, problem.question, held_out.sampling)
+        for problem in held_out.problems
+    ]
     started = time.monotonic()
-    sequences = [((*prompt, *answer.ids), len(prompt)) for prompt, answer in zip(prompts, of_dense, strict=True)]
+    sequences = [
+        ((*prompt, *answer.ids), len(prompt))
+        for prompt, answer in zip(prompts, of_dense, strict=True)
+    ]
     tokens = divergence_per_token(dense, model, sequences, label=label)
     found = summarise_divergence(tokens, label=label, seconds=time.monotonic() - started)
     figures["divergence"] = found.as_dict()
     figures["outside_repetitions"] = _outside_repetitions(of_dense, tokens)
     if figures["accuracy"] and reference.figures["accuracy"]:
-        first, second = (EvalResult.from_dict(each["accuracy"]) for each in (reference.figures, figures))
+        first, second = (
+            EvalResult.from_dict(each["accuracy"]) for each in (reference.figures, figures)
+        )
         figures["paired"] = paired_difference(first, second).as_dict()
     traces = [
         trace_of(tokenizer, *each)
-        for each in list(zip(held_out.problems, answers, correct, of_dense, tokens, strict=True))[:MOST_TRACES]
+        for each in list(zip(held_out.problems, answers, correct, of_dense, tokens, strict=True))[
+            :MOST_TRACES
+        ]
     ]
     return Measured(figures, traces)
 
@@ -106,9 +118,13 @@ def _answer(
     figures: dict[str, Any] = {
         "length": {
             "mean": fmean(lengths),
-            "percentiles": {str(share): float(np.percentile(lengths, share)) for share in (50, 90, 99)},
+            "percentiles": {
+                str(share): float(np.percentile(lengths, share)) for share in (50, 90, 99)
+            },
             "cut_share": fmean(answer.finish_reason != "stop" for answer in answers),
-            "repeating_share": fmean(repeated_tail(answer.ids, answer.finish_reason) > 0 for answer in answers),
+            "repeating_share": fmean(
+                repeated_tail(answer.ids, answer.finish_reason) > 0 for answer in answers
+            ),
             "thinking": lengths,
         },
         "accuracy": None,
@@ -120,7 +136,8 @@ def _answer(
         return answers, figures, [None] * len(answers)
     sampling = held_out.sampling
     rows = [
-        row_of(tokenizer, problem, 0, answer, None) for problem, answer in zip(held_out.problems, answers, strict=True)
+        row_of(tokenizer, problem, 0, answer, None)
+        for problem, answer in zip(held_out.problems, answers, strict=True)
     ]
     result = summarise(
         rows,
@@ -150,7 +167,10 @@ def layers_of(record: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Relative error and sparsity of each pruned module, from a run record; empty where nothing was pruned."""
     modules = record.get("modules")
     return {
-        str(values["name"]): {"error": _number(values, "relative_error"), "sparsity": _number(values, "sparsity")}
+        str(values["name"]): {
+            "error": _number(values, "relative_error"),
+            "sparsity": _number(values, "sparsity"),
+        }
         for values in (modules if isinstance(modules, list) else ())
         if isinstance(values, Mapping) and "name" in values
     }

@@ -29,7 +29,10 @@ from rac_modifier.settings.grid import DENSE
 MOST_BYTES = 5_000_000
 """Of a page. More than that is slow to open and to send."""
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_SMALLEST, _DECADES = 1e-3, 4  # of KL in nats: digit 0 is below, digit 1 starts there, digit z is at 10 or above
+_SMALLEST, _DECADES = (
+    1e-3,
+    4,
+)  # of KL in nats: digit 0 is below, digit 1 starts there, digit z is at 10 or above
 
 
 def page(folders: Sequence[Path], most_traces: int) -> str:
@@ -51,30 +54,42 @@ def page(folders: Sequence[Path], most_traces: int) -> str:
             raise RacError(f"{folder}: the dense model was not measured; run its grid again")
         shared = [found.about, [trace["ids"] for trace in found.traces(DENSE)]]
         studies.setdefault(json.dumps(shared, sort_keys=True), []).append(found)
-    data = {"studies": _named_apart([_study(group) for group in studies.values()], list(studies.values()))}
+    data = {
+        "studies": _named_apart(
+            [_study(group) for group in studies.values()], list(studies.values())
+        )
+    }
     traces = [_traces(group, most_traces) for group in studies.values()]
     files = resources.files("rac_modifier.frontier") / "assets"
     text = {
-        name: (files / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "chart.js", "page.js")
+        name: (files / name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "chart.js", "page.js")
     }
     script = text["chart.js"] + text["page.js"]
     parts = {
         "STYLE_HASH": _hash(text["page.css"]),
         "SCRIPT_HASH": _hash(script),
         "STYLE": text["page.css"],
-        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "DATA": json.dumps(
+            data, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        ).replace("<", "\\u003c"),
         "TRACES": base64.b64encode(
             gzip.compress(json.dumps(traces, separators=(",", ":")).encode(), 9, mtime=0)
         ).decode(),
         "SCRIPT": script,
     }
-    pieces = text["page.html"].split("@")  # in turn text and names; no part is searched for names again
+    pieces = text["page.html"].split(
+        "@"
+    )  # in turn text and names; no part is searched for names again
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
 def problems_shown(folders: Sequence[Path], most_traces: int) -> int:
     """The largest number of problems of a folder whose answers a page of these shows."""
-    return min(most_traces, max(FrontierFolder.read(folder).about["evaluation"]["problems"] for folder in folders))
+    return min(
+        most_traces,
+        max(FrontierFolder.read(folder).about["evaluation"]["problems"] for folder in folders),
+    )
 
 
 def check_size(text: str, path: Path, shown: int) -> None:
@@ -91,7 +106,9 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _named_apart(studies: list[dict[str, Any]], groups: list[list[FrontierFolder]]) -> list[dict[str, Any]]:
+def _named_apart(
+    studies: list[dict[str, Any]], groups: list[list[FrontierFolder]]
+) -> list[dict[str, Any]]:
     """Those of one model and one source get the name of their first folder, too."""
     names = [study["name"] for study in studies]
     return [
@@ -112,7 +129,9 @@ def _study(group: list[FrontierFolder]) -> dict[str, Any]:
     return {
         "name": f"{about['model']}, {asked['source']}",
         "about": text,
-        "rows": [_row(row) | {"benchmarks": _benchmarks(group, row["label"])} for row in _rows(group)],
+        "rows": [
+            _row(row) | {"benchmarks": _benchmarks(group, row["label"])} for row in _rows(group)
+        ],
     }
 
 
@@ -131,7 +150,9 @@ def _rows(group: list[FrontierFolder]) -> list[dict[str, Any]]:
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
     """What the page needs of a row."""
-    accuracy, divergence, length, served = (row[name] for name in ("accuracy", "divergence", "length", "served"))
+    accuracy, divergence, length, served = (
+        row[name] for name in ("accuracy", "divergence", "length", "served")
+    )
     recipe = (
         "the dense model"
         if row["recipe"] is None
@@ -145,7 +166,8 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         "accuracy": accuracy and [accuracy["accuracy"], accuracy["ci_low"], accuracy["ci_high"]],
         "paired": row["paired"] and PairedDifference(**row["paired"]).describe(),
         "kl": divergence and [divergence["kl"], divergence["kl_stderr"]],
-        "outside": (outside := row.get("outside_repetitions")) and [outside["kl"], outside["kl_stderr"]],
+        "outside": (outside := row.get("outside_repetitions"))
+        and [outside["kl"], outside["kl_stderr"]],
         "agreement": divergence and [divergence["agreement"], divergence["agreement_stderr"]],
         "length": {
             "mean": length["mean"],
@@ -156,20 +178,28 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         },
         "speed": (served or {}).get("tokens_per_second"),
         "not_served": (served or {}).get("not_measured"),
-        "layers": [[name, values["error"], values["sparsity"]] for name, values in row["layers"].items()],
+        "layers": [
+            [name, values["error"], values["sparsity"]] for name, values in row["layers"].items()
+        ],
     }
 
 
 def _benchmarks(group: list[FrontierFolder], label: str) -> dict[str, dict[str, Any]]:
     """What the page needs of the published benchmarks of a row, by name."""
     found = [each for folder in group for each in folder.benchmarks]
-    dense = {each["benchmark"]: EvalResult.from_dict(each["result"]) for each in found if each["label"] == DENSE}
+    dense = {
+        each["benchmark"]: EvalResult.from_dict(each["result"])
+        for each in found
+        if each["label"] == DENSE
+    }
     values = {}
     for each in found:
         if each["label"] != label:
             continue
         name, result = each["benchmark"], EvalResult.from_dict(each["result"])
-        paired = None if label == DENSE or name not in dense else paired_difference(dense[name], result)
+        paired = (
+            None if label == DENSE or name not in dense else paired_difference(dense[name], result)
+        )
         values[name] = {
             "accuracy": [result.accuracy, result.ci_low, result.ci_high],
             "asked": (
@@ -198,7 +228,10 @@ def _traces(group: list[FrontierFolder], most: int) -> dict[str, Any]:
 
 
 def _common(trace: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: trace[key] for key in ("text", "correct", "finish")}, "tokens": len(trace["ids"])}
+    return {
+        **{key: trace[key] for key in ("text", "correct", "finish")},
+        "tokens": len(trace["ids"]),
+    }
 
 
 def _own(trace: dict[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,16 @@ class Room:
         """Of this machine; `out` need not exist."""
         existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
         device = int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
-        written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
-        return cls(device, int(psutil.virtual_memory().available), shutil.disk_usage(existing).free + written)
+        written = (
+            sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            if out.is_dir()
+            else 0
+        )
+        return cls(
+            device,
+            int(psutil.virtual_memory().available),
+            shutil.disk_usage(existing).free + written,
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,9 @@ def needs(plan: Plan, *, keep_models: bool) -> list[Need]:
     device = max(2 * shape.nbytes + here, shape.nbytes + server)
     widest = max((group.columns for group in shape.groups), default=0)
     kept = _STREAMS * plan.tokens * (widest + shape.hidden) * shape.itemsize
-    checkpoints = ((plan.rows if keep_models else 1) + 1) * shape.nbytes  # one more while it is packed
+    checkpoints = (
+        (plan.rows if keep_models else 1) + 1
+    ) * shape.nbytes  # one more while it is packed
     tokens = (plan.rows + 1) * sum(asked.answers * asked.cap for asked in plan.asked)
     return [
         Need(

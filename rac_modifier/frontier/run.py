@@ -53,7 +53,9 @@ class Tools:
     source: Path
     load: Callable[[Path], tuple[Any, Any]]
     compress: Callable[[dict[str, Any], Path], None]
-    servers: Callable[[Path], AbstractContextManager[Servers]] = lambda _: nullcontext(lambda: nullcontext(()))
+    servers: Callable[[Path], AbstractContextManager[Servers]] = lambda _: nullcontext(
+        lambda: nullcontext(())
+    )
     serve: Callable[[Path, str, Servers], EvalResult] | None = None
     benchmarks: Sequence[Benchmark] = ()
     ask: Ask | None = None
@@ -66,7 +68,9 @@ def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> Non
         RacError: naming the rows.
     """
     changed = [
-        run.label for run in planned if (row := folder.row(run.label)) and row["recipe"] != without_paths(run.recipe)
+        run.label
+        for run in planned
+        if (row := folder.row(run.label)) and row["recipe"] != without_paths(run.recipe)
     ]
     if changed:
         raise RacError(
@@ -146,7 +150,12 @@ def _check_models(folder: FrontierFolder, planned: Sequence[PlannedRow], tools: 
 
 
 def _benchmarks(
-    folder: FrontierFolder, label: str, model: Path, tools: Tools, servers: Servers, failed: dict[str, str]
+    folder: FrontierFolder,
+    label: str,
+    model: Path,
+    tools: Tools,
+    servers: Servers,
+    failed: dict[str, str],
 ) -> bool:
     """Ask what is missing; a reason why that cannot be done is added to `failed`, and the other rows go on.
 
@@ -168,18 +177,30 @@ def _free_accelerator() -> None:
         torch.cuda.empty_cache()
 
 
-def _finish_dense(folder: FrontierFolder, held_out: HeldOut, tools: Tools, served: dict[str, Any] | None) -> None:
+def _finish_dense(
+    folder: FrontierFolder, held_out: HeldOut, tools: Tools, served: dict[str, Any] | None
+) -> None:
     """Measure the dense model, and write it down (RacError: what measuring raises)."""
     started = time.monotonic()
     model, tokenizer = tools.load(tools.source)
     found = measure_dense(model, tokenizer, held_out)
     del model
-    row = _row(DENSE, DENSE, DENSE, None, None) | {"bytes": checkpoint_bytes(tools.source), **found.figures}
-    row |= {"served": served, "layers": {}, "compressing": None, "seconds": time.monotonic() - started}
+    row = _row(DENSE, DENSE, DENSE, None, None) | {
+        "bytes": checkpoint_bytes(tools.source),
+        **found.figures,
+    }
+    row |= {
+        "served": served,
+        "layers": {},
+        "compressing": None,
+        "seconds": time.monotonic() - started,
+    }
     folder.add(without_paths(row), found.traces)
 
 
-def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools, servers: Servers) -> None:
+def _finish(
+    folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools, servers: Servers
+) -> None:
     """Compress and measure one row, and write it down."""
     started = time.monotonic()
     model_folder = folder.model(run.label)
@@ -241,5 +262,13 @@ def _served(tools: Tools, model: Path, label: str, servers: Servers) -> dict[str
     return {name: values[name] for name in wanted}
 
 
-def _row(label: str, row: str, group: str, seed: int | None, recipe: dict[str, Any] | None) -> dict[str, Any]:
-    return {"label": label, "row": row, "group": group, "seed": seed, "recipe": without_paths(recipe)}
+def _row(
+    label: str, row: str, group: str, seed: int | None, recipe: dict[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "label": label,
+        "row": row,
+        "group": group,
+        "seed": seed,
+        "recipe": without_paths(recipe),
+    }

@@ -16,7 +16,9 @@ from rac_modifier.settings.sampling import SamplingSettings
 _BROKEN = "\ufffd"  # what a decoder writes for a part of a character
 
 
-def ask(model: Any, tokenizer: Any, problems: Sequence[Problem], sampling: SamplingSettings) -> list[Generation]:
+def ask(
+    model: Any, tokenizer: Any, problems: Sequence[Problem], sampling: SamplingSettings
+) -> list[Generation]:
     """One answer per problem, in their order.
 
     Raises:
@@ -33,7 +35,10 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     pieces, before, read = [], 0, 0
     for i in range(len(ids)):
         # from the token before, since some tokenizers drop the space of a first token
-        old, new = tokenizer.decode(list(ids[before:read])), tokenizer.decode(list(ids[before : i + 1]))
+        old, new = (
+            tokenizer.decode(list(ids[before:read])),
+            tokenizer.decode(list(ids[before : i + 1])),
+        )
         if i + 1 < len(ids) and new.endswith(_BROKEN):
             pieces.append("")
             continue
@@ -75,7 +80,12 @@ def trace_of(
             "answer": problem.answer,
             "pieces": [len(piece) for piece in pieces],
         }
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(answer.ids, dense.ids, strict=False)))
+    same = sum(
+        1
+        for _ in takewhile(
+            lambda pair: pair[0] == pair[1], zip(answer.ids, dense.ids, strict=False)
+        )
+    )
     trace["same_tokens"] = same
     trace["same_characters"] = sum(len(piece) for piece in pieces[:same])
     if divergence is not None:

@@ -91,7 +91,9 @@ class Decision:
 
 def stay_dense(reason: str, served: torch.dtype) -> Decision:
     """The decision "dense" for a reason that no backend was asked about."""
-    return Decision(False, "dense", f"dense because {reason}", float(served.itemsize), float(served.itemsize))
+    return Decision(
+        False, "dense", f"dense because {reason}", float(served.itemsize), float(served.itemsize)
+    )
 
 
 class Backend(Protocol):
@@ -109,7 +111,12 @@ class Backend(Protocol):
         ...
 
     def linear(
-        self, x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        packed: Mapping[str, Tensor],
+        rows: int,
+        columns: int,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in x's dtype.
 

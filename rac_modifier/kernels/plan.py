@@ -74,7 +74,9 @@ def plan_row(
     return PlanRow(module, rows, columns, density, decision, layer)
 
 
-def plan_checkpoint(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> list[PlanRow]:
+def plan_checkpoint(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> list[PlanRow]:
     """How each pruned or ignored linear module of a checkpoint would run on a device type of this machine.
 
     vLLM fuses q, k, v and gate, up; each fused layer then gets one decision, by the same rules. `dtype` is the one to
@@ -93,13 +95,22 @@ def plan_checkpoint(folder: str | Path, dtype: torch.dtype | None = None, device
         ]
         dense = {
             **dict.fromkeys(ignored_modules(config), "it is not pruned (in ignore)"),
-            **dict.fromkeys(recorded_structures(config), "it is stored dense; serve with --quantization rac-sparse"),
+            **dict.fromkeys(
+                recorded_structures(config),
+                "it is stored dense; serve with --quantization rac-sparse",
+            ),
         }
         done = {row.module for row in rows}
         for module, reason in sorted(dense.items()):
-            if module not in done and f"{module}.weight" in files and len(files.shape(f"{module}.weight")) == 2:
+            if (
+                module not in done
+                and f"{module}.weight" in files
+                and len(files.shape(f"{module}.weight")) == 2
+            ):
                 n, k = files.shape(f"{module}.weight")
-                rows.append(PlanRow(module, n, k, 1.0, stay_dense(reason, files.dtype(f"{module}.weight"))))
+                rows.append(
+                    PlanRow(module, n, k, 1.0, stay_dense(reason, files.dtype(f"{module}.weight")))
+                )
     return rows
 
 
@@ -112,24 +123,34 @@ def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
     rows = []
     int8 = SparsityRecord.of(read_json(Path(folder) / CONFIG_FILE)).int8_activations
     with TensorFiles(folder) as files:
-        for module in sorted(name.removesuffix(f".{WORDS}") for name in files.where if name.endswith(f".{WORDS}")):
+        for module in sorted(
+            name.removesuffix(f".{WORDS}") for name in files.where if name.endswith(f".{WORDS}")
+        ):
             parts = {part: f"{module}.{part}" for part in (WORDS, WORDS_SHAPE, SCALE, ZEROS, ORDER)}
             if parts[WORDS_SHAPE] not in files or files.shape(parts[WORDS_SHAPE]) != (2,):
                 continue
             n, k = files.tensor(parts[WORDS_SHAPE]).tolist()
             words = files.shape(parts[WORDS])
-            bits = next((b for b in reversed(BITS) if words == (n, word_count(k, b))), None) if min(n, k) > 0 else None
+            bits = (
+                next((b for b in reversed(BITS) if words == (n, word_count(k, b))), None)
+                if min(n, k) > 0
+                else None
+            )
             if bits is None:  # other bits, or damaged
                 continue
             if parts[ORDER] in files:
-                decision = stay_dense("its columns were reordered (actorder: group)", torch.bfloat16)
+                decision = stay_dense(
+                    "its columns were reordered (actorder: group)", torch.bfloat16
+                )
                 rows.append(PlanRow(module, n, k, 1.0, decision))
                 continue
             groups = files.shape(parts[SCALE])[-1] if parts[SCALE] in files else 1
             scale_bytes = files.dtype(parts[SCALE]).itemsize if parts[SCALE] in files else 4
             numbers = (module, n, k, n * k, torch.int32, torch.bfloat16, groups, device)
             few = 8 if module in int8 else 16
-            rows.append(plan_row(*numbers, scale_bytes=scale_bytes, activation_bits=few, word_bits=bits))
+            rows.append(
+                plan_row(*numbers, scale_bytes=scale_bytes, activation_bits=few, word_bits=bits)
+            )
     return rows
 
 
@@ -138,28 +159,54 @@ def render_plan(rows: Sequence[PlanRow]) -> str:
     lines = []
     for reason in dict.fromkeys(row.decision.reason for row in rows):
         alike = [row for row in rows if row.decision.reason == reason]
-        named = f"{len(alike)} modules, from {alike[0].module}" if len(alike) > 1 else alike[0].module
+        named = (
+            f"{len(alike)} modules, from {alike[0].module}" if len(alike) > 1 else alike[0].module
+        )
         lines.append(f"{named} ({alike[0].rows}x{alike[0].columns}): {reason}")
     return "\n".join(lines)
 
 
 def _packed_row(
-    files: TensorFiles, module: str, dtype: torch.dtype | None, device: str, two_of_four: bool, activation_bits: int
+    files: TensorFiles,
+    module: str,
+    dtype: torch.dtype | None,
+    device: str,
+    two_of_four: bool,
+    activation_bits: int,
 ) -> PlanRow:
-    shape = files.tensor(f"{module}.shape") if files.shape(f"{module}.shape") in ((2,), (2, 1)) else torch.zeros(0)
+    shape = (
+        files.tensor(f"{module}.shape")
+        if files.shape(f"{module}.shape") in ((2,), (2, 1))
+        else torch.zeros(0)
+    )
     own, stored_shape = files.dtype(f"{module}.compressed"), files.shape(f"{module}.compressed")
     rows, columns = shape.flatten().tolist() if shape.dtype == torch.int64 else (0, 0)
     stored = math.prod(stored_shape)
-    if own == torch.int32:  # words of eight values; the last one of a row, or of all, may have padding
+    if (
+        own == torch.int32
+    ):  # words of eight values; the last one of a row, or of all, may have padding
         stored = min(rows * columns // 2 if len(stored_shape) == 2 else 8 * stored, rows * columns)
     if min(rows, columns) < 1 or stored > rows * columns:
-        raise RacError(f"{module}.shape: does not fit the {stored} stored values; the checkpoint is damaged")
+        raise RacError(
+            f"{module}.shape: does not fit the {stored} stored values; the checkpoint is damaged"
+        )
     scale = f"{module}.{SCALE}"
     shape_of_scale = files.shape(scale) if scale in files else ()
     groups = shape_of_scale[1] if len(shape_of_scale) == 2 else 1
     scale_bytes = 2 if scale in files and files.dtype(scale) == torch.bfloat16 else 4
     served = dtype or _served(own)
-    sizes = (rows, columns, stored, own, served, groups, device, two_of_four, scale_bytes, activation_bits)
+    sizes = (
+        rows,
+        columns,
+        stored,
+        own,
+        served,
+        groups,
+        device,
+        two_of_four,
+        scale_bytes,
+        activation_bits,
+    )
     return plan_row(module, *sizes)
 
 

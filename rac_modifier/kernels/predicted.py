@@ -32,7 +32,12 @@ _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-_KEPT_IN_16_BITS = ("lm_head", "gate", "shared_expert_gate", "router")  # by every contender; last part of a name
+_KEPT_IN_16_BITS = (
+    "lm_head",
+    "gate",
+    "shared_expert_gate",
+    "router",
+)  # by every contender; last part of a name
 _QUANTIZED = ("I8", "I4", "F8_E4M3", "F8_E5M2")
 _BF16 = 2.0  # bytes
 
@@ -96,7 +101,9 @@ class _Module:
     quantizable: bool
 
 
-def predict_checkpoint(report: CheckpointReport, plan: Sequence[PlanRow], card: Card, tokens: int) -> Prediction:
+def predict_checkpoint(
+    report: CheckpointReport, plan: Sequence[PlanRow], card: Card, tokens: int
+) -> Prediction:
     """Predict a step of `tokens` tokens on one GPU, with RAC_GPU_KERNELS=on and in bfloat16.
 
     q, k, v and gate, up are fused as vLLM fuses them. Experts are left out: which of them a token reads is not known here.
@@ -115,11 +122,22 @@ def predict_checkpoint(report: CheckpointReport, plan: Sequence[PlanRow], card: 
         elif EXPERT.search(row.name):
             left_out["experts: which of them a token reads is not known here"] += 1
         else:
-            parts.setdefault((f"{parent}.{_FUSED.get(last, last)}", row.columns), []).append(_module(row, planned))
-    layers = [_predict(module, card, tokens) for name, found in parts.items() for module in _fuse(name[0], found)]
+            parts.setdefault((f"{parent}.{_FUSED.get(last, last)}", row.columns), []).append(
+                _module(row, planned)
+            )
+    layers = [
+        _predict(module, card, tokens)
+        for name, found in parts.items()
+        for module in _fuse(name[0], found)
+    ]
     counts = Counter(_alike(layer) for layer in layers)
     kinds = {_alike(layer): layer for layer in layers}
-    return Prediction(card, tokens, tuple(replace(layer, count=counts[key]) for key, layer in kinds.items()), left_out)
+    return Prediction(
+        card,
+        tokens,
+        tuple(replace(layer, count=counts[key]) for key, layer in kinds.items()),
+        left_out,
+    )
 
 
 def measured_times(prediction: Prediction, measured: Measured) -> list[float | None]:
@@ -134,10 +152,14 @@ def measured_times(prediction: Prediction, measured: Measured) -> list[float | N
             f"--device {measured.card.name}, or the file of that card"
         )
     tokens = prediction.tokens
-    found = [measured.us(each.rows, each.columns, tokens, each.contender) for each in prediction.layers]
+    found = [
+        measured.us(each.rows, each.columns, tokens, each.contender) for each in prediction.layers
+    ]
     if not any(found):
         there = ", ".join(dict.fromkeys(f"{each.rows}x{each.columns}" for each in measured.times))
-        numbers = ", ".join(str(number) for number in sorted({each.tokens for each in measured.times}))
+        numbers = ", ".join(
+            str(number) for number in sorted({each.tokens for each in measured.times})
+        )
         raise RacError(
             f"{measured.source} has no time of any of these layers with {tokens} tokens per step; it has layers of {there} with "
             f"{numbers} tokens"
@@ -148,7 +170,9 @@ def measured_times(prediction: Prediction, measured: Measured) -> list[float | N
 def _module(row: ModuleRow, planned: Mapping[str, PlanRow]) -> _Module:
     kind, plan = row.name.rpartition(".")[2], planned.get(row.name)
     quantizable = kind not in _KEPT_IN_16_BITS and not is_embedding(row.name)
-    layer = None if plan is None or plan.layer is None else replace(plan.layer, served=torch.bfloat16)
+    layer = (
+        None if plan is None or plan.layer is None else replace(plan.layer, served=torch.bfloat16)
+    )
     reason = f"dense because {row.reason}" if plan is None else plan.decision.reason
     # a quantized weight that is not packed runs on vLLM's own method for it
     quantized = plan is None and (row.dtype in _QUANTIZED or row.stored == "quantized")
@@ -167,13 +191,23 @@ def _fuse(name: str, parts: Sequence[_Module]) -> Iterator[_Module]:
     whole, reason = None, first.reason
     if layers and len(layers) < len(parts):
         reason = "dense because one part of the fused layer is stored dense"
-    elif len({(each.two_of_four, each.stored, each.group, each.zero_points) for each in layers}) > 1:
+    elif (
+        len({(each.two_of_four, each.stored, each.group, each.zero_points) for each in layers}) > 1
+    ):
         reason = "dense because the parts of the fused layer are stored differently"
     elif layers:
         stored = sum(each.rows * each.density for each in layers)
         scales = max(each.group_bytes for each in layers)  # those of all parts are packed alike
         whole = replace(layers[0], rows=rows, density=stored / rows, group_bytes=scales)
-    yield _Module(name.rpartition(".")[2], rows, first.columns, whole, reason, own, all(p.quantizable for p in parts))
+    yield _Module(
+        name.rpartition(".")[2],
+        rows,
+        first.columns,
+        whole,
+        reason,
+        own,
+        all(p.quantizable for p in parts),
+    )
 
 
 def _predict(module: _Module, card: Card, tokens: int) -> PredictedLayer:
@@ -186,10 +220,14 @@ def _predict(module: _Module, card: Card, tokens: int) -> PredictedLayer:
         if problem is not None:
             layout, reason = None, f"dense because {problem}"
     contenders = {name: size if module.quantizable else _BF16 for name, size in DENSE.items()}
-    dense = {name: dense_time(card, *shape, tokens, size).total for name, size in contenders.items()}
+    dense = {
+        name: dense_time(card, *shape, tokens, size).total for name, size in contenders.items()
+    }
     if layout is None:
         time, size = dense_time(card, *shape, tokens, own), own * module.rows * module.columns
-        return PredictedLayer(module.kind, *shape, 1, "dense", reason, size, time, dense, contender_of(None, 1.0, own))
+        return PredictedLayer(
+            module.kind, *shape, 1, "dense", reason, size, time, dense, contender_of(None, 1.0, own)
+        )
     assert module.layer is not None
     density = module.layer.density
     time = sparse_time(card, layout, *shape, tokens, density)

@@ -64,14 +64,20 @@ class ActivationStage:
     ) -> None:
         """Choose among the modules `names` of a model whose weights are rounded; `results`: what the run recorded of each."""
         try:
-            layers = self._quantizer.integer_layers(names, lambda name: results[name]["relative_error"])
+            layers = self._quantizer.integer_layers(
+                names, lambda name: results[name]["relative_error"]
+            )
             if not held_out:
                 raise RacError("no traces were held out; raise calibration.held_out_tokens")
             with self._quantizer.as_served():
-                self._choice = choose_activations(model, layers, [*map(sequence_of, held_out)], self._limit)
+                self._choice = choose_activations(
+                    model, layers, [*map(sequence_of, held_out)], self._limit
+                )
         except (RacError, RuntimeError) as error:
             self._why = str(error)
-            logger.warning(f"{_SETTING}: not measured, so that all activations keep 16 bits: {error}")
+            logger.warning(
+                f"{_SETTING}: not measured, so that all activations keep 16 bits: {error}"
+            )
         else:
             logger.info(f"activations, on held-out traces: {self._choice.describe()}")
 
@@ -82,4 +88,8 @@ class ActivationStage:
 
     def record(self) -> Mapping[str, Any]:
         """What the run record says, as `rac activations` writes it."""
-        return {"activations": self._choice.as_dict(SOURCE) if self._choice else {"not_measured": self._why}}
+        return {
+            "activations": self._choice.as_dict(SOURCE)
+            if self._choice
+            else {"not_measured": self._why}
+        }

@@ -41,7 +41,10 @@ class Batch:
 
 
 def read_by_experts(
-    stage: Stage, pruned: IntermediatesCache, dense: IntermediatesCache | None, loader: CalibrationLoader
+    stage: Stage,
+    pruned: IntermediatesCache,
+    dense: IntermediatesCache | None,
+    loader: CalibrationLoader,
 ) -> list[Batch]:
     """What the experts of a stage read. It stays there when the stage has run and the caches have dropped it."""
 
@@ -62,7 +65,9 @@ def read_by_experts(
     ]
 
 
-def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Pruner, device: torch.device) -> None:
+def prune_experts(
+    routed: RoutedExperts, batches: Sequence[Batch], pruner: Pruner, device: torch.device
+) -> None:
     """Prune the experts of a layer; several processes solve as many experts at a time, each several where they are small.
 
     Each expert is calibrated on the tokens that the router sends to it in the pruned model, as in use later, and up to
@@ -72,11 +77,14 @@ def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Prune
     processes = pruner.processes
     counted = [(batch.weights > 0).to(batch.chosen.device) for batch in batches]
     by_expert = [
-        routed_rows(batch.chosen, real, routed.module.num_experts) for batch, real in zip(batches, counted, strict=True)
+        routed_rows(batch.chosen, real, routed.module.num_experts)
+        for batch, real in zip(batches, counted, strict=True)
     ]
     near = None if routed.router is None else _Nearness(routed.router, batches, device)
     tokens: dict[str, ExpertTokens] = {}
-    together = min(at_once(group, device, pruner.gains_at_once) for group in routed.experts[0].groups)
+    together = min(
+        at_once(group, device, pruner.gains_at_once) for group in routed.experts[0].groups
+    )
     numbers, step = [batch.number for batch in batches], processes.count * together
     for start in range(0, len(routed.experts), step):
         some = []
@@ -86,11 +94,17 @@ def prune_experts(routed: RoutedExperts, batches: Sequence[Batch], pruner: Prune
                 rows, counts = all_rows(own, counted, processes)
             else:
                 nearness = None if near is None else partial(near.of, expert.number)
-                rows, counts = filled_up(own, counted, pruner.expert_floor, processes, nearness, numbers)
+                rows, counts = filled_up(
+                    own, counted, pruner.expert_floor, processes, nearness, numbers
+                )
             tokens[expert.name] = counts
             some.append(_Inputs.of(expert, rows, batches, pruner, device))
-        _prune([(inputs.expert.first, inputs.tokens()) for inputs in some], pruner, device, together)
-        _prune([(inputs.expert.last, inputs.activated()) for inputs in some], pruner, device, together)
+        _prune(
+            [(inputs.expert.first, inputs.tokens()) for inputs in some], pruner, device, together
+        )
+        _prune(
+            [(inputs.expert.last, inputs.activated()) for inputs in some], pruner, device, together
+        )
     pruner.record_experts(routed.name, tokens)
 
 
@@ -124,14 +138,19 @@ _Rows = tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None, int
 
 
 def _prune(
-    parts: Iterable[tuple[list[torch.nn.Module], Iterable[_Rows]]], pruner: Pruner, device: torch.device, together: int
+    parts: Iterable[tuple[list[torch.nn.Module], Iterable[_Rows]]],
+    pruner: Pruner,
+    device: torch.device,
+    together: int,
 ) -> None:
     groups = []
     for modules, inputs in parts:
         if pruner.was_pruned(modules):  # by a run that was killed
             pruner.restore(modules)
         elif modules:
-            groups.append(InputGroup.of(modules, device, with_cross_moment=pruner.needs_dense_stream))
+            groups.append(
+                InputGroup.of(modules, device, with_cross_moment=pruner.needs_dense_stream)
+            )
             for rows, lanes_ended in inputs:
                 if rows is not None:
                     groups[-1].statistics.add(*rows)
@@ -165,7 +184,9 @@ class _Inputs:
         if expert.last and not pruner.was_pruned(expert.last):
             for i, (taken, batch) in enumerate(parts):
                 if batch.dense is not None and len(taken):
-                    dense[i] = expert.read_by_last(batch.dense[taken].to(device)).to(batch.dense.device)
+                    dense[i] = expert.read_by_last(batch.dense[taken].to(device)).to(
+                        batch.dense.device
+                    )
         return cls(expert, parts, device, dense)
 
     def tokens(self) -> Iterator[_Rows]:
@@ -182,7 +203,9 @@ class _Inputs:
             yield self._rows(taken, batch, x, None if dense is None else dense.to(self.device))
 
     @staticmethod
-    def _rows(taken: torch.Tensor, batch: Batch, x: torch.Tensor, dense: torch.Tensor | None) -> _Rows:
+    def _rows(
+        taken: torch.Tensor, batch: Batch, x: torch.Tensor, dense: torch.Tensor | None
+    ) -> _Rows:
         if not len(taken):
             return None, batch.lanes_ended
         return (x, batch.weights[taken.to(batch.weights.device)], dense), batch.lanes_ended

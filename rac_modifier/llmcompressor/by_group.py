@@ -52,8 +52,13 @@ def calibrate_by_group(
         stack.enter_context(only_routed_tokens())
         cache = IntermediatesCache.from_dataloader(loader, onload_device, offload_device)
         pruned = PrunedStream(model, cache, twice_before=twice_before)
-        dense: DenseStream | None = None  # until something was pruned, both models' activations are the same
-        batches, tokens = range(len(loader)), sum(weights.numel() for weights in loader.token_weights)
+        dense: DenseStream | None = (
+            None  # until something was pruned, both models' activations are the same
+        )
+        batches, tokens = (
+            range(len(loader)),
+            sum(weights.numel() for weights in loader.token_weights),
+        )
         last = max(i for i, stage in enumerate(stages) if stage.modules)
         for index, stage in enumerate(stages[: last + 1]):
             with disable_offloading():
@@ -64,8 +69,12 @@ def calibrate_by_group(
                     known = pruner.was_pruned(stage.modules)  # by a run that was killed
                     routed, group = stage.experts, None
                     if routed is not None:
-                        of_experts = read_by_experts(stage, cache, None if dense is None else dense.cache, loader)
-                    waits = dense is not None and index < last and dense.waits(stage, stages[index + 1])
+                        of_experts = read_by_experts(
+                            stage, cache, None if dense is None else dense.cache, loader
+                        )
+                    waits = (
+                        dense is not None and index < last and dense.waits(stage, stages[index + 1])
+                    )
                     with dense.catching_up() if dense is not None else contextlib.nullcontext():
                         for batch in batches:
                             if dense is not None:
@@ -75,11 +84,17 @@ def calibrate_by_group(
                                 if dense is not None:
                                     inputs.append(read(stage, dense.cache, batch))
                                 group = group or InputGroup.of(
-                                    stage.modules, inputs[0].device, with_cross_moment=pruner.needs_dense_stream
+                                    stage.modules,
+                                    inputs[0].device,
+                                    with_cross_moment=pruner.needs_dense_stream,
                                 )
-                                group.statistics.add(inputs[0], loader.token_weights[batch], inputs[-1])
+                                group.statistics.add(
+                                    inputs[0], loader.token_weights[batch], inputs[-1]
+                                )
                                 del inputs  # the caches need not keep them any longer
-                                group.statistics.end_lanes(loader.lanes_ended[batch], pruner.processes)
+                                group.statistics.end_lanes(
+                                    loader.lanes_ended[batch], pruner.processes
+                                )
                             if dense is not None and index == last:
                                 dense.forget(batch)
                             elif dense is not None and not waits:

@@ -50,7 +50,9 @@ def calibrate_by_layer(
     LifecycleCallbacks.calibration_start()
     wanted = set(pruner.calibrated_modules())
     submodules = [subgraph.submodules(model) for subgraph in subgraphs]
-    last = max((i for i, modules in enumerate(submodules) if wanted.intersection(modules)), default=-1)
+    last = max(
+        (i for i, modules in enumerate(submodules) if wanted.intersection(modules)), default=-1
+    )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))

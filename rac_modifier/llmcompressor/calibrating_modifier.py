@@ -17,7 +17,11 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.run_divergence import RunDivergence
 from rac_modifier.freed_memory import keep_freed_memory
 from rac_modifier.llmcompressor.finished_groups import made_with
-from rac_modifier.llmcompressor.oneshot_arguments import check_arguments, find_oneshot, given_tokenizer
+from rac_modifier.llmcompressor.oneshot_arguments import (
+    check_arguments,
+    find_oneshot,
+    given_tokenizer,
+)
 from rac_modifier.llmcompressor.pipeline import Run, put_in_place, take_away
 from rac_modifier.llmcompressor.pruner import Pruner
 from rac_modifier.llmcompressor.targets import check_autoround
@@ -45,7 +49,9 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     @model_validator(mode="after")
     def _upstream_state_is_not_set(self) -> Self:
         for name in sorted(self.model_fields_set & _UPSTREAM_STATE - _SET_BY_UPSTREAM):
-            raise RacError(f"{name}: {getattr(self, name)!r} has no effect in {type(self).__name__}; leave it out")
+            raise RacError(
+                f"{name}: {getattr(self, name)!r} has no effect in {type(self).__name__}; leave it out"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -75,7 +81,11 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         """Those of the recipe beside this one; with `later` only those that run after it."""
         modifiers = list(active_session().lifecycle.recipe.modifiers)
         place = next((i for i, modifier in enumerate(modifiers) if modifier is self), -1)
-        return modifiers[place + 1 :] if later else [modifier for modifier in modifiers if modifier is not self]
+        return (
+            modifiers[place + 1 :]
+            if later
+            else [modifier for modifier in modifiers if modifier is not self]
+        )
 
     def check_run(self, state: State, *, prunes: bool) -> None:
         """Refuse what cannot work, before anything is sampled.
@@ -87,20 +97,32 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         name = type(self).__name__
         check_autoround(self.other_modifiers())
         self._processes = present_processes()
-        if self._processes.count > 1 and not (prunes and all(_runs_alone(m) for m in self.other_modifiers())):
+        if self._processes.count > 1 and not (
+            prunes and all(_runs_alone(m) for m in self.other_modifiers())
+        ):
             beside = ", ".join(type(m).__name__ for m in self.other_modifiers())
             raise RacError(
                 f"{name} beside {beside or 'nothing'} runs in one process, and torchrun started {self._processes.count}: other "
                 "modifiers would calibrate on this process's part of the data alone; start it without torchrun"
             )
         if isinstance(state.data.calib, CalibrationLoader):
-            others = [type(m).__name__ for m in self.other_modifiers() if isinstance(m, CalibratingModifier)]
+            others = [
+                type(m).__name__
+                for m in self.other_modifiers()
+                if isinstance(m, CalibratingModifier)
+            ]
             if name in others:
-                raise RacError(f"the recipe has two {name}; write one, with targets that cover both")
-            raise RacError(f"{name} beside {others[0]}, which calibrates the whole recipe: leave {name} out")
+                raise RacError(
+                    f"the recipe has two {name}; write one, with targets that cover both"
+                )
+            raise RacError(
+                f"{name} beside {others[0]}, which calibrates the whole recipe: leave {name} out"
+            )
         if (oneshot := find_oneshot()) is not None:
             check_arguments(oneshot, name, prunes=prunes)
-            self._given_tokenizer = given_tokenizer(oneshot, self.tokenizer, state.model.config._name_or_path)
+            self._given_tokenizer = given_tokenizer(
+                oneshot, self.tokenizer, state.model.config._name_or_path
+            )
         if state.data.calib is not None:
             raise RacError(
                 f"the session was given calibration data, and {name} brings its own: leave calib_data out, "
@@ -130,7 +152,9 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         measures = processes.from_first(bool(self._calibration.held_out) and not off_policy)
         with streamed_to_accelerator(state.model) if measures else contextlib.nullcontext():
             if processes.is_first:
-                self._divergence = RunDivergence(state.model, self._calibration, off_policy=off_policy)
+                self._divergence = RunDivergence(
+                    state.model, self._calibration, off_policy=off_policy
+                )
             processes.wait()
         return self._calibration
 

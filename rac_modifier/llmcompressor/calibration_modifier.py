@@ -38,11 +38,17 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
         model, oneshot = state.model, find_oneshot()
         if self.recover is not None:
             self._codes = LaterCodes(self.other_modifiers(), model)
-        text = before_sampling(model, lambda: self._load_tokenizer(model), self.recover, quantizes=True)
-        reserved = self.build_calibration(state, self.recover.reserved_tokens if self.recover else 0).reserved
+        text = before_sampling(
+            model, lambda: self._load_tokenizer(model), self.recover, quantizes=True
+        )
+        reserved = self.build_calibration(
+            state, self.recover.reserved_tokens if self.recover else 0
+        ).reserved
         if self.recover is not None:
             keep = oneshot is not None and oneshot.output_dir is not None
-            self._recovery = RecoveryStage(model, reserved, self.recover, keep, generic=text, quantizes=True)
+            self._recovery = RecoveryStage(
+                model, reserved, self.recover, keep, generic=text, quantizes=True
+            )
         save_with_record(state.model, self._plan)
         self.calibrate_session(state, None)
         return True
@@ -57,7 +63,9 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
             if self._codes is not None and save_compressed:
                 self._codes.compress()
 
-        others = [modifier for modifier in self.other_modifiers() if modifier.requires_calibration_data]
+        others = [
+            modifier for modifier in self.other_modifiers() if modifier.requires_calibration_data
+        ]
         return SavePlan(
             tokenizer=self.tokenizer_name,
             prepare=prepare,

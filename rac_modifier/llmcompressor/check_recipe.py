@@ -50,7 +50,9 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
     for place, modifier in enumerate(modifiers):
         if isinstance(modifier, ReasoningAwareSparseGPTModifier):
             names = find_targets(model, modifier.targets, modifier.ignore, modifier.pattern)
-            check_later_modifiers(modifier, modifiers[place + 1 :], quantizes=modifier.quantization is not None)
+            check_later_modifiers(
+                modifier, modifiers[place + 1 :], quantizes=modifier.quantization is not None
+            )
             if modifier.quantization is not None:
                 GroupQuantizer(modifier.quantization, model, names, prunes=modifier.prunes)
         elif isinstance(modifier, QuantizationMixin):
@@ -62,7 +64,9 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
 
 def _check_needs_no_data(modifiers: list[Any]) -> None:
     """Refuse a recipe without a modifier of ours that calibrates, or that does nothing at all."""
-    names = [type(modifier).__name__ for modifier in modifiers if modifier.requires_calibration_data]
+    names = [
+        type(modifier).__name__ for modifier in modifiers if modifier.requires_calibration_data
+    ]
     if names:
         raise RacError(
             f"{names[0]} calibrates, and nothing says on what; add ReasoningAwareCalibrationModifier: {{}} before it"
@@ -82,7 +86,10 @@ def _check_groups(modifier: Any, model: PreTrainedModel) -> None:
     for scheme in config.config_groups.values():
         for module_name, module in match_named_modules(model, scheme.targets, modifier.ignore):
             found = True
-            group, columns = getattr(scheme.weights, "group_size", None), getattr(module, "in_features", 0)
+            group, columns = (
+                getattr(scheme.weights, "group_size", None),
+                getattr(module, "in_features", 0),
+            )
             if group and group > 0 and columns % group:
                 raise RacError(
                     f"{name}: {module_name} has {columns} inputs, no multiple of the group_size {group}; set one that "

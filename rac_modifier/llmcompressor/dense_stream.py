@@ -24,18 +24,26 @@ class DenseStream:
     """The dense model's inputs of stage after stage, of `tokens` tokens, beginning with those in `cache`."""
 
     def __init__(self, model: torch.nn.Module, cache: IntermediatesCache, tokens: int):
-        self.cache = IntermediatesCache([dict(batch) for batch in cache.batch_intermediates], cache.offload_device)
+        self.cache = IntermediatesCache(
+            [dict(batch) for batch in cache.batch_intermediates], cache.offload_device
+        )
         self._model, self._tokens = model, tokens
         self._late: Stage | None = None  # what the stream waits before
         self._weights: dict[torch.nn.Linear, torch.Tensor] = {}
 
     def waits(self, stage: Stage, after: Stage) -> bool:
         """Whether the stream does not run `stage` until `after` takes its statistics."""
-        if stage.experts is not None or after.experts is not None or not (stage.modules and after.modules):
+        if (
+            stage.experts is not None
+            or after.experts is not None
+            or not (stage.modules and after.modules)
+        ):
             return False
         if any(type(module).forward is not torch.nn.Linear.forward for module in stage.modules):
             return False
-        here, then = (GroupShape.of(dict.fromkeys(each.modules, ""), each.modules) for each in (stage, after))
+        here, then = (
+            GroupShape.of(dict.fromkeys(each.modules, ""), each.modules) for each in (stage, after)
+        )
         return saves_by_waiting(here, then, self._tokens)
 
     def run(self, stage: Stage, batch: int) -> None:

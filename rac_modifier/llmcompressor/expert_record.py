@@ -21,7 +21,9 @@ _SHOWN = 5  # starved experts per line of the log; the record has all
 class ExpertRecord:
     """Of one run: empty where the model has no routed experts that are pruned."""
 
-    def __init__(self, entry: PruningSettings, model: torch.nn.Module, names: Mapping[torch.nn.Module, str]):
+    def __init__(
+        self, entry: PruningSettings, model: torch.nn.Module, names: Mapping[torch.nn.Module, str]
+    ):
         self._entry, self._tokens = entry, entry.experts
         self._why: str | None = None
         self._found = bool(find_experts(model, names))
@@ -60,12 +62,18 @@ class ExpertRecord:
         """The experts of the layer `name` are pruned."""
         routed = [one.routed for one in tokens.values()]
         least, median, most = min(routed), statistics.median(routed), max(routed)
-        starved = {expert: one for expert, one in tokens.items() if one.added and self._tokens == "routed"}
+        starved = {
+            expert: one for expert, one in tokens.items() if one.added and self._tokens == "routed"
+        }
         self._layers[name] = {
             "experts": len(tokens),
             "routed": {"least": least, "median": median, "most": most},
             "starved": {
-                expert: {"routed": one.routed, "added": one.added, **({"evenly": True} if one.evenly else {})}
+                expert: {
+                    "routed": one.routed,
+                    "added": one.added,
+                    **({"evenly": True} if one.evenly else {}),
+                }
                 for expert, one in starved.items()
             },
         }
@@ -73,10 +81,17 @@ class ExpertRecord:
             f"{name}: {least:,} to {most:,} tokens are routed to each of {len(tokens)} experts, median {median:,}"
         )
         if starved:
-            shown = ", ".join(f"{e.rpartition('.')[2]} ({one.routed:,})" for e, one in list(starved.items())[:_SHOWN])
+            shown = ", ".join(
+                f"{e.rpartition('.')[2]} ({one.routed:,})"
+                for e, one in list(starved.items())[:_SHOWN]
+            )
             more = f" and {len(starved) - _SHOWN} more" if len(starved) > _SHOWN else ""
             evenly = any(one.evenly for one in starved.values())
-            others = "others, evenly spread since its router is not known," if evenly else "those nearest to being so"
+            others = (
+                "others, evenly spread since its router is not known,"
+                if evenly
+                else "those nearest to being so"
+            )
             logger.warning(
                 f"{name}: fewer than expert_floor ({self._entry.expert_floor:,}) tokens are routed to the experts {shown}{more}; "
                 f"{others} were added to calibrate them. More traces (calibration.tokens) would help"

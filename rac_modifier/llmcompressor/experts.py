@@ -67,7 +67,9 @@ class RoutedExperts:
         return [module for expert in self.experts for group in expert.groups for module in group]
 
 
-def find_experts(model: torch.nn.Module, names: Mapping[torch.nn.Module, str]) -> list[RoutedExperts]:
+def find_experts(
+    model: torch.nn.Module, names: Mapping[torch.nn.Module, str]
+) -> list[RoutedExperts]:
     """The layers of routed experts with modules among `names`.
 
     Left out are those whose code is not llm-compressor's usual one: what their forward pass is given, or which linear layers
@@ -75,14 +77,20 @@ def find_experts(model: torch.nn.Module, names: Mapping[torch.nn.Module, str]) -
     """
     found = []
     for name, module in model.named_modules():
-        if not (isinstance(module, LinearExperts2D) and type(module).forward is LinearExperts2D.forward):
+        if not (
+            isinstance(module, LinearExperts2D) and type(module).forward is LinearExperts2D.forward
+        ):
             continue
-        experts = [_expert(name, number, module[number], names) for number in range(module.num_experts)]
+        experts = [
+            _expert(name, number, module[number], names) for number in range(module.num_experts)
+        ]
         if any(expert is None for expert in experts):
             continue
         with_targets = [expert for expert in experts if expert is not None and expert.groups]
         if with_targets:
-            found.append(RoutedExperts(name, module, with_targets, _router(model, name, module.num_experts)))
+            found.append(
+                RoutedExperts(name, module, with_targets, _router(model, name, module.num_experts))
+            )
     return found
 
 
@@ -95,14 +103,22 @@ def _router(model: torch.nn.Module, name: str, experts: int) -> torch.nn.Module 
     return None
 
 
-def _expert(name: str, number: int, module: torch.nn.Module, names: Mapping[torch.nn.Module, str]) -> Expert | None:
+def _expert(
+    name: str, number: int, module: torch.nn.Module, names: Mapping[torch.nn.Module, str]
+) -> Expert | None:
     parts: dict[str, torch.nn.Module] = {
         child: part for child, part in module.named_modules() if isinstance(part, torch.nn.Linear)
     }
     if not parts.keys() <= {*_FIRST, _LAST} or _LAST not in parts:
         return None
     first = [part for child, part in parts.items() if child != _LAST and part in names]
-    return Expert(f"{name}.{number}", number, module, first, [part for part in [parts[_LAST]] if part in names])
+    return Expert(
+        f"{name}.{number}",
+        number,
+        module,
+        first,
+        [part for part in [parts[_LAST]] if part in names],
+    )
 
 
 @contextlib.contextmanager

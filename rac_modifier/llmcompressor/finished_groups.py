@@ -27,7 +27,9 @@ from rac_modifier.checkpoint.output_folder import check_room
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, remove_folder, write_json_atomic
 
-_SAVE_SECONDS = 30.0  # groups that are pruned within this time are written together; a kill loses no more
+_SAVE_SECONDS = (
+    30.0  # groups that are pruned within this time are written together; a kill loses no more
+)
 _ABOUT = "about.json"
 _CALIBRATION = "calibration set"
 _STORES = "trace stores"  # not compared, since a store may have grown: named where the calibration set is another
@@ -43,7 +45,9 @@ def made_with(device: torch.device) -> dict[str, Any]:
     return {_MADE_WITH: {**{name: version(name) for name in packages}, **threads}}
 
 
-def check_disk(output: Path, model: torch.nn.Module, modules: Iterable[torch.nn.Module], *, masters: bool) -> None:
+def check_disk(
+    output: Path, model: torch.nn.Module, modules: Iterable[torch.nn.Module], *, masters: bool
+) -> None:
     """Refuse a run whose disk has too little room, before anything is sampled.
 
     Counted are the weights, dense and packed, and those of the pruned `modules`, which are kept until the end; with `masters`
@@ -91,15 +95,23 @@ class FinishedGroups:
         self._check(about)
         self._about |= about
         self._begun = True
-        self._places = {name: file for file in sorted(self.folder.glob("group-*.safetensors")) for name in _names(file)}
+        self._places = {
+            name: file
+            for file in sorted(self.folder.glob("group-*.safetensors"))
+            for name in _names(file)
+        }
         if self._places:
-            logger.info(f"{len(self._places)} modules were pruned before the last run was stopped ({self.folder})")
+            logger.info(
+                f"{len(self._places)} modules were pruned before the last run was stopped ({self.folder})"
+            )
 
     def has(self, names: Sequence[str]) -> bool:
         """Whether all of these modules are there."""
         return self._begun and bool(names) and all(name in self._places for name in names)
 
-    def restore(self, name: str, module: torch.nn.Module, masters: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def restore(
+        self, name: str, module: torch.nn.Module, masters: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
         """Put the weights of a module back, and into `masters` its weight before it was rounded; returns its record.
 
         Raises:
@@ -140,7 +152,9 @@ class FinishedGroups:
         """
         if not self._begun:
             return
-        self._pending |= {name: (module, records[name], masters.get(name)) for name, module in modules.items()}
+        self._pending |= {
+            name: (module, records[name], masters.get(name)) for name, module in modules.items()
+        }
         if time.monotonic() - self._written >= _SAVE_SECONDS:
             self._write()
             self._written = time.monotonic()
@@ -155,7 +169,9 @@ class FinishedGroups:
             with align_module_device(module):
                 for part in _PARAMETERS:
                     if hasattr(module, part):
-                        tensors[f"{name}.{part}"] = getattr(module, part).detach().to("cpu", copy=True).contiguous()
+                        tensors[f"{name}.{part}"] = (
+                            getattr(module, part).detach().to("cpu", copy=True).contiguous()
+                        )
             if master is not None:
                 tensors[f"{name}.{_MASTER}"] = master.contiguous()
             records[name] = json.dumps(record)
@@ -180,7 +196,13 @@ class FinishedGroups:
     def _next_number(self) -> int:
         """One after the last file, so that none is overwritten where others are missing."""
         return (
-            max((int(file.stem.removeprefix("group-")) for file in self.folder.glob("group-*.safetensors")), default=-1)
+            max(
+                (
+                    int(file.stem.removeprefix("group-"))
+                    for file in self.folder.glob("group-*.safetensors")
+                ),
+                default=-1,
+            )
             + 1
         )
 
@@ -222,13 +244,17 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.metadata() or ())
     except (OSError, SafetensorError) as error:
-        raise RacError(f"{path}: cannot be read ({error}); remove {path.parent} to start anew") from error
+        raise RacError(
+            f"{path}: cannot be read ({error}); remove {path.parent} to start anew"
+        ) from error
 
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What was and what is, of all that differs."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return ", ".join(f"{name} {there.get(name, 'unknown')}, now {here.get(name, 'none')}" for name in names)
+    return ", ".join(
+        f"{name} {there.get(name, 'unknown')}, now {here.get(name, 'none')}" for name in names
+    )
 
 
 def _difference(there: Any, here: Any) -> str:
@@ -243,5 +269,9 @@ def _difference(there: Any, here: Any) -> str:
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat

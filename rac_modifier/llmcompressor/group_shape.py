@@ -51,21 +51,30 @@ class GroupShape:
     after: GroupShape | None = None
 
     @classmethod
-    def of(cls, names: dict[torch.nn.Module, str], modules: Sequence[torch.nn.Module]) -> GroupShape:
+    def of(
+        cls, names: dict[torch.nn.Module, str], modules: Sequence[torch.nn.Module]
+    ) -> GroupShape:
         """The shape of some of the modules of `names`."""
         shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
         return cls(names[modules[0]], shapes[0][1], sum(rows for rows, _ in shapes))
 
     @classmethod
     def by_group(
-        cls, model: torch.nn.Module, names: dict[torch.nn.Module, str], groups: Sequence[Sequence[torch.nn.Module]]
+        cls,
+        model: torch.nn.Module,
+        names: dict[torch.nn.Module, str],
+        groups: Sequence[Sequence[torch.nn.Module]],
     ) -> list[GroupShape]:
         """Of a run that goes group by group."""
         routed = {module for experts in find_experts(model, names) for module in experts.modules}
-        return in_order([replace(cls.of(names, modules), routed=modules[0] in routed) for modules in groups])
+        return in_order(
+            [replace(cls.of(names, modules), routed=modules[0] in routed) for modules in groups]
+        )
 
     @classmethod
-    def by_layer(cls, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> list[GroupShape]:
+    def by_layer(
+        cls, model: torch.nn.Module, names: dict[torch.nn.Module, str]
+    ) -> list[GroupShape]:
         """Of a run that goes layer by layer, as far as is known before: modules of one parent with as many inputs are a group.
 
         Gate and up of all routed experts of a layer are one group, since all of them read every token there.
@@ -77,7 +86,9 @@ class GroupShape:
             first = [module for expert in routed.experts for module in expert.first]
             last = [cls.of(names, expert.last) for expert in routed.experts if expert.last]
             found = [cls.of(names, first)] if first else []
-            layers.setdefault(_layer(routed.name), []).extend(found + [replace(one, alike=len(last)) for one in last])
+            layers.setdefault(_layer(routed.name), []).extend(
+                found + [replace(one, alike=len(last)) for one in last]
+            )
         groups: dict[tuple[str, int], list[torch.nn.Module]] = {}
         for module, name in left.items():
             columns: int = module.weight.shape[1]  # type: ignore[assignment, index]
@@ -103,5 +114,7 @@ def _layer(name: str) -> str:
 def _beside_others(group: GroupShape, layer: Sequence[GroupShape]) -> GroupShape:
     """With what the other groups of its layer keep beside it, at the most."""
     beside = _FLOAT32 * (sum(one.columns**2 for one in layer) - group.columns**2)
-    lanes = _FLOAT32 * (sum(numbers_of_lane(one.columns) for one in layer) - numbers_of_lane(group.columns))
+    lanes = _FLOAT32 * (
+        sum(numbers_of_lane(one.columns) for one in layer) - numbers_of_lane(group.columns)
+    )
     return replace(group, summed=beside + lanes, beside=beside)

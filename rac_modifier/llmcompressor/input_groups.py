@@ -23,13 +23,17 @@ class InputGroup:
     statistics: Statistics
 
     @classmethod
-    def of(cls, modules: list[torch.nn.Module], device: torch.device, *, with_cross_moment: bool) -> InputGroup:
+    def of(
+        cls, modules: list[torch.nn.Module], device: torch.device, *, with_cross_moment: bool
+    ) -> InputGroup:
         """With empty statistics on `device`."""
         with contextlib.ExitStack() as stack:
             for module in modules:
                 stack.enter_context(align_module_device(module))
             weights: list[torch.Tensor] = [module.weight.detach() for module in modules]  # type: ignore[operator]
-        return cls(modules, Statistics(weights[0].shape[1], device, weights if with_cross_moment else None))
+        return cls(
+            modules, Statistics(weights[0].shape[1], device, weights if with_cross_moment else None)
+        )
 
 
 class HessianCollector:
@@ -59,7 +63,9 @@ class HessianCollector:
         self._expected = frozenset(modules)
         self._stoppable, self._batch, self._first, self._seen = True, -1, -1, {}
 
-    def observe(self, module: torch.nn.Module, x: torch.Tensor, weights: torch.Tensor, batch: int) -> None:
+    def observe(
+        self, module: torch.nn.Module, x: torch.Tensor, weights: torch.Tensor, batch: int
+    ) -> None:
         """Add the input `x` [..., columns] of a module in batch number `batch`, with token weights [rows, length].
 
         Raises:
@@ -89,7 +95,12 @@ class HessianCollector:
                 "this model routes inputs in a way that one Hessian for both does not cover"
             )
         # Not in the first batch: a module may be called again later in the pass, which only a whole pass shows.
-        if self._stoppable and batch != self._first and self._expected and self._seen.keys() >= self._expected:
+        if (
+            self._stoppable
+            and batch != self._first
+            and self._expected
+            and self._seen.keys() >= self._expected
+        ):
             raise StopForward
 
     def present(self) -> list[InputGroup]:
@@ -98,7 +109,9 @@ class HessianCollector:
 
     def take(self, modules: Iterable[torch.nn.Module]) -> list[InputGroup]:
         """Remove and return the groups that have a module among `modules`, in the order of these."""
-        done = list(dict.fromkeys(self.groups[module] for module in modules if module in self.groups))
+        done = list(
+            dict.fromkeys(self.groups[module] for module in modules if module in self.groups)
+        )
         for group in done:
             self._latest.pop(group, None)
             del self._first_batch[group]

@@ -14,14 +14,23 @@ from torch.overrides import TorchFunctionMode
 from rac_modifier.freed_memory import return_freed_memory
 
 # which dimension of the second factor the result has, in place of the last one of the first
-_PRODUCTS = {torch.nn.functional.linear: 0, torch.matmul: -1, torch.Tensor.matmul: -1, torch.Tensor.__matmul__: -1}
+_PRODUCTS = {
+    torch.nn.functional.linear: 0,
+    torch.matmul: -1,
+    torch.Tensor.matmul: -1,
+    torch.Tensor.__matmul__: -1,
+}
 
 
 class BeforeLargeResults(TorchFunctionMode):
     """While it is in place, freed memory is given back before torch functions whose result on the CPU is large."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         before_operator(func, args)
         return func(*args, **(kwargs or {}))

@@ -55,7 +55,9 @@ class LaterCodes:
                         )
                     self._grids[name] = stored_grid(scheme, name)
                     with align_module_device(module):
-                        self._dense[name] = module.get_parameter("weight").detach().to("cpu", copy=True)
+                        self._dense[name] = (
+                            module.get_parameter("weight").detach().to("cpu", copy=True)
+                        )
         if not self._grids:
             raise RacError(
                 "recover: the recipe's other modifiers quantize no weight that could be trained; leave recover out"

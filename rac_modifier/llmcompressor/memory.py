@@ -95,11 +95,15 @@ class MemoryNeed:
         Without a `loader`, for its share of the tokens that are asked for.
         """
         embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-        batches = [(len(weights), weights.shape[1]) for weights in loader.token_weights] if loader else []
+        batches = (
+            [(len(weights), weights.shape[1]) for weights in loader.token_weights] if loader else []
+        )
         sizes = [rows * length for rows, length in batches]
         return cls(
             tokens=sum(sizes) or -(-entry.calibration.tokens // processes),
-            batch_tokens=max(sizes, default=min(entry.calibration.tokens, entry.calibration.batch_tokens)),
+            batch_tokens=max(
+                sizes, default=min(entry.calibration.tokens, entry.calibration.batch_tokens)
+            ),
             hidden=embedding.shape[1],
             activation_bytes=embedding.element_size(),
             by_layer=by_layer,
@@ -111,8 +115,13 @@ class MemoryNeed:
                 zero_points=entry.quantization is not None and entry.quantization.has_zero_points,
                 float32=embedding.dtype == torch.float32,
             ),
-            experts=max((m.num_experts for m in model.modules() if isinstance(m, LinearExperts2D)), default=0),
-            attention=Attention.of(model.config.get_text_config(), batches, embedding.element_size()),
+            experts=max(
+                (m.num_experts for m in model.modules() if isinstance(m, LinearExperts2D)),
+                default=0,
+            ),
+            attention=Attention.of(
+                model.config.get_text_config(), batches, embedding.element_size()
+            ),
             attention_follows_all=not any("attn" in name or "attention" in name for name in names),
         )
 
@@ -123,7 +132,9 @@ class MemoryNeed:
 
     def waits(self, group: GroupShape | None, after: GroupShape | None) -> bool:
         """Whether the dense stream does not run a group before the next one takes its statistics (dense_stream.py)."""
-        return self.dense_target and not self.by_layer and saves_by_waiting(group, after, self.tokens)
+        return (
+            self.dense_target and not self.by_layer and saves_by_waiting(group, after, self.tokens)
+        )
 
     def runs_twice(self, group: GroupShape | None, after: GroupShape | None) -> bool:
         """Whether the pruned model runs a group once for the statistics of the next one, and again with it."""
@@ -139,7 +150,11 @@ class MemoryNeed:
     def _columns(self, group: GroupShape) -> int:
         """Inputs that the pruned model is kept at while this group is pruned."""
         before = group.before
-        return before.columns if before is not None and self.runs_twice(before, group) else group.columns
+        return (
+            before.columns
+            if before is not None and self.runs_twice(before, group)
+            else group.columns
+        )
 
     def _dense_columns(self, group: GroupShape) -> int:
         """Inputs that the dense model is kept at, where its stream begins with this group or where that ends, if it is more."""
@@ -150,16 +165,25 @@ class MemoryNeed:
 
     def grows(self, group: GroupShape) -> int:
         """Bytes of activations more when the last batch runs: those before it have become what the next group reads."""
-        if self.by_layer or group.routed or group.after is None or self.runs_twice(group, group.after):
+        if (
+            self.by_layer
+            or group.routed
+            or group.after is None
+            or self.runs_twice(group, group.after)
+        ):
             return 0
         wider = max(group.after.columns - self._columns(group), 0)
         return max(self.tokens - self.batch_tokens, 0) * wider * self.activation_bytes
 
     def work(self, group: GroupShape, device: torch.device = _CPU) -> int:
         """Bytes that this group needs on `device` at its peak: of statistics, solver, or a forward pass."""
-        return int(max(self.statistics(group, device), self.solving(group, device), self.forward(group)))
+        return int(
+            max(self.statistics(group, device), self.solving(group, device), self.forward(group))
+        )
 
-    def bytes_on(self, device: torch.device, onload: torch.device, offload: torch.device, group: GroupShape) -> int:
+    def bytes_on(
+        self, device: torch.device, onload: torch.device, offload: torch.device, group: GroupShape
+    ) -> int:
         """Bytes of a process on `device`, where statistics and solver use `onload`, and activations are kept on `offload`."""
         # activations are kept with hardly any gaps, in blocks of a few sizes
         gaps, work = WITH_GAPS if device.type == "cpu" else 1.0, 0.0
@@ -184,7 +208,9 @@ class MemoryNeed:
         # the residual, its norm and what is added to it; gate and up with their product
         width = 3 * self.hidden + 1.5 * group.rows
         modules = int(self.batch_tokens * width * self.activation_bytes)
-        before_attention = group.columns == self.hidden and ".mlp." not in group.name  # q, k and v, or o
+        before_attention = (
+            group.columns == self.hidden and ".mlp." not in group.name
+        )  # q, k and v, or o
         attends = self.by_layer or self.attention_follows_all or before_attention
         here = max(modules, self.attention.peak if attends else 0)
         if group.before is None or not self.runs_twice(group.before, group):

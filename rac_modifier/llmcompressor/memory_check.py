@@ -39,7 +39,9 @@ def check_memory(
     """
     free = free or free_bytes
     need = _fitting(need, groups, onload, offload, free, processes)
-    expect_growth(max(need.bytes_on(torch.device("cpu"), onload, offload, group) for group in groups))
+    expect_growth(
+        max(need.bytes_on(torch.device("cpu"), onload, offload, group) for group in groups)
+    )
     doing = "quantizing" if need.solver.solver == "none" else "pruning"
     for device in dict.fromkeys((onload, offload)):
         bytes_of = partial(need.bytes_on, device, onload, offload)
@@ -51,7 +53,9 @@ def check_memory(
         if available is None:
             logger.info(f"{message}; how much is free there is not known, so it is not checked")
         elif needed > available:
-            raise RacError(f"{message}, and {_gib(available)} are free: {_next_step(need, largest, bytes_of(largest))}")
+            raise RacError(
+                f"{message}, and {_gib(available)} are free: {_next_step(need, largest, bytes_of(largest))}"
+            )
         else:
             logger.info(f"{message}; {_gib(available)} are free")
     return need
@@ -71,7 +75,10 @@ def _fitting(
         available //= processes
     widest = max((group.columns for group in groups if not group.routed), default=0)
     twice = replace(need, twice_before=widest)
-    needs = [max(one.bytes_on(offload, onload, offload, group) for group in groups) for one in (need, twice)]
+    needs = [
+        max(one.bytes_on(offload, onload, offload, group) for group in groups)
+        for one in (need, twice)
+    ]
     if available is None or needs[0] <= available or needs[1] >= needs[0]:
         return need
     if needs[1] <= available:
@@ -90,10 +97,14 @@ def _next_step(need: MemoryNeed, group: GroupShape, needed: int) -> str:
     """What would help most: fewer activations, smaller batches, or a lighter method."""
     steps = []
     if need.kept(group) > needed / 4:
-        steps.append(f"set a lower calibration.tokens ({need.tokens:,} tokens are calibrated on now)")
+        steps.append(
+            f"set a lower calibration.tokens ({need.tokens:,} tokens are calibrated on now)"
+        )
     if min(need.batch_tokens, ROWS) * group.columns * FLOAT32 > needed / 8:
         below = min(need.batch_tokens, ROWS)  # of a larger batch no more are converted at once
-        steps.append(f"set calibration.batch_tokens below {below:,} (the largest batch has {need.batch_tokens:,})")
+        steps.append(
+            f"set calibration.batch_tokens below {below:,} (the largest batch has {need.batch_tokens:,})"
+        )
     if need.dense_target:
         steps.append("set reconstruct: pruned, which keeps one model's activations instead of two")
     if not need.by_layer:

@@ -131,7 +131,9 @@ def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:
     tokenizer = getattr(processor, "tokenizer", processor)
     if recipes is None:
         return tokenizer
-    name = getattr(tokenizer, "name_or_path", recipes)  # upstream loads the model's own where it was given none
+    name = getattr(
+        tokenizer, "name_or_path", recipes
+    )  # upstream loads the model's own where it was given none
     if name not in (recipes, model):
         raise RacError(
             f"oneshot was given the tokenizer {name!r}, and the recipe names {recipes!r}; leave one of them out"
@@ -144,7 +146,11 @@ def _given(arguments: Any) -> dict[str, Any]:
     given = {}
     for field in dataclasses.fields(arguments):
         value = getattr(arguments, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
         if value is not default and not (isinstance(value, type(default)) and value == default):
             given[field.name] = value
     return given

@@ -79,7 +79,9 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
     def __init__(self, run: Run):
         self._run = run
 
-    def __call__(self, model: PreTrainedModel, dataloader: object, dataset_args: DatasetArguments) -> None:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, model: PreTrainedModel, dataloader: object, dataset_args: DatasetArguments
+    ) -> None:
         """Calibrate; on an error upstream's pipeline is in place again at once."""
         try:
             self._calibrate(model, dataset_args)
@@ -95,8 +97,13 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             _prune(model, run.loader, dataset_args, session, pruner)
             return
         if pruner is not None:
-            pruner.use_order("layer", "other modifiers calibrate in the same pass (pipeline='sequential')")
-        with _in_session(session, _without_padding(run.loader, modifiers)) as loader, _without_pinning():
+            pruner.use_order(
+                "layer", "other modifiers calibrate in the same pass (pipeline='sequential')"
+            )
+        with (
+            _in_session(session, _without_padding(run.loader, modifiers)) as loader,
+            _without_pinning(),
+        ):
             SequentialPipeline.__call__(model, loader, dataset_args)
 
 
@@ -113,7 +120,9 @@ def _without_padding(loader: CalibrationLoader, modifiers: Iterable[Modifier]) -
 
 
 @contextlib.contextmanager
-def _in_session(session: CompressionSession, loader: CalibrationLoader) -> Iterator[CalibrationLoader]:
+def _in_session(
+    session: CompressionSession, loader: CalibrationLoader
+) -> Iterator[CalibrationLoader]:
     """The loader whose token weights belong to the batches that are being run."""
     before, session.state.data.calib = session.state.data.calib, loader
     try:
@@ -151,13 +160,19 @@ def _prune(
         why = f"oneshot was given sequential_targets_per_subgraph={dataset_args.sequential_targets_per_subgraph}"
     elif pruner.order != "layer":
         try:
-            stages = trace_stages(model, next(iter(loader)), pruner.calibrated_modules(), dataset_args.tracing_ignore)
+            stages = trace_stages(
+                model, next(iter(loader)), pruner.calibrated_modules(), dataset_args.tracing_ignore
+            )
         except UntraceableError as error:
             why = str(error)
     pruner.use_order("group" if stages else "layer", why)
-    twice_before = pruner.check_memory(model, [group for stage in stages for group in stage.groups], device, offload)
+    twice_before = pruner.check_memory(
+        model, [group for stage in stages for group in stage.groups], device, offload
+    )
     pruner.resume()
     if stages:
-        calibrate_by_group(model, loader, stages, pruner, device, offload, twice_before=twice_before)
+        calibrate_by_group(
+            model, loader, stages, pruner, device, offload, twice_before=twice_before
+        )
     else:
         calibrate_by_layer(model, loader, pruner, dataset_args, session, device)

@@ -10,9 +10,7 @@ from loguru import logger
 from tqdm import tqdm
 
 _LINES = 10  # log lines per run where there is no terminal
-_BAR = (
-    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} modules [{elapsed}{postfix}]"  # tqdm's own estimate left out
-)
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} modules [{elapsed}{postfix}]"  # tqdm's own estimate left out
 
 
 class PruningProgress:
@@ -72,7 +70,9 @@ class PruningProgress:
         """The estimate for the modules that are not done; 0.0 before any is."""
         if not self._times:
             return 0.0
-        per_weight = sum(seconds for _, seconds in self._times) / sum(_size(shape) for shape, _ in self._times)
+        per_weight = sum(seconds for _, seconds in self._times) / sum(
+            _size(shape) for shape, _ in self._times
+        )
         of_shape: dict[tuple[int, int], list[float]] = {}
         for shape, seconds in self._times:
             of_shape.setdefault(shape, []).append(seconds)
@@ -91,7 +91,9 @@ class PruningProgress:
         total = len(self._left) + done
         if self._bar.disable and done * _LINES >= self._next_line * total:
             self._next_line = done * _LINES // total + 1
-            logger.info(f"{self._verb} {done} of {total} modules, about {_readable(self.seconds_left)} left")
+            logger.info(
+                f"{self._verb} {done} of {total} modules, about {_readable(self.seconds_left)} left"
+            )
 
 
 def _size(shape: tuple[int, int]) -> int:
@@ -101,4 +103,10 @@ def _size(shape: tuple[int, int]) -> int:
 def _readable(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {rest:02d} s"
+        if minutes
+        else f"{rest} s"
+    )

@@ -51,9 +51,15 @@ class PrunedStream:
 
     def _waits(self, stage: Stage, after: Stage) -> bool:
         """As the memory prediction counts it."""
-        if stage.experts is not None or after.experts is not None or not (stage.modules and after.modules):
+        if (
+            stage.experts is not None
+            or after.experts is not None
+            or not (stage.modules and after.modules)
+        ):
             return False
-        here, then = (GroupShape.of(dict.fromkeys(each.modules, ""), each.modules) for each in (stage, after))
+        here, then = (
+            GroupShape.of(dict.fromkeys(each.modules, ""), each.modules) for each in (stage, after)
+        )
         return widens(here, then, self._twice_before)
 
 

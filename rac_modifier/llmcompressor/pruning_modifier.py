@@ -55,7 +55,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _recovery: RecoveryStage | None = PrivateAttr(default=None)
     _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)
     _finished: FinishedGroups | None = PrivateAttr(default=None)
-    _masters: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)  # weights before they were rounded
+    _masters: dict[str, torch.Tensor] = PrivateAttr(
+        default_factory=dict
+    )  # weights before they were rounded
     _activations: ActivationStage | None = PrivateAttr(default=None)
     _experts: ExpertRecord | None = PrivateAttr(default=None)
     _order: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -99,10 +101,14 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.check_run(state, prunes=True)
         model, oneshot = state.model, find_oneshot()
         self._names = find_targets(model, self.targets, self.ignore, self.pattern)
-        check_later_modifiers(self, self.other_modifiers(later=True), quantizes=self.quantization is not None)
+        check_later_modifiers(
+            self, self.other_modifiers(later=True), quantizes=self.quantization is not None
+        )
         if self.solver == "keep":
             detect = self.mask_structure is None
-            self._patterns, self._described = patterns_of_zeros(self._names, self.pattern, detect=detect)
+            self._patterns, self._described = patterns_of_zeros(
+                self._names, self.pattern, detect=detect
+            )
         elif self.solver == "none":
             self._patterns = dict.fromkeys(self._names.values(), Pattern.nothing())
         else:
@@ -110,11 +116,23 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             self._patterns = listed_patterns(model, self._names, self.pattern, self.allocation)
             self._described = describe_patterns(self.pattern, self.allocation)
         if self.quantization is not None:
-            self._quantizer = GroupQuantizer(self.quantization, model, self._names, prunes=self.prunes)
-            self._activations = ActivationStage.of(self.quantization, self._quantizer, self._names, oneshot)
+            self._quantizer = GroupQuantizer(
+                self.quantization, model, self._names, prunes=self.prunes
+            )
+            self._activations = ActivationStage.of(
+                self.quantization, self._quantizer, self._names, oneshot
+            )
             if not self.prunes:  # what no scheme matches stays as it is
-                self._names = {module: name for module, name in self._names.items() if module in self._quantizer.grids}
-        doing, how = ("pruning", f": {self._described}") if self.prunes else ("quantizing", ", without pruning")
+                self._names = {
+                    module: name
+                    for module, name in self._names.items()
+                    if module in self._quantizer.grids
+                }
+        doing, how = (
+            ("pruning", f": {self._described}")
+            if self.prunes
+            else ("quantizing", ", without pruning")
+        )
         logger.info(f"{doing} {len(self._names)} modules{how}")
         self._experts = ExpertRecord(self, model, self._names)
         self._experts.check(oneshot)
@@ -129,7 +147,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.build_calibration(state, recover.reserved_tokens if recover else 0)
         if recover is not None:
             reserved = self.calibration_set.reserved
-            self._recovery = RecoveryStage(model, reserved, recover, self._finished is not None, *run, text)
+            self._recovery = RecoveryStage(
+                model, reserved, recover, self._finished is not None, *run, text
+            )
         if self._quantizer is not None:
             self._quantizer.attach(model)
         save_with_record(model, self._plan)
@@ -153,21 +173,32 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         """
         by_layer = "layer" in (self.order, self._order.get("order"))
         count = self._processes.count
-        need = MemoryNeed.of(self, self.known_share, model, self._names.values(), by_layer=by_layer, processes=count)
+        need = MemoryNeed.of(
+            self, self.known_share, model, self._names.values(), by_layer=by_layer, processes=count
+        )
         each = groups or [[module] for module in self._names]
-        shapes = GroupShape.by_layer(model, self._names) if by_layer else GroupShape.by_group(model, self._names, each)
+        shapes = (
+            GroupShape.by_layer(model, self._names)
+            if by_layer
+            else GroupShape.by_group(model, self._names, each)
+        )
         return check_memory(need, shapes, onload, offload, processes=count).twice_before
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch the inputs of every module to prune."""
-        shapes: dict[str, Any] = {name: tuple(module.weight.shape) for module, name in self._names.items()}  # type: ignore[arg-type]
+        shapes: dict[str, Any] = {
+            name: tuple(module.weight.shape)  # type: ignore[arg-type]
+            for module, name in self._names.items()
+        }
         self._progress = PruningProgress(shapes, shown=self._processes.is_first, prunes=self.prunes)
         collector = self._collector = HessianCollector(self._names)
 
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             loader, batch = state.data.calib, state.current_batch_idx
             if not isinstance(loader, CalibrationLoader):
-                raise RacError("the pipeline does not run on this recipe's calibration set; use pipeline='independent'")
+                raise RacError(
+                    "the pipeline does not run on this recipe's calibration set; use pipeline='independent'"
+                )
             collector.observe(module, args[0], loader.token_weights[batch], batch)
 
         for module in self._names:
@@ -180,7 +211,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
 
     def was_pruned(self, modules: Iterable[torch.nn.Module]) -> bool:
         """Whether all of these were pruned before the last run was killed."""
-        return self._finished is not None and self._finished.has([self._names[module] for module in modules])
+        return self._finished is not None and self._finished.has(
+            [self._names[module] for module in modules]
+        )
 
     def restore(self, modules: Iterable[torch.nn.Module]) -> None:
         """Put the pruned weights of these modules back."""
@@ -219,7 +252,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         def solve(some: Sequence[InputGroup]) -> list[list[Pruned]]:
             return solve_groups(self, some, self._names, self._patterns, self._quantizer)
 
-        for group, found in solve_together(groups, self._names, self._processes, solve, self.gains_at_once, together):
+        for group, found in solve_together(
+            groups, self._names, self._processes, solve, self.gains_at_once, together
+        ):
             for module, pruned in zip(group.modules, found, strict=True):
                 name, record = self._names[module], pruned.record
                 if record["retries"]:
@@ -261,21 +296,34 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if self._processes.count > 1:
             self._processes.meet()
             remove_dispatch(model)  # FSDP places the weights itself
-        quantized = self._quantizer.take_masters(self._names, self._masters) if self._quantizer else {}
-        self._recovered = self._recovery.run(model, {name: module for module, name in self._names.items()}, quantized)
+        quantized = (
+            self._quantizer.take_masters(self._names, self._masters) if self._quantizer else {}
+        )
+        self._recovered = self._recovery.run(
+            model, {name: module for module, name in self._names.items()}, quantized
+        )
 
     def after_measuring(self, model: PreTrainedModel) -> None:
         """The bits of activations, where the recipe asks for them."""
         if self._activations is not None:
-            self._activations.measure(model, self._names, self._results, self.calibration_set.held_out)
+            self._activations.measure(
+                model, self._names, self._results, self.calibration_set.held_out
+            )
 
     def _plan(self) -> SavePlan:
         def prepare(model: PreTrainedModel, save_compressed: bool) -> None:
             if self._quantizer is not None and save_compressed:
                 self._quantizer.compress()
 
-        pruned = {name: module for module, name in self._names.items() if isinstance(module, torch.nn.Linear)}
-        pattern = {"pattern": self._described, "mask_structure": next(iter(self._patterns.values())).mask_structure}
+        pruned = {
+            name: module
+            for module, name in self._names.items()
+            if isinstance(module, torch.nn.Linear)
+        }
+        pattern = {
+            "pattern": self._described,
+            "mask_structure": next(iter(self._patterns.values())).mask_structure,
+        }
         return SavePlan(
             patterns=self._patterns,
             modules=pruned if self.prunes else {},
@@ -286,7 +334,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             after=[state.remove for state in (self._finished, self._recovery) if state is not None],
             processes=self._processes,
             record={
-                "method": self.solver if self.quantization is None or self.prunes else rounding_of(self.quantization),
+                "method": self.solver
+                if self.quantization is None or self.prunes
+                else rounding_of(self.quantization),
                 "order": self._order,
                 "preset": self.preset,
                 **(pattern if self.prunes else {}),
@@ -295,6 +345,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 "time": self._progress.record() if self._progress else {},
                 **({"recovery": self._recovered} if self._recovered else {}),
                 **(self._activations.record() if self._activations else {}),
-                "modules": [self._results[name] for name in self._names.values() if name in self._results],
+                "modules": [
+                    self._results[name] for name in self._names.values() if name in self._results
+                ],
             },
         )

@@ -38,7 +38,9 @@ def check_trainable(tensor_names: Collection[str], folder: str) -> None:
     for name in sorted(tensor_names):
         module, _, part = name.rpartition(".")
         if part in _REASONS:
-            raise RacError(f"{folder}: {module} has a {part}: {_REASONS[part]}, or recover it before it is quantized")
+            raise RacError(
+                f"{folder}: {module} has a {part}: {_REASONS[part]}, or recover it before it is quantized"
+            )
 
 
 class QuantizedCheckpoint:
@@ -59,7 +61,10 @@ class QuantizedCheckpoint:
 
     def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
         self._modules = _modules_with_codes(model)
-        grids = {name: stored_grid(module.quantization_scheme, name) for name, module in self._modules.items()}
+        grids = {
+            name: stored_grid(module.quantization_scheme, name)
+            for name, module in self._modules.items()
+        }
         originals = dict(dense.named_modules())
         self.quantized: dict[str, QuantizedWeight] = {}
         self.pruned: set[str] = set()
@@ -121,11 +126,15 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
 
 def quantized_names(tensors: Mapping[str, Any]) -> set[str]:
     """The modules that have scales or int32 words, of the tensor names in the files."""
-    return {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in (SCALE, WORDS)}
+    return {
+        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in (SCALE, WORDS)
+    }
 
 
 def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
-    schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
+    schemes = {
+        name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()
+    }
     return {
         name: model.get_submodule(name)
         for name, scheme in schemes.items()
@@ -143,7 +152,9 @@ def zero_points(module: Any, grid: Grid, scale: torch.Tensor, name: str) -> torc
         return None
     zero = module.get_parameter(ZEROS).data if hasattr(module, ZEROS) else torch.empty(0)
     if zero.numel() != scale.numel():
-        raise RacError(f"{name}.{ZEROS}: shape {list(zero.shape)} does not fit scales {list(scale.shape)}; restore it")
+        raise RacError(
+            f"{name}.{ZEROS}: shape {list(zero.shape)} does not fit scales {list(scale.shape)}; restore it"
+        )
     return zero.reshape(scale.shape).clone()
 
 
@@ -160,7 +171,10 @@ def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: s
         )
     scale = scale.reshape(-1, groups)
     least = torch.finfo(scale.dtype).tiny
-    used = torch.stack([part.ne(0).any(1) for part in weight.split(grid.group_size or weight.shape[1], dim=1)], dim=1)
+    used = torch.stack(
+        [part.ne(0).any(1) for part in weight.split(grid.group_size or weight.shape[1], dim=1)],
+        dim=1,
+    )
     right = scale.isfinite() & (scale >= least)
     wrong = used & ~right
     if bool(wrong.any()):

@@ -51,7 +51,9 @@ class GroupQuantizer:
         *,
         prunes: bool,
     ):
-        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        linears = {
+            name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        }
         self._upstream = QuantizationModifier(
             scheme=settings.scheme,
             config_groups=_checked_groups(settings),
@@ -81,14 +83,20 @@ class GroupQuantizer:
         self._upstream.initialize_quantization(model)
 
     def store(
-        self, module: torch.nn.Module, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+        self,
+        module: torch.nn.Module,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None = None,
     ) -> None:
         """Put a rounded weight, its scales and its zero points (None: all 0) into a module."""
         update_offload_parameter(module, "weight", weight)
         update_offload_parameter(module, "weight_scale", scale)
         own = module.get_parameter("weight_zero_point")
         update_offload_parameter(
-            module, "weight_zero_point", torch.zeros_like(own) if zero_point is None else zero_point.to(own.dtype)
+            module,
+            "weight_zero_point",
+            torch.zeros_like(own) if zero_point is None else zero_point.to(own.dtype),
         )
 
     def finish(self, model: PreTrainedModel) -> None:
@@ -102,8 +110,14 @@ class GroupQuantizer:
         taken = {}
         for module, grid in self.grids.items():
             scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
-            zero = None if grid.symmetric else module.get_parameter("weight_zero_point").detach().clone()
-            taken[names[module]] = QuantizedWeight(grid, scale.detach().clone(), masters.pop(names[module]), zero)
+            zero = (
+                None
+                if grid.symmetric
+                else module.get_parameter("weight_zero_point").detach().clone()
+            )
+            taken[names[module]] = QuantizedWeight(
+                grid, scale.detach().clone(), masters.pop(names[module]), zero
+            )
         return taken
 
     def integer_layers(
@@ -115,7 +129,11 @@ class GroupQuantizer:
             if grid.kind == "int":
                 stored = torch.int32 if grid.bits == 4 else torch.int8
                 columns, name = module.get_parameter("weight").shape[1], names[module]
-                layers.append(QuantizedLayer.of(name, stored, grid.group_size or columns, columns, own_error(name)))
+                layers.append(
+                    QuantizedLayer.of(
+                        name, stored, grid.group_size or columns, columns, own_error(name)
+                    )
+                )
         return [layer for layer in layers if layer is not None]
 
     @contextlib.contextmanager
@@ -153,8 +171,12 @@ def compress_exactly(module: Any) -> None:
     scheme = module.quantization_scheme
     scheme.format = scheme.format or infer_module_format(type(module), scheme)
     state = get_direct_state_dict(module)
-    compressor = BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))
-    replace_direct_state_dict(module, compressor.compress({**state, "weight": state["weight"].float()}, scheme))
+    compressor = BaseCompressor.get_value_from_registry(
+        str(getattr(scheme.format, "value", scheme.format))
+    )
+    replace_direct_state_dict(
+        module, compressor.compress({**state, "weight": state["weight"].float()}, scheme)
+    )
     module.quantization_status = QuantizationStatus.COMPRESSED
 
 
@@ -162,10 +184,14 @@ def _checked_groups(settings: QuantizationSettings) -> dict[str, dict[str, Any]]
     """The config groups, with targets, where compressed-tensors accepts each of them as a scheme."""
     if settings.config_groups is None:
         return None
-    groups = {name: {"targets": ["Linear"], **group} for name, group in settings.config_groups.items()}
+    groups = {
+        name: {"targets": ["Linear"], **group} for name, group in settings.config_groups.items()
+    }
     for name, group in groups.items():
         try:
             QuantizationScheme.model_validate(group)
         except (ValidationError, ValueError, NotImplementedError) as error:
-            raise RacError(f"config_groups.{name}: {error}; see compressed-tensors' QuantizationScheme") from error
+            raise RacError(
+                f"config_groups.{name}: {error}; see compressed-tensors' QuantizationScheme"
+            ) from error
     return groups

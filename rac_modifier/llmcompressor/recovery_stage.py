@@ -59,7 +59,9 @@ class RecoveryStage:
         self._held_out, training = split_traces(traces, settings.held_out_tokens)
         self._training = [*training, *generic]
         self._generic_tokens = sum(len(ids) for ids, _ in generic)
-        check_recovery_memory(model, settings, processes, training=self._training, quantizes=quantizes)
+        check_recovery_memory(
+            model, settings, processes, training=self._training, quantizes=quantizes
+        )
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
         self._lock = hold(self.folder) if processes.is_first else None
@@ -73,7 +75,10 @@ class RecoveryStage:
         )
 
     def run(
-        self, model: Any, weights: Mapping[str, torch.nn.Module], quantized: Mapping[str, QuantizedWeight]
+        self,
+        model: Any,
+        weights: Mapping[str, torch.nn.Module],
+        quantized: Mapping[str, QuantizedWeight],
     ) -> dict[str, Any]:
         """Train the pruned model; returns what the run record holds of it.
 
@@ -82,7 +87,9 @@ class RecoveryStage:
             weights: the pruned modules by name; their zeros stay zero.
             quantized: grid, scales and masters of those that are quantized.
         """
-        masks = {f"{name}.weight": _mask(module, quantized.get(name)) for name, module in weights.items()}
+        masks = {
+            f"{name}.weight": _mask(module, quantized.get(name)) for name, module in weights.items()
+        }
         device = self._processes.device
         with contextlib.nullcontext() if device is not None else on_accelerator(model):
             done = recover(
@@ -135,7 +142,9 @@ def before_sampling(
     return generic_sequences(tokenizer, settings)
 
 
-def generic_sequences(tokenizer: Callable[[], Any], settings: RecoverySettings) -> list[TokenSequence]:
+def generic_sequences(
+    tokenizer: Callable[[], Any], settings: RecoverySettings
+) -> list[TokenSequence]:
     """The generic text to train on: all tokens of a sequence but the first count. `tokenizer` is called where there is any.
 
     Raises:
@@ -157,7 +166,9 @@ def generic_sequences(tokenizer: Callable[[], Any], settings: RecoverySettings) 
     return chosen
 
 
-def split_traces(traces: Sequence[Trace], held_out_tokens: int) -> tuple[list[TokenSequence], list[TokenSequence]]:
+def split_traces(
+    traces: Sequence[Trace], held_out_tokens: int
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """The first problems, up to `held_out_tokens` tokens, to decide what is kept; the other traces to train on.
 
     Raises:

@@ -18,16 +18,23 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import Allocation
 
-_AGREEMENT = 1e-3  # between the average of a list that names every module and the sparsity asked for
+_AGREEMENT = (
+    1e-3  # between the average of a list that names every module and the sparsity asked for
+)
 
 
 def describe_patterns(pattern: Pattern, allocation: Allocation | None) -> str:
     """The pattern in words; the run record lists each module's share."""
-    return pattern.describe() + (", more in some modules than in others, as listed" if allocation else "")
+    return pattern.describe() + (
+        ", more in some modules than in others, as listed" if allocation else ""
+    )
 
 
 def listed_patterns(
-    model: PreTrainedModel, names: Mapping[torch.nn.Module, str], pattern: Pattern, allocation: Allocation | None
+    model: PreTrainedModel,
+    names: Mapping[torch.nn.Module, str],
+    pattern: Pattern,
+    allocation: Allocation | None,
 ) -> dict[str, Pattern]:
     """Patterns from shares by module name or "re:" pattern, where a module's last match counts; see `listed_shares`.
 
@@ -67,7 +74,9 @@ def log_patterns(patterns: Mapping[str, Pattern], pattern: Pattern) -> None:
     )
 
 
-def patterns_for(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, Pattern]:
+def patterns_for(
+    shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float
+) -> dict[str, Pattern]:
     """One unstructured pattern per module from wanted `shares`, which are rounded so that the total is exact.
 
     Largest remainders are rounded up until the counts add up to floor(sum(sizes) * sparsity).
@@ -77,22 +86,31 @@ def patterns_for(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity
     """
     budget = math.floor(sum(sizes.values()) * sparsity)
     wanted = {name: shares[name] * size for name, size in sizes.items()}
-    counts = {name: min(max(math.floor(count), 1), sizes[name] - 1) for name, count in wanted.items()}
+    counts = {
+        name: min(max(math.floor(count), 1), sizes[name] - 1) for name, count in wanted.items()
+    }
     by_need = sorted(sizes, key=lambda name: counts[name] - wanted[name])
     left = budget - sum(counts.values())
     while left:
         step = 1 if left > 0 else -1
         able = [name for name in by_need[::step] if 1 <= counts[name] + step < sizes[name]]
         if not able:
-            raise RacError(f"sparsity {sparsity} leaves some of {len(sizes)} modules without a weight; lower it")
+            raise RacError(
+                f"sparsity {sparsity} leaves some of {len(sizes)} modules without a weight; lower it"
+            )
         for name in able[: abs(left)]:
             counts[name] += step
         left = budget - sum(counts.values())
     # nextafter: a quotient that is rounded down would give one weight less when it is multiplied by the size again
-    return {name: Pattern.unstructured(math.nextafter(count / sizes[name], 1.0)) for name, count in counts.items()}
+    return {
+        name: Pattern.unstructured(math.nextafter(count / sizes[name], 1.0))
+        for name, count in counts.items()
+    }
 
 
-def listed_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+def listed_shares(
+    given: Mapping[str, float], sizes: Mapping[str, int], sparsity: float
+) -> dict[str, float]:
     """The shares that are listed, and for all other modules the one share that makes the average `sparsity`.
 
     Raises:

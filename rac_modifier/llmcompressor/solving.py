@@ -64,7 +64,9 @@ def solve_groups(
             labels = [names[module] for module in group.modules]
             weights: list[torch.Tensor] = [module.weight for module in group.modules]  # type: ignore[misc]
             problem = Problem(
-                [w.float() for w in weights] if quantizer else weights,  # quantization rounds to their dtype later
+                [w.float() for w in weights]
+                if quantizer
+                else weights,  # quantization rounds to their dtype later
                 group.statistics.hessian.matrix(labels[0], take=True),
                 [patterns[label] for label in labels],
                 labels,
@@ -85,14 +87,20 @@ def solve_groups(
         if quantizer is not None and entry.quantization is not None:
             rounded = quantize_many(
                 [
-                    PrunedProblem(solutions, problem.hessian, [quantizer.grids.get(module) for module in group.modules])
+                    PrunedProblem(
+                        solutions,
+                        problem.hessian,
+                        [quantizer.grids.get(module) for module in group.modules],
+                    )
                     for group, solutions, problem in zip(groups, solved, problems, strict=True)
                 ],
                 dtype=groups[0].modules[0].get_parameter("weight").dtype,
                 dampening_frac=entry.dampening_frac,
                 sweeps=entry.quantization.sweeps,
             )
-        return [_results(entry, *one, quantizer) for one in zip(groups, solved, rounded, strict=True)]
+        return [
+            _results(entry, *one, quantizer) for one in zip(groups, solved, rounded, strict=True)
+        ]
 
 
 def _results(
@@ -120,14 +128,21 @@ def _results(
         record["quantization"] = quantizer.described[solution.name]
         master = None
         if entry.recover is not None:
-            codes = codes_of(result.weight, result.scale, quantizer.grids[module], result.zero_point)
-            master = master_in_cell(codes, result.scale, quantizer.grids[module], solution.weight).cpu()
+            codes = codes_of(
+                result.weight, result.scale, quantizer.grids[module], result.zero_point
+            )
+            master = master_in_cell(
+                codes, result.scale, quantizer.grids[module], solution.weight
+            ).cpu()
         found.append(Pruned(result.weight, record, result.scale, master, result.zero_point))
     return found
 
 
 def end_lanes(
-    groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes, count: int
+    groups: Sequence[InputGroup],
+    names: Mapping[torch.nn.Module, str],
+    processes: Processes,
+    count: int,
 ) -> None:
     """So many lanes of the calibration set have ended, in all processes, for the statistics of each group.
 
@@ -188,26 +203,40 @@ def at_once(modules: Sequence[torch.nn.Module], device: torch.device, gains: boo
     return sparsegpt.at_once(shapes[0][1], sum(rows for rows, _ in shapes), device) if gains else 1
 
 
-def _units(groups: Sequence[InputGroup], gains_at_once: bool, together: int | None) -> Iterator[list[InputGroup]]:
+def _units(
+    groups: Sequence[InputGroup], gains_at_once: bool, together: int | None
+) -> Iterator[list[InputGroup]]:
     """The groups in their order; together those that follow each other, have one shape and are solved at once."""
-    for _, alike in groupby(groups, lambda group: [module.weight.shape for module in group.modules]):
+    for _, alike in groupby(
+        groups, lambda group: [module.weight.shape for module in group.modules]
+    ):
         some = list(alike)
-        step = together or at_once(some[0].modules, some[0].statistics.hessian.device, gains_at_once)
+        step = together or at_once(
+            some[0].modules, some[0].statistics.hessian.device, gains_at_once
+        )
         yield from (some[i : i + step] for i in range(0, len(some), step))
 
 
 def _weights(groups: Sequence[InputGroup]) -> int:
-    return sum(module.get_parameter("weight").numel() for group in groups for module in group.modules)
+    return sum(
+        module.get_parameter("weight").numel() for group in groups for module in group.modules
+    )
 
 
 def owners(sizes: Sequence[int], count: int) -> list[int]:
     """Which process solves what has so many weights: the largest first, each where there are fewest weights so far."""
-    place: dict[int, int] = greedy_bin_packing(list(range(len(sizes))), count, lambda i: sizes[i])[2]
+    place: dict[int, int] = greedy_bin_packing(list(range(len(sizes))), count, lambda i: sizes[i])[
+        2
+    ]
     return [place[i] for i in range(len(sizes))]
 
 
-def _check_same(groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes) -> None:
-    first, *others = processes.from_all([[names[module] for module in group.modules] for group in groups])
+def _check_same(
+    groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes
+) -> None:
+    first, *others = processes.from_all(
+        [[names[module] for module in group.modules] for group in groups]
+    )
     for rank, other in enumerate(others, 1):
         if other != first:
             ours, theirs = ({name for group in part for name in group} for part in (first, other))

@@ -56,7 +56,9 @@ class Stage:
         """Run the stage for one batch; in the cache, its outputs take the place of the inputs that no later stage reads."""
         for subgraph in self.subgraphs:
             made = self._forward(subgraph, model, cache, batch)
-            cache.update(batch, {name: value for name, value in made.items() if name not in self.configs})
+            cache.update(
+                batch, {name: value for name, value in made.items() if name not in self.configs}
+            )
             cache.delete(batch, list(subgraph.consumed_names - self.configs.keys()))
 
     def look(self, model: torch.nn.Module, cache: IntermediatesCache, batch: int) -> None:
@@ -73,7 +75,10 @@ class Stage:
 
 
 def trace_stages(
-    model: PreTrainedModel, sample: dict[str, Any], names: Mapping[torch.nn.Module, str], ignore: Sequence[str]
+    model: PreTrainedModel,
+    sample: dict[str, Any],
+    names: Mapping[torch.nn.Module, str],
+    ignore: Sequence[str],
 ) -> list[Stage]:
     """Trace `model` down to the modules of `names`, or the routed experts that hold them, and cut it before each group of them.
 
@@ -91,10 +96,15 @@ def trace_stages(
         with _restoring_after_failure(model):
             subgraphs = trace_subgraphs(model, sample, list(modules), list(ignore), 1)
     except Exception as error:  # tracing runs the model's own code and may fail in any way
-        raise UntraceableError(f"tracing failed: {(str(error).splitlines() or [repr(error)])[0][:200]}") from error
+        raise UntraceableError(
+            f"tracing failed: {(str(error).splitlines() or [repr(error)])[0][:200]}"
+        ) from error
     _refuse_changes_in_place(subgraphs)
     configs = use_own_configs(model, subgraphs)
-    calls = [[n for n in s.graph.nodes if n.op == "call_module" and n.target in modules] for s in subgraphs]
+    calls = [
+        [n for n in s.graph.nodes if n.op == "call_module" and n.target in modules]
+        for s in subgraphs
+    ]
     times: dict[str, int] = dict.fromkeys(modules, 0)
     for node in itertools.chain.from_iterable(calls):
         times[node.target] += 1
@@ -112,7 +122,9 @@ def trace_stages(
         (node,) = nodes
         reads, routed = _argument(node, 0), experts.get(node.target)
         # only neighbours: one that reads the same tensor later may have to run after other modules are pruned
-        if routed is not None or not (stages and stages[-1].reads == reads and stages[-1].experts is None):
+        if routed is not None or not (
+            stages and stages[-1].reads == reads and stages[-1].experts is None
+        ):
             chosen = None if routed is None else _argument(node, 1)
             stages.append(Stage([], reads, [], configs, routed, chosen))
         stages[-1].modules.extend(modules[node.target])
@@ -135,7 +147,9 @@ def _restoring_after_failure(model: PreTrainedModel) -> Iterator[None]:
     With the classes of the tracer, the model would not run with a cache any more, for example in `generate`.
     """
     functions = {name: getattr(torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH}
-    namespaces = {id(space): space for space in (module.forward.__globals__ for module in model.modules())}
+    namespaces = {
+        id(space): space for space in (module.forward.__globals__ for module in model.modules())
+    }
     classes = [
         (space, name, value)
         for space in namespaces.values()
@@ -159,15 +173,23 @@ def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:
     after the next layer has read the sum.
     """
     for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
-        in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+        in_place = (
+            node.op == "call_method"
+            and node.target.endswith("_")
+            and not node.target.endswith("__")
+        )
         if not (in_place or node.target is operator.setitem):
             continue
         changed = node.args[0]
         if changed.op == "placeholder" or len(changed.users) > 1:
-            raise UntraceableError(f"the model changes a tensor in place ({node.name}) that is read elsewhere too")
+            raise UntraceableError(
+                f"the model changes a tensor in place ({node.name}) that is read elsewhere too"
+            )
 
 
-def use_own_configs(model: PreTrainedModel, subgraphs: Sequence[Subgraph]) -> dict[str, PreTrainedConfig]:
+def use_own_configs(
+    model: PreTrainedModel, subgraphs: Sequence[Subgraph]
+) -> dict[str, PreTrainedConfig]:
     """Make each node that builds a config return the model's own config; returns these configs by the names of the nodes.
 
     Where a config is an argument of a function, upstream's tracer writes a call that builds a new config from its entries. The
@@ -177,7 +199,14 @@ def use_own_configs(model: PreTrainedModel, subgraphs: Sequence[Subgraph]) -> di
     configs: dict[str, PreTrainedConfig] = {}
     for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
         if isinstance(node.target, type) and issubclass(node.target, PreTrainedConfig):
-            own = next((m.config for m in model.modules() if type(getattr(m, "config", None)) is node.target), None)
+            own = next(
+                (
+                    m.config
+                    for m in model.modules()
+                    if type(getattr(m, "config", None)) is node.target
+                ),
+                None,
+            )
             if own is None:
                 raise UntraceableError(
                     f"the traced model builds a {node.target.__name__}, which none of its modules has"

@@ -52,7 +52,9 @@ class SolverMemory:
         if self.solver not in _SCORES_ONLY:  # whose scores take more
             found["result"] += min(VECTORS, rows) * (columns + min(BLOCK, columns))
         if self.solver == "alps":
-            found["pruning"] += 3 * part + min(CORNER, columns) ** 2 / 2  # what is beside a corner while it is inverted
+            found["pruning"] += (
+                3 * part + min(CORNER, columns) ** 2 / 2
+            )  # what is beside a corner while it is inverted
         if self.refits:
             found["refit"] += part
         return found
@@ -74,7 +76,12 @@ class SolverMemory:
             )
         }
         if self.dense_target:
-            found["target"] = (2.0, converted + 5.0, 0.0, 0.0)  # both moments, and solutions with their right sides
+            found["target"] = (
+                2.0,
+                converted + 5.0,
+                0.0,
+                0.0,
+            )  # both moments, and solutions with their right sides
         if self.solver == "sparsegpt":
             found["pruning"] = (2.0, given + 2.25, 4.5, 5.0)
         if self.solver == "alps":
@@ -121,5 +128,8 @@ class Attention:
         repeated = 2 * heads if groups < heads else 0
         per_token = 2 * config.hidden_size + (heads + 2 * groups + repeated) * width
         of_scores = 2 * itemsize if itemsize >= 4 else itemsize + 8
-        peak = max(rows * length * (per_token * itemsize + heads * length * of_scores) for rows, length in batches)
+        peak = max(
+            rows * length * (per_token * itemsize + heads * length * of_scores)
+            for rows, length in batches
+        )
         return cls((masks + 2 * tokens * width) * itemsize, peak)

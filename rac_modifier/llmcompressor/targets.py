@@ -39,21 +39,31 @@ def find_targets(
             continue
         if not isinstance(module, torch.nn.Linear):
             if any(t in (name, type(module).__name__) for t in targets):
-                raise RacError(f"targets name {name}, a {type(module).__name__}; only Linear layers are pruned")
+                raise RacError(
+                    f"targets name {name}, a {type(module).__name__}; only Linear layers are pruned"
+                )
             continue
         if not module.weight.is_floating_point():
-            raise RacError(f"{name} has a {module.weight.dtype} weight; prune the model before it is quantized")
+            raise RacError(
+                f"{name} has a {module.weight.dtype} weight; prune the model before it is quantized"
+            )
         if pattern is not None:
             pattern.check_shape(name, *module.weight.shape)
         found[module] = name
-    some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:3]
+    some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][
+        :3
+    ]
     has = f"of this {type(model).__name__}; it has, for example, {', '.join(some) or 'no Linear at all'}"
     if not found:
         raise RacError(f"targets {targets} with ignore {ignore} match no linear layer {has}")
     for setting, names in {"targets": targets, "ignore": ignore}.items():
         for name in names:
-            if next(iter(match_named_modules(model, [name])), None) is None and not _has_merged_experts(model):
-                raise RacError(f"{setting}: {name!r} has no effect, since it matches no module {has}")
+            if next(
+                iter(match_named_modules(model, [name])), None
+            ) is None and not _has_merged_experts(model):
+                raise RacError(
+                    f"{setting}: {name!r} has no effect, since it matches no module {has}"
+                )
     if head in found and model.get_input_embeddings().weight is head.weight:
         raise RacError(
             f"{found[head]} shares its weight with the input embedding, so pruning it prunes the embedding; "
@@ -65,7 +75,10 @@ def find_targets(
 def _has_merged_experts(model: PreTrainedModel) -> bool:
     """Whether the experts of a layer are one module, as transformers loads them. A run splits them, and then they have names."""
     experts = [module for name, module in model.named_modules() if name.endswith(".experts")]
-    return any(not any(isinstance(part, torch.nn.Linear) for part in module.modules()) for module in experts)
+    return any(
+        not any(isinstance(part, torch.nn.Linear) for part in module.modules())
+        for module in experts
+    )
 
 
 def check_later_modifiers(ours: Modifier, later: Iterable[Modifier], *, quantizes: bool) -> None:
@@ -99,7 +112,11 @@ def check_autoround(modifiers: Iterable[Modifier]) -> None:
         RacError: saying what to use instead.
     """
     rounding: list[Any] = [modifier for modifier in modifiers if is_autoround(modifier)]
-    schemes = [scheme for modifier in rounding for scheme in modifier.resolved_config.config_groups.values()]
+    schemes = [
+        scheme
+        for modifier in rounding
+        for scheme in modifier.resolved_config.config_groups.values()
+    ]
     if any(scheme.weights is not None and not scheme.weights.symmetric for scheme in schemes):
         raise RacError(
             "AutoRoundModifier with symmetric: false: llm-compressor 0.14 saves its weights without their zero points; set "

@@ -38,7 +38,11 @@ def patterns_of_zeros(
             held = asked is None or holds(weight, asked)
             structured = structured and weight.shape[1] % 4 == 0 and holds(weight, two_of_four)
         if not held or not _LEAST_ZEROS <= count / weight.numel() < 1:
-            lacking = asked.describe() if asked else f"{count:,} of its {weight.numel():,} weights are zero"
+            lacking = (
+                asked.describe()
+                if asked
+                else f"{count:,} of its {weight.numel():,} weights are zero"
+            )
             raise RacError(
                 f"{name}: solver: keep keeps the zeros that a model has, and this module lacks them ({lacking}); "
                 "leave solver out to prune it, or add it to ignore"
@@ -62,9 +66,15 @@ def sparse_modules(
         RacError: no layer is sparse, nor quantized.
     """
     masks = masks_of_zeros(model, _LEAST_ZEROS) if quantized else sparse_masks(model, _LEAST_ZEROS)
-    names = [name for mask in masks if (name := mask.removesuffix(".weight")) not in quantized or name in pruned]
+    names = [
+        name
+        for mask in masks
+        if (name := mask.removesuffix(".weight")) not in quantized or name in pruned
+    ]
     modules = {name: model.get_submodule(name) for name in names}
     if not modules:
         return {}, {}
-    patterns, _ = patterns_of_zeros({module: name for name, module in modules.items()}, None, detect=True)
+    patterns, _ = patterns_of_zeros(
+        {module: name for name, module in modules.items()}, None, detect=True
+    )
     return modules, patterns

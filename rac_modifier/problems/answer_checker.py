@@ -28,12 +28,22 @@ from rac_modifier.errors import RacError
 
 SECONDS_PER_ANSWER = 5.0  # of processor time
 WORKERS = min(4, os.cpu_count() or 1)
-_WALL_FACTOR = 12  # a worker that hangs without computing is ended after so many times the limit, by the clock
+_WALL_FACTOR = (
+    12  # a worker that hangs without computing is ended after so many times the limit, by the clock
+)
 Check = Literal["mathematics", "reasoning-gym"]
 # By check: the module that each worker imports before its first answer, what needs it, and the extra that installs it.
 _NEEDS: dict[Check, tuple[str, str, str]] = {
-    "mathematics": ("math_verify", "comparing answers that are not plain integers needs math-verify", "eval"),
-    "reasoning-gym": ("reasoning_gym", "scoring the answers of its tasks needs reasoning-gym", "reasoning-gym"),
+    "mathematics": (
+        "math_verify",
+        "comparing answers that are not plain integers needs math-verify",
+        "eval",
+    ),
+    "reasoning-gym": (
+        "reasoning_gym",
+        "scoring the answers of its tasks needs reasoning-gym",
+        "reasoning-gym",
+    ),
 }
 _lock = threading.Lock()  # of _pools
 _main_lock = threading.Lock()  # of sys.modules["__main__"]
@@ -56,7 +66,9 @@ def check_answer(check: Check, *arguments: str | int) -> bool:
         pool = _pool(check)
         try:
             future = pool.schedule(
-                _run, args=(check, arguments, SECONDS_PER_ANSWER), timeout=SECONDS_PER_ANSWER * _WALL_FACTOR
+                _run,
+                args=(check, arguments, SECONDS_PER_ANSWER),
+                timeout=SECONDS_PER_ANSWER * _WALL_FACTOR,
             )
         except RuntimeError:
             _discard(check, pool)
@@ -66,10 +78,14 @@ def check_answer(check: Check, *arguments: str | int) -> bool:
         except BrokenProcessPool:
             _discard(check, pool)
         except FutureTimeoutError:
-            return _not_right(arguments, f"no verdict within {SECONDS_PER_ANSWER * _WALL_FACTOR:g} s")
+            return _not_right(
+                arguments, f"no verdict within {SECONDS_PER_ANSWER * _WALL_FACTOR:g} s"
+            )
         except ProcessExpired as error:
             if error.exitcode == -signal.SIGPROF:
-                return _not_right(arguments, f"it takes over {SECONDS_PER_ANSWER:g} s of processor time")
+                return _not_right(
+                    arguments, f"it takes over {SECONDS_PER_ANSWER:g} s of processor time"
+                )
             return _not_right(arguments, f"the checking process ended with code {error.exitcode}")
         except Exception as error:
             return _not_right(arguments, f"the check failed with {type(error).__name__}: {error}")
@@ -106,7 +122,9 @@ def _pool(check: Check) -> ProcessPool:
         if check not in _pools:
             check_installed(check)
             module = _NEEDS[check][0]
-            _pools[check] = ProcessPool(WORKERS, initializer=_prepare, initargs=(module,), context=_Context())
+            _pools[check] = ProcessPool(
+                WORKERS, initializer=_prepare, initargs=(module,), context=_Context()
+            )
         return _pools[check]
 
 
@@ -149,7 +167,9 @@ class _Context(SpawnContext):
 
 def _prepare(module: str) -> None:
     """In a worker: import what checks, so that the time for that does not count against the first answer."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # standard error, for warnings about unreadable answers
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), 2
+    )  # standard error, for warnings about unreadable answers
     importlib.import_module(module)
 
 
@@ -168,7 +188,9 @@ def _equal(answer: str, reference: str) -> bool:
 
     # Boxed, so that both sides are read by the same rules: a bare "(1,2)" or "\sqrt{2}" is not found at all.
     targets = [LatexExtractionConfig(), ExprExtractionConfig()]
-    gold, found = (parse(f"\\boxed{{{x}}}", targets, parsing_timeout=0) for x in (reference, answer))
+    gold, found = (
+        parse(f"\\boxed{{{x}}}", targets, parsing_timeout=0) for x in (reference, answer)
+    )
     return bool(verify(gold, found, timeout_seconds=0))
 
 

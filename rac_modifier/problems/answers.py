@@ -86,6 +86,8 @@ def equal_as_mathematics(answer: str, reference: str) -> bool:
     Raises:
         RacError: math-verify is not installed, or broken.
     """
-    from rac_modifier.problems import answer_checker  # needs pebble, which the serving environment lacks
+    from rac_modifier.problems import (
+        answer_checker,
+    )  # needs pebble, which the serving environment lacks
 
     return answer_checker.check_answer("mathematics", answer, reference)

@@ -92,14 +92,20 @@ def _gcd(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
             x, y = max(x - y, y), min(x - y, y)
         if x == y and len(lines) >= 4:
             break
-    question = rng.choice((f"What is gcd({a}, {b})?", f"Find the greatest common divisor of {a} and {b}."))
+    question = rng.choice(
+        (f"What is gcd({a}, {b})?", f"Find the greatest common divisor of {a} and {b}.")
+    )
     return (a, b), question, "\n".join(lines) + f"\n{x}={y}", str(math.gcd(a, b))
 
 
 def _division(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
     a, b = rng.randint(1000, 99999), rng.randint(3, 9)
     question = rng.choice(
-        (f"What is {a} // {b}?", f"Divide {a} by {b} and drop the remainder.", f"Compute {a} // {b}.")
+        (
+            f"What is {a} // {b}?",
+            f"Divide {a} by {b} and drop the remainder.",
+            f"Compute {a} // {b}.",
+        )
     )
     rest, lines, digits = 0, [], ""
     for d in str(a):
@@ -118,7 +124,9 @@ TASKS: dict[str, Callable[[random.Random], tuple[tuple[int, ...], str, str, str]
 }
 
 
-def generate(seed: int | str, split: Split, tasks: tuple[str, ...] | None = None) -> Iterator[Solved]:
+def generate(
+    seed: int | str, split: Split, tasks: tuple[str, ...] | None = None
+) -> Iterator[Solved]:
     """Problems of a split without end, tasks in turn; a seed gives the same problems on every machine.
 
     Raises:

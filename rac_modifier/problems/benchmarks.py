@@ -56,7 +56,9 @@ class Layout:
     more_columns: tuple[str, ...] = ()
 
 
-def benchmark_problems(source: ProblemSource, layout: Layout, seed: int, count: int | None = None) -> list[Problem]:
+def benchmark_problems(
+    source: ProblemSource, layout: Layout, seed: int, count: int | None = None
+) -> list[Problem]:
     """The problems of a benchmark, or of a file with its columns, in an order that the seed decides.
 
     Args:
@@ -69,9 +71,14 @@ def benchmark_problems(source: ProblemSource, layout: Layout, seed: int, count: 
         RacError: what cannot be loaded, a column that is missing, a row without a question, an answer or a choice, or fewer rows
             than `count`.
     """
-    column, answer_column = source.column or layout.column, source.answer_column or layout.answer_column
+    column, answer_column = (
+        source.column or layout.column,
+        source.answer_column or layout.answer_column,
+    )
     table = open_problem_table(source)
-    rows = shuffled_rows(table, source, (column, answer_column, *layout.wrong_columns, *layout.more_columns), seed)
+    rows = shuffled_rows(
+        table, source, (column, answer_column, *layout.wrong_columns, *layout.more_columns), seed
+    )
     problems = [
         _problem(row, where, i, layout, question_in(row, where, column), answer_column)
         for i, where, row in islice(rows, count)
@@ -85,7 +92,12 @@ def benchmark_problems(source: ProblemSource, layout: Layout, seed: int, count: 
 
 
 def _problem(
-    row: Mapping[str, Any], where: str, index: int, layout: Layout, question: str, answer_column: str
+    row: Mapping[str, Any],
+    where: str,
+    index: int,
+    layout: Layout,
+    question: str,
+    answer_column: str,
 ) -> Problem:
     if layout.answers == "program":
         tests = read_tests({**row, PUBLIC: row[answer_column]}, where)
@@ -112,7 +124,9 @@ def _last_line(solution: str, where: str, column: str) -> str:
     found = _LAST_LINE.search(solution)
     answer = found[1].strip() if found else ""
     if not answer:
-        raise RacError(f"{where}: column {column!r} must end in a line '#### answer', it ends in {solution[-40:]!r}")
+        raise RacError(
+            f"{where}: column {column!r} must end in a line '#### answer', it ends in {solution[-40:]!r}"
+        )
     return answer.replace(",", "")  # thousands
 
 
@@ -145,5 +159,9 @@ def verifiers_of(layout: Layout, problems: Sequence[Problem]) -> dict[str, Verif
     if layout.answers == "choices":
         return {layout.task: same_letter}
     if layout.answers == "program":
-        return {layout.task: Programs([problem.tests for problem in problems if problem.tests is not None])}
+        return {
+            layout.task: Programs(
+                [problem.tests for problem in problems if problem.tests is not None]
+            )
+        }
     return {}

@@ -21,19 +21,28 @@ from rac_modifier.errors import RacError
 from rac_modifier.problems.answers import THINK_END
 from rac_modifier.problems.programs import DEFAULT, Limits, run_program
 
-PUBLIC, PRIVATE, STARTER, METADATA = "public_test_cases", "private_test_cases", "starter_code", "metadata"
+PUBLIC, PRIVATE, STARTER, METADATA = (
+    "public_test_cases",
+    "private_test_cases",
+    "starter_code",
+    "metadata",
+)
 READS_STDIN = (
     "Write a Python program that reads from standard input and writes the answer to standard output. Do not test it on the "
     "examples. Put the whole program in one code block:\n```python\n# your code\n```"
 )
-COMPLETES = "Complete this Python code, and put all of it in one code block:\n```python\n{starter}\n```"
+COMPLETES = (
+    "Complete this Python code, and put all of it in one code block:\n```python\n{starter}\n```"
+)
 _BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 _MODULES = (
     "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
     "functools", "operator", "io", "sys", "json", "builtins", "typing",
 )  # fmt: skip
-_IMPORTS = "; ".join([*(f"from {name} import *" for name in _MODULES), *(f"import {name}" for name in _MODULES)])
+_IMPORTS = "; ".join(
+    [*(f"from {name} import *" for name in _MODULES), *(f"import {name}" for name in _MODULES)]
+)
 _PRELUDE = f"{_IMPORTS}; sys.setrecursionlimit(50000)\n"
 # What a called program prints goes to standard error, and what is behind `if __name__ == "__main__"` is not run.
 _BEFORE_CALL = "__name__ = 'solution'; _rac_output, sys.stdout = sys.stdout, sys.stderr\n"
@@ -75,17 +84,23 @@ def read_tests(row: Mapping[str, Any], where: str) -> CodeTests:
     """
     cases = [*_cases(row, where, PUBLIC), *_cases(row, where, PRIVATE)]
     if not cases:
-        raise RacError(f"{where}: no tests in {PUBLIC} and {PRIVATE}; complete the row, or remove it")
+        raise RacError(
+            f"{where}: no tests in {PUBLIC} and {PRIVATE}; complete the row, or remove it"
+        )
     kinds = sorted({kind for _, _, kind in cases})
     if len(kinds) > 1:
-        raise RacError(f"{where}: tests of types {' and '.join(kinds)}; give the tests of one problem one type")
+        raise RacError(
+            f"{where}: tests of types {' and '.join(kinds)}; give the tests of one problem one type"
+        )
     tests = tuple((given, expected) for given, expected, _ in cases)
     if kinds == ["stdin"]:
         return CodeTests(None, tests)
     metadata = _json(row.get(METADATA) or "{}", where, METADATA)
     function = metadata.get("func_name") if isinstance(metadata, dict) else None
     if not isinstance(function, str) or not function.isidentifier():
-        raise RacError(f'{where}: its tests call a function, and {METADATA} has no func_name; add {{"func_name": ...}}')
+        raise RacError(
+            f'{where}: its tests call a function, and {METADATA} has no func_name; add {{"func_name": ...}}'
+        )
     for given, expected in tests:
         for text in (*filter(str.strip, given.split("\n")), expected):
             _json(text, where, "the tests of a function")
@@ -95,7 +110,11 @@ def read_tests(row: Mapping[str, Any], where: str) -> CodeTests:
 def question_of(question: str, row: Mapping[str, Any]) -> str:
     """The question with what the program must be like."""
     starter = row.get(STARTER)
-    form = COMPLETES.format(starter=starter.strip()) if isinstance(starter, str) and starter.strip() else READS_STDIN
+    form = (
+        COMPLETES.format(starter=starter.strip())
+        if isinstance(starter, str) and starter.strip()
+        else READS_STDIN
+    )
     return f"{question.strip()}\n\n{form}"
 
 
@@ -135,7 +154,9 @@ class Programs:
 def whole_program(program: str, function: str | None) -> str:
     """A program as it is run: with the usual imports, and, where a function is called, the call."""
     future = "".join(_FUTURE.findall(program))
-    source = f"{future}{_PRELUDE}{'' if function is None else _BEFORE_CALL}{_FUTURE.sub('', program)}"
+    source = (
+        f"{future}{_PRELUDE}{'' if function is None else _BEFORE_CALL}{_FUTURE.sub('', program)}"
+    )
     return source if function is None else source + _CALL.format(name=function)
 
 
@@ -145,7 +166,9 @@ def same_output(output: str, expected: str) -> bool:
     >>> same_output("1 2.0\\n yes ", "1.0 2\\nyes"), same_output("1\\n2", "1 2")
     (True, False)
     """
-    lines, wanted = ([line.strip() for line in text.strip().split("\n")] for text in (output, expected))
+    lines, wanted = (
+        [line.strip() for line in text.strip().split("\n")] for text in (output, expected)
+    )
     return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
 
 
@@ -153,7 +176,9 @@ def _same_line(line: str, wanted: str) -> bool:
     if line == wanted:
         return True
     try:
-        return [Decimal(word) for word in line.split()] == [Decimal(word) for word in wanted.split()]
+        return [Decimal(word) for word in line.split()] == [
+            Decimal(word) for word in wanted.split()
+        ]
     except InvalidOperation:
         return False
 
@@ -164,12 +189,18 @@ def _cases(row: Mapping[str, Any], where: str, column: str) -> list[tuple[str, s
         return []
     found = _json(text, where, column)
     if not isinstance(found, list):
-        raise RacError(f"{where}: column {column!r} must hold a JSON list of tests, it holds {str(text)[:40]!r}")
+        raise RacError(
+            f"{where}: column {column!r} must hold a JSON list of tests, it holds {str(text)[:40]!r}"
+        )
     cases: list[tuple[str, str, str]] = []
     for number, case in enumerate(found, 1):
         values = case if isinstance(case, dict) else {}
         given, expected, kind = (values.get(name) for name in ("input", "output", "testtype"))
-        if not isinstance(given, str) or not isinstance(expected, str) or kind not in ("stdin", "functional"):
+        if (
+            not isinstance(given, str)
+            or not isinstance(expected, str)
+            or kind not in ("stdin", "functional")
+        ):
             raise RacError(
                 f"{where}: test {number} of {column!r} must have the texts input, output, and testtype (stdin or functional)"
             )
@@ -179,7 +210,9 @@ def _cases(row: Mapping[str, Any], where: str, column: str) -> list[tuple[str, s
 
 def _json(text: Any, where: str, what: str) -> Any:
     if not isinstance(text, str):
-        raise RacError(f"{where}: {what} must be JSON text, it is a {type(text).__name__}; write it as text")
+        raise RacError(
+            f"{where}: {what} must be JSON text, it is a {type(text).__name__}; write it as text"
+        )
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

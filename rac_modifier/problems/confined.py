@@ -25,7 +25,11 @@ import sys
 
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 24, 38, 22
 _FILTER = 2  # SECCOMP_MODE_FILTER
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # Landlock's system calls, on every architecture
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = (
+    444,
+    445,
+    446,
+)  # Landlock's system calls, on every architecture
 _X86_64 = 0xC000003E  # AUDIT_ARCH_X86_64
 _EPERM, _ENOSYS = 1, 38
 _CLONE, _CLONE3, _PRLIMIT = 56, 435, 302
@@ -34,13 +38,35 @@ _CLONE_THREAD = 0x10000
 _DENIED = (
     *(57, 58),  # fork, vfork
     *(41, 42, 49, 53),  # socket, connect, bind, socketpair
-    *(62, 129, 200, 234, 297, 424, 434, 438),  # kill, (rt_)(tg)(t)sigqueueinfo, tkill, tgkill, pidfd_*
+    *(
+        62,
+        129,
+        200,
+        234,
+        297,
+        424,
+        434,
+        438,
+    ),  # kill, (rt_)(tg)(t)sigqueueinfo, tkill, tgkill, pidfd_*
     *(109, 112),  # setpgid, setsid: out of the group that is ended
     *(101, 310, 311, 312),  # ptrace, process_vm_readv, process_vm_writev, kcmp
     *(155, 161, 165, 166, 272, 308, 428, 429, 430, 431, 432, 442),  # mounts, chroot, unshare, setns
     *(425, 426, 427),  # io_uring, which could open sockets
     *(90, 91, 268, 452, 92, 93, 94, 260),  # chmod and chown, which Landlock does not hold
-    *(132, 235, 261, 280, 188, 189, 190, 197, 198, 199, 463, 466),  # times and extended attributes of files, likewise
+    *(
+        132,
+        235,
+        261,
+        280,
+        188,
+        189,
+        190,
+        197,
+        198,
+        199,
+        463,
+        466,
+    ),  # times and extended attributes of files, likewise
     *(248, 249, 250, 298, 321, 323),  # keys, perf_event_open, bpf, userfaultfd
 )
 # Landlock: rights by the version of its interface that knows them.
@@ -91,7 +117,9 @@ def confine_files(libc: ctypes.CDLL, folder: str) -> bool:
     if rules < 0:
         return False
     readable = _READ_FILE | _READ_DIR | _EXECUTE
-    allowed = dict.fromkeys([*_SYSTEM, sys.base_prefix, os.path.dirname(os.path.abspath(__file__))], readable)
+    allowed = dict.fromkeys(
+        [*_SYSTEM, sys.base_prefix, os.path.dirname(os.path.abspath(__file__))], readable
+    )
     allowed |= {folder: handled & ~_EXECUTE} | dict.fromkeys(_DEVICES, _READ_FILE | _WRITE_FILE)
     for path, rights in allowed.items():
         try:
@@ -119,11 +147,25 @@ def system_call_filter() -> bytes:
     program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, deny)]  # the x32 names of the same calls
     for number in _DENIED:
         program += [(equal, 0, 1, number), (give, 0, 0, deny)]
-    program += [(equal, 0, 1, _CLONE3), (give, 0, 0, unknown)]  # the C library then uses clone, whose flags can be read
-    program += [(equal, 0, 4, _CLONE), (load, 0, 0, 16), (has_bits, 0, 1, _CLONE_THREAD), (give, 0, 0, allow)]
+    program += [
+        (equal, 0, 1, _CLONE3),
+        (give, 0, 0, unknown),
+    ]  # the C library then uses clone, whose flags can be read
+    program += [
+        (equal, 0, 4, _CLONE),
+        (load, 0, 0, 16),
+        (has_bits, 0, 1, _CLONE_THREAD),
+        (give, 0, 0, allow),
+    ]
     program += [(give, 0, 0, deny)]
     # prlimit64 of this process (first argument 0) cannot raise a hard limit; of another one it could end it
-    program += [(equal, 0, 3, _PRLIMIT), (load, 0, 0, 16), (equal, 1, 0, 0), (give, 0, 0, deny), (give, 0, 0, allow)]
+    program += [
+        (equal, 0, 3, _PRLIMIT),
+        (load, 0, 0, 16),
+        (equal, 1, 0, 0),
+        (give, 0, 0, deny),
+        (give, 0, 0, allow),
+    ]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
@@ -133,7 +175,9 @@ def confine_system_calls(libc: ctypes.CDLL) -> bool:
         return False
     instructions = system_call_filter()
     code = ctypes.create_string_buffer(instructions)
-    program = ctypes.create_string_buffer(struct.pack("HP", len(instructions) // 8, ctypes.addressof(code)))
+    program = ctypes.create_string_buffer(
+        struct.pack("HP", len(instructions) // 8, ctypes.addressof(code))
+    )
     return libc.prctl(_PR_SET_SECCOMP, _FILTER, program, 0, 0) == 0
 
 

@@ -35,8 +35,13 @@ def held_out_problems(
             solved = generate_distinct(seed, "test", count)
         except ValueError as error:
             raise RacError(str(error)) from error
-        return [Problem(f"{s.task}:{','.join(map(str, s.operands))}", s.question, s.answer, s.task) for s in solved]
+        return [
+            Problem(f"{s.task}:{','.join(map(str, s.operands))}", s.question, s.answer, s.task)
+            for s in solved
+        ]
     problems = list(islice(load_problems(asked, seed), count))
     if len(problems) < count:
-        raise RacError(f"{source} gave {len(problems)} problems of the {count} asked for; ask for fewer")
+        raise RacError(
+            f"{source} gave {len(problems)} problems of the {count} asked for; ask for fewer"
+        )
     return problems

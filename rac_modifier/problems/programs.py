@@ -21,7 +21,10 @@ from typing import Literal
 from rac_modifier.errors import RacError
 
 _CONFINED = Path(__file__).with_name("confined.py")
-_WALL_FACTOR, _WALL_MORE = 4, 5  # seconds by the clock per second of processor time: a busy machine changes no verdict
+_WALL_FACTOR, _WALL_MORE = (
+    4,
+    5,
+)  # seconds by the clock per second of processor time: a busy machine changes no verdict
 _SOURCE = "program.py"
 End = Literal["finished", "failed", "time", "output"]
 
@@ -64,7 +67,12 @@ def run_program(source: str, stdin: str, limits: Limits = DEFAULT) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="rac-program-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / _SOURCE
         path.write_bytes(source.encode("utf-8", "replace"))
-        return _run([_python(), "-I", "-S", "-B", str(path)], stdin.encode("utf-8", "replace"), folder, limits)
+        return _run(
+            [_python(), "-I", "-S", "-B", str(path)],
+            stdin.encode("utf-8", "replace"),
+            folder,
+            limits,
+        )
 
 
 @lru_cache(maxsize=1)
@@ -96,15 +104,33 @@ def describe_runner(found: dict[str, bool]) -> str:
         "files": "files are read from Python's folders and written to a temporary folder only",
         "system_calls": "no new processes, no network, no signals, no change of rights of files",
     }
-    holds = ["limits of time, memory and output", *(text for name, text in parts.items() if found[name])]
+    holds = [
+        "limits of time, memory and output",
+        *(text for name, text in parts.items() if found[name]),
+    ]
     missing = [text for name, text in parts.items() if not found[name]]
     text = f"Programs of the model are run on this machine: {'; '.join(holds)}."
     return f"{text} NOT CONFINED here: {'; '.join(missing)}." if missing else text
 
 
-def _run(command: list[str], stdin: bytes, folder: str, limits: Limits, *, report: bool = False) -> Outcome:
-    values = {"seconds": limits.seconds, "memory": limits.memory, "file": limits.file, "parent": os.getpid()}
-    confined = [_python(), "-I", "-S", "-B", str(_CONFINED), json.dumps({**values, "report": report}), *command]
+def _run(
+    command: list[str], stdin: bytes, folder: str, limits: Limits, *, report: bool = False
+) -> Outcome:
+    values = {
+        "seconds": limits.seconds,
+        "memory": limits.memory,
+        "file": limits.file,
+        "parent": os.getpid(),
+    }
+    confined = [
+        _python(),
+        "-I",
+        "-S",
+        "-B",
+        str(_CONFINED),
+        json.dumps({**values, "report": report}),
+        *command,
+    ]
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
         given.write(stdin)
         given.seek(0)
@@ -119,7 +145,9 @@ def _run(command: list[str], stdin: bytes, folder: str, limits: Limits, *, repor
                 start_new_session=True,
             )
         except OSError as error:
-            raise RacError(f"{confined[0]} cannot be started ({error}); make room for one more process") from error
+            raise RacError(
+                f"{confined[0]} cannot be started ({error}); make room for one more process"
+            ) from error
         try:
             code = process.wait(limits.seconds * _WALL_FACTOR + _WALL_MORE)
         except subprocess.TimeoutExpired:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 _GYM_CHUNK = 500
 _REPEATS_BEFORE_EXHAUSTED = 10_000
-_EXACT_FLOATS = 2.0**53  # integers below are exact in a float64, to which a table converts larger JSON integers
+_EXACT_FLOATS = (
+    2.0**53
+)  # integers below are exact in a float64, to which a table converts larger JSON integers
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,17 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
         # reasoning-gym seeds item i with seed + i, so neighbouring seeds would share nearly all their items. Therefore each
         # chunk has a hashed seed of its own.
         for chunk in count():
-            items = reasoning_gym.create_dataset(name, seed=_gym_seed(name, seed, chunk), size=_GYM_CHUNK)
+            items = reasoning_gym.create_dataset(
+                name, seed=_gym_seed(name, seed, chunk), size=_GYM_CHUNK
+            )
             for index in range(_GYM_CHUNK):
                 item = items[index]
-                yield Problem(f"{name}:{chunk * _GYM_CHUNK + index}", item["question"], str(item["answer"]), name)
+                yield Problem(
+                    f"{name}:{chunk * _GYM_CHUNK + index}",
+                    item["question"],
+                    str(item["answer"]),
+                    name,
+                )
 
     def in_turn() -> Iterator[Problem]:
         streams = [one_task(name) for name in chosen]
@@ -155,7 +164,9 @@ def shuffled_rows(
     where = table_name(source)
     for name in columns:
         if name not in table.column_names:
-            raise RacError(f"{where} has no column {name!r}; its columns are: {', '.join(table.column_names)}")
+            raise RacError(
+                f"{where} has no column {name!r}; its columns are: {', '.join(table.column_names)}"
+            )
     rows = table.select_columns(list(columns))
     order = list(range(len(rows)))
     random.Random(f"{seed}").shuffle(order)
@@ -165,11 +176,15 @@ def shuffled_rows(
 def _guess_column(columns: list[str], where: str) -> str:
     found = [name for name in QUESTION_COLUMNS if name in columns]
     if len(found) != 1:
-        raise RacError(f"{where}: which column holds the question? Set `column` to one of: {', '.join(columns)}")
+        raise RacError(
+            f"{where}: which column holds the question? Set `column` to one of: {', '.join(columns)}"
+        )
     return found[0]
 
 
-def _from_row(row: Mapping[str, Any], where: str, index: int, column: str, answer_column: str | None) -> Problem:
+def _from_row(
+    row: Mapping[str, Any], where: str, index: int, column: str, answer_column: str | None
+) -> Problem:
     question = question_in(row, where, column)
     answer = None if answer_column is None else answer_in(row, where, answer_column)
     return Problem(row_id(index, question), question, answer, None)
@@ -183,7 +198,11 @@ def question_in(row: Mapping[str, Any], where: str, column: str) -> str:
     """
     question = row[column]
     if not isinstance(question, str) or not question.strip():
-        what = f"{type(question).__name__} {str(question)[:80]!r}" if question is not None else "nothing"
+        what = (
+            f"{type(question).__name__} {str(question)[:80]!r}"
+            if question is not None
+            else "nothing"
+        )
         raise RacError(
             f"{where}: column {column!r} must hold the question as text, it holds {what}; choose another column"
         )

@@ -28,7 +28,9 @@ def is_file(source: str) -> bool:
     return Path(source).suffix in _LOADERS
 
 
-def open_table(source: str, *, what: str, config: str | None = None, split: str = "train") -> Dataset:
+def open_table(
+    source: str, *, what: str, config: str | None = None, split: str = "train"
+) -> Dataset:
     """All rows of a source: a .jsonl, .json (a list of objects), .parquet or .txt file, or a Hugging Face dataset.
 
     The rows stay on disk until they are read one by one. An empty file gives no rows and no columns.
@@ -64,10 +66,14 @@ def stream_rows(
         yield row
 
 
-def _load(source: str, what: str, config: str | None, split: str, *, streaming: bool) -> Dataset | IterableDataset:
+def _load(
+    source: str, what: str, config: str | None, split: str, *, streaming: bool
+) -> Dataset | IterableDataset:
     path = Path(source).expanduser()
     if is_file(source) and not path.is_file():
-        raise RacError(f"{what} {source!r}: no such file; check the path (it is relative to {Path.cwd()})")
+        raise RacError(
+            f"{what} {source!r}: no such file; check the path (it is relative to {Path.cwd()})"
+        )
     import datasets  # loading it takes half a second, and most runs read neither file nor dataset
 
     if is_file(source) and _is_empty(path):
@@ -76,7 +82,9 @@ def _load(source: str, what: str, config: str | None, split: str, *, streaming: 
         if is_file(source):
             loader, options = _LOADERS[path.suffix]
             files = glob.escape(str(path.absolute()))  # data_files takes patterns
-            return datasets.load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+            return datasets.load_dataset(
+                loader, data_files=files, split="train", streaming=streaming, **options
+            )
         return datasets.load_dataset(source, config, split=split, streaming=streaming)
     # What load_dataset raises depends on the format, the hub and the network: its words are passed on.
     except Exception as error:
@@ -92,7 +100,9 @@ def _is_empty(path: Path) -> bool:
     return not start or (path.suffix == ".json" and start in (b"[]", b"{}"))
 
 
-def _unreadable(source: str, what: str, config: str | None, split: str, error: Exception) -> RacError:
+def _unreadable(
+    source: str, what: str, config: str | None, split: str, error: Exception
+) -> RacError:
     cause = error.__cause__ or error
     words = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
     if not is_file(source):
@@ -103,7 +113,11 @@ def _unreadable(source: str, what: str, config: str | None, split: str, error: E
     path = Path(source).expanduser()
     if path.suffix == ".jsonl" and (bad := _first_bad_line(path)):
         return RacError(f"{what} {source!r}, {bad}; repair or remove that line")
-    form = {".json": "a list of objects in JSON", ".jsonl": "one JSON object per line", ".parquet": "Parquet"}
+    form = {
+        ".json": "a list of objects in JSON",
+        ".jsonl": "one JSON object per line",
+        ".parquet": "Parquet",
+    }
     return RacError(
         f"{what} {source!r} could not be read ({words}); it must hold {form.get(path.suffix, 'text in UTF-8')}: repair the "
         "file or name another"
@@ -123,5 +137,7 @@ def _first_bad_line(path: Path) -> str | None:
             except ValueError as error:
                 return f"line {number} is not JSON ({error})"
             if not isinstance(value, dict):
-                return f"line {number} is a {type(value).__name__}, not an object with named columns"
+                return (
+                    f"line {number} is a {type(value).__name__}, not an object with named columns"
+                )
     return empty  # an empty line is read over, except where the values of a column are of several types

@@ -6,4 +6,13 @@ from rac_modifier.pruning.solve import Solution, solve
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import Method
 
-__all__ = ["Hessian", "Method", "Pattern", "Solution", "Statistics", "broken_groups", "holds", "solve"]
+__all__ = [
+    "Hessian",
+    "Method",
+    "Pattern",
+    "Solution",
+    "Statistics",
+    "broken_groups",
+    "holds",
+    "solve",
+]

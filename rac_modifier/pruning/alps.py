@@ -81,7 +81,10 @@ def prune(
     stages, columns = _stages(iterations), weight.shape[1]
     bf16 = linalg.bf16_is_fast(hessian.device)
     add_solution, dampening = linalg.raise_until_it_works(
-        lambda dampening: _solver(hessian, dampening, *stages[0], columns, bf16=bf16), hessian, dampening, label
+        lambda dampening: _solver(hessian, dampening, *stages[0], columns, bf16=bf16),
+        hessian,
+        dampening,
+        label,
     )
     penalty = dampening.diagonal.unsqueeze(1)
     scale = penalty.sqrt()
@@ -103,7 +106,11 @@ def prune(
             chooses = pruned is None and not patterns[0].is_structured
             above = _thresholds(z, scale, rows, patterns) if chooses else None
             for here in linalg.parts(z, max(patterns[0].m, 1)):
-                keep = _keep(z[here], scale[here], patterns[0], above) if pruned is None else (~pruned[here]).to(z)
+                keep = (
+                    _keep(z[here], scale[here], patterns[0], above)
+                    if pruned is None
+                    else (~pruned[here]).to(z)
+                )
                 _pull(z[here], target[here], keep, penalty[here], pull[here], rho, before)
             before, settles = rho, settles - 1
             add_solution(z, pull)
@@ -134,7 +141,9 @@ def _pull(
     z.sub_(moved, alpha=_RELAXATION)
 
 
-def _thresholds(z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]) -> torch.Tensor:
+def _thresholds(
+    z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
+) -> torch.Tensor:
     """Of each column [1, sum(rows)], the score that what is kept of its module has to be above; the number is approximate."""
     found = []
     for part, pattern in zip(z.split(list(rows), dim=1), patterns, strict=True):
@@ -144,13 +153,17 @@ def _thresholds(z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patte
     return torch.cat(found, dim=1)
 
 
-def _keep(z: torch.Tensor, scale: torch.Tensor, pattern: Pattern, above: torch.Tensor | None) -> torch.Tensor:
+def _keep(
+    z: torch.Tensor, scale: torch.Tensor, pattern: Pattern, above: torch.Tensor | None
+) -> torch.Tensor:
     """1.0 where the pattern keeps some inputs of Z, else 0.0."""
     scores = torch.mul(z, scale).abs_()
     return ranks_in_groups(scores, pattern.m).ge_(pattern.n) if above is None else scores.gt_(above)
 
 
-def _pruned(z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]) -> torch.Tensor:
+def _pruned(
+    z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
+) -> torch.Tensor:
     """The exact mask, bool, of what the patterns prune."""
     found = torch.empty_like(z, dtype=torch.bool)
     if patterns[0].is_structured:
@@ -170,12 +183,17 @@ def _stages(iterations: int) -> list[tuple[float, int]]:
     first, last = _RHO
     sizes = [iterations // count + (i < iterations % count) for i in range(count)]
     sizes[-1] += SETTLING
-    return [(first * (last / first) ** (i / max(count - 1, 1)), size) for i, size in enumerate(sizes)]
+    return [
+        (first * (last / first) ** (i / max(count - 1, 1)), size) for i, size in enumerate(sizes)
+    ]
 
 
 def multiply_adds(inputs: int, rows: int, iterations: int) -> tuple[float, float]:
     """Of `prune` for d inputs and r rows of all modules: in factors and inverses (float32), and in products with them."""
-    each = [_of_stage(inputs, rows, n, inverse=_forms_inverse(inputs, rows, n)) for _, n in _stages(iterations)]
+    each = [
+        _of_stage(inputs, rows, n, inverse=_forms_inverse(inputs, rows, n))
+        for _, n in _stages(iterations)
+    ]
     return sum(matrix for matrix, _ in each), sum(products for _, products in each)
 
 
@@ -187,7 +205,9 @@ def _of_stage(d: int, r: int, n: int, *, inverse: bool) -> tuple[float, float]:
 
 def _forms_inverse(inputs: int, rows: int, repeats: int) -> bool:
     """Whether the inverse takes fewer multiply-adds than the factor, for so many iterations."""
-    with_inverse, with_factor = (sum(_of_stage(inputs, rows, repeats, inverse=each)) for each in (True, False))
+    with_inverse, with_factor = (
+        sum(_of_stage(inputs, rows, repeats, inverse=each)) for each in (True, False)
+    )
     return with_inverse < with_factor
 
 
@@ -204,7 +224,13 @@ def _is_spoilt(lower: torch.Tensor, dampening: Dampening, rho: float) -> bool:
 
 
 def _solver(
-    hessian: torch.Tensor, dampening: Dampening, rho: float, repeats: int, columns: int, *, bf16: bool
+    hessian: torch.Tensor,
+    dampening: Dampening,
+    rho: float,
+    repeats: int,
+    columns: int,
+    *,
+    bf16: bool,
 ) -> AddSolution | None:
     """A function of x and y that adds (H + dampening + rho diag)^-1 y to x, and may overwrite y.
 

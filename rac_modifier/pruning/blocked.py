@@ -35,7 +35,13 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
         here, below = slice(start, stop), slice(stop, d)
         exact = slice(0, min(BLOCK if bf16 else d, start))
         if start:
-            add_product(matrix[start:, here], matrix[start:, exact], matrix[here, exact].T, alpha=-1, rows=_ROWS)
+            add_product(
+                matrix[start:, here],
+                matrix[start:, exact],
+                matrix[here, exact].T,
+                alpha=-1,
+                rows=_ROWS,
+            )
         if bf16 and start > BLOCK:
             _subtract_rounded(matrix, start, stop)
         corner = matrix[here, here]
@@ -54,7 +60,10 @@ def solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """(`lower` `lower`^T)^-1 `b`, for b [d, rows]; a new tensor."""
     found, d = b.T.clone(memory_format=torch.contiguous_format), len(b)
     starts = range(0, d, BLOCK)
-    corners = [_inverse_of_triangle(lower[start : start + BLOCK, start : start + BLOCK]) for start in starts]
+    corners = [
+        _inverse_of_triangle(lower[start : start + BLOCK, start : start + BLOCK])
+        for start in starts
+    ]
     for start, corner in zip(starts, corners, strict=True):
         here = slice(start, start + BLOCK)
         if start:
@@ -99,7 +108,9 @@ def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
     for here in blocks:  # L is below the diagonal and X^T above it; in the corners L, then X^T
         corner, start = _inverse_of_triangle(matrix[here, here]), here.start
         before = torch.empty_like(matrix[here, :start])
-        for columns in (one for one in blocks if one.start < start):  # where X is zero above `columns.start`
+        for columns in (
+            one for one in blocks if one.start < start
+        ):  # where X is zero above `columns.start`
             left = slice(columns.start, start)
             before[:, columns] = product(matrix[here, left], matrix[columns, left].T)
         matrix[:start, here] = product(corner, before).neg_().T
@@ -138,7 +149,9 @@ def _invert_triangle_(lower: torch.Tensor) -> None:
     """A triangle that is zero above its diagonal, by halves: where A and C have B between them, -C^-1 B A^-1 takes its place."""
     half = len(lower) // 2
     if len(lower) <= _SMALL:
-        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False))
+        lower.copy_(
+            torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        )
         return
     first, last = lower[:half, :half], lower[half:, half:]
     _invert_triangle_(first)

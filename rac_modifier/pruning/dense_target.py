@@ -23,7 +23,10 @@ from rac_modifier.pruning.linalg import Factor
 
 
 def target_weights(
-    weights: Sequence[torch.Tensor], cross_moment: Sequence[torch.Tensor], factor: Factor, names: Sequence[str]
+    weights: Sequence[torch.Tensor],
+    cross_moment: Sequence[torch.Tensor],
+    factor: Factor,
+    names: Sequence[str],
 ) -> list[torch.Tensor]:
     """W* of modules that read the same input, from `weights` and `cross_moment`, each [rows_i, d], and the damped H's `factor`.
 
@@ -35,7 +38,9 @@ def target_weights(
     """
     moves = factor.solve(torch.cat([c.to(factor.reversed_lower) for c in cross_moment]))
     targets = []
-    for name, w, move in zip(names, weights, moves.split([w.shape[0] for w in weights]), strict=True):
+    for name, w, move in zip(
+        names, weights, moves.split([w.shape[0] for w in weights]), strict=True
+    ):
         target = w.to(move) + move
         if not is_finite(target):
             frac = factor.dampening.frac

@@ -52,7 +52,9 @@ class Hessian:
         weight_sum: sum of the weights; equals `tokens` when no weights were given.
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, columns: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
         self.columns = columns
         self.tokens = 0
         self.weight_sum = 0.0
@@ -71,7 +73,9 @@ class Hessian:
             RacError: shapes that do not fit, or a weight that is negative or not finite.
         """
         if x.shape[-1] != self.columns:
-            raise RacError(f"activations {list(x.shape)} do not end in the {self.columns} inputs of this module")
+            raise RacError(
+                f"activations {list(x.shape)} do not end in the {self.columns} inputs of this module"
+            )
         x = x.reshape(-1, self.columns).to(self.device)
         counted = None
         if weights is None:
@@ -79,9 +83,13 @@ class Hessian:
         else:
             weights = weights.reshape(-1).to(self.device, self._sums.dtype)
             if weights.shape[0] != x.shape[0]:
-                raise RacError(f"{weights.shape[0]} token weights for {x.shape[0]} tokens; give one weight per token")
+                raise RacError(
+                    f"{weights.shape[0]} token weights for {x.shape[0]} tokens; give one weight per token"
+                )
             if not bool(((weights >= 0) & weights.isfinite()).all()):
-                raise RacError(f"token weights must be finite and >= 0; the smallest is {float(weights.min())}")
+                raise RacError(
+                    f"token weights must be finite and >= 0; the smallest is {float(weights.min())}"
+                )
             counted = weights > 0
             tokens, weight = int(counted.sum()), float(weights.sum(dtype=torch.float64))
         self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
@@ -90,19 +98,27 @@ class Hessian:
         at_once = ROWS // 2 if copied else ROWS
         for start in range(0, x.shape[0], at_once):
             rows = slice(start, start + at_once)
-            here = x[rows] if counted is None or bool(counted[rows].all()) else x[rows][counted[rows]]
+            here = (
+                x[rows] if counted is None or bool(counted[rows].all()) else x[rows][counted[rows]]
+            )
             laid = self._input_by_input(here) if copied else here.T.to(self._sums.dtype)
             if weights is not None and counted is not None:
                 of_rows = weights[rows][counted[rows]]
-                if not bool((of_rows == 1).all()):  # the usual case is a padding mask, which needs no scaled copy
-                    scale = torch.nn.functional.pad(of_rows.sqrt(), (0, laid.shape[1] - len(of_rows)))
+                if not bool(
+                    (of_rows == 1).all()
+                ):  # the usual case is a padding mask, which needs no scaled copy
+                    scale = torch.nn.functional.pad(
+                        of_rows.sqrt(), (0, laid.shape[1] - len(of_rows))
+                    )
                     laid = laid * scale
             for (first, last, columns), part in zip(self._blocks, self._sums.lane, strict=True):
                 add_product(part, laid[first:last], laid[:columns].T)
 
     def _input_by_input(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, columns] transposed in a copy, with zeros up to one of a few numbers of tokens."""
-        laid = torch.empty(self.columns, one_of_few_sizes(len(x)), dtype=self._sums.dtype, device=self.device)
+        laid = torch.empty(
+            self.columns, one_of_few_sizes(len(x)), dtype=self._sums.dtype, device=self.device
+        )
         laid[:, : len(x)] = x.T
         laid[:, len(x) :] = 0.0
         return laid
@@ -139,7 +155,9 @@ class Hessian:
             raise RacError(
                 f"{name}: no calibration token reached it; use more traces, or add it to ignore (an unused expert)"
             )
-        finite = self._sums.total.diagonal().isfinite()  # an inf or nan in an input makes its own square inf or nan
+        finite = (
+            self._sums.total.diagonal().isfinite()
+        )  # an inf or nan in an input makes its own square inf or nan
         if not bool(finite.all()):
             bad = int((~finite).sum())
             raise RacError(
@@ -165,17 +183,26 @@ class Statistics:
     have exact products, and CUDA sums those in float32, so bfloat16 products would do there; that is not done.)
     """
 
-    def __init__(self, columns: int, device: torch.device | str, weights: Sequence[torch.Tensor] | None = None):
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device | str,
+        weights: Sequence[torch.Tensor] | None = None,
+    ):
         self.hessian = Hessian(columns, device)
         self._weights = weights
         self._rows = [w.shape[0] for w in weights or ()]
-        self._before = sum(self._rows) >= columns / 2  # before W: 2 d d operations per token; after W: 4 rows d
+        self._before = (
+            sum(self._rows) >= columns / 2
+        )  # before W: 2 d d operations per token; after W: 4 rows d
         self._bf16 = linalg.bf16_is_fast(torch.device(device))
         rows = columns if self._before else sum(self._rows)
         self._sums = None if weights is None else LaneSum(rows, columns, device)
 
     @torch.no_grad()
-    def add(self, x: torch.Tensor, token_weights: torch.Tensor, dense: torch.Tensor | None = None) -> None:
+    def add(
+        self, x: torch.Tensor, token_weights: torch.Tensor, dense: torch.Tensor | None = None
+    ) -> None:
         """Add a batch: inputs `x` [..., d] of the pruned model, `dense` [..., d] of the dense model, one weight per token.
 
         Raises:
@@ -189,7 +216,9 @@ class Statistics:
         x, dense = (t.reshape(-1, t.shape[-1]) for t in (x, dense))
         for start in range(0, len(x), ROWS):
             rows = slice(start, start + ROWS)
-            self._add_cross(*(t[rows].to(self._sums.device, self._sums.dtype) for t in (x, dense, w)))
+            self._add_cross(
+                *(t[rows].to(self._sums.device, self._sums.dtype) for t in (x, dense, w))
+            )
 
     def _add_cross(self, x: torch.Tensor, dense: torch.Tensor, w: torch.Tensor) -> None:
         assert self._sums is not None
@@ -203,7 +232,9 @@ class Statistics:
             if difference.device.type == "cpu":  # oneDNN's products
                 difference, x = with_rows_of_zeros(difference), with_rows_of_zeros(x.bfloat16())
         if not self._before:
-            difference = torch.cat([difference @ weight.to(difference).T for weight in self._weights], dim=1)
+            difference = torch.cat(
+                [difference @ weight.to(difference).T for weight in self._weights], dim=1
+            )
         linalg.bf16_addmm(self._sums.lane[0], difference.T, x, bf16=self._bf16)
 
     def end_lanes(self, count: int, processes: Processes) -> None:
@@ -223,7 +254,9 @@ class Statistics:
         """C of each module, [rows, d] float32; None when no weights were given. `take` as for `Hessian.matrix`."""
         if self._sums is None or self._weights is None:
             return None
-        scaled = (self._sums.take() if take else self._sums.total.clone()).mul_(2.0 / self.hessian.weight_sum)
+        scaled = (self._sums.take() if take else self._sums.total.clone()).mul_(
+            2.0 / self.hessian.weight_sum
+        )
         if self._before:
             return [product(weight.to(scaled), scaled) for weight in self._weights]
         return list(scaled.split(self._rows))

@@ -37,12 +37,19 @@ class LaneSum:
         dtype: torch.dtype = torch.float32,
         blocks: Sequence[Block] | None = None,
     ):
-        self.rows, self.columns, self.dtype, self.device = rows, columns, dtype, torch.device(device)
+        self.rows, self.columns, self.dtype, self.device = (
+            rows,
+            columns,
+            dtype,
+            torch.device(device),
+        )
         self._blocks = list(blocks or [(0, rows, columns)])
         self._lane: list[torch.Tensor] | None = None
         self._open = False  # whether something was added since the last lane ended
         self._total: torch.Tensor | None = None
-        self._parts: list[torch.Tensor] = []  # with several processes, of each piece what this one adds up
+        self._parts: list[
+            torch.Tensor
+        ] = []  # with several processes, of each piece what this one adds up
 
     @property
     def lane(self) -> list[torch.Tensor]:

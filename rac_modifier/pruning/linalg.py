@@ -16,7 +16,11 @@ from rac_modifier.pruning import blocked
 # result would be magnitude pruning under another name.
 MAX_DAMPENING = 1.0
 _FIRST_RETRY = 1e-4  # when dampening_frac is 0
-BLOCK, _SUMMED, VECTORS = 512, 2048, 1024  # of quadratic_form: rows of H, numbers that are summed up, vectors at once
+BLOCK, _SUMMED, VECTORS = (
+    512,
+    2048,
+    1024,
+)  # of quadratic_form: rows of H, numbers that are summed up, vectors at once
 _ROUNDED_AT_ONCE = 64  # rows of a matrix, which are copied
 
 _PRODUCT_ROWS = 256  # of a product that is added: so many are there beside what it is added to
@@ -55,7 +59,10 @@ class Dampening:
 
 
 def raise_until_it_works(
-    attempt: Callable[[Dampening], T | None], hessian: torch.Tensor, dampening: Dampening, label: str
+    attempt: Callable[[Dampening], T | None],
+    hessian: torch.Tensor,
+    dampening: Dampening,
+    label: str,
 ) -> tuple[T, Dampening]:
     """`attempt(dampening)`, with the dampening raised tenfold as long as it returns None.
 
@@ -104,15 +111,21 @@ class Factor:
         return diagonal_blocks(self.reversed_lower, start, stop)
 
 
-def diagonal_blocks(reversed_lower: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+def diagonal_blocks(
+    reversed_lower: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The diagonal blocks of U and of R at inputs [start, stop), of one factor [d, d] or of several [..., d, d]."""
     d = reversed_lower.shape[-1]
     here = slice(d - stop, d - start)
     u = reversed_lower[..., here, here].flip(-2, -1)
-    return u, torch.linalg.solve_triangular(u, torch.eye(stop - start).to(u).expand_as(u), upper=True)
+    return u, torch.linalg.solve_triangular(
+        u, torch.eye(stop - start).to(u).expand_as(u), upper=True
+    )
 
 
-def factorise(hessian: torch.Tensor, dampening: Dampening, label: str, *, largest_first: bool = False) -> Factor:
+def factorise(
+    hessian: torch.Tensor, dampening: Dampening, label: str, *, largest_first: bool = False
+) -> Factor:
     """Factor H with this dampening, or with a larger one where it needs it; d^3 / 6 multiply-adds.
 
     `largest_first` orders the inputs by the diagonal of H, falling.
@@ -127,7 +140,9 @@ def factorise(hessian: torch.Tensor, dampening: Dampening, label: str, *, larges
 
     def attempt(dampening: Dampening) -> torch.Tensor | None:
         damped = hessian.flip(0, 1) if back is None else hessian[back.unsqueeze(1), back]
-        damped.diagonal().copy_(dampening.diagonal.flip(0) if back is None else dampening.diagonal[back])
+        damped.diagonal().copy_(
+            dampening.diagonal.flip(0) if back is None else dampening.diagonal[back]
+        )
         return cholesky_(damped)
 
     return Factor(*raise_until_it_works(attempt, hessian, dampening, label), order)
@@ -140,8 +155,12 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
     """
     if _in_blocks(matrix):
         return blocked.cholesky_(matrix, bf16=bf16)
-    by_columns = matrix.mT  # as LAPACK has it: of a matrix that lies row by row, a second one would be made
-    lower, info = torch.linalg.cholesky_ex(by_columns, out=(by_columns, matrix.new_empty((), dtype=torch.int32)))
+    by_columns = (
+        matrix.mT
+    )  # as LAPACK has it: of a matrix that lies row by row, a second one would be made
+    lower, info = torch.linalg.cholesky_ex(
+        by_columns, out=(by_columns, matrix.new_empty((), dtype=torch.int32))
+    )
     return lower if int(info) == 0 else None
 
 
@@ -189,7 +208,9 @@ def rounded_to_bf16_(matrix: torch.Tensor) -> torch.Tensor:
         return rounded_to_bf16_(matrix.mT).mT
     rows, columns = matrix.shape
     rounded = matrix.view(-1).view(torch.bfloat16)[: rows * columns].view(rows, columns)
-    for start in range(0, rows, _ROUNDED_AT_ONCE):  # what is written lies before what is still to be read
+    for start in range(
+        0, rows, _ROUNDED_AT_ONCE
+    ):  # what is written lies before what is still to be read
         here = slice(start, start + _ROUNDED_AT_ONCE)
         rounded[here] = matrix[here].bfloat16()
     return rounded
@@ -204,7 +225,9 @@ def parts(matrix: torch.Tensor, group: int = 1) -> list[slice]:
 
 def row_blocks(matrix: torch.Tensor) -> list[slice]:
     """Rows of a product of this shape that are computed at once."""
-    return [slice(i, min(i + _PRODUCT_ROWS, len(matrix))) for i in range(0, len(matrix), _PRODUCT_ROWS)]
+    return [
+        slice(i, min(i + _PRODUCT_ROWS, len(matrix))) for i in range(0, len(matrix), _PRODUCT_ROWS)
+    ]
 
 
 def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: bool) -> torch.Tensor:
@@ -212,7 +235,9 @@ def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: boo
     return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else out.addmm_(a, b)
 
 
-def quadratic_form(vectors: torch.Tensor, hessian: torch.Tensor, *, bf16: bool = False) -> torch.Tensor:
+def quadratic_form(
+    vectors: torch.Tensor, hessian: torch.Tensor, *, bf16: bool = False
+) -> torch.Tensor:
     """v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
 
     Uses the lower triangle and counts what is left of the diagonal blocks twice: half the work of a full product. Products have

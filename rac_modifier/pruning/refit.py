@@ -108,13 +108,21 @@ def refit(
         for here in parts:
             weight[here].addcmul_(direction[here], length)
             residual[here].addcmul_(product[here], length, value=-1)
-            left += torch.mul(residual[here], inverse[here], out=product[here]).mul_(residual[here]).sum(0)
+            left += (
+                torch.mul(residual[here], inverse[here], out=product[here])
+                .mul_(residual[here])
+                .sum(0)
+            )
         kept = torch.where(energy > 0, left / energy, 0.0)
         for here in parts:
             direction[here].mul_(kept).addcmul_(residual[here], inverse[here])
         energy = left
         step += 1
-    return Refit(step, float(torch.where(energy > 0, energy / whole, 0.0).max().sqrt()), error.clamp_(min=0.0))
+    return Refit(
+        step,
+        float(torch.where(energy > 0, energy / whole, 0.0).max().sqrt()),
+        error.clamp_(min=0.0),
+    )
 
 
 def errors_as_stored(
@@ -133,5 +141,11 @@ def errors_as_stored(
     """
     if fitted is None:
         return linalg.quadratic_form(target.sub_(stored), hessian)
-    errors = fitted.errors.double() - target.sub_(weight).square_().mul_(dampening.added.unsqueeze(1)).sum(0)
-    return errors if stored is weight else errors + linalg.quadratic_form(stored.sub_(weight), hessian, bf16=True)
+    errors = fitted.errors.double() - target.sub_(weight).square_().mul_(
+        dampening.added.unsqueeze(1)
+    ).sum(0)
+    return (
+        errors
+        if stored is weight
+        else errors + linalg.quadratic_form(stored.sub_(weight), hessian, bf16=True)
+    )

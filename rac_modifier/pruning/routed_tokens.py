@@ -52,7 +52,10 @@ def filled_up(
     missing = max(floor - routed, 0)
     if not missing:
         return list(rows), ExpertTokens(routed, 0)
-    others = [real.index_fill(0, taken, False).nonzero().flatten() for taken, real in zip(rows, counted, strict=True)]
+    others = [
+        real.index_fill(0, taken, False).nonzero().flatten()
+        for taken, real in zip(rows, counted, strict=True)
+    ]
     numbers = range(len(rows)) if numbers is None else numbers
     if nearness is None:
         picked, added = _evenly(others, missing, numbers, processes)
@@ -60,13 +63,17 @@ def filled_up(
         near = [values[places] for values, places in zip(nearness(), others, strict=True)]
         picked, added = _nearest(near, missing, numbers, processes)
     filled = [
-        torch.cat([taken, places[torch.tensor(chosen, device=places.device, dtype=torch.long)]]).sort().values
+        torch.cat([taken, places[torch.tensor(chosen, device=places.device, dtype=torch.long)]])
+        .sort()
+        .values
         for taken, places, chosen in zip(rows, others, picked, strict=True)
     ]
     return filled, ExpertTokens(routed, added, nearness is None)
 
 
-def _evenly(others: Rows, missing: int, numbers: Sequence[int], processes: Processes) -> tuple[list[list[int]], int]:
+def _evenly(
+    others: Rows, missing: int, numbers: Sequence[int], processes: Processes
+) -> tuple[list[list[int]], int]:
     """Evenly spread ones of the `others` of each batch, by their places in it; and how many there are in all processes."""
     own = [(number, len(places)) for number, places in zip(numbers, others, strict=True)]
     sizes = sorted(tuple(pair) for part in processes.from_all(own) for pair in part)
@@ -82,13 +89,24 @@ def _evenly(others: Rows, missing: int, numbers: Sequence[int], processes: Proce
     return picked, added
 
 
-def _nearest(near: Rows, missing: int, numbers: Sequence[int], processes: Processes) -> tuple[list[list[int]], int]:
+def _nearest(
+    near: Rows, missing: int, numbers: Sequence[int], processes: Processes
+) -> tuple[list[list[int]], int]:
     """The highest values of each batch, by their places in it; and how many there are in all processes. Ties by place."""
     values = torch.cat(list(near))
     best = values.sort(descending=True, stable=True).indices[:missing].cpu()
-    batch = torch.arange(len(near)).repeat_interleave(torch.tensor([len(part) for part in near]))[best]
+    batch = torch.arange(len(near)).repeat_interleave(torch.tensor([len(part) for part in near]))[
+        best
+    ]
     places = torch.cat([torch.arange(len(part)) for part in near])[best]
-    own = list(zip(values[best].tolist(), (numbers[i] for i in batch.tolist()), places.tolist(), strict=True))
+    own = list(
+        zip(
+            values[best].tolist(),
+            (numbers[i] for i in batch.tolist()),
+            places.tolist(),
+            strict=True,
+        )
+    )
     candidates = [tuple(one) for part in processes.from_all(own) for one in part]
     if processes.count > 1:
         candidates = sorted(candidates, key=lambda one: (-one[0], *one[1:]))[:missing]
@@ -99,7 +117,11 @@ def _nearest(near: Rows, missing: int, numbers: Sequence[int], processes: Proces
     return [picked[number] for number in numbers], len(candidates)
 
 
-def all_rows(rows: Rows, counted: Rows, processes: Processes) -> tuple[list[torch.Tensor], ExpertTokens]:
+def all_rows(
+    rows: Rows, counted: Rows, processes: Processes
+) -> tuple[list[torch.Tensor], ExpertTokens]:
     """All tokens that are `counted`, whether they are routed to the expert (`rows`) or not."""
     routed, every = processes.sums(sum(map(len, rows)), sum(int(real.sum()) for real in counted))
-    return [real.nonzero().flatten() for real in counted], ExpertTokens(int(routed), int(every - routed))
+    return [real.nonzero().flatten() for real in counted], ExpertTokens(
+        int(routed), int(every - routed)
+    )

@@ -133,7 +133,9 @@ def solve(
     """Prune the modules of one problem; `pattern` may be one for all of them. `settings` are those of `solve_many`."""
     names = [f"weight {i}" for i in range(len(weights))] if names is None else names
     patterns = [pattern] * len(weights) if isinstance(pattern, Pattern) else list(pattern)
-    return solve_many(method, [Problem(weights, hessian, patterns, names, cross_moment)], **settings)[0]
+    return solve_many(
+        method, [Problem(weights, hessian, patterns, names, cross_moment)], **settings
+    )[0]
 
 
 @torch.no_grad()
@@ -205,7 +207,9 @@ def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
     #    H' = U U^T, lambda is raised until it exists.
     dampening, factor = Dampening.of(hessian, dampening_frac), None
     if given.cross_moment is not None or method == "sparsegpt":
-        factor = factorise(hessian, dampening, given.label, largest_first=method == "none")  # the order of rounding
+        factor = factorise(
+            hessian, dampening, given.label, largest_first=method == "none"
+        )  # the order of rounding
         dampening = factor.dampening
 
     # 2. Target: W* = W + C H'^-1, or W itself without a cross moment.
@@ -218,7 +222,17 @@ def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
     totals = quadratic_form(working, hessian, bf16=linalg.bf16_is_fast(hessian.device))
     if method not in _SCORES:
         working[dead] = 0.0
-    return _Work(given, dampening, factor is not None, factor, targets, working, totals, dead, dead.unsqueeze(1))
+    return _Work(
+        given,
+        dampening,
+        factor is not None,
+        factor,
+        targets,
+        working,
+        totals,
+        dead,
+        dead.unsqueeze(1),
+    )
 
 
 def _sparsegpt(works: Sequence[_Work], block_size: int) -> None:
@@ -226,7 +240,9 @@ def _sparsegpt(works: Sequence[_Work], block_size: int) -> None:
     kinds = {(work.given.hessian.shape, *work.given.rows, *work.given.patterns) for work in works}
     for part in [works] if len(kinds) == 1 else [[work] for work in works]:
         given, factors = part[0].given, [work.factor for work in part if work.factor is not None]
-        found = sparsegpt.prune_alike([w.working for w in part], factors, given.rows, given.patterns, block_size)
+        found = sparsegpt.prune_alike(
+            [w.working for w in part], factors, given.rows, given.patterns, block_size
+        )
         for work, (working, pruned, errors) in zip(part, found, strict=True):
             work.working, work.pruned, work.errors = working, pruned, errors
 
@@ -237,10 +253,18 @@ def _choose(method: Method, work: _Work, iterations: int) -> None:
     rows, patterns = given.rows, given.patterns
     if method == "alps":
         work.pruned, work.dampening = alps.prune(
-            working, given.hessian, rows, patterns, work.dampening, iterations=iterations, label=given.label
+            working,
+            given.hessian,
+            rows,
+            patterns,
+            work.dampening,
+            iterations=iterations,
+            label=given.label,
         )
     elif method == "wanda":
-        work.pruned = scores.prune(working, rows, patterns, lambda w, p: scores.wanda_mask(w, given.hessian, p))
+        work.pruned = scores.prune(
+            working, rows, patterns, lambda w, p: scores.wanda_mask(w, given.hessian, p)
+        )
     elif method == "magnitude":
         work.pruned = scores.prune(working, rows, patterns, scores.magnitude_mask)
     elif method == "none":
@@ -250,9 +274,17 @@ def _choose(method: Method, work: _Work, iterations: int) -> None:
         working.masked_fill_(work.pruned, 0.0)
 
 
-def _finish(method: Method, work: _Work, refit: bool, iterations: int, refit_steps: int) -> list[Solution]:
+def _finish(
+    method: Method, work: _Work, refit: bool, iterations: int, refit_steps: int
+) -> list[Solution]:
     """Step 4, and what the result loses."""
-    given, working, pruned, hessian, targets = work.given, work.working, work.pruned, work.given.hessian, work.targets
+    given, working, pruned, hessian, targets = (
+        work.given,
+        work.working,
+        work.pruned,
+        work.given.hessian,
+        work.targets,
+    )
     if method not in _SCORES:
         pruned[work.dead] = True
 
@@ -260,14 +292,26 @@ def _finish(method: Method, work: _Work, refit: bool, iterations: int, refit_ste
     fitted, bf16 = None, linalg.bf16_is_fast(hessian.device)
     if refit or method in ("alps", "keep"):
         fitted = refit_kept(
-            working, pruned, stacked(targets, hessian), hessian, work.dampening, steps=refit_steps, bf16=bf16
+            working,
+            pruned,
+            stacked(targets, hessian),
+            hessian,
+            work.dampening,
+            steps=refit_steps,
+            bf16=bf16,
         )
 
     dtype, errors = given.weights[0].dtype, work.errors
-    if errors is None or fitted or dtype != working.dtype:  # those of SparseGPT are without a refit and before rounding
+    if (
+        errors is None or fitted or dtype != working.dtype
+    ):  # those of SparseGPT are without a refit and before rounding
         stored = working.to(dtype).to(working.dtype)
-        said = fitted if bf16 and method == "alps" else None  # others lower the error by much, and say it less well
-        errors = errors_as_stored(said, working, stored, stacked(targets, hessian), hessian, work.dampening)
+        said = (
+            fitted if bf16 and method == "alps" else None
+        )  # others lower the error by much, and say it less well
+        errors = errors_as_stored(
+            said, working, stored, stacked(targets, hessian), hessian, work.dampening
+        )
     solutions = []
     columns = (x.split(given.rows, dim=1) for x in (working, pruned))
     each = (x.split(given.rows) for x in (errors, work.totals))
@@ -276,8 +320,13 @@ def _finish(method: Method, work: _Work, refit: bool, iterations: int, refit_ste
     ):
         weight = w.T.contiguous().to(before)
         if not checks.is_finite(weight):
-            raise RacError(f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({work.dampening.frac})")
-        change, whole = max(float(error.sum()), 0.0), float(total.sum())  # rounding can make a zero error negative
+            raise RacError(
+                f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({work.dampening.frac})"
+            )
+        change, whole = (
+            max(float(error.sum()), 0.0),
+            float(total.sum()),
+        )  # rounding can make a zero error negative
         solution = Solution(
             name=name,
             weight=weight,

@@ -77,8 +77,12 @@ def prune(
         computed as a difference from the dampened error, and is accurate to about 1e-5 of that.
     """
     d, pattern = weight.shape[-2], patterns[0]
-    step = max(block_size - block_size % pattern.m, pattern.m) if pattern.is_structured else block_size
-    change = torch.empty_like(weight)  # D = W - W' of the inputs that are done, in reversed order like the factor
+    step = (
+        max(block_size - block_size % pattern.m, pattern.m) if pattern.is_structured else block_size
+    )
+    change = torch.empty_like(
+        weight
+    )  # D = W - W' of the inputs that are done, in reversed order like the factor
     pruned = torch.empty_like(weight, dtype=torch.bool)
     uniform = uniform[..., None, None]
     error = torch.zeros_like(weight[..., 0, :], dtype=torch.float64)
@@ -119,7 +123,12 @@ def _settle_lowest(
 ) -> torch.Tensor:
     """Choose the mask of the whole block, each module with its own threshold, and prune it; returns the mask."""
     mask = torch.empty_like(block, dtype=torch.bool)
-    modules = zip(_scores(block, r).split(list(rows), dim=-1), mask.split(list(rows), dim=-1), patterns, strict=True)
+    modules = zip(
+        _scores(block, r).split(list(rows), dim=-1),
+        mask.split(list(rows), dim=-1),
+        patterns,
+        strict=True,
+    )
     for scores, chosen, pattern in modules:
         count = int(scores.shape[-2:].numel() * pattern.sparsity)
         for one, of_one in zip(
@@ -135,15 +144,21 @@ def _scores(block: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     return (block / _diagonal(r).unsqueeze(-1)).square_()
 
 
-def _settle(block: torch.Tensor, r: torch.Tensor, mask: torch.Tensor, start: int, stop: int) -> None:
+def _settle(
+    block: torch.Tensor, r: torch.Tensor, mask: torch.Tensor, start: int, stop: int
+) -> None:
     """Add the errors of the pruned weights of inputs [start, stop) to the inputs after each, in place.
 
     A pruned weight keeps the value that it had when it was pruned; the caller sets it to zero.
     """
-    chosen = mask[..., start:stop, :] / _diagonal(r)[..., start:stop, None]  # 1 / R_jj where pruned, else 0
+    chosen = (
+        mask[..., start:stop, :] / _diagonal(r)[..., start:stop, None]
+    )  # 1 / R_jj where pruned, else 0
     errors = torch.empty_like(chosen)
     for j in range(start, stop):
-        error = torch.mul(block[..., j, :], chosen[..., j - start, :], out=errors[..., j - start, :])
+        error = torch.mul(
+            block[..., j, :], chosen[..., j - start, :], out=errors[..., j - start, :]
+        )
         if j + 1 < stop:
             _subtract_outer(block[..., j + 1 : stop, :], r[..., j, j + 1 : stop], error)
     if stop < block.shape[-2]:

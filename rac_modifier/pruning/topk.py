@@ -70,10 +70,14 @@ def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
     return ranks.view(scores.shape)
 
 
-def sampled_places(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def sampled_places(
+    rows: int, columns: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and columns of about 32,768 entries of a matrix [rows, columns], in all of its rows and columns; of fewer, of all."""
     step = max(rows * columns // _SAMPLE, 1)
-    while math.gcd(step, columns) > 1 < step:  # with a common divisor, the sample would miss columns
+    while (
+        math.gcd(step, columns) > 1 < step
+    ):  # with a common divisor, the sample would miss columns
         step += 1
     places = torch.arange(0, rows * columns, step, device=device)
     return places // columns, places % columns

@@ -48,7 +48,9 @@ class Grid:
         """[groups, rows] to [columns, rows]: the scale of every weight."""
         return scales.repeat_interleave(self.group_size or columns, dim=-2)[..., :columns, :]
 
-    def round_(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+    def round_(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Round `weight` in place to the nearest point of the grid, (code - `zero`) `scale`; both broadcast. Returns it."""
         return self.codes_(weight.div_(scale), zero).mul_(scale)
 
@@ -82,10 +84,14 @@ class Steps:
 
     def of(self, column: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and zero point, [rows], of one column or group."""
-        return self.scale.select(-2, column), None if self.zero is None else self.zero.select(-2, column)
+        return self.scale.select(-2, column), None if self.zero is None else self.zero.select(
+            -2, column
+        )
 
 
-def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype) -> Steps:
+def search_scales(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype
+) -> Steps:
     """Scales [groups, rows] of a symmetric grid, exact in `dtype`, with the least weighted error of rounding.
 
     `weight` is [d, rows] with zeros where pruned, `importance` [d] the diagonal of the Hessian. Minimises
@@ -95,14 +101,25 @@ def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dt
     size = grid.group_size or d
     result = weight.new_empty(*several, grid.groups(d), rows)
     for group, start in enumerate(range(0, d, size)):
-        part, weights = weight[..., start : start + size, :], importance[..., start : start + size].unsqueeze(-1)
+        part, weights = (
+            weight[..., start : start + size, :],
+            importance[..., start : start + size].unsqueeze(-1),
+        )
         largest = part.abs().amax(dim=-2) / grid.half_range
-        largest = torch.where(largest == 0, 1.0, largest)  # a group of zeros only: any scale is right
+        largest = torch.where(
+            largest == 0, 1.0, largest
+        )  # a group of zeros only: any scale is right
         least = torch.full_like(largest, torch.inf)
         for step in range(_STEPS):
             shrink = _SHRINK[1] - (_SHRINK[1] - _SHRINK[0]) * step / (_STEPS - 1)
             scale = stored(largest * shrink, dtype)
-            error = grid.round_(part.clone(), scale.unsqueeze(-2)).sub_(part).square_().mul_(weights).sum(dim=-2)
+            error = (
+                grid.round_(part.clone(), scale.unsqueeze(-2))
+                .sub_(part)
+                .square_()
+                .mul_(weights)
+                .sum(dim=-2)
+            )
             better = error < least
             least = torch.where(better, error, least)
             result[..., group, :] = torch.where(better, scale, result[..., group, :])

@@ -31,7 +31,9 @@ _BLOCK = 128
 _SUB_BLOCK = 32
 
 
-def gptq(weight: torch.Tensor, keep: torch.Tensor, steps: Steps, grid: Grid, factors: Sequence[Factor]) -> None:
+def gptq(
+    weight: torch.Tensor, keep: torch.Tensor, steps: Steps, grid: Grid, factors: Sequence[Factor]
+) -> None:
     """Round `weight` [problems, d, rows] in place, with a factor for each problem.
 
     `keep` is in its shape and dtype: 1.0 = kept, 0.0 = pruned. `steps` are those of every weight.
@@ -46,7 +48,9 @@ def gptq(weight: torch.Tensor, keep: torch.Tensor, steps: Steps, grid: Grid, fac
             each[order] = result
         return
     d = weight.shape[1]
-    change = torch.empty_like(weight)  # D = W - Q of the inputs that are done, in reversed order like the factor
+    change = torch.empty_like(
+        weight
+    )  # D = W - Q of the inputs that are done, in reversed order like the factor
     for start in range(0, d, _BLOCK):
         stop = min(start + _BLOCK, d)
         here, before = slice(d - stop, d - start), slice(d - start, d)
@@ -85,14 +89,21 @@ def descend(
     """Coordinate descent from `weight` [problems, d, rows] (on the grid, zero where `keep` is) towards `target`, in place."""
     d = weight.shape[1]
     added = torch.stack([dampening.added for dampening in dampenings])
-    inverse = torch.stack([dampening.diagonal for dampening in dampenings]).double().reciprocal().to(weight)
+    inverse = (
+        torch.stack([dampening.diagonal for dampening in dampenings])
+        .double()
+        .reciprocal()
+        .to(weight)
+    )
     for _ in range(sweeps):
         for start in range(0, d, _BLOCK):
             stop = min(start + _BLOCK, d)
             gradient = torch.empty_like(weight[:, start:stop])
             for number, hessian in enumerate(hessians):
                 torch.mm(hessian[start:stop], weight[number] - target[number], out=gradient[number])
-            gradient.addcmul_(added[:, start:stop, None], weight[:, start:stop] - target[:, start:stop])
+            gradient.addcmul_(
+                added[:, start:stop, None], weight[:, start:stop] - target[:, start:stop]
+            )
             local = torch.stack([hessian[start:stop, start:stop] for hessian in hessians])
             moves = torch.empty_like(gradient)
             here = (x[:, start:stop] for x in (weight, keep, inverse.unsqueeze(2)))
@@ -106,7 +117,9 @@ def descend(
                     rows[j].copy_(best)
                     _add_outer(gradient[:, j + 1 : last], local[:, j, j + 1 : last], move, 1)
                 for number in range(len(hessians)):
-                    gradient[number, last:].addmm_(local[number, first:last, last:].T, moves[number, first:last])
+                    gradient[number, last:].addmm_(
+                        local[number, first:last, last:].T, moves[number, first:last]
+                    )
 
 
 def _sorted(x: torch.Tensor, orders: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,10 @@ from rac_modifier.errors import RacError
 from rac_modifier.quantization.grid import Grid
 
 _KNOWN = "or float of 8 (e4m3), symmetric, one scale per channel or group, such as W4A16, W8A8 or FP8_DYNAMIC"
-_SPARSE_BITS, _DENSE_BITS = (4, 8), range(2, 9)  # of integers: those that are stored with a mask, and without one
+_SPARSE_BITS, _DENSE_BITS = (
+    (4, 8),
+    range(2, 9),
+)  # of integers: those that are stored with a mask, and without one
 
 
 def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
@@ -21,7 +24,9 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
     """
     weights = scheme.weights
     if weights is None:
-        raise RacError(f"{name}: its scheme has no weights; quantize activations alone with a QuantizationModifier")
+        raise RacError(
+            f"{name}: its scheme has no weights; quantize activations alone with a QuantizationModifier"
+        )
     if not weights.symmetric and (prunes or scheme.input_activations is not None):
         why = (
             "sparse kernels take a pruned weight for the code 0"
@@ -34,9 +39,13 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
         )
     if not _is_known(weights, _SPARSE_BITS if prunes else _DENSE_BITS):
         bits = (
-            "4 or 8 bits" if prunes else "2 to 8 bits (2 to 7 with zero points: bfloat16 does not hold the values of 8)"
+            "4 or 8 bits"
+            if prunes
+            else "2 to 8 bits (2 to 7 with zero points: bfloat16 does not hold the values of 8)"
         )
-        raise RacError(f"{name}: weights {_describe(weights)} cannot be rounded here; use int of {bits}, {_KNOWN}")
+        raise RacError(
+            f"{name}: weights {_describe(weights)} cannot be rounded here; use int of {bits}, {_KNOWN}"
+        )
     for part in ("input_activations", "output_activations"):
         args = getattr(scheme, part)
         if args is not None and args.dynamic is not True:
@@ -57,8 +66,16 @@ def stored_grid(scheme: QuantizationScheme, name: str) -> Grid:
     weights = scheme.weights
     assert weights is not None
     is_float = _text(weights.type) == "float"
-    numbers = weights.num_bits == 8 if is_float else 2 <= weights.num_bits <= (8 if weights.symmetric else 7)
-    if not numbers or weights.strategy not in ("channel", "group") or (is_float and not weights.symmetric):
+    numbers = (
+        weights.num_bits == 8
+        if is_float
+        else 2 <= weights.num_bits <= (8 if weights.symmetric else 7)
+    )
+    if (
+        not numbers
+        or weights.strategy not in ("channel", "group")
+        or (is_float and not weights.symmetric)
+    ):
         raise RacError(
             f"{name}: weights {_describe(weights)} cannot be trained through their codes; recovery knows int of 2 to 8 bits "
             "(2 to 7 with zero points) and float of 8 (e4m3), one scale per channel or group. Recover the model before it is "
@@ -83,7 +100,12 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
 
 def _grid(weights: QuantizationArgs) -> Grid:
     group = weights.group_size if weights.strategy == "group" else None
-    return Grid("float" if weights.type == "float" else "int", weights.num_bits, group, bool(weights.symmetric))
+    return Grid(
+        "float" if weights.type == "float" else "int",
+        weights.num_bits,
+        group,
+        bool(weights.symmetric),
+    )
 
 
 def _is_known(weights: QuantizationArgs, bits: Collection[int]) -> bool:
@@ -98,7 +120,10 @@ def _is_known(weights: QuantizationArgs, bits: Collection[int]) -> bool:
 
 
 def _describe(weights: QuantizationArgs) -> str:
-    parts = [f"{_text(weights.type)} of {weights.num_bits} bits", f"strategy {_text(weights.strategy)}"]
+    parts = [
+        f"{_text(weights.type)} of {weights.num_bits} bits",
+        f"strategy {_text(weights.strategy)}",
+    ]
     parts += [] if weights.symmetric else ["asymmetric"]
     parts += [f"actorder {_text(weights.actorder)}"] if weights.actorder else []
     parts += [f"scales of {weights.scale_dtype}"] if weights.scale_dtype else []

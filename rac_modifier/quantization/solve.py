@@ -46,7 +46,12 @@ class PrunedProblem:
     def kind(self) -> tuple[object, ...]:
         """Equal for problems that can be rounded at once."""
         ordered = [s.factor is None or s.factor.order is not None for s in self.solutions[:1]]
-        return (tuple(self.hessian.shape), *(tuple(s.weight.shape) for s in self.solutions), *self.grids, *ordered)
+        return (
+            tuple(self.hessian.shape),
+            *(tuple(s.weight.shape) for s in self.solutions),
+            *self.grids,
+            *ordered,
+        )
 
 
 def quantize(
@@ -65,7 +70,11 @@ def quantize(
 
 @torch.no_grad()
 def quantize_many(
-    problems: Sequence[PrunedProblem], *, dtype: torch.dtype, dampening_frac: float = 0.01, sweeps: int = SWEEPS
+    problems: Sequence[PrunedProblem],
+    *,
+    dtype: torch.dtype,
+    dampening_frac: float = 0.01,
+    sweeps: int = SWEEPS,
 ) -> list[list[Quantized | None]]:
     """Round the pruned modules of each problem to their grids; a module with None is left as it is.
 
@@ -81,21 +90,34 @@ def quantize_many(
         names = [s.name for s in problem.solutions]
         check_weights([s.weight for s in problem.solutions], names, problem.hessian.shape[0])
         check_hessian(problem.hessian, ", ".join(names))
-    results: list[list[Quantized | None]] = [[None] * len(problem.solutions) for problem in problems]
+    results: list[list[Quantized | None]] = [
+        [None] * len(problem.solutions) for problem in problems
+    ]
     kinds = {problem.kind for problem in problems}
-    for part in [range(len(problems))] if len(kinds) == 1 else [[number] for number in range(len(problems))]:
+    for part in (
+        [range(len(problems))] if len(kinds) == 1 else [[number] for number in range(len(problems))]
+    ):
         grids = problems[part[0]].grids
         for grid in dict.fromkeys(grid for grid in grids if grid is not None):
             members = [i for i, other in enumerate(grids) if other == grid]
-            some = [replace(problems[n], solutions=[problems[n].solutions[i] for i in members]) for n in part]
-            for number, rounded in zip(part, _on_one_grid(some, grid, dtype, dampening_frac, sweeps), strict=True):
+            some = [
+                replace(problems[n], solutions=[problems[n].solutions[i] for i in members])
+                for n in part
+            ]
+            for number, rounded in zip(
+                part, _on_one_grid(some, grid, dtype, dampening_frac, sweeps), strict=True
+            ):
                 for i, result in zip(members, rounded, strict=True):
                     results[number][i] = result
     return results
 
 
 def _on_one_grid(
-    problems: Sequence[PrunedProblem], grid: Grid, dtype: torch.dtype, dampening_frac: float, sweeps: int
+    problems: Sequence[PrunedProblem],
+    grid: Grid,
+    dtype: torch.dtype,
+    dampening_frac: float,
+    sweeps: int,
 ) -> list[list[Quantized]]:
     """The modules of problems of one shape."""
     hessians = [problem.hessian for problem in problems]
@@ -114,7 +136,9 @@ def _on_one_grid(
     spread = steps.spread(grid, d)
     gptq(working, keep, spread, grid, factors)
     descend(working, target, keep, spread, grid, hessians, [f.dampening for f in factors], sweeps)
-    working.add_(0.0)  # turns -0.0 into 0.0: the sparse layouts would store -0.0, and 8-bit floats have it
+    working.add_(
+        0.0
+    )  # turns -0.0 into 0.0: the sparse layouts would store -0.0, and 8-bit floats have it
     zeros = [None] * len(problems) if steps.zero is None else steps.zero
     each = zip(problems, working, target, steps.scale, zeros, strict=True)
     return [_results(*one, dtype, dampening_frac) for one in each]
@@ -124,10 +148,14 @@ def _factor(problem: PrunedProblem, dampening_frac: float) -> Factor:
     """That of the pruning, where it needed one."""
     hessian, names = problem.hessian, ", ".join(s.name for s in problem.solutions)
     found = problem.solutions[0].factor
-    return found or factorise(hessian, Dampening.of(hessian, dampening_frac), names, largest_first=True)
+    return found or factorise(
+        hessian, Dampening.of(hessian, dampening_frac), names, largest_first=True
+    )
 
 
-def _together(problems: Sequence[PrunedProblem], part: Callable[[Solution], torch.Tensor]) -> torch.Tensor:
+def _together(
+    problems: Sequence[PrunedProblem], part: Callable[[Solution], torch.Tensor]
+) -> torch.Tensor:
     """A part of all solutions [problems, d, rows]; of one problem, no second copy."""
     found = [stacked([part(s) for s in problem.solutions], problem.hessian) for problem in problems]
     return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
@@ -159,7 +187,9 @@ def _results(
     ):
         weight = w.T.contiguous().to(dtype)
         if not is_finite(weight):
-            raise RacError(f"{name}: the quantized weight overflows {dtype}; raise dampening_frac ({dampening_frac})")
+            raise RacError(
+                f"{name}: the quantized weight overflows {dtype}; raise dampening_frac ({dampening_frac})"
+            )
         whole = float(total.sum())
         relative = max(float(error.sum()), 0.0) / whole if whole > 0 else 0.0
         zero_point = None if zero is None else zero.T.contiguous()

@@ -17,7 +17,9 @@ _STEPS = 31
 _NEAR = 3
 
 
-def search_zero_points(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype) -> Steps:
+def search_zero_points(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype
+) -> Steps:
     """Scales, exact in `dtype`, and zero points [groups, rows] with the least weighted error of rounding.
 
     As `grid.search_scales`, over both ends of the range: minimises sum_j importance_j (w_j - (c_j - z) s)^2 over zero points z

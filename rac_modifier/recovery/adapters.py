@@ -27,7 +27,9 @@ def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
     own: set[torch.nn.Module] = set()
     for layer in _tuner_layers(model).values():
         base = set(layer.get_base_layer().modules())
-        own.update(module for module in layer.modules() if module is not layer and module not in base)
+        own.update(
+            module for module in layer.modules() if module is not layer and module not in base
+        )
     return own
 
 
@@ -63,7 +65,9 @@ class _MaskedLora:
         whole: torch.Tensor = self._whole(adapter)
         return whole * self.mask.to(whole.device)
 
-    def hook(self, layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def hook(
+        self, layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         """The output without the part of pruned weights; a merged or disabled adapter adds nothing."""
         if layer.merged or layer.disable_adapters:
             return output
@@ -80,14 +84,26 @@ def _tuner_layers(model: torch.nn.Module) -> dict[str, Any]:
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
     if peft is None:
         return {}
-    return {name: module for name, module in model.named_modules() if isinstance(module, peft.BaseTunerLayer)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.BaseTunerLayer)
+    }
 
 
 def _check(name: str, layer: Any) -> None:
     what = "train full parameters, or take a plain LoRA (LoraConfig without variants)"
-    if not hasattr(layer, "lora_A") or not isinstance(layer.get_base_layer(), torch.nn.Linear) or layer.fan_in_fan_out:
-        raise RacError(f"{name}: a {type(layer).__name__} adapter of a pruned weight would fill its zeros; {what}")
+    if (
+        not hasattr(layer, "lora_A")
+        or not isinstance(layer.get_base_layer(), torch.nn.Linear)
+        or layer.fan_in_fan_out
+    ):
+        raise RacError(
+            f"{name}: a {type(layer).__name__} adapter of a pruned weight would fill its zeros; {what}"
+        )
     if layer.lora_variant:
-        raise RacError(f"{name}: {', '.join(layer.lora_variant)} is a variant of LoRA, which would fill zeros; {what}")
+        raise RacError(
+            f"{name}: {', '.join(layer.lora_variant)} is a variant of LoRA, which would fill zeros; {what}"
+        )
     if any(getattr(dropout, "p", 0.0) for dropout in layer.lora_dropout.values()):
         raise RacError(f"{name}: lora_dropout cannot be masked; set lora_dropout=0.0")

@@ -20,7 +20,9 @@ def spread_scales(scale: torch.Tensor, grid: Grid, columns: int) -> torch.Tensor
     return grid.column_scales(scale.T, columns).T
 
 
-def codes_of(weight: torch.Tensor, scale: torch.Tensor, grid: Grid, zero: torch.Tensor | None = None) -> torch.Tensor:
+def codes_of(
+    weight: torch.Tensor, scale: torch.Tensor, grid: Grid, zero: torch.Tensor | None = None
+) -> torch.Tensor:
     """The codes [rows, columns], float32, of code times scale; `scale` and `zero` are [rows, groups].
 
     On an asymmetric grid they are counted from the zero points `zero`, so that 0 means zero and code times scale the weight.
@@ -30,14 +32,18 @@ def codes_of(weight: torch.Tensor, scale: torch.Tensor, grid: Grid, zero: torch.
     return grid.codes_(weight.float() / spread_scales(scale.float(), grid, weight.shape[1]), spread)
 
 
-def master_in_cell(codes: torch.Tensor, scale: torch.Tensor, grid: Grid, target: torch.Tensor) -> torch.Tensor:
+def master_in_cell(
+    codes: torch.Tensor, scale: torch.Tensor, grid: Grid, target: torch.Tensor
+) -> torch.Tensor:
     """The float32 weight nearest to `target` [rows, columns] that still rounds to `codes`; `scale` is [rows, groups]."""
     spread = spread_scales(scale.float(), grid, codes.shape[1])
     reach = _WIDTH * _step(codes, grid)
     return torch.clamp(target.float() / spread, codes - reach, codes + reach) * spread
 
 
-def pruned_share(codes: torch.Tensor, scale: torch.Tensor, grid: Grid, dense: torch.Tensor) -> float:
+def pruned_share(
+    codes: torch.Tensor, scale: torch.Tensor, grid: Grid, dense: torch.Tensor
+) -> float:
     """The share of weights that are zero and were not rounded to it: their dense weight is above 3/4 of a step of the grid."""
     least = 0.75 * spread_scales(scale.float(), grid, codes.shape[1]) * _step(codes, grid)
     return float(((codes == 0) & (dense.float().abs() > least)).float().mean())

@@ -19,7 +19,11 @@ def check_dense(model: Any, name: str) -> None:
         how = "quantized"
     elif sparse := masks_of_zeros(model, least_sparsity=0.05):
         linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-        how = f"sparse ({len(sparse)} of its {linears} linear layers)" if 2 * len(sparse) > linears else ""
+        how = (
+            f"sparse ({len(sparse)} of its {linears} linear layers)"
+            if 2 * len(sparse) > linears
+            else ""
+        )
     if how:
         raise RacError(
             f"{name} is {how}, and the first model has to be the dense one, which the other is trained towards: rac recover "

@@ -116,18 +116,24 @@ def recover(
     check_sequences(held_out)
     both = {name_of(s) for s in training} & {name_of(s) for s in held_out}
     if both:
-        raise RacError(f"{len(both)} held-out traces are among the training traces; give traces of other problems")
+        raise RacError(
+            f"{len(both)} held-out traces are among the training traces; give traces of other problems"
+        )
     check_head(model, min(held_out, key=lambda s: len(s[0])))
     steps = steps_of_run(training, settings, model.device, processes.count)
     started, cpu = time.monotonic(), time.process_time()
     masks = sparse_masks(model) if masks is None else masks
     quantized = quantized or {}
-    highest = settings.learning_rate or default_learning_rate(sum(p.numel() for p in model.parameters()))
+    highest = settings.learning_rate or default_learning_rate(
+        sum(p.numel() for p in model.parameters())
+    )
     rates = [highest] if settings.learning_rate else [highest / _LOWER**n for n in range(_TRIES)]
     with (
         in_float32(model),
         on_grid(model, quantized),
-        fixed_mask(model, {trained_name(name, quantized): mask for name, mask in masks.items()}) as mask,
+        fixed_mask(
+            model, {trained_name(name, quantized): mask for name, mask in masks.items()}
+        ) as mask,
         evaluating(model),
     ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -137,9 +143,22 @@ def recover(
             if weight.master is not None:
                 trained = trained_name(f"{name}.weight", quantized)
                 kept = mask.masks.get(trained)
-                masters[trained] = weight.master if kept is None else weight.master * kept.to(weight.master.device)
+                masters[trained] = (
+                    weight.master if kept is None else weight.master * kept.to(weight.master.device)
+                )
         shards = spread(model, parameters, mask, processes)
-        run = TrainingLoop(shards, teacher, held_out, masters, autocast, steps, rates, state, save_seconds, progress)
+        run = TrainingLoop(
+            shards,
+            teacher,
+            held_out,
+            masters,
+            autocast,
+            steps,
+            rates,
+            state,
+            save_seconds,
+            progress,
+        )
         with recomputing(shards.model, settings.activation_checkpointing):
             done = run.train(key)
         shards.put_back()
@@ -175,7 +194,9 @@ def _key(
     digest = hashlib.blake2b(digest_size=16)
     for sequence in (*training, *held_out):
         digest.update(name_of(sequence).encode())
-    digest.update(settings.model_dump_json(exclude={"folder", "activation_checkpointing"}).encode())  # the same result
+    digest.update(
+        settings.model_dump_json(exclude={"folder", "activation_checkpointing"}).encode()
+    )  # the same result
     for name, parameter in parameters.items():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().numpy().tobytes())

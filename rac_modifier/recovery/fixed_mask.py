@@ -26,7 +26,9 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
         RacError: no matrix is sparse, or the layers are quantized.
     """
     masks = masks_of_zeros(model, least_sparsity)
-    if not masks and any(getattr(module, "quantization_scheme", None) is not None for module in model.modules()):
+    if not masks and any(
+        getattr(module, "quantization_scheme", None) is not None for module in model.modules()
+    ):
         raise RacError(
             f"the linear layers of this {type(model).__name__} hold codes, which no trainer of weights can train; recover it "
             "with rac recover, which trains through the codes, or train it before it is quantized"
@@ -44,7 +46,11 @@ def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, t
     masks, adapters = {}, inside_adapters(model)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, torch.nn.Linear) or not isinstance(weight, torch.nn.Parameter) or module in adapters:
+        if (
+            not isinstance(module, torch.nn.Linear)
+            or not isinstance(weight, torch.nn.Parameter)
+            or module in adapters
+        ):
             continue
         mask = weight.detach() != 0
         if float(mask.sum()) <= (1 - least_sparsity) * mask.numel():
@@ -69,8 +75,14 @@ class FixedMask:
         for name, mask in self.masks.items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape != mask.shape:
-                found = "no such parameter" if parameter is None else f"its shape is {list(parameter.shape)}"
-                raise RacError(f"mask of {name} {list(mask.shape)}: {found}; use the masks of this very model")
+                found = (
+                    "no such parameter"
+                    if parameter is None
+                    else f"its shape is {list(parameter.shape)}"
+                )
+                raise RacError(
+                    f"mask of {name} {list(mask.shape)}: {found}; use the masks of this very model"
+                )
             self.masks[name] = mask.to(parameter.device)
         self.check()
         self._hooks: list[Any] = [
@@ -83,7 +95,9 @@ class FixedMask:
         # Those that a trainer adds inside the context are found when the model is called. PEFT calls its forward without hooks.
         embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
         called: list[torch.nn.Module] = [model] if embeddings is None else [model, embeddings]
-        self._hooks += [m.register_forward_pre_hook(lambda *_: self._mask_adapters(model)) for m in called]
+        self._hooks += [
+            m.register_forward_pre_hook(lambda *_: self._mask_adapters(model)) for m in called
+        ]
 
     def _mask_adapters(self, model: torch.nn.Module) -> None:
         mask_adapters(model, {self._parameters[name]: mask for name, mask in self.masks.items()})
@@ -92,7 +106,9 @@ class FixedMask:
     def apply(self) -> None:
         """Set to zero what has to be zero: against an optimizer that moves weights without a gradient (noise, momentum)."""
         for name, mask in self.masks.items():
-            self._parameters[name].mul_(mask.view(torch.uint8))  # bool itself is multiplied half as fast on a CPU
+            self._parameters[name].mul_(
+                mask.view(torch.uint8)
+            )  # bool itself is multiplied half as fast on a CPU
 
     @torch.no_grad()
     def check(self) -> None:
@@ -112,7 +128,9 @@ class FixedMask:
 
 
 @contextlib.contextmanager
-def fixed_mask(model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None = None) -> Iterator[FixedMask]:
+def fixed_mask(
+    model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[FixedMask]:
     """Inside this context the zeros of a sparse model stay zero, with any optimizer and any trainer (TRL, PEFT, your own).
 
         model = rac_modifier.load_model("out")

@@ -53,7 +53,9 @@ def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return found[0]
     finally:
         hook.remove()
-    raise RacError(f"{type(model).__name__} does not call its output embeddings, so there is no state to train on")
+    raise RacError(
+        f"{type(model).__name__} does not call its output embeddings, so there is no state to train on"
+    )
 
 
 @torch.no_grad()
@@ -61,7 +63,9 @@ def check_head(model: Any, sequence: TokenSequence) -> None:
     """Raise a RacError where the model changes its logits after the head (a soft cap, a scale): the KL would be wrong."""
     head, (ids, _) = output_head(model), sequence
     states = predicting_states(model, [sequence])
-    logits = model(input_ids=torch.tensor([list(ids[:-1])], device=model.device), use_cache=False).logits
+    logits = model(
+        input_ids=torch.tensor([list(ids[:-1])], device=model.device), use_cache=False
+    ).logits
     own, expected = head(states[-1:]).float(), logits[:, -1].float()
     if not torch.allclose(own, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise RacError(

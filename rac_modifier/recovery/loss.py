@@ -23,7 +23,9 @@ _CHUNK_ELEMENTS = 1 << 25
 _CACHED_ELEMENTS = 1 << 19
 
 
-def head_kl(hidden: torch.Tensor, dense_hidden: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+def head_kl(
+    hidden: torch.Tensor, dense_hidden: torch.Tensor, head: torch.nn.Module
+) -> torch.Tensor:
     """The sum over tokens of KL(dense || student), in nats; differentiable with respect to `hidden` alone.
 
     Args:
@@ -36,7 +38,9 @@ def head_kl(hidden: torch.Tensor, dense_hidden: torch.Tensor, head: torch.nn.Mod
 
 class _HeadKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, dense_hidden: torch.Tensor, head: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, dense_hidden: torch.Tensor, head: Any
+    ) -> torch.Tensor:
         weight = head.weight
         step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         trained = ctx.needs_input_grad[0]
@@ -44,7 +48,9 @@ class _HeadKL(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
-            dense = product(dense_hidden[part].to(device=hidden.device, dtype=weight.dtype), weight.T)
+            dense = product(
+                dense_hidden[part].to(device=hidden.device, dtype=weight.dtype), weight.T
+            )
             own = product(hidden[part].to(weight.dtype), weight.T)
             total += _kl_(own, dense, trained)
             if gradient is not None:

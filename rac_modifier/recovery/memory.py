@@ -65,13 +65,19 @@ def batch_as_asked(settings: RecoverySettings) -> Batch:
 
 
 def largest_batches(
-    training: Sequence[TokenSequence], settings: RecoverySettings, device: torch.device, processes: int
+    training: Sequence[TokenSequence],
+    settings: RecoverySettings,
+    device: torch.device,
+    processes: int,
 ) -> list[Batch]:
     """Of the very batches that will be trained on, the largest that begins a step, and the largest that follows one."""
     largest: dict[bool, Batch] = {}
     for step in steps_of_run(training, settings, device, processes):
         for number, sequences in enumerate(step.batches):
-            lengths, completions = [len(ids) for ids, _ in sequences], [len(ids) - prompt for ids, prompt in sequences]
+            lengths, completions = (
+                [len(ids) for ids, _ in sequences],
+                [len(ids) - prompt for ids, prompt in sequences],
+            )
             batch = Batch(len(sequences), max(lengths), sum(completions), number > 0)
             if batch.follows not in largest or batch.tokens > largest[batch.follows].tokens:
                 largest[batch.follows] = batch
@@ -120,7 +126,9 @@ class RecoveryNeed:
         trained = [p for p in parameters if p.is_floating_point() and id(p) not in frozen]
         count = sum(p.numel() for p in trained)
         checkpointing = settings.activation_checkpointing
-        steps = {batch: _step_bytes(model, batch, device, checkpointing, processes) for batch in batches}
+        steps = {
+            batch: _step_bytes(model, batch, device, checkpointing, processes) for batch in batches
+        }
         batch = max(steps, key=lambda one: steps[one] or one.tokens)
         step = steps[batch]
         on_device = (_FLOAT32 + _MOMENTS + _MASK) * count
@@ -129,7 +137,9 @@ class RecoveryNeed:
         else:
             layers = decoder_layers(model, "torchrun")
             layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-            on_device = (on_device + _FLOAT32 * count) // processes + 3 * _FLOAT32 * layer + (step or 0)
+            on_device = (
+                (on_device + _FLOAT32 * count) // processes + 3 * _FLOAT32 * layer + (step or 0)
+            )
         if quantizes:
             coded = sum(p.numel() for p in trained if p.dim() == 2)
             on_device += coded * (_MASTERS + (0 if checkpointing else _CODE))
@@ -142,7 +152,9 @@ class RecoveryNeed:
         if device.type == "cpu":
             on_device += int((WITH_GAPS - 1) * (step or 0))
         if not whole:  # each loads the model, and has it once more while it is spread
-            host += (2 * _FLOAT32 * processes + (_STATE + _BEST if device.type == "cpu" else _BEST)) * count
+            host += (
+                2 * _FLOAT32 * processes + (_STATE + _BEST if device.type == "cpu" else _BEST)
+            ) * count
         return cls(on_device, host, batch, step)
 
 
@@ -168,8 +180,12 @@ def check_recovery_memory(
     """
     device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked = [batch_as_asked(settings)]
-    batches = asked if training is None else largest_batches(training, settings, device, processes.count)
-    need = RecoveryNeed.of(model, settings, batches, device, processes=processes.count, quantizes=quantizes)
+    batches = (
+        asked if training is None else largest_batches(training, settings, device, processes.count)
+    )
+    need = RecoveryNeed.of(
+        model, settings, batches, device, processes=processes.count, quantizes=quantizes
+    )
     if device.type == "cuda":
         _check(need.device, torch.cuda.mem_get_info(device)[0], "the GPU", settings, need)
         on_cpu = need.host
@@ -179,7 +195,9 @@ def check_recovery_memory(
     return need
 
 
-def _step_bytes(model: Any, batch: Batch, device: torch.device, checkpointing: bool, processes: int) -> int | None:
+def _step_bytes(
+    model: Any, batch: Batch, device: torch.device, checkpointing: bool, processes: int
+) -> int | None:
     rows = -(-batch.rows // processes)
     try:
         return step_bytes(
@@ -200,12 +218,12 @@ def _step_bytes(model: Any, batch: Batch, device: torch.device, checkpointing: b
         return None
 
 
-def _check(need: int, free: int, where: str, settings: RecoverySettings, counted: RecoveryNeed) -> None:
+def _check(
+    need: int, free: int, where: str, settings: RecoverySettings, counted: RecoveryNeed
+) -> None:
     of_step = "activations are not counted"
     if counted.step is not None:
-        of_step = (
-            f"{counted.step / _GIB:.1f} GiB of it for a step on {counted.batch.rows} x {counted.batch.length:,} tokens"
-        )
+        of_step = f"{counted.step / _GIB:.1f} GiB of it for a step on {counted.batch.rows} x {counted.batch.length:,} tokens"
     message = f"recover: training needs about {need / _GIB:.1f} GiB on {where} beside the model ({of_step})"
     if need <= _MARGIN * free:
         logger.info(f"{message}; {free / _GIB:.1f} GiB are free")

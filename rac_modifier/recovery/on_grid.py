@@ -46,7 +46,9 @@ class OnGrid(torch.nn.Module):
         self.start: torch.Tensor
         self.register_buffer("start", quantized.scale.detach().float())
         self.zero: torch.Tensor | None
-        self.register_buffer("zero", None if quantized.zero is None else quantized.zero.detach().float())
+        self.register_buffer(
+            "zero", None if quantized.zero is None else quantized.zero.detach().float()
+        )
         self.log_change = torch.nn.Parameter(torch.zeros_like(self.start))
 
     def scale(self) -> torch.Tensor:
@@ -60,7 +62,9 @@ class OnGrid(torch.nn.Module):
         return _CodeTimesScale.apply(master, self._spread(self.scale(), master), zero, self.grid)
 
     def _spread(self, part: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
-        return part.repeat_interleave(self.grid.group_size or master.shape[1], dim=1)[:, : master.shape[1]]
+        return part.repeat_interleave(self.grid.group_size or master.shape[1], dim=1)[
+            :, : master.shape[1]
+        ]
 
 
 class _CodeTimesScale(torch.autograd.Function):
@@ -93,12 +97,16 @@ def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) ->
     """
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in quantized}
     enabled: dict[Any, Any] = {
-        module: module.quantization_enabled for module in model.modules() if hasattr(module, "quantization_enabled")
+        module: module.quantization_enabled
+        for module in model.modules()
+        if hasattr(module, "quantization_enabled")
     }
     for module in enabled:
         module.quantization_enabled = False
     for name, module in modules.items():
-        parametrize.register_parametrization(module, "weight", OnGrid(quantized[name]).to(module.weight.device))
+        parametrize.register_parametrization(
+            module, "weight", OnGrid(quantized[name]).to(module.weight.device)
+        )
     try:
         yield
     finally:

@@ -19,7 +19,9 @@ def decoder_layers(model: torch.nn.Module, setting: str) -> list[torch.nn.Module
     Raises:
         RacError: it has none that transformers marks as such; `setting` is what needs them.
     """
-    layers: list[torch.nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers: list[torch.nn.Module] = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
     if not layers:
         raise RacError(
             f"{type(model).__name__} has no layers that transformers can run one by one; leave {setting} out"

@@ -61,7 +61,10 @@ def most_padding(device: torch.device, processes: int) -> int | None:
 
 
 def steps_of_run(
-    training: Sequence[TokenSequence], settings: RecoverySettings, device: torch.device, processes: int
+    training: Sequence[TokenSequence],
+    settings: RecoverySettings,
+    device: torch.device,
+    processes: int,
 ) -> list[Step]:
     """The steps of a run of so many processes that trains on this device."""
     return plan_steps(
@@ -110,7 +113,9 @@ def _step(chosen: Sequence[TokenSequence], batch_tokens: int, most_padding: int 
         if last := batches[-1]:
             length = len(sequence[0])
             padding = len(last) * (length - len(last[-1][0]))
-            if (len(last) + 1) * length > batch_tokens or (most_padding is not None and padding > most_padding):
+            if (len(last) + 1) * length > batch_tokens or (
+                most_padding is not None and padding > most_padding
+            ):
                 batches.append([])
         batches[-1].append(sequence)
     return Step(tuple(map(tuple, batches)))

@@ -77,7 +77,13 @@ class Sharded(Whole):
         RacError: a model whose layers cannot be told apart, or a trained parameter outside of its decoder.
     """
 
-    def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter], mask: FixedMask, processes: Processes):
+    def __init__(
+        self,
+        model: Any,
+        parameters: Mapping[str, torch.nn.Parameter],
+        mask: FixedMask,
+        processes: Processes,
+    ):
         assert processes.device is not None
         mask.release()
         self._originals = dict(parameters)
@@ -90,19 +96,26 @@ class Sharded(Whole):
         fully_shard(student.get_decoder(), mesh=mesh, ignored_params=frozen)
         for part in (student.get_input_embeddings(), student.get_output_embeddings()):
             part.to(processes.device)
-        super().__init__(student, {name: p for name, p in student.named_parameters() if p.requires_grad})
+        super().__init__(
+            student, {name: p for name, p in student.named_parameters() if p.requires_grad}
+        )
         self.processes = processes
         if outside := [name for name, p in self.parameters.items() if not isinstance(p, DTensor)]:
             raise RacError(
                 f"{outside[0]} is trained and not part of the decoder of {type(model).__name__}, which is what processes share; "
                 "start rac recover without torchrun"
             )
-        self._masks = {name: self.part(name, keep).to(processes.device) for name, keep in mask.masks.items()}
+        self._masks = {
+            name: self.part(name, keep).to(processes.device) for name, keep in mask.masks.items()
+        }
 
     def own(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
         """Every `count`-th sequence of each batch. All processes run as many batches; one that has no sequence counts nothing."""
         parts = [batch[self.processes.rank :: self.processes.count] for batch in batches]
-        return [(part, 1.0) if part else (batch[:1], 0.0) for part, batch in zip(parts, batches, strict=True)]
+        return [
+            (part, 1.0) if part else (batch[:1], 0.0)
+            for part, batch in zip(parts, batches, strict=True)
+        ]
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Whole`."""
@@ -149,6 +162,12 @@ class Sharded(Whole):
             self._originals[name].copy_(self.whole(name, self.local(parameter)))
 
 
-def spread(model: Any, parameters: Mapping[str, torch.nn.Parameter], mask: FixedMask, processes: Processes) -> Whole:
+def spread(
+    model: Any, parameters: Mapping[str, torch.nn.Parameter], mask: FixedMask, processes: Processes
+) -> Whole:
     """The parameters as they are, or spread over the processes where there are several."""
-    return Whole(model, parameters) if processes.count == 1 else Sharded(model, parameters, mask, processes)
+    return (
+        Whole(model, parameters)
+        if processes.count == 1
+        else Sharded(model, parameters, mask, processes)
+    )

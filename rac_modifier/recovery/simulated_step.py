@@ -92,15 +92,26 @@ class _LiveBytes(TorchDispatchMode):
         self._known: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {
+            id(t.untyped_storage())
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if id(storage) not in given and id(storage) not in self._known:
-                    self._known[id(storage)] = weakref.ref(storage, self._gone(id(storage))), storage.nbytes()
+                    self._known[id(storage)] = (
+                        weakref.ref(storage, self._gone(id(storage))),
+                        storage.nbytes(),
+                    )
                     self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         return result

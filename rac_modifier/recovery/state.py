@@ -78,7 +78,9 @@ def hold(folder: Path) -> IO[str]:
     return lock
 
 
-def save_state(folder: Path, progress: Progress, shards: Whole, optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    folder: Path, progress: Progress, shards: Whole, optimizer: torch.optim.Optimizer
+) -> None:
     """Write everything to a new file and put it in the place of the old one.
 
     Raises:
@@ -138,7 +140,9 @@ def load_state(folder: Path, key: str, shards: Whole, optimizer: torch.optim.Opt
             about: dict[str, Any] = json.loads(file.metadata()["about"])
             if about.pop("key") != key:
                 return Progress(key)
-            progress = Progress(key, **{**about, "curve": [(step, kl) for step, kl in about["curve"]]})
+            progress = Progress(
+                key, **{**about, "curve": [(step, kl) for step, kl in about["curve"]]}
+            )
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part, _, of = name.partition("/")
                 tensor, parameter = file.get_tensor(name), shards.parameters[of]
@@ -149,7 +153,9 @@ def load_state(folder: Path, key: str, shards: Whole, optimizer: torch.optim.Opt
                 elif part == "weight":
                     shards.local(parameter).copy_(shards.part(of, tensor))
                 else:
-                    optimizer.state[parameter][part] = shards.like(of, shards.part(of, tensor).clone())
+                    optimizer.state[parameter][part] = shards.like(
+                        of, shards.part(of, tensor).clone()
+                    )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RacError(
             f"{path}: the state of a recovery run cannot be read ({error}); remove it to start anew"

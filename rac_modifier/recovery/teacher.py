@@ -57,11 +57,15 @@ class StoredTeacher:
                 with safe_open(file, framework="pt") as states:
                     self._place |= dict.fromkeys(states.keys(), file.name)
         except (OSError, SafetensorError) as error:
-            raise RacError(f"{folder}: the dense model's states cannot be read ({error}); remove the folder") from error
+            raise RacError(
+                f"{folder}: the dense model's states cannot be read ({error}); remove the folder"
+            ) from error
 
     @classmethod
     @torch.no_grad()
-    def write(cls, dense: Any, sequences: Sequence[TokenSequence], folder: Path, *, key: str) -> StoredTeacher:
+    def write(
+        cls, dense: Any, sequences: Sequence[TokenSequence], folder: Path, *, key: str
+    ) -> StoredTeacher:
         """One forward pass of the dense model over `sequences`; nothing is computed where `folder` holds them already.
 
         `key` says which dense model it is; states of another model or of other sequences are computed again.
@@ -82,7 +86,10 @@ class StoredTeacher:
         for old in folder.glob("states-*.safetensors"):
             old.unlink()
         index.unlink(missing_ok=True)
-        needed = sum(len(ids) - prompt for ids, prompt in sequences) * dense.config.get_text_config().hidden_size
+        needed = (
+            sum(len(ids) - prompt for ids, prompt in sequences)
+            * dense.config.get_text_config().hidden_size
+        )
         needed *= next(dense.parameters()).element_size()
         if shutil.disk_usage(folder).free < needed:
             raise RacError(
@@ -91,7 +98,9 @@ class StoredTeacher:
             )
         try:
             _write_states(dense, sequences, folder)
-            index.write_text(json.dumps(wanted), encoding="utf-8")  # last: without it the files do not count
+            index.write_text(
+                json.dumps(wanted), encoding="utf-8"
+            )  # last: without it the files do not count
         except (OSError, SafetensorError) as error:
             for part in (index, *folder.glob("states-*.safetensors")):
                 part.unlink(missing_ok=True)
@@ -133,7 +142,9 @@ def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) 
     with evaluating(dense):
         for batch in batches_of_like_length(sequences, _BATCH_TOKENS):
             states = predicting_states(dense, batch).cpu()
-            for sequence, part in zip(batch, states.split([len(ids) - p for ids, p in batch]), strict=True):
+            for sequence, part in zip(
+                batch, states.split([len(ids) - p for ids, p in batch]), strict=True
+            ):
                 pending[name_of(sequence)] = part.clone()  # not a view: a file holds each once
                 if sum(map(len, pending.values())) >= _FILE_TOKENS:
                     flush()
@@ -143,4 +154,6 @@ def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) 
 def name_of(sequence: TokenSequence) -> str:
     """A name for a sequence that depends on its ids and its prompt's length alone."""
     ids, prompt = sequence
-    return hashlib.blake2b(f"{prompt}:{','.join(map(str, ids))}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        f"{prompt}:{','.join(map(str, ids))}".encode(), digest_size=16
+    ).hexdigest()

@@ -20,7 +20,9 @@ def in_float32(model: Any) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
-        parameter.requires_grad_(id(parameter) not in frozen and name.rpartition(".")[2] in ("weight", "bias"))
+        parameter.requires_grad_(
+            id(parameter) not in frozen and name.rpartition(".")[2] in ("weight", "bias")
+        )
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     try:
@@ -35,10 +37,18 @@ def in_float32(model: Any) -> Iterator[None]:
 
 def frozen_parameters(model: Any) -> set[int]:
     """The ids of the parameters of embeddings and head, which are not trained."""
-    return {id(p) for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()}
+    return {
+        id(p)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        for p in part.parameters()
+    }
 
 
 def trained_name(name: str, quantized: Mapping[str, QuantizedWeight]) -> str:
     """A parameter's name while it is trained: a quantized weight is parametrized by its master weight."""
     module, _, leaf = name.rpartition(".")
-    return f"{module}.parametrizations.{leaf}.original" if module in quantized and leaf == "weight" else name
+    return (
+        f"{module}.parametrizations.{leaf}.original"
+        if module in quantized and leaf == "weight"
+        else name
+    )

@@ -66,7 +66,11 @@ class TrainingLoop:
     def train(self, key: str) -> Progress:
         """Train at the first rate; where the held-out KL rises too high, again from the start at the next. Ends with the best."""
         self.optimizer = self._new_optimizer()
-        done = Progress(key) if self.state is None else load_state(self.state, key, self.shards, self.optimizer)
+        done = (
+            Progress(key)
+            if self.state is None
+            else load_state(self.state, key, self.shards, self.optimizer)
+        )
         if not done.curve:
             self.check(done)
             self._start_from_masters()
@@ -88,7 +92,9 @@ class TrainingLoop:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         # fused: one pass over weights and moments, where torch's default on a CPU takes twelve and ten times as long
-        return torch.optim.AdamW(self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0, fused=True)
+        return torch.optim.AdamW(
+            self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0, fused=True
+        )
 
     def _train_at(self, rate: float, done: Progress) -> None:
         """Take the steps that are left, check the held-out KL, and write the state now and then."""
@@ -96,20 +102,26 @@ class TrainingLoop:
         saved = time.monotonic()
         # None: silent where the output is no terminal
         silent = None if self.progress and self.shards.processes.is_first else True
-        with tqdm(total=len(self.steps), initial=done.step, desc="recovery", unit="step", disable=silent) as bar:
+        with tqdm(
+            total=len(self.steps), initial=done.step, desc="recovery", unit="step", disable=silent
+        ) as bar:
             while done.step < len(self.steps) and not done.stopped:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * rate_at(done.step, len(self.steps))
                 loss = self.step(self.steps[done.step])
                 done.step += 1
                 if not math.isfinite(loss):
-                    done.stopped = f"the loss of step {done.step} is {loss} at learning rate {rate:.2g}"
+                    done.stopped = (
+                        f"the loss of step {done.step} is {loss} at learning rate {rate:.2g}"
+                    )
                 elif done.step % every == 0 or done.step == len(self.steps):
                     kl = self.check(done)
                     if not kl <= _TOO_HIGH * before:
                         done.stopped = f"held-out KL {kl:.4f} (before: {before:.4f}) at learning rate {rate:.2g}"
                 bar.update()
-                bar.set_postfix_str(f"KL {done.curve[-1][1]:.4f}, at the start {before:.4f}", refresh=False)
+                bar.set_postfix_str(
+                    f"KL {done.curve[-1][1]:.4f}, at the start {before:.4f}", refresh=False
+                )
                 if self._is_time(saved):
                     self._save(done)
                     saved = time.monotonic()
@@ -141,7 +153,10 @@ class TrainingLoop:
         for batch, counts in self.shards.own(step.batches):
             with self._autocast():
                 states = predicting_states(self.model, batch)
-            loss = head_kl(states, self.teacher.states(batch), output_head(self.model)) / step.completion_tokens
+            loss = (
+                head_kl(states, self.teacher.states(batch), output_head(self.model))
+                / step.completion_tokens
+            )
             (loss * (counts * processes.count)).backward()  # FSDP takes the mean over the processes
             total += loss.item() * counts
         total = processes.sums(total)[0]
@@ -157,10 +172,14 @@ class TrainingLoop:
     def check(self, done: Progress) -> float:
         """Measure the held-out KL in nats per completion token; keeps the weights if it is the lowest so far."""
         total = tokens = 0.0
-        for batch, counts in self.shards.own(list(batches_of_like_length(self.held_out, _EVALUATION_TOKENS))):
+        for batch, counts in self.shards.own(
+            list(batches_of_like_length(self.held_out, _EVALUATION_TOKENS))
+        ):
             with self._autocast():
                 states = predicting_states(self.model, batch)
-            total += counts * head_kl(states, self.teacher.states(batch), output_head(self.model)).item()
+            total += (
+                counts * head_kl(states, self.teacher.states(batch), output_head(self.model)).item()
+            )
             tokens += counts * len(states)
         total, tokens = self.shards.processes.sums(total, tokens)
         kl = total / tokens

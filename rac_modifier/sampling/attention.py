@@ -41,7 +41,9 @@ def grouped_sdpa(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    grouped = query.reshape(rows, shared, heads // shared, size)  # neighbouring query heads share a key-value head
+    grouped = query.reshape(
+        rows, shared, heads // shared, size
+    )  # neighbouring query heads share a key-value head
     output = torch.nn.functional.scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, scale=scaling
     )

@@ -83,8 +83,14 @@ def read_answer(
             f"{server} returned text without token ids, and traces are never tokenized again from text: it must "
             "support `return_token_ids` in /v1/completions (vllm serve does)"
         )
-    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise UnusableError(f"token_ids {str(ids)[:60]} are not ids of the model's vocabulary of {vocab_size}")
+    if (
+        not isinstance(ids, list)
+        or not ids
+        or not all(type(i) is int and 0 <= i < vocab_size for i in ids)
+    ):
+        raise UnusableError(
+            f"token_ids {str(ids)[:60]} are not ids of the model's vocabulary of {vocab_size}"
+        )
     read = choice.get("prompt_token_ids")
     if read is not None and read != list(request.prompt_ids):
         raise RacError(
@@ -93,7 +99,9 @@ def read_answer(
         )
     counted = usage.get("completion_tokens", len(ids))
     if counted != len(ids) or len(ids) > request.max_tokens:
-        raise UnusableError(f"{len(ids)} token ids, {counted} counted, at most {request.max_tokens} asked for")
+        raise UnusableError(
+            f"{len(ids)} token ids, {counted} counted, at most {request.max_tokens} asked for"
+        )
     return _finished(request, tuple(ids), choice.get("finish_reason"), server)
 
 
@@ -111,13 +119,21 @@ def _only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(choice, dict) and isinstance(usage, dict):
             return choice, usage
     except (ValueError, KeyError, TypeError) as error:
-        raise UnusableError(f"no completion in the answer ({type(error).__name__}: {str(error)[:80]})") from error
+        raise UnusableError(
+            f"no completion in the answer ({type(error).__name__}: {str(error)[:80]})"
+        ) from error
     raise UnusableError("no completion in the answer")
 
 
-def _from_text(request: Request, choice: dict[str, Any], tokenize: Callable[[str], Sequence[int]]) -> Generation:
+def _from_text(
+    request: Request, choice: dict[str, Any], tokenize: Callable[[str], Sequence[int]]
+) -> Generation:
     text, reason = choice.get("text"), choice.get("finish_reason")
-    if not isinstance(text, str) or reason not in ("stop", "length") or (reason == "length" and not text):
+    if (
+        not isinstance(text, str)
+        or reason not in ("stop", "length")
+        or (reason == "length" and not text)
+    ):
         raise UnusableError(f"finish_reason {reason!r} of the text {str(text)[:60]!r}")
     ids = tuple(tokenize(text))
     return Generation((*ids, request.eos[0]) if reason == "stop" else ids, reason)
@@ -131,7 +147,9 @@ def _finished(request: Request, ids: tuple[int, ...], reason: Any, server: str) 
             "strips the EOS or has stop words of its own; traces need the EOS that the model wrote"
         )
     if eos.intersection(ids[:-1]):
-        raise RacError(f"{server} continued a completion after an EOS; switch off `ignore_eos` there")
+        raise RacError(
+            f"{server} continued a completion after an EOS; switch off `ignore_eos` there"
+        )
     if reason == "length" and len(ids) == request.max_tokens:
         # Where the EOS is the last token that fits, servers report either reason.
         return Generation(ids, "stop" if ids[-1] in eos else "length")

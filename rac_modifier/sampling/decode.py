@@ -45,10 +45,16 @@ def decode(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = roomy_cache(model.config)
-    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    only_last = (
+        {"logits_to_keep": 1}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
     ends, longest = torch.tensor(eos, device=device), torch.tensor(limits, device=device)
     output = torch.full((len(prompts), max(limits)), pad, device=device)
-    present = torch.arange(len(prompts), device=device)  # which prompt each row of the batch completes
+    present = torch.arange(
+        len(prompts), device=device
+    )  # which prompt each row of the batch completes
     running = torch.ones_like(present, dtype=torch.bool)
 
     for step in range(max(limits)):
@@ -71,6 +77,11 @@ def decode(
         if left <= _KEPT_BELOW * len(running):
             kept = running.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
-            inputs, positions, mask, present = inputs[kept], positions[kept], mask[kept], present[kept]
+            inputs, positions, mask, present = (
+                inputs[kept],
+                positions[kept],
+                mask[kept],
+                present[kept],
+            )
             rows, running = rows[kept], running[kept]
     return [row[:limit] for row, limit in zip(output.tolist(), limits, strict=True)]

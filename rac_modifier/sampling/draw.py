@@ -35,9 +35,14 @@ class Draw:
         scores = logits.float() / self.temperature
         vocabulary = scores.shape[-1]
         if not self.top_k and self.top_p >= 1.0:
-            return (scores + gumbel_noise(rows, position, torch.arange(vocabulary, device=scores.device))).argmax(-1)
+            return (
+                scores
+                + gumbel_noise(rows, position, torch.arange(vocabulary, device=scores.device))
+            ).argmax(-1)
         values, ids = self._candidates(scores)
-        return ids.gather(1, (values + gumbel_noise(rows, position, ids)).argmax(-1, keepdim=True)).squeeze(1)
+        return ids.gather(
+            1, (values + gumbel_noise(rows, position, ids)).argmax(-1, keepdim=True)
+        ).squeeze(1)
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and ids [rows, candidates], likeliest first; -inf for those that may not be drawn."""

@@ -73,7 +73,9 @@ class Engine(Protocol):
             RacError: it cannot be reached, or serves another model.
         """
 
-    def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Sequence[Completion]]:
+    def iter_completions(
+        self, batches: Iterable[Sequence[Prompt]]
+    ) -> Iterator[Sequence[Completion]]:
         """Complete prompts; yields whenever some are finished, until `batches` ends and every prompt is finished.
 
         Prompts of one batch are computed together where that matters for rounding. Batches are taken from the iterable, in

@@ -64,7 +64,9 @@ def generate(
             eos=eos,
             pad=pad,
             draw=Draw(
-                settings.temperature or 0.0, settings.top_k or 0, 1.0 if settings.top_p is None else settings.top_p
+                settings.temperature or 0.0,
+                settings.top_k or 0,
+                1.0 if settings.top_p is None else settings.top_p,
             ),
             rows=row_keys(settings.seed, keys, model.device),
         )
@@ -107,14 +109,18 @@ def _check_prompts(model: PreTrainedModel, prompts: list[list[int]]) -> None:
             )
 
 
-def _completion_limits(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+def _completion_limits(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int
+) -> list[int]:
     """How many tokens each row may add; by its own prompt, whatever the longest prompt of the batch."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return [max_new_tokens] * len(prompts)
     longest = max(map(len, prompts))
     if longest >= context:
-        raise RacError(f"a prompt of {longest} tokens fills the model's context of {context}; leave that problem out")
+        raise RacError(
+            f"a prompt of {longest} tokens fills the model's context of {context}; leave that problem out"
+        )
     if longest + max_new_tokens > context:
         warn_of_cap(max_new_tokens, context)
     return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]

@@ -16,7 +16,9 @@ class InProcessEngine:
 
     kind: EngineKind = "transformers"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+    ):
         self.batch_size = sampling.batch_size
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
 
@@ -24,7 +26,9 @@ class InProcessEngine:
         """Nothing to check: the engine holds the model itself."""
         return EngineRecord()
 
-    def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Sequence[Completion]]:
+    def iter_completions(
+        self, batches: Iterable[Sequence[Prompt]]
+    ) -> Iterator[Sequence[Completion]]:
         """Complete one batch after the other, each as a whole."""
         for batch in batches:
             ids, keys = [list(prompt.ids) for prompt in batch], [prompt.key for prompt in batch]

@@ -23,7 +23,9 @@ class MergedExperts:
     def shape(self) -> torch.Size:
         """As if it was made."""
         first = self.parts[0]
-        return torch.Size([len(self.parts), sum(part.shape[0] for part in first), first[0].shape[1]])
+        return torch.Size(
+            [len(self.parts), sum(part.shape[0] for part in first), first[0].shape[1]]
+        )
 
     def numel(self) -> int:
         """Numbers in all."""
@@ -61,14 +63,22 @@ def with_merged_experts(
         pending[name] = tensor
         count: int = layers[layer].num_experts
         if len(pending) == count * len(_PARTS):
-            gate, up, down = ([pending[f"{layer}.{i}.{part}.weight"] for i in range(count)] for part in _PARTS)
-            yield f"{layer}.gate_up_proj", MergedExperts([list(pair) for pair in zip(gate, up, strict=True)])
+            gate, up, down = (
+                [pending[f"{layer}.{i}.{part}.weight"] for i in range(count)] for part in _PARTS
+            )
+            yield (
+                f"{layer}.gate_up_proj",
+                MergedExperts([list(pair) for pair in zip(gate, up, strict=True)]),
+            )
             yield f"{layer}.down_proj", MergedExperts([[one] for one in down])
             pending.clear()
 
 
 def _is_separate(module: torch.nn.Module) -> bool:
-    usual = getattr(module, "is_transposed", None) is False and getattr(module, "has_bias", None) is False
+    usual = (
+        getattr(module, "is_transposed", None) is False
+        and getattr(module, "has_bias", None) is False
+    )
     if not (isinstance(module, torch.nn.ModuleList) and usual):
         return False
     count = getattr(module, "num_experts", 0)

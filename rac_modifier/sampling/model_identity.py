@@ -82,17 +82,23 @@ class ModelIdentity:
             generation = _generation_config(source, skeleton)
             files = _weight_files(source)
         except (OSError, ValueError) as error:
-            raise RacError(f"the model {source!r} cannot be read ({str(error).strip().splitlines()[0]})") from error
+            raise RacError(
+                f"the model {source!r} cannot be read ({str(error).strip().splitlines()[0]})"
+            ) from error
         fingerprint = _fingerprint_of_files(skeleton, files)
         if fingerprint is None:
             logger.warning(
                 f"{source!r}: tensors in its files have other names than in the model; loading the weights to identify it"
             )
-            return cls.of_model(AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False))
+            return cls.of_model(
+                AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+            )
         return cls._of(skeleton, fingerprint, generation)
 
     @classmethod
-    def _of(cls, model: PreTrainedModel, fingerprint: str, generation: GenerationConfig | None) -> ModelIdentity:
+    def _of(
+        cls, model: PreTrainedModel, fingerprint: str, generation: GenerationConfig | None
+    ) -> ModelIdentity:
         return cls(
             name=public_name(model.config.name_or_path or "") or type(model).__name__,
             source=model.config.name_or_path or "",
@@ -122,7 +128,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return fingerprint_of(model.config, with_merged_experts(model, values))
 
 
-def fingerprint_of(config: PreTrainedConfig, parameters: Iterable[tuple[str, torch.Tensor | MergedExperts]]) -> str:
+def fingerprint_of(
+    config: PreTrainedConfig, parameters: Iterable[tuple[str, torch.Tensor | MergedExperts]]
+) -> str:
     """`model_fingerprint` of a config and of the parameters in the order of `named_parameters`."""
     text = config.get_text_config()
     fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS}
@@ -165,7 +173,9 @@ def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
         weights = getattr(one, "weights_map", None)
         if weights is not None:
             return weights[name]
-    raise RacError(f"parameter {full!r} is on the meta device and holds no values; load the model's weights first")
+    raise RacError(
+        f"parameter {full!r} is on the meta device and holds no values; load the model's weights first"
+    )
 
 
 def _generation_config(source: str, skeleton: PreTrainedModel) -> GenerationConfig | None:
@@ -188,7 +198,11 @@ def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | 
     from safetensors import safe_open
 
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files if Path(file).exists()]
+        opened = [
+            stack.enter_context(safe_open(file, framework="pt"))
+            for file in files
+            if Path(file).exists()
+        ]
         holder: dict[str, Any] = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
         # Tied parameters are one object; the first of its names that the files hold counts.
         parameters = list(named_parameters(skeleton))
@@ -199,7 +213,9 @@ def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | 
         def values() -> Iterator[tuple[str, torch.Tensor]]:
             for name, parameter in parameters:
                 key = stored[id(parameter)]
-                tensor = holder[key].get_tensor(key)  # mapped from the file: only the elements that are used are read
+                tensor = holder[key].get_tensor(
+                    key
+                )  # mapped from the file: only the elements that are used are read
                 if tensor.shape != parameter.shape:
                     raise RacError(
                         f"{key!r} has the shape {tuple(tensor.shape)}, not {tuple(parameter.shape)} as config.json"

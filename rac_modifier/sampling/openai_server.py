@@ -17,7 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.errors import RacError
 from rac_modifier.machine_paths import public_name
 from rac_modifier.sampling.completions_api import Request, trace_seed
-from rac_modifier.sampling.engine import Completion, EngineKind, EngineRecord, Failure, Probe, Prompt
+from rac_modifier.sampling.engine import (
+    Completion,
+    EngineKind,
+    EngineRecord,
+    Failure,
+    Probe,
+    Prompt,
+)
 from rac_modifier.sampling.generate import Generation, warn_of_cap
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.probes import (
@@ -33,7 +40,9 @@ from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.server_client import GaveUpError, RefusedError, ServerClient
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
-_TRIES_BEFORE_ANOTHER = 2  # with several servers, so that one that hangs or is gone holds nothing up for long
+_TRIES_BEFORE_ANOTHER = (
+    2  # with several servers, so that one that hangs or is gone holds nothing up for long
+)
 # Prompts are taken up to this many times the concurrency ahead of the oldest unfinished one. That keeps the servers busy while
 # one long completion is waited for, and bounds how many finished ones are in memory.
 _LOOK_AHEAD = 4
@@ -84,7 +93,9 @@ class ServerEngine:
         self._record: EngineRecord | None = None
         # An event loop in a thread of its own: it runs on while traces are written, and works in a notebook, which has a loop.
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="trace-servers", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="trace-servers", daemon=True
+        )
         self._thread.start()
 
     def connect(self) -> EngineRecord:
@@ -97,7 +108,9 @@ class ServerEngine:
             self._record = asyncio.run_coroutine_threadsafe(self._connect(), self._loop).result()
         return self._record
 
-    def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Sequence[Completion]]:
+    def iter_completions(
+        self, batches: Iterable[Sequence[Prompt]]
+    ) -> Iterator[Sequence[Completion]]:
         """Complete prompts, `concurrency` at once; a few more are taken and wait. Call `connect` first.
 
         Raises:
@@ -131,7 +144,9 @@ class ServerEngine:
             if stop is not None:
                 raise stop
 
-    def _has_room(self, under_way: dict[Future[Generation | Failure], tuple[int, Prompt]], taken: int) -> bool:
+    def _has_room(
+        self, under_way: dict[Future[Generation | Failure], tuple[int, Prompt]], taken: int
+    ) -> bool:
         oldest = next(iter(under_way.values()))[0] if under_way else taken
         concurrency = self._settings.concurrency
         room = concurrency + concurrency // _READY
@@ -172,7 +187,9 @@ class ServerEngine:
     async def _look_at(self, server: ServerClient) -> tuple[dict[str, Any], list[Probe]]:
         url = server.url
         card = served_model(await server.list_models(), self._settings.model, url)
-        check_card(card, self._identity.source, self._identity.context, self._sampling.max_new_tokens, url)
+        check_card(
+            card, self._identity.source, self._identity.context, self._sampling.max_new_tokens, url
+        )
         if self._by_name:
             check_name(card, self._identity.source, url)
         self._served[url] = str(card["id"])
@@ -192,28 +209,45 @@ class ServerEngine:
         elif self._evaluates:
             logger.info(f"{url}: the served model is known by its name alone")
         elif self._model is None:
-            logger.info(f"{url}: greedy tokens are kept in the store, to be compared when the model is in memory")
+            logger.info(
+                f"{url}: greedy tokens are kept in the store, to be compared when the model is in memory"
+            )
         else:
             await asyncio.to_thread(check_probes, self._model, probes, url)
         return card, probes
 
     async def _probe(self, server: ServerClient) -> list[Probe]:
-        prompts = [tuple(render_question(self._tokenizer, q, self._sampling)) for q in PROBE_QUESTIONS]
+        prompts = [
+            tuple(render_question(self._tokenizer, q, self._sampling)) for q in PROBE_QUESTIONS
+        ]
         requests = [Request(ids, PROBE_TOKENS, 0, self._eos) for ids in prompts]
         tries = self._settings.tries
         try:
-            answers = await asyncio.gather(*(self._ask(server, r, PROBE_SAMPLING, tries) for r in requests))
+            answers = await asyncio.gather(
+                *(self._ask(server, r, PROBE_SAMPLING, tries) for r in requests)
+            )
         except (GaveUpError, RefusedError) as error:
-            raise RacError(f"{server.url} does not answer a short greedy prompt: {error}") from error
-        return [Probe(prompt_ids=ids, completion_ids=one.ids) for ids, one in zip(prompts, answers, strict=True)]
+            raise RacError(
+                f"{server.url} does not answer a short greedy prompt: {error}"
+            ) from error
+        return [
+            Probe(prompt_ids=ids, completion_ids=one.ids)
+            for ids, one in zip(prompts, answers, strict=True)
+        ]
 
     async def _complete(self, prompt: Prompt) -> Generation | Failure:
-        length, limit, context = len(prompt.ids), self._sampling.max_new_tokens, self._identity.context
+        length, limit, context = (
+            len(prompt.ids),
+            self._sampling.max_new_tokens,
+            self._identity.context,
+        )
         if context is not None and length + limit > context:
             warn_of_cap(limit, context)
             limit = context - length
             if limit < 1:
-                return Failure(f"the prompt of {length} tokens fills the model's context of {context}")
+                return Failure(
+                    f"the prompt of {length} tokens fills the model's context of {context}"
+                )
         if self._server_limit is not None and length + limit > self._server_limit:
             return Failure(
                 f"a prompt of {length} and a completion of up to {limit} tokens do not fit the servers' --max-model-len of "
@@ -239,7 +273,9 @@ class ServerEngine:
         where = f" at each of {len(self._servers)} servers" if len(self._servers) > 1 else ""
         return Failure(f"{reason} (tried {self._settings.tries} times{where})")
 
-    async def _ask(self, server: ServerClient, request: Request, sampling: SamplingSettings, tries: int) -> Generation:
+    async def _ask(
+        self, server: ServerClient, request: Request, sampling: SamplingSettings, tries: int
+    ) -> Generation:
         return await server.complete(
             request,
             model=self._served[server.url],
@@ -249,7 +285,9 @@ class ServerEngine:
         )
 
 
-def least_busy(servers: Sequence[ServerClient], tried: Collection[ServerClient] = ()) -> ServerClient | None:
+def least_busy(
+    servers: Sequence[ServerClient], tried: Collection[ServerClient] = ()
+) -> ServerClient | None:
     """The server with the fewest completions under way, of those not tried yet; None if all were.
 
     A server that fails at once always has few under way and would be given every prompt. So a failing server is given one prompt

@@ -180,7 +180,9 @@ def last_lines(log: BinaryIO, count: int) -> list[str]:
     """The last non-empty lines of what was written to a file so far; the position for writing stays."""
     size = os.fstat(log.fileno()).st_size
     end = os.pread(log.fileno(), _LAST_BYTES, max(0, size - _LAST_BYTES))
-    return [line.rstrip() for line in end.decode("utf-8", "replace").splitlines() if line.strip()][-count:]
+    return [line.rstrip() for line in end.decode("utf-8", "replace").splitlines() if line.strip()][
+        -count:
+    ]
 
 
 def _stop(watcher: subprocess.Popen[bytes]) -> None:

@@ -18,7 +18,12 @@ from rac_modifier.sampling.engine import Probe
 from rac_modifier.settings.sampling import SamplingSettings
 
 # Short, so that a check costs seconds; four, so that a chance agreement does not pass.
-PROBE_QUESTIONS = ("What is 17 + 25?", "Compute 6 * 7.", "Name a prime number above 20.", "Is 91 prime? Explain.")
+PROBE_QUESTIONS = (
+    "What is 17 + 25?",
+    "Compute 6 * 7.",
+    "Name a prime number above 20.",
+    "Is 91 prime? Explain.",
+)
 PROBE_TOKENS = 24
 PROBE_SAMPLING = SamplingSettings(temperature=0, top_p=1, top_k=0, max_new_tokens=PROBE_TOKENS)
 # Nats by which a token may be less likely than the model's own choice. On the embedded reasoner, the maximum over 96 tokens is
@@ -45,7 +50,9 @@ def served_model(content: bytes, wanted: str | None, server: str) -> dict[str, A
         )
     bases = [name for name, card in cards.items() if not card.get("parent")]
     if wanted is None and len(bases) != 1:
-        raise RacError(f"{server} serves {names}; set engine.model to the one that is to be compressed")
+        raise RacError(
+            f"{server} serves {names}; set engine.model to the one that is to be compressed"
+        )
     card = cards[wanted if wanted is not None else bases[0]]
     if card.get("parent"):
         raise RacError(
@@ -55,7 +62,9 @@ def served_model(content: bytes, wanted: str | None, server: str) -> dict[str, A
     return card
 
 
-def check_card(card: dict[str, Any], model: str, context: int | None, max_new_tokens: int, server: str) -> None:
+def check_card(
+    card: dict[str, Any], model: str, context: int | None, max_new_tokens: int, server: str
+) -> None:
     """Compare the entry in a server's list with the model: the config.json of its folder, and its longest sequence.
 
     Raises:
@@ -140,5 +149,7 @@ def _config(folder: str) -> Any:
     except (OSError, ValueError):
         return None
     return {
-        k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+        k: v
+        for k, v in config.items()
+        if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     }

@@ -29,12 +29,16 @@ def render_prompt(
     """
     if template == "none":
         if system_prompt is not None:
-            raise RacError("template='none' has no place for a system_prompt; drop it or use template='chat'")
+            raise RacError(
+                "template='none' has no place for a system_prompt; drop it or use template='chat'"
+            )
         ids = tokenizer(question)["input_ids"]
     else:
         ids = _apply_chat_template(tokenizer, question, system_prompt, thinking)
     if not ids:
-        raise RacError(f"the question {question[:80]!r} gives an empty prompt; remove it from the problems")
+        raise RacError(
+            f"the question {question[:80]!r} gives an empty prompt; remove it from the problems"
+        )
     return [int(i) for i in ids]
 
 
@@ -51,14 +55,28 @@ def _apply_chat_template(
     messages.append({"role": "user", "content": question})
     try:
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=thinking, tokenize=True, return_dict=False
+            messages,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+            tokenize=True,
+            return_dict=False,
         )
     except TemplateError as error:
-        hint = "; it may not take a system prompt: leave system_prompt out" if system_prompt is not None else ""
-        raise RacError(f"the chat template of tokenizer {name!r} rejects the question: {error}{hint}") from error
+        hint = (
+            "; it may not take a system prompt: leave system_prompt out"
+            if system_prompt is not None
+            else ""
+        )
+        raise RacError(
+            f"the chat template of tokenizer {name!r} rejects the question: {error}{hint}"
+        ) from error
     return cast(list[int], ids)
 
 
-def render_question(tokenizer: PreTrainedTokenizerBase, question: str, sampling: SamplingSettings) -> list[int]:
+def render_question(
+    tokenizer: PreTrainedTokenizerBase, question: str, sampling: SamplingSettings
+) -> list[int]:
     """`render_prompt` with the prompt settings of `sampling`."""
-    return render_prompt(tokenizer, question, sampling.system_prompt, sampling.template, sampling.thinking)
+    return render_prompt(
+        tokenizer, question, sampling.system_prompt, sampling.template, sampling.thinking
+    )

@@ -26,7 +26,9 @@ class _Growing:
         """`states` and behind them `further`; without a copy where `states` is what the last call returned."""
         start = 0 if states is None or not states.numel() else states.shape[-2]
         end = start + further.shape[-2]
-        whole = self._whole if states is self._filled else None  # rows may have been taken out meanwhile
+        whole = (
+            self._whole if states is self._filled else None
+        )  # rows may have been taken out meanwhile
         if whole is None or whole.shape[-2] < end:
             whole = further.new_empty(*further.shape[:-2], end + _ROOM, further.shape[-1])
             if states is not None and start:
@@ -57,5 +59,7 @@ class RoomyLayer(DynamicLayer):
 def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     """A `DynamicCache` whose plain layers are `RoomyLayer`s; sliding windows and all others stay as they are."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache

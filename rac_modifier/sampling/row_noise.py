@@ -17,7 +17,11 @@ _LARGEST_BELOW_ONE = 1 - 2**-24
 def row_keys(seed: int, keys: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
     """One int64 per row, a hash of (seed, key)."""
     digests = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest() for key in keys]
-    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64, device=device)
+    return torch.tensor(
+        [int.from_bytes(d, "little", signed=True) for d in digests],
+        dtype=torch.int64,
+        device=device,
+    )
 
 
 def gumbel_noise(rows: torch.Tensor, position: int, tokens: torch.Tensor) -> torch.Tensor:

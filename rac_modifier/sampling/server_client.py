@@ -20,17 +20,34 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 try:
     import openai
 except ImportError as error:
-    raise RacError("sampling from a server needs openai: `pip install 'rac-modifier[compress]'`") from error
+    raise RacError(
+        "sampling from a server needs openai: `pip install 'rac-modifier[compress]'`"
+    ) from error
 
 PAUSE = 1.0  # seconds before an answer that failed a check is asked for again
-_TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx; another status is the same when the request is sent again
+_TRANSIENT = frozenset(
+    {408, 409, 425, 429}
+)  # and every 5xx; another status is the same when the request is sent again
 _REFUSALS = frozenset({400, 413, 422})  # of this prompt, not of the next
 _SETUP_TIMEOUT = 30.0
 _CONNECT_TIMEOUT = 10.0
 # openai would send organization and project of its own environment variables to any server, and what kind of machine this is.
 # Each header also takes time, here and at the server.
-_STAINLESS = ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Read-Timeout")
-_NOT_SENT = ("OpenAI-Organization", "OpenAI-Project", *(f"X-Stainless-{name}" for name in _STAINLESS))
+_STAINLESS = (
+    "Lang",
+    "Package-Version",
+    "OS",
+    "Arch",
+    "Runtime",
+    "Runtime-Version",
+    "Async",
+    "Read-Timeout",
+)
+_NOT_SENT = (
+    "OpenAI-Organization",
+    "OpenAI-Project",
+    *(f"X-Stainless-{name}" for name in _STAINLESS),
+)
 
 
 class GaveUpError(Exception):
@@ -58,7 +75,12 @@ class ServerClient:
         RacError: the settings name an API key that is not there.
     """
 
-    def __init__(self, url: str, settings: EngineSettings, tokenize: Callable[[str], Sequence[int]] | None = None):
+    def __init__(
+        self,
+        url: str,
+        settings: EngineSettings,
+        tokenize: Callable[[str], Sequence[int]] | None = None,
+    ):
         self.url = url
         self._tokenize = tokenize
         self.under_way = 0
@@ -71,7 +93,9 @@ class ServerClient:
         self._client = openai.AsyncOpenAI(
             base_url=url,
             api_key=key or "none",
-            timeout=openai.Timeout(settings.timeout, connect=min(_CONNECT_TIMEOUT, settings.timeout), pool=None),
+            timeout=openai.Timeout(
+                settings.timeout, connect=min(_CONNECT_TIMEOUT, settings.timeout), pool=None
+            ),
         )
 
     async def close(self) -> None:
@@ -98,7 +122,13 @@ class ServerClient:
             ) from error
 
     async def complete(
-        self, request: Request, *, model: str, vocab_size: int, sampling: SamplingSettings, tries: int
+        self,
+        request: Request,
+        *,
+        model: str,
+        vocab_size: int,
+        sampling: SamplingSettings,
+        tries: int,
     ) -> Generation:
         """Ask up to `tries` times, until an answer passes the checks.
 
@@ -133,7 +163,9 @@ class ServerClient:
                     body=body,
                     options={"headers": self._headers, "max_retries": tries - 1},
                 )
-                return read_answer(request, await answer.read(), vocab_size, self.url, self._tokenize)
+                return read_answer(
+                    request, await answer.read(), vocab_size, self.url, self._tokenize
+                )
             except UnusableError as error:
                 tries -= answer.retries_taken + 1
                 if tries < 1:
@@ -152,12 +184,18 @@ class ServerClient:
         message = f"{self.url} answers {status}: {error_text(error.body)}"
         if status in _TRANSIENT or status >= 500:
             return GaveUpError(message)
-        return RefusedError(message) if status in _REFUSALS else RacError(f"{message}; {_way_out(status)}")
+        return (
+            RefusedError(message)
+            if status in _REFUSALS
+            else RacError(f"{message}; {_way_out(status)}")
+        )
 
 
 def _api_key(variable: str | None) -> str | None:
     if variable is not None and not os.environ.get(variable):
-        raise RacError(f"api_key_env names {variable!r}, which is not set; export it, or leave api_key_env out")
+        raise RacError(
+            f"api_key_env names {variable!r}, which is not set; export it, or leave api_key_env out"
+        )
     return None if variable is None else os.environ[variable]
 
 

@@ -33,21 +33,31 @@ class SharedEngine(InProcessEngine):
         super().__init__(model, tokenizer, sampling)
         self._processes = processes
 
-    def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Sequence[Completion]]:
+    def iter_completions(
+        self, batches: Iterable[Sequence[Prompt]]
+    ) -> Iterator[Sequence[Completion]]:
         """Complete as many batches at a time as there are processes."""
         batches = iter(batches)
         while batch := list(islice(batches, self._processes.count)):
             work = {
                 "sampling": self._sampling.model_dump(mode="json"),
-                "batches": [[[prompt.key, list(prompt.ids)] for prompt in prompts] for prompts in batch],
+                "batches": [
+                    [[prompt.key, list(prompt.ids)] for prompt in prompts] for prompts in batch
+                ],
             }
-            parts = _share(self._model, self._tokenizer, self._processes.from_first(work), self._processes)
+            parts = _share(
+                self._model, self._tokenizer, self._processes.from_first(work), self._processes
+            )
             for prompts, found in zip(batch, parts, strict=False):  # fewer batches than processes
                 outcomes = [Generation(tuple(ids), reason) for ids, reason in found]
-                yield [Completion(prompt, one) for prompt, one in zip(prompts, outcomes, strict=True)]
+                yield [
+                    Completion(prompt, one) for prompt, one in zip(prompts, outcomes, strict=True)
+                ]
 
 
-def help_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> Any:
+def help_sampling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> Any:
     """Complete this process's batches until the first one has no more; returns what it has given to `end_sampling`."""
     with contextlib.ExitStack() as stack:
         placed = False
@@ -65,7 +75,10 @@ def end_sampling(processes: Processes, value: Any) -> None:
 
 
 def _share(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: dict[str, Any], processes: Processes
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    work: dict[str, Any],
+    processes: Processes,
 ) -> list[list[Any]]:
     """Complete this process's batch, if there is one; returns the completions of all batches."""
     found = []
@@ -73,5 +86,8 @@ def _share(
         batch = work["batches"][processes.rank]
         settings = SamplingSettings.model_validate(work["sampling"])
         ids, keys = [prompt for _, prompt in batch], [key for key, _ in batch]
-        found = [[list(one.ids), one.finish_reason] for one in generate(model, tokenizer, ids, settings, keys)]
+        found = [
+            [list(one.ids), one.finish_reason]
+            for one in generate(model, tokenizer, ids, settings, keys)
+        ]
     return processes.from_all(found)

@@ -69,7 +69,9 @@ class VllmCommand:
     def arguments(self, model: str, dtype: str, port: int) -> list[str]:
         """The whole command line."""
         where = ["--host", HOST, "--port", str(port)]
-        asked = self._says("quantization") or any(option.split("=")[0] == "-q" for option in self.options)
+        asked = self._says("quantization") or any(
+            option.split("=")[0] == "-q" for option in self.options
+        )
         ours = ["--quantization", "rac-sparse"] if _has_few_bits(model) and not asked else []
         # vLLM 0.32 ends on a CPU where it reads the prompt of a request with a seed in parts, and ours have seeds
         parted = self._says("enable-chunked-prefill") or not self.is_cpu_build()
@@ -89,8 +91,15 @@ class VllmCommand:
         """The version of a package in the command's environment; None where it lacks it, or there is no `python()`."""
         if (python := self.python()) is None:
             return None
-        asked = [str(python), "-I", "-c", f"from importlib.metadata import version; print(version({package!r}))"]
-        answer = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        asked = [
+            str(python),
+            "-I",
+            "-c",
+            f"from importlib.metadata import version; print(version({package!r}))",
+        ]
+        answer = subprocess.run(
+            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
         return answer.stdout.strip() if answer.returncode == 0 else None
 
     def _says(self, name: str) -> bool:
@@ -100,14 +109,18 @@ class VllmCommand:
     def environment(self) -> dict[str, str]:
         """This process's variables, without a PYTHONPATH that is meant for this environment and not for vLLM's."""
         own = Path(self.path).parent == Path(sys.executable).parent
-        variables = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
+        variables = {
+            name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"
+        }
         return {"VLLM_NO_USAGE_STATS": "1", **variables}
 
 
 def _has_few_bits(model: str) -> bool:
     """Whether it is a folder with weights of 2 or 3 bits, for which vLLM has no CPU kernel of its own."""
     try:
-        groups = json.loads((Path(model) / "config.json").read_text())["quantization_config"]["config_groups"]
+        groups = json.loads((Path(model) / "config.json").read_text())["quantization_config"][
+            "config_groups"
+        ]
         return any(group["weights"]["num_bits"] in (2, 3) for group in groups.values())
     except (
         OSError,
@@ -127,7 +140,9 @@ def check_serving() -> None:
     """
     command = VllmCommand.from_environment()
     if command.python() is None:
-        logger.info(f"{command.path} has no python beside it, so it is not known whether it has this package")
+        logger.info(
+            f"{command.path} has no python beside it, so it is not known whether it has this package"
+        )
     elif command.version_of("rac-modifier") is None:
         raise RacError(
             f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed checkpoints; "

@@ -51,4 +51,6 @@ def without_paths(dump: Any, paths: set[Path]) -> Any:
             for name, value in dump.items()
             if (name,) not in paths
         }
-    return [without_paths(value, set()) for value in dump] if isinstance(dump, (list, tuple)) else dump
+    return (
+        [without_paths(value, set()) for value in dump] if isinstance(dump, (list, tuple)) else dump
+    )

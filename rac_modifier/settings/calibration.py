@@ -96,7 +96,9 @@ def check_mixture(mixture: Mapping[str, float]) -> dict[str, float]:
         parts[part] = parts.get(part, 0.0) + share
     total = sum(parts.values())
     if abs(total - 1) > 1e-6:
-        raise RacError(f"the shares of mixture {dict(mixture)} sum to {total:g}; make them sum to 1")
+        raise RacError(
+            f"the shares of mixture {dict(mixture)} sum to {total:g}; make them sum to 1"
+        )
     ordered = sorted(parts, key=lambda part: KINDS.index(part.kind))
     return {part.key: parts[part] for part in ordered if parts[part] > 0}
 
@@ -135,7 +137,9 @@ def name_of_weighting(weighting: str | Callable[..., float]) -> str:
 
 _SHARES = {"type": "object", "additionalProperties": {"type": "number"}}
 Mixture = Annotated[
-    dict[str, float], BeforeValidator(read_mixture), WithJsonSchema({"anyOf": [_SHARES, {"type": "string"}]})
+    dict[str, float],
+    BeforeValidator(read_mixture),
+    WithJsonSchema({"anyOf": [_SHARES, {"type": "string"}]}),
 ]
 TraceWeighting = Annotated[
     NamedWeighting | Callable[..., float],
@@ -153,10 +157,14 @@ class GenericText(Settings):
         description='"python-docs" (the documentation topics that are part of Python, no download), '
         "a path to .txt, .jsonl or .parquet, or a Hugging Face dataset",
     )
-    column: str | None = Field(None, description="the column with the text; not for python-docs or .txt")
+    column: str | None = Field(
+        None, description="the column with the text; not for python-docs or .txt"
+    )
     split: str = Field("train", description="split of a Hugging Face dataset")
     config: str | None = Field(None, description="configuration of a Hugging Face dataset")
-    sequence_tokens: int = Field(512, ge=16, description="tokens per sequence into which the text is cut")
+    sequence_tokens: int = Field(
+        512, ge=16, description="tokens per sequence into which the text is cut"
+    )
 
     @property
     def has_columns(self) -> bool:
@@ -197,9 +205,13 @@ class CalibrationBudget(Settings):
         "passes each; the record has both; 0: not measured",
     )
     generic: GenericText = Field(GenericText(), description="the text of the part generic")
-    texts: dict[str, GenericText] = Field({}, description="further texts by name, for use in a mixture: text:c4")
+    texts: dict[str, GenericText] = Field(
+        {}, description="further texts by name, for use in a mixture: text:c4"
+    )
     seed: int = Field(
-        0, ge=0, description="decides which sequences of each part are taken, and the order of the batches"
+        0,
+        ge=0,
+        description="decides which sequences of each part are taken, and the order of the batches",
     )
 
     @field_validator("mixture")
@@ -249,11 +261,16 @@ class CalibrationBudget(Settings):
 class CalibrationSettings(CalibrationBudget):
     """What is calibrated on, how it is batched, and what each token weighs."""
 
-    batch_tokens: int = Field(16_384, ge=16, description="rows times length of a padded batch at most")
+    batch_tokens: int = Field(
+        16_384, ge=16, description="rows times length of a padded batch at most"
+    )
     prompt_weight: float = Field(1.0, description="weight of a prompt token in the Hessian")
-    trace_weight: float = Field(1.0, description="weight of a generated token, or one of generic text, in the Hessian")
+    trace_weight: float = Field(
+        1.0, description="weight of a generated token, or one of generic text, in the Hessian"
+    )
     answer_weight: float | None = Field(
-        None, description="weight of a generated token after the thinking (</think>); default: trace_weight"
+        None,
+        description="weight of a generated token after the thinking (</think>); default: trace_weight",
     )
     trace_weighting: TraceWeighting = Field(
         "uniform",
@@ -268,7 +285,9 @@ class CalibrationSettings(CalibrationBudget):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RacError(f"{name} is {value}; use a finite number of at least 0")
         if self.prompt_weight == self.trace_weight == 0 and not self.answer_weight:
-            raise RacError("prompt_weight and trace_weight are both 0, so no token would count; set one above 0")
+            raise RacError(
+                "prompt_weight and trace_weight are both 0, so no token would count; set one above 0"
+            )
         if self.trace_weight == 0 and not self.answer_weight and self.parts("traces"):
             raise RacError(
                 "trace_weight is 0, so no chain-of-thought token would reach the Hessian; "

@@ -35,7 +35,9 @@ def describe_errors(error: ValidationError, settings: type[BaseModel] | None = N
         key = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = f"there is no such setting (value {_shown(item['input'])}); {_meant(key, settings)}"
+            message = (
+                f"there is no such setting (value {_shown(item['input'])}); {_meant(key, settings)}"
+            )
         elif item["type"] == "missing":
             message = "is missing; add it"
         elif item["type"] != "value_error":

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import without_paths
@@ -38,9 +45,15 @@ class CalibrationEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", title="ReasoningAwareCalibrationModifier")
 
-    tokenizer: str | None = Field(None, description="path or id of the tokenizer; default: the model's own")
-    traces: TraceSettings = Field(TraceSettings(), description="where the chain-of-thought traces come from")
-    calibration: CalibrationBudget = Field(CalibrationBudget(), description="what is calibrated on, and how much of it")
+    tokenizer: str | None = Field(
+        None, description="path or id of the tokenizer; default: the model's own"
+    )
+    traces: TraceSettings = Field(
+        TraceSettings(), description="where the chain-of-thought traces come from"
+    )
+    calibration: CalibrationBudget = Field(
+        CalibrationBudget(), description="what is calibrated on, and how much of it"
+    )
     recover: RecoverySettings | None = Field(
         None,
         description="train the weights when the other modifiers have quantized them, through their codes; default: no training",
@@ -50,7 +63,9 @@ class CalibrationEntry(BaseModel):
         """The settings that have no effect beside the others, and why."""
         weights = CalibrationSettings.model_fields.keys() - CalibrationBudget.model_fields.keys()
         why = "on the recipe's other modifiers, which count every token alike, one sequence per batch; leave it out"
-        idle = idle_calibration(self.traces, self.calibration) | idle_recovery(self.recover, ("recover",))
+        idle = idle_calibration(self.traces, self.calibration) | idle_recovery(
+            self.recover, ("recover",)
+        )
         return {**idle, **{("calibration", name): why for name in weights}}
 
     @model_validator(mode="after")
@@ -101,10 +116,12 @@ class PruningEntry(CalibrationEntry, PruningSettings):
     model_config = ConfigDict(extra="forbid", title="ReasoningAwareSparseGPTModifier")
 
     calibration: CalibrationSettings = Field(
-        CalibrationSettings(), description="what is calibrated on, how much of it, and what each token weighs"
+        CalibrationSettings(),
+        description="what is calibrated on, how much of it, and what each token weighs",
     )
     recover: RecoverySettings | None = Field(
-        None, description="train the kept weights after pruning, with the mask fixed; default: no training"
+        None,
+        description="train the kept weights after pruning, with the mask fixed; default: no training",
     )
 
     @property
@@ -115,7 +132,11 @@ class PruningEntry(CalibrationEntry, PruningSettings):
     def idle_settings(self) -> Idle:
         """The settings that have no effect beside the others, and why."""
         idle = idle_calibration(self.traces, self.calibration) | idle_pruning(self)
-        return idle | idle_activations(self, self.calibration) | idle_recovery(self.recover, ("recover",))
+        return (
+            idle
+            | idle_activations(self, self.calibration)
+            | idle_recovery(self.recover, ("recover",))
+        )
 
 
 ENTRIES: dict[str, type[CalibrationEntry]] = {

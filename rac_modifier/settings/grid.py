@@ -32,29 +32,44 @@ from rac_modifier.settings.recipe import (
 DENSE = "dense"
 """Label and group of the row that all others are compared with."""
 FOLDER = Path(__file__).parents[1] / "grids"
-_STAGE = ("frontier_stage", "frontier_modifiers")  # around the entries of a recipe that is written in the grid
+_STAGE = (
+    "frontier_stage",
+    "frontier_modifiers",
+)  # around the entries of a recipe that is written in the grid
 
 
 class GridEvaluation(Settings):
     """How every model of the grid is measured: on the same held-out problems, once each."""
 
-    source: str = Field("arithmetic", min_length=1, description="problems, as `rac eval --source` takes them")
+    source: str = Field(
+        "arithmetic", min_length=1, description="problems, as `rac eval --source` takes them"
+    )
     column: str | None = Field(None, description="column of the question (file or dataset)")
-    answer_column: str | None = Field(None, description="column of the answer; without answers no accuracy is measured")
+    answer_column: str | None = Field(
+        None, description="column of the answer; without answers no accuracy is measured"
+    )
     split: str = Field("train", description="split of a Hugging Face dataset")
     problems: int = Field(100, ge=1, description="how many problems")
     cap: int = Field(512, ge=1, description="most new tokens per answer")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    top_p: float | None = Field(None, gt=0, le=1, description="with a temperature above 0; default 0.95")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="with a temperature above 0; default 0.95"
+    )
     batch_size: int = Field(64, ge=1, description="answers generated together")
     seed: int = Field(0, description="of the problems and the sampling")
     serve: bool = Field(
-        False, description="measure tokens per second of a `vllm serve` of each model, too, and ask it the benchmarks"
+        False,
+        description="measure tokens per second of a `vllm serve` of each model, too, and ask it the benchmarks",
     )
     concurrency: int | None = Field(
-        None, ge=1, le=4096, description="with serve: answers in progress at once; default: batch_size"
+        None,
+        ge=1,
+        le=4096,
+        description="with serve: answers in progress at once; default: batch_size",
     )
-    benchmarks: list[GridBenchmark] = Field([], description="published benchmarks that each model is asked, besides")
+    benchmarks: list[GridBenchmark] = Field(
+        [], description="published benchmarks that each model is asked, besides"
+    )
 
     @model_validator(mode="after")
     def _only_what_counts(self) -> Self:
@@ -62,9 +77,13 @@ class GridEvaluation(Settings):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise RacError(f"benchmarks names {twice} twice; name each once")
         if self.concurrency is not None and not self.serve:
-            raise RacError(f"concurrency={self.concurrency} is for a server; set serve: true, or set batch_size")
+            raise RacError(
+                f"concurrency={self.concurrency} is for a server; set serve: true, or set batch_size"
+            )
         if self.top_p is not None and not self.temperature:
-            raise RacError(f"top_p={self.top_p:g} has no effect on greedy answers; set a temperature, or leave it out")
+            raise RacError(
+                f"top_p={self.top_p:g} has no effect on greedy answers; set a temperature, or leave it out"
+            )
         ProblemSource(**self.where())
         return self
 
@@ -81,7 +100,11 @@ class GridEvaluation(Settings):
         """What all rows of a folder share; benchmarks can be added later."""
         later = {"split": "train", "concurrency": None}  # settings that older folders do not have
         values = self.model_dump(exclude={"benchmarks"})
-        return {name: value for name, value in values.items() if name not in later or value != later[name]}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in later or value != later[name]
+        }
 
 
 class GridRow(Settings):
@@ -92,7 +115,10 @@ class GridRow(Settings):
         description="a shipped recipe's name, a file, or the modifiers themselves: {GPTQModifier: {...}, ...}"
     )
     group: str | None = Field(
-        None, min_length=1, max_length=40, description="rows of one colour; default: by what the recipe does"
+        None,
+        min_length=1,
+        max_length=40,
+        description="rows of one colour; default: by what the recipe does",
     )
     seeds: list[int] | None = Field(
         None,
@@ -107,7 +133,9 @@ class GridRow(Settings):
     @classmethod
     def _is_text(cls, label: Any) -> Any:
         if isinstance(label, int | float):
-            raise RacError(f'label {label} is a number (YAML reads 2:4 as 124); write it in quotes, such as "2:4"')
+            raise RacError(
+                f'label {label} is a number (YAML reads 2:4 as 124); write it in quotes, such as "2:4"'
+            )
         return label
 
 
@@ -163,7 +191,9 @@ def load_grid(named: str | Path) -> Grid:
     path = FOLDER / f"{named}.yaml" if str(named) in grid_names() else Path(named)
     content = read_yaml(path, "grid", f"name a YAML file, or one of {', '.join(grid_names())}")
     if has_entry(content) and "rows" not in content:
-        raise RacError(f"{path} is a recipe and no grid; write a grid with rows: [{{label: one, recipe: {path}}}]")
+        raise RacError(
+            f"{path} is a recipe and no grid; write a grid with rows: [{{label: one, recipe: {path}}}]"
+        )
     if not isinstance(content, dict):
         what = "is empty" if content is None else f"holds no grid but {type(content).__name__}"
         raise RacError(f"{path} {what}; write it as rows: [{{label: one, recipe: rac_2of4}}]")
@@ -201,7 +231,8 @@ def plan_rows(
     if wrong:
         others = ", ".join(run.label for run in planned) or "none"
         raise RacError(
-            "\n- ".join([f"{where}: nothing was started, because of", *wrong]) + f"\nRows that could run: {others}"
+            "\n- ".join([f"{where}: nothing was started, because of", *wrong])
+            + f"\nRows that could run: {others}"
         )
     return planned
 
@@ -235,7 +266,10 @@ def _runs(row: GridRow, grid: Grid) -> list[PlannedRow]:
     for label, seed in zip(_labels(row), seeds, strict=True):
         name, recipe, entry = _recipe(row, grid, seed)
         checked = check_entry(entry, "its recipe", name)
-        parts = [checked.traces.named(part.name) for part in checked.calibration.parts("traces", "prompts")]
+        parts = [
+            checked.traces.named(part.name)
+            for part in checked.calibration.parts("traces", "prompts")
+        ]
         sources = frozenset(part.problems.source for part in parts)
         evaluated = ProblemSource(source=grid.evaluation.source)
         if evaluated.source in sources and not evaluated.is_generator:
@@ -252,9 +286,13 @@ def _without_calibration(row: GridRow, recipe: Any) -> PlannedRow:
     """A row of upstream's modifiers alone, which no trace reaches: `check_recipe` refuses those that calibrate."""
     for name, value in {"set": row.set, "seeds": row.seeds}.items():
         if value:
-            raise RacError(f"{name}: {value!r} changes an entry of ours, and its recipe has none; leave {name} out")
+            raise RacError(
+                f"{name}: {value!r} changes an entry of ours, and its recipe has none; leave {name} out"
+            )
     check_layout(recipe, "its recipe")
-    return PlannedRow(row.label, row.label, row.group or "dense quantized", None, recipe, (), frozenset())
+    return PlannedRow(
+        row.label, row.label, row.group or "dense quantized", None, recipe, (), frozenset()
+    )
 
 
 def _whole(row: GridRow) -> Any:
@@ -266,7 +304,9 @@ def _whole(row: GridRow) -> Any:
     return copy.deepcopy(row.recipe if whole else {stage: {group: row.recipe}})
 
 
-def _recipe(row: GridRow, grid: Grid, seed: int | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _recipe(
+    row: GridRow, grid: Grid, seed: int | None
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The name of our entry, the whole recipe, and its entry, with what is shared and what the row sets."""
     recipe = _whole(row)
     name, entry = find_named_entry(recipe, "its recipe")
@@ -289,7 +329,13 @@ def _merged(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]
 
 def _group(name: str, entry: CalibrationEntry, recipe: dict[str, Any]) -> str:
     """What the recipe does, for a row without a group."""
-    modifiers = [modifier for groups in recipe.values() for group in groups.values() for modifier in group]
+    modifiers = [
+        modifier for groups in recipe.values() for group in groups.values() for modifier in group
+    ]
     if name != NAME or not getattr(entry, "prunes", True):
         return "dense quantized"
-    return "sparse + quantized" if getattr(entry, "quantization", None) or len(modifiers) > 1 else "sparse"
+    return (
+        "sparse + quantized"
+        if getattr(entry, "quantization", None) or len(modifiers) > 1
+        else "sparse"
+    )

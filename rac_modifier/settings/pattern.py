@@ -12,10 +12,16 @@ from rac_modifier.errors import RacError
 def check_is_text(mask_structure: Any) -> Any:
     """Refuse a number, such as 124, which YAML makes of 2:4 without quotes (RacError)."""
     if isinstance(mask_structure, int) and mask_structure >= 60:
-        written = ":".join(map(str, divmod(mask_structure, 60)))  # in YAML 1.1, colons separate digits of base 60
-        raise RacError(f'{mask_structure} is what YAML reads {written} as; write "{written}", in quotes')
+        written = ":".join(
+            map(str, divmod(mask_structure, 60))
+        )  # in YAML 1.1, colons separate digits of base 60
+        raise RacError(
+            f'{mask_structure} is what YAML reads {written} as; write "{written}", in quotes'
+        )
     if isinstance(mask_structure, int | float):
-        raise RacError(f'{mask_structure} is no pattern; write "2:4", or for a share of the weights sparsity: 0.5')
+        raise RacError(
+            f'{mask_structure} is no pattern; write "2:4", or for a share of the weights sparsity: 0.5'
+        )
     return mask_structure
 
 
@@ -36,7 +42,9 @@ class Pattern:
     def unstructured(cls, sparsity: float) -> Pattern:
         """Any weights, a share `sparsity` of them, 0 < sparsity < 1."""
         if not 0.0 < sparsity < 1.0:  # also refuses nan
-            raise RacError(f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5 to prune half")
+            raise RacError(
+                f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5 to prune half"
+            )
         return cls(sparsity=float(sparsity))
 
     @classmethod
@@ -70,7 +78,9 @@ class Pattern:
         n, m = int(found[1]), int(found[2])
         if n == m == 0:
             if sparsity is None:
-                raise RacError('mask_structure "0:0" with no sparsity: unstructured needs one; add "sparsity: 0.5"')
+                raise RacError(
+                    'mask_structure "0:0" with no sparsity: unstructured needs one; add "sparsity: 0.5"'
+                )
             return cls.unstructured(sparsity)
         pattern = cls.n_of_m(n, m)
         if sparsity is not None:

@@ -12,7 +12,11 @@ from rac_modifier.settings.base import Settings, keep_as_written
 ARITHMETIC = "arithmetic"
 GYM_PREFIX = "reasoning-gym:"
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
-_OTHER_TABLES = (".csv", ".tsv", ".xlsx")  # whose values have no types: an answer 007 would become 7
+_OTHER_TABLES = (
+    ".csv",
+    ".tsv",
+    ".xlsx",
+)  # whose values have no types: an answer 007 would become 7
 
 # What is set for the data sets of the paper where the user sets nothing.
 PRESETS: dict[str, dict[str, str]] = {
@@ -32,19 +36,25 @@ class ProblemSource(Settings):
     """
 
     source: str = Field(
-        ARITHMETIC, min_length=1, description="arithmetic, reasoning-gym:<task>, a file, or a dataset id"
+        ARITHMETIC,
+        min_length=1,
+        description="arithmetic, reasoning-gym:<task>, a file, or a dataset id",
     )
     column: str | None = Field(
-        None, description="column of the question; needed unless exactly one is named problem, question or prompt"
+        None,
+        description="column of the question; needed unless exactly one is named problem, question or prompt",
     )
     answer_column: str | None = Field(
-        None, description="column of the reference answer; stored with each trace, and used where answers are checked"
+        None,
+        description="column of the reference answer; stored with each trace, and used where answers are checked",
     )
     split: str = Field("train", description="split of a Hugging Face dataset")
     config: str | None = Field(None, description="configuration of a Hugging Face dataset")
     limit: int | None = Field(None, ge=1, description="use at most this many problems")
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="skip problems with a longer prompt, and list them as failed; no prompt is cut"
+        None,
+        ge=1,
+        description="skip problems with a longer prompt, and list them as failed; no prompt is cut",
     )
 
     @property
@@ -89,9 +99,17 @@ class ProblemSource(Settings):
     def _only_settings_that_apply(self) -> ProblemSource:
         given = {"column": self.column, "answer_column": self.answer_column, "config": self.config}
         given["split"] = self.split if self.split != "train" else None
-        applicable = () if self.is_generator else ("column", "answer_column") if self.is_file else tuple(given)
+        applicable = (
+            ()
+            if self.is_generator
+            else ("column", "answer_column")
+            if self.is_file
+            else tuple(given)
+        )
         for name, value in given.items():
             if value is not None and name not in applicable:
                 kind = "generates its problems" if self.is_generator else "is a file"
-                raise RacError(f"{name}={value!r} does not apply: source {self.source!r} {kind}; leave {name} out")
+                raise RacError(
+                    f"{name}={value!r} does not apply: source {self.source!r} {kind}; leave {name} out"
+                )
         return self

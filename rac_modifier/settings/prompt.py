@@ -19,11 +19,19 @@ class PromptSettings(BaseModel):
     @classmethod
     def of(cls, sampling: SamplingSettings) -> PromptSettings:
         """The prompt settings among those of sampling."""
-        return cls(template=sampling.template, system_prompt=sampling.system_prompt, thinking=sampling.thinking)
+        return cls(
+            template=sampling.template,
+            system_prompt=sampling.system_prompt,
+            thinking=sampling.thinking,
+        )
 
     def describe(self) -> str:
         """For example "chat template, no system prompt, thinking on"; equal where the prompts are the same."""
         if self.template == "none":
             return "the bare question, without a template"
-        system = f"system prompt {self.system_prompt!r}" if self.system_prompt is not None else "no system prompt"
+        system = (
+            f"system prompt {self.system_prompt!r}"
+            if self.system_prompt is not None
+            else "no system prompt"
+        )
         return f"chat template, {system}, thinking {'on' if self.thinking else 'off'}"

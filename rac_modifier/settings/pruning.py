@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ModelWrapValidatorHandler, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import keep_as_written
@@ -66,8 +73,12 @@ class PruningSettings(BaseModel):
         "for what was lost in earlier modules and needs the activations of both models; pruned: its dense weights on the "
         "pruned model's activations, as in the paper",
     )
-    block_size: int = Field(128, ge=1, description="columns that sparsegpt prunes before it updates the rest")
-    iterations: int = Field(ITERATIONS, ge=1, description="iterations of alps; its time grows with them")
+    block_size: int = Field(
+        128, ge=1, description="columns that sparsegpt prunes before it updates the rest"
+    )
+    iterations: int = Field(
+        ITERATIONS, ge=1, description="iterations of alps; its time grows with them"
+    )
     refit_steps: int = Field(
         REFIT_STEPS,
         ge=1,
@@ -95,7 +106,9 @@ class PruningSettings(BaseModel):
         description="least tokens of a routed expert: where the router sends fewer to it, those are added that it all "
         "but sends there, by its logits; the log and the run record name these experts",
     )
-    targets: list[str] = Field(["Linear"], description="modules to prune: class names, names, or re: patterns")
+    targets: list[str] = Field(
+        ["Linear"], description="modules to prune: class names, names, or re: patterns"
+    )
     ignore: list[str] = Field(
         [],
         description="modules to leave dense, beside lm_head and router gates, which are pruned only if targets name them",
@@ -166,7 +179,9 @@ class PruningSettings(BaseModel):
         elif self.mask_structure not in (None, UNSTRUCTURED):
             self._pattern = Pattern.parse(self.mask_structure, None)
         if self.order == "layer" and self.reconstruct == "dense":
-            raise RacError("order: layer has no dense activations to aim at; set reconstruct: pruned, or order: auto")
+            raise RacError(
+                "order: layer has no dense activations to aim at; set reconstruct: pruned, or order: auto"
+            )
         return self
 
     @property
@@ -190,4 +205,9 @@ class PruningSettings(BaseModel):
 
         Not so where weights are only selected, and those that are kept stay as they are.
         """
-        return self.refits or self.solver == "sparsegpt" or self.reconstruct == "dense" or self.quantization is not None
+        return (
+            self.refits
+            or self.solver == "sparsegpt"
+            or self.reconstruct == "dense"
+            or self.quantization is not None
+        )

@@ -51,10 +51,13 @@ class QuantizationSettings(Settings):
         description="a preset: W4A16, W8A16, W8A8, FP8_DYNAMIC; or a mapping from preset to targets, as in QuantizationModifier",
     )
     config_groups: dict[str, dict[str, Any]] | None = Field(
-        None, description="in place of a preset: compressed-tensors' schemes by name, each with its targets"
+        None,
+        description="in place of a preset: compressed-tensors' schemes by name, each with its targets",
     )
     sweeps: int = Field(
-        SWEEPS, ge=0, description="passes of coordinate descent over the rounded weights; 0: GPTQ alone"
+        SWEEPS,
+        ge=0,
+        description="passes of coordinate descent over the rounded weights; 0: GPTQ alone",
     )
     int8_activation_limit: float | None = Field(
         None,
@@ -88,7 +91,9 @@ class QuantizationSettings(Settings):
     @model_validator(mode="after")
     def _names_are_known(self) -> QuantizationSettings:
         if (self.scheme is None) == (self.config_groups is None):
-            raise RacError("quantization: set either scheme or config_groups, for example scheme: W4A16")
+            raise RacError(
+                "quantization: set either scheme or config_groups, for example scheme: W4A16"
+            )
         for name in self._presets:
             if name.upper() not in PRESET_SCHEMES:
                 raise RacError(
@@ -116,8 +121,12 @@ def _check_arguments(arguments: Any, where: str) -> None:
     if arguments is None:
         return
     if not isinstance(arguments, Mapping):
-        raise RacError(f"{where} is {arguments!r}; give its settings, such as {{num_bits: 8, strategy: channel}}")
+        raise RacError(
+            f"{where} is {arguments!r}; give its settings, such as {{num_bits: 8, strategy: channel}}"
+        )
     _check_names(arguments, ARGUMENT_NAMES, where)
     for name, why in _WITHOUT_EFFECT.items():
         if arguments.get(name):
-            raise RacError(f"{where}.{name}: {arguments[name]!r} has no effect here: {why}; leave it out")
+            raise RacError(
+                f"{where}.{name}: {arguments[name]!r} has no effect here: {why}; leave it out"
+            )

@@ -82,18 +82,30 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
             others += map(str, modifiers) if isinstance(modifiers, dict) else []
             for name in ENTRIES.keys() & modifiers.keys() if isinstance(modifiers, dict) else ():
                 if not (str(stage).endswith("_stage") and str(group).endswith("_modifiers")):
-                    raise RacError(f"{where}: llm-compressor would overlook {stage}: {group}: {name}; {layout(name)}")
+                    raise RacError(
+                        f"{where}: llm-compressor would overlook {stage}: {group}: {name}; {layout(name)}"
+                    )
                 modifiers[name] = {} if modifiers[name] is None else modifiers[name]
                 if not isinstance(modifiers[name], dict):
-                    raise RacError(f"{where}: {name} holds {modifiers[name]!r}, not settings; {layout(name)}")
+                    raise RacError(
+                        f"{where}: {name} holds {modifiers[name]!r}, not settings; {layout(name)}"
+                    )
                 found.append((name, modifiers[name]))
     if not found:
-        misspelt = [(other, ours) for other in others for ours in get_close_matches(other, ENTRIES, n=1, cutoff=0.9)]
-        next_step = "{} is no modifier; did you mean {}?".format(*misspelt[0]) if misspelt else layout()
+        misspelt = [
+            (other, ours)
+            for other in others
+            for ours in get_close_matches(other, ENTRIES, n=1, cutoff=0.9)
+        ]
+        next_step = (
+            "{} is no modifier; did you mean {}?".format(*misspelt[0]) if misspelt else layout()
+        )
         raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {next_step}")
     if len(found) > 1:
         names = " and ".join(sorted(name for name, _ in found))
-        raise RacError(f"{where} has {names}; leave one of them out: one calibrates the whole recipe")
+        raise RacError(
+            f"{where} has {names}; leave one of them out: one calibrates the whole recipe"
+        )
     return found[0]
 
 
@@ -109,7 +121,9 @@ def check_layout(recipe: Any, where: str) -> None:
     stages = recipe.items() if isinstance(recipe, dict) else [("", None)]
     for stage, groups in stages:
         names = groups if isinstance(groups, dict) else {"": None}
-        if not str(stage).endswith("_stage") or not all(str(name).endswith("_modifiers") for name in names):
+        if not str(stage).endswith("_stage") or not all(
+            str(name).endswith("_modifiers") for name in names
+        ):
             raise RacError(
                 f"{where}: llm-compressor would overlook {stage or recipe!r}; write it as quantization_stage: "
                 "quantization_modifiers: QuantizationModifier: {...}"
@@ -132,7 +146,9 @@ def schema(name: str = NAME) -> str:
         RacError: a modifier that is not ours.
     """
     if name not in ENTRIES:
-        raise RacError(f"{name!r} is none of this package's modifiers; name one of {', '.join(ENTRIES)}")
+        raise RacError(
+            f"{name!r} is none of this package's modifiers; name one of {', '.join(ENTRIES)}"
+        )
     return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
 
 
@@ -150,7 +166,9 @@ def _apply(entry: dict[str, Any], override: str) -> None:
     """Set one value of an entry; `null` takes the setting out, whatever the recipe holds there."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RacError(f"--set {override!r} is not key=value, for example --set calibration.tokens=32768")
+        raise RacError(
+            f"--set {override!r} is not key=value, for example --set calibration.tokens=32768"
+        )
     try:  # YAML would read 2:4 as the number 124
         value = text if re.fullmatch(r"[0-9]+:[0-9]+", text) else yaml.safe_load(text)
     except yaml.YAMLError as error:

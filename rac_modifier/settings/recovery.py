@@ -26,7 +26,9 @@ class RecoverySettings(Settings):
     generic: GenericText = Field(
         GenericText(), description="that text; training towards the dense model's predictions on it"
     )
-    passes: int = Field(1, ge=1, le=16, description="passes over those traces; more than two overfit a small set")
+    passes: int = Field(
+        1, ge=1, le=16, description="passes over those traces; more than two overfit a small set"
+    )
     learning_rate: float | None = Field(
         None,
         gt=0,
@@ -34,9 +36,13 @@ class RecoverySettings(Settings):
         description="the highest learning rate; default: by model size, 2e-4 at 135 M parameters, 3.6e-5 at 7 B",
     )
     step_tokens: int = Field(2048, ge=64, description="tokens per optimizer step, about")
-    batch_tokens: int = Field(4096, ge=64, description="padded tokens per forward and backward pass at most")
+    batch_tokens: int = Field(
+        4096, ge=64, description="padded tokens per forward and backward pass at most"
+    )
     held_out_tokens: int = Field(
-        8192, ge=64, description="tokens of further traces, on which it is decided which weights are kept"
+        8192,
+        ge=64,
+        description="tokens of further traces, on which it is decided which weights are kept",
     )
     folder: str | None = Field(
         None,

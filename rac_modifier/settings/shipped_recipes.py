@@ -47,7 +47,9 @@ def find_recipe(named: str | Path) -> Path:
 
 def summary(name: str) -> str:
     """What a shipped recipe does, in one line: the first comment of its file."""
-    return Path(recipe(name)).read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+    return (
+        Path(recipe(name)).read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+    )
 
 
 def _suggestion(name: str) -> str:

@@ -28,17 +28,24 @@ class SelectSettings(Settings):
         "both need reference answers",
     )
     finished: bool = Field(
-        False, description="keep only traces that end with an end-of-sequence token, and none that was cut"
+        False,
+        description="keep only traces that end with an end-of-sequence token, and none that was cut",
     )
-    min_tokens: int | None = Field(None, ge=1, description="keep traces with at least this many completion tokens")
-    max_tokens: int | None = Field(None, ge=1, description="keep traces with at most this many completion tokens")
+    min_tokens: int | None = Field(
+        None, ge=1, description="keep traces with at least this many completion tokens"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="keep traces with at most this many completion tokens"
+    )
     dedupe: bool = Field(False, description="of completions with the same token ids keep the first")
     repeated_tails: Literal["cut", "keep"] = Field(
         "cut",
         description="cut: a completion that was cut at the cap while it repeated itself ends before the second copy, for "
         "calibration, recovery and what is held out; keep: it is used whole",
     )
-    per_problem: int | None = Field(None, ge=1, description="keep at most this many traces per problem, the first ones")
+    per_problem: int | None = Field(
+        None, ge=1, description="keep at most this many traces per problem, the first ones"
+    )
     pass_rate: tuple[float, float] | None = Field(
         None,
         description="keep problems whose share of right samples lies within these bounds, e.g. [0.2, 0.8] for neither easy "
@@ -95,8 +102,12 @@ class TraceSource(Settings):
     """A named source of traces. What it does not set is as in `traces`; only the store is always its own."""
 
     problems: ProblemSource = Field(description="the problems that the model is asked")
-    store: str | None = Field(None, description="its own trace store; default: a file under rac_traces/")
-    sampling: SamplingSettings | None = Field(None, description="how the model is sampled; default: as in traces")
+    store: str | None = Field(
+        None, description="its own trace store; default: a file under rac_traces/"
+    )
+    sampling: SamplingSettings | None = Field(
+        None, description="how the model is sampled; default: as in traces"
+    )
     select: SelectSettings | None = Field(
         None, description="which of its traces are calibrated on; default: as in traces"
     )
@@ -113,21 +124,25 @@ class TraceSettings(Settings):
         description="trace store (a .jsonl file): it is read, and filled up where it holds too few tokens; "
         "default: a file under rac_traces/ named after the model, the problems and the sampling settings",
     )
-    problems: ProblemSource = Field(ProblemSource(), description="the problems that the model is asked")
+    problems: ProblemSource = Field(
+        ProblemSource(), description="the problems that the model is asked"
+    )
     sampling: SamplingSettings = Field(SamplingSettings(), description="how the model is sampled")
     select: SelectSettings = Field(
         SelectSettings(),
         description="which traces are calibrated on; default: all of them, as in the paper, but without tails that repeat",
     )
     engine: EngineSettings | None = Field(
-        None, description="OpenAI-compatible servers that sample; default: the model samples in this process"
+        None,
+        description="OpenAI-compatible servers that sample; default: the model samples in this process",
     )
     retry_failed: bool = Field(
         False,
         description="try again the problems that a server could not complete (listed in the store's .failed.jsonl)",
     )
     allow_off_policy: bool = Field(
-        False, description="calibrate on traces of another model; its store is then only read, nothing is added to it"
+        False,
+        description="calibrate on traces of another model; its store is then only read, nothing is added to it",
     )
     sources: dict[str, TraceSource] = Field(
         {}, description="further sources by name, for use in a mixture: traces:math, prompts:math"
@@ -150,7 +165,11 @@ class TraceSettings(Settings):
             return self
         plain: dict[str, Any] = {"store": None, "sources": {}}
         if (source := self.sources.get(name)) is not None:
-            own = {key: value for key in TraceSource.model_fields if (value := getattr(source, key)) is not None}
+            own = {
+                key: value
+                for key in TraceSource.model_fields
+                if (value := getattr(source, key)) is not None
+            }
             return self.model_copy(update={**plain, **own})
         if not ProblemSource.looks_like(name):
             declared = ", ".join(self.sources) or "none"

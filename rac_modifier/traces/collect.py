@@ -79,7 +79,11 @@ def collect_traces(
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
     sampling = sampling.resolved(identity.generation_config)
     header = store_header(identity, tokenizer, sampling, problems)
-    path = Path(store_path) if store_path is not None else default_store_path(header.fingerprint, sampling, problems)
+    path = (
+        Path(store_path)
+        if store_path is not None
+        else default_store_path(header.fingerprint, sampling, problems)
+    )
     stored = read_header(path)
     if stored is not None and stored.engine.kind == "openai text":
         raise RacError(
@@ -91,9 +95,13 @@ def collect_traces(
             raise RacError(_off_policy_message(path, stored, header))
         return _read_off_policy(path, header, tokens)
     if stored is not None and in_memory is not None and (engine is None or engine.verify_model):
-        check_probes(in_memory, stored.engine.probes, f"the server that filled trace store {str(path)!r}")
+        check_probes(
+            in_memory, stored.engine.probes, f"the server that filled trace store {str(path)!r}"
+        )
     questions = load_problems(problems, sampling.seed)
-    with contextlib.closing(engine_for(engine, identity, in_memory, tokenizer, sampling, processes)) as chosen:
+    with contextlib.closing(
+        engine_for(engine, identity, in_memory, tokenizer, sampling, processes)
+    ) as chosen:
         if stored is None:
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:
@@ -152,13 +160,17 @@ def engine_for(
 
         return ServerEngine(settings, identity, tokenizer, sampling, model, evaluates)
     if model is None:
-        raise RacError("the model's weights are not in memory: load it, or name servers that sample it")
+        raise RacError(
+            "the model's weights are not in memory: load it, or name servers that sample it"
+        )
     if processes.count > 1:
         return SharedEngine(model, tokenizer, sampling, processes)
     return InProcessEngine(model, tokenizer, sampling)
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings) -> Callable[[Problem], list[int]]:
+def _renderer(
+    tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> Callable[[Problem], list[int]]:
     def render(problem: Problem) -> list[int]:
         return render_question(tokenizer, problem.question, sampling)
 
@@ -168,7 +180,9 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings) ->
 def _refuser(longest: int | None, context: int | None) -> Callable[[int], str | None]:
     def refuse(length: int) -> str | None:
         if longest is not None and length > longest:
-            return f"a prompt of {length} tokens is longer than problems.max_prompt_tokens={longest}"
+            return (
+                f"a prompt of {length} tokens is longer than problems.max_prompt_tokens={longest}"
+            )
         if context is not None and length >= context:
             return f"a prompt of {length} tokens fills the model's context of {context}"
         return None
@@ -176,10 +190,15 @@ def _refuser(longest: int | None, context: int | None) -> Callable[[int], str | 
     return refuse
 
 
-def default_store_path(fingerprint: str, sampling: SamplingSettings, problems: ProblemSource) -> Path:
+def default_store_path(
+    fingerprint: str, sampling: SamplingSettings, problems: ProblemSource
+) -> Path:
     """rac_traces/<fingerprint>-<hash of what decides the sampling>.jsonl, under the current directory."""
     settings = json.dumps(settings_of_record(sampling, problems), sort_keys=True)
-    return Path("rac_traces") / f"{fingerprint[:12]}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    return (
+        Path("rac_traces")
+        / f"{fingerprint[:12]}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    )
 
 
 def _check_enough(total: int, store: TraceStore, tokens: int, failed: int) -> None:
@@ -207,7 +226,9 @@ def _read_off_policy(path: Path, header: StoreHeader, tokens: int) -> TraceStore
             f"trace store {str(path)!r} of {store.header.model!r} holds {store.counts.tokens:,} tokens, {tokens:,} "
             "asked for; another model's store is never appended to: ask for fewer tokens, or collect more with that model"
         )
-    logger.warning(f"calibrating off-policy: the traces in {str(path)!r} are those of {store.header.model!r}")
+    logger.warning(
+        f"calibrating off-policy: the traces in {str(path)!r} are those of {store.header.model!r}"
+    )
     return store
 
 

@@ -23,7 +23,9 @@ def export_parquet(store: TraceStore, output: Path, tokenizer: Any | None = None
         RacError: another suffix, an empty store, or the file cannot be written.
     """
     if output.suffix != ".parquet":
-        raise RacError(f"{str(output)!r} does not end in .parquet; name the file that is to be written")
+        raise RacError(
+            f"{str(output)!r} does not end in .parquet; name the file that is to be written"
+        )
     if not output.absolute().parent.is_dir():
         raise RacError(f"{str(output)!r}: its folder does not exist; create it first")
     if not len(store):
@@ -53,9 +55,13 @@ def export_parquet(store: TraceStore, output: Path, tokenizer: Any | None = None
 
     partial = output.with_name(f"{output.name}.partial")
     try:
-        IterableDataset.from_generator(rows, features=Features(features)).to_parquet(str(partial), batch_size=_ROWS)
+        IterableDataset.from_generator(rows, features=Features(features)).to_parquet(
+            str(partial), batch_size=_ROWS
+        )
         os.replace(partial, output)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise RacError(f"{str(output)!r} cannot be written ({error}); make room, or name another file") from error
+        raise RacError(
+            f"{str(output)!r} cannot be written ({error}); make room, or name another file"
+        ) from error
     return len(store)

@@ -42,7 +42,11 @@ def read_failures(store: Path) -> list[FailedProblem]:
     except OSError as error:
         raise RacError(f"{str(path)!r} cannot be read: {error}; repair or remove it") from error
     try:
-        return [FailedProblem(**json.loads(line)) for line in lines if line.endswith(b"\n") and line.strip()]
+        return [
+            FailedProblem(**json.loads(line))
+            for line in lines
+            if line.endswith(b"\n") and line.strip()
+        ]
     except (ValueError, TypeError) as error:
         raise RacError(
             f"{str(path)!r} is not a list of failed problems ({error}); remove it to try them again"
@@ -64,7 +68,9 @@ def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise RacError(f"{str(path)!r} cannot be written: {error}; make room, then run again") from error
+        raise RacError(
+            f"{str(path)!r} cannot be written: {error}; make room, then run again"
+        ) from error
 
 
 def forget_failures(store: Path) -> None:

@@ -19,7 +19,12 @@ from tqdm import tqdm
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.engine import Completion, Engine, Failure, Prompt
-from rac_modifier.traces.failures import FailedProblem, append_failures, failures_path, read_failures
+from rac_modifier.traces.failures import (
+    FailedProblem,
+    append_failures,
+    failures_path,
+    read_failures,
+)
 from rac_modifier.traces.store import Trace, TraceStore
 
 # So many failures without a success between them are an outage, not bad problems.
@@ -69,7 +74,9 @@ class FillStore:
     ):
         self._store, self._engine, self._render, self._refuse = store, engine, render, refuse
         samples = store.header.sampling.samples_per_problem
-        self._samples = ((f"{problem.id}#{i}", problem) for problem in problems for i in range(samples))
+        self._samples = (
+            (f"{problem.id}#{i}", problem) for problem in problems for i in range(samples)
+        )
         self._queue: deque[_Entry] = deque()
         self._asked: dict[str, _Entry] = {}
         self._total = 0  # tokens of the entries that have left the queue
@@ -94,7 +101,11 @@ class FillStore:
         batches = self._engine.iter_completions(self._batches(tokens))
         try:
             with tqdm(
-                total=goal, desc="traces", unit="tok", unit_scale=True, disable=None if progress else True
+                total=goal,
+                desc="traces",
+                unit="tok",
+                unit_scale=True,
+                disable=None if progress else True,
             ) as bar:
                 while self._total < tokens and (completions := next(batches, None)) is not None:
                     self._receive(completions, tokens)
@@ -114,7 +125,9 @@ class FillStore:
     def _batches(self, tokens: int) -> Iterator[list[Prompt]]:
         """The prompts to complete, as long as the budget may need more; what is stored already is passed over."""
         while self._known < tokens:
-            batch = [self._entry(*sample) for sample in islice(self._samples, self._engine.batch_size)]
+            batch = [
+                self._entry(*sample) for sample in islice(self._samples, self._engine.batch_size)
+            ]
             if not batch:
                 return
             self._queue.extend(batch)
@@ -166,7 +179,11 @@ class FillStore:
         self._engine.connect()
         filled = self._store.header.engine.kind
         if filled != self._engine.kind:
-            way_out = "give its servers (traces.engine)" if filled != "transformers" else "leave traces.engine out"
+            way_out = (
+                "give its servers (traces.engine)"
+                if filled != "transformers"
+                else "leave traces.engine out"
+            )
             raise RacError(
                 f"trace store {str(self._store.path)!r} holds too few tokens, and was filled by another engine ({filled}, "
                 f"not {self._engine.kind}), which draws other samples: {way_out}, or name another path"

@@ -51,7 +51,9 @@ class Judge:
                 f"trace {trace.id!r} has no reference answer, so it cannot be told whether it is right: name the column of the "
                 "answers (problems.answer_column) in a new store, or select without answers"
             )
-        answer = extract_answer(str(self._tokenizer.decode(list(trace.completion_ids), skip_special_tokens=True)))
+        answer = extract_answer(
+            str(self._tokenizer.decode(list(trace.completion_ids), skip_special_tokens=True))
+        )
         if answer is None:
             return False
         if item := gym_item(self._header.problems, self._header.sampling.seed, trace.problem_id):

@@ -90,7 +90,9 @@ def settings_of_record(sampling: SamplingSettings, problems: ProblemSource) -> d
 def encode(kind: Literal["header", "trace"], value: StoreHeader | Trace) -> bytes:
     """One line of a store, newline included."""
     data = value.model_dump() if isinstance(value, StoreHeader) else vars(value)
-    payload = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    payload = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(
+        "utf-8", "surrogatepass"
+    )
     return _prefix(kind, payload) + payload + b"}\n"
 
 
@@ -118,7 +120,10 @@ def decode_trace(line: bytes) -> Trace:
     """
     value = decode("trace", line)
     try:
-        value["prompt_ids"], value["completion_ids"] = tuple(value["prompt_ids"]), tuple(value["completion_ids"])
+        value["prompt_ids"], value["completion_ids"] = (
+            tuple(value["prompt_ids"]),
+            tuple(value["completion_ids"]),
+        )
         return Trace(**value)
     except (KeyError, TypeError) as error:
         raise ValueError(f"not the fields of a trace: {error}") from error

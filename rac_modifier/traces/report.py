@@ -27,7 +27,9 @@ _BAR = 40
 class Endings:
     """How long traces are, why they ended, and how many were cut while they repeated themselves."""
 
-    lengths: Counter[int] = field(default_factory=Counter)  # completion tokens, by lower bounds of a histogram's bars
+    lengths: Counter[int] = field(
+        default_factory=Counter
+    )  # completion tokens, by lower bounds of a histogram's bars
     ended_by: Counter[str] = field(default_factory=Counter)
     repeating: int = 0  # traces
     repeated_tokens: int = 0
@@ -49,10 +51,16 @@ def describe_store(store: TraceStore) -> str:
     """The model, problems and settings of a store, its counts, why its traces ended, and a histogram of their lengths."""
     header, counts = store.header, store.counts
     sampling = header.sampling
-    prompt = f"{sampling.template} template{f' {header.chat_template}' if header.chat_template else ''}"
+    prompt = (
+        f"{sampling.template} template{f' {header.chat_template}' if header.chat_template else ''}"
+    )
     if sampling.template == "chat":
         prompt += f", generation prompt added, thinking {'on' if sampling.thinking else 'off'}"
-        prompt += f", system prompt {sampling.system_prompt!r}" if sampling.system_prompt else ", no system prompt"
+        prompt += (
+            f", system prompt {sampling.system_prompt!r}"
+            if sampling.system_prompt
+            else ", no system prompt"
+        )
     lines = [
         f"model       {header.model} (fingerprint {header.fingerprint[:12]})",
         f"problems    {header.problems.model_dump_json(exclude_none=True)}",
@@ -63,10 +71,15 @@ def describe_store(store: TraceStore) -> str:
         f"{counts.completion_tokens:,} completion tokens",
     ]
     if failed := len(read_failures(store.path)):
-        lines.append(f"failed      {failed:,} problems, skipped (set traces.retry_failed to try them again)")
+        lines.append(
+            f"failed      {failed:,} problems, skipped (set traces.retry_failed to try them again)"
+        )
     endings = count_endings(store)
     if endings.ended_by:
-        lines.append("ended by    " + ", ".join(f"{reason} {n:,}" for reason, n in endings.ended_by.most_common()))
+        lines.append(
+            "ended by    "
+            + ", ".join(f"{reason} {n:,}" for reason, n in endings.ended_by.most_common())
+        )
         if endings.repeating:
             lines.append(
                 f"repeating   {endings.repeating:,} that were cut end in repetitions, {endings.repeated_tokens:,} tokens"
@@ -75,7 +88,9 @@ def describe_store(store: TraceStore) -> str:
     return "\n".join(lines)
 
 
-def describe_verified(store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None) -> str:
+def describe_verified(
+    store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None
+) -> str:
     """How many answers are right, with the time of checking them; and what a selection keeps."""
     found, lines = verified_figures(store, tokenizer, verify, settings), []
     if "right" in found:
@@ -99,7 +114,9 @@ def verified_figures(
         found["ms_per_trace"] = 1000 * (time.perf_counter() - started) / len(store)
     if settings is not None:
         selection = Selection(settings)
-        found["selected_tokens"] = sum(t.tokens for t in select(as_used(store, settings), selection, judge))
+        found["selected_tokens"] = sum(
+            t.tokens for t in select(as_used(store, settings), selection, judge)
+        )
         found |= {"selected": selection.kept, "selection": selection.describe()}
     return found
 
@@ -117,7 +134,9 @@ def read_select(text: str | None) -> SelectSettings | None:
     except yaml.YAMLError:
         values = None
     if not isinstance(values, dict):
-        raise RacError(f"--select {text!r} is not a selection; write it like '{{answers: correct, finished: true}}'")
+        raise RacError(
+            f"--select {text!r} is not a selection; write it like '{{answers: correct, finished: true}}'"
+        )
     return check_settings(SelectSettings, values, f"--select {text!r}")
 
 

@@ -34,7 +34,11 @@ class Selection:
             kept_here = 0
             for trace, reason in self._reasons(samples):
                 self.total += 1
-                if reason is None and self.settings.per_problem is not None and kept_here >= self.settings.per_problem:
+                if (
+                    reason is None
+                    and self.settings.per_problem is not None
+                    and kept_here >= self.settings.per_problem
+                ):
                     reason = "beyond per_problem"
                 if reason is not None:
                     self.dropped[reason] += 1
@@ -49,7 +53,9 @@ class Selection:
             samples = list(samples)
             rate = sum(bool(right) for _, right in samples) / len(samples)
             if not bounds[0] <= rate <= bounds[1]:
-                yield from ((trace, "too easy" if rate > bounds[1] else "too hard") for trace, _ in samples)
+                yield from (
+                    (trace, "too easy" if rate > bounds[1] else "too hard") for trace, _ in samples
+                )
                 return
         for trace, right in samples:
             yield trace, self._reason(trace, right)

@@ -15,7 +15,14 @@ from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import lock
-from rac_modifier.traces.records import StoreHeader, Trace, decode, decode_trace, encode, header_differences
+from rac_modifier.traces.records import (
+    StoreHeader,
+    Trace,
+    decode,
+    decode_trace,
+    encode,
+    header_differences,
+)
 
 __all__ = ["StoreHeader", "Trace", "TraceCounts", "TraceStore", "read_header"]
 
@@ -63,7 +70,9 @@ class TraceStore:
         path = Path(path)
         header = read_header(path)
         if header is None:
-            raise RacError(f"trace store {str(path)!r} does not exist or holds no header; collect traces first")
+            raise RacError(
+                f"trace store {str(path)!r} does not exist or holds no header; collect traces first"
+            )
         store = cls(path, header)
         store._scan()
         return store
@@ -126,7 +135,10 @@ class TraceStore:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 

@@ -12,10 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
 from rac_modifier.checkpoint.dense_codes import BITS
 from rac_modifier.checkpoint.files import check_index
@@ -57,7 +65,9 @@ class CodesConfig(QuantizationConfig):
         self.summary = Summary(layers="quantized layers", kernel=f"an {kinds} kernel")
         self.vocabulary = VocabularyMethods()
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         """vLLM calls this once before it loads anything, with the checkpoint's folder or its name on the hub.
 
         Raises:
@@ -84,7 +94,9 @@ class CodesConfig(QuantizationConfig):
         prefix = stored_name(prefix)
         use_crossovers(self.crossovers)
         if isinstance(layer, VocabParallelEmbedding):
-            return self.vocabulary.choose(layer, prefix, None, partial(self._quantized_head, layer, prefix))
+            return self.vocabulary.choose(
+                layer, prefix, None, partial(self._quantized_head, layer, prefix)
+            )
         if isinstance(layer, RoutedExperts):
             return self._vllms(layer, prefix, "dense experts of few bits have no kernel")
         if isinstance(layer, LinearBase):
@@ -95,7 +107,9 @@ class CodesConfig(QuantizationConfig):
         modules = fused_modules(prefix, self.packed_modules_mapping)
         schemes = {module: self.scheme_of(layer, module) for module in modules}
         if len({*schemes.values()}) > 1:
-            kinds = ", ".join(f"{module}: {_describe(scheme)}" for module, scheme in schemes.items())
+            kinds = ", ".join(
+                f"{module}: {_describe(scheme)}" for module, scheme in schemes.items()
+            )
             raise RacError(
                 f"{prefix}: its parts are quantized differently ({kinds}), and are one layer in vLLM; quantize them alike"
             )
@@ -105,7 +119,9 @@ class CodesConfig(QuantizationConfig):
         inner = self._inner(layer, prefix, scheme)
         if scheme.bits not in BITS:
             return left_to_vllm(inner, self.summary, prefix, f"its weights are int{scheme.bits}")
-        shards = GptqAwqShards(prefix, modules, scheme.group, scheme.symmetric, scheme.bits, self.reader_of(scheme))
+        shards = GptqAwqShards(
+            prefix, modules, scheme.group, scheme.symmetric, scheme.bits, self.reader_of(scheme)
+        )
         return GptqAwqLinearMethod(shards, inner, self.summary, activation_bits())
 
     def _inner(self, layer: LinearBase, prefix: str, scheme: Scheme) -> LinearMethodBase:
@@ -131,7 +147,9 @@ class CodesConfig(QuantizationConfig):
             raise refused(prefix, reason, refusal)
         return left_to_vllm(method, self.summary, prefix, reason)
 
-    def _quantized_head(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+    def _quantized_head(
+        self, layer: VocabParallelEmbedding, prefix: str
+    ) -> QuantizeMethodBase | None:
         """vLLM's own method of a head; None where it is in floats."""
         method = self._vllms(layer, prefix, "heads of this format have no kernel")
         return None if isinstance(method, _FLOATS) else method
@@ -140,7 +158,9 @@ class CodesConfig(QuantizationConfig):
         """How a linear module of the checkpoint is quantized; None where it is in floats."""
         raise NotImplementedError
 
-    def why_vllm_refuses(self, layer: torch.nn.Module, prefix: str, scheme: Scheme | None) -> str | None:
+    def why_vllm_refuses(
+        self, layer: torch.nn.Module, prefix: str, scheme: Scheme | None
+    ) -> str | None:
         """Why vLLM's own method does not run a layer, if config.json says it. `scheme` None: of experts or a head."""
         return None
 
@@ -149,7 +169,9 @@ class CodesConfig(QuantizationConfig):
         raise NotImplementedError
 
 
-def entry(config: Mapping[str, Any], names: tuple[str, ...], kind: type, default: Any = None) -> Any:
+def entry(
+    config: Mapping[str, Any], names: tuple[str, ...], kind: type, default: Any = None
+) -> Any:
     """The first of `names` that `quantization_config` has, if it is a `kind`.
 
     Raises:
@@ -186,7 +208,9 @@ def group_of(size: int, name: str = "group_size") -> int | None:
 
 def no_effect(reason: str) -> RacError:
     """The error for a checkpoint on which the option changes nothing."""
-    return RacError(f"--quantization {METHOD}: it has no effect on this checkpoint, since {reason}; leave it out")
+    return RacError(
+        f"--quantization {METHOD}: it has no effect on this checkpoint, since {reason}; leave it out"
+    )
 
 
 _KINDS = {bool: "true or false", int: "a whole number", str: "a text", dict: "a table"}

@@ -72,6 +72,9 @@ def crossovers(kinds: Sequence[str], eight_bits: bool = False) -> dict[str, floa
         kinds = [*kinds, *(f"{kind}{EIGHT_BITS}" for kind in kinds if kind != "floats")]
     found = measure_crossovers(kinds)
     logger.info(
-        "%s", "\n  ".join(["rac-sparse: measured on a core of this machine", *(each.describe() for each in found)])
+        "%s",
+        "\n  ".join(
+            ["rac-sparse: measured on a core of this machine", *(each.describe() for each in found)]
+        ),
     )
     return {each.kind: each.rows for each in found}

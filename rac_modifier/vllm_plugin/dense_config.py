@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -71,12 +73,15 @@ class DenseCodesConfig(CompressedTensorsConfig):
                 f"({reasons[0] if reasons else 'it quantizes nothing'}), so the option has no effect; leave it out"
             )
         kinds = sorted(
-            {scheme["weights"].num_bits for scheme in made.target_scheme_map.values()} & {*BITS}, reverse=True
+            {scheme["weights"].num_bits for scheme in made.target_scheme_map.values()} & {*BITS},
+            reverse=True,
         )
         made.summary.kernel = f"an {' or '.join(f'int{bits}' for bits in kinds or BITS)} kernel"
         return made
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         """vLLM calls this once before it loads anything, with the checkpoint's folder or its name on the hub.
 
         Raises:
@@ -90,9 +95,13 @@ class DenseCodesConfig(CompressedTensorsConfig):
         self.int8_activations = recorded.int8_activations
         check_effect(integers=True, on_cpu=current_platform.is_cpu())
         if current_platform.is_cpu():
-            self.crossovers = crossovers(("int4",), activation_bits(bool(self.int8_activations)) == 8)
+            self.crossovers = crossovers(
+                ("int4",), activation_bits(bool(self.int8_activations)) == 8
+            )
         if recorded.modules:
-            logger.info("this checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse kernels")
+            logger.info(
+                "this checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse kernels"
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules as vLLM does."""
@@ -109,7 +118,9 @@ class DenseCodesConfig(CompressedTensorsConfig):
         method = super().get_quant_method(layer, prefix)
         if not isinstance(layer, (LinearBase, RoutedExperts)):
             return method
-        if method is None or isinstance(method, (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)):
+        if method is None or isinstance(
+            method, (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
+        ):
             return method
         reason = self._why_not(layer, prefix, method)
         if reason is not None:
@@ -121,13 +132,19 @@ class DenseCodesConfig(CompressedTensorsConfig):
         bits = activation_bits(set(modules) <= set(self.int8_activations))
         return DenseCodesLinearMethod(shards, method, self.summary, bits)
 
-    def _of_vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+    def _of_vocabulary(
+        self, layer: VocabParallelEmbedding, prefix: str
+    ) -> QuantizeMethodBase | None:
         """The method of a head or an embedding; vLLM's own for a quantized one is recorded with the reason."""
         vllms = super().get_quant_method
         method = self.vocabulary.choose(layer, prefix, self, lambda: vllms(layer, prefix))
         scheme = self.get_scheme_dict(layer, prefix)
         reason = None if scheme is None else why_not(scheme, self.quant_format)
-        return method if method is None or reason is None else record_when_loaded(method, self.summary, prefix, reason)
+        return (
+            method
+            if method is None or reason is None
+            else record_when_loaded(method, self.summary, prefix, reason)
+        )
 
     def _why_not(self, layer: Any, prefix: str, method: QuantizeMethodBase) -> str | None:
         """Why vLLM runs a quantized layer, from config.json alone; None where the kernel may run it."""
@@ -151,7 +168,9 @@ def why_not_codes(scheme: Mapping[str, Any], format: str | None) -> str | None:
     `format`: that of the checkpoint, for a scheme without one of its own.
     """
     weights = scheme["weights"].model_dump(mode="json")  # names in place of enums
-    activations = scheme.get("input_activations") is not None or scheme.get("output_activations") is not None
+    activations = (
+        scheme.get("input_activations") is not None or scheme.get("output_activations") is not None
+    )
     own = scheme.get("format") or format
     return dense_codes.why_not_codes(
         weights["type"], weights["num_bits"], weights["strategy"], own, activations=activations

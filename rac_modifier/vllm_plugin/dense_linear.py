@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
@@ -43,10 +46,14 @@ def record(summary: Summary, layer: str, decision: Decision) -> None:
     if any(other.sparse for other in summary.decisions.values()):
         logger.info("%s", text)
     else:
-        logger.warning("%s\n  --quantization %s has no effect on this model here; leave it out", text, METHOD)
+        logger.warning(
+            "%s\n  --quantization %s has no effect on this model here; leave it out", text, METHOD
+        )
 
 
-def record_when_loaded(method: QuantizeMethodBase, summary: Summary, prefix: str, reason: str) -> QuantizeMethodBase:
+def record_when_loaded(
+    method: QuantizeMethodBase, summary: Summary, prefix: str, reason: str
+) -> QuantizeMethodBase:
     """vLLM's own method of a layer, which adds the `reason` why vLLM runs it to `summary` when the layer has been loaded."""
     finish = method.process_weights_after_loading
 
@@ -64,7 +71,11 @@ class DenseCodesLinearMethod(LinearMethodBase):
     """The method of one layer. `inner` is vLLM's own for the same layer."""
 
     def __init__(
-        self, shards: CodeShards, inner: LinearMethodBase, summary: Summary, activation_bits: int = 16
+        self,
+        shards: CodeShards,
+        inner: LinearMethodBase,
+        summary: Summary,
+        activation_bits: int = 16,
     ) -> None:
         self.shards, self.inner, self.summary = shards, inner, summary
         self.activation_bits = activation_bits
@@ -88,14 +99,24 @@ class DenseCodesLinearMethod(LinearMethodBase):
             RacError: neither our kernel nor vLLM's method runs the layer.
         """
         self.loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
-        self.rows, self.columns, self.all_columns = sum(output_partition_sizes), input_size_per_partition, input_size
+        self.rows, self.columns, self.all_columns = (
+            sum(output_partition_sizes),
+            input_size_per_partition,
+            input_size,
+        )
         self.dtype = params_dtype
         reason = self._why_not(torch.empty(0).device.type)  # vLLM sets the default device
         if reason is None:
             self.shards.register(layer, params_dtype)
             return
         self.vllms = by_vllm(reason)
-        sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype)
+        sizes = (
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+        )
         try:
             self.inner.create_weights(layer, *sizes, **extra_weight_attrs)
         except ValueError as error:
@@ -112,7 +133,10 @@ class DenseCodesLinearMethod(LinearMethodBase):
             return
         stored = self.shards.take(layer)
         rows = self.shards.row_numbers(layer, self.loader, stored, self.rows)
-        share = stack([weight for weight in stored.values() if isinstance(weight, StoredWeight)], self.shards.prefix)
+        share = stack(
+            [weight for weight in stored.values() if isinstance(weight, StoredWeight)],
+            self.shards.prefix,
+        )
         share = share.select_rows(rows)
         if self.columns < self.all_columns:
             share = share.select_columns(getattr(layer, "tp_rank", 0) * self.columns, self.columns)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 
 from rac_modifier.checkpoint.formats import PARTS
 from rac_modifier.checkpoint.stored_weight import check
@@ -20,7 +22,9 @@ from rac_modifier.vllm_plugin.summary import Summary
 logger = init_logger(f"vllm.{__name__}")
 
 
-def expand_experts(layer: Any, prefix: str, layers: SparseLayers, inner: Any, summary: Summary) -> Any:
+def expand_experts(
+    layer: Any, prefix: str, layers: SparseLayers, inner: Any, summary: Summary
+) -> Any:
     """Expand the experts of `layer` while they are loaded. vLLM's method runs them: `inner`, or its default.
 
     vLLM's loader of experts ignores tensors that are not named weights, so it is given weights. It is called once for each
@@ -37,7 +41,10 @@ def expand_experts(layer: Any, prefix: str, layers: SparseLayers, inner: Any, su
         check_complete(incomplete, format, prefix)
         finish(layer)
         text = summary.add(
-            prefix, stay_dense("experts have no sparse kernel on this device: expanded at load", torch.bfloat16)
+            prefix,
+            stay_dense(
+                "experts have no sparse kernel on this device: expanded at load", torch.bfloat16
+            ),
         )
         if text is not None:
             logger.info("%s", text)
@@ -49,7 +56,10 @@ def expand_experts(layer: Any, prefix: str, layers: SparseLayers, inner: Any, su
 
 
 def expanded(
-    weights: Iterable[tuple[str, Tensor]], format: str, prefix: str, incomplete: dict[str, dict[str, Tensor]]
+    weights: Iterable[tuple[str, Tensor]],
+    format: str,
+    prefix: str,
+    incomplete: dict[str, dict[str, Tensor]],
 ) -> Iterator[tuple[str, Tensor]]:
     """The stream of named tensors, with the parts of each packed module replaced by `<module>.weight` once all have come.
 
@@ -66,11 +76,16 @@ def expanded(
         parts = incomplete.setdefault(module, {})
         parts[part] = tensor
         if len(parts) == len(PARTS[format]):
-            yield f"{module}.weight", check(incomplete.pop(module), format, f"{prefix}.{module}", scaled=False).dense()
+            yield (
+                f"{module}.weight",
+                check(incomplete.pop(module), format, f"{prefix}.{module}", scaled=False).dense(),
+            )
 
 
 def check_complete(incomplete: dict[str, dict[str, Tensor]], format: str, prefix: str) -> None:
     """Raise RacError if a module lacks a part."""
     for module, parts in incomplete.items():
         missing = next(part for part in PARTS[format] if part not in parts)
-        raise RacError(f"{prefix}.{module}.{missing}: missing from the checkpoint; copy or save the checkpoint again")
+        raise RacError(
+            f"{prefix}.{module}.{missing}: missing from the checkpoint; copy or save the checkpoint again"
+        )

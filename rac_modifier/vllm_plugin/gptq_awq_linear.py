@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.parameter import BasevLLMParameter
 
@@ -19,14 +22,22 @@ from rac_modifier.vllm_plugin.dense_linear import DenseCodesLinearMethod, record
 from rac_modifier.vllm_plugin.shards import CodeShards, ShardId
 from rac_modifier.vllm_plugin.summary import Summary
 
-Reader = Callable[[Mapping[str, Tensor], str], Ordered]  # of the tensors of the module with this name
+Reader = Callable[
+    [Mapping[str, Tensor], str], Ordered
+]  # of the tensors of the module with this name
 
 
 class GptqAwqShards(CodeShards):
     """The shards of one layer, all of one kind, read by `reader`. `orders`: of each module, that of its columns."""
 
     def __init__(
-        self, prefix: str, modules: list[str], group: int | None, symmetric: bool, bits: int, reader: Reader
+        self,
+        prefix: str,
+        modules: list[str],
+        group: int | None,
+        symmetric: bool,
+        bits: int,
+        reader: Reader,
     ) -> None:
         super().__init__(prefix, modules, group, symmetric, bits)
         self.reader = reader
@@ -63,7 +74,9 @@ class GptqAwqLinearMethod(DenseCodesLinearMethod):
     shards: GptqAwqShards
     reordered = False
 
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
+    def create_weights(
+        self, layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any
+    ) -> None:
         """Register the parameters that collect the parts, or those of vLLM's method.
 
         Raises:
@@ -106,7 +119,9 @@ class RefusedByVllm(LinearMethodBase):
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
+    def create_weights(
+        self, layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any
+    ) -> None:
         """Raise vLLM's reason, as methods of vLLM do that cannot run a layer."""
         raise ValueError(self.reason)
 
@@ -115,7 +130,9 @@ class RefusedByVllm(LinearMethodBase):
         raise AssertionError(self.reason)
 
 
-def left_to_vllm(method: QuantizeMethodBase, summary: Summary, prefix: str, reason: str) -> QuantizeMethodBase:
+def left_to_vllm(
+    method: QuantizeMethodBase, summary: Summary, prefix: str, reason: str
+) -> QuantizeMethodBase:
     """vLLM's method of one layer, which records the `reason` in `summary` when the layer has been loaded.
 
     Its `create_weights` raises a RacError with both reasons where vLLM does not run the layer either.
@@ -134,7 +151,10 @@ def left_to_vllm(method: QuantizeMethodBase, summary: Summary, prefix: str, reas
         delattr(layer, ORDER)
         finish(layer)
 
-    method.create_weights, method.process_weights_after_loading = create_or_refuse, finish_without_order
+    method.create_weights, method.process_weights_after_loading = (
+        create_or_refuse,
+        finish_without_order,
+    )
     return method
 
 
@@ -156,7 +176,9 @@ def _check_order_of(layer: torch.nn.Module, prefix: str) -> None:
                 "a checkpoint with desc_act: false"
             )
 
-    layer.register_parameter(ORDER, BasevLLMParameter(data=torch.empty(0, dtype=torch.int32), weight_loader=check))
+    layer.register_parameter(
+        ORDER, BasevLLMParameter(data=torch.empty(0, dtype=torch.int32), weight_loader=check)
+    )
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

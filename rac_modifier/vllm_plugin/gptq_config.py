@@ -15,7 +15,14 @@ from vllm.scalar_type import scalar_types
 from rac_modifier.checkpoint.dense_codes import BITS
 from rac_modifier.checkpoint.gptq_awq import GPTQ_V1, GPTQ_V2, check_gptq
 from rac_modifier.errors import RacError
-from rac_modifier.vllm_plugin.codes_config import RESTORE, CodesConfig, Scheme, entry, group_of, no_effect
+from rac_modifier.vllm_plugin.codes_config import (
+    RESTORE,
+    CodesConfig,
+    Scheme,
+    entry,
+    group_of,
+    no_effect,
+)
 from rac_modifier.vllm_plugin.gptq_awq_linear import Reader
 
 if TYPE_CHECKING:
@@ -82,10 +89,16 @@ class GptqCodesConfig(CodesConfig, AutoGPTQConfig):
                 "read here; leave out --quantization rac-sparse, or take a checkpoint in one of these"
             )
         entry(config, ("sym",), bool)
-        plain = {**config, "desc_act": False, "dynamic": {pattern: _plain(rule) for pattern, rule in dynamic.items()}}
+        plain = {
+            **config,
+            "desc_act": False,
+            "dynamic": {pattern: _plain(rule) for pattern, rule in dynamic.items()},
+        }
         made: GptqCodesConfig = super().from_config(plain)  # g_idx has the order of columns
         made.full_config, made.format = config, format
-        made.reordered = bool(config.get("desc_act")) or any(bool(rule.get("desc_act")) for rule in dynamic.values())
+        made.reordered = bool(config.get("desc_act")) or any(
+            bool(rule.get("desc_act")) for rule in dynamic.values()
+        )
         made.refusal = _refusal({"desc_act": False, **config})
         made.set_up(found & {*BITS})
         return made
@@ -97,7 +110,9 @@ class GptqCodesConfig(CodesConfig, AutoGPTQConfig):
             return None
         return Scheme(found.weight_bits, group_of(found.group_size), found.is_sym)
 
-    def why_vllm_refuses(self, layer: torch.nn.Module, prefix: str, scheme: Scheme | None) -> str | None:
+    def why_vllm_refuses(
+        self, layer: torch.nn.Module, prefix: str, scheme: Scheme | None
+    ) -> str | None:
         """For the whole checkpoint, this kind of weight, or because vLLM reads the rules by a fused layer's name."""
         if self.refusal is not None:
             return self.refusal
@@ -133,7 +148,11 @@ def _itself(config: AutoGPTQConfig) -> AutoGPTQConfig:
 
 
 def _plain(rule: Any) -> Any:
-    return {name: value for name, value in rule.items() if name != "desc_act"} if isinstance(rule, dict) else rule
+    return (
+        {name: value for name, value in rule.items() if name != "desc_act"}
+        if isinstance(rule, dict)
+        else rule
+    )
 
 
 def _refusal(config: dict[str, Any]) -> str | None:

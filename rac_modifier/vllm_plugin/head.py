@@ -66,7 +66,11 @@ class RoundedMethod(VocabularyMethod):
         """Quantize, or log why not. A tied weight is not freed while the embedding holds it too."""
         what = "head" if self.variable == VARIABLE else "embedding"
         if self.shares(layer):
-            logger.info("%s=int%d: the head is the tied embedding's weight; both share it", self.variable, self.bits)
+            logger.info(
+                "%s=int%d: the head is the tied embedding's weight; both share it",
+                self.variable,
+                self.bits,
+            )
             return
         weight: Tensor = layer.get_parameter("weight")
         rows, columns = weight.shape
@@ -77,14 +81,24 @@ class RoundedMethod(VocabularyMethod):
         stored_as = torch.int8 if self.bits == 8 else torch.int32
         group_bytes = 4 if self.bits == 8 else 2
         device = weight.device.type
-        decision, backend = choose(Layer(rows, columns, 1.0, stored_as, weight.dtype, group, group_bytes), device)
+        decision, backend = choose(
+            Layer(rows, columns, 1.0, stored_as, weight.dtype, group, group_bytes), device
+        )
         if self.variable == EMBEDDING and device != "cpu":
             decision, backend = (
-                stay_dense(f"rows are looked up in packed weights on CPUs only, not {device}", weight.dtype),
+                stay_dense(
+                    f"rows are looked up in packed weights on CPUs only, not {device}", weight.dtype
+                ),
                 None,
             )
         if backend is None:
-            logger.info("%s=int%d: the %s stays as it is stored: %s", self.variable, self.bits, what, decision.reason)
+            logger.info(
+                "%s=int%d: the %s stays as it is stored: %s",
+                self.variable,
+                self.bits,
+                what,
+                decision.reason,
+            )
             self.keep_plain(layer)
             return
         values, scale = round_head(weight.data, self.bits)

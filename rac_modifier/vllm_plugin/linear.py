@@ -39,7 +39,9 @@ class RacSparseLinearMethod(LinearMethodBase):
     quantized weights. `activation_bits`: what a kernel of integers may round activations to.
     """
 
-    def __init__(self, shards: Shards, inner: LinearMethodBase, summary: Summary, activation_bits: int = 16) -> None:
+    def __init__(
+        self, shards: Shards, inner: LinearMethodBase, summary: Summary, activation_bits: int = 16
+    ) -> None:
         self.shards, self.inner, self.summary = shards, inner, summary
         self.activation_bits = activation_bits
         self.as_quantized = not isinstance(inner, UnquantizedLinearMethod)
@@ -61,8 +63,18 @@ class RacSparseLinearMethod(LinearMethodBase):
         self.loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         self.device = torch.empty(0).device  # vLLM sets the default device
         self.dtype = params_dtype
-        self.rows, self.columns, self.all_columns = sum(output_partition_sizes), input_size_per_partition, input_size
-        self.sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype)
+        self.rows, self.columns, self.all_columns = (
+            sum(output_partition_sizes),
+            input_size_per_partition,
+            input_size,
+        )
+        self.sizes = (
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+        )
         self.attributes = extra_weight_attrs
         if self.as_quantized:  # its scales are loaded beside the packed weight
             self.dense = self._create_dense(layer)
@@ -72,7 +84,9 @@ class RacSparseLinearMethod(LinearMethodBase):
         """Check what was collected, decide, and keep the weight in one form, packed or dense."""
         stored = self.shards.take(layer)
         rows = self.shards.row_numbers(layer, self.loader, stored, self.rows)
-        decision, backend, share = self._decide(list(stored.values()), rows, getattr(layer, "tp_rank", 0))
+        decision, backend, share = self._decide(
+            list(stored.values()), rows, getattr(layer, "tp_rank", 0)
+        )
         if backend is not None and share is not None:
             self.packed = PackedWeight(layer, backend, share, self.dtype)
         else:
@@ -97,7 +111,11 @@ class RacSparseLinearMethod(LinearMethodBase):
         if len(sparse) < len(stored):
             return stay_dense("a part of this fused layer is stored dense", self.dtype), None, None
         if len({(weight.values.dtype, weight.bits, weight.group) for weight in sparse}) > 1:
-            return stay_dense("the parts of this fused layer are quantized differently", self.dtype), None, None
+            return (
+                stay_dense("the parts of this fused layer are quantized differently", self.dtype),
+                None,
+                None,
+            )
         share = stack(sparse, self.shards.prefix).select_rows(rows)
         if self.columns < self.all_columns:
             share = share.select_columns(rank * self.columns, self.columns)
@@ -119,7 +137,9 @@ class RacSparseLinearMethod(LinearMethodBase):
 
     def _expand(self, layer: Any, stored: dict[ShardId, StoredWeight | Tensor]) -> None:
         """Give the dense weight to vLLM's own method."""
-        layer.register_parameter("weight", self.dense if self.dense is not None else self._create_dense(layer))
+        layer.register_parameter(
+            "weight", self.dense if self.dense is not None else self._create_dense(layer)
+        )
         self.dense = None
         layer.update_param_tp_status()
         for shard, weight in stored.items():

@@ -44,7 +44,9 @@ class PackedExperts(torch.nn.Module):
         self.holders = torch.nn.ModuleList(torch.nn.Module() for _ in range(2 * len(experts)))
         packed = [
             PackedWeight(holder, backend, weight, served)
-            for holder, (backend, weight) in zip(self.holders, (part for pair in experts for part in pair), strict=True)
+            for holder, (backend, weight) in zip(
+                self.holders, (part for pair in experts for part in pair), strict=True
+            )
         ]
         pairs = list(zip(packed, self.holders, strict=True))
         self.up, self.down = pairs[::2], pairs[1::2]
@@ -61,7 +63,9 @@ class PackedExperts(torch.nn.Module):
     def _forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         ids = (topk_ids if self.local is None else self.local[topk_ids.long()]).flatten()
         order = ids.argsort(stable=True)  # the pairs of a token and an expert, by expert
-        numbers, counts = (found.tolist() for found in torch.unique_consecutive(ids[order], return_counts=True))
+        numbers, counts = (
+            found.tolist() for found in torch.unique_consecutive(ids[order], return_counts=True)
+        )
         pairs = x[order // topk_ids.shape[1]]
         both = _products(pairs, numbers, counts, self.up)
         gate, up = both.float().chunk(2, dim=1)
@@ -75,7 +79,10 @@ class PackedExperts(torch.nn.Module):
 
 
 def _products(
-    x: Tensor, numbers: list[int], counts: list[int], packed: Sequence[tuple[PackedWeight, torch.nn.Module]]
+    x: Tensor,
+    numbers: list[int],
+    counts: list[int],
+    packed: Sequence[tuple[PackedWeight, torch.nn.Module]],
 ) -> Tensor:
     """Each expert's product with its rows of `x`, which follow each other; zeros for number -1, experts of other ranks."""
     out = x.new_zeros(len(x), packed[0][0].rows)
@@ -106,9 +113,12 @@ def _fake(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, name: str) -> Tenso
     return torch.empty_like(x)
 
 
-if not hasattr(torch.ops.rac_modifier, "sparse_experts"):  # once per process, also if this module is loaded again
+if not hasattr(
+    torch.ops.rac_modifier, "sparse_experts"
+):  # once per process, also if this module is loaded again
     torch.library.define(
-        "rac_modifier::sparse_experts", "(Tensor x, Tensor topk_weights, Tensor topk_ids, str name) -> Tensor"
+        "rac_modifier::sparse_experts",
+        "(Tensor x, Tensor topk_weights, Tensor topk_ids, str name) -> Tensor",
     )
     torch.library.impl("rac_modifier::sparse_experts", "cpu", _run)
     torch.library.register_fake("rac_modifier::sparse_experts", _fake)

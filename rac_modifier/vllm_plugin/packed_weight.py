@@ -18,7 +18,9 @@ class PackedWeight:
     `served` is the dtype of the activations.
     """
 
-    def __init__(self, layer: torch.nn.Module, backend: Backend, weight: StoredWeight, served: torch.dtype) -> None:
+    def __init__(
+        self, layer: torch.nn.Module, backend: Backend, weight: StoredWeight, served: torch.dtype
+    ) -> None:
         self.rows, self.columns = weight.rows, weight.columns
         packed = backend.pack(weight, served)
         self.names = tuple(packed)

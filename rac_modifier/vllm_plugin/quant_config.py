@@ -9,7 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
 
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
@@ -101,12 +104,16 @@ class RacSparseConfig(QuantizationConfig):
             )
 
             # vLLM refuses any sparsity_config, so its config is made of the rest.
-            quantized = CompressedTensorsConfig.from_config({k: v for k, v in config.items() if k != "sparsity_config"})
+            quantized = CompressedTensorsConfig.from_config(
+                {k: v for k, v in config.items() if k != "sparsity_config"}
+            )
         made = cls(parse_packed(config), quantized, is_in_words(config))
         made.kinds = kinds_of(config)
         return made
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         """vLLM calls this once before it loads anything, with the checkpoint's folder or its name on the hub.
 
         Without a `quantization_config` the weights are stored dense, and `rac_sparsity` lists those that are pruned.
@@ -122,16 +129,22 @@ class RacSparseConfig(QuantizationConfig):
         if self.layers is None:
             self.layers = parse_dense_stored(record)
         elif self.quantized is not None:
-            self.layers = replace(self.layers, int8_activations=SparsityRecord.of({RAC_KEY: record}).int8_activations)
+            self.layers = replace(
+                self.layers, int8_activations=SparsityRecord.of({RAC_KEY: record}).int8_activations
+            )
         check_effect(integers=self.quantized is not None, on_cpu=current_platform.is_cpu())
         if current_platform.is_cpu():
-            self.crossovers = crossovers(self.kinds, activation_bits(bool(self.layers.int8_activations)) == 8)
+            self.crossovers = crossovers(
+                self.kinds, activation_bits(bool(self.layers.int8_activations)) == 8
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules as vLLM does."""
         assert self.layers is not None
         mapped = {name: hf_to_vllm_mapper.map_name(name) for name in self.layers.names}
-        self.layers = self.layers.renamed({old: new for old, new in mapped.items() if new is not None})
+        self.layers = self.layers.renamed(
+            {old: new for old, new in mapped.items() if new is not None}
+        )
         if self.quantized is not None:
             self.quantized.apply_vllm_mapper(hf_to_vllm_mapper)
 
@@ -161,16 +174,22 @@ class RacSparseConfig(QuantizationConfig):
             scales = "none" if self.quantized is None else "ours" if ours else "vllm's"
             shards = Shards(prefix, modules, self.layers.format, scales)
             bits = activation_bits(set(modules) <= set(self.layers.int8_activations))
-            return RacSparseLinearMethod(shards, inner or UnquantizedLinearMethod(), self.summary, bits)
+            return RacSparseLinearMethod(
+                shards, inner or UnquantizedLinearMethod(), self.summary, bits
+            )
         if isinstance(layer, RoutedExperts):
             format = self.layers.format
             if format is not None and torch.empty(0).device.type == "cpu":
                 scales = "none" if self.quantized is None else "ours"
                 return SparseExpertsMethod(layer, prefix, format, scales, self.summary)
-            return expand_experts(layer, prefix, self.layers, self._inner(layer, prefix), self.summary)
+            return expand_experts(
+                layer, prefix, self.layers, self._inner(layer, prefix), self.summary
+            )
         if isinstance(layer, VocabParallelEmbedding):
             self.vocabulary = self.vocabulary or VocabularyMethods()
-            return self.vocabulary.choose(layer, prefix, self.quantized, lambda: self._inner(layer, prefix))
+            return self.vocabulary.choose(
+                layer, prefix, self.quantized, lambda: self._inner(layer, prefix)
+            )
         return self._inner(layer, prefix)
 
     def _inner(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -31,7 +31,9 @@ def _register() -> None:
     from vllm.model_executor.layers import quantization
 
     if METHOD in get_args(quantization.QuantizationMethods):
-        _logger.warning("this vLLM has its own method %s; the one of rac-modifier is not registered", METHOD)
+        _logger.warning(
+            "this vLLM has its own method %s; the one of rac-modifier is not registered", METHOD
+        )
         return
     from rac_modifier.vllm_plugin.quant_config import RacSparseConfig
 

@@ -30,7 +30,11 @@ ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "
 _QKV = {"q": 0, "k": 1, "v": 2}
 _DTYPES = {
     **{"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64},
-    **{dense_codes.WORDS: torch.int32, dense_codes.WORDS_SHAPE: torch.int64, dense_codes.ZEROS: torch.int32},
+    **{
+        dense_codes.WORDS: torch.int32,
+        dense_codes.WORDS_SHAPE: torch.int64,
+        dense_codes.ZEROS: torch.int32,
+    },
 }
 # Scales of activations are not used: the kernels round activations less than any scheme does.
 _UNUSED = ("input_scale", "input_zero_point")
@@ -44,7 +48,9 @@ class Shards:
     "ours", "vllm's", or "none" where nothing is quantized according to config.json.
     """
 
-    def __init__(self, prefix: str, modules: list[str], format: str | None, scales: str = "none") -> None:
+    def __init__(
+        self, prefix: str, modules: list[str], format: str | None, scales: str = "none"
+    ) -> None:
         self.prefix, self.modules, self.format, self.scales = prefix, modules, format, scales
         self._parts: dict[ShardId, dict[str, Tensor]] = {}
         self._taken = False
@@ -55,7 +61,9 @@ class Shards:
         """Add an empty parameter for each part. Its loader keeps the tensor itself, still mapped from the file."""
         for part in self._names:
             empty = torch.empty(0, dtype=_DTYPES.get(part, dtype))
-            layer.register_parameter(part, BasevLLMParameter(data=empty, weight_loader=self._collector(part)))
+            layer.register_parameter(
+                part, BasevLLMParameter(data=empty, weight_loader=self._collector(part))
+            )
 
     def take(self, layer: Any) -> dict[ShardId, StoredWeight | Tensor]:
         """Remove these parameters and return the checked weight of each shard, in the layer's order; a tensor if dense.
@@ -69,19 +77,34 @@ class Shards:
         return {shard: self._checked(shard, parts[shard]) for shard in sorted(parts, key=_position)}
 
     def row_numbers(
-        self, layer: Any, load: Callable[..., None], stored: dict[ShardId, StoredWeight | Tensor], rows: int
+        self,
+        layer: Any,
+        load: Callable[..., None],
+        stored: dict[ShardId, StoredWeight | Tensor],
+        rows: int,
     ) -> Tensor:
         """For each of this rank's `rows`, its row number in the stacked shards, int64 [rows]. `load`: the layer's loader.
 
         Raises:
             RacError: a shard is missing, or its shape is not that of the model.
         """
-        numbers = ModelWeightParameter(data=torch.full((rows, 1), -1), input_dim=1, output_dim=0, weight_loader=load)
-        numbers.tp_rank, numbers.tp_size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
-        row_parallel = getattr(layer, "input_size_per_partition", layer.input_size) < layer.input_size
+        numbers = ModelWeightParameter(
+            data=torch.full((rows, 1), -1), input_dim=1, output_dim=0, weight_loader=load
+        )
+        numbers.tp_rank, numbers.tp_size = (
+            getattr(layer, "tp_rank", 0),
+            getattr(layer, "tp_size", 1),
+        )
+        row_parallel = (
+            getattr(layer, "input_size_per_partition", layer.input_size) < layer.input_size
+        )
         first = 0
         for shard, weight in stored.items():
-            n, k = (weight.rows, weight.columns) if isinstance(weight, StoredWeight) else tuple(weight.shape)
+            n, k = (
+                (weight.rows, weight.columns)
+                if isinstance(weight, StoredWeight)
+                else tuple(weight.shape)
+            )
             expected = _expected_rows(layer, shard)
             if k != layer.input_size or n != (expected or n):
                 raise RacError(
@@ -95,7 +118,9 @@ class Shards:
                 else:
                     load_shard(load, numbers, these, shard)
             except (RuntimeError, AssertionError) as error:
-                raise RacError(f"{self.name(shard)}: {n} rows cannot be sharded as this model's ({error})") from error
+                raise RacError(
+                    f"{self.name(shard)}: {n} rows cannot be sharded as this model's ({error})"
+                ) from error
             first += n
         if bool((numbers.data < 0).any()):
             raise RacError(
@@ -126,7 +151,9 @@ def parts_of(format: str | None, scales: str) -> tuple[str, ...]:
     return (*names, SCALE, *_UNUSED, *_ASYMMETRIC) if scales == "ours" else names
 
 
-def checked(parts: Mapping[str, Tensor], format: str | None, scales: str, name: str) -> StoredWeight | Tensor:
+def checked(
+    parts: Mapping[str, Tensor], format: str | None, scales: str, name: str
+) -> StoredWeight | Tensor:
     """The weight of module `name` from its tensors on disk; a tensor if it is stored dense beside packed ones.
 
     `format` and `scales` are those of `Shards`.
@@ -146,7 +173,9 @@ def checked(parts: Mapping[str, Tensor], format: str | None, scales: str, name: 
     if parts.keys() & {*PARTS[FORMAT_BITMASK]}:
         raise RacError(f"{name}.weight: stored both dense and packed; save the model again")
     if weight.dim() != 2 or not weight.numel():
-        raise RacError(f"{name}.weight: shape {list(weight.shape)} is not that of a matrix; the checkpoint is damaged")
+        raise RacError(
+            f"{name}.weight: shape {list(weight.shape)} is not that of a matrix; the checkpoint is damaged"
+        )
     if format is None:
         return from_dense(weight, name)
     if scales != "ours" or (weight.dtype in FLOATS and SCALE not in parts):
@@ -161,7 +190,9 @@ class CodeShards(Shards):
     `group` columns share a scale, None for a row.
     """
 
-    def __init__(self, prefix: str, modules: list[str], group: int | None, symmetric: bool, bits: int = 4) -> None:
+    def __init__(
+        self, prefix: str, modules: list[str], group: int | None, symmetric: bool, bits: int = 4
+    ) -> None:
         super().__init__(prefix, modules, None)
         self.group, self.symmetric, self.bits = group, symmetric, bits
         self._names = (*dense_codes.PARTS, "weight")
@@ -184,7 +215,9 @@ def loaded_again(prefix: str) -> RacError:
     )
 
 
-def load_shard(load: Callable[..., None], parameter: Tensor, tensor: Tensor, shard: ShardId) -> None:
+def load_shard(
+    load: Callable[..., None], parameter: Tensor, tensor: Tensor, shard: ShardId
+) -> None:
     """Call a layer's loader; loaders of layers that are not fused have no shard argument."""
     if shard is None:
         load(parameter, tensor)
@@ -194,7 +227,9 @@ def load_shard(load: Callable[..., None], parameter: Tensor, tensor: Tensor, sha
 
 def _position(shard: ShardId) -> int:
     first = shard[0] if isinstance(shard, tuple) else shard
-    return 0 if first is None else _QKV.get(first, len(_QKV)) if isinstance(first, str) else int(first)
+    return (
+        0 if first is None else _QKV.get(first, len(_QKV)) if isinstance(first, str) else int(first)
+    )
 
 
 def _expected_rows(layer: Any, shard: ShardId) -> int | None:
@@ -204,6 +239,8 @@ def _expected_rows(layer: Any, shard: ShardId) -> int | None:
         heads = getattr(layer, "total_num_heads" if shard == "q" else "total_num_kv_heads", None)
         return head * heads if head and heads and shard in _QKV else None
     if shard is not None:
-        return sum(layer.output_sizes[index] for index in (shard if isinstance(shard, tuple) else (shard,)))
+        return sum(
+            layer.output_sizes[index] for index in (shard if isinstance(shard, tuple) else (shard,))
+        )
     # For QKV, output_size counts replicated heads several times.
     return None if hasattr(layer, "total_num_kv_heads") else layer.output_size

@@ -16,7 +16,9 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
@@ -60,7 +62,11 @@ class SparseExpertsMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Nothing is allocated: the parts stay mapped from the files until they are packed."""
-        self.sizes = {"num_experts": num_experts, "params_dtype": params_dtype, **extra_weight_attrs}
+        self.sizes = {
+            "num_experts": num_experts,
+            "params_dtype": params_dtype,
+            **extra_weight_attrs,
+        }
         self.width, self.dtype = intermediate_size_per_partition, params_dtype
         self.device = torch.empty(0).device  # vLLM sets the default device
 
@@ -76,7 +82,8 @@ class SparseExpertsMethod(FusedMoEMethodBase):
         """
         parts, self._parts, self._taken = self._parts, {}, True
         stored = {
-            name: checked(found, self.format, self.scales, f"{self.prefix}.{name}") for name, found in parts.items()
+            name: checked(found, self.format, self.scales, f"{self.prefix}.{name}")
+            for name, found in parts.items()
         }
         reason = self._unsupported(layer, stored)
         decision = stay_dense(reason, self.dtype) if reason else self._pack(layer, stored)
@@ -126,7 +133,9 @@ class SparseExpertsMethod(FusedMoEMethodBase):
             or layer.apply_router_weight_on_input
             or moe.moe_parallel_config.enable_eplb
         ):
-            return "experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel"
+            return (
+                "experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel"
+            )
         return None
 
     def _pack(self, layer: Any, stored: dict[str, StoredWeight | Tensor]) -> Decision:
@@ -147,8 +156,12 @@ class SparseExpertsMethod(FusedMoEMethodBase):
             layer.expert_map_manager.expert_map,
         )
         weights = [share.rows * share.columns for _, _, share in chosen]
-        bytes_ = sum(d.bytes_per_weight * n for (d, _, _), n in zip(chosen, weights, strict=True)) / sum(weights)
-        return replace(chosen[0][0], kernel=f"{chosen[0][0].kernel}, experts", bytes_per_weight=bytes_)
+        bytes_ = sum(
+            d.bytes_per_weight * n for (d, _, _), n in zip(chosen, weights, strict=True)
+        ) / sum(weights)
+        return replace(
+            chosen[0][0], kernel=f"{chosen[0][0].kernel}, experts", bytes_per_weight=bytes_
+        )
 
     def _numbers(self, layer: Any) -> list[int]:
         """The experts of this rank, by their numbers in the checkpoint, in the order of their local numbers."""
@@ -156,7 +169,10 @@ class SparseExpertsMethod(FusedMoEMethodBase):
         if local is None:
             return list(range(layer.global_num_experts))
         places = local.tolist()
-        return sorted((number for number, place in enumerate(places) if place >= 0), key=lambda number: places[number])
+        return sorted(
+            (number for number, place in enumerate(places) if place >= 0),
+            key=lambda number: places[number],
+        )
 
     def _share(
         self, layer: Any, stored: dict[str, StoredWeight | Tensor], number: int
@@ -168,10 +184,14 @@ class SparseExpertsMethod(FusedMoEMethodBase):
         for name in names:
             weight = stored.get(f"{number}.{name}")
             shape = (
-                [moe.hidden_dim, moe.intermediate_size] if name == names[2] else [moe.intermediate_size, moe.hidden_dim]
+                [moe.hidden_dim, moe.intermediate_size]
+                if name == names[2]
+                else [moe.intermediate_size, moe.hidden_dim]
             )
             if not isinstance(weight, StoredWeight):
-                raise RacError(f"{self.prefix}.{number}.{name}: missing from the checkpoint; copy or save it again")
+                raise RacError(
+                    f"{self.prefix}.{number}.{name}: missing from the checkpoint; copy or save it again"
+                )
             if [weight.rows, weight.columns] != shape:
                 raise RacError(
                     f"{weight.name}: the checkpoint has a weight [{weight.rows}, {weight.columns}], the model's config.json "
@@ -188,15 +208,23 @@ class SparseExpertsMethod(FusedMoEMethodBase):
         """Have vLLM's own method run the experts, dense: created now, with the sizes that it needs."""
         method, moe = UnquantizedFusedMoEMethod(layer.moe_config), layer.moe_config
         sizes = method.maybe_roundup_sizes(
-            layer.hidden_size, moe.intermediate_size_per_partition, moe.in_dtype, moe.moe_parallel_config
+            layer.hidden_size,
+            moe.intermediate_size_per_partition,
+            moe.in_dtype,
+            moe.moe_parallel_config,
         )
         layer.hidden_size, layer.intermediate_size_per_partition = sizes
         moe.hidden_dim, moe.intermediate_size_per_partition = sizes
         layer._replace_quant_method(method)
         with self.device:
-            method.create_weights(layer, hidden_size=sizes[0], intermediate_size_per_partition=sizes[1], **self.sizes)
+            method.create_weights(
+                layer, hidden_size=sizes[0], intermediate_size_per_partition=sizes[1], **self.sizes
+            )
         dense = (  # one at a time
-            (f"{name}.weight", weight if isinstance(weight, Tensor) else weight.dequantized(self.dtype))
+            (
+                f"{name}.weight",
+                weight if isinstance(weight, Tensor) else weight.dequantized(self.dtype),
+            )
             for name, weight in stored.items()
         )
         for _ in self._load(chain(self._others, dense)):

@@ -108,7 +108,9 @@ def kinds_of(quantization: Mapping[str, Any]) -> tuple[str, ...]:
         for group in (quantization.get("config_groups") or {}).values()
         if isinstance(weights := group.get("weights"), Mapping)
     }
-    return tuple(sorted(kind for kind in found if kind in ("int8", "int4", "floats"))) or ("floats",)
+    return tuple(sorted(kind for kind in found if kind in ("int8", "int4", "floats"))) or (
+        "floats",
+    )
 
 
 def stored_name(prefix: str) -> str:
@@ -125,6 +127,8 @@ def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
 def _matches(module: str, entries: Iterable[str]) -> bool:
     """As in compressed-tensors: the whole name, or a pattern from its start; "Linear" is the class of every module."""
     return any(
-        re.match(entry[3:], module) is not None if entry.startswith("re:") else entry in (module, "Linear")
+        re.match(entry[3:], module) is not None
+        if entry.startswith("re:")
+        else entry in (module, "Linear")
         for entry in entries
     )

@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from rac_modifier.checkpoint.dense_codes import PARTS, check_codes, check_int8
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
@@ -18,7 +23,13 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, stac
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Layer
-from rac_modifier.vllm_plugin.head import EMBEDDING, VARIABLE, RoundedMethod, UntiedHeadMethod, wanted_bits
+from rac_modifier.vllm_plugin.head import (
+    EMBEDDING,
+    VARIABLE,
+    RoundedMethod,
+    UntiedHeadMethod,
+    wanted_bits,
+)
 from rac_modifier.vllm_plugin.shards import ShardId, Shards
 from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod, logger
 
@@ -48,11 +59,21 @@ class VocabularyMethods:
         what, variable = ("head", VARIABLE) if is_head else ("embedding", EMBEDDING)
         bits = wanted_bits(variable)
         scheme = None if quantized is None else quantized.get_scheme_dict(layer, prefix)
-        kernel_reads = scheme is not None and quantized is not None and why_not(scheme, quantized.quant_format) is None
-        method = StoredMethod(prefix, scheme["weights"]) if kernel_reads and scheme is not None else vllms()
+        kernel_reads = (
+            scheme is not None
+            and quantized is not None
+            and why_not(scheme, quantized.quant_format) is None
+        )
+        method = (
+            StoredMethod(prefix, scheme["weights"])
+            if kernel_reads and scheme is not None
+            else vllms()
+        )
         if method is not None:
             if bits is not None:
-                raise RacError(f"{variable}=int{bits}: the checkpoint has a quantized {what} already; unset {variable}")
+                raise RacError(
+                    f"{variable}=int{bits}: the checkpoint has a quantized {what} already; unset {variable}"
+                )
             self._stored_embedding |= kernel_reads and not is_head
             return method
         if bits is not None:
@@ -75,12 +96,16 @@ def why_not(scheme: Mapping[str, Any], format: str | None) -> str | None:
         return f"its weights are {kind}"
     if kind == "int8" and not weights["symmetric"]:
         return "its weights are asymmetric int8"
-    if scheme.get("output_activations") is not None or (kind == "int4" and scheme.get("input_activations") is not None):
+    if scheme.get("output_activations") is not None or (
+        kind == "int4" and scheme.get("input_activations") is not None
+    ):
         return "its activations are quantized too"
     own = scheme.get("format") or format
     if own not in ((PACK_QUANTIZED,) if kind == "int4" else _INT8_FORMATS):
         return f"its format is {own}"
-    if weights["strategy"] not in (("group", "channel") if kind == "int4" else ("group", "channel", "tensor")):
+    if weights["strategy"] not in (
+        ("group", "channel") if kind == "int4" else ("group", "channel", "tensor")
+    ):
         return f"its scales are per {weights['strategy']}"
     return None
 
@@ -139,7 +164,9 @@ class StoredMethod(VocabularyMethod):
         else:
             self.keep_packed(layer, backend, share, self.dtype)
         shape = [stored.rows, stored.columns]
-        logger.info("%s: int%d %s from the checkpoint: %s", name, stored.bits, shape, decision.reason)
+        logger.info(
+            "%s: int%d %s from the checkpoint: %s", name, stored.bits, shape, decision.reason
+        )
 
 
 class _VocabularyShards(Shards):
@@ -168,6 +195,8 @@ def _padded(weight: StoredWeight, rows: int) -> StoredWeight:
         all_stored(zeros, weight.name),
         scale=torch.ones(missing, weight.scale.shape[1]),
         bits=weight.bits,
-        zeros=None if weight.zeros is None else torch.full((missing, weight.zeros.shape[1]), 8, dtype=torch.uint8),
+        zeros=None
+        if weight.zeros is None
+        else torch.full((missing, weight.zeros.shape[1]), 8, dtype=torch.uint8),
     )
     return stack([weight, padding], weight.name)

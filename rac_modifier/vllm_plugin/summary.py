@@ -32,15 +32,22 @@ class Summary:
     def render(self) -> str:
         """One line per kernel, and one per reason not to use one."""
         sparse = [d for d in self.decisions.values() if d.sparse]
-        lines = [f"rac-sparse: {len(sparse)} of {len(self.decisions)} {self.layers} run on {self.kernel}"]
+        lines = [
+            f"rac-sparse: {len(sparse)} of {len(self.decisions)} {self.layers} run on {self.kernel}"
+        ]
         for kernel, count in Counter(d.kernel for d in sparse).items():
             of_kernel = [d for d in sparse if d.kernel == kernel]
-            low, high = min(d.bytes_per_weight for d in of_kernel), max(d.bytes_per_weight for d in of_kernel)
+            low, high = (
+                min(d.bytes_per_weight for d in of_kernel),
+                max(d.bytes_per_weight for d in of_kernel),
+            )
             gain = max(d.ceiling for d in of_kernel)
             lines.append(
                 f"  {kernel}: {_layers(count)}, {low:.2f}-{high:.2f} bytes per weight, at most {gain:.2f}x faster"
             )
-        for reason, count in Counter(d.reason for d in self.decisions.values() if not d.sparse).items():
+        for reason, count in Counter(
+            d.reason for d in self.decisions.values() if not d.sparse
+        ).items():
             first = next(name for name, d in self.decisions.items() if d.reason == reason)
             lines.append(f"  {reason}: {_layers(count)}, such as {first}")
         return "\n".join(lines)

@@ -31,7 +31,9 @@ class VocabularyMethod(QuantizeMethodBase):
         self.packed: PackedWeight | None = None
         self.tied: torch.nn.Module | None = None  # the embedding that a head is tied to
 
-    def create_weights(self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
+    def create_weights(
+        self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any
+    ) -> None:
         """As for a weight in floats."""
         self.plain.create_weights(layer, *weight_args, **extra_weight_attrs)
 
@@ -59,7 +61,9 @@ class VocabularyMethod(QuantizeMethodBase):
         self.packed = method.packed
         return True
 
-    def keep_packed(self, layer: torch.nn.Module, backend: Backend, stored: StoredWeight, dtype: torch.dtype) -> None:
+    def keep_packed(
+        self, layer: torch.nn.Module, backend: Backend, stored: StoredWeight, dtype: torch.dtype
+    ) -> None:
         """Pack a weight for the kernels; a float weight of the layer is dropped."""
         if hasattr(layer, "weight"):
             del layer.weight

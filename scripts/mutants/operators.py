@@ -35,8 +35,26 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitXor: ast.BitAnd,
 }
 # Layout and progress bars. `strict` of zip is an assertion of ours, as `assert` is: neither is mutated.
-COSMETIC_KEYWORDS = {"indent", "stacklevel", "encoding", "desc", "disable", "unit", "leave", "help", "strict"}
-SIMPLE_STATEMENTS = (ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Raise, ast.Delete)
+COSMETIC_KEYWORDS = {
+    "indent",
+    "stacklevel",
+    "encoding",
+    "desc",
+    "disable",
+    "unit",
+    "leave",
+    "help",
+    "strict",
+}
+SIMPLE_STATEMENTS = (
+    ast.Expr,
+    ast.Assign,
+    ast.AugAssign,
+    ast.AnnAssign,
+    ast.Return,
+    ast.Raise,
+    ast.Delete,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,9 @@ class Mutant:
     file: str  # relative to the tree, with slashes
     function: str  # qualified name, or <module>
     line: int
-    lines: tuple[int, int]  # first and last line of the statement, or of the expression where a block follows it
+    lines: tuple[
+        int, int
+    ]  # first and last line of the statement, or of the expression where a block follows it
     at_import: bool  # runs when the module is imported, not when a function is called
     start: int
     end: int
@@ -125,7 +145,12 @@ class _Finder(ast.NodeVisitor):
     def replace(self, node: ast.expr, other: ast.expr) -> None:
         """Note a mutant whose expression is another one."""
         text = ast.unparse(other)
-        self.add(node, text if isinstance(other, ast.Constant | ast.Name | ast.Call | ast.Subscript) else f"({text})")
+        self.add(
+            node,
+            text
+            if isinstance(other, ast.Constant | ast.Name | ast.Call | ast.Subscript)
+            else f"({text})",
+        )
 
     def visit(self, node: ast.AST) -> None:
         """Visit a node, note its own mutants and those of its children."""
@@ -164,7 +189,9 @@ class _Finder(ast.NodeVisitor):
         if isinstance(condition, ast.Name | ast.Attribute | ast.Call | ast.Subscript):
             self.replace(condition, ast.UnaryOp(ast.Not(), condition))
 
-    def _visit_definition(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
+    def _visit_definition(
+        self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    ) -> None:
         is_class = isinstance(node, ast.ClassDef)
         self.scope.append(node.name)
         outer, self.statement = self.statement, None
@@ -190,9 +217,13 @@ def _is_left_alone(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr):
         if isinstance(node.value, ast.Constant):
             return True
-        return isinstance(node.value, ast.Call) and ast.unparse(node.value.func).startswith(("logger.", "warnings."))
+        return isinstance(node.value, ast.Call) and ast.unparse(node.value.func).startswith(
+            ("logger.", "warnings.")
+        )
     if isinstance(node, ast.Assign):
-        return any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets)
+        return any(
+            isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets
+        )
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
@@ -212,7 +243,11 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 def _lost(node: ast.AST, change: ast.Call) -> str | None:
     """The keyword that a changed call has no more."""
     left = {keyword.arg for keyword in change.keywords}
-    return next((k.arg for k in node.keywords if k.arg not in left), None) if isinstance(node, ast.Call) else None
+    return (
+        next((k.arg for k in node.keywords if k.arg not in left), None)
+        if isinstance(node, ast.Call)
+        else None
+    )
 
 
 def _with(node: ast.expr, **fields: object) -> ast.expr:
@@ -266,7 +301,9 @@ def _statement_changes(node: ast.AST) -> Iterator[str]:
         if all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets):
             yield "pass"
     elif isinstance(node, ast.Delete):
-        if not all(isinstance(target, ast.Name) for target in node.targets):  # `del name` only frees memory
+        if not all(
+            isinstance(target, ast.Name) for target in node.targets
+        ):  # `del name` only frees memory
             yield "pass"
     elif isinstance(node, ast.Raise | ast.Break) or (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Call | ast.Await)
@@ -291,4 +328,6 @@ def _is_none(node: ast.expr) -> bool:
 
 
 def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )

@@ -40,7 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(Path.cwd()):
-        pytest.exit(f"{package} is imported from {spec and spec.origin}, not from {Path.cwd()}", WRONG_COPY)
+        pytest.exit(
+            f"{package} is imported from {spec and spec.origin}, not from {Path.cwd()}", WRONG_COPY
+        )
     if folder := os.environ.pop("MUTANTS_RECORD", None):
         config.pluginmanager.register(Recorder(config, package, Path(folder)))
     if listed := os.environ.pop("MUTANTS_TESTS", None):
@@ -54,11 +56,15 @@ class Chosen:
         self.place = {test: place for place, test in enumerate(tests)}
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
         """Leave out and sort."""
         others = [item for item in items if item.nodeid not in self.place]
         config.hook.pytest_deselected(items=others)
-        items[:] = sorted((i for i in items if i.nodeid in self.place), key=lambda item: self.place[item.nodeid])
+        items[:] = sorted(
+            (i for i in items if i.nodeid in self.place), key=lambda item: self.place[item.nodeid]
+        )
 
 
 class Recorder:
@@ -68,7 +74,9 @@ class Recorder:
         import coverage
 
         self.root, self.folder = Path.cwd(), folder
-        self.coverage = coverage.Coverage(data_file=None, config_file=False, include=[f"{self.root}/{package}/*"])
+        self.coverage = coverage.Coverage(
+            data_file=None, config_file=False, include=[f"{self.root}/{package}/*"]
+        )
         self.context = ""
         self.shared: dict[str, dict[str, set[int]]] = {}  # fixture context -> file -> lines
         self.tests: dict[str, dict[str, Any]] = {}
@@ -84,11 +92,15 @@ class Recorder:
         self.coverage.start()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Iterator[None]:
         """One test with its own set-up."""
         self.tests[item.nodeid] = {"passed": True, "ran": False}
         self.fixtures[item.nodeid] = [
-            self._fixture(name, item) for name in getattr(item, "fixturenames", ()) if name != "request"
+            self._fixture(name, item)
+            for name in getattr(item, "fixturenames", ())
+            if name != "request"
         ]
         self._switch(item.nodeid)
         start = time.perf_counter()
@@ -110,7 +122,9 @@ class Recorder:
         return f"{FIXTURE}{name} {item.path}"
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Iterator[Any]:
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Iterator[Any]:
         """A fixture that several tests share has a context of its own."""
         if fixturedef.scope == "function":
             return (yield)
@@ -131,7 +145,11 @@ class Recorder:
             file = Path(measured).relative_to(self.root).as_posix()
             for line, contexts in data.contexts_by_lineno(measured).items():
                 for context in contexts:
-                    of = self.shared.setdefault(context, {}) if context.startswith(FIXTURE) else lines.get(context)
+                    of = (
+                        self.shared.setdefault(context, {})
+                        if context.startswith(FIXTURE)
+                        else lines.get(context)
+                    )
                     if of is not None:
                         of.setdefault(file, set()).add(line)
         for test, names in self.fixtures.items():
@@ -147,7 +165,10 @@ class Recorder:
             "digest": digest(path),
             "sources": {file: digest(self.root / file) for file in files},
             "tests": {
-                test: {**self.tests[test], "lines": {file: sorted(found) for file, found in lines[test].items()}}
+                test: {
+                    **self.tests[test],
+                    "lines": {file: sorted(found) for file, found in lines[test].items()},
+                }
                 for test in self.tests
             },
         }

@@ -54,18 +54,31 @@ def pytest_command(
         "MUTANTS_PACKAGE": package,
         **settings,
     }
-    command = [environment.python, "-m", "pytest", "-q", "-p", "scripts.mutants.plugin", "-p", "no:cacheprovider"]
+    command = [
+        environment.python,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "scripts.mutants.plugin",
+        "-p",
+        "no:cacheprovider",
+    ]
     return [*command, *environment.pytest_options], variables
 
 
 def record(environment: Environment, tree: Path, package: str, folder: Path) -> list[RecordedTest]:
     """The tests of an environment with what they reach; runs those whose file, or a file that they reach, changed."""
     folder = folder / environment.name
-    stale = [file for file in environment.test_files if not _is_current(folder / record_name(file), tree)]
+    stale = [
+        file for file in environment.test_files if not _is_current(folder / record_name(file), tree)
+    ]
     for file in stale:
         (folder / record_name(file)).unlink(missing_ok=True)
     if stale:
-        print(f"{environment.name}: recording what the tests of {len(stale)} files reach", flush=True)
+        print(
+            f"{environment.name}: recording what the tests of {len(stale)} files reach", flush=True
+        )
         command, variables = pytest_command(environment, tree, package, MUTANTS_RECORD=str(folder))
         done = subprocess.run([*command, *stale], cwd=tree, env=variables, check=False)
         if done.returncode not in (0, 1, 5):
@@ -74,10 +87,17 @@ def record(environment: Environment, tree: Path, package: str, folder: Path) -> 
             )
         for file in stale:
             if not (folder / record_name(file)).is_file():  # nothing of it runs in this environment
-                nothing = {"test_file": file, "digest": digest(tree / file), "sources": {}, "tests": {}}
+                nothing = {
+                    "test_file": file,
+                    "digest": digest(tree / file),
+                    "sources": {},
+                    "tests": {},
+                }
                 (folder / record_name(file)).write_text(json.dumps(nothing))
     tests, failed = [], []
-    same: dict[tuple[int, ...], frozenset[int]] = {}  # many tests run the same lines of a file: one set in memory
+    same: dict[
+        tuple[int, ...], frozenset[int]
+    ] = {}  # many tests run the same lines of a file: one set in memory
     for file in environment.test_files:
         for name, test in json.loads((folder / record_name(file)).read_text())["tests"].items():
             if not test["passed"]:
@@ -89,7 +109,11 @@ def record(environment: Environment, tree: Path, package: str, folder: Path) -> 
                 }
                 tests.append(RecordedTest(name, test["seconds"], lines))
     if failed:
-        print(f"{environment.name}: {len(failed)} tests fail without a mutant and are left out:", *failed, sep="\n  ")
+        print(
+            f"{environment.name}: {len(failed)} tests fail without a mutant and are left out:",
+            *failed,
+            sep="\n  ",
+        )
     return tests
 
 
@@ -98,19 +122,25 @@ def _is_current(path: Path, tree: Path) -> bool:
         return False
     record = json.loads(path.read_text())
     files = {record["test_file"]: record["digest"], **record["sources"]}
-    return all((tree / file).is_file() and digest(tree / file) == known for file, known in files.items())
+    return all(
+        (tree / file).is_file() and digest(tree / file) == known for file, known in files.items()
+    )
 
 
 def importers(tree: Path, package: str) -> dict[str, set[str]]:
     """Per file of the package: the files that import from it."""
     files = {
-        ".".join(p.relative_to(tree).with_suffix("").parts): p.relative_to(tree) for p in (tree / package).rglob("*.py")
+        ".".join(p.relative_to(tree).with_suffix("").parts): p.relative_to(tree)
+        for p in (tree / package).rglob("*.py")
     }
     found: dict[str, set[str]] = {path.as_posix(): set() for path in files.values()}
     for path in files.values():
         for node in ast.walk(ast.parse((tree / path).read_bytes())):
             if isinstance(node, ast.ImportFrom):
-                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+                names = [
+                    node.module or "",
+                    *(f"{node.module}.{alias.name}" for alias in node.names),
+                ]
             elif isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             else:
@@ -121,7 +151,9 @@ def importers(tree: Path, package: str) -> dict[str, set[str]]:
     return found
 
 
-def choose(mutant: Mutant, tests: list[RecordedTest], users: set[str], budget: float) -> list[RecordedTest]:
+def choose(
+    mutant: Mutant, tests: list[RecordedTest], users: set[str], budget: float
+) -> list[RecordedTest]:
     """The tests that may notice a mutant, nearest first, up to `budget` seconds of them.
 
     A line in a function: the tests that run it. A line that runs at import: the tests that run another line of its file,
@@ -129,7 +161,11 @@ def choose(mutant: Mutant, tests: list[RecordedTest], users: set[str], budget: f
     file, and those in the mirrored test file and its folder.
     """
     first, last = mutant.lines
-    near = [test for test in tests if any(first <= line <= last for line in test.lines.get(mutant.file, ()))]
+    near = [
+        test
+        for test in tests
+        if any(first <= line <= last for line in test.lines.get(mutant.file, ()))
+    ]
     if mutant.at_import or not near:
         mirror = _mirror(mutant.file)
         near = [
@@ -145,7 +181,9 @@ def choose(mutant: Mutant, tests: list[RecordedTest], users: set[str], budget: f
             chosen.append(test)
             left -= test.seconds
     order = {file: place for place, file in enumerate(dict.fromkeys(test.file for test in chosen))}
-    return sorted(chosen, key=lambda test: order[test.file])  # file by file: shared fixtures are set up once
+    return sorted(
+        chosen, key=lambda test: order[test.file]
+    )  # file by file: shared fixtures are set up once
 
 
 def _mirror(file: str) -> str:

@@ -48,7 +48,10 @@ def copy_tree(tree: Path, copy: Path) -> Path:
 
 
 def attempt(
-    mutant: Mutant | None, choices: Sequence[tuple[Environment, list[RecordedTest]]], tree: Path, package: str
+    mutant: Mutant | None,
+    choices: Sequence[tuple[Environment, list[RecordedTest]]],
+    tree: Path,
+    package: str,
 ) -> Outcome:
     """Put a mutant into a tree of its own, run its tests of each environment until one fails, put the file back.
 
@@ -78,7 +81,9 @@ def _run(environment: Environment, tests: list[RecordedTest], tree: Path, packag
     temporary.mkdir()
     listed = temporary / "tests.txt"
     listed.write_text("\n".join(test.name for test in tests))
-    command, variables = pytest_command(environment, tree, package, MUTANTS_TESTS=str(listed), TMPDIR=str(temporary))
+    command, variables = pytest_command(
+        environment, tree, package, MUTANTS_TESTS=str(listed), TMPDIR=str(temporary)
+    )
     files = list(dict.fromkeys(test.file for test in tests))
     process = subprocess.Popen(
         [*command, "-x", *files],
@@ -97,7 +102,9 @@ def _run(environment: Environment, tests: list[RecordedTest], tree: Path, packag
         _end(process)
         shutil.rmtree(temporary, ignore_errors=True)
     if process.returncode in (WRONG_COPY, NO_TESTS):
-        raise RuntimeError(f"{' '.join(command)} in {tree} ended with {process.returncode}:\n{output.decode()[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} in {tree} ended with {process.returncode}:\n{output.decode()[-2000:]}"
+        )
     return SURVIVED if process.returncode == 0 else KILLED
 
 

@@ -75,12 +75,16 @@ CASES += [
     Case(
         "how traces are sampled, beside a mixture of prompts alone",
         "traces.sampling.max_new_tokens: 512 has no effect beside a mixture without traces",
-        lambda b: b.check(traces={"sampling": {"max_new_tokens": 512}}, calibration={"mixture": {"prompts": 1.0}}),
+        lambda b: b.check(
+            traces={"sampling": {"max_new_tokens": 512}}, calibration={"mixture": {"prompts": 1.0}}
+        ),
     ),
     Case(
         "a batch size for sampling beside servers",
         "traces.sampling.batch_size: 8 has no effect beside traces.engine; leave it out, or set traces.engine.concurrency",
-        lambda b: b.check(traces={"engine": {"base_urls": ["http://127.0.0.1:1"]}, "sampling": {"batch_size": 8}}),
+        lambda b: b.check(
+            traces={"engine": {"base_urls": ["http://127.0.0.1:1"]}, "sampling": {"batch_size": 8}}
+        ),
     ),
     Case(
         "`retry_failed` without servers",
@@ -91,13 +95,19 @@ CASES += [
     Case(
         "a named source that the mixture does not use",
         "has no effect unless the mixture names it; add traces:math to calibration.mixture",
-        lambda b: b.check(traces={"sources": {"math": {"problems": {"source": "reasoning-gym:gcd"}}}}),
+        lambda b: b.check(
+            traces={"sources": {"math": {"problems": {"source": "reasoning-gym:gcd"}}}}
+        ),
     ),
     Case(
         "generic text without its column",
         "needs the name of its text column",
         lambda b: b.prune_with(
-            calibration={"mixture": {"generic": 1.0}, "generic": {"source": "some/dataset"}, "tokens": 300}
+            calibration={
+                "mixture": {"generic": 1.0},
+                "generic": {"source": "some/dataset"},
+                "tokens": 300,
+            }
         ),
     ),
 ]
@@ -107,7 +117,13 @@ CASES += [
 def _(b: Bench) -> None:
     text = b.tmp / "text.txt"
     text.write_text("ordinary text. " * 100)
-    b.prune_with(calibration={"mixture": {"generic": 1.0}, "tokens": 20_000, "generic": {"source": str(text)}})
+    b.prune_with(
+        calibration={
+            "mixture": {"generic": 1.0},
+            "tokens": 20_000,
+            "generic": {"source": str(text)},
+        }
+    )
 
 
 @CASES.case("a budget larger than the problems give", "are used up")

@@ -55,7 +55,10 @@ def _(b: Bench) -> None:
     load_model(b.tmp / "out")
 
 
-@CASES.case("a packed checkpoint in transformers, with a damaged weight", "keep exactly two; the checkpoint is damaged")
+@CASES.case(
+    "a packed checkpoint in transformers, with a damaged weight",
+    "keep exactly two; the checkpoint is damaged",
+)
 def _(b: Bench) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
@@ -80,7 +83,9 @@ def _(b: Bench) -> None:
     load_model(b.tmp / "model")
 
 
-@CASES.case("a packed checkpoint beside another config.json", "restore the config.json that packing wrote")
+@CASES.case(
+    "a packed checkpoint beside another config.json", "restore the config.json that packing wrote"
+)
 def _(b: Bench) -> None:
     from rac_modifier import load_model
 
@@ -90,39 +95,55 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "a sparsity_config of a format that is not known", "sparsity_config.format is 'sparse-new', which cannot be read"
+    "a sparsity_config of a format that is not known",
+    "sparsity_config.format is 'sparse-new', which cannot be read",
 )
 def _(b: Bench) -> None:
     shutil.copytree(b.folder, b.tmp / "model")
     config = json.loads((b.tmp / "model" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-new"}}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": {"format": "sparse-new"},
+    }
     (b.tmp / "model" / "config.json").write_text(json.dumps(config))
     b.rac("inspect", b.tmp / "model")
 
 
 @CASES.case(
-    "predicting times on a GPU that is not known", "is not known; use a100, h100, h200, b200, 4090, l4, or cuda:0"
+    "predicting times on a GPU that is not known",
+    "is not known; use a100, h100, h200, b200, 4090, l4, or cuda:0",
 )
 def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--device", "rtx")
 
 
-@CASES.case("predicting times on a GPU that this machine does not have", "CUDA devices here; name a card: a100, h100")
+@CASES.case(
+    "predicting times on a GPU that this machine does not have",
+    "CUDA devices here; name a card: a100, h100",
+)
 def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--device", "cuda:99")
 
 
-@CASES.case("predicting times of a step of many tokens", "129 tokens: times are predicted for 1 to 128")
+@CASES.case(
+    "predicting times of a step of many tokens", "129 tokens: times are predicted for 1 to 128"
+)
 def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--device", "h100", "--tokens", "129")
 
 
-@CASES.case("a number of tokens for `rac inspect` without a GPU", "name a GPU with --device, such as --device h100")
+@CASES.case(
+    "a number of tokens for `rac inspect` without a GPU",
+    "name a GPU with --device, such as --device h100",
+)
 def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--tokens", "8")
 
 
-@CASES.case("predicting times of a checkpoint whose pattern is broken", "not sound, see the notes of the table")
+@CASES.case(
+    "predicting times of a checkpoint whose pattern is broken",
+    "not sound, see the notes of the table",
+)
 def _(b: Bench) -> None:
     from rac_modifier.checkpoint import inspect
 
@@ -132,7 +153,9 @@ def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--device", "h100")
 
 
-@CASES.case("looking into a folder that is not there", "no such folder; give the folder of a saved model")
+@CASES.case(
+    "looking into a folder that is not there", "no such folder; give the folder of a saved model"
+)
 def _(b: Bench) -> None:
     b.rac("inspect", b.tmp / "nowhere")
 
@@ -142,12 +165,18 @@ def _(b: Bench) -> None:
     b.rac("inspect", "owner/name")
 
 
-@CASES.case("activations of a model of the hub", "no folder of a checkpoint; give the folder of a packed int8 or int4")
+@CASES.case(
+    "activations of a model of the hub",
+    "no folder of a checkpoint; give the folder of a packed int8 or int4",
+)
 def _(b: Bench) -> None:
     b.rac("activations", "owner/name")
 
 
-@CASES.case("activations of a model in floats", "its weights are neither quantized nor packed; give the folder")
+@CASES.case(
+    "activations of a model in floats",
+    "its weights are neither quantized nor packed; give the folder",
+)
 def _(b: Bench) -> None:
     b.rac("activations", b.folder)
 
@@ -155,7 +184,9 @@ def _(b: Bench) -> None:
 def _activations_of(b: Bench, quantization: dict[str, object]) -> None:
     shutil.copytree(b.folder, b.tmp / "model")
     config = json.loads((b.tmp / "model" / "config.json").read_text())
-    (b.tmp / "model" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    (b.tmp / "model" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": quantization})
+    )
     b.rac("activations", b.tmp / "model")
 
 
@@ -166,13 +197,23 @@ def _activations_of(b: Bench, quantization: dict[str, object]) -> None:
 def _(b: Bench) -> None:
     inputs = {"num_bits": 8, "type": "float", "strategy": "token"}
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": "pack-quantized"}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs,
+        "format": "pack-quantized",
+    }
     _activations_of(b, {"quant_method": "compressed-tensors", "config_groups": {"g": group}})
 
 
 @CASES.case(
-    "activations of a dense int8 model", "with rounded activations (its weights are int8: int8 one scale per channel"
+    "activations of a dense int8 model",
+    "with rounded activations (its weights are int8: int8 one scale per channel",
 )
 def _(b: Bench) -> None:
-    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}, "format": "pack-quantized"}
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "strategy": "channel"},
+        "format": "pack-quantized",
+    }
     _activations_of(b, {"quant_method": "compressed-tensors", "config_groups": {"g": group}})

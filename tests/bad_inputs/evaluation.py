@@ -31,7 +31,12 @@ def copy_of(b: Bench, *rows: dict[str, Any]) -> Path:
 def programs(b: Bench, private: str, *options: str) -> None:
     """A benchmark of programs with a text in its column of private tests."""
     case = json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}])
-    columns = {"question_content": "Double?", "public_test_cases": case, "starter_code": "", "metadata": "{}"}
+    columns = {
+        "question_content": "Double?",
+        "public_test_cases": case,
+        "starter_code": "",
+        "metadata": "{}",
+    }
     path = copy_of(b, {**columns, "private_test_cases": private})
     b.rac("eval", b.folder, "--preset", "livecodebench", "--source", path, *options)
 
@@ -140,13 +145,20 @@ CASES += [
     Case(
         "`rac eval --preset` with a copy that lacks a column",
         "has no column 'answer'",
-        lambda b: b.rac("eval", b.folder, "--preset", "math-500", "--source", copy_of(b, {"problem": "1 + 1?"})),
+        lambda b: b.rac(
+            "eval", b.folder, "--preset", "math-500", "--source", copy_of(b, {"problem": "1 + 1?"})
+        ),
     ),
     Case(
         "`rac eval --preset` with a row without an answer",
         "column 'answer' holds nothing; complete the row",
         lambda b: b.rac(
-            "eval", b.folder, "--preset", "aime24", "--source", copy_of(b, {"problem": "1 + 1?", "answer": " "})
+            "eval",
+            b.folder,
+            "--preset",
+            "aime24",
+            "--source",
+            copy_of(b, {"problem": "1 + 1?", "answer": " "}),
         ),
     ),
     Case(
@@ -178,7 +190,9 @@ def _(b: Bench) -> None:
     b.rac("eval", b.folder, "--serve")
 
 
-@CASES.case("`rac eval --serve` with a vllm that does not start", "vllm serve stopped with exit code 1")
+@CASES.case(
+    "`rac eval --serve` with a vllm that does not start", "vllm serve stopped with exit code 1"
+)
 def _(b: Bench) -> None:
     b.monkeypatch.setenv("RAC_VLLM", "false")
     b.rac("eval", b.folder, "--serve", "--problems", "2")

@@ -46,7 +46,9 @@ CASES += [
     Case(
         "a recipe in the place of a grid",
         "is a recipe and no grid; write a grid with rows: [{label: one, recipe: ",
-        lambda b: b.rac("frontier", b.folder, "--recipe-grid", recipe("rac_2of4"), "--out", b.tmp / "out"),
+        lambda b: b.rac(
+            "frontier", b.folder, "--recipe-grid", recipe("rac_2of4"), "--out", b.tmp / "out"
+        ),
     ),
     Case(
         "a grid with a recipe that cannot be run",
@@ -62,7 +64,11 @@ CASES += [
         "a grid with groups that do not divide a layer",
         "has 64 inputs, no multiple of the group_size 128; set one that divides them",
         lambda b: frontier(
-            b, {"label": "int4", "recipe": {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": GPTQ}}
+            b,
+            {
+                "label": "int4",
+                "recipe": {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": GPTQ},
+            },
         ),
     ),
     Case(
@@ -73,26 +79,38 @@ CASES += [
     Case(
         "`rac frontier --run-code` without programs",
         "--run-code is for a grid with a benchmark whose answers are programs; leave it out",
-        lambda b: b.rac("frontier", b.folder, "--recipe-grid", "small", "--out", b.tmp / "out", "--run-code"),
+        lambda b: b.rac(
+            "frontier", b.folder, "--recipe-grid", "small", "--out", b.tmp / "out", "--run-code"
+        ),
     ),
     Case(
         "a grid with a modifier in front of the one that calibrates it",
         "which changes the model before its traces are taken; write it first",
         lambda b: frontier(
-            b, {"label": "int4", "recipe": {"GPTQModifier": GPTQ, "ReasoningAwareCalibrationModifier": {}}}
+            b,
+            {
+                "label": "int4",
+                "recipe": {"GPTQModifier": GPTQ, "ReasoningAwareCalibrationModifier": {}},
+            },
         ),
     ),
     Case(
         "a grid with a modifier that calibrates, and nothing that says on what",
         "GPTQModifier calibrates, and nothing says on what; add ReasoningAwareCalibrationModifier: {} before it",
         lambda b: frontier(
-            b, {"label": "int8", "recipe": {"GPTQModifier": {"config_groups": {"w": BYTES}, "ignore": ["lm_head"]}}}
+            b,
+            {
+                "label": "int8",
+                "recipe": {"GPTQModifier": {"config_groups": {"w": BYTES}, "ignore": ["lm_head"]}},
+            },
         ),
     ),
     Case(
         "a grid with calibration seeds for a row that calibrates on nothing",
         "seeds: [0, 1] changes an entry of ours, and its recipe has none",
-        lambda b: frontier(b, {"label": "nearest", "recipe": {"QuantizationModifier": GPTQ}, "seeds": [0, 1]}),
+        lambda b: frontier(
+            b, {"label": "nearest", "recipe": {"QuantizationModifier": GPTQ}, "seeds": [0, 1]}
+        ),
     ),
     Case(
         "a grid with one label twice",
@@ -111,7 +129,9 @@ CASES += [
     Case(
         "a grid whose rows ask with different prompts",
         "set template, system_prompt and thinking under shared: traces: sampling",
-        lambda b: frontier(b, {**GOOD, "label": "brief", "set": {"traces.sampling.system_prompt": "Be brief."}}),
+        lambda b: frontier(
+            b, {**GOOD, "label": "brief", "set": {"traces.sampling.system_prompt": "Be brief."}}
+        ),
     ),
     Case(
         "a grid with a setting that does not exist",
@@ -131,12 +151,16 @@ CASES += [
     Case(
         "a grid with a benchmark twice",
         "benchmarks names math-500 twice; name each once",
-        lambda b: frontier(b, evaluation={"benchmarks": [{"preset": "math-500"}, {"preset": "math-500", "cap": 9}]}),
+        lambda b: frontier(
+            b, evaluation={"benchmarks": [{"preset": "math-500"}, {"preset": "math-500", "cap": 9}]}
+        ),
     ),
     Case(
         "a grid that is a text",
         "holds no grid but str; write it as rows:",
-        lambda b: b.rac("frontier", b.folder, "--recipe-grid", written(b, "hello"), "--out", b.tmp / "f"),
+        lambda b: b.rac(
+            "frontier", b.folder, "--recipe-grid", written(b, "hello"), "--out", b.tmp / "f"
+        ),
     ),
     Case(
         "a grid with a concurrency and no server",
@@ -151,12 +175,17 @@ CASES += [
     Case(
         "a grid whose models are served, without a vllm",
         "is no command that can be run; name the vllm of the environment that has it",
-        lambda b: (b.monkeypatch.setenv("RAC_VLLM", "/no/vllm"), frontier(b, evaluation={"serve": True})),
+        lambda b: (
+            b.monkeypatch.setenv("RAC_VLLM", "/no/vllm"),
+            frontier(b, evaluation={"serve": True}),
+        ),
     ),
     Case(
         "`rac traces collect --serve` with a recipe that names servers",
         "--serve starts a server, and the recipe names http://127.0.0.1:9/v1; leave one out",
-        lambda b: collect(b, "-s", 'traces.engine={"base_urls": ["http://127.0.0.1:9"]}', "--serve"),
+        lambda b: collect(
+            b, "-s", 'traces.engine={"base_urls": ["http://127.0.0.1:9"]}', "--serve"
+        ),
     ),
     Case(
         "`rac traces collect --concurrency` without a server",
@@ -166,17 +195,23 @@ CASES += [
     Case(
         "`rac frontier` into a folder of another model",
         "was measured with another model",
-        lambda b: b.rac("frontier", b.folder, "--recipe-grid", "small", "--out", write_sample(b.tmp / "sample")),
+        lambda b: b.rac(
+            "frontier", b.folder, "--recipe-grid", "small", "--out", write_sample(b.tmp / "sample")
+        ),
     ),
     Case(
         "`rac report` of results of another version",
         "is of version 2, and this package reads and writes version 1",
-        lambda b: b.rac("report", changed(b, "rows.jsonl", '"version": 1', '"version": 2'), "-o", "report.html"),
+        lambda b: b.rac(
+            "report", changed(b, "rows.jsonl", '"version": 1', '"version": 2'), "-o", "report.html"
+        ),
     ),
     Case(
         "`rac report` of a damaged line",
         "line 1: not JSON",
-        lambda b: b.rac("report", changed(b, "rows.jsonl", '{"version"', '"version"'), "-o", "report.html"),
+        lambda b: b.rac(
+            "report", changed(b, "rows.jsonl", '{"version"', '"version"'), "-o", "report.html"
+        ),
     ),
     Case(
         "`rac report` of a folder without results",

@@ -40,7 +40,10 @@ def scales(groups: int) -> Tensor:
     return pack_scale(torch.ones(16, groups))
 
 
-@CASES.case("`RAC_KERNEL` of an instruction set that is not known", 'RAC_KERNEL="sse": use one of portable, avx2')
+@CASES.case(
+    "`RAC_KERNEL` of an instruction set that is not known",
+    'RAC_KERNEL="sse": use one of portable, avx2',
+)
 def _(b: Bench) -> None:
     from rac_modifier.kernels.cpu import support
 
@@ -48,7 +51,10 @@ def _(b: Bench) -> None:
     support.support.__wrapped__()
 
 
-@CASES.case("a value that does not fit four bits", "values: one of them does not fit 4 bits, 0 to 15 with its code")
+@CASES.case(
+    "a value that does not fit four bits",
+    "values: one of them does not fit 4 bits, 0 to 15 with its code",
+)
 def _(b: Bench) -> None:
     pack(8)
 
@@ -58,12 +64,18 @@ def _(b: Bench) -> None:
     pack(-8, zeros=torch.full((16, 1), 16, dtype=torch.uint8))
 
 
-@CASES.case("codes of zero of another dtype", "zeros: torch.int8, 2 groups; codes of a weight [16, 64] need uint8")
+@CASES.case(
+    "codes of zero of another dtype",
+    "zeros: torch.int8, 2 groups; codes of a weight [16, 64] need uint8",
+)
 def _(b: Bench) -> None:
     pack(zeros=torch.full((16, 2), 8, dtype=torch.int8))
 
 
-@CASES.case("codes of zero of an int8 weight", "zeros: torch.uint8, 1 groups; codes of a weight [16, 64] need uint8")
+@CASES.case(
+    "codes of zero of an int8 weight",
+    "zeros: torch.uint8, 1 groups; codes of a weight [16, 64] need uint8",
+)
 def _(b: Bench) -> None:
     pack(bits=8, zeros=torch.full((16, 1), 8, dtype=torch.uint8))
 
@@ -78,18 +90,25 @@ def _(b: Bench) -> None:
     multiply(pack(), None)
 
 
-@CASES.case("int4 scales in groups of 4 columns", "groups of 4 columns; they must have a multiple of 8, at most 512")
+@CASES.case(
+    "int4 scales in groups of 4 columns",
+    "groups of 4 columns; they must have a multiple of 8, at most 512",
+)
 def _(b: Bench) -> None:
     multiply(pack(), scales(16))
 
 
-@CASES.case("int4 scales in other groups than the codes of zero", "1 groups, where the weight's zeros have 2")
+@CASES.case(
+    "int4 scales in other groups than the codes of zero",
+    "1 groups, where the weight's zeros have 2",
+)
 def _(b: Bench) -> None:
     multiply(pack(-8, zeros=torch.full((16, 2), 8, dtype=torch.uint8)), scales(1))
 
 
 @CASES.case(
-    "int4 scales that do not divide the columns", "does not fit a weight [16, 64]; pass what `pack_scale` returned"
+    "int4 scales that do not divide the columns",
+    "does not fit a weight [16, 64]; pass what `pack_scale` returned",
 )
 def _(b: Bench) -> None:
     multiply(pack(), scales(5))
@@ -100,7 +119,9 @@ def _(b: Bench) -> None:
     multiply(pack(bits=8), scales(1).bfloat16())
 
 
-@CASES.case("a packed int4 weight that was changed", "panel 1: its offset is not that of a dense weight")
+@CASES.case(
+    "a packed int4 weight that was changed", "panel 1: its offset is not that of a dense weight"
+)
 def _(b: Bench) -> None:
     from rac_modifier.kernels.cpu.packed import check_packed
 
@@ -123,62 +144,80 @@ def check(symmetric: bool = False, group: int | None = 32, **changes: Tensor | N
     check_codes(tensors, "model.layers.0.mlp.up_proj", group, symmetric)
 
 
-@CASES.case("a dense int4 weight that lacks a part", "up_proj.weight_packed: missing from the checkpoint")
+@CASES.case(
+    "a dense int4 weight that lacks a part", "up_proj.weight_packed: missing from the checkpoint"
+)
 def _(b: Bench) -> None:
     check(weight_packed=None)
 
 
 @CASES.case(
-    "a dense int4 weight of fewer words than its shape says", "does not hold 64 values of 4 bits, which take 8 int32"
+    "a dense int4 weight of fewer words than its shape says",
+    "does not hold 64 values of 4 bits, which take 8 int32",
 )
 def _(b: Bench) -> None:
     check(weight_packed=torch.zeros(16, 7, dtype=torch.int32))
 
 
 @CASES.case(
-    "a dense int4 weight of other rows than its shape says", "where dimension 0 must be 16; the checkpoint is damaged"
+    "a dense int4 weight of other rows than its shape says",
+    "where dimension 0 must be 16; the checkpoint is damaged",
 )
 def _(b: Bench) -> None:
     check(weight_packed=torch.zeros(15, 8, dtype=torch.int32))
 
 
-@CASES.case("a weight_shape that is none", "up_proj.weight_shape: torch.int64 [16, 0] is not the shape of a matrix")
+@CASES.case(
+    "a weight_shape that is none",
+    "up_proj.weight_shape: torch.int64 [16, 0] is not the shape of a matrix",
+)
 def _(b: Bench) -> None:
     check(weight_shape=torch.tensor([16, 0]))
 
 
-@CASES.case("a dense int4 weight with a scale that is not finite", "up_proj.weight_scale: torch.float32, or not finite")
+@CASES.case(
+    "a dense int4 weight with a scale that is not finite",
+    "up_proj.weight_scale: torch.float32, or not finite",
+)
 def _(b: Bench) -> None:
     check(weight_scale=torch.full((16, 2), torch.nan))
 
 
 @CASES.case(
-    "scales in other groups than config.json has", "2 per row of 64 columns, but config.json has groups of 16 columns"
+    "scales in other groups than config.json has",
+    "2 per row of 64 columns, but config.json has groups of 16 columns",
 )
 def _(b: Bench) -> None:
     check(group=16)
 
 
 @CASES.case(
-    "zero points that are not in int32 words", "up_proj.weight_zero_point: torch.int8 [2, 2] does not hold 16 values"
+    "zero points that are not in int32 words",
+    "up_proj.weight_zero_point: torch.int8 [2, 2] does not hold 16 values",
 )
 def _(b: Bench) -> None:
     check(weight_zero_point=torch.zeros(2, 2, dtype=torch.int8))
 
 
 @CASES.case(
-    "zero points, where config.json has a symmetric scheme", "weight_zero_point: must not be there, since config.json"
+    "zero points, where config.json has a symmetric scheme",
+    "weight_zero_point: must not be there, since config.json",
 )
 def _(b: Bench) -> None:
     check(symmetric=True)
 
 
-@CASES.case("int4 weights with reordered columns", "weight_g_idx: its columns were reordered (actorder: group)")
+@CASES.case(
+    "int4 weights with reordered columns",
+    "weight_g_idx: its columns were reordered (actorder: group)",
+)
 def _(b: Bench) -> None:
     check(weight_g_idx=torch.arange(64))
 
 
-def gptq(symmetric: bool = True, bits: int = 4, reordered: bool = False, **changes: Tensor | None) -> None:
+def gptq(
+    symmetric: bool = True, bits: int = 4, reordered: bool = False, **changes: Tensor | None
+) -> None:
     """Read a GPTQ weight [32, 64] in groups of 32 columns, with some of its parts replaced; None: left out."""
     from rac_modifier.checkpoint.gptq_awq import check_gptq
 
@@ -196,31 +235,42 @@ def _(b: Bench) -> None:
     gptq(scales=None)
 
 
-@CASES.case("a GPTQ weight in other groups than config.json has", "but its 32 rows in 2 groups have [2, 32]; restore")
+@CASES.case(
+    "a GPTQ weight in other groups than config.json has",
+    "but its 32 rows in 2 groups have [2, 32]; restore",
+)
 def _(b: Bench) -> None:
     gptq(scales=torch.ones(4, 32))
 
 
-@CASES.case("GPTQ zero points of fewer rows than the weight", "32 rows and 64 columns in 2 groups has [2, 4]; restore")
+@CASES.case(
+    "GPTQ zero points of fewer rows than the weight",
+    "32 rows and 64 columns in 2 groups has [2, 4]; restore",
+)
 def _(b: Bench) -> None:
     gptq(qzeros=torch.zeros(2, 3, dtype=torch.int32))
 
 
 @CASES.case(
-    "GPTQ zero points, where config.json is symmetric", "not 8 everywhere, but config.json says that it is symmetric"
+    "GPTQ zero points, where config.json is symmetric",
+    "not 8 everywhere, but config.json says that it is symmetric",
 )
 def _(b: Bench) -> None:
     gptq(qzeros=torch.zeros(2, 4, dtype=torch.int32))
 
 
 @CASES.case(
-    "GPTQ zero points of 3 bits in format 1", "have two meanings, since AutoGPTQ and GPTQModel subtract different"
+    "GPTQ zero points of 3 bits in format 1",
+    "have two meanings, since AutoGPTQ and GPTQModel subtract different",
 )
 def _(b: Bench) -> None:
     gptq(symmetric=False, bits=3)
 
 
-@CASES.case("a g_idx that fills groups unevenly", "up_proj.g_idx: does not give 32 columns to each of 2 groups")
+@CASES.case(
+    "a g_idx that fills groups unevenly",
+    "up_proj.g_idx: does not give 32 columns to each of 2 groups",
+)
 def _(b: Bench) -> None:
     gptq(g_idx=torch.zeros(64, dtype=torch.int32))
 
@@ -230,9 +280,15 @@ def _(b: Bench) -> None:
     gptq(reordered=True)
 
 
-@CASES.case("AWQ zero points, where config.json has none", "not all 8, but config.json says zero_point: false; restore")
+@CASES.case(
+    "AWQ zero points, where config.json has none",
+    "not all 8, but config.json says zero_point: false; restore",
+)
 def _(b: Bench) -> None:
     from rac_modifier.checkpoint.gptq_awq import check_awq
 
-    words = {"qweight": torch.zeros(64, 4, dtype=torch.int32), "qzeros": torch.zeros(2, 4, dtype=torch.int32)}
+    words = {
+        "qweight": torch.zeros(64, 4, dtype=torch.int32),
+        "qzeros": torch.zeros(2, 4, dtype=torch.int32),
+    }
     check_awq({**words, "scales": torch.ones(2, 32)}, "model.layers.0.mlp.up_proj", 32, True)

@@ -17,7 +17,9 @@ def _killed(b: Bench, about: dict[str, object], calibrated: dict[str, object]) -
     first = finished_groups.FinishedGroups(b.tmp / "out.unfinished", ABOUT)
     first.begin(CALIBRATED)
     first.add({"m": torch.nn.Linear(2, 2)}, {"m": {}}, {})
-    finished_groups.FinishedGroups(b.tmp / "out.unfinished", {**ABOUT, **about}).begin({**CALIBRATED, **calibrated})
+    finished_groups.FinishedGroups(b.tmp / "out.unfinished", {**ABOUT, **about}).begin(
+        {**CALIBRATED, **calibrated}
+    )
 
 
 ABOUT = {"recipe": {"sparsity": 0.5}, "model": "f" * 64, "made with": {"torch": "2.9.0"}}
@@ -37,7 +39,9 @@ CASES += [
     Case(
         "a killed run that goes on with another trace store",
         "has pruned, since a trace store is another one (traces: t.jsonl sha256 aa, now sha256 bb)",
-        lambda b: _killed(b, {}, {"calibration set": "b" * 64, "trace stores": {"traces: t.jsonl": "sha256 bb"}}),
+        lambda b: _killed(
+            b, {}, {"calibration set": "b" * 64, "trace stores": {"traces: t.jsonl": "sha256 bb"}}
+        ),
     ),
     Case(
         "a killed run that goes on with another version of torch",
@@ -47,14 +51,18 @@ CASES += [
 ]
 
 
-@CASES.case("a damaged file of what a killed run has pruned", "group-00000.safetensors: cannot be read")
+@CASES.case(
+    "a damaged file of what a killed run has pruned", "group-00000.safetensors: cannot be read"
+)
 def _(b: Bench) -> None:
     _killed(b, {}, {})
     (b.tmp / "out.unfinished" / "group-00000.safetensors").write_bytes(b"half")
     _killed(b, {}, {})
 
 
-@CASES.case("an output folder beside which nothing can be written", "is not a folder that can be written to")
+@CASES.case(
+    "an output folder beside which nothing can be written", "is not a folder that can be written to"
+)
 def _(b: Bench) -> None:
     (b.tmp / "out.unfinished").write_text("a file")
     b.rac_prune()

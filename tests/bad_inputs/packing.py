@@ -25,7 +25,8 @@ def sparse(b: Bench, shard: str | None = None) -> Path:
 
 
 @CASES.case(
-    "`RAC_GPU_KERNELS` that is none of on, all and off", 'RAC_GPU_KERNELS="yes": use on, all or off, or unset it'
+    "`RAC_GPU_KERNELS` that is none of on, all and off",
+    'RAC_GPU_KERNELS="yes": use on, all or off, or unset it',
 )
 def _(b: Bench) -> None:
     from rac_modifier.kernels.choose import has_backend
@@ -35,7 +36,8 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "`RAC_GPU_PROMPTS` that is neither expand nor cusparselt", 'RAC_GPU_PROMPTS="cutlass": use expand or cusparselt'
+    "`RAC_GPU_PROMPTS` that is neither expand nor cusparselt",
+    'RAC_GPU_PROMPTS="cutlass": use expand or cusparselt',
 )
 def _(b: Bench) -> None:
     from rac_modifier.kernels.choose import has_backend
@@ -45,7 +47,8 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "`RAC_GPU_PROMPTS=cusparselt` without the GPU kernels", "GPU kernels, which are off; set RAC_GPU_KERNELS=on too"
+    "`RAC_GPU_PROMPTS=cusparselt` without the GPU kernels",
+    "GPU kernels, which are off; set RAC_GPU_KERNELS=on too",
 )
 def _(b: Bench) -> None:
     from rac_modifier.kernels.choose import has_backend
@@ -70,7 +73,10 @@ def _(b: Bench) -> None:
     b.rac("pack", file.parent, b.tmp / "out")
 
 
-@CASES.case("`rac pack` of a folder without config.json", "no config.json is in it; give the folder of a saved model")
+@CASES.case(
+    "`rac pack` of a folder without config.json",
+    "no config.json is in it; give the folder of a saved model",
+)
 def _(b: Bench) -> None:
     (sparse(b) / "config.json").unlink()
     b.rac("pack", b.tmp / "sparse", b.tmp / "out")
@@ -98,7 +104,10 @@ def _(b: Bench) -> None:
     b.rac("unpack", b.tmp / "out", b.tmp / "again")
 
 
-@CASES.case("`rac pack` of a model that another method quantized", "only compressed-tensors checkpoints can be packed")
+@CASES.case(
+    "`rac pack` of a model that another method quantized",
+    "only compressed-tensors checkpoints can be packed",
+)
 def _(b: Bench) -> None:
     config = json.loads((sparse(b) / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -106,7 +115,10 @@ def _(b: Bench) -> None:
     b.rac("pack", b.tmp / "sparse", b.tmp / "out")
 
 
-@CASES.case("two processes that write to one folder", "another process is writing to it; wait for that one to end")
+@CASES.case(
+    "two processes that write to one folder",
+    "another process is writing to it; wait for that one to end",
+)
 def _(b: Bench) -> None:
     from rac_modifier.checkpoint.new_files import NewFiles
 
@@ -120,24 +132,31 @@ def _(b: Bench) -> None:
     b.rac("pack", sparse(b), b.tmp / "out")
 
 
-@CASES.case("`rac pack` into the folder of the model", "is the model itself, which is left as it is")
+@CASES.case(
+    "`rac pack` into the folder of the model", "is the model itself, which is left as it is"
+)
 def _(b: Bench) -> None:
     b.rac("pack", sparse(b), b.tmp / "sparse")
 
 
-@CASES.case("`rac pack` of what is packed already", "is packed already; start from the dense checkpoint")
+@CASES.case(
+    "`rac pack` of what is packed already", "is packed already; start from the dense checkpoint"
+)
 def _(b: Bench) -> None:
     b.rac("pack", sparse(b), b.tmp / "out")
     b.rac("pack", b.tmp / "out", b.tmp / "again")
 
 
-@CASES.case("`rac unpack` of what is not packed", "is not packed, so stock loaders read it as it is")
+@CASES.case(
+    "`rac unpack` of what is not packed", "is not packed, so stock loaders read it as it is"
+)
 def _(b: Bench) -> None:
     b.rac("unpack", b.folder, b.tmp / "out")
 
 
 @CASES.case(
-    "`rac pack` or `rac unpack` of a folder that is not there", "no such folder; give the folder of a saved model"
+    "`rac pack` or `rac unpack` of a folder that is not there",
+    "no such folder; give the folder of a saved model",
 )
 def _(b: Bench) -> None:
     b.rac("unpack", b.tmp / "gone", b.tmp / "out")

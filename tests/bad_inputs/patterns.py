@@ -22,7 +22,9 @@ for text, says in (
     ("a:b", "mask_structure 'a:b': not of the form \"N:M\""),
     ("4:4", "N must be at least 1 and less than M"),
 ):
-    CASES.append(Case(f'`mask_structure: "{text}"`', says, lambda b, text=text: b.check(mask_structure=text)))
+    CASES.append(
+        Case(f'`mask_structure: "{text}"`', says, lambda b, text=text: b.check(mask_structure=text))
+    )
 CASES += [
     Case(
         "`mask_structure: 2:4` without quotes",
@@ -89,7 +91,11 @@ CASES += [
         "inputs are no multiple of 7",
         lambda b: b.prune_with(mask_structure="3:7"),
     ),
-    Case("targets that match nothing", "match no linear layer", lambda b: b.prune_with(targets=["Linaer"])),
+    Case(
+        "targets that match nothing",
+        "match no linear layer",
+        lambda b: b.prune_with(targets=["Linaer"]),
+    ),
     Case(
         "a target that is no Linear",
         "model.embed_tokens, a Embedding; only Linear layers are pruned",
@@ -129,14 +135,17 @@ CASES += [
 ]
 
 
-@CASES.case("`lm_head` in targets of a model that ties it", "shares its weight with the input embedding")
+@CASES.case(
+    "`lm_head` in targets of a model that ties it", "shares its weight with the input embedding"
+)
 def _(b: Bench) -> None:
     tied = save_tiny(b.tmp / "tied", tie_word_embeddings=True)
     b.prune(str(tied), settings={"targets": ["lm_head"]})
 
 
 @CASES.case(
-    "a model with weights that are not finite", "the weight holds values that are not finite; check the checkpoint"
+    "a model with weights that are not finite",
+    "the weight holds values that are not finite; check the checkpoint",
 )
 def _(b: Bench) -> None:
     from transformers import AutoModelForCausalLM

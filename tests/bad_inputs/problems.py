@@ -31,16 +31,23 @@ CASES += [
     Case(
         "a problem file that is not there",
         "no such file; check the path",
-        lambda b: b.prune_with(traces={"problems": {"source": "nowhere.jsonl"}, "store": str(b.tmp / "new.jsonl")}),
+        lambda b: b.prune_with(
+            traces={"problems": {"source": "nowhere.jsonl"}, "store": str(b.tmp / "new.jsonl")}
+        ),
     ),
     Case(
         "an unknown reasoning-gym task",
         "unknown reasoning-gym task 'chain_sums'; did you mean chain_sum",
         lambda b: b.prune_with(
-            traces={"problems": {"source": "reasoning-gym:chain_sums"}, "store": str(b.tmp / "new.jsonl")}
+            traces={
+                "problems": {"source": "reasoning-gym:chain_sums"},
+                "store": str(b.tmp / "new.jsonl"),
+            }
         ),
     ),
-    Case("a model that is not there", "no model at", lambda b: b.rac_prune(model="./no-such-model")),
+    Case(
+        "a model that is not there", "no model at", lambda b: b.rac_prune(model="./no-such-model")
+    ),
     Case(
         "a tokenizer that is not there",
         "name one in the recipe (tokenizer: path or id)",
@@ -50,14 +57,24 @@ CASES += [
         "evaluating on problems without answers",
         "problems have no answer to check against",
         lambda b: b.rac(
-            "eval", b.folder, "--source", b.problems({"problem": "1+1?"})["problems"]["source"], "--problems", 1
+            "eval",
+            b.folder,
+            "--source",
+            b.problems({"problem": "1+1?"})["problems"]["source"],
+            "--problems",
+            1,
         ),
     ),
     Case(
         "evaluating on more problems than there are",
         "gave 1 problems of the 5 asked for",
         lambda b: b.rac(
-            "eval", b.folder, "--source", b.problems({"problem": "1+1?"})["problems"]["source"], "--problems", 5
+            "eval",
+            b.folder,
+            "--source",
+            b.problems({"problem": "1+1?"})["problems"]["source"],
+            "--problems",
+            5,
         ),
     ),
 ]
@@ -91,18 +108,28 @@ def _(b: Bench) -> None:
     b.prune_with(traces=traces)
 
 
-@CASES.case("an answer column of dates", "must hold text or a number, it holds a datetime; write the answers as text")
+@CASES.case(
+    "an answer column of dates",
+    "must hold text or a number, it holds a datetime; write the answers as text",
+)
 def _(b: Bench) -> None:
-    b.prune_with(traces=b.problems({"problem": "When?", "answer": "2024-01-05"}, answer_column="answer"))
+    b.prune_with(
+        traces=b.problems({"problem": "When?", "answer": "2024-01-05"}, answer_column="answer")
+    )
 
 
-@CASES.case("a GGUF file in the place of a model", "GGUF, which is not read; take the model that it was made from")
+@CASES.case(
+    "a GGUF file in the place of a model",
+    "GGUF, which is not read; take the model that it was made from",
+)
 def _(b: Bench) -> None:
     (b.tmp / "model.gguf").write_bytes(b"GGUF")
     b.rac("eval", b.tmp / "model.gguf")
 
 
-@CASES.case("a folder of GGUF files", "GGUF, which is not read; take the model that it was made from")
+@CASES.case(
+    "a folder of GGUF files", "GGUF, which is not read; take the model that it was made from"
+)
 def _(b: Bench) -> None:
     (b.tmp / "model").mkdir()
     (b.tmp / "model" / "model.gguf").write_bytes(b"GGUF")
@@ -130,16 +157,23 @@ def _(b: Bench) -> None:
 def of_type(b: Bench, **changes: Any) -> Path:
     """The tiny model with another config.json."""
     config = save_tiny(b.tmp / "model") / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "new", **changes}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "model_type": "new", **changes})
+    )
     return config.parent
 
 
-@CASES.case("a model of an architecture that transformers does not have", "must be able to read its config.json")
+@CASES.case(
+    "a model of an architecture that transformers does not have",
+    "must be able to read its config.json",
+)
 def _(b: Bench) -> None:
     b.rac_prune(model=of_type(b))
 
 
-@CASES.case("a model that brings code of its own", "auto_map in its config.json), which is not run here")
+@CASES.case(
+    "a model that brings code of its own", "auto_map in its config.json), which is not run here"
+)
 def _(b: Bench) -> None:
     def asked(*args: Any) -> str:
         raise AssertionError("asked whether to run the code")

@@ -8,7 +8,8 @@ CASES = Cases()
 
 
 @CASES.case(
-    "torchrun with `oneshot`, and nobody joined the processes", "call torch.distributed.init_process_group() first"
+    "torchrun with `oneshot`, and nobody joined the processes",
+    "call torch.distributed.init_process_group() first",
 )
 def _(b: Bench) -> None:
     b.monkeypatch.setenv("WORLD_SIZE", "2")
@@ -16,7 +17,8 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "more processes than batches of the calibration set", "start at most 1, or set a lower calibration.batch_tokens"
+    "more processes than batches of the calibration set",
+    "start at most 1, or set a lower calibration.batch_tokens",
 )
 def _(b: Bench) -> None:
     from rac_modifier.calibration.loader import CalibrationLoader
@@ -34,7 +36,9 @@ def _(b: Bench) -> None:
     from rac_modifier.settings.calibration import CalibrationSettings
 
     sequences = [CalibrationSequence((5,) * 16, 1, "traces")] * 32
-    CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=16), 0).share(1, 32)
+    CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=16), 0).share(
+        1, 32
+    )
 
 
 @CASES.case("processes on several machines", "start it with --nnodes 1")
@@ -47,12 +51,16 @@ def _(b: Bench) -> None:
     present_processes()
 
 
-@CASES.case("torchrun with other modifiers that calibrate", "beside GPTQModifier runs in one process")
+@CASES.case(
+    "torchrun with other modifiers that calibrate", "beside GPTQModifier runs in one process"
+)
 def _(b: Bench) -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier
 
     from rac_modifier.processes import Processes
 
     two = Processes(0, 2)
-    b.monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.present_processes", lambda: two)
+    b.monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.present_processes", lambda: two
+    )
     b.prune(later=(GPTQModifier(scheme="W4A16", ignore=["lm_head"]),))

@@ -13,7 +13,11 @@ def quantized(**weights: object) -> dict[str, object]:
 
 
 CASES += [
-    Case("`quantization` without a scheme", "set either scheme or config_groups", lambda b: b.check(quantization={})),
+    Case(
+        "`quantization` without a scheme",
+        "set either scheme or config_groups",
+        lambda b: b.check(quantization={}),
+    ),
     Case(
         "a scheme that is no preset",
         "scheme 'W4': no preset of llm-compressor",
@@ -58,7 +62,9 @@ CASES += [
     Case(
         "an order of columns where weights are rounded here",
         "weights.actorder: 'static' has no effect here: dense weights are rounded in the order of falling second moments",
-        lambda b: b.check(**quantized(num_bits=4, strategy="group", group_size=32, actorder="static")),
+        lambda b: b.check(
+            **quantized(num_bits=4, strategy="group", group_size=32, actorder="static")
+        ),
     ),
     Case(
         "a scheme with static activation scales inside the pruning entry",
@@ -92,13 +98,19 @@ CASES += [
     Case(
         "`solver: none` without quantization",
         "solver: none prunes nothing, and without quantization nothing is left to do",
-        lambda b: b.rac("prune", b.folder, b.tmp / "out", "--recipe", "rac_w4a16", "--set", "quantization=null"),
+        lambda b: b.rac(
+            "prune", b.folder, b.tmp / "out", "--recipe", "rac_w4a16", "--set", "quantization=null"
+        ),
     ),
     Case(
         "int of 3 bits where weights are pruned",
         "int of 3 bits, strategy group cannot be rounded here; use int of 4 or 8 bits",
         lambda b: b.prune_with(
-            quantization={"config_groups": {"g": {"weights": {"num_bits": 3, "strategy": "group", "group_size": 32}}}}
+            quantization={
+                "config_groups": {
+                    "g": {"weights": {"num_bits": 3, "strategy": "group", "group_size": 32}}
+                }
+            }
         ),
     ),
     Case(
@@ -110,19 +122,23 @@ CASES += [
         "bits of activations, without held-out traces",
         "quantization.int8_activation_limit: 0.01 has no effect beside calibration.held_out_tokens: 0",
         lambda b: b.check(
-            quantization={"scheme": "W8A16", "int8_activation_limit": 0.01}, calibration={"held_out_tokens": 0}
+            quantization={"scheme": "W8A16", "int8_activation_limit": 0.01},
+            calibration={"held_out_tokens": 0},
         ),
     ),
     Case(
         "bits of activations, in a checkpoint that is not packed",
         "quantization.int8_activation_limit: 0.01 has no effect beside storage: dense",
-        lambda b: b.check(storage="dense", quantization={"scheme": "W8A16", "int8_activation_limit": 0.01}),
+        lambda b: b.check(
+            storage="dense", quantization={"scheme": "W8A16", "int8_activation_limit": 0.01}
+        ),
     ),
 ]
 
 
 @CASES.case(
-    "GPTQModifier after pruning", "GPTQModifier after ReasoningAwareSparseGPTModifier fills pruned weights again"
+    "GPTQModifier after pruning",
+    "GPTQModifier after ReasoningAwareSparseGPTModifier fills pruned weights again",
 )
 def _(b: Bench) -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -130,7 +146,10 @@ def _(b: Bench) -> None:
     b.prune(later=(GPTQModifier(scheme="W8A8", targets=["Linear"], ignore=["lm_head"]),))
 
 
-@CASES.case("a quantization modifier after pruning with quantization", "would quantize twice; leave one of them out")
+@CASES.case(
+    "a quantization modifier after pruning with quantization",
+    "would quantize twice; leave one of them out",
+)
 def _(b: Bench) -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -138,7 +157,9 @@ def _(b: Bench) -> None:
     b.prune(later=(later,), settings={"quantization": {"scheme": "W8A8"}})
 
 
-@CASES.case("an asymmetric QuantizationModifier after pruning, packed", "quantize with a symmetric scheme")
+@CASES.case(
+    "an asymmetric QuantizationModifier after pruning, packed", "quantize with a symmetric scheme"
+)
 def _(b: Bench) -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -147,40 +168,56 @@ def _(b: Bench) -> None:
         "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
     }
     b.prune(
-        later=(QuantizationModifier(config_groups={"g": group}, ignore=["lm_head"]),), output_dir=str(b.tmp / "out")
+        later=(QuantizationModifier(config_groups={"g": group}, ignore=["lm_head"]),),
+        output_dir=str(b.tmp / "out"),
     )
 
 
 @CASES.case(
-    "ReasoningAwareCalibrationModifier alone", "ReasoningAwareCalibrationModifier calibrates nothing: the recipe has"
+    "ReasoningAwareCalibrationModifier alone",
+    "ReasoningAwareCalibrationModifier calibrates nothing: the recipe has",
 )
 def _(b: Bench) -> None:
     from llmcompressor import oneshot
 
     from rac_modifier import ReasoningAwareCalibrationModifier
 
-    oneshot(model=str(b.folder), recipe=ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}))
+    oneshot(
+        model=str(b.folder),
+        recipe=ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}),
+    )
 
 
-@CASES.case("both of this package's modifiers in one recipe", "which calibrates the whole recipe: leave")
+@CASES.case(
+    "both of this package's modifiers in one recipe", "which calibrates the whole recipe: leave"
+)
 def _(b: Bench) -> None:
     from rac_modifier import ReasoningAwareCalibrationModifier
 
     b.prune(later=(ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}),))
 
 
-@CASES.case("`recover:` beside a modifier that changes more than codes", "recover beside SmoothQuantModifier")
+@CASES.case(
+    "`recover:` beside a modifier that changes more than codes",
+    "recover beside SmoothQuantModifier",
+)
 def _(b: Bench) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     from rac_modifier import ReasoningAwareCalibrationModifier
 
-    recipe = [ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}, recover={}), SmoothQuantModifier()]
+    recipe = [
+        ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}, recover={}),
+        SmoothQuantModifier(),
+    ]
     oneshot(model=str(b.folder), recipe=recipe)
 
 
-@CASES.case("`recover:` where the head is quantized", "lm_head is to be quantized; embeddings and head are not trained")
+@CASES.case(
+    "`recover:` where the head is quantized",
+    "lm_head is to be quantized; embeddings and head are not trained",
+)
 def _(b: Bench) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -188,10 +225,15 @@ def _(b: Bench) -> None:
     from rac_modifier import ReasoningAwareCalibrationModifier
     from tests.llmcompressor.modifier_helpers import int4
 
-    recipe = [ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}, recover={}), GPTQModifier(**int4())]
+    recipe = [
+        ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}, recover={}),
+        GPTQModifier(**int4()),
+    ]
     oneshot(model=str(b.folder), recipe=recipe)
 
 
-@CASES.case("`rac schema` of a modifier that is not this package's", "is none of this package's modifiers")
+@CASES.case(
+    "`rac schema` of a modifier that is not this package's", "is none of this package's modifiers"
+)
 def _(b: Bench) -> None:
     b.rac("schema", "GPTQModifier")

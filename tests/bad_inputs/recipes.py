@@ -9,7 +9,9 @@ CASES = Cases()
 
 CASES += [
     Case(
-        "a recipe that is not there", "no recipe at", lambda b: b.rac("prune", b.folder, b.tmp / "o", "-r", "no.yaml")
+        "a recipe that is not there",
+        "no recipe at",
+        lambda b: b.rac("prune", b.folder, b.tmp / "o", "-r", "no.yaml"),
     ),
     Case(
         "a misspelt name of a shipped recipe",
@@ -37,7 +39,11 @@ CASES += [
         "calibration.gpu: there is no such setting (value 1); use calibration.tokens, calibration.mixture",
         lambda b: b.check(calibration={"gpu": 1}),
     ),
-    Case("an empty recipe", "recipe.yaml is empty; write it as pruning_stage:", lambda b: b.rac_prune("")),
+    Case(
+        "an empty recipe",
+        "recipe.yaml is empty; write it as pruning_stage:",
+        lambda b: b.rac_prune(""),
+    ),
     Case(
         "a recipe without this modifier",
         f"has no {NAME} or ReasoningAwareCalibrationModifier",
@@ -46,14 +52,20 @@ CASES += [
     Case(
         "a misspelt name of the modifier",
         f"ReasoningAwareSparseGptModifier is no modifier; did you mean {NAME}?",
-        lambda b: b.rac_prune("s_stage: {m_modifiers: {ReasoningAwareSparseGptModifier: {sparsity: 0.5}}}"),
+        lambda b: b.rac_prune(
+            "s_stage: {m_modifiers: {ReasoningAwareSparseGptModifier: {sparsity: 0.5}}}"
+        ),
     ),
     Case(
         "a stage without its suffix, which llm-compressor overlooks",
         "llm-compressor would overlook pruning: pruning_modifiers",
         lambda b: b.rac_prune(f"pruning: {{pruning_modifiers: {{{NAME}: {{sparsity: 0.5}}}}}}"),
     ),
-    Case("`--set` without a value", "is not key=value", lambda b: b.rac_prune(None, "o", None, "-s", "sparsity")),
+    Case(
+        "`--set` without a value",
+        "is not key=value",
+        lambda b: b.rac_prune(None, "o", None, "-s", "sparsity"),
+    ),
     Case(
         '`oneshot(pipeline="basic")`',
         'pipeline="basic" does not prune layer by layer',
@@ -83,7 +95,10 @@ CASES += [
 ]
 
 
-@CASES.case("`order: group` where the model cannot be traced", "order: group is not possible here: tracing failed")
+@CASES.case(
+    "`order: group` where the model cannot be traced",
+    "order: group is not possible here: tracing failed",
+)
 def _(b: Bench) -> None:
     from rac_modifier.llmcompressor import pipeline
     from rac_modifier.llmcompressor.stages import UntraceableError
@@ -95,6 +110,9 @@ def _(b: Bench) -> None:
     b.prune_with(order="group")
 
 
-@CASES.case("`experts: all` for a model without experts", "experts: 'all' has no effect here: no routed expert")
+@CASES.case(
+    "`experts: all` for a model without experts",
+    "experts: 'all' has no effect here: no routed expert",
+)
 def _(b: Bench) -> None:
     b.prune_with(experts="all")

@@ -19,7 +19,8 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "two runs that recover one model in one folder", "is in use by another process (pid 1), which recovers the same"
+    "two runs that recover one model in one folder",
+    "is in use by another process (pid 1), which recovers the same",
 )
 def _(b: Bench) -> None:
     folder = b.tmp / "recovery"
@@ -32,7 +33,8 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "`rac recover` with the sparse model in the place of the dense one", "the first model has to be the dense one"
+    "`rac recover` with the sparse model in the place of the dense one",
+    "the first model has to be the dense one",
 )
 def _(b: Bench) -> None:
     from transformers import AutoModelForCausalLM
@@ -55,5 +57,9 @@ def _(b: Bench) -> None:
     from rac_modifier.recovery.fixed_mask import fixed_mask
     from tests.recovery.recovery_helpers import dense_and_sparse
 
-    with fixed_mask(get_peft_model(dense_and_sparse()[1], LoraConfig(target_modules=["q_proj"], lora_dropout=0.1))):
+    with fixed_mask(
+        get_peft_model(
+            dense_and_sparse()[1], LoraConfig(target_modules=["q_proj"], lora_dropout=0.1)
+        )
+    ):
         pass

@@ -15,12 +15,15 @@ CASES = Cases()
 @CASES.case("no room on disk for what is pruned so far", "and what is pruned so far up to")
 def _(b: Bench) -> None:
     size = sum(file.stat().st_size for file in b.folder.glob("*.safetensors"))
-    b.monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size))
+    b.monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size)
+    )
     b.rac_prune()
 
 
 @CASES.case(
-    "traces to be sampled by a model that does not fit on the accelerator", "fill the trace store with a server first"
+    "traces to be sampled by a model that does not fit on the accelerator",
+    "fill the trace store with a server first",
 )
 def _(b: Bench) -> None:
     from rac_modifier import model_tools

@@ -36,15 +36,23 @@ def _(b: Bench) -> None:
 @CASES.case("a tokenizer in `oneshot` and another in the recipe", "leave one of them out")
 def _(b: Bench) -> None:
     tiny_tokenizer().save_pretrained(b.tmp / "other")
-    b.prune(settings={"tokenizer": str(b.folder / ".." / b.folder.name)}, tokenizer=str(b.tmp / "other"))
+    b.prune(
+        settings={"tokenizer": str(b.folder / ".." / b.folder.name)}, tokenizer=str(b.tmp / "other")
+    )
 
 
-@CASES.case("`oneshot(output_dir=...)` with a folder that is not empty", "is in use; name an empty or a new one")
+@CASES.case(
+    "`oneshot(output_dir=...)` with a folder that is not empty",
+    "is in use; name an empty or a new one",
+)
 def _(b: Bench) -> None:
     b.prune(output_dir=str(b.tmp))
 
 
-@CASES.case("an output folder below a file", "traces.jsonl is a file, so no folder can be made in it; name another")
+@CASES.case(
+    "an output folder below a file",
+    "traces.jsonl is a file, so no folder can be made in it; name another",
+)
 def _(b: Bench) -> None:
     b.rac_prune(out="traces.jsonl/out")
 

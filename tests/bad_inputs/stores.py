@@ -23,10 +23,15 @@ def _(b: Bench) -> None:
     "sampling.max_new_tokens: 40 in the store, 41 asked for); use the settings of the store, or name another path (traces.store)",
 )
 def _(b: Bench) -> None:
-    b.prune_with(traces={"store": str(b.store), "sampling": {"temperature": 1.0, "max_new_tokens": 41}})
+    b.prune_with(
+        traces={"store": str(b.store), "sampling": {"temperature": 1.0, "max_new_tokens": 41}}
+    )
 
 
-@CASES.case("a store with a corrupt line", "line 5 is corrupt: checksum or layout is wrong. Remove that line")
+@CASES.case(
+    "a store with a corrupt line",
+    "line 5 is corrupt: checksum or layout is wrong. Remove that line",
+)
 def _(b: Bench) -> None:
     lines = b.store.read_bytes().splitlines(keepends=True)
     lines[4] = lines[4].replace(b"completion_ids", b"completion_idz")
@@ -34,7 +39,9 @@ def _(b: Bench) -> None:
     b.prune()
 
 
-@CASES.case("a store whose first line is damaged", "is no trace store, or its first line is corrupt")
+@CASES.case(
+    "a store whose first line is damaged", "is no trace store, or its first line is corrupt"
+)
 def _(b: Bench) -> None:
     b.store.write_bytes(b.store.read_bytes()[20:])
     b.prune()
@@ -46,7 +53,9 @@ def _(b: Bench) -> None:
     b.prune()
 
 
-@CASES.case("a folder in the place of the store", "cannot be read (Is a directory); name another path")
+@CASES.case(
+    "a folder in the place of the store", "cannot be read (Is a directory); name another path"
+)
 def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.folder)
 
@@ -77,14 +86,18 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "a selection that sampling can never meet", "select.min_tokens=41 can never be met with sampling.max_new_tokens=40"
+    "a selection that sampling can never meet",
+    "select.min_tokens=41 can never be met with sampling.max_new_tokens=40",
 )
 def _(b: Bench) -> None:
     sampling = {"max_new_tokens": 40}
     b.check(traces={"sampling": sampling, "select": {"min_tokens": 41}})
 
 
-@CASES.case("a selection by difficulty with one sample per problem", "set sampling.samples_per_problem to 2 or more")
+@CASES.case(
+    "a selection by difficulty with one sample per problem",
+    "set sampling.samples_per_problem to 2 or more",
+)
 def _(b: Bench) -> None:
     b.check(traces={"select": {"pass_rate": [0.2, 0.8]}})
 
@@ -94,13 +107,18 @@ def _(b: Bench) -> None:
     b.prune_with(traces={**entry(b.store)["traces"], "select": {"answers": "correct"}})
 
 
-@CASES.case("correct answers only, where no answers are known", "has no reference answer, so it cannot be told")
+@CASES.case(
+    "correct answers only, where no answers are known",
+    "has no reference answer, so it cannot be told",
+)
 def _(b: Bench) -> None:
     traces = b.problems(*({"problem": f"{i}+{i}?"} for i in range(99)))
     b.prune_with(traces={**traces, "select": {"answers": "correct"}}, calibration={"tokens": 300})
 
 
-@CASES.case("a text that is not a selection on the command line", "--select 'correct' is not a selection")
+@CASES.case(
+    "a text that is not a selection on the command line", "--select 'correct' is not a selection"
+)
 def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.store, "--select", "correct")
 
@@ -110,7 +128,10 @@ def _(b: Bench) -> None:
     b.rac("traces", "export", b.store, b.tmp / "out.csv")
 
 
-@CASES.case("`rac traces export --model` without text", "has no effect without --text; leave it out, or add --text")
+@CASES.case(
+    "`rac traces export --model` without text",
+    "has no effect without --text; leave it out, or add --text",
+)
 def _(b: Bench) -> None:
     b.rac("traces", "export", b.store, b.tmp / "out.parquet", "--model", b.folder)
 
@@ -122,12 +143,17 @@ def _(b: Bench) -> None:
     b.rac("traces", "collect", b.folder, "-r", path)
 
 
-@CASES.case("calibrating on answers of a server without token ids", "they are there to be judged, and no traces")
+@CASES.case(
+    "calibrating on answers of a server without token ids",
+    "they are there to be judged, and no traces",
+)
 def _(b: Bench) -> None:
     from rac_modifier.sampling.engine import EngineRecord
     from rac_modifier.traces.records import encode
     from rac_modifier.traces.store import TraceStore
 
-    header = TraceStore.read(b.store).header.model_copy(update={"engine": EngineRecord(kind="openai text")})
+    header = TraceStore.read(b.store).header.model_copy(
+        update={"engine": EngineRecord(kind="openai text")}
+    )
     b.store.write_bytes(encode("header", header))
     b.prune()

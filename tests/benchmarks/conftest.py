@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-KEYS = ["name", "weight_bytes", "first_token_s", "ms_per_token", "tokens_per_s", "kl", "runs", "failed"]
+KEYS = [
+    "name",
+    "weight_bytes",
+    "first_token_s",
+    "ms_per_token",
+    "tokens_per_s",
+    "kl",
+    "runs",
+    "failed",
+]
 
 
 @pytest.fixture
@@ -24,5 +33,7 @@ def peers(tables, monkeypatch):
     import peer_contenders
     import peers
 
-    monkeypatch.setattr(peer_contenders, "find_spec", lambda package: None if package == "gguf" else package)
+    monkeypatch.setattr(
+        peer_contenders, "find_spec", lambda package: None if package == "gguf" else package
+    )
     return peers

@@ -61,7 +61,9 @@ finally:
 """
 
 
-def test_a_part_that_takes_too_long_is_ended_with_all_that_it_started_and_named(benchmark, tmp_path, capfd):
+def test_a_part_that_takes_too_long_is_ended_with_all_that_it_started_and_named(
+    benchmark, tmp_path, capfd
+):
     pid, kept = tmp_path / "pid", tmp_path / "kept"
     slow = part(benchmark, "slow", SLOW.format(pid=str(pid), kept=str(kept)), seconds=8)
     start = time.monotonic()
@@ -89,7 +91,10 @@ def wait_for_the_end_of(pid: int) -> None:
 def test_a_part_that_lacks_packages_is_named_and_does_not_run(benchmark, tmp_path, capfd):
     ran = part(benchmark, "ran", "print('ran')")
     lacks = part(
-        benchmark, "lacks", f"open({str(tmp_path / 'ran')!r}, 'w')", needs=("sys", "no_such_package", "nor_this")
+        benchmark,
+        "lacks",
+        f"open({str(tmp_path / 'ran')!r}, 'w')",
+        needs=("sys", "no_such_package", "nor_this"),
     )
     assert benchmark.main([ran, lacks]) == 0
     out = capfd.readouterr().out
@@ -105,7 +110,9 @@ def test_nothing_runs_after_a_part_that_fails(benchmark, tmp_path):
         part(benchmark, "bad", "raise SystemExit(7)"),
         part(benchmark, "b", f"open({str(tmp_path / 'ran')!r}, 'w')"),
     ]
-    with pytest.raises(SystemExit, match=r"gpu-check: bad failed \(exit status 7\); nothing else was run"):
+    with pytest.raises(
+        SystemExit, match=r"gpu-check: bad failed \(exit status 7\); nothing else was run"
+    ):
         benchmark.main(parts)
     assert not (tmp_path / "ran").exists()
 

@@ -31,7 +31,9 @@ def with_product(benchmark, monkeypatch, product):
 
 
 def right(x, parts):
-    return ((x[0].double() * x[1].double()) @ (parts["values"].double() * parts["scale"].double()).T).bfloat16()
+    return (
+        (x[0].double() * x[1].double()) @ (parts["values"].double() * parts["scale"].double()).T
+    ).bfloat16()
 
 
 def test_fp8_parts_are_the_rounded_weight(benchmark, weight):
@@ -60,7 +62,9 @@ def test_a_wrong_product_is_not_timed(benchmark, monkeypatch, weight):
         benchmark.prepared("dense fp8", weight, 1)
 
 
-def test_a_contender_that_this_machine_lacks_says_why_and_the_others_are_timed(benchmark, monkeypatch):
+def test_a_contender_that_this_machine_lacks_says_why_and_the_others_are_timed(
+    benchmark, monkeypatch
+):
     import gpu_kernels
 
     def fails(x, parts):

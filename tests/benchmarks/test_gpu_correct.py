@@ -50,18 +50,26 @@ def test_programs_that_are_right_pass(benchmark, gpu, monkeypatch):
     monkeypatch.setattr(benchmark, "FORMATS", {name: benchmark.FORMATS[name] for name in names})
     budget = benchmark.Budget(3600)
     rows = list(benchmark.check_programs("cpu", 24, 136, budget))
-    assert [row["program"] for row in rows] == [launch.name for launch in gpu.launches[::2]]  # each twice
-    assert [row["format"] for row in rows] == [name for name in names for _ in range(4 if "un" in name else 12)]
+    assert [row["program"] for row in rows] == [
+        launch.name for launch in gpu.launches[::2]
+    ]  # each twice
+    assert [row["format"] for row in rows] == [
+        name for name in names for _ in range(4 if "un" in name else 12)
+    ]
     assert all(0 < row["error"] <= 1 for row in rows)
     assert budget.left_out == []
 
 
 @pytest.mark.parametrize("name", ["h100", "a100", "4090", "l4", "b200"])
-def test_every_program_is_launched_on_each_card_whatever_it_would_choose(benchmark, monkeypatch, name):
+def test_every_program_is_launched_on_each_card_whatever_it_would_choose(
+    benchmark, monkeypatch, name
+):
     """Launches do nothing here."""
     card = card_of(name)
     monkeypatch.setattr(fakes, "emulate_pointers", lambda *arguments: "")
-    monkeypatch.setattr(benchmark, "error_of", lambda what, linear, x, *others: float(linear(x)[0, 0]) * 0)
+    monkeypatch.setattr(
+        benchmark, "error_of", lambda what, linear, x, *others: float(linear(x)[0, 0]) * 0
+    )
     rows, columns = benchmark.PROGRAMS_SHAPE[0], 136
     with fake_gpu(monkeypatch, Device(0, card.capability, card.processors, card.reported)) as gpu:
         found = list(benchmark.check_programs("cpu", rows, columns, benchmark.Budget(3600)))
@@ -77,7 +85,9 @@ def test_each_ring_goes_round_more_than_once_with_the_weight_that_a_gpu_gets(ben
     columns = benchmark.PROGRAMS_SHAPE[1]
     for layout in (layout for layout in ALL if not layout.any_pattern):
         for each in all_programs(layout)[:-1]:
-            chunk = each.units * (each.row_tiles * layout.unit_bytes + each.token_tiles * 8 * layout.unit_columns * 2)
+            chunk = each.units * (
+                each.row_tiles * layout.unit_bytes + each.token_tiles * 8 * layout.unit_columns * 2
+            )
             warps = each.split  # each with a ring of its own, or one ring
             stages = each.shared_bytes // (chunk * warps)
             assert 3 <= stages <= 5
@@ -87,7 +97,9 @@ def test_each_ring_goes_round_more_than_once_with_the_weight_that_a_gpu_gets(ben
 def test_right_products_pass(benchmark, gpu):
     budget = benchmark.Budget(3600)
     rows = list(benchmark.check("cpu", ((16, 128), (37, 200)), (1, 9, 257), budget))
-    assert [row["format"] for row in rows] == [name for _ in range(2) for name in benchmark.FORMATS for _ in range(3)]
+    assert [row["format"] for row in rows] == [
+        name for _ in range(2) for name in benchmark.FORMATS for _ in range(3)
+    ]
     assert all(0 < row["error"] <= 1 for row in rows)
     assert budget.left_out == []
 
@@ -97,7 +109,9 @@ def test_what_there_is_no_time_for_is_named(benchmark, gpu, monkeypatch):
     budget = benchmark.Budget(10.0, lambda: next(moments))
     some = {name: benchmark.FORMATS[name] for name in ("bf16", "int8 g64")}
     monkeypatch.setattr(benchmark, "FORMATS", some)
-    rows = list(benchmark.check("cpu", ((16, 128),), (1,), budget))  # 0.35 of 10 seconds are over when int8 would begin
+    rows = list(
+        benchmark.check("cpu", ((16, 128),), (1,), budget)
+    )  # 0.35 of 10 seconds are over when int8 would begin
     assert [row["format"] for row in rows] == ["bf16"]
     assert list(benchmark.check_programs("cpu", 16, 128, budget)) == []
     assert budget.left(0.6) == 3.0
@@ -124,7 +138,9 @@ def test_cublas_is_told_to_sum_in_fp32_while_products_are_checked(benchmark, gpu
         for before in (True, False):
             BF16_SUMS.allow_bf16_reduced_precision_reduction = before
             for _ in benchmark.check("cpu", ((16, 128),), (1, 257), benchmark.Budget(3600)):
-                assert BF16_SUMS.allow_bf16_reduced_precision_reduction is before  # between two products
+                assert (
+                    BF16_SUMS.allow_bf16_reduced_precision_reduction is before
+                )  # between two products
     finally:
         BF16_SUMS.allow_bf16_reduced_precision_reduction = usual
     assert found == [False] * 8
@@ -144,13 +160,17 @@ def wrong(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_wrong_product_is_an_error(benchmark, gpu, wrong, monkeypatch):
     monkeypatch.setattr(operator, "run_program", wrong)
-    with pytest.raises(RacError, match=r"bf16 \[16, 128\] times 1 tokens: wrong by .*do not set RAC_GPU_KERNELS"):
+    with pytest.raises(
+        RacError, match=r"bf16 \[16, 128\] times 1 tokens: wrong by .*do not set RAC_GPU_KERNELS"
+    ):
         list(benchmark.check("cpu", ((16, 128),), (1,), benchmark.Budget(3600)))
 
 
 def test_a_wrong_program_is_an_error_that_names_it(benchmark, gpu, wrong, monkeypatch):
     monkeypatch.setattr(benchmark, "run_program", wrong)
-    with pytest.raises(RacError, match=r"program rac_24_bf16_r1_t1 of bf16 \[16, 128\] times 13 tokens: wrong by"):
+    with pytest.raises(
+        RacError, match=r"program rac_24_bf16_r1_t1 of bf16 \[16, 128\] times 13 tokens: wrong by"
+    ):
         list(benchmark.check_programs("cpu", 16, 128, benchmark.Budget(3600)))
 
 
@@ -162,7 +182,9 @@ def test_a_wrong_expanded_weight_is_an_error_that_names_it(benchmark, gpu, monke
         out[5, 7] += 1.0
 
     monkeypatch.setattr(operator, "_fill", changed)
-    with pytest.raises(RacError, match=r"program rac_24_bf16_expand of bf16 \[16, 128\] times 257 tokens: wrong by"):
+    with pytest.raises(
+        RacError, match=r"program rac_24_bf16_expand of bf16 \[16, 128\] times 257 tokens: wrong by"
+    ):
         list(benchmark.check_programs("cpu", 16, 128, benchmark.Budget(3600)))
 
 
@@ -174,7 +196,9 @@ def test_prompts_on_cusparselt_are_checked_in_every_2_of_4_format(benchmark, gpu
     missing: dict[str, str] = {}
     rows = list(benchmark.check_prompts("cpu", benchmark.Budget(3600), missing))
     of_24 = [name for name, kind in benchmark.FORMATS.items() if kind[2]]
-    assert [(row["format"], row["tokens"]) for row in rows] == [(name, n) for name in of_24 for n in (257, 2048)]
+    assert [(row["format"], row["tokens"]) for row in rows] == [
+        (name, n) for name in of_24 for n in (257, 2048)
+    ]
     assert all(0 < row["error"] <= 1 for row in rows)
     assert missing == {}
     assert gpu.launches == []
@@ -186,7 +210,8 @@ def test_prompts_on_cusparselt_are_checked_in_every_2_of_4_format(benchmark, gpu
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", wrong)
     with pytest.raises(
-        RacError, match=r"cuSPARSELt, bf16 \[32, 256\] times 257 tokens: wrong by .*not set RAC_GPU_PROMPTS,"
+        RacError,
+        match=r"cuSPARSELt, bf16 \[32, 256\] times 257 tokens: wrong by .*not set RAC_GPU_PROMPTS,",
     ):
         list(benchmark.check_prompts("cpu", benchmark.Budget(3600), missing))
 
@@ -251,7 +276,9 @@ def test_why_cusparselt_is_not_here_is_kept(benchmark, gpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch, "_cslt_compress", refuse)
     assert list(benchmark.check_prompts("cpu", benchmark.Budget(3600), missing)) == []
-    assert missing == {"prompts by cuSPARSELt": "cuSPARSELt: architecture mismatch; unset RAC_GPU_PROMPTS"}
+    assert missing == {
+        "prompts by cuSPARSELt": "cuSPARSELt: architecture mismatch; unset RAC_GPU_PROMPTS"
+    }
 
 
 def test_other_bits_the_second_time_are_an_error(benchmark, gpu, monkeypatch):

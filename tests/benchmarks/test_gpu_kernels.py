@@ -28,7 +28,9 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
         yield gpu_kernels
 
 
-def test_a_run_inside_compute_sanitizer_that_takes_too_long_is_ended_and_named(benchmark, monkeypatch):
+def test_a_run_inside_compute_sanitizer_that_takes_too_long_is_ended_and_named(
+    benchmark, monkeypatch
+):
     def run(command, timeout):
         if "racecheck" in command:
             raise subprocess.TimeoutExpired(command, timeout)
@@ -39,7 +41,11 @@ def test_a_run_inside_compute_sanitizer_that_takes_too_long_is_ended_and_named(b
     budget = benchmark.Budget(100.0)
     assert benchmark.sanitize(budget) == ["memcheck"]
     assert budget.left_out == ["compute-sanitizer racecheck"]
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, timeout: subprocess.CompletedProcess(command, 9))
+    monkeypatch.setattr(
+        benchmark.subprocess,
+        "run",
+        lambda command, timeout: subprocess.CompletedProcess(command, 9),
+    )
     with pytest.raises(RacError, match="compute-sanitizer memcheck found an error"):
         benchmark.sanitize(budget)
 
@@ -49,12 +55,18 @@ def test_a_dry_run_says_how_much_there_is_to_do(benchmark, monkeypatch):
 
     monkeypatch.setattr(gpu_budget, "_SAMPLE", (32, 256))
     monkeypatch.setattr(gpu_budget, "_compiling", lambda kernels: f"{sum(kernels)} kernels")
-    lines = list(gpu_budget.plan((40, 264), ((16, 128), (37, 200)), (1, 8), {"o": (64, 128)}, (1, 2048), 3))
-    assert lines[0].startswith(f"checks: 168 programs and {2 * len(benchmark.FORMATS) * 2} products")
+    lines = list(
+        gpu_budget.plan((40, 264), ((16, 128), (37, 200)), (1, 8), {"o": (64, 128)}, (1, 2048), 3)
+    )
+    assert lines[0].startswith(
+        f"checks: 168 programs and {2 * len(benchmark.FORMATS) * 2} products"
+    )
     assert lines[1].endswith("6 rounds of all contenders")
     assert "ns per weight" in lines[2]
     names = {each.name for layout in ALL for each in all_programs(layout)}
-    assert len(names) < int(lines[3].split()[1])  # of some layouts they are compiled anew, for other groups
+    assert len(names) < int(
+        lines[3].split()[1]
+    )  # of some layouts they are compiled anew, for other groups
 
 
 @pytest.fixture
@@ -103,7 +115,18 @@ def test_everything_is_written(benchmark, parts, monkeypatch, tmp_path, capsys):
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["finished"] is True
     assert set(record) == {
-        *("device", "torch", "finished", "programs", "checked", "prompts", "sanitizer", "launch", "times", "missing"),
+        *(
+            "device",
+            "torch",
+            "finished",
+            "programs",
+            "checked",
+            "prompts",
+            "sanitizer",
+            "launch",
+            "times",
+            "missing",
+        ),
         "left_out",
     }
     assert [row["contender"] for row in record["times"]] == ["2:4"]
@@ -131,7 +154,9 @@ def test_what_was_finished_before_an_error_is_written_with_the_error(
     assert set(record) == {"device", "torch", "finished", "error", "left_out", *kept}
 
 
-def test_a_run_that_is_ended_from_outside_keeps_what_it_finished(benchmark, parts, monkeypatch, tmp_path):
+def test_a_run_that_is_ended_from_outside_keeps_what_it_finished(
+    benchmark, parts, monkeypatch, tmp_path
+):
     def interrupted(budget: object) -> None:
         raise KeyboardInterrupt
 
@@ -143,7 +168,9 @@ def test_a_run_that_is_ended_from_outside_keeps_what_it_finished(benchmark, part
     assert record["checked"] == [{"format": "bf16", "error": 0.5}]
 
 
-def test_under_compute_sanitizer_programs_and_products_alone_run(benchmark, parts, monkeypatch, tmp_path, capsys):
+def test_under_compute_sanitizer_programs_and_products_alone_run(
+    benchmark, parts, monkeypatch, tmp_path, capsys
+):
     parts["wrong"] = "check_streams"  # which does not run
     run_with(benchmark, monkeypatch, "--only-check")
     assert "1 programs are right\n1 products are right\n" in capsys.readouterr().out
@@ -151,6 +178,8 @@ def test_under_compute_sanitizer_programs_and_products_alone_run(benchmark, part
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_ends_in_one_line():
-    done = subprocess.run([sys.executable, BENCHMARKS / "gpu_kernels.py"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu_kernels.py"], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert done.stderr == "torch finds no CUDA device; run this on a machine with a GPU\n"

@@ -54,7 +54,9 @@ def test_measured_times_stand_beside_predicted_ones(benchmark, tmp_path):
 
 def test_times_of_a_card_that_is_not_known_are_an_error(benchmark, tmp_path):
     (tmp_path / "gpu.json").write_text(json.dumps({"device": "NVIDIA T4", "times": []}))
-    with pytest.raises(RacError, match=r'device "NVIDIA T4" is not in the table of cards, which has NVIDIA A100'):
+    with pytest.raises(
+        RacError, match=r'device "NVIDIA T4" is not in the table of cards, which has NVIDIA A100'
+    ):
         list(benchmark.beside(tmp_path / "gpu.json"))
 
 
@@ -64,7 +66,9 @@ def test_a_run_that_ended_before_anything_was_timed_is_an_error(benchmark, tmp_p
         ({"times": [], "error": "bf16: wrong by 3"}, "bf16: wrong by 3"),
     ):
         (tmp_path / "gpu.json").write_text(json.dumps({"device": "NVIDIA L4"} | record))
-        with pytest.raises(RacError, match=rf"nothing was timed \({reason}\); run make gpu-check again"):
+        with pytest.raises(
+            RacError, match=rf"nothing was timed \({reason}\); run make gpu-check again"
+        ):
             list(benchmark.beside(tmp_path / "gpu.json"))
 
 

@@ -41,7 +41,9 @@ def test_tokens_behind_the_first_that_differs_are_not_compared(served):
     found = served.compare(other, DENSE)
     assert (found.alike, found.sampled) == (4, 6)
     assert found.largest == pytest.approx(0.01)
-    assert found.mean == pytest.approx(0.01 / 9)  # 4 tokens that were read, 3 and 2 that were sampled
+    assert found.mean == pytest.approx(
+        0.01 / 9
+    )  # 4 tokens that were read, 3 and 2 that were sampled
 
 
 @pytest.mark.parametrize("change", [{"read": [-3.0, -3.0]}, {"logprobs": [-1.0, -1.1, -2.2]}])
@@ -69,7 +71,9 @@ def test_what_was_compared_is_kept_when_the_next_model_does_not_end(served, monk
             raise KeyboardInterrupt
         return copy.deepcopy(DENSE)
 
-    monkeypatch.setitem(sys.modules, "random_model", SimpleNamespace(save_model=lambda *arguments, **options: None))
+    monkeypatch.setitem(
+        sys.modules, "random_model", SimpleNamespace(save_model=lambda *arguments, **options: None)
+    )
     monkeypatch.setattr(served, "sample_apart", sample_apart)
     with pytest.raises(KeyboardInterrupt):
         served.check(tmp_path, "cuda", ["2:4 + int4", "2:4"], tmp_path / "served.json")
@@ -80,7 +84,9 @@ def test_what_was_compared_is_kept_when_the_next_model_does_not_end(served, monk
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_it_ends_in_one_line():
-    done = subprocess.run([sys.executable, BENCHMARKS / "gpu_served.py"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu_served.py"], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("vLLM cannot be imported")
     assert done.stderr.endswith("no model was served\n")

@@ -35,13 +35,17 @@ def test_llama_times_one_step_less_than_tokens(tables, monkeypatch, tmp_path):
     import peer_contenders
 
     timings = {"prompt_n": 4, "prompt_ms": 100.0, "predicted_n": 9, "predicted_ms": 80.0}
-    params = SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+    params = SimpleNamespace(
+        model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
+    )
     server = SimpleNamespace(handle_completions=lambda body: {"timings": timings})
     llama = SimpleNamespace(CommonParams=lambda: params, Server=lambda params: server)
     monkeypatch.setitem(sys.modules, "xllamacpp", llama)
     writes = SimpleNamespace(write_gguf=lambda path, *_: path.write_bytes(bytes(5)))
     monkeypatch.setitem(sys.modules, "gguf_model", writes)
-    args = SimpleNamespace(keep=tmp_path, layers=1, vocab=16, prompt_tokens=4, output_tokens=9, threads=1)
+    args = SimpleNamespace(
+        keep=tmp_path, layers=1, vocab=16, prompt_tokens=4, output_tokens=9, threads=1
+    )
     found = peer_contenders.llama("llama.cpp Q4_0", args)
     assert (found.weight_bytes, found.ms_per_token, found.first_token_s) == (5, 10.0, 0.1)
     assert found.tokens_per_s == pytest.approx(9 / 0.18)
@@ -51,7 +55,11 @@ def test_llama_times_one_step_less_than_tokens(tables, monkeypatch, tmp_path):
     ("suffix", "options", "environment"),
     [
         ("", [], {}),
-        (", one process", ["--distributed-executor-backend", "uni"], {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+        (
+            ", one process",
+            ["--distributed-executor-backend", "uni"],
+            {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        ),
         (
             ", one process, step in C++",
             ["--distributed-executor-backend", "uni", "--compilation-config"],
@@ -59,7 +67,9 @@ def test_llama_times_one_step_less_than_tokens(tables, monkeypatch, tmp_path):
         ),
     ],
 )
-def test_the_suffix_of_a_served_contender_sets_its_options(tables, monkeypatch, tmp_path, suffix, options, environment):
+def test_the_suffix_of_a_served_contender_sets_its_options(
+    tables, monkeypatch, tmp_path, suffix, options, environment
+):
     import peer_contenders
 
     seen = []
@@ -73,12 +83,16 @@ def test_the_suffix_of_a_served_contender_sets_its_options(tables, monkeypatch, 
     client = SimpleNamespace(Load=lambda *_: None, measure=lambda *_: speed)
     monkeypatch.setitem(sys.modules, "streaming_client", client)
     monkeypatch.setitem(sys.modules, "vllm_server", SimpleNamespace(serving=serving))
-    monkeypatch.setitem(sys.modules, "random_model", SimpleNamespace(save_model=lambda *_, **__: None))
+    monkeypatch.setitem(
+        sys.modules, "random_model", SimpleNamespace(save_model=lambda *_, **__: None)
+    )
     args = SimpleNamespace(keep=tmp_path, layers=1, vocab=16, prompt_tokens=1, output_tokens=1)
     name = f"served, 50 % + int4, head int4{suffix}"
     peer_contenders.served(name, args)
     ((found, variables),) = seen
-    assert [option for option in found if option in {*options, "uni", "--compilation-config"}] == options
+    assert [
+        option for option in found if option in {*options, "uni", "--compilation-config"}
+    ] == options
     assert variables == {"RAC_LM_HEAD": "int4", **environment}
     if "--compilation-config" in found:
         config = json.loads(found[found.index("--compilation-config") + 1])
@@ -106,14 +120,18 @@ def engine(tables, monkeypatch, tmp_path):
         asked["options"] = options
         for text in asked.get("warns", []):
             logging.getLogger("vllm.rac").warning(text)
-        unfinished = SimpleNamespace(add_request=add_request, step=step, has_unfinished_requests=lambda: left[0] > 0)
+        unfinished = SimpleNamespace(
+            add_request=add_request, step=step, has_unfinished_requests=lambda: left[0] > 0
+        )
         return SimpleNamespace(llm_engine=unfinished)
 
     def sampling(max_tokens, **_):
         asked["tokens"] = max_tokens
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=made, SamplingParams=sampling))
-    monkeypatch.setitem(sys.modules, "random_model", SimpleNamespace(save_model=lambda *_, **__: None))
+    monkeypatch.setitem(
+        sys.modules, "random_model", SimpleNamespace(save_model=lambda *_, **__: None)
+    )
     monkeypatch.setattr(peer_contenders.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(os, "environ", dict(os.environ))
     args = SimpleNamespace(keep=tmp_path, layers=1, vocab=16, prompt_tokens=4, output_tokens=9)
@@ -132,6 +150,8 @@ def test_an_engine_in_this_process_is_timed_step_by_step(tables, engine):
 
 
 def test_dense_codes_that_vllms_own_method_ran_are_no_contender_of_ours(engine):
-    engine.asked["warns"] = ["--quantization rac-sparse has no effect on this model here; leave it out"]
+    engine.asked["warns"] = [
+        "--quantization rac-sparse has no effect on this model here; leave it out"
+    ]
     with pytest.raises(SystemExit, match="vLLM's own method ran it"):
         engine.run("in Python, dense int4, ours, head int4")

@@ -27,7 +27,10 @@ def test_the_kl_is_that_of_the_format(tables):
 def test_ratios_are_of_one_round_and_medians_of_all(tables):
     figures = tables.Figures
     base = {1: figures(8 * 10**8, 40.0, 2.0, 14.0), 2: figures(8 * 10**8, 80.0, 4.0, 7.0)}
-    other = {2: figures(6 * 10**8, 60.0, gigabytes_per_s=20.0), 1: figures(6 * 10**8, 20.0, gigabytes_per_s=40.0)}
+    other = {
+        2: figures(6 * 10**8, 60.0, gigabytes_per_s=20.0),
+        1: figures(6 * 10**8, 20.0, gigabytes_per_s=40.0),
+    }
     rows = [
         tables.row("llama.cpp Q4_0", base, {}, None),
         tables.row("linears, dense int4, head int4", other, {"int4": 0.04}, None),
@@ -56,6 +59,10 @@ def test_a_missing_round_leaves_the_others_paired(tables):
     lines = tables.table([base, ours, absent]).splitlines()
     assert "| 1.33x (1.33-1.33) |" in lines[3]
     assert lines[4] == "| llama.cpp Q8_0 |" + " - |" * 9
-    assert lines[5:] == ["", "- llama.cpp Q4_0: failed in round 3: why", "- llama.cpp Q8_0: not installed: gguf"]
+    assert lines[5:] == [
+        "",
+        "- llama.cpp Q4_0: failed in round 3: why",
+        "- llama.cpp Q8_0: not installed: gguf",
+    ]
     without_base = tables.table([tables.row("llama.cpp Q4_0", {}, {}, "why"), ours]).splitlines()
     assert without_base[3].endswith("| - | - | - |")

@@ -22,22 +22,41 @@ def test_one_that_fails_does_not_end_the_run(tables, peers, monkeypatch):
 
     def run(name, args):
         started.append(name)
-        return "Broken: why" if name == bad and started.count(bad) == 2 else tables.Figures(10, float(len(started)))
+        return (
+            "Broken: why"
+            if name == bad and started.count(bad) == 2
+            else tables.Figures(10, float(len(started)))
+        )
 
     monkeypatch.setattr(peers, "run", run)
-    rows, failed = peers.measure(["llama.cpp Q4_0", bad, good], SimpleNamespace(rounds=3), {}, saved.append)
+    rows, failed = peers.measure(
+        ["llama.cpp Q4_0", bad, good], SimpleNamespace(rounds=3), {}, saved.append
+    )
     assert failed
     assert started == [bad, good, good, bad, good]
     assert [len(each) for each in saved] == [3, 3, 3]
-    assert [[len(row["runs"]) for row in each] for each in saved] == [[0, 1, 1], [0, 1, 2], [0, 1, 3]]
+    assert [[len(row["runs"]) for row in each] for each in saved] == [
+        [0, 1, 1],
+        [0, 1, 2],
+        [0, 1, 3],
+    ]
     assert rows == saved[-1]
-    assert [row["failed"] for row in rows] == ["not installed: gguf", "failed in round 2: Broken: why", None]
+    assert [row["failed"] for row in rows] == [
+        "not installed: gguf",
+        "failed in round 2: Broken: why",
+        None,
+    ]
     assert [run["round"] for run in rows[2]["runs"]] == [1, 2, 3]
     assert (rows[1]["ms_per_token"], rows[2]["ms_per_token"]) == (1.0, 3.0)
-    assert peers.measure(["llama.cpp Q4_0", good], SimpleNamespace(rounds=1), {}, saved.append)[1] is False
+    assert (
+        peers.measure(["llama.cpp Q4_0", good], SimpleNamespace(rounds=1), {}, saved.append)[1]
+        is False
+    )
 
 
-@pytest.mark.parametrize("error", [SystemExit("too few tokens"), ValueError("too few tokens"), SystemExit(1)], ids=repr)
+@pytest.mark.parametrize(
+    "error", [SystemExit("too few tokens"), ValueError("too few tokens"), SystemExit(1)], ids=repr
+)
 def test_a_process_that_fails_says_why(peers, monkeypatch, capsys, error):
     def fails(name, args):
         raise error
@@ -64,7 +83,9 @@ def test_a_process_that_fails_says_why(peers, monkeypatch, capsys, error):
 def test_what_a_process_leaves(tables, peers, monkeypatch, tmp_path, code, written, reason):
     sizes = dict.fromkeys(("layers", "vocab", "prompt_tokens", "output_tokens", "threads"), 4)
     monkeypatch.setattr(
-        peers.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code, written)
+        peers.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, code, written),
     )
     found = peers.run("a", SimpleNamespace(keep=tmp_path, **sizes))
     assert found == tables.Figures(1, 2.0) if reason is None else found.startswith(reason)
@@ -79,7 +100,8 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(support().isa is None, reason=support().reason)
 @pytest.mark.parametrize(
-    ("name", "layer_bytes"), [("linears, 50 % + int4, head int4", 0.41), ("linears, dense int3, head int4", 0.44)]
+    ("name", "layer_bytes"),
+    [("linears, 50 % + int4, head int4", 0.41), ("linears, dense int3, head int4", 0.44)],
 )
 def test_the_command_writes_a_row_per_contender(tmp_path, name, layer_bytes):
     size = ["--layers", "1", "--vocab", "1024", "--output-tokens", "4"]
@@ -104,13 +126,16 @@ def test_an_unknown_contender_is_refused():
 
 
 def test_a_folder_that_does_not_exist_is_refused_before_anything_runs(tmp_path):
-    done = run("--only", "linears, dense int4, head int4", "--json", str(tmp_path / "none" / "peers.json"))
+    done = run(
+        "--only", "linears, dense int4, head int4", "--json", str(tmp_path / "none" / "peers.json")
+    )
     assert done.returncode == 2
     assert "its folder does not exist; make it first" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("torchao linears, int4, head int4", "torchao"), ("llama.cpp Q4_0", "gguf")]
+    ("name", "package"),
+    [("torchao linears, int4, head int4", "torchao"), ("llama.cpp Q4_0", "gguf")],
 )
 def test_alone_and_not_installed_nothing_is_measured(tmp_path, name, package):
     if find_spec(package):

@@ -29,7 +29,13 @@ def test_the_recipes_differ_in_what_is_calibrated_on_alone(benchmark, label):
     for recipe in recipes:
         name, entry = find_named_entry(recipe, label)
         checked = check_entry(entry, label, name)  # nothing is idle
-        budgets.append((checked.calibration.tokens, checked.calibration.seed, sorted(checked.calibration.mixture)))
+        budgets.append(
+            (
+                checked.calibration.tokens,
+                checked.calibration.seed,
+                sorted(checked.calibration.mixture),
+            )
+        )
         for part in ("traces", "calibration"):
             entry.pop(part, None)
     assert recipes[0] == recipes[1] == recipes[2]

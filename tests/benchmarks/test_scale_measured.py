@@ -29,7 +29,9 @@ def test_parts_are_scaled_to_the_whole_model(parts, monkeypatch, tmp_path):
     ticks = iter([0, 1, 1, 3, 3, 6, 6, 10, 10, 20])
     monkeypatch.setattr(parts, "time", SimpleNamespace(process_time=lambda: float(next(ticks))))
     monkeypatch.setattr(parts, "LENGTH", 64)
-    shape = parts.Model("tiny", layers=6, hidden=128, inner=256, queries=128, keys=64, vocabulary=512)
+    shape = parts.Model(
+        "tiny", layers=6, hidden=128, inner=256, queries=128, keys=64, vocabulary=512
+    )
     found = parts.parts(shape, tmp_path / "model")
     linear = 128 * (128 + 64 + 64) + 128 * 128 + 3 * 128 * 256
     other = 128 + 64 + 64 + 2 * 128  # biases and norms of a layer
@@ -57,11 +59,18 @@ def test_attention_takes_the_place_of_the_products(measured, monkeypatch):
         measured.GroupTimes(second, 50.0, 0, 0, factors=2.0, per_row=0.0, products=45.0),
     ]
     monkeypatch.setattr(measured, "TOKENS", 1000)
-    whole = measured.Parts(0.25, {"saving": 7.0, "loading": 4.0, "packing": 1.0, "held-out divergence": 8.0})
+    whole = measured.Parts(
+        0.25, {"saving": 7.0, "loading": 4.0, "packing": 1.0, "held-out divergence": 8.0}
+    )
     attending = measured.with_attention(times, whole)
-    assert [each.tokens for each in attending] == [20.0 + 2 * 1000 * 0.25, 5.0]  # in the dense and in the pruned model
+    assert [each.tokens for each in attending] == [
+        20.0 + 2 * 1000 * 0.25,
+        5.0,
+    ]  # in the dense and in the pruned model
     shape = measured.Model("tiny", 10, 128, 256, 128, 64, 512)
-    assert measured.whole_seconds(shape, attending, whole, 1) == pytest.approx(10 * (520 + 5 + 3 + 2) + 20)
+    assert measured.whole_seconds(shape, attending, whole, 1) == pytest.approx(
+        10 * (520 + 5 + 3 + 2) + 20
+    )
     assert list(measured.parts_table(shape, attending, whole))[2:] == [
         "| forward passes, with attention | 5,000.0 s | each its batches |",
         "| statistics | 250.0 s | each its batches |",

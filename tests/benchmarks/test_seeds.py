@@ -52,7 +52,10 @@ def test_the_mean_of_equal_values_is_that_value():
         ([{"sparsity": 0.5, "accuracy": 1.0}], "no calibration"),
         ([seed_row(50, "RAC", 1.0)], 'sparsity 50 .*use 0.5 or "2:4"'),
         ([seed_row("half", "RAC", 1.0)], "'half'"),
-        ([seed_row(0.5, "RAC", 1.0), seed_row(0.5, "RAC", 1.0, unfinished_share=0.1)], "1 of 2 .*unfinished_share"),
+        (
+            [seed_row(0.5, "RAC", 1.0), seed_row(0.5, "RAC", 1.0, unfinished_share=0.1)],
+            "1 of 2 .*unfinished_share",
+        ),
     ],
 )
 def test_bad_rows(rows, message):
@@ -67,7 +70,9 @@ def test_sparsity():
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_plot_is_written(tmp_path, suffix):
-    path = plot_accuracy(ROWS, 0.99, tmp_path / "new" / f"plot.{suffix}", dense_unfinished=0.01, title="t")
+    path = plot_accuracy(
+        ROWS, 0.99, tmp_path / "new" / f"plot.{suffix}", dense_unfinished=0.01, title="t"
+    )
     assert path.stat().st_size > 4000
 
 
@@ -105,7 +110,11 @@ def test_patterns_stand_to_the_right_of_all_shares():
     [
         (ROWS, "plot.txt", r"plot.txt.*\.png, \.svg, \.pdf"),
         ([], "plot.png", "no rows"),
-        ([{"sparsity": 0.5, "calibration": "RAC", "accuracy": 1.0}], "plot.png", "unfinished_share"),
+        (
+            [{"sparsity": 0.5, "calibration": "RAC", "accuracy": 1.0}],
+            "plot.png",
+            "unfinished_share",
+        ),
         ([ROWS[0] | {"calibration": str(i)} for i in range(7)], "plot.png", "7 calibration sets"),
     ],
 )

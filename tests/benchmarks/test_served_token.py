@@ -41,7 +41,11 @@ def test_calls_between_the_signals(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "RAC_COUNT_CALLS": str(tmp_path),
     }
     with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -49,12 +53,17 @@ def test_calls_between_the_signals(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         found = []
         for calls in (5, 30):
             process.send_signal(signal.SIGUSR1)
-            for times in (0, calls):  # a signal that comes just before a read is handled when that returns
+            for times in (
+                0,
+                calls,
+            ):  # a signal that comes just before a read is handled when that returns
                 print(times, file=process.stdin, flush=True)
                 process.stdout.readline()
             file = tmp_path / f"{process.pid}.json"
             while not file.is_file():
-                process.send_signal(signal.SIGUSR2)  # again: a read that began meanwhile is interrupted
+                process.send_signal(
+                    signal.SIGUSR2
+                )  # again: a read that began meanwhile is interrupted
                 for _ in range(100):
                     if file.is_file():
                         break
@@ -79,5 +88,9 @@ def test_polling_is_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from served_token import totals
 
-    rows = [("py", "/x/model.py", "f", 3), ("c", "/x/model.py", "len", 5), ("c", "/v/shm_broadcast.py", "yield", 700)]
+    rows = [
+        ("py", "/x/model.py", "f", 3),
+        ("c", "/x/model.py", "len", 5),
+        ("c", "/v/shm_broadcast.py", "yield", 700),
+    ]
     assert tuple(totals([*rows, ("py", "/v/shm_broadcast.py", "wait", 900)])) == (3, 5, 1600)

@@ -62,7 +62,11 @@ class Server:
         reply = web.StreamResponse()
         await reply.prepare(request)
         for token in tokens:
-            chunk = {"choices": [{"token_ids": [token]}]} if self.fault != "stops" else {"error": "no memory"}
+            chunk = (
+                {"choices": [{"token_ids": [token]}]}
+                if self.fault != "stops"
+                else {"error": "no memory"}
+            )
             await reply.write(f"data: {json.dumps(chunk)}\n\n".encode())
             await asyncio.sleep(0.001)
         return reply
@@ -115,8 +119,14 @@ def test_a_server_that_is_right_passes(soak, brief):
     ("fault", "text"),
     [
         ("leaks", r"memory is not flat: 1\.0\d\d of that after 100 requests"),
-        ("fails", "1 requests failed; the first: RuntimeError: the server answered 500: out of blocks"),
-        ("stops", "requests failed; the first: RuntimeError: the server stopped with an error: .*no memory"),
+        (
+            "fails",
+            "1 requests failed; the first: RuntimeError: the server answered 500: out of blocks",
+        ),
+        (
+            "stops",
+            "requests failed; the first: RuntimeError: the server stopped with an error: .*no memory",
+        ),
         ("keeps", "requests of clients that left are in the engine"),
         ("changes", "one prompt was answered differently before and after"),
     ],
@@ -141,7 +151,10 @@ def test_memory_that_falls_is_not_flat_either(soak):
 
 @pytest.mark.parametrize(
     ("option", "text"),
-    [(["--settle", "150"], "--settle must be a multiple of 100"), (["--leave", "0"], "--leave must be above 0")],
+    [
+        (["--settle", "150"], "--settle must be a multiple of 100"),
+        (["--leave", "0"], "--leave must be above 0"),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(option, text):
     command = [sys.executable, str(BENCHMARKS / "serving_soak.py"), "nowhere", *option]

@@ -13,9 +13,13 @@ def test_torchao_multiplies_its_codes(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import torchao_linears
 
-    nbytes, milliseconds = torchao_linears.decode_step([(256, 512), (512, 256)], 128, 4)  # checks each product
+    nbytes, milliseconds = torchao_linears.decode_step(
+        [(256, 512), (512, 256)], 128, 4
+    )  # checks each product
     assert nbytes == 2 * (256 * 512 // 2 + 256 * 512 // 128 * 4)
     assert milliseconds > 0
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: torch.zeros(1, weight.shape[0]))
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, weight: torch.zeros(1, weight.shape[0])
+    )
     with pytest.raises(RuntimeError, match=r"torchao: a product \[256, 512\] differs by"):
         torchao_linears.decode_step([(256, 512)], 128, 4)

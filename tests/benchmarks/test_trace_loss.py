@@ -38,7 +38,11 @@ def test_trace_loss_leaves_the_model_in_its_mode():
 
 @pytest.mark.parametrize(
     ("sequences", "message"),
-    [([], "no sequences"), ([([1, 2], 0)], "prompt_length 0"), ([([1, 2], 2)], "prompt_length 2 .* of 2 tokens")],
+    [
+        ([], "no sequences"),
+        ([([1, 2], 0)], "prompt_length 0"),
+        ([([1, 2], 2)], "prompt_length 2 .* of 2 tokens"),
+    ],
 )
 def test_trace_loss_bad_input(sequences, message):
     with pytest.raises(RacError, match=message):

@@ -46,7 +46,9 @@ def test_the_sequences_are_the_stored_ids(build, trace_store):
     whole = [s for s in made.loader.sequences if s.ids in stored]
     assert len(whole) >= len(made.loader.sequences) - 1  # one may be cut to meet the budget
     assert made.as_dict()["calibration"]["tokens"] == 600
-    assert made.as_dict()["trace_stores"]["traces"]["sha256"] == TraceStore.read(trace_store).sha256()
+    assert (
+        made.as_dict()["trace_stores"]["traces"]["sha256"] == TraceStore.read(trace_store).sha256()
+    )
 
 
 def test_its_identity_is_that_of_the_sequences_and_names_the_stores(build, trace_store):
@@ -65,7 +67,9 @@ def test_the_choice_is_made_over_the_whole_store(build, trace_store):
 
 
 def test_prompts_and_generic_text_come_beside_traces(build):
-    made = build(mixture={"traces": 0.5, "prompts": 0.25, "generic": 0.25}, generic={"sequence_tokens": 50})
+    made = build(
+        mixture={"traces": 0.5, "prompts": 0.25, "generic": 0.25}, generic={"sequence_tokens": 50}
+    )
     by_kind = Counter()
     for sequence in made.loader.sequences:
         by_kind[sequence.kind] += len(sequence.ids)
@@ -81,7 +85,9 @@ def test_a_warning_says_that_most_traces_were_cut(build):
     finally:
         logger.remove(handler)
     assert composition.unfinished_share > 0.5  # the tiny model hardly ever ends an answer
-    (warning,) = [text for text in said if "of the traces were cut at traces.sampling.max_new_tokens" in text]
+    (warning,) = [
+        text for text in said if "of the traces were cut at traces.sampling.max_new_tokens" in text
+    ]
     assert f"{composition.unfinished_share:.0%} of the traces" in warning
 
 
@@ -101,8 +107,13 @@ def test_prompts_are_rendered_as_those_of_traces(build, trace_store):
 def test_rac_without_a_trace_token_is_refused(tmp_path, model, tokenizer, trace_store):
     """Prompts that fill max_sequence_tokens leave only themselves, which must not pass as reasoning-aware."""
     long = "what is " + "1 + " * 30 + "1?"
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"problem": f"{i} {long}"}) + "\n" for i in range(20)))
-    traces = {**entry(tmp_path / "s.jsonl")["traces"], "problems": {"source": str(tmp_path / "p.jsonl")}}
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"problem": f"{i} {long}"}) + "\n" for i in range(20))
+    )
+    traces = {
+        **entry(tmp_path / "s.jsonl")["traces"],
+        "problems": {"source": str(tmp_path / "p.jsonl")},
+    }
     with pytest.raises(RacError, match="no token of any"):
         build_calibration_set(
             model,
@@ -128,7 +139,9 @@ def test_a_tokenizer_without_a_pad_token_does(model, trace_store):
 
 def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where stores are written by default
-    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"prompt": f"write {i}"}) + "\n" for i in range(60)))
+    (tmp_path / "code.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"write {i}"}) + "\n" for i in range(60))
+    )
     (tmp_path / "c4.txt").write_text("some words of the web " * 50)
     sampling = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 16}
     code = {"problems": {"source": "code.jsonl"}, "store": "code-traces.jsonl"}
@@ -139,7 +152,12 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
     )
     record = made.as_dict()
     tokens = {name: part["tokens"] for name, part in record["calibration"]["parts"].items()}
-    assert tokens == {"traces:arithmetic": 300, "traces:code": 120, "prompts:code": 60, "generic:c4.txt": 120}
+    assert tokens == {
+        "traces:arithmetic": 300,
+        "traces:code": 120,
+        "prompts:code": 60,
+        "generic:c4.txt": 120,
+    }
     assert record["calibration"]["tokens"] == 600
     assert set(record["trace_stores"]) == {"traces:arithmetic", "traces:code"}
     assert record["trace_stores"]["traces:code"]["path"] == "code-traces.jsonl"
@@ -149,8 +167,16 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
 
 def test_the_record_holds_how_the_prompts_of_each_part_were_made(build, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sampling = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 16, "system_prompt": "Be brief."}
-    bare = {"problems": {"source": "arithmetic"}, "sampling": {**sampling, "system_prompt": None, "template": "none"}}
+    sampling = {
+        "temperature": 1.0,
+        "max_new_tokens": 20,
+        "batch_size": 16,
+        "system_prompt": "Be brief.",
+    }
+    bare = {
+        "problems": {"source": "arithmetic"},
+        "sampling": {**sampling, "system_prompt": None, "template": "none"},
+    }
     traces = {"sampling": {**sampling, "thinking": False}, "sources": {"bare": bare}}
     made = build(traces, mixture="traces@0.5, prompts:bare@0.3, generic@0.2")
     assert made.as_dict()["prompts"] == {
@@ -170,12 +196,16 @@ def test_the_tokenizer_turns_no_ids_into_text_unless_needed(model, trace_store):
     tokenizer = tiny_tokenizer()
     tokenizer.decode = None
     settings = TraceSettings(**entry(trace_store)["traces"])
-    assert build_calibration_set(model, tokenizer, settings, CalibrationSettings(tokens=300), progress=False).pools
+    assert build_calibration_set(
+        model, tokenizer, settings, CalibrationSettings(tokens=300), progress=False
+    ).pools
 
 
 def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):
     """They sample together, and the first one chooses; the store is that of one process, too."""
-    calibration = CalibrationSettings(tokens=300, held_out_tokens=60, mixture="traces@0.8, generic@0.2")
+    calibration = CalibrationSettings(
+        tokens=300, held_out_tokens=60, mixture="traces@0.8, generic@0.2"
+    )
 
     def build(store, processes):
         settings = TraceSettings(**entry(store)["traces"])

@@ -25,7 +25,9 @@ def test_pythons_documentation_needs_no_download(tokenizer):
     assert {len(s) for s in sequences} == {32}
     assert sequences == read(tokenizer)
     assert sequences != read(tokenizer, seed=1)
-    assert not set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} & {i for s in sequences for i in s}
+    assert not set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} & {
+        i for s in sequences for i in s
+    }
 
 
 def test_every_file_type_gives_the_same_text(tokenizer, tmp_path):
@@ -49,7 +51,10 @@ def test_every_file_type_gives_the_same_text(tokenizer, tmp_path):
         ({"source": "none.jsonl", "column": "text"}, "no such file"),
         ({"source": "none.parquet", "column": "text"}, "no such file"),
         ({"source": "t.jsonl"}, "needs the name of its text column"),
-        ({"source": "t.jsonl", "column": "body"}, "row 1 has no text in column 'body'; its columns are text"),
+        (
+            {"source": "t.jsonl", "column": "body"},
+            "row 1 has no text in column 'body'; its columns are text",
+        ),
         ({"source": "empty.jsonl", "column": "text"}, "holds no text"),
         ({"source": "bad.jsonl", "column": "text"}, "line 2 is not JSON"),
         ({"source": "list.jsonl", "column": "text"}, "line 1 is a list"),

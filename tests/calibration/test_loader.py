@@ -18,7 +18,9 @@ PAD = 0
 def sequences(lengths: list[int], seed: int = 0) -> list[CalibrationSequence]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        CalibrationSequence(tuple(torch.randint(2, 300, (n,), generator=generator).tolist()), n // 3, "traces")
+        CalibrationSequence(
+            tuple(torch.randint(2, 300, (n,), generator=generator).tolist()), n // 3, "traces"
+        )
         for n in lengths
     ]
 
@@ -55,7 +57,10 @@ def test_every_sequence_is_there_once_padded_on_the_right_with_weight_zero(lengt
 
 
 def test_a_pad_token_inside_a_sequence_counts():
-    inside = [CalibrationSequence((5, PAD, 7, PAD), 1, "traces"), CalibrationSequence((4,) * 6, 1, "traces")]
+    inside = [
+        CalibrationSequence((5, PAD, 7, PAD), 1, "traces"),
+        CalibrationSequence((4,) * 6, 1, "traces"),
+    ]
     made = loader(inside)
     assert sum(int((w > 0).sum()) for w in made.token_weights) == 10
 
@@ -95,7 +100,10 @@ def test_rows_of_long_sequences_have_2048_tokens():
 
 def hessians(model, batches, weights) -> dict[str, torch.Tensor]:
     """Reference: full X^T X of each linear layer over all tokens of weight 1, from plain hooks."""
-    sums = {name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for name, m in linears(model).items()}
+    sums = {
+        name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64)
+        for name, m in linears(model).items()
+    }
     tokens = 0
     for batch, weight in zip(batches, weights, strict=True):
         keep = weight.flatten() > 0
@@ -176,10 +184,18 @@ def test_weights_of_prompt_thinking_answer_and_trace_reach_a_real_models_hessian
         hessian.add(seen(batch["input_ids"]), weights)
     for sequence, weight in zip(wanted, (1, 0.5, 3), strict=True):
         for position, x in enumerate(seen(torch.tensor([sequence.ids]))[0].double()):
-            part = 0.25 if position < sequence.prompt_tokens else 1.0 if position < sequence.prompt_tokens + 4 else 5.0
+            part = (
+                0.25
+                if position < sequence.prompt_tokens
+                else 1.0
+                if position < sequence.prompt_tokens + 4
+                else 5.0
+            )
             total += part * weight
             sums += part * weight * torch.outer(x, x)
-    torch.testing.assert_close(hessian.matrix(name).double(), 2 * sums / total, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        hessian.matrix(name).double(), 2 * sums / total, rtol=1e-4, atol=1e-5
+    )
     unweighted = Hessian(module.in_features)
     for batch, weights in zip(made, made.token_weights, strict=True):
         unweighted.add(seen(batch["input_ids"]), (weights > 0).float())
@@ -207,7 +223,11 @@ def test_the_hash_changes_with_tokens_weights_and_order():
     same = {loader(wanted).sha256(), loader(list(wanted)).sha256()}
     assert len(same) == 1
     other_token = [replace(wanted[0], ids=(99, *wanted[0].ids[1:])), *wanted[1:]]
-    others = {loader(other_token).sha256(), loader(wanted, prompt_weight=0.5).sha256(), loader(wanted, seed=3).sha256()}
+    others = {
+        loader(other_token).sha256(),
+        loader(wanted, prompt_weight=0.5).sha256(),
+        loader(wanted, seed=3).sha256(),
+    }
     assert len(others | same) == 4
 
 
@@ -217,7 +237,8 @@ def test_the_shares_of_processes_are_all_batches_once(lengths, count):
     made = loader(sequences(lengths))
     if len(made) < count:
         with pytest.raises(
-            RacError, match=f"{count} processes share {len(made)} batches.*lower calibration.batch_tokens"
+            RacError,
+            match=f"{count} processes share {len(made)} batches.*lower calibration.batch_tokens",
         ):
             made.share(0, count)
         return
@@ -230,7 +251,9 @@ def test_the_shares_of_processes_are_all_batches_once(lengths, count):
     assert sorted(row for share in shares for row in content(share)) == sorted(content(made))
     sizes = [sum(weights.numel() for weights in share.token_weights) for share in shares]
     largest = max(weights.numel() for weights in made.token_weights)
-    if len(made) <= LANES:  # else lanes are of several batches, and some may have one more than others in each round
+    if (
+        len(made) <= LANES
+    ):  # else lanes are of several batches, and some may have one more than others in each round
         assert max(sizes) - min(sizes) <= largest * 2
     assert all(content(a) == content(made.share(rank, count)) for rank, a in enumerate(shares))
     for share in shares:
@@ -254,7 +277,9 @@ def test_lanes_are_the_same_with_any_number_of_processes(batches, count):
     assert len({len(lanes) for lanes in by_rank}) == 1, "all end as many"
     found = [lane for lanes in zip(*by_rank, strict=True) for lane in lanes]
     assert [lane for lane in found if lane] == expected
-    assert found[len(expected) :] == [[]] * (len(found) - len(expected)), "those without a batch are the last ones"
+    assert found[len(expected) :] == [[]] * (len(found) - len(expected)), (
+        "those without a batch are the last ones"
+    )
     for share in shares:
         for number, batch in zip(share.numbers, share, strict=True):
             assert torch.equal(batch["input_ids"], list(alone)[number]["input_ids"])

@@ -16,7 +16,9 @@ from rac_modifier.settings.calibration import KINDS, CalibrationSettings
 from rac_modifier.traces.store import Trace
 
 
-def trace(i: int, prompt: int = 3, completion: int = 7, reason: str = "stop") -> CalibrationSequence:
+def trace(
+    i: int, prompt: int = 3, completion: int = 7, reason: str = "stop"
+) -> CalibrationSequence:
     return trace_sequence(
         Trace(f"t{i}#0", f"t{i}", (1,) * prompt, (1000 + i,) * completion, reason, 0, "q", None)  # type: ignore[arg-type]
     )
@@ -39,7 +41,9 @@ def tokens_by_kind(sequences: list[CalibrationSequence]) -> dict[str, int]:
 
 
 def test_a_mixture_is_exact_to_the_token_in_each_kind():
-    chosen, composition = mix(candidates(), settings(mixture={"traces": 0.5, "prompts": 0.2, "generic": 0.3}))
+    chosen, composition = mix(
+        candidates(), settings(mixture={"traces": 0.5, "prompts": 0.2, "generic": 0.3})
+    )
     assert tokens_by_kind(chosen) == {"traces": 50, "prompts": 20, "generic": 30}
     assert composition.tokens == 100
     assert composition.generic_tokens == 30
@@ -71,8 +75,12 @@ def test_the_budget_is_met_exactly_or_refused(lengths, tokens, share, longest):
         "traces": [trace(i, 1, n) for i, n in enumerate(lengths)],
         "prompts": [prompt_sequence([5] * n) for n in lengths],
     }
-    wanted = settings(tokens=tokens, mixture={"traces": share, "prompts": 1 - share}, max_sequence_tokens=longest)
-    most = {kind: sum(min(len(s.ids), longest or 10**9) for s in pool) for kind, pool in pools.items()}
+    wanted = settings(
+        tokens=tokens, mixture={"traces": share, "prompts": 1 - share}, max_sequence_tokens=longest
+    )
+    most = {
+        kind: sum(min(len(s.ids), longest or 10**9) for s in pool) for kind, pool in pools.items()
+    }
     budgets = {"traces": round(tokens * share) if share < 1 else tokens}
     budgets["prompts"] = tokens - budgets["traces"]
     if any(most[kind] < budget for kind, budget in budgets.items() if wanted.mixture.get(kind)):
@@ -97,7 +105,9 @@ def test_the_seed_decides_the_order_of_the_whole_set():
 
     assert run(0) == run(0)
     assert run(0) != run(1)
-    assert sorted(s.ids for s in run(0)) == sorted(s.ids for s in run(1))  # the parts give their sequences in order
+    assert sorted(s.ids for s in run(0)) == sorted(
+        s.ids for s in run(1)
+    )  # the parts give their sequences in order
     kinds = [s.kind for s in run(0)]
     assert kinds != sorted(kinds)
     assert kinds != sorted(kinds, reverse=True)
@@ -130,14 +140,18 @@ def test_truncated_and_unfinished_are_counted():
     assert composition.unfinished_traces == 2
     assert "2 traces (40%) hit the sampling cap" in composition.describe()
     assert composition.truncated_sequences == 1  # the last one, to meet the budget
-    _, composition = mix({"traces": [trace(i, 3, 30) for i in range(5)]}, settings(tokens=80, max_sequence_tokens=16))
+    _, composition = mix(
+        {"traces": [trace(i, 3, 30) for i in range(5)]}, settings(tokens=80, max_sequence_tokens=16)
+    )
     assert composition.truncated_sequences == 5
     assert composition.unfinished_traces == 0  # cut by us, not by the sampling cap
     assert "5 sequences were cut" in composition.describe()
 
 
 def test_a_sequence_that_fits_exactly_is_not_cut():
-    chosen, composition = mix({"traces": [trace(i) for i in range(5)]}, settings(tokens=20, max_sequence_tokens=16))
+    chosen, composition = mix(
+        {"traces": [trace(i) for i in range(5)]}, settings(tokens=20, max_sequence_tokens=16)
+    )
     assert composition.truncated_sequences == 0
     assert all(s.finished for s in chosen)
 
@@ -184,7 +198,11 @@ def test_a_set_without_any_trace_token_is_not_called_reasoning_aware():
 
 def test_the_record_holds_every_count():
     record = mix(candidates(), settings())[1].as_dict()
-    assert record["tokens"] == 100 == record["prompt_tokens"] + record["trace_tokens"] + record["generic_tokens"]
+    assert (
+        record["tokens"]
+        == 100
+        == record["prompt_tokens"] + record["trace_tokens"] + record["generic_tokens"]
+    )
     assert set(record) == {
         "tokens", "prompt_tokens", "trace_tokens", "generic_tokens", "sequences", "truncated_sequences",
         "unfinished_traces", "parts",

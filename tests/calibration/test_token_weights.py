@@ -22,7 +22,9 @@ def test_named_weightings():
 
 @pytest.mark.parametrize("name", ["length", "", "os:getcwd", "os.path:join", "tests.tiny:linears"])
 def test_another_name_is_refused_and_never_imported(name):
-    with pytest.raises(RacError, match=r"use uniform, inverse_length or correct, or from Python a function"):
+    with pytest.raises(
+        RacError, match=r"use uniform, inverse_length or correct, or from Python a function"
+    ):
         find_weighting(name, never)
 
 
@@ -37,7 +39,9 @@ def test_what_is_no_weight_is_refused_with_the_names_of_function_and_trace(weigh
     def by_mood(trace):
         return weight
 
-    with pytest.raises(RacError, match=r"by_mood gives trace 't5#0' the weight .*; return a number of at least 0"):
+    with pytest.raises(
+        RacError, match=r"by_mood gives trace 't5#0' the weight .*; return a number of at least 0"
+    ):
         find_weighting(by_mood, never)(trace(5))
 
 

@@ -33,16 +33,23 @@ def collect(model, tokenizer, tmp_path, monkeypatch):
     def collect(traces, **calibration):
         settings = CalibrationSettings(**{"tokens": 600, "held_out_tokens": 0, **calibration})
         return collect_for_calibration(
-            model, tokenizer, TraceSettings(**{"sampling": SAMPLING, **traces}), settings, progress=False
+            model,
+            tokenizer,
+            TraceSettings(**{"sampling": SAMPLING, **traces}),
+            settings,
+            progress=False,
         )
 
     return collect
 
 
 def test_each_part_made_of_traces_gets_its_share_from_a_store_of_its_own(collect):
-    pools = collect({}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.25, prompts@0.25")
+    pools = collect(
+        {}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.25, prompts@0.25"
+    )
     assert {
-        key: pool.usable_tokens() >= tokens for (key, pool), tokens in zip(pools.items(), (300, 150), strict=True)
+        key: pool.usable_tokens() >= tokens
+        for (key, pool), tokens in zip(pools.items(), (300, 150), strict=True)
     } == {
         "traces:arithmetic": True,
         "traces:reasoning-gym:gcd": True,
@@ -95,11 +102,14 @@ def test_the_default_store_is_looked_at_too(collect, request, tmp_path):
 
 @pytest.mark.usefixtures("small_accelerator")
 @pytest.mark.parametrize("there", [False, True], ids=["no store", "a store with too few"])
-def test_a_model_that_does_not_fit_is_refused_before_it_samples(collect, trace_store, tmp_path, there):
+def test_a_model_that_does_not_fit_is_refused_before_it_samples(
+    collect, trace_store, tmp_path, there
+):
     if there:
         (tmp_path / "own.jsonl").write_bytes(trace_store.read_bytes())
     with pytest.raises(
-        RacError, match=r"are free on cuda, .*: fill the trace store .*rac traces collect MODEL .*--serve"
+        RacError,
+        match=r"are free on cuda, .*: fill the trace store .*rac traces collect MODEL .*--serve",
     ):
         collect(entry(tmp_path / "own.jsonl")["traces"], tokens=10**5)
     if there:
@@ -109,7 +119,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_samples(collect, trace_s
 
 
 def test_traces_are_held_out_of_each_part_beside_its_share(collect):
-    pools = collect({}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.5", held_out_tokens=400)
+    pools = collect(
+        {}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.5", held_out_tokens=400
+    )
     for pool in pools.values():
         assert len(pool.held_out) >= 4
         assert pool.kept_out_tokens >= 200
@@ -125,7 +137,9 @@ def test_what_is_held_out_does_not_shrink_with_the_share_of_traces(collect):
 def test_nothing_is_held_out_of_a_named_source_of_another_model(collect):
     store = collect({}, mixture="traces:arithmetic@1.0")["traces:arithmetic"].store.path
     source = {"problems": {"source": "arithmetic"}, "store": str(store), "allow_off_policy": True}
-    pools = collect({"sources": {"other": source}}, mixture="traces:other@1", tokens=200, held_out_tokens=400)
+    pools = collect(
+        {"sources": {"other": source}}, mixture="traces:other@1", tokens=200, held_out_tokens=400
+    )
     assert pools["traces:other"].held_out == ()
 
 
@@ -142,7 +156,9 @@ def test_a_mixture_without_traces_has_nothing_to_collect(collect):
 
 def test_collection_continues_until_what_is_selected_fills_the_budget(collect):
     sampling = {**SAMPLING, "samples_per_problem": 3}
-    pool = collect({"store": "s.jsonl", "sampling": sampling, "select": {"per_problem": 1}}, tokens=600)["traces"]
+    pool = collect(
+        {"store": "s.jsonl", "sampling": sampling, "select": {"per_problem": 1}}, tokens=600
+    )["traces"]
     held = list(TraceStore.read("s.jsonl"))
     fit = [t for t in held if t.id.endswith("#0")]
     assert sum(t.tokens for t in fit) == sum(pool.lengths) >= 600
@@ -181,10 +197,17 @@ def test_a_store_grows_by_what_is_usable_of_it(sampled, repeated, kept_out, usab
 
 def test_a_selection_that_keeps_nothing_ends_with_an_error(collect, monkeypatch):
     monkeypatch.setattr(trace_budget, "_ENOUGH_TO_JUDGE", 32)
-    with pytest.raises(RacError, match=r"traces: traces\.select kept 0 of .* wrong.*least_share \(0\.02\)"):
+    with pytest.raises(
+        RacError, match=r"traces: traces\.select kept 0 of .* wrong.*least_share \(0\.02\)"
+    ):
         collect({"select": {"answers": "correct"}}, tokens=300)
 
 
 def test_problems_that_end_before_a_selection_is_met_say_so(collect):
-    with pytest.raises(RacError, match=r"used up.* traces\.select kept 0 of \d+: \d+ wrong, 0 tokens of 300"):
-        collect({"select": {"answers": "correct"}, "problems": {"source": "arithmetic", "limit": 20}}, tokens=300)
+    with pytest.raises(
+        RacError, match=r"used up.* traces\.select kept 0 of \d+: \d+ wrong, 0 tokens of 300"
+    ):
+        collect(
+            {"select": {"answers": "correct"}, "problems": {"source": "arithmetic", "limit": 20}},
+            tokens=300,
+        )

@@ -28,7 +28,9 @@ HEADER = StoreHeader(
 
 def trace(problem: str, sample: int = 0, length: int = 10, answer: str | None = None) -> Trace:
     number = 10 + int(problem)
-    return Trace(f"{problem}#{sample}", problem, (1,) * 4, (number,) * (length - 4), "stop", 0, "?", answer)
+    return Trace(
+        f"{problem}#{sample}", problem, (1,) * 4, (number,) * (length - 4), "stop", 0, "?", answer
+    )
 
 
 def split(traces: list[Trace], tokens: int) -> tuple[list[Trace], list[Trace]]:
@@ -79,7 +81,10 @@ def tokenizer() -> Any:
 @pytest.fixture
 def pool_of(tmp_path: Path, tokenizer: Any) -> Any:
     def pool_of(
-        traces: list[Trace], select: dict[str, Any] | None = None, held_out_tokens: int = 0, **calibration: Any
+        traces: list[Trace],
+        select: dict[str, Any] | None = None,
+        held_out_tokens: int = 0,
+        **calibration: Any,
     ) -> TracePool:
         path = tmp_path / "store.jsonl"
         if not path.exists():
@@ -162,15 +167,17 @@ def test_the_seed_and_the_part_decide_the_draw_and_a_longer_draw_begins_with_a_s
 def test_only_what_is_drawn_is_made_into_sequences(pool_of, monkeypatch):
     made = []
     original = trace_pool.trace_sequence
-    monkeypatch.setattr(trace_pool, "trace_sequence", lambda *args: made.append(1) or original(*args))
+    monkeypatch.setattr(
+        trace_pool, "trace_sequence", lambda *args: made.append(1) or original(*args)
+    )
     pool_of([trace(str(i)) for i in range(50)]).draw("traces", 50)
     assert len(made) == 5
 
 
 def test_inverse_length_gives_each_trace_the_same_total_weight(pool_of):
-    drawn = pool_of([trace(str(i), length=10 + 3 * i) for i in range(8)], trace_weighting="inverse_length").draw(
-        "traces", 10_000
-    )
+    drawn = pool_of(
+        [trace(str(i), length=10 + 3 * i) for i in range(8)], trace_weighting="inverse_length"
+    ).draw("traces", 10_000)
     totals = [s.weight * len(s.ids) for s in drawn]
     assert max(totals) == pytest.approx(min(totals))
     assert sum(totals) == pytest.approx(sum(len(s.ids) for s in drawn))  # a mean of 1 per token
@@ -178,7 +185,9 @@ def test_inverse_length_gives_each_trace_the_same_total_weight(pool_of):
 
 def test_a_function_weighs_traces(pool_of):
     traces = [trace(str(i)) for i in range(8)]
-    drawn = pool_of(traces, trace_weighting=lambda t: 3 if t.id == "5#0" else 1).draw("traces", 10_000)
+    drawn = pool_of(traces, trace_weighting=lambda t: 3 if t.id == "5#0" else 1).draw(
+        "traces", 10_000
+    )
     weights = {s.ids[-1] - 10: s.weight for s in drawn}
     assert weights[5] == pytest.approx(3 * weights[0])
     assert sum(weights.values()) == pytest.approx(8)
@@ -190,9 +199,14 @@ def test_traces_that_all_weigh_nothing_are_refused(pool_of):
         pool_of(traces, trace_weighting="correct").draw("traces", 100)
 
 
-def test_the_answer_begins_behind_the_thinking_and_is_looked_up_only_when_weighed(pool_of, tokenizer):
+def test_the_answer_begins_behind_the_thinking_and_is_looked_up_only_when_weighed(
+    pool_of, tokenizer
+):
     end = tokenizer.encode("</think>", add_special_tokens=False)
-    traces = [Trace(f"{i}#0", str(i), (1,) * 4, (9,) * i + (*end, 7, 7), "stop", 0, "?", None) for i in range(1, 4)]
+    traces = [
+        Trace(f"{i}#0", str(i), (1,) * 4, (9,) * i + (*end, 7, 7), "stop", 0, "?", None)
+        for i in range(1, 4)
+    ]
     assert {s.answer_start for s in pool_of(traces).draw("traces", 100)} == {None}
     drawn = pool_of(traces, answer_weight=2.0).draw("traces", 100)
     assert {len(s.ids) - s.answer_start for s in drawn} == {2}

@@ -49,7 +49,10 @@ _CHANNEL = {"strategy": "channel", "symmetric": True}
 _TOKEN = {"strategy": "token", "dynamic": True, "symmetric": True}
 # Config groups of compressed-tensors; the comment is what upstream stores a weight as.
 SCHEMES: dict[str, dict] = {
-    "w8a8": {"weights": {"num_bits": 8, **_CHANNEL}, "input_activations": {"num_bits": 8, **_TOKEN}},  # int8
+    "w8a8": {
+        "weights": {"num_bits": 8, **_CHANNEL},
+        "input_activations": {"num_bits": 8, **_TOKEN},
+    },  # int8
     "w8": {"weights": {"num_bits": 8, **_CHANNEL}},  # int32 words of four values
     "w4": {
         "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
@@ -74,7 +77,9 @@ def save_quantized(folder: Path, structure: str, scheme: str) -> dict[str, str]:
     for module in linears(model).values():
         PRUNERS[structure](module.weight.data)
         args = module.quantization_scheme.weights
-        grouped = module.weight.float().view(len(module.weight), -1, args.group_size or module.weight.shape[1])
+        grouped = module.weight.float().view(
+            len(module.weight), -1, args.group_size or module.weight.shape[1]
+        )
         scale, _ = calculate_qparams(grouped.amin(dim=2), grouped.amax(dim=2), args)
         module.weight_scale = torch.nn.Parameter(scale.to(module.weight.dtype), requires_grad=False)
     compressor = ModelCompressor.from_pretrained_model(model)
@@ -136,6 +141,10 @@ def stock(folder: Path, **kwargs: object) -> PreTrainedModel:
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", CompressedTensorsConfig)
-        patch.setitem(auto.AUTO_QUANTIZER_MAPPING, "compressed-tensors", CompressedTensorsHfQuantizer)
+        patch.setitem(
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", CompressedTensorsConfig
+        )
+        patch.setitem(
+            auto.AUTO_QUANTIZER_MAPPING, "compressed-tensors", CompressedTensorsHfQuantizer
+        )
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs)

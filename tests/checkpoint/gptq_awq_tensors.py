@@ -31,7 +31,9 @@ class Rounded:
         return (values * self.scale[:, :, None]).view(rows, -1).float()
 
 
-def drawn(rows: int, columns: int, group: int | None, symmetric: bool, bits: int = 4, least: int = 1) -> Rounded:
+def drawn(
+    rows: int, columns: int, group: int | None, symmetric: bool, bits: int = 4, least: int = 1
+) -> Rounded:
     """Random codes; codes of zero from `least` on. Scales are exact in float16."""
     groups = columns // (group or columns)
     codes = torch.randint(0, 1 << bits, (rows, columns))
@@ -72,10 +74,17 @@ def minus_one(zeros: torch.Tensor, bits: int) -> torch.Tensor:
     """The words of codes of zero [lines, count] less one each, as GPTQModel stores them: subtracted from whole words."""
     ones = [sum(1 << at for at in range(0, 32, bits))] if bits != 3 else _GPTQMODEL_3_BITS
     found = words(zeros, bits).tolist()
-    return _int32([[(word - ones[i % len(ones)]) & 0xFFFFFFFF for i, word in enumerate(line)] for line in found])
+    return _int32(
+        [
+            [(word - ones[i % len(ones)]) & 0xFFFFFFFF for i, word in enumerate(line)]
+            for line in found
+        ]
+    )
 
 
-def gptq(weight: Rounded, version: int = 1, order: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def gptq(
+    weight: Rounded, version: int = 1, order: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors on disk. `order` [K]: where the columns of `weight` stand in the checkpoint's."""
     codes, columns = weight.codes, weight.codes.shape[1]
     index = torch.arange(columns) // (columns // weight.scale.shape[1])
@@ -86,7 +95,9 @@ def gptq(weight: Rounded, version: int = 1, order: torch.Tensor | None = None) -
     by_group = weight.zeros.T
     return {
         "qweight": words(codes, weight.bits).T.contiguous(),
-        "qzeros": words(by_group, weight.bits) if version == 2 else minus_one(by_group, weight.bits),
+        "qzeros": words(by_group, weight.bits)
+        if version == 2
+        else minus_one(by_group, weight.bits),
         "scales": weight.scale.T.contiguous().half(),
         "g_idx": index.int(),
     }
@@ -107,4 +118,6 @@ def _interleaved(lines: torch.Tensor) -> torch.Tensor:
 
 
 def _int32(numbers: list[list[int]]) -> torch.Tensor:
-    return torch.tensor([[n - (1 << 32) if n >> 31 else n for n in line] for line in numbers], dtype=torch.int32)
+    return torch.tensor(
+        [[n - (1 << 32) if n >> 31 else n for n in line] for line in numbers], dtype=torch.int32
+    )

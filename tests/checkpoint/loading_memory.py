@@ -48,7 +48,9 @@ def make(name: str, hidden: int) -> None:
 def held() -> dict[str, int]:
     """Bytes of this process that are resident: its own, and with the pages of files."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    found = {words[0]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "VmRSS:")}
+    found = {
+        words[0]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "VmRSS:")
+    }
     return {"own": found["RssAnon:"], "with files": found["VmRSS:"]}
 
 
@@ -70,7 +72,9 @@ def growth(step: Callable[[], object]) -> dict[str, int]:
             step()
             stop.set()
             thread.join()
-            os.write(writes, json.dumps({name: most[name] - before[name] for name in most}).encode())
+            os.write(
+                writes, json.dumps({name: most[name] - before[name] for name in most}).encode()
+            )
             os._exit(0)
         except BaseException:
             traceback.print_exc()

@@ -34,10 +34,17 @@ def make(folder: Path, side: int) -> None:
         weight = torch.randn(side, side // 4, 4)
         weight[..., :2] = 0
         save_file(
-            {f"{name}.weight": weight.reshape(side, side).clone() for name in names}, folder / f"{file}.safetensors"
+            {f"{name}.weight": weight.reshape(side, side).clone() for name in names},
+            folder / f"{file}.safetensors",
         )
-    where = {f"{name}.weight": f"{file}.safetensors" for file, names in enumerate(NAMES) for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    where = {
+        f"{name}.weight": f"{file}.safetensors"
+        for file, names in enumerate(NAMES)
+        for name in names
+    }
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 

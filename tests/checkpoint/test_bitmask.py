@@ -23,11 +23,17 @@ from tests.checkpoint.checkpoint_helpers import same_bits
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def random_weight(rows: int, columns: int, dtype: torch.dtype, density: float, seed: int) -> torch.Tensor:
+def random_weight(
+    rows: int, columns: int, dtype: torch.dtype, density: float, seed: int
+) -> torch.Tensor:
     """Random bit patterns (so infinities, NaNs and subnormals too), zeroed but for a share `density`."""
     generator = torch.Generator().manual_seed(seed)
     count = rows * columns * dtype.itemsize
-    weight = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).view(dtype).view(rows, columns)
+    weight = (
+        torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+        .view(dtype)
+        .view(rows, columns)
+    )
     integers = weight.view(INTEGER[dtype.itemsize])
     integers[torch.rand(rows, columns, generator=generator) >= density] = 0
     return weight
@@ -94,7 +100,10 @@ def test_24_keeps_two_of_every_group_in_order_and_comes_back(
 ) -> None:
     columns = 4 * groups
     weight = random_weight(rows, columns, dtype, density, seed)
-    pruned = torch.rand(rows, groups, 4, generator=torch.Generator().manual_seed(seed)).argsort(dim=2) < 2
+    pruned = (
+        torch.rand(rows, groups, 4, generator=torch.Generator().manual_seed(seed)).argsort(dim=2)
+        < 2
+    )
     weight.view(INTEGER[dtype.itemsize]).masked_fill_(pruned.view(rows, columns), 0)
     before = weight.clone()
     with pytest.MonkeyPatch.context() as patch:
@@ -106,9 +115,13 @@ def test_24_keeps_two_of_every_group_in_order_and_comes_back(
     assert packed["shape"].tolist() == [[rows], [columns]]
     assert packed["bitmask"].shape == (rows, -(-columns // 8))
     stored = bits_of(packed["compressed"])
-    for row, (mask, bits) in enumerate(zip(packed["bitmask"].tolist(), bits_of(weight), strict=True)):
+    for row, (mask, bits) in enumerate(
+        zip(packed["bitmask"].tolist(), bits_of(weight), strict=True)
+    ):
         kept = [column for column in range(columns) if mask[column // 8] >> (column % 8) & 1]
-        assert [column // 4 for column in kept] == [group for group in range(groups) for _ in range(2)]
+        assert [column // 4 for column in kept] == [
+            group for group in range(groups) for _ in range(2)
+        ]
         assert [bits[column] for column in kept] == stored[row]
         assert mask[-1] >> (columns - 8 * (len(mask) - 1)) == 0  # no bits beyond K
 
@@ -126,7 +139,9 @@ def test_known_bytes() -> None:
 
 
 def test_minus_zero_is_kept_wherever_there_is_room() -> None:
-    weight = torch.tensor([[-0.0, 1.0, 0.0, 0.0], [0.0, 0.0, -0.0, -0.0], [2.0, -0.0, 3.0, 0.0]], dtype=torch.bfloat16)
+    weight = torch.tensor(
+        [[-0.0, 1.0, 0.0, 0.0], [0.0, 0.0, -0.0, -0.0], [2.0, -0.0, 3.0, 0.0]], dtype=torch.bfloat16
+    )
     for pack, unpack in ((pack_24, unpack_24), (pack_unstructured, unpack_unstructured)):
         restored = unpack(pack(weight))
         assert torch.equal(restored, weight)
@@ -199,19 +214,34 @@ HOSTILE = {
     "shape other rows": ("bitmask", changed("shape", put(0, 4))),
     "shape other columns": ("bitmask", changed("shape", put(1, 64))),
     "shape float": ("shape", changed("shape", lambda t: t.float())),
-    "shape of three": ("shape", changed("shape", lambda t: torch.cat([t.flatten(), t.flatten()[:1]]))),
+    "shape of three": (
+        "shape",
+        changed("shape", lambda t: torch.cat([t.flatten(), t.flatten()[:1]])),
+    ),
     "bitmask int8": ("bitmask", changed("bitmask", lambda t: t.view(torch.int8))),
     "bitmask flat": ("bitmask", changed("bitmask", lambda t: t.flatten())),
     "bitmask short": ("bitmask", changed("bitmask", lambda t: t[:, :-1])),
     "bitmask of no rows": ("bitmask", changed("bitmask", lambda t: t[:0])),
-    "a bit flipped": ("", changed("bitmask", lambda t: t ^ torch.tensor([1, 0, 0], dtype=torch.uint8))),
+    "a bit flipped": (
+        "",
+        changed("bitmask", lambda t: t ^ torch.tensor([1, 0, 0], dtype=torch.uint8)),
+    ),
     "bitmask full": ("", changed("bitmask", lambda t: torch.full_like(t, 255))),
-    "bits beyond K": ("bitmask", changed("bitmask", lambda t: t | torch.tensor([0, 0, 0x80], dtype=torch.uint8))),
+    "bits beyond K": (
+        "bitmask",
+        changed("bitmask", lambda t: t | torch.tensor([0, 0, 0x80], dtype=torch.uint8)),
+    ),
     "values short": ("compressed", changed("compressed", lambda t: t[..., :-1])),
     "values long": ("compressed", changed("compressed", lambda t: torch.cat([t, t], dim=-1))),
-    "values of three dimensions": ("compressed", changed("compressed", lambda t: t.reshape(1, 1, -1))),
+    "values of three dimensions": (
+        "compressed",
+        changed("compressed", lambda t: t.reshape(1, 1, -1)),
+    ),
     "values int64": ("compressed", changed("compressed", lambda t: t.long())),
-    "no values": ("compressed", lambda parts: {k: v for k, v in parts.items() if k != "compressed"}),
+    "no values": (
+        "compressed",
+        lambda parts: {k: v for k, v in parts.items() if k != "compressed"},
+    ),
     "no bitmask": ("bitmask", lambda parts: {k: v for k, v in parts.items() if k != "bitmask"}),
     "no shape": ("shape", lambda parts: {k: v for k, v in parts.items() if k != "shape"}),
     "nothing": ("compressed", lambda parts: {}),
@@ -231,7 +261,9 @@ HOSTILE_OFFSETS = {
 @pytest.mark.parametrize("layout", ["2:4", "unstructured"])
 def test_hostile_parts_are_refused_by_name(layout: str, case: str) -> None:
     weight = torch.tensor([[0, 1.0, 0, 2] * 5] * 6)  # K = 20: three bytes, the last one half used
-    pack, unpack = (pack_24, unpack_24) if layout == "2:4" else (pack_unstructured, unpack_unstructured)
+    pack, unpack = (
+        (pack_24, unpack_24) if layout == "2:4" else (pack_unstructured, unpack_unstructured)
+    )
     part, damage = HOSTILE[case]
     with pytest.raises(RacError, match=rf"^some\.module\.{part}"):
         unpack(damage(pack(weight)), "some.module")
@@ -248,7 +280,9 @@ def test_a_huge_shape_allocates_nothing(index: int, value: int) -> None:
 @pytest.mark.parametrize("case", HOSTILE_OFFSETS)
 def test_hostile_offsets_are_refused(case: str) -> None:
     with pytest.raises(RacError, match=r"^some\.module\.row_offsets"):
-        unpack_unstructured(HOSTILE_OFFSETS[case](pack_unstructured(torch.eye(6, 20))), "some.module")
+        unpack_unstructured(
+            HOSTILE_OFFSETS[case](pack_unstructured(torch.eye(6, 20))), "some.module"
+        )
 
 
 def test_shape_may_be_flat_or_a_column() -> None:

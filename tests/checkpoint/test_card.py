@@ -18,9 +18,17 @@ RECORD = {
         "generic_tokens": 0,
         "sequences": 12,
     },
-    "trace_stores": {"traces": {"path": "traces.jsonl", "sha256": "abc123", "selection": {"kept": 7, "of": 9}}},
+    "trace_stores": {
+        "traces": {"path": "traces.jsonl", "sha256": "abc123", "selection": {"kept": 7, "of": 9}}
+    },
     "modules": [
-        {"name": f"layers.{i}.q_proj", "sparsity": 0.5, "relative_error": i / 100, "dampening": 0.01, "retries": i == 3}
+        {
+            "name": f"layers.{i}.q_proj",
+            "sparsity": 0.5,
+            "relative_error": i / 100,
+            "dampening": 0.01,
+            "retries": i == 3,
+        }
         for i in range(9)
     ],
     "versions": {"torch": "2.13", "llmcompressor": None},
@@ -64,7 +72,9 @@ def test_a_base_model_that_cannot_be_of_the_hub_is_named_in_the_text_alone(base:
 
 def test_the_front_matter() -> None:
     assert front_matter(
-        model_card({**RECORD, "quantization": ["int8"]}, License("other", "llama3", "https://x.org"))
+        model_card(
+            {**RECORD, "quantization": ["int8"]}, License("other", "llama3", "https://x.org")
+        )
     ) == {
         "base_model": "org/Model-1B",
         "license": "other",
@@ -72,7 +82,15 @@ def test_the_front_matter() -> None:
         "license_link": "https://x.org",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["quantized", "pruned", "sparse", "reasoning", "rac", "llm-compressor", "compressed-tensors"],
+        "tags": [
+            "quantized",
+            "pruned",
+            "sparse",
+            "reasoning",
+            "rac",
+            "llm-compressor",
+            "compressed-tensors",
+        ],
     }
 
 
@@ -81,13 +99,23 @@ def test_nothing_is_invented() -> None:
     assert "base_model" not in front_matter(card)
     assert card.count("not recorded") == 5
     assert "linear modules" not in card
-    assert "accuracy" not in card.lower().replace("accuracy, thinking length and speed are **not**", "")
+    assert "accuracy" not in card.lower().replace(
+        "accuracy, thinking length and speed are **not**", ""
+    )
 
 
 def test_odd_records_do_not_fail() -> None:
     for record in (
-        {"calibration": {"parts": {"a": 1, "b": 2}}, "trace_stores": {"x": None}, "modules": None, "versions": None},
-        {"modules": [{}, {"name": "a"}, {"relative_error": None}], "calibration": {"tokens": "many"}},
+        {
+            "calibration": {"parts": {"a": 1, "b": 2}},
+            "trace_stores": {"x": None},
+            "modules": None,
+            "versions": None,
+        },
+        {
+            "modules": [{}, {"name": "a"}, {"relative_error": None}],
+            "calibration": {"tokens": "many"},
+        },
         {"modules": ["x"], "recipe": {"a": [1]}, "pattern": "a | b\nc"},
     ):
         assert front_matter(model_card(record))["tags"]
@@ -106,12 +134,20 @@ def test_divergence_is_stated_where_it_was_measured() -> None:
     assert "On 2,100 tokens" in model_card(measured)
     assert "0.0123 nats per token" in model_card(measured)
     assert "98.7% of the tokens" in model_card(measured)
-    assert "nats" not in model_card({**RECORD, "divergence": {"not_measured": "no traces were held out"}})
+    assert "nats" not in model_card(
+        {**RECORD, "divergence": {"not_measured": "no traces were held out"}}
+    )
 
 
 def test_intervals_where_they_are_recorded() -> None:
     """95 % of a normal distribution: 1.96 standard errors to both sides, within what is possible."""
-    found = {"kl": 0.01, "kl_stderr": 0.001, "agreement": 0.99, "agreement_stderr": 0.01, "tokens": 10}
+    found = {
+        "kl": 0.01,
+        "kl_stderr": 0.001,
+        "agreement": 0.99,
+        "agreement_stderr": 0.01,
+        "tokens": 10,
+    }
     card = model_card({**RECORD, "divergence": found})
     assert "0.0100 nats per token (KL divergence, 95 % interval 0.0080 to 0.0120)" in card
     assert "99.0% of the tokens (95 % interval 97.0% to 100.0%)" in card
@@ -135,7 +171,8 @@ def test_how_to_serve() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "name"), [("int3 in groups of 64", "int3"), ("int2 one scale per channel, asymmetric", "int2")]
+    ("scheme", "name"),
+    [("int3 in groups of 64", "int3"), ("int2 one scale per channel, asymmetric", "int2")],
 )
 def test_how_to_serve_few_bits(scheme: str, name: str) -> None:
     record = {**RECORD, "quantization": [f"{scheme} (pack-quantized)"]}
@@ -143,14 +180,20 @@ def test_how_to_serve_few_bits(scheme: str, name: str) -> None:
     assert "vllm serve path/to/this/folder --quantization rac-sparse\n" in card
     assert f"vLLM, which has no kernel for {name} weights on a CPU." in card
     assert "stock vLLM" not in card
-    four = model_card({**RECORD, "quantization": ["int4 in groups of 128 (pack-quantized)"]}, packed=False)
+    four = model_card(
+        {**RECORD, "quantization": ["int4 in groups of 128 (pack-quantized)"]}, packed=False
+    )
     assert "rac-sparse" not in four
 
 
 def test_huggingface_hub_reads_the_front_matter() -> None:
     data = ModelCard(model_card(RECORD, License("mit"))).data
     assert isinstance(data, ModelCardData)
-    assert (data.base_model, data.license, data.library_name) == ("org/Model-1B", "mit", "transformers")
+    assert (data.base_model, data.license, data.library_name) == (
+        "org/Model-1B",
+        "mit",
+        "transformers",
+    )
 
 
 def test_the_card_of_packed_weights_says_how_to_leave_them() -> None:

@@ -40,7 +40,9 @@ def packed(source: Path, out: Path, **options: bool) -> Path:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+    return {
+        n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()
+    }
 
 
 def assert_same_tensors(folder: Path, other: Path) -> None:
@@ -52,7 +54,9 @@ def assert_same_tensors(folder: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("shard", [None, "60KB"])
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-def test_a_dense_stored_model_of_others(saved: Saved, tmp_path: Path, structure: str, shard: str | None) -> None:
+def test_a_dense_stored_model_of_others(
+    saved: Saved, tmp_path: Path, structure: str, shard: str | None
+) -> None:
     """Packed, loaded by both loaders, and unpacked again: the same bits; the source is as before."""
     folder, expected, modules = saved(structure, packed=False, shard=shard, dtype=torch.bfloat16)
     tiny_tokenizer().save_pretrained(folder)
@@ -72,7 +76,9 @@ def test_a_dense_stored_model_of_others(saved: Saved, tmp_path: Path, structure:
     assert {path.name[0] for path in out.iterdir()} & {"."} == set()
     config = config_of(out)
     assert config["rac_sparsity"] == {"storage": "packed", "modules": modules}
-    assert config["quantization_config"]["sparsity_config"]["ignore"] == ["model.layers.0.self_attn.o_proj"]
+    assert config["quantization_config"]["sparsity_config"]["ignore"] == [
+        "model.layers.0.self_attn.o_proj"
+    ]
     record = json.loads((out / "rac_run.json").read_text())
     assert record["base_model"] == "owner/base"
     assert record["packing"]["modules"] == {structure: len(modules)}
@@ -87,7 +93,8 @@ def test_a_dense_stored_model_of_others(saved: Saved, tmp_path: Path, structure:
     assert found == config_of(folder)
     if shard:
         index, again = (
-            json.loads((f / "model.safetensors.index.json").read_text()) for f in (folder, tmp_path / "dense")
+            json.loads((f / "model.safetensors.index.json").read_text())
+            for f in (folder, tmp_path / "dense")
         )
         assert again == index
 
@@ -96,7 +103,9 @@ def test_a_dense_stored_model_of_others(saved: Saved, tmp_path: Path, structure:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_quantized_model_of_others(tmp_path: Path, structure: str, scheme: str) -> None:
     modules = save_quantized(tmp_path / "model", structure, scheme)
-    expected = {name: tensor.clone() for name, tensor in stock(tmp_path / "model").state_dict().items()}
+    expected = {
+        name: tensor.clone() for name, tensor in stock(tmp_path / "model").state_dict().items()
+    }
     out = packed(tmp_path / "model", tmp_path / "out")
     assert config_of(out)["rac_sparsity"]["modules"].keys() == modules.keys()
     assert_same_state(AutoModelForCausalLM.from_pretrained(out), expected)
@@ -104,7 +113,9 @@ def test_a_quantized_model_of_others(tmp_path: Path, structure: str, scheme: str
     assert_same_tensors(tmp_path / "dense", tmp_path / "model")
     before, after = config_of(tmp_path / "model"), config_of(tmp_path / "dense")
     assert after["quantization_config"] == {
-        key: value for key, value in before["quantization_config"].items() if key != "sparsity_config"
+        key: value
+        for key, value in before["quantization_config"].items()
+        if key != "sparsity_config"
     }
     assert_same_state(stock(tmp_path / "dense"), expected)
 
@@ -120,16 +131,24 @@ def test_negative_zeros_are_kept_or_dropped_as_asked(tmp_path: Path) -> None:
     kept = packed(tmp_path / "model", tmp_path / "kept")
     assert_same_state(load_model(kept), model.state_dict())
     dropped = packed(tmp_path / "model", tmp_path / "dropped", drop_negative_zeros=True)
-    assert config_of(dropped)["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+    assert (
+        config_of(dropped)["quantization_config"]["sparsity_config"]["format"]
+        == "sparse-24-bitmask"
+    )
     state = load_model(dropped).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    sizes = [sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (dropped, kept, tmp_path / "model")]
+    sizes = [
+        sum(p.stat().st_size for p in f.glob("*.safetensors"))
+        for f in (dropped, kept, tmp_path / "model")
+    ]
     assert sizes[0] < sizes[1] <= sizes[2]
     assert "with 0.0 in the place of -0.0" in (dropped / "README.md").read_text()
     assert "bit for bit" in (kept / "README.md").read_text()
 
 
-def test_files_that_are_no_part_of_a_checkpoint_are_named_and_left(saved: Saved, tmp_path: Path) -> None:
+def test_files_that_are_no_part_of_a_checkpoint_are_named_and_left(
+    saved: Saved, tmp_path: Path
+) -> None:
     folder, _, _ = saved(packed=False)
     for name in ("pytorch_model.bin", "consolidated.safetensors", ".cache", "LICENSE", "vocab.txt"):
         (folder / name).write_text(name)
@@ -150,9 +169,11 @@ def test_an_output_that_cannot_be_used(saved: Saved, tmp_path: Path, kind: str) 
     elif kind == "used":
         out.mkdir()
         (out / "notes.txt").write_text("mine")
-    message = {"file": "is a file", "used": "is in use; name an empty or a new one", "same": "is the model itself"}[
-        kind
-    ]
+    message = {
+        "file": "is a file",
+        "used": "is in use; name an empty or a new one",
+        "same": "is the model itself",
+    }[kind]
     plan, before = plan_packing(folder), contents(folder)
     with pytest.raises(RacError, match=message):
         pack_model(plan, out, "m")
@@ -169,7 +190,8 @@ def test_a_disk_that_is_full_leaves_nothing(saved: Saved, tmp_path: Path) -> Non
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(
-            RacError, match=r"out: cannot be written \(.*File too large.*\); nothing is left of it, make room"
+            RacError,
+            match=r"out: cannot be written \(.*File too large.*\); nothing is left of it, make room",
         ):
             pack_model(plan, tmp_path / "out", "m")
     finally:
@@ -214,7 +236,9 @@ def test_a_kill_among_the_renames_is_finished_by_the_same_command(
     (tmp_path / "other").mkdir()
     for path in folder.iterdir():
         shutil.copy(path, tmp_path / "other")
-    with pytest.raises(RacError, match=rf"another job was cut off here \(pack {folder}\); run that one again"):
+    with pytest.raises(
+        RacError, match=rf"another job was cut off here \(pack {folder}\); run that one again"
+    ):
         pack_model(plan_packing(tmp_path / "other"), out, "m")
     summary = pack_model(plan, out, "m")
     assert {module.name for module in summary.modules} == modules.keys()
@@ -231,7 +255,9 @@ def test_an_interruption_leaves_nothing(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(new_files.NewFiles, "write_tensors" if when == "writing" else "copy", interrupted)
+    monkeypatch.setattr(
+        new_files.NewFiles, "write_tensors" if when == "writing" else "copy", interrupted
+    )
     with pytest.raises(KeyboardInterrupt):
         pack_model(plan_packing(folder), tmp_path / "out", "m")
     assert not (tmp_path / "out").exists()
@@ -259,7 +285,10 @@ def test_parts_of_a_module_in_two_files(saved: Saved, tmp_path: Path) -> None:
     folder, expected, _ = saved(tied=False)
     tensors = load_file(folder / "model.safetensors")
     second = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".bitmask")}
-    files = {"model-00001-of-00002.safetensors": tensors, "model-00002-of-00002.safetensors": second}
+    files = {
+        "model-00001-of-00002.safetensors": tensors,
+        "model-00002-of-00002.safetensors": second,
+    }
     for file, content in files.items():
         save_file(content, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors").unlink()

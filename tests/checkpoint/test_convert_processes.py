@@ -35,7 +35,9 @@ assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items()
 assert not [name for name in sys.modules if name.startswith("rac_modifier")]
 print("same")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "same"), done.stderr
 
 

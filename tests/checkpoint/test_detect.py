@@ -18,7 +18,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8
 
 def values(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Without a zero."""
-    return (torch.randint(1, 8, (rows, columns)) * (1 - 2 * torch.randint(0, 2, (rows, columns)))).to(dtype)
+    return (
+        torch.randint(1, 8, (rows, columns)) * (1 - 2 * torch.randint(0, 2, (rows, columns)))
+    ).to(dtype)
 
 
 def masked(weight: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,9 @@ def test_n_of_m_is_found(n: int, m: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("n", "m", "same"), [(4, 8, "4:8"), (8, 16, "8:16")])
-def test_a_pattern_of_larger_groups_is_no_pattern_of_smaller_ones(n: int, m: int, same: str) -> None:
+def test_a_pattern_of_larger_groups_is_no_pattern_of_smaller_ones(
+    n: int, m: int, same: str
+) -> None:
     assert find_structure(masked(values(128, 256), zeros_of(128, 256, n, m))) == same
 
 
@@ -84,10 +88,14 @@ def test_many_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
-def test_negative_zeros_are_zeros_to_the_pattern_and_values_to_the_layout(dtype: torch.dtype) -> None:
+def test_negative_zeros_are_zeros_to_the_pattern_and_values_to_the_layout(
+    dtype: torch.dtype,
+) -> None:
     zero = zeros_of(64, 64, 2, 4)
     plain = values(64, 64).masked_fill(zero, 0.0).to(dtype)
-    multiplied = (-values(64, 64).abs() * ~zero).to(dtype)  # as a mask that is multiplied in leaves them
+    multiplied = (-values(64, 64).abs() * ~zero).to(
+        dtype
+    )  # as a mask that is multiplied in leaves them
     assert fits_24(plain)
     assert not fits_24(multiplied)
     assert (count_stored(plain), count_stored(multiplied)) == (int((~zero).sum()), 64 * 64)

@@ -86,7 +86,10 @@ def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
         ({"weight_map": {"a": ".."}}, "is no file of this folder"),
         ({"weight_map": {"a": 3}}, "is no file of this folder"),
         ({"weight_map": {"nowhere": "model-0.safetensors"}}, "nowhere: missing from"),
-        ({"weight_map": {"a.weight": "lost.safetensors"}}, r"lost\.safetensors: cannot be read as safetensors"),
+        (
+            {"weight_map": {"a.weight": "lost.safetensors"}},
+            r"lost\.safetensors: cannot be read as safetensors",
+        ),
     ],
 )
 def test_a_malformed_index(tmp_path: Path, index: dict, message: str) -> None:
@@ -99,11 +102,15 @@ def test_a_malformed_index(tmp_path: Path, index: dict, message: str) -> None:
 def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RacError, match="no such folder"):
         TensorFiles(tmp_path / "nowhere")
-    with pytest.raises(RacError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json is there"):
+    with pytest.raises(
+        RacError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json is there"
+    ):
         TensorFiles(tmp_path)
     single(tmp_path)
     (tmp_path / JOURNAL_FILE).write_text("{}")
-    with pytest.raises(RacError, match="packing was cut off half way; run the packing of this folder again"):
+    with pytest.raises(
+        RacError, match="packing was cut off half way; run the packing of this folder again"
+    ):
         TensorFiles(tmp_path)
 
 
@@ -124,7 +131,11 @@ def test_a_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
 
 
 def test_shapes_without_numbers(tmp_path: Path) -> None:
-    tensors = {"one": torch.tensor(3.0), "none": torch.zeros(0, 4, dtype=torch.bfloat16), "flag": torch.tensor([True])}
+    tensors = {
+        "one": torch.tensor(3.0),
+        "none": torch.zeros(0, 4, dtype=torch.bfloat16),
+        "flag": torch.tensor([True]),
+    }
     save_file(tensors, tmp_path / SINGLE_FILE)
     with TensorFiles(tmp_path) as files:
         for name, tensor in tensors.items():
@@ -140,6 +151,7 @@ def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
         path = tmp_path / SINGLE_FILE
         os.truncate(path, path.stat().st_size - 400)
         with pytest.raises(
-            RacError, match=r"^big: cannot be read from .* \(the file ends 400 bytes too early\); copy the"
+            RacError,
+            match=r"^big: cannot be read from .* \(the file ends 400 bytes too early\); copy the",
         ):
             files.tensor("big")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rac_modifier.checkpoint.formats import choose_format, pack, packed_modules, structure_of, unpack, with_values
+from rac_modifier.checkpoint.formats import (
+    choose_format,
+    pack,
+    packed_modules,
+    structure_of,
+    unpack,
+    with_values,
+)
 from rac_modifier.errors import RacError
 
 NAMES = {
@@ -16,13 +23,21 @@ NAMES = {
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("2:4", "2:4"), ("1:4", "1:4"), ("04:8", "4:8"), ("unstructured", "unstructured"), ("0:0", "unstructured")],
+    [
+        ("2:4", "2:4"),
+        ("1:4", "1:4"),
+        ("04:8", "4:8"),
+        ("unstructured", "unstructured"),
+        ("0:0", "unstructured"),
+    ],
 )
 def test_structures(value: str, expected: str) -> None:
     assert structure_of(value, "a") == expected
 
 
-@pytest.mark.parametrize("value", ["", "dense", "5:4", "4:4", "0:4", "2:4 ", "-1:4", "2:4:8", "1:10000000"])
+@pytest.mark.parametrize(
+    "value", ["", "dense", "5:4", "4:4", "0:4", "2:4 ", "-1:4", "2:4:8", "1:10000000"]
+)
 def test_what_is_no_structure_names_the_module_and_the_value(value: str) -> None:
     with pytest.raises(RacError, match=r"^layers\.0: mask_structure ") as caught:
         structure_of(value, "layers.0")
@@ -55,5 +70,14 @@ def test_a_weight_comes_back_from_its_parts(format: str) -> None:
 
 
 def test_packed_modules_are_known_by_any_part_that_only_they_have() -> None:
-    names = ["b.compressed", "b.shape", "a.row_offsets", "c.bitmask", "d.shape", "e.weight", "bitmask", "f.bitmasks"]
+    names = [
+        "b.compressed",
+        "b.shape",
+        "a.row_offsets",
+        "c.bitmask",
+        "d.shape",
+        "e.weight",
+        "bitmask",
+        "f.bitmasks",
+    ]
     assert packed_modules(names) == ["a", "b", "c"]

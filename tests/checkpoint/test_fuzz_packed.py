@@ -23,7 +23,9 @@ def packed_file(structure: str) -> bytes:
     weight = torch.randn(6, 20).bfloat16()
     weight.view(-1, 4)[:, ::2] = 0
     parts = (pack_24 if structure == "2:4" else pack_unstructured)(weight)
-    tensors = {f"layer.{part}": tensor for part, tensor in parts.items()} | {"norm.weight": torch.ones(4)}
+    tensors = {f"layer.{part}": tensor for part, tensor in parts.items()} | {
+        "norm.weight": torch.ones(4)
+    }
     return save(tensors, metadata={"format": "pt"})
 
 
@@ -49,7 +51,9 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 def test_damaged_files(tmp_path: Path, structure: str) -> None:
     format = "sparse-24-bitmask" if structure == "2:4" else "sparse-bitmask"
-    (tmp_path / "config.json").write_text(f'{{"quantization_config": {{"sparsity_config": {{"format": "{format}"}}}}}}')
+    (tmp_path / "config.json").write_text(
+        f'{{"quantization_config": {{"sparsity_config": {{"format": "{format}"}}}}}}'
+    )
     data = packed_file(structure)
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)

@@ -15,7 +15,16 @@ from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, unpack
 from rac_modifier.kernels.cpu.support import support
 from tests.checkpoint.test_stored_weight import FORMATS, consistent, random_weight
 
-DTYPES = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.bool, torch.float64]
+DTYPES = [
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float32,
+    torch.bfloat16,
+    torch.bool,
+    torch.float64,
+]
 EXTREMES = [0, 1, -1, 2, 255, 2**31 - 1, -(2**31), 2**32, 2**62, -(2**63), 2**63 - 1]
 
 
@@ -29,7 +38,9 @@ def mutate(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict[str, to
         tensor = tensors[part]
         kind = rng.randrange(8)
         if kind == 0 and tensor.numel():
-            data = tensor.contiguous().view(-1).view(torch.uint8)  # the bytes of `tensor` itself where it is contiguous
+            data = (
+                tensor.contiguous().view(-1).view(torch.uint8)
+            )  # the bytes of `tensor` itself where it is contiguous
             data[rng.randrange(data.numel())] = rng.randrange(256)
         elif kind == 1 and tensor.dtype == torch.int64 and tensor.numel():
             tensor.reshape(-1)[rng.randrange(tensor.numel())] = rng.choice(EXTREMES)
@@ -61,24 +72,34 @@ def load(tensors: dict[str, torch.Tensor], format: str, rng: random.Random, nati
     assert consistent(weight)
     first = rng.randrange(weight.rows)
     count = rng.randrange(1, weight.columns + 1)
-    cut = weight.select_rows(torch.arange(first, weight.rows)).select_columns(weight.columns - count, count)
+    cut = weight.select_rows(torch.arange(first, weight.rows)).select_columns(
+        weight.columns - count, count
+    )
     assert cut.dense().shape == (weight.rows - first, count)
     if native and weight.values.dtype in (torch.bfloat16, torch.float32, torch.int8):
         packed = pack_values(weight.values, weight.bitmask, weight.columns)
         expected = weight.dense()
         found = unpack(packed, weight.rows, weight.columns)
-        assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+        assert torch.equal(
+            found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+        )
         if weight.scale is not None and (weight.scale.shape[1] == 1 or weight.group % 4 == 0):
             x = torch.randn(2, weight.columns)
             scale = pack_scale(weight.scale, weight.group)
             y = sparse_linear(x, packed, weight.rows, weight.columns, None, scale)
             if float(weight.scale.abs().max()) < 1:  # a flipped bit may make a scale that overflows
-                torch.testing.assert_close(y, x @ weight.dequantized(torch.float32).T, rtol=1e-2, atol=1.0)
+                torch.testing.assert_close(
+                    y, x @ weight.dequantized(torch.float32).T, rtol=1e-2, atol=1.0
+                )
 
 
-def clean_parts(rows: int, columns: int, seed: int, format: str, bits: int | None) -> dict[str, torch.Tensor]:
+def clean_parts(
+    rows: int, columns: int, seed: int, format: str, bits: int | None
+) -> dict[str, torch.Tensor]:
     """A sound weight: floats, or quantized to so many bits with scales."""
-    weight = random_weight(rows, columns, seed, format == FORMATS[0], torch.float32 if bits else torch.bfloat16)
+    weight = random_weight(
+        rows, columns, seed, format == FORMATS[0], torch.float32 if bits else torch.bfloat16
+    )
     if bits is None:
         return pack(weight, format, "layer")
     groups = 2 if bits == 4 and columns % 8 == 0 else 1
@@ -105,7 +126,9 @@ def fuzz(format: str, bits: int | None, cases: int) -> None:
             refused += 1
             unnamed += not str(error).startswith("layer.")
     assert unnamed == 0
-    assert cases // 3 < refused < cases  # most mutations are seen, and some leave other, sound numbers
+    assert (
+        cases // 3 < refused < cases
+    )  # most mutations are seen, and some leave other, sound numbers
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])

@@ -11,27 +11,42 @@ from tests.checkpoint.gptq_awq_tensors import Rounded, awq, drawn, gptq, minus_o
 
 
 def read(
-    tensors: dict[str, torch.Tensor], weight: Rounded, group: int | None, symmetric: bool, version: int
+    tensors: dict[str, torch.Tensor],
+    weight: Rounded,
+    group: int | None,
+    symmetric: bool,
+    version: int,
 ) -> Ordered:
-    return check_gptq(tensors, "m", weight.bits, group, symmetric, "gptq" if version == 1 else "gptq_v2")
+    return check_gptq(
+        tensors, "m", weight.bits, group, symmetric, "gptq" if version == 1 else "gptq_v2"
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("rows", "columns", "group"), [(32, 64, 32), (64, 96, None), (8, 256, 128), (40, 64, 64)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(32, 64, 32), (64, 96, None), (8, 256, 128), (40, 64, 64)]
+)
 def test_a_gptq_weight_is_that_of_its_codes(rows, columns, group, symmetric, version, bits):
     weight = drawn(rows, columns, group, symmetric, bits)
     tensors = gptq(weight, version)
     before = {part: tensor.clone() for part, tensor in tensors.items()}
     if bits == 3 and version == 1 and not symmetric:
         with pytest.raises(
-            RacError, match=r"^m\.qzeros: .* format gptq have two meanings.*save the model in format gptq_v2"
+            RacError,
+            match=r"^m\.qzeros: .* format gptq have two meanings.*save the model in format gptq_v2",
         ):
             read(tensors, weight, group, symmetric, version)
         return
     found, order = read(tensors, weight, group, symmetric, version)
-    assert (found.rows, found.columns, found.bits, found.density, order) == (rows, columns, bits, 1.0, None)
+    assert (found.rows, found.columns, found.bits, found.density, order) == (
+        rows,
+        columns,
+        bits,
+        1.0,
+        None,
+    )
     torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
     assert (found.zeros is None) == symmetric
     if found.zeros is not None:  # what the kernels keep: a code is a value and its code of zero
@@ -44,7 +59,9 @@ def test_a_gptq_weight_is_that_of_its_codes(rows, columns, group, symmetric, ver
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("rows", "columns", "group"), [(32, 64, 32), (64, 96, None), (8, 256, 128), (40, 7, None)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(32, 64, 32), (64, 96, None), (8, 256, 128), (40, 7, None)]
+)
 def test_an_awq_weight_is_that_of_its_codes(rows, columns, group, symmetric):
     weight = drawn(rows, columns, group, symmetric, least=0)
     found, order = check_awq(awq(weight), "m", group, symmetric)
@@ -57,10 +74,18 @@ def test_the_order_of_codes_in_a_word():
     """GPTQ: eight columns of a row, the first in the lowest bits. AWQ: eight rows of a column, as its kernel reads them."""
     scales = torch.ones(1, 8)
     middle = torch.full((1, 1), -0x77777778, dtype=torch.int32)  # 0x88888888
-    along_columns = {"qweight": torch.tensor([[0x76543210] * 8], dtype=torch.int32), "qzeros": middle, "scales": scales}
+    along_columns = {
+        "qweight": torch.tensor([[0x76543210] * 8], dtype=torch.int32),
+        "qzeros": middle,
+        "scales": scales,
+    }
     found, _ = check_gptq(along_columns, "m", 4, None, True, "gptq_v2")
     assert found.dense().tolist() == [[-8, -7, -6, -5, -4, -3, -2, -1]] * 8
-    along_rows = {"qweight": torch.tensor([[0x75316420]], dtype=torch.int32), "qzeros": middle, "scales": scales}
+    along_rows = {
+        "qweight": torch.tensor([[0x75316420]], dtype=torch.int32),
+        "qzeros": middle,
+        "scales": scales,
+    }
     found, _ = check_awq(along_rows, "m", None, True)
     assert found.dense().tolist() == [[-8], [-7], [-6], [-5], [-4], [-3], [-2], [-1]]
 
@@ -72,7 +97,10 @@ def test_codes_of_zero_of_0_in_format_1(bits):
     assert bool((weight.zeros == 0).any())
     assert not torch.equal(gptq(weight)["qzeros"], words((weight.zeros.T - 1) % (1 << bits), bits))
     torch.testing.assert_close(
-        read(gptq(weight), weight, 32, False, 1).weight.dequantized(torch.float32), weight.meant, rtol=0, atol=0
+        read(gptq(weight), weight, 32, False, 1).weight.dequantized(torch.float32),
+        weight.meant,
+        rtol=0,
+        atol=0,
     )
 
 
@@ -84,10 +112,15 @@ def test_symmetric_weights_in_all_ways_in_which_zero_is_stored(bits):
         for version in (1, 2):
             found, _ = read({**gptq(weight), "qzeros": zeros}, weight, 32, True, version)
             assert found.zeros is None
-            torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
+            torch.testing.assert_close(
+                found.dequantized(torch.float32), weight.meant, rtol=0, atol=0
+            )
     other = half.clone()
     other[1, 17] += 1
-    with pytest.raises(RacError, match=rf"^m\.qzeros: not {1 << (bits - 1)} everywhere, .* symmetric \(sym\); restore"):
+    with pytest.raises(
+        RacError,
+        match=rf"^m\.qzeros: not {1 << (bits - 1)} everywhere, .* symmetric \(sym\); restore",
+    ):
         read({**gptq(weight), "qzeros": words(other, bits)}, weight, 32, True, 2)
 
 
@@ -106,11 +139,15 @@ def test_reordered_columns(bits, index):
     on_disk = torch.empty(32, 96)
     on_disk[:, where] = weight.meant
     x = torch.randn(5, 96)
-    torch.testing.assert_close(x[:, order] @ found.dequantized(torch.float32).T, x @ on_disk.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        x[:, order] @ found.dequantized(torch.float32).T, x @ on_disk.T, rtol=1e-4, atol=1e-4
+    )
     del tensors["g_idx"]
     with pytest.raises(RacError, match=r"^m\.g_idx: missing"):
         check_gptq(tensors, "m", bits, 32, False, "gptq_v2", reordered=True)
-    assert read(tensors, weight, 32, False, 2).order is None  # old writers have none where nothing is reordered
+    assert (
+        read(tensors, weight, 32, False, 2).order is None
+    )  # old writers have none where nothing is reordered
 
 
 GPTQ_DAMAGE = [
@@ -119,7 +156,10 @@ GPTQ_DAMAGE = [
     ({"scales": None}, "scales: missing"),
     ({"qweight": torch.zeros(8, 32)}, "qweight: torch.float32 .* no matrix of int32 words"),
     ({"qweight": torch.zeros(8, dtype=torch.int32)}, r"qweight: torch.int32 \[8\] is no matrix"),
-    ({"qweight": torch.zeros(0, 32, dtype=torch.int32)}, r"qweight: torch.int32 \[0, 32\] is no matrix"),
+    (
+        {"qweight": torch.zeros(0, 32, dtype=torch.int32)},
+        r"qweight: torch.int32 \[0, 32\] is no matrix",
+    ),
     (
         {"qweight": torch.zeros(7, 32, dtype=torch.int32)},
         "qweight: 56 columns are no multiple of config.json's groups of 32",
@@ -128,7 +168,10 @@ GPTQ_DAMAGE = [
         {"qweight": torch.zeros(12, 32, dtype=torch.int32)},
         r"scales: shape \[2, 32\], but its 32 rows in 3 groups have \[3, 32\]",
     ),
-    ({"qweight": torch.zeros(8, 40, dtype=torch.int32)}, r"scales: shape \[2, 32\], but its 40 rows"),
+    (
+        {"qweight": torch.zeros(8, 40, dtype=torch.int32)},
+        r"scales: shape \[2, 32\], but its 40 rows",
+    ),
     ({"scales": torch.ones(2, 32, dtype=torch.int32)}, "scales: torch.int32, or not finite"),
     ({"scales": torch.full((2, 32), float("inf"))}, "scales: torch.float32, or not finite"),
     ({"scales": torch.full((2, 32), float("nan")).half()}, "scales: torch.float16, or not finite"),
@@ -140,8 +183,14 @@ GPTQ_DAMAGE = [
     ({"qzeros": torch.zeros(4, 2, dtype=torch.int32)}, r"qzeros: shape \[4, 2\]"),
     ({"qzeros": torch.zeros(2, 4, dtype=torch.int64)}, "qzeros: torch.int64"),
     ({"g_idx": torch.zeros(64)}, "g_idx: torch.float32"),
-    ({"g_idx": torch.zeros(63, dtype=torch.int32)}, r"g_idx: torch.int32 \[63\] is not the group of each of its 64"),
-    ({"g_idx": torch.zeros(64, dtype=torch.int32)}, "g_idx: does not give 32 columns to each of 2 groups"),
+    (
+        {"g_idx": torch.zeros(63, dtype=torch.int32)},
+        r"g_idx: torch.int32 \[63\] is not the group of each of its 64",
+    ),
+    (
+        {"g_idx": torch.zeros(64, dtype=torch.int32)},
+        "g_idx: does not give 32 columns to each of 2 groups",
+    ),
     ({"g_idx": torch.arange(64, dtype=torch.int32) // 32 + 1}, "g_idx: does not give"),
     ({"g_idx": torch.arange(64, dtype=torch.int32) // 32 - 1}, "g_idx: does not give"),
 ]
@@ -153,7 +202,12 @@ def test_damaged_parts_of_gptq(change, message, symmetric):
     tensors = {**gptq(drawn(32, 64, 32, symmetric)), **change}
     with pytest.raises(RacError, match=f"^m.{message}"):
         check_gptq(
-            {part: tensor for part, tensor in tensors.items() if tensor is not None}, "m", 4, 32, symmetric, "gptq"
+            {part: tensor for part, tensor in tensors.items() if tensor is not None},
+            "m",
+            4,
+            32,
+            symmetric,
+            "gptq",
         )
 
 
@@ -163,9 +217,15 @@ AWQ_DAMAGE = [
         {"qweight": torch.zeros(63, 4, dtype=torch.int32)},
         "qweight: 63 columns are no multiple of config.json's groups of 32",
     ),
-    ({"qweight": torch.zeros(64, 5, dtype=torch.int32)}, r"scales: shape \[2, 32\], but its 40 rows in 2 groups"),
+    (
+        {"qweight": torch.zeros(64, 5, dtype=torch.int32)},
+        r"scales: shape \[2, 32\], but its 40 rows in 2 groups",
+    ),
     ({"scales": torch.full((2, 32), float("nan"))}, "scales: torch.float32, or not finite"),
-    ({"qzeros": torch.zeros(2, 3, dtype=torch.int32)}, r"qzeros: shape \[2, 3\], but .* has \[2, 4\]"),
+    (
+        {"qzeros": torch.zeros(2, 3, dtype=torch.int32)},
+        r"qzeros: shape \[2, 3\], but .* has \[2, 4\]",
+    ),
     ({"g_idx": torch.zeros(64, dtype=torch.int32)}, "g_idx: AWQ does not reorder columns"),
 ]
 
@@ -175,22 +235,35 @@ AWQ_DAMAGE = [
 def test_damaged_parts_of_awq(change, message, symmetric):
     tensors = {**awq(drawn(32, 64, 32, symmetric)), **change}
     with pytest.raises(RacError, match=f"^m.{message}"):
-        check_awq({part: tensor for part, tensor in tensors.items() if tensor is not None}, "m", 32, symmetric)
+        check_awq(
+            {part: tensor for part, tensor in tensors.items() if tensor is not None},
+            "m",
+            32,
+            symmetric,
+        )
 
 
 def test_awq_with_zero_points_that_config_json_does_not_have():
-    with pytest.raises(RacError, match=r"^m\.qzeros: not all 8, but config\.json says zero_point: false; restore"):
+    with pytest.raises(
+        RacError, match=r"^m\.qzeros: not all 8, but config\.json says zero_point: false; restore"
+    ):
         check_awq(awq(drawn(32, 64, 32, False)), "m", 32, True)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_3_bits_need_whole_words(rows):
-    with pytest.raises(RacError, match=rf"^m\.qweight: {rows} words per row hold no whole number of 3-bit codes"):
-        check_gptq({"qweight": torch.zeros(rows, 32, dtype=torch.int32)}, "m", 3, None, True, "gptq")
+    with pytest.raises(
+        RacError, match=rf"^m\.qweight: {rows} words per row hold no whole number of 3-bit codes"
+    ):
+        check_gptq(
+            {"qweight": torch.zeros(rows, 32, dtype=torch.int32)}, "m", 3, None, True, "gptq"
+        )
 
 
 CHANGES = {
-    "transposed": lambda tensor: tensor.T.contiguous() if tensor.dim() > 1 else torch.zeros_like(tensor),
+    "transposed": lambda tensor: (
+        tensor.T.contiguous() if tensor.dim() > 1 else torch.zeros_like(tensor)
+    ),
     "a line less": lambda tensor: tensor[1:],
     "a column less": lambda tensor: tensor[..., 1:],
     "a line more": lambda tensor: torch.cat([tensor, tensor[:1]]),
@@ -210,5 +283,7 @@ def test_parts_of_another_shape_are_refused_by_name(bits, part, change):
     weight = drawn(32, 192, 32, False, bits)
     tensors = gptq(weight, 2)
     tensors[part] = CHANGES[change](tensors[part])
-    with pytest.raises(RacError, match=r"^m\.(qweight|qzeros|scales|g_idx): .*(copy|restore|save|damaged)"):
+    with pytest.raises(
+        RacError, match=r"^m\.(qweight|qzeros|scales|g_idx): .*(copy|restore|save|damaged)"
+    ):
         read(tensors, weight, 32, False, 2)

@@ -34,7 +34,9 @@ IDS = torch.tensor([[1, 2, 3]])
 @pytest.mark.parametrize("shard", [None, "60KB"])
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_bit_identical(saved: Saved, structure: str, shard: str | None, tied: bool, dtype: torch.dtype) -> None:
+def test_bit_identical(
+    saved: Saved, structure: str, shard: str | None, tied: bool, dtype: torch.dtype
+) -> None:
     folder, expected, _ = saved(structure, tied=tied, shard=shard, dtype=dtype)
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
@@ -67,10 +69,15 @@ def test_quantized_and_packed_equals_the_stock_load_of_the_dense_one(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("options", [{}, {"dequantize": True}])
-def test_a_stock_quantized_checkpoint_is_loaded_as_before(tmp_path: Path, scheme: str, options: dict) -> None:
+def test_a_stock_quantized_checkpoint_is_loaded_as_before(
+    tmp_path: Path, scheme: str, options: dict
+) -> None:
     save_quantized(tmp_path, "2:4", scheme)
     given = {"quantization_config": CompressedTensorsConfig(**options)} if options else {}
-    before, after = stock(tmp_path, **given), AutoModelForCausalLM.from_pretrained(tmp_path, **given)
+    before, after = (
+        stock(tmp_path, **given),
+        AutoModelForCausalLM.from_pretrained(tmp_path, **given),
+    )
     assert_same_state(after, before.state_dict())
     assert after.config.to_dict() == before.config.to_dict()
     assert hasattr(after, "hf_quantizer") == hasattr(before, "hf_quantizer")
@@ -125,9 +132,16 @@ def test_dtype_and_device_map_are_honoured(saved: Saved, kwargs: dict) -> None:
 
 def test_layers_that_are_offloaded_to_disk(saved: Saved, tmp_path: Path) -> None:
     folder, _, _ = saved(tied=False)
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=str(tmp_path / "offload"))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=str(tmp_path / "offload")
+    )
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
     assert torch.equal(model(IDS).logits, AutoModelForCausalLM.from_pretrained(folder)(IDS).logits)
 
@@ -141,7 +155,9 @@ def test_a_module_that_stays_in_float32(saved: Saved, monkeypatch: pytest.Monkey
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
 
 
-def test_the_model_is_empty_until_weights_are_read(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_empty_until_weights_are_read(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _, _ = saved()
     seen: list[bool] = []
     inner = SparseHfQuantizer._process_model_before_weight_loading
@@ -156,14 +172,18 @@ def test_the_model_is_empty_until_weights_are_read(saved: Saved, monkeypatch: py
     assert all(seen)
 
 
-def test_packed_parts_are_freed_before_the_next_module(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_parts_are_freed_before_the_next_module(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What bounds the memory to the dense model and one module: each is unpacked once, and its parts are gone by then."""
     folder, _, modules = saved()
     parts_of: dict[str, list[weakref.ref]] = {}
     inner = Unpack.dense
 
     def spy(self: Unpack, parts: dict[str, torch.Tensor], module: str) -> tuple[torch.Tensor, bool]:
-        assert not [name for name, refs in parts_of.items() if any(ref() is not None for ref in refs)]
+        assert not [
+            name for name, refs in parts_of.items() if any(ref() is not None for ref in refs)
+        ]
         assert module not in parts_of
         parts_of[module] = [weakref.ref(part) for part in parts.values()]
         return inner(self, parts, module)
@@ -177,7 +197,9 @@ def test_the_base_model_without_its_head(saved: Saved) -> None:
     """Names lose their prefix there."""
     folder, expected, _ = saved()
     model = AutoModel.from_pretrained(folder)
-    assert_same_state(model, {n.removeprefix("model."): t for n, t in expected.items() if n.startswith("model.")})
+    assert_same_state(
+        model, {n.removeprefix("model."): t for n, t in expected.items() if n.startswith("model.")}
+    )
 
 
 def test_the_loaded_model_is_an_ordinary_one(saved: Saved) -> None:
@@ -228,7 +250,9 @@ def test_peft_adapters_are_trained_on_it(saved: Saved) -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     adapted(IDS, labels=IDS).loss.backward()
     assert [n for n, p in adapted.named_parameters() if p.grad is not None]
-    assert torch.equal(adapted.base_model.model.get_submodule(f"{Q}.base_layer").weight, expected[f"{Q}.weight"])
+    assert torch.equal(
+        adapted.base_model.model.get_submodule(f"{Q}.base_layer").weight, expected[f"{Q}.weight"]
+    )
 
 
 def test_a_dense_stored_sparse_checkpoint_is_an_ordinary_one(saved: Saved) -> None:

@@ -13,14 +13,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rac_modifier.checkpoint.bitmask import pack_unstructured
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import Q, Saved, config_of, save_quantized, stock, tiny_model
+from tests.checkpoint.checkpoint_helpers import (
+    Q,
+    Saved,
+    config_of,
+    save_quantized,
+    stock,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("part", ["compressed", "bitmask", "row_offsets"])
 def test_damage_is_named(saved: Saved, part: str) -> None:
     folder, _, _ = saved("unstructured")
     tensors = load_file(folder / "model.safetensors")
-    tensors[f"{Q}.{part}"] = torch.zeros_like(tensors[f"{Q}.{part}"])[: -1 if part == "compressed" else None]
+    tensors[f"{Q}.{part}"] = torch.zeros_like(tensors[f"{Q}.{part}"])[
+        : -1 if part == "compressed" else None
+    ]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RacError, match=rf"^{Q}\."):
         AutoModelForCausalLM.from_pretrained(folder)
@@ -37,10 +46,17 @@ def test_another_shape_than_the_models_is_an_error(saved: Saved, name: str) -> N
         module = name.removesuffix(".shape")
         tensors = {n: t for n, t in tensors.items() if not n.startswith(f"{module}.")}
         narrow = torch.ones(8, 16, dtype=torch.bfloat16)
-        tensors |= {f"{module}.{part}": tensor for part, tensor in pack_unstructured(narrow).items()}
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        tensors |= {
+            f"{module}.{part}": tensor for part, tensor in pack_unstructured(narrow).items()
+        }
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(
-        RacError, match=rf"^{name.rpartition('.')[0]}\.weight: its shape .* does not fit the model's config"
+        RacError,
+        match=rf"^{name.rpartition('.')[0]}\.weight: its shape .* does not fit the model's config",
     ):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -52,7 +68,9 @@ def test_codes_without_their_config_group_are_not_taken_for_weights(tmp_path: Pa
     for key in ("config_groups", "quantization_status"):
         del config["quantization_config"][key]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RacError, match=r"values are torch\.int8, but no config group .* restore the config\.json"):
+    with pytest.raises(
+        RacError, match=r"values are torch\.int8, but no config group .* restore the config\.json"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -68,8 +86,13 @@ def test_a_model_that_would_be_sharded_while_it_is_loaded_is_refused(
 ) -> None:
     folder, _, _ = saved()
     config = AutoConfig.from_pretrained(folder)
-    monkeypatch.setattr(type(config), "distributed_config", {"tp_size": 2}, raising=False)  # as for tp_plan="auto"
-    with pytest.raises(RacError, match="cannot be sharded while they are loaded; save the model with storage: dense"):
+    monkeypatch.setattr(
+        type(config), "distributed_config", {"tp_size": 2}, raising=False
+    )  # as for tp_plan="auto"
+    with pytest.raises(
+        RacError,
+        match="cannot be sharded while they are loaded; save the model with storage: dense",
+    ):
         AutoModelForCausalLM.from_pretrained(folder, config=config)
 
 

@@ -42,7 +42,9 @@ def test_packed(saved: Saved, structure: str, shard: str | None) -> None:
         assert row.problem is None
         kept = weight.numel() // 2 if structure == "2:4" else int((weight != 0).sum())
         offsets = 0 if structure == "2:4" else 8 * len(weight)
-        assert row.stored_bytes == 2 * kept + len(weight) * (-(-weight.shape[1] // 8)) + offsets + 16
+        assert (
+            row.stored_bytes == 2 * kept + len(weight) * (-(-weight.shape[1] // 8)) + offsets + 16
+        )
     assert rows[LEFT_DENSE].stored == "dense"
     assert "in ignore" in rows[LEFT_DENSE].reason
     assert "embedding" in rows["model.embed_tokens"].reason
@@ -102,7 +104,9 @@ def test_a_damaged_module_is_one_bad_row(saved: Saved) -> None:
     report = inspect_checkpoint(folder)
     assert [row.name for row in report.modules if row.problem] == [Q]
     assert len(report.sparse) == len(modules)
-    assert next(row.problem for row in report.modules if row.problem).startswith(f"{Q}.bitmask: missing")
+    assert next(row.problem for row in report.modules if row.problem).startswith(
+        f"{Q}.bitmask: missing"
+    )
     assert report.stored_bytes == total_bytes(folder)
 
 
@@ -159,10 +163,19 @@ def test_words_with_zero_points_have_the_shape_of_their_weight(tmp_path: Path) -
     }
     save_file(tensors, tmp_path / "model.safetensors")
     weights = {"num_bits": 3, "strategy": "channel", "symmetric": False}
-    config = {"format": "pack-quantized", "config_groups": {"w": {"targets": ["Linear"], "weights": weights}}}
+    config = {
+        "format": "pack-quantized",
+        "config_groups": {"w": {"targets": ["Linear"], "weights": weights}},
+    }
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     (row,) = inspect_checkpoint(tmp_path).modules
-    assert (row.rows, row.columns, row.dtype, row.stored, row.sparsity) == (4, 32, "I3", "quantized", None)
+    assert (row.rows, row.columns, row.dtype, row.stored, row.sparsity) == (
+        4,
+        32,
+        "I3",
+        "quantized",
+        None,
+    )
     assert row.bytes_per_weight == (48 + 16 + 16 + 4) / (4 * 32)
 
 
@@ -191,14 +204,20 @@ def test_an_entry_of_the_config_that_is_malformed_raises(saved: Saved) -> None:
     folder, _, _ = saved()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rac_sparsity": {"modules": {Q: 5}}}))
-    with pytest.raises(RacError, match=r"config\.json: rac_sparsity\.modules is .* save the model again"):
+    with pytest.raises(
+        RacError, match=r"config\.json: rac_sparsity\.modules is .* save the model again"
+    ):
         inspect_checkpoint(folder)
 
 
 def test_layers_are_in_their_natural_order(tmp_path: Path) -> None:
-    save_file({f"layers.{i}.weight": torch.ones(2, 2) for i in range(12)}, tmp_path / "model.safetensors")
+    save_file(
+        {f"layers.{i}.weight": torch.ones(2, 2) for i in range(12)}, tmp_path / "model.safetensors"
+    )
     (tmp_path / "config.json").write_text("{}")
-    assert [row.name for row in inspect_checkpoint(tmp_path).modules] == [f"layers.{i}" for i in range(12)]
+    assert [row.name for row in inspect_checkpoint(tmp_path).modules] == [
+        f"layers.{i}" for i in range(12)
+    ]
 
 
 def test_what_is_no_checkpoint_raises(tmp_path: Path) -> None:
@@ -213,10 +232,16 @@ def test_what_is_no_checkpoint_raises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "dtype", "per_weight"), [("w4", "I4", 0.5), ("w8", "I8", 1.0)])
-def test_a_quantized_packed_weight_is_compared_with_its_dense_codes(tmp_path, scheme, dtype, per_weight) -> None:
+def test_a_quantized_packed_weight_is_compared_with_its_dense_codes(
+    tmp_path, scheme, dtype, per_weight
+) -> None:
     """Half a byte per int4 weight and the scales is what it would take without the zeros' mask."""
     modules = save_quantized(tmp_path, "unstructured", scheme)
-    before = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    before = {
+        name: tensor
+        for file in tmp_path.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
     pack_checkpoint(tmp_path, modules, ["lm_head"])
     rows = {row.name: row for row in inspect_checkpoint(tmp_path).modules}
     for name in modules:
@@ -230,7 +255,11 @@ def test_an_asymmetric_layout_is_named_as_the_reason(saved: Saved) -> None:
     folder, _, _ = saved(packed=False)
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
-    save_file({**tensors, f"{LEFT_DENSE}.weight_zero_point": torch.zeros(1)}, file, metadata={"format": "pt"})
+    save_file(
+        {**tensors, f"{LEFT_DENSE}.weight_zero_point": torch.zeros(1)},
+        file,
+        metadata={"format": "pt"},
+    )
     row = next(row for row in inspect_checkpoint(folder).modules if row.name == LEFT_DENSE)
     assert row.sparsity is None
     assert row.reason == "quantized to a layout whose zeros are not counted"

@@ -17,7 +17,9 @@ def random_values(rows: int, columns: int, bits: int, seed: int) -> torch.Tensor
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([4, 8]), st.integers(0, 100))
-def test_words_are_compressed_tensors_own_of_the_values_filled_up_with_zeros(rows, columns, bits, seed):
+def test_words_are_compressed_tensors_own_of_the_values_filled_up_with_zeros(
+    rows, columns, bits, seed
+):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     values = random_values(rows, columns, bits, seed)
     words = pack_words(values, bits)
@@ -25,7 +27,9 @@ def test_words_are_compressed_tensors_own_of_the_values_filled_up_with_zeros(row
     assert torch.equal(words, helpers.pack_to_int32(filled, bits))
     assert torch.equal(helpers.unpack_from_int32(words, bits, values.shape), values)
     # theirs fill up with other bits, which nobody reads
-    assert torch.equal(unpack_words(helpers.pack_to_int32(values, bits).contiguous(), bits, columns), values)
+    assert torch.equal(
+        unpack_words(helpers.pack_to_int32(values, bits).contiguous(), bits, columns), values
+    )
     assert torch.equal(unpack_words(pack_words(values[0], bits), bits, columns), values[0])
 
 
@@ -43,14 +47,19 @@ def test_words_of_few_bits_are_read_as_compressed_tensors_writes_them(rows, colu
 
 
 def test_words_of_other_bits_are_refused():
-    with pytest.raises(RacError, match="words of 5-bit values are not read here; those of 2, 3, 4, 8 bits are"):
+    with pytest.raises(
+        RacError, match="words of 5-bit values are not read here; those of 2, 3, 4, 8 bits are"
+    ):
         unpack_words(torch.zeros(1, 5, dtype=torch.int32), 5, 32)
 
 
 def test_known_nibbles():
     values = torch.tensor([-8, 7, 0, 1, -1, 2, 3, 4, 5], dtype=torch.int8)
     # lowest nibble first, each + 8; the second word is filled up with the value 0
-    assert [word & 0xFFFFFFFF for word in pack_words(values, 4).tolist()] == [0xCBA798F0, 0x8888888D]
+    assert [word & 0xFFFFFFFF for word in pack_words(values, 4).tolist()] == [
+        0xCBA798F0,
+        0x8888888D,
+    ]
 
 
 def sparse_int4(rows: int, columns: int, format: str, seed: int) -> torch.Tensor:
@@ -63,7 +72,12 @@ def sparse_int4(rows: int, columns: int, format: str, seed: int) -> torch.Tensor
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 12), st.sampled_from([FORMAT_24, FORMAT_BITMASK]), st.integers(0, 100))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.sampled_from([FORMAT_24, FORMAT_BITMASK]),
+    st.integers(0, 100),
+)
 def test_sparse_four_bit_weights_come_back(rows, groups, format, seed):
     weight = sparse_int4(rows, 4 * groups, format, seed)
     parts = pack(weight, format, "w", bits=4)

@@ -26,7 +26,11 @@ OTHER = "---\nlicense: other\nlicense_name: llama3\nlicense_link: https://exampl
     ("card", "config", "expected"),
     [
         ("---\nlicense: apache-2.0\n---\n", None, License("apache-2.0")),
-        (OTHER, json.dumps({"license": "mit"}), License("other", "llama3", "https://example.org/LICENSE")),
+        (
+            OTHER,
+            json.dumps({"license": "mit"}),
+            License("other", "llama3", "https://example.org/LICENSE"),
+        ),
         ("# A card without front matter\n", json.dumps({"license": "mit"}), License("mit")),
         ("---\nlicense: [a, b]\n---\n", "{}", License()),
         ("---\nlicense: {broken\n---\n", "not JSON", License()),
@@ -34,7 +38,9 @@ OTHER = "---\nlicense: other\nlicense_name: llama3\nlicense_link: https://exampl
         (None, None, License()),
     ],
 )
-def test_card_before_config(tmp_path: Path, card: str | None, config: str | None, expected: License) -> None:
+def test_card_before_config(
+    tmp_path: Path, card: str | None, config: str | None, expected: License
+) -> None:
     assert license_of(model(tmp_path / "m", card, config)) == expected
 
 
@@ -44,7 +50,9 @@ def test_in_words() -> None:
     assert License().describe() == "unknown: see base model"
 
 
-def test_a_hub_id_is_looked_up_in_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_looked_up_in_the_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

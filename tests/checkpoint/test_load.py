@@ -84,7 +84,8 @@ def test_a_model_of_the_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_hub_that_cannot_be_reached() -> None:
     with pytest.raises(
-        RacError, match=r"^owner/no-such-name: neither a folder nor a model that can be had from the hub"
+        RacError,
+        match=r"^owner/no-such-name: neither a folder nor a model that can be had from the hub",
     ):
         load_model("owner/no-such-name", local_files_only=True)
 
@@ -104,19 +105,28 @@ def test_code_that_the_checkpoint_brings_is_not_run_unasked(saved: Saved) -> Non
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_tensor_too_many_is_an_error(saved: Saved, packed: bool) -> None:
     folder, _, _ = saved(packed=packed)
-    tensors = load_file(folder / "model.safetensors") | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}
+    tensors = load_file(folder / "model.safetensors") | {
+        "model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RacError, match=r"^model\.layers\.9\.mlp\.up_proj\.weight: not a tensor of the model, but in"):
+    with pytest.raises(
+        RacError,
+        match=r"^model\.layers\.9\.mlp\.up_proj\.weight: not a tensor of the model, but in",
+    ):
         load_model(folder)
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_tensor_of_another_shape_is_an_error_without_being_asked_for(saved: Saved, packed: bool) -> None:
+def test_a_tensor_of_another_shape_is_an_error_without_being_asked_for(
+    saved: Saved, packed: bool
+) -> None:
     folder, _, _ = saved(packed=packed)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:3].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RacError, match=r"^model\.norm\.weight: its shape .*does not fit the model's config\.json"):
+    with pytest.raises(
+        RacError, match=r"^model\.norm\.weight: its shape .*does not fit the model's config\.json"
+    ):
         load_model(folder)
 
 
@@ -151,7 +161,11 @@ def replaced(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
         ("unstructured", replaced(f"{Q}.compressed", lambda t: t[1:]), f"{Q}.compressed"),
         ("unstructured", replaced(f"{Q}.row_offsets", lambda t: t + 1), f"{Q}.row_offsets"),
         ("2:4", replaced("model.norm.weight", lambda t: t[:3]), "model.norm.weight"),
-        ("2:4", lambda tensors: tensors.update({f"{Q}.weight": torch.zeros(64, 64)}), f"{Q}.weight"),
+        (
+            "2:4",
+            lambda tensors: tensors.update({f"{Q}.weight": torch.zeros(64, 64)}),
+            f"{Q}.weight",
+        ),
     ],
 )
 def test_missing_or_damaged_tensors_are_errors(
@@ -178,16 +192,28 @@ def test_a_missing_weight_of_an_ordinary_checkpoint_is_an_error(saved: Saved) ->
     ("edit", "message"),
     [
         (lambda config: config.pop("quantization_config"), "no sparsity_config"),
-        (lambda config: config["quantization_config"]["sparsity_config"].update(format="sparse-new"), "sparse-new"),
-        (lambda config: config["quantization_config"].update(sparsity_config=[1]), "not an object"),
-        (lambda config: config["quantization_config"]["sparsity_config"].update(format=["a"]), "format"),
         (
-            lambda config: config["quantization_config"]["sparsity_config"].update(format="sparse-bitmask"),
+            lambda config: config["quantization_config"]["sparsity_config"].update(
+                format="sparse-new"
+            ),
+            "sparse-new",
+        ),
+        (lambda config: config["quantization_config"].update(sparsity_config=[1]), "not an object"),
+        (
+            lambda config: config["quantization_config"]["sparsity_config"].update(format=["a"]),
+            "format",
+        ),
+        (
+            lambda config: config["quantization_config"]["sparsity_config"].update(
+                format="sparse-bitmask"
+            ),
             "row_offsets",
         ),
     ],
 )
-def test_config_that_contradicts_the_files(saved: Saved, edit: Callable[[dict], object], message: str) -> None:
+def test_config_that_contradicts_the_files(
+    saved: Saved, edit: Callable[[dict], object], message: str
+) -> None:
     folder, _, _ = saved()
     config = json.loads((folder / "config.json").read_text())
     edit(config)
@@ -199,7 +225,9 @@ def test_config_that_contradicts_the_files(saved: Saved, edit: Callable[[dict], 
 def test_packed_config_over_dense_files(saved: Saved, tmp_path: Path) -> None:
     folder, _, _ = saved()
     tiny_model().save_pretrained(tmp_path / "dense")
-    (folder / "model.safetensors").write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").write_bytes(
+        (tmp_path / "dense" / "model.safetensors").read_bytes()
+    )
     with pytest.raises(RacError, match="no tensor is packed"):
         load_model(folder)
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.checkpoint.card import model_card
-from rac_modifier.checkpoint.measured import add_measured, own_folder, record_activations, with_measured
+from rac_modifier.checkpoint.measured import (
+    add_measured,
+    own_folder,
+    record_activations,
+    with_measured,
+)
 from rac_modifier.checkpoint.packed_card import packed_card, unpacked_card
 from rac_modifier.errors import RacError
 
@@ -65,12 +70,20 @@ def test_accuracy_with_its_interval_and_conditions(folder: Path) -> None:
         "sparse against org|dense: -8.8 points (-11.0 to -6.6).",
     ):
         assert line in card.splitlines()
-    assert card.index("## What is measured") < card.index("## Measured after compression") < card.index("\n## Load\n")
+    assert (
+        card.index("## What is measured")
+        < card.index("## Measured after compression")
+        < card.index("\n## Load\n")
+    )
     start, end = card.index("<!-- measured by rac eval -->\n"), card.index("## Load")
     assert card[:start] + card[end:] == before  # nothing else has changed
     record = json.loads((folder / "rac_run.json").read_text())
     found = record["evaluation"]["accuracy"]
-    assert (found["accuracy"], found["ci_high"], found["reference"]["accuracy"]) == (0.8125, 0.834, 0.9)
+    assert (found["accuracy"], found["ci_high"], found["reference"]["accuracy"]) == (
+        0.8125,
+        0.834,
+        0.9,
+    )
     assert record["method"] == "alps"
     assert "/models" not in json.dumps(record) + card  # no path of this machine
     assert "correct_answers" not in found
@@ -78,9 +91,16 @@ def test_accuracy_with_its_interval_and_conditions(folder: Path) -> None:
 
 def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder: Path) -> None:
     add_accuracy(folder, accuracy=0.5)
-    add_measured(folder, "divergence", DIVERGENCE, conditions=CONDITIONS, reference={"label": "org/dense"})
+    add_measured(
+        folder, "divergence", DIVERGENCE, conditions=CONDITIONS, reference={"label": "org/dense"}
+    )
     card = add_accuracy(folder)
-    assert card.count("## Measured after compression") == card.count(ROW) == card.count("nats per token") == 1
+    assert (
+        card.count("## Measured after compression")
+        == card.count(ROW)
+        == card.count("nats per token")
+        == 1
+    )
     assert "50.0%" not in card
     assert (
         "On 5,000 tokens that org/dense generated (arithmetic): the predictions differ from those of the base model by 0.0200 "
@@ -91,8 +111,15 @@ def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder: Path) ->
 
 
 def test_several_answers_and_no_reference(folder: Path) -> None:
-    result = {**SPARSE, "samples": 16, "temperature": 0.6, "pass_at": {"1": 0.8, "2": 0.85, "16": 0.955}}
-    add_measured(folder, "accuracy", result, conditions={**CONDITIONS, "protocol": ["As published."]})
+    result = {
+        **SPARSE,
+        "samples": 16,
+        "temperature": 0.6,
+        "pass_at": {"1": 0.8, "2": 0.85, "16": 0.955},
+    }
+    add_measured(
+        folder, "accuracy", result, conditions={**CONDITIONS, "protocol": ["As published."]}
+    )
     card = (folder / "README.md").read_text()
     assert "16 answers to each, at most 2,048 new tokens, temperature 0.6;" in card
     assert "At least one of 16 answers is correct for 95.5% of the problems." in card
@@ -105,7 +132,13 @@ def test_a_card_that_is_made_anew_from_the_record_has_it_too(folder: Path) -> No
     """As `rac pack` and `rac unpack` make it: the weights are the same."""
     add_accuracy(folder)
     record = json.loads((folder / "rac_run.json").read_text())
-    packing = {"modules": {"2:4": 1}, "sparsity": 0.5, "dense_bytes": 2, "packed_bytes": 1, "negative_zeros": "kept"}
+    packing = {
+        "modules": {"2:4": 1},
+        "sparsity": 0.5,
+        "dense_bytes": 2,
+        "packed_bytes": 1,
+        "negative_zeros": "kept",
+    }
     for card in (
         model_card(record),
         packed_card(record, folder),
@@ -118,23 +151,33 @@ def test_a_card_that_is_made_anew_from_the_record_has_it_too(folder: Path) -> No
 
 def test_without_a_card_or_without_a_heading_it_stands_at_the_end(folder: Path) -> None:
     (folder / "README.md").unlink()
-    assert add_accuracy(folder).startswith("<!-- measured by rac eval -->\n## Measured after compression\n")
+    assert add_accuracy(folder).startswith(
+        "<!-- measured by rac eval -->\n## Measured after compression\n"
+    )
     record = json.loads((folder / "rac_run.json").read_text())
-    assert with_measured("# Mine\n\n\n", record).startswith("# Mine\n\n<!-- measured by rac eval -->\n")
+    assert with_measured("# Mine\n\n\n", record).startswith(
+        "# Mine\n\n<!-- measured by rac eval -->\n"
+    )
 
 
-@pytest.mark.parametrize("evaluation", [None, [], {}, {"accuracy": None}, {"accuracy": {}, "divergence": {"kl": "?"}}])
+@pytest.mark.parametrize(
+    "evaluation", [None, [], {}, {"accuracy": None}, {"accuracy": {}, "divergence": {"kl": "?"}}]
+)
 def test_records_without_figures_change_nothing(evaluation: object) -> None:
     assert with_measured("# Mine\n", {"evaluation": evaluation}) == "# Mine\n"
 
 
-def test_only_folders_with_a_run_record_have_a_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_folders_with_a_run_record_have_a_card(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert own_folder(str(folder)) == folder
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(RacError, match="cannot be written to; copy the model, or leave --card out"):
         own_folder(str(folder))
     for other in ("org/model", str(folder / "none")):
-        with pytest.raises(RacError, match=rf"--card: {other} is not the folder of a model that rac wrote"):
+        with pytest.raises(
+            RacError, match=rf"--card: {other} is not the folder of a model that rac wrote"
+        ):
             own_folder(other)
 
 
@@ -149,12 +192,19 @@ def test_a_card_that_cannot_be_read_changes_nothing(folder: Path) -> None:
 def test_activations_of_a_model_with_and_without_a_run_record(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     before = json.loads((folder / "rac_run.json").read_text())
-    record_activations(folder, ["b", "a"], {"limit": 0.01, "source": str(folder / "problems.jsonl")})
-    assert json.loads((folder / "config.json").read_text())["rac_sparsity"]["int8_activations"] == ["a", "b"]
+    record_activations(
+        folder, ["b", "a"], {"limit": 0.01, "source": str(folder / "problems.jsonl")}
+    )
+    assert json.loads((folder / "config.json").read_text())["rac_sparsity"]["int8_activations"] == [
+        "a",
+        "b",
+    ]
     record = json.loads((folder / "rac_run.json").read_text())
     assert record == {**before, "activations": {"limit": 0.01, "source": "problems.jsonl"}}
 
     (folder / "rac_run.json").unlink()
     record_activations(folder, [], {"limit": 0.0})
     assert json.loads((folder / "config.json").read_text()) == {}
-    assert not (folder / "rac_run.json").exists()  # with one, `rac eval --card` would take it for a model of rac
+    assert not (
+        folder / "rac_run.json"
+    ).exists()  # with one, `rac eval --card` would take it for a model of rac

@@ -38,7 +38,10 @@ def test_the_names_are_those_in_the_files(kind, tmp_path):
     assert {f"{name}.weight" for name in found.values()} < keys(tmp_path / "merged")
     assert len(set(found.values())) == len(linears(model))
     if kind == "mixtral":
-        assert found["model.layers.1.mlp.experts.3.down_proj"] == "model.layers.1.block_sparse_moe.experts.3.w2"
+        assert (
+            found["model.layers.1.mlp.experts.3.down_proj"]
+            == "model.layers.1.block_sparse_moe.experts.3.w2"
+        )
     else:
         assert all(name == saved for name, saved in found.items())
 

@@ -66,7 +66,12 @@ def test_without_commit_the_folder_is_as_before(tmp_path: Path, made: bool) -> N
 
 
 def test_what_a_kill_left_is_removed_by_the_next_call(tmp_path: Path) -> None:
-    left = [".rac_new.model.safetensors", "..rac_new.config.json.abc.tmp", f".{JOURNAL_FILE}.abc.tmp", LOCK_FILE]
+    left = [
+        ".rac_new.model.safetensors",
+        "..rac_new.config.json.abc.tmp",
+        f".{JOURNAL_FILE}.abc.tmp",
+        LOCK_FILE,
+    ]
     for name in left:
         (tmp_path / name).write_text("half")
         assert is_leftover(name)
@@ -117,7 +122,9 @@ def test_a_second_one_is_refused_as_long_as_the_first_one_runs(tmp_path: Path) -
         write(first, "of the first")
         for _ in range(2):
             with (
-                pytest.raises(RacError, match=rf"{tmp_path}: another process is writing to it; wait"),
+                pytest.raises(
+                    RacError, match=rf"{tmp_path}: another process is writing to it; wait"
+                ),
                 NewFiles(tmp_path),
             ):
                 pass
@@ -128,7 +135,9 @@ def test_a_second_one_is_refused_as_long_as_the_first_one_runs(tmp_path: Path) -
 
 
 def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / LOCK_FILE], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / LOCK_FILE], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(RacError, match="another process is writing"), NewFiles(tmp_path):

@@ -52,14 +52,17 @@ def test_a_hub_id_is_its_snapshot_in_the_cache(hub_cache: Path) -> None:
 
 def test_a_hub_id_that_cannot_be_had(hub_cache: Path) -> None:
     with pytest.raises(
-        RacError, match=r"owner/name: neither a folder nor a model that can be had from the hub \(.+\); check"
+        RacError,
+        match=r"owner/name: neither a folder nor a model that can be had from the hub \(.+\); check",
     ):
         local_folder("owner/name")
 
 
 @pytest.mark.parametrize("name", ["gone", "a/b/c", "/gone/model", "./gone", "~/gone"])
 def test_a_folder_that_is_not_there_needs_no_network(name: str) -> None:
-    with pytest.raises(RacError, match=rf"^{name}: no such folder; give the folder of a saved model, or a hub id"):
+    with pytest.raises(
+        RacError, match=rf"^{name}: no such folder; give the folder of a saved model, or a hub id"
+    ):
         local_folder(name)
 
 
@@ -79,14 +82,18 @@ def test_what_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.mkdir()
     (tmp_path / "link").symlink_to(source)
     for same in (source, tmp_path / "link", tmp_path / "model" / "." / ".." / "model"):
-        with pytest.raises(RacError, match="is the model itself, which is left as it is; name another folder"):
+        with pytest.raises(
+            RacError, match="is the model itself, which is left as it is; name another folder"
+        ):
             check_output_folder(same, source, 0)
     (source / "config.json").touch()
     with pytest.raises(RacError, match="is a file; name a folder"):
         check_output_folder(source / "config.json", source, 0)
     with pytest.raises(RacError, match="is in use; name an empty or a new one"):
         check_output_folder(source, None, 0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * 2**30))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * 2**30)
+    )
     check_output_folder(tmp_path / "new", source, 3 * 2**30)
     with pytest.raises(RacError, match=r"3\.0 GiB are free, the checkpoint needs up to 3\.5 GiB"):
         check_output_folder(tmp_path / "new", source, 7 * 2**29)
@@ -96,7 +103,9 @@ def test_groups_that_are_kept_beside_the_output_need_room_until_they_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 5 * 2**30))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 5 * 2**30)
+    )
     check_room(out, 3 * 2**30, 2 * 2**30)
     with pytest.raises(
         RacError,
@@ -137,7 +146,9 @@ def test_the_bytes_of_weights_of_a_hub_id_are_those_in_the_cache(cached: Path) -
     assert bytes_of_weights("no hub id//") is None
     (cached / "model.safetensors").write_bytes(bytes(30))
     assert bytes_of_weights("owner/model") == 30
-    (cached / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 99}, "weight_map": {}}')
+    (cached / "model.safetensors.index.json").write_text(
+        '{"metadata": {"total_size": 99}, "weight_map": {}}'
+    )
     assert bytes_of_weights("owner/model") == 99
     (cached / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     assert bytes_of_weights("owner/model") is None

@@ -29,7 +29,9 @@ from tests.tiny import linears
 def saved_with(folder: Path, weights: dict[str, torch.Tensor], **config: object) -> Path:
     """A checkpoint of these tensors."""
     folder.mkdir(exist_ok=True)
-    save_file({f"{name}.weight": weight for name, weight in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {f"{name}.weight": weight for name, weight in weights.items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -60,11 +62,18 @@ def test_patterns_and_sizes_are_those_that_packing_makes(
     made = pack_checkpoint(folder, modules)
     assert plan.format == made.format
     assert [(m.name, m.dense_bytes) for m in made.modules] == [
-        (name, row.dense_bytes - (16 if row.dtype in ("I4", "I8") and scheme in ("w4", "w8") else 0))
+        (
+            name,
+            row.dense_bytes - (16 if row.dtype in ("I4", "I8") and scheme in ("w4", "w8") else 0),
+        )
         for name, row in sorted((row.name, row) for row in plan.packed)
     ]
-    assert {m.name: m.packed_bytes for m in made.modules} == {row.name: row.packed_bytes for row in plan.packed}
-    assert {m.name: m.sparsity for m in made.modules} == {row.name: row.sparsity for row in plan.packed}
+    assert {m.name: m.packed_bytes for m in made.modules} == {
+        row.name: row.packed_bytes for row in plan.packed
+    }
+    assert {m.name: m.sparsity for m in made.modules} == {
+        row.name: row.sparsity for row in plan.packed
+    }
 
 
 def test_each_module_has_a_pattern_of_its_own(tmp_path: Path) -> None:
@@ -79,9 +88,13 @@ def test_each_module_has_a_pattern_of_its_own(tmp_path: Path) -> None:
             linear.weight.data.view(-1, 8)[:, [0, 3, 6]] = 0
     model.save_pretrained(tmp_path)
     plan = plan_packing(tmp_path)
-    assert plan.structures == {name: pattern for name, pattern in pruned.items() if pattern != "dense"}
+    assert plan.structures == {
+        name: pattern for name, pattern in pruned.items() if pattern != "dense"
+    }
     assert plan.format == "sparse-bitmask"
-    assert plan.ignore == sorted([name for name, pattern in pruned.items() if pattern == "dense"] + ["lm_head"])
+    assert plan.ignore == sorted(
+        [name for name, pattern in pruned.items() if pattern == "dense"] + ["lm_head"]
+    )
 
 
 def test_the_reasons_of_what_stays_dense(tmp_path: Path) -> None:
@@ -101,7 +114,10 @@ def test_the_reasons_of_what_stays_dense(tmp_path: Path) -> None:
     assert list(plan.structures) == ["model.up"]
     assert rows.keys() == weights.keys() - {"model.norm", "model.conv"}
     size = few.count_nonzero().item() * 4 + 32 * 8 + 16
-    assert rows["model.few"].reason == f"would take {size + 32 * 8:,} bytes packed, and takes {few.nbytes:,} dense"
+    assert (
+        rows["model.few"].reason
+        == f"would take {size + 32 * 8:,} bytes packed, and takes {few.nbytes:,} dense"
+    )
     assert rows["model.double"].reason == "stored as F64, which cannot be packed"
     assert rows["model.embed_tokens"].reason == "an embedding"
     assert rows["lm_head"].reason == "the output matrix, which is served dense"
@@ -121,7 +137,10 @@ def test_experts_of_a_layer_are_packed_together_or_not_at_all(tmp_path: Path) ->
     weights[names[3]] = torch.randn(32, 64)
     plan = plan_packing(saved_with(tmp_path, weights))
     assert list(plan.structures) == names[:2]
-    assert by_name(plan)[names[2]].reason == f"experts of a layer are stored alike, and {names[3]} stays dense"
+    assert (
+        by_name(plan)[names[2]].reason
+        == f"experts of a layer are stored alike, and {names[3]} stays dense"
+    )
 
 
 def test_zeros_of_an_asymmetric_scheme_are_not_zeros(tmp_path: Path) -> None:
@@ -138,7 +157,10 @@ def test_words_that_would_not_come_back_the_same(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{Q}.weight_shape"] = tensors[f"{Q}.weight_shape"].int()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert by_name(plan_packing(tmp_path))[Q].reason == "quantized to a layout that cannot be stored sparse"
+    assert (
+        by_name(plan_packing(tmp_path))[Q].reason
+        == "quantized to a layout that cannot be stored sparse"
+    )
 
 
 def test_negative_zeros(tmp_path: Path) -> None:
@@ -156,13 +178,24 @@ def test_negative_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recorded", "stated"),
-    [("3:5", "3:5"), ("unstructured", "unstructured"), ("1:5", "1:5"), ("4:5", "2:4"), ("3:7", "2:4"), ("x", "2:4")],
+    [
+        ("3:5", "3:5"),
+        ("unstructured", "unstructured"),
+        ("1:5", "1:5"),
+        ("4:5", "2:4"),
+        ("3:7", "2:4"),
+        ("x", "2:4"),
+    ],
 )
-def test_a_recorded_pattern_is_stated_where_it_holds(tmp_path: Path, recorded: str, stated: str) -> None:
+def test_a_recorded_pattern_is_stated_where_it_holds(
+    tmp_path: Path, recorded: str, stated: str
+) -> None:
     weight = torch.randn(64, 60)
     weight.view(-1, 5)[:, :3] = 0
     record = {"storage": "dense", "modules": {"up": recorded}}
-    assert plan_packing(saved_with(tmp_path, {"up": weight}, rac_sparsity=record)).structures == {"up": stated}
+    assert plan_packing(saved_with(tmp_path, {"up": weight}, rac_sparsity=record)).structures == {
+        "up": stated
+    }
 
 
 def test_a_dense_model_is_refused_with_its_largest_share(tmp_path: Path) -> None:
@@ -170,7 +203,8 @@ def test_a_dense_model_is_refused_with_its_largest_share(tmp_path: Path) -> None
     most[:2] = 0
     plan = plan_packing(saved_with(tmp_path, {"a": torch.randn(32, 64), "b": most}))
     with pytest.raises(
-        RacError, match=r"nothing to pack: .* The most zeros are in b, 2\.0% \(would take .*; prune the model first"
+        RacError,
+        match=r"nothing to pack: .* The most zeros are in b, 2\.0% \(would take .*; prune the model first",
     ):
         plan.check_gain()
     with pytest.raises(RacError, match="no weight matrix that can be packed"):
@@ -183,7 +217,9 @@ def test_nan_is_refused(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     weights = {"up": two_of_four(), "norm": torch.ones(8), "embed_tokens": torch.randn(8, 8)}
     weights[name].view(-1)[-1] = float("nan")
     folder = saved_with(tmp_path, {n: weight.to(dtype) for n, weight in weights.items()})
-    with pytest.raises(RacError, match=rf"^{name}\.weight: holds NaN in .*model\.safetensors; the model is damaged"):
+    with pytest.raises(
+        RacError, match=rf"^{name}\.weight: holds NaN in .*model\.safetensors; the model is damaged"
+    ):
         plan_packing(folder)
 
 
@@ -192,16 +228,24 @@ def test_folders_that_are_no_whole_model(saved: Saved, tmp_path: Path) -> None:
     shard = sorted(folder.glob("*.safetensors"))[1]
     content, config = shard.read_bytes(), config_of(folder)
     shard.write_bytes(content[:-100])
-    with pytest.raises(RacError, match=rf"{shard.name}: cannot be read as safetensors .*; copy the model again"):
+    with pytest.raises(
+        RacError, match=rf"{shard.name}: cannot be read as safetensors .*; copy the model again"
+    ):
         plan_packing(folder)
     shard.unlink()
-    with pytest.raises(RacError, match=rf"{shard.name}: cannot be read as safetensors .*; copy the model again"):
+    with pytest.raises(
+        RacError, match=rf"{shard.name}: cannot be read as safetensors .*; copy the model again"
+    ):
         plan_packing(folder)
     shard.write_bytes(content)
     (folder / "config.json").unlink()
-    with pytest.raises(RacError, match=r"config\.json: cannot be read as JSON .*is this a saved model folder"):
+    with pytest.raises(
+        RacError, match=r"config\.json: cannot be read as JSON .*is this a saved model folder"
+    ):
         plan_packing(folder)
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
     with pytest.raises(RacError, match="quantized by 'gptq'; only compressed-tensors"):
         plan_packing(folder)
     (folder / "config.json").write_text(json.dumps(config))
@@ -216,6 +260,7 @@ def test_a_checkpoint_of_a_newer_version(saved: Saved) -> None:
     config["quantization_config"]["sparsity_config"]["version"] = 2
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        RacError, match=r"sparsity_config\.version is 2, and this rac-modifier reads versions up to 1.*-U"
+        RacError,
+        match=r"sparsity_config\.version is 2, and this rac-modifier reads versions up to 1.*-U",
     ):
         plan_packing(folder)

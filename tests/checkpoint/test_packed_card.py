@@ -65,10 +65,14 @@ def test_the_card_before_is_kept(tmp_path: Path) -> None:
     assert data["base_model"] == "owner/pruned"
     assert data["pipeline_tag"] == "text2text-generation"
     assert data["tags"] == ["wanda", "sparse", "compressed-tensors", "rac"]
-    assert card.content.endswith("## Card of the base model\n\n# Their model\n\nText with --- dashes.\n\n---\nMore.\n")
+    assert card.content.endswith(
+        "## Card of the base model\n\n# Their model\n\nText with --- dashes.\n\n---\nMore.\n"
+    )
 
 
-@pytest.mark.parametrize("before", ["---\n{broken: [\n---\n# Theirs\n", "# Theirs\n", "---\n- a list\n---\n# Theirs"])
+@pytest.mark.parametrize(
+    "before", ["---\n{broken: [\n---\n# Theirs\n", "# Theirs\n", "---\n- a list\n---\n# Theirs"]
+)
 def test_a_card_with_odd_front_matter(tmp_path: Path, before: str) -> None:
     (tmp_path / "README.md").write_text(before)
     card = ModelCard(packed_card(RECORD, tmp_path))

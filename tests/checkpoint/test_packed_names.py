@@ -16,11 +16,19 @@ from rac_modifier.errors import RacError
 WORDS8 = WeightScheme("int", 8, "channel", None, True, "pack-quantized", None)
 
 
-def files(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: torch.Tensor | None) -> TensorFiles:
-    tensors = {"up.compressed": torch.ones(2, 2, dtype=dtype), "up.bitmask": torch.ones(2, 1, dtype=torch.uint8)}
+def files(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: torch.Tensor | None
+) -> TensorFiles:
+    tensors = {
+        "up.compressed": torch.ones(2, 2, dtype=dtype),
+        "up.bitmask": torch.ones(2, 1, dtype=torch.uint8),
+    }
     tensors |= {"up.shape": torch.tensor([[2], [4]]), "norm.weight": torch.ones(4)}
     tensors |= {name.replace("_", ".", 1): tensor for name, tensor in changes.items()}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        folder / "model.safetensors",
+    )
     return TensorFiles(folder)
 
 
@@ -47,8 +55,16 @@ def test_modules_that_are_int32_words_to_upstream(
         (None, {}, "up is packed but config.json has no sparsity_config"),
         ("sparse-bitmask", {}, r"up\.row_offsets: missing"),
         ("sparse-24-bitmask", {"up_shape": None}, r"up\.shape: missing"),
-        ("sparse-24-bitmask", {"up_weight": torch.ones(2, 4)}, r"up\.weight: stored both dense and packed"),
-        ("sparse-24-bitmask", {"up_compressed": None, "up_bitmask": None}, "no tensor is packed; copy the whole model"),
+        (
+            "sparse-24-bitmask",
+            {"up_weight": torch.ones(2, 4)},
+            r"up\.weight: stored both dense and packed",
+        ),
+        (
+            "sparse-24-bitmask",
+            {"up_compressed": None, "up_bitmask": None},
+            "no tensor is packed; copy the whole model",
+        ),
     ],
 )
 def test_contradictions(tmp_path: Path, format: str | None, changes: dict, message: str) -> None:

@@ -40,9 +40,13 @@ def test_packed_folder(saved: Saved, structure: str, shard: str | None, tied: bo
             assert tensors.metadata() == {"format": "pt"}
             names |= set(tensors.keys())
         assert stat.S_IMODE((folder / file).stat().st_mode) == 0o644
-    parts = {"compressed", "bitmask", "shape"} | ({"row_offsets"} if structure == "unstructured" else set())
+    parts = {"compressed", "bitmask", "shape"} | (
+        {"row_offsets"} if structure == "unstructured" else set()
+    )
     for name in modules:
-        assert {part for part in (*parts, "row_offsets", "weight") if f"{name}.{part}" in names} == parts
+        assert {
+            part for part in (*parts, "row_offsets", "weight") if f"{name}.{part}" in names
+        } == parts
     assert "model.layers.0.self_attn.o_proj.weight" in names
     assert ("lm_head.weight" in names) != tied
     assert_restores(folder, expected)
@@ -67,7 +71,9 @@ def test_packed_folder(saved: Saved, structure: str, shard: str | None, tied: bo
                 sizes += tensor.nbytes
         assert index["metadata"]["total_size"] == sizes
         assert index["metadata"]["total_parameters"] == sum(
-            tensor.numel() for name, tensor in expected.items() if not (tied and name == "lm_head.weight")
+            tensor.numel()
+            for name, tensor in expected.items()
+            if not (tied and name == "lm_head.weight")
         )
 
 
@@ -123,7 +129,9 @@ def test_one_format_for_a_mixed_checkpoint(tmp_path: Path) -> None:
     assert pack_checkpoint(tmp_path, modules).format == "sparse-bitmask"
     config = config_of(tmp_path)
     assert config["quantization_config"]["sparsity_config"]["sparsity_structure"] == "unstructured"
-    assert config["rac_sparsity"]["modules"] == {n: s.replace("0:0", "unstructured") for n, s in modules.items()}
+    assert config["rac_sparsity"]["modules"] == {
+        n: s.replace("0:0", "unstructured") for n, s in modules.items()
+    }
     assert_restores(tmp_path, model.state_dict())
 
 
@@ -147,7 +155,9 @@ def test_what_quantisation_wrote_is_kept(saved: Saved) -> None:
         tensors[f"{name}.weight_scale"] = torch.ones(len(tensors[f"{name}.weight"]), 1)
     save_file(tensors, file, metadata={"format": "pt"})
     before = {
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}},
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
+        },
         "format": "float-quantized",
         "ignore": ["lm_head"],
         "quant_method": "compressed-tensors",
@@ -165,19 +175,35 @@ def test_what_quantisation_wrote_is_kept(saved: Saved) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [12, 68])  # no multiple of a word's values
-def test_words_of_a_quantized_weight_are_packed_and_come_back(tmp_path: Path, bits: int, columns: int) -> None:
-    weight = torch.randint(1, 8, (5, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+def test_words_of_a_quantized_weight_are_packed_and_come_back(
+    tmp_path: Path, bits: int, columns: int
+) -> None:
+    weight = torch.randint(1, 8, (5, columns), generator=torch.Generator().manual_seed(0)).to(
+        torch.int8
+    )
     prune_24(weight)
     tensors = {
         **{f"{Q}.{part}": value for part, value in to_words(weight, bits).items()},
         f"{Q}.weight_scale": torch.ones(5, 1),
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    group = {"targets": ["Linear"], "weights": {"num_bits": bits, "type": "int", "strategy": "channel"}}
-    config = {"format": "pack-quantized", "quant_method": "compressed-tensors", "config_groups": {"g": group}}
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": bits, "type": "int", "strategy": "channel"},
+    }
+    config = {
+        "format": "pack-quantized",
+        "quant_method": "compressed-tensors",
+        "config_groups": {"g": group},
+    }
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     (before,) = inspect_checkpoint(tmp_path).modules
-    assert (before.columns, before.dtype, before.stored, before.sparsity) == (columns, f"I{bits}", "words", 0.5)
+    assert (before.columns, before.dtype, before.stored, before.sparsity) == (
+        columns,
+        f"I{bits}",
+        "words",
+        0.5,
+    )
     (row,) = pack_checkpoint(tmp_path, {Q: "2:4"}).modules
     assert (row.columns, row.dense_bytes) == (columns, tensors[f"{Q}.weight_packed"].nbytes)
     with TensorFiles(tmp_path) as files:

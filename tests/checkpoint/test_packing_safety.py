@@ -14,7 +14,14 @@ from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import PackSummary, mark_dense, pack_checkpoint
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import Q, Saved, assert_restores, config_of, contents, same_bits
+from tests.checkpoint.checkpoint_helpers import (
+    Q,
+    Saved,
+    assert_restores,
+    config_of,
+    contents,
+    same_bits,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +82,9 @@ def test_weights_of_few_bits_are_refused_with_a_way_out(saved: Saved) -> None:
 
 
 @pytest.mark.parametrize("write", [1, 2])
-def test_no_room_leaves_the_old_checkpoint(saved: Saved, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+def test_no_room_leaves_the_old_checkpoint(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
     folder, expected, modules = saved(packed=False, shard="60KB")
     before = contents(folder)
     calls = 0
@@ -94,7 +103,9 @@ def test_no_room_leaves_the_old_checkpoint(saved: Saved, monkeypatch: pytest.Mon
     assert same_bits(load_model(folder).state_dict()[f"{Q}.weight"], expected[f"{Q}.weight"])
 
 
-def test_a_kill_among_the_renames_is_noticed_and_finished(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_among_the_renames_is_noticed_and_finished(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, expected, modules = saved(packed=False, shard="60KB")
     rename = os.replace
     into_place = [0]
@@ -143,7 +154,13 @@ def test_a_kill_while_writing_leaves_only_temporary_files_that_the_next_call_rem
         {"files": [3], "summary": {"modules": []}},
         {
             "files": ["../victim"],
-            "summary": {"format": "x", "modules": [], "global_sparsity": 0, "dense_bytes": 0, "packed_bytes": 0},
+            "summary": {
+                "format": "x",
+                "modules": [],
+                "global_sparsity": 0,
+                "dense_bytes": 0,
+                "packed_bytes": 0,
+            },
         },
         {},
     ],

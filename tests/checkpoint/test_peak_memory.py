@@ -30,15 +30,23 @@ def started(module: str, folder: Path) -> Any:
 def test_at_most_two_files_are_in_memory(tmp_path: Path):
     """Mapped pages of files count too: a file that stays mapped while the next is read is in memory."""
     told = started("peak_memory", tmp_path)
-    assert told["all"] > 4 * told["file"] + ROOM, "all of it would hardly be above the limit: the test shows nothing"
+    assert told["all"] > 4 * told["file"] + ROOM, (
+        "all of it would hardly be above the limit: the test shows nothing"
+    )
     assert len(told["above"]) == 7
-    too_much = {name: above for name, above in told["above"].items() if above > 2 * told["file"] + ROOM}
+    too_much = {
+        name: above for name, above in told["above"].items() if above > 2 * told["file"] + ROOM
+    }
     assert too_much == {}, told
-    assert max(told["above"].values()) > told["file"] / 4, "hardly any memory was seen: the test shows nothing"
+    assert max(told["above"].values()) > told["file"] / 4, (
+        "hardly any memory was seen: the test shows nothing"
+    )
 
 
 def test_loading_takes_the_dense_model_and_little_more(tmp_path: Path):
     """Pages of files that are mapped meanwhile are not counted: how many, of libraries too, depends on the machine."""
     told = started("loading_memory", tmp_path)
-    assert told["packed"] > 4 * told["file"] + ROOM, "all of it would hardly be above the limit: the test shows nothing"
+    assert told["packed"] > 4 * told["file"] + ROOM, (
+        "all of it would hardly be above the limit: the test shows nothing"
+    )
     assert -told["model"] / 20 < told["beyond"]["own"] < 2 * told["file"] + ROOM, told

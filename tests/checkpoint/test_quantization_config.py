@@ -21,7 +21,15 @@ from rac_modifier.checkpoint.quantization_config import (
 )
 from rac_modifier.errors import RacError
 
-INT4 = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}}
+INT4 = {
+    "weights": {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": 128,
+        "symmetric": True,
+    }
+}
 W8A8 = {
     "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
     "input_activations": {"num_bits": 8, "type": "int", "strategy": "token"},
@@ -30,10 +38,15 @@ W8A8 = {
 
 
 def quantization(*groups: dict, format: str = "pack-quantized") -> dict:
-    return {"format": format, "config_groups": {f"group_{n}": group for n, group in enumerate(groups)}}
+    return {
+        "format": format,
+        "config_groups": {f"group_{n}": group for n, group in enumerate(groups)},
+    }
 
 
-@pytest.mark.parametrize("value", [None, [], "x", {}, {"config_groups": None}, {"config_groups": {}}])
+@pytest.mark.parametrize(
+    "value", [None, [], "x", {}, {"config_groups": None}, {"config_groups": {}}]
+)
 def test_no_quantization(value: object) -> None:
     assert weight_schemes(value) == ()
 
@@ -53,16 +66,23 @@ def test_defaults_of_a_group() -> None:
     assert (grouped.strategy, grouped.group_size) == ("group", 32)
 
 
-@pytest.mark.parametrize("groups", [{"g": {"weights": {"type": "int"}}}, {"g": {"weights": 4}}, {"g": None}, ["W4A16"]])
+@pytest.mark.parametrize(
+    "groups", [{"g": {"weights": {"type": "int"}}}, {"g": {"weights": 4}}, {"g": None}, ["W4A16"]]
+)
 def test_malformed_groups(groups: object) -> None:
-    with pytest.raises(RacError, match=r"^config\.json: the config_groups of quantization_config are malformed"):
+    with pytest.raises(
+        RacError, match=r"^config\.json: the config_groups of quantization_config are malformed"
+    ):
         weight_schemes({"config_groups": groups})
 
 
 @pytest.mark.parametrize(
     ("scheme", "text"),
     [
-        (WeightScheme("int", 4, "group", 128, True, "pack-quantized", None), "int4 in groups of 128 (pack-quantized)"),
+        (
+            WeightScheme("int", 4, "group", 128, True, "pack-quantized", None),
+            "int4 in groups of 128 (pack-quantized)",
+        ),
         (
             WeightScheme("float", 8, "channel", None, False, "float-quantized", "float8 per token"),
             "float8 one scale per channel, asymmetric (float-quantized), activations float8 per token",
@@ -76,7 +96,9 @@ def test_described(scheme: WeightScheme, text: str) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [1, 7, 8, 33])
 def test_words_and_back(bits: int, columns: int) -> None:
-    weight = torch.randint(-8, 8, (3, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    weight = torch.randint(-8, 8, (3, columns), generator=torch.Generator().manual_seed(0)).to(
+        torch.int8
+    )
     words = to_words(weight, bits)
     assert words.keys() == {"weight_packed", "weight_shape"}
     assert words["weight_shape"].tolist() == [3, columns]
@@ -89,15 +111,23 @@ def test_without_schemes_the_width_follows_from_the_number_of_words() -> None:
     weight = torch.zeros(2, 32, dtype=torch.int8)
     assert quantized_weight(to_words(weight, 4), "a")[1] == 4
     assert quantized_weight(to_words(weight, 8), "a")[1] == 8
-    with pytest.raises(RacError, match=r"^a: 1 int32 words per row do not hold 3 values"):  # one word for both widths
+    with pytest.raises(
+        RacError, match=r"^a: 1 int32 words per row do not hold 3 values"
+    ):  # one word for both widths
         quantized_weight(to_words(torch.zeros(2, 3, dtype=torch.int8), 4), "a")
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"weight_shape": torch.tensor([3, 8])}, r"a\.weight_packed: \[2, 1\] does not fit weight_shape \[3, 8\]"),
-        ({"weight_shape": torch.tensor([2, 800])}, "1 int32 words per row do not hold 800 values of 4 or 8 bits"),
+        (
+            {"weight_shape": torch.tensor([3, 8])},
+            r"a\.weight_packed: \[2, 1\] does not fit weight_shape \[3, 8\]",
+        ),
+        (
+            {"weight_shape": torch.tensor([2, 800])},
+            "1 int32 words per row do not hold 800 values of 4 or 8 bits",
+        ),
         ({"weight_packed": torch.zeros(2, dtype=torch.int32)}, r"\[2\] does not fit"),
         ({"weight_shape": torch.tensor([2])}, "does not fit"),
     ],
@@ -119,7 +149,9 @@ def test_int8_in_words_beside_plain_int8_is_refused() -> None:
     words = {"weights": {"num_bits": 8}}
     check_unambiguous(weight_schemes(quantization(words)))
     check_unambiguous(weight_schemes(quantization(INT4, W8A8)))
-    with pytest.raises(RacError, match="int-quantized and pack-quantized cannot be stored sparse in one checkpoint"):
+    with pytest.raises(
+        RacError, match="int-quantized and pack-quantized cannot be stored sparse in one checkpoint"
+    ):
         check_unambiguous(weight_schemes(quantization(words, W8A8)))
 
 
@@ -127,7 +159,9 @@ def test_which_weights_upstream_stores_in_words() -> None:
     schemes = weight_schemes(quantization(INT4, W8A8))
     assert stores_words(4, schemes)
     assert not stores_words(8, schemes)
-    assert not stores_words(8, weight_schemes(quantization({"weights": {"num_bits": 8, "type": "float"}})))
+    assert not stores_words(
+        8, weight_schemes(quantization({"weights": {"num_bits": 8, "type": "float"}}))
+    )
 
 
 def test_words_of_a_file(tmp_path: Path) -> None:
@@ -138,7 +172,10 @@ def test_words_of_a_file(tmp_path: Path) -> None:
         "b.weight_shape": torch.tensor([2, 8]),
         "c.weight_packed": torch.zeros(1),
     }
-    tensors |= {"d.weight_packed": torch.zeros(2, 5, dtype=torch.int32), "d.weight_shape": torch.tensor([2, 8])}
+    tensors |= {
+        "d.weight_packed": torch.zeros(2, 5, dtype=torch.int32),
+        "d.weight_shape": torch.tensor([2, 8]),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     with TensorFiles(tmp_path) as files:
         found = words_weight(files, "a", ())

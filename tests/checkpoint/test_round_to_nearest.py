@@ -50,7 +50,9 @@ def test_groups_map_their_farthest_weight_to_minus_eight(group: int) -> None:
                 continue
             farthest = max(part, key=abs)
             assert codes[part.index(farthest)] == -8
-            assert float(scales[row, at]) == pytest.approx(farthest / -8, rel=2**-8)  # bfloat16 has 8 bits
+            assert float(scales[row, at]) == pytest.approx(
+                farthest / -8, rel=2**-8
+            )  # bfloat16 has 8 bits
             for code, value in zip(codes, part, strict=True):
                 assert -8 <= code <= 7
                 exact = value / float(scales[row, at])
@@ -61,7 +63,9 @@ def test_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(7, 8)
     whole = quantize_rows(weight), quantize_groups(weight, 4)
     monkeypatch.setattr(
-        round_to_nearest.layout, "row_chunks", lambda rows, columns: [slice(i, i + 1) for i in range(rows)]
+        round_to_nearest.layout,
+        "row_chunks",
+        lambda rows, columns: [slice(i, i + 1) for i in range(rows)],
     )
     parts = quantize_rows(weight), quantize_groups(weight, 4)
     for one, other in zip(whole, parts, strict=True):
@@ -72,7 +76,9 @@ def test_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_head_of_four_bits_has_the_widest_groups_that_divide_its_columns() -> None:
     assert [head_group(columns, 4) for columns in (256, 192, 96)] == [128, 64, 32]
     assert head_group(120, 8) == 120
-    with pytest.raises(RacError, match=r"the head has 120 columns, no multiple of 32, .*; use int8"):
+    with pytest.raises(
+        RacError, match=r"the head has 120 columns, no multiple of 32, .*; use int8"
+    ):
         head_group(120, 4)
 
 
@@ -84,11 +90,15 @@ def test_a_rounded_head_and_its_error() -> None:
     assert torch.equal(scales, expected[1])
     assert torch.equal(round_head(weight, 8)[0], quantize_rows(weight)[0])
     rounded = (values.view(6, 3, 32) * scales[:, :, None]).view(6, 96)
-    assert relative_error(weight, values, scales) == pytest.approx(float((rounded - weight).norm() / weight.norm()))
+    assert relative_error(weight, values, scales) == pytest.approx(
+        float((rounded - weight).norm() / weight.norm())
+    )
     assert relative_error(rounded, values, scales) == 0.0
 
 
 @pytest.mark.parametrize(("rows", "error"), [(4096, 0.5**0.5), (4097, 0.0)])
-def test_the_error_is_of_every_row_up_to_4096_and_of_every_second_one_beyond(rows: int, error: float) -> None:
+def test_the_error_is_of_every_row_up_to_4096_and_of_every_second_one_beyond(
+    rows: int, error: float
+) -> None:
     values = (torch.arange(rows)[:, None] % 2 == 0).to(torch.int8)  # every odd row is wrong
     assert relative_error(torch.ones(rows, 1), values, torch.ones(rows, 1)) == pytest.approx(error)

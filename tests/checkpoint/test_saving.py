@@ -13,7 +13,13 @@ from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
-from tests.checkpoint.checkpoint_helpers import PRUNERS, assert_same_state, config_of, contents, tiny_model
+from tests.checkpoint.checkpoint_helpers import (
+    PRUNERS,
+    assert_same_state,
+    config_of,
+    contents,
+    tiny_model,
+)
 from tests.tiny import linears, tiny_tokenizer
 
 PATTERNS = {"2:4": Pattern.n_of_m(2, 4), "unstructured": Pattern.unstructured(0.45)}
@@ -26,7 +32,14 @@ def pruned(structure: str = "2:4", **plan: object) -> PreTrainedModel:
     for linear in modules.values():
         PRUNERS[structure](linear.weight.data)
     patterns = dict.fromkeys(modules, PATTERNS[structure])
-    made = SavePlan(**{"record": {"method": "alps", "seed": 3}, "patterns": patterns, "modules": modules, **plan})
+    made = SavePlan(
+        **{
+            "record": {"method": "alps", "seed": 3},
+            "patterns": patterns,
+            "modules": modules,
+            **plan,
+        }
+    )
     save_with_record(model, lambda: made)
     return model
 
@@ -47,7 +60,9 @@ def test_packed_with_record_and_card(tmp_path: Path, structure: str) -> None:
     assert_same_state(load_model(tmp_path / "out"), model.state_dict())
 
 
-@pytest.mark.parametrize(("plan", "options"), [({"storage": "dense"}, {}), ({}, {"save_compressed": False})])
+@pytest.mark.parametrize(
+    ("plan", "options"), [({"storage": "dense"}, {}), ({}, {"save_compressed": False})]
+)
 def test_stored_dense_and_marked(tmp_path: Path, plan: dict, options: dict) -> None:
     pruned(**plan).save_pretrained(tmp_path / "out", **options)
     config = config_of(tmp_path / "out")
@@ -64,7 +79,11 @@ def test_nothing_pruned_is_saved_with_its_record_alone(tmp_path: Path) -> None:
 def test_the_activations_of_the_model_before_are_not_passed_on(tmp_path: Path) -> None:
     """They were measured with other weights."""
     model = pruned(patterns={}, modules={})
-    model.config.rac_sparsity = {"storage": "dense", "modules": {}, "int8_activations": ["model.layers.0.mlp.up_proj"]}
+    model.config.rac_sparsity = {
+        "storage": "dense",
+        "modules": {},
+        "int8_activations": ["model.layers.0.mlp.up_proj"],
+    }
     model.save_pretrained(tmp_path / "out")
     assert "rac_sparsity" not in config_of(tmp_path / "out")
 
@@ -77,7 +96,9 @@ def test_files_are_small_enough_to_be_packed_one_at_a_time(tmp_path: Path) -> No
         inner = model.save_pretrained
         model.save_pretrained = lambda *args, inner=inner, **kwargs: [
             asked.append(kwargs["max_shard_size"]),
-            inner(*args, **{key: value for key, value in kwargs.items() if key != "save_compressed"}),
+            inner(
+                *args, **{key: value for key, value in kwargs.items() if key != "save_compressed"}
+            ),
         ]
         save_with_record(model, lambda: SavePlan(record={}))
         model.save_pretrained(tmp_path / str(len(options)), **options)
@@ -92,11 +113,14 @@ def test_it_is_prepared_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("structure", PATTERNS)
-def test_zeros_that_are_gone_are_refused_before_anything_is_written(tmp_path: Path, structure: str) -> None:
+def test_zeros_that_are_gone_are_refused_before_anything_is_written(
+    tmp_path: Path, structure: str
+) -> None:
     model = pruned(structure)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
     with pytest.raises(
-        RacError, match=r"^model\.layers\.1\.mlp\.up_proj \(1 modules in all\) no longer holds .* Nothing was"
+        RacError,
+        match=r"^model\.layers\.1\.mlp\.up_proj \(1 modules in all\) no longer holds .* Nothing was",
     ):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -124,7 +148,10 @@ def test_wrapped_twice_it_saves_once_with_the_last_plan(tmp_path: Path) -> None:
 def test_no_file_holds_an_absolute_path(tmp_path: Path) -> None:
     """The recipe is upstream's copy, which is written with the weights."""
     private = tmp_path / "private"
-    record = {"trace_stores": {"traces": {"path": str(private / "t.jsonl")}}, "note": f"from {private / 't.jsonl'}"}
+    record = {
+        "trace_stores": {"traces": {"path": str(private / "t.jsonl")}},
+        "note": f"from {private / 't.jsonl'}",
+    }
     recipe = f"stage:\n  store: {private / 't.jsonl'}  # mine\n  kind: !!python/object/apply:some.Enum [int]\n"
 
     def prepare(model: PreTrainedModel, compressed: bool) -> None:
@@ -139,5 +166,7 @@ def test_no_file_holds_an_absolute_path(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert written["base_model"] == "Base-1B"
     assert written["note"] == "from t.jsonl"
-    assert (tmp_path / "out" / "recipe.yaml").read_text() == recipe.replace(str(private / "t.jsonl"), "t.jsonl")
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == recipe.replace(
+        str(private / "t.jsonl"), "t.jsonl"
+    )
     assert "# Base-1B compressed" in (tmp_path / "out" / "README.md").read_text()

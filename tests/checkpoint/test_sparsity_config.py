@@ -26,12 +26,17 @@ INT8 = {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}, "format": "i
 
 
 def quantization(**sparsity: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask", **sparsity}}
+    return {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": {"format": "sparse-bitmask", **sparsity},
+    }
 
 
 def test_what_packing_writes() -> None:
     """The file's very layout: other readers have it."""
-    assert with_packed({"model_type": "x"}, "sparse-24-bitmask", {"a.b": "2:4"}, 0.49999996, ["lm_head", "a.c"]) == {
+    assert with_packed(
+        {"model_type": "x"}, "sparse-24-bitmask", {"a.b": "2:4"}, 0.49999996, ["lm_head", "a.c"]
+    ) == {
         "model_type": "x",
         "quantization_config": {
             "format": "dense",
@@ -58,7 +63,11 @@ def test_modules_with_activations_of_8_bits() -> None:
         assert SparsityRecord.of(with_int8_activations(written, ["d"])).int8_activations == ("d",)
         assert with_int8_activations(written, []) == config
         assert with_int8_activations(config, []) == config
-    assert written["rac_sparsity"] == {"storage": "dense", "modules": {}, "int8_activations": ["a.b", "c"]}
+    assert written["rac_sparsity"] == {
+        "storage": "dense",
+        "modules": {},
+        "int8_activations": ["a.b", "c"],
+    }
 
 
 @pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])
@@ -94,7 +103,9 @@ def test_a_config_is_copied_not_changed() -> None:
         ),
     ],
 )
-def test_without_sparsity_quantization_is_left(kept: dict[str, Any], expected: dict[str, Any] | None) -> None:
+def test_without_sparsity_quantization_is_left(
+    kept: dict[str, Any], expected: dict[str, Any] | None
+) -> None:
     assert without_sparsity({**quantization(), **kept}) == expected
 
 
@@ -123,21 +134,39 @@ def test_what_is_not_packed(other: object) -> None:
 
 
 def test_defaults_and_entries_of_older_versions() -> None:
-    found = SparsityConfig.of(quantization(targets=None, ignore=None, registry_requires_subclass=False))
+    found = SparsityConfig.of(
+        quantization(targets=None, ignore=None, registry_requires_subclass=False)
+    )
     assert found is not None
-    assert (found.targets, found.ignore, found.sparsity_structure) == (("Linear",), (), "unstructured")
+    assert (found.targets, found.ignore, found.sparsity_structure) == (
+        ("Linear",),
+        (),
+        "unstructured",
+    )
 
 
 @pytest.mark.parametrize(
     ("sparsity", "message"),
     [
         ([1], r"config\.json: sparsity_config is \[1\], not an object; save the model again"),
-        ({"format": "sparse-new"}, "sparsity_config.format is 'sparse-new', which cannot be read; known are sparse-24"),
+        (
+            {"format": "sparse-new"},
+            "sparsity_config.format is 'sparse-new', which cannot be read; known are sparse-24",
+        ),
         ({"format": ["a"]}, "sparsity_config.format is"),
         ({"targets": ["Linear"]}, "sparsity_config.format is None"),
-        ({"format": "sparse-bitmask", "targets": "Linear"}, "targets is 'Linear', not a list of module names"),
-        ({"format": "sparse-bitmask", "ignore": [1]}, r"ignore is \[1\], not a list of module names"),
-        ({"format": "sparse-bitmask", "ignore": ["re:("]}, r"ignore has 're:\(', which is no pattern"),
+        (
+            {"format": "sparse-bitmask", "targets": "Linear"},
+            "targets is 'Linear', not a list of module names",
+        ),
+        (
+            {"format": "sparse-bitmask", "ignore": [1]},
+            r"ignore is \[1\], not a list of module names",
+        ),
+        (
+            {"format": "sparse-bitmask", "ignore": ["re:("]},
+            r"ignore has 're:\(', which is no pattern",
+        ),
     ],
 )
 def test_a_malformed_sparsity_config(sparsity: object, message: str) -> None:
@@ -150,18 +179,26 @@ def test_nothing_recorded(config: dict[str, Any]) -> None:
     assert recorded_structures(config) == {}
 
 
-@pytest.mark.parametrize("record", ["dense", {"modules": ["a"]}, {"modules": {"a": 5}}, {"storage": "zip"}])
+@pytest.mark.parametrize(
+    "record", ["dense", {"modules": ["a"]}, {"modules": {"a": 5}}, {"storage": "zip"}]
+)
 def test_a_malformed_record(record: object) -> None:
     with pytest.raises(RacError, match=r"config\.json: rac_sparsity.* is .*; save the model again"):
         SparsityRecord.of({"rac_sparsity": record})
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from(["compressed-tensors", "sparse-bitmask", "re:(", ""]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(["compressed-tensors", "sparse-bitmask", "re:(", ""]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["quant_method", "sparsity_config", "format", "targets", "ignore", "modules", "x"]), inner
+            st.sampled_from(
+                ["quant_method", "sparsity_config", "format", "targets", "ignore", "modules", "x"]
+            ),
+            inner,
         )
     ),
     max_leaves=8,
@@ -187,16 +224,19 @@ def test_whatever_is_in_the_file_is_read_or_refused(value: object) -> None:
     ],
 )
 def test_another_version_of_the_layouts_is_refused(version: object, says: str) -> None:
-    entry = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask", "version": version}}
+    entry = {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": {"format": "sparse-bitmask", "version": version},
+    }
     with pytest.raises(RacError, match=says):
         SparsityConfig.of(entry)
 
 
 def test_the_first_version_is_not_written() -> None:
     """Checkpoints that were written before there were versions have none."""
-    written = with_packed({}, "sparse-bitmask", {"a": "unstructured"}, 0.5, [])["quantization_config"][
-        "sparsity_config"
-    ]
+    written = with_packed({}, "sparse-bitmask", {"a": "unstructured"}, 0.5, [])[
+        "quantization_config"
+    ]["sparsity_config"]
     assert "version" not in written
     found = SparsityConfig.of({"sparsity_config": {**written, "version": 1}})
     assert found is not None

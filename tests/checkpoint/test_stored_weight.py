@@ -16,12 +16,16 @@ from rac_modifier.errors import RacError
 FORMATS = ["sparse-24-bitmask", "sparse-bitmask"]
 
 
-def random_weight(rows: int, columns: int, seed: int, two_of_four: bool, dtype=torch.bfloat16) -> torch.Tensor:
+def random_weight(
+    rows: int, columns: int, seed: int, two_of_four: bool, dtype=torch.bfloat16
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     if two_of_four:
         groups = weight.view(-1, 4)
-        groups.scatter_(1, torch.rand(groups.shape, generator=generator).topk(2, dim=1).indices, 0.0)
+        groups.scatter_(
+            1, torch.rand(groups.shape, generator=generator).topk(2, dim=1).indices, 0.0
+        )
     else:
         weight[torch.rand(rows, columns, generator=generator) < 0.5] = 0
     return weight.to(dtype)
@@ -147,7 +151,9 @@ def test_quantized_values_come_with_their_scales_unless_another_loader_reads_the
     weight = torch.tensor([[3, 0, 0, -7, 0, 1, 2, 0]], dtype=torch.int8)
     tensors = pack(weight, "sparse-bitmask", "x")
     scaled = {**tensors, "weight_scale": torch.tensor([[0.5, 2.0]])}
-    assert check(scaled, "sparse-bitmask", "x").dequantized(torch.float32).tolist() == [[1.5, 0, 0, -3.5, 0, 2, 4, 0]]
+    assert check(scaled, "sparse-bitmask", "x").dequantized(torch.float32).tolist() == [
+        [1.5, 0, 0, -3.5, 0, 2, 4, 0]
+    ]
     assert check(tensors, "sparse-bitmask", "x", scaled=False).scale is None
     with pytest.raises(RacError, match=r"x\.weight_scale: missing"):
         check(tensors, "sparse-bitmask", "x")
@@ -167,7 +173,10 @@ def test_quantized_values_come_with_their_scales_unless_another_loader_reads_the
     ],
 )
 def test_two_of_four_looks_at_each_four(row, expected):
-    assert from_dense(torch.tensor([[0] * len(row), row], dtype=torch.float32), "w").two_of_four is expected
+    assert (
+        from_dense(torch.tensor([[0] * len(row), row], dtype=torch.float32), "w").two_of_four
+        is expected
+    )
 
 
 @pytest.mark.parametrize("columns", [64, 70])
@@ -189,12 +198,22 @@ def test_zeros_can_be_stored_too(columns):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_four_bit_values_stay_known_as_such(format):
-    weight = random_weight(6, 64, 0, format == FORMATS[0], torch.float32).mul(3).round().clamp(-7, 7).to(torch.int8)
+    weight = (
+        random_weight(6, 64, 0, format == FORMATS[0], torch.float32)
+        .mul(3)
+        .round()
+        .clamp(-7, 7)
+        .to(torch.int8)
+    )
     parts = {**pack(weight, format, "a", 4), "weight_scale": torch.ones(6, 2, dtype=torch.bfloat16)}
     four = check(parts, format, "a")
     assert (four.bits, four.group_bytes) == (4, 2)
-    assert replace(four, scale=torch.full((6, 2), 0.1)).group_bytes == 4  # 0.1 in float32 is no bfloat16
-    assert check({**pack(weight, format, "a"), "weight_scale": torch.ones(6)}, format, "a").bits == 8
+    assert (
+        replace(four, scale=torch.full((6, 2), 0.1)).group_bytes == 4
+    )  # 0.1 in float32 is no bfloat16
+    assert (
+        check({**pack(weight, format, "a"), "weight_scale": torch.ones(6)}, format, "a").bits == 8
+    )
     cut = stack([four, four.select_rows(torch.tensor([4, 1]))], "both").select_columns(32, 24)
     assert (cut.bits, cut.group) == (4, 8)
     assert torch.equal(cut.dense(), weight[[0, 1, 2, 3, 4, 5, 4, 1], 32:56])

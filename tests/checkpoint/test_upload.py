@@ -18,7 +18,14 @@ from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.checkpoint.upload import upload
 from rac_modifier.settings.pattern import Pattern
-from tests.checkpoint.checkpoint_helpers import Saved, assert_same_state, config_of, contents, prune_24, tiny_model
+from tests.checkpoint.checkpoint_helpers import (
+    Saved,
+    assert_same_state,
+    config_of,
+    contents,
+    prune_24,
+    tiny_model,
+)
 from tests.tiny import linears
 
 
@@ -64,7 +71,9 @@ class FakeHub:
 
             def do_POST(self) -> None:
                 body = self.body()
-                self.answer(hub.post(self.path.partition("?")[0], body, f"http://{self.headers['Host']}"))
+                self.answer(
+                    hub.post(self.path.partition("?")[0], body, f"http://{self.headers['Host']}")
+                )
 
             def do_PUT(self) -> None:
                 hub.objects[self.path.rpartition("/")[2]] = self.body()
@@ -78,16 +87,27 @@ class FakeHub:
         if path == "/api/repos/create":
             wanted = json.loads(body)
             self.created.append(wanted)
-            name = wanted["name"] if "/" in wanted["name"] else f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            name = (
+                wanted["name"]
+                if "/" in wanted["name"]
+                else f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            )
             self.repositories.setdefault(name, {})
             return {"url": f"{url}/{name}"}
         if path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
-            return {"files": [{"path": f["path"], "uploadMode": "lfs", "shouldIgnore": False} for f in files]}
+            return {
+                "files": [
+                    {"path": f["path"], "uploadMode": "lfs", "shouldIgnore": False} for f in files
+                ]
+            }
         if path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
             actions = {o["oid"]: {"upload": {"href": f"{url}/lfs/{o['oid']}"}} for o in objects}
-            return {"transfer": "basic", "objects": [{**o, "actions": actions[o["oid"]]} for o in objects]}
+            return {
+                "transfer": "basic",
+                "objects": [{**o, "actions": actions[o["oid"]]} for o in objects],
+            }
         if found := re.fullmatch(r"/api/models/(.+/.+)/commit/main", path):
             lines = [json.loads(line) for line in body.splitlines()]
             for line in lines:
@@ -98,7 +118,11 @@ class FakeHub:
                     self.repositories[found[1]][value["path"]] = base64.b64decode(value["content"])
                 else:
                     self.commits.append(value)
-            return {"commitUrl": f"{url}/{found[1]}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+            return {
+                "commitUrl": f"{url}/{found[1]}/commit/{'1' * 40}",
+                "commitOid": "1" * 40,
+                "success": True,
+            }
         return {"errors": [], "warnings": []}  # the check of a card's front matter
 
 
@@ -111,7 +135,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", fake.url)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for proxy in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(proxy, raising=False)
     yield fake
     fake.server.shutdown()
@@ -158,7 +189,9 @@ def test_huggingface_hubs_own_upload_works_too(hub: FakeHub, saved: Saved) -> No
 
 
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
-def test_a_pruned_model_is_pushed_packed_with_its_card(hub: FakeHub, tmp_path: Path, way: str) -> None:
+def test_a_pruned_model_is_pushed_packed_with_its_card(
+    hub: FakeHub, tmp_path: Path, way: str
+) -> None:
     model = pruned()
     if way == "push_to_hub":
         model.push_to_hub("me/sparse", tags=["mine"], commit_message="Sparse")
@@ -167,7 +200,9 @@ def test_a_pruned_model_is_pushed_packed_with_its_card(hub: FakeHub, tmp_path: P
         model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/sparse", **options)
         assert contents(tmp_path / "out") == hub.repositories["me/sparse"]
     again = received(hub, "me/sparse", tmp_path / "again")
-    assert config_of(again)["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+    assert (
+        config_of(again)["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+    )
     assert_same_state(load_model(again), model.state_dict())
     card = ModelCard.load(again / "README.md")
     assert isinstance(card.data, ModelCardData)

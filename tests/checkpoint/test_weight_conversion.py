@@ -11,7 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from rac_modifier.checkpoint.formats import pack
 from rac_modifier.checkpoint.packing import pack_checkpoint
@@ -24,7 +29,14 @@ from rac_modifier.checkpoint.weight_conversion import (
     updated_conversions,
 )
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import SCHEMES, assert_same_state, config_of, prune_half, same_bits, stock
+from tests.checkpoint.checkpoint_helpers import (
+    SCHEMES,
+    assert_same_state,
+    config_of,
+    prune_half,
+    same_bits,
+    stock,
+)
 
 MATRIX = "layers.0.up_proj"
 
@@ -35,10 +47,15 @@ def half_pruned(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return weight
 
 
-def converted(weight: torch.Tensor, target: str, bits: int | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple:
+def converted(
+    weight: torch.Tensor, target: str, bits: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> tuple:
     """What the operation makes of a packed weight, and the operation."""
     unpack = Unpack("sparse-bitmask", {f"{MATRIX}.weight": dtype})
-    parts = {rf"\.{part}$": [tensor] for part, tensor in pack(weight, "sparse-bitmask", "x", bits).items()}
+    parts = {
+        rf"\.{part}$": [tensor]
+        for part, tensor in pack(weight, "sparse-bitmask", "x", bits).items()
+    }
     model = SimpleNamespace(get_parameter_or_buffer=lambda name: torch.empty(4, 16))
     return unpack.convert(parts, [], [], full_layer_name=f"{MATRIX}.{target}", model=model), unpack
 
@@ -54,7 +71,9 @@ def test_a_weight_in_the_dtype_that_is_loaded() -> None:
 def test_words_as_upstream_packs_them(bits: int | None) -> None:
     upstream = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     found, _ = converted(half_pruned(torch.int8), "weight_packed", bits)
-    assert torch.equal(found[f"{MATRIX}.weight_packed"], upstream.pack_to_int32(half_pruned(torch.int8), bits or 8))
+    assert torch.equal(
+        found[f"{MATRIX}.weight_packed"], upstream.pack_to_int32(half_pruned(torch.int8), bits or 8)
+    )
     assert found[f"{MATRIX}.weight_shape"].tolist() == [4, 16]
 
 
@@ -84,11 +103,16 @@ def test_modules_in_words_are_matched_by_their_names() -> None:
 
 def experts_converter() -> WeightConverter:
     sources = ["experts.*.gate_proj.weight", "experts.*.up_proj.weight"]
-    return WeightConverter(sources, "experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)])
+    return WeightConverter(
+        sources, "experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)]
+    )
 
 
 def test_other_conversions_are_left_and_come_back_for_saving() -> None:
-    renaming, plain = WeightRenaming("a", "b"), WeightConverter("q", "p", operations=[Concatenate(dim=0)])
+    renaming, plain = (
+        WeightRenaming("a", "b"),
+        WeightConverter("q", "p", operations=[Concatenate(dim=0)]),
+    )
     experts = experts_converter()
     updated = updated_conversions([renaming, experts, plain], Unpack("sparse-bitmask", {}), ["c"])
     assert updated[0] is renaming
@@ -117,7 +141,9 @@ def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    names = [n.removesuffix(".weight") for n in tensors if packed in n and n.endswith("proj.weight")]
+    names = [
+        n.removesuffix(".weight") for n in tensors if packed in n and n.endswith("proj.weight")
+    ]
     for name in names:
         prune_half(tensors[f"{name}.weight"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -129,14 +155,20 @@ def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("packed", ["proj", "experts", "self_attn"])
-def test_experts_are_unpacked_before_they_are_merged(tmp_path: Path, packed: str, dtype: torch.dtype) -> None:
+def test_experts_are_unpacked_before_they_are_merged(
+    tmp_path: Path, packed: str, dtype: torch.dtype
+) -> None:
     """Where only the attention is packed, transformers renames the experts and would leave them in the file's dtype."""
     expected = mixture_of_experts(tmp_path / "a", packed)
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a", dtype=dtype, output_loading_info=True
+    )
     assert not any(info.values())
     assert_same_state(model, {name: tensor.to(dtype) for name, tensor in expected.items()})
     model.save_pretrained(tmp_path / "b")
-    assert_same_state(stock(tmp_path / "b"), {name: tensor.to(dtype) for name, tensor in expected.items()})
+    assert_same_state(
+        stock(tmp_path / "b"), {name: tensor.to(dtype) for name, tensor in expected.items()}
+    )
 
 
 def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
@@ -145,7 +177,9 @@ def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.2.up_proj.bitmask"
     tensors[name] = torch.zeros_like(tensors[name])
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RacError, match=r"^model\.layers\.0\.mlp\.experts\.gate_up_proj of expert 2\.compressed"):
+    with pytest.raises(
+        RacError, match=r"^model\.layers\.0\.mlp\.experts\.gate_up_proj of expert 2\.compressed"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -160,7 +194,9 @@ def test_quantized_experts_are_multiplied_with_their_scales(tmp_path: Path, sche
     """Upstream's own operation does it, on the codes that were unpacked."""
     mixture_of_experts(tmp_path, "nothing")
     tensors, modules = load_file(tmp_path / "model.safetensors"), {}
-    for name in [n.removesuffix(".weight") for n in tensors if "experts" in n and n.endswith("proj.weight")]:
+    for name in [
+        n.removesuffix(".weight") for n in tensors if "experts" in n and n.endswith("proj.weight")
+    ]:
         weight = tensors.pop(f"{name}.weight").float()
         prune_half(weight)
         modules[name] = "unstructured"
@@ -193,10 +229,14 @@ def test_quantized_experts_are_multiplied_with_their_scales(tmp_path: Path, sche
     assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
 
 
-def test_codes_of_experts_without_their_config_group_are_not_taken_for_weights(tmp_path: Path) -> None:
+def test_codes_of_experts_without_their_config_group_are_not_taken_for_weights(
+    tmp_path: Path,
+) -> None:
     mixture_of_experts(tmp_path, "nothing")
     tensors, modules = load_file(tmp_path / "model.safetensors"), {}
-    for name in [n.removesuffix(".weight") for n in tensors if "experts" in n and n.endswith("proj.weight")]:
+    for name in [
+        n.removesuffix(".weight") for n in tensors if "experts" in n and n.endswith("proj.weight")
+    ]:
         tensors[f"{name}.weight"] = torch.ones_like(tensors[f"{name}.weight"], dtype=torch.int8)
         modules[name] = "unstructured"
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

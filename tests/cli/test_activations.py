@@ -24,23 +24,45 @@ MEASURE = ("--sequences", "2", "--cap", "12")
 
 
 @pytest.fixture(scope="module")
-def int8_folder(tiny_folder: Path, trace_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8_folder(
+    tiny_folder: Path, trace_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The tiny model pruned to 2:4 and rounded to int8 in one run, packed."""
     folder = tmp_path_factory.mktemp("int8")
-    (folder / "recipe.yaml").write_text(recipe(entry(trace_store, quantization={"config_groups": {"weights": INT8}})))
-    args = ["prune", tiny_folder, folder / "out", "-r", folder / "recipe.yaml", "-s", "calibration.tokens=500"]
+    (folder / "recipe.yaml").write_text(
+        recipe(entry(trace_store, quantization={"config_groups": {"weights": INT8}}))
+    )
+    args = [
+        "prune",
+        tiny_folder,
+        folder / "out",
+        "-r",
+        folder / "recipe.yaml",
+        "-s",
+        "calibration.tokens=500",
+    ]
     cli.app([str(arg) for arg in args], standalone_mode=False)
     return folder / "out"
 
 
 @pytest.fixture(scope="module")
-def dense_int4(tiny_folder: Path, trace_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense_int4(
+    tiny_folder: Path, trace_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The tiny model rounded to int4 without pruning, as compressed-tensors stores it."""
     folder = tmp_path_factory.mktemp("int4")
     quantization = {"config_groups": {"weights": INT4}}
     settings = entry(trace_store, solver="none", mask_structure=None, quantization=quantization)
     (folder / "recipe.yaml").write_text(recipe(settings))
-    args = ["prune", tiny_folder, folder / "out", "-r", folder / "recipe.yaml", "-s", "calibration.tokens=500"]
+    args = [
+        "prune",
+        tiny_folder,
+        folder / "out",
+        "-r",
+        folder / "recipe.yaml",
+        "-s",
+        "calibration.tokens=500",
+    ]
     cli.app([str(arg) for arg in args], standalone_mode=False)
     return folder / "out"
 
@@ -68,7 +90,11 @@ def test_measured_written_and_read_again(rac: Rac, int8_folder: Path, tmp_path: 
     assert record["activations"]["layers"] == found["layers"]
     assert str(tmp_path) not in json.dumps(record)
     kernels = {row.module: row.decision.kernel for row in plan_checkpoint(folder)}
-    assert all(("activations in" in kernel) == (name in int8) for name, kernel in kernels.items() if "int8" in kernel)
+    assert all(
+        ("activations in" in kernel) == (name in int8)
+        for name, kernel in kernels.items()
+        if "int8" in kernel
+    )
     load_model(folder)
 
     code, out, _ = rac("activations", folder, *MEASURE, "--limit", "0")
@@ -77,8 +103,12 @@ def test_measured_written_and_read_again(rac: Rac, int8_folder: Path, tmp_path: 
     assert config_of(folder) == before
 
 
-def test_what_it_cannot_measure_is_refused(rac: Rac, int8_folder: Path, sparse_folder: Path, tmp_path: Path) -> None:
-    assert "none of its layers may have activations of 8 bits" in rac("activations", sparse_folder)[2]
+def test_what_it_cannot_measure_is_refused(
+    rac: Rac, int8_folder: Path, sparse_folder: Path, tmp_path: Path
+) -> None:
+    assert (
+        "none of its layers may have activations of 8 bits" in rac("activations", sparse_folder)[2]
+    )
     folder = shutil.copytree(int8_folder, tmp_path / "model")
     (folder / "rac_run.json").unlink()
     code, _, error = rac("activations", folder)
@@ -102,7 +132,11 @@ def test_a_dense_checkpoint_of_int4(rac: Rac, dense_int4: Path, tmp_path: Path) 
     for row in found["layers"].values():
         assert (row["bits"] == 8) == (row["error"] <= 0.05 * row["own_error"])
     written = config_of(folder)
-    assert written.pop("rac_sparsity") == {"storage": "dense", "modules": {}, "int8_activations": int8}
+    assert written.pop("rac_sparsity") == {
+        "storage": "dense",
+        "modules": {},
+        "int8_activations": int8,
+    }
     assert written == before
     record = json.loads((folder / "rac_run.json").read_text())
     assert record["activations"]["layers"] == found["layers"]
@@ -110,13 +144,17 @@ def test_a_dense_checkpoint_of_int4(rac: Rac, dense_int4: Path, tmp_path: Path) 
     assert {name: row["own_error"] for name, row in found["layers"].items()} == own
     for load in (load_model, AutoModelForCausalLM.from_pretrained):
         ids = torch.tensor([[5, 6, 7]])
-        assert torch.equal(load(folder)(input_ids=ids).logits, load(dense_int4)(input_ids=ids).logits)
+        assert torch.equal(
+            load(folder)(input_ids=ids).logits, load(dense_int4)(input_ids=ids).logits
+        )
 
     assert rac("activations", folder, *MEASURE, "--limit", "0")[0] == 0
     assert config_of(folder) == before
 
 
-def test_a_checkpoint_of_another_tool(rac: Rac, dense_int4: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_tool(
+    rac: Rac, dense_int4: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
     """Without a run record own errors are measured against the dense model, and it gets no run record."""
     folder = shutil.copytree(dense_int4, tmp_path / "model")
     (folder / "rac_run.json").unlink()
@@ -125,11 +163,15 @@ def test_a_checkpoint_of_another_tool(rac: Rac, dense_int4: Path, tiny_folder: P
     assert "name the model that was quantized (--dense MODEL)" in error
     code, out, _ = rac("activations", folder, *MEASURE, "--limit", "0.05", "--dense", tiny_folder)
     assert code == 0
-    assert out.splitlines()[-1].endswith("it has no rac_run.json, so these figures are kept nowhere")
+    assert out.splitlines()[-1].endswith(
+        "it has no rac_run.json, so these figures are kept nowhere"
+    )
     assert not (folder / "rac_run.json").exists()
     assert config_of(folder)["rac_sparsity"]["int8_activations"]
 
-    code, out, _ = rac("activations", dense_int4, *MEASURE, "--dense", tiny_folder, "--check", "--json")
+    code, out, _ = rac(
+        "activations", dense_int4, *MEASURE, "--dense", tiny_folder, "--check", "--json"
+    )
     found = json.loads(out)
     recorded = json.loads((dense_int4 / "rac_run.json").read_text())
     assert "activations" not in recorded
@@ -155,7 +197,18 @@ def test_experts_of_a_dense_checkpoint_are_left_out(rac: Rac, tmp_path: Path) ->
         quantization={"config_groups": {"weights": INT4}},
     )
     (tmp_path / "recipe.yaml").write_text(recipe(settings))
-    assert rac("prune", model, tmp_path / "out", "-r", tmp_path / "recipe.yaml", "-s", "calibration.tokens=500")[0] == 0
+    assert (
+        rac(
+            "prune",
+            model,
+            tmp_path / "out",
+            "-r",
+            tmp_path / "recipe.yaml",
+            "-s",
+            "calibration.tokens=500",
+        )[0]
+        == 0
+    )
     code, out, _ = rac("activations", tmp_path / "out", *MEASURE, "--limit", "1")
     assert code == 0
     names = load_file(tmp_path / "out" / "model.safetensors")

@@ -32,7 +32,11 @@ def test_it_is_wanted_for_servers_files_and_several_answers_only() -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"samples": 4}, {}, "--samples 4 at temperature 0 are the same answer; give --temperature"),
+        (
+            {"samples": 4},
+            {},
+            "--samples 4 at temperature 0 are the same answer; give --temperature",
+        ),
         ({"samples": 4}, {"temperature": 0.0}, "--samples 4 at temperature 0"),
         (
             {"path": Path("a.jsonl")},
@@ -41,7 +45,11 @@ def test_it_is_wanted_for_servers_files_and_several_answers_only() -> None:
         ),
         ({"servers": ("http://a",)}, {"divergence": True}, "--divergence asks"),
         ({"serve": True}, {"direct": True}, "--direct asks"),
-        ({"serve": True, "servers": ("http://a",)}, {}, "--serve starts a server, and --server http://a names one"),
+        (
+            {"serve": True, "servers": ("http://a",)},
+            {},
+            "--serve starts a server, and --server http://a names one",
+        ),
         (
             {"servers": ("http://a",)},
             {"models": ("a", "b")},
@@ -64,22 +72,40 @@ def test_what_cannot_be_is_refused(changes, options, message) -> None:
             "--concurrency 4 is for --server and --serve; leave it out, or set --b",
         ),
         ({"served_as": "m"}, "served_as", "--served-as m is for --server; leave it out"),
-        ({"served_as": "m", "serve": True}, "served_as", "--served-as m is for --server; leave it out"),
-        ({"servers": ("http://a",)}, "batch_size", "--batch-size is for a model in this process; .* set --concurrency"),
+        (
+            {"served_as": "m", "serve": True},
+            "served_as",
+            "--served-as m is for --server; leave it out",
+        ),
+        (
+            {"servers": ("http://a",)},
+            "batch_size",
+            "--batch-size is for a model in this process; .* set --concurrency",
+        ),
         ({"servers": ("http://a",)}, "precision", "--precision is for a model that is loaded here"),
-        ({"servers": ("a",)}, "source", "--server: base_urls: 'a' is no address of a server; write it like http://"),
+        (
+            {"servers": ("a",)},
+            "source",
+            "--server: base_urls: 'a' is no address of a server; write it like http://",
+        ),
     ],
 )
-def test_an_option_without_effect_and_a_wrong_address_are_refused(changes, written, message) -> None:
+def test_an_option_without_effect_and_a_wrong_address_are_refused(
+    changes, written, message
+) -> None:
     with pytest.raises(RacError, match=message):
-        answering(**changes).check(("a",), divergence=False, direct=False, temperature=None, written={written})
+        answering(**changes).check(
+            ("a",), divergence=False, direct=False, temperature=None, written={written}
+        )
 
 
 def test_several_answers_of_several_models_have_files_of_their_own() -> None:
     check(answering(samples=2), models=("a", "b"), temperature=0.6)
 
 
-def test_a_served_model_is_paired_with_the_dense_one(rac, tiny_folder, tmp_path, monkeypatch) -> None:
+def test_a_served_model_is_paired_with_the_dense_one(
+    rac, tiny_folder, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     few = ("--problems", 3, "--cap", 8)
     assert rac("eval", tiny_folder, *few, "--json", "dense.json")[0] == 0
@@ -102,7 +128,9 @@ def test_a_served_model_is_paired_with_the_dense_one(rac, tiny_folder, tmp_path,
         server.close()
 
 
-def test_a_server_of_another_model_is_refused_before_it_is_asked(rac, tiny_folder, tmp_path, monkeypatch) -> None:
+def test_a_server_of_another_model_is_refused_before_it_is_asked(
+    rac, tiny_folder, tmp_path, monkeypatch
+) -> None:
     """The dense model in the place of the compressed one would be judged as the compressed one."""
     monkeypatch.chdir(tmp_path)
     server = FakeServer()
@@ -111,7 +139,10 @@ def test_a_server_of_another_model_is_refused_before_it_is_asked(rac, tiny_folde
     try:
         code, _, err = rac(*command)
         assert code == 1
-        assert f"serves 'another', and the model to be evaluated is '{tiny_folder.name}'; name the model that is" in err
+        assert (
+            f"serves 'another', and the model to be evaluated is '{tiny_folder.name}'; name the model that is"
+            in err
+        )
         assert all(body["max_tokens"] != 8 for body in server.bodies), "no problem was asked"
         code, _, err = rac(*command, "--served-as", "n")
         assert code == 1
@@ -138,17 +169,27 @@ def vllm(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_each_model_is_served_in_turn_by_a_server_that_is_stopped(rac, tiny_folder, sparse_folder, vllm) -> None:
+def test_each_model_is_served_in_turn_by_a_server_that_is_stopped(
+    rac, tiny_folder, sparse_folder, vllm
+) -> None:
     few = ("--problems", 3, "--cap", 8, "--precision", "float32", "--json", "-")
     code, out, err = rac("eval", tiny_folder, sparse_folder, "--serve", *few)
     assert code == 0, err
-    assert [one["label"] for one in json.loads(out)["results"]] == [str(tiny_folder), str(sparse_folder)]
-    assert [start["argv"][1] for start in fake_vllm.starts(vllm)] == [str(tiny_folder), str(sparse_folder)]
+    assert [one["label"] for one in json.loads(out)["results"]] == [
+        str(tiny_folder),
+        str(sparse_folder),
+    ]
+    assert [start["argv"][1] for start in fake_vllm.starts(vllm)] == [
+        str(tiny_folder),
+        str(sparse_folder),
+    ]
     assert {start["argv"][-1] for start in fake_vllm.starts(vllm)} == {"float32"}
     assert fake_vllm.left_over(vllm) == []
 
 
-def test_a_server_that_does_not_start_is_an_error_with_its_last_lines(rac, tiny_folder, vllm, monkeypatch) -> None:
+def test_a_server_that_does_not_start_is_an_error_with_its_last_lines(
+    rac, tiny_folder, vllm, monkeypatch
+) -> None:
     monkeypatch.setenv(fake_vllm.FAULT, "crash")
     code, _, err = rac("eval", tiny_folder, "--serve", "--problems", 3)
     assert code == 1
@@ -156,7 +197,19 @@ def test_a_server_that_does_not_start_is_an_error_with_its_last_lines(rac, tiny_
 
 
 def test_a_server_that_dies_keeps_the_answers_so_far(rac, tiny_folder, vllm, monkeypatch) -> None:
-    options = ("--serve", "--problems", 12, "--cap", 8, "--concurrency", 1, "--answers", "a.jsonl", "--json", "-")
+    options = (
+        "--serve",
+        "--problems",
+        12,
+        "--cap",
+        8,
+        "--concurrency",
+        1,
+        "--answers",
+        "a.jsonl",
+        "--json",
+        "-",
+    )
     monkeypatch.setenv(fake_vllm.FAULT, "dies")
     code, _, err = rac("eval", tiny_folder, *options)
     assert code == 1

@@ -25,8 +25,15 @@ def test_what_is_not_set_is_as_published() -> None:
         "HuggingFaceH4/MATH-500", None, 4, 32768,
     )  # fmt: skip
     assert protocol.changed == {}
-    changed = protocol_of(GridBenchmark(preset="math-500", samples=1, problems=20, source="copy.jsonl"))
-    assert (changed.source, changed.problems, changed.samples, changed.cap) == ("copy.jsonl", 20, 1, 32768)
+    changed = protocol_of(
+        GridBenchmark(preset="math-500", samples=1, problems=20, source="copy.jsonl")
+    )
+    assert (changed.source, changed.problems, changed.samples, changed.cap) == (
+        "copy.jsonl",
+        20,
+        1,
+        32768,
+    )
     assert changed.changed == {"source": "HuggingFaceH4/MATH-500", "samples": 4, "problems": 500}
     with pytest.raises(RacError, match="no preset 'math'; use one of"):
         protocol_of(GridBenchmark(preset="math"))
@@ -37,15 +44,21 @@ def test_a_changed_answer_is_another_list_of_problems() -> None:
     assert digest_of([one]) != digest_of([other])
 
 
-def test_programs_are_asked_with_leave_to_run_them_and_other_presets_do_not_need_it(tmp_path: Path) -> None:
-    both = GridEvaluation(benchmarks=[{"preset": "livecodebench", "source": "lcb.jsonl"}, {"preset": "gsm8k"}])
+def test_programs_are_asked_with_leave_to_run_them_and_other_presets_do_not_need_it(
+    tmp_path: Path,
+) -> None:
+    both = GridEvaluation(
+        benchmarks=[{"preset": "livecodebench", "source": "lcb.jsonl"}, {"preset": "gsm8k"}]
+    )
     with pytest.raises(RacError, match=r"--preset livecodebench runs programs .* give --run-code"):
         AskedBenchmarks(both, PromptSettings(), Dtype.FLOAT32, tmp_path).check()
     AskedBenchmarks(both, PromptSettings(), Dtype.FLOAT32, tmp_path, run_code=True).check()
     assert protocol_of(both.benchmarks[0], run_code=True).run_code
     assert not protocol_of(both.benchmarks[1], run_code=True).run_code
     without = GridEvaluation(benchmarks=[{"preset": "gsm8k"}])
-    with pytest.raises(RacError, match="--run-code is for a grid with a benchmark whose answers are programs"):
+    with pytest.raises(
+        RacError, match="--run-code is for a grid with a benchmark whose answers are programs"
+    ):
         AskedBenchmarks(without, PromptSettings(), Dtype.FLOAT32, tmp_path, run_code=True).check()
 
 
@@ -64,10 +77,16 @@ def asked(tmp_path: Path) -> AskedBenchmarks:
     return AskedBenchmarks(evaluation, PromptSettings(), Dtype.FLOAT32, tmp_path / "out")
 
 
-def test_what_is_asked_is_written_down_without_paths(asked: AskedBenchmarks, tmp_path: Path) -> None:
+def test_what_is_asked_is_written_down_without_paths(
+    asked: AskedBenchmarks, tmp_path: Path
+) -> None:
     math, aime = asked.listed
     assert (math.name, aime.name) == ("math-500", "aime24")
-    assert (math.asked["source"], math.asked["samples"], math.asked["max_new_tokens"]) == ("copy.jsonl", 2, 6)
+    assert (math.asked["source"], math.asked["samples"], math.asked["max_new_tokens"]) == (
+        "copy.jsonl",
+        2,
+        6,
+    )
     assert str(tmp_path) not in json.dumps(math.asked)
 
 
@@ -79,10 +98,15 @@ def test_one_server_is_timed_and_answers_all_benchmarks_of_a_model_and_answers_a
     tools = _served(asked.evaluation, asked.prompt, asked.precision, asked.out)
     with tools["servers"](tiny_folder) as servers:
         assert tools["serve"](tiny_folder, "2:4", servers).problems == 2
-        results = {benchmark.name: result for benchmark, result in asked.ask(tiny_folder, "2:4", asked.listed, servers)}
+        results = {
+            benchmark.name: result
+            for benchmark, result in asked.ask(tiny_folder, "2:4", asked.listed, servers)
+        }
     assert list(results) == ["math-500", "aime24"]
     assert all((result.problems, result.samples) == (3, 2) for result in results.values())
     assert [start["argv"][1] for start in fake_vllm.starts(tmp_path)] == [str(tiny_folder)]
     assert fake_vllm.left_over(tmp_path) == []
-    kept = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "out" / "benchmarks").glob("*.jsonl"))
+    kept = sorted(
+        path.name.rpartition("-")[2] for path in (tmp_path / "out" / "benchmarks").glob("*.jsonl")
+    )
     assert kept == ["500.jsonl", "aime24.jsonl"]

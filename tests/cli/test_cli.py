@@ -34,7 +34,12 @@ def test_every_option_and_argument_explains_itself():
 
 @pytest.mark.parametrize(
     "args",
-    [("eval", "x", "--problems", "0"), ("eval", "x", "--precision", "fp99"), ("eval", "x", "--cap", "-1"), ("prune",)],
+    [
+        ("eval", "x", "--problems", "0"),
+        ("eval", "x", "--precision", "fp99"),
+        ("eval", "x", "--cap", "-1"),
+        ("prune",),
+    ],
     ids=" ".join,
 )
 def test_what_typer_refuses(rac, args):
@@ -49,7 +54,9 @@ def test_the_embedded_reasoner_end_to_end(rac, recipe_file, tmp_path):
                "-s", "traces.sampling.max_new_tokens=512", "-s", "calibration.batch_tokens=4096"]  # fmt: skip
     assert rac("prune", "reasoner", out, *options, "--precision", "float32")[0] == 0
     results = tmp_path / "eval.json"
-    code, _, _ = rac("eval", out, "--problems", 24, "--cap", 512, "--precision", "float32", "--json", results)
+    code, _, _ = rac(
+        "eval", out, "--problems", 24, "--cap", 512, "--precision", "float32", "--json", results
+    )
     assert code == 0
     assert json.loads(results.read_text())["results"][0]["accuracy"] > 0.6
 

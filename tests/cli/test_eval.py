@@ -20,7 +20,15 @@ def brief_folder(tiny_folder, tmp_path_factory):
     settings = entry(folder / "traces.jsonl")
     settings["traces"]["sampling"] |= {"system_prompt": "Be brief.", "thinking": False}
     (folder / "recipe.yaml").write_text(recipe(settings))
-    args = ["prune", tiny_folder, folder / "out", "-r", folder / "recipe.yaml", "-s", "calibration.tokens=300"]
+    args = [
+        "prune",
+        tiny_folder,
+        folder / "out",
+        "-r",
+        folder / "recipe.yaml",
+        "-s",
+        "calibration.tokens=300",
+    ]
     cli.app([str(arg) for arg in args], standalone_mode=False)
     return folder / "out"
 
@@ -42,7 +50,9 @@ def asked(monkeypatch):
     return texts
 
 
-def test_all_models_are_asked_as_the_compressed_one_was_calibrated(rac, tiny_folder, brief_folder, asked, tmp_path):
+def test_all_models_are_asked_as_the_compressed_one_was_calibrated(
+    rac, tiny_folder, brief_folder, asked, tmp_path
+):
     results = tmp_path / "eval.json"
     code, out, err = rac("eval", tiny_folder, brief_folder, *FEW, "--json", results)
     assert code == 0, err
@@ -61,11 +71,15 @@ def test_the_prompt_is_that_of_calibration_token_for_token(rac, brief_folder, as
     assert rac("eval", brief_folder, *FEW)[0] == 0
     tokenizer = AutoTokenizer.from_pretrained(brief_folder)
     questions = [p.question for p in held_out_problems("arithmetic", 2)]
-    expected = [render_prompt(tokenizer, q, system_prompt="Be brief.", thinking=False) for q in questions]
+    expected = [
+        render_prompt(tokenizer, q, system_prompt="Be brief.", thinking=False) for q in questions
+    ]
     assert sorted(asked) == sorted(tokenizer.decode(ids).replace(" ", "") for ids in expected)
 
 
-def test_divergence_samples_the_dense_model_with_the_same_prompt(rac, tiny_folder, brief_folder, asked):
+def test_divergence_samples_the_dense_model_with_the_same_prompt(
+    rac, tiny_folder, brief_folder, asked
+):
     code, out, _ = rac("eval", tiny_folder, brief_folder, "--divergence", *FEW)
     assert code == 0
     assert {(text[:17], text[-11:]) for text in asked} == {("<system>Bebrief.<", "<assistant>")}
@@ -82,7 +96,12 @@ def test_a_dense_model_alone_is_asked_with_the_defaults(rac, tiny_folder, asked)
 @pytest.mark.parametrize(
     ("options", "first", "last", "words"),
     [
-        (("--system-prompt", ""), "<user>", "<assistant>", "chat template, no system prompt, thinking off"),
+        (
+            ("--system-prompt", ""),
+            "<user>",
+            "<assistant>",
+            "chat template, no system prompt, thinking off",
+        ),
         (
             ("--system-prompt", "Think!"),
             "<system>Think!<us",
@@ -123,12 +142,18 @@ def test_models_that_were_calibrated_with_different_prompts_need_a_choice(
     code, out, _ = rac("eval", sparse_folder, brief_folder, *FEW, *options)
     assert code == 0
     assert out.count("another prompt") == 1
-    assert f"{sparse_folder} was calibrated with another prompt: chat template, no system prompt, thinking on" in out
+    assert (
+        f"{sparse_folder} was calibrated with another prompt: chat template, no system prompt, thinking on"
+        in out
+    )
 
 
 def test_direct_needs_a_template_that_opens_the_thinking(rac, brief_folder):
     assert "so the thinking cannot be closed" in rac("eval", brief_folder, *FEW, "--direct")[2]
-    assert "use it with --template chat" in rac("eval", brief_folder, "--direct", "--template", "none")[2]
+    assert (
+        "use it with --template chat"
+        in rac("eval", brief_folder, "--direct", "--template", "none")[2]
+    )
 
 
 def test_a_plot_of_accuracies(rac, tiny_folder, sparse_folder, tmp_path):
@@ -140,7 +165,9 @@ def test_a_plot_of_accuracies(rac, tiny_folder, sparse_folder, tmp_path):
 
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
     results = tmp_path / "eval.json"
-    code, stdout, _ = rac("eval", tiny_folder, sparse_folder, "--problems", 4, "--cap", 8, "--json", results)
+    code, stdout, _ = rac(
+        "eval", tiny_folder, sparse_folder, "--problems", 4, "--cap", 8, "--json", results
+    )
     assert code == 0
     assert re.search(rf"{re.escape(str(sparse_folder))}\s.*%", stdout)
     rows = json.loads(results.read_text())["results"]
@@ -151,7 +178,9 @@ def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
 def test_eval_divergence(rac, tiny_folder, tmp_path):
     plot, results = tmp_path / "d.png", tmp_path / "d.json"
     options = ("--divergence", "--problems", 4, "--cap", 12)
-    code, stdout, _ = rac("eval", tiny_folder, tiny_folder, *options, "--plot", plot, "--json", results)
+    code, stdout, _ = rac(
+        "eval", tiny_folder, tiny_folder, *options, "--plot", plot, "--json", results
+    )
     assert code == 0
     assert "KL" in stdout
     (found,) = json.loads(results.read_text())["divergence"]
@@ -162,7 +191,9 @@ def test_eval_divergence(rac, tiny_folder, tmp_path):
 
 def test_eval_divergence_needs_two_models_and_their_thinking(rac, tiny_folder):
     assert "name at least two models" in rac("eval", tiny_folder, "--divergence")[2]
-    assert "without --direct" in rac("eval", tiny_folder, tiny_folder, "--divergence", "--direct")[2]
+    assert (
+        "without --direct" in rac("eval", tiny_folder, tiny_folder, "--divergence", "--direct")[2]
+    )
 
 
 def test_json_on_standard_output_is_alone_there(rac, tiny_folder):
@@ -177,15 +208,26 @@ def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
     code, out, _ = rac("eval", tiny_folder, own, *FEW, "--card", "--json", tmp_path / "r.json")
     assert (code, out.splitlines()[-1]) == (0, f"written into the model card of {own}")
     assert rac("eval", tiny_folder, own, *FEW, "--divergence", "--card")[0] == 0
-    card, record = (own / "README.md").read_text(), json.loads((own / "rac_run.json").read_text())["evaluation"]
+    card, record = (
+        (own / "README.md").read_text(),
+        json.loads((own / "rac_run.json").read_text())["evaluation"],
+    )
     result = json.loads((tmp_path / "r.json").read_text())["results"][1]
-    assert (record["accuracy"]["ci_low"], record["accuracy"]["ci_high"]) == (result["ci_low"], result["ci_high"])
+    assert (record["accuracy"]["ci_low"], record["accuracy"]["ci_high"]) == (
+        result["ci_low"],
+        result["ci_high"],
+    )
     assert f"| {tiny_folder.name} | 0.0% | 0.0% to 65.8% |" in card  # Wilson's interval of 0 of 2
     assert "| this model | 0.0% | 0.0% to 65.8% |" in card
-    assert f"\nown against {tiny_folder.name}: +0.0 points (+0.0 to +0.0); of 2 problems 0 are solved by " in card
+    assert (
+        f"\nown against {tiny_folder.name}: +0.0 points (+0.0 to +0.0); of 2 problems 0 are solved by "
+        in card
+    )
     assert f"tokens that {tiny_folder.name} generated (arithmetic)" in card
     # alone, beside what was measured of the dense model
-    code, out, err = rac("eval", own, *FEW, "--card", "--baseline", tmp_path / "r.json", "--json", "-")
+    code, out, err = rac(
+        "eval", own, *FEW, "--card", "--baseline", tmp_path / "r.json", "--json", "-"
+    )
     assert (code, list(json.loads(out))) == (0, ["results", "prompt", "protocol", "paired"])
     assert err.splitlines()[-1] == f"written into the model card of {own}"
     assert (own / "README.md").read_text() == card
@@ -195,5 +237,7 @@ def test_the_card_of_another_model_is_not_touched(rac, tiny_folder, sparse_folde
     for models in ((tiny_folder,), (sparse_folder, tiny_folder), ("reasoner",)):
         code, _, err = rac("eval", *models, *FEW, "--card")
         assert (code, "is not the folder of a model that rac wrote" in err) == (1, True)
-    assert "leave out --card or --direct" in rac("eval", sparse_folder, *FEW, "--card", "--direct")[2]
+    assert (
+        "leave out --card or --direct" in rac("eval", sparse_folder, *FEW, "--card", "--direct")[2]
+    )
     assert not asked

@@ -14,7 +14,9 @@ from rac_modifier.settings.grid import Grid, GridEvaluation, load_grid, plan_row
 @pytest.fixture(scope="module")
 def skeleton():
     with torch.device("meta"):
-        return Qwen2ForCausalLM(Qwen2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=99))
+        return Qwen2ForCausalLM(
+            Qwen2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=99)
+        )
 
 
 def test_the_grid_for_one_gpu(skeleton) -> None:
@@ -45,7 +47,10 @@ def test_rows_that_train(skeleton) -> None:
                 "recipe": {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5}},
                 "set": {"recover": {"tokens": 3000, "passes": 2, "held_out_tokens": 500}},
             },
-            {"label": "c", "recipe": {"ReasoningAwareCalibrationModifier": {}, "AutoRoundModifier": int4}},
+            {
+                "label": "c",
+                "recipe": {"ReasoningAwareCalibrationModifier": {}, "AutoRoundModifier": int4},
+            },
             {
                 "label": "d",
                 "recipe": {
@@ -70,7 +75,11 @@ def test_a_grid_without_a_server(skeleton, tmp_path: Path) -> None:
     grid = load_grid("small")
     rows = plan_rows(grid, "small")
     plan = plan_of(skeleton, rows, grid.evaluation)
-    assert (plan.served, plan.traces.served, [one.served for one in plan.asked]) == (False, False, [False])
+    assert (plan.served, plan.traces.served, [one.served for one in plan.asked]) == (
+        False,
+        False,
+        [False],
+    )
     estimate, *room = forecast(plan, tmp_path, keep_models=True)
     assert estimate.startswith("Estimated, not measured")
     assert len(room) == len(check(plan, tmp_path, keep_models=True)) == 3

@@ -25,8 +25,13 @@ from tests.cli.conftest import Rac
 from tests.forked import start
 from tests.tiny import NAME, entry
 
-W4 = {"w": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}
-GPTQ = {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": {"config_groups": W4, "ignore": ["lm_head"]}}
+W4 = {
+    "w": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+}
+GPTQ = {
+    "ReasoningAwareCalibrationModifier": {},
+    "GPTQModifier": {"config_groups": W4, "ignore": ["lm_head"]},
+}
 ROWS = [
     {"label": "2:4", "recipe": {NAME: {"mask_structure": "2:4"}}},
     {"label": "int4", "recipe": GPTQ},
@@ -40,7 +45,10 @@ def grid(trace_store: Path, tmp_path: Path) -> Any:
 
     def write(rows: list[dict[str, Any]], **evaluation: Any) -> Path:
         content = {
-            "shared": {"traces": entry(store)["traces"], "calibration": {"tokens": 500, "held_out_tokens": 0}},
+            "shared": {
+                "traces": entry(store)["traces"],
+                "calibration": {"tokens": 500, "held_out_tokens": 0},
+            },
             "evaluation": {"problems": 3, "cap": 20, **evaluation},
             "rows": rows,
         }
@@ -54,36 +62,57 @@ def read(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
 
 
-def test_a_whole_grid_is_checked_before_anything_runs(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_whole_grid_is_checked_before_anything_runs(
+    rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
     rows = [
         *ROWS,
         {"label": "3:6", "recipe": {NAME: {"mask_structure": "3:6"}}},
-        {"label": "groups", "recipe": {**GPTQ, "GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}},
+        {
+            "label": "groups",
+            "recipe": {**GPTQ, "GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}},
+        },
     ]
-    code, out, error = rac("frontier", tiny_folder, "--recipe-grid", grid(rows), "--out", tmp_path / "out")
+    code, out, error = rac(
+        "frontier", tiny_folder, "--recipe-grid", grid(rows), "--out", tmp_path / "out"
+    )
     assert (code, out) == (1, "")
     assert "- 3:6: model.layers.0.self_attn.q_proj" in error
     assert (
-        "- groups: GPTQModifier: model.layers.0.self_attn.q_proj has 64 inputs, no multiple of the group_size" in error
+        "- groups: GPTQModifier: model.layers.0.self_attn.q_proj has 64 inputs, no multiple of the group_size"
+        in error
     )
     assert "Rows that could run: 2:4, int4" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_round_to_nearest_is_a_row_too(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def test_round_to_nearest_is_a_row_too(
+    rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
     """It calibrates on nothing, so that its recipe has no entry of ours."""
-    nearest = {"label": "nearest", "recipe": {"QuantizationModifier": {"config_groups": W4, "ignore": ["lm_head"]}}}
-    code, _, error = rac("frontier", tiny_folder, "--recipe-grid", grid([nearest]), "--out", tmp_path / "out")
+    nearest = {
+        "label": "nearest",
+        "recipe": {"QuantizationModifier": {"config_groups": W4, "ignore": ["lm_head"]}},
+    }
+    code, _, error = rac(
+        "frontier", tiny_folder, "--recipe-grid", grid([nearest]), "--out", tmp_path / "out"
+    )
     assert code == 0, error
     dense, row = read(tmp_path / "out")
     assert (row["group"], row["calibration"], row["layers"]) == ("dense quantized", None, {})
-    assert row["bytes"]["bits_per_weight"] == pytest.approx(5.0)  # a scale of 32 bits for 32 weights
+    assert row["bytes"]["bits_per_weight"] == pytest.approx(
+        5.0
+    )  # a scale of 32 bits for 32 weights
     assert row["bytes"]["head"] == dense["bytes"]["head"]
     assert row["divergence"]["kl"] > 0
 
 
-def test_check_names_the_rows_and_writes_nothing(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    code, out, _ = rac("frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out", "--check")
+def test_check_names_the_rows_and_writes_nothing(
+    rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    code, out, _ = rac(
+        "frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out", "--check"
+    )
     lines = out.splitlines()
     assert (code, lines[:2]) == (0, ["2:4: sparse", "int4: dense quantized"])
     assert lines[2].startswith("Estimated, not measured: ")
@@ -92,8 +121,17 @@ def test_check_names_the_rows_and_writes_nothing(rac: Rac, grid: Any, tiny_folde
 
 
 @pytest.mark.slow
-def test_a_grid_that_was_killed_between_rows_goes_on(rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    words = ["frontier", str(tiny_folder), "--recipe-grid", str(grid(ROWS)), "--out", str(tmp_path / "out")]
+def test_a_grid_that_was_killed_between_rows_goes_on(
+    rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = [
+        "frontier",
+        str(tiny_folder),
+        "--recipe-grid",
+        str(grid(ROWS)),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     killed = start(cli.main, words, tmp_path, tmp_path / "errors.txt")
     rows, deadline = tmp_path / "out" / "rows.jsonl", time.monotonic() + 300
     while not (rows.exists() and rows.read_bytes().count(b"\n") >= 2):
@@ -110,10 +148,18 @@ def test_a_grid_that_was_killed_between_rows_goes_on(rac: Rac, grid: Any, tiny_f
     assert "3 rows in " in out
     assert rows.read_bytes().startswith(before), "finished rows are not run again"
     dense, sparse, int4 = read(tmp_path / "out")
-    assert (dense["group"], sparse["group"], int4["group"]) == ("dense", "sparse", "dense quantized")
+    assert (dense["group"], sparse["group"], int4["group"]) == (
+        "dense",
+        "sparse",
+        "dense quantized",
+    )
     for row in (sparse, int4):
-        checkpoint = next((tmp_path / "out" / "models").glob("2-4-*" if row is sparse else "int4-*"))
-        stored = sum(tensor.nbytes for tensor in load_file(checkpoint / "model.safetensors").values())
+        checkpoint = next(
+            (tmp_path / "out" / "models").glob("2-4-*" if row is sparse else "int4-*")
+        )
+        stored = sum(
+            tensor.nbytes for tensor in load_file(checkpoint / "model.safetensors").values()
+        )
         assert row["bytes"]["total"] == stored < dense["bytes"]["total"]
         assert row["divergence"]["kl"] > 0
         assert row["accuracy"]["problems"] == 3
@@ -135,7 +181,9 @@ def test_a_grid_that_was_killed_between_rows_goes_on(rac: Rac, grid: Any, tiny_f
     assert "was measured with another precision" in error
 
 
-def test_a_served_evaluation_needs_answers_and_a_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_served_evaluation_needs_answers_and_a_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAC_VLLM", "/no/vllm")
     with pytest.raises(RacError, match="is no command that can be run"):
         _served(GridEvaluation(serve=True), PromptSettings(), Dtype.AUTO, tmp_path)

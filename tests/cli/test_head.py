@@ -23,7 +23,9 @@ def test_a_table_and_the_same_figures_as_json(rac, tiny_folder):
 
 
 def test_on_stored_traces(rac, tiny_folder, trace_store):
-    code, out, _ = rac("head", tiny_folder, "--traces", trace_store, "--sequences", 3, "--bits", 8, "--json")
+    code, out, _ = rac(
+        "head", tiny_folder, "--traces", trace_store, "--sequences", 3, "--bits", 8, "--json"
+    )
     assert code == 0
     assert json.loads(out)["heads"][0]["divergence"]["sequences"] == 3
 
@@ -32,7 +34,10 @@ def test_on_stored_traces(rac, tiny_folder, trace_store):
     ("options", "says"),
     [
         (("--bits", 3), "--bits 3: a head can be rounded to 8 or 4 bits"),
-        (("--traces", "x.jsonl", "--batch-size", 2), "--batch-size is for sampling and has no effect on stored traces"),
+        (
+            ("--traces", "x.jsonl", "--batch-size", 2),
+            "--batch-size is for sampling and has no effect on stored traces",
+        ),
     ],
 )
 def test_what_is_refused(rac, tiny_folder, options, says):

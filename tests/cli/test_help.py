@@ -18,7 +18,10 @@ LINES, COLUMNS = 40, 100  # of a screen
 def commands(command: typer.core.TyperCommand, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every command and group, by the words that name it."""
     children = getattr(command, "commands", {})
-    return [path, *(found for name, child in children.items() for found in commands(child, (*path, name)))]
+    return [
+        path,
+        *(found for name, child in children.items() for found in commands(child, (*path, name))),
+    ]
 
 
 ALL = commands(typer.main.get_command(cli.app))
@@ -31,7 +34,16 @@ def help_of(path: tuple[str, ...]) -> list[str]:
 
 
 def test_the_commands_are_found() -> None:
-    for path in [(), ("prune",), ("pack",), ("unpack",), ("doctor",), ("inspect",), ("eval",), ("traces", "collect")]:
+    for path in [
+        (),
+        ("prune",),
+        ("pack",),
+        ("unpack",),
+        ("doctor",),
+        ("inspect",),
+        ("eval",),
+        ("traces", "collect"),
+    ]:
         assert path in ALL
 
 
@@ -42,7 +54,9 @@ def test_help_fits_a_screen(path: tuple[str, ...]) -> None:
     assert max(map(len, lines)) <= COLUMNS
 
 
-@pytest.mark.parametrize("path", [path for path in ALL if not path or path == ("traces",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "path", [path for path in ALL if not path or path == ("traces",)], ids=" ".join
+)
 def test_no_command_of_a_list_is_cut_short(path: tuple[str, ...]) -> None:
     assert not [line for line in help_of(path) if line.startswith("  ") and line.endswith("...")]
 

@@ -21,31 +21,50 @@ from tests.tiny import linears, tiny_model
 
 
 def matrix(name: str = "layers.0.up", **changes: object) -> ModuleRow:
-    row = {"rows": 100, "columns": 1000, "dtype": "F32", "stored": "sparse-24-bitmask", "sparsity": 0.5}
+    row = {
+        "rows": 100,
+        "columns": 1000,
+        "dtype": "F32",
+        "stored": "sparse-24-bitmask",
+        "sparsity": 0.5,
+    }
     row |= {"stored_bytes": 212_500, "dense_bytes": 400_000, "structure": "2:4", "pattern_ok": True}
     return ModuleRow(name=name, **{**row, **changes})
 
 
 def report(*modules: ModuleRow, **changes: object) -> CheckpointReport:
-    return CheckpointReport(Path("out"), "sparse-24-bitmask", modules, 1000, **{"run_record": None, **changes})
+    return CheckpointReport(
+        Path("out"), "sparse-24-bitmask", modules, 1000, **{"run_record": None, **changes}
+    )
 
 
-def planned(row: ModuleRow, bytes_per_weight: float, dense: float, sparse: bool = True) -> SimpleNamespace:
+def planned(
+    row: ModuleRow, bytes_per_weight: float, dense: float, sparse: bool = True
+) -> SimpleNamespace:
     kernel = "sparse kernel avx2" if sparse else "dense"
     decision = SimpleNamespace(
-        sparse=sparse, kernel=kernel, bytes_per_weight=bytes_per_weight, ceiling=dense / bytes_per_weight
+        sparse=sparse,
+        kernel=kernel,
+        bytes_per_weight=bytes_per_weight,
+        ceiling=dense / bytes_per_weight,
     )
     return SimpleNamespace(module=row.name, rows=row.rows, columns=row.columns, decision=decision)
 
 
-EMBEDDING = matrix("embed", stored="dense", sparsity=0.0, stored_bytes=400_000, structure=None, pattern_ok=None)
+EMBEDDING = matrix(
+    "embed", stored="dense", sparsity=0.0, stored_bytes=400_000, structure=None, pattern_ok=None
+)
 
 
 def test_the_table_has_a_row_per_matrix_and_whole_lines() -> None:
-    damaged = matrix("layers.1.up", rows=0, columns=0, sparsity=None, problem="layers.1.up.bitmask: " + "x" * 300)
+    damaged = matrix(
+        "layers.1.up", rows=0, columns=0, sparsity=None, problem="layers.1.up.bitmask: " + "x" * 300
+    )
     lines = render_report(report(matrix(), damaged)).splitlines()
     assert lines[0] == "out: sparse-24-bitmask"
-    head, rows = next((line, lines[n:]) for n, line in enumerate(lines) if line.startswith("module"))
+    head, rows = next(
+        (line, lines[n:]) for n, line in enumerate(lines) if line.startswith("module")
+    )
     assert head.split() == [
         "module",
         "shape",
@@ -58,7 +77,16 @@ def test_the_table_has_a_row_per_matrix_and_whole_lines() -> None:
         "note",
     ]
     found = {line.split()[0]: line.split()[1:] for line in rows if line.startswith("layers")}
-    assert found["layers.0.up"] == ["100x1000", "F32", "sparse-24-bitmask", "2:4", "ok", "0.5000", "2.1250", "212,500"]
+    assert found["layers.0.up"] == [
+        "100x1000",
+        "F32",
+        "sparse-24-bitmask",
+        "2:4",
+        "ok",
+        "0.5000",
+        "2.1250",
+        "212,500",
+    ]
     assert found["layers.1.up"][-3:] == ["DAMAGED:", "layers.1.up.bitmask:", "x" * 300]
 
 
@@ -83,13 +111,18 @@ def test_speed_names_the_kernel_and_the_baseline() -> None:
     """Float32 weights at 2:4: 2.125 bytes instead of 4, and the embedding as it is in both."""
     row = matrix()
     line = speed_line(report(row, EMBEDDING), [planned(row, 2.125, 4)])
-    assert "reads 0.6 MB of weights per token with the sparse kernel avx2, and 0.8 MB with every matrix dense" in line
+    assert (
+        "reads 0.6 MB of weights per token with the sparse kernel avx2, and 0.8 MB with every matrix dense"
+        in line
+    )
     assert f"at most {800_000 / 612_500:.2f}x as fast as the dense model" in line
 
 
 def test_a_matrix_that_stays_dense_is_counted_dense_in_both() -> None:
     sparse, dense = matrix("a"), matrix("b")
-    line = speed_line(report(sparse, dense), [planned(sparse, 2, 4), planned(dense, 3.9, 4, sparse=False)])
+    line = speed_line(
+        report(sparse, dense), [planned(sparse, 2, 4), planned(dense, 3.9, 4, sparse=False)]
+    )
     assert f"at most {800 / 600:.2f}x" in line
 
 
@@ -102,7 +135,10 @@ def test_a_matrix_that_decoding_does_not_read_is_not_counted() -> None:
 def test_no_ceiling_where_nothing_runs_sparse() -> None:
     row = matrix()
     line = speed_line(report(row), [planned(row, 3.9, 4, sparse=False)])
-    assert line == "No module runs on a sparse kernel here, so decoding is as fast as that of the dense model."
+    assert (
+        line
+        == "No module runs on a sparse kernel here, so decoding is as fast as that of the dense model."
+    )
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,10 +160,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("bits", "says"),
-    [(4, "vLLM runs the int4 weights on kernels of its own."), (3, "vLLM has no kernel for int3 weights on a CPU.")],
+    [
+        (4, "vLLM runs the int4 weights on kernels of its own."),
+        (3, "vLLM has no kernel for int3 weights on a CPU."),
+    ],
 )
-def test_dense_weights_of_few_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int, says: str) -> None:
-    grid = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+def test_dense_weights_of_few_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int, says: str
+) -> None:
+    grid = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 64,
+    }
     quantization = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -142,7 +189,9 @@ def test_dense_weights_of_few_bits(tmp_path: Path, capsys: pytest.CaptureFixture
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     cli.app(["inspect", str(tmp_path)], standalone_mode=False)
     printed = capsys.readouterr().out
-    assert f"\n{says} With --quantization rac-sparse, on this machine's CPU:\na (64x128): " in printed
+    assert (
+        f"\n{says} With --quantization rac-sparse, on this machine's CPU:\na (64x128): " in printed
+    )
     assert (
         support().isa in (None, "portable")
         or f"int{bits} kernel {support().isa}: 0.{41 if bits == 3 else 53}" in printed
@@ -159,7 +208,12 @@ def test_inspect_lists_the_modules_and_their_pattern(rac, sparse_folder):
 def test_json_has_what_is_printed(rac, sparse_folder):
     code, stdout, _ = rac("inspect", sparse_folder, "--json")
     found = json.loads(stdout)
-    assert (code, found["format"], found["sound"], found["sparsity"]) == (0, "sparse-24-bitmask", True, 0.5)
+    assert (code, found["format"], found["sound"], found["sparsity"]) == (
+        0,
+        "sparse-24-bitmask",
+        True,
+        0.5,
+    )
     rows = {row["name"]: row for row in found["modules"]}
     assert rows["model.layers.1.mlp.down_proj"]["structure"] == "2:4"
     assert found["run_record"]["calibration"]["tokens"] == 500
@@ -170,14 +224,29 @@ def test_json_has_what_is_printed(rac, sparse_folder):
 
 def test_measured_times_are_read_for_the_predicted_device(rac, sparse_folder, tmp_path):
     """A file as `make gpu-check` writes it, with a shape of this model: its layers run dense on an H100."""
-    row = {"layer": "down", "tokens": 8, "contender": "dense bf16", "us": 3.25, "faster": 1.0, "GB/s": 900.0}
+    row = {
+        "layer": "down",
+        "tokens": 8,
+        "contender": "dense bf16",
+        "us": 3.25,
+        "faster": 1.0,
+        "GB/s": 900.0,
+    }
     with_shape = next(
         each
-        for each in json.loads(rac("inspect", sparse_folder, "--device", "h100", "--json")[1])["predicted"]["layers"]
+        for each in json.loads(rac("inspect", sparse_folder, "--device", "h100", "--json")[1])[
+            "predicted"
+        ]["layers"]
         if each["kind"] == "down_proj"
     )
     row |= {"rows": with_shape["rows"], "columns": with_shape["columns"]}
-    record = {"device": "NVIDIA H100 80GB HBM3", "finished": True, "times": [row], "missing": {}, "left_out": []}
+    record = {
+        "device": "NVIDIA H100 80GB HBM3",
+        "finished": True,
+        "times": [row],
+        "missing": {},
+        "left_out": [],
+    }
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(record))
     arguments = ("inspect", sparse_folder, "--tokens", "8", "--measured", path)

@@ -55,7 +55,9 @@ def test_what_is_said_of_a_folder_that_was_being_saved_to(tmp_path: Path) -> Non
     (tmp_path / "config.json").touch()
     assert saving_step(tmp_path, "they") == f"{tmp_path} is not complete: remove it. Then, {go_on}"
     (tmp_path / "README.md").touch()
-    assert saving_step(tmp_path, "they").startswith(f"{tmp_path} holds the whole model; if it has no tokenizer, ")
+    assert saving_step(tmp_path, "they").startswith(
+        f"{tmp_path} holds the whole model; if it has no tokenizer, "
+    )
     (tmp_path / ".rac_packing.json").touch()
     assert "is not complete" in saving_step(tmp_path, "they")
 
@@ -78,12 +80,21 @@ def interrupt(*args: object, **options: object) -> None:
             "evaluation.own_samples.sample_sequences",
             "nothing is kept; run the same command again",
         ),
-        (["unpack", "MODEL", "out"], "checkpoint.output_folder.local_folder", "nothing is written; run the same"),
+        (
+            ["unpack", "MODEL", "out"],
+            "checkpoint.output_folder.local_folder",
+            "nothing is written; run the same",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_every_command_ends_in_one_line(
-    rac: Rac, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], where: str, line: str
+    rac: Rac,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    where: str,
+    line: str,
 ) -> None:
     monkeypatch.setattr(f"rac_modifier.{where}", interrupt)
     code, _, error = rac(*(tiny_folder if word == "MODEL" else word for word in words))
@@ -109,11 +120,15 @@ def ctrl_c(pid: int, ready: Path, ended: Callable[[], bool]) -> None:
     os.killpg(pid, signal.SIGINT)  # to the whole group, as a terminal does
 
 
-def interrupted(command: list[str], folder: Path, ready: Path, stop_at: str = "") -> tuple[int, str]:
+def interrupted(
+    command: list[str], folder: Path, ready: Path, stop_at: str = ""
+) -> tuple[int, str]:
     """Start a command in a fork and interrupt it when it is `ready`: exit code, standard error."""
     errors = folder / "errors.txt"
     errors.unlink(missing_ok=True)
-    process = start(stopped_child.main if stop_at else cli.main, command, folder, errors, {"STOP_AT": stop_at})
+    process = start(
+        stopped_child.main if stop_at else cli.main, command, folder, errors, {"STOP_AT": stop_at}
+    )
     assert process.pid is not None
     try:
         ctrl_c(process.pid, ready, lambda: not process.is_alive())
@@ -171,10 +186,16 @@ def test_ctrl_c_while_traces_are_sampled(
     """The traces so far are in the store; the same command, with a smaller budget, ends from there."""
     store = tmp_path / "traces.jsonl"
     settings = entry(store)
-    settings["calibration"]["tokens"] = 10**6  # more than are sampled before Ctrl-C, and little memory is predicted
+    settings["calibration"]["tokens"] = (
+        10**6
+    )  # more than are sampled before Ctrl-C, and little memory is predicted
     (tmp_path / "recipe.yaml").write_text(recipe(settings))
     out = tmp_path / "out"
-    words = ["traces", "collect", str(tiny_folder)] if command == "collect" else ["prune", str(tiny_folder), str(out)]
+    words = (
+        ["traces", "collect", str(tiny_folder)]
+        if command == "collect"
+        else ["prune", str(tiny_folder), str(out)]
+    )
     words += ["-r", "recipe.yaml"]
     stop = interrupted_in_new_python if command == "prune" else interrupted
     assert "run the same command again" in only_line(*stop(words, tmp_path, store))
@@ -198,12 +219,22 @@ def dense_folder(sparse_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["pack", "unpack"])
 def test_ctrl_c_while_a_model_is_rewritten_leaves_nothing(
-    rac: Rac, sparse_folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    rac: Rac,
+    sparse_folder: Path,
+    dense_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source, wanted = (dense_folder, sparse_folder) if command == "pack" else (sparse_folder, dense_folder)
+    source, wanted = (
+        (dense_folder, sparse_folder) if command == "pack" else (sparse_folder, dense_folder)
+    )
     words = [command, str(source), "out"]
-    assert stopped_at("out/.rac_new.rac_run.json", words, tmp_path) == "out is not written; run the same command again"
+    assert (
+        stopped_at("out/.rac_new.rac_run.json", words, tmp_path)
+        == "out is not written; run the same command again"
+    )
     assert not Path("out").exists()
     assert rac(*words)[0] == 0
     assert same_tensors(Path("out"), wanted)
@@ -211,12 +242,19 @@ def test_ctrl_c_while_a_model_is_rewritten_leaves_nothing(
 
 @pytest.mark.slow
 def test_ctrl_c_while_files_get_their_names_is_finished_by_the_same_command(
-    rac: Rac, sparse_folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rac: Rac,
+    sparse_folder: Path,
+    dense_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["pack", str(dense_folder), "out"]
     said = stopped_at("out/model.safetensors", words, tmp_path)
-    assert said == "out is written, but not all files have their names yet; run the same command again to finish it"
+    assert (
+        said
+        == "out is written, but not all files have their names yet; run the same command again to finish it"
+    )
     assert not Path("out/config.json").exists()
     assert rac(*words)[0] == 0
     assert same_tensors(Path("out"), sparse_folder)
@@ -224,9 +262,21 @@ def test_ctrl_c_while_files_get_their_names_is_finished_by_the_same_command(
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_answers_are_sampled(rac: Rac, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_while_answers_are_sampled(
+    rac: Rac, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
-    words = ["eval", str(tiny_folder), "--answers", "a.jsonl", "--cap", "8", "--batch-size", "2", "--problems"]
+    words = [
+        "eval",
+        str(tiny_folder),
+        "--answers",
+        "a.jsonl",
+        "--cap",
+        "8",
+        "--batch-size",
+        "2",
+        "--problems",
+    ]
     said = only_line(*interrupted([*words, "2000"], tmp_path, tmp_path / "a.jsonl"))
     assert said == "the answers so far are kept; run the same command again to go on"
     held = Path("a.jsonl").read_bytes()
@@ -237,13 +287,19 @@ def test_ctrl_c_while_answers_are_sampled(rac: Rac, tiny_folder: Path, tmp_path:
 
 @pytest.mark.slow
 def test_ctrl_c_during_recovery(
-    rac: Rac, tiny_folder: Path, sparse_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rac: Rac,
+    tiny_folder: Path,
+    sparse_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In training and while the result is saved: the same command goes on, and ends as an undisturbed run."""
     steps: list[int] = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda *args, **options: (steps.append(1), step(*args, **options))[1]
+        torch.optim.AdamW,
+        "step",
+        lambda *args, **options: (steps.append(1), step(*args, **options))[1],
     )
     words = ["recover", str(tiny_folder), str(sparse_folder), "out", *OPTIONS]
     kept = "the traces, and training up to its last state, are kept and will be used; run the same command again"
@@ -270,7 +326,13 @@ def test_recovery_in_a_recipe_is_kept_until_the_model_is_saved(
     rac: Rac, tiny_folder: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recover = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400, "learning_rate": 1e-3}
+    recover = {
+        "tokens": 600,
+        "held_out_tokens": 150,
+        "step_tokens": 100,
+        "batch_tokens": 400,
+        "learning_rate": 1e-3,
+    }
     words = ["prune", tiny_folder, "out", "-r", recipe_file, "-s", "calibration.tokens=300"]
     words += ["-s", f"recover={json.dumps(recover)}"]
     with monkeypatch.context() as patch:

@@ -18,7 +18,9 @@ def test_the_reasoner_has_a_name_and_all_else_is_a_path_or_id():
 
 
 def test_a_model_that_is_not_there_is_named_with_what_may_be_given(tmp_path):
-    with pytest.raises(RacError, match=r"no model at '.*gone' \(.+\); give a model folder, a Hugging Face id"):
+    with pytest.raises(
+        RacError, match=r"no model at '.*gone' \(.+\); give a model folder, a Hugging Face id"
+    ):
         models.check_model(str(tmp_path / "gone"))
 
 
@@ -26,11 +28,13 @@ def test_a_model_that_is_not_there_is_named_with_what_may_be_given(tmp_path):
 def test_a_name_on_a_hub_that_cannot_be_reached_is_refused_at_once(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        "http://127.0.0.1:9/{repo_id}/{filename}",
     )
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
     with pytest.raises(
-        RacError, match=rf"no model at '{name}' \(no folder here, and the hub cannot be reached: .+\); give"
+        RacError,
+        match=rf"no model at '{name}' \(no folder here, and the hub cannot be reached: .+\); give",
     ):
         models.check_model(name)
 
@@ -43,8 +47,12 @@ def test_a_missing_tokenizer_ends_in_the_next_step(tiny_folder, tmp_path, kept):
         models.load_tokenizer(str(tmp_path), "do this")
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [(Dtype.AUTO, torch.float32), (Dtype.BFLOAT16, torch.bfloat16)])
-def test_a_model_is_loaded_with_its_tokenizer_packed_or_not(tiny_folder, sparse_folder, precision, dtype):
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [(Dtype.AUTO, torch.float32), (Dtype.BFLOAT16, torch.bfloat16)]
+)
+def test_a_model_is_loaded_with_its_tokenizer_packed_or_not(
+    tiny_folder, sparse_folder, precision, dtype
+):
     for folder in (tiny_folder, sparse_folder):
         model, tokenizer = models.load(str(folder), precision)
         assert {p.dtype for p in model.parameters()} == {dtype}
@@ -68,7 +76,9 @@ def test_the_output_must_be_a_new_or_empty_folder_with_room(tiny_folder, tmp_pat
     with pytest.raises(RacError, match="is in use; name an empty or a new one"):
         models.check_output(tmp_path, str(tiny_folder))
     size = sum(f.stat().st_size for f in tiny_folder.glob("*.safetensors"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size - 1))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size - 1)
+    )
     with pytest.raises(RacError, match=r"0\.0 GiB are free, the checkpoint needs up to 0\.0 GiB"):
         models.check_output(tmp_path / "new", str(tiny_folder))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size))
@@ -77,7 +87,9 @@ def test_the_output_must_be_a_new_or_empty_folder_with_room(tiny_folder, tmp_pat
 
 def test_what_is_pruned_so_far_counts_for_a_pruning_run(tiny_folder, tmp_path, monkeypatch):
     size = sum(f.stat().st_size for f in tiny_folder.glob("*.safetensors"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * size - 1))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * size - 1)
+    )
     models.check_output(tmp_path / "new", str(tiny_folder))
     with pytest.raises(RacError, match=r"what is pruned so far up to .* beside it"):
         models.check_output(tmp_path / "new", str(tiny_folder), keeps_groups=True)
@@ -88,9 +100,14 @@ def test_what_is_pruned_so_far_counts_for_a_pruning_run(tiny_folder, tmp_path, m
 def test_a_hub_id_counts_with_what_the_cache_has_of_it(tmp_path, monkeypatch):
     sizes = {"owner/model": 10**9, "owner/not-here": None}
     monkeypatch.setattr("rac_modifier.checkpoint.output_folder.bytes_of_weights", sizes.__getitem__)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * 10**9))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * 10**9)
+    )
     models.check_output(tmp_path / "new", "owner/model")
-    with pytest.raises(RacError, match=r"1\.9 GiB are free, the checkpoint needs up to 1\.9 GiB .* 0\.9 GiB beside it"):
+    with pytest.raises(
+        RacError,
+        match=r"1\.9 GiB are free, the checkpoint needs up to 1\.9 GiB .* 0\.9 GiB beside it",
+    ):
         models.check_output(tmp_path / "new", "owner/model", keeps_groups=True)
     said = []
     place = logger.add(said.append, format="{message}")
@@ -123,7 +140,9 @@ def stored(tmp_path):
         (Dtype.FLOAT16, 2, 2 * 2 * 1300),
     ],
 )
-def test_what_each_process_has_for_itself_while_a_model_is_loaded_counts(stored, monkeypatch, precision, count, needed):
+def test_what_each_process_has_for_itself_while_a_model_is_loaded_counts(
+    stored, monkeypatch, precision, count, needed
+):
     monkeypatch.setenv("WORLD_SIZE", str(count))
     memory = type("Memory", (), {"available": needed})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
@@ -148,7 +167,8 @@ def test_a_model_that_does_not_fit_the_accelerator_is_refused(tiny_folder, monke
     monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: 10**6)
     with pytest.raises(
-        RacError, match=r"are free on cuda, .*: use a device with more memory, or hide it \(CUDA_VISIBLE"
+        RacError,
+        match=r"are free on cuda, .*: use a device with more memory, or hide it \(CUDA_VISIBLE",
     ):
         models.load_on_accelerator(str(tiny_folder), Dtype.AUTO)
 

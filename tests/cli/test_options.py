@@ -11,4 +11,7 @@ def test_the_presets_of_the_command_line_are_those_of_the_settings():
 def test_precisions_are_dtypes_of_torch_or_auto():
     import torch
 
-    assert all(precision == "auto" or isinstance(getattr(torch, precision), torch.dtype) for precision in Dtype)
+    assert all(
+        precision == "auto" or isinstance(getattr(torch, precision), torch.dtype)
+        for precision in Dtype
+    )

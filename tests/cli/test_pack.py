@@ -35,26 +35,38 @@ def test_pack_then_unpack(rac: Rac, pruned: Path, tmp_path: Path) -> None:
     (pruned / "pytorch_model.bin").touch()
     code, out, err = rac("pack", pruned, tmp_path / "packed")
     assert (code, err) == (0, "")
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("model.", "lm_head"))}
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in out.splitlines()
+        if line.startswith(("model.", "lm_head"))
+    }
     assert rows["model.layers.0.mlp.up_proj"][:4] == ["128x64", "F32", "2:4", "50.00%"]
     assert rows["model.layers.1.self_attn.o_proj"][2] == "unstructured"
     assert "the output matrix" in " ".join(rows["lm_head"])
     assert "to be packed: 14 of 16 matrices (12 2:4, 2 unstructured), as sparse-bitmask" in out
     assert "not copied (no part of a safetensors checkpoint): pytorch_model.bin" in out
     assert (
-        out.splitlines()[-1] == f"packed into {tmp_path / 'packed'}; look at it with: rac inspect {tmp_path / 'packed'}"
+        out.splitlines()[-1]
+        == f"packed into {tmp_path / 'packed'}; look at it with: rac inspect {tmp_path / 'packed'}"
     )
     state = load_model(pruned).state_dict()
     assert all(
-        torch.equal(tensor, state[name]) for name, tensor in load_model(tmp_path / "packed").state_dict().items()
+        torch.equal(tensor, state[name])
+        for name, tensor in load_model(tmp_path / "packed").state_dict().items()
     )
 
-    assert "packed by rac pack from pruned, which was pruned elsewhere" in rac("inspect", tmp_path / "packed")[1]
+    assert (
+        "packed by rac pack from pruned, which was pruned elsewhere"
+        in rac("inspect", tmp_path / "packed")[1]
+    )
 
     code, out, err = rac("unpack", tmp_path / "packed", tmp_path / "dense")
     assert (code, err) == (0, "")
     assert out.startswith("14 modules unpacked, ")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in load_model(tmp_path / "dense").state_dict().items())
+    assert all(
+        torch.equal(tensor, state[name])
+        for name, tensor in load_model(tmp_path / "dense").state_dict().items()
+    )
 
 
 def test_check_only_looks(rac: Rac, pruned: Path, tmp_path: Path) -> None:
@@ -117,7 +129,9 @@ def test_an_interruption_leaves_nothing_and_ends_in_130(
     monkeypatch.setattr(NewFiles, "write_tensors", interrupt)
     code, _, err = rac("pack", pruned, tmp_path / "out")
     assert code == 130
-    assert err.strip() == f"interrupted: {tmp_path / 'out'} is not written; run the same command again"
+    assert (
+        err.strip() == f"interrupted: {tmp_path / 'out'} is not written; run the same command again"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -20,11 +20,23 @@ from tests.kernels.test_predicted import planned
 
 def prediction(*names: str, packed: bool = True) -> Prediction:
     modules = tuple(
-        ModuleRow(name, 8192, 8192, "BF16", "sparse-24-bitmask" if packed else "dense", 0.5, 1, 1, reason="not pruned")
+        ModuleRow(
+            name,
+            8192,
+            8192,
+            "BF16",
+            "sparse-24-bitmask" if packed else "dense",
+            0.5,
+            1,
+            1,
+            reason="not pruned",
+        )
         for name in names
     )
     plan = [planned(name, 8192, 8192) for name in names if packed]
-    return predict_checkpoint(CheckpointReport(Path("out"), "dense", modules, 0, None), plan, card_of("l4"), 8)
+    return predict_checkpoint(
+        CheckpointReport(Path("out"), "dense", modules, 0, None), plan, card_of("l4"), 8
+    )
 
 
 def test_a_row_per_kind_and_one_for_the_step():
@@ -35,7 +47,15 @@ def test_a_row_per_kind_and_one_for_the_step():
     assert columns.split("  ")[0] == "layer"
     us = 1e6 * (8192 * 8192 * 1.125 + 2 * 8 * 16384) / 0.3e12 / 0.85 + 2
     gain = (1e6 * (8192 * 8192 * 2 + 2 * 8 * 16384) / 0.3e12 / 0.85 + 2) / us
-    assert re.split(r" {2,}", layer)[:7] == ["o_proj", "2", "8192x8192", "2:4", f"{us:.1f}", "memory", f"{gain:.2f}x"]
+    assert re.split(r" {2,}", layer)[:7] == [
+        "o_proj",
+        "2",
+        "8192x8192",
+        "2:4",
+        f"{us:.1f}",
+        "memory",
+        f"{gain:.2f}x",
+    ]
     assert re.split(r" {2,}", all_)[:4] == ["all", "2", f"{2 * us:.1f}", f"{gain:.2f}x"]
     assert any("attention" in note for note in notes)
 
@@ -43,7 +63,10 @@ def test_a_row_per_kind_and_one_for_the_step():
 def test_what_runs_dense_has_its_reason():
     text = render_prediction(prediction("a.o_proj", packed=False))
     assert "o_proj: dense because not pruned" in text
-    assert "no layer runs on a GPU kernel; they take packed sparse weights in bfloat16, int8, fp8" in text
+    assert (
+        "no layer runs on a GPU kernel; they take packed sparse weights in bfloat16, int8, fp8"
+        in text
+    )
 
 
 def test_a_model_without_layers_has_no_step():
@@ -63,7 +86,9 @@ def test_json_has_what_is_printed():
 
 def measured(*us: float, card: str = "l4", rows: int = 8192) -> Measured:
     """Of square layers on the 2:4 kernel with 8 tokens."""
-    times = tuple(MeasuredRow("o", n * rows, n * rows, 8, "bf16", each) for n, each in enumerate(us, start=1))
+    times = tuple(
+        MeasuredRow("o", n * rows, n * rows, 8, "bf16", each) for n, each in enumerate(us, start=1)
+    )
     return Measured("gpu.json", card_of(card), times)
 
 
@@ -71,7 +96,9 @@ def test_measured_times_stand_beside_the_predicted_ones():
     found = prediction("a.o_proj", "b.o_proj")
     alone = [re.split(r" {2,}", line) for line in render_prediction(found).splitlines()[1:4]]
     head, *table, counted, _ = render_prediction(found, measured(901.25)).splitlines()[:6]
-    assert head.endswith("RAC_GPU_KERNELS=on, bfloat16: us: predicted; measured us: gpu.json, by make gpu-check")
+    assert head.endswith(
+        "RAC_GPU_KERNELS=on, bfloat16: us: predicted; measured us: gpu.json, by make gpu-check"
+    )
     cells = [re.split(r" {2,}", line) for line in table]
     assert [row[:5] for row in cells[:2]] == [row[:5] for row in alone[:2]]
     assert [cells[0][5], cells[1][5]] == ["measured us", "901.2"]
@@ -88,7 +115,9 @@ def test_what_was_not_measured_has_a_dash_and_is_counted():
     lines = render_prediction(half, measured(901.25)).splitlines()
     cells = {line.split()[0]: re.split(r" {2,}", line) for line in lines[2:5]}
     assert (cells["o_proj"][5], cells["lm_head"][5], cells["all"][3]) == ("901.2", "-", "-")
-    assert lines[5].startswith("measured us: 1 row has none (-), for its shape, kernel or number of tokens")
+    assert lines[5].startswith(
+        "measured us: 1 row has none (-), for its shape, kernel or number of tokens"
+    )
     values = json.loads(json.dumps(prediction_figures(half, measured(901.25)), allow_nan=False))
     assert [layer["measured_us"] for layer in values["layers"]] == [901.25, None]
     assert values["note"] == "predicted; measured_us by make gpu-check, gpu.json"
@@ -113,9 +142,16 @@ def test_times_of_another_card_or_of_no_layer_are_refused_by_name():
 def test_the_command_predicts_in_place_of_the_cpus_plan(rac, sparse_folder):
     code, stdout, _ = rac("inspect", sparse_folder, "--device", "h100", "--tokens", "16")
     assert code == 0
-    assert f"On one H100 SXM, a step of 16 tokens, RAC_GPU_KERNELS=on, bfloat16: {NOT_MEASURED}" in stdout
-    assert re.search(r"^down_proj +\d+ +\d+x\d+ +dense ", stdout, re.MULTILINE)  # so small that launches decide
-    assert re.search(r"^ *down_proj: dense because it is predicted on H100 SXM: ", stdout, re.MULTILINE)
+    assert (
+        f"On one H100 SXM, a step of 16 tokens, RAC_GPU_KERNELS=on, bfloat16: {NOT_MEASURED}"
+        in stdout
+    )
+    assert re.search(
+        r"^down_proj +\d+ +\d+x\d+ +dense ", stdout, re.MULTILINE
+    )  # so small that launches decide
+    assert re.search(
+        r"^ *down_proj: dense because it is predicted on H100 SXM: ", stdout, re.MULTILINE
+    )
     assert "lm_head: dense because" in stdout
     assert "this machine's CPU" not in stdout
     code, stdout, _ = rac("inspect", sparse_folder, "--device", "h100", "--json")

@@ -28,7 +28,9 @@ def check(protocol, divergence=False, direct=False):
 def copy_of_gpqa(tmp_path):
     """Three questions in the published layout."""
     wrong = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-    rows = [{"Question": f"Q{i}?", "Correct Answer": "y", **dict.fromkeys(wrong, "n")} for i in range(3)]
+    rows = [
+        {"Question": f"Q{i}?", "Correct Answer": "y", **dict.fromkeys(wrong, "n")} for i in range(3)
+    ]
     (tmp_path / "gpqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "gpqa.jsonl"
 
@@ -72,7 +74,10 @@ def test_options_replace_it_and_are_named():
 
 
 def test_an_option_with_the_published_value_is_no_difference():
-    assert "Not as published" not in asked("math-500", samples=4, cap=32768, problems=500).describe(500)[0]
+    assert (
+        "Not as published"
+        not in asked("math-500", samples=4, cap=32768, problems=500).describe(500)[0]
+    )
 
 
 def test_an_option_with_the_value_of_its_default_replaces_the_preset():
@@ -81,7 +86,11 @@ def test_an_option_with_the_value_of_its_default_replaces_the_preset():
 
 def test_a_copy_is_read_without_the_datasets_configuration(tmp_path):
     protocol = asked("gsm8k", source="mine.parquet")
-    assert protocol.where() == {"source": "mine.parquet", "column": "question", "answer_column": "answer"}
+    assert protocol.where() == {
+        "source": "mine.parquet",
+        "column": "question",
+        "answer_column": "answer",
+    }
     assert asked("gsm8k", source="me/mirror").where()["split"] == "test"
     assert asked("gsm8k", source="me/mirror").where()["config"] is None
     assert asked("gsm8k", source="openai/gsm8k").where()["config"] == "main"
@@ -92,9 +101,19 @@ def test_a_copy_is_read_without_the_datasets_configuration(tmp_path):
     [
         ("gsm8k", {}, {"divergence": True}, "--preset gsm8k .* leave it or --divergence out"),
         ("gsm8k", {}, {"direct": True}, "--preset gsm8k .* leave it or --direct out"),
-        ("gsm8k", {"source": "reasoning-gym:gcd"}, {}, "--preset gsm8k cannot ask --source reasoning-gym:gcd"),
+        (
+            "gsm8k",
+            {"source": "reasoning-gym:gcd"},
+            {},
+            "--preset gsm8k cannot ask --source reasoning-gym:gcd",
+        ),
         (None, {"top_p": 0.9}, {}, "--top-p 0.9 has no effect on greedy answers"),
-        ("gsm8k", {"temperature": 0.0, "top_p": 0.9}, {}, "--top-p 0.9 has no effect on greedy answers"),
+        (
+            "gsm8k",
+            {"temperature": 0.0, "top_p": 0.9},
+            {},
+            "--top-p 0.9 has no effect on greedy answers",
+        ),
         (None, {"top_p": 0.0, "temperature": 1.0}, {}, "--top-p 0 is not a share"),
         ("gsm8k", {"top_p": 1.1}, {}, "--top-p 1.1 is not a share"),
         ("gsm8k", {"top_p": float("nan")}, {}, "--top-p nan is not a share"),
@@ -124,18 +143,28 @@ def test_a_dataset_that_cannot_be_loaded_says_what_to_do(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(RacError, match=r"--preset gpqa-diamond: .*no network.*accept their terms.*--source FILE"):
+    with pytest.raises(
+        RacError, match=r"--preset gpqa-diamond: .*no network.*accept their terms.*--source FILE"
+    ):
         asked("gpqa-diamond").load(0)
-    with pytest.raises(RacError, match=r"--preset math-500: .*those of HuggingFaceH4/MATH-500; a copy with the same"):
+    with pytest.raises(
+        RacError,
+        match=r"--preset math-500: .*those of HuggingFaceH4/MATH-500; a copy with the same",
+    ):
         asked("math-500").load(0)
 
 
 def test_the_command_asks_a_copy(rac, tiny_folder, tmp_path, copy_of_gpqa, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--source", copy_of_gpqa, "--samples", 2, "--cap", 8)
-    code, out, err = rac("eval", tiny_folder, "--preset", "gpqa-diamond", *options, "--json", "r.json")
+    code, out, err = rac(
+        "eval", tiny_folder, "--preset", "gpqa-diamond", *options, "--json", "r.json"
+    )
     assert code == 0, err
-    assert "Preset gpqa-diamond: 3 problems, 2 answers each, temperature 0.6, top-p 0.95, at most 8 new tokens." in out
+    assert (
+        "Preset gpqa-diamond: 3 problems, 2 answers each, temperature 0.6, top-p 0.95, at most 8 new tokens."
+        in out
+    )
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["results"][0]["problems"], found["results"][0]["samples"]) == (3, 2)
     assert found["protocol"]["preset"] == "gpqa-diamond"
@@ -146,7 +175,9 @@ def test_the_command_asks_a_copy(rac, tiny_folder, tmp_path, copy_of_gpqa, monke
 
 
 @pytest.mark.parametrize("extra", [(), ("--answers", "a.jsonl")])
-def test_letters_are_checked_as_letters(rac, tiny_folder, tmp_path, copy_of_gpqa, monkeypatch, extra):
+def test_letters_are_checked_as_letters(
+    rac, tiny_folder, tmp_path, copy_of_gpqa, monkeypatch, extra
+):
     """In both ways of asking: a letter among words would not be equal as mathematics."""
     monkeypatch.chdir(tmp_path)
     seen = []
@@ -175,7 +206,18 @@ def test_the_command_runs_programs_where_it_is_told_to(rac, tiny_folder, tmp_pat
         "metadata": "",
     }
     (tmp_path / "lcb.jsonl").write_text(json.dumps(rows) + "\n")
-    words = ("eval", tiny_folder, "--preset", "livecodebench", "--source", "lcb.jsonl", "--samples", 2, "--cap", 8)
+    words = (
+        "eval",
+        tiny_folder,
+        "--preset",
+        "livecodebench",
+        "--source",
+        "lcb.jsonl",
+        "--samples",
+        2,
+        "--cap",
+        8,
+    )
     code, _, err = rac(*words)
     assert code == 1
     assert "give --run-code" in err

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_prune_writes_a_checkpoint_and_says_where(rac, tiny_folder, recipe_file, tmp_path):
     out = tmp_path / "sparse"
-    code, stdout, _ = rac("prune", tiny_folder, out, "-r", recipe_file, "-s", "calibration.tokens=500")
+    code, stdout, _ = rac(
+        "prune", tiny_folder, out, "-r", recipe_file, "-s", "calibration.tokens=500"
+    )
     assert code == 0
     assert f"rac inspect {out}" in stdout
     record = json.loads((out / "rac_run.json").read_text())
@@ -22,7 +24,9 @@ def test_prune_writes_a_checkpoint_and_says_where(rac, tiny_folder, recipe_file,
 
 
 def test_a_mistake_ends_in_one_message_and_exit_code_1(rac, tiny_folder, recipe_file, tmp_path):
-    code, stdout, stderr = rac("prune", tiny_folder, tmp_path / "out", "-r", recipe_file, "-s", "solver=admm")
+    code, stdout, stderr = rac(
+        "prune", tiny_folder, tmp_path / "out", "-r", recipe_file, "-s", "solver=admm"
+    )
     assert code == 1
     assert stderr.startswith("error: ")
     assert "'admm'" in stderr
@@ -45,7 +49,11 @@ def test_check_names_each_valid_recipe_and_runs_nothing(rac, tmp_path):
 
 
 def test_check_reports_every_mistake_of_every_recipe(rac, tmp_path):
-    for name, settings in {"a": {"sparsty": 0.5}, "b": entry(), "c": entry(block_size=4, iterations=0)}.items():
+    for name, settings in {
+        "a": {"sparsty": 0.5},
+        "b": entry(),
+        "c": entry(block_size=4, iterations=0),
+    }.items():
         (tmp_path / f"{name}.yaml").write_text(recipe(settings))
     code, stdout, stderr = rac("prune", "--check", *(tmp_path / f"{name}.yaml" for name in "abc"))
     assert code == 1
@@ -56,12 +64,16 @@ def test_check_reports_every_mistake_of_every_recipe(rac, tmp_path):
 
 def test_check_takes_overrides_and_the_recipe_option(rac, recipe_file):
     assert rac("prune", "--check", "-r", recipe_file, "-s", "calibration.tokens=5")[0] == 0
-    code, _, stderr = rac("prune", "--check", recipe_file, "--preset", "paper", "-s", "iterations=4")
+    code, _, stderr = rac(
+        "prune", "--check", recipe_file, "--preset", "paper", "-s", "iterations=4"
+    )
     assert code == 1
     assert "iterations: 4 has no effect beside solver: sparsegpt" in stderr
 
 
-@pytest.mark.parametrize("args", [["m"], ["m", "out"], ["m", "out", "more", "-r", "x.yaml"], []], ids=str)
+@pytest.mark.parametrize(
+    "args", [["m"], ["m", "out"], ["m", "out", "more", "-r", "x.yaml"], []], ids=str
+)
 def test_pruning_needs_a_model_a_folder_and_a_recipe(rac, args):
     code, _, stderr = rac("prune", *args)
     assert code == 2
@@ -73,7 +85,9 @@ def test_pruning_needs_a_model_a_folder_and_a_recipe(rac, args):
 def test_schema_prints_the_published_file_and_nothing_else():
     """In a process of its own, where nothing else writes to standard output."""
     published = ROOT / "docs" / "recipe.schema.json"
-    done = subprocess.run([sys.executable, "-m", "rac_modifier.cli", "schema"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rac_modifier.cli", "schema"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, published.read_text())
 
 
@@ -114,12 +128,24 @@ def test_torchrun_itself_saves_the_bytes_of_one_process(tiny_folder, trace_store
     ]
     saved = {}
     for name, start in {"one": [sys.executable], "two": command}.items():
-        words = ["-m", "rac_modifier.cli", "prune", tiny_folder, tmp_path / name, "--recipe", tmp_path / "recipe.yaml"]
+        words = [
+            "-m",
+            "rac_modifier.cli",
+            "prune",
+            tiny_folder,
+            tmp_path / name,
+            "--recipe",
+            tmp_path / "recipe.yaml",
+        ]
         variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*start, *map(str, words)], capture_output=True, text=True, env=variables, timeout=600)
+        done = subprocess.run(
+            [*start, *map(str, words)], capture_output=True, text=True, env=variables, timeout=600
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count(f"saved to {tmp_path / name}") == 1
-        saved[name] = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        saved[name] = {
+            path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")
+        }
     assert saved["two"] == saved["one"] != {}
     record = json.loads((tmp_path / "two" / "rac_run.json").read_text())
     assert record["processes"] == 2

@@ -41,7 +41,16 @@ def test_the_steps_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     grid = ["frontier", model, "--recipe-grid", "r1_distill_1_5b", "--out", "o"]
     assert did == [
         [*grid, "--check"],
-        ["traces", "collect", model, "--recipe", "o/traces.yaml", "--serve", "--concurrency", "256"],
+        [
+            "traces",
+            "collect",
+            model,
+            "--recipe",
+            "o/traces.yaml",
+            "--serve",
+            "--concurrency",
+            "256",
+        ],
         grid,
         ["report", "o", "-o", "o/report.html", "--traces", "32"],  # of what there is
     ]
@@ -53,7 +62,9 @@ def test_the_steps_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_a_gpu_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RacError, match="no GPU is found; run it on a machine that has one, or try --dry-run"):
+    with pytest.raises(
+        RacError, match="no GPU is found; run it on a machine that has one, or try --dry-run"
+    ):
         main(monkeypatch)
 
 
@@ -74,7 +85,10 @@ def test_the_dry_run_takes_all_steps_and_a_second_one_takes_none_again(
         ("GPTQ int4", "dense quantized"),
     ]
     assert rows[0]["bytes"]["total"] > rows[1]["bytes"]["total"] > rows[3]["bytes"]["total"]
-    kept = [json.loads(line) for line in (tmp_path / "out" / "benchmarks.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "benchmarks.jsonl").read_text().splitlines()
+    ]
     assert [(each["label"], each["benchmark"]) for each in kept] == [
         (row["label"], name) for row in rows for name in ("math-500", "aime24")
     ]

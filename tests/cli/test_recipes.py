@@ -11,7 +11,9 @@ def test_a_line_for_each_recipe_with_its_name_and_what_it_does(rac):
     code, stdout, stderr = rac("recipes")
     assert (code, stderr) == (0, "")
     lines = stdout.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    assert [line.split()[0] for line in lines] == sorted(
+        path.stem for path in FOLDER.glob("*.yaml")
+    )
     for line in lines:
         name, text = line.split(maxsplit=1)
         assert (FOLDER / f"{name}.yaml").read_text().startswith(f"# {text}\n")
@@ -34,7 +36,12 @@ def test_show_of_an_unknown_name_is_one_message(rac):
 
 def test_a_recipe_is_named_without_a_path(rac, tiny_folder, tmp_path):
     store = f"traces.store={tmp_path / 'store.jsonl'}"
-    small = ["calibration.tokens=300", "traces.sampling.max_new_tokens=20", "traces.sampling.temperature=1.0", store]
+    small = [
+        "calibration.tokens=300",
+        "traces.sampling.max_new_tokens=20",
+        "traces.sampling.temperature=1.0",
+        store,
+    ]
     settings = [argument for setting in small for argument in ("--set", setting)]
     code, stdout, _ = rac("prune", tiny_folder, tmp_path / "out", "--recipe", "rac_2of4", *settings)
     assert code == 0

@@ -42,7 +42,9 @@ def test_the_recovered_checkpoint_is_packed_and_keeps_every_zero(
     before, after = (linears(rac_modifier.load_model(folder)) for folder in (sparse_folder, "out"))
     for name, module in after.items():
         assert torch.equal(module.weight == 0, before[name].weight == 0), name
-    assert any(not torch.equal(module.weight, before[name].weight) for name, module in after.items())
+    assert any(
+        not torch.equal(module.weight, before[name].weight) for name, module in after.items()
+    )
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert record["recovery"]["kl_after"] <= record["recovery"]["kl_before"]
     assert record["mask_structure"] == "2:4"
@@ -72,7 +74,10 @@ def test_a_sparse_int4_checkpoint_is_trained_through_its_codes_and_packed_again(
     weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
     quantization = {"config_groups": {"g": {"weights": weights}}}
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store, quantization=quantization)))
-    assert rac("prune", tiny_folder, "sparse", "-r", "recipe.yaml", "-s", "calibration.tokens=500")[0] == 0
+    assert (
+        rac("prune", tiny_folder, "sparse", "-r", "recipe.yaml", "-s", "calibration.tokens=500")[0]
+        == 0
+    )
     code, _, stderr = rac("recover", tiny_folder, "sparse", "out", *OPTIONS)
     assert code == 0, stderr
     before, after = (dense_tensors(tmp_path / folder) for folder in ("sparse", "out"))
@@ -90,7 +95,9 @@ def test_a_sparse_int4_checkpoint_is_trained_through_its_codes_and_packed_again(
     assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
 
 
-def test_an_output_that_cannot_be_written_costs_no_training(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_costs_no_training(
+    rac, tiny_folder, sparse_folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     steps = []
     step = TrainingLoop.step
@@ -125,15 +132,22 @@ def test_two_processes_write_one_checkpoint(tiny_folder, sparse_folder, tmp_path
     assert [code for code, _ in ends] == [0, 0], ends
     alone = started_forks(cli.main, [*words, "alone", *OPTIONS], tmp_path, count=1)
     assert alone[0][0] == 0, alone
-    two, one = (json.loads((tmp_path / name / "rac_run.json").read_text())["recovery"] for name in ("out", "alone"))
+    two, one = (
+        json.loads((tmp_path / name / "rac_run.json").read_text())["recovery"]
+        for name in ("out", "alone")
+    )
     assert (two["processes"], one["processes"]) == (2, 1)
     # where the processor multiplies bfloat16 fast, training runs in it, and sums depend on the batches, of which one process has
     # more; in float32 both agree closely (tests/recovery/test_sharded_processes.py)
     assert two["kl_before"] == pytest.approx(one["kl_before"], rel=1e-3)
     assert two["kl_after"] == pytest.approx(one["kl_after"], rel=4e-3)
     assert not (tmp_path / "rac_recovery").exists()
-    before, after = (linears(rac_modifier.load_model(folder)) for folder in (sparse_folder, tmp_path / "out"))
-    assert all(torch.equal(module.weight == 0, before[name].weight == 0) for name, module in after.items())
+    before, after = (
+        linears(rac_modifier.load_model(folder)) for folder in (sparse_folder, tmp_path / "out")
+    )
+    assert all(
+        torch.equal(module.weight == 0, before[name].weight == 0) for name, module in after.items()
+    )
 
 
 def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path, monkeypatch):
@@ -145,7 +159,9 @@ def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path, m
     code, _, stderr = rac("recover", "dense", "int3", "out", *OPTIONS)
     assert code == 0, stderr
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("int3", "out"))
-    assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
+    assert {name: tensor.shape for name, tensor in before.items()} == {
+        n: t.shape for n, t in after.items()
+    }
     packed = [name for name in before if name.endswith("weight_packed")]
     assert len(packed) == 14
     assert any(not torch.equal(before[name], after[name]) for name in packed)
@@ -178,8 +194,13 @@ def test_what_calibration_or_an_earlier_recovery_used_is_neither_trained_on_nor_
     monkeypatch.chdir(tmp_path)
     shutil.copy(trace_store, "store.jsonl")
     (tmp_path / "recipe.yaml").write_text(recipe(entry(tmp_path / "store.jsonl")))
-    assert rac("prune", tiny_folder, "sparse", "-r", "recipe.yaml", "-s", "calibration.tokens=500")[0] == 0
-    used = {tuple(trace.prompt_ids + trace.completion_ids) for trace in TraceStore.read("store.jsonl")}
+    assert (
+        rac("prune", tiny_folder, "sparse", "-r", "recipe.yaml", "-s", "calibration.tokens=500")[0]
+        == 0
+    )
+    used = {
+        tuple(trace.prompt_ids + trace.completion_ids) for trace in TraceStore.read("store.jsonl")
+    }
     words = [*OPTIONS, "--traces", "store.jsonl"]
     for number, (given, output) in enumerate((("sparse", "once"), ("once", "twice"))):
         code, _, stderr = rac("recover", tiny_folder, given, output, *words)
@@ -193,7 +214,9 @@ def test_what_calibration_or_an_earlier_recovery_used_is_neither_trained_on_nor_
     assert record["prompts"].keys() == {"traces"}
 
 
-def test_no_more_is_trained_on_than_the_settings_say(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch, seen):
+def test_no_more_is_trained_on_than_the_settings_say(
+    rac, tiny_folder, sparse_folder, tmp_path, monkeypatch, seen
+):
     """Of a store that holds more."""
     monkeypatch.chdir(tmp_path)
     assert rac("recover", tiny_folder, sparse_folder, "long", *OPTIONS)[0] == 0
@@ -249,9 +272,13 @@ def test_a_store_that_is_not_there_is_named(tmp_path, trace_store):
     ]
 
 
-def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(tiny_folder, tmp_path, monkeypatch):
+def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
+    tiny_folder, tmp_path, monkeypatch
+):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), tiny.tiny_tokenizer()
-    monkeypatch.setattr(repeats, "repeated_tokens", lambda ids: 6)  # of each completion that was cut at 12 tokens
+    monkeypatch.setattr(
+        repeats, "repeated_tokens", lambda ids: 6
+    )  # of each completion that was cut at 12 tokens
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
     asked = (ALONE, model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling)
     store = _collected(*asked, tokens=300, known=set())

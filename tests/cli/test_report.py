@@ -27,7 +27,11 @@ ABOUT = {"source": "arithmetic", "problems": 4, "cap": 50, "temperature": 0.6}
     [
         ("a", "report.txt", "use a name that ends in .html"),
         ("a", "no/report.html", "its folder does not exist; create it first"),
-        ("b", "report.html", "b holds no results of rac frontier; make them with: rac frontier MODEL --out"),
+        (
+            "b",
+            "report.html",
+            "b holds no results of rac frontier; make them with: rac frontier MODEL --out",
+        ),
     ],
 )
 def test_what_cannot_be_written(

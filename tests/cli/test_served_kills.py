@@ -24,7 +24,10 @@ def answered(folder: Path) -> set[str]:
     """The ids of the answers that are kept in a folder."""
     path = folder / "a.jsonl"
     return {
-        trace.id for p in (path, pending_path(path)) if p.exists() and read_header(p) for trace in TraceStore.read(p)
+        trace.id
+        for p in (path, pending_path(path))
+        if p.exists() and read_header(p)
+        for trace in TraceStore.read(p)
     }
 
 
@@ -37,7 +40,9 @@ def written(folder: Path) -> int:
 def result(folder: Path) -> dict:
     """What an evaluation found, without how long it took."""
     (found,) = json.loads((folder / "r.json").read_text())["results"]
-    return {name: value for name, value in found.items() if name not in ("seconds", "tokens_per_second")}
+    return {
+        name: value for name, value in found.items() if name not in ("seconds", "tokens_per_second")
+    }
 
 
 @pytest.mark.slow
@@ -49,7 +54,16 @@ def test_twenty_kills_end_as_an_undisturbed_run(tiny_folder, tmp_path):
     def start(folder: Path, delay: float):
         folder.mkdir(exist_ok=True)
         variables = {"RAC_VLLM": str(fake_vllm.install(folder)), fake_vllm.DELAY: str(delay)}
-        options = ["--problems", str(PROBLEMS), "--samples", str(SAMPLES), "--temperature", "0.6", "--cap", "12"]
+        options = [
+            "--problems",
+            str(PROBLEMS),
+            "--samples",
+            str(SAMPLES),
+            "--temperature",
+            "0.6",
+            "--cap",
+            "12",
+        ]
         files = ["--answers", "a.jsonl", "--json", "r.json", "--concurrency", "4"]
         arguments = ["eval", str(tiny_folder), "--serve", *options, *files]
         child = context.Process(target=run, args=(arguments, str(folder), variables))

@@ -15,7 +15,11 @@ def test_text_is_aligned_to_the_left_and_numbers_to_the_right():
 
 
 def test_several_columns_of_text():
-    assert render_table(("a", "b"), [("1", "2"), ("333", "44")], left=2).splitlines() == ["a    b", "1    2", "333  44"]
+    assert render_table(("a", "b"), [("1", "2"), ("333", "44")], left=2).splitlines() == [
+        "a    b",
+        "1    2",
+        "333  44",
+    ]
 
 
 def test_markdown_has_equally_many_cells_in_each_line():
@@ -28,7 +32,9 @@ def test_markdown_has_equally_many_cells_in_each_line():
 
 def test_cells_are_text_and_stay_on_one_line():
     long = "x" * 3000
-    table = render_table(("[bold]h[/bold]", "b"), [("[red]r[/red] :smile:", f"{long}\nsecond line")])
+    table = render_table(
+        ("[bold]h[/bold]", "b"), [("[red]r[/red] :smile:", f"{long}\nsecond line")]
+    )
     head, row = table.splitlines()
     assert head.startswith("[bold]h[/bold]")
     assert row == f"[red]r[/red] :smile:  {long} second line"

@@ -19,7 +19,16 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     assert f"{len(held)} traces, {held.counts.tokens} tokens" in stdout
 
     code, stdout, _ = rac(
-        "traces", "inspect", store, "--model", tiny_folder, "--samples", 0, "--verify", "--select", "{finished: true}"
+        "traces",
+        "inspect",
+        store,
+        "--model",
+        tiny_folder,
+        "--samples",
+        0,
+        "--verify",
+        "--select",
+        "{finished: true}",
     )
     assert code == 0
     assert f"verified    0 of {len(held)} right" in stdout
@@ -29,11 +38,16 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     assert rac("traces", "collect", tiny_folder, *options, *recovers)[0] == 0
     longer = TraceStore.read(store)
     assert longer.counts.tokens >= 300 + 400 + 200
-    assert [trace.completion_ids for trace in longer][: len(held)] == [trace.completion_ids for trace in held]
+    assert [trace.completion_ids for trace in longer][: len(held)] == [
+        trace.completion_ids for trace in held
+    ]
 
     out = tmp_path / "new.parquet"
     held = longer
-    assert f"{out}: {len(held)} traces" in rac("traces", "export", store, out, "--text", "--model", tiny_folder)[1]
+    assert (
+        f"{out}: {len(held)} traces"
+        in rac("traces", "export", store, out, "--text", "--model", tiny_folder)[1]
+    )
 
     code, stdout, _ = rac(*inspect, "--samples", 2)
     assert code == 0
@@ -60,15 +74,37 @@ def test_traces_inspect_without_the_model(rac, trace_store, tiny_folder, tmp_pat
 
 def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
     store = tmp_path / "new.jsonl"
-    options = ("-r", recipe_file, "-s", f"traces.store={store}", "-s", "calibration.tokens=300", "--json")
+    options = (
+        "-r",
+        recipe_file,
+        "-s",
+        f"traces.store={store}",
+        "-s",
+        "calibration.tokens=300",
+        "--json",
+    )
     code, stdout, _ = rac("traces", "collect", tiny_folder, *options)
     held = TraceStore.read(store)
     (part,) = json.loads(stdout)["parts"].values()
     assert code == 0
-    assert (part["store"], part["traces"], part["tokens"]) == (str(store), len(held), held.counts.tokens)
+    assert (part["store"], part["traces"], part["tokens"]) == (
+        str(store),
+        len(held),
+        held.counts.tokens,
+    )
 
     found = json.loads(
-        rac("traces", "inspect", store, "--model", tiny_folder, "--json", "--verify", "--select", "{finished: true}")[1]
+        rac(
+            "traces",
+            "inspect",
+            store,
+            "--model",
+            tiny_folder,
+            "--json",
+            "--verify",
+            "--select",
+            "{finished: true}",
+        )[1]
     )
     assert found["counts"]["traces"] == len(held)
     assert (found["right"], found["selected"]) == (0, held.counts.finished)
@@ -77,12 +113,19 @@ def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
     assert found["endings"]["ended_by"] == Counter(trace.finish_reason for trace in held)
     assert sum(found["endings"]["lengths"].values()) == len(held)
 
-    found = json.loads(rac("traces", "inspect", store, "--model", tiny_folder, "--json", "--samples", 2)[1])
+    found = json.loads(
+        rac("traces", "inspect", store, "--model", tiny_folder, "--json", "--samples", 2)[1]
+    )
     assert [sample["id"] for sample in found["samples"]] == [trace.id for trace in held][:2]
-    assert next(iter(held)).question.replace(" ", "") in found["samples"][0]["text"].replace(" ", "")
+    assert next(iter(held)).question.replace(" ", "") in found["samples"][0]["text"].replace(
+        " ", ""
+    )
 
     out = tmp_path / "new.parquet"
-    assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {"output": str(out), "traces": len(held)}
+    assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {
+        "output": str(out),
+        "traces": len(held),
+    }
 
 
 def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(
@@ -92,8 +135,26 @@ def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(
     monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
     shorten_pauses(monkeypatch)
     sampling = ("-s", "traces.sampling.batch_size=8")
-    options = ("-r", recipe_file, *sampling, "-s", "traces.store=new.jsonl", "-s", "calibration.tokens=120")
-    served = ("traces", "collect", tiny_folder, *options, "--serve", "--concurrency", 3, "--precision", "float32")
+    options = (
+        "-r",
+        recipe_file,
+        *sampling,
+        "-s",
+        "traces.store=new.jsonl",
+        "-s",
+        "calibration.tokens=120",
+    )
+    served = (
+        "traces",
+        "collect",
+        tiny_folder,
+        *options,
+        "--serve",
+        "--concurrency",
+        3,
+        "--precision",
+        "float32",
+    )
     said: list[str] = []
     sink = logger.add(said.append, level="WARNING", format="{message}")
     code, _, error = rac(*served)

@@ -39,7 +39,9 @@ def test_the_settings_of_a_config_group():
     assert set(GROUP_NAMES) == set(QuantizationScheme.model_fields)
     assert set(ARGUMENT_NAMES) == set(QuantizationArgs.model_fields)
     of_arguments = {
-        name for name, field in QuantizationScheme.model_fields.items() if "QuantizationArgs" in str(field.annotation)
+        name
+        for name, field in QuantizationScheme.model_fields.items()
+        if "QuantizationArgs" in str(field.annotation)
     }
     assert set(QUANTIZED_PARTS) == of_arguments
 
@@ -50,22 +52,36 @@ def test_no_setting_has_the_name_of_something_that_upstreams_modifier_has():
         assert not own & _names_of(Modifier)
 
 
-@pytest.mark.parametrize(("name", "settings"), [(NAME, {"mask_structure": "2:4"}), (CALIBRATES, {})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [(NAME, {"mask_structure": "2:4"}), (CALIBRATES, {})]
+)
 def test_a_modifiers_dump_is_a_recipe_entry(name, settings):
     """What llm-compressor writes into recipe.yaml beside a checkpoint, and what it passes on when it reads one."""
     recipe = Recipe.create_instance(yaml.safe_dump({"a_stage": {"a_modifiers": {name: settings}}}))
     written = yaml.safe_load(recipe.yaml())
-    (found, entry), whole = find_named_entry(written, "recipe.yaml"), ENTRIES[name](**settings).model_dump()
-    assert (found, entry) == (name, {key: value for key, value in whole.items() if value is not None})
+    (found, entry), whole = (
+        find_named_entry(written, "recipe.yaml"),
+        ENTRIES[name](**settings).model_dump(),
+    )
+    assert (found, entry) == (
+        name,
+        {key: value for key, value in whole.items() if value is not None},
+    )
     check_entry(entry, "recipe.yaml", name)
     Recipe.create_instance(yaml.safe_dump(written))
 
 
 def test_upstreams_state_is_no_setting():
     for state in ({"start": 0}, {"initialized_": True}, {"requires_calibration_data": False}):
-        with pytest.raises(ValidationError, match="has no effect in ReasoningAwareSparseGPTModifier; leave it out"):
+        with pytest.raises(
+            ValidationError, match="has no effect in ReasoningAwareSparseGPTModifier; leave it out"
+        ):
             ReasoningAwareSparseGPTModifier(sparsity=0.5, **state)
 
 
 def _names_of(model: type[BaseModel]) -> set[str]:
-    return {name for name in {*dir(model), *model.model_fields} if not name.startswith("__") and name != "_abc_impl"}
+    return {
+        name
+        for name in {*dir(model), *model.model_fields}
+        if not name.startswith("__") and name != "_abc_impl"
+    }

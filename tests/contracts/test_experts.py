@@ -4,7 +4,11 @@ import inspect
 
 import torch
 from llmcompressor.modeling.moe import context
-from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, ExpertMLPWithoutGate, LinearExperts2D
+from llmcompressor.modeling.moe.linear_experts import (
+    ExpertMLPWithGate,
+    ExpertMLPWithoutGate,
+    LinearExperts2D,
+)
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
@@ -26,12 +30,18 @@ def test_seam_the_switch_is_a_variable_of_its_module(monkeypatch):
 
 
 def test_seam_an_expert_is_gate_and_up_then_down(tmp_path):
-    model = linearize_moe(AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path, num_hidden_layers=1)))
+    model = linearize_moe(
+        AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path, num_hidden_layers=1))
+    )
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, LinearExperts2D)
     assert experts.num_experts == EXPERTS < len(experts), "the activation is among the children"
     assert isinstance(experts[0], ExpertMLPWithGate)
-    assert {name for name, _ in experts[0].named_children()} == {"gate_proj", "up_proj", "down_proj"}
+    assert {name for name, _ in experts[0].named_children()} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     assert "self.down_proj(" in inspect.getsource(ExpertMLPWithGate.forward)
     assert "self.down_proj(" in inspect.getsource(ExpertMLPWithoutGate.forward)
 

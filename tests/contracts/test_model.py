@@ -72,7 +72,9 @@ def test_seam_a_compressor_takes_a_wider_weight_than_the_modules():
 
 
 def test_seam_modify_save_pretrained_leaves_a_marked_one_alone():
-    from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
+    from llmcompressor.transformers.compression.compressed_tensors_utils import (
+        modify_save_pretrained,
+    )
 
     model = tiny_model()
     modify_save_pretrained(model)
@@ -89,5 +91,7 @@ def test_seam_post_process_calls_save_pretrained_with_save_compressed(tmp_path):
 
     calls = []
     model = SimpleNamespace(save_pretrained=lambda *args, **kwargs: calls.append((args, kwargs)))
-    post_process(SimpleNamespace(model=model, processor=None, save_compressed=False), None, str(tmp_path))
+    post_process(
+        SimpleNamespace(model=model, processor=None, save_compressed=False), None, str(tmp_path)
+    )
     assert calls == [((str(tmp_path),), {"save_compressed": False})]

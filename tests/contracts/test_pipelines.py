@@ -10,7 +10,12 @@ from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
-from rac_modifier.llmcompressor.pipeline import ReasoningAwareSequentialPipeline, Run, put_in_place, take_away
+from rac_modifier.llmcompressor.pipeline import (
+    ReasoningAwareSequentialPipeline,
+    Run,
+    put_in_place,
+    take_away,
+)
 from tests.llmcompressor.modifier_helpers import int4
 from tests.tiny import NAME, entry, linears, tiny_model
 
@@ -33,7 +38,12 @@ def test_seam_calibration_pipeline_registry_is_what_from_modifiers_loads():
 
 def test_seam_no_other_pipeline_than_the_known_ones_is_registered():
     """A new one might calibrate without our loader."""
-    assert set(CalibrationPipeline.registered_names()) == {"basic", "datafree", "independent", "sequential"}
+    assert set(CalibrationPipeline.registered_names()) == {
+        "basic",
+        "datafree",
+        "independent",
+        "sequential",
+    }
 
 
 def test_seam_independent_pipeline_asks_from_modifiers_for_each_modifier(monkeypatch):
@@ -45,7 +55,9 @@ def test_seam_independent_pipeline_asks_from_modifiers_for_each_modifier(monkeyp
 
     def from_modifiers(modifiers, user=None):
         asked.append([type(m).__name__ for m in modifiers])
-        assert active_session().lifecycle.recipe.modifiers == modifiers  # what pipeline.py reads the modifiers from
+        assert (
+            active_session().lifecycle.recipe.modifiers == modifiers
+        )  # what pipeline.py reads the modifiers from
         return lambda model, loader, args: None
 
     monkeypatch.setattr(CalibrationPipeline, "from_modifiers", from_modifiers)
@@ -65,7 +77,11 @@ def test_seam_independent_pipeline_asks_from_modifiers_for_each_modifier(monkeyp
 
 def test_seam_pipeline_signature():
     """Our subclass is called in its place, and it calls this one for other modifiers."""
-    assert list(inspect.signature(SequentialPipeline.__call__).parameters) == ["model", "dataloader", "dataset_args"]
+    assert list(inspect.signature(SequentialPipeline.__call__).parameters) == [
+        "model",
+        "dataloader",
+        "dataset_args",
+    ]
     assert isinstance(inspect.getattr_static(SequentialPipeline, "__call__"), staticmethod)
 
 
@@ -81,19 +97,30 @@ def test_seam_trace_subgraphs_signature_and_subgraph_interface():
     targets = infer_sequential_targets(model, args.sequential_targets)
     ids = torch.arange(2, 22).reshape(2, 10)
     subgraphs = trace_subgraphs(
-        model, {"input_ids": ids}, targets, args.tracing_ignore, args.sequential_targets_per_subgraph
+        model,
+        {"input_ids": ids},
+        targets,
+        args.tracing_ignore,
+        args.sequential_targets_per_subgraph,
     )
     assert len(subgraphs) == 3  # one per layer, and one for what comes before or after
-    assert {m for s in subgraphs for m in s.submodules(model)} >= set(model.model.layers.modules()) - {
-        model.model.layers
-    }
-    values, logits = {"input_ids": torch.cat([ids, ids])}, []  # the number of rows must not be baked in
+    assert {m for s in subgraphs for m in s.submodules(model)} >= set(
+        model.model.layers.modules()
+    ) - {model.model.layers}
+    values, logits = (
+        {"input_ids": torch.cat([ids, ids])},
+        [],
+    )  # the number of rows must not be baked in
     with torch.no_grad():
         expected = model(**values).logits
         model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
         for subgraph in subgraphs:
-            outputs = subgraph.forward(model, **{name: values[name] for name in subgraph.input_names})
-            values = {k: v for k, v in {**values, **outputs}.items() if k not in subgraph.consumed_names}
+            outputs = subgraph.forward(
+                model, **{name: values[name] for name in subgraph.input_names}
+            )
+            values = {
+                k: v for k, v in {**values, **outputs}.items() if k not in subgraph.consumed_names
+            }
     torch.testing.assert_close(logits, [expected])
 
 
@@ -105,7 +132,9 @@ def test_seam_partition_starts_a_subgraph_at_each_target():
     model = tiny_model()
     targets = list(linears(model))
     ids = torch.arange(2, 22).reshape(2, 10)
-    subgraphs = trace_subgraphs(model, {"input_ids": ids}, targets, DatasetArguments().tracing_ignore, 1)
+    subgraphs = trace_subgraphs(
+        model, {"input_ids": ids}, targets, DatasetArguments().tracing_ignore, 1
+    )
     assert len(subgraphs) == len(targets) + 1
     for subgraph, target in zip(subgraphs[1:], targets, strict=True):
         (node,) = [n for n in subgraph.graph.nodes if n.op == "call_module" and n.target in targets]
@@ -145,13 +174,20 @@ def test_seam_autoround_takes_the_positions_of_the_first_sequence_for_all():
     from llmcompressor.modifiers.autoround import AutoRoundModifier
 
     assert "position_embeddings" in SHARED_CACHE_KEYS
-    assert (AutoRoundModifier().iters, AutoRoundModifier().batch_size) == (200, 8)  # what `rac frontier --check` counts
+    assert (AutoRoundModifier().iters, AutoRoundModifier().batch_size) == (
+        200,
+        8,
+    )  # what `rac frontier --check` counts
     short, long = ((torch.zeros(1, length, 4),) for length in (2, 5))
     cosine = [{"position_embeddings": (torch.ones(1, length, 2),)} for length in (2, 5)]
-    padded, _ = AutoRoundModifier()._pad_captured_inputs(list(zip((short, long), cosine, strict=True)))
+    padded, _ = AutoRoundModifier()._pad_captured_inputs(
+        list(zip((short, long), cosine, strict=True))
+    )
     others = {"position_embeddings": [kwargs["position_embeddings"] for _, kwargs in padded]}
     runner = SimpleNamespace(batch_dim=0, shared_cache_keys=SHARED_CACHE_KEYS)
-    _, chosen = BlockForwardRunner._select_batch(runner, [args[0] for args, _ in padded], others, torch.tensor([0, 1]))
+    _, chosen = BlockForwardRunner._select_batch(
+        runner, [args[0] for args, _ in padded], others, torch.tensor([0, 1])
+    )
     assert chosen["position_embeddings"][0][0, :, 0].tolist() == [1, 1, 0, 0, 0]
 
 
@@ -164,13 +200,21 @@ def test_seam_autoround_counts_padding_in_its_loss(monkeypatch, tiny_folder):
     masks, get_loss = [], SignRoundQuantizer._get_loss
 
     def recorded(self, *args, **kwargs):
-        masks.append(inspect.signature(get_loss).bind(self, *args, **kwargs).arguments.get("valid_token_mask"))
+        masks.append(
+            inspect.signature(get_loss)
+            .bind(self, *args, **kwargs)
+            .arguments.get("valid_token_mask")
+        )
         return get_loss(self, *args, **kwargs)
 
     monkeypatch.setattr(SignRoundQuantizer, "_get_loss", recorded)
-    ragged = torch.utils.data.DataLoader([{"input_ids": torch.arange(3, 3 + n)[None]} for n in (4, 9)], batch_size=None)
+    ragged = torch.utils.data.DataLoader(
+        [{"input_ids": torch.arange(3, 3 + n)[None]} for n in (4, 9)], batch_size=None
+    )
     settings = {"iters": 1, "enable_torch_compile": False, "ignore": ["lm_head"], "batch_size": 2}
-    oneshot(model=str(tiny_folder), dataset=ragged, recipe=[AutoRoundModifier(**settings, **int4())])
+    oneshot(
+        model=str(tiny_folder), dataset=ragged, recipe=[AutoRoundModifier(**settings, **int4())]
+    )
     assert masks
     assert set(masks) == {None}
 
@@ -183,7 +227,13 @@ def test_seam_autoround_loses_its_zero_points(tiny_folder):
     weights = {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False}
     settings = {"iters": 1, "enable_torch_compile": False, "ignore": ["lm_head"], "batch_size": 2}
     groups = {"w": {"targets": ["Linear"], "weights": weights}}
-    data = torch.utils.data.DataLoader([{"input_ids": torch.arange(3, 12)[None]}] * 2, batch_size=None)
-    model = oneshot(model=str(tiny_folder), dataset=data, recipe=[AutoRoundModifier(**settings, config_groups=groups)])
+    data = torch.utils.data.DataLoader(
+        [{"input_ids": torch.arange(3, 12)[None]}] * 2, batch_size=None
+    )
+    model = oneshot(
+        model=str(tiny_folder),
+        dataset=data,
+        recipe=[AutoRoundModifier(**settings, config_groups=groups)],
+    )
     rounded = [module for name, module in linears(model).items() if name != "lm_head"]
     assert not any(module.weight_zero_point.any() for module in rounded)

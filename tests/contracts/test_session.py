@@ -8,7 +8,12 @@ import torch
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor import oneshot_arguments
-from rac_modifier.llmcompressor.oneshot_arguments import HONOURED, REFUSED, REFUSED_BY_PRUNING, find_oneshot
+from rac_modifier.llmcompressor.oneshot_arguments import (
+    HONOURED,
+    REFUSED,
+    REFUSED_BY_PRUNING,
+    find_oneshot,
+)
 from tests.tiny import entry
 
 
@@ -62,13 +67,21 @@ def test_seam_hooks_mixin_registers_and_disables_a_forward_pre_hook():
 def test_seam_modifier_lifecycle_hooks(name, parameters):
     from llmcompressor.modifiers import Modifier
 
-    assert list(inspect.signature(getattr(Modifier, name)).parameters)[: len(parameters)] == parameters
+    assert (
+        list(inspect.signature(getattr(Modifier, name)).parameters)[: len(parameters)] == parameters
+    )
 
 
 def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
     from llmcompressor.modifiers import Modifier
 
-    ours = {"calibrated_modules", "check_memory", "needs_dense_stream", "on_subgraph_start", "prune_groups"}
+    ours = {
+        "calibrated_modules",
+        "check_memory",
+        "needs_dense_stream",
+        "on_subgraph_start",
+        "prune_groups",
+    }
     ours |= {
         "build_calibration",
         "calibrate_session",
@@ -122,7 +135,8 @@ def test_seam_the_recipe_is_in_the_session_when_a_modifier_is_initialized(tiny_f
 
     monkeypatch.setattr(QuantizationModifier, "on_initialize", spy)
     made = [
-        QuantizationModifier(scheme="W8A8", targets=[t], ignore=["lm_head"]) for t in ("re:.*q_proj", "re:.*k_proj")
+        QuantizationModifier(scheme="W8A8", targets=[t], ignore=["lm_head"])
+        for t in ("re:.*q_proj", "re:.*k_proj")
     ]
     oneshot(model=str(tiny_folder), recipe=made)
     assert seen == [[True, False], [False, True]]
@@ -154,7 +168,9 @@ def test_seam_a_modifier_is_initialized_inside_a_method_of_oneshot(tiny_folder, 
 
     seen = []
     monkeypatch.setattr(
-        QuantizationModifier, "on_initialize", lambda self, state, **kw: not seen.append(find_oneshot())
+        QuantizationModifier,
+        "on_initialize",
+        lambda self, state, **kw: not seen.append(find_oneshot()),
     )
     oneshot(
         model=str(tiny_folder),

@@ -33,7 +33,9 @@ METHOD = "compressed-tensors"
 
 def test_seam_the_two_tables_that_from_pretrained_looks_into():
     assert issubclass(auto.AUTO_QUANTIZER_MAPPING[METHOD], CompressedTensorsHfQuantizer)
-    assert issubclass(auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], upstream.CompressedTensorsConfig)
+    assert issubclass(
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], upstream.CompressedTensorsConfig
+    )
     config = auto.AutoQuantizationConfig.from_dict({"quant_method": METHOD, "format": "dense"})
     assert type(config) is auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD]
     assert type(auto.AutoHfQuantizer.from_config(config)) is auto.AUTO_QUANTIZER_MAPPING[METHOD]
@@ -94,7 +96,11 @@ def test_seam_hooks_of_a_quantizer_and_their_order(tmp_path: Path, monkeypatch):
 
         monkeypatch.setattr(CompressedTensorsHfQuantizer, name, hook)
 
-    hooks = ("_process_model_before_weight_loading", "update_weight_conversions", "_process_model_after_weight_loading")
+    hooks = (
+        "_process_model_before_weight_loading",
+        "update_weight_conversions",
+        "_process_model_after_weight_loading",
+    )
     for name in hooks:
         spy(name)
     Qwen3ForCausalLM.from_pretrained(tmp_path)
@@ -121,7 +127,9 @@ def test_seam_signatures(owner, name, parameters):
 
 def test_seam_a_quantizer_that_dequantizes_leaves_an_ordinary_model():
     """What our quantizer does for a model that is packed and not quantized."""
-    quantizer = auto.AUTO_QUANTIZER_MAPPING[METHOD](auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](dequantize=True))
+    quantizer = auto.AUTO_QUANTIZER_MAPPING[METHOD](
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](dequantize=True)
+    )
     model = tiny_model()
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
@@ -140,20 +148,26 @@ def test_seam_an_error_of_an_operation_is_turned_into_another_one(tmp_path: Path
     """Why errors are kept and raised after loading; when transformers raises them as they are, that can go."""
     tiny_model().save_pretrained(tmp_path)
     made = WeightConverter([r"norm\.weight$"], "norm.weight", operations=[Failing()])
-    monkeypatch.setattr("transformers.modeling_utils.get_model_conversion_mapping", lambda *args: [made])
+    monkeypatch.setattr(
+        "transformers.modeling_utils.get_model_conversion_mapping", lambda *args: [made]
+    )
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         Qwen3ForCausalLM.from_pretrained(tmp_path)
 
 
 def test_seam_an_operation_that_returns_nothing_leaves_its_weight_missing():
-    converter = WeightConverter(["a"], "b", operations=[SimpleNamespace(convert=lambda *args, **kwargs: {})])
+    converter = WeightConverter(
+        ["a"], "b", operations=[SimpleNamespace(convert=lambda *args, **kwargs: {})]
+    )
     converter.collected_tensors = defaultdict(list, {"a": [torch.zeros(1)]})
     assert converter.convert("layer.b") == {}
 
 
 def test_seam_full_names_that_an_operation_returns_are_kept():
     found = {"layer.b": torch.zeros(1), "layer.c": torch.ones(1)}
-    converter = WeightConverter(["a"], "b", operations=[SimpleNamespace(convert=lambda *args, **kwargs: dict(found))])
+    converter = WeightConverter(
+        ["a"], "b", operations=[SimpleNamespace(convert=lambda *args, **kwargs: dict(found))]
+    )
     assert converter.convert("layer.b").keys() == found.keys()
 
 
@@ -169,7 +183,9 @@ def test_seam_a_converter_is_copied_for_each_tensor_with_its_operations():
 
 
 def test_seam_what_a_converter_of_experts_is_made_of():
-    converter = WeightConverter(["experts.*.up.weight"], "experts.up_proj", operations=[Concatenate(dim=0)])
+    converter = WeightConverter(
+        ["experts.*.up.weight"], "experts.up_proj", operations=[Concatenate(dim=0)]
+    )
     assert converter.source_patterns == ["experts.*.up.weight"]
     assert converter._original_target_patterns == ["experts.up_proj"]
     assert converter._original_source_patterns == ["experts.*.up.weight"]
@@ -181,9 +197,14 @@ def test_seam_what_a_converter_of_experts_is_made_of():
 
 
 def test_seam_a_group_in_a_source_pattern_is_put_into_the_target():
-    converter = WeightConverter([r"^(a\.b|c)\.bits$", r"^(a\.b|c)\.values$"], r"\1.words", operations=[Failing()])
+    converter = WeightConverter(
+        [r"^(a\.b|c)\.bits$", r"^(a\.b|c)\.values$"], r"\1.words", operations=[Failing()]
+    )
     assert rename_source_key("a.b.values", [], [converter]) == ("a.b.words", r"^(a\.b|c)\.values$")
-    assert rename_source_key("x.c.values", [WeightRenaming("x", "y")], [converter]) == ("y.c.values", None)
+    assert rename_source_key("x.c.values", [WeightRenaming("x", "y")], [converter]) == (
+        "y.c.values",
+        None,
+    )
 
 
 def test_seam_with_a_quantizer_shapes_are_not_compared_and_renamed_tensors_not_cast():

@@ -9,7 +9,10 @@ from packaging.requirements import Requirement
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
-REQUIREMENTS = [Requirement(r) for r in (*PYPROJECT["project"]["dependencies"], *EXTRAS["compress"], *EXTRAS["eval"])]
+REQUIREMENTS = [
+    Requirement(r)
+    for r in (*PYPROJECT["project"]["dependencies"], *EXTRAS["compress"], *EXTRAS["eval"])
+]
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)

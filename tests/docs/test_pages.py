@@ -17,7 +17,11 @@ from rac_modifier.settings.recipe import find_named_entry
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RECIPES = {path.stem for folder in ("recipes", "rac_modifier/recipes") for path in (ROOT / folder).glob("*.yaml")}
+RECIPES = {
+    path.stem
+    for folder in ("recipes", "rac_modifier/recipes")
+    for path in (ROOT / folder).glob("*.yaml")
+}
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 COMMANDS = typer.main.get_command(app)
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -33,7 +37,9 @@ def command_lines(page: Path) -> Iterator[str]:
     for block in [*blocks(page, "bash"), *blocks(page)]:
         for line in block.replace("\\\n", " ").splitlines():
             yield line.partition(" #")[0].strip()
-    yield from (" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text()))
+    yield from (
+        " ".join(code.split()) for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text())
+    )
 
 
 def test_the_readme_takes_a_minute():
@@ -45,9 +51,9 @@ def test_the_readme_takes_a_minute():
     assert text.count("![") == 1, "one picture"
 
 
-def test_the_readme_has_six_lines_of_python_and_two_of_serving():
+def test_the_readme_has_seven_lines_of_python_and_two_of_serving():
     (python,) = blocks(ROOT / "README.md", "python")
-    assert len([line for line in python.splitlines() if line.strip()]) <= 6
+    assert len([line for line in python.splitlines() if line.strip()]) <= 7
     serving = next(block for block in blocks(ROOT / "README.md", "bash") if "vllm serve" in block)
     assert len(serving.splitlines()) == 2
 
@@ -69,7 +75,10 @@ def test_yaml_holds_settings_that_exist(page):
         if any(str(key).endswith("_stage") for key in content):
             name, entry = find_named_entry(content, page.name)
         else:
-            name, entry = "ReasoningAwareSparseGPTModifier", content.get("ReasoningAwareSparseGPTModifier", content)
+            name, entry = (
+                "ReasoningAwareSparseGPTModifier",
+                content.get("ReasoningAwareSparseGPTModifier", content),
+            )
             entry = {"sparsity": 0.5, **entry} if entry.get("solver") != "keep" else entry
         ENTRIES[name].model_validate(entry)
 
@@ -98,11 +107,18 @@ def what_is_wrong(line: str) -> str | None:
         if rest[0] not in command.commands:
             return f"no command {rest[0]!r}"
         command, rest = command.commands[rest[0]], rest[1:]
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
-        "--help"
-    }
+    known = {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help"}
     return next(
-        (f"no option {word}" for word in rest if word.startswith("--") and word.partition("=")[0] not in known), None
+        (
+            f"no option {word}"
+            for word in rest
+            if word.startswith("--") and word.partition("=")[0] not in known
+        ),
+        None,
     )
 
 
@@ -124,12 +140,17 @@ def test_linked_files_exist(page):
 @each_page
 def test_programs_that_a_page_names_exist(page):
     """Files of benchmarks/, examples/, tests/, scripts/ and training/."""
-    named = re.findall(r"\b(?:benchmarks|examples|scripts|tests|training)/[\w/.-]*\w", page.read_text())
+    named = re.findall(
+        r"\b(?:benchmarks|examples|scripts|tests|training)/[\w/.-]*\w", page.read_text()
+    )
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
 # Counted or rounded here, not measured: bytes per weight, and sizes.
-COUNTED = {"README.md": {"3.4", "0.39"}, "choosing.md": {"3.4", "1.13", "0.93", "0.73", "0.63", "0.39"}}
+COUNTED = {
+    "README.md": {"3.4", "0.39"},
+    "choosing.md": {"3.4", "1.13", "0.93", "0.73", "0.63", "0.39"},
+}
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -137,11 +158,15 @@ def test_figures_are_those_of_the_results(name):
     """Every number with a decimal point in the tables and text also stands in docs/results."""
     page = next(page for page in PAGES if page.name == name)
     text = re.sub(
-        r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|Apache-2.0|Python 3\.\d+|Qwen2?-[\d.]+B|[-\d.]+B\b", "", page.read_text()
+        r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|Apache-2.0|Python 3\.\d+|Qwen2?-[\d.]+B|[-\d.]+B\b",
+        "",
+        page.read_text(),
     )
     figures = set(re.findall(r"\d+\.\d+", text)) - COUNTED[name]
     results = " ".join(path.read_text() for path in (ROOT / "docs" / "results").glob("*.md"))
     assert len(figures) >= 5
     assert {
-        figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", results)
+        figure
+        for figure in figures
+        if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", results)
     } == set()

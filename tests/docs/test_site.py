@@ -13,18 +13,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RECIPES = next(folder for folder in (ROOT / "rac_modifier" / "recipes", ROOT / "recipes") if folder.is_dir())
+RECIPES = next(
+    folder for folder in (ROOT / "rac_modifier" / "recipes", ROOT / "recipes") if folder.is_dir()
+)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The built site. It takes three seconds."""
-    if missing := [name for name in ("mkdocs", "material", "mkdocstrings") if importlib.util.find_spec(name) is None]:
+    if missing := [
+        name
+        for name in ("mkdocs", "material", "mkdocstrings")
+        if importlib.util.find_spec(name) is None
+    ]:
         pytest.skip(f"{', '.join(missing)} not installed; pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
@@ -36,7 +46,9 @@ def text_of(page: Path) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page.read_text())).split())
 
 
-def leaves(schema: dict, definitions: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+def leaves(
+    schema: dict, definitions: dict, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Every setting of a JSON Schema with its description, groups included."""
     for name, entry in schema.get("properties", {}).items():
         yield (*path, name), entry["description"]
@@ -46,7 +58,16 @@ def leaves(schema: dict, definitions: dict, path: tuple[str, ...] = ()) -> Itera
 
 def test_every_page_of_the_menu_is_built(site):
     pages = {page.parent.relative_to(site).as_posix() for page in site.rglob("index.html")}
-    assert {".", "quick-start", "your-model", "choosing", "settings", "recipes", "errors", "concepts"} <= pages
+    assert {
+        ".",
+        "quick-start",
+        "your-model",
+        "choosing",
+        "settings",
+        "recipes",
+        "errors",
+        "concepts",
+    } <= pages
     assert {"structure", "results/serving", "api", "api/pruning", "api/checkpoint"} <= pages
 
 
@@ -89,7 +110,12 @@ def test_every_recipe_is_shown_whole(site):
 
 @pytest.mark.parametrize(
     ("page", "name"),
-    [("api", "load_model"), ("api/pruning", "solve"), ("api/kernels", "can_run"), ("api/recovery", "fixed_mask")],
+    [
+        ("api", "load_model"),
+        ("api/pruning", "solve"),
+        ("api/kernels", "can_run"),
+        ("api/recovery", "fixed_mask"),
+    ],
 )
 def test_docstrings_are_on_the_api_pages(site, page, name):
     """The text comes from the docstring, so it is looked for in the source."""

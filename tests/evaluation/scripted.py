@@ -18,4 +18,7 @@ class Scripted:
     def _answer(tokenizer, text: str) -> Generation:
         finished = not text.endswith("...")
         ids = tokenizer.encode(text.removesuffix("..."), add_special_tokens=False)
-        return Generation((*ids, tokenizer.eos_token_id) if finished else tuple(ids), "stop" if finished else "length")
+        return Generation(
+            (*ids, tokenizer.eos_token_id) if finished else tuple(ids),
+            "stop" if finished else "length",
+        )

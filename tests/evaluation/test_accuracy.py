@@ -28,7 +28,12 @@ def tokenizer():
 
 
 def run(tokenizer, problems=PROBLEMS, **changes):
-    arguments = {"label": "x", "max_new_tokens": 32, "progress": False, "generate": Scripted(SCRIPT)} | changes
+    arguments = {
+        "label": "x",
+        "max_new_tokens": 32,
+        "progress": False,
+        "generate": Scripted(SCRIPT),
+    } | changes
     return evaluate(None, tokenizer, problems, **arguments)
 
 
@@ -55,8 +60,14 @@ def test_lengths_count_tokens_with_eos_and_closing_tag(tokenizer):
 
 
 def test_an_answer_that_was_cut_while_it_repeated_itself_is_counted(tokenizer, tmp_path):
-    script = SCRIPT | {"short": "and on " * 20 + "...", "longer": "and on " * 20, "half": "a" * 70 + "b..."}
-    result = run(tokenizer, generate=Scripted(script), max_new_tokens=200, rows_path=tmp_path / "rows.jsonl")
+    script = SCRIPT | {
+        "short": "and on " * 20 + "...",
+        "longer": "and on " * 20,
+        "half": "a" * 70 + "b...",
+    }
+    result = run(
+        tokenizer, generate=Scripted(script), max_new_tokens=200, rows_path=tmp_path / "rows.jsonl"
+    )
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(r["finish"], r["repeats"]) for r in rows] == [
         ("length", True),
@@ -79,7 +90,13 @@ def test_nothing_about_sampling_is_left_to_the_model(tokenizer):
     generate = Scripted(SCRIPT)
     run(tokenizer, temperature=0.6, seed=3, generate=generate)
     used = generate.settings[0]
-    assert (used.temperature, used.top_p, used.top_k, used.max_new_tokens, used.seed) == (0.6, 0.95, 0, 32, 3)
+    assert (used.temperature, used.top_p, used.top_k, used.max_new_tokens, used.seed) == (
+        0.6,
+        0.95,
+        0,
+        32,
+        3,
+    )
 
 
 def test_a_task_may_bring_its_verifier(tokenizer):
@@ -97,7 +114,11 @@ def test_another_prompt(tokenizer):
     ("problems", "changes", "message"),
     [
         ([], {}, "no problems"),
-        ([Problem("q", "1?", None, None)], {}, "1 of 1 problems have no answer .*'q'.*answer_column"),
+        (
+            [Problem("q", "1?", None, None)],
+            {},
+            "1 of 1 problems have no answer .*'q'.*answer_column",
+        ),
         ([Problem("q", "1?", " ", None)], {}, "no answer"),
         (PROBLEMS[:1] * 2, {}, "'short' appears twice"),
         (PROBLEMS, {"batch_size": 0}, "batch_size=0"),

@@ -40,7 +40,9 @@ def test_rounded_to_the_nearest_integer_of_its_block(bits, columns):
             part = x[row, first : first + 48].double()
             step = float(part.abs().max()) / LEVELS[bits] or 1.0
             for value, got in zip(
-                (part / step).tolist(), (found[row, first : first + 48] / step).tolist(), strict=True
+                (part / step).tolist(),
+                (found[row, first : first + 48] / step).tolist(),
+                strict=True,
             ):
                 assert abs(got - round(got)) < 0.01
                 assert abs(got - value) < 0.51
@@ -51,14 +53,18 @@ def test_the_error_of_a_layer():
     model = tiny_model()
     (ids, prompt), *_ = sequences()
     seen = []
-    handle = model.get_submodule(DOWN).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = model.get_submodule(DOWN).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]))
     handle.remove()
     weight = model.get_submodule(DOWN).weight.detach().double()
     eight, sixteen = (rounded(seen[0], 48, bits).double() @ weight.T for bits in (8, 16))
     (found,) = measure_activations(model, [layer()], [(ids, prompt)])
-    assert found.error == pytest.approx(float((eight - sixteen).square().sum() / sixteen.square().sum()), rel=1e-3)
+    assert found.error == pytest.approx(
+        float((eight - sixteen).square().sum() / sixteen.square().sum()), rel=1e-3
+    )
     assert 1e-6 < found.error < 1e-3
     assert not model.get_submodule(DOWN)._forward_pre_hooks
 
@@ -66,7 +72,9 @@ def test_the_error_of_a_layer():
 def test_an_outlier_channel_needs_16_bits():
     """A channel x1000 of which the layer hardly makes use: what the others lose is all of the output."""
     model = tiny_model()
-    up, down = (model.get_submodule(f"model.layers.0.mlp.{name}") for name in ("up_proj", "down_proj"))
+    up, down = (
+        model.get_submodule(f"model.layers.0.mlp.{name}") for name in ("up_proj", "down_proj")
+    )
     errors = []
     for _ in range(2):
         errors.append(measure_activations(model, [layer()], sequences())[0])
@@ -87,7 +95,10 @@ def test_the_limit_is_a_share_of_the_layers_own_error():
 
 
 def test_a_limit_that_no_layer_keeps_is_said_with_the_one_that_some_would():
-    errors = (ActivationError(layer(own_error=0.1), 5e-3), ActivationError(layer(own_error=0.4), 8e-3))
+    errors = (
+        ActivationError(layer(own_error=0.1), 5e-3),
+        ActivationError(layer(own_error=0.4), 8e-3),
+    )
     found = ActivationChoice(0.01, errors, {"kl": 0.0, "agreement": 1.0, "tokens": 9})
     assert found.describe() == (
         "0 of 2 layers in 8 bits: 8 bits add at least 0.02 of a layer's own error, and the limit is 0.01; a larger --limit takes "
@@ -109,7 +120,9 @@ def test_the_inputs_of_these_layers_are_rounded_and_of_no_others():
         model(input_ids=torch.tensor([sequences()[0][0]]))
     steps = {name: len(torch.unique(x[0, 3, :48].abs())) for name, x in seen.items()}
     torch.testing.assert_close(rounded(seen[DOWN], 48, 8), seen[DOWN])
-    assert all((rounded(x, 48, 8) - x).norm() > 1e-3 * x.norm() for name, x in seen.items() if name != DOWN)
+    assert all(
+        (rounded(x, 48, 8) - x).norm() > 1e-3 * x.norm() for name, x in seen.items() if name != DOWN
+    )
     assert steps[DOWN] <= 48
 
 
@@ -121,7 +134,9 @@ def test_activations_that_are_not_finite_are_refused():
 
 
 def test_a_layer_that_the_model_does_not_have_is_refused():
-    with pytest.raises(RacError, match=r"model\.layers\.7\.x: quantized in the checkpoint, but no layer of"):
+    with pytest.raises(
+        RacError, match=r"model\.layers\.7\.x: quantized in the checkpoint, but no layer of"
+    ):
         measure_activations(tiny_model(), [layer("model.layers.7.x")], sequences())
 
 
@@ -141,7 +156,9 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
 )
 def test_the_columns_that_share_a_scale_of_x(stored, group, columns, bits, block):
     """The largest equal parts of a group that have at most 512 columns and a multiple of what the kernel takes at once."""
-    assert QuantizedLayer.of("a.b", stored, group, columns, None, word_bits=bits) == QuantizedLayer("a.b", block, None)
+    assert QuantizedLayer.of("a.b", stored, group, columns, None, word_bits=bits) == QuantizedLayer(
+        "a.b", block, None
+    )
 
 
 def test_values_that_are_multiplied_as_floats_and_experts_are_no_such_layers():
@@ -164,12 +181,16 @@ def test_an_own_error_that_is_not_known_is_measured():
     dense, model = original_and_rounded()
     (ids, prompt), *_ = sequences()
     seen = []
-    handle = model.get_submodule(DOWN).register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
+    handle = model.get_submodule(DOWN).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].double())
+    )
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]))
     handle.remove()
     before, after = (m.get_submodule(DOWN).weight.detach().double() for m in (dense, model))
-    expected = float((seen[0] @ (before - after).T).square().sum() / (seen[0] @ before.T).square().sum())
+    expected = float(
+        (seen[0] @ (before - after).T).square().sum() / (seen[0] @ before.T).square().sum()
+    )
     unknown = replace(layer(), own_error=None)
     check_original(model, dense, [unknown])
     (found,) = measure_activations(model, [unknown], [(ids, prompt)], dense)
@@ -187,9 +208,15 @@ def test_an_own_error_that_is_not_known_is_measured():
             "norm",
             r"model\.layers\.0\.post_attention_layernorm\.weight: differs .*rescaled before they were rounded \(as by AWQ\)",
         ),
-        ("shape", rf"{DOWN}: \[64, 128\] here and \[64, 256\] in the dense model; name the model that was quantized"),
+        (
+            "shape",
+            rf"{DOWN}: \[64, 128\] here and \[64, 256\] in the dense model; name the model that was quantized",
+        ),
         ("missing", rf"{DOWN}: \[64, 128\] here and no linear layer in the dense model"),
-        ("quantized", rf"{DOWN}: quantized in the dense model too; name the model that was quantized"),
+        (
+            "quantized",
+            rf"{DOWN}: quantized in the dense model too; name the model that was quantized",
+        ),
     ],
 )
 def test_what_own_errors_cannot_be_measured_against(change, message):

@@ -20,31 +20,57 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 FP8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 
 
-def words(rows: int, columns: int, group: int, bits: int = 4, order: bool = False) -> dict[str, torch.Tensor]:
+def words(
+    rows: int, columns: int, group: int, bits: int = 4, order: bool = False
+) -> dict[str, torch.Tensor]:
     tensors = {
         "weight_packed": torch.zeros(rows, -(-columns * bits // 32), dtype=torch.int32),
         "weight_scale": torch.ones(rows, columns // group, dtype=torch.bfloat16),
         "weight_shape": torch.tensor([rows, columns]),
     }
-    return {**tensors, "weight_g_idx": torch.zeros(columns, dtype=torch.int32)} if order else tensors
+    return (
+        {**tensors, "weight_g_idx": torch.zeros(columns, dtype=torch.int32)} if order else tensors
+    )
 
 
-def quantization(bits: int = 4, inputs: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+def quantization(
+    bits: int = 4, inputs: dict[str, Any] | None = None, **weights: Any
+) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32, **weights}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": "pack-quantized"}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": group}}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs,
+        "format": "pack-quantized",
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": group},
+    }
 
 
 def folder_of(
-    folder: Path, modules: dict[str, dict[str, torch.Tensor]], own: dict[str, float] | None = None, **changes
+    folder: Path,
+    modules: dict[str, dict[str, torch.Tensor]],
+    own: dict[str, float] | None = None,
+    **changes,
 ):
     """A folder with these modules, and a run record with these errors."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization(), **changes}))
-    tensors = {f"{module}.{part}": tensor for module, parts in modules.items() for part, tensor in parts.items()}
+    (folder / "config.json").write_text(
+        json.dumps({"quantization_config": quantization(), **changes})
+    )
+    tensors = {
+        f"{module}.{part}": tensor
+        for module, parts in modules.items()
+        for part, tensor in parts.items()
+    }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     if own is not None:
-        record = {"modules": [{"name": name, "relative_error": error} for name, error in own.items()]}
+        record = {
+            "modules": [{"name": name, "relative_error": error} for name, error in own.items()]
+        }
         (folder / "rac_run.json").write_text(json.dumps(record))
     return folder
 
@@ -80,17 +106,28 @@ def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
 def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
     modules = {UP: words(8, 64, 32), DOWN: words(8, 64, 32)}
     folder = folder_of(tmp_path, modules, own={UP: 0.25, DOWN: 0.5})
-    assert {layer.module: layer.own_error for layer in quantized_layers(folder).layers} == {UP: 0.25, DOWN: 0.5}
+    assert {layer.module: layer.own_error for layer in quantized_layers(folder).layers} == {
+        UP: 0.25,
+        DOWN: 0.5,
+    }
     folder_of(tmp_path, modules, own={UP: 0.25})
-    with pytest.raises(RacError, match=rf"rac_run\.json has no error of {DOWN} \(1 layers in all\).*--dense MODEL"):
+    with pytest.raises(
+        RacError, match=rf"rac_run\.json has no error of {DOWN} \(1 layers in all\).*--dense MODEL"
+    ):
         quantized_layers(folder)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quantization_config": None}, "its weights are neither quantized nor packed; give the folder"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized by 'bitsandbytes', of which no layer"),
+        (
+            {"quantization_config": None},
+            "its weights are neither quantized nor packed; give the folder",
+        ),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quantized by 'bitsandbytes', of which no layer",
+        ),
         (
             {"quantization_config": quantization(bits=8)},
             r"\(its weights are int8: int8 in groups of 32 \(pack-q.*; give the",
@@ -99,7 +136,10 @@ def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
             {"quantization_config": quantization(inputs=FP8)},
             r"\(its activations are quantized too: int4 .*float8 per token",
         ),
-        ({"quantization_config": quantization(strategy="tensor")}, r"\(its scales are per tensor: "),
+        (
+            {"quantization_config": quantization(strategy="tensor")},
+            r"\(its scales are per tensor: ",
+        ),
         (
             {"quantization_config": {"quant_method": "compressed-tensors"}},
             r"\(it quantizes no weights\); give the folder",
@@ -125,13 +165,21 @@ def test_one_group_with_quantized_activations_is_refused_too(tmp_path: Path) -> 
 
 
 def test_no_folder_and_packed_floats_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RacError, match=r"owner/name: no folder of a checkpoint; give .*hf download ID"):
+    with pytest.raises(
+        RacError, match=r"owner/name: no folder of a checkpoint; give .*hf download ID"
+    ):
         quantized_layers(Path("owner/name"))
     model = tiny_model()
     for linear in linears(model).values():
         linear.weight.data.view(-1, 4)[:, :2] = 0
     model.save_pretrained(tmp_path)
     pack_checkpoint(tmp_path, dict.fromkeys(linears(model), "2:4"), dense_linears=["lm_head"])
-    assert "sparsity_config" in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    with pytest.raises(RacError, match=r"none of its layers .* the kernels multiply its values as floats\); quantize"):
+    assert (
+        "sparsity_config"
+        in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    )
+    with pytest.raises(
+        RacError,
+        match=r"none of its layers .* the kernels multiply its values as floats\); quantize",
+    ):
         quantized_layers(tmp_path)

@@ -22,7 +22,9 @@ SOURCE = ProblemSource(source="arithmetic")
 
 
 def sampling(**changes):
-    return SamplingSettings(**{"temperature": 0.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 24, **changes})
+    return SamplingSettings(
+        **{"temperature": 0.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 24, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,9 @@ def served(server, tokenizer, model, path, problems=PROBLEMS, *, verify=False, *
     )  # fmt: skip
 
 
-def test_a_server_is_asked_each_problem_once_and_its_answers_are_checked(server, tokenizer, model, tmp_path):
+def test_a_server_is_asked_each_problem_once_and_its_answers_are_checked(
+    server, tokenizer, model, tmp_path
+):
     found = served(server, tokenizer, model, tmp_path / "a.jsonl")
     assert (found.problems, found.correct, found.accuracy) == (12, 6, 0.5)
     assert found.correct_answers == {f"q{i}": int(i % 2 == 0) for i in range(12)}
@@ -82,27 +86,44 @@ def test_a_server_without_token_ids_is_judged_by_its_text(server, tokenizer, mod
     assert {**found.as_dict(), **timed} == {**exact.as_dict(), **timed}
     kinds = [TraceStore.read(tmp_path / f"{name}.jsonl").header.engine.kind for name in "ab"]
     assert kinds == ["openai", "openai text"]
-    assert served(server, tokenizer, model, tmp_path / "b.jsonl", verify=True).problems == 12, "it is gone on with"
+    assert served(server, tokenizer, model, tmp_path / "b.jsonl", verify=True).problems == 12, (
+        "it is gone on with"
+    )
     with pytest.raises(
-        RacError, match=r"holds too few tokens, and was filled by another engine \(openai, not openai text"
+        RacError,
+        match=r"holds too few tokens, and was filled by another engine \(openai, not openai text",
     ):
         served(server, tokenizer, model, tmp_path / "a.jsonl", verify=True)
-    with pytest.raises(RacError, match=r"b\.jsonl' holds answers of a server that returns no token ids"):
+    with pytest.raises(
+        RacError, match=r"b\.jsonl' holds answers of a server that returns no token ids"
+    ):
         collect_traces(
-            model, tokenizer, tmp_path / "b.jsonl", problems=SOURCE, sampling=sampling(), tokens=10, progress=False
+            model,
+            tokenizer,
+            tmp_path / "b.jsonl",
+            problems=SOURCE,
+            sampling=sampling(),
+            tokens=10,
+            progress=False,
         )
 
 
 def test_what_is_missing_is_asked_again(server, tokenizer, model, tmp_path):
     path = tmp_path / "a.jsonl"
-    server.fault = lambda number, body: "400" if "7+1?" in tokenizer.decode(body["prompt"]) else None
-    with pytest.raises(RacError, match=r"1 of 12 answers are missing \(the first: 'q7#0', .*kept in .*run again"):
+    server.fault = lambda number, body: (
+        "400" if "7+1?" in tokenizer.decode(body["prompt"]) else None
+    )
+    with pytest.raises(
+        RacError, match=r"1 of 12 answers are missing \(the first: 'q7#0', .*kept in .*run again"
+    ):
         served(server, tokenizer, model, path)
     server.fault = lambda number, body: None
     asked = len(server.bodies)
     assert served(server, tokenizer, model, path).problems == 12
     assert len(server.bodies) == asked + 1
-    assert served(server, tokenizer, model, path, PROBLEMS[:5]).correct == 3  # fewer problems than the file holds
+    assert (
+        served(server, tokenizer, model, path, PROBLEMS[:5]).correct == 3
+    )  # fewer problems than the file holds
 
 
 def test_an_answer_of_a_stopped_run_is_not_asked_again(server, tokenizer, model, tmp_path):
@@ -118,11 +139,18 @@ def test_an_answer_of_a_stopped_run_is_not_asked_again(server, tokenizer, model,
 
 
 def test_in_this_process_it_equals_the_evaluation_without_a_file(tokenizer, model, tmp_path):
-    plain = evaluate(model, tokenizer, PROBLEMS, label="x", max_new_tokens=24, batch_size=5, progress=False)
+    plain = evaluate(
+        model, tokenizer, PROBLEMS, label="x", max_new_tokens=24, batch_size=5, progress=False
+    )
     kept = evaluate_into_file(
         model, tokenizer, PROBLEMS, label="x", source=SOURCE, sampling=sampling(), path=tmp_path / "a.jsonl", progress=False
     )  # fmt: skip
-    for name in ("correct_answers", "mean_completion_tokens", "unfinished_share", "mean_thinking_tokens"):
+    for name in (
+        "correct_answers",
+        "mean_completion_tokens",
+        "unfinished_share",
+        "mean_thinking_tokens",
+    ):
         assert getattr(kept, name) == getattr(plain, name)
 
 
@@ -141,7 +169,9 @@ def test_another_models_answers_are_refused(server, tokenizer, model, tmp_path):
     served(server, tokenizer, model, tmp_path / "a.jsonl")
     with pytest.raises(RacError, match=r"under other settings.*fingerprint"):
         served(server, tokenizer, tiny_model(seed=1), tmp_path / "a.jsonl")
-    with pytest.raises(RacError, match=r"under other settings.*max_new_tokens: 24 in the store, 25 asked for"):
+    with pytest.raises(
+        RacError, match=r"under other settings.*max_new_tokens: 24 in the store, 25 asked for"
+    ):
         served(server, tokenizer, model, tmp_path / "a.jsonl", max_new_tokens=25)
 
 
@@ -171,7 +201,9 @@ def no_gradients():
         yield
 
 
-def test_problems_that_cannot_be_graded_are_refused_before_anything_is_asked(server, tokenizer, model, tmp_path):
+def test_problems_that_cannot_be_graded_are_refused_before_anything_is_asked(
+    server, tokenizer, model, tmp_path
+):
     with pytest.raises(RacError, match="no answer to check against"):
         served(server, tokenizer, model, tmp_path / "a.jsonl", [Problem("q", "?", None, None)])
     assert not server.bodies

@@ -26,7 +26,9 @@ def test_a_hub_id_without_a_connection_is_taken_for_a_model_without_a_record(mon
     """Its weights may be in the cache; without the record the defaults are used."""
 
     def unreachable(*args, **kwargs):
-        raise HfHubHTTPError("503", response=httpx.Response(503, request=httpx.Request("HEAD", "http://hub")))
+        raise HfHubHTTPError(
+            "503", response=httpx.Response(503, request=httpx.Request("HEAD", "http://hub"))
+        )
 
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", unreachable)
     assert recorded_prompts("org/not-here") is None
@@ -47,11 +49,14 @@ def test_a_record_without_prompts_is_noted(tmp_path):
         assert recorded(tmp_path, {"method": "alps"}) is None
     finally:
         logger.remove(sink)
-    assert "does not record the prompt settings of the calibration; the defaults are used" in lines[0]
+    assert (
+        "does not record the prompt settings of the calibration; the defaults are used" in lines[0]
+    )
 
 
 @pytest.mark.parametrize(
-    "prompts", ["chat", ["traces"], {"traces": 3}, {"traces": {"template": "x"}}, {"traces": {"a": 1}}]
+    "prompts",
+    ["chat", ["traces"], {"traces": 3}, {"traces": {"template": "x"}}, {"traces": {"a": 1}}],
 )
 def test_a_damaged_record_is_an_error(tmp_path, prompts):
     with pytest.raises(RacError, match=r"rac_run\.json: its prompt settings cannot be read"):
@@ -59,7 +64,9 @@ def test_a_damaged_record_is_an_error(tmp_path, prompts):
 
 
 def test_the_compressed_models_decide_and_the_dense_one_follows():
-    choice = choose_prompt({"dense": None, "a": {"traces": BRIEF}, "b": {"traces": BRIEF}, "text": {}})
+    choice = choose_prompt(
+        {"dense": None, "a": {"traces": BRIEF}, "b": {"traces": BRIEF}, "text": {}}
+    )
     assert choice.prompt == BRIEF
     assert choice.describe() == "Prompt: chat template, system prompt 'Be brief.', thinking off."
     assert choose_prompt({"a": {"traces": BARE}}).prompt == BARE
@@ -95,20 +102,35 @@ def test_a_model_with_one_part_is_named_without_it():
 
 
 def test_what_has_no_effect_is_no_difference():
-    assert choose_prompt({"a": {"traces": PromptSettings(template="none", thinking=False)}}).differences == ()
+    assert (
+        choose_prompt(
+            {"a": {"traces": PromptSettings(template="none", thinking=False)}}
+        ).differences
+        == ()
+    )
 
 
 @pytest.mark.parametrize(
     ("known", "given", "option"),
     [
-        ({"a": {"traces": PLAIN}, "b": {"traces": PromptSettings(system_prompt="X")}}, {}, "--system-prompt"),
-        ({"a": {"traces": PLAIN}, "b": {"traces": PromptSettings(thinking=False)}}, {}, "--thinking or --no-thinking"),
+        (
+            {"a": {"traces": PLAIN}, "b": {"traces": PromptSettings(system_prompt="X")}},
+            {},
+            "--system-prompt",
+        ),
+        (
+            {"a": {"traces": PLAIN}, "b": {"traces": PromptSettings(thinking=False)}},
+            {},
+            "--thinking or --no-thinking",
+        ),
         ({"a": {"traces": PLAIN, "prompts": BARE}}, {}, "--template"),
         ({"a": {"traces": PLAIN}, "b": {"traces": BRIEF}}, {"thinking": True}, "--system-prompt"),
     ],
 )
 def test_different_prompts_need_a_choice(known, given, option):
-    with pytest.raises(RacError, match=rf"calibrated with different prompts.* choose it with {option}$") as caught:
+    with pytest.raises(
+        RacError, match=rf"calibrated with different prompts.* choose it with {option}$"
+    ) as caught:
         choose_prompt(known, **given)
     assert "a" in str(caught.value)
 

@@ -14,7 +14,10 @@ from tests.tiny import linears, tiny_model
 def sequences(vocabulary: int = 300):
     generator = torch.Generator().manual_seed(1)
     lengths = ((30, 9), (52, 10), (75, 4), (21, 20))
-    return [(torch.randint(2, vocabulary, (n,), generator=generator).tolist(), prompt) for n, prompt in lengths]
+    return [
+        (torch.randint(2, vocabulary, (n,), generator=generator).tolist(), prompt)
+        for n, prompt in lengths
+    ]
 
 
 def shaken(model, scale: float = 0.03):

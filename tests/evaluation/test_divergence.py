@@ -25,7 +25,10 @@ VOCABULARY = 300
 
 def sequences_of(*lengths_and_prompts, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randint(0, VOCABULARY, (n,), generator=generator).tolist(), p) for n, p in lengths_and_prompts]
+    return [
+        (torch.randint(0, VOCABULARY, (n,), generator=generator).tolist(), p)
+        for n, p in lengths_and_prompts
+    ]
 
 
 SEQUENCES = sequences_of((2, 1), (40, 3), (17, 16), (5, 1), (33, 20))
@@ -50,7 +53,10 @@ def reference(dense, pruned, sequences):
     kls, agrees = [], []
     with torch.no_grad():
         for ids, prompt in sequences:
-            p, q = (m(torch.tensor([ids])).logits[0, prompt - 1 : -1].double().log_softmax(-1) for m in (dense, pruned))
+            p, q = (
+                m(torch.tensor([ids])).logits[0, prompt - 1 : -1].double().log_softmax(-1)
+                for m in (dense, pruned)
+            )
             kls.append((p.exp() * (p - q)).sum(-1))
             agrees.append((p.argmax(-1) == q.argmax(-1)).double())
     return kls, agrees
@@ -77,14 +83,17 @@ def test_against_one_sequence_at_a_time(dense, pruned, batch_tokens, window_elem
 
 @pytest.mark.parametrize("window_elements", [5 * VOCABULARY, 1 << 26])
 def test_a_model_does_not_diverge_from_itself(dense, window_elements):
-    found = divergence(dense, dense, SEQUENCES, label="x", window_elements=window_elements, progress=False)
+    found = divergence(
+        dense, dense, SEQUENCES, label="x", window_elements=window_elements, progress=False
+    )
     assert (found.kl, found.kl_stderr, found.agreement) == (0.0, 0.0, 1.0)
 
 
 def test_the_logits_held_at_once_are_bounded(dense, pruned):
     sizes = []
     handles = [
-        m.lm_head.register_forward_hook(lambda m, a, output: sizes.append(output.numel())) for m in (dense, pruned)
+        m.lm_head.register_forward_hook(lambda m, a, output: sizes.append(output.numel()))
+        for m in (dense, pruned)
     ]
     divergence(dense, pruned, SEQUENCES, label="x", window_elements=20 * VOCABULARY, progress=False)
     for handle in handles:
@@ -126,7 +135,9 @@ def test_bad_input(dense, pruned):
         divergence(dense, pruned, [], label="x", progress=False)
     with pytest.raises(RacError, match="prompt_length 0"):
         divergence(dense, pruned, [([1, 2], 0)], label="x", progress=False)
-    with pytest.raises(RacError, match=r"token id 300, beyond the vocabulary of the dense model \(300 tokens\)"):
+    with pytest.raises(
+        RacError, match=r"token id 300, beyond the vocabulary of the dense model \(300 tokens\)"
+    ):
         divergence(dense, pruned, [([1, 300], 1)], label="x", progress=False)
     with pytest.raises(RacError, match="x: a vocabulary of 320 tokens, the dense model has 300"):
         divergence(dense, tiny_model(vocab_size=320), SEQUENCES, label="x", progress=False)
@@ -144,7 +155,9 @@ def test_logits_that_are_not_finite_are_an_error_not_a_result(dense):
 def test_models_on_different_devices(dense, pruned):
     expected = divergence(dense, pruned, SEQUENCES, label="x", progress=False)
     moved = copy.deepcopy(pruned).to("cuda")
-    found = divergence(dense, moved, SEQUENCES, label="x", window_elements=7 * VOCABULARY, progress=False)
+    found = divergence(
+        dense, moved, SEQUENCES, label="x", window_elements=7 * VOCABULARY, progress=False
+    )
     assert found.kl == pytest.approx(expected.kl, rel=1e-2)
 
 
@@ -154,7 +167,10 @@ rows_of_any_length = st.lists(st.lists(values, min_size=1, max_size=40), min_siz
 
 def result(rows=((0.5, 0.1, 0.3), (0.2,)), label="2:4, RAC", bins=2):
     return summarise_divergence(
-        [TokenDivergence(row, [k < 0.25 for k in row]) for row in rows], label=label, bins=bins, seconds=1.5
+        [TokenDivergence(row, [k < 0.25 for k in row]) for row in rows],
+        label=label,
+        bins=bins,
+        seconds=1.5,
     )
 
 
@@ -163,7 +179,10 @@ def test_summary():
     assert (found.sequences, found.tokens) == (2, 4)
     assert found.kl == pytest.approx(1.1 / 4)
     assert found.agreement == 0.5
-    assert [(b.start, b.end, b.sequences, b.tokens) for b in found.bins] == [(0, 2, 2, 3), (2, 4, 1, 1)]
+    assert [(b.start, b.end, b.sequences, b.tokens) for b in found.bins] == [
+        (0, 2, 2, 3),
+        (2, 4, 1, 1),
+    ]
     assert [b.kl for b in found.bins] == pytest.approx([0.8 / 3, 0.3])
     assert [b.agreement for b in found.bins] == pytest.approx([2 / 3, 0.0])
     assert found.bins[0].kl_stderr > 0

@@ -41,10 +41,14 @@ def write(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> dict[str
     return runpy.run_path(str(EXAMPLE), run_name="__main__")
 
 
-def test_the_problems_are_those_of_rac_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_problems_are_those_of_rac_eval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = write(tmp_path, 5, monkeypatch)
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    assert rows == [{"question": p.question, "answer": p.answer} for p in held_out_problems("arithmetic", 5, 0)]
+    assert rows == [
+        {"question": p.question, "answer": p.answer} for p in held_out_problems("arithmetic", 5, 0)
+    ]
     assert names["last_box"]("\\boxed{3} so </think> \\boxed{ 17 }.") == "17"
     assert names["last_box"]("17") == ""
 
@@ -77,7 +81,13 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def accuracy(packed: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(packed, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(packed)
-    found = evaluate(model, tokenizer, held_out_problems("arithmetic", COUNT, 0), label="here", max_new_tokens=512)
+    found = evaluate(
+        model,
+        tokenizer,
+        held_out_problems("arithmetic", COUNT, 0),
+        label="here",
+        max_new_tokens=512,
+    )
     assert found.accuracy >= 0.5
     return found.accuracy
 
@@ -85,12 +95,26 @@ def accuracy(packed: Path) -> float:
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *command: str) -> float:
     """lighteval's accuracy; `command` up to its task."""
     write(tmp_path / "problems", COUNT, monkeypatch)
-    paths = os.pathsep.join(filter(None, [str(Path(rac_modifier.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(
+        filter(None, [str(Path(rac_modifier.__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    )
     # lighteval keeps answers under HOME
-    places = {"RAC_PROBLEMS": str(tmp_path / "problems"), "HOME": str(tmp_path), "PYTHONPATH": paths}
-    where = ("rac_arithmetic|0", "--custom-tasks", str(EXAMPLE), "--output-dir", str(tmp_path / "out"))
+    places = {
+        "RAC_PROBLEMS": str(tmp_path / "problems"),
+        "HOME": str(tmp_path),
+        "PYTHONPATH": paths,
+    }
+    where = (
+        "rac_arithmetic|0",
+        "--custom-tasks",
+        str(EXAMPLE),
+        "--output-dir",
+        str(tmp_path / "out"),
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **places}
-    done = subprocess.run([*command, *where], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, *where], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     return json.loads(results.read_text())["results"]["rac_arithmetic|0"]["boxed"]
@@ -98,11 +122,19 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *command: str) -> flo
 
 @pytest.mark.slow
 @needs_lighteval
-def test_in_its_process_the_accuracy_is_that_of_rac_eval(packed, accuracy, tmp_path, monkeypatch) -> None:
+def test_in_its_process_the_accuracy_is_that_of_rac_eval(
+    packed, accuracy, tmp_path, monkeypatch
+) -> None:
     model = f"model_name={packed},dtype=float32,batch_size={COUNT},max_length=1024"
     generation = "generation_parameters={temperature:0,max_new_tokens:512}"
     python = str(Path(str(LIGHTEVAL)).with_name("python"))
-    command = (python, "-m", "rac_modifier.evaluation.lighteval", "accelerate", f"{model},{generation}")
+    command = (
+        python,
+        "-m",
+        "rac_modifier.evaluation.lighteval",
+        "accelerate",
+        f"{model},{generation}",
+    )
     assert asked(tmp_path, monkeypatch, *command) == pytest.approx(accuracy)
 
 
@@ -111,7 +143,14 @@ def test_in_its_process_the_accuracy_is_that_of_rac_eval(packed, accuracy, tmp_p
 @needs_lighteval
 def test_served_the_accuracy_is_that_of_rac_eval(packed, accuracy, tmp_path, monkeypatch) -> None:
     with served(packed, tmp_path / "log", "--served-model-name", "reasoner") as url:
-        model = {"model_name": "openai/reasoner", "base_url": f"{url}/v1", "api_key": "none", "max_model_length": 1024}
+        model = {
+            "model_name": "openai/reasoner",
+            "base_url": f"{url}/v1",
+            "api_key": "none",
+            "max_model_length": 1024,
+        }
         model["generation_parameters"] = "{temperature:0,max_new_tokens:512}"
         arguments = ",".join(f"{key}={value}" for key, value in model.items())
-        assert asked(tmp_path, monkeypatch, str(LIGHTEVAL), "endpoint", "litellm", arguments) == pytest.approx(accuracy)
+        assert asked(
+            tmp_path, monkeypatch, str(LIGHTEVAL), "endpoint", "litellm", arguments
+        ) == pytest.approx(accuracy)

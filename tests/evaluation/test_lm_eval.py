@@ -99,10 +99,19 @@ def test_it_measures_the_weights_that_are_stored(
 
 
 @pytest.mark.slow
-def test_as_a_command_it_needs_no_import_and_no_network(models: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rac_modifier.evaluation.lm_eval", *words(models["packed"], tasks, tmp_path / "o")]
+def test_as_a_command_it_needs_no_import_and_no_network(
+    models: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "rac_modifier.evaluation.lm_eval",
+        *words(models["packed"], tasks, tmp_path / "o"),
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "|rac_choice|" in done.stdout
     assert len(answers(tmp_path / "o")) == 2

@@ -45,10 +45,17 @@ def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[f
         "--include_path", "examples/lm_eval", "--tasks", "rac_arithmetic", "--metadata", f'{{"count": {COUNT}}}',
         "--output_path", str(out), "--log_samples",
     ]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    (results,), (samples,) = (list(out.rglob(f"{name}*.json*")) for name in ("results_", "samples_"))
+    (results,), (samples,) = (
+        list(out.rglob(f"{name}*.json*")) for name in ("results_", "samples_")
+    )
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     accuracy = json.loads(results.read_text())["results"]["rac_arithmetic"]["exact_match,boxed"]
     return accuracy, [row["filtered_resps"][0] for row in rows]
@@ -56,15 +63,26 @@ def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[f
 
 def test_served_answers_are_those_of_transformers(packed: Path, tmp_path: Path) -> None:
     with served(packed, tmp_path / "log", "--reasoning-parser", "deepseek_r1") as url:
-        there = {"model": packed, "tokenizer": packed, "base_url": f"{url}/v1/completions", "num_concurrent": COUNT}
+        there = {
+            "model": packed,
+            "tokenizer": packed,
+            "base_url": f"{url}/v1/completions",
+            "num_concurrent": COUNT,
+        }
         there |= {"tokenizer_backend": "huggingface", "max_length": 1024}
         accuracy, answers = run("lm_eval", there, "local-completions", tmp_path / "served")
         chat = {"model": packed, "base_url": f"{url}/v1/chat/completions", "num_concurrent": COUNT}
-        assert run("lm_eval", chat, "local-chat-completions", tmp_path / "chat") == (accuracy, answers)
+        assert run("lm_eval", chat, "local-chat-completions", tmp_path / "chat") == (
+            accuracy,
+            answers,
+        )
         (samples,) = (tmp_path / "chat").rglob("samples_*.json*")
         for row in map(json.loads, samples.read_text().splitlines()):
             assert "think>" not in row["resps"][0][0]  # the parser has taken the thinking out
     assert "sparse kernel" in (tmp_path / "log").read_text()
     here = {"pretrained": packed, "dtype": "float32", "think_end_token": "</think>"}
-    assert run("rac_modifier.evaluation.lm_eval", here, "hf", tmp_path / "here") == (accuracy, answers)
+    assert run("rac_modifier.evaluation.lm_eval", here, "hf", tmp_path / "here") == (
+        accuracy,
+        answers,
+    )
     assert accuracy >= 0.5  # it still reasons

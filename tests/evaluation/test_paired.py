@@ -8,7 +8,11 @@ from tests.evaluation.test_results import result, row
 
 
 def answers(outcomes, label, **changes):
-    return result([row(correct=bool(right), name=f"q{i}") for i, right in enumerate(outcomes)], label=label, **changes)
+    return result(
+        [row(correct=bool(right), name=f"q{i}") for i, right in enumerate(outcomes)],
+        label=label,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(1, 0), (3, 9), (9, 3), (5, 5), (0, 7), (2, 3)])
@@ -20,7 +24,9 @@ def test_mcnemar_is_the_share_of_all_coin_tosses_that_are_as_uneven(lost, gained
 
 def test_mcnemar_of_equal_models_and_of_many_problems():
     assert mcnemar(0, 0) == 1.0
-    assert mcnemar(40, 61) == pytest.approx(0.0466, abs=0.001)  # the chi-square with continuity: (61 - 40 - 1)^2 / 101
+    assert mcnemar(40, 61) == pytest.approx(
+        0.0466, abs=0.001
+    )  # the chi-square with continuity: (61 - 40 - 1)^2 / 101
 
 
 def test_a_difference_is_paired():
@@ -39,7 +45,11 @@ def test_a_difference_is_paired():
 
 def test_several_answers_per_problem_are_paired_by_their_share():
     def of(counts, label):
-        rows = [row(correct=i < count, name=f"q{q}", sample=i) for q, count in enumerate(counts) for i in range(4)]
+        rows = [
+            row(correct=i < count, name=f"q{q}", sample=i)
+            for q, count in enumerate(counts)
+            for i in range(4)
+        ]
         return result(rows, label=label)
 
     found = paired_difference(of([4, 2, 0], "dense"), of([2, 2, 1], "2:4"))

@@ -11,7 +11,10 @@ LONG = ((0.5, 0.1, 0.3, 0.2, 0.6, 0.1, 0.8, 0.4, 0.9), (0.2, 0.6, 0.1, 0.3, 0.5)
 
 
 def lines_of(axes):
-    return [(line.get_label(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+    return [
+        (line.get_label(), line.get_xdata().tolist(), line.get_ydata().tolist())
+        for line in axes.lines
+    ]
 
 
 def test_divergence_is_drawn_at_the_middle_of_each_bin_up_to_the_end_of_the_last(drawn):
@@ -21,11 +24,20 @@ def test_divergence_is_drawn_at_the_middle_of_each_bin_up_to_the_end_of_the_last
     ]
     plot_divergence(results, "plot.png")
     left, right = drawn.figure.axes
-    means = [(0.5 + 0.1 + 0.3 + 0.2 + 0.6 + 0.1) / 6, (0.2 + 0.6 + 0.1 + 0.3 + 0.5) / 5, (0.8 + 0.4 + 0.9) / 3]
-    assert [(name, x) for name, x, _ in lines_of(left)] == [("RAC", [1.5, 4.5, 7.5]), ("b", [1.5, 4.5, 7.5])]
+    means = [
+        (0.5 + 0.1 + 0.3 + 0.2 + 0.6 + 0.1) / 6,
+        (0.2 + 0.6 + 0.1 + 0.3 + 0.5) / 5,
+        (0.8 + 0.4 + 0.9) / 3,
+    ]
+    assert [(name, x) for name, x, _ in lines_of(left)] == [
+        ("RAC", [1.5, 4.5, 7.5]),
+        ("b", [1.5, 4.5, 7.5]),
+    ]
     assert lines_of(left)[0][2] == pytest.approx(means)
     assert lines_of(left)[1][2] == pytest.approx([mean + 1 for mean in means])
-    assert lines_of(right)[0][2] == pytest.approx([50.0, 40.0, 0.0])  # percent of the tokens with a KL below 0.25
+    assert lines_of(right)[0][2] == pytest.approx(
+        [50.0, 40.0, 0.0]
+    )  # percent of the tokens with a KL below 0.25
     assert left.get_xlim() == right.get_xlim() == (0, 9)
     assert left.get_ylim()[0] == 0
 
@@ -55,10 +67,19 @@ def test_the_shade_is_one_standard_error_and_nothing_for_a_single_completion(dra
 def test_divergence_plot_is_written_with_its_words(tmp_path):
     import matplotlib
 
-    results = [divergence_result(label="RAC"), divergence_result(((0.9, 1.1, 2.0), (0.8,)), "prompts only")]
+    results = [
+        divergence_result(label="RAC"),
+        divergence_result(((0.9, 1.1, 2.0), (0.8,)), "prompts only"),
+    ]
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         text = plot_divergence(results, tmp_path / "new" / "plot.svg", title="at 60 %").read_text()
-    for word in ("RAC", "prompts only", "position in the completion, tokens", "at 60 %", "KL to the dense model"):
+    for word in (
+        "RAC",
+        "prompts only",
+        "position in the completion, tokens",
+        "at 60 %",
+        "KL to the dense model",
+    ):
         assert word in text, word
     assert plot_divergence([divergence_result()] * 6, tmp_path / "six.png").exists()
     with pytest.raises(RacError, match="7 models are too many"):

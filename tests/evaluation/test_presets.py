@@ -39,7 +39,9 @@ ROWS = {
 
 
 def test_the_figures_are_those_of_the_protocol():
-    figures = {name: (p.problems, p.samples, p.temperature, p.top_p, p.cap) for name, p in PRESETS.items()}
+    figures = {
+        name: (p.problems, p.samples, p.temperature, p.top_p, p.cap) for name, p in PRESETS.items()
+    }
     assert figures == {
         "aime24": (30, 64, 0.6, 0.95, 32768),
         "aime25": (30, 64, 0.6, 0.95, 32768),
@@ -53,7 +55,9 @@ def test_the_figures_are_those_of_the_protocol():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_published_row_becomes_a_problem(name, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[name]) + "\n")
-    (problem,) = benchmark_problems(ProblemSource(source=str(tmp_path / "rows.jsonl")), PRESETS[name].layout, 0)
+    (problem,) = benchmark_problems(
+        ProblemSource(source=str(tmp_path / "rows.jsonl")), PRESETS[name].layout, 0
+    )
     assert problem.task == name
     asked_for = "in one code block" if name == "livecodebench" else r"within \boxed{}."
     assert asked_for in problem.question
@@ -64,7 +68,10 @@ def test_a_published_row_becomes_a_problem(name, tmp_path):
         assert problem.tests.cases == (("1", "2"),)
         assert problem.answer == problem.tests.digest
     else:
-        assert problem.answer == {"aime24": "025", "aime25": "70", "gsm8k": "4", "math-500": r"\frac{1}{2}"}[name]
+        assert (
+            problem.answer
+            == {"aime24": "025", "aime25": "70", "gsm8k": "4", "math-500": r"\frac{1}{2}"}[name]
+        )
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
@@ -86,6 +93,7 @@ def test_the_page_of_the_command_has_each_preset():
 
 def test_an_unknown_name():
     with pytest.raises(
-        RacError, match="no preset 'math500'; use one of aime24, aime25, gpqa-diamond, gsm8k, livecodebench, math-500"
+        RacError,
+        match="no preset 'math500'; use one of aime24, aime25, gpqa-diamond, gsm8k, livecodebench, math-500",
     ):
         preset_of("math500")

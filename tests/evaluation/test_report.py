@@ -9,7 +9,9 @@ from tests.evaluation.test_results import result, row
 
 
 def test_a_row_per_result_in_the_order_given():
-    table = accuracy_table([result([row()]), result([row(), row(correct=False, finish="length")], label="2:4, RAC")])
+    table = accuracy_table(
+        [result([row()]), result([row(), row(correct=False, finish="length")], label="2:4, RAC")]
+    )
     assert len(table.head) == len(table.rows[0]) == 9
     assert table.rows[0] == ("dense", "100.0%", "20.7-100.0", "8", "10", "0.0%", "5", "0.0", "1")
     assert table.rows[1][:6] == ("2:4, RAC", "50.0%", "9.5-90.5", "8", "10", "50.0%")
@@ -18,10 +20,14 @@ def test_a_row_per_result_in_the_order_given():
 
 def test_a_column_for_answers_that_repeat_themselves_where_there_are_any():
     looping = [row(correct=False, finish="length", repeats=True) for _ in range(2)]
-    older = EvalResult.from_dict({k: v for k, v in result([row()]).as_dict().items() if k != "repeating_share"})
+    older = EvalResult.from_dict(
+        {k: v for k, v in result([row()]).as_dict().items() if k != "repeating_share"}
+    )
     table = accuracy_table([result([row()]), result([row(), *looping, row()]), older])
     assert [line[-1] for line in (table.head, *table.rows)] == ["repeating", "0.0%", "50.0%", "-"]
-    assert table.note.endswith("greedy; repeating: answers that were cut off while their end repeated itself.")
+    assert table.note.endswith(
+        "greedy; repeating: answers that were cut off while their end repeated itself."
+    )
 
 
 def test_different_caps_are_refused_unless_asked_for():
@@ -42,15 +48,21 @@ def test_divergence_with_its_standard_error():
     assert kl.startswith("0.275 ± 0.0")
     assert agreement.startswith("50.0% ± ")
     assert table.note.startswith("KL(dense || model) on 4 completion tokens of 2 sequences")
-    assert "±" not in "".join(divergence_table([divergence_result(((0.5,),))]).rows[0])  # no error of one sequence
+    assert "±" not in "".join(
+        divergence_table([divergence_result(((0.5,),))]).rows[0]
+    )  # no error of one sequence
 
 
-@pytest.mark.parametrize("show", [divergence_table, lambda results: plot_divergence(results, "plot.png")])
+@pytest.mark.parametrize(
+    "show", [divergence_table, lambda results: plot_divergence(results, "plot.png")]
+)
 def test_results_on_other_sequences_are_refused_side_by_side(show, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RacError, match="no divergence results"):
         show([])
-    with pytest.raises(RacError, match=r"different sequences or bins .*a: 4 tokens of 2 sequences, b: 1 tokens"):
+    with pytest.raises(
+        RacError, match=r"different sequences or bins .*a: 4 tokens of 2 sequences, b: 1 tokens"
+    ):
         show([divergence_result(label="a"), divergence_result(((0.5,),), "b")])
     with pytest.raises(RacError, match="different sequences or bins"):
         show([divergence_result(label="a"), divergence_result(label="b", bins=3)])

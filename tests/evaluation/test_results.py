@@ -19,18 +19,37 @@ from rac_modifier.evaluation.results import (
 NUMBERS = itertools.count()
 
 
-def row(correct=True, finish="stop", tokens=10, thinking=8, task="addition", name=None, sample=0, repeats=False):
-    return Row(name or f"p{next(NUMBERS)}", task, correct, finish, 5, tokens, thinking, "", sample, repeats)
+def row(
+    correct=True,
+    finish="stop",
+    tokens=10,
+    thinking=8,
+    task="addition",
+    name=None,
+    sample=0,
+    repeats=False,
+):
+    return Row(
+        name or f"p{next(NUMBERS)}", task, correct, finish, 5, tokens, thinking, "", sample, repeats
+    )
 
 
 def result(rows, **changes):
-    return summarise(rows, **{"label": "dense", "seconds": 2.0, "cap": 64, "temperature": 0.0, "seed": 0} | changes)
+    return summarise(
+        rows,
+        **{"label": "dense", "seconds": 2.0, "cap": 64, "temperature": 0.0, "seed": 0} | changes,
+    )
 
 
 @pytest.mark.parametrize(
     ("correct", "total", "low", "high"),
     # Newcombe (1998), Statistics in Medicine 17, table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilson_interval_against_published_values(correct, total, low, high):
     assert wilson_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
@@ -44,7 +63,9 @@ def test_wilson_bounds_solve_the_score_equation(counts):
     assert 0 <= low <= share <= high <= 1
     for bound in (low, high):
         if 0 < bound < 1 and bound != share:
-            assert abs(share - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / total), rel=1e-6)
+            assert abs(share - bound) == pytest.approx(
+                1.959964 * math.sqrt(bound * (1 - bound) / total), rel=1e-6
+            )
 
 
 def test_summary():
@@ -74,7 +95,9 @@ def test_fields_of_another_version_are_named():
         EvalResult.from_dict(values | {"limit": 3})
 
 
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))
+@given(
+    st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n)))
+)
 def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_that_hold_a_right_one(counts):
     correct, samples, k = counts
     answers = [True] * correct + [False] * (samples - correct)
@@ -101,7 +124,9 @@ def test_the_bootstrap_covers_what_the_normal_interval_covers():
     """With many problems both agree: mean +- 1.96 standard errors."""
     values = [0.0, 0.25, 0.5, 1.0] * 100
     error = math.sqrt(sum((v - 0.4375) ** 2 for v in values)) / len(values)
-    assert bootstrap_interval(values) == pytest.approx((0.4375 - 1.96 * error, 0.4375 + 1.96 * error), abs=0.003)
+    assert bootstrap_interval(values) == pytest.approx(
+        (0.4375 - 1.96 * error, 0.4375 + 1.96 * error), abs=0.003
+    )
 
 
 def test_speed_is_that_of_what_this_run_generated():

@@ -39,7 +39,9 @@ def biased():
 def test_the_same_as_of_a_model_with_that_head(make, bits, elements):
     """Also where the logits are capped behind the head, and window by window; a tied embedding is not rounded."""
     model = make()
-    expected = divergence(model, with_rounded_head(model, bits), sequences(), label="x", bins=8, progress=False)
+    expected = divergence(
+        model, with_rounded_head(model, bits), sequences(), label="x", bins=8, progress=False
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = measure_rounded_head(model, sequences(), bits, window_elements=elements, progress=False)
     assert found.divergence.tokens == expected.tokens

@@ -38,7 +38,10 @@ def test_a_run_records_its_divergence_on_the_held_out_traces():
 
 @pytest.mark.parametrize(
     ("calibration", "off_policy", "why"),
-    [(held_out(of=0), False, "no traces were held out"), (held_out(), True, "may be another model's")],
+    [
+        (held_out(of=0), False, "no traces were held out"),
+        (held_out(), True, "may be another model's"),
+    ],
 )
 def test_a_run_that_measures_nothing_says_why(calibration, off_policy, why):
     found = RunDivergence(tiny_model(), calibration, off_policy=off_policy).measure(None)
@@ -49,7 +52,10 @@ def test_a_run_that_measures_nothing_says_why(calibration, off_policy, why):
 def test_what_fails_is_recorded_and_ends_no_run():
     model = tiny_model()
     model.get_output_embeddings = lambda: None
-    assert "no output embeddings" in RunDivergence(model, held_out(), off_policy=False).measure(model)["not_measured"]
+    assert (
+        "no output embeddings"
+        in RunDivergence(model, held_out(), off_policy=False).measure(model)["not_measured"]
+    )
     model = tiny_model()
     run = RunDivergence(model, held_out(), off_policy=False)
     model.lm_head.weight.data.mul_(1.01)
@@ -67,7 +73,9 @@ def test_calibrated_traces_are_measured_too_as_many_tokens_of_them():
     dense = tiny_model()
     pruned = shaken(dense)
     traces = calibration_sequences("traces", 2)
-    others = [CalibrationSequence((*s.ids, 5), 10, "generic") for s in calibration_sequences("generic", 3)]
+    others = [
+        CalibrationSequence((*s.ids, 5), 10, "generic") for s in calibration_sequences("generic", 3)
+    ]
     cut = [CalibrationSequence(s.ids, 30, "traces") for s in calibration_sequences("traces", 4, 5)]
     mixed = (*others, *cut, *traces)
     record = RunDivergence(dense, held_out(calibrated=mixed), off_policy=False).measure(pruned)
@@ -76,11 +84,18 @@ def test_calibrated_traces_are_measured_too_as_many_tokens_of_them():
     assert held <= found["tokens"] < held + 20
     assert found["tokens"] % 20 == 0  # generic text would add 21
     rows = {
-        round(divergence(dense, pruned, [(s.ids, 10)], label="x", progress=False).kl, 5): s for s in traces
+        round(divergence(dense, pruned, [(s.ids, 10)], label="x", progress=False).kl, 5): s
+        for s in traces
     }  # each trace has its own KL
     assert len(rows) == len(traces)
     assert min(rows) < found["kl"] < max(rows)
-    every = divergence(dense, pruned, [(s.ids, 10) for s in traces[: found["tokens"] // 20]], label="x", progress=False)
+    every = divergence(
+        dense,
+        pruned,
+        [(s.ids, 10) for s in traces[: found["tokens"] // 20]],
+        label="x",
+        progress=False,
+    )
     assert found["kl"] != pytest.approx(every.kl, rel=1e-4), "the first traces, not a draw"
 
 
@@ -102,7 +117,9 @@ def test_the_gap_says_whether_more_tokens_would_help(kl, calibrated, says):
 
 def test_one_sequence_has_no_standard_error():
     one = SimpleNamespace(kl=0.5, kl_stderr=None, tokens=9)
-    assert "gap of 0.1000" in run_divergence._outlook(one, SimpleNamespace(kl=0.4, kl_stderr=None, tokens=9))
+    assert "gap of 0.1000" in run_divergence._outlook(
+        one, SimpleNamespace(kl=0.4, kl_stderr=None, tokens=9)
+    )
 
 
 def test_no_more_tokens_than_asked_for_where_whole_traces_make_them_up():

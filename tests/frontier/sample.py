@@ -25,10 +25,19 @@ ROWS: list[tuple[str, str, float, float, float | None]] = [
 ]
 
 
-def row(label: str, group: str, megabytes: float, accuracy: float, kl: float | None) -> dict[str, Any]:
+def row(
+    label: str, group: str, megabytes: float, accuracy: float, kl: float | None
+) -> dict[str, Any]:
     total = int(megabytes * 1e6)
-    sizes = dict.fromkeys(("bitmask", "offsets", "scales", "zero_points", "order", "head", "embeddings", "other"), 0)
-    sizes |= {"values": total - 500_000, "embeddings": 500_000, "matrices": total - 500_000, "total": total}
+    sizes = dict.fromkeys(
+        ("bitmask", "offsets", "scales", "zero_points", "order", "head", "embeddings", "other"), 0
+    )
+    sizes |= {
+        "values": total - 500_000,
+        "embeddings": 500_000,
+        "matrices": total - 500_000,
+        "total": total,
+    }
     interval = {"accuracy": accuracy, "ci_low": accuracy - 0.05, "ci_high": accuracy + 0.05}
     divergence = {"kl": kl, "kl_stderr": (kl or 0) / 10, "agreement": 0.9, "agreement_stderr": 0.01}
     layers = {
@@ -46,13 +55,19 @@ def row(label: str, group: str, megabytes: float, accuracy: float, kl: float | N
         "accuracy": interval,
         "divergence": None if kl is None else divergence,
         # other rows are of an earlier version
-        **({"outside_repetitions": {"tokens": 9, "kl": 2 * (kl or 0), "kl_stderr": None}} if group == "sparse" else {}),
+        **(
+            {"outside_repetitions": {"tokens": 9, "kl": 2 * (kl or 0), "kl_stderr": None}}
+            if group == "sparse"
+            else {}
+        ),
         "paired": None,
         "length": {
             "mean": 20.0,
             "percentiles": {"50": 20.0, "90": 30.0, "99": 40.0},
             "cut_share": 0.25,
-            **({"repeating_share": 0.125} if group == "sparse" else {}),  # others are of an earlier version
+            **(
+                {"repeating_share": 0.125} if group == "sparse" else {}
+            ),  # others are of an earlier version
             "thinking": [10, 20, 20, 30],
         },
         "layers": layers if "sparse" in group else {},
@@ -92,12 +107,17 @@ def own_trace(number: int, equal: bool) -> dict[str, Any]:
     }
 
 
-def write_sample(path: Path, about: dict[str, Any] = ABOUT, rows: Any = ROWS, problems: int = 4) -> Path:
+def write_sample(
+    path: Path, about: dict[str, Any] = ABOUT, rows: Any = ROWS, problems: int = 4
+) -> Path:
     """A folder of results; problem 1 is answered alike by all, the others are not."""
     with FrontierFolder(path) as folder:
         folder.begin(about)
         for values in rows:
             dense = values[1] == "dense"
-            traces = [dense_trace(i) if dense else own_trace(i, equal=i == 1) for i in range(1, problems + 1)]
+            traces = [
+                dense_trace(i) if dense else own_trace(i, equal=i == 1)
+                for i in range(1, problems + 1)
+            ]
             folder.add(row(*values), traces)
     return path

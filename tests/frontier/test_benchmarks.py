@@ -9,7 +9,12 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
-from rac_modifier.frontier.benchmarks import Benchmark, ask_benchmarks, check_benchmarks, missing_benchmarks
+from rac_modifier.frontier.benchmarks import (
+    Benchmark,
+    ask_benchmarks,
+    check_benchmarks,
+    missing_benchmarks,
+)
 from rac_modifier.frontier.folder import FrontierFolder
 
 
@@ -18,7 +23,10 @@ def here():
     return nullcontext(())
 
 
-MATH, AIME = Benchmark("math", {"cap": 9, "samples": 1}), Benchmark("aime", {"cap": 9, "samples": 4})
+MATH, AIME = (
+    Benchmark("math", {"cap": 9, "samples": 1}),
+    Benchmark("aime", {"cap": 9, "samples": 4}),
+)
 
 
 def result(label: str, right: int = 3, problems: int = 4) -> EvalResult:
@@ -58,13 +66,24 @@ def test_why_a_benchmark_was_not_measured_is_returned_and_what_was_is_kept(tmp_p
         raise RacError("the server is gone")
 
     with FrontierFolder(tmp_path) as folder:
-        assert ask_benchmarks(folder, "a", tmp_path, [MATH, AIME], ask, here) == "the server is gone"
+        assert (
+            ask_benchmarks(folder, "a", tmp_path, [MATH, AIME], ask, here) == "the server is gone"
+        )
         assert [each["benchmark"] for each in folder.benchmarks] == ["math"]
 
 
 def test_results_that_were_asked_otherwise_are_refused(tmp_path: Path) -> None:
     with FrontierFolder(tmp_path) as folder:
-        ask_benchmarks(folder, "a", tmp_path, [MATH], lambda model, label, *_: iter([(MATH, result(label))]), here)
+        ask_benchmarks(
+            folder,
+            "a",
+            tmp_path,
+            [MATH],
+            lambda model, label, *_: iter([(MATH, result(label))]),
+            here,
+        )
         check_benchmarks(folder, [MATH, AIME])
-        with pytest.raises(RacError, match="results of math that were asked with another cap, seed;"):
+        with pytest.raises(
+            RacError, match="results of math that were asked with another cap, seed;"
+        ):
             check_benchmarks(folder, [AIME, Benchmark("math", {"cap": 8, "samples": 1, "seed": 2})])

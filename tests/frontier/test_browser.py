@@ -14,10 +14,14 @@ from rac_modifier.frontier.page import page
 from tests.frontier.sample import ABOUT, HOSTILE, ROWS, dense_trace, own_trace, row, write_sample
 from tests.frontier.test_benchmarks import result
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 if CHROMIUM is None:
     pytest.skip("needs a chromium on the PATH (apt-get install chromium)", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="needs playwright (pip install playwright)"
+)
 
 POINTS = "#charts figure:first-child .point"
 OF_KL = "#charts figure:nth-child(2) .point"
@@ -64,8 +68,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     second = write_sample(folder / "b", {**ABOUT, "model": "another"}, ROWS[:2], problems=1)
     with FrontierFolder(second) as results:
         for label, right in (("dense", 4), ("50 %", 1)):
-            results.add_benchmark(label, "math-500", {"asked": {}, "result": result(label, right).as_dict()})
-        results.add_benchmark("dense", HOSTILE, {"asked": {}, "result": result("dense", 2).as_dict()})
+            results.add_benchmark(
+                label, "math-500", {"asked": {}, "result": result(label, right).as_dict()}
+            )
+        results.add_benchmark(
+            "dense", HOSTILE, {"asked": {}, "result": result("dense", 2).as_dict()}
+        )
     (folder / "report.html").write_text(page([first, second], 300))
     return folder / "report.html"
 
@@ -117,7 +125,9 @@ def test_a_row_that_is_equal_in_one_direction_and_better_in_the_other_beats(open
     points = "[[1, 1], [2, 1], [1, 2], [3, 3], [3, 3], [4, 3]].map(([x, y]) => ({ x, y }))"
     left = opened.page.evaluate(f"frontier({points}, -1, 1).map((point) => [point.x, point.y])")
     assert left == [[1, 2], [3, 3], [3, 3]]
-    assert opened.page.evaluate(f"frontier({points}, 1, -1).map((point) => [point.x, point.y])") == [[2, 1], [4, 3]]
+    assert opened.page.evaluate(
+        f"frontier({points}, 1, -1).map((point) => [point.x, point.y])"
+    ) == [[2, 1], [4, 3]]
 
 
 def test_hostile_text_stays_text(opened: Opened) -> None:
@@ -151,7 +161,9 @@ def test_a_mark_is_chosen_by_a_click_and_by_the_keyboard(opened: Opened) -> None
     opened.page.locator(f"{POINTS}[data-label='2:4']").press("Enter")
     assert opened.text("#chosen") == "2:4"
     focused = "document.activeElement.getAttribute('data-label')"
-    assert opened.page.evaluate(focused) == "2:4", "the focus is not lost when the charts are drawn again"
+    assert opened.page.evaluate(focused) == "2:4", (
+        "the focus is not lost when the charts are drawn again"
+    )
     opened.page.keyboard.press("Tab")
     assert opened.page.evaluate(focused) == "50 % + int4"
     assert opened.text("#tip").startswith("50 % + int4\n2.000 MB in all")
@@ -215,7 +227,9 @@ def test_another_study(opened: Opened) -> None:
     assert opened.page.locator("#next").is_disabled()
 
 
-@pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(23, 23, 23)")])
+@pytest.mark.parametrize(
+    ("scheme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(23, 23, 23)")]
+)
 def test_light_and_dark(browser: Any, report: Path, scheme: str, paper: str) -> None:
     found = Opened(browser, report, color_scheme=scheme)
     assert found.page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
@@ -226,7 +240,10 @@ def test_in_print_the_answers_are_whole_and_the_controls_are_gone(opened: Opened
     opened.page.emulate_media(media="print")
     assert not opened.page.locator("#find").is_visible()
     assert opened.page.locator("#charts").is_visible()
-    assert opened.page.evaluate("getComputedStyle(document.querySelector('.answer')).maxHeight") == "none"
+    assert (
+        opened.page.evaluate("getComputedStyle(document.querySelector('.answer')).maxHeight")
+        == "none"
+    )
 
 
 def test_the_accuracy_on_a_benchmark(opened: Opened) -> None:
@@ -237,13 +254,18 @@ def test_the_accuracy_on_a_benchmark(opened: Opened) -> None:
     heads = opened.texts("#rows thead th")
     column = heads.index("math-500")
     assert opened.texts(f"#rows tbody tr > :nth-child({column + 1})") == ["100.0 %", "25.0 %"]
-    assert opened.texts(f"#rows tbody tr > :nth-child({heads.index(HOSTILE) + 1})") == ["50.0 %", "-"]
+    assert opened.texts(f"#rows tbody tr > :nth-child({heads.index(HOSTILE) + 1})") == [
+        "50.0 %",
+        "-",
+    ]
     opened.page.select_option("#asked", "math-500")
     assert opened.texts("#charts figcaption")[0] == "Accuracy on math-500 against bytes"
     assert opened.count(POINTS) == 2
     opened.page.select_option("#asked", HOSTILE)
     assert opened.count(POINTS) == 1
-    assert "# math-500 (4 problems, 1 answer each, at most 9 new tokens): 25.0 %" in opened.text("#recipe")
+    assert "# math-500 (4 problems, 1 answer each, at most 9 new tokens): 25.0 %" in opened.text(
+        "#recipe"
+    )
     assert "50 % against dense: -75.0 points" in opened.text("#recipe")
     opened.page.select_option("#study", "0")
     assert opened.texts("#charts figcaption")[0] == "Accuracy against bytes"
@@ -255,7 +277,9 @@ def test_a_column_that_no_row_has_is_left_out_and_one_chart_does_not_fill_the_pa
     """Problems without answers, not served: no accuracy, no speed."""
     with FrontierFolder(tmp_path / "bare") as folder:
         folder.begin(ABOUT)
-        for values, traces in zip(ROWS[:2], ([dense_trace(1)], [own_trace(1, equal=True)]), strict=True):
+        for values, traces in zip(
+            ROWS[:2], ([dense_trace(1)], [own_trace(1, equal=True)]), strict=True
+        ):
             folder.add(row(*values) | {"accuracy": None, "served": None}, traces)
     (tmp_path / "bare.html").write_text(page([tmp_path / "bare"], 300))
     bare = Opened(browser, tmp_path / "bare.html")
@@ -265,5 +289,10 @@ def test_a_column_that_no_row_has_is_left_out_and_one_chart_does_not_fill_the_pa
     assert not lacking & set(fewer)
     assert {"row", "MB", "KL", "cut", "values"} <= set(fewer)
     assert bare.count("#charts figure") == 1
-    assert bare.page.evaluate("document.querySelector('#charts figure').offsetWidth / document.body.offsetWidth") < 0.6
+    assert (
+        bare.page.evaluate(
+            "document.querySelector('#charts figure').offsetWidth / document.body.offsetWidth"
+        )
+        < 0.6
+    )
     bare.page.close()

@@ -33,14 +33,18 @@ class Products(TorchDispatchMode):
         self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        factors = {"aten::mm": args[:2], "aten::addmm": args[1:3], "aten::addmm_": args[1:3]}.get(func._schema.name)
+        factors = {"aten::mm": args[:2], "aten::addmm": args[1:3], "aten::addmm_": args[1:3]}.get(
+            func._schema.name
+        )
         if factors:
             self.operations += 2 * factors[0].numel() * factors[1].shape[1]
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("rows", [8, 200])  # by a factor, and by the inverse
-def test_products_of_the_solver_are_counted(rows: int, monkeypatch: pytest.MonkeyPatch, float32_products: None) -> None:
+def test_products_of_the_solver_are_counted(
+    rows: int, monkeypatch: pytest.MonkeyPatch, float32_products: None
+) -> None:
     """Without those of LAPACK, which is what makes factors here and solves for the target: d^2 r of what is counted."""
     monkeypatch.setattr(blocked, "BLOCK", 32)
     monkeypatch.setattr(linalg, "_in_blocks", lambda matrix: False)
@@ -60,7 +64,9 @@ def test_products_of_the_solver_are_counted(rows: int, monkeypatch: pytest.Monke
 def test_tokens_that_do_not_reach_a_group_are_not_counted() -> None:
     assert moments(Group(64, (8,), 0.25), 400) == moments(Group(64, (8,)), 100)
     narrow, wide = moments(Group(64, (8,)), 100), moments(Group(64, (32,)), 100)
-    assert narrow.products == 4 * 100 * 64 * 8  # the weights first: fewer operations than a square of the columns
+    assert (
+        narrow.products == 4 * 100 * 64 * 8
+    )  # the weights first: fewer operations than a square of the columns
     assert wide.products == 2 * 100 * 64 * 64 + 2 * 64 * 64 * 32
     assert narrow.float32 == 2 * 100 * 64 * 64  # one block row
 

@@ -42,7 +42,9 @@ def test_a_batch_in_this_process_goes_on_to_its_longest_answer_and_launches_each
         return (2 * 1000 + 4 * (length / 2) * 40) / 1e5 / 0.4 + 3 * 1e-3
 
     rounds = 6 / 4
-    assert seconds()["here, 3 models"] == pytest.approx((3 * rounds * 50 * step(15), 3 * rounds * 50 * step(50)))
+    assert seconds()["here, 3 models"] == pytest.approx(
+        (3 * rounds * 50 * step(15), 3 * rounds * 50 * step(50))
+    )
 
 
 def test_compressing():
@@ -61,8 +63,12 @@ def test_training_is_counted_where_rows_train():
     assert found["recover"] == pytest.approx(2 * (8 * 1000 * 300 / 1e6 / 0.4,))
     assert found["AutoRound"] == pytest.approx(2 * (6 * 200 * 7000 / 1e6 / 0.4,))
     assert {name: found[name] for name in seconds()} == seconds()
-    slow = replace(SPEED, computed=1e4)  # bfloat16 is slower than float32 there, so that float32 is taken
-    assert seconds(replace(PLAN, recovered=300), slow)["recover"][0] == pytest.approx(8 * 1000 * 300 / 2e5 / 0.4)
+    slow = replace(
+        SPEED, computed=1e4
+    )  # bfloat16 is slower than float32 there, so that float32 is taken
+    assert seconds(replace(PLAN, recovered=300), slow)["recover"][0] == pytest.approx(
+        8 * 1000 * 300 / 2e5 / 0.4
+    )
 
 
 def test_a_mixture_of_experts_reads_all_weights_and_computes_with_some():

@@ -55,8 +55,14 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_results_of_another_version_are_refused(tmp_path: Path, name: str) -> None:
     folder = filled(tmp_path)
     path = next((tmp_path / name).glob("a-*")) if name == "traces" else tmp_path / name
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2').replace('"version":1', '"version":2'))
-    with pytest.raises(RacError, match="is of version 2, and this package reads and writes version 1"):
+    path.write_text(
+        path.read_text()
+        .replace('"version": 1', '"version": 2')
+        .replace('"version":1', '"version":2')
+    )
+    with pytest.raises(
+        RacError, match="is of version 2, and this package reads and writes version 1"
+    ):
         (FrontierFolder(tmp_path) if name != "traces" else folder).traces("a")
 
 
@@ -80,7 +86,9 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     filled(tmp_path)
     with (
         FrontierFolder(tmp_path) as folder,
-        pytest.raises(RacError, match=r'another evaluation \(\{"problems": 3\} there, \{"problems": 4\} now\)'),
+        pytest.raises(
+            RacError, match=r'another evaluation \(\{"problems": 3\} there, \{"problems": 4\} now\)'
+        ),
     ):
         folder.begin({**ABOUT, "evaluation": {"problems": 4}})
     (tmp_path / "frontier.json").unlink()
@@ -89,7 +97,10 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_waits(tmp_path: Path) -> None:
-    with FrontierFolder(tmp_path), pytest.raises(RacError, match="is in use by another rac frontier"):
+    with (
+        FrontierFolder(tmp_path),
+        pytest.raises(RacError, match="is in use by another rac frontier"),
+    ):
         FrontierFolder(tmp_path).__enter__()
     with FrontierFolder(tmp_path):  # the lock is free again
         pass

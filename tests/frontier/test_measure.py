@@ -28,7 +28,9 @@ def models():
 @torch.no_grad()
 def kl_along(dense, other, prompt, ids):
     both = torch.tensor([[*prompt, *ids]])
-    p, q = (model(both).logits[0, len(prompt) - 1 : -1].double().softmax(-1) for model in (dense, other))
+    p, q = (
+        model(both).logits[0, len(prompt) - 1 : -1].double().softmax(-1) for model in (dense, other)
+    )
     return (p * (p / q).log()).sum(-1).tolist()
 
 
@@ -40,7 +42,9 @@ def test_divergence_is_measured_on_the_dense_answers_in_the_order_of_the_problem
     values = []
     for problem, of_dense, own in zip(PROBLEMS, reference.traces, found.traces, strict=True):
         assert own["id"] == of_dense["id"] == problem.id
-        kl = kl_along(dense, other, render_question(tokenizer, problem.question, SAMPLING), of_dense["ids"])
+        kl = kl_along(
+            dense, other, render_question(tokenizer, problem.question, SAMPLING), of_dense["ids"]
+        )
         assert own["kl"] == pytest.approx(kl, abs=1e-4)
         values += kl
     assert found.figures["divergence"]["kl"] == pytest.approx(sum(values) / len(values), rel=1e-3)
@@ -87,7 +91,9 @@ def test_kl_outside_of_repetitions_leaves_tails_of_cut_answers_out(models, monke
     answers = [Generation(ids, reason) for ids, reason in ends]
     monkeypatch.setattr("rac_modifier.frontier.measure.ask", lambda *_: answers)
     reference = measure_dense(dense, tokenizer, held_out)
-    found = measure("other", other, dense, tokenizer, held_out, reference).figures["outside_repetitions"]
+    found = measure("other", other, dense, tokenizer, held_out, reference).figures[
+        "outside_repetitions"
+    ]
     rows = [
         kl_along(dense, other, render_question(tokenizer, problem.question, SAMPLING), answer.ids)
         for problem, answer in zip(held_out.problems, answers, strict=True)

@@ -50,29 +50,54 @@ def data_of(text: str) -> Any:
 
 
 def traces_of(text: str) -> Any:
-    return json.loads(gzip.decompress(base64.b64decode(re.search(r'id="traces">(.*?)</script>', text)[1])))
+    return json.loads(
+        gzip.decompress(base64.b64decode(re.search(r'id="traces">(.*?)</script>', text)[1]))
+    )
 
 
 def test_the_page_has_its_own_three_scripts_and_no_address(text: str) -> None:
     found = Parsed(text)
-    assert [attributes.get("type") for attributes in found.of("script")] == ["application/json", "text/plain", None]
+    assert [attributes.get("type") for attributes in found.of("script")] == [
+        "application/json",
+        "text/plain",
+        None,
+    ]
     assert not found.of("img")
     assert not found.of("link")
-    assert not [a for _, attributes in found.tags for a in attributes if a.startswith("on") or a in ("src", "href")]
+    assert not [
+        a
+        for _, attributes in found.tags
+        for a in attributes
+        if a.startswith("on") or a in ("src", "href")
+    ]
     assert HOSTILE[:20] not in text
     sources = "".join(raw for tag, raw in found.raw if tag == "script")
-    for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "fetch(", "XMLHttp", "import("):
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "eval(",
+        "fetch(",
+        "XMLHttp",
+        "import(",
+    ):
         assert word not in sources
 
 
 def test_the_policy_allows_the_script_and_the_style_that_are_there(text: str) -> None:
     found = Parsed(text)
-    policy = next(a["content"] for a in found.of("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for a in found.of("meta") if a.get("http-equiv") == "Content-Security-Policy"
+    )
     hashes = []
     for wanted in ("style", "script"):
         raw = [data for tag, data in found.raw if tag == wanted][-1]
         hashes.append(base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode())
-    assert policy == f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
+    assert (
+        policy
+        == f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
+    )
 
 
 def test_figures_and_answers_are_those_of_the_folder(text: str) -> None:
@@ -89,12 +114,18 @@ def test_figures_and_answers_are_those_of_the_folder(text: str) -> None:
     assert len(traces["dense"]) == 4
     assert HOSTILE in traces["dense"][0]["text"]
     own = traces["rows"]["50 %"][1]
-    assert (own["same_tokens"], own["correct"], own["finish"], own["tokens"]) == (3, False, "length", 4)
+    assert (own["same_tokens"], own["correct"], own["finish"], own["tokens"]) == (
+        3,
+        False,
+        "length",
+        4,
+    )
     assert own["kl"] == "001qz000"
 
 
 @pytest.mark.parametrize(
-    ("temperature", "said"), [(0.0, "(arithmetic), greedy, at most"), (0.6, ", temperature 0.6, at most")]
+    ("temperature", "said"),
+    [(0.0, "(arithmetic), greedy, at most"), (0.6, ", temperature 0.6, at most")],
 )
 def test_how_answers_were_drawn_is_said(tmp_path: Path, temperature: float, said: str) -> None:
     about = {**ABOUT, "evaluation": {**ABOUT["evaluation"], "temperature": temperature}}
@@ -103,7 +134,9 @@ def test_how_answers_were_drawn_is_said(tmp_path: Path, temperature: float, said
 
 
 def test_digits_of_divergence() -> None:
-    assert [kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)] == list("0019irzz")
+    assert [kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)] == list(
+        "0019irzz"
+    )
 
 
 def test_fewer_answers_are_shown_where_asked(tmp_path: Path) -> None:
@@ -130,7 +163,10 @@ def test_folders_of_one_evaluation_are_shown_together(tmp_path: Path) -> None:
 
 def test_folders_with_other_answers_of_the_dense_model_are_shown_apart(tmp_path: Path) -> None:
     """As another processor writes them: KL along them cannot be compared."""
-    a, b = (write_sample(tmp_path / name, rows=[ROWS[0], ROWS[place]]) for place, name in ((1, "a"), (2, "b")))
+    a, b = (
+        write_sample(tmp_path / name, rows=[ROWS[0], ROWS[place]])
+        for place, name in ((1, "a"), (2, "b"))
+    )
     together = data_of(page([a, b], 300))["studies"]
     assert [study["name"] for study in together] == ["tiny, arithmetic"]
     path = next((b / "traces").glob("dense*.json"))
@@ -139,7 +175,10 @@ def test_folders_with_other_answers_of_the_dense_model_are_shown_apart(tmp_path:
     path.write_text(json.dumps(content))
     apart = data_of(page([a, b], 300))["studies"]
     assert [study["name"] for study in apart] == ["tiny, arithmetic, a", "tiny, arithmetic, b"]
-    assert [[row["label"] for row in study["rows"]] for study in apart] == [["dense", "50 %"], ["dense", "2:4"]]
+    assert [[row["label"] for row in study["rows"]] for study in apart] == [
+        ["dense", "50 %"],
+        ["dense", "2:4"],
+    ]
 
 
 def test_a_folder_without_its_dense_model(tmp_path: Path) -> None:
@@ -173,13 +212,18 @@ def test_a_page_of_300_problems_fits(tmp_path: Path) -> None:
 
 
 def test_a_page_that_is_too_large_is_refused() -> None:
-    with pytest.raises(RacError, match=r"would have 10\.0 MB, more than 5 MB; .* than 300 \(--traces 75\)"):
+    with pytest.raises(
+        RacError, match=r"would have 10\.0 MB, more than 5 MB; .* than 300 \(--traces 75\)"
+    ):
         check_size("x" * 10_000_000, Path("x.html"), 300)
 
 
 def test_advice_counts_the_problems_that_there_are(tmp_path: Path) -> None:
     folders = [
-        write_sample(tmp_path / str(count), {**ABOUT, "evaluation": {**ABOUT["evaluation"], "problems": count}})
+        write_sample(
+            tmp_path / str(count),
+            {**ABOUT, "evaluation": {**ABOUT["evaluation"], "problems": count}},
+        )
         for count in (2, 5)
     ]
     assert [problems_shown(folders, most) for most in (300, 3)] == [5, 3]

@@ -10,7 +10,13 @@ from rac_modifier.frontier.estimate import Asked, ModelShape, Plan
 from rac_modifier.frontier.room import Room, check_room, needs
 
 GIB = 2**30
-SHAPE = ModelShape(parameters=GIB // 2, groups=(Group(10, (20,)), Group(30, (10,))), layers=3, hidden=10, kv_bytes=1000)
+SHAPE = ModelShape(
+    parameters=GIB // 2,
+    groups=(Group(10, (20,)), Group(30, (10,))),
+    layers=3,
+    hidden=10,
+    kv_bytes=1000,
+)
 SERVED = Asked("served", answers=8, cap=100_000, at_once=64, served=True)
 HERE = Asked("here", answers=6, cap=50_000, at_once=4, served=False)
 PLAN = Plan(SHAPE, rows=3, tokens=700, traces=SERVED, asked=(SERVED, HERE), served=True)
@@ -23,7 +29,9 @@ def found(plan=PLAN, keep_models=True):
 
 def test_what_is_needed_where():
     model = GIB
-    assert found()["device"] == 2 * model + 4 * 50_000 * 1000  # a server has one model, and its longest answer
+    assert (
+        found()["device"] == 2 * model + 4 * 50_000 * 1000
+    )  # a server has one model, and its longest answer
     assert found()["host"] == 2 * model + 2 * 700 * (30 + 10) * 2
     answers = 4 * (8 * 100_000 + 6 * 50_000) * 8
     assert found()["disk"] == (3 + 1) * model + answers
@@ -35,7 +43,10 @@ def test_what_is_needed_where():
 def test_a_run_that_fits():
     lines = check_room(needs(PLAN, keep_models=True), ENOUGH)
     assert len(lines) == 3
-    assert lines[0] == "device: 2.19 GiB are needed for two models and a batch of answers, 10.00 GiB are free"
+    assert (
+        lines[0]
+        == "device: 2.19 GiB are needed for two models and a batch of answers, 10.00 GiB are free"
+    )
 
 
 def test_all_that_does_not_fit_is_in_one_message():
@@ -44,7 +55,9 @@ def test_all_that_does_not_fit_is_in_one_message():
     first, device, disk = str(refused.value).splitlines()
     assert first == "nothing was started, because this does not fit:"
     assert device.startswith("- device: 2.19 GiB are needed")
-    assert device.endswith("2.00 GiB are free; lower evaluation.batch_size or evaluation.cap in the grid")
+    assert device.endswith(
+        "2.00 GiB are free; lower evaluation.batch_size or evaluation.cap in the grid"
+    )
     assert disk.endswith("1.00 GiB are free; free some, or use --remove-models")
 
 
@@ -58,7 +71,9 @@ def test_without_an_accelerator_the_host_holds_the_models():
 def test_what_is_written_already_counts_as_room(tmp_path, monkeypatch):
     def disk_usage(place):  # a disk on which nothing but this test writes
         assert place in (tmp_path, tmp_path / "out")
-        return SimpleNamespace(free=10**9 - sum(path.stat().st_size for path in tmp_path.rglob("model")))
+        return SimpleNamespace(
+            free=10**9 - sum(path.stat().st_size for path in tmp_path.rglob("model"))
+        )
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     before = Room.here(tmp_path / "out" / "deeper")

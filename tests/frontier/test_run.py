@@ -58,7 +58,9 @@ class Bench:
         self.step(f"compress {recipe['recipe']}")
         save_tiny(folder)
         modules = [{"name": "m", "relative_error": 0.1, "sparsity": 0.5}]
-        (folder / "rac_run.json").write_text(json.dumps({"modules": modules, "calibration": {"tokens": 9}}))
+        (folder / "rac_run.json").write_text(
+            json.dumps({"modules": modules, "calibration": {"tokens": 9}})
+        )
 
     def run(self, rows=ROWS, **options) -> list[dict]:
         with FrontierFolder(self.out) as folder:
@@ -88,7 +90,11 @@ def test_every_row_is_compressed_and_measured_once(bench: Bench) -> None:
     said: list[str] = []
     rows = bench.run(report=lambda row: said.append(row["label"]))
     assert [row["label"] for row in rows] == said == ["dense", "a", "b", "c"]
-    assert [step for step in bench.did if "compress" in step] == ["compress a", "compress b", "compress c"]
+    assert [step for step in bench.did if "compress" in step] == [
+        "compress a",
+        "compress b",
+        "compress c",
+    ]
     dense, a, *_ = rows
     assert dense["divergence"] is None
     assert a["divergence"]["kl"] > 0
@@ -109,7 +115,9 @@ def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("step", ["load dense", "compress a", "load a", "compress b"])
-def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(bench: Bench, undisturbed, step: str) -> None:
+def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
+    bench: Bench, undisturbed, step: str
+) -> None:
     bench.stop_at = step
     with pytest.raises(KeyboardInterrupt):
         bench.run(ROWS[:2])
@@ -121,7 +129,9 @@ def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(bench: Bench,
 def test_a_new_row_is_added_and_a_changed_one_is_refused(bench: Bench) -> None:
     bench.run(ROWS[:1])
     assert [row["label"] for row in bench.run([ROWS[1]])] == ["dense", "a", "b"]
-    with pytest.raises(RacError, match="rows that were run with another recipe: a; give the new ones another label"):
+    with pytest.raises(
+        RacError, match="rows that were run with another recipe: a; give the new ones another label"
+    ):
         bench.run([planned("a", sparsity=0.6), planned("d")])
     assert "compress d" not in bench.did
 
@@ -141,23 +151,34 @@ def test_paths_of_this_machine_are_not_written_down(bench: Bench) -> None:
 def test_what_cannot_be_served_has_a_reason(bench: Bench) -> None:
     def serve(folder: Path, label: str, servers):
         if label == "a":
-            raise RacError("vllm serve stopped:\n" + "\n".join(f"line {number}" for number in range(9)))
+            raise RacError(
+                "vllm serve stopped:\n" + "\n".join(f"line {number}" for number in range(9))
+            )
         return Served()
 
     class Served:
         def as_dict(self):
-            return dict.fromkeys(("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds", "more"), 2.0)
+            return dict.fromkeys(
+                ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds", "more"), 2.0
+            )
 
     rows = bench.run(ROWS[:1], tools=replace(bench.tools(), serve=serve))
-    assert rows[0]["served"] == dict.fromkeys(("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds"), 2.0)
+    assert rows[0]["served"] == dict.fromkeys(
+        ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds"), 2.0
+    )
     assert rows[1]["served"] == {"not_measured": "vllm serve stopped:\nline 6\nline 7\nline 8"}
 
 
-def test_a_dense_model_that_cannot_be_served_stops_the_run_before_anything_is_measured(bench: Bench) -> None:
+def test_a_dense_model_that_cannot_be_served_stops_the_run_before_anything_is_measured(
+    bench: Bench,
+) -> None:
     def serve(folder: Path, label: str, servers):
         raise RacError("max_model_len is too large")
 
-    with pytest.raises(RacError, match="serve: true, and the dense model cannot be served: max_model_len is too large"):
+    with pytest.raises(
+        RacError,
+        match="serve: true, and the dense model cannot be served: max_model_len is too large",
+    ):
         bench.run(ROWS[:1], tools=replace(bench.tools(), serve=serve))
     assert bench.did == []
 
@@ -175,22 +196,29 @@ def test_benchmarks_are_asked_per_model_and_one_that_fails_stops_no_other(bench:
 
     tools = replace(bench.tools(), benchmarks=[Benchmark("math", {"cap": 9})], ask=ask)
     with pytest.raises(
-        RacError, match=r"not all benchmarks; run the same command again .*\n- a: no kernel reads 3 bits$"
+        RacError,
+        match=r"not all benchmarks; run the same command again .*\n- a: no kernel reads 3 bits$",
     ):
         bench.run(ROWS[:2], tools=tools, remove_models=True)
     assert asked == [f"dense of {bench.dense.name}", "a of a", "b of b"]
-    assert [path.name[0] for path in (bench.out / "models").iterdir()] == ["a"], "b was measured, a is still needed"
+    assert [path.name[0] for path in (bench.out / "models").iterdir()] == ["a"], (
+        "b was measured, a is still needed"
+    )
     broken.clear()
     asked.clear()
     bench.run(ROWS[:2], tools=tools, remove_models=True)
     assert asked == ["a of a"]
     assert list((bench.out / "models").iterdir()) == []
     more = replace(tools, benchmarks=[*tools.benchmarks, Benchmark("aime", {"cap": 9})])
-    with pytest.raises(RacError, match="no checkpoint any more of a, b, so the benchmarks cannot be asked"):
+    with pytest.raises(
+        RacError, match="no checkpoint any more of a, b, so the benchmarks cannot be asked"
+    ):
         bench.run(ROWS[:2], tools=more)
 
 
-def test_a_server_ends_before_the_dense_model_is_loaded_and_starts_when_a_row_is_measured(bench: Bench) -> None:
+def test_a_server_ends_before_the_dense_model_is_loaded_and_starts_when_a_row_is_measured(
+    bench: Bench,
+) -> None:
     """vLLM reserves most of a device: the model would not fit beside its own server."""
 
     @contextmanager
@@ -216,10 +244,28 @@ def test_a_server_ends_before_the_dense_model_is_loaded_and_starts_when_a_row_is
             bench.did.append(f"{label} is asked on {urls}")
             yield wanted[0], result(label)
 
-    tools = replace(bench.tools(), servers=servers, serve=serve, benchmarks=[Benchmark("math", {"cap": 9})], ask=ask)
+    tools = replace(
+        bench.tools(),
+        servers=servers,
+        serve=serve,
+        benchmarks=[Benchmark("math", {"cap": 9})],
+        ask=ask,
+    )
     bench.run(ROWS[:1], tools=tools, remove_models=True)
 
     def served(name: str) -> list[str]:
-        return [f"{name} starts", f"{name} is timed on ('{name}',)", f"{name} is asked on ('{name}',)", f"{name} ends"]
+        return [
+            f"{name} starts",
+            f"{name} is timed on ('{name}',)",
+            f"{name} is asked on ('{name}',)",
+            f"{name} ends",
+        ]
 
-    assert bench.did == [*served("dense"), "load dense", "compress a", "load a", "load dense", *served("a")]
+    assert bench.did == [
+        *served("dense"),
+        "load dense",
+        "compress a",
+        "load a",
+        "load dense",
+        *served("a"),
+    ]

@@ -48,7 +48,9 @@ def test_where_two_answers_part() -> None:
     assert of_dense["text"] == "<think>ü1</think>2<|end|>"
     assert of_dense["pieces"] == [7, 0, 1, 1, 8, 1, 7]
     assert (of_dense["thinking"], of_dense["question"], of_dense["answer"]) == (5, "1 + 1?", "2")
-    found = trace_of(tokenizer, PROBLEM, own, False, dense, TokenDivergence([0.123456] * 7, [True] * 7))
+    found = trace_of(
+        tokenizer, PROBLEM, own, False, dense, TokenDivergence([0.123456] * 7, [True] * 7)
+    )
     assert (found["same_tokens"], found["same_characters"]) == (4, len("<think>ü1"))
     assert found["kl"] == [0.1235] * 7
     assert (found["finish"], found["correct"], found["thinking"]) == ("length", False, 5)

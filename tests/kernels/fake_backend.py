@@ -27,7 +27,9 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     return {"fake_columns": weight.dequantized(served).T.contiguous(), "fake_flag": torch.ones(1)}
 
 
-def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
+) -> Tensor:
     """A dense product."""
     assert packed["fake_columns"].shape == (columns, rows)
     assert packed["fake_flag"].item() == 1.0

@@ -31,11 +31,17 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> str:
     return "fake"
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS.values(), fake_backend], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "backend", [*BACKENDS.values(), fake_backend], ids=lambda module: module.__name__
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_backend_has_the_three_functions(backend, name):
     def arguments(function: object) -> list[tuple[str, object]]:
-        return [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.name != "self"]
+        return [
+            (p.name, p.default)
+            for p in inspect.signature(function).parameters.values()
+            if p.name != "self"
+        ]
 
     assert arguments(getattr(backend, name)) == arguments(getattr(Backend, name))
 
@@ -55,7 +61,9 @@ def test_a_layer_is_served_through_a_registered_backend(fake):
 
 def test_a_plan_asks_the_registered_backend(fake, tmp_path):
     tensors = pack(random_weight(24, 40, 0, True), FORMAT, "a") | {"shape": torch.tensor([24, 40])}
-    save_file({f"a.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {f"a.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors"
+    )
     sparsity = {"quant_method": "compressed-tensors", "sparsity_config": {"format": FORMAT}}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": sparsity}))
     assert render_plan(plan_checkpoint(tmp_path, device=fake)) == "a (24x40): a fake kernel"

@@ -10,9 +10,13 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 
 
-@pytest.mark.parametrize(("rows", "columns", "density"), [(0, 8, 0.5), (8, -1, 0.5), (8, 8, 1.5), (8, 8, float("nan"))])
+@pytest.mark.parametrize(
+    ("rows", "columns", "density"), [(0, 8, 0.5), (8, -1, 0.5), (8, 8, 1.5), (8, 8, float("nan"))]
+)
 def test_impossible_numbers_are_refused(rows, columns, density):
-    with pytest.raises(RacError, match=rf"a weight \[{rows}, {columns}\] of density {density}: .*damaged"):
+    with pytest.raises(
+        RacError, match=rf"a weight \[{rows}, {columns}\] of density {density}: .*damaged"
+    ):
         Layer(rows, columns, density, torch.bfloat16, torch.bfloat16, 8)
 
 

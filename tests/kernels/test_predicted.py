@@ -18,7 +18,12 @@ from rac_modifier.kernels.plan import PlanRow, plan_row
 from rac_modifier.kernels.predicted import Prediction, predict_checkpoint
 
 H100 = card_of("h100")
-SHAPES = {"q_proj": (1024, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 1024)}
+SHAPES = {
+    "q_proj": (1024, 2048),
+    "k_proj": (512, 2048),
+    "v_proj": (512, 2048),
+    "o_proj": (2048, 1024),
+}
 
 
 def row(name: str, rows: int, columns: int, **changes: object) -> ModuleRow:
@@ -42,7 +47,17 @@ def planned(
     scale_bytes: int = 4,
 ) -> PlanRow:
     stored = rows * columns // 2
-    return plan_row(name, rows, columns, stored, dtype, dtype, groups, two_of_four=two_of_four, scale_bytes=scale_bytes)
+    return plan_row(
+        name,
+        rows,
+        columns,
+        stored,
+        dtype,
+        dtype,
+        groups,
+        two_of_four=two_of_four,
+        scale_bytes=scale_bytes,
+    )
 
 
 def predict(modules: list[ModuleRow], plan: list[PlanRow], tokens: int = 1) -> Prediction:
@@ -58,8 +73,12 @@ def attention(layers: int = 2) -> tuple[list[str], list[ModuleRow]]:
 def test_parts_are_fused_and_layers_that_run_alike_are_one_row():
     names, modules = attention()
     plan = [planned(name, *SHAPES[name.rpartition(".")[2]]) for name in names]
-    found = predict([*modules, row("lm_head", 1000, 128, stored="dense", reason="not pruned")], plan, tokens=9)
-    assert [(each.kind, each.rows, each.columns, each.count, each.kernel) for each in found.layers] == [
+    found = predict(
+        [*modules, row("lm_head", 1000, 128, stored="dense", reason="not pruned")], plan, tokens=9
+    )
+    assert [
+        (each.kind, each.rows, each.columns, each.count, each.kernel) for each in found.layers
+    ] == [
         ("qkv_proj", 2048, 2048, 2, "2:4"),
         ("o_proj", 2048, 1024, 2, "2:4"),
         ("lm_head", 1000, 128, 1, "dense"),
@@ -73,7 +92,9 @@ def test_parts_are_fused_and_layers_that_run_alike_are_one_row():
         "nobody quantizes the output matrix here"
     )
     assert found.here == pytest.approx(2 * qkv.time.total + 2 * o.time.total + head.time.total)
-    assert found.dense("fp8") == pytest.approx(2 * qkv.dense["fp8"] + 2 * o.dense["fp8"] + head.dense["fp8"])
+    assert found.dense("fp8") == pytest.approx(
+        2 * qkv.dense["fp8"] + 2 * o.dense["fp8"] + head.dense["fp8"]
+    )
     assert found.in_cache
 
 
@@ -84,8 +105,13 @@ def test_four_bits_in_groups_have_a_kernel():
         (layer,) = predict([row("a.o_proj", *shape)], plan).layers
         assert (layer.kernel, layer.time) == (layout.title, sparse_time(H100, layout, *shape, 1))
         assert layer.nbytes == layout.nbytes(*shape)
-    parts = [f"a.{each}_proj" for each in "qkv"]  # one part needs scales of float32, so the fused layer has them
-    plan = [planned(name, *shape, torch.int32, 16, scale_bytes=4 if "k" in name[:3] else 2) for name in parts]
+    parts = [
+        f"a.{each}_proj" for each in "qkv"
+    ]  # one part needs scales of float32, so the fused layer has them
+    plan = [
+        planned(name, *shape, torch.int32, 16, scale_bytes=4 if "k" in name[:3] else 2)
+        for name in parts
+    ]
     (layer,) = predict([row(name, *shape) for name in parts], plan).layers
     assert (layer.rows, layer.kernel) == (3 * 4096, INT4_FP32_SCALES[128].title)
 
@@ -97,7 +123,8 @@ def test_a_layer_that_is_predicted_to_be_faster_dense_is_dense_as_it_would_be_se
     assert found.kernel == "dense"
     assert found.time == dense_time(H100, 1536, 1536, 1, 2.0)
     assert re.match(
-        r"dense because it is predicted on H100 SXM: 3\.\d us packed and 3\.\d us dense in bfl", found.reason
+        r"dense because it is predicted on H100 SXM: 3\.\d us packed and 3\.\d us dense in bfl",
+        found.reason,
     )
 
 
@@ -129,13 +156,17 @@ def test_a_packed_layer_without_a_kernel_is_dense_in_bfloat16(changes, reason):
 
 
 def test_a_float32_checkpoint_is_served_in_bfloat16():
-    (layer,) = predict([row("a.o_proj", 2048, 2048)], [planned("a.o_proj", 2048, 2048, torch.float32)]).layers
+    (layer,) = predict(
+        [row("a.o_proj", 2048, 2048)], [planned("a.o_proj", 2048, 2048, torch.float32)]
+    ).layers
     assert layer.kernel == "2:4"
 
 
 def test_a_fused_layer_is_dense_where_its_parts_differ():
     modules = [row("a.gate_proj", 64, 256), row("a.up_proj", 64, 256)]
-    ignored = PlanRow("a.up_proj", 64, 256, 1.0, stay_dense("it is not pruned (in ignore)", torch.bfloat16))
+    ignored = PlanRow(
+        "a.up_proj", 64, 256, 1.0, stay_dense("it is not pruned (in ignore)", torch.bfloat16)
+    )
     (one,) = predict(modules, [planned("a.gate_proj", 64, 256), ignored]).layers
     assert (one.kind, one.rows, one.reason) == (
         "gate_up_proj",
@@ -148,13 +179,23 @@ def test_a_fused_layer_is_dense_where_its_parts_differ():
 
 
 def test_a_part_alone_keeps_its_name_and_other_columns_are_not_fused():
-    found = predict([row("a.q_proj", 64, 256), row("b.q_proj", 64, 256), row("b.k_proj", 64, 128)], [])
+    found = predict(
+        [row("a.q_proj", 64, 256), row("b.q_proj", 64, 256), row("b.k_proj", 64, 128)], []
+    )
     assert [(each.kind, each.count) for each in found.layers] == [("q_proj", 2), ("k_proj", 1)]
 
 
 def test_a_model_that_is_not_packed_runs_dense_and_a_quantized_one_on_vllms_own_method():
     dense = row("a.o_proj", 64, 256, stored="dense", reason="not pruned")
-    fp8 = row("b.o_proj", 64, 256, stored="dense", dtype="F8_E4M3", reason="not pruned", stored_bytes=64 * 256 + 128)
+    fp8 = row(
+        "b.o_proj",
+        64,
+        256,
+        stored="dense",
+        dtype="F8_E4M3",
+        reason="not pruned",
+        stored_bytes=64 * 256 + 128,
+    )
     first, second = predict([dense, fp8], []).layers
     assert (first.kernel, first.reason, first.time) == (
         "dense",

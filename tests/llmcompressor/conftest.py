@@ -22,7 +22,14 @@ def dense(tiny_folder):
 def prune(tiny_folder, trace_store):
     """Run oneshot on the tiny model with a recipe of ours, changed by `settings`."""
 
-    def prune(model=None, later=(), pipeline="independent", output_dir=None, oneshot_options=None, **settings):
+    def prune(
+        model=None,
+        later=(),
+        pipeline="independent",
+        output_dir=None,
+        oneshot_options=None,
+        **settings,
+    ):
         modifiers = [ReasoningAwareSparseGPTModifier(**entry(trace_store, **settings)), *later]
         return oneshot(
             model=str(tiny_folder) if model is None else model,
@@ -39,7 +46,9 @@ def prune(tiny_folder, trace_store):
 def calibrate(tiny_folder, trace_store):
     """Run oneshot on the tiny model with other modifiers, calibrated on its traces."""
 
-    def calibrate(later=(), pipeline="independent", output_dir=None, oneshot_options=None, **settings):
+    def calibrate(
+        later=(), pipeline="independent", output_dir=None, oneshot_options=None, **settings
+    ):
         shared = calibration_entry(trace_store, **settings)
         return oneshot(
             model=str(tiny_folder),

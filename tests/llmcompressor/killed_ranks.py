@@ -129,7 +129,9 @@ def wait_until(true: Callable[[], bool], children: dict[int, int]) -> None:
 def kill(output: str, count: int, wanted: str, chance: random.Random) -> Kill | None:
     """Start the run, kill one of its processes at such a moment, and wait for the others; None where the run ended before."""
     found, more = files(output), chance.choice([1, 1, 2])
-    signs: dict[str, tuple[Callable[[], bool], float]] = {  # what to wait for, and the longest time until the kill
+    signs: dict[
+        str, tuple[Callable[[], bool], float]
+    ] = {  # what to wait for, and the longest time until the kill
         BEFORE: (lambda: Path(f"{output}.began").exists(), 0.02),
         AFTER: (lambda: files(output) >= min(found + more, GROUPS), 0.05),
         WRITING: (lambda: files(output, "new") > 0, _WRITING_TAKES),
@@ -145,7 +147,13 @@ def kill(output: str, count: int, wanted: str, chance: random.Random) -> Kill | 
     time.sleep(chance.uniform(0.0, longest))
     os.kill(children[rank], signal.SIGKILL)
     moment = (
-        SAVING if os.path.isdir(output) else WRITING if files(output, "new") else AFTER if files(output) else BEFORE
+        SAVING
+        if os.path.isdir(output)
+        else WRITING
+        if files(output, "new")
+        else AFTER
+        if files(output)
+        else BEFORE
     )
     codes = ended(children, agent=True)
     if codes[rank] != -signal.SIGKILL:
@@ -185,8 +193,15 @@ def table(kills: list[Kill], count: int) -> list[str]:
                 codes = sorted({code for each in alike for code in each.other})
                 lost = sum(each.lost for each in alike)
                 halves = sum(each.half for each in alike)
-                ends = ", ".join(f"{code} ({sum(each.other == (code,) for each in alike)})" for code in codes) or "-"
-                lines.append(f"| process {rank} of {count} | {moment} | {len(alike)} | {lost} | {halves} | {ends} |")
+                ends = (
+                    ", ".join(
+                        f"{code} ({sum(each.other == (code,) for each in alike)})" for code in codes
+                    )
+                    or "-"
+                )
+                lines.append(
+                    f"| process {rank} of {count} | {moment} | {len(alike)} | {lost} | {halves} | {ends} |"
+                )
     return lines
 
 
@@ -199,7 +214,14 @@ def main() -> None:
     settings = TraceSettings(**entry()["traces"])
     loaded = AutoModelForCausalLM.from_pretrained(_MODEL), AutoTokenizer.from_pretrained(_MODEL)
     store = Path("traces.jsonl")
-    collect_traces(*loaded, store, problems=settings.problems, sampling=settings.sampling, tokens=4000, progress=False)
+    collect_traces(
+        *loaded,
+        store,
+        problems=settings.problems,
+        sampling=settings.sampling,
+        tokens=4000,
+        progress=False,
+    )
     calibration = {"tokens": 1500, "batch_tokens": 256, "held_out_tokens": 100}
     _RECIPE.write_text(recipe(entry(store.absolute(), calibration=calibration)))
     assert set(ended(begin("undisturbed", count))) == {0}, Path("undisturbed.0.txt").read_text()
@@ -213,7 +235,9 @@ def main() -> None:
         lives.append(output)
         for wanted in (BEFORE, AFTER, WRITING, AFTER, SAVING):
             tries += 1
-            if len(kills) == count_of_kills or (not os.path.isdir(f"{output}.unfinished") and os.path.isdir(output)):
+            if len(kills) == count_of_kills or (
+                not os.path.isdir(f"{output}.unfinished") and os.path.isdir(output)
+            ):
                 break
             one = kill(output, count, wanted, chance)
             kills += [one] if one is not None else []

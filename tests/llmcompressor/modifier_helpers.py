@@ -16,7 +16,10 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 def int4() -> dict:
     """W4A16 in groups of 32, as config_groups: the preset's 128 are more than the tiny model has."""
-    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "strategy": "group", "group_size": 32},
+    }
     return {"config_groups": {"group_0": group}}
 
 

@@ -15,7 +15,15 @@ TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
 
 
 def grouped(bits: int, **changes: Any) -> dict[str, Any]:
-    return {"weights": {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": True, **changes}}
+    return {
+        "weights": {
+            "num_bits": bits,
+            "strategy": "group",
+            "group_size": 32,
+            "symmetric": True,
+            **changes,
+        }
+    }
 
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -24,11 +32,16 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "asymmetric int4": grouped(4, symmetric=False),
     "asymmetric int2": grouped(2, symmetric=False),
     "int8": {"weights": CHANNEL, "input_activations": TOKEN},
-    "fp8": {"weights": {**CHANNEL, "type": "float"}, "input_activations": {**TOKEN, "type": "float"}},
+    "fp8": {
+        "weights": {**CHANNEL, "type": "float"},
+        "input_activations": {**TOKEN, "type": "float"},
+    },
 }
 
 
-def saved(folder: Path, scheme: dict[str, Any], *, pruned: bool, ignore: tuple[str, ...] = ("lm_head",)) -> Path:
+def saved(
+    folder: Path, scheme: dict[str, Any], *, pruned: bool, ignore: tuple[str, ...] = ("lm_head",)
+) -> Path:
     """`tiny_model()` rounded to the nearest codes by upstream, half of its weights zero before if `pruned`."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -48,7 +61,9 @@ def saved(folder: Path, scheme: dict[str, Any], *, pruned: bool, ignore: tuple[s
         scale = scale.amax() if args.strategy == "tensor" else scale
         module.weight_scale.data.copy_(scale.to(torch.bfloat16))
         if hasattr(module, "weight_zero_point"):
-            module.weight_zero_point.data.copy_(zero if zero.shape == module.weight_zero_point.shape else 0)
+            module.weight_zero_point.data.copy_(
+                zero if zero.shape == module.weight_zero_point.shape else 0
+            )
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(folder)
@@ -60,18 +75,25 @@ def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tens
     """Codes and their values in float32 of every quantized module, from the file's bits; codes are counted from zero points."""
     tensors = load_file(folder / "model.safetensors")
     found = {}
-    for name in sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
+    for name in sorted(
+        key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")
+    ):
         if f"{name}.weight" in tensors:
             codes = tensors[f"{name}.weight"].float()
         else:
             rows, columns = tensors[f"{name}.weight_shape"].tolist()
-            codes = (_unpacked(tensors[f"{name}.weight_packed"], rows, columns, bits) - 2 ** (bits - 1)).float()
+            codes = (
+                _unpacked(tensors[f"{name}.weight_packed"], rows, columns, bits) - 2 ** (bits - 1)
+            ).float()
         if f"{name}.weight_zero_point" in tensors:
             zeros = tensors[f"{name}.weight_zero_point"].T
             zeros = (_unpacked(zeros, len(zeros), len(codes), bits) - 2 ** (bits - 1)).T
             codes -= zeros.repeat_interleave(codes.shape[1] // zeros.shape[1], dim=1)
         scale = tensors[f"{name}.weight_scale"].float()
-        found[name] = codes, codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
+        found[name] = (
+            codes,
+            codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1),
+        )
     return found
 
 

@@ -39,7 +39,12 @@ HUNG = -signal.SIGALRM
 
 
 def start(
-    model: str, recipe: Path, output: str, count: int, before: Mapping[int, Before] | None = None, run: Any = None
+    model: str,
+    recipe: Path,
+    output: str,
+    count: int,
+    before: Mapping[int, Before] | None = None,
+    run: Any = None,
 ) -> dict[int, int]:
     """Start so many processes; their ids by rank. `before` is called in the process of that rank first.
 
@@ -56,8 +61,15 @@ def start(
             continue
         code = 1
         try:
-            os.dup2(os.open(f"{output}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), 2)
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.dup2(
+                os.open(f"{output}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), 2
+            )
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "LOCAL_WORLD_SIZE": count,
+            }
             os.environ.update({name: str(value) for name, value in place.items()})
             os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
             sys.argv = command
@@ -172,7 +184,12 @@ def main() -> None:
     codes: dict[str, list[int]] = {}
 
     def run(
-        name: str, recipe: str, count: int, before: Mapping[int, Before] | None = None, run: Any = None, of: str = model
+        name: str,
+        recipe: str,
+        count: int,
+        before: Mapping[int, Before] | None = None,
+        run: Any = None,
+        of: str = model,
     ) -> None:
         codes[name] = ended(start(of, recipes / f"{recipe}.yaml", name, count, before, run))
 

@@ -39,7 +39,9 @@ def settings(tmp_path):
 def written(folder: Path) -> tuple[dict, tuple[str, ...]]:
     """What the run record and config.json say."""
     record = json.loads((folder / "rac_run.json").read_text())
-    return record["activations"], SparsityRecord.of(json.loads((folder / "config.json").read_text())).int8_activations
+    return record["activations"], SparsityRecord.of(
+        json.loads((folder / "config.json").read_text())
+    ).int8_activations
 
 
 def test_the_record_is_that_of_the_command_on_the_same_traces(prune, settings, tmp_path):
@@ -53,7 +55,9 @@ def test_the_record_is_that_of_the_command_on_the_same_traces(prune, settings, t
     hold_out = HoldOut(300)
     list(hold_out.others(TraceStore.read(tmp_path / "own.jsonl")))
     layers = quantized_layers(tmp_path / "out").layers
-    choice = choose_activations(load_model(tmp_path / "out"), layers, [*map(sequence_of, hold_out.held)], 0.01)
+    choice = choose_activations(
+        load_model(tmp_path / "out"), layers, [*map(sequence_of, hold_out.held)], 0.01
+    )
     again = choice.as_dict("held-out traces")
     assert again["tokens"] == record["tokens"]
     assert again["kl"] == pytest.approx(record["kl"], rel=0.05)
@@ -63,7 +67,9 @@ def test_the_record_is_that_of_the_command_on_the_same_traces(prune, settings, t
 
 
 @pytest.mark.parametrize("quantization", [INT8, int4()], ids=["int8", "int4"])
-def test_a_layer_that_loses_accuracy_keeps_16_bits(prune, settings, tmp_path, tiny_folder, quantization):
+def test_a_layer_that_loses_accuracy_keeps_16_bits(
+    prune, settings, tmp_path, tiny_folder, quantization
+):
     """A channel x1000 of which down_proj hardly makes use: what 8 bits lose of the others is all of the output."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     up, down = (model.get_submodule(f"{FIRST}mlp.{name}") for name in ("up_proj", "down_proj"))
@@ -120,20 +126,27 @@ def test_routed_experts_keep_16_bits(prune, settings, tmp_path):
     record, int8 = written(tmp_path / "out")
     assert len(record["layers"]) == 8  # of attention
     assert int8
-    assert {layer.module for layer in quantized_layers(tmp_path / "out").layers} == record["layers"].keys()
+    assert {layer.module for layer in quantized_layers(tmp_path / "out").layers} == record[
+        "layers"
+    ].keys()
 
 
 def test_groups_that_are_multiplied_as_floats_are_refused_before_the_run(prune, settings, tmp_path):
     pairs = {"num_bits": 8, "strategy": "group", "group_size": 2}
-    settings["quantization"] = {"config_groups": {"g": {"weights": pairs}}, "int8_activation_limit": 0.01}
+    settings["quantization"] = {
+        "config_groups": {"g": {"weights": pairs}},
+        "int8_activation_limit": 0.01,
+    }
     with pytest.raises(
-        RacError, match=r"int8_activation_limit: 0\.01 has no effect here: no pruned module is int8 or int4 as"
+        RacError,
+        match=r"int8_activation_limit: 0\.01 has no effect here: no pruned module is int8 or int4 as",
     ):
         prune(output_dir=tmp_path / "out", **settings)
 
 
 def test_a_checkpoint_that_cannot_record_it_is_refused_before_the_run(prune, settings, tmp_path):
     with pytest.raises(
-        RacError, match=r"int8_activation_limit: 0\.01 has no effect beside oneshot's save_compressed=False"
+        RacError,
+        match=r"int8_activation_limit: 0\.01 has no effect beside oneshot's save_compressed=False",
     ):
         prune(output_dir=tmp_path / "out", oneshot_options={"save_compressed": False}, **settings)

@@ -22,7 +22,9 @@ def folder(tmp_path_factory):
 
 
 def dense(folder):
-    return linearize_moe(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval())
+    return linearize_moe(
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    )
 
 
 class Seen(ReasoningAwareSparseGPTModifier):
@@ -49,7 +51,9 @@ def prune(folder, **settings):
 def given_to(model, module, loader):
     """The arguments of `module` for all tokens of the calibration set, joined, and the weight of each token."""
     seen = []
-    hook = module.register_forward_pre_hook(lambda m, args: seen.append([a.detach().flatten(0, -2) for a in args]))
+    hook = module.register_forward_pre_hook(
+        lambda m, args: seen.append([a.detach().flatten(0, -2) for a in args])
+    )
     with torch.no_grad():
         for batch in loader:
             model(**batch, use_cache=False)
@@ -86,15 +90,22 @@ def test_the_hessian_of_an_expert_is_that_of_its_own_tokens(folder, floor):
     )  # what the experts read does not depend on them
     counts, everyone = [], moment(x[weights > 0], weights[weights > 0])
     for number in range(EXPERTS):
-        rows, expert = used_rows(x, layer.mlp.gate, chosen, weights, number, floor), layer.mlp.experts[number]
+        rows, expert = (
+            used_rows(x, layer.mlp.gate, chosen, weights, number, floor),
+            layer.mlp.experts[number],
+        )
         name = f"model.layers.0.mlp.experts.{number}"
         ours, expected = hessians[f"{name}.gate_proj"], moment(x[rows], weights[rows])
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(ours, hessians[f"{name}.up_proj"])
         # far from what all tokens would have given, so this test fails if they are used
         assert (ours - everyone).norm() > 0.02 * everyone.norm()
-        down = F.silu(F.linear(x[rows], expert.gate_proj.weight)) * F.linear(x[rows], expert.up_proj.weight)
-        torch.testing.assert_close(hessians[f"{name}.down_proj"], moment(down, weights[rows]), rtol=1e-4, atol=1e-6)
+        down = F.silu(F.linear(x[rows], expert.gate_proj.weight)) * F.linear(
+            x[rows], expert.up_proj.weight
+        )
+        torch.testing.assert_close(
+            hessians[f"{name}.down_proj"], moment(down, weights[rows]), rtol=1e-4, atol=1e-6
+        )
         counts.append(int(((chosen == number).any(1) & (weights > 0)).sum()))
     assert min(counts) < FLOOR < max(counts), "the floor matters for some experts, and not for all"
 
@@ -102,7 +113,9 @@ def test_the_hessian_of_an_expert_is_that_of_its_own_tokens(folder, floor):
 @pytest.mark.usefixtures("float32_products")
 def test_all_tokens_are_used_where_that_is_asked_for(folder):
     model, modifier, hessians = prune(folder, reconstruct="pruned", experts="all")
-    (x, _, _), weights = given_to(model, model.model.layers[0].mlp.experts, modifier.calibration_set.loader)
+    (x, _, _), weights = given_to(
+        model, model.model.layers[0].mlp.experts, modifier.calibration_set.loader
+    )
     everyone = moment(x[weights > 0], weights[weights > 0])
     for number in range(EXPERTS):
         ours = hessians[f"model.layers.0.mlp.experts.{number}.gate_proj"]
@@ -111,7 +124,11 @@ def test_all_tokens_are_used_where_that_is_asked_for(folder):
 
 def pruned_group(modules, x, x_dense, weights):
     """New weights of modules that read the same input."""
-    x, x_dense, w = x[weights > 0].double(), x_dense[weights > 0].double(), weights[weights > 0].double()
+    x, x_dense, w = (
+        x[weights > 0].double(),
+        x_dense[weights > 0].double(),
+        weights[weights > 0].double(),
+    )
     cross = 2 / w.sum() * ((x_dense - x) * w.unsqueeze(1)).T @ x
     dense_weights = [module.weight.detach() for module in modules]
     found = solve(
@@ -142,7 +159,8 @@ def test_it_is_pruning_each_group_on_a_model_run_anew(folder):
         expert, dense_expert = layer.mlp.experts[number], of_dense.mlp.experts[number]
         pruned_group([expert.up_proj, expert.gate_proj], x[rows], x_dense[rows], weights[rows])
         down, down_dense = (
-            F.silu(F.linear(read[rows], e.gate_proj.weight)) * F.linear(read[rows], e.up_proj.weight)
+            F.silu(F.linear(read[rows], e.gate_proj.weight))
+            * F.linear(read[rows], e.up_proj.weight)
             for e, read in ((expert, x), (dense_expert, x_dense))
         )
         pruned_group([expert.down_proj], down.detach(), down_dense.detach(), weights[rows])
@@ -156,7 +174,9 @@ def test_each_expert_ends_closer_to_the_dense_one_on_its_tokens_than_with_all_to
     """What the whole is for, measured on the outputs of the layer."""
     errors = {}
     for experts in ("routed", "all"):
-        model, modifier, _ = prune(folder, experts=experts, **({"expert_floor": 64} if experts == "routed" else {}))
+        model, modifier, _ = prune(
+            folder, experts=experts, **({"expert_floor": 64} if experts == "routed" else {})
+        )
         loader = modifier.calibration_set.loader
         outputs = []
         for one in (model, dense(folder)):

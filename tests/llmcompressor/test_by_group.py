@@ -55,13 +55,21 @@ def reference(dense, pruned, modifier, *, towards_dense):
             moment = torch.zeros(x_pruned[0].shape[-1], x_pruned[0].shape[-1], dtype=torch.float64)
             for x, x_d, w in zip(x_pruned, x_dense, loader.token_weights, strict=True):
                 hessian.add(x, w)
-                x, x_d, w = x.flatten(0, 1).double(), x_d.flatten(0, 1).double(), w.flatten().double()
+                x, x_d, w = (
+                    x.flatten(0, 1).double(),
+                    x_d.flatten(0, 1).double(),
+                    w.flatten().double(),
+                )
                 moment += ((x_d - x) * w.unsqueeze(1)).T @ x
             moment = (moment * 2 / hessian.weight_sum).float()
             weights = [m.weight.detach() for m in modules]
             cross_moment = [w @ moment for w in weights] if towards_dense else None
             solutions = solve(
-                modifier.solver, weights, hessian.matrix(), Pattern.parse("2:4", None), cross_moment=cross_moment
+                modifier.solver,
+                weights,
+                hessian.matrix(),
+                Pattern.parse("2:4", None),
+                cross_moment=cross_moment,
             )
             for module, s in zip(modules, solutions, strict=True):
                 module.weight.data.copy_(s.weight)
@@ -69,13 +77,21 @@ def reference(dense, pruned, modifier, *, towards_dense):
 
 @pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("towards_dense", [False, True])
-def test_it_is_pruning_each_group_on_a_model_run_anew(tiny_folder, trace_store, dense, towards_dense):
+def test_it_is_pruning_each_group_on_a_model_run_anew(
+    tiny_folder, trace_store, dense, towards_dense
+):
     expected = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager").eval()
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    settings = {"solver": "sparsegpt", "reconstruct": "dense" if towards_dense else "pruned", "order": "group"}
+    settings = {
+        "solver": "sparsegpt",
+        "reconstruct": "dense" if towards_dense else "pruned",
+        "order": "group",
+    }
     modifier = prune(trace_store, model, **settings)
     reference(dense, expected, modifier, towards_dense=towards_dense)
-    for (name, ours), theirs in zip(linears(model).items(), linears(expected).values(), strict=True):
+    for (name, ours), theirs in zip(
+        linears(model).items(), linears(expected).values(), strict=True
+    ):
         # a tie that rounding turns another way changes single weights; the modules must agree
         close = torch.isclose(ours.weight, theirs.weight, rtol=1e-3, atol=1e-4).float().mean()
         assert close > 0.98, (name, float(close))
@@ -85,7 +101,9 @@ def test_it_is_pruning_each_group_on_a_model_run_anew(tiny_folder, trace_store, 
 def test_linear_layers_of_forward_passes_may_go_to_onednn(trace_store, dense, preset, monkeypatch):
     """Which products do: tests/test_float32_products.py. Here what is asked about, in both orders."""
     asked, inner = set(), float32_products._gains
-    monkeypatch.setattr(float32_products, "_gains", lambda x, weight: asked.add(x.ndim) or inner(x, weight))
+    monkeypatch.setattr(
+        float32_products, "_gains", lambda x, weight: asked.add(x.ndim) or inner(x, weight)
+    )
     prune(trace_store, dense, preset=preset)
     assert 3 in asked, "[rows, tokens, columns] are activations of the model"
     asked.clear()

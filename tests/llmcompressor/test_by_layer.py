@@ -38,7 +38,9 @@ def test_the_lean_loop_on_padded_batches_gives_the_same_hessians(prune, monkeypa
             return groups
 
     monkeypatch.setattr("rac_modifier.llmcompressor.pruning_modifier.HessianCollector", Spy)
-    prune(preset="paper", solver="magnitude")  # which does not let a difference grow from layer to layer
+    prune(
+        preset="paper", solver="magnitude"
+    )  # which does not let a difference grow from layer to layer
     padded, hessians = hessians, []
     monkeypatch.setattr(pipeline, "calibrate_by_layer", upstreams_loop)
     prune(preset="paper", solver="magnitude")
@@ -57,7 +59,9 @@ def test_the_lean_loop_saves_work(prune, monkeypatch, dense):
         calls.clear()  # of sampling
         return made
 
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", build)
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", build
+    )
     for layer in dense.model.layers:
         layer.mlp.down_proj.register_forward_hook(lambda module, args, output: calls.append(module))
     prune(model=dense, preset="paper")
@@ -71,7 +75,9 @@ def test_a_stopped_forward_leaves_no_activations_behind(prune, monkeypatch):
     original = HessianCollector.observe
 
     def observe(self, module, x, weights, batch):
-        if module.weight.shape == (64, 128) and batch > 1:  # down_proj, where forward passes are stopped
+        if (
+            module.weight.shape == (64, 128) and batch > 1
+        ):  # down_proj, where forward passes are stopped
             alive.append(sum(reference() is not None for reference in seen[:-1]))
             seen.append(weakref.ref(x))
         return original(self, module, x, weights, batch)

@@ -10,7 +10,12 @@ from llmcompressor.core.state import State
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import PreTrainedModel
 
-from rac_modifier import RacError, ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier, model_tools
+from rac_modifier import (
+    RacError,
+    ReasoningAwareCalibrationModifier,
+    ReasoningAwareSparseGPTModifier,
+    model_tools,
+)
 from rac_modifier.calibration import trace_budget
 from rac_modifier.processes import Processes
 from tests.llmcompressor.modifier_helpers import generic_loader, gptq_w4
@@ -36,17 +41,29 @@ def test_processes_that_have_not_joined_are_refused(prune, monkeypatch):
 
 def test_several_processes_without_pruning_are_refused(calibrate, monkeypatch):
     two = Processes(0, 2)
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.present_processes", lambda: two)
-    with pytest.raises(RacError, match="ReasoningAwareCalibrationModifier beside GPTQModifier runs in one process"):
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.present_processes", lambda: two
+    )
+    with pytest.raises(
+        RacError, match="ReasoningAwareCalibrationModifier beside GPTQModifier runs in one process"
+    ):
         calibrate(later=[gptq_w4()])
 
 
 def test_two_of_our_modifiers_are_refused(prune, trace_store):
     with pytest.raises(RacError, match="the recipe has two ReasoningAwareSparseGPTModifier"):
-        prune(later=[ReasoningAwareSparseGPTModifier(**entry(trace_store))], solver="wanda", reconstruct="pruned")
+        prune(
+            later=[ReasoningAwareSparseGPTModifier(**entry(trace_store))],
+            solver="wanda",
+            reconstruct="pruned",
+        )
     shared = calibration_entry(trace_store)
     with pytest.raises(RacError, match="leave ReasoningAwareCalibrationModifier out"):
-        prune(later=[ReasoningAwareCalibrationModifier(**shared)], solver="wanda", reconstruct="pruned")
+        prune(
+            later=[ReasoningAwareCalibrationModifier(**shared)],
+            solver="wanda",
+            reconstruct="pruned",
+        )
 
 
 def test_a_dataset_beside_the_recipe_is_refused(prune):
@@ -70,20 +87,29 @@ def test_a_failed_run_leaves_nothing_behind_that_breaks_the_next(prune, monkeypa
     assert all(is_2of4(m.weight) for m in linears(prune()).values())
 
 
-def test_a_given_calibration_set_takes_the_place_of_the_recipes(prune, trace_store, tiny_folder, monkeypatch):
+def test_a_given_calibration_set_takes_the_place_of_the_recipes(
+    prune, trace_store, tiny_folder, monkeypatch
+):
     from llmcompressor import oneshot
 
     first = ReasoningAwareSparseGPTModifier(**entry(trace_store))
     oneshot(model=str(tiny_folder), recipe=first)
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None)
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None
+    )
     settings = entry()
-    settings["calibration"] = {**settings.get("calibration", {}), "tokens": 10**12}  # far more than fit; without effect
+    settings["calibration"] = {
+        **settings.get("calibration", {}),
+        "tokens": 10**12,
+    }  # far more than fit; without effect
     second = ReasoningAwareSparseGPTModifier(**settings)
     second.use_calibration_set(first.calibration_set)
     model = oneshot(model=str(tiny_folder), recipe=second)
     monkeypatch.undo()
     expected = prune()
-    assert all(torch.equal(m.weight, expected.get_submodule(n).weight) for n, m in linears(model).items())
+    assert all(
+        torch.equal(m.weight, expected.get_submodule(n).weight) for n, m in linears(model).items()
+    )
 
 
 @pytest.fixture
@@ -92,10 +118,14 @@ def accelerator(monkeypatch):
     for module in (model_tools, trace_budget):
         monkeypatch.setattr(module, "accelerator", lambda: torch.device("cpu"))
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: 0)
-    monkeypatch.setattr(PreTrainedModel, "to", lambda self, device: pytest.fail(f"moved to {device}"))
+    monkeypatch.setattr(
+        PreTrainedModel, "to", lambda self, device: pytest.fail(f"moved to {device}")
+    )
 
 
-def test_a_model_larger_than_the_accelerator_is_measured_as_any_other(prune, trace_store, tmp_path, request):
+def test_a_model_larger_than_the_accelerator_is_measured_as_any_other(
+    prune, trace_store, tmp_path, request
+):
     """On held-out traces, with a full store: its weights are streamed, and the record is that of a run without an accelerator."""
     changes = {"calibration": {"tokens": 1500, "batch_tokens": 512, "held_out_tokens": 300}}
     store = {**entry(tmp_path / "own.jsonl")["traces"]}
@@ -103,7 +133,8 @@ def test_a_model_larger_than_the_accelerator_is_measured_as_any_other(prune, tra
     request.getfixturevalue("accelerator")
     prune(output_dir=tmp_path / "found", traces=store, **changes)
     expected, found = (
-        json.loads((tmp_path / name / "rac_run.json").read_text())["divergence"] for name in ("expected", "found")
+        json.loads((tmp_path / name / "rac_run.json").read_text())["divergence"]
+        for name in ("expected", "found")
     )
     assert expected.pop("seconds") > 0
     assert found.pop("seconds") > 0
@@ -114,7 +145,8 @@ def test_a_model_larger_than_the_accelerator_is_measured_as_any_other(prune, tra
 @pytest.mark.usefixtures("accelerator")
 def test_a_model_is_not_moved_where_nothing_is_held_out(prune, trace_store, monkeypatch):
     monkeypatch.setattr(
-        "rac_modifier.llmcompressor.calibrating_modifier.streamed_to_accelerator", lambda model: pytest.fail("streamed")
+        "rac_modifier.llmcompressor.calibrating_modifier.streamed_to_accelerator",
+        lambda model: pytest.fail("streamed"),
     )
     assert all(is_2of4(m.weight) for m in linears(prune()).values())
 

@@ -28,7 +28,8 @@ def test_it_stands_first_in_a_recipe(tiny_folder, tmp_path):
     """Behind a modifier that changes the model, its traces would count as those of another model."""
     own = ReasoningAwareCalibrationModifier(**calibration_entry(tmp_path / "traces.jsonl"))
     with pytest.raises(
-        RacError, match=r"^ReasoningAwareCalibrationModifier stands behind GPTQModifier.*write it first"
+        RacError,
+        match=r"^ReasoningAwareCalibrationModifier stands behind GPTQModifier.*write it first",
     ):
         oneshot(model=str(tiny_folder), recipe=[gptq_w4(), own])
     assert not (tmp_path / "traces.jsonl").exists()
@@ -49,13 +50,15 @@ def test_awq_runs_where_there_is_no_device_to_copy_to(calibrate):
     model, plain = calibrate(later=[AWQModifier(), nearest]), calibrate(later=[gptq_w4()])
     assert IntermediatesCache.pin_memory is pin
     norms = [name for name, _ in model.named_parameters() if name.endswith("layernorm.weight")]
-    assert any(not torch.equal(model.get_parameter(name), plain.get_parameter(name)) for name in norms), (
-        "AWQ scales them"
-    )
+    assert any(
+        not torch.equal(model.get_parameter(name), plain.get_parameter(name)) for name in norms
+    ), "AWQ scales them"
     for name, module in linears(model).items():
         if name != "lm_head":
             codes = module.weight.view(len(module.weight), -1, 32) / module.weight_scale[..., None]
-            assert 7.0 < float(codes.abs().max()) <= 7.51, name  # rounded in the forward pass, and when it is saved
+            assert 7.0 < float(codes.abs().max()) <= 7.51, (
+                name
+            )  # rounded in the forward pass, and when it is saved
 
 
 def test_autoround_learns_its_rounding_on_the_traces(calibrate, tiny_folder):
@@ -86,7 +89,9 @@ def test_autoround_gets_rows_of_equal_length_and_others_whole_sequences(calibrat
         return run(model, dataloader, dataset_args)
 
     monkeypatch.setattr(SequentialPipeline, "__call__", staticmethod(recorded))
-    calibrate(later=[AutoRoundModifier(iters=1, enable_torch_compile=False, ignore=["lm_head"], **int4())])
+    calibrate(
+        later=[AutoRoundModifier(iters=1, enable_torch_compile=False, ignore=["lm_head"], **int4())]
+    )
     calibrate(later=[gptq_w4()])
     rows, whole = lengths
     assert len(rows) > 1
@@ -97,11 +102,14 @@ def test_autoround_gets_rows_of_equal_length_and_others_whole_sequences(calibrat
 
 def test_autoround_with_zero_points_is_refused_before_sampling(calibrate, monkeypatch):
     """llm-compressor 0.14 leaves them out of the module that it saves (tests/contracts/test_pipelines.py)."""
-    monkeypatch.setattr(ReasoningAwareCalibrationModifier, "build_calibration", lambda *args: pytest.fail("sampled"))
+    monkeypatch.setattr(
+        ReasoningAwareCalibrationModifier, "build_calibration", lambda *args: pytest.fail("sampled")
+    )
     asymmetric = {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False}
     groups = {"w": {"targets": ["Linear"], "weights": asymmetric}}
     with pytest.raises(
-        RacError, match=r"AutoRoundModifier with symmetric: false: .* without their zero points; set sym"
+        RacError,
+        match=r"AutoRoundModifier with symmetric: false: .* without their zero points; set sym",
     ):
         calibrate(later=[AutoRoundModifier(iters=1, ignore=["lm_head"], config_groups=groups)])
 

@@ -62,15 +62,33 @@ def test_what_fits_passes(skeleton, modifiers):
     [
         ({SPARSE: {"mask_structure": "3:6"}}, "q_proj"),
         ({SPARSE: {"sparsity": 0.5, "targets": ["re:none"]}}, "match no linear layer"),
-        ({SPARSE: {"sparsity": 0.5, "ignore": ["re:.*experts.2.*"]}}, "ignore: 're:.*experts.2.*' has no effect"),
-        ({SPARSE: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}, "no multiple of the group_size 128"),
-        ({SPARSE: {"sparsity": 0.5}, "GPTQModifier": {"scheme": "W4A16"}}, "fills pruned weights again"),
-        ({"GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}, "no multiple of the group_size 128"),
+        (
+            {SPARSE: {"sparsity": 0.5, "ignore": ["re:.*experts.2.*"]}},
+            "ignore: 're:.*experts.2.*' has no effect",
+        ),
+        (
+            {SPARSE: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}},
+            "no multiple of the group_size 128",
+        ),
+        (
+            {SPARSE: {"sparsity": 0.5}, "GPTQModifier": {"scheme": "W4A16"}},
+            "fills pruned weights again",
+        ),
+        (
+            {"GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}},
+            "no multiple of the group_size 128",
+        ),
         ({"GPTQModifier": {"scheme": "W5A16"}}, "GPTQModifier"),
-        ({"GPTQModifier": {"config_groups": {"w": {**WORDS, "targets": ["re:none"]}}}}, "match no module"),
+        (
+            {"GPTQModifier": {"config_groups": {"w": {**WORDS, "targets": ["re:none"]}}}},
+            "match no module",
+        ),
         ({"GPTQModifier": {"shceme": "W4A16"}}, "shceme"),
         (
-            {"GPTQModifier": {"config_groups": {"w": WORDS}}, "ReasoningAwareCalibrationModifier": {}},
+            {
+                "GPTQModifier": {"config_groups": {"w": WORDS}},
+                "ReasoningAwareCalibrationModifier": {},
+            },
             "stands behind GPTQModifier, which changes the model before its traces are taken; write it first",
         ),
         ({"NoSuchModifier": {}}, "NoSuchModifier"),
@@ -81,7 +99,9 @@ def test_what_fits_passes(skeleton, modifiers):
         (
             {
                 "ReasoningAwareCalibrationModifier": {},
-                "AutoRoundModifier": {"config_groups": {"w": {**WORDS, "weights": {**THREE, "symmetric": False}}}},
+                "AutoRoundModifier": {
+                    "config_groups": {"w": {**WORDS, "weights": {**THREE, "symmetric": False}}}
+                },
             },
             "AutoRoundModifier with symmetric: false: llm-compressor 0.14 saves its weights without their zero points",
         ),

@@ -32,10 +32,16 @@ def waited(monkeypatch) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"quantization": {"scheme": "W8A8"}}], ids=["pruned", "rounded"])
-def test_a_stream_that_waits_gives_the_same_bits(tiny_folder, trace_store, waited, monkeypatch, settings):
+@pytest.mark.parametrize(
+    "settings", [{}, {"quantization": {"scheme": "W8A8"}}], ids=["pruned", "rounded"]
+)
+def test_a_stream_that_waits_gives_the_same_bits(
+    tiny_folder, trace_store, waited, monkeypatch, settings
+):
     late = pruned(tiny_folder, trace_store, preset="quality", **settings)
-    assert waited == [f"model.layers.{layer}.mlp.gate_proj" for layer in (0, 1)], "where down reads more than they do"
+    assert waited == [f"model.layers.{layer}.mlp.gate_proj" for layer in (0, 1)], (
+        "where down reads more than they do"
+    )
     monkeypatch.setattr(DenseStream, "waits", lambda self, stage, after: False)
     at_once = pruned(tiny_folder, trace_store, preset="quality", **settings)
     assert len(waited) == 2
@@ -43,7 +49,9 @@ def test_a_stream_that_waits_gives_the_same_bits(tiny_folder, trace_store, waite
         assert torch.equal(ours.weight, theirs.weight), name
 
 
-def test_no_more_wide_inputs_are_kept_than_those_of_one_batch(tiny_folder, trace_store, waited, monkeypatch):
+def test_no_more_wide_inputs_are_kept_than_those_of_one_batch(
+    tiny_folder, trace_store, waited, monkeypatch
+):
     """128 numbers per token are down's inputs; of both streams, 64 are others'."""
     wide, inner = [], DenseStream.run
 
@@ -53,10 +61,20 @@ def test_no_more_wide_inputs_are_kept_than_those_of_one_batch(tiny_folder, trace
         wide.append(sum(torch.is_tensor(value) and value.shape[-1] == 128 for value in values))
 
     monkeypatch.setattr(DenseStream, "run", run)
-    pruned(tiny_folder, trace_store, preset="quality", calibration={"tokens": 1500, "batch_tokens": 256})
+    pruned(
+        tiny_folder,
+        trace_store,
+        preset="quality",
+        calibration={"tokens": 1500, "batch_tokens": 256},
+    )
     assert waited
     assert max(wide) == 1
     monkeypatch.setattr(DenseStream, "waits", lambda self, stage, after: False)
     wide.clear()
-    pruned(tiny_folder, trace_store, preset="quality", calibration={"tokens": 1500, "batch_tokens": 256})
+    pruned(
+        tiny_folder,
+        trace_store,
+        preset="quality",
+        calibration={"tokens": 1500, "batch_tokens": 256},
+    )
     assert max(wide) > 3, "this can fail"

@@ -18,32 +18,41 @@ LAYER = "model.layers.0.mlp.experts"
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    return linearize_moe(AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path_factory.mktemp("moe"))))
+    return linearize_moe(
+        AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path_factory.mktemp("moe")))
+    )
 
 
 @pytest.fixture
 def said():
     lines = []
-    handler = logger.add(lambda message: lines.append(str(message)), level="INFO", format="{level} {message}")
+    handler = logger.add(
+        lambda message: lines.append(str(message)), level="INFO", format="{level} {message}"
+    )
     yield lines
     logger.remove(handler)
 
 
 def record(model, **settings) -> ExpertRecord:
-    return ExpertRecord(PruningEntry(**entry(**settings)), model, {m: n for n, m in linears(model).items()})
+    return ExpertRecord(
+        PruningEntry(**entry(**settings)), model, {m: n for n, m in linears(model).items()}
+    )
 
 
 def test_starved_experts_are_named(mixture, said):
     made = record(mixture, expert_floor=100)
     routed = [400, 30, 100, 0, 250, 9, 8, 7, 6, 5]
     made.use_order("group", "order: auto")
-    made.add(LAYER, {f"{LAYER}.{i}": ExpertTokens(n, max(100 - n, 0)) for i, n in enumerate(routed)})
+    made.add(
+        LAYER, {f"{LAYER}.{i}": ExpertTokens(n, max(100 - n, 0)) for i, n in enumerate(routed)}
+    )
     found = made.record()["experts"]
     assert (found["calibrated on"], found["floor"]) == ("routed", 100)
     layer = found["layers"][LAYER]
     assert layer["routed"] == {"least": 0, "median": 8.5, "most": 400}
     assert layer["starved"] == {
-        f"{LAYER}.{i}": {"routed": routed[i], "added": 100 - routed[i]} for i in (1, 3, 5, 6, 7, 8, 9)
+        f"{LAYER}.{i}": {"routed": routed[i], "added": 100 - routed[i]}
+        for i in (1, 3, 5, 6, 7, 8, 9)
     }
     (line,) = [line for line in said if line.startswith("WARNING")]
     assert "expert_floor (100)" in line
@@ -52,7 +61,9 @@ def test_starved_experts_are_named(mixture, said):
 
 def test_tokens_that_were_added_without_asking_the_router_are_said_to_be_so(mixture, said):
     made = record(mixture)
-    made.add(LAYER, {f"{LAYER}.0": ExpertTokens(1, 511, evenly=True), f"{LAYER}.1": ExpertTokens(900, 0)})
+    made.add(
+        LAYER, {f"{LAYER}.0": ExpertTokens(1, 511, evenly=True), f"{LAYER}.1": ExpertTokens(900, 0)}
+    )
     starved = made.record()["experts"]["layers"][LAYER]["starved"]
     assert starved == {f"{LAYER}.0": {"routed": 1, "added": 511, "evenly": True}}
     assert any("evenly spread since its router is not known" in line for line in said)
@@ -70,7 +81,11 @@ def test_layer_by_layer_says_that_all_tokens_are_used(mixture, said):
     made = record(mixture, reconstruct="pruned")
     made.use_order("layer", "tracing failed: x")
     assert made.record() == {
-        "experts": {"calibrated on": "all", "why": "layer by layer (tracing failed: x)", "layers": {}}
+        "experts": {
+            "calibrated on": "all",
+            "why": "layer by layer (tracing failed: x)",
+            "layers": {},
+        }
     }
     assert any(line.startswith("WARNING experts: routed needs the model cut") for line in said)
 
@@ -84,7 +99,9 @@ def test_asked_for_layer_by_layer_it_is_no_warning(mixture, said):
 
 @pytest.mark.parametrize(("name", "value"), [("experts", "all"), ("expert_floor", 64)])
 def test_what_a_model_without_experts_does_not_use_is_refused(mixture, name, value):
-    with pytest.raises(RacError, match=rf"{name}: .*{value}.* has no effect here: no routed expert .* leave it out"):
+    with pytest.raises(
+        RacError, match=rf"{name}: .*{value}.* has no effect here: no routed expert .* leave it out"
+    ):
         record(tiny_model(), **{name: value}).check(None)
     record(mixture, **{name: value}).check(None)
     record(tiny_model()).check(None)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag, moe_calibration_context
+from llmcompressor.modeling.moe.context import (
+    get_calibrate_all_experts_flag,
+    moe_calibration_context,
+)
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import AutoModelForCausalLM
@@ -24,12 +27,17 @@ def named(model):
 
 def test_every_layer_of_experts_is_found(model):
     found = find_experts(model, named(model))
-    assert [routed.name for routed in found] == [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
+    assert [routed.name for routed in found] == [
+        f"model.layers.{layer}.mlp.experts" for layer in range(2)
+    ]
     names = named(model)
     for routed in found:
         assert [expert.number for expert in routed.experts] == list(range(EXPERTS))
         for expert in routed.experts:
-            parts = [sorted(names[m].removeprefix(f"{expert.name}.") for m in group) for group in expert.groups]
+            parts = [
+                sorted(names[m].removeprefix(f"{expert.name}.") for m in group)
+                for group in expert.groups
+            ]
             assert parts == [["gate_proj", "up_proj"], ["down_proj"]]
         assert len(routed.modules) == 3 * EXPERTS
         assert routed.router is model.get_submodule(routed.name.replace(".experts", ".gate"))
@@ -37,10 +45,14 @@ def test_every_layer_of_experts_is_found(model):
 
 def test_only_what_is_pruned_counts(model):
     names = {
-        m: n for m, n in named(model).items() if "layers.1" in n and (".experts.1.up" in n or ".experts.3.down" in n)
+        m: n
+        for m, n in named(model).items()
+        if "layers.1" in n and (".experts.1.up" in n or ".experts.3.down" in n)
     }
     (routed,) = find_experts(model, names)
-    assert [(expert.number, [len(group) for group in expert.groups]) for expert in routed.experts] == [
+    assert [
+        (expert.number, [len(group) for group in expert.groups]) for expert in routed.experts
+    ] == [
         (1, [1]),
         (3, [1]),
     ]
@@ -58,8 +70,12 @@ def test_experts_of_unknown_code_are_left_out(model, monkeypatch):
     monkeypatch.setattr(one, "forward", lambda self, x: x, raising=False)
     assert find_experts(model, named(model)) == []
     monkeypatch.undo()
-    monkeypatch.setattr(model.model.layers[0].mlp.experts[2], "gated", torch.nn.Linear(2, 2), raising=False)
-    assert [routed.name for routed in find_experts(model, named(model))] == ["model.layers.1.mlp.experts"]
+    monkeypatch.setattr(
+        model.model.layers[0].mlp.experts[2], "gated", torch.nn.Linear(2, 2), raising=False
+    )
+    assert [routed.name for routed in find_experts(model, named(model))] == [
+        "model.layers.1.mlp.experts"
+    ]
 
 
 def test_what_down_reads(model):
@@ -67,7 +83,9 @@ def test_what_down_reads(model):
     x = torch.randn(5, 64)
     with torch.no_grad():
         read = expert.read_by_last(x)
-        gate, up = (F.linear(x, getattr(expert.module, part).weight) for part in ("gate_proj", "up_proj"))
+        gate, up = (
+            F.linear(x, getattr(expert.module, part).weight) for part in ("gate_proj", "up_proj")
+        )
         torch.testing.assert_close(read, F.silu(gate) * up)
         assert expert.module(x).shape == (5, 64), "the hook is gone"
 

@@ -19,7 +19,11 @@ from tests.tiny import entry, recipe
 SETTINGS = {
     "dense target": {},
     "int4": {
-        "quantization": {"config_groups": {"all": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}}
+        "quantization": {
+            "config_groups": {
+                "all": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+            }
+        }
     },
     "layer by layer": {"preset": "paper"},
     "recovered int8": RECOVERED,
@@ -55,7 +59,10 @@ def test_groups_are_written_now_and_then(tmp_path, monkeypatch):
         now[0] += 16.0
         groups.add({str(number): module}, {str(number): {"error": number}}, {})
     held = sorted((tmp_path / "state").glob("*.safetensors"))
-    assert [sorted(load_file(file)) for file in held] == [["0.weight", "1.weight"], ["2.weight", "3.weight"]]
+    assert [sorted(load_file(file)) for file in held] == [
+        ["0.weight", "1.weight"],
+        ["2.weight", "3.weight"],
+    ]
     again = FinishedGroups(tmp_path / "state", {})
     assert not again.has(["0"])
     again.begin({})
@@ -89,7 +96,9 @@ def test_a_damaged_file_is_named(tmp_path):
     file = written(tmp_path / "state", {})
     whole = file.read_bytes()
     file.write_bytes(whole[:20])
-    with pytest.raises(RacError, match=r"group-00000\.safetensors: cannot be read .*remove .*state to start anew"):
+    with pytest.raises(
+        RacError, match=r"group-00000\.safetensors: cannot be read .*remove .*state to start anew"
+    ):
         FinishedGroups(tmp_path / "state", {}).begin({"calibration set": "a"})
     file.write_bytes(whole)
     groups = FinishedGroups(tmp_path / "state", {})
@@ -106,6 +115,8 @@ def test_twenty_kills_change_nothing(tiny_folder, trace_store, tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found["kills"] == 20
-    assert found["resumed"] >= 5, "hardly any start found groups of an earlier one: the test shows nothing"
+    assert found["resumed"] >= 5, (
+        "hardly any start found groups of an earlier one: the test shows nothing"
+    )
     assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
     assert list(tmp_path.glob("killed.unfinished*")) == []

@@ -25,11 +25,15 @@ def test_what_another_run_has_pruned_is_refused_and_left_alone(tmp_path):
     about = {"recipe": {"sparsity": 0.5, "calibration": {"tokens": 100}}, "model": "f" * 64}
     file = written(tmp_path / "state", about)
     other = {**about, "recipe": {"sparsity": 0.6, "calibration": {"tokens": 100}}}
-    with pytest.raises(RacError, match=r"another recipe .*\(sparsity: 0.5 there, 0.6 here\); .*remove the folder"):
+    with pytest.raises(
+        RacError, match=r"another recipe .*\(sparsity: 0.5 there, 0.6 here\); .*remove the folder"
+    ):
         FinishedGroups(tmp_path / "state", other)
     with pytest.raises(RacError, match="another model has pruned; "):
         FinishedGroups(tmp_path / "state", {**about, "model": "e" * 64})
-    with pytest.raises(RacError, match=r"another calibration set has pruned \('a' there, 'b' here\)"):
+    with pytest.raises(
+        RacError, match=r"another calibration set has pruned \('a' there, 'b' here\)"
+    ):
         FinishedGroups(tmp_path / "state", about).begin({"calibration set": "b"})
     assert load_file(file).keys() == {"m.weight"}
 
@@ -39,8 +43,14 @@ def test_another_recipe_is_refused_before_anything_is_sampled(prune, solved, tmp
     solved.lives = 2
     with pytest.raises(Killed):
         prune(output_dir=tmp_path / "out")
-    with pytest.raises(RacError, match=r"out\.unfinished holds .*dampening_frac: 0.01 there, 0.02 here"):
-        prune(output_dir=tmp_path / "out", dampening_frac=0.02, traces={"store": str(tmp_path / "new.jsonl")})
+    with pytest.raises(
+        RacError, match=r"out\.unfinished holds .*dampening_frac: 0.01 there, 0.02 here"
+    ):
+        prune(
+            output_dir=tmp_path / "out",
+            dampening_frac=0.02,
+            traces={"store": str(tmp_path / "new.jsonl")},
+        )
     assert not (tmp_path / "new.jsonl").exists()
     assert len(list((tmp_path / "out.unfinished").glob("*.safetensors"))) == 2
 
@@ -97,8 +107,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("change", "says"), CHANGES.items(), ids=lambda of: getattr(of, "__name__", ""))
-def test_a_killed_run_goes_on_only_as_it_was(prune, solved, stopped, dense, tmp_path, monkeypatch, change, says):
+@pytest.mark.parametrize(
+    ("change", "says"), CHANGES.items(), ids=lambda of: getattr(of, "__name__", "")
+)
+def test_a_killed_run_goes_on_only_as_it_was(
+    prune, solved, stopped, dense, tmp_path, monkeypatch, change, says
+):
     """Changed, it is refused by name, before anything is pruned, and no file is touched; as it was, it goes on."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(finished_groups, "version", finished_groups.version)

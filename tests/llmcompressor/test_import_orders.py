@@ -30,4 +30,6 @@ def printed() -> dict[str, str]:
 @pytest.mark.parametrize("order", ORDERS)
 def test_both_modifiers_are_registered(printed, order):
     room = "rac_modifier.llmcompressor"
-    assert printed[f"{order}\n{MAKE_BOTH}"] == f"{room}.pruning_modifier {room}.calibration_modifier"
+    assert (
+        printed[f"{order}\n{MAKE_BOTH}"] == f"{room}.pruning_modifier {room}.calibration_modifier"
+    )

@@ -39,7 +39,9 @@ def test_modules_that_get_the_same_tensor_are_one_group_with_one_hessian(collect
     assert (pair.modules, alone.modules) == ([modules["q"], modules["k"]], [modules["o"]])
     assert pair.statistics.hessian.tokens == alone.statistics.hessian.tokens == 10
     x = torch.cat([rows(0), rows(1)]).flatten(0, 1).double()
-    torch.testing.assert_close(pair.statistics.hessian.matrix().double(), 2 / 10 * x.T @ x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        pair.statistics.hessian.matrix().double(), 2 / 10 * x.T @ x, rtol=1e-5, atol=1e-5
+    )
     assert pair.statistics.cross_moment() is None
 
 
@@ -77,7 +79,9 @@ def test_the_second_module_before_the_first_in_a_batch_is_an_error(collector, mo
 
 
 def test_a_module_that_gets_only_some_tokens_is_an_error(collector, modules):
-    with pytest.raises(RacError, match=r"q got 3 of the 5 tokens of the batch.*moe_calibrate_all_experts=True"):
+    with pytest.raises(
+        RacError, match=r"q got 3 of the 5 tokens of the batch.*moe_calibrate_all_experts=True"
+    ):
         collector.observe(modules["q"], rows(0, tokens=3), ONES, 0)
 
 
@@ -97,7 +101,10 @@ def test_a_pass_ends_at_its_last_module_from_the_second_batch_on(collector, modu
     collector.observe(modules["q"], rows(2), ONES, 1)
     with pytest.raises(StopForward):
         collector.observe(modules["o"], rows(3), ONES, 1)
-    assert [group.statistics.hessian.tokens for group in collector.take(modules.values())] == [10, 10]
+    assert [group.statistics.hessian.tokens for group in collector.take(modules.values())] == [
+        10,
+        10,
+    ]
 
 
 def test_a_pass_is_never_ended_when_a_module_is_called_twice(collector, modules):

@@ -34,7 +34,9 @@ def test_the_file_holds_the_codes_that_were_trained_and_the_divergence_falls(
 ):
     monkeypatch.chdir(tmp_path)
     calibrate(later=[gptq(3, symmetric=symmetric)], output_dir=tmp_path / "without")
-    model = calibrate(later=[gptq(3, symmetric=symmetric)], output_dir=tmp_path / "out", recover=RECOVER)
+    model = calibrate(
+        later=[gptq(3, symmetric=symmetric)], output_dir=tmp_path / "out", recover=RECOVER
+    )
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert record["recovery"]["kl_after"] < 0.97 * record["recovery"]["kl_before"]
     assert record["method"] == "GPTQModifier"
@@ -47,7 +49,9 @@ def test_the_file_holds_the_codes_that_were_trained_and_the_divergence_falls(
     loaded = load_model(tmp_path / "out", dtype="float32")
     plain = tiny_model()
     state = loaded.state_dict()
-    plain.load_state_dict({name: state.get(name, value) for name, value in plain.state_dict().items()})
+    plain.load_state_dict(
+        {name: state.get(name, value) for name, value in plain.state_dict().items()}
+    )
     for name, module in linears(plain).items():
         module.weight.data = after[name][1]
     with torch.no_grad():
@@ -70,7 +74,9 @@ def test_training_starts_at_the_codes_of_gptq_and_on_the_side_of_the_dense_weigh
     for name, module in linears(model).items():
         master, step = found[name].master, module.weight_scale.repeat_interleave(32, dim=1)
         assert bool(((master / step).round() == (module.weight / step).round()).all())
-        assert bool(((master - dense[name]).abs() <= (module.weight - dense[name]).abs() + 1e-6).all())
+        assert bool(
+            ((master - dense[name]).abs() <= (module.weight - dense[name]).abs() + 1e-6).all()
+        )
         inside = (dense[name] / step - (module.weight / step).round()).abs() < 0.4
         torch.testing.assert_close(master[inside], dense[name][inside], rtol=1e-5, atol=1e-6)
 
@@ -78,8 +84,14 @@ def test_training_starts_at_the_codes_of_gptq_and_on_the_side_of_the_dense_weigh
 @pytest.mark.parametrize(
     ("modifiers", "message"),
     [
-        ([SmoothQuantModifier(), gptq_w4()], "recover beside SmoothQuantModifier: it trains what GPTQModifier"),
-        ([GPTQModifier(**int4())], "lm_head is to be quantized; .* add lm_head to ignore of GPTQModifier"),
+        (
+            [SmoothQuantModifier(), gptq_w4()],
+            "recover beside SmoothQuantModifier: it trains what GPTQModifier",
+        ),
+        (
+            [GPTQModifier(**int4())],
+            "lm_head is to be quantized; .* add lm_head to ignore of GPTQModifier",
+        ),
         ([gptq(8, symmetric=False)], "asymmetric.*cannot be trained through their codes"),
         (
             [QuantizationModifier(targets=["re:nothing"], ignore=[], scheme="FP8_DYNAMIC")],

@@ -27,10 +27,14 @@ def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
     assert "reconstruct: pruned" not in message  # it is already
 
 
-@pytest.mark.parametrize(("solver", "doing"), [("none", "quantizing"), ("alps", "pruning"), ("keep", "pruning")])
+@pytest.mark.parametrize(
+    ("solver", "doing"), [("none", "quantizing"), ("alps", "pruning"), ("keep", "pruning")]
+)
 def test_a_run_that_only_quantizes_is_not_said_to_prune(solver, doing):
     with pytest.raises(RacError, match=f"^{doing} down is predicted to need"):
-        check_memory(need(solver=solver), [GroupShape("down", 256, 64)], CPU, CPU, free=lambda device: 1)
+        check_memory(
+            need(solver=solver), [GroupShape("down", 256, 64)], CPU, CPU, free=lambda device: 1
+        )
 
 
 def test_activations_and_solver_are_checked_on_their_own_devices():
@@ -48,9 +52,14 @@ def test_a_device_whose_free_memory_is_not_known_is_not_checked():
 
 
 def test_a_run_is_refused_before_anything_is_sampled(prune, monkeypatch):
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None)
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None
+    )
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    with pytest.raises(RacError, match=r"down_proj is predicted to need .* on cpu .* are free: .*calibration\.tokens"):
+    with pytest.raises(
+        RacError,
+        match=r"down_proj is predicted to need .* on cpu .* are free: .*calibration\.tokens",
+    ):
         prune()
 
 
@@ -75,7 +84,9 @@ def test_wide_inputs_that_do_not_fit_are_computed_twice_where_that_fits():
     groups = [replace(gate, after=down), replace(down, before=gate)]
     run = need(tokens=10_000)
     twice = replace(run, twice_before=256)
-    most, least = (max(one.bytes_on(CPU, CPU, CPU, group) for group in groups) for one in (run, twice))
+    most, least = (
+        max(one.bytes_on(CPU, CPU, CPU, group) for group in groups) for one in (run, twice)
+    )
     assert least < most - 0.9 * 10_000 * (256 - 64) * 2
     assert check_memory(run, groups, CPU, CPU, free=lambda device: most) == run
     assert check_memory(run, groups, CPU, CPU, free=lambda device: most - 1) == twice

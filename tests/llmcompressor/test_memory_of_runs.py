@@ -50,7 +50,9 @@ def measured(model, store, monkeypatch, settings, tokens=3000, *, twice_before=0
     ],
     ids=str,
 )
-def test_the_prediction_lies_within_its_margin_of_the_measured_peak(tmp_path, trace_store, monkeypatch, settings):
+def test_the_prediction_lies_within_its_margin_of_the_measured_peak(
+    tmp_path, trace_store, monkeypatch, settings
+):
     """The peak is that of the second down_proj, where both models' activations differ: they, statistics and solver together."""
     model = AutoModelForCausalLM.from_pretrained(
         save_tiny(tmp_path / "wide", hidden_size=128, intermediate_size=640, num_attention_heads=2)
@@ -59,7 +61,9 @@ def test_the_prediction_lies_within_its_margin_of_the_measured_peak(tmp_path, tr
     assert LOWEST <= ratio <= HIGHEST, ratio
 
 
-@pytest.mark.parametrize("settings", [{"preset": "quality"}, {"preset": "quality", "reconstruct": "pruned"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"preset": "quality"}, {"preset": "quality", "reconstruct": "pruned"}], ids=str
+)
 def test_so_it_does_where_stages_run_twice(tmp_path, trace_store, monkeypatch, settings):
     """With tokens enough for activations to be most of the peak."""
     shape = {"hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 2}
@@ -71,23 +75,41 @@ def test_so_it_does_where_stages_run_twice(tmp_path, trace_store, monkeypatch, s
 @pytest.fixture(scope="module")
 def wide_mixture(tmp_path_factory):
     """The folder of a mixture of experts, and a store of its traces, which several runs read."""
-    shape = {"hidden_size": 512, "moe_intermediate_size": 96, "num_hidden_layers": 2}  # masks are small beside it
+    shape = {
+        "hidden_size": 512,
+        "moe_intermediate_size": 96,
+        "num_hidden_layers": 2,
+    }  # masks are small beside it
     folder = save_tiny_experts(tmp_path_factory.mktemp("mixture") / "wide", **shape)
     settings = TraceSettings(**entry()["traces"])
     loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     store = folder.with_name("traces.jsonl")
-    collect_traces(*loaded, store, problems=settings.problems, sampling=settings.sampling, tokens=6000, progress=False)
+    collect_traces(
+        *loaded,
+        store,
+        problems=settings.problems,
+        sampling=settings.sampling,
+        tokens=6000,
+        progress=False,
+    )
     return folder, store
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"preset": "quality"}, {"preset": "quality", "reconstruct": "pruned"}, {"preset": "fast"}, {"preset": "paper"}],
+    [
+        {"preset": "quality"},
+        {"preset": "quality", "reconstruct": "pruned"},
+        {"preset": "fast"},
+        {"preset": "paper"},
+    ],
     ids=str,
 )
 def test_so_it_does_for_a_mixture_of_experts(wide_mixture, monkeypatch, settings):
     """The dense model's inputs of the experts stay while they are pruned. SparseGPT solves all four of a layer at once; layer by
     layer all read the same input, and are one group."""
     folder, store = wide_mixture
-    ratio = measured(AutoModelForCausalLM.from_pretrained(folder), store, monkeypatch, settings, tokens=6000)
+    ratio = measured(
+        AutoModelForCausalLM.from_pretrained(folder), store, monkeypatch, settings, tokens=6000
+    )
     assert LOWEST <= ratio <= HIGHEST, ratio

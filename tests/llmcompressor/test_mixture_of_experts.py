@@ -45,13 +45,19 @@ def record_of(folder):
 
 def routers(state):
     return {
-        name: value for name, value in state.items() if name.endswith((".mlp.gate.weight", "shared_expert_gate.weight"))
+        name: value
+        for name, value in state.items()
+        if name.endswith((".mlp.gate.weight", "shared_expert_gate.weight"))
     }
 
 
 def test_every_expert_is_pruned(pruned):
     _, model = pruned
-    found = {name: module for name, module in linears(model).items() if not name.endswith("shared_expert_gate")}
+    found = {
+        name: module
+        for name, module in linears(model).items()
+        if not name.endswith("shared_expert_gate")
+    }
     assert sum(".experts." in name for name in found) == 2 * 3 * EXPERTS
     assert [name for name, module in found.items() if not is_2of4(module.weight)] == []
 
@@ -83,7 +89,10 @@ def test_it_goes_group_by_group_towards_the_dense_outputs(pruned):
     folder, _ = pruned
     record = record_of(folder)
     assert record["order"] == {"order": "group", "why": "order: auto", "reconstruct": "dense"}
-    groups = [[name.removeprefix("model.layers.0.") for name in group["modules"]] for group in record["time"]["groups"]]
+    groups = [
+        [name.removeprefix("model.layers.0.") for name in group["modules"]]
+        for group in record["time"]["groups"]
+    ]
     first = groups[: len(groups) // 2]
     of_experts = [name for group in first for name in group if ".experts." in name]
     assert {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"} == set(first[0])
@@ -102,13 +111,18 @@ def test_the_record_says_how_many_tokens_each_layer_had(pruned):
     assert sorted(said["layers"]) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     for name, layer in said["layers"].items():
         own = [tokens[f"{name}.{number}.down_proj"] for number in range(EXPERTS)]
-        starved = {expert: layer["starved"].get(f"{name}.{expert}", {"added": 0})["added"] for expert in range(EXPERTS)}
+        starved = {
+            expert: layer["starved"].get(f"{name}.{expert}", {"added": 0})["added"]
+            for expert in range(EXPERTS)
+        }
         assert sum(own) - sum(starved.values()) == 2 * total, "each token has two experts"
         assert min(own) >= 512
         assert max(own) < total, "no expert got every token"
         assert layer["routed"]["most"] == max(own[e] for e in range(EXPERTS) if not starved[e])
         for number in range(EXPERTS):
-            one = {tokens[f"{name}.{number}.{part}"] for part in ("gate_proj", "up_proj", "down_proj")}
+            one = {
+                tokens[f"{name}.{number}.{part}"] for part in ("gate_proj", "up_proj", "down_proj")
+            }
             assert len(one) == 1
 
 
@@ -139,26 +153,35 @@ def test_layer_by_layer_every_expert_gets_all_tokens_and_the_record_says_why(tmp
 
 
 def test_a_part_of_the_experts_can_be_left_dense(tmp_path):
-    _, model = run(tmp_path, ignore=["re:.*experts.2.*", "re:.*layers.1.*down_proj"], storage="dense")
+    _, model = run(
+        tmp_path, ignore=["re:.*experts.2.*", "re:.*layers.1.*down_proj"], storage="dense"
+    )
     for name, module in linears(model).items():
         dense = ".experts.2." in name or ("layers.1" in name and "down_proj" in name)
         assert is_2of4(module.weight) is not dense, name
 
 
 def test_all_experts_and_only_the_routed_ones_contradict_each_other(tmp_path):
-    with pytest.raises(RacError, match=r"moe_calibrate_all_experts=False, and the recipe has experts: all"):
+    with pytest.raises(
+        RacError, match=r"moe_calibrate_all_experts=False, and the recipe has experts: all"
+    ):
         run(tmp_path, experts="all", oneshot_options={"moe_calibrate_all_experts": False})
 
 
 def test_upstreams_switch_changes_nothing_where_experts_are_routed(tmp_path):
     _, one = run(tmp_path)
     _, two = run(tmp_path, name="again", oneshot_options={"moe_calibrate_all_experts": False})
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
 
 
 def test_a_killed_run_goes_on_between_two_experts(tmp_path, monkeypatch):
     from rac_modifier.llmcompressor import finished_groups
-    from rac_modifier.llmcompressor.pruning_modifier import ReasoningAwareSparseGPTModifier as Modifier
+    from rac_modifier.llmcompressor.pruning_modifier import (
+        ReasoningAwareSparseGPTModifier as Modifier,
+    )
 
     monkeypatch.setattr(finished_groups, "_SAVE_SECONDS", 0.0)
     _, whole = run(tmp_path)
@@ -166,7 +189,9 @@ def test_a_killed_run_goes_on_between_two_experts(tmp_path, monkeypatch):
 
     def killed(self, groups, together=None):
         calls.append([self._names[module] for group in groups for module in group.modules])
-        if len(calls) == 2 + 2 * 2:  # q/k/v, o, one expert, and gate and up of the next one are there
+        if (
+            len(calls) == 2 + 2 * 2
+        ):  # q/k/v, o, one expert, and gate and up of the next one are there
             raise KeyboardInterrupt
         original(self, groups, together)
 
@@ -178,14 +203,17 @@ def test_a_killed_run_goes_on_between_two_experts(tmp_path, monkeypatch):
     assert calls[6] == calls[5], "it goes on with what was not written"
     assert record_of(folder)["experts"] == record_of(tmp_path / "out")["experts"]
     assert all(
-        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
 
 
 @pytest.mark.parametrize(
     "settings", [{"solver": "sparsegpt"}, {"solver": "sparsegpt", "reconstruct": "pruned"}], ids=str
 )
-def test_a_run_killed_among_experts_that_were_solved_at_once_ends_with_the_same_bytes(tmp_path, monkeypatch, settings):
+def test_a_run_killed_among_experts_that_were_solved_at_once_ends_with_the_same_bytes(
+    tmp_path, monkeypatch, settings
+):
     """Gate and up of all four are one product per step: solved again without those that were put back, they would have other
     bits. So none of them counts until all are there."""
     from rac_modifier.llmcompressor import finished_groups, solving
@@ -195,7 +223,9 @@ def test_a_run_killed_among_experts_that_were_solved_at_once_ends_with_the_same_
     solved, inner = [], solving.solve_many
 
     def counted(method, problems, **options):
-        solved.append([name.removeprefix("model.layers.") for problem in problems for name in problem.names])
+        solved.append(
+            [name.removeprefix("model.layers.") for problem in problems for name in problem.names]
+        )
         return inner(method, problems, **options)
 
     monkeypatch.setattr(solving, "solve_many", counted)
@@ -229,7 +259,9 @@ def test_each_layer_is_calibrated_under_the_models_own_attention(pruned):
     _, model = pruned
     sample = {"input_ids": torch.arange(5, 45).reshape(2, 20)}
     seen = []
-    hook = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
     with torch.no_grad(), calibration_forward_context(model), moe_calibration_context():
         layer = type(model.model.layers[0]).__name__
         subgraphs = trace_subgraphs(model, sample, [layer], ["create_causal_mask"], 1)

@@ -28,8 +28,15 @@ def test_every_written_file(tmp_path: Path, way: str) -> None:
         command = ["prune", base, out, "-r", tmp_path / "base" / "recipe.yaml"]
         cli.app([str(part) for part in command], standalone_mode=False)
     rac_modifier.load_model(out).save_pretrained(tmp_path / "again")
-    files = [path for folder in ("out", "stores", "again") for path in (tmp_path / folder).rglob("*") if path.is_file()]
-    assert {"config.json", "rac_run.json", "recipe.yaml", "README.md", "traces.jsonl"} <= {path.name for path in files}
+    files = [
+        path
+        for folder in ("out", "stores", "again")
+        for path in (tmp_path / folder).rglob("*")
+        if path.is_file()
+    ]
+    assert {"config.json", "rac_run.json", "recipe.yaml", "README.md", "traces.jsonl"} <= {
+        path.name for path in files
+    }
     for path in files:
         assert str(tmp_path).encode() not in path.read_bytes(), path.relative_to(tmp_path)
     written = yaml.safe_load((out / "recipe.yaml").read_text())

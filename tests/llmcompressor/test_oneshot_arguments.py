@@ -76,7 +76,9 @@ def test_an_argument_without_effect_is_refused_by_name(name):
 
 
 def test_all_of_them_are_named_at_once():
-    with pytest.raises(RacError, match=r"(?s)given max_seq_length=128.*\n.*given num_calibration_samples=4"):
+    with pytest.raises(
+        RacError, match=r"(?s)given max_seq_length=128.*\n.*given num_calibration_samples=4"
+    ):
         check_arguments(arguments(max_seq_length=128, num_calibration_samples=4), NAME, prunes=True)
 
 
@@ -141,7 +143,9 @@ def test_with_a_stage_its_own_folder_is_looked_at(tmp_path):
 
 @pytest.fixture
 def nothing_is_sampled(monkeypatch):
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None)
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None
+    )
 
 
 @pytest.mark.usefixtures("nothing_is_sampled")
@@ -175,7 +179,9 @@ def test_a_run_that_was_stopped_while_it_saved_says_how_to_go_on(prune, tmp_path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "out.unfinished").mkdir()
-    with pytest.raises(RacError, match=r"stopped while it saved.* remove \S+out and start the same run again"):
+    with pytest.raises(
+        RacError, match=r"stopped while it saved.* remove \S+out and start the same run again"
+    ):
         prune(output_dir=tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"half"
 
@@ -195,7 +201,9 @@ def used_tokenizer(monkeypatch):
     def build(model, tokenizer, *args, **kwargs):
         raise TokenizerUsed(tokenizer)
 
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", build)
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", build
+    )
 
     def used(prune, **options):
         with pytest.raises(TokenizerUsed) as caught:
@@ -215,7 +223,9 @@ def test_the_tokenizer_that_oneshot_is_given_is_used(prune, used_tokenizer, tmp_
 
 
 def test_the_recipes_tokenizer_is_used_where_oneshot_is_given_none(prune, used_tokenizer, tmp_path):
-    tiny_tokenizer("{% for m in messages %}OTHER{{ m.content }}{% endfor %}").save_pretrained(tmp_path / "tokenizer")
+    tiny_tokenizer("{% for m in messages %}OTHER{{ m.content }}{% endfor %}").save_pretrained(
+        tmp_path / "tokenizer"
+    )
     assert "OTHER" in used_tokenizer(prune, tokenizer=str(tmp_path / "tokenizer")).chat_template
 
 
@@ -223,20 +233,33 @@ def test_the_recipes_tokenizer_is_used_where_oneshot_is_given_none(prune, used_t
 def test_two_tokenizers_are_refused(prune, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "recipes")
     tiny_tokenizer().save_pretrained(tmp_path / "given")
-    with pytest.raises(RacError, match=r"given the tokenizer '.*given', and the recipe names '.*recipes'"):
-        prune(tokenizer=str(tmp_path / "recipes"), oneshot_options={"tokenizer": str(tmp_path / "given")})
+    with pytest.raises(
+        RacError, match=r"given the tokenizer '.*given', and the recipe names '.*recipes'"
+    ):
+        prune(
+            tokenizer=str(tmp_path / "recipes"),
+            oneshot_options={"tokenizer": str(tmp_path / "given")},
+        )
 
 
 def test_a_processor_gives_its_tokenizer(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    assert given_tokenizer(arguments(processor=SimpleNamespace(tokenizer=tokenizer)), None, "model") is tokenizer
+    assert (
+        given_tokenizer(arguments(processor=SimpleNamespace(tokenizer=tokenizer)), None, "model")
+        is tokenizer
+    )
     assert given_tokenizer(arguments(processor=None), None, "model") is None
 
 
 def test_the_given_tokenizer_renders_the_traces(prune, tmp_path):
     """From `oneshot` to the prompts that are sampled and the tokenizer that is saved."""
-    other = tiny_tokenizer("{% for m in messages %}<user><user>{{ m.content }}{% endfor %}<assistant>")
-    traces = {"store": str(tmp_path / "t.jsonl"), "sampling": {"max_new_tokens": 20, "template": "chat"}}
+    other = tiny_tokenizer(
+        "{% for m in messages %}<user><user>{{ m.content }}{% endfor %}<assistant>"
+    )
+    traces = {
+        "store": str(tmp_path / "t.jsonl"),
+        "sampling": {"max_new_tokens": 20, "template": "chat"},
+    }
     prune(
         traces=traces, calibration={"tokens": 200}, output_dir=tmp_path / "out", oneshot_options={"tokenizer": other},
         preset="paper",
@@ -251,7 +274,10 @@ def test_the_given_tokenizer_renders_the_traces(prune, tmp_path):
 
 
 def test_sequential_targets_are_honoured(prune, tmp_path):
-    for given in ({"sequential_targets": ["Qwen3DecoderLayer"]}, {"sequential_targets_per_subgraph": 2}):
+    for given in (
+        {"sequential_targets": ["Qwen3DecoderLayer"]},
+        {"sequential_targets_per_subgraph": 2},
+    ):
         name = next(iter(given))
         prune(output_dir=tmp_path / name, oneshot_options=given)
         order = json.loads((tmp_path / name / "rac_run.json").read_text())["order"]

@@ -10,7 +10,12 @@ from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 
 from rac_modifier import RacError
 from rac_modifier.llmcompressor import pipeline
-from rac_modifier.llmcompressor.pipeline import ReasoningAwareSequentialPipeline, Run, put_in_place, take_away
+from rac_modifier.llmcompressor.pipeline import (
+    ReasoningAwareSequentialPipeline,
+    Run,
+    put_in_place,
+    take_away,
+)
 from rac_modifier.llmcompressor.stages import UntraceableError
 from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, weights
 from tests.tiny import TOKENS, linears
@@ -29,7 +34,9 @@ def test_it_is_in_place_for_its_session_only():
         with create_session():
             assert loaded() is SequentialPipeline
         seen = []
-        thread = threading.Thread(target=lambda: seen.append(loaded()))  # which has the global session
+        thread = threading.Thread(
+            target=lambda: seen.append(loaded())
+        )  # which has the global session
         thread.start()
         thread.join()
         assert seen == [SequentialPipeline]
@@ -67,14 +74,18 @@ def test_an_error_of_another_modifier_is_cleared_by_the_next_reset(prune, monkey
     with pytest.raises(ValueError, match="no such scheme"):
         prune(later=[QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC")])
     measured = []
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.RunDivergence.measure", measured.append)
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.RunDivergence.measure", measured.append
+    )
     active_session().reset()
     assert loaded() is SequentialPipeline
     assert measured == []  # there is no result to measure
 
 
 @pytest.mark.parametrize("name", ["independent", "sequential"])
-def test_a_later_modifier_calibrates_on_the_same_tokens_without_padding(calibrate, monkeypatch, name):
+def test_a_later_modifier_calibrates_on_the_same_tokens_without_padding(
+    calibrate, monkeypatch, name
+):
     seen = []
     original = GPTQModifier.calibrate_module
 
@@ -84,13 +95,17 @@ def test_a_later_modifier_calibrates_on_the_same_tokens_without_padding(calibrat
         return original(self, module, args, output)
 
     monkeypatch.setattr(GPTQModifier, "calibrate_module", spy)
-    calibrate(later=[GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")], pipeline=name)
+    calibrate(
+        later=[GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")], pipeline=name
+    )
     assert {shape[0] for shape in seen} == {1}  # one sequence per batch: nothing to pad
     assert sum(shape[1] for shape in seen) == 2 * TOKENS
 
 
 def test_both_pipelines_prune_alike(prune):
-    assert_same_weights(weights(prune(pipeline="independent")), weights(prune(pipeline="sequential")))
+    assert_same_weights(
+        weights(prune(pipeline="independent")), weights(prune(pipeline="sequential"))
+    )
 
 
 def test_basic_is_refused(prune):
@@ -123,7 +138,9 @@ def test_auto_prunes_layer_by_layer_where_it_must_and_records_why(prune, record_
 
 @pytest.mark.usefixtures("untraceable")
 def test_group_is_refused_where_it_is_not_possible(prune):
-    with pytest.raises(RacError, match=r"order: group is not possible here: tracing failed.*set order: layer"):
+    with pytest.raises(
+        RacError, match=r"order: group is not possible here: tracing failed.*set order: layer"
+    ):
         prune(order="group")
 
 

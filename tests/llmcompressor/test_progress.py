@@ -42,11 +42,15 @@ def test_a_groups_time_runs_from_the_end_of_the_group_before_it():
 
 def test_the_time_left_is_that_of_modules_of_the_same_shape():
     clock = Clock()
-    progress = made({"1.q": (4, 4), "1.d": (4, 16), "2.q": (4, 4), "2.d": (4, 16), "3.x": (2, 4)}, clock)
+    progress = made(
+        {"1.q": (4, 4), "1.d": (4, 16), "2.q": (4, 4), "2.d": (4, 16), "3.x": (2, 4)}, clock
+    )
     assert progress.seconds_left == 0.0
     clock.now += 1
     progress.done(["1.q"])
-    assert progress.seconds_left == pytest.approx(4 + 1 + 4 + 0.5)  # by weights, where no such shape is done
+    assert progress.seconds_left == pytest.approx(
+        4 + 1 + 4 + 0.5
+    )  # by weights, where no such shape is done
     clock.now += 8
     progress.done(["1.d"])
     assert progress.seconds_left == pytest.approx(1 + 8 + 9 / 80 * 8)
@@ -83,7 +87,9 @@ def test_a_run_records_its_times(prune, tmp_path):
         time = json.loads((tmp_path / name / "rac_run.json").read_text())["time"]
         assert [len(group["modules"]) for group in time["groups"]] == [3, 1, 2, 1] * 2
         assert all(group["seconds"] >= 0 for group in time["groups"])
-        assert sum(group["seconds"] for group in time["groups"]) == pytest.approx(time["seconds"], abs=0.01)
+        assert sum(group["seconds"] for group in time["groups"]) == pytest.approx(
+            time["seconds"], abs=0.01
+        )
 
 
 def test_modules_that_were_restored_count_as_done_and_tell_nothing_of_the_time_left():

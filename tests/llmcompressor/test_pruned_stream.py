@@ -58,7 +58,9 @@ def test_stages_that_run_twice_give_the_same_bits(tiny_folder, trace_store, requ
 
 
 @pytest.mark.parametrize("repeats", [True, False])
-def test_no_wide_inputs_are_kept_while_down_is_pruned(tiny_folder, trace_store, monkeypatch, request, repeats):
+def test_no_wide_inputs_are_kept_while_down_is_pruned(
+    tiny_folder, trace_store, monkeypatch, request, repeats
+):
     kept, inner = [], PrunedStream.inputs
 
     def inputs(self, stage, batch):

@@ -19,7 +19,9 @@ from tests.tiny import entry, linears, tiny_model
 def loader() -> CalibrationLoader:
     generator = torch.Generator().manual_seed(1)
     sequences = [
-        CalibrationSequence(tuple(torch.randint(2, 300, (12,), generator=generator).tolist()), 0, "traces")
+        CalibrationSequence(
+            tuple(torch.randint(2, 300, (12,), generator=generator).tolist()), 0, "traces"
+        )
         for _ in range(4)
     ]
     return CalibrationLoader(sequences, compose(sequences), CalibrationSettings(batch_tokens=32), 0)
@@ -33,7 +35,12 @@ class Recorder:
         self.loader, self.order, self.needs_dense_stream = loader, order, False
         self.chosen, self.checked, self.started, self.pruned = None, None, [], []
         self.before, self.known, self.restored, self.ended = known, set(), [], 0
-        self.experts, self.expert_floor, self.processes, self.recorded = "routed", 1, Processes(), {}
+        self.experts, self.expert_floor, self.processes, self.recorded = (
+            "routed",
+            1,
+            Processes(),
+            {},
+        )
 
     def calibrated_modules(self):
         return dict(self.names)
@@ -62,7 +69,9 @@ class Recorder:
 
     def prune_groups(self, groups, together=None):
         for group in groups:
-            self.pruned.append(([self.names[module] for module in group.modules], group.statistics.hessian.tokens))
+            self.pruned.append(
+                ([self.names[module] for module in group.modules], group.statistics.hessian.tokens)
+            )
 
     def record_experts(self, name, tokens):
         self.recorded[name] = tokens

@@ -20,7 +20,9 @@ def refused_or_sampled(tiny_folder, trace_store, monkeypatch):
     def sample(*args, **kwargs):
         raise Sampling
 
-    monkeypatch.setattr("rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", sample)
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", sample
+    )
 
     def run(*before, later=(), **settings):
         ours = ReasoningAwareSparseGPTModifier(**entry(trace_store, **settings))
@@ -35,7 +37,9 @@ def fp8() -> QuantizationModifier:
 
 @pytest.mark.parametrize("later", [[gptq_w4], [gptq_w4, fp8], [fp8, gptq_w4]])
 def test_gptq_anywhere_behind_ours_is_refused(refused_or_sampled, later):
-    with pytest.raises(RacError, match=r"GPTQModifier after .* fills pruned weights again; .*quantization: {scheme"):
+    with pytest.raises(
+        RacError, match=r"GPTQModifier after .* fills pruned weights again; .*quantization: {scheme"
+    ):
         refused_or_sampled(later=[make() for make in later])
 
 
@@ -58,15 +62,24 @@ def test_quantizing_twice_is_refused(refused_or_sampled):
 
 
 def test_modules_that_no_token_reached_are_an_error(prune, monkeypatch):
-    from rac_modifier.llmcompressor.pruning_modifier import ReasoningAwareSparseGPTModifier as Modifier
+    from rac_modifier.llmcompressor.pruning_modifier import (
+        ReasoningAwareSparseGPTModifier as Modifier,
+    )
 
     original = Modifier.prune_groups
 
     def all_but_up(self, groups, together=None):
-        original(self, [group for group in groups if "up_proj" not in self._names[group.modules[-1]]], together)
+        original(
+            self,
+            [group for group in groups if "up_proj" not in self._names[group.modules[-1]]],
+            together,
+        )
 
     monkeypatch.setattr(Modifier, "prune_groups", all_but_up)
-    with pytest.raises(RacError, match=r"4 modules saw no calibration token, the first is .*layers\.0\.mlp\.gate_proj"):
+    with pytest.raises(
+        RacError,
+        match=r"4 modules saw no calibration token, the first is .*layers\.0\.mlp\.gate_proj",
+    ):
         prune()
 
 

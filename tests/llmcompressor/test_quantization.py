@@ -16,10 +16,28 @@ from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, i
 from tests.tiny import calibration_entry, is_2of4, linears, recipe
 
 INT8 = {"config_groups": {"w": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
-SCHEMES = {"int4": int4(), "int8": INT8, "w8a8": {"scheme": "W8A8"}, "fp8": {"scheme": "FP8_DYNAMIC"}}
-FORMATS = {"int4": "pack-quantized", "int8": "pack-quantized", "w8a8": "int-quantized", "fp8": "float-quantized"}
-COMPRESSED = {"int4": torch.int32, "int8": torch.int8, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
-PATTERNS = {"2:4": {"mask_structure": "2:4"}, "unstructured": {"mask_structure": "0:0", "sparsity": 0.5}}
+SCHEMES = {
+    "int4": int4(),
+    "int8": INT8,
+    "w8a8": {"scheme": "W8A8"},
+    "fp8": {"scheme": "FP8_DYNAMIC"},
+}
+FORMATS = {
+    "int4": "pack-quantized",
+    "int8": "pack-quantized",
+    "w8a8": "int-quantized",
+    "fp8": "float-quantized",
+}
+COMPRESSED = {
+    "int4": torch.int32,
+    "int8": torch.int8,
+    "w8a8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+PATTERNS = {
+    "2:4": {"mask_structure": "2:4"},
+    "unstructured": {"mask_structure": "0:0", "sparsity": 0.5},
+}
 IDS = torch.arange(2, 60).unsqueeze(0)
 
 
@@ -30,14 +48,18 @@ def logits(model):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(prune, tmp_path, scheme, pattern):
+def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(
+    prune, tmp_path, scheme, pattern
+):
     out = tmp_path / "out"
     model = prune(output_dir=out, quantization=SCHEMES[scheme], **PATTERNS[pattern])
 
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["format"] == FORMATS[scheme]
     assert config["ignore"] == ["lm_head"]
-    assert config["sparsity_config"]["format"] == {"2:4": "sparse-24-bitmask"}.get(pattern, "sparse-bitmask")
+    assert config["sparsity_config"]["format"] == {"2:4": "sparse-24-bitmask"}.get(
+        pattern, "sparse-bitmask"
+    )
     report = inspect_checkpoint(out)
     assert report.sound
     assert len(report.sparse) == 14
@@ -60,16 +82,24 @@ def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(
     for module in record["modules"]:
         before, after = module["relative_error_before_rounding"], module["relative_error"]
         # eight bits cost next to nothing, and the sweeps go on where the refit ended
-        assert 0 < after == pytest.approx(before, rel=0.01) if "8" in scheme and scheme != "fp8" else before < after < 1
+        assert (
+            0 < after == pytest.approx(before, rel=0.01)
+            if "8" in scheme and scheme != "fp8"
+            else before < after < 1
+        )
         assert module["quantization"]
     assert "pruned and quantized" in (out / "README.md").read_text()
     ReasoningAwareSparseGPTModifier(**record["modifier"])  # the record can be run again
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_in_bfloat16_no_weight_is_rounded_anew_when_it_is_saved(prune, tmp_path, scheme, off_policy):
+def test_in_bfloat16_no_weight_is_rounded_anew_when_it_is_saved(
+    prune, tmp_path, scheme, off_policy
+):
     """Codes are read back from the stored tensors, and compared with the weights that the pass left."""
-    model = prune(quantization=SCHEMES[scheme], oneshot_options={"precision": "bfloat16"}, traces=off_policy)
+    model = prune(
+        quantization=SCHEMES[scheme], oneshot_options={"precision": "bfloat16"}, traces=off_policy
+    )
     before = {name: module.weight.detach().clone() for name, module in linears(model).items()}
     scales = {name: module.weight_scale.detach().clone() for name, module in linears(model).items()}
     model.save_pretrained(tmp_path / "out")
@@ -120,7 +150,12 @@ def test_a_sparse_model_is_quantized_as_it_is(prune, tmp_path, off_policy):
 
 def test_the_command_line_quantizes_a_packed_model(prune, tmp_path, off_policy):
     prune(output_dir=tmp_path / "sparse")
-    settings = {"mask_structure": "2:4", "solver": "keep", "quantization": int4(), "traces": off_policy}
+    settings = {
+        "mask_structure": "2:4",
+        "solver": "keep",
+        "quantization": int4(),
+        "traces": off_policy,
+    }
     (tmp_path / "r.yaml").write_text(recipe({**settings, "calibration": {"tokens": 400}}))
     command = ["prune", tmp_path / "sparse", tmp_path / "out", "-r", tmp_path / "r.yaml"]
     cli.app([str(part) for part in command], standalone_mode=False)
@@ -151,7 +186,9 @@ def test_the_papers_layer_order_quantizes_too(prune):
     model = prune(preset="paper", quantization=SCHEMES["int4"])
     for module in linears(model).values():
         assert is_2of4(module.weight)
-        on_grid = fake_quantize(module.weight, module.weight_scale, None, module.quantization_scheme.weights)
+        on_grid = fake_quantize(
+            module.weight, module.weight_scale, None, module.quantization_scheme.weights
+        )
         torch.testing.assert_close(module.weight, on_grid)
 
 
@@ -172,11 +209,26 @@ def test_quantization_alone_takes_the_traces(calibrate, tmp_path, pipeline, tiny
     assert inspect_checkpoint(tmp_path / "out").sound
 
 
-def test_a_recipe_of_quantization_alone_takes_the_command_line_and_traces(tiny_folder, trace_store, tmp_path):
+def test_a_recipe_of_quantization_alone_takes_the_command_line_and_traces(
+    tiny_folder, trace_store, tmp_path
+):
     shared = calibration_entry(trace_store)
-    modifiers = {"ReasoningAwareCalibrationModifier": shared, "GPTQModifier": {"ignore": ["lm_head"], **int4()}}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"q_stage": {"q_modifiers": modifiers}}, sort_keys=False))
-    command = ["prune", tiny_folder, tmp_path / "out", "-r", tmp_path / "r.yaml", "-s", "calibration.tokens=400"]
+    modifiers = {
+        "ReasoningAwareCalibrationModifier": shared,
+        "GPTQModifier": {"ignore": ["lm_head"], **int4()},
+    }
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump({"q_stage": {"q_modifiers": modifiers}}, sort_keys=False)
+    )
+    command = [
+        "prune",
+        tiny_folder,
+        tmp_path / "out",
+        "-r",
+        tmp_path / "r.yaml",
+        "-s",
+        "calibration.tokens=400",
+    ]
     cli.app([str(part) for part in command], standalone_mode=False)
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert record["calibration"]["tokens"] == 400

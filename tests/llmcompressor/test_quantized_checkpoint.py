@@ -39,7 +39,9 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
     check = TrainingLoop.check
 
     def watched(self: Any, done: Any) -> float:
-        checked.append({name: module.weight.detach().clone() for name, module in linears(self.model).items()})
+        checked.append(
+            {name: module.weight.detach().clone() for name, module in linears(self.model).items()}
+        )
         return check(self, done)
 
     monkeypatch.setattr(TrainingLoop, "check", watched)
@@ -50,7 +52,10 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
         sequences(80, seed=1),
         HELD_OUT,
         RecoverySettings(learning_rate=rate, step_tokens=200, batch_tokens=400),
-        masks={f"{name}.weight": _mask(modules[name], checkpoint.quantized[name]) for name in checkpoint.pruned},
+        masks={
+            f"{name}.weight": _mask(modules[name], checkpoint.quantized[name])
+            for name in checkpoint.pruned
+        },
         quantized=checkpoint.quantized,
         progress=False,
     )
@@ -72,7 +77,9 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
         ("asymmetric int2", False, 3e-3),
     ],
 )
-def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(tmp_path, monkeypatch, scheme, pruned, rate):
+def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(
+    tmp_path, monkeypatch, scheme, pruned, rate
+):
     folder = saved(tmp_path / "in", SCHEMES[scheme], pruned=pruned)
     result, checkpoint, checked = recovered(folder, monkeypatch, rate)
     assert result.kl_after < 0.97 * result.kl_before
@@ -84,7 +91,9 @@ def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(tmp_pa
     moved = opened = 0
     for name, (codes, weight) in after.items():
         assert torch.equal(weight, best[name]), name  # float32, bit for bit
-        assert torch.equal(before[name][1], checked[0][name]), name  # what is measured first is what was stored
+        assert torch.equal(before[name][1], checked[0][name]), (
+            name
+        )  # what is measured first is what was stored
         zero = before[name][0] == 0
         opened += int((codes[zero] != 0).sum())
         moved += int((codes != before[name][0]).sum())
@@ -92,7 +101,10 @@ def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(tmp_pa
     assert opened == 0 if pruned else opened > 0
     asymmetric = scheme.startswith("asymmetric")
     assert checkpoint.packs is (not asymmetric or not pruned)
-    assert all((q.zero is not None and bool(q.zero.any())) == asymmetric for q in checkpoint.quantized.values())
+    assert all(
+        (q.zero is not None and bool(q.zero.any())) == asymmetric
+        for q in checkpoint.quantized.values()
+    )
     quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (
         quantization["config_groups"]
@@ -100,7 +112,9 @@ def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(tmp_pa
     )
     again = load_model(tmp_path / "out", dtype="auto")
     if scheme.startswith("int4"):  # without activations that are quantized on the way
-        assert kl_of(tiny_model().to(torch.bfloat16), again, HELD_OUT) == pytest.approx(result.kl_after, rel=0.1)
+        assert kl_of(tiny_model().to(torch.bfloat16), again, HELD_OUT) == pytest.approx(
+            result.kl_after, rel=0.1
+        )
 
 
 def test_a_module_that_is_recorded_as_pruned_keeps_its_zeros(tmp_path):
@@ -129,7 +143,9 @@ def test_codes_that_are_not_trained_are_written_back_bit_for_bit(tmp_path):
 def test_a_scale_that_training_cannot_keep_is_refused(tmp_path):
     model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False), dtype="auto")
     model.model.layers[0].mlp.up_proj.weight_scale.data[3, 1] *= -1
-    with pytest.raises(RacError, match=r"up_proj\.weight_scale: 1 scales are negative, .*such as -0\.0"):
+    with pytest.raises(
+        RacError, match=r"up_proj\.weight_scale: 1 scales are negative, .*such as -0\.0"
+    ):
         QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
 
 
@@ -144,15 +160,23 @@ def test_a_group_of_zeros_may_have_any_scale(tmp_path):
 
 
 def test_zero_points_that_are_not_one_per_scale_are_refused(tmp_path):
-    model = load_model(saved(tmp_path / "in", SCHEMES["asymmetric int4"], pruned=False), dtype="auto")
+    model = load_model(
+        saved(tmp_path / "in", SCHEMES["asymmetric int4"], pruned=False), dtype="auto"
+    )
     module = model.model.layers[0].mlp.up_proj
-    module.weight_zero_point = torch.nn.Parameter(module.weight_zero_point.data[:, :1].clone(), requires_grad=False)
-    with pytest.raises(RacError, match=r"up_proj\.weight_zero_point: shape .* does not fit scales .*; restore it"):
+    module.weight_zero_point = torch.nn.Parameter(
+        module.weight_zero_point.data[:, :1].clone(), requires_grad=False
+    )
+    with pytest.raises(
+        RacError, match=r"up_proj\.weight_zero_point: shape .* does not fit scales .*; restore it"
+    ):
         QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
 
 
 def test_a_quantized_head_is_refused(tmp_path):
-    model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False, ignore=()), dtype="auto")
+    model = load_model(
+        saved(tmp_path / "in", SCHEMES["int4"], pruned=False, ignore=()), dtype="auto"
+    )
     with pytest.raises(RacError, match=r"lm_head is quantized; .*add lm_head to ignore"):
         check_layers(model, set())
 
@@ -179,7 +203,9 @@ def test_grids_that_are_not_trained_are_refused(tmp_path, scheme, message):
 def test_modules_that_are_merged_on_loading_are_refused(tmp_path):
     model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False), dtype="auto")
     stored = {*linears(model), "model.layers.0.mlp.experts.0.up_proj"}
-    with pytest.raises(RacError, match=r"experts\.0\.up_proj \(1 modules in all\) is quantized and no linear layer"):
+    with pytest.raises(
+        RacError, match=r"experts\.0\.up_proj \(1 modules in all\) is quantized and no linear layer"
+    ):
         check_layers(model, stored)
 
 
@@ -192,7 +218,10 @@ def test_modules_that_are_merged_on_loading_are_refused(tmp_path):
 )
 def test_layouts_that_are_not_trained_are_refused_by_their_names(part, reason):
     names = ["model.norm.weight", "a.b.weight_packed", f"a.b.{part}"]
-    with pytest.raises(RacError, match=rf"folder: a\.b has a {part}: .*{reason}|folder: a\.b has a {part}: {reason}"):
+    with pytest.raises(
+        RacError,
+        match=rf"folder: a\.b has a {part}: .*{reason}|folder: a\.b has a {part}: {reason}",
+    ):
         check_trainable(names, "folder")
     check_trainable(names[:2], "folder")
     assert quantized_names(dict.fromkeys(names)) == {"a.b"}

@@ -17,7 +17,10 @@ def made(model, prunes=True, **settings) -> GroupQuantizer:
 
 
 def group(bits, size, targets=("Linear",)):
-    return {"targets": list(targets), "weights": {"num_bits": bits, "strategy": "group", "group_size": size}}
+    return {
+        "targets": list(targets),
+        "weights": {"num_bits": bits, "strategy": "group", "group_size": size},
+    }
 
 
 def test_a_scheme_covers_the_pruned_modules_and_no_others():
@@ -74,12 +77,16 @@ def test_zero_points_are_stored_and_packed():
     quantizer.attach(model)
     module = model.model.layers[0].mlp.up_proj  # [128, 64]
     generator = torch.Generator().manual_seed(0)
-    codes, zeros = (torch.randint(-2, 2, shape, generator=generator) for shape in ((128, 64), (128, 2)))
+    codes, zeros = (
+        torch.randint(-2, 2, shape, generator=generator) for shape in ((128, 64), (128, 2))
+    )
     scale = torch.rand(128, 2, generator=generator) + 0.5
     weight = (codes - zeros.repeat_interleave(32, dim=1)) * scale.repeat_interleave(32, dim=1)
     for other in quantizer.grids:
         shape = other.weight_scale.shape
-        quantizer.store(other, other.weight.detach(), torch.ones(shape), torch.zeros(shape, dtype=torch.int8))
+        quantizer.store(
+            other, other.weight.detach(), torch.ones(shape), torch.zeros(shape, dtype=torch.int8)
+        )
     quantizer.store(module, weight, scale, zeros.to(torch.int8))
     assert module.weight_zero_point.dtype == torch.int8
     quantizer.finish(model)
@@ -95,14 +102,20 @@ def test_zero_points_are_stored_and_packed():
 def test_zero_points_of_pruned_weights_are_refused_with_the_reason():
     groups = {"w": group(4, 32)}
     groups["w"]["weights"]["symmetric"] = False
-    with pytest.raises(RacError, match=r"so a zero is its zero point, and sparse kernels take .* set symmetric: true"):
+    with pytest.raises(
+        RacError,
+        match=r"so a zero is its zero point, and sparse kernels take .* set symmetric: true",
+    ):
         made(tiny_model(), config_groups=groups)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
 def test_other_integers_only_where_nothing_is_pruned(bits):
     assert {
-        grid.bits for grid in made(tiny_model(), prunes=False, config_groups={"w": group(bits, 32)}).grids.values()
+        grid.bits
+        for grid in made(
+            tiny_model(), prunes=False, config_groups={"w": group(bits, 32)}
+        ).grids.values()
     } == {bits}
     with pytest.raises(RacError, match=rf"int of {bits} bits, .* use int of 4 or 8 bits"):
         made(tiny_model(), config_groups={"w": group(bits, 32)})

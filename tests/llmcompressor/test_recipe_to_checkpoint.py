@@ -16,10 +16,14 @@ from tests.tiny import TOKENS, entry, is_2of4, linears, recipe
 def test_a_recipe_file_is_all_that_oneshot_needs(tiny_folder, trace_store, tmp_path, dense):
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store)))
     out = tmp_path / "out"
-    model = oneshot(model=str(tiny_folder), recipe=str(tmp_path / "recipe.yaml"), output_dir=str(out))
+    model = oneshot(
+        model=str(tiny_folder), recipe=str(tmp_path / "recipe.yaml"), output_dir=str(out)
+    )
     assert all(is_2of4(m.weight) for m in linears(model).values())
     changed = {n for n in weights(model) if not torch.equal(weights(model)[n], weights(dense)[n])}
-    assert changed == {f"{name}.weight" for name in linears(model)}  # lm_head, embeddings and norms are untouched
+    assert changed == {
+        f"{name}.weight" for name in linears(model)
+    }  # lm_head, embeddings and norms are untouched
 
     with safe_open(out / "model.safetensors", "pt") as file:
         names = set(file.keys())
@@ -40,7 +44,9 @@ def test_a_modifier_object_gives_the_same_weights_as_a_file(tiny_folder, trace_s
     assert_same_weights(weights(by_text), weights(prune()))
 
 
-def test_the_traces_are_sampled_where_there_are_none(tiny_folder, tmp_path, monkeypatch, prune, trace_store):
+def test_the_traces_are_sampled_where_there_are_none(
+    tiny_folder, tmp_path, monkeypatch, prune, trace_store
+):
     monkeypatch.chdir(tmp_path)
     model = oneshot(model=str(tiny_folder), recipe=recipe(entry(None)))
     (store,) = (tmp_path / "rac_traces").glob("*.jsonl")
@@ -49,7 +55,9 @@ def test_the_traces_are_sampled_where_there_are_none(tiny_folder, tmp_path, monk
 
 
 @pytest.mark.parametrize("solver", ["wanda", "magnitude", "sparsegpt", "alps"])
-@pytest.mark.parametrize("pattern", [{"mask_structure": "2:4"}, {"mask_structure": "0:0", "sparsity": 0.5}])
+@pytest.mark.parametrize(
+    "pattern", [{"mask_structure": "2:4"}, {"mask_structure": "0:0", "sparsity": 0.5}]
+)
 def test_every_solver_and_pattern_runs_and_is_packed(prune, tmp_path, dense, solver, pattern):
     model = prune(solver=solver, reconstruct="pruned", output_dir=tmp_path / "out", **pattern)
     for name, module in linears(model).items():
@@ -74,7 +82,10 @@ def test_the_run_record_says_what_was_done(prune, tmp_path, tiny_folder, trace_s
     assert record["calibration"]["tokens"] == TOKENS
     assert record["calibration"]["trace_tokens"] > TOKENS / 3
     store = record["trace_stores"]["traces"]
-    assert (store["path"], store["sha256"]) == (trace_store.name, TraceStore.read(trace_store).sha256())
+    assert (store["path"], store["sha256"]) == (
+        trace_store.name,
+        TraceStore.read(trace_store).sha256(),
+    )
     assert store["prompt"]["add_generation_prompt"] is store["prompt"]["enable_thinking"] is True
     assert store["selection"]["kept"] == len(TraceStore.read(trace_store))
     assert record["calibration"]["parts"] == {

@@ -16,7 +16,9 @@ def inputs_of(model, batches) -> dict[str, torch.Tensor]:
     """What each linear layer of the model reads, [tokens, columns]."""
     rows = {name: [] for name in linears(model)}
     handles = [
-        module.register_forward_pre_hook(lambda m, args, name=name: rows[name].append(args[0].flatten(0, -2)))
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: rows[name].append(args[0].flatten(0, -2))
+        )
         for name, module in linears(model).items()
     ]
     with torch.no_grad():
@@ -37,8 +39,12 @@ def relative_errors(model, dense, inputs) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("structure", [{"mask_structure": "2:4"}, {"mask_structure": "0:0", "sparsity": 0.5}])
-def test_no_worse_than_upstreams_sparsegpt_on_the_same_batches(tiny_folder, trace_store, dense, prune, structure):
+@pytest.mark.parametrize(
+    "structure", [{"mask_structure": "2:4"}, {"mask_structure": "0:0", "sparsity": 0.5}]
+)
+def test_no_worse_than_upstreams_sparsegpt_on_the_same_batches(
+    tiny_folder, trace_store, dense, prune, structure
+):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     options = entry(trace_store)
     loader = build_calibration_set(
@@ -49,7 +55,10 @@ def test_no_worse_than_upstreams_sparsegpt_on_the_same_batches(tiny_folder, trac
     upstream = oneshot(
         model=str(tiny_folder),
         recipe=SparseGPTModifier(
-            sparsity=0.5, mask_structure=structure["mask_structure"], targets=["Linear"], ignore=["lm_head"]
+            sparsity=0.5,
+            mask_structure=structure["mask_structure"],
+            targets=["Linear"],
+            ignore=["lm_head"],
         ),
         dataset=DataLoader([{"input_ids": b["input_ids"][0]} for b in loader], batch_size=1),
         num_calibration_samples=len(loader),
@@ -66,7 +75,10 @@ def test_no_worse_than_upstreams_sparsegpt_on_the_same_batches(tiny_folder, trac
 
 
 def test_sparsegpt_errs_less_than_magnitude_on_the_traces(trace_store, dense, prune):
-    batches = [{"input_ids": torch.tensor([(*t.prompt_ids, *t.completion_ids)])} for t in TraceStore.read(trace_store)]
+    batches = [
+        {"input_ids": torch.tensor([(*t.prompt_ids, *t.completion_ids)])}
+        for t in TraceStore.read(trace_store)
+    ]
     inputs = inputs_of(dense, batches)
     ours = relative_errors(prune(preset="paper"), dense, inputs)
     magnitude = relative_errors(prune(preset="paper", solver="magnitude"), dense, inputs)

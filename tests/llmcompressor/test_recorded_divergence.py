@@ -15,7 +15,10 @@ from tests.tiny import TOKENS, entry, linears
 def settings(tmp_path):
     """A store of its own, which this run fills further than the shared one."""
     made = entry(tmp_path / "own.jsonl")
-    return {"traces": made["traces"], "calibration": {**made["calibration"], "held_out_tokens": 300}}
+    return {
+        "traces": made["traces"],
+        "calibration": {**made["calibration"], "held_out_tokens": 300},
+    }
 
 
 def record(folder):
@@ -45,7 +48,9 @@ def test_held_out_traces_are_not_calibrated_on(prune, settings, tmp_path, monkey
 
     made = []
     inner = source.CalibrationLoader
-    monkeypatch.setattr(source, "CalibrationLoader", lambda *args: made.append(inner(*args)) or made[0])
+    monkeypatch.setattr(
+        source, "CalibrationLoader", lambda *args: made.append(inner(*args)) or made[0]
+    )
     prune(**settings)
     hold_out = HoldOut(300)
     list(hold_out.others(TraceStore.read(tmp_path / "own.jsonl")))
@@ -59,7 +64,10 @@ def test_what_a_later_modifier_does_counts_too(prune, settings, tmp_path):
     later = QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC")
     prune(output_dir=tmp_path / "pruned", **settings)
     prune(output_dir=tmp_path / "both", later=[later], **settings)
-    assert record(tmp_path / "both")["divergence"]["kl"] != record(tmp_path / "pruned")["divergence"]["kl"]
+    assert (
+        record(tmp_path / "both")["divergence"]["kl"]
+        != record(tmp_path / "pruned")["divergence"]["kl"]
+    )
 
 
 def test_what_is_not_measured_says_why(prune, tmp_path):
@@ -69,7 +77,9 @@ def test_what_is_not_measured_says_why(prune, tmp_path):
     assert "no traces were held out" in record(tmp_path / "prompts")["divergence"]["not_measured"]
 
 
-def test_a_measure_that_fails_does_not_cost_the_model(prune, settings, tmp_path, monkeypatch, tiny_folder):
+def test_a_measure_that_fails_does_not_cost_the_model(
+    prune, settings, tmp_path, monkeypatch, tiny_folder
+):
     from rac_modifier.evaluation.dense_reference import DenseReference
 
     def fails(self, pruned, **options):

@@ -20,10 +20,18 @@ from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.modifier_helpers import gptq_w4, int4
 from tests.tiny import linears, tiny_tokenizer
 
-RECOVER = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400, "learning_rate": 1e-3}
+RECOVER = {
+    "tokens": 600,
+    "held_out_tokens": 150,
+    "step_tokens": 100,
+    "batch_tokens": 400,
+    "learning_rate": 1e-3,
+}
 
 
-def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, trace_store, tmp_path, monkeypatch):
+def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(
+    prune, trace_store, tmp_path, monkeypatch
+):
     from rac_modifier.llmcompressor import pruning_modifier, recovery_stage
 
     seen = {}
@@ -45,7 +53,9 @@ def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, t
     monkeypatch.setattr(pruning_modifier.CalibratingModifier, "build_calibration", built)
     monkeypatch.chdir(tmp_path)
     prune(recover=RECOVER, output_dir=tmp_path / "out")
-    training, held_out = ({tuple(ids) for ids, _ in seen[name]} for name in ("training", "held_out"))
+    training, held_out = (
+        {tuple(ids) for ids, _ in seen[name]} for name in ("training", "held_out")
+    )
     calibrated = {tuple(s.ids) for s in loaders[0].sequences}
     assert training
     assert held_out
@@ -57,12 +67,19 @@ def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, t
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())["recovery"]
     assert record["sequences"] == len(seen["training"])
     assert record["kl_after"] <= record["kl_before"]
-    assert not (tmp_path / "rac_recovery").exists() or not any((tmp_path / "rac_recovery").iterdir())
+    assert not (tmp_path / "rac_recovery").exists() or not any(
+        (tmp_path / "rac_recovery").iterdir()
+    )
 
 
 def test_the_pattern_holds_and_the_weights_moved(prune, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    longer = {**RECOVER, "tokens": 3000, "passes": 4, "held_out_tokens": 600}  # long enough that the divergence falls
+    longer = {
+        **RECOVER,
+        "tokens": 3000,
+        "passes": 4,
+        "held_out_tokens": 600,
+    }  # long enough that the divergence falls
     without, recovered = prune(), prune(recover=longer)
     for name, module in linears(recovered).items():
         if name == "lm_head":
@@ -93,8 +110,13 @@ def test_quantized_weights_end_on_their_grid(prune, tmp_path, monkeypatch):
 
 
 def test_a_mixture_without_traces_is_refused():
-    with pytest.raises(ValueError, match=r"recover: it trains on the model's own traces, and the mixture .* has none"):
-        PruningEntry(recover=RECOVER, mask_structure="2:4", calibration={"mixture": {"generic": 1.0}})
+    with pytest.raises(
+        ValueError,
+        match=r"recover: it trains on the model's own traces, and the mixture .* has none",
+    ):
+        PruningEntry(
+            recover=RECOVER, mask_structure="2:4", calibration={"mixture": {"generic": 1.0}}
+        )
 
 
 def test_traces_are_split_by_problem(trace_store):
@@ -108,7 +130,10 @@ def test_traces_are_split_by_problem(trace_store):
 
 def test_tokens_to_reserve():
     assert RecoverySettings(tokens=1000, held_out_tokens=100).reserved_tokens == 1100
-    assert RecoverySettings(tokens=1000, held_out_tokens=100, generic_share=0.25).reserved_tokens == 850
+    assert (
+        RecoverySettings(tokens=1000, held_out_tokens=100, generic_share=0.25).reserved_tokens
+        == 850
+    )
 
 
 def test_generic_text_is_trained_on_and_decides_nothing(prune, tmp_path, monkeypatch):
@@ -138,8 +163,12 @@ def test_generic_text_is_trained_on_and_decides_nothing(prune, tmp_path, monkeyp
 def test_generic_text_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("few words " * 20)
     text = {"source": str(tmp_path / "short.txt"), "sequence_tokens": 16}
-    with pytest.raises(RacError, match=r"short\.txt' has \d+ tokens, and recover\.generic_share asks for 30,000"):
-        generic_sequences(tiny_tokenizer, RecoverySettings(tokens=60_000, generic_share=0.5, generic=text))
+    with pytest.raises(
+        RacError, match=r"short\.txt' has \d+ tokens, and recover\.generic_share asks for 30,000"
+    ):
+        generic_sequences(
+            tiny_tokenizer, RecoverySettings(tokens=60_000, generic_share=0.5, generic=text)
+        )
     assert generic_sequences(None, RecoverySettings()) == []
     assert before_sampling(None, None, None) == []
 
@@ -153,11 +182,18 @@ def test_it_is_refused_before_anything_is_sampled(prune, tmp_path):
 
 
 @pytest.mark.parametrize("entry", ["prune", "calibrate"])
-def test_too_little_memory_is_refused_before_anything_is_sampled(entry, request, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**6)))
+def test_too_little_memory_is_refused_before_anything_is_sampled(
+    entry, request, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        memory, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**6))
+    )
     later = (gptq_w4(),) if entry == "calibrate" else ()
     with pytest.raises(
-        RacError, match=r"recover: training needs about .* GiB on the CPU beside .*, and 0\.0 GiB are free"
+        RacError,
+        match=r"recover: training needs about .* GiB on the CPU beside .*, and 0\.0 GiB are free",
     ):
-        request.getfixturevalue(entry)(later=later, recover=RECOVER, traces={"store": str(tmp_path / "new.jsonl")})
+        request.getfixturevalue(entry)(
+            later=later, recover=RECOVER, traces={"store": str(tmp_path / "new.jsonl")}
+        )
     assert not (tmp_path / "new.jsonl").exists()

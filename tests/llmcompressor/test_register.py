@@ -50,7 +50,10 @@ def output_of(tmp_path):
 )
 def test_both_modifiers_are_registered_whatever_is_imported_first(output_of, order):
     code = "from llmcompressor.modifiers import ModifierFactory\nprint(*sorted(ModifierFactory.registered))"
-    assert output_of(f"{order}\n{code}") == "ReasoningAwareCalibrationModifier ReasoningAwareSparseGPTModifier"
+    assert (
+        output_of(f"{order}\n{code}")
+        == "ReasoningAwareCalibrationModifier ReasoningAwareSparseGPTModifier"
+    )
 
 
 def test_registering_imports_none_of_our_modules(output_of):
@@ -64,7 +67,9 @@ def test_registering_imports_none_of_our_modules(output_of):
 def test_a_stand_in_makes_the_modifier_itself():
     from llmcompressor.modifiers import ModifierFactory
 
-    made = ModifierFactory.create("ReasoningAwareSparseGPTModifier", True, True, mask_structure="2:4", group="pruning")
+    made = ModifierFactory.create(
+        "ReasoningAwareSparseGPTModifier", True, True, mask_structure="2:4", group="pruning"
+    )
     assert type(made) is ReasoningAwareSparseGPTModifier
     assert (made.mask_structure, made.group) == ("2:4", "pruning")
     assert set(MODULES) == {"ReasoningAwareSparseGPTModifier", "ReasoningAwareCalibrationModifier"}

@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from rac_modifier import RacError
 from rac_modifier.llmcompressor import finished_groups
 from rac_modifier.llmcompressor.finished_groups import FinishedGroups
-from tests.llmcompressor.unfinished_runs import GROUPS, RECOVERED, everything, modules, result, written
+from tests.llmcompressor.unfinished_runs import (
+    GROUPS,
+    RECOVERED,
+    everything,
+    modules,
+    result,
+    written,
+)
 from tests.tiny import entry, linears
 
 
@@ -67,7 +74,9 @@ def test_a_read_only_folder_is_refused_at_the_start(prune, tiny_folder, open_fol
     place.mkdir()
     place.chmod(0o555)
     said = as_another_user(
-        lambda: prune(model=str(model), output_dir=place / "out", traces=entry(place / "new.jsonl")["traces"])
+        lambda: prune(
+            model=str(model), output_dir=place / "out", traces=entry(place / "new.jsonl")["traces"]
+        )
     )
     assert said.startswith(
         f"{place / 'out.unfinished'}: what is pruned so far cannot be kept there ({place} is not a folder that"
@@ -108,7 +117,8 @@ def test_the_disk_is_checked_before_anything_is_sampled(prune, dense, tmp_path, 
     for settings, needed in (({}, 2 * whole + groups), (RECOVERED, 2 * whole + 2 * groups)):
         free[0] = needed - 1
         with pytest.raises(
-            RacError, match=r"out: 0\.0 GiB are free, the checkpoint needs .* what is pruned so far up to"
+            RacError,
+            match=r"out: 0\.0 GiB are free, the checkpoint needs .* what is pruned so far up to",
         ):
             prune(output_dir=tmp_path / "out", **settings, **store)
         assert not (tmp_path / "new.jsonl").exists()
@@ -132,7 +142,8 @@ def test_a_full_disk_loses_nothing(prune, solved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finished_groups, "save_file", full)
     with pytest.raises(
-        RacError, match=r"out\.unfinished: what is pruned so far cannot be kept .*No space left.*make room"
+        RacError,
+        match=r"out\.unfinished: what is pruned so far cannot be kept .*No space left.*make room",
     ):
         prune(output_dir=tmp_path / "out")
     assert len(list((tmp_path / "out.unfinished").iterdir())) == 3 + 1  # and about.json

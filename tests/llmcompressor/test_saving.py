@@ -9,7 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier
 from rac_modifier import RacError
-from tests.llmcompressor.modifier_helpers import assert_same_weights, generic_loader, gptq_w4, weights
+from tests.llmcompressor.modifier_helpers import (
+    assert_same_weights,
+    generic_loader,
+    gptq_w4,
+    weights,
+)
 from tests.tiny import is_2of4, linears
 
 
@@ -51,7 +56,9 @@ def test_saving_to_a_folder_that_holds_a_checkpoint_goes_beside_it(prune, tmp_pa
 def test_zeros_filled_after_pruning_are_refused_at_save_by_name(prune, tmp_path):
     model = prune()
     model.model.layers[1].mlp.up_proj.weight.data[0, :4] = 1.0
-    with pytest.raises(RacError, match=r"model\.layers\.1\.mlp\.up_proj .*no longer holds.*Nothing was written"):
+    with pytest.raises(
+        RacError, match=r"model\.layers\.1\.mlp\.up_proj .*no longer holds.*Nothing was written"
+    ):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -60,7 +67,10 @@ def test_what_gptq_filled_in_a_run_of_its_own_is_refused_at_save_by_name(prune, 
     """W4A16 refits what it quantises and fills zeros (upstream issue 2860)."""
     model = prune()
     oneshot(model=model, recipe=gptq_w4(), dataset=generic_loader(), num_calibration_samples=6)
-    with pytest.raises(RacError, match=r"model\.layers\.0\.self_attn\.\w+ .*GPTQModifier does.*quantization: {scheme"):
+    with pytest.raises(
+        RacError,
+        match=r"model\.layers\.0\.self_attn\.\w+ .*GPTQModifier does.*quantization: {scheme",
+    ):
         model.save_pretrained(tmp_path / "o")
     assert not (tmp_path / "o").exists()
 

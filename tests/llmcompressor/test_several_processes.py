@@ -13,7 +13,9 @@ from tests.llmcompressor import several_processes
 from tests.tiny import entry, recipe, save_tiny_experts
 
 pytestmark = pytest.mark.slow
-INT4 = {"config_groups": {"all": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}}
+INT4 = {
+    "config_groups": {"all": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}
+}
 INT8 = {"config_groups": {"all": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
 
 
@@ -55,12 +57,18 @@ def result(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return record, {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize(("name", "count"), [("paper", 2), ("paper", 4), ("quality", 2), ("quality", 4), ("int4", 3)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("paper", 2), ("paper", 4), ("quality", 2), ("quality", 4), ("int4", 3)]
+)
 def test_any_number_of_processes_saves_the_bytes_of_one(ran, name, count):
     """Of 3 and 4 processes, some are slow."""
     folder, told = ran
-    assert told["codes"][f"{name}-{count}"] == [0] * count, (folder / f"{name}-{count}.0.txt").read_text()[-2000:]
-    (one, expected), (several, found) = (result(folder / f"{name}-{number}") for number in (1, count))
+    assert told["codes"][f"{name}-{count}"] == [0] * count, (
+        folder / f"{name}-{count}.0.txt"
+    ).read_text()[-2000:]
+    (one, expected), (several, found) = (
+        result(folder / f"{name}-{number}") for number in (1, count)
+    )
     assert found == expected
     assert several.pop("processes") == count
     assert several == one
@@ -94,7 +102,9 @@ def test_oneshot_of_upstream_under_torchrun_does_the_same(ran):
 
 def test_recovery_of_quantized_weights_ends_as_in_one_process(ran):
     folder, told = ran
-    assert told["codes"]["recovered-2"] == [0, 0], (folder / "recovered-2.0.txt").read_text()[-2000:]
+    assert told["codes"]["recovered-2"] == [0, 0], (folder / "recovered-2.0.txt").read_text()[
+        -2000:
+    ]
     one, two = (result(folder / f"recovered-{count}")[0] for count in (1, 2))
     assert (one["recovery"]["processes"], two["recovery"]["processes"]) == (1, 2)
     assert two["recovery"]["kl_after"] < two["recovery"]["kl_before"]

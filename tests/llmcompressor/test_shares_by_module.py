@@ -53,7 +53,9 @@ def test_every_solver_prunes_each_module_by_its_share(prune, solver):
 
 
 def test_a_module_that_lost_its_own_pattern_is_refused_at_save(prune, tmp_path):
-    model = prune(mask_structure="0:0", sparsity=0.5, allocation={"model.layers.0.mlp.up_proj": 0.9})
+    model = prune(
+        mask_structure="0:0", sparsity=0.5, allocation={"model.layers.0.mlp.up_proj": 0.9}
+    )
     module = model.model.layers[0].mlp.up_proj
     module.weight.data[:32] = 1.0  # half of it: enough zeros are left for 50 %, not for its 90 %
     with pytest.raises(RacError, match=r"layers\.0\.mlp\.up_proj .*90 %"):

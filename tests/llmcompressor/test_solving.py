@@ -8,7 +8,13 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.input_groups import InputGroup
-from rac_modifier.llmcompressor.solving import Pruned, end_lanes, owners, solve_groups, solve_together
+from rac_modifier.llmcompressor.solving import (
+    Pruned,
+    end_lanes,
+    owners,
+    solve_groups,
+    solve_together,
+)
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.hessian import Statistics
@@ -74,7 +80,9 @@ def pruned(modules, batches, processes, slow=None):
 def test_they_end_as_one_process_on_all_tokens_bit_by_bit(modules, batches, count):
     expected, _ = pruned(modules, batches, Processes())
     ends = together(count, lambda processes: pruned(modules, batches, processes))
-    assert sorted(name for _, solved in ends for name in solved) == sorted(modules)  # each in one process
+    assert sorted(name for _, solved in ends for name in solved) == sorted(
+        modules
+    )  # each in one process
     assert sum(bool(solved) for _, solved in ends) == 2  # q, k and v together
     for found, _ in ends:
         for name, one in found.items():
@@ -85,7 +93,9 @@ def test_they_end_as_one_process_on_all_tokens_bit_by_bit(modules, batches, coun
 
 def test_who_is_slow_changes_no_bit(modules, batches):
     runs = [
-        together(3, lambda processes, seed=seed: pruned(modules, batches, processes, random.Random(seed)))[0][0]
+        together(
+            3, lambda processes, seed=seed: pruned(modules, batches, processes, random.Random(seed))
+        )[0][0]
         for seed in range(3)
     ]
     for run in runs[1:]:
@@ -100,7 +110,9 @@ def test_scales_masters_and_records_reach_all(modules, batches):
         rounded = names[module] != "k"  # k is not rounded
         scale = torch.full((len(weight), 1), 0.5) if rounded else None
         zeros = torch.full((len(weight), 1), -3, dtype=torch.int8) if names[module] == "v" else None
-        return Pruned(weight + 1, {"name": names[module]}, scale, weight * 2 if rounded else None, zeros)
+        return Pruned(
+            weight + 1, {"name": names[module]}, scale, weight * 2 if rounded else None, zeros
+        )
 
     def solve(some):
         return [[made(module) for module in group.modules] for group in some]
@@ -125,20 +137,29 @@ def test_scales_masters_and_records_reach_all(modules, batches):
                 assert torch.equal(one.master, weight * 2)
             assert (one.zero_point is None) == (name != "v")
             if name == "v":
-                assert torch.equal(one.zero_point, torch.full((ROWS[name], 1), -3, dtype=torch.int8))
+                assert torch.equal(
+                    one.zero_point, torch.full((ROWS[name], 1), -3, dtype=torch.int8)
+                )
 
 
 @pytest.mark.parametrize(("solver", "expected"), [("sparsegpt", [2, 1, 1, 2]), ("alps", [1] * 6)])
-def test_small_groups_of_one_shape_that_follow_each_other_are_solved_at_once(monkeypatch, batches, solver, expected):
+def test_small_groups_of_one_shape_that_follow_each_other_are_solved_at_once(
+    monkeypatch, batches, solver, expected
+):
     """At most two of 8 rows: of the first three, and of the last two. The one of 16 rows between them is alone."""
     monkeypatch.setattr(sparsegpt, "_AT_ONCE_ON_CPU", 2 * COLUMNS * 8 + 1)
-    modules = {str(i): torch.nn.Linear(COLUMNS, rows, bias=False) for i, rows in enumerate((8, 8, 8, 16, 8, 8))}
+    modules = {
+        str(i): torch.nn.Linear(COLUMNS, rows, bias=False)
+        for i, rows in enumerate((8, 8, 8, 16, 8, 8))
+    }
     names = {module: name for name, module in modules.items()}
 
     def made():
         groups = []
         for i, module in enumerate(modules.values()):
-            groups.append(InputGroup([module], Statistics(COLUMNS, "cpu", [module.weight.detach()])))
+            groups.append(
+                InputGroup([module], Statistics(COLUMNS, "cpu", [module.weight.detach()]))
+            )
             for x, dense in batches:
                 groups[-1].statistics.add(x * (1 + i), torch.ones(len(x)), dense)
             groups[-1].statistics.finish(Processes())
@@ -186,7 +207,8 @@ def test_processes_that_calibrated_other_modules_are_refused(modules, batches, w
         return step(groups, processes)
 
     with pytest.raises(
-        RacError, match=r"process 0 and process 1 have not calibrated the same modules \(down\): .*fewer"
+        RacError,
+        match=r"process 0 and process 1 have not calibrated the same modules \(down\): .*fewer",
     ):
         together(2, run)
 
@@ -216,7 +238,11 @@ def test_training_starts_with_the_codes_that_are_saved(modules, batches, solver,
     """Each master weight rounds to its code, and lies on the side of the weight that was rounded."""
     entry = PruningEntry(
         **({"solver": "none"} if solver == "none" else {"mask_structure": "2:4"}),
-        quantization={"config_groups": {"w": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 8}}}},
+        quantization={
+            "config_groups": {
+                "w": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 8}}
+            }
+        },
         recover={"tokens": 100},
     )
     names = {module: name for name, module in modules.items()}

@@ -7,7 +7,11 @@ import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.llmcompressor.stages import UntraceableError, _refuse_changes_in_place, trace_stages
+from rac_modifier.llmcompressor.stages import (
+    UntraceableError,
+    _refuse_changes_in_place,
+    trace_stages,
+)
 from tests.tiny import linears, save_tiny_experts
 
 GROUPS = [
@@ -36,18 +40,26 @@ def test_stages_begin_where_modules_read_the_same_tensor(dense):
 def test_modules_left_alone_run_inside_the_stages(dense):
     names = {m: n for n, m in linears(dense).items() if "q_proj" in n or "v_proj" in n}
     stages = trace_stages(dense, SAMPLE, names, [])
-    assert [[names[m].split(".")[-1] for m in stage.modules] for stage in stages[1:]] == [["q_proj", "v_proj"]] * 2
+    assert [[names[m].split(".")[-1] for m in stage.modules] for stage in stages[1:]] == [
+        ["q_proj", "v_proj"]
+    ] * 2
 
 
 def test_the_experts_of_a_layer_are_one_stage(tmp_path):
     model = linearize_moe(
-        AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path, "qwen2"), attn_implementation="eager")
+        AutoModelForCausalLM.from_pretrained(
+            save_tiny_experts(tmp_path, "qwen2"), attn_implementation="eager"
+        )
     )
     names = {
-        m: n for n, m in linears(model.eval()).items() if "layers.1." in n and not n.endswith("shared_expert_gate")
+        m: n
+        for n, m in linears(model.eval()).items()
+        if "layers.1." in n and not n.endswith("shared_expert_gate")
     }
     stages = trace_stages(model, SAMPLE, names, [])[1:]
-    kinds = [(stage.experts.name if stage.experts else None, len(stage.modules)) for stage in stages]
+    kinds = [
+        (stage.experts.name if stage.experts else None, len(stage.modules)) for stage in stages
+    ]
     assert sorted(kinds, key=str) == sorted(
         [(None, 3), (None, 1), (None, 2), (None, 1), ("model.layers.1.mlp.experts", 12)], key=str
     )
@@ -75,7 +87,9 @@ def test_a_model_whose_code_cannot_be_traced_is_named_as_such(dense):
         trace_stages(dense, SAMPLE, names, [])
     del dense.model.layers[0].mlp.forward
     assert torch.arange is arange
-    assert dense.generate(**SAMPLE, max_new_tokens=3, do_sample=False).shape[1] > 16  # with a cache, as before
+    assert (
+        dense.generate(**SAMPLE, max_new_tokens=3, do_sample=False).shape[1] > 16
+    )  # with a cache, as before
 
 
 class Subgraph:

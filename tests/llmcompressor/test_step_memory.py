@@ -31,7 +31,10 @@ def peak_of(memory: SolverMemory, columns: int, rows: int) -> int:
     statistics = Statistics(columns, "cpu", [weight] if memory.dense_target else None)
     statistics.add(x, torch.ones(len(x)), x + 0.1 * torch.randn(x.shape, generator=generator))
     statistics.finish(Processes())
-    live, pattern = LiveBytes(), Pattern.nothing() if memory.solver == "none" else Pattern.n_of_m(2, 4)
+    live, pattern = (
+        LiveBytes(),
+        Pattern.nothing() if memory.solver == "none" else Pattern.n_of_m(2, 4),
+    )
     for sums in (statistics.hessian._sums, statistics._sums):
         if sums is not None:
             live.knows(sums.total)
@@ -55,13 +58,17 @@ CASES = {
     "alps": SolverMemory("alps", refits=True),
     "quality": SolverMemory("alps", dense_target=True, refits=True),
     "quality, bf16": SolverMemory("alps", dense_target=True, refits=True, float32=False),
-    "quality, int4": SolverMemory("alps", dense_target=True, refits=True, rounds=True, float32=False),
+    "quality, int4": SolverMemory(
+        "alps", dense_target=True, refits=True, rounds=True, float32=False
+    ),
     "alps, int4": SolverMemory("alps", refits=True, rounds=True),
     "paper, int4": SolverMemory("sparsegpt", rounds=True, float32=False),
     "int4 alone": SolverMemory("none", rounds=True, float32=False),
     "int4 alone, zero points": SolverMemory("none", rounds=True, zero_points=True, float32=False),
     "int4 alone, dense target": SolverMemory("none", dense_target=True, rounds=True),
-    "keep": SolverMemory("keep", dense_target=True, refits=True),  # else its weights fit, and no step is taken
+    "keep": SolverMemory(
+        "keep", dense_target=True, refits=True
+    ),  # else its weights fit, and no step is taken
     "wanda": SolverMemory("wanda"),
     "wanda, dense target": SolverMemory("wanda", dense_target=True),
 }
@@ -88,11 +95,17 @@ def test_the_scores_of_an_unstructured_mask_are_counted():
 
 
 def test_attention_keeps_masks_and_has_its_scores_twice():
-    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32, head_dim=8)
+    config = SimpleNamespace(
+        num_attention_heads=4, num_key_value_heads=2, hidden_size=32, head_dim=8
+    )
     found = Attention.of(config, [(2, 10), (1, 16)], 4)
     assert found.kept == 4 * (2 * 100 + 256 + 2 * (20 + 16) * 8)
-    assert found.peak == max(20 * 4 * (64 + (4 + 4 + 8) * 8) + 2 * 4 * 100 * 8, 16 * 4 * (64 + 128) + 4 * 256 * 8)
-    whole = SimpleNamespace(num_attention_heads=4, num_key_value_heads=4, hidden_size=32, layer_types=["a", "b", "a"])
+    assert found.peak == max(
+        20 * 4 * (64 + (4 + 4 + 8) * 8) + 2 * 4 * 100 * 8, 16 * 4 * (64 + 128) + 4 * 256 * 8
+    )
+    whole = SimpleNamespace(
+        num_attention_heads=4, num_key_value_heads=4, hidden_size=32, layer_types=["a", "b", "a"]
+    )
     found = Attention.of(whole, [(1, 16)], 2)
     assert found.kept == 2 * (2 * 256 + 2 * 16 * 8)
     assert found.peak == 16 * 2 * (64 + 12 * 8) + 4 * 256 * 10

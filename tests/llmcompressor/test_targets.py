@@ -15,7 +15,9 @@ from tests.tiny import entry, is_2of4, linears, save_tiny, tiny_model
 def test_targets_and_ignore_are_llm_compressors(prune, dense):
     model = prune(targets="re:.*mlp.*", ignore=["re:.*layers.1.*"])
     pruned = {n for n, m in linears(model).items() if is_2of4(m.weight)}
-    assert pruned == {f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert pruned == {
+        f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")
+    }
 
 
 def test_lm_head_is_pruned_only_when_named(prune):
@@ -32,7 +34,9 @@ def test_a_router_gate_is_left_alone():
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config)
-    model.model.layers[0].mlp.gate = torch.nn.Linear(32, 4, bias=False)  # as in models whose router is a Linear
+    model.model.layers[0].mlp.gate = torch.nn.Linear(
+        32, 4, bias=False
+    )  # as in models whose router is a Linear
     names = find_targets(model, ["Linear"], [], Pattern.n_of_m(2, 4)).values()
     assert names
     assert not [n for n in names if n.endswith("gate") or n == "lm_head"]
@@ -51,7 +55,10 @@ def test_a_tied_head_stays_tied(tmp_path, trace_store):
 @pytest.mark.parametrize(
     ("targets", "says"),
     [
-        (["re:.*no_such"], "match no linear layer of this Qwen3ForCausalLM; it has, for example, model.layers.0"),
+        (
+            ["re:.*no_such"],
+            "match no linear layer of this Qwen3ForCausalLM; it has, for example, model.layers.0",
+        ),
         (["model.norm"], "targets name model.norm, a Qwen3RMSNorm; only Linear layers are pruned"),
     ],
 )
@@ -69,5 +76,7 @@ def test_quantized_weights_are_refused():
     model = tiny_model()
     module = model.model.layers[0].mlp.up_proj
     module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(RacError, match=r"up_proj has a torch.int8 weight; prune the model before it is quantized"):
+    with pytest.raises(
+        RacError, match=r"up_proj has a torch.int8 weight; prune the model before it is quantized"
+    ):
         find_targets(model, ["Linear"], [], Pattern.n_of_m(2, 4))

@@ -34,7 +34,9 @@ def result(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
     """What is in a folder, and when it was written."""
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
+    return {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())
+    }
 
 
 def modules() -> list[torch.nn.Linear]:

@@ -10,7 +10,20 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "arm_tools.sh"
-USED = ["sh", "dirname", "mktemp", "mkdir", "rm", "ln", "chmod", "mv", "cat", "uname", "find", "touch"]
+USED = [
+    "sh",
+    "dirname",
+    "mktemp",
+    "mkdir",
+    "rm",
+    "ln",
+    "chmod",
+    "mv",
+    "cat",
+    "uname",
+    "find",
+    "touch",
+]
 COMPILER = "aarch64-linux-gnu-g++"
 APT = """#!/bin/sh
 echo "$@" >>"{log}"
@@ -36,7 +49,9 @@ def machine(tmp_path: Path):
         (bin / name).write_text(text)
         (bin / name).chmod(0o755)
 
-    def run(user: int, apt: bool = True, also: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def run(
+        user: int, apt: bool = True, also: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
         command("id", f"#!/bin/sh\necho {user}\n")
         if apt:
             command("apt-get", APT.format(log=tmp_path / "asked"))
@@ -44,7 +59,10 @@ def machine(tmp_path: Path):
         for name in also:
             command(name, "#!/bin/sh\n")
         return subprocess.run(
-            [str(SCRIPT), str(tmp_path / "tools")], env={**os.environ, "PATH": str(bin)}, capture_output=True, text=True
+            [str(SCRIPT), str(tmp_path / "tools")],
+            env={**os.environ, "PATH": str(bin)},
+            capture_output=True,
+            text=True,
         )
 
     return run
@@ -69,10 +87,17 @@ def test_others_unpack_them_into_a_folder(machine, tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(f"Dir::Cache={os.environ.get('TMPDIR', '/tmp')}" in call for call in asked(tmp_path))
     tools = tmp_path / "tools"
-    assert {path.name for path in (tools / "bin").iterdir()} == {COMPILER, "qemu-aarch64", "qemu-x86_64"}
+    assert {path.name for path in (tools / "bin").iterdir()} == {
+        COMPILER,
+        "qemu-aarch64",
+        "qemu-x86_64",
+    }
     assert not (tools / "root" / "usr" / "bin" / "qemu-riscv64").exists()
     compiled = subprocess.run(
-        [str(tools / "bin" / COMPILER), "-O2", "a b.cpp"], capture_output=True, text=True, check=True
+        [str(tools / "bin" / COMPILER), "-O2", "a b.cpp"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     libraries, sysroot, *rest = compiled.stdout.split(" ", 2)
     assert libraries.startswith(f"{tools}/root/usr/lib/")
@@ -82,7 +107,10 @@ def test_others_unpack_them_into_a_folder(machine, tmp_path):
 
 
 def test_nothing_is_installed_twice(machine, tmp_path):
-    assert "the tools for ARM are there" in machine(0, also=(COMPILER, "qemu-aarch64", "qemu-x86_64")).stdout
+    assert (
+        "the tools for ARM are there"
+        in machine(0, also=(COMPILER, "qemu-aarch64", "qemu-x86_64")).stdout
+    )
     assert asked(tmp_path) == []
 
 

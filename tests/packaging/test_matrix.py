@@ -36,14 +36,23 @@ def test_the_serving_environment_runs_what_the_makefile_and_conftest_name():
 
 @pytest.mark.parametrize("requirement", ["torch", "torch<3", "torch>1"])
 def test_a_range_without_a_lower_end_is_refused(requirement):
-    with pytest.raises(ValueError, match=r"torch.* has no lower end; write one, such as torch>=1\.0"):
+    with pytest.raises(
+        ValueError, match=r"torch.* has no lower end; write one, such as torch>=1\.0"
+    ):
         matrix.lowest(requirement)
 
 
 def test_every_requirement_of_the_matrix_has_a_lower_end():
     found = matrix.requirements(PROJECT)
     names = [Requirement(line).name for line in found]
-    assert {"torch", "llmcompressor", "math-verify", "reasoning-gym", "pytest", "jsonschema"} <= set(names)
+    assert {
+        "torch",
+        "llmcompressor",
+        "math-verify",
+        "reasoning-gym",
+        "pytest",
+        "jsonschema",
+    } <= set(names)
     assert len(set(names)) == len(names)
     assert all("==" in matrix.lowest(line) for line in found)
 
@@ -52,7 +61,10 @@ def test_the_rows_are_all_supported_pythons_and_both_ends():
     named = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line]
     assert len(named) == 3
     names = {row.name for row in matrix.rows()}
-    assert {f"{python} newest" for python in named} | {f"{named[0]} lowest", f"{named[0]} vllm"} == names
+    assert {f"{python} newest" for python in named} | {
+        f"{named[0]} lowest",
+        f"{named[0]} vllm",
+    } == names
     assert PROJECT["requires-python"] == f">={named[0]}"
 
 
@@ -77,9 +89,17 @@ def test_a_missing_interpreter_is_a_named_result():
     ("log", "code", "result"),
     [
         ("...\n12 passed, 1 skipped in 3.20s", 0, "12 passed, 1 skipped"),
-        ("=== 1 failed, 12 passed, 2 warnings in 3.20s (0:00:03) ===", 1, "FAILED: 1 failed, 12 passed, 2 warnings"),
+        (
+            "=== 1 failed, 12 passed, 2 warnings in 3.20s (0:00:03) ===",
+            1,
+            "FAILED: 1 failed, 12 passed, 2 warnings",
+        ),
         ("3 passed in 1s\n==== 1 error in 0.50s ====", 2, "FAILED: 1 error"),
-        ("$ pip\nERROR: No matching distribution found for x\nhint", 1, "FAILED: ERROR: No matching"),
+        (
+            "$ pip\nERROR: No matching distribution found for x\nhint",
+            1,
+            "FAILED: ERROR: No matching",
+        ),
         ("$ pip", 1, "FAILED: $ pip"),
         ("$ pip", -9, "FAILED: ended by signal 9"),
         ("$ sh", 137, "FAILED: ended by signal 9"),

@@ -29,7 +29,9 @@ def build(kind: str, source: Path, out: Path, **environment: str) -> Path:
     out.mkdir(exist_ok=True)
     code = f"import setuptools.build_meta as backend; backend.build_{kind}({str(out)!r})"
     environment = {**os.environ, "PYTHONPATH": "", **environment}
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (built,) = out.iterdir()
     return built
@@ -86,12 +88,19 @@ def metadata(wheel: Path, name: str) -> str:
 def files_of(folder: Path) -> set[str]:
     """The files of the package in a source tree that are not built."""
     paths = (path for path in folder.rglob("*") if path.is_file())
-    return {str(p.relative_to(ROOT)) for p in paths if "__pycache__" not in p.parts and p.suffix != ".so"}
+    return {
+        str(p.relative_to(ROOT))
+        for p in paths
+        if "__pycache__" not in p.parts and p.suffix != ".so"
+    }
 
 
 def test_the_wheel_holds_every_file_of_the_package(names):
     package = files_of(ROOT / "rac_modifier")
-    kernels = {f"rac_modifier/kernels/cuda/source/{path.name}" for path in (ROOT / "csrc" / "gpu").iterdir()}
+    kernels = {
+        f"rac_modifier/kernels/cuda/source/{path.name}"
+        for path in (ROOT / "csrc" / "gpu").iterdir()
+    }
     assert len(kernels) == 12
     assert {name for name in names if ".dist-info/" not in name} == package | kernels
     wanted = {
@@ -110,15 +119,24 @@ def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(unpacked):
     found = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     sources = files_of(ROOT / "csrc")
     assert len(sources) > 15
-    assert sources | files_of(ROOT / "rac_modifier") | {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= found
-    assert [name for name in found if name.endswith((".so", ".o", ".pyc")) or name.startswith("tests/")] == []
+    assert (
+        sources
+        | files_of(ROOT / "rac_modifier")
+        | {"LICENSE", "README.md", "setup.py", "pyproject.toml"}
+        <= found
+    )
+    assert [
+        name for name in found if name.endswith((".so", ".o", ".pyc")) or name.startswith("tests/")
+    ] == []
 
 
 def test_entry_points(wheel):
     parsed = configparser.ConfigParser()
     parsed.read_string(metadata(wheel, "entry_points.txt"))
     assert dict(parsed["console_scripts"]) == {"rac": "rac_modifier.cli:main"}
-    assert dict(parsed["vllm.general_plugins"]) == {"rac_modifier": "rac_modifier.vllm_plugin.register:register"}
+    assert dict(parsed["vllm.general_plugins"]) == {
+        "rac_modifier": "rac_modifier.vllm_plugin.register:register"
+    }
 
 
 def test_metadata(wheel):
@@ -131,10 +149,14 @@ def test_metadata(wheel):
     assert {"compress", "serve", "serve-cpu", "eval"} <= set(head.get_all("Provides-Extra"))
     always = [line for line in head.get_all("Requires-Dist") if "extra ==" not in line]
     assert not [line for line in always if line.startswith(("llmcompressor", "vllm"))]
-    assert len(always) == len(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    assert len(always) == len(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    )
 
 
-def test_without_a_compiler_the_wheel_is_for_any_machine_and_says_what_it_lacks(wheel, installed, tmp_path):
+def test_without_a_compiler_the_wheel_is_for_any_machine_and_says_what_it_lacks(
+    wheel, installed, tmp_path
+):
     assert wheel.name.endswith("-py3-none-any.whl")
     code = "from rac_modifier.kernels.cpu.support import support; print(support().isa, support().reason)"
     done = run(installed, tmp_path, "-c", code)
@@ -145,9 +167,7 @@ def test_without_a_compiler_the_wheel_is_for_any_machine_and_says_what_it_lacks(
 
 
 def test_the_sources_of_the_gpu_kernels_are_found_where_it_is_installed(installed, tmp_path):
-    code = (
-        "from rac_modifier.kernels.cuda.sources import read_sources as r; print(*sorted(r()), 'mma.sp' in r()['ptx.h'])"
-    )
+    code = "from rac_modifier.kernels.cuda.sources import read_sources as r; print(*sorted(r()), 'mma.sp' in r()['ptx.h'])"
     done = run(installed, tmp_path, "-c", code)
     assert done.stdout.split() == [
         "bytes.h",
@@ -169,7 +189,9 @@ def test_the_sources_of_the_gpu_kernels_are_found_where_it_is_installed(installe
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python with the wheel's package and none of the clone's."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_path):
@@ -184,7 +206,16 @@ def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_p
     assert [line.split()[0] for line in listed.splitlines()] == sorted(
         path.stem for path in (ROOT / "rac_modifier" / "recipes").iterdir()
     )
-    checked = run(installed, tmp_path, "-m", "rac_modifier.cli", "prune", "--check", "rac_2of4", "rac_gptq_w4a16")
+    checked = run(
+        installed,
+        tmp_path,
+        "-m",
+        "rac_modifier.cli",
+        "prune",
+        "--check",
+        "rac_2of4",
+        "rac_gptq_w4a16",
+    )
     assert (checked.returncode, checked.stdout.count("valid")) == (0, 2)
     assert list(tmp_path.iterdir()) == []
 

@@ -46,7 +46,8 @@ def test_mathematical_equality(answer, reference, expected):
 def test_from_threads_that_may_set_no_signal_handler():
     results = []
     threads = [
-        threading.Thread(target=lambda: results.append(check_answer("mathematics", "0.5", "1/2"))) for _ in range(3)
+        threading.Thread(target=lambda: results.append(check_answer("mathematics", "0.5", "1/2")))
+        for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -55,7 +56,9 @@ def test_from_threads_that_may_set_no_signal_handler():
     assert results == [True] * 3
 
 
-def test_mathematics_is_checked_without_the_reasoning_gym_extra(fresh_workers, tmp_path, monkeypatch):
+def test_mathematics_is_checked_without_the_reasoning_gym_extra(
+    fresh_workers, tmp_path, monkeypatch
+):
     """Each worker imports what its own check needs, before the first answer, and nothing that another check needs."""
     shadow("reasoning_gym", tmp_path, monkeypatch)
     schedule = answer_checker._pool("mathematics").schedule
@@ -76,7 +79,9 @@ def test_reasoning_gym_is_imported_before_it_scores_answers_of_its_own(fresh_wor
     assert not check_answer("reasoning-gym", "no number", "chain_sum", 3, 5, 2)
 
 
-@pytest.mark.parametrize(("check", "extra"), [("mathematics", "eval"), ("reasoning-gym", "reasoning-gym")])
+@pytest.mark.parametrize(
+    ("check", "extra"), [("mathematics", "eval"), ("reasoning-gym", "reasoning-gym")]
+)
 def test_the_error_names_the_extra_to_install(fresh_workers, monkeypatch, check, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RacError, match=rf"pip install 'rac-modifier\[{extra}\]'"):
@@ -97,6 +102,8 @@ def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
         "print(check_answer('mathematics', '0.5', '1/2'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=100)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=100
+    )
     assert done.stdout.splitlines() == ["runs", "True"]
     assert done.stderr == ""

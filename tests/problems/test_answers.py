@@ -34,7 +34,8 @@ def test_extract_answer(text, expected):
 
 
 balanced = st.recursive(
-    st.text("abc 12\n", max_size=4), lambda inner: st.tuples(inner, inner).map(lambda t: f"{t[0]}{{{t[1]}}}")
+    st.text("abc 12\n", max_size=4),
+    lambda inner: st.tuples(inner, inner).map(lambda t: f"{t[0]}{{{t[1]}}}"),
 )
 
 
@@ -87,7 +88,9 @@ def test_text_and_integers_need_no_math_verify(monkeypatch, answer, reference, e
 
 def test_everything_else_is_compared_as_mathematics_without_its_wrapping(monkeypatch):
     asked = []
-    monkeypatch.setattr(answer_checker, "check_answer", lambda *question: asked.append(question) or True)
+    monkeypatch.setattr(
+        answer_checker, "check_answer", lambda *question: asked.append(question) or True
+    )
     assert equal_answers("$0.5$", r"\boxed{\frac{1}{2}}")
     assert asked == [("mathematics", "0.5", r"\frac{1}{2}")]
 
@@ -100,5 +103,7 @@ def test_is_correct_looks_behind_the_thinking():
 
 
 def test_a_verifier_replaces_the_comparison():
-    assert is_correct(r"\boxed{b, a}", "a, b", lambda answer, reference: sorted(answer) == sorted(reference))
+    assert is_correct(
+        r"\boxed{b, a}", "a, b", lambda answer, reference: sorted(answer) == sorted(reference)
+    )
     assert not is_correct("b, a", "a, b", lambda answer, reference: True)

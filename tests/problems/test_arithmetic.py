@@ -35,7 +35,9 @@ def test_every_step_of_a_chain_is_true_and_the_answer_right(task):
 
 
 def test_splits_share_no_operands():
-    seen = {s: {key(p) for p in islice(generate(1, s), 7000)} for s in ("train", "calibration", "test")}
+    seen = {
+        s: {key(p) for p in islice(generate(1, s), 7000)} for s in ("train", "calibration", "test")
+    }
     assert not seen["train"] & seen["calibration"]
     assert not seen["train"] & seen["test"]
     assert not seen["calibration"] & seen["test"]
@@ -43,7 +45,9 @@ def test_splits_share_no_operands():
 
 
 def test_operands_in_another_order_are_in_the_same_split():
-    assert all(split_of("addition", (a, 7, 900)) == split_of("addition", (900, a, 7)) for a in range(500))
+    assert all(
+        split_of("addition", (a, 7, 900)) == split_of("addition", (900, a, 7)) for a in range(500)
+    )
 
 
 def test_split_shares():

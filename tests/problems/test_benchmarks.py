@@ -20,7 +20,11 @@ CHOICES = Layout("choices", "Question", "Correct Answer", "Use a box.", "choices
 
 def gpqa_row(number, **changes):
     """As in the published file, which has many more columns and line ends around its texts."""
-    row = {"Question": f"Which of these is {number}?\n", "Correct Answer": f" {number}\n", "Record ID": "rec"}
+    row = {
+        "Question": f"Which of these is {number}?\n",
+        "Correct Answer": f" {number}\n",
+        "Record ID": "rec",
+    }
     return {**row, **{name: f"{number + i}" for i, name in enumerate(WRONG, 1)}, **changes}
 
 
@@ -78,7 +82,9 @@ def test_the_reference_of_a_worked_solution_is_its_last_line(tmp_path):
 
 @pytest.mark.parametrize("answer", ["12", "#### 12\nand more", "####", "##### "])
 def test_a_solution_without_a_last_line_is_refused(tmp_path, answer):
-    with pytest.raises(RacError, match=r"row 0: column 'answer' must end in a line '#### answer', it ends in"):
+    with pytest.raises(
+        RacError, match=r"row 0: column 'answer' must end in a line '#### answer', it ends in"
+    ):
         read(tmp_path, SOLUTION, [{"question": "q", "answer": answer}])
 
 
@@ -97,7 +103,10 @@ def test_choices_are_lettered_in_an_order_of_the_question_alone(tmp_path):
         assert sorted(line[3:] for line in lines[2:6]) == sorted(str(10 * i + k) for k in range(4))
         assert [line[:3] for line in lines[2:6]] == ["A) ", "B) ", "C) ", "D) "]
         assert f"{problem.answer}) {10 * i}" in lines
-        assert (again[question].question, again[question].answer) == (problem.question, problem.answer)
+        assert (again[question].question, again[question].answer) == (
+            problem.question,
+            problem.answer,
+        )
 
 
 def test_the_order_of_choices_stays_from_version_to_version():
@@ -114,11 +123,23 @@ def test_text_of_a_row_is_never_a_template(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"Correct Answer": None}, "row 0: column 'Correct Answer' holds nothing; complete the row"),
+        (
+            {"Correct Answer": None},
+            "row 0: column 'Correct Answer' holds nothing; complete the row",
+        ),
         ({"Incorrect Answer 2": "  "}, "row 0: column 'Incorrect Answer 2' holds nothing"),
-        ({"Question": None}, "row 0: column 'Question' must hold the question as text, it holds nothing"),
-        ({"Question": 5}, "row 0: column 'Question' must hold the question as text, it holds int '5'"),
-        ({"Correct Answer": ["4"]}, "row 0: column 'Correct Answer' must hold text or a number, it holds a list"),
+        (
+            {"Question": None},
+            "row 0: column 'Question' must hold the question as text, it holds nothing",
+        ),
+        (
+            {"Question": 5},
+            "row 0: column 'Question' must hold the question as text, it holds int '5'",
+        ),
+        (
+            {"Correct Answer": ["4"]},
+            "row 0: column 'Correct Answer' must hold text or a number, it holds a list",
+        ),
     ],
 )
 def test_a_row_that_lacks_something_is_named(tmp_path, changes, message):

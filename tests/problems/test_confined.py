@@ -29,7 +29,11 @@ def verdict(number: int, *arguments: int, architecture: int = X86_64) -> int:
         if operation == 0x20:
             (accumulator,) = struct.unpack_from("I", data, value)
             continue
-        holds = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[operation]
+        holds = {
+            0x15: accumulator == value,
+            0x35: accumulator >= value,
+            0x45: bool(accumulator & value),
+        }[operation]
         place += if_true if holds else if_false
 
 

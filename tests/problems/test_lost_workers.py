@@ -21,10 +21,14 @@ def reasons():
     logger.remove(sink)
 
 
-def test_an_answer_too_large_to_evaluate_is_wrong_and_the_next_is_checked(fresh_workers, monkeypatch, reasons):
+def test_an_answer_too_large_to_evaluate_is_wrong_and_the_next_is_checked(
+    fresh_workers, monkeypatch, reasons
+):
     monkeypatch.setattr(answer_checker, "SECONDS_PER_ANSWER", 0.5)
     assert not check_answer("mathematics", "9^{9^{9^9}}", "1")
-    assert reasons == ["the answer '9^{9^{9^9}}' counts as wrong: it takes over 0.5 s of processor time\n"]
+    assert reasons == [
+        "the answer '9^{9^{9^9}}' counts as wrong: it takes over 0.5 s of processor time\n"
+    ]
     assert check_answer("mathematics", "0.5", "1/2")
 
 
@@ -60,7 +64,9 @@ def test_a_pool_whose_idle_workers_were_killed_is_replaced_once(fresh_workers):
         os.kill(process.pid, signal.SIGKILL)
         process.join(10)
     with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(lambda i: check_answer("mathematics", f"{i}/4", f"{i * 0.25}"), range(1, 9)))
+        assert all(
+            threads.map(lambda i: check_answer("mathematics", f"{i}/4", f"{i * 0.25}"), range(1, 9))
+        )
     assert answer_checker._pool("mathematics") is not pool
 
 

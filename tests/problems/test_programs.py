@@ -42,9 +42,12 @@ def files_confined(holds: dict[str, bool]) -> None:
 def attempts(*lines: str, **limits: int) -> list[str]:
     """What each line prints, or the name of the error that it raises."""
     tries = "".join(
-        f"try:\n    {line}\nexcept BaseException as error:\n    print(type(error).__name__)\n" for line in lines
+        f"try:\n    {line}\nexcept BaseException as error:\n    print(type(error).__name__)\n"
+        for line in lines
     )
-    outcome = run_program(f"import os, socket, subprocess, threading\n{tries}", "", Limits(**limits))
+    outcome = run_program(
+        f"import os, socket, subprocess, threading\n{tries}", "", Limits(**limits)
+    )
     assert outcome.end == "finished"
     return outcome.output.split()
 
@@ -73,7 +76,8 @@ def test_a_program_reads_its_input_and_prints() -> None:
 def test_it_has_no_environment_and_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAC_SECRET", "key")
     outcome = run_program(
-        "import os, sys\nprint(os.environ.get('RAC_SECRET'), os.listdir('.'), os.getcwd(), sys.argv[1:])", ""
+        "import os, sys\nprint(os.environ.get('RAC_SECRET'), os.listdir('.'), os.getcwd(), sys.argv[1:])",
+        "",
     )
     secret, listed, folder, _ = outcome.output.split()
     assert (secret, listed) == ("None", "['program.py']")
@@ -81,7 +85,9 @@ def test_it_has_no_environment_and_a_folder_of_its_own(monkeypatch: pytest.Monke
     assert not Path(folder).exists()
 
 
-def test_an_endless_loop_ends_by_its_processor_time_and_a_sleeper_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_loop_ends_by_its_processor_time_and_a_sleeper_by_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert run_program("while True: pass", "", SHORT).end == "time"
     monkeypatch.setattr(programs, "_WALL_FACTOR", 0)
     monkeypatch.setattr(programs, "_WALL_MORE", 1)
@@ -119,7 +125,9 @@ def test_no_other_process_no_network_no_signal_and_threads(calls_confined: None)
         victim.communicate(b"\n")
 
 
-def test_files_are_written_in_its_folder_only_and_read_where_python_is(files_confined: None, tmp_path: Path) -> None:
+def test_files_are_written_in_its_folder_only_and_read_where_python_is(
+    files_confined: None, tmp_path: Path
+) -> None:
     (tmp_path / "secret").write_text("key")
     found = attempts(
         "open('own.txt', 'w').write('1'); print(open('own.txt').read())",
@@ -138,11 +146,17 @@ def test_files_are_written_in_its_folder_only_and_read_where_python_is(files_con
 
 def test_a_memory_hog_a_flood_and_a_large_file_are_ended() -> None:
     little = {"memory": 300 * 2**20, "file": 3 * 2**20, "output": 2**20}
-    assert attempts("print(len(bytearray(10**9)))", "print('goes on')", **little) == ["MemoryError", "goes", "on"]
+    assert attempts("print(len(bytearray(10**9)))", "print('goes on')", **little) == [
+        "MemoryError",
+        "goes",
+        "on",
+    ]
     flood = run_program("while True: print('x' * 1000)", "", Limits(**little))
     assert flood.end == "output"
     assert len(flood.output) == 2**20
-    found = attempts("file = open('big', 'wb', 0); [file.write(bytes(2**20)) for _ in range(9)]", **little)
+    found = attempts(
+        "file = open('big', 'wb', 0); [file.write(bytes(2**20)) for _ in range(9)]", **little
+    )
     assert found == ["OSError"]
 
 
@@ -161,7 +175,9 @@ def test_what_is_run_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
         "from rac_modifier.problems.programs import run_program\n"
         "run_program('import time\\ntime.sleep(600)', '')"
     )
-    runner = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     try:
         deadline = time.monotonic() + 60
         while not left(str(tmp_path)):
@@ -181,10 +197,14 @@ def test_the_report_says_what_holds_and_what_does_not(holds: dict[str, bool]) ->
     assert holds["system_calls"] == (platform.machine() == "x86_64")
     assert "NOT CONFINED" not in describe_runner({"files": True, "system_calls": True})
     text = describe_runner({"files": True, "system_calls": False})
-    assert text.endswith("NOT CONFINED here: no new processes, no network, no signals, no change of rights of files.")
+    assert text.endswith(
+        "NOT CONFINED here: no new processes, no network, no signals, no change of rights of files."
+    )
 
 
-def test_another_system_and_a_python_that_does_not_start_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_system_and_a_python_that_does_not_start_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(programs, "_python", lambda: "/no/python")
     examine_runner.cache_clear()
     with pytest.raises(RacError, match="/no/python cannot be started"):

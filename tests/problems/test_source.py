@@ -17,7 +17,9 @@ def write(path, rows):
 
 @pytest.fixture
 def questions(tmp_path):
-    rows = [{"problem": f"What is {i} + {i}?", "solution": 2 * i, "level": "easy"} for i in range(20)]
+    rows = [
+        {"problem": f"What is {i} + {i}?", "solution": 2 * i, "level": "easy"} for i in range(20)
+    ]
     return write(tmp_path / "set.jsonl", rows)
 
 
@@ -60,7 +62,9 @@ def test_an_edited_row_is_another_problem(tmp_path):
 
 def test_answers_are_read_only_when_asked_for(questions):
     assert {p.answer for p in take(100, source=questions)} == {None}
-    assert {p.answer for p in take(100, source=questions, answer_column="solution")} == {str(2 * i) for i in range(20)}
+    assert {p.answer for p in take(100, source=questions, answer_column="solution")} == {
+        str(2 * i) for i in range(20)
+    }
 
 
 def test_json_and_parquet_hold_the_same_problems(tmp_path, questions):
@@ -78,7 +82,10 @@ def test_json_and_parquet_hold_the_same_problems(tmp_path, questions):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ("2024-01-05", "must hold text or a number, it holds a datetime; write the answers as text"),
+        (
+            "2024-01-05",
+            "must hold text or a number, it holds a datetime; write the answers as text",
+        ),
         ([1], "must hold text or a number, it holds a list"),
         (
             123456789012345678901234567890,
@@ -183,5 +190,7 @@ def test_the_papers_data_sets_need_only_their_names(monkeypatch):
     assert {(p.question, p.answer) for p in math} == {(f"What is {i}?", str(i)) for i in range(3)}
     asked += a_data_set(CODEFORCES, monkeypatch)
     code = list(load_problems(ProblemSource(source="open-r1/codeforces"), 0))
-    assert {(p.question, p.answer) for p in code} == {(f"Write a program for {i}.", None) for i in range(3)}
+    assert {(p.question, p.answer) for p in code} == {
+        (f"Write a program for {i}.", None) for i in range(3)
+    }
     assert asked == [("open-r1/OpenR1-Math-220k", None, "train")]

@@ -70,7 +70,8 @@ def test_a_text_file_is_one_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", " [] "), ("a.json", "{}"), ("a.txt", "")]
+    ("name", "text"),
+    [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", " [] "), ("a.json", "{}"), ("a.txt", "")],
 )
 def test_an_empty_file_has_no_rows(tmp_path, name, text):
     (tmp_path / name).write_text(text)
@@ -86,9 +87,21 @@ def test_an_empty_file_has_no_rows(tmp_path, name, text):
             '{"problem": "x"}\n\n{broken\n',
             r"a\.jsonl', line 3 is not JSON \(.*\); repair or remove that line",
         ),
-        ("a.jsonl", '{"problem": "x"}\n[1]\n', "line 2 is a list, not an object with named columns"),
-        ("a.jsonl", '{"problem": 1}\n\n{"problem": "x"}\n', "line 2 is empty; repair or remove that line"),
-        ("a.json", '[{"problem": "x"},', r"a\.json' could not be read \(.*must hold a list of objects in JSON"),
+        (
+            "a.jsonl",
+            '{"problem": "x"}\n[1]\n',
+            "line 2 is a list, not an object with named columns",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": 1}\n\n{"problem": "x"}\n',
+            "line 2 is empty; repair or remove that line",
+        ),
+        (
+            "a.json",
+            '[{"problem": "x"},',
+            r"a\.json' could not be read \(.*must hold a list of objects in JSON",
+        ),
         ("a.parquet", "text", r"could not be read \(ArrowInvalid.*must hold Parquet"),
     ],
 )
@@ -112,7 +125,8 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch
     monkeypatch.setattr(datasets, "load_dataset", None)
     assert is_file(name)
     with pytest.raises(
-        RacError, match=rf"my file '{name}': no such file; check the path \(it is relative to {tmp_path}\)"
+        RacError,
+        match=rf"my file '{name}': no such file; check the path \(it is relative to {tmp_path}\)",
     ):
         open_table(name, what="my file")
 

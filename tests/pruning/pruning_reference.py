@@ -43,7 +43,9 @@ def solve_tolerance(matrix: torch.Tensor, dtype: torch.dtype, margin: float = 50
     return margin * condition(matrix) * torch.finfo(dtype).eps
 
 
-def quadratic_tolerance(change: torch.Tensor, hessian: torch.Tensor, dtype: torch.dtype = torch.float32) -> float:
+def quadratic_tolerance(
+    change: torch.Tensor, hessian: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> float:
     """How far trace(change H change^T) computed in `dtype` may be from the exact value: sqrt(d) eps |change| |H| |change|^T.
 
     A bound of the terms and not of the sum: what is left after they cancel can be far smaller.
@@ -54,8 +56,13 @@ def quadratic_tolerance(change: torch.Tensor, hessian: torch.Tensor, dtype: torc
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     """Equal within `tolerance` of the largest value expected."""
-    furthest, largest = float((actual.double() - expected.double()).abs().max()), float(expected.abs().max())
-    assert furthest <= tolerance * largest, f"{furthest:.3g} apart, {tolerance * largest:.3g} allowed"
+    furthest, largest = (
+        float((actual.double() - expected.double()).abs().max()),
+        float(expected.abs().max()),
+    )
+    assert furthest <= tolerance * largest, (
+        f"{furthest:.3g} apart, {tolerance * largest:.3g} allowed"
+    )
 
 
 def trace_error(change: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -96,10 +103,15 @@ def column_loop(
 
 def best_group(scores: list[float], n: int) -> tuple[int, ...]:
     """The n positions of least total score, by trying all of them."""
-    return min(itertools.combinations(range(len(scores)), n), key=lambda chosen: sum(scores[i] for i in chosen))
+    return min(
+        itertools.combinations(range(len(scores)), n),
+        key=lambda chosen: sum(scores[i] for i in chosen),
+    )
 
 
-def correlated_problem(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def correlated_problem(
+    rows: int, columns: int, tokens: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and the Hessian of inputs that a few directions explain, as a transformer's are."""
     g = torch.Generator().manual_seed(seed)
     directions = torch.randn(max(columns // 4, 1), columns, generator=g)
@@ -122,5 +134,7 @@ def rowwise_refit(kept: torch.Tensor, target: torch.Tensor, hessian: torch.Tenso
     result = torch.zeros_like(target, dtype=torch.float64)
     for i, (support, t) in enumerate(zip(kept, target.double(), strict=True)):
         if support.any():
-            result[i, support] = torch.linalg.solve(hessian[support][:, support], hessian[support] @ t)
+            result[i, support] = torch.linalg.solve(
+                hessian[support][:, support], hessian[support] @ t
+            )
     return result

@@ -37,7 +37,9 @@ def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch
     kept = project(t)
     v = 0.2 * (t - kept)
     for number, rho in enumerate(4 * [0.2] + 4 * [0.1**0.5] + 5 * [0.5]):
-        w = torch.linalg.solve(h + rho * torch.eye(d, dtype=torch.float64), (t @ h - v + rho * kept).T).T
+        w = torch.linalg.solve(
+            h + rho * torch.eye(d, dtype=torch.float64), (t @ h - v + rho * kept).T
+        ).T
         w = 1.5 * w - 0.5 * kept
         z = w + v / rho
         kept = project(z) if number < 11 else z * (kept != 0)
@@ -45,7 +47,9 @@ def admm(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch
     return kept / scale
 
 
-@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.n_of_m(7, 16), Pattern.unstructured(0.6)])
+@pytest.mark.parametrize(
+    "pattern", [Pattern.n_of_m(2, 4), Pattern.n_of_m(7, 16), Pattern.unstructured(0.6)]
+)
 def test_is_the_papers_iteration(pattern):
     """In float64, so that no weight is kept or pruned because of rounding."""
     weight, hessian = (x.double() for x in correlated_problem(20, 96, 400))
@@ -63,14 +67,20 @@ def test_a_factor_that_rounding_spoils_is_made_of_float32_products(spoilt, monke
     monkeypatch.setattr(alps, "_forms_inverse", lambda *sizes: False)
     hessian = torch.eye(528)
     sizes = torch.rand(512, generator=torch.Generator().manual_seed(0)) + 0.5
-    hessian[16:, 16:] = torch.full((512, 512), 1.0 if spoilt else 1e-3).fill_diagonal_(1.0) * sizes * sizes[:, None]
+    hessian[16:, 16:] = (
+        torch.full((512, 512), 1.0 if spoilt else 1e-3).fill_diagonal_(1.0) * sizes * sizes[:, None]
+    )
     made, inner = [], blocked.cholesky_
-    monkeypatch.setattr(blocked, "cholesky_", lambda matrix, bf16: made.append(bf16) or inner(matrix, bf16=bf16))
+    monkeypatch.setattr(
+        blocked, "cholesky_", lambda matrix, bf16: made.append(bf16) or inner(matrix, bf16=bf16)
+    )
     dampening = linalg.Dampening.of(hessian, 0.01)
     add_solution = alps._solver(hessian, dampening, 0.02, 4, 3, bf16=True)
     assert made == ([True, False] if spoilt else [True])
     right = gaussian(528, 3)
-    exact = torch.linalg.solve(hessian + torch.diag(dampening.added + 0.02 * dampening.diagonal), right)
+    exact = torch.linalg.solve(
+        hessian + torch.diag(dampening.added + 0.02 * dampening.diagonal), right
+    )
     found = add_solution(torch.zeros(528, 3), right.bfloat16())
     assert_near(found, exact, 0.05 * float(exact.abs().max()))
 
@@ -90,7 +100,9 @@ def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):
     assert found[False].error == pytest.approx(found[True].error, rel=0.01)
 
 
-@pytest.mark.parametrize(("inputs", "rows"), [(64, 8), (600, 40), (1536, 576), (8960, 1536), (18944, 3584)])
+@pytest.mark.parametrize(
+    ("inputs", "rows"), [(64, 8), (600, 40), (1536, 576), (8960, 1536), (18944, 3584)]
+)
 @pytest.mark.parametrize("repeats", [1, 4])
 def test_the_inverse_is_formed_where_it_takes_fewer_multiply_adds(inputs, rows, repeats):
     """Counted step by step; of a factor without its corners, which have a share of BLOCK / inputs."""
@@ -116,7 +128,11 @@ def test_several_parts_are_as_good_as_one(monkeypatch):
 
 @pytest.mark.parametrize(
     "pattern",
-    [*(Pattern.unstructured(s) for s in (0.5, 0.6, 0.7, 0.8)), Pattern.n_of_m(2, 4), Pattern.n_of_m(4, 8)],
+    [
+        *(Pattern.unstructured(s) for s in (0.5, 0.6, 0.7, 0.8)),
+        Pattern.n_of_m(2, 4),
+        Pattern.n_of_m(4, 8),
+    ],
     ids=lambda p: f"{p.mask_structure}-{p.sparsity}",
 )
 @pytest.mark.parametrize("seed", range(4))
@@ -165,11 +181,15 @@ def test_unstructured_counts_are_exact_in_each_module(rows, columns, sparsity, s
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.37)])
 def test_stacked_is_as_good_as_alone(pattern):
     _, hessian = correlated_problem(1, 260, 500)
-    weights = [random_problem(rows, 260, 1, seed)[0] * 10**seed for seed, rows in enumerate((33, 1, 16))]
+    weights = [
+        random_problem(rows, 260, 1, seed)[0] * 10**seed for seed, rows in enumerate((33, 1, 16))
+    ]
     for solution, weight in zip(solve("alps", weights, hessian, pattern), weights, strict=True):
         (alone,) = solve("alps", [weight], hessian, pattern)
         assert (solution.mask == alone.mask).float().mean() > 0.99
-        assert solution.error == pytest.approx(alone.error, rel=0.05)  # a refit ends for all together
+        assert solution.error == pytest.approx(
+            alone.error, rel=0.05
+        )  # a refit ends for all together
 
 
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)])
@@ -204,13 +224,17 @@ def test_errors_are_those_of_the_stored_weight(dtype):
     assert solution.weight.dtype == dtype
     assert solution.weight.is_contiguous()
     change = weight.double() - solution.weight.double()
-    assert solution.error == pytest.approx(trace_error(change, hessian), abs=quadratic_tolerance(change, hessian))
+    assert solution.error == pytest.approx(
+        trace_error(change, hessian), abs=quadratic_tolerance(change, hessian)
+    )
     assert broken_groups(solution.weight, Pattern.n_of_m(2, 4)) == 0
 
 
 def test_scaling_the_hessian_changes_nothing():
     weight, hessian = correlated_problem(8, 200, 300)
-    (one,), (other,) = (solve("alps", [weight], hessian * c, Pattern.unstructured(0.5)) for c in (1.0, 2.0**-20))
+    (one,), (other,) = (
+        solve("alps", [weight], hessian * c, Pattern.unstructured(0.5)) for c in (1.0, 2.0**-20)
+    )
     assert torch.equal(one.mask, other.mask)
     assert torch.equal(one.weight, other.weight)
 
@@ -218,14 +242,18 @@ def test_scaling_the_hessian_changes_nothing():
 def test_indefinite_hessian_is_an_error():
     hessian = torch.eye(16)
     hessian[0, 1] = hessian[1, 0] = 50.0
-    with pytest.raises(RacError, match=r"q_proj: the Hessian is not positive definite.*dampening_frac 1;"):
+    with pytest.raises(
+        RacError, match=r"q_proj: the Hessian is not positive definite.*dampening_frac 1;"
+    ):
         solve("alps", [torch.ones(2, 16)], hessian, Pattern.n_of_m(2, 4), names=["q_proj"])
 
 
 def test_a_raised_dampening_is_recorded():
     hessian = torch.eye(16)
     hessian[0, 1] = hessian[1, 0] = 1.5  # smallest eigenvalue -0.5
-    (solution,) = solve("alps", [torch.ones(2, 16)], hessian, Pattern.n_of_m(2, 4), dampening_frac=0.01)
+    (solution,) = solve(
+        "alps", [torch.ones(2, 16)], hessian, Pattern.n_of_m(2, 4), dampening_frac=0.01
+    )
     assert solution.retries == 2
     assert solution.dampening_used == pytest.approx(1.0)
 
@@ -235,14 +263,18 @@ def test_stages_add_up(iterations):
     stages = alps._stages(iterations)
     assert sum(repeats for _, repeats in stages) == iterations + alps.SETTLING
     assert [rho for rho, _ in stages] == sorted(rho for rho, _ in stages)
-    (solution,) = solve("alps", [gaussian(3, 8)], torch.eye(8), Pattern.n_of_m(2, 4), iterations=iterations)
+    (solution,) = solve(
+        "alps", [gaussian(3, 8)], torch.eye(8), Pattern.n_of_m(2, 4), iterations=iterations
+    )
     assert solution.iterations == iterations
 
 
 def test_target_is_what_is_reconstructed():
     weight, hessian = correlated_problem(8, 64, 300)
     before = hessian.clone()
-    (solution,) = solve("alps", [weight], hessian, Pattern.n_of_m(2, 4), cross_moment=[gaussian(8, 64, seed=1)])
+    (solution,) = solve(
+        "alps", [weight], hessian, Pattern.n_of_m(2, 4), cross_moment=[gaussian(8, 64, seed=1)]
+    )
     assert (solution.target - weight).norm() > 0.1 * weight.norm()
     (plain,) = solve("alps", [solution.target], hessian, Pattern.n_of_m(2, 4))
     assert torch.equal(solution.weight, plain.weight)

@@ -29,16 +29,37 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
         ({"refit_steps": -1}, "refit_steps -1: must not be negative; 10 is usual"),
         ({"weights": []}, "0 weights, 1 names: give one of each per module"),
         ({"names": ["a", "b"]}, "1 weights, 2 names"),
-        ({"weights": [torch.ones(3, 12)]}, r"q_proj: weight \[3, 12\] and a Hessian of 8 inputs do not fit together"),
+        (
+            {"weights": [torch.ones(3, 12)]},
+            r"q_proj: weight \[3, 12\] and a Hessian of 8 inputs do not fit together",
+        ),
         ({"weights": [torch.ones(8)]}, r"q_proj: weight \[8\]"),
-        ({"weights": [with_value(torch.ones(3, 8), math.nan)]}, "q_proj: the weight holds values that are not finite"),
+        (
+            {"weights": [with_value(torch.ones(3, 8), math.nan)]},
+            "q_proj: the weight holds values that are not finite",
+        ),
         ({"cross_moment": []}, "0 cross moments, 1 weights: give one of each per module"),
-        ({"cross_moment": [torch.ones(2, 8)]}, r"q_proj: cross moment \[2, 8\] and weight \[3, 8\] must have the same"),
-        ({"cross_moment": [with_value(torch.ones(3, 8), math.inf)]}, "q_proj: the cross moment holds values .* finite"),
-        ({"hessian": torch.ones(8, 7)}, r"q_proj: Hessian \[8, 7\] of torch\.float32; it must be square and float32"),
+        (
+            {"cross_moment": [torch.ones(2, 8)]},
+            r"q_proj: cross moment \[2, 8\] and weight \[3, 8\] must have the same",
+        ),
+        (
+            {"cross_moment": [with_value(torch.ones(3, 8), math.inf)]},
+            "q_proj: the cross moment holds values .* finite",
+        ),
+        (
+            {"hessian": torch.ones(8, 7)},
+            r"q_proj: Hessian \[8, 7\] of torch\.float32; it must be square and float32",
+        ),
         ({"hessian": torch.eye(8).bfloat16()}, "of torch.bfloat16; it must be square and float32"),
-        ({"hessian": with_value(torch.eye(8), math.inf)}, "q_proj: the Hessian holds values that are not finite"),
-        ({"hessian": with_value(torch.eye(8), -1.0)}, "diagonal of the Hessian is between -1 and 1"),
+        (
+            {"hessian": with_value(torch.eye(8), math.inf)},
+            "q_proj: the Hessian holds values that are not finite",
+        ),
+        (
+            {"hessian": with_value(torch.eye(8), -1.0)},
+            "diagonal of the Hessian is between -1 and 1",
+        ),
         ({"hessian": torch.zeros(8, 8)}, "diagonal of the Hessian is between 0 and 0"),
         ({"pattern": Pattern.n_of_m(1, 3)}, "q_proj.*multiple of 3"),
         ({"pattern": []}, "q_proj: 0 patterns"),
@@ -60,14 +81,25 @@ def test_refuses(method, change, message):
 
 def test_refuses_mixed_dtypes():
     with pytest.raises(RacError, match=r"weight 1: torch\.bfloat16 beside torch\.float32"):
-        solve("wanda", [torch.ones(3, 8), torch.ones(3, 8).bfloat16()], torch.eye(8), Pattern.n_of_m(2, 4))
+        solve(
+            "wanda",
+            [torch.ones(3, 8), torch.ones(3, 8).bfloat16()],
+            torch.eye(8),
+            Pattern.n_of_m(2, 4),
+        )
 
 
 @pytest.mark.parametrize(
-    "patterns", [[Pattern.n_of_m(2, 4), Pattern.n_of_m(1, 4)], [Pattern.unstructured(0.5), Pattern.n_of_m(2, 4)]]
+    "patterns",
+    [
+        [Pattern.n_of_m(2, 4), Pattern.n_of_m(1, 4)],
+        [Pattern.unstructured(0.5), Pattern.n_of_m(2, 4)],
+    ],
 )
 def test_refuses_modules_with_different_structures(patterns):
-    with pytest.raises(RacError, match=r"2 patterns with mask_structure .*: the same N:M, or all unstructured"):
+    with pytest.raises(
+        RacError, match=r"2 patterns with mask_structure .*: the same N:M, or all unstructured"
+    ):
         solve("magnitude", [torch.ones(3, 8)] * 2, torch.eye(8), patterns)
 
 

@@ -18,7 +18,11 @@ from tests.pruning.pruning_reference import (
 def two_streams(rows=(5, 1, 8), columns=40, tokens=500):
     x_pruned = gaussian(tokens, columns, seed=0, dtype=torch.float64)
     x_pruned = x_pruned + 0.7 * x_pruned.roll(1, 1)
-    x_dense = x_pruned + 0.3 * gaussian(tokens, columns, seed=1, dtype=torch.float64) + 0.1 * x_pruned.roll(3, 1)
+    x_dense = (
+        x_pruned
+        + 0.3 * gaussian(tokens, columns, seed=1, dtype=torch.float64)
+        + 0.1 * x_pruned.roll(3, 1)
+    )
     weights = [gaussian(r, columns, seed=2 + i) for i, r in enumerate(rows)]
     hessian = 2 / tokens * x_pruned.T @ x_pruned
     cross_moment = [2 / tokens * w.double() @ (x_dense - x_pruned).T @ x_pruned for w in weights]
@@ -27,7 +31,9 @@ def two_streams(rows=(5, 1, 8), columns=40, tokens=500):
 
 def targets_of(weights, cross_moment, hessian, frac=0.01, names="abc"):
     names = list(names[: len(weights)])
-    return target_weights(weights, cross_moment, factorise(hessian, Dampening.of(hessian, frac), "x"), names)
+    return target_weights(
+        weights, cross_moment, factorise(hessian, Dampening.of(hessian, frac), "x"), names
+    )
 
 
 def test_equals_the_normal_equation():
@@ -53,7 +59,9 @@ def test_it_brings_a_pruned_layer_nearer_to_the_dense_output():
     weights, cross_moment, hessian, x_dense, x_pruned = two_streams((50, 40, 60))
     pattern = Pattern.n_of_m(2, 4)
     plain = solve("alps", weights, hessian.float(), pattern)
-    towards = solve("alps", weights, hessian.float(), pattern, cross_moment=[c.float() for c in cross_moment])
+    towards = solve(
+        "alps", weights, hessian.float(), pattern, cross_moment=[c.float() for c in cross_moment]
+    )
     for w, a, b in zip(weights, plain, towards, strict=True):
         wanted = x_dense @ w.double().T
         far, near = ((wanted - x_pruned @ s.weight.double().T).square().sum() for s in (a, b))
@@ -74,5 +82,11 @@ def test_without_an_error_before_it_and_at_dead_inputs_the_target_is_the_weight(
 
 
 def test_a_target_that_overflows_names_the_module_and_the_dampening():
-    with pytest.raises(RacError, match=r"b: the dense target overflows; raise dampening_frac \(0\.01\)"):
-        targets_of([torch.ones(3, 8)] * 2, [torch.ones(3, 8), torch.full((3, 8), 3e38)], torch.eye(8) * 1e-3)
+    with pytest.raises(
+        RacError, match=r"b: the dense target overflows; raise dampening_frac \(0\.01\)"
+    ):
+        targets_of(
+            [torch.ones(3, 8)] * 2,
+            [torch.ones(3, 8), torch.full((3, 8), 3e38)],
+            torch.eye(8) * 1e-3,
+        )

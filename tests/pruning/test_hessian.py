@@ -13,11 +13,17 @@ from tests.pruning.pruning_reference import assert_near, gaussian
 
 def direct(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     x = x.double().reshape(-1, x.shape[-1])
-    w = torch.ones(x.shape[0], dtype=torch.float64) if weights is None else weights.double().reshape(-1)
+    w = (
+        torch.ones(x.shape[0], dtype=torch.float64)
+        if weights is None
+        else weights.double().reshape(-1)
+    )
     return 2 / w.sum() * torch.einsum("ti,t,tj->ij", x, w, x)
 
 
-def assert_is_the_sum(matrix: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+def assert_is_the_sum(
+    matrix: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None
+) -> None:
     """Within what float32 sums of as many terms may be off, entry by entry."""
     terms = x.numel() // x.shape[-1] + 4
     bound = terms * torch.finfo(torch.float32).eps * direct(x.abs(), weights)
@@ -25,7 +31,12 @@ def assert_is_the_sum(matrix: torch.Tensor, x: torch.Tensor, weights: torch.Tens
 
 
 @settings(max_examples=25, deadline=None)
-@given(columns=st.integers(1, 300), tokens=st.integers(1, 60), batches=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    columns=st.integers(1, 300),
+    tokens=st.integers(1, 60),
+    batches=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
 def test_equals_the_direct_sum(columns, tokens, batches, seed):
     x = gaussian(batches, tokens, columns, seed=seed)
     hessian = Hessian(columns)
@@ -122,12 +133,18 @@ def test_matrix_leaves_the_sum_alone():
     assert hessian.matrix().any()
 
 
-@pytest.mark.parametrize("rows", [(3,), (2, 4), (40, 8)])  # summed after W where few rows leave, before it elsewhere
+@pytest.mark.parametrize(
+    "rows", [(3,), (2, 4), (40, 8)]
+)  # summed after W where few rows leave, before it elsewhere
 def test_the_cross_moment_correlates_the_output_error_with_the_input(rows):
     weights = [gaussian(r, 16, seed=i) for i, r in enumerate(rows)]
     statistics = Statistics(16, "cpu", weights)
     batches = [
-        (gaussian(2, 5, 16, seed=10 + i), gaussian(2, 5, 16, seed=20 + i), gaussian(2, 5, seed=30 + i).abs())
+        (
+            gaussian(2, 5, 16, seed=10 + i),
+            gaussian(2, 5, 16, seed=20 + i),
+            gaussian(2, 5, seed=30 + i).abs(),
+        )
         for i in range(3)
     ]
     batches[1][2][0, 3:] = 0.0
@@ -143,7 +160,10 @@ def test_the_cross_moment_correlates_the_output_error_with_the_input(rows):
             expected += weight.double() @ ((dense - x) * w.unsqueeze(1)).T @ x
             bound += weight.double().abs() @ ((dense.abs() + x.abs()) * w.unsqueeze(1)).T @ x.abs()
         terms = 30 + 16  # tokens and inputs
-        assert ((ours - expected * 2 / total).abs() <= terms * torch.finfo(torch.float32).eps * bound * 2 / total).all()
+        assert (
+            (ours - expected * 2 / total).abs()
+            <= terms * torch.finfo(torch.float32).eps * bound * 2 / total
+        ).all()
 
 
 def test_without_the_weights_there_is_no_cross_moment():
@@ -187,7 +207,9 @@ def test_where_onednn_multiplies_it_is_given_few_numbers_of_tokens(weighted, mon
         x, w = gaussian(tokens, 70), torch.rand(tokens) if weighted else torch.ones(tokens)
         found = Hessian(70)
         found.add(x, w)
-        torch.testing.assert_close(found.matrix(), 2 / w.sum() * (x * w.unsqueeze(1)).T @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found.matrix(), 2 / w.sum() * (x * w.unsqueeze(1)).T @ x, rtol=1e-4, atol=1e-4
+        )
     assert sizes == {512, 576}
 
 
@@ -197,7 +219,9 @@ def test_so_are_bfloat16_products_of_the_cross_moment(rows, monkeypatch):
     inner = linalg.bf16_addmm
     monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: True)
     monkeypatch.setattr(
-        linalg, "bf16_addmm", lambda out, a, b, *, bf16: (seen.append(a.shape[1]), inner(out, a, b, bf16=bf16))[1]
+        linalg,
+        "bf16_addmm",
+        lambda out, a, b, *, bf16: (seen.append(a.shape[1]), inner(out, a, b, bf16=bf16))[1],
     )
     x, dense, weight = gaussian(500, 70), gaussian(500, 70, seed=1), gaussian(rows, 70, seed=2)
     found = Statistics(70, "cpu", [weight])

@@ -18,7 +18,10 @@ LANES, ROWS, COLUMNS = 7, 5, 6
 @pytest.fixture
 def lanes():
     """The batches of each lane, of sizes that make every order of addition give other bits; lane 2 has one batch."""
-    return [[torch.randn(ROWS, COLUMNS) * 10.0**i for i in range(1 if lane == 2 else 3)] for lane in range(LANES)]
+    return [
+        [torch.randn(ROWS, COLUMNS) * 10.0**i for i in range(1 if lane == 2 else 3)]
+        for lane in range(LANES)
+    ]
 
 
 def by_definition(lanes):
@@ -37,7 +40,9 @@ def summed(lanes, processes, blocks=None, slow=None):
     own = lanes[processes.rank :: processes.count]
     for lane in [*own, *[[]] * (-(-len(lanes) // processes.count) - len(own))]:
         for batch in lane:
-            for (first, last, columns), part in zip(blocks or [(0, ROWS, COLUMNS)], found.lane, strict=True):
+            for (first, last, columns), part in zip(
+                blocks or [(0, ROWS, COLUMNS)], found.lane, strict=True
+            ):
                 part.add_(batch[first:last, :columns])
         if slow is not None:
             time.sleep(slow.uniform(0, 0.02))
@@ -50,7 +55,11 @@ def summed(lanes, processes, blocks=None, slow=None):
 def test_any_number_of_processes_gives_the_same_bits(lanes, monkeypatch, count):
     monkeypatch.setattr(lane_sum, "_PIECE", 2 * COLUMNS + 1)  # pieces of two rows and of one
     expected = by_definition(lanes)
-    ends = together(count, lambda processes: summed(lanes, processes)) if count > 1 else [summed(lanes, Processes())]
+    ends = (
+        together(count, lambda processes: summed(lanes, processes))
+        if count > 1
+        else [summed(lanes, Processes())]
+    )
     assert all(torch.equal(end, expected) for end in ends)
 
 
@@ -65,7 +74,10 @@ def test_who_is_slow_changes_no_bit(lanes):
     expected = by_definition(lanes)
     for seed in range(2):
         ends = together(
-            3, lambda processes, seed=seed: summed(lanes, processes, slow=random.Random(seed + processes.rank))
+            3,
+            lambda processes, seed=seed: summed(
+                lanes, processes, slow=random.Random(seed + processes.rank)
+            ),
         )
         assert all(torch.equal(end, expected) for end in ends)
 
@@ -112,12 +124,19 @@ def test_statistics_are_those_of_one_process(count):
 
     def of(processes):
         found = Statistics(70, "cpu", weights)
-        for lane in range(processes.rank, -(-9 // processes.count) * processes.count, processes.count):
+        for lane in range(
+            processes.rank, -(-9 // processes.count) * processes.count, processes.count
+        ):
             for x, w in inputs[2 * lane : 2 * lane + 2]:
                 found.add(x, w, x * 1.1)
             found.end_lanes(1, processes)
         found.finish(processes)
-        return found.hessian.matrix(), torch.cat(found.cross_moment()), found.hessian.weight_sum, found.hessian.tokens
+        return (
+            found.hessian.matrix(),
+            torch.cat(found.cross_moment()),
+            found.hessian.weight_sum,
+            found.hessian.tokens,
+        )
 
     hessian, cross, weight, tokens = of(Processes())
     for end in together(count, of):

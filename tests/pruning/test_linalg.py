@@ -5,7 +5,14 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import Pattern, linalg, solve
-from rac_modifier.pruning.linalg import Dampening, bf16_addmm, factorise, quadratic_form, raise_until_it_works, stacked
+from rac_modifier.pruning.linalg import (
+    Dampening,
+    bf16_addmm,
+    factorise,
+    quadratic_form,
+    raise_until_it_works,
+    stacked,
+)
 from rac_modifier.pruning.masks import holds
 from tests.pruning.pruning_reference import (
     assert_near,
@@ -48,7 +55,9 @@ def test_dampening_is_raised_tenfold_until_it_is_enough(start, needed, tried):
         return "done" if dampening.frac >= needed else None
 
     hessian = torch.eye(3)
-    result, dampening = raise_until_it_works(attempt, hessian, Dampening.of(hessian, start, retries=1), "x")
+    result, dampening = raise_until_it_works(
+        attempt, hessian, Dampening.of(hessian, start, retries=1), "x"
+    )
     assert result == "done"
     assert seen == pytest.approx(tried)
     assert (dampening.frac, dampening.retries) == (seen[-1], len(tried))
@@ -56,7 +65,10 @@ def test_dampening_is_raised_tenfold_until_it_is_enough(start, needed, tried):
 
 def test_dampening_beyond_the_mean_of_the_diagonal_is_an_error():
     hessian = torch.eye(3)
-    with pytest.raises(RacError, match=r"q_proj: the Hessian is not positive definite, even with dampening_frac 0\.3;"):
+    with pytest.raises(
+        RacError,
+        match=r"q_proj: the Hessian is not positive definite, even with dampening_frac 0\.3;",
+    ):
         raise_until_it_works(lambda dampening: None, hessian, Dampening.of(hessian, 0.3), "q_proj")
 
 
@@ -100,7 +112,9 @@ def test_a_product_is_added_as_it_is_or_rounded_to_bfloat16():
     assert 1e-4 < apart < 2 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5), Pattern.unstructured(0.8)])
+@pytest.mark.parametrize(
+    "pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.5), Pattern.unstructured(0.8)]
+)
 @pytest.mark.parametrize(("method", "refit"), [("alps", False), ("sparsegpt", True)])
 @pytest.mark.parametrize("scales", [0.0, 2.0])
 def test_bfloat16_products_hardly_change_the_error(pattern, method, refit, scales, monkeypatch):
@@ -114,7 +128,9 @@ def test_bfloat16_products_hardly_change_the_error(pattern, method, refit, scale
     # 2.1 % where inputs differ most, because the refit takes one step
     assert ours.error == pytest.approx(exact.error, rel=0.025)
     change = weight - ours.weight
-    assert ours.error == pytest.approx(trace_error(change, hessian), abs=quadratic_tolerance(change, hessian))
+    assert ours.error == pytest.approx(
+        trace_error(change, hessian), abs=quadratic_tolerance(change, hessian)
+    )
     assert int((~ours.mask).sum()) == weight.numel() * pattern.sparsity // 1
     assert holds(ours.weight, pattern)
 
@@ -136,7 +152,10 @@ def test_bfloat16_is_chosen_by_device(monkeypatch):
 
 
 def test_torch_still_has_the_entry_for_bfloat16_units():
-    assert "avx512_bf16" in torch.cpu.get_capabilities() or torch.cpu.get_capabilities()["architecture"] != "x86_64"
+    assert (
+        "avx512_bf16" in torch.cpu.get_capabilities()
+        or torch.cpu.get_capabilities()["architecture"] != "x86_64"
+    )
 
 
 @pytest.mark.parametrize("d", [1, 127, 128, 600])

@@ -16,7 +16,9 @@ def test_broken_groups_counts_one_by_one(rows, groups, m, data):
     nonzero = torch.tensor(data.draw(st.lists(st.booleans(), min_size=cells, max_size=cells)))
     weight = nonzero.view(rows, groups * m).float() * -0.5
     expected = sum(
-        int(weight[i, g * m : (g + 1) * m].count_nonzero()) > m - n for i in range(rows) for g in range(groups)
+        int(weight[i, g * m : (g + 1) * m].count_nonzero()) > m - n
+        for i in range(rows)
+        for g in range(groups)
     )
     pattern = Pattern.n_of_m(n, m)
     assert broken_groups(weight, pattern) == expected

@@ -31,7 +31,12 @@ def refitted(start, kept, target, hessian, frac=0.01, **options):
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 9), columns=st.integers(1, 70), share=st.floats(0.0, 1.0), seed=st.integers(0, 50))
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    share=st.floats(0.0, 1.0),
+    seed=st.integers(0, 50),
+)
 def test_the_error_is_the_least_of_least_squares_row_by_row(rows, columns, share, seed):
     """The error above the least is g^T H^-1 g for the gradient g at the end, which the residual and H's eigenvalues bound."""
     weight, hessian = random_problem(rows, columns, 200, seed, torch.float64)
@@ -63,10 +68,16 @@ def test_no_step_increases_the_error(problem, frac):
     weight, hessian = (x.double() for x in problem(7, 90, 60))  # fewer tokens than inputs
     kept = random_mask(7, 90, share=0.4, seed=1)
     h = dampened(hessian, frac)
-    for start in (weight, torch.zeros_like(weight), rowwise_refit(kept, weight, dampened(hessian, 0.01))):
+    for start in (
+        weight,
+        torch.zeros_like(weight),
+        rowwise_refit(kept, weight, dampened(hessian, 0.01)),
+    ):
         errors = []
         for steps in range(30):
-            ours, _ = refitted(start, kept, weight, hessian, frac, steps=steps, tolerance=0.0, gain=0.0)
+            ours, _ = refitted(
+                start, kept, weight, hessian, frac, steps=steps, tolerance=0.0, gain=0.0
+            )
             errors.append(trace_error(weight - ours, h))
         noise = quadratic_tolerance(weight, h, torch.float64)
         assert all(after <= before + noise for before, after in itertools.pairwise(errors))
@@ -75,7 +86,9 @@ def test_no_step_increases_the_error(problem, frac):
 def test_stops_when_every_row_has_converged_and_reports_what_is_left():
     weight, _ = random_problem(5, 32, 100)
     kept = random_mask(5, 32, share=0.5)
-    diagonal = torch.diag(gaussian(32, seed=1).abs() + 0.1)  # where the preconditioner is the inverse
+    diagonal = torch.diag(
+        gaussian(32, seed=1).abs() + 0.1
+    )  # where the preconditioner is the inverse
     _, done = refitted(torch.zeros(5, 32), kept, weight, diagonal)
     assert done.steps == 1
     assert done.residual < 1e-5
@@ -96,7 +109,10 @@ def test_stops_when_a_step_gains_little_whatever_the_rows_sizes():
         return [trace_error(w[None] - o[None], h) for w, o in zip(weight, ours, strict=True)]
 
     gains = [
-        sum((before - after) / after for before, after in zip(errors(s), errors(s + 1), strict=True)) / 20
+        sum(
+            (before - after) / after for before, after in zip(errors(s), errors(s + 1), strict=True)
+        )
+        / 20
         for s in range(15)
     ]
     assert not any(0.019 < gain < 0.021 for gain in gains)  # rounding does not decide
@@ -110,7 +126,9 @@ def test_says_the_damped_error_of_each_row(bf16):
     kept, h = random_mask(6, 96, share=0.5), dampened(hessian, 0.01)
     ours, done = refitted(weight, kept, weight, hessian, bf16=bf16)
     assert done.steps > 1
-    exact = torch.tensor([trace_error(w[None] - o[None], h) for w, o in zip(weight, ours, strict=True)])
+    exact = torch.tensor(
+        [trace_error(w[None] - o[None], h) for w, o in zip(weight, ours, strict=True)]
+    )
     assert_near(done.errors, exact, float(exact.max()) * (5e-3 if bf16 else 1e-5))
 
 
@@ -118,9 +136,14 @@ def test_the_first_gradient_of_many_inputs_is_rounded(monkeypatch):
     weight, hessian = correlated_problem(24, 256, 900)
     kept = random_mask(24, 256, share=0.5)
     exact, _ = refitted(weight, kept, weight, hessian, gain=0.0)
-    least, module = trace_error(weight - exact, dampened(hessian, 0.01)), importlib.import_module(refit.__module__)
+    least, module = (
+        trace_error(weight - exact, dampened(hessian, 0.01)),
+        importlib.import_module(refit.__module__),
+    )
     float32_products, inner = [], module.add_product
-    monkeypatch.setattr(module, "add_product", lambda *args: float32_products.append(args) or inner(*args))
+    monkeypatch.setattr(
+        module, "add_product", lambda *args: float32_products.append(args) or inner(*args)
+    )
     for large in (257, 256):
         monkeypatch.setattr(module, "LARGE", large)
         ours, done = refitted(weight, kept, weight, hessian, bf16=True, gain=0.0)
@@ -137,7 +160,13 @@ def test_the_error_after_products_in_bfloat16_is_that_of_what_is_stored(method, 
     monkeypatch.setattr(linalg, "BLOCK", 64)
     weight, hessian = correlated_problem(24, 256, 900)
     weight = weight * (random_mask(24, 256, share=0.5) if method == "keep" else 1)
-    (found,) = solve(method, [weight.to(dtype)], hessian, Pattern.n_of_m(2, 4), cross_moment=[0.1 * weight @ hessian])
+    (found,) = solve(
+        method,
+        [weight.to(dtype)],
+        hessian,
+        Pattern.n_of_m(2, 4),
+        cross_moment=[0.1 * weight @ hessian],
+    )
     exact = trace_error(found.target - found.weight.float(), hessian)
     assert found.error == pytest.approx(exact, rel=2e-3)
     whole = trace_error(found.target, hessian)
@@ -175,6 +204,8 @@ def test_after_any_method(method, pattern):
     assert (plain.refit_steps, plain.refit_residual) == (0, 0.0)
     assert 1 <= fitted.refit_steps <= 20
     change = weight - fitted.weight
-    assert fitted.error == pytest.approx(trace_error(change, hessian), abs=quadratic_tolerance(change, hessian))
+    assert fitted.error == pytest.approx(
+        trace_error(change, hessian), abs=quadratic_tolerance(change, hessian)
+    )
     (none,) = solve(method, [weight], hessian, pattern, refit=True, refit_steps=0)
     assert torch.equal(none.weight, plain.weight)

@@ -21,7 +21,9 @@ def test_each_expert_has_the_counted_tokens_that_chose_it(tokens, experts, seed)
     found = routed_rows(chosen, counted, experts)
     assert len(found) == experts
     for expert, rows in enumerate(found):
-        assert rows.tolist() == [t for t in range(tokens) if counted[t] and expert in chosen[t].tolist()]
+        assert rows.tolist() == [
+            t for t in range(tokens) if counted[t] and expert in chosen[t].tolist()
+        ]
 
 
 def test_a_number_beyond_the_experts_is_no_expert():
@@ -61,7 +63,9 @@ def test_the_nearest_ones_are_added_where_that_is_known(batches):
     filled, tokens = filled_up(rows, counted, 10, ALONE, lambda: near)
     assert tokens == ExpertTokens(3, 7)
     assert [a.tolist() for a in filled] == [[1, 4, 6, 7, 8, 9], [3, 17, 18, 19]]
-    filled_up(rows, counted, 3, ALONE, lambda: pytest.fail("it is not asked where nothing is missing"))
+    filled_up(
+        rows, counted, 3, ALONE, lambda: pytest.fail("it is not asked where nothing is missing")
+    )
 
 
 def test_a_floor_above_all_tokens_takes_all_of_them(batches):

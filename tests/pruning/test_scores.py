@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from rac_modifier.pruning import Pattern, broken_groups, solve
-from tests.pruning.pruning_reference import best_group, quadratic_tolerance, random_problem, trace_error
+from tests.pruning.pruning_reference import (
+    best_group,
+    quadratic_tolerance,
+    random_problem,
+    trace_error,
+)
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
@@ -14,7 +19,9 @@ def test_groups(method, n, m):
     for i in range(5):
         for g in range(0, 24, m):
             scores = (weight[i].abs() * norm)[g : g + m].tolist()
-            assert tuple((~solution.mask[i, g : g + m]).nonzero()[:, 0].tolist()) == best_group(scores, n)
+            assert tuple((~solution.mask[i, g : g + m]).nonzero()[:, 0].tolist()) == best_group(
+                scores, n
+            )
     assert torch.equal(solution.weight, weight * solution.mask)
     assert broken_groups(solution.weight, Pattern.n_of_m(n, m)) == 0
 
@@ -49,7 +56,9 @@ def test_errors_are_those_of_the_stored_weight(method, dtype):
     tolerance = quadratic_tolerance(change, hessian)
     assert tolerance < 1e-2 * error
     assert solution.error == pytest.approx(error, abs=tolerance)
-    assert solution.relative_error == pytest.approx(solution.error / trace_error(weight, hessian), rel=1e-4)
+    assert solution.relative_error == pytest.approx(
+        solution.error / trace_error(weight, hessian), rel=1e-4
+    )
     assert (solution.dampening_used, solution.retries) == (0.0, 0)
 
 

@@ -32,7 +32,9 @@ def few_tokens(method: Method) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_overflow_of_the_stored_dtype_is_an_error():
-    hessian = torch.tensor([[1.0, -0.99], [-0.99, 1.0]])  # pruning the first input doubles the other's weight
+    hessian = torch.tensor(
+        [[1.0, -0.99], [-0.99, 1.0]]
+    )  # pruning the first input doubles the other's weight
     weight = torch.tensor([[-5e4, 6e4]]).half()
     with pytest.raises(RacError, match=r"weight 0: the pruned weight overflows torch\.float16"):
         solve("sparsegpt", [weight], hessian, Pattern.n_of_m(1, 2))
@@ -59,7 +61,9 @@ def test_the_target_is_that_of_the_cross_moment_and_the_damped_hessian(method):
     (solution,) = solve(method, [weight], hessian, PATTERN, cross_moment=[cross_moment])
     expected = weight + cross_moment @ torch.linalg.inv(damped)
     assert_near(solution.target, expected, solve_tolerance(damped, torch.float64))
-    assert solution.error == pytest.approx(trace_error(solution.target - solution.weight, hessian), rel=1e-9)
+    assert solution.error == pytest.approx(
+        trace_error(solution.target - solution.weight, hessian), rel=1e-9
+    )
     assert solution.dampening_used == 0.01
     (plain,) = solve(method, [weight], hessian, PATTERN)
     assert torch.equal(plain.target, weight)
@@ -69,7 +73,9 @@ def test_none_gives_the_target_and_keeps_every_weight():
     weight, hessian = correlated_problem(12, 64, 200)
     (plain,) = solve("none", [weight], hessian, Pattern.nothing())
     assert torch.equal(plain.weight, weight)
-    (solution,) = solve("none", [weight], hessian, Pattern.nothing(), cross_moment=[gaussian(12, 64, seed=1)])
+    (solution,) = solve(
+        "none", [weight], hessian, Pattern.nothing(), cross_moment=[gaussian(12, 64, seed=1)]
+    )
     assert torch.equal(solution.weight, solution.target)
     assert not torch.equal(solution.weight, weight)
     assert bool(solution.mask.all())
@@ -83,7 +89,14 @@ def test_the_refit_is_on_the_damped_hessian_and_the_dampening_is_recorded(method
     weight, hessian = (x.double() for x in few_tokens(method))
     cross_moment = [gaussian(12, 128, seed=1, dtype=torch.float64)] if method == "keep" else None
     (solution,) = solve(
-        method, [weight], hessian, PATTERN, cross_moment=cross_moment, refit=True, dampening_frac=frac, refit_steps=500
+        method,
+        [weight],
+        hessian,
+        PATTERN,
+        cross_moment=cross_moment,
+        refit=True,
+        dampening_frac=frac,
+        refit_steps=500,
     )
     damped = dampened(hessian, frac)
     best = rowwise_refit(solution.mask, solution.target, damped)
@@ -92,7 +105,9 @@ def test_the_refit_is_on_the_damped_hessian_and_the_dampening_is_recorded(method
     assert solution.dampening_used == frac
     assert solution.refit_steps > 0
     little = rowwise_refit(solution.mask, solution.target, dampened(hessian, 1e-6 * frac))
-    assert trace_error(solution.target - little, damped) > 5 * least  # so a refit without the dampening fails above
+    assert (
+        trace_error(solution.target - little, damped) > 5 * least
+    )  # so a refit without the dampening fails above
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
@@ -101,12 +116,15 @@ def test_an_undamped_refit_on_few_tokens_would_lose_other_tokens(method):
     weight, _ = correlated_problem(12, 128, 60)
     directions = gaussian(32, 128, seed=5)
     seen, other = (
-        gaussian(n, 32, seed=6 + i) @ directions + gaussian(n, 128, seed=8 + i) for i, n in enumerate((60, 4000))
+        gaussian(n, 32, seed=6 + i) @ directions + gaussian(n, 128, seed=8 + i)
+        for i, n in enumerate((60, 4000))
     )
     hessian, held_out = (2 / len(x) * x.T @ x for x in (seen, other))
     (fitted,) = solve(method, [weight], hessian, PATTERN, refit=True, refit_steps=500)
     undamped = rowwise_refit(fitted.mask, weight, dampened(hessian, 1e-6))
-    assert trace_error(weight - fitted.weight, held_out) < 0.8 * trace_error(weight - undamped, held_out)
+    assert trace_error(weight - fitted.weight, held_out) < 0.8 * trace_error(
+        weight - undamped, held_out
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,16 +139,27 @@ def test_dampening_is_recorded_only_where_it_is_used(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dampening_that_was_raised_for_the_target_holds_for_all_steps_and_is_recorded(method):
     hessian = torch.ones(64, 64)
-    hessian.fill_diagonal_(1 - 3e-4)  # smallest eigenvalue -3e-4: 1e-4 of the diagonal is too little, 1e-3 is enough
+    hessian.fill_diagonal_(
+        1 - 3e-4
+    )  # smallest eigenvalue -3e-4: 1e-4 of the diagonal is too little, 1e-3 is enough
     weight = gaussian(4, 64)
     weight.view(-1, 4)[:, :2] = 0.0
     (solution,) = solve(
-        method, [weight], hessian, PATTERN, cross_moment=[torch.ones(4, 64)], refit=True, dampening_frac=0.0
+        method,
+        [weight],
+        hessian,
+        PATTERN,
+        cross_moment=[torch.ones(4, 64)],
+        refit=True,
+        dampening_frac=0.0,
     )
     assert solution.retries == 2
     assert solution.dampening_used == pytest.approx(1e-3)
     assert solution.factor.dampening.frac == solution.dampening_used
-    assert (solution.record()["retries"], solution.record()["dampening"]) == (2, solution.dampening_used)
+    assert (solution.record()["retries"], solution.record()["dampening"]) == (
+        2,
+        solution.dampening_used,
+    )
 
 
 def test_keep_prunes_what_is_zero_already_and_fits_the_rest_to_the_target():
@@ -140,7 +169,13 @@ def test_keep_prunes_what_is_zero_already_and_fits_the_rest_to_the_target():
     assert torch.equal(same.weight, weight)
     cross_moment = [0.1 * gaussian(3, 16, seed=2) @ hessian.float()]
     (fitted,) = solve(
-        "keep", [weight], hessian, PATTERN, cross_moment=cross_moment, dampening_frac=0.0, refit_steps=500
+        "keep",
+        [weight],
+        hessian,
+        PATTERN,
+        cross_moment=cross_moment,
+        dampening_frac=0.0,
+        refit_steps=500,
     )
     assert torch.equal(fitted.mask, weight != 0)
     assert torch.equal(fitted.weight != 0, fitted.mask)
@@ -171,7 +206,13 @@ def test_no_zero_is_negative(method, refit_steps):
     weight, hessian = few_tokens(method)
     cross_moment = [gaussian(12, 128, seed=1)]
     (solution,) = solve(
-        method, [weight], hessian, PATTERN, cross_moment=cross_moment, refit=True, refit_steps=refit_steps
+        method,
+        [weight],
+        hessian,
+        PATTERN,
+        cross_moment=cross_moment,
+        refit=True,
+        refit_steps=refit_steps,
     )
     assert (solution.weight == 0).any()
     assert not (solution.weight.signbit() & (solution.weight == 0)).any()
@@ -183,7 +224,9 @@ def test_the_residual_of_the_refit_is_what_is_left_of_the_gradient():
     (solution,) = solve("wanda", [weight], hessian, PATTERN, refit=True, refit_steps=2)
     damped = dampened(hessian, 0.01)
     gradient = (weight - solution.weight) @ damped * solution.mask
-    rows = (gradient / damped.diagonal().sqrt()).norm(dim=1) / (weight * damped.diagonal().sqrt()).norm(dim=1)
+    rows = (gradient / damped.diagonal().sqrt()).norm(dim=1) / (
+        weight * damped.diagonal().sqrt()
+    ).norm(dim=1)
     assert solution.refit_steps == 2
     assert solution.refit_residual == pytest.approx(float(rows.max()), rel=1e-6)
 
@@ -202,7 +245,9 @@ def test_the_record_names_what_a_reader_of_a_run_looks_for():
         "refit_steps": solution.refit_steps,
         "dead_inputs": 1,
     }
-    assert solution.relative_error == pytest.approx(solution.error / trace_error(weight, hessian), rel=1e-3)
+    assert solution.relative_error == pytest.approx(
+        solution.error / trace_error(weight, hessian), rel=1e-3
+    )
     assert solution.refit_steps > 0
 
 

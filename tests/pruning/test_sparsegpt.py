@@ -55,13 +55,17 @@ def test_groups_equal_the_column_loop(rows, groups, structure, block, seed):
 @example(rows=9, columns=288, sparsity=0.95, block=1, seed=4)
 def test_unstructured_equals_the_column_loop(rows, columns, sparsity, block, seed):
     weight, hessian = random_problem(rows, columns, 200, seed, torch.float64)
-    (solution,) = solve("sparsegpt", [weight], hessian, Pattern.unstructured(sparsity), block_size=block)
+    (solution,) = solve(
+        "sparsegpt", [weight], hessian, Pattern.unstructured(sparsity), block_size=block
+    )
     expected = column_loop(weight, hessian, sparsity=sparsity, block=block)
     assert same_rows(solution.weight, expected).all()
     largest = max(
         1.0, float(weight.abs().max() / expected.abs().max())
     )  # with few kept weights the largest can be gone
-    assert_near(solution.weight, expected, largest * solve_tolerance(dampened(hessian, 0.01), torch.float64))
+    assert_near(
+        solution.weight, expected, largest * solve_tolerance(dampened(hessian, 0.01), torch.float64)
+    )
     widths = [min(block, columns - start) for start in range(0, columns, block)]
     assert int((~solution.mask).sum()) == sum(int(rows * width * sparsity) for width in widths)
 
@@ -82,7 +86,9 @@ def test_agrees_with_llmcompressor(pattern):
     (solution,) = solve("sparsegpt", [weight], hessian, pattern)
     # with half a weight per block less, their `score <= threshold` prunes exactly our number
     expected = theirs(pattern.sparsity - 0.5 / (rows * 128))
-    same = same_rows(solution.weight, expected)  # both are float32: scores that are nearly equal may change places
+    same = same_rows(
+        solution.weight, expected
+    )  # both are float32: scores that are nearly equal may change places
     assert same.float().mean() > 0.9
     tolerance = solve_tolerance(dampened(hessian, 0.01), torch.float32, margin=5.0)
     assert_near(solution.weight[same], expected[same], tolerance)
@@ -95,7 +101,10 @@ def test_agrees_with_llmcompressor(pattern):
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
 def test_stacked_equals_alone(method, pattern):
     _, hessian = random_problem(1, 260, 500, dtype=torch.float64)
-    weights = [random_problem(rows, 260, 1, seed, torch.float64)[0] * 10**seed for seed, rows in enumerate((33, 1, 16))]
+    weights = [
+        random_problem(rows, 260, 1, seed, torch.float64)[0] * 10**seed
+        for seed, rows in enumerate((33, 1, 16))
+    ]
     together = solve(method, weights, hessian, pattern)
     tolerance = solve_tolerance(dampened(hessian, 0.01), torch.float64)
     for solution, weight in zip(together, weights, strict=True):
@@ -109,7 +118,9 @@ def test_stacked_equals_alone(method, pattern):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(2, 4), Pattern.unstructured(0.02)])
 def test_errors_are_those_of_the_stored_weight(dtype, pattern):
-    weight, hessian = random_problem(40, 300, 120)  # fewer tokens than inputs: only the dampening makes it invertible
+    weight, hessian = random_problem(
+        40, 300, 120
+    )  # fewer tokens than inputs: only the dampening makes it invertible
     weight = weight.to(dtype)
     (solution,) = solve("sparsegpt", [weight], hessian, pattern)
     assert solution.weight.dtype == dtype
@@ -119,7 +130,9 @@ def test_errors_are_those_of_the_stored_weight(dtype, pattern):
     tolerance = quadratic_tolerance(change, dampened(hessian, 0.01))
     assert tolerance < 0.01 * error
     assert solution.error == pytest.approx(error, abs=tolerance)
-    assert solution.relative_error == pytest.approx(solution.error / trace_error(weight, hessian), rel=1e-4)
+    assert solution.relative_error == pytest.approx(
+        solution.error / trace_error(weight, hessian), rel=1e-4
+    )
     (wide,) = solve("sparsegpt", [weight.float()], hessian, pattern)
     assert torch.equal(wide.mask, solution.mask)
     assert torch.equal(wide.weight.to(dtype), solution.weight)
@@ -134,7 +147,10 @@ def test_its_own_errors_leave_the_share_of_the_dampening_out(pattern):
 
 def test_better_than_wanda_and_wanda_than_magnitude():
     weight, hessian = random_problem(64, 256, 1000)
-    errors = [solve(m, [weight], hessian, Pattern.n_of_m(2, 4))[0].error for m in ("sparsegpt", "wanda", "magnitude")]
+    errors = [
+        solve(m, [weight], hessian, Pattern.n_of_m(2, 4))[0].error
+        for m in ("sparsegpt", "wanda", "magnitude")
+    ]
     assert errors[0] < errors[1] < errors[2]
 
 
@@ -164,12 +180,16 @@ def test_dead_inputs_are_zeroed_and_disturb_nothing(pattern, frac):
 
 def test_a_hessian_that_is_not_positive_definite_is_dampened_harder_and_the_solution_shows_it():
     hessian = torch.ones(64, 64)
-    hessian.fill_diagonal_(1 - 3e-4)  # smallest eigenvalue -3e-4: 1e-4 of the diagonal is too little, 1e-3 is enough
+    hessian.fill_diagonal_(
+        1 - 3e-4
+    )  # smallest eigenvalue -3e-4: 1e-4 of the diagonal is too little, 1e-3 is enough
     weight = gaussian(4, 64)
     (solution,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=0.0)
     assert solution.retries == 2
     assert solution.dampening_used == pytest.approx(1e-3)
-    (same,) = solve("sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=solution.dampening_used)
+    (same,) = solve(
+        "sparsegpt", [weight], hessian, Pattern.n_of_m(2, 4), dampening_frac=solution.dampening_used
+    )
     assert torch.equal(same.weight, solution.weight)
     assert same.retries == 0
 
@@ -177,8 +197,16 @@ def test_a_hessian_that_is_not_positive_definite_is_dampened_harder_and_the_solu
 def test_indefinite_hessian_is_an_error_and_never_magnitude():
     hessian = torch.eye(16)
     hessian[0, 1] = hessian[1, 0] = 50.0
-    with pytest.raises(RacError, match=r"q_proj, k_proj: the Hessian is not positive definite.*dampening_frac 1;"):
-        solve("sparsegpt", [torch.ones(2, 16)] * 2, hessian, Pattern.n_of_m(2, 4), names=["q_proj", "k_proj"])
+    with pytest.raises(
+        RacError, match=r"q_proj, k_proj: the Hessian is not positive definite.*dampening_frac 1;"
+    ):
+        solve(
+            "sparsegpt",
+            [torch.ones(2, 16)] * 2,
+            hessian,
+            Pattern.n_of_m(2, 4),
+            names=["q_proj", "k_proj"],
+        )
 
 
 def test_target_is_what_is_reconstructed():
@@ -191,7 +219,9 @@ def test_target_is_what_is_reconstructed():
     (plain,) = solve("sparsegpt", [wanted], *args)
     assert torch.equal(solution.weight, plain.weight.bfloat16())
     change = wanted - solution.weight.float()
-    assert solution.error == pytest.approx(trace_error(change, hessian), abs=quadratic_tolerance(change, hessian))
+    assert solution.error == pytest.approx(
+        trace_error(change, hessian), abs=quadratic_tolerance(change, hessian)
+    )
 
 
 def test_inputs_are_left_alone():
@@ -214,10 +244,18 @@ def problems_with_a_hessian_each(patterns: list[Pattern]) -> list[Problem]:
         if seed == 1:
             hessian[5], hessian[:, 5] = 0.0, 0.0
         if seed == 2:
-            hessian[0, 1] = hessian[1, 0] = 1.05 * (hessian[0, 0] * hessian[1, 1]).sqrt()  # not positive definite
+            hessian[0, 1] = hessian[1, 0] = (
+                1.05 * (hessian[0, 0] * hessian[1, 1]).sqrt()
+            )  # not positive definite
         names = [f"{seed}.gate", f"{seed}.up"]
         found.append(
-            Problem([weight[:12], weight[12:]], hessian, patterns, names, [0.01 * weight[:12], -0.02 * weight[12:]])
+            Problem(
+                [weight[:12], weight[12:]],
+                hessian,
+                patterns,
+                names,
+                [0.01 * weight[:12], -0.02 * weight[12:]],
+            )
         )
     return found
 
@@ -232,7 +270,9 @@ def problems_with_a_hessian_each(patterns: list[Pattern]) -> list[Problem]:
         [Pattern.unstructured(0.5), Pattern.unstructured(0.8)],
     ],
 )
-def test_problems_that_are_solved_at_once_get_what_they_would_get_alone(patterns, refit, monkeypatch):
+def test_problems_that_are_solved_at_once_get_what_they_would_get_alone(
+    patterns, refit, monkeypatch
+):
     problems, inner, calls = problems_with_a_hessian_each(patterns), sparsegpt.prune, []
 
     def counted(weight, *args):
@@ -250,7 +290,11 @@ def test_problems_that_are_solved_at_once_get_what_they_would_get_alone(patterns
             assert torch.equal(one.mask, other.mask)
             torch.testing.assert_close(one.weight, other.weight, rtol=1e-9, atol=1e-12)
             assert one.relative_error == pytest.approx(other.relative_error, rel=1e-6)
-            assert (one.name, one.retries, one.dead_inputs) == (other.name, other.retries, other.dead_inputs)
+            assert (one.name, one.retries, one.dead_inputs) == (
+                other.name,
+                other.retries,
+                other.dead_inputs,
+            )
             assert one.dampening_used == other.dampening_used
 
 

@@ -3,7 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rac_modifier.pruning.topk import lowest, lowest_along, ranks_in_groups, sampled_places, sampled_threshold
+from rac_modifier.pruning.topk import (
+    lowest,
+    lowest_along,
+    ranks_in_groups,
+    sampled_places,
+    sampled_threshold,
+)
 from tests.pruning.pruning_reference import best_group
 
 
@@ -45,7 +51,9 @@ def test_lowest_along_finds_the_best_group(values, n):
 
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.randoms())
 def test_ranks_are_those_of_a_stable_sort(m, groups, columns, random):
-    scores = torch.tensor([[float(random.randint(0, 3)) for _ in range(columns)] for _ in range(groups * m)])
+    scores = torch.tensor(
+        [[float(random.randint(0, 3)) for _ in range(columns)] for _ in range(groups * m)]
+    )
     ranks = ranks_in_groups(scores, m)
     for g in range(groups):
         for c in range(columns):
@@ -60,12 +68,18 @@ def threshold(scores: torch.Tensor, share: float) -> float:
 
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(0.0, 1.0), st.integers(0, 99))
 def test_the_threshold_of_a_small_matrix_is_exact(rows, columns, share, seed):
-    scores = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed)).view(rows, columns).float()
+    scores = (
+        torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
+        .view(rows, columns)
+        .float()
+    )
     count = max(int(scores.numel() * share), 1)
     assert int((scores <= threshold(scores, share)).sum()) == count
 
 
-@pytest.mark.parametrize("shape", [(256, 1536), (300, 1331), (1, 400_000), (400_000, 1), (512, 4096)])
+@pytest.mark.parametrize(
+    "shape", [(256, 1536), (300, 1331), (1, 400_000), (400_000, 1), (512, 4096)]
+)
 def test_the_threshold_of_a_large_matrix_is_close_whatever_its_order(shape):
     scores = (
         torch.rand(shape, generator=torch.Generator().manual_seed(0)) + torch.arange(shape[1]) % 8

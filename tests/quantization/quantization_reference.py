@@ -12,7 +12,11 @@ HALF_RANGE = {"int4": 7.5, "int8": 127.5, "fp8": 448.0}  # (max - min) / 2 of th
 
 
 def problem(
-    rows: int = 12, d: int = 48, seed: int = 0, sparsity: float = 0.5, dtype: torch.dtype = torch.float32
+    rows: int = 12,
+    d: int = 48,
+    seed: int = 0,
+    sparsity: float = 0.5,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pruned weights with their mask, target and Hessian, of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
@@ -23,7 +27,9 @@ def problem(
     return target * keep, keep, target, 2 * x.T @ x / len(x)
 
 
-def solved(weight: torch.Tensor, keep: torch.Tensor, target: torch.Tensor, name: str = "w") -> Solution:
+def solved(
+    weight: torch.Tensor, keep: torch.Tensor, target: torch.Tensor, name: str = "w"
+) -> Solution:
     return Solution(name=name, weight=weight, mask=keep, target=target)
 
 

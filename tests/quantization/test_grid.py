@@ -34,16 +34,22 @@ def test_codes_are_those_of_compressed_tensors(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_code_and_scale_survives_the_models_dtype(dtype, bits):
     codes = torch.arange(-(1 << (bits - 1)), 1 << (bits - 1)).double()
-    scales = (torch.rand(500, 1, generator=torch.Generator().manual_seed(0)) * 0.01 + 1e-3).to(dtype)
+    scales = (torch.rand(500, 1, generator=torch.Generator().manual_seed(0)) * 0.01 + 1e-3).to(
+        dtype
+    )
     weight = (codes * scales.double()).to(dtype)
     args = their_args("int8", num_bits=bits)
 
     def codes_of(weight):
-        return their_quantize(weight, scales, torch.zeros_like(scales), args, dtype=torch.int8).double()
+        return their_quantize(
+            weight, scales, torch.zeros_like(scales), args, dtype=torch.int8
+        ).double()
 
     assert torch.equal(codes_of(weight.float()), codes.expand_as(weight))
     # why weights are widened before they are compressed: 8 bits of mantissa do not hold 8 bits of code
-    assert torch.equal(codes_of(weight), codes.expand_as(weight)) == (dtype != torch.bfloat16 or bits == 4)
+    assert torch.equal(codes_of(weight), codes.expand_as(weight)) == (
+        dtype != torch.bfloat16 or bits == 4
+    )
 
 
 def test_rounding_is_in_place_and_scales_broadcast():
@@ -70,7 +76,9 @@ def test_points_with_zero_points_are_those_of_compressed_tensors(bits):
     assert torch.equal(torch.stack(one, dim=1), theirs)
 
 
-@pytest.mark.parametrize(("kind", "bits", "half"), [("int", 4, 7.5), ("int", 8, 127.5), ("float", 8, 448.0)])
+@pytest.mark.parametrize(
+    ("kind", "bits", "half"), [("int", 4, 7.5), ("int", 8, 127.5), ("float", 8, 448.0)]
+)
 def test_half_range(kind, bits, half):
     assert Grid(kind, bits).half_range == half
 

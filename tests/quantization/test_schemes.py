@@ -1,5 +1,9 @@
 import pytest
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 
 from rac_modifier.errors import RacError
 from rac_modifier.quantization.grid import Grid
@@ -9,7 +13,9 @@ from rac_modifier.quantization.schemes import describe_scheme, grid_of
 def scheme(weights: dict | None, **parts) -> QuantizationScheme:
     return QuantizationScheme(
         targets=["Linear"],
-        weights=None if weights is None else QuantizationArgs(**{"num_bits": 8, "strategy": "channel", **weights}),
+        weights=None
+        if weights is None
+        else QuantizationArgs(**{"num_bits": 8, "strategy": "channel", **weights}),
         **{name: QuantizationArgs(**args) for name, args in parts.items()},
     )
 
@@ -19,8 +25,16 @@ def scheme(weights: dict | None, **parts) -> QuantizationScheme:
     [
         ("W4A16", Grid("int", 4, 128), "int4 in groups of 128"),
         ("W8A16", Grid("int", 8), "int8, one scale per channel"),
-        ("W8A8", Grid("int", 8), "int8, one scale per channel, activations int8, one scale per token"),
-        ("FP8_DYNAMIC", Grid("float", 8), "float8, one scale per channel, activations float8, one scale per token"),
+        (
+            "W8A8",
+            Grid("int", 8),
+            "int8, one scale per channel, activations int8, one scale per token",
+        ),
+        (
+            "FP8_DYNAMIC",
+            Grid("float", 8),
+            "float8, one scale per channel, activations float8, one scale per token",
+        ),
     ],
 )
 def test_presets(preset, grid, text):
@@ -39,10 +53,19 @@ def test_presets(preset, grid, text):
             r"q_proj: weights int of 8 bits, strategy channel, asymmetric, so a zero is its zero point, and sparse kernels take",
         ),
         ({"num_bits": 3}, "weights int of 3 bits"),
-        ({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, "weights float of 4 bits"),
+        (
+            {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+            "weights float of 4 bits",
+        ),
         ({"strategy": "tensor"}, "strategy tensor cannot be rounded here"),
-        ({"strategy": "group", "group_size": 32, "actorder": "weight"}, "actorder weight cannot be rounded here"),
-        ({"strategy": "group", "group_size": 32, "scale_dtype": "float8_e4m3fn"}, "scales of torch.float8_e4m3fn"),
+        (
+            {"strategy": "group", "group_size": 32, "actorder": "weight"},
+            "actorder weight cannot be rounded here",
+        ),
+        (
+            {"strategy": "group", "group_size": 32, "scale_dtype": "float8_e4m3fn"},
+            "scales of torch.float8_e4m3fn",
+        ),
     ],
 )
 def test_weights_that_cannot_be_rounded_are_refused(weights, message):
@@ -84,14 +107,19 @@ def test_zero_points_that_nothing_reads_are_refused(weights, parts, message):
 
 def test_a_scheme_without_weights_is_refused():
     activations = {"num_bits": 8, "dynamic": True, "strategy": "token"}
-    with pytest.raises(RacError, match="q_proj: its scheme has no weights; quantize activations alone with a Quant"):
+    with pytest.raises(
+        RacError, match="q_proj: its scheme has no weights; quantize activations alone with a Quant"
+    ):
         grid_of(scheme(None, input_activations=activations), "q_proj", prunes=True)
 
 
 @pytest.mark.parametrize("part", ["input_activations", "output_activations"])
 def test_activation_scales_that_need_calibration_are_refused(part):
-    static = scheme({"num_bits": 8}, **{part: {"num_bits": 8, "dynamic": False, "strategy": "tensor"}})
+    static = scheme(
+        {"num_bits": 8}, **{part: {"num_bits": 8, "dynamic": False, "strategy": "tensor"}}
+    )
     with pytest.raises(
-        RacError, match=rf"q_proj: {part} with static scales are not calibrated here; set dynamic: true"
+        RacError,
+        match=rf"q_proj: {part} with static scales are not calibrated here; set dynamic: true",
     ):
         grid_of(static, "q_proj", prunes=True)

@@ -3,7 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +39,11 @@ def test_upstream_saves_exactly_the_codes_that_were_chosen(name, dtype):
     (result,) = quantize([solved(weight, keep, target)], hessian, [grid], dtype=dtype)
     stored = torch.int8 if grid.kind == "int" else torch.float8_e4m3fn
     codes = their_quantize(
-        result.weight.float(), result.scale, torch.zeros_like(result.scale), their_args(grid), dtype=stored
+        result.weight.float(),
+        result.scale,
+        torch.zeros_like(result.scale),
+        their_args(grid),
+        dtype=stored,
     )
     spread = result.scale.double().repeat_interleave(grid.group_size or 48, dim=1)
     wanted = grid.codes_(result.weight.double() / spread)
@@ -47,7 +55,9 @@ def test_upstream_saves_exactly_the_codes_that_were_chosen(name, dtype):
 
 @pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "in the order of rounding alone"])
 @pytest.mark.parametrize("name", [*GRIDS, "zero points"])
-def test_problems_that_are_rounded_at_once_get_the_bits_that_they_get_alone(name, pruned, monkeypatch):
+def test_problems_that_are_rounded_at_once_get_the_bits_that_they_get_alone(
+    name, pruned, monkeypatch
+):
     """Each has two modules of an odd number of rows, one of them on another grid; the others' weights do not matter."""
     grids = [GRIDS.get(name, Grid("int", 4, 16, symmetric=False)), Grid("int", 8, 16)]
     problems, calls, inner = [], [], solve.gptq
@@ -59,7 +69,9 @@ def test_problems_that_are_rounded_at_once_get_the_bits_that_they_get_alone(name
     monkeypatch.setattr(solve, "gptq", counted)
     for seed in range(3):
         weight, keep, target, hessian = problem(rows=50, d=176, seed=seed, sparsity=0.5 * pruned)
-        factor = factorise(hessian, Dampening.of(hessian, 0.01 * (1 + seed)), "w") if pruned else None
+        factor = (
+            factorise(hessian, Dampening.of(hessian, 0.01 * (1 + seed)), "w") if pruned else None
+        )
         parts = zip("ab", *(t.split([37, 13]) for t in (weight, keep, target)), strict=True)
         found = [replace(solved(w, k, t, module), factor=factor) for module, w, k, t in parts]
         problems.append(PrunedProblem(found, hessian, grids))
@@ -108,7 +120,9 @@ def test_zero_points_survive_upstreams_packing_bit_for_bit(bits, dtype, size):
     assert result.zero_point.shape == result.scale.shape == (40, 48 // (size or 48))
     assert len(result.zero_point.unique()) > 1
     assert not result.weight[:, 5].any()
-    arguments = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+    arguments = (
+        {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+    )
     scheme = QuantizationScheme(
         targets=["Linear"],
         format="pack-quantized",
@@ -143,7 +157,9 @@ def test_zero_points_lower_the_error_of_lopsided_weights():
 def test_pruned_weights_stay_zero_and_the_error_beats_rounding_to_nearest(name, seed, sparsity):
     weight, keep, _, hessian = problem(seed=seed, sparsity=sparsity)
     target = weight  # so that rounding is all that is lost
-    (result,) = quantize([solved(weight, keep, target)], hessian, [GRIDS[name]], dtype=torch.float32)
+    (result,) = quantize(
+        [solved(weight, keep, target)], hessian, [GRIDS[name]], dtype=torch.float32
+    )
     assert not result.weight[~keep].any()
     assert not (result.weight.signbit() & (result.weight == 0)).any()
     error = error_of(result.weight, target, hessian)
@@ -158,7 +174,9 @@ def test_modules_that_share_a_hessian_get_what_they_would_get_alone():
     weight, keep, target, hessian = problem(rows=24, dtype=torch.float64)
     parts = [solved(weight[rows], keep[rows], target[rows]) for rows in (slice(8), slice(8, 24))]
     grid = GRIDS["int4"]
-    for part, together in zip(parts, quantize(parts, hessian, [grid, grid], dtype=torch.bfloat16), strict=True):
+    for part, together in zip(
+        parts, quantize(parts, hessian, [grid, grid], dtype=torch.bfloat16), strict=True
+    ):
         (alone,) = quantize([part], hessian, [grid], dtype=torch.bfloat16)
         assert torch.equal(alone.weight, together.weight)
         assert torch.equal(alone.scale, together.scale)
@@ -166,8 +184,13 @@ def test_modules_that_share_a_hessian_get_what_they_would_get_alone():
 
 def test_each_module_has_its_own_grid_and_one_without_is_left_as_it_is():
     weight, keep, target, hessian = problem(rows=24, dtype=torch.float64)
-    parts = [solved(weight[rows], keep[rows], target[rows]) for rows in (slice(8), slice(8, 16), slice(16, 24))]
-    first, none, last = quantize(parts, hessian, [GRIDS["int4"], None, GRIDS["int8"]], dtype=torch.float32)
+    parts = [
+        solved(weight[rows], keep[rows], target[rows])
+        for rows in (slice(8), slice(8, 16), slice(16, 24))
+    ]
+    first, none, last = quantize(
+        parts, hessian, [GRIDS["int4"], None, GRIDS["int8"]], dtype=torch.float32
+    )
     assert none is None
     assert first.scale.shape == (8, 3)
     assert last.scale.shape == (8, 1)
@@ -183,7 +206,9 @@ def test_the_factor_of_the_pruning_is_used_again_with_its_dampening():
     (ours,) = quantize(solutions, dampening_frac=0.01, **args)
     bare = solved(solutions[0].weight, solutions[0].mask, solutions[0].target)
     same, other = (
-        quantize([replace(bare, factor=factorise(hessian, Dampening.of(hessian, frac), "w"))], **args)[0]
+        quantize(
+            [replace(bare, factor=factorise(hessian, Dampening.of(hessian, frac), "w"))], **args
+        )[0]
         for frac in (0.3, 0.01)
     )
     assert torch.equal(ours.weight, same.weight)
@@ -198,10 +223,14 @@ def test_dense_weights_are_rounded_in_the_order_of_falling_second_moments(cross)
     (solution,) = prune("none", [weight], hessian, Pattern.nothing(), cross_moment=moment)
     grid = GRIDS["int4"]
     (found,) = quantize([solution], hessian, [grid], dtype=torch.float32, sweeps=0)
-    target = weight + (0.01 * weight @ hessian @ torch.linalg.inv(dampened(hessian, 0.01)) if cross else 0.0)
+    target = weight + (
+        0.01 * weight @ hessian @ torch.linalg.inv(dampened(hessian, 0.01)) if cross else 0.0
+    )
     order = sorted(range(48), key=lambda j: -float(hessian[j, j]))
     scale = found.scale.repeat_interleave(16, dim=1).double()
-    r = torch.linalg.cholesky(torch.linalg.inv(dampened(hessian, 0.01))[order][:, order], upper=True)
+    r = torch.linalg.cholesky(
+        torch.linalg.inv(dampened(hessian, 0.01))[order][:, order], upper=True
+    )
     left = target[:, order].clone()
     for j, column in enumerate(order):
         point = (left[:, j] / scale[:, column]).round().clamp(-8, 7) * scale[:, column]
@@ -213,7 +242,13 @@ def test_dense_weights_are_rounded_in_the_order_of_falling_second_moments(cross)
 def test_sweeps_lower_the_error():
     weight, keep, target, hessian = problem(rows=24)
     errors = [
-        quantize([solved(weight, keep, target)], hessian, [GRIDS["int4"]], dtype=torch.float32, sweeps=sweeps)[0]
+        quantize(
+            [solved(weight, keep, target)],
+            hessian,
+            [GRIDS["int4"]],
+            dtype=torch.float32,
+            sweeps=sweeps,
+        )[0]
         for sweeps in (0, 3)
     ]
     assert errors[1].relative_error < errors[0].relative_error
@@ -224,7 +259,9 @@ def test_rows_without_a_kept_weight_and_dead_inputs_stay_zero():
     keep[3] = False
     hessian[5], hessian[:, 5] = 0.0, 0.0
     keep[:, 5] = False
-    (result,) = quantize([solved(weight, keep, target)], hessian, [GRIDS["int4"]], dtype=torch.bfloat16)
+    (result,) = quantize(
+        [solved(weight, keep, target)], hessian, [GRIDS["int4"]], dtype=torch.bfloat16
+    )
     assert not result.weight[3].any()
     assert not result.weight[:, 5].any()
     assert bool((result.scale > 0).all())
@@ -232,20 +269,26 @@ def test_rows_without_a_kept_weight_and_dead_inputs_stay_zero():
 
 def test_groups_that_do_not_divide_the_inputs_are_refused():
     weight, keep, target, hessian = problem(d=40)
-    with pytest.raises(RacError, match="w: 40 inputs are no multiple of the group_size 16; set a group_size"):
+    with pytest.raises(
+        RacError, match="w: 40 inputs are no multiple of the group_size 16; set a group_size"
+    ):
         quantize([solved(weight, keep, target)], hessian, [GRIDS["int4"]], dtype=torch.float32)
 
 
 def test_a_dtype_that_cannot_hold_the_result_is_an_error():
     weight, keep, target, hessian = problem()
     with pytest.raises(RacError, match=r"w: the quantized weight overflows torch\.float16"):
-        quantize([solved(weight * 1e6, keep, target * 1e6)], hessian, [GRIDS["fp8"]], dtype=torch.float16)
+        quantize(
+            [solved(weight * 1e6, keep, target * 1e6)], hessian, [GRIDS["fp8"]], dtype=torch.float16
+        )
 
 
 def test_without_sweeps_the_values_are_codes_already():
     """GPTQ alone rounds; descent would round what it leaves."""
     weight, keep, _, hessian = problem(rows=24)
-    (result,) = quantize([solved(weight, keep, weight)], hessian, [GRIDS["int8"]], dtype=torch.float32, sweeps=0)
+    (result,) = quantize(
+        [solved(weight, keep, weight)], hessian, [GRIDS["int8"]], dtype=torch.float32, sweeps=0
+    )
     codes = result.weight.double() / result.scale.double()
     assert float((codes - codes.round()).abs().max()) < 1e-3
     assert len(codes.round().unique()) > 20
@@ -254,7 +297,9 @@ def test_without_sweeps_the_values_are_codes_already():
 
 def test_a_target_of_zeros_loses_nothing():
     weight, keep, target, hessian = problem()
-    (result,) = quantize([solved(weight * 0, keep, target * 0)], hessian, [GRIDS["int4"]], dtype=torch.float32)
+    (result,) = quantize(
+        [solved(weight * 0, keep, target * 0)], hessian, [GRIDS["int4"]], dtype=torch.float32
+    )
     assert result.relative_error == 0.0
     assert not result.weight.any()
 
@@ -264,7 +309,8 @@ def test_the_dampening_is_one_percent_unless_it_is_set():
     args = {"hessian": hessian, "grids": [GRIDS["int4"]], "dtype": torch.float32}
     (default,) = quantize([solved(weight, keep, target)], **args)
     found = {
-        frac: quantize([solved(weight, keep, target)], dampening_frac=frac, **args)[0] for frac in (0.005, 0.01, 0.02)
+        frac: quantize([solved(weight, keep, target)], dampening_frac=frac, **args)[0]
+        for frac in (0.005, 0.01, 0.02)
     }
     assert torch.equal(default.weight, found[0.01].weight)
     assert not torch.equal(default.weight, found[0.005].weight)
@@ -274,7 +320,9 @@ def test_the_dampening_is_one_percent_unless_it_is_set():
 def test_what_cannot_work_is_refused_before_anything_is_rounded():
     weight, keep, target, hessian = problem()
     args = {"grids": [GRIDS["int4"]], "dtype": torch.float32}
-    with pytest.raises(RacError, match=r"w: weight .* and a Hessian of 44 inputs do not fit together"):
+    with pytest.raises(
+        RacError, match=r"w: weight .* and a Hessian of 44 inputs do not fit together"
+    ):
         quantize([solved(weight, keep, target)], hessian[:44, :44], **args)
     with pytest.raises(RacError, match=r"w: Hessian .* it must be square"):
         quantize([solved(weight, keep, target)], hessian[:, :44], **args)

@@ -30,7 +30,11 @@ def best_of_all(part: torch.Tensor, counts: torch.Tensor, bits: int) -> float:
             float(part.max().clamp(min=0)) / above if above else 0.0,
             float(-part.min().clamp(max=0)) / below if below else 0.0,
         )
-        costs += [cost(part, counts, bits, covering * step / 400, zero) for step in range(1, 401) if covering]
+        costs += [
+            cost(part, counts, bits, covering * step / 400, zero)
+            for step in range(1, 401)
+            if covering
+        ]
     return min(costs)
 
 
@@ -46,7 +50,9 @@ def lopsided(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nearly_the_least_weighted_error_of_all_scales_and_zero_points(bits, dtype):
     weight, importance = lopsided(0)
-    found = search_zero_points(weight.T.contiguous(), Grid("int", bits, SIZE, symmetric=False), importance, dtype)
+    found = search_zero_points(
+        weight.T.contiguous(), Grid("int", bits, SIZE, symmetric=False), importance, dtype
+    )
     assert found.zero is not None
     assert found.scale.shape == found.zero.shape == (3, 6)
     assert torch.equal(found.scale, found.scale.to(dtype).double())
@@ -79,7 +85,9 @@ def test_weights_on_the_grid_are_found_exactly(bits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_group_of_zeros_has_a_scale_and_a_zero_point(dtype):
-    found = search_zero_points(torch.zeros(48, 3), Grid("int", 2, 16, symmetric=False), torch.ones(48), dtype)
+    found = search_zero_points(
+        torch.zeros(48, 3), Grid("int", 2, 16, symmetric=False), torch.ones(48), dtype
+    )
     assert found.zero is not None
     assert bool((found.scale > 0).all())
     assert bool(((found.zero >= -2) & (found.zero <= 1)).all())
@@ -92,8 +100,12 @@ def test_importance_decides_which_end_is_clipped():
     for end in (0, 5):
         importance = torch.ones(6, dtype=torch.float64)
         importance[end] = 1e4
-        found = search_zero_points(weight, Grid("int", 2, None, symmetric=False), importance, torch.float32)
+        found = search_zero_points(
+            weight, Grid("int", 2, None, symmetric=False), importance, torch.float32
+        )
         assert found.zero is not None
-        errors[end] = (rounded(part, 2, float(found.scale[0, 0]), int(found.zero[0, 0])) - part).abs()
+        errors[end] = (
+            rounded(part, 2, float(found.scale[0, 0]), int(found.zero[0, 0])) - part
+        ).abs()
     assert errors[0][0] < 0.02
     assert errors[5][5] < 0.02

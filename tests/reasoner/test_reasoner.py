@@ -28,7 +28,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def reasoner():
     path = reasoner_path()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32
+    ), AutoTokenizer.from_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,11 @@ def answered(reasoner, tmp_path_factory):
     """Greedy answers to held-out problems: the result and its rows."""
     path = tmp_path_factory.mktemp("reasoner") / "rows.jsonl"
     result = evaluate(
-        *reasoner, held_out_problems("arithmetic", 600), label="dense", max_new_tokens=512, rows_path=path
+        *reasoner,
+        held_out_problems("arithmetic", 600),
+        label="dense",
+        max_new_tokens=512,
+        rows_path=path,
     )
     return result, [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -60,7 +66,9 @@ def test_its_completions_are_long_next_to_its_prompts(answered):
 @pytest.mark.slow
 def test_it_fails_without_thinking(reasoner):
     problems = held_out_problems("arithmetic", 240)
-    result = evaluate(*reasoner, problems, label="direct", max_new_tokens=64, render=direct_answer_prompt)
+    result = evaluate(
+        *reasoner, problems, label="direct", max_new_tokens=64, render=direct_answer_prompt
+    )
     assert result.accuracy < 0.2
 
 
@@ -70,13 +78,20 @@ def test_a_trace_renders_token_for_token_as_in_training(reasoner):
     assert tokenizer.decode(ids) == "<|User|>What is 12 + 34?<|Assistant|><think>\n"
     for tag in ("<think>", "</think>"):
         assert len(tokenizer.encode(tag, add_special_tokens=False)) == 1
-        assert tokenizer.decode(tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True) == tag
+        assert (
+            tokenizer.decode(
+                tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True
+            )
+            == tag
+        )
     assert tokenizer.decode(direct_answer_prompt(tokenizer, "1?")).endswith("<think>\n</think>\n")
 
 
 def test_its_linears_fit_every_format(reasoner):
     model, _ = reasoner
-    shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    shapes = {
+        n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     assert len(shapes) == 4 * 7 + 1
     assert not {name: shape for name, shape in shapes.items() if any(size % 64 for size in shape)}
 
@@ -112,13 +127,22 @@ def test_missing_assets_are_an_error_with_the_command_that_makes_them(monkeypatc
 def byte_tokenizer(chat_template):
     letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", chat_template=chat_template)
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", chat_template=chat_template
+    )
 
 
 def test_direct_answer_prompt_closes_the_thinking():
-    tokenizer = byte_tokenizer("Q: {{ messages[0].content }}{% if add_generation_prompt %} <think>\n{% endif %}")
-    assert tokenizer.decode(direct_answer_prompt(tokenizer, "1+1?")) == "Q: 1+1? <think>\n</think>\n"
+    tokenizer = byte_tokenizer(
+        "Q: {{ messages[0].content }}{% if add_generation_prompt %} <think>\n{% endif %}"
+    )
+    assert (
+        tokenizer.decode(direct_answer_prompt(tokenizer, "1+1?")) == "Q: 1+1? <think>\n</think>\n"
+    )
 
 
 def test_direct_answer_prompt_needs_a_template_that_opens_the_thinking():
@@ -142,8 +166,17 @@ def train(folder, *options):
 @pytest.mark.slow
 def test_training_is_deterministic_and_resumes_bit_by_bit(tmp_path):
     """As a command that runs to the end, and in two parts."""
-    command = [sys.executable, str(TRAINING), "--out", str(tmp_path / "a/out"), "--work", str(tmp_path / "a/work")]
-    subprocess.run([*command, *SETTINGS], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        str(TRAINING),
+        "--out",
+        str(tmp_path / "a/out"),
+        "--work",
+        str(tmp_path / "a/work"),
+    ]
+    subprocess.run(
+        [*command, *SETTINGS], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     train(tmp_path / "b", "--stop-after", "2")
     assert not (tmp_path / "b" / "out").exists()
     train(tmp_path / "b")

@@ -31,7 +31,8 @@ def sequences(count: int, seed: int = 0) -> Sequences:
         return int(torch.randint(low, high, (), generator=generator))
 
     return [
-        (torch.randint(5, 300, (number(12, 41),), generator=generator).tolist(), number(3, 9)) for _ in range(count)
+        (torch.randint(5, 300, (number(12, 41),), generator=generator).tolist(), number(3, 9))
+        for _ in range(count)
     ]
 
 

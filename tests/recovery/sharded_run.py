@@ -24,7 +24,9 @@ SETTINGS = RecoverySettings(learning_rate=3e-3, step_tokens=150, batch_tokens=90
 NAME = "model.layers.1.mlp.up_proj"
 
 
-def run(kind: str, processes: Processes, state: Path | None = None, passes: int = 1) -> tuple[Any, Any]:
+def run(
+    kind: str, processes: Processes, state: Path | None = None, passes: int = 1
+) -> tuple[Any, Any]:
     """A short recovery of the tiny model: "plain", "recomputed" or "quantized"."""
     dense, model = dense_and_sparse()
     quantized = {}
@@ -33,7 +35,9 @@ def run(kind: str, processes: Processes, state: Path | None = None, passes: int 
             weight = linear.weight.detach()
             scale = (weight.reshape(len(weight), -1, 32).abs().amax(-1) / 7.5).clamp(min=1e-6)
             quantized[name] = QuantizedWeight(Grid("int", 4, 32), scale, weight.clone())
-    settings = SETTINGS.model_copy(update={"activation_checkpointing": kind == "recomputed", "passes": passes})
+    settings = SETTINGS.model_copy(
+        update={"activation_checkpointing": kind == "recomputed", "passes": passes}
+    )
     result = recover(
         model,
         LiveTeacher(dense),

@@ -11,7 +11,12 @@ from tests.recovery.recovery_helpers import dense_and_sparse
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'rac-modifier[trl]'")
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj", "lm_head"], "lora_dropout": 0.0}
+LORA = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "down_proj", "lm_head"],
+    "lora_dropout": 0.0,
+}
 IDS = torch.tensor([[5, 9, 17, 30, 8, 44]])
 
 
@@ -39,8 +44,14 @@ def by_hand(start, steps=3):
         if hasattr(layer, "lora_A")
     }
     masks = {name.removesuffix(".weight"): mask for name, mask in sparse_masks(start).items()}
-    a = {name: layer.lora_A["default"].weight.detach().clone().requires_grad_() for name, layer in layers.items()}
-    b = {name: torch.zeros_like(layer.lora_B["default"].weight).requires_grad_() for name, layer in layers.items()}
+    a = {
+        name: layer.lora_A["default"].weight.detach().clone().requires_grad_()
+        for name, layer in layers.items()
+    }
+    b = {
+        name: torch.zeros_like(layer.lora_B["default"].weight).requires_grad_()
+        for name, layer in layers.items()
+    }
 
     def weights():
         return {
@@ -51,7 +62,9 @@ def by_hand(start, steps=3):
 
     optimizer = torch.optim.SGD([*a.values(), *b.values()], lr=0.5)
     for _ in range(steps):
-        loss = torch.func.functional_call(model, weights(), kwargs={"input_ids": IDS, "labels": IDS}).loss
+        loss = torch.func.functional_call(
+            model, weights(), kwargs={"input_ids": IDS, "labels": IDS}
+        ).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -130,7 +143,9 @@ def test_adapters_of_another_kind_are_refused():
     _, sparse = dense_and_sparse()
     other = peft.get_peft_model(sparse, peft.LoHaConfig(r=2, target_modules=["q_proj"]))
     with (
-        pytest.raises(RacError, match="adapter of a pruned weight would fill its zeros; train full"),
+        pytest.raises(
+            RacError, match="adapter of a pruned weight would fill its zeros; train full"
+        ),
         fixed_mask(other),
     ):
         pass

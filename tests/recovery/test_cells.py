@@ -13,7 +13,9 @@ def drawn(grid: Grid, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor
     """Codes [12, 64] that occur in the grid, and scales [12, groups]."""
     scale = (torch.rand(12, 64 // (grid.group_size or 64)) * 0.02 + 1e-3).to(dtype)
     if grid.kind == "float":
-        return (torch.randn(12, 64) * torch.logspace(-4, 2, 64)).to(torch.float8_e4m3fn).float(), scale
+        return (torch.randn(12, 64) * torch.logspace(-4, 2, 64)).to(
+            torch.float8_e4m3fn
+        ).float(), scale
     high = 2 ** (grid.bits - 1)
     return torch.randint(-high, high, (12, 64)).float(), scale
 
@@ -61,7 +63,9 @@ def test_a_dense_weight_inside_the_cell_is_the_master_weight():
     scale = torch.full((1, 1), 0.5)
     codes, dense = torch.tensor([[2.0, 0.0, -3.0]]), torch.tensor([[1.1, -0.2, -1.9]])
     master = master_in_cell(codes, scale, Grid("int", 4), dense)
-    torch.testing.assert_close(master, torch.tensor([[1.1, -0.2, -1.725]]))  # -3 * 0.5 = -1.5, and 0.45 * 0.5 beyond
+    torch.testing.assert_close(
+        master, torch.tensor([[1.1, -0.2, -1.725]])
+    )  # -3 * 0.5 = -1.5, and 0.45 * 0.5 beyond
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -82,7 +86,9 @@ def test_rounding_explains_the_zeros_of_a_dense_model_and_not_those_of_pruning()
     kept = dense.abs() > dense.abs().flatten().kthvalue(dense.numel() * 3 // 10).values
     pruned = pruned_share(codes * kept, scale, grid, dense)
     assert 0.05 < pruned < 0.3
-    assert pruned == float((~kept & (dense.abs() > 0.75 * spread_scales(scale, grid, 128))).float().mean())
+    assert pruned == float(
+        (~kept & (dense.abs() > 0.75 * spread_scales(scale, grid, 128))).float().mean()
+    )
 
 
 def test_a_master_weight_reaches_almost_half_way_to_the_nearer_neighbour_of_its_code():
@@ -95,12 +101,16 @@ def test_a_master_weight_reaches_almost_half_way_to_the_nearer_neighbour_of_its_
         gaps = codes.diff()
         nearer = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
         for away in (-1e4, 1e4):
-            master = master_in_cell(codes[None], torch.ones(1, 1), grid, torch.full((1, len(codes)), away))[0]
+            master = master_in_cell(
+                codes[None], torch.ones(1, 1), grid, torch.full((1, len(codes)), away)
+            )[0]
             torch.testing.assert_close((master - codes).abs(), 0.45 * nearer, rtol=1e-3, atol=0.0)
             assert bool(((master - codes) * away > 0).all())
 
 
-@pytest.mark.parametrize(("grid", "step"), [(Grid("int", 4, None), 1.0), (Grid("float", 8, None), 2.0**-9)])
+@pytest.mark.parametrize(
+    ("grid", "step"), [(Grid("int", 4, None), 1.0), (Grid("float", 8, None), 2.0**-9)]
+)
 def test_a_zero_is_pruned_where_the_dense_weight_is_above_three_quarters_of_a_step(grid, step):
     scale = torch.tensor([[0.5]])
     dense = torch.tensor([[0.7, 0.75, 0.8, -0.8]]) * step * 0.5

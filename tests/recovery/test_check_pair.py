@@ -22,7 +22,9 @@ def test_another_architecture_is_another_model():
     """The same embeddings and head, in a model of another class."""
     dense, other = tiny.tiny_model(), tiny.tiny_model()
     other.__class__ = type("Other", (type(dense),), {})
-    with pytest.raises(RacError, match="the Other to recover was not made from this Qwen3ForCausalLM"):
+    with pytest.raises(
+        RacError, match="the Other to recover was not made from this Qwen3ForCausalLM"
+    ):
         check_made_from(other, dense)
 
 

@@ -20,14 +20,18 @@ TRAINING, HELD_OUT = sequences(120, seed=1), sequences(20, seed=2)
 
 
 def run(model, dense, settings=SETTINGS, **options):
-    return recover(model, LiveTeacher(dense), TRAINING, HELD_OUT, settings, progress=False, **options)
+    return recover(
+        model, LiveTeacher(dense), TRAINING, HELD_OUT, settings, progress=False, **options
+    )
 
 
 def test_the_sparse_model_moves_towards_the_dense_one_and_no_zero_moves():
     dense, sparse = dense_and_sparse()
     before, dense_before = copy.deepcopy(sparse.state_dict()), copy.deepcopy(dense.state_dict())
     result = run(sparse, dense)
-    assert result.kl_before == pytest.approx(kl_of(dense, dense_and_sparse()[1], HELD_OUT), rel=1e-4)
+    assert result.kl_before == pytest.approx(
+        kl_of(dense, dense_and_sparse()[1], HELD_OUT), rel=1e-4
+    )
     assert result.kl_after == pytest.approx(kl_of(dense, sparse, HELD_OUT), rel=1e-4)
     assert result.kl_after < 0.85 * result.kl_before
     assert result.kept == f"after step {min(result.curve, key=lambda point: point[1])[0]}"
@@ -40,7 +44,9 @@ def test_the_sparse_model_moves_towards_the_dense_one_and_no_zero_moves():
             assert not torch.equal(after[name], weight), name
         elif "norm" in name:
             assert not torch.equal(after[name], weight), name
-    assert all(torch.equal(dense.state_dict()[name], weight) for name, weight in dense_before.items())
+    assert all(
+        torch.equal(dense.state_dict()[name], weight) for name, weight in dense_before.items()
+    )
     assert all(p.grad is None and p.requires_grad for p in sparse.parameters())
     json.dumps(result.as_dict(), allow_nan=False)
 
@@ -149,15 +155,23 @@ def test_killed_runs_end_as_an_undisturbed_one(undisturbed, tmp_path, monkeypatc
     result = run(model, dense, state=tmp_path, save_seconds=0.0)
     assert 0 < calls < expected.steps  # it went on, and did not start again
     assert result.curve == expected.curve
-    assert (result.kl_after, result.kept, result.steps) == (expected.kl_after, expected.kept, expected.steps)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), model_of_it.parameters(), strict=True))
+    assert (result.kl_after, result.kept, result.steps) == (
+        expected.kl_after,
+        expected.kept,
+        expected.steps,
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), model_of_it.parameters(), strict=True)
+    )
 
 
 def test_a_state_of_other_settings_is_not_used(tmp_path):
     dense, sparse = dense_and_sparse()
     run(sparse, dense, state=tmp_path, save_seconds=0.0)
     _, other = dense_and_sparse()
-    result = run(other, dense, SETTINGS.model_copy(update={"seed": 5}), state=tmp_path, save_seconds=0.0)
+    result = run(
+        other, dense, SETTINGS.model_copy(update={"seed": 5}), state=tmp_path, save_seconds=0.0
+    )
     _, alone = dense_and_sparse()
     assert result.curve == run(alone, dense, SETTINGS.model_copy(update={"seed": 5})).curve
 
@@ -174,7 +188,9 @@ def test_a_state_of_other_traces_or_weights_is_not_used(tmp_path, changed):
         held_out = sequences(20, seed=8)
     else:
         other.model.norm.weight.data.mul_(1.5)
-    result = recover(other, LiveTeacher(dense), training, held_out, SETTINGS, progress=False, state=tmp_path)
+    result = recover(
+        other, LiveTeacher(dense), training, held_out, SETTINGS, progress=False, state=tmp_path
+    )
     assert len(result.curve) > 2  # of steps of its own, from the start
     assert next(step for step, _ in result.curve) == 0
     assert result.curve != run(dense_and_sparse()[1], dense, state=tmp_path).curve
@@ -183,5 +199,7 @@ def test_a_state_of_other_traces_or_weights_is_not_used(tmp_path, changed):
 def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path):
     dense, sparse = dense_and_sparse()
     (tmp_path / "recovery.safetensors").write_bytes(b"cut")
-    with pytest.raises(RacError, match=r"recovery\.safetensors: the state of a recovery run cannot be read"):
+    with pytest.raises(
+        RacError, match=r"recovery\.safetensors: the state of a recovery run cannot be read"
+    ):
         run(sparse, dense, state=tmp_path)

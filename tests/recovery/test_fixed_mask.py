@@ -16,7 +16,10 @@ def small() -> torch.nn.Sequential:
 
 
 def train(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, clip: float | None = None
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int = 5,
+    clip: float | None = None,
 ) -> list[float]:
     norms = []
     for step in range(steps):
@@ -85,7 +88,10 @@ def test_it_ends_with_its_context():
 
 def test_a_weight_that_is_moved_behind_its_back_is_an_error():
     model = small()
-    with pytest.raises(RacError, match=r"0\.weight: 8 weights outside the mask are not zero"), fixed_mask(model):
+    with (
+        pytest.raises(RacError, match=r"0\.weight: 8 weights outside the mask are not zero"),
+        fixed_mask(model),
+    ):
         model[0].weight.data[:, 0] = 1.0
 
 

@@ -12,7 +12,10 @@ def test_states_are_those_that_predict_completion_tokens_in_order():
     data = sequences(3)
     with torch.no_grad():
         found = predicting_states(dense, data)
-        expected = [dense.model(torch.tensor([ids])).last_hidden_state[0, prompt - 1 : -1] for ids, prompt in data]
+        expected = [
+            dense.model(torch.tensor([ids])).last_hidden_state[0, prompt - 1 : -1]
+            for ids, prompt in data
+        ]
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 

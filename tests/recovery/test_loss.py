@@ -13,7 +13,9 @@ def case(tokens: int = 7, d: int = 5, vocabulary: int = 11):
     return hidden, torch.randn(tokens, d, generator=generator), head
 
 
-def oracle(hidden: torch.Tensor, dense: torch.Tensor, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
+def oracle(
+    hidden: torch.Tensor, dense: torch.Tensor, weight: torch.Tensor
+) -> tuple[float, torch.Tensor]:
     """KL(dense || student) and its gradient by autograd, in float64."""
     h = hidden.detach().double().requires_grad_()
     p = (dense.double() @ weight.double().T).softmax(-1)
@@ -23,7 +25,9 @@ def oracle(hidden: torch.Tensor, dense: torch.Tensor, weight: torch.Tensor) -> t
     return total.item(), h.grad
 
 
-@pytest.mark.parametrize(("elements", "cached"), [(1 << 25, 1 << 19), (22, 1 << 19), (44, 11), (1 << 25, 22)])
+@pytest.mark.parametrize(
+    ("elements", "cached"), [(1 << 25, 1 << 19), (22, 1 << 19), (44, 11), (1 << 25, 22)]
+)
 def test_loss_and_gradient_are_those_of_the_definition(elements, cached, monkeypatch):
     """In one chunk, and in chunks of two or four tokens with a shorter last one, in parts of one token or two."""
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
@@ -40,7 +44,10 @@ def test_loss_and_gradient_are_those_of_the_definition(elements, cached, monkeyp
 def test_the_direction_is_dense_to_student():
     """The reverse KL of the same two has another value: a swap would be seen."""
     hidden, dense, head = case()
-    forward, backward = head_kl(hidden, dense, head).item(), head_kl(dense, hidden.detach(), head).item()
+    forward, backward = (
+        head_kl(hidden, dense, head).item(),
+        head_kl(dense, hidden.detach(), head).item(),
+    )
     assert abs(forward - backward) > 0.05 * forward
 
 
@@ -71,6 +78,9 @@ def test_logits_that_are_large_cost_no_precision():
     one = torch.ones(7, 1)
     head = torch.nn.Linear(6, 11, bias=False)
     head.weight.data = weight
-    student, dense = torch.cat([hidden.detach(), one], 1), torch.cat([hidden.detach().flip(0), one], 1)
+    student, dense = (
+        torch.cat([hidden.detach(), one], 1),
+        torch.cat([hidden.detach().flip(0), one], 1),
+    )
     total, _ = oracle(student, dense, weight)
     assert head_kl(student, dense, head).item() == pytest.approx(total, rel=1e-3)

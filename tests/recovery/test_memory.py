@@ -26,21 +26,35 @@ SETTINGS = RecoverySettings(step_tokens=300, batch_tokens=400)
 
 
 def trained(model):
-    return sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "embed" not in name and "lm_head" not in name
+    )
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_prediction_is_what_lives_in_a_run(checkpointing, autocast, monkeypatch):
     """Within 10 %, of tensors that operators made: weights come in float32, so they are not among them."""
-    monkeypatch.setattr("rac_modifier.recovery.memory.bf16_is_fast", lambda device: autocast is not None)
+    monkeypatch.setattr(
+        "rac_modifier.recovery.memory.bf16_is_fast", lambda device: autocast is not None
+    )
     dense, sparse = dense_and_sparse()
     settings = SETTINGS.model_copy(update={"activation_checkpointing": checkpointing})
     training, held_out = sequences(60, seed=1), sequences(5, seed=2)
     need = RecoveryNeed.of(dense, settings, largest_batches(training, settings, CPU, 1), CPU)
     with LiveBytes() as live:
         live.reset()
-        recover(sparse, LiveTeacher(dense), training, held_out, settings, autocast=autocast, progress=False)
+        recover(
+            sparse,
+            LiveTeacher(dense),
+            training,
+            held_out,
+            settings,
+            autocast=autocast,
+            progress=False,
+        )
     gaps = int(0.15 * need.step)  # of the process, not of tensors
     assert need.device + need.host - gaps == pytest.approx(live.peak - live.base, rel=0.1)
 
@@ -59,7 +73,9 @@ def test_what_a_gpu_holds_and_what_the_cpu_beside_it(monkeypatch):
 def test_processes_share_weights_and_each_loads_the_model():
     dense, _ = dense_and_sparse()
     count = trained(dense)
-    one, two, four = (RecoveryNeed.of(dense, SETTINGS, [Batch(4, 40, 150)], CPU, processes=n) for n in (1, 2, 4))
+    one, two, four = (
+        RecoveryNeed.of(dense, SETTINGS, [Batch(4, 40, 150)], CPU, processes=n) for n in (1, 2, 4)
+    )
     assert four.host - two.host == 2 * 2 * 4 * count
     assert four.device < two.device
     assert one.host == 4 * count
@@ -68,15 +84,23 @@ def test_processes_share_weights_and_each_loads_the_model():
 def test_codes_take_more_than_weights():
     dense, _ = dense_and_sparse()
     coded = sum(p.numel() for name, p in dense.named_parameters() if "proj" in name)
-    plain, codes = (RecoveryNeed.of(dense, SETTINGS, [Batch(1, 40, 39)], CPU, quantizes=n) for n in (False, True))
+    plain, codes = (
+        RecoveryNeed.of(dense, SETTINGS, [Batch(1, 40, 39)], CPU, quantizes=n)
+        for n in (False, True)
+    )
     assert codes.device - plain.device == (9 + 8) * coded
 
 
 def test_the_largest_batches_are_some_that_are_trained_on():
     traces = [([1] * n, 2) for n in (20, 22, 100, 900)]
     settings = RecoverySettings(step_tokens=2000, batch_tokens=400)
-    assert largest_batches(traces, settings, CPU, 1) == [Batch(1, 900, 898), Batch(2, 22, 38, follows=False)]
-    assert largest_batches(traces[:3], settings, torch.device("cuda"), 1) == [Batch(3, 100, 136, follows=False)]
+    assert largest_batches(traces, settings, CPU, 1) == [
+        Batch(1, 900, 898),
+        Batch(2, 22, 38, follows=False),
+    ]
+    assert largest_batches(traces[:3], settings, torch.device("cuda"), 1) == [
+        Batch(3, 100, 136, follows=False)
+    ]
     assert batch_as_asked(settings) == Batch(1, 400, 399)
     assert batch_as_asked(RecoverySettings(step_tokens=512)) == Batch(1, 1024, 1023)
 
@@ -92,7 +116,8 @@ def test_too_little_memory_is_refused_with_what_would_help(monkeypatch):
     assert dataclasses.astuple(check_recovery_memory(dense, SETTINGS)) == dataclasses.astuple(need)
     memory.available = int(total / 0.9) - 1000
     with pytest.raises(
-        RacError, match=r"needs about .* GiB on the CPU .* 1 x 400 tokens.* are free; set recover.activ"
+        RacError,
+        match=r"needs about .* GiB on the CPU .* 1 x 400 tokens.* are free; set recover.activ",
     ):
         check_recovery_memory(dense, SETTINGS)
     with pytest.raises(RacError, match="GiB on the CPU"):

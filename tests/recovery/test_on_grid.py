@@ -21,7 +21,11 @@ def rounded(weight: torch.Tensor, scale: torch.Tensor, bits: int = 4) -> torch.T
 
 def scales(weight: torch.Tensor) -> torch.Tensor:
     rows, columns = weight.shape
-    return (weight.reshape(rows, columns // 32, 32).abs().amax(-1) / 7.5).clamp(min=1e-6).to(torch.bfloat16)
+    return (
+        (weight.reshape(rows, columns // 32, 32).abs().amax(-1) / 7.5)
+        .clamp(min=1e-6)
+        .to(torch.bfloat16)
+    )
 
 
 def test_the_forward_value_is_what_will_be_stored():
@@ -39,7 +43,11 @@ def with_zero_points() -> tuple[QuantizedWeight, torch.Tensor, torch.Tensor]:
     zero = torch.tensor([[-2, 1], [0, -1]], dtype=torch.int8)
     scale = torch.tensor([[0.5, 0.25], [1.0, 0.5]]).to(torch.bfloat16)
     quantized = QuantizedWeight(Grid("int", 2, 32, symmetric=False), scale, zero=zero)
-    return quantized, scale.float().repeat_interleave(32, dim=1), zero.float().repeat_interleave(32, dim=1)
+    return (
+        quantized,
+        scale.float().repeat_interleave(32, dim=1),
+        zero.float().repeat_interleave(32, dim=1),
+    )
 
 
 def test_the_forward_value_with_zero_points_is_what_will_be_stored():
@@ -97,12 +105,19 @@ def test_recovery_ends_on_the_grid_with_every_zero(bits):
             )
             zeros[name] = linear.weight.detach() == 0
             linear.register_parameter(
-                "weight_scale", torch.nn.Parameter(quantized[name].scale.clone(), requires_grad=False)
+                "weight_scale",
+                torch.nn.Parameter(quantized[name].scale.clone(), requires_grad=False),
             )
     held_out = sequences(20, seed=2)
     settings = RecoverySettings(learning_rate=3e-3, step_tokens=300, batch_tokens=400)
     result = recover(
-        sparse, LiveTeacher(dense), sequences(120, seed=1), held_out, settings, quantized=quantized, progress=False
+        sparse,
+        LiveTeacher(dense),
+        sequences(120, seed=1),
+        held_out,
+        settings,
+        quantized=quantized,
+        progress=False,
     )
     assert result.kl_after < result.kl_before
     assert result.kl_after == pytest.approx(

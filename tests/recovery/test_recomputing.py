@@ -23,7 +23,10 @@ def kept_bytes(model, enabled):
         return tensor
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with recomputing(model, enabled), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        recomputing(model, enabled),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         loss = model(input_ids=IDS, use_cache=False).logits.square().mean()
         size = sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
         loss.backward()
@@ -77,7 +80,9 @@ def test_recovery_ends_with_the_same_bits():
 
 def test_a_model_without_layers_is_refused():
     with (
-        pytest.raises(RacError, match=r"Linear has no layers .* leave recover\.activation_checkpointing out"),
+        pytest.raises(
+            RacError, match=r"Linear has no layers .* leave recover\.activation_checkpointing out"
+        ),
         recomputing(torch.nn.Linear(2, 2)),
     ):
         pass

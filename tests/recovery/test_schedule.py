@@ -33,14 +33,21 @@ def test_steps_cover_each_pass_in_another_order():
     assert [s.batches for s in steps] == [
         s.batches for s in plan_steps(data, step_tokens=200, batch_tokens=120, passes=2, seed=0)
     ]
-    assert steps[0].batches != plan_steps(data, step_tokens=200, batch_tokens=120, passes=2, seed=1)[0].batches
+    assert (
+        steps[0].batches
+        != plan_steps(data, step_tokens=200, batch_tokens=120, passes=2, seed=1)[0].batches
+    )
 
 
 def test_a_longer_sequence_begins_a_batch_where_padding_would_cost_more():
     data = [(list(range(n)), 2) for n in (10, 12, 30, 31, 33)]
-    (step,) = plan_steps(data, step_tokens=1000, batch_tokens=4096, passes=1, seed=0, most_padding=5)
+    (step,) = plan_steps(
+        data, step_tokens=1000, batch_tokens=4096, passes=1, seed=0, most_padding=5
+    )
     assert [[len(ids) for ids, _ in batch] for batch in step.batches] == [[10, 12], [30, 31, 33]]
-    (step,) = plan_steps(data, step_tokens=1000, batch_tokens=4096, passes=1, seed=0, most_padding=3)
+    (step,) = plan_steps(
+        data, step_tokens=1000, batch_tokens=4096, passes=1, seed=0, most_padding=3
+    )
     assert [[len(ids) for ids, _ in batch] for batch in step.batches] == [[10, 12], [30, 31], [33]]
     (step,) = plan_steps(data, step_tokens=1000, batch_tokens=4096, passes=1, seed=0)
     assert len(step.batches) == 1

@@ -54,4 +54,9 @@ def test_a_model_whose_layers_are_unknown_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model[0].weight.data[:, ::2] = 0.0
     with pytest.raises(RacError, match=r"Sequential has no layers .* leave torchrun out"):
-        spread(model, dict(model.named_parameters()), FixedMask(model), Processes(0, 2, torch.device("cpu")))
+        spread(
+            model,
+            dict(model.named_parameters()),
+            FixedMask(model),
+            Processes(0, 2, torch.device("cpu")),
+        )

@@ -36,7 +36,9 @@ def test_two_processes_end_as_one(folder, kind):
     else:
         torch.testing.assert_close(found.pop("curve"), curve, rtol=1e-4, atol=0)
     zeros = {
-        name for name, linear in model.named_modules() if isinstance(linear, torch.nn.Linear) and name != "lm_head"
+        name
+        for name, linear in model.named_modules()
+        if isinstance(linear, torch.nn.Linear) and name != "lm_head"
     }
     start = dense_and_sparse()[1].state_dict()
     for name, weight in model.state_dict().items():
@@ -50,14 +52,19 @@ def test_two_processes_end_as_one(folder, kind):
 def test_each_process_holds_half_and_a_killed_run_goes_on(folder):
     ends = [load_file(folder / f"killed-{rank}.safetensors") for rank in range(2)]
     trained = sum(
-        p.numel() for n, p in dense_and_sparse()[1].named_parameters() if "embed" not in n and "lm_head" not in n
+        p.numel()
+        for n, p in dense_and_sparse()[1].named_parameters()
+        if "embed" not in n and "lm_head" not in n
     )
     held = [end["held"].unique().tolist() for end in ends]
     assert all(len(counts) == 1 for counts in held)
     assert sum(counts[0] for counts in held) == trained
     assert abs(held[0][0] - held[1][0]) < 0.01 * trained
     steps = run("plain", Processes())[0].steps
-    assert [int(end["steps"]) for end in ends] == [steps - 2, steps - 2]  # two were done when it was killed
+    assert [int(end["steps"]) for end in ends] == [
+        steps - 2,
+        steps - 2,
+    ]  # two were done when it was killed
     plain = load_file(folder / "plain.safetensors")
     assert all(torch.equal(end["weight"], plain[f"{NAME}.weight"]) for end in ends)
 

@@ -11,7 +11,13 @@ def test_activations_grow_with_tokens_and_checkpointing_keeps_few_of_them():
 
     def taken(length, checkpointing):
         return step_bytes(
-            dense, 1, length, length - 1, autocast=None, checkpointing=checkpointing, keep_gradients=False
+            dense,
+            1,
+            length,
+            length - 1,
+            autocast=None,
+            checkpointing=checkpointing,
+            keep_gradients=False,
         )
 
     assert 1.8 * taken(100, False) < taken(200, False) < 2.2 * taken(100, False)
@@ -32,5 +38,8 @@ def test_counting_leaves_the_model_as_it_is():
 
 def test_a_second_batch_of_a_step_finds_the_gradients_of_the_first():
     dense, _ = dense_and_sparse()
-    one, two = (step_bytes(dense, 1, 100, 99, autocast=None, checkpointing=False, micro_batches=n) for n in (1, 2))
+    one, two = (
+        step_bytes(dense, 1, 100, 99, autocast=None, checkpointing=False, micro_batches=n)
+        for n in (1, 2)
+    )
     assert one < two <= one + 4 * sum(p.numel() for p in dense.parameters())

@@ -12,7 +12,10 @@ from rac_modifier.recovery.state import Progress, hold, load_state, save_state
 
 def trained(steps: int):
     torch.manual_seed(0)
-    parameters = {"w": torch.nn.Parameter(torch.randn(4, 3)), "b": torch.nn.Parameter(torch.randn(3))}
+    parameters = {
+        "w": torch.nn.Parameter(torch.randn(4, 3)),
+        "b": torch.nn.Parameter(torch.randn(3)),
+    }
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
     for _ in range(steps):
         (parameters["w"].square().sum() + parameters["b"].sum()).backward()
@@ -29,7 +32,9 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     found = load_state(tmp_path, "key", others, other_optimizer)
     assert torch.equal(found.best.pop("w"), torch.ones(4, 3))
     assert found == Progress("key", 3, {}, 2, 0.25, [(0, 0.5), (2, 0.25)])
-    assert all(torch.equal(others.parameters[name], parameters.parameters[name]) for name in ("w", "b"))
+    assert all(
+        torch.equal(others.parameters[name], parameters.parameters[name]) for name in ("w", "b")
+    )
     for name, parameter in parameters.parameters.items():
         for part, value in optimizer.state[parameter].items():
             assert torch.equal(other_optimizer.state[others.parameters[name]][part], value), part
@@ -53,7 +58,9 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(RacError, match=r"cannot be written \(.*No space left.*start the same command again"):
+    with pytest.raises(
+        RacError, match=r"cannot be written \(.*No space left.*start the same command again"
+    ):
         save_state(tmp_path, Progress("key", 4), *trained(4))
     assert (tmp_path / "recovery.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["recovery.safetensors"]
@@ -72,10 +79,14 @@ sys.stdin.read()
 def test_another_process_keeps_this_one_out_of_a_folder_until_it_ends(tmp_path):
     folder = tmp_path / "rac_recovery" / "model"
     command = [sys.executable, "-c", HOLDER, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         for _ in range(2):
-            with pytest.raises(RacError, match=rf"another process \(pid {other.pid}\).*recover\.folder"):
+            with pytest.raises(
+                RacError, match=rf"another process \(pid {other.pid}\).*recover\.folder"
+            ):
                 hold(folder)
         other.kill()
         other.wait()

@@ -73,7 +73,9 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(RacError, match=r"cannot be written \(.*No space left.*nothing is left of them: make room"):
+    with pytest.raises(
+        RacError, match=r"cannot be written \(.*No space left.*nothing is left of them: make room"
+    ):
         StoredTeacher.write(model, data, tmp_path, key="k")
     assert len(written) == 2
     assert list(tmp_path.iterdir()) == []
@@ -81,6 +83,11 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_names_tell_prompts_and_ids_apart():
-    names = {name_of(([1, 2, 3], 1)), name_of(([1, 2, 3], 2)), name_of(([1, 23], 1)), name_of(([12, 3], 1))}
+    names = {
+        name_of(([1, 2, 3], 1)),
+        name_of(([1, 2, 3], 2)),
+        name_of(([1, 23], 1)),
+        name_of(([12, 3], 1)),
+    }
     assert len(names) == 4
     assert name_of(((1, 2, 3), 1)) == name_of(([1, 2, 3], 1))

@@ -35,7 +35,9 @@ def test_a_tied_embedding_is_frozen_with_its_head():
 def test_scales_are_not_trained_as_they_are():
     _, model = dense_and_sparse()
     linear = model.model.layers[0].mlp.up_proj
-    linear.register_parameter("weight_scale", torch.nn.Parameter(torch.ones(128, 1), requires_grad=False))
+    linear.register_parameter(
+        "weight_scale", torch.nn.Parameter(torch.ones(128, 1), requires_grad=False)
+    )
     with in_float32(model):
         assert not linear.weight_scale.requires_grad
 

@@ -17,7 +17,9 @@ SETTINGS = RecoverySettings(learning_rate=3e-3, step_tokens=300, batch_tokens=40
 
 def run(model, dense, settings=SETTINGS, **options):
     training, held_out = sequences(40, seed=1), sequences(10, seed=2)
-    return recover(model, LiveTeacher(dense), training, held_out, settings, progress=False, **options)
+    return recover(
+        model, LiveTeacher(dense), training, held_out, settings, progress=False, **options
+    )
 
 
 @pytest.fixture
@@ -47,23 +49,35 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_training(tmp_path, mon
     assert calls > 3
     assert sum("training goes on without a new state: no room" in text for text in warnings) == 2
     assert result.curve == expected.curve
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True)
+    )
     assert (tmp_path / "recovery.safetensors").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"folder": "elsewhere"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation_checkpointing": True}, {"folder": "elsewhere"}], ids=str
+)
 def test_after_the_end_nothing_is_trained_again(tmp_path, monkeypatch, changes):
     """Also with settings that change no result."""
     dense, first = dense_and_sparse()
-    expected = run(first, dense, state=tmp_path)  # no state before the end: five minutes are not over
+    expected = run(
+        first, dense, state=tmp_path
+    )  # no state before the end: five minutes are not over
     steps = []
     step = TrainingLoop.step
     monkeypatch.setattr(TrainingLoop, "step", lambda *args: (steps.append(1), step(*args))[1])
     _, model = dense_and_sparse()
     result = run(model, dense, SETTINGS.model_copy(update=changes), state=tmp_path)
     assert steps == []
-    assert (result.curve, result.kl_after, result.kept) == (expected.curve, expected.kl_after, expected.kept)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), first.parameters(), strict=True))
+    assert (result.curve, result.kl_after, result.kept) == (
+        expected.curve,
+        expected.kl_after,
+        expected.kept,
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), first.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

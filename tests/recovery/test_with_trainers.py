@@ -76,5 +76,7 @@ def test_adapters_that_trl_adds_are_merged_under_the_mask(packed, tmp_path):
 
 def test_codes_are_no_weights_to_train(tmp_path):
     saved(save_tiny(tmp_path / "int4"), SCHEMES["int4"], pruned=True)
-    with pytest.raises(RacError, match="hold codes, which no trainer of weights can train; recover it with"):
+    with pytest.raises(
+        RacError, match="hold codes, which no trainer of weights can train; recover it with"
+    ):
         FixedMask(rac_modifier.load_model(tmp_path / "int4"))

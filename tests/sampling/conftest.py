@@ -40,7 +40,11 @@ def make(server, identity, tokenizer):
     def make(*, urls=None, weights=None, **engine):
         settings = {"concurrency": 4, "verify_model": False, "timeout": 5, **engine}
         one = ServerEngine(
-            EngineSettings(base_urls=urls or (server.url,), **settings), identity, tokenizer, SAMPLING, weights
+            EngineSettings(base_urls=urls or (server.url,), **settings),
+            identity,
+            tokenizer,
+            SAMPLING,
+            weights,
         )
         made.append(one)
         return one

@@ -42,7 +42,9 @@ class FakeServer:
         self.answer: Callable[[dict[str, Any]], list[int]] = rule
         self.text: Callable[[list[int]], str] = lambda ids: "text"
         self.eos = {EOS}
-        self.cards: list[dict[str, Any]] = [{"id": NAME, "root": "/models/tiny", "max_model_len": 512}]
+        self.cards: list[dict[str, Any]] = [
+            {"id": NAME, "root": "/models/tiny", "max_model_len": 512}
+        ]
         self.list_status = 200
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.bodies: list[dict[str, Any]] = []
@@ -139,7 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[: len(content) // 2]
         self.send(200, content, cut=fault == "truncate")
 
-    def send(self, status: int, content: Any, headers: dict[str, str] | None = None, cut: bool = False) -> None:
+    def send(
+        self, status: int, content: Any, headers: dict[str, str] | None = None, cut: bool = False
+    ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))

@@ -72,7 +72,9 @@ def main(folder: str) -> None:
     if fault == "silent":
         sys.exit(7)
     print("still loading", flush=True)
-    worker = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])  # as vLLM's engine process
+    worker = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+    )  # as vLLM's engine process
     note(Path(folder), worker.pid)
     if fault == "never":
         time.sleep(600)

@@ -9,12 +9,22 @@ from typing import Any, BinaryIO
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _LIST = 8, 9
 # Qwen2's, which "deepseek-r1-qwen" shares.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _NORMAL = 1
 
 
@@ -39,7 +49,9 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind != _NORMAL]
     # The thinking tags stay when special tokens are left out of a text, as in the model's own tokenizer_config.json.
-    core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special if "think>" not in t])
+    core.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t in special if "think>" not in t]
+    )
     core.add_tokens([AddedToken(t, normalized=False) for t in special if "think>" in t])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -39,7 +39,9 @@ def test_it_is_attention_in_which_neighbouring_heads_share_keys(heads, shared):
     module = torch.nn.Module()
     module.num_key_value_groups = heads // shared
     found, _ = grouped_sdpa(module, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(found.double(), written_out(query, key, value, mask, 0.3), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), written_out(query, key, value, mask, 0.3), rtol=1e-5, atol=1e-6
+    )
 
 
 def llama() -> LlamaForCausalLM:
@@ -61,7 +63,13 @@ def test_models_decode_the_same_tokens_and_keep_their_attention(make, monkeypatc
 
     monkeypatch.setattr(attention, "grouped_sdpa", counted)
     prompts = [[2, 40, 50], [2, 60], [2, *range(10, 30)]]
-    options = {"limits": [20] * 3, "eos": [], "pad": 0, "draw": Draw(1.0), "rows": row_keys(0, ["a", "b", "c"])}
+    options = {
+        "limits": [20] * 3,
+        "eos": [],
+        "pad": 0,
+        "draw": Draw(1.0),
+        "rows": row_keys(0, ["a", "b", "c"]),
+    }
     plain = decode(model, prompts, **options)
     assert not used
     with grouped_attention(model):

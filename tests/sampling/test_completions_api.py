@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.completions_api import Request, UnusableError, error_text, read_answer, trace_seed
+from rac_modifier.sampling.completions_api import (
+    Request,
+    UnusableError,
+    error_text,
+    read_answer,
+    trace_seed,
+)
 from rac_modifier.settings.sampling import SamplingSettings
 
 REQUEST = Request((3, 4), 4, 0, (1, 2))
@@ -68,14 +74,22 @@ def test_answers_to_ask_for_again(content):
 )
 def test_text_without_ids_is_tokenized_where_that_is_enough(choice, ids, reason):
     """The EOS is not in the text, and a count of other tokens may be above the cap."""
-    found = read_answer(REQUEST, answer(token_ids=None, **choice), 10, "s", lambda text: text.encode())
+    found = read_answer(
+        REQUEST, answer(token_ids=None, **choice), 10, "s", lambda text: text.encode()
+    )
     assert (found.ids, found.finish_reason) == (ids, reason)
     exact = read_answer(REQUEST, answer(text="other"), 10, "s", lambda text: text.encode())
     assert exact.ids == (5, 6, 1), "ids that are there count"
 
 
 @pytest.mark.parametrize(
-    "choice", [{}, {"text": 5}, {"text": "a", "finish_reason": "abort"}, {"text": "", "finish_reason": "length"}]
+    "choice",
+    [
+        {},
+        {"text": 5},
+        {"text": "a", "finish_reason": "abort"},
+        {"text": "", "finish_reason": "length"},
+    ],
 )
 def test_text_to_ask_for_again(choice):
     with pytest.raises(UnusableError, match="finish_reason"):
@@ -92,9 +106,15 @@ def test_no_cut_answer_passes(length):
     ("content", "words"),
     [
         (answer(token_ids=None), "s returned text without token ids.*return_token_ids"),
-        (answer(prompt_token_ids=[4]), r"s read another prompt than it was sent \(1 tokens, not 2\)"),
+        (
+            answer(prompt_token_ids=[4]),
+            r"s read another prompt than it was sent \(1 tokens, not 2\)",
+        ),
         (answer(token_ids=[5, 6]), r"ended a completion on token 6, which is no EOS \(1, 2\)"),
-        (answer(token_ids=[5, 2, 6, 1]), "continued a completion after an EOS; switch off `ignore_eos`"),
+        (
+            answer(token_ids=[5, 2, 6, 1]),
+            "continued a completion after an EOS; switch off `ignore_eos`",
+        ),
     ],
 )
 def test_answers_that_another_try_does_not_mend(content, words):
@@ -116,7 +136,9 @@ def test_seeds_follow_seed_and_key():
     assert len(seeds) == 900
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert trace_seed(1, "a") == trace_seed(1, "a")
-    assert trace_seed(0, "addition:1,2#0") == 2074697376  # stores that exist were sampled with these
+    assert (
+        trace_seed(0, "addition:1,2#0") == 2074697376
+    )  # stores that exist were sampled with these
 
 
 @pytest.mark.parametrize(

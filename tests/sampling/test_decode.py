@@ -9,7 +9,14 @@ from rac_modifier.sampling.row_noise import gumbel_noise, row_keys
 from tests.tiny import tiny_model
 
 EOS = [1, *range(118, 128)]
-PROMPTS = [[2, 40, 50], [2, 60], [2, 10, 11, 12, 13, 14, 15, 16], [2, 33, 34, 35, 36], [2, 9], [2, 71, 72]]
+PROMPTS = [
+    [2, 40, 50],
+    [2, 60],
+    [2, 10, 11, 12, 13, 14, 15, 16],
+    [2, 33, 34, 35, 36],
+    [2, 9],
+    [2, 71, 72],
+]
 LIMITS = [24, 3, 20, 24, 1, 24]
 
 
@@ -35,7 +42,9 @@ def alone(model, prompt, limit, key, temperature):
 def test_each_row_is_what_it_is_alone(model, temperature):
     keys = row_keys(5, [f"k{i}" for i in range(len(PROMPTS))])
     rows = decode(model, PROMPTS, limits=LIMITS, eos=EOS, pad=0, draw=Draw(temperature), rows=keys)
-    expected = [alone(model, *each, temperature) for each in zip(PROMPTS, LIMITS, keys, strict=True)]
+    expected = [
+        alone(model, *each, temperature) for each in zip(PROMPTS, LIMITS, keys, strict=True)
+    ]
     assert [row[: len(e)] for row, e in zip(rows, expected, strict=True)] == expected
     assert [len(row) for row in rows] == LIMITS
     if temperature:
@@ -54,8 +63,18 @@ def test_ended_rows_are_not_computed(model, monkeypatch):
     monkeypatch.setattr(model, "forward", counting)
     limits = [2, 3, 4, 5, 6, 7, 8, 20]
     prompts = [[2, 40 + i] for i in range(8)]
-    decode(model, prompts, limits=limits, eos=[], pad=0, draw=Draw(0.0), rows=torch.zeros(8, dtype=torch.int64))
+    decode(
+        model,
+        prompts,
+        limits=limits,
+        eos=[],
+        pad=0,
+        draw=Draw(0.0),
+        rows=torch.zeros(8, dtype=torch.int64),
+    )
     assert len(sizes) == 20
     assert sizes[:2] == [8, 8]
     assert sizes[-1] == 1
-    assert all(size <= sum(limit > step for limit in limits) / 0.75 for step, size in enumerate(sizes))
+    assert all(
+        size <= sum(limit > step for limit in limits) / 0.75 for step, size in enumerate(sizes)
+    )

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rac_modifier.sampling.draw import Draw
 from rac_modifier.sampling.row_noise import gumbel_noise, row_keys
@@ -13,7 +18,9 @@ SHAPES = {"peaked": 4.0, "flat": 0.4}  # with the flat one, top-p 0.95 needs tho
 
 
 def logits(spread: float, seed: int = 0) -> torch.Tensor:
-    return spread * torch.randn(len(ROWS), VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    return spread * torch.randn(
+        len(ROWS), VOCABULARY, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def warped(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
@@ -43,12 +50,16 @@ def test_tokens_equal_those_of_a_full_sort(shape, temperature, top_k, top_p):
     draw = Draw(temperature, top_k, top_p)
     for position in range(8):
         scores = logits(SHAPES[shape], seed=position)
-        whole = warped(scores, temperature, top_k, top_p) + gumbel_noise(ROWS, position, torch.arange(VOCABULARY))
+        whole = warped(scores, temperature, top_k, top_p) + gumbel_noise(
+            ROWS, position, torch.arange(VOCABULARY)
+        )
         assert torch.equal(draw.tokens(scores, ROWS, position), whole.argmax(-1))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.95), (0, 0.2), (0, 0.0001), (50, 0.5), (7, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.95), (0, 0.2), (0, 0.0001), (50, 0.5), (7, 1.0)]
+)
 def test_candidates_are_those_that_warpers_leave(shape, top_k, top_p):
     scores = logits(SHAPES[shape])
     values, ids = Draw(1.0, top_k, top_p)._candidates(scores)

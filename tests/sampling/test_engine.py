@@ -16,10 +16,17 @@ def test_a_record_is_read_back_from_json():
 
 def test_a_store_without_a_record_was_filled_in_process():
     """Headers that were written before there were servers."""
-    assert EngineRecord().model_dump() == {"kind": "transformers", "served_model": None, "root": None, "probes": ()}
+    assert EngineRecord().model_dump() == {
+        "kind": "transformers",
+        "served_model": None,
+        "root": None,
+        "probes": (),
+    }
 
 
-@pytest.mark.parametrize("fields", [{"kind": "vllm"}, {"url": "http://a"}, {"probes": [{"prompt_ids": [1]}]}])
+@pytest.mark.parametrize(
+    "fields", [{"kind": "vllm"}, {"url": "http://a"}, {"probes": [{"prompt_ids": [1]}]}]
+)
 def test_a_record_of_another_form_is_refused(fields):
     with pytest.raises(ValidationError):
         EngineRecord(**fields)

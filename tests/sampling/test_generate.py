@@ -37,7 +37,9 @@ def warnings():
 
 @pytest.mark.parametrize("how", [HOT, GREEDY])
 def test_a_completion_does_not_depend_on_its_batch(model, tokenizer, how):
-    alone = [generate(model, tokenizer, [p], how, [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)]
+    alone = [
+        generate(model, tokenizer, [p], how, [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)
+    ]
     assert generate(model, tokenizer, PROMPTS, how, KEYS) == alone
     assert generate(model, tokenizer, PROMPTS[::-1], how, KEYS[::-1]) == alone[::-1]
 
@@ -124,7 +126,9 @@ def test_the_context_caps_each_row_by_its_own_prompt_and_says_so(warnings):
 def test_the_models_own_generation_config_does_not_leak_in_and_comes_back(warnings):
     model, tokenizer = tiny_model(vocab_size=128), tiny_tokenizer()
     expected = generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
-    own = GenerationConfig(eos_token_id=1, repetition_penalty=5.0, num_beams=3, min_new_tokens=20, suppress_tokens=[3])
+    own = GenerationConfig(
+        eos_token_id=1, repetition_penalty=5.0, num_beams=3, min_new_tokens=20, suppress_tokens=[3]
+    )
     model.generation_config = own
     model.train()
     assert generate(model, tokenizer, PROMPTS, GREEDY, KEYS) == expected

@@ -25,7 +25,10 @@ def test_a_completion_is_what_generate_gives_for_the_key_alone(model):
     assert [[c.prompt for c in some] for some in yielded] == [PROMPTS[:3], PROMPTS[3:]]
     for completion in (c for some in yielded for c in some):
         prompt = completion.prompt
-        assert completion.outcome == generate(model, tokenizer, [list(prompt.ids)], SAMPLING, [prompt.key])[0]
+        assert (
+            completion.outcome
+            == generate(model, tokenizer, [list(prompt.ids)], SAMPLING, [prompt.key])[0]
+        )
     engine.close()
 
 
@@ -38,7 +41,9 @@ def test_a_batch_is_computed_together_and_only_when_it_is_wanted(model, monkeypa
         return generate(model, tokenizer, prompts, settings, keys)
 
     monkeypatch.setattr(in_process, "generate", counting)
-    finished = InProcessEngine(model, tiny_tokenizer(), SAMPLING).iter_completions(iter([PROMPTS[:1], PROMPTS[1:]]))
+    finished = InProcessEngine(model, tiny_tokenizer(), SAMPLING).iter_completions(
+        iter([PROMPTS[:1], PROMPTS[1:]])
+    )
     assert sizes == []
     next(finished)
     assert sizes == [1]
@@ -50,4 +55,9 @@ def test_a_batch_is_computed_together_and_only_when_it_is_wanted(model, monkeypa
 def test_its_record(model):
     engine = InProcessEngine(model, tiny_tokenizer(), SAMPLING)
     record = engine.connect()
-    assert (record.kind, record.probes, engine.kind, engine.batch_size) == ("transformers", (), "transformers", 3)
+    assert (record.kind, record.probes, engine.kind, engine.batch_size) == (
+        "transformers",
+        (),
+        "transformers",
+        3,
+    )

@@ -8,7 +8,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3ForCausalL
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling import model_identity
-from rac_modifier.sampling.model_identity import ModelIdentity, model_fingerprint, tokenizer_fingerprint
+from rac_modifier.sampling.model_identity import (
+    ModelIdentity,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -105,7 +109,9 @@ def test_files_that_name_tensors_differently_are_loaded(tmp_path, monkeypatch):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["other.name"] = tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(model_identity.AutoModelForCausalLM, "from_pretrained", lambda source, **kwargs: model)
+    monkeypatch.setattr(
+        model_identity.AutoModelForCausalLM, "from_pretrained", lambda source, **kwargs: model
+    )
     assert ModelIdentity.of_files(str(tmp_path)) == ModelIdentity.of_model(model)
 
 
@@ -116,13 +122,17 @@ def test_a_model_on_disk_is_known_as_if_loaded(tmp_path, tied, shards):
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[1, 2])
     model.save_pretrained(tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "40KB")
-    loaded = ModelIdentity.of_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    loaded = ModelIdentity.of_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    )
     found = ModelIdentity.of_files(str(tmp_path))
     assert (found.name, found.fingerprint) == (loaded.name, loaded.fingerprint)
     assert found.source == loaded.source == str(tmp_path)
     assert (found.vocab_size, found.context) == (loaded.vocab_size, loaded.context)
     assert found.eos(tiny_tokenizer()) == (1, 2)
-    assert SamplingSettings().resolved(found.generation_config) == SamplingSettings().resolved(loaded.generation_config)
+    assert SamplingSettings().resolved(found.generation_config) == SamplingSettings().resolved(
+        loaded.generation_config
+    )
 
 
 def test_a_model_that_is_not_there(tmp_path):

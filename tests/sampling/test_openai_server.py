@@ -23,7 +23,11 @@ def prompts(count, start=0):
 
 def outcomes(engine, many):
     engine.connect()
-    return {c.prompt.key: c.outcome for some in engine.iter_completions([[p] for p in many]) for c in some}
+    return {
+        c.prompt.key: c.outcome
+        for some in engine.iter_completions([[p] for p in many])
+        for c in some
+    }
 
 
 def expected(prompt, seed=0):
@@ -150,7 +154,10 @@ def test_a_completion_ends_at_the_models_context_and_a_warning_says_so(make, ser
     logger.remove(sink)
     assert server.bodies[-1]["max_tokens"] == 7
     (warning,) = [line for line in lines if "context" in line]
-    assert f"max_new_tokens={most} and the prompt do not fit the model's context of 512 tokens" in warning
+    assert (
+        f"max_new_tokens={most} and the prompt do not fit the model's context of 512 tokens"
+        in warning
+    )
 
 
 def states(*pairs):
@@ -199,7 +206,9 @@ def test_a_server_that_fails_costs_few_tries_and_no_problem(make, server, fault)
     server.delay = lambda body: 0.02
     try:
         found = outcomes(make(urls=(server.url, other.url), timeout=0.3), prompts(40))
-        assert {key: one.ids for key, one in found.items()} == {p.key: expected(p) for p in prompts(40)}
+        assert {key: one.ids for key, one in found.items()} == {
+            p.key: expected(p) for p in prompts(40)
+        }
         assert server.most_at_once >= 3
     finally:
         other.close()

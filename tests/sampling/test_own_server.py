@@ -85,7 +85,9 @@ def test_a_failed_start_shows_the_last_lines(vllm, monkeypatch):
     with pytest.raises(RacError) as caught, vllm_server(vllm, "m"):
         pass
     text = str(caught.value)
-    assert text.startswith("vllm serve stopped with exit code 1; its options (such as --max-model-len 8192) are set in")
+    assert text.startswith(
+        "vllm serve stopped with exit code 1; its options (such as --max-model-len 8192) are set in"
+    )
     assert "RAC_VLLM_OPTIONS. Its last lines:\n" in text
     assert text.endswith("loading part 38\nloading part 39\nValueError: the KV cache does not fit")
     assert "loading part 3\n" not in text
@@ -97,25 +99,36 @@ def test_a_failed_start_shows_the_first_error_where_the_last_lines_do_not(vllm, 
         pass
     text = str(caught.value)
     cause = "(Worker pid=7) ERROR 11-26 [executor.py:953] ValueError: no memory on node 0"
-    assert f"RAC_VLLM_OPTIONS. Its first error:\n{cause}\nIts last lines:\n  File part16.py\n" in text
+    assert (
+        f"RAC_VLLM_OPTIONS. Its first error:\n{cause}\nIts last lines:\n  File part16.py\n" in text
+    )
     assert text.endswith("RuntimeError: Engine core initialization failed. See root cause above.")
 
 
 def test_a_server_that_cannot_read_seeded_prompts_in_parts_is_explained(tmp_path):
     with (tmp_path / "log").open("w+b") as log:
-        log.write(b"(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n" + b"a line\n" * 30)
+        log.write(
+            b"(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n"
+            + b"a line\n" * 30
+        )
         log.flush()
         text = end_of(log)
     assert text.startswith(
         "On a CPU, vLLM fails where it reads the prompt of a request with a seed in parts: set "
         "RAC_VLLM_OPTIONS=--no-enable-chunked-prefill. Its first error:\n"
     )
-    assert "Its first error:\n(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n" in text
+    assert (
+        "Its first error:\n(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n"
+        in text
+    )
 
 
 def test_a_failed_start_without_a_word(vllm, monkeypatch):
     monkeypatch.setenv(fake_vllm.FAULT, "silent")
-    with pytest.raises(RacError, match=r"exit code 7; .* It printed nothing\Z"), vllm_server(vllm, "m"):
+    with (
+        pytest.raises(RacError, match=r"exit code 7; .* It printed nothing\Z"),
+        vllm_server(vllm, "m"),
+    ):
         pass
 
 
@@ -210,6 +223,9 @@ def test_a_server_on_demand_that_cannot_start_is_tried_once(vllm, monkeypatch):
 
     with ServerOnDemand(start) as server:
         for _ in range(2):
-            with pytest.raises(RacError, match="vllm serve stopped with exit code 1;"), server.asked():
+            with (
+                pytest.raises(RacError, match="vllm serve stopped with exit code 1;"),
+                server.asked(),
+            ):
                 pass
     assert started == ["m"]

@@ -82,9 +82,7 @@ def test_one_model_in_two_places_passes(root, model):
     ],
 )
 def test_a_model_of_another_name_is_refused(root, model):
-    words = (
-        r"s serves '.+', and the model to be evaluated is '.+'; .* set engine\.model \(rac eval: --served-as\) to 'a'"
-    )
+    words = r"s serves '.+', and the model to be evaluated is '.+'; .* set engine\.model \(rac eval: --served-as\) to 'a'"
     with pytest.raises(RacError, match=words):
         check_name({"id": "a", "root": root}, model, "s")
 
@@ -104,7 +102,9 @@ def test_the_servers_limit_must_hold_a_chain_of_thought(tmp_path, limit, context
     if fits:
         check_card(card, str(tmp_path), context, wanted, "s")
         return
-    with pytest.raises(RacError, match=f"s takes sequences of up to {limit} tokens, and max_new_tokens={wanted}"):
+    with pytest.raises(
+        RacError, match=f"s takes sequences of up to {limit} tokens, and max_new_tokens={wanted}"
+    ):
         check_card(card, str(tmp_path), context, wanted, "s")
 
 
@@ -122,7 +122,9 @@ def test_the_same_weights_in_bfloat16_pass_and_others_do_not():
     model = tiny_model().train()
     check_probes(model, [greedy(tiny_model().to(torch.bfloat16))], "s")
     assert model.training
-    with pytest.raises(RacError, match=r"s holds another model than 'Qwen3ForCausalLM': .* of its 24 greedy tokens"):
+    with pytest.raises(
+        RacError, match=r"s holds another model than 'Qwen3ForCausalLM': .* of its 24 greedy tokens"
+    ):
         check_probes(model, [greedy(tiny_model()), greedy(tiny_model(seed=1))], "s")
 
 

@@ -23,7 +23,8 @@ def test_a_system_prompt_stands_first_and_there_is_none_by_default():
 def test_without_a_template_the_bare_question_is_an_option_not_a_fallback():
     tokenizer = tiny_tokenizer(chat_template=None)
     with pytest.raises(
-        RacError, match=r"no chat template; give the model the bare question .*--template none of rac eval"
+        RacError,
+        match=r"no chat template; give the model the bare question .*--template none of rac eval",
     ):
         render_prompt(tokenizer, "2+2?")
     assert text(render_prompt(tokenizer, "2+2?", template="none")) == "2+2?"
@@ -32,7 +33,10 @@ def test_without_a_template_the_bare_question_is_an_option_not_a_fallback():
 def test_thinking_can_be_switched_off_where_the_template_can():
     off = SamplingSettings(thinking=False)
     assert text(render_question(tiny_tokenizer(), "2+2?", off)) == "<user>2+2?<assistant>"
-    assert text(render_question(tiny_tokenizer(), "2+2?", SamplingSettings())) == "<user>2+2?<assistant><think>"
+    assert (
+        text(render_question(tiny_tokenizer(), "2+2?", SamplingSettings()))
+        == "<user>2+2?<assistant><think>"
+    )
 
 
 def test_bad_input():
@@ -40,6 +44,8 @@ def test_bad_input():
         render_prompt(tiny_tokenizer(), "q", "s", template="none")
     with pytest.raises(RacError, match="empty prompt"):
         render_prompt(tiny_tokenizer(), "", template="none")
-    picky = tiny_tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
+    picky = tiny_tokenizer(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
     with pytest.raises(RacError, match=r"rejects.*no system role.*leave system_prompt out"):
         render_prompt(picky, "q", "s")

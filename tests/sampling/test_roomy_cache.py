@@ -55,7 +55,9 @@ def test_what_was_handed_out_is_not_written_over():
     assert torch.equal(first, states(2, 4, 0)[0])
     layer.keys = layer.keys[..., :3, :]  # somebody goes back by two tokens
     again, _ = layer.update(*states(2, 1, 2))
-    assert torch.equal(again, torch.cat([states(2, 4, 0)[0][..., :3, :], states(2, 1, 2)[0]], dim=-2))
+    assert torch.equal(
+        again, torch.cat([states(2, 4, 0)[0][..., :3, :], states(2, 1, 2)[0]], dim=-2)
+    )
     assert torch.equal(first, states(2, 4, 0)[0])
 
 
@@ -76,5 +78,8 @@ def test_a_model_gives_the_same_logits():
     ids = torch.randint(5, 128, (3, 160), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for part in (ids[:, :7], *ids[:, 7:].split(1, dim=1)):
-            found, expected = (model(input_ids=part, past_key_values=c, use_cache=True).logits for c in (ours, theirs))
+            found, expected = (
+                model(input_ids=part, past_key_values=c, use_cache=True).logits
+                for c in (ours, theirs)
+            )
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

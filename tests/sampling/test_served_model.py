@@ -40,7 +40,10 @@ def test_the_folder_that_the_server_loaded_is_compared_with_ours(server, tokeniz
         with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
             if fits:
                 record = engine.connect()
-                assert (record.root, record.served_model) == ("own", "own")  # no folder of this machine in a record
+                assert (record.root, record.served_model) == (
+                    "own",
+                    "own",
+                )  # no folder of this machine in a record
                 continue
             with pytest.raises(RacError, match=r"config\.json differs"):
                 engine.connect()
@@ -55,13 +58,21 @@ def test_the_record_holds_greedy_tokens_where_the_model_is_checked(make, server,
 
     server.answer = greedy
     record = make(verify_model=True, weights=model).connect()
-    assert (record.kind, record.served_model, record.root, len(record.probes)) == ("openai", NAME, "tiny", 4)
+    assert (record.kind, record.served_model, record.root, len(record.probes)) == (
+        "openai",
+        NAME,
+        "tiny",
+        4,
+    )
     assert all(
-        list(p.completion_ids) == greedy({"prompt": list(p.prompt_ids), "max_tokens": 24}) for p in record.probes
+        list(p.completion_ids) == greedy({"prompt": list(p.prompt_ids), "max_tokens": 24})
+        for p in record.probes
     )
     assert make().connect().probes == ()
     with pytest.raises(RacError, match=r"holds another model than .*verify_model: false"):
         make(verify_model=True, weights=tiny_model(seed=1)).connect()
     server.fault = lambda number, body: "500"
-    with pytest.raises(RacError, match=r"does not answer a short greedy prompt: .*told to answer 500"):
+    with pytest.raises(
+        RacError, match=r"does not answer a short greedy prompt: .*told to answer 500"
+    ):
         make(verify_model=True, tries=2).connect()

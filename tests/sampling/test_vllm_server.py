@@ -63,8 +63,13 @@ def test_sampled_traces_follow_their_seeds(url, tokenizer, tmp_path):
     subject = ModelIdentity.of_files(str(reasoner_path()))
     sampling = SamplingSettings(temperature=1.5, top_p=1, max_new_tokens=128)
     first = collect(tmp_path / "a.jsonl", subject, tokenizer, url, sampling)
-    again = {t.id: t.completion_ids for t in collect(tmp_path / "b.jsonl", subject, tokenizer, url, sampling)}
-    other = collect(tmp_path / "c.jsonl", subject, tokenizer, url, sampling.model_copy(update={"seed": 1}))
+    again = {
+        t.id: t.completion_ids
+        for t in collect(tmp_path / "b.jsonl", subject, tokenizer, url, sampling)
+    }
+    other = collect(
+        tmp_path / "c.jsonl", subject, tokenizer, url, sampling.model_copy(update={"seed": 1})
+    )
     # A server's rounding depends on what it computes together, so a rare token may differ.
     assert sum(again.get(t.id) == t.completion_ids for t in first) > 0.8 * len(first)
     assert {t.completion_ids for t in first}.isdisjoint(t.completion_ids for t in other)

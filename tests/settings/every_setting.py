@@ -24,7 +24,9 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     result = dict(below)
     for name, value in above.items():
         old = result.get(name)
-        result[name] = merged(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+        result[name] = (
+            merged(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+        )
         if value is None:
             del result[name]
     return result
@@ -38,9 +40,13 @@ def sampling(**settings: Any) -> dict[str, Any]:
     return traces(sampling=settings)
 
 
-def select(*, answers: str | None = None, samples: int | None = None, **settings: Any) -> dict[str, Any]:
+def select(
+    *, answers: str | None = None, samples: int | None = None, **settings: Any
+) -> dict[str, Any]:
     chosen = {**settings, **({"answers": answers} if answers else {})}
-    return traces(select=chosen, **({"sampling": {"samples_per_problem": samples}} if samples else {}))
+    return traces(
+        select=chosen, **({"sampling": {"samples_per_problem": samples}} if samples else {})
+    )
 
 
 def mixture(line: str, **settings: Any) -> dict[str, Any]:
@@ -66,7 +72,13 @@ PLAIN = {"mask_structure": None, "sparsity": 0.5}
 SPARSEGPT = {"preset": "paper", "mask_structure": None, "sparsity": 0.5}
 CHECKED = traces(problems={**FILE, "answer_column": "answer"})
 
-RECOVER = {"tokens": 300, "held_out_tokens": 64, "step_tokens": 64, "batch_tokens": 64, "learning_rate": 1e-3}
+RECOVER = {
+    "tokens": 300,
+    "held_out_tokens": 64,
+    "step_tokens": 64,
+    "batch_tokens": 64,
+    "learning_rate": 1e-3,
+}
 
 
 def recovered_text(generic: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +153,16 @@ OF_SOURCES = [
     Row("select.dedupe", True, sampling(samples_per_problem=4, temperature=0.01)),
     Row("select.repeated_tails", "keep"),
     Row("select.per_problem", 1, select(samples=2)),
-    Row("select.pass_rate", [0.5, 1.0], {"traces": {**CHECKED["traces"], "sampling": {"samples_per_problem": 2}}}),
-    Row("select.least_share", 1.0, {"traces": {"select": {"finished": True}}, "calibration": {"tokens": 60}}),
+    Row(
+        "select.pass_rate",
+        [0.5, 1.0],
+        {"traces": {**CHECKED["traces"], "sampling": {"samples_per_problem": 2}}},
+    ),
+    Row(
+        "select.least_share",
+        1.0,
+        {"traces": {"select": {"finished": True}}, "calibration": {"tokens": 60}},
+    ),
     Row("allow_off_policy", True, traces(store="foreign.jsonl")),
 ]
 CALIBRATED = [

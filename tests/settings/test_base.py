@@ -52,7 +52,10 @@ def test_what_a_preset_filled_in_was_not_written():
 
 def test_a_dump_without_some_paths_holds_plain_types():
     dump = {"a": {"b": 1, "c": (1, {"d": 2})}, "e": [3], "f": None}
-    assert without_paths(dump, {("a", "b"), ("f",), ("nowhere", "x")}) == {"a": {"c": [1, {"d": 2}]}, "e": [3]}
+    assert without_paths(dump, {("a", "b"), ("f",), ("nowhere", "x")}) == {
+        "a": {"c": [1, {"d": 2}]},
+        "e": [3],
+    }
     assert dump["a"] == {"b": 1, "c": (1, {"d": 2})}  # as it was
 
 

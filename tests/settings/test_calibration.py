@@ -25,8 +25,14 @@ from rac_modifier.settings.calibration import (
         ({"tokens": 0}, "greater than or equal to 1"),
         ({"token": 10}, "Extra inputs"),
         ({"generic": {"sequence_tokens": 1}}, "greater than or equal to 16"),
-        ({"mixture": "traces@0.7, text:c4@0.3"}, "text:c4, which is not among calibration.texts (none)"),
-        ({"mixture": "traces, generic@0.5"}, "'traces' has no share; write each part as kind@share"),
+        (
+            {"mixture": "traces@0.7, text:c4@0.3"},
+            "text:c4, which is not among calibration.texts (none)",
+        ),
+        (
+            {"mixture": "traces, generic@0.5"},
+            "'traces' has no share; write each part as kind@share",
+        ),
         ({"mixture": "traces@much"}, "'traces@much' has no share"),
         ({"mixture": "traces:@1"}, "'traces:'; the kinds are"),
         ({"answer_weight": -1}, "answer_weight is -1"),
@@ -47,9 +53,15 @@ def test_shares_of_zero_are_left_out_and_order_does_not_matter():
 def test_a_mixture_in_one_line_is_the_same_mixture():
     texts = {"c4": {"source": "allenai/c4", "config": "en", "column": "text"}}
     line = CalibrationSettings(mixture="traces:math@0.7, traces:code@0.2 ,text:c4@0.1", texts=texts)
-    spelled = CalibrationSettings(mixture={"text:c4": 0.1, "traces:math": 0.7, "traces:code": 0.2}, texts=texts)
+    spelled = CalibrationSettings(
+        mixture={"text:c4": 0.1, "traces:math": 0.7, "traces:code": 0.2}, texts=texts
+    )
     assert line == spelled
-    assert list(line.mixture.items()) == [("traces:math", 0.7), ("traces:code", 0.2), ("generic:c4", 0.1)]
+    assert list(line.mixture.items()) == [
+        ("traces:math", 0.7),
+        ("traces:code", 0.2),
+        ("generic:c4", 0.1),
+    ]
     assert CalibrationSettings(mixture="traces@1") == CalibrationSettings()
     assert CalibrationSettings(**line.model_dump()) == line
 
@@ -69,14 +81,19 @@ def test_prompts_may_weigh_nothing():
 
 @pytest.mark.parametrize("weighting", ["uniform", "inverse_length", "correct"])
 def test_named_weightings(weighting):
-    assert CalibrationSettings(trace_weighting=weighting).model_dump()["trace_weighting"] == weighting
+    assert (
+        CalibrationSettings(trace_weighting=weighting).model_dump()["trace_weighting"] == weighting
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["length", "os:getcwd", "os.getcwd", "builtins:eval", "os.system('x'):f", ["uniform"], 1]
+    "text",
+    ["length", "os:getcwd", "os.getcwd", "builtins:eval", "os.system('x'):f", ["uniform"], 1],
 )
 def test_a_weighting_is_never_looked_up_by_name(text):
-    with pytest.raises(ValidationError, match="A function of your own can only be given from Python, as an object"):
+    with pytest.raises(
+        ValidationError, match="A function of your own can only be given from Python, as an object"
+    ):
         CalibrationSettings(trace_weighting=text)
 
 
@@ -117,7 +134,12 @@ def test_parts_of_kinds():
 
 @pytest.mark.parametrize(
     ("source", "columns", "dataset"),
-    [("python-docs", False, False), ("a.txt", False, False), ("a.jsonl", True, False), ("allenai/c4", True, True)],
+    [
+        ("python-docs", False, False),
+        ("a.txt", False, False),
+        ("a.jsonl", True, False),
+        ("allenai/c4", True, True),
+    ],
 )
 def test_kinds_of_text(source, columns, dataset):
     text = GenericText(source=source)

@@ -66,11 +66,15 @@ def test_a_value_of_a_hundred_characters_is_whole():
 def test_without_the_settings_the_next_step_is_the_schema():
     with pytest.raises(ValidationError) as caught:
         Outer(name="a", nme=1)
-    assert describe_errors(caught.value) == "nme: there is no such setting (value 1); see `rac schema`"
+    assert (
+        describe_errors(caught.value) == "nme: there is no such setting (value 1); see `rac schema`"
+    )
 
 
 def test_right_settings_come_back():
-    assert check_settings(Outer, {"name": "a", "inner": {"seed": 3}}, "f") == Outer(name="a", inner=Inner(seed=3))
+    assert check_settings(Outer, {"name": "a", "inner": {"seed": 3}}, "f") == Outer(
+        name="a", inner=Inner(seed=3)
+    )
 
 
 class Values(BaseModel):
@@ -111,7 +115,10 @@ class Values(BaseModel):
         ({"pair": 1}, "pair: must be a list, such as [a, b] (value 1)"),
         ({"texts": 1}, "texts: must be settings by name, such as {name: value} (value 1)"),
         ({"inner": 1}, "inner: must be settings by name, such as {name: value} (value 1)"),
-        ({"choice": "kept"}, "choice: must be 'keep' or 'cut'; did you mean 'keep'? (value 'kept')"),
+        (
+            {"choice": "kept"},
+            "choice: must be 'keep' or 'cut'; did you mean 'keep'? (value 'kept')",
+        ),
         ({"choice": 5}, "choice: must be 'keep' or 'cut' (value 5)"),
         ({"pair": [1]}, "pair.1: is missing; add it"),
     ],

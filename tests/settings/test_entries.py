@@ -57,7 +57,11 @@ def test_a_dump_leaves_out_what_has_no_effect():
 def test_calibration_alone_has_no_weights_and_no_pattern():
     entry = CalibrationEntry(calibration={"tokens": 9})
     assert entry.model_dump().keys() == {"tokenizer", "traces", "calibration", "recover"}
-    for wrong in ({"calibration": {"prompt_weight": 0.5}}, {"calibration": {"batch_tokens": 64}}, {"sparsity": 0.5}):
+    for wrong in (
+        {"calibration": {"prompt_weight": 0.5}},
+        {"calibration": {"batch_tokens": 64}},
+        {"sparsity": 0.5},
+    ):
         with pytest.raises(ValidationError, match="Extra inputs"):
             CalibrationEntry(**wrong)
 
@@ -65,7 +69,9 @@ def test_calibration_alone_has_no_weights_and_no_pattern():
 def test_weights_from_python_are_refused_where_they_have_no_effect():
     from rac_modifier.settings.calibration import CalibrationSettings
 
-    with pytest.raises(ValidationError, match=r"prompt_weight: 0\.5 has no effect on the recipe's other modifiers"):
+    with pytest.raises(
+        ValidationError, match=r"prompt_weight: 0\.5 has no effect on the recipe's other modifiers"
+    ):
         CalibrationEntry(calibration=CalibrationSettings(prompt_weight=0.5))
 
 
@@ -78,9 +84,19 @@ def test_a_mixture_names_traces_that_are_declared():
 def test_upstreams_fields_are_no_settings(name):
     properties = json.loads(schema(name))["properties"]
     assert (
-        not {"index", "group", "start", "end", "update", "initialized_", "requires_calibration_data"}
+        not {
+            "index",
+            "group",
+            "start",
+            "end",
+            "update",
+            "initialized_",
+            "requires_calibration_data",
+        }
         & properties.keys()
     )
     assert {"tokenizer", "traces", "calibration"} <= properties.keys()
     with pytest.raises(ValidationError, match="Extra inputs"):
-        ENTRIES[name](sparsity=0.5, start=0) if name.endswith("GPTModifier") else ENTRIES[name](start=0)
+        ENTRIES[name](sparsity=0.5, start=0) if name.endswith("GPTModifier") else ENTRIES[name](
+            start=0
+        )

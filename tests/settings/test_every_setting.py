@@ -27,9 +27,26 @@ from rac_modifier.settings.entries import ENTRIES, PruningEntry
 from rac_modifier.settings.recipe import check_entry
 from rac_modifier.traces import repeats
 from tests.sampling.fake_server import FakeServer
-from tests.settings.every_setting import BASE, CALIBRATED, LONG, PRUNED, SERVED, Row, leaves, merged, nested
+from tests.settings.every_setting import (
+    BASE,
+    CALIBRATED,
+    LONG,
+    PRUNED,
+    SERVED,
+    Row,
+    leaves,
+    merged,
+    nested,
+)
 from tests.settings.idle_settings import ENGINE, REFUSED
-from tests.tiny import byte_tokenizer, linears, save_tiny, save_tiny_experts, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    byte_tokenizer,
+    linears,
+    save_tiny,
+    save_tiny_experts,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 Outcome = Any  # what can be compared: lists and mappings of numbers and text
 
@@ -65,7 +82,9 @@ def started(base: dict[str, Any]) -> dict[str, Any]:
     """BASE with `base` over it, and without the settings of BASE that have no effect beside its mixture."""
     mixture = str(base.get("calibration", {}).get("mixture", "traces@1"))
     plain = BASE if "traces@" in mixture else merged(BASE, {"traces": {"sampling": None}})
-    plain = plain if "traces" in mixture else merged(plain, {"calibration": {"held_out_tokens": None}})
+    plain = (
+        plain if "traces" in mixture else merged(plain, {"calibration": {"held_out_tokens": None}})
+    )
     return merged(plain, base)
 
 
@@ -87,9 +106,15 @@ def models(tmp_path_factory):
 def place(models, tmp_path, monkeypatch):
     """The current folder, with the files that the rows name; data sets come from memory."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"problem": f"{i} what is {'1 + ' * (i % 5)}1?", "other": f"say {i}", "answer": str(i)} for i in range(60)]
+    rows = [
+        {"problem": f"{i} what is {'1 + ' * (i % 5)}1?", "other": f"say {i}", "answer": str(i)}
+        for i in range(60)
+    ]
     Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = [{"text": f"{i} " + "some text. " * 20, "other": f"{i} " + "different. " * 20} for i in range(20)]
+    texts = [
+        {"text": f"{i} " + "some text. " * 20, "other": f"{i} " + "different. " * 20}
+        for i in range(20)
+    ]
     Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     Path("text.txt").write_text("ordinary text. " * 200)
 
@@ -97,14 +122,17 @@ def place(models, tmp_path, monkeypatch):
         if path in ("json", "parquet"):
             return inner(path, data_files=data_files, split=split, **options)
         made = [
-            {"problem": f"{config} {split} {i}?", "text": f"{config} {split} {i} " + "word " * 60} for i in range(60)
+            {"problem": f"{config} {split} {i}?", "text": f"{config} {split} {i} " + "word " * 60}
+            for i in range(60)
         ]
         return datasets.Dataset.from_list(made)
 
     # a selection that keeps too little is refused after four traces, not after some hundred
     enough = next(name for name in vars(trace_budget) if name.startswith("_ENOUGH_TO_"))
     monkeypatch.setattr(trace_budget, enough, 4)
-    monkeypatch.setattr(repeats, "repeated_tokens", lambda ids: ids[0] % 2)  # the tiny model itself does not repeat
+    monkeypatch.setattr(
+        repeats, "repeated_tokens", lambda ids: ids[0] % 2
+    )  # the tiny model itself does not repeat
     inner = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return tmp_path
@@ -136,7 +164,9 @@ def pruned(models: Path, settings: dict[str, Any], save_to: Path, kind: str = "o
         "weights": {key: digest(value) for key, value in model.state_dict().items()},
         "order": record["order"],
         "files": files,
-        "activations": record.get("recovery", {}).get("activation_checkpointing"),  # the same weights in less memory
+        "activations": record.get("recovery", {}).get(
+            "activation_checkpointing"
+        ),  # the same weights in less memory
         "int8_activations": config.get("rac_sparsity", {}).get("int8_activations"),
     }
 
@@ -146,20 +176,27 @@ def calibrated(models: Path, settings: dict[str, Any]) -> Outcome:
     shutil.rmtree("rac_traces", ignore_errors=True)
     Path("other.jsonl").unlink(missing_ok=True)
     model, shapes = loaded(models), []
-    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: shapes.append(list(args[0].shape)))
-    thinks = settings["calibration"]["tokens"] == LONG  # enough for a </think>, which only this tokenizer has
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: shapes.append(list(args[0].shape))
+    )
+    thinks = (
+        settings["calibration"]["tokens"] == LONG
+    )  # enough for a </think>, which only this tokenizer has
     tokenizer = byte_tokenizer() if thinks else AutoTokenizer.from_pretrained(models / "own")
     entry = PruningEntry(**settings)
     torch.manual_seed(0)
     try:
-        made = build_calibration_set(model, tokenizer, entry.traces, entry.calibration.weighed(), progress=False)
+        made = build_calibration_set(
+            model, tokenizer, entry.traces, entry.calibration.weighed(), progress=False
+        )
     except RacError as error:
         return str(error)
     mean = torch.cat(
         [weights[weights > 0] for weights in made.loader.token_weights]
     ).mean()  # a common factor cancels out
     stored = {
-        key: [[t.id, t.prompt_ids, t.completion_ids, t.answer] for t in pool.store] for key, pool in made.pools.items()
+        key: [[t.id, t.prompt_ids, t.completion_ids, t.answer] for t in pool.store]
+        for key, pool in made.pools.items()
     }
     return {
         "batches": [batch["input_ids"].tolist() for batch in made.loader],
@@ -177,7 +214,9 @@ def prepare(models: Path, row: Row) -> None:
         settings = merged(BASE, {"traces": {"store": "foreign.jsonl"}})
         entry = PruningEntry(**settings)
         tokenizer = AutoTokenizer.from_pretrained(models / "own")
-        build_calibration_set(loaded(models, "other"), tokenizer, entry.traces, entry.calibration, progress=False)
+        build_calibration_set(
+            loaded(models, "other"), tokenizer, entry.traces, entry.calibration, progress=False
+        )
 
 
 def kind_of(row: Row) -> str:
@@ -191,7 +230,9 @@ def known() -> dict[str, Outcome]:
     return {}
 
 
-def both(row: Row, known: dict[str, Outcome], observe: Any, what: str = "calibrated") -> tuple[Outcome, Outcome]:
+def both(
+    row: Row, known: dict[str, Outcome], observe: Any, what: str = "calibrated"
+) -> tuple[Outcome, Outcome]:
     """What `observe` gives for the base of a row, and for the row."""
     base = started(row.base)
     key = json.dumps([what, base], sort_keys=True)
@@ -200,10 +241,14 @@ def both(row: Row, known: dict[str, Outcome], observe: Any, what: str = "calibra
     return known[key], observe(copy.deepcopy(entry_of(row)))
 
 
-def both_pruned(row: Row, models: Path, known: dict[str, Outcome], place: Path) -> tuple[Outcome, Outcome]:
+def both_pruned(
+    row: Row, models: Path, known: dict[str, Outcome], place: Path
+) -> tuple[Outcome, Outcome]:
     """The same of `pruned`."""
     saved, kind = iter((place / "one", place / "two")), kind_of(row)
-    return both(row, known, lambda settings: pruned(models, settings, next(saved), kind), f"pruned {kind}")
+    return both(
+        row, known, lambda settings: pruned(models, settings, next(saved), kind), f"pruned {kind}"
+    )
 
 
 @pytest.mark.slow
@@ -237,7 +282,9 @@ def test_what_is_refused_would_have_changed_nothing(row, models, known, place, m
     else:
         before, after = both(row, known, lambda settings: calibrated(models, settings))
         assert isinstance(before, str) is (row.base == ENGINE), before
-    refused_later = isinstance(after, str) and "has no effect" in after  # by the run itself, which knows the model
+    refused_later = (
+        isinstance(after, str) and "has no effect" in after
+    )  # by the run itself, which knows the model
     assert refused_later or before == after
 
 
@@ -259,23 +306,39 @@ def served(row: Row, changed: bool) -> Outcome:
             first.fault = lambda number, body: "500" if number == 0 else None
         if leaf == "timeout":
             asked = itertools.count()
-            first.delay = lambda body: 0.8 if next(asked) == 0 else 0.0  # requests come in threads, several at once
+            first.delay = lambda body: (
+                0.8 if next(asked) == 0 else 0.0
+            )  # requests come in threads, several at once
         if leaf == "model":
-            first.cards = [*first.cards, {"id": "another", "root": "/models/other", "max_model_len": 512}]
-        engine = {"base_urls": [first.url], "model": "tiny", "concurrency": 4, "tries": 3, "verify_model": False}
+            first.cards = [
+                *first.cards,
+                {"id": "another", "root": "/models/other", "max_model_len": 512},
+            ]
+        engine = {
+            "base_urls": [first.url],
+            "model": "tiny",
+            "concurrency": 4,
+            "tries": 3,
+            "verify_model": False,
+        }
         base = merged(BASE, {"traces": {"engine": engine, "store": f"{leaf}-{changed}.jsonl"}})
         if leaf == "retry_failed":
-            run_served(merged(base, {"traces": {"engine": {"tries": 1}}, "calibration": {"tokens": 100}}))
+            run_served(
+                merged(base, {"traces": {"engine": {"tries": 1}}, "calibration": {"tokens": 100}})
+            )
         value = [second.url] if row.value == ["SECOND"] else row.value
         error = run_served(merged(base, nested(row.path, value)) if changed else base)
         return SimpleNamespace(
             error=error,
             requests=(len(first.bodies), len(second.bodies)),
-            again=len(first.bodies) - len({json.dumps(body, sort_keys=True) for body in first.bodies}),
+            again=len(first.bodies)
+            - len({json.dumps(body, sort_keys=True) for body in first.bodies}),
             names={body["model"] for body in first.bodies},
             keys={headers.get("authorization") for headers in first.headers},
             at_once=min(first.most_at_once, 2),
-            stored=re.findall(r'"id":"[^"]*"', Path(f"{leaf}-{changed}.jsonl").read_text()) if error is None else [],
+            stored=re.findall(r'"id":"[^"]*"', Path(f"{leaf}-{changed}.jsonl").read_text())
+            if error is None
+            else [],
         )
     finally:
         first.close()
@@ -285,7 +348,9 @@ def served(row: Row, changed: bool) -> Outcome:
 def run_served(settings: dict[str, Any]) -> str | None:
     entry = PruningEntry(**settings)
     try:
-        build_calibration_set(tiny_model(), tiny_tokenizer(), entry.traces, entry.calibration, progress=False)
+        build_calibration_set(
+            tiny_model(), tiny_tokenizer(), entry.traces, entry.calibration, progress=False
+        )
     except RacError as error:
         return str(error)
     return None

@@ -11,11 +11,16 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import Grid, grid_names, load_grid, plan_rows, shared_prompt
 
 SPARSE = {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5}}
-GPTQ = {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}
+GPTQ = {
+    "ReasoningAwareCalibrationModifier": {},
+    "GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]},
+}
 
 
 def grid(*rows, **parts):
-    return Grid(rows=[{"label": f"row {i}", "recipe": SPARSE, **row} for i, row in enumerate(rows)], **parts)
+    return Grid(
+        rows=[{"label": f"row {i}", "recipe": SPARSE, **row} for i, row in enumerate(rows)], **parts
+    )
 
 
 def entry_of(planned, name="ReasoningAwareSparseGPTModifier"):
@@ -28,19 +33,30 @@ def test_shared_settings_replace_those_of_a_recipe_and_a_row_replaces_both():
     shared = {"traces": {"sampling": {"max_new_tokens": 64}}, "calibration": {"tokens": 1000}}
     given = grid(
         {"recipe": "rac_2of4"},
-        {"recipe": SPARSE, "set": {"calibration.tokens": 2000, "sparsity": 0.6, "traces.sampling.seed": 3}},
+        {
+            "recipe": SPARSE,
+            "set": {"calibration.tokens": 2000, "sparsity": 0.6, "traces.sampling.seed": 3},
+        },
         {"recipe": SPARSE, "set": {"traces": None, "calibration.mixture": {"generic": 1.0}}},
         shared=shared,
     )
     shipped, changed, generic = map(entry_of_any, plan_rows(given, "grid"))
     assert shipped["mask_structure"] == "2:4"
-    assert shipped["traces"] == {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 64}}
+    assert shipped["traces"] == {
+        "problems": {"source": "arithmetic"},
+        "sampling": {"max_new_tokens": 64},
+    }
     assert shipped["calibration"]["tokens"] == 1000
     assert changed["sparsity"] == 0.6
     assert changed["calibration"] == {"tokens": 2000}
     assert changed["traces"] == {"sampling": {"max_new_tokens": 64, "seed": 3}}
-    assert generic == {"sparsity": 0.5, "calibration": {"tokens": 1000, "mixture": {"generic": 1.0}}}
-    assert SPARSE == {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5}}, "what was given is not changed"
+    assert generic == {
+        "sparsity": 0.5,
+        "calibration": {"tokens": 1000, "mixture": {"generic": 1.0}},
+    }
+    assert SPARSE == {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5}}, (
+        "what was given is not changed"
+    )
 
 
 def entry_of_any(planned):
@@ -57,7 +73,9 @@ def test_a_row_with_seeds_is_run_once_per_seed():
 
 
 def test_a_row_without_a_group_is_in_that_of_what_it_does():
-    quantized = {"ReasoningAwareSparseGPTModifier": {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}
+    quantized = {
+        "ReasoningAwareSparseGPTModifier": {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}
+    }
     given = grid({}, {"recipe": quantized}, {"recipe": GPTQ}, {"recipe": GPTQ, "group": "upstream"})
     assert [run.group for run in plan_rows(given, "grid")] == [
         "sparse",
@@ -103,10 +121,19 @@ def test_all_mistakes_are_in_one_message_with_the_rows_that_could_run():
 
 def test_a_file_that_is_calibrated_on_is_not_evaluated_on():
     traces = {"problems": {"source": "questions.jsonl"}}
-    with pytest.raises(RacError, match=r"row 0: calibrates on questions\.jsonl, whose problems are those of the evalu"):
-        plan_rows(grid({}, shared={"traces": traces}, evaluation={"source": "questions.jsonl"}), "grid")
-    assert plan_rows(grid({}, shared={"traces": traces}, evaluation={"source": "other.jsonl"}), "grid")
-    assert plan_rows(grid({}), "grid")[0].sources == {"arithmetic"}, "whose evaluation has problems of its own"
+    with pytest.raises(
+        RacError,
+        match=r"row 0: calibrates on questions\.jsonl, whose problems are those of the evalu",
+    ):
+        plan_rows(
+            grid({}, shared={"traces": traces}, evaluation={"source": "questions.jsonl"}), "grid"
+        )
+    assert plan_rows(
+        grid({}, shared={"traces": traces}, evaluation={"source": "other.jsonl"}), "grid"
+    )
+    assert plan_rows(grid({}), "grid")[0].sources == {"arithmetic"}, (
+        "whose evaluation has problems of its own"
+    )
 
 
 def test_all_models_are_asked_with_the_prompt_of_the_rows():
@@ -125,7 +152,11 @@ NEAREST = {"QuantizationModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}
 def test_a_row_of_upstreams_modifiers_alone_calibrates_on_nothing():
     shared = {"calibration": {"tokens": 1000}}
     nearest, whole = plan_rows(
-        grid({"recipe": NEAREST}, {"recipe": {"q_stage": {"q_modifiers": NEAREST}}, "group": "other"}, shared=shared),
+        grid(
+            {"recipe": NEAREST},
+            {"recipe": {"q_stage": {"q_modifiers": NEAREST}}, "group": "other"},
+            shared=shared,
+        ),
         "grid",
     )
     assert entry_of(nearest, "QuantizationModifier") == NEAREST["QuantizationModifier"]
@@ -137,7 +168,10 @@ def test_a_row_of_upstreams_modifiers_alone_calibrates_on_nothing():
     ("row", "says"),
     [
         ({"seeds": [0, 1]}, r"seeds: \[0, 1\] changes an entry of ours, and its recipe has none"),
-        ({"set": {"calibration.tokens": 9}}, "set: .* changes an entry of ours, and its recipe has none"),
+        (
+            {"set": {"calibration.tokens": 9}},
+            "set: .* changes an entry of ours, and its recipe has none",
+        ),
         (
             {"recipe": {"q_stage": {"q": NEAREST}}},
             "llm-compressor would overlook 'q_stage'; write it as quantization_stage",
@@ -158,8 +192,18 @@ def test_shipped_grids_can_be_run(name: str):
 
 
 def test_the_grids_that_documents_name_are_there():
-    assert grid_names() == ["contenders", "paper", "quantization", "r1_distill_1_5b", "served", "small"]
-    assert {name for name in grid_names() if load_grid(name).evaluation.serve} == {"r1_distill_1_5b", "served"}
+    assert grid_names() == [
+        "contenders",
+        "paper",
+        "quantization",
+        "r1_distill_1_5b",
+        "served",
+        "small",
+    ]
+    assert {name for name in grid_names() if load_grid(name).evaluation.serve} == {
+        "r1_distill_1_5b",
+        "served",
+    }
     groups = [run.group for run in plan_rows(load_grid("paper"), "paper")]
     assert groups == ["generic text", "prompts", "RAC"] * 3
     quantized = plan_rows(load_grid("quantization"), "quantization")
@@ -168,7 +212,11 @@ def test_the_grids_that_documents_name_are_there():
     assert mixtures == [{"generic": 1.0}, {"prompts": 1.0}, None] * 4
     planned = plan_rows(load_grid("contenders"), "contenders")
     labels = {run.label for run in planned}
-    sparse = {f"{pattern}{more}" for pattern in ("50 %", "60 %", "70 %", "2:4") for more in ("", " + int8", " + int4")}
+    sparse = {
+        f"{pattern}{more}"
+        for pattern in ("50 %", "60 %", "70 %", "2:4")
+        for more in ("", " + int8", " + int4")
+    }
     dense = {
         "round-to-nearest int4",
         "round-to-nearest int3",
@@ -196,9 +244,18 @@ def test_the_grids_that_documents_name_are_there():
         ("rows: [", "is not YAML"),
         ("rows: []", "rows: "),
         ("rows: [{label: a}]", "rows.0.recipe: is missing; add it"),
-        ("rows: [{label: a, recipe: b}]\nevaluation: {problem: 3}", "evaluation.problem: there is no such setting"),
-        ("rows: [{label: a, recipe: b}]\nevaluation: {top_p: 0.9}", "top_p=0.9 has no effect on greedy answers"),
-        ("rows: [{label: 2:4, recipe: b}]", "label 124 is a number (YAML reads 2:4 as 124); write it in quotes"),
+        (
+            "rows: [{label: a, recipe: b}]\nevaluation: {problem: 3}",
+            "evaluation.problem: there is no such setting",
+        ),
+        (
+            "rows: [{label: a, recipe: b}]\nevaluation: {top_p: 0.9}",
+            "top_p=0.9 has no effect on greedy answers",
+        ),
+        (
+            "rows: [{label: 2:4, recipe: b}]",
+            "label 124 is a number (YAML reads 2:4 as 124); write it in quotes",
+        ),
         ("- 1", "holds no grid but list; write it as rows: "),
     ],
 )
@@ -208,6 +265,7 @@ def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):
         load_grid(tmp_path / "grid.yaml")
     assert says in str(caught.value)
     with pytest.raises(
-        RacError, match="name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, served, small"
+        RacError,
+        match="name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, served, small",
     ):
         load_grid(tmp_path / "none.yaml")

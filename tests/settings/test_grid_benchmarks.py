@@ -28,5 +28,14 @@ def test_a_folder_of_an_older_version_is_gone_on_with():
     }  # fmt: skip
     assert GridEvaluation().of_rows() == older
     assert GridEvaluation(benchmarks=[{"preset": "aime24"}]).of_rows() == older
-    changed = GridEvaluation(source="a/b", column="q", split="test", serve=True, concurrency=9).of_rows()
-    assert changed == {**older, "source": "a/b", "column": "q", "split": "test", "serve": True, "concurrency": 9}
+    changed = GridEvaluation(
+        source="a/b", column="q", split="test", serve=True, concurrency=9
+    ).of_rows()
+    assert changed == {
+        **older,
+        "source": "a/b",
+        "column": "q",
+        "split": "test",
+        "serve": True,
+        "concurrency": 9,
+    }

@@ -17,7 +17,9 @@ def test_all_of_them_are_in_one_message_with_their_values_and_why():
     class Both(BaseModel):
         pruning: PruningSettings
 
-    both = Both(pruning=PruningSettings(sparsity=0.5, iterations=3, refit=True, solver="alps", block_size=5))
+    both = Both(
+        pruning=PruningSettings(sparsity=0.5, iterations=3, refit=True, solver="alps", block_size=5)
+    )
     found = {("pruning", *path): why for path, why in idle_pruning(both.pruning).items()}
     with pytest.raises(RacError) as caught:
         refuse_idle(both, found)
@@ -28,14 +30,20 @@ def test_all_of_them_are_in_one_message_with_their_values_and_why():
 
 
 def test_what_a_preset_sets_is_not_the_users():
-    settings = PruningSettings(sparsity=0.5, preset="fast", solver="alps")  # the preset's refit: true
+    settings = PruningSettings(
+        sparsity=0.5, preset="fast", solver="alps"
+    )  # the preset's refit: true
     assert ("refit",) in idle_pruning(settings)
     refuse_idle(settings, idle_pruning(settings))
 
 
 def test_a_preset_of_which_nothing_is_left_is_refused():
-    settings = PruningSettings(sparsity=0.5, preset="fast", solver="alps", reconstruct="pruned", order="auto")
-    with pytest.raises(RacError, match="preset: 'fast' has no effect beside solver, refit, reconstruct, order"):
+    settings = PruningSettings(
+        sparsity=0.5, preset="fast", solver="alps", reconstruct="pruned", order="auto"
+    )
+    with pytest.raises(
+        RacError, match="preset: 'fast' has no effect beside solver, refit, reconstruct, order"
+    ):
         refuse_idle(settings, idle_pruning(settings))
 
 
@@ -53,16 +61,37 @@ def test_traces_alone_leave_little_idle():
 
 def test_prompts_alone():
     found = idle("prompts@1", store="s.jsonl")
-    assert {"traces.store", "traces.select", "traces.engine", "traces.retry_failed", "traces.allow_off_policy"} <= found
-    completions = {"temperature", "top_p", "top_k", "max_new_tokens", "samples_per_problem", "batch_size"}
-    assert {name.removeprefix("traces.sampling.") for name in found if "sampling" in name} == completions
-    assert {"calibration.held_out_tokens", "calibration.prompt_weight", "calibration.trace_weighting"} <= found
+    assert {
+        "traces.store",
+        "traces.select",
+        "traces.engine",
+        "traces.retry_failed",
+        "traces.allow_off_policy",
+    } <= found
+    completions = {
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_new_tokens",
+        "samples_per_problem",
+        "batch_size",
+    }
+    assert {
+        name.removeprefix("traces.sampling.") for name in found if "sampling" in name
+    } == completions
+    assert {
+        "calibration.held_out_tokens",
+        "calibration.prompt_weight",
+        "calibration.trace_weighting",
+    } <= found
     assert "traces.problems" not in found
 
 
 def test_prompts_beside_text_have_weights_of_their_own():
     found = idle("prompts@0.5, text:a@0.5")
-    assert not {"calibration.prompt_weight", "calibration.trace_weight", "calibration.texts.a"} & found
+    assert (
+        not {"calibration.prompt_weight", "calibration.trace_weight", "calibration.texts.a"} & found
+    )
     assert {"calibration.answer_weight", "calibration.texts.b", "calibration.generic"} <= found
 
 
@@ -73,18 +102,33 @@ def test_text_alone_needs_no_traces():
 
 def test_named_sources():
     sources = {
-        "own": {"problems": {}, "sampling": {"seed": 1}, "select": {}, "store": "a", "allow_off_policy": True},
+        "own": {
+            "problems": {},
+            "sampling": {"seed": 1},
+            "select": {},
+            "store": "a",
+            "allow_off_policy": True,
+        },
         "less": {"problems": {}},
         "unused": {"problems": {}},
     }
     found = idle("traces:own@1", sources=sources, store="s")
-    assert {"traces.store", "traces.problems", "traces.sampling", "traces.select", "traces.sources.unused"} <= found
+    assert {
+        "traces.store",
+        "traces.problems",
+        "traces.sampling",
+        "traces.select",
+        "traces.sources.unused",
+    } <= found
     assert "traces.sources.own.allow_off_policy" not in found
     found = idle("traces:own@0.5, prompts:less@0.5", sources=sources)
     assert "traces.sampling" not in found  # less has none of its own
     assert {"traces.sampling.temperature", "traces.select", "traces.sources.less.store"} <= found
     found = idle("traces:less@1", sources=sources, allow_off_policy=True)
-    assert {"traces.allow_off_policy", "traces.sources.less.allow_off_policy"} <= found  # a default store is its own
+    assert {
+        "traces.allow_off_policy",
+        "traces.sources.less.allow_off_policy",
+    } <= found  # a default store is its own
 
 
 @pytest.mark.parametrize(
@@ -103,5 +147,9 @@ def test_named_sources():
 )
 def test_within_sampling_and_selection(traces, expected):
     always = {"problems.split", "select.least_share", "retry_failed", "allow_off_policy"}
-    found = {name.removeprefix("traces.") for name in idle("traces@1", **traces) if name.startswith("traces")}
+    found = {
+        name.removeprefix("traces.")
+        for name in idle("traces@1", **traces)
+        if name.startswith("traces")
+    }
     assert found - always == expected

@@ -8,8 +8,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MODULES = sorted(path.stem for path in (ROOT / "rac_modifier" / "settings").glob("*.py") if path.stem != "__init__")
-HEAVY = ["torch", "transformers", "compressed_tensors", "llmcompressor", "numpy", "datasets", "tokenizers", "vllm"]
+MODULES = sorted(
+    path.stem
+    for path in (ROOT / "rac_modifier" / "settings").glob("*.py")
+    if path.stem != "__init__"
+)
+HEAVY = [
+    "torch",
+    "transformers",
+    "compressed_tensors",
+    "llmcompressor",
+    "numpy",
+    "datasets",
+    "tokenizers",
+    "vllm",
+]
 
 
 def heavy_after(code: str) -> list[str]:
@@ -24,7 +37,9 @@ def test_every_module_of_settings_loads_nothing_heavy():
     assert heavy_after("\n".join(f"import rac_modifier.settings.{name}" for name in MODULES)) == []
 
 
-@pytest.mark.parametrize("args", [["schema"], ["prune", "--check", "rac_2of4", "-s", "sparsity=null"]], ids=str)
+@pytest.mark.parametrize(
+    "args", [["schema"], ["prune", "--check", "rac_2of4", "-s", "sparsity=null"]], ids=str
+)
 def test_a_recipe_is_checked_and_the_schema_printed_without_anything_heavy(args):
     code = f"from rac_modifier.cli import app\napp({args!r}, standalone_mode=False)"
     assert heavy_after(code) == []

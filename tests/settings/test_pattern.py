@@ -24,7 +24,8 @@ def test_parse(structure, sparsity, n, m, expected):
 
 
 @pytest.mark.parametrize(
-    "structure", ["5:4", "4:4", "2:0", "0:4", "a:b", "2:4:8", "", "2", "-2:4", " 2:4", "2:4\n", "²:4"]
+    "structure",
+    ["5:4", "4:4", "2:0", "0:4", "a:b", "2:4:8", "", "2", "-2:4", " 2:4", "2:4\n", "²:4"],
 )
 def test_parse_refuses_structures(structure):
     with pytest.raises(RacError) as error:
@@ -41,12 +42,16 @@ def test_unstructured_refuses_sparsities(sparsity):
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.0, math.nan])
 def test_a_sparsity_beside_n_of_m_is_refused_even_if_it_agrees(sparsity):
-    with pytest.raises(RacError, match=r'has no effect beside mask_structure "2:4".*leave sparsity out.*0:0'):
+    with pytest.raises(
+        RacError, match=r'has no effect beside mask_structure "2:4".*leave sparsity out.*0:0'
+    ):
         Pattern.parse("2:4", sparsity)
 
 
 def test_describe():
-    assert Pattern.n_of_m(2, 4).describe() == "2 of every 4 consecutive input weights are zero (50 %)"
+    assert (
+        Pattern.n_of_m(2, 4).describe() == "2 of every 4 consecutive input weights are zero (50 %)"
+    )
     assert Pattern.unstructured(0.6).describe() == "60 % of the weights are zero, anywhere"
 
 

@@ -15,7 +15,12 @@ def test_what_the_entry_sets_is_kept():
 
 
 def test_quality_is_the_default():
-    assert with_preset({}) == {"solver": "alps", "refit": False, "reconstruct": "dense", "order": "auto"}
+    assert with_preset({}) == {
+        "solver": "alps",
+        "refit": False,
+        "reconstruct": "dense",
+        "order": "auto",
+    }
 
 
 def test_an_unknown_preset_is_left_to_the_schema():

@@ -27,8 +27,14 @@ def test_a_plain_word_is_no_source():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"column": "q"}, "column='q' does not apply: source 'arithmetic' generates its problems; leave column out"),
-        ({"source": "a.json", "config": "en"}, "config='en' does not apply: source 'a.json' is a file"),
+        (
+            {"column": "q"},
+            "column='q' does not apply: source 'arithmetic' generates its problems; leave column out",
+        ),
+        (
+            {"source": "a.json", "config": "en"},
+            "config='en' does not apply: source 'a.json' is a file",
+        ),
         ({"source": "a.json", "split": "test"}, "split='test' does not apply"),
         ({"source": ""}, "at least 1 character"),
         ({"limit": 0}, "greater than or equal to 1"),

@@ -20,7 +20,10 @@ def test_the_defaults_are_those_of_sampling():
     ("settings", "words"),
     [
         ({}, "chat template, no system prompt, thinking on"),
-        ({"system_prompt": "X", "thinking": False}, "chat template, system prompt 'X', thinking off"),
+        (
+            {"system_prompt": "X", "thinking": False},
+            "chat template, system prompt 'X', thinking off",
+        ),
         ({"template": "none"}, "the bare question, without a template"),
         ({"template": "none", "thinking": False}, "the bare question, without a template"),
     ],

@@ -39,7 +39,10 @@ def test_the_pattern(values, pattern):
         ({"sparsity": 0.5, "allocation": {}}, "allocation is {}, and must be shares by module"),
         ({"sparsity": 0.5, "allocation": {"x": 1.0}}, "must lie strictly between 0 and 1"),
         ({"sparsity": 0.5, "dampening_frac": 0}, "greater than 0"),
-        ({"sparsity": 0.5, "solver": "admm"}, "'sparsegpt', 'alps', 'wanda', 'magnitude', 'keep' or 'none'"),
+        (
+            {"sparsity": 0.5, "solver": "admm"},
+            "'sparsegpt', 'alps', 'wanda', 'magnitude', 'keep' or 'none'",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(values, message):

@@ -17,7 +17,16 @@ def group(**arguments):
         group(num_bits=8, type="int", symmetric=True, strategy="channel"),
         group(num_bits=4, strategy="group", group_size=32, observer=None),
         group(num_bits=2, strategy="group", group_size=64, symmetric=False),
-        {"config_groups": {"g": {"targets": ["Linear"], "weights": {}, "input_activations": None, "format": None}}},
+        {
+            "config_groups": {
+                "g": {
+                    "targets": ["Linear"],
+                    "weights": {},
+                    "input_activations": None,
+                    "format": None,
+                }
+            }
+        },
     ],
 )
 def test_what_is_accepted_stays_as_it_was_written(values):
@@ -33,13 +42,25 @@ def test_what_is_accepted_stays_as_it_was_written(values):
         ({"scheme": "W4"}, "scheme 'W4': no preset of llm-compressor; use W4A16"),
         ({"scheme": {"W4A16": ["Linear"], "int5": ["x"]}}, "scheme 'int5'"),
         ({"scheme": "W8A8", "sweeps": -1}, "greater than or equal to 0"),
-        ({"config_groups": {"g": {"weight": {}}}}, "config_groups.g.weight: compressed-tensors has no such setting"),
-        (group(bits=4), "config_groups.g.weights.bits: compressed-tensors has no such setting (value 4); use num_bits"),
+        (
+            {"config_groups": {"g": {"weight": {}}}},
+            "config_groups.g.weight: compressed-tensors has no such setting",
+        ),
+        (
+            group(bits=4),
+            "config_groups.g.weights.bits: compressed-tensors has no such setting (value 4); use num_bits",
+        ),
         (group(colour=4), "use one of num_bits, type"),
         (group(observer="mse"), "config_groups.g.weights.observer: 'mse' has no effect here"),
         (group(observer_kwargs={"a": 1}), "observer_kwargs"),
-        (group(zp_dtype="torch.int8"), "zero points have as many bits as the codes, and symmetric schemes have none"),
-        ({"config_groups": {"g": {"weights": 8}}}, "config_groups.g.weights is 8; give its settings"),
+        (
+            group(zp_dtype="torch.int8"),
+            "zero points have as many bits as the codes, and symmetric schemes have none",
+        ),
+        (
+            {"config_groups": {"g": {"weights": 8}}},
+            "config_groups.g.weights is 8; give its settings",
+        ),
         (
             {"config_groups": {"g": {"input_activations": {"observer": "minmax"}}}},
             "config_groups.g.input_activations.observer",

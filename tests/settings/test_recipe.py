@@ -17,7 +17,9 @@ def test_there_are_recipes_for_every_setting_of_the_readme():
     assert len(RECIPES) >= 5
 
 
-@pytest.mark.parametrize(("file", "name"), [("recipe", NAME), ("calibration", "ReasoningAwareCalibrationModifier")])
+@pytest.mark.parametrize(
+    ("file", "name"), [("recipe", NAME), ("calibration", "ReasoningAwareCalibrationModifier")]
+)
 def test_the_published_schemas_are_the_entries(file, name):
     """If this fails: make schema."""
     assert (ROOT / "docs" / f"{file}.schema.json").read_text() == schema(name)
@@ -26,7 +28,9 @@ def test_the_published_schemas_are_the_entries(file, name):
 def test_each_modifier_has_an_entry_of_its_name():
     for name in ENTRIES:
         assert json.loads(schema(name))["title"] == name
-    with pytest.raises(RacError, match="'GPTQModifier' is none of this package's modifiers; name one of"):
+    with pytest.raises(
+        RacError, match="'GPTQModifier' is none of this package's modifiers; name one of"
+    ):
         schema("GPTQModifier")
 
 
@@ -54,7 +58,9 @@ def test_a_shipped_recipe_is_valid(path):
 
 def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text(recipe(entry(), QuantizationModifier={"scheme": "FP8_DYNAMIC", "targets": ["Linear"]}))
+    path.write_text(
+        recipe(entry(), QuantizationModifier={"scheme": "FP8_DYNAMIC", "targets": ["Linear"]})
+    )
     overrides = [
         "calibration.tokens=7", "traces.store=a.jsonl", "ignore=[x, 're:y.*']", "traces.sampling.batch_size=null",
         "sparsity=null",
@@ -67,14 +73,19 @@ def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
     assert settings["ignore"] == ["x", "re:y.*"]
     assert "batch_size" not in settings["traces"]["sampling"]  # null takes a setting out
     assert "sparsity" not in settings
-    assert content["quant_stage"]["quant_modifiers"]["QuantizationModifier"]["scheme"] == "FP8_DYNAMIC"
+    assert (
+        content["quant_stage"]["quant_modifiers"]["QuantizationModifier"]["scheme"] == "FP8_DYNAMIC"
+    )
 
 
 def test_a_pattern_on_the_command_line_needs_no_quotes(tmp_path):
     """YAML reads 1:4 as the number 64."""
     path = tmp_path / "r.yaml"
     path.write_text(recipe(entry()))
-    assert find_named_entry(load_recipe(path, ["mask_structure=1:4"]), "r")[1]["mask_structure"] == "1:4"
+    assert (
+        find_named_entry(load_recipe(path, ["mask_structure=1:4"]), "r")[1]["mask_structure"]
+        == "1:4"
+    )
 
 
 def test_a_group_that_the_recipe_lacks_can_be_set(tmp_path):
@@ -89,7 +100,13 @@ def test_a_group_that_the_recipe_lacks_can_be_set(tmp_path):
 def test_every_mistake_is_in_one_message():
     with pytest.raises(RacError) as caught:
         check_entry({"sparsty": 0.5, "solver": "admm", "calibration": {"tokens": 0}}, "r.yaml")
-    for part in ("r.yaml", "sparsty: there is no such setting", "solver: ", "'admm'", "calibration.tokens: "):
+    for part in (
+        "r.yaml",
+        "sparsty: there is no such setting",
+        "solver: ",
+        "'admm'",
+        "calibration.tokens: ",
+    ):
         assert part in str(caught.value)
 
 
@@ -115,7 +132,10 @@ def test_a_layout_in_which_llm_compressor_finds_nothing_is_refused(text, tmp_pat
 
 def test_an_entry_without_settings_is_read_as_empty(tmp_path):
     (tmp_path / "r.yaml").write_text(f"pruning_stage: {{pruning_modifiers: {{{NAME}: }}}}")
-    assert find_named_entry(load_recipe(tmp_path / "r.yaml", ["sparsity=0.5"]), "r") == (NAME, {"sparsity": 0.5})
+    assert find_named_entry(load_recipe(tmp_path / "r.yaml", ["sparsity=0.5"]), "r") == (
+        NAME,
+        {"sparsity": 0.5},
+    )
 
 
 def test_a_recipe_cannot_name_code(tmp_path, monkeypatch):
@@ -123,7 +143,12 @@ def test_a_recipe_cannot_name_code(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr("os.getcwd", lambda: called.append(1))
     path = tmp_path / "r.yaml"
-    for value in ("os:getcwd", "os.getcwd", "!!python/name:os.getcwd", "!!python/object/apply:os.getcwd []"):
+    for value in (
+        "os:getcwd",
+        "os.getcwd",
+        "!!python/name:os.getcwd",
+        "!!python/object/apply:os.getcwd []",
+    ):
         path.write_text(
             f"p_stage: {{p_modifiers: {{{NAME}: {{sparsity: 0.5, calibration: {{trace_weighting: {value!s}}}}}}}}}"
             if value.startswith("!")
@@ -140,7 +165,9 @@ def test_a_recipe_cannot_name_code(tmp_path, monkeypatch):
 @pytest.mark.parametrize("second", [NAME, "ReasoningAwareCalibrationModifier"])
 def test_a_recipe_has_one_of_our_modifiers(tmp_path, second):
     path = tmp_path / "r.yaml"
-    path.write_text(f"a_stage: {{a_modifiers: {{{NAME}: {{sparsity: 0.5}}}}, b_modifiers: {{{second}: }}}}")
+    path.write_text(
+        f"a_stage: {{a_modifiers: {{{NAME}: {{sparsity: 0.5}}}}, b_modifiers: {{{second}: }}}}"
+    )
     with pytest.raises(RacError, match=f"has .*{NAME}.*leave one of them out"):
         load_recipe(path)
 

@@ -50,7 +50,10 @@ def test_what_is_set_is_kept():
     ("urls", "expected"),
     [
         (["http://127.0.0.1:8000"], ("http://127.0.0.1:8000/v1",)),
-        (["http://127.0.0.1:8000/v1/", "https://a.b/x"], ("http://127.0.0.1:8000/v1", "https://a.b/x")),
+        (
+            ["http://127.0.0.1:8000/v1/", "https://a.b/x"],
+            ("http://127.0.0.1:8000/v1", "https://a.b/x"),
+        ),
     ],
 )
 def test_addresses_get_their_usual_path(urls, expected):

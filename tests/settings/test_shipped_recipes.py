@@ -45,9 +45,15 @@ def test_recipes_can_be_told_apart_by_their_summaries():
 @pytest.mark.parametrize("function", [recipe, find_recipe])
 @pytest.mark.parametrize(
     ("name", "close"),
-    [("rac_2of5", "rac_2of4"), ("2of4_w8", "rac_2of4_w8"), ("rac_unstructured50", "rac_unstructured_50")],
+    [
+        ("rac_2of5", "rac_2of4"),
+        ("2of4_w8", "rac_2of4_w8"),
+        ("rac_unstructured50", "rac_unstructured_50"),
+    ],
 )
-def test_an_unknown_name_is_refused_with_names_that_are_close(function, name, close, tmp_path, monkeypatch):
+def test_an_unknown_name_is_refused_with_names_that_are_close(
+    function, name, close, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RacError, match=rf"{name}.*did you mean .*\b{close}\b.*`rac recipes`"):
         function(name)
@@ -55,12 +61,16 @@ def test_an_unknown_name_is_refused_with_names_that_are_close(function, name, cl
 
 @pytest.mark.parametrize("function", [recipe, find_recipe])
 def test_a_name_like_no_other_has_no_suggestion(function):
-    with pytest.raises(RacError, match=r"zzz'?; name a YAML file, or one of the recipes that `rac recipes` lists"):
+    with pytest.raises(
+        RacError, match=r"zzz'?; name a YAML file, or one of the recipes that `rac recipes` lists"
+    ):
         function("zzz")
 
 
 def test_the_old_path_of_a_recipe_leads_to_its_name():
-    with pytest.raises(RacError, match=r"no recipe at recipes/rac_2of4\.yaml; did you mean rac_2of4"):
+    with pytest.raises(
+        RacError, match=r"no recipe at recipes/rac_2of4\.yaml; did you mean rac_2of4"
+    ):
         find_recipe("recipes/rac_2of4.yaml")
 
 
@@ -70,7 +80,9 @@ def test_the_public_function_takes_names_only(name):
         recipe(name)
 
 
-def test_a_file_of_the_user_comes_before_a_shipped_recipe_and_a_folder_does_not(tmp_path, monkeypatch):
+def test_a_file_of_the_user_comes_before_a_shipped_recipe_and_a_folder_does_not(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rac_2of4").mkdir()  # such as the output of an earlier run
     assert find_recipe("rac_2of4") == FOLDER / "rac_2of4.yaml"
@@ -89,4 +101,6 @@ def test_upstream_reads_what_the_public_function_returns():
     from llmcompressor.recipe import Recipe
 
     modifiers = Recipe.create_instance(rac_modifier.recipe("rac_2of4")).modifiers
-    assert [(type(m).__name__, m.mask_structure) for m in modifiers] == [("ReasoningAwareSparseGPTModifier", "2:4")]
+    assert [(type(m).__name__, m.mask_structure) for m in modifiers] == [
+        ("ReasoningAwareSparseGPTModifier", "2:4")
+    ]

@@ -11,7 +11,10 @@ def test_a_named_source_takes_over_what_it_does_not_set():
         sampling={"max_new_tokens": 99, "samples_per_problem": 2},
         select={"finished": True},
         sources={
-            "math": {"problems": {"source": "reasoning-gym:gcd"}, "select": {"pass_rate": [0.2, 0.8]}},
+            "math": {
+                "problems": {"source": "reasoning-gym:gcd"},
+                "select": {"pass_rate": [0.2, 0.8]},
+            },
             "code": {"problems": {"source": "code.jsonl"}, "store": "code-traces.jsonl"},
         },
     )
@@ -19,8 +22,14 @@ def test_a_named_source_takes_over_what_it_does_not_set():
     assert settings.named(None) is settings
     assert (math.store, math.sampling.max_new_tokens, math.select.finished) == (None, 99, False)
     assert (code.store, code.select.finished) == ("code-traces.jsonl", True)
-    assert (itself.store, itself.problems.source, itself.select.finished) == (None, "org/data", True)
-    with pytest.raises(RacError, match=r"traces:maths, which is not among traces\.sources \(math, code\)"):
+    assert (itself.store, itself.problems.source, itself.select.finished) == (
+        None,
+        "org/data",
+        True,
+    )
+    with pytest.raises(
+        RacError, match=r"traces:maths, which is not among traces\.sources \(math, code\)"
+    ):
         settings.named("maths")
 
 

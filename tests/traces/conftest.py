@@ -37,7 +37,16 @@ def server(monkeypatch):
 
 @pytest.fixture
 def collect(server, identity, tokenizer, tmp_path):
-    def collect(name="s.jsonl", *, of=identity, urls=None, tokens=3000, retry_failed=None, engine=True, **changes):
+    def collect(
+        name="s.jsonl",
+        *,
+        of=identity,
+        urls=None,
+        tokens=3000,
+        retry_failed=None,
+        engine=True,
+        **changes,
+    ):
         settings = {
             "base_urls": urls or (server.url,),
             "concurrency": 8,
@@ -71,7 +80,9 @@ def is_exact(tokenizer):
             prompt = render_prompt(tokenizer, problem.question)
             seed = trace_seed(0, f"{problem.id}#0")
             assert list(trace.prompt_ids) == prompt
-            assert list(trace.completion_ids) == rule({"seed": seed, "prompt": prompt, "max_tokens": LONGEST})
+            assert list(trace.completion_ids) == rule(
+                {"seed": seed, "prompt": prompt, "max_tokens": LONGEST}
+            )
             assert trace.finish_reason == ("stop" if trace.completion_ids[-1] == 1 else "length")
         return True
 

@@ -17,7 +17,9 @@ HEADER = StoreHeader(
 def trace(tokenizer, i):
     text = "12 " * (i % 40) + f"</think>\\boxed{{{i if i % 4 else 'x'}}}"
     ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-    return Trace(f"p{i}#0", f"p{i}", (3, 4), ids, "stop" if i % 3 else "length", 0, f"{i} é?", str(i))
+    return Trace(
+        f"p{i}#0", f"p{i}", (3, 4), ids, "stop" if i % 3 else "length", 0, f"{i} é?", str(i)
+    )
 
 
 def fill(path, tokenizer):

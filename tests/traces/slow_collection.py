@@ -8,7 +8,9 @@ import torch
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
-def collect_slowly(path: str, settings: dict[str, object], tokens: int, url: str | None = None) -> None:
+def collect_slowly(
+    path: str, settings: dict[str, object], tokens: int, url: str | None = None
+) -> None:
     """Entry point of a process that will be killed: writes each line in pieces, so that kills tear lines too.
 
     With `url`, from the server there, without the model in memory.

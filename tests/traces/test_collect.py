@@ -31,7 +31,15 @@ def tokenizer():
 
 @pytest.fixture
 def run(model, tokenizer, tmp_path):
-    def run(name="store.jsonl", *, model=model, tokens=500, problems=ARITHMETIC, sampling=SAMPLING, **options):
+    def run(
+        name="store.jsonl",
+        *,
+        model=model,
+        tokens=500,
+        problems=ARITHMETIC,
+        sampling=SAMPLING,
+        **options,
+    ):
         return collect_traces(
             model,
             tokenizer,
@@ -88,7 +96,9 @@ def test_enough_already_samples_nothing(run, sampled):
     before = run()
     sampled.clear()
     assert list(run()) == list(before)
-    assert list(run(tokens=100, sampling=SAMPLING.model_copy(update={"batch_size": 9}))) == list(before)
+    assert list(run(tokens=100, sampling=SAMPLING.model_copy(update={"batch_size": 9}))) == list(
+        before
+    )
     assert sampled == []
 
 
@@ -138,7 +148,9 @@ def test_another_models_store_is_refused_with_the_reason(run, tmp_path):
     run()
     before = (tmp_path / "store.jsonl").read_bytes()
     other = tiny_model(seed=1)
-    with pytest.raises(RacError, match=r"another model.*own traces.*\.900.*\.876.*allow_off_policy=True"):
+    with pytest.raises(
+        RacError, match=r"another model.*own traces.*\.900.*\.876.*allow_off_policy=True"
+    ):
         run(model=other)
     store = run(model=other, allow_off_policy=True)
     assert store.counts.tokens >= 500
@@ -186,10 +198,18 @@ def test_bad_input_makes_no_store(run, tmp_path):
     assert not (tmp_path / "store.jsonl").exists()
 
 
-def test_the_default_path_follows_what_decides_the_sampling(model, tokenizer, tmp_path, monkeypatch):
+def test_the_default_path_follows_what_decides_the_sampling(
+    model, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     store = collect_traces(
-        model, tokenizer, None, problems=ProblemSource(), sampling=SAMPLING, tokens=60, progress=False
+        model,
+        tokenizer,
+        None,
+        problems=ProblemSource(),
+        sampling=SAMPLING,
+        tokens=60,
+        progress=False,
     )
     path = default_store_path(store.header.fingerprint, SAMPLING.resolved(None), ProblemSource())
     assert store.path == path

@@ -25,7 +25,12 @@ def test_the_store_holds_what_the_server_generated(collect, server, is_exact):
     assert 0 < store.counts.finished < len(store)
     assert (store.header.engine.kind, store.header.engine.served_model) == ("openai", NAME)
     body = server.bodies[0]
-    assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"]) == (1.0, 0.95, -1, 1.0)
+    assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"]) == (
+        1.0,
+        0.95,
+        -1,
+        1.0,
+    )
     assert body["return_token_ids"] is True
     assert 1 < server.most_at_once <= 8
 
@@ -63,17 +68,23 @@ def greedy(model, tokenizer):
 def test_greedy_tokens_tell_another_model(collect, server, tokenizer):
     model = tiny_model()
     server.answer = greedy(model, tokenizer)
-    assert len(collect("a.jsonl", of=model, verify_model=True, tokens=200).header.engine.probes) == 4
+    assert (
+        len(collect("a.jsonl", of=model, verify_model=True, tokens=200).header.engine.probes) == 4
+    )
     server.answer = greedy(tiny_model(seed=1), tokenizer)
     with pytest.raises(RacError, match=r"holds another model than .*verify_model: false"):
         collect("b.jsonl", of=model, verify_model=True, tokens=200)
     collect("b.jsonl", of=model, tokens=200)
 
 
-def test_a_store_collected_without_the_weights_is_checked_once_they_are_there(collect, server, tokenizer):
+def test_a_store_collected_without_the_weights_is_checked_once_they_are_there(
+    collect, server, tokenizer
+):
     server.answer = greedy(tiny_model(seed=1), tokenizer)
     collect(verify_model=True, tokens=200)
-    with pytest.raises(RacError, match=r"the server that filled trace store .*s\.jsonl.* another model"):
+    with pytest.raises(
+        RacError, match=r"the server that filled trace store .*s\.jsonl.* another model"
+    ):
         collect(of=tiny_model(), verify_model=True, tokens=200)
 
 
@@ -82,7 +93,9 @@ def test_two_kinds_of_engines_do_not_fill_one_store(collect):
     collect(tokens=300)
     model = tiny_model()
     assert collect(of=model, engine=False, tokens=300).counts.tokens >= 300
-    with pytest.raises(RacError, match=r"another engine \(openai, not transformers\).*traces.engine"):
+    with pytest.raises(
+        RacError, match=r"another engine \(openai, not transformers\).*traces.engine"
+    ):
         collect(of=model, engine=False, tokens=5000)
 
 
@@ -99,7 +112,9 @@ def test_a_server_that_is_refused_leaves_no_store(collect, server, tmp_path, car
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pruning_finds_what_was_collected_without_the_weights(server, tiny_folder, tokenizer, tmp_path, monkeypatch):
+def test_pruning_finds_what_was_collected_without_the_weights(
+    server, tiny_folder, tokenizer, tmp_path, monkeypatch
+):
     """As `rac traces collect` and `rac prune` with one recipe: the same store by default, and no server in the end."""
     monkeypatch.chdir(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -108,7 +123,9 @@ def test_pruning_finds_what_was_collected_without_the_weights(server, tiny_folde
     settings = TraceSettings(sampling={"temperature": 1.0, "max_new_tokens": 20}, engine=engine)
     budget = CalibrationSettings(tokens=400, max_sequence_tokens=40, held_out_tokens=0)
     identity = ModelIdentity.of_files(str(tiny_folder))
-    collected = collect_for_calibration(identity, tokenizer, settings, budget, progress=False)["traces"].store
+    collected = collect_for_calibration(identity, tokenizer, settings, budget, progress=False)[
+        "traces"
+    ].store
     server.close()
     found = build_calibration_set(model, tokenizer, settings, budget, progress=False)
     assert found.pools["traces"].store.path == collected.path

@@ -16,7 +16,18 @@ from tests.sampling.fake_server import FakeServer
 
 def test_twenty_faults_leave_the_same_file(collect, server, is_exact):
     quiet = collect("a.jsonl")
-    kinds = ["hang", "500", "429", "reset", "truncate", "garbage", "503", "short", "miscount", "500"] * 2
+    kinds = [
+        "hang",
+        "500",
+        "429",
+        "reset",
+        "truncate",
+        "garbage",
+        "503",
+        "short",
+        "miscount",
+        "500",
+    ] * 2
     first = len(server.bodies)
     server.fault = lambda number, body: (
         kinds[(number - first) // 3] if (number - first) % 3 == 1 and number - first < 60 else None
@@ -33,7 +44,9 @@ def test_what_finished_early_is_kept_for_a_larger_budget(collect, server, tmp_pa
     first = next(load_problems(ProblemSource(), 0))
     blocked = trace_seed(0, f"{first.id}#0")
     server.fault = lambda number, body: (
-        "401" if body["seed"] == blocked and len(server.bodies) > 20 else ("500" if body["seed"] == blocked else None)
+        "401"
+        if body["seed"] == blocked and len(server.bodies) > 20
+        else ("500" if body["seed"] == blocked else None)
     )
     with pytest.raises(RacError, match="api_key_env"):
         collect(tries=1000)
@@ -97,7 +110,9 @@ def test_an_outage_ends_the_run_and_marks_no_problem(collect, server, tmp_path):
     server.fault = lambda number, body: "500" if number > first else None
     # What was asked for before has come back by then: a success between the failures would make them bad problems.
     server.delay = lambda body: 0.3 if len(server.bodies) > first else 0
-    with pytest.raises(RacError, match=r"in a row failed.*told to answer 500.*tried 2 times.*run again"):
+    with pytest.raises(
+        RacError, match=r"in a row failed.*told to answer 500.*tried 2 times.*run again"
+    ):
         collect("b.jsonl", tries=2)
     assert read_failures(tmp_path / "b.jsonl") == []
     server.fault, server.delay = lambda number, body: None, lambda body: 0

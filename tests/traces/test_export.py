@@ -17,8 +17,15 @@ def test_parquet_holds_the_ids_as_they_are(long_store, byte_tokenizer, tmp_path)
     )
     for one, row in zip(long_store, rows, strict=True):
         assert row["id"] == one.id
-        assert (tuple(row["prompt_ids"]), tuple(row["completion_ids"])) == (one.prompt_ids, one.completion_ids)
-        assert (row["question"], row["answer"], row["finish_reason"]) == (one.question, one.answer, one.finish_reason)
+        assert (tuple(row["prompt_ids"]), tuple(row["completion_ids"])) == (
+            one.prompt_ids,
+            one.completion_ids,
+        )
+        assert (row["question"], row["answer"], row["finish_reason"]) == (
+            one.question,
+            one.answer,
+            one.finish_reason,
+        )
     assert [path.name for path in tmp_path.glob("out*")] == ["out.parquet"]
 
 

@@ -5,7 +5,13 @@ import os
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.traces.failures import FailedProblem, append_failures, failures_path, forget_failures, read_failures
+from rac_modifier.traces.failures import (
+    FailedProblem,
+    append_failures,
+    failures_path,
+    forget_failures,
+    read_failures,
+)
 
 
 def test_failures_come_back_and_a_torn_line_does_not(tmp_path):
@@ -30,7 +36,9 @@ def test_nothing_is_lost_silently(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(RacError, match=r"s\.failed\.jsonl' cannot be written: .*make room, then run again"):
+    with pytest.raises(
+        RacError, match=r"s\.failed\.jsonl' cannot be written: .*make room, then run again"
+    ):
         append_failures(tmp_path / "s.jsonl", [FailedProblem("a#0", "1+1?", "why")])
 
 

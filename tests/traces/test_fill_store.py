@@ -25,7 +25,12 @@ class Script:
     kind = "openai"
 
     def __init__(self, together=1, batch_size=1, failing=(), fatal=()):
-        self.together, self.batch_size, self.failing, self.fatal = together, batch_size, set(failing), set(fatal)
+        self.together, self.batch_size, self.failing, self.fatal = (
+            together,
+            batch_size,
+            set(failing),
+            set(fatal),
+        )
         self.asked = []  # batches of keys
         self.connected = 0
 
@@ -49,7 +54,11 @@ class Script:
                 yield [Completion(prompt, self.outcome(prompt)) for prompt in reversed(batch)]
 
     def outcome(self, prompt):
-        return Failure("broken") if prompt.key in self.failing else Generation((*prompt.ids, *range(6)), "stop")
+        return (
+            Failure("broken")
+            if prompt.key in self.failing
+            else Generation((*prompt.ids, *range(6)), "stop")
+        )
 
     @property
     def keys(self):
@@ -71,7 +80,9 @@ def fill(tmp_path):
         )
         problems = (Problem(f"p{i}", f"{i}?", str(i), None) for i in range(count))
         with TraceStore.open_append(path, header) as store:
-            filling = FillStore(store, engine, problems, lambda problem: [3, int(problem.question[:-1])], refuse)
+            filling = FillStore(
+                store, engine, problems, lambda problem: [3, int(problem.question[:-1])], refuse
+            )
             return filling.run(tokens, progress=False), filling.failed
 
     fill.path = path
@@ -184,7 +195,9 @@ def test_sixteen_failures_in_a_row_are_an_outage_and_no_problems_failed(fill, fa
         assert fill(engine, 5 * TOKENS) == (5 * TOKENS, 15)
         assert stored(fill.path) == ids(0, 1, 17, 18, 19)
         return
-    with pytest.raises(RacError, match=r"16 completions in a row failed, the last one: broken\. .*run again"):
+    with pytest.raises(
+        RacError, match=r"16 completions in a row failed, the last one: broken\. .*run again"
+    ):
         fill(engine, 5 * TOKENS)
     assert not failures_path(fill.path).exists()
     fill(Script(), 5 * TOKENS)
@@ -202,12 +215,18 @@ def test_prompts_that_are_refused_are_recorded_and_not_asked(fill):
 
 def test_a_whole_batch_may_be_refused(fill):
     engine = Script(batch_size=2)
-    fill(engine, TOKENS, refuse=lambda length: "too long" if len(read_failures(fill.path)) < 4 else None)
+    fill(
+        engine,
+        TOKENS,
+        refuse=lambda length: "too long" if len(read_failures(fill.path)) < 4 else None,
+    )
     assert engine.asked == [ids(4, 5)]
 
 
 def test_only_one_kind_of_engine_fills_a_store(fill):
-    with pytest.raises(RacError, match=r"another engine \(transformers, not openai\).*leave traces.engine out"):
+    with pytest.raises(
+        RacError, match=r"another engine \(transformers, not openai\).*leave traces.engine out"
+    ):
         fill(Script(), TOKENS, kind="transformers")
 
 

@@ -39,11 +39,17 @@ def test_fresh_traces_are_those_after_them(trace_store):
 
 def test_fresh_traces_end_where_they_begin_to_repeat(trace_store, tmp_path):
     header = TraceStore.read(trace_store).header
-    loops = [Trace(f"{i}#0", f"{i}", (1,) * 4, (*range(i), *(5, 6) * 50), "length", 0, "?", None) for i in range(4)]
+    loops = [
+        Trace(f"{i}#0", f"{i}", (1,) * 4, (*range(i), *(5, 6) * 50), "length", 0, "?", None)
+        for i in range(4)
+    ]
     with TraceStore.open_append(tmp_path / "loops.jsonl", header) as store:
         store.append_many(loops)
     fresh = fresh_traces(TraceStore.read(tmp_path / "loops.jsonl"), 1, 15)
-    assert [t.completion_ids for t in fresh] == [(0, 5, 6), (0, 1, 5, 6)]  # 7 and 8 tokens with their prompts
+    assert [t.completion_ids for t in fresh] == [
+        (0, 5, 6),
+        (0, 1, 5, 6),
+    ]  # 7 and 8 tokens with their prompts
 
 
 def test_a_line_that_is_being_written_does_not_count(trace_store, tmp_path):

@@ -51,7 +51,9 @@ def test_the_answer_behind_the_thinking_counts(tokenizer, text, answer, right):
 def test_traces_come_back_in_their_order(tokenizer, monkeypatch):
     monkeypatch.setattr(grading, "_TOGETHER", 7)
     traces = [trace(tokenizer, f"p{i}", f"</think>\\boxed{{{i % 3}}}", "1") for i in range(40)]
-    assert list(Judge(tokenizer, header())(iter(traces))) == [(one, i % 3 == 1) for i, one in enumerate(traces)]
+    assert list(Judge(tokenizer, header())(iter(traces))) == [
+        (one, i % 3 == 1) for i, one in enumerate(traces)
+    ]
 
 
 def test_a_verdict_is_found_once(tokenizer, monkeypatch):
@@ -68,8 +70,12 @@ def test_reasoning_gym_judges_its_own_tasks(tokenizer):
     problems = list(islice(load_problems(source, seed=5), 502))
     traces = []
     for problem in (problems[0], problems[501]):
-        traces.append(trace(tokenizer, problem.id, f"</think>\\boxed{{{problem.answer}}}", "not looked at"))
-        traces.append(trace(tokenizer, problem.id, "</think>\\boxed{nonsense}", problem.answer, sample=1))
+        traces.append(
+            trace(tokenizer, problem.id, f"</think>\\boxed{{{problem.answer}}}", "not looked at")
+        )
+        traces.append(
+            trace(tokenizer, problem.id, "</think>\\boxed{nonsense}", problem.answer, sample=1)
+        )
     judged = Judge(tokenizer, header("reasoning-gym:spell_backward", seed=5))(traces)
     assert [right for _, right in judged] == [True, False, True, False]
 

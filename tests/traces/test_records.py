@@ -30,7 +30,9 @@ HEADER = StoreHeader(
 
 
 def trace(i):
-    return Trace(f"p{i}#0", f"p{i}", (1, 2, 3), tuple(range(i + 1)), "stop", 0, "1 + 1 = ? é\n", None)
+    return Trace(
+        f"p{i}#0", f"p{i}", (1, 2, 3), tuple(range(i + 1)), "stop", 0, "1 + 1 = ? é\n", None
+    )
 
 
 def test_a_line_is_a_json_object_with_the_checksum_of_its_value():
@@ -98,7 +100,10 @@ def test_one_file_of_problems_may_be_named_by_another_path(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text('{"problem": "1 + 1"}\n')
-    asked = [ProblemSource(source=path) for path in ("a.jsonl", str(tmp_path / "a.jsonl"), "b.jsonl", "c/a.jsonl")]
+    asked = [
+        ProblemSource(source=path)
+        for path in ("a.jsonl", str(tmp_path / "a.jsonl"), "b.jsonl", "c/a.jsonl")
+    ]
     first, same, other, missing = (HEADER.model_copy(update={"problems": one}) for one in asked)
     assert header_differences(first, same) == header_differences(same, first) == []
     assert len(header_differences(first, other)) == len(header_differences(first, missing)) == 1

@@ -38,16 +38,24 @@ def test_how_many_tokens_repeat(ids, repeated):
 
 
 @given(
-    st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 20)
+    st.lists(st.integers(0, 3), max_size=40),
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    st.integers(0, 20),
 )
 def test_what_is_left_and_its_stretch_give_the_whole_again(before, stretch, copies):
     ids = before + stretch * copies
     repeated = repeated_tokens(ids)
     if len(stretch) * copies >= 64 and copies >= 3:
-        assert repeated >= len(stretch) * (copies - 1) or repeated >= 63  # a shorter stretch may explain the end
+        assert (
+            repeated >= len(stretch) * (copies - 1) or repeated >= 63
+        )  # a shorter stretch may explain the end
     left = ids[: len(ids) - repeated]
     if repeated:
-        assert any(left + (left[-n:] * repeated)[:repeated] == ids for n in range(1, 129) if repeated >= 2 * n)
+        assert any(
+            left + (left[-n:] * repeated)[:repeated] == ids
+            for n in range(1, 129)
+            if repeated >= 2 * n
+        )
         assert repeated_tokens(left) == 0 or len(left) >= 64
 
 
@@ -56,4 +64,6 @@ def test_only_a_completion_that_was_cut_loses_its_end():
     shorter = without_repeats(trace)
     assert shorter == replace(trace, completion_ids=(*WHOLE, 1, 2, 3))
     assert without_repeats(shorter) is shorter
-    assert without_repeats(replace(trace, finish_reason="stop")).completion_ids == trace.completion_ids
+    assert (
+        without_repeats(replace(trace, finish_reason="stop")).completion_ids == trace.completion_ids
+    )

@@ -5,7 +5,12 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.report import describe_store, describe_verified, read_select, verified_figures
+from rac_modifier.traces.report import (
+    describe_store,
+    describe_verified,
+    read_select,
+    verified_figures,
+)
 from rac_modifier.traces.store import TraceStore
 
 
@@ -20,7 +25,10 @@ def test_a_store_in_words(long_store):
 
 def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):
     ends = [((5, 6) * 50, "length"), ((5, 6) * 50, "stop"), (tuple(range(100)), "length")]
-    traces = [Trace(f"{i}#0", f"{i}", (1,) * 4, ids, end, 0, "?", None) for i, (ids, end) in enumerate(ends)]
+    traces = [
+        Trace(f"{i}#0", f"{i}", (1,) * 4, ids, end, 0, "?", None)
+        for i, (ids, end) in enumerate(ends)
+    ]
     with TraceStore.open_append(tmp_path / "s.jsonl", long_store.header) as store:
         store.append_many(traces)
     text = describe_store(store)
@@ -31,19 +39,29 @@ def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):
 
 
 def test_what_is_right_and_what_a_selection_keeps(long_store, byte_tokenizer):
-    text = describe_verified(long_store, byte_tokenizer, True, SelectSettings(answers="correct", finished=True))
+    text = describe_verified(
+        long_store, byte_tokenizer, True, SelectSettings(answers="correct", finished=True)
+    )
     right = [t for t in long_store if int(t.answer) % 4]
     assert f"verified    {len(right):,} of 2,499 right" in text
     kept = [t for t in right if t.finish_reason == "stop"]
-    assert f"selection   kept {len(kept):,} of 2,499: 834 unfinished, {2499 - 834 - len(kept)} wrong" in text
+    assert (
+        f"selection   kept {len(kept):,} of 2,499: 834 unfinished, {2499 - 834 - len(kept)} wrong"
+        in text
+    )
     assert f"{sum(t.tokens for t in kept):,} tokens" in text
 
 
 def test_a_selection_on_the_command_line():
     assert read_select(None) is None
-    assert read_select("{answers: wrong, max_tokens: 9}") == SelectSettings(answers="wrong", max_tokens=9)
+    assert read_select("{answers: wrong, max_tokens: 9}") == SelectSettings(
+        answers="wrong", max_tokens=9
+    )
     for text in ("correct", "{answers: [", "[1]", "{answer: correct}", "{max_tokens: 0}"):
         with pytest.raises(RacError, match="--select"):
             read_select(text)
-    with pytest.raises(RacError, match=r"--select '.*': answer: there is no such setting .*; did you mean answers\?"):
+    with pytest.raises(
+        RacError,
+        match=r"--select '.*': answer: there is no such setting .*; did you mean answers\?",
+    ):
         read_select("{answer: correct}")

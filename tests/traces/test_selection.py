@@ -40,7 +40,9 @@ def test_each_reason_is_counted_once():
         trace("g", tokens=60),
     ]
     wrong = {"b#0", "c#0", "d#0"}
-    kept, selection = run(traces, wrong, answers="correct", finished=True, min_tokens=11, max_tokens=60)
+    kept, selection = run(
+        traces, wrong, answers="correct", finished=True, min_tokens=11, max_tokens=60
+    )
     assert kept == ["a#0", "f#0", "g#0"]
     assert selection.as_dict() == {
         "kept": 3, "of": 7, "dropped": {"wrong": 1, "unfinished": 1, "too short": 1, "too long": 1},
@@ -58,11 +60,16 @@ def test_pass_rate_chooses_whole_problems():
     assert kept == [f"even#{i}" for i in range(4)]
     assert selection.dropped == {"too easy": 4, "too hard": 4}
     assert run(traces, wrong, pass_rate=(0.5, 0.5))[0] == kept
-    assert run(traces, wrong, pass_rate=(0.25, 1), answers="correct", per_problem=1)[0] == ["easy#0", "even#1"]
+    assert run(traces, wrong, pass_rate=(0.25, 1), answers="correct", per_problem=1)[0] == [
+        "easy#0",
+        "even#1",
+    ]
 
 
 def test_dedupe_and_the_cap_of_a_problem():
-    traces = [trace("a", i, tokens) for i, tokens in enumerate([(1,), (2,), (1,), (3,)])] + [trace("b", 0, (1,))]
+    traces = [trace("a", i, tokens) for i, tokens in enumerate([(1,), (2,), (1,), (3,)])] + [
+        trace("b", 0, (1,))
+    ]
     kept, selection = run(traces, dedupe=True)
     assert kept == ["a#0", "a#1", "a#3"]
     assert selection.dropped == {"duplicates": 2}

@@ -21,7 +21,9 @@ HEADER = StoreHeader(
 
 
 def trace(i, finish="stop"):
-    return Trace(f"p{i}#0", f"p{i}", (1, 2, 3), tuple(range(i + 1)), finish, 0, "1 + 1 = ? é\n", None)
+    return Trace(
+        f"p{i}#0", f"p{i}", (1, 2, 3), tuple(range(i + 1)), finish, 0, "1 + 1 = ? é\n", None
+    )
 
 
 def with_settings(**fields):
@@ -71,7 +73,9 @@ def test_a_line_cut_anywhere_is_removed_and_only_that(filled):
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     for end in (*range(last + 1, len(whole), 17), len(whole) - 1):
         filled.write_bytes(whole[:end])
-        reader = TraceStore.read(filled)  # a reader leaves the file alone: its writer may still be at it
+        reader = TraceStore.read(
+            filled
+        )  # a reader leaves the file alone: its writer may still be at it
         assert [t.id for t in reader] == ["p0#0", "p1#0"]
         assert len(filled.read_bytes()) == end
         with TraceStore.open_append(filled, HEADER) as store:
@@ -140,7 +144,10 @@ def test_no_room_on_the_disk_keeps_what_was_stored(filled):
     with TraceStore.open_append(filled, HEADER) as store:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
         try:
-            with pytest.raises(RacError, match=r"could not be written \(File too large\); the 3 traces stored before"):
+            with pytest.raises(
+                RacError,
+                match=r"could not be written \(File too large\); the 3 traces stored before",
+            ):
                 store.append_many([trace(3), trace(4)])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -167,8 +174,14 @@ def test_a_failing_fsync_counts_as_not_stored(filled, monkeypatch):
     ("header", "words"),
     [
         (with_settings(seed=1), r"sampling\.seed: 0 in the store, 1 asked for"),
-        (with_settings(max_new_tokens=9, top_p=0.5), r"top_p: 0\.95 in.*max_new_tokens: 8192 in the store, 9 asked"),
-        (HEADER.model_copy(update={"problems": ProblemSource(source="reasoning-gym:gcd")}), r"problems\.source"),
+        (
+            with_settings(max_new_tokens=9, top_p=0.5),
+            r"top_p: 0\.95 in.*max_new_tokens: 8192 in the store, 9 asked",
+        ),
+        (
+            HEADER.model_copy(update={"problems": ProblemSource(source="reasoning-gym:gcd")}),
+            r"problems\.source",
+        ),
         (HEADER.model_copy(update={"fingerprint": "0" * 64}), "fingerprint"),
         (HEADER.model_copy(update={"tokenizer": "0" * 64}), "tokenizer"),
         (HEADER.model_copy(update={"chat_template": "0"}), "chat_template"),
@@ -180,7 +193,9 @@ def test_other_settings_are_refused_by_name(filled, header, words):
 
 
 def test_batch_size_and_limit_may_differ(filled):
-    header = with_settings(batch_size=3).model_copy(update={"problems": ProblemSource(limit=5), "model": "copy"})
+    header = with_settings(batch_size=3).model_copy(
+        update={"problems": ProblemSource(limit=5), "model": "copy"}
+    )
     with TraceStore.open_append(filled, header) as store:
         assert store.header == HEADER
 

@@ -12,7 +12,9 @@ from tests.checkpoint.gptq_awq_tensors import awq, gptq, rounded
 from tests.vllm_plugin.w4a16 import save_w4a16
 
 
-def gptq_config(group: int | None = 32, symmetric: bool = True, bits: int = 4, version: int = 1, **changes: Any) -> Any:
+def gptq_config(
+    group: int | None = 32, symmetric: bool = True, bits: int = 4, version: int = 1, **changes: Any
+) -> Any:
     """The `quantization_config` that GPTQModel writes."""
     return {
         "quant_method": "gptq",
@@ -44,12 +46,19 @@ def awq_config(group: int | None = 32, symmetric: bool = False, **changes: Any) 
 
 
 def tensors(
-    weight: torch.Tensor, group: int | None, symmetric: bool, bits: int = 4, form: str = "gptq", order: Any = None
+    weight: torch.Tensor,
+    group: int | None,
+    symmetric: bool,
+    bits: int = 4,
+    form: str = "gptq",
+    order: Any = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A weight [N, K] as "gptq", "gptq_v2" or "awq" store it, and what it means. `order` [K]: that of columns in groups."""
     if order is None:
         found = rounded(weight, group, symmetric, bits)
-        return awq(found) if form == "awq" else gptq(found, 2 if form == "gptq_v2" else 1), found.meant
+        return awq(found) if form == "awq" else gptq(
+            found, 2 if form == "gptq_v2" else 1
+        ), found.meant
     found = rounded(weight[:, order], group, symmetric, bits)
     meant = torch.empty_like(found.meant)
     meant[:, order] = found.meant
@@ -64,7 +73,13 @@ def config_of(form: str, group: int | None, symmetric: bool, bits: int = 4, **ch
 
 
 def save(
-    folder: Path, meant: Path, form: str, group: int | None, symmetric: bool, bits: int = 4, reorder: bool = False
+    folder: Path,
+    meant: Path,
+    form: str,
+    group: int | None,
+    symmetric: bool,
+    bits: int = 4,
+    reorder: bool = False,
 ) -> None:
     """A tiny Qwen3 with every linear layer but one stored so; `meant` gets the same weights dense in float32."""
     orders: dict[int, torch.Tensor] = {}
@@ -77,5 +92,7 @@ def save(
     sizes = {"hidden_size": 128, "intermediate_size": 256} if group in (64, 128) else {}
     save_w4a16(folder, meant, group, symmetric, rounding=stored, bits=bits, **sizes)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = config_of(form, group, symmetric, bits, **({"desc_act": True} if reorder else {}))
+    config["quantization_config"] = config_of(
+        form, group, symmetric, bits, **({"desc_act": True} if reorder else {})
+    )
     (folder / "config.json").write_text(json.dumps(config))

@@ -47,16 +47,25 @@ KINDS: dict[str, tuple[type, dict[str, Any], list[tuple[Any, str, int]]]] = {
         [(None, "a.qkv", 128)],
     ),
 }
-PREFIX = {"merged": "a.gate_up", "merged on disk": "a.gate_up", "qkv": "a.qkv", "qkv on disk": "a.qkv"}
+PREFIX = {
+    "merged": "a.gate_up",
+    "merged on disk": "a.gate_up",
+    "qkv": "a.qkv",
+    "qkv on disk": "a.qkv",
+}
 
 
-def make(kind: str, config: RacSparseConfig | None, bias: bool = False, within: str = "") -> LinearBase:
+def make(
+    kind: str, config: RacSparseConfig | None, bias: bool = False, within: str = ""
+) -> LinearBase:
     """A layer of vLLM. `within`: what stands before its name, as before those of a draft."""
     cls, arguments, _ = KINDS[kind]
     if config is not None:
         config.packed_modules_mapping = FUSED
     prefix = within + PREFIX.get(kind, f"a.{kind}")
-    return cls(**arguments, bias=bias, quant_config=config, prefix=prefix, params_dtype=torch.float32)
+    return cls(
+        **arguments, bias=bias, quant_config=config, prefix=prefix, params_dtype=torch.float32
+    )
 
 
 def load(layer: LinearBase, shard: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -65,7 +74,9 @@ def load(layer: LinearBase, shard: Any, tensors: dict[str, torch.Tensor]) -> Non
         parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
 
 
-def weights_of(kind: str, two_of_four: bool, dtype: torch.dtype = torch.float32) -> list[tuple[Any, str, torch.Tensor]]:
+def weights_of(
+    kind: str, two_of_four: bool, dtype: torch.dtype = torch.float32
+) -> list[tuple[Any, str, torch.Tensor]]:
     return [
         (shard, module, random_weight(rows, K, seed, two_of_four, dtype))
         for seed, (shard, module, rows) in enumerate(KINDS[kind][2])
@@ -88,4 +99,8 @@ def quantized_config(format: str, scheme: str = "int8") -> RacSparseConfig:
 def quantized(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantized values, their scales, and their product in float32."""
     values, scale = quantize(weight, scheme)
-    return values, scale, values.float() * scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+    return (
+        values,
+        scale,
+        values.float() * scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1),
+    )

@@ -42,7 +42,9 @@ def test_what_the_environment_requests(monkeypatch):
         assert activation_bits(recorded=True) == (wanted or 8)
         assert activation_bits() == (wanted or 16)
     monkeypatch.setenv("RAC_ACTIVATIONS", "8")
-    with pytest.raises(RacError, match='RAC_ACTIVATIONS="8": activations can be int8 or int16; unset it'):
+    with pytest.raises(
+        RacError, match='RAC_ACTIVATIONS="8": activations can be int8 or int16; unset it'
+    ):
         wanted_bits()
 
 
@@ -81,7 +83,9 @@ def test_a_fused_layer_takes_8_bits_where_all_parts_do(recorded, requested, bits
         monkeypatch.setenv("RAC_ACTIVATIONS", requested)
     layer, _ = loaded("qkv", recorded, monkeypatch)
     isa = support().isa
-    assert bits_of(layer) == (bits if isa in ("avxvnni", "avx512", "amx", "dotprod", "i8mm", "sve") else 16)
+    assert bits_of(layer) == (
+        bits if isa in ("avxvnni", "avx512", "amx", "dotprod", "i8mm", "sve") else 16
+    )
     decision = layer.quant_method.summary.decisions["a.qkv"]
     assert ("activations in" in decision.kernel) == (bits == 8)
 
@@ -98,7 +102,9 @@ def test_the_product_of_a_layer_with_8_bits(monkeypatch):
 
 def hf_config(**record) -> SimpleNamespace:
     written = with_packed({}, FORMAT_BITMASK, {"model.a": "unstructured"}, 0.5, [])
-    return SimpleNamespace(rac_sparsity=with_int8_activations(written, ["model.a"])["rac_sparsity"] | record)
+    return SimpleNamespace(
+        rac_sparsity=with_int8_activations(written, ["model.a"])["rac_sparsity"] | record
+    )
 
 
 def test_the_record_of_config_json_is_read_and_renamed(monkeypatch, tmp_path):
@@ -108,9 +114,13 @@ def test_the_record_of_config_json_is_read_and_renamed(monkeypatch, tmp_path):
     config = quantized_config(FORMAT_BITMASK)
     config.maybe_update_config("model", hf_config())
     assert config.layers.int8_activations == ("model.a",)
-    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model."}).get_rename_mapper())
+    config.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"model.": "language_model."}).get_rename_mapper()
+    )
     assert config.layers.int8_activations == ("language_model.a",)
-    with pytest.raises(RacError, match=r"rac_sparsity\.int8_activations is 'model.a', not a list of module names"):
+    with pytest.raises(
+        RacError, match=r"rac_sparsity\.int8_activations is 'model.a', not a list of module names"
+    ):
         config.maybe_update_config("model", hf_config(int8_activations="model.a"))
 
 
@@ -120,20 +130,29 @@ def test_a_request_without_effect_is_refused(monkeypatch):
     floats = quant_config.RacSparseConfig.from_config(
         with_packed({}, FORMAT_BITMASK, {"model.a": "unstructured"}, 0.5, [])["quantization_config"]
     )
-    with pytest.raises(RacError, match="RAC_ACTIVATIONS: the weights of this checkpoint are floats, and activations"):
+    with pytest.raises(
+        RacError,
+        match="RAC_ACTIVATIONS: the weights of this checkpoint are floats, and activations",
+    ):
         floats.maybe_update_config("model", hf_config())
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_8_bits_are_refused_where_no_kernel_multiplies_bytes(monkeypatch, isa):
     monkeypatch.setenv("RAC_ACTIVATIONS", "int8")
-    monkeypatch.setattr(activations, "support", lambda: SimpleNamespace(isa=isa, reason="some kernel"))
-    with pytest.raises(RacError, match=r"RAC_ACTIVATIONS=int8: only CPU kernels .* here: this is not a CPU; unset it"):
+    monkeypatch.setattr(
+        activations, "support", lambda: SimpleNamespace(isa=isa, reason="some kernel")
+    )
+    with pytest.raises(
+        RacError,
+        match=r"RAC_ACTIVATIONS=int8: only CPU kernels .* here: this is not a CPU; unset it",
+    ):
         activations.check_effect(integers=True, on_cpu=False)
     if isa == "avx512":
         activations.check_effect(integers=True, on_cpu=True)
         return
     with pytest.raises(
-        RacError, match=r"multiply bytes \(.*avx512.*\) take activations of 8 bits; here: some kernel; unset"
+        RacError,
+        match=r"multiply bytes \(.*avx512.*\) take activations of 8 bits; here: some kernel; unset",
     ):
         activations.check_effect(integers=True, on_cpu=True)

@@ -9,7 +9,10 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
 needs_vllm()
 
 from vllm.model_executor.layers import linear  # noqa: E402
-from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig, AutoAWQMarlinLinearMethod  # noqa: E402
+from vllm.model_executor.layers.quantization.auto_awq import (  # noqa: E402
+    AutoAWQConfig,
+    AutoAWQMarlinLinearMethod,
+)
 
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.vllm_plugin import METHOD  # noqa: E402
@@ -33,10 +36,16 @@ def test_on_request_only():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 8}, "no effect on this checkpoint, since its weights are int8, not int4; leave it out"),
+        (
+            {"bits": 8},
+            "no effect on this checkpoint, since its weights are int8, not int4; leave it out",
+        ),
         ({"bits": None}, "quantization_config.bits is None, but must be a whole number; restore"),
         ({"group_size": 0}, "quantization_config.group_size is 0, but must be a number of columns"),
-        ({"zero_point": "yes"}, "quantization_config.zero_point is 'yes', but must be true or false"),
+        (
+            {"zero_point": "yes"},
+            "quantization_config.zero_point is 'yes', but must be true or false",
+        ),
         (
             {"version": "gemv"},
             "the words of this AWQ checkpoint are in version gemv, and those of gemm are read here; leave out",
@@ -63,8 +72,13 @@ def test_the_names_that_other_writers_use():
 @pytest.mark.parametrize("within", ["", "draft_model."])
 def test_the_method_of_each_layer(monkeypatch, within):
     on_rank(monkeypatch, 0, 1)
-    config = RacSparseConfig.from_config(awq_config(group=None, modules_to_not_convert=["row", "gate", "up"]))
-    method = {kind: make(kind, config, within=within).quant_method for kind in ("column", "row", "qkv", "merged")}
+    config = RacSparseConfig.from_config(
+        awq_config(group=None, modules_to_not_convert=["row", "gate", "up"])
+    )
+    method = {
+        kind: make(kind, config, within=within).quant_method
+        for kind in ("column", "row", "qkv", "merged")
+    }
     assert {kind: type(each) for kind, each in method.items()} == {
         "column": GptqAwqLinearMethod,
         "row": linear.UnquantizedLinearMethod,
@@ -72,7 +86,12 @@ def test_the_method_of_each_layer(monkeypatch, within):
         "merged": linear.UnquantizedLinearMethod,
     }
     shards = method["qkv"].shards
-    assert (shards.bits, shards.group, shards.symmetric, shards.modules) == (4, None, False, ["a.q", "a.k", "a.v"])
+    assert (shards.bits, shards.group, shards.symmetric, shards.modules) == (
+        4,
+        None,
+        False,
+        ["a.q", "a.k", "a.v"],
+    )
     assert isinstance(method["qkv"].inner, AutoAWQMarlinLinearMethod)
     assert (config.summary.expected, config.summary.kernel) == (2, "an int4 kernel")
 
@@ -81,6 +100,7 @@ def test_parts_of_a_fused_layer_that_differ(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     config = RacSparseConfig.from_config(awq_config(modules_to_not_convert=["a.k"]))
     with pytest.raises(
-        RacError, match=r"^a\.qkv: .*\(a\.q: int4 with groups of 32, asymmetric, a\.k: floats, a\.v: int4"
+        RacError,
+        match=r"^a\.qkv: .*\(a\.q: int4 with groups of 32, asymmetric, a\.k: floats, a\.v: int4",
     ):
         make("qkv", config)

@@ -42,7 +42,9 @@ def test_a_head_in_floats(monkeypatch, form):
 
 
 def test_a_quantized_head_is_vllms_with_the_reason(monkeypatch):
-    monkeypatch.setattr(AutoGPTQLinearMethod, "process_weights_after_loading", lambda self, layer: None)
+    monkeypatch.setattr(
+        AutoGPTQLinearMethod, "process_weights_after_loading", lambda self, layer: None
+    )
     config = config_with(lm_head=True)
     method = config.get_quant_method(head(), "lm_head")
     assert type(method) is AutoGPTQLinearMethod
@@ -50,18 +52,24 @@ def test_a_quantized_head_is_vllms_with_the_reason(monkeypatch):
     layer.g_idx = None  # which create_weights makes
     method.process_weights_after_loading(layer)
     reason = "vLLM's own method because heads of this format have no kernel"
-    assert {name: each.reason for name, each in config.summary.decisions.items()} == {"lm_head": reason}
+    assert {name: each.reason for name, each in config.summary.decisions.items()} == {
+        "lm_head": reason
+    }
     embedding = VocabParallelEmbedding.__new__(VocabParallelEmbedding)
     torch.nn.Module.__init__(embedding)
     assert config.get_quant_method(embedding, "model.embed_tokens") is None
     monkeypatch.setenv("RAC_LM_HEAD", "int4")
-    with pytest.raises(RacError, match="RAC_LM_HEAD=int4: the checkpoint has a quantized head already; unset"):
+    with pytest.raises(
+        RacError, match="RAC_LM_HEAD=int4: the checkpoint has a quantized head already; unset"
+    ):
         config.get_quant_method(head(), "lm_head")
 
 
 def test_a_head_that_rules_leave_in_floats(monkeypatch):
     config = config_with(lm_head=True, dynamic={"-:lm_head": {}})
-    assert isinstance(AutoGPTQConfig.get_quant_method(config, head(), "lm_head"), UnquantizedEmbeddingMethod)
+    assert isinstance(
+        AutoGPTQConfig.get_quant_method(config, head(), "lm_head"), UnquantizedEmbeddingMethod
+    )
     assert config.get_quant_method(head(), "lm_head") is None
     monkeypatch.setenv("RAC_LM_HEAD", "int8")
     assert isinstance(config.get_quant_method(head(), "lm_head"), RoundedMethod)
@@ -70,7 +78,8 @@ def test_a_head_that_rules_leave_in_floats(monkeypatch):
 def test_a_quantized_head_that_vllm_refuses():
     config = RacSparseConfig.from_config(gptq_config(symmetric=False, lm_head=True))
     with pytest.raises(
-        RacError, match=r"^lm_head: .* heads of this format have no kernel, and vLLM does not either .*sym=False"
+        RacError,
+        match=r"^lm_head: .* heads of this format have no kernel, and vLLM does not either .*sym=False",
     ):
         config.get_quant_method(head(), "lm_head")
 
@@ -84,11 +93,16 @@ def test_what_is_in_floats_is_read_from_the_files(monkeypatch, tmp_path, form):
     """`maybe_update_config` of vLLM does; a missing file is refused before."""
     on_rank(monkeypatch, 0, 1)
     monkeypatch.setattr(
-        codes_config, "crossovers", lambda kinds, eight_bits: {"int4": 7.0} if kinds == ("int4",) else {}
+        codes_config,
+        "crossovers",
+        lambda kinds, eight_bits: {"int4": 7.0} if kinds == ("int4",) else {},
     )
     config = config_with(form)
     words = torch.zeros(2, 2, dtype=torch.int32)
-    save_file({"a.row.weight": torch.zeros(2, 2), "a.column.qweight": words}, tmp_path / "model.safetensors")
+    save_file(
+        {"a.row.weight": torch.zeros(2, 2), "a.column.qweight": words},
+        tmp_path / "model.safetensors",
+    )
     config.maybe_update_config(str(tmp_path))
     assert config.crossovers == {"int4": 7.0}
     assert type(make("row", config).quant_method) is linear.UnquantizedLinearMethod

@@ -30,7 +30,9 @@ def _measured(monkeypatch):
     for variable in ("RAC_CROSSOVER", "VLLM_BATCH_INVARIANT"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(crossover, "support", lambda: Support("avx2", "a test's"))
-    monkeypatch.setattr(crossover, "measure_crossovers", lambda kinds: [Crossover(kind, 256, {}) for kind in kinds])
+    monkeypatch.setattr(
+        crossover, "measure_crossovers", lambda kinds: [Crossover(kind, 256, {}) for kind in kinds]
+    )
     monkeypatch.setattr(quant_config, "check_index", lambda folder: None)
     yield
     operator.forget_crossovers()
@@ -38,7 +40,9 @@ def _measured(monkeypatch):
 
 def test_measured_and_logged(monkeypatch):
     logged = []
-    monkeypatch.setattr(crossover.logger, "info", lambda text, *values: logged.append(text % values))
+    monkeypatch.setattr(
+        crossover.logger, "info", lambda text, *values: logged.append(text % values)
+    )
     assert crossovers(["int8"]) == {"int8": 256}
     assert logged[0].startswith(
         "rac-sparse: measured on a core of this machine\n  int8: the kernel multiplies up to 256"
@@ -49,7 +53,9 @@ def test_set_or_invariant_and_then_not_measured(monkeypatch):
     monkeypatch.setattr(crossover, "measure_crossovers", None)
     for value, rows in (("512", 512), ("inf", math.inf), ("8", 8)):
         monkeypatch.setenv("RAC_CROSSOVER", value)
-        assert crossovers(["int8"]) == dict.fromkeys(ALL, rows)  # also for its head, and for a draft
+        assert crossovers(["int8"]) == dict.fromkeys(
+            ALL, rows
+        )  # also for its head, and for a draft
     for value in ("-1", "1.5", "nan", "many"):
         monkeypatch.setenv("RAC_CROSSOVER", value)
         with pytest.raises(RacError, match=f'RAC_CROSSOVER="{value}": give a number of rows'):
@@ -76,7 +82,9 @@ def test_layers_with_8_bits_are_measured_as_they_run(monkeypatch):
         assert found == dict.fromkeys(ALL, 256)
 
 
-@pytest.mark.parametrize(("recorded", "asked"), [(False, None), (True, None), (True, "int16"), (False, "int8")])
+@pytest.mark.parametrize(
+    ("recorded", "asked"), [(False, None), (True, None), (True, "int16"), (False, "int8")]
+)
 def test_a_model_says_whether_it_has_such_layers(recorded, asked, monkeypatch):
     monkeypatch.setattr(crossover, "support", lambda: Support("avx512", "a test's"))
     monkeypatch.setattr(activations, "support", lambda: Support("avx512", "a test's"))
@@ -87,7 +95,10 @@ def test_a_model_says_whether_it_has_such_layers(recorded, asked, monkeypatch):
     record = {"modules": {"a.up": "50 %"}, "int8_activations": ["a.up"]} if recorded else None
     config.maybe_update_config("model", SimpleNamespace(rac_sparsity=record))
     eight = asked == "int8" or (recorded and asked is None)
-    assert config.crossovers == {"int8": 256, **({"int8 with 8-bit activations": 256} if eight else {})}
+    assert config.crossovers == {
+        "int8": 256,
+        **({"int8 with 8-bit activations": 256} if eight else {}),
+    }
 
 
 def test_where_no_kernel_runs(monkeypatch):
@@ -98,12 +109,15 @@ def test_where_no_kernel_runs(monkeypatch):
     assert crossovers(["int8"]) == {}
     monkeypatch.setenv("RAC_CROSSOVER", "64")
     with pytest.raises(
-        RacError, match=r"RAC_CROSSOVER: no layer runs on a CPU kernel here \(no compiled kernel: why\)"
+        RacError,
+        match=r"RAC_CROSSOVER: no layer runs on a CPU kernel here \(no compiled kernel: why\)",
     ):
         crossovers(["int8"])
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [("int8", "int8"), ("int4", "int4"), ("fp8", "floats")])
+@pytest.mark.parametrize(
+    ("scheme", "kind"), [("int8", "int8"), ("int4", "int4"), ("fp8", "floats")]
+)
 def test_every_process_uses_what_one_has_measured(scheme, kind, monkeypatch):
     """vLLM makes the config in one process and sends it to the others."""
     config = quantized_config(FORMAT_BITMASK, scheme)
@@ -117,10 +131,15 @@ def test_every_process_uses_what_one_has_measured(scheme, kind, monkeypatch):
 
 def test_a_draft_of_another_kind_leaves_the_numbers_of_its_target(monkeypatch):
     on_rank(monkeypatch, 0, 1)
-    target, draft = quantized_config(FORMAT_BITMASK, "int8"), quantized_config(FORMAT_BITMASK, "int4")
+    target, draft = (
+        quantized_config(FORMAT_BITMASK, "int8"),
+        quantized_config(FORMAT_BITMASK, "int4"),
+    )
     for rows, config in ((256, target), (64, draft)):
         monkeypatch.setattr(
-            crossover, "measure_crossovers", lambda kinds, rows=rows: [Crossover(kind, rows, {}) for kind in kinds]
+            crossover,
+            "measure_crossovers",
+            lambda kinds, rows=rows: [Crossover(kind, rows, {}) for kind in kinds],
         )
         config.maybe_update_config("model")
         make("column", config)

@@ -28,14 +28,19 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     for level in ("info", "warning"):
         monkeypatch.setattr(
-            dense_linear.logger, level, lambda text, *args, level=level: lines.append(f"{level}: {text % args}")
+            dense_linear.logger,
+            level,
+            lambda text, *args, level=level: lines.append(f"{level}: {text % args}"),
         )
     return lines
 
 
 def weights_of(kind, group=32, symmetric=True, bits=4):
     """Of each shard: its id, its tensors on disk, and the weight that they mean."""
-    return [(shard, *int4(torch.randn(rows, K), group, symmetric, bits)) for shard, _, rows in KINDS[kind][2]]
+    return [
+        (shard, *int4(torch.randn(rows, K), group, symmetric, bits))
+        for shard, _, rows in KINDS[kind][2]
+    ]
 
 
 def loaded(kind, config, group, symmetric, bits=4):
@@ -63,8 +68,12 @@ def test_codes_scales_and_zero_points_are_sharded(monkeypatch, kind, rank, size,
     (decision,) = config.summary.decisions.values()
     assert decision.kernel == f"int4 kernel {support().isa}"
     assert ours.weight_packed.dtype == torch.uint8
-    assert ours.weight_packed.numel() < -(-n // 16) * 16 * 64 * -(-k // 64) * 5 // 8 + 1024  # 4 bits, zeros, a header
-    assert not {"weight", "weight_shape", "weight_scale", "weight_zero_point"} & {n for n, _ in ours.named_parameters()}
+    assert (
+        ours.weight_packed.numel() < -(-n // 16) * 16 * 64 * -(-k // 64) * 5 // 8 + 1024
+    )  # 4 bits, zeros, a header
+    assert not {"weight", "weight_shape", "weight_scale", "weight_zero_point"} & {
+        n for n, _ in ours.named_parameters()
+    }
     x = torch.randn(5, k)
     found, expected = ours.quant_method.apply(ours, x), dense.quant_method.apply(dense, x)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
@@ -85,7 +94,10 @@ def test_few_bits_are_sharded(monkeypatch, kind, rank, size, group, symmetric, b
     cut = group is not None and k % 32 != 0
     wide = f" (int{bits} values in groups of {8 if size == 4 else 16}, four bits each)"
     assert decision.kernel == f"int{4 if cut else bits} kernel {support().isa}{wide if cut else ''}"
-    assert ours.weight_packed.numel() <= -(-n // 16) * 16 * 64 * -(-k // 64) * (4 if cut else bits) // 8 + 1024
+    assert (
+        ours.weight_packed.numel()
+        <= -(-n // 16) * 16 * 64 * -(-k // 64) * (4 if cut else bits) // 8 + 1024
+    )
     x = torch.randn(5, k)
     found, expected = ours.quant_method.apply(ours, x), dense.quant_method.apply(dense, x)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
@@ -105,7 +117,9 @@ def test_what_is_rounded_here_runs_on_the_kernel(monkeypatch, symmetric, bits):
     (decision,) = config.summary.decisions.values()
     assert decision.kernel == f"int{bits} kernel {support().isa}"
     x = torch.randn(5, K)
-    torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ meant.T, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(
+        layer.quant_method.apply(layer, x), x @ meant.T, rtol=1e-3, atol=2e-3
+    )
 
 
 @needs_kernel
@@ -143,10 +157,17 @@ def test_how_many_layers_have_activations_of_8_bits_is_logged(monkeypatch, logge
         product = x @ exact.T
         errors[kind] = float((layer.quant_method.apply(layer, x) - product).norm() / product.norm())
     bytes_multiplied = support().isa in BYTE_ISAS
-    note = "activations in 8 bits" if bytes_multiplied else "activations in 16 bits, since it multiplies no bytes"
+    note = (
+        "activations in 8 bits"
+        if bytes_multiplied
+        else "activations in 16 bits, since it multiplies no bytes"
+    )
     lines = logged[0].splitlines()
     assert lines[0] == "info: rac-sparse: 3 of 3 quantized layers run on an int4 kernel"
-    assert sorted(line.partition(",")[0] if "(" not in line else line.partition(" layer")[0] for line in lines[1:]) == [
+    assert sorted(
+        line.partition(",")[0] if "(" not in line else line.partition(" layer")[0]
+        for line in lines[1:]
+    ) == [
         f"  int4 kernel {support().isa} ({note}): 2",
         f"  int4 kernel {support().isa}: 1 layer",
     ]
@@ -163,7 +184,9 @@ def test_bfloat16_with_a_bias_compiled(monkeypatch):
     load(layer, shard, tensors)
     finish(layer)
     x, bias = torch.randn(6, K).bfloat16(), torch.randn(64).bfloat16()
-    apply = torch.compile(lambda x: layer.quant_method.apply(layer, x, bias), fullgraph=True, backend="aot_eager")
+    apply = torch.compile(
+        lambda x: layer.quant_method.apply(layer, x, bias), fullgraph=True, backend="aot_eager"
+    )
     expected = torch.nn.functional.linear(x.float(), meant, bias.float()).bfloat16()
     torch.testing.assert_close(apply(x), expected, rtol=2e-2, atol=5e-2)
 
@@ -235,7 +258,9 @@ def test_neither_kernel_runs_it(monkeypatch, group, bits):
 
 def test_an_odd_group_of_3_bits_says_why(monkeypatch):
     on_rank(monkeypatch, 0, 1)
-    with pytest.raises(RacError, match=r"^a\.row: the int3 kernel .*96 columns are no multiple of its groups of 40"):
+    with pytest.raises(
+        RacError, match=r"^a\.row: the int3 kernel .*96 columns are no multiple of its groups of 40"
+    ):
         make("row", RacSparseConfig.from_config(quantization(40, bits=3)))
 
 
@@ -244,7 +269,9 @@ def test_scales_that_would_take_more_than_bfloat16_are_noticed_before_loading(mo
     """A byte per code, and 5 bytes for each 4 columns."""
     on_rank(monkeypatch, 0, 1)
     config = RacSparseConfig.from_config(quantization(4, symmetric=False))
-    layer = ReplicatedLinear(K, 64, bias=False, quant_config=config, prefix="a.b", params_dtype=torch.bfloat16)
+    layer = ReplicatedLinear(
+        K, 64, bias=False, quant_config=config, prefix="a.b", params_dtype=torch.bfloat16
+    )
     assert layer.quant_method.vllms is not None
     assert "vLLM's own method because packed it takes 2." in layer.quant_method.vllms.reason
 
@@ -253,7 +280,9 @@ def test_scales_that_would_take_more_than_bfloat16_are_noticed_before_loading(mo
 def test_a_scale_per_row_needs_no_multiple_of_4_columns(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     config = RacSparseConfig.from_config(quantization(None))
-    ours = ReplicatedLinear(90, 24, bias=False, quant_config=config, prefix="a.b", params_dtype=torch.float32)
+    ours = ReplicatedLinear(
+        90, 24, bias=False, quant_config=config, prefix="a.b", params_dtype=torch.float32
+    )
     tensors, meant = int4(torch.randn(24, 90), None)
     load(ours, None, tensors)
     finish(ours)
@@ -272,7 +301,9 @@ def test_groups_of_12_columns_take_a_byte_per_value(monkeypatch, symmetric):
     finish(ours)
     assert "int4 values in groups of 12, one byte each" in config.summary.decisions["a.row"].kernel
     x = torch.randn(3, 48)
-    torch.testing.assert_close(ours.quant_method.apply(ours, x), x @ meant[:, 48:].T, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(
+        ours.quant_method.apply(ours, x), x @ meant[:, 48:].T, rtol=1e-3, atol=2e-3
+    )
 
 
 @needs_kernel
@@ -296,9 +327,18 @@ def test_a_cut_group(monkeypatch):
     ("change", "message"),
     [
         ({"weight_packed": None}, r"a\.k\.weight_packed: missing"),
-        ({"weight_zero_point": torch.zeros(2, 3, dtype=torch.int32)}, r"a\.k\.weight_zero_point: must not be there"),
-        ({"weight_g_idx": torch.zeros(96, dtype=torch.int32)}, r"a\.k\.weight_g_idx: its columns were reordered"),
-        ({"weight": torch.zeros(16, 96)}, r"a\.k\.weight: not quantized, but config\.json says that it is int4"),
+        (
+            {"weight_zero_point": torch.zeros(2, 3, dtype=torch.int32)},
+            r"a\.k\.weight_zero_point: must not be there",
+        ),
+        (
+            {"weight_g_idx": torch.zeros(96, dtype=torch.int32)},
+            r"a\.k\.weight_g_idx: its columns were reordered",
+        ),
+        (
+            {"weight": torch.zeros(16, 96)},
+            r"a\.k\.weight: not quantized, but config\.json says that it is int4",
+        ),
     ],
 )
 def test_damaged_parts_are_named(monkeypatch, change, message):
@@ -314,7 +354,10 @@ def test_damaged_parts_are_named(monkeypatch, change, message):
 @needs_kernel
 def test_a_missing_shard_and_another_models_shape(monkeypatch):
     on_rank(monkeypatch, 0, 1)
-    for message, rows in ((r"a\.gate_up: the checkpoint lacks the weight of", None), ("do not belong together", 24)):
+    for message, rows in (
+        (r"a\.gate_up: the checkpoint lacks the weight of", None),
+        ("do not belong together", 24),
+    ):
         layer = make("merged", RacSparseConfig.from_config(quantization()))
         load(layer, 0, int4(torch.randn(48, K))[0])
         if rows:

@@ -26,8 +26,13 @@ UP, DOWN = random_weight(8, 16, 0, True), random_weight(16, 8, 1, True)
 def stream(format: str) -> list[tuple[str, torch.Tensor]]:
     """Two packed experts, whose parts are mixed, and another tensor."""
     up, down = pack(UP, format, "0.up"), pack(DOWN, format, "0.down")
-    parts = [(f"0.up.{part}", up[part]) for part in up] + [(f"0.down.{part}", down[part]) for part in down]
-    return [*sorted(parts, key=lambda named: named[0].rpartition(".")[2]), ("gate.bias", torch.ones(3))]
+    parts = [(f"0.up.{part}", up[part]) for part in up] + [
+        (f"0.down.{part}", down[part]) for part in down
+    ]
+    return [
+        *sorted(parts, key=lambda named: named[0].rpartition(".")[2]),
+        ("gate.bias", torch.ones(3)),
+    ]
 
 
 @pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
@@ -52,7 +57,9 @@ def test_parts_may_come_in_several_calls():
 
 
 def test_a_damaged_expert_is_named():
-    named = [(name, -tensor if name == "0.up.shape" else tensor) for name, tensor in stream(FORMAT_24)]
+    named = [
+        (name, -tensor if name == "0.up.shape" else tensor) for name, tensor in stream(FORMAT_24)
+    ]
     with pytest.raises(RacError, match=r"^experts\.0\.up\.\w+: .*damaged"):
         list(expanded(named, FORMAT_24, "experts", {}))
 
@@ -72,19 +79,25 @@ def test_the_layer_loads_weights_and_is_checked_at_the_end():
     inner.process_weights_after_loading(layer)
     assert finished == [layer]
     assert torch.equal(got["0.up.weight"], UP)
-    assert summary.decisions["experts"].reason.startswith("dense because experts have no sparse kernel")
+    assert summary.decisions["experts"].reason.startswith(
+        "dense because experts have no sparse kernel"
+    )
 
 
 def test_the_summary_is_logged_when_all_layers_are_decided(monkeypatch):
     """Also where the packed experts are the last of them, or the only ones."""
     logged: list[str] = []
-    monkeypatch.setattr(experts.logger, "info", lambda template, text: logged.append(template % text))
+    monkeypatch.setattr(
+        experts.logger, "info", lambda template, text: logged.append(template % text)
+    )
     summary = Summary()
     summary.expect()  # a linear layer
     layers = [SimpleNamespace(load_weights=lambda weights: None) for _ in range(2)]
     methods = [SimpleNamespace(process_weights_after_loading=lambda layer: None) for _ in range(2)]
     for number, (layer, method) in enumerate(zip(layers, methods, strict=True)):
-        expand_experts(layer, f"{number}.experts", SparseLayers(FORMAT_24, ("Linear",)), method, summary)
+        expand_experts(
+            layer, f"{number}.experts", SparseLayers(FORMAT_24, ("Linear",)), method, summary
+        )
     assert summary.add("0.attention", stay_dense("a reason", torch.bfloat16)) is None
     methods[0].process_weights_after_loading(layers[0])
     assert logged == []

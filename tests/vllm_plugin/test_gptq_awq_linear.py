@@ -14,7 +14,9 @@ needs_vllm()
 from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED  # noqa: E402
 from vllm.model_executor.layers.quantization import auto_awq  # noqa: E402
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQLinearMethod  # noqa: E402
-from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32  # noqa: E402
+from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa: E402
+    unpack_quantized_values_into_int32,
+)
 from vllm.scalar_type import scalar_types  # noqa: E402
 
 from rac_modifier.checkpoint.gptq_awq import check_awq, check_gptq  # noqa: E402
@@ -29,7 +31,14 @@ from tests.vllm_plugin.gptq_awq import config_of, tensors  # noqa: E402
 from tests.vllm_plugin.layer_kinds import KINDS, K, finish, load, make  # noqa: E402
 
 needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
-FORMS = [("gptq", True), ("gptq", False), ("gptq_v2", True), ("gptq_v2", False), ("awq", True), ("awq", False)]
+FORMS = [
+    ("gptq", True),
+    ("gptq", False),
+    ("gptq_v2", True),
+    ("gptq_v2", False),
+    ("awq", True),
+    ("awq", False),
+]
 
 
 def loaded(kind, form, group, symmetric, bits=4, orders=None, **changes):
@@ -56,19 +65,27 @@ def same(ours, dense):
 @pytest.mark.parametrize("group", [32, None])
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_scales_and_zero_points_are_sharded(monkeypatch, kind, rank, size, group, form, symmetric):
+def test_codes_scales_and_zero_points_are_sharded(
+    monkeypatch, kind, rank, size, group, form, symmetric
+):
     on_rank(monkeypatch, rank, size)
     dense, ours, config = loaded(kind, form, group, symmetric)
     (decision,) = config.summary.decisions.values()
     assert decision.kernel == f"int4 kernel {support().isa}"
     n, k = dense.weight.shape
-    assert ours.weight_packed.numel() < -(-n // 16) * 16 * 64 * -(-k // 64) * 5 // 8 + 1024  # 4 bits, zeros, a header
-    assert not {"weight", "qweight", "qzeros", "scales", "g_idx"} & {name for name, _ in ours.named_parameters()}
+    assert (
+        ours.weight_packed.numel() < -(-n // 16) * 16 * 64 * -(-k // 64) * 5 // 8 + 1024
+    )  # 4 bits, zeros, a header
+    assert not {"weight", "qweight", "qzeros", "scales", "g_idx"} & {
+        name for name, _ in ours.named_parameters()
+    }
     same(ours, dense)
 
 
 @needs_kernel
-@pytest.mark.parametrize(("bits", "form", "symmetric"), [(3, "gptq", True), (3, "gptq_v2", False), (2, "gptq", False)])
+@pytest.mark.parametrize(
+    ("bits", "form", "symmetric"), [(3, "gptq", True), (3, "gptq_v2", False), (2, "gptq", False)]
+)
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
 @pytest.mark.parametrize("kind", ["row", "merged", "qkv"])
 def test_few_bits_are_sharded(monkeypatch, kind, rank, size, form, symmetric, bits):
@@ -101,7 +118,9 @@ def test_reordered_columns(monkeypatch, kind, bits):
 def test_reordered_columns_compiled(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     _, ours, _ = loaded("column", "gptq_v2", 32, False, 4, same_order("column"), desc_act=True)
-    compiled = torch.compile(lambda x: ours.quant_method.apply(ours, x), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: ours.quant_method.apply(ours, x), fullgraph=True, backend="aot_eager"
+    )
     x = torch.randn(2, 3, K)
     torch.testing.assert_close(compiled(x), ours.quant_method.apply(ours, x))
 
@@ -112,9 +131,13 @@ def test_reordered_columns_on_several_ranks(monkeypatch):
     on_rank(monkeypatch, 1, 2)
     dense, ours, _ = loaded("qkv", "gptq", 32, True, 4, same_order("qkv"), desc_act=True)
     same(ours, dense)
-    with pytest.raises(RacError, match=r"^a\.row: its columns are reordered .* 48 of 96 .*--tensor-parallel-size 1"):
+    with pytest.raises(
+        RacError, match=r"^a\.row: its columns are reordered .* 48 of 96 .*--tensor-parallel-size 1"
+    ):
         loaded("row", "gptq", 32, True, 4, same_order("row"), desc_act=True)
-    dense, ours, _ = loaded("row", "gptq", 32, True, desc_act=True)  # static groups: nothing is reordered
+    dense, ours, _ = loaded(
+        "row", "gptq", 32, True, desc_act=True
+    )  # static groups: nothing is reordered
     assert not hasattr(ours, "column_order")
     same(ours, dense)
 
@@ -124,7 +147,10 @@ def test_parts_of_a_fused_layer_in_different_orders(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     orders = {"a.up": torch.randperm(K), "a.gate": torch.randperm(K)}
     for changed in ({}, {"a.gate": None}):
-        with pytest.raises(RacError, match=r"^a\.(up|gate)\.g_idx: its columns are in another order than those of a\."):
+        with pytest.raises(
+            RacError,
+            match=r"^a\.(up|gate)\.g_idx: its columns are in another order than those of a\.",
+        ):
             loaded("merged", "gptq", 32, True, 4, {**orders, **changed}, desc_act=True)
 
 
@@ -151,14 +177,22 @@ def test_16_bit_activations_with_a_bias(monkeypatch, form, dtype):
     ("form", "change", "message"),
     [
         ("gptq", {"qweight": None}, r"a\.k\.qweight: missing"),
-        ("gptq", {"scales": torch.full((3, 16), float("nan"))}, r"a\.k\.scales: torch\.float32, or not finite"),
+        (
+            "gptq",
+            {"scales": torch.full((3, 16), float("nan"))},
+            r"a\.k\.scales: torch\.float32, or not finite",
+        ),
         (
             "gptq",
             {"weight": torch.zeros(16, 96)},
             r"a\.k\.weight: not quantized, but config\.json says that it is int4",
         ),
         ("awq", {"qzeros": torch.zeros(2, 2, dtype=torch.int32)}, r"a\.k\.qzeros: shape"),
-        ("awq", {"g_idx": torch.zeros(96, dtype=torch.int32)}, r"a\.k\.g_idx: AWQ does not reorder"),
+        (
+            "awq",
+            {"g_idx": torch.zeros(96, dtype=torch.int32)},
+            r"a\.k\.g_idx: AWQ does not reorder",
+        ),
     ],
 )
 def test_damaged_parts_are_named(monkeypatch, form, change, message):
@@ -189,20 +223,25 @@ def test_a_missing_shard_and_another_models_shape(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "method"), [("gptq", AutoGPTQLinearMethod), ("awq", auto_awq.AutoAWQMarlinLinearMethod)]
+    ("form", "method"),
+    [("gptq", AutoGPTQLinearMethod), ("awq", auto_awq.AutoAWQMarlinLinearMethod)],
 )
 def test_vllms_own_method_where_there_is_no_kernel(monkeypatch, form, method):
     """It gets the layer as if this package were not there, and the summary has the reason."""
     on_rank(monkeypatch, 0, 1)
     without_kernels(monkeypatch)
     said = []
-    monkeypatch.setattr(dense_linear.logger, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(
+        dense_linear.logger, "warning", lambda text, *args: said.append(text % args)
+    )
     config = RacSparseConfig.from_config(config_of(form, 32, form == "gptq"))
     layer = make("column", config)
     assert type(layer.quant_method.inner) is method
     assert {"qweight", "qzeros", "scales"} <= {name for name, _ in layer.named_parameters()}
     load(layer, None, {"g_idx": torch.arange(K) // 32})
-    with pytest.raises(RacError, match=r"^a\.column\.g_idx: its columns are reordered, and vLLM's own method"):
+    with pytest.raises(
+        RacError, match=r"^a\.column\.g_idx: its columns are reordered, and vLLM's own method"
+    ):
         load(layer, None, {"g_idx": torch.arange(K) % 3})
     finish(layer)
     assert "g_idx" not in dict(layer.named_parameters())  # vLLM 0.32 has none
@@ -226,7 +265,8 @@ def test_neither_kernel_runs_it(monkeypatch, bits, symmetric, desc_act, why):
     without_kernels(monkeypatch)
     config = RacSparseConfig.from_config(config_of("gptq", 32, symmetric, bits, desc_act=desc_act))
     with pytest.raises(
-        RacError, match=rf"^a\.row: the int{bits} kernel .*switched off by a test, and vLLM's own .*{why}"
+        RacError,
+        match=rf"^a\.row: the int{bits} kernel .*switched off by a test, and vLLM's own .*{why}",
     ):
         make("row", config)
 
@@ -236,10 +276,13 @@ def test_what_is_left_to_vllm_and_refused_there():
         raise ValueError("no, says vLLM")
 
     summary = Summary()
-    method = SimpleNamespace(create_weights=create, process_weights_after_loading=lambda layer: None)
+    method = SimpleNamespace(
+        create_weights=create, process_weights_after_loading=lambda layer: None
+    )
     left = left_to_vllm(method, summary, "a.b", "its weights are int8")
     with pytest.raises(
-        RacError, match=r"^a\.b: no kernel .* its weights are int8, and vLLM does not either \(no, says vLLM\)"
+        RacError,
+        match=r"^a\.b: no kernel .* its weights are int8, and vLLM does not either \(no, says vLLM\)",
     ):
         left.create_weights(None, 1, 2)
     assert summary.expected == 1
@@ -299,7 +342,10 @@ def test_gptq_as_vllm_reads_it():
     """vLLM's own unpacking, with the code of zero of its type for symmetric weights."""
     weight = drawn(32, 64, 32, True)
     parts = gptq(weight)
-    codes = unpack_quantized_values_into_int32(parts["qweight"], scalar_types.uint4b8, 0).T - scalar_types.uint4b8.bias
+    codes = (
+        unpack_quantized_values_into_int32(parts["qweight"], scalar_types.uint4b8, 0).T
+        - scalar_types.uint4b8.bias
+    )
     meant = codes.reshape(32, 2, 32) * parts["scales"].T.float()[:, :, None]
     found = check_gptq(parts, "m", 4, 32, True, "gptq").weight.dequantized(torch.float32)
     torch.testing.assert_close(found, meant.view(32, 64), rtol=0, atol=0)

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vllm_plugin.vllm_fixtures import needs_vllm, reference, serve, served_log_probabilities, without_kernels
+from tests.vllm_plugin.vllm_fixtures import (
+    needs_vllm,
+    reference,
+    serve,
+    served_log_probabilities,
+    without_kernels,
+)
 
 needs_vllm()
 
@@ -29,7 +35,9 @@ needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=su
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the log says of the layers."""
     lines: list[str] = []
-    monkeypatch.setattr(dense_linear.logger, "info", lambda message, *arguments: lines.append(message % arguments))
+    monkeypatch.setattr(
+        dense_linear.logger, "info", lambda message, *arguments: lines.append(message % arguments)
+    )
     return lines
 
 
@@ -59,13 +67,16 @@ def test_greedy_tokens(tmp_path, said, form, group, symmetric, reorder):
 @pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize(
-    ("form", "bits", "group", "symmetric"), [("gptq", 3, 32, True), ("gptq_v2", 3, 32, False), ("gptq", 2, 64, False)]
+    ("form", "bits", "group", "symmetric"),
+    [("gptq", 3, 32, True), ("gptq_v2", 3, 32, False), ("gptq", 2, 64, False)],
 )
 def test_log_probabilities_of_few_bits(tmp_path, said, form, bits, group, symmetric):
     save(tmp_path / "model", tmp_path / "meant", form, group, symmetric, bits)
     sequences = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
     found = served_log_probabilities(tmp_path / "model", sequences, quantization="rac-sparse")
-    torch.testing.assert_close(found, expected_log_probabilities(tmp_path / "meant", sequences), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        found, expected_log_probabilities(tmp_path / "meant", sequences), rtol=0, atol=1e-3
+    )
     (text,) = said
     assert text.startswith(
         f"rac-sparse: 7 of 7 quantized layers run on an int{bits} kernel\n  int{bits} kernel {support().isa}: 7 layers"
@@ -99,7 +110,11 @@ def test_two_ranks(tmp_path, form, symmetric):
         text=True,
         timeout=400,
     )
-    found = [line.removeprefix("tokens: ") for line in done.stdout.splitlines() if line.startswith("tokens: ")]
+    found = [
+        line.removeprefix("tokens: ")
+        for line in done.stdout.splitlines()
+        if line.startswith("tokens: ")
+    ]
     assert found == [str(reference(tmp_path / "meant", TOKENS))], done.stderr[-3000:]
 
 
@@ -111,7 +126,9 @@ def test_vllms_own_method(monkeypatch, tmp_path, said, form, option):
     without_kernels(monkeypatch)
     save(tmp_path / "model", tmp_path / "meant", form, 32, form == "gptq")
     sequences = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    found = served_log_probabilities(tmp_path / "model", sequences, dtype="bfloat16", quantization=option)
+    found = served_log_probabilities(
+        tmp_path / "model", sequences, dtype="bfloat16", quantization=option
+    )
     dense = served_log_probabilities(tmp_path / "meant", sequences, dtype="bfloat16")
     expected = expected_log_probabilities(tmp_path / "meant", sequences)
     assert 0 < float((found - expected).abs().mean()) <= 4 * float((dense - expected).abs().mean())

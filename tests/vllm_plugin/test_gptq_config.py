@@ -36,20 +36,30 @@ def test_on_request_only():
     assert RacSparseConfig.override_quantization_method(config, None) is None
     assert RacSparseConfig.override_quantization_method(config, "gptq") is None
     assert RacSparseConfig.override_quantization_method(config, METHOD) == METHOD
-    assert AutoGPTQConfig.override_quantization_method(config, METHOD) is None  # vLLM's own would come first
+    assert (
+        AutoGPTQConfig.override_quantization_method(config, METHOD) is None
+    )  # vLLM's own would come first
     assert type(RacSparseConfig.from_config(config)) is GptqCodesConfig
-    assert isinstance(RacSparseConfig.from_config(config), AutoGPTQConfig)  # some models of vLLM ask
+    assert isinstance(
+        RacSparseConfig.from_config(config), AutoGPTQConfig
+    )  # some models of vLLM ask
     assert config == before
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 8}, "no effect on this checkpoint, since its weights are int8, not int4, int3 or int2; leave it out"),
+        (
+            {"bits": 8},
+            "no effect on this checkpoint, since its weights are int8, not int4, int3 or int2; leave it out",
+        ),
         ({"bits": 5}, "quantization_config.bits is 5; GPTQ has weights of 2, 3, 4 or 8 bits"),
         ({"bits": "4"}, "quantization_config.bits is '4', but must be a whole number; restore"),
         ({"bits": True}, "quantization_config.bits is True, but must be a whole number"),
-        ({"group_size": 0}, "quantization_config.group_size is 0, but must be a number of columns, or -1 for one"),
+        (
+            {"group_size": 0},
+            "quantization_config.group_size is 0, but must be a number of columns, or -1 for one",
+        ),
         ({"group_size": -128}, "quantization_config.group_size is -128"),
         ({"sym": 1}, "quantization_config.sym is 1, but must be true or false"),
         ({"dynamic": ["a"]}, "quantization_config.dynamic is .*, but must be a table"),
@@ -65,7 +75,10 @@ def test_on_request_only():
             {"is_marlin_format": True},
             "in the format marlin, .*leave out --quantization rac-sparse, or take a checkpoint",
         ),
-        ({"checkpoint_format": 2}, "quantization_config.checkpoint_format is 2, but must be a text"),
+        (
+            {"checkpoint_format": 2},
+            "quantization_config.checkpoint_format is 2, but must be a text",
+        ),
     ],
 )
 def test_a_config_that_is_refused(changes, message):
@@ -77,7 +90,9 @@ def test_a_config_that_is_refused(changes, message):
 def test_an_entry_that_is_missing(name):
     config = gptq_config()
     del config[name]
-    with pytest.raises(RacError, match=rf"quantization_config has no {name}; restore the config\.json"):
+    with pytest.raises(
+        RacError, match=rf"quantization_config has no {name}; restore the config\.json"
+    ):
         RacSparseConfig.from_config(config)
 
 
@@ -101,13 +116,20 @@ def test_the_method_of_each_layer(monkeypatch, within):
     """Rules of GPTQModel by the names on disk: floats stay with vLLM, int8 with a reason, the others get the kernel."""
     on_rank(monkeypatch, 0, 1)
     config = made(dynamic=DYNAMIC)
-    method = {kind: make(kind, config, within=within).quant_method for kind in ("column", "row", "qkv", "replicated")}
-    with pytest.raises(RacError, match=r"^a\.gate_up: no kernel .* its weights are int8, and vLLM does not either"):
+    method = {
+        kind: make(kind, config, within=within).quant_method
+        for kind in ("column", "row", "qkv", "replicated")
+    }
+    with pytest.raises(
+        RacError, match=r"^a\.gate_up: no kernel .* its weights are int8, and vLLM does not either"
+    ):
         make("merged", config, within=within)  # on a CPU
     assert type(method["column"]) is linear.UnquantizedLinearMethod
     assert {type(method[kind]) for kind in ("row", "qkv", "replicated")} == {GptqAwqLinearMethod}
     shards = {kind: method[kind].shards for kind in ("row", "qkv", "replicated")}
-    found = {kind: (each.bits, each.group, each.symmetric, each.modules) for kind, each in shards.items()}
+    found = {
+        kind: (each.bits, each.group, each.symmetric, each.modules) for kind, each in shards.items()
+    }
     assert found == {
         "row": (3, 96, False, ["a.row"]),
         "qkv": (2, None, True, ["a.q", "a.k", "a.v"]),
@@ -126,7 +148,9 @@ def test_int8_layers_that_vllm_runs_are_in_the_summary(monkeypatch):
     assert type(layer.quant_method) is AutoGPTQLinearMethod
     assert layer.quant_method.quant_config.weight_bits == 8
     layer.quant_method.process_weights_after_loading(layer)
-    assert config.summary.decisions["a.row"].reason == "vLLM's own method because its weights are int8"
+    assert (
+        config.summary.decisions["a.row"].reason == "vLLM's own method because its weights are int8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +165,8 @@ def test_int8_layers_that_vllm_runs_are_in_the_summary(monkeypatch):
 def test_parts_of_a_fused_layer_that_differ(monkeypatch, rules, kinds):
     on_rank(monkeypatch, 0, 1)
     with pytest.raises(
-        RacError, match=rf"^a\.qkv: its parts are quantized differently \(.*{kinds}.*; quantize them alike"
+        RacError,
+        match=rf"^a\.qkv: its parts are quantized differently \(.*{kinds}.*; quantize them alike",
     ):
         make("qkv", made(dynamic=rules))
 
@@ -160,9 +185,15 @@ def test_modules_that_the_checkpoint_has_in_floats(monkeypatch):
     [
         ({"symmetric": False}, "Unsupported quantization config: bits=4, sym=False"),
         ({"bits": 2}, "Unsupported quantization config: bits=2, sym=True"),
-        ({"desc_act": True}, r"GPTQ group activation ordering \(desc_act=True\) is no longer supported"),
+        (
+            {"desc_act": True},
+            r"GPTQ group activation ordering \(desc_act=True\) is no longer supported",
+        ),
         ({"dynamic": {r".*\.row": {"desc_act": True}}}, "is enabled by dynamic rule"),
-        ({"dynamic": {r".*\.row": {"bits": 3}}}, "Unsupported quantization config: bits=3, sym=True"),
+        (
+            {"dynamic": {r".*\.row": {"bits": 3}}},
+            "Unsupported quantization config: bits=3, sym=True",
+        ),
         ({"group": 48}, "Marlin does not support group_size = 48"),
     ],
 )
@@ -188,7 +219,9 @@ def test_rules_that_name_the_parts_of_a_fused_layer(monkeypatch):
 def test_one_scale_per_row_has_no_order(monkeypatch):
     """vLLM takes desc_act for nothing there, too."""
     on_rank(monkeypatch, 0, 1)
-    assert isinstance(make("row", made(group=None, desc_act=True)).quant_method.inner, AutoGPTQLinearMethod)
+    assert isinstance(
+        make("row", made(group=None, desc_act=True)).quant_method.inner, AutoGPTQLinearMethod
+    )
 
 
 def test_the_order_of_columns_reaches_the_layers():
@@ -210,7 +243,8 @@ def test_experts_stay_with_vllm(monkeypatch):
     assert config.get_quant_method(experts, "a.experts") is given
     assert config.summary.expected == 1
     with pytest.raises(
-        RacError, match=r"^a\.experts: .* dense experts of few bits have no kernel, and vLLM .*sym=False"
+        RacError,
+        match=r"^a\.experts: .* dense experts of few bits have no kernel, and vLLM .*sym=False",
     ):
         made(symmetric=False).get_quant_method(experts, "a.experts")
 
@@ -218,5 +252,9 @@ def test_experts_stay_with_vllm(monkeypatch):
 def test_names_and_dtypes():
     config = made()
     assert torch.float32 in config.get_supported_act_dtypes()
-    assert config.scheme_of(linear.LinearBase.__new__(linear.LinearBase), "a.b") == Scheme(4, 32, True)
-    assert {pair for pair in config.TYPE_MAP if pair[0] in (4, 8) and pair[1]} == {*AutoGPTQConfig.TYPE_MAP}
+    assert config.scheme_of(linear.LinearBase.__new__(linear.LinearBase), "a.b") == Scheme(
+        4, 32, True
+    )
+    assert {pair for pair in config.TYPE_MAP if pair[0] in (4, 8) and pair[1]} == {
+        *AutoGPTQConfig.TYPE_MAP
+    }

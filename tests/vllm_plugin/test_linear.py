@@ -41,7 +41,9 @@ def test_a_rank_gets_what_vllm_would_give_it(monkeypatch, kind, rank, size, form
         assert not hasattr(sparse, "weight")  # no dense copy beside it
     dense.quant_method.process_weights_after_loading(dense)
     x = torch.randn(5, expected.shape[1], generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(sparse.quant_method.apply(sparse, x), dense.quant_method.apply(dense, x))
+    torch.testing.assert_close(
+        sparse.quant_method.apply(sparse, x), dense.quant_method.apply(dense, x)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -49,7 +51,9 @@ def test_bias_and_dtypes(monkeypatch, dtype):
     on_rank(monkeypatch, 0, 1)
     layer = make("column", config_of(FORMAT_BITMASK), bias=True)
     (_, module, weight), *_ = weights_of("column", False, torch.bfloat16)
-    weight[:, ::2] = 0  # float16 is packed as float32, so half of the weights would not gain anything
+    weight[:, ::2] = (
+        0  # float16 is packed as float32, so half of the weights would not gain anything
+    )
     layer.quant_method.dtype = dtype
     load(layer, None, pack(weight, FORMAT_BITMASK, module))
     finish(layer)
@@ -79,13 +83,24 @@ def test_a_fused_layer_with_one_shard_stored_dense_runs_dense_and_says_so(monkey
     dense, mixed = make("qkv", None), make("qkv", config)
     for shard, module, weight in weights_of("qkv", False):
         load(dense, shard, {"weight": weight})
-        load(mixed, shard, {"weight": weight} if shard == "k" else pack(weight, FORMAT_BITMASK, module))
+        load(
+            mixed,
+            shard,
+            {"weight": weight} if shard == "k" else pack(weight, FORMAT_BITMASK, module),
+        )
     finish(mixed)
-    assert torch.equal(mixed.weight.data, dense.weight.data) or mixed.weight.numel() == 0  # prepacked by vLLM
-    assert config.summary.decisions["a.qkv"].reason == "dense because a part of this fused layer is stored dense"
+    assert (
+        torch.equal(mixed.weight.data, dense.weight.data) or mixed.weight.numel() == 0
+    )  # prepacked by vLLM
+    assert (
+        config.summary.decisions["a.qkv"].reason
+        == "dense because a part of this fused layer is stored dense"
+    )
     finish(dense)
     x = torch.randn(2, K)
-    torch.testing.assert_close(mixed.quant_method.apply(mixed, x), dense.quant_method.apply(dense, x))
+    torch.testing.assert_close(
+        mixed.quant_method.apply(mixed, x), dense.quant_method.apply(dense, x)
+    )
 
 
 def test_ignored_layers_are_vllms(monkeypatch):
@@ -103,7 +118,9 @@ def test_under_torch_compile(monkeypatch, size):
     (_, module, weight), *_ = weights_of("row", True)
     load(layer, None, pack(weight, FORMAT_24, module))
     finish(layer)
-    compiled = torch.compile(lambda x: layer.quant_method.apply(layer, x), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: layer.quant_method.apply(layer, x), fullgraph=True, backend="aot_eager"
+    )
     x = torch.randn(3, K // size)
     torch.testing.assert_close(compiled(x), x @ weight[:, : K // size].T)
 
@@ -123,7 +140,9 @@ def test_a_layer_is_served_through_another_backend(monkeypatch, kind, rank, size
     assert sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix].kernel == "fake"
     finish(dense)
     x = torch.randn(5, sparse.fake_columns.shape[0])
-    torch.testing.assert_close(sparse.quant_method.apply(sparse, x), dense.quant_method.apply(dense, x))
+    torch.testing.assert_close(
+        sparse.quant_method.apply(sparse, x), dense.quant_method.apply(dense, x)
+    )
 
 
 def test_a_layer_that_a_backend_does_not_run_is_dense(monkeypatch):
@@ -135,7 +154,9 @@ def test_a_layer_that_a_backend_does_not_run_is_dense(monkeypatch):
     decision = layer.quant_method.summary.decisions["a.column"]
     assert decision.reason == "dense because it is more than half stored"
     x = torch.randn(2, K)
-    torch.testing.assert_close(layer.quant_method.apply(layer, x), x.sum(1, keepdim=True).expand(2, 64))
+    torch.testing.assert_close(
+        layer.quant_method.apply(layer, x), x.sum(1, keepdim=True).expand(2, 64)
+    )
 
 
 def test_weights_that_are_loaded_again_are_refused(monkeypatch):
@@ -148,10 +169,15 @@ def test_weights_that_are_loaded_again_are_refused(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     layer = make("qkv", config_of(FORMAT_24))
     record_metadata_for_reloading(layer)
-    shards = [(shard, pack(weight, FORMAT_24, module)) for shard, module, weight in weights_of("qkv", True)]
+    shards = [
+        (shard, pack(weight, FORMAT_24, module))
+        for shard, module, weight in weights_of("qkv", True)
+    ]
     for shard, parts in shards:
         load(layer, shard, parts)
     finish(layer)
     initialize_layerwise_reload(layer)
-    with pytest.raises(RacError, match=r"a\.qkv: packed weights cannot be loaded into a running server again"):
+    with pytest.raises(
+        RacError, match=r"a\.qkv: packed weights cannot be loaded into a running server again"
+    ):
         load(layer, *shards[0])

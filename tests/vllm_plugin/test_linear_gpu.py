@@ -38,7 +38,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_multiplies_its_share_on_the_gpu(gpu: FakeDriver, monkeypatch, kind, rank, size, format):
+def test_a_rank_multiplies_its_share_on_the_gpu(
+    gpu: FakeDriver, monkeypatch, kind, rank, size, format
+):
     """A rank's columns may cut fours, and a fused layer has several shards; 2:4 is recognised in both formats."""
     on_rank(monkeypatch, rank, size)
     dense, sparse = make(kind, None), make(kind, config_of(format))
@@ -48,7 +50,10 @@ def test_a_rank_multiplies_its_share_on_the_gpu(gpu: FakeDriver, monkeypatch, ki
         load(sparse, shard, pack(weight, format, module))
     expected = dense.weight.data.clone()
     finish(sparse)
-    assert [name for name, _ in sparse.named_parameters()] == ["weight_packed", "weight_packed_layout"]
+    assert [name for name, _ in sparse.named_parameters()] == [
+        "weight_packed",
+        "weight_packed_layout",
+    ]
     decision = sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix]
     assert decision.kernel == "sparse GPU kernel 2:4"
     gpu.capturing = True  # from here on nothing may be loaded
@@ -88,8 +93,12 @@ def test_a_rank_multiplies_its_share_of_any_pattern(gpu, monkeypatch, kind, rank
         ("fp8", 1, 2, "row"),
     ],
 )
-@pytest.mark.parametrize(("format", "kernel"), [(FORMAT_24, "2:4"), (FORMAT_BITMASK, "unstructured")])
-def test_a_rank_multiplies_its_share_of_8_bits(gpu, monkeypatch, scheme, kind, rank, size, format, kernel):
+@pytest.mark.parametrize(
+    ("format", "kernel"), [(FORMAT_24, "2:4"), (FORMAT_BITMASK, "unstructured")]
+)
+def test_a_rank_multiplies_its_share_of_8_bits(
+    gpu, monkeypatch, scheme, kind, rank, size, format, kernel
+):
     """Activations stay bfloat16, although the scheme is W8A8. With the limit lifted, as above."""
     monkeypatch.setattr("rac_modifier.kernels.cuda.backend._LEAST_CEILING", 0.0)
     on_rank(monkeypatch, rank, size)

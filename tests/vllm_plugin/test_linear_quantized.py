@@ -34,7 +34,9 @@ from tests.vllm_plugin.layer_kinds import (  # noqa: E402
 @pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantized_weights_and_their_scales_are_sharded(monkeypatch, kind, rank, size, format, scheme, isa):
+def test_quantized_weights_and_their_scales_are_sharded(
+    monkeypatch, kind, rank, size, format, scheme, isa
+):
     if isa == "off":
         without_kernels(monkeypatch)
     on_rank(monkeypatch, rank, size)
@@ -84,7 +86,9 @@ def test_quantized_with_a_bias_in_bfloat16_and_compiled(monkeypatch):
     meant = values.float() * scale.bfloat16().float()
     finish(layer)
     x, bias = torch.randn(6, K).bfloat16(), torch.randn(64).bfloat16()
-    apply = torch.compile(lambda x: layer.quant_method.apply(layer, x, bias), fullgraph=True, backend="aot_eager")
+    apply = torch.compile(
+        lambda x: layer.quant_method.apply(layer, x, bias), fullgraph=True, backend="aot_eager"
+    )
     expected = torch.nn.functional.linear(x.float(), meant, bias.float()).bfloat16()
     torch.testing.assert_close(apply(x), expected, rtol=2e-2, atol=2e-2)
 
@@ -104,7 +108,9 @@ def test_parts_that_are_quantized_differently_run_dense(monkeypatch):
     finish(dense)
     assert not config.summary.decisions["a.qkv"].sparse
     x = torch.randn(2, K)
-    torch.testing.assert_close(mixed.quant_method.apply(mixed, x), dense.quant_method.apply(dense, x))
+    torch.testing.assert_close(
+        mixed.quant_method.apply(mixed, x), dense.quant_method.apply(dense, x)
+    )
 
 
 def test_a_layout_without_a_plain_weight_is_refused_while_the_layer_is_made(monkeypatch):
@@ -112,14 +118,21 @@ def test_a_layout_without_a_plain_weight_is_refused_while_the_layer_is_made(monk
 
     class InWords(LinearMethodBase):
         def create_weights(self, layer, *sizes, **attributes):
-            layer.register_parameter("weight_packed", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
+            layer.register_parameter(
+                "weight_packed", torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+            )
 
         def apply(self, layer, x, bias=None):
             raise NotImplementedError
 
     on_rank(monkeypatch, 0, 1)
-    method = RacSparseLinearMethod(Shards("a.up", ["a.up"], FORMAT_BITMASK, "vllm's"), InWords(), Summary())
+    method = RacSparseLinearMethod(
+        Shards("a.up", ["a.up"], FORMAT_BITMASK, "vllm's"), InWords(), Summary()
+    )
     with pytest.raises(
-        RacError, match=r"^a.up: config.json quantizes it to a layout without a plain weight.*storage: dense"
+        RacError,
+        match=r"^a.up: config.json quantizes it to a layout without a plain weight.*storage: dense",
     ):
-        method.create_weights(torch.nn.Module(), K, [64], K, 64, torch.float32, weight_loader=lambda *_: None)
+        method.create_weights(
+            torch.nn.Module(), K, [64], K, 64, torch.float32, weight_loader=lambda *_: None
+        )

@@ -15,7 +15,9 @@ needs_vllm()
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_marlin_writes_int4_of_a_weight_and_takes_our_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marlin_writes_int4_of_a_weight_and_takes_our_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu_contenders
 
@@ -23,7 +25,14 @@ def test_marlin_writes_int4_of_a_weight_and_takes_our_arguments(monkeypatch: pyt
     contender = gpu_contenders.CONTENDERS["dense int4"]
     parts = contender.parts(weight)
     assert contender.exact(weight, parts).shape == (64, 256)
-    largest = weight.double().unflatten(1, (2, 128)).abs().amax(-1, keepdim=True).expand(-1, -1, 128).flatten(1)
+    largest = (
+        weight.double()
+        .unflatten(1, (2, 128))
+        .abs()
+        .amax(-1, keepdim=True)
+        .expand(-1, -1, 128)
+        .flatten(1)
+    )
     assert ((contender.exact(weight, parts) - weight.double()).abs() <= largest / 8 + 1e-2).all()
     assert parts["values"].nbytes == 64 * 256 // 2
     assert parts["scale"].shape == (2, 64)
@@ -35,14 +44,18 @@ def test_marlin_writes_int4_of_a_weight_and_takes_our_arguments(monkeypatch: pyt
     ]  # fmt: skip
 
 
-def test_machetes_words_are_of_the_rounded_weight_and_its_operators_take_our_arguments(monkeypatch) -> None:
+def test_machetes_words_are_of_the_rounded_weight_and_its_operators_take_our_arguments(
+    monkeypatch,
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu_contenders
 
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact, words, scale = gpu_contenders.machete_words(weight)
     assert (words.shape, words.stride(), scale.shape) == ((32, 64), (1, 32), (2, 64))
-    codes = torch.stack([words >> 4 * n & 15 for n in range(8)], dim=1).flatten(0, 1).t()  # [64, 256]
+    codes = (
+        torch.stack([words >> 4 * n & 15 for n in range(8)], dim=1).flatten(0, 1).t()
+    )  # [64, 256]
     found = (codes - 8) * scale.t().repeat_interleave(128, dim=1)
     assert torch.equal(found.to(exact.dtype), exact)
     ops, *_ = gpu_contenders._machete()

@@ -30,7 +30,9 @@ def dense(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def packed(weights: list[tuple[torch.Tensor, torch.Tensor]], name: str = "experts") -> PackedExperts:
+def packed(
+    weights: list[tuple[torch.Tensor, torch.Tensor]], name: str = "experts"
+) -> PackedExperts:
     pairs = [((cpu, from_dense(up, "up")), (cpu, from_dense(down, "down"))) for up, down in weights]
     return PackedExperts(name, pairs, torch.nn.functional.silu, torch.float32)
 
@@ -40,7 +42,9 @@ def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(tokens, HIDDEN), torch.rand(tokens, CHOSEN), ids
 
 
-def expected(weights: list[tuple[torch.Tensor, torch.Tensor]], *given: torch.Tensor) -> torch.Tensor:
+def expected(
+    weights: list[tuple[torch.Tensor, torch.Tensor]], *given: torch.Tensor
+) -> torch.Tensor:
     x, shares, ids = given
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, place in ((token, place) for token in range(len(x)) for place in range(CHOSEN)):
@@ -56,7 +60,9 @@ def expected(weights: list[tuple[torch.Tensor, torch.Tensor]], *given: torch.Ten
 def test_against_one_token_and_one_expert_at_a_time(tokens):
     weights = dense(0)
     given = (
-        routed(tokens) if tokens else (torch.zeros(0, HIDDEN), torch.zeros(0, CHOSEN), torch.zeros(0, CHOSEN).long())
+        routed(tokens)
+        if tokens
+        else (torch.zeros(0, HIDDEN), torch.zeros(0, CHOSEN), torch.zeros(0, CHOSEN).long())
     )
     found = packed(weights)(*given)
     assert found.shape == (tokens, HIDDEN)
@@ -65,7 +71,9 @@ def test_against_one_token_and_one_expert_at_a_time(tokens):
 
 def test_a_token_gets_the_same_alone_and_in_a_batch():
     experts, (x, shares, ids) = packed(dense(0)), routed(6)
-    alone = torch.cat([experts(x[token, None], shares[token, None], ids[token, None]) for token in range(6)])
+    alone = torch.cat(
+        [experts(x[token, None], shares[token, None], ids[token, None]) for token in range(6)]
+    )
     torch.testing.assert_close(experts(x, shares, ids), alone, rtol=1e-5, atol=1e-5)
 
 
@@ -81,6 +89,8 @@ def test_two_models_in_one_process_keep_their_experts():
     assert second.name == "experts#2"
     given = routed(5)
     for experts, seed in ((first, 0), (second, 7)):
-        torch.testing.assert_close(experts(*given).double(), expected(dense(seed), *given), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            experts(*given).double(), expected(dense(seed), *given), rtol=1e-4, atol=1e-4
+        )
     del first, experts
     assert packed(dense(0)).name == "experts"  # free again

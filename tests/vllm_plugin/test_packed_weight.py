@@ -19,7 +19,9 @@ def test_what_the_backend_packs_becomes_parameters():
     assert dict(layer.named_parameters()).keys() == {"fake_columns", "fake_flag"}
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     x, bias = torch.randn(3, 40), torch.randn(24)
-    torch.testing.assert_close(weight.linear(layer, x, bias), torch.nn.functional.linear(x, DENSE, bias))
+    torch.testing.assert_close(
+        weight.linear(layer, x, bias), torch.nn.functional.linear(x, DENSE, bias)
+    )
 
 
 def test_a_parameter_that_was_replaced_is_read():

@@ -20,7 +20,9 @@ from rac_modifier.vllm_plugin import METHOD  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
 from tests.vllm_plugin.layer_kinds import make  # noqa: E402
 
-PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])["quantization_config"]
+PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])[
+    "quantization_config"
+]
 
 
 def test_the_config_fulfils_the_abstract_class():
@@ -42,7 +44,9 @@ def test_apply_vllm_mapper_renames_modules():
     config = RacSparseConfig.from_config(
         with_packed({}, "sparse-bitmask", {}, 0.5, ["model.v.a", "x.b"])["quantization_config"]
     )
-    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model."}).get_rename_mapper())
+    config.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"model.": "language_model."}).get_rename_mapper()
+    )
     assert config.layers is not None
     assert config.layers.ignore == ("language_model.v.a", "x.b")
     assert config.layers.targets == ("Linear",)
@@ -50,7 +54,10 @@ def test_apply_vllm_mapper_renames_modules():
 
 def test_embeddings_and_heads_stay_with_vllm(monkeypatch):
     on_rank(monkeypatch, 0, 1)
-    assert RacSparseConfig.from_config(PACKED).get_quant_method(torch.nn.Linear(2, 2), "lm_head") is None
+    assert (
+        RacSparseConfig.from_config(PACKED).get_quant_method(torch.nn.Linear(2, 2), "lm_head")
+        is None
+    )
 
 
 def test_sparse_over_quantized_builds_on_compressed_tensors(monkeypatch):
@@ -64,14 +71,21 @@ def test_sparse_over_quantized_builds_on_compressed_tensors(monkeypatch):
     inputs = {**weights, "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     config = RacSparseConfig.from_config(
-        {**PACKED, "format": "int-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+        {
+            **PACKED,
+            "format": "int-quantized",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        }
     )
     on_rank(monkeypatch, 0, 1)
     layer = linear.ColumnParallelLinear(
         32, 16, bias=False, quant_config=config, prefix="model.a", params_dtype=torch.bfloat16
     )
     assert isinstance(layer.quant_method.inner, CompressedTensorsLinearMethod)
-    assert {"weight_scale", "compressed", "bitmask", "row_offsets", "shape"} <= dict(layer.named_parameters()).keys()
+    assert {"weight_scale", "compressed", "bitmask", "row_offsets", "shape"} <= dict(
+        layer.named_parameters()
+    ).keys()
     loaded = {"weight_scale": torch.rand(16, 1)}
     weight = torch.randint(-128, 128, (16, 32), dtype=torch.int8)
     weight[torch.rand(16, 32) < 0.5] = 0
@@ -82,7 +96,9 @@ def test_sparse_over_quantized_builds_on_compressed_tensors(monkeypatch):
     monkeypatch.setattr(
         layer.quant_method.inner,
         "process_weights_after_loading",
-        lambda layer: given.update(weight=layer.weight.data.clone(), scale=layer.weight_scale.data.clone()),
+        lambda layer: given.update(
+            weight=layer.weight.data.clone(), scale=layer.weight_scale.data.clone()
+        ),
     )
     layer.quant_method.process_weights_after_loading(layer)
     assert torch.equal(given["weight"], weight)
@@ -100,7 +116,12 @@ def test_fused_layers_are_quantized_as_their_parts_are(monkeypatch):
         "input_activations": {**weights, "strategy": "token", "dynamic": True},
     }
     config = RacSparseConfig.from_config(
-        {**PACKED, "format": "int-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+        {
+            **PACKED,
+            "format": "int-quantized",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        }
     )
     on_rank(monkeypatch, 0, 1)
     assert make("qkv", config).quant_method.as_quantized

@@ -50,7 +50,9 @@ def files_of(name: str) -> set[Path]:
     parts, files = name.split("."), set()
     for end in range(2, len(parts) + 1):
         base = PACKAGE.parent.joinpath(*parts[:end])
-        files |= {path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()}
+        files |= {
+            path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()
+        }
     return files
 
 

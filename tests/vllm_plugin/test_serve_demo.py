@@ -10,7 +10,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "serve_demo.py"
 
 
 def test_it_starts_and_checks_answers_with_what_serving_has(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "pebble", None)  # importing it fails, where it is installed too
+    monkeypatch.setitem(
+        sys.modules, "pebble", None
+    )  # importing it fails, where it is installed too
     for name in ("rac_modifier.problems.answers", "rac_modifier.problems.answer_checker"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "argv", ["serve_demo.py", "--help"])

@@ -55,7 +55,9 @@ class TestDamage:
         for shard, module, weight in weights_of("qkv", True):
             if shard != "k":
                 load(layer, shard, pack(weight, format, module))
-        with pytest.raises(RacError, match=r"a\.qkv: the checkpoint lacks the weight of a\.q or a\.k or a\.v"):
+        with pytest.raises(
+            RacError, match=r"a\.qkv: the checkpoint lacks the weight of a\.q or a\.k or a\.v"
+        ):
             finish(layer)
 
     def test_nothing_was_loaded(self, monkeypatch, format):
@@ -75,7 +77,9 @@ class TestDamage:
                 load(layer, shard, pack(weight, format, module))
             if rows > 0 and kind == "qkv on disk":
                 continue  # vLLM itself takes the first rows: with replicated heads it does not tell how many there are
-            with pytest.raises(RacError, match=r"a\.\w+: .*(do not belong together|cannot be sharded)"):
+            with pytest.raises(
+                RacError, match=r"a\.\w+: .*(do not belong together|cannot be sharded)"
+            ):
                 finish(layer)
 
     def test_a_damaged_shard_is_named(self, monkeypatch, format):
@@ -100,6 +104,8 @@ class TestDamage:
     def test_quantized_values_without_their_scheme(self, monkeypatch, format):
         on_rank(monkeypatch, 0, 1)
         layer = make("column", config_of(format))
-        load(layer, None, pack(random_weight(64, K, 0, True).mul(40).to(torch.int8), format, "a.up"))
+        load(
+            layer, None, pack(random_weight(64, K, 0, True).mul(40).to(torch.int8), format, "a.up")
+        )
         with pytest.raises(RacError, match=r"a\.column\.weight_scale: missing.*config_groups"):
             finish(layer)

@@ -27,9 +27,27 @@ ROOT = Path(__file__).parents[2]
 def test_memory_is_flat_while_clients_come_and_leave(tmp_path):
     folder = save_model(tmp_path / "model", "qwen3", "unstructured", max_position_embeddings=512)
     command = [sys.executable, str(ROOT / "benchmarks" / "serving_soak.py"), str(folder)]
-    command += ["--requests", "600", "--settle", "300", "--leave", "0.3", "--json", str(tmp_path / "soak.json")]
-    command += ["--log", str(tmp_path / "server.log"), "--skip-tokenizer-init", "--num-gpu-blocks-override", "64"]
-    of_this_process = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")  # a server has its own
+    command += [
+        "--requests",
+        "600",
+        "--settle",
+        "300",
+        "--leave",
+        "0.3",
+        "--json",
+        str(tmp_path / "soak.json"),
+    ]
+    command += [
+        "--log",
+        str(tmp_path / "server.log"),
+        "--skip-tokenizer-init",
+        "--num-gpu-blocks-override",
+        "64",
+    ]
+    of_this_process = (
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_CPU_OMP_THREADS_BIND",
+    )  # a server has its own
     environment = {name: value for name, value in os.environ.items() if name not in of_this_process}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -37,7 +37,9 @@ def _kernels() -> None:
 class FakeLayer(torch.nn.Module):
     """What vLLM's layer of experts has that the method reads."""
 
-    def __init__(self, rank: int = 0, size: int = 1, local: list[int] | None = None, **changes: Any) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, local: list[int] | None = None, **changes: Any
+    ) -> None:
         super().__init__()
         self.moe_config = SimpleNamespace(
             hidden_dim=HIDDEN,
@@ -50,9 +52,15 @@ class FakeLayer(torch.nn.Module):
             moe_parallel_config=SimpleNamespace(enable_eplb=False),
         )
         self.global_num_experts, self.hidden_size = EXPERTS, HIDDEN
-        self.expert_map_manager = SimpleNamespace(expert_map=None if local is None else torch.tensor(local))
+        self.expert_map_manager = SimpleNamespace(
+            expert_map=None if local is None else torch.tensor(local)
+        )
         self.ckpt_gate_proj_name, self.ckpt_up_proj_name, self.ckpt_down_proj_name = NAMES
-        self.activation, self.swiglu_limit, self.apply_router_weight_on_input = MoEActivation.SILU, None, False
+        self.activation, self.swiglu_limit, self.apply_router_weight_on_input = (
+            MoEActivation.SILU,
+            None,
+            False,
+        )
         self.loaded: dict[str, torch.Tensor] = {}
         for name, value in changes.items():
             setattr(self, name, value)
@@ -67,7 +75,11 @@ class FakeLayer(torch.nn.Module):
 
 
 def weights_of(two_of_four: bool = False) -> dict[str, torch.Tensor]:
-    shapes = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
+    shapes = {
+        "gate_proj": (WIDTH, HIDDEN),
+        "up_proj": (WIDTH, HIDDEN),
+        "down_proj": (HIDDEN, WIDTH),
+    }
     return {
         f"{expert}.{name}": random_weight(*shapes[name], 3 * expert + place, two_of_four)
         for expert in range(EXPERTS)
@@ -85,7 +97,11 @@ def method_of(
 
 def load(layer: Any, weights: dict[str, torch.Tensor], format: str) -> None:
     """In two calls, as vLLM does for each file, with the parts mixed."""
-    named = [(f"{name}.{part}", t) for name, w in weights.items() for part, t in pack(w, format, name).items()]
+    named = [
+        (f"{name}.{part}", t)
+        for name, w in weights.items()
+        for part, t in pack(w, format, name).items()
+    ]
     named.sort(key=lambda pair: pair[0].rpartition(".")[2])
     assert [*layer.load_weights(named[:20])] == []
     assert [*layer.load_weights(named[20:])] == []
@@ -93,7 +109,9 @@ def load(layer: Any, weights: dict[str, torch.Tensor], format: str) -> None:
 
 def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs, weights that sum to one, and distinct experts of each token; expert 3 gets none."""
-    ids = torch.stack([torch.tensor([0, 1, 2, 4])[torch.randperm(4)[:CHOSEN]] for _ in range(tokens)])
+    ids = torch.stack(
+        [torch.tensor([0, 1, 2, 4])[torch.randperm(4)[:CHOSEN]] for _ in range(tokens)]
+    )
     return torch.randn(tokens, HIDDEN), torch.rand(tokens, CHOSEN).softmax(1), ids.int()
 
 
@@ -107,7 +125,9 @@ def one_at_a_time(
             gate = weights[f"{expert}.gate_proj"].double() @ input_
             up = weights[f"{expert}.up_proj"].double() @ input_
             gated = gate / (1 + torch.exp(-gate)) * up
-            out[token] += float(shares[token, place]) * (weights[f"{expert}.down_proj"].double() @ gated)
+            out[token] += float(shares[token, place]) * (
+                weights[f"{expert}.down_proj"].double() @ gated
+            )
     return out
 
 
@@ -126,7 +146,9 @@ def test_tokens_go_through_their_experts(format, tokens):
     assert all("weight_packed" in name for name in names)
     x, shares, ids = routed(tokens)
     found = method.apply(layer, x, shares, ids)
-    torch.testing.assert_close(found.double(), one_at_a_time(weights, x, shares, ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.double(), one_at_a_time(weights, x, shares, ids), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -134,8 +156,13 @@ def test_quantized_experts_with_their_scales(scheme):
     layer, meant, named = FakeLayer(), {}, []
     for name, weight in weights_of().items():
         values, scale = quantize(weight, scheme)
-        meant[name] = values.float() * scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
-        parts = {**pack(values, FORMAT_BITMASK, name, bits=4 if scheme == "int4" else None), "weight_scale": scale}
+        meant[name] = values.float() * scale.repeat_interleave(
+            weight.shape[1] // scale.shape[1], dim=1
+        )
+        parts = {
+            **pack(values, FORMAT_BITMASK, name, bits=4 if scheme == "int4" else None),
+            "weight_scale": scale,
+        }
         named += [(f"{name}.{part}", tensor) for part, tensor in parts.items()]
     method = method_of(layer, FORMAT_BITMASK, "ours")
     [*layer.load_weights(named)]
@@ -143,7 +170,9 @@ def test_quantized_experts_with_their_scales(scheme):
     assert f"{scheme} kernel" in method.summary.decisions["a.experts"].kernel
     x, shares, ids = routed(6)
     found = method.apply(layer, x, shares, ids)
-    torch.testing.assert_close(found.double(), one_at_a_time(meant, x, shares, ids), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        found.double(), one_at_a_time(meant, x, shares, ids), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_the_ranks_of_a_tensor_parallel_layer_sum_to_the_whole():
@@ -161,7 +190,10 @@ def test_the_ranks_of_a_tensor_parallel_layer_sum_to_the_whole():
 def test_the_ranks_of_an_expert_parallel_layer_sum_to_the_whole():
     weights, total = weights_of(), torch.zeros(4, HIDDEN, dtype=torch.float64)
     x, shares, ids = routed(4)
-    for local in ([0, -1, 1, -1, -1], [-1, 1, -1, 2, 0]):  # also in another order than the checkpoint's
+    for local in (
+        [0, -1, 1, -1, -1],
+        [-1, 1, -1, 2, 0],
+    ):  # also in another order than the checkpoint's
         layer = FakeLayer(local=local)
         method = method_of(layer, FORMAT_BITMASK, count=max(local) + 1)
         load(layer, weights, FORMAT_BITMASK)
@@ -177,7 +209,9 @@ class Dense:
     def __init__(self, moe: Any) -> None:
         self.finished = False
 
-    def maybe_roundup_sizes(self, hidden: int, width: int, dtype: Any, parallel: Any) -> tuple[int, int]:
+    def maybe_roundup_sizes(
+        self, hidden: int, width: int, dtype: Any, parallel: Any
+    ) -> tuple[int, int]:
         return hidden, 128
 
     def create_weights(self, layer: Any, num_experts: int, hidden_size: int, **others: Any) -> None:
@@ -192,7 +226,10 @@ class Dense:
     [
         ("kernels", "dense because switched off by a test"),
         ("activation", "dense because experts with the activation relu2 have no sparse kernel"),
-        ("router", "dense because experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel"),
+        (
+            "router",
+            "dense because experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel",
+        ),
         ("one stored dense", "dense because some of its experts are stored dense"),
         ("too dense", "dense because it is more than half stored"),
     ],
@@ -217,11 +254,17 @@ def test_where_they_cannot_run_sparse_all_are_expanded_for_vllm(monkeypatch, why
     assert method.summary.decisions["a.experts"].reason == reason
     weights |= alone
     assert layer.loaded.keys() == {f"{name}.weight" for name in weights}
-    assert all(torch.equal(layer.loaded[f"{name}.weight"], weight) for name, weight in weights.items())
+    assert all(
+        torch.equal(layer.loaded[f"{name}.weight"], weight) for name, weight in weights.items()
+    )
     assert isinstance(layer.quant_method, Dense)
     assert layer.quant_method.sizes == (EXPERTS, HIDDEN, 128)
     assert layer.quant_method.finished
-    assert layer.moe_config.intermediate_size_per_partition == layer.intermediate_size_per_partition == 128
+    assert (
+        layer.moe_config.intermediate_size_per_partition
+        == layer.intermediate_size_per_partition
+        == 128
+    )
     assert not hasattr(layer, "sparse_experts")
 
 
@@ -246,5 +289,7 @@ def test_experts_that_are_loaded_again_are_refused():
     method = method_of(layer, FORMAT_24)
     load(layer, weights, FORMAT_24)
     method.process_weights_after_loading(layer)
-    with pytest.raises(RacError, match=r"^a\.experts: packed weights cannot be loaded into a running server again"):
+    with pytest.raises(
+        RacError, match=r"^a\.experts: packed weights cannot be loaded into a running server again"
+    ):
         load(layer, weights, FORMAT_24)

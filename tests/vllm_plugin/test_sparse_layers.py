@@ -24,7 +24,10 @@ QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
 
 def quantization(**sparsity: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask", **sparsity}}
+    return {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": {"format": "sparse-bitmask", **sparsity},
+    }
 
 
 @pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])
@@ -53,10 +56,15 @@ def test_others_are_left_alone(other):
 
 
 json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from(["compressed-tensors", "sparse-bitmask", ""]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(["compressed-tensors", "sparse-bitmask", ""]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["quant_method", "sparsity_config", "format", "x"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["quant_method", "sparsity_config", "format", "x"]), inner
+        )
     ),
     max_leaves=8,
 )
@@ -74,7 +82,12 @@ def test_names_patterns_and_classes():
     assert not layers.holds("model.layers.0.mlp.gate")
     assert layers.holds("model.layers.0.mlp.gate_proj")
     named = parse_packed(quantization(targets=["a.b", "re:c"]))
-    assert [named.holds(name) for name in ("a.b", "a.bc", "c.d", "x.c")] == [True, False, True, False]
+    assert [named.holds(name) for name in ("a.b", "a.bc", "c.d", "x.c")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_no_targets_means_all_and_no_ignore_none():
@@ -123,7 +136,9 @@ def test_fused_layers():
     assert fused_modules("model.layers.0.self_attn.qkv_proj", QKV) == [
         f"model.layers.0.self_attn.{name}_proj" for name in "qkv"
     ]
-    assert fused_modules("model.layers.0.self_attn.o_proj", QKV) == ["model.layers.0.self_attn.o_proj"]
+    assert fused_modules("model.layers.0.self_attn.o_proj", QKV) == [
+        "model.layers.0.self_attn.o_proj"
+    ]
     assert fused_modules("qkv_proj", QKV) == ["q_proj", "k_proj", "v_proj"]
 
 
@@ -134,4 +149,7 @@ def test_quantised_besides():
 
 def test_layers_of_a_draft_have_the_names_of_its_checkpoint():
     assert stored_name("draft_model.model.layers.0.mlp.down_proj") == "model.layers.0.mlp.down_proj"
-    assert stored_name("model.draft_model.layers.0.mlp.down_proj") == "model.draft_model.layers.0.mlp.down_proj"
+    assert (
+        stored_name("model.draft_model.layers.0.mlp.down_proj")
+        == "model.draft_model.layers.0.mlp.down_proj"
+    )

@@ -7,12 +7,22 @@ import json
 import pytest
 import torch
 
-from tests.vllm_plugin.vllm_fixtures import greedy, needs_vllm, on_rank, save_model, serve, without_kernels
+from tests.vllm_plugin.vllm_fixtures import (
+    greedy,
+    needs_vllm,
+    on_rank,
+    save_model,
+    serve,
+    without_kernels,
+)
 
 needs_vllm()
 
 from vllm.model_executor.layers import vocab_parallel_embedding  # noqa: E402
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from rac_modifier.checkpoint.load import load_model  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
@@ -58,19 +68,34 @@ def stored(weight: torch.Tensor, name: str) -> tuple[dict[str, torch.Tensor], to
         values = (parts / scale[..., None]).round().view(weight.shape).to(torch.int8)
     else:
         values, scale = quantize(weight, "int8")
-    meant = (values.float().view(len(weight), scale.shape[1], -1) * scale[..., None]).view(weight.shape)
+    meant = (values.float().view(len(weight), scale.shape[1], -1) * scale[..., None]).view(
+        weight.shape
+    )
     if name == "int8 in words":
         words = pack_to_int32(values, 8)
-        return {"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)}, meant
+        return {
+            "weight_packed": words,
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.shape),
+        }, meant
     return {"weight": values, "weight_scale": scale}, meant
 
 
-def made(monkeypatch, kind: type, name: str, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32):
+def made(
+    monkeypatch,
+    kind: type,
+    name: str,
+    rank: int = 0,
+    size: int = 1,
+    dtype: torch.dtype = torch.float32,
+):
     """A head or embedding as a model makes it."""
     on_rank(monkeypatch, rank, size)
     for function, value in (("rank", rank), ("world_size", size)):
         monkeypatch.setattr(
-            vocab_parallel_embedding, f"get_tensor_model_parallel_{function}", lambda value=value: value
+            vocab_parallel_embedding,
+            f"get_tensor_model_parallel_{function}",
+            lambda value=value: value,
         )
     group = {**scheme_of(name), "targets": ["lm_head", "embed"]}
     config = RacSparseConfig.from_config(quantization(config_groups={"g": group}, ignore=[]))
@@ -112,7 +137,9 @@ def test_the_parameters_have_the_dtypes_on_disk(monkeypatch):
     """Else vLLM warns of each."""
     tensors, _ = stored(torch.randn(ROWS, COLUMNS), "int4 asymmetric")
     head = made(monkeypatch, ParallelLMHead, "int4 asymmetric")
-    assert {part: getattr(head, part).dtype for part in tensors} == {part: t.dtype for part, t in tensors.items()}
+    assert {part: getattr(head, part).dtype for part in tensors} == {
+        part: t.dtype for part, t in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -139,12 +166,16 @@ def test_a_head_that_is_tied_to_a_stored_embedding_shares_it(monkeypatch, kernel
     embedding = made(monkeypatch, VocabParallelEmbedding, "int8")
     config = RacSparseConfig.from_config(
         quantization(
-            config_groups={"g": {**scheme_of("int8"), "targets": ["lm_head", "embed"] if named else ["embed"]}},
+            config_groups={
+                "g": {**scheme_of("int8"), "targets": ["lm_head", "embed"] if named else ["embed"]}
+            },
             ignore=[],
         )
     )
     config.get_quant_method(embedding, "embed")
-    head = ParallelLMHead(ROWS, COLUMNS, params_dtype=torch.float32, quant_config=config, prefix="lm_head")
+    head = ParallelLMHead(
+        ROWS, COLUMNS, params_dtype=torch.float32, quant_config=config, prefix="lm_head"
+    )
     assert type(head.quant_method) is (StoredMethod if named else VocabularyMethod)
     assert head.tie_weights(embedding) is head
     fill(embedding, tensors)
@@ -154,19 +185,29 @@ def test_a_head_that_is_tied_to_a_stored_embedding_shares_it(monkeypatch, kernel
     else:
         assert head.weight is embedding.weight
     x = torch.randn(2, COLUMNS)
-    torch.testing.assert_close(head.quant_method.apply(head, x)[:, :ROWS], x @ meant.T, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        head.quant_method.apply(head, x)[:, :ROWS], x @ meant.T, rtol=1e-3, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("int8", {"weight": None, "weight_scale": None}, "lm_head: the checkpoint lacks its weight"),
+        (
+            "int8",
+            {"weight": None, "weight_scale": None},
+            "lm_head: the checkpoint lacks its weight",
+        ),
         (
             "int8",
             {"weight": torch.zeros(ROWS, COLUMNS)},
             r"lm_head.weight: torch.float32 .* config.json says that it is int8",
         ),
-        ("int8", {"weight_scale": torch.ones(ROWS, 2)}, "lm_head.weight_scale: 2 per row of 64 columns"),
+        (
+            "int8",
+            {"weight_scale": torch.ones(ROWS, 2)},
+            "lm_head.weight_scale: 2 per row of 64 columns",
+        ),
         (
             "int8 in words",
             {"weight_zero_point": torch.zeros(ROWS, 1)},
@@ -190,7 +231,10 @@ def test_what_is_damaged_is_named(monkeypatch, name, change, says):
 
 def test_rounding_what_is_quantized_is_refused(monkeypatch):
     monkeypatch.setenv("RAC_EMBEDDING", "int8")
-    with pytest.raises(RacError, match="RAC_EMBEDDING=int8: the checkpoint has a quantized embedding already; unset"):
+    with pytest.raises(
+        RacError,
+        match="RAC_EMBEDDING=int8: the checkpoint has a quantized embedding already; unset",
+    ):
         made(monkeypatch, VocabParallelEmbedding, "int8")
 
 
@@ -202,7 +246,11 @@ def test_served_from_a_packed_sparse_checkpoint(tmp_path, tied):
 
     folder = save_model(tmp_path / "model", "qwen3", "unstructured", tie_word_embeddings=tied)
     model = load_model(folder, dtype="float32")
-    names = {"model.embed_tokens": "int4"} if tied else {"model.embed_tokens": "int4", "lm_head": "int8"}
+    names = (
+        {"model.embed_tokens": "int4"}
+        if tied
+        else {"model.embed_tokens": "int4", "lm_head": "int8"}
+    )
     where = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors = load_file(path)
@@ -214,7 +262,9 @@ def test_served_from_a_packed_sparse_checkpoint(tmp_path, tied):
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         save_file(tensors, path, {"format": "pt"})
         where |= dict.fromkeys(tensors, path.name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     if tied:
         model.tie_weights()
     config = json.loads((folder / "config.json").read_text())
@@ -228,7 +278,9 @@ def test_served_from_a_packed_sparse_checkpoint(tmp_path, tied):
     (folder / "config.json").write_text(json.dumps(config))
     tokens, methods = serve(folder, TOKENS)
     assert methods["lm_head"] == ("packed" if support().isa else "StoredMethod")
-    assert methods["model.layers.0.mlp.down_proj"] == ("packed" if support().isa else "RacSparseLinearMethod")
+    assert methods["model.layers.0.mlp.down_proj"] == (
+        "packed" if support().isa else "RacSparseLinearMethod"
+    )
     assert tokens == greedy(model, TOKENS)
 
 

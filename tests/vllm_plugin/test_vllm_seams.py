@@ -24,7 +24,9 @@ from rac_modifier.files import read_json  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
 from rac_modifier.vllm_plugin.register import METHOD, register  # noqa: E402
 
-PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])["quantization_config"]
+PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])[
+    "quantization_config"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,11 @@ def test_entry_point_group():
     from vllm.plugins import DEFAULT_PLUGINS_GROUP
 
     assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
-    ours = [e.value for e in importlib.metadata.entry_points(group=DEFAULT_PLUGINS_GROUP) if "rac_modifier" in e.value]
+    ours = [
+        e.value
+        for e in importlib.metadata.entry_points(group=DEFAULT_PLUGINS_GROUP)
+        if "rac_modifier" in e.value
+    ]
     if not ours:
         pytest.skip("rac-modifier is not installed here, only on the path")
     assert set(ours) == {"rac_modifier.vllm_plugin.register:register"}
@@ -68,7 +74,9 @@ def test_override_quantization_method_comes_before_vllms_own():
     ],
 )
 def test_other_models_are_untouched(config):
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
 
     assert RacSparseConfig.override_quantization_method(config, None) is None
     assert quantization.get_quantization_config("compressed-tensors") is CompressedTensorsConfig
@@ -96,7 +104,9 @@ def test_a_lost_tensor_that_is_not_packed_is_noticed_before_loading(tmp_path, lo
     from safetensors.torch import load_file, save_file
     from vllm.model_executor.model_loader import default_loader
 
-    assert "model_config.quantization is None and loaded_weights is not None" in inspect.getsource(default_loader)
+    assert "model_config.quantization is None and loaded_weights is not None" in inspect.getsource(
+        default_loader
+    )
     folder = save_model(tmp_path / "model", "qwen3", "2:4")
     config = RacSparseConfig.from_config(read_json(folder / "config.json")["quantization_config"])
     config.maybe_update_config(str(folder))
@@ -116,36 +126,55 @@ def test_weight_loader_v2_is_registered():
     import rac_modifier.vllm_plugin.dense_linear
     import rac_modifier.vllm_plugin.linear  # noqa: F401
 
-    assert {"RacSparseLinearMethod", "DenseCodesLinearMethod"} <= {*linear.WEIGHT_LOADER_V2_SUPPORTED}
+    assert {"RacSparseLinearMethod", "DenseCodesLinearMethod"} <= {
+        *linear.WEIGHT_LOADER_V2_SUPPORTED
+    }
 
 
 def test_compressed_tensors_config_has_what_dense_codes_read():
     """Schemes by target, the scheme of a layer, and its numbers; `channel` has no group size of its own."""
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16,
+    )
 
     config = CompressedTensorsConfig.from_config(w4a16.quantization(64, symmetric=False))
     assert (list(config.target_scheme_map), config.quant_format) == (["Linear"], "pack-quantized")
     assert {"weights", "input_activations", "format"} <= config.target_scheme_map["Linear"].keys()
     scheme = config.get_scheme(torch.nn.Linear(64, 64), "model.a")
     assert isinstance(scheme, CompressedTensorsWNA16)
-    assert (scheme.strategy, scheme.group_size, scheme.symmetric, scheme.num_bits) == ("group", 64, False, 4)
-    channel = CompressedTensorsConfig.from_config(w4a16.quantization(None)).get_scheme(torch.nn.Linear(64, 64), "a")
+    assert (scheme.strategy, scheme.group_size, scheme.symmetric, scheme.num_bits) == (
+        "group",
+        64,
+        False,
+        4,
+    )
+    channel = CompressedTensorsConfig.from_config(w4a16.quantization(None)).get_scheme(
+        torch.nn.Linear(64, 64), "a"
+    )
     assert (channel.strategy, channel.group_size) == ("channel", -1)
     assert config.get_scheme_dict(torch.nn.Linear(64, 64), "lm_head") is None  # ignored
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 2])
-def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(monkeypatch, bits, symmetric):
+def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(
+    monkeypatch, bits, symmetric
+):
     """So our config gets its say first. Without it there is no kernel on a CPU, which docs/serving.md says."""
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
 
     on_rank(monkeypatch, 0, 1)
     config = CompressedTensorsConfig.from_config(w4a16.quantization(32, symmetric, bits))
     scheme = config.get_scheme(torch.nn.Linear(64, 64), "model.a")
     assert (scheme.num_bits, scheme.symmetric, scheme.group_size) == (bits, symmetric, 32)
-    with pytest.raises(ValueError, match="Failed to find a kernel that can implement the WNA16 linear layer"):
+    with pytest.raises(
+        ValueError, match="Failed to find a kernel that can implement the WNA16 linear layer"
+    ):
         linear.ReplicatedLinear(64, 64, quant_config=config, prefix="model.a")
 
 
@@ -172,10 +201,15 @@ def test_create_weights_takes_what_layers_give():
 
 def test_routed_experts_load_by_name_and_are_reached_by_load_weights():
     from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
 
     assert list(inspect.signature(RoutedExperts.load_weights).parameters) == ["self", "weights"]
-    assert list(inspect.signature(UnquantizedFusedMoEMethod.__init__).parameters)[:2] == ["self", "moe"]
+    assert list(inspect.signature(UnquantizedFusedMoEMethod.__init__).parameters)[:2] == [
+        "self",
+        "moe",
+    ]
 
 
 def test_routed_experts_ask_their_method_for_weights_and_products():
@@ -184,16 +218,31 @@ def test_routed_experts_ask_their_method_for_weights_and_products():
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
 
     created = list(inspect.signature(FusedMoEMethodBase.create_weights).parameters)
     assert created[:6] == [
         "self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype",
     ]  # fmt: skip
     applied = list(inspect.signature(FusedMoEMethodBase.apply).parameters)
-    assert applied == ["self", "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"]
+    assert applied == [
+        "self",
+        "layer",
+        "x",
+        "topk_weights",
+        "topk_ids",
+        "shared_experts",
+        "shared_experts_input",
+    ]
     rounded = list(inspect.signature(UnquantizedFusedMoEMethod.maybe_roundup_sizes).parameters)
-    assert rounded[1:] == ["hidden_size", "intermediate_size_per_partition", "act_dtype", "moe_parallel_config"]
+    assert rounded[1:] == [
+        "hidden_size",
+        "intermediate_size_per_partition",
+        "act_dtype",
+        "moe_parallel_config",
+    ]
     assert callable(RoutedExperts._replace_quant_method)
     assert isinstance(ExpertMapManager.expert_map, property)
     source = inspect.getsource(RoutedExperts.__init__)
@@ -203,7 +252,13 @@ def test_routed_experts_ask_their_method_for_weights_and_products():
     ):  # fmt: skip
         assert f"self.{name} = " in source or f"self.{name}, " in source, f"RoutedExperts.{name}"
     fields = {field.name for field in dataclasses.fields(FusedMoEConfig)}
-    assert {"has_bias", "hidden_dim", "intermediate_size", "is_lora_enabled", "moe_parallel_config"} <= fields
+    assert {
+        "has_bias",
+        "hidden_dim",
+        "intermediate_size",
+        "is_lora_enabled",
+        "moe_parallel_config",
+    } <= fields
     assert isinstance(FusedMoEConfig.tp_rank, property)
 
 
@@ -214,9 +269,18 @@ def test_the_kernel_is_one_operator_with_a_fake():
     from rac_modifier.kernels import cpu  # noqa: F401
 
     schema = torch.ops.rac_modifier.sparse_linear.default._schema
-    assert [argument.name for argument in schema.arguments] == ["x", "data", "rows", "columns", "bias", "scale"]
+    assert [argument.name for argument in schema.arguments] == [
+        "x",
+        "data",
+        "rows",
+        "columns",
+        "bias",
+        "scale",
+    ]
     with FakeTensorMode():
-        out = torch.ops.rac_modifier.sparse_linear(torch.zeros(2, 3, 8), torch.zeros(9, dtype=torch.uint8), 5, 8, None)
+        out = torch.ops.rac_modifier.sparse_linear(
+            torch.zeros(2, 3, 8), torch.zeros(9, dtype=torch.uint8), 5, 8, None
+        )
     assert out.shape == (2, 3, 5)
 
 

@@ -44,7 +44,11 @@ EXPERTS = "packed" if support().isa else "UnquantizedFusedMoEMethod"
         ("llama", "unstructured", {"intermediate_size": 100}),  # no multiple of 8
         ("qwen3_moe", "2:4", {}),
         ("qwen3_moe", "unstructured", {}),
-        ("qwen3_moe", "unstructured", {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 48}),
+        (
+            "qwen3_moe",
+            "unstructured",
+            {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 48},
+        ),
         ("mixtral", "2:4", {}),
     ],
 )
@@ -70,7 +74,11 @@ def test_greedy_tokens_of_quantized_weights(tmp_path, structure, scheme):
     save_quantized(tmp_path / "model", tmp_path / "meant", structure, scheme)
     tokens, methods = serve(tmp_path / "model", TOKENS)
     assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"  # ignored
-    assert methods["model.layers.0.mlp.down_proj"] == methods["model.layers.0.self_attn.qkv_proj"] == SPARSE
+    assert (
+        methods["model.layers.0.mlp.down_proj"]
+        == methods["model.layers.0.self_attn.qkv_proj"]
+        == SPARSE
+    )
     assert tokens == reference(tmp_path / "meant", TOKENS)
 
 
@@ -101,7 +109,10 @@ def test_dense_stored_weights_on_request(tmp_path):
     expected = reference(folder, TOKENS)
     stock, methods = serve(folder, TOKENS)
     assert stock == expected
-    assert set(methods.values()) == {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}  # layers, and their head
+    assert set(methods.values()) == {
+        "UnquantizedLinearMethod",
+        "UnquantizedEmbeddingMethod",
+    }  # layers, and their head
     tokens, methods = serve(folder, TOKENS, quantization="rac-sparse")
     assert tokens == expected
     assert methods["model.layers.0.mlp.down_proj"] == SPARSE
@@ -110,24 +121,38 @@ def test_dense_stored_weights_on_request(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(tmp_path, monkeypatch, structure):
+def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(
+    tmp_path, monkeypatch, structure
+):
     from vllm import SamplingParams
 
     from rac_modifier.vllm_plugin import linear
     from tests.vllm_plugin.vllm_fixtures import PROMPTS, engine
 
     said: list[str] = []
-    monkeypatch.setattr(linear.logger, "info", lambda message, *arguments: said.append(message % arguments))
-    other = "unstructured" if structure == "2:4" else "2:4"  # the draft often errs: its weights have another mask
+    monkeypatch.setattr(
+        linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
+    )
+    other = (
+        "unstructured" if structure == "2:4" else "2:4"
+    )  # the draft often errs: its weights have another mask
     target = save_model(tmp_path / "target", "qwen3", other, packed=False)
     draft = save_model(tmp_path / "draft", "qwen3", structure)
     speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
     with engine(target, speculative_config=speculative, disable_log_stats=False) as model:
         params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-        outputs = model.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
-        counts = {metric.name: metric.value for metric in model.get_metrics() if hasattr(metric, "value")}
+        outputs = model.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
+        )
+        counts = {
+            metric.name: metric.value for metric in model.get_metrics() if hasattr(metric, "value")
+        }
     assert [list(output.outputs[0].token_ids) for output in outputs] == reference(target, TOKENS)
-    assert 0 < counts["vllm:spec_decode_num_accepted_tokens"] < counts["vllm:spec_decode_num_draft_tokens"]
+    assert (
+        0
+        < counts["vllm:spec_decode_num_accepted_tokens"]
+        < counts["vllm:spec_decode_num_draft_tokens"]
+    )
     assert said[0].startswith(f"rac-sparse: {7 if support().isa else 0} of 7 pruned layers")
 
 
@@ -137,7 +162,9 @@ def test_one_summary_at_load(tmp_path, monkeypatch):
 
     said: list[str] = []
     # vLLM configures logging anew in each engine, which drops handlers.
-    monkeypatch.setattr(linear.logger, "info", lambda message, *arguments: said.append(message % arguments))
+    monkeypatch.setattr(
+        linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
+    )
     serve(save_model(tmp_path / "model", "qwen3", "2:4"), 1)
     assert len(said) == 1
     assert said[0].startswith(f"rac-sparse: {7 if support().isa else 0} of 7 pruned layers")
@@ -170,7 +197,8 @@ def test_greedy_tokens_of_quantized_experts(tmp_path, scheme):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "structure"), [("qwen3", "2:4"), ("qwen3", "unstructured"), ("qwen3_moe", "unstructured")]
+    ("kind", "structure"),
+    [("qwen3", "2:4"), ("qwen3", "unstructured"), ("qwen3_moe", "unstructured")],
 )
 def test_compiled(tmp_path, kind, structure):
     folder = save_model(tmp_path / "model", kind, structure)
@@ -205,7 +233,11 @@ def test_two_ranks(tmp_path, structure):
         text=True,
         timeout=400,
     )
-    found = [line.removeprefix("tokens: ") for line in done.stdout.splitlines() if line.startswith("tokens: ")]
+    found = [
+        line.removeprefix("tokens: ")
+        for line in done.stdout.splitlines()
+        if line.startswith("tokens: ")
+    ]
     assert found == [str(reference(folder, TOKENS))], done.stderr[-3000:]
 
 
@@ -213,8 +245,12 @@ def entry_point(folder: Path) -> Path:
     """A folder that, on the path, has the plugin's entry point as an installed rac-modifier has it."""
     info = folder / "rac_modifier_under_test-0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rac-modifier-under-test\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nrac = rac_modifier.vllm_plugin.register:register\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: rac-modifier-under-test\nVersion: 0\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nrac = rac_modifier.vllm_plugin.register:register\n"
+    )
     return folder
 
 
@@ -232,15 +268,23 @@ def test_vllm_serve_over_http(tmp_path):
     modules = [name.removesuffix(".weight") for name in tensors if name.endswith("proj.weight")]
     for module in modules:
         magnitudes = tensors[f"{module}.weight"].abs().float()
-        tensors[f"{module}.weight"][magnitudes <= magnitudes.flatten().kthvalue(magnitudes.numel() // 3).values] = 0
+        tensors[f"{module}.weight"][
+            magnitudes <= magnitudes.flatten().kthvalue(magnitudes.numel() // 3).values
+        ] = 0
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     pack_checkpoint(folder, dict.fromkeys(modules, "unstructured"), dense_linears=["lm_head"])
 
     path = os.pathsep.join([str(entry_point(tmp_path / "path")), str(ROOT)])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | {
-        "PYTHONPATH": path
-    }
-    command = [sys.executable, str(ROOT / "examples/serve_demo.py"), str(folder), "--problems", "24"]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("VLLM_")
+    } | {"PYTHONPATH": path}
+    command = [
+        sys.executable,
+        str(ROOT / "examples/serve_demo.py"),
+        str(folder),
+        "--problems",
+        "24",
+    ]
     done = subprocess.run(
         [*command, "--log", str(tmp_path / "log"), "--enforce-eager"],
         env=environment,

@@ -45,7 +45,10 @@ def test_a_tied_pair_in_floats_is_one_weight():
 def test_a_tied_pair_that_is_packed_is_one_packed_weight():
     if support().isa in (None, "portable"):
         pytest.skip(support().reason)
-    values, scale = torch.randint(-127, 128, (ROWS, COLUMNS), dtype=torch.int8), torch.rand(ROWS, 1) + 0.5
+    values, scale = (
+        torch.randint(-127, 128, (ROWS, COLUMNS), dtype=torch.int8),
+        torch.rand(ROWS, 1) + 0.5,
+    )
     meant = values.float() * scale
     embedding, head = layer_of(torch.zeros(ROWS, COLUMNS)), layer_of(torch.zeros(ROWS, COLUMNS))
     head.quant_method.tie_weights(head, embedding)

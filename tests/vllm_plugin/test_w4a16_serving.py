@@ -24,7 +24,9 @@ TOKENS = 12
 @pytest.mark.parametrize(("group", "symmetric"), [(32, False), (None, True)])
 def test_greedy_tokens_on_request(tmp_path, monkeypatch, group, symmetric):
     said: list[str] = []
-    monkeypatch.setattr(dense_linear.logger, "info", lambda message, *arguments: said.append(message % arguments))
+    monkeypatch.setattr(
+        dense_linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
+    )
     save_w4a16(tmp_path / "model", tmp_path / "meant", group, symmetric)
     tokens, methods = serve(tmp_path / "model", TOKENS, quantization="rac-sparse")
     assert tokens == reference(tmp_path / "meant", TOKENS)
@@ -38,11 +40,17 @@ def test_greedy_tokens_on_request(tmp_path, monkeypatch, group, symmetric):
 @pytest.mark.parametrize(("bits", "symmetric"), [(3, True), (2, False)])
 def test_log_probabilities_of_few_bits(tmp_path, monkeypatch, bits, symmetric):
     said: list[str] = []
-    monkeypatch.setattr(dense_linear.logger, "info", lambda message, *arguments: said.append(message % arguments))
-    save_w4a16(tmp_path / "model", tmp_path / "meant", 32, symmetric, rounding=rounded_here, bits=bits)
+    monkeypatch.setattr(
+        dense_linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
+    )
+    save_w4a16(
+        tmp_path / "model", tmp_path / "meant", 32, symmetric, rounding=rounded_here, bits=bits
+    )
     sequences = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
     found = served_log_probabilities(tmp_path / "model", sequences, quantization="rac-sparse")
-    torch.testing.assert_close(found, expected_log_probabilities(tmp_path / "meant", sequences), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        found, expected_log_probabilities(tmp_path / "meant", sequences), rtol=0, atol=1e-3
+    )
     (text,) = said
     assert text.startswith(
         f"rac-sparse: 7 of 7 quantized layers run on an int{bits} kernel\n  int{bits} kernel {support().isa}: 7 layers"
@@ -64,7 +72,11 @@ def test_stock_vllm_serves_what_is_rounded_here(tmp_path, symmetric):
     sequences = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
     expected = expected_log_probabilities(tmp_path / "meant", sequences)
     errors = [
-        float((served_log_probabilities(tmp_path / name, sequences, dtype="bfloat16") - expected).abs().mean())
+        float(
+            (served_log_probabilities(tmp_path / name, sequences, dtype="bfloat16") - expected)
+            .abs()
+            .mean()
+        )
         for name in ("model", "meant")
     ]
     assert 0 < errors[0] <= 4 * errors[1], errors  # twice was found

@@ -22,7 +22,12 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 GROUP = 32  # columns that share a scale of 4-bit values
-_PRUNED = ("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")  # Mixtral's experts have w1, w2 and w3
+_PRUNED = (
+    "proj.weight",
+    ".w1.weight",
+    ".w2.weight",
+    ".w3.weight",
+)  # Mixtral's experts have w1, w2 and w3
 NEEDS_VLLM = "vllm is not installed here; run these in the serving environment: make test-serve"
 
 
@@ -47,7 +52,9 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "support", lambda: Support(None, "switched off by a test"))
 
 
-def save_model(folder: Path, kind: str, structure: str, packed: bool = True, **changes: Any) -> Path:
+def save_model(
+    folder: Path, kind: str, structure: str, packed: bool = True, **changes: Any
+) -> Path:
     """A tiny random causal LM of a family (qwen2, qwen3, llama, qwen3_moe, mixtral), pruned, in bfloat16, sharded files."""
     import transformers
 
@@ -68,11 +75,22 @@ def save_model(folder: Path, kind: str, structure: str, packed: bool = True, **c
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
-    names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral"}
+    names = {
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "llama": "Llama",
+        "qwen3_moe": "Qwen3Moe",
+        "mixtral": "Mixtral",
+    }
     if kind == "qwen2":  # hidden size over heads, and biases in QKV
         settings |= {"hidden_size": 128}
     if kind == "qwen3_moe":
-        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+        settings |= {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "decoder_sparse_step": 1,
+        }
     if kind == "mixtral":
         settings |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     config = getattr(transformers, f"{names[kind]}Config")(**{**settings, **changes})
@@ -96,7 +114,11 @@ def saved_linears(folder: Path) -> list[str]:
     from rac_modifier.checkpoint.files import TensorFiles
 
     with TensorFiles(folder) as files:
-        return sorted(name.removesuffix(".weight") for name in files.where if name.endswith((*_PRUNED, "gate.weight")))
+        return sorted(
+            name.removesuffix(".weight")
+            for name in files.where
+            if name.endswith((*_PRUNED, "gate.weight"))
+        )
 
 
 def prune_saved(folder: Path, structure: str) -> dict[str, str]:
@@ -114,7 +136,9 @@ def prune_saved(folder: Path, structure: str) -> dict[str, str]:
     return modules
 
 
-def save_quantized(folder: Path, meant: Path, structure: str, scheme: str, kind: str = "qwen3") -> None:
+def save_quantized(
+    folder: Path, meant: Path, structure: str, scheme: str, kind: str = "qwen3"
+) -> None:
     """As `save_model`, with the pruned weights quantized ("int8", "fp8" or "int4"); `meant` gets them dense and dequantized."""
     from safetensors.torch import load_file, save_file
 
@@ -128,10 +152,17 @@ def save_quantized(folder: Path, meant: Path, structure: str, scheme: str, kind:
     where = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors, dense = load_file(path), load_file(meant / path.name)
-        for module in [name.removesuffix(".weight") for name in tensors if name.removesuffix(".weight") in modules]:
+        for module in [
+            name.removesuffix(".weight")
+            for name in tensors
+            if name.removesuffix(".weight") in modules
+        ]:
             values, scale = quantize(tensors.pop(f"{module}.weight").float(), scheme)
             parts = pack(values, format, module, bits=4 if scheme == "int4" else None)
-            tensors |= {f"{module}.{part}": tensor for part, tensor in {**parts, "weight_scale": scale}.items()}
+            tensors |= {
+                f"{module}.{part}": tensor
+                for part, tensor in {**parts, "weight_scale": scale}.items()
+            }
             dense[f"{module}.weight"] = values.float() * scale.repeat_interleave(
                 values.shape[1] // scale.shape[1], dim=1
             )
@@ -144,22 +175,35 @@ def save_quantized(folder: Path, meant: Path, structure: str, scheme: str, kind:
         format, scheme, sorted(set(saved_linears(meant)) - set(modules))
     )
     (folder / "config.json").write_text(json.dumps(config))
-    (meant / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+    (meant / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "quantization_config"})
+    )
 
 
 def quantization_config(format: str, scheme: str, ignore: list[str]) -> dict[str, Any]:
     """The entry that llm-compressor and packing write for it."""
     kind, bits = ("float", 8) if scheme == "fp8" else ("int", int(scheme[-1]))
-    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group" if bits == 4 else "channel"}
+    weights = {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "strategy": "group" if bits == 4 else "channel",
+    }
     if bits == 4:
         weights["group_size"] = GROUP
-    inputs = None if bits == 4 else {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
+    inputs = (
+        None if bits == 4 else {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
+    )
     ignore = [*ignore, "lm_head"]
     return {
         "quant_method": "compressed-tensors",
-        "format": {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-quantized"}[scheme],
+        "format": {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-quantized"}[
+            scheme
+        ],
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+        },
         "ignore": ignore,
         "sparsity_config": {"format": format, "targets": ["Linear"], "ignore": ignore},
     }
@@ -172,13 +216,17 @@ def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Ten
     most = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[scheme]
     scale = (weight.view(rows, groups, -1).abs().amax(-1) / most).clamp_min(1e-6)
     values = weight / scale.repeat_interleave(columns // groups, dim=1)
-    return values.to(torch.float8_e4m3fn) if scheme == "fp8" else values.round().to(torch.int8), scale
+    return values.to(torch.float8_e4m3fn) if scheme == "fp8" else values.round().to(
+        torch.int8
+    ), scale
 
 
 def prune(weight: torch.Tensor, structure: str) -> None:
     """Zero the smaller half, of each four columns or of all weights."""
     groups = weight.view(-1, 4) if structure == "2:4" else weight.view(1, -1)
-    groups.scatter_(1, groups.abs().float().topk(groups.shape[1] // 2, dim=1, largest=False).indices, 0.0)
+    groups.scatter_(
+        1, groups.abs().float().topk(groups.shape[1] // 2, dim=1, largest=False).indices, 0.0
+    )
 
 
 PROMPTS = [[5, 17, 40, 8], [60, 61, 62], [9] * 7, [33, 90, 12, 77, 30]]
@@ -195,9 +243,9 @@ def greedy(model: Any, tokens: int) -> list[list[int]]:
     """Greedy tokens of a transformers model."""
     model.generation_config.eos_token_id = None
     return [
-        model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[
-            0, len(prompt) :
-        ].tolist()
+        model.generate(
+            torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )[0, len(prompt) :].tolist()
         for prompt in PROMPTS
     ]
 
@@ -232,7 +280,9 @@ def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], d
 
     with engine(folder, **options) as model:
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        outputs = model.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+        outputs = model.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
+        )
         methods = {} if "tensor_parallel_size" in options else model.apply_model(methods_of)[0]
         return [list(output.outputs[0].token_ids) for output in outputs], methods
 
@@ -247,7 +297,10 @@ def served_log_probabilities(folder: Path, sequences: torch.Tensor, **options: A
         outputs = model.generate(prompts, params, use_tqdm=False)
     return torch.tensor(
         [
-            [given[token].logprob for token, given in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
+            [
+                given[token].logprob
+                for token, given in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)
+            ]
             for sequence, output in zip(sequences.tolist(), outputs, strict=True)
         ]
     )
@@ -264,8 +317,16 @@ def methods_of(model: torch.nn.Module) -> dict[str, str]:
         if isinstance(module, (LinearBase, ParallelLMHead)):
             method = module.quant_method
             found[name] = "packed" if hasattr(module, "weight_packed") else type(method).__name__
-            assert not (hasattr(module, "weight_packed") and hasattr(module, "weight")), f"{name}: two copies"
+            assert not (hasattr(module, "weight_packed") and hasattr(module, "weight")), (
+                f"{name}: two copies"
+            )
         if isinstance(module, RoutedExperts):
-            found[name] = "packed" if hasattr(module, "sparse_experts") else type(module.quant_method).__name__
-            assert not (hasattr(module, "sparse_experts") and hasattr(module, "w2_weight")), f"{name}: two copies"
+            found[name] = (
+                "packed"
+                if hasattr(module, "sparse_experts")
+                else type(module.quant_method).__name__
+            )
+            assert not (hasattr(module, "sparse_experts") and hasattr(module, "w2_weight")), (
+                f"{name}: two copies"
+            )
     return found

@@ -37,7 +37,9 @@ def can_run(layer: Layer) -> Decision:
     bytes_per_weight = _bytes_per_weight(layer, encoding, masked, available.isa is not None)
 
     def decision(kernel: str | None, reason: str) -> Decision:
-        return Decision(kernel is not None, kernel or "dense", reason, bytes_per_weight, dense_bytes)
+        return Decision(
+            kernel is not None, kernel or "dense", reason, bytes_per_weight, dense_bytes
+        )
 
     if available.isa is None:
         return decision(None, f"dense because {available.reason}")
@@ -85,11 +87,21 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
         weight = weight.floats(encoding.dtype)
     values = weight.values.to(encoding.dtype)
     codes, unit = encoding.bits < 8, UNIT[encoding.bits]
-    zeros = None if weight.zeros is None or not codes else split_groups(weight.zeros, weight.group, unit)
+    zeros = (
+        None
+        if weight.zeros is None or not codes
+        else split_groups(weight.zeros, weight.group, unit)
+    )
     if _without_masks(encoding.dtype, weight.density):
-        packed = {DATA: pack_dense(values.reshape(weight.rows, weight.columns), encoding.bits, zeros)}
+        packed = {
+            DATA: pack_dense(values.reshape(weight.rows, weight.columns), encoding.bits, zeros)
+        }
     else:
-        packed = {DATA: pack_values(values, weight.bitmask, weight.columns, encoding.bits, zeros, weight.group)}
+        packed = {
+            DATA: pack_values(
+                values, weight.bitmask, weight.columns, encoding.bits, zeros, weight.group
+            )
+        }
     if encoding.dtype == torch.int8 and weight.activation_bits == 8:
         set_activation_bits(packed[DATA], 8)
     if weight.scale is not None:
@@ -97,7 +109,9 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     return packed
 
 
-def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
+) -> Tensor:
     """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in x's dtype, summed in fp32.
 
     x is bfloat16, float32 or float16, in any combination with the weight; float16 is multiplied as float32. Works under
@@ -107,7 +121,9 @@ def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bia
         RacError: other dtypes, or shapes that do not fit the packed weight.
     """
     if x.dtype == torch.float16:
-        return linear(x.float(), packed, rows, columns, None if bias is None else bias.float()).half()
+        return linear(
+            x.float(), packed, rows, columns, None if bias is None else bias.float()
+        ).half()
     return operator.sparse_linear(x, packed[DATA], rows, columns, bias, packed.get(SCALE))
 
 

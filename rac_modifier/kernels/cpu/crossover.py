@@ -43,8 +43,15 @@ class Crossover:
 
     def describe(self) -> str:
         """One line."""
-        times = ", ".join(f"{m} rows {1e3 * own:.1f} / {1e3 * dense:.1f}" for m, (own, dense) in self.seconds.items())
-        limit = "any number of rows" if math.isinf(self.rows) else f"up to {self.rows:.0f} rows, more by dense products"
+        times = ", ".join(
+            f"{m} rows {1e3 * own:.1f} / {1e3 * dense:.1f}"
+            for m, (own, dense) in self.seconds.items()
+        )
+        limit = (
+            "any number of rows"
+            if math.isinf(self.rows)
+            else f"up to {self.rows:.0f} rows, more by dense products"
+        )
         return f"{self.kind}: the kernel multiplies {limit} (ms of the kernel / of a dense product: {times})"
 
 
@@ -104,10 +111,16 @@ def _weight(kind: str) -> tuple[Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(_SHAPE, generator=generator) < 0.5
     if kind == "floats":
-        stored = from_dense(torch.randn(_SHAPE, generator=generator).bfloat16().masked_fill(~mask, 0), kind)
+        stored = from_dense(
+            torch.randn(_SHAPE, generator=generator).bfloat16().masked_fill(~mask, 0), kind
+        )
         return pack_values(stored.values, stored.bitmask, stored.columns), None
-    values = torch.randint(1, 8, _SHAPE, dtype=torch.int8, generator=generator).masked_fill(~mask, 0)
+    values = torch.randint(1, 8, _SHAPE, dtype=torch.int8, generator=generator).masked_fill(
+        ~mask, 0
+    )
     stored = from_dense(values, kind)
     bits, groups = (8, 1) if kind.startswith("int8") else (4, _SHAPE[1] // 128)
     scale = pack_scale(torch.full((_SHAPE[0], groups), 0.01), _SHAPE[1] // groups)
-    return pack_values(stored.values, stored.bitmask, stored.columns, bits, group=_SHAPE[1] // groups), scale
+    return pack_values(
+        stored.values, stored.bitmask, stored.columns, bits, group=_SHAPE[1] // groups
+    ), scale

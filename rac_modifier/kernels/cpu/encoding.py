@@ -39,7 +39,9 @@ def encoding_of(
     if stored in FP8 and group == columns:
         return ValueEncoding(torch.bfloat16, True, "fp8 values as bfloat16, exactly")
     if stored in FP8 or (group < columns and group % 4):
-        return ValueEncoding(torch.bfloat16, False, f"{bits} values in groups of {group}, rounded to bfloat16")
+        return ValueEncoding(
+            torch.bfloat16, False, f"{bits} values in groups of {group}, rounded to bfloat16"
+        )
     if stored == torch.int8:
         return ValueEncoding(torch.int8, True)
     in_groups = f"{bits} values in groups of {group}"

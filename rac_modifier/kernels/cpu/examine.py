@@ -35,8 +35,16 @@ def examine_library() -> list[Found]:
     if library is None:
         return [Found("compiled library", "broken", reason)]
     found = [
-        Found("compiled library", "ok", f"{paths[0].name}, interface {native.ABI}, compiled with {library.compiler}"),
-        Found("instruction sets", "ok", f"{library.best} is the best here; runs {', '.join(library.runs)}"),
+        Found(
+            "compiled library",
+            "ok",
+            f"{paths[0].name}, interface {native.ABI}, compiled with {library.compiler}",
+        ),
+        Found(
+            "instruction sets",
+            "ok",
+            f"{library.best} is the best here; runs {', '.join(library.runs)}",
+        ),
     ]
     try:
         found.append(Found("in use", "ok", support().reason))

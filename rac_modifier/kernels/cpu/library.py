@@ -16,7 +16,14 @@ from rac_modifier.errors import RacError
 ABI = 7  # of csrc/library.cpp; raised with every change of the functions
 X86_ISAS, ARM_ISAS = ("avx2", "avxvnni", "avx512", "amx"), ("neon", "dotprod", "i8mm", "sve")
 ISAS = ("portable", *X86_ISAS, *ARM_ISAS)  # in the order of the library's numbers
-BYTE_ISAS = ("avxvnni", "avx512", "amx", "dotprod", "i8mm", "sve")  # they multiply bytes of x; the others 16 bits
+BYTE_ISAS = (
+    "avxvnni",
+    "avx512",
+    "amx",
+    "dotprod",
+    "i8mm",
+    "sve",
+)  # they multiply bytes of x; the others 16 bits
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}
 INT8 = VALUE_TYPES[torch.int8]
@@ -26,9 +33,7 @@ DENSE8, INT4, DENSE4, PLANES4, DENSE3, DENSE2 = 3, 4, 5, 6, 7, 8
 BITS = {INT4: 4, DENSE4: 4, PLANES4: 4, DENSE3: 3, DENSE2: 2}  # of types whose values are codes
 DENSE_TYPES = {8: DENSE8, 4: DENSE4, 3: DENSE3, 2: DENSE2}  # without masks, by bits
 _NUMBER = {isa: number for number, isa in enumerate(ISAS)}
-_REINSTALL = (
-    "install a C++ compiler and reinstall rac-modifier (pip install --force-reinstall --no-deps --no-cache-dir)"
-)
+_REINSTALL = "install a C++ compiler and reinstall rac-modifier (pip install --force-reinstall --no-deps --no-cache-dir)"
 _BUFFER: list[object] = [c_void_p, c_int64]  # address and bytes
 # name: (result, arguments)
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
@@ -42,7 +47,13 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         c_int32,
         [
             *(*_BUFFER, *_BUFFER, *_BUFFER, c_int64),  # values, bitmask, zeros, groups of zeros
-            *(c_int64, c_int64, c_int32, *_BUFFER, c_int32),  # rows, columns, type, packed weight, threads
+            *(
+                c_int64,
+                c_int64,
+                c_int32,
+                *_BUFFER,
+                c_int32,
+            ),  # rows, columns, type, packed weight, threads
         ],
     ),
     "rac_check_weight": (c_int32, [*_BUFFER, c_int64, c_int64, c_int32]),
@@ -132,7 +143,9 @@ class Library:
         limit = 1 << 62
         if not all(-limit < size < limit for size in (rows, columns, nonzeros)):
             return -1
-        return self._calls.rac_packed_bytes(rows, columns, nonzeros, value_type, *_buffer(bitmask), zero_groups)
+        return self._calls.rac_packed_bytes(
+            rows, columns, nonzeros, value_type, *_buffer(bitmask), zero_groups
+        )
 
     def pack(
         self,
@@ -146,7 +159,12 @@ class Library:
     ) -> None:
         """Fill `data`, uint8 [packed_bytes]; no bitmask without masks. `zeros` of codes: uint8 [panels, groups, 16]."""
         status = self._calls.rac_pack_weight(
-            *(*_buffer(values), *_buffer(bitmask), *_buffer(zeros), 0 if zeros is None else zeros.shape[1]),
+            *(
+                *_buffer(values),
+                *_buffer(bitmask),
+                *_buffer(zeros),
+                0 if zeros is None else zeros.shape[1],
+            ),
             *(rows, columns, value_type, *_buffer(data), torch.get_num_threads()),
         )
         self._raise_if(status, f"weight [{rows}, {columns}]: cannot be packed")
@@ -169,7 +187,9 @@ class Library:
         status = self._calls.rac_set_activation_bits(*_buffer(data), bits)
         self._raise_if(status, f"activations in {bits} bits")
 
-    def expand(self, data: Tensor, rows: int, columns: int, first: int, last: int, out: Tensor, isa: str) -> None:
+    def expand(
+        self, data: Tensor, rows: int, columns: int, first: int, last: int, out: Tensor, isa: str
+    ) -> None:
         """Panels [first, last) of 16 rows into `out` [columns, 16 (last - first)]: the rows transposed, without scale."""
         status = self._calls.rac_expand_panels(
             *(*_buffer(data), rows, columns, first, last),
@@ -192,7 +212,10 @@ class Library:
         status = self._calls.rac_sparse_linear(
             *(*_buffer(data), rows, columns),
             *(*_buffer(x), TYPES[x.dtype], x.shape[0]),
-            *(*_buffer(scale), *((1, 1) if scale is None else (TYPES[scale.dtype], scale.shape[1]))),
+            *(
+                *_buffer(scale),
+                *((1, 1) if scale is None else (TYPES[scale.dtype], scale.shape[1])),
+            ),
             *(*_buffer(bias), 0 if bias is None else TYPES[bias.dtype]),
             *(*_buffer(out), _NUMBER[isa], torch.get_num_threads()),
         )
@@ -206,7 +229,9 @@ class Library:
     def register_operator(self, functions: Sequence[int | None]) -> None:
         """Give torch the operator in C++; `functions` are those of its C interface, by address (native_operator.py)."""
         addresses = (c_void_p * len(functions))(*functions)
-        self._raise_if(self._calls.rac_register_operator(addresses, len(functions)), "the operator in C++")
+        self._raise_if(
+            self._calls.rac_register_operator(addresses, len(functions)), "the operator in C++"
+        )
 
     def use_operator(self, isa: str | None, lines: int) -> None:
         """Let it multiply up to `lines` rows of x with `isa`; None: nothing."""
@@ -214,7 +239,9 @@ class Library:
 
     def _raise_if(self, status: int, what: str) -> None:
         if status:
-            raise RacError(f"{what}: {self._calls.rac_last_error().decode()}; {_NEXT_STEPS[status]}")
+            raise RacError(
+                f"{what}: {self._calls.rac_last_error().decode()}; {_NEXT_STEPS[status]}"
+            )
 
 
 def _buffer(tensor: Tensor | None) -> tuple[int | None, int]:
@@ -232,7 +259,10 @@ def load() -> tuple[Library | None, str]:
     """The library, or None and the reason."""
     found = built_libraries()
     if not found:
-        return None, f"no compiled kernel: it was not built when rac-modifier was installed; {_REINSTALL}"
+        return (
+            None,
+            f"no compiled kernel: it was not built when rac-modifier was installed; {_REINSTALL}",
+        )
     try:
         return Library(found[0]), ""
     except RacError as error:

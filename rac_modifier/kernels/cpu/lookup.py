@@ -17,7 +17,9 @@ from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import library_and_isa
 
 
-def lookup(ids: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def lookup(
+    ids: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
     """Rows `ids` (int64, any shape) of a packed weight [rows, columns], scales multiplied in: [*ids.shape, columns].
 
     `packed` is what `pack` returned. Works under torch.compile.
@@ -25,7 +27,9 @@ def lookup(ids: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, d
     Raises:
         RacError: an id that is no row of the weight.
     """
-    return torch.ops.rac_modifier.packed_rows(ids, packed[DATA], rows, columns, packed.get(SCALE), dtype)
+    return torch.ops.rac_modifier.packed_rows(
+        ids, packed[DATA], rows, columns, packed.get(SCALE), dtype
+    )
 
 
 def _packed_rows(
@@ -37,7 +41,9 @@ def _packed_rows(
     if not len(wanted):
         return out.view(*ids.shape, columns)
     if int(wanted[0]) < 0 or int(wanted[-1]) >= rows:
-        raise RacError(f"ids {int(wanted[0])} to {int(wanted[-1])}: the weight has rows 0 to {rows - 1}")
+        raise RacError(
+            f"ids {int(wanted[0])} to {int(wanted[-1])}: the weight has rows 0 to {rows - 1}"
+        )
     panels, counts = (wanted // PANEL).unique_consecutive(return_counts=True)
     lanes, first = wanted % PANEL, 0
     expanded = torch.empty(columns, PANEL)
@@ -51,11 +57,15 @@ def _packed_rows(
     return out.view(*ids.shape, columns)
 
 
-def _fake(ids: Tensor, data: Tensor, rows: int, columns: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _fake(
+    ids: Tensor, data: Tensor, rows: int, columns: int, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     return data.new_empty(*ids.shape, columns, dtype=dtype)
 
 
-if not hasattr(torch.ops.rac_modifier, "packed_rows"):  # once per process, also if this module is loaded again
+if not hasattr(
+    torch.ops.rac_modifier, "packed_rows"
+):  # once per process, also if this module is loaded again
     torch.library.define(
         "rac_modifier::packed_rows",
         "(Tensor ids, Tensor data, int rows, int columns, Tensor? scale, ScalarType dtype) -> Tensor",

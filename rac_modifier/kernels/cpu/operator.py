@@ -15,7 +15,15 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import native_operator
-from rac_modifier.kernels.cpu.library import ARM_ISAS, DENSE8, INT8, TYPES, VALUE_TYPES, X86_ISAS, Library
+from rac_modifier.kernels.cpu.library import (
+    ARM_ISAS,
+    DENSE8,
+    INT8,
+    TYPES,
+    VALUE_TYPES,
+    X86_ISAS,
+    Library,
+)
 from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import dense_products_in_bf16, library_and_isa
 
@@ -27,7 +35,9 @@ CROSSOVER = {"portable": 8, **dict.fromkeys((*X86_ISAS, *ARM_ISAS), math.inf)}
 CROSSOVER8 = {**CROSSOVER, **dict.fromkeys(("avx2", "avxvnni", *ARM_ISAS), 512)}
 CROSSOVER4 = {**CROSSOVER8, "amx": 512}
 _chosen: dict[str, float] = {}  # by kind of weight, where `use_crossovers` was called
-FEW = native_operator.LINES  # rows that every kernel multiplies itself: no call to learn the type of the values
+FEW = (
+    native_operator.LINES
+)  # rows that every kernel multiplies itself: no call to learn the type of the values
 EIGHT_BITS = " with 8-bit activations"  # behind a kind of weights of integers: another kernel multiplies these
 KINDS = ("floats", "int8", "int4", f"int8{EIGHT_BITS}", f"int4{EIGHT_BITS}")
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
@@ -36,7 +46,12 @@ _scratch = threading.local()
 
 
 def sparse_linear(
-    x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None = None, scale: Tensor | None = None
+    x: Tensor,
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in x's dtype, summed in fp32.
 
@@ -53,12 +68,19 @@ def sparse_linear(
     try:
         return torch.ops.rac_modifier.native_linear(x, data, rows, columns, bias, scale)
     except RuntimeError:
-        _forward(x, data, rows, columns, bias, scale)  # raises what the operator in C++ can only print
+        _forward(
+            x, data, rows, columns, bias, scale
+        )  # raises what the operator in C++ can only print
         raise
 
 
 def _forward(
-    x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None = None
+    x: Tensor,
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The operator. `data` was checked when it was packed; only its header is checked again here."""
     library, isa = library_and_isa()
@@ -101,7 +123,13 @@ def _crossover(library: Library, data: Tensor, isa: str) -> float:
 
 
 def expand_and_multiply(
-    library: Library, isa: str, data: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
+    library: Library,
+    isa: str,
+    data: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None:
     """Fill `out` by dense products with chunks of the weight.
 
@@ -122,14 +150,18 @@ def expand_and_multiply(
         width = PANEL * (last - first)
         transposed = buffer[: columns * width].view(columns, width)
         library.expand(data, rows, columns, first, last, transposed, isa)
-        if scale is not None:  # [groups, columns of a group, panels, 16] times [groups, 1, panels, 16]
+        if (
+            scale is not None
+        ):  # [groups, columns of a group, panels, 16] times [groups, 1, panels, 16]
             groups = scale.shape[1]
             factors = scale[first:last].transpose(0, 1).to(dtype).contiguous()
             transposed.view(groups, -1, last - first, PANEL).mul_(factors[:, None])
         low, high = first * PANEL, min(last * PANEL, rows)
         transposed = transposed[:, : high - low]
         # addmm, because adding the bias to the product's result would round a second time.
-        out[:, low:high] = torch.mm(x, transposed) if bias is None else torch.addmm(bias[low:high], x, transposed)
+        out[:, low:high] = (
+            torch.mm(x, transposed) if bias is None else torch.addmm(bias[low:high], x, transposed)
+        )
 
 
 def _buffer(size: int) -> Tensor:
@@ -140,9 +172,13 @@ def _buffer(size: int) -> Tensor:
     return kept[:size]
 
 
-def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None) -> None:
+def _check(
+    x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None
+) -> None:
     if x.dtype not in TYPES or not x.is_cpu:
-        raise RacError(f"x: {x.dtype} on {x.device}; the sparse kernel takes bfloat16 or float32 on the CPU")
+        raise RacError(
+            f"x: {x.dtype} on {x.device}; the sparse kernel takes bfloat16 or float32 on the CPU"
+        )
     if x.dim() < 1 or x.shape[-1] != columns:
         raise RacError(f"x: shape {list(x.shape)} does not end in the weight's {columns} columns")
     if data.dtype != torch.uint8 or not data.is_cpu or not data.is_contiguous():
@@ -167,7 +203,14 @@ def _check(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None
         )
 
 
-def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+def _fake(
+    x: Tensor,
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 

@@ -16,7 +16,12 @@ _UNPACK_BYTES = 32 << 20
 
 
 def pack_values(
-    values: Tensor, bitmask: Tensor, columns: int, bits: int = 8, zeros: Tensor | None = None, group: int = 0
+    values: Tensor,
+    bitmask: Tensor,
+    columns: int,
+    bits: int = 8,
+    zeros: Tensor | None = None,
+    group: int = 0,
 ) -> Tensor:
     """The packed form, uint8 [bytes], of a sparse weight [N, columns].
 
@@ -33,7 +38,9 @@ def pack_values(
     if values.dtype == torch.float16:
         values = values.float()
     if values.dtype not in VALUE_TYPES:
-        raise RacError(f"values of {values.dtype}: the kernels read bfloat16, float32, float16 and int8; keep it dense")
+        raise RacError(
+            f"values of {values.dtype}: the kernels read bfloat16, float32, float16 and int8; keep it dense"
+        )
     if bitmask.dtype != torch.uint8 or bitmask.dim() != 2:
         raise RacError(
             f"bitmask: {bitmask.dtype} {list(bitmask.shape)}, where uint8 [rows, ceil(columns / 8)] is needed"
@@ -46,7 +53,9 @@ def pack_values(
         )
     for name, tensor in (("values", values), ("bitmask", bitmask)):
         if tensor.device.type != "cpu":
-            raise RacError(f"{name}: on {tensor.device}, where the CPU is needed; move the tensor there")
+            raise RacError(
+                f"{name}: on {tensor.device}, where the CPU is needed; move the tensor there"
+            )
     value_type = _type_of(values.dtype, True, bits)
     if value_type == INT4:
         value_type = sparse_int4_type(columns, group)
@@ -104,7 +113,9 @@ def set_activation_bits(data: Tensor, bits: int) -> None:
     library_and_isa()[0].set_activation_bits(data, bits)
 
 
-def pack_scale(scale: Tensor, group: int = 0, narrow: bool = False, unit: int | None = None) -> Tensor:
+def pack_scale(
+    scale: Tensor, group: int = 0, narrow: bool = False, unit: int | None = None
+) -> Tensor:
     """Scales [N, groups], one per row and group of columns, as the kernels read them: float32 [panels, groups, 16].
 
     Groups of more than 512 columns are split where `group` is that number of columns. `narrow`: bfloat16 where this holds
@@ -113,10 +124,14 @@ def pack_scale(scale: Tensor, group: int = 0, narrow: bool = False, unit: int | 
     """
     packed = _panels(split_groups(scale, group, unit or (8 if narrow else 4)).float())
     assert packed is not None
-    return packed.bfloat16() if narrow and torch.equal(packed.bfloat16().float(), packed) else packed
+    return (
+        packed.bfloat16() if narrow and torch.equal(packed.bfloat16().float(), packed) else packed
+    )
 
 
-def check_packed(data: Tensor, rows: int, columns: int, dtype: torch.dtype, masked: bool = True, bits: int = 8) -> None:
+def check_packed(
+    data: Tensor, rows: int, columns: int, dtype: torch.dtype, masked: bool = True, bits: int = 8
+) -> None:
     """Check everything in packed data that the kernels rely on. Data that passes makes no kernel read outside of it.
 
     Raises:
@@ -124,14 +139,23 @@ def check_packed(data: Tensor, rows: int, columns: int, dtype: torch.dtype, mask
             or 2: int8 kept as codes of so many bits.
     """
     if dtype not in VALUE_TYPES or not ((masked and bits == 8) or dtype == torch.int8):
-        raise RacError(f"packed weight of {dtype}: values are bfloat16, float32 or int8; convert them first")
-    if data.dtype != torch.uint8 or data.dim() != 1 or data.device.type != "cpu" or not data.is_contiguous():
+        raise RacError(
+            f"packed weight of {dtype}: values are bfloat16, float32 or int8; convert them first"
+        )
+    if (
+        data.dtype != torch.uint8
+        or data.dim() != 1
+        or data.device.type != "cpu"
+        or not data.is_contiguous()
+    ):
         raise RacError(
             f"packed weight: {data.dtype} {list(data.shape)} on {data.device}, where contiguous 1-D uint8 on the CPU is "
             "needed; pass what `pack_values` returned"
         )
     if not all(isinstance(size, int) and 0 < size < 2**31 for size in (rows, columns)):
-        raise RacError(f"packed weight of shape [{rows}, {columns}]: both must be between 1 and 2^31 - 1")
+        raise RacError(
+            f"packed weight of shape [{rows}, {columns}]: both must be between 1 and 2^31 - 1"
+        )
     library, value_type = library_and_isa()[0], _type_of(dtype, masked, bits)
     if value_type == INT4 and library.value_type(data) == PLANES4:
         value_type = PLANES4
@@ -147,7 +171,9 @@ def unpack(data: Tensor, rows: int, columns: int) -> Tensor:
     library, isa = library_and_isa()
     value_type = library.value_type(data)
     dtype = next((d for d, number in VALUE_TYPES.items() if number == value_type), torch.int8)
-    check_packed(data, rows, columns, dtype, value_type not in DENSE_TYPES.values(), BITS.get(value_type, 8))
+    check_packed(
+        data, rows, columns, dtype, value_type not in DENSE_TYPES.values(), BITS.get(value_type, 8)
+    )
     dense = torch.empty(rows, columns, dtype=dtype)
     panels = -(-rows // PANEL)
     expanded = torch.float32 if dtype == torch.int8 else dtype
@@ -166,7 +192,12 @@ def _parts(group: int, unit: int) -> int:
 
 
 def _pack(
-    values: Tensor, bitmask: Tensor | None, zeros: Tensor | None, rows: int, columns: int, value_type: int
+    values: Tensor,
+    bitmask: Tensor | None,
+    zeros: Tensor | None,
+    rows: int,
+    columns: int,
+    value_type: int,
 ) -> Tensor:
     library, _ = library_and_isa()
     groups = 0 if zeros is None else zeros.shape[1]

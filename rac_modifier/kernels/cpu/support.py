@@ -48,14 +48,18 @@ def support() -> Support:
     if wanted not in (None, "off", *ISAS):
         raise RacError(f'RAC_KERNEL="{wanted}": use one of {", ".join(ISAS)}, off, or unset it')
     if wanted == "off":
-        return Support(None, "no compiled kernel: RAC_KERNEL=off; unset it to use the sparse kernels")
+        return Support(
+            None, "no compiled kernel: RAC_KERNEL=off; unset it to use the sparse kernels"
+        )
     found, reason = load()
     if found is None:
         if wanted:
             raise RacError(f"RAC_KERNEL={wanted}: {reason}")
         return Support(None, reason)
     if wanted and wanted not in found.runs:
-        raise RacError(f"RAC_KERNEL={wanted}: this machine runs {', '.join(found.runs)}; use one of these, or unset it")
+        raise RacError(
+            f"RAC_KERNEL={wanted}: this machine runs {', '.join(found.runs)}; use one of these, or unset it"
+        )
     isa = wanted or found.best
     asked = ", requested by RAC_KERNEL" if wanted else ""
     return Support(isa, f"{_TITLES[isa]} kernel{asked}, compiled with {found.compiler}")
@@ -71,7 +75,9 @@ def library_and_isa() -> tuple[Library, str]:
     found = support()
     loaded, _ = load()
     if found.isa is None or loaded is None:
-        raise RacError(f"a sparse weight needs the compiled kernel; {found.reason}, or keep the weight dense")
+        raise RacError(
+            f"a sparse weight needs the compiled kernel; {found.reason}, or keep the weight dense"
+        )
     native_operator.activate(loaded, found.isa)
     return loaded, found.isa
 

@@ -22,9 +22,7 @@ from rac_modifier.kernels.interface import Decision, Layer
 
 VARIABLE = "RAC_GPU_KERNELS"
 CHOICES = ("on", "all", "off")
-NOT_REQUESTED = (
-    f"the GPU kernels have been checked in an emulator but never run on a GPU; {VARIABLE}=on uses them all the same"
-)
+NOT_REQUESTED = f"the GPU kernels have been checked in an emulator but never run on a GPU; {VARIABLE}=on uses them all the same"
 DATA = "weight_packed"  # vLLM's LoRA looks for this name
 PROMPTS = "weight_for_prompts"  # of a layer whose prompts go through cuSPARSELt
 LAYOUT = "weight_packed_layout"  # [0, number of the layout]: numbers in a shape are read without waiting for the GPU
@@ -47,7 +45,9 @@ def _wanted() -> str:
     """`on`: kernels where they are predicted to be faster than dense bfloat16, or are not predicted. `all`: all that exist."""
     wanted = os.environ.get(VARIABLE) or "off"
     if wanted not in CHOICES:
-        raise RacError(f'{VARIABLE}="{wanted}": use on, all or off, or unset it; off is the default')
+        raise RacError(
+            f'{VARIABLE}="{wanted}": use on, all or off, or unset it; off is the default'
+        )
     return wanted
 
 
@@ -65,7 +65,9 @@ def can_run(layer: Layer) -> Decision:
     size = dense_bytes if layout is None else bytes_per_weight(layer, layout)
     by_cusparselt = cusparselt.requested(requested())
     if problem is not None:
-        no_effect = f"; {cusparselt.VARIABLE}=cusparselt has no effect on it" if by_cusparselt else ""
+        no_effect = (
+            f"; {cusparselt.VARIABLE}=cusparselt has no effect on it" if by_cusparselt else ""
+        )
         return Decision(False, "dense", f"dense because {problem}{no_effect}", size, dense_bytes)
     assert layout is not None
     kernel = f"sparse GPU kernel {layout.title}"
@@ -90,10 +92,14 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
         RacError: a weight that no layout holds, no kernels for it here, or too little memory.
     """
     bits = torch.int32 if weight.bits == 4 else weight.values.dtype
-    layout = layouts.layout_of(bits, weight.group, weight.columns, weight.two_of_four, weight.group_bytes)
+    layout = layouts.layout_of(
+        bits, weight.group, weight.columns, weight.two_of_four, weight.group_bytes
+    )
     device = library.current_device()
     if layout is None or served != torch.bfloat16 or device is None:
-        raise RacError(f"{weight.name}: {weight.values.dtype} served in {served} has no GPU kernel here; keep it dense")
+        raise RacError(
+            f"{weight.name}: {weight.values.dtype} served in {served} has no GPU kernel here; keep it dense"
+        )
     problem = library.prepare(device, layout)
     if problem is not None:
         raise RacError(f"{weight.name}: {problem}")
@@ -106,25 +112,36 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
             "(--tensor-parallel-size) or a larger one"
         ) from error
     parts = {DATA: there, LAYOUT: there.new_empty(0, layouts.ALL.index(layout), dtype=torch.uint8)}
-    if cusparselt.requested(requested()) and _prompts(device, layout, weight.rows, weight.columns).by_cusparselt:
-        parts[PROMPTS] = cusparselt.compress(weight.dequantized(torch.bfloat16), torch_device(device))
+    if (
+        cusparselt.requested(requested())
+        and _prompts(device, layout, weight.rows, weight.columns).by_cusparselt
+    ):
+        parts[PROMPTS] = cusparselt.compress(
+            weight.dequantized(torch.bfloat16), torch_device(device)
+        )
     return parts
 
 
-def _prompts(device: library.Device, layout: layouts.Layout, rows: int, columns: int) -> prompts.PromptChoice:
+def _prompts(
+    device: library.Device, layout: layouts.Layout, rows: int, columns: int
+) -> prompts.PromptChoice:
     """What multiplies prompts where cuSPARSELt is asked for."""
     if layout.any_pattern:
         return prompts.NOT_2_OF_4
     return prompts.choose(device, torch_device(device), layout, rows, columns)
 
 
-def linear(x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
+) -> Tensor:
     """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in bfloat16, summed in fp32.
 
     Raises:
         RacError: other dtypes, or shapes that do not fit the packed weight.
     """
-    return operator.sparse_linear(x, packed[DATA], packed[LAYOUT].shape[1], rows, columns, bias, packed.get(PROMPTS))
+    return operator.sparse_linear(
+        x, packed[DATA], packed[LAYOUT].shape[1], rows, columns, bias, packed.get(PROMPTS)
+    )
 
 
 def torch_device(device: library.Device) -> torch.device:
@@ -139,7 +156,9 @@ def bytes_per_weight(layer: Layer, layout: layouts.Layout) -> float:
 
 def _layout_of(layer: Layer) -> layouts.Layout | None:
     scale_bytes = layer.group_bytes - layer.zero_points
-    return layouts.layout_of(layer.stored, layer.group, layer.columns, layer.two_of_four, scale_bytes)
+    return layouts.layout_of(
+        layer.stored, layer.group, layer.columns, layer.two_of_four, scale_bytes
+    )
 
 
 def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
@@ -152,15 +171,25 @@ def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     if layer.zero_points:
         return None, "its values have zero points; the GPU kernels take symmetric int4 and int8"
     if layout is None:
-        name = f"int{layer.word_bits}" if layer.stored == torch.int32 else str(layer.stored).removeprefix("torch.")
+        name = (
+            f"int{layer.word_bits}"
+            if layer.stored == torch.int32
+            else str(layer.stored).removeprefix("torch.")
+        )
         groups = f" in groups of {layer.group}" if layer.group != layer.columns else ""
         exist = "bfloat16, and int8, float8_e4m3fn and int4 with one scale per row or in groups of a multiple of 64"
         return None, f"there is no GPU kernel for {name}{groups}; those that exist take {exist}"
     if layer.columns % 8:
-        return layout, f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"
+        return (
+            layout,
+            f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes",
+        )
     size, dense_bytes = bytes_per_weight(layer, layout), layer.served.itemsize
     if layout.any_pattern and layer.columns > MOST_COLUMNS:
-        return layout, f"its {layer.columns} columns are more than the {MOST_COLUMNS} of the GPU kernel for any pattern"
+        return (
+            layout,
+            f"its {layer.columns} columns are more than the {MOST_COLUMNS} of the GPU kernel for any pattern",
+        )
     if layout.any_pattern and (gain := dense_bytes / size) < _LEAST_CEILING:
         return layout, (
             f"packed it takes about {size:.2f} bytes per weight instead of {dense_bytes}: at most {gain:.2f}x faster"
@@ -188,8 +217,15 @@ def _plan(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
     if device is None:
         return layout, "torch finds no CUDA device"
     if device.capability < _LEAST_CAPABILITY:
-        return layout, f"{device.architecture} has no cp.async and no mma.sp; sm_80 is the first that has"
+        return (
+            layout,
+            f"{device.architecture} has no cp.async and no mma.sp; sm_80 is the first that has",
+        )
     card = reported_card(device.reported, device.processors)
-    if card is not None and _wanted() != "all" and (problem := slower(layer, layout, card)) is not None:
+    if (
+        card is not None
+        and _wanted() != "all"
+        and (problem := slower(layer, layout, card)) is not None
+    ):
         return layout, problem
     return layout, library.prepare(device, layout)

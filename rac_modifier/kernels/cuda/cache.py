@@ -57,7 +57,11 @@ def cached(key: str, build: Callable[[], bytes]) -> bytes:
 
 @lru_cache(maxsize=64)  # once per reason, not once per layout
 def _warn(refused: str) -> None:
-    logger.warning("compiled GPU kernels are not kept, each process compiles them: %s; set %s", refused, VARIABLE)
+    logger.warning(
+        "compiled GPU kernels are not kept, each process compiles them: %s; set %s",
+        refused,
+        VARIABLE,
+    )
 
 
 def _prepare(place: Path) -> str | None:
@@ -88,7 +92,9 @@ def _read(path: Path, key: str) -> bytes | None:
 def _write(path: Path, entry: bytes) -> str | None:
     """Write through a temporary file, mode 600; the reason if it cannot be."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        )
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(entry)

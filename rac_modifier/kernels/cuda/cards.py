@@ -40,10 +40,38 @@ class Card:
 
 _MB = 1 << 20
 CARDS = (
-    Card("a100", "A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", (8, 0), 2.039e12, 108, 1.41e9, 1024, 40 * _MB, 35, 312e12),
-    Card("h100", "H100 SXM", "NVIDIA H100 80GB HBM3", (9, 0), 3.35e12, 132, 1.83e9, 1024, 50 * _MB, 35, 989e12),
-    Card("h200", "H200 SXM", "NVIDIA H200", (9, 0), 4.8e12, 132, 1.83e9, 1024, 50 * _MB, 37, 989e12),
-    Card("b200", "B200", "NVIDIA B200", (10, 0), 7.67e12, 148, 1.86e9, 1024, 126 * _MB, 35, 2.25e15),
+    Card(
+        "a100",
+        "A100 SXM 80 GB",
+        "NVIDIA A100-SXM4-80GB",
+        (8, 0),
+        2.039e12,
+        108,
+        1.41e9,
+        1024,
+        40 * _MB,
+        35,
+        312e12,
+    ),
+    Card(
+        "h100",
+        "H100 SXM",
+        "NVIDIA H100 80GB HBM3",
+        (9, 0),
+        3.35e12,
+        132,
+        1.83e9,
+        1024,
+        50 * _MB,
+        35,
+        989e12,
+    ),
+    Card(
+        "h200", "H200 SXM", "NVIDIA H200", (9, 0), 4.8e12, 132, 1.83e9, 1024, 50 * _MB, 37, 989e12
+    ),
+    Card(
+        "b200", "B200", "NVIDIA B200", (10, 0), 7.67e12, 148, 1.86e9, 1024, 126 * _MB, 35, 2.25e15
+    ),
     Card(
         "4090",
         "GeForce RTX 4090",
@@ -66,7 +94,9 @@ _HERE = re.compile(r"cuda(?::(\d{1,3}))?")
 
 def reported_card(name: str, processors: int) -> Card | None:
     """The card whose driver reports this name, with as many multiprocessors; None if it is not in the table."""
-    return next((card for card in CARDS if (card.reported, card.processors) == (name, processors)), None)
+    return next(
+        (card for card in CARDS if (card.reported, card.processors) == (name, processors)), None
+    )
 
 
 def card_of(name: str) -> Card:
@@ -79,11 +109,18 @@ def card_of(name: str) -> Card:
     if here is None:
         found = next((card for card in CARDS if card.name == name.lower()), None)
         if found is None:
-            raise RacError(f'device "{name}" is not known; use {_KNOWN}, or cuda:0 for the first GPU of this machine')
+            raise RacError(
+                f'device "{name}" is not known; use {_KNOWN}, or cuda:0 for the first GPU of this machine'
+            )
         return found
-    count, index = (torch.cuda.device_count() if torch.cuda.is_available() else 0), int(here[1] or 0)
+    count, index = (
+        (torch.cuda.device_count() if torch.cuda.is_available() else 0),
+        int(here[1] or 0),
+    )
     if index >= count:
-        raise RacError(f'device "{name}": torch finds {count or "no"} CUDA devices here; name a card: {_KNOWN}')
+        raise RacError(
+            f'device "{name}": torch finds {count or "no"} CUDA devices here; name a card: {_KNOWN}'
+        )
     device = torch.cuda.get_device_properties(index)
     card = reported_card(device.name, device.multi_processor_count)
     if card is None:

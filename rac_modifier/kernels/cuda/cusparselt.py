@@ -29,11 +29,15 @@ def requested(kernels: bool) -> bool:
     """
     wanted = os.environ.get(VARIABLE) or CHOICES[0]
     if wanted not in CHOICES:
-        raise RacError(f'{VARIABLE}="{wanted}": use expand or cusparselt, or unset it; expand is the default')
+        raise RacError(
+            f'{VARIABLE}="{wanted}": use expand or cusparselt, or unset it; expand is the default'
+        )
     if wanted == "expand":
         return False
     if not kernels:
-        raise RacError(f"{VARIABLE}=cusparselt is for layers on GPU kernels, which are off; set RAC_GPU_KERNELS=on too")
+        raise RacError(
+            f"{VARIABLE}=cusparselt is for layers on GPU kernels, which are off; set RAC_GPU_KERNELS=on too"
+        )
     if batch_invariant():
         raise RacError(
             f"{VARIABLE}=cusparselt: with VLLM_BATCH_INVARIANT one kernel multiplies every number of tokens; unset one of the two"
@@ -82,7 +86,10 @@ def product(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
     padded = pad_zeros(x, (0, 0, 0, -tokens % _TOKENS)) if tokens % _TOKENS else x
     try:
         out = torch._cslt_sparse_mm(
-            compressed, padded.t(), bias=None if bias is None else bias.contiguous(), transpose_result=True
+            compressed,
+            padded.t(),
+            bias=None if bias is None else bias.contiguous(),
+            transpose_result=True,
         )
     except RuntimeError as error:
         raise RacError(f"cuSPARSELt: {str(error).splitlines()[0]}; unset {VARIABLE}") from error
@@ -101,7 +108,9 @@ def check_effect(device: int) -> None:
         RacError: the environment asks for cuSPARSELt, and the device has no 2:4 layer.
     """
     if os.environ.get(VARIABLE) == "cusparselt" and device not in _found:
-        raise RacError(f"{VARIABLE}=cusparselt: no 2:4 layer runs on a GPU kernel here, so it has no effect; unset it")
+        raise RacError(
+            f"{VARIABLE}=cusparselt: no 2:4 layer runs on a GPU kernel here, so it has no effect; unset it"
+        )
 
 
 def forget() -> None:

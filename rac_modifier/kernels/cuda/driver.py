@@ -58,7 +58,9 @@ class Module:
         self._context = self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", device))
         with self._current():
             self._module = self._call("cuModuleLoadData", code)
-            self._functions = {name: (self._function(name, size), size) for name, size in kernels.items()}
+            self._functions = {
+                name: (self._function(name, size), size) for name, size in kernels.items()
+            }
 
     @contextmanager
     def _current(self) -> Iterator[None]:
@@ -70,7 +72,9 @@ class Module:
             self._call("cuCtxPopCurrent")
 
     def _function(self, name: str, shared_bytes: int) -> Any:
-        attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        attribute = (
+            self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        )
         function = self._call("cuModuleGetFunction", self._module, name.encode(), what=name)
         if shared_bytes:
             self._call("cuFuncSetAttribute", function, attribute, shared_bytes, what=name)
@@ -82,7 +86,9 @@ class Module:
         self._check(name, load, answer)
         return function
 
-    def launch(self, name: str, grid: tuple[int, int], threads: int, stream: int, arguments: Sequence[int]) -> None:
+    def launch(
+        self, name: str, grid: tuple[int, int], threads: int, stream: int, arguments: Sequence[int]
+    ) -> None:
         """Queue a kernel on a stream; `arguments` are those of PARAMETERS, pointers as integers."""
         function, shared_bytes = self._functions[name]
         parameters = (tuple(arguments), PARAMETERS)
@@ -100,7 +106,10 @@ class Module:
     def _answer(self, what: str, function: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         try:
             answer: tuple[Any, ...] = getattr(self._driver, function)(*arguments)
-        except (AttributeError, RuntimeError) as error:  # the binding, the driver or a function of it is missing
+        except (
+            AttributeError,
+            RuntimeError,
+        ) as error:  # the binding, the driver or a function of it is missing
             raise RacError(
                 f"{_named(what, function)} cannot be called ({error}); install or update NVIDIA's driver, and see that "
                 "`nvidia-smi` lists the GPU"

@@ -50,7 +50,11 @@ class Layout:
     @property
     def defines(self) -> tuple[str, ...]:
         """Macros for the compiler."""
-        every = {f"GROUP={self.group}": self.group, "E4M3": self.e4m3, "BF16_SCALES": self.scale_bytes == 2}
+        every = {
+            f"GROUP={self.group}": self.group,
+            "E4M3": self.e4m3,
+            "BF16_SCALES": self.scale_bytes == 2,
+        }
         return tuple(macro for macro, wanted in every.items() if wanted)
 
     @property
@@ -60,7 +64,11 @@ class Layout:
 
     def padded_columns(self, columns: int) -> int:
         """Columns with their padding."""
-        return unstructured.padded_columns(columns) if self.any_pattern else self.units(columns) * self.unit_columns
+        return (
+            unstructured.padded_columns(columns)
+            if self.any_pattern
+            else self.units(columns) * self.unit_columns
+        )
 
     def units(self, columns: int) -> int:
         """Units of a tile with this many columns, padding included."""
@@ -85,7 +93,9 @@ class Layout:
         """Bytes of a packed weight [rows, columns]; where it holds any pattern, those that are expected."""
         if self.streams is not None:
             return unstructured.expected_bytes(rows, columns, density, self.streams)
-        return -(-rows // TILE) * (self.units(columns) * self.unit_bytes + self.row_scales * TILE * 4)
+        return -(-rows // TILE) * (
+            self.units(columns) * self.unit_bytes + self.row_scales * TILE * 4
+        )
 
 
 def _scale_bytes(group: int, each: int = 4) -> int:
@@ -94,30 +104,56 @@ def _scale_bytes(group: int, each: int = 4) -> int:
 
 
 BF16 = Layout("rac_24_bf16", "sparse24_bf16.cu", 64, 1152, 2)
-_INT4 = Layout("rac_24_int4", "sparse24_int4.cu", 128, 768, 2, title="2:4 int4", bits=4, scale_bytes=2)
+_INT4 = Layout(
+    "rac_24_int4", "sparse24_int4.cu", 128, 768, 2, title="2:4 int4", bits=4, scale_bytes=2
+)
 INT4 = {g: replace(_INT4, unit_bytes=768 + _scale_bytes(g, 2), group=g) for g in GROUPS}
 _INT4_FP32 = replace(_INT4, title="2:4 int4 with fp32 scales", scale_bytes=4)
-INT4_FP32_SCALES = {g: replace(_INT4_FP32, unit_bytes=768 + _scale_bytes(g), group=g) for g in GROUPS}
+INT4_FP32_SCALES = {
+    g: replace(_INT4_FP32, unit_bytes=768 + _scale_bytes(g), group=g) for g in GROUPS
+}
 """For scales that bfloat16 does not hold exactly, such as those of float16."""
 INT8 = Layout("rac_24_8bit", "sparse24_8bit.cu", 128, 1280, 1, title="2:4 int8", bits=8)
 E4M3 = replace(INT8, title="2:4 fp8", e4m3=True, dtype=torch.uint32)
-INT8_GROUPS = {group: replace(INT8, unit_bytes=1280 + _scale_bytes(group), group=group) for group in GROUPS}
-E4M3_GROUPS = {group: replace(E4M3, unit_bytes=1280 + _scale_bytes(group), group=group) for group in GROUPS}
+INT8_GROUPS = {
+    group: replace(INT8, unit_bytes=1280 + _scale_bytes(group), group=group) for group in GROUPS
+}
+E4M3_GROUPS = {
+    group: replace(E4M3, unit_bytes=1280 + _scale_bytes(group), group=group) for group in GROUPS
+}
 
 
 def _any_pattern(values: str, title: str, streams: schedule.Streams) -> Layout:
     prefix, source = f"rac_unstructured_{values}", f"unstructured_{values}.cu"
     of_e4m3, dtype = streams.dtype == torch.float8_e4m3fn, unstructured.PACKED[streams]
     bits = streams.value_bits
-    return Layout(prefix, source, 0, schedule.LINE, 1, streams.scale_columns, title, streams, bits, of_e4m3, dtype)
+    return Layout(
+        prefix,
+        source,
+        0,
+        schedule.LINE,
+        1,
+        streams.scale_columns,
+        title,
+        streams,
+        bits,
+        of_e4m3,
+        dtype,
+    )
 
 
 UNSTRUCTURED = _any_pattern("bf16", "unstructured", schedule.BF16)
 UNSTRUCTURED_INT8 = _any_pattern("8bit", "unstructured int8", schedule.INT8)
 UNSTRUCTURED_E4M3 = _any_pattern("8bit", "unstructured fp8", schedule.E4M3)
-UNSTRUCTURED_INT8_GROUPS = {g: _any_pattern("8bit", "unstructured int8", schedule.INT8_GROUPS[g]) for g in GROUPS}
-UNSTRUCTURED_E4M3_GROUPS = {g: _any_pattern("8bit", "unstructured fp8", schedule.E4M3_GROUPS[g]) for g in GROUPS}
-UNSTRUCTURED_INT4 = {group: _any_pattern("int4", "unstructured int4", schedule.INT4[group]) for group in GROUPS}
+UNSTRUCTURED_INT8_GROUPS = {
+    g: _any_pattern("8bit", "unstructured int8", schedule.INT8_GROUPS[g]) for g in GROUPS
+}
+UNSTRUCTURED_E4M3_GROUPS = {
+    g: _any_pattern("8bit", "unstructured fp8", schedule.E4M3_GROUPS[g]) for g in GROUPS
+}
+UNSTRUCTURED_INT4 = {
+    group: _any_pattern("int4", "unstructured int4", schedule.INT4[group]) for group in GROUPS
+}
 # By dtype of the values, and whether the weight is 2:4; then by the columns that share a scale, 0 for all.
 _QUANTIZED = {
     (torch.int8, True): {0: INT8, **INT8_GROUPS},
@@ -149,7 +185,14 @@ def layout_of(
         layouts = INT4_FP32_SCALES
     if group == columns and 0 in layouts:
         return layouts[0]
-    return next((layouts[g] for g in reversed(GROUPS) if g in layouts and (group % g == 0 or group == columns)), None)
+    return next(
+        (
+            layouts[g]
+            for g in reversed(GROUPS)
+            if g in layouts and (group % g == 0 or group == columns)
+        ),
+        None,
+    )
 
 
 def fits(layout: Layout, packed: Tensor, rows: int, columns: int) -> bool:
@@ -165,7 +208,11 @@ def fits(layout: Layout, packed: Tensor, rows: int, columns: int) -> bool:
 
 def units_of(layout: Layout, packed: Tensor, columns: int) -> int:
     """What a kernel is told of the size of a packed weight: units of a tile, or of all where there is any pattern."""
-    return packed.numel() * packed.element_size() // schedule.LINE if layout.any_pattern else layout.units(columns)
+    return (
+        packed.numel() * packed.element_size() // schedule.LINE
+        if layout.any_pattern
+        else layout.units(columns)
+    )
 
 
 def pack(weight: StoredWeight, layout: Layout) -> Tensor:
@@ -191,7 +238,9 @@ def pack(weight: StoredWeight, layout: Layout) -> Tensor:
         )
     if scaled and group != weight.columns and (layout.row_scales or group % layout.group):
         per = layout.group or "row"
-        raise RacError(f"{name}: a scale per {group} columns, where the layout has one per {per}; keep it dense")
+        raise RacError(
+            f"{name}: a scale per {group} columns, where the layout has one per {per}; keep it dense"
+        )
     if weight.zeros is not None:
         raise RacError(
             f"{name}: zero points, for which there is no GPU kernel; quantize symmetrically, or keep it dense"
@@ -203,7 +252,9 @@ def pack(weight: StoredWeight, layout: Layout) -> Tensor:
     unstructured.check_values(weight, layout.bits)
     parts = [_pack_rows(part, layout) for part in _parts(weight)]
     if layout.row_scales and weight.scale is not None:
-        parts.append(pad_zeros(weight.scale[:, 0].float(), (0, -weight.rows % TILE)).view(torch.uint8))
+        parts.append(
+            pad_zeros(weight.scale[:, 0].float(), (0, -weight.rows % TILE)).view(torch.uint8)
+        )
     return torch.cat(parts).view(layout.dtype)
 
 
@@ -213,7 +264,10 @@ def _parts(weight: StoredWeight) -> list[StoredWeight]:
 
 
 def _pack_rows(weight: StoredWeight, layout: Layout) -> Tensor:
-    rows, columns = -(-weight.rows // TILE) * TILE, layout.units(weight.columns) * layout.unit_columns
+    rows, columns = (
+        -(-weight.rows // TILE) * TILE,
+        layout.units(weight.columns) * layout.unit_columns,
+    )
     padding = (0, columns - weight.columns, 0, rows - weight.rows)
     bits = torch.arange(8, dtype=torch.uint8, device=weight.bitmask.device)
     stored = (weight.bitmask.unsqueeze(-1) >> bits & 1).bool().flatten(1)[:, : weight.columns]

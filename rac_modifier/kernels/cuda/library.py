@@ -39,7 +39,13 @@ def current_device() -> Device | None:
         return None
     index = torch.cuda.current_device()
     found = torch.cuda.get_device_properties(index)
-    return Device(index, (found.major, found.minor), found.multi_processor_count, found.name, found.L2_cache_size)
+    return Device(
+        index,
+        (found.major, found.minor),
+        found.multi_processor_count,
+        found.name,
+        found.L2_cache_size,
+    )
 
 
 def prepare(device: Device, layout: Layout) -> str | None:
@@ -69,7 +75,9 @@ def module(device: Device, layout: Layout) -> Module:
     found = _loaded.get((device.index, layout))
     if not isinstance(found, Module):
         reason = f" ({found})" if found else ""
-        raise RacError(f"no GPU kernels are loaded on device {device.index}{reason}; pack the weight in this process")
+        raise RacError(
+            f"no GPU kernels are loaded on device {device.index}{reason}; pack the weight in this process"
+        )
     return found
 
 
@@ -82,7 +90,10 @@ def compiled(architecture: str, layout: Layout) -> bytes:
     sources, compiler = read_sources(), nvrtc.load()
     options = compile_options(architecture, layout)
     key = cache.key_of(
-        repr(compiler.version), *options, layout.source, *(text for item in sources.items() for text in item)
+        repr(compiler.version),
+        *options,
+        layout.source,
+        *(text for item in sources.items() for text in item),
     )
     return cache.cached(key, lambda: compiler.build(sources, layout.source, options)[0])
 

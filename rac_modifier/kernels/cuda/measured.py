@@ -88,7 +88,11 @@ class Measured:
     def us(self, rows: int, columns: int, tokens: int, contender: str | None) -> float | None:
         """Microseconds of one product of a contender; None where it was not measured."""
         wanted = rows, columns, tokens, contender
-        found = (each.us for each in self.times if (each.rows, each.columns, each.tokens, each.contender) == wanted)
+        found = (
+            each.us
+            for each in self.times
+            if (each.rows, each.columns, each.tokens, each.contender) == wanted
+        )
         return next(found, None)
 
 
@@ -112,14 +116,18 @@ def read_measured(path: Path) -> Measured:
     card = next((card for card in CARDS if card.reported == record.get("device")), None)
     if card is None:
         known = ", ".join(card.reported for card in CARDS)
-        raise RacError(f'{path}: device "{record.get("device")}" is not in the table of cards, which has {known}')
+        raise RacError(
+            f'{path}: device "{record.get("device")}" is not in the table of cards, which has {known}'
+        )
     times = record.get("times")
     if not times:
         raise RacError(
             f"{path}: nothing was timed ({record.get('error', 'the run ended before')}); run make gpu-check again"
         )
     if not isinstance(times, list):
-        raise RacError(f"{path}: times: {type(times).__name__} in place of a list; run make gpu-check again")
+        raise RacError(
+            f"{path}: times: {type(times).__name__} in place of a list; run make gpu-check again"
+        )
     return Measured(path.name, card, tuple(_row(path, n, each) for n, each in enumerate(times)))
 
 
@@ -127,6 +135,10 @@ def _row(path: Path, number: int, found: Any) -> MeasuredRow:
     for key, kind in _KINDS.items():
         value = found.get(key) if isinstance(found, dict) else None
         sound = isinstance(value, kind) and not isinstance(value, bool)
-        if not sound or (isinstance(value, (int, float)) and not (math.isfinite(value) and value > 0)):
-            raise RacError(f"{path}: times[{number}].{key}: {value!r}; run make gpu-check of this version again")
+        if not sound or (
+            isinstance(value, (int, float)) and not (math.isfinite(value) and value > 0)
+        ):
+            raise RacError(
+                f"{path}: times[{number}].{key}: {value!r}; run make gpu-check of this version again"
+            )
     return MeasuredRow(**{key: found[key] for key in _KINDS})

@@ -23,7 +23,9 @@ class Compiler:
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         self.version = (major.value, minor.value)
 
-    def build(self, sources: Mapping[str, str], name: str, options: Sequence[str]) -> tuple[bytes, str]:
+    def build(
+        self, sources: Mapping[str, str], name: str, options: Sequence[str]
+    ) -> tuple[bytes, str]:
         """Machine code (a cubin) of the file `name`, which may include the others, and the compiler's log.
 
         Raises:
@@ -95,7 +97,12 @@ def load() -> Compiler:
 def _packaged() -> list[Path]:
     """Libraries of nvidia-cuda-nvrtc (nvidia/cu13/lib) and nvidia-cuda-nvrtc-cu12 (nvidia/cuda_nvrtc/lib), newest first."""
     folders = [Path(entry) / "nvidia" for entry in sys.path if entry]
-    found = [path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.*") if "alt" not in path.name]
+    found = [
+        path
+        for folder in folders
+        for path in folder.glob("*/lib/libnvrtc.so.*")
+        if "alt" not in path.name
+    ]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 

@@ -41,11 +41,19 @@ def sparse_linear(
     Raises:
         RacError: other dtypes or shapes, or a device without loaded kernels.
     """
-    return torch.ops.rac_modifier.sparse_linear_gpu(x, data, layout, rows, columns, bias, compressed)
+    return torch.ops.rac_modifier.sparse_linear_gpu(
+        x, data, layout, rows, columns, bias, compressed
+    )
 
 
 def _forward(
-    x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None, compressed: Tensor | None = None
+    x: Tensor,
+    data: Tensor,
+    number: int,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    compressed: Tensor | None = None,
 ) -> Tensor:
     layout = _check(x, data, number, rows, columns, bias, compressed)
     device = _device(x)
@@ -62,7 +70,9 @@ def _forward(
     return out.view(*x.shape[:-1], rows)
 
 
-def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _fill(
+    device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
     (tokens, columns), rows = x.shape, out.shape[1]
     same_order = cusparselt.batch_invariant()
     if tokens <= most_tokens(layout) or same_order:
@@ -70,7 +80,11 @@ def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor 
         run_program(device, layout, program, x, data, bias, out)
         return
     cusparselt.check_effect(device.index)
-    module, stream, units = library.module(device, layout), _stream(x), units_of(layout, data, columns)
+    module, stream, units = (
+        library.module(device, layout),
+        _stream(x),
+        units_of(layout, data, columns),
+    )
     program = expand_program(layout)
     step = part_rows(layout, rows, columns, tokens, device.processors, device.cache, SCRATCH_BYTES)
     dense = x.new_empty(min(step, rows), columns)
@@ -87,7 +101,13 @@ def _fill(device: Device, layout: Layout, x: Tensor, data: Tensor, bias: Tensor 
 
 
 def run_program(
-    device: Device, layout: Layout, program: Program, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor
+    device: Device,
+    layout: Layout,
+    program: Program,
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None:
     """Launch one decode program: out [tokens, rows] of x [tokens, columns]. Nothing is checked; `sparse_linear` does that.
 
@@ -98,7 +118,9 @@ def run_program(
     pointers = data.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
     arguments = (*pointers, rows, columns, tokens, units_of(layout, data, columns), 0)
     grid = program.grid(rows, tokens)
-    library.module(device, layout).launch(program.name, grid, program.threads, _stream(x), arguments)
+    library.module(device, layout).launch(
+        program.name, grid, program.threads, _stream(x), arguments
+    )
 
 
 def _device(x: Tensor) -> Device:
@@ -119,13 +141,23 @@ def _stream(x: Tensor) -> int:
 
 
 def _check(
-    x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None, compressed: Tensor | None
+    x: Tensor,
+    data: Tensor,
+    number: int,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    compressed: Tensor | None,
 ) -> Layout:
     """The layout of this number, which the packed weight must fit."""
     if x.dtype != torch.bfloat16 or x.dim() < 1 or x.shape[-1] != columns:
-        raise RacError(f"x: {x.dtype} {list(x.shape)}; the sparse GPU kernel takes bfloat16 with {columns} columns")
+        raise RacError(
+            f"x: {x.dtype} {list(x.shape)}; the sparse GPU kernel takes bfloat16 with {columns} columns"
+        )
     if columns % 8:
-        raise RacError(f"a weight of {columns} columns: the GPU kernels need a multiple of 8; keep it dense")
+        raise RacError(
+            f"a weight of {columns} columns: the GPU kernels need a multiple of 8; keep it dense"
+        )
     if not 0 <= number < len(ALL):
         raise RacError(f"layout {number}: there are {len(ALL)}; pass what `pack` returned")
     layout = ALL[number]
@@ -135,13 +167,19 @@ def _check(
             "pass what `pack` returned"
         )
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,)):
-        raise RacError(f"bias: {bias.dtype} {list(bias.shape)}; the weight's {rows} rows need bfloat16 [{rows}]")
+        raise RacError(
+            f"bias: {bias.dtype} {list(bias.shape)}; the weight's {rows} rows need bfloat16 [{rows}]"
+        )
     if (
         any(other is not None and other.device != x.device for other in (data, bias, compressed))
         or not data.is_contiguous()
     ):
-        raise RacError(f"x is on {x.device}; the weight and the bias must be there too, and contiguous")
-    if compressed is not None and (compressed.dtype != torch.bfloat16 or 2 * compressed.numel() < rows * columns):
+        raise RacError(
+            f"x is on {x.device}; the weight and the bias must be there too, and contiguous"
+        )
+    if compressed is not None and (
+        compressed.dtype != torch.bfloat16 or 2 * compressed.numel() < rows * columns
+    ):
         raise RacError(
             f"compressed: {compressed.dtype} {list(compressed.shape)} is no copy of a weight [{rows}, {columns}] for cuSPARSELt; "
             "pass what `cusparselt.compress` returned"
@@ -150,12 +188,20 @@ def _check(
 
 
 def _fake(
-    x: Tensor, data: Tensor, number: int, rows: int, columns: int, bias: Tensor | None, compressed: Tensor | None = None
+    x: Tensor,
+    data: Tensor,
+    number: int,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    compressed: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
-if not hasattr(torch.ops.rac_modifier, "sparse_linear_gpu"):  # once per process, also if this module is loaded again
+if not hasattr(
+    torch.ops.rac_modifier, "sparse_linear_gpu"
+):  # once per process, also if this module is loaded again
     torch.library.define(
         "rac_modifier::sparse_linear_gpu",
         "(Tensor x, Tensor data, int layout, int rows, int columns, Tensor? bias, Tensor? compressed=None) -> Tensor",

@@ -45,7 +45,9 @@ REACHED = 0.85  # share of each rate that a good kernel reaches; assumed
 LAUNCH = 2.0  # microseconds per kernel within a CUDA graph, its start and its end; assumed
 # Bytes per weight of what vLLM runs dense: cuBLAS; CUTLASS, one scale per row; Marlin or Machete, a 16-bit scale per 128 columns.
 DENSE = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
-DECODE_TOKENS = 8  # of the step that layers are decided for; the kernels take as long for 1 token as for 8
+DECODE_TOKENS = (
+    8  # of the step that layers are decided for; the kernels take as long for 1 token as for 8
+)
 # Share of twice the rate of dense products that cuSPARSELt is taken to reach with a 2:4 weight; assumed, see docs/results/gpu.md.
 CUSPARSELT = 0.75
 _COMPRESSED = 2 * 9 / 16  # bytes per weight of its copy in bfloat16
@@ -94,18 +96,24 @@ def check_tokens(tokens: int) -> int:
         RacError: fewer than 1, or more than the formula is for.
     """
     if not 1 <= tokens <= MOST_TOKENS:
-        raise RacError(f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}; give a number of these")
+        raise RacError(
+            f"{tokens} tokens: times are predicted for 1 to {MOST_TOKENS}; give a number of these"
+        )
     return tokens
 
 
 def dense_time(card: Card, rows: int, columns: int, tokens: int, bytes_per_weight: float) -> Time:
     """Of x [tokens, columns] times a dense weight [rows, columns], in bfloat16."""
     memory = _memory(card, rows * columns * bytes_per_weight, rows, columns, check_tokens(tokens))
-    peak = card.peak * (2 if bytes_per_weight == DENSE["fp8"] and card.capability >= _FP8_PRODUCTS else 1)
+    peak = card.peak * (
+        2 if bytes_per_weight == DENSE["fp8"] and card.capability >= _FP8_PRODUCTS else 1
+    )
     return Time(memory, tensor_cores=1e6 * 2 * rows * columns * tokens / peak / REACHED)
 
 
-def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int, density: float = 0.5) -> Time:
+def sparse_time(
+    card: Card, layout: Layout, rows: int, columns: int, tokens: int, density: float = 0.5
+) -> Time:
     """Of x [tokens, columns] times a sparse weight [rows, columns], on the kernel that the operator would launch.
 
     `density`: share of the weight that is stored; only for a layout of any pattern, 2:4 takes the same for all.
@@ -117,16 +125,28 @@ def sparse_time(card: Card, layout: Layout, rows: int, columns: int, tokens: int
     return time_of(card, layout, program, rows, columns, tokens, density)
 
 
-def time_of(card: Card, layout: Layout, program: Program, rows: int, columns: int, tokens: int, density: float) -> Time:
+def time_of(
+    card: Card,
+    layout: Layout,
+    program: Program,
+    rows: int,
+    columns: int,
+    tokens: int,
+    density: float,
+) -> Time:
     """The same on one of the layout's programs."""
-    loop, others = count_instructions(layout, card.architecture, program.row_tiles, program.token_tiles)
+    loop, others = count_instructions(
+        layout, card.architecture, program.row_tiles, program.token_tiles
+    )
     size = layout.nbytes(rows, columns, density)
     along_tokens, along_rows = program.grid(rows, tokens)
     blocks = along_tokens * along_rows
     padded_tokens, padded_columns = program.token_tiles * _TOKENS, layout.padded_columns(columns)
     if layout.streams is not None:
         loops, halved = padded_columns // layout.streams.step, 1
-        whole_tile = layout.nbytes(layout.tile_rows, columns, density)  # the last one may have fewer rows
+        whole_tile = layout.nbytes(
+            layout.tile_rows, columns, density
+        )  # the last one may have fewer rows
         copied = whole_tile * (1 + layout.streams.repeated / layout.streams.ring)
         read = loops * layout.streams.loads * LINE
     else:
@@ -143,13 +163,19 @@ def time_of(card: Card, layout: Layout, program: Program, rows: int, columns: in
     return Time(
         memory=_memory(card, size, rows, columns, tokens),
         cache=busiest(copied + 2 * min(tokens, padded_tokens) * columns, card.cache_port),
-        shared=busiest(copied + read + 2 * (1 + program.x_reads) * padded_tokens * padded_columns, _SHARED),
+        shared=busiest(
+            copied + read + 2 * (1 + program.x_reads) * padded_tokens * padded_columns, _SHARED
+        ),
         instructions=busiest(loops * loop * warps // program.split + warps * others, _ISSUED),
-        tensor_cores=busiest(program.row_tiles * TILE * padded_columns / halved * padded_tokens, card.products),
+        tensor_cores=busiest(
+            program.row_tiles * TILE * padded_columns / halved * padded_tokens, card.products
+        ),
     )
 
 
-def over_dense(card: Card, layout: Layout, rows: int, columns: int, density: float) -> tuple[float, str]:
+def over_dense(
+    card: Card, layout: Layout, rows: int, columns: int, density: float
+) -> tuple[float, str]:
     """How many times as fast as dense bfloat16 a decode step of a layer is on its kernel, and that in words.
 
     Dense bfloat16 is what runs otherwise: the weight is expanded, since vLLM has no kernel for its packed form.
@@ -171,12 +197,20 @@ def prompt_times(
     """
 
     def product(rows: int) -> float:
-        return max(_products(card, rows, columns, tokens), _memory(card, 2 * rows * columns, rows, columns, tokens))
+        return max(
+            _products(card, rows, columns, tokens),
+            _memory(card, 2 * rows * columns, rows, columns, tokens),
+        )
 
     step = part_rows(layout, rows, columns, tokens, card.processors, card.cache, SCRATCH_BYTES)
     in_cache = 2 * step * columns <= card.cache // 2 and not layout.any_pattern
     read = layout.nbytes(rows, columns, density) / card.bandwidth
-    written = 2 * rows * columns / (card.processors * card.cache_port * card.clock if in_cache else card.bandwidth)
+    written = (
+        2
+        * rows
+        * columns
+        / (card.processors * card.cache_port * card.clock if in_cache else card.bandwidth)
+    )
     expanding = 1e6 * (max(read, written) if in_cache else read + written) / REACHED
     parts = [min(step, rows - first) for first in range(0, rows, step)]
     return expanding + sum(product(part) + 2 * LAUNCH for part in parts), product(rows) + LAUNCH
@@ -188,7 +222,9 @@ def cusparselt_time(card: Card, rows: int, columns: int, tokens: int) -> float:
     At `CUSPARSELT` times twice the rate of a dense product in the same waves of blocks, or bound by memory. A launch.
     """
     products = _products(card, rows, columns, tokens) / (2 * CUSPARSELT)
-    return max(products, _memory(card, _COMPRESSED * rows * columns, rows, columns, tokens)) + LAUNCH
+    return (
+        max(products, _memory(card, _COMPRESSED * rows * columns, rows, columns, tokens)) + LAUNCH
+    )
 
 
 def _products(card: Card, rows: int, columns: int, tokens: int) -> float:

@@ -101,7 +101,9 @@ def decode_program(
     return min(choices, key=lambda each: _slowest(each, layout, rows, columns, tokens, processors))
 
 
-def _slowest(program: Program, layout: Layout, rows: int, columns: int, tokens: int, processors: int) -> float:
+def _slowest(
+    program: Program, layout: Layout, rows: int, columns: int, tokens: int, processors: int
+) -> float:
     """Work of the multiprocessor with most blocks: of the two that row tiles decide, the one that takes longer.
 
     That is what it takes from L2, at about 32 bytes per cycle, or what it writes to shared memory and reads there, at 128.
@@ -121,12 +123,25 @@ def program(layout: Layout, row_tiles: int, token_tiles: int) -> Program:
     name = f"{layout.prefix}_r{row_tiles}_t{token_tiles}"
     if layout.streams is not None:
         shared_bytes = unstructured.shared_bytes(token_tiles, layout.streams)
-        return Program(name, row_tiles, token_tiles, 32 * schedule.SEGMENTS, shared_bytes, split=schedule.SEGMENTS)
+        return Program(
+            name,
+            row_tiles,
+            token_tiles,
+            32 * schedule.SEGMENTS,
+            shared_bytes,
+            split=schedule.SEGMENTS,
+        )
     units, stages, warps = _chunks(layout)[row_tiles, token_tiles]
-    chunk = units * (row_tiles * layout.unit_bytes + token_tiles * _TOKENS * layout.unit_columns * 2)
+    chunk = units * (
+        row_tiles * layout.unit_bytes + token_tiles * _TOKENS * layout.unit_columns * 2
+    )
     if row_tiles == _WIDE:
-        return Program(name, row_tiles, token_tiles, 32 * warps, stages * chunk, units, x_reads=warps)
-    return Program(name, row_tiles, token_tiles, 32 * warps, warps * stages * chunk, units, split=warps)
+        return Program(
+            name, row_tiles, token_tiles, 32 * warps, stages * chunk, units, x_reads=warps
+        )
+    return Program(
+        name, row_tiles, token_tiles, 32 * warps, warps * stages * chunk, units, split=warps
+    )
 
 
 def expand_program(layout: Layout) -> Program:
@@ -149,7 +164,13 @@ def product_waves(rows: int, tokens: int, processors: int) -> int:
 
 @lru_cache(maxsize=4096)
 def part_rows(
-    layout: Layout, rows: int, columns: int, tokens: int, processors: int, cache: int, scratch_bytes: int
+    layout: Layout,
+    rows: int,
+    columns: int,
+    tokens: int,
+    processors: int,
+    cache: int,
+    scratch_bytes: int,
 ) -> int:
     """Rows of a weight that are expanded at a time, into at most `scratch_bytes`; `cache`: bytes of L2, 0 where not known.
 
@@ -167,7 +188,9 @@ def part_rows(
         tile = layout.expanded_rows
         most, unit = max(tile, limit // (2 * columns) // tile * tile), max(tile, PRODUCT_BLOCK[0])
         fewest = -(-rows // most)
-        steps = [min(most, -(-rows // (parts * unit)) * unit) for parts in range(fewest, 2 * fewest + 4)]
+        steps = [
+            min(most, -(-rows // (parts * unit)) * unit) for parts in range(fewest, 2 * fewest + 4)
+        ]
         return min(steps, key=lambda step: (waves(step), -step))
 
     large = cut(scratch_bytes)

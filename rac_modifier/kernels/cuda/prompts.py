@@ -20,7 +20,9 @@ from rac_modifier.kernels.cuda.library import Device
 
 TOKENS = 2048  # of the prompt that is timed
 _ROUNDS = 7
-_DIFFERENCE = 2.0**-3  # of two products, in their standard deviation; rounding to bfloat16 makes at most a third of it
+_DIFFERENCE = (
+    2.0**-3
+)  # of two products, in their standard deviation; rounding to bfloat16 makes at most a third of it
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,15 @@ class PromptChoice:
     reason: str
 
 
-NOT_2_OF_4 = PromptChoice(False, "", f"{cusparselt.VARIABLE}=cusparselt has no effect on it, since it is not 2:4")
+NOT_2_OF_4 = PromptChoice(
+    False, "", f"{cusparselt.VARIABLE}=cusparselt has no effect on it, since it is not 2:4"
+)
 _chosen: dict[tuple[int, Layout, int, int], PromptChoice] = {}
 
 
-def choose(device: Device, place: torch.device, layout: Layout, rows: int, columns: int) -> PromptChoice:
+def choose(
+    device: Device, place: torch.device, layout: Layout, rows: int, columns: int
+) -> PromptChoice:
     """The faster of both for a weight [rows, columns] in a 2:4 layout, whose kernels are loaded; `place`: the device for torch.
 
     Raises:
@@ -47,7 +53,9 @@ def choose(device: Device, place: torch.device, layout: Layout, rows: int, colum
     if key not in _chosen:
         problem = cusparselt.problem(rows, columns)
         if problem is not None:
-            _chosen[key] = PromptChoice(False, ", prompts expanded", f"prompts are expanded: {problem}")
+            _chosen[key] = PromptChoice(
+                False, ", prompts expanded", f"prompts are expanded: {problem}"
+            )
             return _chosen[key]
         try:
             _chosen[key] = _faster(place, layout, rows, columns)
@@ -68,8 +76,14 @@ def _faster(place: torch.device, layout: Layout, rows: int, columns: int) -> Pro
     """By a weight of random values; what it takes is freed at the end, also the copy for cuSPARSELt."""
     sample, tiles = _sample(layout, columns), rows // TILE
     data = _repeated(pack(sample, layout).to(place), layout, tiles, columns)
-    compressed = cusparselt.compress(sample.dequantized(torch.bfloat16).to(place).repeat(tiles, 1), place)
-    x = torch.randn(TOKENS, columns, generator=torch.Generator().manual_seed(0)).bfloat16().to(place)
+    compressed = cusparselt.compress(
+        sample.dequantized(torch.bfloat16).to(place).repeat(tiles, 1), place
+    )
+    x = (
+        torch.randn(TOKENS, columns, generator=torch.Generator().manual_seed(0))
+        .bfloat16()
+        .to(place)
+    )
 
     def run(copy: Tensor | None) -> Tensor:
         return operator.sparse_linear(x, data, ALL.index(layout), rows, columns, None, copy)
@@ -98,8 +112,12 @@ def _check_alike(expanded: Tensor, sparse: Tensor, rows: int, columns: int) -> N
 def _sample(layout: Layout, columns: int) -> StoredWeight:
     """A tile of random values that the layout holds, two of each four columns stored."""
     generator = torch.Generator().manual_seed(0)
-    kept = (torch.rand(TILE, columns // 4, 4, generator=generator).argsort(dim=-1) < 2).view(TILE, columns)
-    values = torch.randn(TILE, columns, generator=generator).masked_fill(~kept, 0.0)  # no -0.0, which would be stored
+    kept = (torch.rand(TILE, columns // 4, 4, generator=generator).argsort(dim=-1) < 2).view(
+        TILE, columns
+    )
+    values = torch.randn(TILE, columns, generator=generator).masked_fill(
+        ~kept, 0.0
+    )  # no -0.0, which would be stored
     if layout.bits == 16:
         return from_dense(values.bfloat16(), "sample")
     if layout.e4m3:
@@ -107,7 +125,9 @@ def _sample(layout: Layout, columns: int) -> StoredWeight:
     else:
         top = 1 << layout.bits - 1
         values = (values * top / 3).round().clamp(-top, top - 1).to(torch.int8)
-    return replace(from_dense(values, "sample"), scale=torch.full((TILE, 1), 2.0**-6), bits=layout.bits)
+    return replace(
+        from_dense(values, "sample"), scale=torch.full((TILE, 1), 2.0**-6), bits=layout.bits
+    )
 
 
 def _repeated(packed: Tensor, layout: Layout, tiles: int, columns: int) -> Tensor:

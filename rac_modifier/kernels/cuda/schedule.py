@@ -63,11 +63,19 @@ class Streams:
 
     def scale_lines(self, steps: Tensor) -> Tensor:
         """Lines of scales that so many steps of a segment have."""
-        return steps * self.step // self.scale_columns if self.scale_columns else torch.zeros_like(steps)
+        return (
+            steps * self.step // self.scale_columns
+            if self.scale_columns
+            else torch.zeros_like(steps)
+        )
 
     def lines(self, values: Tensor) -> Tensor:
         """Lines that are there when a stream has read this many values."""
-        return -(-values // self.per_line) if not self.behind else values // self.per_line + 1 + self.behind
+        return (
+            -(-values // self.per_line)
+            if not self.behind
+            else values // self.per_line + 1 + self.behind
+        )
 
     def steps(self, columns: int) -> int:
         """Steps of a tile, with its padding."""
@@ -75,9 +83,20 @@ class Streams:
 
 
 BF16 = Streams(
-    32, 2, per_line=1, ring=96, ahead=3, behind=0, repeated=8, loads=33, most_steps=512, dtype=torch.bfloat16
+    32,
+    2,
+    per_line=1,
+    ring=96,
+    ahead=3,
+    behind=0,
+    repeated=8,
+    loads=33,
+    most_steps=512,
+    dtype=torch.bfloat16,
 )
-INT8 = Streams(step=64, count=1, per_line=4, ring=64, ahead=2, behind=1, repeated=1, loads=34, most_steps=256)
+INT8 = Streams(
+    step=64, count=1, per_line=4, ring=64, ahead=2, behind=1, repeated=1, loads=34, most_steps=256
+)
 E4M3 = replace(INT8, dtype=torch.float8_e4m3fn)
 INT8_GROUPS = {group: replace(INT8, scale_columns=group) for group in (64, 128)}
 E4M3_GROUPS = {group: replace(E4M3, scale_columns=group) for group in (64, 128)}
@@ -137,14 +156,19 @@ def plan_of(stored: Tensor, streams: Streams) -> Plan:
     values = stored.flatten(2)[tile, at.clamp(max=all_steps - 1)] * inside[:, :, None]
     begins, extra, end = _positions(values, streams)
     lines = _whole_groups(streams.lines(end.amax(dim=1))) * (steps > 0)
-    needed = _whole_groups(streams.lines((begins + values + extra).amax(dim=2)))  # lines that each step needs
+    needed = _whole_groups(
+        streams.lines((begins + values + extra).amax(dim=2))
+    )  # lines that each step needs
     room = (begins.amin(dim=2) // streams.per_line + streams.ring) // GROUP * GROUP
     copied = torch.minimum(room, lines[:, None])
     started = torch.minimum(lines, torch.full_like(lines, streams.ring))
     early = torch.minimum(needed[:, : streams.ahead - 1], lines[:, None])
     zeros = torch.zeros_like(lines[:, None])
     to = tile.expand_as(at)[inside], at[inside]
-    whole, shape = torch.zeros(tiles, all_steps, values.shape[2], dtype=torch.int32), (32, streams.count)
+    whole, shape = (
+        torch.zeros(tiles, all_steps, values.shape[2], dtype=torch.int32),
+        (32, streams.count),
+    )
     return Plan(
         streams,
         first,

@@ -21,4 +21,8 @@ def read_sources() -> dict[str, str]:
     folder = next((folder for folder in (INSTALLED, CLONE) if (folder / "ptx.h").is_file()), None)
     if folder is None:
         raise RacError(f"{INSTALLED}: no kernel sources; install the package again")
-    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.suffix in (".cu", ".h")}
+    return {
+        path.name: path.read_text()
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".cu", ".h")
+    }

@@ -52,7 +52,11 @@ def expected_bytes(rows: int, columns: int, density: float, streams: Streams = B
     tiles, steps = -(-rows // TILE), streams.steps(columns) / SEGMENTS
     density *= rows * columns / (tiles * TILE * padded_columns(columns))  # with the padding
     places = steps * streams.places
-    longest = min(places * density + _LONGEST[32 * streams.count] * math.sqrt(places * density * (1 - density)), places)
+    longest = min(
+        places * density
+        + _LONGEST[32 * streams.count] * math.sqrt(places * density * (1 - density)),
+        places,
+    )
     lines = longest / streams.per_line
     if streams.behind:  # the last value is anywhere in its line
         lines += streams.behind + (streams.per_line + 1) / (2 * streams.per_line)
@@ -67,7 +71,9 @@ def least_bytes(rows: int, columns: int, streams: Streams = BF16) -> int:
     tiles = -(-rows // TILE)
     steps = streams.steps(columns)
     of_scales = steps * streams.step // streams.scale_columns if streams.scale_columns else 0
-    return _header_units(tiles, streams) * LINE + tiles * LINE * (steps * streams.mask_lines + of_scales)
+    return _header_units(tiles, streams) * LINE + tiles * LINE * (
+        steps * streams.mask_lines + of_scales
+    )
 
 
 def padded_columns(columns: int) -> int:
@@ -95,7 +101,9 @@ def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
     _check(weight, streams)
     rows, tiles = weight.rows, -(-weight.rows // TILE)
     counts = row_counts(weight.bitmask).split(SORTED)
-    order = torch.cat([SORTED * n + part.argsort(descending=True, stable=True) for n, part in enumerate(counts)])
+    order = torch.cat(
+        [SORTED * n + part.argsort(descending=True, stable=True) for n, part in enumerate(counts)]
+    )
     at_once = max(1, _WEIGHTS_AT_ONCE // (weight.columns * TILE)) * TILE
     begin, entries, parts = _header_units(tiles, streams), [], []
     for part in order.split(at_once):
@@ -110,7 +118,9 @@ def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
     sorted_rows = torch.cat([order, torch.arange(rows, tiles * TILE)]).int()
     header = [sorted_rows, torch.cat(entries).flatten()]
     if streams.row_scales and weight.scale is not None:
-        header.append(pad_zeros(weight.scale[order, 0], (0, tiles * TILE - rows)).float().view(torch.int32))
+        header.append(
+            pad_zeros(weight.scale[order, 0], (0, tiles * TILE - rows)).float().view(torch.int32)
+        )
     words = torch.cat(header)
     packed = torch.cat([pad_zeros(words, (0, -len(words) % 32)), torch.cat(parts).flatten()])
     return packed.view(PACKED[streams])
@@ -118,8 +128,12 @@ def pack(weight: StoredWeight, streams: Streams = BF16) -> Tensor:
 
 def _check(weight: StoredWeight, streams: Streams) -> None:
     scaled = streams is not BF16
-    if weight.values.dtype not in ((streams.dtype,) if scaled else FLOATS) or scaled == (weight.scale is None):
-        raise RacError(f"{weight.name}: values of {weight.values.dtype}, which the layout does not hold; keep it dense")
+    if weight.values.dtype not in ((streams.dtype,) if scaled else FLOATS) or scaled == (
+        weight.scale is None
+    ):
+        raise RacError(
+            f"{weight.name}: values of {weight.values.dtype}, which the layout does not hold; keep it dense"
+        )
     shared = streams.scale_columns
     fits = weight.group == weight.columns or bool(shared and weight.group % shared == 0)
     if weight.scale is not None and (not fits or weight.zeros is not None):
@@ -130,7 +144,9 @@ def _check(weight: StoredWeight, streams: Streams) -> None:
         )
     check_values(weight, streams.value_bits)
     if weight.columns > MOST_COLUMNS:
-        raise RacError(f"{weight.name}: {weight.columns} columns; the kernel has at most {MOST_COLUMNS}; keep it dense")
+        raise RacError(
+            f"{weight.name}: {weight.columns} columns; the kernel has at most {MOST_COLUMNS}; keep it dense"
+        )
     counts = row_counts(weight.bitmask)
     starts = pad_zeros(counts.cumsum(0), (1, 0))
     if not torch.equal(weight.starts, starts) or weight.values.numel() != int(starts[-1]):
@@ -151,8 +167,14 @@ def check_values(weight: StoredWeight, bits: int) -> None:
         raise RacError(
             f"{weight.name}: values that are NaN, which the GPU kernels do not have; the checkpoint is damaged"
         )
-    if values.dtype == torch.int8 and values.numel() and not -top <= int(values.min()) <= int(values.max()) < top:
-        raise RacError(f"{weight.name}: values outside of {-top} to {top - 1}, which {bits} bits hold; keep it dense")
+    if (
+        values.dtype == torch.int8
+        and values.numel()
+        and not -top <= int(values.min()) <= int(values.max()) < top
+    ):
+        raise RacError(
+            f"{weight.name}: values outside of {-top} to {top - 1}, which {bits} bits hold; keep it dense"
+        )
 
 
 def _header_bytes(tiles: int, streams: Streams) -> int:
@@ -175,7 +197,9 @@ def _pack_rows(weight: StoredWeight, begin: int, streams: Streams) -> tuple[Tens
     starts = ends - plan.units
     data = torch.zeros(int(ends[-1]), 32, dtype=torch.int32)
 
-    of_segment = torch.repeat_interleave(torch.arange(len(plan.steps)), plan.steps)  # [tiles x steps]
+    of_segment = torch.repeat_interleave(
+        torch.arange(len(plan.steps)), plan.steps
+    )  # [tiles x steps]
     step = torch.arange(len(of_segment)) - (plan.steps.cumsum(0) - plan.steps)[of_segment]
     copied = plan.copied[of_segment, step].to(torch.uint8)
     data.view(torch.uint8)[starts[of_segment] + step // LINE, step % LINE] = copied
@@ -187,11 +211,15 @@ def _pack_rows(weight: StoredWeight, begin: int, streams: Streams) -> tuple[Tens
     data[mask_at] = words.view(len(mask_at), streams.mask_lines, 32)
     first_scale = starts + plan.counts + plan.masks
     if streams.scale_columns:
-        inside = step * streams.step % streams.scale_columns == 0  # steps that begin a group of columns
+        inside = (
+            step * streams.step % streams.scale_columns == 0
+        )  # steps that begin a group of columns
         line = first_scale[of_segment] + step * streams.step // streams.scale_columns
         data[line[inside]] = _scale_lines(weight, streams)
 
-    values = plan.begins.unsqueeze(-2) + mask.cumsum(dim=-2, dtype=torch.int32) - mask.int()  # their numbers
+    values = (
+        plan.begins.unsqueeze(-2) + mask.cumsum(dim=-2, dtype=torch.int32) - mask.int()
+    )  # their numbers
     first = (first_scale + plan.scales)[of_segment].view(*mask.shape[:2], 1, 1, 1)
     line, place = first + values // streams.per_line, values % streams.per_line
     to = ((line * 32 + torch.arange(32).view(32, 1, 1)) * streams.per_line + place) * streams.count
@@ -206,7 +234,9 @@ def _pack_rows(weight: StoredWeight, begin: int, streams: Streams) -> tuple[Tens
             codes = (codes ^ top) & 2 * top - 1
         _store_codes(data, to, codes, streams.value_bits)
 
-    before = sum((plan.before[:, n] << 8 * n for n in range(streams.ahead)), torch.zeros_like(plan.first))
+    before = sum(
+        (plan.before[:, n] << 8 * n for n in range(streams.ahead)), torch.zeros_like(plan.first)
+    )
     where = plan.first | plan.steps << 16
     return torch.stack([begin + starts, plan.groups, where, before], dim=1).int(), data
 
@@ -242,7 +272,11 @@ def _by_lane(rows: Tensor, streams: Streams) -> Tensor:
     parts = pad_zeros(rows, padding).unflatten(1, columns).unflatten(0, (-1, 2, 2, 8))
     # place 8 i + 4 j + 2 q + h of stream b, or place 32 i + 8 j + 4 q + 2 b + h
     order = (0, 4, 3, 5, 1, 6, 7, 2, 8) if streams.count == 2 else (0, 4, 3, 5, 1, 6, 7, 8, 2)
-    return parts.permute(order).flatten(2, 3).reshape(*parts.shape[:1], parts.shape[4], 32, -1, streams.count)
+    return (
+        parts.permute(order)
+        .flatten(2, 3)
+        .reshape(*parts.shape[:1], parts.shape[4], 32, -1, streams.count)
+    )
 
 
 def _bits(mask: Tensor, streams: Streams) -> Tensor:

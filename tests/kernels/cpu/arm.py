@@ -19,7 +19,9 @@ from tests.kernels.cpu.kernel_helpers import CSRC, FLAGS, HERE, SHARED, compiled
 COMPILER, EMULATOR, X86_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64", "qemu-x86_64"
 TOOLS = CSRC.parent / "build" / "arm-tools"  # where scripts/arm_tools.sh unpacks them without root
 os.environ["PATH"] += f"{os.pathsep}{TOOLS / 'bin'}"
-SYSROOT = next((str(path) for path in TOOLS.glob("root/usr/aarch64-linux-gnu")), "/usr/aarch64-linux-gnu")
+SYSROOT = next(
+    (str(path) for path in TOOLS.glob("root/usr/aarch64-linux-gnu")), "/usr/aarch64-linux-gnu"
+)
 _WRITE = (
     "rac_pack_weight",
     "rac_set_activation_bits",
@@ -29,7 +31,10 @@ _WRITE = (
 # A processor for each instruction set that has it and none above it: an instruction of those would stop the test.
 PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max,sve=off", "sve": "a64fx"}
 # Processors whose SVE has vectors of so many bits.
-VECTORS = {bits: f"max,sve-max-vq={bits // 128},sve-default-vector-length=-1" for bits in (128, 256, 512, 1024, 2048)}
+VECTORS = {
+    bits: f"max,sve-max-vq={bits // 128},sve-default-vector-length=-1"
+    for bits in (128, 256, 512, 1024, 2048)
+}
 
 
 def need_tool(tool: str) -> None:
@@ -84,7 +89,9 @@ class Calls:
     """What ctypes.CDLL is for the library of this machine."""
 
     def __init__(self, server: Path, processor: str) -> None:
-        self.process = subprocess.Popen(emulated(processor, server), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            emulated(processor, server), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def __getattr__(self, name: str) -> Any:
         return partial(self._call, name)
@@ -102,7 +109,9 @@ class Calls:
                 message.append(b"b" + _counted(ctypes.string_at(*out)))
         self.process.stdin.write(b"".join(message))
         self.process.stdin.flush()
-        answer = self._read() if result is ctypes.c_char_p else struct.unpack("<q", self._exactly(8))[0]
+        answer = (
+            self._read() if result is ctypes.c_char_p else struct.unpack("<q", self._exactly(8))[0]
+        )
         left = self._read()
         if out[0] is not None and name in _WRITE:
             ctypes.memmove(out[0], left, out[1])

@@ -56,9 +56,14 @@ def arm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def arm_processor(arm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ArmLibrary]]:
+def arm_processor(
+    arm_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], ArmLibrary]]:
     """The library on a processor of this name."""
-    server, started = arm_program(tmp_path_factory.mktemp("server"), "call_server.cpp", arm_path), []
+    server, started = (
+        arm_program(tmp_path_factory.mktemp("server"), "call_server.cpp", arm_path),
+        [],
+    )
 
     @lru_cache
     def start(processor: str) -> ArmLibrary:

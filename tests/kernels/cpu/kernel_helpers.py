@@ -35,7 +35,9 @@ class Packed(NamedTuple):
     columns: int
 
 
-def compile_sources(out: Path, *flags: str, sources: list[Path] | None = None, compiler: str = "g++") -> Path:
+def compile_sources(
+    out: Path, *flags: str, sources: list[Path] | None = None, compiler: str = "g++"
+) -> Path:
     """All of csrc/; skips the test where there is no compiler."""
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} on this machine")
@@ -53,7 +55,9 @@ def compile_sources(out: Path, *flags: str, sources: list[Path] | None = None, c
 
 def compiled_library(folder: Path, *flags: str, compiler: str = "g++") -> Path:
     """The library of these sources and flags. Compiled once: build/ keeps it for the next run of the tests."""
-    text = "".join(path.read_text() for folder in (CSRC, HERE) for path in sorted(folder.glob("*.[hc]*")))
+    text = "".join(
+        path.read_text() for folder in (CSRC, HERE) for path in sorted(folder.glob("*.[hc]*"))
+    )
     digest = hashlib.sha256(f"{text}{flags}{compiler}".encode()).hexdigest()[:16]
 
     def build(out: Path) -> None:
@@ -71,7 +75,9 @@ def run(*command: str) -> None:
 def take(path: Path | None, isa: str | None, patch: pytest.MonkeyPatch) -> None:
     """Make the package use this library and this RAC_KERNEL."""
     patch.setattr(library, "built_libraries", lambda: [path] if path else [])
-    patch.setenv("RAC_KERNEL", isa) if isa is not None else patch.delenv("RAC_KERNEL", raising=False)
+    patch.setenv("RAC_KERNEL", isa) if isa is not None else patch.delenv(
+        "RAC_KERNEL", raising=False
+    )
     support.forget()
 
 
@@ -89,7 +95,11 @@ def threads(number: int) -> Iterator[None]:
 def bitmask_of(mask: Tensor) -> Tensor:
     """Bool [N, K] to uint8 [N, ceil(K/8)], bit i of byte j is column 8j + i."""
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
-    return (padded.view(len(mask), -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    return (
+        (padded.view(len(mask), -1, 8) << torch.arange(8, dtype=torch.uint8))
+        .sum(-1)
+        .to(torch.uint8)
+    )
 
 
 def random_mask(rows: int, columns: int, density: float, seed: int = 0) -> Tensor:
@@ -107,7 +117,9 @@ def pack_whole(weight: Tensor) -> Packed:
     return Packed(pack_dense(weight), *weight.shape)
 
 
-def multiply(x: Tensor, weight: Packed, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def multiply(
+    x: Tensor, weight: Packed, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """X times the transposed packed weight."""
     return sparse_linear(x, weight.data, weight.rows, weight.columns, bias, scale)
 
@@ -132,7 +144,9 @@ def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = No
         exact, terms = exact + bias.double(), terms + bias.double().abs()
     bound = terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
     assert y.shape == exact.shape
-    assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())
+    assert bool(((y.double() - exact).abs() <= bound).all()), float(
+        (y.double() - exact).abs().max()
+    )
 
 
 LEVELS = 127 * 256 + 127  # the largest integer of x
@@ -141,10 +155,14 @@ BLOCK = 512  # columns of x that share a scale, where the weight has one scale p
 
 def scaled(dense: Tensor, scale: Tensor) -> Tensor:
     """Integers [N, K] times `scale` [N, groups], in float64."""
-    return dense.double() * scale.double().repeat_interleave(dense.shape[1] // scale.shape[1], dim=1)
+    return dense.double() * scale.double().repeat_interleave(
+        dense.shape[1] // scale.shape[1], dim=1
+    )
 
 
-def expanded(kernel: str, dtype: torch.dtype, dense: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def expanded(
+    kernel: str, dtype: torch.dtype, dense: Tensor, scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """Scaled weight and bias of the path of many rows. Where that multiplies bfloat16, they and the scale are rounded to it."""
     if dtype != torch.bfloat16 or not multiplies_bf16(kernel):
         return scaled(dense, scale), bias
@@ -159,18 +177,27 @@ def multiplies_bf16(kernel: str) -> bool:
 
 
 def assert_integer_product(
-    y: Tensor, x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None, levels: int = LEVELS
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    groups: int = 1,
+    bias: Tensor | None = None,
+    levels: int = LEVELS,
 ) -> None:
     """Y is x W^T + bias, x within half a step of its blocks' integers, at most `levels`; `weight` is the scaled one."""
     exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     block, bound = weight.shape[1] // groups if groups > 1 else BLOCK, torch.zeros_like(exact)
-    for x_block, w_block in zip(x.double().abs().split(block, 1), weight.abs().split(block, 1), strict=True):
+    for x_block, w_block in zip(
+        x.double().abs().split(block, 1), weight.abs().split(block, 1), strict=True
+    ):
         bound += 0.502 / levels * x_block.amax(1, keepdim=True) * w_block.sum(1)
     if bias is not None:
         exact, terms = exact + bias.double(), terms + bias.double().abs()
     bound += terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
     assert y.shape == exact.shape
-    assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())
+    assert bool(((y.double() - exact).abs() <= bound).all()), float(
+        (y.double() - exact).abs().max()
+    )
 
 
 def assert_threads_change_nothing(weight: Packed, scale: Tensor) -> None:
@@ -205,5 +232,9 @@ def assert_many_lines_and_panels(dense: Tensor, weight: Packed, groups: int) -> 
     scale = (torch.rand(rows, groups) + 0.01).bfloat16().float()
     x, bias = torch.randn(401, columns), torch.randn(rows)
     assert_integer_product(
-        multiply(x, weight, bias, pack_scale(scale, narrow=True)), x, scaled(dense, scale), groups, bias
+        multiply(x, weight, bias, pack_scale(scale, narrow=True)),
+        x,
+        scaled(dense, scale),
+        groups,
+        bias,
     )

@@ -12,7 +12,13 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activation_bits import rounded
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.library import BYTE_ISAS
-from rac_modifier.kernels.cpu.packed import block_of, check_packed, pack_scale, set_activation_bits, split_groups
+from rac_modifier.kernels.cpu.packed import (
+    block_of,
+    check_packed,
+    pack_scale,
+    set_activation_bits,
+    split_groups,
+)
 from rac_modifier.kernels.cpu.support import library_and_isa
 from tests.kernels.cpu.kernel_helpers import (
     BLOCK,
@@ -29,7 +35,20 @@ from tests.kernels.cpu.test_few_bits import weight_of as weight_of_few_bits
 from tests.kernels.cpu.test_int4_product import weight_of
 from tests.kernels.cpu.test_int8_product import integers
 
-ROWS = (1, 2, 3, 8, 9, 15, 16, 17, 31, 32, 33, 49)  # of x: odd and even, and each way of the kernels
+ROWS = (
+    1,
+    2,
+    3,
+    8,
+    9,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    49,
+)  # of x: odd and even, and each way of the kernels
 
 
 def eight_bits(
@@ -45,7 +64,9 @@ def eight_bits(
         dense, weight = weight_of_few_bits(rows, columns, bits, groups, True, seed)
     else:
         # zeros of groups wider than 512 are split where a layer is packed, in backend.py
-        dense, weight = weight_of(rows, columns, density, groups, columns // groups <= 512 or groups == 1, seed)
+        dense, weight = weight_of(
+            rows, columns, density, groups, columns // groups <= 512 or groups == 1, seed
+        )
     set_activation_bits(weight.data, 8)
     return dense, weight
 
@@ -67,7 +88,9 @@ def test_which_instruction_sets_multiply_bytes(kernel):
     assert library.activation_bits(weight.data, isa) == 16
 
 
-@pytest.mark.parametrize(("bits", "density"), [(8, 0.5), (8, 1.0), (4, 0.5), (4, 1.0), (3, 1.0), (2, 1.0)])
+@pytest.mark.parametrize(
+    ("bits", "density"), [(8, 0.5), (8, 1.0), (4, 0.5), (4, 1.0), (3, 1.0), (2, 1.0)]
+)
 @pytest.mark.parametrize("columns", [37, 512, 600])
 def test_integer_products_are_exact(kernel, columns, density, bits):
     """x of integers, the largest of each block 127, has a scale of 1: only sums of blocks are rounded, to float32."""
@@ -88,7 +111,9 @@ def test_integer_products_are_exact(kernel, columns, density, bits):
 
 @pytest.mark.parametrize(("bits", "density"), [(8, 0.5), (4, 0.5), (4, 1.0), (2, 1.0)])
 @pytest.mark.parametrize("byte", [False, True], ids=["16 bits", "8 bits"])
-def test_many_lines_times_an_odd_number_of_panels_are_exact(kernel, byte, density, bits, monkeypatch):
+def test_many_lines_times_an_odd_number_of_panels_are_exact(
+    kernel, byte, density, bits, monkeypatch
+):
     """So many lines that panels are multiplied in twos, with every tail; the fifth panel of 16 rows is alone, and not whole."""
     for name in ("CROSSOVER8", "CROSSOVER4"):
         monkeypatch.setattr(operator, name, dict.fromkeys(getattr(operator, name), 10**6))
@@ -103,10 +128,14 @@ def test_many_lines_times_an_odd_number_of_panels_are_exact(kernel, byte, densit
             (block.long() @ part.long().T).float()
             for block, part in zip(x.split(BLOCK, 1), dense.split(BLOCK, 1), strict=True)
         )
-        assert torch.equal(multiply(x, weight, None, pack_scale(torch.ones(16 * 4 + 5, 1))), exact), m
+        assert torch.equal(
+            multiply(x, weight, None, pack_scale(torch.ones(16 * 4 + 5, 1))), exact
+        ), m
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 50),
     columns=st.integers(1, 700),
@@ -119,7 +148,10 @@ def test_many_lines_times_an_odd_number_of_panels_are_exact(kernel, byte, densit
 def test_any_shape_and_density(kernel, rows, columns, m, density, bits, dtype, seed):
     dense, weight = eight_bits(rows, columns, density, bits, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    x, bias = torch.randn(m, columns, generator=generator).to(dtype), torch.randn(rows, generator=generator)
+    x, bias = (
+        torch.randn(m, columns, generator=generator).to(dtype),
+        torch.randn(rows, generator=generator),
+    )
     scale = torch.rand(rows, 1, generator=generator) + 0.01
     y = multiply(x, weight, bias, pack_scale(scale))
     assert_integer_product(y, x, scaled(dense, scale), bias=bias, levels=levels_here(weight))
@@ -133,7 +165,11 @@ def test_scales_in_groups_and_the_rounding_that_is_measured(kernel, columns, gro
     scale, group = torch.rand(37, groups) + 0.01, columns // groups
     packed = pack_scale(scale, group, narrow=bits == 4)
     block = block_of(columns, group, 8 if bits == 4 else 4)
-    assert packed.shape[1] == columns // block == split_groups(scale, group, 8 if bits == 4 else 4).shape[1]
+    assert (
+        packed.shape[1]
+        == columns // block
+        == split_groups(scale, group, 8 if bits == 4 else 4).shape[1]
+    )
     wide = scaled(dense, scale)
     for m in ROWS:
         x = torch.randn(m, columns, generator=torch.Generator().manual_seed(m))
@@ -188,10 +224,15 @@ def test_what_cannot_be_is_refused(best):
     with pytest.raises(RacError, match="activations of 4 bits; 8 and 16 are possible"):
         set_activation_bits(weight.data, 4)
     _, floats = sparse(random_mask(20, 64, 0.5), torch.bfloat16)
-    with pytest.raises(RacError, match="activations in 8 bits: activations are rounded for weights of integers only"):
+    with pytest.raises(
+        RacError,
+        match="activations in 8 bits: activations are rounded for weights of integers only",
+    ):
         set_activation_bits(floats.data, 8)
     for damaged, value in ((weight, 2), (weight, 255), (floats, 1)):
         data = damaged.data.clone()
         data[12] = value
-        with pytest.raises(RacError, match=f"its header has {value} where activations are rounded to bytes or not"):
+        with pytest.raises(
+            RacError, match=f"its header has {value} where activations are rounded to bytes or not"
+        ):
             check_packed(data, 20, 64, torch.int8 if damaged is weight else torch.bfloat16)

@@ -15,7 +15,15 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.library import ISAS
 from rac_modifier.kernels.cpu.support import support
-from tests.kernels.cpu.arm import COMPILER, PROCESSORS, VECTORS, arm_program, emulated, need_tool, take_arm
+from tests.kernels.cpu.arm import (
+    COMPILER,
+    PROCESSORS,
+    VECTORS,
+    arm_program,
+    emulated,
+    need_tool,
+    take_arm,
+)
 from tests.kernels.cpu.kernel_helpers import random_mask, sparse, take
 from tests.kernels.cpu.test_build import build
 from tests.kernels.cpu.test_int8_product import integers
@@ -32,7 +40,9 @@ AARCH64 = 183  # EM_AARCH64 of elf.h
         ("a64fx", ["portable", "neon", "sve"]),
     ],
 )
-def test_a_processor_runs_what_it_has_and_refuses_the_rest(arm_processor, monkeypatch, processor, runs):
+def test_a_processor_runs_what_it_has_and_refuses_the_rest(
+    arm_processor, monkeypatch, processor, runs
+):
     arm = arm_processor(processor)
     assert list(arm.runs) == runs
     assert arm.best == runs[-1]
@@ -45,9 +55,13 @@ def test_a_processor_runs_what_it_has_and_refuses_the_rest(arm_processor, monkey
             arm.linear(*weight, x, None, None, out, isa)
             assert support().isa == isa
         else:
-            with pytest.raises(RacError, match=r"this processor does not run instruction set \d; set RAC_KERNEL"):
+            with pytest.raises(
+                RacError, match=r"this processor does not run instruction set \d; set RAC_KERNEL"
+            ):
                 arm.linear(*weight, x, None, None, out, isa)
-            with pytest.raises(RacError, match=rf"RAC_KERNEL={isa}: this machine runs {', '.join(runs)}; use one"):
+            with pytest.raises(
+                RacError, match=rf"RAC_KERNEL={isa}: this machine runs {', '.join(runs)}; use one"
+            ):
                 support()
 
 
@@ -56,10 +70,14 @@ def driver(arm_path, tmp_path_factory):
     return arm_program(tmp_path_factory.mktemp("driver"), "drive.cpp", arm_path)
 
 
-@pytest.mark.parametrize("processor", [*PROCESSORS.values(), VECTORS[128], VECTORS[256], VECTORS[2048]])
+@pytest.mark.parametrize(
+    "processor", [*PROCESSORS.values(), VECTORS[128], VECTORS[256], VECTORS[2048]]
+)
 def test_random_and_hostile_calls(driver, processor):
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(emulated(processor, driver, "10"), capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        emulated(processor, driver, "10"), capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "10 weights" in done.stdout
 
@@ -80,7 +98,13 @@ def test_packed_data_is_the_same_as_here(arm_processor, native_path, monkeypatch
 @pytest.mark.slow
 def test_setup_builds_the_library_for_arm(tmp_path):
     need_tool(COMPILER)
-    done = build(tmp_path, CC=COMPILER, CXX=COMPILER, LDSHARED=f"{COMPILER} -shared", LDCXXSHARED=f"{COMPILER} -shared")
+    done = build(
+        tmp_path,
+        CC=COMPILER,
+        CXX=COMPILER,
+        LDSHARED=f"{COMPILER} -shared",
+        LDCXXSHARED=f"{COMPILER} -shared",
+    )
     assert done.returncode == 0, done.stderr
     (built,) = (tmp_path / "lib").rglob("_native*.so")
     assert struct.unpack_from("<H", built.read_bytes(), 18) == (AARCH64,)

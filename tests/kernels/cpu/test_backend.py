@@ -24,7 +24,9 @@ def avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "support", lambda: Support("avx2", "a test's"))
 
 
-def decide(rows: int, columns: int, density: float, stored: torch.dtype, served: torch.dtype | None = None) -> Decision:
+def decide(
+    rows: int, columns: int, density: float, stored: torch.dtype, served: torch.dtype | None = None
+) -> Decision:
     return cpu.can_run(Layer(rows, columns, density, stored, served or stored, columns))
 
 
@@ -57,7 +59,11 @@ def test_the_kernel_of_integers_is_named(avx2):
     [
         ("avx512", torch.int8, "sparse int8 kernel avx512 (activations in 8 bits)"),
         ("dotprod", torch.int32, "sparse int4 kernel dotprod (activations in 8 bits)"),
-        ("avx2", torch.int8, "sparse int8 kernel avx2 (activations in 16 bits, since it multiplies no bytes)"),
+        (
+            "avx2",
+            torch.int8,
+            "sparse int8 kernel avx2 (activations in 16 bits, since it multiplies no bytes)",
+        ),
         ("avx512", BF16, "sparse kernel avx512"),
     ],
 )
@@ -66,22 +72,36 @@ def test_activations_of_8_bits_are_named(isa, stored, kernel, monkeypatch):
     assert cpu.can_run(Layer(64, 64, 0.5, stored, BF16, 64, activation_bits=8)).kernel == kernel
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "dense int4 with zeros", "int3", "bf16", "int8 in groups of 6"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int4", "dense int4 with zeros", "int3", "bf16", "int8 in groups of 6"]
+)
 def test_packed_with_the_activation_bits_of_the_weight(best, name):
     """Floats, and integers that are kept as floats, have none."""
     library, isa = library_and_isa()
     for bits in (8, 16):
         data = cpu.pack(replace(WEIGHTS[name], activation_bits=bits), BF16)["weight_packed"]
-        expected = 0 if name in ("bf16", "int8 in groups of 6") else bits if isa in BYTE_ISAS else 16
+        expected = (
+            0 if name in ("bf16", "int8 in groups of 6") else bits if isa in BYTE_ISAS else 16
+        )
         assert library.activation_bits(data, isa) == expected
 
 
 @pytest.mark.parametrize(
     ("density", "dtype", "support", "reason"),
     [
-        (0.9, BF16, Support("avx2", ""), "1.93 bytes per weight instead of the 2 of dense bfloat16: at most 1.04x"),
+        (
+            0.9,
+            BF16,
+            Support("avx2", ""),
+            "1.93 bytes per weight instead of the 2 of dense bfloat16: at most 1.04x",
+        ),
         (0.5, FP16, Support("avx2", ""), "2.12 bytes per weight instead of the 2 of dense float16"),
-        (0.5, BF16, Support("portable", ""), "slower than a dense product; set RAC_KERNEL=portable"),
+        (
+            0.5,
+            BF16,
+            Support("portable", ""),
+            "slower than a dense product; set RAC_KERNEL=portable",
+        ),
         (0.5, BF16, Support(None, "no compiled kernel: why"), "no compiled kernel: why"),
     ],
 )
@@ -104,7 +124,9 @@ def test_the_portable_kernel_can_be_requested(native_path, monkeypatch):
     assert decide(1024, 1024, 0.5, BF16).sparse
 
 
-def stored(rows: int, columns: int, density: float, dtype: torch.dtype, groups: int | None = None) -> StoredWeight:
+def stored(
+    rows: int, columns: int, density: float, dtype: torch.dtype, groups: int | None = None
+) -> StoredWeight:
     """A random weight as a checkpoint stores it; `groups` scales per row."""
     mask = random_mask(rows, columns, density)
     generator = torch.Generator().manual_seed(2)
@@ -123,9 +145,17 @@ def four_bit(
 ) -> StoredWeight:
     """A random weight of values of `bits`, of a sparse one no zeros among those that are stored."""
     generator = torch.Generator().manual_seed(3)
-    zeros = torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8, generator=generator) if asymmetric else None
+    zeros = (
+        torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8, generator=generator)
+        if asymmetric
+        else None
+    )
     dense = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.int8, generator=generator)
-    dense -= 1 << (bits - 1) if zeros is None else zeros.to(torch.int8).repeat_interleave(columns // groups, dim=1)
+    dense -= (
+        1 << (bits - 1)
+        if zeros is None
+        else zeros.to(torch.int8).repeat_interleave(columns // groups, dim=1)
+    )
     scale = (torch.rand(rows, groups, generator=generator) + 0.1).bfloat16().float()
     if density < 1.0:
         dense = dense.masked_fill(~random_mask(rows, columns, density), 0)
@@ -166,10 +196,14 @@ def test_packed_and_multiplied_as_the_dense_weight(best, name, served):
     bias = torch.randn(weight.rows).to(served)
     y = cpu.linear(x, packed, weight.rows, weight.columns, bias)
     assert (y.dtype, y.shape) == (served, (2, 3, weight.rows))
-    expected = torch.nn.functional.linear(x.double(), weight.dequantized(torch.float64), bias.double())
+    expected = torch.nn.functional.linear(
+        x.double(), weight.dequantized(torch.float64), bias.double()
+    )
     # Values in groups of 6, and float32 values that are served in bfloat16, are rounded to bfloat16.
     rounded = served != FP32 or name.endswith("groups of 6")
-    bound = (2.0**-7 if rounded else 1e-4) * (x.double().abs() @ weight.dequantized(torch.float64).abs().T + 1)
+    bound = (2.0**-7 if rounded else 1e-4) * (
+        x.double().abs() @ weight.dequantized(torch.float64).abs().T + 1
+    )
     assert bool(((y.double() - expected).abs() <= bound).all())
 
 
@@ -180,9 +214,13 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(best):
         (stored(100, 1000, 0.4, torch.int8, 1), BF16),
         (stored(100, 1000, 1.0, torch.int8, 1), BF16),
     ):
-        announced = cpu.can_run(Layer.of(weight, served)).bytes_per_weight * weight.rows * weight.columns
+        announced = (
+            cpu.can_run(Layer.of(weight, served)).bytes_per_weight * weight.rows * weight.columns
+        )
         header = 64 + 8 * 8 + 64 + 128  # header, offsets and padding
-        assert announced == pytest.approx(cpu.pack(weight, served)["weight_packed"].numel(), abs=header)
+        assert announced == pytest.approx(
+            cpu.pack(weight, served)["weight_packed"].numel(), abs=header
+        )
     for four, group_bits in (
         (four_bit(160, 1024, 0.5, 8), 16 / 128),
         (four_bit(160, 1024, 0.5, 8, True), 24 / 128),
@@ -208,7 +246,9 @@ def test_the_bytes_that_are_announced_of_planes(native_path, monkeypatch):
         packed = cpu.pack(four, BF16)
         assert (library.value_type(packed["weight_packed"]) == PLANES4) == planes
         announced = cpu.can_run(Layer.of(four, BF16)).bytes_per_weight * four.rows * four.columns
-        assert announced == pytest.approx(sum(tensor.nbytes for tensor in packed.values()), rel=0.01)
+        assert announced == pytest.approx(
+            sum(tensor.nbytes for tensor in packed.values()), rel=0.01
+        )
 
 
 def test_integers_that_are_all_stored_need_no_masks(best):
@@ -224,6 +264,8 @@ def test_what_no_kernel_reads_is_refused(best):
 def test_compiled_with_float16(best):
     weight = WEIGHTS["bf16"]
     packed = cpu.pack(weight, FP16)
-    step = torch.compile(lambda x: cpu.linear(x, packed, 37, 100), fullgraph=True, backend="aot_eager")
+    step = torch.compile(
+        lambda x: cpu.linear(x, packed, 37, 100), fullgraph=True, backend="aot_eager"
+    )
     x = torch.randn(2, 100).half()
     assert torch.equal(step(x), cpu.linear(x, packed, 37, 100))

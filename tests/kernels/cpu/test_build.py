@@ -24,10 +24,14 @@ def test_random_and_hostile_calls_are_clean_under_sanitizers(tmp_path):
     command = ["g++", *SANITIZE, str(probe), "-o", str(tmp_path / "probe")]
     if shutil.which("g++") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("g++ or its sanitizer runtime is missing")
-    driver = compile_sources(tmp_path / "drive", *SANITIZE, "-DRAC_EMULATE", sources=[HERE / "drive.cpp"])
+    driver = compile_sources(
+        tmp_path / "drive", *SANITIZE, "-DRAC_EMULATE", sources=[HERE / "drive.cpp"]
+    )
     # libgomp's thread pool is never freed.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run([str(driver), "100"], capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(
+        [str(driver), "100"], capture_output=True, text=True, env=environment, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "100 weights" in done.stdout
 
@@ -35,7 +39,9 @@ def test_random_and_hostile_calls_are_clean_under_sanitizers(tmp_path):
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib")]
     command += ["--build-temp", str(folder / "temp")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):

@@ -142,5 +142,7 @@ def test_what_is_chosen_decides_how_rows_are_multiplied(best):
     errors = {}
     for rows in (39, 40):
         use_crossovers({"int8": rows, "floats": 8})
-        errors[rows] = float((multiply(x, weight, None, pack_scale(scale)) - exact).norm() / exact.norm())
+        errors[rows] = float(
+            (multiply(x, weight, None, pack_scale(scale)) - exact).norm() / exact.norm()
+        )
     assert errors[39] < 1e-6 < 5e-6 < errors[40] < 1e-3

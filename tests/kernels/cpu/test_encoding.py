@@ -24,13 +24,29 @@ def test_bfloat16_values_stay_bfloat16_in_float32():
         (FP32, 96, ValueEncoding(FP32)),
         (torch.int8, 96, ValueEncoding(torch.int8, True)),
         (torch.int8, 32, ValueEncoding(torch.int8, True)),
-        (torch.int8, 6, ValueEncoding(BF16, False, "int8 values in groups of 6, rounded to bfloat16")),
+        (
+            torch.int8,
+            6,
+            ValueEncoding(BF16, False, "int8 values in groups of 6, rounded to bfloat16"),
+        ),
         (torch.int32, 32, ValueEncoding(torch.int8, True, bits=4)),
         (torch.int32, 96, ValueEncoding(torch.int8, True, bits=4)),
-        (torch.int32, 12, ValueEncoding(torch.int8, True, "int4 values in groups of 12, one byte each")),
-        (torch.int32, 2, ValueEncoding(BF16, False, "int4 values in groups of 2, rounded to bfloat16")),
+        (
+            torch.int32,
+            12,
+            ValueEncoding(torch.int8, True, "int4 values in groups of 12, one byte each"),
+        ),
+        (
+            torch.int32,
+            2,
+            ValueEncoding(BF16, False, "int4 values in groups of 2, rounded to bfloat16"),
+        ),
         (torch.float8_e4m3fn, 96, ValueEncoding(BF16, True, "fp8 values as bfloat16, exactly")),
-        (torch.float8_e5m2, 32, ValueEncoding(BF16, False, "fp8 values in groups of 32, rounded to bfloat16")),
+        (
+            torch.float8_e5m2,
+            32,
+            ValueEncoding(BF16, False, "fp8 values in groups of 32, rounded to bfloat16"),
+        ),
     ],
     ids=str,
 )

@@ -42,7 +42,9 @@ def weight_of(
     return dense, Packed(pack_dense(dense, bits, zeros if asymmetric else None), rows, columns)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 50),
     columns=st.integers(1, 700),
@@ -76,7 +78,9 @@ def test_integer_products_are_exact(kernel, columns, bits, asymmetric):
 
 @BITS
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("columns", "groups"), [(1024, 8), (768, 12), (256, 8), (1024, 2), (96, 3), (192, 2)])
+@pytest.mark.parametrize(
+    ("columns", "groups"), [(1024, 8), (768, 12), (256, 8), (1024, 2), (96, 3), (192, 2)]
+)
 def test_scales_and_zeros_in_groups(kernel, columns, groups, bits, asymmetric):
     """Groups of 128, 64, 32, 512, 32 and 96 columns."""
     scale = torch.rand(37, groups) + 0.01
@@ -88,7 +92,9 @@ def test_scales_and_zeros_in_groups(kernel, columns, groups, bits, asymmetric):
         assert packed.dtype == (torch.bfloat16 if narrow else torch.float32)
         for m in (1, 2, 5, 17) if kernel.startswith(("emulated", "arm")) else MANY:
             x, bias = torch.randn(m, columns).to(DTYPES[m % 2]), torch.randn(37)
-            assert_integer_product(multiply(x, weight, bias, packed), x, scaled(dense, scale), groups, bias)
+            assert_integer_product(
+                multiply(x, weight, bias, packed), x, scaled(dense, scale), groups, bias
+            )
 
 
 @BITS
@@ -97,7 +103,9 @@ def test_the_largest_sums(kernel, value, bits):
     most = (1 << bits) - 1
     for code, zero in ((most, 0), (0, most)):
         dense = torch.full((16, 1024), code - zero, dtype=torch.int8)
-        weight = Packed(pack_dense(dense, bits, torch.full((16, 1), zero, dtype=torch.uint8)), 16, 1024)
+        weight = Packed(
+            pack_dense(dense, bits, torch.full((16, 1), zero, dtype=torch.uint8)), 16, 1024
+        )
         for m in (1, 3, 12):
             y = multiply(torch.full((m, 1024), value), weight, None, pack_scale(torch.ones(16, 1)))
             torch.testing.assert_close(y, torch.full((m, 16), (code - zero) * 1024 * value))
@@ -126,7 +134,12 @@ def byte_of(codes: list[int], bits: int, line: int) -> int:
     """Of a row and a column of each of the next quads, whose `codes` these are: eight of 3 bits, four of 2."""
     if bits == 2:
         return codes[0] | codes[2] << 2 | codes[1] << 4 | codes[3] << 6
-    return codes[2 * line] | (codes[6] >> line & 1) << 3 | codes[2 * line + 1] << 4 | (codes[7] >> line & 1) << 7
+    return (
+        codes[2 * line]
+        | (codes[6] >> line & 1) << 3
+        | codes[2 * line + 1] << 4
+        | (codes[7] >> line & 1) << 7
+    )
 
 
 @BITS
@@ -136,7 +149,9 @@ def test_the_layout_byte_by_byte(best, bits):
     zeros = torch.randint(0, 1 << bits, (rows, 1), dtype=torch.uint8)
     codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.int8)
     data = pack_dense(codes - zeros.to(torch.int8), bits, zeros)
-    assert data.numel() == 64 + 64 + 64 + 32 * 128 * bits // 8 + 64  # header, offsets, zeros, codes, padding
+    assert (
+        data.numel() == 64 + 64 + 64 + 32 * 128 * bits // 8 + 64
+    )  # header, offsets, zeros, codes, padding
     assert library_and_isa()[0].value_type(data) == {3: DENSE3, 2: DENSE2}[bits]
     padded = torch.zeros(32, 128, dtype=torch.int8)
     padded[:rows, :columns] = codes
@@ -157,7 +172,8 @@ def test_the_layout_byte_by_byte(best, bits):
 def test_what_does_not_fit_is_refused(best, bits):
     most = 1 << (bits - 1)
     with pytest.raises(
-        RacError, match=f"one of them does not fit {bits} bits, 0 to {2 * most - 1} with its code of zero"
+        RacError,
+        match=f"one of them does not fit {bits} bits, 0 to {2 * most - 1} with its code of zero",
     ):
         pack_dense(torch.full((16, 64), most, dtype=torch.int8), bits)
     fine = torch.full((16, 64), -most, dtype=torch.int8)

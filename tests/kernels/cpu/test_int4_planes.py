@@ -38,11 +38,17 @@ def planes_of(
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.int8, generator=generator)
     zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8, generator=generator)
     dense = codes - zeros.to(torch.int8).repeat_interleave(columns // groups, dim=1)
-    panels = torch.nn.functional.pad(zeros, (0, 0, 0, -rows % 16)).view(-1, 16, groups).transpose(1, 2).contiguous()
+    panels = (
+        torch.nn.functional.pad(zeros, (0, 0, 0, -rows % 16))
+        .view(-1, 16, groups)
+        .transpose(1, 2)
+        .contiguous()
+    )
     library, _ = library_and_isa()
     bitmask = bitmask_of(mask)
     data = torch.empty(
-        library.packed_bytes(rows, columns, int(mask.sum()), PLANES4, bitmask, groups), dtype=torch.uint8
+        library.packed_bytes(rows, columns, int(mask.sum()), PLANES4, bitmask, groups),
+        dtype=torch.uint8,
     )
     library.pack(dense[mask], bitmask, panels, rows, columns, PLANES4, data)
     return codes, mask, zeros, Packed(data, rows, columns)
@@ -65,11 +71,22 @@ def test_the_layout_byte_by_byte(best):
                 bits = sum(1 << bit for bit in there)
                 words += [bits & 0xFFFFFFFF, bits >> 32]
                 for plane in range(4):
-                    number = sum((there[bit] >> plane & 1) << i for i, bit in enumerate(sorted(there)))
+                    number = sum(
+                        (there[bit] >> plane & 1) << i for i, bit in enumerate(sorted(there))
+                    )
                     packed += number.to_bytes(-(-len(there) // 8), "little")
         offsets.append(len(packed))
     raw = bytes(weight.data.tolist())
-    assert struct.unpack_from("<8siiqqqqq", raw) == (b"RACpack1", 6, 0, 20, 64, int(mask.sum()), len(packed), 2)
+    assert struct.unpack_from("<8siiqqqqq", raw) == (
+        b"RACpack1",
+        6,
+        0,
+        20,
+        64,
+        int(mask.sum()),
+        len(packed),
+        2,
+    )
     assert struct.unpack_from("<3Q", raw, 64) == tuple(offsets)
     assert list(struct.unpack_from("<64I", raw, 128)) == words
     assert raw[384 + 64 : 384 + 64 + len(packed)] == packed
@@ -92,7 +109,9 @@ def test_other_instruction_sets_refuse_planes_and_unpack_them(kernel):
     assert torch.equal(unpacked(weight), dense)
     scale, x = torch.rand(37, 3) + 0.01, torch.randn(2, 96)
     if kernel == "portable" or library.sparse_int4_type(isa) == PLANES4:
-        assert_integer_product(multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale), 3)
+        assert_integer_product(
+            multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale), 3
+        )
     else:
         with pytest.raises(RacError, match="packed for AVX2 with pdep"):
             multiply(x, weight, None, pack_scale(scale))
@@ -104,7 +123,9 @@ def test_planes_give_the_bits_of_the_other_layout(kernel, density):
     if kernel not in PLANES_KERNELS:
         pytest.skip("has no planes")
     scale = pack_scale(torch.rand(50, 4), narrow=True)
-    pairs = [weight_of(50, 256, min(density, 0.99), 4, True, known=known)[1] for known in (True, False)]
+    pairs = [
+        weight_of(50, 256, min(density, 0.99), 4, True, known=known)[1] for known in (True, False)
+    ]
     for m in range(1, 7):
         x = torch.randn(m, 256)
         one, other = (multiply(x, weight, None, scale) for weight in pairs)
@@ -123,7 +144,11 @@ def test_forged_planes_are_refused(best):
     check_packed(data, 40, 64, torch.int8, bits=4)
     last_rows = masks_at + 4 * (2 * 32 + 12)  # words of rows that only pad the last panel
     for at, value, message in (
-        (40, int(data[40]) ^ 4, "bytes where its header needs|last offset|impossible"),  # bytes of codes
+        (
+            40,
+            int(data[40]) ^ 4,
+            "bytes where its header needs|last offset|impossible",
+        ),  # bytes of codes
         (40, int(data[40]) ^ 1, "impossible sizes"),  # four planes have the same number of bytes
         (72, (int(data[72]) + 4) % 256, "panel 0: its masks and its offset disagree"),
         (32, int(data[32]) ^ 1, "last offset is not the number"),

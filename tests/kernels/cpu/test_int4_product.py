@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.packed import check_packed, pack_dense, pack_scale, pack_values, unpack
+from rac_modifier.kernels.cpu.packed import (
+    check_packed,
+    pack_dense,
+    pack_scale,
+    pack_values,
+    unpack,
+)
 from tests.kernels.cpu.kernel_helpers import (
     LEVELS,
     Packed,
@@ -54,7 +60,9 @@ def weight_of(
     if density == 1.0:
         return dense, Packed(pack_dense(dense, 4, given), rows, columns)
     mask = random_mask(rows, columns, density, seed)
-    data = pack_values(dense[mask], bitmask_of(mask), columns, 4, given, columns // groups if known else 0)
+    data = pack_values(
+        dense[mask], bitmask_of(mask), columns, 4, given, columns // groups if known else 0
+    )
     return dense.masked_fill(~mask, 0), Packed(data, rows, columns)
 
 
@@ -63,7 +71,9 @@ def layouts(kernel: str) -> tuple[bool, ...]:
     return (True, False) if kernel in ("avx2", "avxvnni") else (True,)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 50),
     columns=st.integers(1, 700),
@@ -80,7 +90,9 @@ def test_any_shape_and_density(kernel, rows, columns, m, density, asymmetric, dt
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, columns, generator=generator).to(dtype)
     scale = torch.rand(rows, 1, generator=generator) + 0.01
-    assert_integer_product(multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale), scale.shape[1])
+    assert_integer_product(
+        multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale), scale.shape[1]
+    )
 
 
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
@@ -100,7 +112,9 @@ def test_integer_products_are_exact(kernel, columns, density, asymmetric):
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("columns", "groups"), [(1024, 8), (768, 12), (256, 8), (1024, 2), (96, 12)])
+@pytest.mark.parametrize(
+    ("columns", "groups"), [(1024, 8), (768, 12), (256, 8), (1024, 2), (96, 12)]
+)
 def test_scales_and_zeros_in_groups(kernel, columns, groups, asymmetric, density):
     scale = torch.rand(37, groups) + 0.01
     for narrow, known in product((False, True), layouts(kernel)):
@@ -111,7 +125,9 @@ def test_scales_and_zeros_in_groups(kernel, columns, groups, asymmetric, density
         assert packed.dtype == (torch.bfloat16 if narrow else torch.float32)
         for m in (1, 2, 5, 16) if kernel.startswith(("emulated", "arm")) else MANY:
             x, bias = torch.randn(m, columns).to(DTYPES[m % 2]), torch.randn(37)
-            assert_integer_product(multiply(x, weight, bias, packed), x, scaled(dense, scale), scale.shape[1], bias)
+            assert_integer_product(
+                multiply(x, weight, bias, packed), x, scaled(dense, scale), scale.shape[1], bias
+            )
 
 
 def test_two_of_four(kernel):
@@ -120,9 +136,14 @@ def test_two_of_four(kernel):
     weight = Packed(pack_values(dense[mask], bitmask_of(mask), 128, 4), 48, 128)
     scale, x = torch.rand(48, 4).bfloat16().float(), torch.randn(3, 128)
     assert torch.equal(unpacked(weight), dense)
-    assert weight.data.numel() == 64 + 64 + 3 * 64 * 4 + 48 * 128 // 4 + 64  # header, offsets, masks, codes, padding
+    assert (
+        weight.data.numel() == 64 + 64 + 3 * 64 * 4 + 48 * 128 // 4 + 64
+    )  # header, offsets, masks, codes, padding
     assert_integer_product(
-        multiply(x, weight, None, pack_scale(scale, narrow=True)), x, scaled(dense, scale), scale.shape[1]
+        multiply(x, weight, None, pack_scale(scale, narrow=True)),
+        x,
+        scaled(dense, scale),
+        scale.shape[1],
     )
 
 
@@ -136,10 +157,17 @@ def test_the_largest_sums_fit(kernel, value, density):
         mask = torch.ones(16, 1024, dtype=torch.bool)
         whole = density == 1.0
         for known in layouts(kernel):
-            sparse = pack_values(dense[mask], bitmask_of(mask), 1024, 4, zeros, 1024 if known else 0)
+            sparse = pack_values(
+                dense[mask], bitmask_of(mask), 1024, 4, zeros, 1024 if known else 0
+            )
             data = pack_dense(dense, 4, zeros) if whole else sparse
             for m in (1, 3, 12):
-                y = multiply(torch.full((m, 1024), value), Packed(data, 16, 1024), None, pack_scale(torch.ones(16, 1)))
+                y = multiply(
+                    torch.full((m, 1024), value),
+                    Packed(data, 16, 1024),
+                    None,
+                    pack_scale(torch.ones(16, 1)),
+                )
                 torch.testing.assert_close(y, torch.full((m, 16), (code - zero) * 1024 * value))
 
 
@@ -210,7 +238,16 @@ def test_the_layout_byte_by_byte(best):
             packed += [low | high << 4 for low, high in zip(halves[::2], halves[1::2], strict=True)]
         offsets.append(len(packed))
     raw = bytes(data.tolist())
-    assert struct.unpack_from("<8siiqqqqq", raw) == (b"RACpack1", 4, 0, 20, 40, int(mask.sum()), len(packed), 5)
+    assert struct.unpack_from("<8siiqqqqq", raw) == (
+        b"RACpack1",
+        4,
+        0,
+        20,
+        40,
+        int(mask.sum()),
+        len(packed),
+        5,
+    )
     assert struct.unpack_from("<3Q", raw, 64) == tuple(offsets)
     assert list(struct.unpack_from("<64I", raw, 128)) == words
     for row in range(20):
@@ -219,7 +256,9 @@ def test_the_layout_byte_by_byte(best):
     assert list(raw[384 + 192 : 384 + 192 + len(packed)]) == packed
     whole = pack_dense(torch.arange(-8, 8, dtype=torch.int8).repeat(16, 1), 4)
     assert whole.numel() == 64 + 64 + 16 * 64 // 2 + 64
-    row = bytes(whole.tolist())[128 + 4 * 3 : 128 + 4 * 3 + 4]  # row 3: columns 0 to 3 are low, 4 to 7 high
+    row = bytes(whole.tolist())[
+        128 + 4 * 3 : 128 + 4 * 3 + 4
+    ]  # row 3: columns 0 to 3 are low, 4 to 7 high
     assert list(row) == [column | (column + 4) << 4 for column in range(4)]
 
 
@@ -239,7 +278,11 @@ def test_forged_data_is_refused(best):
         (48, 3, "impossible sizes"),  # groups of zeros
         (40, int(data[40]) - 1, "bytes where its header needs|last offset"),  # bytes of codes
         (72, (int(data[72]) + 1) % 256, "panel 0: its masks and its offset disagree"),
-        (32, int(data[32]) ^ 1, "last offset is not the number"),  # values, of which two share a byte
+        (
+            32,
+            int(data[32]) ^ 1,
+            "last offset is not the number",
+        ),  # values, of which two share a byte
     ):
         with pytest.raises(RacError, match=message):
             check_packed(forged(at, value), 40, 64, torch.int8, bits=4)
@@ -268,9 +311,14 @@ def test_what_does_not_fit_is_refused(best):
             pack_dense(fine, 4, zeros)
     with pytest.raises(RacError, match=r"zeros: .* need uint8"):
         pack_dense(fine, 8, torch.full((16, 1), 8, dtype=torch.uint8))
-    with pytest.raises(RacError, match="impossible"):  # groups of zeros must have a multiple of 8 columns
+    with pytest.raises(
+        RacError, match="impossible"
+    ):  # groups of zeros must have a multiple of 8 columns
         pack_dense(fine, 4, torch.full((16, 16), 8, dtype=torch.uint8))
-    weight, x = Packed(pack_dense(fine, 4, torch.full((16, 2), 8, dtype=torch.uint8)), 16, 64), torch.randn(1, 64)
+    weight, x = (
+        Packed(pack_dense(fine, 4, torch.full((16, 2), 8, dtype=torch.uint8)), 16, 64),
+        torch.randn(1, 64),
+    )
     with pytest.raises(RacError, match="scale: missing"):
         multiply(x, weight)
     with pytest.raises(RacError, match="1 groups, where the weight's zeros have 2"):
@@ -284,5 +332,12 @@ def test_what_does_not_fit_is_refused(best):
 
 def test_torch_checks_the_operator(best):
     _, weight = weight_of(16, 32, 0.5)
-    arguments = (torch.randn(2, 32), weight.data, 16, 32, torch.randn(16), pack_scale(torch.ones(16, 1), narrow=True))
+    arguments = (
+        torch.randn(2, 32),
+        weight.data,
+        16,
+        32,
+        torch.randn(16),
+        pack_scale(torch.ones(16, 1), narrow=True),
+    )
     torch.library.opcheck(torch.ops.rac_modifier.sparse_linear, arguments)

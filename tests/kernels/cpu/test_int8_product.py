@@ -42,7 +42,9 @@ def integers(rows: int, columns: int, density: float, seed: int = 0) -> tuple[Te
     return dense.masked_fill(~mask, 0), pack(dense[mask], bitmask_of(mask), columns)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 50),
     columns=st.integers(1, 700),
@@ -76,7 +78,9 @@ def test_integer_products_are_exact(kernel, columns, density):
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
-@pytest.mark.parametrize(("columns", "groups"), [(1024, 8), (768, 12), (1024, 2), (96, 3), (96, 24)])
+@pytest.mark.parametrize(
+    ("columns", "groups"), [(1024, 8), (768, 12), (1024, 2), (96, 3), (96, 24)]
+)
 def test_scales_in_groups(kernel, columns, groups, density):
     dense, weight = integers(37, columns, density)
     scale = torch.rand(37, groups) + 0.01
@@ -102,7 +106,11 @@ def test_groups_wider_than_a_block_are_split(best):
     scale = torch.rand(20, 2) + 0.01
     x = torch.randn(3, 2 * 1028)
     packed = pack_scale(scale, 1028)
-    assert packed.shape == (2, 514, 16)  # of 1028 columns only 4 are a multiple of 4, 512 at most, and a divisor
+    assert packed.shape == (
+        2,
+        514,
+        16,
+    )  # of 1028 columns only 4 are a multiple of 4, 512 at most, and a divisor
     assert_integer_product(multiply(x, weight, None, packed), x, scaled(dense, scale), 514)
 
 
@@ -132,8 +140,12 @@ def test_an_outlier_channel_costs_at_most_what_bfloat16_activations_cost(kernel,
     ours = (multiply(x, weight, None, pack_scale(scale)).double() - exact).norm()
     bf16 = (x.bfloat16().double() @ scaled(dense, scale).T - exact).norm()
     assert ours <= 2 * bf16, (float(ours), float(bf16))
-    plain_int8 = (x / (x.abs().amax(1, keepdim=True) / 127)).round() * (x.abs().amax(1, keepdim=True) / 127)
-    assert (plain_int8.double() @ scaled(dense, scale).T - exact).norm() > 4 * bf16  # what W8A8 would do
+    plain_int8 = (x / (x.abs().amax(1, keepdim=True) / 127)).round() * (
+        x.abs().amax(1, keepdim=True) / 127
+    )
+    assert (
+        plain_int8.double() @ scaled(dense, scale).T - exact
+    ).norm() > 4 * bf16  # what W8A8 would do
 
 
 @pytest.mark.parametrize("m", [1, 5, 20])
@@ -163,7 +175,9 @@ def test_chunks_of_lines_and_groups_of_panels(kernel, density):
     dense, weight = integers(16 * 17 + 3, 192, density)
     scale = torch.rand(16 * 17 + 3, 3) + 0.01
     x, bias = torch.randn(401, 192), torch.randn(16 * 17 + 3)
-    assert_integer_product(multiply(x, weight, bias, pack_scale(scale)), x, scaled(dense, scale), 3, bias)
+    assert_integer_product(
+        multiply(x, weight, bias, pack_scale(scale)), x, scaled(dense, scale), 3, bias
+    )
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
@@ -189,7 +203,9 @@ def test_floats_take_a_scale_of_each_row(kernel, weights, m):
     weight, scale = pack(dense[mask], bitmask_of(mask), 100), torch.rand(37, 1) + 0.01
     x, bias = torch.randn(m, 100), torch.randn(37)
     y = multiply(x, weight, bias, pack_scale(scale))
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, dense.float() * scale, bias), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        y, torch.nn.functional.linear(x, dense.float() * scale, bias), rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(RacError, match="only weights of integers have scales in groups"):
         multiply(x[:1], weight, bias, pack_scale(torch.ones(37, 2)))
 
@@ -264,5 +280,12 @@ def test_what_does_not_fit_is_refused(best):
 
 def test_torch_checks_the_operator(best):
     _, weight = integers(16, 32, 0.5)
-    arguments = (torch.randn(2, 32), weight.data, 16, 32, torch.randn(16), pack_scale(torch.ones(16, 1)))
+    arguments = (
+        torch.randn(2, 32),
+        weight.data,
+        16,
+        32,
+        torch.randn(16),
+        pack_scale(torch.ones(16, 1)),
+    )
     torch.library.opcheck(torch.ops.rac_modifier.sparse_linear, arguments)

@@ -36,7 +36,9 @@ def emulated(processor: str, program: Path, *arguments: str) -> subprocess.Compl
         pytest.skip("for a library of x86-64")
     need_tool(X86_EMULATOR)
     command = [X86_EMULATOR, "-cpu", processor, str(program), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -55,21 +55,29 @@ def shared_object(folder: Path, source: str) -> Path:
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ('extern "C" const char* rac_pack() { return 0; }', "1 or none"),  # as before there was a number
+        (
+            'extern "C" const char* rac_pack() { return 0; }',
+            "1 or none",
+        ),  # as before there was a number
         (f'extern "C" int rac_abi() {{ return {ABI - 1}; }}', str(ABI - 1)),
         (f'extern "C" int rac_abi() {{ return {ABI + 1}; }}', str(ABI + 1)),
     ],
     ids=["no number", "older", "newer"],
 )
-def test_a_library_of_another_version_is_refused_by_one_line(tmp_path, monkeypatch, best, source, found):
+def test_a_library_of_another_version_is_refused_by_one_line(
+    tmp_path, monkeypatch, best, source, found
+):
     path = shared_object(tmp_path, source)
     with pytest.raises(
-        RacError, match=rf"^_native.so was built .* \(its interface is {found}, {ABI} is needed\); reins"
+        RacError,
+        match=rf"^_native.so was built .* \(its interface is {found}, {ABI} is needed\); reins",
     ):
         Library(path)
     take(path, None, monkeypatch)
     assert support().isa is None
-    assert support().reason.startswith("no compiled kernel: _native.so was built for another version of rac-modifier")
+    assert support().reason.startswith(
+        "no compiled kernel: _native.so was built for another version of rac-modifier"
+    )
     assert "\n" not in support().reason
 
 
@@ -129,7 +137,9 @@ def linear_call(weight: Packed) -> tuple[dict[str, list[Any]], Callable[[Native]
         "bias": torch.randn(20),
         "out": torch.zeros(3, 20),
     }
-    buffers = {"data": buffer(weight.data)} | {name: buffer(tensor) for name, tensor in tensors.items()}
+    buffers = {"data": buffer(weight.data)} | {
+        name: buffer(tensor) for name, tensor in tensors.items()
+    }
 
     def call(native: Native) -> int:
         assert len(tensors) == 4  # keeps the memory
@@ -195,16 +205,26 @@ def test_an_instruction_set_that_is_none(native, weight):
 
 
 def test_panels_need_their_buffer_and_their_shape(native, weight):
-    def expand(rows: int, columns: int, first: int, last: int, out: torch.Tensor, type: int = FP32) -> int:
+    def expand(
+        rows: int, columns: int, first: int, last: int, out: torch.Tensor, type: int = FP32
+    ) -> int:
         return native.calls.rac_expand_panels(
-            *(*buffer(weight.data), *numbers(rows, columns, first, last)), *(*buffer(out), type, PORTABLE, 1)
+            *(*buffer(weight.data), *numbers(rows, columns, first, last)),
+            *(*buffer(out), type, PORTABLE, 1),
         )
 
     assert expand(20, 40, 0, 2, torch.zeros(40, 32)) == OK
-    for wrong in (torch.zeros(40, 31), torch.zeros(39, 32), torch.zeros(41, 32), torch.zeros(40, 16)):
+    for wrong in (
+        torch.zeros(40, 31),
+        torch.zeros(39, 32),
+        torch.zeros(41, 32),
+        torch.zeros(40, 16),
+    ):
         assert expand(20, 40, 0, 2, wrong) == BAD_ARGUMENT
         assert native.error().startswith("out: ")
-    assert expand(20, 40, 0, 2, torch.zeros(40, 32), BF16) == BAD_ARGUMENT  # twice the bytes that bf16 needs
+    assert (
+        expand(20, 40, 0, 2, torch.zeros(40, 32), BF16) == BAD_ARGUMENT
+    )  # twice the bytes that bf16 needs
     for first, last in ((0, 3), (-1, 1), (1, 0), (2**62, 2**62)):
         assert expand(20, 40, first, last, torch.zeros(40, 32)) == BAD_ARGUMENT
     for rows, columns in ((21, 40), (20, 39), (-20, 40)):
@@ -217,7 +237,9 @@ def test_packing_needs_every_buffer(native):
     values, bitmask = torch.ones(30), torch.tensor([[255, 3]] * 3, dtype=torch.uint8)
 
     def packed_bytes(count: int) -> int:
-        return native.calls.rac_packed_bytes(*numbers(rows, columns, count), FP32, *NONE, *numbers(0))
+        return native.calls.rac_packed_bytes(
+            *numbers(rows, columns, count), FP32, *NONE, *numbers(0)
+        )
 
     data = torch.empty(packed_bytes(30), dtype=torch.uint8)
 
@@ -240,12 +262,16 @@ def test_packing_needs_every_buffer(native):
 
 def test_four_bit_values_need_their_bitmask_and_zeros(native):
     def packed_bytes(count: int, bitmask: list[Any], groups: int, type: int = INT4) -> int:
-        return native.calls.rac_packed_bytes(*numbers(3, 16, count), type, *bitmask, *numbers(groups))
+        return native.calls.rac_packed_bytes(
+            *numbers(3, 16, count), type, *bitmask, *numbers(groups)
+        )
 
     values, bitmask = torch.ones(48, dtype=torch.int8), torch.full((3, 2), 255, dtype=torch.uint8)
     zeros = torch.full((1, 2, 16), 8, dtype=torch.uint8)
     nbytes = packed_bytes(48, buffer(bitmask), 2)
-    assert nbytes == 64 + 64 + 64 + 64 + 64 + 64  # header, offsets, masks, zeros, 24 bytes of codes, padding
+    assert (
+        nbytes == 64 + 64 + 64 + 64 + 64 + 64
+    )  # header, offsets, masks, zeros, 24 bytes of codes, padding
     assert packed_bytes(48, NONE, 2) == packed_bytes(48, buffer(bitmask[:2]), 2) == -1
     for groups in (-1, 3, 4, 17, 2**62):  # 4 have no multiple of 8 columns
         assert packed_bytes(48, buffer(bitmask), groups) == -1
@@ -254,7 +280,8 @@ def test_four_bit_values_need_their_bitmask_and_zeros(native):
 
     def pack(zeros: list[Any], groups: int, data: list[Any]) -> int:
         return native.calls.rac_pack_weight(
-            *(*buffer(values), *buffer(bitmask), *zeros, *numbers(groups)), *(*numbers(3, 16), INT4, *data, 1)
+            *(*buffer(values), *buffer(bitmask), *zeros, *numbers(groups)),
+            *(*numbers(3, 16), INT4, *data, 1),
         )
 
     assert pack(buffer(zeros), 2, buffer(data)) == OK
@@ -268,7 +295,10 @@ def test_four_bit_values_need_their_bitmask_and_zeros(native):
 def test_python_names_the_next_step_of_each_code(native_path, weight):
     library = Library(native_path)
     x, out = torch.randn(3, 40), torch.zeros(3, 20)
-    with pytest.raises(RacError, match=r"sparse_linear .* x: 480 bytes, where \[3, 41\].*; pass tensors of the sizes"):
+    with pytest.raises(
+        RacError,
+        match=r"sparse_linear .* x: 480 bytes, where \[3, 41\].*; pass tensors of the sizes",
+    ):
         library.linear(forged_columns(weight), 20, 41, x, None, None, out, "portable")
     with pytest.raises(RacError, match=r"packed weight \[20, 40\]: .*; load the checkpoint again"):
         library.check(weight.data[:-64], 20, 40, BF16)

@@ -50,7 +50,9 @@ def test_rows_in_any_order_and_often(kernel, kind, dtype):
 
 def test_no_rows_and_rows_that_are_not_there(best):
     packed = pack(stored("int8"), torch.float32)
-    assert lookup(torch.empty(0, dtype=torch.int64), packed, ROWS, COLUMNS, torch.float32).shape == (0, COLUMNS)
+    assert lookup(
+        torch.empty(0, dtype=torch.int64), packed, ROWS, COLUMNS, torch.float32
+    ).shape == (0, COLUMNS)
     for ids, says in (([3, 70], "ids 3 to 70"), ([-1, 5], "ids -1 to 5")):
         with pytest.raises(RacError, match=f"{says}: the weight has rows 0 to 69"):
             lookup(torch.tensor(ids), packed, ROWS, COLUMNS, torch.float32)
@@ -60,6 +62,8 @@ def test_compiled(best):
     packed = pack(stored("int4"), torch.float32)
     ids = torch.randint(0, ROWS, (5,))
     compiled = torch.compile(
-        lambda ids: lookup(ids, packed, ROWS, COLUMNS, torch.bfloat16) * 2, fullgraph=True, backend="aot_eager"
+        lambda ids: lookup(ids, packed, ROWS, COLUMNS, torch.bfloat16) * 2,
+        fullgraph=True,
+        backend="aot_eager",
     )
     assert torch.equal(compiled(ids), lookup(ids, packed, ROWS, COLUMNS, torch.bfloat16) * 2)

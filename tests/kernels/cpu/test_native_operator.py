@@ -25,7 +25,9 @@ def active(best):
     library_and_isa()
     if sys.platform != "linux" and native_operator.state.refused is not None:
         pytest.skip(native_operator.state.refused)
-    assert native_operator.state.refused is None  # every torch that pyproject.toml allows has the interface
+    assert (
+        native_operator.state.refused is None
+    )  # every torch that pyproject.toml allows has the interface
     if not native_operator.state.active:
         pytest.skip("this process has given torch the operator of another library")
 
@@ -114,7 +116,9 @@ def test_it_keeps_no_tensor(active):
     def many(count: int) -> None:
         for i in range(count):
             big = torch.ones(1 << 16)  # 256 KiB behind a view of 8 rows
-            operator.sparse_linear(big[: 8 * 96].view(8, 96), data, 40, 96, big[:40] if i % 2 else None, scale)
+            operator.sparse_linear(
+                big[: 8 * 96].view(8, 96), data, 40, 96, big[:40] if i % 2 else None, scale
+            )
 
     many(20)
     before = resident()
@@ -125,7 +129,8 @@ def test_it_keeps_no_tensor(active):
 def test_opcheck_and_a_compiled_graph(active):
     data, scale = dense4()
     torch.library.opcheck(
-        torch.ops.rac_modifier.native_linear, (torch.randn(2, 96), data, 40, 96, torch.randn(40), scale)
+        torch.ops.rac_modifier.native_linear,
+        (torch.randn(2, 96), data, 40, 96, torch.randn(40), scale),
     )
     step = torch.compile(
         lambda x: operator.sparse_linear(x * 2, data, 40, 96, None, scale) + 1,
@@ -135,7 +140,9 @@ def test_opcheck_and_a_compiled_graph(active):
     )
     for m in (2, 8, 9, 30):
         x = torch.randn(m, 96)
-        assert torch.equal(step(x), torch.ops.rac_modifier.sparse_linear(x * 2, data, 40, 96, None, scale) + 1)
+        assert torch.equal(
+            step(x), torch.ops.rac_modifier.sparse_linear(x * 2, data, 40, 96, None, scale) + 1
+        )
 
 
 @pytest.mark.slow
@@ -151,7 +158,11 @@ def test_a_graph_in_cpp_calls_it_without_python(active):
     with torch.no_grad():
         compiled(inputs[0])
         called = []
-        sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_filename) if event == "call" else None)
+        sys.setprofile(
+            lambda frame, event, _: (
+                called.append(frame.f_code.co_filename) if event == "call" else None
+            )
+        )
         found = [compiled(x) for x in inputs]
         sys.setprofile(None)
     assert all(torch.equal(y, step(x)) for x, y in zip(inputs, found, strict=True))
@@ -173,7 +184,9 @@ def test_without_it_all_is_in_python(active, in_python):
 
 
 def test_a_torch_without_the_interface_is_a_reason(active, monkeypatch):
-    monkeypatch.setattr(native_operator, "FUNCTIONS", (*native_operator.FUNCTIONS, "torch_has_no_such_function"))
+    monkeypatch.setattr(
+        native_operator, "FUNCTIONS", (*native_operator.FUNCTIONS, "torch_has_no_such_function")
+    )
     reason = native_operator._register(library_and_isa()[0])
     assert reason is not None
     assert "has no stable C interface" in reason

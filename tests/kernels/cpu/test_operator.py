@@ -43,7 +43,9 @@ def test_every_row_count_bias_and_dtype(float_kernel, shape, weights):
             assert_product(y, x, dense, bias)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 300),
@@ -78,8 +80,12 @@ def test_two_of_four(float_kernel):
 
 def test_more_of_each_than_a_block_of_the_cache(float_kernel, monkeypatch):
     monkeypatch.setattr(operator, "CROSSOVER", dict.fromkeys(operator.CROSSOVER, 1000))
-    dense, weight = sparse(random_mask(150, 1111, 0.5), torch.bfloat16)  # more panels than a group, too
-    for m in (1, 11) if float_kernel.startswith("arm") else (1, 11, 40, 242, 250):  # of a chunk, and a bit
+    dense, weight = sparse(
+        random_mask(150, 1111, 0.5), torch.bfloat16
+    )  # more panels than a group, too
+    for m in (
+        (1, 11) if float_kernel.startswith("arm") else (1, 11, 40, 242, 250)
+    ):  # of a chunk, and a bit
         x = torch.randn(m, 1111).bfloat16()
         assert_product(multiply(x, weight), x, dense)
 
@@ -88,7 +94,9 @@ def test_more_of_each_than_a_block_of_the_cache(float_kernel, monkeypatch):
 def test_chunks_of_lines_and_groups_of_panels(float_kernel, m, monkeypatch):
     """More lines than AMX and AVX512 use at a time, more panels than share them, more columns than are expanded at once."""
     if float_kernel.startswith("arm"):
-        pytest.skip("slow where the processor is emulated; the chunks are those of the other kernels")
+        pytest.skip(
+            "slow where the processor is emulated; the chunks are those of the other kernels"
+        )
     monkeypatch.setattr(operator, "CROSSOVER", dict.fromkeys(operator.CROSSOVER, 1000))
     dense, weight = sparse(random_mask(16 * 17 + 3, 540, 0.5), torch.bfloat16)
     x, bias = torch.randn(m, 540).bfloat16(), torch.randn(16 * 17 + 3)
@@ -129,11 +137,15 @@ def test_dense_products_in_bf16_are_within_its_rounding(best, monkeypatch, kind,
 
     torch multiplies bfloat16 on every processor; so the choice is tested on each, with the panels expanded by portable code.
     """
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False)
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False
+    )
     mask, generator = random_mask(90, 640, 0.5), torch.Generator().manual_seed(0)
     scale = torch.rand(90, 1, generator=generator) / 7 + 0.01
     if kind.startswith("int"):
-        dense = torch.randint(-7, 8, (90, 640), dtype=torch.int8, generator=generator).masked_fill(~mask, 0)
+        dense = torch.randint(-7, 8, (90, 640), dtype=torch.int8, generator=generator).masked_fill(
+            ~mask, 0
+        )
         data = pack_values(dense[mask], bitmask_of(mask), 640, int(kind[3:]))
     else:
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
@@ -143,12 +155,17 @@ def test_dense_products_in_bf16_are_within_its_rounding(best, monkeypatch, kind,
     exact_weight = dense.double() * (scale.double() if scaled else 1)
     spy = Spy(library_and_isa()[0])
     for dtype in DTYPES:
-        x, out = torch.randn(130, 640, generator=generator).to(dtype), torch.empty(130, 90, dtype=dtype)
+        x, out = (
+            torch.randn(130, 640, generator=generator).to(dtype),
+            torch.empty(130, 90, dtype=dtype),
+        )
         spy.dtypes.clear()
         product = functools.partial(operator.expand_and_multiply, _PortablePanels(spy), isa)
         product(data, x, pack_scale(scale) if scaled else None, None, out)
         fast = isa == "amx" or (isa == "avx512" and units)
-        in_bf16 = fast and dtype == torch.bfloat16 and (kind.startswith("int") or kind == "bfloat16")
+        in_bf16 = (
+            fast and dtype == torch.bfloat16 and (kind.startswith("int") or kind == "bfloat16")
+        )
         assert spy.dtypes == {torch.bfloat16 if in_bf16 else torch.float32}
         exact = x.double() @ exact_weight.T
         error = (out.double() - exact).norm()
@@ -278,12 +295,16 @@ def test_loading_the_module_again_registers_nothing_twice(best):
 def test_torch_checks_the_operator(best):
     _, weight = sparse(random_mask(16, 32, 0.5), torch.float32)
     for x in (torch.randn(2, 32), torch.randn(2, 3, 32)):
-        torch.library.opcheck(torch.ops.rac_modifier.sparse_linear, (x, weight.data, 16, 32, torch.randn(16)))
+        torch.library.opcheck(
+            torch.ops.rac_modifier.sparse_linear, (x, weight.data, 16, 32, torch.randn(16))
+        )
 
 
 def test_compiled_as_one_graph_for_any_number_of_rows(best):
     _, weight = sparse(random_mask(16, 32, 0.5), torch.float32)
-    step = torch.compile(lambda x: multiply(x * 2, weight) + 1, fullgraph=True, backend="aot_eager", dynamic=True)
+    step = torch.compile(
+        lambda x: multiply(x * 2, weight) + 1, fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for m in (1, 2, 5, 70):
         x = torch.randn(m, 32)
         assert torch.equal(step(x), multiply(x * 2, weight) + 1)

@@ -16,14 +16,29 @@ from hypothesis import strategies as st
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.library import DENSE8, Library
 from rac_modifier.kernels.cpu.packed import check_packed
-from tests.kernels.cpu.kernel_helpers import Packed, bitmask_of, multiply, pack, random_mask, sparse, unpacked
+from tests.kernels.cpu.kernel_helpers import (
+    Packed,
+    bitmask_of,
+    multiply,
+    pack,
+    random_mask,
+    sparse,
+    unpacked,
+)
 
 DTYPES = [torch.bfloat16, torch.float32]
 HEADER = struct.Struct("<8siiqqq")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.integers(1, 60), columns=st.integers(1, 200), density=st.floats(0, 1), dtype=st.sampled_from(DTYPES))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.integers(1, 60),
+    columns=st.integers(1, 200),
+    density=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_unpacking_returns_every_bit(kernel, rows, columns, density, dtype):
     """Random bit patterns: every NaN, infinity, denormal and -0.0 among the stored values."""
     mask = random_mask(rows, columns, density)
@@ -37,7 +52,10 @@ def test_unpacking_returns_every_bit(kernel, rows, columns, density, dtype):
 
 def test_the_layout_word_by_word(best):
     """Against the description in csrc/layout.h, in plain Python."""
-    for dtype, place in ((torch.bfloat16, lambda n, k: 2 * n + k), (torch.float32, lambda n, k: 16 * k + n)):
+    for dtype, place in (
+        (torch.bfloat16, lambda n, k: 2 * n + k),
+        (torch.float32, lambda n, k: 16 * k + n),
+    ):
         mask = random_mask(20, 37, 0.5)
         dense, weight = sparse(mask, dtype)
         words, values, offsets = [], [], [0]
@@ -53,7 +71,14 @@ def test_the_layout_word_by_word(best):
                 values += [there[bit] for bit in sorted(there)]
             offsets.append(len(values))
         raw = bytes(weight.data.tolist())
-        assert HEADER.unpack_from(raw) == (b"RACpack1", DTYPES.index(dtype), 0, 20, 37, int(mask.sum()))
+        assert HEADER.unpack_from(raw) == (
+            b"RACpack1",
+            DTYPES.index(dtype),
+            0,
+            20,
+            37,
+            int(mask.sum()),
+        )
         assert struct.unpack_from("<3Q", raw, 64) == tuple(offsets)
         assert list(struct.unpack_from("<64I", raw, 128)) == words
         stored = weight.data[384 : 384 + len(values) * dtype.itemsize].view(dtype)
@@ -97,7 +122,11 @@ def test_tensors_that_do_not_fit_together_are_refused(best, values, shape, colum
 
 def test_other_dtypes_are_refused(best):
     bitmask = torch.full((4, 1), 255, dtype=torch.uint8)
-    for values in (torch.ones(32).double(), torch.ones(32).to(torch.float8_e4m3fn), torch.ones(32, dtype=torch.int16)):
+    for values in (
+        torch.ones(32).double(),
+        torch.ones(32).to(torch.float8_e4m3fn),
+        torch.ones(32, dtype=torch.int16),
+    ):
         with pytest.raises(RacError, match="keep it dense"):
             pack(values, bitmask, 8)
     with pytest.raises(RacError, match="bitmask"):
@@ -204,6 +233,10 @@ def test_a_weight_is_in_huge_pages_although_its_memory_was_in_use_before(native_
         except OSError as error:
             pytest.skip(f"this system puts no pages together: {error}")
     library, rows, columns = Library(native_path), 4096, 2048
-    data = torch.ones(library.packed_bytes(rows, columns, rows * columns, DENSE8), dtype=torch.uint8)  # in small pages
-    library.pack(torch.ones(rows, columns, dtype=torch.int8), None, None, rows, columns, DENSE8, data)
+    data = torch.ones(
+        library.packed_bytes(rows, columns, rows * columns, DENSE8), dtype=torch.uint8
+    )  # in small pages
+    library.pack(
+        torch.ones(rows, columns, dtype=torch.int8), None, None, rows, columns, DENSE8, data
+    )
     assert huge_bytes(data.data_ptr() + data.nbytes // 2) >= 2 << 20

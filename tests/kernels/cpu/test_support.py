@@ -12,7 +12,13 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import support as module
 from rac_modifier.kernels.cpu.library import ISAS, Library
-from rac_modifier.kernels.cpu.support import Support, dense_products_in_bf16, forget, library_and_isa, support
+from rac_modifier.kernels.cpu.support import (
+    Support,
+    dense_products_in_bf16,
+    forget,
+    library_and_isa,
+    support,
+)
 from tests.kernels.cpu.kernel_helpers import take
 
 
@@ -31,7 +37,9 @@ def test_a_lower_kernel_can_be_requested(native_path, monkeypatch):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_dense_products_are_in_bf16_where_the_processor_has_units_for_it(has, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": has}, raising=False)
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": has}, raising=False
+    )
     lower = ("portable", "avx2", "avxvnni", "neon", "dotprod", "i8mm", "sve")
     expected = {"amx": True, "avx512": has, **dict.fromkeys(lower, False)}
     assert {isa: dense_products_in_bf16(isa) for isa in expected} == expected
@@ -45,7 +53,9 @@ def test_dense_products_are_in_bf16_where_the_processor_has_units_for_it(has, mo
 def test_torch_knows_this_processor_as_linux_does():
     if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
         pytest.skip("x86-64 on Linux only")
-    assert dense_products_in_bf16("avx512") == ("avx512_bf16" in Path("/proc/cpuinfo").read_text().split())
+    assert dense_products_in_bf16("avx512") == (
+        "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+    )
 
 
 def test_an_unknown_kernel_is_an_error(native_path, monkeypatch):
@@ -60,9 +70,13 @@ def test_an_unknown_kernel_is_an_error(native_path, monkeypatch):
 def test_a_kernel_that_this_machine_lacks_is_an_error(native_path, monkeypatch):
     take(native_path, "amx", monkeypatch)
     monkeypatch.setattr(
-        module, "load", lambda: (SimpleNamespace(best="avx2", runs=("portable", "avx2"), compiler="GCC"), "")
+        module,
+        "load",
+        lambda: (SimpleNamespace(best="avx2", runs=("portable", "avx2"), compiler="GCC"), ""),
     )
-    with pytest.raises(RacError, match="RAC_KERNEL=amx: this machine runs portable, avx2; use one of these"):
+    with pytest.raises(
+        RacError, match="RAC_KERNEL=amx: this machine runs portable, avx2; use one of these"
+    ):
         support()
 
 

@@ -34,7 +34,13 @@ from tests.kernels.cpu.test_int8_product import integers
 DTYPES = [torch.bfloat16, torch.float32]
 LINES = (1, 2, 3, 4, 5, 8, 9, 18)  # rows of x: each way of the kernels
 DENSITIES = (0.0, 0.03, 0.5, 0.97, 1.0)
-SHAPES = [(1, 1), (16, 4), (17, 33), (33, 64), (37, 602)]  # of a weight; of the last, more columns than a block
+SHAPES = [
+    (1, 1),
+    (16, 4),
+    (17, 33),
+    (33, 64),
+    (37, 602),
+]  # of a weight; of the last, more columns than a block
 
 
 @pytest.fixture(params=VECTORS, ids=lambda bits: f"{bits} bits")
@@ -79,7 +85,11 @@ def test_expanded_floats(vectors, monkeypatch):
 def test_integer_products_are_exact(vectors, bits, density):
     """x of integers, the largest of them LEVELS, has a scale of 1: the result is the integer, rounded once to float32."""
     for rows, columns in ((1, 4), (17, 33), (37, 512)):
-        dense, weight = integers(rows, columns, density) if bits == 8 else weight_of(rows, columns, density, 1, True)
+        dense, weight = (
+            integers(rows, columns, density)
+            if bits == 8
+            else weight_of(rows, columns, density, 1, True)
+        )
         assert torch.equal(unpacked(weight), dense)
         for m in LINES:
             x = torch.randint(-LEVELS, LEVELS + 1, (m, columns)).float()
@@ -92,11 +102,17 @@ def test_integer_products_are_exact(vectors, bits, density):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_scales_and_zeros_in_groups(vectors, bits, density):
     for columns, groups in ((96, 4), (640, 5), (1056, 1)):
-        dense, weight = integers(37, columns, density) if bits == 8 else weight_of(37, columns, density, groups, True)
+        dense, weight = (
+            integers(37, columns, density)
+            if bits == 8
+            else weight_of(37, columns, density, groups, True)
+        )
         scale = torch.rand(37, groups) + 0.01
         for m in LINES:
             x, bias = torch.randn(m, columns).to(DTYPES[m % 2]), torch.randn(37)
-            assert_integer_product(multiply(x, weight, bias, pack_scale(scale)), x, scaled(dense, scale), groups, bias)
+            assert_integer_product(
+                multiply(x, weight, bias, pack_scale(scale)), x, scaled(dense, scale), groups, bias
+            )
 
 
 @pytest.mark.parametrize("bits", [3, 2])
@@ -105,7 +121,9 @@ def test_fewer_bits(vectors, bits):
     scale = torch.rand(37, 3) + 0.01
     for m in LINES:
         x = torch.randn(m, 192)
-        assert_integer_product(multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale), 3)
+        assert_integer_product(
+            multiply(x, weight, None, pack_scale(scale)), x, scaled(dense, scale), 3
+        )
 
 
 @pytest.mark.parametrize("m", [1, 6])
@@ -141,7 +159,10 @@ def test_empty_and_full_rows(vectors):
 
 def test_threads_change_nothing(vectors):
     scale = pack_scale(torch.rand(200, 5))
-    weights = [(sparse(random_mask(200, 640, 0.5), torch.bfloat16)[1], None), (integers(200, 640, 0.5)[1], scale)]
+    weights = [
+        (sparse(random_mask(200, 640, 0.5), torch.bfloat16)[1], None),
+        (integers(200, 640, 0.5)[1], scale),
+    ]
     for weight, scales in [*weights, (weight_of(200, 640, 0.5, 5, True)[1], scale)]:
         for m in (1, 6):
             x = torch.randn(m, 640)
@@ -156,7 +177,13 @@ def test_an_instruction_that_is_missing_stops_a_program(tmp_path):
     for tool in (COMPILER, EMULATOR):
         need_tool(tool)
     source = tmp_path / "sve.cpp"
-    source.write_text('int main() { asm volatile(".arch armv8.2-a+sve\\n ptrue p0.b" ::: "p0"); }\n')
+    source.write_text(
+        'int main() { asm volatile(".arch armv8.2-a+sve\\n ptrue p0.b" ::: "p0"); }\n'
+    )
     run(COMPILER, "-O1", "-march=armv8.2-a+sve", str(source), "-o", str(tmp_path / "sve"))
-    for processor, code in (("a64fx", 0), ("max,sve=off", -signal.SIGILL), ("neoverse-n1", -signal.SIGILL)):
+    for processor, code in (
+        ("a64fx", 0),
+        ("max,sve=off", -signal.SIGILL),
+        ("neoverse-n1", -signal.SIGILL),
+    ):
         assert subprocess.run(emulated(processor, tmp_path / "sve")).returncode == code

@@ -32,10 +32,17 @@ def library(layout: Layout) -> ctypes.CDLL:
         pytest.skip("no g++ on this machine")
     files = sorted([*SOURCES.iterdir(), HERE / "emulator.h", HERE / "emulate.cpp"])
     what = [layout.source, *layout.defines]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files) + repr(what).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        b"".join(path.read_bytes() for path in files) + repr(what).encode()
+    ).hexdigest()[:16]
 
     def build(out: Path) -> None:
-        flags = [*FLAGS, *(f"-D{define}" for define in layout.defines), "-include", str(SOURCES / layout.source)]
+        flags = [
+            *FLAGS,
+            *(f"-D{define}" for define in layout.defines),
+            "-include",
+            str(SOURCES / layout.source),
+        ]
         command = [compiler, *flags, str(HERE / "emulate.cpp"), "-o", str(out), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -63,7 +70,13 @@ def emulate(
         for tensor in (weight, x, bias, out)
     ]
     return emulate_pointers(
-        layout, program.name, grid, program.shared_bytes if shared_bytes is None else shared_bytes, buffers, sizes, skip
+        layout,
+        program.name,
+        grid,
+        program.shared_bytes if shared_bytes is None else shared_bytes,
+        buffers,
+        sizes,
+        skip,
     )
 
 
@@ -78,19 +91,33 @@ def emulate_pointers(
 ) -> str:
     """Run a kernel; `buffers` are addresses and sizes in bytes of weight, x, bias and out."""
     passed = [
-        argument for start, size in buffers for argument in (ctypes.c_void_p(start or None), ctypes.c_int64(size))
+        argument
+        for start, size in buffers
+        for argument in (ctypes.c_void_p(start or None), ctypes.c_int64(size))
     ]
-    return library(layout).emulate(name.encode(), *grid, shared_bytes, *passed, *sizes, skip.encode()).decode()
+    return (
+        library(layout)
+        .emulate(name.encode(), *grid, shared_bytes, *passed, *sizes, skip.encode())
+        .decode()
+    )
 
 
 def product(
-    layout: Layout, program: Program, packed: Tensor, x: Tensor, rows: int, bias: Tensor | None = None, **options: Any
+    layout: Layout,
+    program: Program,
+    packed: Tensor,
+    x: Tensor,
+    rows: int,
+    bias: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, str]:
     """A decode program's result [tokens, rows], NaN where nothing was written, and its first error."""
     tokens, columns = x.shape
     out = torch.full((tokens, rows), torch.nan, dtype=torch.bfloat16)
     sizes = (rows, columns, tokens, units_of(layout, packed, columns), 0)
-    return out, emulate(layout, program, program.grid(rows, tokens), packed, x, bias, out, sizes, **options)
+    return out, emulate(
+        layout, program, program.grid(rows, tokens), packed, x, bias, out, sizes, **options
+    )
 
 
 def sites(layout: Layout) -> list[str]:

@@ -37,7 +37,9 @@ def dense_of(compressed: Tensor) -> Tensor:
     return (one_hot(places, 4) * values.unsqueeze(-1)).sum(dim=-2).view(rows, columns)
 
 
-def sparse_mm(compressed: Tensor, dense: Tensor, bias: Tensor | None = None, transpose_result: bool = False) -> Tensor:
+def sparse_mm(
+    compressed: Tensor, dense: Tensor, bias: Tensor | None = None, transpose_result: bool = False
+) -> Tensor:
     """The product [rows, tokens], or its transpose, for tokens in columns of `dense`."""
     assert compressed.dtype == dense.dtype == BF16
     assert dense.shape[1] % 8 == 0

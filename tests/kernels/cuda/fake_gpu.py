@@ -39,7 +39,9 @@ class FakeDriver:
     begin with the context that they were loaded in. `refuses`: what cuModuleLoadData answers.
     """
 
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="most shared bytes")
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="most shared bytes"
+    )
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -79,13 +81,19 @@ class FakeDriver:
         self._call("cuModuleLoadData")
         if not self.contexts:
             return Status(201), None
-        return (self.refuses, None) if self.refuses else (Status(0), (self.contexts[-1], layout_of_code(code)))
+        return (
+            (self.refuses, None)
+            if self.refuses
+            else (Status(0), (self.contexts[-1], layout_of_code(code)))
+        )
 
     def cuModuleGetFunction(self, module: tuple[int, Layout], name: bytes) -> tuple[Any, ...]:  # noqa: N802
         self._call("cuModuleGetFunction")
         return Status(0), (*module, name.decode())
 
-    def cuFuncSetAttribute(self, function: tuple[int, Layout, str], attribute: str, value: int) -> tuple[Any, ...]:  # noqa: N802
+    def cuFuncSetAttribute(  # noqa: N802
+        self, function: tuple[int, Layout, str], attribute: str, value: int
+    ) -> tuple[Any, ...]:
         self._call("cuFuncSetAttribute")
         assert attribute == "most shared bytes"
         self.most_shared[function] = value
@@ -97,7 +105,11 @@ class FakeDriver:
 
     def cuLaunchKernel(self, function: tuple[int, Layout, str], *launch: Any) -> tuple[Any, ...]:  # noqa: N802
         self.calls.append("cuLaunchKernel")
-        grid, block, (shared_bytes, stream, (values, types), extra) = launch[:3], launch[3:6], launch[6:]
+        grid, block, (shared_bytes, stream, (values, types), extra) = (
+            launch[:3],
+            launch[3:6],
+            launch[6:],
+        )
         device, layout, name = function
         assert (grid[2], block[1:], extra) == (1, (1, 1), 0)
         assert [type_.__name__ for type_ in types] == ["c_void_p"] * 4 + ["c_int"] * 5
@@ -107,14 +119,18 @@ class FakeDriver:
             return (Status(400),)
         if shared_bytes > self.most_shared.get(function, 48 << 10):
             return (Status(1),)
-        done = SimpleNamespace(device=device, layout=layout, name=name, grid=grid[:2], stream=stream, values=values)
+        done = SimpleNamespace(
+            device=device, layout=layout, name=name, grid=grid[:2], stream=stream, values=values
+        )
         self.launches.append(done)
         rows, columns, tokens, units, first_tile = values[4:]
         expanded = min(rows - TILE * first_tile, layout.tile_rows * grid[0])
         written = 2 * rows * tokens if tokens else 2 * columns * expanded
         packed = layout.unit_bytes * units if layout.any_pattern else layout.nbytes(rows, columns)
         sizes = (packed, 2 * tokens * columns, 2 * rows, written)
-        buffers = [(start, size if start else 0) for start, size in zip(values[:4], sizes, strict=True)]
+        buffers = [
+            (start, size if start else 0) for start, size in zip(values[:4], sizes, strict=True)
+        ]
         assert emulate_pointers(layout, name, grid[:2], shared_bytes, buffers, values[4:]) == ""
         return (Status(0),)
 

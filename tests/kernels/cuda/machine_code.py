@@ -40,7 +40,9 @@ class Kernel:
 
     def first(self, operation: str) -> int:
         """Where the first of these instructions is in the loop."""
-        return next(n for n, each in enumerate(self.loop) if operation_of(each).startswith(operation))
+        return next(
+            n for n, each in enumerate(self.loop) if operation_of(each).startswith(operation)
+        )
 
     def unfinished_groups(self) -> int:
         """The number of cp.async.wait_group: groups of copies that the loop's wait, the only one, leaves under way.
@@ -84,7 +86,10 @@ def disassembler() -> str:
 def kernels(layout: Layout, architecture: str) -> dict[str, Kernel]:
     """The kernels of a layout by name."""
     chosen, tool = compiler(), disassembler()
-    sources, options = read_sources(), [*compile_options(architecture, layout), "--ptxas-options=-v"]
+    sources, options = (
+        read_sources(),
+        [*compile_options(architecture, layout), "--ptxas-options=-v"],
+    )
     what = (chosen.version, tool, sources, layout.source, options)
 
     def build(out: Path) -> None:
@@ -125,7 +130,9 @@ def _kernel(name: str, body: str, log: str) -> Kernel:
     spills = re.search(r"(\d+) bytes spill stores", info)
     assert registers
     assert spills
-    return Kernel(name, instructions, min(loops, key=len, default=[]), int(registers[1]), int(spills[1]))
+    return Kernel(
+        name, instructions, min(loops, key=len, default=[]), int(registers[1]), int(spills[1])
+    )
 
 
 def operations(kernel: Kernel) -> Counter[str]:

@@ -31,8 +31,12 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(gpu):
     for scales in (BF16, torch.float16, torch.float32):
         weight = int4_weight(32, 512, 128, scales)
         decision = cuda.can_run(Layer.of(weight, BF16))
-        assert cuda.pack(weight, BF16)["weight_packed"].numel() == decision.bytes_per_weight * 32 * 512
-        sizes.append((decision.kernel.removeprefix("sparse GPU kernel "), decision.bytes_per_weight))
+        assert (
+            cuda.pack(weight, BF16)["weight_packed"].numel() == decision.bytes_per_weight * 32 * 512
+        )
+        sizes.append(
+            (decision.kernel.removeprefix("sparse GPU kernel "), decision.bytes_per_weight)
+        )
     fp32 = ("2:4 int4 with fp32 scales", 0.40625)
     assert sizes == [("2:4 int4", 0.390625), fp32, fp32]
 
@@ -41,10 +45,14 @@ def test_weights_of_any_pattern_are_claimed_with_the_bytes_that_are_expected(gpu
     decision = cuda.can_run(ANY)
     assert decision.sparse
     assert decision.kernel == "sparse GPU kernel unstructured"
-    assert decision.reason.startswith("sparse GPU kernel unstructured, not yet measured on hardware: about 1.25 bytes")
+    assert decision.reason.startswith(
+        "sparse GPU kernel unstructured, not yet measured on hardware: about 1.25 bytes"
+    )
     weight = unstructured_weight(256, 1024, 0.3)
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
-    assert 4 * cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 1024, rel=0.02)
+    assert 4 * cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(
+        announced * 256 * 1024, rel=0.02
+    )
 
 
 def test_int8_is_claimed_whatever_its_pattern(gpu):
@@ -53,10 +61,16 @@ def test_int8_is_claimed_whatever_its_pattern(gpu):
     assert "not yet measured on hardware: about 0.68 bytes" in decision.reason
     weight = int8_weight(256, 4096, 0.4)
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
-    assert cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 4096, rel=0.02)
-    in_groups = cuda.can_run(Layer.of(replace(weight, scale=torch.ones(256, 64)), BF16))  # of 64 columns
+    assert cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(
+        announced * 256 * 4096, rel=0.02
+    )
+    in_groups = cuda.can_run(
+        Layer.of(replace(weight, scale=torch.ones(256, 64)), BF16)
+    )  # of 64 columns
     assert in_groups.kernel == "sparse GPU kernel unstructured int8"
-    assert not cuda.can_run(Layer.of(replace(weight, scale=torch.ones(256, 128)), BF16)).sparse  # of 32
+    assert not cuda.can_run(
+        Layer.of(replace(weight, scale=torch.ones(256, 128)), BF16)
+    ).sparse  # of 32
 
 
 def test_fp8_is_claimed_whatever_its_pattern(gpu):
@@ -65,7 +79,9 @@ def test_fp8_is_claimed_whatever_its_pattern(gpu):
     assert "not yet measured on hardware: about 0.68 bytes" in decision.reason
     weight = fp8_weight(256, 4096, 0.4)
     announced = cuda.can_run(Layer.of(weight, BF16)).bytes_per_weight
-    assert 2 * cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(announced * 256 * 4096, rel=0.02)
+    assert 2 * cuda.pack(weight, BF16)["weight_packed"].numel() == pytest.approx(
+        announced * 256 * 4096, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("group", [64, 128])

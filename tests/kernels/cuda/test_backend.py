@@ -62,7 +62,9 @@ def on_card(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(library, "current_device", lambda: device)
 
 
-def test_a_layer_that_is_predicted_to_be_faster_dense_stays_dense_unless_all_are_asked_for(gpu, monkeypatch):
+def test_a_layer_that_is_predicted_to_be_faster_dense_stays_dense_unless_all_are_asked_for(
+    gpu, monkeypatch
+):
     on_card(monkeypatch, "h100")
     decision = cuda.can_run(NARROW)
     assert (decision.sparse, decision.kernel) == (False, "dense")
@@ -74,7 +76,9 @@ def test_a_layer_that_is_predicted_to_be_faster_dense_stays_dense_unless_all_are
     assert gpu.calls == []  # nothing was compiled or loaded for it
     wide = cuda.can_run(ANY)
     assert wide.sparse
-    assert re.search(r"instead of 2; predicted on H100 SXM: \d+\.\d us packed and 13\.\d us dense", wide.reason)
+    assert re.search(
+        r"instead of 2; predicted on H100 SXM: \d+\.\d us packed and 13\.\d us dense", wide.reason
+    )
     monkeypatch.setenv("RAC_GPU_KERNELS", "all")
     asked = cuda.can_run(NARROW)
     assert asked.sparse
@@ -99,7 +103,10 @@ def test_the_card_decides(gpu, monkeypatch, name, layer, sparse):
 
 
 def test_on_a_card_that_is_not_in_the_table_nothing_is_predicted(gpu, monkeypatch):
-    for other in (Device(0, (8, 9), 142, "NVIDIA L40"), Device(0, (9, 0), 114, "NVIDIA H100 80GB HBM3")):
+    for other in (
+        Device(0, (8, 9), 142, "NVIDIA L40"),
+        Device(0, (9, 0), 114, "NVIDIA H100 80GB HBM3"),
+    ):
         monkeypatch.setattr(library, "current_device", lambda other=other: other)
         decision = cuda.can_run(NARROW)
         assert decision.sparse
@@ -130,7 +137,10 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (replace(HALF, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
+        (
+            replace(HALF, served=torch.float16),
+            "it is served in torch.float16; the GPU kernels multiply bfloat16",
+        ),
         (
             replace(FOUR_BITS, two_of_four=False, group=96),
             "there is no GPU kernel for int4 in groups of 96; those that exist take bfloat16, and int8, float8_e4m3fn and int4 "
@@ -145,19 +155,40 @@ def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
             replace(ANY, stored=torch.int8, zero_points=True),
             "its values have zero points; the GPU kernels take symmetric",
         ),
-        (replace(ANY, stored=torch.int8, columns=70400, group=70400), "its 70400 columns are more than the 65536"),
-        (replace(ANY, density=0.9), r"packed it takes about 2.01 bytes per weight instead of 2: at most 1.00x faster"),
-        (replace(ANY, columns=70400), "its 70400 columns are more than the 65536 of the GPU kernel for any pattern"),
-        (replace(ANY, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
+        (
+            replace(ANY, stored=torch.int8, columns=70400, group=70400),
+            "its 70400 columns are more than the 65536",
+        ),
+        (
+            replace(ANY, density=0.9),
+            r"packed it takes about 2.01 bytes per weight instead of 2: at most 1.00x faster",
+        ),
+        (
+            replace(ANY, columns=70400),
+            "its 70400 columns are more than the 65536 of the GPU kernel for any pattern",
+        ),
+        (
+            replace(ANY, served=torch.float16),
+            "it is served in torch.float16; the GPU kernels multiply bfloat16",
+        ),
         (
             replace(FOUR_BITS, zero_points=True),
             "its values have zero points; the GPU kernels take symmetric int4 and int8",
         ),
         (replace(FOUR_BITS, group=32), "there is no GPU kernel for int4 in groups of 32"),
-        (replace(HALF, stored=torch.int8, group=32), "there is no GPU kernel for int8 in groups of 32"),
-        (replace(HALF, stored=torch.float8_e5m2), "there is no GPU kernel for float8_e5m2; those that exist take"),
+        (
+            replace(HALF, stored=torch.int8, group=32),
+            "there is no GPU kernel for int8 in groups of 32",
+        ),
+        (
+            replace(HALF, stored=torch.float8_e5m2),
+            "there is no GPU kernel for float8_e5m2; those that exist take",
+        ),
         (replace(FP8, group=32), "there is no GPU kernel for float8_e4m3fn in groups of 32"),
-        (replace(FP8, served=torch.float16), "it is served in torch.float16; the GPU kernels multiply bfloat16"),
+        (
+            replace(FP8, served=torch.float16),
+            "it is served in torch.float16; the GPU kernels multiply bfloat16",
+        ),
         (replace(HALF, columns=100), "its 100 columns are no multiple of 8"),
     ],
 )
@@ -184,7 +215,9 @@ def test_a_device_that_cannot(gpu, monkeypatch, device, reason):
 def test_what_does_not_load_stays_dense(gpu):
     gpu.refuses = Status.CUDA_ERROR_NO_BINARY_FOR_GPU
     reason = cuda.can_run(HALF).reason
-    assert reason.startswith("dense because cuModuleLoadData: the GPU's driver answers CUDA_ERROR_NO_BINARY_FOR_GPU")
+    assert reason.startswith(
+        "dense because cuModuleLoadData: the GPU's driver answers CUDA_ERROR_NO_BINARY_FOR_GPU"
+    )
     with pytest.raises(RacError, match="layer: cuModuleLoadData"):
         cuda.pack(bf16_weight(16, 64), BF16)
 
@@ -200,7 +233,9 @@ def test_what_does_not_load_stays_dense(gpu):
         int8_weight,
         lambda rows, columns: int4_any_weight(64, rows, columns),
         int8_24_weight,
-        lambda rows, columns: grouped_weight(int8_weight, 64, rows, columns, kept_of_four(rows, columns).float()),
+        lambda rows, columns: grouped_weight(
+            int8_weight, 64, rows, columns, kept_of_four(rows, columns).float()
+        ),
         lambda rows, columns: grouped_weight(fp8_weight, 64, rows, columns, 0.4),
     ],
     ids=[
@@ -224,7 +259,9 @@ def test_without_a_driver_or_a_function_of_it_a_layer_stays_dense_with_the_reaso
     """`cuda-bindings` has every name, and raises RuntimeErrors of its own at the call."""
 
     def missing(*arguments: object) -> None:
-        raise RuntimeError('"cuda" is an NVIDIA driver library and can only be found via system search')
+        raise RuntimeError(
+            '"cuda" is an NVIDIA driver library and can only be found via system search'
+        )
 
     monkeypatch.setattr(FakeDriver, "cuInit", missing)
     decision = cuda.can_run(HALF)
@@ -237,7 +274,9 @@ def test_without_a_driver_or_a_function_of_it_a_layer_stays_dense_with_the_reaso
         cuda.pack(bf16_weight(16, 64), BF16)
 
 
-@pytest.mark.parametrize(("tokens", "two_of_four"), [(1, False), (9, True), (129, False), (257, True)])
+@pytest.mark.parametrize(
+    ("tokens", "two_of_four"), [(1, False), (9, True), (129, False), (257, True)]
+)
 def test_fp8_is_multiplied_too(gpu: FakeDriver, tokens, two_of_four):
     weight = fp8_weight(50, 192, kept_of_four(50, 192).float() if two_of_four else 0.4)
     check_product(weight, tokens)
@@ -257,7 +296,9 @@ def check_product(weight: StoredWeight, tokens: int) -> None:
 
 
 def test_what_no_kernel_reads_is_refused(gpu):
-    with pytest.raises(RacError, match=r"layer: torch\.bfloat16 served in torch\.float16 has no GPU kernel here"):
+    with pytest.raises(
+        RacError, match=r"layer: torch\.bfloat16 served in torch\.float16 has no GPU kernel here"
+    ):
         cuda.pack(bf16_weight(16, 64), torch.float16)
     assert backend.requested()
 
@@ -267,13 +308,17 @@ def test_too_little_memory_is_said(gpu, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(backend, "torch_device", full)
-    with pytest.raises(RacError, match=r"layer: 9 MB do not fit into the GPU's memory .*--tensor-parallel-size"):
+    with pytest.raises(
+        RacError, match=r"layer: 9 MB do not fit into the GPU's memory .*--tensor-parallel-size"
+    ):
         cuda.pack(bf16_weight(2048, 4096), BF16)
 
 
 def test_under_torch_compile(gpu):
     weight = bf16_weight(32, 128)
     packed = cuda.pack(weight, BF16)
-    step = torch.compile(lambda x: cuda.linear(x, packed, 32, 128) * 2, fullgraph=True, backend="aot_eager")
+    step = torch.compile(
+        lambda x: cuda.linear(x, packed, 32, 128) * 2, fullgraph=True, backend="aot_eager"
+    )
     x = torch.randn(3, 128).to(BF16)
     assert torch.equal(step(x), cuda.linear(x, packed, 32, 128) * 2)

@@ -85,7 +85,18 @@ def test_an_entry_under_another_name_is_compiled_again(kept):
 
 
 def test_keys_differ_however_the_parts_are_cut():
-    assert len({key_of("ab", "c"), key_of("a", "bc"), key_of("abc"), key_of("a", "b", "c"), key_of("", "abc")}) == 5
+    assert (
+        len(
+            {
+                key_of("ab", "c"),
+                key_of("a", "bc"),
+                key_of("abc"),
+                key_of("a", "b", "c"),
+                key_of("", "abc"),
+            }
+        )
+        == 5
+    )
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(kept, caplog):
@@ -130,7 +141,9 @@ def test_two_at_once_both_get_the_code_and_leave_one_entry(kept):
         together.wait(timeout=10)
         return b"code" * 1000
 
-    threads = [threading.Thread(target=lambda: results.append(cached(KEY, build))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(cached(KEY, build))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -164,7 +177,8 @@ def test_two_processes_that_compile_at_once_both_get_the_code_and_leave_one_entr
     """Both build before either writes."""
     (tmp_path / "marks").mkdir()
     running = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path / "marks" / f"{n}.builds", "2"]) for n in range(2)
+        subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path / "marks" / f"{n}.builds", "2"])
+        for n in range(2)
     ]
     assert [each.wait(timeout=120) for each in running] == [0, 0]
     assert len(list((tmp_path / "marks").iterdir())) == 2
@@ -233,7 +247,9 @@ def test_without_a_home_nothing_is_kept_and_one_line_says_so(no_home, caplog):
 
 
 @pytest.mark.parametrize("variable", [cache.VARIABLE, "XDG_CACHE_HOME"])
-def test_without_a_home_a_folder_that_a_variable_names_is_used(no_home, monkeypatch, tmp_path, caplog, variable):
+def test_without_a_home_a_folder_that_a_variable_names_is_used(
+    no_home, monkeypatch, tmp_path, caplog, variable
+):
     monkeypatch.setenv(variable, str(tmp_path / "kept"))
     again = Build(b"not called")
     cached(KEY, Build())

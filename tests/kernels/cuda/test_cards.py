@@ -47,11 +47,16 @@ def test_the_table_fits_the_data_sheets(name, teraflops, share, gigabytes):
     card = card_of(name)
     assert card.bandwidth == gigabytes * 1e9
     assert card.peak == teraflops * 1e12
-    assert card.processors * card.clock * card.products * 2 == pytest.approx(teraflops * share * 1e12, rel=0.01)
+    assert card.processors * card.clock * card.products * 2 == pytest.approx(
+        teraflops * share * 1e12, rel=0.01
+    )
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(RacError, match=r'device "h300" is not known; use a100, h100, h200, b200, 4090, l4, or cuda:0'):
+    with pytest.raises(
+        RacError,
+        match=r'device "h300" is not known; use a100, h100, h200, b200, 4090, l4, or cuda:0',
+    ):
         card_of("h300")
     for wrong in ("cuda:", "cuda:x", "cuda:-1", "cuda:0000", ""):
         with pytest.raises(RacError, match="is not known"):
@@ -60,21 +65,33 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_a_gpu_of_this_machine_is_found_by_what_it_reports(machine):
     machine(("NVIDIA L4", 58), ("NVIDIA H100 80GB HBM3", 132))
-    assert (card_of("cuda").name, card_of("cuda:0").name, card_of("cuda:1").name) == ("l4", "l4", "h100")
+    assert (card_of("cuda").name, card_of("cuda:0").name, card_of("cuda:1").name) == (
+        "l4",
+        "l4",
+        "h100",
+    )
 
 
 def test_a_gpu_that_is_not_there_or_not_in_the_table_is_an_error(machine):
     machine()
-    with pytest.raises(RacError, match=r'device "cuda:0": torch finds no CUDA devices here; name a card: a100, h100'):
+    with pytest.raises(
+        RacError,
+        match=r'device "cuda:0": torch finds no CUDA devices here; name a card: a100, h100',
+    ):
         card_of("cuda:0")
     machine(("NVIDIA L40", 142), ("NVIDIA L4", 29))
     with pytest.raises(RacError, match=r'"cuda:2": torch finds 2 CUDA devices'):
         card_of("cuda:2")
-    with pytest.raises(RacError, match=r'"cuda:0" is "NVIDIA L40" with 142 multiprocessors, which is not in the table'):
+    with pytest.raises(
+        RacError,
+        match=r'"cuda:0" is "NVIDIA L40" with 142 multiprocessors, which is not in the table',
+    ):
         card_of("cuda:0")
     with pytest.raises(RacError, match=r'"NVIDIA L4" with 29 multiprocessors'):
         card_of("cuda:1")
 
 
 def test_no_two_cards_share_a_name():
-    assert len({card.name for card in CARDS}) == len({card.reported for card in CARDS}) == len(CARDS)
+    assert (
+        len({card.name for card in CARDS}) == len({card.reported for card in CARDS}) == len(CARDS)
+    )

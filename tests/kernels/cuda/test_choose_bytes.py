@@ -43,7 +43,9 @@ def test_a_window_gives_each_stored_place_the_next_value(nothing):
 
 
 def test_four_nibbles_become_four_bytes():
-    (which,) = constants("unstructured_int4.cu", r"choose_bytes\(window, window >> 4, (0x[0-9a-f]+)\)")
+    (which,) = constants(
+        "unstructured_int4.cu", r"choose_bytes\(window, window >> 4, (0x[0-9a-f]+)\)"
+    )
     for value in range(1 << 16):
         window = value | 0x9ABC0000
         chosen = prmt(window, window >> 4, which)
@@ -54,7 +56,9 @@ def test_bytes_1_and_3_of_a_word_are_alone_in_its_halves():
     """Int8: with zeros above, for the multiplication that reads a byte as a bf16's bits."""
     (which,) = constants("bytes.h", r"odd = two\(choose_bytes\(word, 0, (0x4[0-9a-f]+)\)\)")
     for byte in range(256):
-        assert prmt(byte << 8 | (255 - byte) << 24 | 0x00770077, 0, which) == byte | (255 - byte) << 16
+        assert (
+            prmt(byte << 8 | (255 - byte) << 24 | 0x00770077, 0, which) == byte | (255 - byte) << 16
+        )
 
 
 def test_codes_of_fp8_are_shifted_into_a_bf16s_places_with_their_signs():
@@ -71,5 +75,6 @@ def test_codes_of_fp8_are_shifted_into_a_bf16s_places_with_their_signs():
                     bits = prmt(word | others, 0, which)
                     shifted = (bits - (1 << 32) if bits >> 31 else bits) >> 4 & mask
                     assert shifted == sum(
-                        ((code & 128) << 8 | (code & 127) << 4) << 16 * h for h, code in enumerate((low, high))
+                        ((code & 128) << 8 | (code & 127) << 4) << 16 * h
+                        for h, code in enumerate((low, high))
                     )

@@ -41,7 +41,9 @@ def test_it_is_on_where_it_can_have_an_effect(monkeypatch):
 def test_other_values_are_refused(monkeypatch):
     monkeypatch.setenv("RAC_GPU_PROMPTS", "cutlass")
     for kernels in (True, False):
-        with pytest.raises(RacError, match='RAC_GPU_PROMPTS="cutlass": use expand or cusparselt, or unset it'):
+        with pytest.raises(
+            RacError, match='RAC_GPU_PROMPTS="cutlass": use expand or cusparselt, or unset it'
+        ):
             cusparselt.requested(kernels)
 
 
@@ -51,12 +53,15 @@ def test_what_would_have_no_effect_is_refused(monkeypatch):
         cusparselt.requested(kernels=False)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(
-        RacError, match="with VLLM_BATCH_INVARIANT one kernel multiplies every number of tokens; unset one"
+        RacError,
+        match="with VLLM_BATCH_INVARIANT one kernel multiplies every number of tokens; unset one",
     ):
         cusparselt.requested(kernels=True)
     monkeypatch.delenv("VLLM_BATCH_INVARIANT")
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
-    with pytest.raises(RacError, match=r"torch .* has no cuSPARSELt; install torch for CUDA, or unset it"):
+    with pytest.raises(
+        RacError, match=r"torch .* has no cuSPARSELt; install torch for CUDA, or unset it"
+    ):
         cusparselt.requested(kernels=True)
 
 
@@ -64,11 +69,15 @@ def test_a_device_without_a_2_of_4_layer_is_refused_with_the_first_prompt(monkey
     fake_cusparselt.install(monkeypatch)
     cusparselt.note_two_of_four(1)
     cusparselt.check_effect(1)
-    with pytest.raises(RacError, match="RAC_GPU_PROMPTS=cusparselt: no 2:4 layer runs on a GPU kernel here"):
+    with pytest.raises(
+        RacError, match="RAC_GPU_PROMPTS=cusparselt: no 2:4 layer runs on a GPU kernel here"
+    ):
         cusparselt.check_effect(0)
 
 
-@pytest.mark.parametrize(("rows", "columns", "fits"), [(48, 112, True), (40, 112, False), (48, 120, False)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "fits"), [(48, 112, True), (40, 112, False), (48, 120, False)]
+)
 def test_rows_and_columns_are_multiples_of_16(rows, columns, fits):
     words = cusparselt.problem(rows, columns)
     assert words == (None if fits else f"cuSPARSELt takes multiples of 16, not [{rows}, {columns}]")
@@ -95,7 +104,9 @@ def test_what_cusparselt_answers_is_said(monkeypatch):
 
     monkeypatch.setattr(torch, "_cslt_compress", refuse)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", refuse)
-    words = r"^cuSPARSELt: architecture mismatch when calling `cusparseLtInit`; unset RAC_GPU_PROMPTS$"
+    words = (
+        r"^cuSPARSELt: architecture mismatch when calling `cusparseLtInit`; unset RAC_GPU_PROMPTS$"
+    )
     with pytest.raises(RacError, match=words):
         cusparselt.compress(torch.zeros(16, 16), CPU)
     with pytest.raises(RacError, match=words):
@@ -106,6 +117,7 @@ def test_what_cusparselt_answers_is_said(monkeypatch):
 
     monkeypatch.setattr(torch, "_cslt_compress", full)
     with pytest.raises(
-        RacError, match=r"copy of a weight \[16, 32\] for cuSPARSELt does not fit into the GPU's memory"
+        RacError,
+        match=r"copy of a weight \[16, 32\] for cuSPARSELt does not fit into the GPU's memory",
     ):
         cusparselt.compress(torch.zeros(16, 32), CPU)

@@ -21,7 +21,13 @@ from rac_modifier.kernels.cuda.layout import (
     pack,
     units_of,
 )
-from rac_modifier.kernels.cuda.programs import all_programs, expand_grid, expand_program, program, tiles_of
+from rac_modifier.kernels.cuda.programs import (
+    all_programs,
+    expand_grid,
+    expand_program,
+    program,
+    tiles_of,
+)
 from tests.kernels.cuda.emulate import SOURCES, emulate, product, sites
 from tests.kernels.cuda.weights import (
     assert_product,
@@ -37,7 +43,9 @@ from tests.kernels.cuda.weights import (
 
 # test_fp8.py has products in fp8. Scales in float32 are other bytes for the same loops: one size of group shows it.
 SHOWN_ELSEWHERE = [INT4_FP32_SCALES[128], *(layout for layout in ALL if layout.e4m3)]
-TILED = [(layout, tiles) for layout in ALL if layout not in SHOWN_ELSEWHERE for tiles in tiles_of(layout)]
+TILED = [
+    (layout, tiles) for layout in ALL if layout not in SHOWN_ELSEWHERE for tiles in tiles_of(layout)
+]
 
 
 def name_of(value: object) -> str:
@@ -46,7 +54,10 @@ def name_of(value: object) -> str:
 
 # Rows are no multiple of 16 or an odd number of tiles, columns none of 64, 128 or 256; one weight is smaller than a chunk.
 SHAPES = [(3, 37, 904), (16, 48, 256), (17, 70, 136), (32, 16, 8), (33, 20, 640)]
-LARGE = [(66, 134, 904), (40, 24, 128)]  # more tokens than a tile holds, and more rows, or few of both
+LARGE = [
+    (66, 134, 904),
+    (40, 24, 128),
+]  # more tokens than a tile holds, and more rows, or few of both
 
 
 def weight_of(layout: Layout, rows: int, columns: int):
@@ -56,7 +67,9 @@ def weight_of(layout: Layout, rows: int, columns: int):
         make = fp8_weight if layout.e4m3 else int8_weight
         density = 0.5 if layout.any_pattern else kept_of_four(rows, columns).float()
         return (
-            grouped_weight(make, layout.group, rows, columns, density) if layout.group else make(rows, columns, density)
+            grouped_weight(make, layout.group, rows, columns, density)
+            if layout.group
+            else make(rows, columns, density)
         )
     if not layout.group:
         return (unstructured_weight if layout.any_pattern else bf16_weight)(rows, columns)
@@ -66,9 +79,17 @@ def weight_of(layout: Layout, rows: int, columns: int):
 
 @pytest.mark.parametrize(("layout", "tiles"), TILED, ids=name_of)
 def test_a_kernel_multiplies(layout, tiles):
-    for tokens, rows, columns in [(1, 33, 264), (8, 40, 520), *SHAPES, *(LARGE if tiles[0] == 8 else [])]:
+    for tokens, rows, columns in [
+        (1, 33, 264),
+        (8, 40, 520),
+        *SHAPES,
+        *(LARGE if tiles[0] == 8 else []),
+    ]:
         weight = weight_of(layout, rows, columns)
-        x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(rows).to(torch.bfloat16)
+        x, bias = (
+            torch.randn(tokens, weight.columns).to(torch.bfloat16),
+            torch.randn(rows).to(torch.bfloat16),
+        )
         bias = None if tokens == 16 else bias
         out, error = product(layout, program(layout, *tiles), pack(weight, layout), x, rows, bias)
         assert error == ""
@@ -164,7 +185,16 @@ def test_the_order_of_a_tokens_sums_follows_from_the_token_tiles_alone(layout):
 
 @pytest.mark.parametrize(
     "layout",
-    [BF16, INT8, E4M3, INT4[128], UNSTRUCTURED, UNSTRUCTURED_INT8, UNSTRUCTURED_E4M3, UNSTRUCTURED_INT4[128]],
+    [
+        BF16,
+        INT8,
+        E4M3,
+        INT4[128],
+        UNSTRUCTURED,
+        UNSTRUCTURED_INT8,
+        UNSTRUCTURED_E4M3,
+        UNSTRUCTURED_INT4[128],
+    ],
     ids=name_of,
 )
 def test_a_barrier_or_wait_that_is_left_out_is_a_race(layout):
@@ -189,14 +219,22 @@ def test_a_barrier_or_wait_that_is_left_out_is_a_race(layout):
             assert set(sites(layout)) == named
             for site in named - caught:
                 _, error = product(layout, program(layout, *tiles), packed, x, 32, skip=site)
-                caught |= {site} if error.startswith(("race", "read of shared memory that nobody wrote")) else set()
+                caught |= (
+                    {site}
+                    if error.startswith(("race", "read of shared memory that nobody wrote"))
+                    else set()
+                )
         assert caught == named
 
 
 def barriers(source: str) -> list[str]:
     """Lines of a source with a barrier or a wait. The first one of decode.h is in every kernel."""
     lines = (SOURCES / source).read_text().splitlines()
-    return [f"{source}:{n + 1}" for n, line in enumerate(lines) if any(w in line for w in ("SYNC_", "CP_ASYNC_WAIT"))]
+    return [
+        f"{source}:{n + 1}"
+        for n, line in enumerate(lines)
+        if any(w in line for w in ("SYNC_", "CP_ASYNC_WAIT"))
+    ]
 
 
 @pytest.mark.parametrize("layout", ALL, ids=name_of)
@@ -204,7 +242,9 @@ def test_a_program_needs_all_of_its_shared_memory_and_no_more(layout):
     weight = weight_of(layout, 32, 4096)
     x = torch.randn(1, 4096).to(torch.bfloat16)
     for each in all_programs(layout)[:-1]:
-        _, error = product(layout, each, pack(weight, layout), x, 32, shared_bytes=each.shared_bytes - 16)
+        _, error = product(
+            layout, each, pack(weight, layout), x, 32, shared_bytes=each.shared_bytes - 16
+        )
         assert error.startswith("access outside of shared memory")
 
 
@@ -212,7 +252,9 @@ def test_metadata_that_is_not_ordered_is_noticed():
     weight = bf16_weight(16, 64)
     packed = pack(weight, BF16)
     packed[1024] = packed[1024] & 0xF0 | 0b0001  # i0 = 1, i1 = 0
-    _, error = product(BF16, program(BF16, 1, 1), packed, torch.ones(1, 64, dtype=torch.bfloat16), 16)
+    _, error = product(
+        BF16, program(BF16, 1, 1), packed, torch.ones(1, 64, dtype=torch.bfloat16), 16
+    )
     assert error.startswith("metadata that is not ordered")
 
 
@@ -220,6 +262,10 @@ def test_what_lies_outside_of_a_buffer_or_misaligned_is_noticed():
     weight = bf16_weight(16, 128)
     packed, x = pack(weight, BF16), torch.ones(1, 128, dtype=torch.bfloat16)
     chosen = program(BF16, 1, 1)
-    assert product(BF16, chosen, packed[:-16], x, 16)[1].startswith("access outside of global memory")
+    assert product(BF16, chosen, packed[:-16], x, 16)[1].startswith(
+        "access outside of global memory"
+    )
     shifted = torch.cat([x.flatten(), x.flatten()[:1]])[1:].view(1, 128)
-    assert product(BF16, chosen, packed, shifted, 16)[1].startswith("misaligned access of 16 bytes to global")
+    assert product(BF16, chosen, packed, shifted, 16)[1].startswith(
+        "misaligned access of 16 bytes to global"
+    )

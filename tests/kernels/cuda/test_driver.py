@@ -33,7 +33,8 @@ def test_everything_that_a_launch_needs_is_done_at_load_in_the_devices_context(g
 def test_the_context_is_put_back_where_loading_fails(gpu):
     gpu.refuses = Status.CUDA_ERROR_NO_BINARY_FOR_GPU
     with pytest.raises(
-        RacError, match="NO_BINARY_FOR_GPU; the driver is older than the NVRTC in use: update the driver"
+        RacError,
+        match="NO_BINARY_FOR_GPU; the driver is older than the NVRTC in use: update the driver",
     ):
         Module(code_of(BF16), {ONE.name: ONE.shared_bytes}, 0)
     assert gpu.contexts == []
@@ -44,14 +45,21 @@ def test_a_launch_that_the_driver_refuses_is_an_error(gpu):
     gpu.most_shared.clear()
     with (
         gpu.on(0),
-        pytest.raises(RacError, match=f"{ONE.name}: cuLaunchKernel: the GPU's driver answers CUDA_ERROR_INVALID_VALUE"),
+        pytest.raises(
+            RacError,
+            match=f"{ONE.name}: cuLaunchKernel: the GPU's driver answers CUDA_ERROR_INVALID_VALUE",
+        ),
     ):
         module.launch(ONE.name, (1, 1), 128, 0, (0,) * 9)
 
 
 def test_a_launch_from_a_thread_that_has_not_used_the_gpu_yet(gpu):
     weight = bf16_weight(16, 64)
-    packed, x, out = pack(weight, BF16), torch.eye(8, 64).to(torch.bfloat16), torch.zeros(8, 16, dtype=torch.bfloat16)
+    packed, x, out = (
+        pack(weight, BF16),
+        torch.eye(8, 64).to(torch.bfloat16),
+        torch.zeros(8, 16, dtype=torch.bfloat16),
+    )
     module = Module(code_of(BF16), {ONE.name: ONE.shared_bytes}, 3)
     gpu.calls.clear()
     arguments = (packed.data_ptr(), x.data_ptr(), 0, out.data_ptr(), 16, 64, 8, 2, 0)
@@ -81,11 +89,14 @@ def test_a_driver_without_cufuncload_loads_functions_at_their_first_launch(gpu, 
     assert torch.equal(out, weight.dense().T[:8])
 
 
-@pytest.mark.parametrize("function", ["cuInit", "cuDevicePrimaryCtxRetain", "cuModuleLoadData", "cuModuleGetFunction"])
+@pytest.mark.parametrize(
+    "function", ["cuInit", "cuDevicePrimaryCtxRetain", "cuModuleLoadData", "cuModuleGetFunction"]
+)
 def test_a_missing_driver_or_function_is_said(gpu, monkeypatch, function):
     monkeypatch.setattr(FakeDriver, function, not_found)
     with pytest.raises(
-        RacError, match=rf"{function} cannot be called \(function is not found\); install or update NVIDIA's"
+        RacError,
+        match=rf"{function} cannot be called \(function is not found\); install or update NVIDIA's",
     ):
         Module(code_of(BF16), {ONE.name: ONE.shared_bytes}, 0)
     assert gpu.contexts == []
@@ -104,7 +115,10 @@ def test_without_cuda_bindings_the_error_says_how_to_install_them(monkeypatch):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(RacError, match=r"cuda-bindings cannot be imported \(No module .*\); pip install cuda-bindings"):
+    with pytest.raises(
+        RacError,
+        match=r"cuda-bindings cannot be imported \(No module .*\); pip install cuda-bindings",
+    ):
         driver.bindings()
 
 
@@ -120,7 +134,13 @@ def test_the_bindings_have_what_is_used():
         "cuCtxPopCurrent",
         "cuCtxSetCurrent",
     )
-    of_code = ("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuFuncLoad", "cuLaunchKernel")
+    of_code = (
+        "cuModuleLoadData",
+        "cuModuleGetFunction",
+        "cuFuncSetAttribute",
+        "cuFuncLoad",
+        "cuLaunchKernel",
+    )
     for name in (*of_contexts, *of_code):
         assert callable(getattr(found, name))
     assert int(found.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) == 8
@@ -128,6 +148,8 @@ def test_the_bindings_have_what_is_used():
     for status in Status:  # of the fake driver
         assert numbers[status.name] == status
     arguments = (tuple(range(len(driver.PARAMETERS))), driver.PARAMETERS)
-    if not torch.cuda.is_available():  # the call ends after its arguments were read, because there is no driver
+    if (
+        not torch.cuda.is_available()
+    ):  # the call ends after its arguments were read, because there is no driver
         with pytest.raises(RuntimeError, match="driver"):
             found.cuLaunchKernel(0, 1, 1, 1, 32, 1, 1, 0, 0, arguments, 0)

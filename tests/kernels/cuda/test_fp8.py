@@ -28,7 +28,14 @@ from rac_modifier.kernels.cuda.layout import (
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
 from tests.kernels.cuda.emulate import emulate, product
 from tests.kernels.cuda.test_unstructured_int8 import check_schedule, unpack_slowly
-from tests.kernels.cuda.weights import AWKWARD, assert_product, fp8_weight, grouped_weight, int8_weight, kept_of_four
+from tests.kernels.cuda.weights import (
+    AWKWARD,
+    assert_product,
+    fp8_weight,
+    grouped_weight,
+    int8_weight,
+    kept_of_four,
+)
 
 FP8 = torch.float8_e4m3fn
 BOTH = pytest.mark.parametrize("layout", [E4M3, UNSTRUCTURED_E4M3], ids=lambda layout: layout.title)
@@ -37,7 +44,9 @@ BOTH = pytest.mark.parametrize("layout", [E4M3, UNSTRUCTURED_E4M3], ids=lambda l
 def number(code: int) -> float:
     """What a code stands for, from the definition of e4m3: bias 7, no infinity, two NaNs."""
     sign, exponent, mantissa = -1.0 if code & 128 else 1.0, code >> 3 & 15, code & 7
-    return sign * (2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else 2.0**-6 * mantissa / 8)
+    return sign * (
+        2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else 2.0**-6 * mantissa / 8
+    )
 
 
 FINITE = [code for code in range(256) if code & 127 != 127]
@@ -54,8 +63,12 @@ def every_code(layout: Layout) -> tuple[StoredWeight, Tensor]:
     codes = torch.tensor(FINITE)[places % 254]
     if not layout.any_pattern:
         pattern = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1], [1, 0, 0, 1, 0, 1, 1, 0]]).bool()
-        codes = codes.masked_fill(~pattern[torch.arange(254) // 8 % 2], 0)  # rows g and g + 8 differ
-    dense = torch.tensor([[number(code) for code in row] for row in codes.tolist()], dtype=torch.float64)
+        codes = codes.masked_fill(
+            ~pattern[torch.arange(254) // 8 % 2], 0
+        )  # rows g and g + 8 differ
+    dense = torch.tensor(
+        [[number(code) for code in row] for row in codes.tolist()], dtype=torch.float64
+    )
     return of_codes(codes), dense
 
 
@@ -63,7 +76,9 @@ def every_code(layout: Layout) -> tuple[StoredWeight, Tensor]:
 def test_every_code_is_its_number(layout):
     """Times one column at a time and a scale of 1: nothing is rounded, since bf16 holds all of them. Subnormal ones too."""
     weight, dense = every_code(layout)
-    out, error = product(layout, program(layout, 2, 1), pack(weight, layout), torch.eye(8).to(torch.bfloat16), 254)
+    out, error = product(
+        layout, program(layout, 2, 1), pack(weight, layout), torch.eye(8).to(torch.bfloat16), 254
+    )
     assert error == ""
     assert torch.equal(out.double().T, dense)
     assert len(dense.unique()) == 253  # two zeros
@@ -78,7 +93,19 @@ def test_every_code_is_expanded(layout, size):
     weight = replace(weight, scale=(torch.rand(254, 1) + 0.1) * size)
     packed, out = pack(weight, layout), torch.full((254, 8), torch.nan).to(torch.bfloat16)
     sizes = (254, 8, 0, units_of(layout, packed, 8), 0)
-    assert emulate(layout, expand_program(layout), expand_grid(layout, 254, 8), packed, None, None, out, sizes) == ""
+    assert (
+        emulate(
+            layout,
+            expand_program(layout),
+            expand_grid(layout, 254, 8),
+            packed,
+            None,
+            None,
+            out,
+            sizes,
+        )
+        == ""
+    )
     expected = (dense.float() * weight.scale).to(torch.bfloat16)
     assert torch.equal(out, expected)
     assert torch.equal(weight.dequantized(torch.bfloat16), expected)
@@ -96,8 +123,13 @@ def tiles_for(tokens: int) -> tuple[int, int]:
 def test_the_kernel_of_any_pattern_multiplies(name, tokens):
     weight, layout = AWKWARD[name](fp8_weight), UNSTRUCTURED_E4M3
     tiles = tiles_for(tokens)
-    x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(weight.rows).to(torch.bfloat16)
-    out, error = product(layout, program(layout, *tiles), pack(weight, layout), x, weight.rows, bias)
+    x, bias = (
+        torch.randn(tokens, weight.columns).to(torch.bfloat16),
+        torch.randn(weight.rows).to(torch.bfloat16),
+    )
+    out, error = product(
+        layout, program(layout, *tiles), pack(weight, layout), x, weight.rows, bias
+    )
     assert error == ""
     assert_product(out, x, weight.dense().double() * weight.scale.double(), bias)
 
@@ -135,7 +167,16 @@ def test_the_kernel_of_2_of_4_multiplies(rows, columns, tokens, tiles, most):
 
 @pytest.mark.parametrize(
     ("tokens", "tiles"),
-    [(1, (1, 1)), (8, (2, 1)), (3, (4, 1)), (16, (1, 2)), (17, (2, 4)), (9, (4, 2)), (20, (8, 4)), (40, (8, 8))],
+    [
+        (1, (1, 1)),
+        (8, (2, 1)),
+        (3, (4, 1)),
+        (16, (1, 2)),
+        (17, (2, 4)),
+        (9, (4, 2)),
+        (20, (8, 4)),
+        (40, (8, 8)),
+    ],
 )
 @pytest.mark.parametrize("group", [64, 128])
 def test_the_kernel_of_2_of_4_multiplies_with_scales_of_groups(group, tokens, tiles):
@@ -169,7 +210,9 @@ def test_bytes_are_where_those_of_int8_are():
     units = 3 * 4 * 1280
     values = torch.arange(units) % 1280 < 1024
     found, expected = packed.view(torch.uint8), expected.clone()
-    assert int((found[:units] != expected[:units]).sum()) > 0  # what is not stored: 0, where int8 has 128
+    assert (
+        int((found[:units] != expected[:units]).sum()) > 0
+    )  # what is not stored: 0, where int8 has 128
     expected[:units] = torch.where(values & (found[:units] == 0), 0, expected[:units])
     assert torch.equal(found, expected)
 
@@ -189,7 +232,13 @@ def test_a_checkpoints_negative_zeros_are_zeros():
     codes = torch.zeros(16, 8, dtype=torch.int64)
     codes[:, 0], codes[:, 1] = 128, torch.arange(16) + 130
     for layout in (E4M3, UNSTRUCTURED_E4M3):
-        out, error = product(layout, program(layout, 2, 1), pack(of_codes(codes), layout), torch.eye(8).bfloat16(), 16)
+        out, error = product(
+            layout,
+            program(layout, 2, 1),
+            pack(of_codes(codes), layout),
+            torch.eye(8).bfloat16(),
+            16,
+        )
         assert error == ""
         assert not out[0].any()
         assert out[1].tolist() == [number(code) for code in range(130, 146)]
@@ -199,9 +248,26 @@ def test_a_checkpoints_negative_zeros_are_zeros():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda w: {"values": torch.where(w.values.view(torch.uint8) > 200, 127, w.values.view(torch.uint8))}, "NaN"),
-        (lambda w: {"values": torch.where(w.values.view(torch.uint8) > 200, 255, w.values.view(torch.uint8))}, "NaN"),
-        (lambda w: {"values": w.values.view(torch.float8_e5m2)}, "values of torch.float8_e5m2, which the layout"),
+        (
+            lambda w: {
+                "values": torch.where(
+                    w.values.view(torch.uint8) > 200, 127, w.values.view(torch.uint8)
+                )
+            },
+            "NaN",
+        ),
+        (
+            lambda w: {
+                "values": torch.where(
+                    w.values.view(torch.uint8) > 200, 255, w.values.view(torch.uint8)
+                )
+            },
+            "NaN",
+        ),
+        (
+            lambda w: {"values": w.values.view(torch.float8_e5m2)},
+            "values of torch.float8_e5m2, which the layout",
+        ),
         (lambda w: {"values": w.values.view(torch.int8)}, "values of torch.int8, which the layout"),
         (lambda w: {"scale": None}, "values of torch.float8_e4m3fn, which the layout"),
         (lambda w: {"scale": torch.ones(20, 2)}, "a scale per 32 columns"),
@@ -212,7 +278,9 @@ def test_what_it_does_not_hold_is_refused(layout, change, problem):
     changed = change(weight)
     if "NaN" in problem:
         changed["values"] = changed["values"].to(torch.uint8).view(FP8)
-        problem = "values that are NaN, which the GPU kernels do not have; the checkpoint is damaged"
+        problem = (
+            "values that are NaN, which the GPU kernels do not have; the checkpoint is damaged"
+        )
     with pytest.raises(RacError, match=f"layer: {problem}"):
         pack(replace(weight, **changed), layout)
 
@@ -220,7 +288,11 @@ def test_what_it_does_not_hold_is_refused(layout, change, problem):
 def test_int8_layouts_do_not_hold_it():
     weight = fp8_weight(20, 64, kept_of_four(20, 64).float())
     for layout in (INT8, UNSTRUCTURED_INT8):
-        with pytest.raises(RacError, match=r"layer: values of torch\.float8_e4m3fn, which the layout"):
+        with pytest.raises(
+            RacError, match=r"layer: values of torch\.float8_e4m3fn, which the layout"
+        ):
             pack(weight, layout)
-    with pytest.raises(RacError, match=r"layer: values of torch\.int8, which the layout 2:4 fp8 does not hold"):
+    with pytest.raises(
+        RacError, match=r"layer: values of torch\.int8, which the layout 2:4 fp8 does not hold"
+    ):
         pack(int8_weight(20, 64, kept_of_four(20, 64).float()), E4M3)

@@ -69,7 +69,8 @@ CASES = [
     (layout, each)
     for n, layout in enumerate(LAYOUTS)
     for m, each in enumerate(ARCHITECTURES)
-    if not (LAYOUTS[layout].group and (LAYOUTS[layout].bits == 8 or "fp32" in layout)) or n % len(ARCHITECTURES) == m
+    if not (LAYOUTS[layout].group and (LAYOUTS[layout].bits == 8 or "fp32" in layout))
+    or n % len(ARCHITECTURES) == m
 ]
 
 
@@ -95,10 +96,19 @@ def test_every_card_has_counts_of_every_layout():
 def test_a_count_is_found_by_layout_and_tiles():
     assert count_instructions(BF16, "sm_80", 2, 1) == COUNTS["bf16", "sm_80"][3]
     assert count_instructions(INT4[64], "sm_100", 1, 4) == COUNTS["int4 g64", "sm_100"][2]
-    assert count_instructions(INT4_FP32_SCALES[64], "sm_80", 2, 2) == COUNTS["int4 fp32 g64", "sm_80"][4]
+    assert (
+        count_instructions(INT4_FP32_SCALES[64], "sm_80", 2, 2)
+        == COUNTS["int4 fp32 g64", "sm_80"][4]
+    )
     assert count_instructions(UNSTRUCTURED, "sm_90", 2, 4) == COUNTS["unstructured", "sm_90"][2]
-    assert count_instructions(UNSTRUCTURED_INT8, "sm_90", 2, 4) == COUNTS["unstructured int8", "sm_90"][2]
-    assert count_instructions(UNSTRUCTURED_INT4[64], "sm_90", 2, 1) == COUNTS["unstructured int4 g64", "sm_90"][0]
+    assert (
+        count_instructions(UNSTRUCTURED_INT8, "sm_90", 2, 4)
+        == COUNTS["unstructured int8", "sm_90"][2]
+    )
+    assert (
+        count_instructions(UNSTRUCTURED_INT4[64], "sm_90", 2, 1)
+        == COUNTS["unstructured int4 g64", "sm_90"][0]
+    )
 
 
 def test_an_architecture_without_counts_is_an_error():
@@ -109,5 +119,7 @@ def test_an_architecture_without_counts_is_an_error():
 if __name__ == "__main__":
     for name, layout in LAYOUTS.items():
         for each in ARCHITECTURES:
-            counts = " ".join(f"{loop}+{others}" for loop, others in disassembled(layout, each).values())
+            counts = " ".join(
+                f"{loop}+{others}" for loop, others in disassembled(layout, each).values()
+            )
             print(f'    ("{name}", "{each}"): "{counts}",')

@@ -43,7 +43,9 @@ def element(
     return (tile * units + unit) * unit_bytes, product, in_product // 4, in_product % 4
 
 
-def unpack_slowly(packed: Tensor, rows: int, columns: int, group: int, fp32_scales: bool = False) -> Tensor:
+def unpack_slowly(
+    packed: Tensor, rows: int, columns: int, group: int, fp32_scales: bool = False
+) -> Tensor:
     """The dense weight in float64, read number by number as the tables in csrc/gpu/ say where each one is."""
     of_scales = 64 if fp32_scales else 32
     unit_columns, unit_bytes = (128, 768 + of_scales * 128 // group) if group else (64, 1152)
@@ -64,9 +66,16 @@ def unpack_slowly(packed: Tensor, rows: int, columns: int, group: int, fp32_scal
             places = words[metadata_at // 4] >> (16 * h + 4 * (four % 4)) & 15
             for value, place in enumerate((places & 3, places >> 2)):
                 if group:
-                    nibble = words[(start + 16 * lane + 4 * product) // 4] >> 4 * (register + 4 * value) & 15
+                    nibble = (
+                        words[(start + 16 * lane + 4 * product) // 4] >> 4 * (register + 4 * value)
+                        & 15
+                    )
                     scales_at = start + 768 + of_scales * (product * 32 // group)
-                    scale = floats[scales_at // 4 + in_tile] if fp32_scales else halves[scales_at // 2 + 2 * g + h]
+                    scale = (
+                        floats[scales_at // 4 + in_tile]
+                        if fp32_scales
+                        else halves[scales_at // 2 + 2 * g + h]
+                    )
                     number = scale * (nibble - 8)
                 else:
                     number = halves[(start + 512 * product + 16 * lane + 4 * register) // 2 + value]
@@ -83,7 +92,9 @@ def exact(weight: StoredWeight) -> Tensor:
 @pytest.mark.parametrize(("rows", "columns"), [(16, 128), (37, 200), (5, 4), (48, 392)])
 def test_bf16_is_where_the_table_says(rows, columns):
     weight = bf16_weight(rows, columns)
-    assert torch.equal(unpack_slowly(pack(weight, BF16), rows, columns, 0), weight.dequantized(torch.float64))
+    assert torch.equal(
+        unpack_slowly(pack(weight, BF16), rows, columns, 0), weight.dequantized(torch.float64)
+    )
 
 
 @pytest.mark.parametrize("group", [64, 128])
@@ -93,7 +104,9 @@ def test_int4_is_where_the_table_says(rows, columns, group):
     found = unpack_slowly(pack(weight, INT4[group]), rows, columns, group)
     assert torch.equal(found, exact(weight))
     weight = int4_weight(rows, columns, group, scales=torch.float16)
-    found = unpack_slowly(pack(weight, INT4_FP32_SCALES[group]), rows, columns, group, fp32_scales=True)
+    found = unpack_slowly(
+        pack(weight, INT4_FP32_SCALES[group]), rows, columns, group, fp32_scales=True
+    )
     assert torch.equal(found, exact(weight))
 
 
@@ -110,7 +123,8 @@ def test_int4_takes_the_bytes_of_its_values_metadata_and_16_bit_scales():
 def test_scales_that_bfloat16_does_not_hold_are_refused_rather_than_rounded(dtype):
     weight = int4_weight(16, 256, 128, scales=dtype)
     with pytest.raises(
-        RacError, match="layer: scales that bfloat16 does not hold exactly; pack it in the layout 2:4 int4"
+        RacError,
+        match="layer: scales that bfloat16 does not hold exactly; pack it in the layout 2:4 int4",
     ):
         pack(weight, INT4[128])
     one = weight.scale.bfloat16().float()
@@ -128,12 +142,26 @@ def test_int8_is_where_the_table_says(rows, columns, group):
     """Read number by number, as the table in csrc/gpu/sparse24_8bit.cu says."""
     weight = int8_weight(rows, columns, kept_of_four(rows, columns).float())
     if group:
-        weight = grouped_weight(int8_weight, group, rows, columns, kept_of_four(rows, columns).float())
+        weight = grouped_weight(
+            int8_weight, group, rows, columns, kept_of_four(rows, columns).float()
+        )
     columns, layout = weight.columns, INT8_GROUPS[group] if group else INT8
     packed = pack(weight, layout)
-    units, tiles, unit_bytes = -(-columns // 128), -(-rows // 16), 1280 + (64 * 128 // group if group else 0)
-    assert packed.numel() == tiles * (units * unit_bytes + (0 if group else 64)) == layout.nbytes(rows, columns)
-    words, values, floats = words_of(packed).tolist(), packed.tolist(), packed.view(torch.float32).tolist()
+    units, tiles, unit_bytes = (
+        -(-columns // 128),
+        -(-rows // 16),
+        1280 + (64 * 128 // group if group else 0),
+    )
+    assert (
+        packed.numel()
+        == tiles * (units * unit_bytes + (0 if group else 64))
+        == layout.nbytes(rows, columns)
+    )
+    words, values, floats = (
+        words_of(packed).tolist(),
+        packed.tolist(),
+        packed.view(torch.float32).tolist(),
+    )
     if not group:
         scales = packed[tiles * units * 1280 :].clone().view(torch.float32)
         assert torch.equal(scales[:rows], weight.scale[:, 0])
@@ -150,9 +178,21 @@ def test_int8_is_where_the_table_says(rows, columns, group):
                 ]
             lane, q = 4 * g + four % 4, four // 4
             holder = 4 * g + 2 * (product % 2) + q  # of the metadata
-            places = words[(start + 1024 + 128 * (product // 2) + 4 * holder) // 4] >> (16 * h + 4 * (four % 4)) & 15
+            places = (
+                words[(start + 1024 + 128 * (product // 2) + 4 * holder) // 4]
+                >> (16 * h + 4 * (four % 4))
+                & 15
+            )
             for value, place in enumerate((places & 3, places >> 2)):
-                at = start + 512 * (product // 2) + 16 * lane + 8 * (product % 2) + 4 * q + 2 * value + h
+                at = (
+                    start
+                    + 512 * (product // 2)
+                    + 16 * lane
+                    + 8 * (product % 2)
+                    + 4 * q
+                    + 2 * value
+                    + h
+                )
                 if column + place < columns:
                     dense[row, column + place] = values[at] - 128
     assert torch.equal(dense, weight.dense())
@@ -162,7 +202,9 @@ def test_int8_is_where_the_table_says(rows, columns, group):
 @pytest.mark.parametrize(("group", "groups"), [(64, 3), (128, 1), (128, 2), (64, 1)])
 def test_wider_groups_and_one_scale_per_row_repeat_their_scales(group, groups):
     columns = 192 * groups if groups == 3 else 256 * groups
-    weight = replace(int4_weight(16, columns, 64), scale=(torch.rand(16, groups) + 0.1).bfloat16().float())
+    weight = replace(
+        int4_weight(16, columns, 64), scale=(torch.rand(16, groups) + 0.1).bfloat16().float()
+    )
     assert layout_of(torch.int32, weight.group, columns) is not None
     found = unpack_slowly(pack(weight, INT4[group]), 16, columns, group)
     assert torch.equal(found, exact(weight))
@@ -173,7 +215,9 @@ def test_metadata_is_that_of_torchs_converter(most):
     """CUTLASS loads 64 half words of metadata with one ldmatrix: lane l gets half words 2l and 2l + 1, of 32 rows and 32
     columns. Lanes with t < 2 have rows 0 to 15 (selector 0), the others rows 16 to 31 (selector 1)."""
     dense = torch.randn(32, 256).to(torch.bfloat16).masked_fill_(~kept_of_four(32, 256, most), 0.0)
-    ours = words_of(pack(from_dense(dense, "w"), BF16)).view(2, 4, 288)[..., 256:]  # tile, unit, lane
+    ours = words_of(pack(from_dense(dense, "w"), BF16)).view(2, 4, 288)[
+        ..., 256:
+    ]  # tile, unit, lane
     for tile in range(2):
         for unit in range(4):
             # The two products of a unit, one below the other, are 32 rows and 32 columns; CUTLASS wants 64 columns.
@@ -210,5 +254,8 @@ def test_stored_zeros_and_signs_are_kept():
 def test_many_rows_are_packed_in_parts():
     weight = bf16_weight(2064, 8)
     whole = pack(weight, BF16)
-    parts = [pack(weight.select_rows(torch.arange(first, min(first + 16, 2064))), BF16) for first in range(0, 2064, 16)]
+    parts = [
+        pack(weight.select_rows(torch.arange(first, min(first + 16, 2064))), BF16)
+        for first in range(0, 2064, 16)
+    ]
     assert torch.equal(whole, torch.cat(parts))

@@ -56,12 +56,18 @@ def test_the_layout_follows_from_dtype_and_group():
     assert layout_of(torch.int32, 256, 512, scale_bytes=4) is INT4_FP32_SCALES[128]
     assert layout_of(torch.int32, 192, 576, scale_bytes=4) is INT4_FP32_SCALES[64]
     assert layout_of(torch.int32, 32, 512, scale_bytes=4) is None
-    assert layout_of(torch.int32, 128, 512, two_of_four=False, scale_bytes=4) is UNSTRUCTURED_INT4[128]
+    assert (
+        layout_of(torch.int32, 128, 512, two_of_four=False, scale_bytes=4) is UNSTRUCTURED_INT4[128]
+    )
     for two_of_four in (True, False):
         int8 = INT8_GROUPS if two_of_four else UNSTRUCTURED_INT8_GROUPS
         fp8 = E4M3_GROUPS if two_of_four else UNSTRUCTURED_E4M3_GROUPS
-        assert layout_of(torch.int8, 512, 512, two_of_four) is (INT8 if two_of_four else UNSTRUCTURED_INT8)
-        assert layout_of(torch.float8_e4m3fn, 512, 512, two_of_four) is (E4M3 if two_of_four else UNSTRUCTURED_E4M3)
+        assert layout_of(torch.int8, 512, 512, two_of_four) is (
+            INT8 if two_of_four else UNSTRUCTURED_INT8
+        )
+        assert layout_of(torch.float8_e4m3fn, 512, 512, two_of_four) is (
+            E4M3 if two_of_four else UNSTRUCTURED_E4M3
+        )
         for dtype, by_group in ((torch.int8, int8), (torch.float8_e4m3fn, fp8)):
             assert layout_of(dtype, 128, 512, two_of_four) is by_group[128]
             assert layout_of(dtype, 192, 576, two_of_four) is by_group[64]
@@ -71,7 +77,9 @@ def test_the_layout_follows_from_dtype_and_group():
 
 def test_dtype_and_size_must_fit_the_layout():
     def of(layout: Layout, nbytes: int, dtype: torch.dtype) -> bool:
-        return fits(layout, torch.empty(nbytes // dtype.itemsize, dtype=dtype, device="meta"), rows, columns)
+        return fits(
+            layout, torch.empty(nbytes // dtype.itemsize, dtype=dtype, device="meta"), rows, columns
+        )
 
     for layout in ALL:
         if layout.any_pattern:
@@ -106,7 +114,11 @@ def test_a_weight_of_any_pattern_has_a_dtype_and_a_least_size():
         assert not fits(layout, empty, 40, 70000)
     assert (BF16.tile_rows, UNSTRUCTURED.tile_rows) == (16, 32)
     assert (BF16.expanded_rows, UNSTRUCTURED.expanded_rows) == (16, 512)
-    assert (BF16.padded_columns(200), INT4[64].padded_columns(200), UNSTRUCTURED.padded_columns(200)) == (256, 256, 256)
+    assert (
+        BF16.padded_columns(200),
+        INT4[64].padded_columns(200),
+        UNSTRUCTURED.padded_columns(200),
+    ) == (256, 256, 256)
 
 
 def integers(values: list[int], scale: Tensor) -> StoredWeight:
@@ -118,7 +130,11 @@ def integers(values: list[int], scale: Tensor) -> StoredWeight:
     [
         (integers([8, 0, 0, 0], torch.ones(1, 1)), INT4[128], "values outside of -8 to 7"),
         (integers([-9, 0, 0, 0], torch.ones(1, 1)), INT4[128], "values outside of -8 to 7"),
-        (integers([1, 0, 0, 0], torch.ones(1, 1)), BF16, "values of torch.int8, which the layout 2:4 does not"),
+        (
+            integers([1, 0, 0, 0], torch.ones(1, 1)),
+            BF16,
+            "values of torch.int8, which the layout 2:4 does not",
+        ),
         (
             integers([1, 0, 0, 0] * 64, torch.ones(1, 8)),
             INT4[64],
@@ -132,9 +148,17 @@ def integers(values: list[int], scale: Tensor) -> StoredWeight:
         ),
         (integers([127, 0, 0, -128], torch.ones(1, 1)), INT8, None),
         (integers([1, 1, 0, 1], torch.ones(1, 1)), INT8, "more than two of four"),
-        (from_dense(torch.eye(4), "w"), INT8, "values of torch.float32, which the layout 2:4 int8 does not"),
+        (
+            from_dense(torch.eye(4), "w"),
+            INT8,
+            "values of torch.float32, which the layout 2:4 int8 does not",
+        ),
         (from_dense(torch.ones(1, 2), "w"), BF16, "more than two of four"),
-        (from_dense(torch.eye(4), "w"), INT4[64], "values of torch.float32, which the layout 2:4 int4 does not"),
+        (
+            from_dense(torch.eye(4), "w"),
+            INT4[64],
+            "values of torch.float32, which the layout 2:4 int4 does not",
+        ),
     ],
 )
 def test_what_a_layout_does_not_hold_is_refused(weight, layout, problem):
@@ -146,6 +170,8 @@ def test_what_a_layout_does_not_hold_is_refused(weight, layout, problem):
 
 
 def test_zero_points_are_refused():
-    weight = replace(integers([1, 0, 0, 0], torch.ones(1, 1)), zeros=torch.ones(1, 1, dtype=torch.uint8), bits=4)
+    weight = replace(
+        integers([1, 0, 0, 0], torch.ones(1, 1)), zeros=torch.ones(1, 1, dtype=torch.uint8), bits=4
+    )
     with pytest.raises(RacError, match="w: zero points, for which there is no GPU kernel"):
         pack(weight, INT4[128])

@@ -30,7 +30,10 @@ def test_each_device_and_layout_is_loaded_once(gpu):
         assert prepare(H100, INT4[64]) is None
     assert gpu.calls.count("cuModuleLoadData") == 3
     assert module(H100, BF16) is not module(second, BF16)
-    assert {device for device, _, _ in gpu.most_shared} == {0, 1}  # each in the context of its device
+    assert {device for device, _, _ in gpu.most_shared} == {
+        0,
+        1,
+    }  # each in the context of its device
     assert gpu.contexts == []
 
 
@@ -48,7 +51,8 @@ def test_what_may_pass_is_tried_again_by_the_next_layer(gpu):
     gpu.refuses = Status.CUDA_ERROR_OUT_OF_MEMORY
     reason = prepare(H100, BF16)
     assert (
-        "cuModuleLoadData: the GPU's driver answers CUDA_ERROR_OUT_OF_MEMORY; free some of the GPU's memory" in reason
+        "cuModuleLoadData: the GPU's driver answers CUDA_ERROR_OUT_OF_MEMORY; free some of the GPU's memory"
+        in reason
     )
     assert "update the driver" not in reason
     with pytest.raises(RacError, match="no GPU kernels are loaded on device 0"):

@@ -65,13 +65,21 @@ MOST |= {("2:4 fp8", 1): 1.85, ("2:4 fp8", 2): 2.25, ("2:4 fp8", 4): 2.9}
 MOST |= {("unstructured", 1): 7.2, ("unstructured", 2): 7.6, ("unstructured", 4): 8.6}
 # Int8 of any pattern: 5.1-5.4, 5.2-5.7 and 5.7-6.5 were found, of which some 4 take values out of the stream and make bfloat16
 # of them. An H100 can issue 6.2 while it reads a weight of 0.68 bytes, an H200 4.3, a B200 2.9: there, instructions bound it.
-MOST |= {("unstructured int8", 1): 5.6, ("unstructured int8", 2): 6.0, ("unstructured int8", 4): 6.8}
+MOST |= {
+    ("unstructured int8", 1): 5.6,
+    ("unstructured int8", 2): 6.0,
+    ("unstructured int8", 4): 6.8,
+}
 # Fp8 of any pattern: 6.1-6.3, 6.2-6.6 and 6.7-7.3, up to 8.0 with scales of groups; a weight costs one instruction more than in
 # int8.
 MOST |= {("unstructured fp8", 1): 6.6, ("unstructured fp8", 2): 7.0, ("unstructured fp8", 4): 7.7}
 # Int4 of any pattern: 6.1-6.5, 6.5-7.0 and 7.3-7.8 were found. An H100 can issue 3.9 while it reads 0.42 bytes, a B200
 # 1.8, a 4090 17 and an L4 21: only on the last two does memory bound it.
-MOST |= {("unstructured int4", 1): 6.8, ("unstructured int4", 2): 7.3, ("unstructured int4", 4): 8.1}
+MOST |= {
+    ("unstructured int4", 1): 6.8,
+    ("unstructured int4", 2): 7.3,
+    ("unstructured int4", 4): 8.1,
+}
 # Four row tiles: 0.64-0.73, 0.78-1.03 and 1.16-1.34 for bf16; 1.22-1.38, 1.46-1.69 and 1.84-2.13 for int4; 0.94-1.11, 1.07-1.32
 # and 1.40-1.58 for int8; 1.44-1.59, 1.57-1.81 and 1.89-2.09 for fp8. x is copied once for more weights.
 MOST_OF_FOUR = {
@@ -98,12 +106,18 @@ MOST_REGISTERS_OF_WIDE = 255  # of blocks of 128 rows: two fit into 65,536
 H100_SHARED = 228 << 10  # bytes of a multiprocessor; a block takes 1,024 beside its own
 # Bytes of weights under way per multiprocessor where it is less than 19,900, for layers of few rows. A fifth stage would leave an
 # A100 room for one block of the first and the last in place of two.
-LEAST_UNDER_WAY = {"rac_24_int4_r1_t2": 19_200, "rac_24_int4_r1_t4": 14_400, "rac_24_int4_r2_t4": 19_200}
+LEAST_UNDER_WAY = {
+    "rac_24_int4_r1_t2": 19_200,
+    "rac_24_int4_r1_t4": 14_400,
+    "rac_24_int4_r2_t4": 19_200,
+}
 
 
 def budget(layout: Layout, rows: int, tokens: int) -> float:
     """Instructions of the loop per weight of a lane, at most, by row tiles and token tiles."""
-    scales = 0.35 if layout.bits == 8 and layout.group else 0.0  # of groups: multiplied and added once per group
+    scales = (
+        0.35 if layout.bits == 8 and layout.group else 0.0
+    )  # of groups: multiplied and added once per group
     if rows == 2:
         return MOST[layout.title, tokens] + scales
     if rows == 4:
@@ -130,7 +144,9 @@ class TestMachineCode:
             found = next(each for each in all_programs(layout) if each.name == name)
             most = MOST_REGISTERS_OF_WIDE if found.row_tiles == 8 else MOST_REGISTERS[found.threads]
             assert kernel.registers <= most, name
-            assert not [each for each in kernel.instructions if each.split(" ")[0] in ("LDL", "STL")], name
+            assert not [
+                each for each in kernel.instructions if each.split(" ")[0] in ("LDL", "STL")
+            ], name
 
     def test_the_loop_has_the_sparse_products_and_no_others(self, layout, architecture):
         """Each warp has the products of its row tiles, token tiles and chunk: 32 columns per product. Of any pattern, a step
@@ -155,7 +171,9 @@ class TestMachineCode:
                 continue
             columns = program(layout, rows, tokens).units * layout.unit_columns
             own_rows = 2 if rows == 8 else rows  # of a warp: four share 128 rows
-            assert kernel.count("HMMA.SP") == kernel.count("HMMA") == own_rows * tokens * columns // 32, kernel.name
+            assert (
+                kernel.count("HMMA.SP") == kernel.count("HMMA") == own_rows * tokens * columns // 32
+            ), kernel.name
 
     def test_weights_come_by_asynchronous_copies_of_16_bytes(self, layout, architecture):
         """All of a chunk, ahead of its use: nothing but metadata and scales is loaded in smaller pieces, and only from
@@ -174,14 +192,20 @@ class TestMachineCode:
                 assert copies == layout.streams.step // 32 * tokens + 1 + 2 + again, kernel.name
                 continue
             units = program(layout, rows, tokens).units
-            pieces = rows * units * layout.unit_bytes / 16 + tokens * 8 * units * layout.unit_columns / 8
+            pieces = (
+                rows * units * layout.unit_bytes / 16 + tokens * 8 * units * layout.unit_columns / 8
+            )
             pieces /= 4 if rows == 8 else 1  # each warp copies a part
             assert pieces / 32 <= copies < pieces / 32 + 2, kernel.name
             loads = units * layout.unit_columns // 32 * tokens
             # Four row tiles may take turns in halves, which read x one after the other, or keep it in registers.
-            assert kernel.count("LDSM") in ((loads, 2 * loads) if rows == 4 and tokens > 1 else (loads,)), kernel.name
+            assert kernel.count("LDSM") in (
+                (loads, 2 * loads) if rows == 4 and tokens > 1 else (loads,)
+            ), kernel.name
 
-    def test_copies_of_two_chunks_or_more_are_under_way_while_one_is_multiplied(self, layout, architecture):
+    def test_copies_of_two_chunks_or_more_are_under_way_while_one_is_multiplied(
+        self, layout, architecture
+    ):
         """Rings of 3 to 5 chunks. Before the loop, copies of `stages - 1` chunks are started, a group each; each round waits
         until all but `stages - 2` groups are done, and starts those of one more chunk before its products."""
         for rows, tokens, kernel in decode_kernels(layout, architecture):
@@ -189,8 +213,12 @@ class TestMachineCode:
             assert stages >= 3, kernel.name
             commits = sum(operation_of(each) == "LDGDEPBAR" for each in kernel.instructions)
             assert commits == stages - 1 + 1, kernel.name  # before the loop, and in it
-            assert kernel.first("DEPBAR") < kernel.first("LDGSTS") < kernel.first("LDGDEPBAR"), kernel.name
-            copies = [n for n, each in enumerate(kernel.loop) if operation_of(each).startswith("LDGSTS")]
+            assert kernel.first("DEPBAR") < kernel.first("LDGSTS") < kernel.first("LDGDEPBAR"), (
+                kernel.name
+            )
+            copies = [
+                n for n, each in enumerate(kernel.loop) if operation_of(each).startswith("LDGSTS")
+            ]
             assert copies[-1] < min(kernel.first("LDGDEPBAR"), kernel.first("HMMA")), kernel.name
             if layout.streams is None:
                 assert copies[-1] < kernel.first("LDSM"), kernel.name
@@ -198,14 +226,18 @@ class TestMachineCode:
                     rows * layout.unit_bytes + tokens * 8 * layout.unit_columns * 2
                 )
                 rings = 1 if rows == 8 else program(layout, rows, tokens).threads // 32
-                assert program(layout, rows, tokens).shared_bytes == rings * stages * chunk, kernel.name
+                assert program(layout, rows, tokens).shared_bytes == rings * stages * chunk, (
+                    kernel.name
+                )
             else:
                 assert stages == layout.streams.ahead + 1, kernel.name
 
     def test_the_loop_is_within_its_budget(self, layout, architecture):
         for rows, tokens, kernel in decode_kernels(layout, architecture):
             if rows > 1 and layout.group != 64:
-                products = 2 * kernel.count("HMMA.SP") or kernel.count("HMMA")  # of 8 weights per lane
+                products = 2 * kernel.count("HMMA.SP") or kernel.count(
+                    "HMMA"
+                )  # of 8 weights per lane
                 per_weight = len(kernel.loop) / (8 * products / tokens)
                 most = budget(layout, rows, tokens)
                 assert per_weight <= most, (kernel.name, per_weight, operations(kernel))
@@ -221,7 +253,14 @@ def test_enough_bytes_of_2_of_4_weights_are_under_way_on_an_h100(layout):
     number of steps is shown above, and what is copied when in test_schedule.py."""
     for rows, tokens, kernel in decode_kernels(layout, "sm_90a"):
         each = program(layout, rows, tokens)
-        blocks = min(H100_SHARED // (each.shared_bytes + 1024), 65536 // (kernel.registers * each.threads))
+        blocks = min(
+            H100_SHARED // (each.shared_bytes + 1024), 65536 // (kernel.registers * each.threads)
+        )
         chunk = each.units * rows * layout.unit_bytes
-        under_way = blocks * (1 if rows == 8 else each.threads // 32) * (kernel.unfinished_groups() + 1) * chunk
+        under_way = (
+            blocks
+            * (1 if rows == 8 else each.threads // 32)
+            * (kernel.unfinished_groups() + 1)
+            * chunk
+        )
         assert under_way >= LEAST_UNDER_WAY.get(kernel.name, 19_900), (kernel.name, under_way)

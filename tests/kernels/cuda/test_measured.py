@@ -9,10 +9,23 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda.layout import ALL, INT4, INT4_FP32_SCALES, UNSTRUCTURED
-from rac_modifier.kernels.cuda.measured import CONTENDERS, Measured, MeasuredRow, contender_of, read_measured
+from rac_modifier.kernels.cuda.measured import (
+    CONTENDERS,
+    Measured,
+    MeasuredRow,
+    contender_of,
+    read_measured,
+)
 from rac_modifier.kernels.cuda.predict import DENSE
 
-ROW = {"layer": "o", "rows": 4096, "columns": 4096, "tokens": 8, "contender": "int4 g128", "us": 5.5}
+ROW = {
+    "layer": "o",
+    "rows": 4096,
+    "columns": 4096,
+    "tokens": 8,
+    "contender": "int4 g128",
+    "us": 5.5,
+}
 
 
 def record(path: Path, **changes: object) -> Path:
@@ -22,7 +35,9 @@ def record(path: Path, **changes: object) -> Path:
         "device": "NVIDIA H100 80GB HBM3",
         "torch": "2.14.0",
         "finished": True,
-        "programs": [{"format": "bf16", "program": "rac_24_bf16_r1_t1", "tokens": 13, "error": 0.4}],
+        "programs": [
+            {"format": "bf16", "program": "rac_24_bf16_r1_t1", "tokens": 13, "error": 0.4}
+        ],
         "checked": [],
         "times": [ROW | other, ROW | other | {"tokens": 16, "us": 6}],
         "missing": {"dense int4": "vLLM has no Marlin here"},
@@ -38,7 +53,11 @@ def test_times_are_found_by_shape_tokens_and_contender(tmp_path):
     assert found.times == (MeasuredRow(**ROW), MeasuredRow(**(ROW | {"tokens": 16, "us": 6})))
     assert found.us(4096, 4096, 8, "int4 g128") == 5.5
     assert found.us(4096, 4096, 16, "int4 g128") == 6
-    for other in [(4096, 4096, 8, "int4 g64"), (4096, 4096, 1, "int4 g128"), (4096, 14336, 8, "int4 g128")]:
+    for other in [
+        (4096, 4096, 8, "int4 g64"),
+        (4096, 4096, 1, "int4 g128"),
+        (4096, 14336, 8, "int4 g128"),
+    ]:
         assert found.us(*other) is None
     assert Measured("x", found.card, ()).us(4096, 4096, 8, None) is None
 
@@ -46,13 +65,19 @@ def test_times_are_found_by_shape_tokens_and_contender(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"device": "NVIDIA T4"}, r'device "NVIDIA T4" is not in the table of cards, which has NVIDIA A100'),
+        (
+            {"device": "NVIDIA T4"},
+            r'device "NVIDIA T4" is not in the table of cards, which has NVIDIA A100',
+        ),
         ({"device": None}, r'device "None" is not in the table'),
         ({"times": []}, r"nothing was timed \(the run ended before\); run make gpu-check again"),
         ({"times": None, "error": "bf16: wrong by 3"}, r"nothing was timed \(bf16: wrong by 3\)"),
         ({"times": {"o": 1}}, "times: dict in place of a list"),
         ({"times": [ROW, 5]}, r"times\[1\]\.layer: None; run make gpu-check of this version again"),
-        ({"times": [{k: v for k, v in ROW.items() if k != "rows"}]}, r"times\[0\]\.rows: None; run make gpu-check"),
+        (
+            {"times": [{k: v for k, v in ROW.items() if k != "rows"}]},
+            r"times\[0\]\.rows: None; run make gpu-check",
+        ),
         ({"times": [ROW | {"us": float("nan")}]}, r"times\[0\]\.us: nan"),
         ({"times": [ROW | {"us": 0}]}, r"times\[0\]\.us: 0; "),
         ({"times": [ROW | {"us": True}]}, r"times\[0\]\.us: True"),
@@ -67,7 +92,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, changes, problem):
 
 
 def test_a_file_that_is_none_is_an_error(tmp_path):
-    with pytest.raises(RacError, match=r"cannot be read as JSON .*; give the JSON that make gpu-check wrote"):
+    with pytest.raises(
+        RacError, match=r"cannot be read as JSON .*; give the JSON that make gpu-check wrote"
+    ):
         read_measured(tmp_path / "gpu.json")
 
 

@@ -12,7 +12,10 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import nvrtc
 from tests.kernels.cuda.machine_code import compiler
 
-SOURCES = {"a.cu": '#include "b.h"\nextern "C" __global__ void k(int* x) { *x = B; }\n', "b.h": "#define B 3\n"}
+SOURCES = {
+    "a.cu": '#include "b.h"\nextern "C" __global__ void k(int* x) { *x = B; }\n',
+    "b.h": "#define B 3\n",
+}
 
 
 def test_a_source_with_a_header_is_compiled():
@@ -39,7 +42,8 @@ def test_where_there_is_no_compiler_the_error_says_how_to_install_it(monkeypatch
     nvrtc.load.cache_clear()
     try:
         with pytest.raises(
-            RacError, match=r"NVRTC is not installed \(.*cannot open.*\); pip install nvidia-cuda-nvrtc"
+            RacError,
+            match=r"NVRTC is not installed \(.*cannot open.*\); pip install nvidia-cuda-nvrtc",
         ):
             nvrtc.load()
     finally:

@@ -9,7 +9,10 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
 
 
 @pytest.fixture
@@ -23,13 +26,24 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_program_is_right(benchmark):
-    found = list(benchmark.check_programs("cuda", *benchmark.PROGRAMS_SHAPE, benchmark.Budget(3600)))
+    found = list(
+        benchmark.check_programs("cuda", *benchmark.PROGRAMS_SHAPE, benchmark.Budget(3600))
+    )
     assert len(found) > 100
 
 
 def test_products_are_right(benchmark):
     """Within 20 seconds; `make gpu-check` has ten minutes in all."""
-    assert len(list(benchmark.check("cuda", benchmark.ODD_SHAPES, benchmark.TOKENS, benchmark.Budget(20)))) > 50
+    assert (
+        len(
+            list(
+                benchmark.check(
+                    "cuda", benchmark.ODD_SHAPES, benchmark.TOKENS, benchmark.Budget(20)
+                )
+            )
+        )
+        > 50
+    )
 
 
 def test_captured_graphs_compute_the_same(benchmark):

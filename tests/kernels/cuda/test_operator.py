@@ -38,7 +38,17 @@ def test_one_launch_on_torchs_stream(gpu, packed, tokens, name, grid):
     y = sparse_linear(x, packed, NUMBER, 48, 128, bias)
     (launch,) = gpu.launches
     assert (launch.name, launch.grid, launch.stream) == (f"rac_24_bf16_{name}", grid, STREAM)
-    assert launch.values == (packed.data_ptr(), x.data_ptr(), bias.data_ptr(), y.data_ptr(), 48, 128, tokens, 2, 0)
+    assert launch.values == (
+        packed.data_ptr(),
+        x.data_ptr(),
+        bias.data_ptr(),
+        y.data_ptr(),
+        48,
+        128,
+        tokens,
+        2,
+        0,
+    )
 
 
 class OnFirst(torch.Tensor):
@@ -60,7 +70,11 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch):
     def properties(device: torch.device) -> SimpleNamespace:
         major, minor, processors, cache = kinds[device.index]
         return SimpleNamespace(
-            major=major, minor=minor, multi_processor_count=processors, name=f"GPU {device.index}", L2_cache_size=cache
+            major=major,
+            minor=minor,
+            multi_processor_count=processors,
+            name=f"GPU {device.index}",
+            L2_cache_size=cache,
         )
 
     @contextmanager
@@ -73,7 +87,9 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0xA0 + 0x10 * device.index)
+        torch.cuda,
+        "current_stream",
+        lambda device: SimpleNamespace(cuda_stream=0xA0 + 0x10 * device.index),
     )
     library.forget()
     yield fake
@@ -81,9 +97,13 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 300])
-def test_each_of_two_gpus_of_different_kinds_has_its_own_module_context_and_stream(two_gpus, tokens):
+def test_each_of_two_gpus_of_different_kinds_has_its_own_module_context_and_stream(
+    two_gpus, tokens
+):
     """Whatever device is current: what counts is where the tensors are."""
-    weight = bf16_weight(16 * 130, 64)  # 130 tiles: with two per block there is one for each of 128 multiprocessors
+    weight = bf16_weight(
+        16 * 130, 64
+    )  # 130 tiles: with two per block there is one for each of 128 multiprocessors
     data = pack(weight, BF16)
     for index, capability in enumerate([(9, 0), (8, 9)]):
         assert library.prepare(Device(index, capability, 1), BF16) is None
@@ -95,7 +115,11 @@ def test_each_of_two_gpus_of_different_kinds_has_its_own_module_context_and_stre
         assert isinstance(y, kind)
         assert_product(y.as_subclass(torch.Tensor), x, weight.dequantized(torch.float64), bias)
     assert two_gpus.contexts == [0]
-    assert [(launch.device, launch.stream) for launch in two_gpus.launches] == [(1, 0xB0), (0, 0xA0), (1, 0xB0)]
+    assert [(launch.device, launch.stream) for launch in two_gpus.launches] == [
+        (1, 0xB0),
+        (0, 0xA0),
+        (1, 0xB0),
+    ]
     if tokens == 1:  # the multiprocessors of each decide
         names = [launch.name.removeprefix("rac_24_bf16_") for launch in two_gpus.launches]
         assert names == ["r2_t1", "r1_t1", "r2_t1"]
@@ -105,7 +129,9 @@ def test_tensors_on_a_gpu_whose_kernels_were_not_loaded_are_refused(two_gpus):
     data = pack(bf16_weight(48, 128), BF16)
     assert library.prepare(Device(0, (9, 0), 132), BF16) is None
     x = torch.zeros(1, 128, dtype=DTYPE).as_subclass(OnSecond)
-    with pytest.raises(RacError, match="no GPU kernels are loaded on device 1; pack the weight in this process"):
+    with pytest.raises(
+        RacError, match="no GPU kernels are loaded on device 1; pack the weight in this process"
+    ):
         operator._forward(x, data.as_subclass(OnSecond), NUMBER, 48, 128, None)
     with pytest.raises(RacError, match="x is on cuda:1; the weight and the bias must be there too"):
         operator._forward(x, data.as_subclass(OnFirst), NUMBER, 48, 128, None)
@@ -134,7 +160,9 @@ def test_nothing_but_launches_while_a_graph_is_captured(gpu, packed):
 def test_many_tokens_expand_the_weight_in_parts(gpu, monkeypatch):
     weight = bf16_weight(72, 128)
     packed = cuda.pack(weight, DTYPE)["weight_packed"]
-    monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 128 * 40)  # 40 rows, of which two tiles are used
+    monkeypatch.setattr(
+        operator, "SCRATCH_BYTES", 2 * 128 * 40
+    )  # 40 rows, of which two tiles are used
     x, bias = torch.randn(258, 128).to(DTYPE), torch.randn(72).to(DTYPE)
     y = sparse_linear(x, packed, NUMBER, 72, 128, bias)
     assert [launch.values[-1] for launch in gpu.launches] == [0, 2, 4]
@@ -148,7 +176,9 @@ def test_many_tokens_expand_the_weight_in_parts(gpu, monkeypatch):
     ("make", "kernel", "layout"),
     [(unstructured_weight, "bf16", UNSTRUCTURED), (int8_weight, "8bit", UNSTRUCTURED_INT8)],
 )
-def test_any_pattern_is_one_launch_too_and_its_rows_are_put_in_their_places(gpu, monkeypatch, make, kernel, layout):
+def test_any_pattern_is_one_launch_too_and_its_rows_are_put_in_their_places(
+    gpu, monkeypatch, make, kernel, layout
+):
     weight, number = make(90, 128, torch.rand(90, 1)), ALL.index(layout)
     packed = cuda.pack(weight, DTYPE)["weight_packed"]
     exact = weight.dequantized(torch.float64)
@@ -168,7 +198,9 @@ def test_any_pattern_is_one_launch_too_and_its_rows_are_put_in_their_places(gpu,
 
 
 @pytest.mark.parametrize(
-    ("make", "layout"), [(unstructured_weight, UNSTRUCTURED), (int8_weight, UNSTRUCTURED_INT8)], ids=["bf16", "int8"]
+    ("make", "layout"),
+    [(unstructured_weight, UNSTRUCTURED), (int8_weight, UNSTRUCTURED_INT8)],
+    ids=["bf16", "int8"],
 )
 def test_any_pattern_is_expanded_in_parts_of_512_rows_whose_products_are_written_in_place(
     gpu, monkeypatch, make, layout
@@ -178,7 +210,10 @@ def test_any_pattern_is_expanded_in_parts_of_512_rows_whose_products_are_written
     monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 32 * 530)  # 530 rows, of which 512 are used
     x, bias = torch.randn(140, 32).to(DTYPE), torch.randn(552).to(DTYPE)
     y = sparse_linear(x, packed, number, 552, 32, bias)
-    assert [(launch.values[-1], launch.grid) for launch in gpu.launches] == [(0, (16, 1)), (32, (2, 1))]
+    assert [(launch.values[-1], launch.grid) for launch in gpu.launches] == [
+        (0, (16, 1)),
+        (32, (2, 1)),
+    ]
     assert len({launch.values[3] for launch in gpu.launches}) == 1  # the same scratch memory
     assert_product(y, x, expanded, bias)
 
@@ -190,11 +225,15 @@ def test_parts_fit_into_half_of_l2_where_that_costs_no_wave_of_the_product():
         found = part_rows(BF16, wanted, columns, 2048, 132, cache, scratch)
         assert found == rows, (columns, cache)
         assert 2 * found * columns <= scratch
-    assert part_rows(UNSTRUCTURED, 28672, 4096, 2048, 132, 50 << 20, scratch) == 7168  # small parts would idle
+    assert (
+        part_rows(UNSTRUCTURED, 28672, 4096, 2048, 132, 50 << 20, scratch) == 7168
+    )  # small parts would idle
 
 
 @pytest.mark.parametrize("layout", [BF16, UNSTRUCTURED])
-@pytest.mark.parametrize(("rows", "columns"), [(16, 8), (1536, 8960), (5120, 27648), (40, 65536), (152064, 3584)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(16, 8), (1536, 8960), (5120, 27648), (40, 65536), (152064, 3584)]
+)
 def test_parts_are_whole_tiles_within_the_scratch_memory(layout, rows, columns):
     for tokens in (129, 2048, 16384):
         for cache in (0, 40 << 20):
@@ -204,15 +243,21 @@ def test_parts_are_whole_tiles_within_the_scratch_memory(layout, rows, columns):
 
 
 @pytest.mark.parametrize("cut", [slice(0, -1), slice(32, 64), slice(1, None)])
-@pytest.mark.parametrize(("make", "layout"), [(unstructured_weight, UNSTRUCTURED), (int8_weight, UNSTRUCTURED_INT8)])
+@pytest.mark.parametrize(
+    ("make", "layout"), [(unstructured_weight, UNSTRUCTURED), (int8_weight, UNSTRUCTURED_INT8)]
+)
 def test_a_cut_weight_of_any_pattern_is_refused(gpu, make, layout, cut):
     packed, number = cuda.pack(make(90, 128), DTYPE)["weight_packed"], ALL.index(layout)
-    with pytest.raises(RacError, match=r"data: torch.int(32|8) \[\d+\] does not fit a weight \[90, 128\]"):
+    with pytest.raises(
+        RacError, match=r"data: torch.int(32|8) \[\d+\] does not fit a weight \[90, 128\]"
+    ):
         sparse_linear(torch.zeros(1, 128, dtype=DTYPE), packed[cut], number, 90, 128)
     assert gpu.launches == []
 
 
-def test_a_batch_invariant_server_gets_the_same_bits_alone_and_among_others(gpu, packed, monkeypatch):
+def test_a_batch_invariant_server_gets_the_same_bits_alone_and_among_others(
+    gpu, packed, monkeypatch
+):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     x = torch.randn(140, 128).to(DTYPE)
     every = sparse_linear(x, packed, NUMBER, 48, 128)
@@ -224,11 +269,13 @@ def test_x_may_be_a_view_at_any_address(gpu, packed):
     wide = torch.randn(3, 130).to(DTYPE)
     view = wide[:, 1:129]
     assert torch.equal(
-        sparse_linear(view, packed, NUMBER, 48, 128), sparse_linear(view.clone(), packed, NUMBER, 48, 128)
+        sparse_linear(view, packed, NUMBER, 48, 128),
+        sparse_linear(view.clone(), packed, NUMBER, 48, 128),
     )
     flat = torch.randn(129).to(DTYPE)[1:]
     assert torch.equal(
-        sparse_linear(flat, packed, NUMBER, 48, 128), sparse_linear(flat.clone(), packed, NUMBER, 48, 128)
+        sparse_linear(flat, packed, NUMBER, 48, 128),
+        sparse_linear(flat.clone(), packed, NUMBER, 48, 128),
     )
 
 
@@ -252,11 +299,20 @@ def test_kernels_that_were_not_loaded_are_an_error_and_are_not_loaded_now(gpu, p
             r"x: torch.float32 \[1, 128\]; the sparse GPU kernel takes bfloat16 with 128 columns",
         ),
         ({"x": torch.zeros(1, 64, dtype=DTYPE)}, r"x: torch.bfloat16 \[1, 64\]"),
-        ({"x": torch.zeros(1, 100, dtype=DTYPE), "columns": 100}, "a weight of 100 columns: .* a multiple of 8"),
+        (
+            {"x": torch.zeros(1, 100, dtype=DTYPE), "columns": 100},
+            "a weight of 100 columns: .* a multiple of 8",
+        ),
         ({"rows": 64}, r"data: torch.uint8 \[.*\] does not fit a weight \[64, 128\]"),
         ({"data": torch.zeros(4, dtype=torch.uint8)}, r"data: torch.uint8 \[4\] does not fit"),
-        ({"number": ALL.index(UNSTRUCTURED)}, r"data: .* does not fit a weight \[48, 128\] in the layout unstructured"),
-        ({"number": len(ALL)}, rf"layout {len(ALL)}: there are {len(ALL)}; pass what `pack` returned"),
+        (
+            {"number": ALL.index(UNSTRUCTURED)},
+            r"data: .* does not fit a weight \[48, 128\] in the layout unstructured",
+        ),
+        (
+            {"number": len(ALL)},
+            rf"layout {len(ALL)}: there are {len(ALL)}; pass what `pack` returned",
+        ),
         ({"bias": torch.zeros(47, dtype=DTYPE)}, r"bias: torch.bfloat16 \[47\]"),
         ({"bias": torch.zeros(48)}, r"bias: torch.float32 \[48\]"),
         (

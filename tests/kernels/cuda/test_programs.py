@@ -58,12 +58,24 @@ def test_tokens_choose_the_program():
         (BF16, 16 * 132 + 1, 4096, 1, 2),  # one of them would have two blocks
         (INT4[128], 28672, 4096, 1, 2),  # 7 blocks of 2 tiles, and 4 blocks of 4: 16
         (INT4[128], 28672, 4096, 8, 4),  # x is read 4 times in place of 7
-        (INT4[128], 4096, 4096, 8, 2),  # 128 blocks; 64 would leave half of the multiprocessors idle
+        (
+            INT4[128],
+            4096,
+            4096,
+            8,
+            2,
+        ),  # 128 blocks; 64 would leave half of the multiprocessors idle
         (INT4[128], 4096, 4096, 64, 4),  # twice as many, along the tokens
         (INT4[128], 28672, 4096, 32, 8),  # x is read once per 128 rows
         (INT4[128], 28672, 4096, 128, 8),
         (BF16, 28672, 4096, 64, 8),
-        (INT8, 4096, 4096, 32, 2),  # 32 blocks of 128 rows would leave three of four multiprocessors idle
+        (
+            INT8,
+            4096,
+            4096,
+            32,
+            2,
+        ),  # 32 blocks of 128 rows would leave three of four multiprocessors idle
         (UNSTRUCTURED, 28672, 4096, 128, 2),
         (UNSTRUCTURED, 16, 4096, 1, 2),  # it is packed so
     ],
@@ -76,13 +88,38 @@ def test_rows_and_tokens_choose_the_tiles_per_block(layout, rows, columns, token
 def test_the_chosen_tiles_are_hardly_slower_than_the_best(layout):
     """By the predicted times, for every card: the choice itself knows neither clocks nor instructions."""
     for card in CARDS:
-        for rows, columns in ((1536, 1536), (17920, 1536), (6144, 4096), (28672, 4096), (4096, 14336), (5120, 27648)):
-            for tokens, token_tiles in ((1, (1,)), (8, (1,)), (16, (2,)), (32, (4,)), (64, (4, 8)), (128, (4, 8))):
+        for rows, columns in (
+            (1536, 1536),
+            (17920, 1536),
+            (6144, 4096),
+            (28672, 4096),
+            (4096, 14336),
+            (5120, 27648),
+        ):
+            for tokens, token_tiles in (
+                (1, (1,)),
+                (8, (1,)),
+                (16, (2,)),
+                (32, (4,)),
+                (64, (4, 8)),
+                (128, (4, 8)),
+            ):
                 chosen = decode_program(layout, rows, columns, tokens, card.processors)
-                each = [program(layout, *tiles) for tiles in tiles_of(layout) if tiles[1] in token_tiles]
-                times = {one: time_of(card, layout, one, rows, columns, tokens, 0.5).total for one in each}
+                each = [
+                    program(layout, *tiles) for tiles in tiles_of(layout) if tiles[1] in token_tiles
+                ]
+                times = {
+                    one: time_of(card, layout, one, rows, columns, tokens, 0.5).total
+                    for one in each
+                }
                 # a B200 may be bound by instructions, and a 4090 by tensor cores: the choice does not know their rates
-                most = (1.04 if card.name == "b200" else 1.02) if tokens <= 32 else 1.2 if card.name == "4090" else 1.07
+                most = (
+                    (1.04 if card.name == "b200" else 1.02)
+                    if tokens <= 32
+                    else 1.2
+                    if card.name == "4090"
+                    else 1.07
+                )
                 assert times[chosen] <= most * min(times.values())
 
 
@@ -90,7 +127,8 @@ def test_a_batch_invariant_program_does_not_depend_on_the_tokens():
     for layout in (BF16, INT4[64]):
         for rows in (16, 2112, 4096, 28672):
             found = {
-                decode_program(layout, rows, 4096, tokens, 132, same_order=True) for tokens in (1, 8, 33, 128, 500)
+                decode_program(layout, rows, 4096, tokens, 132, same_order=True)
+                for tokens in (1, 8, 33, 128, 500)
             }
             assert len(found) == 1
 
@@ -98,7 +136,9 @@ def test_a_batch_invariant_program_does_not_depend_on_the_tokens():
 def test_tiles_of_a_layout():
     assert tiles_of(UNSTRUCTURED) == ((2, 1), (2, 2), (2, 4))
     shared_columns = [(rows, tokens) for rows in (1, 2, 4) for tokens in (1, 2, 4)]
-    assert tiles_of(BF16) == tiles_of(INT8) == tiles_of(INT4[64]) == (*shared_columns, (8, 4), (8, 8))
+    assert (
+        tiles_of(BF16) == tiles_of(INT8) == tiles_of(INT4[64]) == (*shared_columns, (8, 4), (8, 8))
+    )
 
 
 def test_warps_share_the_columns_of_a_block_or_its_rows():

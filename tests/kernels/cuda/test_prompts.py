@@ -86,7 +86,11 @@ def test_the_faster_one_is_taken_and_said(asked, taken, by_cusparselt):
     assert decision.sparse
     assert decision.kernel == f"sparse GPU kernel 2:4{KEPT if by_cusparselt else EXPANDED}"
     times = f"{taken[1]:.0f} us by cuSPARSELt and {taken[0]:.0f} us expanded"
-    copy = "a copy of 1.12 bytes per weight, 0.0 MB, is kept for it" if by_cusparselt else "no copy is kept"
+    copy = (
+        "a copy of 1.12 bytes per weight, 0.0 MB, is kept for it"
+        if by_cusparselt
+        else "no copy is kept"
+    )
     assert decision.reason.endswith(f"; a prompt of 2048 tokens was measured here, {times}; {copy}")
     packed = cuda.pack(bf16_weight(64, 256), DTYPE)
     assert set(packed) == {"weight_packed", "weight_packed_layout"} | (
@@ -113,7 +117,10 @@ def test_a_shape_is_timed_once_and_its_layers_run_alike(asked):
         kernels.append(cuda.can_run(Layer.of(bf16_weight(64, 256), DTYPE)).kernel)
     assert asked.timed == 1
     assert kernels == [f"sparse GPU kernel 2:4{KEPT}"] * 2
-    assert cuda.can_run(Layer.of(bf16_weight(64, 512), DTYPE)).kernel == f"sparse GPU kernel 2:4{EXPANDED}"
+    assert (
+        cuda.can_run(Layer.of(bf16_weight(64, 512), DTYPE)).kernel
+        == f"sparse GPU kernel 2:4{EXPANDED}"
+    )
     assert cuda.can_run(Layer.of(int4_weight(64, 256, 128), DTYPE)).kernel.endswith(EXPANDED)
     assert asked.timed == 3
 
@@ -128,13 +135,20 @@ def test_a_shape_is_timed_once_and_its_layers_run_alike(asked):
     ],
     ids=["bf16", "int4", "int8", "fp8"],
 )
-def test_prompts_are_the_product_with_the_rounded_weight_and_few_tokens_are_not_changed(asked, make):
+def test_prompts_are_the_product_with_the_rounded_weight_and_few_tokens_are_not_changed(
+    asked, make
+):
     """More than 256 tokens go through cuSPARSELt, without a launch; up to 256 go to the kernels."""
     weight = make(64, 256)
     packed = cuda.pack(weight, DTYPE)
     asked.gpu.launches.clear()
     bias = torch.randn(64).bfloat16()
-    for tokens, launches, dtype in ((257, 0, DTYPE), (300, 0, DTYPE), (256, 1, torch.float64), (1, 2, torch.float64)):
+    for tokens, launches, dtype in (
+        (257, 0, DTYPE),
+        (300, 0, DTYPE),
+        (256, 1, torch.float64),
+        (1, 2, torch.float64),
+    ):
         x = torch.randn(tokens, 256).bfloat16()
         y = cuda.linear(x, packed, 64, 256, bias)
         assert_product(y, x, weight.dequantized(dtype).double(), bias)
@@ -149,7 +163,9 @@ def test_prompts_are_the_product_with_the_rounded_weight_and_few_tokens_are_not_
 def test_a_shape_that_cusparselt_does_not_take_is_expanded_with_the_reason(asked):
     decision = cuda.can_run(Layer.of(bf16_weight(40, 256), DTYPE))
     assert decision.kernel == f"sparse GPU kernel 2:4{EXPANDED}"
-    assert decision.reason.endswith("; prompts are expanded: cuSPARSELt takes multiples of 16, not [40, 256]")
+    assert decision.reason.endswith(
+        "; prompts are expanded: cuSPARSELt takes multiples of 16, not [40, 256]"
+    )
     assert "weight_for_prompts" not in cuda.pack(bf16_weight(40, 256), DTYPE)
     assert (asked.timed, asked.compressed) == (0, [])
 
@@ -157,10 +173,14 @@ def test_a_shape_that_cusparselt_does_not_take_is_expanded_with_the_reason(asked
 def test_layers_that_it_has_no_effect_on_say_so(asked):
     any_pattern = cuda.can_run(Layer.of(unstructured_weight(64, 1024), DTYPE))
     assert any_pattern.kernel == "sparse GPU kernel unstructured"
-    assert any_pattern.reason.endswith("; RAC_GPU_PROMPTS=cusparselt has no effect on it, since it is not 2:4")
+    assert any_pattern.reason.endswith(
+        "; RAC_GPU_PROMPTS=cusparselt has no effect on it, since it is not 2:4"
+    )
     dense = cuda.can_run(replace(Layer.of(bf16_weight(64, 256), DTYPE), served=torch.float16))
     assert not dense.sparse
-    assert dense.reason.endswith("multiply bfloat16; RAC_GPU_PROMPTS=cusparselt has no effect on it")
+    assert dense.reason.endswith(
+        "multiply bfloat16; RAC_GPU_PROMPTS=cusparselt has no effect on it"
+    )
 
 
 def test_a_model_without_a_2_of_4_layer_is_refused_with_its_first_prompt(asked):
@@ -168,7 +188,9 @@ def test_a_model_without_a_2_of_4_layer_is_refused_with_its_first_prompt(asked):
     weight = unstructured_weight(64, 1024)
     packed = cuda.pack(weight, DTYPE)
     x = torch.randn(129, 1024).bfloat16()
-    with pytest.raises(RacError, match="no 2:4 layer runs on a GPU kernel here, so it has no effect; unset it"):
+    with pytest.raises(
+        RacError, match="no 2:4 layer runs on a GPU kernel here, so it has no effect; unset it"
+    ):
         cuda.linear(x, packed, 64, 1024)
     cuda.linear(x[:128], packed, 64, 1024)
     cuda.can_run(Layer.of(bf16_weight(64, 256), DTYPE))  # a model of both kinds
@@ -179,7 +201,9 @@ def test_it_is_refused_where_the_kernels_are_off_or_the_order_of_sums_is_fixed(a
     layer = Layer.of(bf16_weight(64, 256), DTYPE)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     for ask in (cuda.requested, lambda: cuda.can_run(layer)):
-        with pytest.raises(RacError, match="with VLLM_BATCH_INVARIANT one kernel multiplies every number"):
+        with pytest.raises(
+            RacError, match="with VLLM_BATCH_INVARIANT one kernel multiplies every number"
+        ):
             ask()
     monkeypatch.delenv("VLLM_BATCH_INVARIANT")
     monkeypatch.setenv("RAC_GPU_KERNELS", "off")
@@ -196,9 +220,13 @@ def test_another_product_of_cusparselt_is_refused(asked, monkeypatch):
         return found
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", wrong)
-    with pytest.raises(RacError, match=r"cuSPARSELt's product of a weight \[64, 256\] is another one, by (0.9|1)"):
+    with pytest.raises(
+        RacError, match=r"cuSPARSELt's product of a weight \[64, 256\] is another one, by (0.9|1)"
+    ):
         cuda.can_run(Layer.of(bf16_weight(64, 256), DTYPE))
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **b: fake_cusparselt.sparse_mm(*a, **b) * torch.nan)
+    monkeypatch.setattr(
+        torch, "_cslt_sparse_mm", lambda *a, **b: fake_cusparselt.sparse_mm(*a, **b) * torch.nan
+    )
     with pytest.raises(RacError, match=r"is another one, by nan"):
         cuda.can_run(Layer.of(bf16_weight(64, 256), DTYPE))
 
@@ -209,7 +237,8 @@ def test_too_little_memory_to_time_it_is_said(asked, monkeypatch):
 
     monkeypatch.setattr(prompts, "_microseconds", full)
     with pytest.raises(
-        RacError, match=r"timing a prompt of 2048 tokens times a weight \[64, 256\] does not fit .*; unset RAC_GPU"
+        RacError,
+        match=r"timing a prompt of 2048 tokens times a weight \[64, 256\] does not fit .*; unset RAC_GPU",
     ):
         cuda.can_run(Layer.of(bf16_weight(64, 256), DTYPE))
 
@@ -248,7 +277,9 @@ def test_a_copy_that_is_none_is_refused(asked):
     packed = cuda.pack(bf16_weight(64, 256), DTYPE)
     x = torch.randn(300, 256).bfloat16()
     for copy in (torch.zeros(64, 100, dtype=DTYPE), torch.zeros(64, 144)):
-        with pytest.raises(RacError, match=r"compressed: torch.* is no copy of a weight \[64, 256\] for cuSPARSELt"):
+        with pytest.raises(
+            RacError, match=r"compressed: torch.* is no copy of a weight \[64, 256\] for cuSPARSELt"
+        ):
             operator.sparse_linear(x, packed["weight_packed"], ALL.index(BF16), 64, 256, None, copy)
 
 
@@ -256,7 +287,9 @@ def test_under_torch_compile_the_copy_is_an_input(asked):
     weight = int4_weight(64, 256, 128)
     packed = cuda.pack(weight, DTYPE)
     assert packed["weight_packed_layout"].shape[1] == ALL.index(INT4[128])
-    compiled = torch.compile(lambda x, parts: cuda.linear(x, parts, 64, 256), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, parts: cuda.linear(x, parts, 64, 256), fullgraph=True, backend="aot_eager"
+    )
     x = torch.randn(257, 256).bfloat16()
     assert re.search("weight_for_prompts", " ".join(packed))
     assert torch.equal(compiled(x, packed), cuda.linear(x, packed, 64, 256))

@@ -28,7 +28,11 @@ def test_the_numbers_are_those_of_the_source(name):
     text = "".join((SOURCES / source).read_text() for source in sources)
     found = {key: int(value) for key, value in re.findall(r"\b([A-Z_]+) = (\d+)[,;]", text)}
     assert (found["RING"], found["AHEAD"], found["COUNTS_BYTES"]) == (ring, ahead, most)
-    assert (found["STEP"], found["MASKS"], found["REPEATED"]) == (streams.step, streams.mask_lines, streams.repeated)
+    assert (found["STEP"], found["MASKS"], found["REPEATED"]) == (
+        streams.step,
+        streams.mask_lines,
+        streams.repeated,
+    )
     assert (streams.ring, streams.ahead, streams.most_steps) == (ring, ahead, most)
 
 
@@ -39,7 +43,14 @@ def test_values_and_places():
     assert [INT4[group].scale_lines(torch.tensor(6)).item() for group in (64, 128)] == [6, 3]
     values = torch.tensor([0, 1, 3, 4, 7, 8])
     assert BF16.lines(values).tolist() == [0, 1, 3, 4, 7, 8]
-    assert INT8.lines(values).tolist() == [2, 2, 2, 3, 3, 4]  # a window has the word of the next value and one more
+    assert INT8.lines(values).tolist() == [
+        2,
+        2,
+        2,
+        3,
+        3,
+        4,
+    ]  # a window has the word of the next value and one more
 
 
 def check(plan: Plan, stored: Tensor, name: str) -> None:
@@ -99,4 +110,7 @@ def test_lines_are_there_in_time_and_none_is_overwritten_early(name, pattern):
     if pattern not in ("random", "short", "long"):
         assert bool(plan.extra.any()) == (pattern == "drifting")
     scales = plan.steps if name == "int4" else 0  # a line per 64 columns
-    assert torch.equal(plan.units, -(-plan.steps // 128) + plan.steps * streams.step // 32 + scales + 8 * plan.groups)
+    assert torch.equal(
+        plan.units,
+        -(-plan.steps // 128) + plan.steps * streams.step // 32 + scales + 8 * plan.groups,
+    )

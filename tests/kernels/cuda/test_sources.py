@@ -6,7 +6,14 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cuda import sources
-from rac_modifier.kernels.cuda.layout import BF16, INT4, INT8, UNSTRUCTURED, UNSTRUCTURED_INT4, UNSTRUCTURED_INT8
+from rac_modifier.kernels.cuda.layout import (
+    BF16,
+    INT4,
+    INT8,
+    UNSTRUCTURED,
+    UNSTRUCTURED_INT4,
+    UNSTRUCTURED_INT8,
+)
 from tests.kernels.cuda.emulate import SOURCES
 
 

@@ -18,7 +18,14 @@ from rac_modifier.kernels.cuda.layout import UNSTRUCTURED, pack, units_of
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
 from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes
 from tests.kernels.cuda.emulate import emulate, product
-from tests.kernels.cuda.weights import AWKWARD, assert_product, int4_weight, order_of, skewed, unstructured_weight
+from tests.kernels.cuda.weights import (
+    AWKWARD,
+    assert_product,
+    int4_weight,
+    order_of,
+    skewed,
+    unstructured_weight,
+)
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,17 @@ def segments_of(packed: Tensor, rows: int) -> list[Segment]:
         of_counts = -(-steps // 128)
         counts = units[begin : begin + of_counts].contiguous().view(torch.uint8).flatten()
         masks = units[begin + of_counts :][:steps]
-        values = units[begin + of_counts + steps :][: 8 * groups].contiguous().view(torch.int16).view(-1, 32, 2)
+        values = (
+            units[begin + of_counts + steps :][: 8 * groups]
+            .contiguous()
+            .view(torch.int16)
+            .view(-1, 32, 2)
+        )
         end = begin + of_counts + steps + 8 * groups
         early = [before >> shift & 255 for shift in (0, 8, 16)]
-        found.append(Segment(number // 4, where & 65535, early, counts[:steps].tolist(), masks, values, end))
+        found.append(
+            Segment(number // 4, where & 65535, early, counts[:steps].tolist(), masks, values, end)
+        )
         assert not counts[steps:].any()
     return found
 
@@ -87,8 +101,12 @@ def check_schedule(packed: Tensor, rows: int) -> None:
         arrives = [8 * sum(segment.before[: n + 1]) for n in range(3)]
         for step in range(len(bits)):
             started = arrives[-1] + 8 * segment.counts[step]
-            assert int(read[step + 1].max()) <= arrives[step], "a line is read before its copy is waited for"
-            assert started - 96 <= int(read[step].min()), "a line is overwritten before all have read it"
+            assert int(read[step + 1].max()) <= arrives[step], (
+                "a line is read before its copy is waited for"
+            )
+            assert started - 96 <= int(read[step].min()), (
+                "a line is overwritten before all have read it"
+            )
             arrives.append(started)
         assert arrives[-1] == len(segment.values)
         assert len(bits) < 4 or len(segment.values) - int(read[-1].max()) < 8
@@ -112,34 +130,59 @@ def test_copies_arrive_in_time_and_overwrite_nothing(weight):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 16, 17, 32])
 def test_the_kernel_multiplies(weight, tokens):
     tiles = 2, 1 if tokens <= 8 else 2 if tokens == 16 else 4
-    x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(weight.rows).to(torch.bfloat16)
-    out, error = product(UNSTRUCTURED, program(UNSTRUCTURED, *tiles), pack(weight, UNSTRUCTURED), x, weight.rows, bias)
+    x, bias = (
+        torch.randn(tokens, weight.columns).to(torch.bfloat16),
+        torch.randn(weight.rows).to(torch.bfloat16),
+    )
+    out, error = product(
+        UNSTRUCTURED,
+        program(UNSTRUCTURED, *tiles),
+        pack(weight, UNSTRUCTURED),
+        x,
+        weight.rows,
+        bias,
+    )
     assert error == ""
     assert_product(out, x, weight.dequantized(torch.float64), bias)
 
 
 def test_the_kernel_expands(weight):
-    packed, out = pack(weight, UNSTRUCTURED), torch.full((weight.rows, weight.columns), torch.nan).to(torch.bfloat16)
+    packed, out = (
+        pack(weight, UNSTRUCTURED),
+        torch.full((weight.rows, weight.columns), torch.nan).to(torch.bfloat16),
+    )
     sizes = (weight.rows, weight.columns, 0, units_of(UNSTRUCTURED, packed, weight.columns), 0)
     grid = expand_grid(UNSTRUCTURED, *out.shape)
-    assert emulate(UNSTRUCTURED, expand_program(UNSTRUCTURED), grid, packed, None, None, out, sizes) == ""
+    assert (
+        emulate(UNSTRUCTURED, expand_program(UNSTRUCTURED), grid, packed, None, None, out, sizes)
+        == ""
+    )
     assert torch.equal(out, weight.dense())
 
 
 def test_a_token_has_the_same_bits_in_every_program():
     weight = skewed(unstructured_weight, 40, 1024)
     packed, x = pack(weight, UNSTRUCTURED), torch.randn(8, 1024).to(torch.bfloat16)
-    found = [product(UNSTRUCTURED, program(UNSTRUCTURED, *tiles), packed, x, 40)[0] for tiles in tiles_of(UNSTRUCTURED)]
+    found = [
+        product(UNSTRUCTURED, program(UNSTRUCTURED, *tiles), packed, x, 40)[0]
+        for tiles in tiles_of(UNSTRUCTURED)
+    ]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
 
 def test_zeros_are_stored_only_for_streams_that_would_stay_behind():
-    for make, some in [(AWKWARD["leaning"], True), (AWKWARD["half"], False), (AWKWARD["full"], False)]:
+    for make, some in [
+        (AWKWARD["leaning"], True),
+        (AWKWARD["half"], False),
+        (AWKWARD["full"], False),
+    ]:
         made = make(unstructured_weight)
         _, zeros = unpack_slowly(pack(made, UNSTRUCTURED), made.rows, made.columns)
         assert bool(zeros) == some
-    signs = from_dense(torch.tensor([[-0.0, 1.0, 0.0, 0.0, 0.0, -2.0, 0.0, 0.0]]).to(torch.bfloat16), "w")
+    signs = from_dense(
+        torch.tensor([[-0.0, 1.0, 0.0, 0.0, 0.0, -2.0, 0.0, 0.0]]).to(torch.bfloat16), "w"
+    )
     dense, _ = unpack_slowly(pack(signs, UNSTRUCTURED), 1, 8)
     assert torch.equal(dense, signs.dense().view(torch.int16))  # -0.0 too
 
@@ -168,7 +211,10 @@ def test_segments_have_about_as_many_bytes_and_all_columns():
     weight = unstructured_weight(32, 4096, torch.linspace(1.0, 0.0, 4096))
     found = segments_of(pack(weight, UNSTRUCTURED), 32)
     sizes = [len(each.masks) + len(each.values) for each in found]
-    assert [each.first for each in found] == [0, *torch.tensor([len(e.masks) for e in found]).cumsum(0).tolist()[:-1]]
+    assert [each.first for each in found] == [
+        0,
+        *torch.tensor([len(e.masks) for e in found]).cumsum(0).tolist()[:-1],
+    ]
     assert sum(len(each.masks) for each in found) == 128
     assert max(sizes) < 1.25 * min(sizes)
     assert len(found[3].masks) > 2 * len(found[0].masks)
@@ -219,12 +265,30 @@ def test_other_floats_are_rounded():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda w: {"values": w.values[:-1]}, r"w: \d+ values in rows that start at other places .* damaged"),
-        (lambda w: {"starts": w.starts + 1}, r"w: \d+ values in rows that start at other places .* damaged"),
-        (lambda w: {"starts": w.starts[:-1]}, r"w: \d+ values in rows that start at other places .* damaged"),
-        (lambda w: {"bitmask": w.bitmask ^ 1}, r"w: \d+ values in rows that start at other places .* damaged"),
-        (lambda w: {"values": w.values.to(torch.int8)}, "w: values of torch.int8, which the layout does not hold"),
-        (lambda w: {"columns": 70000}, "w: 70000 columns; the kernel has at most 65536; keep it dense"),
+        (
+            lambda w: {"values": w.values[:-1]},
+            r"w: \d+ values in rows that start at other places .* damaged",
+        ),
+        (
+            lambda w: {"starts": w.starts + 1},
+            r"w: \d+ values in rows that start at other places .* damaged",
+        ),
+        (
+            lambda w: {"starts": w.starts[:-1]},
+            r"w: \d+ values in rows that start at other places .* damaged",
+        ),
+        (
+            lambda w: {"bitmask": w.bitmask ^ 1},
+            r"w: \d+ values in rows that start at other places .* damaged",
+        ),
+        (
+            lambda w: {"values": w.values.to(torch.int8)},
+            "w: values of torch.int8, which the layout does not hold",
+        ),
+        (
+            lambda w: {"columns": 70000},
+            "w: 70000 columns; the kernel has at most 65536; keep it dense",
+        ),
     ],
 )
 def test_what_it_does_not_hold_or_is_damaged_is_refused(change, problem):

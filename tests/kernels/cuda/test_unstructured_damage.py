@@ -56,7 +56,9 @@ def test_a_schedule_that_copies_too_early_or_too_late_is_noticed(kernel, columns
     assert error.startswith(("race", "read of shared memory that nobody wrote")), error
 
 
-@pytest.mark.parametrize(("kernel", "seed"), [(kernel, seed) for kernel, most in SEEDS.items() for seed in range(most)])
+@pytest.mark.parametrize(
+    ("kernel", "seed"), [(kernel, seed) for kernel, most in SEEDS.items() for seed in range(most)]
+)
 def test_damaged_bytes_lead_nowhere_outside(kernel, seed):
     """Results are wrong then; but no access is out of range, whatever the packed bytes are."""
     torch.manual_seed(seed)
@@ -70,4 +72,8 @@ def test_damaged_bytes_lead_nowhere_outside(kernel, seed):
     errors = [product(layout, program(layout, 2, 1), packed, x, 40)[1]]
     out, sizes = torch.zeros(40, 640).to(torch.bfloat16), (40, 640, 0, len(words) // 32, 0)
     errors.append(emulate(layout, expand_program(layout), (2, 1), packed, None, None, out, sizes))
-    assert not [error for error in errors if error.startswith(("access", "misaligned", "deadlock", "write to"))], errors
+    assert not [
+        error
+        for error in errors
+        if error.startswith(("access", "misaligned", "deadlock", "write to"))
+    ], errors

@@ -15,16 +15,36 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cuda.layout import UNSTRUCTURED_E4M3_GROUPS, UNSTRUCTURED_INT8_GROUPS, Layout, pack, units_of
+from rac_modifier.kernels.cuda.layout import (
+    UNSTRUCTURED_E4M3_GROUPS,
+    UNSTRUCTURED_INT8_GROUPS,
+    Layout,
+    pack,
+    units_of,
+)
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
 from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes
 from tests.kernels.cuda.emulate import emulate, product
 from tests.kernels.cuda.test_unstructured_int8 import check_schedule, segments_of, unpack_slowly
-from tests.kernels.cuda.weights import AWKWARD, assert_product, fp8_weight, grouped_weight, int8_weight, skewed
+from tests.kernels.cuda.weights import (
+    AWKWARD,
+    assert_product,
+    fp8_weight,
+    grouped_weight,
+    int8_weight,
+    skewed,
+)
 
 LAYOUTS = [*UNSTRUCTURED_INT8_GROUPS.values(), *UNSTRUCTURED_E4M3_GROUPS.values()]
 # Every weight, every layout, every number of tokens and every program.
-CASES = list(zip(AWKWARD, [*LAYOUTS, *LAYOUTS, *LAYOUTS], [1, 3, 8, 16, 17, 32, 16, 3, 1, 32, 8], strict=False))
+CASES = list(
+    zip(
+        AWKWARD,
+        [*LAYOUTS, *LAYOUTS, *LAYOUTS],
+        [1, 3, 8, 16, 17, 32, 16, 3, 1, 32, 8],
+        strict=False,
+    )
+)
 
 
 def maker(layout: Layout) -> Callable[..., StoredWeight]:
@@ -64,13 +84,20 @@ def test_each_number_and_scale_is_where_the_description_says(layout, name):
 def test_the_kernel_multiplies(name, layout, tokens):
     weight = AWKWARD[name](maker(layout))
     tiles = 2, 1 if tokens <= 8 else 2 if tokens == 16 else 4
-    x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(weight.rows).to(torch.bfloat16)
-    out, error = product(layout, program(layout, *tiles), pack(weight, layout), x, weight.rows, bias)
+    x, bias = (
+        torch.randn(tokens, weight.columns).to(torch.bfloat16),
+        torch.randn(weight.rows).to(torch.bfloat16),
+    )
+    out, error = product(
+        layout, program(layout, *tiles), pack(weight, layout), x, weight.rows, bias
+    )
     assert error == ""
     assert_product(out, x, weight.dequantized(torch.float64), bias)
 
 
-@pytest.mark.parametrize(("name", "layout"), [("skewed", LAYOUTS[0]), ("odd", LAYOUTS[1]), ("half", LAYOUTS[2])])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("skewed", LAYOUTS[0]), ("odd", LAYOUTS[1]), ("half", LAYOUTS[2])]
+)
 def test_the_kernel_expands(name, layout):
     weight = AWKWARD[name](maker(layout))
     packed = pack(weight, layout)
@@ -95,7 +122,9 @@ def test_wider_groups_and_one_scale_per_row_are_repeated(layout, shared):
 def test_a_token_has_the_same_bits_in_every_program(layout):
     weight = skewed(maker(layout), 40, 1024)
     packed, x = pack(weight, layout), torch.randn(8, 1024).to(torch.bfloat16)
-    found = [product(layout, program(layout, *tiles), packed, x, 40)[0] for tiles in tiles_of(layout)]
+    found = [
+        product(layout, program(layout, *tiles), packed, x, 40)[0] for tiles in tiles_of(layout)
+    ]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -104,7 +133,9 @@ def test_a_token_has_the_same_bits_in_every_program(layout):
 @pytest.mark.parametrize("layout", LAYOUTS[:2], ids=name_of)
 def test_the_expected_size_is_that_of_random_weights(layout, density):
     packed = pack(maker(layout)(128, 4096, density), layout)
-    assert expected_bytes(128, 4096, density, layout.streams) == pytest.approx(packed.nbytes, rel=0.03)
+    assert expected_bytes(128, 4096, density, layout.streams) == pytest.approx(
+        packed.nbytes, rel=0.03
+    )
     assert packed.nbytes >= least_bytes(128, 4096, layout.streams)
 
 
@@ -112,6 +143,7 @@ def test_the_expected_size_is_that_of_random_weights(layout, density):
 def test_other_groups_are_refused(layout):
     weight = replace(maker(layout)(20, 256), scale=torch.ones(20, 8))
     with pytest.raises(
-        RacError, match="layer: a scale per 32 columns, or zero points, where the layout has a scale per"
+        RacError,
+        match="layer: a scale per 32 columns, or zero points, where the layout has a scale per",
     ):
         pack(weight, layout)

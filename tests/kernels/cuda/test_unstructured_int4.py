@@ -51,23 +51,36 @@ def segments_of(packed: Tensor, rows: int, group: int) -> Iterator[Segment]:
         counts = units[begin : begin + of_counts].contiguous().view(torch.uint8).flatten()
         masks = units[begin + of_counts :][: 2 * steps].reshape(steps, 32, 2)
         after = units[begin + of_counts + 2 * steps :]
-        words_of_values = after[of_scales : of_scales + 8 * groups].contiguous().view(torch.uint8).view(-1, 32, 4)
+        words_of_values = (
+            after[of_scales : of_scales + 8 * groups].contiguous().view(torch.uint8).view(-1, 32, 4)
+        )
         values = torch.stack([words_of_values & 15, words_of_values >> 4], dim=-1).flatten(2)
         assert not counts[steps:].any()
         early = [before >> shift & 255 for shift in (0, 8)]
         assert before >> 16 == 0
         scales = after[:of_scales].contiguous().view(torch.float32)
-        yield Segment(number // 4, where & 65535, early, counts[:steps].tolist(), masks, scales, values)
+        yield Segment(
+            number // 4, where & 65535, early, counts[:steps].tolist(), masks, scales, values
+        )
 
 
-def unpack_slowly(packed: Tensor, rows: int, columns: int, group: int) -> tuple[Tensor, Tensor, int]:
+def unpack_slowly(
+    packed: Tensor, rows: int, columns: int, group: int
+) -> tuple[Tensor, Tensor, int]:
     """The dense integers, read place by place; the scale of each; and how many zeros are stored."""
-    dense, scale, zeros = torch.zeros(rows, columns, dtype=torch.int8), torch.full((rows, columns), torch.nan), 0
+    dense, scale, zeros = (
+        torch.zeros(rows, columns, dtype=torch.int8),
+        torch.full((rows, columns), torch.nan),
+        0,
+    )
     order = packed.view(torch.int32)[:rows].tolist()
     assert sorted(order) == list(range(rows))
     for segment in segments_of(packed, rows, group):
         masks = (segment.masks.long() & 0xFFFFFFFF).tolist()
-        values, scales = segment.values.permute(1, 0, 2).flatten(1).tolist(), segment.scales.tolist()
+        values, scales = (
+            segment.values.permute(1, 0, 2).flatten(1).tolist(),
+            segment.scales.tolist(),
+        )
         for lane in range(32):
             g, t, following = lane // 4, lane % 4, 0
             for step, mask in enumerate(masks):
@@ -77,9 +90,13 @@ def unpack_slowly(packed: Tensor, rows: int, columns: int, group: int) -> tuple[
                             for k in range(4):
                                 n, h = 2 * j + q, 2 * i + k % 2
                                 row = segment.tile * 32 + 8 * h + g
-                                column = (segment.first + step) * 64 + 16 * t + 4 * j + 2 * q + k // 2
+                                column = (
+                                    (segment.first + step) * 64 + 16 * t + 4 * j + 2 * q + k // 2
+                                )
                                 if row < rows and column < columns:
-                                    scale[order[row], column] = scales[step * 64 // group][4 * g + h]
+                                    scale[order[row], column] = scales[step * 64 // group][
+                                        4 * g + h
+                                    ]
                                 if not mask[lane][i] >> (n % 4 + 16 * (n // 4) + 4 * k) & 1:
                                     continue
                                 value = values[lane][following] - 8
@@ -102,8 +119,12 @@ def check_schedule(packed: Tensor, rows: int, group: int) -> None:
         arrives = [8 * sum(segment.before[: n + 1]) for n in range(2)]
         for step in range(len(bits)):
             started = arrives[-1] + 8 * segment.counts[step]
-            assert int(read[step + 1].max()) // 8 + 2 <= arrives[step], "a line is read before its copy is waited for"
-            assert started - 32 <= int(read[step].min()) // 8, "a line is overwritten before all have read it"
+            assert int(read[step + 1].max()) // 8 + 2 <= arrives[step], (
+                "a line is read before its copy is waited for"
+            )
+            assert started - 32 <= int(read[step].min()) // 8, (
+                "a line is overwritten before all have read it"
+            )
             arrives.append(started)
         assert arrives[-1] == len(segment.values)
         assert len(bits) < 2 or len(segment.values) - (int(read[-1].max()) // 8 + 2) < 8
@@ -136,11 +157,16 @@ def test_copies_arrive_in_time_and_overwrite_nothing(weight, layout, group):
 
 
 @pytest.mark.parametrize(
-    ("group", "tokens"), [(128, 1), (64, 3), (64, 8), (128, 16), (64, 17), (128, 32)], indirect=["group"]
+    ("group", "tokens"),
+    [(128, 1), (64, 3), (64, 8), (128, 16), (64, 17), (128, 32)],
+    indirect=["group"],
 )
 def test_the_kernel_multiplies(weight, layout, tokens):
     tiles = 2, 1 if tokens <= 8 else 2 if tokens == 16 else 4
-    x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(weight.rows).to(torch.bfloat16)
+    x, bias = (
+        torch.randn(tokens, weight.columns).to(torch.bfloat16),
+        torch.randn(weight.rows).to(torch.bfloat16),
+    )
     packed, chosen = pack(weight, layout), program(layout, *tiles)
     out, error = product(layout, chosen, packed, x, weight.rows, bias)
     assert error == ""
@@ -191,7 +217,9 @@ def test_large_and_small_activations_and_scales(layout, group, size):
 def test_a_token_has_the_same_bits_in_every_program(layout, group):
     weight = skewed(lambda *shape: int4_any_weight(group, *shape), 40, 1024)
     packed, x = pack(weight, layout), torch.randn(8, 1024).to(torch.bfloat16)
-    found = [product(layout, program(layout, *tiles), packed, x, 40)[0] for tiles in tiles_of(layout)]
+    found = [
+        product(layout, program(layout, *tiles), packed, x, 40)[0] for tiles in tiles_of(layout)
+    ]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -226,9 +254,18 @@ def test_the_expected_size_is_that_of_random_weights(layout, group, rows, column
     ("change", "problem"),
     [
         (lambda w: {"scale": None}, "layer: values of torch.int8, which the layout does not hold"),
-        (lambda w: {"scale": torch.ones(20, 8)}, "layer: a scale per 32 columns, or zero points, where the layout has"),
-        (lambda w: {"zeros": torch.zeros(20, 2, dtype=torch.uint8)}, "layer: a scale per .* or zero points"),
-        (lambda w: {"values": w.values.clone().fill_(8)}, "layer: values outside of -8 to 7, which 4 bits hold"),
+        (
+            lambda w: {"scale": torch.ones(20, 8)},
+            "layer: a scale per 32 columns, or zero points, where the layout has",
+        ),
+        (
+            lambda w: {"zeros": torch.zeros(20, 2, dtype=torch.uint8)},
+            "layer: a scale per .* or zero points",
+        ),
+        (
+            lambda w: {"values": w.values.clone().fill_(8)},
+            "layer: values outside of -8 to 7, which 4 bits hold",
+        ),
     ],
 )
 def test_what_it_does_not_hold_is_refused(layout, group, change, problem):

@@ -19,7 +19,14 @@ from rac_modifier.kernels.cuda.layout import UNSTRUCTURED_INT8, pack, units_of
 from rac_modifier.kernels.cuda.programs import expand_grid, expand_program, program, tiles_of
 from rac_modifier.kernels.cuda.unstructured import expected_bytes, least_bytes, shared_bytes
 from tests.kernels.cuda.emulate import emulate, product
-from tests.kernels.cuda.weights import AWKWARD, assert_product, bf16_weight, int8_weight, order_of, skewed
+from tests.kernels.cuda.weights import (
+    AWKWARD,
+    assert_product,
+    bf16_weight,
+    int8_weight,
+    order_of,
+    skewed,
+)
 
 INT8 = UNSTRUCTURED_INT8.streams
 
@@ -49,15 +56,21 @@ def segments_of(packed: Tensor, rows: int, group: int = 0) -> Iterator[Segment]:
         counts = units[begin : begin + of_counts].contiguous().view(torch.uint8).flatten()
         masks = units[begin + of_counts :][: 2 * steps].reshape(steps, 32, 2)
         after = units[begin + of_counts + 2 * steps :]
-        values = after[of_scales : of_scales + 8 * groups].contiguous().view(torch.uint8).view(-1, 32, 4)
+        values = (
+            after[of_scales : of_scales + 8 * groups].contiguous().view(torch.uint8).view(-1, 32, 4)
+        )
         scales = after[:of_scales].contiguous().view(torch.float32)
         assert not counts[steps:].any()
         early = [before >> shift & 255 for shift in (0, 8)]
         assert before >> 16 == 0
-        yield Segment(number // 4, where & 65535, early, counts[:steps].tolist(), masks, values, scales)
+        yield Segment(
+            number // 4, where & 65535, early, counts[:steps].tolist(), masks, values, scales
+        )
 
 
-def unpack_slowly(packed: Tensor, rows: int, columns: int, lifted: int = 128, group: int = 0) -> tuple[Tensor, int]:
+def unpack_slowly(
+    packed: Tensor, rows: int, columns: int, lifted: int = 128, group: int = 0
+) -> tuple[Tensor, int]:
     """The dense integers, read place by place; and how many zeros are stored. `lifted`: what a byte is more than its value."""
     dense, zeros = torch.zeros(rows, columns, dtype=torch.int8), 0
     order = packed.view(torch.int32)[:rows].tolist()
@@ -80,7 +93,9 @@ def unpack_slowly(packed: Tensor, rows: int, columns: int, lifted: int = 128, gr
                                 value = (values[lane][following] - lifted + 128) % 256 - 128
                                 following += 1
                                 row = segment.tile * 32 + 16 * i + 8 * (k % 2) + g
-                                column = (segment.first + step) * 64 + 16 * t + 4 * j + 2 * q + k // 2
+                                column = (
+                                    (segment.first + step) * 64 + 16 * t + 4 * j + 2 * q + k // 2
+                                )
                                 zeros += value == 0
                                 if row < rows and column < columns:
                                     dense[order[row], column] = value
@@ -99,8 +114,12 @@ def check_schedule(packed: Tensor, rows: int, group: int = 0) -> None:
         arrives = [8 * sum(segment.before[: n + 1]) for n in range(2)]
         for step in range(len(bits)):
             started = arrives[-1] + 8 * segment.counts[step]
-            assert int(read[step + 1].max()) // 4 + 2 <= arrives[step], "a line is read before its copy is waited for"
-            assert started - 64 <= int(read[step].min()) // 4, "a line is overwritten before all have read it"
+            assert int(read[step + 1].max()) // 4 + 2 <= arrives[step], (
+                "a line is read before its copy is waited for"
+            )
+            assert started - 64 <= int(read[step].min()) // 4, (
+                "a line is overwritten before all have read it"
+            )
             arrives.append(started)
         assert arrives[-1] == len(segment.values)
         assert len(bits) < 2 or len(segment.values) - (int(read[-1].max()) // 4 + 2) < 8
@@ -135,7 +154,10 @@ def test_copies_arrive_in_time_and_overwrite_nothing(weight):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 16, 17, 32])
 def test_the_kernel_multiplies(weight, tokens):
     tiles = 2, 1 if tokens <= 8 else 2 if tokens == 16 else 4
-    x, bias = torch.randn(tokens, weight.columns).to(torch.bfloat16), torch.randn(weight.rows).to(torch.bfloat16)
+    x, bias = (
+        torch.randn(tokens, weight.columns).to(torch.bfloat16),
+        torch.randn(weight.rows).to(torch.bfloat16),
+    )
     packed, chosen = pack(weight, UNSTRUCTURED_INT8), program(UNSTRUCTURED_INT8, *tiles)
     out, error = product(UNSTRUCTURED_INT8, chosen, packed, x, weight.rows, bias)
     assert error == ""
@@ -164,7 +186,9 @@ def test_every_byte_is_its_number():
         scale=torch.ones(256, 1),
     )
     x = torch.ones(1, 8, dtype=torch.bfloat16)
-    out, error = product(UNSTRUCTURED_INT8, program(UNSTRUCTURED_INT8, 2, 1), pack(weight, UNSTRUCTURED_INT8), x, 256)
+    out, error = product(
+        UNSTRUCTURED_INT8, program(UNSTRUCTURED_INT8, 2, 1), pack(weight, UNSTRUCTURED_INT8), x, 256
+    )
     assert error == ""
     assert out[0].tolist() == list(range(-128, 128))
 
@@ -232,17 +256,35 @@ def test_the_expected_size_is_that_of_random_weights(rows, columns, density):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda w: {"values": w.values[:-1]}, r"layer: \d+ values in rows that start at other places .* damaged"),
-        (lambda w: {"starts": w.starts[:-1]}, r"layer: \d+ values in rows that start at other places .* damaged"),
-        (lambda w: {"bitmask": w.bitmask ^ 1}, r"layer: \d+ values in rows that start at other places .* damaged"),
+        (
+            lambda w: {"values": w.values[:-1]},
+            r"layer: \d+ values in rows that start at other places .* damaged",
+        ),
+        (
+            lambda w: {"starts": w.starts[:-1]},
+            r"layer: \d+ values in rows that start at other places .* damaged",
+        ),
+        (
+            lambda w: {"bitmask": w.bitmask ^ 1},
+            r"layer: \d+ values in rows that start at other places .* damaged",
+        ),
         (lambda w: {"scale": None}, "layer: values of torch.int8, which the layout does not hold"),
-        (lambda w: {"values": w.values.bfloat16()}, "layer: values of torch.bfloat16, which the layout does not hold"),
+        (
+            lambda w: {"values": w.values.bfloat16()},
+            "layer: values of torch.bfloat16, which the layout does not hold",
+        ),
         (
             lambda w: {"scale": torch.ones(20, 2)},
             "layer: a scale per 32 columns, or zero points, where the layout has one",
         ),
-        (lambda w: {"zeros": torch.zeros(20, 1, dtype=torch.uint8)}, "layer: a scale per 64 columns, or zero points"),
-        (lambda w: {"columns": 70000}, "layer: 70000 columns; the kernel has at most 65536; keep it dense"),
+        (
+            lambda w: {"zeros": torch.zeros(20, 1, dtype=torch.uint8)},
+            "layer: a scale per 64 columns, or zero points",
+        ),
+        (
+            lambda w: {"columns": 70000},
+            "layer: 70000 columns; the kernel has at most 65536; keep it dense",
+        ),
     ],
 )
 def test_what_it_does_not_hold_or_is_damaged_is_refused(change, problem):

@@ -23,12 +23,16 @@ def bf16_weight(rows: int, columns: int, most: int = 2) -> StoredWeight:
     return from_dense(values.masked_fill(~kept_of_four(rows, columns, most), 0.0), "layer")
 
 
-def int4_weight(rows: int, columns: int, group: int, scales: torch.dtype = torch.bfloat16) -> StoredWeight:
+def int4_weight(
+    rows: int, columns: int, group: int, scales: torch.dtype = torch.bfloat16
+) -> StoredWeight:
     """Values of -8 to 7, none of them 0, with a scale per row and group, of `scales`: a dtype that holds them exactly."""
     values = torch.randint(-8, 7, (rows, columns)).to(torch.int8)
     values += values >= 0
     stored = from_dense(values.masked_fill(~kept_of_four(rows, columns), 0), "layer")
-    return replace(stored, scale=(torch.rand(rows, columns // group) + 0.1).to(scales).float(), bits=4)
+    return replace(
+        stored, scale=(torch.rand(rows, columns // group) + 0.1).to(scales).float(), bits=4
+    )
 
 
 def unstructured_weight(rows: int, columns: int, density: float | Tensor = 0.5) -> StoredWeight:
@@ -54,7 +58,9 @@ def fp8_weight(rows: int, columns: int, density: float | Tensor = 0.5) -> Stored
     return replace(stored, scale=torch.rand(rows, 1) + 0.1)
 
 
-def int4_any_weight(group: int, rows: int, columns: int, density: float | Tensor = 0.5) -> StoredWeight:
+def int4_any_weight(
+    group: int, rows: int, columns: int, density: float | Tensor = 0.5
+) -> StoredWeight:
     """Values of -8 to 7, none of them 0, with a scale per row and group; columns padded to whole groups; `density` as above."""
     values = torch.randint(-8, 7, (rows, columns)).to(torch.int8)
     values += values >= 0
@@ -64,12 +70,18 @@ def int4_any_weight(group: int, rows: int, columns: int, density: float | Tensor
 
 
 def grouped_weight(
-    make: Callable[..., StoredWeight], group: int, rows: int, columns: int, density: float | Tensor = 0.5
+    make: Callable[..., StoredWeight],
+    group: int,
+    rows: int,
+    columns: int,
+    density: float | Tensor = 0.5,
 ) -> StoredWeight:
     """Int8 or fp8 that `make` makes, with a scale per row and group; columns padded to whole groups; `density` as above."""
     values = make(rows, columns, density).dense()
     padded = pad(values.view(torch.int8), (0, -columns % group)).view(values.dtype)
-    return replace(from_dense(padded, "layer"), scale=torch.rand(rows, padded.shape[1] // group) + 0.1)
+    return replace(
+        from_dense(padded, "layer"), scale=torch.rand(rows, padded.shape[1] // group) + 0.1
+    )
 
 
 def leaning(make: Callable[..., StoredWeight], rows: int, columns: int) -> StoredWeight:
@@ -115,4 +127,6 @@ def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = No
         exact, terms = exact + bias.double(), terms + bias.double().abs()
     bound = terms * 2.0**-20 + exact.abs() * 2.0**-8
     assert y.shape == exact.shape
-    assert bool(((y.double() - exact).abs() <= bound).all()), float((y.double() - exact).abs().max())
+    assert bool(((y.double() - exact).abs() <= bound).all()), float(
+        (y.double() - exact).abs().max()
+    )
