@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -63,6 +64,8 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
         RacError: no such file, not JSON, or not an object.
     """
     try:
+        if kind := _special_kind(Path(path)):
+            raise ValueError(f"it is a {kind}")
         obj = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         reason = (
@@ -72,6 +75,34 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
     if not isinstance(obj, dict):
         raise RacError(f"{path}: holds a {type(obj).__name__} where an object is expected")
     return obj
+
+
+def regular_file(path: str | Path, what: str) -> Path:
+    """Return the path of a file that a user named, after checking that reading it will end.
+
+    A link to a regular file counts as one. `what` names the file in the message ("recipe").
+
+    Raises:
+        RacError: nothing is at `path`, or a folder, device, pipe or socket.
+    """
+    path = Path(path)
+    try:
+        kind = _special_kind(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RacError(f"{what} {path}: {reason}; name an existing file") from error
+    if kind is not None:
+        raise RacError(f"{what} {path} is a {kind}; name a regular file")
+    return path
+
+
+def _special_kind(path: Path) -> str | None:
+    """What is at `path`, links followed: None for a regular file."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
+    return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "device")
 
 
 def remove_folder(folder: Path) -> None:
