@@ -153,7 +153,7 @@ def sample_apart(folder: Path, device: str, kernels: bool) -> Sampled:
         raise RacError(
             f"{folder.name}: vLLM failed with {variable}={environment[variable]}:\n{done.stdout[-3000:]}"
         )
-    if kernels and "rac-sparse: 0 of" in done.stdout:
+    if kernels and "rac: 0 of" in done.stdout:
         raise RacError(f"{folder.name}: no layer runs on a kernel here:\n{done.stdout[-3000:]}")
     return json.loads(out.read_text())
 

@@ -47,7 +47,7 @@ SERVED = {  # the same as of LINEARS; 16 bits are bfloat16
         4,
         0.0,
         4,
-    ),  # an ordinary W4A16 checkpoint, with --quantization rac-sparse
+    ),  # an ordinary W4A16 checkpoint, with --quantization rac
     "served, dense int3, ours, head int4": (
         3,
         0.0,
@@ -222,7 +222,7 @@ def served(name: str, args: argparse.Namespace) -> Figures:
         "2048",
         "--dtype",
         "bfloat16",
-        *(["--quantization", "rac-sparse"] if ours and not pruned else []),
+        *(["--quantization", "rac"] if ours and not pruned else []),
     ]
     environment = {"RAC_LM_HEAD": f"int{head_bits}"} if ours else {}
     if ONE_PROCESS in name:
@@ -270,7 +270,7 @@ def in_python(name: str, args: argparse.Namespace) -> Figures:
         gpu_memory_utilization=0.5,
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
-        **({} if pruned else {"quantization": "rac-sparse"}),
+        **({} if pruned else {"quantization": "rac"}),
     ).llm_engine
     if unused := [text for text in said if "has no effect on this model" in text]:
         raise SystemExit(f"{name}: vLLM's own method ran it: {unused[0]}")

@@ -255,7 +255,7 @@ def main() -> None:
         sparse = [
             line
             for line in log.read_text(errors="replace").splitlines()
-            if "rac-sparse:" in line and " run on " in line
+            if "rac:" in line and " run on " in line
         ]
     print(
         sparse[0].partition("] ")[2] if sparse else "no layer is reported to run on a sparse kernel"

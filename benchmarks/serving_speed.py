@@ -68,11 +68,7 @@ class Kind:
     @property
     def options(self) -> list[str]:
         """Of `vllm serve`: a dense checkpoint of few bits is on our kernels where that is asked for."""
-        return (
-            ["--quantization", "rac-sparse"]
-            if self.ours and not self.sparse and self.bits < 16
-            else []
-        )
+        return ["--quantization", "rac"] if self.ours and not self.sparse and self.bits < 16 else []
 
 
 KINDS = {
@@ -240,7 +236,7 @@ def size_table(runs: dict[str, list[Run]], contenders: dict[str, Contender]) -> 
 
 def kernel_lines(log: Path) -> list[str]:
     """What the plugin says of its choices, once."""
-    marks = ("rac-sparse:", "sparse kernel", "int8 kernel", "dense because")
+    marks = ("rac:", "sparse kernel", "int8 kernel", "dense because")
     lines = [line.partition("] ")[2] for line in log.read_text(errors="replace").splitlines()]
     return list(dict.fromkeys(line for line in lines if any(mark in line for mark in marks)))
 

@@ -70,9 +70,7 @@ def speculative(draft: Path, tokens: int) -> list[str]:
         "model": str(draft),
         "num_speculative_tokens": tokens,
     }
-    config["quantization"] = (
-        "rac-sparse"  # dense weights of few bits run on our kernels when asked for
-    )
+    config["quantization"] = "rac"  # dense weights of few bits run on our kernels when asked for
     return ["--speculative-config", json.dumps(config)]
 
 

@@ -137,8 +137,7 @@ def main() -> None:
         )
         for line in log.read_text(errors="replace").splitlines():
             if any(
-                mark in line
-                for mark in ("rac-sparse:", "sparse kernel", "int8 kernel", "dense because")
+                mark in line for mark in ("rac:", "sparse kernel", "int8 kernel", "dense because")
             ):
                 print("  " + line.partition("] ")[2])
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)

@@ -231,7 +231,7 @@ def serve(environment: Environment, python: str, wheel: Path) -> None:
     print(environment.python(KERNEL), end="")
     output = environment.python(SERVE, str(environment.home / "out put"))
     print(
-        *[line for line in output.splitlines() if "rac-sparse:" in line or "SERVED" in line],
+        *[line for line in output.splitlines() if "rac:" in line or "SERVED" in line],
         sep="\n",
     )
     if not ("SERVED" in output and "pruned layers run on a sparse kernel" in output):

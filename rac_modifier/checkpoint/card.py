@@ -81,7 +81,7 @@ def how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
             "\n\n`rac_modifier.load_model` does the same, and raises an error where transformers only warns of missing weights."
             " `rac unpack` writes an ordinary dense checkpoint, which needs no rac_modifier."
         )
-    option = " --quantization rac-sparse" if few else ""
+    option = " --quantization rac" if few else ""
     serve = f"```bash\nvllm serve path/to/this/folder{option}\n```\n\n"
     if packed:
         serve += "rac_modifier must be installed beside vLLM: its plugin reads the packed weights. `rac inspect` shows which "

@@ -45,7 +45,7 @@ def check_codes(
     if ORDER in tensors:
         raise RacError(
             f"{name}.{ORDER}: its columns were reordered (actorder: group), and the kernels read groups of neighbouring "
-            "columns; leave out --quantization rac-sparse, or quantize with actorder: static"
+            "columns; leave out --quantization rac, or quantize with actorder: static"
         )
     rows, columns = _shape(tensors, name)
     codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", bits)

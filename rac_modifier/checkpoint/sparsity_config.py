@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 QUANTIZATION_KEY = "quantization_config"
 RAC_KEY = "rac_sparsity"
 METHOD = "compressed-tensors"
+RAC_METHOD = "rac"  # of packed checkpoints, which are read under both names
 VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
 
 _EXPECTED = {
@@ -74,10 +75,9 @@ class SparsityConfig(_Entry):
         Raises:
             RacError: a malformed sparsity_config, or a format that cannot be read here.
         """
-        if (
-            not isinstance(quantization, Mapping)
-            or quantization.get("quant_method", METHOD) != METHOD
-        ):
+        if not isinstance(quantization, Mapping):
+            return None
+        if quantization.get("quant_method", METHOD) not in (METHOD, RAC_METHOD):
             return None
         sparsity = quantization.get("sparsity_config")
         if not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):

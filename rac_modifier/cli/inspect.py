@@ -131,7 +131,7 @@ def inspect(
         if few:
             own = f"has no kernel for int{' and int'.join(map(str, few))} weights on a CPU"
         typer.echo(
-            f"\nvLLM {own}. With --quantization rac-sparse, on this machine's CPU:\n{render_plan(dense)}"
+            f"\nvLLM {own}. With --quantization rac, on this machine's CPU:\n{render_plan(dense)}"
         )
 
 

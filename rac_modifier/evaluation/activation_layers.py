@@ -1,7 +1,7 @@
 """Which layers of a checkpoint may have activations of 8 bits: those whose weights the CPU kernels multiply as integers.
 
 Packed sparse checkpoints of int8 and int4 have such layers, and dense ones of int4, int3 and int2 (W4A16), which vLLM serves on
-our kernels with `--quantization rac-sparse`. No weight is read.
+our kernels with `--quantization rac`. No weight is read.
 """
 
 from __future__ import annotations

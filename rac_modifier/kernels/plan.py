@@ -97,7 +97,7 @@ def plan_checkpoint(
             **dict.fromkeys(ignored_modules(config), "it is not pruned (in ignore)"),
             **dict.fromkeys(
                 recorded_structures(config),
-                "it is stored dense; serve with --quantization rac-sparse",
+                "it is stored dense; serve with --quantization rac",
             ),
         }
         done = {row.module for row in rows}
@@ -115,7 +115,7 @@ def plan_checkpoint(
 
 
 def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
-    """How each module of 2-, 3- or 4-bit weights without a mask would run with `vllm serve --quantization rac-sparse`.
+    """How each module of 2-, 3- or 4-bit weights without a mask would run with `vllm serve --quantization rac`.
 
     Raises:
         RacError: no readable checkpoint, or sizes that cannot be.

@@ -72,7 +72,7 @@ class VllmCommand:
         asked = self._says("quantization") or any(
             option.split("=")[0] == "-q" for option in self.options
         )
-        ours = ["--quantization", "rac-sparse"] if _has_few_bits(model) and not asked else []
+        ours = ["--quantization", "rac"] if _has_few_bits(model) and not asked else []
         # vLLM 0.32 ends on a CPU where it reads the prompt of a request with a seed in parts, and ours have seeds
         parted = self._says("enable-chunked-prefill") or not self.is_cpu_build()
         whole = [] if parted else ["--no-enable-chunked-prefill"]

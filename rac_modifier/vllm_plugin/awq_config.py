@@ -1,4 +1,4 @@
-"""With `--quantization rac-sparse`, AWQ checkpoints of 4 bits (version gemm) run on our kernels."""
+"""With `--quantization rac`, AWQ checkpoints of 4 bits (version gemm) run on our kernels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class AwqCodesConfig(CodesConfig, AutoAWQConfig):
         if version.lower() != "gemm":
             raise RacError(
                 f"config.json: the words of this AWQ checkpoint are in version {version}, and those of gemm are read here; leave "
-                "out --quantization rac-sparse, or take a checkpoint of version gemm"
+                "out --quantization rac, or take a checkpoint of version gemm"
             )
         made: AwqCodesConfig = super().from_config(config)
         made.set_up([bits])

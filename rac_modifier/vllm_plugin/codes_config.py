@@ -1,4 +1,4 @@
-"""What the configs of GPTQ and AWQ checkpoints share when `--quantization rac-sparse` was given.
+"""What the configs of GPTQ and AWQ checkpoints share when `--quantization rac` was given.
 
 Each is also vLLM's own config for its format, so whatever has no kernel here is served as without this package. Imported when
 such a checkpoint is served: vLLM has loaded its layers by then.

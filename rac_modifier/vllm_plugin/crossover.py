@@ -74,7 +74,7 @@ def crossovers(kinds: Sequence[str], eight_bits: bool = False) -> dict[str, floa
     logger.info(
         "%s",
         "\n  ".join(
-            ["rac-sparse: measured on a core of this machine", *(each.describe() for each in found)]
+            ["rac: measured on a core of this machine", *(each.describe() for each in found)]
         ),
     )
     return {each.kind: each.rows for each in found}

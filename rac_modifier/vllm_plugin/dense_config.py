@@ -1,4 +1,4 @@
-"""With `--quantization rac-sparse`, dense checkpoints of compressed-tensors of 2 to 4 bits (W4A16) run on our kernels.
+"""With `--quantization rac`, dense checkpoints of compressed-tensors of 2 to 4 bits (W4A16) run on our kernels.
 
 The config is vLLM's own for compressed-tensors, so whatever has no kernel here is served as without this package; only the
 methods of linear layers of 2 to 4 bits are replaced. Imported when such a checkpoint is served: vLLM has loaded its layers by
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class DenseCodesConfig(CompressedTensorsConfig):
-    """vLLM's config of a compressed-tensors checkpoint with weights of 2 to 4 bits and `--quantization rac-sparse`.
+    """vLLM's config of a compressed-tensors checkpoint with weights of 2 to 4 bits and `--quantization rac`.
 
     `int8_activations`: the modules whose inputs may be rounded to 8 bits, from `maybe_update_config` on.
     """

@@ -1,4 +1,4 @@
-"""With `--quantization rac-sparse`, GPTQ checkpoints of 2 to 4 bits run on our kernels, asymmetric and reordered ones too."""
+"""With `--quantization rac`, GPTQ checkpoints of 2 to 4 bits run on our kernels, asymmetric and reordered ones too."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class GptqCodesConfig(CodesConfig, AutoGPTQConfig):
         if format not in (GPTQ_V1, GPTQ_V2):
             raise RacError(
                 f"config.json: the words of this checkpoint are in the format {format}, and those of {GPTQ_V1} and {GPTQ_V2} are "
-                "read here; leave out --quantization rac-sparse, or take a checkpoint in one of these"
+                "read here; leave out --quantization rac, or take a checkpoint in one of these"
             )
         entry(config, ("sym",), bool)
         plain = {

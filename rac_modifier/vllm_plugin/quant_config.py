@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -19,7 +20,7 @@ from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import has_backend
-from rac_modifier.vllm_plugin import METHOD
+from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
 from rac_modifier.vllm_plugin.activations import activation_bits, check_effect
 from rac_modifier.vllm_plugin.crossover import crossovers, use_crossovers
 from rac_modifier.vllm_plugin.sparse_layers import (
@@ -41,8 +42,11 @@ if TYPE_CHECKING:
     from rac_modifier.vllm_plugin.stored_vocabulary import VocabularyMethods
 
 
+logger = init_logger(f"vllm.{__name__}")
+
+
 class RacSparseConfig(QuantizationConfig):
-    """Packed sparse checkpoints; and, with `--quantization rac-sparse`, pruned ones that are stored dense.
+    """Packed sparse checkpoints; and, with `--quantization rac`, pruned ones that are stored dense.
 
     With this option, a checkpoint of dense weights of 2 to 4 bits gets a `DenseCodesConfig` in its place, or that of GPTQ or AWQ.
 
@@ -70,15 +74,17 @@ class RacSparseConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """The method for packed sparse checkpoints, and for others on request. vLLM calls this for every quantized model."""
-        return METHOD if is_packed(hf_quant_cfg) or user_quant == METHOD else None
+        """Claim packed sparse checkpoints, and others on request. vLLM calls this for every quantized model."""
+        if user_quant == OLD_METHOD:
+            warn_of_old_name()
+        return METHOD if is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """From the checkpoint's `quantization_config`: of this class, or one of dense weights of few bits.
 
         Raises:
-            RacError: `--quantization rac-sparse` was given and has no effect on this checkpoint.
+            RacError: `--quantization rac` was given and has no effect on this checkpoint.
         """
         if not is_packed(config):
             if config.get("quant_method") == COMPRESSED_TENSORS:
@@ -216,3 +222,16 @@ class RacSparseConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         """No files: without a `quantization_config` vLLM makes an empty config, which `maybe_update_config` fills."""
         return []
+
+
+class OldNameConfig(RacSparseConfig):
+    """`--quantization rac`, the name of `rac` before 0.2. vLLM creates it for weights that are stored dense."""
+
+    def __init__(self) -> None:
+        warn_of_old_name()
+        super().__init__()
+
+
+def warn_of_old_name() -> None:
+    """Log the new name of the option."""
+    logger.warning_once("--quantization %s is now called --quantization %s", OLD_METHOD, METHOD)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import get_args
 
-from rac_modifier.vllm_plugin import METHOD
+from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
 
 _logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM's handlers print it
 
@@ -35,6 +35,7 @@ def _register() -> None:
             "this vLLM has its own method %s; the one of rac-modifier is not registered", METHOD
         )
         return
-    from rac_modifier.vllm_plugin.quant_config import RacSparseConfig
+    from rac_modifier.vllm_plugin.quant_config import OldNameConfig, RacSparseConfig
 
     quantization.register_quantization_config(METHOD)(RacSparseConfig)
+    quantization.register_quantization_config(OLD_METHOD)(OldNameConfig)

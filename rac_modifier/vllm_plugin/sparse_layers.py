@@ -9,7 +9,13 @@ from typing import Any
 
 from rac_modifier.checkpoint.formats import PARTS
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
-from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, SparsityConfig, SparsityRecord
+from rac_modifier.checkpoint.sparsity_config import (
+    METHOD,
+    RAC_KEY,
+    RAC_METHOD,
+    SparsityConfig,
+    SparsityRecord,
+)
 from rac_modifier.errors import RacError
 
 DRAFT = "draft_model"  # vllm.v1.spec_decode.draft_model gives it to `get_model` as the prefix of all layers
@@ -49,10 +55,16 @@ class SparseLayers:
 def is_packed(quantization: object) -> bool:
     """Whether a `quantization_config` is that of a packed sparse checkpoint, by its method and format alone.
 
-    Never raises, whatever the value is: vLLM calls this for every quantized model. Formats that cannot be read here are left
-    to vLLM. What else is in the entry is checked by `parse_packed`.
+    Never raises, whatever the value is: vLLM calls this for every quantized model. `quant_method` is "rac"; older files have
+    "compressed-tensors", and of these, formats that cannot be read here are left to vLLM. What else is in the entry is checked
+    by `parse_packed`.
     """
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != METHOD:
+    if not isinstance(quantization, Mapping):
+        return False
+    method = quantization.get("quant_method")
+    if method == RAC_METHOD:
+        return True
+    if method != METHOD:
         return False
     sparsity = quantization.get("sparsity_config")
     format = sparsity.get("format") if isinstance(sparsity, Mapping) else None
@@ -63,10 +75,13 @@ def parse_packed(quantization: Mapping[str, Any]) -> SparseLayers:
     """The sparse layers of the `quantization_config` of a packed sparse checkpoint.
 
     Raises:
-        RacError: `targets` or `ignore` is not a list of names and patterns.
+        RacError: it has no sparsity_config, or a malformed one.
     """
     sparsity = SparsityConfig.of(quantization)
-    assert sparsity is not None
+    if sparsity is None:
+        raise RacError(
+            "config.json: quantization_config has no sparsity_config; restore the config.json that was saved with the checkpoint"
+        )
     return SparseLayers(sparsity.format, sparsity.targets, sparsity.ignore)
 
 
@@ -80,7 +95,7 @@ def parse_dense_stored(record: object) -> SparseLayers:
     if not modules:
         raise RacError(
             "config.json: rac_sparsity names no pruned module, so there is nothing to serve sparse; leave out "
-            "--quantization rac-sparse, or save the model with rac-modifier"
+            "--quantization rac, or save the model with rac-modifier"
         )
     return SparseLayers(None, tuple(modules))
 

@@ -32,9 +32,7 @@ class Summary:
     def render(self) -> str:
         """One line per kernel, and one per reason not to use one."""
         sparse = [d for d in self.decisions.values() if d.sparse]
-        lines = [
-            f"rac-sparse: {len(sparse)} of {len(self.decisions)} {self.layers} run on {self.kernel}"
-        ]
+        lines = [f"rac: {len(sparse)} of {len(self.decisions)} {self.layers} run on {self.kernel}"]
         for kernel, count in Counter(d.kernel for d in sparse).items():
             of_kernel = [d for d in sparse if d.kernel == kernel]
             low, high = (

@@ -146,12 +146,10 @@ def test_an_engine_in_this_process_is_timed_step_by_step(tables, engine):
     assert os.environ["RAC_LM_HEAD"] == "int4"
     assert tables.kl_of("in Python, 50 % + int4, head int4", {"50 % + int4": 0.2}) == 0.2
     engine.run("in Python, dense int4, ours, head int4")
-    assert engine.asked["options"]["quantization"] == "rac-sparse"
+    assert engine.asked["options"]["quantization"] == "rac"
 
 
 def test_dense_codes_that_vllms_own_method_ran_are_no_contender_of_ours(engine):
-    engine.asked["warns"] = [
-        "--quantization rac-sparse has no effect on this model here; leave it out"
-    ]
+    engine.asked["warns"] = ["--quantization rac has no effect on this model here; leave it out"]
     with pytest.raises(SystemExit, match="vLLM's own method ran it"):
         engine.run("in Python, dense int4, ours, head int4")

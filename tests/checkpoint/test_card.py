@@ -177,13 +177,13 @@ def test_how_to_serve() -> None:
 def test_how_to_serve_few_bits(scheme: str, name: str) -> None:
     record = {**RECORD, "quantization": [f"{scheme} (pack-quantized)"]}
     card = model_card(record, packed=False)
-    assert "vllm serve path/to/this/folder --quantization rac-sparse\n" in card
+    assert "vllm serve path/to/this/folder --quantization rac\n" in card
     assert f"vLLM, which has no kernel for {name} weights on a CPU." in card
     assert "stock vLLM" not in card
     four = model_card(
         {**RECORD, "quantization": ["int4 in groups of 128 (pack-quantized)"]}, packed=False
     )
-    assert "rac-sparse" not in four
+    assert "--quantization rac" not in four
 
 
 def test_huggingface_hub_reads_the_front_matter() -> None:

@@ -181,7 +181,7 @@ def test_plan_of_dense_stored_weights_says_how_to_serve_them_sparse(tmp_path):
         "model.layers.0.mlp.up_proj",
     ]
     assert {row.decision.reason for row in rows} == {
-        "dense because it is stored dense; serve with --quantization rac-sparse"
+        "dense because it is stored dense; serve with --quantization rac"
     }
 
 

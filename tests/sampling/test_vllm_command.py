@@ -19,7 +19,7 @@ def test_weights_of_two_or_three_bits_are_served_on_our_kernels(tmp_path, bits, 
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = VllmCommand("vllm", options).arguments(str(tmp_path), "auto", 1)
-    assert ("--quantization rac-sparse" in " ".join(command)) is added
+    assert ("--quantization rac" in " ".join(command)) is added
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, version, options, added):
 def test_a_model_whose_config_says_nothing_gets_no_option(tmp_path, config):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    assert "rac-sparse" not in VllmCommand("vllm").arguments(str(tmp_path), "auto", 1)
+    assert "rac" not in VllmCommand("vllm").arguments(str(tmp_path), "auto", 1)
 
 
 def test_which_vllm(tmp_path):

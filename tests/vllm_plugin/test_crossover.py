@@ -45,7 +45,7 @@ def test_measured_and_logged(monkeypatch):
     )
     assert crossovers(["int8"]) == {"int8": 256}
     assert logged[0].startswith(
-        "rac-sparse: measured on a core of this machine\n  int8: the kernel multiplies up to 256"
+        "rac: measured on a core of this machine\n  int8: the kernel multiplies up to 256"
     )
 
 

@@ -76,9 +76,7 @@ def test_on_request_only():
 )
 def test_a_checkpoint_on_which_the_option_has_no_effect(changes, reason):
     config = quantization(**changes)
-    with pytest.raises(
-        RacError, match=rf"^--quantization rac-sparse: .*\({reason}\).*leave it out"
-    ):
+    with pytest.raises(RacError, match=rf"^--quantization rac: .*\({reason}\).*leave it out"):
         RacSparseConfig.from_config(config)
 
 

@@ -163,7 +163,7 @@ def test_how_many_layers_have_activations_of_8_bits_is_logged(monkeypatch, logge
         else "activations in 16 bits, since it multiplies no bytes"
     )
     lines = logged[0].splitlines()
-    assert lines[0] == "info: rac-sparse: 3 of 3 quantized layers run on an int4 kernel"
+    assert lines[0] == "info: rac: 3 of 3 quantized layers run on an int4 kernel"
     assert sorted(
         line.partition(",")[0] if "(" not in line else line.partition(" layer")[0]
         for line in lines[1:]
@@ -204,7 +204,7 @@ def test_what_was_loaded_is_logged_with_the_last_layer(monkeypatch, logged):
     (text,) = logged
     isa = support().isa
     assert text.startswith(
-        f"info: rac-sparse: 2 of 2 quantized layers run on an int4 kernel\n  int4 kernel {isa}: 2 layers"
+        f"info: rac: 2 of 2 quantized layers run on an int4 kernel\n  int4 kernel {isa}: 2 layers"
     )
 
 
@@ -238,9 +238,9 @@ def test_vllms_own_method_with_the_reason(monkeypatch, logged, why, group, rank,
     assert layer.quant_method.apply(layer, 1, 2) == ("vLLM", 1, 2)
     (text,) = logged
     assert text.splitlines() == [
-        "warning: rac-sparse: 0 of 1 quantized layers run on an int4 kernel",
+        "warning: rac: 0 of 1 quantized layers run on an int4 kernel",
         f"  vLLM's own method because {reason}: 1 layer, such as a.row",
-        "  --quantization rac-sparse has no effect on this model here; leave it out",
+        "  --quantization rac has no effect on this model here; leave it out",
     ]
 
 

@@ -246,7 +246,7 @@ def test_vllms_own_method_where_there_is_no_kernel(monkeypatch, form, method):
     finish(layer)
     assert "g_idx" not in dict(layer.named_parameters())  # vLLM 0.32 has none
     assert said[0].splitlines()[:2] == [
-        "rac-sparse: 0 of 1 quantized layers run on an int4 kernel",
+        "rac: 0 of 1 quantized layers run on an int4 kernel",
         "  vLLM's own method because switched off by a test: 1 layer, such as a.column",
     ]
 

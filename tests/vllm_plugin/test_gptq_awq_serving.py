@@ -56,12 +56,12 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 )
 def test_greedy_tokens(tmp_path, said, form, group, symmetric, reorder):
     save(tmp_path / "model", tmp_path / "meant", form, group, symmetric, reorder=reorder)
-    tokens, methods = serve(tmp_path / "model", TOKENS, quantization="rac-sparse")
+    tokens, methods = serve(tmp_path / "model", TOKENS, quantization="rac")
     assert tokens == reference(tmp_path / "meant", TOKENS)
     assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"  # in floats
     assert methods["model.layers.1.self_attn.o_proj"] == "packed"
     (text,) = said
-    assert text.startswith("rac-sparse: 7 of 7 quantized layers run on an int4 kernel\n")
+    assert text.startswith("rac: 7 of 7 quantized layers run on an int4 kernel\n")
 
 
 @pytest.mark.slow
@@ -73,13 +73,13 @@ def test_greedy_tokens(tmp_path, said, form, group, symmetric, reorder):
 def test_log_probabilities_of_few_bits(tmp_path, said, form, bits, group, symmetric):
     save(tmp_path / "model", tmp_path / "meant", form, group, symmetric, bits)
     sequences = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    found = served_log_probabilities(tmp_path / "model", sequences, quantization="rac-sparse")
+    found = served_log_probabilities(tmp_path / "model", sequences, quantization="rac")
     torch.testing.assert_close(
         found, expected_log_probabilities(tmp_path / "meant", sequences), rtol=0, atol=1e-3
     )
     (text,) = said
     assert text.startswith(
-        f"rac-sparse: 7 of 7 quantized layers run on an int{bits} kernel\n  int{bits} kernel {support().isa}: 7 layers"
+        f"rac: 7 of 7 quantized layers run on an int{bits} kernel\n  int{bits} kernel {support().isa}: 7 layers"
     )
 
 
@@ -89,7 +89,7 @@ from pathlib import Path
 from tests.vllm_plugin.vllm_fixtures import needs_vllm, serve
 if __name__ == "__main__":
     needs_vllm()
-    tokens, _ = serve(Path(sys.argv[1]), int(sys.argv[2]), quantization="rac-sparse", tensor_parallel_size=2)
+    tokens, _ = serve(Path(sys.argv[1]), int(sys.argv[2]), quantization="rac", tensor_parallel_size=2)
     print("tokens:", tokens)
 """
 
@@ -119,7 +119,7 @@ def test_two_ranks(tmp_path, form, symmetric):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", [None, "rac-sparse"])
+@pytest.mark.parametrize("option", [None, "rac"])
 @pytest.mark.parametrize("form", ["gptq", "awq"])
 def test_vllms_own_method(monkeypatch, tmp_path, said, form, option):
     """Without the option as without this package; with it, and without compiled kernels, the same."""

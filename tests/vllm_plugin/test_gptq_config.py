@@ -73,7 +73,7 @@ def test_on_request_only():
         ),
         (
             {"is_marlin_format": True},
-            "in the format marlin, .*leave out --quantization rac-sparse, or take a checkpoint",
+            "in the format marlin, .*leave out --quantization rac, or take a checkpoint",
         ),
         (
             {"checkpoint_format": 2},

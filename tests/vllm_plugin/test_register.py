@@ -92,7 +92,7 @@ def test_a_method_of_vllms_own_wins(monkeypatch, caplog):
 
     fake_vllm(
         monkeypatch,
-        QuantizationMethods=Literal["fp8", "rac-sparse"],
+        QuantizationMethods=Literal["fp8", "rac"],
         register_quantization_config=register_quantization_config,
     )
     with caplog.at_level(logging.WARNING, logger="vllm"):

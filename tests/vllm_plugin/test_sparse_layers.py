@@ -122,7 +122,7 @@ def test_a_malformed_record(record):
 
 @pytest.mark.parametrize("record", [None, {}, {"modules": {}}])
 def test_nothing_recorded(record):
-    with pytest.raises(RacError, match="leave out --quantization rac-sparse"):
+    with pytest.raises(RacError, match="leave out --quantization rac"):
         parse_dense_stored(record)
 
 

@@ -17,7 +17,7 @@ def test_the_summary_comes_with_the_last_layer_and_has_every_decision():
     text = summary.add("c", stay_dense("it is small", torch.bfloat16))
     assert text is not None
     assert text.splitlines() == [
-        "rac-sparse: 2 of 3 pruned layers run on a sparse kernel",
+        "rac: 2 of 3 pruned layers run on a sparse kernel",
         "  sparse kernel avx2: 2 layers, 1.10-1.30 bytes per weight, at most 1.80x faster",
         "  dense because it is small: 1 layer, such as c",
     ]

@@ -21,6 +21,7 @@ from vllm.model_executor.layers import linear, quantization  # noqa: E402
 from rac_modifier.checkpoint.sparsity_config import with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.files import read_json  # noqa: E402
+from rac_modifier.vllm_plugin import quant_config  # noqa: E402
 from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
 from rac_modifier.vllm_plugin.register import METHOD, register  # noqa: E402
 
@@ -83,7 +84,7 @@ def test_other_models_are_untouched(config):
 
 
 def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
-    """`--quantization rac-sparse` on a dense-stored checkpoint; `maybe_update_config` gets the record."""
+    """`--quantization rac` on a dense-stored checkpoint; `maybe_update_config` gets the record."""
     from vllm.model_executor.model_loader import weight_utils
 
     assert RacSparseConfig.get_config_filenames() == []
@@ -94,7 +95,7 @@ def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
     )
     assert config.layers is not None
     assert config.layers.holds("a.b")
-    with pytest.raises(RacError, match="leave out --quantization rac-sparse"):
+    with pytest.raises(RacError, match="leave out --quantization rac"):
         RacSparseConfig().maybe_update_config("m", hf_config=SimpleNamespace())
 
 
@@ -293,3 +294,27 @@ def test_a_draft_model_is_loaded_with_a_prefix():
 
     assert f'prefix="{DRAFT}"' in inspect.getsource(DraftModelProposer._get_model)
     assert "quantization" in {field.name for field in dataclasses.fields(SpeculativeConfig)}
+
+
+@pytest.mark.parametrize("user_quant", [None, "rac", "rac-sparse"])
+def test_a_packed_checkpoint_is_claimed_by_both_names_of_its_method(user_quant):
+    """`quant_method: rac`, and compressed-tensors in older files; `--quantization rac-sparse` is the former option."""
+    for config in (PACKED, {**PACKED, "quant_method": "rac"}):
+        assert RacSparseConfig.override_quantization_method(config, user_quant) == "rac"
+        layers = RacSparseConfig.from_config(config).layers
+        assert layers is not None
+        assert layers.format == "sparse-bitmask"
+
+
+def test_the_former_name_of_the_option_warns(monkeypatch):
+    said = []
+    monkeypatch.setattr(quant_config.logger, "warning_once", lambda *parts: said.append(parts))
+    other = {"quant_method": "gptq", "bits": 4}
+    assert RacSparseConfig.override_quantization_method(other, "rac-sparse") == "rac"
+    assert quantization.get_quantization_config("rac-sparse")().layers is None
+    assert len(said) == 2
+
+
+def test_a_packed_checkpoint_without_its_formats_is_refused():
+    with pytest.raises(RacError, match="no sparsity_config; restore"):
+        RacSparseConfig.from_config({"quant_method": "rac"})

@@ -113,7 +113,7 @@ def test_dense_stored_weights_on_request(tmp_path):
         "UnquantizedLinearMethod",
         "UnquantizedEmbeddingMethod",
     }  # layers, and their head
-    tokens, methods = serve(folder, TOKENS, quantization="rac-sparse")
+    tokens, methods = serve(folder, TOKENS, quantization="rac")
     assert tokens == expected
     assert methods["model.layers.0.mlp.down_proj"] == SPARSE
     assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"
@@ -153,7 +153,7 @@ def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(
         < counts["vllm:spec_decode_num_accepted_tokens"]
         < counts["vllm:spec_decode_num_draft_tokens"]
     )
-    assert said[0].startswith(f"rac-sparse: {7 if support().isa else 0} of 7 pruned layers")
+    assert said[0].startswith(f"rac: {7 if support().isa else 0} of 7 pruned layers")
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_one_summary_at_load(tmp_path, monkeypatch):
     )
     serve(save_model(tmp_path / "model", "qwen3", "2:4"), 1)
     assert len(said) == 1
-    assert said[0].startswith(f"rac-sparse: {7 if support().isa else 0} of 7 pruned layers")
+    assert said[0].startswith(f"rac: {7 if support().isa else 0} of 7 pruned layers")
 
 
 @pytest.mark.slow
@@ -296,7 +296,7 @@ def test_vllm_serve_over_http(tmp_path):
     right = re.search(r"(\d+) of 24 held-out problems right", done.stdout)
     assert right, done.stdout
     assert int(right[1]) >= 18, done.stdout
-    assert "rac-sparse: " in done.stdout
+    assert "rac: " in done.stdout
     port = re.search(r"127\.0\.0\.1:(\d+)", done.stdout)
     assert port
     with socket.socket() as probe:

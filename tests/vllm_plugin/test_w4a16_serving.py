@@ -28,11 +28,11 @@ def test_greedy_tokens_on_request(tmp_path, monkeypatch, group, symmetric):
         dense_linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
     )
     save_w4a16(tmp_path / "model", tmp_path / "meant", group, symmetric)
-    tokens, methods = serve(tmp_path / "model", TOKENS, quantization="rac-sparse")
+    tokens, methods = serve(tmp_path / "model", TOKENS, quantization="rac")
     assert tokens == reference(tmp_path / "meant", TOKENS)
     assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"  # ignored
     (text,) = said
-    assert text.startswith("rac-sparse: 7 of 7 quantized layers run on an int4 kernel\n")
+    assert text.startswith("rac: 7 of 7 quantized layers run on an int4 kernel\n")
 
 
 @pytest.mark.slow
@@ -47,13 +47,13 @@ def test_log_probabilities_of_few_bits(tmp_path, monkeypatch, bits, symmetric):
         tmp_path / "model", tmp_path / "meant", 32, symmetric, rounding=rounded_here, bits=bits
     )
     sequences = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    found = served_log_probabilities(tmp_path / "model", sequences, quantization="rac-sparse")
+    found = served_log_probabilities(tmp_path / "model", sequences, quantization="rac")
     torch.testing.assert_close(
         found, expected_log_probabilities(tmp_path / "meant", sequences), rtol=0, atol=1e-3
     )
     (text,) = said
     assert text.startswith(
-        f"rac-sparse: 7 of 7 quantized layers run on an int{bits} kernel\n  int{bits} kernel {support().isa}: 7 layers"
+        f"rac: 7 of 7 quantized layers run on an int{bits} kernel\n  int{bits} kernel {support().isa}: 7 layers"
     )
 
 
