@@ -13,12 +13,10 @@ DIST_VENV ?= .venv-dist
 DIST_BIN = $(DIST_VENV)/bin
 # Threads that wait do not spin: on a machine that does other work, spinning threads stall each other.
 export OMP_WAIT_POLICY = PASSIVE
-MUTANTS ?= 200
-WORKERS ?= 2
 GPU_PYTHON ?= python
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors lighteval arm-tools mutants lint schema docs results gpu-check dist test-dist test-matrix clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors lighteval arm-tools lint schema docs results gpu-check dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,8 +55,6 @@ lighteval: $(VENV)/.installed $(SERVE_VENV)/.installed $(LIGHTEVAL_VENV)/.instal
 arm-tools: ## what `make test` needs to run the ARM kernels too, in an emulator; Debian and Ubuntu, with root or without
 	scripts/arm_tools.sh
 
-mutants: $(VENV)/.installed $(SERVE_VENV)/.installed ## MUTANTS wrong versions of the code (200), and which no test notices; takes an hour, can be interrupted
-	$(BIN)/python -m scripts.mutants --sample $(MUTANTS) --workers $(WORKERS) --compress $(BIN)/python --serve $(SERVE_BIN)/python
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff check .
@@ -117,4 +113,4 @@ $(DIST_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean: ## remove the environments and everything that was built
-	rm -rf $(VENV) $(SERVE_VENV) $(DIST_VENV) build dist demo .mutants
+	rm -rf $(VENV) $(SERVE_VENV) $(DIST_VENV) build dist demo

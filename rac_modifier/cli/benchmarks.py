@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.options import Dtype
 from rac_modifier.cli.protocol import Protocol
-from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from rac_modifier.settings.prompt import PromptSettings
 
 
-def protocol_of(benchmark: GridBenchmark, run_code: bool = False) -> Protocol:
-    """What is asked, as `rac eval --preset` would ask it; `run_code` counts where answers are programs.
+def protocol_of(benchmark: GridBenchmark) -> Protocol:
+    """What is asked, as `rac eval --preset` would ask it.
 
     Raises:
         RacError: no preset of that name.
@@ -40,8 +39,7 @@ def protocol_of(benchmark: GridBenchmark, run_code: bool = False) -> Protocol:
         "cap": 1,
     }
     options = {**unset, "temperature": None, "top_p": None, **given}
-    protocol = Protocol(**options).with_preset(benchmark.preset, given.keys())
-    return replace(protocol, run_code=run_code and protocol.asks_programs)
+    return Protocol(**options).with_preset(benchmark.preset, given.keys())
 
 
 def digest_of(problems: Sequence[Problem]) -> str:
@@ -59,35 +57,25 @@ class AskedBenchmarks:
         prompt: of all models.
         precision: of models in this process.
         out: the folder of the frontier; the answers are kept in a folder of it.
-        run_code: programs in answers may be run on this machine.
     """
 
     evaluation: GridEvaluation
     prompt: PromptSettings
     precision: Dtype
     out: Path
-    run_code: bool = False
 
     def check(self) -> None:
         """Refuse what cannot be asked, before problems are loaded and anything runs.
 
         Raises:
-            RacError: a preset that does not exist, programs without leave to run them, or leave without programs.
+            RacError: a preset that does not exist.
         """
         for protocol in self._protocols.values():
             protocol.check(divergence=False, direct=False)
-        if self.run_code and not any(
-            protocol.asks_programs for protocol in self._protocols.values()
-        ):
-            raise RacError(
-                "--run-code is for a grid with a benchmark whose answers are programs; leave it out"
-            )
 
     @cached_property
     def _protocols(self) -> dict[str, Protocol]:
-        return {
-            each.preset: protocol_of(each, self.run_code) for each in self.evaluation.benchmarks
-        }
+        return {each.preset: protocol_of(each) for each in self.evaluation.benchmarks}
 
     @cached_property
     def _asked(self) -> dict[str, tuple[Protocol, list[Problem]]]:
@@ -132,7 +120,7 @@ class AskedBenchmarks:
                     "batch_size": self.evaluation.batch_size,
                     "seed": self.evaluation.seed,
                 }
-                where, verifiers = protocol.where(), protocol.verifiers(problems)
+                where, verifiers = protocol.where(), protocol.verifiers()
                 yield (
                     benchmark,
                     answering.run(

@@ -49,16 +49,8 @@ def evaluate(
     ] = "arithmetic",
     preset: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="aime24, aime25, gpqa-diamond, gsm8k, livecodebench or math-500"
-        ),
+        typer.Option(metavar="NAME", help="aime24, aime25, gpqa-diamond, gsm8k or math-500"),
     ] = None,
-    run_code: Annotated[
-        bool,
-        typer.Option(
-            "--run-code", help="let --preset livecodebench run the model's programs here, confined"
-        ),
-    ] = False,
     column: Column = None,
     answer_column: Annotated[
         str | None, typer.Option(help="column of the answer (file or dataset)")
@@ -142,9 +134,7 @@ def evaluate(
     from rac_modifier.files import write_json_atomic
 
     written = written_options(context)
-    asked = Protocol(
-        source, column, answer_column, problems, samples, cap, temperature, top_p, run_code
-    )
+    asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
     asked = asked.with_preset(preset, written)
     asked.check(divergence=divergence, direct=direct)
     in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve, served_as)
@@ -252,7 +242,7 @@ class _Run:
 
     def answers_in_file(self, in_file: Answering) -> list[EvalResult]:
         """The accuracy of each model, its answers kept in a file."""
-        where, verifiers = self.asked.where(), self.asked.verifiers(self.problems)
+        where, verifiers = self.asked.where(), self.asked.verifiers()
         return [
             in_file.run(
                 name, self.problems, where, self._limits, self.prompt, self.precision, verifiers
@@ -277,7 +267,7 @@ class _Run:
                 self.prompt.thinking,
             )
 
-        how = {**self._limits, "render": render, "verifiers": self.asked.verifiers(self.problems)}
+        how = {**self._limits, "render": render, "verifiers": self.asked.verifiers()}
         with resumable(
             "no answer is kept; run the same command again, for one model with --answers FILE to keep them"
         ):

@@ -47,13 +47,6 @@ def frontier(
     remove_models: Annotated[
         bool, typer.Option("--remove-models", help="remove each checkpoint when it is measured")
     ] = False,
-    run_code: Annotated[
-        bool,
-        typer.Option(
-            "--run-code",
-            help="let the benchmark livecodebench run the models' programs here, confined",
-        ),
-    ] = False,
     check: Annotated[
         bool,
         typer.Option(
@@ -79,7 +72,7 @@ def frontier(
     planned = plan_rows(grid, recipe_grid, _check_on(skeleton))
     prompt = shared_prompt(planned, recipe_grid)
     plan = plan_of(skeleton, planned, grid.evaluation)
-    benchmarks = AskedBenchmarks(grid.evaluation, prompt, precision, out, run_code)
+    benchmarks = AskedBenchmarks(grid.evaluation, prompt, precision, out)
     benchmarks.check()
     if grid.evaluation.serve:
         check_serving()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,6 @@ class Protocol:
         cap: most new tokens.
         temperature: None: greedy, or with --divergence the model's own.
         top_p: None: 0.95, or with --divergence the model's own.
-        run_code: programs in answers may be run on this machine.
         preset: where the values come from that no option sets.
         changed: by option that the user set, the preset's value.
     """
@@ -51,14 +50,8 @@ class Protocol:
     cap: int
     temperature: float | None
     top_p: float | None
-    run_code: bool = False
     preset: Preset | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def asks_programs(self) -> bool:
-        """Whether answers are programs, which are judged by running them."""
-        return self.preset is not None and self.preset.layout.answers == "program"
 
     def with_preset(self, name: str | None, given: Collection[str]) -> Protocol:
         """These options; what is not among `given` (names of the options that the user wrote) is the preset's.
@@ -113,18 +106,7 @@ class Protocol:
             raise RacError(
                 f"--top-p {self.top_p:g} has no effect on greedy answers; give --temperature 0.6 with it"
             )
-        if self.run_code and not self.asks_programs:
-            raise RacError("--run-code is for a preset whose answers are programs; leave it out")
-        if self.preset is not None and self.asks_programs:
-            if not self.run_code:
-                raise RacError(
-                    f"--preset {self.preset.name} runs programs that the model wrote on this machine, confined as docs/cli.md "
-                    "says; if you want that, best in a container without network and data, give --run-code"
-                )
-            from rac_modifier.problems.programs import examine_runner
-
-            examine_runner()
-        elif self.preset is not None and self.preset.layout.answers != "choices":
+        if self.preset is not None and self.preset.layout.answers != "choices":
             from rac_modifier.problems.answer_checker import check_installed
 
             check_installed("mathematics")
@@ -179,16 +161,16 @@ class Protocol:
         top_p = TOP_P if self.top_p is None else self.top_p
         return {"max_new_tokens": self.cap, "temperature": self.temperature or 0.0, "top_p": top_p}
 
-    def verifiers(self, problems: Sequence[Problem]) -> dict[str, Verifier]:
+    def verifiers(self) -> dict[str, Verifier]:
         """By task, what replaces the mathematical comparison of answers to these problems."""
         if self.preset is None:
             return {}
         from rac_modifier.problems.benchmarks import verifiers_of
 
-        return verifiers_of(self.preset.layout, problems)
+        return verifiers_of(self.preset.layout)
 
     def describe(self, asked: int) -> list[str]:
-        """A line that says what was asked by the preset, and what differs from it, and one on programs; none without a preset.
+        """A line that says what was asked by the preset, and what differs from it; none without a preset.
 
         Args:
             asked: how many problems.
@@ -204,14 +186,9 @@ class Protocol:
         ]
         if asked != self.preset.problems and "problems" not in self.changed:
             differences.append(f"problems is {self.preset.problems}")
-        lines = [
+        return [
             f"{text} Not as published ({', '.join(differences)} there)." if differences else text
         ]
-        if self.run_code:
-            from rac_modifier.problems.programs import describe_runner, examine_runner
-
-            lines.append(describe_runner(examine_runner()))
-        return lines
 
     def record(self, asked: int) -> dict[str, Any]:
         """Plain values for JSON: what was asked, how, and what the preset has where that differs.
@@ -230,8 +207,4 @@ class Protocol:
                 "preset": self.preset.name,
                 "published": {"problems": self.preset.problems, **self.changed},
             }
-        if self.run_code:
-            from rac_modifier.problems.programs import examine_runner
-
-            values["programs_confined"] = examine_runner()
         return values

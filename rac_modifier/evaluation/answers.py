@@ -9,15 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
@@ -147,16 +144,5 @@ def _rows(
         )
 
     chosen = (trace for trace in store if trace.id in wanted)
-    if not any(getattr(verifier, "slow", False) for verifier in verifiers.values()):
-        rows = {trace.id: checked(trace) for trace in chosen}
-    else:
-        traces = list(chosen)
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=len(traces), desc="checking", disable=None) as bar,
-        ):
-            rows = {}
-            for trace, row in zip(traces, pool.map(checked, traces), strict=True):
-                rows[trace.id] = row
-                bar.update()
+    rows = {trace.id: checked(trace) for trace in chosen}
     return [rows[name] for name in wanted]

@@ -10,8 +10,6 @@ Where the figures come from:
 - the instruction: the directive of DeepSeek-R1's README ("Usage Recommendations", 3), in the user's turn and without a system
   prompt (2). For GPQA ours asks for the letter in the same box; open-r1 asks for a last line "Answer: LETTER", so figures of
   GPQA can differ by what a model makes of the instruction.
-- programs: LiveCodeBench (arXiv 2403.07974), 16 answers per problem as open-r1; the words that ask for one code block are ours.
-  The problems are those of release_v5 of its "lite" data, whose files must be named, as a script on the hub reads them.
 - data sets: those that lighteval's tasks aime24, aime25, math_500, gpqa:diamond and gsm8k read.
 """
 
@@ -21,7 +19,6 @@ from dataclasses import dataclass
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.benchmarks import Layout
-from rac_modifier.problems.code_tests import METADATA, PRIVATE, PUBLIC, STARTER
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 BOXED_LETTER = "Please reason step by step, and put the letter of the right choice, and nothing else, within \\boxed{}."
@@ -79,21 +76,6 @@ _ALL = (
         1,
         "test",
         config="main",
-    ),
-    Preset(
-        "livecodebench/code_generation_lite",
-        Layout(
-            "livecodebench",
-            "question_content",
-            PUBLIC,
-            "",
-            "program",
-            more_columns=(PRIVATE, STARTER, METADATA),
-        ),
-        880,
-        16,
-        "test",
-        access="a script reads them there; name a .jsonl file of it, with the private tests as JSON text",
     ),
     Preset(
         "HuggingFaceH4/MATH-500", Layout("math-500", "problem", "answer", BOXED), 500, 4, "test"

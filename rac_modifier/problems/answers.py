@@ -13,9 +13,6 @@ _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 class Verifier(Protocol):
     """Compares answers of tasks whose answers are not mathematics, or not unique.
 
-    One that has a function `extract` finds the answer in the text by that; else it is what the last box holds. One that has a
-    true `slow` is called in several threads at once.
-
     With reasoning-gym, for instance: `lambda answer, _: dataset.score_answer(answer, entry) == 1.0`.
     """
 
@@ -50,7 +47,7 @@ def extract_answer(text: str) -> str | None:
 
 def is_correct(text: str, answer: str, verifier: Verifier | None = None) -> bool:
     """Whether a completion's final answer is right; a missing or unreadable answer is wrong."""
-    extracted = getattr(verifier, "extract", extract_answer)(text)
+    extracted = extract_answer(text)
     return extracted is not None and bool((verifier or equal_answers)(extracted, answer))
 
 

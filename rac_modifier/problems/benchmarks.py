@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.answers import Verifier
-from rac_modifier.problems.code_tests import PUBLIC, Programs, question_of, read_tests
 from rac_modifier.problems.source import (
     Problem,
     answer_in,
@@ -29,7 +28,7 @@ _LAST_LINE = re.compile(r"(?<!#)####(?!#)([^\n]*)\s*\Z")
 _MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s*\{(.*)\}", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Za-z])(?:\)?\s*[.:)]?|\)?\s*[.:)]\s.*)", re.DOTALL)
 
-Answers = Literal["whole", "last line", "choices", "program"]
+Answers = Literal["whole", "last line", "choices"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,8 @@ class Layout:
         answer_column: of the right answer.
         instruction: added to each question, after an empty line.
         answers: "whole": the column holds the answer; "last line": it holds a solution that ends in "#### answer"; "choices":
-            the right choice, of which the answer is the letter; "program": tests of a program (code_tests.py).
+            the right choice, of which the answer is the letter.
         wrong_columns: of the wrong choices.
-        more_columns: of a program's tests.
     """
 
     task: str
@@ -53,7 +51,6 @@ class Layout:
     instruction: str
     answers: Answers = "whole"
     wrong_columns: tuple[str, ...] = ()
-    more_columns: tuple[str, ...] = ()
 
 
 def benchmark_problems(
@@ -76,9 +73,7 @@ def benchmark_problems(
         source.answer_column or layout.answer_column,
     )
     table = open_problem_table(source)
-    rows = shuffled_rows(
-        table, source, (column, answer_column, *layout.wrong_columns, *layout.more_columns), seed
-    )
+    rows = shuffled_rows(table, source, (column, answer_column, *layout.wrong_columns), seed)
     problems = [
         _problem(row, where, i, layout, question_in(row, where, column), answer_column)
         for i, where, row in islice(rows, count)
@@ -99,10 +94,6 @@ def _problem(
     question: str,
     answer_column: str,
 ) -> Problem:
-    if layout.answers == "program":
-        tests = read_tests({**row, PUBLIC: row[answer_column]}, where)
-        question = question_of(question, row)
-        return Problem(row_id(index, question), question, tests.digest, layout.task, tests)
     answer = _filled(row, where, answer_column)
     if layout.answers == "last line":
         answer = _last_line(answer, where, answer_column)
@@ -154,14 +145,6 @@ def same_letter(answer: str, reference: str) -> bool:
     return found is not None and found[1].upper() == reference
 
 
-def verifiers_of(layout: Layout, problems: Sequence[Problem]) -> dict[str, Verifier]:
+def verifiers_of(layout: Layout) -> dict[str, Verifier]:
     """By task, what replaces the mathematical comparison of answers to these problems."""
-    if layout.answers == "choices":
-        return {layout.task: same_letter}
-    if layout.answers == "program":
-        return {
-            layout.task: Programs(
-                [problem.tests for problem in problems if problem.tests is not None]
-            )
-        }
-    return {}
+    return {layout.task: same_letter} if layout.answers == "choices" else {}

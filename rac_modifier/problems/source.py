@@ -18,8 +18,6 @@ from rac_modifier.settings.problems import ARITHMETIC, GYM_PREFIX, ProblemSource
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from rac_modifier.problems.code_tests import CodeTests
-
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 _GYM_CHUNK = 500
 _REPEATS_BEFORE_EXHAUSTED = 10_000
@@ -30,16 +28,12 @@ _EXACT_FLOATS = (
 
 @dataclass(frozen=True)
 class Problem:
-    """One question; `id` depends on the problem alone, so it stays the same when a limit changes.
-
-    A problem whose answers are programs has `tests`, and their digest as `answer`.
-    """
+    """One question; `id` depends on the problem alone, so it stays the same when a limit changes."""
 
     id: str
     question: str
     answer: str | None
     task: str | None
-    tests: CodeTests | None = None
 
 
 def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:

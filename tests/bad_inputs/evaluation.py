@@ -28,35 +28,7 @@ def copy_of(b: Bench, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def programs(b: Bench, private: str, *options: str) -> None:
-    """A benchmark of programs with a text in its column of private tests."""
-    case = json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}])
-    columns = {
-        "question_content": "Double?",
-        "public_test_cases": case,
-        "starter_code": "",
-        "metadata": "{}",
-    }
-    path = copy_of(b, {**columns, "private_test_cases": private})
-    b.rac("eval", b.folder, "--preset", "livecodebench", "--source", path, *options)
-
-
 CASES += [
-    Case(
-        "`rac eval --preset livecodebench` without leave to run programs",
-        "give --run-code",
-        lambda b: programs(b, ""),
-    ),
-    Case(
-        "`rac eval --run-code` without programs",
-        "--run-code is for a preset whose answers are programs; leave it out",
-        lambda b: b.rac("eval", b.folder, "--run-code"),
-    ),
-    Case(
-        "`rac eval --preset livecodebench` with tests that are pickled, as published",
-        "empty the column to check programs by the public tests alone",
-        lambda b: programs(b, "eJxrYJk6iQEM5jACAA==", "--run-code"),
-    ),
     Case(
         "`rac eval --divergence` of one model",
         "name at least two models",
@@ -134,7 +106,7 @@ CASES += [
     ),
     Case(
         "`rac eval --preset` of a name that is not there",
-        "use one of aime24, aime25, gpqa-diamond, gsm8k, livecodebench, math-500",
+        "use one of aime24, aime25, gpqa-diamond, gsm8k, math-500",
         lambda b: b.rac("eval", b.folder, "--preset", "math500"),
     ),
     Case(

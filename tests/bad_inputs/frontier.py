@@ -72,18 +72,6 @@ CASES += [
         ),
     ),
     Case(
-        "a grid with the benchmark livecodebench, without leave to run programs",
-        "give --run-code",
-        lambda b: frontier(b, evaluation={"benchmarks": [{"preset": "livecodebench"}]}),
-    ),
-    Case(
-        "`rac frontier --run-code` without programs",
-        "--run-code is for a grid with a benchmark whose answers are programs; leave it out",
-        lambda b: b.rac(
-            "frontier", b.folder, "--recipe-grid", "small", "--out", b.tmp / "out", "--run-code"
-        ),
-    ),
-    Case(
         "a grid with a modifier in front of the one that calibrates it",
         "which changes the model before its traces are taken; write it first",
         lambda b: frontier(

@@ -44,24 +44,6 @@ def test_a_changed_answer_is_another_list_of_problems() -> None:
     assert digest_of([one]) != digest_of([other])
 
 
-def test_programs_are_asked_with_leave_to_run_them_and_other_presets_do_not_need_it(
-    tmp_path: Path,
-) -> None:
-    both = GridEvaluation(
-        benchmarks=[{"preset": "livecodebench", "source": "lcb.jsonl"}, {"preset": "gsm8k"}]
-    )
-    with pytest.raises(RacError, match=r"--preset livecodebench runs programs .* give --run-code"):
-        AskedBenchmarks(both, PromptSettings(), Dtype.FLOAT32, tmp_path).check()
-    AskedBenchmarks(both, PromptSettings(), Dtype.FLOAT32, tmp_path, run_code=True).check()
-    assert protocol_of(both.benchmarks[0], run_code=True).run_code
-    assert not protocol_of(both.benchmarks[1], run_code=True).run_code
-    without = GridEvaluation(benchmarks=[{"preset": "gsm8k"}])
-    with pytest.raises(
-        RacError, match="--run-code is for a grid with a benchmark whose answers are programs"
-    ):
-        AskedBenchmarks(without, PromptSettings(), Dtype.FLOAT32, tmp_path, run_code=True).check()
-
-
 @pytest.fixture
 def asked(tmp_path: Path) -> AskedBenchmarks:
     rows = [{"problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]

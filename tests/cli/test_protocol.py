@@ -12,7 +12,7 @@ from rac_modifier.evaluation.presets import PRESETS
 
 DEFAULTS = {
     "source": "arithmetic", "column": None, "answer_column": None, "problems": 300, "samples": 1, "cap": 512,
-    "temperature": None, "top_p": None, "run_code": False,
+    "temperature": None, "top_p": None,
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_without_a_preset_the_options_stand():
     assert protocol.where() == {"source": "arithmetic", "column": None, "answer_column": None}
     assert protocol.limits() == {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.95}
     assert protocol.describe(4) == []
-    assert protocol.verifiers([]) == {}
+    assert protocol.verifiers() == {}
     assert len(protocol.load(0)) == 4
 
 
@@ -117,9 +117,6 @@ def test_a_copy_is_read_without_the_datasets_configuration(tmp_path):
         (None, {"top_p": 0.0, "temperature": 1.0}, {}, "--top-p 0 is not a share"),
         ("gsm8k", {"top_p": 1.1}, {}, "--top-p 1.1 is not a share"),
         ("gsm8k", {"top_p": float("nan")}, {}, "--top-p nan is not a share"),
-        ("livecodebench", {}, {}, "--preset livecodebench runs programs .* give --run-code"),
-        ("gsm8k", {"run_code": True}, {}, "--run-code is for a preset whose answers are programs"),
-        (None, {"run_code": True}, {}, "--run-code is for a preset whose answers are programs"),
     ],
 )
 def test_what_cannot_be_is_refused(preset, written, options, message):
@@ -193,55 +190,3 @@ def test_letters_are_checked_as_letters(
     assert len(seen) == 3
     for answer, verifier in seen:
         assert verifier(f"({answer}) y", answer)
-
-
-def test_the_command_runs_programs_where_it_is_told_to(rac, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    case = json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}])
-    rows = {
-        "question_content": "Double?",
-        "public_test_cases": case,
-        "private_test_cases": "",
-        "starter_code": "",
-        "metadata": "",
-    }
-    (tmp_path / "lcb.jsonl").write_text(json.dumps(rows) + "\n")
-    words = (
-        "eval",
-        tiny_folder,
-        "--preset",
-        "livecodebench",
-        "--source",
-        "lcb.jsonl",
-        "--samples",
-        2,
-        "--cap",
-        8,
-    )
-    code, _, err = rac(*words)
-    assert code == 1
-    assert "give --run-code" in err
-    code, out, err = rac(*words, "--run-code", "--json", "r.json")
-    assert code == 0, err
-    assert "Programs of the model are run on this machine: limits of time, memory and output" in out
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert found["results"][0]["correct"] == 0, "no answer of the tiny model has a code block"
-    assert set(found["protocol"]["programs_confined"]) == {"files", "system_calls"}
-
-
-def test_programs_are_verified_by_the_tests_of_their_problems(tmp_path):
-    case = json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}])
-    row = {
-        "question_content": "Double?",
-        "public_test_cases": case,
-        "private_test_cases": "",
-        "starter_code": "",
-        "metadata": "",
-    }
-    (tmp_path / "lcb.jsonl").write_text(json.dumps(row) + "\n")
-    protocol = asked("livecodebench", source=str(tmp_path / "lcb.jsonl"), run_code=True)
-    check(protocol)
-    (problem,) = protocol.load(0)
-    verifier = protocol.verifiers([problem])["livecodebench"]
-    assert verifier("print(2 * int(input()))", problem.answer)
-    assert not verifier("print(3 * int(input()))", problem.answer)

@@ -26,11 +26,6 @@ ROWS = {
         "Incorrect Answer 3": "Be", "Subdomain": "Chemistry (general)", "High-level domain": "Chemistry", "Record ID": "rec0",
     },
     "gsm8k": {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
-    "livecodebench": {
-        "question_title": "Double", "question_content": "Double the number.", "platform": "atcoder", "question_id": "abc1_a",
-        "contest_id": "abc1", "contest_date": "2024-09-01T00:00:00", "starter_code": "", "difficulty": "easy",
-        "public_test_cases": '[{"input": "1", "output": "2", "testtype": "stdin"}]', "private_test_cases": "", "metadata": "{}",
-    },
     "math-500": {
         "problem": "Halve $1$.", "solution": r"$\boxed{\frac{1}{2}}$", "answer": r"\frac{1}{2}", "subject": "Algebra",
         "level": 1, "unique_id": "test/algebra/1.json",
@@ -47,7 +42,6 @@ def test_the_figures_are_those_of_the_protocol():
         "aime25": (30, 64, 0.6, 0.95, 32768),
         "gpqa-diamond": (198, 8, 0.6, 0.95, 32768),
         "gsm8k": (1319, 1, 0.6, 0.95, 32768),
-        "livecodebench": (880, 16, 0.6, 0.95, 32768),
         "math-500": (500, 4, 0.6, 0.95, 32768),
     }
 
@@ -59,14 +53,9 @@ def test_a_published_row_becomes_a_problem(name, tmp_path):
         ProblemSource(source=str(tmp_path / "rows.jsonl")), PRESETS[name].layout, 0
     )
     assert problem.task == name
-    asked_for = "in one code block" if name == "livecodebench" else r"within \boxed{}."
-    assert asked_for in problem.question
+    assert r"within \boxed{}." in problem.question
     if name == "gpqa-diamond":
         assert f"{problem.answer}) H\n" in problem.question
-    elif name == "livecodebench":
-        assert problem.tests is not None
-        assert problem.tests.cases == (("1", "2"),)
-        assert problem.answer == problem.tests.digest
     else:
         assert (
             problem.answer
@@ -94,6 +83,6 @@ def test_the_page_of_the_command_has_each_preset():
 def test_an_unknown_name():
     with pytest.raises(
         RacError,
-        match="no preset 'math500'; use one of aime24, aime25, gpqa-diamond, gsm8k, livecodebench, math-500",
+        match="no preset 'math500'; use one of aime24, aime25, gpqa-diamond, gsm8k, math-500",
     ):
         preset_of("math500")
