@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -17,13 +18,29 @@ from types import ModuleType
 
 
 def import_after(trigger: str, module: str) -> None:
-    """Import `module` now if `trigger` has been imported, else right after it has been. Calling twice changes nothing."""
+    """Import `module` now if `trigger` has been imported, else right after it has been.
+
+    Calling twice changes nothing. An error of `module` becomes a warning: the library that the user
+    imports works without it.
+    """
     if trigger in sys.modules and not _is_being_imported(trigger):
-        importlib.import_module(module)
+        _import(trigger, module)
     elif not any(
         isinstance(f, _Finder) and (f.trigger, f.module) == (trigger, module) for f in sys.meta_path
     ):
         sys.meta_path.insert(0, _Finder(trigger, module))
+
+
+def _import(trigger: str, module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        warnings.warn(
+            f"{module} cannot extend {trigger} of the installed version ({error!r}); packed sparse "
+            "checkpoints are not loaded: install the versions that rac-modifier pins",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _is_being_imported(name: str) -> bool:
@@ -68,4 +85,4 @@ class _LoadThenImport(Loader):
         self._loader.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        importlib.import_module(self._finder.module)
+        _import(self._finder.trigger, self._finder.module)

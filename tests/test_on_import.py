@@ -93,9 +93,17 @@ def test_the_module_keeps_its_loader_for_those_who_ask(run) -> None:
     assert "REGISTRY" in lines(run(code))
 
 
-def test_an_extension_that_fails_is_not_hidden(run) -> None:
-    done = run("import_after('library', 'failing'); import library")
-    assert done.returncode
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import_after('library', 'failing'); import library",
+        "import library; import_after('library', 'failing')",
+    ],
+)
+def test_an_extension_that_fails_warns_and_leaves_the_library_as_it_is(run, code: str) -> None:
+    done = run(code)
+    assert lines(done) == ["library"]
+    assert "failing cannot extend library of the installed version" in done.stderr
     assert "broken extension" in done.stderr
 
 

@@ -142,6 +142,7 @@ def _rewrite(
     parse: Callable[[Any], Any],
 ) -> Any:
     job = f"{kind} {source.resolve()}"
+    _check_links(source)
     with TensorFiles(source) as files:
         need = (
             sum((source / file).stat().st_size for file in set(files.where.values()))
@@ -191,6 +192,22 @@ def _others(folder: Path) -> list[Path]:
         and not path.name.endswith(_WEIGHTS)
         and not path.name.endswith(".index.json")
     ]
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links that would copy a file from elsewhere into the new folder; the hub's cache is made of links.
+
+    Raises:
+        RacError: naming the link and what it leads to.
+    """
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in [*_others(folder), folder / CONFIG_FILE, folder / INDEX_FILE]:
+        target = path.resolve()
+        if path.is_symlink() and not any(target.is_relative_to(place) for place in homes):
+            raise RacError(
+                f"{path}: is a link to {target}, outside of the model; copy that file here, or remove the link"
+            )
 
 
 def _write_unpacked(

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json
+from rac_modifier.files import read_json, regular_file
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Left behind by a packing that was cut off while it renamed its finished files (see new_files.py).
@@ -87,15 +88,21 @@ class TensorFiles:
             raise
 
     def _locate(self) -> dict[str, str]:
-        if (self.folder / INDEX_FILE).exists():
-            self.index = read_json(self.folder / INDEX_FILE)
-            where = _check_weight_map(self.index, self.folder / INDEX_FILE)
-        elif (self.folder / SINGLE_FILE).exists():
-            return dict.fromkeys(self._names_in(SINGLE_FILE), SINGLE_FILE)
-        else:
+        index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
+        if index.exists() and single.exists():
             raise RacError(
-                f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; save the model as safetensors"
+                f"{self.folder}: holds both {SINGLE_FILE} and {INDEX_FILE}, and loaders disagree "
+                "which of them is the model; remove the one that is not"
             )
+        if single.exists():
+            return dict.fromkeys(self._names_in(SINGLE_FILE), SINGLE_FILE)
+        if not index.exists():
+            raise RacError(
+                f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; "
+                "save the model as safetensors"
+            )
+        self.index = read_json(index)
+        where = _check_weight_map(self.index, index)
         held = {file: set(self._names_in(file)) for file in sorted(set(where.values()))}
         for name, file in where.items():
             if name not in held[file]:
@@ -105,17 +112,25 @@ class TensorFiles:
         return where
 
     def _names_in(self, file: str) -> list[str]:
+        regular_file(self.folder / file, "safetensors file")
         try:
             # safetensors checks the header: lengths, offsets, and that they cover the file
             self._open[file] = self._stack.enter_context(
                 safe_open(self.folder / file, framework="pt")
             )
             self._places[file] = _read_places(self.folder / file)
-            return list(self._open[file].keys())
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RacError(
-                f"{self.folder / file}: cannot be read as safetensors ({error}); copy the model again"
+                f"{self.folder / file}: cannot be read as safetensors ({error}); "
+                "copy the model again"
             ) from error
+        for name in self._places[file]:
+            if not name.isprintable():  # a terminal would obey an escape sequence
+                raise RacError(
+                    f"{self.folder / file}: the tensor name {name!r} holds control characters; "
+                    "the checkpoint is damaged, copy it again"
+                )
+        return list(self._places[file])
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -184,7 +199,7 @@ class TensorFiles:
 
     def nbytes(self, name: str) -> int:
         """Bytes that the tensor takes in the file."""
-        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+        return self._place(name).count
 
     def metadata(self, file: str) -> dict[str, str]:
         """The free text in a file's header, `{"format": "pt"}` where there is none."""
@@ -242,11 +257,22 @@ def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise RacError(f"{path}: has no weight_map; save the model again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        if not is_file_name(file):
             raise RacError(
-                f"{path}: {name} is in {file!r} according to the index, which is no file of this folder; copy the model again"
+                f"{path}: {name!r} is in {file!r} according to the index, which is no file of this "
+                "folder; copy the model again"
             )
     return dict(weight_map)
+
+
+def is_file_name(value: object) -> bool:
+    """Whether a value names a file of a folder, without a path that leads elsewhere."""
+    return (
+        isinstance(value, str)
+        and value not in ("", ".", "..")
+        and Path(value).name == value
+        and value.isprintable()
+    )
 
 
 def check_index(folder: str | Path) -> None:

@@ -9,7 +9,7 @@ Nothing of `transformers.modeling_utils` may be imported here: this module is im
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,13 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_MISMATCHES = (
+    ("mismatched_keys", "its shape does not fit the model's config.json in"),
+    ("missing_keys", "needed by the model but missing from"),
+    ("unexpected_keys", "not a tensor of the model, but in"),
+)
 
 
 class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
@@ -97,6 +104,7 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
         with TensorFiles(Path(kwargs["checkpoint_files"][0]).parent) as files:
             self._int32_modules = check_packed(files, self._sparsity.format, schemes)
             self._misfits = _misfits(files, model)
+        _check_before_init(model, self._unpack, files.folder)
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform]
@@ -119,14 +127,8 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
         return updated_conversions(weight_conversions, self._unpack, int32_modules)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Leave an ordinary model.
-
-        Raises:
-            RacError: naming the packed tensor that is damaged.
-        """
+        """Leave an ordinary model."""
         if self._unpack is not None:
-            if self._unpack.errors:
-                raise self._unpack.errors[0]
             loaded: Any = model  # whose attributes torch declares as tensors and modules
             loaded._weight_conversions = conversions_for_saving(loaded._weight_conversions or ())
             if isinstance(record := getattr(model.config, RAC_KEY, None), dict):
@@ -134,6 +136,52 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
             if not self.quantization_config.is_quantized:
                 _cast_renamed(model, self._unpack.dtypes)
         super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def _check_before_init(model: PreTrainedModel, unpack: Unpack, folder: Path) -> None:
+    """Have `model` raise what is wrong with the files before transformers starts missing weights.
+
+    transformers would draw them at random, and fails where they are integers. The hook is the first
+    method that it calls with the names of missing tensors.
+    """
+    loaded: Any = model
+    mark = loaded.mark_tied_weights_as_initialized
+
+    def checked(info: Any) -> None:
+        del loaded.mark_tied_weights_as_initialized
+        mark(info)
+        if unpack.errors:
+            raise unpack.errors[0]
+        for name, text in sorted(info.conversion_errors.items()):
+            raise RacError(f"{name}: cannot be loaded ({text.strip().splitlines()[-1]})")
+        if type(model).__name__ in (model.config.architectures or ()):
+            loaded._adjust_missing_and_unexpected_keys(info)
+            check_complete(
+                {
+                    "mismatched_keys": info.mismatched_keys,
+                    "missing_keys": info.missing_keys - loaded.all_tied_weights_keys.keys(),
+                    "unexpected_keys": info.unexpected_keys,
+                },
+                folder,
+            )
+
+    loaded.mark_tied_weights_as_initialized = checked
+
+
+def check_complete(info: Mapping[str, Iterable[Any]], folder: str | Path) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model.
+
+    Args:
+        info: transformers' loading info: missing, unexpected and mismatched keys.
+        folder: of the checkpoint, for the message.
+
+    Raises:
+        RacError: naming up to three tensors.
+    """
+    for kind, text in _MISMATCHES:
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise RacError(f"{', '.join(names[:3])}{more}: {text} {folder}")
 
 
 def dtypes_to_load(model: PreTrainedModel) -> dict[str, torch.dtype]:

@@ -174,7 +174,9 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
 
 
 def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in row.name.split(".")]
+    parts = row.name.split(".")
+    # numbers by their length first: int() refuses very long ones, and digits such as "²"
+    return [(len(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _is_matrix(files: TensorFiles, name: str, packed: list[str]) -> bool:

@@ -14,12 +14,6 @@ from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
-_MISMATCHES = (
-    ("mismatched_keys", "its shape does not fit the model's config.json in"),
-    ("missing_keys", "needed by the model but missing from"),
-    ("unexpected_keys", "not a tensor of the model, but in"),
-)
-
 
 def load_model(
     model: str | Path, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any
@@ -38,6 +32,13 @@ def load_model(
     Example:
         model = load_model("Qwen3-8B-rac-2of4", dtype="auto", device_map="auto")
     """
+    try:
+        from rac_modifier.checkpoint.hf_quantizer import check_complete
+    except ImportError as error:
+        raise RacError(
+            f"the installed transformers is not supported ({error}); install the version that "
+            "rac-modifier pins"
+        ) from error
     if local := Path(model).is_dir():
         with TensorFiles(model) as files:
             check_packed(files, packed_format(read_json(Path(model) / CONFIG_FILE)))
@@ -60,8 +61,5 @@ def load_model(
         )
         raise RacError(f"{model}: {what} ({error})") from error
     loaded, info = found
-    for kind, text in _MISMATCHES:
-        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise RacError(f"{', '.join(names[:3])}{more}: {text} {model}")
+    check_complete(info, model)
     return cast(PreTrainedModel, loaded)

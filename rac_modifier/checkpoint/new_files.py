@@ -20,23 +20,37 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rac_modifier.checkpoint.files import JOURNAL_FILE
+from rac_modifier.checkpoint.files import CONFIG_FILE, JOURNAL_FILE, is_file_name
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, write_json_atomic
 
 TEMPORARY = ".rac_new."
 LOCK_FILE = ".rac_packing.lock"
+STAGING = ".rac_saving"  # a folder in the output folder, in which a model is saved
 Summary = TypeVar("Summary")
 
 
 def is_leftover(name: str) -> bool:
     """Whether a file of this name is what a job that was cut off leaves, and no part of a checkpoint."""
-    return name in (JOURNAL_FILE, LOCK_FILE) or _is_temporary(name)
+    return name in (JOURNAL_FILE, LOCK_FILE, STAGING) or _is_temporary(name)
 
 
 def _is_temporary(name: str) -> bool:
     """Also the file that writing a temporary JSON file or the journal itself started with (files.py)."""
     return name.startswith((TEMPORARY, f".{TEMPORARY}", f".{JOURNAL_FILE}."))
+
+
+def move_into_place(staging: Path, folder: Path) -> None:
+    """Move what was saved in `staging` up into its folder, config.json last.
+
+    Without config.json no loader takes the folder for a model, so a kill leaves a whole model or none.
+    """
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    _sync_folder(staging)
+    for path in sorted(staging.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name)):
+        os.replace(path, folder / path.name)
+    _sync_folder(folder)
+    staging.rmdir()
 
 
 class NewFiles:
@@ -131,19 +145,32 @@ class NewFiles:
         journal = read_json(self._journal)
         try:
             names, summary = journal["files"], parse(journal["summary"])
-            if any(Path(name).name != name for name in names):
-                raise ValueError(f"a file name in {names} leads out of the folder")
-        except (KeyError, TypeError, ValueError) as error:
+            self._check_journal(names)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RacError(
                 f"{self._journal}: is damaged ({error!r}); save the model again"
             ) from error
         if journal.get("job", job) != job:
             raise RacError(
-                f"{self.folder}: another job was cut off here ({journal['job']}); run that one again to finish it, or name "
+                f"{self.folder}: another job was cut off here ({journal['job']!r}); run that one again to finish it, or name "
                 "another folder"
             )
         self._rename(names)
         return summary
+
+    def _check_journal(self, names: list[str]) -> None:
+        """Refuse a list of renames that cannot make a checkpoint of this folder (ValueError)."""
+        if not isinstance(names, list) or not all(map(is_file_name, names)):
+            raise ValueError(f"{names!r} is no list of file names of this folder")
+        if CONFIG_FILE not in names:
+            raise ValueError(f"{CONFIG_FILE} is not among its files")
+        lost = [
+            name
+            for name in names
+            if not (self.path(name).exists() or (self.folder / name).exists())
+        ]
+        if lost:
+            raise ValueError(f"{lost[0]} is lost")
 
     def _rename(self, names: list[str]) -> None:
         for name in names:

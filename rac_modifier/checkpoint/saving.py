@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from rac_modifier.checkpoint.card import model_card
 from rac_modifier.checkpoint.license import CARD_NAME, license_of
 from rac_modifier.checkpoint.measured import write_int8_activations
 from rac_modifier.checkpoint.names_on_disk import keep_expert_names, names_on_disk
+from rac_modifier.checkpoint.new_files import STAGING, move_into_place
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
@@ -85,6 +87,9 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         current = plan()
         check_pattern(current)
         folder = _free_folder(Path(save_directory))
+        staging = folder / STAGING  # the folder is no model before all of it is written
+        if current.processes.is_first:
+            shutil.rmtree(staging, ignore_errors=True)
         dense_linears = [
             name
             for name, module in model.named_modules()
@@ -93,17 +98,18 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         current.prepare(model, save_compressed)
         kwargs.setdefault("max_shard_size", _LARGEST_FILE)
         keep_expert_names(model)
-        inner(str(folder), *args, save_compressed=save_compressed, **kwargs)
+        inner(str(staging), *args, save_compressed=save_compressed, **kwargs)
         if current.processes.is_first:
             packed = bool(current.modules) and current.storage == "packed" and save_compressed
-            _write_rest(model, folder, current, dense_linears, packed)
+            _write_rest(model, staging, current, dense_linears, packed)
             if folder != Path(
                 save_directory
             ):  # oneshot saves its tokenizer to the folder that it was given
                 source = current.tokenizer or model.config._name_or_path
                 AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
-                    folder
+                    staging
                 )
+            move_into_place(staging, folder)
             what = (
                 f"{len(current.modules)} pruned modules ({current.storage})"
                 if current.modules

@@ -106,14 +106,14 @@ def inspect(
                 else None
             )
         print_json(found)
+        if not report.sound:
+            raise typer.Exit(1)
         return
     typer.echo(render_report(report))
+    if not report.sound:  # nothing of it is planned: its numbers may be anything
+        raise RacError(f"{checkpoint}: not sound, see the notes of the table; copy it again")
     rows = plan_checkpoint(checkpoint)
     if card is not None:
-        if not report.sound:
-            raise RacError(
-                f"{checkpoint}: not sound, see the notes of the table; no times are predicted"
-            )
         typer.echo(f"\n{render_prediction(predict_checkpoint(report, rows, card, number), times)}")
     elif rows:
         typer.echo(
@@ -146,12 +146,17 @@ def render_report(report: CheckpointReport) -> str:
     for column in _COLUMNS:
         table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
     for row in report.modules:
-        table.add_row(*map(Text, _cells(row)))
+        table.add_row(*(Text(printable(cell)) for cell in _cells(row)))
     console = Console(file=StringIO(), width=_WIDTH, color_system=None)
     with console.capture() as captured:
         console.print(table)
     lines = [line.rstrip() for line in captured.get().splitlines()]
-    return "\n".join([f"{report.folder}: {report.format}", *lines, *totals(report)])
+    return "\n".join([f"{report.folder}: {report.format}", *lines, *map(printable, totals(report))])
+
+
+def printable(text: str) -> str:
+    """Return `text` with its control characters escaped: a terminal would obey them."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def figures(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]:

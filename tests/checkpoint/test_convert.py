@@ -237,7 +237,7 @@ def test_a_kill_among_the_renames_is_finished_by_the_same_command(
     for path in folder.iterdir():
         shutil.copy(path, tmp_path / "other")
     with pytest.raises(
-        RacError, match=rf"another job was cut off here \(pack {folder}\); run that one again"
+        RacError, match=rf"another job was cut off here \('pack {folder}'\); run that one again"
     ):
         pack_model(plan_packing(tmp_path / "other"), out, "m")
     summary = pack_model(plan, out, "m")
@@ -296,3 +296,26 @@ def test_parts_of_a_module_in_two_files(saved: Saved, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     unpack_model(folder, tmp_path / "out")
     assert_same_state(load_model(tmp_path / "out"), expected)
+
+
+def test_a_link_to_a_file_of_elsewhere_is_not_copied(saved: Saved, tmp_path: Path) -> None:
+    """A folder of somebody else must not carry the user's files into a new model."""
+    folder, _, _ = saved(packed=False)
+    (tmp_path / "secret.txt").write_text("mine")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(RacError, match=r"notes\.txt: is a link to .*secret\.txt, outside"):
+        packed(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_followed(saved: Saved, tmp_path: Path) -> None:
+    folder, _, _ = saved(packed=False)
+    snapshot = tmp_path / "hub" / "snapshots" / "abc"
+    blobs = tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(folder.iterdir()):
+        shutil.copyfile(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    out = packed(snapshot, tmp_path / "out")
+    assert contents(out) == contents(packed(folder, tmp_path / "other"))

@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from rac_modifier.checkpoint.files import INDEX_FILE, JOURNAL_FILE, SINGLE_FILE, TensorFiles
+from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import Saved
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -70,12 +73,6 @@ def test_after_closing_tensors_stay_and_files_are_named(tmp_path: Path) -> None:
         files.tensor("b.half")
 
 
-def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
-    save_file({"other": torch.zeros(1)}, tmp_path / SINGLE_FILE)
-    with TensorFiles(sharded(tmp_path)) as files:
-        assert files.where.keys() == TENSORS.keys()
-
-
 @pytest.mark.parametrize(
     ("index", "message"),
     [
@@ -88,7 +85,7 @@ def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
         ({"weight_map": {"nowhere": "model-0.safetensors"}}, "nowhere: missing from"),
         (
             {"weight_map": {"a.weight": "lost.safetensors"}},
-            r"lost\.safetensors: cannot be read as safetensors",
+            r"lost\.safetensors: No such file",
         ),
     ],
 )
@@ -155,3 +152,36 @@ def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
             match=r"^big: cannot be read from .* \(the file ends 400 bytes too early\); copy the",
         ):
             files.tensor("big")
+
+
+def test_two_answers_to_what_the_weights_are_refused(saved: Saved) -> None:
+    """This package and vLLM would read the index, and transformers the single file."""
+    folder, _, _ = saved(shard="60KB", packed=False)
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    for read in TensorFiles, load_model, inspect_checkpoint:
+        with pytest.raises(RacError, match=r"holds both model\.safetensors and"):
+            read(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", INDEX_FILE])
+def test_a_pipe_is_not_waited_for(saved: Saved, file: str) -> None:
+    folder, _, _ = saved(shard="60KB" if file == INDEX_FILE else None)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(RacError, match="is a pipe"):
+        inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Kb", "a\nb", "a\u202eb"])
+def test_control_characters_in_a_name_are_damage(tmp_path: Path, name: str) -> None:
+    """A terminal would obey them: a table with a forged line."""
+    save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(RacError, match="holds control characters") as error:
+        TensorFiles(tmp_path)
+    assert str(error.value).isprintable()
+
+
+def test_a_file_name_with_a_nul_byte(tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "b\0.safetensors"}}))
+    with pytest.raises(RacError, match="which is no file of this folder"):
+        TensorFiles(tmp_path)

@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from rac_modifier.checkpoint.bitmask import pack_unstructured
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
+    SCHEMES,
     Q,
     Saved,
     config_of,
@@ -21,6 +28,7 @@ from tests.checkpoint.checkpoint_helpers import (
     stock,
     tiny_model,
 )
+from tests.tiny import linears
 
 
 @pytest.mark.parametrize("part", ["compressed", "bitmask", "row_offsets"])
@@ -101,3 +109,43 @@ def test_stock_transformers_refuses_a_packed_folder(saved: Saved) -> None:
     folder, _, _ = saved()
     with pytest.raises(Exception):  # noqa: B017, PT011
         stock(folder)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, None])
+@pytest.mark.parametrize(
+    "name", [f"{Q}.bitmask", f"{Q}.compressed", "model.norm.weight", f"{Q}.weight_scale"]
+)
+def test_transformers_and_load_model_give_the_same_error(
+    tmp_path: Path, scheme: str | None, name: str
+) -> None:
+    """For every number format: integers cannot be started at random, which transformers tries."""
+    if scheme is None:
+        model = tiny_model()
+        modules = dict.fromkeys(linears(model), "unstructured")
+        model.save_pretrained(tmp_path)
+    else:
+        modules = save_quantized(tmp_path, "2:4", scheme)
+    pack_checkpoint(tmp_path, modules, ["lm_head"])
+    file = next(tmp_path.glob("*.safetensors"))
+    tensors = load_file(file)
+    if name not in tensors:
+        pytest.skip("floats have no scale")
+    if name.endswith(("compressed", "bitmask")):
+        tensors[name] = tensors[name][:-1].contiguous()
+    else:
+        del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    errors = []
+    for load in load_model, AutoModelForCausalLM.from_pretrained:
+        with pytest.raises(RacError) as error:
+            load(tmp_path)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(name)
+
+
+def test_a_missing_head_of_another_class_is_left_to_transformers(saved: Saved) -> None:
+    folder, _, _ = saved(tied=False)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.score.weight.numel()
+    assert AutoModel.from_pretrained(folder).layers

@@ -263,3 +263,17 @@ def test_an_asymmetric_layout_is_named_as_the_reason(saved: Saved) -> None:
     row = next(row for row in inspect_checkpoint(folder).modules if row.name == LEFT_DENSE)
     assert row.sparsity is None
     assert row.reason == "quantized to a layout whose zeros are not counted"
+
+
+def test_names_with_digits_that_are_no_numbers(tmp_path: Path) -> None:
+    names = ["layers.\u00b2", "layers." + "9" * 5000, "layers.10", "layers.9"]
+    save_file(
+        {f"{name}.weight": torch.ones(2, 2) for name in names}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    assert [row.name for row in inspect_checkpoint(tmp_path).modules] == [
+        names[0],
+        names[3],
+        names[2],
+        names[1],
+    ]

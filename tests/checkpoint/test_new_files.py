@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import stat
 import subprocess
 import sys
@@ -11,7 +14,13 @@ import pytest
 import torch
 
 from rac_modifier.checkpoint.files import JOURNAL_FILE
-from rac_modifier.checkpoint.new_files import LOCK_FILE, NewFiles, is_leftover
+from rac_modifier.checkpoint.new_files import (
+    LOCK_FILE,
+    STAGING,
+    NewFiles,
+    is_leftover,
+    move_into_place,
+)
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import contents
 
@@ -86,7 +95,7 @@ def test_what_a_kill_left_is_removed_by_the_next_call(tmp_path: Path) -> None:
 def test_the_renames_that_are_left_are_made_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
 ) -> None:
-    names = ["a.txt", "b.json", "c.safetensors"]
+    names = ["a.txt", "b.json", "c.safetensors", "config.json"]
     rename = NewFiles._rename
 
     def cut_off(self: NewFiles, files: list[str]) -> None:
@@ -97,11 +106,12 @@ def test_the_renames_that_are_left_are_made_by_the_next_call(
     monkeypatch.setattr(NewFiles, "_rename", cut_off)
     with NewFiles(tmp_path) as new:
         write(new)
+        new.write_json("config.json", {})
         with pytest.raises(KeyboardInterrupt):
             new.commit("job", names, {"count": 3})
     monkeypatch.setattr(NewFiles, "_rename", rename)
     with NewFiles(tmp_path) as new:
-        with pytest.raises(RacError, match=r"another job was cut off here \(job\)"):
+        with pytest.raises(RacError, match=r"another job was cut off here \('job'\)"):
             new.finish("another", dict)
         assert new.finish("job", lambda summary: summary["count"]) == 3
         assert new.finish("job", dict) is None
@@ -163,3 +173,38 @@ def test_the_folders_above_a_new_one_are_made_too(tmp_path: Path) -> None:
     with NewFiles(folder, create=True) as new:
         write(new)
     assert (tmp_path / "a").is_dir()
+
+
+@pytest.mark.parametrize(
+    "names", [[], "config.json", ["config.json", ".."], ["README.md"], ["config.json", "lost.txt"]]
+)
+def test_a_journal_that_names_no_checkpoint_of_this_folder_is_damage(tmp_path, names) -> None:
+    (tmp_path / ".rac_new.config.json").write_text("{}")
+    (tmp_path / "README.md").write_text("old")
+    journal = {"job": "job", "files": names, "summary": {}}
+    (tmp_path / JOURNAL_FILE).write_text(json.dumps(journal))
+    with NewFiles(tmp_path) as new, pytest.raises(RacError, match="is damaged"):
+        new.finish("job", dict)
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_kill_while_a_saved_model_is_moved_leaves_no_config(tmp_path, monkeypatch, moves) -> None:
+    """Of a folder without config.json no loader makes a model."""
+    staging = tmp_path / STAGING
+    staging.mkdir()
+    names = ["config.json", "model.safetensors", "rac_run.json"]
+    for name in names:
+        (staging / name).write_text(name)
+    (tmp_path / "config.json").write_text("that of an earlier model")
+    replace, calls = os.replace, iter(range(10))
+
+    def killed(source: Path, target: Path) -> None:
+        if next(calls) == moves:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        move_into_place(staging, tmp_path)
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == names if moves == 3 else "config.json" not in there

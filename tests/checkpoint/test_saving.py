@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.new_files import STAGING
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
@@ -155,8 +156,8 @@ def test_no_file_holds_an_absolute_path(tmp_path: Path) -> None:
     recipe = f"stage:\n  store: {private / 't.jsonl'}  # mine\n  kind: !!python/object/apply:some.Enum [int]\n"
 
     def prepare(model: PreTrainedModel, compressed: bool) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "recipe.yaml").write_text(recipe)
+        (tmp_path / "out" / STAGING).mkdir(parents=True)
+        (tmp_path / "out" / STAGING / "recipe.yaml").write_text(recipe)
 
     model = pruned(record=record, prepare=prepare)
     model.config._name_or_path = str(private / "Base-1B")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rac_modifier import cli
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
@@ -268,3 +269,25 @@ def test_measured_times_are_read_for_the_predicted_device(rac, sparse_folder, tm
 def test_the_embedded_model_has_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     cli.app(["inspect", "reasoner"], standalone_mode=False)
     assert "no matrix is recorded as pruned" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_not_sound_ends_with_status_1(rac, sparse_folder, tmp_path) -> None:
+    """A size of 2^62 is never planned with."""
+    shutil.copytree(sparse_folder, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.shape"].fill_(2**62)
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, stdout, stderr = rac("inspect", tmp_path / "damaged")
+    assert (code, "DAMAGED: model.layers.1.mlp.down_proj" in stdout) == (1, True)
+    assert "not sound, see the notes of the table" in stderr
+    code, stdout, _ = rac("inspect", tmp_path / "damaged", "--json")
+    assert (code, json.loads(stdout)["sound"], json.loads(stdout)["served"]) == (1, False, [])
+
+
+def test_control_characters_are_printed_escaped() -> None:
+    row = matrix(structure="2:4\x1b[2K", problem="a\nforged line")
+    record = {"base_model": "x\x1b]0;title\x07", "method": "m"}
+    printed = render_report(report(row, run_record=record))
+    assert printed.replace("\n", "").isprintable()
+    assert "a\\nforged line" in printed
