@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rac_modifier.errors import RacError
+from rac_modifier.files import regular_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -70,10 +71,12 @@ def _load(
     source: str, what: str, config: str | None, split: str, *, streaming: bool
 ) -> Dataset | IterableDataset:
     path = Path(source).expanduser()
-    if is_file(source) and not path.is_file():
+    if is_file(source) and not path.exists():
         raise RacError(
             f"{what} {source!r}: no such file; check the path (it is relative to {Path.cwd()})"
         )
+    if is_file(source):
+        regular_file(path, what)
     import datasets  # loading it takes half a second, and most runs read neither file nor dataset
 
     if is_file(source) and _is_empty(path):

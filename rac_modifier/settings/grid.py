@@ -26,8 +26,8 @@ from rac_modifier.settings.recipe import (
     find_named_entry,
     has_entry,
     read_recipe,
-    read_yaml,
 )
+from rac_modifier.settings.strict_yaml import read_yaml
 
 DENSE = "dense"
 """Label and group of the row that all others are compared with."""

@@ -9,12 +9,14 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import keep_as_written
+from rac_modifier.settings.name_patterns import check_names
 from rac_modifier.settings.pattern import Pattern, check_is_text
 from rac_modifier.settings.presets import Order, Preset, with_preset
 from rac_modifier.settings.quantization import QuantizationSettings
@@ -127,8 +129,10 @@ class PruningSettings(BaseModel):
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    def _name_modules(cls, value: Any, info: ValidationInfo) -> Any:
+        names = [value] if isinstance(value, str) else value
+        check_names(names, str(info.field_name))
+        return names
 
     @field_validator("allocation", mode="before")
     @classmethod
@@ -138,6 +142,7 @@ class PruningSettings(BaseModel):
                 f"allocation is {allocation!r}, and must be shares by module, such as {{'re:.*down_proj': 0.4}}; leave it out to "
                 "prune the same share of each"
             )
+        check_names(allocation or (), "allocation")
         return allocation
 
     @field_validator("allocation")

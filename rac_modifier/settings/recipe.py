@@ -8,12 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
 from rac_modifier.settings.shipped_recipes import find_recipe
+from rac_modifier.settings.strict_yaml import parse_yaml, read_yaml
 
 NAME = "ReasoningAwareSparseGPTModifier"
 
@@ -43,20 +42,6 @@ def read_recipe(named: str | Path) -> Any:
         RacError: no such recipe, or not YAML.
     """
     return read_yaml(find_recipe(named), "recipe", "name a YAML file")
-
-
-def read_yaml(path: Path, what: str, next_step: str) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        RacError: no such file (the message ends in `next_step`), or not YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RacError(f"{what} {path} cannot be read ({error}); {next_step}") from error
-    except yaml.YAMLError as error:
-        raise RacError(f"{path} is not YAML; repair it, or name another file ({error})") from error
 
 
 def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
@@ -169,10 +154,9 @@ def _apply(entry: dict[str, Any], override: str) -> None:
         raise RacError(
             f"--set {override!r} is not key=value, for example --set calibration.tokens=32768"
         )
-    try:  # YAML would read 2:4 as the number 124
-        value = text if re.fullmatch(r"[0-9]+:[0-9]+", text) else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RacError(f"--set {override!r}: the value is not YAML ({error})") from error
+    # YAML would read 2:4 as the number 124
+    is_ratio = re.fullmatch(r"[0-9]+:[0-9]+", text)
+    value = text if is_ratio else parse_yaml(text, f"--set {override!r}: the value is not YAML")
     *parents, last = key.split(".")
     for parent in parents:
         if entry.get(parent) is None:

@@ -205,5 +205,5 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RacError, match="cannot be read"):
         load_recipe(tmp_path / "bytes.yaml")
-    with pytest.raises(RacError, match="cannot be read"):
+    with pytest.raises(RacError, match="is a folder; name a regular file"):
         load_recipe(tmp_path)
