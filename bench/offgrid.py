@@ -75,7 +75,9 @@ def rotate(model: PreTrainedModel, turn: Tensor) -> None:
     replace(last, torch.ones_like(last.weight))
     model.config.tie_word_embeddings = False
     for layer in model.model.layers:
-        for names, norm in zip(READERS, ("input_layernorm", "post_attention_layernorm")):
+        for names, norm in zip(
+            READERS, ("input_layernorm", "post_attention_layernorm"), strict=True
+        ):
             reads([layer.get_submodule(name) for name in names], layer.get_submodule(norm))
         for name in WRITERS:
             linear = layer.get_submodule(name)
