@@ -15,8 +15,7 @@ from common import fresh, machine
 from transformers import DynamicCache
 
 from rac_modifier.cli.models import resolve
-from rac_modifier.sampling.attention import grouped_attention
-from rac_modifier.sampling.roomy_cache import roomy_cache
+from rac_modifier.sampling.decode import grouped_attention, roomy_cache
 
 STEPS = 8
 

@@ -14,8 +14,7 @@ import torch
 from common import machine
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from rac_modifier.sampling.draw import Draw
-from rac_modifier.sampling.row_noise import gumbel_noise, row_keys
+from rac_modifier.sampling.draw import Draw, gumbel_noise, row_keys
 
 TEMPERATURE, TOP_P = 0.6, 0.95
 

@@ -23,8 +23,8 @@ from rac_modifier.calibration.trace_budget import collect_for_calibration
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.problems.source import load_problems
 from rac_modifier.processes import ALONE, Processes
+from rac_modifier.sampling.in_process import end_sampling, help_sampling
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.sampling.shared_engine import end_sampling, help_sampling
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.prompt import PromptSettings
 from rac_modifier.settings.traces import TraceSettings

@@ -105,9 +105,15 @@ def read_answer(
     return _finished(request, tuple(ids), choice.get("finish_reason"), server)
 
 
-def error_text(body: object) -> str:
-    """The message in the body of an error, as openai gives it (parsed, or as text), in one line."""
-    message = body.get("message", body) if isinstance(body, dict) else body
+def error_text(content: bytes) -> str:
+    """Return the message in the body of an error, in one line."""
+    message: Any = content.decode("utf-8", "replace")
+    try:
+        message = json.loads(content)
+        for name in ("error", "message"):
+            message = message.get(name, message) if isinstance(message, dict) else message
+    except (ValueError, RecursionError):  # no JSON: the text as it is
+        pass
     return " ".join(str(message or "no reason given").split())[:300]
 
 
@@ -118,7 +124,7 @@ def _only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         usage = data.get("usage") or {}
         if isinstance(choice, dict) and isinstance(usage, dict):
             return choice, usage
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnusableError(
             f"no completion in the answer ({type(error).__name__}: {str(error)[:80]})"
         ) from error

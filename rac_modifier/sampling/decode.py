@@ -1,21 +1,38 @@
-"""Decode a batch whose rows end at different times: rows that have ended are taken out of the batch.
+"""Decode a batch whose rows end at different times: ended rows are taken out of the batch.
 
-The longest chain of thought of a batch is often several times as long as the shortest, and `model.generate` computes every row
-until the last has ended. Without the ended rows, the cost of a batch is about proportional to its tokens.
+The longest chain of thought of a batch is often several times as long as the shortest one. Without
+the ended rows, the cost of a batch is about proportional to its tokens. Two more copies are avoided:
+
+- transformers' "sdpa" repeats the key-value cache once per query head where heads share it and rows
+  are padded. With a single query token, the heads of a group are the queries of one matmul.
+- transformers' `DynamicCache` copies itself at every step. `RoomyLayer` has room for more tokens.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from rac_modifier.sampling.draw import Draw
-from rac_modifier.sampling.roomy_cache import roomy_cache
 
-# Rows are taken out once a quarter of those in the batch have ended, not at once, since that copies the key-value cache.
-_KEPT_BELOW = 0.75
+# Rows are taken out when a quarter of them have ended: that copies the key-value cache.
+_COMPACT_BELOW = 0.75
+_ATTENTION = "rac_grouped_sdpa"
+_ROOM = 128  # tokens for which the cache takes memory each time that its room is used up
 
 
 @torch.no_grad()
@@ -29,16 +46,18 @@ def decode(
     draw: Draw,
     rows: torch.Tensor,
 ) -> list[list[int]]:
-    """Complete left-padded prompts; returns the new tokens of each row, up to its limit, not yet cut at its EOS.
+    """Complete left-padded prompts.
+
+    Returns the new tokens of each row, up to its limit, not yet cut at its EOS.
 
     Args:
         model: a causal LM in evaluation mode that takes position_ids and a DynamicCache.
         prompts: token ids, none empty.
-        limits: the most new tokens of each row.
+        limits: the largest number of new tokens of each row.
         eos: ids that end a row.
         pad: id of the padding.
         draw: temperature, top-k, top-p.
-        rows: int64 key of each row for its noise (`row_noise.row_keys`).
+        rows: int64 key of each row for its noise (`draw.row_keys`).
     """
     device, width = model.device, max(map(len, prompts))
     inputs = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -52,9 +71,7 @@ def decode(
     )
     ends, longest = torch.tensor(eos, device=device), torch.tensor(limits, device=device)
     output = torch.full((len(prompts), max(limits)), pad, device=device)
-    present = torch.arange(
-        len(prompts), device=device
-    )  # which prompt each row of the batch completes
+    present = torch.arange(len(prompts), device=device)  # the prompt of each row of the batch
     running = torch.ones_like(present, dtype=torch.bool)
 
     for step in range(max(limits)):
@@ -69,19 +86,106 @@ def decode(
         tokens = draw.tokens(logits, rows, step)
         output[present, step] = tokens
         running &= ~torch.isin(tokens, ends) & (longest[present] > step + 1)
-        left = int(running.sum())
-        if left == 0:
+        count = int(running.sum())
+        if count == 0:
             break
         inputs, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
-        if left <= _KEPT_BELOW * len(running):
-            kept = running.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
-            inputs, positions, mask, present = (
-                inputs[kept],
-                positions[kept],
-                mask[kept],
-                present[kept],
-            )
-            rows, running = rows[kept], running[kept]
+        if count <= _COMPACT_BELOW * len(running):
+            active = running.nonzero().squeeze(1)
+            cache.batch_select_indices(active)
+            inputs, positions, mask = inputs[active], positions[active], mask[active]
+            present, rows, running = present[active], rows[active], running[active]
     return [row[:limit] for row, limit in zip(output.tolist(), limits, strict=True)]
+
+
+def grouped_sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute what `sdpa_attention_forward` computes; several queries per head are left to it.
+
+    `query` is [rows, heads, 1, d], `key` and `value` [rows, key-value heads, length, d], the mask
+    broadcasts to [rows, 1, 1, length]. Returns [rows, 1, heads, d].
+    """
+    rows, heads, queries, size = query.shape
+    shared = key.shape[1]
+    if queries > 1 or heads == shared or dropout or options.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    grouped = query.reshape(rows, shared, heads // shared, size)  # neighbouring heads share a key
+    output = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return output.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+@contextmanager
+def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Decode with `grouped_sdpa` inside the context, if the model uses "sdpa"."""
+    if model.config._attn_implementation != "sdpa":
+        yield
+        return
+    AttentionInterface.register(_ATTENTION, grouped_sdpa)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+class _Growing:
+    """States [rows, heads, length, d] at the start of a longer tensor."""
+
+    def __init__(self) -> None:
+        self._whole: torch.Tensor | None = None
+        self._filled: torch.Tensor | None = None
+
+    def append(self, states: torch.Tensor | None, further: torch.Tensor) -> torch.Tensor:
+        """Return `states` and then `further`; no copy if `states` is what the last call returned."""
+        start = 0 if states is None or not states.numel() else states.shape[-2]
+        end = start + further.shape[-2]
+        whole = self._whole if states is self._filled else None  # else rows were taken out
+        if whole is None or whole.shape[-2] < end:
+            whole = further.new_empty(*further.shape[:-2], end + _ROOM, further.shape[-1])
+            if states is not None and start:
+                whole[..., :start, :] = states
+        whole[..., start:end, :] = further
+        self._whole, self._filled = whole, whole[..., :end, :]
+        return self._filled
+
+
+class RoomyLayer(DynamicLayer):
+    """A `DynamicLayer` whose `keys` and `values` are views into longer tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._growing_keys, self._growing_values = _Growing(), _Growing()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add states [rows, heads, further, d] of further tokens; return the states of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._growing_keys.append(self.keys, key_states)
+        self.values = self._growing_values.append(self.values, value_states)
+        return self.keys, self.values
+
+
+def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
+    """Return a `DynamicCache` whose plain layers are `RoomyLayer`s; sliding windows stay as they are."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache

@@ -1,14 +1,24 @@
-"""The next token of each row: temperature, top-k and top-p, then Gumbel noise. A whole vocabulary is never sorted."""
+"""Draw the next token of each row: temperature, top-k, top-p, then Gumbel noise from a hash.
+
+The noise of a token is a function of (seed, key of the row, position, token) alone, so a draw does not
+depend on the batch, and a resumed run draws the same tokens. A whole vocabulary is never sorted.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 
-from rac_modifier.sampling.row_noise import gumbel_noise
-
-_CANDIDATES = 256  # of top-p, at first; where they hold too little probability, eight times as many are looked at
+# Candidates of top-p at first; eight times as many if they hold too little probability.
+_CANDIDATES = 256
+# The constants of splitmix64 (Steele, Lea, Flood 2014) as signed 64-bit numbers for torch.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MUL_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MUL_2 = 0x94D049BB133111EB - 2**64
+_POSITION_STEP = 0x9E3779B1  # small: position * step is a Python number that must stay within int64
+_LARGEST_BELOW_ONE = 1 - 2**-24
 
 
 @dataclass(frozen=True)
@@ -17,8 +27,9 @@ class Draw:
 
     Attributes:
         temperature: 0 is the arg max.
-        top_k: how many of the likeliest tokens may be drawn; 0 for all.
-        top_p: of these, the likeliest whose probabilities add up to this may be drawn; 1.0 for all. One always may.
+        top_k: number of likeliest tokens that may be drawn; 0 for all.
+        top_p: of these, the likeliest whose probabilities sum to this may be drawn; 1.0 for all. The
+            likeliest token always may.
     """
 
     temperature: float
@@ -26,26 +37,20 @@ class Draw:
     top_p: float = 1.0
 
     def tokens(self, logits: torch.Tensor, rows: torch.Tensor, position: int) -> torch.Tensor:
-        """Token ids [rows] drawn from logits [rows, vocabulary]; `rows` are the rows' keys (`row_noise.row_keys`).
-
-        The noise of a token is a function of (row key, position, token), so it is the same whichever others are candidates.
-        """
+        """Draw token ids [rows] from logits [rows, vocabulary]; `rows` are keys of `row_keys`."""
         if not self.temperature:
             return logits.argmax(-1)
         scores = logits.float() / self.temperature
         vocabulary = scores.shape[-1]
         if not self.top_k and self.top_p >= 1.0:
-            return (
-                scores
-                + gumbel_noise(rows, position, torch.arange(vocabulary, device=scores.device))
-            ).argmax(-1)
+            everything = torch.arange(vocabulary, device=scores.device)
+            return (scores + gumbel_noise(rows, position, everything)).argmax(-1)
         values, ids = self._candidates(scores)
-        return ids.gather(
-            1, (values + gumbel_noise(rows, position, ids)).argmax(-1, keepdim=True)
-        ).squeeze(1)
+        chosen = (values + gumbel_noise(rows, position, ids)).argmax(-1, keepdim=True)
+        return ids.gather(1, chosen).squeeze(1)
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and ids [rows, candidates], likeliest first; -inf for those that may not be drawn."""
+        """Return scores and ids [rows, candidates], likeliest first; -inf for what may not be drawn."""
         vocabulary = scores.shape[-1]
         if self.top_k:
             values, ids = scores.topk(min(self.top_k, vocabulary))
@@ -62,3 +67,41 @@ class Draw:
         likelier = probabilities.cumsum(-1) - probabilities  # than this one, together
         likelier[:, 0] = 0.0
         return values.masked_fill(likelier >= self.top_p, -torch.inf), ids
+
+
+def row_keys(seed: int, keys: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return an int64 per row, a hash of (seed, key)."""
+    digests = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest() for key in keys]
+    return torch.tensor(
+        [int.from_bytes(d, "little", signed=True) for d in digests],
+        dtype=torch.int64,
+        device=device,
+    )
+
+
+def gumbel_noise(rows: torch.Tensor, position: int, tokens: torch.Tensor) -> torch.Tensor:
+    """Compute standard Gumbel noise [rows, tokens], float32, of (row key, position, token).
+
+    `rows` are int64 keys [rows], `tokens` ids [tokens], or [rows, tokens] if each row has its own.
+
+    Added to scores, the noise makes their arg max a draw from their softmax (Gumbel-max). A uniform
+    v = (63 hashed bits) / 2^63 becomes -log(-log1p(-v)): the large values, which decide the arg max,
+    come from small v, where float32 is fine-grained. -log(-log(v)) would cap them at 17.
+    """
+    row = _mix(rows + (position + 1) * _POSITION_STEP)
+    token = _mix((tokens.to(torch.int64) + 1) * _GOLDEN)
+    bits = _mix(row[:, None] ^ token).bitwise_and_(2**63 - 1)
+    v = bits.to(torch.float32).add_(0.5).mul_(2.0**-63).clamp_(max=_LARGEST_BELOW_ONE)
+    return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Apply the finalizer of splitmix64, a bijection on int64 that mixes all bits."""
+    x = (x ^ _shift_right(x, 30)).mul_(_MUL_1)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_MUL_2)
+    return x.bitwise_xor_(_shift_right(x, 31))
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift logically; torch's own shift keeps the sign."""
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)

@@ -12,10 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import evaluating
-from rac_modifier.sampling.attention import grouped_attention
-from rac_modifier.sampling.decode import decode
-from rac_modifier.sampling.draw import Draw
-from rac_modifier.sampling.row_noise import row_keys
+from rac_modifier.sampling.decode import decode, grouped_attention
+from rac_modifier.sampling.draw import Draw, row_keys
 from rac_modifier.settings.sampling import SamplingSettings
 
 FinishReason = Literal["stop", "length"]

@@ -116,10 +116,10 @@ class ModelIdentity:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash (64 hex digits) of the architecture and of up to 64 evenly strided elements of each parameter.
 
-    Elements are compared as float32, so a bfloat16 checkpoint has one fingerprint in bfloat16 and upcast to float32. It
-    reads 64 numbers per parameter: milliseconds for a small model, seconds for a large one. A change that misses all of
-    them (one edited weight) is not detected; pruning and fine-tuning are. Parameters offloaded by accelerate or
-    compressed-tensors are read where they are stored.
+    Elements are rounded to bfloat16, so a model has the same fingerprint loaded in float32 and in
+    bfloat16, whatever its files hold. It takes milliseconds for a small model, seconds for a large one.
+    A change that misses all elements (an edited weight) is not detected; pruning and fine-tuning are.
+    Parameters offloaded by accelerate or compressed-tensors are read where they are stored.
 
     Raises:
         RacError: a parameter has no values (meta device, not offloaded).
@@ -138,10 +138,9 @@ def fingerprint_of(
     for name, tensor in parameters:
         # Odd: a stride that is a multiple of the row length would only ever read one column.
         stride = -(-tensor.numel() // _ELEMENTS) | 1
-        if isinstance(tensor, MergedExperts):
-            sample = tensor.every(stride)
-        else:
-            sample = tensor.detach().reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
+        merged = isinstance(tensor, MergedExperts)
+        sample = tensor.every(stride) if merged else tensor.detach().reshape(-1)[::stride].cpu()
+        sample = sample.to(torch.bfloat16).float()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.numpy().astype("<f4").tobytes())
     return digest.hexdigest()

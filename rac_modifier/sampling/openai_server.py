@@ -1,4 +1,4 @@
-"""The engine on OpenAI-compatible servers: many completions under way at once, over one or several servers."""
+"""The engine on OpenAI-compatible servers: many completions under way, over one or several servers."""
 
 from __future__ import annotations
 
@@ -40,28 +40,30 @@ from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.server_client import GaveUpError, RefusedError, ServerClient
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
-_TRIES_BEFORE_ANOTHER = (
-    2  # with several servers, so that one that hangs or is gone holds nothing up for long
-)
-# Prompts are taken up to this many times the concurrency ahead of the oldest unfinished one. That keeps the servers busy while
-# one long completion is waited for, and bounds how many finished ones are in memory.
+# With several servers, tries at each before the next one: a server that hangs holds nothing up.
+_TRIES_BEFORE_ANOTHER = 2
+# Prompts are taken up to this many times the concurrency ahead of the oldest unfinished one. That
+# keeps the servers busy during one long completion, and bounds the finished ones in memory.
 _LOOK_AHEAD = 4
-# One prompt more is taken for each so many, and sent as soon as a completion ends: servers do not wait while traces are written.
+# For every eight prompts under way one more is ready: it is sent while traces are being written.
 _READY = 8
+
+_UnderWay = dict[Future[Generation | Failure], tuple[int, Prompt]]  # number of the prompt, prompt
 
 
 class ServerEngine:
     """Completes prompts, sent as token ids, on one or several servers.
 
     Args:
-        settings: which servers, and how many completions at once.
-        identity: the model that they must serve.
+        settings: which servers, and how many completions at the same time.
+        identity: the model that the servers must serve.
         tokenizer: of that model, for EOS and for the prompts of the check.
         sampling: resolved settings.
-        model: the model itself, where its weights are in memory; the servers' greedy tokens are compared with it.
-        evaluates: answers are judged, and nothing is calibrated on them. Servers that return no token ids are accepted then
-            where `verify_model` is set; `kind` is "openai text" once one of them has answered. The name of what a server
-            loaded is compared with that of the model, unless `settings.model` names it or `model` is there.
+        model: the model itself if it is in memory; greedy tokens of the servers are compared with it.
+        evaluates: answers are judged, and nothing is calibrated on them. Then servers that return no
+            token ids are accepted if `verify_model` is set, and `kind` becomes "openai text". The
+            name of what a server loaded is compared with that of the model, unless `settings.model`
+            names it or `model` is there.
     """
 
     batch_size = 1
@@ -77,21 +79,20 @@ class ServerEngine:
     ):
         self.kind: EngineKind = "openai"
         self._settings, self._identity, self._tokenizer = settings, identity, tokenizer
-        self._sampling, self._model = sampling, model
+        self._sampling, self._model, self._evaluates = sampling, model, evaluates
         self._eos = identity.eos(tokenizer)
         tokenize = self._tokenized if evaluates and settings.verify_model else None
-        self._evaluates = evaluates
-        self._by_name = evaluates and model is None and settings.model is None
         self._servers = [ServerClient(url, settings, tokenize) for url in settings.base_urls]
-        several, tries = len(self._servers) > 1, settings.tries
-        # Tries per server: first a few at each of several servers, then all that are left at each.
-        first = min(_TRIES_BEFORE_ANOTHER, tries) if several else tries
-        self._rounds = [n for n in (first, tries - first) if n]
-        self._served: dict[str, str] = {}
+        if settings.api_key_env is not None:
+            logger.warning(
+                f"the key in {settings.api_key_env} is sent to {', '.join(settings.base_urls)}"
+            )
+        self._served: dict[str, str] = {}  # by url, the name of the model there
         self._server_limit: int | None = None  # the shortest max_model_len
         self._places = asyncio.Semaphore(settings.concurrency)
         self._record: EngineRecord | None = None
-        # An event loop in a thread of its own: it runs on while traces are written, and works in a notebook, which has a loop.
+        # The event loop has a thread of its own: it runs on while traces are written, and a
+        # notebook already has a loop in its main thread.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="trace-servers", daemon=True
@@ -111,13 +112,13 @@ class ServerEngine:
     def iter_completions(
         self, batches: Iterable[Sequence[Prompt]]
     ) -> Iterator[Sequence[Completion]]:
-        """Complete prompts, `concurrency` at once; a few more are taken and wait. Call `connect` first.
+        """Complete prompts, `concurrency` at a time. Call `connect` first.
 
         Raises:
             RacError: a server wants a key, does not return token ids, or the like.
         """
         prompts = chain.from_iterable(batches)
-        under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}  # the oldest first
+        under_way: _UnderWay = {}  # the oldest first
         done: SimpleQueue[Future[Generation | Failure]] = SimpleQueue()
         taken = 0
         while True:
@@ -144,16 +145,14 @@ class ServerEngine:
             if stop is not None:
                 raise stop
 
-    def _has_room(
-        self, under_way: dict[Future[Generation | Failure], tuple[int, Prompt]], taken: int
-    ) -> bool:
+    def _has_room(self, under_way: _UnderWay, taken: int) -> bool:
         oldest = next(iter(under_way.values()))[0] if under_way else taken
         concurrency = self._settings.concurrency
         room = concurrency + concurrency // _READY
         return len(under_way) < room and taken - oldest < _LOOK_AHEAD * concurrency
 
     def close(self) -> None:
-        """Drop the requests under way (a server notices, and stops working on them) and end the thread."""
+        """Drop the requests under way (a server notices) and end the thread."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
@@ -170,77 +169,84 @@ class ServerEngine:
             await server.close()
 
     async def _connect(self) -> EngineRecord:
-        found = [await self._look_at(server) for server in self._servers]
-        first = found[0][0]
+        cards, probes = [], []
+        for server in self._servers:
+            cards.append(await self._card(server))
+            probes += await self._checked_probes(server)
+        root = cards[0].get("root")
         return EngineRecord(
             kind=self.kind,
-            served_model=public_name(str(first["id"])),  # `vllm serve FOLDER` calls it by its path
-            root=PurePath(str(first["root"])).name if first.get("root") else None,
-            probes=tuple(probe for _, probes in found for probe in probes),
+            served_model=public_name(str(cards[0]["id"])),  # `vllm serve FOLDER`: the id is a path
+            root=PurePath(str(root)).name if root else None,
+            probes=tuple(probes),
         )
 
-    def _tokenized(self, text: str) -> list[int]:
-        """The ids of an answer that came as text alone."""
-        self.kind = "openai text"
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    async def _look_at(self, server: ServerClient) -> tuple[dict[str, Any], list[Probe]]:
-        url = server.url
+    async def _card(self, server: ServerClient) -> dict[str, Any]:
+        """Return the entry of the model in the server's list, once it has passed the checks."""
+        url, identity = server.url, self._identity
         card = served_model(await server.list_models(), self._settings.model, url)
-        check_card(
-            card, self._identity.source, self._identity.context, self._sampling.max_new_tokens, url
-        )
-        if self._by_name:
-            check_name(card, self._identity.source, url)
+        check_card(card, identity.source, identity.context, self._sampling.max_new_tokens, url)
+        if self._evaluates and self._model is None and self._settings.model is None:
+            check_name(card, identity.source, url)
         self._served[url] = str(card["id"])
         if isinstance(limit := card.get("max_model_len"), int):
             self._server_limit = min(limit, self._server_limit or limit)
-        probes = await self._probe(server) if self._settings.verify_model else []
+        return card
+
+    async def _checked_probes(self, server: ServerClient) -> list[Probe]:
+        """Return greedy tokens of the server, compared with the model if that is in memory."""
+        url = server.url
+        if not self._settings.verify_model:
+            logger.warning(
+                f"{url}: the served model is not compared with the model to be compressed "
+                "(verify_model: false)"
+            )
+            return []
+        probes = await self._probe(server)
         if self.kind == "openai text":
             logger.warning(
-                f"{url} returns text without token ids: answers are tokenized here, so that their lengths may differ by a few "
-                "tokens, and the served model is known by its name alone"
+                f"{url} returns text without token ids: answers are tokenized here, so that their "
+                "lengths may differ by a few tokens, and the served model is known by its name alone"
             )
-            return card, []
-        if not probes:
-            logger.warning(
-                f"{url}: the served model is not compared with the model to be compressed (verify_model: false)"
-            )
-        elif self._evaluates:
+            return []
+        if self._evaluates:
             logger.info(f"{url}: the served model is known by its name alone")
         elif self._model is None:
             logger.info(
-                f"{url}: greedy tokens are kept in the store, to be compared when the model is in memory"
+                f"{url}: greedy tokens are stored, to be compared when the model is in memory"
             )
         else:
             await asyncio.to_thread(check_probes, self._model, probes, url)
-        return card, probes
+        return probes
 
     async def _probe(self, server: ServerClient) -> list[Probe]:
         prompts = [
-            tuple(render_question(self._tokenizer, q, self._sampling)) for q in PROBE_QUESTIONS
+            tuple(render_question(self._tokenizer, question, self._sampling))
+            for question in PROBE_QUESTIONS
         ]
         requests = [Request(ids, PROBE_TOKENS, 0, self._eos) for ids in prompts]
         tries = self._settings.tries
         try:
             answers = await asyncio.gather(
-                *(self._ask(server, r, PROBE_SAMPLING, tries) for r in requests)
+                *(self._ask(server, request, PROBE_SAMPLING, tries) for request in requests)
             )
         except (GaveUpError, RefusedError) as error:
             raise RacError(
                 f"{server.url} does not answer a short greedy prompt: {error}"
             ) from error
         return [
-            Probe(prompt_ids=ids, completion_ids=one.ids)
-            for ids, one in zip(prompts, answers, strict=True)
+            Probe(prompt_ids=ids, completion_ids=answer.ids)
+            for ids, answer in zip(prompts, answers, strict=True)
         ]
 
+    def _tokenized(self, text: str) -> list[int]:
+        """Return the ids of an answer that came as text alone."""
+        self.kind = "openai text"
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
     async def _complete(self, prompt: Prompt) -> Generation | Failure:
-        length, limit, context = (
-            len(prompt.ids),
-            self._sampling.max_new_tokens,
-            self._identity.context,
-        )
+        length, limit = len(prompt.ids), self._sampling.max_new_tokens
+        context, server_limit = self._identity.context, self._server_limit
         if context is not None and length + limit > context:
             warn_of_cap(limit, context)
             limit = context - length
@@ -248,30 +254,34 @@ class ServerEngine:
                 return Failure(
                     f"the prompt of {length} tokens fills the model's context of {context}"
                 )
-        if self._server_limit is not None and length + limit > self._server_limit:
+        if server_limit is not None and length + limit > server_limit:
             return Failure(
-                f"a prompt of {length} and a completion of up to {limit} tokens do not fit the servers' --max-model-len of "
-                f"{self._server_limit}; serve with a larger one"
+                f"a prompt of {length} and a completion of up to {limit} tokens do not fit the "
+                f"servers' --max-model-len of {server_limit}; serve with a larger one"
             )
         request = Request(prompt.ids, limit, trace_seed(self._sampling.seed, prompt.key), self._eos)
         async with self._places:
             return await self._ask_any(request)
 
     async def _ask_any(self, request: Request) -> Generation | Failure:
-        """Ask one server after the other, until one completes the prompt."""
-        reason = ""
-        for tries in self._rounds:
+        """Ask one server after the other, until one completes the prompt.
+
+        With several servers, each one gets a few tries first, and then its other tries.
+        """
+        reason, tries = "", self._settings.tries
+        first = min(_TRIES_BEFORE_ANOTHER, tries) if len(self._servers) > 1 else tries
+        for count in filter(None, (first, tries - first)):
             tried: list[ServerClient] = []
             while (server := least_busy(self._servers, tried)) is not None:
                 tried.append(server)
                 try:
-                    return await self._ask(server, request, self._sampling, tries)
+                    return await self._ask(server, request, self._sampling, count)
                 except RefusedError as error:
                     return Failure(str(error))
                 except GaveUpError as error:
                     reason = str(error)
         where = f" at each of {len(self._servers)} servers" if len(self._servers) > 1 else ""
-        return Failure(f"{reason} (tried {self._settings.tries} times{where})")
+        return Failure(f"{reason} (tried {tries} times{where})")
 
     async def _ask(
         self, server: ServerClient, request: Request, sampling: SamplingSettings, tries: int
@@ -288,10 +298,10 @@ class ServerEngine:
 def least_busy(
     servers: Sequence[ServerClient], tried: Collection[ServerClient] = ()
 ) -> ServerClient | None:
-    """The server with the fewest completions under way, of those not tried yet; None if all were.
+    """Return the server with the fewest completions under way; None if all were tried.
 
-    A server that fails at once always has few under way and would be given every prompt. So a failing server is given one prompt
-    at a time, as long as there is another server; its first success ends that.
+    A server that fails at once always has few under way and would get every prompt. So a failing
+    server gets one prompt at a time while there is another server; its first success ends that.
     """
     return min(
         (server for server in servers if server not in tried),

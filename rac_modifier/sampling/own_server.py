@@ -28,12 +28,6 @@ _LAST_BYTES = 16384
 _FIRST_BYTES = 1 << 20
 # The end of a traceback, alone or after a logger's prefix.
 _ERROR = re.compile(r"(?:^|\] )\s*(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \S")
-# vLLM 0.32 ends at this: a prompt that is read in parts, of a request with a seed, without a GPU. Ours have seeds.
-_SEEDED_IN_PARTS = "CPU Generator does not use offset"
-_SEEDED_IN_PARTS_ADVICE = (
-    "On a CPU, vLLM fails where it reads the prompt of a request with a seed in parts: set "
-    "RAC_VLLM_OPTIONS=--no-enable-chunked-prefill"
-)
 _WATCHER = Path(__file__).with_name("server_watch.py")
 
 
@@ -128,9 +122,7 @@ def _wait_until_ready(
         if watcher.poll() is not None:
             raise RacError(_stopped(watcher, log))
         if now - started > command.timeout:
-            raise RacError(
-                f"vllm serve was not ready after {command.timeout:g} s; give it more with RAC_VLLM_TIMEOUT. {end_of(log)}"
-            )
+            raise RacError(f"vllm serve was not ready after {command.timeout:g} s. {end_of(log)}")
         if now - said > _SAY_EVERY:
             said = now
             logger.info(
@@ -165,9 +157,8 @@ def end_of(log: BinaryIO) -> str:
     if not lines:
         return "It printed nothing"
     cause = first_error(log)
-    advice = f"{_SEEDED_IN_PARTS_ADVICE}. " if _SEEDED_IN_PARTS in (cause or "") else ""
     named = "" if cause is None or cause in lines else f"Its first error:\n{cause}\n"
-    return f"{advice}{named}Its last lines:\n" + "\n".join(lines)
+    return f"{named}Its last lines:\n" + "\n".join(lines)
 
 
 def first_error(log: BinaryIO) -> str | None:

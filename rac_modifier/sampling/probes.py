@@ -39,7 +39,7 @@ def served_model(content: bytes, wanted: str | None, server: str) -> dict[str, A
     """
     try:
         cards = {str(card["id"]): dict(card) for card in json.loads(content)["data"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RacError(
             f"{server}/models is not a list of models; is this an OpenAI-compatible server, and does the address end in /v1?"
         ) from error

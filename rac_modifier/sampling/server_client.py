@@ -1,15 +1,20 @@
 """One OpenAI-compatible server: the models that it lists, and completions that pass our checks.
 
-The `openai` client does retries, back-off and time-outs. An answer that fails a check of `completions_api` is asked for again, as
-part of the same number of tries.
+Every request has a deadline and a limit on the bytes of its answer. Faults of the connection, answers
+that fail a check of `completions_api`, and statuses that may pass are retried with growing pauses.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
+import random
 from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 from loguru import logger
 
 from rac_modifier.errors import RacError
@@ -17,45 +22,31 @@ from rac_modifier.sampling.completions_api import Request, UnusableError, error_
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
-try:
-    import openai
-except ImportError as error:
-    raise RacError(
-        "sampling from a server needs openai: `pip install 'rac-modifier[compress]'`"
-    ) from error
-
-PAUSE = 1.0  # seconds before an answer that failed a check is asked for again
-_TRANSIENT = frozenset(
-    {408, 409, 425, 429}
-)  # and every 5xx; another status is the same when the request is sent again
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two tries; each pause doubles the last one
+_LONGEST_RETRY_AFTER = 60.0  # seconds; a server that asks for more gets our own pause
+_TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx; other statuses stay the same
 _REFUSALS = frozenset({400, 413, 422})  # of this prompt, not of the next
 _SETUP_TIMEOUT = 30.0
 _CONNECT_TIMEOUT = 10.0
-# openai would send organization and project of its own environment variables to any server, and what kind of machine this is.
-# Each header also takes time, here and at the server.
-_STAINLESS = (
-    "Lang",
-    "Package-Version",
-    "OS",
-    "Arch",
-    "Runtime",
-    "Runtime-Version",
-    "Async",
-    "Read-Timeout",
-)
-_NOT_SENT = (
-    "OpenAI-Organization",
-    "OpenAI-Project",
-    *(f"X-Stainless-{name}" for name in _STAINLESS),
-)
+_LIST_BYTES = 1 << 22
+_ANSWER_BYTES = 1 << 20  # of an answer, and for each token of prompt and completion:
+_BYTES_PER_TOKEN = 256
 
 
 class GaveUpError(Exception):
-    """A server did not complete a prompt in the given tries; another server, or a later try, may."""
+    """A server did not complete a prompt within the tries; another server, or a later try, may."""
 
 
 class RefusedError(Exception):
     """A server will not complete this prompt, however often it is asked."""
+
+
+class _RetryError(Exception):
+    """A try failed and the next one may succeed; `pause` is what the server's Retry-After asks for."""
+
+    def __init__(self, reason: str, pause: float | None = None):
+        super().__init__(reason)
+        self.pause = pause
 
 
 class ServerClient:
@@ -64,15 +55,15 @@ class ServerClient:
     Attributes:
         url: it ends in /v1.
         under_way: completions that are waited for.
-        failing: the last completion failed, after all its tries.
+        failing: whether the last completion failed in all its tries.
 
     Args:
         url: see above.
-        settings: time-outs, tries, key.
+        settings: deadline, tries, key.
         tokenize: for answers without token ids; None: they are refused.
 
     Raises:
-        RacError: the settings name an API key that is not there.
+        RacError: the settings name an API key that is not set.
     """
 
     def __init__(
@@ -82,44 +73,41 @@ class ServerClient:
         tokenize: Callable[[str], Sequence[int]] | None = None,
     ):
         self.url = url
-        self._tokenize = tokenize
         self.under_way = 0
         self.failing = False
-        self._timeout = settings.timeout
-        key = _api_key(settings.api_key_env)
-        self._headers = dict.fromkeys(_NOT_SENT, openai.Omit())
-        if key is None:
-            self._headers["Authorization"] = openai.Omit()
-        self._client = openai.AsyncOpenAI(
-            base_url=url,
-            api_key=key or "none",
-            timeout=openai.Timeout(
-                settings.timeout, connect=min(_CONNECT_TIMEOUT, settings.timeout), pool=None
+        self._tokenize = tokenize
+        self._deadline = settings.timeout
+        self._key = _api_key(settings.api_key_env)
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=settings.concurrency
             ),
+            trust_env=not is_loopback(url),  # prompts for this machine never reach a proxy
         )
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self._client.aclose()
 
     async def list_models(self) -> bytes:
-        """The body of the answer to GET /v1/models.
+        """Return the body of the answer to GET /v1/models.
 
         Raises:
-            RacError: no server there, or it answers with an error.
+            RacError: no server listens there, or it answers with an error.
         """
-        client = self._client.with_options(timeout=_SETUP_TIMEOUT, max_retries=0)
         try:
-            return (await client.models.with_raw_response.list(extra_headers=self._headers)).content
-        except openai.APIStatusError as error:
-            status = error.status_code
-            raise RacError(
-                f"{self.url}/models answers {status} ({error_text(error.body)}); {_way_out(status)}"
-            ) from error
-        except openai.APIConnectionError as error:
+            async with asyncio.timeout(_SETUP_TIMEOUT):
+                response, content = await self._send("GET", "/models", None, _LIST_BYTES)
+        except (httpx.HTTPError, TimeoutError, UnusableError) as error:
             raise RacError(
                 f"no server answers at {self.url} ({_cause(error)}); start it, or correct base_urls"
             ) from error
+        if response.status_code != 200:
+            status, reason = response.status_code, error_text(content)
+            raise RacError(f"{self.url}/models answers {status} ({reason}); {_way_out(status)}")
+        return content
 
     async def complete(
         self,
@@ -154,41 +142,69 @@ class ServerClient:
         self, request: Request, model: str, vocab_size: int, sampling: SamplingSettings, tries: int
     ) -> Generation:
         body = request.body(model, sampling)
-        while True:
+        most = _ANSWER_BYTES + _BYTES_PER_TOKEN * (len(request.prompt_ids) + request.max_tokens)
+        pause = FIRST_PAUSE
+        for last in (number + 1 == tries for number in range(tries)):
             try:
-                # Not `completions.create`: it looks through each list of token ids, which takes nearly as long as all the rest.
-                answer: openai.AsyncAPIResponse[object] = await self._client.post(
-                    "/completions",
-                    cast_to=openai.AsyncAPIResponse[object],
-                    body=body,
-                    options={"headers": self._headers, "max_retries": tries - 1},
-                )
-                return read_answer(
-                    request, await answer.read(), vocab_size, self.url, self._tokenize
-                )
-            except UnusableError as error:
-                tries -= answer.retries_taken + 1
-                if tries < 1:
+                content = await self._completion(body, most)
+                return read_answer(request, content, vocab_size, self.url, self._tokenize)
+            except (_RetryError, UnusableError) as error:
+                if last:
                     raise GaveUpError(f"{self.url}: {error}") from error
-                await asyncio.sleep(PAUSE)
-            except openai.APIStatusError as error:
-                raise self._of_status(error) from error
-            except openai.APITimeoutError as error:
-                reason = f"no answer within timeout={self._timeout:g} s; set a longer one"
-                raise GaveUpError(f"{self.url}: {reason}") from error
-            except openai.APIConnectionError as error:
-                raise GaveUpError(f"{self.url}: {_cause(error)}") from error
+                asked = getattr(error, "pause", None)
+            jitter = 1 - random.random() / 4  # so that many requests do not return together
+            await asyncio.sleep(pause * jitter if asked is None else asked)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        raise AssertionError("EngineSettings.tries is at least 1")
 
-    def _of_status(self, error: openai.APIStatusError) -> Exception:
-        status = error.status_code
-        message = f"{self.url} answers {status}: {error_text(error.body)}"
+    async def _completion(self, body: dict[str, Any], most: int) -> bytes:
+        """Return the body of an answer with status 200."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                response, content = await self._send("POST", "/completions", body, most)
+        except TimeoutError as error:
+            raise _RetryError(
+                f"no answer within timeout={self._deadline:g} s; set a longer one"
+            ) from error
+        except httpx.HTTPError as error:
+            raise _RetryError(_cause(error)) from error
+        status = response.status_code
+        if status == 200:
+            return content
+        message = f"answers {status}: {error_text(content)}"
         if status in _TRANSIENT or status >= 500:
-            return GaveUpError(message)
-        return (
-            RefusedError(message)
-            if status in _REFUSALS
-            else RacError(f"{message}; {_way_out(status)}")
-        )
+            raise _RetryError(message, _retry_after(response))
+        if status in _REFUSALS:
+            raise RefusedError(f"{self.url} {message}")
+        raise RacError(f"{self.url} {message}; {_way_out(status)}")
+
+    async def _send(
+        self, method: str, path: str, body: dict[str, Any] | None, most: int
+    ) -> tuple[httpx.Response, bytes]:
+        """Return the answer and its body, from which the API key is cut: a server may echo it.
+
+        Raises:
+            UnusableError: the body has more than `most` bytes.
+            httpx.HTTPError: the connection failed.
+        """
+        content = bytearray()
+        async with self._client.stream(method, f"{self.url}{path}", json=body) as response:
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > most:
+                    raise UnusableError(f"an answer of more than {most:,} bytes")
+        if self._key and (response.status_code != 200 or method == "GET"):
+            content = content.replace(self._key.encode(), b"***")
+        return response, bytes(content)
+
+
+def is_loopback(url: str) -> bool:
+    """Tell whether an address is of this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _api_key(variable: str | None) -> str | None:
@@ -199,13 +215,22 @@ def _api_key(variable: str | None) -> str | None:
     return None if variable is None else os.environ[variable]
 
 
+def _retry_after(response: httpx.Response) -> float | None:
+    try:
+        seconds = float(response.headers.get("Retry-After", ""))
+    except ValueError:
+        return None
+    return seconds if 0 < seconds <= _LONGEST_RETRY_AFTER else None
+
+
 def _way_out(status: int) -> str:
     if status in (401, 403):
-        return "the server wants a key: name the environment variable that holds it with engine.api_key_env"
+        return (
+            "the server wants a key: name the environment variable that holds it with "
+            "engine.api_key_env"
+        )
     return "check base_urls (they end in /v1) and engine.model"
 
 
-def _cause(error: openai.APIConnectionError) -> str:
-    """The connection's own error; openai's is only "Connection error."."""
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}".rstrip(": ")
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")

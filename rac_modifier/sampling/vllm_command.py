@@ -35,7 +35,7 @@ class VllmCommand:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> VllmCommand:
-        """RAC_VLLM (else `vllm` on the PATH), RAC_VLLM_OPTIONS and RAC_VLLM_TIMEOUT.
+        """Read RAC_VLLM (else `vllm` on the PATH) and RAC_VLLM_OPTIONS.
 
         Raises:
             RacError: no such command, or values that cannot be read.
@@ -57,14 +57,7 @@ class VllmCommand:
             raise RacError(
                 f"RAC_VLLM_OPTIONS={variables['RAC_VLLM_OPTIONS']!r}: {error}; write it as for a shell"
             ) from error
-        text = variables.get("RAC_VLLM_TIMEOUT") or str(cls.timeout)
-        try:
-            timeout = float(text)
-        except ValueError:
-            timeout = 0.0
-        if not 0 < timeout < float("inf"):
-            raise RacError(f"RAC_VLLM_TIMEOUT={text!r} is no number of seconds above 0")
-        return cls(path, options, timeout)
+        return cls(path, options)
 
     def arguments(self, model: str, dtype: str, port: int) -> list[str]:
         """The whole command line."""

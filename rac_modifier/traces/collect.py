@@ -19,7 +19,6 @@ from rac_modifier.sampling.in_process import InProcessEngine
 from rac_modifier.sampling.model_identity import ModelIdentity, tokenizer_fingerprint
 from rac_modifier.sampling.probes import check_probes
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.sampling.shared_engine import SharedEngine
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.failures import forget_failures
@@ -163,9 +162,7 @@ def engine_for(
         raise RacError(
             "the model's weights are not in memory: load it, or name servers that sample it"
         )
-    if processes.count > 1:
-        return SharedEngine(model, tokenizer, sampling, processes)
-    return InProcessEngine(model, tokenizer, sampling)
+    return InProcessEngine(model, tokenizer, sampling, processes)
 
 
 def _renderer(

@@ -164,7 +164,6 @@ def vllm(tmp_path, monkeypatch):
     """A fake `vllm`, which notes its processes in the folder that this returns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
-    monkeypatch.setenv("RAC_VLLM_TIMEOUT", "60")
     shorten_pauses(monkeypatch)
     return tmp_path
 

