@@ -3,8 +3,8 @@
     python benchmarks/frontier_loops.py frontier
     python benchmarks/frontier_loops.py frontier --beside "60 %, recovered"     # and each row beside that one, problem by problem
 
-An answer loops if it was cut at the cap while it repeated itself (`rac_modifier.traces.repeats`). Greedy answers of small models
-do; where a grid samples (`evaluation.temperature`), the same is counted. Tokens that repeat are easy to predict, so that they
+An answer loops if it was cut at the cap while it repeated itself (`rac_modifier.traces.selection`). Greedy answers of small
+models do; where a grid samples (`evaluation.temperature`), the same is counted. Tokens that repeat are easy to predict, so that they
 make the KL of a row small.
 """
 
@@ -20,7 +20,7 @@ from rac_modifier.evaluation.divergence import mean_over_tokens
 from rac_modifier.evaluation.paired import mcnemar
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
-from rac_modifier.traces.repeats import repeated_tail
+from rac_modifier.traces.selection import repeated_tail
 
 COLUMNS = (
     "row",

@@ -37,7 +37,7 @@ from rac_modifier.problems.source import Problem, load_problems
 from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.repeats import repeated_tokens
+from rac_modifier.traces.selection import repeated_tokens
 
 CAP, BATCH = 1024, 64
 ROWS = ("dense", "recovered", "further", "on-policy")

@@ -48,7 +48,7 @@ from rac_modifier.recovery.schedule import default_learning_rate, plan_steps, ra
 from rac_modifier.recovery.teacher import LiveTeacher, StoredTeacher
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.repeats import repeated_tokens
+from rac_modifier.traces.selection import repeated_tokens
 
 MOVE_EVERY, FIRST_SHARE, LAST_MOVE = 10, 0.1, 0.75
 ROWS = ("fixed", "fixed, twice", "on-policy", "moving")

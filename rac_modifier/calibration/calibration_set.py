@@ -17,7 +17,6 @@ from rac_modifier.calibration.mixture import (
     generic_sequence,
     mix,
     prompt_sequence,
-    require_traces,
 )
 from rac_modifier.calibration.trace_budget import collect_for_calibration
 from rac_modifier.calibration.trace_pool import TracePool
@@ -28,16 +27,17 @@ from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.prompt import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
-from rac_modifier.traces.records import Trace
+from rac_modifier.traces.records import Trace, trace_of
 
 _MANY_UNFINISHED = 0.5  # of the traces: then a warning says so
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The loader; and by part of the mixture, the pool of its traces and how its prompts were made.
+    """The loader, and by part of the mixture the pool of its traces and the prompt settings.
 
-    Of several processes only the first one has pools. The others get its loader, and the `received` traces to train on.
+    With several processes, only the first one has pools. The other ones get its loader, and the
+    `received` traces to train on.
     """
 
     loader: CalibrationLoader
@@ -47,16 +47,16 @@ class CalibrationSet:
 
     @property
     def held_out(self) -> tuple[Trace, ...]:
-        """The traces of all parts that were kept out of the loader."""
+        """The held-out traces of all parts."""
         return tuple(trace for pool in self.pools.values() for trace in pool.held_out)
 
     @property
     def reserved(self) -> tuple[Trace, ...]:
-        """The traces of all parts that were kept out of the loader for training after pruning."""
+        """The traces of all parts that are reserved for training after pruning."""
         return (*(trace for pool in self.pools.values() for trace in pool.reserved), *self.received)
 
     def identity(self) -> dict[str, Any]:
-        """What says whether it is the same set: its hash, and each trace store with the hash of its file (first process)."""
+        """Return what identifies the set: its hash, and the hash of each trace store."""
         stores = {
             f"{key}: {pool.store.path}": f"sha256 {pool.store.sha256()[:12]}"
             for key, pool in self.pools.items()
@@ -64,7 +64,7 @@ class CalibrationSet:
         return {"calibration set": self.loader.sha256(), "trace stores": stores}
 
     def as_dict(self) -> dict[str, Any]:
-        """For the run record: counts, the prompt settings, and each trace store with its hash and what was selected from it."""
+        """Return counts, prompt settings and trace stores for the run record."""
         return {
             "calibration": self.loader.composition.as_dict(),
             "prompts": {part: prompt.model_dump() for part, prompt in self.prompts.items()},
@@ -83,20 +83,20 @@ def build_calibration_set(
 ) -> CalibrationSet:
     """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
 
-    Traces of about `reserved_tokens` tokens more are kept out of it, in `CalibrationSet.reserved`.
+    Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`, out of the loader.
 
-    Of several `processes` the first one reads and writes the stores, chooses, and sends the others what it has chosen; all of
-    them sample. The set is that of one process.
+    With several `processes`, all of them sample. The first one reads and writes the stores, and sends
+    the set to the other ones. The set does not depend on the number of processes.
 
     Raises:
-        RacError: see `collect_for_calibration` and `mix`; a mixture with traces that gets no trace token.
+        RacError: see `collect_for_calibration` and `mix`.
     """
     if not processes.is_first:
         return _received(help_sampling(model, tokenizer, processes), calibration)
-    made = _build(model, tokenizer, traces, calibration, progress, reserved_tokens, processes)
+    whole = _build(model, tokenizer, traces, calibration, progress, reserved_tokens, processes)
     if processes.count > 1:
-        end_sampling(processes, _sent(made))
-    return made
+        end_sampling(processes, _sent(whole))
+    return whole
 
 
 def _build(
@@ -127,8 +127,6 @@ def _build(
         parts[key] = pool.draw(key, budgets[key])
         prompts[key] = PromptSettings.of(pool.store.header.sampling)
     sequences, composition = mix(parts, calibration)
-    if pools:
-        require_traces(composition)
     logger.info(composition.describe())
     if composition.unfinished_share >= _MANY_UNFINISHED:
         logger.warning(
@@ -141,29 +139,26 @@ def _build(
     )
 
 
-def _sent(made: CalibrationSet) -> dict[str, Any]:
-    """What the other processes need of the first one's set, as JSON."""
+def _sent(whole: CalibrationSet) -> dict[str, Any]:
+    """Return what the other processes need of the first one's set, as JSON."""
     return {
-        "sequences": [asdict(sequence) for sequence in made.loader.sequences],
-        "composition": asdict(made.loader.composition),
-        "pad_token_id": made.loader.pad_token_id,
-        "reserved": [asdict(trace) for trace in made.reserved],
+        "sequences": [asdict(sequence) for sequence in whole.loader.sequences],
+        "composition": asdict(whole.loader.composition),
+        "pad_token_id": whole.loader.pad_token_id,
+        "reserved": [asdict(trace) for trace in whole.reserved],
     }
 
 
 def _received(sent: dict[str, Any], settings: CalibrationSettings) -> CalibrationSet:
-    """The reverse of `_sent`."""
+    """Reverse `_sent`."""
     sequences = [
-        CalibrationSequence(**{**one, "ids": tuple(one["ids"])}) for one in sent["sequences"]
+        CalibrationSequence(**{**fields, "ids": tuple(fields["ids"])})
+        for fields in sent["sequences"]
     ]
-    ids = ("prompt_ids", "completion_ids")
-    reserved = tuple(
-        Trace(**{**one, **{name: tuple(one[name]) for name in ids}}) for one in sent["reserved"]
-    )
     loader = CalibrationLoader(
         sequences, Composition(**sent["composition"]), settings, sent["pad_token_id"]
     )
-    return CalibrationSet(loader, received=reserved)
+    return CalibrationSet(loader, received=tuple(map(trace_of, sent["reserved"])))
 
 
 def _prompts(

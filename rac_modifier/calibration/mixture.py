@@ -1,4 +1,4 @@
-"""Take calibration sequences up to a budget of real tokens, and count what was taken."""
+"""Take calibration sequences up to a budget of real tokens, and count their tokens."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rac_modifier.traces.records import Trace
 
 @dataclass(frozen=True)
 class CalibrationSequence:
-    """Token ids of one calibration sequence; the model generated all of them but the first `prompt_tokens`."""
+    """Token ids of a calibration sequence; the model generated all but the first `prompt_tokens`."""
 
     ids: tuple[int, ...]
     prompt_tokens: int
     kind: str
     finished: bool = True
     answer_start: int | None = None
-    """The first token after the thinking; None where it is not needed, or there is no thinking."""
+    """The first token after the thinking; None without thinking, and if tokens weigh the same."""
     weight: float = 1.0
     """Factor for all tokens of the sequence."""
 
     def cut(self, length: int) -> CalibrationSequence:
-        """The first `length` tokens."""
+        """Return the first `length` tokens."""
         return replace(
             self,
             ids=self.ids[:length],
@@ -34,20 +34,20 @@ class CalibrationSequence:
         )
 
     def weights(self, settings: CalibrationSettings) -> list[float]:
-        """The weight of each token in the Hessian; tokens of generic text weigh as much as those of traces."""
+        """Return the weight of each token in the Hessian; generic text weighs as much as traces."""
         prompt, trace = settings.prompt_weight, settings.trace_weight
         if self.kind == "generic":
             return [trace] * len(self.ids)
         weights = [prompt] * self.prompt_tokens + [trace] * (len(self.ids) - self.prompt_tokens)
         if settings.answer_weight is not None and self.answer_start is not None:
-            behind = len(weights[self.answer_start :])
-            weights[self.answer_start :] = [settings.answer_weight] * behind
+            answer = len(weights[self.answer_start :])
+            weights[self.answer_start :] = [settings.answer_weight] * answer
         return weights if self.weight == 1.0 else [self.weight * w for w in weights]
 
 
 @dataclass(frozen=True)
 class Composition:
-    """What a calibration set consists of, in real tokens and in sequences."""
+    """The tokens and sequences of a calibration set by kind; padding does not count."""
 
     prompt_tokens: int
     trace_tokens: int
@@ -65,7 +65,7 @@ class Composition:
 
     @property
     def unfinished_share(self) -> float:
-        """Of the traces, those that hit the cap of sampling; 0 without traces."""
+        """Share of the traces that hit the cap of sampling; 0 without traces."""
         traces = sum(
             part["sequences"]
             for key, part in self.parts.items()
@@ -74,30 +74,26 @@ class Composition:
         return self.unfinished_traces / traces if traces else 0.0
 
     def as_dict(self) -> dict[str, int | dict[str, dict[str, int]]]:
-        """For the run record."""
+        """Return the counts for the run record."""
         return {"tokens": self.tokens, **asdict(self)}
 
     def describe(self) -> str:
-        """One sentence for the log."""
-        parts = ""
-        if len(self.parts) > 1:
-            parts = (
-                " ("
-                + ", ".join(f"{part['tokens']:,} {name}" for name, part in self.parts.items())
-                + ")"
-            )
+        """Describe the set in a sentence for the log."""
+        by_part = ", ".join(f"{part['tokens']:,} {name}" for name, part in self.parts.items())
+        parts = f" ({by_part})" if len(self.parts) > 1 else ""
         return (
             f"calibrating on {self.tokens:,} tokens in {self.sequences:,} sequences{parts}: "
             f"{self.trace_tokens:,} of chain of thought, {self.prompt_tokens:,} of prompts, "
-            f"{self.generic_tokens:,} of generic text; {self.unfinished_traces:,} traces ({self.unfinished_share:.0%}) hit the "
-            f"sampling cap, {self.truncated_sequences:,} sequences were cut to fit"
+            f"{self.generic_tokens:,} of generic text; {self.unfinished_traces:,} traces "
+            f"({self.unfinished_share:.0%}) hit the sampling cap, {self.truncated_sequences:,} "
+            "sequences were cut to fit"
         )
 
 
 def trace_sequence(
     trace: Trace, answer_start: int | None = None, weight: float = 1.0
 ) -> CalibrationSequence:
-    """Prompt and completion as one sequence, the ids exactly as they were generated."""
+    """Return prompt and completion as a sequence, the ids exactly as they were generated."""
     ids = (*trace.prompt_ids, *trace.completion_ids)
     return CalibrationSequence(
         ids, len(trace.prompt_ids), "traces", trace.finish_reason == "stop", answer_start, weight
@@ -105,13 +101,13 @@ def trace_sequence(
 
 
 def prompt_sequence(ids: Iterable[int]) -> CalibrationSequence:
-    """A prompt alone."""
+    """Return a prompt without a completion."""
     ids = tuple(ids)
     return CalibrationSequence(ids, len(ids), "prompts")
 
 
 def generic_sequence(ids: Iterable[int]) -> CalibrationSequence:
-    """A piece of generic text."""
+    """Return a piece of generic text."""
     ids = tuple(ids)
     return CalibrationSequence(ids, len(ids), "generic")
 
@@ -121,33 +117,41 @@ def mix(
 ) -> tuple[list[CalibrationSequence], Composition]:
     """Fill each part's share of the budget, exactly to the token, and shuffle.
 
-    The sequences of a part are taken in their order, no more than needed; the last one is cut where the part's budget ends.
+    Only as many sequences of a part are read as its budget needs; the last one is cut to fit.
 
     Raises:
-        RacError: a part with a share has too few tokens.
+        RacError: a part with a share has too few tokens; traces have a share, but no token is theirs.
     """
     chosen: list[CalibrationSequence] = []
     counts: dict[str, dict[str, int]] = {}
     truncated = unfinished = 0
     for key, budget in part_tokens(settings.mixture, settings.tokens).items():
-        before, left = len(chosen), budget
+        before, missing = len(chosen), budget
         for sequence in parts[key]:
-            if left <= 0:
+            if missing <= 0:
                 break
             unfinished += sequence.kind == "traces" and not sequence.finished
-            longest = min(left, settings.max_sequence_tokens or left)
+            longest = min(missing, settings.max_sequence_tokens or missing)
             if len(sequence.ids) > longest:
                 sequence, truncated = sequence.cut(longest), truncated + 1
             chosen.append(sequence)
-            left -= len(sequence.ids)
-        if left > 0:
+            missing -= len(sequence.ids)
+        if missing > 0:
             raise RacError(
-                f"the {key} part of the calibration set has {budget - left:,} tokens but its share asks for {budget:,}; "
+                f"the {key} part of the calibration set has {budget - missing:,} tokens but its "
+                f"share asks for {budget:,}; "
                 f"lower calibration.tokens, or give more {Part.parse(key).kind}"
             )
         counts[key] = {"tokens": budget, "sequences": len(chosen) - before}
     random.Random(f"{settings.seed}/order").shuffle(chosen)
-    return chosen, replace(compose(chosen, truncated, unfinished), parts=counts)
+    composition = replace(compose(chosen, truncated, unfinished), parts=counts)
+    if not composition.trace_tokens and any(Part.parse(key).kind == "traces" for key in counts):
+        raise RacError(
+            "the calibration set is meant to hold chain-of-thought traces but has no token of any: "
+            "the traces may be empty or cut away by max_sequence_tokens; look at the store with "
+            "`rac traces inspect`"
+        )
+    return chosen, composition
 
 
 def compose(
@@ -164,12 +168,3 @@ def compose(
         truncated_sequences=truncated,
         unfinished_traces=unfinished,
     )
-
-
-def require_traces(composition: Composition) -> None:
-    """Refuse a set that is meant to hold chain-of-thought tokens and has none (RacError)."""
-    if composition.trace_tokens == 0:
-        raise RacError(
-            "the calibration set is meant to hold chain-of-thought traces but has no token of any: "
-            "the traces may be empty or cut away by max_sequence_tokens; look at the store with `rac traces inspect`"
-        )

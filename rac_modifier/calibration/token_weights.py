@@ -1,4 +1,4 @@
-"""How much the tokens of a trace count in a Hessian: a factor for each trace as a whole."""
+"""The factor by which all tokens of a trace count in a Hessian."""
 
 from __future__ import annotations
 
@@ -14,26 +14,22 @@ Weighting = Callable[[Trace], float]
 def find_weighting(
     weighting: str | Weighting, is_right: Callable[[Trace], bool]
 ) -> Weighting | None:
-    """The function that gives each trace its factor; None where the factor is 1 for all.
+    """Return the function that gives each trace its factor; None if the factor is 1 for all.
+
+    The function raises a RacError for a weight that is negative or no finite number.
 
     Args:
-        weighting: "uniform", "inverse_length" or "correct", or a function of a `Trace` that returns a number of at least 0.
+        weighting: a name that the settings allow, or a function of a `Trace` that returns its weight.
         is_right: whether a trace's answer is right; called for "correct" only.
-
-    Raises:
-        RacError: another name; from the function that is returned: a weight that is negative or no finite number.
     """
     if callable(weighting):
         return lambda trace: _checked(weighting(trace), weighting, trace)
-    if weighting == "uniform":
-        return None
-    if weighting == "inverse_length":
-        return lambda trace: 1 / trace.tokens
-    if weighting == "correct":
-        return lambda trace: float(is_right(trace))
-    raise RacError(
-        f"trace_weighting is {weighting!r}; use uniform, inverse_length or correct, or from Python a function of a trace"
-    )
+    named: dict[str, Weighting | None] = {
+        "uniform": None,
+        "inverse_length": lambda trace: 1 / trace.tokens,
+        "correct": lambda trace: float(is_right(trace)),
+    }
+    return named[weighting]
 
 
 def _checked(weight: object, weighting: Weighting, trace: Trace) -> float:
@@ -46,7 +42,9 @@ def _checked(weight: object, weighting: Weighting, trace: Trace) -> float:
 
 
 def mean_one_factor(weights: list[tuple[float, int]]) -> float:
-    """The factor that gives (weight, tokens) pairs a mean of 1 per token, so that traces keep their share beside other parts.
+    """Return the factor that gives (weight, tokens) pairs a mean weight of 1 per token.
+
+    So traces keep their share next to the other parts of a mixture.
 
     Raises:
         RacError: all weights are 0.

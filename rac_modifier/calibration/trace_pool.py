@@ -1,4 +1,4 @@
-"""The traces of a store that may be calibrated on, without all of them in memory, and those that are held out."""
+"""The traces of a store that may be calibrated on, and the traces that are held out of it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Selection, as_used, select
 from rac_modifier.traces.store import TraceStore
 
-_HELD_OUT_PROBLEMS = 4  # at least, so that one unusual trace does not decide the result
+_HELD_OUT_PROMPTS = 4  # at least, so that an unusual trace does not decide the result
 
 
 class HoldOut:
-    """Keeps the first problems of a store out of calibration, to compare the pruned model with the dense one on them.
+    """Keeps the first prompts of a store out of calibration, each with all its samples.
 
-    It takes at least `tokens` tokens and at least four problems, each with all its samples; 0 tokens hold out nothing. The
-    first in order, so that a store that grows holds out the same traces. Only these are kept in memory.
+    It takes at least `tokens` tokens and at least four prompts; 0 tokens hold out nothing. A prompt
+    that comes again later is held out again, so the same question in two rows of a data set never
+    lies on both sides. The first prompts count, so a store that grows holds out the same ones.
     """
 
     def __init__(self, tokens: int):
@@ -33,30 +34,30 @@ class HoldOut:
         self._tokens = tokens
 
     def others(self, traces: Iterable[Trace]) -> Iterator[Trace]:
-        """The traces that are not held out; `held` is complete when all have been read."""
-        problems: set[str] = set()
+        """Yield the traces that are not held out; `held` is complete when all have been read."""
+        prompts: set[tuple[int, ...]] = set()
         count = 0
         for trace in traces:
             enough = count >= self._tokens and (
-                len(problems) >= _HELD_OUT_PROBLEMS or not self._tokens
+                len(prompts) >= _HELD_OUT_PROMPTS or not self._tokens
             )
-            if enough and trace.problem_id not in problems:
+            if enough and trace.prompt_ids not in prompts:
                 yield trace
                 continue
-            problems.add(trace.problem_id)
+            prompts.add(trace.prompt_ids)
             self.held.append(trace)
             count += trace.tokens
 
 
 class TracePool:
-    """The traces that a selection keeps of a store: ids and lengths in memory; `draw` reads the rest again.
+    """The traces that a selection keeps of a store: ids and lengths in memory, not their tokens.
 
     Attributes:
         lengths: tokens of each kept trace, prompt and completion.
         selection: how many traces were kept, and why the others were not.
         held_out: the first traces of the store, kept out whatever the selection is.
         reserved: the traces after them, kept out for training after pruning.
-        repeated_tokens: how many tokens of the store are left out because they repeat what stands before them.
+        repeated_tokens: tokens of the store that are cut because they repeat what precedes them.
     """
 
     def __init__(
@@ -76,11 +77,8 @@ class TracePool:
         self._ids: list[str] = []
         hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
         self.repeated_tokens = store.counts.tokens
-        for trace in select(
-            reserve.others(hold_out.others(self._counted(as_used(store, settings)))),
-            self.selection,
-            judge,
-        ):
+        candidates = reserve.others(hold_out.others(self._counted(as_used(store, settings))))
+        for trace in select(candidates, self.selection, judge):
             self.lengths.append(trace.tokens)
             self._ids.append(trace.id)
         self.held_out, self.reserved = tuple(hold_out.held), tuple(reserve.held)
@@ -91,7 +89,7 @@ class TracePool:
             yield trace
 
     def usable_tokens(self) -> int:
-        """Tokens of all kept traces, each cut to `max_sequence_tokens`."""
+        """Count the tokens of all kept traces, each cut to `max_sequence_tokens`."""
         return sum(map(self._cut_length, self.lengths))
 
     @property
@@ -100,27 +98,28 @@ class TracePool:
         return sum(trace.tokens for trace in (*self.held_out, *self.reserved))
 
     def draw(self, part: str, tokens: int) -> list[CalibrationSequence]:
-        """As many traces as make up `tokens` tokens, in an order drawn over the whole pool; only these are read into memory.
+        """Draw traces of `tokens` tokens over the whole pool; only these are read into memory.
 
-        The order depends on the seed and on the name of the part alone. Fewer tokens are returned where the pool has fewer.
+        The order depends on the seed and on the name of the part alone. Returns fewer tokens if the
+        pool has fewer.
         """
         count = len(self.lengths)
-        drawn: dict[str, int] = {}  # the place of each trace in the order
+        places: dict[str, int] = {}  # by id, the place in the order
         for index in random.Random(f"{self._calibration.seed}/{part}").sample(range(count), count):
             if tokens <= 0:
                 break
-            drawn[self._ids[index]] = len(drawn)
+            places[self._ids[index]] = len(places)
             tokens -= self._cut_length(self.lengths[index])
-        return self._read(drawn)
+        return self._read(places)
 
-    def _read(self, wanted: dict[str, int]) -> list[CalibrationSequence]:
+    def _read(self, places: dict[str, int]) -> list[CalibrationSequence]:
         weighting = find_weighting(self._calibration.trace_weighting, self._judge.is_right)
-        found: dict[int, CalibrationSequence] = {}
+        drawn: dict[int, CalibrationSequence] = {}
         for trace in as_used(self.store, self.selection.settings):
-            if (place := wanted.get(trace.id)) is not None:
+            if (place := places.get(trace.id)) is not None:
                 weight = 1.0 if weighting is None else weighting(trace)
-                found[place] = trace_sequence(trace, self._answer_start(trace), weight)
-        sequences = [found[place] for place in range(len(wanted))]
+                drawn[place] = trace_sequence(trace, self._answer_start(trace), weight)
+        sequences = [drawn[place] for place in range(len(places))]
         if weighting is None:
             return sequences
         factor = mean_one_factor([(s.weight, len(s.ids)) for s in sequences])

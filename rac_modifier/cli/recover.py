@@ -160,7 +160,7 @@ def _recover(
     from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
     from rac_modifier.llmcompressor.zeros import sparse_modules
     from rac_modifier.recovery.check_pair import check_dense, check_made_from
-    from rac_modifier.traces.fresh import fresh_traces, used_traces
+    from rac_modifier.traces.selection import fresh_traces, used_traces
 
     stored = _quantized_modules(sparse)
     model, tokenizer = load(dense, precision)
@@ -276,7 +276,7 @@ def _collected(
     from rac_modifier.model_tools import on_accelerator
     from rac_modifier.sampling.in_process import end_sampling, help_sampling
     from rac_modifier.traces.collect import collect_traces
-    from rac_modifier.traces.fresh import fresh_traces, used_traces
+    from rac_modifier.traces.selection import fresh_traces, used_traces
     from rac_modifier.traces.store import TraceStore
 
     if not processes.is_first:

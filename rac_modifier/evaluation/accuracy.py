@@ -24,7 +24,7 @@ from rac_modifier.sampling.generate import generate as generate_in_process
 from rac_modifier.sampling.prompts import render_prompt
 from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.repeats import repeated_tail
+from rac_modifier.traces.selection import repeated_tail
 
 # Used at a temperature above 0 only; the reference evaluation samples at 0.6 with top_p 0.95 (arXiv 2509.12464).
 TOP_P = 0.95

@@ -25,7 +25,7 @@ from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.repeats import repeated_tail
+from rac_modifier.traces.selection import repeated_tail
 
 MOST_TRACES = 300
 """Problems whose traces are kept; accuracy and divergence are measured on all."""

@@ -138,9 +138,10 @@ def fingerprint_of(
     for name, tensor in parameters:
         # Odd: a stride that is a multiple of the row length would only ever read one column.
         stride = -(-tensor.numel() // _ELEMENTS) | 1
-        merged = isinstance(tensor, MergedExperts)
-        sample = tensor.every(stride) if merged else tensor.detach().reshape(-1)[::stride].cpu()
-        sample = sample.to(torch.bfloat16).float()
+        if isinstance(tensor, torch.Tensor):
+            sample = tensor.detach().reshape(-1)[::stride].cpu().to(torch.bfloat16).float()
+        else:
+            sample = tensor.every(stride).to(torch.bfloat16).float()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.numpy().astype("<f4").tobytes())
     return digest.hexdigest()

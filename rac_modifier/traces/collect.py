@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.source import Problem, load_problems
+from rac_modifier.problems.source import load_problems
 from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.engine import Engine
 from rac_modifier.sampling.in_process import InProcessEngine
@@ -41,36 +41,37 @@ def collect_traces(
     progress: bool = True,
     processes: Processes = ALONE,
 ) -> TraceStore:
-    """Fill the store at `store_path` (None: `default_store_path`) up to `tokens` prompt and completion tokens.
+    """Fill the store at `store_path` up to `tokens` prompt and completion tokens.
 
-    The traces are those of the first problems, in order, up to the one that reaches the budget. So a seed gives the same set
-    whatever the batch size, and however often the run was killed and started again. A store that holds enough already is
-    returned as it is, also where it holds more.
+    It holds the traces of the first problems, in order, up to the one that reaches the budget. So a
+    seed gives the same set for any batch size, and after any number of kills. A store that holds
+    enough is returned as it is, also if it holds more.
 
-    A store of another model is refused: traces must be the model's own (on-policy). With `allow_off_policy` it is read, but never
-    appended to.
+    Traces must be the model's own (on-policy), so a store of another model is refused. With
+    `allow_off_policy` it is read, but never appended to.
 
     Args:
-        model: in memory, or its `ModelIdentity` where servers sample it, so that its weights are not needed here.
+        model: in memory, or its `ModelIdentity` if servers sample it.
         tokenizer: the model's own.
-        store_path: a .jsonl file. Beside it there may be x.pending.jsonl (traces finished before an earlier one) and
-            x.failed.jsonl (problems that a server could not complete, with the reason).
+        store_path: a .jsonl file (None: `default_store_path`). Next to it there may be
+            x.pending.jsonl (traces finished before an earlier one) and x.failed.jsonl (problems that
+            a server could not complete, with the reason).
         problems: the questions.
         sampling: how completions are sampled.
         tokens: the budget.
-        engine: servers that sample, asked only if the store holds too little; None is the model in this process.
+        engine: servers that sample, asked only if the store holds too little; None: this process.
         retry_failed: try the problems of x.failed.jsonl again; else they are skipped.
         allow_off_policy: see above.
         progress: show a bar.
-        processes: that sample together, where the model in this process does: the others run `help_sampling` meanwhile.
+        processes: that sample the model in memory together; all but the first run `help_sampling`.
 
     Returns:
         The store, closed for writing.
 
     Raises:
-        RacError: bad problems, settings or prompts; a store that belongs to another model or other settings, is in use
-            or is corrupt; the problems end before the budget is reached; servers that hold another model, return no token
-            ids, or cannot be reached.
+        RacError: bad problems, settings or prompts; a store of another model or other settings, in
+            use or corrupt; the problems end before the budget is reached; servers that hold another
+            model, return no token ids, or cannot be reached.
     """
     if tokens < 1:
         raise RacError(f"tokens={tokens}: ask for at least one token to calibrate on")
@@ -86,8 +87,8 @@ def collect_traces(
     stored = read_header(path)
     if stored is not None and stored.engine.kind == "openai text":
         raise RacError(
-            f"{str(path)!r} holds answers of a server that returns no token ids, and they were tokenized from their text: they "
-            "are there to be judged, and no traces; name another path"
+            f"{str(path)!r} holds answers of a server that returns no token ids, and they were "
+            "tokenized from their text: they are there to be judged, and no traces; name another path"
         )
     if stored is not None and stored.fingerprint != header.fingerprint:
         if not allow_off_policy:
@@ -114,8 +115,8 @@ def collect_traces(
                 store,
                 chosen,
                 questions,
-                _renderer(tokenizer, sampling),
-                _refuser(problems.max_prompt_tokens, identity.context),
+                lambda problem: render_question(tokenizer, problem.question, sampling),
+                partial(_why_too_long, problems.max_prompt_tokens, identity.context),
             )
             _check_enough(filling.run(tokens, progress), store, tokens, filling.failed)
     return store
@@ -127,7 +128,7 @@ def store_header(
     sampling: SamplingSettings,
     problems: ProblemSource,
 ) -> StoreHeader:
-    """The header of a store of this model's traces; `sampling` must be resolved."""
+    """Make the header of a store of this model's traces; `sampling` must be resolved."""
     return StoreHeader(
         fingerprint=identity.fingerprint,
         model=identity.name,
@@ -147,12 +148,12 @@ def engine_for(
     processes: Processes = ALONE,
     evaluates: bool = False,
 ) -> Engine:
-    """The servers that `settings` name, or without settings the model in this process, or in each of `processes`.
+    """Return an engine on the servers that `settings` name, or without settings on the model in memory.
 
-    `evaluates`: the completions are answers to be judged; see `ServerEngine`.
+    With `evaluates`, the completions are answers to be judged; see `ServerEngine`.
 
     Raises:
-        RacError: neither.
+        RacError: neither servers nor a model in memory.
     """
     if settings is not None:
         from rac_modifier.sampling.openai_server import ServerEngine
@@ -165,32 +166,19 @@ def engine_for(
     return InProcessEngine(model, tokenizer, sampling, processes)
 
 
-def _renderer(
-    tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
-) -> Callable[[Problem], list[int]]:
-    def render(problem: Problem) -> list[int]:
-        return render_question(tokenizer, problem.question, sampling)
-
-    return render
-
-
-def _refuser(longest: int | None, context: int | None) -> Callable[[int], str | None]:
-    def refuse(length: int) -> str | None:
-        if longest is not None and length > longest:
-            return (
-                f"a prompt of {length} tokens is longer than problems.max_prompt_tokens={longest}"
-            )
-        if context is not None and length >= context:
-            return f"a prompt of {length} tokens fills the model's context of {context}"
-        return None
-
-    return refuse
+def _why_too_long(longest: int | None, context: int | None, length: int) -> str | None:
+    """Say why a prompt of `length` tokens is not sampled; None: it is."""
+    if longest is not None and length > longest:
+        return f"a prompt of {length} tokens is longer than problems.max_prompt_tokens={longest}"
+    if context is not None and length >= context:
+        return f"a prompt of {length} tokens fills the model's context of {context}"
+    return None
 
 
 def default_store_path(
     fingerprint: str, sampling: SamplingSettings, problems: ProblemSource
 ) -> Path:
-    """rac_traces/<fingerprint>-<hash of what decides the sampling>.jsonl, under the current directory."""
+    """Return rac_traces/<fingerprint>-<hash of the sampling settings>.jsonl, a relative path."""
     settings = json.dumps(settings_of_record(sampling, problems), sort_keys=True)
     return (
         Path("rac_traces")
@@ -199,15 +187,16 @@ def default_store_path(
 
 
 def _check_enough(total: int, store: TraceStore, tokens: int, failed: int) -> None:
-    # A store can hold enough although these problems do not: it was filled with a larger limit.
+    # A store that was filled with a larger limit can hold enough although these problems do not.
     held = max(total, store.counts.tokens)
     if held < tokens:
         lost = f" {failed} problems failed: retry_failed tries them again." if failed else ""
         raise RacError(
-            f"the problems of {store.header.problems.source!r} are used up: {held:,} tokens in {len(store)} traces, of "
-            f"{tokens:,} asked for (all kept in {str(store.path)!r}).{lost} Give more problems (a larger limit, another "
-            f"source), sample each more often (samples_per_problem={store.header.sampling.samples_per_problem} now; in a "
-            f"new store), or ask for tokens={held}"
+            f"the problems of {store.header.problems.source!r} are used up: {held:,} tokens in "
+            f"{len(store)} traces, of {tokens:,} asked for (all kept in {str(store.path)!r}).{lost} "
+            "Give more problems (a larger limit, another source), sample each more often "
+            f"(samples_per_problem={store.header.sampling.samples_per_problem} now; in a new store), "
+            f"or ask for tokens={held}"
         )
 
 
@@ -215,13 +204,15 @@ def _read_off_policy(path: Path, header: StoreHeader, tokens: int) -> TraceStore
     store = TraceStore.read(path)
     if store.header.tokenizer != header.tokenizer:
         raise RacError(
-            f"trace store {str(path)!r} was made with another tokenizer (model {store.header.model!r}): its ids mean "
-            "other text to this model; collect this model's own traces"
+            f"trace store {str(path)!r} was made with another tokenizer (model "
+            f"{store.header.model!r}): its ids mean other text to this model; collect this model's own "
+            "traces"
         )
     if store.counts.tokens < tokens:
         raise RacError(
-            f"trace store {str(path)!r} of {store.header.model!r} holds {store.counts.tokens:,} tokens, {tokens:,} "
-            "asked for; another model's store is never appended to: ask for fewer tokens, or collect more with that model"
+            f"trace store {str(path)!r} of {store.header.model!r} holds {store.counts.tokens:,} "
+            f"tokens, {tokens:,} asked for; another model's store is never appended to: ask for fewer "
+            "tokens, or collect more with that model"
         )
     logger.warning(
         f"calibrating off-policy: the traces in {str(path)!r} are those of {store.header.model!r}"
@@ -232,9 +223,10 @@ def _read_off_policy(path: Path, header: StoreHeader, tokens: int) -> TraceStore
 def _off_policy_message(path: Path, stored: StoreHeader, header: StoreHeader) -> str:
     return (
         f"trace store {str(path)!r} holds traces of another model ({stored.model!r}, fingerprint "
-        f"{stored.fingerprint[:12]}), not of {header.model!r} ({header.fingerprint[:12]}). A model is best calibrated "
-        "on its own traces: the paper's R1-Qwen-7B at 50 % sparsity scores .900 on its own, .876 on a bigger model's. "
-        "Name another path to collect them, or set allow_off_policy=True to use this store as it is"
+        f"{stored.fingerprint[:12]}), not of {header.model!r} ({header.fingerprint[:12]}). A model is "
+        "best calibrated on its own traces: the paper's R1-Qwen-7B at 50 % sparsity scores .900 on its "
+        "own, .876 on a bigger model's. Name another path to collect them, or set "
+        "allow_off_policy=True to use this store as it is"
     )
 
 

@@ -1,6 +1,6 @@
-"""The side file of a store: problems that an engine could not complete, each with the reason.
+"""The side file of a store: problems that an engine could not complete, with the reasons.
 
-It has one JSON object per line. A line that a kill cut short does not count, and its problem is tried again.
+It has a JSON object per line. A line that a kill cut short does not count.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rac_modifier.errors import RacError
+from rac_modifier.files import regular_file
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,21 @@ class FailedProblem:
 
 
 def failures_path(store: Path) -> Path:
-    """traces.jsonl -> traces.failed.jsonl."""
+    """Return traces.failed.jsonl for traces.jsonl."""
     return store.with_name(f"{store.stem}.failed.jsonl")
 
 
 def read_failures(store: Path) -> list[FailedProblem]:
-    """The failed problems of a store; an empty list without a side file.
+    """Read the failed problems of a store; an empty list without a side file.
 
     Raises:
         RacError: the file cannot be read, or a line of it is not a failed problem.
     """
     path = failures_path(store)
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
+    if not path.exists():
         return []
+    try:
+        lines = regular_file(path, "list of failed problems").read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise RacError(f"{str(path)!r} cannot be read: {error}; repair or remove it") from error
     try:
@@ -47,14 +48,14 @@ def read_failures(store: Path) -> list[FailedProblem]:
             for line in lines
             if line.endswith(b"\n") and line.strip()
         ]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RacError(
             f"{str(path)!r} is not a list of failed problems ({error}); remove it to try them again"
         ) from error
 
 
 def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
-    """Append to the side file; it is on the disk when this returns. Call it with the store locked.
+    """Append to the side file of a locked store; it is on the disk when this returns.
 
     Raises:
         RacError: it cannot be written.
@@ -64,7 +65,7 @@ def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
         with path.open("ab+") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-            file.write("".join(json.dumps(asdict(one)) + "\n" for one in failed).encode())
+            file.write("".join(json.dumps(asdict(problem)) + "\n" for problem in failed).encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -1,9 +1,9 @@
-"""The header and the traces of a store, and its lines: JSON objects whose first key is a checksum of the rest.
+"""The header and the traces of a store, and its lines: JSON objects that begin with a checksum.
 
     {"crc32":"1f2e3d4c","header":{...}}      the first line
     {"crc32":"5a6b7c8d","trace":{...}}       every other line
 
-The checksum is over the bytes of the value as they are in the file, so checking it needs no re-serialisation.
+The checksum is over the bytes of the value as they are in the file.
 """
 
 from __future__ import annotations
@@ -12,28 +12,37 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from rac_modifier.errors import RacError
+from rac_modifier.files import regular_file
 from rac_modifier.sampling.engine import EngineRecord
 from rac_modifier.sampling.generate import FinishReason
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 
-# Settings that may differ between the runs that fill one store: they change no trace, only how many there are, or the speed.
+LONGEST_LINE = 1 << 25  # bytes, about four million tokens
+# Settings that may differ between two runs on one store: they change the number of traces or the
+# speed, but no trace.
 _FREE_FIELDS = {"sampling": {"batch_size"}, "problems": {"limit"}}
+
+
+TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 @dataclass(frozen=True)
 class Trace:
     """One sampled chain of thought: the token ids of prompt and completion, with the EOS."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     id: str
     """"<problem id>#<sample>"."""
     problem_id: str
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
+    prompt_ids: TokenIds
+    completion_ids: TokenIds
     finish_reason: FinishReason
     seed: int
     question: str
@@ -45,6 +54,9 @@ class Trace:
     def tokens(self) -> int:
         """Prompt and completion tokens together."""
         return len(self.prompt_ids) + len(self.completion_ids)
+
+
+_TRACE = TypeAdapter(Trace)
 
 
 class StoreHeader(BaseModel):
@@ -61,17 +73,20 @@ class StoreHeader(BaseModel):
     sampling: SamplingSettings
     problems: ProblemSource
     engine: EngineRecord = EngineRecord()
-    """Both kinds sample the same model, so a run may read a store of either; only the kind that filled it may append."""
+    """A run may read a store of any kind of engine; only the kind that filled it may append."""
 
 
-def header_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:
-    """The fields that keep two runs from sharing a store, as "sampling.seed: 0 in the store, 1 asked for"."""
+def header_differences(stored: StoreHeader, asked: StoreHeader) -> list[str]:
+    """List the fields that keep two runs from sharing a store.
+
+    Example: "sampling.seed: 0 in the store, 1 asked for".
+    """
     differences = []
     for name in ("fingerprint", "tokenizer", "chat_template"):
-        if getattr(stored, name) != getattr(wanted, name):
-            differences.append(_difference(name, getattr(stored, name), getattr(wanted, name)))
+        if getattr(stored, name) != getattr(asked, name):
+            differences.append(_difference(name, getattr(stored, name), getattr(asked, name)))
     for part, free in _FREE_FIELDS.items():
-        old, new = getattr(stored, part).model_dump(), getattr(wanted, part).model_dump()
+        old, new = getattr(stored, part).model_dump(), getattr(asked, part).model_dump()
         for name in old:
             same = old[name] == new[name] or (name == "source" and _one_file(old[name], new[name]))
             if name not in free and not same:
@@ -80,7 +95,7 @@ def header_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:
 
 
 def settings_of_record(sampling: SamplingSettings, problems: ProblemSource) -> dict[str, Any]:
-    """The settings that decide what is sampled: those that two runs on one store must share."""
+    """Return the settings that decide what is sampled, which two runs on one store must share."""
     return {
         "sampling": sampling.model_dump(exclude=_FREE_FIELDS["sampling"]),
         "problems": problems.model_dump(exclude=_FREE_FIELDS["problems"]),
@@ -88,7 +103,7 @@ def settings_of_record(sampling: SamplingSettings, problems: ProblemSource) -> d
 
 
 def encode(kind: Literal["header", "trace"], value: StoreHeader | Trace) -> bytes:
-    """One line of a store, newline included."""
+    """Return a line of a store, newline included."""
     data = value.model_dump() if isinstance(value, StoreHeader) else vars(value)
     payload = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(
         "utf-8", "surrogatepass"
@@ -97,36 +112,98 @@ def encode(kind: Literal["header", "trace"], value: StoreHeader | Trace) -> byte
 
 
 def decode(kind: Literal["header", "trace"], line: bytes) -> dict[str, Any]:
-    """The value of one line of a store; `line` is without its newline.
+    """Return the value of a line of a store; `line` is without its newline.
 
     Raises:
-        ValueError: the checksum does not match, or the line is of another kind.
+        ValueError: the checksum does not match, the line is of another kind, or no JSON object.
     """
     start = len(_prefix(kind, b""))
     payload = line[start:-1]
     if line[-1:] != b"}" or line[:start] != _prefix(kind, payload):
         raise ValueError("checksum or layout is wrong")
-    value = json.loads(payload.decode("utf-8", "surrogatepass"))
+    try:
+        value = json.loads(payload.decode("utf-8", "surrogatepass"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"a {kind} must be an object")
     return value
 
 
 def decode_trace(line: bytes) -> Trace:
-    """The trace of one line of a store.
+    """Return the trace of a line of a store.
 
     Raises:
-        ValueError: as `decode`, or fields are missing or unknown.
+        ValueError: as `decode`, or fields are missing, unknown or of another type.
     """
-    value = decode("trace", line)
+    return trace_of(decode("trace", line))
+
+
+def trace_of(fields: dict[str, Any]) -> Trace:
+    """Return the trace with these fields, as JSON has them.
+
+    Raises:
+        ValueError: fields are missing, unknown or of another type.
+    """
     try:
-        value["prompt_ids"], value["completion_ids"] = (
-            tuple(value["prompt_ids"]),
-            tuple(value["completion_ids"]),
+        return _TRACE.validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"not the fields of a trace: {field}: {first['msg']}") from error
+
+
+def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
+    """Read the header of a store.
+
+    Returns:
+        None if the file does not exist, is empty, or ends within its first line.
+
+    Raises:
+        RacError: the file is not a trace store, or is of another version.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        with regular_file(path, "trace store").open("rb") as file:
+            line = read_line(file, path)
+    except OSError as error:
+        raise RacError(
+            f"trace store {str(path)!r} cannot be read ({error.strerror}); name another path"
+        ) from error
+    if not line.endswith(b"\n"):
+        # Only what looks like our own beginning may be overwritten.
+        if line and not line.startswith(b'{"crc32":"'[: len(line)]) and line.strip(b"\0"):
+            raise RacError(f"{str(path)!r} is no trace store; name another path")
+        return None
+    try:
+        return StoreHeader(**decode("header", line[:-1]))
+    except ValidationError as error:
+        raise RacError(
+            f"trace store {str(path)!r} was written by another version of this package "
+            f"({error.errors()[0]['msg']}); name another path"
+        ) from error
+    except ValueError as error:
+        raise RacError(
+            f"{str(path)!r} is no trace store, or its first line is corrupt ({error}); name another "
+            "path"
+        ) from error
+
+
+def read_line(file: BinaryIO, path: Path) -> bytes:
+    """Read a line with its newline; b"" at the end of the file.
+
+    Raises:
+        RacError: the line is too long for a trace.
+    """
+    line = file.readline(LONGEST_LINE + 1)
+    if len(line) > LONGEST_LINE:
+        raise RacError(
+            f"{str(path)!r} is no trace store: a line of it has more than {LONGEST_LINE:,} bytes; "
+            "name another path"
         )
-        return Trace(**value)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not the fields of a trace: {error}") from error
+    return line
 
 
 def _prefix(kind: str, payload: bytes) -> bytes:
@@ -134,12 +211,12 @@ def _prefix(kind: str, payload: bytes) -> bytes:
 
 
 def _one_file(first: str, second: str) -> bool:
-    """Whether two sources name the same file by different paths."""
+    """Tell whether two sources name the same file by different paths."""
     return os.path.isfile(first) and os.path.isfile(second) and os.path.samefile(first, second)
 
 
-def _difference(name: str, stored: Any, wanted: Any) -> str:
-    return f"{name}: {_short(stored)} in the store, {_short(wanted)} asked for"
+def _difference(name: str, stored: Any, asked: Any) -> str:
+    return f"{name}: {_short(stored)} in the store, {_short(asked)} asked for"
 
 
 def _short(value: Any) -> str:

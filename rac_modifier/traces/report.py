@@ -16,8 +16,7 @@ from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.failures import read_failures
 from rac_modifier.traces.grading import Judge
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.repeats import repeated_tail
-from rac_modifier.traces.selection import Selection, as_used, select
+from rac_modifier.traces.selection import Selection, as_used, repeated_tail, select
 from rac_modifier.traces.store import TraceStore
 
 _BAR = 40

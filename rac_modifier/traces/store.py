@@ -1,4 +1,4 @@
-"""The trace store: an append-only JSONL file that stays valid when the writer is killed at any moment."""
+"""The trace store: an append-only JSONL file that stays valid when its writer is killed."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 from loguru import logger
-from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import lock
+from rac_modifier.files import lock, regular_file
 from rac_modifier.traces.records import (
     StoreHeader,
     Trace,
-    decode,
     decode_trace,
     encode,
     header_differences,
+    read_header,
+    read_line,
 )
 
 __all__ = ["StoreHeader", "Trace", "TraceCounts", "TraceStore", "read_header"]
 
-_PATIENCE = 10.0  # seconds that another process may hold the lock: less is enough for one that finds all traces there
+_PATIENCE = 10.0  # seconds that another process may hold the lock: it may only read the traces
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ class TraceCounts:
 class TraceStore:
     """Traces of one model under one set of sampling settings and problems.
 
-    Open one with `TraceStore.read` or, to append, with `TraceStore.open_append`, which locks the file. Opening reads the file
-    once and checks every line; iterating reads it again, one trace at a time. In memory are an id and a token count per
-    trace, not its tokens.
+    Open it with `TraceStore.read` or, to append, with `TraceStore.open_append`, which locks the file.
+    Opening reads the file once and checks every line; iterating reads it again, trace by trace. In
+    memory are an id and a token count per trace.
     """
 
     def __init__(self, path: Path, header: StoreHeader, fd: int | None = None):
@@ -62,7 +61,7 @@ class TraceStore:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> TraceStore:
-        """Open a store for reading; an incomplete last line (a run was killed, or is writing it now) is left out.
+        """Open a store for reading, without an incomplete last line: its writer may be at work.
 
         Raises:
             RacError: no such file, not a store, or a corrupt line.
@@ -81,24 +80,29 @@ class TraceStore:
     def open_append(cls, path: str | os.PathLike[str], header: StoreHeader) -> TraceStore:
         """Open a store to append, or create it; the file is locked for other writers until `close`.
 
-        An incomplete last line is cut off. Traces are appended only to a store with an equal header (`header_differences`).
+        An incomplete last line is cut off. The store's header must equal `header` (`header_differences`).
 
         Raises:
-            RacError: in use by another process, another header, a corrupt line, or the file cannot be written.
+            RacError: in use by another process, another header, a corrupt line, or the file cannot
+                be written.
         """
         path = Path(path)
+        if path.exists():
+            regular_file(path, "trace store")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
             raise RacError(
-                f"trace store {str(path)!r} cannot be opened for writing ({error.strerror}); name a file that can be written"
+                f"trace store {str(path)!r} cannot be opened for writing "
+                f"({getattr(error, 'strerror', error)}); name a file that can be written"
             ) from error
         store = cls(path, header, fd)
         try:
             if not lock(fd, path, _PATIENCE):
                 raise RacError(
-                    f"trace store {str(path)!r} is in use by another process; wait for it to end, or name another path"
+                    f"trace store {str(path)!r} is in use by another process; wait for it to end, "
+                    "or name another path"
                 )
             store._open_locked(header)
         except BaseException:
@@ -151,18 +155,18 @@ class TraceStore:
     def __iter__(self) -> Iterator[Trace]:
         """The traces in the order of the file, read one at a time."""
         with self.path.open("rb") as file:
-            file.readline()
+            read_line(file, self.path)
             number = 1
             while file.tell() < self._end:
                 number += 1
-                yield self._decode(file.readline(), number)
+                yield self._decode(read_line(file, self.path), number)
 
     def ids(self) -> set[str]:
-        """The ids of the stored traces."""
+        """Return the ids of the stored traces."""
         return set(self._tokens)
 
     def tokens_of(self, trace_id: str) -> int:
-        """Prompt and completion tokens of one stored trace."""
+        """Return the number of prompt and completion tokens of a stored trace."""
         return self._tokens[trace_id]
 
     @property
@@ -171,13 +175,12 @@ class TraceStore:
         return self._counts
 
     def sha256(self) -> str:
-        """Hash of the file's valid part, for the run record."""
-        digest = hashlib.sha256()
+        """Hash the file's valid part, for the run record."""
+        digest, remaining = hashlib.sha256(), self._end
         with self.path.open("rb") as file:
-            left = self._end
-            while left and (block := file.read(min(left, 1 << 20))):
+            while remaining and (block := file.read(min(remaining, 1 << 20))):
                 digest.update(block)
-                left -= len(block)
+                remaining -= len(block)
         return digest.hexdigest()
 
     def _open_locked(self, header: StoreHeader) -> None:
@@ -189,23 +192,26 @@ class TraceStore:
             return
         if differences := header_differences(stored, header):
             raise RacError(
-                f"trace store {str(self.path)!r} was filled under other settings ({'; '.join(differences)}); "
-                "use the settings of the store, or name another path (traces.store)"
+                f"trace store {str(self.path)!r} was filled under other settings "
+                f"({'; '.join(differences)}); use the settings of the store, or name another path "
+                "(traces.store)"
             )
         self.header = stored
         torn = self._scan()
         if torn:
             logger.warning(
-                f"trace store {str(self.path)!r}: the last line was cut short ({torn} bytes; a run was killed while "
-                f"writing): removed it, {len(self)} traces kept"
+                f"trace store {str(self.path)!r}: the last line was cut short ({torn} bytes; a run "
+                f"was killed while writing): removed it, {len(self)} traces kept"
             )
             self._truncate()
 
     def _scan(self) -> int:
-        """Check and count every line; returns the bytes of an incomplete last line, which follow the valid part."""
+        """Check and count every line; return the bytes of an incomplete last line."""
         with self.path.open("rb") as file:
-            self._end = len(file.readline())
-            for number, line in enumerate(file, 2):
+            self._end = len(read_line(file, self.path))
+            number = 1
+            while line := read_line(file, self.path):
+                number += 1
                 if not line.endswith(b"\n"):
                     return len(line)
                 trace = self._decode(line, number)
@@ -223,8 +229,8 @@ class TraceStore:
 
     def _corrupt(self, number: int, why: str) -> RacError:
         return RacError(
-            f"trace store {str(self.path)!r}, line {number} is corrupt: {why}. Remove that line (`sed -i {number}d "
-            f"{self.path}`) and collect again: only what is missing is sampled"
+            f"trace store {str(self.path)!r}, line {number} is corrupt: {why}. Remove that line "
+            f"(`sed -i {number}d {self.path}`) and collect again: only what is missing is sampled"
         )
 
     def _count(self, trace: Trace) -> None:
@@ -240,7 +246,8 @@ class TraceStore:
     def _write(self, data: bytes) -> None:
         if self._fd is None:
             raise RacError(
-                f"trace store {str(self.path)!r} is open for reading only; open it with TraceStore.open_append"
+                f"trace store {str(self.path)!r} is open for reading only; open it with "
+                "TraceStore.open_append"
             )
         try:
             view = memoryview(data)
@@ -250,8 +257,9 @@ class TraceStore:
         except OSError as error:
             self._truncate()
             raise RacError(
-                f"trace store {str(self.path)!r}: {len(data)} bytes could not be written ({error.strerror}); the "
-                f"{len(self)} traces stored before are kept and valid: make room, then run again to go on from there"
+                f"trace store {str(self.path)!r}: {len(data)} bytes could not be written "
+                f"({error.strerror}); the {len(self)} traces stored before are kept and valid: make "
+                "room, then run again to go on from there"
             ) from error
         self._end += len(data)
 
@@ -266,42 +274,3 @@ class TraceStore:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
-    """The header of a store; None if the file does not exist, is empty, or ends within its first line.
-
-    Raises:
-        RacError: the file is not a trace store, or is of another version.
-    """
-    path = Path(path)
-    if not path.exists():
-        return None
-    line = _first_line(path)
-    if not line.endswith(b"\n"):
-        # Only what looks like our own beginning may be overwritten.
-        if line and not line.startswith(b'{"crc32":"'[: len(line)]) and line.strip(b"\0"):
-            raise RacError(f"{str(path)!r} is no trace store; name another path")
-        return None
-    try:
-        return StoreHeader(**decode("header", line[:-1]))
-    except ValidationError as error:
-        raise RacError(
-            f"trace store {str(path)!r} was written by another version of this package ({error.errors()[0]['msg']}); "
-            "name another path"
-        ) from error
-    except ValueError as error:
-        raise RacError(
-            f"{str(path)!r} is no trace store, or its first line is corrupt ({error}); name another path"
-        ) from error
-
-
-def _first_line(path: Path) -> bytes:
-    try:
-        file: BinaryIO
-        with path.open("rb") as file:
-            return file.readline()
-    except OSError as error:
-        raise RacError(
-            f"trace store {str(path)!r} cannot be read ({error.strerror or error}); name another path"
-        ) from error

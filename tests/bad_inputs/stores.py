@@ -53,9 +53,7 @@ def _(b: Bench) -> None:
     b.prune()
 
 
-@CASES.case(
-    "a folder in the place of the store", "cannot be read (Is a directory); name another path"
-)
+@CASES.case("a folder in the place of the store", "is a folder; name a regular file")
 def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.folder)
 

@@ -8,7 +8,6 @@ from rac_modifier.calibration.mixture import (
     generic_sequence,
     mix,
     prompt_sequence,
-    require_traces,
     trace_sequence,
 )
 from rac_modifier.errors import RacError
@@ -72,7 +71,7 @@ def test_calibration_sets_of_any_kind_hold_equally_many_tokens(kind):
 )
 def test_the_budget_is_met_exactly_or_refused(lengths, tokens, share, longest):
     pools = {
-        "traces": [trace(i, 1, n) for i, n in enumerate(lengths)],
+        "traces": [trace(i, 0, n) for i, n in enumerate(lengths)],
         "prompts": [prompt_sequence([5] * n) for n in lengths],
     }
     wanted = settings(
@@ -85,6 +84,10 @@ def test_the_budget_is_met_exactly_or_refused(lengths, tokens, share, longest):
     budgets["prompts"] = tokens - budgets["traces"]
     if any(most[kind] < budget for kind, budget in budgets.items() if wanted.mixture.get(kind)):
         with pytest.raises(RacError, match=r"lower calibration\.tokens"):
+            mix(pools, wanted)
+        return
+    if not budgets["traces"] and wanted.mixture.get("traces"):
+        with pytest.raises(RacError, match="no token of any"):
             mix(pools, wanted)
         return
     chosen, composition = mix(pools, wanted)
@@ -190,10 +193,9 @@ def test_too_few_tokens_are_refused_with_both_counts():
 
 
 def test_a_set_without_any_trace_token_is_not_called_reasoning_aware():
-    composition = compose([trace(0, 20, 7).cut(16)])
+    prompts_alone = {"traces": [trace(i, 20, 7) for i in range(9)]}
     with pytest.raises(RacError, match="no token of any"):
-        require_traces(composition)
-    require_traces(compose([trace(0)]))
+        mix(prompts_alone, settings(max_sequence_tokens=16))
 
 
 def test_the_record_holds_every_count():

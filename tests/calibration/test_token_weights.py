@@ -20,14 +20,6 @@ def test_named_weightings():
     assert (right(trace(20)), right(trace(21))) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["length", "", "os:getcwd", "os.path:join", "tests.tiny:linears"])
-def test_another_name_is_refused_and_never_imported(name):
-    with pytest.raises(
-        RacError, match=r"use uniform, inverse_length or correct, or from Python a function"
-    ):
-        find_weighting(name, never)
-
-
 def test_a_function_is_called_with_each_trace():
     weigh = find_weighting(lambda t: 2 if t.finish_reason == "stop" else 1, never)
     assert (weigh(trace(5)), weigh(trace(5, "length"))) == (2.0, 1.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ HEADER = StoreHeader(
 def trace(problem: str, sample: int = 0, length: int = 10, answer: str | None = None) -> Trace:
     number = 10 + int(problem)
     return Trace(
-        f"{problem}#{sample}", problem, (1,) * 4, (number,) * (length - 4), "stop", 0, "?", answer
+        f"{problem}#{sample}",
+        problem,
+        (1, 1, 1, number),
+        (number,) * (length - 4),
+        "stop",
+        0,
+        "?",
+        answer,
     )
 
 
@@ -61,6 +69,17 @@ def test_all_samples_of_a_held_out_problem_go_with_it():
     assert {t.problem_id for t in held} == {"0", "1", "2", "3"}
     assert not {t.problem_id for t in held} & {t.problem_id for t in others}
     assert len(held) == 9
+
+
+def test_the_same_question_in_two_rows_lies_on_one_side():
+    """Told by the ids of the prompt: rows of a data set that repeat a question have other ids."""
+    traces = [trace(str(i)) for i in range(8)]
+    again = [
+        replace(one, id=f"again{one.id}", problem_id=f"again{one.problem_id}") for one in traces
+    ]
+    held, others = split([*traces, *again], 40)
+    assert ids(held) == ["0#0", "1#0", "2#0", "3#0", "again0#0", "again1#0", "again2#0", "again3#0"]
+    assert not {t.prompt_ids for t in held} & {t.prompt_ids for t in others}
 
 
 def test_a_growing_store_holds_out_the_same():
@@ -117,7 +136,7 @@ def test_the_pool_counts_what_the_selection_keeps_and_what_is_held_out(pool_of):
 def test_repeated_tails_are_cut_from_what_is_held_out_reserved_and_drawn(pool_of):
     def looping(number: int) -> Trace:
         ids = (*range(20), *(number, number + 1) * 40)
-        return Trace(f"{number}#0", str(number), (1,) * 4, ids, "length", 0, "?", None)
+        return Trace(f"{number}#0", str(number), (1, 1, 1, number), ids, "length", 0, "?", None)
 
     traces = [looping(100 + number) for number in range(20)]
     kept = pool_of(traces, {"repeated_tails": "keep"}, held_out_tokens=30)

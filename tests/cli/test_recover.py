@@ -22,7 +22,7 @@ from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces import repeats
-from rac_modifier.traces.fresh import fresh_traces
+from rac_modifier.traces.selection import fresh_traces
 from rac_modifier.traces.store import TraceStore
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors

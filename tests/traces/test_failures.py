@@ -44,5 +44,5 @@ def test_nothing_is_lost_silently(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_read_is_no_empty_one(tmp_path):
     failures_path(tmp_path / "s.jsonl").mkdir()
-    with pytest.raises(RacError, match=r"cannot be read: .*repair or remove it"):
+    with pytest.raises(RacError, match="is a folder; name a regular file"):
         read_failures(tmp_path / "s.jsonl")

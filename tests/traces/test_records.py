@@ -73,10 +73,27 @@ def test_any_changed_byte_is_noticed(data):
         decode_trace(bytes(line))
 
 
-@pytest.mark.parametrize("value", ["[1]", '{"id":"a"}', '{"prompt_ids":1,"completion_ids":[]}'])
+FIELDS = json.loads(encode("trace", trace(1)))["trace"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1],
+        {"id": "a"},
+        {**FIELDS, "prompt_ids": 1},
+        {**FIELDS, "prompt_ids": [[1]]},
+        {**FIELDS, "completion_ids": [-1]},
+        {**FIELDS, "completion_ids": [1.5]},
+        {**FIELDS, "finish_reason": "abort"},
+        {**FIELDS, "extra": 1},
+        "[" * 100_000,
+    ],
+)
 def test_a_line_that_is_no_trace(value):
-    line = f'{{"crc32":"{zlib.crc32(value.encode()):08x}","trace":{value}}}'.encode()
-    with pytest.raises(ValueError, match=r"must be an object|not the fields of a trace"):
+    text = value if isinstance(value, str) else json.dumps(value)
+    line = f'{{"crc32":"{zlib.crc32(text.encode()):08x}","trace":{text}}}'.encode()
+    with pytest.raises(ValueError, match=r"an object|not the fields of a trace|nested too deeply"):
         decode_trace(line)
 
 

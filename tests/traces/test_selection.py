@@ -1,8 +1,25 @@
-"""Which traces are kept, and why the others are not."""
+"""Which traces are kept and why others are not; repeating tails; what a run has used."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Selection, select
+from rac_modifier.traces.selection import (
+    Selection,
+    fresh_traces,
+    repeated_tokens,
+    select,
+    used_traces,
+    without_repeats,
+)
+from rac_modifier.traces.store import TraceStore
+
+WHOLE = list(range(1000, 1200))
 
 
 def trace(problem, sample=0, tokens=20, finish="stop"):
@@ -81,3 +98,114 @@ def test_dedupe_and_the_cap_of_a_problem():
 def test_what_is_dropped_for_another_reason_is_no_original_of_a_duplicate():
     traces = [trace("a", 0, (1, 2), finish="length"), trace("a", 1, (1, 2))]
     assert run(traces, dedupe=True, finished=True)[0] == ["a#1"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "repeated"),
+    [
+        ([], 0),
+        ([7], 0),
+        (WHOLE, 0),
+        ([7] * 63, 0),  # too short to be called a loop
+        ([7] * 64, 63),
+        (WHOLE + [7] * 64, 63),
+        (WHOLE + [1, 2, 3] * 21, 0),  # 63 tokens
+        (WHOLE + [1, 2, 3] * 22, 63),
+        (WHOLE + [1, 2, 3] * 22 + [1], 64),  # the last copy need not be whole
+        (WHOLE + [1, 2, 3] * 22 + [9], 0),  # it left the loop
+        (WHOLE + [*range(60)] * 2, 0),  # two copies alone
+        (WHOLE + [*range(60)] * 3, 120),
+        (WHOLE + [*range(60)] * 2 + [*range(59)], 0),
+        ([*range(128)] * 3, 256),
+        ([*range(129)] * 4, 0),  # longer than what is looked for
+        ([1, 1, 2] * 40, 117),  # the stretch is three tokens, not the one that stands twice
+    ],
+)
+def test_how_many_tokens_repeat(ids, repeated):
+    assert repeated_tokens(ids) == repeated
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=40),
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    st.integers(0, 20),
+)
+def test_what_is_left_and_its_stretch_give_the_whole_again(before, stretch, copies):
+    ids = before + stretch * copies
+    repeated = repeated_tokens(ids)
+    if len(stretch) * copies >= 64 and copies >= 3:
+        assert (
+            repeated >= len(stretch) * (copies - 1) or repeated >= 63
+        )  # a shorter stretch may explain the end
+    left = ids[: len(ids) - repeated]
+    if repeated:
+        assert any(
+            left + (left[-n:] * repeated)[:repeated] == ids
+            for n in range(1, 129)
+            if repeated >= 2 * n
+        )
+        assert repeated_tokens(left) == 0 or len(left) >= 64
+
+
+def test_only_a_completion_that_was_cut_loses_its_end():
+    trace = Trace("a#0", "a", (5, 6), tuple(WHOLE + [1, 2, 3] * 30), "length", 0, "?", None)
+    shorter = without_repeats(trace)
+    assert shorter == replace(trace, completion_ids=(*WHOLE, 1, 2, 3))
+    assert without_repeats(shorter) is shorter
+    assert (
+        without_repeats(replace(trace, finish_reason="stop")).completion_ids == trace.completion_ids
+    )
+
+
+def parts(trace_store, folder, *counts):
+    """The store as it was when it had so many traces, each in a file of its own."""
+    lines = trace_store.read_bytes().splitlines(keepends=True)
+    found = []
+    for count in counts:
+        path = folder / f"{count}.jsonl"
+        path.write_bytes(b"".join(lines[: 1 + count]))
+        found.append(TraceStore.read(path))
+    return found
+
+
+def test_the_first_traces_are_told_by_the_hash_of_what_the_store_was(trace_store, tmp_path):
+    none, five, nine = parts(trace_store, tmp_path, 0, 5, 9)
+    whole = TraceStore.read(trace_store)
+    assert used_traces(whole, [five.sha256()]) == 5
+    assert used_traces(whole, [nine.sha256(), five.sha256()]) == 9
+    assert used_traces(whole, [whole.sha256()]) == len(whole)
+    assert used_traces(whole, [none.sha256(), "another"]) == 0
+    assert used_traces(five, [nine.sha256()]) == 0
+
+
+def test_fresh_traces_are_those_after_them(trace_store):
+    store = TraceStore.read(trace_store)
+    traces = list(store)
+    fresh = fresh_traces(store, 5, 100)
+    assert fresh == traces[5 : 5 + len(fresh)]
+    assert sum(t.tokens for t in fresh[:-1]) < 100 <= sum(t.tokens for t in fresh)
+    assert fresh_traces(store, len(traces), 100) == []
+
+
+def test_fresh_traces_end_where_they_begin_to_repeat(trace_store, tmp_path):
+    header = TraceStore.read(trace_store).header
+    loops = [
+        Trace(f"{i}#0", f"{i}", (1,) * 4, (*range(i), *(5, 6) * 50), "length", 0, "?", None)
+        for i in range(4)
+    ]
+    with TraceStore.open_append(tmp_path / "loops.jsonl", header) as store:
+        store.append_many(loops)
+    fresh = fresh_traces(TraceStore.read(tmp_path / "loops.jsonl"), 1, 15)
+    assert [t.completion_ids for t in fresh] == [
+        (0, 5, 6),
+        (0, 1, 5, 6),
+    ]  # 7 and 8 tokens with their prompts
+
+
+def test_a_line_that_is_being_written_does_not_count(trace_store, tmp_path):
+    path = tmp_path / "torn.jsonl"
+    shutil.copy(trace_store, path)
+    with path.open("ab") as file:
+        file.write(b'{"crc32":"')
+    store = TraceStore.read(path)
+    assert used_traces(store, [store.sha256()]) == len(store)

@@ -1,4 +1,5 @@
 import fcntl
+import hashlib
 import os
 import resource
 import threading
@@ -60,12 +61,6 @@ def test_reopening_appends(filled):
         assert len(store) == 4
         assert list(store)[-1] == trace(3)
     assert len(TraceStore.read(filled)) == 4
-
-
-def test_the_hash_is_of_the_file(filled):
-    import hashlib
-
-    assert TraceStore.read(filled).sha256() == hashlib.sha256(filled.read_bytes()).hexdigest()
 
 
 def test_a_line_cut_anywhere_is_removed_and_only_that(filled):
@@ -209,10 +204,36 @@ def test_files_that_are_no_store(tmp_path):
         with pytest.raises(RacError, match="no trace store"):
             TraceStore.open_append(other, HEADER)
         assert other.read_text() == text
-    with pytest.raises(RacError, match="cannot be"):
+    with pytest.raises(RacError, match="is a folder; name a regular file"):
         TraceStore.open_append(tmp_path, HEADER)
+    with pytest.raises(RacError, match=r"null byte.*name a file that can be written"):
+        TraceStore.open_append("a\0b", HEADER)
     with pytest.raises(RacError, match="cannot be opened for writing"):
         TraceStore.open_append(tmp_path / "other.jsonl" / "below.jsonl", HEADER)
+
+
+def test_what_never_ends_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "pipe"), ("link", "device")):
+        for opened in (TraceStore.read, lambda path: TraceStore.open_append(path, HEADER)):
+            with pytest.raises(RacError, match=f"is a {kind}; name a regular file"):
+                opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("place", ["header", "trace"])
+def test_a_line_that_is_too_long_is_not_read_to_its_end(filled, monkeypatch, place):
+    longest = len(filled.read_bytes().splitlines(keepends=True)[0])
+    monkeypatch.setattr("rac_modifier.traces.records.LONGEST_LINE", longest)
+    assert len(TraceStore.read(filled)) == 3
+    if place == "header":
+        filled.write_bytes(b'{"crc32":"' + b"0" * longest)
+    else:
+        with filled.open("ab") as file:
+            file.write(b"0" * (longest + 1))
+    for opened in (TraceStore.read, lambda path: TraceStore.open_append(path, HEADER)):
+        with pytest.raises(RacError, match=rf"a line of it has more than {longest:,} bytes"):
+            opened(filled)
 
 
 def test_another_version_is_named(path):
@@ -231,6 +252,7 @@ def test_a_reader_cannot_append(filled):
 def test_the_hash_is_of_what_was_read_also_when_another_process_appends(filled):
     reader = TraceStore.read(filled)
     before = reader.sha256()
+    assert before == hashlib.sha256(filled.read_bytes()).hexdigest()
     with TraceStore.open_append(filled, HEADER) as writer:
         writer.append_many([trace(3)])
     assert reader.sha256() == before != TraceStore.read(filled).sha256()
