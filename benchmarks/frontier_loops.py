@@ -4,7 +4,7 @@
     python benchmarks/frontier_loops.py frontier --beside "60 %, recovered"     # and each row beside that one, problem by problem
 
 An answer loops if it was cut at the cap while it repeated itself (`rac_modifier.traces.selection`). Greedy answers of small
-models do; where a grid samples (`evaluation.temperature`), the same is counted. Tokens that repeat are easy to predict, so that they
+models do; where a grid samples (`evaluation.temperature`), the same is counted. Tokens that repeat are easy to predict, so they
 make the KL of a row small.
 """
 
