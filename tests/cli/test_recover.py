@@ -21,7 +21,7 @@ from rac_modifier.processes import ALONE
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces import repeats
+from rac_modifier.traces import selection
 from rac_modifier.traces.selection import fresh_traces
 from rac_modifier.traces.store import TraceStore
 from tests import tiny
@@ -277,7 +277,7 @@ def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
 ):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), tiny.tiny_tokenizer()
     monkeypatch.setattr(
-        repeats, "repeated_tokens", lambda ids: 6
+        selection, "repeated_tokens", lambda ids: 6
     )  # of each completion that was cut at 12 tokens
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
     asked = (ALONE, model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling)

@@ -25,7 +25,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings import entries
 from rac_modifier.settings.entries import ENTRIES, PruningEntry
 from rac_modifier.settings.recipe import check_entry
-from rac_modifier.traces import repeats
+from rac_modifier.traces import selection
 from tests.sampling.fake_server import FakeServer
 from tests.settings.every_setting import (
     BASE,
@@ -131,7 +131,7 @@ def place(models, tmp_path, monkeypatch):
     enough = next(name for name in vars(trace_budget) if name.startswith("_ENOUGH_TO_"))
     monkeypatch.setattr(trace_budget, enough, 4)
     monkeypatch.setattr(
-        repeats, "repeated_tokens", lambda ids: ids[0] % 2
+        selection, "repeated_tokens", lambda ids: ids[0] % 2
     )  # the tiny model itself does not repeat
     inner = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
