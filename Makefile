@@ -13,10 +13,9 @@ DIST_VENV ?= .venv-dist
 DIST_BIN = $(DIST_VENV)/bin
 # Threads that wait do not spin: on a machine that does other work, spinning threads stall each other.
 export OMP_WAIT_POLICY = PASSIVE
-GPU_PYTHON ?= python
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors lighteval arm-tools lint schema docs results gpu-check dist test-dist test-matrix clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors lighteval arm-tools lint schema docs results dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -72,9 +71,6 @@ results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 c
 	$(BIN)/python benchmarks/pruning_time.py
 	$(BIN)/python benchmarks/reasoner_table.py
 	$(BIN)/python benchmarks/smollm2.py
-
-gpu-check: ## on a machine with a GPU, within ten minutes: are the GPU kernels right, and how fast; GPU_PYTHON is the python that has vLLM or torch for CUDA
-	$(GPU_PYTHON) benchmarks/gpu_check.py
 
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
 	$(DIST_BIN)/python scripts/dist.py

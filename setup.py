@@ -1,4 +1,4 @@
-"""The optional CPU kernels and the sources of the GPU kernels; everything else is in pyproject.toml.
+"""The optional CPU kernels; everything else is in pyproject.toml.
 
 A plain shared object with a C interface: it needs no headers of Python or torch, and one build works with every Python.
 Without a compiler the installation succeeds: a wheel without the library, for any machine. `rac inspect` then says what is
@@ -13,7 +13,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
 
@@ -57,21 +56,6 @@ class BuildKernel(build_ext):
         return True
 
 
-class BuildPackage(build_py):
-    """build_py that adds the sources of the GPU kernels, which are compiled where they run. A clone reads csrc/gpu/ itself."""
-
-    def run(self) -> None:
-        """Copy them beside the module that reads them."""
-        super().run()
-        if not self.editable_mode:
-            for source in sorted(Path("csrc/gpu").iterdir()):
-                target = Path(
-                    self.build_lib, "rac_modifier", "kernels", "cuda", "source", source.name
-                )
-                self.mkpath(str(target.parent))
-                self.copy_file(str(source), str(target))
-
-
 class BuildWheel(bdist_wheel):
     """bdist_wheel that names no platform where there is nothing compiled."""
 
@@ -94,6 +78,6 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_py": BuildPackage, "build_ext": BuildKernel, "bdist_wheel": BuildWheel},
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": BuildWheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

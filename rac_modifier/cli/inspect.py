@@ -33,63 +33,17 @@ _NUMBERS = ("sparsity", "bytes/weight", "bytes")
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, sparse or not")],
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="GPU",
-            help="predict times on a GPU: a100, h100, h200, b200, 4090, l4, or cuda:0 of this machine (nothing is measured)",
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="M", help="tokens per step for --device, 1 to 128; 1 if it is not given"
-        ),
-    ] = None,
-    measured: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="JSON",
-            help="with --device: put the times of this file of make gpu-check beside the predicted",
-        ),
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds, and whether serving it on this machine will be faster: if not, why not.
 
-    With --device, predict what its layers take on a GPU instead.
-
     Example: rac inspect packed-model
-
-    Example: rac inspect packed-model --device h100 --tokens 8
-
-    Example: rac inspect packed-model --device cuda:0 --tokens 8 --measured gpu.json
     """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
     from rac_modifier.checkpoint.output_folder import folder_problem
     from rac_modifier.cli.models import resolve
-    from rac_modifier.cli.predicted import prediction_figures, render_prediction
     from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, render_plan
-    from rac_modifier.kernels.predicted import (
-        card_of,
-        check_tokens,
-        predict_checkpoint,
-        read_measured,
-    )
 
-    if tokens is not None and device is None:
-        raise RacError(
-            f"--tokens {tokens} is for predicted times; name a GPU with --device, such as --device h100"
-        )
-    if measured is not None and device is None:
-        raise RacError(
-            f"--measured {measured} is shown beside predicted times; name the GPU with --device, such as --device cuda:0"
-        )
-    times = None if measured is None else read_measured(measured)
-    card, number = (
-        None if device is None else card_of(device),
-        check_tokens(1 if tokens is None else tokens),
-    )
     checkpoint = Path(resolve(str(checkpoint)))
     if problem := folder_problem(checkpoint):
         raise RacError(
@@ -99,12 +53,6 @@ def inspect(
     if as_json:
         rows = plan_checkpoint(checkpoint) if report.sound else []
         found = figures(report, rows)
-        if card is not None:
-            found["predicted"] = (
-                prediction_figures(predict_checkpoint(report, rows, card, number), times)
-                if report.sound
-                else None
-            )
         print_json(found)
         if not report.sound:
             raise typer.Exit(1)
@@ -113,9 +61,7 @@ def inspect(
     if not report.sound:  # nothing of it is planned: its numbers may be anything
         raise RacError(f"{checkpoint}: not sound, see the notes of the table; copy it again")
     rows = plan_checkpoint(checkpoint)
-    if card is not None:
-        typer.echo(f"\n{render_prediction(predict_checkpoint(report, rows, card, number), times)}")
-    elif rows:
+    if rows:
         typer.echo(
             f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}"
         )

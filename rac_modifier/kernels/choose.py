@@ -1,42 +1,60 @@
-"""The one place that lists the backends and chooses between them."""
+"""Choose the backend of a layer: the CPU's is built in, others are entry points of installed packages."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import cast
+
 import torch
 
-from rac_modifier.kernels import cpu, cuda
+from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.examine import Found, examine_library
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 
-# By device type, as torch names it. A new backend is a folder beside cpu/ and an entry here.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda}
+GROUP = "rac_modifier.kernel_backends"
+"""Entry points: the name is a device type of torch, the value a module with a backend's functions."""
+BACKENDS: dict[str, Backend] = {"cpu": cpu}
 
 
 def choose(layer: Layer, device: str) -> tuple[Decision, Backend | None]:
-    """How a layer runs on a device type such as "cpu", and the backend that runs it; None where it stays dense."""
-    backend = BACKENDS.get(device)
-    if backend is None:
-        return no_backend(device, layer.served), None
+    """Decide how a layer runs on a device type such as "cpu"; the backend is None if it stays dense."""
+    backend = backend_of(device)
+    if isinstance(backend, str):
+        return stay_dense(backend, layer.served), None
     decision = backend.can_run(layer)
     return decision, backend if decision.sparse else None
 
 
-def has_backend(device: str) -> bool:
-    """Whether layers may run sparse on a device type: there is a backend, and on a GPU it was asked for.
+def backend_of(device: str) -> Backend | str:
+    """Return the backend of a device type, or a sentence why there is none."""
+    return BACKENDS.get(device) or _from_entry_point(device)
 
-    Raises:
-        RacError: RAC_GPU_KERNELS is none of on, all and off.
-    """
-    return device in BACKENDS and (device != "cuda" or cuda.requested())
+
+def has_backend(device: str) -> bool:
+    """Return whether layers may run sparse on a device type."""
+    return not isinstance(backend_of(device), str)
 
 
 def no_backend(device: str, served: torch.dtype) -> Decision:
-    """The decision for a device type for which `has_backend` is False."""
-    if device in BACKENDS:
-        return stay_dense(cuda.NOT_REQUESTED, served)
-    return stay_dense(f"there is no sparse kernel for {device} yet", served)
+    """Return the decision for a device type without a backend."""
+    backend = backend_of(device)
+    reason = backend if isinstance(backend, str) else f"the backend of {device} is not used"
+    return stay_dense(reason, served)
 
 
 def examine_backends() -> list[Found]:
-    """What is compiled, loads and runs here, for reports to the user; `choose` does not need it."""
+    """Report what is compiled, loads and runs on this machine."""
     return examine_library()
+
+
+@lru_cache(maxsize=16)
+def _from_entry_point(device: str) -> Backend | str:
+    """Import the backend that an installed package names for a device type."""
+    for point in entry_points(group=GROUP, name=device):
+        package = point.dist.name if point.dist is not None else point.value
+        try:
+            return cast(Backend, point.load())
+        except Exception as error:  # of a package of others: the layer runs dense, and says why
+            return f"the backend of {package} cannot be imported ({type(error).__name__}: {error})"
+    return f"there is no sparse kernel for {device}"

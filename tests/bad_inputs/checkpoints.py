@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
-from dataclasses import replace
 
 from tests.bad_inputs.bench import Bench, Cases
 
@@ -107,50 +106,6 @@ def _(b: Bench) -> None:
     }
     (b.tmp / "model" / "config.json").write_text(json.dumps(config))
     b.rac("inspect", b.tmp / "model")
-
-
-@CASES.case(
-    "predicting times on a GPU that is not known",
-    "is not known; use a100, h100, h200, b200, 4090, l4, or cuda:0",
-)
-def _(b: Bench) -> None:
-    b.rac("inspect", b.folder, "--device", "rtx")
-
-
-@CASES.case(
-    "predicting times on a GPU that this machine does not have",
-    "CUDA devices here; name a card: a100, h100",
-)
-def _(b: Bench) -> None:
-    b.rac("inspect", b.folder, "--device", "cuda:99")
-
-
-@CASES.case(
-    "predicting times of a step of many tokens", "129 tokens: times are predicted for 1 to 128"
-)
-def _(b: Bench) -> None:
-    b.rac("inspect", b.folder, "--device", "h100", "--tokens", "129")
-
-
-@CASES.case(
-    "a number of tokens for `rac inspect` without a GPU",
-    "name a GPU with --device, such as --device h100",
-)
-def _(b: Bench) -> None:
-    b.rac("inspect", b.folder, "--tokens", "8")
-
-
-@CASES.case(
-    "predicting times of a checkpoint whose pattern is broken",
-    "not sound, see the notes of the table",
-)
-def _(b: Bench) -> None:
-    from rac_modifier.checkpoint import inspect
-
-    report = inspect.inspect_checkpoint(b.folder)
-    broken = replace(report, modules=(replace(report.modules[0], pattern_ok=False),))
-    b.monkeypatch.setattr(inspect, "inspect_checkpoint", lambda folder: broken)
-    b.rac("inspect", b.folder, "--device", "h100")
 
 
 @CASES.case(

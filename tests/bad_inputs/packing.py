@@ -24,39 +24,6 @@ def sparse(b: Bench, shard: str | None = None) -> Path:
     return b.tmp / "sparse"
 
 
-@CASES.case(
-    "`RAC_GPU_KERNELS` that is none of on, all and off",
-    'RAC_GPU_KERNELS="yes": use on, all or off, or unset it',
-)
-def _(b: Bench) -> None:
-    from rac_modifier.kernels.choose import has_backend
-
-    b.monkeypatch.setenv("RAC_GPU_KERNELS", "yes")
-    has_backend("cuda")
-
-
-@CASES.case(
-    "`RAC_GPU_PROMPTS` that is neither expand nor cusparselt",
-    'RAC_GPU_PROMPTS="cutlass": use expand or cusparselt',
-)
-def _(b: Bench) -> None:
-    from rac_modifier.kernels.choose import has_backend
-
-    b.monkeypatch.setenv("RAC_GPU_PROMPTS", "cutlass")
-    has_backend("cuda")
-
-
-@CASES.case(
-    "`RAC_GPU_PROMPTS=cusparselt` without the GPU kernels",
-    "GPU kernels, which are off; set RAC_GPU_KERNELS=on too",
-)
-def _(b: Bench) -> None:
-    from rac_modifier.kernels.choose import has_backend
-
-    b.monkeypatch.setenv("RAC_GPU_PROMPTS", "cusparselt")
-    has_backend("cuda")
-
-
 @CASES.case("`rac pack` of a dense model", "nothing to pack: no module would get smaller")
 def _(b: Bench) -> None:
     b.rac("pack", b.folder, b.tmp / "out")

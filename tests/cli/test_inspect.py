@@ -221,51 +221,6 @@ def test_json_has_what_is_printed(rac, sparse_folder):
     assert all(row["reason"] for row in found["served"])
 
 
-def test_measured_times_are_read_for_the_predicted_device(rac, sparse_folder, tmp_path):
-    """A file as `make gpu-check` writes it, with a shape of this model: its layers run dense on an H100."""
-    row = {
-        "layer": "down",
-        "tokens": 8,
-        "contender": "dense bf16",
-        "us": 3.25,
-        "faster": 1.0,
-        "GB/s": 900.0,
-    }
-    with_shape = next(
-        each
-        for each in json.loads(rac("inspect", sparse_folder, "--device", "h100", "--json")[1])[
-            "predicted"
-        ]["layers"]
-        if each["kind"] == "down_proj"
-    )
-    row |= {"rows": with_shape["rows"], "columns": with_shape["columns"]}
-    record = {
-        "device": "NVIDIA H100 80GB HBM3",
-        "finished": True,
-        "times": [row],
-        "missing": {},
-        "left_out": [],
-    }
-    path = tmp_path / "gpu.json"
-    path.write_text(json.dumps(record))
-    arguments = ("inspect", sparse_folder, "--tokens", "8", "--measured", path)
-    code, stdout, _ = rac(*arguments, "--device", "h100")
-    assert code == 0
-    assert re.search(r"^down_proj +\d+ +\d+x\d+ +dense +[\d.]+ +3\.2 ", stdout, re.MULTILINE)
-    assert re.search(r"^measured us: \d+ rows? ha\w+ none", stdout, re.MULTILINE)
-    code, stdout, _ = rac(*arguments, "--device", "h100", "--json")
-    assert 3.25 in [layer["measured_us"] for layer in json.loads(stdout)["predicted"]["layers"]]
-    code, _, stderr = rac(*arguments, "--device", "a100")
-    assert code == 1
-    assert "gpu.json was measured on H100 SXM, and times are predicted for A100 SXM 80 GB" in stderr
-    code, _, stderr = rac(*arguments[:2], "--device", "h100", "--tokens", "16", "--measured", path)
-    assert code == 1
-    assert "gpu.json has no time of any of these layers with 16 tokens per step" in stderr
-    code, _, stderr = rac(*arguments[:2], "--measured", path)
-    assert code == 1
-    assert "is shown beside predicted times; name the GPU with --device" in stderr
-
-
 def test_the_embedded_model_has_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     cli.app(["inspect", "reasoner"], standalone_mode=False)
     assert "no matrix is recorded as pruned" in capsys.readouterr().out

@@ -70,13 +70,13 @@ def test_a_plan_asks_the_registered_backend(fake, tmp_path):
 
 
 def test_no_other_place_names_the_folder_of_a_backend():
-    """Only choose.py imports backends; others use the functions that it returns. predicted.py reads the tables of one.
+    """Only choose.py imports backends; others use the functions that it returns.
 
     What only CPUs have is imported by name: looking rows up, the measured crossover, activations in 8 bits.
     """
     of_cpus = [f"vllm_plugin/{name}.py" for name in ("vocabulary", "crossover", "activations")]
     of_cpus.append("evaluation/activation_bits.py")
-    named_in = {PACKAGE / path for path in ("kernels/choose.py", "kernels/predicted.py", *of_cpus)}
+    named_in = {PACKAGE / path for path in ("kernels/choose.py", *of_cpus)}
     for path in PACKAGE.rglob("*.py"):
         if path in named_in or path.parent.name in BACKENDS:
             continue

@@ -1,16 +1,36 @@
-"""The one place that chooses a backend."""
+"""The one place that chooses a backend: built in, from an entry point, or none with the reason."""
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint, EntryPoints
+
+import pytest
 import torch
 
-from rac_modifier.kernels import cpu, cuda
+from rac_modifier.kernels import choose as choose_module
+from rac_modifier.kernels import cpu
 from rac_modifier.kernels.choose import BACKENDS, choose, has_backend, no_backend
 from rac_modifier.kernels.cpu import backend
 from rac_modifier.kernels.cpu.support import Support
 from rac_modifier.kernels.interface import Layer
+from tests.kernels import fake_backend
 
 HALF = Layer(64, 128, 0.5, torch.bfloat16, torch.bfloat16, 128)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch):
+    """Entry points of installed packages: device type to module."""
+
+    def install(**modules: str) -> None:
+        points = [EntryPoint(n, m, choose_module.GROUP) for n, m in modules.items()]
+        monkeypatch.setattr(
+            choose_module, "entry_points", lambda **keys: EntryPoints(points).select(**keys)
+        )
+        choose_module._from_entry_point.cache_clear()
+
+    yield install
+    choose_module._from_entry_point.cache_clear()
 
 
 def test_the_cpu_has_a_backend_and_it_decides(monkeypatch):
@@ -28,19 +48,23 @@ def test_the_cpu_has_a_backend_and_it_decides(monkeypatch):
 def test_a_device_without_a_backend_stays_dense():
     decision, chosen = choose(HALF, "xpu")
     assert chosen is None
-    assert decision.reason == "dense because there is no sparse kernel for xpu yet"
+    assert decision.reason == "dense because there is no sparse kernel for xpu"
     assert decision == no_backend("xpu", torch.bfloat16)
     assert not has_backend("xpu")
 
 
-def test_a_gpu_has_a_backend_where_it_is_asked_for(monkeypatch):
-    assert has_backend("cpu")
-    assert BACKENDS["cuda"] is cuda
-    monkeypatch.delenv("RAC_GPU_KERNELS", raising=False)
+def test_an_installed_package_brings_a_backend(installed):
+    installed(xpu="tests.kernels.fake_backend")
+    assert choose(HALF, "xpu")[1] is fake_backend
+    assert has_backend("xpu")
     assert not has_backend("cuda")
-    decision, chosen = choose(HALF, "cuda")
+
+
+def test_a_backend_that_cannot_be_imported_is_the_reason(installed):
+    installed(xpu="tests.kernels.no_such_module")
+    decision, chosen = choose(HALF, "xpu")
     assert chosen is None
-    assert "RAC_GPU_KERNELS=on" in decision.reason
-    assert decision.reason == no_backend("cuda", torch.bfloat16).reason
-    monkeypatch.setenv("RAC_GPU_KERNELS", "on")
-    assert has_backend("cuda")
+    assert decision.reason.startswith(
+        "dense because the backend of tests.kernels.no_such_module cannot be imported"
+        " (ModuleNotFoundError: No module"
+    )
