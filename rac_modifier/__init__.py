@@ -19,6 +19,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.on_import import import_after
 
 if TYPE_CHECKING:
+    from rac_modifier.calibration.dataset import trace_dataset as trace_dataset
     from rac_modifier.checkpoint.load import load_model as load_model
     from rac_modifier.llmcompressor.calibration_modifier import (
         ReasoningAwareCalibrationModifier as ReasoningAwareCalibrationModifier,
@@ -40,6 +41,7 @@ __all__ = [
     "load_model",
     "reasoner_path",
     "recipe",
+    "trace_dataset",
 ]
 
 _LAZY = {
@@ -49,6 +51,7 @@ _LAZY = {
     "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",
     "recipe": "rac_modifier.settings.shipped_recipes",
+    "trace_dataset": "rac_modifier.calibration.dataset",
 }
 
 

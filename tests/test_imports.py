@@ -149,6 +149,7 @@ def test_llmcompressor_and_vllm_are_imported_where_they_may_be():
         "load_model",
         "reasoner_path",
         "recipe",
+        "trace_dataset",
         "RacError",
     ],
 )

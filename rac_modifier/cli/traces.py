@@ -37,6 +37,11 @@ StoresModel = Annotated[
     ),
 ]
 
+Select = Annotated[
+    str | None,
+    typer.Option(help="a selection, written as in a recipe: '{answers: correct, finished: true}'"),
+]
+
 
 @app.command("collect", short_help="Sample the traces that a recipe will calibrate on.")
 def collect(
@@ -144,12 +149,7 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="also check every answer and print how many are right")
     ] = False,
-    select: Annotated[
-        str | None,
-        typer.Option(
-            help="also print how many traces a selection keeps, written as in a recipe: '{answers: correct, finished: true}'"
-        ),
-    ] = None,
+    select: Select = None,
     model: StoresModel = None,
     as_json: AsJson = False,
 ) -> None:
@@ -214,30 +214,56 @@ def _store_figures(store: TraceStore) -> dict[str, Any]:
     }
 
 
-@app.command("export", short_help="Write a store as Parquet, one row per trace.")
+@app.command("export", short_help="Write a store as Parquet or JSON Lines.")
 def export(
     store: Store,
-    output: Annotated[Path, typer.Argument(help="file to write, .parquet")],
+    output: Annotated[Path, typer.Argument(help="file to write, .parquet or .jsonl")],
+    file_format: Annotated[
+        str | None,
+        typer.Option("--format", help="parquet or jsonl; default: the suffix of the file"),
+    ] = None,
+    select: Select = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="pack traces into rows of this many tokens; default: a row each"),
+    ] = None,
     text: Annotated[bool, typer.Option("--text", help="add prompt and completion as text")] = False,
     model: StoresModel = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a store as Parquet, one row per trace, for `datasets` and other tools; in constant memory.
+    """Write a store with the columns input_ids, attention_mask and loss_mask (1 for completions).
+
+    Repeating tails are cut, as for calibration; --select '{repeated_tails: keep}' keeps them.
 
     Example: rac traces export traces.jsonl traces.parquet --text
     """
-    from rac_modifier.traces.export import export_parquet
+    from rac_modifier.calibration.dataset import export_store
+    from rac_modifier.traces.report import read_select
     from rac_modifier.traces.store import TraceStore
 
-    if model is not None and not text:
+    if text and length:
+        raise RacError(
+            f"--text adds text to each trace, and --length {length} packs them; drop one"
+        )
+    settings = read_select(select)
+    needs_tokenizer = text or (settings is not None and settings.checks_answers)
+    if model is not None and not needs_tokenizer:
         raise RacError(f"--model {model} has no effect without --text; leave it out, or add --text")
     opened = TraceStore.read(store)
-    tokenizer = _tokenizer_of(opened, model, "or leave --text out") if text else None
-    rows = export_parquet(opened, output, tokenizer)
+    tokenizer = _tokenizer_of(opened, model, "or leave --text out") if needs_tokenizer else None
+    rows = export_store(
+        opened,
+        output,
+        file_format,
+        settings=settings,
+        length=length,
+        tokenizer=tokenizer,
+        text=text,
+    )
     if as_json:
-        print_json({"output": output, "traces": rows})
+        print_json({"output": output, "rows": rows})
     else:
-        typer.echo(f"{output}: {rows:,} traces")
+        typer.echo(f"{output}: {rows:,} rows")
 
 
 def _tokenizer_of(store: TraceStore, model: str | None, otherwise: str) -> Any:

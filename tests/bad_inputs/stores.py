@@ -121,7 +121,10 @@ def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.store, "--select", "correct")
 
 
-@CASES.case("exporting to another format", "does not end in .parquet")
+@CASES.case(
+    "exporting to another format",
+    "the format 'csv' is not known; name a file that ends in .parquet or .jsonl",
+)
 def _(b: Bench) -> None:
     b.rac("traces", "export", b.store, b.tmp / "out.csv")
 

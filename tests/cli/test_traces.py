@@ -45,7 +45,7 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     out = tmp_path / "new.parquet"
     held = longer
     assert (
-        f"{out}: {len(held)} traces"
+        f"{out}: {len(held)} rows"
         in rac("traces", "export", store, out, "--text", "--model", tiny_folder)[1]
     )
 
@@ -124,7 +124,7 @@ def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
     out = tmp_path / "new.parquet"
     assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {
         "output": str(out),
-        "traces": len(held),
+        "rows": len(held),
     }
 
 

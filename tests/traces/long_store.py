@@ -22,8 +22,8 @@ def trace(tokenizer, i):
     )
 
 
-def fill(path, tokenizer):
+def fill(path, tokenizer, count=2500):
     """The store at `path`, with its traces."""
     with TraceStore.open_append(path, HEADER) as opened:
-        opened.append_many([trace(tokenizer, i) for i in range(2500) if i != 4])
+        opened.append_many([trace(tokenizer, i) for i in range(count) if i != 4])
     return TraceStore.read(path)

@@ -1,0 +1,257 @@
+"""Traces as a `datasets.Dataset` or a file, for any tool that trains or calibrates.
+
+A row has `input_ids` as the model wrote them (nothing is tokenized again), `attention_mask`, and
+`loss_mask`, which is 1 for the tokens of completions. Neither llm-compressor nor vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rac_modifier.calibration.trace_budget import collect_for_calibration
+from rac_modifier.calibration.trace_pool import TracePool
+from rac_modifier.errors import RacError
+from rac_modifier.machine_paths import public_name
+from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.check import check_settings
+from rac_modifier.settings.traces import SelectSettings, TraceSettings
+from rac_modifier.traces.grading import Judge
+from rac_modifier.traces.records import Trace
+from rac_modifier.traces.selection import Selection, as_used, select
+from rac_modifier.traces.store import TraceStore
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+Row = dict[str, Any]
+FORMATS = ("parquet", "jsonl")
+_TRACE_COLUMNS = ("id", "problem_id", "finish_reason", "question", "answer")
+_BATCH = 1000  # rows that are written at a time
+
+
+def trace_dataset(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    tokens: int,
+    problems: str | Mapping[str, Any] = "arithmetic",
+    server: str | Sequence[str] | Mapping[str, Any] | None = None,
+    store: str | os.PathLike[str] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    selection: Mapping[str, Any] | None = None,
+    length: int | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Dataset:
+    """Sample a model's own chains of thought, or read them from a store, as a dataset.
+
+    Args:
+        model: a folder, a Hugging Face id, or a model in memory. With `server`, the weights of a
+            folder or id are not loaded.
+        tokens: prompt and completion tokens, at least. Sampling stops at this budget.
+        problems: `traces.problems` of a recipe, or its `source` alone.
+        server: addresses of OpenAI-compatible servers, or `traces.engine` of a recipe; default: the
+            model samples in this process.
+        store: the file that keeps the traces; a killed run goes on from it.
+        sampling: `traces.sampling` of a recipe.
+        selection: `traces.select` of a recipe; by default repeating tails are cut.
+        length: pack the traces into rows of this many tokens; default: a row per trace.
+        tokenizer: default: that of the folder or id.
+        seed: of the order in which traces are drawn.
+        progress: show a bar.
+
+    Returns:
+        Columns `input_ids`, `attention_mask`, `loss_mask`. `info.description` is JSON: model, store
+        with its hash, sampling settings and counts.
+
+    Raises:
+        RacError: a setting that is wrong, or what collecting raises (`collect_for_calibration`).
+    """
+    if length is not None and length < 1:
+        raise RacError(f"length={length}: a row holds at least one token; give a larger length")
+    if isinstance(server, str):
+        server = {"base_urls": [server]}
+    elif server is not None and not isinstance(server, Mapping):
+        server = {"base_urls": list(server)}
+    written: dict[str, Any] = {
+        "problems": {"source": problems} if isinstance(problems, str) else problems,
+        "engine": server,
+        "store": None if store is None else str(store),
+        "sampling": sampling,
+        "select": selection,
+    }
+    written = {name: value for name, value in written.items() if value is not None}
+    settings = check_settings(TraceSettings, written, "trace_dataset")
+    budget = {"tokens": tokens, "held_out_tokens": 0, "seed": seed}
+    calibration = check_settings(CalibrationSettings, budget, "trace_dataset")
+    subject: Any = model  # a model or, if a server samples, its identity
+    if not isinstance(model, PreTrainedModel):
+        source = str(model)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        subject = (
+            AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+            if server is None
+            else ModelIdentity.of_files(source)
+        )
+    elif tokenizer is None:
+        raise RacError("trace_dataset: a model in memory needs its tokenizer; give tokenizer=")
+    pool = collect_for_calibration(subject, tokenizer, settings, calibration, progress)["traces"]
+    drawn = pool.draw("traces", tokens)
+    rows: Iterable[Row] = (_row(sequence.ids, sequence.prompt_tokens) for sequence in drawn)
+    return _dataset(list(packed(rows, length) if length else rows), pool, length)
+
+
+def _dataset(rows: list[Row], pool: TracePool, length: int | None) -> Dataset:
+    from datasets import Dataset, DatasetInfo
+
+    if not rows:
+        raise RacError(f"the traces do not fill a row of length={length}; give a shorter length")
+    header = pool.store.header
+    record = {
+        "model": header.model,
+        "fingerprint": header.fingerprint,
+        "tokenizer": header.tokenizer,
+        "engine": header.engine.kind,
+        "problems": header.problems.model_dump(mode="json"),
+        "sampling": header.sampling.model_dump(mode="json"),
+        "store": public_name(pool.store.path),
+        "sha256": pool.store.sha256(),
+        "selection": pool.selection.as_dict(),
+        "rows": len(rows),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+    }
+    info = DatasetInfo(description=json.dumps(record), features=_features())
+    return Dataset.from_list(rows, features=info.features, info=info)
+
+
+def export_store(
+    store: TraceStore,
+    output: Path,
+    file_format: str | None = None,
+    *,
+    settings: SelectSettings | None = None,
+    length: int | None = None,
+    tokenizer: Any = None,
+    text: bool = False,
+) -> int:
+    """Write the traces of a store as a Parquet or JSON Lines file, in constant memory.
+
+    The file has its name only when it is complete.
+
+    Args:
+        store: to read.
+        output: the file to write.
+        file_format: "parquet" or "jsonl"; default: the suffix of `output`.
+        settings: of a selection; default: all traces, without repeating tails.
+        length: tokens of each row, which then holds packed traces; default: a row per trace, with the
+            columns id, problem_id, finish_reason, question and answer.
+        tokenizer: needed for `text`, and for a selection by answers.
+        text: add the columns prompt and completion, with tags and EOS.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        RacError: another format, no trace to write, or the file cannot be written.
+    """
+    file_format = file_format or output.suffix.removeprefix(".")
+    if file_format not in FORMATS:
+        raise RacError(
+            f"{str(output)!r}: the format {file_format!r} is not known; name a file that ends in "
+            ".parquet or .jsonl, or give --format"
+        )
+    if not output.absolute().parent.is_dir():
+        raise RacError(f"{str(output)!r}: its folder does not exist; create it first")
+    chosen = Selection(settings or SelectSettings())
+    judge = Judge(tokenizer, store.header)
+    count = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal count
+        count = 0
+        traces = select(as_used(store, chosen.settings), chosen, judge)
+        whole = (_described(trace, tokenizer if text else None) for trace in traces)
+        for row in packed(whole, length) if length else whole:
+            count += 1
+            yield row
+
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        _write(rows, _features(not length, text), partial, file_format)
+        if not count:
+            raise RacError(
+                f"trace store {str(store.path)!r}: {chosen.describe()}, and no row to write; collect "
+                "more traces, loosen the selection, or give a shorter length"
+            )
+        os.replace(partial, output)
+    except OSError as error:
+        raise RacError(
+            f"{str(output)!r} cannot be written ({error}); make room, or name another file"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _write(rows: Any, features: Features, path: Path, file_format: str) -> None:
+    if file_format == "jsonl":
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows())
+        return
+    from datasets import IterableDataset
+
+    dataset = IterableDataset.from_generator(rows, features=features)
+    dataset.to_parquet(str(path), batch_size=_BATCH)
+
+
+def packed(rows: Iterable[Row], length: int) -> Iterator[Row]:
+    """Join rows and cut them into rows of `length` tokens; a rest that fills no row is left out."""
+    ids: list[int] = []
+    loss: list[int] = []
+    for row in rows:
+        ids += row["input_ids"]
+        loss += row["loss_mask"]
+        while len(ids) >= length:
+            yield {
+                "input_ids": ids[:length],
+                "attention_mask": [1] * length,
+                "loss_mask": loss[:length],
+            }
+            ids, loss = ids[length:], loss[length:]
+
+
+def _row(ids: Sequence[int], prompt_tokens: int) -> Row:
+    return {
+        "input_ids": list(ids),
+        "attention_mask": [1] * len(ids),
+        "loss_mask": [0] * prompt_tokens + [1] * (len(ids) - prompt_tokens),
+    }
+
+
+def _described(trace: Trace, tokenizer: Any) -> Row:
+    """Return the row of a trace with what the store knows about it, and with its text."""
+    row = _row((*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids))
+    row |= {name: getattr(trace, name) for name in _TRACE_COLUMNS}
+    if tokenizer is not None:
+        row["prompt"] = tokenizer.decode(list(trace.prompt_ids))
+        row["completion"] = tokenizer.decode(list(trace.completion_ids))
+    return row
+
+
+def _features(whole: bool = False, text: bool = False) -> Features:
+    from datasets import Features, Sequence, Value
+
+    columns: dict[str, Any] = {
+        "input_ids": Sequence(Value("int32")),
+        "attention_mask": Sequence(Value("int8")),
+        "loss_mask": Sequence(Value("int8")),
+    }
+    names = [*(_TRACE_COLUMNS if whole else ()), *(("prompt", "completion") if text else ())]
+    return Features(columns | {name: Value("string") for name in names})

@@ -1,0 +1,165 @@
+"""Traces as a dataset: the ids of the store, what is prompt and what is completion, rows of one length."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rac_modifier
+from rac_modifier.calibration.dataset import export_store, packed
+from rac_modifier.errors import RacError
+from rac_modifier.settings.traces import SelectSettings
+from rac_modifier.traces.store import TraceStore
+from tests.tiny import byte_tokenizer, entry
+from tests.traces.long_store import HEADER, fill
+
+
+def dataset(model, trace_store, **options):
+    traces = entry(trace_store)["traces"]
+    return rac_modifier.trace_dataset(
+        model,
+        **{"tokens": 400, "sampling": traces["sampling"], "store": trace_store, **options},
+        progress=False,
+    )
+
+
+def test_rows_are_the_ids_of_the_store_and_completions_are_marked(tiny_folder, trace_store):
+    made = dataset(tiny_folder, trace_store)
+    assert made.column_names == ["input_ids", "attention_mask", "loss_mask"]
+    stored = {(*t.prompt_ids, *t.completion_ids): t for t in TraceStore.read(trace_store)}
+    for row in made:
+        trace = stored[tuple(row["input_ids"])]
+        assert row["loss_mask"] == [0] * len(trace.prompt_ids) + [1] * len(trace.completion_ids)
+        assert row["attention_mask"] == [1] * trace.tokens
+    lengths = [len(row["input_ids"]) for row in made]
+    assert sum(lengths[:-1]) < 400 <= sum(lengths)
+    record = json.loads(made.info.description)
+    assert record["sha256"] == TraceStore.read(trace_store).sha256()
+    assert (record["rows"], record["tokens"]) == (len(made), sum(lengths))
+    assert record["store"] == trace_store.name
+
+
+def test_rows_of_one_length_hold_the_same_tokens(tiny_folder, trace_store):
+    ragged, rows = (dataset(tiny_folder, trace_store, length=length) for length in (None, 64))
+    assert {len(row["input_ids"]) for row in rows} == {64}
+    for column in ("input_ids", "loss_mask"):
+        whole, cut = (sum(made[column], []) for made in (ragged, rows))  # noqa: RUF017
+        assert whole[: len(cut)] == cut
+        assert len(whole) - len(cut) < 64
+    with pytest.raises(RacError, match="do not fill a row of length=100000"):
+        dataset(tiny_folder, trace_store, length=100_000)
+
+
+def test_a_model_in_memory_samples_what_is_missing(tiny_folder, tmp_path):
+    model, store = AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "s.jsonl"
+    with pytest.raises(RacError, match="needs its tokenizer"):
+        dataset(model, store)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    made = dataset(model, store, tokenizer=tokenizer, tokens=200)
+    stored = {(*t.prompt_ids, *t.completion_ids) for t in TraceStore.read(store)}
+    assert {tuple(ids) for ids in made["input_ids"]} <= stored
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tokens": 0}, "trace_dataset: tokens"),
+        ({"length": 0}, "length=0: a row holds at least one token"),
+        ({"sampling": {"temprature": 1}}, "temperature"),
+        ({"server": "127.0.0.1:8000"}, "is no address of a server"),
+    ],
+)
+def test_a_wrong_setting_is_named(tiny_folder, trace_store, options, words):
+    with pytest.raises(RacError, match=words):
+        dataset(tiny_folder, trace_store, **options)
+
+
+BLOCKED = """
+import sys
+import rac_modifier  # before: it looks into sys.modules
+for name in ("llmcompressor", "vllm", "compressed_tensors", "psutil", "typer", "openai"):
+    sys.modules[name] = None
+from tests.sampling.fake_server import FakeServer
+server = FakeServer()
+made = rac_modifier.trace_dataset(
+    sys.argv[1], tokens=300, server={"base_urls": [server.url], "verify_model": False}, store=sys.argv[2],
+    sampling={"max_new_tokens": 20}, progress=False,
+)
+server.close()
+print(sum(map(len, made["input_ids"])) >= 300, "torch.nn" in sys.modules)
+"""
+
+
+def test_it_needs_neither_llmcompressor_nor_vllm(tiny_folder, tmp_path):
+    """With a server that samples; the extra [traces] brings what is imported."""
+    command = [sys.executable, "-c", BLOCKED, str(tiny_folder), str(tmp_path / "s.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "True True\n", done.stderr
+
+
+def test_a_rest_that_fills_no_row_is_left_out():
+    rows = [{"input_ids": [i] * 3, "loss_mask": [0, 1, 1]} for i in range(3)]
+    assert [(row["input_ids"], row["loss_mask"]) for row in packed(rows, 4)] == [
+        ([0, 0, 0, 1], [0, 1, 1, 0]),
+        ([1, 1, 2, 2], [1, 1, 0, 1]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def store(tokenizer, tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("store") / "s.jsonl", tokenizer, 300)
+
+
+@pytest.mark.parametrize(("suffix", "loader"), [("parquet", "parquet"), ("jsonl", "json")])
+def test_a_file_holds_the_traces_and_what_is_known_about_them(
+    store, tokenizer, tmp_path, suffix, loader
+):
+    path = tmp_path / f"out.{suffix}"
+    assert export_store(store, path, tokenizer=tokenizer, text=True) == len(store) == 299
+    rows = datasets.load_dataset(
+        loader, data_files=str(path), split="train", cache_dir=str(tmp_path)
+    )
+    for trace, row in zip(store, rows, strict=True):
+        assert tuple(row["input_ids"]) == (*trace.prompt_ids, *trace.completion_ids)
+        assert sum(row["loss_mask"]) == len(trace.completion_ids)
+        known = (row["id"], row["question"], row["answer"], row["finish_reason"])
+        assert known == (trace.id, trace.question, trace.answer, trace.finish_reason)
+    assert rows[1]["completion"] == "12 </think>\\boxed{1}<|end|>"
+    assert [file.name for file in tmp_path.glob("out*")] == [path.name]
+
+
+def test_a_selection_and_rows_of_one_length_in_a_file(store, tmp_path):
+    selected = export_store(store, tmp_path / "a.jsonl", settings=SelectSettings(finished=True))
+    assert selected == store.counts.finished
+    count = export_store(store, tmp_path / "b", "jsonl", length=128)
+    rows = [json.loads(line) for line in (tmp_path / "b").read_text().splitlines()]
+    assert {len(row["input_ids"]) for row in rows} == {128}
+    assert count == len(rows) == store.counts.tokens // 128
+
+
+def test_what_cannot_be_exported(store, tmp_path, monkeypatch):
+    with pytest.raises(RacError, match=r"format 'csv' is not known; .* --format"):
+        export_store(store, tmp_path / "out.csv")
+    with pytest.raises(RacError, match="its folder does not exist"):
+        export_store(store, tmp_path / "none" / "out.parquet")
+    with (
+        TraceStore.open_append(tmp_path / "e.jsonl", HEADER) as empty,
+        pytest.raises(RacError, match="kept 0 of 0, and no row to write"),
+    ):
+        export_store(empty, tmp_path / "out.jsonl")
+
+    def full(_from, _to):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(RacError, match=r"out\.parquet' cannot be written .*make room"):
+        export_store(store, tmp_path / "out.parquet")
+    assert list(tmp_path.glob("out*")) == []
