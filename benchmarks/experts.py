@@ -23,7 +23,7 @@ from rac_modifier.checkpoint.round_to_nearest import quantize_groups, quantize_r
 from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
-from rac_modifier.vllm_plugin.packed_experts import PackedExperts
+from rac_modifier.vllm_plugin.experts import PackedExperts
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""Dense float weights rounded to the nearest of a symmetric grid, without calibration: what the head of a served model gets."""
+"""Round dense float weights to the nearest of a symmetric grid, without calibration."""
 
 from __future__ import annotations
 
@@ -6,46 +6,6 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import bitmask as layout
-from rac_modifier.checkpoint.stored_weight import dequantize
-from rac_modifier.errors import RacError
-
-HEAD_BITS = (8, 4)  # to which a head can be rounded
-_GROUPS = (128, 64, 32)  # columns that share a scale of int4: the first that divides the columns
-
-
-def head_group(columns: int, bits: int) -> int:
-    """Columns that share a scale where a head of `columns` is rounded to 8 or 4 bits.
-
-    Raises:
-        RacError: int4 has no groups for so many columns.
-    """
-    if bits == 8:
-        return columns
-    group = next((group for group in _GROUPS if columns % group == 0), None)
-    if group is None:
-        raise RacError(
-            f"the head has {columns} columns, no multiple of 32, so int4 has no groups for it; use int8"
-        )
-    return group
-
-
-def round_head(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """A float weight [N, K] rounded to 8 or 4 bits: values int8 [N, K], scales float32 [N, groups].
-
-    Raises:
-        RacError: int4 has no groups for so many columns.
-    """
-    group = head_group(weight.shape[1], bits)
-    return quantize_rows(weight) if bits == 8 else quantize_groups(weight, group)
-
-
-def relative_error(weight: Tensor, values: Tensor, scale: Tensor) -> float:
-    """||W - Q|| / ||W|| of a weight and what it was rounded to, on at most 4,096 rows, evenly spaced."""
-    rows = slice(None, None, -(-len(weight) // 4096))
-    exact = weight[rows].float()
-    return float(
-        (dequantize(values[rows], scale[rows], torch.float32) - exact).norm() / exact.norm()
-    )
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

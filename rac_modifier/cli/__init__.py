@@ -17,7 +17,6 @@ from rac_modifier.cli.activations import activations
 from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.frontier import frontier
-from rac_modifier.cli.head import head
 from rac_modifier.cli.inspect import inspect
 from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.pack import pack, unpack
@@ -68,7 +67,6 @@ app.add_typer(
     recipes.app, name="recipes", short_help="List the recipes that ship with the package."
 )
 app.command("eval", short_help="Compare models: accuracy, thinking, divergence.")(evaluate)
-app.command(short_help="Measure what a rounded head costs.")(head)
 app.command(short_help="Run a grid of recipes on a model, and measure each.")(frontier)
 app.command(short_help="Draw what rac frontier measured, as one HTML page.")(report)
 app.command(short_help="Show what a checkpoint holds, and how it would be served.")(inspect)

@@ -1,91 +1,320 @@
-"""Packed experts where there is no sparse kernel for them, as on GPUs: they are expanded while they are loaded."""
+"""The packed experts of a mixture-of-experts layer, each run on the tokens that are routed to it.
+
+While weights are loaded, the tensors of each expert are only collected. Afterwards they are checked,
+the rank's share is cut out, and one decision is made for all experts of the layer: they run on a
+kernel, in one opaque torch operator, or vLLM's method runs all of them, dense.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 
-from rac_modifier.checkpoint.formats import PARTS
-from rac_modifier.checkpoint.stored_weight import check
+from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.interface import stay_dense
-from rac_modifier.vllm_plugin.sparse_layers import SparseLayers
-from rac_modifier.vllm_plugin.summary import Summary
+from rac_modifier.kernels.choose import choose
+from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
+from rac_modifier.vllm_plugin.linear import PackedWeight
+from rac_modifier.vllm_plugin.load_report import LoadReport
+from rac_modifier.vllm_plugin.readers import LoadedWeight, WeightReader
+from rac_modifier.vllm_plugin.shards import loaded_again
 
-logger = init_logger(f"vllm.{__name__}")
+_GATES: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
+    MoEActivation.SILU: torch.nn.functional.silu,
+    MoEActivation.GELU: torch.nn.functional.gelu,
+    MoEActivation.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+_SERVED: WeakValueDictionary[str, PackedExperts] = WeakValueDictionary()
+_Packable = tuple[Backend, StoredWeight]
 
 
-def expand_experts(
-    layer: Any, prefix: str, layers: SparseLayers, inner: Any, summary: Summary
-) -> Any:
-    """Expand the experts of `layer` while they are loaded. vLLM's method runs them: `inner`, or its default.
+class PackedExperts(torch.nn.Module):
+    """Experts with the weights [2 width, hidden] (gate and up, stacked) and [hidden, width] (down).
 
-    vLLM's loader of experts ignores tensors that are not named weights, so it is given weights. It is called once for each
-    run of consecutive names, so incomplete modules are kept between calls.
+    Their packed weights are parameters of this module, where memory accounting finds them.
     """
-    if layers.format is None:
-        return inner
-    format = layers.format
-    method = inner if inner is not None else UnquantizedFusedMoEMethod(layer.moe_config)
-    load, finish = layer.load_weights, method.process_weights_after_loading
-    incomplete: dict[str, dict[str, Tensor]] = {}
 
-    def finish_complete(layer: torch.nn.Module) -> None:
-        check_complete(incomplete, format, prefix)
-        finish(layer)
-        text = summary.add(
-            prefix,
-            stay_dense(
-                "experts have no sparse kernel on this device: expanded at load", torch.bfloat16
-            ),
+    def __init__(
+        self,
+        name: str,
+        experts: Sequence[tuple[_Packable, _Packable]],
+        gate: Callable[[Tensor], Tensor],
+        served: torch.dtype,
+        local: Tensor | None = None,
+    ) -> None:
+        """Pack each weight for its backend.
+
+        Args:
+            name: of the layer; the operator finds its experts by it.
+            experts: in the order of their numbers.
+            gate: the activation of the gate projection.
+            served: dtype of the activations.
+            local: number on this rank of each expert that a token may be routed to, int [experts],
+                -1 for experts of other ranks; None: the same number.
+        """
+        super().__init__()
+        self.gate, self.local = gate, local
+        self.holders = torch.nn.ModuleList(torch.nn.Module() for _ in range(2 * len(experts)))
+        packed = [
+            PackedWeight(holder, backend, weight, served)
+            for holder, (backend, weight) in zip(self.holders, chain(*experts), strict=True)
+        ]
+        pairs = list(zip(packed, self.holders, strict=True))
+        self.up, self.down = pairs[::2], pairs[1::2]
+        self.name, number = name, 1
+        while self.name in _SERVED:  # another model in this process has a layer of this name
+            number += 1
+            self.name = f"{name}#{number}"
+        _SERVED[self.name] = self
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights` [T, k]: [T, hidden].
+
+        Each expert gets its tokens in one batch. Sums are float32, in the order in which a token
+        names its experts.
+        """
+        return torch.ops.rac_modifier.sparse_experts(x, topk_weights, topk_ids, self.name)
+
+    def _forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        # Sort the pairs of a token and an expert by expert.
+        k = topk_ids.shape[1]
+        ids = (topk_ids if self.local is None else self.local[topk_ids.long()]).flatten()
+        order = ids.argsort(stable=True)
+        numbers, counts = (
+            column.tolist() for column in torch.unique_consecutive(ids[order], return_counts=True)
         )
-        if text is not None:
-            logger.info("%s", text)
+        # Run each expert on its tokens.
+        both = _matmuls(x[order // k], numbers, counts, self.up)
+        gate, up = both.float().chunk(2, dim=1)
+        results = _matmuls((self.gate(gate) * up).to(x.dtype), numbers, counts, self.down)
+        # Sum by token.
+        by_token = torch.empty_like(results)
+        by_token[order] = results
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for place, shares in enumerate(topk_weights.float().unbind(1)):
+            out += by_token[place::k] * shares[:, None]
+        return out.to(x.dtype)
 
-    layer.load_weights = lambda weights: load(expanded(weights, format, prefix, incomplete))
-    method.process_weights_after_loading = finish_complete
-    summary.expect()
-    return method
+
+def _matmuls(
+    x: Tensor,
+    numbers: list[int],
+    counts: list[int],
+    packed: Sequence[tuple[PackedWeight, torch.nn.Module]],
+) -> Tensor:
+    """Multiply each expert with its rows of `x`, which follow each other; zeros for number -1, experts of other ranks."""
+    out = x.new_zeros(len(x), packed[0][0].rows)
+    first = 0
+    for number, count in zip(numbers, counts, strict=True):
+        last = first + count
+        if number >= 0:
+            weight, holder = packed[number]
+            out[first:last] = weight.linear(holder, x[first:last], None)
+        first = last
+    return out
 
 
-def expanded(
-    weights: Iterable[tuple[str, Tensor]],
-    format: str,
-    prefix: str,
-    incomplete: dict[str, dict[str, Tensor]],
-) -> Iterator[tuple[str, Tensor]]:
-    """The stream of named tensors, with the parts of each packed module replaced by `<module>.weight` once all have come.
+def _run(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, name: str) -> Tensor:
+    return _SERVED[name]._forward(x, topk_weights, topk_ids)
 
-    `incomplete` keeps the parts of the other modules.
 
-    Raises:
-        RacError: a damaged module.
-    """
-    for name, tensor in weights:
-        module, _, part = name.rpartition(".")
-        if part not in PARTS[format]:
-            yield name, tensor
-            continue
-        parts = incomplete.setdefault(module, {})
-        parts[part] = tensor
-        if len(parts) == len(PARTS[format]):
-            yield (
-                f"{module}.weight",
-                check(incomplete.pop(module), format, f"{prefix}.{module}", scaled=False).dense(),
+def _fake(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+if not hasattr(torch.ops.rac_modifier, "sparse_experts"):  # once per process
+    torch.library.define(
+        "rac_modifier::sparse_experts",
+        "(Tensor x, Tensor topk_weights, Tensor topk_ids, str name) -> Tensor",
+    )
+    torch.library.impl("rac_modifier::sparse_experts", "cpu", _run)
+    torch.library.register_fake("rac_modifier::sparse_experts", _fake)
+
+
+class RacExpertsMethod(FusedMoEMethodBase):
+    """The method of the experts of one layer. Scales of activations are not used, as in linear layers."""
+
+    def __init__(self, layer: Any, prefix: str, reader: WeightReader, report: LoadReport) -> None:
+        super().__init__(layer.moe_config)
+        self.prefix, self.reader, self.report = prefix, reader, report
+        self._tensors: dict[str, dict[str, Tensor]] = {}  # by module, such as "3.up_proj"
+        self._others: list[tuple[str, Tensor]] = []
+        self._taken = False
+        self._load, layer.load_weights = layer.load_weights, self._collect
+        report.expect()
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Allocate nothing: the tensors stay mapped from the files until they are packed."""
+        self.sizes = {
+            **{"num_experts": num_experts, "params_dtype": params_dtype},
+            **extra_weight_attrs,
+        }
+        self.width, self.dtype = intermediate_size_per_partition, params_dtype
+        self.device = torch.empty(0).device  # vLLM sets the default device
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """Configure none of vLLM's own kernels."""
+        return
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was collected, decide, and keep the experts in one form, packed or dense.
+
+        Raises:
+            RacError: naming a tensor that is damaged or missing, or does not fit the model.
+        """
+        tensors, self._tensors, self._taken = self._tensors, {}, True
+        loaded = {
+            name: self.reader.read(parts, f"{self.prefix}.{name}")
+            for name, parts in tensors.items()
+        }
+        reason = self._unsupported(layer, loaded)
+        decision = stay_dense(reason, self.dtype) if reason else self._pack(layer, loaded)
+        if not decision.sparse:
+            self._expand(layer, loaded)
+        self.report.add(self.prefix, decision)
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """Run x [T, hidden] through the experts of each token: [T, hidden]. vLLM runs shared experts."""
+        return layer.sparse_experts(x, topk_weights, topk_ids)
+
+    def _collect(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+        """Keep what is loaded, such as ("3.up_proj.bitmask", tensor), by module. vLLM calls it several times."""
+        if self._taken:
+            raise loaded_again(self.prefix)
+        for name, tensor in weights:
+            module, _, part = name.rpartition(".")
+            if part in self.reader.parts and module.partition(".")[0].isdecimal():
+                self._tensors.setdefault(module, {})[part] = tensor
+            else:
+                self._others.append((name, tensor))
+        return iter(())
+
+    def _unsupported(self, layer: Any, loaded: dict[str, LoadedWeight]) -> str | None:
+        """Return why this layer cannot run on any kernel; None where it can."""
+        moe = layer.moe_config
+        if self._others:
+            return f"its experts have {self._others[0][0]}, which is not packed"
+        if any(isinstance(item.weight, Tensor) for item in loaded.values()):
+            return "some of its experts are stored dense"
+        if layer.activation not in _GATES or layer.swiglu_limit is not None:
+            return f"experts with the activation {layer.activation.value} have no sparse kernel"
+        balanced = moe.moe_parallel_config.enable_eplb
+        if moe.has_bias or moe.is_lora_enabled or layer.apply_router_weight_on_input or balanced:
+            return (
+                "experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel"
             )
+        return None
 
-
-def check_complete(incomplete: dict[str, dict[str, Tensor]], format: str, prefix: str) -> None:
-    """Raise RacError if a module lacks a part."""
-    for module, parts in incomplete.items():
-        missing = next(part for part in PARTS[format] if part not in parts)
-        raise RacError(
-            f"{prefix}.{module}.{missing}: missing from the checkpoint; copy or save the checkpoint again"
+    def _pack(self, layer: Any, loaded: dict[str, LoadedWeight]) -> Decision:
+        """Decide for the rank's experts, and pack them into parameters of the layer if a kernel runs all."""
+        decisions, packable, sizes = [], [], []
+        for number in self._numbers(layer):
+            for share in self._shares(layer, loaded, number):
+                decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
+                if backend is None:
+                    return decision
+                decisions.append(decision)
+                packable.append((backend, share))
+                sizes.append(share.rows * share.columns)
+        layer.sparse_experts = PackedExperts(
+            self.prefix,
+            list(zip(packable[::2], packable[1::2], strict=True)),
+            _GATES[layer.activation],
+            self.dtype,
+            layer.expert_map_manager.expert_map,
         )
+        nbytes = sum(d.bytes_per_weight * n for d, n in zip(decisions, sizes, strict=True))
+        return replace(
+            decisions[0],
+            kernel=f"{decisions[0].kernel}, experts",
+            bytes_per_weight=nbytes / sum(sizes),
+        )
+
+    def _numbers(self, layer: Any) -> list[int]:
+        """Return this rank's experts by their numbers in the checkpoint, in the order of their local numbers."""
+        local = layer.expert_map_manager.expert_map
+        if local is None:
+            return list(range(layer.global_num_experts))
+        places = local.tolist()
+        return sorted(
+            (number for number, place in enumerate(places) if place >= 0),
+            key=lambda number: places[number],
+        )
+
+    def _shares(
+        self, layer: Any, loaded: dict[str, LoadedWeight], number: int
+    ) -> tuple[StoredWeight, StoredWeight]:
+        """Return this rank's rows of gate and up, stacked, and its columns of down."""
+        moe = layer.moe_config
+        wide, narrow = (
+            [moe.intermediate_size, moe.hidden_dim],
+            [moe.hidden_dim, moe.intermediate_size],
+        )
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        weights = []
+        for name, shape in zip(names, (wide, wide, narrow), strict=True):
+            item = loaded.get(f"{number}.{name}")
+            if item is None or not isinstance(item.weight, StoredWeight):
+                raise RacError(
+                    f"{self.prefix}.{number}.{name}: missing from the checkpoint; copy or save it "
+                    "again"
+                )
+            if list(item.shape) != shape:
+                raise RacError(
+                    f"{item.weight.name}: the checkpoint has a weight {list(item.shape)}, the "
+                    f"model's config.json has {shape}; they do not belong together"
+                )
+            weights.append(item.weight)
+        gate, up, down = weights
+        first = moe.tp_rank * self.width
+        rows = torch.arange(first, first + self.width)
+        both = stack([gate.select_rows(rows), up.select_rows(rows)], f"{self.prefix}.{number}")
+        return both, down.select_columns(first, self.width)
+
+    def _expand(self, layer: Any, loaded: dict[str, LoadedWeight]) -> None:
+        """Have vLLM's own method run the experts, dense: created now, with the sizes that it needs."""
+        method, moe = UnquantizedFusedMoEMethod(layer.moe_config), layer.moe_config
+        sizes = method.maybe_roundup_sizes(
+            layer.hidden_size,
+            moe.intermediate_size_per_partition,
+            moe.in_dtype,
+            moe.moe_parallel_config,
+        )
+        layer.hidden_size, layer.intermediate_size_per_partition = sizes
+        moe.hidden_dim, moe.intermediate_size_per_partition = sizes
+        layer._replace_quant_method(method)
+        with self.device:
+            method.create_weights(
+                layer, hidden_size=sizes[0], intermediate_size_per_partition=sizes[1], **self.sizes
+            )
+        dense = ((f"{name}.weight", item.dense(self.dtype)) for name, item in loaded.items())
+        for _ in self._load(chain(self._others, dense)):  # expands one expert at a time
+            pass
+        method.process_weights_after_loading(layer)

@@ -35,7 +35,7 @@ def _register() -> None:
             "this vLLM has its own method %s; the one of rac-modifier is not registered", METHOD
         )
         return
-    from rac_modifier.vllm_plugin.quant_config import OldNameConfig, RacSparseConfig
+    from rac_modifier.vllm_plugin.config import OldNameConfig, RacConfig
 
-    quantization.register_quantization_config(METHOD)(RacSparseConfig)
+    quantization.register_quantization_config(METHOD)(RacConfig)
     quantization.register_quantization_config(OLD_METHOD)(OldNameConfig)

@@ -1,11 +1,12 @@
-"""An output head or an embedding that is kept in 8 or 4 bits on a CPU: what rounded ones and those from a checkpoint share.
+"""A head or an embedding that a checkpoint stores in 8 or 4 bits, on the CPU kernels.
 
-A head is multiplied by the int8 or int4 kernel, and an embedding looks rows up in the same packed form. Where both are tied,
-they share one copy.
+A head is multiplied by the int8 or int4 kernel, and an embedding looks rows up in the same packed
+form. Where both are tied, they share one copy.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,35 +16,39 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight
+from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, stack
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.cpu.lookup import lookup
-from rac_modifier.kernels.interface import Backend
-from rac_modifier.vllm_plugin.packed_weight import PackedWeight
+from rac_modifier.kernels.interface import Layer
+from rac_modifier.vllm_plugin.linear import PackedWeight
+from rac_modifier.vllm_plugin.readers import WeightReader
+from rac_modifier.vllm_plugin.shards import Shards
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class VocabularyMethod(QuantizeMethodBase):
-    """The method of one head or embedding. Where there is no kernel, vLLM's own method runs it in floats."""
+    """The method of a head in floats that may be tied to an embedding in 8 or 4 bits."""
 
     def __init__(self) -> None:
-        self.plain = UnquantizedEmbeddingMethod()
+        self.floats = UnquantizedEmbeddingMethod()
         self.packed: PackedWeight | None = None
         self.tied: torch.nn.Module | None = None  # the embedding that a head is tied to
 
     def create_weights(
         self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any
     ) -> None:
-        """As for a weight in floats."""
-        self.plain.create_weights(layer, *weight_args, **extra_weight_attrs)
+        """Create a weight in floats."""
+        self.floats.create_weights(layer, *weight_args, **extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Of a head that is stored in floats: share the packed weight of the embedding that it is tied to, if it has one."""
+        """Share the packed weight of the tied embedding, if it has one."""
         if not self.shares(layer):
-            self.keep_plain(layer)
+            self.keep_floats(layer)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
-        """Tie a head to an embedding; where that is kept in 8 or 4 bits, when both have been loaded."""
+        """Tie a head to an embedding. A packed weight is shared after both have been loaded."""
         self.tied = embed_tokens
         if hasattr(embed_tokens, "weight"):
             layer.weight = embed_tokens.weight
@@ -61,34 +66,100 @@ class VocabularyMethod(QuantizeMethodBase):
         self.packed = method.packed
         return True
 
-    def keep_packed(
-        self, layer: torch.nn.Module, backend: Backend, stored: StoredWeight, dtype: torch.dtype
-    ) -> None:
-        """Pack a weight for the kernels; a float weight of the layer is dropped."""
-        if hasattr(layer, "weight"):
-            del layer.weight
-        self.packed = PackedWeight(layer, backend, stored, dtype)
-
-    def keep_plain(self, layer: torch.nn.Module, weight: Tensor | None = None) -> None:
-        """Leave the weight to vLLM's method, in floats: this one, that of the tied embedding, or the layer's own."""
+    def keep_floats(self, layer: torch.nn.Module, weight: Tensor | None = None) -> None:
+        """Leave the weight to vLLM's method: `weight`, the tied embedding's, or the layer's own."""
         if weight is not None:
             layer.register_parameter("weight", Parameter(weight, requires_grad=False))
         elif self.tied is not None:
             layer.weight = self.tied.weight
-        self.plain.process_weights_after_loading(layer)
+        self.floats.process_weights_after_loading(layer)
 
-    def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits of x [..., K]."""
-        return self._apply(layer, *args, **kwargs)
-
-    def _apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the logits of x [..., K]."""
         if self.packed is None:
-            return self.plain.apply(layer, x, bias)
+            return self.floats.apply(layer, x, bias)
         return self.packed.linear(layer, x, bias)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        """The rows of these ids: [..., K]."""
+        """Return the rows of these ids: [..., K]."""
         if self.packed is None:
-            return self.plain.embedding(layer, input_)
-        packed = {name: getattr(layer, name) for name in self.packed.names}
+            return self.floats.embedding(layer, input_)
+        packed = self.packed.parameters(layer)
         return lookup(input_, packed, self.packed.rows, self.packed.columns, layer.params_dtype)
+
+
+class StoredMethod(VocabularyMethod):
+    """Collects the tensors on disk of one head or embedding, and packs this rank's rows, or expands them to floats."""
+
+    def __init__(self, prefix: str, reader: WeightReader) -> None:
+        super().__init__()
+        self.shards = Shards(prefix, [prefix], reader)
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the parameters that collect the tensors."""
+        self.rows, self.columns, self.dtype = sum(output_partition_sizes), input_size, params_dtype
+        self.device = torch.empty(0).device  # vLLM sets the default device
+        self.shards.register(layer, params_dtype)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was collected, then keep it packed; without a kernel, in floats.
+
+        Raises:
+            RacError: a damaged or missing tensor, or a shape that is not the model's.
+        """
+        name = self.shards.prefix
+        loaded = self.shards.take(layer)
+        if not loaded and self.tied is not None:  # only the embedding is on disk
+            super().process_weights_after_loading(layer)
+            return
+        if not loaded:
+            raise RacError(f"{name}: the checkpoint lacks its weight; copy or save it again")
+        (weight,) = loaded.values()
+        if weight.shape != (layer.org_vocab_size, self.columns):
+            raise RacError(
+                f"{name}: the checkpoint has a weight {list(weight.shape)}, the model's config.json "
+                f"has [{layer.org_vocab_size}, {self.columns}]; they do not belong together"
+            )
+        shard = layer.shard_indices
+        rows = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
+        if isinstance(weight.weight, Tensor) or weight.order is not None:
+            floats = weight.dense(self.dtype)[rows]
+            padding = (0, 0, 0, self.rows - len(floats))
+            self.keep_floats(layer, torch.nn.functional.pad(floats, padding).to(self.device))
+            return
+        share = weight.weight.select_rows(torch.arange(rows.start, rows.stop))
+        share = _padded(share, self.rows)
+        decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
+        if backend is None:
+            self.keep_floats(layer, share.dequantized(self.dtype).to(self.device))
+        else:
+            self.packed = PackedWeight(layer, backend, share, self.dtype)
+        logger.info(
+            "%s: int%d %s from the checkpoint: %s",
+            *(name, share.bits, list(weight.shape), decision.reason),
+        )
+
+
+def _padded(weight: StoredWeight, rows: int) -> StoredWeight:
+    """Append rows of zeros, as vLLM pads a vocabulary."""
+    missing = rows - weight.rows
+    if missing < 1:
+        return weight
+    assert weight.scale is not None
+    zeros = weight.zeros
+    padding = replace(
+        all_stored(torch.zeros(missing, weight.columns, dtype=weight.values.dtype), weight.name),
+        scale=torch.ones(missing, weight.scale.shape[1]),
+        bits=weight.bits,
+        zeros=None if zeros is None else torch.full_like(zeros[:1], 8).repeat(missing, 1),
+    )
+    return stack([weight, padding], weight.name)

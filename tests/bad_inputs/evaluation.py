@@ -168,17 +168,3 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     b.monkeypatch.setenv("RAC_VLLM", "false")
     b.rac("eval", b.folder, "--serve", "--problems", "2")
-
-
-CASES += [
-    Case(
-        "`rac head --bits` of another width",
-        "--bits 3: a head can be rounded to 8 or 4 bits",
-        lambda b: b.rac("head", b.folder, "--bits", "3"),
-    ),
-    Case(
-        "`rac head --traces` with an option for sampling",
-        "--cap is for sampling and has no effect on stored traces",
-        lambda b: b.rac("head", b.folder, "--traces", b.store, "--cap", "9"),
-    ),
-]

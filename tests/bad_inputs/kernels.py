@@ -219,7 +219,7 @@ def gptq(
     symmetric: bool = True, bits: int = 4, reordered: bool = False, **changes: Tensor | None
 ) -> None:
     """Read a GPTQ weight [32, 64] in groups of 32 columns, with some of its parts replaced; None: left out."""
-    from rac_modifier.checkpoint.gptq_awq import check_gptq
+    from rac_modifier.checkpoint.gptq_awq import GptqEntries, check_gptq
 
     parts: dict[str, Tensor | None] = {
         "qweight": torch.zeros(2 * bits, 32, dtype=torch.int32),
@@ -227,7 +227,8 @@ def gptq(
         "scales": torch.ones(2, 32),
     }
     tensors = {part: tensor for part, tensor in (parts | changes).items() if tensor is not None}
-    check_gptq(tensors, "model.layers.0.mlp.up_proj", bits, 32, symmetric, "gptq", reordered)
+    entries = {"bits": bits, "group_size": 32, "sym": symmetric, "desc_act": reordered}
+    check_gptq(tensors, "model.layers.0.mlp.up_proj", GptqEntries.of(entries))
 
 
 @CASES.case("a GPTQ weight that lacks a part", "up_proj.scales: missing from the checkpoint")
@@ -237,7 +238,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "a GPTQ weight in other groups than config.json has",
-    "but its 32 rows in 2 groups have [2, 32]; restore",
+    "but a weight of this size and config.json's groups have [2, 32]; restore",
 )
 def _(b: Bench) -> None:
     gptq(scales=torch.ones(4, 32))
@@ -245,7 +246,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "GPTQ zero points of fewer rows than the weight",
-    "32 rows and 64 columns in 2 groups has [2, 4]; restore",
+    "but a weight of this size and config.json's groups have [2, 4]; restore",
 )
 def _(b: Bench) -> None:
     gptq(qzeros=torch.zeros(2, 3, dtype=torch.int32))
@@ -285,10 +286,11 @@ def _(b: Bench) -> None:
     "not all 8, but config.json says zero_point: false; restore",
 )
 def _(b: Bench) -> None:
-    from rac_modifier.checkpoint.gptq_awq import check_awq
+    from rac_modifier.checkpoint.gptq_awq import AwqEntries, check_awq
 
     words = {
         "qweight": torch.zeros(64, 4, dtype=torch.int32),
         "qzeros": torch.zeros(2, 4, dtype=torch.int32),
     }
-    check_awq({**words, "scales": torch.ones(2, 32)}, "model.layers.0.mlp.up_proj", 32, True)
+    entries = AwqEntries.of({"bits": 4, "group_size": 32, "zero_point": False})
+    check_awq({**words, "scales": torch.ones(2, 32)}, "model.layers.0.mlp.up_proj", entries)

@@ -5,24 +5,45 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rac_modifier.checkpoint.gptq_awq import Ordered, check_awq, check_gptq
+from rac_modifier.checkpoint.gptq_awq import AwqEntries, GptqEntries, check_awq, check_gptq
+from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from tests.checkpoint.gptq_awq_tensors import Rounded, awq, drawn, gptq, minus_one, words
 
+Tensors = dict[str, torch.Tensor]
 
-def read(
-    tensors: dict[str, torch.Tensor],
-    weight: Rounded,
+
+def read_gptq(
+    tensors: Tensors,
+    bits: int,
     group: int | None,
     symmetric: bool,
-    version: int,
-) -> Ordered:
-    return check_gptq(
-        tensors, "m", weight.bits, group, symmetric, "gptq" if version == 1 else "gptq_v2"
-    )
+    version: int = 1,
+    **more: object,
+) -> tuple[StoredWeight, torch.Tensor | None]:
+    """The weight of module "m" in a checkpoint with these entries."""
+    entries = {
+        "bits": bits,
+        "group_size": group or -1,
+        "sym": symmetric,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        **more,
+    }
+    return check_gptq(tensors, "m", GptqEntries.of(entries))
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
+def read(
+    tensors: Tensors, weight: Rounded, group: int | None, symmetric: bool, version: int
+) -> tuple[StoredWeight, torch.Tensor | None]:
+    return read_gptq(tensors, weight.bits, group, symmetric, version)
+
+
+def read_awq(tensors: Tensors, group: int | None, symmetric: bool) -> StoredWeight:
+    entries = {"bits": 4, "group_size": group or -1, "zero_point": not symmetric}
+    return check_awq(tensors, "m", AwqEntries.of(entries))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
@@ -36,6 +57,12 @@ def test_a_gptq_weight_is_that_of_its_codes(rows, columns, group, symmetric, ver
         with pytest.raises(
             RacError,
             match=r"^m\.qzeros: .* format gptq have two meanings.*save the model in format gptq_v2",
+        ):
+            read(tensors, weight, group, symmetric, version)
+        return
+    if bits == 8 and not symmetric:
+        with pytest.raises(
+            RacError, match=r"^m\.qzeros: asymmetric weights of 8 bits have no kernel"
         ):
             read(tensors, weight, group, symmetric, version)
         return
@@ -64,8 +91,8 @@ def test_a_gptq_weight_is_that_of_its_codes(rows, columns, group, symmetric, ver
 )
 def test_an_awq_weight_is_that_of_its_codes(rows, columns, group, symmetric):
     weight = drawn(rows, columns, group, symmetric, least=0)
-    found, order = check_awq(awq(weight), "m", group, symmetric)
-    assert (found.rows, found.columns, found.bits, order) == (rows, columns, 4, None)
+    found = read_awq(awq(weight), group, symmetric)
+    assert (found.rows, found.columns, found.bits) == (rows, columns, 4)
     assert (found.zeros is None) == symmetric
     torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
 
@@ -79,14 +106,14 @@ def test_the_order_of_codes_in_a_word():
         "qzeros": middle,
         "scales": scales,
     }
-    found, _ = check_gptq(along_columns, "m", 4, None, True, "gptq_v2")
+    found, _ = read_gptq(along_columns, 4, None, True, 2)
     assert found.dense().tolist() == [[-8, -7, -6, -5, -4, -3, -2, -1]] * 8
     along_rows = {
         "qweight": torch.tensor([[0x75316420]], dtype=torch.int32),
         "qzeros": middle,
         "scales": scales,
     }
-    found, _ = check_awq(along_rows, "m", None, True)
+    found = read_awq(along_rows, None, True)
     assert found.dense().tolist() == [[-8], [-7], [-6], [-5], [-4], [-3], [-2], [-1]]
 
 
@@ -97,7 +124,7 @@ def test_codes_of_zero_of_0_in_format_1(bits):
     assert bool((weight.zeros == 0).any())
     assert not torch.equal(gptq(weight)["qzeros"], words((weight.zeros.T - 1) % (1 << bits), bits))
     torch.testing.assert_close(
-        read(gptq(weight), weight, 32, False, 1).weight.dequantized(torch.float32),
+        read(gptq(weight), weight, 32, False, 1)[0].dequantized(torch.float32),
         weight.meant,
         rtol=0,
         atol=0,
@@ -144,9 +171,9 @@ def test_reordered_columns(bits, index):
     )
     del tensors["g_idx"]
     with pytest.raises(RacError, match=r"^m\.g_idx: missing"):
-        check_gptq(tensors, "m", bits, 32, False, "gptq_v2", reordered=True)
+        read_gptq(tensors, bits, 32, False, 2, desc_act=True)
     assert (
-        read(tensors, weight, 32, False, 2).order is None
+        read(tensors, weight, 32, False, 2)[1] is None
     )  # old writers have none where nothing is reordered
 
 
@@ -166,11 +193,11 @@ GPTQ_DAMAGE = [
     ),
     (
         {"qweight": torch.zeros(12, 32, dtype=torch.int32)},
-        r"scales: shape \[2, 32\], but its 32 rows in 3 groups have \[3, 32\]",
+        r"scales: shape \[2, 32\], but .* groups have \[3, 32\]",
     ),
     (
         {"qweight": torch.zeros(8, 40, dtype=torch.int32)},
-        r"scales: shape \[2, 32\], but its 40 rows",
+        r"scales: shape \[2, 32\], but .* have \[2, 40\]",
     ),
     ({"scales": torch.ones(2, 32, dtype=torch.int32)}, "scales: torch.int32, or not finite"),
     ({"scales": torch.full((2, 32), float("inf"))}, "scales: torch.float32, or not finite"),
@@ -178,7 +205,7 @@ GPTQ_DAMAGE = [
     ({"scales": torch.ones(32, 2)}, r"scales: shape \[32, 2\]"),
     (
         {"qzeros": torch.zeros(2, 3, dtype=torch.int32)},
-        r"qzeros: shape \[2, 3\], but a weight of 32 rows and 64 .* \[2, 4\]",
+        r"qzeros: shape \[2, 3\], but .* have \[2, 4\]",
     ),
     ({"qzeros": torch.zeros(4, 2, dtype=torch.int32)}, r"qzeros: shape \[4, 2\]"),
     ({"qzeros": torch.zeros(2, 4, dtype=torch.int64)}, "qzeros: torch.int64"),
@@ -201,14 +228,7 @@ GPTQ_DAMAGE = [
 def test_damaged_parts_of_gptq(change, message, symmetric):
     tensors = {**gptq(drawn(32, 64, 32, symmetric)), **change}
     with pytest.raises(RacError, match=f"^m.{message}"):
-        check_gptq(
-            {part: tensor for part, tensor in tensors.items() if tensor is not None},
-            "m",
-            4,
-            32,
-            symmetric,
-            "gptq",
-        )
+        read_gptq({k: v for k, v in tensors.items() if v is not None}, 4, 32, symmetric)
 
 
 AWQ_DAMAGE = [
@@ -219,12 +239,12 @@ AWQ_DAMAGE = [
     ),
     (
         {"qweight": torch.zeros(64, 5, dtype=torch.int32)},
-        r"scales: shape \[2, 32\], but its 40 rows in 2 groups",
+        r"scales: shape \[2, 32\], but .* have \[2, 40\]",
     ),
     ({"scales": torch.full((2, 32), float("nan"))}, "scales: torch.float32, or not finite"),
     (
         {"qzeros": torch.zeros(2, 3, dtype=torch.int32)},
-        r"qzeros: shape \[2, 3\], but .* has \[2, 4\]",
+        r"qzeros: shape \[2, 3\], but .* have \[2, 4\]",
     ),
     ({"g_idx": torch.zeros(64, dtype=torch.int32)}, "g_idx: AWQ does not reorder columns"),
 ]
@@ -235,19 +255,14 @@ AWQ_DAMAGE = [
 def test_damaged_parts_of_awq(change, message, symmetric):
     tensors = {**awq(drawn(32, 64, 32, symmetric)), **change}
     with pytest.raises(RacError, match=f"^m.{message}"):
-        check_awq(
-            {part: tensor for part, tensor in tensors.items() if tensor is not None},
-            "m",
-            32,
-            symmetric,
-        )
+        read_awq({k: v for k, v in tensors.items() if v is not None}, 32, symmetric)
 
 
 def test_awq_with_zero_points_that_config_json_does_not_have():
     with pytest.raises(
         RacError, match=r"^m\.qzeros: not all 8, but config\.json says zero_point: false; restore"
     ):
-        check_awq(awq(drawn(32, 64, 32, False)), "m", 32, True)
+        read_awq(awq(drawn(32, 64, 32, False)), 32, True)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -255,9 +270,7 @@ def test_3_bits_need_whole_words(rows):
     with pytest.raises(
         RacError, match=rf"^m\.qweight: {rows} words per row hold no whole number of 3-bit codes"
     ):
-        check_gptq(
-            {"qweight": torch.zeros(rows, 32, dtype=torch.int32)}, "m", 3, None, True, "gptq"
-        )
+        read_gptq({"qweight": torch.zeros(rows, 32, dtype=torch.int32)}, 3, None, True)
 
 
 CHANGES = {
@@ -287,3 +300,116 @@ def test_parts_of_another_shape_are_refused_by_name(bits, part, change):
         RacError, match=r"^m\.(qweight|qzeros|scales|g_idx): .*(copy|restore|save|damaged)"
     ):
         read(tensors, weight, 32, False, 2)
+
+
+GPTQ = {"bits": 4, "group_size": 32, "sym": True}
+AWQ = {"bits": 4, "group_size": 32, "zero_point": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"bits": 5},
+            r"bits is 5 \(Input should be 2, 3, 4 or 8\); leave out --quantization rac, or",
+        ),
+        ({"bits": "4"}, "bits is '4'"),
+        ({"bits": True}, "bits is True"),
+        ({"bits": None}, "bits is None"),
+        ({"group_size": 0}, "group_size is 0 .*a number of columns, or -1 for one scale per row"),
+        ({"group_size": -128}, "group_size is -128"),
+        ({"sym": 1}, "sym is 1"),
+        ({"dynamic": ["a"]}, "dynamic is"),
+        ({"dynamic": {"a": 8}}, "dynamic.a is 8"),
+        ({"dynamic": {"a": {"bits": 16}}}, "dynamic.a.bits is 16"),
+        ({"dynamic": {"a": {"group_size": 0}}}, "dynamic.a.group_size is 0"),
+        ({"dynamic": {"+:(": {}}}, "dynamic is .* is no pattern"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        ({"format": 2}, "format is 2"),
+        ({"is_marlin_format": True}, "is_marlin_format is True"),
+    ],
+)
+def test_malformed_gptq_entries(changes, message):
+    with pytest.raises(RacError, match=rf"^config.json: quantization_config.{message}"):
+        GptqEntries.of({**GPTQ, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 8}, "bits is 8"),
+        ({"group_size": 0}, "group_size is 0"),
+        ({"zero_point": "yes"}, "zero_point is 'yes'"),
+        ({"version": "gemv_fast"}, "version is 'gemv_fast' .*only words of version gemm are read"),
+        ({"backend": "llm-awq"}, "backend is 'llm-awq' .*only words of version gemm are read"),
+    ],
+)
+def test_malformed_awq_entries(changes, message):
+    with pytest.raises(RacError, match=rf"^config.json: quantization_config.\w*{message}"):
+        AwqEntries.of({**AWQ, **changes})
+
+
+def test_entries_that_are_missing_and_those_of_other_writers():
+    for name in GPTQ:
+        with pytest.raises(RacError, match=rf"quantization_config\.{name} is missing"):
+            GptqEntries.of({key: value for key, value in GPTQ.items() if key != name})
+    old = GptqEntries.of({**GPTQ, "dynamic": None, "desc_act": None, "lm_head": None})
+    assert (old.checkpoint_format, old.of_module("m")) == ("gptq", old)
+    other = AwqEntries.of({"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"})
+    assert (other.bits, other.group_size) == (4, 64)
+
+
+def test_the_first_dynamic_rule_that_matches_counts():
+    rules = {
+        r"-:.*\.o$": {},
+        r"+:.*\.down": {"bits": 3, "group_size": 96, "sym": False},
+        r".*\.(q|down)$": {"bits": 2, "group_size": -1, "desc_act": True},
+    }
+    entries = GptqEntries.of({**GPTQ, "dynamic": rules})
+    found = {name: entries.of_module(name) for name in ("a.o", "a.down", "a.q")}
+    assert {n: (e.bits, e.group_size, e.sym, e.desc_act) for n, e in found.items()} == {
+        "a.o": (4, 32, True, None),
+        "a.down": (3, 96, False, None),
+        "a.q": (2, -1, True, True),
+    }
+
+
+def linear_of(weight: Rounded) -> torch.nn.Linear:
+    linear = torch.nn.Linear(weight.codes.shape[1], weight.codes.shape[0], bias=False)
+    linear.weight.data = weight.meant
+    return linear
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_gptq_weight_that_auto_round_packed(bits, group, symmetric):
+    """Packed by another project's writer, format auto_gptq."""
+    writer = pytest.importorskip("auto_round_extension.torch.qlinear_torch_zp")
+    weight = drawn(64, 96, group, symmetric, bits)
+    layer = writer.QuantLinear(bits, group, 96, 64, False, g_idx=True)
+    zeros = 1 << (bits - 1) if symmetric else weight.zeros.float()
+    layer.pack(linear_of(weight), weight.scale, zeros, None, "cpu")
+    tensors = {part: getattr(layer, part) for part in ("qweight", "qzeros", "scales")}
+    if bits == 8 and not symmetric:
+        with pytest.raises(RacError, match="have no kernel"):
+            read_gptq(tensors, bits, group, symmetric)
+        return
+    found, order = read_gptq(tensors, bits, group, symmetric)
+    assert order is None
+    torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 96])
+def test_an_awq_weight_that_auto_round_packed(group, symmetric):
+    """Packed by another project's writer, format auto_awq."""
+    writer = pytest.importorskip("auto_round.export.export_to_awq.utils")
+    weight = drawn(64, 96, group, symmetric, least=0)
+    zeros = 8 if symmetric else weight.zeros.T.contiguous()
+    layer = writer.WQLinear_GEMM.from_linear(
+        linear_of(weight), 4, group, scales=weight.scale.T.contiguous(), zeros=zeros, device="cpu"
+    )
+    tensors = {part: getattr(layer, part) for part in ("qweight", "qzeros", "scales")}
+    found = read_awq(tensors, group, symmetric)
+    torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)

@@ -7,13 +7,9 @@ import torch
 
 from rac_modifier.checkpoint import round_to_nearest
 from rac_modifier.checkpoint.round_to_nearest import (
-    head_group,
     quantize_groups,
     quantize_rows,
-    relative_error,
-    round_head,
 )
-from rac_modifier.errors import RacError
 
 
 def test_rows_get_the_scale_of_their_largest_weight() -> None:
@@ -71,34 +67,3 @@ def test_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
-
-
-def test_a_head_of_four_bits_has_the_widest_groups_that_divide_its_columns() -> None:
-    assert [head_group(columns, 4) for columns in (256, 192, 96)] == [128, 64, 32]
-    assert head_group(120, 8) == 120
-    with pytest.raises(
-        RacError, match=r"the head has 120 columns, no multiple of 32, .*; use int8"
-    ):
-        head_group(120, 4)
-
-
-def test_a_rounded_head_and_its_error() -> None:
-    weight = torch.randn(6, 96)
-    values, scales = round_head(weight, 4)
-    expected = quantize_groups(weight, 32)
-    assert torch.equal(values, expected[0])
-    assert torch.equal(scales, expected[1])
-    assert torch.equal(round_head(weight, 8)[0], quantize_rows(weight)[0])
-    rounded = (values.view(6, 3, 32) * scales[:, :, None]).view(6, 96)
-    assert relative_error(weight, values, scales) == pytest.approx(
-        float((rounded - weight).norm() / weight.norm())
-    )
-    assert relative_error(rounded, values, scales) == 0.0
-
-
-@pytest.mark.parametrize(("rows", "error"), [(4096, 0.5**0.5), (4097, 0.0)])
-def test_the_error_is_of_every_row_up_to_4096_and_of_every_second_one_beyond(
-    rows: int, error: float
-) -> None:
-    values = (torch.arange(rows)[:, None] % 2 == 0).to(torch.int8)  # every odd row is wrong
-    assert relative_error(torch.ones(rows, 1), values, torch.ones(rows, 1)) == pytest.approx(error)

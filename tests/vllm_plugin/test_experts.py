@@ -1,113 +1,336 @@
-"""Packed experts are expanded in the stream of weights that vLLM loads."""
+"""Packed experts: each is run on the tokens routed to it, against one token and one expert at a time in float64."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.checkpoint.test_stored_weight import random_weight
-from tests.vllm_plugin.vllm_fixtures import needs_vllm
+from tests.kernels import fake_backend
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, quantize, without_kernels
 
 needs_vllm()
 
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noqa: E402
+
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
+from rac_modifier.checkpoint.stored_weight import from_dense  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.kernels.interface import stay_dense  # noqa: E402
+from rac_modifier.kernels import cpu  # noqa: E402
+from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
+from rac_modifier.kernels.cpu.support import support  # noqa: E402
 from rac_modifier.vllm_plugin import experts  # noqa: E402
-from rac_modifier.vllm_plugin.experts import check_complete, expand_experts, expanded  # noqa: E402
-from rac_modifier.vllm_plugin.sparse_layers import SparseLayers  # noqa: E402
-from rac_modifier.vllm_plugin.summary import Summary  # noqa: E402
+from rac_modifier.vllm_plugin.experts import PackedExperts, RacExpertsMethod  # noqa: E402
+from rac_modifier.vllm_plugin.load_report import LoadReport  # noqa: E402
+from rac_modifier.vllm_plugin.readers import BitmaskReader  # noqa: E402
 
-UP, DOWN = random_weight(8, 16, 0, True), random_weight(16, 8, 1, True)
-
-
-def stream(format: str) -> list[tuple[str, torch.Tensor]]:
-    """Two packed experts, whose parts are mixed, and another tensor."""
-    up, down = pack(UP, format, "0.up"), pack(DOWN, format, "0.down")
-    parts = [(f"0.up.{part}", up[part]) for part in up] + [
-        (f"0.down.{part}", down[part]) for part in down
-    ]
-    return [
-        *sorted(parts, key=lambda named: named[0].rpartition(".")[2]),
-        ("gate.bias", torch.ones(3)),
-    ]
+EXPERTS, HIDDEN, WIDTH, CHOSEN = 5, 64, 96, 2
+NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
-def test_weights_take_the_place_of_their_parts(format):
-    incomplete: dict = {}
-    found = dict(expanded(stream(format), format, "experts", incomplete))
-    assert found.keys() == {"0.up.weight", "0.down.weight", "gate.bias"}
-    assert torch.equal(found["0.up.weight"], UP)
-    assert torch.equal(found["0.down.weight"], DOWN)
-    check_complete(incomplete, format, "experts")
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    if support().isa is None:
+        pytest.skip(support().reason)
 
 
-def test_parts_may_come_in_several_calls():
-    incomplete: dict = {}
-    named = stream(FORMAT_24)
-    found = dict(expanded(named[:3], FORMAT_24, "experts", incomplete))
-    with pytest.raises(RacError, match=r"^experts\.0\.\w+\.\w+: missing from the checkpoint"):
-        check_complete(incomplete, FORMAT_24, "experts")
-    found |= dict(expanded(named[3:], FORMAT_24, "experts", incomplete))
-    assert torch.equal(found["0.down.weight"], DOWN)
-    check_complete(incomplete, FORMAT_24, "experts")
+class FakeLayer(torch.nn.Module):
+    """What vLLM's layer of experts has that the method reads."""
 
-
-def test_a_damaged_expert_is_named():
-    named = [
-        (name, -tensor if name == "0.up.shape" else tensor) for name, tensor in stream(FORMAT_24)
-    ]
-    with pytest.raises(RacError, match=r"^experts\.0\.up\.\w+: .*damaged"):
-        list(expanded(named, FORMAT_24, "experts", {}))
-
-
-def test_the_layer_loads_weights_and_is_checked_at_the_end():
-    got: dict[str, torch.Tensor] = {}
-    finished: list[object] = []
-    layer = SimpleNamespace(load_weights=lambda weights: got.update(weights))
-    inner = SimpleNamespace(process_weights_after_loading=finished.append)
-    summary = Summary()
-    layers = SparseLayers(FORMAT_24, ("Linear",))
-    assert expand_experts(layer, "experts", layers, inner, summary) is inner
-    layer.load_weights(stream(FORMAT_24)[:2])
-    with pytest.raises(RacError, match="missing from the checkpoint"):
-        inner.process_weights_after_loading(layer)
-    layer.load_weights(stream(FORMAT_24)[2:])
-    inner.process_weights_after_loading(layer)
-    assert finished == [layer]
-    assert torch.equal(got["0.up.weight"], UP)
-    assert summary.decisions["experts"].reason.startswith(
-        "dense because experts have no sparse kernel"
-    )
-
-
-def test_the_summary_is_logged_when_all_layers_are_decided(monkeypatch):
-    """Also where the packed experts are the last of them, or the only ones."""
-    logged: list[str] = []
-    monkeypatch.setattr(
-        experts.logger, "info", lambda template, text: logged.append(template % text)
-    )
-    summary = Summary()
-    summary.expect()  # a linear layer
-    layers = [SimpleNamespace(load_weights=lambda weights: None) for _ in range(2)]
-    methods = [SimpleNamespace(process_weights_after_loading=lambda layer: None) for _ in range(2)]
-    for number, (layer, method) in enumerate(zip(layers, methods, strict=True)):
-        expand_experts(
-            layer, f"{number}.experts", SparseLayers(FORMAT_24, ("Linear",)), method, summary
+    def __init__(
+        self, rank: int = 0, size: int = 1, local: list[int] | None = None, **changes: Any
+    ) -> None:
+        super().__init__()
+        self.moe_config = SimpleNamespace(
+            hidden_dim=HIDDEN,
+            intermediate_size=WIDTH,
+            intermediate_size_per_partition=WIDTH // size,
+            tp_rank=rank,
+            in_dtype=torch.float32,
+            has_bias=False,
+            is_lora_enabled=False,
+            moe_parallel_config=SimpleNamespace(enable_eplb=False),
         )
-    assert summary.add("0.attention", stay_dense("a reason", torch.bfloat16)) is None
-    methods[0].process_weights_after_loading(layers[0])
-    assert logged == []
-    methods[1].process_weights_after_loading(layers[1])
-    assert len(logged) == 1
-    assert "0 of 3 pruned layers run on a sparse kernel" in logged[0]
-    assert "on this device: expanded at load: 2 layers, such as 0.experts" in logged[0]
+        self.global_num_experts, self.hidden_size = EXPERTS, HIDDEN
+        self.expert_map_manager = SimpleNamespace(
+            expert_map=None if local is None else torch.tensor(local)
+        )
+        self.ckpt_gate_proj_name, self.ckpt_up_proj_name, self.ckpt_down_proj_name = NAMES
+        self.activation, self.swiglu_limit, self.apply_router_weight_on_input = (
+            MoEActivation.SILU,
+            None,
+            False,
+        )
+        self.loaded: dict[str, torch.Tensor] = {}
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def load_weights(self, weights: Any) -> Any:
+        for name, tensor in weights:
+            self.loaded[name] = tensor
+            yield name
+
+    def _replace_quant_method(self, method: Any) -> None:
+        self.quant_method = method
 
 
-def test_experts_that_are_stored_dense_are_vllms():
-    layers = SparseLayers(None, ("a",))
-    inner = SimpleNamespace()
-    assert expand_experts(SimpleNamespace(), "experts", layers, inner, Summary()) is inner
+def weights_of(two_of_four: bool = False) -> dict[str, torch.Tensor]:
+    shapes = {
+        "gate_proj": (WIDTH, HIDDEN),
+        "up_proj": (WIDTH, HIDDEN),
+        "down_proj": (HIDDEN, WIDTH),
+    }
+    return {
+        f"{expert}.{name}": random_weight(*shapes[name], 3 * expert + place, two_of_four)
+        for expert in range(EXPERTS)
+        for place, name in enumerate(NAMES)
+    }
+
+
+def method_of(
+    layer: Any, format: str, quantized: bool = False, size: int = 1, count: int = EXPERTS
+) -> RacExpertsMethod:
+    method = RacExpertsMethod(layer, "a.experts", BitmaskReader(format, quantized), LoadReport())
+    method.create_weights(layer, count, HIDDEN, WIDTH // size, torch.float32, weight_loader=None)
+    return method
+
+
+def load(layer: Any, weights: dict[str, torch.Tensor], format: str) -> None:
+    """In two calls, as vLLM does for each file, with the parts mixed."""
+    named = [
+        (f"{name}.{part}", t)
+        for name, w in weights.items()
+        for part, t in pack(w, format, name).items()
+    ]
+    named.sort(key=lambda pair: pair[0].rpartition(".")[2])
+    assert [*layer.load_weights(named[:20])] == []
+    assert [*layer.load_weights(named[20:])] == []
+
+
+def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, weights that sum to one, and distinct experts of each token; expert 3 gets none."""
+    ids = torch.stack(
+        [torch.tensor([0, 1, 2, 4])[torch.randperm(4)[:CHOSEN]] for _ in range(tokens)]
+    )
+    return torch.randn(tokens, HIDDEN), torch.rand(tokens, CHOSEN).softmax(1), ids.int()
+
+
+def one_at_a_time(
+    weights: dict[str, torch.Tensor], x: torch.Tensor, shares: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(len(x)):
+        for place in range(CHOSEN):
+            expert, input_ = int(ids[token, place]), x[token].double()
+            gate = weights[f"{expert}.gate_proj"].double() @ input_
+            up = weights[f"{expert}.up_proj"].double() @ input_
+            gated = gate / (1 + torch.exp(-gate)) * up
+            out[token] += float(shares[token, place]) * (
+                weights[f"{expert}.down_proj"].double() @ gated
+            )
+    return out
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
+def test_tokens_go_through_their_experts(format, tokens):
+    layer, weights = FakeLayer(), weights_of(format == FORMAT_24)
+    method = method_of(layer, format)
+    load(layer, weights, format)
+    method.process_weights_after_loading(layer)
+    decision = method.report.decisions["a.experts"]
+    assert decision.sparse
+    assert decision.kernel.endswith(", experts")
+    names = [name for name, _ in layer.named_parameters()]
+    assert len(names) == 2 * EXPERTS  # no dense copy beside them
+    assert all("weight_packed" in name for name in names)
+    x, shares, ids = routed(tokens)
+    found = method.apply(layer, x, shares, ids)
+    torch.testing.assert_close(
+        found.double(), one_at_a_time(weights, x, shares, ids), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_experts_with_their_scales(scheme):
+    layer, meant, named = FakeLayer(), {}, []
+    for name, weight in weights_of().items():
+        values, scale = quantize(weight, scheme)
+        meant[name] = values.float() * scale.repeat_interleave(
+            weight.shape[1] // scale.shape[1], dim=1
+        )
+        parts = {
+            **pack(values, FORMAT_BITMASK, name, bits=4 if scheme == "int4" else None),
+            "weight_scale": scale,
+        }
+        named += [(f"{name}.{part}", tensor) for part, tensor in parts.items()]
+    method = method_of(layer, FORMAT_BITMASK, quantized=True)
+    [*layer.load_weights(named)]
+    method.process_weights_after_loading(layer)
+    assert f"{scheme} kernel" in method.report.decisions["a.experts"].kernel
+    x, shares, ids = routed(6)
+    found = method.apply(layer, x, shares, ids)
+    torch.testing.assert_close(
+        found.double(), one_at_a_time(meant, x, shares, ids), rtol=1e-2, atol=1e-2
+    )
+
+
+def test_the_ranks_of_a_tensor_parallel_layer_sum_to_the_whole():
+    weights, total = weights_of(), torch.zeros(4, HIDDEN, dtype=torch.float64)
+    x, shares, ids = routed(4)
+    for rank in range(3):
+        layer = FakeLayer(rank, 3)
+        method = method_of(layer, FORMAT_BITMASK, size=3)
+        load(layer, weights, FORMAT_BITMASK)
+        method.process_weights_after_loading(layer)
+        total += method.apply(layer, x, shares, ids)
+    torch.testing.assert_close(total, one_at_a_time(weights, x, shares, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_the_ranks_of_an_expert_parallel_layer_sum_to_the_whole():
+    weights, total = weights_of(), torch.zeros(4, HIDDEN, dtype=torch.float64)
+    x, shares, ids = routed(4)
+    for local in (
+        [0, -1, 1, -1, -1],
+        [-1, 1, -1, 2, 0],
+    ):  # also in another order than the checkpoint's
+        layer = FakeLayer(local=local)
+        method = method_of(layer, FORMAT_BITMASK, count=max(local) + 1)
+        load(layer, weights, FORMAT_BITMASK)
+        method.process_weights_after_loading(layer)
+        assert len(layer.sparse_experts.up) == max(local) + 1
+        total += method.apply(layer, x, shares, ids)
+    torch.testing.assert_close(total, one_at_a_time(weights, x, shares, ids), rtol=1e-4, atol=1e-4)
+
+
+class Dense:
+    """In place of vLLM's method: what it is given, and that sizes may be rounded up."""
+
+    def __init__(self, moe: Any) -> None:
+        self.finished = False
+
+    def maybe_roundup_sizes(
+        self, hidden: int, width: int, dtype: Any, parallel: Any
+    ) -> tuple[int, int]:
+        return hidden, 128
+
+    def create_weights(self, layer: Any, num_experts: int, hidden_size: int, **others: Any) -> None:
+        self.sizes = (num_experts, hidden_size, others["intermediate_size_per_partition"])
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.finished = True
+
+
+@pytest.mark.parametrize(
+    ("why", "reason"),
+    [
+        ("kernels", "dense because switched off by a test"),
+        ("activation", "dense because experts with the activation relu2 have no sparse kernel"),
+        (
+            "router",
+            "dense because experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel",
+        ),
+        ("one stored dense", "dense because some of its experts are stored dense"),
+        ("too dense", "dense because it is more than half stored"),
+    ],
+)
+def test_where_they_cannot_run_sparse_all_are_expanded_for_vllm(monkeypatch, why, reason):
+    monkeypatch.setattr(experts, "UnquantizedFusedMoEMethod", Dense)
+    layer, weights = FakeLayer(), weights_of()
+    if why == "kernels":
+        without_kernels(monkeypatch)
+    elif why == "activation":
+        layer.activation = MoEActivation.RELU2
+    elif why == "router":
+        layer.apply_router_weight_on_input = True
+    elif why == "too dense":
+        monkeypatch.setitem(BACKENDS, "cpu", fake_backend)
+        weights["4.down_proj"] = torch.ones(HIDDEN, WIDTH)
+    method = method_of(layer, FORMAT_BITMASK)
+    alone = {"2.up_proj": weights.pop("2.up_proj")} if why == "one stored dense" else {}
+    load(layer, weights, FORMAT_BITMASK)
+    [*layer.load_weights((f"{name}.weight", weight) for name, weight in alone.items())]
+    method.process_weights_after_loading(layer)
+    assert method.report.decisions["a.experts"].reason == reason
+    weights |= alone
+    assert layer.loaded.keys() == {f"{name}.weight" for name in weights}
+    assert all(
+        torch.equal(layer.loaded[f"{name}.weight"], weight) for name, weight in weights.items()
+    )
+    assert isinstance(layer.quant_method, Dense)
+    assert layer.quant_method.sizes == (EXPERTS, HIDDEN, 128)
+    assert layer.quant_method.finished
+    assert (
+        layer.moe_config.intermediate_size_per_partition
+        == layer.intermediate_size_per_partition
+        == 128
+    )
+    assert not hasattr(layer, "sparse_experts")
+
+
+def test_a_missing_expert_and_one_of_another_size_are_named():
+    for damage, message in (
+        (lambda w: w.pop("3.down_proj"), r"^a\.experts\.3\.down_proj: missing from the checkpoint"),
+        (
+            lambda w: w.update({"1.up_proj": w["1.up_proj"][:, :32].contiguous()}),
+            r"^a\.experts\.1\.up_proj: the checkpoint has a weight \[96, 32\], the model's config.json has \[96, 64\]",
+        ),
+    ):
+        layer, weights = FakeLayer(), weights_of()
+        method = method_of(layer, FORMAT_BITMASK)
+        damage(weights)
+        load(layer, weights, FORMAT_BITMASK)
+        with pytest.raises(RacError, match=message):
+            method.process_weights_after_loading(layer)
+
+
+def test_experts_that_are_loaded_again_are_refused():
+    layer, weights = FakeLayer(), weights_of(True)
+    method = method_of(layer, FORMAT_24)
+    load(layer, weights, FORMAT_24)
+    method.process_weights_after_loading(layer)
+    with pytest.raises(
+        RacError, match=r"^a\.experts: packed weights cannot be loaded into a running server again"
+    ):
+        load(layer, weights, FORMAT_24)
+
+
+def packed(weights: dict[str, torch.Tensor]) -> PackedExperts:
+    """Experts that are packed directly."""
+    parts = [
+        (
+            (
+                cpu,
+                from_dense(torch.cat([weights[f"{i}.gate_proj"], weights[f"{i}.up_proj"]]), "up"),
+            ),
+            (cpu, from_dense(weights[f"{i}.down_proj"], "down")),
+        )
+        for i in range(EXPERTS)
+    ]
+    return PackedExperts("experts", parts, torch.nn.functional.silu, torch.float32)
+
+
+def test_a_token_gets_the_same_alone_in_a_batch_and_compiled():
+    experts, (x, shares, ids) = packed(weights_of()), routed(6)
+    batch = experts(x, shares, ids)
+    alone = [experts(x[at, None], shares[at, None], ids[at, None]) for at in range(6)]
+    torch.testing.assert_close(batch, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, shares, ids), batch)
+    nobody = torch.zeros(0, CHOSEN)
+    assert experts(torch.zeros(0, HIDDEN), nobody, nobody.int()).shape == (0, HIDDEN)
+
+
+def test_two_models_in_one_process_keep_their_experts():
+    others = {name: 2 * weight for name, weight in weights_of().items()}
+    first, second = packed(weights_of()), packed(others)
+    assert (first.name, second.name) == ("experts", "experts#2")
+    x, shares, ids = routed(5)
+    for model, weights in ((first, weights_of()), (second, others)):
+        expected = one_at_a_time(weights, x, shares, ids)
+        torch.testing.assert_close(model(x, shares, ids).double(), expected, rtol=1e-4, atol=1e-3)
+    del first, model
+    assert packed(others).name == "experts"  # free again

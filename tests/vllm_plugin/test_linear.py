@@ -1,6 +1,8 @@
-"""Each kind of vLLM's linear layers, on every rank, against vLLM's own sharding of the dense weight."""
+"""Each kind of vLLM's linear layers in each stored form, on ranks, against vLLM's own sharding of the dense weight."""
 
 from __future__ import annotations
+
+import inspect
 
 import pytest
 import torch
@@ -10,59 +12,131 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 
 needs_vllm()
 
+from vllm.model_executor.layers.linear import ReplicatedLinear  # noqa: E402
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # noqa: E402
+
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
-from rac_modifier.kernels.cpu.packed import unpack  # noqa: E402
-from rac_modifier.kernels.cpu.support import support  # noqa: E402
-from tests.vllm_plugin.layer_kinds import KINDS, K, config_of, finish, load, make, weights_of  # noqa: E402
+from rac_modifier.kernels.cpu.library import BYTE_ISAS  # noqa: E402
+from rac_modifier.kernels.cpu.support import library_and_isa, support  # noqa: E402
+from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
+from rac_modifier.vllm_plugin.linear import RacLinearMethod  # noqa: E402
+from tests.vllm_plugin.layer_kinds import (  # noqa: E402
+    FORMS,
+    KINDS,
+    K,
+    codes,
+    config_of,
+    finish,
+    load,
+    loaded,
+    make,
+    quantized,
+    quantized_config,
+    weights_of,
+    words,
+)
+from tests.vllm_plugin.w4a16 import int4, quantization, rounded_here  # noqa: E402
+
+needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
 
 
-@pytest.mark.parametrize("isa", ["best", "off"])
-@pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK, None])
-@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (1, 4), (3, 4)])
+def check(ours, dense, k: int, tolerance: float = 2e-3) -> None:
+    """Both give the same on random inputs."""
+    x = torch.randn(5, k, generator=torch.Generator().manual_seed(0))
+    result, expected = ours.quant_method.apply(ours, x), dense.quant_method.apply(dense, x)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=tolerance)
+
+
+@needs_kernel
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_gets_what_vllm_would_give_it(monkeypatch, kind, rank, size, format, isa):
-    if isa == "off":
-        without_kernels(monkeypatch)
+def test_a_rank_gets_what_vllm_would_give_it(monkeypatch, kind, rank, size, form):
     on_rank(monkeypatch, rank, size)
-    dense, sparse = make(kind, None), make(kind, config_of(format))
-    for shard, module, weight in weights_of(kind, format == FORMAT_24):
-        load(dense, shard, {"weight": weight})
-        load(sparse, shard, {"weight": weight} if format is None else pack(weight, format, module))
-    expected = dense.weight.data.clone()
-    sparse.quant_method.process_weights_after_loading(sparse)
-    packed = hasattr(sparse, "weight_packed")
-    assert packed == (isa == "best" and support().isa is not None)
-    if packed:
-        n, k = expected.shape
-        found = unpack(sparse.weight_packed.data, n, k)
-        assert torch.equal(found, expected)
-        assert not hasattr(sparse, "weight")  # no dense copy beside it
-    dense.quant_method.process_weights_after_loading(dense)
-    x = torch.randn(5, expected.shape[1], generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        sparse.quant_method.apply(sparse, x), dense.quant_method.apply(dense, x)
-    )
+    dense, ours, config = loaded(kind, form)
+    k = dense.weight.shape[1]
+    finish(ours)
+    finish(dense)
+    (decision,) = config.report.decisions.values()
+    if form == "gptq reordered" and k < K:  # a rank has columns of all groups
+        assert "its columns are reordered" in decision.reason
+    else:
+        cut = "int3" in form or "int2" in form  # a group that is cut may take four bits
+        assert FORMS[form].kernel in decision.kernel or cut
+        assert {name.partition("_packed")[0] for name, _ in ours.named_parameters()} <= {
+            "weight",
+            "column_order",
+        }
+        assert hasattr(ours, "weight_packed")
+        assert not hasattr(ours, "weight")  # no dense copy
+    check(ours, dense, k)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["row", "qkv"])
+def test_without_kernels_a_layer_is_dense(monkeypatch, kind, form):
+    without_kernels(monkeypatch)
+    on_rank(monkeypatch, 1, 2)
+    dense, ours, config = loaded(kind, form)
+    k = dense.weight.shape[1]
+    finish(ours)
+    finish(dense)
+    (decision,) = config.report.decisions.values()
+    assert not decision.sparse
+    check(ours, dense, k)
+
+
+@pytest.mark.parametrize("form", ["2:4", "unstructured int4", "gptq asymmetric", "gptq reordered"])
+@pytest.mark.parametrize(("kind", "rank", "size"), [("row", 1, 2), ("merged", 1, 2), ("qkv", 0, 1)])
+def test_dequantize_weight(monkeypatch, kind, rank, size, form):
+    """vLLM's online quantization calls it on a loaded layer instead of finishing it."""
+    on_rank(monkeypatch, rank, size)
+    dense, ours, _ = loaded(kind, form)
+    torch.testing.assert_close(ours.quant_method.dequantize_weight(ours), dense.weight.data)
+    assert not dict(ours.named_parameters())
+    with pytest.raises(RacError, match="its weight is packed for a kernel already"):
+        ours.quant_method.dequantize_weight(ours)
+
+
+def test_dequantize_weight_is_vllms_seam(monkeypatch):
+    """An online method makes our parameters, and asks for the dense weight when they are loaded."""
+    seam = getattr(QuantizeMethodBase, "dequantize_weight", None)
+    if seam is None:
+        pytest.skip("this vLLM quantizes no checkpoint anew")
+    fp8 = pytest.importorskip("vllm.model_executor.layers.quantization.online.fp8")
+    assert list(inspect.signature(seam).parameters) == ["self", "layer"]
+    on_rank(monkeypatch, 0, 1)
+    dense, ours, _ = loaded("merged", "2:4 int8")
+    online = fp8.Fp8PerTensorOnlineLinearMethod.__new__(fp8.Fp8PerTensorOnlineLinearMethod)
+    online.requantization_source_parameters = {}
+    online.set_requantization_source(ours.quant_method)
+    torch.testing.assert_close(online.get_weight_for_quantization(ours), dense.weight.data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bias_and_dtypes(monkeypatch, dtype):
+@pytest.mark.parametrize("form", ["unstructured", "2:4 int8", "int4 asymmetric", "gptq", "awq"])
+def test_a_compiled_layer_with_a_bias(monkeypatch, form, dtype):
     on_rank(monkeypatch, 0, 1)
-    layer = make("column", config_of(FORMAT_BITMASK), bias=True)
-    (_, module, weight), *_ = weights_of("column", False, torch.bfloat16)
-    weight[:, ::2] = (
-        0  # float16 is packed as float32, so half of the weights would not gain anything
-    )
+    torch._dynamo.reset()
+    layer = make("column", FORMS[form].config(), bias=True)
     layer.quant_method.dtype = dtype
-    load(layer, None, pack(weight, FORMAT_BITMASK, module))
+    ((shard, _, weight),) = weights_of("column", FORMS[form].two_of_four)
+    if form == "unstructured":
+        weight[:, ::2] = 0  # float16 is packed as float32, which half of the weights would not gain
+    parts, meant = FORMS[form].store(weight)
+    load(layer, shard, parts)
     finish(layer)
-    x, bias = torch.randn(6, K).to(dtype), torch.randn(64).to(dtype)
-    found = layer.quant_method.apply(layer, x, bias)
-    assert (found.dtype, found.shape) == (dtype, (6, 64))
-    expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(dtype)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    x, bias = torch.randn(2, 3, K).to(dtype), torch.randn(64).to(dtype)
+    apply = torch.compile(
+        lambda x: layer.quant_method.apply(layer, x, bias), fullgraph=True, backend="aot_eager"
+    )
+    result = apply(x)
+    assert (result.dtype, result.shape) == (dtype, (2, 3, 64))
+    expected = torch.nn.functional.linear(x.float(), meant.float(), bias.float()).to(dtype)
+    tolerance = 5e-2 if dtype != torch.float32 else 2e-3
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_nothing_is_left_of_loading(monkeypatch):
@@ -72,87 +146,162 @@ def test_nothing_is_left_of_loading(monkeypatch):
     assert sum(parameter.numel() for parameter in layer.parameters()) == 0
     for shard, module, weight in weights_of("qkv", True):
         load(layer, shard, pack(weight, FORMAT_24, module))
-    layer.quant_method.process_weights_after_loading(layer)
+    finish(layer)
     names = [name for name, _ in layer.named_parameters()]
     assert names == (["weight_packed"] if support().isa else ["weight"])
 
 
-def test_a_fused_layer_with_one_shard_stored_dense_runs_dense_and_says_so(monkeypatch):
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ("dense", "dense because a part of this fused layer is stored dense"),
+        ("fp8", "dense because the parts of this fused layer are quantized differently"),
+        ("quantized", "dense because a part of this fused layer is stored dense"),
+    ],
+)
+def test_a_fused_layer_with_one_shard_of_another_kind(monkeypatch, other, reason):
     on_rank(monkeypatch, 0, 1)
-    config = config_of(FORMAT_BITMASK, ignore=("a.k",))
+    config = quantized_config(FORMAT_BITMASK)
     dense, mixed = make("qkv", None), make("qkv", config)
     for shard, module, weight in weights_of("qkv", False):
-        load(dense, shard, {"weight": weight})
-        load(
-            mixed,
-            shard,
-            {"weight": weight} if shard == "k" else pack(weight, FORMAT_BITMASK, module),
+        values, scale, meant = quantized(
+            weight, "fp8" if other == "fp8" and shard == "k" else "int8"
         )
+        parts = {**pack(values, FORMAT_BITMASK, module), "weight_scale": scale}
+        if shard == "k" and other == "dense":
+            parts, meant = {"weight": weight}, weight
+        if shard == "k" and other == "quantized":
+            parts = {"weight": values, "weight_scale": scale}
+        load(dense, shard, {"weight": meant})
+        load(mixed, shard, parts)
     finish(mixed)
-    assert (
-        torch.equal(mixed.weight.data, dense.weight.data) or mixed.weight.numel() == 0
-    )  # prepacked by vLLM
-    assert (
-        config.summary.decisions["a.qkv"].reason
-        == "dense because a part of this fused layer is stored dense"
-    )
     finish(dense)
-    x = torch.randn(2, K)
-    torch.testing.assert_close(
-        mixed.quant_method.apply(mixed, x), dense.quant_method.apply(dense, x)
-    )
+    assert config.report.decisions["a.qkv"].reason == reason
+    check(mixed, dense, K, 1e-4)
 
 
-def test_ignored_layers_are_vllms(monkeypatch):
+def test_a_layer_in_floats_of_a_gptq_checkpoint_is_not_in_the_report(monkeypatch):
     on_rank(monkeypatch, 0, 1)
-    layer = make("row", config_of(FORMAT_24, ignore=("re:.*row",)))
-    assert type(layer.quant_method).__name__ == "UnquantizedLinearMethod"
+    config = FORMS["gptq"].config()
+    dense, ours = make("merged", None), make("merged", config)
+    for shard, _, weight in weights_of("merged", False):
+        for layer in (dense, ours):
+            load(layer, shard, {"weight": weight})
+    finish(ours)
+    finish(dense)
+    assert (config.report.expected, config.report.decisions) == (0, {})
+    check(ours, dense, K, 1e-6)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_under_torch_compile(monkeypatch, size):
-    if support().isa is None:
-        pytest.skip(support().reason)
-    on_rank(monkeypatch, 0, size)
-    layer = make("row", config_of(FORMAT_24))
-    (_, module, weight), *_ = weights_of("row", True)
-    load(layer, None, pack(weight, FORMAT_24, module))
+@needs_kernel
+def test_columns_in_different_orders(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    layer = make("merged", FORMS["gptq reordered"].config())
+    for shard, form in ((0, FORMS["gptq reordered"]), (1, words("gptq_v2", 32, False))):
+        load(layer, shard, form.store(torch.randn(48 if shard == 0 else 16, K))[0])
+    with pytest.raises(
+        RacError, match=r"^a\.up\.g_idx: its columns are in another order than those of a\.gate"
+    ):
+        finish(layer)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("recorded", "bits"), [(("a.q", "a.k", "a.v"), 8), (("a.q", "a.k"), 16), ((), 16)]
+)
+@pytest.mark.parametrize("form", ["2:4 int8", "int4"])
+def test_a_fused_layer_takes_8_bits_where_all_parts_are_recorded(monkeypatch, form, recorded, bits):
+    on_rank(monkeypatch, 0, 1)
+    config = FORMS[form].config()
+    config.int8_activations = recorded
+    dense, layer = make("qkv", None), make("qkv", config)
+    for shard, _, weight in weights_of("qkv", True):
+        parts, meant = FORMS[form].store(weight)
+        load(dense, shard, {"weight": meant})
+        load(layer, shard, parts)
     finish(layer)
-    compiled = torch.compile(
-        lambda x: layer.quant_method.apply(layer, x), fullgraph=True, backend="aot_eager"
+    library, isa = library_and_isa()
+    bits = bits if isa in BYTE_ISAS else 16
+    assert library.activation_bits(layer.weight_packed.data, isa) == bits
+    x = torch.randn(5, K)
+    exact = x @ dense.weight.T
+    error = float((layer.quant_method.apply(layer, x) - exact).norm() / exact.norm())
+    assert error < 0.02
+    assert (error > 1e-3) == (bits == 8)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_rounded_here_runs_on_the_kernel(monkeypatch, symmetric, bits):
+    on_rank(monkeypatch, 0, 1)
+    config = RacConfig.from_config(quantization(32, symmetric, bits))
+    layer = make("column", config)
+    tensors, meant = rounded_here(torch.randn(64, K) + 0.5, 32, symmetric, bits)
+    assert ("weight_zero_point" in tensors) != symmetric
+    load(layer, None, tensors)
+    finish(layer)
+    assert config.report.decisions["a.column"].kernel == f"int{bits} kernel {support().isa}"
+    x = torch.randn(5, K)
+    torch.testing.assert_close(
+        layer.quant_method.apply(layer, x), x @ meant.T, rtol=1e-3, atol=2e-3
     )
-    x = torch.randn(3, K // size)
-    torch.testing.assert_close(compiled(x), x @ weight[:, : K // size].T)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@needs_kernel
+@pytest.mark.parametrize(("group", "size"), [(12, 2), (48, 4), (32, 16)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_odd_groups_and_groups_that_a_rank_cuts(monkeypatch, group, size, symmetric):
+    on_rank(monkeypatch, 1, size)
+    form = codes(group, symmetric)
+    dense, ours = make("row", None), make("row", form.config())
+    ((shard, _, weight),) = weights_of("row", False)
+    parts, meant = form.store(weight)
+    load(dense, shard, {"weight": meant})
+    load(ours, shard, parts)
+    finish(ours)
+    finish(dense)
+    check(ours, dense, K // size)
+
+
+@needs_kernel
+def test_a_scale_per_row_needs_no_multiple_of_4_columns(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    config = RacConfig.from_config(quantization(None))
+    ours = ReplicatedLinear(
+        90, 24, bias=False, quant_config=config, prefix="a.b", params_dtype=torch.float32
+    )
+    tensors, meant = int4(torch.randn(24, 90), None)
+    load(ours, None, tensors)
+    finish(ours)
+    x = torch.randn(3, 90)
+    torch.testing.assert_close(ours.quant_method.apply(ours, x), x @ meant.T, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["row", "qkv"])
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
 def test_a_layer_is_served_through_another_backend(monkeypatch, kind, rank, size):
     """A backend that is registered in choose.py needs no change of the plugin."""
     monkeypatch.setitem(BACKENDS, "cpu", fake_backend)
     on_rank(monkeypatch, rank, size)
-    dense, sparse = make(kind, None), make(kind, config_of(FORMAT_24))
-    for shard, module, weight in weights_of(kind, True):
-        load(dense, shard, {"weight": weight})
-        load(sparse, shard, pack(weight, FORMAT_24, module))
-    finish(sparse)
-    assert dict(sparse.named_parameters()).keys() == {"fake_columns", "fake_flag"}
-    assert sparse.quant_method.summary.decisions[sparse.quant_method.shards.prefix].kernel == "fake"
+    dense, ours, config = loaded(kind, "2:4")
+    k = dense.weight.shape[1]
+    finish(ours)
     finish(dense)
-    x = torch.randn(5, sparse.fake_columns.shape[0])
-    torch.testing.assert_close(
-        sparse.quant_method.apply(sparse, x), dense.quant_method.apply(dense, x)
-    )
+    assert dict(ours.named_parameters()).keys() == {"fake_columns", "fake_flag"}
+    (decision,) = config.report.decisions.values()
+    assert decision.kernel == "fake"
+    check(ours, dense, k)
 
 
 def test_a_layer_that_a_backend_does_not_run_is_dense(monkeypatch):
     monkeypatch.setitem(BACKENDS, "cpu", fake_backend)
     on_rank(monkeypatch, 0, 1)
-    layer = make("column", config_of(FORMAT_BITMASK))
+    config = config_of(FORMAT_BITMASK)
+    layer = make("column", config)
     load(layer, None, pack(torch.ones(64, K), FORMAT_BITMASK, "a.up"))
     finish(layer)
-    decision = layer.quant_method.summary.decisions["a.column"]
-    assert decision.reason == "dense because it is more than half stored"
+    assert config.report.decisions["a.column"].reason == "dense because it is more than half stored"
     x = torch.randn(2, K)
     torch.testing.assert_close(
         layer.quant_method.apply(layer, x), x.sum(1, keepdim=True).expand(2, 64)
@@ -168,6 +317,7 @@ def test_weights_that_are_loaded_again_are_refused(monkeypatch):
 
     on_rank(monkeypatch, 0, 1)
     layer = make("qkv", config_of(FORMAT_24))
+    assert type(layer.quant_method) is RacLinearMethod
     record_metadata_for_reloading(layer)
     shards = [
         (shard, pack(weight, FORMAT_24, module))

@@ -21,8 +21,9 @@ from vllm.model_executor.layers import linear, quantization  # noqa: E402
 from rac_modifier.checkpoint.sparsity_config import with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.files import read_json  # noqa: E402
-from rac_modifier.vllm_plugin import quant_config  # noqa: E402
-from rac_modifier.vllm_plugin.quant_config import RacSparseConfig  # noqa: E402
+from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402
+from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
+from rac_modifier.vllm_plugin.layouts import PackedLayout  # noqa: E402
 from rac_modifier.vllm_plugin.register import METHOD, register  # noqa: E402
 
 PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])[
@@ -52,7 +53,7 @@ def test_entry_point_group():
 def test_register_quantization_config_twice():
     register()
     assert quantization.QUANTIZATION_METHODS.count(METHOD) == 1
-    assert quantization.get_quantization_config(METHOD) is RacSparseConfig
+    assert quantization.get_quantization_config(METHOD) is RacConfig
     assert METHOD not in get_args(quantization.QuantizationMethods)
 
 
@@ -63,7 +64,7 @@ def test_override_quantization_method_comes_before_vllms_own():
     source = inspect.getsource(ModelConfig._verify_quantization)
     assert "override_quantization_method(" in source
     assert "quantization_methods + overrides" in source
-    assert RacSparseConfig.override_quantization_method(PACKED, None, hf_config=None) == METHOD
+    assert RacConfig.override_quantization_method(PACKED, None, hf_config=None) == METHOD
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_other_models_are_untouched(config):
         CompressedTensorsConfig,
     )
 
-    assert RacSparseConfig.override_quantization_method(config, None) is None
+    assert RacConfig.override_quantization_method(config, None) is None
     assert quantization.get_quantization_config("compressed-tensors") is CompressedTensorsConfig
 
 
@@ -87,16 +88,16 @@ def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
     """`--quantization rac` on a dense-stored checkpoint; `maybe_update_config` gets the record."""
     from vllm.model_executor.model_loader import weight_utils
 
-    assert RacSparseConfig.get_config_filenames() == []
+    assert RacConfig.get_config_filenames() == []
     assert "quant_cls()" in inspect.getsource(weight_utils.get_quant_config)
-    config = RacSparseConfig()
+    config = RacConfig()
     config.maybe_update_config(
         "m", hf_config=SimpleNamespace(rac_sparsity={"storage": "dense", "modules": {"a.b": "2:4"}})
     )
-    assert config.layers is not None
-    assert config.layers.holds("a.b")
+    assert config.layout is not None
+    assert config.layout.holds("a.b")
     with pytest.raises(RacError, match="leave out --quantization rac"):
-        RacSparseConfig().maybe_update_config("m", hf_config=SimpleNamespace())
+        RacConfig().maybe_update_config("m", hf_config=SimpleNamespace())
 
 
 @pytest.mark.parametrize("lost", ["tensor", "file"])
@@ -109,7 +110,7 @@ def test_a_lost_tensor_that_is_not_packed_is_noticed_before_loading(tmp_path, lo
         default_loader
     )
     folder = save_model(tmp_path / "model", "qwen3", "2:4")
-    config = RacSparseConfig.from_config(read_json(folder / "config.json")["quantization_config"])
+    config = RacConfig.from_config(read_json(folder / "config.json")["quantization_config"])
     config.maybe_update_config(str(folder))
     name = "model.layers.1.post_attention_layernorm.weight"
     path = folder / read_json(folder / "model.safetensors.index.json")["weight_map"][name]
@@ -124,38 +125,25 @@ def test_a_lost_tensor_that_is_not_packed_is_noticed_before_loading(tmp_path, lo
 
 
 def test_weight_loader_v2_is_registered():
-    import rac_modifier.vllm_plugin.dense_linear
+    """Where a method is not in this list, the loaders of layers cut another parameter than they are given."""
     import rac_modifier.vllm_plugin.linear  # noqa: F401
 
-    assert {"RacSparseLinearMethod", "DenseCodesLinearMethod"} <= {
-        *linear.WEIGHT_LOADER_V2_SUPPORTED
-    }
+    assert "RacLinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
 
 
-def test_compressed_tensors_config_has_what_dense_codes_read():
-    """Schemes by target, the scheme of a layer, and its numbers; `channel` has no group size of its own."""
+def test_compressed_tensors_config_has_what_codes_are_read_by():
+    """Schemes by target, and the scheme of a layer with its arguments."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsConfig,
-    )
-    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
-        CompressedTensorsWNA16,
     )
 
     config = CompressedTensorsConfig.from_config(w4a16.quantization(64, symmetric=False))
     assert (list(config.target_scheme_map), config.quant_format) == (["Linear"], "pack-quantized")
-    assert {"weights", "input_activations", "format"} <= config.target_scheme_map["Linear"].keys()
-    scheme = config.get_scheme(torch.nn.Linear(64, 64), "model.a")
-    assert isinstance(scheme, CompressedTensorsWNA16)
-    assert (scheme.strategy, scheme.group_size, scheme.symmetric, scheme.num_bits) == (
-        "group",
-        64,
-        False,
-        4,
-    )
-    channel = CompressedTensorsConfig.from_config(w4a16.quantization(None)).get_scheme(
-        torch.nn.Linear(64, 64), "a"
-    )
-    assert (channel.strategy, channel.group_size) == ("channel", -1)
+    scheme = config.get_scheme_dict(torch.nn.Linear(64, 64), "model.a")
+    assert {"weights", "input_activations", "format"} <= scheme.keys()
+    weights = scheme["weights"]
+    numbers = (weights.strategy, weights.group_size, weights.symmetric, weights.num_bits)
+    assert numbers == ("group", 64, False, 4)
     assert config.get_scheme_dict(torch.nn.Linear(64, 64), "lm_head") is None  # ignored
 
 
@@ -177,14 +165,6 @@ def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(
         ValueError, match="Failed to find a kernel that can implement the WNA16 linear layer"
     ):
         linear.ReplicatedLinear(64, 64, quant_config=config, prefix="model.a")
-
-
-def test_a_method_may_be_finished_by_a_function_of_ours():
-    """`DenseCodesConfig` replaces `process_weights_after_loading` of single methods; vLLM calls it on the object."""
-    from vllm.model_executor.model_loader import utils
-
-    source = inspect.getsource(utils.process_weights_after_loading)
-    assert "quant_method.process_weights_after_loading(module)" in source
 
 
 def test_create_weights_takes_what_layers_give():
@@ -213,8 +193,8 @@ def test_routed_experts_load_by_name_and_are_reached_by_load_weights():
     ]
 
 
-def test_routed_experts_ask_their_method_for_weights_and_products():
-    """What `SparseExpertsMethod` implements, and what it reads of the layer: the names are set in its constructor."""
+def test_routed_experts_ask_their_method_for_weights_and_matmuls():
+    """What `RacExpertsMethod` implements, and what it reads of the layer: the names are set in its constructor."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
@@ -286,11 +266,11 @@ def test_the_kernel_is_one_operator_with_a_fake():
 
 
 def test_a_draft_model_is_loaded_with_a_prefix():
-    """`stored_name` takes it off; `quantization` of the speculative config is how a dense draft of few bits gets our kernels."""
+    """`get_quant_method` takes it off; the speculative config may ask for our kernels by `quantization`."""
     from vllm.config import SpeculativeConfig
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-    from rac_modifier.vllm_plugin.sparse_layers import DRAFT
+    from rac_modifier.vllm_plugin.config import DRAFT
 
     assert f'prefix="{DRAFT}"' in inspect.getsource(DraftModelProposer._get_model)
     assert "quantization" in {field.name for field in dataclasses.fields(SpeculativeConfig)}
@@ -300,21 +280,16 @@ def test_a_draft_model_is_loaded_with_a_prefix():
 def test_a_packed_checkpoint_is_claimed_by_both_names_of_its_method(user_quant):
     """`quant_method: rac`, and compressed-tensors in older files; `--quantization rac-sparse` is the former option."""
     for config in (PACKED, {**PACKED, "quant_method": "rac"}):
-        assert RacSparseConfig.override_quantization_method(config, user_quant) == "rac"
-        layers = RacSparseConfig.from_config(config).layers
-        assert layers is not None
-        assert layers.format == "sparse-bitmask"
+        assert RacConfig.override_quantization_method(config, user_quant) == "rac"
+        layout = RacConfig.from_config(config).layout
+        assert isinstance(layout, PackedLayout)
+        assert layout.packed.format == "sparse-bitmask"
 
 
 def test_the_former_name_of_the_option_warns(monkeypatch):
     said = []
-    monkeypatch.setattr(quant_config.logger, "warning_once", lambda *parts: said.append(parts))
+    monkeypatch.setattr(plugin_config.logger, "warning_once", lambda *parts: said.append(parts))
     other = {"quant_method": "gptq", "bits": 4}
-    assert RacSparseConfig.override_quantization_method(other, "rac-sparse") == "rac"
-    assert quantization.get_quantization_config("rac-sparse")().layers is None
+    assert RacConfig.override_quantization_method(other, "rac-sparse") == "rac"
+    assert quantization.get_quantization_config("rac-sparse")().layout is None
     assert len(said) == 2
-
-
-def test_a_packed_checkpoint_without_its_formats_is_refused():
-    with pytest.raises(RacError, match="no sparsity_config; restore"):
-        RacSparseConfig.from_config({"quant_method": "rac"})

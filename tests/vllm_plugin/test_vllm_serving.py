@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests.vllm_plugin.vllm_fixtures import (
-    greedy,
     needs_vllm,
     reference,
     save_model,
@@ -30,7 +29,7 @@ from rac_modifier.kernels.cpu.support import support  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 12
-SPARSE = "packed" if support().isa else "RacSparseLinearMethod"
+SPARSE = "packed" if support().isa else "RacLinearMethod"
 EXPERTS = "packed" if support().isa else "UnquantizedFusedMoEMethod"
 
 
@@ -83,27 +82,6 @@ def test_greedy_tokens_of_quantized_weights(tmp_path, structure, scheme):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-def test_int8_head(tmp_path, monkeypatch, tied):
-    """The lookups of a tied embedding are unchanged; logits are those of the rounded head."""
-    from rac_modifier.checkpoint.load import load_model
-    from rac_modifier.checkpoint.round_to_nearest import quantize_rows
-
-    folder = save_model(tmp_path / "model", "qwen3", "2:4", tie_word_embeddings=tied)
-    monkeypatch.setenv("RAC_LM_HEAD", "int8")
-    tokens, methods = serve(folder, TOKENS)
-    assert methods["lm_head"] == ("packed" if support().isa else "RoundedMethod")
-
-    model = load_model(folder, dtype="float32")
-    values, scale = quantize_rows(model.get_output_embeddings().weight.data)
-    head = torch.nn.Linear(values.shape[1], values.shape[0], bias=False)
-    head.weight.data = values.float() * scale
-    model.config.tie_word_embeddings = False
-    model.lm_head = head
-    assert tokens == greedy(model, TOKENS)
-
-
-@pytest.mark.slow
 def test_dense_stored_weights_on_request(tmp_path):
     folder = save_model(tmp_path / "model", "qwen3", "unstructured", packed=False)
     expected = reference(folder, TOKENS)
@@ -126,12 +104,12 @@ def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(
 ):
     from vllm import SamplingParams
 
-    from rac_modifier.vllm_plugin import linear
+    from rac_modifier.vllm_plugin import load_report
     from tests.vllm_plugin.vllm_fixtures import PROMPTS, engine
 
     said: list[str] = []
     monkeypatch.setattr(
-        linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
+        load_report.logger, "info", lambda message, *arguments: said.append(message % arguments)
     )
     other = (
         "unstructured" if structure == "2:4" else "2:4"
@@ -153,21 +131,21 @@ def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(
         < counts["vllm:spec_decode_num_accepted_tokens"]
         < counts["vllm:spec_decode_num_draft_tokens"]
     )
-    assert said[0].startswith(f"rac: {7 if support().isa else 0} of 7 pruned layers")
+    assert said[0].startswith(f"rac: {7 if support().isa else 0} of 7 compressed layers")
 
 
 @pytest.mark.slow
 def test_one_summary_at_load(tmp_path, monkeypatch):
-    from rac_modifier.vllm_plugin import linear
+    from rac_modifier.vllm_plugin import load_report
 
     said: list[str] = []
     # vLLM configures logging anew in each engine, which drops handlers.
     monkeypatch.setattr(
-        linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
+        load_report.logger, "info", lambda message, *arguments: said.append(message % arguments)
     )
     serve(save_model(tmp_path / "model", "qwen3", "2:4"), 1)
     assert len(said) == 1
-    assert said[0].startswith(f"rac: {7 if support().isa else 0} of 7 pruned layers")
+    assert said[0].startswith(f"rac: {7 if support().isa else 0} of 7 compressed layers")
 
 
 @pytest.mark.slow

@@ -1,65 +1,274 @@
-"""What rounded and stored heads and embeddings share: a tied pair in floats, a packed weight, and rows that are looked up."""
+"""Heads and embeddings that a checkpoint has in int8 or int4: alone, as shards of ranks, and in a served model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 
 import pytest
 import torch
 
-from tests.vllm_plugin.vllm_fixtures import needs_vllm
+from tests.vllm_plugin.vllm_fixtures import (
+    greedy,
+    needs_vllm,
+    on_rank,
+    save_model,
+    serve,
+    without_kernels,
+)
 
 needs_vllm()
 
-from rac_modifier.checkpoint.stored_weight import all_stored  # noqa: E402
-from rac_modifier.kernels.choose import choose  # noqa: E402
+from vllm.model_executor.layers import vocab_parallel_embedding  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from rac_modifier.checkpoint.load import load_model  # noqa: E402
+from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
-from rac_modifier.kernels.interface import Layer  # noqa: E402
-from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod  # noqa: E402
+from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
+from rac_modifier.vllm_plugin.vocabulary import StoredMethod, VocabularyMethod  # noqa: E402
+from tests.vllm_plugin.vllm_fixtures import quantize  # noqa: E402
+from tests.vllm_plugin.w4a16 import int4, quantization  # noqa: E402
 
-ROWS, COLUMNS = 70, 64
-
-
-def layer_of(weight: torch.Tensor | None) -> torch.nn.Module:
-    layer = torch.nn.Module()
-    layer.params_dtype = torch.float32
-    layer.quant_method = VocabularyMethod()
-    if weight is not None:
-        layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
-    return layer
+ROWS, COLUMNS = 70, 64  # vLLM pads the rows to 128
+TOKENS = 12
+SCHEMES = ["int4", "int4 per row", "int4 asymmetric", "int8", "int8 in words", "int8 in groups"]
 
 
-def test_a_tied_pair_in_floats_is_one_weight():
-    weight = torch.randn(ROWS, COLUMNS)
-    embedding, head = layer_of(weight.clone()), layer_of(torch.zeros(ROWS, COLUMNS))
-    assert head.quant_method.tie_weights(head, embedding) is head
-    for layer in (embedding, head):
-        layer.quant_method.process_weights_after_loading(layer)
-    assert head.weight is embedding.weight
-    assert not head.quant_method.shares(head)
-    x, ids = torch.randn(2, COLUMNS), torch.tensor([[3, 69], [0, 3]])
-    torch.testing.assert_close(head.quant_method.apply(head, x), x @ weight.T)
-    torch.testing.assert_close(embedding.quant_method.embedding(embedding, ids), weight[ids])
+def scheme_of(name: str) -> dict[str, object]:
+    """The config group of such a weight."""
+    weights = {
+        "num_bits": int(name[3]),
+        "type": "int",
+        "symmetric": "asym" not in name,
+        "strategy": "group",
+        "group_size": 32,
+    }
+    if name in ("int4 per row", "int8", "int8 in words"):
+        weights |= {"strategy": "channel", "group_size": None}
+    if name not in ("int8", "int8 in groups"):
+        return {"weights": weights, "input_activations": None, "format": "pack-quantized"}
+    # vLLM accepts this format with quantized activations only
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {"weights": weights, "input_activations": inputs, "format": "int-quantized"}
 
 
-def test_a_tied_pair_that_is_packed_is_one_packed_weight():
+def stored(weight: torch.Tensor, name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors on disk, and the weight that they mean."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    if name.startswith("int4"):
+        return int4(weight, None if name == "int4 per row" else 32, "asym" not in name)
+    if name == "int8 in groups":
+        parts = weight.view(len(weight), -1, 32)
+        scale = parts.abs().amax(-1) / 127
+        values = (parts / scale[..., None]).round().view(weight.shape).to(torch.int8)
+    else:
+        values, scale = quantize(weight, "int8")
+    meant = (values.float().view(len(weight), scale.shape[1], -1) * scale[..., None]).view(
+        weight.shape
+    )
+    if name == "int8 in words":
+        words = pack_to_int32(values, 8)
+        return {
+            "weight_packed": words,
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.shape),
+        }, meant
+    return {"weight": values, "weight_scale": scale}, meant
+
+
+def made(
+    monkeypatch,
+    kind: type,
+    name: str,
+    rank: int = 0,
+    size: int = 1,
+    dtype: torch.dtype = torch.float32,
+):
+    """A head or embedding as a model makes it."""
+    on_rank(monkeypatch, rank, size)
+    for function, value in (("rank", rank), ("world_size", size)):
+        monkeypatch.setattr(
+            vocab_parallel_embedding,
+            f"get_tensor_model_parallel_{function}",
+            lambda value=value: value,
+        )
+    group = {**scheme_of(name), "targets": ["lm_head", "embed"]}
+    config = RacConfig.from_config(quantization(config_groups={"g": group}, ignore=[]))
+    prefix = "lm_head" if kind is ParallelLMHead else "embed"
+    return kind(ROWS, COLUMNS, params_dtype=dtype, quant_config=config, prefix=prefix)
+
+
+def fill(layer: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    for part, tensor in tensors.items():
+        parameter = getattr(layer, part)
+        parameter.weight_loader(parameter, tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_logits_and_rows_are_those_of_the_stored_weight(monkeypatch, name, kernels):
+    """With kernels, and without, where it is expanded to floats."""
+    if not kernels:
+        without_kernels(monkeypatch)
+    elif support().isa in (None, "portable"):
+        pytest.skip(support().reason)
+    tensors, meant = stored(torch.randn(ROWS, COLUMNS), name)
+    head = made(monkeypatch, ParallelLMHead, name)
+    fill(head, tensors)
+    assert hasattr(head, "weight_packed") == kernels
+    x = torch.randn(3, COLUMNS)
+    logits = head.quant_method.apply(head, x)
+    assert logits.shape == (3, 128)
+    assert not logits[:, ROWS:].any()
+    torch.testing.assert_close(logits[:, :ROWS], x @ meant.T, rtol=1e-3, atol=1e-2)
+    embedding = made(monkeypatch, VocabParallelEmbedding, name)
+    fill(embedding, tensors)
+    ids = torch.tensor([[0, 69, 33], [5, 5, 16]])
+    torch.testing.assert_close(embedding(ids), meant[ids])
+
+
+def test_the_parameters_have_the_dtypes_on_disk(monkeypatch):
+    """Else vLLM warns of each."""
+    tensors, _ = stored(torch.randn(ROWS, COLUMNS), "int4 asymmetric")
+    head = made(monkeypatch, ParallelLMHead, "int4 asymmetric")
+    assert {part: getattr(head, part).dtype for part in tensors} == {
+        part: t.dtype for part, t in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_has_its_rows(monkeypatch, rank):
     if support().isa in (None, "portable"):
         pytest.skip(support().reason)
-    values, scale = (
-        torch.randint(-127, 128, (ROWS, COLUMNS), dtype=torch.int8),
-        torch.rand(ROWS, 1) + 0.5,
+    tensors, meant = stored(torch.randn(ROWS, COLUMNS), "int4 asymmetric")
+    head = made(monkeypatch, ParallelLMHead, "int4 asymmetric", rank, 2)
+    fill(head, tensors)
+    x = torch.randn(2, COLUMNS)
+    expected = torch.nn.functional.pad(x @ meant.T, (0, 128 - ROWS))[:, 64 * rank : 64 * rank + 64]
+    torch.testing.assert_close(head.quant_method.apply(head, x), expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_head_that_is_tied_to_a_stored_embedding_shares_it(monkeypatch, kernels, named):
+    """Whether config.json quantizes the head as well, or names the embedding alone."""
+    if not kernels:
+        without_kernels(monkeypatch)
+    elif support().isa in (None, "portable"):
+        pytest.skip(support().reason)
+    tensors, meant = stored(torch.randn(ROWS, COLUMNS), "int8")
+    embedding = made(monkeypatch, VocabParallelEmbedding, "int8")
+    config = RacConfig.from_config(
+        quantization(
+            config_groups={
+                "g": {**scheme_of("int8"), "targets": ["lm_head", "embed"] if named else ["embed"]}
+            },
+            ignore=[],
+        )
     )
-    meant = values.float() * scale
-    embedding, head = layer_of(torch.zeros(ROWS, COLUMNS)), layer_of(torch.zeros(ROWS, COLUMNS))
-    head.quant_method.tie_weights(head, embedding)
-    _, backend = choose(Layer(ROWS, COLUMNS, 1.0, torch.int8, torch.float32, COLUMNS, 4), "cpu")
-    assert backend is not None
-    stored = replace(all_stored(values, "embedding"), scale=scale, bits=8)
-    embedding.quant_method.keep_packed(embedding, backend, stored, torch.float32)
-    head.quant_method.process_weights_after_loading(head)
-    assert not hasattr(embedding, "weight")
-    assert not hasattr(head, "weight")
-    assert head.weight_packed is embedding.weight_packed
-    x, ids = torch.randn(2, COLUMNS), torch.tensor([[3, 69], [0, 3]])
-    torch.testing.assert_close(head.quant_method.apply(head, x), x @ meant.T, rtol=1e-3, atol=2e-1)
-    torch.testing.assert_close(embedding.quant_method.embedding(embedding, ids), meant[ids])
+    config.get_quant_method(embedding, "embed")
+    head = ParallelLMHead(
+        ROWS, COLUMNS, params_dtype=torch.float32, quant_config=config, prefix="lm_head"
+    )
+    assert type(head.quant_method) is (StoredMethod if named else VocabularyMethod)
+    assert head.tie_weights(embedding) is head
+    fill(embedding, tensors)
+    fill(head, {})
+    if kernels:
+        assert head.weight_packed is embedding.weight_packed
+    else:
+        assert head.weight is embedding.weight
+    x = torch.randn(2, COLUMNS)
+    torch.testing.assert_close(
+        head.quant_method.apply(head, x)[:, :ROWS], x @ meant.T, rtol=1e-3, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        (
+            "int8",
+            {"weight": None, "weight_scale": None},
+            "lm_head: the checkpoint lacks its weight",
+        ),
+        (
+            "int8",
+            {"weight": torch.zeros(ROWS, COLUMNS)},
+            r"lm_head.weight: torch.float32 .* config.json says that it is int8",
+        ),
+        (
+            "int8",
+            {"weight_scale": torch.ones(ROWS, 2)},
+            "lm_head.weight_scale: 2 per row of 64 columns",
+        ),
+        (
+            "int8 in words",
+            {"weight_zero_point": torch.zeros(ROWS, 1)},
+            "lm_head.weight_zero_point: the int8 kernels read",
+        ),
+        ("int4", {"weight_shape": torch.tensor([3, 64])}, "lm_head.weight_packed"),
+        (
+            "int8",
+            {"rows": 60},
+            r"lm_head: the checkpoint has a weight \[60, 64\], the model's config.json has \[70, 64\]",
+        ),
+    ],
+)
+def test_what_is_damaged_is_named(monkeypatch, name, change, says):
+    tensors, _ = stored(torch.randn(change.pop("rows", ROWS), COLUMNS), name)
+    tensors = {part: tensor for part, tensor in {**tensors, **change}.items() if tensor is not None}
+    head = made(monkeypatch, ParallelLMHead, name)
+    with pytest.raises(RacError, match=says):
+        fill(head, tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_served_from_a_packed_sparse_checkpoint(tmp_path, tied):
+    """Greedy tokens against transformers on the weights that are meant; embedding int4, and an untied head int8."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model(tmp_path / "model", "qwen3", "unstructured", tie_word_embeddings=tied)
+    model = load_model(folder, dtype="float32")
+    names = (
+        {"model.embed_tokens": "int4"}
+        if tied
+        else {"model.embed_tokens": "int4", "lm_head": "int8"}
+    )
+    where = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name, scheme in names.items():
+            weight = tensors.pop(f"{name}.weight", None)
+            if weight is not None:
+                parts, meant = stored(weight.float(), scheme)
+                model.get_submodule(name).weight.data = meant
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        save_file(tensors, path, {"format": "pt"})
+        where |= dict.fromkeys(tensors, path.name)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
+    if tied:
+        model.tie_weights()
+    config = json.loads((folder / "config.json").read_text())
+    groups = {name: {**scheme_of(scheme), "targets": [name]} for name, scheme in names.items()}
+    config["quantization_config"] |= {
+        "config_groups": groups,
+        "quantization_status": "compressed",
+        "format": "mixed-precision",
+    }
+    config["quantization_config"].setdefault("ignore", [])
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens, methods = serve(folder, TOKENS)
+    assert methods["lm_head"] == ("packed" if support().isa else "StoredMethod")
+    assert methods["model.layers.0.mlp.down_proj"] == (
+        "packed" if support().isa else "RacLinearMethod"
+    )
+    assert tokens == greedy(model, TOKENS)

@@ -13,7 +13,7 @@ needs_vllm()
 
 from rac_modifier.checkpoint.load import load_model  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
-from rac_modifier.vllm_plugin import dense_linear  # noqa: E402
+from rac_modifier.vllm_plugin import load_report  # noqa: E402
 from tests.vllm_plugin.w4a16 import rounded_here, save_w4a16  # noqa: E402
 
 TOKENS = 12
@@ -25,14 +25,14 @@ TOKENS = 12
 def test_greedy_tokens_on_request(tmp_path, monkeypatch, group, symmetric):
     said: list[str] = []
     monkeypatch.setattr(
-        dense_linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
+        load_report.logger, "info", lambda message, *arguments: said.append(message % arguments)
     )
     save_w4a16(tmp_path / "model", tmp_path / "meant", group, symmetric)
     tokens, methods = serve(tmp_path / "model", TOKENS, quantization="rac")
     assert tokens == reference(tmp_path / "meant", TOKENS)
     assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"  # ignored
     (text,) = said
-    assert text.startswith("rac: 7 of 7 quantized layers run on an int4 kernel\n")
+    assert text.startswith("rac: 7 of 7 compressed layers run on a kernel\n")
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def test_greedy_tokens_on_request(tmp_path, monkeypatch, group, symmetric):
 def test_log_probabilities_of_few_bits(tmp_path, monkeypatch, bits, symmetric):
     said: list[str] = []
     monkeypatch.setattr(
-        dense_linear.logger, "info", lambda message, *arguments: said.append(message % arguments)
+        load_report.logger, "info", lambda message, *arguments: said.append(message % arguments)
     )
     save_w4a16(
         tmp_path / "model", tmp_path / "meant", 32, symmetric, rounding=rounded_here, bits=bits
@@ -53,7 +53,7 @@ def test_log_probabilities_of_few_bits(tmp_path, monkeypatch, bits, symmetric):
     )
     (text,) = said
     assert text.startswith(
-        f"rac: 7 of 7 quantized layers run on an int{bits} kernel\n  int{bits} kernel {support().isa}: 7 layers"
+        f"rac: 7 of 7 compressed layers run on a kernel\n  int{bits} kernel {support().isa}: 7 layers"
     )
 
 
@@ -68,6 +68,8 @@ def expected_log_probabilities(folder: Path, sequences: torch.Tensor) -> torch.T
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_stock_vllm_serves_what_is_rounded_here(tmp_path, symmetric):
     """Its CPU kernel takes 4 bits, zero points too, in bfloat16: errors are near those of the same weights, dense."""
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("vLLM has no int4 kernel for this processor")
     save_w4a16(tmp_path / "model", tmp_path / "meant", 32, symmetric, rounding=rounded_here)
     sequences = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
     expected = expected_log_probabilities(tmp_path / "meant", sequences)

@@ -1,0 +1,264 @@
+"""The quantization config from which vLLM gets the method of each layer.
+
+Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded its
+layers yet.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from rac_modifier.checkpoint.files import check_index
+from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
+from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
+from rac_modifier.kernels.choose import has_backend
+from rac_modifier.kernels.cpu.crossover import measure_crossovers
+from rac_modifier.kernels.cpu.library import BYTE_ISAS
+from rac_modifier.kernels.cpu.operator import EIGHT_BITS, KINDS, use_crossovers
+from rac_modifier.kernels.cpu.support import support
+from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
+from rac_modifier.vllm_plugin.layouts import (
+    CodesLayout,
+    Layout,
+    PackedLayout,
+    PrunedLayout,
+    WordsLayout,
+    is_packed,
+    no_effect,
+)
+from rac_modifier.vllm_plugin.load_report import LoadReport
+from rac_modifier.vllm_plugin.readers import AwqReader, GptqReader
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+logger = init_logger(f"vllm.{__name__}")
+DRAFT = "draft_model"  # vLLM's prefix of all layers of a draft (vllm.v1.spec_decode.draft_model)
+
+
+class RacConfig(QuantizationConfig):
+    """Packed sparse checkpoints; and on request (`--quantization rac`) dense weights that a kernel reads.
+
+    `layout` None: `maybe_update_config` reads from config.json which dense weights are pruned.
+    """
+
+    def __init__(self, layout: Layout | None = None, requested: bool = True) -> None:
+        super().__init__()
+        self.layout = layout
+        self.int8_activations: tuple[str, ...] = ()  # modules whose inputs may be rounded to 8 bits
+        self.crossovers: dict[str, float] = {}
+        self.report = LoadReport(requested)
+        self.embedding_is_stored = False
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim packed sparse checkpoints, and others on request. vLLM calls this for every quantized model."""
+        if user_quant == OLD_METHOD:
+            warn_of_old_name()
+        return METHOD if is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD) else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RacConfig:
+        """Read the checkpoint's `quantization_config`.
+
+        Raises:
+            RacError: `--quantization rac` was given and has no effect on this checkpoint.
+        """
+        if is_packed(config):
+            return cls(PackedLayout(config), requested=False)
+        method = config.get("quant_method")
+        if method == COMPRESSED_TENSORS:
+            return cls(CodesLayout(config))
+        if method == "gptq":
+            return cls(WordsLayout(GptqReader(config)))
+        if method == "awq":
+            return cls(WordsLayout(AwqReader(config)))
+        raise no_effect(f"it is quantized by {method!r} and not packed sparse")
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Read what config.json records. vLLM calls this before it loads anything, with the folder or its name.
+
+        Raises:
+            RacError: the folder lacks a tensor of its index. vLLM checks this for unquantized models
+                only, and would otherwise serve, for example, an embedding that was never loaded.
+        """
+        from vllm.platforms import current_platform
+
+        check_index(model_name)
+        record = SparsityRecord.of({RAC_KEY: getattr(hf_config, RAC_KEY, None)})
+        if self.layout is None:
+            self.layout = PrunedLayout(record)
+        elif isinstance(self.layout, CodesLayout) and record.modules:
+            logger.info(
+                "this checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse "
+                "kernels"
+            )
+        self.int8_activations = record.int8_activations
+        device = current_platform.device_type
+        if isinstance(self.layout, WordsLayout) and not has_backend(device):
+            raise no_effect(f"there is no kernel for {device}")
+        if current_platform.is_cpu():
+            self.crossovers = crossovers(self.layout.kinds, bool(self.int8_activations))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename modules as vLLM does."""
+
+        def renamed(entries: Iterable[str]) -> tuple[str, ...]:
+            return tuple(
+                (hf_to_vllm_mapper.map_name(entry) or entry)
+                if "." in entry and not entry.startswith("re:")
+                else entry
+                for entry in entries
+            )
+
+        assert self.layout is not None
+        self.layout.targets = renamed(self.layout.targets)
+        self.layout.ignore = renamed(self.layout.ignore)
+        self.int8_activations = renamed(self.int8_activations)
+        if self.layout.inner is not None:
+            self.layout.inner.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return the method of one layer; None where vLLM's default runs it."""
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        assert self.layout is not None
+        prefix = prefix.removeprefix(f"{DRAFT}.")  # as the checkpoint names it
+        use_crossovers(self.crossovers)
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return self._vllms(layer, prefix)
+        modules = fused_modules(prefix, self.packed_modules_mapping)
+        reader = self._with_mapping().reader(layer, modules)
+        if reader is None or isinstance(reader, str):
+            return self._vllms(layer, prefix, reader) or UnquantizedLinearMethod()
+        from rac_modifier.vllm_plugin.linear import RacLinearMethod
+        from rac_modifier.vllm_plugin.shards import Shards
+
+        bits = 8 if set(modules) <= set(self.int8_activations) else 16
+        return RacLinearMethod(Shards(prefix, modules, reader), self.report, bits)
+
+    def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        assert self.layout is not None
+        reader = self.layout.experts_reader()
+        if reader is None or isinstance(reader, str):
+            return self._vllms(layer, prefix, reader)
+        from rac_modifier.vllm_plugin.experts import RacExpertsMethod
+
+        return RacExpertsMethod(layer, prefix, reader, self.report)
+
+    def _vocabulary(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from rac_modifier.vllm_plugin.vocabulary import StoredMethod, VocabularyMethod
+
+        is_head = isinstance(layer, ParallelLMHead)
+        reader = self._with_mapping().vocabulary_reader(layer, prefix)
+        if reader is not None:
+            self.embedding_is_stored |= not is_head
+            return StoredMethod(prefix, reader)
+        method = self._vllms(layer, prefix)
+        if method is None and is_head and self.embedding_is_stored:
+            return VocabularyMethod()  # the head may be tied to it
+        return method
+
+    def _vllms(
+        self, layer: torch.nn.Module, prefix: str, reason: str | None = None
+    ) -> QuantizeMethodBase | None:
+        """Return vLLM's own method, if it has one; `reason` is why no kernel of ours runs the layer."""
+        inner = self._with_mapping().inner
+        if reason is not None:
+            self.report.leave(prefix, reason)
+        return None if inner is None else inner.get_quant_method(layer, prefix)
+
+    def _with_mapping(self) -> Layout:
+        """Return the layout; its inner config gets the mapping that the model has set."""
+        assert self.layout is not None
+        if self.layout.inner is not None:
+            self.layout.inner.packed_modules_mapping = self.packed_modules_mapping
+        return self.layout
+
+    def get_name(self) -> str:
+        """Return the method's name."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the dtypes of activations."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Accept any GPU: layers run dense there, and the log has the reason."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Name no files: without a `quantization_config` vLLM makes an empty config."""
+        return []
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Pass on `g_idx`, the column order of GPTQ, which vLLM's own mapper drops."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper()
+
+
+class OldNameConfig(RacConfig):
+    """`--quantization rac-sparse`, the name of `rac` before 0.2. vLLM creates it for weights that are stored dense."""
+
+    def __init__(self) -> None:
+        warn_of_old_name()
+        super().__init__()
+
+
+def warn_of_old_name() -> None:
+    """Log the new name of the option."""
+    logger.warning_once("--quantization %s is now called --quantization %s", OLD_METHOD, METHOD)
+
+
+def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
+    """Return the modules on disk of a layer. `fused` maps a fused layer's last name to its shards' names."""
+    parent, _, name = prefix.rpartition(".")
+    return [f"{parent}.{shard}" if parent else shard for shard in fused.get(name) or [name]]
+
+
+def crossovers(kinds: Iterable[str], eight_bits: bool) -> dict[str, float]:
+    """Return the number of tokens, by kind of weight, up to which a kernel multiplies instead of a dense matmul.
+
+    Measured on this machine by the process that makes the config, which is sent to all ranks. Empty
+    where no kernel runs, or only the portable one, whose number is fixed. `eight_bits`: the model has
+    layers with activations of 8 bits.
+    """
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        # The kernel and the dense matmul round differently; one of them has to do it all.
+        return dict.fromkeys(KINDS, math.inf)
+    isa = support().isa
+    if isa in (None, "portable"):
+        return {}
+    kinds = list(kinds)
+    if eight_bits and isa in BYTE_ISAS:
+        kinds += [f"{kind}{EIGHT_BITS}" for kind in kinds if kind != "floats"]
+    measured = measure_crossovers(kinds)
+    lines = ["rac: measured on a core of this machine", *(each.describe() for each in measured)]
+    logger.info("%s", "\n  ".join(lines))
+    return {each.kind: each.rows for each in measured}

@@ -1,0 +1,231 @@
+"""What reads a module's tensors as a checkpoint stores them: a reader per format, each checks before anything is sized.
+
+bitmask (2:4 and unstructured, quantized too), pruned weights that are stored dense, pack-quantized
+codes of compressed-tensors, GPTQ and AWQ. Pure functions of tensors; only names are vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rac_modifier.checkpoint import dense_codes, gptq_awq
+from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS
+from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
+from rac_modifier.checkpoint.stored_weight import (
+    FLOATS,
+    SCALE,
+    StoredWeight,
+    check,
+    check_scale,
+    dequantize,
+    from_dense,
+)
+from rac_modifier.errors import RacError
+
+RESTORE = "restore the config.json that was saved with the checkpoint"
+_WORDS: Mapping[str, torch.dtype | None] = {
+    **dict.fromkeys(gptq_awq.PARTS, torch.int32),
+    **dict.fromkeys((gptq_awq.SCALES, "weight")),
+}
+_INT8_FORMATS = (PACK_QUANTIZED, "int-quantized", "naive-quantized")
+# Scales of activations are not used: the kernels round activations less than any scheme does.
+_UNUSED = ("input_scale", "input_zero_point")
+
+
+class LoadedWeight(NamedTuple):
+    """A module's weight: a tensor in floats, or compressed.
+
+    order int64 [K]: column i of the weight multiplies x[..., order[i]]; None: in the inputs' order.
+    """
+
+    weight: StoredWeight | Tensor
+    order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        if isinstance(self.weight, StoredWeight):
+            return self.weight.rows, self.weight.columns
+        rows, columns = self.weight.shape
+        return rows, columns
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [N, K] in floats, its columns in the order of the inputs."""
+        stored = self.weight
+        dense = stored.dequantized(dtype) if isinstance(stored, StoredWeight) else stored.to(dtype)
+        return dense if self.order is None else dense[:, self.order.argsort()]
+
+
+class WeightReader(Protocol):
+    """Reads one module. `parts`: the names of its tensors and their dtypes on disk; None: the model's."""
+
+    parts: Mapping[str, torch.dtype | None]
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Check the tensors of `module` as untrusted input, and return its weight (RacError names a damaged tensor)."""
+        ...
+
+
+class BitmaskReader:
+    """Packed sparse weights of `format`, a key of `checkpoint.formats.PARTS`; with scales where `quantized`."""
+
+    def __init__(self, format: str, quantized: bool) -> None:
+        self.format, self.quantized = format, quantized
+        dtypes = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
+        names = [*PARTS[format], "weight"]  # an ignored shard of a fused layer has a weight
+        if quantized:
+            names += [SCALE, *_UNUSED, dense_codes.ZEROS, dense_codes.ORDER]
+        self.parts: Mapping[str, torch.dtype | None] = {name: dtypes.get(name) for name in names}
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Return the sparse weight; a tensor where it is stored dense."""
+        for part in (dense_codes.ZEROS, dense_codes.ORDER):
+            if part in tensors:
+                raise RacError(
+                    f"{module}.{part}: zeros of a weight that is not quantized symmetrically are "
+                    "not zero, so it cannot be sparse; quantize it symmetrically"
+                )
+        if "weight" not in tensors:
+            return LoadedWeight(check(tensors, self.format, module))
+        weight = _matrix(tensors, module)
+        if tensors.keys() & {*PARTS[FORMAT_BITMASK]}:
+            raise RacError(f"{module}.weight: stored both dense and packed; save the model again")
+        if not self.quantized or (weight.dtype in FLOATS and SCALE not in tensors):
+            return LoadedWeight(weight)
+        rows, columns = weight.shape
+        scale = check_scale(tensors, weight.dtype, rows, columns, module)
+        return LoadedWeight(dequantize(weight, scale, torch.float32))
+
+
+class PrunedReader:
+    """Pruned weights that are stored dense."""
+
+    parts: Mapping[str, torch.dtype | None] = {"weight": None}
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Return the sparse form of the dense weight."""
+        return LoadedWeight(from_dense(_matrix(tensors, module), module))
+
+
+class CodesReader:
+    """Dense weights of 2 to 4 bits in words, and of 8 bits in words or bytes, as compressed-tensors stores them.
+
+    `weights`: the arguments in config.json of each module's weight; None for a module in floats.
+    """
+
+    parts: Mapping[str, torch.dtype | None] = {
+        dense_codes.WORDS: torch.int32,
+        SCALE: None,
+        dense_codes.WORDS_SHAPE: torch.int64,
+        dense_codes.ZEROS: torch.int32,
+        dense_codes.ORDER: torch.int32,
+        "weight": None,
+    }
+
+    def __init__(self, weights: Mapping[str, Any]) -> None:
+        self.weights = weights
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Return the weight with every value stored; a tensor in floats where config.json quantizes nothing."""
+        # A layer that is fused on disk, too, has its own name, and the arguments of its parts.
+        arguments = self.weights.get(module, next(iter(self.weights.values())))
+        if arguments is None:
+            return LoadedWeight(_floats(tensors, module))
+        group = arguments.group_size if arguments.strategy == "group" else None
+        if arguments.num_bits == 8:
+            return LoadedWeight(dense_codes.check_int8(tensors, module, group))
+        if "weight" in tensors:
+            raise RacError(
+                f"{module}.weight: not quantized, but config.json says that it is "
+                f"int{arguments.num_bits}; {RESTORE}"
+            )
+        symmetric = bool(arguments.symmetric)
+        return LoadedWeight(
+            dense_codes.check_codes(tensors, module, group, symmetric, arguments.num_bits)
+        )
+
+
+def why_not_codes(
+    scheme: Mapping[str, Any], format: str | None, vocabulary: bool = False
+) -> str | None:
+    """Return why no kernel runs a weight of a `scheme` of vLLM's target_scheme_map; None where one does.
+
+    `format`: of the checkpoint, for a scheme without its own. `vocabulary`: of a head or embedding,
+    which may have 8 or 4 bits; linear layers have 4, 3 or 2.
+    """
+    weights = scheme["weights"].model_dump(mode="json")  # names instead of enums
+    kind, bits, strategy = weights["type"], weights["num_bits"], weights["strategy"]
+    format = scheme.get("format") or format
+    if vocabulary and (kind, bits) == ("int", 8):
+        if not weights["symmetric"]:
+            return "its weights are asymmetric int8"
+        if format not in _INT8_FORMATS:
+            return f"its format is {format}"
+        return None if strategy in ("group", "channel", "tensor") else f"its scales are {strategy}"
+    if vocabulary and bits != 4:
+        return f"its weights are {kind}{bits}"
+    activations = scheme.get("input_activations") or scheme.get("output_activations")
+    return dense_codes.why_not_codes(
+        kind, bits, strategy, format, activations=activations is not None
+    )
+
+
+class GptqReader:
+    """GPTQ weights of 2, 3, 4 or 8 bits, of AutoGPTQ and GPTQModel; asymmetric and reordered ones too."""
+
+    parts = _WORDS
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Read the checkpoint's `quantization_config` (RacError: a malformed entry, or words of another layout)."""
+        self.entries = gptq_awq.GptqEntries.of(config)
+        self.head = bool(self.entries.lm_head)
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Return the weight with every value stored; a tensor where it is in floats."""
+        if "weight" in tensors:
+            return LoadedWeight(_floats(tensors, module))
+        return LoadedWeight(*gptq_awq.check_gptq(tensors, module, self.entries))
+
+
+class AwqReader:
+    """AWQ weights of 4 bits, version gemm."""
+
+    parts = _WORDS
+    head = False
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Read the checkpoint's `quantization_config` (RacError: a malformed entry, or words of another layout)."""
+        self.entries = gptq_awq.AwqEntries.of(config)
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Return the weight with every value stored; a tensor where it is in floats."""
+        if "weight" in tensors:
+            return LoadedWeight(_floats(tensors, module))
+        return LoadedWeight(gptq_awq.check_awq(tensors, module, self.entries))
+
+
+def _floats(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """Return a module's only tensor, `weight` [N, K] in floats."""
+    weight = _matrix(tensors, module)
+    if weight.dtype not in FLOATS or len(tensors) > 1:
+        raise RacError(
+            f"{module}.weight: {weight.dtype} next to {sorted(tensors)}, but config.json does not "
+            f"quantize it so; {RESTORE}"
+        )
+    return weight
+
+
+def _matrix(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    weight = tensors.get("weight")
+    if weight is None:
+        raise RacError(f"{module}.weight: missing from the checkpoint; copy or save it again")
+    if weight.dim() != 2 or not weight.numel():
+        raise RacError(
+            f"{module}.weight: shape {list(weight.shape)} is not that of a matrix; the checkpoint "
+            "is damaged"
+        )
+    return weight
