@@ -11,10 +11,13 @@ from rac_modifier.errors import RacError
 from rac_modifier.pruning.checks import check_hessian, check_weights, is_finite
 from rac_modifier.pruning.linalg import Dampening, Factor, factorise, quadratic_form, stacked
 from rac_modifier.pruning.solve import Solution
-from rac_modifier.quantization.grid import Grid, search_scales
+from rac_modifier.quantization.grid import Grid, Steps, search_scales
 from rac_modifier.quantization.rounding import descend, gptq
+from rac_modifier.quantization.scale_refit import refit_scales
 from rac_modifier.quantization.zero_points import search_zero_points
 from rac_modifier.settings.quantization import SWEEPS
+
+_REFITS = 2  # fits of the scales to the codes, each with a sweep after it
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,41 @@ def _on_one_grid(
     search = search_scales if grid.symmetric else search_zero_points
     steps = search(working, grid, torch.stack([f.dampening.diagonal for f in factors]), dtype)
     spread = steps.spread(grid, d)
+    dampenings = [factor.dampening for factor in factors]
     gptq(working, keep, spread, grid, factors)
-    descend(working, target, keep, spread, grid, hessians, [f.dampening for f in factors], sweeps)
+    descend(working, target, keep, spread, grid, hessians, dampenings, sweeps)
+    for _ in range(_REFITS if grid.kind == "int" and sweeps else 0):
+        steps = _refit(working, target, steps, grid, hessians, dampenings, dtype)
+        spread = steps.spread(grid, d)
+        descend(working, target, keep, spread, grid, hessians, dampenings, 1)
     working.add_(
         0.0
     )  # turns -0.0 into 0.0: the sparse layouts would store -0.0, and 8-bit floats have it
     zeros = [None] * len(problems) if steps.zero is None else steps.zero
     each = zip(problems, working, target, steps.scale, zeros, strict=True)
     return [_results(*one, dtype, dampening_frac) for one in each]
+
+
+def _refit(
+    working: torch.Tensor,
+    target: torch.Tensor,
+    steps: Steps,
+    grid: Grid,
+    hessians: Sequence[torch.Tensor],
+    dampenings: Sequence[Dampening],
+    dtype: torch.dtype,
+) -> Steps:
+    """Fit the scales to the codes of `working` [problems, d, rows], and move the weights along."""
+    codes = working.div_(grid.column_scales(steps.scale, working.shape[1])).round_()
+    scale = torch.empty_like(steps.scale)
+    for number, (hessian, dampening) in enumerate(zip(hessians, dampenings, strict=True)):
+        zero = None if steps.zero is None else steps.zero[number]
+        own = Steps(steps.scale[number], zero)
+        scale[number] = refit_scales(
+            codes[number], target[number], own, grid, hessian, dampening, dtype
+        )
+    working.mul_(grid.column_scales(scale, working.shape[1]))
+    return Steps(scale, steps.zero)
 
 
 def _factor(problem: PrunedProblem, dampening_frac: float) -> Factor:

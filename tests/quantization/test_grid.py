@@ -1,5 +1,7 @@
 """Codes against compressed-tensors' own arithmetic, and the search for scales against trying them one by one."""
 
+import itertools
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
@@ -94,39 +96,43 @@ def test_one_scale_per_group_of_columns(group_size, groups):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", GRIDS)
-def test_the_scale_is_the_best_of_51_between_half_and_all_of_the_largest_weight(name, dtype):
+def test_the_scale_is_the_best_of_those_tried_with_either_sign(name, dtype):
+    """Shares of 0.4 to 1.2 of the largest weight; the sign counts where codes are few."""
     weight, _, _, hessian = problem(rows=5, dtype=torch.float64)
     importance = hessian.diagonal()
     grid, size = GRIDS[name], GRIDS[name].group_size or 48
-    found = search_scales(weight.T.contiguous(), grid, importance, dtype)
-    ours = found.scale
-    assert found.zero is None
-    assert torch.equal(ours, ours.to(dtype).double())
+    chosen = search_scales(weight.T.contiguous(), grid, importance, dtype)
+    assert chosen.zero is None
+    assert torch.equal(chosen.scale, chosen.scale.to(dtype).double())
+    signs = (1, -1) if name == "int4" else (1,)
     for row, part_of_row in enumerate(weight):
         for group, part in enumerate(part_of_row.split(size)):
             counts = importance[group * size : (group + 1) * size]
             errors = {}
-            for step in range(51):
-                scale = (part.abs().max() / HALF_RANGE[name] * (1 - step / 100)).to(dtype).double()
+            for step, sign in itertools.product(range(41), signs):
+                share = sign * (0.4 + 0.02 * step)
+                scale = (part.abs().max() / HALF_RANGE[name] * share).to(dtype).double()
                 rounded = nearest_code(part / scale, name) * scale
                 errors[float(scale)] = float((counts * (rounded - part).square()).sum())
-            chosen = float(ours[group, row])
-            near = min(errors, key=lambda scale: abs(scale - chosen))
-            assert near == pytest.approx(chosen, rel=1e-12)
+            scale = float(chosen.scale[group, row])
+            near = min(errors, key=lambda tried: abs(tried - scale))
+            assert near == pytest.approx(scale, rel=1e-12)
             assert errors[near] <= min(errors.values()) * (1 + 1e-9)
+    assert bool((chosen.scale < 0).any()) == (name == "int4")
 
 
 def test_a_group_of_zeros_has_a_scale():
     scales = search_scales(torch.zeros(48, 3), GRIDS["int4"], torch.ones(48), torch.float16).scale
     assert scales.shape == (3, 3)
-    assert bool((scales > 0).all())
+    assert bool(scales.bool().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_stored_scale_is_never_zero(dtype):
-    scales = torch.tensor([0.0, 1e-30, 0.1])
+    scales = torch.tensor([0.0, 1e-30, 0.1, -0.1])
     kept = stored(scales, dtype)
     assert kept.dtype == scales.dtype
     assert torch.equal(kept, kept.to(dtype).to(scales.dtype))
-    assert bool((kept > 0).all())
+    assert (kept > 0).tolist() == [True, True, True, False]
+    assert float(kept[3]) == -float(kept[2])
     assert float(kept[2]) == pytest.approx(0.1, rel=float(torch.finfo(dtype).eps))
